@@ -1,0 +1,44 @@
+# Everything a person or CI does with this repository. `make help` lists it.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("wasmfleet needs Python 3.11 or newer; set PYTHON=/path/to/python3") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	@touch $@
+
+install: $(STAMP) ## make the virtual environment and install everything into it
+
+demo: $(STAMP) ## the whole main job on this machine: three boards, three pushes, a rollback (ONCE=1: exit when done)
+	$(BIN)/fleet demo $(if $(ONCE),--once)
+
+check: $(STAMP) ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check ## lint, types and every test that needs neither root nor QEMU
+	$(BIN)/python -m pytest -m "not root and not board and not bench"
+
+test-unit: $(STAMP) ## the quick tests only
+	$(BIN)/python -m pytest -m "not root and not board and not bench and not e2e"
+
+test-root: $(STAMP) ## tests of the walls that only root can build
+	$(BIN)/python -m pytest -m root
+
+bench: $(STAMP) ## print the ratios and counts of the budget table
+	$(BIN)/python -m pytest -m bench -s
+
+clean: ## remove what was built
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.PHONY: help install demo check test test-unit test-root bench clean

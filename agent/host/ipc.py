@@ -1,0 +1,292 @@
+"""What the agent and the host say to each other, and how: this module is all that either knows of the other.
+
+A Unix socket of type SOCK_SEQPACKET: one packet is one message, JSON by msgspec, with the descriptor that belongs to it,
+if any (SCM_RIGHTS). The host listens; the agent, or `fleet-agent restore`, connects. Each request carries an `id`
+and is answered by one `Reply` with the same id; events carry none and come at any time to whoever is connected.
+
+Requests are idempotent by (instance, generation): the generation grows with every change the agent makes to an instance,
+and asking for what already is answers at once. Nothing here is secret but an instance's configuration.
+"""
+
+import array
+import os
+import socket
+from typing import Final
+
+import msgspec
+
+from fleet.protocol.codes import InstanceState, RejectCode
+from fleet.protocol.manifest import Grants, Limits, Manifest
+from fleet.protocol.messages import InstanceHealth
+
+PACKET_MAX_BYTES: Final = 160 * 1024
+
+
+class IpcError(Exception):
+    """The other side is gone, or sent what this program does not understand."""
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run: everything the host needs to know of an instance.
+
+    Attributes:
+        target: TUF target path, for people and reports.
+        grants, limits: already narrowed by operator and board policy.
+        port: own port on the ingress address, None for the shared port under `/<instance>/`.
+        data: the instance's own directory, empty for none.
+    """
+
+    instance: str
+    generation: int
+    target: str
+    manifest: Manifest
+    grants: Grants
+    limits: Limits
+    config: dict[str, str] = {}
+    port: int | None = None
+    data: str = ""
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """Who is there, and what runs. Answered with `Welcome`."""
+
+    id: int
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
+    """Run this image (its sealed memfd comes along).
+
+    Where another generation of the instance runs, this is a swap by the trigger's rules: the new one is started beside
+    it, checked, and handed the listener and the connections; the old one is kept warm until `Commit` or `Revert`.
+    Answered with `Started` when it takes calls, or with `Failed`: then the old one still answers.
+    """
+
+    id: int
+    run: Run
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
+    """Drop the previous generation of the instance. Answered with `Done`."""
+
+    id: int
+    instance: str
+    generation: int
+
+
+class Revert(msgspec.Struct, frozen=True, kw_only=True, tag="revert"):
+    """Swap back to the previous generation, kept warm. `Failed` with HOST_GONE if there is none any more."""
+
+    id: int
+    instance: str
+    generation: int
+
+
+class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
+    """Stop the instance: drain, then end its lanes. Answered with `Done`, also when it does not run."""
+
+    id: int
+    instance: str
+
+
+class Restart(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
+    """Start the running generation anew. Answered with `Done`."""
+
+    id: int
+    instance: str
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
+    """The figures of every instance. Answered with `Figures`."""
+
+    id: int
+
+
+class Logs(msgspec.Struct, frozen=True, kw_only=True, tag="logs"):
+    """The last log lines of an instance. Answered with `Lines`."""
+
+    id: int
+    instance: str
+
+
+Request = Hello | Start | Commit | Revert | Stop | Restart | Status | Logs
+
+
+class Running(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance as the host has it; `previous` is the generation kept warm, None for none."""
+
+    instance: str
+    generation: int
+    target: str
+    state: InstanceState
+    previous: int | None = None
+
+
+class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
+    """The host's own state.
+
+    Attributes:
+        session: differs after each start of the host.
+        engine: wasmtime's version, empty where the host has no engine.
+        containment: layer -> whether it holds.
+        ingress: address of the shared HTTP port, `127.0.0.1:8080`; empty while no router runs.
+    """
+
+    id: int
+    session: str
+    version: str
+    engine: str
+    containment: dict[str, bool]
+    ingress: str
+    running: tuple[Running, ...]
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
+    """It takes calls; `replaced` is the generation now kept warm, `swap_ms` how long the handover took."""
+
+    id: int
+    instance: str
+    generation: int
+    replaced: int | None = None
+    swap_ms: int = 0
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """It could not be done, and nothing changed."""
+
+    id: int
+    code: RejectCode
+    message: str
+    log: tuple[str, ...] = ()
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """It is so."""
+
+    id: int
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True, tag="figures"):
+    """Every instance's health; `written_bytes` to disk by the host."""
+
+    id: int
+    instances: tuple[InstanceHealth, ...]
+    written_bytes: int = 0
+
+
+class Lines(msgspec.Struct, frozen=True, kw_only=True, tag="lines"):
+    """The last log lines, oldest first, at most 50 and 16 KiB."""
+
+    id: int
+    lines: tuple[str, ...]
+
+
+class Trapped(msgspec.Struct, frozen=True, kw_only=True, tag="trapped"):
+    """Event: a call of the guest ended in a trap, a time-out or a limit.
+
+    Attributes:
+        code: TRAPPED, or RESTARTED when its process died.
+        message: the wasm backtrace with names, or the limit that was hit.
+        faults: guest faults of this generation so far.
+    """
+
+    instance: str
+    generation: int
+    code: RejectCode
+    message: str
+    faults: int
+    log: tuple[str, ...] = ()
+
+
+class Changed(msgspec.Struct, frozen=True, kw_only=True, tag="changed"):
+    """Event: an instance changed its state (`backoff`, `quarantined`, `running` again)."""
+
+    instance: str
+    generation: int
+    state: InstanceState
+    message: str = ""
+    log: tuple[str, ...] = ()
+
+
+Reply = Welcome | Started | Failed | Done | Figures | Lines
+Event = Trapped | Changed
+FromHost = Reply | Event
+
+_requests: Final[msgspec.json.Decoder[Request]] = msgspec.json.Decoder(Request)
+_from_host: Final[msgspec.json.Decoder[FromHost]] = msgspec.json.Decoder(FromHost)
+
+
+def send(sock: socket.socket, message: Request | FromHost, fd: int | None = None) -> None:
+    """Send one message, with a descriptor if there is one (it stays open here).
+
+    Raises:
+        IpcError: larger than a packet may be, or the other side is gone.
+        BlockingIOError: a non-blocking socket is full; nothing was sent.
+    """
+    data = msgspec.json.encode(message)
+    if len(data) > PACKET_MAX_BYTES:
+        raise IpcError(f"{type(message).__name__}: {len(data)} bytes, at most {PACKET_MAX_BYTES} fit in a packet")
+    rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+    try:
+        sock.sendmsg([data], rights)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise IpcError(f"cannot reach the other side: {error.strerror}") from error
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
+    try:
+        data, rights, flags, _ = sock.recvmsg(PACKET_MAX_BYTES + 1, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise IpcError(f"cannot reach the other side: {error.strerror}") from error
+    fds = array.array("i")
+    for level, kind, payload in rights:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    for extra in fds[1:]:
+        os.close(extra)
+    fd = fds[0] if fds else None
+    if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if fd is not None:
+            os.close(fd)
+        raise IpcError("the other side closed the connection" if not data else "a packet larger than is allowed")
+    return data, fd
+
+
+def receive_request(sock: socket.socket) -> tuple[Request, int | None]:
+    """The next request and its descriptor, which the caller owns.
+
+    Raises:
+        IpcError: closed, or not a request.
+        BlockingIOError: nothing there on a non-blocking socket.
+    """
+    data, fd = _receive(sock)
+    try:
+        return _requests.decode(data), fd
+    except msgspec.MsgspecError as error:
+        if fd is not None:
+            os.close(fd)
+        raise IpcError(f"not a request: {error}") from error
+
+
+def receive_from_host(sock: socket.socket) -> FromHost:
+    """The host's next reply or event.
+
+    Raises:
+        IpcError: closed, or not a message of the host's.
+        BlockingIOError: nothing there on a non-blocking socket.
+    """
+    data, fd = _receive(sock)
+    if fd is not None:
+        os.close(fd)
+    try:
+        return _from_host.decode(data)
+    except msgspec.MsgspecError as error:
+        raise IpcError(f"not a message of the host's: {error}") from error
+
+
+def new_socket() -> socket.socket:
+    """A new socket of the type this protocol speaks."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)

@@ -1,0 +1,131 @@
+"""What the director signs: assignments, freshness statements and commands, as the bytes inside a DSSE envelope.
+
+The envelope itself (payload type, pre-authentication encoding, signatures) is `signing.dsse`'s; here stands only what
+is inside. The director is a delegation in the TUF targets role, so its keys rotate as TUF's do.
+"""
+
+from datetime import datetime
+from typing import ClassVar, Final
+
+import msgspec
+
+from fleet.protocol import caps
+from fleet.protocol.manifest import Grants
+from fleet.protocol.wire import Message
+
+ASSIGNMENT_TYPE: Final = "application/vnd.wasmfleet.assignment.v1+json"
+FRESH_TYPE: Final = "application/vnd.wasmfleet.fresh.v1+json"
+COMMAND_TYPE: Final = "application/vnd.wasmfleet.command.v1+json"
+
+
+class SecretRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A secret by name and the sha256 of its sealed box, never its value."""
+
+    name: str
+    sha256: str
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance that a board should run.
+
+    Attributes:
+        instance: its name on the board.
+        target: TUF target path.
+        length, sha256: of the artifact.
+        manifest_sha256: of the manifest in the target's `custom`.
+        grants: narrowed by the operator; None for all that the manifest asks.
+        config: values for the manifest's configuration keys.
+        port: a port of its own on the board's ingress address; None for the shared one.
+        atomic: instances with the same word here are swapped as one; empty for alone.
+        attempt: a failed item is tried again only when this is raised.
+        rollout: the rollout that wants it, echoed in reports; not part of the item's identity.
+    """
+
+    instance: str
+    target: str
+    length: int
+    sha256: str
+    manifest_sha256: str
+    grants: Grants | None = None
+    config: dict[str, str] = {}
+    secrets: tuple[SecretRef, ...] = ()
+    port: int | None = None
+    atomic: str = ""
+    attempt: int = 0
+    rollout: str = ""
+
+    def same_as(self, other: "Item") -> bool:
+        """Whether both ask for the same thing to run; the attempt and the rollout do not matter."""
+        return msgspec.structs.replace(self, attempt=0, rollout="") == msgspec.structs.replace(
+            other, attempt=0, rollout=""
+        )
+
+
+class Assignment(Message, frozen=True, kw_only=True):
+    """One board's full desired state.
+
+    Attributes:
+        fleet, device: for whom; others refuse it (`wrong-fleet`, `wrong-device`).
+        version: grows with each change and never falls; an equal version is byte-identical.
+        issued, expires: UTC. An expired assignment changes nothing on the board and stops nothing.
+        snapshot: the oldest acceptable version of TUF's snapshot role.
+        items: the complete desired list, at most 64.
+        stop_all: an empty list counts only with this.
+        keep_data: of instances that are no longer listed, whose data stays.
+    """
+
+    MAX_BYTES: ClassVar[int] = caps.DESIRED_MAX_BYTES
+    fleet: str
+    device: str
+    version: int
+    issued: datetime
+    expires: datetime
+    snapshot: int = 1
+    items: tuple[Item, ...] = ()
+    stop_all: bool = False
+    keep_data: tuple[str, ...] = ()
+
+
+class Fresh(Message, frozen=True, kw_only=True):
+    """The director's word that an assignment is current, for one nonce."""
+
+    MAX_BYTES: ClassVar[int] = caps.COMMAND_MAX_BYTES
+    fleet: str
+    device: str
+    nonce: str
+    assignment_sha256: str
+    issued: datetime
+    expires: datetime
+
+
+class Verb(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb"):
+    """Base of the closed vocabulary of commands."""
+
+
+class CheckIn(Verb, frozen=True, kw_only=True, tag="check-in"):
+    """Fetch the desired state and send health now."""
+
+
+class Restart(Verb, frozen=True, kw_only=True, tag="restart"):
+    """Restart one instance; rate-limited by the board."""
+
+    instance: str
+
+
+class FollowLogs(Verb, frozen=True, kw_only=True, tag="follow-logs"):
+    """Send an instance's log lines over HTTPS for some minutes, as far as local policy allows."""
+
+    instance: str
+    minutes: int = 5
+
+
+class Command(Message, frozen=True, kw_only=True):
+    """One signed command, for one board, valid for minutes, never twice."""
+
+    MAX_BYTES: ClassVar[int] = caps.COMMAND_MAX_BYTES
+    fleet: str
+    device: str
+    sequence: int
+    issued: datetime
+    expires: datetime
+    verb: CheckIn | Restart | FollowLogs

@@ -1,0 +1,181 @@
+"""The manifest: what an author declares beside a component, and what a publisher's signature covers.
+
+This is the normalised form: integers with units in their names, nothing optional left open. It is inlined in the
+target's signed metadata (`custom.manifest`) and its sha256 is bound again in the assignment, the image's key and the
+board's report. `fleet.protocol.author` reads the form that people write, `component.toml`.
+"""
+
+from typing import Final
+
+import msgspec
+
+from fleet.protocol import caps, wire
+
+
+class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="http"):
+    """Called for each HTTP request."""
+
+
+class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="schedule"):
+    """Called by the clock: `every_ms` after the last start, or by `cron` (five fields, the board's zone)."""
+
+    every_ms: int | None = None
+    cron: str | None = None
+
+
+class OnMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="message"):
+    """Called for each message on the board's bus."""
+
+    topics: tuple[str, ...] = ()
+
+
+class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="service"):
+    """Runs until it ends: `wasi:cli/run`."""
+
+
+Trigger = Http | Schedule | OnMessage | Service
+
+
+class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the component may reach. Empty means nothing: deny by default.
+
+    Attributes:
+        interfaces: interfaces or whole packages it may import, without version: `wasi:clocks`, `wasi:cli/stdout`.
+        outbound: where it may connect, as `https://api.example.com:443`.
+        instances: neighbours on the board it may call over `http://<instance>.internal/`.
+    """
+
+    interfaces: tuple[str, ...] = ()
+    outbound: tuple[str, ...] = ()
+    instances: tuple[str, ...] = ()
+
+    def allows(self, interface: str) -> bool:
+        """Whether an import, such as `wasi:clocks/wall-clock@0.2.3`, is granted."""
+        bare = interface.partition("@")[0]
+        package = bare.partition("/")[0]
+        return bare in self.interfaces or package in self.interfaces
+
+    def within(self, ceiling: "Grants") -> bool:
+        """Whether everything granted here is granted by `ceiling` too."""
+        return (
+            all(ceiling.allows(interface) for interface in self.interfaces)
+            and set(self.outbound) <= set(ceiling.outbound)
+            and set(self.instances) <= set(ceiling.instances)
+        )
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the component may use. The board's policy caps each.
+
+    Attributes:
+        memory_bytes: linear memory of one instance.
+        call_ms: guest time of one call; time blocked on a peer does not count.
+        start_ms: guest time of instantiation and start.
+        concurrency: lanes at most.
+        request_bytes, response_bytes: one HTTP body.
+        log_lines_per_minute: more are dropped and counted.
+        fuel: instructions of one call (wasmtime's fuel), 0 for no such limit.
+        storage_bytes: the instance's own data.
+    """
+
+    memory_bytes: int = 16 * caps.MIB
+    call_ms: int = 1000
+    start_ms: int = 5000
+    concurrency: int = 1
+    request_bytes: int = 1 * caps.MIB
+    response_bytes: int = 4 * caps.MIB
+    log_lines_per_minute: int = 600
+    fuel: int = 0
+    storage_bytes: int = 16 * caps.MIB
+
+
+class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a version shows that it is well.
+
+    Attributes:
+        check: whether it exports the health check, asked before traffic and every `interval_ms`.
+        probation_ms: how long after a swap the board may still go back by itself.
+        min_calls: calls below which probation ends `committed-unexercised`.
+        max_faults: guest faults (traps and time-outs) tolerated in probation.
+        max_error_percent: share of answers of 500 and above in probation, from `min_calls` calls on.
+    """
+
+    check: bool = False
+    interval_ms: int = 30_000
+    probation_ms: int = 30_000
+    min_calls: int = 20
+    max_faults: int = 0
+    max_error_percent: int = 10
+
+
+class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A configuration key that an operator may set."""
+
+    description: str = ""
+    default: str | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a component is and needs.
+
+    Attributes:
+        name, version: of the component; the namespace is the signing key's.
+        world: which contract it exports: `wasmfleet:http` (small native world) or `wasi:http`, and so on.
+        security_epoch: a board that ran epoch N never runs an older one again.
+        data_schema: version of the instance's data; a change copies it before the swap.
+        arch: CPUs it may run on (`x86_64`, `aarch64`, `riscv64`); empty for any.
+    """
+
+    name: str
+    version: str
+    trigger: Trigger
+    world: str = ""
+    description: str = ""
+    grants: Grants = Grants()
+    limits: Limits = Limits()
+    health: Health = Health()
+    config: dict[str, ConfigKey] = {}
+    security_epoch: int = 0
+    data_schema: int = 0
+    arch: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """The manifest's sha256 over its canonical JSON, in hex."""
+        return wire.digest(self)
+
+
+BOARD_CAPS: Final = Limits(
+    memory_bytes=64 * caps.MIB,
+    call_ms=30_000,
+    start_ms=30_000,
+    concurrency=8,
+    request_bytes=16 * caps.MIB,
+    response_bytes=16 * caps.MIB,
+    log_lines_per_minute=6000,
+    fuel=0,
+    storage_bytes=256 * caps.MIB,
+)
+"""A board's policy where its owner says nothing else."""
+
+
+class BadManifestError(ValueError):
+    """A manifest that does not follow the schema; the message names the field."""
+
+
+def decode(data: bytes) -> Manifest:
+    """Read a normalised manifest from JSON.
+
+    Raises:
+        BadManifestError: too large, not JSON, an unknown field or one of another type.
+    """
+    if len(data) > caps.MANIFEST_MAX_BYTES:
+        raise BadManifestError(f"the manifest has {len(data)} bytes, at most {caps.MANIFEST_MAX_BYTES} fit")
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BadManifestError(f"manifest: {error}") from error
+
+
+def convert(value: object) -> Manifest:
+    """Read a normalised manifest from decoded JSON, as TUF's `custom` holds it; raises `BadManifestError`."""
+    return decode(wire.canonical(value))

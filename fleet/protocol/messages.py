@@ -1,0 +1,170 @@
+"""The messages that travel over MQTT, beside what the director signs (`fleet.protocol.assignment`).
+
+`up/*` goes from a board to the server, `down/*` the other way. Times are UTC. Every handler is idempotent: a report is
+known by (device, boot id, sequence), and the server acknowledges what it has stored.
+"""
+
+from datetime import datetime
+from typing import ClassVar
+
+import msgspec
+
+from fleet.protocol import caps
+from fleet.protocol.codes import InstanceState, Phase, RejectCode
+from fleet.protocol.wire import Message
+
+
+class Versions(msgspec.Struct, frozen=True, kw_only=True):
+    """What software a board runs. `engine` is wasmtime's version, empty where the board has none."""
+
+    agent: str = ""
+    host: str = ""
+    engine: str = ""
+    python: str = ""
+    kernel: str = ""
+    os: str = ""
+    machine: str = ""
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """`up/hello`, after each connect: a nonce to answer, and where the board stands.
+
+    Attributes:
+        accepted, deployed, committed: the board's three assignment versions (0 for none): persisted as soon as the
+            envelope verifies; being carried out; fully committed.
+    """
+
+    MAX_BYTES: ClassVar[int] = caps.HELLO_MAX_BYTES
+    device: str
+    nonce: str
+    boot_id: str
+    accepted: int = 0
+    deployed: int = 0
+    committed: int = 0
+    versions: Versions = Versions()
+
+
+class State(Message, frozen=True, kw_only=True):
+    """`up/state`, retained; the will says `online: false`."""
+
+    MAX_BYTES: ClassVar[int] = caps.STATE_MAX_BYTES
+    device: str
+    online: bool
+    boot_id: str = ""
+    versions: Versions = Versions()
+
+
+class Board(msgspec.Struct, frozen=True, kw_only=True):
+    """The board's own figures; None where it has no such sensor.
+
+    Attributes:
+        load: the one-minute load average.
+        written_bytes: written to disk by agent and host since the agent started.
+    """
+
+    uptime_s: int = 0
+    load: float = 0.0
+    cpus: int = 0
+    memory_total_bytes: int = 0
+    memory_available_bytes: int = 0
+    disk_total_bytes: int = 0
+    disk_free_bytes: int = 0
+    temperature_c: float | None = None
+    clock_synchronised: bool | None = None
+    written_bytes: int = 0
+
+
+class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance's figures since it started; `calls` counts by outcome (`fleet.protocol.codes.CallOutcome`).
+
+    Attributes:
+        errors: answers with status 500 and above.
+        p50_us, p99_us: guest time of a call, in microseconds, over the last calls.
+        memory_bytes: private memory of the instance's lanes.
+    """
+
+    instance: str
+    target: str
+    generation: int
+    state: InstanceState
+    since: datetime | None = None
+    restarts: int = 0
+    calls: dict[str, int] = {}
+    errors: int = 0
+    p50_us: int = 0
+    p99_us: int = 0
+    memory_bytes: int = 0
+    lanes: int = 0
+    phase: Phase = Phase.IDLE
+    manifest_sha256: str = ""
+    error: str = ""
+
+
+class Health(Message, frozen=True, kw_only=True):
+    """`up/health`: how the board is. Only the newest matters.
+
+    Attributes:
+        containment: layer -> whether the host has it (`seccomp`, `network`, `mount`, `user`, `landlock`, `cgroup`).
+        problems: sentences for people, most urgent first.
+    """
+
+    MAX_BYTES: ClassVar[int] = caps.HEALTH_MAX_BYTES
+    device: str
+    boot_id: str
+    at: datetime
+    accepted: int = 0
+    committed: int = 0
+    versions: Versions = Versions()
+    board: Board = Board()
+    instances: tuple[InstanceHealth, ...] = ()
+    containment: dict[str, bool] = {}  # noqa: RUF012 - msgspec copies it for each struct
+    problems: tuple[str, ...] = ()
+
+
+class Report(Message, frozen=True, kw_only=True):
+    """`up/report`: one step of a deployment, or the refusal of an assignment (then `instance` is empty).
+
+    Attributes:
+        sequence: grows by one for each report of this device and never falls, over reboots too.
+        assignment: the version that asked for it.
+        attempt, rollout: as in the assignment's item.
+        exercised: with COMMITTED, false when probation saw fewer than `min_calls` calls.
+        running: target path that answers now, empty for none.
+        code, message: why it failed or was refused, and a sentence for people with what to do next.
+        log: the instance's last lines, at most 50 and 16 KiB.
+        timings_ms: how long each phase took, by name.
+    """
+
+    MAX_BYTES: ClassVar[int] = caps.REPORT_MAX_BYTES
+    device: str
+    boot_id: str
+    sequence: int
+    at: datetime
+    assignment: int
+    instance: str = ""
+    target: str = ""
+    manifest_sha256: str = ""
+    attempt: int = 0
+    rollout: str = ""
+    phase: Phase = Phase.IDLE
+    exercised: bool = True
+    running: str = ""
+    code: RejectCode | None = None
+    message: str = ""
+    progress: int | None = None
+    log: tuple[str, ...] = ()
+    timings_ms: dict[str, int] = {}  # noqa: RUF012 - msgspec copies it for each struct
+
+
+class Ack(Message, frozen=True, kw_only=True):
+    """`down/ack`: the server has stored every report up to and including `sequence`."""
+
+    MAX_BYTES: ClassVar[int] = caps.ACK_MAX_BYTES
+    sequence: int
+
+
+class Poke(Message, frozen=True, kw_only=True):
+    """`all/poke`: check in within `jitter_s` seconds. Unsigned: it only makes boards ask."""
+
+    MAX_BYTES: ClassVar[int] = caps.ACK_MAX_BYTES
+    jitter_s: int = 60

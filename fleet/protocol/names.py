@@ -1,0 +1,143 @@
+"""The names of this system: what may be called what, and how names are put together and taken apart.
+
+Pure functions over strings. Every name that crosses the wire, a file system or a signature is checked here and
+nowhere else, so that no other module has to think about slashes, dots or case.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Final
+
+_LABEL: Final = re.compile(r"[a-z0-9-]{1,63}")
+_DEVICE: Final = re.compile(r"[a-z0-9-]{1,54}-[0-9a-f]{8}")
+_SEMVER: Final = re.compile(
+    r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
+    r"(?:-((?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(?:\.(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?"
+    r"(?:\+([0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*))?"
+)
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+MAX_VERSION_CHARS: Final = 64
+
+
+class BadNameError(ValueError):
+    """A name that does not follow the rules; the message says which rule, in one sentence."""
+
+
+def check_label(value: str, what: str) -> str:
+    """Return `value` if it is a valid name of a `what` (component, namespace, instance, group, fleet).
+
+    Raises:
+        BadNameError: it does not match `[a-z0-9-]{1,63}`.
+    """
+    if _LABEL.fullmatch(value) is None:
+        raise BadNameError(f"{what} {value!r} is not a name: use 1 to 63 of a-z, 0-9 and '-'")
+    return value
+
+
+def check_device(value: str) -> str:
+    """Return `value` if it is a device id, `<name>-<8 hex digits of the key's hash>`.
+
+    Raises:
+        BadNameError: it is not.
+    """
+    if _DEVICE.fullmatch(value) is None:
+        raise BadNameError(f"device id {value!r} is not of the form <name>-<8 hex digits>")
+    return value
+
+
+def check_sha256(value: str) -> str:
+    """Return `value` if it is a sha256 in 64 lower-case hex digits.
+
+    Raises:
+        BadNameError: it is not.
+    """
+    if _SHA256.fullmatch(value) is None:
+        raise BadNameError(f"{value[:80]!r} is not a sha256 in 64 lower-case hex digits")
+    return value
+
+
+def check_version(value: str) -> str:
+    """Return `value` if it is a version by Semantic Versioning 2.0.0.
+
+    Raises:
+        BadNameError: it is not, or is longer than 64 characters.
+    """
+    if len(value) > MAX_VERSION_CHARS or _SEMVER.fullmatch(value) is None:
+        raise BadNameError(f"version {value[:80]!r} is not SemVer, such as 1.2.3 or 1.2.3-rc.1")
+    return value
+
+
+VersionKey = tuple[int, int, int, int, tuple[tuple[int, int, str], ...]]
+
+
+def version_key(value: str) -> VersionKey:
+    """A key that sorts versions by precedence (Semantic Versioning 2.0.0, section 11).
+
+    Raises:
+        BadNameError: `value` is not SemVer.
+    """
+    match = _SEMVER.fullmatch(check_version(value))
+    assert match is not None
+    major, minor, patch, pre, _build = match.groups()
+    parts = tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in (pre.split(".") if pre else []))
+    return int(major), int(minor), int(patch), 0 if pre else 1, parts
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TargetName:
+    """A target's name: `components/<namespace>/<name>/<version>.wasm` in TUF, `namespace/name@version` to people."""
+
+    namespace: str
+    name: str
+    version: str
+
+    def __post_init__(self) -> None:
+        check_label(self.namespace, "namespace")
+        check_label(self.name, "component")
+        check_version(self.version)
+
+    @property
+    def path(self) -> str:
+        """The TUF target path."""
+        return f"components/{self.namespace}/{self.name}/{self.version}.wasm"
+
+    @property
+    def component(self) -> str:
+        """`namespace/name`: the component without a version, the scope of versions and security epochs."""
+        return f"{self.namespace}/{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}@{self.version}"
+
+    @classmethod
+    def from_path(cls, path: str) -> "TargetName":
+        """Parse a TUF target path; raises `BadNameError`."""
+        parts = path.split("/")
+        if len(parts) != 4 or parts[0] != "components" or not parts[3].endswith(".wasm"):  # noqa: PLR2004
+            raise BadNameError(f"target path {path[:200]!r} is not components/<namespace>/<name>/<version>.wasm")
+        return cls(parts[1], parts[2], parts[3].removesuffix(".wasm"))
+
+    @classmethod
+    def parse(cls, text: str, *, namespace: str) -> "TargetName":
+        """Parse `name@version` or `namespace/name@version` as people write it; raises `BadNameError`."""
+        head, at, version = text.partition("@")
+        if not at:
+            raise BadNameError(f"{text!r} names no version: write NAME@VERSION, such as {text}@1.0.0")
+        space, slash, name = head.partition("/")
+        return cls(space, name, version) if slash else cls(namespace, head, version)
+
+
+def shard(device: str) -> str:
+    """The two hex digits by which server processes divide the fleet: the first of sha256(device id)."""
+    return hashlib.sha256(device.encode()).hexdigest()[:2]
+
+
+def device_id(name: str, public_key_der: bytes) -> str:
+    """The id of a device: its name and the first 8 hex digits of the sha256 of its public key.
+
+    Args:
+        name: what the owner calls the board (its host name by default).
+        public_key_der: the key as SubjectPublicKeyInfo, DER (RFC 5280, section 4.1.2.7).
+    """
+    return check_device(f"{name}-{hashlib.sha256(public_key_der).hexdigest()[:8]}")

@@ -1,0 +1,82 @@
+"""Every MQTT topic of the protocol, built and parsed by one table.
+
+    fleet/v1/<shard>/<device>/down/<channel>     from the server to one board
+    fleet/v1/<shard>/<device>/up/<channel>       from one board to the server
+    fleet/v1/all/poke                            to every board: check in, with jitter
+
+Only what MQTT 3.1.1 guarantees everywhere is used: no shared subscriptions, no retained bytes beyond the newest.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from fleet.protocol import names
+
+PREFIX: Final = "fleet/v1"
+POKE: Final = f"{PREFIX}/all/poke"
+
+
+class Down(StrEnum):
+    """What the server says to a board."""
+
+    DESIRED = "desired"  # retained: the assignment envelope
+    FRESH = "fresh"  # the answer to a nonce
+    ACK = "ack"  # which report is stored
+    COMMAND = "command"  # signed
+
+
+class Up(StrEnum):
+    """What a board says to the server."""
+
+    HELLO = "hello"  # a nonce, after each connect
+    STATE = "state"  # retained, with a will
+    HEALTH = "health"  # periodic; only the newest matters
+    REPORT = "report"  # deployment progress; kept on the board until acknowledged
+
+
+RETAINED: Final[frozenset[Down | Up]] = frozenset({Down.DESIRED, Up.STATE})
+
+
+class BadTopicError(ValueError):
+    """A topic that is not of this protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """One board's channel."""
+
+    device: str
+    channel: Down | Up
+
+    def __str__(self) -> str:
+        way = "down" if isinstance(self.channel, Down) else "up"
+        return f"{PREFIX}/{names.shard(self.device)}/{self.device}/{way}/{self.channel}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Topic":
+        """Read a topic.
+
+        Raises:
+            BadTopicError: not of this protocol, an invalid device id, or a shard that is not the device's.
+        """
+        parts = text.split("/")
+        try:
+            fleet, version, shard, device, way, channel = parts
+            names.check_device(device)
+            topic = cls(device, Down(channel) if way == "down" else Up(channel))
+        except ValueError as error:
+            raise BadTopicError(f"{text[:200]!r} is not a topic of this protocol") from error
+        if f"{fleet}/{version}" != PREFIX or way not in {"down", "up"} or shard != names.shard(device):
+            raise BadTopicError(f"{text[:200]!r} is not a topic of this protocol")
+        return topic
+
+
+def board_subscriptions(device: str) -> tuple[str, ...]:
+    """What a board subscribes to."""
+    return (f"{PREFIX}/{names.shard(device)}/{device}/down/+", POKE)
+
+
+def server_subscriptions(shards: tuple[str, ...] = ("+",)) -> tuple[str, ...]:
+    """What a server process subscribes to: all boards, or those of its shards."""
+    return tuple(f"{PREFIX}/{shard}/+/up/+" for shard in shards)

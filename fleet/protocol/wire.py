@@ -1,0 +1,75 @@
+"""How a message becomes bytes and back: one strict codec for everything that crosses the wire.
+
+JSON by msgspec. A message is a frozen struct with its schema version in `v`; decoding checks the size first, then the
+version, then every type. Unknown fields are ignored by the decoder and kept by whoever stores the raw bytes; an unknown
+version is reported (`UnknownSchemaError`), never guessed.
+"""
+
+import hashlib
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+
+
+class WireError(Exception):
+    """The peer's data is not what the protocol says. Raised by `decode`; the message names what and why."""
+
+
+class TooLargeError(WireError):
+    """More bytes than the message's cap."""
+
+
+class UnknownSchemaError(WireError):
+    """A schema version this program does not know."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """A message with a schema version and a size cap.
+
+    Attributes:
+        v: schema version, 1.
+    """
+
+    MAX_BYTES: ClassVar[int] = 64 * 1024
+    v: int = 1
+
+
+class _Version(msgspec.Struct, frozen=True):
+    v: int = 1
+
+
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """The message as compact JSON with fields in the order of the struct."""
+    return msgspec.json.encode(message)
+
+
+def canonical(value: Any) -> bytes:
+    """Deterministic JSON: keys sorted, no spaces. What is hashed or signed is these bytes."""
+    return msgspec.json.encode(value, order="deterministic")
+
+
+def digest(value: Any) -> str:
+    """sha256 of `canonical(value)` in hex."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def decode(kind: type[M], data: bytes) -> M:
+    """Read a message of type `kind`.
+
+    Raises:
+        TooLargeError: more than `kind.MAX_BYTES`.
+        UnknownSchemaError: a version other than 1.
+        WireError: not JSON, or a field of another type.
+    """
+    if len(data) > kind.MAX_BYTES:
+        raise TooLargeError(f"{kind.__name__}: {len(data)} bytes, at most {kind.MAX_BYTES} are accepted")
+    try:
+        version = msgspec.json.decode(data, type=_Version).v
+        if version != 1:
+            raise UnknownSchemaError(f"{kind.__name__}: schema version {version}, this program speaks 1")
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"{kind.__name__}: {error}") from error

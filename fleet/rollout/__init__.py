@@ -1,0 +1,1 @@
+"""Rollout decisions: pure functions over frozen data, no clock, no I/O, no logging."""
