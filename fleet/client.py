@@ -1,0 +1,309 @@
+"""The operator's side of the HTTP API: one small synchronous client with the fleet's own CA pinned.
+
+Each method is one route of `fleet.protocol.api`. Nothing is retried here: who calls knows whether a second try is
+right. What goes wrong comes out as one of three errors, by whose fault it is:
+
+    ClientError
+    ├── UnreachableError   the network, the address, the certificate: the server was not asked
+    ├── ProblemError       the server understood and said no; `.problem` tells what, why and what to do
+    └── AnswerError        the server answered something that this client does not understand
+"""
+
+import contextlib
+import ipaddress
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote, urlsplit
+
+import httpx
+import msgspec
+
+from fleet.protocol import api
+
+CHUNK_BYTES: Final = 64 * 1024
+CONNECT_TIMEOUT_S: Final = 5.0
+READ_TIMEOUT_S: Final = 30.0
+
+V = TypeVar("V", bound=msgspec.Struct)
+
+
+class ClientError(Exception):
+    """Base: something between this machine and the server went wrong.
+
+    Attributes:
+        what, why, action: for people: what could not be done, the reason, what to do next.
+    """
+
+    def __init__(self, what: str, why: str, action: str) -> None:
+        super().__init__("; ".join(part for part in (what, why, action) if part))
+        self.what, self.why, self.action = what, why, action
+
+
+class UnreachableError(ClientError):
+    """The server could not be asked at all."""
+
+
+class AnswerError(ClientError):
+    """The answer is not of this API, or of a later version of it."""
+
+
+class ProblemError(ClientError):
+    """The server refused; `problem.type` is the word for programs, `problem.status` the HTTP status."""
+
+    def __init__(self, problem: api.Problem) -> None:
+        super().__init__(problem.title, problem.detail, problem.action)
+        self.problem = problem
+
+
+class Client:
+    """A connection to one fleet's server.
+
+    Args:
+        url: of the operators' listener, `https://host:port`.
+        ca: PEM file with the fleet's CA; nothing else is trusted.
+        token: the operator's bearer token.
+
+    Raises:
+        UnreachableError: `ca` cannot be read as a certificate.
+    """
+
+    def __init__(self, *, url: str, ca: Path, token: str, transport: httpx.BaseTransport | None = None) -> None:
+        self.url = url.rstrip("/")
+        try:
+            context = ssl.create_default_context(cafile=str(ca))
+        except (OSError, ssl.SSLError) as error:
+            raise UnreachableError(
+                f"cannot use the fleet's CA certificate {ca}",
+                getattr(error, "strerror", None) or str(error),
+                "copy operator/ca.pem from the machine where 'fleet init' ran",
+            ) from error
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}", "Accept": "application/json"},
+            verify=context,
+            trust_env=not _is_loopback(self.url),
+            timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            transport=transport,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    # the fleet
+
+    def status(self) -> api.Status:
+        """The fleet at a glance."""
+        return self._get(api.Status, "/v1/status")
+
+    def groups(self) -> api.Groups:
+        """Every group."""
+        return self._get(api.Groups, "/v1/groups")
+
+    def set_group(self, name: str, request: api.GroupRequest) -> api.GroupRow:
+        """Make or change a group."""
+        return self._send(api.GroupRow, "PUT", f"/v1/groups/{_quoted(name)}", request)
+
+    def enroll_token(self, request: api.EnrollTokenRequest) -> api.EnrollTokenReply:
+        """A one-time token for one board."""
+        return self._send(api.EnrollTokenReply, "POST", "/v1/enroll-tokens", request)
+
+    def audit(self, *, limit: int) -> api.Audit:
+        """The newest acts."""
+        return self._get(api.Audit, "/v1/audit", {"limit": limit})
+
+    # boards
+
+    def devices(self) -> api.Devices:
+        """Every board."""
+        return self._get(api.Devices, "/v1/devices")
+
+    def device(self, device: str) -> api.DeviceDetail:
+        """One board in full."""
+        return self._get(api.DeviceDetail, f"/v1/devices/{_quoted(device)}")
+
+    def timeline(self, device: str, *, limit: int) -> api.Timeline:
+        """What happened to a board, newest first."""
+        return self._get(api.Timeline, f"/v1/devices/{_quoted(device)}/timeline", {"limit": limit})
+
+    def label(self, device: str, request: api.LabelsRequest) -> api.DeviceDetail:
+        """Set and remove labels."""
+        return self._send(api.DeviceDetail, "PUT", f"/v1/devices/{_quoted(device)}/labels", request)
+
+    def pin(self, device: str, request: api.RolloutRequest) -> api.RolloutView:
+        """Give one board a target of its own."""
+        return self._send(api.RolloutView, "PUT", f"/v1/devices/{_quoted(device)}/pin", request)
+
+    def unpin(self, device: str, instance: str) -> api.DeviceDetail:
+        """Let the board follow its groups again."""
+        return self._send(
+            api.DeviceDetail, "POST", f"/v1/devices/{_quoted(device)}/unpin", api.InstanceRequest(instance=instance)
+        )
+
+    def retry(self, device: str, instance: str) -> api.DeviceDetail:
+        """Have a failed instance tried again."""
+        return self._send(
+            api.DeviceDetail, "POST", f"/v1/devices/{_quoted(device)}/retry", api.InstanceRequest(instance=instance)
+        )
+
+    def command(self, device: str, request: api.CommandRequest) -> api.CommandReply:
+        """Send a signed command."""
+        return self._send(api.CommandReply, "POST", f"/v1/devices/{_quoted(device)}/command", request)
+
+    def revoke(self, device: str) -> api.DeviceDetail:
+        """Shut a board out."""
+        return self._send(api.DeviceDetail, "POST", f"/v1/devices/{_quoted(device)}/revoke", None)
+
+    # publishing
+
+    def components(self) -> api.Components:
+        """Every published target."""
+        return self._get(api.Components, "/v1/components")
+
+    def tuf(self, file: str) -> bytes | None:
+        """One file of the TUF repository; None when there is none of that name."""
+        response = self._request("GET", f"/v1/tuf/{_quoted(file)}")
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return None
+        return self._checked(response).content
+
+    def upload(self, sha256: str, data: bytes, *, progress: Callable[[int], None] | None = None) -> api.ArtifactReply:
+        """Store an artifact; `progress` is told the number of bytes of each chunk as it is sent."""
+
+        def chunks() -> Iterator[bytes]:
+            for start in range(0, len(data), CHUNK_BYTES):
+                chunk = data[start : start + CHUNK_BYTES]
+                yield chunk
+                if progress is not None:
+                    progress(len(chunk))
+
+        headers = {"Content-Length": str(len(data)), "Content-Type": "application/wasm"}
+        response = self._request("PUT", f"/v1/artifacts/{_quoted(sha256)}", content=chunks(), headers=headers)
+        return self._decoded(api.ArtifactReply, response)
+
+    def publish_role(self, namespace: str, role: bytes) -> api.RoleReply:
+        """Publish the namespace's next role; a `ProblemError` with status 409 means that someone else was first."""
+        headers = {"Content-Type": "application/json"}
+        response = self._request("POST", f"/v1/roles/{_quoted(namespace)}", content=role, headers=headers)
+        return self._decoded(api.RoleReply, response)
+
+    # rollouts
+
+    def preflight(self, request: api.RolloutRequest) -> api.Preflight:
+        """What a rollout would do."""
+        return self._send(api.Preflight, "POST", "/v1/preflight", request)
+
+    def deploy(self, request: api.RolloutRequest) -> api.RolloutView:
+        """Start a rollout."""
+        return self._send(api.RolloutView, "POST", "/v1/rollouts", request)
+
+    def rollouts(self, *, group: str = "", limit: int = 50) -> api.Rollouts:
+        """The newest rollouts."""
+        query: dict[str, str | int] = {"group": group, "limit": limit} if group else {"limit": limit}
+        return self._get(api.Rollouts, "/v1/rollouts", query)
+
+    def rollout(self, rollout: str, *, wait_s: int = 0, since: int = 0) -> api.RolloutView:
+        """One rollout; with `wait_s`, returns when its revision is above `since`, or after that time."""
+        query = {"wait": wait_s, "since": since} if wait_s else {}
+        return self._get(api.RolloutView, f"/v1/rollouts/{_quoted(rollout)}", query, timeout_s=READ_TIMEOUT_S + wait_s)
+
+    def act(self, rollout: str, verb: str) -> api.RolloutView:
+        """`pause`, `resume` or `abort` a rollout."""
+        return self._send(api.RolloutView, "POST", f"/v1/rollouts/{_quoted(rollout)}/{verb}", None)
+
+    def undo(self, request: api.UndoRequest) -> api.RolloutView:
+        """Offer the previous state again."""
+        return self._send(api.RolloutView, "POST", "/v1/undo", request)
+
+    def remove(self, request: api.RemovalRequest) -> api.RolloutView:
+        """Take an instance off."""
+        return self._send(api.RolloutView, "POST", "/v1/removals", request)
+
+    # how
+
+    def _get(
+        self, kind: type[V], path: str, query: Mapping[str, str | int] | None = None, *, timeout_s: float | None = None
+    ) -> V:
+        extra: dict[str, Any] = {} if timeout_s is None else {"timeout": timeout_s}
+        return self._decoded(kind, self._request("GET", path, params=query, **extra))
+
+    def _send(self, kind: type[V], method: str, path: str, body: msgspec.Struct | None) -> V:
+        headers = {"Content-Type": "application/json"}
+        content = b"" if body is None else msgspec.json.encode(body)
+        return self._decoded(kind, self._request(method, path, content=content, headers=headers))
+
+    def _request(self, method: str, path: str, **how: Any) -> httpx.Response:
+        try:
+            return self._http.request(method, path, **how)
+        except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, ValueError) as error:
+            raise _unreachable(self.url, error) from error
+
+    def _checked(self, response: httpx.Response) -> httpx.Response:
+        if response.is_success:
+            return response
+        try:
+            problem = msgspec.json.decode(response.content, type=api.Problem)
+        except msgspec.MsgspecError as error:
+            raise AnswerError(
+                f"{self.url} answered {response.status_code} {response.reason_phrase}",
+                "which is not an answer of a wasmfleet server",
+                "check the url in operator/config.toml and what listens there",
+            ) from error
+        raise ProblemError(problem)
+
+    def _decoded(self, kind: type[V], response: httpx.Response) -> V:
+        try:
+            return msgspec.json.decode(self._checked(response).content, type=kind)
+        except msgspec.MsgspecError as error:
+            raise AnswerError(
+                f"the answer of {self.url} is not understood",
+                str(error),
+                "the server may be another version: compare 'fleet --version' on both machines",
+            ) from error
+
+
+def _unreachable(url: str, error: Exception) -> UnreachableError:
+    """Name the reason that a request never got an answer, and what to do about it."""
+    text = str(error) or type(error).__name__
+    match error:
+        case httpx.ConnectTimeout():
+            why, action = f"no connection within {CONNECT_TIMEOUT_S:g} s", _CHECK_NETWORK
+        case httpx.TimeoutException():
+            why, action = "it accepted the connection and did not answer in time", _CHECK_SERVER
+        case httpx.InvalidURL() | httpx.UnsupportedProtocol() | ValueError():
+            why, action = text, 'write url = "https://HOST:PORT" in operator/config.toml'
+        case _ if "CERTIFICATE_VERIFY_FAILED" in text:
+            reason = text.partition("CERTIFICATE_VERIFY_FAILED] ")[2].partition(" (_ssl")[0] or text
+            why, action = f"its certificate is not this fleet's: {reason}", _CHECK_HOME
+        case httpx.ConnectError() if "refused" in text.lower():
+            why, action = "connection refused, nothing listens there", _CHECK_SERVER
+        case httpx.ConnectError():
+            why, action = text, _CHECK_NETWORK
+        case _:
+            why, action = f"the connection was lost: {text}", _CHECK_SERVER
+    return UnreachableError(f"cannot reach the server at {url}", why, action)
+
+
+_CHECK_SERVER: Final = "start it with 'fleet serve', or look at its log"
+_CHECK_NETWORK: Final = "check the address in operator/config.toml and the network between"
+_CHECK_HOME: Final = "use the --home of this fleet, or check that the address is right"
+
+
+def _is_loopback(url: str) -> bool:
+    """Whether a URL is of this machine; a proxy from the environment is never asked for those."""
+    with contextlib.suppress(ValueError):
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def _quoted(part: str) -> str:
+    """One segment of a path: what people type may hold a slash."""
+    return quote(part, safe="")
