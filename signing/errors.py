@@ -1,0 +1,46 @@
+"""What can go wrong with trust, and whose fault it is.
+
+The tree:
+
+- SigningError
+    - Rejected: the peer's data: unsigned, older, foreign, too large... with a code that travels in reports
+    - KeyFileError: the operator's key file or passphrase
+    - RepositoryError: the operator's act does not fit the repository as it is
+        - ConflictError: someone else published in between: fetch, look, sign again
+- FetchNotFound: not an error of trust: the repository has no file of that name
+"""
+
+from fleet.protocol.codes import RejectCode
+
+
+class SigningError(Exception):
+    """Base of all errors of this package; the message is one sentence for people."""
+
+
+class Rejected(SigningError):  # noqa: N818 - a verdict, and the word that operators read
+    """The peer's data was refused.
+
+    Attributes:
+        code: why, from the closed vocabulary that travels in reports.
+    """
+
+    def __init__(self, code: RejectCode, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+
+class KeyFileError(SigningError):
+    """A key file that cannot be read, written or opened with the passphrase given."""
+
+
+class RepositoryError(SigningError):
+    """What the operator asks for does not fit the repository."""
+
+
+class ConflictError(RepositoryError):
+    """Compare-and-swap lost: the role was published by someone else in between."""
+
+
+class FetchNotFound(Exception):  # noqa: N818 - a fact about a file, expected at the end of every walk of roots
+    """The repository has no file of that name (HTTP 404). Raised by `Fetch` functions."""

@@ -1,0 +1,165 @@
+"""Signing keys in files: made, written so that nobody else can read them, and opened again.
+
+Ed25519 throughout. Without a passphrase a key is PKCS#8 in the clear: for development, and for the online roles on a
+server. With one it is PKCS#12 with 600,000 rounds, or OpenSSH's format with bcrypt (`ssh-keygen -p` can change that
+passphrase; it needs the bcrypt package). Plain encrypted PKCS#8 is read and never written: its 2,048 rounds are guessed
+too quickly.
+"""
+
+import contextlib
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+    load_ssh_private_key,
+    pkcs12,
+)
+from securesystemslib.signer import CryptoSigner
+
+from signing.errors import KeyFileError
+
+MAX_BYTES: Final = 64 * 1024
+PKCS12_ROUNDS: Final = 600_000
+BCRYPT_ROUNDS: Final = 64
+MIN_PASSPHRASE_BYTES: Final = 8
+_PKCS12_NAME: Final = b"wasmfleet"
+
+
+class Format(StrEnum):
+    """How an encrypted key lies in its file."""
+
+    OPENSSH = "openssh"
+    PKCS12 = "pkcs12"
+
+
+def generate(path: Path, *, passphrase: bytes | None = None, form: Format = Format.PKCS12) -> CryptoSigner:
+    """Make an Ed25519 key, write it to a new file of mode 0600 and return its signer.
+
+    Args:
+        path: must not exist yet: a key is never overwritten.
+        passphrase: None leaves the key in the clear.
+        form: of an encrypted file.
+
+    Raises:
+        KeyFileError: the file exists or cannot be written, or the passphrase is too short.
+    """
+    key = Ed25519PrivateKey.generate()
+    _write(path, _encode(key, passphrase, form))
+    return CryptoSigner(key)
+
+
+def load(path: Path, *, passphrase: bytes | None = None) -> CryptoSigner:
+    """Open a key file in any of the formats above.
+
+    Raises:
+        KeyFileError: no such file, others may read it, not a key of ours, or a missing or wrong passphrase.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise KeyFileError(f"cannot read the key {path}: {error.strerror}") from error
+    if mode & 0o077:
+        raise KeyFileError(f"others may read the key {path}: run chmod 600 {path}")
+    return parse(data, what=str(path), passphrase=passphrase)
+
+
+def parse(data: bytes, *, what: str, passphrase: bytes | None = None) -> CryptoSigner:
+    """Open a key from bytes; `what` names it in errors (a file, an environment variable).
+
+    Raises:
+        KeyFileError: as for `load`.
+    """
+    if len(data) > MAX_BYTES:
+        raise KeyFileError(f"{what} is too large to be a key")
+    try:
+        key = _decode(data, passphrase)
+    except TypeError as error:
+        hint = "is encrypted: give its passphrase" if passphrase is None else "is not encrypted: give no passphrase"
+        raise KeyFileError(f"{what} {hint}") from error
+    except UnsupportedAlgorithm as error:
+        raise KeyFileError(f"{what} cannot be opened here: {error}") from error
+    except ValueError as error:
+        wrong = " or the passphrase is wrong" if passphrase is not None else ""
+        raise KeyFileError(f"{what} is not a private key (PKCS#8, OpenSSH or PKCS#12){wrong}") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise KeyFileError(f"{what} holds another kind of key: Ed25519 is needed (fleet keys new)")
+    return CryptoSigner(key)
+
+
+def change_passphrase(
+    path: Path, *, old: bytes | None, new: bytes | None, form: Format = Format.PKCS12
+) -> CryptoSigner:
+    """Write the key anew under another passphrase, in place and atomically.
+
+    Raises:
+        KeyFileError: as for `load` and `generate`.
+    """
+    signer = load(path, passphrase=old)
+    key = load_pem_private_key(signer.private_bytes, None)
+    assert isinstance(key, Ed25519PrivateKey)
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    _write(beside, _encode(key, new, form))
+    beside.replace(path)
+    return signer
+
+
+def _encode(key: Ed25519PrivateKey, passphrase: bytes | None, form: Format) -> bytes:
+    if passphrase is None:
+        return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    if len(passphrase) < MIN_PASSPHRASE_BYTES:
+        raise KeyFileError(f"the passphrase is too short: at least {MIN_PASSPHRASE_BYTES} characters are needed")
+    if form is Format.OPENSSH:
+        strong = PrivateFormat.OpenSSH.encryption_builder().kdf_rounds(BCRYPT_ROUNDS).build(passphrase)
+        try:
+            return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, strong)
+        except UnsupportedAlgorithm as error:
+            raise KeyFileError("OpenSSH key files need the bcrypt package; PKCS#12 needs nothing more") from error
+    # Not BestAvailableEncryption: its number of rounds is the library's choice, and may be small.
+    strong = (
+        PrivateFormat.PKCS12.encryption_builder()
+        .kdf_rounds(PKCS12_ROUNDS)
+        .key_cert_algorithm(pkcs12.PBES.PBESv2SHA256AndAES256CBC)
+        .hmac_hash(hashes.SHA256())
+        .build(passphrase)
+    )
+    return pkcs12.serialize_key_and_certificates(_PKCS12_NAME, key, None, None, strong)
+
+
+def _decode(data: bytes, passphrase: bytes | None) -> object:
+    if b"-----BEGIN OPENSSH PRIVATE KEY-----" in data:
+        return load_ssh_private_key(data, passphrase)
+    if b"-----BEGIN" in data:
+        return load_pem_private_key(data, passphrase)
+    if passphrase is None and data[:1] == b"\x30":
+        raise TypeError("PKCS#12 files are encrypted")
+    return pkcs12.load_key_and_certificates(data, passphrase)[0]
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileExistsError as error:
+        raise KeyFileError(f"{path} exists: a key is never overwritten") from error
+    except OSError as error:
+        raise KeyFileError(f"cannot write the key {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise KeyFileError(f"cannot write the key {path}: {error.strerror}") from error
