@@ -1,0 +1,149 @@
+"""What a rollout does next: a pure function of the rollout, its boards and the time.
+
+A wave is offered; its boards succeed, fail or refuse. A breach (more failures than allowed) halts everything at once,
+in whichever wave it happens. The next wave comes when no board of the offered ones is under way, enough of the newest
+wave succeeded, and all have soaked. Boards that are offline or deferred are in no denominator: they pass the gates
+later, by the same reports.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fleet.rollout.model import BREACHES, COMPLETED, DECIDED, OPEN, Board, Outcome, Rollout, State
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Offer wave `wave` (from 1) to its boards."""
+
+    wave: int
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """This board took too long: it has failed."""
+
+    device: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """Stop, and offer every board its previous state again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """Done: the value is what the group runs from now on. Stragglers get it when they come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do: why, and when to look again (seconds, None for when something is reported)."""
+
+    reason: str
+    until: float | None = None
+
+
+Action = Offer | Expire | Halt | Complete | Wait
+
+
+def decide(rollout: Rollout, boards: Sequence[Board], now: float) -> tuple[Action, ...]:
+    """What to do now, in this order. Calling again after carrying it out leads on; it always comes to rest."""
+    if rollout.state not in OPEN:
+        return ()
+    offered = [board for board in boards if board.wave <= rollout.wave]
+    return _judge(rollout, offered, now) or _proceed(rollout, boards, offered, now)
+
+
+def _judge(rollout: Rollout, offered: Sequence[Board], now: float) -> tuple[Action, ...]:
+    """What must happen at once, paused or not: a breach, or boards that took too long."""
+    breached = [board for board in offered if board.outcome in BREACHES]
+    if len(breached) > rollout.failures:
+        return (Halt(_blame(breached)),)
+    return tuple(
+        Expire(board.device, f"{board.device} gave no outcome in {rollout.timeout_s:g} s")
+        for board in offered
+        if board.outcome is Outcome.IN_PROGRESS and board.acked_at is not None
+        if now >= board.acked_at + rollout.timeout_s
+    )
+
+
+def _proceed(rollout: Rollout, boards: Sequence[Board], offered: Sequence[Board], now: float) -> tuple[Action, ...]:
+    """The next wave, the end, or why neither."""
+    if rollout.state is State.PAUSED:
+        return (Wait("paused by an operator", _next_timeout(rollout, offered)),)
+    if rollout.wave == 0:
+        return (_offer(rollout, boards, 1),)
+    held = _held_up(rollout, offered, now)
+    if held is not None:
+        return (held,)
+    if rollout.wave < len(rollout.sizes):
+        return (_offer(rollout, boards, rollout.wave + 1),)
+    return (Complete(),)
+
+
+def _offer(rollout: Rollout, boards: Sequence[Board], wave: int) -> Offer:
+    assert 1 <= wave <= len(rollout.sizes)
+    return Offer(wave, tuple(board.device for board in boards if board.wave == wave))
+
+
+def _held_up(rollout: Rollout, offered: Sequence[Board], now: float) -> Wait | Halt | None:
+    """Why the next step must wait; None when the gates are open."""
+    busy = [board for board in offered if board.outcome is Outcome.IN_PROGRESS]
+    silent = [
+        board
+        for board in offered
+        if board.outcome is Outcome.WAITING and board.online and now < (board.offered_at or 0) + rollout.answer_s
+    ]
+    if busy or silent:
+        times = [_next_timeout(rollout, busy), *((board.offered_at or 0) + rollout.answer_s for board in silent)]
+        return Wait(_progress(offered), min((time for time in times if time is not None), default=None))
+    newest = [board for board in offered if board.wave == rollout.wave and board.outcome is not Outcome.SKIPPED]
+    completed = [board for board in newest if board.outcome in COMPLETED]
+    if len(completed) < min(rollout.minimum, len(newest)):
+        return Wait(f"wave {rollout.wave} waits for a board that answers: {_names(newest)}")
+    if rollout.wave == len(rollout.sizes):
+        return _unproven(offered)
+    ready = max((board.ended_at or 0) for board in completed) + rollout.soak_s if completed else now
+    return Wait(f"wave {rollout.wave} soaks for {rollout.soak_s:g} s", ready) if now < ready else None
+
+
+def _unproven(offered: Sequence[Board]) -> Wait | Halt | None:
+    """A rollout that no board has taken is not done: it waits for the absent, or ends when there are none."""
+    if any(board.outcome is Outcome.SUCCEEDED for board in offered):
+        return None
+    absent = [board for board in offered if board.outcome not in DECIDED]
+    if absent:
+        return Wait(f"no board has it yet; not heard of: {_names(absent)}")
+    breached = [board for board in offered if board.outcome in BREACHES]
+    return Halt(_blame(breached)) if breached else None
+
+
+def _names(boards: Sequence[Board]) -> str:
+    return ", ".join(board.device for board in boards[:3]) + (f" and {len(boards) - 3} more" if len(boards) > 3 else "")  # noqa: PLR2004
+
+
+def _next_timeout(rollout: Rollout, boards: Sequence[Board]) -> float | None:
+    ends = [
+        board.acked_at + rollout.timeout_s
+        for board in boards
+        if board.acked_at is not None and board.outcome is Outcome.IN_PROGRESS
+    ]
+    return min(ends, default=None)
+
+
+def _progress(offered: Sequence[Board]) -> str:
+    done = sum(board.outcome is Outcome.SUCCEEDED for board in offered)
+    return f"{done} of {len(offered)} offered boards have it"
+
+
+def _blame(breached: Sequence[Board]) -> str:
+    first = min(breached, key=lambda board: (board.ended_at or 0, board.device))
+    why = f" ({first.code})" if first.code else ""
+    more = f" and {len(breached) - 1} more" if len(breached) > 1 else ""
+    said = f": {first.message}" if first.message else ""
+    return f"{first.device}{more} {first.outcome}{why}{said}"
