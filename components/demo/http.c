@@ -7,7 +7,7 @@
 #include "guest.h"
 
 #ifndef VERSION
-#define VERSION "1"
+#define VERSION 1
 #endif
 
 // The layouts of the canonical ABI for `request` (flattened, in order) and `response` (in memory).
