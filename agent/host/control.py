@@ -1,0 +1,220 @@
+"""What the supervisor and a lane say to each other: one packet, one message, with the descriptors that belong to it.
+
+The lane's end of this socket is all that it has of the world, beside the connections of its clients. A lane trusts the
+supervisor; the supervisor trusts nothing a lane says further than that lane's own figures and log.
+"""
+
+import array
+import os
+import socket
+from typing import Final
+
+import msgspec
+
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Grants, Limits
+
+PACKET_MAX_BYTES: Final = 160 * 1024
+FDS_MAX: Final = 4
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
+    """First of all, with three descriptors: the image's memfd, the figures' page, and the data directory if `data`.
+
+    Attributes:
+        uid: what to become, None to stay.
+        data: whether a directory descriptor comes along.
+    """
+
+    instance: str
+    grants: Grants
+    limits: Limits
+    config: dict[str, str] = {}
+    uid: int | None = None
+    data: bool = False
+
+
+class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
+    """Accept connections from the listener that comes along."""
+
+
+class Adopt(msgspec.Struct, frozen=True, kw_only=True, tag="adopt"):
+    """Take over the connections that arrive on the socket that comes along."""
+
+
+class HandOver(msgspec.Struct, frozen=True, kw_only=True, tag="hand-over"):
+    """Accept no more; pass every connection on to the socket that comes along, each at a message boundary.
+
+    Without a socket, connections end after their answer instead. Answered with `HandedOver` when none is left.
+    """
+
+    deadline_ms: int = 10_000
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
+    """Ask the guest's health export. Answered with `Checked`."""
+
+    id: int
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
+    """Run the guest's scheduled task. Answered with `Ran`."""
+
+    id: int
+    scheduled_ms: int
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
+    """Answer with `Probed`: whether the lane still listens."""
+
+    id: int
+
+
+ToLane = Setup | Serve | Adopt | HandOver | Check | Task | Probe
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The guest is instantiated in its cell. A descriptor of the lane's own memory figures comes along if there is one.
+
+    Attributes:
+        kinds: what it exports (`agent.host.engine.HANDLER` and so on).
+        layers: containment layer -> whether it holds in this lane.
+    """
+
+    kinds: tuple[str, ...]
+    layers: dict[str, bool]
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
+    """It could not be set up; the lane ends."""
+
+    code: RejectCode
+    message: str
+
+
+class HandedOver(msgspec.Struct, frozen=True, kw_only=True, tag="handed-over"):
+    """Nothing is left with this lane; `cut` connections were closed at the deadline."""
+
+    passed: int
+    cut: int = 0
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
+    """The guest's health: None for well."""
+
+    id: int
+    problem: str | None = None
+
+
+class Ran(msgspec.Struct, frozen=True, kw_only=True, tag="ran"):
+    """The task has ended: None for done."""
+
+    id: int
+    problem: str | None = None
+
+
+class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
+    """It listens."""
+
+    id: int
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True, tag="line"):
+    """One log line of the guest; `dropped` lines before it went over the limit."""
+
+    text: str
+    dropped: int = 0
+
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True, tag="fault"):
+    """A call ended in a trap or a limit."""
+
+    message: str
+
+
+class Busy(msgspec.Struct, frozen=True, kw_only=True, tag="busy"):
+    """A call has been in flight for `ms`; `overdue` when it is past any time it may take: only killing helps."""
+
+    ms: int
+    overdue: bool = False
+
+
+FromLane = Ready | Refused | HandedOver | Checked | Ran | Probed | Line | Fault | Busy
+
+_to_lane: Final[msgspec.json.Decoder[ToLane]] = msgspec.json.Decoder(ToLane)
+_from_lane: Final[msgspec.json.Decoder[FromLane]] = msgspec.json.Decoder(FromLane)
+
+
+class GoneError(Exception):
+    """The other side closed, or sent what is no message."""
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """A socket pair of the type this protocol speaks."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+
+
+def send_packet(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
+    """Send one packet and descriptors, which stay open here; OSError as the socket has it."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+
+
+def receive_packet(sock: socket.socket) -> tuple[bytes, tuple[int, ...]]:
+    """One packet and its descriptors, which the caller owns.
+
+    Raises:
+        GoneError: closed, or cut short.
+        BlockingIOError: nothing there on a non-blocking socket.
+    """
+    space = socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)
+    try:
+        data, rights, flags, _ = sock.recvmsg(PACKET_MAX_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise GoneError(str(error)) from error
+    fds = array.array("i")
+    for level, kind, payload in rights:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or (not data and not fds):
+        for fd in fds:
+            os.close(fd)
+        raise GoneError("the other side closed the connection" if not data else "a packet larger than is allowed")
+    return data, tuple(fds)
+
+
+def send(sock: socket.socket, message: ToLane | FromLane, *fds: int) -> None:
+    """Send one message and descriptors, which stay open here.
+
+    Raises:
+        GoneError: the other side is gone.
+        BlockingIOError: a non-blocking socket is full; nothing was sent.
+    """
+    try:
+        send_packet(sock, msgspec.json.encode(message), fds)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise GoneError(str(error)) from error
+
+
+def receive_to_lane(sock: socket.socket) -> tuple[ToLane, tuple[int, ...]]:
+    """The supervisor's next message; raises as `receive_packet`."""
+    data, fds = receive_packet(sock)
+    try:
+        return _to_lane.decode(data), fds
+    except msgspec.MsgspecError as error:
+        raise GoneError(f"not a message of the supervisor's: {error}") from error
+
+
+def receive_from_lane(sock: socket.socket) -> tuple[FromLane, tuple[int, ...]]:
+    """A lane's next message; raises as `receive_packet`, and `GoneError` for what is none."""
+    data, fds = receive_packet(sock)
+    try:
+        return _from_lane.decode(data), fds
+    except msgspec.MsgspecError as error:
+        for fd in fds:
+            os.close(fd)
+        raise GoneError(f"not a message of a lane's: {error}") from error

@@ -1,0 +1,398 @@
+"""The one door to wasmtime: how components are compiled, loaded, and given nothing but what was granted.
+
+Compiling happens in `agent.host.compiler` alone; lanes load images and call them. `parallel_compilation` is off, so that
+a process which made an engine (the zygote) still has one thread and may be forked. The engine's memory plan depends on
+the board's address space and is part of what an image is compiled for: `describe()` names everything that is.
+
+Raises `EngineError` for what cannot be loaded or offered, `GuestError` for what a guest did.
+"""
+
+import hashlib
+import importlib.metadata
+import mmap
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import wasmtime
+from wasmtime import Config, Store, WasiConfig, WasmtimeError
+from wasmtime import component as wc
+from wasmtime.component import Func
+
+from agent.host.codec import Answer, Codec, Fast, Stock
+from fleet.protocol.caps import MIB
+from fleet.protocol.codes import CallOutcome, RejectCode
+from fleet.protocol.manifest import Grants, Limits
+
+TICK_MS: Final = 10
+_FOREVER: Final = 2**62
+_GIB: Final = 1024 * MIB
+_GUARD_BYTES: Final = 64 * 1024
+_MAX_TABLE_ELEMENTS: Final = 100_000
+_MAX_CORE_INSTANCES: Final = 128
+_MAX_BACKTRACE_CHARS: Final = 4096
+
+HANDLER: Final = "wasmfleet:http/handler"
+HEALTH: Final = "wasmfleet:http/health"
+TASK: Final = "wasmfleet:schedule/task"
+LOGGING: Final = "wasi:logging/logging"
+CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
+
+Log = Callable[[str], None]
+
+
+class EngineError(Exception):
+    """Something cannot be compiled, loaded or offered; `code` says which."""
+
+    def __init__(self, code: RejectCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class GuestError(Exception):
+    """A call of the guest ended in a trap or a limit; its store is gone."""
+
+    def __init__(self, outcome: CallOutcome, message: str) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How linear memories lie in the address space: bytes reserved and guarded for each.
+
+    A full reservation lets the hardware check bounds; a small one costs an instruction for each access.
+    """
+
+    reservation_bytes: int
+    guard_bytes: int
+
+
+FULL: Final = MemoryPlan(4 * _GIB, 2 * _GIB)
+SIZED: Final = MemoryPlan(64 * MIB, _GUARD_BYTES)
+NONE: Final = MemoryPlan(0, _GUARD_BYTES)
+
+
+def reservable_bytes() -> int:
+    """The largest power of two, at most 64 TiB, that this process can reserve in one piece."""
+    for bits in range(46, 30, -1):
+        try:
+            mmap.mmap(-1, 1 << bits, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, prot=0).close()
+        except (OSError, ValueError, OverflowError):
+            continue
+        return 1 << bits
+    return 0
+
+
+def memory_plan(reservable: int) -> MemoryPlan:
+    """The plan for an address space in which `reservable` bytes fit in one piece.
+
+    From 8 TiB on a thousand memories fit in full; Sv39 and 39-bit Arm give 128 to 256 GiB, where about 27 would.
+    """
+    if reservable >= 8 * 1024 * _GIB:
+        return FULL
+    return SIZED if reservable >= 32 * _GIB else NONE
+
+
+def version() -> str:
+    """wasmtime's version, as the package says it."""
+    return importlib.metadata.version("wasmtime")
+
+
+def cpu_flags() -> str:
+    """The CPU's features as the kernel lists them: an image compiled for one CPU may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in {"flags", "Features", "isa"}:
+            return " ".join(sorted(value.split()))
+    return ""
+
+
+def describe(*, fuel: bool = False) -> dict[str, str]:
+    """Everything that an image is compiled for; two boards with equal answers could share one."""
+    plan = memory_plan(reservable_bytes())
+    facts = {
+        "engine": version(),
+        "triple": f"{platform.machine()}-linux",
+        "cpu": hashlib.sha256(cpu_flags().encode()).hexdigest()[:16],
+        "memory": f"{plan.reservation_bytes}+{plan.guard_bytes}",
+        "fuel": str(fuel).lower(),
+    }
+    facts["config"] = hashlib.sha256("\n".join(f"{k}={v}" for k, v in sorted(facts.items())).encode()).hexdigest()
+    return facts
+
+
+class Image:
+    """A compiled component, mapped and ready to be instantiated."""
+
+    def __init__(self, engine: "Engine", component: wc.Component) -> None:
+        self.engine = engine
+        self.component = component
+        kind = component.type
+        self.imports = {name: _functions(engine.raw, extern) for name, extern in kind.imports(engine.raw).items()}
+        self.exports = tuple(kind.exports(engine.raw))
+
+    def export(self, interface: str, function: str) -> wc.ExportIndex | None:
+        """Where `interface` (without version) exports `function`; None if it does not."""
+        for name in self.exports:
+            if name.partition("@")[0] == interface:
+                outer = self.component.get_export_index(name)
+                return None if outer is None else self.component.get_export_index(function, outer)
+        return None
+
+    def not_granted(self, grants: Grants) -> tuple[str, ...]:
+        """The imports that need a grant and have none. An interface of types alone needs none."""
+        return tuple(name for name, functions in self.imports.items() if functions and not grants.allows(name))
+
+
+def _functions(engine: wasmtime.Engine, extern: Any) -> bool:
+    """Whether an import brings anything but plain types."""
+    item = extern.ty
+    if isinstance(item, wc.ComponentInstanceType):
+        return any(_functions(engine, inner) for inner in item.exports(engine).values())
+    return not isinstance(item, wc.ValType)
+
+
+class Engine:
+    """An engine and its codec. Make one before forking lanes; enter wasm only in lanes."""
+
+    def __init__(self, *, fuel: bool = False, plan: MemoryPlan | None = None) -> None:
+        plan = plan or memory_plan(reservable_bytes())
+        config = Config()
+        config.parallel_compilation = False
+        config.epoch_interruption = True
+        config.wasm_component_model = True
+        config.wasm_threads = False
+        config.memory_reservation = plan.reservation_bytes
+        config.memory_guard_size = plan.guard_bytes
+        config.memory_reservation_for_growth = 0 if plan is NONE else plan.guard_bytes
+        if fuel:
+            config.consume_fuel = True
+        self.fuel = fuel
+        self.raw = wasmtime.Engine(config)
+        self.codec: Codec = Fast()
+
+    def compile(self, artifact: bytes | str) -> bytes:
+        """The image of a component (or of its text form).
+
+        Raises:
+            EngineError: NOT_A_COMPONENT or COMPILE_FAILED, with the engine's reason.
+        """
+        try:
+            return bytes(wc.Component(self.raw, artifact).serialize())
+        except WasmtimeError as error:
+            raise EngineError(RejectCode.COMPILE_FAILED, _first_lines(str(error))) from error
+
+    def load(self, path: str) -> Image:
+        """Map an image; it must come from this board's compiler, since loading one is running it.
+
+        Raises:
+            EngineError: IMAGE_DAMAGED: made for another engine, or no image at all.
+        """
+        try:
+            return Image(self, wc.Component.deserialize_file(self.raw, path))
+        except WasmtimeError as error:
+            raise EngineError(RejectCode.IMAGE_DAMAGED, _first_lines(str(error))) from error
+
+    def tick(self) -> None:
+        """Let one epoch (`TICK_MS`) pass for the call in flight. The only method for another thread."""
+        self.raw.increment_epoch()
+
+
+class Guest:
+    """A live instance of an image in its own store. After a `GuestError` it is spent: make a new one."""
+
+    def __init__(self, image: Image, *, limits: Limits, grants: Grants, config: dict[str, str], log: Log) -> None:
+        """Instantiate, within `limits.start_ms`.
+
+        Raises:
+            EngineError: GRANT_DENIED, or START_FAILED where the linker has no such interface.
+            GuestError: it trapped or took too long in its start.
+        """
+        missing = image.not_granted(grants)
+        if missing:
+            raise EngineError(RejectCode.GRANT_DENIED, f"it imports {', '.join(missing)}, which is not granted")
+        self._image = image
+        self._limits = limits
+        self._store = Store(image.engine.raw)
+        self._store.set_limits(
+            memory_size=limits.memory_bytes,
+            table_elements=_MAX_TABLE_ELEMENTS,
+            instances=_MAX_CORE_INSTANCES,
+            tables=_MAX_CORE_INSTANCES,
+            memories=_MAX_CORE_INSTANCES,
+        )
+        linker = _linker(image, self._store, config, log)
+        self._arm(limits.start_ms)
+        try:
+            self._instance = linker.instantiate(self._store, image.component)
+        except WasmtimeError as error:
+            text = str(error)
+            if "wasm trap" in text or "wasm backtrace" in text:
+                raise guest_error(error) from error
+            raise EngineError(RejectCode.START_FAILED, _first_lines(text)) from error
+        self._handle = self._function(HANDLER, "handle")
+        self._check = self._function(HEALTH, "check")
+        self._run = self._function(TASK, "run")
+
+    def _function(self, interface: str, name: str) -> Func | None:
+        index = self._image.export(interface, name)
+        return None if index is None else self._instance.get_func(self._store, index)
+
+    def _arm(self, budget_ms: int) -> None:
+        self._store.set_epoch_deadline(budget_ms // TICK_MS + 1)
+        if self._image.engine.fuel:
+            self._store.set_fuel(self._limits.fuel or _FOREVER)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Which of HANDLER, HEALTH and TASK it exports."""
+        found = ((HANDLER, self._handle), (HEALTH, self._check), (TASK, self._run))
+        return frozenset(name for name, function in found if function is not None)
+
+    def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> Answer:
+        """One HTTP exchange: status, header fields and body. Raises `GuestError`."""
+        assert self._handle is not None
+        self._arm(self._limits.call_ms)
+        try:
+            return self._image.engine.codec.call(self._store, self._handle, method, target, headers, body)
+        except WasmtimeError as error:
+            raise guest_error(error) from error
+
+    def check(self) -> str | None:
+        """Ask its health export: None for well, else its sentence. Raises `GuestError`."""
+        return None if self._check is None else self._call(self._check)
+
+    def run(self, scheduled_ms: int) -> str | None:
+        """Run its task: None for done, else its sentence. Raises `GuestError`."""
+        assert self._run is not None
+        return self._call(self._run, scheduled_ms)
+
+    def _call(self, function: Func, *arguments: Any) -> str | None:
+        self._arm(self._limits.call_ms)
+        try:
+            result = function(self._store, *arguments)
+        except WasmtimeError as error:
+            raise guest_error(error) from error
+        return result if result is None else str(result)
+
+    def close(self) -> None:
+        """Give its memory back at once."""
+        self._store.close()
+
+
+def guest_error(error: WasmtimeError) -> GuestError:
+    """Say what a failed call was: a limit of time or fuel, or a trap with its wasm backtrace."""
+    text = str(error)
+    outcome, why = CallOutcome.GUEST_TRAP, _reason(text)
+    if "wasm trap: interrupt" in text:
+        outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its time for one call"
+    elif "all fuel consumed" in text:
+        outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its fuel for one call"
+    return GuestError(outcome, f"{why}\n{text}"[:_MAX_BACKTRACE_CHARS])
+
+
+def _reason(text: str) -> str:
+    """The cause alone: it stands last, below a backtrace that may be cut off."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it failed without saying why"
+
+
+def _first_lines(text: str) -> str:
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())[:1000]
+
+
+def _linker(image: Image, store: Store, config: dict[str, str], log: Log) -> wc.Linker:
+    """A linker with what the component imports and was granted, and nothing else."""
+    linker = wc.Linker(image.engine.raw)
+    names = [name for name, functions in image.imports.items() if functions]
+    ours = [name for name in names if name.partition("@")[0] in (LOGGING, *CONFIG)]
+    if set(names) - set(ours):
+        linker.add_wasip2()
+        wasi = WasiConfig()
+        wasi.stdout_custom = _Lines(log)
+        wasi.stderr_custom = _Lines(log)
+        if any(name.startswith("wasi:cli/environment") for name in names):
+            wasi.env = list(config.items())
+        store.set_wasi(wasi)
+    with linker.root() as root:
+        for name in ours:
+            with root.add_instance(name) as instance:
+                if name.startswith(LOGGING):
+                    instance.add_func("log", lambda _store, level, context, text: log(_line(level, context, text)))
+                else:
+                    instance.add_func("get", lambda _store, key: config.get(key))
+                    instance.add_func("get-all", lambda _store: list(config.items()))
+    return linker
+
+
+def _line(level: str, context: str, text: str) -> str:
+    return f"{level} {context}: {text}" if context else f"{level} {text}"
+
+
+class _Lines:
+    """Cuts what a guest writes to its standard streams into log lines."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._rest = b""
+
+    def __call__(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _MAX_BACKTRACE_CHARS:
+            lines, self._rest = [*lines, self._rest], b""
+        for line in lines:
+            self._log(line.decode(errors="replace"))
+
+
+_ECHO: Final = """
+(component
+  (core module $m
+    (memory (export "memory") 4)
+    (global $top (mut i32) (i32.const 1024))
+    (func (export "realloc") (param i32 i32 i32 i32) (result i32)
+      (local $at i32)
+      (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
+      (global.set $top (i32.add (local.get $at) (local.get 3)))
+      (local.get $at))
+    (func (export "handle") (param i32 i32 i32 i32 i32 i32 i32 i32) (result i32)
+      (i32.store16 (i32.const 64) (i32.const 299))
+      (i32.store (i32.const 68) (local.get 4)) (i32.store (i32.const 72) (local.get 5))
+      (i32.store (i32.const 76) (local.get 6)) (i32.store (i32.const 80) (local.get 7))
+      (i32.const 64))
+    (func (export "reset") (param i32) (global.set $top (i32.const 1024))))
+  (core instance $i (instantiate $m))
+  (type $request (record
+    (field "method" string) (field "target" string) (field "headers" string) (field "body" (list u8))))
+  (type $response (record (field "status" u16) (field "headers" string) (field "body" (list u8))))
+  (func $handle (param "request" $request) (result $response)
+    (canon lift (core func $i "handle") (memory (core memory $i "memory"))
+      (realloc (core func $i "realloc")) (post-return (core func $i "reset"))))
+  (instance $handler (export "request" (type $request)) (export "response" (type $response))
+    (export "handle" (func $handle)))
+  (export "wasmfleet:http/handler@0.1.0" (instance $handler)))
+"""
+
+
+def self_test(engine: Engine) -> bool:
+    """Send bytes of many lengths through a component and back by the fast codec. Call it in a forked child only."""
+    image = Image(engine, wc.Component(engine.raw, _ECHO))
+    guest = Guest(image, limits=Limits(), grants=Grants(), config={}, log=lambda _line: None)
+    pattern = bytes(range(256)) * 64
+    return all(
+        guest.handle(b"PUT", b"/x", b"a: \xc3\xa9\r\n", pattern[:length])
+        == (299, b"a: \xc3\xa9\r\n", pattern[:length])
+        for length in (0, 1, 31, 256, 4096, len(pattern), 7)
+    )
+
+
+def use_stock_codec(engine: Engine) -> None:
+    """Fall back to the bindings' own codec, after a self-test that failed."""
+    engine.codec = Stock()
+

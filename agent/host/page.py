@@ -1,0 +1,107 @@
+"""A lane's figures in one shared page: the lane writes, the supervisor reads without waking it.
+
+A page is a memfd of fixed size (sealed against resizing, so that no lane can pull it from under the supervisor).
+Single writer; a reader may see a call half counted, which figures bear.
+"""
+
+import fcntl
+import mmap
+import os
+import struct
+from dataclasses import dataclass, field
+from typing import Final
+
+from fleet.protocol.codes import CallOutcome
+
+SIZE: Final = 4096
+_RING: Final = 512
+_OUTCOMES: Final = tuple(CallOutcome)
+# errors, calls, began (monotonic ns of the call in flight, 0 for none), denials, log lines dropped
+_ERRORS, _CALLS, _BEGAN, _DROPPED = 0, 8, 16, 24
+_COUNTS: Final = 64
+_LATENCIES: Final = 1024
+_U64: Final = struct.Struct("=Q")
+_U32: Final = struct.Struct("=I")
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def create(name: str) -> int:
+    """The descriptor of a new page, all zero."""
+    fd = os.memfd_create(f"figures-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, SIZE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    return fd
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a page says: calls by outcome, answers of 500 and above, the last latencies in microseconds."""
+
+    calls: dict[str, int] = field(default_factory=dict)
+    errors: int = 0
+    latencies_us: tuple[int, ...] = ()
+    began_ns: int = 0
+    dropped_lines: int = 0
+
+    def plus(self, other: "Figures") -> "Figures":
+        """Both together; the newer latencies are `other`'s."""
+        calls = dict(self.calls)
+        for outcome, count in other.calls.items():
+            calls[outcome] = calls.get(outcome, 0) + count
+        return Figures(
+            calls=calls,
+            errors=self.errors + other.errors,
+            latencies_us=(self.latencies_us + other.latencies_us)[-_RING:],
+            dropped_lines=self.dropped_lines + other.dropped_lines,
+        )
+
+    def percentile_us(self, share: float) -> int:
+        """The latency that `share` of the last calls stayed within; 0 without calls."""
+        ordered = sorted(self.latencies_us)
+        return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0
+
+
+class Page:
+    """A mapped page, for its writer or its reader."""
+
+    def __init__(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, SIZE)
+
+    def _add(self, at: int) -> int:
+        value: int = _U64.unpack_from(self._map, at)[0] + 1
+        _U64.pack_into(self._map, at, value)
+        return value
+
+    def begin(self, now_ns: int) -> None:
+        """A call begins."""
+        _U64.pack_into(self._map, _BEGAN, now_ns)
+
+    def end(self, outcome: CallOutcome, us: int | None = None, *, error: bool = False) -> None:
+        """A call has ended after `us` microseconds of guest time (None: the guest was not entered)."""
+        _U64.pack_into(self._map, _BEGAN, 0)
+        self._add(_COUNTS + 8 * _OUTCOMES.index(outcome))
+        if error:
+            self._add(_ERRORS)
+        if us is not None:
+            calls = self._add(_CALLS)
+            _U32.pack_into(self._map, _LATENCIES + 4 * ((calls - 1) % _RING), min(us, 0xFFFFFFFF))
+
+    def dropped(self) -> None:
+        """A log line went over the limit."""
+        self._add(_DROPPED)
+
+    def read(self) -> Figures:
+        """The figures now."""
+        counts = struct.unpack_from(f"={len(_OUTCOMES)}Q", self._map, _COUNTS)
+        calls: int = _U64.unpack_from(self._map, _CALLS)[0]
+        return Figures(
+            calls={outcome.value: count for outcome, count in zip(_OUTCOMES, counts, strict=True) if count},
+            errors=_U64.unpack_from(self._map, _ERRORS)[0],
+            latencies_us=struct.unpack_from(f"={min(calls, _RING)}I", self._map, _LATENCIES),
+            began_ns=_U64.unpack_from(self._map, _BEGAN)[0],
+            dropped_lines=_U64.unpack_from(self._map, _DROPPED)[0],
+        )
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._map.close()
