@@ -1,0 +1,242 @@
+"""What every `fleet` command shares: the common options, errors for people, exit codes and the lazily loaded groups.
+
+This module is imported for each `fleet --help` and each completion, so it imports click and nothing heavier.
+"""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+
+class Exit(IntEnum):
+    """Exit codes of every command, as the help documents them."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    REFUSED = 4
+    BUG = 70
+    INTERRUPTED = 130
+
+
+EXIT_CODES: Final = (
+    (Exit.OK, "done, or the rollout succeeded"),
+    (Exit.FAILED, "it was tried and failed: a rollout halted, aborted or rolled back"),
+    (Exit.USAGE, "wrong options or bad input: nothing was changed"),
+    (Exit.UNREACHABLE, "the server cannot be reached"),
+    (Exit.REFUSED, "the server refused: unknown, conflicting or not allowed"),
+    (Exit.INTERRUPTED, "interrupted; a rollout that was being followed goes on"),
+)
+
+
+class Fault(Exception):  # noqa: N818 - an error for people, raised by commands as a sentence
+    """An error for people, in one line: what happened; why; what to do next.
+
+    Attributes:
+        extra: text to print below on standard output, such as a file to save.
+    """
+
+    def __init__(self, what: str, why: str = "", action: str = "", *, code: Exit = Exit.USAGE, extra: str = "") -> None:
+        super().__init__("; ".join(part.rstrip(".") for part in (what, why, action) if part))
+        self.code, self.extra = code, extra
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The common options. `home` is None when neither --home nor WASMFLEET_HOME names one."""
+
+    home: Path | None = None
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+
+def _merge(context: click.Context, **given: Any) -> Options:
+    """The options given before the command's name, overridden by those after it."""
+    base = context.obj if isinstance(context.obj, Options) else Options()
+    return replace(base, **{name: value for name, value in given.items() if value})
+
+
+HOME: Final = click.Option(
+    ["--home"],
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The fleet's directory  [$WASMFLEET_HOME, else ~/.local/share/wasmfleet]",
+)
+JSON: Final = click.Option(["--json"], is_flag=True, help="Print JSON for programs")
+QUIET: Final = click.Option(["--quiet", "-q"], is_flag=True, help="Print results and errors only")
+DEBUG: Final = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error")
+
+
+class Command(click.Command):
+    """A command with the common options, also after its name, and examples at the end of its help."""
+
+    def __init__(self, *args: Any, examples: str = "", json: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+        self.common = [HOME, *([JSON] if json else []), QUIET, DEBUG]
+        self.own = list(self.params)
+        self.params += self.common
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Hand the common options to the callback as one value, before its own."""
+        given = {option.name: ctx.params.pop(option.name, None) for option in self.common if option.name}
+        ctx.obj = _merge(ctx, **given)
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The command's own options, then the common ones."""
+        own = [record for option in self.own if (record := option.get_help_record(ctx)) is not None]
+        if own:
+            with formatter.section("Options"):
+                formatter.write_dl(own)
+        common = [record for option in self.common if (record := option.get_help_record(ctx)) is not None]
+        with formatter.section("Common options"):
+            formatter.write_dl([*common, ("--help", "Show this message and exit")])
+
+    def format_epilog(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, as they stand."""
+        write_examples(formatter, self.examples)
+
+
+def write_examples(formatter: click.HelpFormatter, examples: str) -> None:
+    """Write a section of command lines without wrapping them."""
+    if examples:
+        with formatter.section("Examples"):
+            for line in examples.strip().splitlines():
+                formatter.write(f"{'':>{formatter.current_indent}}{line.strip()}\n")
+
+
+def command(name: str, *, examples: str = "", json: bool = True) -> Callable[[Callable[..., Any]], Command]:
+    """Make a function with `Options` as its first parameter a command; its docstring is the help."""
+
+    def make(function: Callable[..., Any]) -> Command:
+        made = click.command(name, cls=Command, examples=examples, json=json)(click.pass_obj(function))
+        assert isinstance(made, Command)
+        return made
+
+    return make
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a command lives and what its one line in the help says, known without importing it."""
+
+    where: str
+    short: str
+
+
+Sections = Mapping[str, Mapping[str, Entry]]
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, listed in sections."""
+
+    def __init__(self, *args: Any, sections: Sections, examples: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+        self.entries = {name: entry for section in sections.values() for name, entry in section.items()}
+        self.examples = examples
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """The names, in the order of the sections."""
+        return list(self.entries)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        del ctx
+        entry = self.entries.get(cmd_name)
+        if entry is None:
+            return None
+        module, _, name = entry.where.partition(":")
+        loaded = getattr(importlib.import_module(module), name)
+        assert isinstance(loaded, click.Command)
+        return loaded
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The sections; nothing is imported for it."""
+        width = max(len(name) for name in self.entries)
+        for title, section in self.sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), entry.short) for name, entry in section.items()])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, and on the outermost group the exit codes."""
+        write_examples(formatter, self.examples)
+        if ctx.parent is None:
+            with formatter.section("Exit codes"):
+                formatter.write_dl([(str(int(code)), meaning) for code, meaning in EXIT_CODES])
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and turn whatever is raised into one line and an exit code."""
+        kwargs["standalone_mode"] = False
+        argv = kwargs.get("args") or (args[0] if args else None) or sys.argv[1:]
+        debug = "--debug" in argv
+        try:
+            result = super().main(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the one place where an error becomes a line
+            if debug:
+                traceback.print_exc()
+            sys.exit(explain(error))
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+def explain(error: Exception) -> int:
+    """Print one line for `error` and return the exit code that belongs to it."""
+    match error:
+        case Fault():
+            line, code = str(error), error.code
+            if error.extra:
+                click.echo(error.extra)
+        case click.exceptions.Abort():
+            line, code = "interrupted", Exit.INTERRUPTED
+        case click.exceptions.NoArgsIsHelpError():
+            click.echo(error.format_message())
+            return Exit.USAGE
+        case click.UsageError():
+            path = error.ctx.command_path if error.ctx is not None else "fleet"
+            line, code = f"{_one_line(error.format_message())}; see '{path} --help'", Exit.USAGE
+        case click.ClickException():
+            line, code = _one_line(error.format_message()), Exit(error.exit_code)
+        case _:
+            line, code = _by_library(error)
+    click.echo(click.style("error:", fg="red", bold=True) + f" {_one_line(line)}", err=True)
+    return code
+
+
+def _by_library(error: Exception) -> tuple[str, Exit]:
+    """The line and code for errors of this project's own modules, imported only now that one was raised."""
+    from fleet.client import ClientError, ProblemError, UnreachableError  # noqa: PLC0415 - keeps the start fast
+
+    match error:
+        case UnreachableError():
+            return str(error), Exit.UNREACHABLE
+        case ProblemError():
+            return str(error), Exit.REFUSED
+        case ClientError():
+            return str(error), Exit.FAILED
+        case OSError() if error.strerror:
+            name = f"{error.filename}: " if error.filename else ""
+            return f"{name}{error.strerror.lower()}; check the path and its permissions", Exit.USAGE
+        case _:
+            kind = type(error).__name__
+            return f"{kind}: {error}; this is a bug in wasmfleet; run again with --debug and report it", Exit.BUG
+
+
+def _one_line(text: str) -> str:
+    """The text without line breaks and without a final full stop."""
+    return " ".join(text.split()).rstrip(".")
+
+
+def check_choice(value: str, known: Sequence[str], what: str) -> str:
+    """Return `value` if it is one of `known`; raises `Fault` with the nearest names."""
+    if value in known:
+        return value
+    raise Fault(f"unknown {what} {value!r}", f"there are {', '.join(known) or 'none'}")

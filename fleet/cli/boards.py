@@ -1,0 +1,305 @@
+"""`fleet device`, `why`, `group`, `enroll-token`, `pin`, `unpin`, `retry`, `restart`, `label` and `revoke`."""
+
+import re
+from typing import Final
+
+import click
+
+from fleet.cli import out
+from fleet.cli.base import Exit, Fault, Options, command
+from fleet.cli.home import connect, operator
+from fleet.cli.listings import running
+from fleet.cli.rollouts import finish
+from fleet.cli.values import config_values, label_values
+from fleet.protocol import api
+from fleet.protocol.assignment import Restart
+from fleet.protocol.names import BadNameError, TargetName
+
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+@command("device", examples="fleet device gate-7-1f2e3d4c\nfleet device gate-7-1f2e3d4c --json")
+@click.argument("device")
+@click.option("--effective", is_flag=True, help="Only what it should run, and who says so")
+def device(options: Options, *, device: str, effective: bool) -> Exit:
+    """One board: what it runs, what it should run and who says so, and how it is."""
+    with connect(options) as client:
+        detail = client.device(device)
+    if options.json:
+        out.show_json({"effective": list(detail.effective)} if effective else detail)
+        return Exit.OK
+    if not effective:
+        out.facts(_device_facts(detail))
+        out.console().print()
+        out.table(
+            ("INSTANCE", "RUNS", "STATE", "CALLS", "FAULTS", "P99", "MEMORY", "RESTARTS"),
+            [
+                (
+                    instance.instance,
+                    running(instance),
+                    str(instance.state),
+                    str(sum(instance.calls.values())),
+                    str(sum(count for outcome, count in instance.calls.items() if outcome.startswith("guest-"))),
+                    f"{instance.p99_us / 1000:.1f} ms",
+                    out.size(instance.memory_bytes),
+                    str(instance.restarts),
+                )
+                for instance in detail.row.instances
+            ],
+            empty="It runs nothing.",
+        )
+        out.console().print()
+    out.table(
+        ("INSTANCE", "SHOULD RUN", "BECAUSE OF", "PORT", "CONFIGURATION"),
+        [
+            (
+                item.instance,
+                out.target(item.target),
+                item.source,
+                str(item.port or "shared"),
+                " ".join(f"{key}={value}" for key, value in item.config.items()),
+            )
+            for item in detail.effective
+        ],
+        empty="Nothing is assigned to it.",
+    )
+    for entry in detail.failed:
+        click.echo(click.style("problem: ", fg="yellow", bold=True) + entry.text)
+        if entry.action:
+            click.echo(f"         {entry.action}")
+    return Exit.OK
+
+
+def _device_facts(detail: api.DeviceDetail) -> list[tuple[str, str]]:
+    row = detail.row
+    versions = row.versions
+    software = [
+        f"{name} {value}" for name, value in (("agent", versions.agent), ("wasmtime", versions.engine)) if value
+    ]
+    pairs = [
+        ("device", row.id),
+        ("state", "revoked" if row.revoked else "online" if row.online else f"offline (seen {out.ago(row.seen_at)})"),
+        ("groups", ", ".join(row.groups)),
+        ("labels", " ".join(f"{key}={value}" for key, value in row.labels.items())),
+        ("machine", ", ".join(part for part in (row.machine, versions.os, versions.kernel) if part)),
+        ("software", ", ".join(software)),
+        ("assignment", f"{row.assigned} published, {row.accepted} accepted, {row.committed} committed"),
+        ("certificate", f"until {detail.certificate_expires:%Y-%m-%d}" if detail.certificate_expires else ""),
+        ("enrolled", out.ago(detail.enrolled_at)),
+        ("problem", row.problem),
+    ]
+    if detail.health is not None:
+        board = detail.health.board
+        memory = f"{out.size(board.memory_available_bytes)} of {out.size(board.memory_total_bytes)} free"
+        heat = f", {board.temperature_c:.0f} °C" if board.temperature_c is not None else ""
+        layers = detail.health.containment
+        pairs += [
+            ("board", f"up {out.span(board.uptime_s)}, load {board.load:.2f} on {board.cpus} CPUs{heat}"),
+            ("memory", memory),
+            ("disk", f"{out.size(board.disk_free_bytes)} of {out.size(board.disk_total_bytes)} free"),
+            ("walls", ", ".join(name if holds else f"NO {name}" for name, holds in layers.items())),
+        ]
+    return pairs
+
+
+@command("why", examples="fleet why gate-7-1f2e3d4c\nfleet why gate-7-1f2e3d4c --limit 50 --log")
+@click.argument("device")
+@click.option("--limit", default=15, show_default=True, type=click.IntRange(1, 1000), help="So many entries at most")
+@click.option("--log", is_flag=True, help="With the log lines that came with a failure")
+def why(options: Options, *, device: str, limit: int, log: bool) -> Exit:
+    """What happened to a board, newest first; what is retried, and what to do."""
+    with connect(options) as client:
+        timeline = client.timeline(device, limit=limit)
+    if options.json:
+        out.show_json(timeline)
+        return Exit.OK
+    for entry in timeline.entries:
+        when = f"{entry.at.astimezone():%Y-%m-%d %H:%M:%S}"
+        click.echo(f"{click.style(when, dim=True)}  {_coloured(entry)}")
+        if entry.retryable:
+            click.echo("                     the board tries this again by itself")
+        if entry.action:
+            click.echo(f"                     {click.style('do:', bold=True)} {entry.action}")
+        for line in entry.log if log else ():
+            click.echo(f"                     | {line}")
+    if not timeline.entries:
+        click.echo(f"Nothing has happened to {timeline.device} yet.")
+    return Exit.OK
+
+
+def _coloured(entry: api.TimelineEntry) -> str:
+    bad = entry.code is not None or entry.kind == "revoked"
+    return click.style(entry.text, fg="red") if bad else entry.text
+
+
+@command("group", examples="fleet group edge-eu --add gate-7-1f2e3d4c\nfleet group spares --select site=berlin")
+@click.argument("name")
+@click.option("--add", multiple=True, metavar="DEVICE", help="Add a board; may be given more than once")
+@click.option("--drop", multiple=True, metavar="DEVICE", help="Take a board out; may be given more than once")
+@click.option(
+    "--select", multiple=True, metavar="LABEL=VALUE", help="Choose the boards by label instead of listing them"
+)
+@click.option("--priority", type=int, help="Of two groups that set an instance, the higher wins")
+def group(
+    options: Options,
+    *,
+    name: str,
+    add: tuple[str, ...],
+    drop: tuple[str, ...],
+    select: tuple[str, ...],
+    priority: int | None,
+) -> None:
+    """Make the group NAME, or change who belongs to it."""
+    labels = {key: value for key, value in label_values(select).items() if value is not None} if select else None
+    with connect(options) as client:
+        row = client.set_group(name, api.GroupRequest(priority=priority, selector=labels, add=add, remove=drop))
+    if options.json:
+        out.show_json(row)
+    else:
+        out.say(options, f"Group {row.name}: {row.boards} board{'' if row.boards == 1 else 's'}.")
+
+
+@command(
+    "enroll-token",
+    examples=(
+        "fleet enroll-token --group edge-eu\nfleet enroll-token --group edge-eu -q | ssh gate-7 sudo fleet-agent enroll"
+    ),
+)
+@click.option("--group", default="", help="The board's group; made when there is none")
+@click.option("--valid", default="1h", show_default=True, help="How long it can be used: 30m, 12h, 7d")
+def enroll_token(options: Options, *, group: str, valid: str) -> None:
+    """Make a one-time token with which one board joins.
+
+    The token is a secret: it goes to standard output and is shown only now. Pipe it into
+    `fleet-agent enroll` on the board; it is never an argument.
+    """
+    with connect(options) as client:
+        reply = client.enroll_token(api.EnrollTokenRequest(group=group, valid_s=seconds(valid)))
+    if options.json:
+        out.show_json(reply)
+        return
+    click.echo(reply.token)
+    if not options.quiet:
+        where = f" into group {reply.group}" if reply.group else ""
+        click.echo(f"For one board{where}, until {reply.expires.astimezone():%Y-%m-%d %H:%M}.", err=True)
+
+
+def seconds(text: str) -> int:
+    """A duration as people write it, in seconds; raises `Fault`."""
+    match = re.fullmatch(r"(\d{1,6})([smhd])", text.strip())
+    if match is None or int(match[1]) == 0:
+        raise Fault(f"{text!r} is no duration", "it is a whole number and a unit", "write 90s, 30m, 12h or 7d")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+@command(
+    "pin", examples="fleet pin gate-7-1f2e3d4c hello@1.4.0\nfleet pin gate-7-1f2e3d4c hello@1.4.0 --config level=debug"
+)
+@click.argument("device")
+@click.argument("target", metavar="NAME@VERSION")
+@click.option("--as", "instance", default="", help="Name of the instance  [the component's name]")
+@click.option("--config", multiple=True, metavar="KEY=VALUE", help="A configuration value; may be given more than once")
+@click.option("--port", type=click.IntRange(0, 65535), help="A port of its own; 0 for the shared one")
+@click.option("--detach", is_flag=True, help="Return at once instead of following")
+def pin(
+    options: Options,
+    *,
+    device: str,
+    target: str,
+    instance: str,
+    config: tuple[str, ...],
+    port: int | None,
+    detach: bool,
+) -> Exit:
+    """Give one board a published version of its own, whatever its groups say."""
+    who = operator(options)
+    try:
+        name = TargetName.parse(target, namespace=who.namespace)
+    except BadNameError as error:
+        raise Fault(str(error)) from None
+    request = api.RolloutRequest(
+        instance=instance or name.name,
+        target=name.path,
+        device=device,
+        waves="100%",
+        config=config_values(config),
+        port=port,
+    )
+    with who.client() as client:
+        return finish(client, client.pin(device, request), options, detach=detach)
+
+
+@command("unpin", examples="fleet unpin gate-7-1f2e3d4c hello")
+@click.argument("device")
+@click.argument("instance")
+def unpin(options: Options, *, device: str, instance: str) -> None:
+    """Let a board follow its groups again for one instance."""
+    with connect(options) as client:
+        detail = client.unpin(device, instance)
+    _show_effective(options, detail, instance)
+
+
+@command("retry", examples="fleet retry gate-7-1f2e3d4c hello")
+@click.argument("device")
+@click.argument("instance")
+def retry(options: Options, *, device: str, instance: str) -> None:
+    """Have an instance that failed on a board tried again."""
+    with connect(options) as client:
+        detail = client.retry(device, instance)
+    _show_effective(options, detail, instance)
+
+
+def _show_effective(options: Options, detail: api.DeviceDetail, instance: str) -> None:
+    if options.json:
+        out.show_json(detail)
+        return
+    for item in detail.effective:
+        if item.instance == instance:
+            attempt = f", attempt {item.attempt}" if item.attempt else ""
+            out.say(options, f"{detail.row.id} should run {out.target(item.target)} ({item.source}{attempt}).")
+            return
+    out.say(options, f"{detail.row.id} should run nothing as {instance}.")
+
+
+@command("restart", examples="fleet restart gate-7-1f2e3d4c hello")
+@click.argument("device")
+@click.argument("instance")
+def restart(options: Options, *, device: str, instance: str) -> None:
+    """Restart an instance on a board, by a signed command."""
+    with connect(options) as client:
+        reply = client.command(device, api.CommandRequest(verb=Restart(instance=instance)))
+    if options.json:
+        out.show_json(reply)
+    else:
+        out.say(
+            options, f"Command {reply.sequence} is on its way; it is good until {reply.expires.astimezone():%H:%M:%S}."
+        )
+
+
+@command("label", examples="fleet label gate-7-1f2e3d4c site=berlin\nfleet label gate-7-1f2e3d4c site-")
+@click.argument("device")
+@click.argument("labels", nargs=-1, required=True, metavar="LABEL=VALUE|LABEL-...")
+def label(options: Options, *, device: str, labels: tuple[str, ...]) -> None:
+    """Set labels of a board, or remove one with a trailing '-'."""
+    with connect(options) as client:
+        detail = client.label(device, api.LabelsRequest(labels=label_values(labels)))
+    if options.json:
+        out.show_json(detail)
+    else:
+        now = " ".join(f"{key}={value}" for key, value in detail.row.labels.items()) or "no labels"
+        out.say(options, f"{detail.row.id}: {now}")
+
+
+@command("revoke", examples="fleet revoke gate-7-1f2e3d4c")
+@click.argument("device")
+@click.option("--yes", is_flag=True, help="Do not ask")
+def revoke(options: Options, *, device: str, yes: bool) -> None:
+    """Shut a board out of the fleet: its certificate is refused from now on. It keeps running what it runs."""
+    if not yes and not click.confirm(f"Shut {device} out? It can come back only by enrolling anew.", err=True):
+        raise click.Abort
+    with connect(options) as client:
+        detail = client.revoke(device)
+    if options.json:
+        out.show_json(detail)
+    else:
+        out.say(options, f"{detail.row.id} is revoked.")

@@ -1,0 +1,235 @@
+"""Following a rollout until it is decided: live bars on a terminal, one line for each change elsewhere.
+
+The server is asked by long poll, so nothing is drawn or printed without a change. A server that restarts in the
+middle is waited for: the rollout lives in its database, and on the boards.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import click
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fleet.cli import out
+from fleet.cli.base import Exit, Fault, Options
+from fleet.client import Client, UnreachableError
+from fleet.protocol.api import OPEN_STATES, BoardView, Outcome, RolloutState, RolloutView
+from fleet.protocol.codes import Phase
+
+POLL_S: Final = 25
+GONE_S: Final = 60.0
+"""How long a server may be away while a rollout is followed."""
+
+_STEPS: Final = {
+    Phase.FETCHING: 1,
+    Phase.VERIFYING: 2,
+    Phase.COMPILING: 3,
+    Phase.STAGED: 4,
+    Phase.SWAPPING: 5,
+    Phase.PROBATION: 6,
+    Phase.COMMITTED: 7,
+}
+_ALL_STEPS: Final = 7
+_DECIDED: Final = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED})
+
+
+def follow(client: Client, view: RolloutView, options: Options) -> Exit:
+    """Show the rollout until it is decided, and say how it went.
+
+    Raises:
+        UnreachableError: the server was away for more than a minute.
+    """
+    try:
+        if options.json or options.quiet:
+            for latest in revisions(client, view):
+                view = latest
+        elif out.console().is_terminal:
+            view = _live(client, view)
+        else:
+            view = _lines(client, view)
+    except KeyboardInterrupt:
+        click.echo(
+            f"\nRollout {view.number} goes on without you.\n"
+            f"  fleet rollout {view.number} --follow    watch it again\n"
+            f"  fleet rollout abort {view.number}       stop it and take the boards back",
+            err=True,
+        )
+        return Exit.INTERRUPTED
+    return conclude(view, options)
+
+
+def conclude(view: RolloutView, options: Options) -> Exit:
+    """Print how a decided rollout went; its exit code."""
+    if options.json:
+        out.show_json(view)
+        return Exit.OK if view.state is RolloutState.SUCCEEDED else Exit.FAILED
+    if view.state is RolloutState.SUCCEEDED:
+        out.say(options, summary(view))
+        return Exit.OK
+    for board in view.boards:
+        if board.outcome in {Outcome.FAILED, Outcome.REFUSED}:
+            click.echo(f"  {board.device}: {trouble(board)}", err=True)
+            for line in board.log:
+                click.echo(f"    | {line}", err=True)
+    raise Fault(
+        f"rollout {view.number} {view.state}",
+        view.reason or "it did not reach every board",
+        _next_step(view),
+        code=Exit.FAILED,
+    )
+
+
+def revisions(client: Client, view: RolloutView) -> Iterator[RolloutView]:
+    """The rollout as it is, then each change, up to the one that decides it."""
+    yield view
+    while view.state in OPEN_STATES:
+        latest = _next_revision(client, view)
+        if latest.revision > view.revision:
+            view = latest
+            yield view
+
+
+def _next_revision(client: Client, view: RolloutView) -> RolloutView:
+    """Wait for a change; a server that is away may come back."""
+    until = time.monotonic() + GONE_S
+    while True:
+        try:
+            return client.rollout(view.id, wait_s=POLL_S, since=view.revision)
+        except UnreachableError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+
+
+def _lines(client: Client, view: RolloutView) -> RolloutView:
+    click.echo(title(view))
+    seen: dict[str, str] = {}
+    states = {view.state}
+    for latest in revisions(client, view):
+        view = latest
+        for board in view.boards:
+            line = f"{board.device}  {standing(board)}"
+            if board.outcome is not Outcome.PENDING and seen.get(board.device) != line:
+                seen[board.device] = line
+                click.echo(f"  {line}")
+        if view.state not in states and view.state in OPEN_STATES:
+            click.echo(f"  {view.state}{': ' + view.reason if view.reason else ''}")
+        states = {view.state}
+    return view
+
+
+def _live(client: Client, view: RolloutView) -> RolloutView:
+    with Live(picture(view), console=out.console(), auto_refresh=False, transient=False) as live:
+        for latest in revisions(client, view):
+            view = latest
+            live.update(picture(view), refresh=True)
+    return view
+
+
+def picture(view: RolloutView, *, boards_max: int = 24) -> Group:
+    """The rollout as one drawing: a title and a bar for each board, the undecided ones first when there are many."""
+    boards = view.boards
+    if len(boards) > boards_max:
+        boards = tuple(sorted(boards, key=lambda board: board.outcome in {Outcome.SUCCEEDED, Outcome.PENDING}))
+    grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(width=20)
+    grid.add_column(overflow="fold")
+    for board in boards[:boards_max]:
+        grid.add_row(Text(f"  {board.device}"), bar(board), out.state(standing(board)))
+    hidden = len(boards) - boards_max
+    foot = [Text(f"  and {hidden} more", style="dim")] if hidden > 0 else []
+    if view.state is RolloutState.PAUSED:
+        foot.append(Text(f"  paused: 'fleet rollout resume {view.number}' goes on", style="yellow"))
+    return Group(Text(title(view), style="bold"), grid, *foot)
+
+
+def bar(board: BoardView) -> ProgressBar:
+    """How far a board is, in the steps of its update machine."""
+    match board.outcome:
+        case Outcome.SUCCEEDED:
+            done, style = float(_ALL_STEPS), "green"
+        case Outcome.FAILED | Outcome.REFUSED:
+            done, style = float(_ALL_STEPS), "red"
+        case _:
+            done, style = steps(board), "cyan"
+    return ProgressBar(
+        total=_ALL_STEPS, completed=done, complete_style=style, finished_style=style, style="bright_black"
+    )
+
+
+def steps(board: BoardView) -> float:
+    """The steps done, with the percentage of the current one."""
+    reached = _STEPS.get(board.phase, 0) if board.phase is not None else 0
+    if not reached:
+        return 0.0
+    return reached - 1 + (board.progress or 0) / 100 if board.phase is not Phase.COMMITTED else float(_ALL_STEPS)
+
+
+def title(view: RolloutView) -> str:
+    """What is offered to whom, in one line."""
+    where = f"group {view.group}" if view.group else f"device {view.device}"
+    what = f"{out.target(view.target)} as {view.instance}" if view.target else f"removal of {view.instance}"
+    waves = f", waves {', '.join(wave.text for wave in view.waves)}" if len(view.waves) > 1 else ""
+    boards = len(view.boards)
+    return f"Rollout {view.number}: {what} to {where} ({boards} board{'' if boards == 1 else 's'}{waves})"
+
+
+def standing(board: BoardView) -> str:
+    """How a board stands, in a few words."""
+    match board.outcome:
+        case Outcome.SUCCEEDED:
+            took = f" in {_seconds(board)}" if _seconds(board) else ""
+            unexercised = "" if board.exercised else ", with few calls so far"
+            return f"succeeded{took}{unexercised}"
+        case Outcome.FAILED | Outcome.REFUSED:
+            return f"{board.outcome}: {trouble(board)}"
+        case Outcome.IN_PROGRESS if board.phase is not None:
+            percent = f" {board.progress} %" if board.progress is not None else ""
+            retry = f", tries again: {board.message}" if board.retrying and board.message else ""
+            return f"{board.phase}{percent}{retry}"
+        case Outcome.WAITING:
+            return "waiting" if board.online else "waiting: it is offline"
+        case Outcome.DEFERRED:
+            return f"deferred: {board.message}" if board.message else "deferred"
+        case _:
+            return str(board.outcome)
+
+
+def trouble(board: BoardView) -> str:
+    """Why a board did not take the change."""
+    back = "rolled back, " if board.phase is Phase.ROLLED_BACK else ""
+    code = f"{board.code}: " if board.code is not None else ""
+    return f"{back}{code}{' '.join(board.message.split()) or 'no reason was reported'}"
+
+
+def summary(view: RolloutView) -> str:
+    """A succeeded rollout in one line."""
+    done = [board for board in view.boards if board.outcome is Outcome.SUCCEEDED]
+    stragglers = [board.device for board in view.boards if board.outcome not in _DECIDED]
+    took = ""
+    if view.ended_at is not None:
+        took = f" after {(view.ended_at - view.created_at).total_seconds():.1f} s"
+    verb = f"run {out.target(view.target)}" if view.target else f"run {view.instance} no more"
+    rest = f"; not yet: {', '.join(stragglers)}" if stragglers else ""
+    return f"Rollout {view.number} succeeded{took}: {len(done)} of {len(view.boards)} boards {verb}{rest}"
+
+
+def _seconds(board: BoardView) -> str:
+    if board.offered_at is None or board.ended_at is None:
+        return ""
+    return f"{(board.ended_at - board.offered_at).total_seconds():.1f} s"
+
+
+def _next_step(view: RolloutView) -> str:
+    failed = [board.device for board in view.boards if board.outcome in {Outcome.FAILED, Outcome.REFUSED}]
+    if failed:
+        return f"run 'fleet why {failed[0]}'"
+    if view.state is RolloutState.SUPERSEDED:
+        return "see 'fleet rollouts' for the one that took over"
+    return f"run 'fleet rollout {view.number}'"

@@ -1,0 +1,95 @@
+"""`fleet`: the operator's command.
+
+Only the names and one-line helps of the verbs stand here; each is imported when it is called.
+"""
+
+import os
+from pathlib import Path
+from typing import Final
+
+import click
+
+from fleet.cli.base import DEBUG, HOME, JSON, QUIET, Entry, LazyGroup, Options, Sections
+
+SECTIONS: Final[Sections] = {
+    "A fleet": {
+        "init": Entry("fleet.cli.setup:init", "Create a fleet: keys, repository, certificates, admin token"),
+        "serve": Entry("fleet.cli.setup:serve", "Run the server: API, artifacts, rollouts, broker"),
+        "status": Entry("fleet.cli.listings:status", "The fleet at a glance"),
+        "demo": Entry("fleet.cli.demo:demo", "The whole main job on this machine, with three boards"),
+    },
+    "Components": {
+        "push": Entry("fleet.cli.push:push", "Publish a component and deploy it to a group, in one go"),
+        "publish": Entry("fleet.cli.push:publish", "Sign a component and upload it"),
+        "deploy": Entry("fleet.cli.push:deploy", "Offer a published component to a group or a board"),
+        "component": Entry("fleet.cli.component:component", "Look into a component file"),
+    },
+    "Rollouts": {
+        "rollouts": Entry("fleet.cli.rollouts:rollouts", "List the rollouts, newest first"),
+        "rollout": Entry("fleet.cli.rollouts:rollout", "Show, follow, pause, resume or abort a rollout"),
+        "undo": Entry("fleet.cli.rollouts:undo", "Offer the previous state again"),
+        "remove": Entry("fleet.cli.rollouts:remove", "Take an instance off a group or a board"),
+    },
+    "Boards": {
+        "devices": Entry("fleet.cli.listings:devices", "List the boards"),
+        "device": Entry("fleet.cli.boards:device", "One board: what it runs, and why"),
+        "groups": Entry("fleet.cli.listings:groups", "List the groups"),
+        "group": Entry("fleet.cli.boards:group", "Make a group, or change who belongs to it"),
+        "why": Entry("fleet.cli.boards:why", "What happened to a board, and what to do about it"),
+        "enroll-token": Entry("fleet.cli.boards:enroll_token", "Make a one-time token with which a board joins"),
+        "pin": Entry("fleet.cli.boards:pin", "Give one board a version of its own"),
+        "unpin": Entry("fleet.cli.boards:unpin", "Let a board follow its groups again"),
+        "retry": Entry("fleet.cli.boards:retry", "Have a failed instance tried again"),
+        "restart": Entry("fleet.cli.boards:restart", "Restart an instance on a board"),
+        "label": Entry("fleet.cli.boards:label", "Set or remove labels of a board"),
+        "revoke": Entry("fleet.cli.boards:revoke", "Shut a board out of the fleet"),
+    },
+    "Shell": {
+        "completion": Entry("fleet.cli.setup:completion", "Print a completion script for bash, zsh or fish"),
+    },
+}
+
+EXAMPLES: Final = """
+fleet init --dev                                a fleet on this machine
+fleet serve                                     its server
+fleet enroll-token --group edge-eu              a token for one board
+fleet push component.wasm --group edge-eu       sign, upload, roll out, follow
+fleet undo                                      and back again
+"""
+
+
+def _version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:  # noqa: FBT001 - click calls it
+    """Print the installed version."""
+    if wanted and not ctx.resilient_parsing:
+        from importlib import metadata  # noqa: PLC0415 - keeps the start fast
+
+        try:
+            click.echo(f"fleet {metadata.version('wasmfleet')}")
+        except metadata.PackageNotFoundError:
+            click.echo("fleet (a source tree, not installed)")
+        ctx.exit()
+
+
+class Fleet(LazyGroup):
+    """The outermost group: the common options hold for whatever command follows."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Put the common options where commands find them."""
+        home = ctx.params.pop("home") or (Path(value) if (value := os.environ.get("WASMFLEET_HOME")) else None)
+        ctx.obj = Options(
+            home=home, json=ctx.params.pop("json"), quiet=ctx.params.pop("quiet"), debug=ctx.params.pop("debug")
+        )
+        return super().invoke(ctx)
+
+
+@click.group(cls=Fleet, sections=SECTIONS, examples=EXAMPLES, params=[HOME, JSON, QUIET, DEBUG])
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Print the version")
+def main() -> None:
+    """Push signed WebAssembly components to fleets of ARM and RISC-V boards.
+
+    Every command knows --help, with examples. A listing with --json prints what programs want.
+    """
+
+
+if __name__ == "__main__":
+    main()
