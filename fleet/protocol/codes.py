@@ -28,6 +28,7 @@ class RejectCode(StrEnum):
     REVOKED = "revoked"
     REPLAY = "replay"
     RATE_LIMITED = "rate-limited"
+    DEVELOPMENT = "development"  # a repository made for development, on a board in production
 
     NOT_FOUND = "not-found"
     HASH_MISMATCH = "hash-mismatch"
@@ -48,6 +49,7 @@ class RejectCode(StrEnum):
     RESTARTED = "restarted"
     ERROR_RATE = "error-rate"
     TOO_LATE = "too-late"  # latency against the replaced version
+    TOO_MUCH_MEMORY = "too-much-memory"  # against the replaced version
     CONTAINMENT = "containment"  # the board's policy demands a layer that it does not have
     PORT_IN_USE = "port-in-use"
     HOST_GONE = "host-gone"
@@ -63,6 +65,7 @@ RETRYABLE = frozenset(
         RejectCode.NO_SPACE,
         RejectCode.HOST_GONE,
         RejectCode.EXPIRED,
+        RejectCode.FREEZE,  # the repository may catch up
     }
 )
 """What the board tries again by itself; all else is final until the operator raises the attempt."""

@@ -1,0 +1,153 @@
+"""One role's metadata: from bytes to something verified, or `Rejected`.
+
+The small steps that every verifier of TUF metadata takes, on a board or at a desk, with python-tuf's data model and
+none of its client. Pure: no file, no network, no clock.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Final, TypeVar
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+from securesystemslib.signer import Key, Signature
+from tuf.api.exceptions import LengthOrHashMismatchError
+from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, Targets, Timestamp
+from tuf.api.serialization import DeserializationError, SerializationError
+
+from fleet.protocol import caps
+from fleet.protocol.codes import RejectCode
+from signing.errors import Rejected
+from signing.facts import VERSION_MAX
+
+S = TypeVar("S", Root, Timestamp, Snapshot, Targets)
+
+MAX_BYTES: Final[Mapping[type[Signed], int]] = {
+    Root: caps.ROOT_MAX_BYTES,
+    Timestamp: caps.TIMESTAMP_MAX_BYTES,
+    Snapshot: caps.SNAPSHOT_MAX_BYTES,
+    Targets: caps.TARGETS_MAX_BYTES,
+}
+
+
+def sha256(data: bytes) -> str:
+    """In hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def parse(kind: type[S], data: bytes, what: str) -> Metadata[S]:
+    """Read metadata of one type without judging its signatures.
+
+    Args:
+        kind: Root, Timestamp, Snapshot or Targets.
+        data: the file.
+        what: the role's name, for the message.
+
+    Raises:
+        Rejected: TOO_LARGE; MALFORMED: not metadata, of another type, or with a version that nobody can count on from.
+    """
+    if len(data) > MAX_BYTES[kind]:
+        raise Rejected(RejectCode.TOO_LARGE, f"{what} has {len(data)} bytes, at most {MAX_BYTES[kind]} are accepted")
+    try:
+        metadata: Metadata[S] = Metadata.from_bytes(data)
+    except (DeserializationError, RecursionError) as error:
+        raise Rejected(RejectCode.MALFORMED, f"{what} is not TUF metadata: {error.__cause__ or error}") from error
+    if metadata.signed.type != kind.type:
+        raise Rejected(RejectCode.MALFORMED, f"{what} is of type {metadata.signed.type}, not {kind.type}")
+    if metadata.signed.version > VERSION_MAX:
+        raise Rejected(RejectCode.MALFORMED, f"{what} has version {metadata.signed.version}, beyond {VERSION_MAX}")
+    return metadata
+
+
+def verify(delegator: Root | Targets, role: str, payload: bytes, signatures: Mapping[str, Signature]) -> None:
+    """Whether enough of the role's keys signed (TUF specification, 5.3.4 and alike).
+
+    Signatures are counted by the *value* of their keys: one key under two ids is one signer.
+
+    Raises:
+        Rejected: UNSIGNED: below the threshold, or there is no such role.
+    """
+    try:
+        result = delegator.get_verification_result(role, payload, dict(signatures))
+    except ValueError as error:
+        raise Rejected(RejectCode.UNSIGNED, f"nobody is trusted to sign {role}") from error
+    signers = {identity(key) for key in result.signed.values()}
+    if len(signers) < result.threshold:
+        raise Rejected(RejectCode.UNSIGNED, f"{role} is signed by {len(signers)} of the {result.threshold} keys needed")
+
+
+def verify_metadata(delegator: Root | Targets, role: str, metadata: Metadata[S]) -> None:
+    """`verify` for a role's metadata file; MALFORMED too, for what has no canonical form."""
+    try:
+        payload = metadata.signed_bytes
+    except (SerializationError, RecursionError) as error:
+        raise Rejected(RejectCode.MALFORMED, f"{role} cannot be put into canonical form: {error}") from error
+    verify(delegator, role, payload, metadata.signatures)
+
+
+def identity(key: Key) -> bytes:
+    """The public key itself, however it is written down: the same for every id and every spelling of it."""
+    public = str(key.keyval.get("public", ""))
+    try:
+        if key.keytype == "ed25519":
+            return b"ed25519" + bytes.fromhex(public)
+        return load_pem_public_key(public.encode()).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except (ValueError, UnsupportedAlgorithm):
+        return public.encode()
+
+
+def key_set(delegator: Root | Targets, roles: Iterable[str]) -> str:
+    """A digest of the keys and thresholds that these roles have now: the scope of what is remembered of them."""
+    digest = hashlib.sha256()
+    for name in roles:
+        try:
+            role = delegator.get_delegated_role(name)
+        except ValueError as error:
+            raise Rejected(RejectCode.UNSIGNED, f"nobody is trusted to sign {name}") from error
+        values = sorted({identity(key).hex() for key in _keys(delegator, role.keyids)})
+        digest.update(f"{name} {role.threshold} {' '.join(values)}\n".encode())
+    return digest.hexdigest()
+
+
+def _keys(delegator: Root | Targets, keyids: Iterable[str]) -> list[Key]:
+    known = (
+        delegator.keys if isinstance(delegator, Root) else delegator.delegations.keys if delegator.delegations else {}
+    )
+    return [known[keyid] for keyid in keyids if keyid in known]
+
+
+def check_duplicates(delegator: Root | Targets, role: str) -> None:
+    """Refuse a role whose keys are the same key under several ids: its threshold would be smaller than it looks.
+
+    Raises:
+        Rejected: MALFORMED.
+    """
+    keys = _keys(delegator, delegator.get_delegated_role(role).keyids)
+    if len({identity(key) for key in keys}) != len(keys):
+        raise Rejected(RejectCode.MALFORMED, f"{role} lists one public key under several ids")
+
+
+def check_expiry(signed: Signed, now: datetime, what: str) -> None:
+    """Refuse metadata that is no longer valid at `now`.
+
+    Raises:
+        Rejected: EXPIRED.
+    """
+    if signed.is_expired(now):
+        raise Rejected(
+            RejectCode.EXPIRED,
+            f"{what} {signed.version} expired on {signed.expires:%Y-%m-%d %H:%M} UTC, it is {now:%Y-%m-%d %H:%M}",
+        )
+
+
+def check_file(meta: MetaFile, data: bytes, what: str) -> None:
+    """Refuse a file that is not the one that another role promised (TUF specification, 5.5.2 and 5.6.2).
+
+    Raises:
+        Rejected: HASH_MISMATCH.
+    """
+    try:
+        meta.verify_length_and_hashes(data)
+    except LengthOrHashMismatchError as error:
+        raise Rejected(RejectCode.HASH_MISMATCH, f"{what} is not the file that was promised: {error}") from error

@@ -1,0 +1,204 @@
+"""Whether a board may run what an assignment asks for: one item against what publishers signed and the board remembers.
+
+Pure. The director chooses, and these rules hold whatever it chooses: the bytes and the manifest are a publisher's, the
+grants stay within manifest, namespace ceiling and the board's own policy, and a security epoch never falls.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+from tuf.api.metadata import TargetFile
+
+from fleet.protocol import caps, manifest, names
+from fleet.protocol.assignment import Item
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Grants, Http, Manifest, OnMessage, Schedule, Service
+from fleet.protocol.names import TargetName
+from signing.errors import Rejected
+from signing.facts import Facts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """A component's bytes with its manifest, as a publisher signed them."""
+
+    name: TargetName
+    manifest: Manifest
+    length: int
+    sha256: str
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Binds the manifest in assignments, image keys and reports."""
+        return self.manifest.digest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """An item that may be fetched and run.
+
+    Attributes:
+        item: as assigned.
+        release: what the publisher signed.
+        grants: what it really gets: the manifest's, narrowed by the operator.
+    """
+
+    item: Item
+    release: Release
+    grants: Grants
+
+    @property
+    def manifest(self) -> Manifest:
+        """The publisher's manifest."""
+        return self.release.manifest
+
+    @property
+    def length(self) -> int:
+        """Of the artifact in bytes."""
+        return self.release.length
+
+    @property
+    def sha256(self) -> str:
+        """Of the artifact in hex."""
+        return self.release.sha256
+
+
+def release_of(path: str, target: TargetFile) -> Release:
+    """Read a target from signed metadata.
+
+    Raises:
+        Rejected: MALFORMED: a name, size, hash or manifest that is not of this system.
+    """
+    try:
+        name = TargetName.from_path(path)
+        sha256 = names.check_sha256(str(target.hashes.get("sha256", "")))
+        custom: Any = target.custom
+        described = manifest.convert(custom["manifest"] if isinstance(custom, dict) else None)
+    except (names.BadNameError, manifest.BadManifestError, KeyError) as error:
+        raise Rejected(RejectCode.MALFORMED, f"target {path[:200]!r}: {error}") from error
+    if (described.name, described.version) != (name.name, name.version):
+        raise Rejected(RejectCode.MALFORMED, f"{name} carries the manifest of {described.name}@{described.version}")
+    if not 0 < target.length <= caps.ARTIFACT_MAX_BYTES:
+        raise Rejected(RejectCode.TOO_LARGE, f"{name} has {target.length} bytes, 1 to {caps.ARTIFACT_MAX_BYTES} fit")
+    return Release(name=name, manifest=described, length=target.length, sha256=sha256)
+
+
+def check_same(item: Item, release: Release) -> None:
+    """Refuse an item that describes the target differently from its publisher.
+
+    Raises:
+        Rejected: TARGET_MISMATCH.
+    """
+    rows = (
+        ("length", item.length, release.length),
+        ("sha256", item.sha256, release.sha256),
+        ("manifest", item.manifest_sha256, release.manifest_sha256),
+    )
+    for what, asked, signed in rows:
+        if asked != signed:
+            raise Rejected(
+                RejectCode.TARGET_MISMATCH, f"{release.name}: the assignment's {what} {asked} is not the publisher's"
+            )
+
+
+def check_allowed(
+    item: Item, release: Release, *, facts: Facts, ceilings: Iterable[Grants], local: Grants | None, arch: str
+) -> Grants:
+    """Refuse what this board must not run, and return the grants that the instance gets.
+
+    Args:
+        item: as assigned.
+        release: the publisher's word on it, equal to the item.
+        facts: for the security epochs.
+        ceilings: of the namespaces on the way to the target.
+        local: the board owner's policy, None for no limit.
+        arch: the board's CPU (`x86_64`, `aarch64`, `riscv64`), empty to leave it open.
+
+    Raises:
+        Rejected: WRONG_ARCH, SECURITY_EPOCH, GRANT_DENIED; MALFORMED for configuration that the manifest has not.
+    """
+    asked = release.manifest
+    if asked.arch and arch and arch not in asked.arch:
+        raise Rejected(
+            RejectCode.WRONG_ARCH, f"{release.name} is for {', '.join(asked.arch)}, and this board is {arch}"
+        )
+    remembered = facts.epochs.get(release.name.component, 0)
+    if asked.security_epoch < remembered:
+        raise Rejected(
+            RejectCode.SECURITY_EPOCH,
+            f"{release.name} has security epoch {asked.security_epoch}, this board has committed {remembered}",
+        )
+    unknown = sorted(set(item.config) - set(asked.config))
+    if unknown:
+        raise Rejected(RejectCode.MALFORMED, f"{release.name} has no configuration key {unknown[0]!r}")
+    if any(len(value.encode()) > caps.CONFIG_VALUE_MAX_BYTES for value in item.config.values()):
+        raise Rejected(RejectCode.TOO_LARGE, f"{release.name}: a configuration value is too long")
+    grants = asked.grants if item.grants is None else item.grants
+    limits = [("manifest", asked.grants), *(("namespace ceiling", ceiling) for ceiling in ceilings)]
+    if local is not None:
+        limits.append(("board's policy", local))
+    for whose, limit in limits:
+        _check_within(release, grants, whose, limit)
+    return grants
+
+
+def check_ceiling(release: Release, ceilings: Iterable[Grants]) -> None:
+    """Refuse to publish what asks for more than its namespace may have; raises `Rejected` (GRANT_DENIED)."""
+    for limit in ceilings:
+        _check_within(release, release.manifest.grants, "namespace ceiling", limit)
+
+
+def _check_within(release: Release, grants: Grants, whose: str, limit: Grants) -> None:
+    if not grants.within(limit):
+        beyond = ", ".join(_beyond(grants, limit))
+        raise Rejected(RejectCode.GRANT_DENIED, f"{release.name}: the {whose} does not allow {beyond}")
+
+
+def _beyond(grants: Grants, limit: Grants) -> list[str]:
+    return [
+        *(each for each in grants.interfaces if not limit.allows(each)),
+        *(each for each in grants.outbound if each not in limit.outbound),
+        *(each for each in grants.instances if each not in limit.instances),
+    ]
+
+
+def describe(release: Release, *, before: Release | None = None) -> str:
+    """What is about to be signed or run, in words, with the grants that it newly wants.
+
+    Args:
+        release: the new one.
+        before: what it replaces, None for nothing.
+    """
+    grants = release.manifest.grants
+    old = Grants() if before is None else before.manifest.grants
+    wanted = [*grants.interfaces, *grants.outbound, *(f"{each}.internal" for each in grants.instances)]
+    had = {*old.interfaces, *old.outbound, *(f"{each}.internal" for each in old.instances)}
+    lines = [
+        f"{release.name}, {release.length} bytes, sha256 {release.sha256}",
+        f"  called by   {_trigger(release.manifest)}",
+        f"  may reach   {', '.join(wanted) or 'nothing'}",
+    ]
+    newly = [each for each in wanted if each not in had]
+    if newly:
+        lines.append(f"  newly wants {', '.join(newly)}")
+    epoch = release.manifest.security_epoch
+    if epoch > (0 if before is None else before.manifest.security_epoch):
+        lines.append(f"  raises the security epoch to {epoch}: boards that commit it never go back")
+    return "\n".join(lines)
+
+
+def _trigger(described: Manifest) -> str:
+    match described.trigger:
+        case Http():
+            return "HTTP requests"
+        case Schedule(every_ms=int(every)):
+            return f"the clock, every {every} ms"
+        case Schedule(cron=cron):
+            return f"the clock, at {cron}"
+        case OnMessage(topics=topics):
+            return f"messages on {', '.join(topics) or 'no topic'}"
+        case Service():
+            return "nobody: it runs until it ends"
+        case other:
+            assert_never(other)

@@ -1,0 +1,358 @@
+"""The image repository, as the operator and the server make it: pure functions from metadata files to metadata files.
+
+A repository is a mapping of file names to bytes, `7.targets.json` and so on with `timestamp.json` as its head
+(consistent snapshots). A file once published never changes, so what is published is added, in the order returned,
+`timestamp.json` last. Roles: root and targets with people; one delegation per namespace with its publisher; snapshot
+and timestamp online; `director`, a delegation without paths, whose key signs assignments.
+
+Publishing is compare-and-swap on a namespace's version: `check_role` refuses all but the next one, and the loser
+fetches, verifies from root, and signs again.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final, TypeVar, cast
+
+import msgspec
+from securesystemslib.signer import Signer
+from tuf.api.exceptions import UnsignedMetadataError
+from tuf.api.metadata import (
+    DelegatedRole,
+    Delegations,
+    Metadata,
+    MetaFile,
+    Root,
+    Signed,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+
+from fleet.protocol import caps, names, wire
+from fleet.protocol.manifest import Grants, Manifest
+from fleet.protocol.names import TargetName
+from signing import metadata, policy
+from signing.errors import ConflictError, Rejected, RepositoryError
+from signing.policy import Release
+from signing.trust import DIRECTOR
+from signing.workflow import CEILING, PROFILE, REVOKED, ceiling
+
+S = TypeVar("S", Root, Timestamp, Snapshot, Targets)
+RESERVED: Final = frozenset({"root", "targets", "snapshot", "timestamp", DIRECTOR})
+LIFE: Final[Mapping[str, timedelta]] = {
+    "root": timedelta(days=730),
+    "targets": timedelta(days=365),
+    "namespace": timedelta(days=365),
+    "snapshot": timedelta(days=14),
+    "timestamp": timedelta(days=2),
+}
+"""How long each role's metadata is valid once signed."""
+
+_FILE: Final = re.compile(r"(\d+)\.(.+)\.json")
+
+
+def create(
+    *,
+    fleet: str,
+    namespaces: Mapping[str, Signer],
+    root: Signer,
+    targets: Signer,
+    snapshot: Signer,
+    timestamp: Signer,
+    director: Signer,
+    now: datetime,
+    dev: bool = False,
+    ceilings: Mapping[str, Grants] | None = None,
+) -> dict[str, bytes]:
+    """A new repository: the first version of every role, each signed by one key.
+
+    Args:
+        fleet: whose it is; a signed field of root, boards of other fleets refuse it.
+        namespaces: name -> its publisher's key.
+        root: its key; one key may hold several roles.
+        targets: the key of the top-level targets.
+        snapshot: its key, online.
+        timestamp: its key, online.
+        director: the key that will sign assignments, online.
+        now: UTC.
+        dev: mark it as made for development: boards in production refuse it.
+        ceilings: namespace -> the grants that its components may have at the most; absent for no limit.
+
+    Raises:
+        RepositoryError: a bad or reserved namespace, or none.
+    """
+    if not namespaces:
+        raise RepositoryError("a repository needs at least one namespace")
+    limits = {} if ceilings is None else ceilings
+    top = Targets(expires=_until(now, "targets"), delegations=Delegations({}, {}))
+    delegate(top, DIRECTOR, [director], paths=[])
+    for name, signer in namespaces.items():
+        delegate(top, name, [signer], ceiling=limits.get(name))
+    profile = {"fleet": names.check_label(fleet, "fleet"), "size": "dev" if dev else "solo"}
+    first = Root(expires=_until(now, "root"), consistent_snapshot=True, unrecognized_fields={PROFILE: profile})
+    for role, signer in (("root", root), ("targets", targets), ("snapshot", snapshot), ("timestamp", timestamp)):
+        first.add_key(signer.public_key, role)
+    files = {"1.root.json": _signed(first, [root]), "1.targets.json": _signed(top, [targets])}
+    for name, signer in namespaces.items():
+        files[f"1.{name}.json"] = _signed(Targets(expires=_until(now, "namespace")), [signer])
+    return files | online(files, snapshot_signer=snapshot, timestamp_signer=timestamp, now=now)
+
+
+def delegate(
+    top: Targets,
+    name: str,
+    keys: Sequence[Signer],
+    *,
+    threshold: int = 1,
+    paths: list[str] | None = None,
+    ceiling: Grants | None = None,
+) -> None:
+    """Add a terminating delegation to the top-level targets, in place; `paths` defaults to the namespace's.
+
+    Raises:
+        RepositoryError: a reserved or bad name, or one public key under several ids.
+    """
+    if paths is None:
+        try:
+            names.check_label(name, "namespace")
+        except names.BadNameError as error:
+            raise RepositoryError(str(error)) from error
+        if name in RESERVED:
+            raise RepositoryError(f"{name!r} is a role of its own and cannot be a namespace")
+        paths = [f"components/{name}/*/*"]
+    values = {metadata.identity(signer.public_key) for signer in keys}
+    if len(values) != len(keys) or len(keys) < threshold:
+        raise RepositoryError(f"{name} needs {threshold} different keys")
+    fields: dict[str, Any] = {} if ceiling is None else {CEILING: msgspec.to_builtins(ceiling)}
+    assert top.delegations is not None
+    assert top.delegations.roles is not None
+    top.delegations.roles[name] = DelegatedRole(name, [], threshold, True, paths, unrecognized_fields=fields)
+    for signer in keys:
+        top.add_key(signer.public_key, name)
+
+
+def latest(files: Mapping[str, bytes], role: str) -> tuple[int, bytes]:
+    """The newest version of a role and its file.
+
+    Raises:
+        RepositoryError: there is none.
+    """
+    versions = (int(m[1]) for name in files if (m := _FILE.fullmatch(name)) is not None and m[2] == role)
+    version = max(versions, default=0)
+    if version == 0:
+        raise RepositoryError(f"the repository has no role {role!r}")
+    return version, files[f"{version}.{role}.json"]
+
+
+def add_target(
+    role: bytes, *, name: TargetName, length: int, sha256: str, manifest: Manifest, signer: Signer, now: datetime
+) -> bytes:
+    """The next version of a namespace's role with one more target, signed.
+
+    Args:
+        role: the namespace's role as verified from root (`TrustedSet.role`).
+        name: what is published; the manifest must say the same.
+        length: of the artifact in bytes.
+        sha256: of the artifact in hex.
+        manifest: the normalised manifest.
+        signer: the publisher's key.
+        now: UTC; the role's expiry counts from here.
+
+    Returns:
+        The new role, or `role` itself where exactly this is published already.
+
+    Raises:
+        RepositoryError: the version exists with other bytes or another manifest, was revoked, or does not fit.
+    """
+    current = _parse(Targets, role, name.namespace)
+    if len(wire.canonical(manifest)) > caps.MANIFEST_MAX_BYTES:
+        raise RepositoryError(f"the manifest of {name} is too large, at most {caps.MANIFEST_MAX_BYTES} bytes fit")
+    target = TargetFile(length, {"sha256": sha256}, name.path, {"custom": {"manifest": msgspec.to_builtins(manifest)}})
+    try:
+        release = policy.release_of(name.path, target)
+    except Rejected as error:
+        raise RepositoryError(error.message) from error
+    if name.path in current.unrecognized_fields.get(REVOKED, []):
+        raise RepositoryError(f"{name} was revoked: publish it under another version")
+    known = current.targets.get(name.path)
+    if known is not None:
+        if policy.release_of(name.path, known) == release:
+            return role
+        what = "bytes" if known.hashes.get("sha256") != sha256 else "manifest"
+        raise RepositoryError(f"{name} exists with another {what}: a version never changes, publish under a new one")
+    current.targets[name.path] = target
+    return _next(current, signer, now)
+
+
+def revoke(role: bytes, *, name: TargetName, signer: Signer, now: datetime) -> bytes:
+    """The next version of a namespace's role in which one release must not run any more; `role` if so already.
+
+    Raises:
+        RepositoryError: it was never published.
+    """
+    current = _parse(Targets, role, name.namespace)
+    revoked: list[str] = current.unrecognized_fields.setdefault(REVOKED, [])
+    if name.path in revoked:
+        return role
+    if name.path not in current.targets:
+        raise RepositoryError(f"{name} is not published")
+    revoked.append(name.path)
+    return _next(current, signer, now)
+
+
+def renew(role: bytes, *, signer: Signer, now: datetime) -> bytes:
+    """The next version of a namespace's role with nothing changed but its expiry."""
+    return _next(_parse(Targets, role, "the role"), signer, now)
+
+
+def releases(role: bytes) -> tuple[Release, ...]:
+    """What a namespace's role publishes and has not revoked, by name and precedence of versions."""
+    signed = _parse(Targets, role, "the role")
+    revoked = signed.unrecognized_fields.get(REVOKED, [])
+    found = [policy.release_of(path, target) for path, target in signed.targets.items() if path not in revoked]
+    return tuple(sorted(found, key=lambda each: (each.name.component, names.version_key(each.name.version))))
+
+
+def namespaces(current: Mapping[str, bytes]) -> tuple[str, ...]:
+    """The namespaces that the top-level targets delegate to."""
+    _, top = _verified_top(current)
+    return tuple(name for name in _delegated(top) if name != DIRECTOR)
+
+
+def check_role(current: Mapping[str, bytes], namespace: str, data: bytes) -> int:
+    """Judge an uploaded namespace role before it is published as `<version>.<namespace>.json`.
+
+    Args:
+        current: the repository's files.
+        namespace: whose role it claims to be.
+        data: as uploaded.
+
+    Returns:
+        Its version: the next one, or the newest for the very same bytes (nothing to do).
+
+    Raises:
+        Rejected: TOO_LARGE, MALFORMED, UNSIGNED, GRANT_DENIED.
+        ConflictError: not the next version: someone else published in between.
+        RepositoryError: no such namespace, or it takes back what was published.
+    """
+    _, top = _verified_top(current)
+    if namespace not in _delegated(top) or namespace in RESERVED:
+        raise RepositoryError(f"the repository has no namespace {namespace!r}")
+    new = metadata.parse(Targets, data, namespace)
+    metadata.verify_metadata(top, namespace, new)
+    version, before = latest(current, namespace)
+    if before == data:
+        return version
+    if new.signed.version != version + 1:
+        raise ConflictError(
+            f"{namespace} is at version {version}, and this is version {new.signed.version}: "
+            "someone else published in between, fetch and sign again"
+        )
+    _check_growth(_parse(Targets, before, namespace), new.signed, namespace)
+    limits = ceiling(top, namespace)
+    for path, target in new.signed.targets.items():
+        if not _delegated(top)[namespace].is_delegated_path(path):
+            raise RepositoryError(f"{path} is not in the namespace {namespace}")
+        release = policy.release_of(path, target)
+        policy.check_ceiling(release, limits)
+    return new.signed.version
+
+
+def _check_growth(before: Targets, after: Targets, namespace: str) -> None:
+    for path, target in before.targets.items():
+        if after.targets.get(path) != target:
+            raise RepositoryError(f"{path} was published and is changed or missing now: revoke it instead")
+    gone = set(before.unrecognized_fields.get(REVOKED, [])) - set(after.unrecognized_fields.get(REVOKED, []))
+    if gone:
+        raise RepositoryError(f"{namespace} takes back the revocation of {min(gone)}")
+
+
+def online(
+    current: Mapping[str, bytes], *, snapshot_signer: Signer, timestamp_signer: Signer, now: datetime
+) -> dict[str, bytes]:
+    """The files that make what was published visible: a new timestamp, and a new snapshot where it must change.
+
+    Returns:
+        File name -> bytes, to be written in this order.
+
+    Raises:
+        RepositoryError: targets or a namespace's role is missing.
+        Rejected: the repository's own files do not verify from their newest root.
+    """
+    _, top = _verified_top(current)
+    version, old = _newest(current, Snapshot, "snapshot")
+    meta = {} if old is None else dict(old.meta)
+    for name in ("targets", *(each for each in _delegated(top) if each != DIRECTOR)):
+        number, data = latest(current, name)
+        meta[f"{name}.json"] = MetaFile(number, len(data), {"sha256": metadata.sha256(data)})
+    files: dict[str, bytes] = {}
+    if old is None or old.meta != meta or _half_gone(old, now, "snapshot"):
+        version += 1
+        files[f"{version}.snapshot.json"] = _signed(
+            Snapshot(version, expires=_until(now, "snapshot"), meta=meta), [snapshot_signer]
+        )
+    snapshot = files.get(f"{version}.snapshot.json") or current[f"{version}.snapshot.json"]
+    before = current.get("timestamp.json")
+    number = 0 if before is None else _parse(Timestamp, before, "timestamp").version
+    promise = MetaFile(version, len(snapshot), {"sha256": metadata.sha256(snapshot)})
+    files["timestamp.json"] = _signed(
+        Timestamp(number + 1, expires=_until(now, "timestamp"), snapshot_meta=promise), [timestamp_signer]
+    )
+    return files
+
+
+def online_due(current: Mapping[str, bytes], now: datetime) -> bool:
+    """Whether the timestamp has used up half of its life: sign it again (`online`)."""
+    data = current.get("timestamp.json")
+    return data is None or _half_gone(_parse(Timestamp, data, "timestamp"), now, "timestamp")
+
+
+def _half_gone(signed: Signed, now: datetime, role: str) -> bool:
+    return signed.expires - now < LIFE[role] / 2
+
+
+def _newest(current: Mapping[str, bytes], kind: type[S], role: str) -> tuple[int, S | None]:
+    try:
+        version, data = latest(current, role)
+    except RepositoryError:
+        return 0, None
+    return version, _parse(kind, data, role)
+
+
+def _verified_top(current: Mapping[str, bytes]) -> tuple[Root, Targets]:
+    root = metadata.parse(Root, latest(current, "root")[1], "root")
+    metadata.verify_metadata(root.signed, "root", root)
+    top = metadata.parse(Targets, latest(current, "targets")[1], "targets")
+    metadata.verify_metadata(root.signed, "targets", top)
+    return root.signed, top.signed
+
+
+def _delegated(top: Targets) -> dict[str, DelegatedRole]:
+    found = top.delegations.roles if top.delegations is not None else None
+    return {} if found is None else found
+
+
+def _parse(kind: type[S], data: bytes, what: str) -> S:
+    return metadata.parse(kind, data, what).signed
+
+
+def _next(signed: Targets, signer: Signer, now: datetime) -> bytes:
+    signed.version += 1
+    signed.expires = _until(now, "namespace")
+    return _signed(signed, [signer])
+
+
+def _signed(signed: Signed, signers: Sequence[Signer]) -> bytes:
+    file = Metadata(cast("Any", signed))
+    try:
+        for signer in signers:
+            file.sign(signer, append=True)
+    except UnsignedMetadataError as error:
+        raise RepositoryError(f"the key cannot sign: {error.__cause__ or error}") from error
+    return file.to_bytes()
+
+
+def _until(now: datetime, role: str) -> datetime:
+    return (now + LIFE[role]).replace(microsecond=0)
