@@ -1,0 +1,85 @@
+"""Who may come in, and who did what: enrolment tokens and operators (hashed), certificates, the audit log."""
+
+import hashlib
+import sqlite3
+
+from fleet.store.database import Database
+from fleet.store.rows import AuditRow, CertificateRow, TokenRow, read
+
+
+def hashed(secret: str) -> str:
+    """How a secret lies in the store. It has 256 random bits, so one round of sha256 is enough."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class Access:
+    """Tokens, operators, certificates and the audit log."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    # -- enrolment tokens --------------------------------------------------------------------------------------------
+
+    def add_token(self, secret: str, *, group: str, expires: float, by: str, now: float) -> None:
+        """Remember a token by its hash."""
+        row = {"secret_sha256": hashed(secret), "group": group, "created_at": now, "expires": expires, "by": by}
+        self._db.insert("tokens", row)
+
+    def token(self, secret: str) -> TokenRow | None:
+        """The token of this secret; None for none."""
+        row = self._db.row("SELECT * FROM tokens WHERE secret_sha256 = ?", hashed(secret))
+        return None if row is None else read(TokenRow, row)
+
+    def use_token(self, secret: str, *, device: str, now: float) -> bool:
+        """Spend a token; false when it was spent before. Within the transaction that adds the board."""
+        sql = "UPDATE tokens SET used_at = ?, device = ? WHERE secret_sha256 = ? AND used_at IS NULL"
+        return self._db.run(sql, now, device, hashed(secret)) == 1
+
+    # -- operators ---------------------------------------------------------------------------------------------------
+
+    def add_operator(self, name: str, token: str, *, role: str, now: float) -> bool:
+        """Let an operator in by a token; false when the name is taken."""
+        row = {"name": name, "token_sha256": hashed(token), "role": role, "created_at": now}
+        try:
+            self._db.insert("operators", row)
+        except sqlite3.IntegrityError:
+            return False
+        return True
+
+    def operator(self, token: str) -> tuple[str, str] | None:
+        """Name and role of the operator with this token; None for nobody."""
+        row = self._db.row("SELECT name, role FROM operators WHERE token_sha256 = ?", hashed(token))
+        return None if row is None else (row["name"], row["role"])
+
+    # -- certificates ------------------------------------------------------------------------------------------------
+
+    def add_certificate(self, *, serial: str, device: str, not_after: float, pem: str, now: float) -> None:
+        """Remember a certificate that was given out."""
+        row = {"serial": serial, "device": device, "not_after": not_after, "issued_at": now, "pem": pem}
+        self._db.insert("certificates", row)
+
+    def certificate(self, serial: str) -> CertificateRow | None:
+        """A certificate by its serial number in hex."""
+        row = self._db.row("SELECT * FROM certificates WHERE serial = ?", serial)
+        return None if row is None else read(CertificateRow, row)
+
+    def newest_certificate(self, device: str) -> CertificateRow | None:
+        """The one that a board was given last."""
+        sql = "SELECT * FROM certificates WHERE device = ? ORDER BY issued_at DESC LIMIT 1"
+        row = self._db.row(sql, device)
+        return None if row is None else read(CertificateRow, row)
+
+    def revoked(self) -> list[CertificateRow]:
+        """Every revoked certificate."""
+        return [read(CertificateRow, row) for row in self._db.rows("SELECT * FROM certificates WHERE revoked")]
+
+    # -- audit -------------------------------------------------------------------------------------------------------
+
+    def audit(self, *, actor: str, act: str, subject: str, detail: str = "", now: float) -> None:
+        """Write down an act. Nothing in the audit log is ever changed or removed."""
+        row = {"at": now, "actor": actor, "act": act, "subject": subject, "detail": detail[:1000]}
+        self._db.insert("audit", row)
+
+    def acts(self, limit: int) -> list[AuditRow]:
+        """The newest acts first."""
+        return [read(AuditRow, row) for row in self._db.rows("SELECT * FROM audit ORDER BY number DESC LIMIT ?", limit)]

@@ -1,0 +1,108 @@
+"""What goes to boards and what comes back: artifacts, assignments, attempts, reports."""
+
+from collections.abc import Iterable
+
+from fleet.store.database import Database
+from fleet.store.rows import AssignmentRow, ReportRow, read
+
+KEPT_ASSIGNMENTS = 20
+
+
+class Delivery:
+    """Everything on its way to a board, and every report of one."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    # -- artifacts (the bytes lie in files) --------------------------------------------------------------------------
+
+    def add_artifact(self, sha256: str, length: int, *, by: str, now: float) -> bool:
+        """Remember an artifact; false when it was known."""
+        sql = "INSERT OR IGNORE INTO artifacts (sha256, length, stored_at, by) VALUES (?, ?, ?, ?)"
+        return self._db.run(sql, sha256, length, now, by) == 1
+
+    def artifact(self, sha256: str) -> int | None:
+        """The length of an artifact; None for none."""
+        found = self._db.value("SELECT length FROM artifacts WHERE sha256 = ?", sha256)
+        return None if found is None else int(found)
+
+    # -- assignments -------------------------------------------------------------------------------------------------
+
+    def add_assignment(self, row: AssignmentRow) -> None:
+        """Keep a signed assignment, and the last few before it."""
+        with self._db.atomic():
+            self._db.insert(
+                "assignments",
+                {
+                    "device": row.device,
+                    "version": row.version,
+                    "sha256": row.sha256,
+                    "issued": row.issued,
+                    "expires": row.expires,
+                    "wanted": row.wanted,
+                    "envelope": row.envelope,
+                },
+            )
+            sql = "DELETE FROM assignments WHERE device = ? AND version <= ?"
+            self._db.run(sql, row.device, row.version - KEPT_ASSIGNMENTS)
+
+    def assignment(self, device: str) -> AssignmentRow | None:
+        """The newest assignment of a board."""
+        sql = "SELECT * FROM assignments WHERE device = ? ORDER BY version DESC LIMIT 1"
+        row = self._db.row(sql, device)
+        return None if row is None else read(AssignmentRow, row)
+
+    def expiring(self, before: float) -> list[str]:
+        """Boards whose newest assignment expires before a time."""
+        sql = """
+            SELECT a.device FROM assignments a JOIN devices d ON d.id = a.device WHERE NOT d.revoked
+            GROUP BY a.device HAVING max(a.version) AND max(a.expires) < ?
+        """
+        return [row["device"] for row in self._db.rows(sql, before)]
+
+    def behind(self) -> list[str]:
+        """Boards that have not accepted their newest assignment, as far as they said."""
+        sql = """
+            SELECT d.id FROM devices d JOIN assignments a ON a.device = d.id
+            WHERE NOT d.revoked GROUP BY d.id HAVING max(a.version) > d.accepted
+        """
+        return [row["id"] for row in self._db.rows(sql)]
+
+    # -- attempts ----------------------------------------------------------------------------------------------------
+
+    def attempts(self, device: str) -> dict[str, int]:
+        """By instance, the attempt that `retry` asked for on this board."""
+        rows = self._db.rows("SELECT instance, attempt FROM attempts WHERE device = ?", device)
+        return {row["instance"]: row["attempt"] for row in rows}
+
+    def set_attempt(self, device: str, instance: str, attempt: int) -> None:
+        """Make a board try again what failed there."""
+        sql = (
+            "INSERT INTO attempts (device, instance, attempt) VALUES (?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET attempt = excluded.attempt"
+        )
+        self._db.run(sql, device, instance, attempt)
+
+    # -- reports -----------------------------------------------------------------------------------------------------
+
+    def add_report(self, row: ReportRow) -> bool:
+        """Keep a report as it came; false when it is known already."""
+        sql = (
+            "INSERT OR IGNORE INTO reports (device, boot_id, sequence, at, rollout, raw) "
+            "SELECT ?, ?, ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM devices WHERE id = ?)"
+        )
+        values = (row.device, row.boot_id, row.sequence, row.at, row.rollout, row.raw)
+        return self._db.run(sql, *values, row.device) == 1
+
+    def highest(self, device: str) -> int:
+        """The highest report sequence stored for a board, 0 for none."""
+        return int(self._db.value("SELECT coalesce(max(sequence), 0) FROM reports WHERE device = ?", device))
+
+    def reports(self, device: str, limit: int) -> list[ReportRow]:
+        """A board's reports, newest first."""
+        sql = "SELECT * FROM reports WHERE device = ? ORDER BY at DESC, sequence DESC LIMIT ?"
+        return [read(ReportRow, row) for row in self._db.rows(sql, device, limit)]
+
+    def forget(self, *, before: float, tables: Iterable[str] = ("reports", "events")) -> int:
+        """Drop reports and events older than a time; the number dropped."""
+        return sum(self._db.run(f"DELETE FROM {table} WHERE at < ?", before) for table in tables)  # noqa: S608 - ours

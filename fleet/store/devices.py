@@ -1,0 +1,194 @@
+"""Boards and groups: who is there, what they last said, and who belongs where."""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from fleet.protocol.messages import Health, Hello, State, Versions
+from fleet.store.database import Database, text
+from fleet.store.rows import DeviceRow, EventRow, GroupRow, read
+
+
+class Devices:
+    """Every board of the fleet and every group."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    # -- boards ------------------------------------------------------------------------------------------------------
+
+    def add(
+        self, *, device: str, name: str, machine: str, sealing_key: str, key_sha256: str, group: str, now: float
+    ) -> bool:
+        """Take a board in; false when its key, and so its id, is known already."""
+        with self._db.atomic():
+            if self._db.value("SELECT 1 FROM devices WHERE id = ? OR key_sha256 = ?", device, key_sha256):
+                return False
+            self._db.insert(
+                "devices",
+                {
+                    "id": device,
+                    "name": name,
+                    "machine": machine,
+                    "sealing_key": sealing_key,
+                    "key_sha256": key_sha256,
+                    "enrolled_at": now,
+                },
+            )
+            if group:
+                self.ensure_group(group, now=now)
+                self.join(group, [device])
+        return True
+
+    def get(self, device: str) -> DeviceRow | None:
+        """One board."""
+        row = self._db.row("SELECT * FROM devices WHERE id = ?", device)
+        return None if row is None else read(DeviceRow, row)
+
+    def all(self) -> list[DeviceRow]:
+        """Every board, by id."""
+        return [read(DeviceRow, row) for row in self._db.rows("SELECT * FROM devices ORDER BY id")]
+
+    def online(self, devices: Iterable[str]) -> dict[str, bool]:
+        """Which of these boards are online, revoked ones left out."""
+        wanted = set(devices)
+        rows = self._db.rows("SELECT id, online FROM devices WHERE NOT revoked")
+        return {row["id"]: bool(row["online"]) for row in rows if row["id"] in wanted}
+
+    def count(self) -> tuple[int, int]:
+        """How many boards there are, and how many are online."""
+        row = self._db.row("SELECT count(*) AS n, coalesce(sum(online), 0) AS up FROM devices WHERE NOT revoked")
+        assert row is not None
+        return row["n"], row["up"]
+
+    def hear_hello(self, hello: Hello, now: float) -> None:
+        """A board connected."""
+        self._db.run(
+            "UPDATE devices SET online = 1, seen_at = ?, boot_id = ?, accepted = ?, deployed = ?, committed = ?, "
+            "versions = ? WHERE id = ?",
+            *(now, hello.boot_id, hello.accepted, hello.deployed, hello.committed),
+            *(text(hello.versions), hello.device),
+        )
+
+    def hear_state(self, state: State, now: float) -> bool:
+        """A board came or went; true when that is news."""
+        was = self._db.value("SELECT online FROM devices WHERE id = ?", state.device)
+        if was is None:
+            return False
+        if state.online:
+            self._db.run("UPDATE devices SET online = 1, seen_at = ? WHERE id = ?", now, state.device)
+        else:
+            self._db.run("UPDATE devices SET online = 0 WHERE id = ?", state.device)
+        if state.versions != Versions():
+            self._db.run("UPDATE devices SET versions = ? WHERE id = ?", text(state.versions), state.device)
+        return bool(was) != state.online
+
+    def hear_health(self, messages: Iterable[tuple[Health, bytes]], now: float) -> None:
+        """The newest health of some boards, with the bytes as they came."""
+        self._db.many(
+            "UPDATE devices SET health_at = ?, health = ?, seen_at = ?, accepted = max(accepted, ?), "
+            "committed = ?, versions = ? WHERE id = ?",
+            (
+                (now, raw, now, health.accepted, health.committed, text(health.versions), health.device)
+                for health, raw in messages
+            ),
+        )
+
+    def touch(self, device: str, now: float) -> None:
+        """The board said something."""
+        self._db.run("UPDATE devices SET seen_at = ? WHERE id = ?", now, device)
+
+    def set_labels(self, device: str, labels: dict[str, str]) -> None:
+        """Replace the labels that operators gave."""
+        self._db.run("UPDATE devices SET labels = ? WHERE id = ?", text(labels), device)
+
+    def revoke(self, device: str) -> None:
+        """Never trust its key again."""
+        with self._db.atomic():
+            self._db.run("UPDATE devices SET revoked = 1, online = 0 WHERE id = ?", device)
+            self._db.run("UPDATE certificates SET revoked = 1 WHERE device = ?", device)
+
+    def next_command(self, device: str) -> int:
+        """The next command's sequence number for this board, from 1."""
+        with self._db.atomic():
+            self._db.run("UPDATE devices SET commands = commands + 1 WHERE id = ?", device)
+            return int(self._db.value("SELECT commands FROM devices WHERE id = ?", device))
+
+    # -- groups ------------------------------------------------------------------------------------------------------
+
+    def ensure_group(self, name: str, *, now: float) -> bool:
+        """Make a listed group if there is none of that name; true when made."""
+        return bool(self._db.run("INSERT OR IGNORE INTO groups (name, created_at) VALUES (?, ?)", name, now))
+
+    def change_group(self, name: str, *, priority: int | None, selector: dict[str, str] | None) -> None:
+        """Set what is given."""
+        if priority is not None:
+            self._db.run("UPDATE groups SET priority = ? WHERE name = ?", priority, name)
+        if selector is not None:
+            self._db.run("UPDATE groups SET selector = ? WHERE name = ?", text(selector), name)
+
+    def group(self, name: str) -> GroupRow | None:
+        """One group."""
+        row = self._db.row("SELECT * FROM groups WHERE name = ?", name)
+        return None if row is None else read(GroupRow, row)
+
+    def groups(self) -> list[GroupRow]:
+        """Every group, by name."""
+        return [read(GroupRow, row) for row in self._db.rows("SELECT * FROM groups ORDER BY name")]
+
+    def join(self, group: str, devices: Iterable[str]) -> None:
+        """List boards in a group."""
+        self._db.many('INSERT OR IGNORE INTO members ("group", device) VALUES (?, ?)', ((group, d) for d in devices))
+
+    def leave(self, group: str, devices: Iterable[str]) -> None:
+        """Take boards off a group's list."""
+        self._db.many('DELETE FROM members WHERE "group" = ? AND device = ?', ((group, d) for d in devices))
+
+    def listed(self, group: str) -> list[str]:
+        """The ids on a group's list."""
+        return [row["device"] for row in self._db.rows('SELECT device FROM members WHERE "group" = ?', group)]
+
+    def members(self, group: GroupRow) -> list[str]:
+        """The boards that belong to a group, revoked ones left out."""
+        if group.selector:
+            rows = self._db.rows("SELECT id, labels FROM devices WHERE NOT revoked ORDER BY id")
+            return [row["id"] for row in rows if _chosen(group.selector, msgspec.json.decode(row["labels"]))]
+        rows = self._db.rows(
+            'SELECT id FROM devices JOIN members ON device = id WHERE "group" = ? AND NOT revoked ORDER BY id',
+            group.name,
+        )
+        return [row["id"] for row in rows]
+
+    def groups_of(self, device: DeviceRow) -> list[GroupRow]:
+        """The groups that a board belongs to, by name."""
+        listed = {row["group"] for row in self._db.rows('SELECT "group" FROM members WHERE device = ?', device.id)}
+        return [
+            group
+            for group in self.groups()
+            if (_chosen(group.selector, device.labels) if group.selector else group.name in listed)
+        ]
+
+    # -- what happened -----------------------------------------------------------------------------------------------
+
+    def note(self, device: str, kind: str, words: str, *, now: float, rollout: str = "", assignment: int = 0) -> None:
+        """Write an event into the board's timeline."""
+        self._db.insert(
+            "events",
+            {
+                "device": device,
+                "at": now,
+                "kind": kind,
+                "text": words,
+                "rollout": rollout,
+                "assignment": assignment,
+            },
+        )
+
+    def events(self, device: str, limit: int) -> list[EventRow]:
+        """What happened to a board, newest first."""
+        sql = "SELECT * FROM events WHERE device = ? ORDER BY at DESC, id DESC LIMIT ?"
+        return [read(EventRow, row) for row in self._db.rows(sql, device, limit)]
+
+
+def _chosen(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    return all(labels.get(key) == value for key, value in selector.items())

@@ -1,0 +1,235 @@
+"""Rollouts, how each board stands in them, and the settled values that they leave behind."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+import msgspec
+
+from fleet.rollout.model import OPEN, Board, State, Value
+from fleet.store.database import Database, text
+from fleet.store.rows import Extra, RolloutRow, SettledRow, read
+
+_OPEN = tuple(sorted(OPEN))
+_BOARD = tuple(name for name in Board.__dataclass_fields__ if name != "online")
+_EXTRA = ("previous", "version", "timings_ms", "log")
+
+
+class Rollouts:
+    """Every rollout, open and past."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    # -- rollouts ----------------------------------------------------------------------------------------------------
+
+    def create(
+        self,
+        *,
+        id: str,  # noqa: A002 - as the column
+        group: str,
+        device: str,
+        instance: str,
+        value: Value,
+        before: Value | None,
+        waves: str,
+        sizes: tuple[int, ...],
+        boards: Iterable[tuple[Board, str]],
+        failures: int,
+        soak_s: float,
+        timeout_s: float,
+        note: str,
+        by: str,
+        undoes: str,
+        now: float,
+    ) -> RolloutRow:
+        """Begin a rollout; `boards` come with what each should have run before."""
+        with self._db.atomic():
+            number = self._db.insert(
+                "rollouts",
+                {
+                    "id": id,
+                    "group": group,
+                    "device": device,
+                    "instance": instance,
+                    "value": text(value),
+                    "before": text(before),
+                    "state": State.RUNNING,
+                    "waves": waves,
+                    "sizes": text(sizes),
+                    "failures": failures,
+                    "soak_s": soak_s,
+                    "timeout_s": timeout_s,
+                    "note": note,
+                    "by": by,
+                    "undoes": undoes,
+                    "created_at": now,
+                },
+            )
+            for board, previous in boards:
+                self._db.insert("boards", {"rollout": number, **_columns(board), "previous": previous})
+        row = self.get(str(number))
+        assert row is not None
+        return row
+
+    def get(self, key: str) -> RolloutRow | None:
+        """A rollout by id or number."""
+        sql = "SELECT * FROM rollouts WHERE id = ? OR (number = ? AND ? GLOB '[0-9]*')"
+        row = self._db.row(sql, key, key, key)
+        return None if row is None else read(RolloutRow, row)
+
+    def open(self) -> list[RolloutRow]:
+        """Those that run or are paused, oldest first."""
+        sql = "SELECT * FROM rollouts WHERE state IN (?, ?) ORDER BY number"
+        return [read(RolloutRow, row) for row in self._db.rows(sql, *_OPEN)]
+
+    def open_on(self, *, group: str, device: str, instance: str) -> list[RolloutRow]:
+        """The open ones of one instance in one scope."""
+        sql = (
+            'SELECT * FROM rollouts WHERE state IN (?, ?) AND "group" = ? AND device = ? AND instance = ? '
+            "ORDER BY number"
+        )
+        return [read(RolloutRow, row) for row in self._db.rows(sql, *_OPEN, group, device, instance)]
+
+    def newest(self, limit: int, *, group: str | None = None) -> list[RolloutRow]:
+        """The newest first, of one group or of all."""
+        where = "" if group is None else 'WHERE "group" = ?'
+        params = () if group is None else (group,)
+        sql = f"SELECT * FROM rollouts {where} ORDER BY number DESC LIMIT ?"  # noqa: S608 - one of two constants
+        return [read(RolloutRow, row) for row in self._db.rows(sql, *params, limit)]
+
+    def overlays(self, device: str) -> list[RolloutRow]:
+        """The rollouts that this board has been offered and that are still in force, oldest first.
+
+        Those are the open ones, and the superseded ones whose successor, or its successor, is open.
+        """
+        sql = """
+            WITH RECURSIVE live (number) AS (
+                SELECT number FROM rollouts WHERE state IN (?, ?)
+                UNION SELECT r.number FROM rollouts r JOIN live ON r.superseded_by = live.number
+            )
+            SELECT r.* FROM rollouts r JOIN live USING (number) JOIN boards b ON b.rollout = r.number
+            WHERE b.device = ? AND b.offered_at IS NOT NULL ORDER BY r.number
+        """
+        return [read(RolloutRow, row) for row in self._db.rows(sql, *_OPEN, device)]
+
+    def offer(self, number: int, wave: int, *, now: float) -> None:
+        """Wave `wave` is out."""
+        with self._db.atomic():
+            self._db.run(
+                "UPDATE boards SET outcome = 'waiting', offered_at = ? "
+                "WHERE rollout = ? AND wave = ? AND outcome = 'pending'",
+                *(now, number, wave),
+            )
+            self._db.run("UPDATE rollouts SET wave = ?, revision = revision + 1 WHERE number = ?", wave, number)
+
+    def set_state(
+        self, number: int, state: State, *, reason: str = "", superseded_by: int = 0, now: float | None = None
+    ) -> None:
+        """The rollout goes on, pauses, or ends (then `now` is when)."""
+        self._db.run(
+            "UPDATE rollouts SET state = ?, reason = ?, superseded_by = ?, ended_at = ?, revision = revision + 1 "
+            "WHERE number = ?",
+            *(state, reason, superseded_by, now, number),
+        )
+        if state not in OPEN and state is not State.SUCCEEDED:
+            self._db.run(
+                "UPDATE boards SET outcome = 'skipped' WHERE rollout = ? "
+                "AND outcome IN ('pending', 'waiting', 'deferred')",
+                number,
+            )
+
+    def set_reason(self, number: int, reason: str) -> None:
+        """Why it waits; nothing is written when that is known."""
+        self._db.run(
+            "UPDATE rollouts SET reason = ?, revision = revision + 1 WHERE number = ? AND reason != ?",
+            *(reason, number, reason),
+        )
+
+    # -- boards in a rollout -----------------------------------------------------------------------------------------
+
+    def boards(self, number: int) -> list[tuple[Board, Extra]]:
+        """Every board of a rollout, in the order in which they are offered."""
+        sql = (
+            "SELECT b.*, coalesce(d.online, 0) AS online FROM boards b LEFT JOIN devices d ON d.id = b.device "
+            "WHERE rollout = ? ORDER BY wave, b.device"
+        )
+        return [(read(Board, row), read(Extra, row)) for row in self._db.rows(sql, number)]
+
+    def board(self, number: int, device: str) -> tuple[Board, Extra] | None:
+        """One board of a rollout."""
+        sql = (
+            "SELECT b.*, coalesce(d.online, 0) AS online FROM boards b LEFT JOIN devices d ON d.id = b.device "
+            "WHERE rollout = ? AND device = ?"
+        )
+        row = self._db.row(sql, number, device)
+        return None if row is None else (read(Board, row), read(Extra, row))
+
+    def counts(self, number: int) -> dict[str, int]:
+        """How many boards stand how."""
+        sql = "SELECT outcome, count(*) AS n FROM boards WHERE rollout = ? GROUP BY outcome"
+        return {row["outcome"]: row["n"] for row in self._db.rows(sql, number)}
+
+    def set_board(self, number: int, board: Board, extra: Extra) -> None:
+        """Write a board's standing, and let those who watch the rollout know."""
+        values = {**_columns(board), **_extra(extra)}
+        assignments = ", ".join(f"{name} = ?" for name in values)
+        sql = f"UPDATE boards SET {assignments} WHERE rollout = ? AND device = ?"  # noqa: S608 - names are ours
+        self._db.run(sql, *values.values(), number, board.device)
+        self._db.run("UPDATE rollouts SET revision = revision + 1 WHERE number = ?", number)
+
+    def set_version(self, number: int, device: str, version: int) -> None:
+        """Which assignment offered it to this board first."""
+        sql = "UPDATE boards SET version = ? WHERE rollout = ? AND device = ? AND version = 0"
+        self._db.run(sql, version, number, device)
+
+    def offered(self, device: str, *, undecided: bool) -> list[RolloutRow]:
+        """Rollouts that this board was offered; with `undecided` those whose outcome here is open."""
+        extra = "AND b.outcome IN ('waiting', 'deferred', 'in-progress')" if undecided else ""
+        sql = (
+            "SELECT r.* FROM rollouts r JOIN boards b ON b.rollout = r.number "  # noqa: S608 - one of two constants
+            f"WHERE b.device = ? AND b.offered_at IS NOT NULL {extra} ORDER BY r.number DESC LIMIT 100"
+        )
+        return [read(RolloutRow, row) for row in self._db.rows(sql, device)]
+
+    # -- settled values ----------------------------------------------------------------------------------------------
+
+    def settled(self, *, group: str = "", device: str = "") -> list[SettledRow]:
+        """What a group (or, with `device`, a board by its pins) runs when every rollout is over."""
+        sql = 'SELECT * FROM settled WHERE "group" = ? AND device = ? ORDER BY instance'
+        return [read(SettledRow, row) for row in self._db.rows(sql, group, device)]
+
+    def settled_value(self, *, group: str, device: str, instance: str) -> Value | None:
+        """One settled value; None when the instance was never there."""
+        sql = 'SELECT value FROM settled WHERE "group" = ? AND device = ? AND instance = ?'
+        found = self._db.value(sql, group, device, instance)
+        return None if found is None else msgspec.json.decode(found, type=Value)
+
+    def settle(self, *, group: str, device: str, instance: str, value: Value | None, rollout: str, now: float) -> None:
+        """Set a settled value (None takes it away); the one before goes to history."""
+        with self._db.atomic():
+            self._db.run(
+                'INSERT INTO settled_history ("group", device, instance, value, since, until, rollout) '
+                'SELECT "group", device, instance, value, since, ?, rollout FROM settled '
+                'WHERE "group" = ? AND device = ? AND instance = ?',
+                *(now, group, device, instance),
+            )
+            self._db.run(
+                'DELETE FROM settled WHERE "group" = ? AND device = ? AND instance = ?', group, device, instance
+            )
+            if value is not None:
+                row = {"group": group, "device": device, "instance": instance, "value": text(value)}
+                self._db.insert("settled", {**row, "since": now, "rollout": rollout})
+
+
+def _columns(board: Board) -> dict[str, object]:
+    values = asdict(board)
+    return {name: values[name] for name in _BOARD}
+
+
+def _extra(extra: Extra) -> dict[str, object]:
+    return {
+        "previous": extra.previous,
+        "version": extra.version,
+        "timings_ms": text(extra.timings_ms),
+        "log": text(extra.log),
+    }

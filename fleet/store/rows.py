@@ -1,0 +1,172 @@
+"""Rows of the store as frozen structs. Times are seconds since 1970."""
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from fleet.protocol.messages import Versions
+from fleet.rollout.model import State, Value
+from fleet.store.database import Row
+
+_JSON = frozenset({"selector", "labels", "versions", "value", "before", "sizes", "timings_ms", "log"})
+T = TypeVar("T")
+
+
+class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A board. `health` is the newest health message as it came."""
+
+    id: str
+    name: str
+    machine: str
+    sealing_key: str
+    key_sha256: str
+    enrolled_at: float
+    labels: dict[str, str]
+    revoked: bool
+    commands: int
+    online: bool
+    seen_at: float | None
+    boot_id: str
+    versions: Versions
+    accepted: int
+    deployed: int
+    committed: int
+    health_at: float | None
+    health: bytes | None
+
+
+class GroupRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A group: listed, or chosen by labels where there is a selector."""
+
+    name: str
+    priority: int
+    selector: dict[str, str]
+    created_at: float
+
+
+class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A one-time token, without its secret."""
+
+    group: str
+    created_at: float
+    expires: float
+    used_at: float | None
+    device: str | None
+    by: str
+
+
+class CertificateRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A certificate that the CA gave to a board."""
+
+    serial: str
+    device: str
+    not_after: float
+    issued_at: float
+    pem: str
+    revoked: bool
+
+
+class SettledRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What a group or a board runs as one instance when every rollout is over."""
+
+    group: str
+    device: str
+    instance: str
+    value: Value
+    since: float
+    rollout: str
+
+
+class RolloutRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A rollout. Its scope is `group`, or `device` where that is empty."""
+
+    number: int
+    id: str
+    group: str
+    device: str
+    instance: str
+    value: Value
+    before: Value | None
+    state: State
+    waves: str
+    sizes: tuple[int, ...]
+    wave: int
+    failures: int
+    soak_s: float
+    timeout_s: float
+    revision: int
+    reason: str
+    note: str
+    by: str
+    undoes: str
+    superseded_by: int
+    created_at: float
+    ended_at: float | None
+
+
+class Extra(msgspec.Struct, frozen=True, kw_only=True):
+    """What is kept of a board in a rollout beside its standing.
+
+    Attributes:
+        previous: target path that it should have run before, empty for none.
+        version: of the assignment that offered it.
+    """
+
+    previous: str = ""
+    version: int = 0
+    timings_ms: dict[str, int] = {}
+    log: tuple[str, ...] = ()
+
+
+class AssignmentRow(msgspec.Struct, frozen=True, kw_only=True):
+    """An assignment as signed. `wanted` is what it asks for without version and times."""
+
+    device: str
+    version: int
+    sha256: str
+    issued: float
+    expires: float
+    wanted: str
+    envelope: bytes
+
+
+class ReportRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A report as it came; `at` is when the server had it."""
+
+    device: str
+    boot_id: str
+    sequence: int
+    at: float
+    rollout: str
+    raw: bytes
+
+
+class EventRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened to a board beside its reports."""
+
+    device: str
+    at: float
+    kind: str
+    text: str
+    rollout: str
+    assignment: int
+
+
+class AuditRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One act."""
+
+    number: int
+    at: float
+    actor: str
+    act: str
+    subject: str
+    detail: str
+
+
+def read(kind: type[T], row: Row) -> T:
+    """A row as a struct: JSON columns decoded, integers as booleans where the struct says so."""
+    values: dict[str, Any] = {
+        name: msgspec.json.decode(value) if name in _JSON and isinstance(value, str) else value
+        for name, value in row.items()
+    }
+    return msgspec.convert(values, kind, strict=False)
