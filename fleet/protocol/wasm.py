@@ -1,0 +1,154 @@
+"""The bytes of WebAssembly's binary format: numbers, names and sections, read within bounds.
+
+Shared by `fleet.protocol.component`, which reads, and `fleet.protocol.compose`, which also writes. Whatever the bytes
+are, only `DamagedError` comes out, and no work is done beyond what the bytes pay for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+MAGIC: Final = b"\0asm"
+MODULE: Final = MAGIC + b"\x01\x00\x00\x00"
+COMPONENT: Final = MAGIC + b"\x0d\x00\x01\x00"
+PREAMBLE_BYTES: Final = 8
+NAME_MAX_BYTES: Final = 4096
+SECTIONS_MAX: Final = 100_000
+COUNT_MAX: Final = 10_000
+_CONTINUES: Final = 0x80
+
+
+class DamagedError(Exception):
+    """The bytes are not well-formed; the message says what and at which offset."""
+
+
+class Cursor:
+    """A place in some bytes that only moves forward, and never past its end."""
+
+    __slots__ = ("at", "data", "end")
+
+    def __init__(self, data: bytes, at: int = 0, end: int | None = None) -> None:
+        self.data = data
+        self.at = at
+        self.end = len(data) if end is None else end
+
+    def __bool__(self) -> bool:
+        """Whether anything is left."""
+        return self.at < self.end
+
+    def byte(self) -> int:
+        """The next byte."""
+        if self.at >= self.end:
+            raise DamagedError(f"it ends early, at offset {self.at}")
+        value = self.data[self.at]
+        self.at += 1
+        return value
+
+    def peek(self) -> int:
+        """The next byte, which stays there."""
+        if self.at >= self.end:
+            raise DamagedError(f"it ends early, at offset {self.at}")
+        return self.data[self.at]
+
+    def skip(self, size: int) -> int:
+        """Pass over `size` bytes and return where they began."""
+        start = self.at
+        if size > self.end - start:
+            raise DamagedError(
+                f"it ends early: {size} bytes are announced at offset {start}, {self.end - start} follow"
+            )
+        self.at = start + size
+        return start
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes."""
+        start = self.skip(size)
+        return self.data[start : self.at]
+
+    def u32(self) -> int:
+        """An unsigned LEB128 number of at most 32 bits."""
+        value = 0
+        for shift in range(0, 35, 7):
+            byte = self.byte()
+            value |= (byte & 0x7F) << shift
+            if byte < _CONTINUES:
+                if value >= 1 << 32:
+                    break
+                return value
+        raise DamagedError(f"a number of more than 32 bits at offset {self.at}")
+
+    def s33(self) -> int:
+        """A signed LEB128 number of at most 33 bits: a type index, or a negative code for a primitive type."""
+        value = 0
+        for shift in range(0, 35, 7):
+            byte = self.byte()
+            value |= (byte & 0x7F) << shift
+            if byte < _CONTINUES:
+                return value - (1 << (shift + 7)) if byte & 0x40 else value
+        raise DamagedError(f"a number of more than 33 bits at offset {self.at}")
+
+    def count(self) -> int:
+        """How many entries follow; each of them takes a byte at least."""
+        value = self.u32()
+        if value > COUNT_MAX:
+            raise DamagedError(f"{value} entries in one list at offset {self.at}, at most {COUNT_MAX} are read")
+        return value
+
+    def name(self) -> str:
+        """A length and that many bytes of UTF-8."""
+        size = self.u32()
+        if size > NAME_MAX_BYTES:
+            raise DamagedError(f"a name of {size} bytes at offset {self.at}")
+        raw = self.take(size)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise DamagedError(f"a name that is not UTF-8 before offset {self.at}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section: its id and where its contents lie in the whole."""
+
+    id: int
+    start: int
+    end: int
+
+    def cursor(self, data: bytes) -> Cursor:
+        """Over the contents."""
+        return Cursor(data, self.start, self.end)
+
+
+def sections(data: bytes, start: int, end: int) -> Iterator[Section]:
+    """The sections after the preamble of the module or component in `data[start:end]`; raises `DamagedError`."""
+    cursor = Cursor(data, start, end)
+    cursor.skip(PREAMBLE_BYTES)
+    for _ in range(SECTIONS_MAX):
+        if not cursor:
+            return
+        kind = cursor.byte()
+        size = cursor.u32()
+        at = cursor.skip(size)
+        yield Section(kind, at, cursor.at)
+    raise DamagedError(f"more than {SECTIONS_MAX} sections")
+
+
+def u32(value: int) -> bytes:
+    """`value` as unsigned LEB128."""
+    out = bytearray()
+    while value >= _CONTINUES:
+        out.append(value & 0x7F | _CONTINUES)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def name(text: str) -> bytes:
+    """`text` as a length and UTF-8."""
+    raw = text.encode()
+    return u32(len(raw)) + raw
+
+
+def section(kind: int, contents: bytes) -> bytes:
+    """A whole section."""
+    return bytes([kind]) + u32(len(contents)) + contents
