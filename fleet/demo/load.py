@@ -122,6 +122,7 @@ class Load:
         self._by_status: Counter[int] = Counter()
         self._reasons: Counter[str] = Counter()
         self._losses: list[str] = []
+        self._first: dict[str, float] = {}
         self._began = time.monotonic()
 
     async def __aenter__(self) -> Self:
@@ -162,6 +163,10 @@ class Load:
         """Return when `requests` more requests have come to an end."""
         goal = self._answered + self._lost + requests
         await self._until(lambda: self._answered + self._lost >= goal)
+
+    def first_answer(self, version: str) -> float | None:
+        """When `version` first answered, by the monotonic clock; None when it has not."""
+        return self._first.get(version)
 
     async def _until(self, reached: Callable[[], bool]) -> None:
         while not reached():
@@ -212,6 +217,7 @@ class Load:
         else:
             self._answered += 1
             self._by_version[version] += 1
+            self._first.setdefault(version, time.monotonic())
 
     def _note_loss(self, reason: str) -> None:
         self._lost += 1
@@ -258,6 +264,25 @@ class _Connection:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._writer.close()
+
+
+async def first_answer(
+    *, port: int, version: str, host: str = "127.0.0.1", path: str = "/", every_s: float = 0.05
+) -> float:
+    """Ask until `version` answers, and return when it did, by the monotonic clock. Cancel it to give up."""
+    while True:
+        try:
+            connection = await _Connection.open(host, port)
+            try:
+                request = f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n"
+                _, answered, _ = await connection.request(request.encode())
+            finally:
+                connection.close()
+            if answered == version:
+                return time.monotonic()
+        except (OSError, EOFError, _LostError, ValueError):
+            pass  # nothing listens there yet, or it is no whole answer: asked again
+        await asyncio.sleep(every_s)
 
 
 def _reason(error: Exception) -> str:
