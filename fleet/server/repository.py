@@ -1,0 +1,133 @@
+"""TUF metadata as the server keeps it: files that are only ever added, and `timestamp.json` as their head.
+
+The server holds the snapshot and timestamp keys of the small sizes, never a publisher's. Publishing a namespace's role
+is compare-and-swap, judged by `signing.repository.check_role`; then snapshot and timestamp follow. Files are written
+whole, the head last, so that a reader or a power cut sees the old state or the new one.
+"""
+
+import logging
+import os
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from securesystemslib.signer import Signer
+
+from fleet.protocol import caps
+from fleet.protocol.api import Published, RoleReply
+from signing import repository
+from signing.errors import RepositoryError
+from signing.policy import Release
+
+log = logging.getLogger(__name__)
+_FILE: Final = re.compile(r"timestamp\.json|[1-9][0-9]{0,8}\.[a-z0-9-]{1,63}\.json")
+ONLINE: Final = ("snapshot", "timestamp")
+
+
+class Repository:
+    """The metadata directory and what it says.
+
+    Raises:
+        RepositoryError: files are missing.
+    """
+
+    def __init__(self, directory: Path, *, snapshot: Signer, timestamp: Signer) -> None:
+        self._directory = directory
+        self._snapshot, self._timestamp = snapshot, timestamp
+        self._files = {path.name: path.read_bytes() for path in directory.iterdir() if _FILE.fullmatch(path.name)}
+        self._releases: dict[str, Release] = {}
+        self._read()
+
+    def file(self, name: str) -> bytes | None:
+        """A metadata file by its name; None for none."""
+        return self._files.get(name)
+
+    @property
+    def first_root(self) -> bytes:
+        """The root that tokens pin: the newest, from which every later one can be verified."""
+        return repository.latest(self._files, "root")[1]
+
+    def release(self, path: str) -> Release | None:
+        """What is published under a target path; None for nothing, or when it was revoked."""
+        return self._releases.get(path)
+
+    def releases(self) -> tuple[Release, ...]:
+        """Everything published, by name and version."""
+        return tuple(self._releases.values())
+
+    @property
+    def snapshot_version(self) -> int:
+        """The version of the newest snapshot."""
+        return repository.latest(self._files, "snapshot")[0]
+
+    def roles(self) -> tuple[Published, ...]:
+        """Every role with its newest version and expiry."""
+        names = ["root", "targets", *repository.namespaces(self._files), "snapshot"]
+        found = [_published(role, repository.latest(self._files, role)[1]) for role in names]
+        return (*found, _published("timestamp", self._files["timestamp.json"]))
+
+    def publish(self, namespace: str, data: bytes, *, now: datetime) -> RoleReply:
+        """Publish the next version of a namespace's role, and snapshot and timestamp over it.
+
+        Raises:
+            Rejected, ConflictError, RepositoryError: see `signing.repository.check_role`.
+        """
+        if len(data) > caps.TARGETS_MAX_BYTES:
+            raise RepositoryError(f"the role has {len(data)} bytes, boards accept {caps.TARGETS_MAX_BYTES} at most")
+        version = repository.check_role(self._files, namespace, data)
+        name = f"{version}.{namespace}.json"
+        if self._files.get(name) != data:
+            self._add({name: data})
+            self.sign_online(now=now)
+        timestamp = _published("timestamp", self._files["timestamp.json"])
+        return RoleReply(
+            namespace=namespace, version=version, snapshot=self.snapshot_version, timestamp=timestamp.version
+        )
+
+    def sign_online(self, *, now: datetime) -> None:
+        """Sign snapshot (where it must change) and timestamp anew."""
+        self._add(
+            repository.online(self._files, snapshot_signer=self._snapshot, timestamp_signer=self._timestamp, now=now)
+        )
+
+    def keep_fresh(self, *, now: datetime) -> bool:
+        """Sign the online roles anew when they have used up half of their life; true when it did."""
+        if not repository.online_due(self._files, now):
+            return False
+        self.sign_online(now=now)
+        return True
+
+    def _add(self, files: dict[str, bytes]) -> None:
+        for name, data in files.items():
+            path = self._directory / name
+            beside = path.with_name(f".{name}.new")
+            with beside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+            self._files[name] = data
+        self._read()
+
+    def _read(self) -> None:
+        found: dict[str, Release] = {}
+        for namespace in repository.namespaces(self._files):
+            for release in repository.releases(repository.latest(self._files, namespace)[1]):
+                found[release.name.path] = release
+        self._releases = found
+
+
+class _Signed(msgspec.Struct):
+    version: int
+    expires: datetime
+
+
+class _File(msgspec.Struct):
+    signed: _Signed
+
+
+def _published(role: str, data: bytes) -> Published:
+    signed: Any = msgspec.json.decode(data, type=_File).signed
+    return Published(role=role, version=signed.version, expires=signed.expires)
