@@ -1,0 +1,494 @@
+"""What an attacker tries, row by row, and the word with which the board refuses it.
+
+Each row is a small story: an honest repository with one published component and a board that runs it; then something
+hostile happens; then the board is asked to carry out an assignment, and refuses with exactly this code.
+"""
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import pytest
+from tuf.api.metadata import Key, Metadata, Snapshot, Targets, Timestamp
+
+from fleet.protocol.assignment import ASSIGNMENT_TYPE, FRESH_TYPE
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Grants
+from signing import director, dsse
+from signing.errors import Rejected
+from signing.facts import VERSION_MAX
+from tests.simulator.repository import (
+    Board,
+    Repository,
+    promise_role,
+    promise_snapshot,
+    signer,
+    tampered,
+)
+
+CLOCKS = Grants(interfaces=("wasi:clocks",))
+NETWORK = Grants(outbound=("https://evil.example:443",))
+
+
+class Scene:
+    """A fleet at peace: one component published, one board that runs it, its envelope at hand."""
+
+    def __init__(self) -> None:
+        self.repo = Repository(("main", "other"), ceilings={"main": CLOCKS})
+        self.item = self.repo.publish("1.0.0", grants=CLOCKS)
+        self.board = Board(self.repo)
+        self.envelope = self.repo.assign(self.item)
+        self.board.run(self.envelope)
+
+    def assign(self, **fields: Any) -> bytes:
+        return self.repo.assign(self.item, **fields)
+
+    def altered(self, **fields: Any) -> bytes:
+        """An assignment by the director whose item is not what the publisher signed."""
+        return self.repo.assign(msgspec.structs.replace(self.item, **fields))
+
+
+Story = Callable[[Scene], bytes]
+STORIES: list[tuple[str, RejectCode, Story]] = []
+
+
+def attack(name: str, code: RejectCode) -> Callable[[Story], Story]:
+    def enlist(story: Story) -> Story:
+        STORIES.append((name, code, story))
+        return story
+
+    return enlist
+
+
+# -- the broker, or whoever sits on the network: no key at all --------------------------------------------------------
+
+
+@attack("forged assignment", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    # Signed, but by a key that nobody delegated to.
+    return director.sign_assignment(scene.repo.assignment(scene.item), signer())
+
+
+@attack("assignment with the signature of another one", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    mine, other = json.loads(scene.assign()), json.loads(scene.envelope)
+    return json.dumps(mine | {"signatures": other["signatures"]}).encode()
+
+
+@attack("assignment with no signature", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    return json.dumps(json.loads(scene.assign()) | {"signatures": []}).encode()
+
+
+@attack("older assignment played again", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    scene.board.run(scene.assign())
+    return scene.envelope
+
+
+@attack("equal version, different assignment", RejectCode.EQUIVOCATION)
+def _(scene: Scene) -> bytes:
+    return scene.assign(version=1, keep_data=("hello",))
+
+
+@attack("another board's assignment", RejectCode.WRONG_DEVICE)
+def _(scene: Scene) -> bytes:
+    return scene.assign(device="winch-99887766")
+
+
+@attack("another fleet's assignment", RejectCode.WRONG_FLEET)
+def _(scene: Scene) -> bytes:
+    return scene.assign(fleet="airport")
+
+
+@attack("expired assignment", RejectCode.EXPIRED)
+def _(scene: Scene) -> bytes:
+    envelope = scene.assign(expires=scene.repo.now + timedelta(hours=1))
+    scene.repo.now += timedelta(hours=2)
+    return envelope
+
+
+@attack("payload type confusion: a freshness statement as an assignment", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    payload = msgspec.json.encode(scene.repo.assignment(scene.item))
+    return dsse.sign(FRESH_TYPE, payload, [scene.repo.keys["director"]])
+
+
+@attack("payload type confusion: the type changed after signing", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    payload = msgspec.json.encode(scene.repo.assignment(scene.item))
+    envelope = json.loads(dsse.sign(FRESH_TYPE, payload, [scene.repo.keys["director"]]))
+    return json.dumps(envelope | {"payloadType": ASSIGNMENT_TYPE}).encode()
+
+
+@attack("endless envelope", RejectCode.TOO_LARGE)
+def _(scene: Scene) -> bytes:
+    return scene.assign()[:-1] + b" " * dsse.MAX_BYTES + b"}"
+
+
+@attack("deep JSON in an envelope", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    return b'{"payloadType":"x","payload":"","signatures":[],"deep":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+
+
+@attack("bytes that are no envelope", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    return b"\x00\xff" * 100
+
+
+@attack("one key's signature given twice", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    envelope = json.loads(scene.assign())
+    return json.dumps(envelope | {"signatures": envelope["signatures"] * 2}).encode()
+
+
+@attack("timestamp rolled back", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    old = scene.repo.files["timestamp.json"]
+    scene.repo.publish("1.1.0")
+    scene.board.refresh()
+    scene.repo.files["timestamp.json"] = old
+    return scene.assign()
+
+
+@attack("timestamp rolled back, and the cache torn by a power cut", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    old = scene.repo.files["timestamp.json"]
+    scene.repo.publish("1.1.0")
+    scene.board.refresh()
+    scene.board = Board(scene.repo, facts=scene.board.facts)  # a new cache, the same memory
+    scene.repo.files["timestamp.json"] = old
+    return scene.assign()
+
+
+@attack("freeze: the timestamp is never renewed", RejectCode.EXPIRED)
+def _(scene: Scene) -> bytes:
+    scene.repo.now += timedelta(days=3)
+    return scene.assign()
+
+
+@attack("freeze: an old but valid repository is shown", RejectCode.FREEZE)
+def _(scene: Scene) -> bytes:
+    old = dict(scene.repo.files)
+    scene.repo.publish("1.1.0")
+    scene.repo.files = old
+    return scene.assign(snapshot=3)
+
+
+@attack("mix and match: a snapshot that the timestamp did not promise", RejectCode.HASH_MISMATCH)
+def _(scene: Scene) -> bytes:
+    scene.repo.publish("1.1.0")
+    scene.repo.files["3.snapshot.json"] = scene.repo.files["2.snapshot.json"]
+    return scene.assign()
+
+
+@attack("mix and match: a namespace role that the snapshot did not promise", RejectCode.HASH_MISMATCH)
+def _(scene: Scene) -> bytes:
+    new = scene.repo.publish("1.1.0")
+    scene.repo.files["3.main.json"] = scene.repo.files["2.main.json"]
+    return scene.repo.assign(new)
+
+
+@attack("metadata tampered with", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    data = scene.repo.files["timestamp.json"]
+    scene.repo.files["timestamp.json"] = tampered(data, ["signed", "version"], 9)
+    return scene.assign()
+
+
+@attack("metadata that has no canonical form", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    data = scene.repo.files["timestamp.json"]
+    scene.repo.files["timestamp.json"] = tampered(data, ["signed", "more"], 1.5)
+    return scene.assign()
+
+
+@attack("metadata of another type", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    scene.repo.files["timestamp.json"] = scene.repo.files["1.targets.json"]
+    return scene.assign()
+
+
+@attack("endless metadata", RejectCode.TOO_LARGE)
+def _(scene: Scene) -> bytes:
+    scene.repo.files["timestamp.json"] += b" " * 100_000
+    return scene.assign()
+
+
+@attack("deep JSON in metadata", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    scene.repo.files["timestamp.json"] = b"[" * 8000 + b"]" * 8000
+    return scene.assign()
+
+
+@attack("a root signed by nobody we know", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    scene.repo.files["2.root.json"] = Repository().files["1.root.json"]
+    return scene.assign()
+
+
+@attack("a root that skips a version", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("root", lambda root: setattr(root, "version", 7))
+    scene.repo.files["2.root.json"] = scene.repo.files.pop("7.root.json")
+    return scene.assign()
+
+
+@attack("a later root withheld after it was seen", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    scene.repo.rotate("timestamp")
+    scene.repo.online()
+    scene.board.refresh()
+    scene.board = Board(scene.repo, facts=scene.board.facts)
+    del scene.repo.files["2.root.json"]
+    return scene.assign()
+
+
+@attack("metadata withheld", RejectCode.NOT_FOUND)
+def _(scene: Scene) -> bytes:
+    del scene.repo.files["timestamp.json"]
+    return scene.assign()
+
+
+# -- a stolen director key: it chooses, and cannot invent -------------------------------------------------------------
+
+
+@attack("arbitrary code: a target that nobody published", RejectCode.UNKNOWN_TARGET)
+def _(scene: Scene) -> bytes:
+    return scene.altered(target="components/main/evil/1.0.0.wasm")
+
+
+@attack("arbitrary code: other bytes under a published name", RejectCode.TARGET_MISMATCH)
+def _(scene: Scene) -> bytes:
+    return scene.altered(sha256="ab" * 32)
+
+
+@attack("a wrong length", RejectCode.TARGET_MISMATCH)
+def _(scene: Scene) -> bytes:
+    return scene.altered(length=scene.item.length + 1)
+
+
+@attack("another manifest", RejectCode.TARGET_MISMATCH)
+def _(scene: Scene) -> bytes:
+    return scene.altered(manifest_sha256="cd" * 32)
+
+
+@attack("a path outside every namespace", RejectCode.UNKNOWN_TARGET)
+def _(scene: Scene) -> bytes:
+    return scene.altered(target="components/main/a/b/../../../1.0.0.wasm")
+
+
+@attack("grants beyond the manifest", RejectCode.GRANT_DENIED)
+def _(scene: Scene) -> bytes:
+    return scene.altered(grants=NETWORK)
+
+
+@attack("configuration that the manifest has not", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    return scene.altered(config={"url": "https://evil.example"})
+
+
+@attack("an instance listed twice", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    twice = scene.repo.assignment(scene.item, scene.item)
+    return dsse.sign(ASSIGNMENT_TYPE, msgspec.json.encode(twice), [scene.repo.keys["director"]])
+
+
+@attack("an empty list without stop_all", RejectCode.EMPTY)
+def _(scene: Scene) -> bytes:
+    empty = scene.repo.assignment()
+    return dsse.sign(ASSIGNMENT_TYPE, msgspec.json.encode(empty), [scene.repo.keys["director"]])
+
+
+@attack("a version that nobody can count on from", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    return scene.assign(version=VERSION_MAX + 1)
+
+
+@attack("a schema version of the future", RejectCode.UNSUPPORTED_VERSION)
+def _(scene: Scene) -> bytes:
+    return scene.assign(v=2)
+
+
+@attack("below the security epoch", RejectCode.SECURITY_EPOCH)
+def _(scene: Scene) -> bytes:
+    safe = scene.repo.publish("2.0.0", security_epoch=1)
+    scene.board.run(scene.repo.assign(safe))
+    scene.board.commit("main/hello", 1)
+    return scene.assign()
+
+
+@attack("a revoked release", RejectCode.REVOKED)
+def _(scene: Scene) -> bytes:
+    scene.repo.revoke("1.0.0")
+    return scene.assign()
+
+
+# -- director, timestamp and snapshot keys together: the whole server -------------------------------------------------
+
+
+@attack("the server shows an old namespace role under new online roles", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    safe = scene.repo.publish("1.1.0")
+    scene.board.run(scene.repo.assign(safe))
+
+    def backwards(snapshot: Snapshot) -> None:
+        promise_role(snapshot, "main", scene.repo.files["2.main.json"], 2)
+
+    scene.repo.rewrite("snapshot", backwards)
+    _promise(scene)
+    return scene.assign()
+
+
+@attack("the server drops a role from the snapshot", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("snapshot", lambda snapshot: snapshot.meta.pop("other.json"))
+    _promise(scene)
+    return scene.assign()
+
+
+@attack("the server shows an older snapshot under a new timestamp", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    scene.repo.publish("1.1.0")
+    scene.board.refresh()
+    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, scene.repo.files["2.snapshot.json"], 2))
+    return scene.assign()
+
+
+@attack("the server signs two timestamps of one version", RejectCode.EQUIVOCATION)
+def _(scene: Scene) -> bytes:
+    scene.board = Board(scene.repo, facts=scene.board.facts)  # the trusted one is lost from the cache
+    scene.repo.rewrite("timestamp", lambda new: new.unrecognized_fields.update(more="x"), bump=False)
+    return scene.assign()
+
+
+@attack("the server signs a namespace role itself", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("main", lambda role: None, key="snapshot")
+    scene.repo.online()
+    return scene.assign()
+
+
+@attack("the server announces endless metadata", RejectCode.TOO_LARGE)
+def _(scene: Scene) -> bytes:
+    def endless(timestamp: Timestamp) -> None:
+        timestamp.snapshot_meta.version += 1
+        timestamp.snapshot_meta.length = 10**12
+
+    scene.repo.rewrite("timestamp", endless)
+    return scene.assign()
+
+
+def _promise(scene: Scene) -> None:
+    """Sign a timestamp over the newest snapshot, whatever is in it."""
+    version = scene.repo.signed("snapshot").version
+    data = scene.repo.files[f"{version}.snapshot.json"]
+    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, data, version))
+
+
+# -- a stolen publisher's key: its own namespace, below its ceiling ---------------------------------------------------
+
+
+@attack("a publisher asks for more than its namespace's ceiling", RejectCode.GRANT_DENIED)
+def _(scene: Scene) -> bytes:
+    return scene.repo.assign(scene.repo.publish("2.0.0", grants=NETWORK))
+
+
+@attack("a publisher signs into another namespace", RejectCode.UNKNOWN_TARGET)
+def _(scene: Scene) -> bytes:
+    foreign = "components/other/hello/1.0.0.wasm"
+
+    def plant(role: Targets) -> None:
+        role.targets[foreign] = role.targets[scene.item.target]
+
+    scene.repo.rewrite("main", plant)
+    scene.repo.online()
+    return scene.altered(target=foreign)
+
+
+@attack("a publisher puts another manifest's name on a target", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    foreign = "components/main/other/1.0.0.wasm"
+
+    def plant(role: Targets) -> None:
+        role.targets[foreign] = role.targets[scene.item.target]
+
+    scene.repo.rewrite("main", plant)
+    scene.repo.online()
+    return scene.altered(target=foreign)
+
+
+# -- signers that were removed, and keys that only look like two -----------------------------------------------------
+
+
+@attack("a director whose key was rotated away", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    envelope = scene.assign()
+    scene.repo.rotate_delegation("director")
+    return envelope
+
+
+@attack("a publisher whose key was rotated away", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    old = scene.repo.keys["main"]
+    scene.repo.rotate_delegation("main")
+    scene.repo.keys["stolen"] = old
+    scene.repo.rewrite("main", lambda role: None, key="stolen")
+    scene.repo.online()
+    return scene.assign()
+
+
+@attack("one key under two ids for a threshold of two", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    thief = scene.repo.keys["main"]
+
+    def double(top: Targets) -> None:
+        assert top.delegations is not None
+        public = thief.public_key
+        upper = public.keyval["public"].upper()
+        top.add_key(Key.from_dict("twin", public.to_dict() | {"keyval": {"public": upper}}), "main")
+        top.delegations.roles["main"].threshold = 2
+
+    scene.repo.rewrite("targets", double)
+
+    role: Metadata[Any] = Metadata(scene.repo.signed("main"))
+    role.signed.version += 1
+    signature = role.sign(thief)
+    role.signatures["twin"] = type(signature)("twin", signature.signature)
+    scene.repo.files[f"{role.signed.version}.main.json"] = role.to_bytes()
+    scene.repo.online()
+    return scene.assign()
+
+
+@pytest.mark.parametrize(("code", "story"), [row[1:] for row in STORIES], ids=[row[0] for row in STORIES])
+def test_the_board_refuses(code: RejectCode, story: Story) -> None:
+    scene = Scene()
+    envelope = story(scene)
+    before = scene.board.facts
+
+    with pytest.raises(Rejected) as verdict:
+        scene.board.run(envelope)
+
+    assert verdict.value.code is code, verdict.value
+    # Whatever was tried, nothing that protects the board was forgotten.
+    after = scene.board.facts
+    assert after.root >= before.root
+    assert after.epochs == before.epochs
+    assert after.floor >= before.floor
+
+
+@pytest.mark.parametrize("at", range(0, 400, 7))
+def test_no_damaged_envelope_is_taken_for_another(at: int) -> None:
+    scene = Scene()
+    envelope = scene.assign()
+    damaged = bytearray(envelope)
+    damaged[at % len(envelope)] ^= 0x01
+
+    # Refused, or the damage hit nothing that is signed or read: never another error, never another meaning.
+    try:
+        accepted = scene.board.accept(bytes(damaged))
+    except Rejected:
+        return
+    assert accepted.sha256 == director.payload_sha256(envelope)

@@ -1,0 +1,99 @@
+"""Key files: nobody else reads them, none is overwritten, and a passphrase is worth something."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from signing import keys
+from signing.errors import KeyFileError
+
+SECRET = b"correct horse"
+
+
+@pytest.mark.parametrize(
+    ("passphrase", "form"), [(None, keys.Format.PKCS12), (SECRET, keys.Format.PKCS12), (SECRET, keys.Format.OPENSSH)]
+)
+def test_a_key_comes_back_from_its_file(tmp_path: Path, passphrase: bytes | None, form: keys.Format) -> None:
+    if form is keys.Format.OPENSSH:
+        pytest.importorskip("bcrypt")
+    path = tmp_path / "key"
+    made = keys.generate(path, passphrase=passphrase, form=form)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert keys.load(path, passphrase=passphrase).public_key == made.public_key
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"), [(None, "is encrypted: give its passphrase"), (b"wrong horse", "the passphrase is wrong")]
+)
+def test_an_encrypted_key_says_what_it_needs(tmp_path: Path, given: bytes | None, sentence: str) -> None:
+    keys.generate(tmp_path / "key", passphrase=SECRET)
+    with pytest.raises(KeyFileError, match=sentence):
+        keys.load(tmp_path / "key", passphrase=given)
+
+
+def test_an_encrypted_key_is_expensive_to_guess(tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    keys.generate(tmp_path / "key", passphrase=SECRET)
+    command = [openssl, "pkcs12", "-info", "-noout", "-in", str(tmp_path / "key"), "-passin", f"pass:{SECRET.decode()}"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "PBKDF2, Iteration 600000" in said or "PBKDF2, AES-256-CBC, Iteration 600000" in said, said
+
+
+def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
+    keys.generate(tmp_path / "key")
+    before = (tmp_path / "key").read_bytes()
+    with pytest.raises(KeyFileError, match="never overwritten"):
+        keys.generate(tmp_path / "key")
+    assert (tmp_path / "key").read_bytes() == before
+
+
+def test_a_key_that_others_may_read_is_refused(tmp_path: Path) -> None:
+    keys.generate(tmp_path / "key")
+    (tmp_path / "key").chmod(0o640)
+    with pytest.raises(KeyFileError, match="chmod 600"):
+        keys.load(tmp_path / "key")
+
+
+def test_a_short_passphrase_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(KeyFileError, match="too short"):
+        keys.generate(tmp_path / "key", passphrase=b"1234")
+    assert not (tmp_path / "key").exists()
+
+
+def test_a_passphrase_can_be_changed(tmp_path: Path) -> None:
+    made = keys.generate(tmp_path / "key")
+    keys.change_passphrase(tmp_path / "key", old=None, new=SECRET)
+    assert keys.load(tmp_path / "key", passphrase=SECRET).public_key == made.public_key
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"hello", b"\x30\x82\x00", b"-----BEGIN PRIVATE KEY-----\nAAAA\n", b"x" * 100_000]
+)
+def test_what_is_no_key_is_refused_in_one_sentence(tmp_path: Path, junk: bytes) -> None:
+    path = tmp_path / "key"
+    path.touch(mode=0o600)
+    path.write_bytes(junk)
+    for passphrase in (None, SECRET):
+        with pytest.raises(KeyFileError, match="key"):
+            keys.load(path, passphrase=passphrase)
+
+
+def test_another_kind_of_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.touch(mode=0o600)
+    other = generate_private_key(SECP256R1())
+    path.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    with pytest.raises(KeyFileError, match="Ed25519"):
+        keys.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(KeyFileError, match="No such file"):
+        keys.load(tmp_path / "none")

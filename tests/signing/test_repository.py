@@ -1,0 +1,204 @@
+"""Publishing: what never changes, who may publish what, and how two publishers at once lose nothing."""
+
+import hashlib
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from tuf.api.metadata import Metadata, Targets
+
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Grants, Http, Manifest
+from fleet.protocol.names import TargetName
+from signing import policy, repository
+from signing.errors import ConflictError, Rejected, RepositoryError
+from tests.simulator.repository import FLEET, START, TOP_LEVEL, Board, Repository, signer
+
+
+def add(repo: Repository, version: str, *, bits: bytes = b"wasm", key: str = "main", **fields: Any) -> bytes:
+    """The next version of `main` with hello@version, not yet published."""
+    manifest = Manifest(name="hello", version=version, trigger=Http(), **fields)
+    return repository.add_target(
+        repository.latest(repo.files, "main")[1],
+        name=TargetName("main", "hello", version),
+        length=len(bits),
+        sha256=hashlib.sha256(bits).hexdigest(),
+        manifest=manifest,
+        signer=repo.keys[key],
+        now=repo.now,
+    )
+
+
+def test_publishing_the_same_again_changes_nothing() -> None:
+    repo = Repository()
+    repo.files["2.main.json"] = role = add(repo, "1.0.0")
+    assert add(repo, "1.0.0") is role
+    assert repository.check_role(repo.files, "main", role) == 2
+
+
+@pytest.mark.parametrize(("change", "what"), [({"bits": b"other"}, "bytes"), ({"description": "other"}, "manifest")])
+def test_a_version_never_changes(change: dict[str, Any], what: str) -> None:
+    repo = Repository()
+    repo.files["2.main.json"] = add(repo, "1.0.0")
+    with pytest.raises(RepositoryError, match=f"another {what}"):
+        add(repo, "1.0.0", **change)
+
+
+def test_of_two_publishers_at_once_the_second_signs_again() -> None:
+    repo = Repository()
+    first, second = add(repo, "1.0.0"), add(repo, "2.0.0")
+    assert repository.check_role(repo.files, "main", first) == 2
+    repo.files["2.main.json"] = first
+
+    with pytest.raises(ConflictError):
+        repository.check_role(repo.files, "main", second)
+
+    again = add(repo, "2.0.0")
+    assert repository.check_role(repo.files, "main", again) == 3
+    assert [str(each.name) for each in repository.releases(again)] == ["main/hello@1.0.0", "main/hello@2.0.0"]
+
+
+def test_a_role_by_a_key_that_nobody_delegated_to_is_refused() -> None:
+    repo = Repository()
+    with pytest.raises(Rejected) as verdict:
+        repository.check_role(repo.files, "main", add(repo, "1.0.0", key="director"))
+    assert verdict.value.code is RejectCode.UNSIGNED
+
+
+def test_more_than_the_ceiling_is_refused_at_publishing() -> None:
+    repo = Repository(ceilings={"main": Grants(interfaces=("wasi:clocks",))})
+    fits = add(repo, "1.0.0", grants=Grants(interfaces=("wasi:clocks/wall-clock",)))
+    assert repository.check_role(repo.files, "main", fits) == 2
+    beyond = add(repo, "1.0.0", grants=Grants(interfaces=("wasi:sockets",)))
+    with pytest.raises(Rejected, match="wasi:sockets") as verdict:
+        repository.check_role(repo.files, "main", beyond)
+    assert verdict.value.code is RejectCode.GRANT_DENIED
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda role: role.targets.clear(), id="a release taken away"),
+        pytest.param(lambda role: role.unrecognized_fields.clear(), id="a revocation taken back"),
+        pytest.param(
+            lambda role: role.targets.update({"components/main/hello/1.0.0.wasm": _other(role)}), id="bytes swapped"
+        ),
+    ],
+)
+def test_what_was_published_stays(change: Any) -> None:
+    repo = Repository()
+    repo.publish("1.0.0")
+    repo.publish("1.1.0")
+    repo.revoke("1.1.0")
+    repo.rewrite("main", change)
+    number, data = repository.latest(repo.files, "main")
+    del repo.files[f"{number}.main.json"]
+    with pytest.raises(RepositoryError):
+        repository.check_role(repo.files, "main", data)
+
+
+def _other(role: Targets) -> Any:
+    return role.targets["components/main/hello/1.1.0.wasm"]
+
+
+@pytest.mark.parametrize("name", ["director", "targets", "root", "nobody"])
+def test_only_namespaces_can_be_uploaded(name: str) -> None:
+    repo = Repository()
+    with pytest.raises(RepositoryError, match="no namespace"):
+        repository.check_role(repo.files, name, add(repo, "1.0.0"))
+
+
+def test_a_target_outside_the_namespace_is_refused() -> None:
+    repo = Repository(("main", "other"))
+    repo.publish("1.0.0")
+    repo.rewrite(
+        "main",
+        lambda role: role.targets.update({"components/other/hello/1.0.0.wasm": next(iter(role.targets.values()))}),
+    )
+    number, data = repository.latest(repo.files, "main")
+    del repo.files[f"{number}.main.json"]
+    with pytest.raises(RepositoryError, match="not in the namespace"):
+        repository.check_role(repo.files, "main", data)
+
+
+@pytest.mark.parametrize("name", ["root", "director", "Main", "a/b", ""])
+def test_a_namespace_needs_a_name_of_its_own(name: str) -> None:
+    keys = {role: signer() for role in (*TOP_LEVEL, "director")}
+    with pytest.raises(RepositoryError):
+        repository.create(fleet=FLEET, namespaces={name: signer()}, now=START, **keys)
+
+
+def test_a_threshold_counts_keys_and_not_ids() -> None:
+    repo = Repository()
+    key = signer()
+    with pytest.raises(RepositoryError, match="different keys"):
+        repository.delegate(repo.signed("targets"), "twice", [key, key], threshold=2)
+
+
+def test_the_online_roles_change_only_as_much_as_they_must() -> None:
+    repo = Repository()
+    online = {"snapshot_signer": repo.keys["snapshot"], "timestamp_signer": repo.keys["timestamp"]}
+    assert list(repository.online(repo.files, now=repo.now, **online)) == ["timestamp.json"]
+
+    repo.files["2.main.json"] = add(repo, "1.0.0")
+    assert list(repository.online(repo.files, now=repo.now, **online)) == ["2.snapshot.json", "timestamp.json"]
+
+    assert not repository.online_due(repo.files, repo.now)
+    assert repository.online_due(repo.files, repo.now + timedelta(hours=25))
+    late = repository.online(repo.files, now=repo.now + timedelta(days=8), **online)
+    assert list(late) == ["2.snapshot.json", "timestamp.json"]
+
+
+def test_a_publisher_signs_what_was_verified_from_root() -> None:
+    repo = Repository()
+    repo.publish("1.0.0")
+    board = Board(repo)
+    board.refresh()
+    assert board.trusted.role("main") == repo.files["2.main.json"]
+    assert str(board.trusted.lookup("components/main/hello/1.0.0.wasm").name) == "main/hello@1.0.0"
+
+
+def test_a_renewal_changes_nothing_but_the_expiry() -> None:
+    repo = Repository()
+    repo.publish("1.0.0")
+    _, old = repository.latest(repo.files, "main")
+    new = repository.renew(old, signer=repo.keys["main"], now=repo.now + timedelta(days=100))
+    before, after = (Metadata[Targets].from_bytes(data).signed for data in (old, new))
+    assert (after.version, after.targets) == (before.version + 1, before.targets)
+    assert after.expires - before.expires == timedelta(days=100)
+
+
+def test_a_manifest_must_fit_and_say_the_same_name() -> None:
+    repo = Repository()
+    with pytest.raises(RepositoryError, match="too large"):
+        add(repo, "1.0.0", description="x" * 5000)
+    with pytest.raises(RepositoryError, match="manifest of"):
+        repository.add_target(
+            repository.latest(repo.files, "main")[1],
+            name=TargetName("main", "hello", "2.0.0"),
+            length=1,
+            sha256="ab" * 32,
+            manifest=Manifest(name="hello", version="1.0.0", trigger=Http()),
+            signer=repo.keys["main"],
+            now=repo.now,
+        )
+
+
+def test_a_revoked_version_cannot_come_back() -> None:
+    repo = Repository()
+    repo.publish("1.0.0")
+    repo.revoke("1.0.0")
+    assert repository.releases(repository.latest(repo.files, "main")[1]) == ()
+    with pytest.raises(RepositoryError, match="revoked"):
+        add(repo, "1.0.0")
+
+
+def test_people_read_what_is_signed_and_what_it_newly_wants() -> None:
+    repo = Repository()
+    repo.publish("1.0.0", grants=Grants(interfaces=("wasi:clocks",)))
+    repo.publish("2.0.0", grants=Grants(interfaces=("wasi:clocks",), outbound=("https://api:443",)), security_epoch=1)
+    before, after = repository.releases(repository.latest(repo.files, "main")[1])
+    text = policy.describe(after, before=before)
+    assert "newly wants https://api:443\n" in text
+    assert "never go back" in text
+    assert "newly" not in policy.describe(before, before=before)
