@@ -39,7 +39,10 @@ def failure(status: int, stderr: bytes) -> tuple[RejectCode, str]:
     if status < 0:
         name = signal.Signals(-status).name
         if -status in {signal.SIGKILL, signal.SIGXCPU, signal.SIGSEGV}:
-            return RejectCode.COMPILE_LIMIT, f"the compiler was stopped by {name}: it takes too much memory or time here"
+            return (
+                RejectCode.COMPILE_LIMIT,
+                f"the compiler was stopped by {name}: it takes too much memory or time here",
+            )
         return RejectCode.COMPILE_FAILED, f"the compiler gave up on this component ({name})"
     lines = stderr.decode(errors="replace").strip().splitlines()
     try:

@@ -185,6 +185,11 @@ def receive_packet(sock: socket.socket) -> tuple[bytes, tuple[int, ...]]:
     return data, tuple(fds)
 
 
+def encode(message: ToLane | FromLane) -> bytes:
+    """The packet of a message."""
+    return msgspec.json.encode(message)
+
+
 def send(sock: socket.socket, message: ToLane | FromLane, *fds: int) -> None:
     """Send one message and descriptors, which stay open here.
 
@@ -193,7 +198,7 @@ def send(sock: socket.socket, message: ToLane | FromLane, *fds: int) -> None:
         BlockingIOError: a non-blocking socket is full; nothing was sent.
     """
     try:
-        send_packet(sock, msgspec.json.encode(message), fds)
+        send_packet(sock, encode(message), fds)
     except BlockingIOError:
         raise
     except OSError as error:

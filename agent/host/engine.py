@@ -386,8 +386,7 @@ def self_test(engine: Engine) -> bool:
     guest = Guest(image, limits=Limits(), grants=Grants(), config={}, log=lambda _line: None)
     pattern = bytes(range(256)) * 64
     return all(
-        guest.handle(b"PUT", b"/x", b"a: \xc3\xa9\r\n", pattern[:length])
-        == (299, b"a: \xc3\xa9\r\n", pattern[:length])
+        guest.handle(b"PUT", b"/x", b"a: \xc3\xa9\r\n", pattern[:length]) == (299, b"a: \xc3\xa9\r\n", pattern[:length])
         for length in (0, 1, 31, 256, 4096, len(pattern), 7)
     )
 
@@ -395,4 +394,3 @@ def self_test(engine: Engine) -> bool:
 def use_stock_codec(engine: Engine) -> None:
     """Fall back to the bindings' own codec, after a self-test that failed."""
     engine.codec = Stock()
-

@@ -1,0 +1,199 @@
+"""Calling the guest of a lane: its store, its time, its figures, its log.
+
+One call at a time, on the lane's only thread that enters wasm. A ticker thread lets epochs pass while a call is in
+flight and parks after an idle tick, so that a lane at rest wakes nobody. A call that blocks in the host past all its
+time is reported as overdue: only the supervisor can end that, by ending the lane.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from agent.host import control
+from agent.host.engine import TICK_MS, EngineError, Guest, GuestError, Image
+from agent.host.page import Page
+from fleet.protocol.codes import CallOutcome
+from fleet.protocol.manifest import Grants, Limits
+
+BUSY_MS: Final = 30
+GRACE_MS: Final = 1000
+_LINE_MAX_CHARS: Final = 1024
+_FAULTS_A_SECOND: Final = 5
+_NS_PER_MS: Final = 1_000_000
+
+T = TypeVar("T")
+Say = Callable[[control.FromLane], None]
+
+
+class Ticker:
+    """The thread that lets a guest's time pass."""
+
+    def __init__(self, tick: Callable[[], None], say: Say, *, report_busy: bool) -> None:
+        self._tick = tick
+        self._say = say
+        self._report_busy = report_busy
+        self._wake = threading.Event()
+        self._parked = False
+        self._began_ns = 0
+        self._limit_ms = 0
+        self._reported = self._overdue = 0
+        threading.stack_size(256 * 1024)
+        threading.Thread(target=self._run, name="ticker", daemon=True).start()
+
+    def begin(self, now_ns: int, limit_ms: int) -> None:
+        """A call begins that may take `limit_ms`."""
+        self._limit_ms = limit_ms
+        self._began_ns = now_ns
+        if self._parked:
+            self._wake.set()
+
+    def end(self) -> None:
+        """The call has ended."""
+        self._began_ns = 0
+
+    def _run(self) -> None:
+        idle = 0
+        while True:
+            idle = 0 if self._began_ns else idle + 1
+            if idle > 1:
+                self._parked = True
+                if not self._began_ns:
+                    self._wake.wait()
+                self._parked = False
+                self._wake.clear()
+                idle = 0
+            time.sleep(TICK_MS / 1000)
+            self._tick()
+            began_ns = self._began_ns
+            if began_ns:
+                self._watch(began_ns)
+
+    def _watch(self, began_ns: int) -> None:
+        ms = (time.monotonic_ns() - began_ns) // _NS_PER_MS
+        if ms > self._limit_ms + GRACE_MS and self._overdue != began_ns:
+            self._overdue = began_ns
+            self._say(control.Busy(ms=ms, overdue=True))
+        elif self._report_busy and ms > BUSY_MS and self._reported != began_ns:
+            self._reported = began_ns
+            self._say(control.Busy(ms=ms))
+
+
+class Allowance:
+    """So many a minute, saved up for at most a minute."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._per_minute = per_minute
+        self._left = float(per_minute)
+        self._at = time.monotonic()
+
+    def take(self) -> bool:
+        """Whether there is one left; takes it."""
+        now = time.monotonic()
+        self._left = min(self._per_minute, self._left + (now - self._at) * self._per_minute / 60)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class Caller:
+    """The guest and everything around a call."""
+
+    def __init__(
+        self, image: Image, *, limits: Limits, grants: Grants, config: dict[str, str], page: Page, say: Say
+    ) -> None:
+        self._image = image
+        self._limits = limits
+        self._grants = grants
+        self._config = config
+        self._page = page
+        self._say = say
+        self._lines = Allowance(limits.log_lines_per_minute)
+        self._faults = Allowance(_FAULTS_A_SECOND * 60)
+        self._dropped = 0
+        self._guest: Guest | None = None
+        self._ticker = Ticker(image.engine.tick, say, report_busy=limits.concurrency > 1)
+
+    def start(self) -> frozenset[str]:
+        """Instantiate the guest; what it exports.
+
+        Raises:
+            EngineError, GuestError: it cannot be started.
+        """
+        now_ns = time.monotonic_ns()
+        self._page.begin(now_ns)
+        self._ticker.begin(now_ns, self._limits.start_ms)
+        try:
+            self._guest = Guest(
+                self._image, limits=self._limits, grants=self._grants, config=self._config, log=self.log
+            )
+        finally:
+            self._ticker.end()
+            self._page.begin(0)
+        return self._guest.kinds
+
+    def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> tuple[int, bytes, bytes]:
+        """One HTTP exchange; raises `GuestError`. The caller counts it: the answer may still be bad."""
+        return self._call(lambda guest: guest.handle(method, target, headers, body))
+
+    def check(self) -> str | None:
+        """The guest's health: None for well, else a sentence."""
+        try:
+            return self._call(Guest.check)
+        except GuestError as error:
+            return f"its health check failed: {error}".splitlines()[0]
+
+    def run(self, scheduled_ms: int) -> str | None:
+        """Run the task, counted; None for done, else a sentence."""
+        began_ns = time.monotonic_ns()
+        try:
+            problem = self._call(lambda guest: guest.run(scheduled_ms))
+        except GuestError as error:
+            self.count(error.outcome, began_ns, error=True)
+            return str(error).splitlines()[0]
+        self.count(CallOutcome.OK, began_ns, error=problem is not None)
+        return problem
+
+    def count(self, outcome: CallOutcome, began_ns: int | None, *, error: bool = False) -> None:
+        """Count a call that began at `began_ns` (None: the guest was not entered)."""
+        us = None if began_ns is None else (time.monotonic_ns() - began_ns) // 1000
+        self._page.end(outcome, us, error=error)
+
+    def _call(self, enter: Callable[[Guest], T]) -> T:
+        try:
+            if self._guest is None:
+                self.start()
+            assert self._guest is not None
+            now_ns = time.monotonic_ns()
+            self._page.begin(now_ns)
+            self._ticker.begin(now_ns, self._limits.call_ms)
+            try:
+                return enter(self._guest)
+            finally:
+                self._ticker.end()
+        except GuestError as error:
+            self._spend(str(error))
+            raise
+        except EngineError as error:
+            self._spend(str(error))
+            raise GuestError(CallOutcome.GUEST_TRAP, str(error)) from error
+
+    def _spend(self, message: str) -> None:
+        """A trap poisons the store: drop it, and say so."""
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+        if self._faults.take():
+            self._say(control.Fault(message=message))
+
+    def log(self, text: str) -> None:
+        """A log line of the guest's, as far as it may log."""
+        if not self._lines.take():
+            self._dropped += 1
+            self._page.dropped()
+            return
+        for line in text.splitlines() or [""]:
+            self._say(control.Line(text=line[:_LINE_MAX_CHARS], dropped=self._dropped))
+            self._dropped = 0

@@ -1,0 +1,78 @@
+"""`fleet-host`: run the board's wasm host, or say what this board can contain."""
+
+import argparse
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Final
+
+from agent.host.supervisor import VERSION, HostError, Settings, Supervisor
+
+_DEFAULT_RUNTIME: Final = "/run/wasmfleet"
+_DEFAULT_STATE: Final = "/var/lib/wasmfleet-host"
+_DEFAULT_INGRESS: Final = "127.0.0.1:8080"
+
+
+def _address(text: str) -> tuple[str, int] | None:
+    if text == "none":
+        return None
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or not 0 < int(port) < 65536:  # noqa: PLR2004
+        raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT, such as 127.0.0.1:8080, or none")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fleet-host", description="The wasm host of a board.")
+    parser.add_argument("--version", action="version", version=f"fleet-host {VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run components, as the agent says")
+    run.add_argument(
+        "--runtime", type=Path, default=_DEFAULT_RUNTIME, metavar="DIR", help="sockets; default %(default)s"
+    )
+    run.add_argument(
+        "--state", type=Path, default=_DEFAULT_STATE, metavar="DIR", help="what it keeps; default %(default)s"
+    )
+    run.add_argument(
+        "--ingress",
+        type=_address,
+        default=_DEFAULT_INGRESS,
+        metavar="ADDRESS:PORT",
+        help="the shared HTTP port, or none; default %(default)s",
+    )
+    return parser
+
+
+def _own_directory(path: Path, what: str, mode: int) -> None:
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        owner = path.stat().st_uid
+    except OSError as error:
+        raise HostError(f"cannot use {path} as the {what} directory: {error.strerror}") from error
+    if owner not in {os.geteuid(), 0} or not os.access(path, os.W_OK | os.X_OK):
+        raise HostError(
+            f"the {what} directory {path} belongs to another user (uid {owner}); give a directory of your own"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        _own_directory(options.runtime, "runtime", 0o700)
+        _own_directory(options.state, "state", 0o700)
+        settings = Settings(runtime=options.runtime, state=options.state, ingress=options.ingress)
+        asyncio.run(_run(settings))
+    except HostError as error:
+        sys.stderr.write(f"fleet-host: {error}\n")
+        return 1
+    return 0
+
+
+async def _run(settings: Settings) -> None:
+    await Supervisor(settings).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""The HTTP clients of a lane: sockets in an epoll set, requests handed to the guest one by one, inline.
+
+A lane accepts one connection at a time and none while a call is in flight (there is only this thread), so that lanes
+that share a listener share the work. At a swap every connection is passed to the successor at a message boundary, with
+what has come of its next message.
+"""
+
+import select
+import socket
+import time
+from collections.abc import Callable
+from typing import Final
+
+from agent.host import connection, control
+from agent.host.caller import Caller
+from agent.host.connection import Connection, Request
+from agent.host.engine import GuestError
+from fleet.protocol.codes import CallOutcome
+from fleet.protocol.manifest import Limits
+
+IDLE_S: Final = 75  # a client may keep a quiet connection this long
+STALL_S: Final = 30  # and may be silent this long within a message, or leave an answer unread
+SWEEP_S: Final = 10
+_CLIENTS_MAX: Final = 512
+_READ_BYTES: Final = 64 * 1024
+_PASSED: Final = b"C"
+_PASS_TIMEOUT_S: Final = 1.0
+_REFUSALS: Final = {
+    400: "the request is not HTTP/1.1",
+    413: "the request's body is larger than this component takes",
+    431: "the request's header fields are too large",
+    501: "this method is not served here",
+}
+
+
+class Client:
+    """A connection, its socket, and what it has not read yet."""
+
+    def __init__(self, sock: socket.socket, *, body_max_bytes: int) -> None:
+        self.sock = sock
+        self.state = Connection(body_max_bytes=body_max_bytes)
+        self.out = b""
+        self.last_s = time.monotonic()
+        self.trusted = sock.family == socket.AF_UNIX  # the router times its own clients
+        self.awaits = select.EPOLLIN
+
+
+class Clients:
+    """All of them."""
+
+    def __init__(self, poll: select.epoll, caller: Caller, limits: Limits, done: Callable[[int, int], None]) -> None:
+        """`done(passed, cut)` is called when a hand-over has ended."""
+        self._poll = poll
+        self._caller = caller
+        self._limits = limits
+        self._done = done
+        self._clients: dict[int, Client] = {}
+        self._listener: socket.socket | None = None
+        self._accepting = False
+        self._sources: dict[int, socket.socket] = {}
+        self._successor: socket.socket | None = None
+        self._leaving = False
+        self._deadline_s = 0.0
+        self._passed = self._cut = 0
+        self._next_sweep_s = 0.0
+
+    # The supervisor's orders.
+
+    def serve(self, listener: socket.socket) -> None:
+        """Accept from `listener` from now on."""
+        self._stop_accepting()
+        self._leaving = False
+        self._successor = _close(self._successor)
+        listener.setblocking(False)  # noqa: FBT003
+        self._listener = listener
+        self._accept_or_wait()
+
+    def adopt(self, source: socket.socket) -> None:
+        """Take over the connections that arrive on `source`."""
+        source.setblocking(False)  # noqa: FBT003
+        self._sources[source.fileno()] = source
+        self._poll.register(source, select.EPOLLIN)
+
+    def hand_over(self, successor: socket.socket | None, *, deadline_s: float) -> None:
+        """Accept no more, and pass (or end) every connection at its next message boundary."""
+        self._stop_accepting()
+        self._leaving = True
+        self._successor = successor
+        if successor is not None:
+            successor.settimeout(_PASS_TIMEOUT_S)
+        self._deadline_s = time.monotonic() + deadline_s
+        self._passed = self._cut = 0
+        for client in list(self._clients.values()):
+            self._leave(client)
+        self._finish_leaving()
+
+    # The loop.
+
+    def wait_s(self) -> float:
+        """How long the loop may sleep; -1 for as long as nothing happens."""
+        now = time.monotonic()
+        waits = []
+        if self._leaving and self._clients:
+            waits.append(self._deadline_s - now)
+        if any(not client.trusted or client.out for client in self._clients.values()):
+            waits.append(self._next_sweep_s - now)
+        return max(0.0, min(waits)) if waits else -1.0
+
+    def event(self, fd: int, mask: int) -> None:
+        """Something happened on a descriptor of ours."""
+        if self._listener is not None and fd == self._listener.fileno():
+            self._accept()
+        elif fd in self._sources:
+            self._receive(self._sources[fd])
+        elif (client := self._clients.get(fd)) is not None:
+            if mask & select.EPOLLOUT:
+                self._send(client)
+            elif mask & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+                self._read(client)
+
+    def tick(self) -> None:
+        """End what has waited too long."""
+        now = time.monotonic()
+        if self._leaving and self._clients and now >= self._deadline_s:
+            self._cut += len(self._clients)
+            for client in list(self._clients.values()):
+                self._drop(client)
+            self._finish_leaving()
+        if now < self._next_sweep_s:
+            return
+        self._next_sweep_s = now + SWEEP_S
+        for client in list(self._clients.values()):
+            quiet_s = now - client.last_s
+            if client.out and quiet_s > STALL_S:
+                self._caller.count(CallOutcome.CLIENT_SLOW, None)
+                self._drop(client)
+            elif not client.trusted and quiet_s > (IDLE_S if client.state.idle else STALL_S):
+                self._drop(client)
+
+    # Connections.
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError:  # out of descriptors: wait until a client leaves
+            self._pause_accepting()
+            return
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._add(sock)
+
+    def _add(self, sock: socket.socket) -> Client:
+        sock.setblocking(False)  # noqa: FBT003
+        client = Client(sock, body_max_bytes=self._limits.request_bytes)
+        self._clients[sock.fileno()] = client
+        self._poll.register(sock, select.EPOLLIN)
+        if len(self._clients) >= _CLIENTS_MAX:
+            self._pause_accepting()
+        if not self._next_sweep_s:
+            self._next_sweep_s = client.last_s + SWEEP_S
+        return client
+
+    def _receive(self, source: socket.socket) -> None:
+        try:
+            data, fds = control.receive_packet(source)
+        except BlockingIOError:
+            return
+        except control.GoneError:
+            del self._sources[source.fileno()]
+            self._poll.unregister(source)
+            source.close()
+            return
+        for fd in fds:
+            client = self._add(socket.socket(fileno=fd))
+            prefix = data[len(_PASSED) :]
+            if prefix:
+                self._take(client, prefix)
+
+    def _read(self, client: Client) -> None:
+        try:
+            data = client.sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(client)
+            return
+        self._take(client, data)
+
+    def _take(self, client: Client, data: bytes) -> None:
+        client.last_s = time.monotonic()
+        client.out += client.state.feed(data)
+        self._work(client)
+
+    def _work(self, client: Client) -> None:
+        """Answer what is whole, send what is answered, and leave if it is time."""
+        while client.state.requests and not client.out:
+            request = client.state.requests.popleft()
+            if self._leaving and self._successor is None:
+                request.keep_alive = False
+            client.out = self._answer(request)
+            if not request.keep_alive:
+                client.state.closing = True
+                client.state.requests.clear()
+            self._flush(client)
+        if client.out:
+            self._flush(client)
+        self._settle(client)
+
+    def _flush(self, client: Client) -> None:
+        try:
+            sent = client.sock.send(client.out, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._caller.count(CallOutcome.CLIENT_GONE, None)
+            self._drop(client)
+            return
+        client.out = client.out[sent:]
+
+    def _send(self, client: Client) -> None:
+        client.last_s = time.monotonic()
+        self._flush(client)
+        if client.sock.fileno() >= 0 and not client.out:
+            self._work(client)
+
+    def _settle(self, client: Client) -> None:
+        """Wait for what comes next on this connection: room to write, more to read, or nothing at all."""
+        if client.sock.fileno() < 0:
+            return
+        if client.state.closing and not client.out:
+            self._drop(client)
+            return
+        awaits = select.EPOLLOUT if client.out else select.EPOLLIN
+        if awaits != client.awaits:
+            client.awaits = awaits
+            self._poll.modify(client.sock, awaits)
+        if self._leaving and not client.out:
+            self._leave(client)
+            self._finish_leaving()
+
+    def _drop(self, client: Client) -> None:
+        fd = client.sock.fileno()
+        if fd < 0:
+            return
+        self._poll.unregister(fd)
+        del self._clients[fd]
+        client.sock.close()
+        if self._listener is not None and not self._accepting and len(self._clients) < _CLIENTS_MAX:
+            self._accept_or_wait()
+        if self._leaving:
+            self._finish_leaving()
+
+    # Handing over.
+
+    def _leave(self, client: Client) -> None:
+        prefix = client.state.prefix
+        if client.out or prefix is None:
+            return
+        if self._successor is None:
+            if client.state.idle:
+                self._drop(client)
+            return
+        try:
+            control.send_packet(self._successor, _PASSED + prefix, (client.sock.fileno(),))
+        except OSError:
+            return  # the successor is busy or gone: it is served here until the deadline
+        self._passed += 1
+        fd = client.sock.fileno()
+        self._poll.unregister(fd)
+        del self._clients[fd]
+        client.sock.close()
+
+    def _finish_leaving(self) -> None:
+        if self._leaving and not self._clients:
+            self._leaving = False
+            self._successor = _close(self._successor)
+            self._done(self._passed, self._cut)
+
+    # The listener.
+
+    def _accept_or_wait(self) -> None:
+        assert self._listener is not None
+        if not self._accepting:
+            self._poll.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            self._accepting = True
+
+    def _pause_accepting(self) -> None:
+        if self._listener is not None and self._accepting:
+            self._poll.unregister(self._listener)
+            self._accepting = False
+
+    def _stop_accepting(self) -> None:
+        self._pause_accepting()
+        self._listener = _close(self._listener)
+
+    # The guest.
+
+    def _answer(self, request: Request) -> bytes:
+        head, keep_alive = request.method == b"HEAD", request.keep_alive
+        if request.refusal:
+            self._caller.count(CallOutcome.HOST_ERROR, None)
+            return connection.note(request.refusal, _REFUSALS[request.refusal], keep_alive=False)
+        began_ns = time.monotonic_ns()
+        try:
+            status, headers, body = self._caller.handle(
+                request.method, _utf8(request.target), _utf8(request.headers), bytes(request.body)
+            )
+        except GuestError as error:
+            self._caller.count(error.outcome, began_ns, error=True)
+            status = 504 if error.outcome is CallOutcome.GUEST_TIMEOUT else 500
+            return connection.note(status, str(error).splitlines()[0], head=head, keep_alive=keep_alive)
+        try:
+            fields = connection.guest_fields(status, headers)
+            if len(body) > self._limits.response_bytes:
+                raise connection.BadAnswerError(f"a body of {len(body)} bytes, {self._limits.response_bytes} may be")
+        except connection.BadAnswerError as error:
+            self._caller.count(CallOutcome.OK, began_ns, error=True)
+            self._caller.log(f"host: its answer is refused: {error}")
+            return connection.note(502, "the component's answer is not one", head=head, keep_alive=keep_alive)
+        self._caller.count(CallOutcome.OK, began_ns, error=status >= 500)  # noqa: PLR2004
+        return connection.answer(status, fields, body, head=head, keep_alive=keep_alive)
+
+
+def _utf8(data: bytes | bytearray) -> bytes:
+    """What a guest may be given as a string: field values may be any bytes, and Latin-1 reads them all."""
+    if data.isascii():
+        return bytes(data)
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return data.decode("latin-1").encode()
+    return bytes(data)
+
+
+def _close(sock: socket.socket | None) -> None:
+    if sock is not None:
+        sock.close()

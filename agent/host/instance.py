@@ -1,0 +1,595 @@
+"""One instance: its generations, their lanes, and how one generation takes over from another.
+
+    start     a lane for the new generation is raised beside the old, checked, given the listener; then the old lanes
+              stop accepting and pass their connections on. The old generation stays warm until `commit` or `revert`.
+    crash     a lane that dies is replaced after a growing, jittered pause; too many deaths in a row are a quarantine.
+
+Everything here runs on the supervisor's loop; changes of one instance are serialised by its lock.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Final
+
+from agent.host import control, ipc
+from agent.host.listeners import Listener, Listeners
+from agent.host.nursery import Lane, LaneGoneError, Nursery
+from agent.host.page import Figures
+from agent.host.schedule import BadCronError, Clock
+from fleet.protocol import caps
+from fleet.protocol.codes import GUEST_FAULTS, CallOutcome, InstanceState, RejectCode
+from fleet.protocol.manifest import Http, Schedule
+from fleet.protocol.messages import InstanceHealth
+from fleet.protocol.names import BadNameError, TargetName
+
+_HANDLER: Final = "wasmfleet:http/handler"
+_HEALTH: Final = "wasmfleet:http/health"
+_TASK: Final = "wasmfleet:schedule/task"
+DRAIN_MS: Final = 10_000
+_HANDOVER_WAIT_S: Final = 1.0
+_GRACE_S: Final = 5.0
+_FIRST_PAUSE_S: Final = 0.1
+_LONGEST_PAUSE_S: Final = 60.0
+_MIN_UPTIME_S: Final = 30.0
+_CRASHES_MAX: Final = 5
+_UNWELL_MAX: Final = 3
+
+
+class StartError(Exception):
+    """It could not be started, and nothing changed."""
+
+    def __init__(self, code: RejectCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(slots=True)
+class Generation:
+    """One generation: what to run, and the lanes that run it."""
+
+    run: ipc.Run
+    image_fd: int
+    listener: Listener | None = None
+    lanes: list[Lane] = field(default_factory=list)
+    past: Figures = field(default_factory=Figures)
+    faults: int = 0
+    kinds: frozenset[str] = frozenset()
+    layers: dict[str, bool] = field(default_factory=dict)
+    dropped: bool = False
+
+    @property
+    def number(self) -> int:
+        """The agent's number for it."""
+        return self.run.generation
+
+    @property
+    def alive(self) -> list[Lane]:
+        """Its lanes that run."""
+        return [lane for lane in self.lanes if lane.alive and lane.ready is not None]
+
+    def figures(self) -> Figures:
+        """The sum over its lanes, dead ones too."""
+        total = self.past
+        for lane in self.lanes:
+            total = total.plus(lane.page.read())
+        return total
+
+
+class Instance:
+    """An instance as the supervisor has it."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        nursery: Nursery,
+        listeners: Listeners,
+        uid: Callable[[str], int | None],
+        emit: Callable[[ipc.Event], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self.name = name
+        self.state = InstanceState.STOPPED
+        self.error = ""
+        self.since: datetime | None = None
+        self.restarts = 0
+        self.current: Generation | None = None
+        self.previous: Generation | None = None
+        self.lock = asyncio.Lock()
+        self._nursery = nursery
+        self._listeners = listeners
+        self._uid = uid
+        self._emit = emit
+        self._changed = changed
+        self._log: deque[str] = deque(maxlen=caps.LOG_LINES)
+        self._crashes = 0
+        self._unwell = 0
+        self._reverted: tuple[int, int] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._clock: asyncio.Task[None] | None = None
+        self._doctor: asyncio.Task[None] | None = None
+        self._raising = False
+
+    # What the agent asks for.
+
+    async def start(self, run: ipc.Run, image_fd: int) -> tuple[int | None, int]:
+        """Run this generation; (the one replaced, milliseconds of the handover). `image_fd` becomes this object's.
+
+        Raises:
+            StartError: nothing changed.
+        """
+        new = Generation(run, image_fd)
+        try:
+            await self._prepare(new)
+        except BaseException:
+            await self._drop(new)
+            raise
+        began = time.monotonic()
+        old, warm = self.current, self.previous
+        await self._switch(old, new)
+        self.previous = old
+        if warm is not None:
+            await self._drop(warm)
+        return (None if old is None else old.number), int((time.monotonic() - began) * 1000)
+
+    async def commit(self, number: int) -> None:
+        """Drop the generation kept warm."""
+        if self.previous is not None and self.current is not None and self.current.number == number:
+            warm, self.previous = self.previous, None
+            await self._drop(warm)
+
+    async def revert(self, number: int) -> int:
+        """Back to the generation kept warm, whether `number` names the one to leave or the one to return to.
+
+        Raises:
+            StartError: HOST_GONE: there is none any more.
+        """
+        current, warm = self.current, self.previous
+        if warm is None and current is not None and self._reverted is not None and number in self._reverted:
+            return 0
+        if current is None or warm is None or number not in {current.number, warm.number}:
+            raise StartError(RejectCode.HOST_GONE, f"{self.name}: the previous generation is not there any more")
+        began = time.monotonic()
+        if not warm.alive:
+            await self._raise_lane(warm)
+        await self._switch(current, warm)
+        self.previous = None
+        self._reverted = (current.number, warm.number)
+        await self._drop(current)
+        return int((time.monotonic() - began) * 1000)
+
+    async def restart(self) -> None:
+        """Start the running generation anew."""
+        if self.current is None:
+            return
+        generation = self.current
+        old = list(generation.lanes)
+        self._crashes = 0
+        lane = await self._raise_lane(generation)
+        await self._hand_over(old, [lane])
+        for each in old:
+            self._retire(generation, each)
+        self.restarts += 1
+        self._set(InstanceState.RUNNING)
+        self._begin_clocks(generation)
+
+    async def stop(self) -> None:
+        """Drain, then end everything."""
+        self._end_clocks()
+        if self.current is not None:
+            await self._hand_over(self.current.alive, [], wait_s=DRAIN_MS / 1000)
+        for generation in (self.current, self.previous):
+            if generation is not None:
+                await self._drop(generation)
+        self.current = self.previous = None
+        for task in list(self._tasks):
+            task.cancel()
+        self._listeners.close(self.name)
+        self._set(InstanceState.STOPPED)
+
+    # Figures.
+
+    def lines(self) -> tuple[str, ...]:
+        """The last log lines, oldest first, within the cap on bytes."""
+        kept: list[str] = []
+        size = 0
+        for line in reversed(self._log):
+            size += len(line.encode()) + 1
+            if size > caps.LOG_MAX_BYTES:
+                break
+            kept.append(line)
+        return tuple(reversed(kept))
+
+    def running(self) -> ipc.Running:
+        """What the host tells of it in a welcome."""
+        assert self.current is not None
+        return ipc.Running(
+            instance=self.name,
+            generation=self.current.number,
+            target=self.current.run.target,
+            state=self.state,
+            previous=None if self.previous is None else self.previous.number,
+        )
+
+    def health(self) -> InstanceHealth:
+        """Its figures since this generation started."""
+        assert self.current is not None
+        figures = self.current.figures()
+        return InstanceHealth(
+            instance=self.name,
+            target=self.current.run.target,
+            generation=self.current.number,
+            state=self.state,
+            since=self.since,
+            restarts=self.restarts,
+            calls=figures.calls,
+            errors=figures.errors,
+            p50_us=figures.percentile_us(0.5),
+            p99_us=figures.percentile_us(0.99),
+            memory_bytes=sum(lane.private_bytes() for lane in self.current.lanes),
+            lanes=len(self.current.alive),
+            manifest_sha256=self.current.run.manifest.digest(),
+            error=self.error,
+        )
+
+    def watch(self) -> None:
+        """End lanes whose call is past any time it may take, should their own watch have failed."""
+        for generation in (self.current, self.previous):
+            if generation is None:
+                continue
+            limits = generation.run.limits
+            longest_ns = (max(limits.call_ms, limits.start_ms) + 5000) * 1_000_000
+            for lane in generation.lanes:
+                began_ns = lane.page.read().began_ns
+                if lane.alive and began_ns and time.monotonic_ns() - began_ns > longest_ns:
+                    self._overdue(generation, lane, (time.monotonic_ns() - began_ns) // 1_000_000)
+
+    # Raising and dropping.
+
+    async def _prepare(self, new: Generation) -> None:
+        trigger = new.run.manifest.trigger
+        if isinstance(trigger, Schedule):
+            try:
+                Clock(trigger)
+            except BadCronError as error:
+                raise StartError(RejectCode.START_FAILED, f"{self.name}: {error}") from error
+        lane = await self._raise_lane(new, serve=False)
+        needed = _HANDLER if isinstance(trigger, Http) else _TASK if isinstance(trigger, Schedule) else ""
+        if needed not in new.kinds:
+            what = f"it exports no {needed}" if needed else f"this host has no {type(trigger).__name__} trigger"
+            raise StartError(RejectCode.START_FAILED, f"{self.name}: {what}")
+        if new.run.manifest.health.check:
+            problem = await self._ask_health(new, lane)
+            if problem is not None:
+                raise StartError(RejectCode.HEALTH_FAILED, f"{self.name} is not well: {problem}")
+        if isinstance(trigger, Http):
+            try:
+                new.listener = self._listeners.open(self.name, new.run.port)
+            except OSError as error:
+                raise StartError(
+                    RejectCode.PORT_IN_USE, f"{self.name}: cannot listen on port {new.run.port}: {error.strerror}"
+                ) from error
+
+    async def _raise_lane(self, generation: Generation, *, serve: bool = True) -> Lane:
+        run = generation.run
+        try:
+            namespace = TargetName.from_path(run.target).namespace
+        except BadNameError:
+            namespace = ""
+        name = f"{self.name}/{run.generation}"
+        lane: Lane | None = None
+        try:
+            lane = await self._nursery.lane(namespace, name, lambda who, said: self._said(generation, who, said))
+            generation.lanes.append(lane)
+            setup = control.Setup(
+                instance=self.name, grants=run.grants, limits=run.limits, config=run.config, uid=self._uid(self.name)
+            )
+            answer = await lane.ask(
+                setup,
+                generation.image_fd,
+                lane.page_fd,
+                answer=control.Ready,
+                timeout_s=run.limits.start_ms / 1000 + _GRACE_S,
+            )
+        except LaneGoneError as error:
+            raise StartError(RejectCode.START_FAILED, str(error)) from error
+        except TimeoutError as error:
+            assert lane is not None
+            lane.kill("it did not start in time")
+            raise StartError(RejectCode.START_FAILED, f"{self.name}: it did not start in time") from error
+        finally:
+            if lane is not None and lane.ready is None:
+                generation.lanes.remove(lane)
+                lane.kill("it did not start")
+                lane.ended.add_done_callback(lambda _: lane.close())
+        if isinstance(answer, control.Refused):
+            raise StartError(answer.code, f"{self.name}: {answer.message}")
+        assert isinstance(answer, control.Ready)
+        generation.kinds, generation.layers = frozenset(answer.kinds), answer.layers
+        began_s = time.monotonic()
+        lane.ended.add_done_callback(lambda _: self._lane_ended(generation, lane, time.monotonic() - began_s))
+        if serve and generation.listener is not None:
+            self._serve(generation, lane)
+        return lane
+
+    def _serve(self, generation: Generation, lane: Lane) -> None:
+        assert generation.listener is not None
+        lane.send(control.Serve(), generation.listener.sock.fileno())
+
+    async def _switch(self, old: Generation | None, new: Generation) -> None:
+        """Traffic from `old` to `new`, which is ready."""
+        self._end_clocks()
+        if old is not None and isinstance(old.run.manifest.trigger, Schedule):
+            await self._settle(old)
+        try:
+            for lane in new.alive:
+                if new.listener is not None:
+                    self._serve(new, lane)
+        except LaneGoneError as error:
+            raise StartError(RejectCode.START_FAILED, str(error)) from error
+        if old is not None:
+            await self._hand_over(old.alive, new.alive)
+            if old.listener is not None and old.listener is not new.listener:
+                old.listener.sock.close()
+        self.current = new
+        self._crashes = self._unwell = 0
+        self.since = datetime.now(UTC)
+        self._set(InstanceState.RUNNING)
+        self._begin_clocks(new)
+        self._changed()
+
+    async def _settle(self, old: Generation) -> None:
+        """Wait until a task in flight has ended: two generations never run at once."""
+        timeout_s = old.run.limits.call_ms / 1000 + _GRACE_S
+        for lane in old.alive:
+            with contextlib.suppress(LaneGoneError, TimeoutError):
+                await lane.ask(control.Probe(id=0), answer=control.Probed, timeout_s=timeout_s)
+
+    async def _hand_over(self, old: list[Lane], new: list[Lane], *, wait_s: float = _HANDOVER_WAIT_S) -> None:
+        waits = []
+        for number, lane in enumerate(old):
+            if not lane.alive:
+                continue
+            order = control.HandOver(deadline_ms=DRAIN_MS)
+            fds: tuple[int, ...] = ()
+            pair = None
+            try:
+                if new:
+                    pair = control.pair()
+                    new[number % len(new)].send(control.Adopt(), pair[1].fileno())
+                    fds = (pair[0].fileno(),)
+                waits.append(asyncio.ensure_future(lane.ask(order, *fds, answer=control.HandedOver, timeout_s=wait_s)))
+                await asyncio.sleep(0)  # let it send before its descriptor is closed here
+            except LaneGoneError:
+                pass
+            finally:
+                for sock in pair or ():
+                    sock.close()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _drop(self, generation: Generation) -> None:
+        generation.dropped = True
+        for lane in list(generation.lanes):
+            self._retire(generation, lane)
+        if generation.image_fd >= 0:
+            os.close(generation.image_fd)
+            generation.image_fd = -1
+        self._changed()
+
+    def _retire(self, generation: Generation, lane: Lane) -> None:
+        """End a lane on purpose and keep its figures."""
+        if lane in generation.lanes:
+            generation.lanes.remove(lane)
+            generation.past = generation.past.plus(lane.page.read())
+        lane.kill("it was replaced")
+        lane.ended.add_done_callback(lambda _: lane.close())
+
+    # What lanes say, and how they end.
+
+    def _said(self, generation: Generation, lane: Lane, message: control.FromLane) -> None:
+        match message:
+            case control.Line(text=text, dropped=dropped):
+                if dropped:
+                    self._note(f"host: {dropped} lines were dropped: it logs too much")
+                self._note(text)
+            case control.Fault(message=text):
+                self._fault(generation, RejectCode.TRAPPED, text)
+            case control.Busy(ms=ms, overdue=True):
+                self._overdue(generation, lane, ms)
+            case control.Busy():
+                self._more_lanes(generation)
+            case _:
+                pass
+
+    def _note(self, text: str) -> None:
+        self._log.append(text)
+
+    def _fault(self, generation: Generation, code: RejectCode, message: str) -> None:
+        generation.faults += 1
+        first = message.splitlines()[0] if message else ""
+        self._note(f"host: {first}")
+        counted = sum(generation.figures().calls.get(outcome, 0) for outcome in GUEST_FAULTS)
+        if not generation.dropped:
+            self._emit(
+                ipc.Trapped(
+                    instance=self.name,
+                    generation=generation.number,
+                    code=code,
+                    message=message,
+                    faults=max(generation.faults, counted),
+                    log=self.lines(),
+                )
+            )
+
+    def _overdue(self, generation: Generation, lane: Lane, ms: int) -> None:
+        timed_out = Figures(calls={CallOutcome.GUEST_TIMEOUT.value: 1}, errors=1)
+        generation.past = generation.past.plus(timed_out)
+        lane.kill(f"a call was still blocked after {ms} ms, past all its time")
+
+    def _lane_ended(self, generation: Generation, lane: Lane, uptime_s: float) -> None:
+        if lane not in generation.lanes:
+            return
+        generation.lanes.remove(lane)
+        generation.past = generation.past.plus(lane.page.read())
+        why = lane.describe_end()
+        lane.close()
+        if generation.dropped or generation is not self.current:
+            return
+        self.restarts += 1
+        self._crashes = 1 if uptime_s > _MIN_UPTIME_S else self._crashes + 1
+        self.error = why
+        self._fault(generation, RejectCode.RESTARTED, why)
+        if self._crashes >= _CRASHES_MAX:
+            self._quarantine(generation, f"{self._crashes} deaths in a row; the last: {why}")
+            return
+        if not generation.alive:
+            self._set(InstanceState.BACKOFF, why)
+        self._spawn(self._replace(generation))
+
+    def _quarantine(self, generation: Generation, why: str) -> None:
+        self.error = why
+        for lane in list(generation.lanes):
+            self._retire(generation, lane)
+        self._end_clocks()
+        self._set(InstanceState.QUARANTINED, why)
+
+    async def _replace(self, generation: Generation) -> None:
+        pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 4 ** (self._crashes - 1))
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
+        async with self.lock:
+            if generation.dropped or generation is not self.current or self.state is InstanceState.QUARANTINED:
+                return
+            try:
+                await self._raise_lane(generation)
+            except (StartError, LaneGoneError) as error:
+                self._crashes += 1
+                self.error = str(error)
+                if self._crashes >= _CRASHES_MAX:
+                    self._quarantine(generation, str(error))
+                else:
+                    self._spawn(self._replace(generation))
+                return
+            if self.state is InstanceState.BACKOFF:
+                self._set(InstanceState.RUNNING)
+
+    def _more_lanes(self, generation: Generation) -> None:
+        if (
+            generation is self.current
+            and not self._raising
+            and len(generation.lanes) < generation.run.limits.concurrency
+            and not self.lock.locked()
+        ):
+            self._raising = True
+            self._spawn(self._raise_another(generation))
+
+    async def _raise_another(self, generation: Generation) -> None:
+        try:
+            async with self.lock:
+                if generation is self.current and not generation.dropped:
+                    await self._raise_lane(generation)
+        except (StartError, LaneGoneError) as error:
+            self._note(f"host: no further lane: {error}")
+        finally:
+            self._raising = False
+
+    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _set(self, state: InstanceState, message: str = "") -> None:
+        if state is self.state:
+            return
+        before, self.state = self.state, state
+        if state is InstanceState.RUNNING:
+            self.error = ""
+        tell = state in {InstanceState.BACKOFF, InstanceState.QUARANTINED} or before in {
+            InstanceState.BACKOFF,
+            InstanceState.QUARANTINED,
+        }
+        if tell and self.current is not None:
+            self._emit(
+                ipc.Changed(
+                    instance=self.name,
+                    generation=self.current.number,
+                    state=state,
+                    message=message,
+                    log=self.lines(),
+                )
+            )
+        self._changed()
+
+    # Clocks: the schedule, and the health check.
+
+    def _begin_clocks(self, generation: Generation) -> None:
+        self._end_clocks()
+        manifest = generation.run.manifest
+        if isinstance(manifest.trigger, Schedule):
+            self._clock = asyncio.ensure_future(self._tick(generation, Clock(manifest.trigger)))
+        if manifest.health.check and manifest.health.interval_ms > 0:
+            self._doctor = asyncio.ensure_future(self._visit(generation, manifest.health.interval_ms / 1000))
+
+    def _end_clocks(self) -> None:
+        for task in (self._clock, self._doctor):
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
+        self._clock = self._doctor = None
+
+    async def _tick(self, generation: Generation, clock: Clock) -> None:
+        number = 0
+        timeout_s = generation.run.limits.call_ms / 1000 + _GRACE_S
+        while True:
+            due_ms = await clock.next()
+            if not generation.alive:
+                continue
+            number += 1
+            lane = generation.alive[0]
+            try:
+                ran = await lane.ask(
+                    control.Task(id=number, scheduled_ms=due_ms), answer=control.Ran, timeout_s=timeout_s
+                )
+            except LaneGoneError:
+                continue
+            except TimeoutError:
+                lane.kill("its task did not end in time")
+                continue
+            if isinstance(ran, control.Ran) and ran.problem is not None:
+                self._note(f"host: its task failed: {ran.problem}")
+
+    async def _visit(self, generation: Generation, interval_s: float) -> None:
+        while True:
+            await asyncio.sleep(interval_s)
+            lanes = generation.alive
+            if not lanes:
+                continue
+            problem = await self._ask_health(generation, lanes[0])
+            if problem is None:
+                self._unwell = 0
+                if self.state is InstanceState.RUNNING:
+                    self.error = ""
+                continue
+            self._unwell += 1
+            self.error = f"it is not well: {problem}"
+            self._fault(generation, RejectCode.HEALTH_FAILED, self.error)
+            if self._unwell >= _UNWELL_MAX and lanes[0].alive:
+                self._unwell = 0
+                lanes[0].kill(f"{self.error}, {_UNWELL_MAX} times in a row")
+
+    async def _ask_health(self, generation: Generation, lane: Lane) -> str | None:
+        if _HEALTH not in generation.kinds:
+            return f"it exports no {_HEALTH}, which its manifest promises"
+        timeout_s = generation.run.limits.call_ms / 1000 + _GRACE_S
+        try:
+            answer = await lane.ask(control.Check(id=generation.number), answer=control.Checked, timeout_s=timeout_s)
+        except LaneGoneError as error:
+            return str(error)
+        except TimeoutError:
+            return "it does not answer its health check"
+        return answer.problem if isinstance(answer, control.Checked) else None

@@ -1,0 +1,280 @@
+"""The supervisor's side of zygotes and lanes: starting them, talking to them, ending them.
+
+A `Lane` here is a handle: its socket, its pidfd, its page of figures. Ending one is a signal through the pidfd, which
+cannot hit another process; how it ended arrives from its zygote.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Final
+
+from agent.host import control, page
+
+FORK: Final = b"F"
+_MESSAGE_BYTES: Final = 12
+_FORK_TIMEOUT_S: Final = 30.0
+_REQUESTS_MAX: Final = 64
+
+
+class LaneGoneError(Exception):
+    """The lane ended before it answered."""
+
+
+class Lane:
+    """The supervisor's handle of a lane."""
+
+    def __init__(self, name: str, sock: socket.socket, on_message: Callable[["Lane", control.FromLane], None]) -> None:
+        self.name = name
+        self.pid = 0
+        self.pidfd = -1
+        self.page_fd = page.create(name)
+        self.page = page.Page(self.page_fd)
+        self.memory_fd = -1
+        self.ready: control.Ready | None = None
+        self.exit_status: int | None = None
+        self.killed_because = ""
+        self.ended = asyncio.get_running_loop().create_future()
+        self._sock = sock
+        self._on_message = on_message
+        self._waiting: dict[type, asyncio.Future[control.FromLane]] = {}
+        sock.setblocking(False)  # noqa: FBT003
+        asyncio.get_running_loop().add_reader(sock, self._readable)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return not self.ended.done()
+
+    def send(self, message: control.ToLane, *fds: int) -> None:
+        """Tell it something. Raises `LaneGoneError`; a lane that reads nothing is ended."""
+        try:
+            control.send(self._sock, message, *fds)
+        except BlockingIOError:
+            self.kill("it reads no messages")
+            raise LaneGoneError(f"{self.name}: it reads no messages") from None
+        except control.GoneError as error:
+            raise LaneGoneError(f"{self.name}: {error}") from error
+
+    async def ask(
+        self, message: control.ToLane, *fds: int, answer: type[control.FromLane], timeout_s: float
+    ) -> control.FromLane:
+        """Tell it something and wait for an `answer` (or `Refused`).
+
+        Raises:
+            LaneGoneError: it ended first.
+            TimeoutError: it did not answer in time.
+        """
+        future: asyncio.Future[control.FromLane] = asyncio.get_running_loop().create_future()
+        self._waiting[answer] = future
+        try:
+            self.send(message, *fds)
+            return await asyncio.wait_for(future, timeout_s)
+        finally:
+            self._waiting.pop(answer, None)
+
+    def _readable(self) -> None:
+        try:
+            message, fds = control.receive_from_lane(self._sock)
+        except BlockingIOError:
+            return
+        except control.GoneError:
+            self._unplug()
+            self.kill("it closed its socket")
+            return
+        if isinstance(message, control.Ready):
+            self.ready = message
+            if fds:
+                self.memory_fd, *fds = fds  # type: ignore[assignment]
+        for fd in fds:
+            os.close(fd)
+        kind = control.Ready if isinstance(message, control.Refused) else type(message)
+        future = self._waiting.get(kind)
+        if future is not None and not future.done():
+            future.set_result(message)
+        else:
+            self._on_message(self, message)
+
+    def _unplug(self) -> None:
+        if self._sock.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._sock)
+            self._sock.close()
+
+    def kill(self, because: str) -> None:
+        """End it now."""
+        if self.pidfd >= 0 and self.alive:
+            self.killed_because = self.killed_because or because
+            try:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def has_ended(self, status: int) -> None:
+        """Its zygote says that it has ended."""
+        if self.ended.done():
+            return
+        self._drain()
+        self.exit_status = status
+        self._unplug()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(LaneGoneError(f"{self.name}: {self.describe_end()}"))
+        self.ended.set_result(status)
+
+    def _drain(self) -> None:
+        """Read what it said last: often why it ended."""
+        while self._sock.fileno() >= 0:
+            before = self._sock
+            try:
+                message, fds = control.receive_from_lane(before)
+            except (BlockingIOError, control.GoneError):
+                return
+            for fd in fds:
+                os.close(fd)
+            future = self._waiting.get(control.Ready if isinstance(message, control.Refused) else type(message))
+            if future is not None and not future.done():
+                future.set_result(message)
+            else:
+                self._on_message(self, message)
+
+    def describe_end(self) -> str:
+        """How it ended, for people."""
+        if self.killed_because:
+            return self.killed_because
+        status = self.exit_status
+        if status is None:
+            return "it is gone"
+        return (
+            f"its process was ended by {signal.Signals(-status).name}"
+            if status < 0
+            else f"its process ended ({status})"
+        )
+
+    def private_bytes(self) -> int:
+        """Its private memory; 0 where that cannot be told."""
+        if self.memory_fd < 0 or not self.alive:
+            return 0
+        try:
+            text = os.pread(self.memory_fd, 4096, 0)
+        except OSError:
+            return 0
+        return 1024 * sum(
+            int(line.split()[1]) for line in text.splitlines() if line.startswith((b"Private_Clean", b"Private_Dirty"))
+        )
+
+    def close(self) -> None:
+        """Give its descriptors back, once it has ended."""
+        self._unplug()
+        self.page.close()
+        for fd in (self.page_fd, self.memory_fd, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self.page_fd = self.memory_fd = self.pidfd = -1
+
+
+class Zygote:
+    """The supervisor's handle of one namespace's zygote, started when it is first needed."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self.lanes: dict[int, Lane] = {}
+        self._forking: list[tuple[Lane, asyncio.Future[None]]] = []
+        ours, theirs = control.pair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "agent.host.zygote", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._sock = ours
+        ours.setblocking(False)  # noqa: FBT003
+        asyncio.get_running_loop().add_reader(ours, self._readable)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still serves."""
+        return self._sock.fileno() >= 0
+
+    async def lane(self, name: str, on_message: Callable[[Lane, control.FromLane], None]) -> Lane:
+        """Fork a lane; raises `LaneGoneError` if the zygote is gone or does not answer."""
+        ours, theirs = control.pair()
+        lane = Lane(name, ours, on_message)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with theirs:
+            try:
+                control.send_packet(self._sock, FORK + bytes(_MESSAGE_BYTES - 1), (theirs.fileno(),))
+            except OSError as error:
+                lane.close()
+                raise LaneGoneError(f"the zygote of {self.namespace} is gone") from error
+        self._forking.append((lane, future))
+        try:
+            await asyncio.wait_for(future, _FORK_TIMEOUT_S)
+        except TimeoutError as error:
+            self.close()
+            raise LaneGoneError(f"the zygote of {self.namespace} does not answer") from error
+        return lane
+
+    def _readable(self) -> None:
+        try:
+            data, fds = control.receive_packet(self._sock)
+        except BlockingIOError:
+            return
+        except control.GoneError:
+            self.close()
+            return
+        pid = int.from_bytes(data[4:8], sys.byteorder, signed=True)
+        status = int.from_bytes(data[8:12], sys.byteorder, signed=True)
+        if data.startswith(FORK):
+            lane, future = self._forking.pop(0)
+            lane.pid, lane.pidfd = pid, fds[0]
+            self.lanes[pid] = lane
+            if not future.done():
+                future.set_result(None)
+        elif (ended := self.lanes.pop(pid, None)) is not None:
+            ended.has_ended(status)
+
+    def close(self) -> None:
+        """End it and every lane of it."""
+        if self._sock.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._sock)
+            self._sock.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for _, future in self._forking:
+            if not future.done():
+                future.set_exception(LaneGoneError(f"the zygote of {self.namespace} is gone"))
+        self._forking.clear()
+        for lane in list(self.lanes.values()):
+            lane.has_ended(-signal.SIGKILL)
+        self.lanes.clear()
+
+
+class Nursery:
+    """Every zygote."""
+
+    def __init__(self) -> None:
+        self._zygotes: dict[str, Zygote] = {}
+
+    async def lane(self, namespace: str, name: str, on_message: Callable[[Lane, control.FromLane], None]) -> Lane:
+        """Fork a lane of a namespace, starting its zygote if there is none."""
+        zygote = self._zygotes.get(namespace)
+        if zygote is None or not zygote.alive:
+            zygote = self._zygotes[namespace] = Zygote(namespace)
+        return await zygote.lane(name, on_message)
+
+    def retire(self) -> None:
+        """End the zygotes that have no lanes."""
+        for namespace, zygote in list(self._zygotes.items()):
+            if not zygote.lanes and not zygote.alive:
+                del self._zygotes[namespace]
+
+    def close(self) -> None:
+        """End everything."""
+        for zygote in self._zygotes.values():
+            zygote.close()
+        self._zygotes.clear()

@@ -1,0 +1,356 @@
+"""The host's supervisor: policy, sockets and configuration; no wasm, ever.
+
+It listens for the agent on `<runtime>/host.sock`, keeps the instances, their listeners and their lanes, and owns the
+board's shared HTTP port, which it lends to the router. Everything it starts dies with it.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import uuid
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from agent.host import ipc
+from agent.host.instance import Instance, StartError
+from agent.host.listeners import BACKLOG, Listeners
+from agent.host.nursery import LaneGoneError, Nursery
+from fleet.protocol.codes import InstanceState, RejectCode
+
+VERSION: Final = "0.1.0"
+_SOCKET: Final = "host.sock"
+_PEERS_MAX: Final = 8
+_QUEUE_MAX: Final = 256
+_WATCH_S: Final = 10.0
+_STOP_S: Final = 15.0
+_DESCRIBE_S: Final = 60.0
+_UCRED: Final = struct.Struct("=iII")
+
+
+class HostError(Exception):
+    """The host cannot start; the message is one sentence for the board's owner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where the host lives.
+
+    Attributes:
+        ingress: address and port of the shared HTTP port; None for no router.
+    """
+
+    runtime: Path
+    state: Path
+    ingress: tuple[str, int] | None
+
+
+class Peer:
+    """One connection of the agent's (or of `fleet-agent restore`)."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.out: deque[ipc.FromHost] = deque()
+        sock.setblocking(False)  # noqa: FBT003
+
+    def say(self, message: ipc.FromHost) -> None:
+        """Send, or keep until there is room; a peer that never reads is dropped."""
+        if self.sock.fileno() < 0:
+            return
+        self.out.append(message)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is kept."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self.out:
+                ipc.send(self.sock, self.out[0])
+                self.out.popleft()
+        except BlockingIOError:
+            if len(self.out) > _QUEUE_MAX:
+                self.close()
+            else:
+                loop.add_writer(self.sock, self.flush)
+            return
+        except ipc.IpcError:
+            self.close()
+            return
+        loop.remove_writer(self.sock)
+
+    def close(self) -> None:
+        """Hang up."""
+        if self.sock.fileno() >= 0:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self.sock)
+            loop.remove_writer(self.sock)
+            self.sock.close()
+
+
+class Supervisor:
+    """The host's one supervisor."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._session = uuid.uuid4().hex
+        self._engine = ""
+        self._containment: dict[str, bool] = {}
+        self._nursery = Nursery()
+        self._instances: dict[str, Instance] = {}
+        self._peers: set[Peer] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stop = asyncio.Event()
+        address = settings.ingress[0] if settings.ingress else "127.0.0.1"
+        self._listeners = Listeners(settings.runtime / "in", address)
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain and leave no process.
+
+        Raises:
+            HostError: it cannot start.
+        """
+        listener = self._listen()
+        ingress = self._open_ingress()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        self._engine = await self._ask_engine()
+        loop.add_reader(listener, self._accept, listener)
+        watch = asyncio.ensure_future(self._watch())
+        try:
+            await self._stop.wait()
+        finally:
+            watch.cancel()
+            loop.remove_reader(listener)
+            listener.close()
+            (self._settings.runtime / _SOCKET).unlink(missing_ok=True)
+            await self._end()
+            if ingress is not None:
+                ingress.close()
+
+    def _listen(self) -> socket.socket:
+        path = self._settings.runtime / _SOCKET
+        probe = ipc.new_socket()
+        with probe:
+            try:
+                probe.connect(str(path))
+            except OSError:
+                path.unlink(missing_ok=True)
+            else:
+                raise HostError(f"another host already runs here: {path} is in use")
+        listener = ipc.new_socket()
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        except OSError as error:
+            raise HostError(f"cannot listen on {path}: {error.strerror}") from error
+        finally:
+            os.umask(mask)
+        listener.listen(_PEERS_MAX)
+        listener.setblocking(False)  # noqa: FBT003
+        return listener
+
+    def _open_ingress(self) -> socket.socket | None:
+        if self._settings.ingress is None:
+            return None
+        address, port = self._settings.ingress
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((address, port))
+        except OSError as error:
+            sock.close()
+            raise HostError(
+                f"cannot listen on {address}:{port}: {error.strerror}; choose another address with --ingress"
+            ) from error
+        sock.listen(BACKLOG)
+        return sock
+
+    async def _ask_engine(self) -> str:
+        """The engine's version, asked of a process of its own; empty where there is none."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "agent.host.compiler",
+            "--describe",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            out, _ = await asyncio.wait_for(process.communicate(), _DESCRIBE_S)
+            return str(json.loads(out)["engine"])
+        except (TimeoutError, ValueError, KeyError):
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            return ""
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            for instance in self._instances.values():
+                instance.watch()
+            self._nursery.retire()
+
+    async def _end(self) -> None:
+        stops = [asyncio.ensure_future(self._stop_one(instance)) for instance in self._instances.values()]
+        if stops:
+            await asyncio.wait(stops, timeout=_STOP_S)
+        for peer in list(self._peers):
+            peer.close()
+        self._nursery.close()
+
+    async def _stop_one(self, instance: Instance) -> None:
+        async with instance.lock:
+            await instance.stop()
+
+    # The agent.
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return
+        _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        if uid not in {0, os.geteuid()} or len(self._peers) >= _PEERS_MAX:
+            sock.close()
+            return
+        peer = Peer(sock)
+        self._peers.add(peer)
+        asyncio.get_running_loop().add_reader(sock, self._readable, peer)
+
+    def _readable(self, peer: Peer) -> None:
+        try:
+            request, fd = ipc.receive_request(peer.sock)
+        except BlockingIOError:
+            return
+        except ipc.IpcError:
+            self._peers.discard(peer)
+            peer.close()
+            return
+        task = asyncio.ensure_future(self._serve(peer, request, fd))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, peer: Peer, request: ipc.Request, fd: int | None) -> None:
+        try:
+            reply = await self._answer(request, fd)
+        except (StartError, LaneGoneError) as error:
+            code = error.code if isinstance(error, StartError) else RejectCode.INTERNAL
+            instance = self._instances.get(getattr(request, "instance", "") or _name(request))
+            reply = ipc.Failed(
+                id=request.id, code=code, message=str(error), log=() if instance is None else instance.lines()
+            )
+        except Exception as error:  # noqa: BLE001 - our own bug: say so, and go on serving
+            sys.stderr.write(f"host: {type(request).__name__}: {type(error).__name__}: {error}\n")
+            reply = ipc.Failed(id=request.id, code=RejectCode.INTERNAL, message=f"the host failed: {error!r}")
+        peer.say(reply)
+
+    async def _answer(self, request: ipc.Request, fd: int | None) -> ipc.Reply:
+        if fd is not None and not isinstance(request, ipc.Start):
+            os.close(fd)
+        match request:
+            case ipc.Hello():
+                return self._welcome(request.id)
+            case ipc.Start():
+                return await self._start(request, fd)
+            case ipc.Status():
+                figures = tuple(one.health() for one in self._instances.values() if one.current is not None)
+                return ipc.Figures(id=request.id, instances=figures)
+            case ipc.Logs():
+                found = self._instances.get(request.instance)
+                return ipc.Lines(id=request.id, lines=() if found is None else found.lines())
+            case ipc.Revert():
+                instance = self._instances.get(request.instance)
+                if instance is None:
+                    raise StartError(RejectCode.HOST_GONE, f"{request.instance} does not run here")
+                async with instance.lock:
+                    swap_ms = await instance.revert(request.generation)
+                    assert instance.current is not None
+                    return ipc.Started(
+                        id=request.id,
+                        instance=instance.name,
+                        generation=instance.current.number,
+                        swap_ms=swap_ms,
+                    )
+            case ipc.Commit() | ipc.Stop() | ipc.Restart():
+                instance = self._instances.get(request.instance)
+                if instance is not None:
+                    async with instance.lock:
+                        await self._change(instance, request)
+                return ipc.Done(id=request.id)
+
+    async def _change(self, instance: Instance, request: ipc.Commit | ipc.Stop | ipc.Restart) -> None:
+        match request:
+            case ipc.Commit():
+                await instance.commit(request.generation)
+            case ipc.Restart():
+                await instance.restart()
+            case ipc.Stop():
+                await instance.stop()
+                self._instances.pop(instance.name, None)
+                self._changed()
+
+    async def _start(self, request: ipc.Start, fd: int | None) -> ipc.Reply:
+        run = request.run
+        if fd is None:
+            raise StartError(RejectCode.MALFORMED, f"{run.instance}: no image came with the request to start it")
+        if not self._engine:
+            os.close(fd)
+            raise StartError(RejectCode.NO_ENGINE, "there is no WebAssembly engine for this board")
+        instance = self._instances.get(run.instance)
+        if instance is None:
+            instance = self._instances[run.instance] = Instance(
+                run.instance,
+                nursery=self._nursery,
+                listeners=self._listeners,
+                uid=lambda _name: None,
+                emit=self._emit,
+                changed=self._changed,
+            )
+        async with instance.lock:
+            if instance.current is not None and instance.current.number == run.generation:
+                os.close(fd)
+                if instance.state is InstanceState.QUARANTINED:
+                    await instance.restart()
+                previous = None if instance.previous is None else instance.previous.number
+                return ipc.Started(id=request.id, instance=run.instance, generation=run.generation, replaced=previous)
+            try:
+                replaced, swap_ms = await instance.start(run, fd)
+            finally:
+                if instance.current is None:
+                    self._instances.pop(run.instance, None)
+        return ipc.Started(
+            id=request.id, instance=run.instance, generation=run.generation, replaced=replaced, swap_ms=swap_ms
+        )
+
+    def _welcome(self, number: int) -> ipc.Welcome:
+        ingress = self._settings.ingress
+        return ipc.Welcome(
+            id=number,
+            session=self._session,
+            version=VERSION,
+            engine=self._engine,
+            containment=self._containment,
+            ingress="" if ingress is None else f"{ingress[0]}:{ingress[1]}",
+            running=tuple(one.running() for one in self._instances.values() if one.current is not None),
+        )
+
+    def _emit(self, event: ipc.Event) -> None:
+        for peer in list(self._peers):
+            peer.say(event)
+
+    def _changed(self) -> None:
+        """What runs has changed: the router is told."""
+
+
+def _name(request: ipc.Request) -> str:
+    return request.run.instance if isinstance(request, ipc.Start) else ""

@@ -1,0 +1,196 @@
+"""A client of the host for tests: starts `fleet-host` on free ports, compiles guests, sends what the agent would send."""
+
+import fcntl
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from agent.host import ipc
+from fleet.protocol.manifest import Grants, Health, Http, Limits, Manifest
+
+ROOT = Path(__file__).parents[3]
+GUESTS = ROOT / "components" / "guests"
+DEMO = ROOT / "components" / "demo"
+CACHE = Path(os.environ.get("WASMFLEET_TEST_CACHE", f"/tmp/wasmfleet-test-images-{os.getuid()}"))
+
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+
+
+def wasm(guest):
+    """A guest's text or bytes: a name in components/guests or components/demo, or WAT itself."""
+    if isinstance(guest, bytes):
+        return guest
+    if guest.lstrip().startswith("("):
+        return guest.encode()
+    for path in (GUESTS / f"{guest}.wat", DEMO / f"{guest}.wasm"):
+        if path.exists():
+            return path.read_bytes()
+    raise FileNotFoundError(guest)
+
+
+def compiled(guest, *, fuel=False) -> bytes:
+    """The image of a guest, from a cache: compiling costs more than most tests."""
+    source = wasm(guest)
+    engine = (ROOT / "agent" / "host" / "engine.py").read_bytes()
+    path = CACHE / f"{hashlib.sha256(source + engine + bytes([fuel])).hexdigest()}.cwasm"
+    if not path.exists():
+        from agent.host.engine import Engine
+
+        CACHE.mkdir(exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(Engine(fuel=fuel).compile(source if source.startswith(b"\0asm") else source.decode()))
+        part.rename(path)
+    return path.read_bytes()
+
+
+def sealed(data: bytes) -> int:
+    """A sealed memfd with these bytes, as the agent passes it."""
+    fd = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, data) if len(data) < 1 << 30 else None
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    return fd
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def a_run(instance, generation, *, trigger=None, grants=None, limits=None, health=None, namespace="main", **rest):
+    manifest = Manifest(
+        name=instance,
+        version=f"1.0.{generation}",
+        trigger=trigger or Http(),
+        grants=grants or Grants(),
+        limits=limits or Limits(),
+        health=health or Health(),
+    )
+    return ipc.Run(
+        instance=instance,
+        generation=generation,
+        target=f"components/{namespace}/{instance}/1.0.{generation}.wasm",
+        manifest=manifest,
+        grants=manifest.grants,
+        limits=manifest.limits,
+        **rest,
+    )
+
+
+class Host:
+    """A running fleet-host and a connection to it."""
+
+    def __init__(self, directory: Path, *, ingress=None, arguments=(), env=None, prefix=()):
+        self.runtime = directory / "run"
+        self.state = directory / "state"
+        self.port = ingress or free_port()
+        self.events = []
+        self._id = 0
+        self.stderr = (directory / "host.log").open("ab")
+        self.process = subprocess.Popen(
+            [
+                *prefix,
+                sys.executable,
+                *("-m", "agent.host.cli", "run"),
+                *("--runtime", str(self.runtime)),
+                *("--state", str(self.state)),
+                *("--ingress", f"127.0.0.1:{self.port}"),
+                *arguments,
+            ],
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stderr=self.stderr,
+            stdin=subprocess.DEVNULL,
+        )
+        self.sock = self.connect()
+
+    def connect(self) -> socket.socket:
+        """Connect as soon as it listens."""
+        path = self.runtime / "host.sock"
+        while True:
+            sock = ipc.new_socket()
+            sock.settimeout(60)
+            try:
+                sock.connect(str(path))
+            except OSError:
+                sock.close()
+                if self.process.poll() is not None:
+                    raise AssertionError(f"the host ended: {Path(self.stderr.name).read_text()}") from None
+                os.sched_yield()
+                continue
+            return sock
+
+    def ask(self, kind, fd=None, **fields):
+        """Send a request and return its reply; events on the way are kept in `events`."""
+        self._id += 1
+        ipc.send(self.sock, kind(id=self._id, **fields), fd)
+        while True:
+            message = ipc.receive_from_host(self.sock)
+            if getattr(message, "id", None) == self._id:
+                return message
+            self.events.append(message)
+
+    def start(self, guest, run, *, fuel=False):
+        fd = sealed(compiled(guest, fuel=fuel))
+        try:
+            return self.ask(ipc.Start, fd, run=run)
+        finally:
+            os.close(fd)
+
+    def health(self, instance):
+        return next(one for one in self.ask(ipc.Status).instances if one.instance == instance)
+
+    def event(self, accept):
+        """The next event for which `accept(event)` holds, waiting for it."""
+        while True:
+            for number, event in enumerate(self.events):
+                if accept(event):
+                    del self.events[: number + 1]
+                    return event
+            self.events.append(ipc.receive_from_host(self.sock))
+
+    def close(self):
+        self.sock.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.stderr.close()
+
+
+def http(port, request: bytes | str = "GET / HTTP/1.1\r\nhost: x\r\n\r\n", sock=None):
+    """One exchange on a plain socket: (status, headers, body)."""
+    own = sock is None
+    sock = sock or socket.create_connection(("127.0.0.1", port), timeout=30)
+    try:
+        sock.sendall(request if isinstance(request, bytes) else request.encode())
+        return read_answer(sock)
+    finally:
+        if own:
+            sock.close()
+
+
+def read_answer(sock):
+    data = b""
+    while b"\r\n\r\n" not in data:
+        more = sock.recv(65536)
+        if not more:
+            raise ConnectionError(f"closed after {data!r}")
+        data += more
+    head, _, body = data.partition(b"\r\n\r\n")
+    lines = head.decode("latin-1").split("\r\n")
+    headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}
+    length = int(headers.get("content-length", "0"))
+    while len(body) < length:
+        more = sock.recv(65536)
+        if not more:
+            raise ConnectionError("closed in the body")
+        body += more
+    return int(lines[0].split()[1]), headers, body
