@@ -82,7 +82,7 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.examples = examples
         self.common = [HOME, *([JSON] if json else []), QUIET, DEBUG]
-        self.own = list(self.params)
+        self.own = [param for param in self.params if isinstance(param, click.Option)]
         self.params += self.common
 
     def invoke(self, ctx: click.Context) -> Any:

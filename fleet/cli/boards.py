@@ -7,9 +7,9 @@ import click
 
 from fleet.cli import out
 from fleet.cli.base import Exit, Fault, Options, command
+from fleet.cli.finish import finish
 from fleet.cli.home import connect, operator
 from fleet.cli.listings import running
-from fleet.cli.rollouts import finish
 from fleet.cli.values import config_values, label_values
 from fleet.protocol import api
 from fleet.protocol.assignment import Restart

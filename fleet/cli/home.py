@@ -39,6 +39,11 @@ class Operator:
         return self.directory / "trust"
 
     @property
+    def root(self) -> Path:
+        """The TUF root that was pinned when the fleet was made, or handed over."""
+        return self.trust / "1.root.json"
+
+    @property
     def key(self) -> Path:
         """The namespace's signing key."""
         return self.directory / "keys" / f"{self.namespace}.pem"

@@ -82,7 +82,13 @@ class Fleet(LazyGroup):
         return super().invoke(ctx)
 
 
-@click.group(cls=Fleet, sections=SECTIONS, examples=EXAMPLES, params=[HOME, JSON, QUIET, DEBUG])
+@click.group(
+    cls=Fleet,
+    sections=SECTIONS,
+    examples=EXAMPLES,
+    params=[HOME, JSON, QUIET, DEBUG],
+    context_settings={"max_content_width": 100},
+)
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Print the version")
 def main() -> None:
     """Push signed WebAssembly components to fleets of ARM and RISC-V boards.

@@ -75,7 +75,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, empty
         grid.add_row(*(state(cell) if isinstance(cell, str) else cell for cell in row))
         count += 1
     if count:
-        console().print(grid)
+        show(grid)
     else:
         click.echo(empty)
 
@@ -88,7 +88,17 @@ def facts(pairs: Iterable[tuple[str, str | Text]]) -> None:
     for name, value in pairs:
         if str(value):
             grid.add_row(name, state(value) if isinstance(value, str) else value)
-    console().print(grid)
+    show(grid)
+
+
+def show(grid: Table) -> None:
+    """Print a table: plain lines carry no spaces at their ends."""
+    if console().is_terminal:
+        console().print(grid)
+        return
+    with console().capture() as captured:
+        console().print(grid)
+    click.echo("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
 
 
 def state(word: str) -> Text:

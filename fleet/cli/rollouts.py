@@ -4,9 +4,9 @@ import click
 
 from fleet.cli import out
 from fleet.cli.base import Command, Exit, Options, command
-from fleet.cli.follow import conclude, follow, picture, standing, title
+from fleet.cli.finish import finish
+from fleet.cli.follow import follow, picture, standing, title
 from fleet.cli.home import connect
-from fleet.client import Client
 from fleet.protocol import api
 
 
@@ -101,19 +101,6 @@ rollout.add_command(_verb("resume", "goes on", "Go on with a paused rollout."))
 rollout.add_command(
     _verb("abort", "is aborted: its boards are offered what they had before", "End a rollout and take its boards back.")
 )
-
-
-def finish(client: Client, view: api.RolloutView, options: Options, *, detach: bool) -> Exit:
-    """Follow a rollout that was just started, or say how to."""
-    if not detach:
-        return follow(client, view, options)
-    if view.state not in api.OPEN_STATES:
-        return conclude(view, options)
-    if options.json:
-        out.show_json(view)
-    else:
-        out.say(options, f"{title(view)}\nFollow it with 'fleet rollout {view.number} --follow'.")
-    return Exit.OK
 
 
 @command("undo", examples="fleet undo\nfleet undo 7\nfleet undo --group edge-eu --detach")

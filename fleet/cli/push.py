@@ -1,0 +1,217 @@
+"""`fleet push`, `publish` and `deploy`."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from fleet.cli import out
+from fleet.cli.base import Exit, Fault, Options, command
+from fleet.cli.dryrun import dry_run
+from fleet.cli.finish import finish
+from fleet.cli.home import Operator, operator
+from fleet.cli.publishing import Prepared, Publication, prepare
+from fleet.cli.publishing import publish as publish_prepared
+from fleet.cli.values import config_values
+from fleet.client import Client
+from fleet.protocol import api
+from fleet.protocol.manifest import Manifest
+from fleet.protocol.names import BadNameError, TargetName, check_label
+
+_PROGRESS_FROM_BYTES: Final = 256 * 1024
+
+_FILE: Final = click.argument("file", type=click.Path(path_type=Path))
+_MANIFEST: Final = click.option(
+    "--manifest",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The component.toml  [beside FILE, else inferred]",
+)
+_VERSION: Final = click.option("--version", default="", metavar="VERSION", help="Version, in place of the manifest's")
+_NAME: Final = click.option("--name", default="", metavar="NAME", help="Component's name, in place of the manifest's")
+
+_DEPLOY: Final = (
+    click.option("--group", default="", metavar="NAME", help="Offer it to this group"),
+    click.option("--device", default="", metavar="ID", help="Pin it on this one board, until 'fleet unpin'"),
+    click.option(
+        "--as",
+        "instance",
+        default="",
+        metavar="NAME",
+        help="Name of the instance on the boards  [the component's name]",
+    ),
+    click.option(
+        "--waves", default="1, 100%", metavar="SIZES", show_default=True, help="Boards of each wave, from the first on"
+    ),
+    click.option("--soak", default=0, metavar="SECONDS", help="How long a wave must be well before the next"),
+    click.option(
+        "--failures", default=0, metavar="N", show_default=True, help="Boards that may fail before the rollout halts"
+    ),
+    click.option("--timeout", default=900, metavar="SECONDS", show_default=True, help="How long a board may take"),
+    click.option("--config", multiple=True, metavar="KEY=VALUE", help="A configuration value; may be given repeatedly"),
+    click.option(
+        "--port",
+        metavar="PORT",
+        type=click.IntRange(0, 65535),
+        help="A port of its own on the boards; 0 for the shared one",
+    ),
+    click.option("--note", default="", metavar="TEXT", help="A line for the history"),
+    click.option("--detach", is_flag=True, help="Return at once instead of following"),
+)
+
+
+def _deploy_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_DEPLOY):
+        function = option(function)
+    return function
+
+
+@command(
+    "push",
+    examples="fleet push hello.wasm --group edge-eu\n"
+    "fleet push hello.wasm --group edge-eu --waves '1, 10%, 100%' --soak 300\n"
+    "fleet push hello.wasm --device gate-7-1f2e3d4c --config level=debug\n"
+    "fleet push hello.wasm --group edge-eu --dry-run",
+)
+@_FILE
+@_deploy_options
+@_MANIFEST
+@_NAME
+@_VERSION
+@click.option("--dry-run", "dry", is_flag=True, help="Change nothing: say what it needs, which boards would get it")
+def push(
+    options: Options, *, file: Path, manifest: Path | None, name: str, version: str, dry: bool, **how: Any
+) -> Exit:
+    """Publish the component FILE and deploy it, in one go.
+
+    Signs it with this namespace's key, uploads it, offers it to the boards in waves and follows until that is
+    decided; the exit code says how it went. Ctrl-C stops following, not the rollout.
+    """
+    _check_where(how)
+    prepared = prepare(file, manifest_file=manifest, name=name, version=version)
+    _check_config(prepared.manifest, config_values(how["config"]))
+    who = operator(options)
+    with who.client() as client:
+        if dry:
+            return dry_run(who, client, prepared, _request(prepared.manifest.name, "", how), options)
+        published = _publish(who, client, prepared, options)
+        return _deploy(client, published.target, how, options)
+
+
+@command("publish", examples="fleet publish hello.wasm\nfleet publish hello.wasm --version 1.4.0 --json")
+@_FILE
+@_MANIFEST
+@_NAME
+@_VERSION
+def publish(options: Options, *, file: Path, manifest: Path | None, name: str, version: str) -> None:
+    """Sign the component FILE and upload it.
+
+    It runs nowhere before it is deployed: what was tested on one group goes to the next with the same bytes and
+    signature. A version never changes once it is published.
+    """
+    prepared = prepare(file, manifest_file=manifest, name=name, version=version)
+    who = operator(options)
+    with who.client() as client:
+        published = _publish(who, client, prepared, options)
+    release = published.release
+    if options.json:
+        out.show_json(
+            {
+                "target": release.name.path,
+                "length": release.length,
+                "sha256": release.sha256,
+                "manifest_sha256": release.manifest_sha256,
+                "new": published.new,
+            }
+        )
+    elif options.quiet:
+        click.echo(str(release.name))
+    else:
+        click.echo(f"Deploy it with 'fleet deploy {release.name.name}@{release.name.version} --group GROUP'.")
+
+
+@command(
+    "deploy",
+    examples="fleet deploy hello@1.4.0 --group edge-eu\nfleet deploy acme/hello@1.4.0 --group edge-eu --as hello-blue",
+)
+@click.argument("target", metavar="NAME@VERSION")
+@_deploy_options
+def deploy(options: Options, *, target: str, **how: Any) -> Exit:
+    """Offer a published component to a group or a board, and follow until that is decided."""
+    _check_where(how)
+    who = operator(options)
+    try:
+        name = TargetName.parse(target, namespace=who.namespace)
+    except BadNameError as error:
+        raise Fault(str(error)) from None
+    with who.client() as client:
+        return _deploy(client, name, how, options)
+
+
+def _publish(who: Operator, client: Client, prepared: Prepared, options: Options) -> Publication:
+    with _upload_bar(prepared, options) as progress:
+        done = publish_prepared(who, client, prepared, progress=progress, say=lambda text: click.echo(text, err=True))
+    size = out.size(done.release.length)
+    if done.new:
+        source = prepared.manifest_file.name if prepared.manifest_file else "no component.toml, so no grants"
+        out.say(options, f"Published {done.target} ({size}, {source}).")
+    else:
+        out.say(options, f"{done.target} is published already, with these bytes ({size}).")
+    return done
+
+
+@contextlib.contextmanager
+def _upload_bar(prepared: Prepared, options: Options) -> Iterator[Callable[[int], None] | None]:
+    """A bar while a larger component goes up, on a terminal."""
+    if options.quiet or options.json or len(prepared.data) < _PROGRESS_FROM_BYTES or not out.console().is_terminal:
+        yield None
+        return
+    columns = (TextColumn("Uploading"), BarColumn(bar_width=20), DownloadColumn(binary_units=True))
+    with Progress(*columns, console=out.console(), transient=True) as progress:
+        task = progress.add_task("", total=len(prepared.data))
+        yield lambda count: progress.advance(task, count)
+
+
+def _deploy(client: Client, target: TargetName, how: dict[str, Any], options: Options) -> Exit:
+    request = _request(target.name, target.path, how)
+    view = client.pin(request.device, request) if request.device else client.deploy(request)
+    return finish(client, view, options, detach=how["detach"])
+
+
+def _request(component: str, target: str, how: dict[str, Any]) -> api.RolloutRequest:
+    return api.RolloutRequest(
+        instance=how["instance"] or component,
+        target=target,
+        group=how["group"],
+        device=how["device"],
+        waves="100%" if how["device"] else how["waves"],
+        config=config_values(how["config"]),
+        port=how["port"],
+        soak_s=how["soak"],
+        failures=how["failures"],
+        timeout_s=how["timeout"],
+        note=how["note"],
+    )
+
+
+def _check_where(how: dict[str, Any]) -> None:
+    if bool(how["group"]) == bool(how["device"]):
+        raise click.UsageError("Name either --group or --device.")
+    try:
+        if how["instance"]:
+            check_label(how["instance"], "instance")
+    except BadNameError as error:
+        raise Fault(str(error)) from None
+
+
+def _check_config(manifest: Manifest, config: dict[str, str] | None) -> None:
+    for key in config or {}:
+        if key not in manifest.config:
+            known = ", ".join(manifest.config) or "none"
+            raise Fault(
+                f"{manifest.name} has no configuration key {key!r}",
+                f"its manifest declares {known}",
+                f"add [config.{key}] to its component.toml",
+            )

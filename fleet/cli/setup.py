@@ -1,0 +1,114 @@
+"""`fleet init`, `serve` and `completion`."""
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+from click.shell_completion import get_completion_class
+
+from fleet.cli import out
+from fleet.cli.base import Fault, Options, command
+from fleet.cli.home import home
+
+if TYPE_CHECKING:
+    from fleet.setup import Made
+
+_SERVER_PARTS = "install them: pip install 'wasmfleet[server]'"
+PASSPHRASE_VARIABLE = "WASMFLEET_KEY_PASSPHRASE"  # noqa: S105 - the name of a variable
+
+
+@command(
+    "init",
+    examples="fleet init --dev\n"
+    "fleet init --solo --fleet acme --url https://fleet.example.com\n"
+    "fleet --home ./try init --dev",
+)
+@click.option("--dev", "size", flag_value="dev", help="For trying out: keys in the clear, refused by production boards")
+@click.option("--solo", "size", flag_value="solo", help="One operator; the offline keys are encrypted")
+@click.option("--fleet", default="fleet", show_default=True, help="Its name; boards refuse what is signed for another")
+@click.option("--namespace", default="main", show_default=True, help="Namespace of the components published from here")
+@click.option("--url", help="https://HOST[:PORT] under which boards reach this machine  [loopback]")
+@click.option("--operators-port", type=click.IntRange(1, 65535), help="Of the API for operators  [8743]")
+@click.option("--devices-port", type=click.IntRange(1, 65535), help="Of the API for boards  [8744]")
+@click.option("--mqtt-port", type=click.IntRange(1, 65535), help="Of the broker  [8883]")
+@click.option("--broker", default="auto", show_default=True, help="auto, mosquitto, embedded, or mqtts://HOST:PORT")
+def init(
+    options: Options,
+    *,
+    size: str | None,
+    fleet: str,
+    namespace: str,
+    url: str | None,
+    operators_port: int | None,
+    devices_port: int | None,
+    mqtt_port: int | None,
+    broker: str,
+) -> None:
+    """Create a fleet on this machine: keys, repository, certificates and the admin's token.
+
+    Nothing that exists is overwritten.
+    """
+    if size is None:
+        raise click.UsageError("Choose --dev (for trying out) or --solo.")
+    try:
+        from fleet import setup  # noqa: PLC0415 - the server's parts may not be installed
+    except ImportError as error:
+        raise Fault("a fleet cannot be made here", f"{error.name} is not installed", _SERVER_PARTS) from None
+    try:
+        made = setup.init(
+            home(options),
+            fleet=fleet,
+            size=size,
+            url=url,
+            namespace=namespace,
+            operators_port=operators_port,
+            devices_port=devices_port or setup.DEVICES_PORT,
+            mqtt_port=mqtt_port or setup.MQTT_PORT,
+            broker=broker,
+            passphrase=None if size == "dev" else _new_passphrase(),
+        )
+    except setup.SetupError as error:
+        raise Fault(str(error)) from None
+    _show_made(options, made)
+
+
+def _show_made(options: Options, made: "Made") -> None:
+    if options.json:
+        facts = {"home": str(made.home), "fleet": made.fleet, "size": made.size, "namespace": made.namespace}
+        out.show_json({**facts, "url": made.url, "warnings": list(made.warnings)})
+        return
+    out.say(options, f"Made the fleet {made.fleet} in {made.home}.")
+    for warning in made.warnings:
+        click.echo(click.style("note: ", fg="yellow", bold=True) + warning, err=True)
+    out.say(
+        options,
+        "Next:\n"
+        "  fleet serve                              run its server\n"
+        "  fleet enroll-token --group edge-eu       a token for the first board",
+    )
+
+
+def _new_passphrase() -> bytes:
+    given = os.environ.get(PASSPHRASE_VARIABLE)
+    if given:
+        return given.encode()
+    if not sys.stdin.isatty():
+        raise Fault(
+            "a solo fleet needs a passphrase for its keys",
+            "there is no terminal to ask on",
+            f"set {PASSPHRASE_VARIABLE}",
+        )
+    answer: str = click.prompt("Passphrase for root and publisher keys", hide_input=True, confirmation_prompt=True)
+    return answer.encode()
+
+
+@command("completion", json=False, examples='eval "$(fleet completion bash)"\nfleet completion fish | source')
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(_options: Options, *, shell: str) -> None:
+    """Print the completion script for SHELL; put it into the shell's start-up file."""
+    from fleet.cli.main import main  # noqa: PLC0415 - it names this module
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "fleet", "_FLEET_COMPLETE").source())
