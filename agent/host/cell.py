@@ -1,14 +1,16 @@
 """The cell around every process that runs or reads what strangers made: what it may still do once it is inside.
 
-Layers are independent; each is put up where the kernel and the host's own rights allow, and reported. Whoever enters has
-imported everything it needs: afterwards not even an `import` works.
+Layers are independent; each is put up where the kernel and the host's own rights allow, and reported. Whoever enters
+has imported everything it needs: afterwards not even an `import` works.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from fleet.protocol.caps import MIB
@@ -84,3 +86,17 @@ def enter(plan: Plan) -> dict[str, bool]:
     layers = {"limits": _limits(plan)}
     layers["no-new-privs"] = _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
     return layers
+
+
+def close_all_but(keep: set[int]) -> None:
+    """Close every descriptor that is not named."""
+    for fd in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        if fd not in keep:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def enter_router(directory: Path) -> str:
+    """Put up the router's layers; the directory with the instances' sockets as it sees it."""
+    _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    return str(directory)

@@ -70,14 +70,15 @@ class Clients:
         """Accept from `listener` from now on."""
         self._stop_accepting()
         self._leaving = False
-        self._successor = _close(self._successor)
-        listener.setblocking(False)  # noqa: FBT003
+        _close(self._successor)
+        self._successor = None
+        listener.setblocking(False)
         self._listener = listener
         self._accept_or_wait()
 
     def adopt(self, source: socket.socket) -> None:
         """Take over the connections that arrive on `source`."""
-        source.setblocking(False)  # noqa: FBT003
+        source.setblocking(False)
         self._sources[source.fileno()] = source
         self._poll.register(source, select.EPOLLIN)
 
@@ -153,7 +154,7 @@ class Clients:
         self._add(sock)
 
     def _add(self, sock: socket.socket) -> Client:
-        sock.setblocking(False)  # noqa: FBT003
+        sock.setblocking(False)
         client = Client(sock, body_max_bytes=self._limits.request_bytes)
         self._clients[sock.fileno()] = client
         self._poll.register(sock, select.EPOLLIN)
@@ -278,7 +279,8 @@ class Clients:
     def _finish_leaving(self) -> None:
         if self._leaving and not self._clients:
             self._leaving = False
-            self._successor = _close(self._successor)
+            _close(self._successor)
+            self._successor = None
             self._done(self._passed, self._cut)
 
     # The listener.
@@ -296,7 +298,8 @@ class Clients:
 
     def _stop_accepting(self) -> None:
         self._pause_accepting()
-        self._listener = _close(self._listener)
+        _close(self._listener)
+        self._listener = None
 
     # The guest.
 
@@ -315,9 +318,7 @@ class Clients:
             status = 504 if error.outcome is CallOutcome.GUEST_TIMEOUT else 500
             return connection.note(status, str(error).splitlines()[0], head=head, keep_alive=keep_alive)
         try:
-            fields = connection.guest_fields(status, headers)
-            if len(body) > self._limits.response_bytes:
-                raise connection.BadAnswerError(f"a body of {len(body)} bytes, {self._limits.response_bytes} may be")
+            fields = connection.guest_fields(status, headers, len(body), self._limits.response_bytes)
         except connection.BadAnswerError as error:
             self._caller.count(CallOutcome.OK, began_ns, error=True)
             self._caller.log(f"host: its answer is refused: {error}")
@@ -338,5 +339,6 @@ def _utf8(data: bytes | bytearray) -> bytes:
 
 
 def _close(sock: socket.socket | None) -> None:
+    """Close it if there is one."""
     if sock is not None:
         sock.close()

@@ -1,8 +1,8 @@
 """How an HTTP exchange crosses into a guest: values laid out by hand, since the stock way costs a microsecond a byte.
 
-Owns one request value and reuses it: the strings point straight into Python's bytes, and a body is one strided copy into
-an array of C values that only grows (a value is 32 bytes, its byte stands at offset 8). Not thread-safe, like everything
-of the bindings: one process, one thread that enters wasm.
+Owns one request value and reuses it: the strings point straight into Python's bytes, and a body is one strided copy
+into an array of C values that only grows (a value is 32 bytes, its byte stands at offset 8). Not thread-safe, like
+everything of the bindings: one process, one thread that enters wasm.
 
 The layout is read from the bindings' own structures, and `agent.host.engine.self_test` sends bytes through a real
 component before anything relies on it; where that fails, the stock codec serves (`Stock`).
@@ -64,7 +64,7 @@ class Fast:
         """See `Codec.call`."""
         for entry, text in zip(self._entries, (method, target, headers), strict=False):
             entry.val.of.string.size = len(text)
-            entry.val.of.string.data = ctypes.cast(text, type(entry.val.of.string.data))
+            entry.val.of.string.data = ctypes.cast(ctypes.c_char_p(text), type(entry.val.of.string.data))
         self._put(body)
         result = ffi.wasmtime_component_val_t()
         try:

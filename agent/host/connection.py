@@ -99,16 +99,19 @@ class Connection:
     # What the parser calls.
 
     def on_message_begin(self) -> None:
+        """A message begins."""
         self._now = Request()
         self._head_bytes = 0
         self._fields = 0
 
     def on_url(self, url: bytes) -> None:
+        """A piece of the request target."""
         assert self._now is not None
         self._count(len(url))
         self._now.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """A header field."""
         assert self._now is not None
         self._count(len(name) + len(value) + 4)
         self._fields += 1
@@ -119,16 +122,19 @@ class Connection:
             self._out += _CONTINUE
 
     def on_headers_complete(self) -> None:
+        """The head is complete."""
         assert self._now is not None
         self._now.method = self._parser.get_method()
 
     def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
         assert self._now is not None
         if len(self._now.body) + len(body) > self._body_max_bytes:
             raise _RefusedError(413)
         self._now.body += body
 
     def on_message_complete(self) -> None:
+        """The message is complete."""
         assert self._now is not None
         self._now.keep_alive = self._parser.should_keep_alive()
         self.requests.append(self._now)
@@ -182,12 +188,15 @@ class BadAnswerError(Exception):
     """The guest's answer is not HTTP."""
 
 
-def guest_fields(status: int, headers: bytes) -> bytes:
+def guest_fields(status: int, headers: bytes, length: int, most: int) -> bytes:
     """The guest's header fields as they may go out: framing is the host's own business.
 
     Raises:
-        BadAnswerError: a status outside 200 to 599, or a line that is no field (RFC 9110, section 5).
+        BadAnswerError: a status outside 200 to 599, a line that is no field (RFC 9110, section 5), or a body of
+            `length` bytes where `most` may be.
     """
+    if length > most:
+        raise BadAnswerError(f"a body of {length} bytes, at most {most} are allowed")
     if not 200 <= status <= 599:  # noqa: PLR2004
         raise BadAnswerError(f"status {status}")
     if len(headers) > HEAD_MAX_BYTES:

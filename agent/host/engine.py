@@ -1,8 +1,8 @@
 """The one door to wasmtime: how components are compiled, loaded, and given nothing but what was granted.
 
-Compiling happens in `agent.host.compiler` alone; lanes load images and call them. `parallel_compilation` is off, so that
-a process which made an engine (the zygote) still has one thread and may be forked. The engine's memory plan depends on
-the board's address space and is part of what an image is compiled for: `describe()` names everything that is.
+Compiling happens in `agent.host.compiler` alone; lanes load images and call them. `parallel_compilation` is off, so
+that a process which made an engine (the zygote) still has one thread and may be forked. The engine's memory plan depends
+on the board's address space and is part of what an image is compiled for: `describe()` names everything that is.
 
 Raises `EngineError` for what cannot be loaded or offered, `GuestError` for what a guest did.
 """
@@ -97,7 +97,7 @@ def memory_plan(reservable: int) -> MemoryPlan:
 
 
 def version() -> str:
-    """wasmtime's version, as the package says it."""
+    """Wasmtime's version, as the package says it."""
     return importlib.metadata.version("wasmtime")
 
 

@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
@@ -93,7 +93,7 @@ class Instance:
         listeners: Listeners,
         uid: Callable[[str], int | None],
         emit: Callable[[ipc.Event], None],
-        changed: Callable[[], None],
+        route: Callable[..., Awaitable[None]],
     ) -> None:
         self.name = name
         self.state = InstanceState.STOPPED
@@ -107,7 +107,7 @@ class Instance:
         self._listeners = listeners
         self._uid = uid
         self._emit = emit
-        self._changed = changed
+        self._route = route
         self._log: deque[str] = deque(maxlen=caps.LOG_LINES)
         self._crashes = 0
         self._unwell = 0
@@ -189,10 +189,11 @@ class Instance:
             if generation is not None:
                 await self._drop(generation)
         self.current = self.previous = None
+        await self._tell_router()
         for task in list(self._tasks):
             task.cancel()
         self._listeners.close(self.name)
-        self._set(InstanceState.STOPPED)
+        self.state = InstanceState.STOPPED
 
     # Figures.
 
@@ -343,7 +344,7 @@ class Instance:
         self.since = datetime.now(UTC)
         self._set(InstanceState.RUNNING)
         self._begin_clocks(new)
-        self._changed()
+        await self._tell_router()
 
     async def _settle(self, old: Generation) -> None:
         """Wait until a task in flight has ended: two generations never run at once."""
@@ -381,7 +382,6 @@ class Instance:
         if generation.image_fd >= 0:
             os.close(generation.image_fd)
             generation.image_fd = -1
-        self._changed()
 
     def _retire(self, generation: Generation, lane: Lane) -> None:
         """End a lane on purpose and keep its figures."""
@@ -499,7 +499,7 @@ class Instance:
         finally:
             self._raising = False
 
-    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -524,7 +524,14 @@ class Instance:
                     log=self.lines(),
                 )
             )
-        self._changed()
+            self._spawn(self._tell_router())
+
+    async def _tell_router(self) -> None:
+        """Whether it answers behind the router; a first, short pause is not worth a 503."""
+        behind = self.current is not None and self.current.listener is not None and self.current.listener.port is None
+        brief = self.state is InstanceState.BACKOFF and self._crashes <= 1
+        up = self.state is InstanceState.RUNNING or brief
+        await self._route(self.name, up=up if behind else None)
 
     # Clocks: the schedule, and the health check.
 

@@ -1,11 +1,11 @@
 """What the agent and the host say to each other, and how: this module is all that either knows of the other.
 
-A Unix socket of type SOCK_SEQPACKET: one packet is one message, JSON by msgspec, with the descriptor that belongs to it,
-if any (SCM_RIGHTS). The host listens; the agent, or `fleet-agent restore`, connects. Each request carries an `id`
+A Unix socket of type SOCK_SEQPACKET: one packet is one message, JSON by msgspec, with the descriptor that belongs to
+it, if any (SCM_RIGHTS). The host listens; the agent, or `fleet-agent restore`, connects. Each request carries an `id`
 and is answered by one `Reply` with the same id; events carry none and come at any time to whoever is connected.
 
-Requests are idempotent by (instance, generation): the generation grows with every change the agent makes to an instance,
-and asking for what already is answers at once. Nothing here is secret but an instance's configuration.
+Requests are idempotent by (instance, generation): the generation grows with every change the agent makes to an
+instance, and asking for what already is answers at once. Nothing here is secret but an instance's configuration.
 """
 
 import array

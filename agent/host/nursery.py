@@ -5,6 +5,7 @@ cannot hit another process; how it ended arrives from its zygote.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -42,7 +43,7 @@ class Lane:
         self._sock = sock
         self._on_message = on_message
         self._waiting: dict[type, asyncio.Future[control.FromLane]] = {}
-        sock.setblocking(False)  # noqa: FBT003
+        sock.setblocking(False)
         asyncio.get_running_loop().add_reader(sock, self._readable)
 
     @property
@@ -108,10 +109,8 @@ class Lane:
         """End it now."""
         if self.pidfd >= 0 and self.alive:
             self.killed_because = self.killed_because or because
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def has_ended(self, status: int) -> None:
         """Its zygote says that it has ended."""
@@ -191,7 +190,7 @@ class Zygote:
                 stdin=subprocess.DEVNULL,
             )
         self._sock = ours
-        ours.setblocking(False)  # noqa: FBT003
+        ours.setblocking(False)
         asyncio.get_running_loop().add_reader(ours, self._readable)
 
     @property

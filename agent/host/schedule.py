@@ -108,6 +108,7 @@ class Clock:
             self._next_s = max(self._next_s, time.monotonic() - self._every_s) + self._every_s
             return int((time.time() - max(0.0, late_s)) * 1000)
         due = self._cron.after(datetime.now()).timestamp()  # noqa: DTZ005 - the board's own zone is meant
-        while (left_s := due - time.time()) > 0:
-            await asyncio.sleep(min(left_s, _LONGEST_SLEEP_S))  # the clock may be set meanwhile
+        # In short sleeps, since the clock may be set meanwhile.
+        while (left_s := due - time.time()) > 0:  # noqa: ASYNC110 - what is waited for is the clock
+            await asyncio.sleep(min(left_s, _LONGEST_SLEEP_S))
         return int(due * 1000)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.host import ipc
+from agent.host.front import Front
 from agent.host.instance import Instance, StartError
 from agent.host.listeners import BACKLOG, Listeners
 from agent.host.nursery import LaneGoneError, Nursery
@@ -58,7 +59,7 @@ class Peer:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.out: deque[ipc.FromHost] = deque()
-        sock.setblocking(False)  # noqa: FBT003
+        sock.setblocking(False)
 
     def say(self, message: ipc.FromHost) -> None:
         """Send, or keep until there is room; a peer that never reads is dropped."""
@@ -103,6 +104,7 @@ class Supervisor:
         self._engine = ""
         self._containment: dict[str, bool] = {}
         self._nursery = Nursery()
+        self._front: Front | None = None
         self._instances: dict[str, Instance] = {}
         self._peers: set[Peer] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,6 +124,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         self._engine = await self._ask_engine()
+        if ingress is not None:
+            self._front = Front(ingress, self._settings.runtime / "in")
         loop.add_reader(listener, self._accept, listener)
         watch = asyncio.ensure_future(self._watch())
         try:
@@ -132,8 +136,6 @@ class Supervisor:
             listener.close()
             (self._settings.runtime / _SOCKET).unlink(missing_ok=True)
             await self._end()
-            if ingress is not None:
-                ingress.close()
 
     def _listen(self) -> socket.socket:
         path = self._settings.runtime / _SOCKET
@@ -154,7 +156,7 @@ class Supervisor:
         finally:
             os.umask(mask)
         listener.listen(_PEERS_MAX)
-        listener.setblocking(False)  # noqa: FBT003
+        listener.setblocking(False)
         return listener
 
     def _open_ingress(self) -> socket.socket | None:
@@ -201,12 +203,16 @@ class Supervisor:
             self._nursery.retire()
 
     async def _end(self) -> None:
+        if self._front is not None:
+            await self._front.drain()
         stops = [asyncio.ensure_future(self._stop_one(instance)) for instance in self._instances.values()]
         if stops:
             await asyncio.wait(stops, timeout=_STOP_S)
         for peer in list(self._peers):
             peer.close()
         self._nursery.close()
+        if self._front is not None:
+            self._front.close()
 
     async def _stop_one(self, instance: Instance) -> None:
         async with instance.lock:
@@ -297,7 +303,6 @@ class Supervisor:
             case ipc.Stop():
                 await instance.stop()
                 self._instances.pop(instance.name, None)
-                self._changed()
 
     async def _start(self, request: ipc.Start, fd: int | None) -> ipc.Reply:
         run = request.run
@@ -314,7 +319,7 @@ class Supervisor:
                 listeners=self._listeners,
                 uid=lambda _name: None,
                 emit=self._emit,
-                changed=self._changed,
+                route=self._route,
             )
         async with instance.lock:
             if instance.current is not None and instance.current.number == run.generation:
@@ -348,8 +353,10 @@ class Supervisor:
         for peer in list(self._peers):
             peer.say(event)
 
-    def _changed(self) -> None:
-        """What runs has changed: the router is told."""
+    async def _route(self, instance: str, *, up: bool | None) -> None:
+        """Tell the router of an instance behind it: whether it answers, None for gone."""
+        if self._front is not None:
+            await self._front.route(instance, up=up)
 
 
 def _name(request: ipc.Request) -> str:

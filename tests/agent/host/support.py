@@ -1,4 +1,4 @@
-"""A client of the host for tests: starts `fleet-host` on free ports, compiles guests, sends what the agent would send."""
+"""A client of the host for tests: starts `fleet-host` on free ports, compiles guests, asks what the agent would ask."""
 
 import fcntl
 import hashlib

@@ -1,0 +1,117 @@
+"""The supervisor's side of the router: keeps one alive on the shared port, and tells it what there is.
+
+The supervisor holds the listening socket too, so a router that dies takes no waiting client with it.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent.host import control, router
+
+_ACK_S: Final = 5.0
+_PAUSE_S: Final = 0.5
+_DRAIN_S: Final = 6.0
+
+
+class Front:
+    """The router's handle."""
+
+    def __init__(self, ingress: socket.socket, directory: Path) -> None:
+        self._ingress = ingress
+        self._directory = directory
+        self._up: dict[str, bool] = {}
+        self._acks: list[asyncio.Future[None]] = []
+        self._closing = False
+        self._fork()
+
+    def _fork(self) -> None:
+        self._pid, self._sock = router.fork(self._ingress, self._directory)
+        self._pidfd = os.pidfd_open(self._pid)
+        self._sock.setblocking(False)
+        self._gone = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._sock, self._readable)
+        loop.add_reader(self._pidfd, self._ended)
+        for instance, up in self._up.items():
+            self._tell(router.Set(instance, up))
+
+    def _tell(self, message: router.Set | router.Unset | router.Drain) -> None:
+        with contextlib.suppress(OSError):  # a router that is gone is replaced, and told everything again
+            control.send_packet(self._sock, msgspec.json.encode(message))
+
+    async def route(self, instance: str, *, up: bool | None) -> None:
+        """Say whether an instance answers (None: it is gone), and wait until the router knows."""
+        if self._up.get(instance) is up:
+            return
+        if up is None:
+            del self._up[instance]
+            self._tell(router.Unset(instance))
+        else:
+            self._up[instance] = up
+            self._tell(router.Set(instance, up))
+        if self._gone.done():
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._acks.append(future)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(future, _ACK_S)
+
+    def _readable(self) -> None:
+        try:
+            control.receive_packet(self._sock)
+        except BlockingIOError:
+            return
+        except control.GoneError:
+            asyncio.get_running_loop().remove_reader(self._sock)
+            return
+        if self._acks:
+            future = self._acks.pop(0)
+            if not future.done():
+                future.set_result(None)
+
+    def _ended(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._pidfd)
+        loop.remove_reader(self._sock)
+        os.close(self._pidfd)
+        self._sock.close()
+        _, status = os.waitpid(self._pid, 0)
+        for future in self._acks:
+            if not future.done():
+                future.set_result(None)
+        self._acks.clear()
+        if not self._gone.done():
+            self._gone.set_result(None)
+        if not self._closing:
+            sys.stderr.write(f"host: the router ended ({os.waitstatus_to_exitcode(status)}), starting another\n")
+            loop.call_later(_PAUSE_S, self._again)
+
+    def _again(self) -> None:
+        if not self._closing:
+            self._fork()
+
+    async def drain(self) -> None:
+        """Accept no more on the shared port, answer what was asked, and end the router."""
+        self._closing = True
+        self._ingress.close()
+        if self._gone.done():
+            return
+        self._tell(router.Drain())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._gone), _DRAIN_S)
+
+    def close(self) -> None:
+        """End the router now."""
+        self._closing = True
+        if not self._gone.done():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._ended()

@@ -1,0 +1,160 @@
+"""The router: a process that owns the board's shared HTTP port and proxies to instances. A fork of the supervisor.
+
+It holds the listening socket, a socket to the supervisor that says which instances there are, and a view of the
+directory with the instances' sockets; no wasm, no configuration, no other file.
+"""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent.host import cell, control
+from agent.host.proxy import Client, Pool
+from agent.host.routes import Routes
+
+IDLE_S: Final = 75
+STALL_S: Final = 60
+_SWEEP_S: Final = 15
+_DRAIN_S: Final = 5
+_CLIENTS_MAX: Final = 1024
+
+
+class Set(msgspec.Struct, frozen=True, tag="set"):
+    """An instance is there, and answers or not. Acknowledged by an empty object."""
+
+    instance: str
+    up: bool
+
+
+class Unset(msgspec.Struct, frozen=True, tag="unset"):
+    """An instance is gone. Acknowledged by an empty object."""
+
+    instance: str
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Accept no more, answer what was asked, and end."""
+
+
+_decoder: Final[msgspec.json.Decoder[Set | Unset | Drain]] = msgspec.json.Decoder(Set | Unset | Drain)
+
+
+def fork(listener: socket.socket, directory: Path, keep: tuple[int, ...] = ()) -> tuple[int, socket.socket]:
+    """Fork a router on this listener; (its pid, the supervisor's end of its socket).
+
+    `keep`: further descriptors that the child may hold; every other one is closed.
+    """
+    ours, theirs = control.pair()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            cell.die_with_parent(parent)
+            ours.close()
+            _main(listener, theirs, directory, keep)
+            status = 0
+        except BaseException as error:  # noqa: BLE001 - this process was forked, nobody above could handle it
+            sys.stderr.write(f"router: {type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+    theirs.close()
+    return pid, ours
+
+
+def _main(listener: socket.socket, sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gc.freeze()
+    cell.close_all_but({0, 1, 2, listener.fileno(), sock.fileno(), *keep})
+    loop = asyncio.SelectorEventLoop()
+    asyncio.set_event_loop(loop)
+    where = cell.enter_router(directory)
+    loop.run_until_complete(_Router(listener, sock, where).run())
+
+
+class _Router:
+    def __init__(self, listener: socket.socket, sock: socket.socket, directory: str) -> None:
+        self._listener = listener
+        self._sock = sock
+        self._routes = Routes()
+        self._pool = Pool(directory)
+        self._clients: set[Client] = set()
+        self._ended = asyncio.Event()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._listener.setblocking(False)
+        self._sock.setblocking(False)
+        loop.add_reader(self._sock, self._obey)
+        loop.add_reader(self._listener, self._accept)
+        sweep = asyncio.ensure_future(self._sweep())
+        await self._ended.wait()
+        sweep.cancel()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        if len(self._clients) >= _CLIENTS_MAX:
+            sock.close()
+            return
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        loop = asyncio.get_running_loop()
+        # A transport without the handshake of connect_accepted_socket: one callback instead of a task a connection.
+        loop._make_socket_transport(sock, Client(self._routes, self._pool, self._clients))  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def _obey(self) -> None:
+        try:
+            data, _ = control.receive_packet(self._sock)
+        except BlockingIOError:
+            return
+        except control.GoneError:
+            self._ended.set()
+            return
+        match _decoder.decode(data):
+            case Set(instance=instance, up=up):
+                self._routes.up[instance] = up
+            case Unset(instance=instance):
+                self._routes.up.pop(instance, None)
+                self._pool.forget(instance)
+            case Drain():
+                self._drain()
+                return
+        control.send_packet(self._sock, b"{}")
+
+    def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._listener)
+        self._listener.close()
+        for client in list(self._clients):
+            client.end_when_idle()
+        loop.call_later(_DRAIN_S, self._ended.set)
+        self._when_empty()
+
+    def _when_empty(self) -> None:
+        if self._clients:
+            asyncio.get_running_loop().call_later(0.02, self._when_empty)
+        else:
+            self._ended.set()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            now = time.monotonic()
+            for client in list(self._clients):
+                if now - client.last_s > (IDLE_S if client.idle else STALL_S):
+                    client.close()
