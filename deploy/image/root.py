@@ -1,0 +1,93 @@
+"""A board's root: Debian 13 for arm64 or riscv64, made on this machine, cached by what it was made of.
+
+    python -m deploy.image.root arm64        make it (minutes, once) and print where it is
+
+Made by mmdebstrap through qemu-user. Python's byte-compilation is stubbed meanwhile (it would take longer than all the
+rest under emulation); packages byte-compile what they need themselves when they are installed. The kernel is unpacked
+beside the root and not installed in it: installing it would build an initramfs under emulation.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy import debian
+
+SUITE = "trixie"
+ARCHITECTURES = {"arm64": "aarch64", "riscv64": "riscv64"}
+
+# What Debian's packages of the agent depend on, and what a small board has anyway.
+BASE = (
+    "systemd systemd-sysv udev kmod iproute2 procps login passwd tzdata ca-certificates adduser "
+    "python3 python3-cryptography python3-paho-mqtt python3-systemd python3-msgspec libseccomp2"
+).split()
+
+_STUBBED = ("/usr/bin/python3.13", "/usr/bin/py3compile")
+_STUB = (
+    'chroot "$1" dpkg-divert --quiet --local --rename --divert {0}.real --add {0}; '
+    'mkdir -p "$1"/usr/bin; printf "#!/bin/sh\\nexit 0\\n" >"$1"{0}; chmod 755 "$1"{0}'
+)
+_UNSTUB = 'rm "$1"{0}; chroot "$1" dpkg-divert --quiet --local --rename --remove {0}'
+
+
+def ready(architecture: str) -> None:
+    """Make sure that programs of the architecture run here.
+
+    Raises:
+        debian.BuildError: naming what to install or to run.
+    """
+    machine = ARCHITECTURES[architecture]
+    debian.need("mmdebstrap", f"qemu-{machine}-static")
+    binfmt = Path("/proc/sys/fs/binfmt_misc")
+    if not (binfmt / "status").exists() and debian.is_root():
+        subprocess.run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(binfmt)], check=False)
+    if not (binfmt / f"qemu-{machine}").exists() and debian.is_root() and shutil.which("update-binfmts"):
+        subprocess.run(["update-binfmts", "--enable", f"qemu-{machine}"], check=False)
+    if not (binfmt / f"qemu-{machine}").exists():
+        raise debian.BuildError(
+            f"this kernel does not run {machine} programs yet; as root: apt-get install binfmt-support "
+            f"qemu-user-static && update-binfmts --enable qemu-{machine}"
+        )
+
+
+def root(architecture: str) -> Path:
+    """The board's root directory; treat it as read-only."""
+    ready(architecture)
+    hooks = [f"--essential-hook={_STUB.format(path)}" for path in _STUBBED]
+    hooks += [f"--customize-hook={_UNSTUB.format(path)}" for path in _STUBBED]
+    return debian.bootstrap(
+        debian.cache_dir() / f"board-{architecture}-{debian.key(SUITE, BASE, hooks)}",
+        suite=SUITE,
+        architectures=(architecture,),
+        packages=BASE,
+        variant="minbase",
+        options=hooks,
+    )
+
+
+def kernel(architecture: str) -> Path:
+    """Debian's kernel with its modules, and a static busybox, unpacked and not configured."""
+    packages = (f"linux-image-{architecture}", "busybox-static")
+    return debian.bootstrap(
+        debian.cache_dir() / f"kernel-{architecture}-{debian.key(SUITE, packages)}",
+        suite=SUITE,
+        architectures=(architecture,),
+        packages=packages,
+        variant="extract",
+    )
+
+
+def main() -> int:
+    """Make the roots of the architectures named on the command line."""
+    for architecture in sys.argv[1:] or ARCHITECTURES:
+        try:
+            print(root(architecture), kernel(architecture))
+        except (debian.BuildError, KeyError) as error:
+            debian.say(f"board root: {error}")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The systemd units: as closed as they claim to be, and true to the package they are installed by."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+UNITS = Path(__file__).resolve().parents[2] / "deploy" / "systemd"
+SERVICES = sorted(UNITS.glob("*.service"))
+
+# The exposure that `systemd-analyze security` may find, 0 (closed) to 10 (open).
+CEILINGS = {
+    "fleet-agent.service": 2.0,
+    "fleet-restore.service": 1.0,
+    "fleet-compiler@.service": 1.0,
+    "fleet-server.service": 2.0,
+    # building cells for components takes root, namespaces and control groups
+    "fleet-host.service": 4.7,
+}
+
+
+def settings(unit: str) -> list[tuple[str, str]]:
+    text = (UNITS / unit).read_text().replace("\\\n", "")
+    return [tuple(line.split("=", 1)) for line in text.splitlines() if re.match(r"[A-Za-z]+=", line)]  # type: ignore[misc]
+
+
+def value(unit: str, key: str) -> list[str]:
+    return [found for name, found in settings(unit) if name == key]
+
+
+@pytest.mark.parametrize("service", SERVICES, ids=lambda path: path.name)
+def test_a_service_is_as_closed_as_it_can_be(service: Path) -> None:
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("systemd-analyze is missing: apt-get install systemd")
+    command = [analyze, "security", "--offline=true", "--no-pager", f"./{service.name}"]
+    done = subprocess.run(command, cwd=UNITS, capture_output=True, text=True, check=False)
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
+    assert found, done.stdout + done.stderr
+    assert float(found[1]) <= CEILINGS[service.name], done.stdout
+
+
+def test_every_service_has_a_ceiling() -> None:
+    assert {path.name for path in SERVICES} == set(CEILINGS)
+
+
+def test_the_agent_outlives_the_host() -> None:
+    # a host that a bad component keeps killing must not take the agent along
+    for key in ("Requires", "BindsTo", "PartOf", "Requisite"):
+        assert not value("fleet-agent.service", key)
+    assert "fleet-host.service" in " ".join(value("fleet-agent.service", "Wants"))
+
+
+def test_the_host_restores_at_every_start_without_the_agent() -> None:
+    assert value("fleet-host.service", "Wants") == ["fleet-restore.service"]
+    assert value("fleet-restore.service", "PrivateNetwork") == ["yes"]
+    assert "fleet-agent.service" not in " ".join(value("fleet-host.service", "After"))
+
+
+def test_only_who_maps_machine_code_may_have_executable_memory() -> None:
+    denied = {service.name for service in SERVICES if value(service.name, "MemoryDenyWriteExecute") == ["yes"]}
+    assert denied == {"fleet-agent.service", "fleet-restore.service", "fleet-server.service"}
+
+
+@pytest.mark.parametrize("service", SERVICES, ids=lambda path: path.name)
+def test_nothing_that_keeps_failing_is_given_up(service: Path) -> None:
+    if value(service.name, "Restart") == ["always"]:
+        assert value(service.name, "StartLimitIntervalSec") == ["0"]
+        assert value(service.name, "RestartMaxDelaySec"), "restarts must slow down"
+
+
+@pytest.mark.parametrize("unit", sorted(UNITS.glob("fleet-*")), ids=lambda path: path.name)
+def test_a_unit_tells_the_boards_owner_what_it_is(unit: Path) -> None:
+    text = unit.read_text()
+    assert text.startswith("# "), "the first line says what this is"
+    assert value(unit.name, "Description")
+    assert all(len(line) <= 200 for line in text.splitlines())
