@@ -191,7 +191,7 @@ class Workflow:
         metadata.verify_metadata(root, "snapshot", new)  # 5.5.3
         if new.signed.version != promise.version:  # 5.5.4
             raise _rollback("snapshot", new.signed.version, promise.version)
-        self._check_equal("snapshot", new.signed.version, data, self.facts.online)
+        self._check_memory("snapshot", new.signed.version, data, self.facts.online)
         for name, version in self.facts.meta.items():  # 5.5.5
             if name == "snapshot.json":
                 continue
@@ -228,30 +228,28 @@ class Workflow:
         """
         assert self._snapshot is not None
         assert self._now is not None
-        found = self._roles.get((parent, role))
-        if found is None:
-            promise = self._snapshot.meta.get(f"{role}.json")
-            if promise is None:
-                raise Rejected(RejectCode.MALFORMED, f"snapshot does not list the role {role}")
-            keys = self.facts.online + metadata.key_set(delegator, (role,))
-            data = self._cached_or_fetched(role, promise, delegator, caps.TARGETS_MAX_BYTES)  # 5.6.1
-            metadata.check_file(promise, data, role)  # 5.6.2
-            new = metadata.parse(Targets, data, role)
-            metadata.verify_metadata(delegator, role, new)  # 5.6.3
-            if new.signed.version != promise.version:  # 5.6.4
-                raise _rollback(role, new.signed.version, promise.version)
-            known = self.facts.role(role, keys)
-            if known is not None and new.signed.version < known.version:
-                raise _rollback(role, new.signed.version, known.version)
-            self._check_equal(role, new.signed.version, data, keys)
+        known = self._roles.get((parent, role))
+        if known is not None:
             if not late:
-                metadata.check_expiry(new.signed, self._now, role)  # 5.6.5
-            self._remember(role, new.signed.version, data, keys)
-            self._cache.store(f"{_file_name(role)}.json", data)
-            found = self._roles[parent, role] = new.signed, data
+                metadata.check_expiry(known[0], self._now, role)
+            return known[0]
+        promise = self._snapshot.meta.get(f"{role}.json")
+        if promise is None:
+            raise Rejected(RejectCode.MALFORMED, f"snapshot does not list the role {role}")
+        keys = self.facts.online + metadata.key_set(delegator, (role,))
+        data = self._cached_or_fetched(role, promise, delegator, caps.TARGETS_MAX_BYTES)  # 5.6.1
+        metadata.check_file(promise, data, role)  # 5.6.2
+        new = metadata.parse(Targets, data, role)
+        metadata.verify_metadata(delegator, role, new)  # 5.6.3
+        if new.signed.version != promise.version:  # 5.6.4
+            raise _rollback(role, new.signed.version, promise.version)
+        self._check_memory(role, new.signed.version, data, keys)
         if not late:
-            metadata.check_expiry(found[0], self._now, role)
-        return found[0]
+            metadata.check_expiry(new.signed, self._now, role)  # 5.6.5
+        self._remember(role, new.signed.version, data, keys)
+        self._cache.store(f"{_file_name(role)}.json", data)
+        self._roles[parent, role] = new.signed, data
+        return new.signed
 
     def _cached_or_fetched(self, role: str, promise: MetaFile, delegator: Root | Targets, cap: int) -> bytes:
         """The cached file when it is the promised one and verifies, else the repository's."""
@@ -288,9 +286,11 @@ class Workflow:
         except FetchNotFound as error:
             raise Rejected(RejectCode.NOT_FOUND, f"the repository has no {name}") from error
 
-    def _check_equal(self, role: str, version: int, data: bytes, keys: str) -> None:
+    def _check_memory(self, role: str, version: int, data: bytes, keys: str) -> None:
         known = self.facts.role(role, keys)
-        if known is not None and known.version == version and known.sha256 != metadata.sha256(data):
+        if known is not None and version < known.version:
+            raise _rollback(role, version, known.version)
+        if known is not None and version == known.version and known.sha256 != metadata.sha256(data):
             raise _equivocation(role, version)
 
     def _remember(self, role: str, version: int, data: bytes, keys: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tuf.api.metadata import Key, Metadata, Snapshot, Targets, Timestamp
+from tuf.api.metadata import Key, Metadata, Root, Snapshot, Targets, Timestamp
 
 from fleet.protocol.assignment import ASSIGNMENT_TYPE, FRESH_TYPE
 from fleet.protocol.codes import RejectCode
@@ -163,6 +163,15 @@ def _(scene: Scene) -> bytes:
     return scene.assign()
 
 
+@attack("timestamp rolled back to an earlier one over the same snapshot", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    old = scene.repo.files["timestamp.json"]
+    scene.repo.online()
+    scene.board.refresh()
+    scene.repo.files["timestamp.json"] = old
+    return scene.assign()
+
+
 @attack("freeze: the timestamp is never renewed", RejectCode.EXPIRED)
 def _(scene: Scene) -> bytes:
     scene.repo.now += timedelta(days=3)
@@ -233,6 +242,18 @@ def _(scene: Scene) -> bytes:
 def _(scene: Scene) -> bytes:
     scene.repo.rewrite("root", lambda root: setattr(root, "version", 7))
     scene.repo.files["2.root.json"] = scene.repo.files.pop("7.root.json")
+    return scene.assign()
+
+
+@attack("a root that its own keys did not sign", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    thief, old = signer(), scene.repo.keys["root"].public_key
+
+    def usurp(root: Root) -> None:
+        root.revoke_key(old.keyid, "root")
+        root.add_key(thief.public_key, "root")
+
+    scene.repo.rewrite("root", usurp)
     return scene.assign()
 
 
@@ -342,6 +363,35 @@ def _(scene: Scene) -> bytes:
     return scene.assign()
 
 
+@attack("the server takes back a role that this board never looked at", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    old = scene.repo.files["1.other.json"]
+    scene.repo.publish("1.0.0", space="other")
+    scene.board.refresh()
+    scene.repo.rewrite("snapshot", lambda snapshot: promise_role(snapshot, "other", old, 1))
+    _promise(scene)
+    return scene.assign()
+
+
+@attack("the server takes back a snapshot that this board could not fetch", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    old = scene.repo.files["2.snapshot.json"]
+    scene.repo.publish("1.1.0")
+    del scene.repo.files["3.snapshot.json"]
+    with pytest.raises(Rejected):
+        scene.board.refresh()
+    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, old, 2))
+    return scene.assign()
+
+
+@attack("freeze: a namespace role is never renewed", RejectCode.EXPIRED)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("main", lambda role: setattr(role, "expires", scene.repo.now + timedelta(hours=1)))
+    scene.repo.online()
+    scene.repo.now += timedelta(hours=2)
+    return scene.assign()
+
+
 @attack("the server drops a role from the snapshot", RejectCode.ROLLBACK)
 def _(scene: Scene) -> bytes:
     scene.repo.rewrite("snapshot", lambda snapshot: snapshot.meta.pop("other.json"))
@@ -354,6 +404,29 @@ def _(scene: Scene) -> bytes:
     scene.repo.publish("1.1.0")
     scene.board.refresh()
     scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, scene.repo.files["2.snapshot.json"], 2))
+    return scene.assign()
+
+
+@attack("the server shows an earlier snapshot with the same roles under a new timestamp", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("snapshot", lambda snapshot: None)
+    _promise(scene)
+    scene.board.refresh()
+    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, scene.repo.files["2.snapshot.json"], 2))
+    return scene.assign()
+
+
+@attack("the server signs two snapshots of one version", RejectCode.EQUIVOCATION)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("snapshot", lambda new: new.unrecognized_fields.update(more="x"), bump=False)
+    _promise(scene)
+    return scene.assign()
+
+
+@attack("a publisher and the server show two namespace roles of one version", RejectCode.EQUIVOCATION)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("main", lambda role: role.unrecognized_fields.update(more="x"), bump=False)
+    scene.repo.online()
     return scene.assign()
 
 

@@ -282,6 +282,19 @@ def test_a_namespaces_key_can_be_rotated() -> None:
     assert board.run(repo.assign(item, repo.publish("2.0.0", name="new")))
 
 
+def test_a_role_signed_again_by_its_new_key_need_not_grow() -> None:
+    # What was remembered of a version belongs to the key that signed it.
+    repo = Repository()
+    board = Board(repo)
+    board.refresh()
+    repo.rotate("targets")
+    del repo.files["2.targets.json"]
+    repo.rewrite("targets", lambda signed: None, bump=False)
+    repo.online()
+    board.refresh()
+    assert board.facts.roles["targets"].version == 1
+
+
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
