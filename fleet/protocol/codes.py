@@ -54,6 +54,7 @@ class RejectCode(StrEnum):
     PORT_IN_USE = "port-in-use"
     HOST_GONE = "host-gone"
     SUPERSEDED = "superseded"
+    SET_FAILED = "set-failed"  # another instance of its atomic set failed
     INTERRUPTED = "interrupted"  # power or process lost more often than the counter allows
     INTERNAL = "internal"
 

@@ -1,0 +1,186 @@
+"""`fleet-agent check`: what the agent needs, tried in the order in which it is needed; the first failure names itself.
+
+What cannot be tried because something before it failed is left out.
+"""
+
+import os
+import platform
+import shutil
+import socket
+import ssl
+import subprocess
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from typing import Final
+
+import msgspec
+
+from agent import enroll, identity
+from agent.config import Places, Settings
+from agent.fetch import FetchError, Https
+from agent.images import COMPILER
+from agent.tls import DeviceTls
+from fleet.protocol import caps
+from fleet.protocol.codes import RejectCode
+
+CONNECT_S: Final = 10.0
+COMPILER_S: Final = 60.0
+MACHINES: Final = frozenset({"x86_64", "aarch64", "riscv64"})
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was tried."""
+
+    name: str
+    ok: bool
+    text: str
+
+
+class _FailedError(Exception):
+    """What does not work, and what to do."""
+
+
+def run(places: Places, settings: Settings) -> list[Result]:
+    """Everything in order, up to the first failure of what the rest builds upon."""
+    results = []
+    for name, attempt in _attempts(places, settings):
+        try:
+            results.append(Result(name=name, ok=True, text=attempt()))
+        except _FailedError as error:
+            results.append(Result(name=name, ok=False, text=str(error)))
+            break
+    return results
+
+
+def _attempts(places: Places, settings: Settings) -> Iterator[tuple[str, Callable[[], str]]]:
+    yield "machine", _machine
+    yield "disk", lambda: _disk(places, settings)
+    yield "engine", _engine
+    yield "identity", lambda: _identity(places, settings)
+    who = identity.load(places.identity)
+    url = urllib.parse.urlsplit(who.devices_url)
+    yield "DNS", lambda: _dns(url.hostname or "")
+    if not settings.network.proxy:
+        yield "TCP", lambda: _tcp(url.hostname or "", url.port or 443)
+    yield "clock", lambda: _clock(who)
+    yield "HTTPS", lambda: _https(places, settings, who)
+    if who.mqtt:
+        broker = urllib.parse.urlsplit(who.mqtt[0])
+        yield "MQTT", lambda: _mqtt(places, who, broker)
+    yield "host", lambda: _host(places)
+
+
+def _machine() -> str:
+    machine = platform.machine()
+    if machine not in MACHINES:
+        raise _FailedError(f"{machine} is not supported: a 64-bit system is needed (x86_64, aarch64 or riscv64)")
+    return f"{machine}, Linux {platform.release()}"
+
+
+def _disk(places: Places, settings: Settings) -> str:
+    if not places.state.is_dir():
+        raise _FailedError(f"{places.state} is not there: install the package, or run 'fleet-agent enroll' first")
+    if not os.access(places.state, os.W_OK):
+        raise _FailedError(f"{places.state} cannot be written by this user")
+    free = shutil.disk_usage(places.state).free
+    if free < settings.disk.reserve_bytes:
+        raise _FailedError(f"{free >> 20} MiB are free, {settings.disk.reserve_bytes >> 20} MiB are kept in reserve")
+    return f"{free >> 20} MiB free in {places.state}"
+
+
+def _engine() -> str:
+    try:
+        done = subprocess.run([*COMPILER, "--describe"], capture_output=True, timeout=COMPILER_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _FailedError(f"the compiler cannot be started: {error}") from error
+    if done.returncode != 0:
+        raise _FailedError(
+            f"no WebAssembly engine on this board: {done.stderr.decode(errors='replace').strip()[-300:]}"
+        )
+    facts = msgspec.json.decode(done.stdout, type=dict[str, str])
+    return f"wasmtime {facts.get('engine', '?')} for {facts.get('triple', '?')}"
+
+
+def _identity(places: Places, settings: Settings) -> str:
+    try:
+        who = identity.load(places.identity)
+        renew = enroll.renew_at(places.identity)
+    except (identity.IdentityError, OSError, ValueError) as error:
+        raise _FailedError(str(error)) from error
+    if settings.production and not who.production:
+        raise _FailedError("this board is in production mode and enrolled in a fleet made for development")
+    return f"{who.device} in the fleet {who.fleet}; its certificate is renewed after {renew:%Y-%m-%d}"
+
+
+def _dns(host: str) -> str:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise _FailedError(f"{host} has no address ({error.strerror}): check the board's resolver") from error
+    return f"{host} is {found[0][4][0]}"
+
+
+def _tcp(host: str, port: int) -> str:
+    try:
+        with closing(socket.create_connection((host, port), timeout=CONNECT_S)):
+            return f"{host}:{port} answers"
+    except OSError as error:
+        raise _FailedError(
+            f"{host}:{port}: {error.strerror or error}: is the server up, is a firewall in between?"
+        ) from error
+
+
+def _clock(who: identity.Identity) -> str:
+    now = datetime.now(UTC)
+    if now < who.floor:
+        return (
+            f"{now:%Y-%m-%d %H:%M} is behind {who.floor:%Y-%m-%d %H:%M}: the agent goes by the latter until it is set"
+        )
+    return f"{now:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _https(places: Places, settings: Settings, who: identity.Identity) -> str:
+    https = Https(who.devices_url, DeviceTls(places.identity, lambda: who.floor), proxy=settings.network.proxy)
+    try:
+        https.request("GET", "/v1/desired", max_bytes=caps.DESIRED_MAX_BYTES)
+    except FetchError as error:
+        if error.code is not RejectCode.NOT_FOUND:
+            raise _FailedError(error.message) from error
+    return f"{who.devices_url} accepts this board's certificate"
+
+
+def _mqtt(places: Places, who: identity.Identity, broker: urllib.parse.SplitResult) -> str:
+    address = (broker.hostname or "", broker.port or 8883)
+    tls = DeviceTls(places.identity, lambda: who.floor)
+    try:
+        with socket.create_connection(address, timeout=CONNECT_S) as plain:
+            if broker.scheme == "mqtt":
+                return "the broker answers, without TLS"
+            with tls.context().wrap_socket(plain, server_hostname=broker.hostname) as connection:
+                tls.check(connection)
+                return f"the broker answers with {connection.version()}"
+    except ssl.SSLError as error:
+        raise _FailedError(f"TLS: {error.reason or error}") from error
+    except OSError as error:
+        raise _FailedError(
+            f"{broker.netloc}: {error.strerror or error}: desired state then comes by HTTPS only"
+        ) from error
+
+
+def _host(places: Places) -> str:
+    from agent.host import ipc  # noqa: PLC0415 - the rest is of use without a host
+
+    with closing(ipc.new_socket()) as sock:
+        sock.settimeout(CONNECT_S)
+        try:
+            sock.connect(str(places.host_socket))
+            ipc.send(sock, ipc.Hello(id=1))
+            welcome = ipc.receive_from_host(sock)
+        except (OSError, ipc.IpcError) as error:
+            raise _FailedError(f"no host at {places.host_socket}: {error}: start fleet-host") from error
+    if not isinstance(welcome, ipc.Welcome):
+        raise _FailedError("the host does not answer as one")
+    layers = [name for name, there in sorted(welcome.containment.items()) if there]
+    return f"fleet-host {welcome.version}, {len(welcome.running)} instances, walls: {', '.join(layers) or 'none'}"

@@ -1,0 +1,236 @@
+"""`fleet-agent`: the board's own command. Errors are one line: what, why, what to do next."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent import check, config, enroll, health, identity, images, restore, systemd, why
+from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Places
+from agent.hostlink import HostGoneError, HostLink
+from agent.store import Store, StoreError
+from fleet.protocol.names import BadNameError
+
+TOKEN_MAX_BYTES: Final = 8192
+HOST_WAIT_S: Final = 30.0
+Command = Callable[[argparse.Namespace], int]
+
+EXAMPLES: Final = """examples:
+  fleet enroll-token --group edge-eu | ssh board sudo fleet-agent enroll
+  fleet-agent enroll --token-file /run/credentials/enroll-token
+  fleet-agent status                 what runs here
+  fleet-agent why                    what happened here, and what to do about it
+  fleet-agent check                  what this board can reach and do, in order
+"""
+
+
+class UsageError(Exception):
+    """The command cannot be carried out; the message says why and what to do."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fleet-agent",
+        description="The board's agent: takes signed assignments, and has components run as they say.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"fleet-agent {health.agent_version() or '(from a tree)'}"
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--state", type=Path, default=STATE_DIR, metavar="DIR", help=f"state directory ({STATE_DIR})")
+    common.add_argument(
+        "--runtime", type=Path, default=RUNTIME_DIR, metavar="DIR", help=f"where the host's socket lies ({RUNTIME_DIR})"
+    )
+    common.add_argument(
+        "--config",
+        type=Path,
+        default=CONFIG_FILE,
+        metavar="FILE",
+        help=f"configuration ({CONFIG_FILE})",
+    )
+    common.add_argument("-v", "--verbose", action="store_true", help="log more")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *, json: bool = False
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, parents=[common], help=text, description=text[0].upper() + text[1:] + ".")
+        if json:
+            command.add_argument("--json", action="store_true", help="for programs")
+        command.set_defaults(run=run)
+        return command
+
+    join = add("enroll", _enroll, "join a fleet with a one-time token, read from standard input or a file")
+    join.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="read the token from a file instead of standard input"
+    )
+    join.add_argument("--name", default="", help="what to call this board (its host name)")
+    join.add_argument("--force", action="store_true", help="give up the identity and state that are there")
+    add("run", _run, "run the agent")
+    add("restore", _restore, "start what is committed on the host, without a network")
+    add("status", _status, "say what runs here", json=True)
+    reason = add("why", _why, "tell what happened here, why, and what to do", json=True)
+    reason.add_argument("instance", nargs="?", default="", help="only this instance")
+    add("check", _check, "test what the agent needs, in order, and name the first that fails", json=True)
+    return parser
+
+
+def _places(options: argparse.Namespace) -> Places:
+    return Places(options.state, options.runtime)
+
+
+def _enroll(options: argparse.Namespace) -> int:
+    settings = config.load(options.config)
+    if options.token_file is not None:
+        try:
+            text = options.token_file.read_text()[:TOKEN_MAX_BYTES]
+        except OSError as error:
+            raise UsageError(f"cannot read {options.token_file}: {error.strerror}") from error
+    else:
+        if sys.stdin.isatty():
+            print("paste the enrolment token (fleet enroll-token makes one), then Enter:", file=sys.stderr)
+        text = sys.stdin.readline(TOKEN_MAX_BYTES)
+    joined = enroll.enroll(
+        text,
+        state=options.state,
+        name=enroll.board_name(options.name or settings.name),
+        production=settings.production,
+        force=options.force,
+        machine=health.machine_id(),
+    )
+    print(f"{joined.device} has joined the fleet {joined.fleet}" + (f", group {joined.group}" if joined.group else ""))
+    return 0
+
+
+def _identity(places: Places) -> identity.Identity:
+    if places.state.exists() and not os.access(places.state, os.W_OK | os.X_OK):
+        raise UsageError(f"{places.state} belongs to another user: run as that user, or give another --state")
+    return identity.load(places.identity)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from agent.daemon import Daemon  # noqa: PLC0415 - MQTT and TUF are for the daemon alone
+
+    places, settings = _places(options), config.load(options.config)
+    who = _identity(places)
+    if settings.production and not who.production:
+        raise UsageError("this board is in production mode and enrolled in a fleet made for development: enrol it anew")
+    systemd.log_to_journal(logging.DEBUG if options.verbose else logging.INFO)
+    root = (places.identity / "root.json").read_bytes()
+    mac_key = images.load_key(places.identity / "mac.key")
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # keys do not go into core files
+
+    async def main() -> int:
+        store = Store(places.database)
+        daemon = Daemon(identity=who, root=root, mac_key=mac_key, places=places, settings=settings, store=store)
+        return await daemon.run()
+
+    return asyncio.run(main())
+
+
+def _restore(options: argparse.Namespace) -> int:
+    places, settings = _places(options), config.load(options.config)
+    if not (places.identity / "enrolled.json").exists():
+        return 0  # a board that never enrolled has nothing to restore
+    key = images.load_key(places.identity / "mac.key")
+    items = restore.committed(places.database, places.runset, key)
+    if not items:
+        return 0
+    policy = settings.policy
+    made = images.Images(places.images, key, memory_bytes=policy.compile_memory_bytes, seconds=policy.compile_s)
+
+    async def main() -> list[restore.Restored]:
+        link = HostLink(places.host_socket)
+        welcome = await restore.wait_for_host(link, HOST_WAIT_S)
+        try:
+            return await restore.restore(link, welcome, items, made, places.artifacts, policy)
+        finally:
+            link.close()
+
+    try:
+        restored = asyncio.run(main())
+    except HostGoneError as error:
+        raise UsageError(f"{error}: start fleet-host first") from error
+    for each in restored:
+        print(f"{each.instance}: {each.problem or 'runs'}", file=sys.stderr if each.problem else sys.stdout)
+    return int(any(each.problem for each in restored))
+
+
+def _standing(options: argparse.Namespace, instance: str = "") -> why.Standing:
+    places = _places(options)
+    who = _identity(places)
+    if not places.database.exists():
+        Store(places.database).close()
+    store = Store(places.database, read_only=True)
+    try:
+        return why.standing(who, store, instance)
+    finally:
+        store.close()
+
+
+def _print_json(value: object) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _status(options: argparse.Namespace) -> int:
+    found = _standing(options)
+    if options.json:
+        _print_json(msgspec.structs.replace(found, timeline=()))
+    else:
+        print("\n".join(why.tell(found)))
+    return 0
+
+
+def _why(options: argparse.Namespace) -> int:
+    found = _standing(options, options.instance)
+    if options.json:
+        _print_json(found)
+    else:
+        print("\n".join([*why.tell(found), "what happened, oldest first:", *why.tell_timeline(found)]))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    results = check.run(_places(options), config.load(options.config))
+    if options.json:
+        _print_json(results)
+    else:
+        for each in results:
+            print(f"{'ok  ' if each.ok else 'FAIL'} {each.name}: {each.text}")
+    return int(not all(each.ok for each in results))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `fleet-agent`; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (
+        UsageError,
+        ConfigError,
+        StoreError,
+        BadNameError,
+        enroll.EnrolError,
+        identity.IdentityError,
+        images.ImageError,
+        restore.RunsetError,
+    ) as error:
+        print(f"fleet-agent {options.command}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fleet-agent {options.command}: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

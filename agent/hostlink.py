@@ -1,0 +1,179 @@
+"""The agent's end of the socket to the host: requests and answers on the loop, and a connection that comes back.
+
+The host may die at any time. Then every request that waits for its answer fails with `HostGoneError`, and the link
+tries again, unhurried, until somebody listens. Nothing is remembered across connections: what the host has is what it
+says in its `Welcome`.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from agent.host import ipc
+
+RETRY_FIRST_S: Final = 0.1
+RETRY_MAX_S: Final = 5.0
+REQUEST_S: Final = 120.0
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+class HostGoneError(Exception):
+    """There is no host, or it went away before it answered."""
+
+
+class HostRefusedError(Exception):
+    """The host answered that it could not be done; nothing changed."""
+
+    def __init__(self, failed: ipc.Failed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+class HostLink:
+    """A connection to the host."""
+
+    def __init__(self, path: Path, *, on_event: Callable[[ipc.Event], None] = lambda _event: None) -> None:
+        self._path = path
+        self._on_event = on_event
+        self._sock: socket.socket | None = None
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[ipc.Reply]] = {}
+        self._lost = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection."""
+        return self._sock is not None
+
+    async def connect(self) -> ipc.Welcome:
+        """Connect once and ask who is there.
+
+        Raises:
+            HostGoneError: nobody listens, or it does not speak this protocol.
+        """
+        self.close()
+        sock = ipc.new_socket()
+        sock.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, str(self._path))
+        except OSError as error:
+            sock.close()
+            raise HostGoneError(f"no host at {self._path}: {error.strerror}") from error
+        self._sock = sock
+        self._lost.clear()
+        asyncio.get_running_loop().add_reader(sock, self._readable)
+        return await self.ask(ipc.Hello, ipc.Welcome)
+
+    async def stay_connected(self, on_welcome: Callable[[ipc.Welcome], Awaitable[None]]) -> None:
+        """Connect, tell `on_welcome`, wait for the end, and again; for ever."""
+        delay = RETRY_FIRST_S
+        while True:
+            try:
+                welcome = await self.connect()
+                await on_welcome(welcome)
+                delay = RETRY_FIRST_S
+                await self._lost.wait()
+            except HostGoneError:
+                self.close()
+            await asyncio.sleep(delay)
+            delay = min(RETRY_MAX_S, delay * 2)
+
+    def close(self) -> None:
+        """End the connection; whoever waits for an answer gets `HostGoneError`."""
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().remove_reader(sock)
+            sock.close()
+        waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            if not future.done():
+                future.set_exception(HostGoneError("the host went away"))
+        self._lost.set()
+
+    def _readable(self) -> None:
+        while self._sock is not None:
+            try:
+                message = ipc.receive_from_host(self._sock)
+            except BlockingIOError:
+                return
+            except ipc.IpcError:
+                self.close()
+                return
+            if isinstance(message, ipc.Trapped | ipc.Changed):
+                self._on_event(message)
+                continue
+            future = self._waiting.pop(message.id, None)
+            if future is not None and not future.done():
+                future.set_result(message)
+
+    async def ask(
+        self, kind: Callable[..., ipc.Request], answer: type[R], *, fd: int | None = None, **fields: Any
+    ) -> R:
+        """Send a request and wait for its answer.
+
+        Args:
+            kind: the request's type; its id is given here.
+            answer: the type expected.
+            fd: a descriptor to send along; it stays open here.
+            fields: of the request.
+
+        Raises:
+            HostRefusedError: `Failed`.
+            HostGoneError: no connection, lost meanwhile, no answer in two minutes, or another answer than expected.
+        """
+        if self._sock is None:
+            raise HostGoneError("there is no connection to the host")
+        number = next(self._ids)
+        future: asyncio.Future[ipc.Reply] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        try:
+            async with asyncio.timeout(REQUEST_S):
+                await self._send(kind(id=number, **fields), fd)
+                reply = await future
+        except TimeoutError as error:
+            self.close()
+            raise HostGoneError("the host does not answer") from error
+        finally:
+            self._waiting.pop(number, None)
+        if isinstance(reply, ipc.Failed):
+            raise HostRefusedError(reply)
+        if not isinstance(reply, answer):
+            raise HostGoneError(f"the host answered with {type(reply).__name__} instead of {answer.__name__}")
+        return reply
+
+    async def _send(self, request: ipc.Request, fd: int | None) -> None:
+        while True:
+            if self._sock is None:
+                raise HostGoneError("there is no connection to the host")
+            try:
+                ipc.send(self._sock, request, fd)
+            except BlockingIOError:
+                await self._writable(self._sock)
+            except ipc.IpcError as error:
+                self.close()
+                raise HostGoneError(str(error)) from error
+            else:
+                return
+
+    @staticmethod
+    async def _writable(sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+
+        def writable() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        loop.add_writer(sock, writable)
+        try:
+            await ready
+        finally:
+            loop.remove_writer(sock)

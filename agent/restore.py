@@ -1,0 +1,174 @@
+"""Start again what is committed: after a boot, or after a host that died; without network, TUF or a running agent.
+
+What is committed stands in the store and once more in `runset.json` under the board's MAC, so that a damaged database
+does not keep the components from running. An image that is missing or damaged is made anew from its artifact, whose
+sha256 is known.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent.config import Policy
+from agent.host import ipc
+from agent.hostlink import HostGoneError, HostLink, HostRefusedError
+from agent.images import ImageError, Images, write_once
+from agent.records import Committed
+from agent.store import Store, StoreError
+from fleet.protocol import wire
+from fleet.protocol.assignment import Item
+from fleet.protocol.codes import InstanceState
+from fleet.protocol.manifest import Manifest
+
+CONNECT_AGAIN_S: Final = 0.2
+
+
+class RunsetError(Exception):
+    """There is no sound record of what is committed."""
+
+
+class _Runset(msgspec.Struct, frozen=True, kw_only=True):
+    v: int = 1
+    items: tuple[Committed, ...] = ()
+    mac: str = ""
+
+
+def _mac(runset: _Runset, key: bytes) -> str:
+    return hmac.new(key, wire.canonical(msgspec.structs.replace(runset, mac="")), hashlib.sha256).hexdigest()
+
+
+def write_runset(path: Path, committed: Iterable[Committed], key: bytes) -> None:
+    """Write what is committed beside the database; raises `OSError`."""
+    runset = _Runset(items=tuple(committed))
+    write_once(path, wire.encode(msgspec.structs.replace(runset, mac=_mac(runset, key))), mode=0o600)
+
+
+def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:
+    """Read it back.
+
+    Raises:
+        RunsetError: there is none, or its MAC does not hold.
+    """
+    try:
+        runset = msgspec.json.decode(path.read_bytes(), type=_Runset)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunsetError(f"cannot read {path}: {error}") from error
+    if not hmac.compare_digest(_mac(runset, key), runset.mac):
+        raise RunsetError(f"{path} was changed: its MAC does not hold")
+    return runset.items
+
+
+def committed(database: Path, runset: Path, key: bytes) -> tuple[Committed, ...]:
+    """What is to run: from the store, or from `runset.json` where the store cannot be read.
+
+    Raises:
+        RunsetError: neither can be read.
+    """
+    if not database.exists():
+        return ()
+    try:
+        store = Store(database, read_only=True)
+        try:
+            return store.committed()
+        finally:
+            store.close()
+    except StoreError:
+        return read_runset(runset, key)
+
+
+def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> ipc.Run:
+    """What the host is told of an instance: its manifest, narrowed by the operator and by the board's policy."""
+    defaults = {name: key.default for name, key in manifest.config.items() if key.default is not None}
+    return ipc.Run(
+        instance=item.instance,
+        generation=generation,
+        target=item.target,
+        manifest=manifest,
+        grants=manifest.grants if item.grants is None else item.grants,
+        limits=policy.limit(manifest.limits),
+        config={**defaults, **item.config},
+        port=item.port,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """How it went with one instance; `problem` is empty when it runs."""
+
+    instance: str
+    problem: str = ""
+
+
+async def wait_for_host(link: HostLink, seconds: float) -> ipc.Welcome:
+    """Connect as soon as there is a host; raises `HostGoneError` after so many seconds without one."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while True:
+        try:
+            return await link.connect()
+        except HostGoneError:
+            if asyncio.get_running_loop().time() >= deadline:
+                raise
+        await asyncio.sleep(CONNECT_AGAIN_S)
+
+
+async def restore(
+    link: HostLink, welcome: ipc.Welcome, items: Iterable[Committed], images: Images, artifacts: Path, policy: Policy
+) -> list[Restored]:
+    """Start every committed instance that the host does not run.
+
+    Args:
+        link: connected.
+        welcome: what the host said it runs.
+        items: what is committed.
+        images: of this board.
+        artifacts: where artifacts lie, for images that have to be made anew.
+        policy: the board owner's.
+
+    Raises:
+        HostGoneError: the host went away meanwhile.
+    """
+    there = {each.instance for each in welcome.running if each.state is not InstanceState.STOPPED}
+    restored = []
+    for item in items:
+        if item.item.instance in there:
+            continue
+        try:
+            await start(link, item.item, run_of(item.item, item.manifest, item.generation, policy), images, artifacts)
+        except (ImageError, HostRefusedError) as error:
+            restored.append(Restored(item.item.instance, str(error)))
+        else:
+            restored.append(Restored(item.item.instance))
+    return restored
+
+
+async def start(link: HostLink, item: Item, run: ipc.Run, images: Images, artifacts: Path) -> ipc.Started:
+    """Start one instance with its checked image; a missing or damaged image is made anew first.
+
+    Raises:
+        ImageError: it cannot be.
+        HostRefusedError: the host could not start it; what ran before still runs.
+        HostGoneError: no host.
+    """
+    descriptor = await checked_image(item, run.manifest, images, artifacts)
+    try:
+        return await link.ask(ipc.Start, ipc.Started, fd=descriptor, run=run)
+    finally:
+        os.close(descriptor)
+
+
+async def checked_image(item: Item, manifest: Manifest, images: Images, artifacts: Path) -> int:
+    """A sealed, checked image; made anew when there is none or it is damaged. Raises `ImageError`."""
+    fuel = manifest.limits.fuel > 0
+    try:
+        return await images.open(sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)
+    except ImageError:
+        artifact = artifacts / f"{item.sha256}.wasm"
+        await images.make(artifact, sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)
+        return await images.open(sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)

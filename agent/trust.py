@@ -1,0 +1,119 @@
+"""The rim of `signing.trust`: metadata comes over HTTPS, facts come from and go to the store, time is the board's.
+
+All methods block and belong to the worker thread. After each call, refused ones too, what is to be remembered is stored
+before anything is done about it.
+"""
+
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from agent.fetch import FetchError, Https
+from agent.identity import Identity
+from agent.store import Store
+from fleet.protocol import wire
+from fleet.protocol.assignment import Assignment, Command, Fresh, Item
+from fleet.protocol.codes import RejectCode
+from signing import dsse
+from signing.cache import DirectoryCache
+from signing.errors import FetchNotFound, Rejected
+from signing.trust import Accepted, Resolved, TrustedSet
+
+ARCH: Final = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine(), platform.machine())
+
+
+def remembered_assignment(envelope: bytes) -> Assignment | None:
+    """The assignment in an envelope that this board accepted and stored earlier; None if the store lost it.
+
+    It is not judged again: it stays in force when it has expired since, and on a board without a network.
+    """
+    try:
+        return wire.decode(Assignment, dsse.parse(envelope).payload)
+    except (Rejected, wire.WireError):
+        return None
+
+
+class Trust:
+    """What this board trusts."""
+
+    def __init__(
+        self, *, identity: Identity, root: bytes, cache: Path, https: Https, store: Store, production: bool
+    ) -> None:
+        self._identity = identity
+        self._https = https
+        self._store = store
+        self._set = TrustedSet(root=root, fetch=self._fetch, cache=DirectoryCache(cache), production=production)
+        self._refreshed = False
+
+    def _fetch(self, name: str, max_bytes: int) -> bytes:
+        try:
+            return self._https.request("GET", f"/v1/tuf/{name}", max_bytes=max_bytes)
+        except FetchError as error:
+            if error.code is RejectCode.NOT_FOUND:
+                raise FetchNotFound(name) from error
+            raise Rejected(error.code, error.message) from error
+
+    def now(self) -> datetime:
+        """The reference time: the wall clock, or the floor where the clock is behind it."""
+        return self._store.facts().time(datetime.now(UTC))
+
+    def refresh(self) -> None:
+        """Bring the metadata up to date; raises `Rejected`."""
+        facts = self._store.facts()
+        try:
+            self._set.refresh(facts=facts, now=facts.time(datetime.now(UTC)))
+            self._refreshed = True
+        finally:
+            if self._set.facts != facts:
+                self._store.save(facts=self._set.facts)
+
+    def accept(self, envelope: bytes) -> Accepted:
+        """Judge an assignment after a refresh, and persist it before anything of it is fetched.
+
+        Raises:
+            Rejected: why not; nothing has changed but what is remembered.
+        """
+        self.refresh()
+        facts = self._store.facts()
+        accepted = self._set.accept(
+            envelope, fleet=self._identity.fleet, device=self._identity.device, facts=facts, now=self.now()
+        )
+        self._store.accept(envelope, accepted.assignment.version, accepted.facts)
+        return accepted
+
+    def resolve(self, item: Item) -> Resolved:
+        """Find an item's target and judge it for this board; raises `Rejected`."""
+        if not self._refreshed:
+            self.refresh()
+        return self._set.resolve(item, facts=self._store.facts(), arch=ARCH)
+
+    def command(self, envelope: bytes) -> Command:
+        """Judge a command, and remember it before it is obeyed; raises `Rejected`."""
+        if not self._refreshed:
+            self.refresh()
+        command, facts = self._set.command(
+            envelope,
+            fleet=self._identity.fleet,
+            device=self._identity.device,
+            facts=self._store.facts(),
+            now=self.now(),
+        )
+        self._store.save(facts=facts)
+        return command
+
+    def fresh(self, envelope: bytes, *, nonce: str, sha256: str) -> Fresh:
+        """Judge a freshness statement for this connection's nonce; raises `Rejected`."""
+        if not self._refreshed:
+            self.refresh()
+        statement, facts = self._set.fresh(
+            envelope,
+            fleet=self._identity.fleet,
+            device=self._identity.device,
+            nonce=nonce,
+            sha256=sha256,
+            facts=self._store.facts(),
+            now=self.now(),
+        )
+        self._store.save(facts=facts)
+        return statement

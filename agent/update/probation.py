@@ -1,0 +1,123 @@
+"""Whether a new version does worse than what it replaced: a pure judgement of facts.
+
+Only the guest's own faults count: a client that hangs up or reads slowly has never rolled anything back.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+LATENCY_FACTOR: Final = 5
+LATENCY_FLOOR_US: Final = 20_000
+MEMORY_FACTOR: Final = 4
+MEMORY_FLOOR_BYTES: Final = 64 * 1024 * 1024
+RESTARTS_MAX: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What the manifest asks of its own probation (times in seconds)."""
+
+    probation_s: float
+    min_calls: int = 20
+    max_faults: int = 0
+    max_error_percent: int = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of one generation of an instance.
+
+    Attributes:
+        calls: that ended, whatever their outcome.
+        faults: traps and time-outs of the guest.
+        errors: answers with status 500 and above.
+        p99_us: guest time, microseconds.
+        quarantined: the host has given up on it.
+    """
+
+    calls: int = 0
+    faults: int = 0
+    errors: int = 0
+    restarts: int = 0
+    p99_us: int = 0
+    memory_bytes: int = 0
+    quarantined: bool = False
+    unhealthy: bool = False
+    error: str = ""
+
+
+class Verdict(StrEnum):
+    """How probation stands."""
+
+    CONTINUE = "continue"
+    COMMIT = "commit"
+    ROLL_BACK = "roll-back"
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verdict with its reason: `code` is a word of `fleet.protocol.codes.RejectCode`."""
+
+    verdict: Verdict
+    code: str = ""
+    message: str = ""
+    exercised: bool = True
+
+
+def judge(terms: Terms, facts: Facts, replaced: Facts | None, elapsed_s: float) -> Judgement:
+    """Judge a new generation.
+
+    Args:
+        terms: of its manifest.
+        facts: its figures since it was started.
+        replaced: figures of the generation it replaced; None if it is the first.
+        elapsed_s: since it took over; a jump of the wall clock must not be in it.
+    """
+    worse = _worse(terms, facts, replaced)
+    if worse is not None:
+        return worse
+    if elapsed_s < terms.probation_s:
+        return Judgement(Verdict.CONTINUE)
+    return Judgement(Verdict.COMMIT, exercised=facts.calls >= terms.min_calls)
+
+
+def _worse(terms: Terms, facts: Facts, replaced: Facts | None) -> Judgement | None:
+    detail = f": {facts.error}" if facts.error else ""
+    if facts.faults > terms.max_faults:
+        return Judgement(
+            Verdict.ROLL_BACK, "trapped", f"{facts.faults} of its calls trapped or ran out of time{detail}"
+        )
+    if facts.quarantined:
+        return Judgement(Verdict.ROLL_BACK, "restarted", f"the host gave up restarting it{detail}")
+    if facts.restarts > RESTARTS_MAX:
+        return Judgement(Verdict.ROLL_BACK, "restarted", f"it was restarted {facts.restarts} times{detail}")
+    if facts.unhealthy:
+        return Judgement(Verdict.ROLL_BACK, "health-failed", f"its health check failed{detail}")
+    if facts.calls < max(1, terms.min_calls):
+        return None
+    return _worse_than_replaced(terms, facts, replaced if replaced and replaced.calls >= terms.min_calls else None)
+
+
+def _worse_than_replaced(terms: Terms, facts: Facts, replaced: Facts | None) -> Judgement | None:
+    percent = 100 * facts.errors / facts.calls
+    before = 100 * replaced.errors / max(1, replaced.calls) if replaced is not None else 0.0
+    if percent > terms.max_error_percent and percent > before:
+        return Judgement(
+            Verdict.ROLL_BACK, "error-rate", f"{facts.errors} of {facts.calls} answers were errors ({percent:.0f} %)"
+        )
+    if replaced is None:
+        return None
+    if facts.p99_us > max(LATENCY_FACTOR * replaced.p99_us, LATENCY_FLOOR_US):
+        return Judgement(
+            Verdict.ROLL_BACK,
+            "too-late",
+            f"its slowest calls take {facts.p99_us} us where the replaced version took {replaced.p99_us} us (p99)",
+        )
+    if replaced.memory_bytes and facts.memory_bytes > max(MEMORY_FACTOR * replaced.memory_bytes, MEMORY_FLOOR_BYTES):
+        return Judgement(
+            Verdict.ROLL_BACK,
+            "too-much-memory",
+            f"it uses {facts.memory_bytes >> 20} MiB where the replaced version used {replaced.memory_bytes >> 20} MiB",
+        )
+    return None
