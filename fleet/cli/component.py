@@ -7,7 +7,7 @@ import msgspec
 
 from fleet.cli import out
 from fleet.cli.base import Exit, Fault, Options, command
-from fleet.cli.publishing import beside, read_component
+from fleet.cli.prepare import beside, read_component
 from fleet.protocol import author, toml_text
 from fleet.protocol import component as reader
 from fleet.protocol.manifest import BadManifestError

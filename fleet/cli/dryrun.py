@@ -11,7 +11,9 @@ import click
 from fleet.cli import out
 from fleet.cli.base import Exit, Fault, Options
 from fleet.cli.home import Operator
-from fleet.cli.publishing import Prepared, Trust, versioned
+from fleet.cli.prepare import Prepared
+from fleet.cli.publishing import versioned
+from fleet.cli.trust import Trust
 from fleet.client import Client
 from fleet.protocol.api import DeviceRow, Excluded, Preflight, RolloutRequest
 from fleet.protocol.manifest import Grants, Manifest

@@ -13,7 +13,8 @@ from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.dryrun import dry_run
 from fleet.cli.finish import finish
 from fleet.cli.home import Operator, operator
-from fleet.cli.publishing import Prepared, Publication, prepare
+from fleet.cli.prepare import Prepared, prepare
+from fleet.cli.publishing import Publication
 from fleet.cli.publishing import publish as publish_prepared
 from fleet.cli.values import config_values
 from fleet.client import Client

@@ -1,5 +1,6 @@
 """`fleet init`, `serve` and `completion`."""
 
+import asyncio
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -101,6 +102,19 @@ def _new_passphrase() -> bytes:
         )
     answer: str = click.prompt("Passphrase for root and publisher keys", hide_input=True, confirmation_prompt=True)
     return answer.encode()
+
+
+@command("serve", json=False, examples="fleet serve\nfleet --home /srv/fleet serve")
+def serve(options: Options) -> None:
+    """Run the fleet's server until it is told to stop: API, artifacts, rollouts, ingest and the broker.
+
+    Where it listens stands in server/server.toml under the fleet's directory.
+    """
+    try:
+        from fleet.server.main import run  # noqa: PLC0415 - the server's parts may not be installed
+    except ImportError as error:
+        raise Fault("the server cannot run here", f"{error.name} is not installed", _SERVER_PARTS) from None
+    asyncio.run(run(home(options)))
 
 
 @command("completion", json=False, examples='eval "$(fleet completion bash)"\nfleet completion fish | source')

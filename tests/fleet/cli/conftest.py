@@ -1,0 +1,140 @@
+"""A home made by the real `init`, and a server's desk that speaks the API from that home's own repository."""
+
+import functools
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from fleet import setup
+from fleet.cli import out
+from fleet.cli.main import main
+from fleet.client import Client
+from fleet.protocol import api
+from fleet.protocol.api import RolloutView
+from signing import keys, repository
+from signing.errors import ConflictError, Rejected, RepositoryError
+
+
+class Desk(httpx.BaseTransport):
+    """Publishing as the server does it, with the real repository code; rollouts as a script.
+
+    Attributes:
+        files: the TUF repository.
+        views: what following a rollout sees, one after the other.
+        routes: (method, path) -> answer, for everything else.
+        before_role: called before each role is judged (someone else may publish there).
+        seen: every request, with its body.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.files = {path.name: path.read_bytes() for path in (home / "server/repository").iterdir()}
+        self.artifacts: dict[str, bytes] = {}
+        self.views: list[RolloutView] = []
+        self.routes: dict[tuple[str, str], object] = {}
+        self.before_role: Callable[[], None] = lambda: None
+        self.seen: list[tuple[str, str, bytes]] = []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        body = request.read()
+        path = request.url.path
+        self.seen.append((request.method, path, body))
+        assert request.headers["authorization"] == "Bearer " + (self.home / "operator/token").read_text().strip()
+        if (answer := self.routes.get((request.method, path))) is not None:
+            return self._answer(answer)
+        match request.method, path.split("/")[2:]:
+            case "GET", ["tuf", name]:
+                data = self.files.get(name)
+                return httpx.Response(404) if data is None else httpx.Response(200, content=data)
+            case "PUT", ["artifacts", sha256]:
+                self.artifacts[sha256] = body
+                return self._answer(api.ArtifactReply(sha256=sha256, length=len(body), new=True))
+            case "POST", ["roles", namespace]:
+                return self._role(namespace, body)
+            case ("POST", ["rollouts"] | ["undo"] | ["removals"]) | ("GET", ["rollouts", _]):
+                return self._answer(self.views.pop(0))
+        return self._answer(problem("not-found", f"no {path}", 404))
+
+    def _answer(self, answer: object) -> httpx.Response:
+        status = answer.status if isinstance(answer, api.Problem) else 200
+        return httpx.Response(status, content=msgspec.json.encode(answer))
+
+    def _role(self, namespace: str, data: bytes) -> httpx.Response:
+        self.before_role()
+        try:
+            version = self.accept(namespace, data)
+        except ConflictError as error:
+            return self._answer(problem("conflict", str(error), 409))
+        except (Rejected, RepositoryError) as error:
+            return self._answer(problem("refused", str(error), 422))
+        return self._answer(api.RoleReply(namespace=namespace, version=version, snapshot=1, timestamp=1))
+
+    def accept(self, namespace: str, data: bytes) -> int:
+        version = repository.check_role(self.files, namespace, data)
+        self.files[f"{version}.{namespace}.json"] = data
+        place = self.home / "server/keys"
+        self.files |= repository.online(
+            self.files,
+            snapshot_signer=keys.load(place / "snapshot.pem"),
+            timestamp_signer=keys.load(place / "timestamp.pem"),
+            now=datetime.now(UTC),
+        )
+        return version
+
+    def paths(self, method: str) -> list[str]:
+        return [path for verb, path, _ in self.seen if verb == method]
+
+    def sent(self, path: str) -> dict[str, object]:
+        """The JSON of the newest request to a path."""
+        return json.loads([body for _, where, body in self.seen if where == path][-1])
+
+
+def problem(kind: str, title: str, status: int, detail: str = "", action: str = "") -> api.Problem:
+    return api.Problem(type=kind, title=title, status=status, detail=detail, action=action)
+
+
+@pytest.fixture(autouse=True)
+def plain_console():
+    """The console looks at standard output once; each test has another one."""
+    out.console.cache_clear()
+    yield
+    out.console.cache_clear()
+
+
+@pytest.fixture
+def size() -> str:
+    return "dev"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, size) -> Path:
+    monkeypatch.delenv("WASMFLEET_HOME", raising=False)
+    monkeypatch.setenv("WASMFLEET_KEY_PASSPHRASE", "correct horse" if size == "solo" else "")
+    setup.init(tmp_path / "home", fleet="fleet", size=size, passphrase=b"correct horse" if size == "solo" else None)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def desk(home, monkeypatch) -> Desk:
+    made = Desk(home)
+    monkeypatch.setattr("fleet.cli.home.Client", functools.partial(Client, transport=made))
+    return made
+
+
+@pytest.fixture
+def fleet(tmp_path) -> Callable[..., Result]:
+    """Run `fleet ...` in this process."""
+
+    def run(*arguments: object, stdin: str | None = None) -> Result:
+        words = [str(word) for word in arguments]
+        result = CliRunner().invoke(main, ["--home", str(tmp_path / "home"), *words], input=stdin)
+        assert "Traceback" not in result.output
+        return result
+
+    return run
