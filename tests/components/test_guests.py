@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from wasmtime import Config, Engine, Store, WasmtimeError
+from wasmtime import Config, Engine, Store, WasiConfig, WasmtimeError
 from wasmtime import component as wc
 
 GUESTS = Path(__file__).resolve().parents[2] / "components/guests"
@@ -19,10 +19,10 @@ def engine():
 
 @pytest.fixture
 def instantiate(engine):
-    def instantiate(name, *, fuel=10_000_000, memory=-1):
+    def instantiate(name, *, fuel=10_000_000, memory=-1, tables=-1):
         store = Store(engine)
         store.set_fuel(fuel)
-        store.set_limits(memory_size=memory)
+        store.set_limits(memory_size=memory, table_elements=tables)
         text = (GUESTS / f"{name}.wat").read_text()
         return store, wc.Linker(engine).instantiate(store, wc.Component(engine, text))
 
@@ -95,9 +95,89 @@ def test_the_large_answer(instantiate):
     assert len(call(instantiate("large-answer"), HANDLER, "handle", get()).body) == 2 << 20
 
 
-def test_an_ungranted_import_cannot_be_instantiated(instantiate):
-    with pytest.raises(WasmtimeError, match="wasi:clocks/monotonic-clock"):
-        instantiate("wants-clock")
+@pytest.mark.parametrize(
+    ("name", "which"), [("wants-clock", "wasi:clocks/monotonic-clock"), ("wants-everything", "wasi:")]
+)
+def test_an_ungranted_import_cannot_be_instantiated(instantiate, name, which):
+    with pytest.raises(WasmtimeError, match=which):
+        instantiate(name)
+
+
+@pytest.mark.parametrize(("name", "why"), [("declares-1gib", "memory minimum size"), ("huge-table", "table minimum")])
+def test_what_asks_for_too_much_before_it_runs(instantiate, name, why):
+    with pytest.raises(WasmtimeError, match=why):
+        instantiate(name, memory=16 << 20, tables=100_000)
+
+
+@pytest.mark.parametrize(("name", "why"), [("answer-1gib", "out of bounds"), ("not-utf8", "(?i)utf-8")])
+def test_an_answer_that_does_not_pass_the_component_model(instantiate, name, why):
+    with pytest.raises(WasmtimeError, match=why):
+        call(instantiate(name), HANDLER, "handle", get())
+
+
+def test_the_one_that_traps_at_its_thousandth_request(instantiate):
+    guest = instantiate("trap-at-1000")
+    for _ in range(999):
+        assert call(guest, HANDLER, "handle", get()).status == 200
+    with pytest.raises(WasmtimeError, match="unreachable"):
+        call(guest, HANDLER, "handle", get())
+
+
+def test_the_counter_counts(instantiate):
+    guest = instantiate("counter")
+    bodies = [bytes(call(guest, HANDLER, "handle", get()).body) for _ in range(101)]
+    assert (bodies[0], bodies[8], bodies[9], bodies[100]) == (
+        b"00000001\n",
+        b"00000009\n",
+        b"00000010\n",
+        b"00000101\n",
+    )
+
+
+def test_the_busy_one_comes_to_an_end(instantiate):
+    assert call(instantiate("busy", fuel=500_000_000), HANDLER, "handle", get()).status == 200
+
+
+def test_the_one_whose_check_spins(instantiate):
+    with pytest.raises(WasmtimeError, match="fuel consumed"):
+        call(instantiate("spin-in-check"), HEALTH, "check")
+
+
+def test_the_flood(engine):
+    store, linker = Store(engine), wc.Linker(engine)
+    store.set_fuel(100_000_000)
+    lines = 0
+
+    def count(_store, level, context, message):
+        nonlocal lines
+        assert (level, context, len(message)) == ("info", "the flood", 64)
+        lines += 1
+
+    with linker.root() as root, root.add_instance("wasi:logging/logging@0.1.0-draft") as logging:
+        logging.add_func("log", count)
+    instance = linker.instantiate(store, wc.Component(engine, (GUESTS / "flood.wat").read_text()))
+    assert call((store, instance), HANDLER, "handle", get()).status == 200
+    assert lines == 20_000
+
+
+def test_the_sleeper_is_good_once_it_has_its_clock(engine):
+    # Its health check is asked only: the request would take an hour.
+    store, linker = Store(engine), wc.Linker(engine)
+    store.set_fuel(1_000_000)
+    store.set_wasi(WasiConfig())
+    linker.add_wasip2()
+    instance = linker.instantiate(store, wc.Component(engine, (GUESTS / "sleep.wat").read_text()))
+    assert call((store, instance), HEALTH, "check") is None
+
+
+def test_the_tasks(instantiate):
+    task = "wasmfleet:schedule/task@0.1.0"
+    assert call(instantiate("task"), task, "run", 1) is None
+    assert "the pump is stuck" in str(call(instantiate("task-fails"), task, "run", 1))
+    with pytest.raises(WasmtimeError, match="unreachable"):
+        call(instantiate("task-traps"), task, "run", 1)
+    with pytest.raises(WasmtimeError, match="fuel consumed"):
+        call(instantiate("task-spins"), task, "run", 1)
 
 
 def test_each_guest_says_what_it_is_for_in_its_first_line():

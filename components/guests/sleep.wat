@@ -1,0 +1,45 @@
+;; sleep: each request waits an hour in a call of the host: guest time alone does not end it.
+(component
+  (import "wasi:io/poll@0.2.0" (instance $poll
+    (export "pollable" (type $pollable (sub resource)))
+    (export "[method]pollable.block" (func (param "self" (borrow $pollable))))))
+  (alias export $poll "pollable" (type $pollable))
+  (import "wasi:clocks/monotonic-clock@0.2.0" (instance $clock
+    (alias outer 1 $pollable (type $pollable'))
+    (export "pollable" (type $pollable (eq $pollable')))
+    (export "subscribe-duration" (func (param "when" u64) (result (own $pollable))))))
+  (core func $subscribe (canon lower (func $clock "subscribe-duration")))
+  (core func $block (canon lower (func $poll "[method]pollable.block")))
+  (core module $guest
+    (import "host" "subscribe" (func $subscribe (param i64) (result i32)))
+    (import "host" "block" (func $block (param i32)))
+    (memory (export "memory") 1)
+    (global $top (mut i32) (i32.const 1024))
+    (data (i32.const 16) "hello\n")
+    ;; The answer: status 200, no header fields, the body at 16.
+    (data (i32.const 64) "\c8\00\00\00" "\00\00\00\00\00\00\00\00" "\10\00\00\00\06\00\00\00")
+    (func (export "realloc") (param i32 i32 i32 i32) (result i32)
+      (local $at i32)
+      (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
+      (global.set $top (i32.add (local.get $at) (local.get 3)))
+      (local.get $at))
+    (func (export "handle") (param i32 i32 i32 i32 i32 i32 i32 i32) (result i32)
+      (call $block (call $subscribe (i64.const 3600000000000)))
+      (i32.const 64))
+    (func (export "reset") (param i32) (global.set $top (i32.const 1024)))
+    (func (export "check") (result i32) (i32.const 96)))
+  (core instance $guest (instantiate $guest
+    (with "host" (instance (export "subscribe" (func $subscribe)) (export "block" (func $block))))))
+  (type $request (record
+    (field "method" string) (field "target" string) (field "headers" string) (field "body" (list u8))))
+  (type $response (record (field "status" u16) (field "headers" string) (field "body" (list u8))))
+  (func $handle (param "request" $request) (result $response)
+    (canon lift (core func $guest "handle") (memory (core memory $guest "memory"))
+      (realloc (core func $guest "realloc")) (post-return (core func $guest "reset"))))
+  (func $check (result (result (error string)))
+    (canon lift (core func $guest "check") (memory (core memory $guest "memory"))))
+  (instance $handler (export "request" (type $request)) (export "response" (type $response))
+    (export "handle" (func $handle)))
+  (instance $health (export "check" (func $check)))
+  (export "wasmfleet:http/handler@0.1.0" (instance $handler))
+  (export "wasmfleet:http/health@0.1.0" (instance $health)))
