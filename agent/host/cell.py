@@ -18,7 +18,7 @@ from fleet.protocol.caps import MIB
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _SLACK_BYTES: Final = 48 * MIB
-_VALUE_BYTES: Final = 36  # what one byte of a body costs while it crosses: a C value and its copies
+_VALUE_BYTES: Final = 100  # what one byte of a body costs while it crosses: a value of 32 bytes, and its copies
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

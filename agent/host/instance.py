@@ -447,14 +447,14 @@ class Instance:
         self.error = why
         self._fault(generation, RejectCode.RESTARTED, why)
         if self._crashes >= _CRASHES_MAX:
-            self._quarantine(generation, f"{self._crashes} deaths in a row; the last: {why}")
+            self._quarantine(generation, why)
             return
         if not generation.alive:
             self._set(InstanceState.BACKOFF, why)
         self._spawn(self._replace(generation))
 
-    def _quarantine(self, generation: Generation, why: str) -> None:
-        self.error = why
+    def _quarantine(self, generation: Generation, last: str) -> None:
+        why = self.error = f"{self._crashes} deaths in a row; the last: {last}"
         for lane in list(generation.lanes):
             self._retire(generation, lane)
         self._end_clocks()

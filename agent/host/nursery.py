@@ -19,7 +19,7 @@ from agent.host import control, page
 FORK: Final = b"F"
 _MESSAGE_BYTES: Final = 12
 _FORK_TIMEOUT_S: Final = 30.0
-_REQUESTS_MAX: Final = 64
+_GONE_S: Final = 1.0
 
 
 class LaneGoneError(Exception):
@@ -85,7 +85,7 @@ class Lane:
             return
         except control.GoneError:
             self._unplug()
-            self.kill("it closed its socket")
+            asyncio.get_running_loop().call_later(_GONE_S, self.kill, "it closed its socket and did not end")
             return
         if isinstance(message, control.Ready):
             self.ready = message

@@ -6,11 +6,21 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import support
+from agent.host import ipc
+
+
+@pytest.fixture(scope="session")
+def _shared(tmp_path_factory):
+    """One host for all tests that do not end it."""
+    shared = support.Host(tmp_path_factory.mktemp("host"))
+    yield shared
+    shared.close()
 
 
 @pytest.fixture
-def host(tmp_path):
-    """A running host; whatever it started is gone afterwards."""
-    with_host = support.Host(tmp_path)
-    yield with_host
-    with_host.close()
+def host(_shared):
+    """A running host without instances; what the test started is stopped afterwards."""
+    yield _shared
+    for one in _shared.ask(ipc.Status).instances:
+        _shared.ask(ipc.Stop, instance=one.instance)
+    _shared.events.clear()

@@ -1,0 +1,133 @@
+"""Hostile and unlucky guests: each is contained, named in what the host reports, and leaves its neighbour answering."""
+
+import socket
+
+import pytest
+import support
+from support import Grants, Health, Limits
+
+from agent.host import ipc
+
+
+@pytest.fixture
+def neighbour(host):
+    """A good instance beside the bad one: whatever the test does, it answers at the end, without a restart."""
+    port = support.free_port()
+    host.start("hello", support.a_run("neighbour", 1, port=port))
+    before = host.health("neighbour")
+    yield port
+    assert support.http(port)[0] == 200
+    after = host.health("neighbour")
+    assert (after.since, after.restarts, after.errors) == (before.since, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("guest", "status", "outcome", "words"),
+    [
+        ("trap", 500, "guest-trap", "unreachable"),
+        ("recurse", 500, "guest-trap", "call stack exhausted"),
+        ("hoard", 500, "guest-trap", "unreachable"),
+        ("spin", 504, "guest-timeout", "used up its time"),
+    ],
+)
+def test_a_call_that_goes_wrong_costs_that_call_alone(host, neighbour, guest, status, outcome, words):
+    port = support.free_port()
+    host.start(guest, support.a_run("bad", 1, port=port, limits=Limits(call_ms=200)))
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
+        # The connection stays usable, and the next call gets a store of its own (a trap poisons the old one).
+        for _ in range(3):
+            answered, _, body = support.http(port, sock=kept)
+            assert answered == status
+            assert words in body.decode()
+    trapped = host.event(lambda event: isinstance(event, ipc.Trapped) and event.faults >= 3)
+    assert (trapped.instance, trapped.code) == ("bad", "trapped")
+    assert words in trapped.message
+    assert any(words in line for line in trapped.log)
+    health = host.health("bad")
+    assert health.calls == {outcome: 3}
+    assert (health.errors, health.restarts, health.lanes) == (3, 0, 1)
+
+
+def test_a_trap_is_told_with_the_wasm_backtrace_by_name(host):
+    port = support.free_port()
+    host.start("recurse", support.a_run("bad", 1, port=port))
+    support.http(port)
+    assert "guest!deeper" in host.event(lambda event: isinstance(event, ipc.Trapped)).message
+
+
+@pytest.mark.parametrize(
+    ("guest", "code", "words"),
+    [
+        ("trap-in-start", "start-failed", "unreachable"),
+        ("spin-in-start", "start-failed", "used up its time"),
+        ("wants-clock", "grant-denied", "wasi:clocks/monotonic-clock"),
+        ("unhealthy", "health-failed", "not well"),
+        ("trap-in-check", "health-failed", "unreachable"),
+    ],
+)
+def test_what_cannot_start_is_refused_and_says_why(host, neighbour, guest, code, words):
+    run = support.a_run("bad", 1, port=support.free_port(), limits=Limits(start_ms=200), health=Health(check=True))
+    reply = host.start(guest, run)
+    assert (type(reply), reply.code) == (ipc.Failed, code)
+    assert words in reply.message
+    assert [one.instance for one in host.ask(ipc.Status).instances] == ["neighbour"]
+
+
+def test_a_granted_interface_is_served_and_only_that(host):
+    port = support.free_port()
+    grants = Grants(interfaces=("wasi:clocks/monotonic-clock",))
+    assert isinstance(host.start("wants-clock", support.a_run("clock", 1, port=port, grants=grants)), ipc.Started)
+    assert support.http(port)[0] == 200
+
+
+@pytest.mark.parametrize("guest", ["bad-answer", "large-answer"])
+def test_an_answer_that_is_none_becomes_a_502_without_a_byte_of_it(host, guest):
+    port = support.free_port()
+    host.start(guest, support.a_run("bad", 1, port=port, limits=Limits(response_bytes=1 << 20)))
+    status, headers, body = support.http(port)
+    assert status == 502
+    assert body == b"the component's answer is not one\n"
+    assert "x-a" not in headers
+    assert host.health("bad").errors == 1
+
+
+def test_an_image_of_another_engine_is_refused(host):
+    fd = support.sealed(b"\x7fELF not an image")
+    reply = host.ask(ipc.Start, fd, run=support.a_run("bad", 1))
+    assert (type(reply), reply.code) == (ipc.Failed, "image-damaged")
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 200 + b"\r\n", 431),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", 431),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2000000\r\n\r\n" + b"x" * 1_100_000, 413),
+        (b"GARBAGE\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n", 400),
+    ],
+)
+def test_a_request_that_is_too_much_never_reaches_the_guest(host, request_bytes, status):
+    port = support.free_port()
+    host.start("trap", support.a_run("web", 1, port=port))
+    assert support.http(port, request_bytes)[0] == status
+    assert "guest-trap" not in host.health("web").calls
+
+
+def test_a_client_that_hangs_up_or_never_reads_is_no_fault_of_the_guest(host):
+    port = support.free_port()
+    run = support.a_run("web", 1, port=port, limits=Limits(response_bytes=16 << 20))
+    host.start("large-answer", run)
+    slow = socket.create_connection(("127.0.0.1", port), timeout=30)
+    slow.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    gone = socket.create_connection(("127.0.0.1", port), timeout=30)
+    gone.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    gone.close()
+    # Megabytes wait for the slow one; others are answered meanwhile.
+    status, _, whole = support.http(port)
+    assert (status, len(whole) > 1 << 20) == (200, True)
+    assert support.read_answer(slow)[2] == whole
+    slow.close()
+    calls = host.health("web").calls
+    assert set(calls) <= {"ok", "client-gone"}
+    assert host.health("web").restarts == 0

@@ -1,0 +1,160 @@
+"""The host's own life: what it starts dies with it, lanes that die are replaced, loops of deaths end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import support
+
+from agent.host import ipc
+
+
+def children(pid):
+    """Every descendant of a process, with its command line."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = path.read_text()
+            command = (path.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        found.setdefault(int(text.rpartition(")")[2].split()[1]), []).append((int(path.parent.name), command))
+    todo, out = [pid], {}
+    while todo:
+        for child, command in found.get(todo.pop(), []):
+            out[child] = command
+            todo.append(child)
+    return out
+
+
+def ended(pidfds, timeout_s=20):
+    """Whether all of these processes end, waiting for each."""
+    import select
+
+    for pidfd in pidfds:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            return False
+    return True
+
+
+def lanes_of(host):
+    """The pids of lanes: children of a zygote."""
+    all_of_them = children(host.process.pid)
+    zygotes = [pid for pid, command in all_of_them.items() if b"agent.host.zygote" in command]
+    return [pid for zygote in zygotes for pid in children(zygote)]
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_host_that_ends_leaves_no_process(tmp_path, end):
+    host = support.Host(tmp_path)
+    host.start("spin", support.a_run("bad", 1, limits=support.Limits(call_ms=25_000)))
+    host.start("hello", support.a_run("web", 1))
+    host.start("hello", support.a_run("other", 1, namespace="strangers"))
+    # One lane is deep in a call when it happens.
+    client = socket.create_connection(("127.0.0.1", host.port))
+    client.sendall(b"GET /bad/ HTTP/1.1\r\nhost: x\r\n\r\n")
+    all_of_them = children(host.process.pid)
+    assert len(all_of_them) == 6, "a router, two zygotes, three lanes"
+    pidfds = [os.pidfd_open(pid) for pid in all_of_them]
+    host.process.send_signal(end)
+    host.process.wait(30)
+    assert ended(pidfds)
+    client.close()
+    host.close()
+
+
+def test_a_zygote_has_one_thread_after_all_it_does(host):
+    port = support.free_port()
+    host.start("hello", support.a_run("web", 1, port=port))
+    host.start("trap-in-start", support.a_run("bad", 1))
+    host.start("hello", support.a_run("web", 2, port=port))
+    support.http(port)
+    host.ask(ipc.Restart, instance="web")
+    host.ask(ipc.Stop, instance="web")
+    zygotes = [pid for pid, command in children(host.process.pid).items() if b"agent.host.zygote" in command]
+    threads = [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in zygotes]
+    assert 1 in threads
+    assert set(threads) <= {1, 2}, "a lane has its ticker beside it"
+    top = [pid for pid in zygotes if Path(f"/proc/{pid}/stat").read_text().split()[3] == str(host.process.pid)]
+    assert [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in top] == [1]
+
+
+def test_a_lane_that_dies_is_replaced_and_the_client_that_waits_is_answered(host):
+    port = support.free_port()
+    host.start("hello", support.a_run("web", 1, port=port))
+    (lane,) = lanes_of(host)
+    os.kill(lane, signal.SIGKILL)
+    # The listener is the supervisor's: a client that comes meanwhile waits in its queue.
+    assert support.http(port)[0] == 200
+    event = host.event(lambda event: isinstance(event, ipc.Trapped))
+    assert (event.code, "SIGKILL" in event.message) == ("restarted", True)
+    health = host.health("web")
+    assert (health.restarts, health.lanes, health.state) == (1, 1, "running")
+
+
+def test_a_loop_of_deaths_ends_in_quarantine_and_a_new_generation_ends_that(host):
+    host.start("hello", support.a_run("web", 1))
+    quarantined = None
+    while quarantined is None:
+        for lane in lanes_of(host):
+            os.kill(lane, signal.SIGKILL)
+        host.ask(ipc.Status)
+        quarantined = next(
+            (e for e in host.events if isinstance(e, ipc.Changed) and e.state == "quarantined"), None
+        )
+    assert "deaths in a row" in quarantined.message
+    assert host.health("web").state == "quarantined"
+    status, _, body = support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert status == 503, body
+    assert isinstance(host.start("hello", support.a_run("web", 2)), ipc.Started)
+    assert support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
+
+
+def test_the_router_is_replaced_too(host):
+    host.start("hello", support.a_run("web", 1))
+    (router,) = [
+        pid
+        for pid, command in children(host.process.pid).items()
+        if b"agent.host.cli" in command and pid != host.process.pid
+    ]
+    os.kill(router, signal.SIGKILL)
+    assert support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
+
+
+def test_a_second_host_in_the_same_place_and_a_taken_port_are_refused_in_one_line(host, tmp_path):
+    def refused(runtime, port):
+        done = subprocess.run(
+            [sys.executable, "-m", "agent.host.cli", "run", "--runtime", str(runtime), "--state", str(tmp_path / "s")]
+            + ["--ingress", f"127.0.0.1:{port}"],
+            cwd=support.ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        return done.stderr
+
+    assert "another host already runs here" in refused(host.runtime, support.free_port())
+    assert f"127.0.0.1:{host.port}" in refused(tmp_path / "elsewhere", host.port)
+
+
+def test_where_there_is_no_engine_the_host_says_so_and_refuses_components(tmp_path):
+    # A wasmtime that cannot be imported, as on a board for which there is no library.
+    shadow = tmp_path / "shadow" / "wasmtime"
+    shadow.mkdir(parents=True)
+    (shadow / "__init__.py").write_text("raise RuntimeError('unsupported architecture for wasmtime: riscv64')\n")
+    host = support.Host(tmp_path, env={"PYTHONPATH": str(shadow.parent)})
+    try:
+        assert host.ask(ipc.Hello).engine == ""
+        reply = host.start("hello", support.a_run("web", 1))
+        assert (type(reply), reply.code) == (ipc.Failed, "no-engine")
+    finally:
+        host.close()
