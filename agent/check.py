@@ -20,7 +20,7 @@ import msgspec
 from agent import enroll, identity
 from agent.config import Places, Settings
 from agent.fetch import FetchError, Https
-from agent.images import COMPILER
+from agent.images import compiler
 from agent.tls import DeviceTls
 from fleet.protocol import caps
 from fleet.protocol.codes import RejectCode
@@ -92,7 +92,7 @@ def _disk(places: Places, settings: Settings) -> str:
 
 def _engine() -> str:
     try:
-        done = subprocess.run([*COMPILER, "--describe"], capture_output=True, timeout=COMPILER_S, check=False)
+        done = subprocess.run([*compiler(), "--describe"], capture_output=True, timeout=COMPILER_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _FailedError(f"the compiler cannot be started: {error}") from error
     if done.returncode != 0:

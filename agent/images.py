@@ -14,6 +14,7 @@ import hmac
 import os
 import resource
 import secrets
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -28,9 +29,14 @@ from fleet.protocol.codes import RejectCode
 
 CHUNK_BYTES: Final = 1 << 20
 SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-COMPILER: Final = (sys.executable, "-m", "agent.host.compiler")
+COMPILER_VARIABLE: Final = "WASMFLEET_COMPILER"
 DESCRIBE_MAX_S: Final = 60.0
 STDERR_MAX_BYTES: Final = 16 * 1024
+
+
+def compiler() -> tuple[str, ...]:
+    """The compiler's command line; a unit without executable memory names another in `WASMFLEET_COMPILER`."""
+    return tuple(shlex.split(os.environ.get(COMPILER_VARIABLE, ""))) or (sys.executable, "-m", "agent.host.compiler")
 
 
 class ImageError(Exception):
@@ -141,7 +147,7 @@ class Images:
     async def _run(self, arguments: tuple[str, ...], data: bytes, seconds: float) -> tuple[bytes, bytes, int]:
         with tempfile.TemporaryFile() as err:
             process = await asyncio.create_subprocess_exec(
-                *COMPILER,
+                *compiler(),
                 *arguments,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,

@@ -1,0 +1,382 @@
+"""A board without its surroundings: the real store, plan, machine, effects, images and host link; around them a host
+that speaks the real protocol and runs nothing, a repository that resolves what it is told, and a power switch."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import socket
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+from agent import restore
+from agent.carry import Carrier, Host
+from agent.config import Places, Settings
+from agent.deploy import Board, Deployer
+from agent.host import ipc
+from agent.hostlink import HostLink
+from agent.images import Images
+from agent.store import Store
+from agent.worker import Worker
+from fleet.protocol.assignment import Assignment, Item
+from fleet.protocol.codes import InstanceState
+from fleet.protocol.manifest import Health, Http, Manifest
+from fleet.protocol.messages import InstanceHealth
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+# The smallest component there is: preamble, component layer.
+EMPTY_COMPONENT = b"\0asm\x0d\0\x01\0"
+
+
+class PowerCut(BaseException):
+    """The plug was pulled."""
+
+
+def manifest(version, *, probation_ms=40, name="web", **more):
+    return Manifest(
+        name=name,
+        version=version,
+        trigger=Http(),
+        health=Health(probation_ms=probation_ms, min_calls=0, **more),
+    )
+
+
+class SimHost:
+    """A host on its socket: starts what it is sent (the memfd is checked to be sealed), keeps the previous one warm."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.session = os.urandom(4).hex()
+        self.running = {}
+        self.warm = {}
+        self.refuse = {}  # target -> RejectCode
+        self.faults = {}  # target -> number of traps
+        self.requests = []
+        self.hang_on = set()  # request types that are never answered
+        self.die_on = None  # a request type at which the host is gone
+        self._peers = []
+        self._listener = None
+
+    def start(self):
+        self.path.unlink(missing_ok=True)
+        self._listener = ipc.new_socket()
+        self._listener.bind(str(self.path))
+        self._listener.listen()
+        self._listener.setblocking(False)
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self):
+        with contextlib.suppress(BlockingIOError):
+            peer, _ = self._listener.accept()
+            peer.setblocking(False)
+            self._peers.append(peer)
+            asyncio.get_running_loop().add_reader(peer, self._read, peer)
+
+    def _read(self, peer):
+        while peer in self._peers:
+            try:
+                request, fd = ipc.receive_request(peer)
+            except BlockingIOError:
+                return
+            except ipc.IpcError:
+                self._drop(peer)
+                return
+            self.requests.append(request)
+            if self.die_on is not None and isinstance(request, self.die_on):
+                self.die_on = None
+                self.kill()
+                return
+            if type(request) in self.hang_on:
+                continue
+            ipc.send(peer, self._answer(request, fd))
+            if fd is not None:
+                os.close(fd)
+
+    def _drop(self, peer):
+        asyncio.get_running_loop().remove_reader(peer)
+        peer.close()
+        self._peers.remove(peer)
+
+    def _answer(self, request, fd):
+        match request:
+            case ipc.Hello():
+                return ipc.Welcome(
+                    id=request.id,
+                    session=self.session,
+                    version="1",
+                    engine="50",
+                    containment={},
+                    ingress="",
+                    running=tuple(self._running(name) for name in self.running),
+                )
+            case ipc.Start(run=run):
+                assert fd is not None
+                if run.target in self.refuse:
+                    return ipc.Failed(id=request.id, code=self.refuse[run.target], message="refused", log=("last words",))
+                if (old := self.running.get(run.instance)) is not None and old.generation != run.generation:
+                    assert run.generation > old.generation, "a generation never falls"
+                    self.warm[run.instance] = old
+                self.running[run.instance] = run
+                return ipc.Started(id=request.id, instance=run.instance, generation=run.generation)
+            case ipc.Commit():
+                self.warm.pop(request.instance, None)
+                return ipc.Done(id=request.id)
+            case ipc.Revert():
+                self.running[request.instance] = self.warm.pop(request.instance)
+                return ipc.Done(id=request.id)
+            case ipc.Stop():
+                self.running.pop(request.instance, None)
+                return ipc.Done(id=request.id)
+            case ipc.Status():
+                return ipc.Figures(id=request.id, instances=tuple(map(self._figure, self.running.values())))
+            case ipc.Logs():
+                return ipc.Lines(id=request.id, lines=("a line",))
+        raise AssertionError(request)
+
+    def _running(self, name):
+        run = self.running[name]
+        warm = self.warm.get(name)
+        return ipc.Running(
+            instance=name,
+            generation=run.generation,
+            target=run.target,
+            state=InstanceState.RUNNING,
+            previous=None if warm is None else warm.generation,
+        )
+
+    def _figure(self, run):
+        faults = self.faults.get(run.target, 0)
+        return InstanceHealth(
+            instance=run.instance,
+            target=run.target,
+            generation=run.generation,
+            state=InstanceState.RUNNING,
+            calls={"ok": 10, "guest-trap": faults} if faults else {"ok": 10},
+        )
+
+    def kill(self):
+        """As SIGKILL or a power cut: everything in it is gone."""
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+        for peer in list(self._peers):
+            self._drop(peer)
+        self.running, self.warm = {}, {}
+        self.session = os.urandom(4).hex()
+        self.path.unlink(missing_ok=True)
+
+    def targets(self):
+        return {name: run.target for name, run in self.running.items()}
+
+
+class SimTrust:
+    """Publishers' word, as a table: target path -> manifest."""
+
+    def __init__(self, manifests):
+        self.manifests = manifests
+        self.trouble = {}  # target -> exceptions to raise, one after another
+
+    def resolve(self, item):
+        if self.trouble.get(item.target):
+            raise self.trouble[item.target].pop(0)
+        found = self.manifests[item.target]
+        return SimpleNamespace(manifest=found, grants=found.grants, length=item.length, sha256=item.sha256)
+
+
+class SimServer:
+    """Artifacts, as a table: sha256 -> bytes."""
+
+    def __init__(self):
+        self.artifacts = {}
+        self.trouble = []
+        self.fetched = []
+
+    def download(self, path, into, *, length, sha256, progress, cancelled):
+        self.fetched.append(sha256)
+        if self.trouble:
+            raise self.trouble.pop(0)
+        into.parent.mkdir(exist_ok=True, parents=True)
+        into.write_bytes(self.artifacts[sha256])
+
+
+class QuickImages(Images):
+    """The real images, with a compiler that only says "compiled": starting the real one is another test's."""
+
+    async def _run(self, arguments, data, seconds):
+        if "--describe" in arguments:
+            return b'{"engine": "50.0.1"}', b"", 0
+        return b"compiled " + data, b"", 0
+
+
+class CutStore(Store):
+    """The real store, with a power switch at one of its writes."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.cut = None
+        self.dead = False
+
+    def save(self, change=None, **more):
+        self._power()
+        if self.cut is None or change is None or (self.cut[0], self.cut[1]) != (change.instance, change.phase.value):
+            return super().save(change, **more)
+        if self.cut[2] == "after":
+            super().save(change, **more)
+        self.dead = True
+        raise PowerCut
+
+    def next_generation(self):
+        self._power()
+        return super().next_generation()
+
+    def set_counter(self, name, value):
+        self._power()
+        super().set_counter(name, value)
+
+    def _power(self):
+        if self.dead:
+            raise PowerCut
+
+
+class BoardKit:
+    """One board over its boots. What survives a power cut is the directory, and nothing else."""
+
+    def __init__(self, directory: Path):
+        self.places = Places(directory / "state", directory / "run")
+        for path in (self.places.state, self.places.runtime):
+            path.mkdir()
+        self.manifests, self.server = {}, SimServer()
+        self.trust = SimTrust(self.manifests)
+        self.host = SimHost(self.places.host_socket)
+        self.boots = 0
+        self.settings = Settings()
+        self.store = self.deployer = None
+
+    def publish(self, version, *, instance="web", attempt=0, rollout="", atomic="", **more):
+        target = f"components/acme/web/{version}.wasm"
+        data = EMPTY_COMPONENT
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.server.artifacts[sha256] = data
+        self.manifests[target] = manifest(version, **more)
+        return Item(
+            instance=instance,
+            target=target,
+            length=len(data),
+            sha256=sha256,
+            manifest_sha256=self.manifests[target].digest(),
+            attempt=attempt,
+            rollout=rollout,
+            atomic=atomic,
+        )
+
+    @staticmethod
+    def assignment(version, *items):
+        return Assignment(
+            fleet="f",
+            device="board-01234567",
+            version=version,
+            issued=NOW,
+            expires=NOW + timedelta(days=1),
+            items=items,
+            stop_all=not items,
+        )
+
+    async def boot(self, *, host=True):
+        """Power on: the host starts, `restore` runs as its unit has it, then the agent."""
+        self.boots += 1
+        if host:
+            self.host.start()
+        await self.start_agent()
+
+    async def start_agent(self):
+        self.store = CutStore(self.places.database)
+        self.worker = Worker("test")
+        self.images = QuickImages(self.places.images, b"k" * 32, memory_bytes=1 << 30, seconds=10)
+        self.link = HostLink(self.places.host_socket, on_event=lambda event: self.seen.on_event(event))
+        self.seen = Host(self.link)
+        self.carrier = Carrier(
+            places=self.places,
+            settings=self.settings,
+            worker=self.worker,
+            trust=self.trust,
+            https=self.server,
+            images=self.images,
+            host=self.seen,
+            clock=asyncio.get_running_loop().time,
+            jitter=lambda: 0.0,
+        )
+        board = Board(
+            device="board-01234567",
+            boot_id=f"boot-{self.boots}",
+            places=self.places,
+            mac_key=b"k" * 32,
+            clock=asyncio.get_running_loop().time,
+        )
+        self.deployer = Deployer(
+            board=board, store=self.store, worker=self.worker, carrier=self.carrier, on_report=lambda: None
+        )
+        self.linking = asyncio.ensure_future(self.link.stay_connected(self._restore))
+        await self.deployer.recover()
+
+    async def _restore(self, welcome):
+        items = self.store.committed()
+        await restore.restore(self.link, welcome, items, self.images, self.places.artifacts, self.settings.policy)
+        self.seen.ready.set()
+
+    async def stop_agent(self):
+        """SIGKILL of the agent, as far as one process can do it to itself."""
+        self.linking.cancel()
+        await asyncio.gather(self.linking, return_exceptions=True)
+        await self.deployer.close()
+        self.link.close()
+        self.carrier.close()
+        self.worker.close()
+        self.store.close()
+
+    async def pull_plug(self):
+        await self.stop_agent()
+        self.host.kill()
+
+    async def until(self, condition, what="it"):
+        async with asyncio.timeout(10):
+            while not condition():  # noqa: ASYNC110 - the store has no event to wait for
+                await asyncio.sleep(0.005)
+
+    async def settled(self):
+        await self.until(lambda: not self.deployer.standing.flights and not self.deployer._tasks, "settled")
+
+    async def run(self, assignment):
+        await self.deployer.desire(assignment)
+        await self.settled()
+
+    def reports(self):
+        return [report for report in self.store.history() if report.progress is None]
+
+    def chain(self, instance="web"):
+        return [report.phase.value for report in self.reports() if report.instance == instance]
+
+
+@pytest.fixture
+def kit(tmp_path):
+    return BoardKit(tmp_path)
+
+
+@pytest.fixture
+def power_cut():
+    return PowerCut
+
+
+@pytest.fixture
+def free_socket():
+    """A loopback port that nobody has."""
+    with contextlib.closing(socket.socket()) as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+__all__ = ["msgspec"]
