@@ -11,12 +11,20 @@ from fleet.rollout.model import Value
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """A settled value, and the id of the rollout that settled it."""
+
+    value: Value
+    rollout: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """A group that the board belongs to, with its settled values by instance."""
 
     name: str
     priority: int
-    values: Mapping[str, Value]
+    values: Mapping[str, Held]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,7 @@ class Overlay:
 
 @dataclass(frozen=True, slots=True)
 class Effective:
-    """The value of one instance on one board; `source` in words, `rollout` the id of the one that offers it."""
+    """The value of one instance on one board; `source` in words, `rollout` the id of the one that brought it."""
 
     value: Value
     source: str
@@ -53,7 +61,7 @@ class Conflict:
 
 
 def effective(
-    groups: Iterable[Group], pins: Mapping[str, Value], overlays: Iterable[Overlay] = ()
+    groups: Iterable[Group], pins: Mapping[str, Held], overlays: Iterable[Overlay] = ()
 ) -> dict[str, Effective]:
     """Every instance's value on a board, absent ones (target None) included, by instance."""
     newest: dict[tuple[str, str], Overlay] = {}
@@ -62,14 +70,14 @@ def effective(
     members = sorted(groups, key=lambda group: (group.priority, group.name))
     result: dict[str, Effective] = {}
     for group in members:  # later ones win
-        for instance, value in group.values.items():
-            result[instance] = Effective(value, f"group {group.name}")
+        for instance, held in group.values.items():
+            result[instance] = Effective(held.value, f"group {group.name}", held.rollout)
         for (scope, instance), overlay in newest.items():
             if scope == group.name:
                 source = f"rollout {overlay.number} (group {group.name})"
                 result[instance] = Effective(overlay.value, source, overlay.rollout)
-    for instance, value in pins.items():
-        result[instance] = Effective(value, "pin")
+    for instance, held in pins.items():
+        result[instance] = Effective(held.value, "pin", held.rollout)
     for (scope, instance), overlay in newest.items():
         if not scope:
             result[instance] = Effective(overlay.value, f"rollout {overlay.number} (this board)", overlay.rollout)
@@ -82,11 +90,11 @@ def conflicts(groups: Iterable[Group]) -> tuple[Conflict, ...]:
     decided: dict[str, tuple[Group, Value]] = {}
     found = []
     for group in members:
-        for instance, value in group.values.items():
+        for instance, held in group.values.items():
             if instance not in decided:
-                decided[instance] = (group, value)
+                decided[instance] = (group, held.value)
                 continue
             winner, wanted = decided[instance]
-            if winner.priority == group.priority and wanted != value:
+            if winner.priority == group.priority and wanted != held.value:
                 found.append(Conflict(instance, winner.name, group.name))
     return tuple(found)

@@ -1,8 +1,8 @@
 """The server's door to MQTT: the only module that knows paho.
 
-paho runs on the server's asyncio loop through its external-loop callbacks; there is no paho thread. Connecting (DNS, TCP,
-TLS) happens in a worker thread, since paho does it blocking. What is published while the broker is away is not queued:
-on each connect `on_connected` is called, and whoever has something to say says it again.
+paho runs on the server's asyncio loop through its external-loop callbacks; there is no paho thread. Connecting (DNS,
+TCP, TLS) happens in a worker thread, since paho does it blocking. What is published while the broker is away is not
+queued: on each connect `on_connected` is called, and whoever has something to say says it again.
 """
 
 import asyncio
@@ -128,9 +128,11 @@ class Bus:
             backoff = min(backoff * 2, _BACKOFF_MAX_S)
 
     async def _housekeeping(self) -> None:
-        while self._client.loop_misc() == mqtt.MQTT_ERR_SUCCESS:
+        """Let paho send its pings and notice a peer that is silent."""
+        while True:
             await asyncio.sleep(KEEPALIVE_S / 6)
-        self._down.set()
+            if self._client.loop_misc() != mqtt.MQTT_ERR_SUCCESS:
+                self._down.set()
 
     # paho's callbacks; those of the socket may come from the connecting thread
 
@@ -144,11 +146,12 @@ class Bus:
     def _readable(self, sock: Any) -> None:
         self._client.loop_read(_IN_FLIGHT)
         # TLS may hold decrypted bytes that no longer make the socket readable
-        while (
-            isinstance(sock, ssl.SSLSocket) and sock.fileno() >= 0 and self._client.socket() is sock and sock.pending()
-        ):
-            if self._client.loop_read(_IN_FLIGHT) != mqtt.MQTT_ERR_SUCCESS:
-                break
+        while self._current(sock) and sock.pending() and self._client.loop_read(_IN_FLIGHT) == mqtt.MQTT_ERR_SUCCESS:
+            pass
+
+    def _current(self, sock: object) -> bool:
+        mine: Any = self._client.socket()
+        return mine is sock and sock.fileno() >= 0
 
     def _socket_close(self, _client: mqtt.Client, _data: Any, sock: Any) -> None:
         if sock.fileno() >= 0:
@@ -161,7 +164,7 @@ class Bus:
         self._loop.call_soon_threadsafe(self._watch_write, sock)
 
     def _watch_write(self, sock: Any) -> None:
-        if sock.fileno() >= 0 and self._client.socket() is sock:
+        if self._current(sock):
             self._loop.add_writer(sock, self._client.loop_write)
 
     def _no_write(self, _client: mqtt.Client, _data: Any, sock: Any) -> None:
@@ -197,4 +200,4 @@ class Bus:
         self._down.set()
 
     def _received(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
-        self._on_message(message.topic, message.payload)
+        self._on_message(message.topic, bytes(message.payload))

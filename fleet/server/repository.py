@@ -5,6 +5,7 @@ is compare-and-swap, judged by `signing.repository.check_role`; then snapshot an
 whole, the head last, so that a reader or a power cut sees the old state or the new one.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -45,9 +46,14 @@ class Repository:
         return self._files.get(name)
 
     @property
-    def first_root(self) -> bytes:
-        """The root that tokens pin: the newest, from which every later one can be verified."""
+    def newest_root(self) -> bytes:
+        """The root that new tokens pin: every later one can be verified from it."""
         return repository.latest(self._files, "root")[1]
+
+    def root_by_hash(self, sha256: str) -> bytes | None:
+        """The root that a token pinned; None when it is not served."""
+        roots = (data for name, data in self._files.items() if name.endswith(".root.json"))
+        return next((data for data in roots if hashlib.sha256(data).hexdigest() == sha256), None)
 
     def release(self, path: str) -> Release | None:
         """What is published under a target path; None for nothing, or when it was revoked."""

@@ -20,10 +20,10 @@ class Access:
 
     # -- enrolment tokens --------------------------------------------------------------------------------------------
 
-    def add_token(self, secret: str, *, group: str, expires: float, by: str, now: float) -> None:
+    def add_token(self, secret: str, *, group: str, root_sha256: str, expires: float, by: str, now: float) -> None:
         """Remember a token by its hash."""
-        row = {"secret_sha256": hashed(secret), "group": group, "created_at": now, "expires": expires, "by": by}
-        self._db.insert("tokens", row)
+        row = {"secret_sha256": hashed(secret), "group": group, "root_sha256": root_sha256}
+        self._db.insert("tokens", {**row, "created_at": now, "expires": expires, "by": by})
 
     def token(self, secret: str) -> TokenRow | None:
         """The token of this secret; None for none."""

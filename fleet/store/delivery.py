@@ -94,9 +94,27 @@ class Delivery:
         values = (row.device, row.boot_id, row.sequence, row.at, row.rollout, row.raw)
         return self._db.run(sql, *values, row.device) == 1
 
-    def highest(self, device: str) -> int:
-        """The highest report sequence stored for a board, 0 for none."""
-        return int(self._db.value("SELECT coalesce(max(sequence), 0) FROM reports WHERE device = ?", device))
+    def acknowledge(self, device: str, *, again: int | None) -> int:
+        """Up to which report all are stored, and so may be forgotten by the board.
+
+        Args:
+            device: whose reports.
+            again: the sequence of a report that came again. Boards send what is not acknowledged from the oldest on, so
+                what is missing below it exists nowhere any more (the store was restored from a backup, for example).
+        """
+        acked = int(self._db.value("SELECT acked FROM devices WHERE id = ?", device) or 0)
+        start = acked if again is None else max(acked, again)
+        rows = self._db.rows(
+            "SELECT DISTINCT sequence FROM reports WHERE device = ? AND sequence > ? ORDER BY sequence LIMIT 1000",
+            *(device, start),
+        )
+        for row in rows:
+            if row["sequence"] != start + 1:
+                break
+            start = row["sequence"]
+        if start != acked:
+            self._db.run("UPDATE devices SET acked = ? WHERE id = ?", start, device)
+        return start
 
     def reports(self, device: str, limit: int) -> list[ReportRow]:
         """A board's reports, newest first."""

@@ -31,6 +31,7 @@ def boards_and_groups(db: Database) -> None:
             online INTEGER NOT NULL DEFAULT 0, seen_at REAL, boot_id TEXT NOT NULL DEFAULT '',
             versions TEXT NOT NULL DEFAULT '{}', accepted INTEGER NOT NULL DEFAULT 0,
             deployed INTEGER NOT NULL DEFAULT 0, committed INTEGER NOT NULL DEFAULT 0,
+            acked INTEGER NOT NULL DEFAULT 0,
             health_at REAL, health BLOB
         ) WITHOUT ROWID;
         CREATE TABLE members (
@@ -45,7 +46,7 @@ def boards_and_groups(db: Database) -> None:
         CREATE INDEX events_device ON events (device, at);
         CREATE TABLE tokens (
             secret_sha256 TEXT PRIMARY KEY, "group" TEXT NOT NULL, created_at REAL NOT NULL, expires REAL NOT NULL,
-            used_at REAL, device TEXT, by TEXT NOT NULL
+            used_at REAL, device TEXT, by TEXT NOT NULL, root_sha256 TEXT NOT NULL
         ) WITHOUT ROWID;
         CREATE TABLE certificates (
             serial TEXT PRIMARY KEY, device TEXT NOT NULL, not_after REAL NOT NULL, issued_at REAL NOT NULL,

@@ -169,6 +169,11 @@ class Rollouts:
         sql = "SELECT outcome, count(*) AS n FROM boards WHERE rollout = ? GROUP BY outcome"
         return {row["outcome"]: row["n"] for row in self._db.rows(sql, number)}
 
+    def states(self) -> dict[str, int]:
+        """How many rollouts stand how."""
+        rows = self._db.rows("SELECT state, count(*) AS n FROM rollouts GROUP BY state ORDER BY state")
+        return {row["state"]: row["n"] for row in rows}
+
     def set_board(self, number: int, board: Board, extra: Extra) -> None:
         """Write a board's standing, and let those who watch the rollout know."""
         values = {**_columns(board), **_extra(extra)}

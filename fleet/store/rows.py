@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A board. `health` is the newest health message as it came."""
+    """A board. `health` is the newest health message as it came; every report up to `acked` is stored."""
 
     id: str
     name: str
@@ -31,6 +31,7 @@ class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
     accepted: int
     deployed: int
     committed: int
+    acked: int
     health_at: float | None
     health: bytes | None
 
@@ -48,6 +49,7 @@ class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
     """A one-time token, without its secret."""
 
     group: str
+    root_sha256: str
     created_at: float
     expires: float
     used_at: float | None

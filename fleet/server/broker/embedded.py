@@ -1,0 +1,235 @@
+"""The embedded broker: amqtt behind a gate, in a process of its own. For development, on loopback.
+
+amqtt alone does not bind a client to its certificate (it looks up a persistent session before it authenticates, accepts
+anybody's will, and keeps the old connection when a client id is taken over). So TLS ends here, with a certificate
+demanded; the gate reads the CONNECT packet before the broker sees it, and lets it pass only when client id and will
+belong to the certificate's CN; then the plugin below holds each session to its own topics. amqtt still takes
+subscriptions to `$share` that it never serves, forgets everything when it ends, and is slow: a fleet that matters runs
+Mosquitto.
+
+    python -m fleet.server.broker.embedded HOST PORT CA CERTIFICATE KEY
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import ssl
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
+from amqtt.broker import Broker
+from amqtt.contexts import Action, BrokerConfig, ListenerConfig, ListenerType
+from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
+from amqtt.session import Session
+
+from fleet.ca import SERVER_CN
+from fleet.protocol import caps, topics
+from fleet.protocol.topics import BadTopicError, Topic, Up
+
+log = logging.getLogger(__name__)
+_CONNECT_MAX_BYTES: Final = caps.STATE_MAX_BYTES + 4 * caps.KIB
+_CONNECT_S: Final = 10.0
+_TAKEOVER_S: Final = 5.0
+_LENGTH_BYTES: Final = 4
+_LISTENER: Final = "default"
+_HERE: Final = "fleet.server.broker.embedded"
+"""This module by its own name, also when it is run as a program: plugins are found by it."""
+
+
+class RefusedError(Exception):
+    """A connection that does not pass the gate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """What a CONNECT packet claims (MQTT 3.1.1, section 3.1); `packet` is the whole of it."""
+
+    client_id: str
+    will_topic: str
+    packet: bytes
+
+
+async def read_connect(reader: asyncio.StreamReader) -> Connect:
+    """Read the first packet.
+
+    Raises:
+        RefusedError: it is no CONNECT of MQTT 3.1.1, or too large.
+        IncompleteReadError: the connection ended.
+    """
+    head = await reader.readexactly(1)
+    if head != b"\x10":
+        raise RefusedError("the first packet is no CONNECT")
+    length = shift = 0
+    for _ in range(_LENGTH_BYTES):
+        byte = await reader.readexactly(1)
+        head += byte
+        length |= (byte[0] & 0x7F) << shift
+        shift += 7
+        if byte[0] < 0x80:  # noqa: PLR2004 - the last byte of a variable length
+            break
+    if length > _CONNECT_MAX_BYTES:
+        raise RefusedError(f"a CONNECT of {length} bytes")
+    rest = await reader.readexactly(length)
+    return Connect(*_parse(rest), packet=head + rest)
+
+
+def _parse(data: bytes) -> tuple[str, str]:
+    def field(at: int) -> tuple[bytes, int]:
+        size = int.from_bytes(data[at : at + 2], "big")
+        if at + 2 + size > len(data):
+            raise RefusedError("a CONNECT that ends too early")
+        return data[at + 2 : at + 2 + size], at + 2 + size
+
+    protocol, at = field(0)
+    if protocol != b"MQTT" or data[at : at + 1] != b"\x04" or len(data) < at + 4:
+        raise RefusedError("not MQTT 3.1.1")
+    will = bool(data[at + 1] & 0x04)
+    client_id, at = field(at + 4)
+    will_topic, at = field(at) if will else (b"", at)
+    return client_id.decode(errors="replace"), will_topic.decode(errors="replace")
+
+
+def common_name(certificate: dict[str, Any] | None) -> str:
+    """The CN of a certificate as `ssl` gives it; empty for none."""
+    subject = () if certificate is None else certificate.get("subject", ())
+    return next((str(value) for part in subject for key, value in part if key == "commonName"), "")
+
+
+def may(client: str, topic: str, *, publish: bool) -> bool:
+    """Whether a client may publish to a topic, or be given what is on it."""
+    if client == SERVER_CN:
+        return topic.startswith(f"{topics.PREFIX}/")
+    if not publish and (topic == topics.POKE or topic in topics.board_subscriptions(client)):
+        return True
+    try:
+        parsed = Topic.parse(topic)
+    except BadTopicError:
+        return False
+    return parsed.device == client and isinstance(parsed.channel, Up) == publish
+
+
+def check(name: str, connect: Connect) -> None:
+    """Hold a CONNECT packet against the certificate's name; raises `RefusedError`."""
+    if not name or connect.client_id != name:
+        raise RefusedError(f"{name or 'nobody'} came as {connect.client_id!r}")
+    if connect.will_topic and not may(name, connect.will_topic, publish=True):
+        raise RefusedError(f"{name} has a will for {connect.will_topic!r}")
+
+
+class Certificates(BaseAuthPlugin):  # type: ignore[misc]
+    """Everybody who reaches the broker has passed the gate."""
+
+    async def authenticate(self, *, session: Session) -> bool | None:
+        """Yes."""
+        return bool(session.client_id)
+
+
+class OwnTopics(BaseTopicPlugin):  # type: ignore[misc]
+    """Each client keeps to its own topics."""
+
+    async def topic_filtering(
+        self, *, session: Session | None = None, topic: str | None = None, action: Action | None = None
+    ) -> bool | None:
+        """Whether it does."""
+        if session is None or not session.client_id or not topic:
+            return False
+        return may(session.client_id, topic, publish=action is Action.PUBLISH)
+
+
+class _Replay(StreamReaderAdapter):  # type: ignore[misc]
+    """A reader that gives the CONNECT packet once more."""
+
+    def __init__(self, first: bytes, reader: asyncio.StreamReader) -> None:
+        super().__init__(reader)
+        self._first = first
+
+    async def read(self, n: int = -1) -> bytes:
+        if not self._first:
+            return bytes(await super().read(n))
+        size = len(self._first) if n < 0 else n
+        taken, self._first = self._first[:size], self._first[size:]
+        if len(taken) < n:
+            taken += await super().read(n - len(taken))
+        return taken
+
+
+class Gate:
+    """Accepts TLS connections and hands those that may come in to the broker."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._live: dict[str, tuple[asyncio.StreamWriter, asyncio.Task[None]]] = {}
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection."""
+        tls = writer.get_extra_info("ssl_object")
+        name = common_name(tls.getpeercert() if tls is not None else None)
+        try:
+            connect = await asyncio.wait_for(read_connect(reader), _CONNECT_S)
+            check(name, connect)
+            await self._take_over(name)
+        except (RefusedError, TimeoutError, asyncio.IncompleteReadError, ConnectionError, ssl.SSLError) as error:
+            if isinstance(error, RefusedError):
+                log.warning("refused: %s", error)
+            writer.close()
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self._live[name] = (writer, task)
+        try:
+            await self._broker.external_connected(
+                _Replay(connect.packet, reader), StreamWriterAdapter(writer), _LISTENER
+            )
+        except (OSError, asyncio.IncompleteReadError) as error:
+            log.info("%s is gone: %s", name, error)
+        finally:
+            if self._live.get(name, (None, None))[1] is task:
+                del self._live[name]
+            writer.close()
+
+    async def _take_over(self, name: str) -> None:
+        """End the client's older connection first, so that its will comes before the new one's word."""
+        old = self._live.pop(name, None)
+        if old is not None:
+            writer, task = old
+            writer.close()
+            await asyncio.wait([task], timeout=_TAKEOVER_S)
+
+
+async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path) -> None:
+    """Run until SIGTERM."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    context.load_verify_locations(ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    broker = Broker(
+        BrokerConfig(
+            listeners={_LISTENER: ListenerConfig(type=ListenerType.EXTERNAL, bind=f"{host}:{port}")},
+            plugins={f"{_HERE}.{plugin.__name__}": {} for plugin in (Certificates, OwnTopics)},
+        )
+    )
+    await broker.start()
+    gate = Gate(broker)
+    server = await asyncio.start_server(gate.connected, host, port, ssl=context)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    async with server:
+        await stop.wait()
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(broker.shutdown(), 2)
+
+
+def main(arguments: list[str]) -> None:
+    """HOST PORT CA CERTIFICATE KEY."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    host, port, ca, certificate, key = arguments
+    asyncio.run(serve(host, int(port), ca=Path(ca), certificate=Path(certificate), key=Path(key)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

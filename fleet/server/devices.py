@@ -1,0 +1,67 @@
+"""The routes for enrolled boards. TLS has asked each for a certificate of the fleet's CA before a request is read."""
+
+from collections.abc import Awaitable, Callable
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from fleet.protocol.api import RenewRequest
+from fleet.server import web
+from fleet.server.artifacts import Artifacts
+from fleet.server.enrolment import Enrolment
+from fleet.server.operators import artifact_file, tuf_file
+from fleet.server.peercert import peer_certificate
+from fleet.server.repository import Repository
+from fleet.server.web import Refusal, answer, body, param
+from fleet.store.rows import DeviceRow
+from fleet.store.store import Store
+
+Handler = Callable[[Request, DeviceRow], Awaitable[Response]]
+
+
+class Devices:
+    """The API for boards: metadata, artifacts, the desired state, renewal."""
+
+    def __init__(self, *, store: Store, repository: Repository, artifacts: Artifacts, enrolment: Enrolment) -> None:
+        self._store, self._repository, self._artifacts = store, repository, artifacts
+        self._enrolment = enrolment
+
+    def application(self) -> Starlette:
+        """The ASGI application."""
+        return Starlette(
+            routes=[
+                Route("/v1/tuf/{file}", self._known(self.tuf), methods=["GET"]),
+                Route("/v1/artifacts/{sha256}", self._known(self.artifact), methods=["GET"]),
+                Route("/v1/desired", self._known(self.desired), methods=["GET"]),
+                Route("/v1/renew", self._known(self.renew, renewing=True), methods=["POST"]),
+            ],
+            exception_handlers=web.HANDLERS,
+        )
+
+    def _known(self, handler: Handler, *, renewing: bool = False) -> web.Route:
+        async def route(request: Request) -> Response:
+            device = self._enrolment.authenticate(peer_certificate(request.scope), renewing=renewing)
+            return await handler(request, device)
+
+        return web.guarded(route)
+
+    async def tuf(self, request: Request, _device: DeviceRow) -> Response:
+        """GET /v1/tuf/{file}."""
+        return tuf_file(self._repository, param(request, "file"))
+
+    async def artifact(self, request: Request, _device: DeviceRow) -> Response:
+        """GET /v1/artifacts/{sha256}."""
+        return artifact_file(self._artifacts, request)
+
+    async def desired(self, _request: Request, device: DeviceRow) -> Response:
+        """GET /v1/desired: the way for a board that cannot reach the broker."""
+        row = self._store.delivery.assignment(device.id)
+        if row is None:
+            raise Refusal(404, "not-found", "nothing was ever assigned to this board")
+        return Response(row.envelope, media_type="application/json", headers={"cache-control": "no-store"})
+
+    async def renew(self, request: Request, device: DeviceRow) -> Response:
+        """POST /v1/renew."""
+        return answer(self._enrolment.renew(device, (await body(request, RenewRequest)).csr_pem))

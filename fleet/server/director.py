@@ -1,0 +1,193 @@
+"""What each board should run, signed: the director's assignments, freshness statements and commands.
+
+An assignment is a function of the store: settled values, pins and the rollouts offered to the board. It is signed anew
+only when what it asks for changes, or before it expires. Its version is one more than the larger of what is stored here
+and what the board says it accepted, so that a restored database never falls behind its boards.
+"""
+
+import logging
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import msgspec
+from securesystemslib.signer import Signer
+
+from fleet.protocol import caps, wire
+from fleet.protocol.assignment import Assignment, CheckIn, Command, FollowLogs, Fresh, Item, Restart
+from fleet.protocol.manifest import Grants
+from fleet.protocol.topics import Down, Topic
+from fleet.rollout.effective import Effective, Group, Held, Overlay, effective
+from fleet.server.repository import Repository
+from fleet.store.rows import AssignmentRow, DeviceRow
+from fleet.store.store import Store
+from signing import director
+
+log = logging.getLogger(__name__)
+LIFE: Final = timedelta(days=30)
+RENEW_BEFORE: Final = LIFE / 3
+FRESH_LIFE: Final = timedelta(minutes=10)
+COMMAND_LIFE: Final = timedelta(minutes=5)
+
+Publish = Callable[[Topic, bytes], bool]
+
+
+class Director:
+    """Signs what boards are told.
+
+    Args:
+        publish: hands a message to the broker; false when it is away. Retained topics are kept by the broker.
+        clock: the time, UTC.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        repository: Repository,
+        signer: Signer,
+        fleet: str,
+        publish: Publish,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._store, self._repository, self._signer, self._fleet = store, repository, signer, fleet
+        self._publish, self._clock = publish, clock
+
+    def effective(self, device: DeviceRow) -> dict[str, Effective]:
+        """Every instance that the board should or should no longer run, with the source of each value."""
+        rollouts = self._store.rollouts
+        groups = [
+            Group(
+                group.name,
+                group.priority,
+                {row.instance: Held(row.value, row.rollout) for row in rollouts.settled(group=group.name)},
+            )
+            for group in self._store.devices.groups_of(device)
+        ]
+        pins = {row.instance: Held(row.value, row.rollout) for row in rollouts.settled(device=device.id)}
+        overlays = [
+            Overlay(row.id, row.number, row.group, row.instance, row.value) for row in rollouts.overlays(device.id)
+        ]
+        return effective(groups, pins, overlays)
+
+    def reconcile(self, device: str, *, renew: bool = False) -> AssignmentRow | None:
+        """Bring the board's assignment up to what it should be, and publish it where it changed.
+
+        Returns:
+            The assignment in force; None for a board that never had anything to run.
+        """
+        row, changed = self.prepare(device, renew=renew)
+        if row is not None and changed:
+            self.publish_assignment(row)
+        return row
+
+    def prepare(self, device: str, *, renew: bool = False) -> tuple[AssignmentRow | None, bool]:
+        """The same without publishing: sign and keep. The second value tells whether there is something to publish."""
+        row = self._store.devices.get(device)
+        current = self._store.delivery.assignment(device)
+        if row is None or row.revoked:
+            return current, False
+        wanted = self._wanted(row)
+        if current is None and not wanted.items:
+            return None, False
+        if current is not None and current.wanted == _asked(wanted) and not renew and current.version >= row.accepted:
+            return current, False
+        version = max(current.version if current is not None else 0, row.accepted) + 1
+        now = self._clock()
+        assignment = msgspec.structs.replace(
+            wanted, version=version, issued=now, expires=now + LIFE, snapshot=self._repository.snapshot_version
+        )
+        envelope = director.sign_assignment(assignment, self._signer)
+        signed = AssignmentRow(
+            device=device,
+            version=version,
+            sha256=director.payload_sha256(envelope),
+            issued=now.timestamp(),
+            expires=assignment.expires.timestamp(),
+            wanted=_asked(wanted),
+            envelope=envelope,
+        )
+        with self._store.atomic():
+            self._store.delivery.add_assignment(signed)
+            words = ", ".join(f"{item.instance} = {item.target}" for item in assignment.items) or "nothing"
+            self._store.devices.note(device, "assigned", f"should run {words}", now=now.timestamp(), assignment=version)
+        return signed, True
+
+    def publish_assignment(self, row: AssignmentRow) -> bool:
+        """Put an assignment on the board's retained topic."""
+        return self._publish(Topic(row.device, Down.DESIRED), row.envelope)
+
+    def answer_nonce(self, device: str, nonce: str) -> bool:
+        """Say which assignment is current, for this nonce; false when the board has none."""
+        row = self._store.delivery.assignment(device)
+        if row is None:
+            return False
+        now = self._clock()
+        fresh = Fresh(
+            fleet=self._fleet,
+            device=device,
+            nonce=nonce,
+            assignment_sha256=row.sha256,
+            issued=now,
+            expires=now + FRESH_LIFE,
+        )
+        return self._publish(Topic(device, Down.FRESH), director.sign_fresh(fresh, self._signer))
+
+    def command(self, device: str, verb: CheckIn | Restart | FollowLogs) -> tuple[int, datetime, bool]:
+        """Sign and send a command: its sequence, its expiry, and whether the broker took it."""
+        now = self._clock()
+        command = Command(
+            fleet=self._fleet,
+            device=device,
+            sequence=self._store.devices.next_command(device),
+            issued=now,
+            expires=now + COMMAND_LIFE,
+            verb=verb,
+        )
+        sent = self._publish(Topic(device, Down.COMMAND), director.sign_command(command, self._signer))
+        return command.sequence, command.expires, sent
+
+    def _wanted(self, device: DeviceRow) -> Assignment:
+        """What the board should run, without version and times."""
+        attempts = self._store.delivery.attempts(device.id)
+        items: list[Item] = []
+        kept: list[str] = []
+        for instance, each in sorted(self.effective(device).items()):
+            release = None if each.value.target is None else self._repository.release(each.value.target)
+            if release is None:
+                if each.value.target is not None:
+                    log.warning("%s: %s is not published any more and is taken off", device.id, each.value.target)
+                if each.value.keep_data or each.value.target is not None:
+                    kept.append(instance)
+                continue
+            items.append(
+                Item(
+                    instance=instance,
+                    target=release.name.path,
+                    length=release.length,
+                    sha256=release.sha256,
+                    manifest_sha256=release.manifest_sha256,
+                    grants=msgspec.json.decode(each.value.grants, type=Grants) if each.value.grants else None,
+                    config=dict(each.value.config),
+                    port=each.value.port,
+                    attempt=max(each.value.attempt, attempts.get(instance, 0)),
+                    rollout=each.rollout,
+                )
+            )
+        epoch = datetime.fromtimestamp(0, self._clock().tzinfo)
+        return Assignment(
+            fleet=self._fleet,
+            device=device.id,
+            version=0,
+            issued=epoch,
+            expires=epoch,
+            items=tuple(items[: caps.ITEMS_MAX]),
+            stop_all=not items,
+            keep_data=tuple(kept),
+        )
+
+
+def _asked(wanted: Assignment) -> str:
+    """What tells whether two assignments ask for the same."""
+    asked: dict[str, Any] = {"items": wanted.items, "stop_all": wanted.stop_all, "keep_data": wanted.keep_data}
+    return wire.canonical(asked).decode()

@@ -1,0 +1,200 @@
+"""What boards say, taken in: decoded strictly, written in batches, acknowledged only when it is on disk.
+
+Every handler is idempotent: a report is known by device, boot and sequence; of health only the newest counts; hello and
+state overwrite. A message that is not of the protocol, or speaks for another board than its topic, is counted and
+dropped: the broker binds topics to certificates, and here it is checked again.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime
+from typing import Final
+
+from fleet.protocol import wire
+from fleet.protocol.codes import RETRYABLE, Phase
+from fleet.protocol.messages import Ack, Health, Hello, Report, State
+from fleet.protocol.topics import Down, Topic, Up
+from fleet.protocol.wire import Message
+from fleet.rollout.judge import Word, hear
+from fleet.server.conductor import Conductor
+from fleet.server.director import Director, Publish
+from fleet.server.watch import Watch
+from fleet.store.rows import Extra, ReportRow, RolloutRow
+from fleet.store.store import Store
+
+log = logging.getLogger(__name__)
+BATCH_S: Final = 0.02
+BATCH_MAX: Final = 2000
+_KINDS: Final[dict[Up, type[Message]]] = {Up.HELLO: Hello, Up.STATE: State, Up.HEALTH: Health, Up.REPORT: Report}
+
+
+class Ingest:
+    """Takes in the messages of boards. All methods run on the loop."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        director: Director,
+        conductor: Conductor,
+        watch: Watch,
+        publish: Publish,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._store, self._director, self._conductor, self._watch = store, director, conductor, watch
+        self._publish, self._clock = publish, clock
+        self._pending: list[tuple[Message, bytes]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self.counts: Counter[str] = Counter()
+
+    def on_message(self, topic: str, payload: bytes) -> None:
+        """Take one message; it is written with the next batch."""
+        try:
+            parsed = Topic.parse(topic)
+            message = wire.decode(_KINDS[Up(parsed.channel)], payload)
+        except (ValueError, wire.WireError) as error:
+            self.counts["malformed"] += 1
+            log.warning("dropped a message on %s: %s", topic[:200], error)
+            return
+        if getattr(message, "device", None) != parsed.device:
+            self.counts["foreign"] += 1
+            log.warning("dropped a message on %s that speaks for another board", topic[:200])
+            return
+        self.counts[str(parsed.channel)] += 1
+        self._pending.append((message, payload))
+        if len(self._pending) >= BATCH_MAX:
+            self.flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(BATCH_S, self.flush)
+
+    def flush(self) -> None:
+        """Write what came, in one transaction, then answer and let the rollouts look."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        batch, self._pending = self._pending, []
+        if not batch:
+            return
+        answers: dict[str, int | None] = {}
+        try:
+            with self._store.atomic():
+                self._write(batch, answers)
+                acks = {device: self._store.delivery.acknowledge(device, again=n) for device, n in answers.items()}
+        except Exception:
+            # nothing was acknowledged: boards keep their reports and send them again
+            log.exception("%d messages could not be stored", len(batch))
+            self.counts["failed"] += len(batch)
+            return
+        for device, sequence in acks.items():
+            self._publish(Topic(device, Down.ACK), wire.encode(Ack(sequence=sequence)))
+        for message, _ in batch:
+            if isinstance(message, Hello):
+                self._greet(message)
+        self._conductor.wake()
+        self._watch.changed()
+
+    def _write(self, batch: list[tuple[Message, bytes]], answers: dict[str, int | None]) -> None:
+        now = self._clock().timestamp()
+        newest: dict[str, tuple[Health, bytes]] = {}
+        for message, raw in batch:
+            match message:
+                case Report():
+                    row = ReportRow(
+                        device=message.device,
+                        boot_id=message.boot_id,
+                        sequence=message.sequence,
+                        at=now,
+                        rollout=message.rollout,
+                        raw=raw,
+                    )
+                    if self._store.delivery.add_report(row):
+                        answers.setdefault(message.device, None)
+                        self._hear_report(message, now)
+                    else:
+                        answers[message.device] = max(answers.get(message.device) or 0, message.sequence)
+                case Hello():
+                    self._store.devices.hear_hello(message, now)
+                    self._confirm(message.device, message.committed)
+                case State():
+                    if self._store.devices.hear_state(message, now):
+                        words = "came online" if message.online else "went offline"
+                        self._store.devices.note(
+                            message.device, "online" if message.online else "offline", words, now=now
+                        )
+                case Health():
+                    newest[message.device] = (message, raw)
+                case _:
+                    raise AssertionError(type(message))
+        self._store.devices.hear_health(newest.values(), now)
+        for health, _ in newest.values():
+            self._confirm(health.device, health.committed)
+
+    def _hear_report(self, report: Report, now: float) -> None:
+        self._store.devices.touch(report.device, now)
+        for rollout in self._meant(report):
+            found = self._store.rollouts.board(rollout.number, report.device)
+            if found is None:
+                continue
+            board, extra = found
+            word = Word(
+                at=now,
+                phase=report.phase,
+                attempt=report.attempt if report.rollout else board.attempt,
+                code=report.code or "",
+                message=report.message,
+                running=report.running,
+                progress=report.progress,
+                exercised=report.exercised,
+                retryable=report.code in RETRYABLE,
+            )
+            heard = hear(board, word)
+            if heard != board:
+                kept = Extra(
+                    previous=extra.previous,
+                    version=extra.version,
+                    timings_ms={**extra.timings_ms, **report.timings_ms},
+                    log=report.log or extra.log,
+                )
+                self._store.rollouts.set_board(rollout.number, heard, kept)
+
+    def _meant(self, report: Report) -> list[RolloutRow]:
+        """The rollouts that a report speaks of."""
+        if report.rollout:
+            row = self._store.rollouts.get(report.rollout)
+            return [] if row is None else [row]
+        undecided = self._store.rollouts.offered(report.device, undecided=True)
+        if report.instance:  # a removal is no item, and so names no rollout
+            return [row for row in undecided if row.instance == report.instance and row.value.target is None]
+        if report.phase is not Phase.FAILED:
+            return []
+        # the whole assignment was refused
+        found = []
+        for row in undecided:
+            board = self._store.rollouts.board(row.number, report.device)
+            if board is not None and 0 < board[1].version <= report.assignment:
+                found.append(row)
+        return found
+
+    def _confirm(self, device: str, committed: int) -> None:
+        """What the board has committed as a whole has succeeded, whatever reports were lost."""
+        if committed == 0:
+            return
+        for rollout in self._store.rollouts.offered(device, undecided=True):
+            found = self._store.rollouts.board(rollout.number, device)
+            if found is not None and 0 < found[1].version <= committed:
+                self._conductor.confirm(rollout, device)
+
+    def _greet(self, hello: Hello) -> None:
+        """Answer a board that connected: its assignment where it is behind or ahead, and that this is current."""
+        row = self._store.delivery.assignment(hello.device)
+        if row is not None and hello.accepted > row.version:
+            log.warning("%s accepted version %s, %s is stored here", hello.device, hello.accepted, row.version)
+            row = self._director.reconcile(hello.device)
+        elif row is not None and hello.accepted < row.version:
+            self._director.publish_assignment(row)
+        else:
+            self._conductor.touch([hello.device])
+        if row is not None:
+            self._director.answer_nonce(hello.device, hello.nonce)

@@ -1,0 +1,456 @@
+"""`fleet serve`: everything of the server in one process and one loop, but the broker, which is a child of its own.
+
+What starts here, in this order: the store, the TUF repository, the ports (so that a port in use is said at once), the
+broker, the connection to it, the rollout loop, the two listeners. Everything that matters is in the store: a server
+that is killed at any instant goes on where it was.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+
+from fleet.ca import CaError, CertificateAuthority, due, write_secret
+from fleet.protocol import api, wire
+from fleet.protocol.messages import Poke
+from fleet.protocol.topics import POKE, RETAINED, Topic
+from fleet.server.artifacts import Artifacts
+from fleet.server.broker import mosquitto
+from fleet.server.broker.child import BrokerError, Child
+from fleet.server.bus import Bus
+from fleet.server.conductor import Conductor
+from fleet.server.devices import Devices
+from fleet.server.director import RENEW_BEFORE, Director
+from fleet.server.enrolment import Enrolment
+from fleet.server.home import Address, Config, Home, HomeError
+from fleet.server.ingest import Ingest
+from fleet.server.metrics import Metrics
+from fleet.server.operators import Operators, Services
+from fleet.server.peercert import PeerCertificateProtocol
+from fleet.server.planner import Planner
+from fleet.server.repository import Repository
+from fleet.server.views import Views
+from fleet.server.watch import Watch
+from fleet.store.errors import StoreError
+from fleet.store.store import Store
+from signing import keys
+from signing.errors import SigningError
+
+log = logging.getLogger(__name__)
+UPKEEP_S: Final = 600
+POKE_JITTER_PER_BOARD_S: Final = 0.01
+_NO_CHECK_TIME: Final = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME: an expired board may still renew; the routes check the dates."""
+Clock = Callable[[], datetime]
+
+
+class ServeError(Exception):
+    """The server cannot run; one line: what, why, what to do."""
+
+
+def now() -> datetime:
+    """The time, UTC."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What the server says when it runs."""
+
+    fleet: str
+    operators_url: str
+    devices_url: str
+    mqtt: tuple[str, ...]
+    broker: str
+
+
+class Server:
+    """One fleet's server.
+
+    Args:
+        home: made by `fleet.setup.init`.
+        broker: overrides the configuration's.
+        clock: the time, UTC.
+    """
+
+    def __init__(self, home: Path, *, broker: str | None = None, clock: Clock = now) -> None:
+        self._home = Home(home)
+        self._clock = clock
+        self._broker_wish = broker
+        self._stack = contextlib.AsyncExitStack()
+        self._started_at = clock()
+
+    async def start(self) -> Ready:
+        """Start everything and return when boards and operators can come.
+
+        Raises:
+            ServeError: it cannot run, and everything that was started is stopped.
+        """
+        try:
+            return await self._start()
+        except (HomeError, StoreError, SigningError, CaError, BrokerError) as error:
+            await self.stop()
+            raise ServeError(str(error)) from error
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Stop everything, in the reverse order."""
+        await self._stack.aclose()
+
+    async def _start(self) -> Ready:
+        self._config = self._read_config()
+        self._lock()
+        self._store = Store.open(self._home.database, fleet=self._config.fleet)
+        self._stack.callback(self._store.close)
+        self._repository = Repository(
+            self._home.repository,
+            snapshot=keys.load(self._home.keys / "snapshot.pem"),
+            timestamp=keys.load(self._home.keys / "timestamp.pem"),
+        )
+        self._repository.keep_fresh(now=self._clock())
+        self._ca = CertificateAuthority.load(self._home.ca)
+        self._renew_certificates()
+        operators = self._bind(self._config.operators, "the API for operators")
+        devices = self._bind(self._config.devices, "the API for boards")
+        self._broker, self._broker_name = await self._start_broker()
+        self._compose()
+        await self._serve(self._operators.application(), operators, self._context(devices=False))
+        await self._serve(self._devices.application(), devices, self._context(devices=True))
+        self._run(self._conductor.run(), "rollouts")
+        self._run(self._upkeep(), "upkeep")
+        return Ready(
+            fleet=self._config.fleet,
+            operators_url=self._config.operators_url,
+            devices_url=self._config.devices_url,
+            mqtt=self._config.mqtt_urls,
+            broker=self._broker_name,
+        )
+
+    # -- the pieces --------------------------------------------------------------------------------------------------
+
+    def _read_config(self) -> Config:
+        config = Config.load(self._home.config)
+        if self._broker_wish is not None:
+            config = replace(config, broker=self._broker_wish)
+            config.check()
+        return config
+
+    def _lock(self) -> None:
+        path = self._home.server / "lock"
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ServeError(f"cannot write {self._home.server}: {error.strerror}; run as its owner") from error
+        self._stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ServeError(f"another server runs on {self._home.root}: stop it, or use another --home") from None
+
+    def _renew_certificates(self) -> bool:
+        """The listeners' certificate and the server's own for the broker, made anew when two thirds are over."""
+        when = self._clock()
+        changed = False
+        for name in ("server", "mqtt"):
+            path = self._home.tls / f"{name}.pem"
+            if path.exists() and not due(path.read_bytes(), now=when):
+                continue
+            pair = (
+                self._ca.server([self._config.host], now=when) if name == "server" else self._ca.server_client(now=when)
+            )
+            write_secret(self._home.tls / f"{name}.key", pair.key_pem)
+            path.write_bytes(pair.certificate_pem)
+            changed = True
+        both = (self._home.tls / "mqtt.pem").read_bytes() + (self._home.tls / "mqtt.key").read_bytes()
+        write_secret(self._home.tls / "mqtt-both.pem", both)
+        return changed
+
+    def _bind(self, where: str, what: str) -> socket.socket:
+        address = Address.parse(where, what)
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        self._stack.callback(sock.close)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((address.host, address.port))
+        except OSError as error:
+            raise _port_error(address, what, error) from error
+        sock.setblocking(False)
+        return sock
+
+    async def _start_broker(self) -> tuple[Address, str]:
+        """Start the broker that the configuration asks for; where it is and what it is."""
+        external = self._config.external_broker
+        if external is not None:
+            return external, "external"
+        address = Address.parse(self._config.mqtt, "mqtt")
+        program = mosquitto.find() if self._config.broker in {"auto", "mosquitto"} else None
+        if program is None and self._config.broker == "mosquitto":
+            raise ServeError("mosquitto is not installed: apt install mosquitto, or name another with --broker")
+        if program is None and (self._config.production or not address.loopback):
+            raise ServeError(
+                "a fleet that is more than one machine's development needs a real broker: "
+                "install mosquitto, or name one with --broker mqtts://HOST:PORT"
+            )
+        probe = self._bind(self._config.mqtt, "the broker")
+        probe.close()
+        tls = self._home.tls
+        files = {"ca": self._home.ca / "ca.pem", "certificate": tls / "server.pem", "key": tls / "server.key"}
+        if program is not None:
+            config = mosquitto.configure(self._home.broker, address=address, **files)
+            mosquitto.write_acl(self._home.broker, self._revoked())
+            name, command = "mosquitto", [str(program), "-c", str(config)]
+        else:
+            name = "embedded"
+            command = [sys.executable, "-m", "fleet.server.broker.embedded", address.host, str(address.port)]
+            command += [str(files[each]) for each in ("ca", "certificate", "key")]
+        self._child = Child(name, command, address)
+        self._stack.push_async_callback(self._child.stop)
+        await self._child.start()
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - we bind, here we ask
+        return Address(host, address.port), name
+
+    def _revoked(self) -> list[str]:
+        return [row.id for row in self._store.devices.all() if row.revoked]
+
+    def _compose(self) -> None:
+        store, repository, clock = self._store, self._repository, self._clock
+        watch = Watch()
+        self._artifacts = Artifacts(self._home.artifacts)
+        self._director = Director(
+            store=store,
+            repository=repository,
+            signer=keys.load(self._home.keys / "director.pem"),
+            fleet=self._config.fleet,
+            publish=self._publish,
+            clock=clock,
+        )
+        self._conductor = Conductor(store=store, director=self._director, watch=watch, clock=clock)
+        ingest = Ingest(
+            store=store,
+            director=self._director,
+            conductor=self._conductor,
+            watch=watch,
+            publish=self._publish,
+            clock=clock,
+        )
+        self._bus = Bus(
+            address=self._broker,
+            ca=self._home.ca / "ca.pem",
+            certificate=self._home.tls / "mqtt-both.pem",
+            on_message=ingest.on_message,
+            on_connected=self._on_connected,
+        )
+        self._stack.push_async_callback(self._bus.close)
+        self._stack.callback(ingest.flush)
+        enrolment = Enrolment(store=store, ca=self._ca, repository=repository, config=self._config, clock=clock)
+        planner = Planner(
+            store=store, repository=repository, director=self._director, conductor=self._conductor, clock=clock
+        )
+        self._operators = Operators(
+            Services(
+                store=store,
+                repository=repository,
+                artifacts=self._artifacts,
+                enrolment=enrolment,
+                director=self._director,
+                conductor=self._conductor,
+                planner=planner,
+                views=Views(store=store, director=self._director, clock=clock),
+                watch=watch,
+                metrics=Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected),
+                status=self.status,
+                clock=clock,
+            )
+        )
+        self._devices = Devices(store=store, repository=repository, artifacts=self._artifacts, enrolment=enrolment)
+
+    def _publish(self, topic: Topic, payload: bytes) -> bool:
+        return self._bus.publish(str(topic), payload, retain=topic.channel in RETAINED)
+
+    def _on_connected(self) -> None:
+        """The broker is there (again): give it what boards may have missed, and have them check in."""
+        for device in self._store.delivery.behind():
+            row = self._store.delivery.assignment(device)
+            if row is not None:
+                self._director.publish_assignment(row)
+        devices, _ = self._store.devices.count()
+        jitter_s = min(60, int(devices * POKE_JITTER_PER_BOARD_S))
+        self._bus.publish(POKE, wire.encode(Poke(jitter_s=jitter_s)))
+        self._conductor.wake()
+
+    # -- listeners ---------------------------------------------------------------------------------------------------
+
+    def _context(self, *, devices: bool) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self._home.tls / "server.pem", self._home.tls / "server.key")
+        if devices:
+            context.load_verify_locations(self._home.ca / "ca.pem")
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
+        return context
+
+    async def _serve(self, application: Any, sock: socket.socket, context: ssl.SSLContext) -> None:
+        config = uvicorn.Config(
+            application,
+            http=PeerCertificateProtocol,
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            ssl_context_factory=lambda _config, _default: context,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=1,
+        )
+        listener = _Listener(config)
+        task = asyncio.create_task(listener.serve(sockets=[sock]))
+
+        async def end() -> None:
+            listener.should_exit = True
+            await asyncio.wait([task], timeout=5)
+
+        self._stack.push_async_callback(end)
+        while not listener.started:
+            if task.done():
+                await task
+                raise ServeError("a listener ended at once")
+            await asyncio.sleep(0.01)
+
+    # -- upkeep ------------------------------------------------------------------------------------------------------
+
+    def _run(self, coroutine: Any, name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+
+        async def end() -> None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+        self._stack.push_async_callback(end)
+
+    async def _upkeep(self) -> None:
+        """What must be done now and then: online roles, assignments before they expire, certificates, old reports."""
+        while True:
+            await asyncio.sleep(UPKEEP_S)
+            try:
+                self.keep_up()
+            except Exception:
+                log.exception("upkeep failed; it is tried again")
+
+    def keep_up(self) -> None:
+        """One round of upkeep."""
+        when = self._clock()
+        self._repository.keep_fresh(now=when)
+        for device in self._store.delivery.expiring((when + RENEW_BEFORE).timestamp()):
+            self._director.reconcile(device, renew=True)
+        keep = timedelta(days=self._config.keep_days)
+        self._store.delivery.forget(before=(when - keep).timestamp())
+
+    def status(self) -> api.Status:
+        """The fleet at a glance."""
+        devices, online = self._store.devices.count()
+        roles = self._repository.roles()
+        when = self._clock()
+        problems = [
+            f"the role {role.role} expired on {role.expires:%Y-%m-%d}" for role in roles if role.expires <= when
+        ]
+        if not self._bus.connected:
+            problems.insert(0, f"the server is not connected to its broker at {self._broker}")
+        return api.Status(
+            fleet=self._config.fleet,
+            size=self._config.size,
+            production=self._config.production,
+            version=_version(),
+            now=when,
+            started_at=self._started_at,
+            operators_url=self._config.operators_url,
+            devices_url=self._config.devices_url,
+            mqtt=self._config.mqtt_urls,
+            broker=self._broker_name,
+            broker_connected=self._bus.connected,
+            devices=devices,
+            online=online,
+            groups=len(self._store.devices.groups()),
+            open_rollouts=len(self._store.rollouts.open()),
+            roles=roles,
+            problems=tuple(problems),
+        )
+
+    @property
+    def broker_pid(self) -> int | None:
+        """The process id of the broker that was started here; None for none."""
+        return None if self._broker_name == "external" else self._child.pid
+
+
+class _Listener(uvicorn.Server):
+    """uvicorn without its signal handlers: the server has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        """Leave signals alone."""
+        yield
+
+
+async def run(
+    home: Path,
+    *,
+    broker: str | None = None,
+    on_ready: Callable[[Ready], None] | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Run a fleet's server until SIGTERM, SIGINT or `stop`.
+
+    Args:
+        home: made by `fleet.setup.init`.
+        broker: overrides the configuration's: `auto`, `mosquitto`, `embedded` or `mqtts://host:port`.
+        on_ready: called once when boards and operators can come.
+        stop: set it to end the server.
+
+    Raises:
+        ServeError: it cannot run; one line for people.
+    """
+    ending = asyncio.Event() if stop is None else stop
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: then `stop` is the only way
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ending.set)
+    server = Server(home, broker=broker)
+    ready = await server.start()
+    try:
+        if on_ready is not None:
+            on_ready(ready)
+        await ending.wait()
+    finally:
+        await server.stop()
+
+
+def _port_error(address: Address, what: str, error: OSError) -> ServeError:
+    reason = error.strerror or str(error)
+    return ServeError(
+        f"{what} cannot listen at {address}: {reason.lower()}; end the program that has the port, "
+        "or change it in server/server.toml"
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("wasmfleet")
+    except metadata.PackageNotFoundError:
+        return "0"

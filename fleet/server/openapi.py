@@ -1,0 +1,106 @@
+"""The OpenAPI document, generated from the structs of `fleet.protocol.api` and the table of routes below."""
+
+import functools
+import re
+from typing import Any, Final
+
+import msgspec
+
+from fleet.protocol import api
+from fleet.protocol.enrolment import Enrolled, EnrolRequest
+
+Struct = type[msgspec.Struct]
+Schemas = dict[Any, dict[str, Any]]
+
+ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...]] = (
+    ("get", "/v1/status", None, api.Status, "The fleet at a glance"),
+    ("get", "/v1/devices", None, api.Devices, "Every board"),
+    ("get", "/v1/devices/{id}", None, api.DeviceDetail, "One board"),
+    ("get", "/v1/devices/{id}/timeline", None, api.Timeline, "What happened to a board"),
+    ("put", "/v1/devices/{id}/labels", api.LabelsRequest, api.DeviceDetail, "Set or remove labels"),
+    ("put", "/v1/devices/{id}/pin", api.RolloutRequest, api.RolloutView, "Give one board a value of its own"),
+    ("post", "/v1/devices/{id}/unpin", api.InstanceRequest, api.DeviceDetail, "Let a board follow its groups again"),
+    ("post", "/v1/devices/{id}/retry", api.InstanceRequest, api.DeviceDetail, "Try again what failed"),
+    ("post", "/v1/devices/{id}/command", api.CommandRequest, api.CommandReply, "Send a signed command"),
+    ("post", "/v1/devices/{id}/revoke", None, api.DeviceDetail, "Shut a board out"),
+    ("get", "/v1/groups", None, api.Groups, "Every group"),
+    ("put", "/v1/groups/{name}", api.GroupRequest, api.GroupRow, "Make or change a group"),
+    ("post", "/v1/enroll-tokens", api.EnrollTokenRequest, api.EnrollTokenReply, "A one-time token for a board"),
+    ("post", "/v1/enrol", EnrolRequest, Enrolled, "Enrol a board with its token"),
+    ("get", "/v1/components", None, api.Components, "Everything published"),
+    ("get", "/v1/tuf/{file}", None, "application/json", "A TUF metadata file"),
+    ("put", "/v1/artifacts/{sha256}", "application/wasm", api.ArtifactReply, "Upload an artifact"),
+    ("get", "/v1/artifacts/{sha256}", None, "application/wasm", "An artifact, whole or by Range"),
+    ("post", "/v1/roles/{namespace}", "application/json", api.RoleReply, "Publish a namespace's next role"),
+    ("post", "/v1/rollouts", api.RolloutRequest, api.RolloutView, "Begin a rollout"),
+    ("get", "/v1/rollouts", None, api.Rollouts, "Rollouts, newest first"),
+    ("get", "/v1/rollouts/{id}", None, api.RolloutView, "One rollout; wait and since make it a long poll"),
+    ("post", "/v1/rollouts/{id}/pause", None, api.RolloutView, "Pause a rollout"),
+    ("post", "/v1/rollouts/{id}/resume", None, api.RolloutView, "Go on with a rollout"),
+    ("post", "/v1/rollouts/{id}/abort", None, api.RolloutView, "End a rollout and go back"),
+    ("post", "/v1/preflight", api.RolloutRequest, api.Preflight, "What a rollout would do"),
+    ("post", "/v1/undo", api.UndoRequest, api.RolloutView, "Offer the previous state again"),
+    ("post", "/v1/removals", api.RemovalRequest, api.RolloutView, "Take an instance off"),
+    ("get", "/v1/audit", None, api.Audit, "Who did what"),
+)
+_QUERY: Final = {
+    "/v1/devices/{id}/timeline": ("limit",),
+    "/v1/rollouts": ("limit", "group"),
+    "/v1/rollouts/{id}": ("wait", "since"),
+    "/v1/audit": ("limit",),
+}
+_REF: Final = "#/components/schemas/{name}"
+
+
+@functools.cache
+def document() -> bytes:
+    """OpenAPI 3.1, as JSON."""
+    bodies = [each for _, _, request, reply, _ in ROUTES for each in (request, reply) if isinstance(each, type)]
+    kinds = [*dict.fromkeys(bodies), api.Problem]
+    references, schemas = msgspec.json.schema_components(kinds, ref_template=_REF)
+    by_kind: Schemas = dict(zip(kinds, references, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for method, path, request, reply, summary in ROUTES:
+        operation: dict[str, Any] = {
+            "summary": summary,
+            "parameters": _parameters(path, method),
+            "responses": {
+                "2XX": {"description": "done", "content": _content(reply, by_kind)},
+                "default": {
+                    "description": "why not",
+                    "content": {"application/problem+json": {"schema": by_kind[api.Problem]}},
+                },
+            },
+        }
+        if request is not None:
+            operation["requestBody"] = {"required": True, "content": _content(request, by_kind)}
+        if path == "/v1/enrol":
+            operation["security"] = []
+        paths.setdefault(path, {})[method] = operation
+    return msgspec.json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {"title": "wasmfleet", "version": "1", "summary": "The operator API of a fleet"},
+            "security": [{"operator": []}],
+            "paths": paths,
+            "components": {
+                "schemas": schemas,
+                "securitySchemes": {"operator": {"type": "http", "scheme": "bearer"}},
+            },
+        }
+    )
+
+
+def _content(kind: Struct | str, by_kind: Schemas) -> dict[str, Any]:
+    if isinstance(kind, str):
+        return {kind: {}}
+    return {"application/json": {"schema": by_kind[kind]}}
+
+
+def _parameters(path: str, method: str) -> list[dict[str, Any]]:
+    inside = re.findall(r"{(\w+)}", path)
+    asked = _QUERY.get(path, ()) if method == "get" else ()
+    return [
+        *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in inside),
+        *({"name": name, "in": "query", "schema": {"type": "string"}} for name in asked),
+    ]

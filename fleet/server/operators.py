@@ -1,0 +1,399 @@
+"""The routes for operators and enrolment. Every one but enrolment and /healthz needs a bearer token."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from fleet.protocol import api, caps, names, wire
+from fleet.protocol.enrolment import EnrolRequest
+from fleet.server import openapi, web
+from fleet.server.artifacts import ArtifactError, Artifacts
+from fleet.server.conductor import Conductor
+from fleet.server.director import Director
+from fleet.server.enrolment import Enrolment
+from fleet.server.metrics import Metrics
+from fleet.server.planner import Planner
+from fleet.server.repository import Repository
+from fleet.server.views import Views
+from fleet.server.watch import Watch
+from fleet.server.web import Refusal, answer, body, number, param
+from fleet.store.rows import DeviceRow, RolloutRow
+from fleet.store.store import Store
+
+WAIT_MAX_S: Final = 60
+_LIST_MAX: Final = 1000
+_READERS: Final = frozenset({"GET", "HEAD"})
+Handler = Callable[[Request, str], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the routes need."""
+
+    store: Store
+    repository: Repository
+    artifacts: Artifacts
+    enrolment: Enrolment
+    director: Director
+    conductor: Conductor
+    planner: Planner
+    views: Views
+    watch: Watch
+    metrics: Metrics
+    status: Callable[[], api.Status]
+    clock: Callable[[], datetime]
+
+
+class Operators:
+    """The API of `fleet.protocol.api`."""
+
+    def __init__(self, services: Services) -> None:
+        self._s = services
+
+    def application(self) -> Starlette:
+        """The ASGI application."""
+        table: list[tuple[str, str, Handler]] = [
+            ("GET", "/v1/status", self.status),
+            ("GET", "/v1/devices", self.devices),
+            ("GET", "/v1/devices/{id}", self.device),
+            ("GET", "/v1/devices/{id}/timeline", self.timeline),
+            ("PUT", "/v1/devices/{id}/labels", self.labels),
+            ("PUT", "/v1/devices/{id}/pin", self.pin),
+            ("POST", "/v1/devices/{id}/unpin", self.unpin),
+            ("POST", "/v1/devices/{id}/retry", self.retry),
+            ("POST", "/v1/devices/{id}/command", self.command),
+            ("POST", "/v1/devices/{id}/revoke", self.revoke),
+            ("GET", "/v1/groups", self.groups),
+            ("PUT", "/v1/groups/{name}", self.group),
+            ("POST", "/v1/enroll-tokens", self.enroll_token),
+            ("GET", "/v1/components", self.components),
+            ("GET", "/v1/tuf/{file}", self.tuf),
+            ("PUT", "/v1/artifacts/{sha256}", self.put_artifact),
+            ("GET", "/v1/artifacts/{sha256}", self.get_artifact),
+            ("POST", "/v1/roles/{namespace}", self.role),
+            ("POST", "/v1/rollouts", self.deploy),
+            ("GET", "/v1/rollouts", self.rollouts),
+            ("GET", "/v1/rollouts/{id}", self.rollout),
+            ("POST", "/v1/rollouts/{id}/{verb:str}", self.control),
+            ("POST", "/v1/preflight", self.preflight),
+            ("POST", "/v1/undo", self.undo),
+            ("POST", "/v1/removals", self.remove),
+            ("GET", "/v1/audit", self.audit),
+            ("GET", "/metrics", self.show_metrics),
+            ("GET", "/openapi.json", self.show_openapi),
+        ]
+        routes = [Route(path, self._authorised(handler), methods=[method]) for method, path, handler in table]
+        open_routes = [
+            Route("/v1/enrol", web.guarded(self.enrol), methods=["POST"]),
+            Route("/healthz", _healthy, methods=["GET"]),
+        ]
+        return Starlette(routes=[*open_routes, *routes], exception_handlers=web.HANDLERS)
+
+    def _authorised(self, handler: Handler) -> web.Route:
+        async def route(request: Request) -> Response:
+            operator = self._s.store.access.operator(web.bearer(request))
+            if operator is None:
+                raise Refusal(
+                    401,
+                    "unauthorised",
+                    "this needs an operator's token",
+                    action="send the token that fleet init wrote to operator/token",
+                )
+            name, role = operator
+            if role == "viewer" and request.method not in _READERS:
+                raise Refusal(403, "forbidden", f"{name} may look and not change")
+            return await handler(request, name)
+
+        return web.guarded(route)
+
+    # -- the fleet ---------------------------------------------------------------------------------------------------
+
+    async def status(self, _request: Request, _by: str) -> Response:
+        """GET /v1/status."""
+        return answer(self._s.status())
+
+    async def audit(self, request: Request, _by: str) -> Response:
+        """GET /v1/audit."""
+        return answer(self._s.views.audit(number(request, "limit", 100, _LIST_MAX)))
+
+    async def show_metrics(self, _request: Request, _by: str) -> Response:
+        """GET /metrics."""
+        return Response(self._s.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def show_openapi(self, _request: Request, _by: str) -> Response:
+        """GET /openapi.json."""
+        return Response(openapi.document(), media_type="application/json")
+
+    # -- boards and groups -------------------------------------------------------------------------------------------
+
+    async def devices(self, _request: Request, _by: str) -> Response:
+        """GET /v1/devices."""
+        return answer(self._s.views.devices())
+
+    async def device(self, request: Request, _by: str) -> Response:
+        """GET /v1/devices/{id}."""
+        return answer(self._s.views.detail(self._device(request)))
+
+    async def timeline(self, request: Request, _by: str) -> Response:
+        """GET /v1/devices/{id}/timeline."""
+        limit = number(request, "limit", 100, _LIST_MAX)
+        return answer(self._s.views.timeline(self._device(request).id, limit))
+
+    async def labels(self, request: Request, by: str) -> Response:
+        """PUT /v1/devices/{id}/labels."""
+        row = self._device(request)
+        wish = await body(request, api.LabelsRequest)
+        labels = dict(row.labels)
+        for key, value in wish.labels.items():
+            names.check_label(key, "label")
+            if value is None:
+                labels.pop(key, None)
+            else:
+                labels[key] = names.check_label(value, f"value of the label {key},")
+        self._s.store.devices.set_labels(row.id, labels)
+        self._audit(by, "label", row.id, " ".join(f"{key}={value}" for key, value in sorted(labels.items())))
+        self._s.conductor.touch([row.id])
+        return answer(self._s.views.detail(self._device(request)))
+
+    async def pin(self, request: Request, by: str) -> Response:
+        """PUT /v1/devices/{id}/pin."""
+        row = self._device(request)
+        wish = await body(request, api.RolloutRequest)
+        if wish.group or wish.device not in {"", row.id}:
+            raise Refusal(400, "bad-request", "the device of a pin is the one in the path")
+        pinned = api.RolloutRequest(
+            **{name: getattr(wish, name) for name in wish.__struct_fields__ if name not in {"device", "waves"}},
+            device=row.id,
+            waves="100%",
+        )
+        return answer(self._s.views.rollout(self._s.planner.deploy(pinned, by=by)), 201)
+
+    async def unpin(self, request: Request, by: str) -> Response:
+        """POST /v1/devices/{id}/unpin."""
+        wish = await body(request, api.InstanceRequest)
+        self._s.planner.unpin(self._device(request), wish.instance, by=by)
+        return answer(self._s.views.detail(self._device(request)))
+
+    async def retry(self, request: Request, by: str) -> Response:
+        """POST /v1/devices/{id}/retry."""
+        wish = await body(request, api.InstanceRequest)
+        self._s.planner.retry(self._device(request), wish.instance, by=by)
+        return answer(self._s.views.detail(self._device(request)))
+
+    async def command(self, request: Request, by: str) -> Response:
+        """POST /v1/devices/{id}/command."""
+        row = self._device(request)
+        wish = await body(request, api.CommandRequest)
+        sequence, expires, sent = self._s.director.command(row.id, wish.verb)
+        if not sent:
+            raise Refusal(503, "no-broker", "the broker is away, and a command is not kept", action="try again")
+        words = wire.canonical(wish.verb).decode()
+        self._audit(by, "command", row.id, words)
+        self._s.store.devices.note(row.id, "command", f"{by} sent {words}", now=self._now())
+        return answer(api.CommandReply(sequence=sequence, expires=expires), 202)
+
+    async def revoke(self, request: Request, by: str) -> Response:
+        """POST /v1/devices/{id}/revoke."""
+        row = self._device(request)
+        with self._s.store.atomic():
+            self._s.store.devices.revoke(row.id)
+            self._s.store.devices.note(row.id, "revoked", f"shut out by {by}", now=self._now())
+            self._audit(by, "revoke", row.id)
+        self._s.conductor.wake()
+        return answer(self._s.views.detail(self._device(request)))
+
+    async def groups(self, _request: Request, _by: str) -> Response:
+        """GET /v1/groups."""
+        return answer(self._s.views.groups())
+
+    async def group(self, request: Request, by: str) -> Response:
+        """PUT /v1/groups/{name}."""
+        name = names.check_label(param(request, "name"), "group")
+        wish = await body(request, api.GroupRequest)
+        devices = self._s.store.devices
+        for device in (*wish.add, *wish.remove):
+            if devices.get(device) is None:
+                raise Refusal(404, "unknown-device", f"there is no device {device}", action="fleet devices lists them")
+        before = devices.group(name)
+        selector = wish.selector if wish.selector is not None else before.selector if before is not None else {}
+        if selector and (wish.add or (before is not None and not before.selector and devices.listed(name))):
+            raise Refusal(
+                409, "selector-group", f"{name} cannot list boards and choose them by labels", action="label them"
+            )
+        touched = set(devices.members(before)) if before is not None else set()
+        with self._s.store.atomic():
+            devices.ensure_group(name, now=self._now())
+            devices.change_group(name, priority=wish.priority, selector=wish.selector)
+            devices.join(name, wish.add)
+            devices.leave(name, wish.remove)
+            self._audit(by, "change-group", name, wire.canonical(wish).decode())
+        row = devices.group(name)
+        assert row is not None
+        self._s.conductor.touch(touched | set(devices.members(row)) | set(wish.remove))
+        return answer(self._s.views.group(row), 201 if before is None else 200)
+
+    async def enroll_token(self, request: Request, by: str) -> Response:
+        """POST /v1/enroll-tokens."""
+        wish = await body(request, api.EnrollTokenRequest)
+        return answer(self._s.enrolment.make_token(wish, by=by), 201)
+
+    async def enrol(self, request: Request) -> Response:
+        """POST /v1/enrol: the token inside is all that a board has yet."""
+        try:
+            wish = wire.decode(EnrolRequest, await web.read(request))
+        except wire.WireError as error:
+            raise Refusal(400, "bad-request", "this is no enrolment", str(error)) from error
+        return answer(self._s.enrolment.enrol(wish), 201)
+
+    # -- publishing --------------------------------------------------------------------------------------------------
+
+    async def components(self, _request: Request, _by: str) -> Response:
+        """GET /v1/components."""
+        rows = (
+            api.ComponentRow(
+                target=release.name.path,
+                namespace=release.name.namespace,
+                name=release.name.name,
+                version=release.name.version,
+                length=release.length,
+                sha256=release.sha256,
+            )
+            for release in self._s.repository.releases()
+        )
+        return answer(api.Components(components=tuple(rows)))
+
+    async def tuf(self, request: Request, _by: str) -> Response:
+        """GET /v1/tuf/{file}."""
+        return tuf_file(self._s.repository, param(request, "file"))
+
+    async def put_artifact(self, request: Request, by: str) -> Response:
+        """PUT /v1/artifacts/{sha256}."""
+        sha256 = names.check_sha256(param(request, "sha256"))
+        declared = request.headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > caps.ARTIFACT_MAX_BYTES:
+            raise Refusal(413, "too-large", f"{declared} bytes, at most {caps.ARTIFACT_MAX_BYTES} are accepted")
+        try:
+            stored = await self._s.artifacts.store(sha256, request.stream())
+        except ArtifactError as error:
+            raise Refusal(422, "hash-mismatch", str(error)) from error
+        with self._s.store.atomic():
+            if self._s.store.delivery.add_artifact(sha256, stored.length, by=by, now=self._now()):
+                self._audit(by, "upload", sha256, f"{stored.length} bytes")
+        return answer(
+            api.ArtifactReply(sha256=sha256, length=stored.length, new=stored.new), 201 if stored.new else 200
+        )
+
+    async def get_artifact(self, request: Request, _by: str) -> Response:
+        """GET /v1/artifacts/{sha256}."""
+        return artifact_file(self._s.artifacts, request)
+
+    async def role(self, request: Request, by: str) -> Response:
+        """POST /v1/roles/{namespace}."""
+        namespace = names.check_label(param(request, "namespace"), "namespace")
+        data = await web.read(request, caps.TARGETS_MAX_BYTES)
+        reply = self._s.repository.publish(namespace, data, now=self._s.clock())
+        self._audit(by, "publish-role", namespace, f"version {reply.version}")
+        self._s.conductor.touch(row.id for row in self._s.store.devices.all())
+        return answer(reply, 201)
+
+    # -- rollouts ----------------------------------------------------------------------------------------------------
+
+    async def deploy(self, request: Request, by: str) -> Response:
+        """POST /v1/rollouts."""
+        row = self._s.planner.deploy(await body(request, api.RolloutRequest), by=by)
+        return answer(self._s.views.rollout(row), 201)
+
+    async def rollouts(self, request: Request, _by: str) -> Response:
+        """GET /v1/rollouts."""
+        group = request.query_params.get("group")
+        rows = self._s.store.rollouts.newest(number(request, "limit", 50, _LIST_MAX), group=group or None)
+        return answer(self._s.views.rollouts(rows))
+
+    async def rollout(self, request: Request, _by: str) -> Response:
+        """GET /v1/rollouts/{id}: with `wait` and `since`, as soon as there is a later revision."""
+        row = self._rollout(request)
+        since = number(request, "since", 0, 1 << 60)
+        wait_s = number(request, "wait", 0, WAIT_MAX_S)
+
+        def later() -> RolloutRow | None:
+            found = self._s.store.rollouts.get(row.id)
+            return found if found is not None and found.revision > since else None
+
+        newer = await self._s.watch.until(later, timeout_s=wait_s)
+        return answer(self._s.views.rollout(newer or row))
+
+    async def control(self, request: Request, by: str) -> Response:
+        """POST /v1/rollouts/{id}/pause|resume|abort."""
+        verb = param(request, "verb")
+        if verb not in {"pause", "resume", "abort"}:
+            raise Refusal(404, "not-found", f"a rollout has no {verb!r}", action="pause, resume or abort it")
+        self._s.planner.control(self._rollout(request), verb, by=by)
+        return answer(self._s.views.rollout(self._rollout(request)))
+
+    async def preflight(self, request: Request, _by: str) -> Response:
+        """POST /v1/preflight."""
+        return answer(self._s.planner.preflight(await body(request, api.RolloutRequest)))
+
+    async def undo(self, request: Request, by: str) -> Response:
+        """POST /v1/undo."""
+        row = self._s.planner.undo(await body(request, api.UndoRequest), by=by)
+        return answer(self._s.views.rollout(row), 201)
+
+    async def remove(self, request: Request, by: str) -> Response:
+        """POST /v1/removals."""
+        row = self._s.planner.remove(await body(request, api.RemovalRequest), by=by)
+        return answer(self._s.views.rollout(row), 201)
+
+    # -- small parts -------------------------------------------------------------------------------------------------
+
+    def _device(self, request: Request) -> DeviceRow:
+        device = param(request, "id")
+        row = self._s.store.devices.get(device)
+        if row is None:
+            raise Refusal(404, "unknown-device", f"there is no device {device}", action="fleet devices lists them")
+        return row
+
+    def _rollout(self, request: Request) -> RolloutRow:
+        key = param(request, "id")
+        row = self._s.store.rollouts.get(key)
+        if row is None:
+            raise Refusal(404, "unknown-rollout", f"there is no rollout {key}", action="fleet rollouts lists them")
+        return row
+
+    def _audit(self, by: str, act: str, subject: str, detail: str = "") -> None:
+        self._s.store.access.audit(actor=by, act=act, subject=subject, detail=detail, now=self._now())
+
+    def _now(self) -> float:
+        return self._s.clock().timestamp()
+
+
+def tuf_file(repository: Repository, name: str) -> Response:
+    """A metadata file. All but the head never change, so caches may keep them."""
+    data = repository.file(name)
+    if data is None:
+        raise Refusal(404, "not-found", f"the repository has no {name[:100]}")
+    caching = "no-cache" if name == "timestamp.json" else "public, max-age=86400, immutable"
+    return Response(data, media_type="application/json", headers={"cache-control": caching})
+
+
+def artifact_file(artifacts: Artifacts, request: Request) -> Response:
+    """An artifact, whole or by Range (RFC 9110, section 14); its hash is its entity tag."""
+    sha256 = param(request, "sha256")
+    path = artifacts.path(sha256)
+    if path is None:
+        raise Refusal(404, "not-found", f"there is no artifact {sha256}", action="upload it: fleet publish FILE")
+    tag = f'"{sha256}"'
+    headers = {"etag": tag, "cache-control": "public, max-age=31536000, immutable"}
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    return FileResponse(path, media_type="application/wasm", headers=headers)
+
+
+async def _healthy(_request: Request) -> Response:
+    return Response("ok\n", media_type="text/plain")

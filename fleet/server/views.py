@@ -1,0 +1,272 @@
+"""From rows to what the API shows. Reads, never writes."""
+
+from collections.abc import Callable, Iterable
+from datetime import datetime
+
+import msgspec
+
+from fleet.protocol import api
+from fleet.protocol.codes import RETRYABLE, Phase, RejectCode
+from fleet.protocol.messages import Health, Report
+from fleet.protocol.names import BadNameError, TargetName
+from fleet.rollout.model import Board
+from fleet.server.advice import advice
+from fleet.server.director import Director
+from fleet.store.database import utc, utc_or_none
+from fleet.store.rows import DeviceRow, EventRow, Extra, GroupRow, ReportRow, RolloutRow
+from fleet.store.store import Store
+
+
+class Views:
+    """What operators see."""
+
+    def __init__(self, *, store: Store, director: Director, clock: Callable[[], datetime]) -> None:
+        self._store, self._director, self._clock = store, director, clock
+
+    # -- boards ------------------------------------------------------------------------------------------------------
+
+    def devices(self) -> api.Devices:
+        """Every board."""
+        return api.Devices(devices=tuple(self.row(row) for row in self._store.devices.all()))
+
+    def row(self, row: DeviceRow) -> api.DeviceRow:
+        """One board in a listing."""
+        health = health_of(row)
+        assignment = self._store.delivery.assignment(row.id)
+        return api.DeviceRow(
+            id=row.id,
+            name=row.name,
+            groups=tuple(group.name for group in self._store.devices.groups_of(row)),
+            labels=row.labels,
+            online=row.online and not row.revoked,
+            seen_at=utc_or_none(row.seen_at),
+            machine=row.versions.machine or row.machine,
+            versions=row.versions,
+            assigned=0 if assignment is None else assignment.version,
+            accepted=row.accepted,
+            committed=row.committed,
+            instances=() if health is None else health.instances,
+            pins=tuple(each.instance for each in self._store.rollouts.settled(device=row.id)),
+            revoked=row.revoked,
+            problem=_problem(row, health),
+        )
+
+    def detail(self, row: DeviceRow) -> api.DeviceDetail:
+        """All about one board."""
+        certificate = self._store.access.newest_certificate(row.id)
+        effective = self._director.effective(row)
+        attempts = self._store.delivery.attempts(row.id)
+        return api.DeviceDetail(
+            row=self.row(row),
+            enrolled_at=utc(row.enrolled_at),
+            boot_id=row.boot_id,
+            health_at=utc_or_none(row.health_at),
+            health=health_of(row),
+            effective=tuple(
+                api.Effective(
+                    instance=instance,
+                    target=each.value.target,
+                    source=each.source,
+                    config=dict(each.value.config),
+                    port=each.value.port,
+                    attempt=max(each.value.attempt, attempts.get(instance, 0)),
+                    rollout=each.rollout,
+                )
+                for instance, each in sorted(effective.items())
+                if each.value.target is not None
+            ),
+            certificate_serial="" if certificate is None else certificate.serial,
+            certificate_expires=None if certificate is None else utc(certificate.not_after),
+            failed=self._failed(row.id),
+        )
+
+    def _failed(self, device: str) -> tuple[api.TimelineEntry, ...]:
+        """Instances whose newest deployment ended badly."""
+        newest: dict[str, api.TimelineEntry] = {}
+        for report in self._store.delivery.reports(device, 500):
+            entry = _reported(report)
+            final = entry.phase in {Phase.COMMITTED, Phase.FAILED, Phase.ROLLED_BACK}
+            if entry.code is not RejectCode.SUPERSEDED and final:
+                newest.setdefault(entry.instance, entry)
+        return tuple(entry for entry in newest.values() if entry.phase is not Phase.COMMITTED)
+
+    def timeline(self, device: str, limit: int) -> api.Timeline:
+        """What happened to a board, newest first."""
+        reports = [_reported(row) for row in self._store.delivery.reports(device, limit)]
+        events = [_happened(row) for row in self._store.devices.events(device, limit)]
+        entries = sorted([*reports, *events], key=lambda entry: entry.at, reverse=True)
+        return api.Timeline(device=device, entries=tuple(entries[:limit]))
+
+    # -- groups ------------------------------------------------------------------------------------------------------
+
+    def groups(self) -> api.Groups:
+        """Every group."""
+        return api.Groups(groups=tuple(self.group(row) for row in self._store.devices.groups()))
+
+    def group(self, row: GroupRow) -> api.GroupRow:
+        """One group."""
+        online = self._store.devices.online(self._store.devices.members(row))
+        open_here = [each.number for each in self._store.rollouts.open() if each.group == row.name]
+        return api.GroupRow(
+            name=row.name,
+            priority=row.priority,
+            selector=row.selector,
+            boards=len(online),
+            online=sum(online.values()),
+            settled=tuple(
+                api.Settled(
+                    instance=each.instance, target=each.value.target, since=utc(each.since), rollout=each.rollout
+                )
+                for each in self._store.rollouts.settled(group=row.name)
+                if each.value.target is not None
+            ),
+            rollout=max(open_here, default=0),
+        )
+
+    # -- rollouts ----------------------------------------------------------------------------------------------------
+
+    def rollouts(self, rows: Iterable[RolloutRow]) -> api.Rollouts:
+        """Rollouts without their boards."""
+        return api.Rollouts(rollouts=tuple(self.rollout(row, boards=False) for row in rows))
+
+    def rollout(self, row: RolloutRow, *, boards: bool = True) -> api.RolloutView:
+        """One rollout."""
+        starts = (0, *row.sizes[:-1])
+        texts = [text.strip() for text in row.waves.split(",")]
+        waves = tuple(
+            api.WaveView(text=text, boards=end - start, offered=number <= row.wave)
+            for number, (text, start, end) in enumerate(zip(texts, starts, row.sizes, strict=True), 1)
+        )
+        return api.RolloutView(
+            id=row.id,
+            number=row.number,
+            revision=row.revision,
+            state=api.RolloutState(row.state),
+            instance=row.instance,
+            target=row.value.target or "",
+            previous="" if row.before is None else row.before.target or "",
+            group=row.group,
+            device=row.device,
+            waves=waves,
+            wave=row.wave,
+            boards=tuple(_board(*each) for each in self._store.rollouts.boards(row.number)) if boards else (),
+            counts=self._store.rollouts.counts(row.number),
+            reason=row.reason,
+            note=row.note,
+            by=row.by,
+            undoes=row.undoes,
+            created_at=utc(row.created_at),
+            ended_at=utc_or_none(row.ended_at),
+        )
+
+    def audit(self, limit: int) -> api.Audit:
+        """Acts, newest first."""
+        return api.Audit(
+            entries=tuple(
+                api.AuditEntry(
+                    number=row.number,
+                    at=utc(row.at),
+                    actor=row.actor,
+                    act=row.act,
+                    subject=row.subject,
+                    detail=row.detail,
+                )
+                for row in self._store.access.acts(limit)
+            )
+        )
+
+
+def health_of(row: DeviceRow) -> Health | None:
+    """A board's newest health."""
+    return None if row.health is None else msgspec.json.decode(row.health, type=Health)
+
+
+def _problem(row: DeviceRow, health: Health | None) -> str:
+    if row.revoked:
+        return "shut out of the fleet"
+    if row.seen_at is None:
+        return "enrolled, and never heard of since"
+    if health is None:
+        return ""
+    return next(iter((*health.problems, *(each.error for each in health.instances if each.error))), "")
+
+
+def _board(board: Board, extra: Extra) -> api.BoardView:
+    return api.BoardView(
+        device=board.device,
+        wave=board.wave,
+        outcome=api.Outcome(board.outcome),
+        online=board.online,
+        previous=extra.previous,
+        running=board.running,
+        phase=_phase(board.phase),
+        progress=board.progress,
+        code=_code(board.code),
+        message=board.message,
+        exercised=board.exercised,
+        retrying=board.retrying,
+        offered_at=utc_or_none(board.offered_at),
+        acked_at=utc_or_none(board.acked_at),
+        ended_at=utc_or_none(board.ended_at),
+        timings_ms=extra.timings_ms,
+        log=extra.log,
+    )
+
+
+def _phase(text: str) -> Phase | None:
+    return Phase(text) if text in Phase.__members__.values() else None
+
+
+def _code(text: str) -> RejectCode | None:
+    return RejectCode(text) if text in RejectCode.__members__.values() else None
+
+
+def _happened(row: EventRow) -> api.TimelineEntry:
+    return api.TimelineEntry(
+        at=utc(row.at), kind=row.kind, text=row.text, rollout=row.rollout, assignment=row.assignment
+    )
+
+
+def _reported(row: ReportRow) -> api.TimelineEntry:
+    report = msgspec.json.decode(row.raw, type=Report)
+    return api.TimelineEntry(
+        at=utc(row.at),
+        kind="report",
+        text=_sentence(report),
+        instance=report.instance,
+        target=report.target,
+        phase=report.phase,
+        code=report.code,
+        message=report.message,
+        action=advice(report.code),
+        retryable=report.code in RETRYABLE,
+        rollout=report.rollout,
+        assignment=report.assignment,
+        log=report.log,
+        timings_ms=report.timings_ms,
+    )
+
+
+def _sentence(report: Report) -> str:
+    what = f"{report.instance}: {_shown(report.target)}" if report.instance else f"assignment {report.assignment}"
+    said = f" ({report.code}): {report.message}" if report.code else f": {report.message}" if report.message else ""
+    match report.phase:
+        case Phase.COMMITTED if report.instance and not report.target:
+            return f"{report.instance}: removed"
+        case Phase.COMMITTED:
+            return f"{what} is committed" + ("" if report.exercised else ", though few calls came to try it")
+        case Phase.ROLLED_BACK:
+            back = f"; {_shown(report.running)} answers again" if report.running else ""
+            return f"{what} was rolled back{said}{back}"
+        case Phase.FAILED:
+            return f"{what} was not started{said}"
+        case _:
+            done = "" if report.progress is None else f" {report.progress}%"
+            return f"{what} {report.phase}{done}{said}"
+
+
+def _shown(target: str) -> str:
+    try:
+        return str(TargetName.from_path(target))
+    except BadNameError:
+        return target
