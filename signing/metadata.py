@@ -13,7 +13,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from securesystemslib.signer import Key, Signature
 from tuf.api.exceptions import LengthOrHashMismatchError
-from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, Targets, Timestamp
+from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 from tuf.api.serialization import DeserializationError, SerializationError
 
 from fleet.protocol import caps
@@ -141,7 +141,7 @@ def check_expiry(signed: Signed, now: datetime, what: str) -> None:
         )
 
 
-def check_file(meta: MetaFile, data: bytes, what: str) -> None:
+def check_file(meta: MetaFile | TargetFile, data: bytes, what: str) -> None:
     """Refuse a file that is not the one that another role promised (TUF specification, 5.5.2 and 5.6.2).
 
     Raises:

@@ -68,7 +68,7 @@ class TrustedSet(Workflow):
             Rejected: TOO_LARGE, MALFORMED, UNSIGNED, WRONG_FLEET, WRONG_DEVICE, ROLLBACK, EQUIVOCATION, EXPIRED,
                 FREEZE, EMPTY.
         """
-        self.facts = facts
+        self.facts = facts = facts.together(self.facts)
         self._check_current(fleet, now)
         accepted, sha256, self.facts = orders.assignment(
             self._director(), envelope, fleet=fleet, device=device, facts=facts, now=now, clamp=self._clamp()
@@ -89,7 +89,7 @@ class TrustedSet(Workflow):
         Raises:
             Rejected: as `accept`; REPLAY for another nonce, FREEZE when the director means another assignment.
         """
-        self.facts = facts
+        self.facts = facts = facts.together(self.facts)
         self._check_current(fleet, None)
         statement, self.facts = orders.fresh(
             self._director(),
@@ -112,7 +112,7 @@ class TrustedSet(Workflow):
         Raises:
             Rejected: as `accept`; REPLAY for a sequence that is not higher than the last.
         """
-        self.facts = facts
+        self.facts = facts = facts.together(self.facts)
         self._check_current(fleet, now)
         command, self.facts = orders.command(
             self._director(), envelope, fleet=fleet, device=device, facts=facts, now=now
@@ -176,7 +176,7 @@ class TrustedSet(Workflow):
             Rejected: UNKNOWN_TARGET, REVOKED, TARGET_MISMATCH, WRONG_ARCH, SECURITY_EPOCH, GRANT_DENIED, MALFORMED,
                 and those of `refresh` for the namespace's role.
         """
-        self.facts = self.facts if facts is None else facts
+        self.facts = self.facts if facts is None else facts.together(self.facts)
         if committed is not None and item.same_as(committed.item):
             return self._reconfirm(item, committed, local, arch)
         found = self.search(item.target)

@@ -91,7 +91,7 @@ class Workflow:
         Raises:
             Rejected: with the code of what was found. Nothing can be resolved until a refresh succeeds.
         """
-        self.facts, self._now = facts, now
+        self.facts, self._now = facts.together(self.facts), now
         self._root = self._timestamp = self._snapshot = None
         self._roles = {}
         root = self._update_root(now)
@@ -106,12 +106,14 @@ class Workflow:
         pinned = metadata.parse(Root, self._pinned, "the pinned root")
         metadata.verify_metadata(pinned.signed, "root", pinned)
         root, data = pinned.signed, self._pinned
-        for _ in range(caps.ROOT_ROTATIONS_MAX):
-            following = self._next_root(root)
-            if following is None:
-                break
-            root, data = following
-            self._cache.store(f"root_history/{root.version}.root.json", data)
+        try:
+            for _ in range(caps.ROOT_ROTATIONS_MAX):
+                following = self._next_root(root)
+                if following is None:
+                    break
+                root, data = following
+                self._cache.store(f"root_history/{root.version}.root.json", data)
+        finally:
             self._cache.store("root.json", data)
         # 5.3.11 comes before the expiry, so that a rotation is noticed in any case.
         if root.version < self.facts.root:
@@ -119,7 +121,6 @@ class Workflow:
         online = metadata.key_set(root, ("timestamp", "snapshot"))
         self.facts = self.facts.with_root(root.version, online)
         metadata.check_expiry(root, now, "root")  # 5.3.10
-        self._cache.store("root.json", data)
         if self._production and profile(root).get("size") == "dev":
             raise Rejected(
                 RejectCode.DEVELOPMENT, "this repository was made for development, and the board is in production"

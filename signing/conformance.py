@@ -1,0 +1,127 @@
+"""`fleet-tuf-conformance`: the board's TUF client behind the command line of the public TUF conformance suite.
+
+    fleet-tuf-conformance --metadata-dir DIR [--metadata-url URL] init ROOT
+    fleet-tuf-conformance --metadata-dir DIR --metadata-url URL refresh
+    fleet-tuf-conformance --metadata-dir DIR --metadata-url URL --target-name NAME --target-base-url URL
+        --target-dir DIR download
+
+It is the same `Workflow`, `Facts` and `DirectoryCache` that the agent runs; only fetching is the plainest HTTP there
+is. Exit code 0 for success, 1 for a verdict against the repository. After a refresh the trusted metadata lies
+unversioned in DIR, and beside it, hidden, what is remembered apart from it.
+"""
+
+import argparse
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+from urllib.error import HTTPError
+from urllib.parse import quote, urlsplit
+from urllib.request import urlopen
+
+import msgspec
+
+from fleet.protocol import caps
+from fleet.protocol.codes import RejectCode
+from signing import metadata
+from signing.cache import DirectoryCache
+from signing.errors import FetchNotFound, Rejected
+from signing.facts import Facts
+from signing.workflow import Workflow
+
+TIMEOUT_S: Final = 30
+PINNED: Final = ".pinned-root"
+FACTS: Final = ".facts"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command of the suite; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    directory = Path(options.metadata_dir)
+    try:
+        if options.command == "init":
+            _init(directory, Path(options.root))
+        else:
+            workflow = _refresh(directory, options.metadata_url)
+            if options.command == "download":
+                _download(workflow, options.target_name, options.target_base_url, Path(options.target_dir))
+    except (Rejected, OSError, msgspec.MsgspecError) as error:
+        print(f"fleet-tuf-conformance: {error}", file=sys.stderr)  # noqa: T201 - a command
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fleet-tuf-conformance", description="The board's TUF client, to be tested.")
+    parser.add_argument("--metadata-dir", required=True)
+    parser.add_argument("--metadata-url", default="")
+    parser.add_argument("--target-name", default="")
+    parser.add_argument("--target-base-url", default="")
+    parser.add_argument("--target-dir", default=".")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("init").add_argument("root")
+    commands.add_parser("refresh")
+    commands.add_parser("download")
+    return parser
+
+
+def _init(directory: Path, root: Path) -> None:
+    """Pin a root, as enrolment does."""
+    data = root.read_bytes()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / PINNED).write_bytes(data)
+    (directory / "root.json").write_bytes(data)
+    (directory / FACTS).unlink(missing_ok=True)
+
+
+def _refresh(directory: Path, url: str) -> Workflow:
+    facts_file = directory / FACTS
+    facts = Facts.decode(facts_file.read_bytes()) if facts_file.exists() else Facts()
+
+    def fetch(name: str, max_bytes: int) -> bytes:
+        # A role may be named in any way; what `Workflow` asks for is a file name that has to become part of a URL.
+        return _get(f"{url.rstrip('/')}/{quote(name)}", max_bytes)
+
+    workflow = Workflow(root=(directory / PINNED).read_bytes(), fetch=fetch, cache=DirectoryCache(directory))
+    try:
+        workflow.refresh(facts=facts, now=facts.time(datetime.now(UTC)))
+    finally:
+        facts_file.write_bytes(workflow.facts.encode())
+    return workflow
+
+
+def _download(workflow: Workflow, name: str, base_url: str, directory: Path) -> None:
+    """Fetch a target, or leave the one that is there already; it is taken only with the length and hashes signed."""
+    target = workflow.target(name)
+    if target is None:
+        raise Rejected(RejectCode.UNKNOWN_TARGET, f"nobody has published {name!r}")
+    path = directory / quote(name, safe="")
+    if path.exists() and metadata.sha256(path.read_bytes()) == target.hashes.get("sha256"):
+        return
+    head, _, tail = name.rpartition("/")
+    prefix = f"{next(iter(target.hashes.values()))}." if workflow.loaded()[0].consistent_snapshot else ""
+    remote = f"{head}/{prefix}{tail}" if head else f"{prefix}{tail}"
+    data = _get(f"{base_url.rstrip('/')}/{remote}", target.length)
+    metadata.check_file(target, data, name)
+    path.write_bytes(data)
+
+
+def _get(url: str, max_bytes: int) -> bytes:
+    if urlsplit(url).scheme not in {"http", "https"}:
+        raise Rejected(RejectCode.UNREACHABLE, f"{url} is not an http or https URL")
+    try:
+        with urlopen(url, timeout=TIMEOUT_S) as response:  # noqa: S310 - the scheme was checked
+            data: bytes = response.read(min(max_bytes, caps.ARTIFACT_MAX_BYTES) + 1)
+    except HTTPError as error:
+        if error.code in {403, 404}:
+            raise FetchNotFound(url) from error
+        raise Rejected(RejectCode.UNREACHABLE, f"{url}: HTTP {error.code}") from error
+    except OSError as error:
+        raise Rejected(RejectCode.UNREACHABLE, f"{url}: {error}") from error
+    if len(data) > max_bytes:
+        raise Rejected(RejectCode.TOO_LARGE, f"{url} has more than {max_bytes} bytes")
+    return data
+
+
+if __name__ == "__main__":
+    sys.exit(main())
