@@ -1,6 +1,7 @@
 """`fleet init`, `serve` and `completion`."""
 
 import asyncio
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -9,10 +10,11 @@ import click
 from click.shell_completion import get_completion_class
 
 from fleet.cli import out
-from fleet.cli.base import Fault, Options, command
+from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.home import home
 
 if TYPE_CHECKING:
+    from fleet.server.main import Ready
     from fleet.setup import Made
 
 _SERVER_PARTS = "install them: pip install 'wasmfleet[server]'"
@@ -104,17 +106,35 @@ def _new_passphrase() -> bytes:
     return answer.encode()
 
 
-@command("serve", json=False, examples="fleet serve\nfleet --home /srv/fleet serve")
-def serve(options: Options) -> None:
+@command("serve", json=False, examples="fleet serve\nfleet --home /srv/fleet serve --broker mosquitto")
+@click.option("--broker", metavar="WHICH", help="In place of the configured one: auto, mosquitto, embedded, mqtts://…")
+@click.option("--verbose", "-v", is_flag=True, help="Log more")
+def serve(options: Options, *, broker: str | None, verbose: bool) -> None:
     """Run the fleet's server until it is told to stop: API, artifacts, rollouts, ingest and the broker.
 
     Where it listens stands in server/server.toml under the fleet's directory.
     """
     try:
-        from fleet.server.main import run  # noqa: PLC0415 - the server's parts may not be installed
+        from fleet.server import main  # noqa: PLC0415 - the server's parts may not be installed
     except ImportError as error:
         raise Fault("the server cannot run here", f"{error.name} is not installed", _SERVER_PARTS) from None
-    asyncio.run(run(home(options)))
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO if verbose else logging.WARNING
+    )
+
+    def ready(up: "Ready") -> None:
+        out.say(
+            options,
+            f"The fleet {up.fleet} is up; Ctrl-C stops the server, boards go on.\n"
+            f"  operators  {up.operators_url}\n"
+            f"  boards     {', '.join([up.devices_url, *up.mqtt])}\n"
+            f"  broker     {up.broker}",
+        )
+
+    try:
+        asyncio.run(main.run(home(options), broker=broker, on_ready=ready))
+    except main.ServeError as error:
+        raise Fault(str(error), code=Exit.FAILED) from None
 
 
 @command("completion", json=False, examples='eval "$(fleet completion bash)"\nfleet completion fish | source')

@@ -1,0 +1,339 @@
+"""What listings print, for people and for programs, and what acts on boards and rollouts send."""
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+import pytest
+
+from fleet.protocol import api
+from fleet.protocol.codes import InstanceState, Phase, RejectCode
+from fleet.protocol.messages import Board, Health, InstanceHealth, Versions
+
+NOW = datetime.now(UTC)
+HELLO = InstanceHealth(
+    instance="hello",
+    target="components/main/hello/1.0.0.wasm",
+    generation=3,
+    state=InstanceState.RUNNING,
+    calls={"ok": 90, "guest-trap": 2},
+    p99_us=1500,
+    memory_bytes=4 << 20,
+    restarts=1,
+)
+ROW = api.DeviceRow(
+    id="gate-0a0a0a0a",
+    name="gate",
+    groups=("edge-eu",),
+    online=True,
+    seen_at=NOW - timedelta(days=5),
+    machine="aarch64",
+    versions=Versions(agent="0.1.0", engine="50.0.1"),
+    instances=(HELLO, msgspec.structs.replace(HELLO, instance="blue", state=InstanceState.BACKOFF)),
+)
+DARK = api.DeviceRow(id="hut-1b1b1b1b", name="hut", seen_at=None, problem="it has not answered since it enrolled")
+DETAIL = api.DeviceDetail(
+    row=ROW,
+    enrolled_at=NOW - timedelta(days=4),
+    health=Health(
+        device=ROW.id,
+        boot_id="b",
+        at=NOW,
+        board=Board(uptime_s=7200, load=0.25, cpus=4, temperature_c=41.5, memory_total_bytes=1 << 29),
+        containment={"seccomp": True, "landlock": False},
+    ),
+    effective=(
+        api.Effective(
+            instance="hello",
+            target=HELLO.target,
+            source="rollout 7 (group edge-eu)",
+            config={"level": "info"},
+            port=8081,
+            attempt=2,
+        ),
+    ),
+    failed=(
+        api.TimelineEntry(
+            at=NOW, kind="report", text="blue was refused: grant-denied", action="raise this board's policy"
+        ),
+    ),
+)
+ROLLOUT = api.RolloutView(
+    id="r7",
+    number=7,
+    revision=3,
+    state=api.RolloutState.HALTED,
+    instance="hello",
+    target=HELLO.target,
+    group="edge-eu",
+    counts={"failed": 1, "skipped": 1, "pending": 0},
+    reason="1 of 1 boards failed",
+    created_at=NOW - timedelta(minutes=3),
+)
+
+
+def words(text: str) -> list[list[str]]:
+    """The cells of each line: columns are two spaces or more apart."""
+    import re
+
+    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+
+
+@pytest.fixture
+def fleet_of_two(desk):
+    desk.routes["GET", "/v1/devices"] = api.Devices(devices=(ROW, DARK))
+    desk.routes["GET", f"/v1/devices/{ROW.id}"] = DETAIL
+    desk.routes["GET", "/v1/rollouts"] = api.Rollouts(rollouts=(ROLLOUT,))
+    desk.routes["GET", "/v1/groups"] = api.Groups(
+        groups=(
+            api.GroupRow(
+                name="edge-eu",
+                boards=1,
+                online=1,
+                rollout=7,
+                settled=(api.Settled(instance="hello", target=HELLO.target, since=NOW),),
+            ),
+            api.GroupRow(name="spares", selector={"site": "berlin"}, priority=2),
+        )
+    )
+    return desk
+
+
+def test_devices(fleet, fleet_of_two):
+    result = fleet("devices")
+    assert result.exit_code == 0
+    assert words(result.stdout) == [
+        ["DEVICE", "STATE", "GROUPS", "RUNS", "MACHINE", "SEEN"],
+        [
+            "gate-0a0a0a0a",
+            "online",
+            "edge-eu",
+            "hello@1.0.0, blue=hello@1.0.0 (backoff)",
+            "aarch64",
+            "5 d ago",
+        ],
+        ["hut-1b1b1b1b", "offline", "-", "-", "-", "never", "it has not answered since it enrolled"],
+    ]
+    assert not any(line.endswith(" ") for line in result.stdout.splitlines())
+
+
+def test_devices_of_a_group_as_json(fleet, fleet_of_two):
+    result = fleet("devices", "--group", "edge-eu", "--json")
+    assert [row["id"] for row in json.loads(result.stdout)["devices"]] == ["gate-0a0a0a0a"]
+
+
+def test_the_options_may_stand_before_the_command_too(fleet, fleet_of_two):
+    assert json.loads(fleet("--json", "devices").stdout) == json.loads(fleet("devices", "--json").stdout)
+
+
+def test_no_devices_yet(fleet, desk):
+    desk.routes["GET", "/v1/devices"] = api.Devices()
+    assert fleet("devices").stdout == "No board yet: 'fleet enroll-token --group G' makes a token for one.\n"
+    assert json.loads(fleet("devices", "--json").stdout) == {"devices": []}
+
+
+def test_groups(fleet, fleet_of_two):
+    assert words(fleet("groups").stdout) == [
+        ["GROUP", "BOARDS", "ONLINE", "RUNS", "ROLLOUT", "MEMBERS"],
+        ["edge-eu", "1", "1", "hello@1.0.0", "7", "listed"],
+        ["spares", "0", "0", "-", "-", "by label site=berlin, priority 2"],
+    ]
+
+
+def test_rollouts(fleet, fleet_of_two):
+    assert words(fleet("rollouts").stdout)[1] == [
+        "7",
+        "halted",
+        "hello",
+        "main/hello@1.0.0",
+        "edge-eu",
+        "1 failed 1 skipped",
+        "3 min ago",
+        "1 of 1 boards failed",
+    ]
+
+
+def test_one_device_in_full(fleet, fleet_of_two):
+    text = fleet("device", ROW.id).stdout
+    for line in (
+        ["board", "up 2 h, load 0.25 on 4 CPUs, 42 °C"],
+        ["walls", "seccomp, NO landlock"],
+        ["hello", "hello@1.0.0", "running", "92", "2", "1.5 ms", "4.0 MiB", "1"],
+        ["hello", "main/hello@1.0.0", "rollout 7 (group edge-eu)", "8081", "level=info"],
+        ["problem: blue was refused: grant-denied"],
+        ["raise this board's policy"],
+    ):
+        assert line in words(text)
+
+
+def test_why_says_what_to_do(fleet, desk):
+    entries = (
+        api.TimelineEntry(
+            at=NOW,
+            kind="report",
+            text="hello 3.0.0 was rolled back: trapped",
+            phase=Phase.ROLLED_BACK,
+            code=RejectCode.TRAPPED,
+            action="mend it and push again",
+            log=("unreachable",),
+        ),
+        api.TimelineEntry(at=NOW, kind="report", text="fetching was interrupted", retryable=True),
+    )
+    desk.routes["GET", f"/v1/devices/{ROW.id}/timeline"] = api.Timeline(device=ROW.id, entries=entries)
+    text = fleet("why", ROW.id, "--log").stdout
+    assert "hello 3.0.0 was rolled back: trapped" in text
+    assert "do: mend it and push again" in text
+    assert "| unreachable" in text
+    assert "the board tries this again by itself" in text
+    assert json.loads(fleet("why", ROW.id, "--json").stdout)["device"] == ROW.id
+
+
+def test_status_names_what_is_wrong(fleet, desk):
+    desk.routes["GET", "/v1/status"] = api.Status(
+        fleet="acme",
+        size="dev",
+        production=False,
+        version="0.1.0",
+        now=NOW,
+        started_at=NOW - timedelta(hours=3),
+        operators_url="https://127.0.0.1:8743",
+        devices_url="https://127.0.0.1:8744",
+        mqtt=("mqtts://127.0.0.1:8883",),
+        broker="embedded",
+        broker_connected=False,
+        devices=2,
+        online=1,
+        roles=(api.Published(role="timestamp", version=3, expires=NOW + timedelta(days=2)),),
+        problems=("the broker is away",),
+    )
+    text = fleet("status").stdout
+    assert "acme (dev, for development only)" in text
+    assert "embedded, NOT connected" in text
+    assert ["timestamp", "3", "in 2 d"] in words(text)
+    assert "problem: the broker is away" in text
+
+
+def test_a_token_is_alone_on_standard_output_so_that_it_can_be_piped(fleet, desk):
+    desk.routes["POST", "/v1/enroll-tokens"] = api.EnrollTokenReply(token="wf1.abc", group="edge-eu", expires=NOW)
+    result = fleet("enroll-token", "--group", "edge-eu", "--valid", "30m")
+    assert result.stdout == "wf1.abc\n"
+    assert "For one board into group edge-eu" in result.stderr
+    assert desk.sent("/v1/enroll-tokens") == {"group": "edge-eu", "valid_s": 1800}
+    quiet = fleet("enroll-token", "--group", "edge-eu", "--quiet")
+    assert (quiet.stdout, quiet.stderr) == ("wf1.abc\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method", "path", "body"),
+    [
+        (["unpin", ROW.id, "hello"], "POST", f"/v1/devices/{ROW.id}/unpin", {"instance": "hello"}),
+        (["retry", ROW.id, "hello"], "POST", f"/v1/devices/{ROW.id}/retry", {"instance": "hello"}),
+        (["label", ROW.id, "a=b", "c-"], "PUT", f"/v1/devices/{ROW.id}/labels", {"labels": {"a": "b", "c": None}}),
+        (["revoke", ROW.id, "--yes"], "POST", f"/v1/devices/{ROW.id}/revoke", None),
+    ],
+)
+def test_acts_on_a_board(arguments, method, path, body, fleet, desk):
+    desk.routes[method, path] = DETAIL
+    result = fleet(*arguments)
+    assert result.exit_code == 0
+    assert ROW.id in result.stdout
+    if body is not None:
+        assert desk.sent(path) == body
+    assert msgspec.json.decode(fleet(*arguments, "--json").stdout, type=api.DeviceDetail).row.id == ROW.id
+
+
+def test_a_board_is_not_revoked_without_a_yes(fleet, desk):
+    result = fleet("revoke", ROW.id, stdin="n\n")
+    assert (result.exit_code, desk.seen) == (130, [])
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "abort"])
+def test_acts_on_a_rollout(verb, fleet, desk):
+    desk.routes["POST", f"/v1/rollouts/7/{verb}"] = ROLLOUT
+    result = fleet("rollout", verb, "7")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Rollout 7 ")
+
+
+def test_a_number_alone_shows_the_rollout(fleet, desk):
+    desk.routes["GET", "/v1/rollouts/7"] = ROLLOUT
+    text = fleet("rollout", "7").stdout
+    assert text.startswith("Rollout 7: main/hello@1.0.0 as hello to group edge-eu")
+    assert ["reason", "1 of 1 boards failed"] in words(text)
+
+
+def test_undo_and_remove_say_what_they_mean(fleet, desk):
+    desk.views = [ROLLOUT] * 4
+    assert fleet("undo", "7", "--detach").exit_code == 1  # it is decided already, and badly
+    assert desk.sent("/v1/undo") == {"rollout": "7", "group": "", "waves": "1, 100%"}
+    fleet("remove", "hello", "--group", "edge-eu", "--keep-data")
+    sent = desk.sent("/v1/removals")
+    assert (sent["instance"], sent["group"], sent["keep_data"]) == ("hello", "edge-eu", True)
+
+
+@pytest.mark.parametrize(
+    ("problem", "line"),
+    [
+        (
+            api.Problem(
+                type="unknown-group",
+                title="no group 'edge-eu'",
+                status=404,
+                detail="there are none",
+                action="make it with 'fleet group'",
+            ),
+            "error: no group 'edge-eu'; there are none; make it with 'fleet group'\n",
+        ),
+        (
+            api.Problem(type="unauthorised", title="the token is not known here", status=401),
+            "error: the token is not known here\n",
+        ),
+    ],
+)
+def test_what_the_server_refuses_is_one_line_and_exit_code_4(problem, line, fleet, desk):
+    desk.routes["GET", "/v1/devices"] = problem
+    result = fleet("devices")
+    assert (result.exit_code, result.stderr) == (4, line)
+
+
+# -- the home ------------------------------------------------------------------------------------------------------
+
+
+def test_an_unreachable_server_is_exit_code_3_and_named(fleet, home):
+    result = fleet("devices")
+    assert result.exit_code == 3
+    assert "https://127.0.0.1:8743; connection refused" in result.stderr
+    assert "fleet serve" in result.stderr
+
+
+def test_no_fleet_here(fleet):
+    result = fleet("devices")
+    assert result.exit_code == 2
+    assert "no fleet in" in result.stderr
+    assert "fleet init --dev" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [('url = "', "is not TOML"), ('fleet = "f"\nnamespace = "main"\n', "has no url"), ("url = 7\n", "has no url")],
+)
+def test_a_damaged_configuration_is_named(text, words, fleet, home):
+    (home / "operator/config.toml").write_text(text)
+    result = fleet("devices")
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_a_token_that_others_can_read_is_not_used(fleet, home):
+    (home / "operator/token").chmod(0o640)
+    result = fleet("devices")
+    assert result.exit_code == 2
+    assert "chmod 600" in result.stderr
+
+
+def test_init_never_overwrites(fleet, home):
+    token = (home / "operator/token").read_bytes()
+    result = fleet("init", "--dev")
+    assert result.exit_code == 2
+    assert "holds a fleet already" in result.stderr
+    assert (home / "operator/token").read_bytes() == token
