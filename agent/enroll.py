@@ -27,17 +27,21 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_private_key,
 )
 from cryptography.x509.oid import NameOID
 
 from agent import tls
 from agent.fetch import FetchError, FixedTls, Https, sync_directory
 from agent.identity import Identity
+from agent.images import write_once
 from fleet.protocol import caps, names, wire
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.enrolment import BadTokenError, Enrolled, EnrolRequest, Token
 
 CONNECT_S: Final = 20.0
+NEW: Final = ".identity.new"
+"""Where an identity is made ready, in the state directory."""
 
 
 class EnrolError(Exception):
@@ -97,8 +101,29 @@ def certificate_request(key: ec.EllipticCurvePrivateKey, name: str) -> str:
     return request.public_bytes(Encoding.PEM).decode()
 
 
-def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _private_pem(key: ec.EllipticCurvePrivateKey | X25519PrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _keys(fresh: Path, token_sha256: str) -> tuple[ec.EllipticCurvePrivateKey, X25519PrivateKey]:
+    """Keys for one token, on the disk before they are shown to anyone.
+
+    A board that asked and did not hear the answer asks again with the same key, and the server knows it.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if (fresh / "token.sha256").read_text() == token_sha256:
+            key = load_pem_private_key((fresh / "device.key").read_bytes(), password=None)
+            sealing = load_pem_private_key((fresh / "sealing.key").read_bytes(), password=None)
+            if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(sealing, X25519PrivateKey):
+                return key, sealing
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(mode=0o700, parents=True)
+    key, sealing = ec.generate_private_key(ec.SECP256R1()), X25519PrivateKey.generate()
+    _write(fresh / "device.key", _private_pem(key))
+    _write(fresh / "sealing.key", _private_pem(sealing))
+    _write(fresh / "token.sha256", token_sha256.encode())
+    sync_directory(fresh)
+    return key, sealing
 
 
 def enroll(text: str, *, state: Path, name: str, production: bool, force: bool = False, machine: str = "") -> Identity:
@@ -125,20 +150,18 @@ def enroll(text: str, *, state: Path, name: str, production: bool, force: bool =
     now = max(datetime.now(UTC), token.floor)
     if now >= token.expires:
         raise EnrolError(f"this token expired on {token.expires:%Y-%m-%d %H:%M} UTC: ask for another one")
-    key, sealing = ec.generate_private_key(ec.SECP256R1()), X25519PrivateKey.generate()
-    enrolled, ca_pem = _ask(token, key, sealing, name, machine)
-    identity = _checked(token, enrolled, key, production=production, machine=machine)
-    files = {
-        "device.key": _private_pem(key),
-        "device.pem": enrolled.certificate_pem.encode(),
-        "ca.pem": ca_pem.encode(),
-        "sealing.key": sealing.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
-        "mac.key": os.urandom(32),
-        "root.json": enrolled.root.encode(),
-        "enrolled.json": msgspec.json.encode(identity),
-    }
     try:
-        _write(state, files)
+        key, sealing = _keys(state / NEW, hashlib.sha256(text.strip().encode()).hexdigest())
+        enrolled, ca_pem = _ask(token, key, sealing, name, machine)
+        identity = _checked(token, enrolled, key, production=production, machine=machine)
+        files = {
+            "device.pem": enrolled.certificate_pem.encode(),
+            "ca.pem": ca_pem.encode(),
+            "mac.key": os.urandom(32),
+            "root.json": enrolled.root.encode(),
+            "enrolled.json": msgspec.json.encode(identity),
+        }
+        _install(state, files)
     except OSError as error:
         raise EnrolError(f"cannot write {directory}: {error.strerror}") from error
     return identity
@@ -235,18 +258,20 @@ def _checked(
     )
 
 
-def _write(state: Path, files: dict[str, bytes]) -> None:
+def _write(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _install(state: Path, files: dict[str, bytes]) -> None:
     """The new identity, whole or not at all; what belonged to an old one is removed first."""
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fresh, final = state / ".identity.new", state / "identity"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(mode=0o700)
+    fresh, final = state / NEW, state / "identity"
     for name, data in files.items():
-        descriptor = os.open(fresh / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(fresh / name, data)
+    (fresh / "token.sha256").unlink()
     sync_directory(fresh)
     if final.exists():
         (final / "enrolled.json").unlink(missing_ok=True)
@@ -270,8 +295,6 @@ def renewal_request(identity: Path, device: str) -> str:
 
 
 def _load_key(identity: Path) -> ec.EllipticCurvePrivateKey:
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key  # noqa: PLC0415 - seldom needed
-
     key = load_pem_private_key((identity / "device.key").read_bytes(), password=None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     return key
@@ -291,8 +314,6 @@ def install_certificate(identity: Path, pem: str) -> None:
         EnrolError: it is not.
         OSError: it cannot be written.
     """
-    from agent.images import write_once  # noqa: PLC0415 - seldom needed
-
     try:
         renewed = x509.load_pem_x509_certificate(pem.encode())
     except ValueError as error:

@@ -177,7 +177,7 @@ class Https:
                 data += chunk
                 if len(data) > max_bytes:
                     raise FetchError(RejectCode.TOO_LARGE, f"{path}: more than {max_bytes} bytes")
-            if answer.status != http.client.OK:
+            if answer.status not in {http.client.OK, http.client.CREATED}:
                 raise _refusal(answer.status, path, bytes(data))
             if answer.length:
                 raise FetchError(RejectCode.UNREACHABLE, f"{path}: the answer ended early")
