@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
-from securesystemslib.signer import Signer
+from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import (
     DelegatedRole,
@@ -86,24 +86,29 @@ def create(
     if not namespaces:
         raise RepositoryError("a repository needs at least one namespace")
     limits = {} if ceilings is None else ceilings
-    top = Targets(expires=_until(now, "targets"), delegations=Delegations({}, {}))
-    delegate(top, DIRECTOR, [director], paths=[])
+    top = Targets(expires=until(now, "targets"), delegations=Delegations({}, {}))
+    delegate(top, DIRECTOR, [director.public_key], paths=[])
     for name, signer in namespaces.items():
-        delegate(top, name, [signer], ceiling=limits.get(name))
+        delegate(top, name, [signer.public_key], ceiling=limits.get(name))
     profile = {"fleet": names.check_label(fleet, "fleet"), "size": "dev" if dev else "solo"}
-    first = Root(expires=_until(now, "root"), consistent_snapshot=True, unrecognized_fields={PROFILE: profile})
+    first = Root(expires=until(now, "root"), consistent_snapshot=True, unrecognized_fields={PROFILE: profile})
     for role, signer in (("root", root), ("targets", targets), ("snapshot", snapshot), ("timestamp", timestamp)):
         first.add_key(signer.public_key, role)
     files = {"1.root.json": _signed(first, [root]), "1.targets.json": _signed(top, [targets])}
     for name, signer in namespaces.items():
-        files[f"1.{name}.json"] = _signed(Targets(expires=_until(now, "namespace")), [signer])
+        files[f"1.{name}.json"] = new_role(signer=signer, now=now)
     return files | online(files, snapshot_signer=snapshot, timestamp_signer=timestamp, now=now)
+
+
+def new_role(*, signer: Signer, now: datetime) -> bytes:
+    """The first version of a namespace's role, empty, as `1.<namespace>.json`."""
+    return _signed(Targets(expires=until(now, "namespace")), [signer])
 
 
 def delegate(
     top: Targets,
     name: str,
-    keys: Sequence[Signer],
+    keys: Sequence[Key],
     *,
     threshold: int = 1,
     paths: list[str] | None = None,
@@ -122,15 +127,15 @@ def delegate(
         if name in RESERVED:
             raise RepositoryError(f"{name!r} is a role of its own and cannot be a namespace")
         paths = [f"components/{name}/*/*"]
-    values = {metadata.identity(signer.public_key) for signer in keys}
+    values = {metadata.identity(key) for key in keys}
     if len(values) != len(keys) or len(keys) < threshold:
         raise RepositoryError(f"{name} needs {threshold} different keys")
     fields: dict[str, Any] = {} if ceiling is None else {CEILING: msgspec.to_builtins(ceiling)}
     assert top.delegations is not None
     assert top.delegations.roles is not None
     top.delegations.roles[name] = DelegatedRole(name, [], threshold, True, paths, unrecognized_fields=fields)
-    for signer in keys:
-        top.add_key(signer.public_key, name)
+    for key in keys:
+        top.add_key(key, name)
 
 
 def latest(files: Mapping[str, bytes], role: str) -> tuple[int, bytes]:
@@ -144,6 +149,10 @@ def latest(files: Mapping[str, bytes], role: str) -> tuple[int, bytes]:
     if version == 0:
         raise RepositoryError(f"the repository has no role {role!r}")
     return version, files[f"{version}.{role}.json"]
+
+
+def _exists(current: Mapping[str, bytes], role: str) -> bool:
+    return any((m := _FILE.fullmatch(name)) is not None and m[2] == role for name in current)
 
 
 def add_target(
@@ -242,7 +251,7 @@ def check_role(current: Mapping[str, bytes], namespace: str, data: bytes) -> int
         raise RepositoryError(f"the repository has no namespace {namespace!r}")
     new = metadata.parse(Targets, data, namespace)
     metadata.verify_metadata(top, namespace, new)
-    version, before = latest(current, namespace)
+    version, before = latest(current, namespace) if _exists(current, namespace) else (0, None)
     if before == data:
         return version
     if new.signed.version != version + 1:
@@ -250,7 +259,8 @@ def check_role(current: Mapping[str, bytes], namespace: str, data: bytes) -> int
             f"{namespace} is at version {version}, and this is version {new.signed.version}: "
             "someone else published in between, fetch and sign again"
         )
-    _check_growth(_parse(Targets, before, namespace), new.signed, namespace)
+    if before is not None:
+        _check_growth(_parse(Targets, before, namespace), new.signed, namespace)
     limits = ceiling(top, namespace)
     for path, target in new.signed.targets.items():
         if not _delegated(top)[namespace].is_delegated_path(path):
@@ -278,27 +288,28 @@ def online(
         File name -> bytes, to be written in this order.
 
     Raises:
-        RepositoryError: targets or a namespace's role is missing.
+        RepositoryError: root or targets is missing.
         Rejected: the repository's own files do not verify from their newest root.
     """
-    _, top = _verified_top(current)
-    version, old = _newest(current, Snapshot, "snapshot")
+    root, top = _verified_top(current)
+    version, old, stands = _newest_snapshot(current, root)
     meta = {} if old is None else dict(old.meta)
-    for name in ("targets", *(each for each in _delegated(top) if each != DIRECTOR)):
+    # A namespace that was just added has no role until its publisher uploads the first.
+    for name in ("targets", *(each for each in _delegated(top) if _exists(current, each))):
         number, data = latest(current, name)
         meta[f"{name}.json"] = MetaFile(number, len(data), {"sha256": metadata.sha256(data)})
     files: dict[str, bytes] = {}
-    if old is None or old.meta != meta or _half_gone(old, now, "snapshot"):
+    if old is None or not stands or old.meta != meta or _half_gone(old, now, "snapshot"):
         version += 1
         files[f"{version}.snapshot.json"] = _signed(
-            Snapshot(version, expires=_until(now, "snapshot"), meta=meta), [snapshot_signer]
+            Snapshot(version, expires=until(now, "snapshot"), meta=meta), [snapshot_signer]
         )
     snapshot = files.get(f"{version}.snapshot.json") or current[f"{version}.snapshot.json"]
     before = current.get("timestamp.json")
     number = 0 if before is None else _parse(Timestamp, before, "timestamp").version
     promise = MetaFile(version, len(snapshot), {"sha256": metadata.sha256(snapshot)})
     files["timestamp.json"] = _signed(
-        Timestamp(number + 1, expires=_until(now, "timestamp"), snapshot_meta=promise), [timestamp_signer]
+        Timestamp(number + 1, expires=until(now, "timestamp"), snapshot_meta=promise), [timestamp_signer]
     )
     return files
 
@@ -313,12 +324,18 @@ def _half_gone(signed: Signed, now: datetime, role: str) -> bool:
     return signed.expires - now < LIFE[role] / 2
 
 
-def _newest(current: Mapping[str, bytes], kind: type[S], role: str) -> tuple[int, S | None]:
+def _newest_snapshot(current: Mapping[str, bytes], root: Root) -> tuple[int, Snapshot | None, bool]:
+    """Its version, itself, and whether the keys that root names now have signed it."""
     try:
-        version, data = latest(current, role)
+        version, data = latest(current, "snapshot")
     except RepositoryError:
-        return 0, None
-    return version, _parse(kind, data, role)
+        return 0, None, False
+    snapshot = metadata.parse(Snapshot, data, "snapshot")
+    try:
+        metadata.verify_metadata(root, "snapshot", snapshot)
+    except Rejected:
+        return version, snapshot.signed, False
+    return version, snapshot.signed, True
 
 
 def _verified_top(current: Mapping[str, bytes]) -> tuple[Root, Targets]:
@@ -340,7 +357,7 @@ def _parse(kind: type[S], data: bytes, what: str) -> S:
 
 def _next(signed: Targets, signer: Signer, now: datetime) -> bytes:
     signed.version += 1
-    signed.expires = _until(now, "namespace")
+    signed.expires = until(now, "namespace")
     return _signed(signed, [signer])
 
 
@@ -354,5 +371,6 @@ def _signed(signed: Signed, signers: Sequence[Signer]) -> bytes:
     return file.to_bytes()
 
 
-def _until(now: datetime, role: str) -> datetime:
+def until(now: datetime, role: str) -> datetime:
+    """When metadata of a role that is signed now expires; see `LIFE`."""
     return (now + LIFE[role]).replace(microsecond=0)

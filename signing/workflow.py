@@ -132,14 +132,14 @@ class Workflow:
         cached = self._cache.load(f"root_history/{version}.root.json")
         if cached is not None:
             try:
-                return _verify_root(root, cached), cached
+                return verify_root(root, cached), cached
             except Rejected:
                 pass  # torn or planted: the repository has a good one
         try:
             data = self._get(f"{version}.root.json", caps.ROOT_MAX_BYTES)  # 5.3.3
         except FetchNotFound:
             return None
-        return _verify_root(root, data), data
+        return verify_root(root, data), data
 
     def _update_timestamp(self, root: Root, now: datetime) -> Timestamp:
         """TUF specification, 5.4."""
@@ -348,7 +348,7 @@ class Workflow:
         return self._root, found[0]
 
 
-def _verify_root(trusted: Root, data: bytes) -> Root:
+def verify_root(trusted: Root, data: bytes) -> Root:
     """TUF specification, 5.3.4 and 5.3.5: signed by the old root's keys and by its own, and the very next version."""
     new = metadata.parse(Root, data, "root")
     metadata.verify_metadata(trusted, "root", new)

@@ -130,7 +130,7 @@ def test_a_namespace_needs_a_name_of_its_own(name: str) -> None:
 
 def test_a_threshold_counts_keys_and_not_ids() -> None:
     repo = Repository()
-    key = signer()
+    key = signer().public_key
     with pytest.raises(RepositoryError, match="different keys"):
         repository.delegate(repo.signed("targets"), "twice", [key, key], threshold=2)
 

@@ -1,0 +1,291 @@
+"""Changing who is trusted: root and the top-level targets, from one size of fleet to another and from key to key.
+
+A change is a document that is proposed, signed by enough people, checked and published, in this order:
+
+    draft = propose_root(files, size=Size.TEAM, roles={"root": RoleKeys(keys, threshold=2)}, now=now)
+    draft = cosign(draft, signer)        # by each of them; a draft is a file that can be mailed
+    missing(files, draft)                # {} when enough have signed
+    files[f"{check_root(files, draft)}.root.json"] = draft
+
+Boards follow by the ordinary walk of roots, without being enrolled again, however long they slept. The three sizes:
+
+- dev: one key for each role, all in the clear; boards in production refuse it
+- solo: one encrypted root key and one publisher's on the operator's machine; the online keys on the server
+- team: root needs two of three people or more
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+from securesystemslib.signer import Key, Signer
+from tuf.api.exceptions import UnsignedMetadataError
+from tuf.api.metadata import Metadata, Root, Targets
+
+from fleet.protocol.manifest import Grants
+from signing import metadata, repository
+from signing.errors import ConflictError, Rejected, RepositoryError
+from signing.trust import DIRECTOR
+from signing.workflow import CEILING, PROFILE, profile, verify_root
+
+TEAM_KEYS = 3
+TEAM_THRESHOLD = 2
+OFFLINE = ("root", "targets")
+
+
+class Size(StrEnum):
+    """How many people and machines a fleet's trust is spread over."""
+
+    DEV = "dev"
+    SOLO = "solo"
+    TEAM = "team"
+
+
+@dataclass(frozen=True, slots=True)
+class RoleKeys:
+    """Who signs a role: `threshold` of these public keys.
+
+    Raises:
+        RepositoryError: one key under several ids, or fewer keys than the threshold.
+    """
+
+    keys: tuple[Key, ...]
+    threshold: int = 1
+
+    def __post_init__(self) -> None:
+        if len({metadata.identity(key) for key in self.keys}) != len(self.keys):
+            raise RepositoryError("one public key is listed twice: a threshold counts people")
+        if not 0 < self.threshold <= len(self.keys):
+            raise RepositoryError(f"{self.threshold} signatures cannot come from {len(self.keys)} keys")
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """A namespace's publishers, and the grants that its components may have at the most (None for no limit)."""
+
+    signers: RoleKeys
+    ceiling: Grants | None = None
+
+
+def propose_root(
+    current: Mapping[str, bytes],
+    *,
+    now: datetime,
+    size: Size | None = None,
+    roles: Mapping[str, RoleKeys] | None = None,
+) -> bytes:
+    """The next root, unsigned: other keys for some of its roles, another size, and in any case a new expiry.
+
+    Args:
+        current: the repository's files.
+        now: UTC.
+        size: None to keep it.
+        roles: of root, targets, snapshot and timestamp those that change.
+
+    Raises:
+        RepositoryError: a size that its keys do not fulfil, a role that root does not have.
+    """
+    root = metadata.parse(Root, repository.latest(current, "root")[1], "root").signed
+    before = Size(profile(root).get("size", Size.SOLO))
+    old = {role: _identities(root, role) for role in OFFLINE}
+    for role, keys in (roles or {}).items():
+        if role not in root.roles:
+            raise RepositoryError(f"root does not delegate to {role!r}: change the top-level targets instead")
+        _set_keys(root, role, keys)
+    after = before if size is None else size
+    if before is Size.DEV and after is not Size.DEV:
+        kept = [role for role in OFFLINE if old[role] & _identities(root, role)]
+        if kept:
+            raise RepositoryError(f"the keys of {' and '.join(kept)} lay in the clear: a {after} fleet needs new ones")
+    root.unrecognized_fields[PROFILE] = profile(root) | {"size": str(after)}
+    root.version += 1
+    root.expires = repository.until(now, "root")
+    _check_size(root)
+    return Metadata(root).to_bytes()
+
+
+def propose_targets(
+    current: Mapping[str, bytes],
+    *,
+    now: datetime,
+    director: RoleKeys | None = None,
+    namespaces: Mapping[str, Namespace] | None = None,
+    remove: tuple[str, ...] = (),
+) -> bytes:
+    """The next top-level targets, unsigned: other keys for the director or for namespaces, new ones, fewer.
+
+    A namespace whose keys change must be signed again by the new ones (`repository.renew`) and published with it.
+
+    Args:
+        current: the repository's files.
+        now: UTC.
+        director: None to keep its keys.
+        namespaces: those that are new or change.
+        remove: those that end; boards keep what they run of them until they are told otherwise.
+
+    Raises:
+        RepositoryError: a bad or reserved name, or an unknown one to remove.
+    """
+    top = metadata.parse(Targets, repository.latest(current, "targets")[1], "targets").signed
+    assert top.delegations is not None
+    assert top.delegations.roles is not None
+    for name in remove:
+        if name == DIRECTOR or name not in top.delegations.roles:
+            raise RepositoryError(f"there is no namespace {name!r}")
+        _drop(top, name)
+    if director is not None:
+        _drop(top, DIRECTOR)
+        repository.delegate(top, DIRECTOR, director.keys, threshold=director.threshold, paths=[])
+    for name, space in (namespaces or {}).items():
+        if name in top.delegations.roles:
+            _drop(top, name)
+        signers = space.signers
+        repository.delegate(top, name, signers.keys, threshold=signers.threshold, ceiling=space.ceiling)
+    top.version += 1
+    top.expires = repository.until(now, "targets")
+    return Metadata(top).to_bytes()
+
+
+def cosign(draft: bytes, signer: Signer) -> bytes:
+    """The draft with one more signature; signing twice changes nothing.
+
+    Raises:
+        RepositoryError: not metadata, or the key cannot sign.
+    """
+    file = _open(draft)
+    try:
+        file.sign(signer, append=True)
+    except UnsignedMetadataError as error:
+        raise RepositoryError(f"the key cannot sign: {error.__cause__ or error}") from error
+    return file.to_bytes()
+
+
+def missing(current: Mapping[str, bytes], draft: bytes) -> dict[str, int]:
+    """How many signatures a draft still needs: role -> number; empty when it can be published.
+
+    A root needs those of the old root's keys (`root`) and of its own (`new root`).
+    """
+    file = _open(draft)
+    root = metadata.parse(Root, repository.latest(current, "root")[1], "root").signed
+    rows: list[tuple[str, Root | Targets, str]] = [(file.signed.type, root, file.signed.type)]
+    if isinstance(file.signed, Root):
+        rows.append(("new root", file.signed, "root"))
+    found = {}
+    for label, delegator, role in rows:
+        result = delegator.get_verification_result(role, file.signed_bytes, file.signatures)
+        lacking = result.threshold - len({metadata.identity(key) for key in result.signed.values()})
+        if lacking > 0:
+            found[label] = lacking
+    return found
+
+
+def check_root(current: Mapping[str, bytes], data: bytes) -> int:
+    """Judge a root before it is published as `<version>.root.json`; returns its version.
+
+    Raises:
+        Rejected: UNSIGNED, MALFORMED, TOO_LARGE.
+        ConflictError: not the next version.
+        RepositoryError: another fleet's, duplicate keys, or a size that its keys do not fulfil.
+    """
+    version, before = repository.latest(current, "root")
+    if data == before:
+        return version
+    new = metadata.parse(Root, data, "root").signed
+    _check_next("root", version, new.version)
+    trusted = metadata.parse(Root, before, "root").signed
+    verify_root(trusted, data)
+    if profile(new).get("fleet") != profile(trusted).get("fleet"):
+        raise RepositoryError("a root cannot move to another fleet: its boards would refuse it")
+    if not new.consistent_snapshot:
+        raise RepositoryError("root must keep consistent snapshots")
+    _check_size(new)
+    return new.version
+
+
+def check_targets(current: Mapping[str, bytes], data: bytes) -> int:
+    """Judge top-level targets before they are published as `<version>.targets.json`; returns their version.
+
+    Raises:
+        Rejected: UNSIGNED, MALFORMED, TOO_LARGE.
+        ConflictError: not the next version.
+        RepositoryError: no director, targets of their own, or a delegation that reaches into another's paths.
+    """
+    version, before = repository.latest(current, "targets")
+    if data == before:
+        return version
+    new = metadata.parse(Targets, data, "targets")
+    _check_next("targets", version, new.signed.version)
+    root = metadata.parse(Root, repository.latest(current, "root")[1], "root").signed
+    metadata.verify_metadata(root, "targets", new)
+    delegations = new.signed.delegations
+    roles = None if delegations is None else delegations.roles
+    if new.signed.targets or not roles or DIRECTOR not in roles:
+        raise RepositoryError("the top-level targets hold delegations only: the director's and the namespaces'")
+    for name, role in roles.items():
+        expected = [] if name == DIRECTOR else [f"components/{name}/*/*"]
+        if role.paths != expected or not role.terminating or name in repository.RESERVED - {DIRECTOR}:
+            raise RepositoryError(f"the delegation {name!r} is not a namespace of its own")
+        if CEILING in role.unrecognized_fields:
+            _check_ceiling(name, role.unrecognized_fields[CEILING])
+        try:
+            metadata.check_duplicates(new.signed, name)
+        except Rejected as error:
+            raise RepositoryError(error.message) from error
+    return new.signed.version
+
+
+def _check_ceiling(name: str, value: Any) -> None:
+    try:
+        msgspec.convert(value, Grants)
+    except msgspec.ValidationError as error:
+        raise RepositoryError(f"the ceiling of {name} cannot be read: {error}") from error
+
+
+def _check_next(role: str, version: int, new: int) -> None:
+    if new != version + 1:
+        raise ConflictError(f"{role} is at version {version}, and this is version {new}: propose it again")
+
+
+def _check_size(root: Root) -> None:
+    for role in root.roles:
+        try:
+            metadata.check_duplicates(root, role)
+        except Rejected as error:
+            raise RepositoryError(error.message) from error
+    people = root.roles["root"]
+    if profile(root).get("size") == Size.TEAM and (people.threshold < TEAM_THRESHOLD or len(people.keyids) < TEAM_KEYS):
+        raise RepositoryError(f"a team's root needs {TEAM_THRESHOLD} of {TEAM_KEYS} keys or more")
+
+
+def _set_keys(root: Root, role: str, wanted: RoleKeys) -> None:
+    for keyid in list(root.roles[role].keyids):
+        root.revoke_key(keyid, role)
+    for key in wanted.keys:
+        root.add_key(key, role)
+    root.roles[role].threshold = wanted.threshold
+
+
+def _drop(top: Targets, name: str) -> None:
+    """Take a delegation out, and every key that only it used."""
+    assert top.delegations is not None
+    assert top.delegations.roles is not None
+    for keyid in list(top.delegations.roles[name].keyids):
+        top.revoke_key(keyid, name)
+    del top.delegations.roles[name]
+
+
+def _identities(root: Root, role: str) -> set[bytes]:
+    return {metadata.identity(root.keys[keyid]) for keyid in root.roles[role].keyids if keyid in root.keys}
+
+
+def _open(draft: bytes) -> Metadata[Any]:
+    for kind in (Root, Targets):
+        try:
+            file: Metadata[Any] = metadata.parse(kind, draft, "the draft")
+        except Rejected:
+            continue
+        return file
+    raise RepositoryError("this is neither a root nor a targets role")

@@ -1,0 +1,235 @@
+"""Changing who is trusted while boards sleep, wake and follow, without one of them being enrolled again."""
+
+from typing import Any
+
+import pytest
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Metadata, Root, Targets
+
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Grants
+from signing import repository, rotation
+from signing.errors import ConflictError, Rejected, RepositoryError
+from signing.rotation import Namespace, RoleKeys, Size
+from tests.simulator.repository import Board, Repository, signer
+
+
+def keys(*signers: CryptoSigner, threshold: int = 1) -> RoleKeys:
+    return RoleKeys(tuple(each.public_key for each in signers), threshold)
+
+
+def publish_root(repo: Repository, draft: bytes, *signers: CryptoSigner) -> None:
+    for each in signers:
+        draft = rotation.cosign(draft, each)
+    repo.files[f"{rotation.check_root(repo.files, draft)}.root.json"] = draft
+
+
+def publish_targets(repo: Repository, draft: bytes, *signers: CryptoSigner) -> None:
+    for each in signers:
+        draft = rotation.cosign(draft, each)
+    repo.files[f"{rotation.check_targets(repo.files, draft)}.targets.json"] = draft
+
+
+def renew(repo: Repository, space: str, *signers: CryptoSigner) -> None:
+    number, role = repository.latest(repo.files, space)
+    first, *others = signers
+    role = repository.renew(role, signer=first, now=repo.now)
+    for each in others:
+        role = rotation.cosign(role, each)
+    assert repository.check_role(repo.files, space, role) == number + 1
+    repo.files[f"{number + 1}.{space}.json"] = role
+
+
+def test_from_dev_to_solo_to_team_without_enrolling_a_board_again() -> None:
+    repo = Repository(dev=True)
+    item = repo.publish()
+    awake, asleep = Board(repo), Board(repo)
+    awake.run(repo.assign(item))
+    asleep.refresh()
+
+    # To solo: new offline keys, since the old ones lay in the clear; the top-level targets and the namespace follow.
+    solo_root, solo_targets, publisher = signer(), signer(), signer()
+    draft = rotation.propose_root(
+        repo.files, size=Size.SOLO, roles={"root": keys(solo_root), "targets": keys(solo_targets)}, now=repo.now
+    )
+    publish_root(repo, draft, repo.keys["root"], solo_root)
+    draft = rotation.propose_targets(repo.files, namespaces={"main": Namespace(keys(publisher))}, now=repo.now)
+    publish_targets(repo, draft, solo_targets)
+    renew(repo, "main", publisher)
+    repo.online()
+    assert awake.run(repo.assign(item))
+    assert Board(repo, production=True).run(repo.assign(item)), "a board in production accepts it now"
+
+    # To a team: root by two of three people, publishing by two of two.
+    people, second = (signer(), signer(), signer()), signer()
+    draft = rotation.propose_root(repo.files, size=Size.TEAM, roles={"root": keys(*people, threshold=2)}, now=repo.now)
+    publish_root(repo, draft, solo_root, *people[:2])
+    both = Namespace(keys(publisher, second, threshold=2), Grants())
+    draft = rotation.propose_targets(repo.files, namespaces={"main": both}, now=repo.now)
+    publish_targets(repo, draft, solo_targets)
+    renew(repo, "main", publisher, second)
+    repo.online()
+
+    assert awake.run(repo.assign(item))
+    assert asleep.run(repo.assign(item)), "a board that slept through all of it"
+
+
+@pytest.mark.parametrize("role", ["root", "targets", "snapshot", "timestamp"])
+def test_each_top_level_role_gets_another_key(role: str) -> None:
+    repo = Repository()
+    item = repo.publish()
+    board = Board(repo)
+    board.run(repo.assign(item))
+    new = signer()
+    draft = rotation.propose_root(repo.files, roles={role: keys(new)}, now=repo.now)
+    publish_root(repo, draft, repo.keys["root"], *([new] if role == "root" else []))
+    repo.keys[role] = new
+    if role == "targets":
+        publish_targets(repo, rotation.propose_targets(repo.files, now=repo.now), new)
+    repo.online()
+
+    assert board.run(repo.assign(item))
+
+
+def test_the_director_gets_another_key_and_the_old_one_is_worth_nothing() -> None:
+    repo = Repository()
+    item = repo.publish()
+    board = Board(repo)
+    stolen, new = repo.assign(item), signer()
+    publish_targets(repo, rotation.propose_targets(repo.files, director=keys(new), now=repo.now), repo.keys["targets"])
+    repo.online()
+    with pytest.raises(Rejected) as verdict:
+        board.accept(stolen)
+    assert verdict.value.code is RejectCode.UNSIGNED
+    repo.keys["director"] = new
+    assert board.accept(repo.assign(item))
+
+
+def test_a_namespace_is_added_and_removed() -> None:
+    repo = Repository()
+    board = Board(repo)
+    repo.keys["extra"] = signer()
+    draft = rotation.propose_targets(
+        repo.files, namespaces={"extra": Namespace(keys(repo.keys["extra"]))}, now=repo.now
+    )
+    publish_targets(repo, draft, repo.keys["targets"])
+    repo.online()
+    board.refresh()
+    first = repository.new_role(signer=repo.keys["extra"], now=repo.now)
+    assert repository.check_role(repo.files, "extra", first) == 1
+    repo.files["1.extra.json"] = first
+    item = repo.publish(space="extra")
+    assert repository.namespaces(repo.files) == ("main", "extra")
+    assert board.run(repo.assign(item))
+
+    publish_targets(repo, rotation.propose_targets(repo.files, remove=("extra",), now=repo.now), repo.keys["targets"])
+    repo.online()
+    with pytest.raises(Rejected) as verdict:
+        board.run(repo.assign(item))
+    assert verdict.value.code is RejectCode.UNKNOWN_TARGET
+
+
+def test_a_draft_says_whose_signatures_it_lacks() -> None:
+    repo = Repository()
+    people = (signer(), signer(), signer())
+    draft = rotation.propose_root(repo.files, size=Size.TEAM, roles={"root": keys(*people, threshold=2)}, now=repo.now)
+    assert rotation.missing(repo.files, draft) == {"root": 1, "new root": 2}
+    draft = rotation.cosign(rotation.cosign(draft, people[0]), people[0])
+    assert rotation.missing(repo.files, draft) == {"root": 1, "new root": 1}
+    draft = rotation.cosign(draft, repo.keys["root"])
+    with pytest.raises(Rejected) as verdict:
+        rotation.check_root(repo.files, draft)
+    assert verdict.value.code is RejectCode.UNSIGNED
+    draft = rotation.cosign(draft, people[2])
+    assert rotation.missing(repo.files, draft) == {}
+    assert rotation.check_root(repo.files, draft) == 2
+
+
+def test_a_removed_person_does_not_count_towards_the_next_root() -> None:
+    repo = Repository()
+    people = [signer() for _ in range(4)]
+    draft = rotation.propose_root(
+        repo.files, size=Size.TEAM, roles={"root": keys(*people[:3], threshold=2)}, now=repo.now
+    )
+    publish_root(repo, draft, repo.keys["root"], *people[:2])
+    draft = rotation.propose_root(repo.files, roles={"root": keys(*people[1:], threshold=2)}, now=repo.now)
+    publish_root(repo, draft, people[1], people[2])
+    draft = rotation.propose_root(repo.files, now=repo.now)
+    with pytest.raises(Rejected):
+        publish_root(repo, draft, people[0], people[1])
+    publish_root(repo, draft, people[3], people[1])
+    Board(repo).refresh()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"size": Size.SOLO}, "lay in the clear"),
+        ({"size": Size.TEAM, "roles": {"targets": keys(signer()), "root": keys(signer())}}, "2 of 3 keys"),
+        ({"roles": {"director": keys(signer())}}, "does not delegate"),
+    ],
+)
+def test_a_root_that_would_not_hold_what_its_size_promises(options: dict[str, Any], sentence: str) -> None:
+    repo = Repository(dev=True)
+    with pytest.raises(RepositoryError, match=sentence):
+        rotation.propose_root(repo.files, now=repo.now, **options)
+
+
+def test_one_key_is_one_person() -> None:
+    twin = signer()
+    with pytest.raises(RepositoryError, match="twice"):
+        keys(twin, twin, threshold=2)
+    with pytest.raises(RepositoryError, match="cannot come from"):
+        keys(twin, threshold=2)
+
+
+def test_of_two_changes_at_once_the_second_is_proposed_again() -> None:
+    repo = Repository()
+    first = rotation.propose_root(repo.files, now=repo.now)
+    second = rotation.propose_root(repo.files, roles={"timestamp": keys(signer())}, now=repo.now)
+    publish_root(repo, first, repo.keys["root"])
+    with pytest.raises(ConflictError):
+        publish_root(repo, second, repo.keys["root"])
+
+
+def _rename(root: Root) -> None:
+    root.unrecognized_fields["wasmfleet"]["fleet"] = "airport"
+
+
+def _reach(top: Targets) -> None:
+    assert top.delegations is not None
+    assert top.delegations.roles is not None
+    top.delegations.roles["main"].paths = ["components/*/*/*"]
+
+
+def _without_director(top: Targets) -> None:
+    assert top.delegations is not None
+    assert top.delegations.roles is not None
+    del top.delegations.roles["director"]
+
+
+@pytest.mark.parametrize(
+    ("role", "change", "sentence"),
+    [
+        ("root", _rename, "another fleet"),
+        ("root", lambda root: setattr(root, "consistent_snapshot", False), "consistent"),
+        ("targets", _reach, "namespace of its own"),
+        ("targets", _without_director, "the director's"),
+    ],
+)
+def test_what_enough_people_signed_is_still_refused_when_it_breaks_the_layout(
+    role: str, change: Any, sentence: str
+) -> None:
+    repo = Repository()
+    signed = repo.signed(role)
+    signed.version += 1
+    change(signed)
+    draft = rotation.cosign(Metadata(signed).to_bytes(), repo.keys[role])
+    check = rotation.check_root if role == "root" else rotation.check_targets
+    with pytest.raises(RepositoryError, match=sentence):
+        check(repo.files, draft)
+
+
+def test_what_is_no_metadata_is_not_signed() -> None:
+    with pytest.raises(RepositoryError, match="neither"):
+        rotation.cosign(b"{}", signer())
