@@ -143,6 +143,16 @@ def u32(value: int) -> bytes:
     return bytes(out)
 
 
+def s33(value: int) -> bytes:
+    """`value` as signed LEB128."""
+    out = bytearray()
+    while not -0x40 <= value < 0x40:  # noqa: PLR2004 - what fits in the last byte beside the sign
+        out.append(value & 0x7F | _CONTINUES)
+        value >>= 7
+    out.append(value & 0x7F)
+    return bytes(out)
+
+
 def name(text: str) -> bytes:
     """`text` as a length and UTF-8."""
     raw = text.encode()

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Build the wasi:http adapter and the guest of its tests from source, byte for byte the same on every machine.
+
+Usage: components/adapter/build.py [--check]
+
+Needs the `ziglang` package of the version below (for its C compiler) and `wasm-tools` of the version below on PATH
+(`cargo install wasm-tools --locked --version 1.239.0`). Without `--check` the files are written anew; with it nothing
+is written, and the exit code says whether they are what the sources give.
+
+The adapter's file is put together here: the imports of the world `shell`, taken from a component that uses them all,
+then the two halves as nested components. `fleet.protocol.compose` appends a guest to it.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fleet.protocol import component, wasm  # noqa: E402 - the house is not installed where components are built
+
+ZIG = "0.17.1"
+WASM_TOOLS = "1.239.0"
+WIT = HERE / "wit"
+FLAGS = ["--target=wasm32-freestanding", "-mcpu=mvp+bulk_memory", "-Oz", "-flto", "-nostdlib"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wl,--no-entry", "-Wl,-z,stack-size=4096"]
+PROBE_WASI = "0.2.3"  # another release of WASI 0.2 than the adapter's, as guests have
+
+SOURCES = {
+    "adapter": ["abi.c", "fields.c", "incoming.c", "outgoing.c", "request.c"],
+    "driver": ["driver.c"],
+    "probe": ["probe.c"],
+}
+OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "protocol" / "adapter.wasm", "probe.wasm": HERE / "probe.wasm"}
+
+
+def tool_versions() -> list[str]:
+    """What is missing or of another version, as sentences."""
+    wrong = []
+    try:
+        zig = importlib.metadata.version("ziglang")
+    except importlib.metadata.PackageNotFoundError:
+        zig = "missing"
+    if zig != ZIG:
+        wrong.append(f"ziglang {ZIG} is needed, here it is {zig}: pip install ziglang=={ZIG}")
+    found = shutil.which("wasm-tools")
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout if found else ""
+    if version.split()[1:2] != [WASM_TOOLS]:
+        wrong.append(f"wasm-tools {WASM_TOOLS} is needed: cargo install wasm-tools --locked --version {WASM_TOOLS}")
+    return wrong
+
+
+def wasm_tools(*args: str | Path) -> None:
+    """Run wasm-tools, found on PATH."""
+    subprocess.run(["wasm-tools", *map(str, args)], check=True)  # noqa: S607 - its version was checked
+
+
+def componentize(world: str, scratch: Path, wit: Path) -> bytes:
+    """A component from C for one of the worlds."""
+    core, embedded, out = (scratch / f"{world}.{step}.wasm" for step in ("core", "embedded", "out"))
+    compile_c = [sys.executable, "-m", "ziglang", "cc", *FLAGS, *SOURCES[world], "-o", str(core)]
+    subprocess.run(compile_c, cwd=HERE, check=True)
+    wasm_tools("strip", "--all", core, "-o", core)
+    wasm_tools("component", "embed", "--world", world, wit, core, "-o", embedded)
+    wasm_tools("component", "new", embedded, "-o", out)
+    wasm_tools("strip", "--all", out, "-o", out)
+    return out.read_bytes()
+
+
+def imports(world: str, scratch: Path) -> bytes:
+    """The preamble, types and imports of a component that uses everything the world imports."""
+    embedded, out = scratch / "shell.embedded.wasm", scratch / "shell.wasm"
+    wasm_tools("component", "embed", "--dummy", "--world", world, WIT, "-o", embedded)
+    wasm_tools("component", "new", embedded, "-o", out)
+    data = out.read_bytes()
+    for section in wasm.sections(data, 0, len(data)):
+        if section.id == component.CORE_MODULE:
+            break
+        end = section.end
+    return data[:end]
+
+
+def older(scratch: Path) -> Path:
+    """The WIT as an older release of WASI has it."""
+    copy = scratch / "wit"
+    shutil.copytree(WIT, copy)
+    for file in copy.rglob("*.wit"):
+        file.write_text(file.read_text().replace("@0.2.12", f"@{PROBE_WASI}"))
+    return copy
+
+
+def build(scratch: Path) -> dict[str, bytes]:
+    """Both files. Raises CalledProcessError when a tool fails; it has said why on standard error."""
+    halves = (componentize(world, scratch, WIT) for world in ("adapter", "driver"))
+    adapter = imports("shell", scratch) + b"".join(wasm.section(component.NESTED, half) for half in halves)
+    (scratch / "whole.wasm").write_bytes(adapter)
+    wasm_tools("validate", scratch / "whole.wasm")
+    return {"adapter.wasm": adapter, "probe.wasm": componentize("probe", scratch, older(scratch))}
+
+
+def main() -> int:
+    """Build both, then write or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file differs")
+    check: bool = parser.parse_args().check
+    if wrong := tool_versions():
+        sys.stderr.write("".join(f"{line}\n" for line in wrong))
+        return 2
+    with tempfile.TemporaryDirectory() as scratch:
+        built = build(Path(scratch))
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(built.items()))
+    wanted = {OUTPUTS[name]: data for name, data in built.items()} | {HERE / "SHA256SUMS": sums.encode()}
+    if check:
+        stale = [path.name for path, data in wanted.items() if not path.exists() or path.read_bytes() != data]
+        sys.stderr.write("".join(f"{name} is not what its source gives: run build.py\n" for name in stale))
+        return 1 if stale else 0
+    for path, data in wanted.items():
+        path.write_bytes(data)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

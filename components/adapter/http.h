@@ -1,0 +1,77 @@
+// What the adapter's sources share of the resources of wasi:http/types.
+#pragma once
+#include "fields.h"
+
+typedef struct {
+    method method;
+    optional_scheme scheme;
+    text target;
+    text authority;
+    fields headers;
+    uint8_t consumed;
+} incoming_request;
+
+typedef struct {
+    uint8_t streamed;
+} incoming_body;
+
+typedef struct {
+    uint8_t got;
+} future_trailers;
+
+typedef struct {
+    fields *trailers;
+    uint8_t taken;
+    uint8_t written;
+    uint8_t finished;
+} outgoing_body;
+
+typedef struct {
+    uint16_t status;
+    fields headers;
+    outgoing_body body;
+} outgoing_response;
+
+typedef struct {
+    uint8_t set;
+} response_outparam;
+
+RESOURCE(incoming_request, "incoming-request")
+RESOURCE(incoming_body, "incoming-body")
+RESOURCE(future_trailers, "future-trailers")
+RESOURCE(outgoing_body, "outgoing-body")
+RESOURCE(outgoing_response, "outgoing-response")
+RESOURCE(response_outparam, "response-outparam")
+
+// The answer of the exchange in hand.
+typedef struct {
+    enum { UNANSWERED, ANSWERED, FAILED } state;
+    uint8_t error;
+    uint8_t streaming;
+    outgoing_response *response;
+} exchange;
+
+extern exchange now;
+
+// option<result<result<T, error-code>>>, as futures give it: nothing yet, asked again, failed, or the value.
+typedef struct {
+    uint8_t some;
+    uint8_t again __attribute__((aligned(8)));
+    uint8_t failed __attribute__((aligned(8)));
+    union {
+        error_code error;
+        int32_t handle;
+        struct {
+            uint8_t some;
+            int32_t handle;
+        } trailers;
+    } __attribute__((aligned(8)));
+} nested_result;
+
+_Static_assert(sizeof(nested_result) == 56 && offsetof(nested_result, error) == 24, "the canonical layout");
+
+// A pollable that is ready: what this adapter gives out is there at once.
+int32_t ready_pollable(void);
+
+IMPORT("wasi:cli/stdin@0.2.12", "get-stdin") int32_t get_stdin(void);
+IMPORT("wasi:cli/stdout@0.2.12", "get-stdout") int32_t get_stdout(void);

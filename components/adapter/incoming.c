@@ -1,0 +1,70 @@
+// The request that came in: its head was read by `begin`, its body is the store's standard input.
+#include "http.h"
+
+DESTRUCTOR(incoming_request, "incoming-request")
+DESTRUCTOR(incoming_body, "incoming-body")
+DESTRUCTOR(future_trailers, "future-trailers")
+
+IMPORT("wasi:io/streams@0.2.12", "[method]input-stream.subscribe") int32_t subscribe(int32_t stream);
+
+int32_t ready_pollable(void) {
+    // The pollable is the stream's child, so this stream is never dropped. All of the request is there: it is ready.
+    static int32_t stream = -1;
+    if (stream < 0) stream = get_stdin();
+    return subscribe(stream);
+}
+
+METHOD("incoming-request.method") const method *incoming_request_method(const incoming_request *it) {
+    return &it->method;
+}
+
+METHOD("incoming-request.path-with-query") optional_text *incoming_request_path(const incoming_request *it) {
+    return some_text(it->target);
+}
+
+METHOD("incoming-request.scheme") const optional_scheme *incoming_request_scheme(const incoming_request *it) {
+    return &it->scheme;
+}
+
+METHOD("incoming-request.authority") optional_text *incoming_request_authority(const incoming_request *it) {
+    return some_text(it->authority);
+}
+
+METHOD("incoming-request.headers") int32_t incoming_request_headers(const incoming_request *it) {
+    return give_view(&it->headers);
+}
+
+METHOD("incoming-request.consume") handle_or_nothing *incoming_request_consume(incoming_request *it) {
+    if (it->consumed) return no_handle();
+    it->consumed = 1;
+    incoming_body *body = take_room(sizeof *body);
+    *body = (incoming_body){0};
+    return ok_handle(incoming_body_give(body));
+}
+
+METHOD("incoming-body.stream") handle_or_nothing *incoming_body_stream(incoming_body *it) {
+    if (it->streamed) return no_handle();
+    it->streamed = 1;
+    return ok_handle(get_stdin());
+}
+
+STATIC("incoming-body.finish") int32_t incoming_body_finish(int32_t body) {
+    incoming_body_drop(body);
+    future_trailers *it = take_room(sizeof *it);
+    *it = (future_trailers){0};
+    return future_trailers_give(it);
+}
+
+METHOD("future-trailers.subscribe") int32_t future_trailers_subscribe(const future_trailers *it) {
+    (void)it;
+    return ready_pollable();
+}
+
+// option<result<result<option<trailers>, error-code>>>: there are none (the host keeps a request's trailers), and that
+// may be heard once.
+METHOD("future-trailers.get") nested_result *future_trailers_get(future_trailers *it) {
+    nested_result *answer = take_room(sizeof *answer);
+    *answer = (nested_result){.some = 1, .again = it->got};
+    it->got = 1;
+    return answer;
+}

@@ -1,0 +1,142 @@
+// The answer that goes out: its head is handed over by `finish`, its body is the store's standard output.
+#include "http.h"
+
+DESTRUCTOR(outgoing_response, "outgoing-response")
+DESTRUCTOR(outgoing_body, "outgoing-body")
+DESTRUCTOR(response_outparam, "response-outparam")
+
+IMPORT("wasi:io/streams@0.2.12", "[method]output-stream.blocking-flush") void flush(int32_t stream, void *result);
+
+exchange now;
+
+CONSTRUCTOR("outgoing-response") int32_t outgoing_response_constructor(int32_t headers) {
+    outgoing_response *it = take_room(sizeof *it);
+    *it = (outgoing_response){.status = 200, .headers = *fields_take(headers)};
+    return outgoing_response_give(it);
+}
+
+METHOD("outgoing-response.status-code") int32_t outgoing_response_status(const outgoing_response *it) {
+    return it->status;
+}
+
+METHOD("outgoing-response.set-status-code") int32_t outgoing_response_set_status(outgoing_response *it, int32_t status) {
+    if (status < 100 || status > 999) return 1;
+    it->status = (uint16_t)status;
+    return 0;
+}
+
+METHOD("outgoing-response.headers") int32_t outgoing_response_headers(const outgoing_response *it) {
+    return give_view(&it->headers);
+}
+
+METHOD("outgoing-response.body") handle_or_nothing *outgoing_response_body(outgoing_response *it) {
+    if (it->body.taken) return no_handle();
+    it->body.taken = 1;
+    return ok_handle(outgoing_body_give(&it->body));
+}
+
+// One body of an exchange has the stream: bytes of two could not be told apart.
+METHOD("outgoing-body.write") handle_or_nothing *outgoing_body_write(outgoing_body *it) {
+    if (it->written || now.streaming) return no_handle();
+    it->written = now.streaming = 1;
+    return ok_handle(get_stdout());
+}
+
+STATIC("outgoing-body.finish")
+nothing_or_error *outgoing_body_finish(int32_t body, int32_t has_trailers, int32_t trailers) {
+    outgoing_body *it = outgoing_body_take(body);
+    it->finished = 1;
+    if (has_trailers) it->trailers = fields_take(trailers);
+    nothing_or_error *answer = take_room(sizeof *answer);
+    *answer = (nothing_or_error){0};
+    return answer;
+}
+
+// The response is result<outgoing-response, error-code>, flattened.
+STATIC("response-outparam.set")
+void response_outparam_set(int32_t param, int32_t failed, int32_t response_or_error, int32_t a, int64_t b, int32_t c,
+                           int32_t d, int32_t e, int32_t f) {
+    (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
+    response_outparam_drop(param);
+    if (failed) {
+        now.state = FAILED;
+        now.error = (uint8_t)response_or_error;
+    } else {
+        now.state = ANSWERED;
+        now.response = outgoing_response_take(response_or_error);
+    }
+}
+
+static text answer_head(const outgoing_response *it) {
+    static const fields none;
+    const outgoing_body *body = &it->body;
+    const fields *trailers = body->trailers ? body->trailers : &none;
+    text status = decimal(it->status);
+    text end = body->taken && !body->finished ? TEXT(" cut\r\n") : TEXT(" whole\r\n");
+    size_t size = status.size + end.size + lines_size(&it->headers) + 2 + lines_size(trailers);
+    char *head = take_room(size);
+    char *at = put_lines(put(put(head, status), end), &it->headers);
+    put_lines(put(at, TEXT("\r\n")), trailers);
+    return (text){head, size};
+}
+
+EXPORT("wasmfleet:adapter/exchange@0.1.0#finish") text *finish(void) {
+    static int32_t stream = -1;
+    if (now.streaming) {
+        // A guest may drop its stream unflushed; what the host still holds must not reach the next answer.
+        if (stream < 0) stream = get_stdout();
+        flush(stream, take_room(16));
+    }
+    text *head = take_room(sizeof *head);
+    switch (now.state) {
+    case ANSWERED: *head = answer_head(now.response); break;
+    case UNANSWERED: *head = TEXT("unanswered"); break;
+    case FAILED: {
+        text number = decimal(now.error);
+        char *data = take_room(6 + number.size);
+        put(put(data, TEXT("error ")), number);
+        *head = (text){data, 6 + number.size};
+    }
+    }
+    return head;
+}
+
+EXPORT("cabi_post_wasmfleet:adapter/exchange@0.1.0#finish") void finish_post(text *head) {
+    (void)head;
+    now = (exchange){0};
+    if (!live) empty_arena();
+}
+
+// The next word of `*rest`, up to a space or the end of the line.
+static text word(text *rest) {
+    size_t size = 0;
+    while (size < rest->size && rest->data[size] != ' ' && rest->data[size] != '\r') size++;
+    text found = {rest->data, size};
+    size_t skip = size < rest->size ? size + (rest->data[size] == ' ' ? 1 : 2) : size;
+    *rest = (text){rest->data + skip, rest->size - skip};
+    return found;
+}
+
+typedef struct {
+    int32_t request;
+    int32_t outparam;
+} begun;
+
+EXPORT("wasmfleet:adapter/exchange@0.1.0#begin") begun *begin(const char *data, size_t size) {
+    text rest = {data, size};
+    incoming_request *it = take_room(sizeof *it);
+    *it = (incoming_request){.method = {METHOD_OTHER, word(&rest)}, .target = word(&rest)};
+    for (uint8_t tag = 0; tag < METHOD_OTHER; tag++)
+        if (same(it->method.other, method_names[tag])) it->method.tag = tag;
+    text name = word(&rest);
+    it->scheme = (optional_scheme){name.size > 0, {same(name, TEXT("https")) ? 1 : 0, {0}}};
+    it->authority = word(&rest);
+    read_lines(&it->headers, rest);
+    it->headers.immutable = 1;
+    response_outparam *param = take_room(sizeof *param);
+    *param = (response_outparam){0};
+    now = (exchange){0};
+    begun *both = take_room(sizeof *both);
+    *both = (begun){incoming_request_give(it), response_outparam_give(param)};
+    return both;
+}

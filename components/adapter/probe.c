@@ -1,0 +1,363 @@
+// A guest of the adapter for its tests: an ordinary wasi:http component that tries everything, one thing a path.
+//
+//   /                  200, "hello over wasi:http\n"
+//   /describe          the request as it arrived: method, target, scheme, authority, a line for each field
+//   /echo              the request's body back, as it is read
+//   /status/418        that status, no body
+//   /fields            what the operations on fields answer
+//   /twice             what asking twice for what is given once answers
+//   /trailers          a body, then the trailer x-sum: 7
+//   /late              the answer is set after its body was written
+//   /log               a line on standard output, one on standard error
+//   /fetch             a request to http://example.org:8080/there?x=1; the number of the error
+//   /error, /silent, /cut, /trap    the ways to fail: an error, no answer, half a body, a trap
+#include <stddef.h>
+#include <stdint.h>
+
+#define V "@0.2.3"
+#define TYPES "wasi:http/types" V
+#define STREAMS "wasi:io/streams" V
+#define EXPORT(name) __attribute__((export_name(name)))
+#define IMPORT(module, name) __attribute__((import_module(module), import_name(name)))
+
+typedef struct {
+    const char *data;
+    size_t size;
+} text;
+
+typedef struct {
+    text name;
+    text value;
+} field;
+
+typedef struct {
+    uint8_t tag;
+    text value;
+} optional;
+
+typedef struct {
+    uint8_t tag;
+    int32_t handle;
+} made;
+
+#define TEXT(literal) ((text){literal, sizeof(literal) - 1})
+#define SPREAD(literal) literal, sizeof(literal) - 1
+
+IMPORT(TYPES, "[constructor]fields") int32_t fields_new(void);
+IMPORT(TYPES, "[method]fields.append") void append(int32_t, const char *, size_t, const char *, size_t, uint8_t *);
+IMPORT(TYPES, "[method]fields.set") void set_field(int32_t, const char *, size_t, const text *, size_t, uint8_t *);
+IMPORT(TYPES, "[method]fields.delete") void delete_field(int32_t, const char *, size_t, uint8_t *);
+IMPORT(TYPES, "[method]fields.get") void get_field(int32_t, const char *, size_t, text *);
+IMPORT(TYPES, "[method]fields.has") int32_t has_field(int32_t, const char *, size_t);
+IMPORT(TYPES, "[method]fields.clone") int32_t clone_fields(int32_t);
+IMPORT(TYPES, "[static]fields.from-list") void from_list(const field *, size_t, made *);
+IMPORT(TYPES, "[method]fields.entries") void entries(int32_t, text *);
+IMPORT(TYPES, "[resource-drop]fields") void drop_fields(int32_t);
+IMPORT(TYPES, "[method]incoming-request.method") void request_method(int32_t, optional *);
+IMPORT(TYPES, "[method]incoming-request.path-with-query") void request_target(int32_t, optional *);
+IMPORT(TYPES, "[method]incoming-request.scheme") void request_scheme(int32_t, uint8_t *);
+IMPORT(TYPES, "[method]incoming-request.authority") void request_authority(int32_t, optional *);
+IMPORT(TYPES, "[method]incoming-request.headers") int32_t request_headers(int32_t);
+IMPORT(TYPES, "[method]incoming-request.consume") void consume(int32_t, made *);
+IMPORT(TYPES, "[resource-drop]incoming-request") void drop_request(int32_t);
+IMPORT(TYPES, "[method]incoming-body.stream") void body_stream(int32_t, made *);
+IMPORT(TYPES, "[static]incoming-body.finish") int32_t finish_incoming(int32_t);
+IMPORT(TYPES, "[method]future-trailers.get") void get_trailers(int32_t, uint8_t *);
+IMPORT(TYPES, "[method]future-trailers.subscribe") int32_t trailers_ready(int32_t);
+IMPORT(TYPES, "[resource-drop]future-trailers") void drop_future(int32_t);
+IMPORT(TYPES, "[constructor]outgoing-response") int32_t response_new(int32_t);
+IMPORT(TYPES, "[method]outgoing-response.set-status-code") int32_t set_status(int32_t, int32_t);
+IMPORT(TYPES, "[method]outgoing-response.body") void response_body(int32_t, made *);
+IMPORT(TYPES, "[method]outgoing-body.write") void body_write(int32_t, made *);
+IMPORT(TYPES, "[static]outgoing-body.finish") void finish_outgoing(int32_t, int32_t, int32_t, void *);
+IMPORT(TYPES, "[resource-drop]outgoing-body") void drop_body(int32_t);
+IMPORT(TYPES, "[static]response-outparam.set")
+void set_response(int32_t, int32_t, int32_t, int32_t, int64_t, int32_t, int32_t, int32_t, int32_t);
+IMPORT(TYPES, "[resource-drop]response-outparam") void drop_outparam(int32_t);
+IMPORT(TYPES, "[constructor]outgoing-request") int32_t outgoing_new(int32_t);
+IMPORT(TYPES, "[method]outgoing-request.set-scheme")
+int32_t set_scheme(int32_t, int32_t, int32_t, const char *, size_t);
+IMPORT(TYPES, "[method]outgoing-request.set-authority")
+int32_t set_authority(int32_t, int32_t, const char *, size_t);
+IMPORT(TYPES, "[method]outgoing-request.set-path-with-query")
+int32_t set_target(int32_t, int32_t, const char *, size_t);
+IMPORT(TYPES, "[constructor]request-options") int32_t options_new(void);
+IMPORT(TYPES, "[method]request-options.set-connect-timeout") int32_t set_timeout(int32_t, int32_t, uint64_t);
+IMPORT("wasi:http/outgoing-handler" V, "handle") void fetch(int32_t, int32_t, int32_t, void *);
+IMPORT("wasi:io/poll" V, "[method]pollable.block") void block(int32_t);
+IMPORT("wasi:io/poll" V, "[resource-drop]pollable") void drop_pollable(int32_t);
+IMPORT(STREAMS, "[method]input-stream.blocking-read") void blocking_read(int32_t, uint64_t, optional *);
+IMPORT(STREAMS, "[method]output-stream.blocking-write-and-flush")
+void blocking_write(int32_t, const char *, size_t, void *);
+IMPORT(STREAMS, "[method]output-stream.check-write") void check_write(int32_t, void *);
+IMPORT(STREAMS, "[method]output-stream.write") void write_some(int32_t, const char *, size_t, void *);
+IMPORT(STREAMS, "[resource-drop]input-stream") void drop_input(int32_t);
+IMPORT(STREAMS, "[resource-drop]output-stream") void drop_output(int32_t);
+IMPORT("wasi:cli/stdout" V, "get-stdout") int32_t get_stdout(void);
+IMPORT("wasi:cli/stderr" V, "get-stderr") int32_t get_stderr(void);
+
+static char room[256 * 1024] __attribute__((aligned(8)));
+static size_t used;
+
+EXPORT("cabi_realloc") void *cabi_realloc(void *old, size_t old_size, size_t align, size_t size) {
+    (void)old, (void)old_size;
+    used = (used + align - 1) & ~(align - 1);
+    if (size > sizeof room - used) __builtin_trap();
+    used += size;
+    return room + used - size;
+}
+
+static uint64_t scratch[8]; // where calls put answers that are not looked at
+
+static int starts(text a, text b) {
+    if (a.size < b.size) return 0;
+    for (size_t i = 0; i < b.size; i++)
+        if (a.data[i] != b.data[i]) return 0;
+    return 1;
+}
+
+static int is(text a, text b) { return a.size == b.size && starts(a, b); }
+
+static char page[16 * 1024];
+static size_t written;
+
+static void say(text t) {
+    __builtin_memcpy(page + written, t.data, t.size);
+    written += t.size;
+}
+
+static void say_number(int32_t number) {
+    char digits[10], *at = digits + sizeof digits;
+    do *--at = (char)('0' + number % 10);
+    while (number /= 10);
+    say((text){at, (size_t)(digits + sizeof digits - at)});
+}
+
+static void say_result(const char *what, size_t size, const uint8_t *result) {
+    static const text names[] = {TEXT("invalid-syntax\n"), TEXT("forbidden\n"), TEXT("immutable\n")};
+    say((text){what, size});
+    say(TEXT(": "));
+    say(result[0] ? names[result[1]] : TEXT("ok\n"));
+}
+
+static void write_all(int32_t stream, text t) {
+    while (t.size) {
+        size_t size = t.size < 4096 ? t.size : 4096;
+        blocking_write(stream, t.data, size, scratch);
+        if (*(uint8_t *)scratch) __builtin_trap();
+        t = (text){t.data + size, t.size - size};
+    }
+}
+
+static int32_t must(made it) {
+    if (it.tag) __builtin_trap();
+    return it.handle;
+}
+
+static int32_t outparam;
+
+// Begin the answer; what is given back is its body.
+static int32_t answer(int32_t status) {
+    made body;
+    int32_t fields = fields_new();
+    append(fields, SPREAD("Content-Type"), SPREAD("text/plain"), (uint8_t *)scratch);
+    append(fields, SPREAD("x-bytes"), SPREAD("caf\xe9"), (uint8_t *)scratch);
+    int32_t response = response_new(fields);
+    if (set_status(response, status)) __builtin_trap();
+    response_body(response, &body);
+    set_response(outparam, 0, response, 0, 0, 0, 0, 0, 0);
+    return must(body);
+}
+
+static int32_t open_body(int32_t body) {
+    made stream;
+    body_write(body, &stream);
+    return must(stream);
+}
+
+static void finish(int32_t body, int32_t trailers) { finish_outgoing(body, trailers >= 0, trailers, scratch); }
+
+static void answer_page(int32_t status) {
+    int32_t body = answer(status), stream = open_body(body);
+    write_all(stream, (text){page, written});
+    drop_output(stream);
+    finish(body, -1);
+}
+
+static void describe(int32_t request) {
+    static const text methods[] = {TEXT("get"),     TEXT("head"),    TEXT("post"),  TEXT("put"),  TEXT("delete"),
+                                   TEXT("connect"), TEXT("options"), TEXT("trace"), TEXT("patch")};
+    optional it;
+    uint8_t scheme[16];
+    text list;
+    request_method(request, &it);
+    say(it.tag < 9 ? methods[it.tag] : it.value);
+    say(TEXT(" "));
+    request_target(request, &it);
+    say(it.tag ? it.value : TEXT("-"));
+    say(TEXT(" "));
+    request_scheme(request, scheme);
+    say(!scheme[0] ? TEXT("-") : scheme[4] ? TEXT("https") : TEXT("http"));
+    say(TEXT(" "));
+    request_authority(request, &it);
+    say(it.tag ? it.value : TEXT("-"));
+    int32_t headers = request_headers(request);
+    entries(headers, &list);
+    for (size_t i = 0; i < list.size; i++) {
+        const field *line = (const field *)list.data + i;
+        say(TEXT("\n"));
+        say(line->name);
+        say(TEXT("="));
+        say(line->value);
+    }
+    drop_fields(headers);
+    say(TEXT("\n"));
+}
+
+static void try_fields(int32_t request) {
+    uint8_t r[8];
+    made list;
+    text values[2] = {TEXT("a"), TEXT("b")}, found;
+    int32_t own = fields_new(), foreign = request_headers(request);
+    append(own, SPREAD("X-One"), SPREAD("1"), r), say_result(SPREAD("append"), r);
+    append(own, SPREAD("bad name"), SPREAD("1"), r), say_result(SPREAD("append a bad name"), r);
+    append(own, SPREAD("x-two"), SPREAD("1\r\nx: y"), r), say_result(SPREAD("append a bad value"), r);
+    append(own, SPREAD("Host"), SPREAD("other"), r), say_result(SPREAD("append host"), r);
+    append(foreign, SPREAD("x"), SPREAD("y"), r), say_result(SPREAD("append to the request's"), r);
+    delete_field(foreign, SPREAD("x"), r), say_result(SPREAD("delete from the request's"), r);
+    set_field(own, SPREAD("x-one"), values, 2, r), say_result(SPREAD("set"), r);
+    get_field(own, SPREAD("X-ONE"), &found);
+    say(TEXT("get: ")), say_number((int32_t)found.size), say(TEXT("\n"));
+    int32_t copy = clone_fields(own);
+    delete_field(own, SPREAD("X-one"), r), say_result(SPREAD("delete"), r);
+    say(TEXT("has, has in the copy: "));
+    say_number(has_field(own, SPREAD("x-one"))), say_number(has_field(copy, SPREAD("x-one"))), say(TEXT("\n"));
+    int32_t mine = clone_fields(foreign);
+    append(mine, SPREAD("x"), SPREAD("y"), r), say_result(SPREAD("append to a copy of the request's"), r);
+    field lines[2] = {{TEXT("a"), TEXT("1")}, {TEXT("upgrade"), TEXT("h2c")}};
+    from_list(lines, 1, &list);
+    say(TEXT("from-list: ")), say_number(list.tag), say(TEXT("\n"));
+    drop_fields(must(list));
+    from_list(lines, 2, &list);
+    say(TEXT("from-list with upgrade: ")), say_number(list.tag), say_number(list.handle & 0xff), say(TEXT("\n"));
+    drop_fields(own), drop_fields(foreign), drop_fields(copy), drop_fields(mine);
+}
+
+static void twice(int32_t request) {
+    made body, stream;
+    uint8_t trailers[56];
+    consume(request, &body);
+    say_number(body.tag);
+    int32_t incoming = body.handle;
+    consume(request, &body);
+    say_number(body.tag);
+    body_stream(incoming, &stream);
+    say_number(stream.tag);
+    drop_input(stream.handle);
+    body_stream(incoming, &stream);
+    say_number(stream.tag);
+    int32_t future = finish_incoming(incoming), ready = trailers_ready(future);
+    block(ready);
+    drop_pollable(ready);
+    get_trailers(future, trailers);
+    say(TEXT(" ")), say_number(trailers[0]), say_number(trailers[8]), say_number(trailers[16]), say_number(trailers[24]);
+    get_trailers(future, trailers);
+    say(TEXT(" ")), say_number(trailers[0]), say_number(trailers[8]);
+    drop_future(future);
+    say(TEXT("\n"));
+}
+
+static void echo(int32_t request) {
+    made body, input;
+    int32_t out_body = answer(200), out = open_body(out_body);
+    consume(request, &body);
+    body_stream(must(body), &input);
+    for (;;) {
+        optional chunk;
+        used = 0;
+        blocking_read(must(input), 64 * 1024, &chunk);
+        if (chunk.tag) break;
+        write_all(out, chunk.value);
+    }
+    drop_input(input.handle);
+    drop_future(finish_incoming(body.handle));
+    drop_output(out);
+    finish(out_body, -1);
+}
+
+static void late(void) {
+    made body;
+    int32_t response = response_new(fields_new());
+    response_body(response, &body);
+    int32_t stream = open_body(must(body));
+    // Not flushed either: the adapter does that.
+    check_write(stream, scratch);
+    write_some(stream, SPREAD("written first\n"), scratch);
+    drop_output(stream);
+    finish(body.handle, -1);
+    set_response(outparam, 0, response, 0, 0, 0, 0, 0, 0);
+}
+
+static void log_lines(void) {
+    int32_t out = get_stdout(), err = get_stderr();
+    write_all(out, TEXT("to standard output\n"));
+    write_all(err, TEXT("to standard error\n"));
+    drop_output(out), drop_output(err);
+    say(TEXT("logged\n"));
+}
+
+static void try_fetch(void) {
+    uint8_t result[40];
+    int32_t fields = fields_new(), options = options_new();
+    append(fields, SPREAD("x-key"), SPREAD("v"), result);
+    int32_t request = outgoing_new(fields);
+    say_number(set_authority(request, 1, SPREAD("bad host")));
+    say_number(set_target(request, 1, SPREAD("/with space")));
+    say_number(set_scheme(request, 1, 0, NULL, 0));
+    say_number(set_authority(request, 1, SPREAD("example.org:8080")));
+    say_number(set_target(request, 1, SPREAD("/there?x=1")));
+    set_timeout(options, 1, 1500000000);
+    fetch(request, 1, options, result);
+    say(TEXT(" ")), say_number(result[0]), say(TEXT(" ")), say_number(result[8]), say(TEXT("\n"));
+}
+
+EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, int32_t param) {
+    optional it;
+    used = written = 0;
+    outparam = param;
+    request_target(request, &it);
+    text target = it.value;
+    if (is(target, TEXT("/trap"))) __builtin_trap();
+    if (is(target, TEXT("/silent"))) {
+        drop_outparam(param);
+    } else if (is(target, TEXT("/error"))) {
+        set_response(param, 1, 38, 0, 0, 0, 0, 0, 0);
+    } else if (is(target, TEXT("/cut"))) {
+        int32_t body = answer(200), stream = open_body(body);
+        write_all(stream, TEXT("half of it"));
+        drop_output(stream);
+        drop_body(body);
+    } else if (is(target, TEXT("/echo"))) {
+        echo(request);
+    } else if (is(target, TEXT("/late"))) {
+        late();
+    } else if (is(target, TEXT("/trailers"))) {
+        int32_t body = answer(200), stream = open_body(body), trailers = fields_new();
+        write_all(stream, TEXT("body\n"));
+        drop_output(stream);
+        append(trailers, SPREAD("x-sum"), SPREAD("7"), (uint8_t *)scratch);
+        finish(body, trailers);
+    } else if (starts(target, TEXT("/status/")) && target.size == 11) {
+        const char *d = target.data + 8;
+        finish(answer((d[0] - '0') * 100 + (d[1] - '0') * 10 + d[2] - '0'), -1);
+    } else {
+        if (is(target, TEXT("/fields"))) try_fields(request);
+        else if (is(target, TEXT("/twice"))) twice(request);
+        else if (is(target, TEXT("/log"))) log_lines();
+        else if (is(target, TEXT("/fetch"))) try_fetch();
+        else if (starts(target, TEXT("/describe"))) describe(request);
+        else say(TEXT("hello over wasi:http\n"));
+        answer_page(200);
+    }
+    drop_request(request);
+}

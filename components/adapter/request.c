@@ -1,0 +1,198 @@
+// Requests that the guest sends: `outgoing-request`, its options, and the handler that asks the host.
+#include "http.h"
+
+typedef struct {
+    method method;
+    optional_scheme scheme;
+    optional_text target;
+    optional_text authority;
+    fields headers;
+    outgoing_body body;
+} outgoing_request;
+
+// option<duration>
+typedef struct {
+    uint8_t some;
+    uint64_t ns;
+} optional_duration;
+
+enum { CONNECT, FIRST_BYTE, BETWEEN_BYTES, TIMEOUTS };
+
+typedef struct {
+    optional_duration timeouts[TIMEOUTS];
+} request_options;
+
+typedef struct {
+    uint16_t status;
+    fields headers;
+    incoming_body body;
+    uint8_t consumed;
+} incoming_response;
+
+typedef struct {
+    incoming_response response;
+    uint8_t got;
+} future_incoming_response;
+
+RESOURCE(outgoing_request, "outgoing-request")
+RESOURCE(request_options, "request-options")
+RESOURCE(future_incoming_response, "future-incoming-response")
+RESOURCE(incoming_response, "incoming-response")
+DESTRUCTOR(outgoing_request, "outgoing-request")
+DESTRUCTOR(request_options, "request-options")
+DESTRUCTOR(future_incoming_response, "future-incoming-response")
+DESTRUCTOR(incoming_response, "incoming-response")
+
+IMPORT("wasi:io/error@0.2.12", "[resource-drop]error") void drop_error(int32_t error);
+IMPORT("wasmfleet:adapter/host@0.1.0", "refuse") int32_t refuse(const char *head, size_t size);
+
+CONSTRUCTOR("outgoing-request") int32_t outgoing_request_constructor(int32_t headers) {
+    outgoing_request *it = take_room(sizeof *it);
+    *it = (outgoing_request){.headers = *fields_take(headers)};
+    return outgoing_request_give(it);
+}
+
+METHOD("outgoing-request.body") handle_or_nothing *outgoing_request_body(outgoing_request *it) {
+    if (it->body.taken) return no_handle();
+    it->body.taken = 1;
+    return ok_handle(outgoing_body_give(&it->body));
+}
+
+METHOD("outgoing-request.method") const method *outgoing_request_method(const outgoing_request *it) {
+    return &it->method;
+}
+
+METHOD("outgoing-request.set-method")
+int32_t outgoing_request_set_method(outgoing_request *it, int32_t tag, const char *data, size_t size) {
+    method wanted = {(uint8_t)tag, {data, size}};
+    if (tag == METHOD_OTHER && !is_token(wanted.other)) return 1;
+    it->method = wanted;
+    return 0;
+}
+
+METHOD("outgoing-request.path-with-query") const optional_text *outgoing_request_path(const outgoing_request *it) {
+    return &it->target;
+}
+
+METHOD("outgoing-request.set-path-with-query")
+int32_t outgoing_request_set_path(outgoing_request *it, int32_t some, const char *data, size_t size) {
+    optional_text wanted = {(uint8_t)some, {data, size}};
+    if (some && size && !is_word(wanted.value, "#")) return 1;
+    it->target = wanted;
+    return 0;
+}
+
+METHOD("outgoing-request.scheme") const optional_scheme *outgoing_request_scheme(const outgoing_request *it) {
+    return &it->scheme;
+}
+
+METHOD("outgoing-request.set-scheme")
+int32_t outgoing_request_set_scheme(outgoing_request *it, int32_t some, int32_t tag, const char *data, size_t size) {
+    optional_scheme wanted = {(uint8_t)some, {(uint8_t)tag, {data, size}}};
+    if (some && tag == 2 && !is_token(wanted.value.other)) return 1;
+    it->scheme = wanted;
+    return 0;
+}
+
+METHOD("outgoing-request.authority") const optional_text *outgoing_request_authority(const outgoing_request *it) {
+    return &it->authority;
+}
+
+METHOD("outgoing-request.set-authority")
+int32_t outgoing_request_set_authority(outgoing_request *it, int32_t some, const char *data, size_t size) {
+    optional_text wanted = {(uint8_t)some, {data, size}};
+    if (some && !is_word(wanted.value, "/?#\\@")) return 1;
+    it->authority = wanted;
+    return 0;
+}
+
+METHOD("outgoing-request.headers") int32_t outgoing_request_headers(const outgoing_request *it) {
+    return give_view(&it->headers);
+}
+
+CONSTRUCTOR("request-options") int32_t request_options_constructor(void) {
+    request_options *it = take_room(sizeof *it);
+    *it = (request_options){0};
+    return request_options_give(it);
+}
+
+#define TIMEOUT(which, id, name)                                                                                       \
+    METHOD("request-options." name) const optional_duration *get_##id(const request_options *it) {                     \
+        return &it->timeouts[which];                                                                                   \
+    }                                                                                                                  \
+    METHOD("request-options.set-" name) int32_t set_##id(request_options *it, int32_t some, uint64_t ns) {             \
+        it->timeouts[which] = (optional_duration){(uint8_t)some, ns};                                                  \
+        return 0;                                                                                                      \
+    }
+
+TIMEOUT(CONNECT, connect_timeout, "connect-timeout")
+TIMEOUT(FIRST_BYTE, first_byte_timeout, "first-byte-timeout")
+TIMEOUT(BETWEEN_BYTES, between_bytes_timeout, "between-bytes-timeout")
+
+static text scheme_name(const optional_scheme *it) {
+    if (!it->some || it->value.tag == 1) return TEXT("https");
+    return it->value.tag ? it->value.other : TEXT("http");
+}
+
+// The head as `host.refuse` describes it.
+static text request_head(const outgoing_request *it, const request_options *options) {
+    text words[4 + TIMEOUTS] = {
+        it->method.tag == METHOD_OTHER ? it->method.other : method_names[it->method.tag],
+        it->target.some && it->target.value.size ? it->target.value : TEXT("/"),
+        scheme_name(&it->scheme),
+        it->authority.some ? it->authority.value : TEXT(""),
+    };
+    size_t size = 1 + lines_size(&it->headers);
+    for (size_t i = 0; i < TIMEOUTS; i++)
+        if (options && options->timeouts[i].some) words[4 + i] = decimal(options->timeouts[i].ns);
+    for (size_t i = 0; i < 4 + TIMEOUTS; i++) size += words[i].size + 1;
+    char *head = take_room(size), *at = head;
+    for (size_t i = 0; i < 4 + TIMEOUTS; i++) at = put(put(at, words[i]), i < 3 + TIMEOUTS ? TEXT(" ") : TEXT("\r\n"));
+    put_lines(at, &it->headers);
+    return (text){head, size};
+}
+
+EXPORT("wasi:http/outgoing-handler@0.2.12#handle")
+nothing_or_error *outgoing_handle(int32_t request, int32_t has_options, int32_t options) {
+    text head = request_head(outgoing_request_take(request), has_options ? request_options_take(options) : NULL);
+    nothing_or_error *answer = take_room(sizeof *answer);
+    *answer = (nothing_or_error){1, {(uint8_t)refuse(head.data, head.size), {0}}};
+    return answer;
+}
+
+METHOD("future-incoming-response.subscribe")
+int32_t future_incoming_response_subscribe(const future_incoming_response *it) {
+    (void)it;
+    return ready_pollable();
+}
+
+METHOD("future-incoming-response.get")
+nested_result *future_incoming_response_get(future_incoming_response *it) {
+    nested_result *answer = take_room(sizeof *answer);
+    *answer = (nested_result){.some = 1, .again = it->got};
+    if (!it->got) answer->handle = incoming_response_give(&it->response);
+    it->got = 1;
+    return answer;
+}
+
+METHOD("incoming-response.status") int32_t incoming_response_status(const incoming_response *it) {
+    return it->status;
+}
+
+METHOD("incoming-response.headers") int32_t incoming_response_headers(const incoming_response *it) {
+    return give_view(&it->headers);
+}
+
+METHOD("incoming-response.consume") handle_or_nothing *incoming_response_consume(incoming_response *it) {
+    if (it->consumed) return no_handle();
+    it->consumed = 1;
+    return ok_handle(incoming_body_give(&it->body));
+}
+
+// option<error-code>: an error of a stream never comes from here.
+EXPORT(TYPES "#http-error-code") nothing_or_error *http_error_code(int32_t error) {
+    drop_error(error);
+    nothing_or_error *answer = take_room(sizeof *answer);
+    *answer = (nothing_or_error){0};
+    return answer;
+}

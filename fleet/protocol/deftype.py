@@ -1,0 +1,163 @@
+"""Types of the Component Model, copied with other indices: what `fleet.protocol.compose` needs to move an import.
+
+A type names others by their index in the component that it stands in. Moved into another component, those indices
+change, and nothing else does. Inside an instance or component type indices are its own; it reaches out only by `alias
+outer`. The grammar is Binary.md's "Type Definitions".
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from fleet.protocol import wasm
+
+Index = Callable[[int], int]
+
+_DEPTH_MAX: Final = 16
+_SORT_TYPE: Final = 3
+
+
+class ForeignTypeError(Exception):
+    """A form of type that the imports of a component for WASI 0.2 do not have; the message says which."""
+
+
+def same(index: int) -> int:
+    """The index itself: for passing over a type."""
+    return index
+
+
+def rewrite(cursor: wasm.Cursor, index: Index) -> bytes:
+    """The type definition under the cursor, with `index(i)` for every type i outside it.
+
+    Raises:
+        wasm.DamagedError: it is not well-formed.
+        ForeignTypeError: it is of a newer or rarer kind.
+    """
+    return _Rewriter(cursor, index).deftype(0)
+
+
+class _Rewriter:
+    """Copies one definition."""
+
+    def __init__(self, cursor: wasm.Cursor, index: Index) -> None:
+        self._in = cursor
+        self._index = index
+
+    def deftype(self, depth: int) -> bytes:
+        """`deftype`, at `depth` instance or component types below the definition itself."""
+        if depth > _DEPTH_MAX:
+            raise wasm.DamagedError(f"types nested deeper than {_DEPTH_MAX} at offset {self._in.at}")
+        form = self._in.byte()
+        match form:
+            case 0x40:
+                body = self._fields(depth) + self._results(depth)
+            case 0x41 | 0x42:
+                body = self._many(lambda: self._declaration(depth + 1))
+            case _:
+                return self._value(form, depth)
+        return bytes([form]) + body
+
+    def _value(self, form: int, depth: int) -> bytes:  # noqa: PLR0911 - one arm for each kind of value type
+        head = bytes([form])
+        match form:
+            case _ if 0x73 <= form <= 0x7F:  # noqa: PLR2004 - the primitive types
+                return head
+            case 0x72:
+                return head + self._fields(depth)
+            case 0x71:
+                return head + self._many(lambda: self._case(depth))
+            case 0x70 | 0x6B:
+                return head + self._valtype(depth)
+            case 0x6F:
+                return head + self._many(lambda: self._valtype(depth))
+            case 0x6E | 0x6D:
+                return head + self._many(self._name)
+            case 0x6A:
+                return head + self._optional(depth) + self._optional(depth)
+            case 0x69 | 0x68:
+                return head + self._type(self._in.u32(), depth)
+            case _:
+                raise ForeignTypeError(f"a type of form 0x{form:02x} at offset {self._in.at}")
+
+    def _declaration(self, depth: int) -> bytes:
+        kind = self._in.byte()
+        match kind:
+            case 0x01:
+                body = self.deftype(depth)
+            case 0x02:
+                body = self._alias(depth)
+            case 0x03 | 0x04:
+                body = self._extern_name() + self._extern_type(depth)
+            case _:
+                raise ForeignTypeError(f"a declaration of form 0x{kind:02x} at offset {self._in.at}")
+        return bytes([kind]) + body
+
+    def _alias(self, depth: int) -> bytes:
+        sort, target = self._in.byte(), self._in.byte()
+        if sort != _SORT_TYPE:
+            raise ForeignTypeError(f"an alias of sort {sort} at offset {self._in.at}")
+        head = bytes([sort, target])
+        match target:
+            case 0x00:
+                return head + wasm.u32(self._in.u32()) + self._name()
+            case 0x02:
+                count, number = self._in.u32(), self._in.u32()
+                if count > depth:
+                    raise wasm.DamagedError(f"an alias reaches out of the component at offset {self._in.at}")
+                return head + wasm.u32(count) + wasm.u32(self._index(number) if count == depth else number)
+            case _:
+                raise ForeignTypeError(f"an alias of form {target} at offset {self._in.at}")
+
+    def _extern_type(self, depth: int) -> bytes:
+        sort = self._in.byte()
+        head = bytes([sort])
+        match sort:
+            case 0x01 | 0x04 | 0x05:
+                return head + self._type(self._in.u32(), depth)
+            case 0x03:
+                bound = self._in.byte()
+                if bound == 1:
+                    return head + b"\x01"
+                return head + b"\x00" + self._type(self._in.u32(), depth)
+            case _:
+                raise ForeignTypeError(f"an item of sort {sort} at offset {self._in.at}")
+
+    def _extern_name(self) -> bytes:
+        form = self._in.byte()
+        if form > 1:
+            raise ForeignTypeError(f"a name of form {form} at offset {self._in.at}")
+        return bytes([form]) + self._name()
+
+    def _results(self, depth: int) -> bytes:
+        form = self._in.byte()
+        if form == 0:
+            return b"\x00" + self._valtype(depth)
+        return bytes([form]) + self._fields(depth)
+
+    def _fields(self, depth: int) -> bytes:
+        return self._many(lambda: self._name() + self._valtype(depth))
+
+    def _case(self, depth: int) -> bytes:
+        return self._name() + self._optional(depth) + self._zero()
+
+    def _zero(self) -> bytes:
+        if self._in.byte():
+            raise ForeignTypeError(f"a variant that refines another at offset {self._in.at}")
+        return b"\x00"
+
+    def _optional(self, depth: int) -> bytes:
+        return b"\x01" + self._valtype(depth) if self._in.byte() else b"\x00"
+
+    def _valtype(self, depth: int) -> bytes:
+        number = self._in.s33()
+        return wasm.s33(number) if number < 0 else self._type(number, depth, signed=True)
+
+    def _type(self, number: int, depth: int, *, signed: bool = False) -> bytes:
+        moved = self._index(number) if depth == 0 else number
+        return wasm.s33(moved) if signed else wasm.u32(moved)
+
+    def _name(self) -> bytes:
+        return wasm.name(self._in.name())
+
+    def _many(self, one: Callable[[], bytes]) -> bytes:
+        count = self._in.count()
+        return wasm.u32(count) + b"".join(one() for _ in range(count))
