@@ -1,9 +1,9 @@
 """What a rollout does next: a pure function of the rollout, its boards and the time.
 
 A wave is offered; its boards succeed, fail or refuse. A breach (more failures than allowed) halts everything at once,
-in whichever wave it happens. The next wave comes when no board of the offered ones is under way, enough of the newest
-wave succeeded, and all have soaked. Boards that are offline or deferred are in no denominator: they pass the gates
-later, by the same reports.
+in whichever wave it happens. The next wave comes when no board of the offered ones is under way, enough of them have
+completed, and the last of those has soaked. Boards that are offline or deferred are in no denominator: they pass the
+gates later, by the same reports.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Complete:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing to do: why, and when to look again (seconds, None for when something is reported)."""
+    """Nothing to do: why (empty while boards are at it), and when to look again (None: when something is reported)."""
 
     reason: str
     until: float | None = None
@@ -101,13 +101,13 @@ def _held_up(rollout: Rollout, offered: Sequence[Board], now: float) -> Wait | H
     ]
     if busy or silent:
         times = [_next_timeout(rollout, busy), *((board.offered_at or 0) + rollout.answer_s for board in silent)]
-        return Wait(_progress(offered), min((time for time in times if time is not None), default=None))
-    newest = [board for board in offered if board.wave == rollout.wave and board.outcome is not Outcome.SKIPPED]
-    completed = [board for board in newest if board.outcome in COMPLETED]
-    if len(completed) < min(rollout.minimum, len(newest)):
-        return Wait(f"wave {rollout.wave} waits for a board that answers: {_names(newest)}")
+        return Wait("", min((time for time in times if time is not None), default=None))
     if rollout.wave == len(rollout.sizes):
         return _unproven(offered)
+    present = [board for board in offered if board.outcome is not Outcome.SKIPPED]
+    completed = [board for board in present if board.outcome in COMPLETED]
+    if len(completed) < min(rollout.minimum, len(present)):
+        return Wait(f"wave {rollout.wave} waits for a board that answers: {_names(present)}")
     ready = max((board.ended_at or 0) for board in completed) + rollout.soak_s if completed else now
     return Wait(f"wave {rollout.wave} soaks for {rollout.soak_s:g} s", ready) if now < ready else None
 
@@ -134,11 +134,6 @@ def _next_timeout(rollout: Rollout, boards: Sequence[Board]) -> float | None:
         if board.acked_at is not None and board.outcome is Outcome.IN_PROGRESS
     ]
     return min(ends, default=None)
-
-
-def _progress(offered: Sequence[Board]) -> str:
-    done = sum(board.outcome is Outcome.SUCCEEDED for board in offered)
-    return f"{done} of {len(offered)} offered boards have it"
 
 
 def _blame(breached: Sequence[Board]) -> str:

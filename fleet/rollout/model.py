@@ -99,7 +99,7 @@ class Rollout:
         soak_s: how long the boards of a wave must have run well before the next is offered.
         timeout_s: how long a board may take from its first word on.
         answer_s: how long an online board that says nothing holds up the next wave.
-        minimum: boards of a wave that must have completed, well or not, before the next.
+        minimum: boards that must have completed, well or not, before the next wave.
     """
 
     id: str

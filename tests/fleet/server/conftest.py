@@ -1,0 +1,422 @@
+"""A whole server on free ports, and small boards that speak the real protocol: TLS, MQTT, verified assignments."""
+
+import asyncio
+import contextlib
+import hashlib
+import secrets
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import msgspec
+import paho.mqtt.client as mqtt
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from paho.mqtt.enums import CallbackAPIVersion
+
+from fleet.protocol import api, wire
+from fleet.protocol.assignment import Assignment, Command, Fresh, Item
+from fleet.protocol.codes import Phase, RejectCode
+from fleet.protocol.enrolment import Enrolled, EnrolRequest, Token
+from fleet.protocol.manifest import ConfigKey, Http, Manifest
+from fleet.protocol.messages import Ack, Hello, Report, State, Versions
+from fleet.protocol.names import TargetName
+from fleet.protocol.topics import Down, Topic, Up, board_subscriptions
+from fleet.server.broker import mosquitto
+from fleet.server.main import Server
+from fleet.setup import init
+from signing import dsse, keys, repository
+from signing.errors import FetchNotFound
+from signing.facts import Facts
+from signing.trust import TrustedSet
+
+Behaviour = Callable[[Item], list[Report]]
+PATIENCE_S = 20
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Operator:
+    """The operators' API over real TLS."""
+
+    def __init__(self, home: Path, url: str) -> None:
+        token = (home / "operator" / "token").read_text().strip()
+        context = ssl.create_default_context(cafile=str(home / "operator" / "ca.pem"))
+        self.http = httpx.AsyncClient(
+            base_url=url, verify=context, headers={"authorization": f"Bearer {token}"}, timeout=PATIENCE_S
+        )
+        self._key = keys.load(home / "operator" / "keys" / "main.pem")
+
+    async def get(self, kind: type[Any], path: str, **query: Any) -> Any:
+        return self._read(kind, await self.http.get(path, params=query))
+
+    async def send(self, kind: type[Any], method: str, path: str, body: msgspec.Struct | None = None) -> Any:
+        content = b"" if body is None else msgspec.json.encode(body)
+        return self._read(kind, await self.http.request(method, path, content=content))
+
+    async def problem(self, method: str, path: str, body: msgspec.Struct | bytes | None = None) -> api.Problem:
+        content = body if isinstance(body, bytes) else b"" if body is None else msgspec.json.encode(body)
+        reply = await self.http.request(method, path, content=content)
+        assert reply.status_code >= 400, reply.text
+        return msgspec.json.decode(reply.content, type=api.Problem)
+
+    def _read(self, kind: type[Any], reply: httpx.Response) -> Any:
+        assert reply.is_success, reply.text
+        return msgspec.json.decode(reply.content, type=kind)
+
+    async def token(self, group: str = "edge") -> str:
+        request = api.EnrollTokenRequest(group=group)
+        return (await self.send(api.EnrollTokenReply, "POST", "/v1/enroll-tokens", request)).token
+
+    async def publish(self, version: str, *, name: str = "hello", **manifest: Any) -> str:
+        """Sign and upload a component; its target path."""
+        artifact = f"{name} {version}".encode()
+        sha256 = hashlib.sha256(artifact).hexdigest()
+        reply = await self.http.put(f"/v1/artifacts/{sha256}", content=artifact)
+        assert reply.is_success, reply.text
+        current = await self._newest_role()
+        target = TargetName("main", name, version)
+        role = repository.add_target(
+            current,
+            name=target,
+            length=len(artifact),
+            sha256=sha256,
+            manifest=Manifest(name=name, version=version, trigger=Http(), **manifest),
+            signer=self._key,
+            now=datetime.now(UTC),
+        )
+        reply = await self.http.post("/v1/roles/main", content=role)
+        assert reply.is_success, reply.text
+        return target.path
+
+    async def _newest_role(self) -> bytes:
+        number, found = 1, b""
+        while (reply := await self.http.get(f"/v1/tuf/{number}.main.json")).is_success:
+            number, found = number + 1, reply.content
+        return found
+
+    async def deploy(self, target: str | None, *, group: str = "edge", instance: str = "hello", **more: Any) -> Any:
+        request = api.RolloutRequest(instance=instance, target=target, group=group, **more)
+        return await self.send(api.RolloutView, "POST", "/v1/rollouts", request)
+
+    async def follow(self, rollout: api.RolloutView, until: Callable[[api.RolloutView], bool]) -> api.RolloutView:
+        """Long-poll until `until` holds."""
+        async with asyncio.timeout(PATIENCE_S):
+            view = rollout
+            while not until(view):
+                view = await self.get(api.RolloutView, f"/v1/rollouts/{view.id}", wait=10, since=view.revision)
+        return view
+
+    async def decided(self, rollout: api.RolloutView) -> api.RolloutView:
+        return await self.follow(rollout, lambda view: view.state not in api.OPEN_STATES)
+
+
+def good(item: Item) -> list[Report]:
+    return [_report(item, Phase.FETCHING), _report(item, Phase.PROBATION), _report(item, Phase.COMMITTED)]
+
+
+def trapping(item: Item) -> list[Report]:
+    rolled_back = _report(item, Phase.ROLLED_BACK, code=RejectCode.TRAPPED, message="it trapped", log=("boom",))
+    return [_report(item, Phase.PROBATION), rolled_back]
+
+
+def refusing(item: Item) -> list[Report]:
+    return [_report(item, Phase.FAILED, code=RejectCode.GRANT_DENIED, message="no such grant here")]
+
+
+def silent(_item: Item) -> list[Report]:
+    return []
+
+
+def _report(item: Item, phase: Phase, **more: Any) -> Report:
+    return Report(
+        device="", boot_id="", sequence=0, at=datetime.now(UTC), assignment=0,
+        instance=item.instance, target=item.target, attempt=item.attempt, rollout=item.rollout, phase=phase, **more,
+    )  # fmt: skip
+
+
+class Board:
+    """A board that verifies what it is told, and acts as its behaviour says."""
+
+    def __init__(self, directory: Path, enrolled: Enrolled, key: ec.EllipticCurvePrivateKey) -> None:
+        self.enrolled, self.key, self.device = enrolled, key, enrolled.device
+        self.behaviour: Behaviour = good
+        self.accepted: list[Assignment] = []
+        self.envelopes: list[bytes] = []
+        self.fresh: list[Fresh] = []
+        self.commands: list[Command] = []
+        self.acked = 0
+        self.nonce = ""
+        self.sequence = 0
+        self.facts = Facts()
+        self.items: dict[str, Item] = {}
+        self.news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._client: mqtt.Client | None = None
+        self._files = (directory / f"{self.device}.pem", directory / f"{self.device}-ca.pem")
+        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+        self._files[0].write_text(enrolled.certificate_pem + secret)
+        self._files[1].write_text(enrolled.ca_pem)
+        self._trusted = TrustedSet(root=enrolled.root.encode(), fetch=self._fetch)
+
+    def context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=str(self._files[1]))
+        context.load_cert_chain(self._files[0])
+        return context
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.enrolled.devices_url, verify=self.context(), timeout=PATIENCE_S)
+
+    def _fetch(self, name: str, max_bytes: int) -> bytes:
+        with self.http() as http:
+            reply = http.get(f"/v1/tuf/{name}")
+        if reply.status_code == 404:
+            raise FetchNotFound(name)
+        assert reply.is_success
+        assert len(reply.content) <= max_bytes
+        return reply.content
+
+    # -- MQTT --------------------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Connect, say hello, and be ready for what comes."""
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=self.device, clean_session=True)
+        client.tls_set_context(self.context())
+        will = State(device=self.device, online=False)
+        client.will_set(str(Topic(self.device, Up.STATE)), wire.encode(will), qos=1, retain=True)
+        ready = asyncio.Event()
+
+        def connected(client: mqtt.Client, *_: Any) -> None:
+            client.subscribe([(topic, 1) for topic in board_subscriptions(self.device)])
+
+        def message(_client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+            self._loop.call_soon_threadsafe(self._received, message.topic, message.payload)
+
+        def subscribed(*_: Any) -> None:
+            self._say_hello()
+            self._loop.call_soon_threadsafe(ready.set)
+
+        client.on_connect, client.on_message, client.on_subscribe = connected, message, subscribed
+        client.reconnect_delay_set(min_delay=1, max_delay=1)
+        self._client = client
+        address = httpx.URL(self.enrolled.mqtt[0])
+        await asyncio.to_thread(client.connect, address.host, address.port, 30)
+        client.loop_start()
+        async with asyncio.timeout(PATIENCE_S):
+            await ready.wait()
+
+    def _say_hello(self) -> None:
+        self.nonce = secrets.token_hex(8)
+        version = self.accepted[-1].version if self.accepted else 0
+        self.publish(Up.STATE, State(device=self.device, online=True, boot_id="boot"), retain=True)
+        hello = Hello(
+            device=self.device,
+            nonce=self.nonce,
+            boot_id="boot",
+            accepted=version,
+            versions=Versions(agent="1", engine="1"),
+        )
+        self.publish(Up.HELLO, hello)
+
+    def publish(self, channel: Up, message: msgspec.Struct, *, retain: bool = False, device: str = "") -> None:
+        if (client := self._client) is not None:
+            client.publish(str(Topic(device or self.device, channel)), wire.encode(message), qos=1, retain=retain)
+
+    async def disconnect(self, *, politely: bool = False) -> None:
+        """Be gone: without a goodbye the broker publishes the will."""
+        client, self._client = self._client, None
+        if client is None:
+            return
+        if politely:
+            client.disconnect()
+        elif (sock := client.socket()) is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        await asyncio.to_thread(client.loop_stop)
+
+    def _received(self, topic: str, payload: bytes) -> None:
+        if topic.endswith("/poke"):
+            return
+        match Topic.parse(topic).channel:
+            case Down.DESIRED:
+                self.envelopes.append(payload)
+                self._loop.create_task(self._accept(payload))
+            case Down.ACK:
+                self.acked = max(self.acked, wire.decode(Ack, payload).sequence)
+            case Down.FRESH:
+                self.fresh.append(msgspec.json.decode(dsse.parse(payload).payload, type=Fresh))
+            case Down.COMMAND:
+                self.commands.append(msgspec.json.decode(dsse.parse(payload).payload, type=Command))
+        self._ring()
+
+    async def _accept(self, envelope: bytes) -> None:
+        now = datetime.now(UTC)
+        self.facts = await asyncio.to_thread(self._trusted.refresh, facts=self.facts, now=now)
+        accepted = self._trusted.accept(
+            envelope, fleet=self.enrolled.fleet, device=self.device, facts=self.facts, now=now
+        )
+        again = bool(self.accepted) and self.accepted[-1].version == accepted.assignment.version
+        self.facts = accepted.facts
+        if again:
+            return
+        self.accepted.append(accepted.assignment)
+        wanted = {item.instance: item for item in accepted.assignment.items}
+        for gone in self.items.keys() - wanted.keys():
+            removed = _report(self.items[gone], Phase.COMMITTED)
+            self._say(msgspec.structs.replace(removed, target="", rollout="", attempt=0), accepted.assignment)
+        for instance, item in wanted.items():
+            if self.items.get(instance) != item:
+                await asyncio.to_thread(self._trusted.resolve, item)
+                for report in self.behaviour(item):
+                    self._say(report, accepted.assignment)
+        self.items = wanted
+        self._ring()
+
+    def _say(self, report: Report, assignment: Assignment) -> None:
+        self.sequence += 1
+        running = report.target if report.phase is Phase.COMMITTED else ""
+        full = msgspec.structs.replace(
+            report,
+            device=self.device,
+            boot_id="boot",
+            sequence=self.sequence,
+            assignment=assignment.version,
+            running=running,
+        )
+        self.publish(Up.REPORT, full)
+
+    def _ring(self) -> None:
+        self.news.set()
+        self.news = asyncio.Event()
+
+    async def until(self, what: Callable[["Board"], Any]) -> Any:
+        """Wait until this holds of the board."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not (found := what(self)):
+                await self.news.wait()
+        return found
+
+
+def request_certificate(key: ec.EllipticCurvePrivateKey) -> str:
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
+
+
+class Fleet:
+    """A server in this process, its operator, and boards."""
+
+    def __init__(self, directory: Path, broker: str) -> None:
+        self.directory, self.home = directory, directory / "home"
+        self.made = init(
+            self.home,
+            fleet="test",
+            operators_port=free_port(),
+            devices_port=free_port(),
+            mqtt_port=free_port(),
+            broker=broker,
+        )
+        self.boards: list[Board] = []
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        self.operator = Operator(self.home, self.made.url)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for board in self.boards:
+            await board.disconnect(politely=True)
+        await self.operator.http.aclose()
+        await self.stop()
+
+    async def start(self) -> None:
+        self.server = Server(self.home)
+        self.ready = await self.server.start()
+        async with asyncio.timeout(PATIENCE_S):
+            await self.server._bus.wait_connected()
+
+    async def stop(self) -> None:
+        await self.server.stop()
+
+    async def enrol(self, name: str, *, group: str = "edge", token: str = "", key: Any = None) -> Board:
+        """A new board, enrolled and not yet connected."""
+        line = token or await self.operator.token(group)
+        key = key or ec.generate_private_key(ec.SECP256R1())
+        request = EnrolRequest(
+            secret=Token.decode(line).secret,
+            name=name,
+            csr_pem=request_certificate(key),
+            sealing_key="",
+            machine="x86_64",
+        )
+        async with httpx.AsyncClient(verify=self.operator_context(), base_url=self.made.url) as http:
+            reply = await http.post("/v1/enrol", content=wire.encode(request))
+        assert reply.is_success, reply.text
+        enrolled = wire.decode(Enrolled, reply.content)
+        board = Board(self.directory, enrolled, key)
+        self.boards.append(board)
+        return board
+
+    def operator_context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=str(self.home / "operator" / "ca.pem"))
+
+    async def board(self, name: str, *, group: str = "edge", behaviour: Behaviour = good) -> Board:
+        """A new board, connected, and known to be online."""
+        board = await self.enrol(name, group=group)
+        board.behaviour = behaviour
+        await board.connect()
+        await self.online(board)
+        return board
+
+    async def online(self, *boards: Board) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            for board in boards:
+                while not self.server._store.devices.online([board.device]).get(board.device):
+                    await self.server._conductor._watch._bell.wait()
+
+
+BROKERS = [
+    pytest.param("embedded", id="embedded"),
+    pytest.param(
+        "mosquitto",
+        id="mosquitto",
+        marks=pytest.mark.skipif(mosquitto.find() is None, reason="mosquitto is not installed"),
+    ),
+]
+
+
+@pytest.fixture(params=BROKERS)
+def broker(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def new_fleet(tmp_path: Path) -> Callable[..., contextlib.AbstractAsyncContextManager[Fleet]]:
+    """`async with new_fleet() as fleet`: a server that runs; Mosquitto where it is installed."""
+
+    @contextlib.asynccontextmanager
+    async def make(broker: str = "auto") -> AsyncIterator[Fleet]:
+        async with Fleet(tmp_path, broker) as fleet:
+            yield fleet
+
+    return make
+
+
+@pytest.fixture
+def behaviours() -> dict[str, Behaviour]:
+    return {"good": good, "trapping": trapping, "refusing": refusing, "silent": silent}
+
+
+@pytest.fixture
+def manifest_with_key() -> dict[str, Any]:
+    return {"config": {"greeting": ConfigKey(default="hello"), "place": ConfigKey()}}
