@@ -6,7 +6,7 @@ role. `signing.trust` verifies what is made here.
 
 from securesystemslib.signer import Signer
 
-from fleet.protocol import caps, names, wire
+from fleet.protocol import names, wire
 from fleet.protocol.assignment import (
     ASSIGNMENT_TYPE,
     COMMAND_TYPE,
@@ -15,7 +15,7 @@ from fleet.protocol.assignment import (
     Command,
     Fresh,
 )
-from signing import dsse
+from signing import dsse, orders
 from signing.errors import SigningError
 
 
@@ -26,13 +26,10 @@ def sign_assignment(assignment: Assignment, signer: Signer) -> bytes:
     statement names; signing the same assignment again, with a rotated key for example, keeps it.
 
     Raises:
-        SigningError: what no board would accept: too large, too many items, an instance twice, empty without
-            `stop_all`, expired at birth.
+        SigningError: what no board would accept: too large, too many items, an instance twice or with a bad name, empty
+            without `stop_all`, expired at birth.
     """
-    if len(assignment.items) > caps.ITEMS_MAX:
-        raise SigningError(f"{len(assignment.items)} instances for one board, at most {caps.ITEMS_MAX} fit")
-    if len({item.instance for item in assignment.items}) != len(assignment.items):
-        raise SigningError("an instance is listed twice")
+    orders.check_items(assignment)
     if not assignment.items and not assignment.stop_all:
         raise SigningError("an empty list would stop everything: say stop_all")
     try:

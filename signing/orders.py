@@ -4,7 +4,6 @@ The order of the checks is fixed: size, signature, addressee, version, expiry. W
 board remembers (`Facts`), scoped to the director's current keys: rotating them ends what a thief did to the numbers.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, TypeVar
@@ -12,7 +11,7 @@ from typing import Final, TypeVar
 import msgspec
 from tuf.api.metadata import Targets
 
-from fleet.protocol import caps, wire
+from fleet.protocol import caps, names, wire
 from fleet.protocol.assignment import ASSIGNMENT_TYPE, COMMAND_TYPE, FRESH_TYPE, Assignment, Command, Fresh
 from fleet.protocol.codes import RejectCode
 from signing import dsse, metadata
@@ -20,6 +19,7 @@ from signing.errors import Rejected
 from signing.facts import VERSION_MAX, Facts, Remembered
 
 COMMAND_LIFE_MAX: Final = timedelta(minutes=15)
+PORT_MAX: Final = 65535
 M = TypeVar("M", Assignment, Fresh, Command)
 
 
@@ -57,12 +57,34 @@ def assignment(
     _check_times(message, now, "the assignment")
     if not message.items and not message.stop_all:
         raise Rejected(RejectCode.EMPTY, "an empty list counts only with stop_all")
-    if len(message.items) > caps.ITEMS_MAX:
-        raise Rejected(RejectCode.TOO_LARGE, f"{len(message.items)} instances, at most {caps.ITEMS_MAX} are accepted")
-    _check_unique(item.instance for item in message.items)
+    check_items(message)
     remembered = Remembered(message.version, envelope.sha256, director.keys)
     facts = msgspec.structs.replace(facts, assignment=remembered)
     return message, envelope.sha256, facts.with_floor(min(message.issued, message.expires, clamp))
+
+
+def check_items(message: Assignment) -> None:
+    """Refuse a list that no board can carry out: instance names become directories, routes and ports.
+
+    Raises:
+        Rejected: TOO_LARGE: too many instances; MALFORMED: a bad or doubled name, a port or an attempt that is none.
+    """
+    if len(message.items) > caps.ITEMS_MAX:
+        raise Rejected(RejectCode.TOO_LARGE, f"{len(message.items)} instances, at most {caps.ITEMS_MAX} are accepted")
+    try:
+        for instance in (*(item.instance for item in message.items), *message.keep_data):
+            names.check_label(instance, "instance")
+    except names.BadNameError as error:
+        raise Rejected(RejectCode.MALFORMED, str(error)) from error
+    seen: set[str] = set()
+    for item in message.items:
+        if item.instance in seen:
+            raise Rejected(RejectCode.MALFORMED, f"the instance {item.instance!r} is listed twice")
+        if item.port is not None and not 0 < item.port <= PORT_MAX:
+            raise Rejected(RejectCode.MALFORMED, f"{item.instance}: {item.port} is not a port")
+        if not 0 <= item.attempt <= VERSION_MAX:
+            raise Rejected(RejectCode.MALFORMED, f"{item.instance}: {item.attempt} is not an attempt")
+        seen.add(item.instance)
 
 
 def fresh(
@@ -147,14 +169,6 @@ def _check_times(message: Assignment | Fresh | Command, now: datetime, what: str
         raise Rejected(
             RejectCode.EXPIRED, f"{what} expired on {message.expires:%Y-%m-%d %H:%M}, it is {now:%Y-%m-%d %H:%M}"
         )
-
-
-def _check_unique(instances: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for instance in instances:
-        if instance in seen:
-            raise Rejected(RejectCode.MALFORMED, f"the instance {instance[:80]!r} is listed twice")
-        seen.add(instance)
 
 
 def _scoped(remembered: Remembered | None, director: Director) -> Remembered | None:

@@ -13,13 +13,14 @@ import msgspec
 import pytest
 from tuf.api.metadata import Key, Metadata, Root, Snapshot, Targets, Timestamp
 
-from fleet.protocol.assignment import ASSIGNMENT_TYPE, FRESH_TYPE
+from fleet.protocol.assignment import ASSIGNMENT_TYPE, FRESH_TYPE, Item
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants
 from signing import director, dsse
-from signing.errors import Rejected
+from signing.errors import Rejected, SigningError
 from signing.facts import VERSION_MAX
 from tests.simulator.repository import (
+    START,
     Board,
     Repository,
     promise_role,
@@ -48,6 +49,12 @@ class Scene:
     def altered(self, **fields: Any) -> bytes:
         """An assignment by the director whose item is not what the publisher signed."""
         return self.repo.assign(msgspec.structs.replace(self.item, **fields))
+
+
+def by_director(scene: Scene, *items: Item, **fields: Any) -> bytes:
+    """Signed with the director's key by someone who does not care what our own signing code refuses to sign."""
+    payload = msgspec.json.encode(scene.repo.assignment(*items, **fields))
+    return dsse.sign(ASSIGNMENT_TYPE, payload, [scene.repo.keys["director"]])
 
 
 Story = Callable[[Scene], bytes]
@@ -313,14 +320,32 @@ def _(scene: Scene) -> bytes:
 
 @attack("an instance listed twice", RejectCode.MALFORMED)
 def _(scene: Scene) -> bytes:
-    twice = scene.repo.assignment(scene.item, scene.item)
-    return dsse.sign(ASSIGNMENT_TYPE, msgspec.json.encode(twice), [scene.repo.keys["director"]])
+    return by_director(scene, scene.item, scene.item)
+
+
+@attack("an instance whose name is a path", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    return by_director(scene, msgspec.structs.replace(scene.item, instance="../../etc"))
+
+
+@attack("data kept under a name that is a path", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    return by_director(scene, scene.item, keep_data=("..",))
+
+
+@attack("a port that is none", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    return by_director(scene, msgspec.structs.replace(scene.item, port=70_000))
+
+
+@attack("more instances than a board runs", RejectCode.TOO_LARGE)
+def _(scene: Scene) -> bytes:
+    return by_director(scene, *(msgspec.structs.replace(scene.item, instance=f"i{n}") for n in range(65)))
 
 
 @attack("an empty list without stop_all", RejectCode.EMPTY)
 def _(scene: Scene) -> bytes:
-    empty = scene.repo.assignment()
-    return dsse.sign(ASSIGNMENT_TYPE, msgspec.json.encode(empty), [scene.repo.keys["director"]])
+    return by_director(scene)
 
 
 @attack("a version that nobody can count on from", RejectCode.MALFORMED)
@@ -565,3 +590,19 @@ def test_no_damaged_envelope_is_taken_for_another(at: int) -> None:
     except Rejected:
         return
     assert accepted.sha256 == director.payload_sha256(envelope)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"stop_all": True, "device": "no device id"},
+        {"stop_all": True, "expires": START},
+        {"stop_all": True, "issued": START.replace(tzinfo=None)},
+        {"stop_all": True, "keep_data": ("x" * 63,) * 9000},
+    ],
+)
+def test_the_director_does_not_sign_what_no_board_accepts(fields: dict[str, Any]) -> None:
+    repo = Repository()
+    with pytest.raises(SigningError):
+        repo.assign(**fields)
