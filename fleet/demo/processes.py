@@ -29,9 +29,10 @@ class ChildDiedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process that runs until it is stopped."""
+    """A process that runs until it is stopped, and how it was started."""
 
     name: str
+    command: tuple[str, ...]
     process: asyncio.subprocess.Process
     log: Path
 
@@ -72,7 +73,7 @@ class Processes:
                 start_new_session=True,
                 preexec_fn=_die_with(os.getpid()),
             )
-        child = Child(name, process, log)
+        child = Child(name, tuple(command), process, log)
         self._children.append(child)
         return child
 
