@@ -64,7 +64,7 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
         empty="Nothing is assigned to it.",
     )
     for entry in detail.failed:
-        click.echo(click.style("problem: ", fg="yellow", bold=True) + entry.text)
+        click.echo(click.style("problem: ", fg="yellow", bold=True) + " ".join(entry.text.split()))
         if entry.action:
             click.echo(f"         {entry.action}")
     return Exit.OK
@@ -129,7 +129,8 @@ def why(options: Options, *, device: str, limit: int, log: bool) -> Exit:
 
 def _coloured(entry: api.TimelineEntry) -> str:
     bad = entry.code is not None or entry.kind == "revoked"
-    return click.style(entry.text, fg="red") if bad else entry.text
+    text = " ".join(entry.text.split())
+    return click.style(text, fg="red") if bad else text
 
 
 @command("group", examples="fleet group edge-eu --add gate-7-1f2e3d4c\nfleet group spares --select site=berlin")

@@ -35,6 +35,7 @@ _STEPS: Final = {
     Phase.COMMITTED: 7,
 }
 _ALL_STEPS: Final = 7
+_TOLD_MAX: Final = 5
 _DECIDED: Final = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED})
 
 
@@ -71,17 +72,24 @@ def conclude(view: RolloutView, options: Options) -> Exit:
     if view.state is RolloutState.SUCCEEDED:
         out.say(options, summary(view))
         return Exit.OK
-    for board in view.boards:
-        if board.outcome in {Outcome.FAILED, Outcome.REFUSED}:
-            click.echo(f"  {board.device}: {trouble(board)}", err=True)
-            for line in board.log:
-                click.echo(f"    | {line}", err=True)
+    bad = [board for board in view.boards if board.outcome in {Outcome.FAILED, Outcome.REFUSED}]
+    for board in bad[:_TOLD_MAX]:
+        click.echo(f"\n{board.device}:", err=True)
+        for line in _told(board):
+            click.echo(f"  {line}", err=True)
+    reason = "; ".join(f"{board.device} {standing(board)}" for board in bad[:1]) or view.reason
     raise Fault(
         f"rollout {view.number} {view.state}",
-        view.reason or "it did not reach every board",
+        reason or "it did not reach every board",
         _next_step(view),
         code=Exit.FAILED,
     )
+
+
+def _told(board: BoardView) -> list[str]:
+    """What a board said of its failure, and the instance's last words."""
+    message = [line.rstrip() for line in board.message.splitlines() if line.strip()]
+    return [*(message or ["it gave no reason"]), *(f"| {line}" for line in board.log)]
 
 
 def revisions(client: Client, view: RolloutView) -> Iterator[RolloutView]:
@@ -188,7 +196,8 @@ def standing(board: BoardView) -> str:
             unexercised = "" if board.exercised else ", with few calls so far"
             return f"succeeded{took}{unexercised}"
         case Outcome.FAILED | Outcome.REFUSED:
-            return f"{board.outcome}: {trouble(board)}"
+            code = f" ({board.code})" if board.code is not None else ""
+            return f"rolled back{code}" if board.phase is Phase.ROLLED_BACK else f"{board.outcome}{code}"
         case Outcome.IN_PROGRESS if board.phase is not None:
             percent = f" {board.progress} %" if board.progress is not None else ""
             retry = f", tries again: {board.message}" if board.retrying and board.message else ""
@@ -199,13 +208,6 @@ def standing(board: BoardView) -> str:
             return f"deferred: {board.message}" if board.message else "deferred"
         case _:
             return str(board.outcome)
-
-
-def trouble(board: BoardView) -> str:
-    """Why a board did not take the change."""
-    back = "rolled back, " if board.phase is Phase.ROLLED_BACK else ""
-    code = f"{board.code}: " if board.code is not None else ""
-    return f"{back}{code}{' '.join(board.message.split()) or 'no reason was reported'}"
 
 
 def summary(view: RolloutView) -> str:

@@ -103,7 +103,14 @@ def show(grid: Table) -> None:
 
 def state(word: str) -> Text:
     """A word in the colour of what it says; other words as they are."""
-    return Text(word, style=_STYLES.get(word.partition(" ")[0], ""))
+    return Text(
+        word, style=_STYLES.get("rolled-back" if word.startswith("rolled back") else word.partition(" ")[0], "")
+    )
+
+
+def first_line(text: str) -> str:
+    """What a listing has room for of a text that may have several lines, such as a trap's backtrace."""
+    return text.strip().partition("\n")[0].rstrip()
 
 
 def ago(then: datetime | None, now: datetime | None = None) -> str:

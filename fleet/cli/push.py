@@ -1,6 +1,7 @@
 """`fleet push`, `publish` and `deploy`."""
 
 import contextlib
+import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -95,6 +96,7 @@ def push(
     _check_config(prepared.manifest, config_values(how["config"]))
     who = operator(options)
     with who.client() as client:
+        _check_there(client, how["group"], how["device"])
         if dry:
             return dry_run(who, client, prepared, _request(prepared.manifest.name, "", how), options)
         published = _publish(who, client, prepared, options)
@@ -205,6 +207,22 @@ def _check_where(how: dict[str, Any]) -> None:
             check_label(how["instance"], "instance")
     except BadNameError as error:
         raise Fault(str(error)) from None
+
+
+def _check_there(client: Client, group: str, device: str) -> None:
+    """Nothing is published for a group or a board that does not exist; raises `Fault` or `ProblemError`."""
+    if device:
+        client.device(device)
+        return
+    known = [row.name for row in client.groups().groups]
+    if group not in known:
+        near = difflib.get_close_matches(group, known, 1)
+        raise Fault(
+            f"there is no group {group!r}",
+            f"did you mean {near[0]}?" if near else f"there are {', '.join(known) or 'none'}",
+            "'fleet groups' lists them, 'fleet enroll-token --group' makes one",
+            code=Exit.REFUSED,
+        )
 
 
 def _check_config(manifest: Manifest, config: dict[str, str] | None) -> None:

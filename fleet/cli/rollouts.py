@@ -29,7 +29,7 @@ def rollouts(options: Options, *, group: str, limit: int) -> None:
             row.group or row.device,
             " ".join(f"{count} {word}" for word, count in row.counts.items() if count),
             out.ago(row.created_at),
-            row.reason,
+            out.first_line(row.reason),
         )
         for row in answer.rollouts
     ]
@@ -70,9 +70,10 @@ def show(options: Options, *, number: str, following: bool) -> Exit:
         out.console().print(picture(view, boards_max=1000))
     else:
         click.echo(title(view))
-        for board in view.boards:
-            click.echo(f"  {board.device}  wave {board.wave}  {standing(board)}")
-    out.facts([("state", str(view.state)), ("reason", view.reason), ("by", view.by), ("note", view.note)])
+        rows = [(f"  {board.device}", f"wave {board.wave}", standing(board)) for board in view.boards]
+        out.table(("  BOARD", "WAVE", "STATE"), rows, empty="  no boards")
+    reason = out.first_line(view.reason)
+    out.facts([("state", str(view.state)), ("reason", reason), ("by", view.by), ("note", view.note)])
     return Exit.OK
 
 

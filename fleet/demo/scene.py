@@ -45,9 +45,9 @@ class Board:
     agent: Child
     host: Child
 
-    def url(self, instance: str) -> str:
-        """Where an instance answers on this board."""
-        return f"http://127.0.0.1:{self.port}/{instance}/"
+    def url(self, instance: str = "") -> str:
+        """The board's ingress, or where an instance answers on it."""
+        return f"http://127.0.0.1:{self.port}/{instance + '/' if instance else ''}"
 
 
 class Scene:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fleet.demo.story import Act, Story
 
 _PLAIN_WIDTH: Final = 120
+_SERVER_ERROR: Final = 500
 
 
 class Teller:
@@ -89,7 +90,7 @@ def acts_table(acts: Sequence["Act"]) -> Table:
     for act in acts:
         total = act.total
         good = act.rollout.state is RolloutState.SUCCEEDED
-        lost = Text(f"{total.lost:,}", style="green" if total.lost == 0 else "yellow") if act.load else Text("-")
+        lost = Text(lost_of(act), style="green" if total.lost == 0 else "yellow")
         grid.add_row(
             f"  {act.name}",
             Text(result_of(act), style="green" if good else "yellow"),
@@ -108,8 +109,18 @@ def result_of(act: "Act") -> str:
     back = [board for board in act.rollout.boards if board.phase is not None and board.phase.value == "rolled-back"]
     if back:
         code = f" ({back[0].code})" if back[0].code is not None else ""
-        return f"rolled back on the first board{code}, halted before the second"
+        return f"rolled back{code}, halted before the 2nd board"
     return "halted"
+
+
+def lost_of(act: "Act") -> str:
+    """The requests lost; those that the pushed version itself trapped on are named so."""
+    if not act.load:
+        return "-"
+    total = act.total
+    trapped = sum(count for status, count in total.by_status.items() if status >= _SERVER_ERROR)
+    own = act.rollout.state is RolloutState.HALTED and total.lost == trapped and trapped
+    return f"{total.lost:,} by its trap" if own else f"{total.lost:,}"
 
 
 def boards_table(story: "Story", boards: Sequence["Board"]) -> Table:
@@ -119,7 +130,7 @@ def boards_table(story: "Story", boards: Sequence["Board"]) -> Table:
         grid.add_column(name)
     for board in boards:
         version = story.ends.get(board.device, "")
-        grid.add_row(f"  {board.device}", board.group, f"hello v{version}" if version else "nothing", board.url(""))
+        grid.add_row(f"  {board.device}", board.group, f"hello v{version}" if version else "nothing", board.url())
     return grid
 
 

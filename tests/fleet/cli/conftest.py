@@ -37,7 +37,8 @@ class Desk(httpx.BaseTransport):
         self.files = {path.name: path.read_bytes() for path in (home / "server/repository").iterdir()}
         self.artifacts: dict[str, bytes] = {}
         self.views: list[RolloutView] = []
-        self.routes: dict[tuple[str, str], object] = {}
+        groups = api.Groups(groups=(api.GroupRow(name="edge-eu"), api.GroupRow(name="edge-us")))
+        self.routes: dict[tuple[str, str], object] = {("GET", "/v1/groups"): groups}
         self.before_role: Callable[[], None] = lambda: None
         self.seen: list[tuple[str, str, bytes]] = []
 

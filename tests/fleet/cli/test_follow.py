@@ -122,10 +122,11 @@ def test_a_rollback_is_told_with_its_reason_and_log_and_is_exit_code_1(capsys):
     with pytest.raises(Fault) as caught:
         follow.follow(Script(*BAD[1:]), BAD[0], Options())
     assert caught.value.code is Exit.FAILED
-    assert str(caught.value) == f"rollout 7 halted; 1 of 1 boards failed; run 'fleet why {A}'"
+    assert str(caught.value) == f"rollout 7 halted; {A} rolled back (trapped); run 'fleet why {A}'"
     told = capsys.readouterr()
-    assert "failed: rolled back, trapped: unreachable executed in handle" in told.out
-    assert f"  {A}: rolled back, trapped: unreachable executed in handle\n    | counting\n" in told.err
+    assert f"  {A}  rolled back (trapped)\n" in told.out
+    # the board's own words stand once, line by line
+    assert told.err == f"\n{A}:\n  unreachable executed\n  in handle\n  | counting\n"
 
 
 @pytest.mark.parametrize("state", [RolloutState.HALTED, RolloutState.ABORTED, RolloutState.SUPERSEDED])

@@ -244,6 +244,16 @@ def test_in_production_a_version_is_asked_for_and_the_key_needs_its_passphrase(
     assert "passphrase" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("group", "words"), [("egde-eu", "did you mean edge-eu?"), ("canary", "there are edge-eu, edge-us")]
+)
+def test_nothing_is_published_for_a_group_that_does_not_exist(group, words, tmp_path, fleet, done):
+    result = fleet("push", component(tmp_path), "--group", group)
+    assert result.exit_code == 4
+    assert words in result.stderr
+    assert (done.paths("PUT"), done.paths("POST")) == ([], [])
+
+
 # -- deploying -----------------------------------------------------------------------------------------------------
 
 
