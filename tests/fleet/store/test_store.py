@@ -1,0 +1,271 @@
+"""The server's memory: what it refuses to open, what it never forgets, and what it keeps apart."""
+
+import os
+import sqlite3
+import stat
+from datetime import UTC, datetime
+
+import pytest
+
+from fleet.protocol.messages import Health, Hello, State, Versions
+from fleet.rollout.model import Board, Outcome, Value
+from fleet.rollout.model import State as RolloutState
+from fleet.store import database
+from fleet.store.errors import DamagedError, OtherFleetError, OtherOwnerError, OtherVersionError
+from fleet.store.rows import AssignmentRow, Extra, ReportRow
+from fleet.store.store import Store
+
+A, B = "a-00000001", "b-00000002"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "fleet.db"
+
+
+@pytest.fixture
+def store(path):
+    store = Store.open(path, fleet="test")
+    for device in (A, B):
+        assert store.devices.add(
+            device=device, name=device[0], machine="", sealing_key="", key_sha256=device, group="edge", now=1.0
+        )
+    yield store
+    store.close()
+
+
+# Opening
+
+
+def test_what_was_committed_is_there_when_it_is_opened_again(path, store):
+    store.close()
+    again = Store.open(path, fleet="test")
+    assert [row.id for row in again.devices.all()] == [A, B]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    again.close()
+
+
+def test_a_database_of_a_newer_program_is_refused(path, store):
+    store.close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(OtherVersionError, match=r"newer wasmfleet .* upgrade"):
+        Store.open(path, fleet="test")
+
+
+def test_a_database_of_another_fleet_is_refused(path, store):
+    store.close()
+    with pytest.raises(OtherFleetError, match="holds the fleet 'test'"):
+        Store.open(path, fleet="other")
+
+
+def test_something_that_is_no_database_is_refused(path):
+    path.write_bytes(b"not a database, but long enough to be looked at" * 100)
+    with pytest.raises(DamagedError, match="restore it"):
+        Store.open(path, fleet="test")
+
+
+def test_a_database_of_another_user_is_refused(path, store, monkeypatch):
+    store.close()
+    monkeypatch.setattr(database.os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(OtherOwnerError, match="belongs to the user"):
+        Store.open(path, fleet="test")
+
+
+def test_a_migration_that_fails_leaves_nothing_behind(path, monkeypatch):
+    def broken(db):
+        db.execute("CREATE TABLE half (x)")
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(database, "MIGRATIONS", [*database.MIGRATIONS, broken])
+    with pytest.raises(RuntimeError):
+        Store.open(path, fleet="test")
+    monkeypatch.undo()
+    store = Store.open(path, fleet="test")
+    assert store.devices.all() == []
+    with sqlite3.connect(path) as db:
+        assert not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'half'").fetchall()
+    store.close()
+
+
+# Boards
+
+
+def test_a_second_board_with_the_same_key_or_id_is_not_taken_in(store):
+    same_key = store.devices.add(
+        device="c-00000003", name="c", machine="", sealing_key="", key_sha256=A, group="", now=2.0
+    )
+    assert not same_key
+    assert [row.id for row in store.devices.all()] == [A, B]
+
+
+def test_hello_and_health_overwrite_and_the_accepted_version_never_falls(store):
+    hello = Hello(
+        device=A, nonce="n", boot_id="boot", accepted=7, deployed=7, committed=6, versions=Versions(agent="2")
+    )
+    store.devices.hear_hello(hello, 5.0)
+    health = Health(device=A, boot_id="boot", at=datetime.now(UTC), accepted=3, committed=7)
+    store.devices.hear_health([(health, b"{}")], 6.0)
+    row = store.devices.get(A)
+    assert (row.online, row.accepted, row.committed, row.seen_at) == (True, 7, 7, 6.0)
+
+
+def test_coming_and_going_is_news_once(store):
+    assert store.devices.hear_state(State(device=A, online=True), 1.0)
+    assert not store.devices.hear_state(State(device=A, online=True), 2.0)
+    assert store.devices.hear_state(State(device=A, online=False), 3.0)
+    assert not store.devices.hear_state(State(device="z-00000009", online=True), 3.0)
+
+
+def test_a_group_is_listed_or_chosen_by_labels(store):
+    store.devices.ensure_group("sensors", now=1.0)
+    store.devices.change_group("sensors", priority=3, selector={"kind": "sensor"})
+    assert store.devices.members(store.devices.group("sensors")) == []
+    store.devices.set_labels(B, {"kind": "sensor", "floor": "2"})
+    assert store.devices.members(store.devices.group("sensors")) == [B]
+    assert [group.name for group in store.devices.groups_of(store.devices.get(B))] == ["edge", "sensors"]
+    store.devices.revoke(B)
+    assert store.devices.members(store.devices.group("sensors")) == []
+    assert store.devices.members(store.devices.group("edge")) == [A]
+
+
+# Access
+
+
+def test_a_token_is_good_once_and_lies_there_only_as_a_hash(store, path):
+    store.access.add_token("secret", group="edge", root_sha256="00", expires=9.0, by="admin", now=1.0)
+    assert store.access.token("other") is None
+    assert store.access.token("secret").used_at is None
+    assert store.access.use_token("secret", device=A, now=2.0)
+    assert not store.access.use_token("secret", device=B, now=3.0)
+    assert store.access.token("secret").device == A
+    store.close()
+    assert all("'secret'" not in line for line in sqlite3.connect(path).iterdump())
+
+
+def test_the_audit_log_can_only_grow(store, path):
+    store.access.audit(actor="admin", act="deploy", subject="r1", now=1.0)
+    store.close()
+    with sqlite3.connect(path) as db:
+        for statement in ("DELETE FROM audit", "UPDATE audit SET actor = 'nobody'"):
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                db.execute(statement)
+
+
+# Rollouts and delivery
+
+
+def begin(store, *, instance="hello", value=None, group="edge"):
+    boards = [(Board(A, 1), "old"), (Board(B, 2), "old")]
+    return store.rollouts.create(
+        id=f"r{instance}{value}", group=group, device="", instance=instance, value=Value(value or "v1"), before=None,
+        waves="1, 100%", sizes=(1, 2), boards=boards, failures=0, soak_s=0, timeout_s=60, note="", by="admin",
+        undoes="", now=1.0,
+    )  # fmt: skip
+
+
+def test_only_boards_that_were_offered_it_are_overlaid(store):
+    row = begin(store)
+    assert store.rollouts.overlays(A) == []
+    store.rollouts.offer(row.number, 1, now=2.0)
+    assert [each.id for each in store.rollouts.overlays(A)] == [row.id]
+    assert store.rollouts.overlays(B) == []
+    store.rollouts.set_state(row.number, RolloutState.HALTED, now=3.0)
+    assert store.rollouts.overlays(A) == []
+    outcomes = {board.device: board.outcome for board, _ in store.rollouts.boards(row.number)}
+    assert outcomes == {A: Outcome.SKIPPED, B: Outcome.SKIPPED}
+
+
+def test_a_superseded_rollout_stays_in_force_while_its_successor_is_open(store):
+    first = begin(store, value="v1")
+    store.rollouts.offer(first.number, 1, now=2.0)
+    second = begin(store, value="v2")
+    store.rollouts.set_state(first.number, RolloutState.SUPERSEDED, superseded_by=second.number, now=3.0)
+    assert [each.value.target for each in store.rollouts.overlays(A)] == ["v1"]
+    store.rollouts.offer(second.number, 1, now=4.0)
+    assert [each.value.target for each in store.rollouts.overlays(A)] == ["v1", "v2"]
+    store.rollouts.set_state(second.number, RolloutState.HALTED, now=5.0)
+    assert store.rollouts.overlays(A) == []
+
+
+def test_each_change_of_a_rollout_raises_its_revision(store):
+    row = begin(store)
+    store.rollouts.offer(row.number, 1, now=2.0)
+    board, extra = store.rollouts.board(row.number, A)
+    store.rollouts.set_board(row.number, board, Extra(previous=extra.previous, log=("line",), timings_ms={"x": 1}))
+    store.rollouts.set_reason(row.number, "why")
+    after = store.rollouts.get(row.id)
+    store.rollouts.set_reason(row.number, "why")
+    assert (after.revision, store.rollouts.get(row.id).revision) == (4, 4)
+    assert store.rollouts.board(row.number, A)[1].log == ("line",)
+
+
+def test_settled_values_come_and_go_with_their_history(store):
+    scope = {"group": "edge", "device": "", "instance": "hello"}
+    for number in (1, 2):
+        store.rollouts.settle(**scope, value=Value(f"v{number}"), rollout=f"r{number}", now=float(number))
+    assert store.rollouts.settled_value(**scope) == Value("v2")
+    store.rollouts.settle(**scope, value=None, rollout="", now=3.0)
+    assert store.rollouts.settled_value(**scope) is None
+
+
+def report(sequence, *, device=A, boot="boot"):
+    return ReportRow(device=device, boot_id=boot, sequence=sequence, at=1.0, rollout="", raw=b"{}")
+
+
+def test_reports_are_acknowledged_up_to_the_first_gap(store):
+    for sequence in (1, 2, 4):
+        assert store.delivery.add_report(report(sequence))
+    assert store.delivery.acknowledge(A, again=None) == 2
+    assert store.delivery.add_report(report(3))
+    assert store.delivery.acknowledge(A, again=None) == 4
+
+
+def test_a_report_that_comes_again_is_known_and_shows_that_the_gap_below_it_is_for_good(store):
+    # the database was restored from a backup: the board has forgotten what was acknowledged before
+    assert store.delivery.add_report(report(50))
+    assert store.delivery.acknowledge(A, again=None) == 0
+    assert not store.delivery.add_report(report(50))
+    assert store.delivery.acknowledge(A, again=50) == 50
+
+
+def test_reports_of_strangers_are_not_kept(store):
+    assert not store.delivery.add_report(report(1, device="z-00000009"))
+
+
+def test_only_the_newest_assignments_are_kept(store):
+    for version in range(1, 31):
+        store.delivery.add_assignment(
+            AssignmentRow(
+                device=A, version=version, sha256="", issued=0.0, expires=100.0 + version, wanted="", envelope=b"x"
+            )
+        )
+    assert store.delivery.assignment(A).version == 30
+    assert store.delivery.expiring(130.5) == [A]
+    assert store.delivery.expiring(129.5) == []
+    assert store.delivery.behind() == [A]
+    with pytest.raises(sqlite3.IntegrityError):
+        store.delivery.add_assignment(
+            AssignmentRow(device=A, version=30, sha256="", issued=0.0, expires=1.0, wanted="", envelope=b"y")
+        )
+
+
+def test_nothing_of_a_transaction_that_fails_is_kept(store):
+    def interrupted():
+        with store.atomic():
+            store.devices.set_labels(A, {"x": "y"})
+            with store.atomic():
+                store.delivery.set_attempt(A, "hello", 3)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert store.devices.get(A).labels == {}
+    assert store.delivery.attempts(A) == {}
+
+
+def test_a_backup_is_a_whole_store(store, tmp_path):
+    store.backup(tmp_path / "copy.db")
+    copy = Store.open(tmp_path / "copy.db", fleet="test")
+    assert [row.id for row in copy.devices.all()] == [A, B]
+    copy.close()
