@@ -1,55 +1,95 @@
 """The cell around every process that runs or reads what strangers made: what it may still do once it is inside.
 
-Layers are independent; each is put up where the kernel and the host's own rights allow, and reported. Whoever enters
-has imported everything it needs: afterwards not even an `import` works.
+    layer       what it keeps a process that is no longer ours from
+    limits      taking all memory, processes, descriptors
+    user        other users' files and processes (a uid of its own, as root; else a user namespace without rights)
+    network     connecting anywhere: its network namespace is empty, and not even loopback is up
+    mount       seeing any file: its root is empty, but for its own data
+    privileges  gaining rights by executing
+    landlock    opening files, and reaching abstract sockets and processes, where namespaces are not to be had
+    seccomp     new sockets, processes, executable memory, tracing, signals to others
+
+Layers are independent; each is put up where the kernel and the host's own rights allow, and reported: none relies on
+another. Whoever enters has one thread, has closed what was open for others (`close_all_but`) and has imported
+everything it needs: afterwards not even an `import` works.
 """
 
 import contextlib
-import ctypes
 import os
 import resource
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from agent.host import kernel, seccomp
 from fleet.protocol.caps import MIB
 
-_PR_SET_PDEATHSIG: Final = 1
-_PR_SET_NO_NEW_PRIVS: Final = 38
+LAYERS: Final = ("limits", "user", "network", "mount", "privileges", "landlock", "seccomp")
+DATA: Final = "/data"
 _SLACK_BYTES: Final = 48 * MIB
 _VALUE_BYTES: Final = 100  # what one byte of a body costs while it crosses: a value of 32 bytes, and its copies
-
-_libc = ctypes.CDLL(None, use_errno=True)
+_THREADS_MAX: Final = 32
+_FILES_MAX: Final = 1024
+_ROOT: Final = "/tmp"  # noqa: S108 - only a place to mount an empty root on, in a namespace of its own
+_ALL_RIGHTS: Final = (1 << 16) - 1
+_ROUTER_UID: Final = 1_879_113_727
 
 
 class CellError(Exception):
-    """A layer that must hold cannot be put up."""
+    """A layer failed halfway: the process is in no state to go on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a lane's cell leaves it.
+    """What a cell leaves its process.
 
     Attributes:
-        uid: what to become, None to stay.
-        memory_bytes: linear memory of the guest.
-        body_bytes: the largest request and answer together.
-        data_fd: its data directory, None for none.
-        files: whether it may open files (in its data directory).
+        uid: what to become, None to stay who one is.
+        data_bytes: private memory beyond what it has, None for no limit.
+        file_bytes: the largest file it may write.
+        data: its data directory, empty for none; afterwards it is `DATA` if the mount layer holds.
+        root: a directory to see as its root, empty for an empty one.
+        filter: puts up the seccomp filter, None for none.
     """
 
-    instance: str
     uid: int | None
-    memory_bytes: int
-    body_bytes: int
-    data_fd: int | None
-    files: bool
+    data_bytes: int | None = None
+    file_bytes: int = 0
+    data: str = ""
+    root: str = ""
+    filter: Callable[[], None] | None = None
+
+
+def lane_plan(*, uid: int | None, memory_bytes: int, body_bytes: int, storage_bytes: int, data: str) -> Plan:
+    """The cell of a lane whose guest has `memory_bytes`, and whose calls carry at most `body_bytes` both ways."""
+    return Plan(
+        uid=uid,
+        data_bytes=memory_bytes + body_bytes * _VALUE_BYTES + _SLACK_BYTES,
+        file_bytes=storage_bytes if data else 0,
+        data=data,
+        filter=lambda: seccomp.lane(files=bool(data)),
+    )
+
+
+def router_plan(directory: str) -> Plan:
+    """The cell of the router, which sees the directory of the instances' sockets and nothing else."""
+    return Plan(
+        uid=_ROUTER_UID if os.geteuid() == 0 else None,
+        root=directory,
+        filter=seccomp.router,
+    )
+
+
+def compiler_plan() -> Plan:
+    """The cell of the compiler: its own limits are set already, and three descriptors are all it has."""
+    return Plan(uid=None, filter=seccomp.compiler)
 
 
 def die_with_parent(parent: int) -> None:
     """Be killed when the parent process ends, which must be `parent`; else end now."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    kernel.signal_at_parents_death(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
 
@@ -62,30 +102,116 @@ def memory_figures() -> int | None:
         return None
 
 
-def _limits(plan: Plan) -> bool:
-    used = 0
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123 - nothing to import any more
-            for line in status:
-                if line.startswith("VmData:"):
-                    used = int(line.split()[1]) * 1024
-    except OSError:
-        return False
-    most = used + plan.memory_bytes + plan.body_bytes * _VALUE_BYTES + _SLACK_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    return True
-
-
 def enter(plan: Plan) -> dict[str, bool]:
     """Put up every layer that can be; layer -> whether it holds.
 
     Raises:
         CellError: a layer failed halfway.
     """
-    layers = {"limits": _limits(plan)}
-    layers["no-new-privs"] = _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-    return layers
+    holds: dict[str, bool] = {}
+    parent = os.getppid()
+    used = _data_bytes()
+    user, network, mount = _namespaces()
+    holds["network"] = network
+    try:
+        holds["mount"] = mount and _holds(lambda: _new_root(plan))
+        if plan.uid is not None:
+            os.setgroups([])
+            os.setresgid(plan.uid, plan.uid, plan.uid)
+            os.setresuid(plan.uid, plan.uid, plan.uid)
+        holds["limits"] = _limit(plan, used)
+        if user or os.geteuid() != 0:
+            with contextlib.suppress(OSError):
+                kernel.drop_capabilities()
+        holds["user"] = plan.uid is not None or user
+        kernel.undumpable()
+        die_with_parent(parent)  # a change of user forgets it
+        holds["privileges"] = _holds(kernel.no_new_privileges)
+        holds["landlock"] = _holds(lambda: _landlock(plan, mounted=holds["mount"]))
+        holds["seccomp"] = plan.filter is not None and seccomp.AVAILABLE and _holds(plan.filter)
+    except OSError as error:
+        raise CellError(f"cannot shut the cell: {error}") from error
+    return {layer: holds[layer] for layer in LAYERS}
+
+
+def _holds(put_up: Callable[[], None]) -> bool:
+    try:
+        put_up()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _namespaces() -> tuple[bool, bool, bool]:
+    """Leave for namespaces of one's own; whether there are now a user, a network and a mount namespace."""
+    apart = kernel.CLONE_NEWNET | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC
+    if _holds(lambda: kernel.unshare(apart)):
+        return False, True, True
+    if _holds(lambda: kernel.enter_user_namespace(apart)):
+        return True, True, True
+    network = _holds(lambda: kernel.unshare(kernel.CLONE_NEWNET))
+    return False, network, _holds(lambda: kernel.unshare(kernel.CLONE_NEWNS))
+
+
+def _new_root(plan: Plan) -> None:
+    """An empty root, or the directory that the plan names, and the data beneath it if there is any."""
+    kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    plain = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    if plan.root:
+        kernel.mount(plan.root, _ROOT, None, kernel.MS_BIND)
+    else:
+        kernel.mount("none", _ROOT, "tmpfs", plain, "size=64k,nr_inodes=8,mode=0755")
+    if plan.data:
+        os.mkdir(_ROOT + DATA)  # noqa: PTH102 - as little machinery as possible from here on
+        kernel.mount(plan.data, _ROOT + DATA, None, kernel.MS_BIND)
+    os.chdir(_ROOT)
+    kernel.pivot_here()
+    if not plan.root:
+        kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | plain)
+
+
+def _data_bytes() -> int:
+    for line in Path("/proc/self/status").read_bytes().splitlines():
+        if line.startswith(b"VmData:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _limit(plan: Plan, used_bytes: int) -> bool:
+    for kind, most in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, _FILES_MAX),
+        (resource.RLIMIT_FSIZE, plan.file_bytes),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+    ):
+        _lower(kind, most)
+    if plan.data_bytes is not None:
+        _lower(resource.RLIMIT_DATA, used_bytes + plan.data_bytes)
+    if plan.uid is not None:
+        _lower(resource.RLIMIT_NPROC, _THREADS_MAX)  # of this uid alone; elsewhere all of a user's would count
+    return True
+
+
+def _lower(kind: int, most: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (limit, limit))
+
+
+def _landlock(plan: Plan, *, mounted: bool) -> None:
+    allowed: dict[int, int] = {}
+    opened = []
+    try:
+        for outside, inside in ((plan.data, DATA), (plan.root, "/")):
+            if outside:
+                here = os.open(inside if mounted else outside, os.O_PATH | os.O_CLOEXEC)
+                opened.append(here)
+                allowed[here] = _ALL_RIGHTS
+        kernel.landlock(allowed)
+    finally:
+        for fd in opened:
+            os.close(fd)
 
 
 def close_all_but(keep: set[int]) -> None:
@@ -96,7 +222,21 @@ def close_all_but(keep: set[int]) -> None:
                 os.close(fd)
 
 
-def enter_router(directory: Path) -> str:
-    """Put up the router's layers; the directory with the instances' sockets as it sees it."""
-    _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    return str(directory)
+def probe() -> dict[str, bool]:
+    """Which layers hold for lanes on this board, tried in a child; none if that failed."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            close_all_but({0, 1, 2, write})
+            uid = _ROUTER_UID if os.geteuid() == 0 else None
+            layers = enter(lane_plan(uid=uid, memory_bytes=MIB, body_bytes=MIB, storage_bytes=0, data=""))
+            os.write(write, b"".join(b"\1" if layers[layer] else b"\0" for layer in LAYERS))
+        finally:
+            os._exit(0)
+    os.close(write)
+    said = os.read(read, len(LAYERS))
+    os.close(read)
+    os.waitpid(pid, 0)
+    said = said.ljust(len(LAYERS), b"\0")
+    return {layer: bool(holds) for layer, holds in zip(LAYERS, said, strict=True)}

@@ -2,12 +2,16 @@
 
 import argparse
 import asyncio
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Final
 
+from agent.host import cell
 from agent.host.supervisor import VERSION, HostError, Settings, Supervisor
+from fleet.protocol.caps import MIB
 
 _DEFAULT_RUNTIME: Final = "/run/wasmfleet"
 _DEFAULT_STATE: Final = "/var/lib/wasmfleet-host"
@@ -41,7 +45,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS:PORT",
         help="the shared HTTP port, or none; default %(default)s",
     )
+    run.add_argument(
+        "--require",
+        type=_layers,
+        default=frozenset(),
+        metavar="LAYERS",
+        help="run no component unless these layers hold: all, none, or names joined by commas (see fleet-host check)",
+    )
+    commands.add_parser("check", help="say what engine and what containment this board has")
     return parser
+
+
+def _layers(text: str) -> frozenset[str]:
+    names = frozenset(() if text in {"", "none"} else cell.LAYERS if text == "all" else text.split(","))
+    unknown = sorted(names - set(cell.LAYERS))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no layer; there are {', '.join(cell.LAYERS)}")
+    return names
 
 
 def _own_directory(path: Path, what: str, mode: int) -> None:
@@ -59,15 +79,48 @@ def _own_directory(path: Path, what: str, mode: int) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit status."""
     options = _parser().parse_args(arguments)
+    if options.command == "check":
+        return check()
     try:
         _own_directory(options.runtime, "runtime", 0o700)
         _own_directory(options.state, "state", 0o700)
-        settings = Settings(runtime=options.runtime, state=options.state, ingress=options.ingress)
+        settings = Settings(
+            runtime=options.runtime, state=options.state, ingress=options.ingress, require=options.require
+        )
         asyncio.run(_run(settings))
     except HostError as error:
         sys.stderr.write(f"fleet-host: {error}\n")
         return 1
     return 0
+
+
+_MEANING: Final = {
+    "limits": "memory, descriptors and threads are limited",
+    "user": "lanes are another user, or have no rights in a user namespace",
+    "network": "lanes have an empty network",
+    "mount": "lanes see an empty file system",
+    "privileges": "nothing executed gains rights",
+    "landlock": "files, ports and abstract sockets are refused a second time",
+    "seccomp": "no process, socket, executable memory, tracing or signal to others",
+}
+
+
+def check() -> int:
+    """Print the engine and the containment of this board; 1 where components cannot run at all."""
+    describe = [sys.executable, "-m", "agent.host.compiler", "--describe"]
+    done = subprocess.run(describe, capture_output=True, text=True, check=False, timeout=120)
+    facts = json.loads(done.stdout) if done.returncode == 0 else {}
+    if facts:
+        print(f"engine       wasmtime {facts['engine']}, {facts['triple']}")
+        reserved, guard = (int(part) for part in facts["memory"].split("+"))
+        print(f"memories     {reserved // MIB} MiB reserved and {guard // 1024} KiB guarded for each")
+    else:
+        print("engine       none for this board: components are refused")
+    who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
+    print(f"containment  of lanes, when the host runs as {who}:")
+    for layer, holds in cell.probe().items():
+        print(f"  {layer:<11}{'yes' if holds else 'NO ':<5}{_MEANING[layer]}")
+    return 0 if facts else 1
 
 
 async def _run(settings: Settings) -> None:

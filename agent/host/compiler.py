@@ -17,6 +17,7 @@ import signal
 import sys
 from typing import Final, NoReturn
 
+from agent.host import cell
 from fleet.protocol.caps import ARTIFACT_MAX_BYTES, MIB
 from fleet.protocol.codes import RejectCode
 
@@ -83,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     plan = engine.memory_plan(engine.reservable_bytes())
     _limit()
     try:
+        cell.close_all_but({0, 1, 2})
+        cell.enter(cell.compiler_plan())
         artifact = sys.stdin.buffer.read(ARTIFACT_MAX_BYTES + 1)
         if len(artifact) > ARTIFACT_MAX_BYTES:
             _fail(RejectCode.TOO_LARGE, f"the component has more than {ARTIFACT_MAX_BYTES} bytes")

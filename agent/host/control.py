@@ -19,11 +19,11 @@ FDS_MAX: Final = 4
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
-    """First of all, with three descriptors: the image's memfd, the figures' page, and the data directory if `data`.
+    """First of all, with two descriptors: the image's memfd and the figures' page.
 
     Attributes:
         uid: what to become, None to stay.
-        data: whether a directory descriptor comes along.
+        data: its data directory, empty for none.
     """
 
     instance: str
@@ -31,7 +31,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     limits: Limits
     config: dict[str, str] = {}
     uid: int | None = None
-    data: bool = False
+    data: str = ""
 
 
 class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 from agent.host import control, ipc
@@ -48,6 +49,23 @@ class StartError(Exception):
     def __init__(self, code: RejectCode, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def _data_directory(run: ipc.Run, uid: int | None) -> str:
+    """The instance's data directory, made and given to its user, if it may have files; else empty.
+
+    Raises:
+        StartError: it cannot be made.
+    """
+    if not run.data or not any(name.startswith("wasi:filesystem") for name in run.grants.interfaces):
+        return ""
+    try:
+        Path(run.data).mkdir(mode=0o700, parents=True, exist_ok=True)
+        if uid is not None:
+            os.chown(run.data, uid, uid, follow_symlinks=False)
+    except OSError as error:
+        raise StartError(RejectCode.START_FAILED, f"{run.instance}: no data directory: {error}") from error
+    return run.data
 
 
 @dataclass(slots=True)
@@ -289,8 +307,14 @@ class Instance:
         try:
             lane = await self._nursery.lane(namespace, name, lambda who, said: self._said(generation, who, said))
             generation.lanes.append(lane)
+            uid = self._uid(self.name)
             setup = control.Setup(
-                instance=self.name, grants=run.grants, limits=run.limits, config=run.config, uid=self._uid(self.name)
+                instance=self.name,
+                grants=run.grants,
+                limits=run.limits,
+                config=run.config,
+                uid=uid,
+                data=_data_directory(run, uid),
             )
             answer = await lane.ask(
                 setup,

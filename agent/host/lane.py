@@ -58,19 +58,19 @@ class Lane:
         setup, fds = control.receive_to_lane(self._sock)
         if not isinstance(setup, control.Setup):
             raise control.GoneError("the first message is not a setup")
-        image_fd, page_fd, *rest = fds
+        image_fd, page_fd = fds
+        cell.close_all_but({0, 1, 2, self._sock.fileno(), *fds})
         try:
             image = self._engine.load(f"/proc/self/fd/{image_fd}")
             page = Page(page_fd)
             figures_fd = cell.memory_figures()
             layers = cell.enter(
-                cell.Plan(
-                    instance=setup.instance,
+                cell.lane_plan(
                     uid=setup.uid,
                     memory_bytes=setup.limits.memory_bytes,
                     body_bytes=setup.limits.request_bytes + setup.limits.response_bytes,
-                    data_fd=rest[0] if setup.data and rest else None,
-                    files=any(name.startswith("wasi:filesystem") for name in setup.grants.interfaces),
+                    storage_bytes=setup.limits.storage_bytes,
+                    data=setup.data,
                 )
             )
             self._caller = Caller(

@@ -188,6 +188,7 @@ class Zygote:
                 [sys.executable, "-m", "agent.host.zygote", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
             )
         self._sock = ours
         ours.setblocking(False)

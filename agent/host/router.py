@@ -80,7 +80,8 @@ def _main(listener: socket.socket, sock: socket.socket, directory: Path, keep: t
     cell.close_all_but({0, 1, 2, listener.fileno(), sock.fileno(), *keep})
     loop = asyncio.SelectorEventLoop()
     asyncio.set_event_loop(loop)
-    where = cell.enter_router(directory)
+    layers = cell.enter(cell.router_plan(str(directory)))
+    where = "" if layers["mount"] else str(directory)
     loop.run_until_complete(_Router(listener, sock, where).run())
 
 

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agent.host import ipc
+from agent.host import cell, ipc
 from agent.host.front import Front
 from agent.host.instance import Instance, StartError
 from agent.host.listeners import BACKLOG, Listeners
 from agent.host.nursery import LaneGoneError, Nursery
+from agent.host.uids import Uids
 from fleet.protocol.codes import InstanceState, RejectCode
 
 VERSION: Final = "0.1.0"
@@ -46,11 +47,13 @@ class Settings:
 
     Attributes:
         ingress: address and port of the shared HTTP port; None for no router.
+        require: containment layers without which no component runs here.
     """
 
     runtime: Path
     state: Path
     ingress: tuple[str, int] | None
+    require: frozenset[str] = frozenset()
 
 
 class Peer:
@@ -102,7 +105,9 @@ class Supervisor:
         self._settings = settings
         self._session = uuid.uuid4().hex
         self._engine = ""
-        self._containment: dict[str, bool] = {}
+        self._containment = cell.probe()
+        self._missing = sorted(layer for layer in settings.require if not self._containment.get(layer))
+        self._uids = Uids(settings.state / "uids.json")
         self._nursery = Nursery()
         self._front: Front | None = None
         self._instances: dict[str, Instance] = {}
@@ -311,13 +316,17 @@ class Supervisor:
         if not self._engine:
             os.close(fd)
             raise StartError(RejectCode.NO_ENGINE, "there is no WebAssembly engine for this board")
+        if self._missing:
+            os.close(fd)
+            layers = ", ".join(self._missing)
+            raise StartError(RejectCode.CONTAINMENT, f"this board demands {layers} around components and has it not")
         instance = self._instances.get(run.instance)
         if instance is None:
             instance = self._instances[run.instance] = Instance(
                 run.instance,
                 nursery=self._nursery,
                 listeners=self._listeners,
-                uid=lambda _name: None,
+                uid=self._uids.of,
                 emit=self._emit,
                 route=self._route,
             )

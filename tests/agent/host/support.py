@@ -84,7 +84,7 @@ def a_run(instance, generation, *, trigger=None, grants=None, limits=None, healt
 class Host:
     """A running fleet-host and a connection to it."""
 
-    def __init__(self, directory: Path, *, ingress=None, arguments=(), env=None, prefix=()):
+    def __init__(self, directory: Path, *, ingress=None, arguments=(), env=None, prefix=(), python=sys.executable):
         self.runtime = directory / "run"
         self.state = directory / "state"
         self.port = ingress or free_port()
@@ -94,7 +94,7 @@ class Host:
         self.process = subprocess.Popen(
             [
                 *prefix,
-                sys.executable,
+                python,
                 *("-m", "agent.host.cli", "run"),
                 *("--runtime", str(self.runtime)),
                 *("--state", str(self.state)),

@@ -105,9 +105,7 @@ def test_a_loop_of_deaths_ends_in_quarantine_and_a_new_generation_ends_that(host
         for lane in lanes_of(host):
             os.kill(lane, signal.SIGKILL)
         host.ask(ipc.Status)
-        quarantined = next(
-            (e for e in host.events if isinstance(e, ipc.Changed) and e.state == "quarantined"), None
-        )
+        quarantined = next((e for e in host.events if isinstance(e, ipc.Changed) and e.state == "quarantined"), None)
     assert "deaths in a row" in quarantined.message
     assert host.health("web").state == "quarantined"
     status, _, body = support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -130,8 +128,10 @@ def test_the_router_is_replaced_too(host):
 def test_a_second_host_in_the_same_place_and_a_taken_port_are_refused_in_one_line(host, tmp_path):
     def refused(runtime, port):
         done = subprocess.run(
-            [sys.executable, "-m", "agent.host.cli", "run", "--runtime", str(runtime), "--state", str(tmp_path / "s")]
-            + ["--ingress", f"127.0.0.1:{port}"],
+            [
+                *(sys.executable, "-m", "agent.host.cli", "run", "--runtime", str(runtime)),
+                *("--state", str(tmp_path / "s"), "--ingress", f"127.0.0.1:{port}"),
+            ],
             cwd=support.ROOT,
             capture_output=True,
             text=True,

@@ -1,0 +1,129 @@
+"""Plays the guest that got out of wasm: loaded into zygotes by PYTHONPATH, it answers requests with native code.
+
+A request's target says what to try; the answer is JSON: attempt -> what came of it, an errno's name or "done".
+"""
+
+import sys
+
+if "agent.host.zygote" in sys.orig_argv:
+    import ctypes
+    import errno
+    import json
+    import mmap
+    import os
+    import stat
+
+    import agent.host.caller
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    NUMBERS = {
+        "x86_64": {
+            "socket": 41,
+            "clone": 56,
+            "fork": 57,
+            "execve": 59,
+            "kill": 62,
+            "ptrace": 101,
+            "vm_read": 310,
+            "unshare": 272,
+            "mount": 165,
+        },
+        "aarch64": {
+            "socket": 198,
+            "clone": 220,
+            "execve": 221,
+            "kill": 129,
+            "ptrace": 117,
+            "vm_read": 270,
+            "unshare": 97,
+            "mount": 40,
+        },
+    }[os.uname().machine]
+    NUMBERS |= {
+        "pidfd_open": 434,
+        "clone3": 435,
+        "io_uring_setup": 425,
+        "bpf": {"x86_64": 321}.get(os.uname().machine, 280),
+    }
+
+    def call(name, *arguments):
+        number = NUMBERS.get(name)
+        if number is None:
+            return "ENOSYS"
+        result = libc.syscall(
+            ctypes.c_long(number), *[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+        )
+        if result == 0 and name in {"clone", "fork"}:
+            os._exit(0)
+        return "done" if result >= 0 else errno.errorcode[ctypes.get_errno()]
+
+    def attempt(function, *arguments):
+        try:
+            function(*arguments)
+        except OSError as error:
+            return errno.errorcode.get(error.errno, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it was not done
+            return type(error).__name__
+        return "done"
+
+    def descriptors():
+        kinds = {}
+        for fd in range(1024):
+            try:
+                mode = os.fstat(fd).st_mode
+            except OSError:
+                continue
+            kinds[fd] = (
+                "socket" if stat.S_ISSOCK(mode) else "device" if stat.S_ISCHR(mode) else "file" if mode else "none"
+            )
+        return kinds
+
+    def overwrite_the_image():
+        for fd in range(3, 64):
+            try:
+                if os.fstat(fd).st_size > 8192:
+                    os.pwrite(fd, b"evil", 0)
+                    return "done"
+            except OSError:
+                continue
+        return "EPERM"
+
+    def try_everything(facts):
+        host, key, other = facts["host"], facts["key"], facts["other"]
+        unix = ctypes.create_string_buffer(b"\x01\x00" + facts["sock"].encode() + b"\0" * 8)
+        results = {
+            "read a key": attempt(os.open, key, os.O_RDONLY),
+            "read another's data": attempt(os.open, other, os.O_RDONLY),
+            "list /": attempt(os.listdir, "/proc"),
+            "write a file": attempt(os.open, "/tmp/escaped", os.O_WRONLY | os.O_CREAT),
+            "read the host's memory by /proc": attempt(os.open, f"/proc/{host}/mem", os.O_RDONLY),
+            "an internet socket": call("socket", 2, 1, 0),
+            "a netlink socket": call("socket", 16, 3, 0),
+            "a unix socket": call("socket", 1, 5, 0),
+            "fork": call("fork"),
+            "clone": call("clone", 17, 0, 0, 0, 0),
+            "clone3": call("clone3", 0, 0),
+            "execute": call("execve", b"/bin/true", None, None),
+            "trace the host": call("ptrace", 16, host, 0, 0),
+            "read the host's memory": call("vm_read", host, None, 0, None, 0, 0),
+            "signal the host": call("kill", host, 0),
+            "signal everyone": call("kill", -1, 0),
+            "signal a sibling": call("kill", facts["sibling"], 0),
+            "a handle of the host": call("pidfd_open", host, 0),
+            "new namespaces": call("unshare", 0x10000000),
+            "mount": call("mount", b"none", b"/", b"tmpfs", 0, None),
+            "io_uring": call("io_uring_setup", 1, ctypes.create_string_buffer(256)),
+            "bpf": call("bpf", 0, None, 0),
+            "executable memory": attempt(mmap.mmap, -1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 7),
+            "overwrite the image": overwrite_the_image(),
+        }
+        del unix
+        return results
+
+    def handle(self, method, target, headers, body):
+        facts = json.loads(body)
+        answer = {"tried": try_everything(facts), "descriptors": descriptors(), "uid": os.getuid()}
+        return 200, b"", json.dumps(answer).encode()
+
+    agent.host.caller.Caller.handle = handle

@@ -1,0 +1,161 @@
+"""A guest that got out of wasm and runs native code in its lane meets the kernel, in every way a host may be run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import pytest
+import support
+from test_life import lanes_of
+
+from agent.host import ipc
+
+NOBODY = 65534
+SECRET = "the-secret-that-only-the-sibling-may-know"
+WITHOUT_NAMESPACES = """
+import errno, os, sys, pyseccomp
+rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+rules.add_rule(pyseccomp.ERRNO(errno.EPERM), "unshare")
+rules.load()
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+ROOT, USER, USER_WITHOUT = "root service", "user with namespaces", "user without namespaces"
+# What each way of running a host has, of the layers around a lane.
+COLUMNS = {
+    ROOT: {"limits", "user", "network", "mount", "privileges", "landlock", "seccomp"},
+    USER: {"limits", "user", "network", "mount", "privileges", "landlock", "seccomp"},
+    USER_WITHOUT: {"limits", "privileges", "landlock", "seccomp"},
+}
+
+
+def as_nobody():
+    """How to start Python as an ordinary user: (prefix, interpreter)."""
+    if os.geteuid() != 0:
+        return [], sys.executable
+    prefix = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all"]
+    for python in (sys.executable, "/usr/bin/python3"):
+        env = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+        code = "import subprocess, sys, wasmtime, msgspec, pyseccomp; subprocess.check_call([sys.executable, '-V'])"
+        if subprocess.run([*prefix, python, "-c", code], env=env, check=False, capture_output=True).returncode == 0:
+            return prefix, python
+    pytest.skip("no Python here that an ordinary user may run")
+    raise AssertionError
+
+
+@pytest.fixture(params=COLUMNS)
+def escaped(request):
+    """A host run one of the three ways, in whose lanes every guest is an escaped one."""
+    if request.param == ROOT and os.geteuid() != 0:
+        pytest.skip("needs root")
+    directory = Path(tempfile.mkdtemp(prefix="wasmfleet-escape-"))
+    prefix, python = ([], sys.executable) if request.param == ROOT else as_nobody()
+    if request.param == USER_WITHOUT:
+        prefix = [*prefix, python, "-c", WITHOUT_NAMESPACES]
+    if prefix and os.geteuid() == 0:
+        os.chown(directory, NOBODY, NOBODY)
+    path = os.pathsep.join([str(Path(__file__).parent / "escape"), str(support.ROOT), sysconfig.get_path("purelib")])
+    host = support.Host(directory, prefix=prefix, python=python, env={"PYTHONPATH": path})
+    host.column = request.param
+    host.directory = directory
+    yield host
+    host.close()
+    print((directory / "host.log").read_text())  # shown where the test fails
+    shutil.rmtree(directory)
+
+
+def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
+    host = escaped
+    key = host.directory / "device.key"
+    key.write_text("secret")
+    data = host.directory / "data-of-another"
+    data.mkdir()
+    key.chmod(0o644)  # even what its user may read
+    held = {layer for layer, holds in host.ask(ipc.Hello).containment.items() if holds}
+    assert held == COLUMNS[host.column]
+
+    # A sibling with a secret is started first, so that what is inherited by a fork would be inherited here.
+    host.start("hello", support.a_run("sibling", 1, config={"token": SECRET}))
+    (sibling,) = lanes_of(host)
+    assert isinstance(host.start("hello", support.a_run("bad", 1)), ipc.Started)
+    (lane,) = set(lanes_of(host)) - {sibling}
+    facts = {
+        "host": host.process.pid,
+        "sibling": sibling,
+        "key": str(key),
+        "other": str(data),
+        "sock": str(host.runtime / "host.sock"),
+    }
+    body = json.dumps(facts).encode()
+    request = b"POST /bad/ HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    status, _, answer = support.http(host.port, request)
+    assert status == 200, answer
+    said = json.loads(answer)
+
+    assert {what: result for what, result in said["tried"].items() if result not in {"EPERM", "EACCES", "ENOSYS"}} == {}
+    assert len(said["tried"]) > 20
+    # Its descriptors: the standard three, what wasmtime maps, its epoll; sockets: supervisor, listener, client.
+    kinds = list(said["descriptors"].values())
+    assert kinds.count("socket") <= 3 + (said["descriptors"].get("2") == "socket")
+    assert len(kinds) <= 10, said["descriptors"]
+    if host.column == ROOT:
+        assert said["uid"] not in {0, Path(f"/proc/{sibling}").stat().st_uid}
+        assert SECRET.encode() not in memory_of(lane)
+        assert SECRET.encode() in memory_of(sibling), "this way of looking would have found it"
+    assert host.health("sibling").restarts == 0
+
+
+def memory_of(pid):
+    """Everything a process has in writable memory."""
+    found = []
+    with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb") as memory:
+        for line in maps:
+            span, rights, *_ = line.split()
+            start, end = (int(part, 16) for part in span.split("-"))
+            if rights.startswith("rw") and end - start < 1 << 30:
+                memory.seek(start)
+                try:
+                    found.append(memory.read(end - start))
+                except OSError:
+                    continue
+    return b"".join(found)
+
+
+def test_a_missing_layer_that_is_required_refuses_components(tmp_path):
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    (shadow / "pyseccomp.py").write_text("raise RuntimeError('Unable to find libseccomp')\n")
+    host = support.Host(tmp_path, arguments=["--require", "seccomp"], env={"PYTHONPATH": str(shadow)})
+    try:
+        assert host.ask(ipc.Hello).containment["seccomp"] is False
+        reply = host.start("hello", support.a_run("web", 1))
+        assert (type(reply), reply.code) == (ipc.Failed, "containment")
+        assert "seccomp" in reply.message
+    finally:
+        host.close()
+
+
+def test_without_a_requirement_a_board_without_libseccomp_still_runs(tmp_path):
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    (shadow / "pyseccomp.py").write_text("raise RuntimeError('Unable to find libseccomp')\n")
+    host = support.Host(tmp_path, env={"PYTHONPATH": str(shadow)})
+    try:
+        assert isinstance(host.start("hello", support.a_run("web", 1)), ipc.Started)
+        assert support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
+    finally:
+        host.close()
+
+
+def test_check_prints_the_table(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "agent.host.cli", "check"], cwd=support.ROOT, capture_output=True, text=True, check=True
+    )
+    assert "engine       wasmtime" in done.stdout
+    for layer in COLUMNS[ROOT]:
+        assert f"\n  {layer}" in done.stdout
