@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from fleet.protocol import caps, core_module, wasm
+from fleet.protocol import caps, core_module, type_imports, wasm
 from fleet.protocol.manifest import Grants
+from fleet.protocol.wasm import extern_name, extern_type
 
 # Section ids of a component, Binary.md "Component Definitions"
 CUSTOM: Final = 0
@@ -76,6 +77,7 @@ class Component:
         components: how many components are nested in it, at any depth.
         producers: what made it, as `field name version`, from its own producers section.
         custom: the names of its own custom sections.
+        plain: those of `imports` that bring types alone, and so reach nothing.
     """
 
     size_bytes: int
@@ -85,15 +87,17 @@ class Component:
     components: int = 0
     producers: tuple[str, ...] = ()
     custom: tuple[str, ...] = ()
+    plain: frozenset[str] = frozenset()
 
     def exported(self, interface: str) -> str | None:
         """The export that is `interface` in any version, by its full name."""
         return next((export for export in self.exports if bare(export) == interface), None)
 
     def missing(self, grants: Grants, *, world: str = "") -> tuple[str, ...]:
-        """The imports that are neither granted nor part of `world`, by their full names."""
+        """The imports that are neither granted nor part of `world` nor plain, by their full names."""
         free = _BY_WORLD.get(world, frozenset())
-        return tuple(wanted for wanted in self.imports if bare(wanted) not in free and not grants.allows(wanted))
+        asking = (wanted for wanted in self.imports if wanted not in self.plain and bare(wanted) not in free)
+        return tuple(wanted for wanted in asking if not grants.allows(wanted))
 
 
 def bare(interface: str) -> str:
@@ -199,37 +203,8 @@ def _read(data: bytes) -> Component:
         components=components,
         producers=tuple(producers),
         custom=tuple(custom),
+        plain=type_imports.types_only(data),
     )
-
-
-def extern_name(cursor: wasm.Cursor) -> str:
-    """The name of an import or export, Binary.md `importname'`."""
-    form = cursor.byte()
-    if form > 2:  # noqa: PLR2004 - the forms are 0, 1 (older) and 2 (with a version suffix of its own)
-        raise wasm.DamagedError(f"a name of unknown form {form} at offset {cursor.at}")
-    text = cursor.name()
-    return text + cursor.name() if form == 2 else text  # noqa: PLR2004
-
-
-def extern_type(cursor: wasm.Cursor) -> None:
-    """Pass over an `externdesc`."""
-    sort = cursor.byte()
-    match sort:
-        case 0x00:
-            cursor.byte()
-            cursor.u32()
-        case 0x01 | 0x04 | 0x05:
-            cursor.u32()
-        case 0x02:
-            if cursor.byte() == 0:
-                cursor.u32()
-            else:
-                cursor.s33()
-        case 0x03:
-            if cursor.byte() == 0:
-                cursor.u32()
-        case _:
-            raise wasm.DamagedError(f"an import or export of unknown sort {sort} at offset {cursor.at}")
 
 
 def _export_rest(cursor: wasm.Cursor) -> None:

@@ -194,7 +194,7 @@ def _type(out: _Outline, cursor: wasm.Cursor) -> None:
 
 
 def _import(out: _Outline, cursor: wasm.Cursor) -> None:
-    name = component.extern_name(cursor)
+    name = wasm.extern_name(cursor)
     sort = cursor.byte()
     if sort != _SORT_INSTANCE[0]:
         raise deftype.ForeignTypeError(f"{name} is not an interface")
@@ -203,13 +203,13 @@ def _import(out: _Outline, cursor: wasm.Cursor) -> None:
 
 
 def _export(out: _Outline, cursor: wasm.Cursor) -> None:
-    name = component.extern_name(cursor)
+    name = wasm.extern_name(cursor)
     sort = cursor.byte()
     if sort == 0:
         cursor.byte()
     cursor.u32()
     if cursor.byte():
-        component.extern_type(cursor)
+        wasm.extern_type(cursor)
     if sort == _SORT_INSTANCE[0]:
         out.exports.append(name)
 

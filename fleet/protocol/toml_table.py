@@ -20,7 +20,7 @@ _ZERO_IS_FINE: Final = frozenset(
     {"fuel", "request", "log_lines_per_minute", "storage", "probation", "min_calls", "max_faults", "max_error_percent"}
 )
 _AT_MOST: Final = {"max_error_percent": 100, "concurrency": 64}
-_AT_LEAST: Final = {"memory": 64 * caps.KIB}
+_AT_LEAST: Final = {"memory": 64 * caps.KIB, "every": 100}
 
 Checked = TypeVar("Checked")
 Struct = TypeVar("Struct", Limits, Health)

@@ -1,4 +1,4 @@
-"""The bytes of WebAssembly's binary format: numbers, names and sections, read within bounds.
+"""The bytes of WebAssembly's binary format: numbers, names, imports and sections, read within bounds.
 
 Shared by `fleet.protocol.component`, which reads, and `fleet.protocol.compose`, which also writes. Whatever the bytes
 are, only `DamagedError` comes out, and no work is done beyond what the bytes pay for.
@@ -104,6 +104,36 @@ class Cursor:
             return raw.decode()
         except UnicodeDecodeError as error:
             raise DamagedError(f"a name that is not UTF-8 before offset {self.at}") from error
+
+
+def extern_name(cursor: Cursor) -> str:
+    """The name of an import or export, Binary.md `importname'`."""
+    form = cursor.byte()
+    if form > 2:  # noqa: PLR2004 - the forms are 0, 1 (older) and 2 (with a version suffix of its own)
+        raise DamagedError(f"a name of unknown form {form} at offset {cursor.at}")
+    text = cursor.name()
+    return text + cursor.name() if form == 2 else text  # noqa: PLR2004
+
+
+def extern_type(cursor: Cursor) -> None:
+    """Pass over an `externdesc`."""
+    sort = cursor.byte()
+    match sort:
+        case 0x00:
+            cursor.byte()
+            cursor.u32()
+        case 0x01 | 0x04 | 0x05:
+            cursor.u32()
+        case 0x02:
+            if cursor.byte() == 0:
+                cursor.u32()
+            else:
+                cursor.s33()
+        case 0x03:
+            if cursor.byte() == 0:
+                cursor.u32()
+        case _:
+            raise DamagedError(f"an import or export of unknown sort {sort} at offset {cursor.at}")
 
 
 @dataclass(frozen=True, slots=True)

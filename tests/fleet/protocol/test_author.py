@@ -171,6 +171,7 @@ def test_the_demo_s_own_texts(name):
         ("[grants]\ninstances = ['A b']", "grants.instances"),
         ("trigger = 'often'", "trigger.type 'often': one of http, schedule, message, service"),
         ("trigger = ['http']", "trigger.type: a text is wanted, not a list"),
+        ("trigger = { type = 'schedule', every = '99ms' }", "trigger.every: 99 is not between 100 and"),
         ("trigger = { type = 'schedule' }", "trigger: a schedule has either every"),
         ("trigger = { type = 'schedule', every = '1s', cron = '* * * * *' }", "trigger: a schedule has either every"),
         ("trigger = { type = 'schedule', cron = '* * *' }", "trigger.cron: '* * *' has 3 fields"),
@@ -263,7 +264,7 @@ interfaces = st.from_regex(r"\A[a-z][a-z0-9-]{0,8}:[a-z][a-z0-9-]{0,8}(/[a-z][a-
 triggers = st.one_of(
     st.just(Http()),
     st.just(Service()),
-    st.builds(Schedule, every_ms=st.integers(1, 10**9)),
+    st.builds(Schedule, every_ms=st.integers(100, 10**9)),
     st.builds(Schedule, cron=st.sampled_from(["*/5 * * * *", "0 3 * * 1-5"])),
     st.builds(OnMessage, topics=st.lists(texts.filter(bool), min_size=1, max_size=3, unique=True).map(tuple)),
 )

@@ -81,6 +81,30 @@ def test_a_world_brings_what_cannot_reach_outside_and_no_more():
     assert wanted.missing(Grants(), world="wasmfleet:http") == wanted.imports
 
 
+def test_an_interface_known_only_for_its_types_needs_no_grant():
+    seen = component.read(
+        bytes(
+            wat2wasm("""
+        (component
+          (import "wasi:io/error@0.2.0" (instance $error (export "error" (type (sub resource)))))
+          (alias export $error "error" (type $error-type))
+          (import "wasi:clocks/monotonic-clock@0.2.0" (instance $clock
+            (type $d u64) (export "duration" (type (eq $d)))
+            (type $r (record (field "a" $d))) (export "both" (type (eq $r)))))
+          (alias export $clock "duration" (type $duration))
+          (import "wasi:clocks/wall-clock@0.2.0" (instance
+            (alias outer 1 $duration (type $d)) (export "now" (func (result $d)))))
+          (import "my:errors/again@0.2.0" (instance
+            (alias outer 1 $error-type (type $e)) (export "error" (type (eq $e)))))
+          (import "my:empty/nothing@0.1.0" (instance))
+          (core module)
+          (component))""")
+        )
+    )
+    assert seen.plain == {"wasi:clocks/monotonic-clock@0.2.0", "my:empty/nothing@0.1.0"}
+    assert seen.missing(Grants()) == ("wasi:io/error@0.2.0", "wasi:clocks/wall-clock@0.2.0", "my:errors/again@0.2.0")
+
+
 PREVIEW1 = '(module (import "wasi_snapshot_preview1" "fd_write" (func (param i32 i32 i32 i32) (result i32))){})'
 
 
