@@ -1,4 +1,4 @@
-"""The HTTP example in Python. The interpreter comes along in the component: 18 MB, heavy for a small board."""  # noqa: INP001
+"""The HTTP example in Python; the interpreter comes along in the component."""  # noqa: INP001 - a guest, no package
 
 from wit_world import exports
 from wit_world.exports.handler import Request, Response

@@ -46,7 +46,8 @@ def test_precedence_is_semvers():
         "2.0.0",
         "10.0.0",
     ]
-    assert sorted(reversed(rising), key=names.version_key) == rising
+    falling = rising[::-1]
+    assert sorted(falling, key=names.version_key) == rising
 
 
 @pytest.mark.parametrize(

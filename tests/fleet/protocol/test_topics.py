@@ -1,5 +1,7 @@
 """One schema builds and parses every topic."""
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,10 +47,8 @@ def test_foreign_topics_are_refused(text):
 
 @given(st.text(max_size=300))
 def test_any_text_is_a_topic_or_refused(text):
-    try:
+    with contextlib.suppress(BadTopicError):
         assert str(Topic.parse(text)) == text
-    except BadTopicError:
-        pass
 
 
 def test_a_server_process_takes_its_shards():
