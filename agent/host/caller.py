@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from agent.host import control
+from agent.host.adapted import start
 from agent.host.engine import TICK_MS, EngineError, Guest, GuestError, Image
 from agent.host.page import Page
 from fleet.protocol.codes import CallOutcome
@@ -126,7 +127,7 @@ class Caller:
         self._page.begin(now_ns)
         self._ticker.begin(now_ns, self._limits.start_ms)
         try:
-            self._guest = Guest(
+            self._guest = start(
                 self._image, limits=self._limits, grants=self._grants, config=self._config, log=self.log
             )
         finally:

@@ -12,7 +12,7 @@ import ctypes
 from ctypes import byref
 from typing import Any, Final, Protocol
 
-from wasmtime import Store, WasmtimeError
+from wasmtime import Store, WasiConfig, WasmtimeError
 from wasmtime import _ffi as ffi
 from wasmtime.component import Func, Record
 
@@ -110,6 +110,37 @@ def _read(result: Any) -> Answer:
         raw = (ctypes.c_uint8 * (values.size * _VALUE)).from_address(ctypes.addressof(values.data.contents))
         body = memoryview(raw).cast("B")[_PAYLOAD::_VALUE].tobytes()
     return fields[b"status"].of.u16, _text(fields[b"headers"].of.string), body
+
+
+def exchange(store: Store, func: Func, head: bytes) -> bytes:
+    """Call `handle: func(head: string) -> string`; `head` must be UTF-8. Raises the binding's error if it fails."""
+    value, result = ffi.wasmtime_component_val_t(), ffi.wasmtime_component_val_t()
+    value.kind = ffi.WASMTIME_COMPONENT_STRING
+    value.of.string.size = len(head)
+    value.of.string.data = ctypes.cast(ctypes.c_char_p(head), type(value.of.string.data))
+    error = ffi.wasmtime_component_func_call(
+        byref(func._func),  # noqa: SLF001 - the bindings offer no other way to the raw call
+        store._context(),  # noqa: SLF001
+        byref(value),
+        1,
+        byref(result),
+        1,
+    )
+    if error:
+        raise WasmtimeError._from_ptr(error)  # noqa: SLF001
+    try:
+        assert result.kind == ffi.WASMTIME_COMPONENT_STRING.value
+        return _text(result.of.string)
+    finally:
+        ffi.wasmtime_component_val_delete(byref(result))
+
+
+def set_stdin(wasi: WasiConfig, body: bytes) -> None:
+    """Make `body` the standard input of a store."""
+    vector = ffi.wasm_byte_vec_t()
+    # The array is copied, and its owner is then the configuration.
+    ffi.wasm_byte_vec_new(byref(vector), len(body), ctypes.cast(ctypes.c_char_p(body), ctypes.POINTER(ctypes.c_uint8)))
+    ffi.wasi_config_set_stdin_bytes(wasi.ptr(), byref(vector))
 
 
 class Stock:

@@ -1,8 +1,9 @@
 """The one door to wasmtime: how components are compiled, loaded, and given nothing but what was granted.
 
 Compiling happens in `agent.host.compiler` alone; lanes load images and call them. `parallel_compilation` is off, so
-that a process which made an engine (the zygote) still has one thread and may be forked. The engine's memory plan depends
-on the board's address space and is part of what an image is compiled for: `describe()` names everything that is.
+that a process which made an engine (the zygote) still has one thread and may be forked. The engine's memory plan
+depends on the board's address space and is part of what an image is compiled for: `describe()` names everything that
+is.
 
 Raises `EngineError` for what cannot be loaded or offered, `GuestError` for what a guest did.
 """
@@ -21,9 +22,12 @@ from wasmtime import Config, Store, WasiConfig, WasmtimeError
 from wasmtime import component as wc
 from wasmtime.component import Func
 
-from agent.host.codec import Answer, Codec, Fast, Stock
+from agent.host.codec import Answer, Codec, Fast, Stock, exchange, set_stdin
+from agent.host.heads import refuse
+from fleet.protocol import adapter, compose
 from fleet.protocol.caps import MIB
 from fleet.protocol.codes import CallOutcome, RejectCode
+from fleet.protocol.component import NotAComponentError, bare, read
 from fleet.protocol.manifest import Grants, Limits
 
 TICK_MS: Final = 10
@@ -39,6 +43,12 @@ HEALTH: Final = "wasmfleet:http/health"
 TASK: Final = "wasmfleet:schedule/task"
 LOGGING: Final = "wasi:logging/logging"
 CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
+# What the adapter itself imports: it comes with wasi:http and needs no grant.
+_ADAPTERS_OWN: Final = frozenset(
+    {compose.HOST, "wasi:io/error", "wasi:io/poll", "wasi:io/streams"}
+    | {"wasi:cli/stdin", "wasi:cli/stdout", "wasi:cli/stderr"}
+)
+_ADAPTER: Final = adapter.load()  # read now: the compiler cannot open it from inside its cell
 
 Log = Callable[[str], None]
 
@@ -123,6 +133,7 @@ def describe(*, fuel: bool = False) -> dict[str, str]:
         "cpu": hashlib.sha256(cpu_flags().encode()).hexdigest()[:16],
         "memory": f"{plan.reservation_bytes}+{plan.guard_bytes}",
         "fuel": str(fuel).lower(),
+        "adapter": adapter.digest()[:16],
     }
     facts["config"] = hashlib.sha256("\n".join(f"{k}={v}" for k, v in sorted(facts.items())).encode()).hexdigest()
     return facts
@@ -146,9 +157,16 @@ class Image:
                 return None if outer is None else self.component.get_export_index(function, outer)
         return None
 
+    @property
+    def adapted(self) -> bool:
+        """Whether it is a guest of wasi:http in its adapter."""
+        return any(bare(name) == compose.BRIDGE for name in self.exports)
+
     def not_granted(self, grants: Grants) -> tuple[str, ...]:
         """The imports that need a grant and have none. An interface of types alone needs none."""
-        return tuple(name for name, functions in self.imports.items() if functions and not grants.allows(name))
+        free = _ADAPTERS_OWN if self.adapted else frozenset()
+        wanted = [name for name, functions in self.imports.items() if functions and bare(name) not in free]
+        return tuple(name for name in wanted if not grants.allows(name))
 
 
 def _functions(engine: wasmtime.Engine, extern: Any) -> bool:
@@ -179,11 +197,12 @@ class Engine:
         self.codec: Codec = Fast()
 
     def compile(self, artifact: bytes | str) -> bytes:
-        """The image of a component (or of its text form).
+        """The image of a component (or of its text form); a guest of wasi:http is put into its adapter.
 
         Raises:
             EngineError: NOT_A_COMPONENT or COMPILE_FAILED, with the engine's reason.
         """
+        artifact = _adapted(artifact)
         try:
             return bytes(wc.Component(self.raw, artifact).serialize())
         except WasmtimeError as error:
@@ -205,6 +224,17 @@ class Engine:
         self.raw.increment_epoch()
 
 
+def _adapted(artifact: bytes | str) -> bytes | str:
+    if isinstance(artifact, str):
+        return artifact
+    try:
+        return compose.compose(_ADAPTER, artifact) if compose.needs_adapter(read(artifact)) else artifact
+    except NotAComponentError:
+        return artifact  # the engine says better what is wrong with it
+    except compose.ComposeError as error:
+        raise EngineError(RejectCode.COMPILE_FAILED, str(error)) from error
+
+
 class Guest:
     """A live instance of an image in its own store. After a `GuestError` it is spent: make a new one."""
 
@@ -220,26 +250,49 @@ class Guest:
             raise EngineError(RejectCode.GRANT_DENIED, f"it imports {', '.join(missing)}, which is not granted")
         self._image = image
         self._limits = limits
-        self._store = Store(image.engine.raw)
+        self._config = config
+        self._log = log
+        self._linker, self._wasi = _linker(image, config, log)
+        self._open()
+
+    def _open(self, stdin: bytes | None = None) -> None:
+        """Make the store and the instance. With `stdin`, its standard output is the process's own."""
+        self._store = Store(self._image.engine.raw)
         self._store.set_limits(
-            memory_size=limits.memory_bytes,
+            memory_size=self._limits.memory_bytes,
             table_elements=_MAX_TABLE_ELEMENTS,
             instances=_MAX_CORE_INSTANCES,
             tables=_MAX_CORE_INSTANCES,
             memories=_MAX_CORE_INSTANCES,
         )
-        linker = _linker(image, self._store, config, log)
-        self._arm(limits.start_ms)
+        if self._wasi:
+            self._store.set_wasi(self._streams(stdin))
+        self._arm(self._limits.start_ms)
         try:
-            self._instance = linker.instantiate(self._store, image.component)
+            self._instance = self._linker.instantiate(self._store, self._image.component)
         except WasmtimeError as error:
             text = str(error)
             if "wasm trap" in text or "wasm backtrace" in text:
                 raise guest_error(error) from error
             raise EngineError(RejectCode.START_FAILED, _first_lines(text)) from error
-        self._handle = self._function(HANDLER, "handle")
+        self._handle = self._function(*self._entry)
         self._check = self._function(HEALTH, "check")
         self._run = self._function(TASK, "run")
+
+    _entry = (HANDLER, "handle")
+
+    def _streams(self, stdin: bytes | None) -> WasiConfig:
+        wasi = WasiConfig()
+        wasi.stderr_custom = _Lines(self._log)
+        if stdin is None:
+            wasi.stdout_custom = _Lines(self._log)
+        else:
+            wasi.inherit_stdout()
+            if stdin:
+                set_stdin(wasi, stdin)
+        if any(name.startswith("wasi:cli/environment") for name in self._image.imports):
+            wasi.env = list(self._config.items())
+        return wasi
 
     def _function(self, interface: str, name: str) -> Func | None:
         index = self._image.export(interface, name)
@@ -262,6 +315,15 @@ class Guest:
         self._arm(self._limits.call_ms)
         try:
             return self._image.engine.codec.call(self._store, self._handle, method, target, headers, body)
+        except WasmtimeError as error:
+            raise guest_error(error) from error
+
+    def exchange(self, head: bytes) -> bytes:
+        """One exchange through the adapter: the answer's head. Raises `GuestError`."""
+        assert self._handle is not None
+        self._arm(self._limits.call_ms)
+        try:
+            return exchange(self._store, self._handle, head)
         except WasmtimeError as error:
             raise guest_error(error) from error
 
@@ -308,28 +370,25 @@ def _first_lines(text: str) -> str:
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())[:1000]
 
 
-def _linker(image: Image, store: Store, config: dict[str, str], log: Log) -> wc.Linker:
-    """A linker with what the component imports and was granted, and nothing else."""
+def _linker(image: Image, config: dict[str, str], log: Log) -> tuple[wc.Linker, bool]:
+    """A linker with what the component imports and was granted, and nothing else; and whether that includes WASI."""
     linker = wc.Linker(image.engine.raw)
     names = [name for name, functions in image.imports.items() if functions]
-    ours = [name for name in names if name.partition("@")[0] in (LOGGING, *CONFIG)]
-    if set(names) - set(ours):
+    ours = [name for name in names if bare(name) in (LOGGING, compose.HOST, *CONFIG)]
+    wasi = bool(set(names) - set(ours))
+    if wasi:
         linker.add_wasip2()
-        wasi = WasiConfig()
-        wasi.stdout_custom = _Lines(log)
-        wasi.stderr_custom = _Lines(log)
-        if any(name.startswith("wasi:cli/environment") for name in names):
-            wasi.env = list(config.items())
-        store.set_wasi(wasi)
     with linker.root() as root:
         for name in ours:
             with root.add_instance(name) as instance:
                 if name.startswith(LOGGING):
                     instance.add_func("log", lambda _store, level, context, text: log(_line(level, context, text)))
+                elif name.startswith(compose.HOST):
+                    instance.add_func("refuse", lambda _store, head: refuse(head, log))
                 else:
                     instance.add_func("get", lambda _store, key: config.get(key))
                     instance.add_func("get-all", lambda _store: list(config.items()))
-    return linker
+    return linker, wasi
 
 
 def _line(level: str, context: str, text: str) -> str:

@@ -1,0 +1,45 @@
+"""A guest of wasi:http inside its adapter, called like any other: a fresh instance for each request.
+
+Fresh, because that is what such guests are built for, and because a store's standard input, which carries the request's
+body, is fixed when the store is made. The linker is made once. The instance that shows at the start that the component
+can be instantiated serves the first request without a body.
+"""
+
+from agent.host import heads
+from agent.host.codec import Answer
+from agent.host.engine import Guest, Image, Log
+from fleet.protocol.compose import BRIDGE
+from fleet.protocol.manifest import Grants, Limits
+
+
+def start(image: Image, *, limits: Limits, grants: Grants, config: dict[str, str], log: Log) -> Guest:
+    """Instantiate a guest of either world; raises what `Guest` raises."""
+    kind = Adapted if image.adapted else Guest
+    return kind(image, limits=limits, grants=grants, config=config, log=log)
+
+
+class Adapted(Guest):
+    """A guest of wasi:http. The process's standard output must have been caught (`heads.catch`)."""
+
+    _entry = (BRIDGE, "handle")
+    _used = False
+
+    def _open(self, stdin: bytes | None = None) -> None:
+        super()._open(stdin or b"")
+
+    def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> Answer:
+        """See `Guest.handle`."""
+        if self._used or body:
+            self._store.close()
+            self._open(body)
+        self._used = True
+        most = self._limits.response_bytes
+        try:
+            head = heads.answer_head(self.exchange(heads.request_head(method, target, headers)))
+        finally:
+            # Whatever happened, the next answer begins empty.
+            answer = heads.take(most)
+        if head.problem is not None:
+            self._log(f"host: {head.problem}")
+            return head.status, b"content-type: text/plain\r\n", head.problem.encode() + b"\n"
+        return head.status, head.headers, answer

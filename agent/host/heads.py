@@ -1,0 +1,102 @@
+"""An exchange with a guest of wasi:http: what its heads look like, and where its answer's body goes.
+
+It is one call: the request's head as a string in, the answer's head as a string back
+(components/adapter/wit/adapter.wit). The request's body is the store's standard input. The answer's body is the
+process's own standard output: written there by the engine without a callback (which would cost a change of threads for
+each chunk), into memory that `take` empties after the call. `catch` puts that memory in place of descriptor 1, which in
+a lane nobody else writes to, before the cell is shut. No wasmtime here.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+_OUT: Final = 1
+
+# wasi:http/types.error-code, in its order
+ERRORS: Final = (
+    *("DNS-timeout", "DNS-error", "destination-not-found", "destination-unavailable", "destination-IP-prohibited"),
+    *("destination-IP-unroutable", "connection-refused", "connection-terminated", "connection-timeout"),
+    *("connection-read-timeout", "connection-write-timeout", "connection-limit-reached", "TLS-protocol-error"),
+    *("TLS-certificate-error", "TLS-alert-received", "HTTP-request-denied", "HTTP-request-length-required"),
+    *("HTTP-request-body-size", "HTTP-request-method-invalid", "HTTP-request-URI-invalid"),
+    *("HTTP-request-URI-too-long", "HTTP-request-header-section-size", "HTTP-request-header-size"),
+    *("HTTP-request-trailer-section-size", "HTTP-request-trailer-size", "HTTP-response-incomplete"),
+    *("HTTP-response-header-section-size", "HTTP-response-header-size", "HTTP-response-body-size"),
+    *("HTTP-response-trailer-section-size", "HTTP-response-trailer-size", "HTTP-response-transfer-coding"),
+    *("HTTP-response-content-coding", "HTTP-response-timeout", "HTTP-upgrade-failed", "HTTP-protocol-error"),
+    *("loop-detected", "configuration-error", "internal-error"),
+)
+REQUEST_DENIED: Final = ERRORS.index("HTTP-request-denied")
+
+
+def catch() -> None:
+    """Put memory in place of standard output. Raises OSError where the kernel has no memfd."""
+    fd = os.memfd_create("answers")
+    try:
+        # Appending, so that emptying it needs no seek.
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
+        os.dup2(fd, _OUT, inheritable=False)
+    finally:
+        os.close(fd)
+
+
+def take(most: int) -> bytes:
+    """What was written since the last time, at most `most` + 1 bytes of it: one more says that it was too much."""
+    size = os.lseek(_OUT, 0, os.SEEK_END)
+    if not size:
+        return b""
+    body = os.pread(_OUT, min(size, most + 1), 0)
+    os.ftruncate(_OUT, 0)
+    return body
+
+
+def request_head(method: bytes, target: bytes, headers: bytes) -> bytes:
+    """The head as the adapter reads it; `headers` are field lines as on the wire, names in lower case."""
+    authority = b""
+    if target[:7].lower() == b"http://":  # absolute-form, RFC 9112 section 3.2.2: it overrides the field
+        authority, slash, path = target[7:].partition(b"/")
+        target = slash + path
+    else:
+        at = 0 if headers.startswith(b"host:") else headers.find(b"\r\nhost:") + 2
+        if headers.startswith(b"host:", at):
+            authority = headers[at + 5 : headers.index(b"\r\n", at)].strip()
+    if not headers.isascii():
+        headers = headers.decode("latin-1").encode()
+    return b"%b %b http %b\r\n%b" % (method, target, authority if b" " not in authority else b"", headers)
+
+
+def refuse(head: str, log: Callable[[str], None]) -> int:
+    """Why an outgoing request is not sent: the number of an error. There is no egress for wasi:http yet."""
+    method, target, scheme, authority, *_ = head.partition("\r\n")[0].split(" ")
+    log(f"host: {method} {scheme}://{authority}{target} is denied: no outgoing requests are granted")
+    return REQUEST_DENIED
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The answer's head: its status and field lines, or what is wrong with the answer, as a sentence."""
+
+    status: int
+    headers: bytes
+    problem: str | None = None
+
+
+def answer_head(raw: bytes) -> Head:
+    """Read what the adapter says of the guest's answer."""
+    if not raw.isascii():
+        raw = raw.decode().encode("latin-1")
+    first, _, rest = raw.partition(b"\r\n")
+    match first.split(b" "):
+        case [status, b"whole"]:
+            # The trailers after the empty line are left behind: an answer goes out whole, with its length.
+            fields = b"" if rest.startswith(b"\r\n") else rest[: rest.index(b"\r\n\r\n") + 2]
+            return Head(int(status), fields)
+        case [_, b"cut"]:
+            return Head(502, b"", "the component dropped its answer's body before its end")
+        case [b"error", number]:
+            return Head(500, b"", f"the component answered with the error {ERRORS[int(number)]}")
+        case _:
+            return Head(500, b"", "the component gave no answer")

@@ -1,0 +1,228 @@
+"""The wasi:http adapter, tried by a guest that asks everything (components/adapter/probe.c), through the host's engine.
+
+The answer's body comes out on the process's standard output, so each call here catches that for its duration.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import wasmtime
+
+from agent.host import codec, heads
+from agent.host.adapted import start
+from agent.host.engine import HANDLER, Engine, EngineError, GuestError
+from fleet.protocol.codes import CallOutcome, RejectCode
+from fleet.protocol.manifest import Grants, Limits
+
+ADAPTER = Path(__file__).resolve().parents[2] / "components" / "adapter"
+GRANTS = Grants(interfaces=("wasi:http/outgoing-handler",))
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    engine = Engine()
+    file = tmp_path_factory.mktemp("image") / "probe.cwasm"
+    file.write_bytes(engine.compile((ADAPTER / "probe.wasm").read_bytes()))
+    return engine.load(str(file))
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+class Asked:
+    """A guest whose calls catch standard output for as long as they last."""
+
+    def __init__(self, image, lines, **limits):
+        self.guest = start(image, limits=Limits(**limits), grants=GRANTS, config={}, log=lines.append)
+
+    def handle(self, *request):
+        before = os.dup(1)
+        heads.catch()
+        try:
+            return self.guest.handle(*request)
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+
+
+@pytest.fixture
+def guest(image, lines):
+    asked = Asked(image, lines)
+    yield asked
+    asked.guest.close()
+
+
+def get(guest, path, *, headers=b"host: example.com:81\r\n"):
+    return guest.handle(b"GET", path, headers, b"")
+
+
+def test_it_counts_as_an_http_handler(guest):
+    assert guest.guest.kinds == {HANDLER}
+
+
+def test_an_ordinary_answer_arrives_with_its_fields_and_its_body(guest):
+    assert get(guest, b"/") == (200, b"content-type: text/plain\r\nx-bytes: caf\xe9\r\n", b"hello over wasi:http\n")
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "headers", "seen"),
+    [
+        (b"GET", b"/describe?a=b", b"host: here:8080\r\n", "get /describe?a=b http here:8080\n"),
+        (b"PATCH", b"/describe", b"x: 1\r\nhost: here\r\ny:2\r\n", "patch /describe http here\nx=1\ny=2\n"),
+        (b"PROPFIND", b"/describe", b"", "PROPFIND /describe http -\n"),
+        (b"GET", b"http://there/describe", b"host: here\r\n", "get /describe http there\n"),
+        (b"GET", b"/describe", b"host: h\r\nconnection: x\r\nupgrade: y\r\n", "get /describe http h\n"),
+        (b"GET", b"/describe", b"x: caf\xe9\r\ny: caf\xc3\xa9\r\n", "get /describe http -\nx=caf\xe9\ny=caf\xc3\xa9\n"),
+        (b"GET", b"/describe", b"empty: \r\na: b: c\r\n", "get /describe http -\nempty=\na=b: c\n"),
+    ],
+)
+def test_the_request_arrives_as_it_was_sent(guest, method, target, headers, seen):
+    assert guest.handle(method, target, headers, b"")[2].decode("latin-1") == seen
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 65_537, 1 << 20])
+def test_bodies_pass_both_ways_whole(guest, size):
+    body = (bytes(range(256)) * (size // 256 + 1))[:size]
+    assert guest.handle(b"POST", b"/echo", b"", body)[2] == body
+
+
+def test_a_body_without_end_is_cut_one_byte_past_the_limit(image, lines):
+    guest = Asked(image, lines, response_bytes=1000)
+    assert len(guest.handle(b"POST", b"/echo", b"", bytes(5000))[2]) == 1001
+    assert get(guest, b"/")[2] == b"hello over wasi:http\n"
+
+
+@pytest.mark.parametrize("status", [200, 204, 404, 418, 599])
+def test_the_status_is_the_guests(guest, status):
+    assert get(guest, b"/status/%d" % status)[0] == status
+
+
+def test_fields_obey_the_rules_of_wasi_http(guest):
+    assert get(guest, b"/fields")[2].decode().splitlines() == [
+        "append: ok",
+        "append a bad name: invalid-syntax",
+        "append a bad value: invalid-syntax",
+        "append host: forbidden",
+        "append to the request's: immutable",
+        "delete from the request's: immutable",
+        "set: ok",
+        "get: 2",
+        "delete: ok",
+        "has, has in the copy: 01",
+        "append to a copy of the request's: ok",
+        "from-list: 0",
+        "from-list with upgrade: 11",
+    ]
+
+
+def test_what_is_given_once_is_given_once(guest):
+    # consume, consume; stream, stream; then trailers: some(ok(ok(none))), and some(err) when asked again
+    assert get(guest, b"/twice")[2] == b"0101 1000 11\n"
+
+
+def test_trailers_do_no_harm(guest):
+    assert get(guest, b"/trailers")[2] == b"body\n"
+
+
+def test_a_body_written_before_the_answer_is_set_and_never_flushed_is_not_lost(guest):
+    assert get(guest, b"/late") == (200, b"", b"written first\n")
+
+
+def test_what_the_guest_prints_goes_to_its_log_and_not_into_the_answer(guest, lines):
+    assert get(guest, b"/log")[2] == b"logged\n"
+    assert sorted(lines) == ["to standard error", "to standard output"]
+
+
+def test_an_outgoing_request_is_denied_and_the_log_says_which(guest, lines):
+    # two settings refused, three taken; then the error with the number of HTTP-request-denied
+    assert get(guest, b"/fetch")[2] == b"11000 1 %d\n" % heads.REQUEST_DENIED
+    assert lines == [
+        "host: GET http://example.org:8080/there?x=1 is denied: no outgoing requests are granted",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "why"),
+    [
+        (b"/error", 500, "the component answered with the error internal-error"),
+        (b"/silent", 500, "the component gave no answer"),
+        (b"/cut", 502, "the component dropped its answer's body before its end"),
+    ],
+)
+def test_an_answer_that_is_none_is_named_and_logged(guest, lines, path, status, why):
+    got, _, body = get(guest, path)
+    assert (got, body.decode()) == (status, f"{why}\n")
+    assert lines == [f"host: {why}"]
+
+
+def test_a_trap_is_the_guests_fault_and_leaves_nothing_behind(guest):
+    with pytest.raises(GuestError) as caught:
+        get(guest, b"/trap")
+    assert caught.value.outcome is CallOutcome.GUEST_TRAP
+    assert get(guest, b"/")[2] == b"hello over wasi:http\n"
+
+
+def test_the_adapters_own_imports_need_no_grant(image):
+    assert image.not_granted(Grants()) == ()
+    assert {name.partition("@")[0] for name in image.imports} > {"wasi:io/streams", "wasi:cli/stdin"}
+
+
+def test_composing_grants_nothing_of_the_guests_own_imports(image, tmp_path):
+    guest = wasmtime.wat2wasm("""
+    (component
+      (import "wasi:clocks/wall-clock@0.2.0" (instance (export "now" (func (result u64)))))
+      (import "wasi:http/types@0.2.0" (instance $types
+        (export "incoming-request" (type (sub resource))) (export "response-outparam" (type (sub resource)))))
+      (alias export $types "incoming-request" (type $request))
+      (alias export $types "response-outparam" (type $outparam))
+      (core module $m (func (export "handle") (param i32 i32)))
+      (core instance $i (instantiate $m))
+      (func $handle (param "request" (own $request)) (param "response-out" (own $outparam))
+        (canon lift (core func $i "handle")))
+      (instance $handler (export "handle" (func $handle)))
+      (export "wasi:http/incoming-handler@0.2.0" (instance $handler)))""")
+    file = tmp_path / "clock.cwasm"
+    file.write_bytes(image.engine.compile(bytes(guest)))
+    clock = image.engine.load(str(file))
+    assert clock.not_granted(Grants()) == ("wasi:clocks/wall-clock@0.2.0",)
+    with pytest.raises(EngineError) as refused:
+        start(clock, limits=Limits(), grants=Grants(), config={}, log=print)
+    assert refused.value.code is RejectCode.GRANT_DENIED
+
+
+def test_a_guest_that_cannot_be_composed_is_a_refused_compilation(image):
+    with pytest.raises(EngineError) as refused:
+        image.engine.compile((ADAPTER / "probe.wasm").read_bytes()[:9000])
+    assert refused.value.code is RejectCode.COMPILE_FAILED
+
+
+def test_one_crossing_in_and_none_out_for_a_request(guest, monkeypatch):
+    """Bodies included: the engine reads the one from memory and writes the other to memory."""
+    calls = []
+    real = codec.ffi.wasmtime_component_func_call
+    monkeypatch.setattr(codec.ffi, "wasmtime_component_func_call", lambda *a: calls.append("in") or real(*a))
+    back = []
+
+    def watch(frame, event, _argument):
+        # the bindings' functions that the engine calls: host functions, streams
+        if event == "call" and frame.f_code.co_name in {"func_impl", "custom_call"}:
+            back.append(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    try:
+        guest.handle(b"POST", b"/echo", b"host: x\r\n", bytes(65_536))
+        guest.handle(b"GET", b"/describe", b"host: x\r\n", b"")
+    finally:
+        sys.setprofile(None)
+    assert (calls, back) == (["in", "in"], [])
+
+    sys.setprofile(watch)
+    try:
+        guest.handle(b"GET", b"/fetch", b"", b"")
+    finally:
+        sys.setprofile(None)
+    assert back == ["func_impl"], "an outgoing request asks the host: the count sees crossings"
