@@ -22,18 +22,19 @@ from fleet.demo.story import GROUP, INSTANCE, Story, play
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
-def run(*, directory: Path | None, once: bool) -> int:
+def run(*, directory: Path | None, once: bool, broker: str = "auto") -> int:
     """Play the demo; the exit code: 0 when all of it held, 1 when not, 130 when interrupted before its end.
 
     Args:
         directory: for everything it makes, which then stays; None for a temporary one.
         once: end after the last act instead of staying up.
+        broker: as in `fleet init`.
     """
     place = directory.absolute() if directory is not None else Path(tempfile.mkdtemp(prefix="wasmfleet-demo-"))
-    return asyncio.run(_run(place, keep=directory is not None, once=once))
+    return asyncio.run(_run(place, broker, keep=directory is not None, once=once))
 
 
-async def _run(place: Path, *, keep: bool, once: bool) -> int:
+async def _run(place: Path, broker: str, *, keep: bool, once: bool) -> int:
     teller = Teller()
     teller.console.print(Text.assemble(("wasmfleet demo", "bold"), (f"  in {place}", "dim")))
     stop = asyncio.Event()
@@ -43,7 +44,7 @@ async def _run(place: Path, *, keep: bool, once: bool) -> int:
     scene = Scene(place)
     code = FAILED
     try:
-        code = await _until_stopped(_whole(scene, teller, stop, once=once), stop)
+        code = await _until_stopped(_whole(scene, teller, stop, broker, once=once), stop)
     finally:
         with teller.waiting("Ending every process"):
             await scene.close()
@@ -71,9 +72,9 @@ async def _until_stopped(whole: Coroutine[Any, Any, int], stop: asyncio.Event) -
     return INTERRUPTED
 
 
-async def _whole(scene: Scene, teller: Teller, stop: asyncio.Event, *, once: bool) -> int:
+async def _whole(scene: Scene, teller: Teller, stop: asyncio.Event, broker: str, *, once: bool) -> int:
     try:
-        story = await play(scene, teller)
+        story = await play(scene, teller, broker=broker)
     except (DemoError, ChildDiedError, ClientError, NoFixtureError) as error:
         teller.console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         return FAILED

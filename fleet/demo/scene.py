@@ -96,11 +96,11 @@ class Scene:
             raise DemoError(f"{name} {' '.join(arguments)} ended with exit code {code}: {(errors or output).strip()}")
         return output
 
-    async def make_fleet(self) -> None:
+    async def make_fleet(self, *, broker: str = "auto") -> None:
         """`fleet init --dev`, on ports that are free."""
         operators, devices, mqtt = free_ports(3)
         ports = ["--operators-port", str(operators), "--devices-port", str(devices), "--mqtt-port", str(mqtt)]
-        await self.command("init", "--dev", "--fleet", "demo", *ports)
+        await self.command("init", "--dev", "--fleet", "demo", "--broker", broker, *ports)
 
     async def serve(self) -> api.Status:
         """`fleet serve`, up to its first answer with the broker connected."""

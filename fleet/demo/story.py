@@ -70,14 +70,14 @@ class Story:
         return bool(self.checks) and all(good for _, good in self.checks)
 
 
-async def play(scene: Scene, teller: Teller) -> Story:
+async def play(scene: Scene, teller: Teller, *, broker: str = "auto") -> Story:
     """Play all acts.
 
     Raises:
         DemoError, ChildDiedError, ClientError, TimeoutError: it could not go on.
     """
     story = Story()
-    await _set_up(scene, teller)
+    await _set_up(scene, teller, broker)
     members = [board for board in scene.boards if board.group == GROUP]
     for name, command, version in (
         ("v1", ("push", str(fixture("v1.wasm")), "--group", GROUP, "--waves", "100%"), "1"),
@@ -104,10 +104,10 @@ TITLES: Final = {
 }
 
 
-async def _set_up(scene: Scene, teller: Teller) -> None:
+async def _set_up(scene: Scene, teller: Teller, broker: str) -> None:
     teller.act("A development fleet")
     with teller.waiting("fleet init --dev"):
-        await scene.make_fleet()
+        await scene.make_fleet(broker=broker)
     teller.did("fleet init --dev", "keys, TUF repository, certificates, admin token")
     with teller.waiting("fleet serve"):
         status = await scene.serve()
