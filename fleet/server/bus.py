@@ -39,6 +39,7 @@ class Bus:
         certificate: PEM with the server's client certificate and key.
         on_message: called with topic and payload, on the loop; must not block and must not raise.
         on_connected: called after each connect, when the subscriptions stand.
+        remembered: whether the broker keeps for the server what comes while it is away. Reports do not depend on it.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Bus:
         certificate: Path,
         on_message: Handler,
         on_connected: Callable[[], None],
+        remembered: bool,
     ) -> None:
         self._address = address
+        self._remembered = remembered
         self._on_message = on_message
         self._on_connected = on_connected
         self._loop = asyncio.get_running_loop()
@@ -89,7 +92,7 @@ class Bus:
         self._forget_sockets()
 
     def _make_client(self) -> mqtt.Client:
-        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=SERVER_CN, clean_session=True)
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=SERVER_CN, clean_session=not self._remembered)
         context = ssl.create_default_context(cafile=self._ca)
         context.load_cert_chain(self._certificate)
         client.tls_set_context(context)

@@ -22,6 +22,7 @@ from fleet.server.repository import Repository
 from fleet.store.rows import AssignmentRow, DeviceRow
 from fleet.store.store import Store
 from signing import director
+from signing.policy import Release
 
 log = logging.getLogger(__name__)
 LIFE: Final = timedelta(days=30)
@@ -154,6 +155,8 @@ class Director:
         kept: list[str] = []
         for instance, each in sorted(self.effective(device).items()):
             release = None if each.value.target is None else self._repository.release(each.value.target)
+            if release is not None and unfit(release, device):
+                continue  # the preflight said so
             if release is None:
                 if each.value.target is not None:
                     log.warning("%s: %s is not published any more and is taken off", device.id, each.value.target)
@@ -185,6 +188,14 @@ class Director:
             stop_all=not items,
             keep_data=tuple(kept),
         )
+
+
+def unfit(release: Release, device: DeviceRow) -> str:
+    """Why a board can never run a release, in words; empty when nothing stands against it."""
+    machine = device.versions.machine or device.machine
+    if release.manifest.arch and machine and machine not in release.manifest.arch:
+        return f"its CPU is {machine}, the manifest allows {', '.join(release.manifest.arch)}"
+    return ""
 
 
 def _asked(wanted: Assignment) -> str:

@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import ssl
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -28,8 +27,8 @@ from fleet.protocol import api, wire
 from fleet.protocol.messages import Poke
 from fleet.protocol.topics import POKE, RETAINED, Topic
 from fleet.server.artifacts import Artifacts
-from fleet.server.broker import mosquitto
-from fleet.server.broker.child import BrokerError, Child
+from fleet.server.broker.child import BrokerError
+from fleet.server.broker.choose import Broker
 from fleet.server.bus import Bus
 from fleet.server.conductor import Conductor
 from fleet.server.devices import Devices
@@ -44,6 +43,7 @@ from fleet.server.planner import Planner
 from fleet.server.repository import Repository
 from fleet.server.views import Views
 from fleet.server.watch import Watch
+from fleet.store.database import check_owner
 from fleet.store.errors import StoreError
 from fleet.store.store import Store
 from signing import keys
@@ -92,6 +92,7 @@ class Server:
         self._broker_wish = broker
         self._stack = contextlib.AsyncExitStack()
         self._started_at = clock()
+        self._contexts: list[ssl.SSLContext] = []
 
     async def start(self) -> Ready:
         """Start everything and return when boards and operators can come.
@@ -127,7 +128,7 @@ class Server:
         self._renew_certificates()
         operators = self._bind(self._config.operators, "the API for operators")
         devices = self._bind(self._config.devices, "the API for boards")
-        self._broker, self._broker_name = await self._start_broker()
+        self._broker = await self._start_broker()
         self._compose()
         await self._serve(self._operators.application(), operators, self._context(devices=False))
         await self._serve(self._devices.application(), devices, self._context(devices=True))
@@ -138,7 +139,7 @@ class Server:
             operators_url=self._config.operators_url,
             devices_url=self._config.devices_url,
             mqtt=self._config.mqtt_urls,
-            broker=self._broker_name,
+            broker=self._broker.name,
         )
 
     # -- the pieces --------------------------------------------------------------------------------------------------
@@ -148,6 +149,7 @@ class Server:
         if self._broker_wish is not None:
             config = replace(config, broker=self._broker_wish)
             config.check()
+        check_owner(self._home.server)
         return config
 
     def _lock(self) -> None:
@@ -193,37 +195,13 @@ class Server:
         sock.setblocking(False)
         return sock
 
-    async def _start_broker(self) -> tuple[Address, str]:
-        """Start the broker that the configuration asks for; where it is and what it is."""
-        external = self._config.external_broker
-        if external is not None:
-            return external, "external"
-        address = Address.parse(self._config.mqtt, "mqtt")
-        program = mosquitto.find() if self._config.broker in {"auto", "mosquitto"} else None
-        if program is None and self._config.broker == "mosquitto":
-            raise ServeError("mosquitto is not installed: apt install mosquitto, or name another with --broker")
-        if program is None and (self._config.production or not address.loopback):
-            raise ServeError(
-                "a fleet that is more than one machine's development needs a real broker: "
-                "install mosquitto, or name one with --broker mqtts://HOST:PORT"
-            )
-        probe = self._bind(self._config.mqtt, "the broker")
-        probe.close()
-        tls = self._home.tls
-        files = {"ca": self._home.ca / "ca.pem", "certificate": tls / "server.pem", "key": tls / "server.key"}
-        if program is not None:
-            config = mosquitto.configure(self._home.broker, address=address, **files)
-            mosquitto.write_acl(self._home.broker, self._revoked())
-            name, command = "mosquitto", [str(program), "-c", str(config)]
-        else:
-            name = "embedded"
-            command = [sys.executable, "-m", "fleet.server.broker.embedded", address.host, str(address.port)]
-            command += [str(files[each]) for each in ("ca", "certificate", "key")]
-        self._child = Child(name, command, address)
-        self._stack.push_async_callback(self._child.stop)
-        await self._child.start()
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - we bind, here we ask
-        return Address(host, address.port), name
+    async def _start_broker(self) -> Broker:
+        broker = Broker.choose(self._config, self._home)
+        if broker.name != "external":
+            self._bind(self._config.mqtt, "the broker").close()
+        self._stack.push_async_callback(broker.stop)
+        await broker.start(self._revoked())
+        return broker
 
     def _revoked(self) -> list[str]:
         return [row.id for row in self._store.devices.all() if row.revoked]
@@ -250,11 +228,12 @@ class Server:
             clock=clock,
         )
         self._bus = Bus(
-            address=self._broker,
+            address=self._broker.address,
             ca=self._home.ca / "ca.pem",
             certificate=self._home.tls / "mqtt-both.pem",
             on_message=ingest.on_message,
             on_connected=self._on_connected,
+            remembered=self._broker.remembers,
         )
         self._stack.push_async_callback(self._bus.close)
         self._stack.callback(ingest.flush)
@@ -275,6 +254,7 @@ class Server:
                 watch=watch,
                 metrics=Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected),
                 status=self.status,
+                shut_out=lambda: self._broker.shut_out(self._revoked()),
                 clock=clock,
             )
         )
@@ -305,6 +285,7 @@ class Server:
         if devices:
             context.verify_mode = ssl.CERT_REQUIRED
             context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
+        self._contexts.append(context)
         return context
 
     async def _serve(self, application: Any, sock: socket.socket, context: ssl.SSLContext) -> None:
@@ -359,6 +340,10 @@ class Server:
         """One round of upkeep."""
         when = self._clock()
         self._repository.keep_fresh(now=when)
+        if self._renew_certificates():
+            for context in self._contexts:
+                context.load_cert_chain(self._home.tls / "server.pem", self._home.tls / "server.key")
+            self._broker.shut_out(self._revoked())
         for device in self._store.delivery.expiring((when + RENEW_BEFORE).timestamp()):
             self._director.reconcile(device, renew=True)
         keep = timedelta(days=self._config.keep_days)
@@ -373,7 +358,7 @@ class Server:
             f"the role {role.role} expired on {role.expires:%Y-%m-%d}" for role in roles if role.expires <= when
         ]
         if not self._bus.connected:
-            problems.insert(0, f"the server is not connected to its broker at {self._broker}")
+            problems.insert(0, f"the server is not connected to its broker at {self._broker.address}")
         return api.Status(
             fleet=self._config.fleet,
             size=self._config.size,
@@ -384,7 +369,7 @@ class Server:
             operators_url=self._config.operators_url,
             devices_url=self._config.devices_url,
             mqtt=self._config.mqtt_urls,
-            broker=self._broker_name,
+            broker=self._broker.name,
             broker_connected=self._bus.connected,
             devices=devices,
             online=online,
@@ -397,7 +382,7 @@ class Server:
     @property
     def broker_pid(self) -> int | None:
         """The process id of the broker that was started here; None for none."""
-        return None if self._broker_name == "external" else self._child.pid
+        return self._broker.pid
 
 
 class _Listener(uvicorn.Server):

@@ -47,6 +47,7 @@ class Services:
     watch: Watch
     metrics: Metrics
     status: Callable[[], api.Status]
+    shut_out: Callable[[], None]
     clock: Callable[[], datetime]
 
 
@@ -205,6 +206,7 @@ class Operators:
             self._s.store.devices.revoke(row.id)
             self._s.store.devices.note(row.id, "revoked", f"shut out by {by}", now=self._now())
             self._audit(by, "revoke", row.id)
+        self._s.shut_out()
         self._s.conductor.wake()
         return answer(self._s.views.detail(self._device(request)))
 

@@ -15,9 +15,9 @@ from fleet.protocol.api import Excluded, Preflight, RemovalRequest, RolloutReque
 from fleet.protocol.manifest import Grants
 from fleet.rollout import effective, history, waves
 from fleet.rollout.effective import Group, Held
-from fleet.rollout.model import BREACHES, OPEN, Board, State, Value
+from fleet.rollout.model import BREACHES, OPEN, Board, Outcome, State, Value
 from fleet.server.conductor import Conductor
-from fleet.server.director import Director
+from fleet.server.director import Director, unfit
 from fleet.server.repository import Repository
 from fleet.server.web import Refusal
 from fleet.store.rows import DeviceRow, GroupRow, RolloutRow
@@ -57,16 +57,18 @@ class Planner:
     def preflight(self, request: RolloutRequest) -> Preflight:
         """What a rollout would do, without doing it; raises as `deploy`."""
         value, group = self._check(request)
-        boards = self._boards(request, group)
-        sizes = waves.sizes(waves.parse(request.waves), len(boards))
+        everyone = self._boards(request, group)
         before = self._before(request)
         release = None if value.target is None else self._repository.release(value.target)
         old = None if before is None or before.target is None else self._repository.release(before.target)
-        excluded = [] if release is None else [self._excluded(release, device) for device in boards]
+        found = [] if release is None else [self._excluded(release, device) for device in everyone]
+        excluded = tuple(each for each in found if each is not None)
+        boards = tuple(device for device in everyone if device not in {each.device for each in excluded})
+        sizes = waves.sizes(waves.parse(request.waves), len(boards))
         starts = (0, *sizes[:-1])
         return Preflight(
             waves=tuple(boards[start:end] for start, end in zip(starts, sizes, strict=True)),
-            excluded=tuple(each for each in excluded if each is not None),
+            excluded=excluded,
             new_grants=_new_grants(release, old),
             previous="" if before is None else before.target or "",
             warnings=() if boards else ("the group has no boards yet: it is settled at once",),
@@ -176,10 +178,10 @@ class Planner:
         row = self._store.devices.get(device)
         if row is None:
             return None
-        machine = row.versions.machine or row.machine
-        if release.manifest.arch and machine and machine not in release.manifest.arch:
-            return Excluded(device=device, reason=f"its CPU is {machine}, the manifest allows {release.manifest.arch}")
-        if row.seen_at is not None and row.versions.agent and not row.versions.engine:
+        reason = unfit(release, row)
+        if reason:
+            return Excluded(device=device, reason=reason)
+        if row.versions.host and not row.versions.engine:
             return Excluded(device=device, reason="it has no wasm engine")
         if len(self._director.effective(row)) >= caps.ITEMS_MAX:
             return Excluded(device=device, reason=f"it runs {caps.ITEMS_MAX} instances already")
@@ -188,7 +190,11 @@ class Planner:
     def _begin(
         self, request: RolloutRequest, value: Value, group: GroupRow | None, *, by: str, undoes: str = ""
     ) -> RolloutRow:
-        devices = self._boards(request, group)
+        release = None if value.target is None else self._repository.release(value.target)
+        everyone = self._boards(request, group)
+        excluded = {} if release is None else {device: self._excluded(release, device) for device in everyone}
+        left_out = {device: each.reason for device, each in excluded.items() if each is not None}
+        devices = tuple(device for device in everyone if device not in left_out)
         sizes = waves.sizes(waves.parse(request.waves), len(devices))
         now = self._clock().timestamp()
         boards = [
@@ -197,6 +203,10 @@ class Planner:
                 self._previous(device, request.instance),
             )
             for index, device in enumerate(devices)
+        ]
+        boards += [
+            (Board(device, len(sizes), Outcome.SKIPPED, message=reason), self._previous(device, request.instance))
+            for device, reason in left_out.items()
         ]
         with self._store.atomic():
             superseded = self._store.rollouts.open_on(

@@ -7,7 +7,9 @@ belong to the certificate's CN; then the plugin below holds each session to its 
 subscriptions to `$share` that it never serves, forgets everything when it ends, and is slow: a fleet that matters runs
 Mosquitto.
 
-    python -m fleet.server.broker.embedded HOST PORT CA CERTIFICATE KEY
+SIGHUP reads the certificate and the list of boards that were shut out anew.
+
+    python -m fleet.server.broker.embedded HOST PORT CA CERTIFICATE KEY REVOKED
 """
 
 import asyncio
@@ -112,8 +114,10 @@ def may(client: str, topic: str, *, publish: bool) -> bool:
     return parsed.device == client and isinstance(parsed.channel, Up) == publish
 
 
-def check(name: str, connect: Connect) -> None:
+def check(name: str, connect: Connect, revoked: frozenset[str]) -> None:
     """Hold a CONNECT packet against the certificate's name; raises `RefusedError`."""
+    if name in revoked:
+        raise RefusedError(f"{name} was shut out of the fleet")
     if not name or connect.client_id != name:
         raise RefusedError(f"{name or 'nobody'} came as {connect.client_id!r}")
     if connect.will_topic and not may(name, connect.will_topic, publish=True):
@@ -160,9 +164,18 @@ class _Replay(StreamReaderAdapter):  # type: ignore[misc]
 class Gate:
     """Accepts TLS connections and hands those that may come in to the broker."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, revoked: Path) -> None:
         self._broker = broker
+        self._file = revoked
+        self._revoked: frozenset[str] = frozenset()
         self._live: dict[str, tuple[asyncio.StreamWriter, asyncio.Task[None]]] = {}
+
+    def reload(self) -> None:
+        """Read who was shut out, and end the connections of those."""
+        with contextlib.suppress(FileNotFoundError):
+            self._revoked = frozenset(self._file.read_text(encoding="utf-8").split())
+        for name in self._revoked & self._live.keys():
+            self._live[name][0].close()
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
@@ -170,7 +183,7 @@ class Gate:
         name = common_name(tls.getpeercert() if tls is not None else None)
         try:
             connect = await asyncio.wait_for(read_connect(reader), _CONNECT_S)
-            check(name, connect)
+            check(name, connect, self._revoked)
             await self._take_over(name)
         except (RefusedError, TimeoutError, asyncio.IncompleteReadError, ConnectionError, ssl.SSLError) as error:
             if isinstance(error, RefusedError):
@@ -200,7 +213,7 @@ class Gate:
             await asyncio.wait([task], timeout=_TAKEOVER_S)
 
 
-async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path) -> None:
+async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path, revoked: Path) -> None:
     """Run until SIGTERM."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -214,10 +227,17 @@ async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path)
         )
     )
     await broker.start()
-    gate = Gate(broker)
+    gate = Gate(broker, revoked)
+    gate.reload()
     server = await asyncio.start_server(gate.connected, host, port, ssl=context)
     stop = asyncio.Event()
+
+    def reload() -> None:
+        context.load_cert_chain(certificate, key)
+        gate.reload()
+
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     async with server:
         await stop.wait()
     with contextlib.suppress(Exception):
@@ -225,10 +245,11 @@ async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path)
 
 
 def main(arguments: list[str]) -> None:
-    """HOST PORT CA CERTIFICATE KEY."""
+    """HOST PORT CA CERTIFICATE KEY REVOKED."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    host, port, ca, certificate, key = arguments
-    asyncio.run(serve(host, int(port), ca=Path(ca), certificate=Path(certificate), key=Path(key)))
+    host, port = arguments[:2]
+    ca, certificate, key, revoked = (Path(each) for each in arguments[2:])
+    asyncio.run(serve(host, int(port), ca=ca, certificate=certificate, key=key, revoked=revoked))
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ class Simulation:
     def run(self):
         for _ in range(500):
             actions = decide(self.rollout, list(self.boards.values()), self.now)
-            if not actions or not all([self.carry_out(action) for action in actions]):
+            if not actions or not all(self.carry_out(action) for action in actions):
                 return
         raise AssertionError("it does not come to rest")
 

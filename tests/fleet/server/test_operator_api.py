@@ -1,0 +1,411 @@
+"""The operators' API over real TLS: who may ask, what is refused and in which words, what bytes come back."""
+
+import asyncio
+import hashlib
+from datetime import UTC, datetime
+
+import httpx
+import msgspec
+import pytest
+
+from fleet.protocol import api
+from fleet.protocol.api import RolloutState
+from fleet.protocol.assignment import CheckIn, Restart
+from fleet.protocol.manifest import Grants
+from signing import keys, repository
+
+
+def story_of(new_fleet, story):
+    async def run():
+        async with new_fleet() as fleet:
+            await story(fleet)
+
+    asyncio.run(run())
+
+
+def test_every_route_but_health_and_enrolment_needs_a_token(new_fleet):
+    async def story(fleet):
+        document = (await fleet.operator.http.get("/openapi.json")).json()
+        paths = [(m, p) for p, methods in document["paths"].items() for m in methods if p != "/v1/enrol"]
+        assert len(paths) > 25
+        async with httpx.AsyncClient(verify=fleet.operator_context(), base_url=fleet.made.url) as stranger:
+            for method, path in [*paths, ("get", "/metrics"), ("get", "/openapi.json")]:
+                for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic wrong"}):
+                    reply = await stranger.request(method, path.replace("{", "").replace("}", ""), headers=headers)
+                    assert reply.status_code == 401, (method, path)
+                    assert reply.json()["type"] == "unauthorised"
+            assert (await stranger.get("/healthz")).text == "ok\n"
+
+    story_of(new_fleet, story)
+
+
+def test_a_viewer_may_look_and_not_change(new_fleet):
+    async def story(fleet):
+        fleet.server._store.access.add_operator("eve", "eve-token", role="viewer", now=1.0)
+        fleet.operator.http.headers["authorization"] = "Bearer eve-token"
+        await fleet.operator.get(api.Status, "/v1/status")
+        problem = await fleet.operator.problem("POST", "/v1/enroll-tokens", api.EnrollTokenRequest())
+        assert (problem.status, problem.type) == (403, "forbidden")
+
+    story_of(new_fleet, story)
+
+
+def test_what_is_asked_wrongly_is_answered_with_one_sentence(new_fleet):
+    async def story(fleet):
+        operator = fleet.operator
+        await operator.token("edge")
+        target = await operator.publish("1.0.0", config={})
+
+        async def deploy(**wish):
+            request = api.RolloutRequest(**{"instance": "hello", "target": target, "group": "edge", **wish})
+            return await operator.problem("POST", "/v1/rollouts", request)
+
+        for wish, kind in [
+            ({"group": "nowhere"}, "unknown-group"),
+            ({"group": "", "device": "nobody-00000000"}, "unknown-device"),
+            ({"group": "edge", "device": "nobody-00000000"}, "bad-request"),
+            ({"target": "components/main/hello/9.9.9.wasm"}, "unknown-target"),
+            ({"waves": "1, 2"}, "bad-waves"),
+            ({"instance": "Not A Name"}, "bad-name"),
+            ({"config": {"colour": "red"}}, "unknown-config"),
+            ({"grants": Grants(outbound=("https://example.com:443",))}, "grant-denied"),
+            ({"port": 70_000}, "bad-request"),
+            ({"timeout_s": 1}, "bad-request"),
+        ]:
+            problem = await deploy(**wish)
+            assert problem.type == kind, problem
+            assert problem.title
+            assert "\n" not in problem.title + problem.detail + problem.action
+        assert "edge" in (await deploy(group="nowhere")).detail
+
+        for method, path, body, kind in [
+            ("POST", "/v1/rollouts", b"not json", "bad-request"),
+            ("POST", "/v1/rollouts", b'{"instance": "x", "colour": 1}', "bad-request"),
+            ("POST", "/v1/rollouts", b'{"instance": 1}', "bad-request"),
+            ("POST", "/v1/rollouts", b"x" * (2 << 20), "too-large"),
+            ("GET", "/v1/rollouts/99", None, "unknown-rollout"),
+            ("POST", "/v1/rollouts/99/abort", None, "unknown-rollout"),
+            ("GET", "/v1/devices/nobody-00000000", None, "unknown-device"),
+            ("GET", "/v1/rollouts?limit=many", None, "bad-request"),
+            ("GET", "/v1/nothing", None, "not-found"),
+            ("DELETE", "/v1/status", None, "method-not-allowed"),
+            ("GET", "/v1/artifacts/abc", None, "bad-name"),
+            ("GET", "/v1/tuf/..%2Fserver.toml", None, "not-found"),
+            (
+                "POST",
+                "/v1/removals",
+                msgspec.json.encode(api.RemovalRequest(instance="x", group="edge")),
+                "unknown-instance",
+            ),
+            ("POST", "/v1/undo", b"{}", "nothing-to-undo"),
+            ("POST", "/v1/enroll-tokens", b'{"valid_s": 1}', "bad-request"),
+        ]:
+            problem = await operator.problem(method, path, body)
+            assert problem.type == kind, (path, problem)
+        unknown_field = await operator.problem("POST", "/v1/rollouts", b'{"instance": "x", "colour": 1}')
+        assert "colour" in unknown_field.detail
+
+    story_of(new_fleet, story)
+
+
+def test_an_artifact_is_kept_only_when_its_hash_is_its_name_and_comes_back_by_range(new_fleet):
+    async def story(fleet):
+        data = bytes(range(256)) * 5000
+        sha256 = hashlib.sha256(data).hexdigest()
+        http = fleet.operator.http
+        problem = await fleet.operator.problem("PUT", f"/v1/artifacts/{sha256}", data[:-1])
+        assert problem.type == "hash-mismatch"
+        assert (await http.get(f"/v1/artifacts/{sha256}")).status_code == 404
+        assert not list((fleet.home / "server" / "artifacts").iterdir())
+
+        first = await http.put(f"/v1/artifacts/{sha256}", content=data)
+        again = await http.put(f"/v1/artifacts/{sha256}", content=data)
+        assert (first.status_code, again.status_code) == (201, 200)
+        whole = await http.get(f"/v1/artifacts/{sha256}")
+        assert whole.content == data
+        assert whole.headers["etag"] == f'"{sha256}"'
+        part = await http.get(f"/v1/artifacts/{sha256}", headers={"range": "bytes=1000-1999"})
+        assert (part.status_code, part.content) == (206, data[1000:2000])
+        assert part.headers["content-range"] == f"bytes 1000-1999/{len(data)}"
+        rest = await http.get(f"/v1/artifacts/{sha256}", headers={"range": "bytes=1279000-", "if-range": f'"{sha256}"'})
+        assert rest.content == data[1279000:]
+        beyond = await http.get(f"/v1/artifacts/{sha256}", headers={"range": f"bytes={len(data)}-"})
+        assert beyond.status_code == 416
+        unchanged = await http.get(f"/v1/artifacts/{sha256}", headers={"if-none-match": f'"{sha256}"'})
+        assert unchanged.status_code == 304
+
+    story_of(new_fleet, story)
+
+
+def test_publishing_is_compare_and_swap_and_only_for_the_publishers_key(new_fleet, tmp_path):
+    async def story(fleet):
+        operator = fleet.operator
+        base = await operator._newest_role()
+        await operator.publish("1.0.0")
+        # somebody who began from the same version comes second
+        stale = repository.renew(base, signer=operator._key, now=datetime.now(UTC))
+        problem = await operator.problem("POST", "/v1/roles/main", stale)
+        assert (problem.status, problem.type) == (409, "conflict")
+        forged = repository.renew(
+            await operator._newest_role(), signer=keys.generate(tmp_path / "other.pem"), now=datetime.now(UTC)
+        )
+        assert (await operator.problem("POST", "/v1/roles/main", forged)).type == "unsigned"
+        assert (await operator.problem("POST", "/v1/roles/other", forged)).type == "refused"
+        # the very same again: nothing to do
+        same = await operator.send(api.RoleReply, "POST", "/v1/roles/main", msgspec.Raw(await operator._newest_role()))
+        assert same.version == 2
+
+    story_of(new_fleet, story)
+
+
+def test_two_groups_of_one_priority_must_not_disagree(new_fleet):
+    async def story(fleet):
+        operator = fleet.operator
+        board = await fleet.board("a")
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        await operator.decided(await operator.deploy(one))
+        await operator.send(api.GroupRow, "PUT", "/v1/groups/canary", api.GroupRequest(add=(board.device,)))
+        wish = api.RolloutRequest(instance="hello", target=two, group="canary")
+        problem = await operator.problem("POST", "/v1/rollouts", wish)
+        assert (problem.type, problem.status) == ("conflict", 409)
+        assert "edge" in problem.title
+        assert "canary" in problem.title
+
+        await operator.send(api.GroupRow, "PUT", "/v1/groups/canary", api.GroupRequest(priority=10))
+        view = await operator.decided(await operator.send(api.RolloutView, "POST", "/v1/rollouts", wish))
+        assert view.state is RolloutState.SUCCEEDED
+        detail = await operator.get(api.DeviceDetail, f"/v1/devices/{board.device}")
+        assert [(each.target, each.source) for each in detail.effective] == [(two, "group canary")]
+        # out of the group again: back to what the other one says
+        await operator.send(api.GroupRow, "PUT", "/v1/groups/canary", api.GroupRequest(remove=(board.device,)))
+        await board.until(lambda board: board.items["hello"].target == one)
+
+    story_of(new_fleet, story)
+
+
+def test_a_board_that_gets_a_label_gets_what_its_group_runs(new_fleet):
+    async def story(fleet):
+        operator = fleet.operator
+        board = await fleet.board("a", group="")
+        selector = api.GroupRequest(selector={"site": "north"})
+        await operator.send(api.GroupRow, "PUT", "/v1/groups/north", selector)
+        target = await operator.publish("1.0.0")
+        assert (await operator.decided(await operator.deploy(target, group="north"))).state is RolloutState.SUCCEEDED
+        assert not board.items
+        path = f"/v1/devices/{board.device}/labels"
+        await operator.send(api.DeviceDetail, "PUT", path, api.LabelsRequest(labels={"site": "north"}))
+        await board.until(lambda board: board.items)
+        await operator.send(api.DeviceDetail, "PUT", path, api.LabelsRequest(labels={"site": None}))
+        await board.until(lambda board: not board.items)
+        problem = await operator.problem("POST", "/v1/enroll-tokens", api.EnrollTokenRequest(group="north"))
+        assert problem.type == "selector-group"
+
+    story_of(new_fleet, story)
+
+
+def test_a_pin_holds_one_board_until_it_is_taken_off(new_fleet):
+    async def story(fleet):
+        operator = fleet.operator
+        pinned, other = await fleet.board("a"), await fleet.board("b")
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        await operator.decided(await operator.deploy(one))
+        wish = api.RolloutRequest(instance="hello", target=two)
+        view = await operator.send(api.RolloutView, "PUT", f"/v1/devices/{pinned.device}/pin", wish)
+        assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
+        assert (pinned.items["hello"].target, other.items["hello"].target) == (two, one)
+        row = (await operator.get(api.DeviceDetail, f"/v1/devices/{pinned.device}")).row
+        assert row.pins == ("hello",)
+        path = f"/v1/devices/{pinned.device}/unpin"
+        await operator.send(api.DeviceDetail, "POST", path, api.InstanceRequest(instance="hello"))
+        await pinned.until(lambda board: board.items["hello"].target == one)
+        problem = await operator.problem("POST", path, api.InstanceRequest(instance="hello"))
+        assert problem.type == "not-pinned"
+
+    story_of(new_fleet, story)
+
+
+def test_a_failed_board_is_tried_again_only_when_an_operator_says_so(new_fleet, behaviours):
+    async def story(fleet):
+        operator = fleet.operator
+        good, bad = await fleet.board("a"), await fleet.board("b", behaviour=behaviours["trapping"])
+        target = await operator.publish("1.0.0")
+        view = await operator.decided(await operator.deploy(target, waves="100%", failures=1))
+        assert view.state is RolloutState.SUCCEEDED
+        assert view.counts == {"succeeded": 1, "failed": 1}
+        detail = await operator.get(api.DeviceDetail, f"/v1/devices/{bad.device}")
+        (failure,) = detail.failed
+        assert (failure.instance, failure.code, failure.log) == ("hello", "trapped", ("boom",))
+        assert failure.action
+
+        bad.behaviour = behaviours["good"]
+        path = f"/v1/devices/{bad.device}/retry"
+        await operator.send(api.DeviceDetail, "POST", path, api.InstanceRequest(instance="hello"))
+        view = await operator.follow(view, lambda view: view.counts == {"succeeded": 2})
+        assert bad.items["hello"].attempt == 1
+        assert good.items["hello"].attempt == 0
+        assert (await operator.get(api.DeviceDetail, f"/v1/devices/{bad.device}")).failed == ()
+        problem = await operator.problem("POST", path, api.InstanceRequest(instance="other"))
+        assert problem.type == "unknown-instance"
+
+    story_of(new_fleet, story)
+
+
+def test_a_rollout_can_be_paused_resumed_and_aborted(new_fleet, behaviours):
+    async def story(fleet):
+        operator = fleet.operator
+        boards = [await fleet.board(name) for name in "ab"]
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        await operator.decided(await operator.deploy(one))
+        for board in boards:
+            board.behaviour = behaviours["silent"]
+        view = await operator.deploy(two)
+        view = await operator.follow(view, lambda view: view.wave == 1)
+        (first,) = [board for board in view.boards if board.wave == 1]
+        paused = await operator.send(api.RolloutView, "POST", f"/v1/rollouts/{view.number}/pause")
+        assert (paused.state, paused.reason) == (RolloutState.PAUSED, "paused by admin")
+        resumed = await operator.send(api.RolloutView, "POST", f"/v1/rollouts/{view.id}/resume")
+        assert resumed.state is RolloutState.RUNNING
+        canary = next(board for board in boards if board.device == first.device)
+        await canary.until(lambda board: board.items["hello"].target == two)
+        aborted = await operator.send(api.RolloutView, "POST", f"/v1/rollouts/{view.id}/abort")
+        assert aborted.state is RolloutState.ABORTED
+        await canary.until(lambda board: board.items["hello"].target == one)
+        problem = await operator.problem("POST", f"/v1/rollouts/{view.id}/resume")
+        assert problem.type == "rollout-over"
+
+    story_of(new_fleet, story)
+
+
+def test_a_newer_rollout_takes_over_without_a_step_back(new_fleet, behaviours):
+    async def story(fleet):
+        operator = fleet.operator
+        board = await fleet.board("a")
+        targets = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
+        await operator.decided(await operator.deploy(targets[0]))
+        board.behaviour = behaviours["silent"]
+        second = await operator.deploy(targets[1])
+        await board.until(lambda board: board.items["hello"].target == targets[1])
+        board.behaviour = behaviours["good"]
+        third = await operator.decided(await operator.deploy(targets[2]))
+        assert third.state is RolloutState.SUCCEEDED
+        old = await operator.get(api.RolloutView, f"/v1/rollouts/{second.id}")
+        assert (old.state, old.reason) == (RolloutState.SUPERSEDED, f"rollout {third.number} took over")
+        offered = [each.items[0].target for each in board.accepted]
+        assert offered == targets
+
+    story_of(new_fleet, story)
+
+
+def test_configuration_and_grants_stay_over_versions_and_never_widen(new_fleet, manifest_with_key):
+    async def story(fleet):
+        operator = fleet.operator
+        board = await fleet.board("a")
+        grants = Grants(interfaces=("wasi:clocks", "wasi:random"))
+        one = await operator.publish("1.0.0", grants=grants, **manifest_with_key)
+        missing = api.RolloutRequest(instance="hello", target=one, group="edge")
+        problem = await operator.problem("POST", "/v1/rollouts", missing)
+        assert problem.type == "missing-config"
+        assert "place" in problem.title
+        narrowed = Grants(interfaces=("wasi:clocks",))
+        view = await operator.deploy(one, config={"place": "attic"}, grants=narrowed, port=8081)
+        assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
+        two = await operator.publish("2.0.0", grants=grants, **manifest_with_key)
+        assert (await operator.decided(await operator.deploy(two))).state is RolloutState.SUCCEEDED
+        item = board.items["hello"]
+        assert (item.target, item.config, item.grants, item.port) == (two, {"place": "attic"}, narrowed, 8081)
+        plan = await operator.send(api.Preflight, "POST", "/v1/preflight", api.RolloutRequest(
+            instance="hello", target=await operator.publish(
+                "3.0.0", grants=Grants(interfaces=("wasi:clocks", "wasi:cli")), **manifest_with_key),
+            group="edge"))  # fmt: skip
+        assert plan.new_grants == ("interface wasi:cli",)
+        assert plan.waves[0] == (board.device,)
+        assert plan.previous == two
+
+    story_of(new_fleet, story)
+
+
+def test_a_board_with_another_cpu_is_left_out_and_said_so(new_fleet):
+    async def story(fleet):
+        operator = fleet.operator
+        board = await fleet.board("a")
+        target = await operator.publish("1.0.0", arch=("riscv64",))
+        wish = api.RolloutRequest(instance="hello", target=target, group="edge")
+        plan = await operator.send(api.Preflight, "POST", "/v1/preflight", wish)
+        assert plan.excluded[0].device == board.device
+        assert "x86_64" in plan.excluded[0].reason
+        view = await operator.decided(await operator.deploy(target))
+        assert view.counts == {"skipped": 1}
+        assert "x86_64" in view.boards[0].message
+        assert not board.accepted
+
+    story_of(new_fleet, story)
+
+
+def test_commands_are_signed_and_counted(new_fleet):
+    async def story(fleet):
+        board = await fleet.board("a")
+        path = f"/v1/devices/{board.device}/command"
+        for verb in (CheckIn(), Restart(instance="hello")):
+            await fleet.operator.send(api.CommandReply, "POST", path, api.CommandRequest(verb=verb))
+        await board.until(lambda board: len(board.commands) == 2)
+        assert [command.sequence for command in board.commands] == [1, 2]
+        assert board.commands[1].verb == Restart(instance="hello")
+
+    story_of(new_fleet, story)
+
+
+def test_everything_that_is_done_is_written_down(new_fleet):
+    async def story(fleet):
+        operator = fleet.operator
+        board = await fleet.board("a")
+        target = await operator.publish("1.0.0")
+        view = await operator.decided(await operator.deploy(target))
+        acts = [(entry.actor, entry.act) for entry in (await operator.get(api.Audit, "/v1/audit")).entries]
+        for act in [
+            ("init", "create-fleet"), ("admin", "make-token"), (board.device, "enrol"), ("admin", "upload"),
+            ("admin", "publish-role"), ("admin", "deploy"), ("server", "rollout-succeeded"),
+        ]:  # fmt: skip
+            assert act in acts
+        timeline = await operator.get(api.Timeline, f"/v1/devices/{board.device}/timeline")
+        texts = [entry.text for entry in timeline.entries]
+        assert texts[0] == "hello: main/hello@1.0.0 is committed"
+        assert [entry.kind for entry in timeline.entries][-1] == "enrolled"
+        assert timeline.entries[0].rollout == view.id
+        metrics = (await operator.http.get("/metrics")).text
+        assert "wasmfleet_devices_online 1" in metrics
+        assert 'wasmfleet_rollouts{state="succeeded"} 1' in metrics
+
+    story_of(new_fleet, story)
+
+
+def test_a_long_poll_returns_with_the_next_revision_or_when_its_time_is_over(new_fleet):
+    async def story(fleet):
+        operator = fleet.operator
+        await fleet.enrol("away")
+        target = await operator.publish("1.0.0")
+        view = await operator.deploy(target)
+        view = await operator.follow(view, lambda view: view.reason)
+        assert view.state is RolloutState.RUNNING
+        assert "away" in view.reason
+        waiting = asyncio.create_task(
+            operator.get(api.RolloutView, f"/v1/rollouts/{view.id}", wait=30, since=view.revision)
+        )
+        await asyncio.sleep(0)
+        await operator.send(api.RolloutView, "POST", f"/v1/rollouts/{view.id}/pause")
+        newer = await asyncio.wait_for(waiting, 10)
+        assert newer.revision > view.revision
+        same = await operator.get(api.RolloutView, f"/v1/rollouts/{view.id}", wait=0, since=newer.revision)
+        assert same.revision == newer.revision
+
+    story_of(new_fleet, story)
+
+
+@pytest.mark.parametrize("struct", [api.Status, api.DeviceDetail, api.RolloutView, api.RolloutRequest, api.Problem])
+def test_the_openapi_document_describes_each_struct(new_fleet, struct):
+    async def story(fleet):
+        document = (await fleet.operator.http.get("/openapi.json")).json()
+        assert document["openapi"].startswith("3.1")
+        schema = document["components"]["schemas"][struct.__name__]
+        assert set(schema["properties"]) == set(struct.__struct_encode_fields__)
+
+    story_of(new_fleet, story)
