@@ -180,6 +180,8 @@ class _Connection:
             if self.established and not self._over.done():
                 self._client.disconnect()
                 self._client.loop_write()
+        self._client.on_socket_close = None
+        self._client.on_socket_unregister_write = None
         self._forget_socket()
         sock = self._client.socket()
         if sock is not None:

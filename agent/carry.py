@@ -7,6 +7,7 @@ exception that leaves this module is our own bug. Every effect may be repeated f
 import asyncio
 import contextlib
 import hashlib
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -118,6 +119,19 @@ def facts_of(figure: InstanceHealth) -> Facts:
     )
 
 
+def _sound(path: Path, length: int, sha256: str) -> bool:
+    """Whether an artifact lies there as signed; one that was changed on the disk is removed, to be fetched anew."""
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return False
+    if found == (length, sha256):
+        return True
+    path.unlink(missing_ok=True)
+    return False
+
+
 class Carrier:
     """The effects of the update machine, on this board."""
 
@@ -168,7 +182,7 @@ class Carrier:
         if item.secrets:
             return refused(RejectCode.UNSUPPORTED_VERSION, "this agent cannot open sealed secrets yet: upgrade it")
         into = self._artifact(item.sha256)
-        if not into.exists():
+        if not await asyncio.to_thread(_sound, into, item.length, item.sha256):
             try:
                 await self._download(f"/v1/artifacts/{item.sha256}", into, resolved.length, item.sha256, progress)
             except FetchError as error:

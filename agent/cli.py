@@ -148,7 +148,13 @@ def _restore(options: argparse.Namespace) -> int:
     if not items:
         return 0
     policy = settings.policy
-    made = images.Images(places.images, key, memory_bytes=policy.compile_memory_bytes, seconds=policy.compile_s)
+    made = images.Images(
+        places.images,
+        key,
+        memory_bytes=policy.compile_memory_bytes,
+        seconds=policy.compile_s,
+        on_damaged=lambda _artifact, message: print(message, file=sys.stderr),
+    )
 
     async def main() -> list[restore.Restored]:
         link = HostLink(places.host_socket)

@@ -17,6 +17,7 @@ import secrets
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -112,7 +113,15 @@ def load_key(path: Path) -> bytes:
 class Images:
     """The images of one board."""
 
-    def __init__(self, directory: Path, key: bytes, *, memory_bytes: int, seconds: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        key: bytes,
+        *,
+        memory_bytes: int,
+        seconds: int,
+        on_damaged: Callable[[str, str], None] = lambda _artifact, _message: None,
+    ) -> None:
         """Images in `directory`, under the MAC `key`.
 
         Args:
@@ -120,12 +129,14 @@ class Images:
             key: known to this board only.
             memory_bytes: of the compiler's data.
             seconds: of the compiler, CPU and wall-clock.
+            on_damaged: told the artifact's sha256 and a sentence, on a worker thread, when an image is found changed.
         """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
         self._key = key
         self._memory_bytes = memory_bytes
         self._seconds = seconds
+        self._on_damaged = on_damaged
         self._engines: dict[bool, Engine] = {}
 
     async def engine(self, *, fuel: bool = False) -> Engine:
@@ -246,8 +257,7 @@ class Images:
         except FileNotFoundError as error:
             raise ImageError(RejectCode.NOT_FOUND, "there is no image of this component for this engine") from error
         except (msgspec.MsgspecError, OSError) as error:
-            self._discard(name)
-            raise ImageError(RejectCode.IMAGE_DAMAGED, f"the image cannot be read: {error}") from error
+            raise self._damaged(name, artifact, f"the image cannot be read: {error}") from error
         sound = (
             hmac.compare_digest(self._mac(note), note.mac)
             and (note.artifact, note.manifest) == (artifact, manifest)
@@ -255,18 +265,18 @@ class Images:
         )
         if not sound:
             os.close(descriptor)
-            self._discard(name)
-            raise ImageError(
-                RejectCode.IMAGE_DAMAGED, "the image was changed on this board's disk: its MAC does not hold"
-            )
+            raise self._damaged(name, artifact, "the image was changed on this board's disk: its MAC does not hold")
         with contextlib.suppress(OSError):
             os.utime(image)  # for the least-recently-used eviction
         return descriptor
 
-    def _discard(self, name: str) -> None:
+    def _damaged(self, name: str, artifact: str, message: str) -> ImageError:
+        """It is removed, so that it is made anew, and never used."""
+        self._on_damaged(artifact, message)
         for suffix in (".json", ".cwasm"):
             with contextlib.suppress(OSError):
                 (self._directory / f"{name}{suffix}").unlink()
+        return ImageError(RejectCode.IMAGE_DAMAGED, message)
 
     async def name(self, sha256: str, manifest_sha256: str, *, fuel: bool = False) -> str:
         """The file name (without suffix) of an image, for `evict`."""

@@ -1,16 +1,22 @@
 """What the agent keeps about components: plain values, as they are stored and as the agent speaks of them."""
 
+from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from agent.update.machine import Phase, State, phase_of
+from agent.update.plan import Failure, InFlight, Want
 from agent.update.probation import Facts
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
-from fleet.protocol.codes import RejectCode
+from fleet.protocol.codes import RETRYABLE, RejectCode
 from fleet.protocol.manifest import Manifest
+
+RETRY_FIRST_S: Final = 3600.0
+RETRY_MAX_S: Final = 86_400.0
+RETRY_TRIES_MAX: Final = 10
 
 
 def item_key(item: Item) -> str:
@@ -94,3 +100,59 @@ class FailedItem(msgspec.Struct, frozen=True, kw_only=True):
     rollout: str = ""
     tries: int = 1
     retry_at: float | None = None
+
+
+def want_of(item: Item) -> Want:
+    """An item, as a plan has to know it."""
+    return Want(instance=item.instance, key=item_key(item), attempt=item.attempt, rollout=item.rollout)
+
+
+def in_flight_of(change: Change) -> InFlight:
+    """A change under way, as a plan has to know it."""
+    item = change.item
+    if item is None:
+        return InFlight(instance=change.instance, key="", phase=change.phase)
+    want = want_of(item)
+    return InFlight(
+        instance=change.instance, key=want.key, phase=change.phase, attempt=want.attempt, rollout=want.rollout
+    )
+
+
+def failure_of(failed: FailedItem) -> Failure:
+    """A remembered failure, as a plan has to know it."""
+    return Failure(
+        instance=failed.instance,
+        key=failed.key,
+        attempt=failed.attempt,
+        rollout=failed.rollout,
+        retry_at=failed.retry_at,
+    )
+
+
+def failed_item(change: Change, known: Iterable[FailedItem], now: datetime) -> FailedItem | None:
+    """What is to be remembered of a change that failed; None for one that was only superseded.
+
+    A failure of a kind that passes may be tried again by itself: after an hour, then doubling up to a day, ten times.
+    """
+    code = RejectCode(change.state.code or RejectCode.INTERNAL)
+    if change.item is None or code is RejectCode.SUPERSEDED:
+        return None
+    key, attempt = item_key(change.item), change.item.attempt
+    earlier = [
+        each.tries for each in known if (each.instance, each.key, each.attempt) == (change.instance, key, attempt)
+    ]
+    tries = 1 + max(earlier, default=0)
+    delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** (tries - 1))
+    again = code in RETRYABLE and tries <= RETRY_TRIES_MAX
+    return FailedItem(
+        instance=change.instance,
+        key=key,
+        attempt=attempt,
+        target=change.item.target,
+        code=code,
+        message=change.state.message,
+        at=now,
+        rollout=change.item.rollout,
+        tries=tries,
+        retry_at=now.timestamp() + delay_s if again else None,
+    )

@@ -18,6 +18,7 @@ from fleet.protocol.codes import RejectCode
 from signing import dsse
 from signing.cache import DirectoryCache
 from signing.errors import FetchNotFound, Rejected
+from signing.facts import Facts
 from signing.trust import Accepted, Resolved, TrustedSet
 
 ARCH: Final = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine(), platform.machine())
@@ -35,7 +36,11 @@ def remembered_assignment(envelope: bytes) -> Assignment | None:
 
 
 class Trust:
-    """What this board trusts."""
+    """What this board trusts.
+
+    Attributes:
+        floor: it is no earlier than this, whatever the clock says; it never falls.
+    """
 
     def __init__(
         self, *, identity: Identity, root: bytes, cache: Path, https: Https, store: Store, production: bool
@@ -45,6 +50,7 @@ class Trust:
         self._store = store
         self._set = TrustedSet(root=root, fetch=self._fetch, cache=DirectoryCache(cache), production=production)
         self._refreshed = False
+        self.floor = identity.floor
 
     def _fetch(self, name: str, max_bytes: int) -> bytes:
         try:
@@ -56,17 +62,26 @@ class Trust:
 
     def now(self) -> datetime:
         """The reference time: the wall clock, or the floor where the clock is behind it."""
-        return self._store.facts().time(datetime.now(UTC))
+        return max(datetime.now(UTC), self.floor)
+
+    def _facts(self) -> Facts:
+        facts = self._store.facts().with_floor(self._identity.floor)
+        self.floor = facts.floor
+        return facts
+
+    def _remember(self, facts: Facts, before: Facts) -> None:
+        if facts != before:
+            self._store.save(facts=facts)
+        self.floor = max(self.floor, facts.floor)
 
     def refresh(self) -> None:
         """Bring the metadata up to date; raises `Rejected`."""
-        facts = self._store.facts()
+        facts = self._facts()
         try:
-            self._set.refresh(facts=facts, now=facts.time(datetime.now(UTC)))
+            self._set.refresh(facts=facts, now=self.now())
             self._refreshed = True
         finally:
-            if self._set.facts != facts:
-                self._store.save(facts=self._set.facts)
+            self._remember(self._set.facts, facts)
 
     def accept(self, envelope: bytes) -> Accepted:
         """Judge an assignment after a refresh, and persist it before anything of it is fetched.
@@ -75,45 +90,45 @@ class Trust:
             Rejected: why not; nothing has changed but what is remembered.
         """
         self.refresh()
-        facts = self._store.facts()
+        facts = self._facts()
         accepted = self._set.accept(
             envelope, fleet=self._identity.fleet, device=self._identity.device, facts=facts, now=self.now()
         )
-        self._store.accept(envelope, accepted.assignment.version, accepted.facts)
+        if envelope != self._store.envelope() or accepted.facts != facts:
+            self._store.accept(envelope, accepted.assignment.version, accepted.facts)
+        self.floor = max(self.floor, accepted.facts.floor)
         return accepted
 
     def resolve(self, item: Item) -> Resolved:
         """Find an item's target and judge it for this board; raises `Rejected`."""
         if not self._refreshed:
             self.refresh()
-        return self._set.resolve(item, facts=self._store.facts(), arch=ARCH)
+        return self._set.resolve(item, facts=self._facts(), arch=ARCH)
 
     def command(self, envelope: bytes) -> Command:
         """Judge a command, and remember it before it is obeyed; raises `Rejected`."""
         if not self._refreshed:
             self.refresh()
+        before = self._facts()
         command, facts = self._set.command(
-            envelope,
-            fleet=self._identity.fleet,
-            device=self._identity.device,
-            facts=self._store.facts(),
-            now=self.now(),
+            envelope, fleet=self._identity.fleet, device=self._identity.device, facts=before, now=self.now()
         )
-        self._store.save(facts=facts)
+        self._remember(facts, before)
         return command
 
     def fresh(self, envelope: bytes, *, nonce: str, sha256: str) -> Fresh:
         """Judge a freshness statement for this connection's nonce; raises `Rejected`."""
         if not self._refreshed:
             self.refresh()
+        before = self._facts()
         statement, facts = self._set.fresh(
             envelope,
             fleet=self._identity.fleet,
             device=self._identity.device,
             nonce=nonce,
             sha256=sha256,
-            facts=self._store.facts(),
+            facts=before,
             now=self.now(),
         )
-        self._store.save(facts=facts)
+        self._remember(facts, before)
         return statement

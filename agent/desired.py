@@ -1,0 +1,210 @@
+"""What this board should run, as far as it can be believed: assignments are judged here, wherever they came from.
+
+They come over MQTT (`down/desired`) and over HTTPS (`/v1/desired`), and both ways are only a postman's. What is refused
+is reported once, with its typed code, and what runs goes on. A board whose clock nobody set cannot see that it is kept
+from what is new; so it asks the director with a nonce, and does not act on an assignment until that was answered.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import random
+import secrets
+from collections.abc import Callable
+from typing import Final
+
+from agent import reports
+from agent.deploy import Deployer
+from agent.fetch import FetchError, Https
+from agent.standing import Board
+from agent.store import Store
+from agent.trust import Trust, remembered_assignment
+from agent.worker import Worker
+from fleet.protocol import caps
+from fleet.protocol.codes import Phase, RejectCode
+from signing.errors import Rejected
+
+log = logging.getLogger("agent.desired")
+
+FRESH_S: Final = 20.0
+SAME_S: Final = 30.0
+RETRY_S: Final = (5.0, 30.0)
+REFUSALS_MAX: Final = 256
+_NOT_THE_DIRECTORS: Final = frozenset(
+    {
+        RejectCode.UNSIGNED,
+        RejectCode.MALFORMED,
+        RejectCode.TOO_LARGE,
+        RejectCode.UNSUPPORTED_VERSION,
+        RejectCode.WRONG_FLEET,
+        RejectCode.WRONG_DEVICE,
+        RejectCode.ROLLBACK,
+        RejectCode.EQUIVOCATION,
+    }
+)
+
+
+class Desired:
+    """Judges assignments and hands them to the deployer."""
+
+    def __init__(
+        self,
+        *,
+        board: Board,
+        trust: Trust,
+        https: Https,
+        store: Store,
+        worker: Worker,
+        deployer: Deployer,
+        clock_set: Callable[[], bool],
+        ask_fresh: Callable[[str], bool],
+        on_report: Callable[[], None],
+        strict: bool,
+    ) -> None:
+        """A judge.
+
+        `clock_set` says whether somebody sets the clock, `ask_fresh` sends a nonce (false where there is no
+        connection), `on_report` tells of a new report. With `strict`, an assignment that nobody vouches for in time is
+        not acted on.
+        """
+        self._board = board
+        self._trust = trust
+        self._https = https
+        self._store = store
+        self._worker = worker
+        self._deployer = deployer
+        self._clock_set = clock_set
+        self._ask_fresh = ask_fresh
+        self._on_report = on_report
+        self._strict = strict
+        self._due = asyncio.Event()
+        self._nonce = ""
+        self._vouched: asyncio.Future[None] | None = None
+        self._judging = asyncio.Lock()
+        self._judged = (b"", 0.0)
+        self._refusals: set[tuple[str, str]] = set()
+        self.problems: dict[str, str] = {}
+
+    def new_nonce(self) -> str:
+        """A nonce for the next hello; only the newest is answered."""
+        self._nonce = secrets.token_hex(16)
+        return self._nonce
+
+    def refresh(self) -> None:
+        """Ask for the desired state over HTTPS now."""
+        self._due.set()
+
+    def refresh_later(self, seconds: float) -> None:
+        """Ask for it after a while."""
+        asyncio.get_running_loop().call_later(seconds, self._due.set)
+
+    async def resume(self) -> None:
+        """What was accepted before is carried on with, network or none."""
+        envelope = await self._worker(self._store.envelope)
+        assignment = None if envelope is None else remembered_assignment(envelope)
+        if assignment is not None:
+            await self._deployer.desire(assignment)
+
+    async def run(self, interval_s: Callable[[], float | None]) -> None:
+        """Ask over HTTPS at the start, when told to, and each `interval_s()` seconds unless that is None."""
+        while True:
+            self._due.clear()
+            try:
+                envelope = await asyncio.to_thread(
+                    self._https.request, "GET", "/v1/desired", max_bytes=caps.DESIRED_MAX_BYTES
+                )
+            except FetchError as error:
+                if error.code is not RejectCode.NOT_FOUND:
+                    log.info("the desired state cannot be fetched: %s", error.message)
+            else:
+                await self.judge(envelope)
+            seconds = interval_s()
+            with contextlib.suppress(TimeoutError):
+                jitter = random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
+                async with asyncio.timeout(None if seconds is None else seconds * jitter):
+                    await self._due.wait()
+
+    async def judge(self, envelope: bytes) -> None:
+        """Judge an assignment, persist it, and have it carried out; a refusal is reported once."""
+        async with self._judging:
+            now = asyncio.get_running_loop().time()
+            if envelope == self._judged[0] and now - self._judged[1] < SAME_S:
+                return  # the same by another way
+            try:
+                accepted = await self._worker(self._trust.accept, envelope)
+            except Rejected as error:
+                await self._refused(envelope, error)
+                return
+            self.problems.pop("assignment", None)
+            version = accepted.assignment.version
+            if not self._clock_set() and not await self._vouch():
+                text = f"assignment {version}: nobody vouched that it is current, and this board's clock is not set"
+                self.problems["fresh"] = text
+                log.warning("%s", text)
+                if self._strict:
+                    self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311
+                    return
+            log.info("assignment %d accepted", version)
+            self._judged = (envelope, now)
+            await self._deployer.desire(accepted.assignment)
+
+    async def _vouch(self) -> bool:
+        """Have the director say, for a new nonce, that the accepted assignment is the current one."""
+        self._vouched = asyncio.get_running_loop().create_future()
+        try:
+            if not self._ask_fresh(self.new_nonce()):
+                return False
+            async with asyncio.timeout(FRESH_S):
+                await self._vouched
+        except TimeoutError:
+            return False
+        finally:
+            self._vouched = None
+        self.problems.pop("fresh", None)
+        return True
+
+    async def fresh(self, envelope: bytes) -> None:
+        """The director's answer to a nonce."""
+        facts = await self._worker(self._store.facts)
+        if facts.assignment is None:
+            return
+        try:
+            await self._worker(self._trust.fresh, envelope, nonce=self._nonce, sha256=facts.assignment.sha256)
+        except Rejected as error:
+            log.info("freshness statement refused: %s", error)
+            if error.code is RejectCode.FREEZE:
+                # Either a newer one is on its way, or somebody keeps it from this board: asking over HTTPS tells.
+                self.problems["fresh"] = f"this board may be kept from its newest assignment: {error.message}"
+                self.refresh_later(random.uniform(1, 3))  # noqa: S311
+        else:
+            self.problems.pop("fresh", None)
+            if self._vouched is not None and not self._vouched.done():
+                self._vouched.set_result(None)
+
+    async def _meant(self, envelope: bytes, code: RejectCode) -> int:
+        """The version that was refused; of what the director did not sign, nobody's word counts."""
+        claimed = None if code in _NOT_THE_DIRECTORS else remembered_assignment(envelope)
+        return await self._worker(self._store.counter, "accepted") if claimed is None else claimed.version
+
+    async def _refused(self, envelope: bytes, error: Rejected) -> None:
+        if error.code in {RejectCode.UNREACHABLE, RejectCode.TOO_SLOW}:
+            log.warning("the assignment cannot be judged now: %s", error.message)
+            self.problems["assignment"] = f"the fleet's metadata cannot be fetched: {error.message}"
+            self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311
+            return
+        self.problems["assignment"] = f"an assignment was refused: {error.message}"
+        key = (hashlib.sha256(envelope).hexdigest(), error.code.value)
+        if key in self._refusals or len(self._refusals) >= REFUSALS_MAX:
+            return
+        self._refusals.add(key)
+        log.error("assignment refused: %s", error)
+        report = reports.about(
+            self._board,
+            assignment=await self._meant(envelope, error.code),
+            phase=Phase.FAILED,
+            code=error.code,
+            message=error.message,
+        )
+        await self._worker(self._store.save, report=report)
+        self._on_report()

@@ -1,0 +1,80 @@
+"""What has to be done now and then: renew the certificate, make room on the disk, pet the watchdog."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from datetime import datetime
+from typing import Final
+
+import msgspec
+
+from agent import enroll, images, systemd
+from agent.config import Places, Settings
+from agent.deploy import Deployer
+from agent.fetch import FetchError, Https
+from agent.images import ImageError, Images
+from agent.worker import Worker
+from fleet.protocol import caps, wire
+from fleet.protocol.api import RenewReply, RenewRequest
+
+log = logging.getLogger("agent.upkeep")
+
+RENEW_CHECK_S: Final = 6 * 3600.0
+
+
+async def renew(places: Places, https: Https, device: str, now: Callable[[], datetime]) -> None:
+    """Renew the device certificate at two thirds of its life; for ever."""
+    while True:
+        try:
+            if now() >= await asyncio.to_thread(enroll.renew_at, places.identity):
+                await asyncio.to_thread(renew_now, places, https, device)
+                log.info("the device certificate was renewed")
+        except (FetchError, enroll.EnrolError, OSError, ValueError, wire.WireError, msgspec.MsgspecError) as error:
+            log.warning("the device certificate could not be renewed: %s", error)
+        await asyncio.sleep(RENEW_CHECK_S * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, not a secret
+
+
+def renew_now(places: Places, https: Https, device: str) -> None:
+    """Ask for a new certificate for the same key, and put it in place. Raises `FetchError` and `EnrolError`."""
+    answer = https.request(
+        "POST",
+        "/v1/renew",
+        body=wire.encode(RenewRequest(csr_pem=enroll.renewal_request(places.identity, device))),
+        headers={"Content-Type": "application/json"},
+        max_bytes=caps.API_BODY_MAX_BYTES,
+    )
+    reply = msgspec.json.decode(answer, type=RenewReply)
+    enroll.install_certificate(places.identity, reply.certificate_pem)
+
+
+async def make_room(places: Places, settings: Settings, made: Images, deployer: Deployer) -> int:
+    """Evict least recently used artifacts and images beyond the budget; returns bytes freed.
+
+    What is committed, and what is being changed, stays, and so does what a change would go back to.
+    """
+    standing = deployer.standing
+    items = [(each.item, each.manifest) for each in standing.committed.values()]
+    keep = {item.sha256 for item, _ in items}
+    for flight in standing.flights.values():
+        if flight.change.item is not None:
+            keep.add(flight.change.item.sha256)
+            if flight.change.manifest is not None:
+                items.append((flight.change.item, flight.change.manifest))
+    try:
+        for item, manifest in items:
+            keep.add(await made.name(item.sha256, item.manifest_sha256, fuel=manifest.limits.fuel > 0))
+    except ImageError:
+        return 0  # no engine, no images
+    return await asyncio.to_thread(
+        images.evict, places.images, places.artifacts, keep=keep, budget_bytes=settings.disk.budget_bytes
+    )
+
+
+async def watchdog(worker: Worker, status: Callable[[], str]) -> None:
+    """Pet systemd's watchdog, where there is one, as long as the loop and the worker get work done."""
+    interval = systemd.watchdog_s()
+    while interval is not None:
+        await worker(lambda: None)
+        systemd.notify(WATCHDOG="1", STATUS=status())
+        await asyncio.sleep(interval)
