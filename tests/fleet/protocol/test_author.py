@@ -301,6 +301,14 @@ def test_what_is_suggested_reads_back_to_the_same_manifest(manifest):
     assert author.load(author.suggest_toml(made(), manifest)) == manifest
 
 
+def test_only_what_differs_from_the_defaults_is_suggested():
+    manifest = Manifest(name="hello", version=author.DEV_VERSION, trigger=Http(), limits=Limits(call_ms=250))
+    assert author.suggest_toml(made(imports=["wasi:logging/logging@0.1.0-draft"]), manifest) == (
+        'name = "hello"\ntrigger = "http"\n\n[grants]\ninterfaces = ["wasi:logging/logging"]\n\n'
+        '[limits]\ncall = "250ms"\n\n[health]\ncheck = false\n'
+    )
+
+
 @given(st.text(max_size=300))
 def test_whatever_the_text_only_its_own_error_comes_out(text):
     with contextlib.suppress(BadManifestError):

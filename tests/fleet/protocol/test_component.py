@@ -166,6 +166,13 @@ def test_nesting_has_an_end():
     assert "nested deeper" in refusal(data)[1]
 
 
+@pytest.mark.parametrize(
+    ("kind", "what"), [(component.CORE_MODULE, "no core module"), (component.NESTED, "no component")]
+)
+def test_a_nested_part_that_is_something_else(kind, what):
+    assert what in refusal(wasm.COMPONENT + wasm.section(kind, b"something else"))[1]
+
+
 def test_more_sections_than_anyone_needs():
     assert "sections" in refusal(wasm.COMPONENT + b"\0\1\0" * 100_001)[1]
 

@@ -1,0 +1,37 @@
+"""The WIT packages, the list of versions and the code name the same interfaces."""
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from agent.host import engine
+from fleet.protocol import component
+
+WIT = Path(__file__).resolve().parents[2] / "components/wit"
+VERSIONS = tomllib.loads((WIT / "versions.toml").read_text())
+
+
+def test_every_interface_of_the_packages_is_listed_in_its_version():
+    listed = VERSIONS["exports"] | VERSIONS["imports"]
+    for path in WIT.glob("deps/*/*.wit"):
+        text = path.read_text()
+        package, version = re.search(r"^package ([^@;]+)@([^;]+);", text, re.MULTILINE).groups()
+        for interface in re.findall(r"^interface ([a-z-]+) \{", text, re.MULTILINE):
+            assert version in listed[f"{package}/{interface}"], f"{package}/{interface} in {path}"
+
+
+def test_what_the_reader_and_the_host_know_is_listed():
+    for known in (component.HTTP_HANDLER, component.HTTP_HEALTH, component.SCHEDULE_TASK, component.WASI_HTTP_HANDLER):
+        assert known in VERSIONS["exports"]
+    assert {engine.HANDLER, engine.HEALTH, engine.TASK} <= set(VERSIONS["exports"])
+    assert {engine.LOGGING, *engine.CONFIG} <= set(VERSIONS["imports"])
+
+
+def test_the_packages_are_valid_wit():
+    if shutil.which("wasm-tools") is None:
+        pytest.skip("wasm-tools is not on PATH")
+    subprocess.run(["wasm-tools", "component", "wit", WIT], check=True, capture_output=True)
