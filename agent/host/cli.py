@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import grp
 import json
 import os
 import subprocess
@@ -52,8 +53,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LAYERS",
         help="run no component unless these layers hold: all, none, or names joined by commas (see fleet-host check)",
     )
+    run.add_argument(
+        "--agent-group",
+        type=_group,
+        metavar="GROUP",
+        help="a group whose members may command this host, beside root and its own user",
+    )
     commands.add_parser("check", help="say what engine and what containment this board has")
     return parser
+
+
+def _group(text: str) -> int:
+    try:
+        return int(text) if text.isdigit() else grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no group {text!r} here") from None
 
 
 def _layers(text: str) -> frozenset[str]:
@@ -82,10 +96,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "check":
         return check()
     try:
-        _own_directory(options.runtime, "runtime", 0o700)
+        _own_directory(options.runtime, "runtime", 0o700 if options.agent_group is None else 0o750)
         _own_directory(options.state, "state", 0o700)
         settings = Settings(
-            runtime=options.runtime, state=options.state, ingress=options.ingress, require=options.require
+            runtime=options.runtime,
+            state=options.state,
+            ingress=options.ingress,
+            require=options.require,
+            agent_group=options.agent_group,
         )
         asyncio.run(_run(settings))
     except HostError as error:

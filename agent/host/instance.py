@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.host import control, ipc
+from agent.host.deaths import Deaths
 from agent.host.listeners import Listener, Listeners
 from agent.host.nursery import Lane, LaneGoneError, Nursery
 from agent.host.page import Figures
@@ -41,6 +42,7 @@ _LONGEST_PAUSE_S: Final = 60.0
 _MIN_UPTIME_S: Final = 30.0
 _CRASHES_MAX: Final = 5
 _UNWELL_MAX: Final = 3
+_SPARE_S: Final = 60.0
 
 
 class StartError(Exception):
@@ -110,6 +112,7 @@ class Instance:
         nursery: Nursery,
         listeners: Listeners,
         uid: Callable[[str], int | None],
+        deaths: Deaths,
         emit: Callable[[ipc.Event], None],
         route: Callable[..., Awaitable[None]],
     ) -> None:
@@ -124,6 +127,7 @@ class Instance:
         self._nursery = nursery
         self._listeners = listeners
         self._uid = uid
+        self._deaths = deaths
         self._emit = emit
         self._route = route
         self._log: deque[str] = deque(maxlen=caps.LOG_LINES)
@@ -134,6 +138,7 @@ class Instance:
         self._clock: asyncio.Task[None] | None = None
         self._doctor: asyncio.Task[None] | None = None
         self._raising = False
+        self._busy_s = 0.0
 
     # What the agent asks for.
 
@@ -259,6 +264,21 @@ class Instance:
         )
 
     def watch(self) -> None:
+        """What is looked after from time to time: overdue calls, spare lanes, crashes that are long past."""
+        current = self.current
+        if current is not None and current.alive and self._crashes and self._steady(current):
+            self._crashes = 0
+            self._deaths.note(self.name, current.run.target, 0)
+        spare = current is not None and len(current.alive) > 1 and time.monotonic() - self._busy_s > _SPARE_S
+        if spare and current is not None and not self.lock.locked():
+            self._spawn(self._fewer_lanes(current))
+        self._end_overdue()
+
+    def _steady(self, generation: Generation) -> bool:
+        """Whether every lane has been up for so long that earlier deaths say nothing any more."""
+        return time.monotonic() - max(lane.since_s for lane in generation.alive) > _MIN_UPTIME_S
+
+    def _end_overdue(self) -> None:
         """End lanes whose call is past any time it may take, should their own watch have failed."""
         for generation in (self.current, self.previous):
             if generation is None:
@@ -305,7 +325,12 @@ class Instance:
         name = f"{self.name}/{run.generation}"
         lane: Lane | None = None
         try:
-            lane = await self._nursery.lane(namespace, name, lambda who, said: self._said(generation, who, said))
+            lane = await self._nursery.lane(
+                namespace,
+                name,
+                lambda who, said: self._said(generation, who, said),
+                fuel=run.manifest.limits.fuel > 0,
+            )
             generation.lanes.append(lane)
             uid = self._uid(self.name)
             setup = control.Setup(
@@ -364,7 +389,8 @@ class Instance:
             if old.listener is not None and old.listener is not new.listener:
                 old.listener.sock.close()
         self.current = new
-        self._crashes = self._unwell = 0
+        self._crashes = min(self._deaths.of(self.name, new.run.target), _CRASHES_MAX - 1)
+        self._unwell = 0
         self.since = datetime.now(UTC)
         self._set(InstanceState.RUNNING)
         self._begin_clocks(new)
@@ -428,6 +454,7 @@ class Instance:
             case control.Busy(ms=ms, overdue=True):
                 self._overdue(generation, lane, ms)
             case control.Busy():
+                self._busy_s = time.monotonic()
                 self._more_lanes(generation)
             case _:
                 pass
@@ -468,6 +495,7 @@ class Instance:
             return
         self.restarts += 1
         self._crashes = 1 if uptime_s > _MIN_UPTIME_S else self._crashes + 1
+        self._deaths.note(self.name, generation.run.target, self._crashes)
         self.error = why
         self._fault(generation, RejectCode.RESTARTED, why)
         if self._crashes >= _CRASHES_MAX:
@@ -494,6 +522,7 @@ class Instance:
                 await self._raise_lane(generation)
             except (StartError, LaneGoneError) as error:
                 self._crashes += 1
+                self._deaths.note(self.name, generation.run.target, self._crashes)
                 self.error = str(error)
                 if self._crashes >= _CRASHES_MAX:
                     self._quarantine(generation, str(error))
@@ -522,6 +551,14 @@ class Instance:
             self._note(f"host: no further lane: {error}")
         finally:
             self._raising = False
+
+    async def _fewer_lanes(self, generation: Generation) -> None:
+        """Let the youngest lane go; its connections move to another."""
+        async with self.lock:
+            alive = generation.alive
+            if generation is self.current and len(alive) > 1:
+                await self._hand_over([alive[-1]], alive[:-1])
+                self._retire(generation, alive[-1])
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -20,6 +21,7 @@ FORK: Final = b"F"
 _MESSAGE_BYTES: Final = 12
 _FORK_TIMEOUT_S: Final = 30.0
 _GONE_S: Final = 1.0
+_IDLE_S: Final = 60.0
 
 
 class LaneGoneError(Exception):
@@ -32,6 +34,7 @@ class Lane:
     def __init__(self, name: str, sock: socket.socket, on_message: Callable[["Lane", control.FromLane], None]) -> None:
         self.name = name
         self.pid = 0
+        self.since_s = time.monotonic()
         self.pidfd = -1
         self.page_fd = page.create(name)
         self.page = page.Page(self.page_fd)
@@ -178,14 +181,15 @@ class Lane:
 class Zygote:
     """The supervisor's handle of one namespace's zygote, started when it is first needed."""
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, *, fuel: bool) -> None:
         self.namespace = namespace
+        self.idle_since_s: float | None = None
         self.lanes: dict[int, Lane] = {}
         self._forking: list[tuple[Lane, asyncio.Future[None]]] = []
         ours, theirs = control.pair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "agent.host.zygote", str(theirs.fileno())],
+                [sys.executable, "-m", "agent.host.zygote", str(theirs.fileno()), *(["--fuel"] if fuel else [])],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -255,23 +259,32 @@ class Zygote:
 
 
 class Nursery:
-    """Every zygote."""
+    """Every zygote: one for each signing namespace, and one more where it has components with a fuel limit."""
 
     def __init__(self) -> None:
-        self._zygotes: dict[str, Zygote] = {}
+        self._zygotes: dict[tuple[str, bool], Zygote] = {}
 
-    async def lane(self, namespace: str, name: str, on_message: Callable[[Lane, control.FromLane], None]) -> Lane:
-        """Fork a lane of a namespace, starting its zygote if there is none."""
-        zygote = self._zygotes.get(namespace)
+    async def lane(
+        self, namespace: str, name: str, on_message: Callable[[Lane, control.FromLane], None], *, fuel: bool
+    ) -> Lane:
+        """Fork a lane of a namespace, starting its zygote if there is none. Raises `LaneGoneError`."""
+        zygote = self._zygotes.get((namespace, fuel))
         if zygote is None or not zygote.alive:
-            zygote = self._zygotes[namespace] = Zygote(namespace)
+            zygote = self._zygotes[namespace, fuel] = Zygote(namespace, fuel=fuel)
+        zygote.idle_since_s = None
         return await zygote.lane(name, on_message)
 
     def retire(self) -> None:
-        """End the zygotes that have no lanes."""
-        for namespace, zygote in list(self._zygotes.items()):
-            if not zygote.lanes and not zygote.alive:
-                del self._zygotes[namespace]
+        """End the zygotes that have had no lanes for a while."""
+        now_s = time.monotonic()
+        for key, zygote in list(self._zygotes.items()):
+            if zygote.lanes:
+                zygote.idle_since_s = None
+            elif zygote.idle_since_s is None:
+                zygote.idle_since_s = now_s
+            elif now_s - zygote.idle_since_s > _IDLE_S:
+                zygote.close()
+                del self._zygotes[key]
 
     def close(self) -> None:
         """End everything."""

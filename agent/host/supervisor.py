@@ -4,6 +4,7 @@ It listens for the agent on `<runtime>/host.sock`, keeps the instances, their li
 board's shared HTTP port, which it lends to the router. Everything it starts dies with it.
 """
 
+import array
 import asyncio
 import contextlib
 import json
@@ -19,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from agent import systemd
 from agent.host import cell, ipc
+from agent.host.deaths import Deaths
 from agent.host.front import Front
 from agent.host.instance import Instance, StartError
 from agent.host.listeners import BACKLOG, Listeners
@@ -35,6 +38,8 @@ _WATCH_S: Final = 10.0
 _STOP_S: Final = 15.0
 _DESCRIBE_S: Final = 60.0
 _UCRED: Final = struct.Struct("=iII")
+_SO_PEERGROUPS: Final = 59
+_GROUPS_MAX_BYTES: Final = 4096
 
 
 class HostError(Exception):
@@ -48,12 +53,14 @@ class Settings:
     Attributes:
         ingress: address and port of the shared HTTP port; None for no router.
         require: containment layers without which no component runs here.
+        agent_group: the group whose members may command this host, beside root and the host's own user.
     """
 
     runtime: Path
     state: Path
     ingress: tuple[str, int] | None
     require: frozenset[str] = frozenset()
+    agent_group: int | None = None
 
 
 class Peer:
@@ -107,6 +114,7 @@ class Supervisor:
         self._engine = ""
         self._containment = cell.probe()
         self._missing = sorted(layer for layer in settings.require if not self._containment.get(layer))
+        self._deaths = Deaths(settings.state / "deaths.json")
         self._uids = Uids(settings.state / "uids.json")
         self._nursery = Nursery()
         self._front: Front | None = None
@@ -133,10 +141,14 @@ class Supervisor:
             self._front = Front(ingress, self._settings.runtime / "in")
         loop.add_reader(listener, self._accept, listener)
         watch = asyncio.ensure_future(self._watch())
+        dog = asyncio.ensure_future(_pet_watchdog())
+        systemd.notify(READY="1", STATUS=f"engine {self._engine or 'missing'}")
         try:
             await self._stop.wait()
         finally:
+            systemd.notify(STOPPING="1")
             watch.cancel()
+            dog.cancel()
             loop.remove_reader(listener)
             listener.close()
             (self._settings.runtime / _SOCKET).unlink(missing_ok=True)
@@ -160,6 +172,12 @@ class Supervisor:
             raise HostError(f"cannot listen on {path}: {error.strerror}") from error
         finally:
             os.umask(mask)
+        if self._settings.agent_group is not None:
+            try:
+                os.chown(path, -1, self._settings.agent_group)
+                path.chmod(0o660)
+            except OSError as error:
+                raise HostError(f"cannot give {path} to the agent's group: {error.strerror}") from error
         listener.listen(_PEERS_MAX)
         listener.setblocking(False)
         return listener
@@ -230,13 +248,22 @@ class Supervisor:
             sock, _ = listener.accept()
         except OSError:
             return
-        _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        if uid not in {0, os.geteuid()} or len(self._peers) >= _PEERS_MAX:
+        if not self._may_command(sock) or len(self._peers) >= _PEERS_MAX:
             sock.close()
             return
         peer = Peer(sock)
         self._peers.add(peer)
         asyncio.get_running_loop().add_reader(sock, self._readable, peer)
+
+    def _may_command(self, sock: socket.socket) -> bool:
+        _, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        group = self._settings.agent_group
+        if uid in {0, os.geteuid()} or group is None or gid == group:
+            return uid in {0, os.geteuid()} or group is not None
+        groups = array.array("i")
+        with contextlib.suppress(OSError):
+            groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX_BYTES))
+        return group in groups
 
     def _readable(self, peer: Peer) -> None:
         try:
@@ -275,7 +302,7 @@ class Supervisor:
                 return await self._start(request, fd)
             case ipc.Status():
                 figures = tuple(one.health() for one in self._instances.values() if one.current is not None)
-                return ipc.Figures(id=request.id, instances=figures)
+                return ipc.Figures(id=request.id, instances=figures, written_bytes=self._deaths.written_bytes)
             case ipc.Logs():
                 found = self._instances.get(request.instance)
                 return ipc.Lines(id=request.id, lines=() if found is None else found.lines())
@@ -327,6 +354,7 @@ class Supervisor:
                 nursery=self._nursery,
                 listeners=self._listeners,
                 uid=self._uids.of,
+                deaths=self._deaths,
                 emit=self._emit,
                 route=self._route,
             )
@@ -366,6 +394,14 @@ class Supervisor:
         """Tell the router of an instance behind it: whether it answers, None for gone."""
         if self._front is not None:
             await self._front.route(instance, up=up)
+
+
+async def _pet_watchdog() -> None:
+    """Tell systemd that the loop turns, for as long as it does."""
+    interval_s = systemd.watchdog_s()
+    while interval_s is not None:
+        systemd.notify(WATCHDOG="1")
+        await asyncio.sleep(interval_s)
 
 
 def _name(request: ipc.Request) -> str:

@@ -1,4 +1,6 @@
-"""A zygote: holds an engine and forks lanes, one for each fixed-size message. `python -m agent.host.zygote FD`.
+"""A zygote: holds an engine and forks lanes, one for each fixed-size message.
+
+    python -m agent.host.zygote FD [--fuel]
 
 It never compiles, instantiates or makes a WASI call, since each of these starts threads and a forked child would then
 hang for ever; the self-test does, in a child of its own. It sees no configuration, no image and no secret: a lane gets
@@ -31,8 +33,8 @@ def fork_message() -> bytes:
     return MESSAGE.pack(FORK, 0, 0)
 
 
-def main(fd: int) -> NoReturn:
-    """Serve the supervisor on this descriptor until it closes."""
+def main(fd: int, *, fuel: bool) -> NoReturn:
+    """Serve the supervisor on this descriptor until it closes; `fuel`: for images that count instructions."""
     cell.die_with_parent(os.getppid())
     sock = socket.socket(fileno=fd)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the supervisor decides, and closes the socket
@@ -40,7 +42,7 @@ def main(fd: int) -> NoReturn:
     ready, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
-    the_engine = engine.Engine()
+    the_engine = engine.Engine(fuel=fuel)
     if not _self_test(the_engine):
         engine.use_stock_codec(the_engine)
         sys.stderr.write("zygote: the fast codec failed its self-test on this board, the stock one serves\n")
@@ -112,4 +114,4 @@ def _send(sock: socket.socket, data: bytes, fds: tuple[int, ...]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), fuel="--fuel" in sys.argv)

@@ -10,23 +10,25 @@ import sys
 from pathlib import Path
 
 from agent.host import ipc
+from fleet.protocol import adapter
 from fleet.protocol.manifest import Grants, Health, Http, Limits, Manifest
 
 ROOT = Path(__file__).parents[3]
 GUESTS = ROOT / "components" / "guests"
 DEMO = ROOT / "components" / "demo"
+ADAPTER = ROOT / "components" / "adapter"
 CACHE = Path(os.environ.get("WASMFLEET_TEST_CACHE", f"/tmp/wasmfleet-test-images-{os.getuid()}"))
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 def wasm(guest):
-    """A guest's text or bytes: a name in components/guests or components/demo, or WAT itself."""
+    """A guest's text or bytes: a name in components/guests, demo or adapter, or WAT itself."""
     if isinstance(guest, bytes):
         return guest
     if guest.lstrip().startswith("("):
         return guest.encode()
-    for path in (GUESTS / f"{guest}.wat", DEMO / f"{guest}.wasm"):
+    for path in (GUESTS / f"{guest}.wat", DEMO / f"{guest}.wasm", ADAPTER / f"{guest}.wasm"):
         if path.exists():
             return path.read_bytes()
     raise FileNotFoundError(guest)
@@ -35,7 +37,7 @@ def wasm(guest):
 def compiled(guest, *, fuel=False) -> bytes:
     """The image of a guest, from a cache: compiling costs more than most tests."""
     source = wasm(guest)
-    engine = (ROOT / "agent" / "host" / "engine.py").read_bytes()
+    engine = (ROOT / "agent" / "host" / "engine.py").read_bytes() + adapter.digest().encode()
     path = CACHE / f"{hashlib.sha256(source + engine + bytes([fuel])).hexdigest()}.cwasm"
     if not path.exists():
         from agent.host.engine import Engine

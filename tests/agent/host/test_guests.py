@@ -28,6 +28,7 @@ def neighbour(host):
         ("recurse", 500, "guest-trap", "call stack exhausted"),
         ("hoard", 500, "guest-trap", "unreachable"),
         ("spin", 504, "guest-timeout", "used up its time"),
+        ("answer-1gib", 500, "guest-trap", "out of bounds"),
     ],
 )
 def test_a_call_that_goes_wrong_costs_that_call_alone(host, neighbour, guest, status, outcome, words):
@@ -63,6 +64,10 @@ def test_a_trap_is_told_with_the_wasm_backtrace_by_name(host):
         ("wants-clock", "grant-denied", "wasi:clocks/monotonic-clock"),
         ("unhealthy", "health-failed", "not well"),
         ("trap-in-check", "health-failed", "unreachable"),
+        ("spin-in-check", "health-failed", "used up its time"),
+        ("declares-1gib", "start-failed", "memory"),
+        ("huge-table", "start-failed", "table"),
+        ("wants-everything", "grant-denied", "wasi:sockets/network"),
     ],
 )
 def test_what_cannot_start_is_refused_and_says_why(host, neighbour, guest, code, words):
@@ -131,3 +136,62 @@ def test_a_client_that_hangs_up_or_never_reads_is_no_fault_of_the_guest(host):
     calls = host.health("web").calls
     assert set(calls) <= {"ok", "client-gone"}
     assert host.health("web").restarts == 0
+
+
+def test_a_guest_that_sleeps_in_the_host_is_ended_by_the_host(host, neighbour):
+    """Its own time stands still in there: only the end of its process ends it."""
+    port = support.free_port()
+    grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
+    host.start("sleep", support.a_run("bad", 1, port=port, grants=grants, limits=Limits(call_ms=100)))
+    with pytest.raises(ConnectionError):
+        support.http(port)
+    ended = host.event(lambda event: isinstance(event, ipc.Trapped))
+    assert (ended.code, "blocked" in ended.message) == ("restarted", True)
+    # It comes back, and what it did is counted as its own doing.
+    host.event(lambda event: isinstance(event, ipc.Changed) and event.state == "running")
+    health = host.health("bad")
+    assert (health.calls, health.restarts, health.state) == ({"guest-timeout": 1}, 1, "running")
+
+
+def test_a_flood_of_log_lines_is_cut_off_and_counted(host, neighbour):
+    port = support.free_port()
+    grants = Grants(interfaces=("wasi:logging",))
+    limits = Limits(log_lines_per_minute=30, call_ms=20_000)
+    host.start("flood", support.a_run("bad", 1, port=port, grants=grants, limits=limits))
+    assert support.http(port)[0] == 200
+    lines = host.ask(ipc.Logs, instance="bad").lines
+    assert 0 < len(lines) <= 50
+    assert sum(len(line) for line in lines) <= 16 * 1024
+    assert support.http(port)[0] == 200
+
+
+def test_the_thousandth_call_traps_and_the_next_one_is_answered(host):
+    port = support.free_port()
+    host.start("trap-at-1000", support.a_run("web", 1, port=port))
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
+        answered = [support.http(port, sock=kept)[0] for _ in range(1002)]
+    assert answered == [200] * 999 + [500] + [200] * 2
+    assert host.health("web").calls == {"ok": 1001, "guest-trap": 1}
+
+
+def test_fuel_ends_a_call_after_so_many_instructions(host):
+    port = support.free_port()
+    limits = Limits(call_ms=20_000, fuel=1_000_000)
+    host.start("spin", support.a_run("bad", 1, port=port, limits=limits), fuel=True)
+    status, _, body = support.http(port)
+    assert (status, "fuel" in body.decode()) == (504, True)
+    host.start("hello", support.a_run("good", 1, port=support.free_port(), limits=limits), fuel=True)
+    assert host.health("good").state == "running"
+
+
+def test_lanes_are_added_while_calls_wait_and_connections_share_them(host):
+    port = support.free_port()
+    host.start("spin", support.a_run("slow", 1, port=port, limits=Limits(call_ms=1500, concurrency=3)))
+    clients = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(3)]
+    for client in clients:
+        client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    while host.health("slow").lanes < 2:
+        pass
+    assert [support.read_answer(client)[0] for client in clients] == [504] * 3
+    for client in clients:
+        client.close()

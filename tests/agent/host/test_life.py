@@ -1,10 +1,13 @@
 """The host's own life: what it starts dies with it, lanes that die are replaced, loops of deaths end."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -82,7 +85,7 @@ def test_a_zygote_has_one_thread_after_all_it_does(host):
     assert 1 in threads
     assert set(threads) <= {1, 2}, "a lane has its ticker beside it"
     top = [pid for pid in zygotes if Path(f"/proc/{pid}/stat").read_text().split()[3] == str(host.process.pid)]
-    assert [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in top] == [1]
+    assert [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in top] == [1] * len(top)
 
 
 def test_a_lane_that_dies_is_replaced_and_the_client_that_waits_is_answered(host):
@@ -158,3 +161,72 @@ def test_where_there_is_no_engine_the_host_says_so_and_refuses_components(tmp_pa
         assert (type(reply), reply.code) == (ipc.Failed, "no-engine")
     finally:
         host.close()
+
+
+def test_a_crash_loop_is_remembered_over_a_restart_of_the_host(tmp_path):
+    host = support.Host(tmp_path)
+    host.start("hello", support.a_run("web", 1))
+    for _ in range(2):
+        known = set(lanes_of(host))
+        for lane in known:
+            os.kill(lane, signal.SIGKILL)
+        host.event(lambda event: isinstance(event, ipc.Trapped) and event.code == "restarted")
+        while not set(lanes_of(host)) - known:
+            host.ask(ipc.Status)
+    host.close()
+    again = support.Host(tmp_path)
+    try:
+        again.start("hello", support.a_run("web", 1))
+        quarantined = None
+        deaths = 0
+        while quarantined is None:
+            for lane in lanes_of(again):
+                os.kill(lane, signal.SIGKILL)
+            again.ask(ipc.Status)
+            deaths = sum(isinstance(e, ipc.Trapped) for e in again.events)
+            quarantined = next((e for e in again.events if getattr(e, "state", "") == "quarantined"), None)
+        assert "5 deaths in a row" in quarantined.message
+        assert deaths <= 3, "two of the five were before the restart"
+    finally:
+        again.close()
+
+
+def test_what_was_asked_by_a_stranger_is_not_heard(host):
+    # The socket is for the host's own user (and root): nobody else can even connect.
+    mode = (host.runtime / "host.sock").stat().st_mode & 0o777
+    assert mode == 0o600
+    assert host.runtime.stat().st_mode & 0o077 == 0
+
+
+def test_the_agents_group_may_command_where_it_is_named(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    tmp = Path(tempfile.mkdtemp(prefix="wasmfleet-group-"))
+    tmp.chmod(0o711)
+    group, other = 61234, 61235
+    host = support.Host(tmp, arguments=["--agent-group", str(group)])
+    os.chown(host.runtime, -1, group)
+    host.runtime.chmod(0o750)
+    code = (
+        "import sys; from agent.host import ipc; s = ipc.new_socket(); s.connect(sys.argv[1]);"
+        "ipc.send(s, ipc.Hello(id=1)); print(ipc.receive_from_host(s).id)"
+    )
+
+    def hello(gid):
+        return subprocess.run(
+            ["/usr/bin/python3", "-c", code, str(host.runtime / "host.sock")],
+            env={"PYTHONPATH": f"{support.ROOT}:{sysconfig.get_path('purelib')}"},
+            user=61234,
+            group=gid,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    try:
+        assert hello(group).stdout == "1\n", hello(group).stderr
+        assert hello(other).returncode != 0
+    finally:
+        host.close()
+        shutil.rmtree(tmp)
