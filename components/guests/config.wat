@@ -1,0 +1,51 @@
+;; config: answers with its configured greeting (wasi:config/store, key "greeting"); 404 without one, 500 if asking fails.
+(component
+  (import "wasi:config/store@0.2.0-rc.1" (instance $config
+    (type $error' (variant (case "upstream" string) (case "io" string)))
+    (export "error" (type $error (eq $error')))
+    (export "get" (func (param "key" string) (result (result (option string) (error $error)))))))
+  (core module $memory
+    (memory (export "memory") 1)
+    (global $top (mut i32) (i32.const 1024))
+    (data (i32.const 16) "greeting")
+    (func (export "realloc") (param i32 i32 i32 i32) (result i32)
+      (local $at i32)
+      (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
+      (global.set $top (i32.add (local.get $at) (local.get 3)))
+      (local.get $at))
+    (func (export "reset") (param i32) (global.set $top (i32.const 1024))))
+  (core instance $memory (instantiate $memory))
+  (core func $get (canon lower (func $config "get")
+    (memory (core memory $memory "memory")) (realloc (core func $memory "realloc"))))
+  (core module $guest
+    (import "" "memory" (memory 1))
+    (import "" "get" (func $get (param i32 i32 i32)))
+    (func (export "handle") (param i32 i32 i32 i32 i32 i32 i32 i32) (result i32)
+      ;; At 128: failed, 132: some, 136: the text. At 64: the answer.
+      (call $get (i32.const 16) (i32.const 8) (i32.const 128))
+      (i64.store (i32.const 68) (i64.const 0))
+      (i64.store (i32.const 76) (i64.const 0))
+      (if (i32.load8_u (i32.const 128))
+        (then (i32.store16 (i32.const 64) (i32.const 500)))
+        (else (if (i32.load8_u (i32.const 132))
+          (then
+            (i32.store16 (i32.const 64) (i32.const 200))
+            (i64.store (i32.const 76) (i64.load (i32.const 136))))
+          (else (i32.store16 (i32.const 64) (i32.const 404))))))
+      (i32.const 64))
+    (func (export "check") (result i32) (i32.const 96)))
+  (core instance $guest (instantiate $guest (with "" (instance
+    (export "memory" (memory $memory "memory")) (export "get" (func $get))))))
+  (type $request (record
+    (field "method" string) (field "target" string) (field "headers" string) (field "body" (list u8))))
+  (type $response (record (field "status" u16) (field "headers" string) (field "body" (list u8))))
+  (func $handle (param "request" $request) (result $response)
+    (canon lift (core func $guest "handle") (memory (core memory $memory "memory"))
+      (realloc (core func $memory "realloc")) (post-return (core func $memory "reset"))))
+  (func $check (result (result (error string)))
+    (canon lift (core func $guest "check") (memory (core memory $memory "memory"))))
+  (instance $handler (export "request" (type $request)) (export "response" (type $response))
+    (export "handle" (func $handle)))
+  (instance $health (export "check" (func $check)))
+  (export "wasmfleet:http/handler@0.1.0" (instance $handler))
+  (export "wasmfleet:http/health@0.1.0" (instance $health)))
