@@ -3,6 +3,9 @@
 Fresh, because that is what such guests are built for, and because a store's standard input, which carries the request's
 body, is fixed when the store is made. The linker is made once. The instance that shows at the start that the component
 can be instantiated serves the first request without a body.
+
+The engine keeps an unfinished line of standard output in a buffer of the process. The adapter flushes it at the end of
+an exchange; after one that did not end well, the next store's adapter is asked to, and what comes is thrown away.
 """
 
 from agent.host import heads
@@ -23,22 +26,29 @@ class Adapted(Guest):
 
     _entry = (BRIDGE, "handle")
     _used = False
+    _clean = False  # whether nothing is left unwritten by an earlier store that ended in a trap
 
     def _open(self, stdin: bytes | None = None) -> None:
         super()._open(stdin or b"")
+        if not self._clean:
+            flush = self._function(BRIDGE, "flush")
+            assert flush is not None
+            self._call(flush)
+            heads.take(0)
+            self._clean = True
 
     def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> Answer:
         """See `Guest.handle`."""
         if self._used or body:
             self._store.close()
             self._open(body)
-        self._used = True
+        self._used, self._clean = True, False
         most = self._limits.response_bytes
         try:
             head = heads.answer_head(self.exchange(heads.request_head(method, target, headers)))
         finally:
-            # Whatever happened, the next answer begins empty.
             answer = heads.take(most)
+        self._clean = len(answer) <= most
         if head.problem is not None:
             self._log(f"host: {head.problem}")
             return head.status, b"content-type: text/plain\r\n", head.problem.encode() + b"\n"

@@ -30,6 +30,7 @@ LAYERS: Final = ("limits", "user", "network", "mount", "privileges", "landlock",
 DATA: Final = "/data"
 _SLACK_BYTES: Final = 48 * MIB
 _VALUE_BYTES: Final = 100  # what one byte of a body costs while it crosses: a value of 32 bytes, and its copies
+_SPARE_BYTES: Final = 64 * 1024  # for what is left of an answer that was too large
 _THREADS_MAX: Final = 32
 _FILES_MAX: Final = 1024
 _ROOT: Final = "/tmp"  # noqa: S108 - only a place to mount an empty root on, in a namespace of its own
@@ -62,12 +63,17 @@ class Plan:
     filter: Callable[[], None] | None = None
 
 
-def lane_plan(*, uid: int | None, memory_bytes: int, body_bytes: int, storage_bytes: int, data: str) -> Plan:
-    """The cell of a lane whose guest has `memory_bytes`, and whose calls carry at most `body_bytes` both ways."""
+def lane_plan(
+    *, uid: int | None, memory_bytes: int, body_bytes: int, storage_bytes: int, data: str, answer_bytes: int = 0
+) -> Plan:
+    """The cell of a lane whose guest has `memory_bytes`, and whose calls carry at most `body_bytes` both ways.
+
+    A lane whose guest writes its answers to a file in memory says how large one may be: `answer_bytes`.
+    """
     return Plan(
         uid=uid,
         data_bytes=memory_bytes + body_bytes * _VALUE_BYTES + _SLACK_BYTES,
-        file_bytes=storage_bytes if data else 0,
+        file_bytes=max(storage_bytes if data else 0, answer_bytes and answer_bytes + _SPARE_BYTES),
         data=data,
         filter=lambda: seccomp.lane(files=bool(data)),
     )

@@ -311,7 +311,7 @@ class Clients:
         began_ns = time.monotonic_ns()
         try:
             status, headers, body = self._caller.handle(
-                request.method, _utf8(request.target), _utf8(request.headers), bytes(request.body)
+                request.method, bytes(request.target), bytes(request.headers), bytes(request.body)
             )
         except GuestError as error:
             self._caller.count(error.outcome, began_ns, error=True)
@@ -325,17 +325,6 @@ class Clients:
             return connection.note(502, "the component's answer is not one", head=head, keep_alive=keep_alive)
         self._caller.count(CallOutcome.OK, began_ns, error=status >= 500)  # noqa: PLR2004
         return connection.answer(status, fields, body, head=head, keep_alive=keep_alive)
-
-
-def _utf8(data: bytes | bytearray) -> bytes:
-    """What a guest may be given as a string: field values may be any bytes, and Latin-1 reads them all."""
-    if data.isascii():
-        return bytes(data)
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return data.decode("latin-1").encode()
-    return bytes(data)
 
 
 def _close(sock: socket.socket | None) -> None:

@@ -23,7 +23,7 @@ from wasmtime import component as wc
 from wasmtime.component import Func
 
 from agent.host.codec import Answer, Codec, Fast, Stock, exchange, set_stdin
-from agent.host.heads import refuse
+from agent.host.heads import refuse, utf8
 from fleet.protocol import adapter, compose
 from fleet.protocol.caps import MIB
 from fleet.protocol.codes import CallOutcome, RejectCode
@@ -148,14 +148,17 @@ class Image:
         kind = component.type
         self.imports = {name: _functions(engine.raw, extern) for name, extern in kind.imports(engine.raw).items()}
         self.exports = tuple(kind.exports(engine.raw))
+        self._found: dict[tuple[str, str], wc.ExportIndex | None] = {}
 
     def export(self, interface: str, function: str) -> wc.ExportIndex | None:
         """Where `interface` (without version) exports `function`; None if it does not."""
-        for name in self.exports:
-            if name.partition("@")[0] == interface:
-                outer = self.component.get_export_index(name)
-                return None if outer is None else self.component.get_export_index(function, outer)
-        return None
+        if (interface, function) not in self._found:
+            outer = next(
+                (self.component.get_export_index(name) for name in self.exports if bare(name) == interface), None
+            )
+            found = None if outer is None else self.component.get_export_index(function, outer)
+            self._found[interface, function] = found
+        return self._found[interface, function]
 
     @property
     def adapted(self) -> bool:
@@ -314,7 +317,7 @@ class Guest:
         assert self._handle is not None
         self._arm(self._limits.call_ms)
         try:
-            return self._image.engine.codec.call(self._store, self._handle, method, target, headers, body)
+            return self._image.engine.codec.call(self._store, self._handle, method, utf8(target), utf8(headers), body)
         except WasmtimeError as error:
             raise guest_error(error) from error
 

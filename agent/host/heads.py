@@ -53,6 +53,17 @@ def take(most: int) -> bytes:
     return body
 
 
+def utf8(data: bytes) -> bytes:
+    """What a guest may be given as a string: field values may be any bytes, and Latin-1 reads them all."""
+    if data.isascii():
+        return data
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return data.decode("latin-1").encode()
+    return data
+
+
 def request_head(method: bytes, target: bytes, headers: bytes) -> bytes:
     """The head as the adapter reads it; `headers` are field lines as on the wire, names in lower case."""
     authority = b""
@@ -65,7 +76,7 @@ def request_head(method: bytes, target: bytes, headers: bytes) -> bytes:
             authority = headers[at + 5 : headers.index(b"\r\n", at)].strip()
     if not headers.isascii():
         headers = headers.decode("latin-1").encode()
-    return b"%b %b http %b\r\n%b" % (method, target, authority if b" " not in authority else b"", headers)
+    return b"%b %b http %b\r\n%b" % (method, utf8(target), utf8(authority) if b" " not in authority else b"", headers)
 
 
 def refuse(head: str, log: Callable[[str], None]) -> int:

@@ -10,7 +10,7 @@ import socket
 import time
 from typing import NoReturn
 
-from agent.host import cell, control
+from agent.host import cell, control, heads
 from agent.host.caller import Caller
 from agent.host.clients import Clients
 from agent.host.engine import Engine, EngineError, GuestError
@@ -63,6 +63,8 @@ class Lane:
         try:
             image = self._engine.load(f"/proc/self/fd/{image_fd}")
             page = Page(page_fd)
+            if image.adapted:
+                heads.catch()
             figures_fd = cell.memory_figures()
             layers = cell.enter(
                 cell.lane_plan(
@@ -70,6 +72,7 @@ class Lane:
                     memory_bytes=setup.limits.memory_bytes,
                     body_bytes=setup.limits.request_bytes + setup.limits.response_bytes,
                     storage_bytes=setup.limits.storage_bytes,
+                    answer_bytes=setup.limits.response_bytes if image.adapted else 0,
                     data=setup.data,
                 )
             )

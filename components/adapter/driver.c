@@ -17,6 +17,7 @@ typedef struct {
 
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "begin") void begin(const char *data, size_t size, begun *both);
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "finish") void finish(text *head);
+IMPORT("wasmfleet:adapter/exchange@0.1.0", "flush") void flush(void);
 IMPORT("wasi:http/incoming-handler@0.2.12", "handle") void handle(int32_t request, int32_t outparam);
 
 extern uint8_t __heap_base;
@@ -49,3 +50,5 @@ EXPORT("cabi_post_wasmfleet:adapter/bridge@0.1.0#handle") void bridge_handle_pos
     (void)read;
     top = 0;
 }
+
+EXPORT("wasmfleet:adapter/bridge@0.1.0#flush") void bridge_flush(void) { flush(); }

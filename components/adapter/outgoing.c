@@ -5,7 +5,8 @@ DESTRUCTOR(outgoing_response, "outgoing-response")
 DESTRUCTOR(outgoing_body, "outgoing-body")
 DESTRUCTOR(response_outparam, "response-outparam")
 
-IMPORT("wasi:io/streams@0.2.12", "[method]output-stream.blocking-flush") void flush(int32_t stream, void *result);
+IMPORT("wasi:io/streams@0.2.12", "[method]output-stream.blocking-flush")
+void blocking_flush(int32_t stream, void *result);
 
 exchange now;
 
@@ -80,13 +81,16 @@ static text answer_head(const outgoing_response *it) {
     return (text){head, size};
 }
 
-EXPORT("wasmfleet:adapter/exchange@0.1.0#finish") text *finish(void) {
+EXPORT("wasmfleet:adapter/exchange@0.1.0#flush") void flush(void) {
     static int32_t stream = -1;
-    if (now.streaming) {
-        // A guest may drop its stream unflushed; what the host still holds must not reach the next answer.
-        if (stream < 0) stream = get_stdout();
-        flush(stream, take_room(16));
-    }
+    if (stream < 0) stream = get_stdout();
+    uint32_t result[4];
+    blocking_flush(stream, result);
+}
+
+EXPORT("wasmfleet:adapter/exchange@0.1.0#finish") text *finish(void) {
+    // A guest may drop its stream unflushed; what the host still holds must not reach the next answer.
+    if (now.streaming) flush();
     text *head = take_room(sizeof *head);
     switch (now.state) {
     case ANSWERED: *head = answer_head(now.response); break;

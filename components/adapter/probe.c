@@ -11,6 +11,7 @@
 //   /log               a line on standard output, one on standard error
 //   /fetch             a request to http://example.org:8080/there?x=1; the number of the error
 //   /error, /silent, /cut, /trap    the ways to fail: an error, no answer, half a body, a trap
+//   /half              half a body, not flushed, then a trap
 #include <stddef.h>
 #include <stdint.h>
 
@@ -337,6 +338,11 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         write_all(stream, TEXT("half of it"));
         drop_output(stream);
         drop_body(body);
+    } else if (is(target, TEXT("/half"))) {
+        int32_t stream = open_body(answer(200));
+        check_write(stream, scratch);
+        write_some(stream, SPREAD("half a line"), scratch);
+        __builtin_trap();
     } else if (is(target, TEXT("/echo"))) {
         echo(request);
     } else if (is(target, TEXT("/late"))) {
