@@ -17,6 +17,7 @@ from fleet.protocol import api
 
 READY_S: Final = 60.0
 _POLL_S: Final = 0.1
+_SHORT_CHARS: Final = 48
 
 FLEET: Final = "fleet.cli.main"
 AGENT: Final = "agent.cli"
@@ -61,7 +62,8 @@ class Scene:
         self.directory = directory
         self.home = directory / "fleet"
         # Socket paths are short by law (108 bytes), and the directory given may not be.
-        self._runtime = Path(tempfile.mkdtemp(prefix="wf-"))
+        short = len(str(directory)) <= _SHORT_CHARS
+        self._runtime = directory / "run" if short else Path(tempfile.mkdtemp(prefix="wf-"))
         self.processes = Processes(
             logs=directory / "logs", environment=python_environment(WASMFLEET_HOME=str(self.home))
         )

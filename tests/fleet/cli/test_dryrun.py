@@ -1,0 +1,105 @@
+"""`fleet push --dry-run`: who would get it, who would not and why, what it newly wants; and nothing is changed."""
+
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from fleet.protocol import api
+from fleet.protocol.messages import Versions
+
+DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
+ARM = Versions(agent="1", host="1", engine="50.0.1")
+TOML = 'name = "ticker"\nversion = "2.0.0"\ntrigger = { type = "schedule", every = "2s" }\narch = ["aarch64"]\n'
+
+
+def row(name: str, **more: object) -> api.DeviceRow:
+    given = {"groups": ("edge-eu",), "online": True, "machine": "aarch64", "versions": ARM}
+    return api.DeviceRow(id=f"{name}-00000000", name=name, **(given | more))
+
+
+BOARDS = (
+    row("a"),
+    row("b", online=False),
+    row("c", machine="riscv64"),
+    row("d", revoked=True),
+    row("e", versions=Versions(agent="1", host="1")),
+    row("f"),
+    row("other", groups=("edge-us",)),
+)
+
+
+@pytest.fixture
+def file(tmp_path, desk):
+    desk.routes["GET", "/v1/devices"] = api.Devices(devices=BOARDS)
+    desk.routes["GET", "/v1/groups"] = api.Groups(
+        groups=(
+            api.GroupRow(
+                name="edge-eu",
+                settled=(
+                    api.Settled(
+                        instance="ticker",
+                        target="components/main/ticker/1.0.0.wasm",
+                        since=datetime(2026, 5, 1, tzinfo=UTC),
+                    ),
+                ),
+            ),
+        )
+    )
+    shutil.copy(DEMO / "ticker.wasm", tmp_path / "ticker.wasm")
+    (tmp_path / "component.toml").write_text(TOML + '[grants]\ninterfaces = ["wasi:logging"]\n')
+    return tmp_path / "ticker.wasm"
+
+
+def test_it_names_waves_exclusions_and_new_grants_and_changes_nothing(fleet, desk, file):
+    result = fleet("push", file, "--group", "edge-eu", "--dry-run", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {
+        "waves": [["a-00000000"], ["f-00000000", "b-00000000"]],
+        "excluded": [
+            {"device": "c-00000000", "reason": "it is riscv64, the component is for aarch64"},
+            {"device": "d-00000000", "reason": "it is revoked"},
+            {"device": "e-00000000", "reason": "it has no engine"},
+        ],
+        "new_grants": ["interface wasi:logging"],
+        "previous": "components/main/ticker/1.0.0.wasm",
+        "warnings": ["b-00000000 is offline and gets it when it is back"],
+    }
+    assert (desk.paths("PUT"), desk.paths("POST")) == ([], [])
+
+
+def test_people_read_it_line_by_line(fleet, file):
+    text = fleet("push", file, "--group", "edge-eu", "--dry-run").stdout
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[1:] == [
+        "imports wasi:logging/logging@0.1.0-draft",
+        f"manifest {file.with_name('component.toml')}",
+        "would be main/ticker@2.0.0, in place of main/ticker@1.0.0",
+        "new grant interface wasi:logging",
+        "wave 1 a-00000000",
+        "wave 2 f-00000000, b-00000000",
+        "excluded c-00000000: it is riscv64, the component is for aarch64",
+        "excluded d-00000000: it is revoked",
+        "excluded e-00000000: it has no engine",
+        "note b-00000000 is offline and gets it when it is back",
+        "Nothing was changed.",
+    ]
+
+
+def test_a_grant_that_it_had_before_is_not_new(fleet, desk, file):
+    assert fleet("publish", file, "--version", "1.0.0").exit_code == 0
+    result = fleet("push", file, "--group", "edge-eu", "--dry-run", "--json")
+    assert json.loads(result.stdout)["new_grants"] == []
+
+
+def test_no_board_that_could_run_it_is_exit_code_1(fleet, desk, file):
+    desk.routes["GET", "/v1/devices"] = api.Devices(devices=BOARDS[2:5])
+    assert fleet("push", file, "--group", "edge-eu", "--dry-run").exit_code == 1
+
+
+def test_waves_that_mean_nothing_are_named(fleet, file):
+    result = fleet("push", file, "--group", "edge-eu", "--dry-run", "--waves", "5%, 1, many")
+    assert result.exit_code == 2
+    assert "'many' is not a wave" in result.stderr

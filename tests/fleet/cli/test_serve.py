@@ -1,0 +1,95 @@
+"""`fleet init` and `fleet serve` as processes: up, asked, told to stop; a port in use and a second server are named."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "fleet.cli.main", *arguments]
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "WASMFLEET_HOME": str(home), "PYTHONUNBUFFERED": "1"}
+
+
+def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), env=environment(home), capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        return [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    operators, devices, mqtt = map(str, free_ports(3))
+    made = run(
+        tmp_path / "home",
+        *("init", "--dev", "--broker", "embedded"),
+        *("--operators-port", operators, "--devices-port", devices, "--mqtt-port", mqtt),
+    )
+    assert made.returncode == 0, made.stderr
+    return tmp_path / "home"
+
+
+@contextlib.contextmanager
+def serving(home: Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(command("serve"), env=environment(home), stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            while "broker" not in server.stdout.readline():
+                assert server.poll() is None
+            yield server
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) == 0
+
+
+def test_a_server_answers_and_ctrl_c_ends_it(home):
+    with serving(home):
+        assert run(home, "status").stdout.startswith("fleet")
+        # nobody gets in with another token
+        (home / "operator/token").write_text("guessed")
+        refused = run(home, "devices")
+        assert refused.returncode == 4
+        assert "error: " in refused.stderr
+    # and the same command tells that it is gone
+    assert run(home, "status").returncode == 3
+
+
+def test_a_second_server_on_the_same_home_is_refused(home):
+    with serving(home):
+        second = run(home, "serve")
+    assert second.returncode == 1
+    assert "another server runs on" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_a_port_in_use_is_named(home):
+    text = (home / "server/server.toml").read_text()
+    port = int(text.partition('operators = "127.0.0.1:')[2].partition('"')[0])
+    with socket.create_server(("127.0.0.1", port)):
+        done = run(home, "serve")
+    assert done.returncode == 1
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert "in use" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_no_fleet_to_serve(tmp_path):
+    done = run(tmp_path / "nowhere", "serve")
+    assert done.returncode == 1
+    assert "fleet init --dev" in done.stderr
