@@ -182,6 +182,19 @@ def missing(current: Mapping[str, bytes], draft: bytes) -> dict[str, int]:
     return found
 
 
+def check(current: Mapping[str, bytes], role: str, data: bytes) -> int:
+    """Judge whatever offline role is uploaded, before it is published as `<version>.<role>.json`; returns its version.
+
+    Raises:
+        Rejected, ConflictError, RepositoryError: see `check_root`, `check_targets` and `repository.check_role`.
+    """
+    if role == "root":
+        return check_root(current, data)
+    if role == "targets":
+        return check_targets(current, data)
+    return repository.check_role(current, role, data)
+
+
 def check_root(current: Mapping[str, bytes], data: bytes) -> int:
     """Judge a root before it is published as `<version>.root.json`; returns its version.
 

@@ -18,7 +18,8 @@ from typing import Final
 
 from fleet.protocol.assignment import Assignment, Command, Fresh, Item
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.manifest import Grants
+from fleet.protocol.manifest import Grants, Manifest
+from fleet.protocol.names import TargetName
 from signing import metadata, orders, policy
 from signing.errors import FetchNotFound, Rejected
 from signing.facts import Facts
@@ -178,7 +179,7 @@ class TrustedSet(Workflow):
         """
         self.facts = self.facts if facts is None else facts.together(self.facts)
         if committed is not None and item.same_as(committed.item):
-            return self._reconfirm(item, committed, local, arch)
+            return self.reconfirm(item, committed.manifest, local=local, arch=arch)
         found = self.search(item.target)
         if found is None:
             raise Rejected(RejectCode.UNKNOWN_TARGET, f"nobody has published {item.target[:200]!r}")
@@ -189,8 +190,32 @@ class TrustedSet(Workflow):
         grants = policy.check_allowed(item, release, facts=self.facts, ceilings=found.ceilings, local=local, arch=arch)
         return Resolved(item=item, release=release, grants=grants)
 
-    def _reconfirm(self, item: Item, committed: Resolved, local: Grants | None, arch: str) -> Resolved:
+    def reconfirm(
+        self,
+        item: Item,
+        manifest: Manifest,
+        *,
+        facts: Facts | None = None,
+        local: Grants | None = None,
+        arch: str = "",
+    ) -> Resolved:
+        """Hold what a board committed before against what has changed since, without looking it up again.
+
+        Args:
+            item: the same as the committed one, but for attempt and rollout.
+            manifest: the publisher's, as it was resolved then.
+            facts: see `resolve`.
+            local: see `resolve`.
+            arch: see `resolve`.
+
+        Raises:
+            Rejected: REVOKED, GRANT_DENIED, SECURITY_EPOCH; nothing of a namespace that expired or cannot be fetched.
+        """
+        self.facts = self.facts if facts is None else facts.together(self.facts)
         _, targets = self.loaded()
+        release = Release(
+            name=TargetName.from_path(item.target), manifest=manifest, length=item.length, sha256=item.sha256
+        )
         ceilings: list[Grants] = []
         for name, _ in targets.delegations.get_roles_for_target(item.target) if targets.delegations else ():
             ceilings += ceiling(targets, name)
@@ -200,10 +225,8 @@ class TrustedSet(Workflow):
                 continue
             if is_revoked(role, item.target):
                 raise Rejected(RejectCode.REVOKED, f"{item.target} was revoked by its publisher")
-        grants = policy.check_allowed(
-            item, committed.release, facts=self.facts, ceilings=ceilings, local=local, arch=arch
-        )
-        return Resolved(item=item, release=committed.release, grants=grants)
+        grants = policy.check_allowed(item, release, facts=self.facts, ceilings=ceilings, local=local, arch=arch)
+        return Resolved(item=item, release=release, grants=grants)
 
     def lookup(self, path: str) -> Release:
         """What publishers signed under a target path, whether or not this board may run it.

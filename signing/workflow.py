@@ -89,16 +89,22 @@ class Workflow:
             The facts to store (`self.facts`).
 
         Raises:
-            Rejected: with the code of what was found. Nothing can be resolved until a refresh succeeds.
+            Rejected: with the code of what was found. What was trusted before stays trusted, until it expires or root
+                changes: a network that is away does not take the director's word from a board.
         """
+        before = self._root, self._timestamp, self._snapshot, self._roles
         self.facts, self._now = facts.together(self.facts), now
-        self._root = self._timestamp = self._snapshot = None
-        self._roles = {}
-        root = self._update_root(now)
-        timestamp = self._update_timestamp(root, now)
-        snapshot = self._update_snapshot(root, timestamp, now)
-        self._root, self._timestamp, self._snapshot = root, timestamp, snapshot
-        self.load("targets", root)
+        try:
+            root = self._update_root(now)
+            timestamp = self._update_timestamp(root, now)
+            self._root, self._timestamp = root, timestamp
+            self._snapshot = self._update_snapshot(root, timestamp, now)
+            self._roles = {}
+            self.load("targets", root)
+        except BaseException:
+            stands = before[0] is not None and before[0].version == self.facts.root
+            self._root, self._timestamp, self._snapshot, self._roles = before if stands else (None, None, None, {})
+            raise
         return self.facts
 
     def _update_root(self, now: datetime) -> Root:

@@ -21,13 +21,13 @@ def keys(*signers: CryptoSigner, threshold: int = 1) -> RoleKeys:
 def publish_root(repo: Repository, draft: bytes, *signers: CryptoSigner) -> None:
     for each in signers:
         draft = rotation.cosign(draft, each)
-    repo.files[f"{rotation.check_root(repo.files, draft)}.root.json"] = draft
+    repo.files[f"{rotation.check(repo.files, 'root', draft)}.root.json"] = draft
 
 
 def publish_targets(repo: Repository, draft: bytes, *signers: CryptoSigner) -> None:
     for each in signers:
         draft = rotation.cosign(draft, each)
-    repo.files[f"{rotation.check_targets(repo.files, draft)}.targets.json"] = draft
+    repo.files[f"{rotation.check(repo.files, 'targets', draft)}.targets.json"] = draft
 
 
 def renew(repo: Repository, space: str, *signers: CryptoSigner) -> None:
@@ -36,7 +36,7 @@ def renew(repo: Repository, space: str, *signers: CryptoSigner) -> None:
     role = repository.renew(role, signer=first, now=repo.now)
     for each in others:
         role = rotation.cosign(role, each)
-    assert repository.check_role(repo.files, space, role) == number + 1
+    assert rotation.check(repo.files, space, role) == number + 1
     repo.files[f"{number + 1}.{space}.json"] = role
 
 

@@ -420,6 +420,30 @@ def test_an_assignment_is_no_command() -> None:
     assert code_of(verdict) is RejectCode.UNSIGNED
 
 
+def test_a_network_that_is_away_does_not_take_the_directors_word_from_a_board() -> None:
+    repo = Repository()
+    board = Board(repo)
+    board.refresh()
+    lost = repo.files.pop("timestamp.json")
+    with pytest.raises(Rejected):
+        board.refresh()
+
+    _, board.facts = board.trusted.command(command(repo, 1), fleet=FLEET, device=BOARD, facts=board.facts, now=repo.now)
+
+    # Root changes: whatever was trusted before may have been replaced, so nothing is until a refresh succeeds.
+    repo.rotate("timestamp")
+    with pytest.raises(Rejected):
+        board.refresh()
+    with pytest.raises(Rejected) as verdict:
+        board.trusted.command(command(repo, 2), fleet=FLEET, device=BOARD, facts=board.facts, now=repo.now)
+    assert code_of(verdict) is RejectCode.UNREACHABLE
+
+    repo.files["timestamp.json"] = lost
+    repo.online()
+    board.refresh()
+    board.trusted.command(command(repo, 2), fleet=FLEET, device=BOARD, facts=board.facts, now=repo.now)
+
+
 # -- sizes ------------------------------------------------------------------------------------------------------------
 
 
