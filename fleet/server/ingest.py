@@ -58,7 +58,7 @@ class Ingest:
             self.counts["malformed"] += 1
             log.warning("dropped a message on %s: %s", topic[:200], error)
             return
-        if getattr(message, "device", None) != parsed.device:
+        if _speaker(message) != parsed.device:
             self.counts["foreign"] += 1
             log.warning("dropped a message on %s that speaks for another board", topic[:200])
             return
@@ -90,7 +90,7 @@ class Ingest:
         for device, sequence in acks.items():
             self._publish(Topic(device, Down.ACK), wire.encode(Ack(sequence=sequence)))
         for message, _ in batch:
-            if isinstance(message, Hello):
+            if isinstance(message, Hello) and self._store.devices.online([message.device]):
                 self._greet(message)
         self._conductor.wake()
         self._watch.changed()
@@ -98,7 +98,11 @@ class Ingest:
     def _write(self, batch: list[tuple[Message, bytes]], answers: dict[str, int | None]) -> None:
         now = self._clock().timestamp()
         newest: dict[str, tuple[Health, bytes]] = {}
+        admitted = self._store.devices.online({_speaker(message) for message, _ in batch})
         for message, raw in batch:
+            if _speaker(message) not in admitted:  # unknown, or shut out a moment ago
+                self.counts["not-admitted"] += 1
+                continue
             match message:
                 case Report():
                     row = ReportRow(
@@ -198,3 +202,8 @@ class Ingest:
             self._conductor.touch([hello.device])
         if row is not None:
             self._director.answer_nonce(hello.device, hello.nonce)
+
+
+def _speaker(message: Message) -> str:
+    assert isinstance(message, Hello | State | Health | Report)
+    return message.device

@@ -420,3 +420,13 @@ def behaviours() -> dict[str, Behaviour]:
 @pytest.fixture
 def manifest_with_key() -> dict[str, Any]:
     return {"config": {"greeting": ConfigKey(default="hello"), "place": ConfigKey()}}
+
+
+@pytest.fixture
+def new_home(tmp_path: Path) -> Callable[..., Path]:
+    """A home on free ports, without a server."""
+
+    def make(broker: str = "auto") -> Path:
+        return Fleet(tmp_path, broker).home
+
+    return make
