@@ -20,7 +20,6 @@ import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from agent.host import kernel, seccomp
@@ -33,6 +32,7 @@ _VALUE_BYTES: Final = 100  # what one byte of a body costs while it crosses: a v
 _SPARE_BYTES: Final = 64 * 1024  # for what is left of an answer that was too large
 _THREADS_MAX: Final = 32
 _FILES_MAX: Final = 1024
+_DESCRIPTORS_MAX: Final = 1 << 31
 _ROOT: Final = "/tmp"  # noqa: S108 - only a place to mount an empty root on, in a namespace of its own
 _ALL_RIGHTS: Final = (1 << 16) - 1
 _ROUTER_UID: Final = 1_879_113_727
@@ -52,15 +52,15 @@ class Plan:
         file_bytes: the largest file it may write.
         data: its data directory, empty for none; afterwards it is `DATA` if the mount layer holds.
         root: a directory to see as its root, empty for an empty one.
-        filter: puts up the seccomp filter, None for none.
+        filter: makes the seccomp filter.
     """
 
     uid: int | None
+    filter: Callable[[], bytes]
     data_bytes: int | None = None
     file_bytes: int = 0
     data: str = ""
     root: str = ""
-    filter: Callable[[], None] | None = None
 
 
 def lane_plan(
@@ -115,6 +115,7 @@ def enter(plan: Plan) -> dict[str, bool]:
         CellError: a layer failed halfway.
     """
     holds: dict[str, bool] = {}
+    program = plan.filter() if seccomp.AVAILABLE else None
     parent = os.getppid()
     used = _data_bytes()
     user, network, mount = _namespaces()
@@ -134,7 +135,7 @@ def enter(plan: Plan) -> dict[str, bool]:
         die_with_parent(parent)  # a change of user forgets it
         holds["privileges"] = _holds(kernel.no_new_privileges)
         holds["landlock"] = _holds(lambda: _landlock(plan, mounted=holds["mount"]))
-        holds["seccomp"] = plan.filter is not None and seccomp.AVAILABLE and _holds(plan.filter)
+        holds["seccomp"] = program is not None and _holds(lambda: kernel.filter_calls(program))
     except OSError as error:
         raise CellError(f"cannot shut the cell: {error}") from error
     return {layer: holds[layer] for layer in LAYERS}
@@ -177,7 +178,10 @@ def _new_root(plan: Plan) -> None:
 
 
 def _data_bytes() -> int:
-    for line in Path("/proc/self/status").read_bytes().splitlines():
+    fd = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
+    text = os.read(fd, 4096)
+    os.close(fd)
+    for line in text.splitlines():
         if line.startswith(b"VmData:"):
             return int(line.split()[1]) * 1024
     return 0
@@ -222,10 +226,10 @@ def _landlock(plan: Plan, *, mounted: bool) -> None:
 
 def close_all_but(keep: set[int]) -> None:
     """Close every descriptor that is not named."""
-    for fd in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
-        if fd not in keep:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+    first = 0
+    for fd in [*sorted(keep), _DESCRIPTORS_MAX]:
+        kernel.close_range(first, fd - 1)
+        first = fd + 1
 
 
 def probe() -> dict[str, bool]:

@@ -4,6 +4,7 @@ Thin and unopinionated: each function makes one call and raises OSError as the k
 `agent.host.cell`'s business.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -28,7 +29,10 @@ _MNT_DETACH: Final = 2
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
+_PR_SET_SECCOMP: Final = 22
 _PR_SET_NO_NEW_PRIVS: Final = 38
+_SECCOMP_MODE_FILTER: Final = 2
+_BPF_INSTRUCTION_BYTES: Final = 8
 
 _PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41, "riscv64": 41}
 _LANDLOCK_CREATE: Final = 444
@@ -47,6 +51,19 @@ def _check(result: int, what: str) -> int:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
+
+
+def close_range(first: int, last: int) -> None:
+    """Close every descriptor from `first` to `last`, both included."""
+    if last < first:
+        return
+    try:
+        _check(_libc.close_range(ctypes.c_uint(first), ctypes.c_uint(last), 0), "close_range")
+    except (AttributeError, OSError):  # glibc before 2.34, Linux before 5.9
+        for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+            if first <= int(name) <= last:
+                with contextlib.suppress(OSError):
+                    os.close(int(name))
 
 
 def unshare(flags: int) -> None:
@@ -106,6 +123,16 @@ def undumpable() -> None:
 def signal_at_parents_death(number: int) -> None:
     """Be sent this signal when the parent ends. Changing user forgets it."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0), "pdeathsig")
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def filter_calls(program: bytes) -> None:
+    """Let this thread, and what it starts, make only the system calls that this BPF program allows."""
+    loaded = _Program(len(program) // _BPF_INSTRUCTION_BYTES, program)
+    _check(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(loaded), 0, 0), "seccomp")
 
 
 def landlock_version() -> int:

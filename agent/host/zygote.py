@@ -20,7 +20,7 @@ import struct
 import sys
 from typing import Final, NoReturn
 
-from agent.host import cell, control, engine, lane
+from agent.host import cell, control, engine, lane, seccomp
 
 MESSAGE: Final = struct.Struct("=cxxxii")
 FORK: Final = b"F"
@@ -46,6 +46,7 @@ def main(fd: int, *, fuel: bool) -> NoReturn:
     if not _self_test(the_engine):
         engine.use_stock_codec(the_engine)
         sys.stderr.write("zygote: the fast codec failed its self-test on this board, the stock one serves\n")
+    seccomp.prepare()
     gc.collect()
     gc.freeze()
     poll = select.poll()
