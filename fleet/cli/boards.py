@@ -5,7 +5,7 @@ from typing import Final
 
 import click
 
-from fleet.cli import out
+from fleet.cli import complete, out
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.finish import finish
 from fleet.cli.home import connect, operator
@@ -19,7 +19,7 @@ _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 @command("device", examples="fleet device gate-7-1f2e3d4c\nfleet device gate-7-1f2e3d4c --json")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.devices)
 @click.option("--effective", is_flag=True, help="Only what it should run, and who says so")
 def device(options: Options, *, device: str, effective: bool) -> Exit:
     """One board: what it runs, what it should run and who says so, and how it is."""
@@ -103,7 +103,7 @@ def _device_facts(detail: api.DeviceDetail) -> list[tuple[str, str]]:
 
 
 @command("why", examples="fleet why gate-7-1f2e3d4c\nfleet why gate-7-1f2e3d4c --limit 50 --log")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.devices)
 @click.option("--limit", default=15, show_default=True, type=click.IntRange(1, 1000), help="So many entries at most")
 @click.option("--log", is_flag=True, help="With the log lines that came with a failure")
 def why(options: Options, *, device: str, limit: int, log: bool) -> Exit:
@@ -134,9 +134,21 @@ def _coloured(entry: api.TimelineEntry) -> str:
 
 
 @command("group", examples="fleet group edge-eu --add gate-7-1f2e3d4c\nfleet group spares --select site=berlin")
-@click.argument("name")
-@click.option("--add", multiple=True, metavar="DEVICE", help="Add a board; may be given more than once")
-@click.option("--drop", multiple=True, metavar="DEVICE", help="Take a board out; may be given more than once")
+@click.argument("name", shell_complete=complete.groups)
+@click.option(
+    "--add",
+    shell_complete=complete.devices,
+    multiple=True,
+    metavar="DEVICE",
+    help="Add a board; may be given more than once",
+)
+@click.option(
+    "--drop",
+    shell_complete=complete.devices,
+    multiple=True,
+    metavar="DEVICE",
+    help="Take a board out; may be given more than once",
+)
 @click.option(
     "--select", multiple=True, metavar="LABEL=VALUE", help="Choose the boards by label instead of listing them"
 )
@@ -166,7 +178,7 @@ def group(
         "fleet enroll-token --group edge-eu\nfleet enroll-token --group edge-eu -q | ssh gate-7 sudo fleet-agent enroll"
     ),
 )
-@click.option("--group", default="", help="The board's group; made when there is none")
+@click.option("--group", default="", shell_complete=complete.groups, help="The board's group; made when there is none")
 @click.option("--valid", default="1h", show_default=True, help="How long it can be used: 30m, 12h, 7d")
 def enroll_token(options: Options, *, group: str, valid: str) -> None:
     """Make a one-time token with which one board joins.
@@ -196,7 +208,7 @@ def seconds(text: str) -> int:
 @command(
     "pin", examples="fleet pin gate-7-1f2e3d4c hello@1.4.0\nfleet pin gate-7-1f2e3d4c hello@1.4.0 --config level=debug"
 )
-@click.argument("device")
+@click.argument("device", shell_complete=complete.devices)
 @click.argument("target", metavar="NAME@VERSION")
 @click.option("--as", "instance", default="", help="Name of the instance  [the component's name]")
 @click.option("--config", multiple=True, metavar="KEY=VALUE", help="A configuration value; may be given more than once")
@@ -231,7 +243,7 @@ def pin(
 
 
 @command("unpin", examples="fleet unpin gate-7-1f2e3d4c hello")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.devices)
 @click.argument("instance")
 def unpin(options: Options, *, device: str, instance: str) -> None:
     """Let a board follow its groups again for one instance."""
@@ -241,7 +253,7 @@ def unpin(options: Options, *, device: str, instance: str) -> None:
 
 
 @command("retry", examples="fleet retry gate-7-1f2e3d4c hello")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.devices)
 @click.argument("instance")
 def retry(options: Options, *, device: str, instance: str) -> None:
     """Have an instance that failed on a board tried again."""
@@ -263,7 +275,7 @@ def _show_effective(options: Options, detail: api.DeviceDetail, instance: str) -
 
 
 @command("restart", examples="fleet restart gate-7-1f2e3d4c hello")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.devices)
 @click.argument("instance")
 def restart(options: Options, *, device: str, instance: str) -> None:
     """Restart an instance on a board, by a signed command."""
@@ -278,7 +290,7 @@ def restart(options: Options, *, device: str, instance: str) -> None:
 
 
 @command("label", examples="fleet label gate-7-1f2e3d4c site=berlin\nfleet label gate-7-1f2e3d4c site-")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.devices)
 @click.argument("labels", nargs=-1, required=True, metavar="LABEL=VALUE|LABEL-...")
 def label(options: Options, *, device: str, labels: tuple[str, ...]) -> None:
     """Set labels of a board, or remove one with a trailing '-'."""
@@ -292,7 +304,7 @@ def label(options: Options, *, device: str, labels: tuple[str, ...]) -> None:
 
 
 @command("revoke", examples="fleet revoke gate-7-1f2e3d4c")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.devices)
 @click.option("--yes", is_flag=True, help="Do not ask")
 def revoke(options: Options, *, device: str, yes: bool) -> None:
     """Shut a board out of the fleet: its certificate is refused from now on. It keeps running what it runs."""

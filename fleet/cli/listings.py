@@ -3,7 +3,7 @@
 import click
 from rich.text import Text
 
-from fleet.cli import out
+from fleet.cli import complete, out
 from fleet.cli.base import Exit, Options, command
 from fleet.cli.home import connect
 from fleet.protocol.api import DeviceRow, GroupRow
@@ -45,7 +45,7 @@ def status(options: Options) -> Exit:
 
 
 @command("devices", examples="fleet devices\nfleet devices --group edge-eu\nfleet devices --json")
-@click.option("--group", default="", help="Of this group only")
+@click.option("--group", default="", shell_complete=complete.groups, help="Of this group only")
 def devices(options: Options, *, group: str) -> None:
     """List the boards."""
     with connect(options) as client:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fleet.cli.base import Options
 
-_PLAIN_WIDTH: Final = 250
+_PLAIN_WIDTH: Final = 2000
 _STYLES: Final = {
     "succeeded": "green",
     "running": "green",
@@ -67,9 +67,8 @@ def show_json(value: msgspec.Struct | Sequence[object] | dict[str, object]) -> N
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, empty: str) -> None:
     """Print rows under headers, without lines; `empty` is said when there are none."""
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    last = len(columns) - 1
-    for index, name in enumerate(columns):
-        grid.add_column(name, overflow="fold", no_wrap=index != last)
+    for name in columns:
+        grid.add_column(name, overflow="ellipsis", no_wrap=True)
     count = 0
     for row in rows:
         grid.add_row(*(state(cell) if isinstance(cell, str) else cell for cell in row))

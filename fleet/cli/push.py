@@ -9,7 +9,7 @@ from typing import Any, Final
 import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from fleet.cli import out
+from fleet.cli import complete, out
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.dryrun import dry_run
 from fleet.cli.finish import finish
@@ -35,8 +35,14 @@ _VERSION: Final = click.option("--version", default="", metavar="VERSION", help=
 _NAME: Final = click.option("--name", default="", metavar="NAME", help="Component's name, in place of the manifest's")
 
 _DEPLOY: Final = (
-    click.option("--group", default="", metavar="NAME", help="Offer it to this group"),
-    click.option("--device", default="", metavar="ID", help="Pin it on this one board, until 'fleet unpin'"),
+    click.option("--group", default="", shell_complete=complete.groups, metavar="NAME", help="Offer it to this group"),
+    click.option(
+        "--device",
+        default="",
+        shell_complete=complete.devices,
+        metavar="ID",
+        help="Pin it on this one board, until 'fleet unpin'",
+    ),
     click.option(
         "--as",
         "instance",

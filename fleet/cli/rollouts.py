@@ -2,7 +2,7 @@
 
 import click
 
-from fleet.cli import out
+from fleet.cli import complete, out
 from fleet.cli.base import Command, Exit, Options, command
 from fleet.cli.finish import finish
 from fleet.cli.follow import follow, picture, standing, title
@@ -11,7 +11,7 @@ from fleet.protocol import api
 
 
 @command("rollouts", examples="fleet rollouts\nfleet rollouts --group edge-eu --limit 5 --json")
-@click.option("--group", default="", help="Of this group only")
+@click.option("--group", default="", shell_complete=complete.groups, help="Of this group only")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 1000), help="So many at most")
 def rollouts(options: Options, *, group: str, limit: int) -> None:
     """List the rollouts, newest first."""
@@ -55,7 +55,7 @@ def rollout() -> None:
 
 
 @command("show", examples="fleet rollout 7\nfleet rollout 7 --follow")
-@click.argument("number")
+@click.argument("number", shell_complete=complete.rollouts)
 @click.option("--follow", "-f", "following", is_flag=True, help="Stay until it is decided; the exit code says how")
 def show(options: Options, *, number: str, following: bool) -> Exit:
     """Show a rollout and each of its boards."""
@@ -72,6 +72,7 @@ def show(options: Options, *, number: str, following: bool) -> Exit:
         click.echo(title(view))
         rows = [(f"  {board.device}", f"wave {board.wave}", standing(board)) for board in view.boards]
         out.table(("  BOARD", "WAVE", "STATE"), rows, empty="  no boards")
+    click.echo()
     reason = out.first_line(view.reason)
     out.facts([("state", str(view.state)), ("reason", reason), ("by", view.by), ("note", view.note)])
     return Exit.OK
@@ -81,7 +82,7 @@ def _verb(name: str, done: str, text: str) -> Command:
     """Make the command for one act on a rollout."""
 
     @command(name, examples=f"fleet rollout {name} 7")
-    @click.argument("number")
+    @click.argument("number", shell_complete=complete.rollouts)
     def act(options: Options, *, number: str) -> None:
         with connect(options) as client:
             view = client.act(number, name)
@@ -105,8 +106,13 @@ rollout.add_command(
 
 
 @command("undo", examples="fleet undo\nfleet undo 7\nfleet undo --group edge-eu --detach")
-@click.argument("number", required=False, default="")
-@click.option("--group", default="", help="The newest rollout of this group, where no number is given")
+@click.argument("number", shell_complete=complete.rollouts, required=False, default="")
+@click.option(
+    "--group",
+    default="",
+    shell_complete=complete.groups,
+    help="The newest rollout of this group, where no number is given",
+)
 @click.option("--waves", default="1, 100%", show_default=True, help="Boards of each wave, from the first on")
 @click.option("--detach", is_flag=True, help="Return at once instead of following")
 def undo(options: Options, *, number: str, group: str, waves: str, detach: bool) -> Exit:
@@ -123,8 +129,8 @@ def undo(options: Options, *, number: str, group: str, waves: str, detach: bool)
     "remove", examples="fleet remove hello --group edge-eu\nfleet remove hello --device gate-7-1f2e3d4c --keep-data"
 )
 @click.argument("instance")
-@click.option("--group", default="", help="Of this group")
-@click.option("--device", default="", help="Of this board")
+@click.option("--group", default="", shell_complete=complete.groups, help="Of this group")
+@click.option("--device", default="", shell_complete=complete.devices, help="Of this board")
 @click.option("--keep-data", is_flag=True, help="Leave the instance's own data on the boards")
 @click.option("--waves", default="100%", show_default=True, help="Boards of each wave, from the first on")
 @click.option("--detach", is_flag=True, help="Return at once instead of following")

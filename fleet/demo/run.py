@@ -51,7 +51,7 @@ async def _run(place: Path, broker: str, *, keep: bool, once: bool) -> int:
         if not keep and code != FAILED:
             shutil.rmtree(place, ignore_errors=True)
         elif code == FAILED:
-            teller.console.print(f"What every process said is in {place / 'logs'}.", soft_wrap=True)
+            teller.console.print(f"What every process said is in {place / 'logs'}.", soft_wrap=True, markup=False)
     return code
 
 
@@ -105,6 +105,6 @@ def _next_steps(scene: Scene, teller: Teller, story: Story) -> None:
         f"{fleet} push {file} --device {scene.boards[-1].device}",
         f"{fleet} rollouts",
     ):
-        teller.console.print(f"  {line}", soft_wrap=True)
+        teller.console.print(f"  {line}", soft_wrap=True, markup=False)
     if not story.held:
         teller.console.print(Text("\nNot everything held: see above.", style="bold red"))

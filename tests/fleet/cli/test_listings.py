@@ -337,3 +337,37 @@ def test_init_never_overwrites(fleet, home):
     assert result.exit_code == 2
     assert "holds a fleet already" in result.stderr
     assert (home / "operator/token").read_bytes() == token
+
+
+# -- what the shell offers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "begun", "offered"),
+    [
+        ("push x.wasm --group", "", ["edge-eu", "spares"]),
+        ("push x.wasm --group", "edge", ["edge-eu"]),
+        ("why", "", ["gate-0a0a0a0a", "hut-1b1b1b1b"]),
+        ("rollout abort", "", ["7"]),
+        ("de", "de", ["demo", "deploy", "devices", "device"]),
+    ],
+)
+def test_the_shell_is_offered_what_there_is(line, begun, offered, fleet_of_two, home):
+    from click.shell_completion import ShellComplete
+
+    from fleet.cli.main import main
+
+    words = ["--home", str(home), *line.split()]
+    words = words[:-1] if begun and words[-1] == begun else words
+    completions = ShellComplete(main, {}, "fleet", "_FLEET_COMPLETE").get_completions(words, begun)
+    assert [item.value for item in completions] == offered
+
+
+def test_the_shell_is_offered_nothing_where_nobody_answers(home):
+    from click.shell_completion import ShellComplete
+
+    from fleet.cli.main import main
+
+    completing = ShellComplete(main, {}, "fleet", "_FLEET_COMPLETE")
+    assert completing.get_completions(["--home", str(home), "why"], "") == []
+    assert completing.get_completions(["--home", "/nowhere", "why"], "") == []
