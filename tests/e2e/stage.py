@@ -1,0 +1,181 @@
+"""A fleet of real processes for the end-to-end tests: the demo's scene, in which things can be broken and mended.
+
+with Stage(directory) as stage:
+    stage.do(stage.push("v1.wasm"))
+"""
+
+import asyncio
+import dataclasses
+import signal
+import sqlite3
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from fleet.demo.fixtures import fixture
+from fleet.demo.load import Load
+from fleet.demo.processes import Child, module
+from fleet.demo.scene import AGENT, FLEET, Board, Scene
+from fleet.protocol import api
+from fleet.protocol.codes import Phase, RejectCode
+
+GROUP = "edge-eu"
+HELLO = "hello"
+BEGINNING = datetime.min.replace(tzinfo=UTC)
+T = TypeVar("T")
+
+
+class Stage:
+    """One fleet with its server and as many boards as a test adds; everything is gone on leaving.
+
+    Attributes:
+        scene: the demo's scene underneath.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._runner = asyncio.Runner()
+        self._directory = directory
+        self.scene = self.do(self._make())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.do(self.scene.close())
+        finally:
+            self._runner.close()
+
+    def do(self, story: Coroutine[Any, Any, T]) -> T:
+        """Play a part of the test's story on the stage's event loop."""
+        return self._runner.run(story)
+
+    async def _make(self) -> Scene:
+        scene = Scene(self._directory)
+        await scene.make_fleet()
+        await scene.serve()
+        return scene
+
+    # -- what an operator does -------------------------------------------------------------------------------------
+
+    async def fleet(self, *arguments: str, stdin: bytes | None = None) -> tuple[int, str, str]:
+        """Run `fleet ...`: exit code, output, errors."""
+        return await self.scene.processes.run(module(FLEET, *arguments), stdin=stdin)
+
+    async def push(self, component: str | Path, *arguments: str, group: str = GROUP) -> tuple[int, str, str]:
+        """`fleet push` of one of the demo's components, or of a file."""
+        file = fixture(component) if isinstance(component, str) else component
+        return await self.fleet("push", str(file), "--as", HELLO, "--group", group, "--waves", "100%", *arguments)
+
+    async def pushed(self, component: str | Path, *arguments: str) -> None:
+        """`push` that must succeed."""
+        code, output, errors = await self.push(component, *arguments)
+        assert code == 0, output + errors
+
+    async def newest_rollout(self) -> api.RolloutView:
+        """The rollout that was made last."""
+        found = await self.scene.ask(lambda client: client.rollouts(limit=1).rollouts[0].id)
+        return await self.scene.ask(lambda client: client.rollout(found))
+
+    async def until(self, what: str, question: Callable[[], T | None]) -> T:
+        """Wait until the server's answer to `question` is not None."""
+        return await self.scene.eventually(what, question)
+
+    async def reported(
+        self, board: Board, *, code: RejectCode | None = None, phase: Phase | None = None, after: datetime = BEGINNING
+    ) -> api.TimelineEntry:
+        """Wait for a board's report with a code or in a phase, later than `after` (see `latest`)."""
+
+        def seen() -> api.TimelineEntry | None:
+            entries = self.scene.client.timeline(board.device, limit=200).entries
+            wanted = (each for each in entries if each.kind == "report" and each.at > after)
+            return next(
+                (e for e in wanted if (code is None or e.code == code) and (phase is None or e.phase == phase)), None
+            )
+
+        return await self.until(f"{board.name} reports {code or phase}", seen)
+
+    async def latest(self, board: Board) -> datetime:
+        """When the newest thing in a board's timeline happened."""
+        return (await self.scene.ask(lambda client: client.timeline(board.device, limit=1))).entries[0].at
+
+    # -- what is asked of a board ----------------------------------------------------------------------------------
+
+    async def version(self, board: Board) -> str:
+        """Which version answers on a board now; empty when none does."""
+        async with Load(port=board.port, path=f"/{HELLO}/", kept_alive=0, fresh=1) as load:
+            await load.sent(1)
+            return next(iter((await load.stop()).by_version), "")
+
+    async def answers(self, board: Board, version: str) -> None:
+        """Wait until a version answers on a board."""
+        async with Load(port=board.port, path=f"/{HELLO}/", kept_alive=0, fresh=1, pause_s=0.05) as load:
+            async with asyncio.timeout(60):
+                await load.seen(version)
+
+    def state(self, board: Board) -> Path:
+        """The agent's state directory."""
+        return self.scene.directory / "boards" / board.name / "agent"
+
+    # -- what breaks, and is mended --------------------------------------------------------------------------------
+
+    async def kill(self, child: Child) -> None:
+        """SIGKILL, as a power cut of one process; returns when it is gone."""
+        child.process.send_signal(signal.SIGKILL)
+        await child.process.wait()
+
+    async def stop(self, child: Child) -> None:
+        """SIGTERM, as `systemctl stop`; returns when it is gone."""
+        child.process.terminate()
+        await child.process.wait()
+
+    async def start_host(self, board: Board) -> Board:
+        """Start a board's host again, and `fleet-agent restore` after it, as the unit does."""
+        host = await self.scene.processes.start(board.host.name, board.host.command)
+        board = self._now(board, host=host)
+        places = board.agent.command[board.agent.command.index("--state") :]
+        code, _, errors = await self.scene.processes.run(module(AGENT, "restore", *places))
+        assert code == 0, errors
+        return board
+
+    async def start_agent(self, board: Board) -> Board:
+        """Start a board's agent again."""
+        return self._now(board, agent=await self.scene.processes.start(board.agent.name, board.agent.command))
+
+    def _now(self, board: Board, **changed: Child) -> Board:
+        again = dataclasses.replace(board, **changed)
+        index = next(i for i, each in enumerate(self.scene.boards) if each.device == board.device)
+        self.scene.boards[index] = again
+        return again
+
+    async def restart_server(self, *, harm: Callable[[sqlite3.Connection], object] | None = None) -> None:
+        """Stop `fleet serve` (SIGKILL), let `harm` change its database, and start it again."""
+        server = self.scene._server
+        assert server is not None
+        await self.kill(server)
+        if harm is not None:
+            with sqlite3.connect(self.scene.home / "server" / "fleet.db") as database:
+                harm(database)
+        await self.scene.serve()
+
+    def artifact(self, sha256: str) -> Path:
+        """An artifact as the server stores it."""
+        return next((self.scene.home / "server" / "artifacts").rglob(f"{sha256}*"))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below one."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for word in (task / "children").read_text().split():
+            found += [int(word), *descendants(int(word))]
+    return found

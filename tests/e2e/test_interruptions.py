@@ -1,0 +1,168 @@
+"""Processes are lost at the worst moments: whatever was promised still holds afterwards."""
+
+import asyncio
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from fleet.demo.fixtures import fixture
+from fleet.protocol.api import RolloutState
+from fleet.protocol.codes import Phase
+from tests.e2e.stage import alive, descendants
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+
+def current(stage, board):
+    """The board as it is now; processes may have been started again."""
+    return next(each for each in stage.scene.boards if each.device == board.device)
+
+
+def test_an_agent_that_restarts_touches_no_instance(stage, board):
+    async def story():
+        here = current(stage, board)
+        lanes = set(descendants(here.host.process.pid))
+        await stage.kill(here.agent)
+        assert await stage.version(here) == "1"
+        await stage.start_agent(here)
+        await stage.until("the agent is back", lambda: stage.scene.client.devices().devices[0].online or None)
+        return lanes, set(descendants(here.host.process.pid))
+
+    before, after = stage.do(story())
+    assert before == after
+
+
+def test_a_host_that_restarts_while_the_agent_is_down_answers_again(stage, board):
+    # no agent, no network, no server needed: `fleet-agent restore` reads the committed run-set
+    async def story():
+        here = current(stage, board)
+        await stage.stop(here.agent)
+        orphans = descendants(here.host.process.pid)
+        await stage.kill(here.host)
+        here = await stage.start_host(here)
+        await stage.answers(here, "1")
+        here = await stage.start_agent(here)
+        return orphans
+
+    orphans = stage.do(story())
+    assert not [pid for pid in orphans if alive(pid)]
+
+
+def test_an_agent_killed_in_mid_download_resumes_where_it_was(stage, board, tmp_path):
+    # The server is stopped in the middle of the bytes, the agent is killed, both come back
+    big = tmp_path / "big.wasm"
+    big.write_bytes(padded("v2.wasm", 48 * 1024 * 1024))
+    toml = tmp_path / "big.toml"
+    toml.write_text(component_toml("v2.toml", version="2.0.48"))
+
+    async def story():
+        here = current(stage, board)
+        server = stage.scene._server
+        artifacts = stage.state(here) / "artifacts"
+        began = await stage.latest(here)
+        code, output, errors = await stage.push(big, "--detach")
+        assert code == 0, output + errors
+        part = await appears(artifacts, at_least=1024 * 1024)
+        server.process.send_signal(signal.SIGSTOP)
+        await stage.kill(here.agent)
+        kept = part.stat().st_size if part.exists() else 0
+        server.process.send_signal(signal.SIGCONT)
+        assert await stage.version(here) == "1"
+        here = await stage.start_agent(here)
+        await stage.answers(here, "2")
+        await stage.reported(here, phase=Phase.COMMITTED, after=began)
+        return kept
+
+    kept = stage.do(story())
+    assert kept > 0, "the download was over before it could be interrupted"
+
+
+def test_a_host_killed_in_mid_swap_leaves_the_old_or_the_new(stage, board):
+    async def story():
+        here = current(stage, board)
+        before = await stage.version(here)
+        began = await stage.latest(here)
+        push = asyncio.create_task(stage.push("v1.wasm" if before == "2" else "v2.wasm"))
+        await stage.reported(here, phase=Phase.SWAPPING, after=began)
+        await stage.kill(here.host)
+        here = await stage.start_host(here)
+        code, output, errors = await push
+        return before, await stage.version(here), code, output + errors
+
+    before, after, code, said = stage.do(story())
+    wanted = "1" if before == "2" else "2"
+    assert after == (wanted if code == 0 else before), said
+
+
+def test_a_server_that_restarts_in_mid_rollout_goes_on_with_it(stage, board):
+    async def story():
+        here = current(stage, board)
+        before = await stage.version(here)
+        await stage.stop(here.agent)
+        code, output, errors = await stage.push("v1.wasm" if before == "2" else "v2.wasm", "--detach")
+        assert code == 0, output + errors
+        await stage.restart_server()
+        assert (await stage.newest_rollout()).state is RolloutState.RUNNING
+        await stage.start_agent(here)
+        rollout = (await stage.newest_rollout()).id
+        await stage.until(
+            "the rollout succeeds",
+            lambda: stage.scene.client.rollout(rollout).state is RolloutState.SUCCEEDED or None,
+        )
+        return before, await stage.version(here)
+
+    before, after = stage.do(story())
+    assert {before, after} == {"1", "2"}
+
+
+def test_a_broker_that_dies_is_started_again_and_boards_come_back(stage, board):
+    async def story():
+        here = current(stage, board)
+        before = await stage.version(here)
+        server = stage.scene._server
+        broker = next(pid for pid in descendants(server.process.pid) if is_broker(pid))
+        os.kill(broker, signal.SIGKILL)
+        await stage.pushed("v1.wasm" if before == "2" else "v2.wasm")
+        return before, await stage.version(here)
+
+    before, after = stage.do(story())
+    assert {before, after} == {"1", "2"}
+
+
+def is_broker(pid: int) -> bool:
+    line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"mosquitto" in line or b"embedded" in line
+
+
+async def appears(directory, *, at_least):
+    """Wait for a partial download of a size."""
+    async with asyncio.timeout(30):
+        while True:
+            for part in directory.glob("*.part") if directory.exists() else ():
+                if part.stat().st_size >= at_least:
+                    return part
+            await asyncio.sleep(0.002)
+
+
+def padded(name: str, size: int) -> bytes:
+    """A component with a custom section that makes it large."""
+    data = fixture(name).read_bytes()
+    payload = b"\x07padding" + bytes(size)
+    return data + b"\x00" + leb128(len(payload)) + payload
+
+
+def leb128(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def component_toml(name: str, *, version: str) -> str:
+    """One of the demo's manifests with another version."""
+    text = fixture(name).read_text()
+    return re.sub(r'^version = ".*"', f'version = "{version}"', text, count=1, flags=re.MULTILINE)
