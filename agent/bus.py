@@ -22,6 +22,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.fetch import Tls
+from agent.tls import why
 from fleet.protocol.topics import Topic, Up, board_subscriptions
 
 log = logging.getLogger("agent.bus")
@@ -146,7 +147,6 @@ class _Connection:
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
         client.on_message = self._message
-        client.on_socket_open = self._socket_open
         client.on_socket_close = self._socket_close
         client.on_socket_register_write = self._want_write
         client.on_socket_unregister_write = self._no_write
@@ -155,12 +155,13 @@ class _Connection:
                 client.tls_set_context(bus._tls.context())  # noqa: SLF001
             async with asyncio.timeout(CONNECT_S):
                 await self._loop.run_in_executor(None, self._connect)
+            self._attach()
             self._tick()
             return await self._over
         except TimeoutError:
             return "no answer in time"
         except ssl.SSLError as error:
-            return f"TLS: {error.reason or error}"
+            return f"TLS: {why(error)}"
         except OSError as error:
             return error.strerror or str(error)
 
@@ -182,47 +183,42 @@ class _Connection:
                 self._client.loop_write()
         self._client.on_socket_close = None
         self._client.on_socket_unregister_write = None
-        self._forget_socket()
+        self._detach()
         sock = self._client.socket()
         if sock is not None:
             with contextlib.suppress(OSError):
                 sock.close()
 
-    # What paho asks of the loop. `connect` runs on a thread, so these may be called from there.
+    # What paho asks of the loop. While `connect` runs on a thread nothing is registered; later all is on the loop.
 
-    def _socket_open(self, _client: mqtt.Client, _data: object, sock: Any) -> None:
-        self._loop.call_soon_threadsafe(self._watch, sock)
-
-    def _watch(self, sock: Any) -> None:
-        if self._over.done():
+    def _attach(self) -> None:
+        sock: Any = self._client.socket()
+        if sock is None:
+            self._end("the connection ended at once")
             return
-        with contextlib.suppress(OSError, ValueError):
-            if isinstance(sock, socket.socket):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._loop.add_reader(sock, self._readable)
-            self._sock = sock
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._loop.add_reader(sock, self._readable)
+        if self._client.want_write():
+            self._loop.add_writer(sock, self._writable)
 
-    def _socket_close(self, _client: mqtt.Client, _data: object, _sock: Any) -> None:
-        self._loop.call_soon_threadsafe(self._forget_socket)
-
-    def _forget_socket(self) -> None:
+    def _detach(self) -> None:
+        """Before paho closes the socket: a number that is reused must not be ours any more."""
         sock, self._sock = self._sock, None
         if sock is not None and sock.fileno() >= 0:
             self._loop.remove_reader(sock)
             self._loop.remove_writer(sock)
 
-    def _want_write(self, _client: mqtt.Client, _data: object, sock: Any) -> None:
-        self._loop.call_soon_threadsafe(self._start_writing, sock)
+    def _socket_close(self, _client: mqtt.Client, _data: object, _sock: Any) -> None:
+        self._detach()
 
-    def _start_writing(self, sock: Any) -> None:
-        if sock.fileno() >= 0 and not self._over.done():
+    def _want_write(self, _client: mqtt.Client, _data: object, sock: Any) -> None:
+        if self._sock is not None:
             self._loop.add_writer(sock, self._writable)
 
     def _no_write(self, _client: mqtt.Client, _data: object, sock: Any) -> None:
-        self._loop.call_soon_threadsafe(self._stop_writing, sock)
-
-    def _stop_writing(self, sock: Any) -> None:
-        if sock.fileno() >= 0:
+        if self._sock is not None:
             self._loop.remove_writer(sock)
 
     def _guarded(self, step: Callable[[], object]) -> None:
@@ -235,7 +231,14 @@ class _Connection:
             self._end(f"{type(error).__name__}: {error}")
 
     def _readable(self) -> None:
-        self._guarded(self._client.loop_read)
+        self._guarded(self._read)
+
+    def _read(self) -> None:
+        """Read all there is: several packets in one TLS record make the socket readable once only."""
+        while True:
+            self._client.loop_read()
+            if self._sock is None or not getattr(self._sock, "pending", int)():
+                return
 
     def _writable(self) -> None:
         self._guarded(self._client.loop_write)
@@ -261,7 +264,7 @@ class _Connection:
     def _disconnected(
         self, _client: mqtt.Client, _data: object, _flags: object, reason: ReasonCode, _properties: Properties | None
     ) -> None:
-        self._loop.call_soon_threadsafe(self._end, str(reason))
+        self._end(str(reason))
 
     def _message(self, _client: mqtt.Client, _data: object, message: mqtt.MQTTMessage) -> None:
         try:

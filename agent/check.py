@@ -21,7 +21,7 @@ from agent import enroll, identity
 from agent.config import Places, Settings
 from agent.fetch import FetchError, Https
 from agent.images import compiler
-from agent.tls import DeviceTls
+from agent.tls import DeviceTls, why
 from fleet.protocol import caps
 from fleet.protocol.codes import RejectCode
 
@@ -162,7 +162,7 @@ def _mqtt(places: Places, who: identity.Identity, broker: urllib.parse.SplitResu
                 tls.check(connection)
                 return f"the broker answers with {connection.version()}"
     except ssl.SSLError as error:
-        raise _FailedError(f"TLS: {error.reason or error}") from error
+        raise _FailedError(f"TLS: {why(error)}") from error
     except OSError as error:
         raise _FailedError(
             f"{broker.netloc}: {error.strerror or error}: desired state then comes by HTTPS only"

@@ -21,6 +21,7 @@ from pathlib import Path
 from threading import Event
 from typing import Final, Protocol
 
+from agent.tls import why
 from fleet.protocol.codes import RETRYABLE, RejectCode
 
 CHUNK_BYTES: Final = 64 * 1024
@@ -140,7 +141,7 @@ class Https:
             connection.request(method, base + path, body, {"User-Agent": USER_AGENT, **headers})
             yield connection.getresponse(), connection
         except ssl.SSLError as error:
-            raise FetchError(RejectCode.UNREACHABLE, f"{where}: TLS: {error.reason or error}") from error
+            raise FetchError(RejectCode.UNREACHABLE, f"{where}: TLS: {why(error)}") from error
         except TimeoutError as error:
             raise FetchError(RejectCode.TOO_SLOW, f"{where}: no answer in time") from error
         except socket.gaierror as error:

@@ -48,6 +48,11 @@ def check_not_after(connection: ssl.SSLSocket, floor: datetime) -> None:
         raise StaleCertificateError(f"the server's certificate ended on {not_after}")
 
 
+def why(error: ssl.SSLError) -> str:
+    """What was wrong with a handshake, for people."""
+    return getattr(error, "verify_message", "") or getattr(error, "reason", None) or str(error)
+
+
 class DeviceTls:
     """Contexts with the device certificate, made anew when its files changed (renewal)."""
 

@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-import msgspec
 import pytest
 
 from agent import restore
@@ -101,7 +100,7 @@ class SimHost:
         peer.close()
         self._peers.remove(peer)
 
-    def _answer(self, request, fd):
+    def _answer(self, request, fd):  # noqa: PLR0911 - one answer for each request
         match request:
             case ipc.Hello():
                 return ipc.Welcome(
@@ -116,7 +115,9 @@ class SimHost:
             case ipc.Start(run=run):
                 assert fd is not None
                 if run.target in self.refuse:
-                    return ipc.Failed(id=request.id, code=self.refuse[run.target], message="refused", log=("last words",))
+                    return ipc.Failed(
+                        id=request.id, code=self.refuse[run.target], message="refused", log=("last words",)
+                    )
                 if (old := self.running.get(run.instance)) is not None and old.generation != run.generation:
                     assert run.generation > old.generation, "a generation never falls"
                     self.warm[run.instance] = old
@@ -297,7 +298,7 @@ class BoardKit:
         self.store = CutStore(self.places.database)
         self.worker = Worker("test")
         self.images = QuickImages(self.places.images, b"k" * 32, memory_bytes=1 << 30, seconds=10)
-        self.link = HostLink(self.places.host_socket, on_event=lambda event: self.seen.on_event(event))
+        self.link = HostLink(self.places.host_socket)
         self.seen = Host(self.link)
         self.carrier = Carrier(
             places=self.places,
@@ -372,11 +373,8 @@ def power_cut():
 
 
 @pytest.fixture
-def free_socket():
+def free_port():
     """A loopback port that nobody has."""
     with contextlib.closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
-
-
-__all__ = ["msgspec"]

@@ -272,9 +272,7 @@ def test_an_agent_restarted_during_probation_goes_on_with_it(kit):
 
 def test_an_atomic_set_is_swapped_as_one_or_not_at_all(kit):
     async def story():
-        await kit.run(
-            kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back"))
-        )
+        await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         kit.host.refuse[V3] = RejectCode.START_FAILED
         front = kit.publish("2.0.0", instance="front", atomic="pair", probation_ms=60_000)
         back = kit.publish("3.0.0", instance="back", atomic="pair")
@@ -335,7 +333,10 @@ def test_the_security_epoch_is_raised_at_the_commit_and_not_before(kit):
     async def story():
         item = kit.publish("1.0.0", probation_ms=200)
         kit.manifests[V1] = type(kit.manifests[V1])(
-            name="web", version="1.0.0", trigger=kit.manifests[V1].trigger, health=kit.manifests[V1].health,
+            name="web",
+            version="1.0.0",
+            trigger=kit.manifests[V1].trigger,
+            health=kit.manifests[V1].health,
             security_epoch=7,
         )
         await kit.deployer.desire(kit.assignment(1, item))

@@ -8,7 +8,7 @@ import pytest
 V1, V2 = "components/acme/web/1.0.0.wasm", "components/acme/web/2.0.0.wasm"
 ALL = ["fetching", "compiling", "swapping", "probation", "committed"]
 
-# phase being written, before or after the write reached the disk, what answers after the boot, what is reported after it
+# phase being written, before or after it reached the disk, what answers after the boot, what is reported from then on
 ROWS = [
     ("fetching", "before", V1, ALL),
     ("fetching", "after", V1, ["compiling", "swapping", "probation", "committed"]),

@@ -1,0 +1,262 @@
+"""The board on its broker: a small broker of the test's own that says what it likes, over plain TCP on loopback."""
+
+import asyncio
+import ssl
+import struct
+from datetime import UTC, datetime
+
+import pytest
+
+from agent import bus as bus_module
+from agent import tls
+from agent.bus import Bus, BusError
+from agent.fetch import FixedTls
+from fleet.ca import CertificateAuthority
+from fleet.protocol.topics import POKE, Down, Topic, Up, board_subscriptions
+
+DEVICE = "crane-0a1b2c3d"
+
+
+class Broker:
+    """Speaks as much MQTT 3.1.1 as one client needs, and remembers what it heard."""
+
+    def __init__(self):
+        self.connects, self.subscribed, self.published, self.writers, self.pings = [], [], [], [], 0
+        self.accept = 0
+        self.changed = asyncio.Event()
+
+    async def start(self, ssl=None):
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=ssl)
+        self.port = self.server.sockets[0].getsockname()[1]
+
+    async def _serve(self, reader, writer):
+        self.writers.append(writer)
+        try:
+            while True:
+                kind = (await reader.readexactly(1))[0]
+                length = shift = 0
+                while True:
+                    byte = (await reader.readexactly(1))[0]
+                    length |= (byte & 127) << shift
+                    shift += 7
+                    if not byte & 128:
+                        break
+                self._packet(kind, await reader.readexactly(length), writer)
+                self.changed.set()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+            self.changed.set()
+
+    def _packet(self, kind, body, writer):
+        match kind >> 4:
+            case 1:
+                self.connects.append(body)
+                writer.write(bytes([0x20, 2, 0, self.accept]))
+            case 3:
+                size = struct.unpack(">H", body[:2])[0]
+                topic, rest = body[2 : 2 + size].decode(), body[2 + size :]
+                writer.write(b"\x40\x02" + rest[:2])
+                self.published.append((topic, rest[2:], bool(kind & 1)))
+            case 8:
+                self.subscribed.append(body)
+                writer.write(b"\x90\x04" + body[:2] + b"\x01\x01")
+            case 12:
+                self.pings += 1
+                writer.write(b"\xd0\x00")
+
+    def say(self, topic, payload):
+        self.writers[-1].write(self.packet(topic, payload))
+
+    @staticmethod
+    def packet(topic, payload):
+        name = str(topic).encode()
+        body = struct.pack(">H", len(name)) + name + struct.pack(">H", 7) + payload
+        assert len(body) < 128
+        return bytes([0x32, len(body)]) + body
+
+    async def until(self, condition):
+        async with asyncio.timeout(10):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    def drop(self):
+        for writer in self.writers:
+            writer.transport.abort()
+
+    async def stop(self):
+        self.drop()
+        self.server.close()
+
+
+class Board:
+    def __init__(self, *addresses, tls=None):
+        self.heard, self.told, self.event = [], [], asyncio.Event()
+        self.bus = Bus(
+            device=DEVICE,
+            addresses=addresses,
+            tls=tls,
+            will=b"gone",
+            keepalive_s=60,
+            on_connected=lambda: self._note("connected"),
+            on_disconnected=lambda reason: self._note("disconnected"),
+            on_message=lambda topic, payload: self._note((topic, payload)),
+        )
+        self.task = asyncio.ensure_future(self.bus.run())
+
+    def _note(self, what):
+        self.told.append(what)
+        self.event.set()
+
+    async def until(self, condition):
+        async with asyncio.timeout(10):
+            while not condition():
+                self.event.clear()
+                await self.event.wait()
+
+    async def stop(self):
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+@pytest.fixture(autouse=True)
+def _quick_retries(monkeypatch):
+    monkeypatch.setattr(bus_module, "RETRY_FIRST_S", 0.01)
+
+
+def test_a_session_that_the_broker_keeps_with_a_will(free_port):
+    async def story():
+        broker = Broker()
+        await broker.start()
+        board = Board(f"mqtt://127.0.0.1:{broker.port}")
+        await board.until(lambda: "connected" in board.told)
+        (connect,) = broker.connects
+        assert connect.startswith(b"\x00\x04MQTT\x04"), "MQTT 3.1.1"
+        flags = connect[7]
+        assert not flags & 2, "the session is kept"
+        assert flags & 4, "there is a will"
+        assert flags & 32, "which is retained"
+        assert str(Topic(DEVICE, Up.STATE)).encode() in connect
+        assert b"gone" in connect
+        await broker.until(lambda: broker.subscribed)
+        assert all(topic.encode() in broker.subscribed[0] for topic in board_subscriptions(DEVICE))
+        await board.stop()
+        await broker.stop()
+
+    asyncio.run(story())
+
+
+def test_messages_go_both_ways():
+    async def story():
+        broker = Broker()
+        await broker.start()
+        board = Board(f"mqtt://127.0.0.1:{broker.port}")
+        assert not board.bus.publish(Up.HEALTH, b"too early")
+        await board.until(lambda: "connected" in board.told)
+        assert board.bus.publish(Up.REPORT, b"a report")
+        await broker.until(lambda: broker.published)
+        assert broker.published == [(str(Topic(DEVICE, Up.REPORT)), b"a report", False)]
+        broker.say(Topic(DEVICE, Down.ACK), b"yes")
+        broker.say(POKE, b"{}")
+        await board.until(lambda: (POKE, b"{}") in board.told)
+        assert (str(Topic(DEVICE, Down.ACK)), b"yes") in board.told
+        await board.stop()
+        await broker.stop()
+
+    asyncio.run(story())
+
+
+def test_a_lost_connection_comes_back():
+    async def story():
+        broker = Broker()
+        await broker.start()
+        board = Board(f"mqtt://127.0.0.1:{broker.port}")
+        await board.until(lambda: "connected" in board.told)
+        broker.drop()
+        await board.until(lambda: board.told.count("connected") == 2)
+        assert board.told[:3] == ["connected", "disconnected", "connected"]
+        await board.stop()
+        await broker.stop()
+
+    asyncio.run(story())
+
+
+def test_a_broker_that_refuses_is_no_connection(caplog):
+    async def story():
+        broker = Broker()
+        broker.accept = 5  # not authorised
+        await broker.start()
+        board = Board(f"mqtt://127.0.0.1:{broker.port}")
+        await broker.until(lambda: len(broker.connects) >= 2)
+        assert board.told == []
+        broker.accept = 0
+        await board.until(lambda: "connected" in board.told)
+        await board.stop()
+        await broker.stop()
+
+    asyncio.run(story())
+
+
+def test_addresses_are_tried_in_turn(free_port):
+    async def story():
+        broker = Broker()
+        await broker.start()
+        board = Board(f"mqtt://127.0.0.1:{free_port}", f"mqtt://127.0.0.1:{broker.port}")
+        await board.until(lambda: "connected" in board.told)
+        await board.stop()
+        await broker.stop()
+
+    asyncio.run(story())
+
+
+def test_a_handler_that_fails_does_not_end_the_connection():
+    async def story():
+        broker = Broker()
+        await broker.start()
+        board = Board(f"mqtt://127.0.0.1:{broker.port}")
+        await board.until(lambda: "connected" in board.told)
+
+        def broken(_topic, _payload):
+            board.bus._on_message = lambda topic, payload: board._note((topic, payload))
+            raise RuntimeError("a bug")
+
+        board.bus._on_message = broken
+        broker.say(POKE, b"1")
+        broker.say(POKE, b"2")
+        await board.until(lambda: (POKE, b"2") in board.told)
+        assert "disconnected" not in board.told
+        await board.stop()
+        await broker.stop()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("addresses", [(), ("http://a:1",), ("mqtts://",)])
+def test_an_address_that_cannot_be_meant_is_refused(addresses):
+    async def story():
+        with pytest.raises(BusError, match="mqtts://host:port"):
+            Board(*addresses)
+
+    asyncio.run(story())
+
+
+def test_several_messages_in_one_tls_record_are_all_heard(tmp_path):
+    """The socket becomes readable once; what is left in the TLS layer must not wait for the next ping."""
+    ca = CertificateAuthority.create(tmp_path, fleet="f", now=datetime.now(UTC))
+    pair = ca.server(["127.0.0.1"], now=datetime.now(UTC))
+    (tmp_path / "both.pem").write_bytes(pair.certificate_pem + pair.key_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+
+    async def story():
+        broker = Broker()
+        await broker.start(ssl=context)
+        board = Board(f"mqtts://127.0.0.1:{broker.port}", tls=FixedTls(tls.context(ca.pem)))
+        await board.until(lambda: "connected" in board.told)
+        broker.writers[-1].write(b"".join(broker.packet(POKE, b"%d" % number) for number in range(50)))
+        await board.until(lambda: (POKE, b"49") in board.told)
+        assert [payload for _, payload in board.told[1:]] == [b"%d" % number for number in range(50)]
+        await board.stop()
+        await broker.stop()
+
+    asyncio.run(story())

@@ -1,0 +1,61 @@
+"""Configuration in three tenses, and the board owner's word against what the fleet signs."""
+
+import pytest
+
+from agent import config
+from agent.config import ConfigError, Policy
+from fleet.protocol.manifest import Grants, Limits
+
+
+def write(directory, **files):
+    (directory / "config.d").mkdir(exist_ok=True)
+    for name, text in files.items():
+        path = directory / "agent.toml" if name == "main" else directory / "config.d" / f"{name}.toml"
+        path.write_text(text)
+    return directory / "agent.toml"
+
+
+def test_a_board_without_any_file_works(tmp_path):
+    settings = config.load(tmp_path / "agent.toml")
+    assert not settings.production
+    assert settings.policy.logs == "errors"
+
+
+def test_later_fragments_win_key_by_key(tmp_path):
+    path = write(
+        tmp_path,
+        main="health_s = 60\n[policy]\nlogs = 'off'\ncall_ms = 100\n",
+        a20="[policy]\nlogs = 'all'\n",
+        a10="health_s = 5\n[policy]\nlogs = 'errors'\n",
+    )
+    settings = config.load(path)
+    assert (settings.health_s, settings.policy.logs, settings.policy.call_ms) == (5, "all", 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("prodution = true", "prodution"),
+        ("production = 'yes'", "production"),
+        ("[policy]\nlogs = 'some'", "logs"),
+        ("[network]\nrequest_s = 0", "network.request_s"),
+        ("health_s = ", "agent.toml"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path, text, named):
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        config.load(write(tmp_path, main=text))
+
+
+def test_the_owner_narrows_limits_and_never_widens_them():
+    policy = Policy(memory_bytes=1000, call_ms=50, concurrency=1)
+    narrowed = policy.limit(Limits(memory_bytes=5000, call_ms=10, concurrency=4, fuel=7))
+    assert (narrowed.memory_bytes, narrowed.call_ms, narrowed.concurrency, narrowed.fuel) == (1000, 10, 1, 7)
+
+
+def test_the_owner_may_deny_what_everyone_else_granted():
+    wanted = Grants(interfaces=("wasi:clocks", "wasi:i2c/i2c"), outbound=("https://a:443", "https://b:443"))
+    assert Policy().denied(wanted) == ()
+    assert Policy(interfaces=("wasi:clocks",)).denied(wanted) == ("wasi:i2c/i2c",)
+    assert Policy(outbound=("https://a:443",)).denied(wanted) == ("https://b:443",)
+    assert Policy(interfaces=()).denied(wanted) == wanted.interfaces
