@@ -1,0 +1,205 @@
+"""`fleet-agent` as its users meet it: one line for each mistake, and a process that loads nothing it does not need."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import msgspec
+import pytest
+
+from agent.identity import Identity
+from agent.records import Committed, FailedItem
+from agent.store import Store
+from fleet.protocol.assignment import Item
+from fleet.protocol.codes import Phase, RejectCode
+from fleet.protocol.manifest import Http, Manifest
+from fleet.protocol.messages import Report
+
+NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
+
+
+def agent(tmp_path, *arguments, stdin=""):
+    places = ("--state", tmp_path / "state", "--runtime", tmp_path / "run", "--config", tmp_path / "agent.toml")
+    command, *rest = arguments
+    return subprocess.run(
+        [sys.executable, "-m", "agent.cli", command, *map(str, places), *rest],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def enrolled(tmp_path):
+    directory = tmp_path / "state" / "identity"
+    directory.mkdir(parents=True)
+    who = Identity(
+        device="crane-0a1b2c3d",
+        fleet="harbour",
+        group="edge",
+        devices_url="https://127.0.0.1:1",
+        mqtt=("mqtts://127.0.0.1:2",),
+        production=False,
+        floor=NOW,
+    )
+    (directory / "enrolled.json").write_bytes(msgspec.json.encode(who))
+    (directory / "mac.key").write_bytes(b"k" * 32)
+    return Store(tmp_path / "state" / "store.db")
+
+
+@pytest.mark.parametrize("command", ["run", "status", "why"])
+def test_a_board_that_is_not_enrolled_is_told_what_to_do(tmp_path, command):
+    done = agent(tmp_path, command)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "fleet-agent enroll" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "words"), [("nonsense\n", "not an enrolment token"), ("wf1.AAAA\n", "damaged"), ("", "not an enrolment")]
+)
+def test_a_bad_token_is_one_line(tmp_path, token, words):
+    done = agent(tmp_path, "enroll", stdin=token)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_token_is_never_an_argument(tmp_path):
+    done = agent(tmp_path, "enroll", "wf1.abc")
+    assert done.returncode == 2
+    assert "unrecognized" in done.stderr
+
+
+def test_a_mistake_in_the_configuration_is_named(tmp_path):
+    (tmp_path / "agent.toml").write_text("[policy]\nlog = 'all'\n")
+    enrolled(tmp_path).close()
+    done = agent(tmp_path, "run")
+    assert done.returncode == 1
+    assert "`log`" in done.stderr
+
+
+def test_a_production_board_does_not_run_for_a_development_fleet(tmp_path):
+    (tmp_path / "agent.toml").write_text("production = true\n")
+    enrolled(tmp_path).close()
+    done = agent(tmp_path, "run")
+    assert done.returncode == 1
+    assert "production" in done.stderr
+
+
+def test_a_state_directory_of_a_newer_agent_is_refused_in_one_line(tmp_path):
+    store = enrolled(tmp_path)
+    store._db.execute("PRAGMA user_version=99")
+    store.close()
+    done = agent(tmp_path, "status")
+    assert done.returncode == 1
+    assert "newer agent" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_to_restore_is_no_error(tmp_path):
+    assert agent(tmp_path, "restore").returncode == 0
+
+
+def test_restore_without_a_host_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("agent.cli.HOST_WAIT_S", 0.1)
+    store = enrolled(tmp_path)
+    store.save(committed=committed())
+    store.close()
+    from agent.cli import main
+
+    assert main(["restore", "--state", str(tmp_path / "state"), "--runtime", str(tmp_path)]) == 1
+
+
+def committed():
+    item = Item(instance="web", target="components/a/web/1.0.0.wasm", length=1, sha256="0" * 64, manifest_sha256="")
+    manifest = Manifest(name="web", version="1.0.0", trigger=Http())
+    return Committed(item=item, manifest=manifest, generation=3, assignment=4, at=NOW)
+
+
+def test_status_and_why_tell_the_story(tmp_path):
+    store = enrolled(tmp_path)
+    store.save(
+        committed=committed(),
+        failure=FailedItem(
+            instance="web",
+            key="k",
+            attempt=0,
+            target="components/a/web/2.0.0.wasm",
+            code=RejectCode.HASH_MISMATCH,
+            message="other bytes",
+            at=NOW,
+        ),
+        report=Report(
+            device="crane-0a1b2c3d",
+            boot_id="b",
+            sequence=0,
+            at=NOW,
+            assignment=5,
+            instance="web",
+            target="components/a/web/2.0.0.wasm",
+            phase=Phase.FAILED,
+            code=RejectCode.HASH_MISMATCH,
+            message="other bytes",
+            log=("last words",),
+        ),
+    )
+    store.close()
+    status = agent(tmp_path, "status")
+    assert status.returncode == 0
+    assert "runs components/a/web/1.0.0.wasm since 2026-05-01 12:00:00 UTC" in status.stdout
+    why = agent(tmp_path, "why", "web").stdout
+    assert "[hash-mismatch] other bytes" in why
+    assert "| last words" in why
+    assert "not tried again by itself" in why
+    assert "what to do" in why
+    facts = json.loads(agent(tmp_path, "why", "--json").stdout)
+    assert facts["failed"][0]["code"] == "hash-mismatch"
+    assert facts["unsent_reports"] == 1
+
+
+def test_check_names_the_first_thing_that_fails(tmp_path):
+    done = agent(tmp_path, "check", "--json")
+    results = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert [each["ok"] for each in results][:-1] == [True] * (len(results) - 1)
+    assert results[-1] == {"name": "disk", "ok": False, "text": results[-1]["text"]}
+
+
+def test_every_command_explains_itself():
+    for command in ("enroll", "run", "restore", "status", "why", "check"):
+        done = subprocess.run(
+            [sys.executable, "-m", "agent.cli", command, "--help"], capture_output=True, text=True, check=True
+        )
+        assert "--state" in done.stdout
+
+
+LOADED = "import sys; import {module}; print('\\n'.join(sorted(sys.modules)))"
+
+
+@pytest.mark.parametrize("module", ["agent.cli", "agent.daemon"])
+def test_the_agent_loads_neither_wasmtime_nor_what_is_heavy(module):
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED.format(module=module)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""},
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.splitlines()}
+    assert "agent" in loaded
+    assert not loaded & {"wasmtime", "httpx", "rich", "click", "urllib3", "requests", "starlette", "sqlite_utils"}
+    # Of the host's package the agent knows the protocol, and nothing else.
+    host = {name for name in done.stdout.splitlines() if name.startswith("agent.host.")}
+    assert host == {"agent.host.ipc"}
+
+
+def test_showing_what_runs_loads_neither_mqtt_nor_tuf():
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED.format(module="agent.cli")], capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.splitlines()}
+    assert not loaded & {"paho", "tuf", "securesystemslib"}

@@ -1,0 +1,245 @@
+"""What a board believes: assignments judged with real signatures, refusals reported once, and freshness without a clock."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from agent import desired as desired_module
+from agent.desired import Desired
+from agent.fetch import FetchError
+from agent.identity import Identity
+from agent.standing import Board
+from agent.store import Store
+from agent.trust import Trust
+from agent.worker import Worker
+from fleet.protocol.assignment import Assignment, Fresh
+from fleet.protocol.codes import RejectCode
+from signing import director, repository
+from signing.keys import generate
+
+FLEET, DEVICE = "harbour", "crane-0a1b2c3d"
+NOW = datetime.now(UTC).replace(microsecond=0)
+
+
+class Server:
+    """A real repository behind the agent's HTTPS interface."""
+
+    def __init__(self, directory: Path):
+        names = ("root", "targets", "snapshot", "timestamp", "director", "main")
+        self.keys = {name: generate(directory / f"{name}.pem") for name in names}
+        top = {name: self.keys[name] for name in names if name != "main"}
+        self.files = repository.create(
+            fleet=FLEET, namespaces={"main": self.keys["main"]}, now=NOW, dev=True, ceilings=None, **top
+        )
+        self.root, self.reachable, self.envelope = self.files["1.root.json"], True, None
+
+    def request(self, method, path, *, max_bytes, body=None, headers=None):
+        if not self.reachable:
+            raise FetchError(RejectCode.UNREACHABLE, "no route")
+        if path == "/v1/desired" and self.envelope is not None:
+            return self.envelope
+        name = path.rpartition("/")[2]
+        if name not in self.files:
+            raise FetchError(RejectCode.NOT_FOUND, name)
+        return self.files[name]
+
+    def assignment(self, version, *, signer="director", **more):
+        fields = {"fleet": FLEET, "device": DEVICE, "issued": NOW, "expires": NOW + timedelta(days=1)} | more
+        made = Assignment(version=version, stop_all=True, **fields)
+        return director.sign_assignment(made, self.keys[signer])
+
+    def fresh(self, nonce, envelope):
+        statement = Fresh(
+            fleet=FLEET,
+            device=DEVICE,
+            nonce=nonce,
+            assignment_sha256=director.payload_sha256(envelope),
+            issued=NOW,
+            expires=NOW + timedelta(minutes=10),
+        )
+        return director.sign_fresh(statement, self.keys["director"])
+
+
+class Deployed:
+    def __init__(self):
+        self.versions = []
+
+    async def desire(self, assignment):
+        self.versions.append(assignment.version)
+
+
+class Case:
+    def __init__(self, tmp_path, *, clock_set=True, strict=True):
+        self.server, self.deployer, self.nonces = Server(tmp_path), Deployed(), []
+        self.store, self.worker = Store(tmp_path / "store.db"), Worker("test")
+        identity = Identity(
+            device=DEVICE,
+            fleet=FLEET,
+            group="",
+            devices_url="",
+            mqtt=(),
+            production=False,
+            floor=NOW - timedelta(days=1),
+        )
+        self.trust = Trust(
+            identity=identity,
+            root=self.server.root,
+            cache=tmp_path / "trust",
+            https=self.server,
+            store=self.store,
+            production=False,
+        )
+        self.desired = Desired(
+            board=Board(device=DEVICE, boot_id="b", places=None, mac_key=b"", clock=lambda: 0.0),
+            trust=self.trust,
+            https=self.server,
+            store=self.store,
+            worker=self.worker,
+            deployer=self.deployer,
+            clock_set=lambda: clock_set,
+            ask_fresh=self.ask,
+            on_report=lambda: None,
+            strict=strict,
+        )
+        self.answer = lambda nonce: None
+
+    def ask(self, nonce):
+        self.nonces.append(nonce)
+        reply = self.answer(nonce)
+        if reply is not None:
+            asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self.desired.fresh(reply)))
+        return True
+
+    def judge(self, *envelopes):
+        async def story():
+            for envelope in envelopes:
+                await self.desired.judge(envelope)
+
+        asyncio.run(story())
+
+    def codes(self):
+        return [report.code for report in self.store.history()]
+
+
+@pytest.fixture
+def case(tmp_path):
+    return Case(tmp_path)
+
+
+def test_an_assignment_is_persisted_before_anything_is_done_about_it(case):
+    seen = []
+
+    async def desire(assignment):
+        seen.append((assignment.version, case.store.counter("accepted")))
+
+    case.deployer.desire = desire
+    case.judge(case.server.assignment(3))
+    assert seen == [(3, 3)]
+
+
+def test_hearing_it_by_both_ways_is_hearing_it_once(case):
+    envelope = case.server.assignment(3)
+    case.judge(envelope, envelope)
+    assert case.deployer.versions == [3]
+
+
+REFUSED = [
+    ("another board's", {"device": "lift-0a1b2c3d"}, RejectCode.WRONG_DEVICE),
+    ("another fleet's", {"fleet": "pirates"}, RejectCode.WRONG_FLEET),
+    ("an older one", {"version": 2}, RejectCode.ROLLBACK),
+    ("the same version with other words", {"version": 5, "keep_data": ("x",)}, RejectCode.EQUIVOCATION),
+    (
+        "one past its date",
+        {"issued": NOW - timedelta(hours=2), "expires": NOW - timedelta(hours=1)},
+        RejectCode.EXPIRED,
+    ),
+    ("one that its publisher signed, and not the director", {"signer": "main"}, RejectCode.UNSIGNED),
+]
+
+
+@pytest.mark.parametrize(("what", "change", "code"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_what_is_refused_is_reported_once_and_changes_nothing(case, what, change, code):
+    case.judge(case.server.assignment(5))
+    bad = case.server.assignment(**({"version": 6} | change))
+    case.judge(bad, bad)
+    assert case.deployer.versions == [5]
+    assert case.store.counter("accepted") == 5
+    assert case.codes() == [code]
+    assert case.desired.problems["assignment"]
+    # What is right again ends the trouble.
+    case.judge(case.server.assignment(7))
+    assert case.deployer.versions == [5, 7]
+    assert "assignment" not in case.desired.problems
+
+
+def test_bytes_that_are_no_envelope_at_all(case):
+    case.judge(b"", b"{}", b"x" * 300_000)
+    assert case.codes() == [RejectCode.MALFORMED, RejectCode.MALFORMED, RejectCode.TOO_LARGE]
+
+
+def test_metadata_with_a_bad_signature_is_refused_with_its_code(case):
+    case.judge(case.server.assignment(1))
+    case.server.files["timestamp.json"] = case.server.files["timestamp.json"].replace(b'"version":1', b'"version":2')
+    case.judge(case.server.assignment(2))
+    assert case.codes() == [RejectCode.UNSIGNED]
+    assert case.deployer.versions == [1]
+
+
+def test_a_server_that_cannot_be_reached_is_no_refusal(case):
+    case.server.reachable = False
+    case.judge(case.server.assignment(1))
+    assert case.codes() == []
+    assert "cannot be fetched" in case.desired.problems["assignment"]
+
+
+def test_without_a_clock_somebody_has_to_vouch_for_it(tmp_path):
+    case = Case(tmp_path, clock_set=False)
+    envelope = case.server.assignment(4)
+    case.answer = lambda nonce: case.server.fresh(nonce, envelope)
+    case.judge(envelope)
+    assert case.deployer.versions == [4]
+    assert len(case.nonces) == 1
+
+
+def test_a_silent_broker_cannot_freeze_a_board_unnoticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(desired_module, "FRESH_S", 0.05)
+    case = Case(tmp_path, clock_set=False)
+    case.judge(case.server.assignment(4))
+    assert case.deployer.versions == [], "it is accepted, and not acted on"
+    assert case.store.counter("accepted") == 4
+    assert "nobody vouched" in case.desired.problems["fresh"]
+
+
+def test_a_development_board_acts_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(desired_module, "FRESH_S", 0.05)
+    case = Case(tmp_path, clock_set=False, strict=False)
+    case.judge(case.server.assignment(4))
+    assert case.deployer.versions == [4]
+    assert "fresh" in case.desired.problems
+
+
+@pytest.mark.parametrize("what", ["replayed", "about another"])
+def test_a_freshness_statement_counts_for_one_nonce_and_one_assignment(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(desired_module, "FRESH_S", 0.2)
+    case = Case(tmp_path, clock_set=False)
+    old, newer = case.server.assignment(4), case.server.assignment(5)
+    case.answer = lambda nonce: (
+        case.server.fresh("0" * 32, old) if what == "replayed" else case.server.fresh(nonce, newer)
+    )
+    case.judge(old)
+    assert case.deployer.versions == []
+
+
+def test_the_floor_of_time_rises_with_what_is_accepted_and_never_falls(case):
+    case.judge(case.server.assignment(1))
+    assert case.trust.floor == NOW
+    assert case.store.facts().floor == NOW
+    assert case.trust.now() >= NOW
+
+
+def test_what_was_accepted_is_carried_on_with_after_a_restart(case, tmp_path):
+    case.judge(case.server.assignment(4, expires=NOW + timedelta(seconds=60)))
+    asyncio.run(case.desired.resume())
+    assert case.deployer.versions == [4, 4]

@@ -1,0 +1,87 @@
+"""Reports lie on the board until the server has stored them, and are sent again until it says so."""
+
+import asyncio
+from datetime import UTC, datetime
+
+from agent import outbox as outbox_module
+from agent.outbox import Outbox
+from agent.store import Store
+from agent.worker import Worker
+from fleet.protocol import wire
+from fleet.protocol.messages import Report
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+
+
+def run(tmp_path, story):
+    async def whole():
+        store, worker = Store(tmp_path / "store.db"), Worker("test")
+        sent, event = [], asyncio.Event()
+        link = {"up": True}
+
+        def publish(body):
+            if link["up"]:
+                sent.append(wire.decode(Report, body).sequence)
+                event.set()
+            return link["up"]
+
+        box = Outbox(store=store, worker=worker, publish=publish)
+
+        def post():
+            store.save(report=Report(device="b-01234567", boot_id="x", sequence=0, at=NOW, assignment=1))
+            box.wake()
+
+        async def until(expected):
+            async with asyncio.timeout(5):
+                while sent != expected:
+                    event.clear()
+                    await event.wait()
+
+        task = asyncio.ensure_future(box.run())
+        await story(box, post, until, link, sent)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        worker.close()
+        store.close()
+
+    asyncio.run(whole())
+
+
+def test_each_is_sent_once_while_the_connection_holds(tmp_path):
+    async def story(box, post, until, link, sent):
+        post()
+        await until([1])
+        post()
+        await until([1, 2])
+        await box.acknowledge(2)
+        post()
+        await until([1, 2, 3])
+
+    run(tmp_path, story)
+
+
+def test_what_was_made_offline_is_sent_on_reconnecting(tmp_path):
+    async def story(box, post, until, link, sent):
+        link["up"] = False
+        for _ in range(3):
+            post()
+        await asyncio.sleep(0)
+        assert sent == []
+        link["up"] = True
+        box.reconnected()
+        await until([1, 2, 3])
+
+    run(tmp_path, story)
+
+
+def test_what_is_not_acknowledged_is_sent_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(outbox_module, "RESEND_FIRST_S", 0.05)
+
+    async def story(box, post, until, link, sent):
+        post()
+        post()
+        await until([1, 2, 1, 2])
+        await box.acknowledge(1)
+        await until([1, 2, 1, 2, 2])
+
+    run(tmp_path, story)
