@@ -75,6 +75,7 @@ class Workflow:
         self._timestamp: Timestamp | None = None
         self._snapshot: Snapshot | None = None
         self._roles: dict[tuple[str, str], tuple[Targets, bytes]] = {}  # (delegator, role)
+        self._parsed: dict[str, tuple[tuple[str, bytes], Targets]] = {}  # what was verified last of each role
         self._now: datetime | None = None
         self.facts = Facts()
 
@@ -246,25 +247,37 @@ class Workflow:
         keys = self.facts.online + metadata.key_set(delegator, (role,))
         data = self._cached_or_fetched(role, promise, delegator, caps.TARGETS_MAX_BYTES)  # 5.6.1
         metadata.check_file(promise, data, role)  # 5.6.2
-        new = metadata.parse(Targets, data, role)
-        metadata.verify_metadata(delegator, role, new)  # 5.6.3
-        if new.signed.version != promise.version:  # 5.6.4
-            raise _rollback(role, new.signed.version, promise.version)
-        self._check_memory(role, new.signed.version, data, keys)
+        new = self._verified(role, delegator, data, keys)  # 5.6.3
+        if new.version != promise.version:  # 5.6.4
+            raise _rollback(role, new.version, promise.version)
+        self._check_memory(role, new.version, data, keys)
         if not late:
-            metadata.check_expiry(new.signed, self._now, role)  # 5.6.5
-        self._remember(role, new.signed.version, data, keys)
+            metadata.check_expiry(new, self._now, role)  # 5.6.5
+        self._remember(role, new.version, data, keys)
         self._cache.store(f"{_file_name(role)}.json", data)
-        self._roles[parent, role] = new.signed, data
+        self._roles[parent, role] = new, data
+        return new
+
+    def _verified(self, role: str, delegator: Root | Targets, data: bytes, keys: str) -> Targets:
+        """The role in `data`, verified; the same bytes under the same keys are not verified a second time."""
+        known = self._parsed.get(role)
+        if known is not None and known[0] == (keys, data):
+            return known[1]
+        new = metadata.parse(Targets, data, role)
+        metadata.verify_metadata(delegator, role, new)
+        self._parsed[role] = (keys, data), new.signed
         return new.signed
 
     def _cached_or_fetched(self, role: str, promise: MetaFile, delegator: Root | Targets, cap: int) -> bytes:
-        """The cached file when it is the promised one and verifies, else the repository's."""
+        """The cached file when it is the promised one, else the repository's; the caller verifies it either way."""
         cached = self._cache.load(f"{_file_name(role)}.json")
         if cached is not None:
-            kind = Snapshot if role == "snapshot" else Targets
             try:
                 metadata.check_file(promise, cached, role)
+                if promise.hashes:
+                    return cached
+                # Only its version was promised: it must verify to be taken for it.
+                kind = Snapshot if role == "snapshot" else Targets
                 parsed: Metadata[Any] = metadata.parse(kind, cached, role)
                 metadata.verify_metadata(delegator, role, parsed)
             except Rejected:
