@@ -91,6 +91,9 @@ class Clients:
             successor.settimeout(_PASS_TIMEOUT_S)
         self._deadline_s = time.monotonic() + deadline_s
         self._passed = self._cut = 0
+        for source in list(self._sources.values()):
+            while source.fileno() >= 0 and self._receive(source):
+                pass  # what was passed to this lane and not taken up yet goes on too
         for client in list(self._clients.values()):
             self._leave(client)
         self._finish_leaving()
@@ -101,7 +104,7 @@ class Clients:
         """How long the loop may sleep; -1 for as long as nothing happens."""
         now = time.monotonic()
         waits = []
-        if self._leaving and self._clients:
+        if self._leaving:
             waits.append(self._deadline_s - now)
         if any(not client.trusted or client.out for client in self._clients.values()):
             waits.append(self._next_sweep_s - now)
@@ -122,7 +125,9 @@ class Clients:
     def tick(self) -> None:
         """End what has waited too long."""
         now = time.monotonic()
-        if self._leaving and self._clients and now >= self._deadline_s:
+        if self._leaving and now >= self._deadline_s:
+            for source in list(self._sources.values()):
+                self._forget(source)
             self._cut += len(self._clients)
             for client in list(self._clients.values()):
                 self._drop(client)
@@ -164,21 +169,29 @@ class Clients:
             self._next_sweep_s = client.last_s + SWEEP_S
         return client
 
-    def _receive(self, source: socket.socket) -> None:
+    def _receive(self, source: socket.socket) -> bool:
+        """Take up a connection that was passed to this lane; False if there is none."""
         try:
             data, fds = control.receive_packet(source)
         except BlockingIOError:
-            return
+            return False
         except control.GoneError:
-            del self._sources[source.fileno()]
-            self._poll.unregister(source)
-            source.close()
-            return
+            self._forget(source)
+            return False
         for fd in fds:
             client = self._add(socket.socket(fileno=fd))
             prefix = data[len(_PASSED) :]
             if prefix:
                 self._take(client, prefix)
+            elif self._leaving:
+                self._leave(client)
+        return True
+
+    def _forget(self, source: socket.socket) -> None:
+        del self._sources[source.fileno()]
+        self._poll.unregister(source)
+        source.close()
+        self._finish_leaving()
 
     def _read(self, client: Client) -> None:
         try:
@@ -277,7 +290,7 @@ class Clients:
         client.sock.close()
 
     def _finish_leaving(self) -> None:
-        if self._leaving and not self._clients:
+        if self._leaving and not self._clients and not self._sources:
             self._leaving = False
             _close(self._successor)
             self._successor = None

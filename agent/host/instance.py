@@ -210,7 +210,7 @@ class Instance:
             await self._hand_over(self.current.alive, [], wait_s=DRAIN_MS / 1000)
         for generation in (self.current, self.previous):
             if generation is not None:
-                await self._drop(generation)
+                await self._drop(generation, drained=True)
         self.current = self.previous = None
         await self._tell_router()
         for task in list(self._tasks):
@@ -416,6 +416,7 @@ class Instance:
                     pair = control.pair()
                     new[number % len(new)].send(control.Adopt(), pair[1].fileno())
                     fds = (pair[0].fileno(),)
+                lane.drained = asyncio.get_running_loop().create_future()
                 waits.append(asyncio.ensure_future(lane.ask(order, *fds, answer=control.HandedOver, timeout_s=wait_s)))
                 await asyncio.sleep(0)  # let it send before its descriptor is closed here
             except LaneGoneError:
@@ -425,21 +426,24 @@ class Instance:
                     sock.close()
         await asyncio.gather(*waits, return_exceptions=True)
 
-    async def _drop(self, generation: Generation) -> None:
+    async def _drop(self, generation: Generation, *, drained: bool = False) -> None:
         generation.dropped = True
         for lane in list(generation.lanes):
-            self._retire(generation, lane)
+            self._retire(generation, lane, drained=drained)
         if generation.image_fd >= 0:
             os.close(generation.image_fd)
             generation.image_fd = -1
 
-    def _retire(self, generation: Generation, lane: Lane) -> None:
-        """End a lane on purpose and keep its figures."""
+    def _retire(self, generation: Generation, lane: Lane, *, drained: bool = False) -> None:
+        """End a lane on purpose and keep its figures; if it is handing over still (not `drained`), when it has."""
         if lane in generation.lanes:
             generation.lanes.remove(lane)
             generation.past = generation.past.plus(lane.page.read())
-        lane.kill("it was replaced")
         lane.ended.add_done_callback(lambda _: lane.close())
+        if not drained and lane.drained is not None and not lane.drained.done():
+            self._spawn(lane.kill_when_drained("it was replaced", DRAIN_MS / 1000))
+        else:
+            lane.kill("it was replaced")
 
     # What lanes say, and how they end.
 

@@ -42,6 +42,7 @@ class Lane:
         self.ready: control.Ready | None = None
         self.exit_status: int | None = None
         self.killed_because = ""
+        self.drained: asyncio.Future[None] | None = None  # while it hands its connections over
         self.ended = asyncio.get_running_loop().create_future()
         self._sock = sock
         self._on_message = on_message
@@ -96,6 +97,8 @@ class Lane:
                 self.memory_fd, *fds = fds  # type: ignore[assignment]
         for fd in fds:
             os.close(fd)
+        if isinstance(message, control.HandedOver) and self.drained is not None and not self.drained.done():
+            self.drained.set_result(None)
         kind = control.Ready if isinstance(message, control.Refused) else type(message)
         future = self._waiting.get(kind)
         if future is not None and not future.done():
@@ -114,6 +117,12 @@ class Lane:
             self.killed_because = self.killed_because or because
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    async def kill_when_drained(self, because: str, timeout_s: float) -> None:
+        """End it as soon as its connections are handed over, or after `timeout_s`."""
+        if self.drained is not None and self.alive:
+            await asyncio.wait([self.drained, self.ended], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        self.kill(because)
 
     def has_ended(self, status: int) -> None:
         """Its zygote says that it has ended."""

@@ -154,3 +154,25 @@ def test_stop_answers_what_was_asked_and_then_refuses(host):
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=30)
     assert isinstance(host.ask(ipc.Stop, instance="web"), ipc.Done)
+
+
+def test_a_request_in_pieces_and_an_unread_answer_outlive_three_swaps(host):
+    """Slow clients: one has sent half a request, one has not read its answer. Neither notices."""
+    port = support.free_port()
+    large = support.Limits(response_bytes=16 << 20)
+    host.start("large-answer", support.a_run("web", 1, port=port, limits=large))
+    slow = socket.create_connection(("127.0.0.1", port), timeout=30)
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+    slow.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    half = socket.create_connection(("127.0.0.1", port), timeout=30)
+    half.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n12345")
+    for generation in range(2, 5):
+        reply = host.start("hello", support.a_run("web", generation, port=port))
+        assert isinstance(reply, ipc.Started)
+        host.ask(ipc.Commit, instance="web", generation=generation)
+    half.sendall(b"67890")
+    assert support.read_answer(half)[2] == b"hello\n"
+    status, _, body = support.read_answer(slow)
+    assert (status, len(body) > 1 << 20) == (200, True)
+    # Once it has read the old answer, its next request goes to the newest generation.
+    assert support.http(port, sock=slow)[2] == b"hello\n"

@@ -1,0 +1,169 @@
+"""The host's rows of the budget table: counts and ratios, printed; run by `make bench`. Nothing here asserts a time."""
+
+import os
+import select
+import socket
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "agent" / "host"))
+
+import support
+from test_life import children
+from test_swap import Traffic
+
+from agent.host import ipc
+
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def host(tmp_path):
+    running = support.Host(tmp_path)
+    yield running
+    running.close()
+
+
+def row(what, value):
+    print(f"\n  {what:<66} {value}", flush=True)
+
+
+def rate(port, path, seconds=3.0, connections=4):
+    """Requests a second over kept-alive connections, from one client thread, and the latencies in milliseconds."""
+    request = f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+    poll = select.epoll()
+    socks = {}
+    for _ in range(connections):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        socks[sock.fileno()] = sock
+        poll.register(sock, select.EPOLLIN)
+    sent, took = {}, []
+    for fd, sock in socks.items():
+        sent[fd] = time.perf_counter()
+        sock.send(request)
+    end = time.perf_counter() + seconds
+    while (now := time.perf_counter()) < end:
+        for fd, _ in poll.poll():
+            data = socks[fd].recv(65536)
+            assert data.startswith(b"HTTP/1.1 200"), data
+            now = time.perf_counter()
+            took.append((now - sent[fd]) * 1000)
+            sent[fd] = now
+            socks[fd].send(request)
+    for sock in socks.values():
+        sock.close()
+    return len(took) / seconds, sorted(took)
+
+
+def test_requests(host):
+    port = support.free_port()
+    host.start("hello", support.a_run("direct", 1, port=port))
+    host.start("hello", support.a_run("routed", 1))
+    direct, took = rate(port, "/")
+    routed, _ = rate(host.port, "/routed/")
+    row("requests a second, warm, four connections, client in Python beside it", f"{direct:.0f}")
+    row("the same, p99 in milliseconds", f"{took[int(len(took) * 0.99)]:.2f}")
+    row(
+        "guest time of a call, p50 and p99 in microseconds",
+        f"{host.health('direct').p50_us} / {host.health('direct').p99_us}",
+    )
+    row("through the router, share of the direct rate", f"{routed / direct:.2f}")
+
+
+def test_memory_of_a_lane(host):
+    port = support.free_port()
+    host.start("hello", support.a_run("web", 1, port=port))
+    rate(port, "/", seconds=0.01)
+    first = host.health("web").memory_bytes
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        for _ in range(10_000):
+            support.http(port, sock=sock)
+    row(
+        "private memory of a lane: first request / after 10,000, MB",
+        f"{first / 1e6:.1f} / {host.health('web').memory_bytes / 1e6:.1f}",
+    )
+
+
+def test_starting(host):
+    port = support.free_port()
+    host.start("hello", support.a_run("web", 1, port=port))
+    took = []
+    for generation in range(2, 22):
+        began = time.perf_counter()
+        reply = host.start("hello", support.a_run("web", generation, port=port))
+        assert isinstance(reply, ipc.Started), reply
+        support.http(port)
+        took.append((time.perf_counter() - began) * 1000)
+    row(
+        "image handed over -> lane in its cell -> swapped -> first answer, ms (median of 20)",
+        f"{statistics.median(took):.1f}",
+    )
+
+
+@pytest.mark.parametrize("way", ["own port", "router"])
+def test_two_hundred_swaps(host, way):
+    port = support.free_port() if way == "own port" else None
+    host.start("hello", support.a_run("web", 1, port=port))
+    traffic = Traffic(port or host.port, "/" if port else "/web/", kept=3, new=1)
+    try:
+        for generation in range(2, 202):
+            before = traffic.answers
+            reply = host.start("hello", support.a_run("web", generation, port=port))
+            assert isinstance(reply, ipc.Started), reply
+            while traffic.answers < before + 20 and not traffic.lost:
+                threading.Event().wait(0.002)
+    finally:
+        traffic.stop()
+    row(
+        f"200 swaps, {way}: requests / lost / connections opened by 3 kept-alive clients",
+        f"{traffic.answers} / {len(traffic.lost)} / {traffic.opened}",
+    )
+    assert traffic.lost == []
+
+
+def switches(pid):
+    lines = [
+        line for task in Path(f"/proc/{pid}/task").iterdir() for line in (task / "status").read_text().splitlines()
+    ]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+
+
+def pss_kb(pid):
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1])
+    return 0
+
+
+def test_at_rest(host):
+    host.ask(ipc.Hello)
+    row("host at rest without instances, sum of PSS, MB", f"{sum(map(pss_kb, family(host))) / 1000:.1f}")
+    port = support.free_port()
+    host.start("hello", support.a_run("web", 1, port=port))
+    support.http(port)
+    seconds = 20
+    before = {pid: switches(pid) for pid in family(host)}
+    time.sleep(seconds)
+    most = max((switches(pid) - before[pid]) * 60 // seconds for pid in before)
+    row("wake-ups a minute at rest, the busiest process", most)
+
+
+def family(host):
+    return [host.process.pid, *children(host.process.pid)]
+
+
+def test_many_instances(host):
+    count = int(os.environ.get("WASMFLEET_BENCH_INSTANCES", "40"))
+    host.start("hello", support.a_run("i0", 1))
+    base = sum(map(pss_kb, family(host)))
+    for number in range(1, count):
+        assert isinstance(host.start("hello", support.a_run(f"i{number}", 1)), ipc.Started)
+    each = (sum(map(pss_kb, family(host))) - base) / (count - 1)
+    row(f"a further idle instance in a lane of its own (of {count}), PSS in KB", f"{each:.0f}")
+    row("the instance's own linear memory beside the engine, KB", 64)
