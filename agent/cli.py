@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from agent import check, config, enroll, health, identity, images, restore, systemd, why
+from agent import check, config, enroll, firstboot, health, identity, images, restore, systemd, why
 from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Places
 from agent.hostlink import HostGoneError, HostLink
 from agent.store import Store, StoreError
@@ -34,6 +34,18 @@ EXAMPLES: Final = """examples:
 
 class UsageError(Exception):
     """The command cannot be carried out; the message says why and what to do."""
+
+
+ERRORS: Final = (
+    UsageError,
+    ConfigError,
+    StoreError,
+    BadNameError,
+    enroll.EnrolError,
+    identity.IdentityError,
+    images.ImageError,
+    restore.RunsetError,
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument(
         "--token-file", type=Path, metavar="FILE", help="read the token from a file instead of standard input"
     )
+    join.add_argument(
+        "--first-boot",
+        action="store_true",
+        help="take the token from the boot partition or the kernel's command line, and erase it",
+    )
     join.add_argument("--name", default="", help="what to call this board (its host name)")
     join.add_argument("--force", action="store_true", help="give up the identity and state that are there")
     add("run", _run, "run the agent")
@@ -91,6 +108,8 @@ def _places(options: argparse.Namespace) -> Places:
 
 def _enroll(options: argparse.Namespace) -> int:
     settings = config.load(options.config)
+    if options.first_boot:
+        return _first_boot(options, settings)
     if options.token_file is not None:
         try:
             text = options.token_file.read_text()[:TOKEN_MAX_BYTES]
@@ -100,19 +119,78 @@ def _enroll(options: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             print("paste the enrolment token (fleet enroll-token makes one), then Enter:", file=sys.stderr)
         text = sys.stdin.readline(TOKEN_MAX_BYTES)
+    _join(options, settings, text, firstboot.machine())
+    return 0
+
+
+def _join(options: argparse.Namespace, settings: config.Settings, text: str, machine: str) -> None:
+    _become_owner(options.state)
     joined = enroll.enroll(
         text,
         state=options.state,
         name=enroll.board_name(options.name or settings.name),
         production=settings.production,
         force=options.force,
-        machine=health.machine_id(),
+        machine=machine,
     )
     print(f"{joined.device} has joined the fleet {joined.fleet}" + (f", group {joined.group}" if joined.group else ""))
+
+
+def _first_boot(options: argparse.Namespace, settings: config.Settings) -> int:
+    """Join by a token that lies on this board, once; a copied disk gives up the identity that it carries."""
+    directory = _places(options).identity
+    if (directory / "enrolled.json").exists():
+        who = identity.load(directory)
+        if not firstboot.is_copy(who):
+            print(f"{who.device} is enrolled already")
+            return 0
+        print(f"this disk was copied from the board of {who.device}: its identity and state are given up")
+        options.force = True
+    found = firstboot.find(credentials=os.environ.get("CREDENTIALS_DIRECTORY"))
+    if found is None:
+        if options.force:
+            enroll.give_up(options.state)
+        print(f"there is no {firstboot.NAME} on the boot partition: nothing to do")
+        return 0
+    machine = firstboot.machine()
+    pid = os.fork()  # the token is erased by whom it was written for, the identity written by the agent's user
+    if pid == 0:
+        os._exit(_guarded(lambda: _join(options, settings, found.text, machine)))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code == 0 and not firstboot.erase(found):
+        print(
+            f"the used token could not be erased from {found.where}; it is good for nothing any more", file=sys.stderr
+        )
+    return code
+
+
+def _guarded(work: Callable[[], None]) -> int:
+    try:
+        work()
+    except ERRORS as error:
+        print(f"fleet-agent enroll: {error}", file=sys.stderr)
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
     return 0
 
 
+def _become_owner(state: Path) -> None:
+    """As root, go on as the user whose state directory it is: what root writes there, the agent could not read."""
+    try:
+        owner = state.stat()
+    except OSError:
+        return  # there is none yet; enrolling makes it
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        os.setgroups([])
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+        os.environ["HOME"] = str(state)
+
+
 def _identity(places: Places) -> identity.Identity:
+    _become_owner(places.state)
     if places.state.exists() and not os.access(places.state, os.W_OK | os.X_OK):
         raise UsageError(f"{places.state} belongs to another user: run as that user, or give another --state")
     return identity.load(places.identity)
@@ -125,6 +203,11 @@ def _run(options: argparse.Namespace) -> int:
     who = _identity(places)
     if settings.production and not who.production:
         raise UsageError("this board is in production mode and enrolled in a fleet made for development: enrol it anew")
+    if firstboot.is_copy(who):
+        raise UsageError(
+            f"this disk was copied from the board of {who.device}, which is still itself: "
+            "run 'fleet-agent enroll --force' with a token of its own"
+        )
     systemd.log_to_journal(logging.DEBUG if options.verbose else logging.INFO)
     root = (places.identity / "root.json").read_bytes()
     mac_key = images.load_key(places.identity / "mac.key")
@@ -141,6 +224,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _restore(options: argparse.Namespace) -> int:
     places, settings = _places(options), config.load(options.config)
+    _become_owner(places.state)
     if not (places.identity / "enrolled.json").exists():
         return 0  # a board that never enrolled has nothing to restore
     key = images.load_key(places.identity / "mac.key")
@@ -208,7 +292,9 @@ def _why(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    results = check.run(_places(options), config.load(options.config))
+    settings = config.load(options.config)
+    _become_owner(options.state)
+    results = check.run(_places(options), settings)
     if options.json:
         _print_json(results)
     else:
@@ -222,16 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (
-        UsageError,
-        ConfigError,
-        StoreError,
-        BadNameError,
-        enroll.EnrolError,
-        identity.IdentityError,
-        images.ImageError,
-        restore.RunsetError,
-    ) as error:
+    except ERRORS as error:
         print(f"fleet-agent {options.command}: {error}", file=sys.stderr)
         return 1
     except OSError as error:

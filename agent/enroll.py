@@ -274,11 +274,16 @@ def _install(state: Path, files: dict[str, bytes]) -> None:
     (fresh / "token.sha256").unlink()
     sync_directory(fresh)
     if final.exists():
-        (final / "enrolled.json").unlink(missing_ok=True)
-        forget(state)
-        shutil.rmtree(final)
+        give_up(state)
     fresh.rename(final)
     sync_directory(state)
+
+
+def give_up(state: Path) -> None:
+    """Remove an identity and everything that belongs to it."""
+    (state / "identity" / "enrolled.json").unlink(missing_ok=True)
+    forget(state)
+    shutil.rmtree(state / "identity", ignore_errors=True)
 
 
 def forget(state: Path) -> None:

@@ -56,16 +56,6 @@ def versions(*, host: str = "", engine: str = "") -> Versions:
     )
 
 
-def machine_id() -> str:
-    """The board's serial, else its machine id; empty where it has neither. It tells a copied disk from its original."""
-    for path in ("/sys/firmware/devicetree/base/serial-number", "/sys/class/dmi/id/product_uuid", "/etc/machine-id"):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            text = Path(path).read_bytes().rstrip(b"\0\n").decode().strip()
-            if text:
-                return text
-    return ""
-
-
 def _memory() -> tuple[int, int]:
     total = available = 0
     with contextlib.suppress(OSError, ValueError, IndexError):

@@ -203,3 +203,17 @@ def test_showing_what_runs_loads_neither_mqtt_nor_tuf():
     )
     loaded = {name.partition(".")[0] for name in done.stdout.splitlines()}
     assert not loaded & {"paho", "tuf", "securesystemslib"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be somebody else")
+def test_root_asks_as_the_agents_user_and_leaves_nothing_of_its_own(tmp_path):
+    """What root writes into the state directory, the agent could not read: so root does not."""
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    enrolled(tmp_path).close()
+    for path in [tmp_path / "state", *(tmp_path / "state").rglob("*")]:
+        os.chown(path, 23456, 23456)
+    done = agent(tmp_path, "status")
+    assert done.returncode == 0, done.stderr
+    assert {path.stat().st_uid for path in (tmp_path / "state").rglob("*")} == {23456}

@@ -1,4 +1,4 @@
-"""What a board believes: assignments judged with real signatures, refusals reported once, and freshness without a clock."""
+"""What a board believes: assignments with real signatures, refusals reported once, freshness without a clock."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta

@@ -1,0 +1,124 @@
+"""First boot: a board that finds its token by itself, and one that finds out that its disk was copied.
+
+The token lies where whoever wrote the disk could put it: a systemd credential, a file `wasmfleet.token` on the boot
+partition, or `wasmfleet.token=` on the kernel's command line. It is good once, and erased after use all the same. A
+copied disk carries the key of the board that it was copied from; two boards with one key are none, so the copy drops
+everything of that identity and enrols itself.
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from agent.identity import Identity
+
+NAME: Final = "wasmfleet.token"
+BOOT: Final = (Path("/boot/firmware"), Path("/boot/efi"), Path("/boot"))
+COMMAND_LINE: Final = Path("/proc/cmdline")
+TOKEN_MAX_BYTES: Final = 8192
+MACHINE_SOURCES: Final = {
+    "serial": Path("/sys/firmware/devicetree/base/serial-number"),
+    "dmi": Path("/sys/class/dmi/id/product_uuid"),
+    "id": Path("/etc/machine-id"),
+}
+"""What tells one machine from another, the best first; not every user may read each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A token and the file that it lies in; None where it cannot be erased (a credential)."""
+
+    text: str
+    file: Path | None
+    where: str
+
+
+def machine(sources: Mapping[str, Path] = MACHINE_SOURCES) -> str:
+    """What tells this machine from others, as `source:value`; empty where nothing does."""
+    for name in sources:
+        value = _machine_value(sources[name])
+        if value:
+            return f"{name}:{value}"
+    return ""
+
+
+def _machine_value(path: Path) -> str:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return path.read_bytes().strip(b"\0\n ").decode()
+    return ""
+
+
+def is_copy(who: Identity, sources: Mapping[str, Path] = MACHINE_SOURCES) -> bool:
+    """Whether this identity was made on another machine: its source can be read here, and says something else."""
+    name, _, value = who.machine.partition(":")
+    here = _machine_value(sources[name]) if name in sources else ""
+    return bool(value and here and here != value)
+
+
+def find(
+    *,
+    credentials: str | None = None,
+    boot: tuple[Path, ...] = BOOT,
+    command_line: Path = COMMAND_LINE,
+) -> Found | None:
+    """Look for a token: in systemd's credentials, on the boot partition, on the kernel's command line."""
+    if credentials:
+        text = _read(Path(credentials) / NAME)
+        if text:
+            return Found(text, None, "a systemd credential")
+    for directory in boot:
+        path = directory / NAME
+        text = _read(path)
+        if text:
+            return Found(text, path, str(path))
+    for word in _read(command_line).split():
+        name, _, value = word.partition("=")
+        if name == NAME and value:
+            file = next((path for path in _command_line_files(boot) if word in _read(path).split()), None)
+            return Found(value, file, "the kernel's command line")
+    return None
+
+
+def _read(path: Path) -> str:
+    with contextlib.suppress(OSError, UnicodeDecodeError), path.open("rb") as file:
+        return file.read(TOKEN_MAX_BYTES).decode().strip()
+    return ""
+
+
+def _command_line_files(boot: tuple[Path, ...]) -> tuple[Path, ...]:
+    return tuple(directory / "cmdline.txt" for directory in boot)
+
+
+def erase(found: Found) -> bool:
+    """Remove a used token from where it lay; false where that could not be done.
+
+    A file of its own is overwritten first (boot partitions are FAT, without a journal or copies); of a kernel command
+    line the one word is taken out.
+    """
+    if found.file is None:
+        return False
+    try:
+        if found.file.name == NAME:
+            with found.file.open("r+b") as file:
+                file.write(b"\0" * os.fstat(file.fileno()).st_size)
+                file.flush()
+                os.fsync(file.fileno())
+            found.file.unlink()
+        else:
+            words = [word for word in found.file.read_text().split() if word != f"{NAME}={found.text}"]
+            _replace(found.file, " ".join(words) + "\n")
+    except OSError:
+        return False
+    return True
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f"{path.name}.new")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
