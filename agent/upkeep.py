@@ -16,7 +16,7 @@ from agent.fetch import FetchError, Https
 from agent.images import ImageError, Images
 from agent.worker import Worker
 from fleet.protocol import caps, wire
-from fleet.protocol.api import RenewReply, RenewRequest
+from fleet.protocol.enrolment import RenewReply, RenewRequest
 
 log = logging.getLogger("agent.upkeep")
 

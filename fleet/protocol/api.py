@@ -2,38 +2,9 @@
 
 The server encodes and decodes these, the command line too, and the OpenAPI document is generated from them. All times
 are UTC, durations say their unit. An error of any route is a `Problem`.
-
-    GET  /v1/status                          Status
-    GET  /v1/devices                         Devices
-    GET  /v1/devices/{id}                    DeviceDetail
-    GET  /v1/devices/{id}/timeline           Timeline          ?limit=N
-    PUT  /v1/devices/{id}/labels             LabelsRequest  -> DeviceDetail
-    PUT  /v1/devices/{id}/pin                RolloutRequest -> RolloutView   (the device is the path's)
-    POST /v1/devices/{id}/unpin              InstanceRequest -> DeviceDetail
-    POST /v1/devices/{id}/retry              InstanceRequest -> DeviceDetail
-    POST /v1/devices/{id}/command            CommandRequest -> CommandReply
-    POST /v1/devices/{id}/revoke             -> DeviceDetail
-    GET  /v1/groups                          Groups
-    PUT  /v1/groups/{name}                   GroupRequest   -> GroupRow      (made when there is none)
-    POST /v1/enroll-tokens                   EnrollTokenRequest -> EnrollTokenReply
-    POST /v1/enrol                           fleet.protocol.enrolment: EnrolRequest -> Enrolled (no bearer token)
-    GET  /v1/components                      Components
-    GET  /v1/tuf/{file}                      TUF metadata as stored
-    PUT  /v1/artifacts/{sha256}              the bytes -> ArtifactReply
-    GET  /v1/artifacts/{sha256}              the bytes; Range, ETag
-    POST /v1/roles/{namespace}               the role's bytes -> RoleReply   (409: someone else published first)
-    POST /v1/rollouts                        RolloutRequest -> RolloutView
-    GET  /v1/rollouts                        Rollouts          ?group=G&limit=N
-    GET  /v1/rollouts/{id}                   RolloutView       ?wait=SECONDS&since=REVISION waits for a later revision
-    POST /v1/rollouts/{id}/pause|resume|abort  -> RolloutView
-    POST /v1/preflight                       RolloutRequest -> Preflight
-    POST /v1/undo                            UndoRequest    -> RolloutView
-    POST /v1/removals                        RemovalRequest -> RolloutView
-    GET  /v1/audit                           Audit             ?limit=N
-    GET  /healthz, /metrics, /openapi.json
-
+The routes with what each takes and gives are a table, `fleet.server.openapi.ROUTES`; it comes out as `/openapi.json`.
 `{id}` of a rollout is its id or its number. On the listener for devices: `/v1/tuf/{file}`, `/v1/artifacts/{sha256}`,
-`/v1/desired` (the envelope as published, 404 for none) and `POST /v1/renew` (RenewRequest -> RenewReply).
+`/v1/desired` (the envelope as published, 404 for none) and `POST /v1/renew` (`fleet.protocol.enrolment`).
 """
 
 from datetime import datetime
@@ -504,19 +475,6 @@ class Preflight(View, frozen=True, kw_only=True):
     new_grants: tuple[str, ...] = ()
     previous: str = ""
     warnings: tuple[str, ...] = ()
-
-
-class RenewRequest(Body, frozen=True, kw_only=True):
-    """A board asks for a new certificate for the key in this PKCS#10 request; its subject is ignored."""
-
-    csr_pem: str
-
-
-class RenewReply(View, frozen=True, kw_only=True):
-    """The new certificate, leaf first."""
-
-    certificate_pem: str
-    ca_pem: str
 
 
 class AuditEntry(View, frozen=True, kw_only=True):

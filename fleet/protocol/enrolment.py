@@ -99,3 +99,16 @@ class Enrolled(Message, frozen=True, kw_only=True):
     devices_url: str
     mqtt: tuple[str, ...]
     production: bool
+
+
+class RenewRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/renew` on the boards' listener: a PKCS#10 request for the enrolled key; its subject is ignored."""
+
+    csr_pem: str
+
+
+class RenewReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The new certificate, leaf first."""
+
+    certificate_pem: str
+    ca_pem: str

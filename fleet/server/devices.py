@@ -7,12 +7,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from fleet.protocol.api import RenewRequest
+from fleet.protocol.enrolment import RenewRequest
 from fleet.server import web
 from fleet.server.artifacts import Artifacts
 from fleet.server.enrolment import Enrolment
-from fleet.server.operators import artifact_file, tuf_file
 from fleet.server.peercert import peer_certificate
+from fleet.server.publishing import artifact_file, tuf_file
 from fleet.server.repository import Repository
 from fleet.server.web import Refusal, answer, body, param
 from fleet.store.rows import DeviceRow

@@ -10,8 +10,8 @@ from cryptography import x509
 
 from fleet.ca import BadRequestError, CertificateAuthority, key_der, read_request, serial
 from fleet.protocol import names
-from fleet.protocol.api import EnrollTokenReply, EnrollTokenRequest, RenewReply
-from fleet.protocol.enrolment import Enrolled, EnrolRequest, Token
+from fleet.protocol.api import EnrollTokenReply, EnrollTokenRequest
+from fleet.protocol.enrolment import Enrolled, EnrolRequest, RenewReply, Token
 from fleet.server.home import Config
 from fleet.server.repository import Repository
 from fleet.server.web import Refusal

@@ -11,8 +11,6 @@ import fcntl
 import logging
 import os
 import signal
-import socket
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -20,9 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-import uvicorn
-
-from fleet.ca import CaError, CertificateAuthority, due, write_secret
+from fleet.ca import CaError, CertificateAuthority
 from fleet.protocol import api, wire
 from fleet.protocol.messages import Poke
 from fleet.protocol.topics import POKE, RETAINED, Topic
@@ -34,11 +30,11 @@ from fleet.server.conductor import Conductor
 from fleet.server.devices import Devices
 from fleet.server.director import RENEW_BEFORE, Director
 from fleet.server.enrolment import Enrolment
-from fleet.server.home import Address, Config, Home, HomeError
+from fleet.server.home import Config, Home, HomeError
 from fleet.server.ingest import Ingest
+from fleet.server.listener import Certificates, Listener, PortError, bind
 from fleet.server.metrics import Metrics
 from fleet.server.operators import Operators, Services
-from fleet.server.peercert import PeerCertificateProtocol
 from fleet.server.planner import Planner
 from fleet.server.repository import Repository
 from fleet.server.views import Views
@@ -52,8 +48,6 @@ from signing.errors import SigningError
 log = logging.getLogger(__name__)
 UPKEEP_S: Final = 600
 POKE_JITTER_PER_BOARD_S: Final = 0.01
-_NO_CHECK_TIME: Final = 0x200000
-"""X509_V_FLAG_NO_CHECK_TIME: an expired board may still renew; the routes check the dates."""
 Clock = Callable[[], datetime]
 
 
@@ -92,7 +86,6 @@ class Server:
         self._broker_wish = broker
         self._stack = contextlib.AsyncExitStack()
         self._started_at = clock()
-        self._contexts: list[ssl.SSLContext] = []
 
     async def start(self) -> Ready:
         """Start everything and return when boards and operators can come.
@@ -102,7 +95,7 @@ class Server:
         """
         try:
             return await self._start()
-        except (HomeError, StoreError, SigningError, CaError, BrokerError) as error:
+        except (HomeError, StoreError, SigningError, CaError, BrokerError, PortError) as error:
             await self.stop()
             raise ServeError(str(error)) from error
         except BaseException:
@@ -125,13 +118,20 @@ class Server:
         )
         self._repository.keep_fresh(now=self._clock())
         self._ca = CertificateAuthority.load(self._home.ca)
-        self._renew_certificates()
-        operators = self._bind(self._config.operators, "the API for operators")
-        devices = self._bind(self._config.devices, "the API for boards")
+        self._certificates = Certificates(self._home, self._ca, self._config.host, self._clock)
+        operators = bind(self._config.operators, "the API for operators")
+        self._stack.callback(operators.close)
+        devices = bind(self._config.devices, "the API for boards")
+        self._stack.callback(devices.close)
         self._broker = await self._start_broker()
         self._compose()
-        await self._serve(self._operators.application(), operators, self._context(devices=False))
-        await self._serve(self._devices.application(), devices, self._context(devices=True))
+        for application, sock, context in (
+            (self._operators.application(), operators, self._certificates.context(devices=False)),
+            (self._devices.application(), devices, self._certificates.context(devices=True)),
+        ):
+            listener = Listener(application, sock, context)
+            self._stack.push_async_callback(listener.stop)
+            await listener.start()
         self._run(self._conductor.run(), "rollouts")
         self._run(self._upkeep(), "upkeep")
         return Ready(
@@ -164,41 +164,10 @@ class Server:
         except OSError:
             raise ServeError(f"another server runs on {self._home.root}: stop it, or use another --home") from None
 
-    def _renew_certificates(self) -> bool:
-        """The listeners' certificate and the server's own for the broker, made anew when two thirds are over."""
-        when = self._clock()
-        changed = False
-        for name in ("server", "mqtt"):
-            path = self._home.tls / f"{name}.pem"
-            if path.exists() and not due(path.read_bytes(), now=when):
-                continue
-            pair = (
-                self._ca.server([self._config.host], now=when) if name == "server" else self._ca.server_client(now=when)
-            )
-            write_secret(self._home.tls / f"{name}.key", pair.key_pem)
-            path.write_bytes(pair.certificate_pem)
-            changed = True
-        both = (self._home.tls / "mqtt.pem").read_bytes() + (self._home.tls / "mqtt.key").read_bytes()
-        write_secret(self._home.tls / "mqtt-both.pem", both)
-        return changed
-
-    def _bind(self, where: str, what: str) -> socket.socket:
-        address = Address.parse(where, what)
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        self._stack.callback(sock.close)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((address.host, address.port))
-        except OSError as error:
-            raise _port_error(address, what, error) from error
-        sock.setblocking(False)
-        return sock
-
     async def _start_broker(self) -> Broker:
         broker = Broker.choose(self._config, self._home)
         if broker.name != "external":
-            self._bind(self._config.mqtt, "the broker").close()
+            bind(self._config.mqtt, "the broker").close()
         self._stack.push_async_callback(broker.stop)
         await broker.start(self._revoked())
         return broker
@@ -230,7 +199,7 @@ class Server:
         self._bus = Bus(
             address=self._broker.address,
             ca=self._home.ca / "ca.pem",
-            certificate=self._home.tls / "mqtt-both.pem",
+            certificate=self._certificates.client,
             on_message=ingest.on_message,
             on_connected=self._on_connected,
             remembered=self._broker.remembers,
@@ -274,47 +243,6 @@ class Server:
         self._bus.publish(POKE, wire.encode(Poke(jitter_s=jitter_s)))
         self._conductor.wake()
 
-    # -- listeners ---------------------------------------------------------------------------------------------------
-
-    def _context(self, *, devices: bool) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(self._home.tls / "server.pem", self._home.tls / "server.key")
-        # With the CA in its store, OpenSSL shows it in the chain: a board that enrols finds the one its token names.
-        context.load_verify_locations(self._home.ca / "ca.pem")
-        if devices:
-            context.verify_mode = ssl.CERT_REQUIRED
-            context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
-        self._contexts.append(context)
-        return context
-
-    async def _serve(self, application: Any, sock: socket.socket, context: ssl.SSLContext) -> None:
-        config = uvicorn.Config(
-            application,
-            http=PeerCertificateProtocol,
-            ws="none",
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            ssl_context_factory=lambda _config, _default: context,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=1,
-        )
-        listener = _Listener(config)
-        task = asyncio.create_task(listener.serve(sockets=[sock]))
-
-        async def end() -> None:
-            listener.should_exit = True
-            await asyncio.wait([task], timeout=5)
-
-        self._stack.push_async_callback(end)
-        while not listener.started:
-            if task.done():
-                await task
-                raise ServeError("a listener ended at once")
-            await asyncio.sleep(0.01)
-
     # -- upkeep ------------------------------------------------------------------------------------------------------
 
     def _run(self, coroutine: Any, name: str) -> None:
@@ -340,9 +268,7 @@ class Server:
         """One round of upkeep."""
         when = self._clock()
         self._repository.keep_fresh(now=when)
-        if self._renew_certificates():
-            for context in self._contexts:
-                context.load_cert_chain(self._home.tls / "server.pem", self._home.tls / "server.key")
+        if self._certificates.renew():
             self._broker.shut_out(self._revoked())
         for device in self._store.delivery.expiring((when + RENEW_BEFORE).timestamp()):
             self._director.reconcile(device, renew=True)
@@ -385,15 +311,6 @@ class Server:
         return self._broker.pid
 
 
-class _Listener(uvicorn.Server):
-    """uvicorn without its signal handlers: the server has its own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Any:
-        """Leave signals alone."""
-        yield
-
-
 async def run(
     home: Path,
     *,
@@ -425,14 +342,6 @@ async def run(
         await ending.wait()
     finally:
         await server.stop()
-
-
-def _port_error(address: Address, what: str, error: OSError) -> ServeError:
-    reason = error.strerror or str(error)
-    return ServeError(
-        f"{what} cannot listen at {address}: {reason.lower()}; end the program that has the port, "
-        "or change it in server/server.toml"
-    )
 
 
 def _version() -> str:

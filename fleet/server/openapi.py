@@ -8,6 +8,7 @@ import msgspec
 
 from fleet.protocol import api
 from fleet.protocol.enrolment import Enrolled, EnrolRequest
+from fleet.protocol.people import OperatorReply, OperatorRequest, Operators
 
 Struct = type[msgspec.Struct]
 Schemas = dict[Any, dict[str, Any]]
@@ -42,6 +43,9 @@ ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...
     ("post", "/v1/undo", api.UndoRequest, api.RolloutView, "Offer the previous state again"),
     ("post", "/v1/removals", api.RemovalRequest, api.RolloutView, "Take an instance off"),
     ("get", "/v1/audit", None, api.Audit, "Who did what"),
+    ("get", "/v1/operators", None, Operators, "Who may come in"),
+    ("put", "/v1/operators/{name}", OperatorRequest, OperatorReply, "Let an operator in"),
+    ("post", "/v1/operators/{name}/remove", None, Operators, "Shut an operator out"),
 )
 _QUERY: Final = {
     "/v1/devices/{id}/timeline": ("limit",),

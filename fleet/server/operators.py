@@ -7,18 +7,21 @@ from typing import Final
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from fleet.protocol import api, caps, names, wire
+from fleet.protocol import api, names, wire
 from fleet.protocol.enrolment import EnrolRequest
+from fleet.protocol.people import Role
 from fleet.server import openapi, web
-from fleet.server.artifacts import ArtifactError, Artifacts
+from fleet.server.artifacts import Artifacts
 from fleet.server.conductor import Conductor
 from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
 from fleet.server.metrics import Metrics
+from fleet.server.people import People
 from fleet.server.planner import Planner
+from fleet.server.publishing import Publishing
 from fleet.server.repository import Repository
 from fleet.server.views import Views
 from fleet.server.watch import Watch
@@ -56,6 +59,10 @@ class Operators:
 
     def __init__(self, services: Services) -> None:
         self._s = services
+        self._people = People(services.store, services.clock)
+        self._publishing = Publishing(
+            services.store, services.repository, services.artifacts, services.conductor, services.clock
+        )
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -73,11 +80,11 @@ class Operators:
             ("GET", "/v1/groups", self.groups),
             ("PUT", "/v1/groups/{name}", self.group),
             ("POST", "/v1/enroll-tokens", self.enroll_token),
-            ("GET", "/v1/components", self.components),
-            ("GET", "/v1/tuf/{file}", self.tuf),
-            ("PUT", "/v1/artifacts/{sha256}", self.put_artifact),
-            ("GET", "/v1/artifacts/{sha256}", self.get_artifact),
-            ("POST", "/v1/roles/{namespace}", self.role),
+            ("GET", "/v1/components", self._publishing.components),
+            ("GET", "/v1/tuf/{file}", self._publishing.tuf),
+            ("PUT", "/v1/artifacts/{sha256}", self._publishing.put_artifact),
+            ("GET", "/v1/artifacts/{sha256}", self._publishing.get_artifact),
+            ("POST", "/v1/roles/{namespace}", self._publishing.role),
             ("POST", "/v1/rollouts", self.deploy),
             ("GET", "/v1/rollouts", self.rollouts),
             ("GET", "/v1/rollouts/{id}", self.rollout),
@@ -86,6 +93,9 @@ class Operators:
             ("POST", "/v1/undo", self.undo),
             ("POST", "/v1/removals", self.remove),
             ("GET", "/v1/audit", self.audit),
+            ("GET", "/v1/operators", self._people.everyone),
+            ("PUT", "/v1/operators/{name}", self._people.let_in),
+            ("POST", "/v1/operators/{name}/remove", self._people.shut_out),
             ("GET", "/metrics", self.show_metrics),
             ("GET", "/openapi.json", self.show_openapi),
         ]
@@ -107,7 +117,7 @@ class Operators:
                     action="send the token that fleet init wrote to operator/token",
                 )
             name, role = operator
-            if role == "viewer" and request.method not in _READERS:
+            if role == Role.VIEWER and request.method not in _READERS:
                 raise Refusal(403, "forbidden", f"{name} may look and not change")
             return await handler(request, name)
 
@@ -253,57 +263,6 @@ class Operators:
             raise Refusal(400, "bad-request", "this is no enrolment", str(error)) from error
         return answer(self._s.enrolment.enrol(wish), 201)
 
-    # -- publishing --------------------------------------------------------------------------------------------------
-
-    async def components(self, _request: Request, _by: str) -> Response:
-        """GET /v1/components."""
-        rows = (
-            api.ComponentRow(
-                target=release.name.path,
-                namespace=release.name.namespace,
-                name=release.name.name,
-                version=release.name.version,
-                length=release.length,
-                sha256=release.sha256,
-            )
-            for release in self._s.repository.releases()
-        )
-        return answer(api.Components(components=tuple(rows)))
-
-    async def tuf(self, request: Request, _by: str) -> Response:
-        """GET /v1/tuf/{file}."""
-        return tuf_file(self._s.repository, param(request, "file"))
-
-    async def put_artifact(self, request: Request, by: str) -> Response:
-        """PUT /v1/artifacts/{sha256}."""
-        sha256 = names.check_sha256(param(request, "sha256"))
-        declared = request.headers.get("content-length", "0")
-        if declared.isdigit() and int(declared) > caps.ARTIFACT_MAX_BYTES:
-            raise Refusal(413, "too-large", f"{declared} bytes, at most {caps.ARTIFACT_MAX_BYTES} are accepted")
-        try:
-            stored = await self._s.artifacts.store(sha256, request.stream())
-        except ArtifactError as error:
-            raise Refusal(422, "hash-mismatch", str(error)) from error
-        with self._s.store.atomic():
-            if self._s.store.delivery.add_artifact(sha256, stored.length, by=by, now=self._now()):
-                self._audit(by, "upload", sha256, f"{stored.length} bytes")
-        return answer(
-            api.ArtifactReply(sha256=sha256, length=stored.length, new=stored.new), 201 if stored.new else 200
-        )
-
-    async def get_artifact(self, request: Request, _by: str) -> Response:
-        """GET /v1/artifacts/{sha256}."""
-        return artifact_file(self._s.artifacts, request)
-
-    async def role(self, request: Request, by: str) -> Response:
-        """POST /v1/roles/{namespace}."""
-        namespace = names.check_label(param(request, "namespace"), "namespace")
-        data = await web.read(request, caps.TARGETS_MAX_BYTES)
-        reply = self._s.repository.publish(namespace, data, now=self._s.clock())
-        self._audit(by, "publish-role", namespace, f"version {reply.version}")
-        self._s.conductor.touch(row.id for row in self._s.store.devices.all())
-        return answer(reply, 201)
-
     # -- rollouts ----------------------------------------------------------------------------------------------------
 
     async def deploy(self, request: Request, by: str) -> Response:
@@ -373,28 +332,6 @@ class Operators:
 
     def _now(self) -> float:
         return self._s.clock().timestamp()
-
-
-def tuf_file(repository: Repository, name: str) -> Response:
-    """A metadata file. All but the head never change, so caches may keep them."""
-    data = repository.file(name)
-    if data is None:
-        raise Refusal(404, "not-found", f"the repository has no {name[:100]}")
-    caching = "no-cache" if name == "timestamp.json" else "public, max-age=86400, immutable"
-    return Response(data, media_type="application/json", headers={"cache-control": caching})
-
-
-def artifact_file(artifacts: Artifacts, request: Request) -> Response:
-    """An artifact, whole or by Range (RFC 9110, section 14); its hash is its entity tag."""
-    sha256 = param(request, "sha256")
-    path = artifacts.path(sha256)
-    if path is None:
-        raise Refusal(404, "not-found", f"there is no artifact {sha256}", action="upload it: fleet publish FILE")
-    tag = f'"{sha256}"'
-    headers = {"etag": tag, "cache-control": "public, max-age=31536000, immutable"}
-    if request.headers.get("if-none-match") == tag:
-        return Response(status_code=304, headers=headers)
-    return FileResponse(path, media_type="application/wasm", headers=headers)
 
 
 async def _healthy(_request: Request) -> Response:

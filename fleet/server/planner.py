@@ -8,14 +8,12 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Final
 
-import msgspec
-
-from fleet.protocol import caps, names, wire
+from fleet.protocol import caps, names
 from fleet.protocol.api import Excluded, Preflight, RemovalRequest, RolloutRequest, UndoRequest
-from fleet.protocol.manifest import Grants
 from fleet.rollout import effective, history, waves
 from fleet.rollout.effective import Group, Held
 from fleet.rollout.model import BREACHES, OPEN, Board, Outcome, State, Value
+from fleet.server import wish
 from fleet.server.conductor import Conductor
 from fleet.server.director import Director, unfit
 from fleet.server.repository import Repository
@@ -25,7 +23,6 @@ from fleet.store.store import Store
 from signing.policy import Release
 
 _TIMEOUT_MIN_S: Final = 10
-_PORT_MAX: Final = 65_535
 
 
 class Planner:
@@ -69,7 +66,7 @@ class Planner:
         return Preflight(
             waves=tuple(boards[start:end] for start, end in zip(starts, sizes, strict=True)),
             excluded=excluded,
-            new_grants=_new_grants(release, old),
+            new_grants=wish.new_grants(release, old),
             previous="" if before is None else before.target or "",
             warnings=() if boards else ("the group has no boards yet: it is settled at once",),
         )
@@ -118,17 +115,7 @@ class Planner:
             raise Refusal(
                 404, "unknown-target", f"{request.target} is not published", action="publish it: fleet publish FILE"
             )
-        config = dict(before.config if before is not None else ()) if request.config is None else request.config
-        _check_config(release, config, explicit=request.config is not None)
-        config = {key: value for key, value in config.items() if key in release.manifest.config}
-        if request.grants is not None and not request.grants.within(release.manifest.grants):
-            raise Refusal(422, "grant-denied", "an operator narrows grants and never widens them: see the manifest")
-        if request.port is not None and not 0 <= request.port <= _PORT_MAX:
-            raise Refusal(400, "bad-request", f"port {request.port} is none")
-        kept = before if before is not None and before.target is not None else None
-        port = (kept.port if kept else None) if request.port is None else request.port or None
-        grants = _grants(request.grants, kept, release)
-        return Value(request.target, tuple(sorted(config.items())), grants, port, attempt=attempt)
+        return wish.value_of(request, release, before, attempt=attempt)
 
     def _attempt(self, request: RolloutRequest) -> int:
         """An explicit deploy of what failed somewhere is an explicit wish to try it again."""
@@ -253,7 +240,7 @@ class Planner:
 
     def remove(self, request: RemovalRequest, *, by: str) -> RolloutRow:
         """Take an instance off; raises as `deploy`, and when it is not there."""
-        wish = RolloutRequest(
+        asked = RolloutRequest(
             instance=request.instance,
             group=request.group,
             device=request.device,
@@ -261,7 +248,7 @@ class Planner:
             waves=request.waves,
         )
         group = self._scope(request.group, request.device)
-        before = self._before(wish)
+        before = self._before(asked)
         under_way = self._store.rollouts.open_on(group=request.group, device=request.device, instance=request.instance)
         shown = request.group or request.device
         if (before is None or before.target is None) and not under_way and not self._runs(request):
@@ -271,7 +258,7 @@ class Planner:
                 f"{shown} has no instance {request.instance!r}",
                 action=f"fleet groups and fleet device {request.device or 'ID'} show what runs",
             )
-        return self._begin(wish, self._value(wish), group, by=by)
+        return self._begin(asked, self._value(asked), group, by=by)
 
     def _runs(self, request: RemovalRequest) -> bool:
         return bool(request.device) and bool(self._previous(request.device, request.instance))
@@ -291,7 +278,7 @@ class Planner:
         if value.target is not None and self._repository.release(value.target) is None:
             raise Refusal(409, "revoked", f"{value.target} is not published any more", action="deploy another version")
         group = self._scope(past.group, past.device)
-        wish = RolloutRequest(
+        asked = RolloutRequest(
             instance=past.instance,
             target=value.target,
             group=past.group,
@@ -299,7 +286,7 @@ class Planner:
             waves=request.waves if past.group else "100%",
             timeout_s=int(past.timeout_s),
         )
-        return self._begin(wish, value, group, by=by, undoes=past.id)
+        return self._begin(asked, value, group, by=by, undoes=past.id)
 
     def _past(self, request: UndoRequest) -> RolloutRow:
         if request.rollout:
@@ -381,51 +368,3 @@ def _was(state: State) -> str:
 
 def _past(row: RolloutRow) -> history.Past:
     return history.Past(row.id, row.number, row.state, row.before, row.undoes)
-
-
-def _check_config(release: Release, config: dict[str, str], *, explicit: bool) -> None:
-    known = release.manifest.config
-    for key, value in config.items():
-        if explicit and key not in known:
-            raise Refusal(
-                422,
-                "unknown-config",
-                f"{release.name} has no configuration key {key!r}",
-                f"it knows {', '.join(sorted(known)) or 'none'}",
-            )
-        if len(value.encode()) > caps.CONFIG_VALUE_MAX_BYTES:
-            raise Refusal(413, "too-large", f"the value of {key} is larger than {caps.CONFIG_VALUE_MAX_BYTES} bytes")
-    missing = [key for key, declared in known.items() if declared.default is None and key not in config]
-    if missing:
-        raise Refusal(
-            422,
-            "missing-config",
-            f"{release.name} needs a value for {', '.join(missing)}",
-            action="give --config KEY=VALUE",
-        )
-
-
-def _grants(asked: Grants | None, kept: Value | None, release: Release) -> str:
-    if asked is not None:
-        return wire.canonical(asked).decode()
-    if kept is None or not kept.grants:
-        return ""
-    narrowed, ceiling = msgspec.json.decode(kept.grants, type=Grants), release.manifest.grants
-    still = Grants(
-        interfaces=tuple(name for name in narrowed.interfaces if ceiling.allows(name)),
-        outbound=tuple(name for name in narrowed.outbound if name in ceiling.outbound),
-        instances=tuple(name for name in narrowed.instances if name in ceiling.instances),
-    )
-    return wire.canonical(still).decode()
-
-
-def _new_grants(release: Release | None, old: Release | None) -> tuple[str, ...]:
-    """What the new version may reach and the old one may not."""
-    if release is None:
-        return ()
-    new, before = release.manifest.grants, old.manifest.grants if old is not None else Grants()
-    return (
-        *(f"interface {name}" for name in new.interfaces if not before.allows(name)),
-        *(f"outbound {name}" for name in new.outbound if name not in before.outbound),
-        *(f"instance {name}" for name in new.instances if name not in before.instances),
-    )

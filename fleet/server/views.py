@@ -27,28 +27,23 @@ class Views:
 
     def devices(self) -> api.Devices:
         """Every board."""
-        return api.Devices(devices=tuple(self.row(row) for row in self._store.devices.all()))
+        rows = self._store.devices.all()
+        groups = self._store.devices.groups_of_each(rows)
+        pins, versions = self._store.rollouts.pins(), self._store.delivery.versions()
+        return api.Devices(
+            devices=tuple(
+                _row(row, groups[row.id], pins=pins.get(row.id, []), assigned=versions.get(row.id, 0)) for row in rows
+            )
+        )
 
     def row(self, row: DeviceRow) -> api.DeviceRow:
-        """One board in a listing."""
-        health = health_of(row)
+        """One board as in a listing."""
         assignment = self._store.delivery.assignment(row.id)
-        return api.DeviceRow(
-            id=row.id,
-            name=row.name,
-            groups=tuple(group.name for group in self._store.devices.groups_of(row)),
-            labels=row.labels,
-            online=row.online and not row.revoked,
-            seen_at=utc_or_none(row.seen_at),
-            machine=row.versions.machine or row.machine,
-            versions=row.versions,
+        return _row(
+            row,
+            self._store.devices.groups_of(row),
+            pins=[each.instance for each in self._store.rollouts.settled(device=row.id)],
             assigned=0 if assignment is None else assignment.version,
-            accepted=row.accepted,
-            committed=row.committed,
-            instances=() if health is None else health.instances,
-            pins=tuple(each.instance for each in self._store.rollouts.settled(device=row.id)),
-            revoked=row.revoked,
-            problem=_problem(row, health),
         )
 
     def detail(self, row: DeviceRow) -> api.DeviceDetail:
@@ -174,6 +169,27 @@ class Views:
                 for row in self._store.access.acts(limit)
             )
         )
+
+
+def _row(row: DeviceRow, groups: Iterable[GroupRow], *, pins: Iterable[str], assigned: int) -> api.DeviceRow:
+    health = health_of(row)
+    return api.DeviceRow(
+        id=row.id,
+        name=row.name,
+        groups=tuple(group.name for group in groups),
+        labels=row.labels,
+        online=row.online and not row.revoked,
+        seen_at=utc_or_none(row.seen_at),
+        machine=row.versions.machine or row.machine,
+        versions=row.versions,
+        assigned=assigned,
+        accepted=row.accepted,
+        committed=row.committed,
+        instances=() if health is None else health.instances,
+        pins=tuple(pins),
+        revoked=row.revoked,
+        problem=_problem(row, health),
+    )
 
 
 def health_of(row: DeviceRow) -> Health | None:

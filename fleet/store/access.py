@@ -4,7 +4,7 @@ import hashlib
 import sqlite3
 
 from fleet.store.database import Database
-from fleet.store.rows import AuditRow, CertificateRow, TokenRow, read
+from fleet.store.rows import AuditRow, CertificateRow, OperatorRow, TokenRow, read
 
 
 def hashed(secret: str) -> str:
@@ -45,6 +45,23 @@ class Access:
         except sqlite3.IntegrityError:
             return False
         return True
+
+    def set_operator(self, name: str, token: str, *, role: str, now: float) -> None:
+        """Let an operator in, or give one another token and role."""
+        self._db.run(
+            "INSERT INTO operators (name, token_sha256, role, created_at) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT (name) DO UPDATE SET token_sha256 = excluded.token_sha256, role = excluded.role",
+            *(name, hashed(token), role, now),
+        )
+
+    def remove_operator(self, name: str) -> bool:
+        """Shut an operator out; false for nobody."""
+        return self._db.run("DELETE FROM operators WHERE name = ?", name) == 1
+
+    def operators(self) -> list[OperatorRow]:
+        """Every operator, by name."""
+        rows = self._db.rows("SELECT name, role, created_at FROM operators ORDER BY name")
+        return [read(OperatorRow, row) for row in rows]
 
     def operator(self, token: str) -> tuple[str, str] | None:
         """Name and role of the operator with this token; None for nobody."""

@@ -52,6 +52,11 @@ class Delivery:
         row = self._db.row(sql, device)
         return None if row is None else read(AssignmentRow, row)
 
+    def versions(self) -> dict[str, int]:
+        """By board, the version of its newest assignment."""
+        rows = self._db.rows("SELECT device, max(version) AS version FROM assignments GROUP BY device")
+        return {row["device"]: row["version"] for row in rows}
+
     def expiring(self, before: float) -> list[str]:
         """Boards whose newest assignment expires before a time."""
         sql = """

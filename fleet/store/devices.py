@@ -1,6 +1,6 @@
 """Boards and groups: who is there, what they last said, and who belongs where."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -163,12 +163,31 @@ class Devices:
 
     def groups_of(self, device: DeviceRow) -> list[GroupRow]:
         """The groups that a board belongs to, by name."""
-        listed = {row["group"] for row in self._db.rows('SELECT "group" FROM members WHERE device = ?', device.id)}
-        return [
-            group
-            for group in self.groups()
-            if (_chosen(group.selector, device.labels) if group.selector else group.name in listed)
-        ]
+        return self.groups_of_each([device])[device.id]
+
+    def groups_of_each(self, devices: Sequence[DeviceRow]) -> dict[str, list[GroupRow]]:
+        """The same for many boards at once."""
+        groups = self.groups()
+        listed: dict[str, set[str]] = {}
+        rows = (
+            self._db.rows('SELECT "group", device FROM members WHERE device = ?', devices[0].id)
+            if len(devices) == 1
+            else self._db.rows('SELECT "group", device FROM members')
+        )
+        for row in rows:
+            listed.setdefault(row["device"], set()).add(row["group"])
+        return {
+            device.id: [
+                group
+                for group in groups
+                if (
+                    _chosen(group.selector, device.labels)
+                    if group.selector
+                    else group.name in listed.get(device.id, ())
+                )
+            ]
+            for device in devices
+        }
 
     # -- what happened -----------------------------------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
 """Rollouts, how each board stands in them, and the settled values that they leave behind."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
 
 import msgspec
 
@@ -203,6 +202,13 @@ class Rollouts:
         sql = 'SELECT * FROM settled WHERE "group" = ? AND device = ? ORDER BY instance'
         return [read(SettledRow, row) for row in self._db.rows(sql, group, device)]
 
+    def pins(self) -> dict[str, list[str]]:
+        """By board, the instances that are pinned there."""
+        found: dict[str, list[str]] = {}
+        for row in self._db.rows("SELECT device, instance FROM settled WHERE device != '' ORDER BY device, instance"):
+            found.setdefault(row["device"], []).append(row["instance"])
+        return found
+
     def settled_value(self, *, group: str, device: str, instance: str) -> Value | None:
         """One settled value; None when the instance was never there."""
         sql = 'SELECT value FROM settled WHERE "group" = ? AND device = ? AND instance = ?'
@@ -227,8 +233,7 @@ class Rollouts:
 
 
 def _columns(board: Board) -> dict[str, object]:
-    values = asdict(board)
-    return {name: values[name] for name in _BOARD}
+    return {name: getattr(board, name) for name in _BOARD}
 
 
 def _extra(extra: Extra) -> dict[str, object]:

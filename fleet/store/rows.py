@@ -1,6 +1,6 @@
 """Rows of the store as frozen structs. Times are seconds since 1970."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -55,6 +55,14 @@ class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
     used_at: float | None
     device: str | None
     by: str
+
+
+class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator, without the token."""
+
+    name: str
+    role: str
+    created_at: float
 
 
 class CertificateRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,8 +175,7 @@ class AuditRow(msgspec.Struct, frozen=True, kw_only=True):
 
 def read(kind: type[T], row: Row) -> T:
     """A row as a struct: JSON columns decoded, integers as booleans where the struct says so."""
-    values: dict[str, Any] = {
-        name: msgspec.json.decode(value) if name in _JSON and isinstance(value, str) else value
-        for name, value in row.items()
-    }
-    return msgspec.convert(values, kind, strict=False)
+    for name in _JSON & row.keys():
+        if isinstance(row[name], str):
+            row[name] = msgspec.json.decode(row[name])
+    return msgspec.convert(row, kind, strict=False)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import re
 import secrets
 import socket
 import ssl
@@ -30,6 +31,8 @@ from fleet.protocol.messages import Ack, Hello, Report, State, Versions
 from fleet.protocol.names import TargetName
 from fleet.protocol.topics import Down, Topic, Up, board_subscriptions
 from fleet.server.broker import mosquitto
+from fleet.server.broker.child import Child
+from fleet.server.home import Address, Config, Home
 from fleet.server.main import Server
 from fleet.setup import init
 from signing import dsse, keys, repository
@@ -300,6 +303,8 @@ class Board:
         self.news.set()
         self.news = asyncio.Event()
 
+    report = staticmethod(_report)
+
     async def until(self, what: Callable[["Board"], Any]) -> Any:
         """Wait until this holds of the board."""
         async with asyncio.timeout(PATIENCE_S):
@@ -347,6 +352,12 @@ class Fleet:
 
     async def stop(self) -> None:
         await self.server.stop()
+
+    async def start_with(self, broker: str) -> None:
+        """Start the server with another broker."""
+        path = self.home / "server" / "server.toml"
+        path.write_text(re.sub('broker = ".*"', f'broker = "{broker}"', path.read_text()))
+        await self.start()
 
     async def enrol(self, name: str, *, group: str = "edge", token: str = "", key: Any = None) -> Board:
         """A new board, enrolled and not yet connected."""
@@ -430,3 +441,22 @@ def new_home(tmp_path: Path) -> Callable[..., Path]:
         return Fleet(tmp_path, broker).home
 
     return make
+
+
+@pytest.fixture
+def external_broker() -> Callable[[Fleet], Any]:
+    """Moves a fleet to a Mosquitto that is not the server's child; returns it."""
+
+    async def start(fleet: Fleet) -> Child:
+        home = Home(fleet.home)
+        await fleet.stop()
+        address = Address.parse(Config.load(home.config).mqtt, "mqtt")
+        files = {"ca": home.ca / "ca.pem", "certificate": home.tls / "server.pem", "key": home.tls / "server.key"}
+        path = mosquitto.configure(home.broker, address=address, **files)
+        mosquitto.write_acl(home.broker, [])
+        child = Child("mosquitto", [str(mosquitto.find()), "-c", str(path)], address)
+        await child.start()
+        await fleet.start_with(f"mqtts://{address}")
+        return child
+
+    return start

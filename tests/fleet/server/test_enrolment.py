@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from fleet import ca
 from fleet.ca import BadRequestError, CertificateAuthority
 from fleet.protocol import api, wire
-from fleet.protocol.enrolment import EnrolRequest, Token
+from fleet.protocol.enrolment import EnrolRequest, RenewRequest, Token
 from fleet.server.main import Server
 
 
@@ -193,11 +193,11 @@ def test_an_expired_certificate_may_renew_and_nothing_else(new_fleet):
             refused = await asyncio.to_thread(http.get, "/v1/tuf/timestamp.json")
             assert (refused.status_code, refused.json()["type"]) == (403, "certificate-expired")
             other = msgspec.json.encode(
-                api.RenewRequest(csr_pem=certificate_request(ec.generate_private_key(ec.SECP256R1())))
+                RenewRequest(csr_pem=certificate_request(ec.generate_private_key(ec.SECP256R1())))
             )
             foreign = await asyncio.to_thread(http.post, "/v1/renew", content=other)
             assert (foreign.status_code, foreign.json()["type"]) == (403, "other-key")
-            own = msgspec.json.encode(api.RenewRequest(csr_pem=certificate_request(board.key)))
+            own = msgspec.json.encode(RenewRequest(csr_pem=certificate_request(board.key)))
             renewed = await asyncio.to_thread(http.post, "/v1/renew", content=own)
             assert renewed.status_code == 200
         leaf = x509.load_pem_x509_certificate(renewed.json()["certificate_pem"].encode())
@@ -221,7 +221,7 @@ def test_a_board_that_was_shut_out_is_heard_no_more(new_fleet, broker):
             with board.http() as http:
                 reply = await asyncio.to_thread(http.get, "/v1/tuf/timestamp.json")
                 assert (reply.status_code, reply.json()["type"]) == (403, "revoked")
-                own = msgspec.json.encode(api.RenewRequest(csr_pem=certificate_request(board.key)))
+                own = msgspec.json.encode(RenewRequest(csr_pem=certificate_request(board.key)))
                 assert (await asyncio.to_thread(http.post, "/v1/renew", content=own)).json()["type"] == "revoked"
             status = await fleet.operator.get(api.Status, "/v1/status")
             assert status.devices == 0

@@ -1,0 +1,110 @@
+"""What publishers bring and boards fetch: TUF metadata and artifacts, on both listeners."""
+
+from collections.abc import Callable
+from datetime import datetime
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from fleet.protocol import api, caps, names
+from fleet.server import web
+from fleet.server.artifacts import ArtifactError, Artifacts
+from fleet.server.conductor import Conductor
+from fleet.server.repository import Repository
+from fleet.server.web import Refusal, answer, param
+from fleet.store.store import Store
+
+
+class Publishing:
+    """The operators' routes for components, metadata and artifacts."""
+
+    def __init__(
+        self,
+        store: Store,
+        repository: Repository,
+        artifacts: Artifacts,
+        conductor: Conductor,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._store, self._repository, self._artifacts = store, repository, artifacts
+        self._conductor, self._clock = conductor, clock
+
+    async def components(self, _request: Request, _by: str) -> Response:
+        """GET /v1/components."""
+        rows = (
+            api.ComponentRow(
+                target=release.name.path,
+                namespace=release.name.namespace,
+                name=release.name.name,
+                version=release.name.version,
+                length=release.length,
+                sha256=release.sha256,
+            )
+            for release in self._repository.releases()
+        )
+        return answer(api.Components(components=tuple(rows)))
+
+    async def tuf(self, request: Request, _by: str) -> Response:
+        """GET /v1/tuf/{file}."""
+        return tuf_file(self._repository, param(request, "file"))
+
+    async def put_artifact(self, request: Request, by: str) -> Response:
+        """PUT /v1/artifacts/{sha256}."""
+        sha256 = names.check_sha256(param(request, "sha256"))
+        declared = request.headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > caps.ARTIFACT_MAX_BYTES:
+            raise Refusal(413, "too-large", f"{declared} bytes, at most {caps.ARTIFACT_MAX_BYTES} are accepted")
+        try:
+            stored = await self._artifacts.store(sha256, request.stream())
+        except ArtifactError as error:
+            raise Refusal(422, "hash-mismatch", str(error)) from error
+        with self._store.atomic():
+            if self._store.delivery.add_artifact(sha256, stored.length, by=by, now=self._now()):
+                self._audit(by, "upload", sha256, f"{stored.length} bytes")
+        return answer(
+            api.ArtifactReply(sha256=sha256, length=stored.length, new=stored.new), 201 if stored.new else 200
+        )
+
+    async def get_artifact(self, request: Request, _by: str) -> Response:
+        """GET /v1/artifacts/{sha256}."""
+        return artifact_file(self._artifacts, request)
+
+    async def role(self, request: Request, by: str) -> Response:
+        """POST /v1/roles/{namespace}."""
+        namespace = names.check_label(param(request, "namespace"), "namespace")
+        data = await web.read(request, caps.TARGETS_MAX_BYTES)
+        before = {release.name.path for release in self._repository.releases()}
+        reply = self._repository.publish(namespace, data, now=self._clock())
+        self._audit(by, "publish-role", namespace, f"version {reply.version}")
+        if before - {release.name.path for release in self._repository.releases()}:
+            # something was revoked: it comes off every board that runs it
+            self._conductor.touch(row.id for row in self._store.devices.all())
+        return answer(reply, 201)
+
+    def _audit(self, by: str, act: str, subject: str, detail: str = "") -> None:
+        self._store.access.audit(actor=by, act=act, subject=subject, detail=detail, now=self._now())
+
+    def _now(self) -> float:
+        return self._clock().timestamp()
+
+
+def tuf_file(repository: Repository, name: str) -> Response:
+    """A metadata file. All but the head never change, so caches may keep them."""
+    data = repository.file(name)
+    if data is None:
+        raise Refusal(404, "not-found", f"the repository has no {name[:100]}")
+    caching = "no-cache" if name == "timestamp.json" else "public, max-age=86400, immutable"
+    return Response(data, media_type="application/json", headers={"cache-control": caching})
+
+
+def artifact_file(artifacts: Artifacts, request: Request) -> Response:
+    """An artifact, whole or by Range (RFC 9110, section 14); its hash is its entity tag."""
+    sha256 = param(request, "sha256")
+    path = artifacts.path(sha256)
+    if path is None:
+        raise Refusal(404, "not-found", f"there is no artifact {sha256}", action="upload it: fleet publish FILE")
+    tag = f'"{sha256}"'
+    headers = {"etag": tag, "cache-control": "public, max-age=31536000, immutable"}
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    return FileResponse(path, media_type="application/wasm", headers=headers)

@@ -1,0 +1,208 @@
+"""Days, losses and restarts: what expires is renewed, what was restored catches up, what was said is heard."""
+
+import asyncio
+import ssl
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+import pytest
+from cryptography import x509
+
+from fleet import ca
+from fleet.protocol import api
+from fleet.protocol.api import Outcome, RolloutState
+from fleet.protocol.assignment import Assignment
+from fleet.protocol.codes import Phase
+from fleet.protocol.people import OperatorReply, OperatorRequest, Operators, Role
+from fleet.server import director
+from fleet.server.broker import mosquitto
+from fleet.server.main import Server
+from signing import dsse, repository
+
+
+class Ahead(Server):
+    """A server whose clock the story sets ahead."""
+
+    ahead = timedelta()
+
+
+@pytest.fixture
+def later(new_fleet):
+    """Runs a story on a fleet whose server's clock can be set ahead."""
+
+    def run(story):
+        async def whole():
+            async with new_fleet() as fleet:
+                await fleet.stop()
+                fleet.server = Ahead(fleet.home, clock=lambda: datetime.now(UTC) + Ahead.ahead)
+                await fleet.server.start()
+                await fleet.server._bus.wait_connected()
+                await story(fleet)
+
+        Ahead.ahead = timedelta()
+        asyncio.run(whole())
+        Ahead.ahead = timedelta()
+
+    return run
+
+
+def test_online_roles_are_signed_again_before_they_expire(later):
+    async def story(fleet):
+        async def timestamp():
+            status = await fleet.operator.get(api.Status, "/v1/status")
+            return next(role for role in status.roles if role.role == "timestamp")
+
+        first = await timestamp()
+        fleet.server.keep_up()
+        assert await timestamp() == first
+        Ahead.ahead = repository.LIFE["timestamp"] * 0.6
+        fleet.server.keep_up()
+        second = await timestamp()
+        assert second.version == first.version + 1
+        assert second.expires > first.expires
+
+    later(story)
+
+
+def test_an_expired_role_is_named_in_the_status(later):
+    async def story(fleet):
+        Ahead.ahead = repository.LIFE["namespace"] + timedelta(days=1)
+        status = await fleet.operator.get(api.Status, "/v1/status")
+        assert any("main expired" in problem for problem in status.problems)
+
+    later(story)
+
+
+def test_an_assignment_is_issued_again_before_it_expires_and_asks_for_the_same(later):
+    async def story(fleet):
+        board = await fleet.board("a")
+        target = await fleet.operator.publish("1.0.0")
+        await fleet.operator.decided(await fleet.operator.deploy(target))
+        Ahead.ahead = director.LIFE * 0.5
+        fleet.server.keep_up()
+        assert len(board.envelopes) == 1
+        Ahead.ahead = director.LIFE * 0.7
+        fleet.server.keep_up()
+        envelope = (await board.until(lambda board: board.envelopes[1:]))[0]
+        again = msgspec.json.decode(dsse.parse(envelope).payload, type=Assignment)
+        assert (again.version, again.items) == (2, board.accepted[0].items)
+        assert again.expires > board.accepted[0].expires
+
+    later(story)
+
+
+def test_the_listeners_certificate_is_renewed_while_they_listen(later):
+    async def story(fleet):
+        async def shown():
+            host, _, port = fleet.made.url.removeprefix("https://").rpartition(":")
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the new one is of the day after
+            _, writer = await asyncio.open_connection(host, int(port), ssl=context)
+            der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            writer.close()
+            return x509.load_der_x509_certificate(der)
+
+        first = await shown()
+        Ahead.ahead = ca.SERVER_LIFE * 0.6
+        fleet.server.keep_up()
+        assert (await shown()).serial_number == first.serial_number
+        Ahead.ahead = ca.SERVER_LIFE * 0.7
+        fleet.server.keep_up()
+        renewed = await shown()
+        assert renewed.serial_number != first.serial_number
+
+    later(story)
+
+
+def test_old_reports_are_forgotten_and_the_audit_log_is_not(later):
+    async def story(fleet):
+        board = await fleet.board("a")
+        target = await fleet.operator.publish("1.0.0")
+        await fleet.operator.decided(await fleet.operator.deploy(target))
+        acts = (await fleet.operator.get(api.Audit, "/v1/audit")).entries
+        Ahead.ahead = timedelta(days=91)
+        fleet.server.keep_up()
+        assert fleet.server._store.delivery.reports(board.device, 10) == []
+        assert (await fleet.operator.get(api.Audit, "/v1/audit")).entries == acts
+
+    later(story)
+
+
+def test_a_database_that_was_restored_from_a_backup_goes_on_above_what_boards_accepted(new_fleet):
+    async def story():
+        async with new_fleet() as fleet:
+            operator, board = fleet.operator, await fleet.board("a")
+            target = await operator.publish("1.0.0")
+            await operator.decided(await operator.deploy(target))
+            fleet.server._store.backup(fleet.directory / "backup.db")
+            for number in (2, 3):
+                await operator.decided(await operator.deploy(await operator.publish(f"{number}.0.0")))
+            assert board.accepted[-1].version == 3
+            await board.disconnect()
+            await fleet.stop()
+            database = fleet.home / "server" / "fleet.db"
+            for leftover in database.parent.glob("fleet.db-*"):
+                leftover.unlink()
+            (fleet.directory / "backup.db").replace(database)
+
+            await fleet.start()
+            await board.connect()
+            # what the restored server wants comes with a version that the board accepts
+            await board.until(lambda board: board.items["hello"].target == target)
+            assert board.accepted[-1].version == 4
+            view = await operator.decided(await operator.deploy(await operator.publish("4.0.0")))
+            assert view.state is RolloutState.SUCCEEDED
+
+    asyncio.run(story())
+
+
+@pytest.mark.skipif(mosquitto.find() is None, reason="mosquitto is not installed")
+def test_what_boards_report_while_the_server_is_away_is_kept_by_a_broker_of_its_own(new_fleet, external_broker):
+    """Somebody else's broker outlives the server; reports wait there, and the board still has them besides."""
+
+    async def story():
+        async with new_fleet() as fleet:
+            broker = await external_broker(fleet)
+            board = await fleet.board("a")
+            try:
+                board.behaviour = lambda _item: []
+                target = await fleet.operator.publish("1.0.0")
+                view = await fleet.operator.deploy(target)
+                await board.until(lambda board: board.items)
+                await fleet.stop()
+                board._say(board.report(board.items["hello"], Phase.COMMITTED), board.accepted[-1])
+                await fleet.start()
+                view = await fleet.operator.decided(view)
+                assert [each.outcome for each in view.boards] == [Outcome.SUCCEEDED]
+                status = await fleet.operator.get(api.Status, "/v1/status")
+                assert status.broker == "external"
+            finally:
+                await board.disconnect(politely=True)
+                await fleet.stop()
+                await broker.stop()
+
+    asyncio.run(story())
+
+
+def test_operators_come_and_go_by_an_admins_word(new_fleet):
+    async def story():
+        async with new_fleet() as fleet:
+            operator = fleet.operator
+            reply = await operator.send(OperatorReply, "PUT", "/v1/operators/eve", OperatorRequest())
+            assert reply.role is Role.OPERATOR
+            admin = operator.http.headers["authorization"]
+            operator.http.headers["authorization"] = f"Bearer {reply.token}"
+            await operator.token("edge")
+            problem = await operator.problem("PUT", "/v1/operators/mallory", OperatorRequest())
+            assert (problem.status, problem.type) == (403, "forbidden")
+            operator.http.headers["authorization"] = admin
+            again = await operator.send(OperatorReply, "PUT", "/v1/operators/eve", OperatorRequest())
+            assert again.token != reply.token
+            left = await operator.send(Operators, "POST", "/v1/operators/eve/remove")
+            assert [each.name for each in left.operators] == ["admin"]
+            for path in ("/v1/operators/admin/remove", "/v1/operators/eve/remove"):
+                assert (await operator.problem("POST", path)).status in {404, 409}
+            operator.http.headers["authorization"] = f"Bearer {again.token}"
+            assert (await operator.problem("GET", "/v1/status")).status == 401
+
+    asyncio.run(story())
