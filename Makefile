@@ -38,7 +38,21 @@ test-root: $(STAMP) ## tests of the walls that only root can build
 bench: $(STAMP) ## print the ratios and counts of the budget table
 	$(BIN)/python -m pytest -m bench -s
 
+packages: $(STAMP) ## the Debian packages for boards (arm64, riscv64, amd64) and for the server, into dist/
+	$(BIN)/python -m deploy.packages.build
+
+release: $(STAMP) ## wheel, packages, checksums, third-party notices and SBOM, into dist/
+	$(BIN)/python -m deploy.packages.release
+
+riscv64-wheel: $(STAMP) ## wasmtime for riscv64, into $$WASMFLEET_WHEELHOUSE (half an hour, once)
+	$(BIN)/python -m deploy.riscv64.build
+
+test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them (root; FULL=1: everything on both)
+	$(BIN)/python -m deploy.image.ready
+	$(BIN)/python -m pytest tests/boards -m board -s
+
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help install demo check test test-unit test-root bench clean
+.PHONY: help install demo check test test-unit test-root bench clean \
+	packages release riscv64-wheel test-boards

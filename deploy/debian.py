@@ -26,6 +26,8 @@ PACKAGE_OF = {
     "dpkg-deb": "dpkg-dev",
     "lintian": "lintian",
     "cpio": "cpio",
+    "depmod": "kmod",
+    "xz": "xz-utils",
     "unshare": "util-linux",
     "objdump": "binutils",
 }

@@ -1,0 +1,43 @@
+"""Make this machine able to emulate boards: `python -m deploy.image.ready`, part of `make test-boards`.
+
+As root it installs what is missing, from this machine's own Debian archive; otherwise it says what to install.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+from deploy import debian
+from deploy.image import root
+
+PROGRAMS = (
+    *("mmdebstrap", "qemu-aarch64-static", "qemu-riscv64-static", "qemu-system-aarch64", "qemu-system-riscv64"),
+    *("qemu-img", "mke2fs", "dpkg-deb", "cpio", "depmod", "unshare"),
+)
+# what has no program of its own
+BESIDES = ("arch-test", "binfmt-support", "opensbi")
+
+
+def main() -> int:
+    """Install what is missing; 1 when something still is."""
+    try:
+        if any(shutil.which(name) is None for name in PROGRAMS):
+            if not debian.is_root():
+                debian.need(*PROGRAMS)
+            packages = sorted({debian.PACKAGE_OF[name] for name in PROGRAMS} | set(BESIDES))
+            debian.say(f"installing {' '.join(packages)}")
+            apt = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages]
+            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            if subprocess.run(apt, check=False, env=environment, stdout=subprocess.DEVNULL).returncode != 0:
+                raise debian.BuildError("apt-get could not install them: run apt-get update and try again")
+        for architecture in root.ARCHITECTURES:
+            root.ready(architecture)
+    except debian.BuildError as error:
+        debian.say(f"boards: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""From a Debian root and the packages under test to a disk that boots, cached by everything that it is made of."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy import debian
+from deploy.image import disk
+from deploy.image import root as board_root
+
+DISK_MB = 1200
+MODULES = (
+    *disk.DISK_DRIVERS,
+    *("virtio_net", "virtio-rng", "sch_netem", "autofs4", "configfs", "i2c-dev", "i2c-stub", "gpio-sim", "loop"),
+)
+
+CONSOLE_UNIT = """\
+[Unit]
+Description=a root shell for the tests
+DefaultDependencies=no
+After=systemd-udevd.service
+
+[Service]
+ExecStart=/bin/sh -c 'stty raw -echo; echo board-shell-ready; exec /bin/sh'
+StandardInput=tty-force
+StandardOutput=tty
+StandardError=tty
+TTYPath=/dev/hvc0
+Environment=HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 TERM=dumb PS1= PS2=
+Restart=always
+RestartSec=0
+KillMode=process
+OOMScoreAdjust=-1000
+
+[Install]
+WantedBy=sysinit.target
+"""
+
+NETWORK = """\
+[Match]
+Name=eth0
+
+[Network]
+Address=10.0.2.15/24
+Gateway=10.0.2.2
+LinkLocalAddressing=no
+IPv6AcceptRA=no
+"""
+
+# What a board in a test does not need and would spend its first minute on.
+MASKED = (
+    *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer"),
+    *("getty@tty1.service", "serial-getty@ttyAMA0.service", "serial-getty@ttyS0.service", "serial-getty@hvc0.service"),
+    *("systemd-firstboot.service", "systemd-networkd-wait-online.service", "e2scrub_reap.service"),
+    *("man-db.timer", "systemd-pcrmachine.service", "systemd-binfmt.service", "proc-sys-fs-binfmt_misc.automount"),
+    *("getty-static.service", "proc-sys-fs-binfmt_misc.mount"),
+)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A disk to boot from, never written to: boards get overlays."""
+
+    architecture: str
+    kernel: Path
+    initrd: Path
+    disk: Path
+
+
+def build(architecture: str, packages: Sequence[Path] = (), *, warm: Sequence[str] = ()) -> Image:
+    """The disk of a board with these packages installed.
+
+    Args:
+        architecture: of the board.
+        packages: .deb files, installed by dpkg in this order.
+        warm: commands run once inside, so that what they import is byte-compiled.
+
+    Raises:
+        debian.BuildError: something is missing, or an installation failed.
+    """
+    root, kernel = board_root.root(architecture), board_root.kernel(architecture)
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in packages]
+    made_of = (root.name, kernel.name, digests, warm, DISK_MB, MODULES, CONSOLE_UNIT, NETWORK, MASKED, disk.INIT)
+    place = debian.cache_dir() / f"disk-{architecture}-{debian.key(*made_of)}"
+    if not place.exists():
+        fresh = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=debian.cache_dir()))
+        try:
+            disk.make_initrd(kernel, fresh / "initrd")
+            tree = fresh / "root"
+            subprocess.run(["cp", "-a", "--reflink=auto", str(root), str(tree)], check=True)
+            _install(tree, packages, warm)
+            _furnish(tree, kernel)
+            disk.make_disk(tree, fresh / "disk.raw", size_mb=DISK_MB)
+            shutil.rmtree(tree)
+            fresh.rename(place)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+    return Image(architecture, disk.bootable(kernel), place / "initrd", place / "disk.raw")
+
+
+def _install(tree: Path, packages: Sequence[Path], warm: Sequence[str]) -> None:
+    if packages:
+        inside = tree / "var/tmp/packages"
+        inside.mkdir()
+        for package in packages:
+            shutil.copy2(package, inside)
+        names = [f"/var/tmp/packages/{package.name}" for package in packages]
+        debian.run_inside(tree, ["dpkg", "--install", *names], env={"DEBIAN_FRONTEND": "noninteractive"})
+        shutil.rmtree(inside)
+    for command in warm:
+        debian.run_inside(tree, ["sh", "-c", command])
+
+
+def _furnish(tree: Path, kernel: Path) -> None:
+    (tree / "etc/fstab").write_text("/dev/vda / ext4 errors=remount-ro 0 1\n")
+    (tree / "etc/hostname").write_text("board\n")
+    (tree / "etc/hosts").write_text("127.0.0.1 localhost board\n")
+    (tree / "etc/machine-id").write_text(hashlib.md5(os.urandom(16)).hexdigest() + "\n")
+    (tree / "etc/systemd/network").mkdir(parents=True, exist_ok=True)
+    (tree / "etc/systemd/network/10-board.network").write_text(NETWORK)
+    units = tree / "etc/systemd/system"
+    (units / "board-console.service").write_text(CONSOLE_UNIT)
+    wants = units / "sysinit.target.wants"
+    wants.mkdir(exist_ok=True)
+    (wants / "board-console.service").symlink_to("/etc/systemd/system/board-console.service")
+    networkd = units / "multi-user.target.wants"
+    networkd.mkdir(exist_ok=True)
+    link = networkd / "systemd-networkd.service"
+    if not link.is_symlink():
+        link.symlink_to("/usr/lib/systemd/system/systemd-networkd.service")
+    for name in MASKED:
+        (units / name).unlink(missing_ok=True)
+        (units / name).symlink_to("/dev/null")
+    journal = tree / "etc/systemd/journald.conf.d"
+    journal.mkdir(parents=True, exist_ok=True)
+    (journal / "board.conf").write_text("[Journal]\nStorage=persistent\nRateLimitIntervalSec=0\n")
+    disk.install_modules(kernel, tree, MODULES)
+
+
+def overlay(image: Image, place: Path) -> Path:
+    """A disk over the image's, which a board may write to."""
+    debian.need("qemu-img")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(image.disk), str(place)]
+    subprocess.run(command, check=True)
+    return place
