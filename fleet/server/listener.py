@@ -81,8 +81,10 @@ class Certificates:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._load(context)
+        # With the CA in its store, OpenSSL shows it in the chain: a board that enrols compares it with its token's hash
+        # before it says anything (`agent.enroll.presented_ca`).
+        context.load_verify_locations(self._authority)
         if devices:
-            context.load_verify_locations(self._authority)
             context.verify_mode = ssl.CERT_REQUIRED
             context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
         self._contexts.append(context)
