@@ -222,3 +222,28 @@ def test_a_host_name_becomes_a_valid_name(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "Kran_Süd.local")
     assert enroll.board_name() == "kran-s-d"
     assert enroll.board_name("Lift 7") == "lift-7"
+
+
+@pytest.mark.parametrize("devices", [True, False])
+def test_the_servers_own_listeners_show_the_ca(tmp_path, devices):
+    """Without it no board can enrol: the token holds the CA's hash only."""
+    from types import SimpleNamespace
+
+    from fleet.server.listener import Certificates
+
+    for name in ("ca", "tls"):
+        (tmp_path / name).mkdir()
+    now = datetime.now(UTC)
+    ca = CertificateAuthority.create(tmp_path / "ca", fleet="harbour", now=now)
+    home = SimpleNamespace(tls=tmp_path / "tls", ca=tmp_path / "ca")
+    context = Certificates(home, ca, "127.0.0.1", lambda: now).context(devices=devices)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: None
+    thread = threading.Thread(target=server.handle_request, daemon=True)
+    thread.start()
+    try:
+        assert enroll.presented_ca(f"https://127.0.0.1:{server.server_port}", ca.sha256) == ca.pem
+    finally:
+        thread.join(5)
+        server.server_close()
