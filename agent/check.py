@@ -3,6 +3,7 @@
 What cannot be tried because something before it failed is left out.
 """
 
+import http.client
 import os
 import platform
 import shutil
@@ -19,7 +20,7 @@ import msgspec
 
 from agent import enroll, identity
 from agent.config import Places, Settings
-from agent.fetch import FetchError, Https
+from agent.fetch import FetchError, Https, proxy_for
 from agent.images import compiler
 from agent.tls import DeviceTls, why
 from fleet.protocol import caps
@@ -56,20 +57,21 @@ def run(places: Places, settings: Settings) -> list[Result]:
 
 def _attempts(places: Places, settings: Settings) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "machine", _machine
-    yield "disk", lambda: _disk(places, settings)
-    yield "engine", _engine
     yield "identity", lambda: _identity(places, settings)
     who = identity.load(places.identity)
     url = urllib.parse.urlsplit(who.devices_url)
-    yield "DNS", lambda: _dns(url.hostname or "")
-    if not settings.network.proxy:
-        yield "TCP", lambda: _tcp(url.hostname or "", url.port or 443)
+    proxy = proxy_for(url, settings.network.proxy)
+    first = proxy or url
+    yield "DNS", lambda: _dns(first.hostname or "")
+    yield "TCP", lambda: _tcp(first.hostname or "", first.port or (3128 if proxy else 443))
+    yield "proxy", lambda: _proxy(proxy, url)
+    yield "TLS", lambda: _tls(places, who, url, proxy)
     yield "clock", lambda: _clock(who)
-    yield "HTTPS", lambda: _https(places, settings, who)
-    if who.mqtt:
-        broker = urllib.parse.urlsplit(who.mqtt[0])
-        yield "MQTT", lambda: _mqtt(places, who, broker)
-    yield "host", lambda: _host(places)
+    yield "MQTT", lambda: _mqtt(places, who)
+    yield "HTTP", lambda: _http(places, settings, who)
+    yield "engine", _engine
+    yield "cell", lambda: _cell(places)
+    yield "disk", lambda: _disk(places, settings)
 
 
 def _machine() -> str:
@@ -77,17 +79,6 @@ def _machine() -> str:
     if machine not in MACHINES:
         raise _FailedError(f"{machine} is not supported: a 64-bit system is needed (x86_64, aarch64 or riscv64)")
     return f"{machine}, Linux {platform.release()}"
-
-
-def _disk(places: Places, settings: Settings) -> str:
-    if not places.state.is_dir():
-        raise _FailedError(f"{places.state} is not there: install the package, or run 'fleet-agent enroll' first")
-    if not os.access(places.state, os.W_OK):
-        raise _FailedError(f"{places.state} cannot be written by this user")
-    free = shutil.disk_usage(places.state).free
-    if free < settings.disk.reserve_bytes:
-        raise _FailedError(f"{free >> 20} MiB are free, {settings.disk.reserve_bytes >> 20} MiB are kept in reserve")
-    return f"{free >> 20} MiB free in {places.state}"
 
 
 def _engine() -> str:
@@ -141,7 +132,67 @@ def _clock(who: identity.Identity) -> str:
     return f"{now:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _https(places: Places, settings: Settings, who: identity.Identity) -> str:
+def _connect(target: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None) -> socket.socket:
+    """A connection to a server, through a proxy where there is one (CONNECT: RFC 9110, section 9.3.6)."""
+    host, port = target.hostname or "", target.port or 443
+    if proxy is None:
+        return socket.create_connection((host, port), timeout=CONNECT_S)
+    tunnel = http.client.HTTPConnection(proxy.hostname or "", proxy.port or 3128, timeout=CONNECT_S)
+    tunnel.set_tunnel(host, port)
+    tunnel.connect()
+    assert tunnel.sock is not None
+    return tunnel.sock
+
+
+def _proxy(proxy: urllib.parse.SplitResult | None, url: urllib.parse.SplitResult) -> str:
+    if proxy is None:
+        return "none is used"
+    try:
+        with closing(_connect(url, proxy)):
+            return f"{proxy.netloc} connects to {url.netloc}"
+    except OSError as error:
+        raise _FailedError(f"{proxy.netloc} does not connect to {url.netloc}: {error}: is it the right one?") from error
+
+
+def _handshake(
+    places: Places, who: identity.Identity, target: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None
+) -> str:
+    tls = DeviceTls(places.identity, lambda: who.floor)
+    try:
+        with (
+            closing(_connect(target, proxy)) as plain,
+            tls.context().wrap_socket(plain, server_hostname=target.hostname) as connection,
+        ):
+            tls.check(connection)
+            return str(connection.version())
+    except ssl.SSLError as error:
+        raise _FailedError(
+            f"{target.netloc}: TLS: {why(error)}: is somebody in between, or the clock wrong?"
+        ) from error
+    except OSError as error:
+        raise _FailedError(f"{target.netloc}: {error.strerror or error}") from error
+
+
+def _tls(
+    places: Places, who: identity.Identity, url: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None
+) -> str:
+    return f"{_handshake(places, who, url, proxy)}, the server is of the fleet's CA"
+
+
+def _mqtt(places: Places, who: identity.Identity) -> str:
+    if not who.mqtt:
+        return "this fleet has no broker; the desired state comes by HTTPS"
+    broker = urllib.parse.urlsplit(who.mqtt[0])
+    if broker.scheme == "mqtt":
+        return _tcp(broker.hostname or "", broker.port or 1883)
+    target = broker if broker.port else broker._replace(netloc=f"{broker.netloc}:8883")
+    try:
+        return f"{broker.netloc} answers with {_handshake(places, who, target, None)}"
+    except _FailedError as error:
+        raise _FailedError(f"{error} (without MQTT the desired state still comes by HTTPS, more slowly)") from error
+
+
+def _http(places: Places, settings: Settings, who: identity.Identity) -> str:
     https = Https(who.devices_url, DeviceTls(places.identity, lambda: who.floor), proxy=settings.network.proxy)
     try:
         https.request("GET", "/v1/desired", max_bytes=caps.DESIRED_MAX_BYTES)
@@ -151,25 +202,7 @@ def _https(places: Places, settings: Settings, who: identity.Identity) -> str:
     return f"{who.devices_url} accepts this board's certificate"
 
 
-def _mqtt(places: Places, who: identity.Identity, broker: urllib.parse.SplitResult) -> str:
-    address = (broker.hostname or "", broker.port or 8883)
-    tls = DeviceTls(places.identity, lambda: who.floor)
-    try:
-        with socket.create_connection(address, timeout=CONNECT_S) as plain:
-            if broker.scheme == "mqtt":
-                return "the broker answers, without TLS"
-            with tls.context().wrap_socket(plain, server_hostname=broker.hostname) as connection:
-                tls.check(connection)
-                return f"the broker answers with {connection.version()}"
-    except ssl.SSLError as error:
-        raise _FailedError(f"TLS: {why(error)}") from error
-    except OSError as error:
-        raise _FailedError(
-            f"{broker.netloc}: {error.strerror or error}: desired state then comes by HTTPS only"
-        ) from error
-
-
-def _host(places: Places) -> str:
+def _cell(places: Places) -> str:
     from agent.host import ipc  # noqa: PLC0415 - the rest is of use without a host
 
     with closing(ipc.new_socket()) as sock:
@@ -182,5 +215,18 @@ def _host(places: Places) -> str:
             raise _FailedError(f"no host at {places.host_socket}: {error}: start fleet-host") from error
     if not isinstance(welcome, ipc.Welcome):
         raise _FailedError("the host does not answer as one")
-    layers = [name for name, there in sorted(welcome.containment.items()) if there]
-    return f"fleet-host {welcome.version}, {len(welcome.running)} instances, walls: {', '.join(layers) or 'none'}"
+    layers = sorted(welcome.containment.items())
+    lacks = ", ".join(name for name, there in layers if not there)
+    has = ", ".join(name for name, there in layers if there) or "none"
+    return f"fleet-host {welcome.version}, walls: {has}" + (f"; lacks {lacks}" if lacks else "")
+
+
+def _disk(places: Places, settings: Settings) -> str:
+    if not places.state.is_dir():
+        raise _FailedError(f"{places.state} is not there: install the package, or run 'fleet-agent enroll' first")
+    if not os.access(places.state, os.W_OK):
+        raise _FailedError(f"{places.state} cannot be written by this user")
+    free = shutil.disk_usage(places.state).free
+    if free < settings.disk.reserve_bytes:
+        raise _FailedError(f"{free >> 20} MiB are free, {settings.disk.reserve_bytes >> 20} MiB are kept in reserve")
+    return f"{free >> 20} MiB free in {places.state}"

@@ -78,7 +78,8 @@ class FixedTls:
         """Nothing beyond what OpenSSL checks."""
 
 
-def _proxy_for(url: urllib.parse.SplitResult, configured: str) -> urllib.parse.SplitResult | None:
+def proxy_for(url: urllib.parse.SplitResult, configured: str) -> urllib.parse.SplitResult | None:
+    """The proxy to reach `url` by: the configured one, else the environment's; None for none."""
     proxy = configured or urllib.request.getproxies().get("https", "")
     if not proxy or (not configured and urllib.request.proxy_bypass(url.hostname or "")):
         return None
@@ -112,7 +113,7 @@ class Https:
         """
         self._url = urllib.parse.urlsplit(base)
         self._tls = tls
-        self._proxy = _proxy_for(self._url, proxy)
+        self._proxy = proxy_for(self._url, proxy)
         self._request_s = request_s
         self._download_s = download_s
         self._min_rate = min_rate_bytes_s

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import socket
 import ssl
 import threading
 import time
+import urllib.parse
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -298,3 +300,57 @@ def test_a_certificate_is_renewed_at_two_thirds(ca, tmp_path):
     key = ec.generate_private_key(ec.SECP256R1())
     (tmp_path / "device.pem").write_text(ca.device(key.public_key(), "b-01234567", now=now).pem)
     assert timedelta(days=55) < enroll.renew_at(tmp_path) - now < timedelta(days=65)
+
+
+class Proxy(threading.Thread):
+    """An HTTP proxy that tunnels (RFC 9110, section 9.3.6), one connection after another."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.asked = self.listener.getsockname()[1], []
+        self.start()
+
+    def run(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += client.recv(4096)
+            target = head.split()[1].decode()
+            self.asked.append(target)
+            host, _, port = target.partition(":")
+            server = socket.create_connection((host, int(port)))
+            client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            back = threading.Thread(target=self.pump, args=(server, client), daemon=True)
+            back.start()
+            self.pump(client, server)
+
+    @staticmethod
+    def pump(source, sink):
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+
+def test_a_proxy_is_honoured_and_sees_nothing(ca, server, tmp_path, monkeypatch):
+    server.answer = lambda handler: handler.send_file(DATA)
+    proxy = Proxy()
+    where = f"https://127.0.0.1:{server.server_port}"
+    configured = Https(where, FixedTls(tls.context(ca.pem)), proxy=f"http://127.0.0.1:{proxy.port}")
+    download(configured, tmp_path / "a.wasm")
+    assert (tmp_path / "a.wasm").read_bytes() == DATA
+    assert proxy.asked == [f"127.0.0.1:{server.server_port}"]
+    # The environment's counts too, unless it says that this host is reached directly.
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setenv("no_proxy", "")
+    assert fetch.proxy_for(urllib.parse.urlsplit(where), "") is not None
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert fetch.proxy_for(urllib.parse.urlsplit(where), "") is None
+    proxy.listener.close()
