@@ -15,10 +15,10 @@ from fleet.protocol.compose import BRIDGE
 from fleet.protocol.manifest import Grants, Limits
 
 
-def start(image: Image, *, limits: Limits, grants: Grants, config: dict[str, str], log: Log) -> Guest:
+def start(image: Image, *, limits: Limits, grants: Grants, config: dict[str, str], log: Log, data: str = "") -> Guest:
     """Instantiate a guest of either world; raises what `Guest` raises."""
     kind = Adapted if image.adapted else Guest
-    return kind(image, limits=limits, grants=grants, config=config, log=log)
+    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data)
 
 
 class Adapted(Guest):

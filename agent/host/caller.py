@@ -103,13 +103,22 @@ class Caller:
     """The guest and everything around a call."""
 
     def __init__(
-        self, image: Image, *, limits: Limits, grants: Grants, config: dict[str, str], page: Page, say: Say
+        self,
+        image: Image,
+        *,
+        limits: Limits,
+        grants: Grants,
+        config: dict[str, str],
+        page: Page,
+        say: Say,
+        data: str = "",
     ) -> None:
         self._image = image
         self._limits = limits
         self._grants = grants
         self._config = config
         self._page = page
+        self._data = data
         self._say = say
         self._lines = Allowance(limits.log_lines_per_minute)
         self._faults = Allowance(_FAULTS_A_SECOND * 60)
@@ -128,7 +137,12 @@ class Caller:
         self._ticker.begin(now_ns, self._limits.start_ms)
         try:
             self._guest = start(
-                self._image, limits=self._limits, grants=self._grants, config=self._config, log=self.log
+                self._image,
+                limits=self._limits,
+                grants=self._grants,
+                config=self._config,
+                log=self.log,
+                data=self._data,
             )
         finally:
             self._ticker.end()
@@ -174,6 +188,7 @@ class Caller:
                 return enter(self._guest)
             finally:
                 self._ticker.end()
+                self._page.begin(0)
         except GuestError as error:
             self._spend(str(error))
             raise

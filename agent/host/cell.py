@@ -164,13 +164,16 @@ def _new_root(plan: Plan) -> None:
     """An empty root, or the directory that the plan names, and the data beneath it if there is any."""
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     plain = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    # Opened in this namespace, and before the empty root hides what may lie beneath it.
+    data_fd = os.open(plan.data, os.O_PATH | os.O_CLOEXEC) if plan.data else -1
     if plan.root:
         kernel.mount(plan.root, _ROOT, None, kernel.MS_BIND)
     else:
         kernel.mount("none", _ROOT, "tmpfs", plain, "size=64k,nr_inodes=8,mode=0755")
     if plan.data:
-        os.mkdir(_ROOT + DATA)  # noqa: PTH102 - as little machinery as possible from here on
-        kernel.mount(plan.data, _ROOT + DATA, None, kernel.MS_BIND)
+        os.mkdir(_ROOT + DATA, 0o755)  # noqa: PTH102 - as little machinery as possible from here on
+        kernel.mount(f"/proc/self/fd/{data_fd}", _ROOT + DATA, None, kernel.MS_BIND)
+        os.close(data_fd)
     os.chdir(_ROOT)
     kernel.pivot_here()
     if not plan.root:

@@ -42,6 +42,7 @@ HANDLER: Final = "wasmfleet:http/handler"
 HEALTH: Final = "wasmfleet:http/health"
 TASK: Final = "wasmfleet:schedule/task"
 LOGGING: Final = "wasi:logging/logging"
+DATA: Final = "/data"  # where a guest that may have files finds its own
 CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
 # What the adapter itself imports: it comes with wasi:http and needs no grant.
 _ADAPTERS_OWN: Final = frozenset(
@@ -241,7 +242,9 @@ def _adapted(artifact: bytes | str) -> bytes | str:
 class Guest:
     """A live instance of an image in its own store. After a `GuestError` it is spent: make a new one."""
 
-    def __init__(self, image: Image, *, limits: Limits, grants: Grants, config: dict[str, str], log: Log) -> None:
+    def __init__(
+        self, image: Image, *, limits: Limits, grants: Grants, config: dict[str, str], log: Log, data: str = ""
+    ) -> None:
         """Instantiate, within `limits.start_ms`.
 
         Raises:
@@ -253,6 +256,7 @@ class Guest:
             raise EngineError(RejectCode.GRANT_DENIED, f"it imports {', '.join(missing)}, which is not granted")
         self._image = image
         self._limits = limits
+        self._data = data
         self._config = config
         self._log = log
         self._linker, self._wasi = _linker(image, config, log)
@@ -295,6 +299,8 @@ class Guest:
                 set_stdin(wasi, stdin)
         if any(name.startswith("wasi:cli/environment") for name in self._image.imports):
             wasi.env = list(self._config.items())
+        if self._data:
+            wasi.preopen_dir(self._data, DATA)
         return wasi
 
     def _function(self, interface: str, name: str) -> Func | None:

@@ -53,21 +53,34 @@ class StartError(Exception):
         self.code = code
 
 
-def _data_directory(run: ipc.Run, uid: int | None) -> str:
+def _data_directory(run: ipc.Run, uid: int | None, parent: Path) -> str:
     """The instance's data directory, made and given to its user, if it may have files; else empty.
 
     Raises:
         StartError: it cannot be made.
     """
-    if not run.data or not any(name.startswith("wasi:filesystem") for name in run.grants.interfaces):
+    if not any(name.startswith("wasi:filesystem") for name in run.grants.interfaces):
         return ""
+    path = Path(run.data) if run.data else parent / run.instance
     try:
-        Path(run.data).mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if uid is not None:
-            os.chown(run.data, uid, uid, follow_symlinks=False)
+            os.chown(path, uid, uid, follow_symlinks=False)
     except OSError as error:
         raise StartError(RejectCode.START_FAILED, f"{run.instance}: no data directory: {error}") from error
-    return run.data
+    return str(path)
+
+
+def disk_bytes(directory: str) -> int:
+    """What a directory takes on disk, its subdirectories included; links are not followed."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                total += entry.stat(follow_symlinks=False).st_blocks * 512
+                if entry.is_dir(follow_symlinks=False):
+                    total += disk_bytes(entry.path)
+    return total
 
 
 @dataclass(slots=True)
@@ -82,6 +95,7 @@ class Generation:
     faults: int = 0
     kinds: frozenset[str] = frozenset()
     layers: dict[str, bool] = field(default_factory=dict)
+    data: str = ""
     dropped: bool = False
 
     @property
@@ -113,6 +127,7 @@ class Instance:
         listeners: Listeners,
         uid: Callable[[str], int | None],
         deaths: Deaths,
+        data: Path,
         emit: Callable[[ipc.Event], None],
         route: Callable[..., Awaitable[None]],
     ) -> None:
@@ -128,6 +143,7 @@ class Instance:
         self._listeners = listeners
         self._uid = uid
         self._deaths = deaths
+        self._data = data
         self._emit = emit
         self._route = route
         self._log: deque[str] = deque(maxlen=caps.LOG_LINES)
@@ -269,10 +285,20 @@ class Instance:
         if current is not None and current.alive and self._crashes and self._steady(current):
             self._crashes = 0
             self._deaths.note(self.name, current.run.target, 0)
+        if current is not None and current.alive:
+            self._weigh_data(current)
         spare = current is not None and len(current.alive) > 1 and time.monotonic() - self._busy_s > _SPARE_S
         if spare and current is not None and not self.lock.locked():
             self._spawn(self._fewer_lanes(current))
         self._end_overdue()
+
+    def _weigh_data(self, generation: Generation) -> None:
+        """A single file is limited by the kernel; all of them together here."""
+        if not generation.data:
+            return
+        used, most = disk_bytes(generation.data), generation.run.limits.storage_bytes
+        if used > most + most // 8:  # blocks and directories are not the guest's doing
+            self._quarantine(generation, f"its data takes {used} bytes of disk, {most} are allowed")
 
     def _steady(self, generation: Generation) -> bool:
         """Whether every lane has been up for so long that earlier deaths say nothing any more."""
@@ -333,13 +359,14 @@ class Instance:
             )
             generation.lanes.append(lane)
             uid = self._uid(self.name)
+            generation.data = _data_directory(run, uid, self._data)
             setup = control.Setup(
                 instance=self.name,
                 grants=run.grants,
                 limits=run.limits,
                 config=run.config,
                 uid=uid,
-                data=_data_directory(run, uid),
+                data=generation.data,
             )
             answer = await lane.ask(
                 setup,
@@ -455,6 +482,8 @@ class Instance:
                 self._note(text)
             case control.Fault(message=text):
                 self._fault(generation, RejectCode.TRAPPED, text)
+            case control.Refused(message=text):
+                self._note(f"host: {text}")
             case control.Busy(ms=ms, overdue=True):
                 self._overdue(generation, lane, ms)
             case control.Busy():
@@ -503,14 +532,14 @@ class Instance:
         self.error = why
         self._fault(generation, RejectCode.RESTARTED, why)
         if self._crashes >= _CRASHES_MAX:
-            self._quarantine(generation, why)
+            self._quarantine(generation, f"{self._crashes} deaths in a row; the last: {why}")
             return
         if not generation.alive:
             self._set(InstanceState.BACKOFF, why)
         self._spawn(self._replace(generation))
 
-    def _quarantine(self, generation: Generation, last: str) -> None:
-        why = self.error = f"{self._crashes} deaths in a row; the last: {last}"
+    def _quarantine(self, generation: Generation, why: str) -> None:
+        self.error = why
         for lane in list(generation.lanes):
             self._retire(generation, lane)
         self._end_clocks()
@@ -529,7 +558,7 @@ class Instance:
                 self._deaths.note(self.name, generation.run.target, self._crashes)
                 self.error = str(error)
                 if self._crashes >= _CRASHES_MAX:
-                    self._quarantine(generation, str(error))
+                    self._quarantine(generation, f"{self._crashes} deaths in a row; the last: {error}")
                 else:
                     self._spawn(self._replace(generation))
                 return

@@ -4,6 +4,7 @@ It waits for its `Setup`, maps the image, shuts itself into its cell, instantiat
 on it has its clients' connections, the supervisor's socket and nothing else. When that socket closes, it ends.
 """
 
+import contextlib
 import os
 import select
 import socket
@@ -29,7 +30,9 @@ def main(sock: socket.socket, engine: Engine) -> NoReturn:
     except control.GoneError:
         status = 0
     except BaseException as error:  # noqa: BLE001 - nobody above could handle it: this process was forked
-        os.write(2, f"lane: {type(error).__name__}: {error}\n".encode())
+        message = f"the lane failed: {type(error).__name__}: {error}"
+        with contextlib.suppress(OSError, control.GoneError):
+            control.send(sock, control.Refused(code=RejectCode.INTERNAL, message=message))
     finally:
         os._exit(status)
 
@@ -76,8 +79,15 @@ class Lane:
                     data=setup.data,
                 )
             )
+            where = "" if not setup.data else cell.DATA if layers["mount"] else setup.data
             self._caller = Caller(
-                image, limits=setup.limits, grants=setup.grants, config=setup.config, page=page, say=self.say
+                image,
+                limits=setup.limits,
+                grants=setup.grants,
+                config=setup.config,
+                page=page,
+                say=self.say,
+                data=where,
             )
             kinds = self._caller.start()
         except EngineError as error:

@@ -355,6 +355,7 @@ class Supervisor:
                 listeners=self._listeners,
                 uid=self._uids.of,
                 deaths=self._deaths,
+                data=self._settings.state / "data",
                 emit=self._emit,
                 route=self._route,
             )

@@ -195,3 +195,23 @@ def test_lanes_are_added_while_calls_wait_and_connections_share_them(host):
     assert [support.read_answer(client)[0] for client in clients] == [504] * 3
     for client in clients:
         client.close()
+
+
+def test_a_guest_has_its_own_files_within_its_limit_and_keeps_them_over_a_swap(host, neighbour):
+    port = support.free_port()
+    files = Grants(interfaces=("wasi:filesystem", "wasi:io"))
+    limits = Limits(storage_bytes=1 << 20)
+    assert isinstance(
+        host.start("writes", support.a_run("keeper", 1, port=port, grants=files, limits=limits)), ipc.Started
+    )
+    path = host.state / "data" / "keeper" / "log"
+    assert support.http(port)[0] == 200
+    assert path.stat().st_size == 64 * 1024
+    host.start("writes", support.a_run("keeper", 2, port=port, grants=files, limits=limits))
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
+        answered = [support.http(port, sock=kept)[0] for _ in range(20)]
+    # Sixteen times 64 KiB fit; more is refused to it, and to nobody else.
+    assert answered == [200] * 16 + [507] * 4
+    assert path.stat().st_size == 1 << 20
+    # Without the grant, the same component does not start at all.
+    assert host.start("writes", support.a_run("bare", 1)).code == "grant-denied"
