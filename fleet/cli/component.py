@@ -1,4 +1,4 @@
-"""`fleet component inspect`: what a component file is, before anybody signs it."""
+"""`fleet component`: what a component file is, before anybody signs it, and what a board makes of it."""
 
 from pathlib import Path
 
@@ -8,15 +8,16 @@ import msgspec
 from fleet.cli import out
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.prepare import beside, read_component
-from fleet.protocol import author, toml_text
+from fleet.protocol import adapter, author, toml_text
 from fleet.protocol import component as reader
+from fleet.protocol import compose as composer
 from fleet.protocol.manifest import BadManifestError
 from fleet.protocol.toml_table import FILE_NAME
 
 
 @click.group("component")
 def component() -> None:
-    """Look into a component file."""
+    """Look into a component file, or put it into its adapter."""
 
 
 @command(
@@ -68,4 +69,40 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
     return Exit.OK
 
 
+@command("compose", examples="fleet component compose server.wasm -o whole.wasm && wasm-tools validate whole.wasm")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The file to write")
+def compose(options: Options, *, file: Path, output: Path) -> Exit:
+    """Put FILE, a guest of wasi:http, into the adapter that boards run it in.
+
+    Boards do this themselves when they compile: push FILE, not what comes out of this.
+    """
+    data = read_component(file)
+    try:
+        shape = reader.read(data, file_name=file.name)
+        if not composer.needs_adapter(shape):
+            raise Fault(
+                f"{file.name} needs no adapter", f"it does not export {reader.WASI_HTTP_HANDLER}", "push it as it is"
+            )
+        whole = composer.compose(adapter.load(), data)
+        output.write_bytes(whole)
+    except (reader.NotAComponentError, composer.ComposeError) as error:
+        raise Fault(str(error)) from None
+    except OSError as error:
+        raise Fault(f"cannot write {output}", error.strerror or str(error)) from None
+    names = reader.read(whole).imports
+    if options.json:
+        out.show_json({"output": str(output), "size_bytes": len(whole), "adapter": adapter.digest(), "imports": names})
+        return Exit.OK
+    out.facts(
+        [
+            ("written", f"{output}, {out.size(len(whole))}"),
+            ("adapter", f"sha256 {adapter.digest()}"),
+            ("imports", "\n".join(names)),
+        ]
+    )
+    return Exit.OK
+
+
 component.add_command(inspect)
+component.add_command(compose)

@@ -22,7 +22,7 @@ SECTIONS: Final[Sections] = {
         "push": Entry("fleet.cli.push:push", "Publish a component and deploy it to a group, in one go"),
         "publish": Entry("fleet.cli.push:publish", "Sign a component and upload it"),
         "deploy": Entry("fleet.cli.push:deploy", "Offer a published component to a group or a board"),
-        "component": Entry("fleet.cli.component:component", "Look into a component file"),
+        "component": Entry("fleet.cli.component:component", "Look into a component file, or put it into its adapter"),
     },
     "Rollouts": {
         "rollouts": Entry("fleet.cli.rollouts:rollouts", "List the rollouts, newest first"),

@@ -35,8 +35,12 @@ WASI_RUN: Final = "wasi:cli/run"
 WASI_MESSAGING_HANDLER: Final = "wasi:messaging/incoming-handler"
 
 _BY_WORLD: Final = {
-    # The adapter answers the first; the streams of a body are the second. Neither reaches anything outside.
-    "wasi:http": frozenset({"wasi:http/types", "wasi:io/error", "wasi:io/poll", "wasi:io/streams"}),
+    # The adapter answers wasi:http/types; wasi:io is the streams of a body; what a guest prints goes to its log, and
+    # its standard input is the request's body. None of it reaches anything outside.
+    "wasi:http": frozenset(
+        {"wasi:http/types", "wasi:io/error", "wasi:io/poll", "wasi:io/streams"}
+        | {"wasi:cli/stdin", "wasi:cli/stdout", "wasi:cli/stderr"}
+    ),
 }
 """Interfaces that come with a world and need no grant."""
 
