@@ -82,6 +82,13 @@ def _outcome(word: Word) -> Outcome:
     return Outcome.FAILED if word.code in TRIED or not word.code else Outcome.REFUSED
 
 
+def relapse(board: Board, *, at: float, message: str) -> Board:
+    """The board said later, while the rollout is still open, that what it had committed does not stay up."""
+    if board.outcome is not Outcome.SUCCEEDED:
+        return board
+    return replace(board, outcome=Outcome.FAILED, code="restarted", message=message, ended_at=at)
+
+
 def confirm(board: Board, *, at: float, running: str) -> Board:
     """The board said that it has committed the whole assignment that offered this: it has succeeded.
 

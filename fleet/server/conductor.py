@@ -104,10 +104,24 @@ class Conductor:
 
     async def _offer(self, row: RolloutRow, wave: int, devices: Iterable[str]) -> None:
         log.info("rollout %s: wave %s of %s", row.number, wave, len(row.sizes))
+        waiting = list(devices)
+        for start in range(0, len(waiting), _BATCH):
+            with self._store.atomic():
+                for device in waiting[start : start + _BATCH]:
+                    self._note_previous(row, device)
+            await asyncio.sleep(0)
+        now = self._store.rollouts.get(row.id)
+        if now is None or now.state is not State.RUNNING:
+            return  # an operator was quicker
         self._store.rollouts.offer(row.number, wave, now=self._now())
         self._watch.changed()
         self.touch(devices)
         await self._settle_dirty()
+
+    def _note_previous(self, row: RolloutRow, device: str) -> None:
+        board = self._store.devices.get(device)
+        held = None if board is None else self._director.effective(board).get(row.instance)
+        self._store.rollouts.set_previous(row.number, device, "" if held is None else held.value.target or "")
 
     def _expire(self, row: RolloutRow, device: str, message: str) -> None:
         found = self._store.rollouts.board(row.number, device)

@@ -8,16 +8,16 @@ dropped: the broker binds topics to certificates, and here it is checked again.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Final
 
 from fleet.protocol import wire
-from fleet.protocol.codes import RETRYABLE, Phase
-from fleet.protocol.messages import Ack, Health, Hello, Report, State
+from fleet.protocol.codes import RETRYABLE, InstanceState, Phase
+from fleet.protocol.messages import Ack, Health, Hello, InstanceHealth, Report, State
 from fleet.protocol.topics import Down, Topic, Up
 from fleet.protocol.wire import Message
-from fleet.rollout.judge import Word, hear
+from fleet.rollout.judge import Word, hear, relapse
 from fleet.server.conductor import Conductor
 from fleet.server.director import Director, Publish
 from fleet.server.watch import Watch
@@ -122,18 +122,27 @@ class Ingest:
                     self._store.devices.hear_hello(message, now)
                     self._confirm(message.device, message.committed)
                 case State():
-                    if self._store.devices.hear_state(message, now):
-                        words = "came online" if message.online else "went offline"
-                        self._store.devices.note(
-                            message.device, "online" if message.online else "offline", words, now=now
-                        )
+                    self._hear_state(message, now)
                 case Health():
                     newest[message.device] = (message, raw)
                 case _:
                     raise AssertionError(type(message))
-        self._store.devices.hear_health(newest.values(), now)
-        for health, _ in newest.values():
+        self._hear_health(newest.values(), now)
+
+    def _hear_state(self, state: State, now: float) -> None:
+        if self._store.devices.hear_state(state, now):
+            kind = "online" if state.online else "offline"
+            words = "came online" if state.online else "went offline"
+            self._store.devices.note(state.device, kind, words, now=now)
+
+    def _hear_health(self, newest: Iterable[tuple[Health, bytes]], now: float) -> None:
+        messages = list(newest)
+        self._store.devices.hear_health(messages, now)
+        for health, _ in messages:
             self._confirm(health.device, health.committed)
+            for figure in health.instances:
+                if figure.state is InstanceState.QUARANTINED:
+                    self._relapse(health.device, figure, now)
 
     def _hear_report(self, report: Report, now: float) -> None:
         self._store.devices.touch(report.device, now)
@@ -180,6 +189,19 @@ class Ingest:
             if board is not None and 0 < board[1].version <= report.assignment:
                 found.append(row)
         return found
+
+    def _relapse(self, device: str, figure: InstanceHealth, now: float) -> None:
+        """An instance was put into quarantine: an open rollout that brought it there hears of it, while it soaks."""
+        for rollout in self._store.rollouts.overlays(device):
+            if (rollout.instance, rollout.value.target) != (figure.instance, figure.target):
+                continue
+            found = self._store.rollouts.board(rollout.number, device)
+            if found is not None:
+                board, extra = found
+                words = figure.error or f"{figure.instance} is in quarantine after {figure.restarts} restarts"
+                fallen = relapse(board, at=now, message=words)
+                if fallen != board:
+                    self._store.rollouts.set_board(rollout.number, fallen, extra)
 
     def _confirm(self, device: str, committed: int) -> None:
         """What the board has committed as a whole has succeeded, whatever reports were lost."""

@@ -20,7 +20,6 @@ from fleet.server.repository import Repository
 from fleet.server.web import Refusal
 from fleet.store.rows import DeviceRow, GroupRow, RolloutRow
 from fleet.store.store import Store
-from signing.policy import Release
 
 _TIMEOUT_MIN_S: Final = 10
 
@@ -54,18 +53,15 @@ class Planner:
     def preflight(self, request: RolloutRequest) -> Preflight:
         """What a rollout would do, without doing it; raises as `deploy`."""
         value, group = self._check(request)
-        everyone = self._boards(request, group)
         before = self._before(request)
+        boards, left_out = self._boards(request, group, value)
         release = None if value.target is None else self._repository.release(value.target)
         old = None if before is None or before.target is None else self._repository.release(before.target)
-        found = [] if release is None else [self._excluded(release, device) for device in everyone]
-        excluded = tuple(each for each in found if each is not None)
-        boards = tuple(device for device in everyone if device not in {each.device for each in excluded})
         sizes = waves.sizes(waves.parse(request.waves), len(boards))
         starts = (0, *sizes[:-1])
         return Preflight(
             waves=tuple(boards[start:end] for start, end in zip(starts, sizes, strict=True)),
-            excluded=excluded,
+            excluded=tuple(Excluded(device=each, reason=reason) for each, reason in sorted(left_out.items())),
             new_grants=wish.new_grants(release, old),
             previous="" if before is None else before.target or "",
             warnings=() if boards else ("the group has no boards yet: it is settled at once",),
@@ -81,7 +77,8 @@ class Planner:
         if request.timeout_s < _TIMEOUT_MIN_S or request.soak_s < 0 or request.failures < 0:
             raise Refusal(400, "bad-request", f"timeout_s is at least {_TIMEOUT_MIN_S}; soak_s and failures at least 0")
         value = self._value(request)
-        if group is not None:
+        if group is not None and value.target is not None:
+            self._check_room(group, request.instance)
             self._check_conflict(group, request.instance, value)
         return value, group
 
@@ -133,20 +130,26 @@ class Planner:
     def _before(self, request: RolloutRequest | RolloutRow) -> Value | None:
         return self._store.rollouts.settled_value(group=request.group, device=request.device, instance=request.instance)
 
+    def _check_room(self, group: GroupRow, instance: str) -> None:
+        """A board runs so many instances and no more."""
+        here = {row.instance for row in self._store.rollouts.settled(group=group.name) if row.value.target is not None}
+        if instance not in here and len(here) >= caps.ITEMS_MAX:
+            raise Refusal(
+                409, "too-many", f"{group.name} runs {len(here)} instances already", action="remove one first"
+            )
+
     def _check_conflict(self, group: GroupRow, instance: str, value: Value) -> None:
         """Two groups of one priority must not want different things on one board."""
-        for device in self._store.devices.members(group):
-            row = self._store.devices.get(device)
-            if row is None:
-                continue
-            groups = []
-            for each in self._store.devices.groups_of(row):
-                if each.name == group.name:
-                    groups.append(Group(each.name, each.priority, {instance: Held(value)}))
-                    continue
-                held = self._store.rollouts.settled_value(group=each.name, device="", instance=instance)
-                groups.append(Group(each.name, each.priority, {} if held is None else {instance: Held(held)}))
-            for conflict in effective.conflicts(groups):
+        held: dict[str, Group] = {group.name: Group(group.name, group.priority, {instance: Held(value)})}
+        for each in self._store.devices.groups():
+            settled = self._store.rollouts.settled_value(group=each.name, device="", instance=instance)
+            if each.name != group.name and settled is not None:
+                held[each.name] = Group(each.name, each.priority, {instance: Held(settled)})
+        if not effective.conflicts(held.values()):
+            return  # most of the time there is no such group at all
+        rows = self._store.devices.some(self._store.devices.members(group))
+        for device, groups in self._store.devices.groups_of_each(rows).items():
+            for conflict in effective.conflicts(held[each.name] for each in groups if each.name in held):
                 other = conflict.second if conflict.first == group.name else conflict.first
                 raise Refusal(
                     409,
@@ -157,43 +160,33 @@ class Planner:
 
     # -- boards ------------------------------------------------------------------------------------------------------
 
-    def _boards(self, request: RolloutRequest | RolloutRow, group: GroupRow | None) -> tuple[str, ...]:
+    def _boards(
+        self, request: RolloutRequest, group: GroupRow | None, value: Value
+    ) -> tuple[tuple[str, ...], dict[str, str]]:
+        """The boards in the order in which they are offered it, and those that are left out, with the reason."""
         members = [request.device] if group is None else self._store.devices.members(group)
-        return waves.order(self._store.devices.online(members))
-
-    def _excluded(self, release: Release, device: str) -> Excluded | None:
-        row = self._store.devices.get(device)
-        if row is None:
-            return None
-        reason = unfit(release, row)
-        if reason:
-            return Excluded(device=device, reason=reason)
-        if row.versions.host and not row.versions.engine:
-            return Excluded(device=device, reason="it has no wasm engine")
-        if len(self._director.effective(row)) >= caps.ITEMS_MAX:
-            return Excluded(device=device, reason=f"it runs {caps.ITEMS_MAX} instances already")
-        return None
+        rows = self._store.devices.some(members)
+        release = None if value.target is None else self._repository.release(value.target)
+        reasons = {} if release is None else {row.id: unfit(release, row) or _engineless(row) for row in rows}
+        left_out = {device: reason for device, reason in reasons.items() if reason}
+        online = {row.id: row.online for row in rows if not row.revoked and row.id not in left_out}
+        return waves.order(online), left_out
 
     def _begin(
         self, request: RolloutRequest, value: Value, group: GroupRow | None, *, by: str, undoes: str = ""
     ) -> RolloutRow:
-        release = None if value.target is None else self._repository.release(value.target)
-        everyone = self._boards(request, group)
-        excluded = {} if release is None else {device: self._excluded(release, device) for device in everyone}
-        left_out = {device: each.reason for device, each in excluded.items() if each is not None}
-        devices = tuple(device for device in everyone if device not in left_out)
+        devices, left_out = self._boards(request, group, value)
         sizes = waves.sizes(waves.parse(request.waves), len(devices))
         now = self._clock().timestamp()
         boards = [
-            (
-                Board(device, waves.wave_of(index, sizes), attempt=value.attempt),
-                self._previous(device, request.instance),
-            )
-            for index, device in enumerate(devices)
-        ]
-        boards += [
-            (Board(device, len(sizes), Outcome.SKIPPED, message=reason), self._previous(device, request.instance))
-            for device, reason in left_out.items()
+            *(
+                Board(device, waves.wave_of(index, sizes), attempt=value.attempt)
+                for index, device in enumerate(devices)
+            ),
+            *(
+                Board(device, len(sizes), Outcome.SKIPPED, message=reason)
+                for device, reason in sorted(left_out.items())
+            ),
         ]
         with self._store.atomic():
             superseded = self._store.rollouts.open_on(
@@ -231,11 +224,6 @@ class Planner:
         self._conductor.wake()
         return row
 
-    def _previous(self, device: str, instance: str) -> str:
-        row = self._store.devices.get(device)
-        held = None if row is None else self._director.effective(row).get(instance)
-        return "" if held is None else held.value.target or ""
-
     # -- the other ways ----------------------------------------------------------------------------------------------
 
     def remove(self, request: RemovalRequest, *, by: str) -> RolloutRow:
@@ -261,7 +249,10 @@ class Planner:
         return self._begin(asked, self._value(asked), group, by=by)
 
     def _runs(self, request: RemovalRequest) -> bool:
-        return bool(request.device) and bool(self._previous(request.device, request.instance))
+        """Whether a single board runs it by the word of a group."""
+        row = self._store.devices.get(request.device) if request.device else None
+        held = None if row is None else self._director.effective(row).get(request.instance)
+        return held is not None and held.value.target is not None
 
     def undo(self, request: UndoRequest, *, by: str) -> RolloutRow:
         """Offer the state before a rollout again.
@@ -368,3 +359,8 @@ def _was(state: State) -> str:
 
 def _past(row: RolloutRow) -> history.Past:
     return history.Past(row.id, row.number, row.state, row.before, row.undoes)
+
+
+def _engineless(row: DeviceRow) -> str:
+    """A host that runs and knows no engine will never run a component."""
+    return "it has no wasm engine" if row.versions.host and not row.versions.engine else ""

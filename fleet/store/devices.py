@@ -45,6 +45,11 @@ class Devices:
         row = self._db.row("SELECT * FROM devices WHERE id = ?", device)
         return None if row is None else read(DeviceRow, row)
 
+    def some(self, devices: Iterable[str]) -> list[DeviceRow]:
+        """These boards, by id."""
+        sql = "SELECT * FROM devices WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id"
+        return [read(DeviceRow, row) for row in self._db.rows(sql, text(sorted(devices)))]
+
     def all(self) -> list[DeviceRow]:
         """Every board, by id."""
         return [read(DeviceRow, row) for row in self._db.rows("SELECT * FROM devices ORDER BY id")]

@@ -32,7 +32,7 @@ class Rollouts:
         before: Value | None,
         waves: str,
         sizes: tuple[int, ...],
-        boards: Iterable[tuple[Board, str]],
+        boards: Iterable[Board],
         failures: int,
         soak_s: float,
         timeout_s: float,
@@ -41,7 +41,7 @@ class Rollouts:
         undoes: str,
         now: float,
     ) -> RolloutRow:
-        """Begin a rollout; `boards` come with what each should have run before."""
+        """Begin a rollout."""
         with self._db.atomic():
             number = self._db.insert(
                 "rollouts",
@@ -64,8 +64,8 @@ class Rollouts:
                     "created_at": now,
                 },
             )
-            for board, previous in boards:
-                self._db.insert("boards", {"rollout": number, **_columns(board), "previous": previous})
+            for board in boards:
+                self._db.insert("boards", {"rollout": number, **_columns(board)})
         row = self.get(str(number))
         assert row is not None
         return row
@@ -180,6 +180,10 @@ class Rollouts:
         sql = f"UPDATE boards SET {assignments} WHERE rollout = ? AND device = ?"  # noqa: S608 - names are ours
         self._db.run(sql, *values.values(), number, board.device)
         self._db.run("UPDATE rollouts SET revision = revision + 1 WHERE number = ?", number)
+
+    def set_previous(self, number: int, device: str, target: str) -> None:
+        """What the board should have run before it was offered this."""
+        self._db.run("UPDATE boards SET previous = ? WHERE rollout = ? AND device = ?", target, number, device)
 
     def set_version(self, number: int, device: str, version: int) -> None:
         """Which assignment offered it to this board first."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fleet.rollout import waves
 from fleet.rollout.decide import Complete, Expire, Halt, Offer, Wait, decide
-from fleet.rollout.judge import Word, confirm, hear
+from fleet.rollout.judge import Word, confirm, hear, relapse
 from fleet.rollout.model import BREACHES, Board, Outcome, Rollout, State
 
 NOW = 1000.0
@@ -254,3 +254,11 @@ def test_a_commit_of_the_whole_assignment_is_enough_when_reports_were_lost():
     assert confirm(board("a", 1, WAITING), at=7, running="x").outcome is GOOD
     assert confirm(board("a", 1, PENDING), at=7, running="x").outcome is PENDING
     assert confirm(board("a", 1, BAD), at=7, running="x").outcome is BAD
+
+
+def test_a_board_that_does_not_stay_up_while_it_soaks_has_failed():
+    fallen = relapse(board("a", 1, GOOD, ended_at=NOW), at=NOW + 5, message="down")
+    assert (fallen.outcome, fallen.ended_at) == (BAD, NOW + 5)
+    (halt,) = decide(rollout(wave=1, soak_s=300), [fallen, *fleet(GOOD, PENDING, PENDING)[1:]], NOW + 6)
+    assert isinstance(halt, Halt)
+    assert relapse(board("a", 1, BUSY), at=NOW, message="down").outcome is BUSY

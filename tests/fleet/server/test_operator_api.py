@@ -11,7 +11,10 @@ import pytest
 from fleet.protocol import api
 from fleet.protocol.api import RolloutState
 from fleet.protocol.assignment import CheckIn, Restart
+from fleet.protocol.codes import InstanceState
 from fleet.protocol.manifest import Grants
+from fleet.protocol.messages import Health, InstanceHealth
+from fleet.protocol.topics import Up
 from signing import keys, repository
 
 
@@ -272,6 +275,27 @@ def test_a_rollout_can_be_paused_resumed_and_aborted(new_fleet, behaviours):
         await canary.until(lambda board: board.items["hello"].target == one)
         problem = await operator.problem("POST", f"/v1/rollouts/{view.id}/resume")
         assert problem.type == "rollout-over"
+
+    story_of(new_fleet, story)
+
+
+def test_a_version_that_falls_while_it_soaks_goes_no_further(new_fleet):
+    async def story(fleet):
+        operator = fleet.operator
+        boards = [await fleet.board(name) for name in "ab"]
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        await operator.decided(await operator.deploy(one))
+        view = await operator.deploy(two, soak_s=600)
+        view = await operator.follow(view, lambda view: "soaks" in view.reason)
+        (first,) = [board for board in view.boards if board.wave == 1]
+        canary = next(board for board in boards if board.device == first.device)
+        figure = InstanceHealth(instance="hello", target=two, generation=2, state=InstanceState.QUARANTINED, restarts=5)
+        now = datetime.now(UTC)
+        canary.publish(Up.HEALTH, Health(device=canary.device, boot_id="boot", at=now, instances=(figure,)))
+        view = await operator.decided(view)
+        assert view.state is RolloutState.HALTED
+        assert "quarantine after 5 restarts" in view.reason
+        await canary.until(lambda board: board.items["hello"].target == one)
 
     story_of(new_fleet, story)
 

@@ -156,7 +156,7 @@ def test_the_audit_log_can_only_grow(store, path):
 
 
 def begin(store, *, instance="hello", value=None, group="edge"):
-    boards = [(Board(A, 1), "old"), (Board(B, 2), "old")]
+    boards = [Board(A, 1), Board(B, 2)]
     return store.rollouts.create(
         id=f"r{instance}{value}", group=group, device="", instance=instance, value=Value(value or "v1"), before=None,
         waves="1, 100%", sizes=(1, 2), boards=boards, failures=0, soak_s=0, timeout_s=60, note="", by="admin",
