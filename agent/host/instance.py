@@ -8,20 +8,20 @@ Everything here runs on the supervisor's loop; changes of one instance are seria
 """
 
 import asyncio
-import contextlib
-import os
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from agent.host import control, ipc
+from agent.host.clocks import Clocks, ask_health
+from agent.host.crew import DRAIN_MS, Crew, Tasks
 from agent.host.deaths import Deaths
-from agent.host.listeners import Listener, Listeners
+from agent.host.generation import Generation, StartError, disk_bytes
+from agent.host.listeners import Listeners
 from agent.host.nursery import Lane, LaneGoneError, Nursery
 from agent.host.page import Figures
 from agent.host.schedule import BadCronError, Clock
@@ -29,91 +29,15 @@ from fleet.protocol import caps
 from fleet.protocol.codes import GUEST_FAULTS, CallOutcome, InstanceState, RejectCode
 from fleet.protocol.manifest import Http, Schedule
 from fleet.protocol.messages import InstanceHealth
-from fleet.protocol.names import BadNameError, TargetName
 
 _HANDLER: Final = "wasmfleet:http/handler"
-_HEALTH: Final = "wasmfleet:http/health"
 _TASK: Final = "wasmfleet:schedule/task"
-DRAIN_MS: Final = 10_000
-_HANDOVER_WAIT_S: Final = 1.0
-_GRACE_S: Final = 5.0
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 60.0
 _MIN_UPTIME_S: Final = 30.0
 _CRASHES_MAX: Final = 5
 _UNWELL_MAX: Final = 3
 _SPARE_S: Final = 60.0
-
-
-class StartError(Exception):
-    """It could not be started, and nothing changed."""
-
-    def __init__(self, code: RejectCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def _data_directory(run: ipc.Run, uid: int | None, parent: Path) -> str:
-    """The instance's data directory, made and given to its user, if it may have files; else empty.
-
-    Raises:
-        StartError: it cannot be made.
-    """
-    if not any(name.startswith("wasi:filesystem") for name in run.grants.interfaces):
-        return ""
-    path = Path(run.data) if run.data else parent / run.instance
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if uid is not None:
-            os.chown(path, uid, uid, follow_symlinks=False)
-    except OSError as error:
-        raise StartError(RejectCode.START_FAILED, f"{run.instance}: no data directory: {error}") from error
-    return str(path)
-
-
-def disk_bytes(directory: str) -> int:
-    """What a directory takes on disk, its subdirectories included; links are not followed."""
-    total = 0
-    with contextlib.suppress(OSError), os.scandir(directory) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                total += entry.stat(follow_symlinks=False).st_blocks * 512
-                if entry.is_dir(follow_symlinks=False):
-                    total += disk_bytes(entry.path)
-    return total
-
-
-@dataclass(slots=True)
-class Generation:
-    """One generation: what to run, and the lanes that run it."""
-
-    run: ipc.Run
-    image_fd: int
-    listener: Listener | None = None
-    lanes: list[Lane] = field(default_factory=list)
-    past: Figures = field(default_factory=Figures)
-    faults: int = 0
-    kinds: frozenset[str] = frozenset()
-    layers: dict[str, bool] = field(default_factory=dict)
-    data: str = ""
-    dropped: bool = False
-
-    @property
-    def number(self) -> int:
-        """The agent's number for it."""
-        return self.run.generation
-
-    @property
-    def alive(self) -> list[Lane]:
-        """Its lanes that run."""
-        return [lane for lane in self.lanes if lane.alive and lane.ready is not None]
-
-    def figures(self) -> Figures:
-        """The sum over its lanes, dead ones too."""
-        total = self.past
-        for lane in self.lanes:
-            total = total.plus(lane.page.read())
-        return total
 
 
 class Instance:
@@ -139,20 +63,25 @@ class Instance:
         self.current: Generation | None = None
         self.previous: Generation | None = None
         self.lock = asyncio.Lock()
-        self._nursery = nursery
         self._listeners = listeners
-        self._uid = uid
         self._deaths = deaths
-        self._data = data
+        self._tasks = Tasks()
+        self._crew = Crew(
+            name,
+            nursery=nursery,
+            uid=uid,
+            data=data,
+            tasks=self._tasks,
+            on_said=self._said,
+            on_end=self._lane_ended,
+        )
         self._emit = emit
         self._route = route
         self._log: deque[str] = deque(maxlen=caps.LOG_LINES)
         self._crashes = 0
         self._unwell = 0
         self._reverted: tuple[int, int] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._clock: asyncio.Task[None] | None = None
-        self._doctor: asyncio.Task[None] | None = None
+        self._clocks: Clocks | None = None
         self._raising = False
         self._busy_s = 0.0
 
@@ -168,21 +97,21 @@ class Instance:
         try:
             await self._prepare(new)
         except BaseException:
-            await self._drop(new)
+            self._crew.drop(new)
             raise
         began = time.monotonic()
         old, warm = self.current, self.previous
         await self._switch(old, new)
         self.previous = old
         if warm is not None:
-            await self._drop(warm)
+            self._crew.drop(warm)
         return (None if old is None else old.number), int((time.monotonic() - began) * 1000)
 
     async def commit(self, number: int) -> None:
         """Drop the generation kept warm."""
         if self.previous is not None and self.current is not None and self.current.number == number:
             warm, self.previous = self.previous, None
-            await self._drop(warm)
+            self._crew.drop(warm)
 
     async def revert(self, number: int) -> int:
         """Back to the generation kept warm, whether `number` names the one to leave or the one to return to.
@@ -196,12 +125,13 @@ class Instance:
         if current is None or warm is None or number not in {current.number, warm.number}:
             raise StartError(RejectCode.HOST_GONE, f"{self.name}: the previous generation is not there any more")
         began = time.monotonic()
+        self._listen(warm)
         if not warm.alive:
-            await self._raise_lane(warm)
+            await self._crew.raise_lane(warm)
         await self._switch(current, warm)
         self.previous = None
         self._reverted = (current.number, warm.number)
-        await self._drop(current)
+        self._crew.drop(current)
         return int((time.monotonic() - began) * 1000)
 
     async def restart(self) -> None:
@@ -211,10 +141,11 @@ class Instance:
         generation = self.current
         old = list(generation.lanes)
         self._crashes = 0
-        lane = await self._raise_lane(generation)
-        await self._hand_over(old, [lane])
+        self._listen(generation)
+        lane = await self._crew.raise_lane(generation)
+        await self._crew.hand_over(old, [lane])
         for each in old:
-            self._retire(generation, each)
+            self._crew.retire(generation, each)
         self.restarts += 1
         self._set(InstanceState.RUNNING)
         self._begin_clocks(generation)
@@ -223,14 +154,13 @@ class Instance:
         """Drain, then end everything."""
         self._end_clocks()
         if self.current is not None:
-            await self._hand_over(self.current.alive, [], wait_s=DRAIN_MS / 1000)
+            await self._crew.hand_over(self.current.alive, [], wait_s=DRAIN_MS / 1000)
         for generation in (self.current, self.previous):
             if generation is not None:
-                await self._drop(generation, drained=True)
+                self._crew.drop(generation, drained=True)
         self.current = self.previous = None
         await self._tell_router()
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
         self._listeners.close(self.name)
         self.state = InstanceState.STOPPED
 
@@ -289,7 +219,7 @@ class Instance:
             self._weigh_data(current)
         spare = current is not None and len(current.alive) > 1 and time.monotonic() - self._busy_s > _SPARE_S
         if spare and current is not None and not self.lock.locked():
-            self._spawn(self._fewer_lanes(current))
+            self._tasks.spawn(self._fewer_lanes(current))
         self._end_overdue()
 
     def _weigh_data(self, generation: Generation) -> None:
@@ -325,94 +255,42 @@ class Instance:
                 Clock(trigger)
             except BadCronError as error:
                 raise StartError(RejectCode.START_FAILED, f"{self.name}: {error}") from error
-        lane = await self._raise_lane(new, serve=False)
+        lane = await self._crew.raise_lane(new, serve=False)
         needed = _HANDLER if isinstance(trigger, Http) else _TASK if isinstance(trigger, Schedule) else ""
         if needed not in new.kinds:
             what = f"it exports no {needed}" if needed else f"this host has no {type(trigger).__name__} trigger"
             raise StartError(RejectCode.START_FAILED, f"{self.name}: {what}")
         if new.run.manifest.health.check:
-            problem = await self._ask_health(new, lane)
+            problem = await ask_health(new, lane)
             if problem is not None:
                 raise StartError(RejectCode.HEALTH_FAILED, f"{self.name} is not well: {problem}")
-        if isinstance(trigger, Http):
-            try:
-                new.listener = self._listeners.open(self.name, new.run.port)
-            except OSError as error:
-                raise StartError(
-                    RejectCode.PORT_IN_USE, f"{self.name}: cannot listen on port {new.run.port}: {error.strerror}"
-                ) from error
+        self._listen(new)
 
-    async def _raise_lane(self, generation: Generation, *, serve: bool = True) -> Lane:
-        run = generation.run
+    def _listen(self, generation: Generation) -> None:
+        """Give it the listener of its port: open still, or opened again. Raises `StartError` (PORT_IN_USE)."""
+        if not isinstance(generation.run.manifest.trigger, Http):
+            return
+        port = generation.run.port
         try:
-            namespace = TargetName.from_path(run.target).namespace
-        except BadNameError:
-            namespace = ""
-        name = f"{self.name}/{run.generation}"
-        lane: Lane | None = None
-        try:
-            lane = await self._nursery.lane(
-                namespace,
-                name,
-                lambda who, said: self._said(generation, who, said),
-                fuel=run.manifest.limits.fuel > 0,
-            )
-            generation.lanes.append(lane)
-            uid = self._uid(self.name)
-            generation.data = _data_directory(run, uid, self._data)
-            setup = control.Setup(
-                instance=self.name,
-                grants=run.grants,
-                limits=run.limits,
-                config=run.config,
-                uid=uid,
-                data=generation.data,
-            )
-            answer = await lane.ask(
-                setup,
-                generation.image_fd,
-                lane.page_fd,
-                answer=control.Ready,
-                timeout_s=run.limits.start_ms / 1000 + _GRACE_S,
-            )
-        except LaneGoneError as error:
-            raise StartError(RejectCode.START_FAILED, str(error)) from error
-        except TimeoutError as error:
-            assert lane is not None
-            lane.kill("it did not start in time")
-            raise StartError(RejectCode.START_FAILED, f"{self.name}: it did not start in time") from error
-        finally:
-            if lane is not None and lane.ready is None:
-                generation.lanes.remove(lane)
-                lane.kill("it did not start")
-                lane.ended.add_done_callback(lambda _: lane.close())
-        if isinstance(answer, control.Refused):
-            raise StartError(answer.code, f"{self.name}: {answer.message}")
-        assert isinstance(answer, control.Ready)
-        generation.kinds, generation.layers = frozenset(answer.kinds), answer.layers
-        began_s = time.monotonic()
-        lane.ended.add_done_callback(lambda _: self._lane_ended(generation, lane, time.monotonic() - began_s))
-        if serve and generation.listener is not None:
-            self._serve(generation, lane)
-        return lane
-
-    def _serve(self, generation: Generation, lane: Lane) -> None:
-        assert generation.listener is not None
-        lane.send(control.Serve(), generation.listener.sock.fileno())
+            generation.listener = self._listeners.open(self.name, port)
+        except OSError as error:
+            raise StartError(
+                RejectCode.PORT_IN_USE, f"{self.name}: cannot listen on port {port}: {error.strerror}"
+            ) from error
 
     async def _switch(self, old: Generation | None, new: Generation) -> None:
         """Traffic from `old` to `new`, which is ready."""
         self._end_clocks()
         if old is not None and isinstance(old.run.manifest.trigger, Schedule):
-            await self._settle(old)
+            await self._crew.settle(old)
         try:
             for lane in new.alive:
                 if new.listener is not None:
-                    self._serve(new, lane)
+                    self._crew.serve(new, lane)
         except LaneGoneError as error:
             raise StartError(RejectCode.START_FAILED, str(error)) from error
         if old is not None:
-            await self._hand_over(old.alive, new.alive)
+            await self._crew.hand_over(old.alive, new.alive)
             if old.listener is not None and old.listener is not new.listener:
                 old.listener.sock.close()
         self.current = new
@@ -422,55 +300,6 @@ class Instance:
         self._set(InstanceState.RUNNING)
         self._begin_clocks(new)
         await self._tell_router()
-
-    async def _settle(self, old: Generation) -> None:
-        """Wait until a task in flight has ended: two generations never run at once."""
-        timeout_s = old.run.limits.call_ms / 1000 + _GRACE_S
-        for lane in old.alive:
-            with contextlib.suppress(LaneGoneError, TimeoutError):
-                await lane.ask(control.Probe(id=0), answer=control.Probed, timeout_s=timeout_s)
-
-    async def _hand_over(self, old: list[Lane], new: list[Lane], *, wait_s: float = _HANDOVER_WAIT_S) -> None:
-        waits = []
-        for number, lane in enumerate(old):
-            if not lane.alive:
-                continue
-            order = control.HandOver(deadline_ms=DRAIN_MS)
-            fds: tuple[int, ...] = ()
-            pair = None
-            try:
-                if new:
-                    pair = control.pair()
-                    new[number % len(new)].send(control.Adopt(), pair[1].fileno())
-                    fds = (pair[0].fileno(),)
-                lane.drained = asyncio.get_running_loop().create_future()
-                waits.append(asyncio.ensure_future(lane.ask(order, *fds, answer=control.HandedOver, timeout_s=wait_s)))
-                await asyncio.sleep(0)  # let it send before its descriptor is closed here
-            except LaneGoneError:
-                pass
-            finally:
-                for sock in pair or ():
-                    sock.close()
-        await asyncio.gather(*waits, return_exceptions=True)
-
-    async def _drop(self, generation: Generation, *, drained: bool = False) -> None:
-        generation.dropped = True
-        for lane in list(generation.lanes):
-            self._retire(generation, lane, drained=drained)
-        if generation.image_fd >= 0:
-            os.close(generation.image_fd)
-            generation.image_fd = -1
-
-    def _retire(self, generation: Generation, lane: Lane, *, drained: bool = False) -> None:
-        """End a lane on purpose and keep its figures; if it is handing over still (not `drained`), when it has."""
-        if lane in generation.lanes:
-            generation.lanes.remove(lane)
-            generation.past = generation.past.plus(lane.page.read())
-        lane.ended.add_done_callback(lambda _: lane.close())
-        if not drained and lane.drained is not None and not lane.drained.done():
-            self._spawn(lane.kill_when_drained("it was replaced", DRAIN_MS / 1000))
-        else:
-            lane.kill("it was replaced")
 
     # What lanes say, and how they end.
 
@@ -536,13 +365,15 @@ class Instance:
             return
         if not generation.alive:
             self._set(InstanceState.BACKOFF, why)
-        self._spawn(self._replace(generation))
+        self._tasks.spawn(self._replace(generation))
 
     def _quarantine(self, generation: Generation, why: str) -> None:
         self.error = why
         for lane in list(generation.lanes):
-            self._retire(generation, lane)
+            self._crew.retire(generation, lane)
         self._end_clocks()
+        if generation.listener is not None and generation.listener.port is not None:
+            generation.listener.sock.close()  # nobody should wait there; behind the router, it says 503
         self._set(InstanceState.QUARANTINED, why)
 
     async def _replace(self, generation: Generation) -> None:
@@ -552,7 +383,7 @@ class Instance:
             if generation.dropped or generation is not self.current or self.state is InstanceState.QUARANTINED:
                 return
             try:
-                await self._raise_lane(generation)
+                await self._crew.raise_lane(generation)
             except (StartError, LaneGoneError) as error:
                 self._crashes += 1
                 self._deaths.note(self.name, generation.run.target, self._crashes)
@@ -560,7 +391,7 @@ class Instance:
                 if self._crashes >= _CRASHES_MAX:
                     self._quarantine(generation, f"{self._crashes} deaths in a row; the last: {error}")
                 else:
-                    self._spawn(self._replace(generation))
+                    self._tasks.spawn(self._replace(generation))
                 return
             if self.state is InstanceState.BACKOFF:
                 self._set(InstanceState.RUNNING)
@@ -573,13 +404,13 @@ class Instance:
             and not self.lock.locked()
         ):
             self._raising = True
-            self._spawn(self._raise_another(generation))
+            self._tasks.spawn(self._raise_another(generation))
 
     async def _raise_another(self, generation: Generation) -> None:
         try:
             async with self.lock:
                 if generation is self.current and not generation.dropped:
-                    await self._raise_lane(generation)
+                    await self._crew.raise_lane(generation)
         except (StartError, LaneGoneError) as error:
             self._note(f"host: no further lane: {error}")
         finally:
@@ -590,13 +421,8 @@ class Instance:
         async with self.lock:
             alive = generation.alive
             if generation is self.current and len(alive) > 1:
-                await self._hand_over([alive[-1]], alive[:-1])
-                self._retire(generation, alive[-1])
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+                await self._crew.hand_over([alive[-1]], alive[:-1])
+                self._crew.retire(generation, alive[-1])
 
     def _set(self, state: InstanceState, message: str = "") -> None:
         if state is self.state:
@@ -618,7 +444,7 @@ class Instance:
                     log=self.lines(),
                 )
             )
-            self._spawn(self._tell_router())
+            self._tasks.spawn(self._tell_router())
 
     async def _tell_router(self) -> None:
         """Whether it answers behind the router; a first, short pause is not worth a 503."""
@@ -627,70 +453,27 @@ class Instance:
         up = self.state is InstanceState.RUNNING or brief
         await self._route(self.name, up=up if behind else None)
 
-    # Clocks: the schedule, and the health check.
+    # Clocks.
 
     def _begin_clocks(self, generation: Generation) -> None:
         self._end_clocks()
-        manifest = generation.run.manifest
-        if isinstance(manifest.trigger, Schedule):
-            self._clock = asyncio.ensure_future(self._tick(generation, Clock(manifest.trigger)))
-        if manifest.health.check and manifest.health.interval_ms > 0:
-            self._doctor = asyncio.ensure_future(self._visit(generation, manifest.health.interval_ms / 1000))
+        self._clocks = Clocks(generation, note=self._log.append, health=self._health_said)
 
     def _end_clocks(self) -> None:
-        for task in (self._clock, self._doctor):
-            if task is not None and task is not asyncio.current_task():
-                task.cancel()
-        self._clock = self._doctor = None
+        if self._clocks is not None:
+            self._clocks.end()
+            self._clocks = None
 
-    async def _tick(self, generation: Generation, clock: Clock) -> None:
-        number = 0
-        timeout_s = generation.run.limits.call_ms / 1000 + _GRACE_S
-        while True:
-            due_ms = await clock.next()
-            if not generation.alive:
-                continue
-            number += 1
-            lane = generation.alive[0]
-            try:
-                ran = await lane.ask(
-                    control.Task(id=number, scheduled_ms=due_ms), answer=control.Ran, timeout_s=timeout_s
-                )
-            except LaneGoneError:
-                continue
-            except TimeoutError:
-                lane.kill("its task did not end in time")
-                continue
-            if isinstance(ran, control.Ran) and ran.problem is not None:
-                self._note(f"host: its task failed: {ran.problem}")
-
-    async def _visit(self, generation: Generation, interval_s: float) -> None:
-        while True:
-            await asyncio.sleep(interval_s)
-            lanes = generation.alive
-            if not lanes:
-                continue
-            problem = await self._ask_health(generation, lanes[0])
-            if problem is None:
-                self._unwell = 0
-                if self.state is InstanceState.RUNNING:
-                    self.error = ""
-                continue
-            self._unwell += 1
-            self.error = f"it is not well: {problem}"
-            self._fault(generation, RejectCode.HEALTH_FAILED, self.error)
-            if self._unwell >= _UNWELL_MAX and lanes[0].alive:
-                self._unwell = 0
-                lanes[0].kill(f"{self.error}, {_UNWELL_MAX} times in a row")
-
-    async def _ask_health(self, generation: Generation, lane: Lane) -> str | None:
-        if _HEALTH not in generation.kinds:
-            return f"it exports no {_HEALTH}, which its manifest promises"
-        timeout_s = generation.run.limits.call_ms / 1000 + _GRACE_S
-        try:
-            answer = await lane.ask(control.Check(id=generation.number), answer=control.Checked, timeout_s=timeout_s)
-        except LaneGoneError as error:
-            return str(error)
-        except TimeoutError:
-            return "it does not answer its health check"
-        return answer.problem if isinstance(answer, control.Checked) else None
+    def _health_said(self, lane: Lane, problem: str | None) -> None:
+        if problem is None:
+            self._unwell = 0
+            if self.state is InstanceState.RUNNING:
+                self.error = ""
+            return
+        assert self.current is not None
+        self._unwell += 1
+        self.error = f"it is not well: {problem}"
+        self._fault(self.current, RejectCode.HEALTH_FAILED, self.error)
+        if self._unwell >= _UNWELL_MAX and lane.alive:
+            self._unwell = 0
+            lane.kill(f"{self.error}, {_UNWELL_MAX} times in a row")

@@ -24,7 +24,8 @@ from agent import systemd
 from agent.host import cell, ipc
 from agent.host.deaths import Deaths
 from agent.host.front import Front
-from agent.host.instance import Instance, StartError
+from agent.host.generation import StartError
+from agent.host.instance import Instance
 from agent.host.listeners import BACKLOG, Listeners
 from agent.host.nursery import LaneGoneError, Nursery
 from agent.host.uids import Uids

@@ -176,3 +176,16 @@ def test_a_request_in_pieces_and_an_unread_answer_outlive_three_swaps(host):
     assert (status, len(body) > 1 << 20) == (200, True)
     # Once it has read the old answer, its next request goes to the newest generation.
     assert support.http(port, sock=slow)[2] == b"hello\n"
+
+
+def test_a_swap_to_another_port_and_back(host):
+    first, second = support.free_port(), support.free_port()
+    host.start("hello", support.a_run("web", 1, port=first))
+    host.start("hello", support.a_run("web", 2, port=second))
+    assert support.http(second)[0] == 200
+    with pytest.raises(ConnectionRefusedError):
+        support.http(first)
+    assert host.ask(ipc.Revert, instance="web", generation=2).generation == 1
+    assert support.http(first)[0] == 200
+    with pytest.raises(ConnectionRefusedError):
+        support.http(second)

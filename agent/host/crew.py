@@ -1,0 +1,182 @@
+"""The lanes of an instance: raising them, giving them traffic, moving connections between them, ending them.
+
+Mechanics without policy: when to do which is `agent.host.instance`'s to say.
+"""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Final
+
+from agent.host import control
+from agent.host.generation import Generation, StartError, data_directory
+from agent.host.nursery import Lane, LaneGoneError, Nursery
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.names import BadNameError, TargetName
+
+DRAIN_MS: Final = 10_000
+HANDOVER_WAIT_S: Final = 1.0
+GRACE_S: Final = 5.0
+
+
+class Tasks:
+    """Work in the background, that ends with its owner."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Begin it."""
+        task = asyncio.ensure_future(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    def cancel(self) -> None:
+        """End all of it."""
+        for task in list(self._running):
+            task.cancel()
+
+
+class Crew:
+    """How one instance's lanes are handled.
+
+    `on_said(generation, lane, message)` hears what lanes say of themselves, and `on_end(generation, lane, uptime_s)`
+    that one has ended.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        nursery: Nursery,
+        uid: Callable[[str], int | None],
+        data: Path,
+        tasks: Tasks,
+        on_said: Callable[[Generation, Lane, control.FromLane], None],
+        on_end: Callable[[Generation, Lane, float], None],
+    ) -> None:
+        self._name = name
+        self._nursery = nursery
+        self._uid = uid
+        self._data = data
+        self._tasks = tasks
+        self._on_said = on_said
+        self._on_end = on_end
+
+    async def raise_lane(self, generation: Generation, *, serve: bool = True) -> Lane:
+        """A lane more for a generation, in its cell, with the guest instantiated; it accepts at once if `serve`.
+
+        Raises:
+            StartError: it could not be raised.
+        """
+        run = generation.run
+        try:
+            namespace = TargetName.from_path(run.target).namespace
+        except BadNameError:
+            namespace = ""
+        name = f"{self._name}/{run.generation}"
+        lane: Lane | None = None
+        try:
+            lane = await self._nursery.lane(
+                namespace,
+                name,
+                lambda who, said: self._on_said(generation, who, said),
+                fuel=run.manifest.limits.fuel > 0,
+            )
+            generation.lanes.append(lane)
+            uid = self._uid(self._name)
+            generation.data = data_directory(run, uid, self._data)
+            setup = control.Setup(
+                instance=self._name,
+                grants=run.grants,
+                limits=run.limits,
+                config=run.config,
+                uid=uid,
+                data=generation.data,
+            )
+            answer = await lane.ask(
+                setup,
+                generation.image_fd,
+                lane.page_fd,
+                answer=control.Ready,
+                timeout_s=run.limits.start_ms / 1000 + GRACE_S,
+            )
+        except LaneGoneError as error:
+            raise StartError(RejectCode.START_FAILED, str(error)) from error
+        except TimeoutError as error:
+            assert lane is not None
+            lane.kill("it did not start in time")
+            raise StartError(RejectCode.START_FAILED, f"{self._name}: it did not start in time") from error
+        finally:
+            if lane is not None and lane.ready is None:
+                generation.lanes.remove(lane)
+                lane.kill("it did not start")
+                lane.ended.add_done_callback(lambda _: lane.close())
+        if isinstance(answer, control.Refused):
+            raise StartError(answer.code, f"{self._name}: {answer.message}")
+        assert isinstance(answer, control.Ready)
+        generation.kinds, generation.layers = frozenset(answer.kinds), answer.layers
+        began_s = time.monotonic()
+        lane.ended.add_done_callback(lambda _: self._on_end(generation, lane, time.monotonic() - began_s))
+        if serve and generation.listener is not None:
+            self.serve(generation, lane)
+        return lane
+
+    def serve(self, generation: Generation, lane: Lane) -> None:
+        """Let a lane accept. Raises `LaneGoneError`."""
+        assert generation.listener is not None
+        lane.send(control.Serve(), generation.listener.sock.fileno())
+
+    async def settle(self, old: Generation) -> None:
+        """Wait until a task in flight has ended: two generations never run at once."""
+        timeout_s = old.run.limits.call_ms / 1000 + GRACE_S
+        for lane in old.alive:
+            with contextlib.suppress(LaneGoneError, TimeoutError):
+                await lane.ask(control.Probe(id=0), answer=control.Probed, timeout_s=timeout_s)
+
+    async def hand_over(self, old: list[Lane], new: list[Lane], *, wait_s: float = HANDOVER_WAIT_S) -> None:
+        """Let `old` lanes accept no more, and pass their connections to `new` ones (or, without any, end them)."""
+        waits = []
+        for number, lane in enumerate(old):
+            if not lane.alive:
+                continue
+            order = control.HandOver(deadline_ms=DRAIN_MS)
+            fds: tuple[int, ...] = ()
+            pair = None
+            try:
+                if new:
+                    pair = control.pair()
+                    new[number % len(new)].send(control.Adopt(), pair[1].fileno())
+                    fds = (pair[0].fileno(),)
+                lane.drained = asyncio.get_running_loop().create_future()
+                waits.append(asyncio.ensure_future(lane.ask(order, *fds, answer=control.HandedOver, timeout_s=wait_s)))
+                await asyncio.sleep(0)  # let it send before its descriptor is closed here
+            except LaneGoneError:
+                pass
+            finally:
+                for sock in pair or ():
+                    sock.close()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+    def drop(self, generation: Generation, *, drained: bool = False) -> None:
+        """End a generation for good."""
+        generation.dropped = True
+        for lane in list(generation.lanes):
+            self.retire(generation, lane, drained=drained)
+        if generation.image_fd >= 0:
+            os.close(generation.image_fd)
+            generation.image_fd = -1
+
+    def retire(self, generation: Generation, lane: Lane, *, drained: bool = False) -> None:
+        """End a lane on purpose and keep its figures; if it is handing over still (not `drained`), when it has."""
+        if lane in generation.lanes:
+            generation.lanes.remove(lane)
+            generation.past = generation.past.plus(lane.page.read())
+        lane.ended.add_done_callback(lambda _: lane.close())
+        if not drained and lane.drained is not None and not lane.drained.done():
+            self._tasks.spawn(lane.kill_when_drained("it was replaced", DRAIN_MS / 1000))
+        else:
+            lane.kill("it was replaced")

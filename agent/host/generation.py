@@ -1,0 +1,83 @@
+"""One generation of an instance: what to run, the lanes that run it, and its figures over all of them."""
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent.host import ipc
+from agent.host.listeners import Listener
+from agent.host.nursery import Lane
+from agent.host.page import Figures
+from fleet.protocol.codes import RejectCode
+
+
+class StartError(Exception):
+    """It could not be started, and nothing changed."""
+
+    def __init__(self, code: RejectCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def data_directory(run: ipc.Run, uid: int | None, parent: Path) -> str:
+    """The instance's data directory, made and given to its user, if it may have files; else empty.
+
+    Raises:
+        StartError: it cannot be made.
+    """
+    if not any(name.startswith("wasi:filesystem") for name in run.grants.interfaces):
+        return ""
+    path = Path(run.data) if run.data else parent / run.instance
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if uid is not None:
+            os.chown(path, uid, uid, follow_symlinks=False)
+    except OSError as error:
+        raise StartError(RejectCode.START_FAILED, f"{run.instance}: no data directory: {error}") from error
+    return str(path)
+
+
+def disk_bytes(directory: str) -> int:
+    """What a directory takes on disk, its subdirectories included; links are not followed."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                total += entry.stat(follow_symlinks=False).st_blocks * 512
+                if entry.is_dir(follow_symlinks=False):
+                    total += disk_bytes(entry.path)
+    return total
+
+
+@dataclass(slots=True)
+class Generation:
+    """One generation: what to run, and the lanes that run it."""
+
+    run: ipc.Run
+    image_fd: int
+    listener: Listener | None = None
+    lanes: list[Lane] = field(default_factory=list)
+    past: Figures = field(default_factory=Figures)
+    faults: int = 0
+    kinds: frozenset[str] = frozenset()
+    layers: dict[str, bool] = field(default_factory=dict)
+    data: str = ""
+    dropped: bool = False
+
+    @property
+    def number(self) -> int:
+        """The agent's number for it."""
+        return self.run.generation
+
+    @property
+    def alive(self) -> list[Lane]:
+        """Its lanes that run."""
+        return [lane for lane in self.lanes if lane.alive and lane.ready is not None]
+
+    def figures(self) -> Figures:
+        """The sum over its lanes, dead ones too."""
+        total = self.past
+        for lane in self.lanes:
+            total = total.plus(lane.page.read())
+        return total
