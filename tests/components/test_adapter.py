@@ -4,6 +4,7 @@ The answer's body comes out on the process's standard output, so each call here 
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import wasmtime
 
 from agent.host import codec, heads
 from agent.host.adapted import start
-from agent.host.engine import HANDLER, Engine, EngineError, GuestError
+from agent.host.engine import HANDLER, Engine, EngineError, GuestError, describe
+from fleet.protocol import adapter
 from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
 ADAPTER = Path(__file__).resolve().parents[2] / "components" / "adapter"
+PROBE = (ADAPTER / "probe.wasm").read_bytes()
 GRANTS = Grants(interfaces=("wasi:http/outgoing-handler",))
 
 
@@ -24,7 +27,7 @@ GRANTS = Grants(interfaces=("wasi:http/outgoing-handler",))
 def image(tmp_path_factory):
     engine = Engine()
     file = tmp_path_factory.mktemp("image") / "probe.cwasm"
-    file.write_bytes(engine.compile((ADAPTER / "probe.wasm").read_bytes()))
+    file.write_bytes(engine.compile(PROBE))
     return engine.load(str(file))
 
 
@@ -203,8 +206,19 @@ def test_composing_grants_nothing_of_the_guests_own_imports(image, tmp_path):
 
 def test_a_guest_that_cannot_be_composed_is_a_refused_compilation(image):
     with pytest.raises(EngineError) as refused:
-        image.engine.compile((ADAPTER / "probe.wasm").read_bytes()[:9000])
+        image.engine.compile(PROBE[:9000])
     assert refused.value.code is RejectCode.COMPILE_FAILED
+
+
+@pytest.mark.parametrize(("data", "status"), [(PROBE, 0), (PROBE[:9000], 3)])
+def test_the_compiler_composes_inside_its_cell(data, status):
+    done = subprocess.run([sys.executable, "-m", "agent.host.compiler"], input=data, capture_output=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert bool(done.stdout) is (status == 0)
+
+
+def test_an_image_is_made_anew_for_another_adapter():
+    assert describe()["adapter"] == adapter.digest()[:16]
 
 
 def test_one_crossing_in_and_none_out_for_a_request(guest, monkeypatch):
