@@ -159,6 +159,11 @@ class Stage:
                 harm(database)
         await self.scene.serve()
 
+    def published(self, version: str) -> api.ComponentRow:
+        """A published version of the demo's component."""
+        rows = self.scene.client.components().components
+        return next(row for row in rows if row.version == version)
+
     def artifact(self, sha256: str) -> Path:
         """An artifact as the server stores it."""
         return next((self.scene.home / "server" / "artifacts").rglob(f"{sha256}*"))

@@ -1,0 +1,108 @@
+"""A board refuses what is not right, says with which code, and what ran before still answers."""
+
+import pytest
+
+from fleet.demo.fixtures import fixture
+from fleet.protocol.codes import RejectCode
+from tests.e2e import hostile
+from tests.e2e.stage import GROUP
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def other(stage, board):
+    """A second board of the group."""
+    made = stage.do(stage.scene.add_board("paris", GROUP))
+    stage.do(stage.answers(made, "1"))
+    return made
+
+
+def refused(stage, board, code, attack):
+    """Play `attack`, wait for the board's report with `code`, and see that v1 still answers."""
+
+    async def story():
+        began = await stage.latest(board)
+        await attack()
+        entry = await stage.reported(board, code=code, after=began)
+        return entry, await stage.version(board)
+
+    entry, version = stage.do(story())
+    assert version == "1"
+    assert entry.message
+    return entry
+
+
+def test_an_assignment_for_another_board(stage, board, other):
+    foreign = hostile.envelope(stage, other)
+    refused(stage, board, RejectCode.WRONG_DEVICE, lambda: hostile.say(stage, board, foreign))
+
+
+def test_an_older_assignment(stage, board, other):
+    older = hostile.envelope(stage, board)
+    stage.do(stage.pushed("v2.wasm"))
+    code, output, errors = stage.do(stage.fleet("undo", "--group", GROUP))
+    assert code == 0, output + errors
+    refused(stage, board, RejectCode.ROLLBACK, lambda: hostile.say(stage, board, older))
+
+
+def test_an_assignment_that_the_director_did_not_sign(stage, board, other):
+    forged = hostile.envelope(stage, board)
+    at = forged.index(b'"sig":"') + 10
+    forged = forged[:at] + (b"A" if forged[at : at + 1] != b"A" else b"B") + forged[at + 1 :]
+    refused(stage, board, RejectCode.UNSIGNED, lambda: hostile.say(stage, board, forged))
+
+
+def test_an_artifact_that_was_changed_on_the_server(stage, board, other):
+    # the server still has v2's bytes; neither board has them any more
+    async def attack():
+        code, output, errors = await stage.fleet("publish", str(fixture("v2.wasm")))
+        assert code == 0, output + errors
+        for each in (board, other):
+            for kept in (stage.state(each) / "artifacts").iterdir():
+                kept.unlink()
+            for image in (stage.state(each) / "images").iterdir():
+                if not image.is_dir():
+                    image.unlink()
+        artifact = stage.artifact(stage.published("2.0.0").sha256)
+        damaged = bytearray(artifact.read_bytes())
+        damaged[-1] ^= 1
+        artifact.chmod(0o600)
+        artifact.write_bytes(damaged)
+        code, output, _ = await stage.fleet("deploy", "hello@2.0.0", "--group", GROUP)
+        assert code == 1, output
+
+    refused(stage, board, RejectCode.HASH_MISMATCH, attack)
+
+
+@pytest.mark.parametrize(
+    ("role", "code"),
+    [
+        ("timestamp.json", RejectCode.UNSIGNED),
+        ("*.main.json", RejectCode.HASH_MISMATCH),  # the snapshot promised other bytes
+    ],
+)
+def test_metadata_that_was_changed_on_the_server(stage, board, other, tmp_path, role, code):
+    # a new release, and metadata that is changed before any board has seen it
+    version = "2.1.0" if code is RejectCode.UNSIGNED else "2.2.0"
+    v2 = tmp_path / "hello.wasm"
+    v2.write_bytes(fixture("v2.wasm").read_bytes() + b"\x00\x02\x01x")
+    (tmp_path / "hello.toml").write_text(fixture("v2.toml").read_text().replace("2.0.0", version))
+    done, output, errors = stage.do(stage.fleet("publish", str(v2)))
+    assert done == 0, output + errors
+    files = (stage.scene.home / "server" / "repository").glob(role)
+    newest = max(files, key=lambda file: file.stat().st_mtime)
+    good = newest.read_bytes()
+
+    async def attack():
+        at = good.index(b'"sig"') + 12
+        newest.write_bytes(good[:at] + (b"0" if good[at : at + 1] != b"0" else b"1") + good[at + 1 :])
+        await stage.restart_server()
+        await stage.fleet("deploy", f"hello@{version}", "--group", GROUP, "--detach")
+
+    try:
+        refused(stage, board, code, attack)
+    finally:
+        stage.do(stage.fleet("rollout", "abort", str(stage.do(stage.newest_rollout()).number)))
+        newest.write_bytes(good)
+        stage.do(stage.restart_server())
