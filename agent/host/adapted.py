@@ -1,8 +1,9 @@
-"""A guest of wasi:http inside its adapter, called like any other: a fresh instance for each request.
+"""A guest of wasi:http inside its adapter, called like any other: by default a fresh instance for each request.
 
 Fresh, because that is what such guests are built for, and because a store's standard input, which carries the request's
-body, is fixed when the store is made. The linker is made once. The instance that shows at the start that the component
-can be instantiated serves the first request without a body.
+body, is fixed when the store is made. A manifest may allow an instance more requests; those with a body get one of
+their own all the same. The linker is made once, and the instance that shows at the start that the component can be
+instantiated serves the first request without a body.
 
 The engine keeps an unfinished line of standard output in a buffer of the process. The adapter flushes it at the end of
 an exchange; after one that did not end well, the next store's adapter is asked to, and what comes is thrown away.
@@ -25,11 +26,13 @@ class Adapted(Guest):
     """A guest of wasi:http. The process's standard output must have been caught (`heads.catch`)."""
 
     _entry = (BRIDGE, "handle")
-    _used = False
+    _left = 0  # how many more requests this instance may answer
     _clean = False  # whether nothing is left unwritten by an earlier store that ended in a trap
 
     def _open(self, stdin: bytes | None = None) -> None:
         super()._open(stdin or b"")
+        # What the guest left unread of a body would be the next request's.
+        self._left = 1 if stdin else self._limits.requests_per_instance
         if not self._clean:
             flush = self._function(BRIDGE, "flush")
             assert flush is not None
@@ -39,10 +42,10 @@ class Adapted(Guest):
 
     def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> Answer:
         """See `Guest.handle`."""
-        if self._used or body:
+        if body or not self._left:
             self._store.close()
             self._open(body)
-        self._used, self._clean = True, False
+        left, self._left, self._clean = self._left - 1, 0, False
         most = self._limits.response_bytes
         try:
             head = heads.answer_head(self.exchange(heads.request_head(method, target, headers)))
@@ -52,4 +55,5 @@ class Adapted(Guest):
         if head.problem is not None:
             self._log(f"host: {head.problem}")
             return head.status, b"content-type: text/plain\r\n", head.problem.encode() + b"\n"
+        self._left = left
         return head.status, head.headers, answer

@@ -9,6 +9,7 @@
 //   /trailers          a body, then the trailer x-sum: 7
 //   /late              the answer is set after its body was written
 //   /log               a line on standard output, one on standard error
+//   /count             how many requests this instance has seen
 //   /fetch             a request to http://example.org:8080/there?x=1; the number of the error
 //   /error, /silent, /cut, /trap    the ways to fail: an error, no answer, half a body, a trap
 //   /half              half a body, not flushed, then a trap
@@ -156,6 +157,7 @@ static int32_t must(made it) {
 }
 
 static int32_t outparam;
+static int32_t seen;
 
 // Begin the answer; what is given back is its body.
 static int32_t answer(int32_t status) {
@@ -326,6 +328,7 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
     optional it;
     used = written = 0;
     outparam = param;
+    seen++;
     request_target(request, &it);
     text target = it.value;
     if (is(target, TEXT("/trap"))) __builtin_trap();
@@ -361,6 +364,7 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         else if (is(target, TEXT("/twice"))) twice(request);
         else if (is(target, TEXT("/log"))) log_lines();
         else if (is(target, TEXT("/fetch"))) try_fetch();
+        else if (is(target, TEXT("/count"))) say_number(seen), say(TEXT("\n"));
         else if (starts(target, TEXT("/describe"))) describe(request);
         else say(TEXT("hello over wasi:http\n"));
         answer_page(200);

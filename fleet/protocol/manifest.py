@@ -76,6 +76,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         log_lines_per_minute: more are dropped and counted.
         fuel: instructions of one call (wasmtime's fuel), 0 for no such limit.
         storage_bytes: the instance's own data.
+        requests_per_instance: of world `wasi:http`: how many requests without a body one instance may answer.
     """
 
     memory_bytes: int = 16 * caps.MIB
@@ -87,6 +88,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     log_lines_per_minute: int = 600
     fuel: int = 0
     storage_bytes: int = 16 * caps.MIB
+    requests_per_instance: int = 1
 
 
 class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -154,6 +156,7 @@ BOARD_CAPS: Final = Limits(
     log_lines_per_minute=6000,
     fuel=0,
     storage_bytes=256 * caps.MIB,
+    requests_per_instance=1 << 40,
 )
 """A board's policy where its owner says nothing else."""
 

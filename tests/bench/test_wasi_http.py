@@ -109,6 +109,13 @@ def test_requests(host, what, request_bytes):
     row(f"{what}, native world (warm): requests a second, p50, p99 ms", "{:.0f}, {:.2f}, {:.2f}".format(*ours))
     row(f"{what}, wasi:http (fresh instance each): the same", "{:.0f}, {:.2f}, {:.2f}".format(*theirs))
     row(f"{what}, wasi:http as a share of the native rate", f"{theirs[0] / ours[0]:.2f}")
+    if b"POST" not in request_bytes:
+        reused = support.free_port()
+        limits = Limits(requests_per_instance=1_000_000)
+        host.start("probe", support.a_run("reused", 1, port=reused, grants=GRANTS, limits=limits))
+        again = figures(reused, request_bytes)
+        row(f"{what}, wasi:http (requests_per_instance): the same", "{:.0f}, {:.2f}, {:.2f}".format(*again))
+        row("the same as a share of the native rate", f"{again[0] / ours[0]:.2f}")
     if shutil.which("wasmtime") is None:
         row("wasmtime serve", "not on PATH: cargo install wasmtime-cli --version 50.0.1")
         return
