@@ -181,10 +181,10 @@ class Lines(msgspec.Struct, frozen=True, kw_only=True, tag="lines"):
 
 
 class Trapped(msgspec.Struct, frozen=True, kw_only=True, tag="trapped"):
-    """Event: a call of the guest ended in a trap, a time-out or a limit.
+    """Event: a call of the guest ended in a trap, a time-out or a limit, or its health check was not passed.
 
     Attributes:
-        code: TRAPPED, or RESTARTED when its process died.
+        code: TRAPPED, RESTARTED when its process died, or HEALTH_FAILED when its health export says so.
         message: the wasm backtrace with names, or the limit that was hit.
         faults: guest faults of this generation so far.
     """

@@ -1,0 +1,235 @@
+"""The host's pure parts: routes, HTTP framing, figures, users, address space."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import support
+
+from agent.host import connection, page, uids
+from agent.host.connection import Connection
+from agent.host.engine import FULL, NONE, SIZED, memory_plan
+from agent.host.routes import Routes
+from fleet.protocol.caps import MIB
+from fleet.protocol.codes import CallOutcome
+
+
+@pytest.mark.parametrize(
+    ("host", "target", "instance", "passed_on", "prefix"),
+    [
+        (b"board", b"/meter/read?n=1", "meter", b"/read?n=1", b"/meter"),
+        (b"board", b"/meter", "meter", b"/", b"/meter"),
+        (b"board", b"/meter?n=1", "meter", b"/?n=1", b"/meter"),
+        (b"board", b"http://board:8080/meter/x", "meter", b"/x", b"/meter"),
+        (b"meter.board:8080", b"/read", "meter", b"/read", b""),
+        (b"METER.board", b"/web/x", "meter", b"/web/x", b""),
+        (b"127.0.0.1:8080", b"/web/", "web", b"/", b"/web"),
+    ],
+)
+def test_a_request_finds_its_instance_by_host_or_by_path(host, target, instance, passed_on, prefix):
+    routes = Routes()
+    routes.up = {"meter": True, "web": True, "127": True}
+    route = routes.find(host, target)
+    assert (route.instance, route.target, route.prefix, route.status) == (instance, passed_on, prefix, 0)
+
+
+@pytest.mark.parametrize("target", [b"/", b"/nobody/", b"*", b"", b"/%2e%2e/meter", b"//meter/"])
+def test_a_request_for_nobody_is_told_who_there_is(target):
+    routes = Routes()
+    routes.up = {"meter": True}
+    route = routes.find(b"board", target)
+    assert (route.status, "/meter/" in route.why) == (404, True)
+
+
+def test_an_instance_that_does_not_answer_is_a_503():
+    routes = Routes()
+    routes.up = {"meter": False}
+    assert routes.find(b"board", b"/meter/").status == 503
+
+
+def test_requests_come_whole_however_they_are_cut():
+    whole = (
+        b"POST /a?b HTTP/1.1\r\nHost: x\r\nX-A: 1\r\ncontent-length: 5\r\n\r\nhello"
+        b"GET /c HTTP/1.1\r\nhost: x\r\n\r\n"
+        b"POST /d HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    )
+    for size in (1, 2, 7, 50, len(whole)):
+        state = Connection(body_max_bytes=100)
+        for at in range(0, len(whole), size):
+            assert state.feed(whole[at : at + size]) == b""
+        seen = [(r.method, bytes(r.target), bytes(r.body), r.keep_alive, r.refusal) for r in state.requests]
+        assert seen == [
+            (b"POST", b"/a?b", b"hello", True, 0),
+            (b"GET", b"/c", b"", True, 0),
+            (b"POST", b"/d", b"abc", True, 0),
+        ]
+        assert bytes(state.requests[0].headers) == b"host: x\r\nx-a: 1\r\ncontent-length: 5\r\n"
+
+
+def test_a_connection_can_be_passed_on_with_what_has_come_of_its_next_request():
+    whole = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nhello"
+    for cut in range(len(whole)):
+        old, new = Connection(body_max_bytes=100), Connection(body_max_bytes=100)
+        old.feed(whole[:cut])
+        prefix = old.prefix
+        assert prefix == whole[:cut]
+        new.feed(prefix)
+        new.feed(whole[cut:])
+        assert [bytes(r.body) for r in new.requests] == [b"hello"]
+
+
+def test_a_connection_is_not_passed_while_it_owes_an_answer_or_holds_the_start_of_a_second_request():
+    state = Connection(body_max_bytes=100)
+    state.feed(b"GET / HTTP/1.1\r\nhost: x\r\n\r\nGET /sec")
+    assert state.prefix is None
+    state.requests.clear()
+    assert state.prefix is None, "where the second began is not known"
+    state.feed(b"ond HTTP/1.1\r\nhost: x\r\n\r\n")
+    state.requests.clear()
+    assert state.prefix == b"", "at the next boundary it can be"
+
+
+def test_a_client_that_asks_whether_to_go_on_is_told_to():
+    state = Connection(body_max_bytes=100)
+    said = state.feed(b"PUT / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1\r\n\r\n")
+    assert said == b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def test_an_offer_to_upgrade_is_answered_in_http_and_the_connection_ends():
+    state = Connection(body_max_bytes=100)
+    state.feed(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
+    assert [(r.refusal, r.keep_alive) for r in state.requests] == [(0, False)]
+
+
+@pytest.mark.parametrize(
+    ("status", "fields"),
+    [
+        (199, b""),
+        (600, b""),
+        (200, b"no colon\r\n"),
+        (200, b"a: 1\r\n\r\nHTTP/1.1 200 OK\r\n"),
+        (200, b"a: 1\nb: 2\r\n"),
+        (200, b"a b: 1\r\n"),
+        (200, b": 1\r\n"),
+        (200, b"a: \0\r\n"),
+        (200, b"a: " + b"x" * 70_000),
+    ],
+)
+def test_a_guest_cannot_break_out_of_its_head(status, fields):
+    with pytest.raises(connection.BadAnswerError):
+        connection.guest_fields(status, fields, 0, 10)
+
+
+def test_framing_is_the_hosts_own_business():
+    kept = connection.guest_fields(
+        200, b"content-length: 99\r\nTransfer-Encoding: chunked\r\nx-a: 1\r\nconnection: close\r\n", 0, 10
+    )
+    assert kept == b"x-a: 1\r\n"
+    answer = connection.answer(204, b"", b"ignored", head=False, keep_alive=True)
+    assert b"content-length" not in answer
+    assert answer.endswith(b"\r\n\r\n")
+    assert connection.answer(200, b"", b"body", head=True, keep_alive=True).endswith(b"content-length: 4\r\n\r\n")
+
+
+def test_figures_are_read_where_they_are_written():
+    fd = page.create("test")
+    writer, reader = page.Page(fd), page.Page(fd)
+    for us in range(1, 1001):
+        writer.begin(1)
+        writer.end(CallOutcome.OK, us, error=us > 990)
+    writer.end(CallOutcome.CLIENT_GONE)
+    writer.begin(77)
+    figures = reader.read()
+    assert figures.calls == {"ok": 1000, "client-gone": 1}
+    assert (figures.errors, figures.began_ns, len(figures.latencies_us)) == (10, 77, 512)
+    assert figures.percentile_us(0.99) >= figures.percentile_us(0.5) > 488
+    assert page.Figures().percentile_us(0.99) == 0
+    # A lane cannot pull the page from under its reader.
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 0)
+    os.close(fd)
+
+
+def test_a_user_belongs_to_one_instance_for_good(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    given = uids.Uids(tmp_path / "uids.json")
+    first, second = given.of("a"), given.of("b")
+    assert len({first, second, given.of("a")}) == 2
+    assert min(first, second) >= uids.FIRST
+    again = uids.Uids(tmp_path / "uids.json")
+    assert (again.of("a"), again.of("b")) == (first, second)
+    assert again.of("c") not in {first, second}
+    (tmp_path / "uids.json").write_text("torn")
+    assert uids.Uids(tmp_path / "uids.json").of("z") == uids.FIRST
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert again.of("a") is None
+
+
+@pytest.mark.parametrize(
+    ("bits", "plan"),
+    [(46, FULL), (43, FULL), (38, SIZED), (37, SIZED), (34, NONE), (0, NONE)],
+)
+def test_the_memory_plan_follows_the_address_space(bits, plan):
+    assert memory_plan(1 << bits if bits else 0) == plan
+
+
+@pytest.mark.parametrize("plan", ["FULL", "SIZED", "NONE"])
+def test_every_memory_plan_runs_a_guest_and_catches_it_beyond_its_memory(plan, tmp_path):
+    code = f"""
+import sys
+from agent.host.engine import Engine, Guest, GuestError, {plan}, self_test
+from fleet.protocol.manifest import Grants, Limits
+engine = Engine(plan={plan})
+assert self_test(engine)
+open(sys.argv[2], "wb").write(engine.compile(open(sys.argv[1]).read()))
+guest = Guest(engine.load(sys.argv[2]), limits=Limits(), grants=Grants(), config={{}}, log=print)
+try:
+    guest.handle(b"GET", b"/", b"", b"")
+except GuestError as error:
+    print(error)
+"""
+    path = support.GUESTS / "answer-1gib.wat"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(tmp_path / "image")],
+        cwd=support.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=_one_gib if plan == "NONE" else None,
+    )
+    assert "out of bounds" in done.stdout, done.stderr
+
+
+def _one_gib():
+    resource.setrlimit(resource.RLIMIT_AS, (1024 * MIB, 1024 * MIB))
+
+
+def test_the_fast_codec_and_the_stock_one_say_the_same():
+    code = """
+from agent.host.engine import Engine, self_test, use_stock_codec
+engine = Engine()
+assert self_test(engine)
+use_stock_codec(engine)
+assert self_test(engine)
+print("same")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=support.ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "same\n", done.stderr
+
+
+def test_a_component_that_is_none_is_refused_by_the_compiler():
+    def compiled(data):
+        return subprocess.run(
+            [sys.executable, "-m", "agent.host.compiler"],
+            cwd=support.ROOT,
+            input=data,
+            capture_output=True,
+            check=False,
+        )
+
+    for data, status in ((b"", 2), (b"random bytes", 2), (b"\0asm\x01\0\0\0", 3), (b"\0asm\x0d\0\x01\0garbage", 3)):
+        done = compiled(data)
+        assert (done.returncode, done.stdout) == (status, b"")
+        assert done.stderr.count(b"\n") == 1
