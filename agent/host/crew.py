@@ -66,6 +66,10 @@ class Crew:
         self._on_said = on_said
         self._on_end = on_end
 
+    async def prepare_data(self, generation: Generation, old: Generation | None) -> None:
+        """Make the generation's data directory. Raises `StartError`."""
+        generation.data = await data_directory(generation.run, self._uid(self._name), self._data, old)
+
     async def raise_lane(self, generation: Generation, *, serve: bool = True) -> Lane:
         """A lane more for a generation, in its cell, with the guest instantiated; it accepts at once if `serve`.
 
@@ -88,7 +92,6 @@ class Crew:
             )
             generation.lanes.append(lane)
             uid = self._uid(self._name)
-            generation.data = data_directory(run, uid, self._data)
             setup = control.Setup(
                 instance=self._name,
                 grants=run.grants,

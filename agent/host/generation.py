@@ -1,7 +1,10 @@
 """One generation of an instance: what to run, the lanes that run it, and its figures over all of them."""
 
+import asyncio
 import contextlib
 import os
+import shutil
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,22 +23,46 @@ class StartError(Exception):
         self.code = code
 
 
-def data_directory(run: ipc.Run, uid: int | None, parent: Path) -> str:
-    """The instance's data directory, made and given to its user, if it may have files; else empty.
+async def data_directory(run: ipc.Run, uid: int | None, parent: Path, old: "Generation | None") -> str:
+    """The directory of this generation's data, made and given to its user, if it may have files; else empty.
+
+    One directory for each `data_schema`: a generation with another schema than the `old` one gets a copy, so that going
+    back finds the data as they were.
 
     Raises:
-        StartError: it cannot be made.
+        StartError: it cannot be made, or not copied.
     """
     if not any(name.startswith("wasi:filesystem") for name in run.grants.interfaces):
         return ""
-    path = Path(run.data) if run.data else parent / run.instance
+    schema = run.manifest.data_schema
+    path = (Path(run.data) if run.data else parent / run.instance) / str(schema)
     try:
+        if old is not None and old.data and old.run.manifest.data_schema != schema:
+            if path.exists():  # of an attempt that did not last
+                shutil.rmtree(path)
+            await _copy(old.data, path)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if uid is not None:
             os.chown(path, uid, uid, follow_symlinks=False)
     except OSError as error:
         raise StartError(RejectCode.START_FAILED, f"{run.instance}: no data directory: {error}") from error
     return str(path)
+
+
+async def _copy(old: str, new: Path) -> None:
+    process = await asyncio.create_subprocess_exec("cp", "-a", "--", old, str(new), stderr=subprocess.PIPE)
+    _, said = await process.communicate()
+    if process.returncode != 0:
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"its data cannot be copied for another schema: {said.decode(errors='replace').strip()[-300:]}")
+
+
+def forget_other_schemas(data: str) -> None:
+    """Remove what generations with another schema left beside this directory."""
+    if data:
+        for other in Path(data).parent.iterdir():
+            if other.name != Path(data).name:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def disk_bytes(directory: str) -> int:

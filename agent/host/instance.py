@@ -20,7 +20,7 @@ from agent.host import control, ipc
 from agent.host.clocks import Clocks, ask_health
 from agent.host.crew import DRAIN_MS, Crew, Tasks
 from agent.host.deaths import Deaths
-from agent.host.generation import Generation, StartError, disk_bytes
+from agent.host.generation import Generation, StartError, disk_bytes, forget_other_schemas
 from agent.host.listeners import Listeners
 from agent.host.nursery import Lane, LaneGoneError, Nursery
 from agent.host.page import Figures
@@ -112,6 +112,7 @@ class Instance:
         if self.previous is not None and self.current is not None and self.current.number == number:
             warm, self.previous = self.previous, None
             self._crew.drop(warm)
+            forget_other_schemas(self.current.data)
 
     async def revert(self, number: int) -> int:
         """Back to the generation kept warm, whether `number` names the one to leave or the one to return to.
@@ -255,6 +256,7 @@ class Instance:
                 Clock(trigger)
             except BadCronError as error:
                 raise StartError(RejectCode.START_FAILED, f"{self.name}: {error}") from error
+        await self._crew.prepare_data(new, self.current)
         lane = await self._crew.raise_lane(new, serve=False)
         needed = _HANDLER if isinstance(trigger, Http) else _TASK if isinstance(trigger, Schedule) else ""
         if needed not in new.kinds:

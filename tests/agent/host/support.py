@@ -63,7 +63,9 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def a_run(instance, generation, *, trigger=None, grants=None, limits=None, health=None, namespace="main", **rest):
+def a_run(
+    instance, generation, *, trigger=None, grants=None, limits=None, health=None, namespace="main", schema=0, **rest
+):
     manifest = Manifest(
         name=instance,
         version=f"1.0.{generation}",
@@ -71,6 +73,7 @@ def a_run(instance, generation, *, trigger=None, grants=None, limits=None, healt
         grants=grants or Grants(),
         limits=limits or Limits(),
         health=health or Health(),
+        data_schema=schema,
     )
     return ipc.Run(
         instance=instance,

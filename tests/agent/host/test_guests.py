@@ -204,7 +204,7 @@ def test_a_guest_has_its_own_files_within_its_limit_and_keeps_them_over_a_swap(h
     assert isinstance(
         host.start("writes", support.a_run("keeper", 1, port=port, grants=files, limits=limits)), ipc.Started
     )
-    path = host.state / "data" / "keeper" / "log"
+    path = host.state / "data" / "keeper" / "0" / "log"
     assert support.http(port)[0] == 200
     assert path.stat().st_size == 64 * 1024
     host.start("writes", support.a_run("keeper", 2, port=port, grants=files, limits=limits))
@@ -215,3 +215,30 @@ def test_a_guest_has_its_own_files_within_its_limit_and_keeps_them_over_a_swap(h
     assert path.stat().st_size == 1 << 20
     # Without the grant, the same component does not start at all.
     assert host.start("writes", support.a_run("bare", 1)).code == "grant-denied"
+
+
+def test_another_schema_gets_a_copy_of_the_data_and_going_back_finds_the_old_ones(host):
+    port = support.free_port()
+    files = Grants(interfaces=("wasi:filesystem", "wasi:io"))
+    log = {schema: host.state / "data" / "ledger" / str(schema) / "log" for schema in (1, 2)}
+
+    def start(generation, schema):
+        return host.start("writes", support.a_run("ledger", generation, port=port, grants=files, schema=schema))
+
+    start(1, 1)
+    support.http(port)
+    log[1].with_name("mark").write_text("old")
+    assert start(2, 2).replaced == 1
+    assert log[2].with_name("mark").read_text() == "old"
+    log[2].with_name("mark").write_text("new")
+    support.http(port)
+    # Back: the old generation has what it had, whatever the new one did to its copy.
+    assert host.ask(ipc.Revert, instance="ledger", generation=2).generation == 1
+    assert log[1].with_name("mark").read_text() == "old"
+    assert support.http(port)[0] == 200
+    # Forward again, from the old data and not from the failed attempt; then there is no way back.
+    start(3, 2)
+    assert log[2].with_name("mark").read_text() == "old"
+    host.ask(ipc.Commit, instance="ledger", generation=3)
+    assert not log[1].parent.exists()
+    assert log[2].exists()
