@@ -78,6 +78,8 @@ class Host:
         self.ready = asyncio.Event()
         self.nudges: dict[str, asyncio.Event] = {}
         self.trapped: dict[tuple[str, int], ipc.Trapped | ipc.Changed] = {}
+        # Whoever asks before what is committed runs again would be overtaken by it.
+        link.on_lost = self.ready.clear
 
     def on_event(self, event: ipc.Event) -> None:
         """Remember the newest trouble of an instance, and wake whoever watches it."""
@@ -277,7 +279,6 @@ class Carrier:
 
     async def _settle(self) -> None:
         """After the host was lost: give the link a moment to notice, so that losses are not counted in a spin."""
-        self._host.ready.clear()
         self._host.link.close()
         await asyncio.sleep(0)
 

@@ -37,11 +37,17 @@ class HostRefusedError(Exception):
 
 
 class HostLink:
-    """A connection to the host."""
+    """A connection to the host.
+
+    Attributes:
+        on_event: told what the host says by itself.
+        on_lost: called the moment a connection is over.
+    """
 
     def __init__(self, path: Path, *, on_event: Callable[[ipc.Event], None] = lambda _event: None) -> None:
         self._path = path
-        self._on_event = on_event
+        self.on_event = on_event
+        self.on_lost: Callable[[], None] = lambda: None
         self._sock: socket.socket | None = None
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[ipc.Reply]] = {}
@@ -92,6 +98,7 @@ class HostLink:
             with contextlib.suppress(RuntimeError):
                 asyncio.get_running_loop().remove_reader(sock)
             sock.close()
+            self.on_lost()
         waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             if not future.done():
@@ -108,7 +115,7 @@ class HostLink:
                 self.close()
                 return
             if isinstance(message, ipc.Trapped | ipc.Changed):
-                self._on_event(message)
+                self.on_event(message)
                 continue
             future = self._waiting.pop(message.id, None)
             if future is not None and not future.done():

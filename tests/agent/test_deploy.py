@@ -218,6 +218,23 @@ def test_the_host_dies_in_the_middle_of_a_swap(kit):
     on_a_board(kit, story)
 
 
+def test_a_new_host_gets_what_is_committed_before_anything_else(kit):
+    """Else the old version, started late, would take over from the new one."""
+
+    async def story():
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        kit.host.kill()
+        kit.host.requests.clear()
+        await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0")))
+        kit.host.start()
+        await kit.settled()
+        starts = [request.run.target for request in kit.host.requests if type(request).__name__ == "Start"]
+        assert starts == [V1, V2]
+        assert kit.host.targets() == {"web": V2}
+
+    on_a_board(kit, story)
+
+
 def test_a_component_that_keeps_killing_the_host_is_taken_back(kit):
     async def story():
         from agent.host import ipc

@@ -1,0 +1,98 @@
+"""What has to be done now and then: the certificate, and room on the disk."""
+
+import asyncio
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from agent import enroll, upkeep
+from agent.config import Disk, Places, Settings
+from agent.enroll import EnrolError
+from agent.records import Change, Committed
+from agent.standing import Standing
+from agent.update.machine import Phase, State
+from fleet.ca import CertificateAuthority
+from fleet.protocol.assignment import Item
+from fleet.protocol.enrolment import RenewReply, RenewRequest
+from fleet.protocol.manifest import Http, Manifest
+
+NOW = datetime.now(UTC)
+
+
+class Server:
+    """Renews, for whatever key it likes."""
+
+    def __init__(self, ca):
+        self.ca, self.key, self.asked = ca, None, []
+
+    def request(self, method, path, *, max_bytes, body, headers):
+        assert (method, path) == ("POST", "/v1/renew")
+        request = msgspec.json.decode(body, type=RenewRequest)
+        self.asked.append(request)
+        key = self.key or x509.load_pem_x509_csr(request.csr_pem.encode()).public_key()
+        pem = self.ca.device(key, "crane-0a1b2c3d", now=NOW).pem
+        return msgspec.json.encode(RenewReply(certificate_pem=pem, ca_pem=self.ca.pem))
+
+
+@pytest.fixture
+def board(tmp_path):
+    places = Places(tmp_path / "state", tmp_path / "run")
+    places.identity.mkdir(parents=True)
+    (tmp_path / "ca").mkdir()
+    ca = CertificateAuthority.create(tmp_path / "ca", fleet="harbour", now=NOW)
+    key = ec.generate_private_key(ec.SECP256R1())
+    (places.identity / "device.key").write_bytes(enroll._private_pem(key))
+    (places.identity / "device.pem").write_text(ca.device(key.public_key(), "crane-0a1b2c3d", now=NOW).pem)
+    return places, Server(ca)
+
+
+def test_the_certificate_is_renewed_for_the_key_that_is_there(board):
+    places, server = board
+    before = (places.identity / "device.pem").read_text()
+    upkeep.renew_now(places, server, "crane-0a1b2c3d")
+    after = (places.identity / "device.pem").read_text()
+    assert after != before
+    assert "PRIVATE" not in server.asked[0].csr_pem
+
+
+def test_a_certificate_for_another_key_is_not_put_in_place(board):
+    places, server = board
+    before = (places.identity / "device.pem").read_text()
+    server.key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    with pytest.raises(EnrolError, match="another key"):
+        upkeep.renew_now(places, server, "crane-0a1b2c3d")
+    assert (places.identity / "device.pem").read_text() == before
+
+
+class Named:
+    async def name(self, sha256, manifest_sha256, *, fuel=False):
+        return f"image-of-{sha256}"
+
+
+def test_room_is_made_and_neither_what_runs_nor_what_comes_is_lost(board):
+    places, _ = board
+
+    def item(sha256):
+        return Item(instance="web", target="components/a/web/1.0.0.wasm", length=1, sha256=sha256, manifest_sha256="")
+
+    manifest = Manifest(name="web", version="1.0.0", trigger=Http())
+    running = Committed(item=item("runs"), manifest=manifest, generation=1, assignment=1, at=NOW)
+    coming = Change(
+        instance="web", assignment=2, state=State(phase=Phase.COMPILING), item=item("comes"), manifest=manifest
+    )
+    standing = Standing(committed={"web": running})
+    standing.flights["web"] = SimpleNamespace(change=coming)
+    for directory, suffix in ((places.artifacts, "wasm"), (places.images, "cwasm")):
+        directory.mkdir()
+        for name in ("runs", "comes", "old"):
+            stem = name if suffix == "wasm" else f"image-of-{name}"
+            (directory / f"{stem}.{suffix}").write_bytes(b"x" * 1000)
+    settings = Settings(disk=Disk(budget_bytes=10))
+    freed = asyncio.run(upkeep.make_room(places, settings, Named(), SimpleNamespace(standing=standing)))
+    assert freed == 2000
+    kept = {path.stem for directory in (places.artifacts, places.images) for path in directory.iterdir()}
+    assert kept == {"runs", "comes", "image-of-runs", "image-of-comes"}
