@@ -26,6 +26,7 @@ from agent.host import kernel, seccomp
 from fleet.protocol.caps import MIB
 
 LAYERS: Final = ("limits", "user", "network", "mount", "privileges", "landlock", "seccomp")
+BASELINE: Final = tuple(layer for layer in LAYERS if layer != "landlock")  # what needs no recent kernel
 DATA: Final = "/data"
 _SLACK_BYTES: Final = 48 * MIB
 _VALUE_BYTES: Final = 100  # what one byte of a body costs while it crosses: a value of 32 bytes, and its copies
@@ -63,6 +64,11 @@ class Plan:
     root: str = ""
 
 
+def lane_bytes(*, memory_bytes: int, body_bytes: int) -> int:
+    """The private memory that a lane may take beyond what it has when it starts."""
+    return memory_bytes + body_bytes * _VALUE_BYTES + _SLACK_BYTES
+
+
 def lane_plan(
     *, uid: int | None, memory_bytes: int, body_bytes: int, storage_bytes: int, data: str, answer_bytes: int = 0
 ) -> Plan:
@@ -72,7 +78,7 @@ def lane_plan(
     """
     return Plan(
         uid=uid,
-        data_bytes=memory_bytes + body_bytes * _VALUE_BYTES + _SLACK_BYTES,
+        data_bytes=lane_bytes(memory_bytes=memory_bytes, body_bytes=body_bytes),
         file_bytes=max(storage_bytes if data else 0, answer_bytes and answer_bytes + _SPARE_BYTES),
         data=data,
         filter=lambda: seccomp.lane(files=bool(data)),

@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_layers,
         default=frozenset(),
         metavar="LAYERS",
-        help="run no component unless these layers hold: all, none, or names joined by commas (see fleet-host check)",
+        help="run no component unless these layers hold: baseline (all but landlock and cgroup), all, none, "
+        "or names joined by commas (see fleet-host check)",
     )
     run.add_argument(
         "--agent-group",
@@ -71,10 +72,12 @@ def _group(text: str) -> int:
 
 
 def _layers(text: str) -> frozenset[str]:
-    names = frozenset(() if text in {"", "none"} else cell.LAYERS if text == "all" else text.split(","))
-    unknown = sorted(names - set(cell.LAYERS))
+    known = (*cell.LAYERS, "cgroup")
+    short = {"": (), "none": (), "baseline": cell.BASELINE, "all": known}
+    names = frozenset(short.get(text, text.split(",")))
+    unknown = sorted(names - set(known))
     if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no layer; there are {', '.join(cell.LAYERS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no layer; there are {', '.join(known)}")
     return names
 
 
@@ -138,6 +141,7 @@ def check() -> int:
     print(f"containment  of lanes, when the host runs as {who}:")
     for layer, holds in cell.probe().items():
         print(f"  {layer:<11}{'yes' if holds else 'NO ':<5}{_MEANING[layer]}")
+    print("  cgroup     by systemd's Delegate= alone: a host that has it says so to the agent")
     return 0 if facts else 1
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Final
 
-from agent.host import control
+from agent.host import cell, control
+from agent.host.cgroups import Cgroups
 from agent.host.generation import Generation, StartError, data_directory
 from agent.host.nursery import Lane, LaneGoneError, Nursery
 from fleet.protocol.codes import RejectCode
@@ -54,6 +55,7 @@ class Crew:
         nursery: Nursery,
         uid: Callable[[str], int | None],
         data: Path,
+        cgroups: Cgroups,
         tasks: Tasks,
         on_said: Callable[[Generation, Lane, control.FromLane], None],
         on_end: Callable[[Generation, Lane, float], None],
@@ -62,6 +64,7 @@ class Crew:
         self._nursery = nursery
         self._uid = uid
         self._data = data
+        self._cgroups = cgroups
         self._tasks = tasks
         self._on_said = on_said
         self._on_end = on_end
@@ -92,6 +95,15 @@ class Crew:
             )
             generation.lanes.append(lane)
             uid = self._uid(self._name)
+            self._cgroups.admit(
+                self._name,
+                lane.pid,
+                lanes=2 * run.limits.concurrency,  # two generations at a swap
+                lane_bytes=cell.lane_bytes(
+                    memory_bytes=run.limits.memory_bytes,
+                    body_bytes=run.limits.request_bytes + run.limits.response_bytes,
+                ),
+            )
             setup = control.Setup(
                 instance=self._name,
                 grants=run.grants,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.host import control, ipc
+from agent.host.cgroups import Cgroups
 from agent.host.clocks import Clocks, ask_health
 from agent.host.crew import DRAIN_MS, Crew, Tasks
 from agent.host.deaths import Deaths
@@ -52,6 +53,7 @@ class Instance:
         uid: Callable[[str], int | None],
         deaths: Deaths,
         data: Path,
+        cgroups: Cgroups,
         emit: Callable[[ipc.Event], None],
         route: Callable[..., Awaitable[None]],
     ) -> None:
@@ -71,6 +73,7 @@ class Instance:
             nursery=nursery,
             uid=uid,
             data=data,
+            cgroups=cgroups,
             tasks=self._tasks,
             on_said=self._said,
             on_end=self._lane_ended,

@@ -22,6 +22,7 @@ from typing import Final
 
 from agent import systemd
 from agent.host import cell, ipc
+from agent.host.cgroups import Cgroups
 from agent.host.deaths import Deaths
 from agent.host.front import Front
 from agent.host.generation import StartError
@@ -113,7 +114,8 @@ class Supervisor:
         self._settings = settings
         self._session = uuid.uuid4().hex
         self._engine = ""
-        self._containment = cell.probe()
+        self._cgroups = Cgroups()
+        self._containment = {**cell.probe(), "cgroup": self._cgroups.available}
         self._missing = sorted(layer for layer in settings.require if not self._containment.get(layer))
         self._deaths = Deaths(settings.state / "deaths.json")
         self._uids = Uids(settings.state / "uids.json")
@@ -336,6 +338,7 @@ class Supervisor:
             case ipc.Stop():
                 await instance.stop()
                 self._instances.pop(instance.name, None)
+                self._cgroups.dismiss(instance.name)
 
     async def _start(self, request: ipc.Start, fd: int | None) -> ipc.Reply:
         run = request.run
@@ -357,6 +360,7 @@ class Supervisor:
                 uid=self._uids.of,
                 deaths=self._deaths,
                 data=self._settings.state / "data",
+                cgroups=self._cgroups,
                 emit=self._emit,
                 route=self._route,
             )

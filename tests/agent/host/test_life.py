@@ -243,3 +243,26 @@ def test_the_agents_group_may_command_where_it_is_named(tmp_path):
     finally:
         host.close()
         shutil.rmtree(tmp)
+
+
+def test_nothing_is_left_behind_by_instances_that_came_and_went(host):
+    def held():
+        pids = [host.process.pid, *(pid for pid in children(host.process.pid))]
+        return len(pids), sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+
+    def come_and_go():
+        for generation in range(1, 4):
+            host.start("hello", support.a_run("web", generation))
+            host.start("trap-in-start", support.a_run("bad", generation))
+        support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")
+        host.ask(ipc.Stop, instance="web")
+
+    come_and_go()
+    while lanes_of(host):
+        host.ask(ipc.Status)
+    before = held()
+    for _ in range(5):
+        come_and_go()
+    while lanes_of(host):
+        host.ask(ipc.Status)
+    assert held() == before

@@ -9,6 +9,7 @@ import pytest
 import support
 
 from agent.host import connection, page, uids
+from agent.host.cgroups import Cgroups
 from agent.host.connection import Connection
 from agent.host.engine import FULL, NONE, SIZED, memory_plan
 from agent.host.routes import Routes
@@ -233,3 +234,35 @@ def test_a_component_that_is_none_is_refused_by_the_compiler():
         done = compiled(data)
         assert (done.returncode, done.stdout) == (status, b"")
         assert done.stderr.count(b"\n") == 1
+
+
+def a_cgroup(path, controllers="cpu memory pids"):
+    path.mkdir()
+    (path / "cgroup.controllers").write_text(controllers)
+    (path / "cgroup.subtree_control").write_text("")
+    (path / "cgroup.procs").write_text("")
+    return path
+
+
+def test_an_instance_gets_a_share_where_the_host_has_control_groups(tmp_path):
+    root = a_cgroup(tmp_path / "fleet-host.service")
+    groups = Cgroups(root, pid=100)
+    assert groups.available
+    # The supervisor left first: a group with members cannot have limited children.
+    assert (root / "supervisor" / "cgroup.procs").read_text() == "100"
+    assert (root / "cgroup.subtree_control").read_text() == "+memory +pids"
+    assert groups.admit("web", 200, lanes=2, lane_bytes=1000)
+    share = root / "i-web"
+    assert [(share / name).read_text() for name in ("memory.max", "pids.max", "cgroup.procs")] == ["2000", "64", "200"]
+
+
+def test_without_the_memory_controller_or_the_right_to_it_nothing_is_done(tmp_path):
+    assert not Cgroups(a_cgroup(tmp_path / "a", controllers="cpu pids"), pid=100).available
+    assert not Cgroups(tmp_path / "nothing", pid=100).available
+    shared = a_cgroup(tmp_path / "shared")
+    (shared / "cgroup.subtree_control").unlink()
+    (shared / "cgroup.subtree_control").mkdir()  # writing it fails, as where others live in the group
+    groups = Cgroups(shared, pid=100)
+    assert not groups.available
+    assert (shared / "cgroup.procs").read_text() == "100", "it went back to where it was"
+    assert not groups.admit("web", 200, lanes=1, lane_bytes=1)

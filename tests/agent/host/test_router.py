@@ -1,0 +1,132 @@
+"""The shared port: what goes through the router arrives as it was sent, whatever the framing."""
+
+import os
+import signal
+import socket
+
+import pytest
+import support
+from support import Limits
+from test_life import lanes_of
+
+ECHO = """
+(component
+  (core module $m
+    (memory (export "memory") 4)
+    (global $top (mut i32) (i32.const 1024))
+    (func (export "realloc") (param i32 i32 i32 i32) (result i32)
+      (local $at i32)
+      (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
+      (global.set $top (i32.add (local.get $at) (local.get 3)))
+      (block $enough (loop $more
+        (br_if $enough (i32.le_u (global.get $top) (i32.shl (memory.size) (i32.const 16))))
+        (if (i32.eq (memory.grow (i32.const 16)) (i32.const -1)) (then (unreachable)))
+        (br $more)))
+      (local.get $at))
+    (func (export "handle") (param i32 i32 i32 i32 i32 i32 i32 i32) (result i32)
+      (i32.store16 (i32.const 64) (i32.const 200))
+      (i32.store (i32.const 68) (local.get 4)) (i32.store (i32.const 72) (local.get 5))
+      (i32.store (i32.const 76) (local.get 6)) (i32.store (i32.const 80) (local.get 7))
+      (i32.const 64))
+    (func (export "reset") (param i32) (global.set $top (i32.const 1024))))
+  (core instance $i (instantiate $m))
+  (type $request (record
+    (field "method" string) (field "target" string) (field "headers" string) (field "body" (list u8))))
+  (type $response (record (field "status" u16) (field "headers" string) (field "body" (list u8))))
+  (func $handle (param "request" $request) (result $response)
+    (canon lift (core func $i "handle") (memory (core memory $i "memory"))
+      (realloc (core func $i "realloc")) (post-return (core func $i "reset"))))
+  (instance $handler (export "request" (type $request)) (export "response" (type $response))
+    (export "handle" (func $handle)))
+  (export "wasmfleet:http/handler@0.1.0" (instance $handler)))
+"""
+
+
+@pytest.fixture
+def echo(host):
+    """An instance that answers with the request's header fields and body, behind the router."""
+    host.start(ECHO, support.a_run("echo", 1, limits=Limits(request_bytes=1 << 20)))
+    return host
+
+
+def test_a_request_arrives_as_it_was_sent(echo):
+    status, headers, body = support.http(
+        echo.port,
+        b"POST /echo/x?y HTTP/1.1\r\nHost: board\r\nX-Mine: 1\r\nx-forwarded-prefix: /forged\r\n"
+        b"content-length: 5\r\n\r\nhello",
+    )
+    assert (status, body) == (200, b"hello")
+    assert (headers["x-mine"], headers["host"], headers["x-forwarded-prefix"]) == ("1", "board", "/echo")
+
+
+def test_bodies_of_every_framing_and_size(echo):
+    body = bytes(range(256)) * 3000
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:7], body[7:100_000], body[100_000:]))
+    head = b"POST /echo/ HTTP/1.1\r\nhost: x\r\n"
+    with socket.create_connection(("127.0.0.1", echo.port), timeout=30) as kept:
+        for _ in range(2):
+            assert support.http(echo.port, head + b"content-length: %d\r\n\r\n" % len(body) + body, kept)[2] == body
+            chunked = head + b"transfer-encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+            assert support.http(echo.port, chunked, kept)[2] == body
+
+
+def test_requests_sent_at_once_are_answered_in_their_order(echo):
+    requests = b"".join(
+        b"POST /echo/ HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n\r\n%d" % n
+        if n % 3
+        else b"GET /nobody/ HTTP/1.1\r\nhost: x\r\n\r\n"
+        for n in range(9)
+    )
+    with socket.create_connection(("127.0.0.1", echo.port), timeout=30) as sock:
+        sock.sendall(requests)
+        data = b""
+        while data.count(b"HTTP/1.1 ") < 9 or not data.endswith(b"8"):
+            data += sock.recv(65536)
+    statuses = [part[:3] for part in data.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [b"404", b"200", b"200"] * 3
+    assert [part[-1:] for part in data.split(b"HTTP/1.1 ")[1:] if part.startswith(b"200")] == [
+        b"1",
+        b"2",
+        b"4",
+        b"5",
+        b"7",
+        b"8",
+    ]
+
+
+def test_head_and_http_1_0_and_close(echo):
+    with socket.create_connection(("127.0.0.1", echo.port), timeout=30) as sock:
+        sock.sendall(b"HEAD /echo/ HTTP/1.1\r\nhost: x\r\n\r\nGET /echo/ HTTP/1.0\r\nhost: x\r\n\r\n")
+        data = b""
+        while more := sock.recv(65536):
+            data += more
+    assert data.count(b"HTTP/1.1 200 OK") == 2, "and then it was closed, as HTTP/1.0 has it"
+    with socket.create_connection(("127.0.0.1", echo.port), timeout=30) as sock:
+        support.http(echo.port, "GET /echo/ HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", sock)
+        assert sock.recv(1) == b""
+
+
+def test_a_client_that_asks_first_is_told_to_go_on(echo):
+    with socket.create_connection(("127.0.0.1", echo.port), timeout=30) as sock:
+        sock.sendall(b"POST /echo/ HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert support.http(echo.port, b"ok", sock)[2] == b"ok"
+
+
+def test_a_body_that_is_too_large_is_refused_by_the_instance_through_the_router(echo):
+    head = b"POST /echo/ HTTP/1.1\r\nhost: x\r\ncontent-length: 3000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", echo.port), timeout=30) as sock:
+        sock.sendall(head + b"x" * 1_200_000)
+        assert support.read_answer(sock)[0] == 413
+
+
+def test_an_instance_that_dies_in_a_call_is_a_502_and_nobody_elses_trouble(echo):
+    echo.start("spin", support.a_run("bad", 1, limits=Limits(call_ms=20_000)))
+    with socket.create_connection(("127.0.0.1", echo.port), timeout=30) as sock:
+        sock.sendall(b"POST /bad/ HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+        assert support.http(echo.port, "GET /echo/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
+        lane = max(lanes_of(echo))  # the one started last
+        os.kill(lane, signal.SIGKILL)
+        assert support.read_answer(sock)[0] == 502
+        # The client's connection is as good as before.
+        assert support.http(echo.port, "GET /echo/ HTTP/1.1\r\nhost: x\r\n\r\n", sock)[0] == 200
