@@ -208,7 +208,8 @@ class Daemon:
         for running in welcome.running:
             if running.instance not in known:
                 log.warning("%s runs on the host and belongs to nothing: stopped", running.instance)
-                await self._link.ask(ipc.Stop, ipc.Done, instance=running.instance)
+                with contextlib.suppress(HostRefusedError):
+                    await self._link.ask(ipc.Stop, ipc.Done, instance=running.instance)
         for restored in await restore.restore(
             self._link, welcome, items, self._images, self._places.artifacts, self._settings.policy
         ):

@@ -19,7 +19,7 @@ from agent.carry import Carrier, Outcome
 from agent.records import Change, Committed, FailedItem, failed_item, failure_of, in_flight_of, item_key, want_of
 from agent.sets import Sets
 from agent.standing import Board, Flight, Standing
-from agent.store import Store
+from agent.store import Store, StoreError
 from agent.update.machine import Effect, Event, Happened, Phase, State, advance
 from agent.update.plan import Act, plan
 from agent.worker import Worker
@@ -32,6 +32,7 @@ from fleet.protocol.names import TargetName
 log = logging.getLogger("agent.deploy")
 
 PROGRESS_S: Final = 5.0
+STORE_AGAIN_S: Final = 30.0
 _SUPERSEDABLE: Final = frozenset({Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED, Phase.PROBATION})
 _QUIET: Final = frozenset({Phase.IDLE, Phase.VERIFYING, Phase.STAGED, Phase.ROLLING_BACK})
 """Phases that pass at once: no report of their own."""
@@ -84,6 +85,13 @@ class Deployer:
         assignment = self.standing.assignment
         if assignment is None:
             return
+        try:
+            await self._plan_and_start(assignment)
+        except StoreError as error:
+            log.error("what is wanted cannot be begun now: %s", error)  # noqa: TRY400 - said in the message
+            self._call_later(STORE_AGAIN_S)
+
+    async def _plan_and_start(self, assignment: Assignment) -> None:
         async with self._planning:
             failures = await self._worker(self._store.failed)
             steps = plan(
@@ -103,13 +111,16 @@ class Deployer:
 
     def _replan_later(self, failures: tuple[FailedItem, ...]) -> None:
         """When what failed in passing may be tried again, the plan is made anew."""
-        if self._later is not None:
-            self._later.cancel()
         times = [each.retry_at for each in failures if each.retry_at is not None]
         wait_s = [at - datetime.now(UTC).timestamp() for at in times]
         due = min((seconds for seconds in wait_s if seconds > 0), default=None)
         if due is not None:
-            self._later = asyncio.get_running_loop().call_later(due + 1, self._replan_now)
+            self._call_later(due + 1)
+
+    def _call_later(self, seconds: float) -> None:
+        if self._later is not None:
+            self._later.cancel()
+        self._later = asyncio.get_running_loop().call_later(seconds, self._replan_now)
 
     def _replan_now(self) -> None:
         task = asyncio.get_running_loop().create_task(self.replan())
@@ -192,7 +203,7 @@ class Deployer:
 
     async def _drive(self, flight: Flight, happened: Happened) -> None:
         outcome = Outcome(happened)
-        while (effect := await self._step(flight, outcome)) is not Effect.CLOSE:
+        while (effect := await self._step_when_possible(flight, outcome)) is not Effect.CLOSE:
             if effect is Effect.WATCH:
                 await self.replan()  # something newer may have been wanted during the swap
             outcome = await self._carry_out(flight, effect)
@@ -273,6 +284,15 @@ class Deployer:
 
     # Persisting
 
+    async def _step_when_possible(self, flight: Flight, outcome: Outcome) -> Effect:
+        """A step that cannot be persisted is not taken; on a disk that is full it waits until there is room again."""
+        while True:
+            try:
+                return await self._step(flight, outcome)
+            except StoreError as error:
+                log.error("%s: %s; it waits", flight.change.instance, error)  # noqa: TRY400 - said in the message
+            await asyncio.sleep(STORE_AGAIN_S)
+
     async def _step(self, flight: Flight, outcome: Outcome) -> Effect:
         """Advance, persist the new state with its report, and only then return what is to be done."""
         async with flight.lock:
@@ -288,12 +308,16 @@ class Deployer:
             if state.phase is Phase.SWAPPING and change.generation == 0 and change.item is not None:
                 change = msgspec.structs.replace(change, generation=await self._worker(self._store.next_generation))
             flight.change, flight.log = change, outcome.log or flight.log
-            if effect is Effect.CLOSE:
-                await self._close(flight, before)
-            elif state.phase is before.phase and outcome.happened.event is not Event.DELAYED:
-                await self._save(change)
-            else:
-                await self._persist(flight, before.phase)
+            try:
+                if effect is Effect.CLOSE:
+                    await self._close(flight, before)
+                elif state.phase is before.phase and outcome.happened.event is not Event.DELAYED:
+                    await self._save(change)
+                else:
+                    await self._persist(flight, before.phase)
+            except StoreError:
+                flight.change = before
+                raise
         await self._sets.moved()
         return effect
 
@@ -326,14 +350,13 @@ class Deployer:
             removed = change.instance
         elif change.phase in {Phase.FAILED, Phase.ROLLED_BACK}:
             failure = await self._failed_item(change)
+        quiet = change.phase in _QUIET
+        report = None if quiet else self._report(flight)
+        await self._save(change, report=report, committed=committed, removed=removed, failure=failure, facts=facts)
         if committed is not None:
             self.standing.committed[change.instance] = committed
         if removed:
             self.standing.committed.pop(removed, None)
-        quiet = change.phase in _QUIET
-        report = None if quiet else self._report(flight)
-        await self._save(change, report=report, committed=committed, removed=removed, failure=failure, facts=facts)
-        if removed:
             await self._write_runset()
 
     async def _save(self, change: Change, *, report: Report | None = None, **also: object) -> None:

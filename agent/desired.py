@@ -18,7 +18,7 @@ from agent import reports
 from agent.deploy import Deployer
 from agent.fetch import FetchError, Https
 from agent.standing import Board
-from agent.store import Store
+from agent.store import Store, StoreError
 from agent.trust import Trust, remembered_assignment
 from agent.worker import Worker
 from fleet.protocol import caps
@@ -136,6 +136,12 @@ class Desired:
             except Rejected as error:
                 await self._refused(envelope, error)
                 return
+            except StoreError as error:
+                # What cannot be remembered is not accepted: what runs goes on, and it is asked for again.
+                self.problems["assignment"] = str(error)
+                log.error("%s", error)  # noqa: TRY400 - said in the message
+                self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311
+                return
             self.problems.pop("assignment", None)
             version = accepted.assignment.version
             if not self._clock_set() and not await self._vouch():
@@ -206,5 +212,6 @@ class Desired:
             code=error.code,
             message=error.message,
         )
-        await self._worker(self._store.save, report=report)
+        with contextlib.suppress(StoreError):
+            await self._worker(self._store.save, report=report)
         self._on_report()

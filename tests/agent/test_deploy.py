@@ -6,6 +6,7 @@ import pytest
 
 from agent.carry import lost
 from agent.fetch import FetchError
+from agent.store import StoreError
 from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
 
@@ -193,7 +194,8 @@ def test_a_removal_is_held_up_by_nothing(kit):
         kit.trust.trouble[V2] = [Rejected(RejectCode.UNREACHABLE, "no route")] * 20
         kit.host.kill()
         await kit.deployer.desire(kit.assignment(2, stuck))
-        await kit.until(lambda: kit.chain("web")[-1] == "committed" and kit.reports()[-1].running != V1)
+        web = lambda: [report for report in kit.reports() if report.instance == "web"][-1]  # noqa: E731
+        await kit.until(lambda: (web().assignment, web().phase, web().running) == (2, "committed", ""))
         await kit.until(lambda: [each.item.instance for each in kit.store.committed()] == ["other"])
         # When the host is back, what was removed is not started again.
         kit.host.start()
@@ -342,6 +344,27 @@ def test_a_fault_of_our_own_is_a_failed_deployment_and_not_a_stuck_one(kit, monk
         last = kit.reports()[-1]
         assert (last.phase, last.code) == ("rolled-back", RejectCode.INTERNAL)
         assert kit.host.targets() == {"web": V1}
+
+    on_a_board(kit, story)
+
+
+def test_a_disk_that_is_full_stops_nothing_that_runs_and_is_waited_for(kit, monkeypatch):
+    async def story():
+        monkeypatch.setattr("agent.deploy.STORE_AGAIN_S", 0.01)
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        real, failures = kit.store.save, []
+
+        def full(*arguments, **more):
+            if len(failures) < 5:
+                failures.append(arguments)
+                raise StoreError("database or disk is full")
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(kit.store, "save", full)
+        await kit.run(kit.assignment(2, kit.publish("2.0.0")))
+        assert len(failures) == 5
+        assert kit.host.targets() == {"web": V2}
+        assert kit.chain()[-5:] == ["fetching", "compiling", "swapping", "probation", "committed"]
 
     on_a_board(kit, story)
 
