@@ -1,10 +1,16 @@
 """Configuration in three tenses, and the board owner's word against what the fleet signs."""
 
+import re
+from pathlib import Path
+
+import msgspec
 import pytest
 
 from agent import config
 from agent.config import ConfigError, Policy
 from fleet.protocol.manifest import Grants, Limits
+
+DOCS = Path(__file__).parents[2] / "docs" / "agent.md"
 
 
 def write(directory, **files):
@@ -59,3 +65,19 @@ def test_the_owner_may_deny_what_everyone_else_granted():
     assert Policy(interfaces=("wasi:clocks",)).denied(wanted) == ("wasi:i2c/i2c",)
     assert Policy(outbound=("https://a:443",)).denied(wanted) == ("https://b:443",)
     assert Policy(interfaces=()).denied(wanted) == wanted.interfaces
+
+
+def test_the_page_for_owners_names_every_key_and_no_other():
+    documented = set(
+        re.findall(r"^\| `([a-z_.]+)` \|", DOCS.read_text().partition("## Configuration")[2], re.MULTILINE)
+    )
+
+    def keys(struct, prefix=""):
+        for field in msgspec.structs.fields(struct):
+            if isinstance(field.default, msgspec.Struct):
+                yield from keys(type(field.default), f"{field.name}.")
+            else:
+                yield prefix + field.name
+
+    files = {"store.db", "runset.json"}
+    assert documented - files == set(keys(config.Settings))
