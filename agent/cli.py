@@ -216,6 +216,8 @@ def _run(options: argparse.Namespace) -> int:
 
     async def main() -> int:
         store = Store(places.database)
+        if taken := restore.take_over(store, places.runset, mac_key):
+            logging.getLogger("agent").warning("the store was lost; %d instances are known from runset.json", taken)
         daemon = Daemon(identity=who, root=root, mac_key=mac_key, places=places, settings=settings, store=store)
         return await daemon.run()
 

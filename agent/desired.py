@@ -178,7 +178,8 @@ class Desired:
         try:
             await self._worker(self._trust.fresh, envelope, nonce=self._nonce, sha256=facts.assignment.sha256)
         except Rejected as error:
-            log.info("freshness statement refused: %s", error)
+            # An answer to an older nonce of this board's own is nothing unusual.
+            log.log(logging.DEBUG if error.code is RejectCode.REPLAY else logging.INFO, "not fresh: %s", error)
             if error.code is RejectCode.FREEZE:
                 # Either a newer one is on its way, or somebody keeps it from this board: asking over HTTPS tells.
                 self.problems["fresh"] = f"this board may be kept from its newest assignment: {error.message}"

@@ -72,7 +72,7 @@ def committed(database: Path, runset: Path, key: bytes) -> tuple[Committed, ...]
         RunsetError: neither can be read.
     """
     if not database.exists():
-        return ()
+        return read_runset(runset, key) if runset.exists() else ()
     try:
         store = Store(database, read_only=True)
         try:
@@ -96,6 +96,24 @@ def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> i
         config={**defaults, **item.config},
         port=item.port,
     )
+
+
+def take_over(store: Store, runset: Path, key: bytes) -> int:
+    """Into a store that was made anew (the old one was lost), take what runs, so that it goes on running.
+
+    Returns:
+        How many instances.
+    """
+    if store.counter("generation") or store.committed():
+        return 0
+    try:
+        items = read_runset(runset, key)
+    except RunsetError:
+        return 0
+    for item in items:
+        store.save(committed=item)
+    store.set_counter("generation", max((item.generation for item in items), default=0))
+    return len(items)
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,6 +155,16 @@ def test_a_damaged_database_does_not_keep_components_from_running(store, tmp_pat
         (tmp_path / f"store.db{suffix}").unlink(missing_ok=True)
     (tmp_path / "store.db").write_bytes(b"rotten" * 1000)
     assert restore.committed(tmp_path / "store.db", runset, key) == (COMMITTED,)
+    # A store that is made anew takes it over, so that what runs is not taken for a stranger.
+    (tmp_path / "store.db").unlink()
+    assert restore.committed(tmp_path / "store.db", runset, key) == (COMMITTED,)
+    anew = Store(tmp_path / "store.db")
+    assert restore.take_over(anew, runset, key) == 1
+    assert anew.committed() == (COMMITTED,)
+    assert anew.next_generation() == COMMITTED.generation + 1, "a generation never falls"
+    assert restore.take_over(anew, runset, key) == 0, "once"
+    anew.close()
+    (tmp_path / "store.db").write_bytes(b"rotten" * 1000)
     # But not when somebody wrote it who does not know the key.
     runset.write_bytes(runset.read_bytes().replace(b"1.0.0.wasm", b"6.6.6.wasm"))
     with pytest.raises(restore.RunsetError, match="MAC"):
