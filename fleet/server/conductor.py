@@ -7,6 +7,7 @@ that it knows is in the store, so that it can end at any instant and begin again
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 _BATCH: Final = 25
 """After so many boards the loop lets others run."""
 _MAX_STEPS: Final = 100
+_REST: Final = 4
+_REST_MAX_S: Final = 1.0
 
 
 class Conductor:
@@ -53,11 +56,14 @@ class Conductor:
         """Go on until cancelled. A mistake in one round is logged, and the next round comes."""
         while True:
             self._wake.clear()
+            began = time.perf_counter()
             try:
                 await self.step()
             except Exception:
                 log.exception("a round of the rollout loop failed; it is tried again")
                 self._next = self._now() + 5
+            # a round over thousands of boards costs something: never more than a fifth of the time goes there
+            await asyncio.sleep(min(_REST_MAX_S, _REST * (time.perf_counter() - began)))
             pause = None if self._next is None else max(0.05, self._next - self._now())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause)
@@ -75,8 +81,7 @@ class Conductor:
             row = self._store.rollouts.get(str(number))
             if row is None or row.state not in OPEN:
                 return
-            boards = [board for board, _ in self._store.rollouts.boards(number)]
-            actions = decide(_model(row), boards, self._now())
+            actions = decide(_model(row), self._store.rollouts.standing(number), self._now())
             if not await self._carry_out(row, actions):
                 return
         log.error("rollout %s does not come to rest", number)

@@ -105,7 +105,7 @@ class Listener:
             lifespan="off",
             access_log=False,
             log_config=None,
-            log_level="warning",
+            log_level="critical",  # what a route raises is logged by the route itself
             server_header=False,
             ssl_context_factory=lambda _config, _default: context,
             timeout_keep_alive=30,

@@ -1,5 +1,6 @@
 """The routes for operators and enrolment. Every one but enrolment and /healthz needs a bearer token."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,6 +32,10 @@ from fleet.store.store import Store
 
 WAIT_MAX_S: Final = 60
 _LIST_MAX: Final = 1000
+_GATHER_MAX_S: Final = 2.0
+_GATHER_BOARDS_PER_S: Final = 2000
+_SMALL: Final = 50
+"""A long poll on so many boards answers at once; on more it waits a little, up to two seconds."""
 _READERS: Final = frozenset({"GET", "HEAD"})
 Handler = Callable[[Request, str], Awaitable[Response]]
 
@@ -287,7 +292,10 @@ class Operators:
             return found if found is not None and found.revision > since else None
 
         newer = await self._s.watch.until(later, timeout_s=wait_s)
-        return answer(self._s.views.rollout(newer or row))
+        if newer is not None and wait_s:
+            # a large rollout changes all the time: what follows at once comes along
+            await asyncio.sleep(max(0.0, min(_GATHER_MAX_S, (newer.sizes[-1] - _SMALL) / _GATHER_BOARDS_PER_S)))
+        return answer(self._s.views.rollout(self._s.store.rollouts.get(row.id) or row))
 
     async def control(self, request: Request, by: str) -> Response:
         """POST /v1/rollouts/{id}/pause|resume|abort."""

@@ -111,6 +111,10 @@ class Database:
         keys = [column[0] for column in cursor.description]
         return [dict(zip(keys, values, strict=True)) for values in cursor]
 
+    def tuples(self, sql: str, *params: Any) -> list[tuple[Any, ...]]:
+        """Every row of a query, without names."""
+        return self._db.conn.execute(sql, params).fetchall()
+
     def row(self, sql: str, *params: Any) -> Row | None:
         """The first row of a query, None for none."""
         return next(iter(self.rows(sql, *params)), None)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from fleet.rollout.model import OPEN, Board, State, Value
+from fleet.rollout.model import OPEN, Board, Outcome, State, Value
 from fleet.store.database import Database, text
 from fleet.store.rows import Extra, RolloutRow, SettledRow, read
 
@@ -153,6 +153,19 @@ class Rollouts:
             "WHERE rollout = ? ORDER BY wave, b.device"
         )
         return [(read(Board, row), read(Extra, row)) for row in self._db.rows(sql, number)]
+
+    def standing(self, number: int) -> list[Board]:
+        """The same boards with only what decisions need; a rollout may have thousands, and is decided often."""
+        rows = self._db.tuples(
+            "SELECT b.device, b.wave, b.outcome, coalesce(d.online, 0), b.offered_at, b.acked_at, b.ended_at, "
+            "b.attempt, '', NULL, b.code, b.message FROM boards b LEFT JOIN devices d ON d.id = b.device "
+            "WHERE b.rollout = ? ORDER BY wave, b.device",
+            number,
+        )
+        known = {str(outcome): outcome for outcome in Outcome}
+        return [
+            Board(device, wave, known[outcome], bool(online), *rest) for device, wave, outcome, online, *rest in rows
+        ]
 
     def board(self, number: int, device: str) -> tuple[Board, Extra] | None:
         """One board of a rollout."""

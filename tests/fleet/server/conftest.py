@@ -265,7 +265,12 @@ class Board:
 
     async def _accept(self, envelope: bytes) -> None:
         now = datetime.now(UTC)
-        self.facts = await asyncio.to_thread(self._trusted.refresh, facts=self.facts, now=now)
+        while True:
+            try:
+                self.facts = await asyncio.to_thread(self._trusted.refresh, facts=self.facts, now=now)
+                break
+            except httpx.TransportError:  # the server is away: a board tries again
+                await asyncio.sleep(0.1)
         accepted = self._trusted.accept(
             envelope, fleet=self.enrolled.fleet, device=self.device, facts=self.facts, now=now
         )
