@@ -31,7 +31,7 @@ DATA: Final = "/data"
 _SLACK_BYTES: Final = 48 * MIB
 _VALUE_BYTES: Final = 100  # what one byte of a body costs while it crosses: a value of 32 bytes, and its copies
 _SPARE_BYTES: Final = 64 * 1024  # for what is left of an answer that was too large
-_THREADS_MAX: Final = 32
+_THREADS_A_LANE: Final = 8
 _FILES_MAX: Final = 1024
 _DESCRIPTORS_MAX: Final = 1 << 31
 _ROOT: Final = "/tmp"  # noqa: S108 - only a place to mount an empty root on, in a namespace of its own
@@ -54,6 +54,7 @@ class Plan:
         data: its data directory, empty for none; afterwards it is `DATA` if the mount layer holds.
         root: a directory to see as its root, empty for an empty one.
         filter: makes the seccomp filter.
+        threads: of all processes of `uid` together.
     """
 
     uid: int | None
@@ -62,6 +63,7 @@ class Plan:
     file_bytes: int = 0
     data: str = ""
     root: str = ""
+    threads: int = _THREADS_A_LANE
 
 
 def lane_bytes(*, memory_bytes: int, body_bytes: int) -> int:
@@ -70,11 +72,19 @@ def lane_bytes(*, memory_bytes: int, body_bytes: int) -> int:
 
 
 def lane_plan(
-    *, uid: int | None, memory_bytes: int, body_bytes: int, storage_bytes: int, data: str, answer_bytes: int = 0
+    *,
+    uid: int | None,
+    memory_bytes: int,
+    body_bytes: int,
+    storage_bytes: int,
+    data: str,
+    answer_bytes: int = 0,
+    lanes: int = 1,
 ) -> Plan:
     """The cell of a lane whose guest has `memory_bytes`, and whose calls carry at most `body_bytes` both ways.
 
-    A lane whose guest writes its answers to a file in memory says how large one may be: `answer_bytes`.
+    `lanes` of them may run at once. One whose guest writes its answers to a file in memory says how large one may be:
+    `answer_bytes`.
     """
     return Plan(
         uid=uid,
@@ -82,6 +92,7 @@ def lane_plan(
         file_bytes=max(storage_bytes if data else 0, answer_bytes and answer_bytes + _SPARE_BYTES),
         data=data,
         filter=lambda: seccomp.lane(files=bool(data)),
+        threads=2 * lanes * _THREADS_A_LANE,  # two generations at a swap
     )
 
 
@@ -208,7 +219,7 @@ def _limit(plan: Plan, used_bytes: int) -> bool:
     if plan.data_bytes is not None:
         _lower(resource.RLIMIT_DATA, used_bytes + plan.data_bytes)
     if plan.uid is not None:
-        _lower(resource.RLIMIT_NPROC, _THREADS_MAX)  # of this uid alone; elsewhere all of a user's would count
+        _lower(resource.RLIMIT_NPROC, plan.threads)  # of this uid alone; elsewhere all of a user's would count
     return True
 
 

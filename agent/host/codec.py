@@ -20,6 +20,7 @@ _VALUE: Final = ctypes.sizeof(ffi.wasmtime_component_val_t)
 _PAYLOAD: Final = ffi.wasmtime_component_val_t.of.offset
 _KIND: Final = ffi.wasmtime_component_val_t.kind.offset
 _FIELDS: Final = (b"method", b"target", b"headers", b"body")
+ANSWER_MAX_BYTES: Final = 128 * 1024 * 1024 // 48  # the engine copies 128 MiB out of a guest at once, 48 for a byte
 _KEEP_VALUES: Final = 64 * 1024  # a buffer for larger bodies is given back after the call
 
 Answer = tuple[int, bytes, bytes]

@@ -22,7 +22,7 @@ from wasmtime import Config, Store, WasiConfig, WasmtimeError
 from wasmtime import component as wc
 from wasmtime.component import Func
 
-from agent.host.codec import Answer, Codec, Fast, Stock, exchange, set_stdin
+from agent.host.codec import ANSWER_MAX_BYTES, Answer, Codec, Fast, Stock, exchange, set_stdin
 from agent.host.heads import refuse, utf8
 from fleet.protocol import adapter, compose
 from fleet.protocol.caps import MIB
@@ -216,12 +216,15 @@ class Engine:
         """Map an image; it must come from this board's compiler, since loading one is running it.
 
         Raises:
-            EngineError: IMAGE_DAMAGED: made for another engine, or no image at all.
+            EngineError: IMAGE_DAMAGED: made for another engine, or no image at all; START_FAILED: it asks for more
+                memory or tables than any component gets.
         """
         try:
             return Image(self, wc.Component.deserialize_file(self.raw, path))
         except WasmtimeError as error:
-            raise EngineError(RejectCode.IMAGE_DAMAGED, _first_lines(str(error))) from error
+            why = _first_lines(str(error))
+            code = RejectCode.START_FAILED if "exceeds the limit" in why else RejectCode.IMAGE_DAMAGED
+            raise EngineError(code, why) from error
 
     def tick(self) -> None:
         """Let one epoch (`TICK_MS`) pass for the call in flight. The only method for another thread."""
@@ -366,6 +369,8 @@ def guest_error(error: WasmtimeError) -> GuestError:
         outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its time for one call"
     elif "all fuel consumed" in text:
         outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its fuel for one call"
+    elif "too much data is being copied" in text:
+        why = f"its answer is larger than {ANSWER_MAX_BYTES} bytes, which is all that fits in one of {HANDLER}"
     return GuestError(outcome, f"{why}\n{text}"[:_MAX_BACKTRACE_CHARS])
 
 

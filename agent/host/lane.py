@@ -14,6 +14,7 @@ from typing import NoReturn
 from agent.host import cell, control, heads
 from agent.host.caller import Caller
 from agent.host.clients import Clients
+from agent.host.codec import ANSWER_MAX_BYTES
 from agent.host.engine import Engine, EngineError, GuestError
 from agent.host.page import Page
 from fleet.protocol.codes import RejectCode
@@ -73,10 +74,11 @@ class Lane:
                 cell.lane_plan(
                     uid=setup.uid,
                     memory_bytes=setup.limits.memory_bytes,
-                    body_bytes=setup.limits.request_bytes + setup.limits.response_bytes,
+                    body_bytes=setup.limits.request_bytes + min(setup.limits.response_bytes, ANSWER_MAX_BYTES),
                     storage_bytes=setup.limits.storage_bytes,
                     answer_bytes=setup.limits.response_bytes if image.adapted else 0,
                     data=setup.data,
+                    lanes=setup.limits.concurrency,
                 )
             )
             where = "" if not setup.data else cell.DATA if layers["mount"] else setup.data

@@ -242,3 +242,40 @@ def test_another_schema_gets_a_copy_of_the_data_and_going_back_finds_the_old_one
     host.ask(ipc.Commit, instance="ledger", generation=3)
     assert not log[1].parent.exists()
     assert log[2].exists()
+
+
+def test_an_answer_beyond_what_one_call_can_carry_is_named(host):
+    from test_router import ECHO
+
+    port = support.free_port()
+    limits = Limits(request_bytes=8 << 20, response_bytes=8 << 20, memory_bytes=32 << 20, call_ms=20_000)
+    host.start(ECHO, support.a_run("echo", 1, port=port, limits=limits))
+
+    def echo(size):
+        return support.http(port, b"PUT / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size + b"x" * size)
+
+    assert echo(2_700_000)[0] == 200
+    status, _, body = echo(3_000_000)
+    assert (status, "larger than 2796202 bytes" in body.decode()) == (500, True)
+    assert echo(1)[0] == 200
+
+
+def test_eight_lanes_of_a_component_with_wasi_run_as_one_user(host):
+    """Each has threads of its own, and the limit on threads counts them all."""
+    port = support.free_port()
+    grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
+    limits = Limits(call_ms=1500, concurrency=8)
+    host.start("sleep", support.a_run("slow", 1, port=port, grants=grants, limits=limits))
+    clients = []
+    most = 0
+    for number in range(1, 8):
+        # A lane in a call accepts nobody: the next client is another lane's, and once that is busy too, one is added.
+        clients.append(socket.create_connection(("127.0.0.1", port), timeout=30))
+        clients[-1].sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        while (health := host.health("slow")).lanes <= number and not health.restarts:
+            pass
+        most = max(most, health.lanes)
+    assert most >= 4
+    for client in clients:
+        client.close()
+    assert not any("failed" in line for line in host.ask(ipc.Logs, instance="slow").lines)
