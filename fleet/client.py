@@ -194,6 +194,11 @@ class Client:
         response = self._request("POST", f"/v1/roles/{_quoted(namespace)}", content=role, headers=headers)
         return self._decoded(api.RoleReply, response)
 
+    def publish_event(self, event: bytes) -> api.RoleReply:
+        """Publish a signing event; a `ProblemError` with status 409 means that someone else was first."""
+        headers = {"Content-Type": "application/json"}
+        return self._decoded(api.RoleReply, self._request("POST", "/v1/signing-events", content=event, headers=headers))
+
     # rollouts
 
     def preflight(self, request: api.RolloutRequest) -> api.Preflight:

@@ -34,6 +34,10 @@ MIN_PASSPHRASE_BYTES: Final = 8
 _PKCS12_NAME: Final = b"wasmfleet"
 
 
+class EncryptedError(KeyFileError):
+    """The key needs a passphrase, and none was given."""
+
+
 class Format(StrEnum):
     """How an encrypted key lies in its file."""
 
@@ -55,6 +59,13 @@ def generate(path: Path, *, passphrase: bytes | None = None, form: Format = Form
     key = Ed25519PrivateKey.generate()
     _write(path, _encode(key, passphrase, form))
     return CryptoSigner(key)
+
+
+def store(path: Path, signer: CryptoSigner, *, passphrase: bytes | None = None, form: Format = Format.PKCS12) -> None:
+    """Write a key that was made elsewhere to a new file of mode 0600; raises `KeyFileError` as `generate`."""
+    key = load_pem_private_key(signer.private_bytes, None)
+    assert isinstance(key, Ed25519PrivateKey)
+    _write(path, _encode(key, passphrase, form))
 
 
 def load(path: Path, *, passphrase: bytes | None = None) -> CryptoSigner:
@@ -85,8 +96,9 @@ def parse(data: bytes, *, what: str, passphrase: bytes | None = None) -> CryptoS
     try:
         key = _decode(data, passphrase)
     except TypeError as error:
-        hint = "is encrypted: give its passphrase" if passphrase is None else "is not encrypted: give no passphrase"
-        raise KeyFileError(f"{what} {hint}") from error
+        if passphrase is None:
+            raise EncryptedError(f"{what} is encrypted: give its passphrase") from error
+        raise KeyFileError(f"{what} is not encrypted: give no passphrase") from error
     except UnsupportedAlgorithm as error:
         raise KeyFileError(f"{what} cannot be opened here: {error}") from error
     except ValueError as error:

@@ -7,8 +7,9 @@ none of its client. Pure: no file, no network, no clock.
 import hashlib
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Final, TypeVar
+from typing import Annotated, Final, TypeVar
 
+import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from securesystemslib.signer import Key, Signature
@@ -29,6 +30,9 @@ MAX_BYTES: Final[Mapping[type[Signed], int]] = {
     Snapshot: caps.SNAPSHOT_MAX_BYTES,
     Targets: caps.TARGETS_MAX_BYTES,
 }
+
+KEY_ENDS: Final = "key_ends"
+"""Signed field of a namespace's delegation: key id -> until when that key counts; absent for keys that do not end."""
 
 
 def sha256(data: bytes) -> str:
@@ -84,6 +88,38 @@ def verify_metadata(delegator: Root | Targets, role: str, metadata: Metadata[S])
     except (SerializationError, RecursionError) as error:
         raise Rejected(RejectCode.MALFORMED, f"{role} cannot be put into canonical form: {error}") from error
     verify(delegator, role, payload, metadata.signatures)
+
+
+def check_lives(delegator: Root | Targets, role: str, metadata: Metadata[S]) -> None:
+    """Refuse metadata that would outlive the keys that signed it.
+
+    A delegation may say until when a key of it counts (`KEY_ENDS`). Such a key signs nothing that is valid for longer,
+    so that what a thief signs with it, whatever date he claims, has expired when the key has. No clock is asked.
+
+    Raises:
+        Rejected: UNSIGNED: what is left of its signatures is below the threshold.
+    """
+    ends = key_ends(delegator, role)
+    if ends:
+        counted = {
+            keyid: signature
+            for keyid, signature in metadata.signatures.items()
+            if keyid not in ends or metadata.signed.expires <= ends[keyid]
+        }
+        verify(delegator, role, metadata.signed_bytes, counted)
+
+
+def key_ends(delegator: Root | Targets, role: str) -> dict[str, datetime]:
+    """Key id -> when that key of a delegation ends; keys that do not end are left out.
+
+    Raises:
+        Rejected: MALFORMED: it cannot be read.
+    """
+    try:
+        fields = delegator.get_delegated_role(role).unrecognized_fields
+        return msgspec.convert(fields.get(KEY_ENDS, {}), dict[str, Annotated[datetime, msgspec.Meta(tz=True)]])
+    except (ValueError, msgspec.ValidationError) as error:
+        raise Rejected(RejectCode.MALFORMED, f"when the keys of {role} end cannot be read: {error}") from error
 
 
 def identity(key: Key) -> bytes:

@@ -11,7 +11,7 @@ fetches, verifies from root, and signs again.
 
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
@@ -100,9 +100,9 @@ def create(
     return files | online(files, snapshot_signer=snapshot, timestamp_signer=timestamp, now=now)
 
 
-def new_role(*, signer: Signer, now: datetime) -> bytes:
-    """The first version of a namespace's role, empty, as `1.<namespace>.json`."""
-    return _signed(Targets(expires=until(now, "namespace")), [signer])
+def new_role(*, signer: Signer, now: datetime, ends: datetime | None = None) -> bytes:
+    """The first version of a namespace's role, empty, as `1.<namespace>.json`; `ends` as in `add_target`."""
+    return _signed(Targets(expires=_life(now, ends)), [signer])
 
 
 def delegate(
@@ -113,8 +113,11 @@ def delegate(
     threshold: int = 1,
     paths: list[str] | None = None,
     ceiling: Grants | None = None,
+    ends: Mapping[str, datetime] | None = None,
 ) -> None:
     """Add a terminating delegation to the top-level targets, in place; `paths` defaults to the namespace's.
+
+    `ends`: key id -> when that key ends, see `metadata.check_lives`.
 
     Raises:
         RepositoryError: a reserved or bad name, or one public key under several ids.
@@ -131,6 +134,8 @@ def delegate(
     if len(values) != len(keys) or len(keys) < threshold:
         raise RepositoryError(f"{name} needs {threshold} different keys")
     fields: dict[str, Any] = {} if ceiling is None else {CEILING: msgspec.to_builtins(ceiling)}
+    if ends:
+        fields[metadata.KEY_ENDS] = {keyid: f"{end.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}" for keyid, end in ends.items()}
     assert top.delegations is not None
     assert top.delegations.roles is not None
     top.delegations.roles[name] = DelegatedRole(name, [], threshold, True, paths, unrecognized_fields=fields)
@@ -156,7 +161,15 @@ def _exists(current: Mapping[str, bytes], role: str) -> bool:
 
 
 def add_target(
-    role: bytes, *, name: TargetName, length: int, sha256: str, manifest: Manifest, signer: Signer, now: datetime
+    role: bytes,
+    *,
+    name: TargetName,
+    length: int,
+    sha256: str,
+    manifest: Manifest,
+    signer: Signer,
+    now: datetime,
+    ends: datetime | None = None,
 ) -> bytes:
     """The next version of a namespace's role with one more target, signed.
 
@@ -168,6 +181,7 @@ def add_target(
         manifest: the normalised manifest.
         signer: the publisher's key.
         now: UTC; the role's expiry counts from here.
+        ends: when the publisher's key ends: the role is valid for no longer.
 
     Returns:
         The new role, or `role` itself where exactly this is published already.
@@ -192,10 +206,10 @@ def add_target(
         what = "bytes" if known.hashes.get("sha256") != sha256 else "manifest"
         raise RepositoryError(f"{name} exists with another {what}: a version never changes, publish under a new one")
     current.targets[name.path] = target
-    return _next(current, signer, now)
+    return _next(current, signer, now, ends)
 
 
-def revoke(role: bytes, *, name: TargetName, signer: Signer, now: datetime) -> bytes:
+def revoke(role: bytes, *, name: TargetName, signer: Signer, now: datetime, ends: datetime | None = None) -> bytes:
     """The next version of a namespace's role in which one release must not run any more; `role` if so already.
 
     Raises:
@@ -208,12 +222,12 @@ def revoke(role: bytes, *, name: TargetName, signer: Signer, now: datetime) -> b
     if name.path not in current.targets:
         raise RepositoryError(f"{name} is not published")
     revoked.append(name.path)
-    return _next(current, signer, now)
+    return _next(current, signer, now, ends)
 
 
-def renew(role: bytes, *, signer: Signer, now: datetime) -> bytes:
-    """The next version of a namespace's role with nothing changed but its expiry."""
-    return _next(_parse(Targets, role, "the role"), signer, now)
+def renew(role: bytes, *, signer: Signer, now: datetime, ends: datetime | None = None) -> bytes:
+    """The next version of a namespace's role with nothing changed but its expiry; `ends` as in `add_target`."""
+    return _next(_parse(Targets, role, "the role"), signer, now, ends)
 
 
 def releases(role: bytes) -> tuple[Release, ...]:
@@ -251,6 +265,7 @@ def check_role(current: Mapping[str, bytes], namespace: str, data: bytes) -> int
         raise RepositoryError(f"the repository has no namespace {namespace!r}")
     new = metadata.parse(Targets, data, namespace)
     metadata.verify_metadata(top, namespace, new)
+    metadata.check_lives(top, namespace, new)
     version, before = latest(current, namespace) if _exists(current, namespace) else (0, None)
     if before == data:
         return version
@@ -320,6 +335,24 @@ def online_due(current: Mapping[str, bytes], now: datetime) -> bool:
     return data is None or _half_gone(_parse(Timestamp, data, "timestamp"), now, "timestamp")
 
 
+def online_stands(current: Mapping[str, bytes]) -> bool:
+    """Whether snapshot and timestamp are signed by the keys of now and show every role's newest version."""
+    root, top = _verified_top(current)
+    version, snapshot, stands = _newest_snapshot(current, root)
+    head = current.get("timestamp.json")
+    if head is None or snapshot is None or not stands:
+        return False
+    timestamp = metadata.parse(Timestamp, head, "timestamp")
+    try:
+        metadata.verify_metadata(root, "timestamp", timestamp)
+    except Rejected:
+        return False
+    shown = {name: each.version for name, each in snapshot.meta.items()}
+    there = ("targets", *(each for each in _delegated(top) if _exists(current, each)))
+    newest = all(shown.get(f"{name}.json") == latest(current, name)[0] for name in there)
+    return newest and timestamp.signed.snapshot_meta.version == version
+
+
 def _half_gone(signed: Signed, now: datetime, role: str) -> bool:
     return signed.expires - now < LIFE[role] / 2
 
@@ -355,10 +388,15 @@ def _parse(kind: type[S], data: bytes, what: str) -> S:
     return metadata.parse(kind, data, what).signed
 
 
-def _next(signed: Targets, signer: Signer, now: datetime) -> bytes:
+def _next(signed: Targets, signer: Signer, now: datetime, ends: datetime | None = None) -> bytes:
     signed.version += 1
-    signed.expires = until(now, "namespace")
+    signed.expires = _life(now, ends)
     return _signed(signed, [signer])
+
+
+def _life(now: datetime, ends: datetime | None) -> datetime:
+    full = until(now, "namespace")
+    return full if ends is None else min(full, ends.astimezone(UTC).replace(microsecond=0))
 
 
 def _signed(signed: Signed, signers: Sequence[Signer]) -> bytes:

@@ -15,7 +15,7 @@ Boards follow by the ordinary walk of roots, without being enrolled again, howev
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -29,7 +29,7 @@ from fleet.protocol.manifest import Grants
 from signing import metadata, repository
 from signing.errors import ConflictError, Rejected, RepositoryError
 from signing.trust import DIRECTOR
-from signing.workflow import CEILING, PROFILE, profile, verify_root
+from signing.workflow import CEILING, PROFILE, ceiling, profile, verify_root
 
 TEAM_KEYS = 3
 TEAM_THRESHOLD = 2
@@ -64,10 +64,15 @@ class RoleKeys:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A namespace's publishers, and the grants that its components may have at the most (None for no limit)."""
+    """A namespace's publishers, and the grants that its components may have at the most (None for no limit).
+
+    Attributes:
+        ends: key id -> when that key ends; absent for keys that do not, see `signing.metadata.check_lives`.
+    """
 
     signers: RoleKeys
     ceiling: Grants | None = None
+    ends: Mapping[str, datetime] = field(default_factory=dict)
 
 
 def propose_root(
@@ -143,10 +148,37 @@ def propose_targets(
         if name in top.delegations.roles:
             _drop(top, name)
         signers = space.signers
-        repository.delegate(top, name, signers.keys, threshold=signers.threshold, ceiling=space.ceiling)
+        repository.delegate(
+            top, name, signers.keys, threshold=signers.threshold, ceiling=space.ceiling, ends=space.ends
+        )
     top.version += 1
     top.expires = repository.until(now, "targets")
     return Metadata(top).to_bytes()
+
+
+def keys_of(current: Mapping[str, bytes], role: str) -> RoleKeys:
+    """Who signs a role now: one of root's, the director's, or a namespace's.
+
+    Raises:
+        RepositoryError: there is no such role.
+    """
+    root = metadata.parse(Root, repository.latest(current, "root")[1], "root").signed
+    top = metadata.parse(Targets, repository.latest(current, "targets")[1], "targets").signed
+    delegator: Root | Targets = root if role in root.roles else top
+    try:
+        found = delegator.get_delegated_role(role)
+    except ValueError as error:
+        raise RepositoryError(f"there is no role or namespace {role!r}") from error
+    return RoleKeys(tuple(delegator.get_key(keyid) for keyid in found.keyids), found.threshold)
+
+
+def namespace_of(current: Mapping[str, bytes], name: str) -> Namespace:
+    """A namespace as it is now; raises `RepositoryError` when there is none."""
+    if name not in repository.namespaces(current):
+        raise RepositoryError(f"there is no namespace {name!r}")
+    top = metadata.parse(Targets, repository.latest(current, "targets")[1], "targets").signed
+    limits = ceiling(top, name)
+    return Namespace(keys_of(current, name), limits[0] if limits else None, metadata.key_ends(top, name))
 
 
 def cosign(draft: bytes, signer: Signer) -> bytes:
@@ -244,6 +276,7 @@ def check_targets(current: Mapping[str, bytes], data: bytes) -> int:
         if CEILING in role.unrecognized_fields:
             _check_ceiling(name, role.unrecognized_fields[CEILING])
         try:
+            metadata.key_ends(new.signed, name)
             metadata.check_duplicates(new.signed, name)
         except Rejected as error:
             raise RepositoryError(error.message) from error

@@ -265,6 +265,7 @@ class Workflow:
             return known[1]
         new = metadata.parse(Targets, data, role)
         metadata.verify_metadata(delegator, role, new)
+        metadata.check_lives(delegator, role, new)
         self._parsed[role] = (keys, data), new.signed
         return new.signed
 

@@ -21,7 +21,7 @@ from fleet.rollout.effective import Effective, Group, Held, Overlay, effective
 from fleet.server.repository import Repository
 from fleet.store.rows import AssignmentRow, DeviceRow
 from fleet.store.store import Store
-from signing import director
+from signing import director, dsse
 from signing.policy import Release
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,8 @@ class Director:
         wanted = self._wanted(row)
         if current is None and not wanted.items:
             return None, False
-        if current is not None and current.wanted == _asked(wanted) and not renew and current.version >= row.accepted:
+        stands = current is not None and current.wanted == _asked(wanted) and current.version >= row.accepted
+        if stands and not renew and current is not None and self._is_signed(current.envelope):
             return current, False
         version = max(current.version if current is not None else 0, row.accepted) + 1
         now = self._clock()
@@ -113,6 +114,10 @@ class Director:
             words = ", ".join(f"{item.instance} = {item.target}" for item in assignment.items) or "nothing"
             self._store.devices.note(device, "assigned", f"should run {words}", now=now.timestamp(), assignment=version)
         return signed, True
+
+    def _is_signed(self, envelope: bytes) -> bool:
+        """Whether the key that is the director's now signed it: after a rotation every assignment is signed anew."""
+        return self._signer.public_key.keyid in dsse.parse(envelope).signatures
 
     def publish_assignment(self, row: AssignmentRow) -> bool:
         """Put an assignment on the board's retained topic."""

@@ -30,6 +30,7 @@ from fleet.server.conductor import Conductor
 from fleet.server.devices import Devices
 from fleet.server.director import RENEW_BEFORE, Director
 from fleet.server.enrolment import Enrolment
+from fleet.server.held import HeldKeys, TrustedSigner
 from fleet.server.home import Config, Home, HomeError
 from fleet.server.ingest import Ingest
 from fleet.server.listener import Certificates, Listener, PortError, bind
@@ -42,7 +43,6 @@ from fleet.server.watch import Watch
 from fleet.store.database import check_owner
 from fleet.store.errors import StoreError
 from fleet.store.store import Store
-from signing import keys
 from signing.errors import SigningError
 
 log = logging.getLogger(__name__)
@@ -111,11 +111,7 @@ class Server:
         self._lock()
         self._store = Store.open(self._home.database, fleet=self._config.fleet)
         self._stack.callback(self._store.close)
-        self._repository = Repository(
-            self._home.repository,
-            snapshot=keys.load(self._home.keys / "snapshot.pem"),
-            timestamp=keys.load(self._home.keys / "timestamp.pem"),
-        )
+        self._repository = Repository(self._home.repository, HeldKeys(self._home.keys))
         self._repository.keep_fresh(now=self._clock())
         self._ca = CertificateAuthority.load(self._home.ca)
         self._certificates = Certificates(self._home, self._ca, self._config.host, self._clock)
@@ -182,7 +178,7 @@ class Server:
         self._director = Director(
             store=store,
             repository=repository,
-            signer=keys.load(self._home.keys / "director.pem"),
+            signer=TrustedSigner(lambda: repository.director),
             fleet=self._config.fleet,
             publish=self._publish,
             clock=clock,

@@ -33,6 +33,7 @@ ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...
     ("put", "/v1/artifacts/{sha256}", "application/wasm", api.ArtifactReply, "Upload an artifact"),
     ("get", "/v1/artifacts/{sha256}", None, "application/wasm", "An artifact, whole or by Range"),
     ("post", "/v1/roles/{namespace}", "application/json", api.RoleReply, "Publish a namespace's next role"),
+    ("post", "/v1/signing-events", "application/json", api.RoleReply, "Publish changes of root, targets, namespaces"),
     ("post", "/v1/rollouts", api.RolloutRequest, api.RolloutView, "Begin a rollout"),
     ("get", "/v1/rollouts", None, api.Rollouts, "Rollouts, newest first"),
     ("get", "/v1/rollouts/{id}", None, api.RolloutView, "One rollout; wait and since make it a long poll"),

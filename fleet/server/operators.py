@@ -90,6 +90,7 @@ class Operators:
             ("PUT", "/v1/artifacts/{sha256}", self._publishing.put_artifact),
             ("GET", "/v1/artifacts/{sha256}", self._publishing.get_artifact),
             ("POST", "/v1/roles/{namespace}", self._publishing.role),
+            ("POST", "/v1/signing-events", self._publishing.event),
             ("POST", "/v1/rollouts", self.deploy),
             ("GET", "/v1/rollouts", self.rollouts),
             ("GET", "/v1/rollouts/{id}", self.rollout),

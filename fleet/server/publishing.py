@@ -13,6 +13,7 @@ from fleet.server.conductor import Conductor
 from fleet.server.repository import Repository
 from fleet.server.web import Refusal, answer, param
 from fleet.store.store import Store
+from signing import events
 
 
 class Publishing:
@@ -79,6 +80,15 @@ class Publishing:
         if before - {release.name.path for release in self._repository.releases()}:
             # something was revoked: it comes off every board that runs it
             self._conductor.touch(row.id for row in self._store.devices.all())
+        return answer(reply, 201)
+
+    async def event(self, request: Request, by: str) -> Response:
+        """POST /v1/signing-events: changes of root, targets and namespaces, published together or not at all."""
+        data = await web.read(request, events.MAX_BYTES)
+        reply = self._repository.publish_event(data, now=self._clock())
+        self._audit(by, "publish-event", events.decode(data).name, events.decode(data).note[:200])
+        # keys and namespaces may have come and gone: every board's assignment is held against what is trusted now
+        self._conductor.touch(row.id for row in self._store.devices.all())
         return answer(reply, 201)
 
     def _audit(self, by: str, act: str, subject: str, detail: str = "") -> None:

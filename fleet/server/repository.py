@@ -1,7 +1,8 @@
 """TUF metadata as the server keeps it: files that are only ever added, and `timestamp.json` as their head.
 
 The server holds the snapshot and timestamp keys of the small sizes, never a publisher's. Publishing a namespace's role
-is compare-and-swap, judged by `signing.repository.check_role`; then snapshot and timestamp follow. Files are written
+is compare-and-swap, judged by `signing.repository.check_role`, and so are signing events, which change root and targets
+too (`signing.events.apply`); then snapshot and timestamp follow. Files are written
 whole, the head last, so that a reader or a power cut sees the old state or the new one.
 """
 
@@ -9,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -18,9 +20,11 @@ from securesystemslib.signer import Signer
 
 from fleet.protocol import caps
 from fleet.protocol.api import Published, RoleReply
-from signing import repository
+from fleet.server.held import HeldKeys
+from signing import events, repository, rotation
 from signing.errors import RepositoryError
 from signing.policy import Release
+from signing.trust import DIRECTOR
 
 log = logging.getLogger(__name__)
 _FILE: Final = re.compile(r"timestamp\.json|[1-9][0-9]{0,8}\.[a-z0-9-]{1,63}\.json")
@@ -30,15 +34,19 @@ ONLINE: Final = ("snapshot", "timestamp")
 class Repository:
     """The metadata directory and what it says.
 
+    Args:
+        directory: of the metadata.
+        held: the online keys of this server.
+
     Raises:
         RepositoryError: files are missing.
     """
 
-    def __init__(self, directory: Path, *, snapshot: Signer, timestamp: Signer) -> None:
-        self._directory = directory
-        self._snapshot, self._timestamp = snapshot, timestamp
+    def __init__(self, directory: Path, held: HeldKeys) -> None:
+        self._directory, self._held = directory, held
         self._files = {path.name: path.read_bytes() for path in directory.iterdir() if _FILE.fullmatch(path.name)}
         self._releases: dict[str, Release] = {}
+        self._chosen: dict[str, Signer] = {}
         self._read()
 
     def file(self, name: str) -> bytes | None:
@@ -92,15 +100,56 @@ class Repository:
             namespace=namespace, version=version, snapshot=self.snapshot_version, timestamp=timestamp.version
         )
 
+    def publish_event(self, data: bytes, *, now: datetime) -> RoleReply:
+        """Publish a signing event: all of its documents, and snapshot and timestamp over them, or nothing.
+
+        Raises:
+            Rejected, ConflictError, RepositoryError: see `signing.events.apply`; KeyFileError for online keys which
+                this server does not hold.
+        """
+        event = events.decode(data)
+        new = events.apply(self._files, event)
+        if new:
+            for role in (*ONLINE, DIRECTOR):
+                self._signer(role, self._files | new)
+            self._add(new)
+            self.sign_online(now=now)
+        timestamp = _published("timestamp", self._files["timestamp.json"])
+        last = event.documents[-1]
+        return RoleReply(
+            namespace=last.role,
+            version=_published(last.role, last.data).version,
+            snapshot=self.snapshot_version,
+            timestamp=timestamp.version,
+        )
+
+    def _signer(self, role: str, files: Mapping[str, bytes] | None = None) -> Signer:
+        """The key that is trusted with an online role now; raises `SigningError` when this server does not hold it."""
+        if files is not None:
+            return self._held.signer(role, rotation.keys_of(files, role).keys)
+        if role not in self._chosen:
+            self._chosen[role] = self._held.signer(role, rotation.keys_of(self._files, role).keys)
+        return self._chosen[role]
+
+    @property
+    def director(self) -> Signer:
+        """The director's key, as targets name it now."""
+        return self._signer(DIRECTOR)
+
     def sign_online(self, *, now: datetime) -> None:
         """Sign snapshot (where it must change) and timestamp anew."""
         self._add(
-            repository.online(self._files, snapshot_signer=self._snapshot, timestamp_signer=self._timestamp, now=now)
+            repository.online(
+                self._files,
+                snapshot_signer=self._signer("snapshot"),
+                timestamp_signer=self._signer("timestamp"),
+                now=now,
+            )
         )
 
     def keep_fresh(self, *, now: datetime) -> bool:
-        """Sign the online roles anew when they have used up half of their life; true when it did."""
-        if not repository.online_due(self._files, now):
+        """Sign the online roles anew when half of their life is gone or they miss something; true when it did."""
+        if not repository.online_due(self._files, now) and repository.online_stands(self._files):
             return False
         self.sign_online(now=now)
         return True
@@ -118,6 +167,7 @@ class Repository:
         self._read()
 
     def _read(self) -> None:
+        self._chosen = {}
         found: dict[str, Release] = {}
         for namespace in repository.namespaces(self._files):
             for release in repository.releases(repository.latest(self._files, namespace)[1]):

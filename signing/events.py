@@ -1,0 +1,259 @@
+"""A signing event: changes that are proposed together, signed by several people, and published together or not at all.
+
+An event is a file that can be mailed. It holds the proposed documents (`signing.rotation`, `signing.repository`) in the
+order in which they take effect, each with the signatures it has so far:
+
+    event = Event(fleet="acme", note="...", documents=(Document("root", draft), Document("targets", draft)))
+    event = sign(files, event, signer)    # wherever this key counts
+    event = merge(event, the_copy_that_bob_signed)
+    missing(files, event)                 # [] when enough have signed
+    files |= apply(files, event)          # on the server: everything is judged, then everything is added
+
+Pure: no file, no network, no clock.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import msgspec
+from securesystemslib.signer import Signer
+from tuf.api.metadata import Metadata, Root, Targets
+
+from fleet.protocol import caps
+from signing import metadata, repository, rotation
+from signing.errors import ConflictError, Rejected, RepositoryError
+
+KIND: Final = "wasmfleet-signing-event-1"
+MAX_BYTES: Final = caps.ROOT_MAX_BYTES + 4 * caps.TARGETS_MAX_BYTES
+DOCUMENTS_MAX: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """The next version of one role (`root`, `targets`, a namespace), with the signatures it has so far."""
+
+    role: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Documents in the order in which they take effect: root, then targets, then namespaces."""
+
+    fleet: str
+    documents: tuple[Document, ...]
+    note: str = ""
+
+    def encode(self) -> bytes:
+        """As a file."""
+        rows = [_Row(role=each.role, metadata=msgspec.Raw(each.data)) for each in self.documents]
+        file = _File(kind=KIND, fleet=self.fleet, note=self.note, documents=rows)
+        return msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n"
+
+    @property
+    def name(self) -> str:
+        """Of a file for it: what it changes, such as `acme-root-3-targets-5`."""
+        parts = (f"{each.role}-{_read(each).signed.version}" for each in self.documents)
+        return "-".join((self.fleet, *parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Signatures that a document still lacks.
+
+    Attributes:
+        role: of the document.
+        whose: `root`, `new root`, `targets`, or a namespace: whose keys are meant.
+        count: how many more.
+        keyids: of the keys that could give them.
+    """
+
+    role: str
+    whose: str
+    count: int
+    keyids: tuple[str, ...]
+
+
+class _Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    role: str
+    metadata: msgspec.Raw
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    kind: str
+    fleet: str
+    documents: list[_Row]
+    note: str = ""
+
+
+def decode(data: bytes) -> Event:
+    """Read an event's file; its documents are judged by the functions below.
+
+    Raises:
+        RepositoryError: it is none, or too large.
+    """
+    if len(data) > MAX_BYTES:
+        raise RepositoryError(f"a signing event has {MAX_BYTES} bytes at the most")
+    try:
+        file = msgspec.json.decode(data, type=_File)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise RepositoryError(f"this is no signing event: {error}") from error
+    if file.kind != KIND:
+        raise RepositoryError(f"this is a signing event of another version: {file.kind[:50]!r}")
+    if not 0 < len(file.documents) <= DOCUMENTS_MAX:
+        raise RepositoryError(f"a signing event holds 1 to {DOCUMENTS_MAX} documents, this one {len(file.documents)}")
+    documents = tuple(Document(row.role, _tidy(row.role, bytes(row.metadata))) for row in file.documents)
+    return Event(file.fleet, documents, file.note)
+
+
+def sign(current: Mapping[str, bytes], event: Event, signer: Signer) -> Event:
+    """The event with this key's signature on every document where it counts; elsewhere it is left out.
+
+    Raises:
+        RepositoryError: it counts nowhere, or cannot sign.
+    """
+    keyid = signer.public_key.keyid
+    found = []
+    signed = 0
+    for number, (document, checks) in enumerate(_walk(current, event)):
+        found.append(document)
+        if any(keyid in delegator.get_delegated_role(role).keyids for _, delegator, role in checks):
+            found[number] = replace(document, data=rotation.cosign(document.data, signer))
+            signed += 1
+    if not signed:
+        raise RepositoryError("this key signs nothing of it")
+    return replace(event, documents=tuple(found))
+
+
+def missing(current: Mapping[str, bytes], event: Event) -> list[Wanted]:
+    """The signatures that the event still lacks; empty when it can be published.
+
+    Raises:
+        RepositoryError: a document of a role that nobody is trusted to sign.
+    """
+    found = []
+    for document, checks in _walk(current, event):
+        file = _read(document)
+        for whose, delegator, role in checks:
+            result = delegator.get_verification_result(role, file.signed_bytes, file.signatures)
+            lacking = result.threshold - len({metadata.identity(key) for key in result.signed.values()})
+            if lacking > 0:
+                found.append(Wanted(document.role, whose, lacking, tuple(sorted(result.unsigned))))
+    return found
+
+
+def merge(first: Event, *others: Event) -> Event:
+    """One event with the signatures of all copies.
+
+    Raises:
+        RepositoryError: they are not copies of one event.
+    """
+    documents = list(first.documents)
+    for other in others:
+        if other.fleet != first.fleet or [each.role for each in other.documents] != [each.role for each in documents]:
+            raise RepositoryError("these files are not copies of one signing event")
+        for number, (mine, theirs) in enumerate(zip(documents, other.documents, strict=True)):
+            file, copy = _read(mine), _read(theirs)
+            if file.signed_bytes != copy.signed_bytes:
+                raise RepositoryError(f"these files propose different changes of {mine.role}: they cannot be merged")
+            file.signatures |= copy.signatures
+            documents[number] = replace(mine, data=file.to_bytes())
+    return replace(first, documents=tuple(documents))
+
+
+def apply(current: Mapping[str, bytes], event: Event) -> dict[str, bytes]:
+    """Judge the whole event against the repository's files, and return the files to add, in their order.
+
+    What is published already is left out, so that sending an event twice does no harm.
+
+    Raises:
+        Rejected, ConflictError, RepositoryError: see `rotation.check`; also when a role that stays as it is would not
+            be signed by its new keys.
+    """
+    files, new = dict(current), dict[str, bytes]()
+    for document in event.documents:
+        if _is_published(files, document):
+            continue
+        version = rotation.check(files, document.role, document.data)
+        name = f"{version}.{document.role}.json"
+        if files.get(name) != document.data:
+            files[name] = new[name] = document.data
+    if new:
+        check_whole(files)
+    return new
+
+
+def check_whole(files: Mapping[str, bytes]) -> None:
+    """Every role is signed by the keys that are trusted with it now.
+
+    Raises:
+        RepositoryError: one is not: its keys changed, and it must be signed again in the same event.
+    """
+    root = metadata.parse(Root, repository.latest(files, "root")[1], "root").signed
+    top = metadata.parse(Targets, repository.latest(files, "targets")[1], "targets")
+    _check_signed(root, "targets", top)
+    for name in repository.namespaces(files):
+        try:
+            _, data = repository.latest(files, name)
+        except RepositoryError:
+            continue  # just added: its publisher has not signed its first role yet
+        _check_signed(top.signed, name, metadata.parse(Targets, data, name))
+
+
+def _check_signed(delegator: Root | Targets, role: str, file: Metadata[Targets]) -> None:
+    try:
+        metadata.verify_metadata(delegator, role, file)
+        metadata.check_lives(delegator, role, file)
+    except Rejected as error:
+        raise RepositoryError(f"{role} must be signed again by its new keys, in the same event") from error
+
+
+def _is_published(files: Mapping[str, bytes], document: Document) -> bool:
+    signed = _read(document).signed
+    published = files.get(f"{signed.version}.{document.role}.json")
+    if published is None:
+        return False
+    before = _read(Document(document.role, published)).signed
+    if before.to_dict() != signed.to_dict():
+        raise ConflictError(f"{document.role} is at version {signed.version} already, with other content: propose anew")
+    return True
+
+
+def _walk(
+    current: Mapping[str, bytes], event: Event
+) -> Iterator[tuple[Document, Sequence[tuple[str, Root | Targets, str]]]]:
+    """Each document with the checks of its signatures: (whose keys are meant, delegator, its name for them)."""
+    files = dict(current)
+    for document in event.documents:
+        signed = _read(document).signed
+        published = _is_published(files, document)
+        root = metadata.parse(Root, repository.latest(files, "root")[1], "root").signed
+        checks: list[tuple[str, Root | Targets, str]]
+        if published:
+            checks = []
+        elif isinstance(signed, Root):
+            checks = [("root", root, "root"), ("new root", signed, "root")]
+        elif document.role == "targets":
+            checks = [("targets", root, "targets")]
+        else:
+            top = metadata.parse(Targets, repository.latest(files, "targets")[1], "targets").signed
+            if document.role not in (top.delegations.roles if top.delegations and top.delegations.roles else ()):
+                raise RepositoryError(f"there is no namespace {document.role!r}")
+            checks = [(document.role, top, document.role)]
+        yield document, checks
+        if not published:
+            files[f"{signed.version}.{document.role}.json"] = document.data
+
+
+def _read(document: Document) -> Metadata[Any]:
+    kind = Root if document.role == "root" else Targets
+    try:
+        return metadata.parse(kind, document.data, document.role)
+    except Rejected as error:
+        raise RepositoryError(error.message) from error
+
+
+def _tidy(role: str, data: bytes) -> bytes:
+    """The document as this project writes metadata, however a mail program or an editor laid it out."""
+    return _read(Document(role, data)).to_bytes()

@@ -1,0 +1,97 @@
+"""Root and targets change under a running server and connected boards: no restart, no board enrolled again."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleet.protocol import api
+from fleet.server.home import Home
+from signing import events, keys, repository, rotation
+from signing.events import Document, Event
+from signing.rotation import RoleKeys
+
+
+def play(new_fleet: Any, story: Callable[[Any], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with new_fleet("embedded") as fleet:
+            await story(fleet)
+
+    asyncio.run(run())
+
+
+def repository_files(home: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Home(home).repository.iterdir()}
+
+
+def propose(home: Path, role: str, path: Path) -> Event:
+    """Another key for an online role, signed by root or targets."""
+    files, now = repository_files(home), datetime.now(UTC)
+    new = RoleKeys((keys.generate(path).public_key,))
+    owner = "targets" if role == "director" else "root"
+    if role == "director":
+        draft = rotation.propose_targets(files, director=new, now=now)
+    else:
+        draft = rotation.propose_root(files, roles={role: new}, now=now)
+    event = Event("test", (Document(owner, draft),))
+    return events.sign(files, event, keys.load(home / "operator" / "keys" / f"{owner}.pem"))
+
+
+@pytest.mark.parametrize("role", ["director", "snapshot", "timestamp"])
+def test_an_online_key_is_replaced_under_a_connected_board(new_fleet, role: str) -> None:
+    async def story(fleet: Any) -> None:
+        board = await fleet.board("gate")
+        await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
+        told = len(board.accepted)
+
+        # A root that names a key which the server does not have is refused, before it shuts the boards out.
+        elsewhere = propose(fleet.home, role, fleet.directory / "elsewhere.pem")
+        problem = await fleet.operator.problem("POST", "/v1/signing-events", elsewhere.encode())
+        assert problem.status == 422
+        assert f"fleet keys rotate {role}" in problem.title
+
+        event = propose(fleet.home, role, Home(fleet.home).keys / f"{role}-2.pem")
+        reply = await fleet.operator.http.post("/v1/signing-events", content=event.encode())
+        assert reply.status_code == 201, reply.text
+        if role == "director":
+            # what the old key signed counts for nothing: the server signs every assignment anew by itself
+            await board.until(lambda each: len(each.accepted) > told)
+        else:
+            (Home(fleet.home).keys / f"{role}.pem").unlink()
+        view = await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("2.0.0")))
+        assert view.state is api.RolloutState.SUCCEEDED
+        # and it comes up again with what it has now
+        await fleet.stop()
+        await fleet.start()
+
+    play(new_fleet, story)
+
+
+def test_what_is_not_signed_by_enough_changes_nothing(new_fleet) -> None:
+    async def story(fleet: Any) -> None:
+        files = repository_files(fleet.home)
+        draft = rotation.propose_root(files, now=datetime.now(UTC))
+        problem = await fleet.operator.problem(
+            "POST", "/v1/signing-events", Event("test", (Document("root", draft),)).encode()
+        )
+        assert (problem.status, problem.type) == (422, "unsigned")
+        assert (await fleet.operator.problem("POST", "/v1/signing-events", b"{}")).status == 422
+        assert repository_files(fleet.home).keys() == files.keys()
+
+    play(new_fleet, story)
+
+
+def test_of_two_people_at_once_the_second_is_told_so(new_fleet) -> None:
+    async def story(fleet: Any) -> None:
+        first = propose(fleet.home, "timestamp", Home(fleet.home).keys / "timestamp-2.pem")
+        second = propose(fleet.home, "timestamp", Home(fleet.home).keys / "timestamp-3.pem")
+        for _ in range(2):  # sending the same again does no harm
+            assert (await fleet.operator.http.post("/v1/signing-events", content=first.encode())).is_success
+        problem = await fleet.operator.problem("POST", "/v1/signing-events", second.encode())
+        assert (problem.status, problem.type) == (409, "conflict")
+        assert repository.latest(repository_files(fleet.home), "root")[0] == 2
+
+    play(new_fleet, story)
