@@ -72,6 +72,7 @@ class Workflow:
         self._cache: Cache = MemoryCache() if cache is None else cache
         self._production = production
         self._root: Root | None = None
+        self._root_file = root
         self._timestamp: Timestamp | None = None
         self._snapshot: Snapshot | None = None
         self._roles: dict[tuple[str, str], tuple[Targets, bytes]] = {}  # (delegator, role)
@@ -127,6 +128,7 @@ class Workflow:
             raise Rejected(RejectCode.ROLLBACK, f"root has version {root.version}, {self.facts.root} was seen before")
         online = metadata.key_set(root, ("timestamp", "snapshot"))
         self.facts = self.facts.with_root(root.version, online)
+        self._root_file = data
         metadata.check_expiry(root, now, "root")  # 5.3.10
         if self._production and profile(root).get("size") == "dev":
             raise Rejected(
@@ -333,6 +335,27 @@ class Workflow:
         _, targets = self.loaded()
         self.load(namespace, targets, parent="targets", late=True)
         return self._roles["targets", namespace][1]
+
+    def files(self) -> dict[str, bytes]:
+        """Root, targets and every namespace that has a role, as verified: name -> file, for `signing.events`.
+
+        Expired ones too: they are to be looked at and renewed, not run.
+
+        Raises:
+            Rejected: as `refresh` for those roles.
+        """
+        root, targets = self.loaded()
+        assert self._snapshot is not None
+        found = {
+            f"{root.version}.root.json": self._root_file,
+            f"{targets.version}.targets.json": self._roles["root", "targets"][1],
+        }
+        delegated = targets.delegations.roles if targets.delegations is not None else None
+        for name in delegated or ():
+            if f"{name}.json" in self._snapshot.meta:
+                role = self.load(name, targets, parent="targets", late=True)
+                found[f"{role.version}.{name}.json"] = self._roles["targets", name][1]
+        return found
 
     def search(self, path: str) -> Found | None:
         """Pre-order, depth-first through the delegations (TUF specification, 5.6.7)."""

@@ -5,16 +5,11 @@ the new target is added to exactly that, and the server takes it only if nobody 
 done again with what is there now.
 """
 
-import contextlib
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final
 
-import click
 import msgspec
 from securesystemslib.signer import Signer
 
@@ -22,16 +17,16 @@ from fleet.cli.base import Exit, Fault
 from fleet.cli.home import Operator
 from fleet.cli.prepare import Prepared
 from fleet.cli.trust import Trust
+from fleet.cli.unlock import publishing_key
 from fleet.client import Client, ProblemError
 from fleet.protocol import author
 from fleet.protocol.manifest import Manifest
 from fleet.protocol.names import TargetName
-from signing import keys, repository
-from signing.errors import KeyFileError, RepositoryError
+from signing import repository
+from signing.errors import RepositoryError
 from signing.policy import Release
 
 CONFLICTS_MAX: Final = 5
-PASSPHRASE_VARIABLE: Final = "WASMFLEET_KEY_PASSPHRASE"  # noqa: S105 - the name of a variable
 _CONFLICT: Final = 409
 
 
@@ -66,25 +61,27 @@ def publish(
         ClientError: from the server.
     """
     trust = Trust(who, client)
-    signer = signing_key(who)
+    signer, ends = publisher(who, trust)
     uploaded = False
     for _ in range(CONFLICTS_MAX):
+        base = trust.role or _begin(who, client, trust, signer, ends)
         manifest = versioned(prepared, trust)
         target = TargetName(who.namespace, manifest.name, manifest.version)
         try:
             role = repository.add_target(
-                trust.role,
+                base,
                 name=target,
                 length=len(prepared.data),
                 sha256=prepared.sha256,
                 manifest=manifest,
                 signer=signer,
                 now=datetime.now(UTC),
+                ends=ends,
             )
         except RepositoryError as error:
             raise Fault(str(error)) from None
         release = next(each for each in repository.releases(role) if each.name == target)
-        if role == trust.role:
+        if role == base:
             return Publication(target, release, new=False)
         if not uploaded:
             client.upload(prepared.sha256, prepared.data, progress=progress)
@@ -105,6 +102,31 @@ def publish(
         "try again",
         code=Exit.FAILED,
     )
+
+
+def publisher(who: Operator, trust: Trust) -> tuple[Signer, datetime | None]:
+    """The key that publishes here, and when it ends.
+
+    Raises:
+        Fault: there is none, it is not trusted, or its life is over.
+    """
+    signer = publishing_key(who, (key.keyid for key in trust.publishers.keys))
+    ends = trust.ends(signer.public_key.keyid)
+    if ends is not None and ends <= datetime.now(UTC):
+        raise Fault(
+            f"the key {signer.public_key.keyid[:12]} ended on {ends:%Y-%m-%d}",
+            "nothing that it signs is valid any more",
+            "fleet keys new --ci makes the next one",
+        )
+    return signer, ends
+
+
+def _begin(who: Operator, client: Client, trust: Trust, signer: Signer, ends: datetime | None) -> bytes:
+    """The first, empty role of a new namespace."""
+    client.publish_role(who.namespace, repository.new_role(signer=signer, now=datetime.now(UTC), ends=ends))
+    trust.refresh()
+    assert trust.role is not None
+    return trust.role
 
 
 def _look_again(trust: Trust, release: Release) -> None:
@@ -147,27 +169,3 @@ def versioned(prepared: Prepared, trust: Trust) -> Manifest:
         if same == newest.manifest:
             return same
     return msgspec.structs.replace(manifest, version=f"{prefix}{number + 1}")
-
-
-def signing_key(who: Operator) -> Signer:
-    """The namespace's key; its passphrase comes from the environment or the terminal.
-
-    Raises:
-        Fault: missing, readable by others, or a wrong passphrase.
-    """
-    given = os.environ.get(PASSPHRASE_VARIABLE)
-    passphrase = given.encode() if given else None
-    try:
-        with contextlib.suppress(KeyFileError):
-            return keys.load(who.key, passphrase=passphrase)
-        return keys.load(who.key, passphrase=passphrase or _ask(who.key))
-    except KeyFileError as error:
-        raise Fault(str(error), f"only the key of the namespace {who.namespace} can publish in it") from None
-
-
-def _ask(key: Path) -> bytes | None:
-    """A passphrase from the terminal, None when there is none to ask or the file needs none."""
-    if not key.is_file() or not sys.stdin.isatty():
-        return None
-    answer: str = click.prompt(f"Passphrase of {key}", hide_input=True, default="", show_default=False, err=True)
-    return answer.encode() or None

@@ -2,6 +2,7 @@
 
 import os
 from datetime import UTC, datetime
+from typing import Final
 
 import msgspec
 
@@ -10,23 +11,33 @@ from fleet.cli.home import Operator
 from fleet.cli.prepare import read_file
 from fleet.client import Client
 from fleet.protocol import caps
-from signing import repository
+from signing import repository, rotation
 from signing.cache import DirectoryCache
-from signing.errors import FetchNotFound, Rejected
+from signing.errors import FetchNotFound, Rejected, RepositoryError
 from signing.facts import Facts
 from signing.policy import Release
+from signing.rotation import RoleKeys
 from signing.workflow import Workflow, profile
+
+_LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
+"""Before anything can have expired."""
 
 
 class Trust:
     """What this operator believes of the repository: verified from the pinned root, remembered between commands.
 
+    Args:
+        who: whose memory and namespace.
+        client: a connection to the server.
+        expired: look at what has expired too: to say so and to sign it anew, never to publish into it.
+
     Raises:
         Fault: the root is missing, or what the server shows does not verify.
     """
 
-    def __init__(self, who: Operator, client: Client) -> None:
+    def __init__(self, who: Operator, client: Client, *, expired: bool = False) -> None:
         self._who = who
+        self._expired = expired
         self._client = client
         self._facts_file = who.trust / "facts.json"
         pinned = read_file(who.root, caps.ROOT_MAX_BYTES)
@@ -37,8 +48,8 @@ class Trust:
         """Bring everything up to date with the server."""
         facts = self._load_facts()
         try:
-            self._workflow.refresh(facts=facts, now=facts.time(datetime.now(UTC)))
-            self._role = self._workflow.role(self._who.namespace)
+            self._workflow.refresh(facts=facts, now=_LONG_AGO if self._expired else facts.time(datetime.now(UTC)))
+            self._files = self._workflow.files()
         except Rejected as error:
             raise Fault(
                 "the fleet's repository does not verify",
@@ -55,14 +66,41 @@ class Trust:
         return profile(self._workflow.loaded()[0]).get("size") == "dev"
 
     @property
-    def role(self) -> bytes:
-        """The verified role of this operator's namespace."""
-        return self._role
+    def files(self) -> dict[str, bytes]:
+        """Root, targets and the namespaces' roles, as verified."""
+        return dict(self._files)
+
+    @property
+    def role(self) -> bytes | None:
+        """The verified role of this operator's namespace; None for a new namespace that has none yet."""
+        try:
+            return repository.latest(self._files, self._who.namespace)[1]
+        except RepositoryError:
+            return None
+
+    @property
+    def publishers(self) -> RoleKeys:
+        """Who signs for this operator's namespace.
+
+        Raises:
+            Fault: there is no such namespace.
+        """
+        if self._who.namespace not in repository.namespaces(self._files):
+            raise Fault(
+                f"the fleet has no namespace {self._who.namespace!r}",
+                f"there are {', '.join(repository.namespaces(self._files))}",
+                "fleet keys rotate makes one; the namespace of this machine stands in operator/config.toml",
+            )
+        return rotation.keys_of(self._files, self._who.namespace)
+
+    def ends(self, keyid: str) -> datetime | None:
+        """When a key of this operator's namespace ends; None for never."""
+        return rotation.namespace_of(self._files, self._who.namespace).ends.get(keyid)
 
     @property
     def releases(self) -> tuple[Release, ...]:
         """What the namespace has published."""
-        return repository.releases(self._role)
+        return () if self.role is None else repository.releases(self.role)
 
     def _fetch(self, name: str, _max_bytes: int) -> bytes:
         data = self._client.tuf(name)
