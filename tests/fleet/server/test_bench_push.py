@@ -82,9 +82,8 @@ def test_a_push_to_a_thousand_boards(new_fleet):
             await answers
             assert view.counts == {"succeeded": BOARDS}
             health = crowd.say_health(target)
-            print(
-                f"\npush -> {BOARDS} boards, {4 * BOARDS} reports: {wall:.1f} s, CPU {cpu / BOARDS * 1e3:.2f} ms a board"
-            )
+            each = cpu / BOARDS * 1e3
+            print(f"\npush -> {BOARDS} boards, {4 * BOARDS} reports: {wall:.1f} s, CPU {each:.2f} ms a board")
             print(f"one health report: CPU {health * 1e6:.0f} us (budget 100)")
 
     asyncio.run(story())
