@@ -98,23 +98,24 @@ def test_a_host_killed_in_mid_swap_leaves_the_old_or_the_new(stage, board):
 
 
 def test_a_server_that_restarts_in_mid_rollout_goes_on_with_it(stage, board):
+    # the board is frozen, so that the rollout cannot be over before the server has been killed
     async def story():
         here = current(stage, board)
         before = await stage.version(here)
-        await stage.stop(here.agent)
+        here.agent.process.send_signal(signal.SIGSTOP)
         code, output, errors = await stage.push("v1.wasm" if before == "2" else "v2.wasm", "--detach")
         assert code == 0, output + errors
         await stage.restart_server()
-        assert (await stage.newest_rollout()).state is RolloutState.RUNNING
-        await stage.start_agent(here)
-        rollout = (await stage.newest_rollout()).id
+        rollout = await stage.newest_rollout()
+        here.agent.process.send_signal(signal.SIGCONT)
         await stage.until(
             "the rollout succeeds",
-            lambda: stage.scene.client.rollout(rollout).state is RolloutState.SUCCEEDED or None,
+            lambda: stage.scene.client.rollout(rollout.id).state is RolloutState.SUCCEEDED or None,
         )
-        return before, await stage.version(here)
+        return before, rollout.state, await stage.version(here)
 
-    before, after = stage.do(story())
+    before, state, after = stage.do(story())
+    assert state is RolloutState.RUNNING
     assert {before, after} == {"1", "2"}
 
 
@@ -133,6 +134,7 @@ def test_a_broker_that_dies_is_started_again_and_boards_come_back(stage, board):
 
 
 def is_broker(pid: int) -> bool:
+    """Mosquitto, or the embedded broker's process."""
     line = Path(f"/proc/{pid}/cmdline").read_bytes()
     return b"mosquitto" in line or b"embedded" in line
 

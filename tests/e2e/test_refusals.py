@@ -69,7 +69,7 @@ def test_an_artifact_that_was_changed_on_the_server(stage, board, other):
         damaged[-1] ^= 1
         artifact.chmod(0o600)
         artifact.write_bytes(damaged)
-        code, output, _ = await stage.fleet("deploy", "hello@2.0.0", "--group", GROUP)
+        code, output, _ = await stage.fleet("deploy", "hello@2.0.0", "--group", GROUP, "--waves", "100%")
         assert code == 1, output
 
     refused(stage, board, RejectCode.HASH_MISMATCH, attack)
@@ -98,7 +98,7 @@ def test_metadata_that_was_changed_on_the_server(stage, board, other, tmp_path, 
         at = good.index(b'"sig"') + 12
         newest.write_bytes(good[:at] + (b"0" if good[at : at + 1] != b"0" else b"1") + good[at + 1 :])
         await stage.restart_server()
-        await stage.fleet("deploy", f"hello@{version}", "--group", GROUP, "--detach")
+        await stage.fleet("deploy", f"hello@{version}", "--group", GROUP, "--waves", "100%", "--detach")
 
     try:
         refused(stage, board, code, attack)
