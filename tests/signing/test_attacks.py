@@ -5,68 +5,28 @@ hostile happens; then the board is asked to carry out an assignment, and refuses
 """
 
 import json
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import msgspec
 import pytest
-from tuf.api.metadata import Key, Metadata, Root, Snapshot, Targets, Timestamp
+from tuf.api.metadata import Root
 
-from fleet.protocol.assignment import ASSIGNMENT_TYPE, FRESH_TYPE, Item
+from fleet.protocol.assignment import ASSIGNMENT_TYPE, FRESH_TYPE
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.manifest import Grants
 from signing import director, dsse
 from signing.errors import Rejected, SigningError
 from signing.facts import VERSION_MAX
+from tests.simulator.attack import NETWORK, Scene, Story, by_director, refuses, stories
 from tests.simulator.repository import (
     START,
     Board,
     Repository,
-    promise_role,
-    promise_snapshot,
     signer,
     tampered,
 )
 
-CLOCKS = Grants(interfaces=("wasi:clocks",))
-NETWORK = Grants(outbound=("https://evil.example:443",))
-
-
-class Scene:
-    """A fleet at peace: one component published, one board that runs it, its envelope at hand."""
-
-    def __init__(self) -> None:
-        self.repo = Repository(("main", "other"), ceilings={"main": CLOCKS})
-        self.item = self.repo.publish("1.0.0", grants=CLOCKS)
-        self.board = Board(self.repo)
-        self.envelope = self.repo.assign(self.item)
-        self.board.run(self.envelope)
-
-    def assign(self, **fields: Any) -> bytes:
-        return self.repo.assign(self.item, **fields)
-
-    def altered(self, **fields: Any) -> bytes:
-        """An assignment by the director whose item is not what the publisher signed."""
-        return self.repo.assign(msgspec.structs.replace(self.item, **fields))
-
-
-def by_director(scene: Scene, *items: Item, **fields: Any) -> bytes:
-    """Signed with the director's key by someone who does not care what our own signing code refuses to sign."""
-    payload = msgspec.json.encode(scene.repo.assignment(*items, **fields))
-    return dsse.sign(ASSIGNMENT_TYPE, payload, [scene.repo.keys["director"]])
-
-
-Story = Callable[[Scene], bytes]
-STORIES: list[tuple[str, RejectCode, Story]] = []
-
-
-def attack(name: str, code: RejectCode) -> Callable[[Story], Story]:
-    def enlist(story: Story) -> Story:
-        STORIES.append((name, code, story))
-        return story
-
-    return enlist
+STORIES, attack = stories()
 
 
 # -- the broker, or whoever sits on the network: no key at all --------------------------------------------------------
@@ -372,209 +332,9 @@ def _(scene: Scene) -> bytes:
     return scene.assign()
 
 
-# -- director, timestamp and snapshot keys together: the whole server -------------------------------------------------
-
-
-@attack("the server shows an old namespace role under new online roles", RejectCode.ROLLBACK)
-def _(scene: Scene) -> bytes:
-    safe = scene.repo.publish("1.1.0")
-    scene.board.run(scene.repo.assign(safe))
-
-    def backwards(snapshot: Snapshot) -> None:
-        promise_role(snapshot, "main", scene.repo.files["2.main.json"], 2)
-
-    scene.repo.rewrite("snapshot", backwards)
-    _promise(scene)
-    return scene.assign()
-
-
-@attack("the server takes back a role that this board never looked at", RejectCode.ROLLBACK)
-def _(scene: Scene) -> bytes:
-    old = scene.repo.files["1.other.json"]
-    scene.repo.publish("1.0.0", space="other")
-    scene.board.refresh()
-    scene.repo.rewrite("snapshot", lambda snapshot: promise_role(snapshot, "other", old, 1))
-    _promise(scene)
-    return scene.assign()
-
-
-@attack("the server takes back a snapshot that this board could not fetch", RejectCode.ROLLBACK)
-def _(scene: Scene) -> bytes:
-    old = scene.repo.files["2.snapshot.json"]
-    scene.repo.publish("1.1.0")
-    del scene.repo.files["3.snapshot.json"]
-    with pytest.raises(Rejected):
-        scene.board.refresh()
-    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, old, 2))
-    return scene.assign()
-
-
-@attack("freeze: a namespace role is never renewed", RejectCode.EXPIRED)
-def _(scene: Scene) -> bytes:
-    scene.repo.rewrite("main", lambda role: setattr(role, "expires", scene.repo.now + timedelta(hours=1)))
-    scene.repo.online()
-    scene.repo.now += timedelta(hours=2)
-    return scene.assign()
-
-
-@attack("the server drops a role from the snapshot", RejectCode.ROLLBACK)
-def _(scene: Scene) -> bytes:
-    scene.repo.rewrite("snapshot", lambda snapshot: snapshot.meta.pop("other.json"))
-    _promise(scene)
-    return scene.assign()
-
-
-@attack("the server shows an older snapshot under a new timestamp", RejectCode.ROLLBACK)
-def _(scene: Scene) -> bytes:
-    scene.repo.publish("1.1.0")
-    scene.board.refresh()
-    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, scene.repo.files["2.snapshot.json"], 2))
-    return scene.assign()
-
-
-@attack("the server shows an earlier snapshot with the same roles under a new timestamp", RejectCode.ROLLBACK)
-def _(scene: Scene) -> bytes:
-    scene.repo.rewrite("snapshot", lambda snapshot: None)
-    _promise(scene)
-    scene.board.refresh()
-    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, scene.repo.files["2.snapshot.json"], 2))
-    return scene.assign()
-
-
-@attack("the server signs two snapshots of one version", RejectCode.EQUIVOCATION)
-def _(scene: Scene) -> bytes:
-    scene.repo.rewrite("snapshot", lambda new: new.unrecognized_fields.update(more="x"), bump=False)
-    _promise(scene)
-    return scene.assign()
-
-
-@attack("a publisher and the server show two namespace roles of one version", RejectCode.EQUIVOCATION)
-def _(scene: Scene) -> bytes:
-    scene.repo.rewrite("main", lambda role: role.unrecognized_fields.update(more="x"), bump=False)
-    scene.repo.online()
-    return scene.assign()
-
-
-@attack("the server signs two timestamps of one version", RejectCode.EQUIVOCATION)
-def _(scene: Scene) -> bytes:
-    scene.board = Board(scene.repo, facts=scene.board.facts)  # the trusted one is lost from the cache
-    scene.repo.rewrite("timestamp", lambda new: new.unrecognized_fields.update(more="x"), bump=False)
-    return scene.assign()
-
-
-@attack("the server signs a namespace role itself", RejectCode.UNSIGNED)
-def _(scene: Scene) -> bytes:
-    scene.repo.rewrite("main", lambda role: None, key="snapshot")
-    scene.repo.online()
-    return scene.assign()
-
-
-@attack("the server announces endless metadata", RejectCode.TOO_LARGE)
-def _(scene: Scene) -> bytes:
-    def endless(timestamp: Timestamp) -> None:
-        timestamp.snapshot_meta.version += 1
-        timestamp.snapshot_meta.length = 10**12
-
-    scene.repo.rewrite("timestamp", endless)
-    return scene.assign()
-
-
-def _promise(scene: Scene) -> None:
-    """Sign a timestamp over the newest snapshot, whatever is in it."""
-    version = scene.repo.signed("snapshot").version
-    data = scene.repo.files[f"{version}.snapshot.json"]
-    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, data, version))
-
-
-# -- a stolen publisher's key: its own namespace, below its ceiling ---------------------------------------------------
-
-
-@attack("a publisher asks for more than its namespace's ceiling", RejectCode.GRANT_DENIED)
-def _(scene: Scene) -> bytes:
-    return scene.repo.assign(scene.repo.publish("2.0.0", grants=NETWORK))
-
-
-@attack("a publisher signs into another namespace", RejectCode.UNKNOWN_TARGET)
-def _(scene: Scene) -> bytes:
-    foreign = "components/other/hello/1.0.0.wasm"
-
-    def plant(role: Targets) -> None:
-        role.targets[foreign] = role.targets[scene.item.target]
-
-    scene.repo.rewrite("main", plant)
-    scene.repo.online()
-    return scene.altered(target=foreign)
-
-
-@attack("a publisher puts another manifest's name on a target", RejectCode.MALFORMED)
-def _(scene: Scene) -> bytes:
-    foreign = "components/main/other/1.0.0.wasm"
-
-    def plant(role: Targets) -> None:
-        role.targets[foreign] = role.targets[scene.item.target]
-
-    scene.repo.rewrite("main", plant)
-    scene.repo.online()
-    return scene.altered(target=foreign)
-
-
-# -- signers that were removed, and keys that only look like two -----------------------------------------------------
-
-
-@attack("a director whose key was rotated away", RejectCode.UNSIGNED)
-def _(scene: Scene) -> bytes:
-    envelope = scene.assign()
-    scene.repo.rotate_delegation("director")
-    return envelope
-
-
-@attack("a publisher whose key was rotated away", RejectCode.UNSIGNED)
-def _(scene: Scene) -> bytes:
-    old = scene.repo.keys["main"]
-    scene.repo.rotate_delegation("main")
-    scene.repo.keys["stolen"] = old
-    scene.repo.rewrite("main", lambda role: None, key="stolen")
-    scene.repo.online()
-    return scene.assign()
-
-
-@attack("one key under two ids for a threshold of two", RejectCode.UNSIGNED)
-def _(scene: Scene) -> bytes:
-    thief = scene.repo.keys["main"]
-
-    def double(top: Targets) -> None:
-        assert top.delegations is not None
-        public = thief.public_key
-        upper = public.keyval["public"].upper()
-        top.add_key(Key.from_dict("twin", public.to_dict() | {"keyval": {"public": upper}}), "main")
-        top.delegations.roles["main"].threshold = 2
-
-    scene.repo.rewrite("targets", double)
-
-    role: Metadata[Any] = Metadata(scene.repo.signed("main"))
-    role.signed.version += 1
-    signature = role.sign(thief)
-    role.signatures["twin"] = type(signature)("twin", signature.signature)
-    scene.repo.files[f"{role.signed.version}.main.json"] = role.to_bytes()
-    scene.repo.online()
-    return scene.assign()
-
-
 @pytest.mark.parametrize(("code", "story"), [row[1:] for row in STORIES], ids=[row[0] for row in STORIES])
 def test_the_board_refuses(code: RejectCode, story: Story) -> None:
-    scene = Scene()
-    envelope = story(scene)
-    before = scene.board.facts
-
-    with pytest.raises(Rejected) as verdict:
-        scene.board.run(envelope)
-
-    assert verdict.value.code is code, verdict.value
-    # Whatever was tried, nothing that protects the board was forgotten.
-    after = scene.board.facts
-    assert after.root >= before.root
-    assert after.epochs == before.epochs
-    assert after.floor >= before.floor
+    refuses(code, story)
 
 
 @pytest.mark.parametrize("at", range(0, 400, 7))

@@ -9,7 +9,7 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 DOCUMENT = ROOT / "docs" / "security.md"
-STORIES = HERE / "test_attacks.py"
+STORIES = (HERE / "test_attacks.py", HERE / "test_attacks_stolen_keys.py")
 
 
 def rows() -> list[tuple[str, str, str]]:
@@ -19,20 +19,20 @@ def rows() -> list[tuple[str, str, str]]:
     return [(attack, codes, test.strip("` |")) for attack, _, codes, test in cells[2:]]
 
 
-def stories() -> dict[str, str]:
-    """Attack -> code, read from the decorators of the stories."""
+def stories() -> dict[str, tuple[str, str]]:
+    """Attack -> code and file, read from the decorators of the stories."""
     found = {}
-    for node in ast.walk(ast.parse(STORIES.read_text())):
+    for file, node in ((path, node) for path in STORIES for node in ast.walk(ast.parse(path.read_text()))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attack":
             name, code = node.args
             assert isinstance(name, ast.Constant)
             assert isinstance(code, ast.Attribute)
-            found[name.value] = code.attr.lower().replace("_", "-")
+            found[name.value] = (code.attr.lower().replace("_", "-"), str(file.relative_to(ROOT)))
     return found
 
 
-def test_every_attack_that_is_played_stands_in_the_table_with_its_code() -> None:
-    listed = {attack: codes.strip("`") for attack, codes, test in rows() if "::" not in test}
+def test_every_attack_that_is_played_stands_in_the_table_with_its_code_and_file() -> None:
+    listed = {attack: (codes.strip("`"), test) for attack, codes, test in rows() if "::" not in test}
     assert listed == stories()
 
 

@@ -1,0 +1,215 @@
+"""What a thief of keys tries, row by row, and the word with which the board refuses it.
+
+Each row is a small story: an honest repository with one published component and a board that runs it; then something
+hostile happens; then the board is asked to carry out an assignment, and refuses with exactly this code.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from tuf.api.metadata import Key, Metadata, Snapshot, Targets, Timestamp
+
+from fleet.protocol.codes import RejectCode
+from signing.errors import Rejected
+from tests.simulator.attack import NETWORK, Scene, Story, refuses, stories
+from tests.simulator.repository import (
+    Board,
+    promise_role,
+    promise_snapshot,
+)
+
+STORIES, attack = stories()
+
+
+# -- director, timestamp and snapshot keys together: the whole server -------------------------------------------------
+
+
+@attack("the server shows an old namespace role under new online roles", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    safe = scene.repo.publish("1.1.0")
+    scene.board.run(scene.repo.assign(safe))
+
+    def backwards(snapshot: Snapshot) -> None:
+        promise_role(snapshot, "main", scene.repo.files["2.main.json"], 2)
+
+    scene.repo.rewrite("snapshot", backwards)
+    _promise(scene)
+    return scene.assign()
+
+
+@attack("the server takes back a role that this board never looked at", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    old = scene.repo.files["1.other.json"]
+    scene.repo.publish("1.0.0", space="other")
+    scene.board.refresh()
+    scene.repo.rewrite("snapshot", lambda snapshot: promise_role(snapshot, "other", old, 1))
+    _promise(scene)
+    return scene.assign()
+
+
+@attack("the server takes back a snapshot that this board could not fetch", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    old = scene.repo.files["2.snapshot.json"]
+    scene.repo.publish("1.1.0")
+    del scene.repo.files["3.snapshot.json"]
+    with pytest.raises(Rejected):
+        scene.board.refresh()
+    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, old, 2))
+    return scene.assign()
+
+
+@attack("freeze: a namespace role is never renewed", RejectCode.EXPIRED)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("main", lambda role: setattr(role, "expires", scene.repo.now + timedelta(hours=1)))
+    scene.repo.online()
+    scene.repo.now += timedelta(hours=2)
+    return scene.assign()
+
+
+@attack("the server drops a role from the snapshot", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("snapshot", lambda snapshot: snapshot.meta.pop("other.json"))
+    _promise(scene)
+    return scene.assign()
+
+
+@attack("the server shows an older snapshot under a new timestamp", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    scene.repo.publish("1.1.0")
+    scene.board.refresh()
+    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, scene.repo.files["2.snapshot.json"], 2))
+    return scene.assign()
+
+
+@attack("the server shows an earlier snapshot with the same roles under a new timestamp", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("snapshot", lambda snapshot: None)
+    _promise(scene)
+    scene.board.refresh()
+    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, scene.repo.files["2.snapshot.json"], 2))
+    return scene.assign()
+
+
+@attack("the server signs two snapshots of one version", RejectCode.EQUIVOCATION)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("snapshot", lambda new: new.unrecognized_fields.update(more="x"), bump=False)
+    _promise(scene)
+    return scene.assign()
+
+
+@attack("a publisher and the server show two namespace roles of one version", RejectCode.EQUIVOCATION)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("main", lambda role: role.unrecognized_fields.update(more="x"), bump=False)
+    scene.repo.online()
+    return scene.assign()
+
+
+@attack("the server signs two timestamps of one version", RejectCode.EQUIVOCATION)
+def _(scene: Scene) -> bytes:
+    scene.board = Board(scene.repo, facts=scene.board.facts)  # the trusted one is lost from the cache
+    scene.repo.rewrite("timestamp", lambda new: new.unrecognized_fields.update(more="x"), bump=False)
+    return scene.assign()
+
+
+@attack("the server signs a namespace role itself", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("main", lambda role: None, key="snapshot")
+    scene.repo.online()
+    return scene.assign()
+
+
+@attack("the server announces endless metadata", RejectCode.TOO_LARGE)
+def _(scene: Scene) -> bytes:
+    def endless(timestamp: Timestamp) -> None:
+        timestamp.snapshot_meta.version += 1
+        timestamp.snapshot_meta.length = 10**12
+
+    scene.repo.rewrite("timestamp", endless)
+    return scene.assign()
+
+
+def _promise(scene: Scene) -> None:
+    """Sign a timestamp over the newest snapshot, whatever is in it."""
+    version = scene.repo.signed("snapshot").version
+    data = scene.repo.files[f"{version}.snapshot.json"]
+    scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, data, version))
+
+
+# -- a stolen publisher's key: its own namespace, below its ceiling ---------------------------------------------------
+
+
+@attack("a publisher asks for more than its namespace's ceiling", RejectCode.GRANT_DENIED)
+def _(scene: Scene) -> bytes:
+    return scene.repo.assign(scene.repo.publish("2.0.0", grants=NETWORK))
+
+
+@attack("a publisher signs into another namespace", RejectCode.UNKNOWN_TARGET)
+def _(scene: Scene) -> bytes:
+    foreign = "components/other/hello/1.0.0.wasm"
+
+    def plant(role: Targets) -> None:
+        role.targets[foreign] = role.targets[scene.item.target]
+
+    scene.repo.rewrite("main", plant)
+    scene.repo.online()
+    return scene.altered(target=foreign)
+
+
+@attack("a publisher puts another manifest's name on a target", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    foreign = "components/main/other/1.0.0.wasm"
+
+    def plant(role: Targets) -> None:
+        role.targets[foreign] = role.targets[scene.item.target]
+
+    scene.repo.rewrite("main", plant)
+    scene.repo.online()
+    return scene.altered(target=foreign)
+
+
+# -- signers that were removed, and keys that only look like two -----------------------------------------------------
+
+
+@attack("a director whose key was rotated away", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    envelope = scene.assign()
+    scene.repo.rotate_delegation("director")
+    return envelope
+
+
+@attack("a publisher whose key was rotated away", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    old = scene.repo.keys["main"]
+    scene.repo.rotate_delegation("main")
+    scene.repo.keys["stolen"] = old
+    scene.repo.rewrite("main", lambda role: None, key="stolen")
+    scene.repo.online()
+    return scene.assign()
+
+
+@attack("one key under two ids for a threshold of two", RejectCode.UNSIGNED)
+def _(scene: Scene) -> bytes:
+    thief = scene.repo.keys["main"]
+
+    def double(top: Targets) -> None:
+        assert top.delegations is not None
+        public = thief.public_key
+        upper = public.keyval["public"].upper()
+        top.add_key(Key.from_dict("twin", public.to_dict() | {"keyval": {"public": upper}}), "main")
+        top.delegations.roles["main"].threshold = 2
+
+    scene.repo.rewrite("targets", double)
+
+    role: Metadata[Any] = Metadata(scene.repo.signed("main"))
+    role.signed.version += 1
+    signature = role.sign(thief)
+    role.signatures["twin"] = type(signature)("twin", signature.signature)
+    scene.repo.files[f"{role.signed.version}.main.json"] = role.to_bytes()
+    scene.repo.online()
+    return scene.assign()
+
+
+@pytest.mark.parametrize(("code", "story"), [row[1:] for row in STORIES], ids=[row[0] for row in STORIES])
+def test_the_board_refuses(code: RejectCode, story: Story) -> None:
+    refuses(code, story)

@@ -1,0 +1,78 @@
+"""A fleet at peace, and how an attack on it is told: a story that ends with what the board is asked to run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from fleet.protocol.assignment import ASSIGNMENT_TYPE, Item
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Grants
+from signing import dsse
+from signing.errors import Rejected
+from tests.simulator.repository import (
+    Board,
+    Repository,
+)
+
+CLOCKS = Grants(interfaces=("wasi:clocks",))
+NETWORK = Grants(outbound=("https://evil.example:443",))
+
+
+class Scene:
+    """A fleet at peace: one component published, one board that runs it, its envelope at hand."""
+
+    def __init__(self) -> None:
+        self.repo = Repository(("main", "other"), ceilings={"main": CLOCKS})
+        self.item = self.repo.publish("1.0.0", grants=CLOCKS)
+        self.board = Board(self.repo)
+        self.envelope = self.repo.assign(self.item)
+        self.board.run(self.envelope)
+
+    def assign(self, **fields: Any) -> bytes:
+        return self.repo.assign(self.item, **fields)
+
+    def altered(self, **fields: Any) -> bytes:
+        """An assignment by the director whose item is not what the publisher signed."""
+        return self.repo.assign(msgspec.structs.replace(self.item, **fields))
+
+
+def by_director(scene: Scene, *items: Item, **fields: Any) -> bytes:
+    """Signed with the director's key by someone who does not care what our own signing code refuses to sign."""
+    payload = msgspec.json.encode(scene.repo.assignment(*items, **fields))
+    return dsse.sign(ASSIGNMENT_TYPE, payload, [scene.repo.keys["director"]])
+
+
+Story = Callable[[Scene], bytes]
+Enlist = Callable[[str, RejectCode], Callable[[Story], Story]]
+
+
+def stories() -> tuple[list[tuple[str, RejectCode, Story]], Enlist]:
+    """A new list of stories (name, expected code, story), and the decorator that fills it."""
+    told: list[tuple[str, RejectCode, Story]] = []
+
+    def attack(name: str, code: RejectCode) -> Callable[[Story], Story]:
+        def enlist(story: Story) -> Story:
+            told.append((name, code, story))
+            return story
+
+        return enlist
+
+    return told, attack
+
+
+def refuses(code: RejectCode, story: Story) -> None:
+    """Play a story: the board refuses with this code, and forgets nothing that protects it."""
+    scene = Scene()
+    envelope = story(scene)
+    before = scene.board.facts
+
+    with pytest.raises(Rejected) as verdict:
+        scene.board.run(envelope)
+
+    assert verdict.value.code is code, verdict.value
+    after = scene.board.facts
+    assert after.root >= before.root
+    assert after.epochs == before.epochs
+    assert after.floor >= before.floor
