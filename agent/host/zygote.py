@@ -42,7 +42,7 @@ def main(fd: int, *, fuel: bool) -> NoReturn:
     ready, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
-    the_engine = engine.Engine(fuel=fuel)
+    the_engine = engine.Engine(fuel=fuel, pooled=True)
     if not _self_test(the_engine):
         engine.use_stock_codec(the_engine)
         sys.stderr.write("zygote: the fast codec failed its self-test on this board, the stock one serves\n")
