@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml
 
 install: $(STAMP) ## make the virtual environment and install everything into it
 
-demo: $(STAMP) ## the whole main job on this machine: three boards, three pushes, a rollback (ONCE=1: exit when done)
-	$(BIN)/fleet demo $(if $(ONCE),--once)
+demo: $(STAMP) ## the whole main job on this machine: three boards, three pushes, a rollback (ONCE=1: exit when done; BROKER=embedded|mosquitto)
+	$(BIN)/fleet demo $(if $(ONCE),--once) $(if $(BROKER),--broker $(BROKER))
 
 check: $(STAMP) ## lint, format, types
 	$(BIN)/ruff check .
