@@ -21,7 +21,17 @@ FORK: Final = b"F"
 _MESSAGE_BYTES: Final = 12
 _FORK_TIMEOUT_S: Final = 30.0
 _GONE_S: Final = 1.0
+_ENVIRONMENT: Final = frozenset({"PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
 _IDLE_S: Final = 60.0
+
+
+def _environment() -> dict[str, str]:
+    """What a zygote, and so every lane, may know of this host's environment: how to find Python, and nothing else.
+
+    The WASI implementation would start a thread for each processor of the board; one does.
+    """
+    kept = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT or name.startswith("PYTHON")}
+    return {**kept, "TOKIO_WORKER_THREADS": "1"}
 
 
 class LaneGoneError(Exception):
@@ -202,6 +212,7 @@ class Zygote:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                env=_environment(),
             )
         self._sock = ours
         ours.setblocking(False)

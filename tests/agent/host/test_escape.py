@@ -60,7 +60,7 @@ def escaped(request):
     if prefix and os.geteuid() == 0:
         os.chown(directory, NOBODY, NOBODY)
     path = os.pathsep.join([str(Path(__file__).parent / "escape"), str(support.ROOT), sysconfig.get_path("purelib")])
-    host = support.Host(directory, prefix=prefix, python=python, env={"PYTHONPATH": path})
+    host = support.Host(directory, prefix=prefix, python=python, env={"PYTHONPATH": path, "SOME_TOKEN": SECRET})
     host.column = request.param
     host.directory = directory
     yield host
@@ -103,6 +103,7 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
     kinds = list(said["descriptors"].values())
     assert kinds.count("socket") <= 3 + (said["descriptors"].get("2") == "socket")
     assert len(kinds) <= 10, said["descriptors"]
+    assert SECRET not in str(said["environment"])
     if host.column == ROOT:
         assert said["uid"] not in {0, Path(f"/proc/{sibling}").stat().st_uid}
         assert SECRET.encode() not in memory_of(lane)

@@ -123,7 +123,12 @@ if "agent.host.zygote" in sys.orig_argv:
 
     def handle(self, method, target, headers, body):
         facts = json.loads(body)
-        answer = {"tried": try_everything(facts), "descriptors": descriptors(), "uid": os.getuid()}
+        answer = {
+            "tried": try_everything(facts),
+            "descriptors": descriptors(),
+            "uid": os.getuid(),
+            "environment": dict(os.environ),
+        }
         return 200, b"", json.dumps(answer).encode()
 
     agent.host.caller.Caller.handle = handle
