@@ -76,6 +76,19 @@ def test_requests(host):
     row("through the router, share of the direct rate", f"{routed / direct:.2f}")
 
 
+def test_a_neighbour_of_a_guest_that_spins(host):
+    quiet, loud = support.free_port(), support.free_port()
+    host.start("hello", support.a_run("quiet", 1, port=quiet))
+    host.start("spin", support.a_run("loud", 1, port=loud, limits=support.Limits(call_ms=30_000)))
+    alone, took = rate(quiet, "/")
+    before = took[int(len(took) * 0.99)]
+    with socket.create_connection(("127.0.0.1", loud)) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        beside, took = rate(quiet, "/")
+    row("beside a guest that spins, share of the undisturbed rate", f"{beside / alone:.2f}")
+    row("the same, p99 against the undisturbed", f"{took[int(len(took) * 0.99)] / before:.1f}x")
+
+
 def test_memory_of_a_lane(host):
     port = support.free_port()
     host.start("hello", support.a_run("web", 1, port=port))
