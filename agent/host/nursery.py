@@ -176,7 +176,7 @@ class Lane:
         )
 
     def private_bytes(self) -> int:
-        """Its private memory; 0 where that cannot be told."""
+        """Its own memory, 0 where that cannot be told: not the pages of program files, which the kernel can drop."""
         if self.memory_fd < 0 or not self.alive:
             return 0
         try:
@@ -184,7 +184,7 @@ class Lane:
         except OSError:
             return 0
         return 1024 * sum(
-            int(line.split()[1]) for line in text.splitlines() if line.startswith((b"Private_Clean", b"Private_Dirty"))
+            int(line.split()[1]) for line in text.splitlines() if line.startswith((b"Private_Dirty", b"Swap:"))
         )
 
     def close(self) -> None:
