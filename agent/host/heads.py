@@ -98,16 +98,16 @@ class Head:
 def answer_head(raw: bytes) -> Head:
     """Read what the adapter says of the guest's answer."""
     if not raw.isascii():
-        raw = raw.decode().encode("latin-1")
+        raw = raw.decode(errors="replace").encode("latin-1", errors="replace")
     first, _, rest = raw.partition(b"\r\n")
     match first.split(b" "):
-        case [status, b"whole"]:
+        case [status, b"whole"] if status.isdigit():
             # The trailers after the empty line are left behind: an answer goes out whole, with its length.
-            fields = b"" if rest.startswith(b"\r\n") else rest[: rest.index(b"\r\n\r\n") + 2]
+            fields = b"" if rest.startswith(b"\r\n") else rest.partition(b"\r\n\r\n")[0] + b"\r\n"
             return Head(int(status), fields)
         case [_, b"cut"]:
             return Head(502, b"", "the component dropped its answer's body before its end")
-        case [b"error", number]:
+        case [b"error", number] if number.isdigit() and int(number) < len(ERRORS):
             return Head(500, b"", f"the component answered with the error {ERRORS[int(number)]}")
         case _:
             return Head(500, b"", "the component gave no answer")

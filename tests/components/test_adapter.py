@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import wasmtime
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from agent.host import codec, heads
 from agent.host.adapted import start
@@ -85,6 +87,34 @@ def test_an_ordinary_answer_arrives_with_its_fields_and_its_body(guest):
 )
 def test_the_request_arrives_as_it_was_sent(guest, method, target, headers, seen):
     assert guest.handle(method, target, headers, b"")[2].decode("latin-1") == seen
+
+
+NAMES = st.text("abcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+-.^_`|~", min_size=1, max_size=30).map("x{}".format)
+VALUES = st.binary(max_size=60).map(lambda raw: bytes(c for c in raw if c == 9 or (c > 31 and c != 127)).strip(b" \t"))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(st.tuples(NAMES, VALUES), max_size=20), target=st.text(min_size=1, max_size=80))
+def test_every_field_and_every_target_arrives_byte_for_byte(image, lines, target):
+    path = b"/describe" + "".join(c for c in target if c > " " and c != "\x7f").encode()
+    guest = Asked(image, [], requests_per_instance=1000)
+    sent = b"".join(b"%b: %b\r\n" % (name.encode(), value) for name, value in lines)
+    first, *seen = guest.handle(b"GET", path, sent, b"")[2].removesuffix(b"\n").split(b"\n")
+    guest.guest.close()
+    assert first == b"get %b http -" % path
+    assert seen == [b"%b=%b" % (name.encode(), value) for name, value in lines]
+
+
+LINES = st.lists(
+    st.sampled_from([b"200 whole", b"error", b"error 38", b"error 39", b"9 cut", b" ", b"\r\n", b"\xc3\xa9", b"\xff"])
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(raw=st.binary(max_size=200) | LINES.map(b"".join))
+def test_whatever_stands_for_a_head_is_an_answer_or_named(raw):
+    head = heads.answer_head(raw)
+    assert head.problem or head.status >= 0
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 65_537, 1 << 20])
@@ -245,6 +275,15 @@ def test_ten_thousand_requests_of_one_instance_take_no_more_memory(image, lines)
     for _ in range(9_998):
         get(guest, b"/fields")
     assert counted(guest) == "9999"
+
+
+def test_an_engine_that_keeps_the_room_of_instances_takes_the_same_images(tmp_path, lines):
+    file = tmp_path / "probe.cwasm"
+    file.write_bytes(Engine().compile(PROBE))
+    guest = Asked(Engine(pooled=True).load(str(file)), lines)
+    for size in (0, 1, 100_000) * 30:
+        assert guest.handle(b"POST", b"/echo", b"", bytes(size))[2] == bytes(size)
+        assert counted(guest) == "1", "kept room is empty room"
 
 
 @pytest.mark.parametrize(("data", "status"), [(PROBE, 0), (PROBE[:9000], 3)])
