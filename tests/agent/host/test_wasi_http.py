@@ -1,6 +1,7 @@
 """A guest of wasi:http on a running host: the adapter inside its lane, and the same HTTP as every other guest's."""
 
 import socket
+import threading
 
 import pytest
 import support
@@ -93,3 +94,25 @@ def test_a_swap_between_the_worlds_loses_no_connection(host):
         assert ask(port, "/", sock=kept)[2] == b"hello from v1\n"
         host.start("probe", support.a_run("both", 2, port=port, grants=GRANTS))
         assert ask(port, "/", sock=kept)[2] == b"hello over wasi:http\n"
+
+
+def test_lanes_side_by_side_never_mix_their_answers(host):
+    port = support.free_port()
+    limits = Limits(concurrency=3, request_bytes=1 << 20, response_bytes=1 << 20)
+    host.start("probe", support.a_run("many", 1, port=port, grants=GRANTS, limits=limits))
+    wrong = []
+
+    def client(number):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as kept:
+            for size in (10, 70_000, 1, 30_000) * 5:
+                body = bytes([number]) * size
+                if ask(port, "/echo", method="POST", body=body, sock=kept)[2] != body:
+                    wrong.append((number, size))
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(6)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    assert wrong == []
+    assert host.health("many").errors == 0
