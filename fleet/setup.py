@@ -20,6 +20,7 @@ from fleet.store.errors import StoreError
 from fleet.store.store import Store
 from signing import keys, repository
 from signing.errors import SigningError
+from signing.keyring import Keyring
 
 OPERATORS_PORT: Final = 8743
 DEVICES_PORT: Final = 8744
@@ -151,11 +152,12 @@ def _make(draft: Home, config: Config, passphrase: bytes | None, now: datetime) 
     for directory in (draft.operator, operator_keys, trust, draft.server, *inside):
         directory.mkdir(mode=0o700)
     ca = CertificateAuthority.create(draft.ca, fleet=config.fleet, now=now)
+    ring = Keyring(operator_keys)
     files = repository.create(
         fleet=names.check_label(config.fleet, "fleet"),
-        namespaces={config.namespace: keys.generate(operator_keys / f"{config.namespace}.pem", passphrase=passphrase)},
-        root=keys.generate(operator_keys / "root.pem", passphrase=passphrase),
-        targets=keys.generate(operator_keys / "targets.pem", passphrase=passphrase),
+        namespaces={config.namespace: ring.generate(config.namespace, passphrase=passphrase)[1]},
+        root=ring.generate("root", passphrase=passphrase)[1],
+        targets=ring.generate("targets", passphrase=passphrase)[1],
         snapshot=keys.generate(draft.keys / "snapshot.pem"),
         timestamp=keys.generate(draft.keys / "timestamp.pem"),
         director=keys.generate(draft.keys / "director.pem"),

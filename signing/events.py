@@ -136,10 +136,14 @@ def missing(current: Mapping[str, bytes], event: Event) -> list[Wanted]:
     for document, checks in _walk(current, event):
         file = _read(document)
         for whose, delegator, role in checks:
-            result = delegator.get_verification_result(role, file.signed_bytes, file.signatures)
+            result = delegator.get_verification_result(
+                role, file.signed_bytes, metadata.counting(delegator, role, file)
+            )
             lacking = result.threshold - len({metadata.identity(key) for key in result.signed.values()})
             if lacking > 0:
-                found.append(Wanted(document.role, whose, lacking, tuple(sorted(result.unsigned))))
+                ends = metadata.key_ends(delegator, role)
+                able = (keyid for keyid in result.unsigned if keyid not in ends or file.signed.expires <= ends[keyid])
+                found.append(Wanted(document.role, whose, lacking, tuple(sorted(able))))
     return found
 
 

@@ -125,6 +125,10 @@ class Keyring:
             raise KeyFileError(f"cannot write {self._card(name)}: {error.strerror}") from error
         return Entry(name, key, where)
 
+    def forget(self, name: str) -> None:
+        """Remove a card; the private key, where it lies in a file, stays."""
+        self._card(name).unlink(missing_ok=True)
+
     def generate(
         self, name: str, *, passphrase: bytes | None, form: keys.Format = keys.Format.PKCS12
     ) -> tuple[Entry, CryptoSigner]:

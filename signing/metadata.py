@@ -99,14 +99,16 @@ def check_lives(delegator: Root | Targets, role: str, metadata: Metadata[S]) -> 
     Raises:
         Rejected: UNSIGNED: what is left of its signatures is below the threshold.
     """
-    ends = key_ends(delegator, role)
-    if ends:
-        counted = {
-            keyid: signature
-            for keyid, signature in metadata.signatures.items()
-            if keyid not in ends or metadata.signed.expires <= ends[keyid]
-        }
+    counted = counting(delegator, role, metadata)
+    if len(counted) != len(metadata.signatures):
         verify(delegator, role, metadata.signed_bytes, counted)
+
+
+def counting(delegator: Root | Targets, role: str, metadata: Metadata[S]) -> dict[str, Signature]:
+    """The signatures whose keys do not end before what they signed, see `check_lives`."""
+    ends = key_ends(delegator, role)
+    late = {keyid for keyid, end in ends.items() if metadata.signed.expires > end}
+    return {keyid: signature for keyid, signature in metadata.signatures.items() if keyid not in late}
 
 
 def key_ends(delegator: Root | Targets, role: str) -> dict[str, datetime]:

@@ -44,6 +44,9 @@ SECTIONS: Final[Sections] = {
         "label": Entry("fleet.cli.boards:label", "Set or remove labels of a board"),
         "revoke": Entry("fleet.cli.boards:revoke", "Shut a board out of the fleet"),
     },
+    "Trust": {
+        "keys": Entry("fleet.cli.keys:keys", "Make, list, rotate and revoke signing keys"),
+    },
     "Shell": {
         "completion": Entry("fleet.cli.setup:completion", "Print a completion script for bash, zsh or fish"),
     },

@@ -1,6 +1,8 @@
 """Values that people type as `key=value`."""
 
+import re
 from collections.abc import Sequence
+from datetime import timedelta
 
 from fleet.cli.base import Fault
 
@@ -36,3 +38,11 @@ def label_values(words: Sequence[str]) -> dict[str, str | None]:
                 f"{word!r} is no label", "a label has a name and a value", "write name=value, or name- to remove it"
             )
     return values
+
+
+def days(text: str) -> timedelta:
+    """A time in days, as `30d`; raises `Fault`."""
+    found = re.fullmatch(r"([1-9][0-9]{0,3})d?", text.strip())
+    if found is None:
+        raise Fault(f"{text!r} is no number of days", "1 to 9999 are possible", "write it as 30d")
+    return timedelta(days=int(found[1]))

@@ -17,7 +17,7 @@ from fleet.cli.main import main
 from fleet.client import Client
 from fleet.protocol import api
 from fleet.protocol.api import RolloutView
-from signing import keys, repository
+from signing import events, keys, repository
 from signing.errors import ConflictError, Rejected, RepositoryError
 
 
@@ -56,8 +56,8 @@ class Desk(httpx.BaseTransport):
             case "PUT", ["artifacts", sha256]:
                 self.artifacts[sha256] = body
                 return self._answer(api.ArtifactReply(sha256=sha256, length=len(body), new=True))
-            case "POST", ["roles", namespace]:
-                return self._role(namespace, body)
+            case "POST", ["roles" | "signing-events", *namespace]:
+                return self._publish(namespace, body)
             case ("POST", ["rollouts"] | ["undo"] | ["removals"]) | ("GET", ["rollouts", _]):
                 return self._answer(self.views.pop(0))
         return self._answer(problem("not-found", f"no {path}", 404))
@@ -66,19 +66,28 @@ class Desk(httpx.BaseTransport):
         status = answer.status if isinstance(answer, api.Problem) else 200
         return httpx.Response(status, content=msgspec.json.encode(answer))
 
-    def _role(self, namespace: str, data: bytes) -> httpx.Response:
+    def _publish(self, namespace: list[str], data: bytes) -> httpx.Response:
         self.before_role()
         try:
-            version = self.accept(namespace, data)
+            version = self.accept(*namespace, data) if namespace else self.accept_event(data)
         except ConflictError as error:
             return self._answer(problem("conflict", str(error), 409))
         except (Rejected, RepositoryError) as error:
             return self._answer(problem("refused", str(error), 422))
-        return self._answer(api.RoleReply(namespace=namespace, version=version, snapshot=1, timestamp=1))
+        return self._answer(api.RoleReply(namespace="".join(namespace), version=version, snapshot=1, timestamp=1))
+
+    def accept_event(self, data: bytes) -> int:
+        self.files |= events.apply(self.files, events.decode(data))
+        self.sign_online()
+        return 1
 
     def accept(self, namespace: str, data: bytes) -> int:
         version = repository.check_role(self.files, namespace, data)
         self.files[f"{version}.{namespace}.json"] = data
+        self.sign_online()
+        return version
+
+    def sign_online(self) -> None:
         place = self.home / "server/keys"
         self.files |= repository.online(
             self.files,
@@ -86,7 +95,6 @@ class Desk(httpx.BaseTransport):
             timestamp_signer=keys.load(place / "timestamp.pem"),
             now=datetime.now(UTC),
         )
-        return version
 
     def paths(self, method: str) -> list[str]:
         return [path for verb, path, _ in self.seen if verb == method]

@@ -1,0 +1,342 @@
+"""`fleet keys`: the keys of a person and of a pipeline, and who is trusted with what."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from securesystemslib.signer import CryptoSigner
+
+from fleet.cli import out
+from fleet.cli.base import Exit, Fault, Options, command
+from fleet.cli.ceremony import Ceremony
+from fleet.cli.home import home, operator
+from fleet.cli.prepare import read_file
+from fleet.cli.rotating import Change, for_pipeline, replaced, without
+from fleet.cli.trust import Trust
+from fleet.cli.unlock import ask, keyring, new_passphrase
+from fleet.cli.values import days
+from fleet.client import ClientError
+from fleet.protocol.manifest import Grants
+from signing import keyring as keyrings
+from signing import keys as key_files
+from signing import proposals, rotation, ssh_agent
+from signing.errors import KeyFileError, RepositoryError
+
+ONLINE = ("snapshot", "timestamp", "director")
+
+_OUT = click.option(
+    "--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Save the signing event here; publish nothing"
+)
+_YES = click.option("--yes", is_flag=True, help="Do not ask before signing")
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    try:
+        yield
+    except KeyFileError as error:
+        raise Fault(str(error)) from None
+    except RepositoryError as error:
+        raise Fault(str(error), code=Exit.REFUSED) from None
+
+
+@click.group("keys")
+def keys() -> None:
+    """Make, list, rotate and revoke signing keys.
+
+    A key that a person holds lies encrypted in a file, in an ssh-agent or on a PKCS#11 token; 'fleet keys list' knows
+    them and other people's by names.
+    """
+
+
+@command(
+    "new",
+    examples="fleet keys new alice\n"
+    "fleet keys new build --ci --namespace edge --expires 180d --ceiling wasi:http --ceiling wasi:clocks",
+)
+@click.argument("name")
+@click.option(
+    "--form", type=click.Choice(["pkcs12", "openssh"]), default="pkcs12", show_default=True, help="Of the file"
+)
+@click.option("--ci", is_flag=True, help="For a pipeline: publishes in one namespace, below its ceiling, for a time")
+@click.option("--namespace", metavar="NAME", help="Of the pipeline's components; made when there is none  [this one]")
+@click.option("--expires", default="180d", show_default=True, metavar="DAYS", help="How long the pipeline's key counts")
+@click.option("--ceiling", multiple=True, metavar="INTERFACE", help="What the namespace's components may import")
+@click.option("--outbound", multiple=True, metavar="URL", help="Where the namespace's components may connect")
+@_OUT
+@_YES
+def new(options: Options, *, name: str, form: str, ci: bool, **how: Any) -> None:
+    """Make the key NAME, in an encrypted file; it may do nothing before a role is given to it.
+
+    With --ci it may publish in one namespace, and is written in the clear to NAME.ci.pem: for the pipeline's secret
+    FLEET_SIGNING_KEY, and then to be deleted.
+    """
+    who = operator(options)
+    if ci:
+        _new_for_pipeline(options, name, **how)
+        return
+    with _faults():
+        entry, _ = keyring(who).generate(name, passphrase=new_passphrase(name), form=key_files.Format(form))
+    if options.json:
+        out.show_json({"name": name, "keyid": entry.key.keyid, "file": str(keyring(who).file(name))})
+    else:
+        out.say(options, f"Made {name} ({entry.key.keyid[:12]}). 'fleet keys show {name}' prints its public half.")
+
+
+def _new_for_pipeline(
+    options: Options,
+    name: str,
+    *,
+    namespace: str | None,
+    expires: str,
+    ceiling: tuple[str, ...],
+    outbound: tuple[str, ...],
+    to: Path | None,
+    yes: bool,
+) -> None:
+    who = operator(options)
+    path = Path(f"{name}.ci.pem")
+    limit = Grants(interfaces=ceiling, outbound=outbound) if ceiling or outbound else None
+    signer = CryptoSigner.generate_ed25519()
+    with who.client() as client, _faults():
+        ceremony = Ceremony(options, who, client)
+        now = datetime.now(UTC)
+        space = namespace or who.namespace
+        change = for_pipeline(ceremony.files, space, signer.public_key, ends=now + days(expires), ceiling=limit)
+        event = proposals.propose(
+            ceremony.files, namespaces={space: change}, now=now, note=f"{name} publishes in {space} for {expires}"
+        )
+        key_files.store(path, signer)
+        try:
+            ceremony.ring.add(name, signer.public_key)
+            ceremony.carry_through(event, yes=yes, to=to)
+        except BaseException:
+            path.unlink()
+            ceremony.ring.forget(name)
+            raise
+    out.say(
+        options,
+        f"Wrote {path}: put its text into the pipeline's secret FLEET_SIGNING_KEY, then delete the file.\n"
+        f'The pipeline\'s operator/config.toml says namespace = "{space}".',
+    )
+
+
+@command(
+    "import",
+    examples="fleet keys import bob bob.pub\n"
+    "fleet keys import alice ~/.ssh/id_ed25519\n"
+    "fleet keys import alice --ssh-agent alice@desk\n"
+    "fleet keys import vault --token wasmfleet --number 2\n"
+    "fleet keys import recovery --recovery",
+)
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--ssh-agent", "agent", metavar="COMMENT", help="An Ed25519 key that an ssh-agent holds")
+@click.option("--token", metavar="LABEL", help="A P-256 or P-384 key on a PKCS#11 token; PYKCS11LIB is its driver")
+@click.option("--number", default=2, show_default=True, help="Of the key on the token (CKA_ID)")
+@click.option("--recovery", is_flag=True, help="The recovery key that was printed, typed in")
+def import_(
+    options: Options, *, name: str, file: Path | None, agent: str | None, token: str | None, number: int, recovery: bool
+) -> None:
+    """Know a key by NAME: somebody's public key, or a private one of yours, which is encrypted anew."""
+    if sum(bool(each) for each in (file, agent, token, recovery)) != 1:
+        raise click.UsageError("Give one of FILE, --ssh-agent, --token and --recovery.")
+    ring = keyring(operator(options))
+    with _faults():
+        if agent:
+            known = ssh_agent.identities()
+            if agent not in known:
+                raise Fault(f"the ssh-agent has no Ed25519 key {agent!r}", f"it has {', '.join(known) or 'none'}")
+            entry = ring.add(name, known[agent], where=ssh_agent.SCHEME + ":")
+        elif token:
+            uri, key = keyrings.import_token(label=token, number=number, ask=ask)
+            entry = ring.add(name, key, where=uri)
+        elif recovery:
+            text = click.prompt("Recovery key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.read()
+            entry = ring.adopt(name, keyrings.from_recovery(text), passphrase=new_passphrase(name))
+        else:
+            assert file is not None
+            entry = _import_file(ring, name, file)
+    if options.json:
+        out.show_json({"name": name, "keyid": entry.key.keyid, "where": entry.where})
+    else:
+        whose = f"yours, {_where(entry)}" if entry.ours else "somebody else's"
+        out.say(options, f"{name} is {entry.key.keyid[:12]}: {whose}.")
+
+
+def _import_file(ring: keyrings.Keyring, name: str, file: Path) -> keyrings.Entry:
+    data = read_file(file, key_files.MAX_BYTES)
+    try:
+        public = keyrings.read_public(data, what=str(file))
+    except KeyFileError:
+        signer = keyrings.open_file(file, ask)  # says what is wrong if it is no private key either
+        return ring.adopt(name, signer, passphrase=new_passphrase(name))
+    return ring.add(name, public)
+
+
+@command("list", examples="fleet keys list\nfleet keys list --json")
+def list_(options: Options) -> None:
+    """List the keys known here, and what each may sign."""
+    who = operator(options)
+    ring = keyring(who)
+    roles: dict[str, list[str]] | None = None
+    try:
+        with who.client() as client:
+            roles = _roles(Trust(who, client, expired=True).files)
+    except (ClientError, Fault) as error:
+        click.echo(f"what each may sign is not known: {error}", err=True)
+    with _faults():
+        entries = ring.entries()
+    rows = [
+        (each.name, each.key.keyid, _where(each), ", ".join((roles or {}).get(each.key.keyid, []))) for each in entries
+    ]
+    known = {each.key.keyid for each in entries}
+    rows += [("-", keyid, "", ", ".join(held)) for keyid, held in (roles or {}).items() if keyid not in known]
+    if options.json:
+        out.show_json([dict(zip(("name", "keyid", "where", "signs"), row, strict=True)) for row in rows])
+    else:
+        out.table(("NAME", "KEY", "WHERE", "SIGNS"), [(n, k[:12], w, s) for n, k, w, s in rows], empty="no keys here")
+
+
+def _roles(files: dict[str, bytes]) -> dict[str, list[str]]:
+    from signing import repository  # noqa: PLC0415 - the module's other name is taken by the command
+
+    found: dict[str, list[str]] = {}
+    for role in ("root", "targets", *repository.namespaces(files), *ONLINE):
+        for key in rotation.keys_of(files, role).keys:
+            found.setdefault(key.keyid, []).append(role)
+    return found
+
+
+def _where(entry: keyrings.Entry) -> str:
+    return entry.where.rstrip(":") if entry.ours else "elsewhere"
+
+
+@command("show", examples="fleet keys show alice > alice.pub")
+@click.argument("name")
+def show(options: Options, *, name: str) -> None:
+    """Print the public half of the key NAME, for others to import."""
+    with _faults():
+        entry = keyring(operator(options)).get(name)
+    if options.json:
+        public = keyrings.public_pem(entry.key)
+        out.show_json({"name": entry.name, "keyid": entry.key.keyid, "where": entry.where, "public": public})
+    else:
+        click.echo(keyrings.public_pem(entry.key).rstrip())
+
+
+@command(
+    "rotate",
+    examples="fleet keys rotate main\n"
+    "fleet keys rotate root --to alice --to bob --to carol --threshold 2\n"
+    "fleet keys rotate director",
+)
+@click.argument("role")
+@click.option(
+    "--to", "names", multiple=True, metavar="KEY", help="Who signs from now on  [a new key in place of yours]"
+)
+@click.option("--threshold", type=click.IntRange(1), help="How many of them must sign  [as before]")
+@_OUT
+@_YES
+def rotate(
+    options: Options, *, role: str, names: tuple[str, ...], threshold: int | None, to: Path | None, yes: bool
+) -> None:
+    """Give ROLE other keys: root, targets, a namespace, snapshot, timestamp or director.
+
+    A namespace that does not exist yet is made. What the new keys must sign anew is in the same event. The keys of
+    snapshot, timestamp and director are made in the server's directory of this home.
+    """
+    who = operator(options)
+    with who.client() as client, _faults():
+        ceremony = Ceremony(options, who, client)
+        made = _Made(options, ceremony, role)
+        try:
+            change = replaced(
+                ceremony.files,
+                role,
+                mine={each.key.keyid for each in ceremony.ring.entries() if each.ours},
+                to=tuple(ceremony.ring.get(name).key for name in names),
+                make=made.make,
+                threshold=threshold,
+            )
+            event = _propose(ceremony, change, f"other keys for {role}")
+            ceremony.carry_through(event, yes=yes, to=to)
+        except BaseException:
+            made.undo()
+            raise
+
+
+@command("revoke", examples="fleet keys revoke bob")
+@click.argument("name")
+@_OUT
+@_YES
+def revoke(options: Options, *, name: str, to: Path | None, yes: bool) -> None:
+    """Take the key NAME out of every role that it may sign. NAME may be the beginning of its id."""
+    who = operator(options)
+    with who.client() as client, _faults():
+        ceremony = Ceremony(options, who, client)
+        keyid = next((each for each in _roles(ceremony.files) if len(name) >= 8 and each.startswith(name)), None)  # noqa: PLR2004 - shorter ids are guesses
+        change = without(ceremony.files, keyid or ceremony.ring.get(name).key.keyid)
+        ceremony.carry_through(_propose(ceremony, change, f"{name} signs nothing any more"), yes=yes, to=to)
+
+
+def _propose(ceremony: Ceremony, change: Change, note: str) -> Any:
+    return proposals.propose(
+        ceremony.files,
+        roles=change.roles,
+        director=change.director,
+        namespaces=change.namespaces,
+        now=datetime.now(UTC),
+        note=note,
+    )
+
+
+class _Made:
+    """The key that a rotation makes, and its undoing when the rotation does not come about."""
+
+    def __init__(self, options: Options, ceremony: Ceremony, role: str) -> None:
+        self._options, self._ceremony, self._role = options, ceremony, role
+        self._paths: list[Path] = []
+        self._names: list[str] = []
+
+    def make(self) -> Any:
+        """Its public half."""
+        if self._role in ONLINE:
+            return self._make_online()
+        ring = self._ceremony.ring
+        name = ring.free(self._role)
+        passphrase = None if self._ceremony.trust.development else new_passphrase(name)
+        entry, _ = ring.generate(name, passphrase=passphrase)
+        self._names.append(name)
+        self._paths.append(ring.file(name))
+        out.say(self._options, f"Made the key {name}.")
+        return entry.key
+
+    def _make_online(self) -> Any:
+        directory = home(self._options) / "server" / "keys"
+        if not directory.is_dir():
+            raise Fault(
+                f"the {self._role} key belongs on the server",
+                f"{directory} is not here",
+                f"run fleet keys rotate {self._role} on the server's machine",
+            )
+        number = 2
+        while (path := directory / f"{self._role}-{number}.pem").exists():
+            number += 1
+        self._paths.append(path)
+        return key_files.generate(path).public_key
+
+    def undo(self) -> None:
+        """Nothing was published or saved: the key is worth nothing."""
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+        for name in self._names:
+            self._ceremony.ring.forget(name)
+
+
+for each in (new, import_, list_, show, rotate, revoke):
+    keys.add_command(each)
