@@ -1,0 +1,24 @@
+"""The words of the protocol and those of the decisions are the same words, and each has an advice."""
+
+import pytest
+
+from fleet.protocol import api
+from fleet.protocol.codes import Phase, RejectCode
+from fleet.rollout import judge, model
+from fleet.server.advice import ADVICE, advice
+
+
+def test_every_code_has_an_advice_but_the_one_where_nothing_is_wrong():
+    assert set(ADVICE) == set(RejectCode)
+    assert [code for code in RejectCode if not advice(code)] == [RejectCode.SUPERSEDED]
+    assert advice("a-code-of-tomorrow") == ""
+
+
+def test_decisions_speak_of_codes_and_phases_that_exist():
+    assert {str(code) for code in RejectCode} >= judge.TRIED | judge.DEFERRALS | {judge.SUPERSEDED}
+    assert {str(phase) for phase in Phase} >= {judge.COMMITTED, judge.ROLLED_BACK, judge.FAILED}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(model.Outcome, api.Outcome), (model.State, api.RolloutState)])
+def test_the_api_shows_the_words_of_the_decisions(ours, theirs):
+    assert {str(word) for word in ours} == {str(word) for word in theirs}
