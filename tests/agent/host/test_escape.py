@@ -118,7 +118,7 @@ def memory_of(pid):
         for line in maps:
             span, rights, *_ = line.split()
             start, end = (int(part, 16) for part in span.split("-"))
-            if rights.startswith("rw") and end - start < 1 << 30:
+            if rights.startswith("rw") and end - start < 1 << 26:
                 memory.seek(start)
                 try:
                     found.append(memory.read(end - start))
