@@ -114,7 +114,7 @@ def facts_of(figure: InstanceHealth) -> Facts:
         faults=sum(figure.calls.get(outcome, 0) for outcome in GUEST_FAULTS),
         errors=figure.errors,
         restarts=figure.restarts,
-        p99_us=figure.p99_us,
+        p50_us=figure.p50_us,
         memory_bytes=figure.memory_bytes,
         quarantined=figure.state is InstanceState.QUARANTINED,
         error=figure.error,

@@ -32,7 +32,7 @@ class Facts:
         calls: that ended, whatever their outcome.
         faults: traps and time-outs of the guest.
         errors: answers with status 500 and above.
-        p99_us: guest time, microseconds.
+        p50_us: guest time of the median call, microseconds. Not of the slowest: on a busy board those tell of the board.
         quarantined: the host has given up on it.
     """
 
@@ -40,7 +40,7 @@ class Facts:
     faults: int = 0
     errors: int = 0
     restarts: int = 0
-    p99_us: int = 0
+    p50_us: int = 0
     memory_bytes: int = 0
     quarantined: bool = False
     unhealthy: bool = False
@@ -108,11 +108,11 @@ def _worse_than_replaced(terms: Terms, facts: Facts, replaced: Facts | None) -> 
         )
     if replaced is None:
         return None
-    if facts.p99_us > max(LATENCY_FACTOR * replaced.p99_us, LATENCY_FLOOR_US):
+    if facts.p50_us > max(LATENCY_FACTOR * replaced.p50_us, LATENCY_FLOOR_US):
         return Judgement(
             Verdict.ROLL_BACK,
             "too-late",
-            f"its slowest calls take {facts.p99_us} us where the replaced version took {replaced.p99_us} us (p99)",
+            f"half of its calls take over {facts.p50_us} us where the replaced version took {replaced.p50_us} us",
         )
     if replaced.memory_bytes and facts.memory_bytes > max(MEMORY_FACTOR * replaced.memory_bytes, MEMORY_FLOOR_BYTES):
         return Judgement(

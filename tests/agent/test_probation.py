@@ -6,7 +6,7 @@ from agent.update.probation import Facts, Terms, Verdict, judge
 from fleet.protocol.codes import RejectCode
 
 TERMS = Terms(probation_s=30, min_calls=20, max_faults=0, max_error_percent=10)
-GOOD = Facts(calls=100, p99_us=2_000, memory_bytes=8 << 20)
+GOOD = Facts(calls=100, p50_us=2_000, memory_bytes=8 << 20)
 
 
 def test_it_ends_committed_when_nothing_is_wrong():
@@ -28,8 +28,8 @@ def test_too_few_calls_commit_unexercised():
         (Facts(restarts=2), "restarted"),
         (Facts(unhealthy=True), "health-failed"),
         (Facts(calls=20, errors=3), "error-rate"),
-        (Facts(calls=100, p99_us=50_000), "too-late"),
-        (Facts(calls=100, p99_us=2_000, memory_bytes=200 << 20), "too-much-memory"),
+        (Facts(calls=100, p50_us=50_000), "too-late"),
+        (Facts(calls=100, p50_us=2_000, memory_bytes=200 << 20), "too-much-memory"),
     ],
 )
 def test_each_way_to_do_worse(facts, code):
@@ -44,9 +44,9 @@ def test_each_way_to_do_worse(facts, code):
     [
         (Facts(calls=10, errors=10), GOOD),  # too few to mean anything
         (Facts(calls=100, errors=20), Facts(calls=100, errors=30)),  # no worse than before
-        (Facts(calls=100, p99_us=15_000), GOOD),  # slower, but nobody notices
-        (Facts(calls=100, p99_us=900_000), None),  # nothing to compare with
-        (Facts(calls=100, p99_us=900_000), Facts(calls=3, p99_us=10)),  # the old one was hardly called
+        (Facts(calls=100, p50_us=15_000), GOOD),  # slower, but nobody notices
+        (Facts(calls=100, p50_us=900_000), None),  # nothing to compare with
+        (Facts(calls=100, p50_us=900_000), Facts(calls=3, p50_us=10)),  # the old one was hardly called
         (Facts(restarts=1), GOOD),
     ],
 )
