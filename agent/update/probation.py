@@ -32,7 +32,7 @@ class Facts:
         calls: that ended, whatever their outcome.
         faults: traps and time-outs of the guest.
         errors: answers with status 500 and above.
-        p50_us: guest time of the median call, microseconds. Not of the slowest: on a busy board those tell of the board.
+        p50_us: guest time of the median call, microseconds. The slowest tell of the board, not of it.
         quarantined: the host has given up on it.
     """
 
