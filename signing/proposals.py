@@ -100,3 +100,19 @@ def _stands(delegator: Root | Targets, role: str, file: Metadata[Targets]) -> bo
 
 def _newest(kind: type[S], files: Mapping[str, bytes], role: str) -> Metadata[S]:
     return metadata.parse(kind, repository.latest(files, role)[1], role)
+
+
+def expiry(data: bytes) -> datetime:
+    """When a root, targets or namespace file expires.
+
+    Raises:
+        RepositoryError: it is none.
+    """
+    try:
+        return metadata.parse(Root, data, "the role").signed.expires
+    except Rejected:
+        pass
+    try:
+        return metadata.parse(Targets, data, "the role").signed.expires
+    except Rejected as error:
+        raise RepositoryError("this is neither a root nor a targets role") from error

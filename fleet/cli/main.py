@@ -22,6 +22,7 @@ SECTIONS: Final[Sections] = {
         "push": Entry("fleet.cli.push:push", "Publish a component and deploy it to a group, in one go"),
         "publish": Entry("fleet.cli.push:publish", "Sign a component and upload it"),
         "deploy": Entry("fleet.cli.push:deploy", "Offer a published component to a group or a board"),
+        "withdraw": Entry("fleet.cli.withdraw:withdraw", "Revoke a published release for good"),
         "component": Entry("fleet.cli.component:component", "Look into a component file, or put it into its adapter"),
     },
     "Rollouts": {
@@ -46,6 +47,7 @@ SECTIONS: Final[Sections] = {
     },
     "Trust": {
         "keys": Entry("fleet.cli.keys:keys", "Make, list, rotate and revoke signing keys"),
+        "sign": Entry("fleet.cli.sign:sign", "Sign together what changes trust; see and renew what expires"),
     },
     "Shell": {
         "completion": Entry("fleet.cli.setup:completion", "Print a completion script for bash, zsh or fish"),

@@ -8,12 +8,14 @@ done again with what is there now.
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 import msgspec
 from securesystemslib.signer import Signer
 
 from fleet.cli.base import Exit, Fault
+from fleet.cli.ceremony import SUFFIX, save
 from fleet.cli.home import Operator
 from fleet.cli.prepare import Prepared
 from fleet.cli.trust import Trust
@@ -22,8 +24,9 @@ from fleet.client import Client, ProblemError
 from fleet.protocol import author
 from fleet.protocol.manifest import Manifest
 from fleet.protocol.names import TargetName
-from signing import repository
+from signing import events, repository
 from signing.errors import RepositoryError
+from signing.events import Document, Event
 from signing.policy import Release
 
 CONFLICTS_MAX: Final = 5
@@ -86,6 +89,7 @@ def publish(
         if not uploaded:
             client.upload(prepared.sha256, prepared.data, progress=progress)
             uploaded = True
+        _need_others(who, trust, role, target)
         try:
             client.publish_role(who.namespace, role)
         except ProblemError as error:
@@ -127,6 +131,22 @@ def _begin(who: Operator, client: Client, trust: Trust, signer: Signer, ends: da
     trust.refresh()
     assert trust.role is not None
     return trust.role
+
+
+def _need_others(who: Operator, trust: Trust, role: bytes, target: TargetName) -> None:
+    """Where the namespace wants several people: save what this one signed, for the others; raises `Fault`."""
+    event = Event(who.fleet, (Document(who.namespace, role),), note=f"publishes {target}")
+    lacking = events.missing(trust.files, event)
+    if not lacking:
+        return
+    path = Path(event.name + SUFFIX)
+    save(path, event)
+    raise Fault(
+        f"{target} is not published yet",
+        f"the namespace {who.namespace} wants {lacking[0].count} signatures more; yours is in {path}",
+        f"have it signed with 'fleet sign approve {path}', then 'fleet sign publish {path}'",
+        code=Exit.FAILED,
+    )
 
 
 def _look_again(trust: Trust, release: Release) -> None:
