@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from agent.host import cell
+from agent.host import cell, program
 from agent.host.supervisor import VERSION, HostError, Settings, Supervisor
 from fleet.protocol.caps import MIB
 
@@ -128,7 +128,7 @@ _MEANING: Final = {
 
 def check() -> int:
     """Print the engine and the containment of this board; 1 where components cannot run at all."""
-    describe = [sys.executable, "-m", "agent.host.compiler", "--describe"]
+    describe = [*program.command("agent.host.compiler"), "--describe"]
     done = subprocess.run(describe, capture_output=True, text=True, check=False, timeout=120)
     facts = json.loads(done.stdout) if done.returncode == 0 else {}
     if facts:

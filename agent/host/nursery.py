@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from agent.host import control, page
+from agent.host import control, page, program
 
 FORK: Final = b"F"
 _MESSAGE_BYTES: Final = 12
@@ -208,7 +208,7 @@ class Zygote:
         ours, theirs = control.pair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "agent.host.zygote", str(theirs.fileno()), *(["--fuel"] if fuel else [])],
+                [*program.command("agent.host.zygote"), str(theirs.fileno()), *(["--fuel"] if fuel else [])],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from agent import systemd
-from agent.host import cell, ipc
+from agent.host import cell, ipc, program
 from agent.host.cgroups import Cgroups
 from agent.host.deaths import Deaths
 from agent.host.front import Front
@@ -205,9 +205,7 @@ class Supervisor:
     async def _ask_engine(self) -> str:
         """The engine's version, asked of a process of its own; empty where there is none."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "agent.host.compiler",
+            *program.command("agent.host.compiler"),
             "--describe",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

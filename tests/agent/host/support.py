@@ -86,6 +86,9 @@ def a_run(
     )
 
 
+STARTED = []  # hosts that nobody has closed yet
+
+
 class Host:
     """A running fleet-host and a connection to it."""
 
@@ -94,6 +97,7 @@ class Host:
         self.state = directory / "state"
         self.port = ingress or free_port()
         self.events = []
+        self.shared = False
         self._id = 0
         self.stderr = (directory / "host.log").open("ab")
         self.process = subprocess.Popen(
@@ -111,6 +115,7 @@ class Host:
             stderr=self.stderr,
             stdin=subprocess.DEVNULL,
         )
+        STARTED.append(self)
         self.sock = self.connect()
 
     def connect(self) -> socket.socket:
@@ -159,6 +164,7 @@ class Host:
             self.events.append(ipc.receive_from_host(self.sock))
 
     def close(self):
+        STARTED.remove(self)
         self.sock.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
