@@ -85,6 +85,11 @@ def key(*parts: object) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
+def native() -> str:
+    """Debian's name of this machine's architecture."""
+    return _output(["dpkg", "--print-architecture"]).strip()
+
+
 def is_root() -> bool:
     """Whether this process may build roots without a user namespace."""
     return os.geteuid() == 0

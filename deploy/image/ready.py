@@ -19,18 +19,28 @@ PROGRAMS = (
 BESIDES = ("arch-test", "binfmt-support", "opensbi")
 
 
+def install() -> None:
+    """Install what is missing.
+
+    Raises:
+        debian.BuildError: this is not root, or apt-get fails.
+    """
+    if all(shutil.which(name) for name in PROGRAMS):
+        return
+    if not debian.is_root():
+        debian.need(*PROGRAMS)
+    packages = sorted({debian.PACKAGE_OF[name] for name in PROGRAMS} | set(BESIDES))
+    debian.say(f"installing {' '.join(packages)}")
+    apt = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages]
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    if subprocess.run(apt, check=False, env=environment, stdout=subprocess.DEVNULL).returncode != 0:
+        raise debian.BuildError("apt-get could not install them: run apt-get update and try again")
+
+
 def main() -> int:
     """Install what is missing; 1 when something still is."""
     try:
-        if any(shutil.which(name) is None for name in PROGRAMS):
-            if not debian.is_root():
-                debian.need(*PROGRAMS)
-            packages = sorted({debian.PACKAGE_OF[name] for name in PROGRAMS} | set(BESIDES))
-            debian.say(f"installing {' '.join(packages)}")
-            apt = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages]
-            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            if subprocess.run(apt, check=False, env=environment, stdout=subprocess.DEVNULL).returncode != 0:
-                raise debian.BuildError("apt-get could not install them: run apt-get update and try again")
+        install()
         for architecture in root.ARCHITECTURES:
             root.ready(architecture)
     except debian.BuildError as error:

@@ -78,6 +78,31 @@ def kernel(architecture: str) -> Path:
     )
 
 
+def byte_compile(tree: Path) -> None:
+    """Byte-compile a root's Python files with the same Python of this machine's architecture: seconds, not minutes.
+
+    What it writes is the same on every architecture; under emulation the same takes twenty times as long.
+    """
+    packages = ("python3",)
+    native = debian.bootstrap(
+        debian.cache_dir() / f"python-{debian.key(SUITE, packages)}",
+        suite=SUITE,
+        architectures=(debian.native(),),
+        packages=packages,
+        variant="essential",
+    )
+    places = [f"/tree/usr/lib/{each}" for each in ("python3.13", "python3/dist-packages", "wasmfleet")]
+    here = [place for place in places if (tree / place.removeprefix("/tree/")).is_dir()]
+    command = ["python3", "-m", "compileall", "-q", "-j2", "-x", "/(test|lib2to3|idlelib)/", "-s", "/tree", "-p", "/"]
+    debian.run_inside(native, [*command, *here], binds={tree: "/tree"})
+
+
+def without_byte_compiling(tree: Path) -> list[str]:
+    """Shell commands that keep packages from byte-compiling inside `tree`, and let them again."""
+    stub = _STUB.format("/usr/bin/py3compile").replace('"$1"', str(tree))
+    return [stub, _UNSTUB.format("/usr/bin/py3compile").replace('"$1"', str(tree))]
+
+
 def main() -> int:
     """Make the roots of the architectures named on the command line."""
     for architecture in sys.argv[1:] or ARCHITECTURES:

@@ -4,8 +4,8 @@
     wasmfleet-server_VERSION_all.deb                     the operator's side
 
 Each lives in a private Python environment, `/usr/lib/wasmfleet/{agent,server}`, on Debian's own interpreter and, where
-they suffice, Debian's own Python packages; the rest is carried along, pinned by hash in `vendored.txt`. None of it is seen
-by the system's Python. Built from whatever machine: nothing is compiled or executed for the target.
+they suffice, Debian's own Python packages; the rest is carried along, pinned by hash in `vendored.txt`. The system's
+Python sees none of it. Built from whatever machine: nothing is compiled or executed for the target.
 The same source and the same SOURCE_DATE_EPOCH make the same bytes.
 """
 
@@ -183,6 +183,8 @@ def _tidy(site: Path) -> None:
             each.unlink()
     for each in list(site.rglob("__pycache__")):
         shutil.rmtree(each)
+    for each in list(site.rglob(".gitignore")):
+        each.unlink()
 
 
 def _write_command(path: Path, home: Path, entry: str) -> None:
@@ -226,7 +228,7 @@ def copyright_text(site: Path) -> str:
             for text in sorted(info.rglob("*"))
             if text.is_file() and re.match(r"(?i)(licen[cs]e|notice|copying)", text.name)
         ]
-        body = "\n".join(texts) or licence
+        body = "\n".join(map(_without_apache, texts)) or licence
         indented = "\n".join(f" {line.rstrip()}" if line.strip() else " ." for line in body.splitlines())
         parts.append(
             f"Files: usr/lib/wasmfleet/*/{name}*\nCopyright: its authors, see the text\nLicense: {name}\n{indented}\n"
@@ -236,6 +238,15 @@ def copyright_text(site: Path) -> str:
         " /usr/share/common-licenses/Apache-2.0.\n"
     )
     return "\n".join(parts)
+
+
+def _without_apache(text: str) -> str:
+    """A licence's text with the Apache License itself named instead of quoted, as Debian wants it; exceptions stay."""
+    if "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" not in text:
+        return text
+    named = "On Debian systems, the Apache License 2.0 is in /usr/share/common-licenses/Apache-2.0."
+    _, found, exceptions = text.partition("--- LLVM Exceptions")
+    return f"{named}\n{found}{exceptions}"
 
 
 def describe(info: Path) -> tuple[str, str]:

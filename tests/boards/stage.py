@@ -72,20 +72,19 @@ class Image:
     disk: Path
 
 
-def build(architecture: str, packages: Sequence[Path] = (), *, warm: Sequence[str] = ()) -> Image:
+def build(architecture: str, packages: Sequence[Path] = ()) -> Image:
     """The disk of a board with these packages installed.
 
     Args:
         architecture: of the board.
         packages: .deb files, installed by dpkg in this order.
-        warm: commands run once inside, so that what they import is byte-compiled.
 
     Raises:
         debian.BuildError: something is missing, or an installation failed.
     """
     root, kernel = board_root.root(architecture), board_root.kernel(architecture)
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in packages]
-    made_of = (root.name, kernel.name, digests, warm, DISK_MB, MODULES, CONSOLE_UNIT, NETWORK, MASKED, disk.INIT)
+    made_of = (root.name, kernel.name, digests, DISK_MB, MODULES, CONSOLE_UNIT, NETWORK, MASKED, disk.INIT)
     place = debian.cache_dir() / f"disk-{architecture}-{debian.key(*made_of)}"
     if not place.exists():
         fresh = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=debian.cache_dir()))
@@ -93,7 +92,7 @@ def build(architecture: str, packages: Sequence[Path] = (), *, warm: Sequence[st
             disk.make_initrd(kernel, fresh / "initrd")
             tree = fresh / "root"
             subprocess.run(["cp", "-a", "--reflink=auto", str(root), str(tree)], check=True)
-            _install(tree, packages, warm)
+            _install(tree, packages)
             _furnish(tree, kernel)
             disk.make_disk(tree, fresh / "disk.raw", size_mb=DISK_MB)
             shutil.rmtree(tree)
@@ -104,17 +103,19 @@ def build(architecture: str, packages: Sequence[Path] = (), *, warm: Sequence[st
     return Image(architecture, disk.bootable(kernel), place / "initrd", place / "disk.raw")
 
 
-def _install(tree: Path, packages: Sequence[Path], warm: Sequence[str]) -> None:
+def _install(tree: Path, packages: Sequence[Path]) -> None:
     if packages:
+        stub, unstub = board_root.without_byte_compiling(tree)
         inside = tree / "var/tmp/packages"
         inside.mkdir()
         for package in packages:
             shutil.copy2(package, inside)
         names = [f"/var/tmp/packages/{package.name}" for package in packages]
+        subprocess.run(["sh", "-ec", stub], check=True)
         debian.run_inside(tree, ["dpkg", "--install", *names], env={"DEBIAN_FRONTEND": "noninteractive"})
+        subprocess.run(["sh", "-ec", unstub], check=True)
         shutil.rmtree(inside)
-    for command in warm:
-        debian.run_inside(tree, ["sh", "-c", command])
+    board_root.byte_compile(tree)
 
 
 def _furnish(tree: Path, kernel: Path) -> None:

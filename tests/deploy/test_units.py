@@ -14,6 +14,7 @@ SERVICES = sorted(UNITS.glob("*.service"))
 CEILINGS = {
     "fleet-agent.service": 2.0,
     "fleet-restore.service": 1.0,
+    "fleet-enroll.service": 3.5,
     "fleet-compiler@.service": 1.0,
     "fleet-server.service": 2.0,
     # building cells for components takes root, namespaces and control groups
@@ -61,7 +62,7 @@ def test_the_host_restores_at_every_start_without_the_agent() -> None:
 
 def test_only_who_maps_machine_code_may_have_executable_memory() -> None:
     denied = {service.name for service in SERVICES if value(service.name, "MemoryDenyWriteExecute") == ["yes"]}
-    assert denied == {"fleet-agent.service", "fleet-restore.service", "fleet-server.service"}
+    assert denied == {f"fleet-{each}.service" for each in ("agent", "enroll", "restore", "server")}
 
 
 @pytest.mark.parametrize("service", SERVICES, ids=lambda path: path.name)
