@@ -32,6 +32,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         interfaces: interfaces or packages that components may import; None for all.
         outbound: where they may connect, as `https://host:443`; None for wherever their grants say.
         logs: what may leave the board when an operator follows logs.
+        on_revoked: what becomes of a component that runs and is then revoked, denied its grants, or found to be below
+            the security epoch.
         memory_bytes, call_ms, concurrency, storage_bytes: upper bounds on a manifest's limits.
         compile_memory_bytes, compile_s: for the compiler.
     """
@@ -39,6 +41,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     interfaces: tuple[str, ...] | None = None
     outbound: tuple[str, ...] | None = None
     logs: Literal["off", "errors", "all"] = "errors"
+    on_revoked: Literal["stop", "keep"] = "stop"
     memory_bytes: int = 256 * caps.MIB
     call_ms: int = 60_000
     concurrency: int = 8
@@ -105,12 +108,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         name: what to call this board when it enrols; empty for its host name.
         health_s: how often the board's figures are sent while nothing changes.
         refresh_s: how often the desired state is asked for over HTTPS while MQTT is blocked.
+        recheck_s: how often it is asked for while MQTT works, and what runs is held against revocations.
     """
 
     production: bool = False
     name: str = ""
     health_s: float = 900.0
     refresh_s: float = 300.0
+    recheck_s: float = 3600.0
     policy: Policy = Policy()
     network: Network = Network()
     disk: Disk = Disk()
@@ -147,6 +152,7 @@ def validate(merged: Mapping[str, Any]) -> Settings:
     positive = {
         "health_s": settings.health_s,
         "refresh_s": settings.refresh_s,
+        "recheck_s": settings.recheck_s,
         "network.request_s": settings.network.request_s,
         "network.download_s": settings.network.download_s,
         "network.keepalive_s": settings.network.keepalive_s,

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from agent import health, reports, restore, systemd, upkeep
+from agent import confirm, health, reports, restore, systemd, upkeep
 from agent.bus import Bus
 from agent.carry import Carrier, Host
 from agent.config import Places, Settings
@@ -107,7 +107,12 @@ class Daemon:
             jitter=random.random,
         )
         self._deployer = Deployer(
-            board=self._board, store=store, worker=self._worker, carrier=self._carrier, on_report=self._on_report
+            board=self._board,
+            store=store,
+            worker=self._worker,
+            carrier=self._carrier,
+            on_report=self._on_report,
+            on_revoked=policy.on_revoked,
         )
         self._desired = Desired(
             board=self._board,
@@ -119,6 +124,7 @@ class Daemon:
             clock_set=lambda: not tls.clock_behind and health.clock_synchronised() is not False,
             ask_fresh=self._ask_fresh,
             on_report=self._on_report,
+            doubts=lambda: confirm.doubts(self._trust, policy, store.committed()),
             strict=settings.production,
         )
         self._outbox = Outbox(store=store, worker=self._worker, publish=lambda body: self._bus.publish(Up.REPORT, body))
@@ -138,7 +144,11 @@ class Daemon:
             worker=self._worker,
             deployer=self._deployer,
             link=self._link,
-            problems=lambda: [*self._broken.values(), *self._desired.problems.values()],
+            problems=lambda: [
+                *self._broken.values(),
+                *self._deployer.withdrawals.problems,
+                *self._desired.problems.values(),
+            ],
             publish=lambda body: self._bus.publish(Up.HEALTH, body),
         )
 
@@ -150,13 +160,13 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._desired.refresh)
-        self._spawn(self._link.stay_connected(self._on_welcome))
         await self._deployer.recover()
         await self._desired.resume()
+        self._spawn(self._link.stay_connected(self._on_welcome))
         self._spawn(self._bus.run())
         self._spawn(self._outbox.run())
         self._spawn(self._vitals.run(self._settings.health_s))
-        self._spawn(self._desired.run(lambda: None if self._bus.connected else self._settings.refresh_s))
+        self._spawn(self._desired.run(self._interval_s))
         self._spawn(upkeep.renew(self._places, self._https, self._identity.device, self._trust.now))
         self._spawn(upkeep.watchdog(self._worker, self._status_line))
         systemd.notify(READY="1", STATUS="running; connecting to the fleet")
@@ -165,6 +175,9 @@ class Daemon:
         systemd.notify(STOPPING="1", STATUS="stopping; instances go on")
         await self._close()
         return int(self._faulty)
+
+    def _interval_s(self) -> float:
+        return self._settings.recheck_s if self._bus.connected else self._settings.refresh_s
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)

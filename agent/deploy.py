@@ -7,21 +7,22 @@ removal. The plan is made anew whenever something ended.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
 from agent import reports, restore
 from agent.carry import Carrier, Outcome
-from agent.records import Change, Committed, FailedItem, failed_item, failure_of, in_flight_of, item_key, want_of
+from agent.records import Change, Committed, Doubt, FailedItem, failed_item, failure_of, in_flight_of, item_key, want_of
 from agent.sets import Sets
 from agent.standing import Board, Flight, Standing
 from agent.store import Store, StoreError
 from agent.update.machine import Effect, Event, Happened, Phase, State, advance
 from agent.update.plan import Act, plan
+from agent.withdraw import Withdrawals
 from agent.worker import Worker
 from fleet.protocol.assignment import Assignment, Item
 from fleet.protocol.codes import Phase as WirePhase
@@ -42,7 +43,14 @@ class Deployer:
     """Carries out assignments."""
 
     def __init__(
-        self, *, board: Board, store: Store, worker: Worker, carrier: Carrier, on_report: Callable[[], None]
+        self,
+        *,
+        board: Board,
+        store: Store,
+        worker: Worker,
+        carrier: Carrier,
+        on_report: Callable[[], None],
+        on_revoked: Literal["stop", "keep"] = "stop",
     ) -> None:
         """A deployer; call `recover` once, then `desire` for each accepted assignment.
 
@@ -52,6 +60,7 @@ class Deployer:
             worker: the thread for SQLite.
             carrier: carries out effects.
             on_report: called when there is a new report to send.
+            on_revoked: what becomes of a committed item that something speaks against.
         """
         self._board = board
         self._store = store
@@ -63,6 +72,16 @@ class Deployer:
         self._later: asyncio.TimerHandle | None = None
         self.standing = Standing()
         self._sets = Sets(self.standing)
+        self.withdrawals = Withdrawals(
+            board=board,
+            store=store,
+            worker=worker,
+            carrier=carrier,
+            standing=self.standing,
+            policy=on_revoked,
+            on_report=on_report,
+            write_runset=self._write_runset,
+        )
 
     async def recover(self) -> None:
         """Take up what the last run of the agent left: each stored state names its recovery."""
@@ -80,34 +99,38 @@ class Deployer:
         self.standing.assignment = assignment
         await self.replan()
 
+    async def hold(self, doubts: Iterable[Doubt]) -> None:
+        """Something speaks against these committed items: nothing holds up that they are stopped."""
+        self.withdrawals.hold(doubts)
+        await self.replan()
+
     async def replan(self) -> None:
         """Compare what is wanted with what is, and start what is missing."""
-        assignment = self.standing.assignment
-        if assignment is None:
-            return
         try:
-            await self._plan_and_start(assignment)
+            async with self._planning:
+                await self.withdrawals.carry_out()
+                if self.standing.assignment is not None:
+                    await self._plan_and_start(self.standing.assignment)
         except StoreError as error:
             log.error("what is wanted cannot be begun now: %s", error)  # noqa: TRY400 - said in the message
             self._call_later(STORE_AGAIN_S)
 
     async def _plan_and_start(self, assignment: Assignment) -> None:
-        async with self._planning:
-            failures = await self._worker(self._store.failed)
-            steps = plan(
-                {name: want_of(item) for name, item in self.standing.wanted().items()},
-                {name: want_of(each.item) for name, each in self.standing.committed.items()},
-                {name: in_flight_of(flight.change) for name, flight in self.standing.flights.items()},
-                {(each.instance, each.key, each.attempt): failure_of(each) for each in failures},
-                datetime.now(UTC).timestamp(),
-            )
-            if steps:
-                await self._worker(self._store.set_counter, "deployed", assignment.version)
-            for step in steps:
-                await self._take(step.act, step.instance, assignment, failures)
-            self._replan_later(failures)
-            if not self.standing.flights and self.standing.all_committed():
-                await self._worker(self._store.set_counter, "committed", assignment.version)
+        failures = await self._worker(self._store.failed)
+        steps = plan(
+            {name: want_of(item) for name, item in self.standing.wanted().items()},
+            {name: want_of(each.item) for name, each in self.standing.committed.items()},
+            {name: in_flight_of(flight.change) for name, flight in self.standing.flights.items()},
+            {(each.instance, each.key, each.attempt): failure_of(each) for each in failures},
+            datetime.now(UTC).timestamp(),
+        )
+        if steps:
+            await self._worker(self._store.set_counter, "deployed", assignment.version)
+        for step in steps:
+            await self._take(step.act, step.instance, assignment, failures)
+        self._replan_later(failures)
+        if not self.standing.flights and self.standing.all_committed():
+            await self._worker(self._store.set_counter, "committed", assignment.version)
 
     def _replan_later(self, failures: tuple[FailedItem, ...]) -> None:
         """When what failed in passing may be tried again, the plan is made anew."""

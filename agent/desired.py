@@ -17,6 +17,7 @@ from typing import Final
 from agent import reports
 from agent.deploy import Deployer
 from agent.fetch import FetchError, Https
+from agent.records import Doubt
 from agent.standing import Board
 from agent.store import Store, StoreError
 from agent.trust import Trust, remembered_assignment
@@ -24,6 +25,7 @@ from agent.worker import Worker
 from fleet.protocol import caps
 from fleet.protocol.codes import Phase, RejectCode
 from signing.errors import Rejected
+from signing.trust import Accepted
 
 log = logging.getLogger("agent.desired")
 
@@ -60,12 +62,14 @@ class Desired:
         clock_set: Callable[[], bool],
         ask_fresh: Callable[[str], bool],
         on_report: Callable[[], None],
+        doubts: Callable[[], tuple[Doubt, ...]],
         strict: bool,
     ) -> None:
         """A judge.
 
         `clock_set` says whether somebody sets the clock, `ask_fresh` sends a nonce (false where there is no
-        connection), `on_report` tells of a new report. With `strict`, an assignment that nobody vouches for in time is
+        connection), `on_report` tells of a new report, `doubts` holds what is committed against what is known by now
+        (called on the worker). With `strict`, an assignment that nobody vouches for in time is
         not acted on.
         """
         self._board = board
@@ -77,6 +81,7 @@ class Desired:
         self._clock_set = clock_set
         self._ask_fresh = ask_fresh
         self._on_report = on_report
+        self._doubts = doubts
         self._strict = strict
         self._due = asyncio.Event()
         self._nonce = ""
@@ -101,13 +106,14 @@ class Desired:
 
     async def resume(self) -> None:
         """What was accepted before is carried on with, network or none."""
+        await self._hold()
         envelope = await self._worker(self._store.envelope)
         assignment = None if envelope is None else remembered_assignment(envelope)
         if assignment is not None:
             await self._deployer.desire(assignment)
 
-    async def run(self, interval_s: Callable[[], float | None]) -> None:
-        """Ask over HTTPS at the start, when told to, and each `interval_s()` seconds unless that is None."""
+    async def run(self, interval_s: Callable[[], float]) -> None:
+        """Ask over HTTPS at the start, when told to, and each `interval_s()` seconds."""
         while True:
             self._due.clear()
             try:
@@ -122,7 +128,7 @@ class Desired:
             seconds = interval_s()
             with contextlib.suppress(TimeoutError):
                 jitter = random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
-                async with asyncio.timeout(None if seconds is None else seconds * jitter):
+                async with asyncio.timeout(seconds * jitter):
                     await self._due.wait()
 
     async def judge(self, envelope: bytes) -> None:
@@ -131,29 +137,51 @@ class Desired:
             now = asyncio.get_running_loop().time()
             if envelope == self._judged[0] and now - self._judged[1] < SAME_S:
                 return  # the same by another way
-            try:
-                accepted = await self._worker(self._trust.accept, envelope)
-            except Rejected as error:
-                await self._refused(envelope, error)
-                return
-            except StoreError as error:
-                # What cannot be remembered is not accepted: what runs goes on, and it is asked for again.
-                self.problems["assignment"] = str(error)
-                log.error("%s", error)  # noqa: TRY400 - said in the message
-                self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311
-                return
-            self.problems.pop("assignment", None)
-            version = accepted.assignment.version
-            if not self._clock_set() and not await self._vouch():
-                text = f"assignment {version}: nobody vouched that it is current, and this board's clock is not set"
-                self.problems["fresh"] = text
-                log.warning("%s", text)
-                if self._strict:
-                    self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311
-                    return
-            log.info("assignment %d accepted", version)
-            self._judged = (envelope, now)
-            await self._deployer.desire(accepted.assignment)
+            accepted = await self._accept(envelope)
+            await self._hold()
+            if accepted is not None and await self._may_act(accepted.assignment.version):
+                log.info("assignment %d accepted", accepted.assignment.version)
+                self._judged = (envelope, now)
+                await self._deployer.desire(accepted.assignment)
+            await self._note_problems()
+
+    async def _accept(self, envelope: bytes) -> Accepted | None:
+        try:
+            accepted = await self._worker(self._trust.accept, envelope)
+        except Rejected as error:
+            await self._refused(envelope, error)
+            return None
+        except StoreError as error:
+            # What cannot be remembered is not accepted: what runs goes on, and it is asked for again.
+            self.problems["assignment"] = str(error)
+            log.error("%s", error)  # noqa: TRY400 - said in the message
+            self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311
+            return None
+        self.problems.pop("assignment", None)
+        return accepted
+
+    async def _may_act(self, version: int) -> bool:
+        """Whether an accepted assignment is acted on now: somebody must vouch for it where no clock is set."""
+        if self._clock_set() or await self._vouch():
+            return True
+        text = f"assignment {version}: nobody vouched that it is current, and this board's clock is not set"
+        self.problems["fresh"] = text
+        log.warning("%s", text)
+        if self._strict:
+            self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311
+        return not self._strict
+
+    async def _hold(self) -> None:
+        """Hold what runs against what is known by now; nothing waits for a new assignment to be stopped."""
+        try:
+            await self._deployer.hold(await self._worker(self._doubts))
+        except StoreError as error:
+            log.error("what runs cannot be held against revocations: %s", error)  # noqa: TRY400 - said in the message
+
+    async def _note_problems(self) -> None:
+        """What keeps this board from its newest assignment, for `fleet-agent why`."""
+        with contextlib.suppress(StoreError):
+            await self._worker(self._store.set_problems, list(self.problems.values()))
 
     async def _vouch(self) -> bool:
         """Have the director say, for a new nonce, that the accepted assignment is the current one."""
@@ -200,7 +228,11 @@ class Desired:
             self.problems["assignment"] = f"the fleet's metadata cannot be fetched: {error.message}"
             self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311
             return
-        self.problems["assignment"] = f"an assignment was refused: {error.message}"
+        self.problems["assignment"] = (
+            f"nothing is updated until it is renewed, and what runs goes on: {error.message}"
+            if error.code is RejectCode.EXPIRED
+            else f"an assignment was refused ({error.code}): {error.message}"
+        )
         key = (hashlib.sha256(envelope).hexdigest(), error.code.value)
         if key in self._refusals or len(self._refusals) >= REFUSALS_MAX:
             return

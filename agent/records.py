@@ -102,6 +102,21 @@ class FailedItem(msgspec.Struct, frozen=True, kw_only=True):
     retry_at: float | None = None
 
 
+class Doubt(msgspec.Struct, frozen=True, kw_only=True):
+    """What speaks by now against an item that is committed (`agent.confirm`).
+
+    Attributes:
+        key: of the item (`item_key`).
+        target: its target path.
+    """
+
+    instance: str
+    key: str
+    target: str
+    code: RejectCode
+    message: str
+
+
 def want_of(item: Item) -> Want:
     """An item, as a plan has to know it."""
     return Want(instance=item.instance, key=item_key(item), attempt=item.attempt, rollout=item.rollout)

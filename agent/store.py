@@ -7,14 +7,14 @@ state and its report, or neither. All methods block and belong to the agent's on
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from agent.records import Change, Committed, FailedItem
+from agent.records import Change, Committed, Doubt, FailedItem
 from fleet.protocol import wire
 from fleet.protocol.messages import Report
 from signing.facts import Facts
@@ -201,6 +201,31 @@ class Store:
     def envelope(self) -> bytes | None:
         """The accepted assignment, as it came."""
         return self._meta("envelope")
+
+    # What stands against what runs or is wanted, for `fleet-agent why`
+
+    def set_doubts(self, doubts: Iterable[Doubt]) -> None:
+        """What speaks against committed items, and was reported."""
+        self._set_meta("doubts", msgspec.json.encode(tuple(doubts)))
+
+    def doubts(self) -> tuple[Doubt, ...]:
+        """Read them back."""
+        body = self._meta("doubts")
+        return () if body is None else msgspec.json.decode(body, type=tuple[Doubt, ...])
+
+    def set_problems(self, problems: Iterable[str]) -> None:
+        """What keeps this board from its newest assignment, as sentences for people."""
+        self._set_meta("problems", msgspec.json.encode(tuple(problems)))
+
+    def problems(self) -> tuple[str, ...]:
+        """Read them back."""
+        body = self._meta("problems")
+        return () if body is None else msgspec.json.decode(body, type=tuple[str, ...])
+
+    def _set_meta(self, name: str, value: bytes) -> None:
+        if self._meta(name) != value:
+            with self._transaction() as db:
+                db.execute("REPLACE INTO meta VALUES (?, ?)", (name, value))
 
     def _meta(self, name: str) -> bytes | None:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()

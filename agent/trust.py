@@ -15,6 +15,7 @@ from agent.store import Store
 from fleet.protocol import wire
 from fleet.protocol.assignment import Assignment, Command, Fresh, Item
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Manifest
 from signing import dsse
 from signing.cache import DirectoryCache
 from signing.errors import FetchNotFound, Rejected
@@ -104,6 +105,10 @@ class Trust:
         if not self._refreshed:
             self.refresh()
         return self._set.resolve(item, facts=self._facts(), arch=ARCH)
+
+    def reconfirm(self, item: Item, manifest: Manifest) -> None:
+        """Hold a committed item against what publishers say by now; raises `Rejected` (UNREACHABLE: unknown)."""
+        self._set.reconfirm(item, manifest, facts=self._facts(), arch=ARCH)
 
     def command(self, envelope: bytes) -> Command:
         """Judge a command, and remember it before it is obeyed; raises `Rejected`."""

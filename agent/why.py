@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 
 from agent.identity import Identity
+from agent.records import Doubt
 from agent.store import Store
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import Report
@@ -23,6 +24,7 @@ ACTIONS: Final = {
     RejectCode.IMAGE_DAMAGED: "check this board's disk; the image is made anew by itself",
     RejectCode.TRAPPED: "'fleet why' shows the last lines of its log; publish a version that does not trap",
     RejectCode.EXPIRED: "renew the repository's metadata ('fleet sign renew'); what runs goes on",
+    RejectCode.REVOKED: "publish a version that its publisher stands by, and push it",
     RejectCode.ROLLBACK: "the server offers older state than this board has seen: find out why",
     RejectCode.HOST_GONE: "'systemctl status fleet-host' says why the host does not run",
 }
@@ -73,6 +75,8 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     running: tuple[Running, ...]
     changing: tuple[Changing, ...]
     failed: tuple[Failed, ...]
+    doubts: tuple[Doubt, ...] = ()
+    problems: tuple[str, ...] = ()
     timeline: tuple[Report, ...] = ()
 
 
@@ -125,6 +129,8 @@ def standing(identity: Identity, store: Store, instance: str = "") -> Standing:
             for each in store.failed()
             if about(each.instance)
         ),
+        doubts=tuple(each for each in store.doubts() if about(each.instance)),
+        problems=store.problems(),
         timeline=tuple(each for each in store.history() if about(each.instance))[-TIMELINE_ROWS:],
     )
 
@@ -135,10 +141,14 @@ def tell(found: Standing) -> Iterable[str]:
     yield f"  assignment: accepted {found.accepted}, committed {found.committed}"
     if found.unsent_reports:
         yield f"  {found.unsent_reports} reports wait to be acknowledged by the server"
+    for problem in found.problems:
+        yield f"  {problem}"
     if not found.running:
         yield "  nothing is committed: no instance runs"
     for running in found.running:
         yield f"  {running.instance}: runs {running.target} since {running.since:%Y-%m-%d %H:%M:%S} UTC"
+    for doubt in found.doubts:
+        yield f"  {doubt.instance}: goes on running, as [policy] on_revoked says ({doubt.code}): {doubt.message}"
     for change in found.changing:
         what = f"changes to {change.target}" if change.target else "is being removed"
         yield f"  {change.instance}: {what}, {change.phase}" + (f": {change.message}" if change.message else "")

@@ -319,7 +319,12 @@ class BoardKit:
             clock=asyncio.get_running_loop().time,
         )
         self.deployer = Deployer(
-            board=board, store=self.store, worker=self.worker, carrier=self.carrier, on_report=lambda: None
+            board=board,
+            store=self.store,
+            worker=self.worker,
+            carrier=self.carrier,
+            on_report=lambda: None,
+            on_revoked=self.settings.policy.on_revoked,
         )
         self.linking = asyncio.ensure_future(self.link.stay_connected(self._restore))
         await self.deployer.recover()

@@ -1,21 +1,29 @@
 """What a board believes: assignments with real signatures, refusals reported once, freshness without a clock."""
 
 import asyncio
+import hashlib
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from agent import confirm, why
 from agent import desired as desired_module
+from agent.config import Policy
 from agent.desired import Desired
 from agent.fetch import FetchError
 from agent.identity import Identity
+from agent.records import Committed
 from agent.standing import Board
 from agent.store import Store
 from agent.trust import Trust
 from agent.worker import Worker
-from fleet.protocol.assignment import Assignment, Fresh
+from fleet.protocol.assignment import Assignment, Fresh, Item
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Grants, Http, Manifest
+from fleet.protocol.names import TargetName
 from signing import director, repository
 from signing.keys import generate
 
@@ -50,6 +58,45 @@ class Server:
         made = Assignment(version=version, stop_all=True, **fields)
         return director.sign_assignment(made, self.keys[signer])
 
+    def publish(self, component):
+        """A release by the namespace's publisher, shown to boards."""
+        described = Manifest(name="web", version="1.0.0", trigger=Http())
+        described = msgspec.structs.replace(described, grants=Grants(interfaces=("wasi:clocks",)))
+        name = TargetName("main", "web", "1.0.0")
+        role = repository.add_target(
+            self.newest("main"),
+            name=name,
+            length=len(component),
+            sha256=hashlib.sha256(component).hexdigest(),
+            manifest=described,
+            signer=self.keys["main"],
+            now=NOW,
+        )
+        self.show(role)
+        item = Item(
+            instance="web",
+            target=name.path,
+            length=len(component),
+            sha256=hashlib.sha256(component).hexdigest(),
+            manifest_sha256=described.digest(),
+        )
+        return Committed(item=item, manifest=described, generation=1, assignment=1, at=NOW)
+
+    def revoke(self):
+        name = TargetName("main", "web", "1.0.0")
+        self.show(repository.revoke(self.newest("main"), name=name, signer=self.keys["main"], now=NOW))
+
+    def newest(self, role):
+        named = [name for name in self.files if name.endswith(f".{role}.json")]
+        return self.files[max(named, key=lambda name: int(name.split(".")[0]))]
+
+    def show(self, role):
+        version = json.loads(role)["signed"]["version"]
+        self.files[f"{version}.main.json"] = role
+        self.files |= repository.online(
+            self.files, snapshot_signer=self.keys["snapshot"], timestamp_signer=self.keys["timestamp"], now=NOW
+        )
+
     def fresh(self, nonce, envelope):
         statement = Fresh(
             fleet=FLEET,
@@ -64,17 +111,20 @@ class Server:
 
 class Deployed:
     def __init__(self):
-        self.versions = []
+        self.versions, self.doubts = [], ()
 
     async def desire(self, assignment):
         self.versions.append(assignment.version)
+
+    async def hold(self, doubts):
+        self.doubts = doubts
 
 
 class Case:
     def __init__(self, tmp_path, *, clock_set=True, strict=True):
         self.server, self.deployer, self.nonces = Server(tmp_path), Deployed(), []
         self.store, self.worker = Store(tmp_path / "store.db"), Worker("test")
-        identity = Identity(
+        self.identity = identity = Identity(
             device=DEVICE,
             fleet=FLEET,
             group="",
@@ -101,9 +151,11 @@ class Case:
             clock_set=lambda: clock_set,
             ask_fresh=self.ask,
             on_report=lambda: None,
+            doubts=lambda: confirm.doubts(self.trust, self.policy, self.store.committed()),
             strict=strict,
         )
         self.answer = lambda nonce: None
+        self.policy = Policy()
 
     def ask(self, nonce):
         self.nonces.append(nonce)
@@ -243,3 +295,38 @@ def test_what_was_accepted_is_carried_on_with_after_a_restart(case, tmp_path):
     case.judge(case.server.assignment(4, expires=NOW + timedelta(seconds=60)))
     asyncio.run(case.desired.resume())
     assert case.deployer.versions == [4, 4]
+
+
+def test_a_release_that_was_revoked_is_held_against_what_runs_with_whatever_assignment_comes(case):
+    committed = case.server.publish(b"bytes")
+    case.store.save(committed=committed)
+    case.judge(case.server.assignment(1))
+    assert case.deployer.doubts == ()
+
+    # The publisher revokes it; the server has no new assignment to give, and shows a forged one.
+    case.server.revoke()
+    case.judge(case.server.assignment(2, signer="main"))
+    [doubt] = case.deployer.doubts
+    assert (doubt.instance, doubt.code) == ("web", RejectCode.REVOKED)
+
+
+def test_the_owners_policy_counts_without_a_network(case):
+    case.store.save(committed=case.server.publish(b"bytes"))
+    case.server.reachable, case.policy = False, Policy(interfaces=())
+    asyncio.run(case.desired.resume())
+    [doubt] = case.deployer.doubts
+    assert (doubt.code, "wasi:clocks" in doubt.message) == (RejectCode.GRANT_DENIED, True)
+
+
+def test_an_expired_repository_stops_updates_and_nothing_that_runs_and_why_says_so(case, monkeypatch):
+    case.store.save(committed=case.server.publish(b"bytes"))
+    case.judge(case.server.assignment(1))
+    # A year later nobody has renewed anything.
+    monkeypatch.setattr(case.trust, "now", lambda: NOW + timedelta(days=800))
+    case.judge(case.server.assignment(2, expires=NOW + timedelta(days=900)))
+    assert case.deployer.versions == [1]
+    assert case.deployer.doubts == ()
+    assert case.codes() == [RejectCode.EXPIRED]
+    told = "\n".join(why.tell(why.standing(case.identity, case.store)))
+    assert "nothing is updated until it is renewed, and what runs goes on" in told
+    assert "web: runs" in told
