@@ -20,7 +20,7 @@ from fleet.store.errors import StoreError
 from fleet.store.store import Store
 from signing import keys, repository
 from signing.errors import SigningError
-from signing.keyring import Keyring
+from signing.keyring import Keyring, recovery_key
 
 OPERATORS_PORT: Final = 8743
 DEVICES_PORT: Final = 8744
@@ -38,6 +38,7 @@ class Made:
     Attributes:
         url: of the API for operators and enrolment.
         warnings: sentences that the operator should read.
+        recovery: the key on paper of a fleet for production, as text: shown once and kept nowhere.
     """
 
     home: Path
@@ -46,6 +47,7 @@ class Made:
     namespace: str
     url: str
     warnings: tuple[str, ...] = ()
+    recovery: str = ""
 
 
 def init(
@@ -94,7 +96,7 @@ def init(
     except OSError as error:
         raise SetupError(f"cannot write {home}: {error.strerror}; choose another --home") from error
     try:
-        _make(Home(draft), config, passphrase if size != "dev" else None, when)
+        recovery = _make(Home(draft), config, passphrase if size != "dev" else None, when)
         (draft / "server").rename(place.server)
         (draft / "operator").rename(place.operator)
     except (SigningError, StoreError, HomeError, OSError) as error:
@@ -102,7 +104,7 @@ def init(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     warnings = () if config.production else ("development fleet: every key lies in the clear under this home",)
-    return Made(home, fleet, size, namespace, config.operators_url, warnings)
+    return Made(home, fleet, size, namespace, config.operators_url, warnings, recovery)
 
 
 def _configure(
@@ -146,13 +148,16 @@ def _configure(
     return config
 
 
-def _make(draft: Home, config: Config, passphrase: bytes | None, now: datetime) -> None:
+def _make(draft: Home, config: Config, passphrase: bytes | None, now: datetime) -> str:
     operator_keys, trust = draft.operator / "keys", draft.operator / "trust"
     inside = (draft.ca, draft.tls, draft.keys, draft.repository, draft.artifacts, draft.broker)
     for directory in (draft.operator, operator_keys, trust, draft.server, *inside):
         directory.mkdir(mode=0o700)
     ca = CertificateAuthority.create(draft.ca, fleet=config.fleet, now=now)
     ring = Keyring(operator_keys)
+    recovery, words = recovery_key() if config.production else (None, "")
+    if recovery is not None:
+        ring.add("recovery", recovery.public_key)
     files = repository.create(
         fleet=names.check_label(config.fleet, "fleet"),
         namespaces={config.namespace: ring.generate(config.namespace, passphrase=passphrase)[1]},
@@ -163,11 +168,13 @@ def _make(draft: Home, config: Config, passphrase: bytes | None, now: datetime) 
         director=keys.generate(draft.keys / "director.pem"),
         now=now,
         dev=not config.production,
+        recovery=None if recovery is None else recovery.public_key,
     )
     for name, data in files.items():
         (draft.repository / name).write_bytes(data)
     draft.config.write_text(config.dump(), encoding="utf-8")
     _make_operator(draft, config, ca, files["1.root.json"], now)
+    return words
 
 
 def _make_operator(draft: Home, config: Config, ca: CertificateAuthority, root: bytes, now: datetime) -> None:

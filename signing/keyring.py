@@ -106,18 +106,19 @@ class Keyring:
         return found
 
     def add(self, name: str, key: Key, *, where: str = ELSEWHERE) -> Entry:
-        """Write a card.
+        """Write a card, or say in one where its private half is now.
 
         Raises:
             KeyFileError: a bad name, one that is taken, or a key that has a name already.
         """
         _check(name)
         known = self.by_id(key.keyid)
-        if known is not None:
+        found = known is not None and known.name == name and not known.ours and where != ELSEWHERE
+        if known is not None and not found:
             raise KeyFileError(f"this key is known already, as {known.name}")
         card = _Card(name=name, public=public_pem(key), where=where)
         try:
-            with self._card(name).open("xb") as file:
+            with self._card(name).open("wb" if found else "xb") as file:
                 file.write(msgspec.json.format(msgspec.json.encode(card), indent=1) + b"\n")
         except FileExistsError as error:
             raise KeyFileError(f"there is a key {name!r} already: choose another name") from error

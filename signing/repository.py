@@ -65,6 +65,7 @@ def create(
     now: datetime,
     dev: bool = False,
     ceilings: Mapping[str, Grants] | None = None,
+    recovery: Key | None = None,
 ) -> dict[str, bytes]:
     """A new repository: the first version of every role, each signed by one key.
 
@@ -79,6 +80,7 @@ def create(
         now: UTC.
         dev: mark it as made for development: boards in production refuse it.
         ceilings: namespace -> the grants that its components may have at the most; absent for no limit.
+        recovery: a second key that may sign root, kept on paper.
 
     Raises:
         RepositoryError: a bad or reserved namespace, or none.
@@ -94,6 +96,8 @@ def create(
     first = Root(expires=until(now, "root"), consistent_snapshot=True, unrecognized_fields={PROFILE: profile})
     for role, signer in (("root", root), ("targets", targets), ("snapshot", snapshot), ("timestamp", timestamp)):
         first.add_key(signer.public_key, role)
+    if recovery is not None:
+        first.add_key(recovery, "root")
     files = {"1.root.json": _signed(first, [root]), "1.targets.json": _signed(top, [targets])}
     for name, signer in namespaces.items():
         files[f"1.{name}.json"] = new_role(signer=signer, now=now)

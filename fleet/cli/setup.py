@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-import os
-import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,23 +11,35 @@ from click.shell_completion import get_completion_class
 from fleet.cli import out
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.home import home
+from fleet.cli.team import hand_over, read_team, show_recovery
+from fleet.cli.unlock import new_passphrase
 
 if TYPE_CHECKING:
     from fleet.server.main import Ready
     from fleet.setup import Made
 
 _SERVER_PARTS = "install them: pip install 'wasmfleet[server]'"
-PASSPHRASE_VARIABLE = "WASMFLEET_KEY_PASSPHRASE"  # noqa: S105 - the name of a variable
 
 
 @command(
     "init",
     examples="fleet init --dev\n"
     "fleet init --solo --fleet acme --url https://fleet.example.com\n"
+    "fleet init --team --root alice.pub --root bob.pub --root carol.pub --fleet acme\n"
     "fleet --home ./try init --dev",
 )
 @click.option("--dev", "size", flag_value="dev", help="For trying out: keys in the clear, refused by production boards")
 @click.option("--solo", "size", flag_value="solo", help="One operator; the offline keys are encrypted")
+@click.option("--team", "size", flag_value="team", help="As --solo, and root passes to several people (--root)")
+@click.option(
+    "--root",
+    "people",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Public key of a person who holds root; three or more, with --team",
+)
+@click.option("--threshold", default=2, show_default=True, help="How many of them must sign, with --team")
 @click.option("--fleet", default="fleet", show_default=True, help="Its name; boards refuse what is signed for another")
 @click.option("--namespace", default="main", show_default=True, help="Namespace of the components published from here")
 @click.option("--url", help="https://HOST[:PORT] under which boards reach this machine  [loopback]")
@@ -40,6 +51,8 @@ def init(
     options: Options,
     *,
     size: str | None,
+    people: tuple[Path, ...],
+    threshold: int,
     fleet: str,
     namespace: str,
     url: str | None,
@@ -53,57 +66,58 @@ def init(
     Nothing that exists is overwritten.
     """
     if size is None:
-        raise click.UsageError("Choose --dev (for trying out) or --solo.")
+        raise click.UsageError("Choose --dev (for trying out), --solo or --team.")
+    if (size == "team") != bool(people):
+        raise click.UsageError(
+            "--team and --root belong together: fleet init --team --root alice.pub --root bob.pub ..."
+        )
     try:
         from fleet import setup  # noqa: PLC0415 - the server's parts may not be installed
     except ImportError as error:
         raise Fault("a fleet cannot be made here", f"{error.name} is not installed", _SERVER_PARTS) from None
     try:
+        team = read_team(people, threshold) if size == "team" else None
+        passphrase = None if size == "dev" else new_passphrase("the keys of root, targets and the publisher")
         made = setup.init(
             home(options),
             fleet=fleet,
-            size=size,
+            size="dev" if size == "dev" else "solo",
             url=url,
             namespace=namespace,
             operators_port=operators_port,
             devices_port=devices_port or setup.DEVICES_PORT,
             mqtt_port=mqtt_port or setup.MQTT_PORT,
             broker=broker,
-            passphrase=None if size == "dev" else _new_passphrase(),
+            passphrase=passphrase,
         )
     except setup.SetupError as error:
         raise Fault(str(error)) from None
-    _show_made(options, made)
+    event = None if team is None else hand_over(home(options), team, passphrase)
+    _show_made(options, made, event)
 
 
-def _show_made(options: Options, made: "Made") -> None:
+def _show_made(options: Options, made: "Made", event: Path | None) -> None:
     if options.json:
         facts = {"home": str(made.home), "fleet": made.fleet, "size": made.size, "namespace": made.namespace}
-        out.show_json({**facts, "url": made.url, "warnings": list(made.warnings)})
+        more = {"recovery": made.recovery, "event": None if event is None else str(event)}
+        out.show_json({**facts, "url": made.url, "warnings": list(made.warnings), **more})
         return
     out.say(options, f"Made the fleet {made.fleet} in {made.home}.")
     for warning in made.warnings:
         click.echo(click.style("note: ", fg="yellow", bold=True) + warning, err=True)
+    if made.recovery:
+        show_recovery(made.recovery)
+    if event is not None:
+        click.echo(
+            f"Root passes to the team when enough of them have signed: mail {event} to them,\n"
+            f"'fleet sign approve {event.name}', then, with the server running, 'fleet sign publish {event.name}'."
+        )
     out.say(
         options,
         "Next:\n"
         "  fleet serve                              run its server\n"
         "  fleet enroll-token --group edge-eu       a token for the first board",
     )
-
-
-def _new_passphrase() -> bytes:
-    given = os.environ.get(PASSPHRASE_VARIABLE)
-    if given:
-        return given.encode()
-    if not sys.stdin.isatty():
-        raise Fault(
-            "a solo fleet needs a passphrase for its keys",
-            "there is no terminal to ask on",
-            f"set {PASSPHRASE_VARIABLE}",
-        )
-    answer: str = click.prompt("Passphrase for root and publisher keys", hide_input=True, confirmation_prompt=True)
-    return answer.encode()
 
 
 @command("serve", json=False, examples="fleet serve\nfleet --home /srv/fleet serve --broker mosquitto")

@@ -11,6 +11,7 @@ from fleet.cli import out
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.ceremony import Ceremony, load, merged, save
 from fleet.cli.home import operator
+from fleet.cli.moving import move
 from fleet.cli.values import days
 from signing import proposals, repository, rotation
 from signing.errors import RepositoryError
@@ -179,5 +180,5 @@ def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | N
         ceremony.carry_through(event, yes=yes, to=to)
 
 
-for each in (status, diff, approve, publish, renew):
+for each in (status, diff, approve, publish, renew, move):
     sign.add_command(each)

@@ -113,6 +113,8 @@ class Server:
         self._stack.callback(self._store.close)
         self._repository = Repository(self._home.repository, HeldKeys(self._home.keys))
         self._repository.keep_fresh(now=self._clock())
+        # a fleet may have moved to another size since server.toml was written: root says which it is
+        self._config = replace(self._config, size=self._repository.size)
         self._ca = CertificateAuthority.load(self._home.ca)
         self._certificates = Certificates(self._home, self._ca, self._config.host, self._clock)
         operators = bind(self._config.operators, "the API for operators")
@@ -283,8 +285,8 @@ class Server:
             problems.insert(0, f"the server is not connected to its broker at {self._broker.address}")
         return api.Status(
             fleet=self._config.fleet,
-            size=self._config.size,
-            production=self._config.production,
+            size=self._repository.size,
+            production=self._repository.size != "dev",
             version=_version(),
             now=when,
             started_at=self._started_at,

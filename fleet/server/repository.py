@@ -17,14 +17,16 @@ from typing import Any, Final
 
 import msgspec
 from securesystemslib.signer import Signer
+from tuf.api.metadata import Root
 
 from fleet.protocol import caps
 from fleet.protocol.api import Published, RoleReply
 from fleet.server.held import HeldKeys
-from signing import events, repository, rotation
+from signing import events, metadata, repository, rotation
 from signing.errors import RepositoryError
 from signing.policy import Release
 from signing.trust import DIRECTOR
+from signing.workflow import profile
 
 log = logging.getLogger(__name__)
 _FILE: Final = re.compile(r"timestamp\.json|[1-9][0-9]{0,8}\.[a-z0-9-]{1,63}\.json")
@@ -70,6 +72,12 @@ class Repository:
     def releases(self) -> tuple[Release, ...]:
         """Everything published, by name and version."""
         return tuple(self._releases.values())
+
+    @property
+    def size(self) -> str:
+        """`dev`, `solo` or `team`, as the newest root says."""
+        root = metadata.parse(Root, self.newest_root, "root").signed
+        return str(profile(root).get("size", "solo"))
 
     @property
     def snapshot_version(self) -> int:
