@@ -54,6 +54,7 @@ class Daemon:
         """An agent with what lies in `identity/`; the opened `store` belongs to its worker from now on."""
         self._identity, self._places, self._settings, self._store = identity, places, settings, store
         self._worker = Worker("store")
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._faulty = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -156,7 +157,7 @@ class Daemon:
 
     async def run(self) -> int:
         """Until SIGTERM or SIGINT; returns the exit code, 1 after a fault of the agent's own."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._desired.refresh)
@@ -258,6 +259,8 @@ class Daemon:
                 )
                 self._store.save(report=report)
         log.error("%s", message)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._outbox.wake)
 
     # The bus
 
