@@ -248,6 +248,11 @@ def namespaces(current: Mapping[str, bytes]) -> tuple[str, ...]:
     return tuple(name for name in _delegated(top) if name != DIRECTOR)
 
 
+def begun(current: Mapping[str, bytes]) -> tuple[str, ...]:
+    """The namespaces that have a role: one that was just added has none until its publisher signs the first."""
+    return tuple(name for name in namespaces(current) if _exists(current, name))
+
+
 def check_role(current: Mapping[str, bytes], namespace: str, data: bytes) -> int:
     """Judge an uploaded namespace role before it is published as `<version>.<namespace>.json`.
 

@@ -136,7 +136,7 @@ def _previous(release: Release, known: Iterable[Release]) -> Release | None:
 
 
 def _life(before: datetime | None, after: datetime) -> Iterable[str]:
-    if before is None or before != after:
+    if before is None or before.date() != after.date():
         yield f"valid until {after:%Y-%m-%d}" + ("" if before is None else f", was {before:%Y-%m-%d}")
 
 

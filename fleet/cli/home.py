@@ -10,6 +10,7 @@ from typing import Final
 from fleet.cli.base import Exit, Fault, Options
 from fleet.client import Client
 
+TOKEN_VARIABLE: Final = "FLEET_TOKEN"  # noqa: S105 - the name of a variable
 _INIT: Final = "run 'fleet init --dev' here first, or name the fleet's directory with --home"
 
 
@@ -49,8 +50,12 @@ class Operator:
         return self.directory / "keys" / f"{self.namespace}.pem"
 
     def client(self) -> Client:
-        """A connection to the server; raises `Fault` when the token is missing or open to others."""
-        return Client(url=self.url, ca=self.ca, token=_secret(self.directory / "token"))
+        """A connection to the server; raises `Fault` when the token is missing or open to others.
+
+        A pipeline gives its token in $FLEET_TOKEN.
+        """
+        token = os.environ.get(TOKEN_VARIABLE, "").strip() or _secret(self.directory / "token")
+        return Client(url=self.url, ca=self.ca, token=token)
 
 
 def home(options: Options) -> Path:

@@ -13,7 +13,7 @@ from securesystemslib.signer import CryptoSigner
 from fleet.cli import out
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.ceremony import Ceremony
-from fleet.cli.home import home, operator
+from fleet.cli.home import Operator, home, operator
 from fleet.cli.prepare import read_file
 from fleet.cli.rotating import Change, for_pipeline, replaced, without
 from fleet.cli.trust import Trust
@@ -67,6 +67,11 @@ def keys() -> None:
 @click.option("--expires", default="180d", show_default=True, metavar="DAYS", help="How long the pipeline's key counts")
 @click.option("--ceiling", multiple=True, metavar="INTERFACE", help="What the namespace's components may import")
 @click.option("--outbound", multiple=True, metavar="URL", help="Where the namespace's components may connect")
+@click.option(
+    "--pipeline",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write what a pipeline needs and may be public into this new directory, its --home",
+)
 @_OUT
 @_YES
 def new(options: Options, *, name: str, form: str, ci: bool, **how: Any) -> None:
@@ -95,6 +100,7 @@ def _new_for_pipeline(
     expires: str,
     ceiling: tuple[str, ...],
     outbound: tuple[str, ...],
+    pipeline: Path | None,
     to: Path | None,
     yes: bool,
 ) -> None:
@@ -118,11 +124,27 @@ def _new_for_pipeline(
             path.unlink()
             ceremony.ring.forget(name)
             raise
+    if pipeline is not None:
+        _write_pipeline(who, pipeline, space)
     out.say(
         options,
         f"Wrote {path}: put its text into the pipeline's secret FLEET_SIGNING_KEY, then delete the file.\n"
         f'The pipeline\'s operator/config.toml says namespace = "{space}".',
     )
+
+
+def _write_pipeline(who: Operator, directory: Path, namespace: str) -> None:
+    """What lets a pipeline find the server and verify the repository; nothing of it is secret."""
+    place = directory / "operator"
+    config = f'url = "{who.url}"\nfleet = "{who.fleet}"\nnamespace = "{namespace}"\n'
+    try:
+        (place / "trust").mkdir(parents=True)
+        (place / "config.toml").write_text(config, encoding="utf-8")
+        (place / "ca.pem").write_bytes(who.ca.read_bytes())
+        (place / "trust" / who.root.name).write_bytes(who.root.read_bytes())
+        (place / ".gitignore").write_text("/token\n/keys/\n/trust/cache/\n/trust/facts.json\n", encoding="utf-8")
+    except OSError as error:
+        raise Fault(f"cannot write {directory}", (error.strerror or str(error)).lower(), "name another") from None
 
 
 @command(

@@ -86,7 +86,7 @@ class Repository:
 
     def roles(self) -> tuple[Published, ...]:
         """Every role with its newest version and expiry."""
-        names = ["root", "targets", *repository.namespaces(self._files), "snapshot"]
+        names = ["root", "targets", *repository.begun(self._files), "snapshot"]
         found = [_published(role, repository.latest(self._files, role)[1]) for role in names]
         return (*found, _published("timestamp", self._files["timestamp.json"]))
 
@@ -177,7 +177,7 @@ class Repository:
     def _read(self) -> None:
         self._chosen = {}
         found: dict[str, Release] = {}
-        for namespace in repository.namespaces(self._files):
+        for namespace in repository.begun(self._files):
             for release in repository.releases(repository.latest(self._files, namespace)[1]):
                 found[release.name.path] = release
         self._releases = found

@@ -12,7 +12,7 @@ from fleet.protocol import api
 from fleet.server.home import Home
 from signing import events, keys, repository, rotation
 from signing.events import Document, Event
-from signing.rotation import RoleKeys
+from signing.rotation import Namespace, RoleKeys
 
 
 def play(new_fleet: Any, story: Callable[[Any], Awaitable[None]]) -> None:
@@ -66,6 +66,24 @@ def test_an_online_key_is_replaced_under_a_connected_board(new_fleet, role: str)
         # and it comes up again with what it has now
         await fleet.stop()
         await fleet.start()
+
+    play(new_fleet, story)
+
+
+def test_a_namespace_is_added_and_begun_later_by_its_publisher(new_fleet) -> None:
+    async def story(fleet: Any) -> None:
+        files, now = repository_files(fleet.home), datetime.now(UTC)
+        publisher = keys.generate(fleet.directory / "publisher.pem")
+        space = Namespace(RoleKeys((publisher.public_key,)))
+        draft = rotation.propose_targets(files, namespaces={"extra": space}, now=now)
+        targets = keys.load(fleet.home / "operator" / "keys" / "targets.pem")
+        event = events.sign(files, Event("test", (Document("targets", draft),)), targets)
+        assert (await fleet.operator.http.post("/v1/signing-events", content=event.encode())).is_success
+        # until then nothing waits for it: what is there is served, published and signed as before
+        assert (await fleet.operator.http.get("/v1/status")).is_success
+        await fleet.operator.publish("1.0.0")
+        first = repository.new_role(signer=publisher, now=now)
+        assert (await fleet.operator.http.post("/v1/roles/extra", content=first)).is_success
 
     play(new_fleet, story)
 
