@@ -36,6 +36,7 @@ from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import Ack, Hello, Poke, State
 from fleet.protocol.topics import POKE, BadTopicError, Down, Topic, Up
 from signing.errors import Rejected
+from signing.statements import Voice
 
 log = logging.getLogger("agent")
 
@@ -128,7 +129,10 @@ class Daemon:
             doubts=lambda: confirm.doubts(self._trust, policy, store.committed()),
             strict=settings.production,
         )
-        self._outbox = Outbox(store=store, worker=self._worker, publish=lambda body: self._bus.publish(Up.REPORT, body))
+        voice = Voice((places.identity / "device.key").read_bytes())
+        self._outbox = Outbox(
+            store=store, worker=self._worker, publish=lambda body: self._bus.publish(Up.REPORT, voice.sign(body))
+        )
         self._bus = Bus(
             device=identity.device,
             addresses=identity.mqtt,

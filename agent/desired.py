@@ -14,6 +14,8 @@ import secrets
 from collections.abc import Callable
 from typing import Final
 
+import msgspec
+
 from agent import reports
 from agent.deploy import Deployer
 from agent.fetch import FetchError, Https
@@ -23,8 +25,10 @@ from agent.store import Store, StoreError
 from agent.trust import Trust, remembered_assignment
 from agent.worker import Worker
 from fleet.protocol import caps
+from fleet.protocol.assignment import Assignment
 from fleet.protocol.codes import Phase, RejectCode
 from signing.errors import Rejected
+from signing.facts import VERSION_MAX
 from signing.trust import Accepted
 
 log = logging.getLogger("agent.desired")
@@ -93,7 +97,7 @@ class Desired:
 
     def new_nonce(self) -> str:
         """A nonce for the next hello; only the newest is answered."""
-        self._nonce = secrets.token_hex(16)
+        self._nonce = self._store.nonce = secrets.token_hex(16)
         return self._nonce
 
     def refresh(self) -> None:
@@ -217,10 +221,11 @@ class Desired:
             if self._vouched is not None and not self._vouched.done():
                 self._vouched.set_result(None)
 
-    async def _meant(self, envelope: bytes, code: RejectCode) -> int:
+    async def _meant(self, claimed: Assignment | None, code: RejectCode) -> int:
         """The version that was refused; of what the director did not sign, nobody's word counts."""
-        claimed = None if code in _NOT_THE_DIRECTORS else remembered_assignment(envelope)
-        return await self._worker(self._store.counter, "accepted") if claimed is None else claimed.version
+        if claimed is None or code in _NOT_THE_DIRECTORS:
+            return await self._worker(self._store.counter, "accepted")
+        return claimed.version
 
     async def _refused(self, envelope: bytes, error: Rejected) -> None:
         if error.code in {RejectCode.UNREACHABLE, RejectCode.TOO_SLOW}:
@@ -238,12 +243,18 @@ class Desired:
             return
         self._refusals.add(key)
         log.error("assignment refused: %s", error)
+        claimed = remembered_assignment(envelope)
         report = reports.about(
             self._board,
-            assignment=await self._meant(envelope, error.code),
+            assignment=await self._meant(claimed, error.code),
             phase=Phase.FAILED,
             code=error.code,
             message=error.message,
+        )
+        report = msgspec.structs.replace(
+            report,
+            refused=claimed.version if claimed is not None and 0 < claimed.version <= VERSION_MAX else 0,
+            refused_sha256=hashlib.sha256(envelope).hexdigest(),
         )
         with contextlib.suppress(StoreError):
             await self._worker(self._store.save, report=report)

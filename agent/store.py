@@ -5,6 +5,7 @@ update machine is one transaction (`save`), together with the report that tells 
 state and its report, or neither. All methods block and belong to the agent's one worker thread.
 """
 
+import hashlib
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -49,7 +50,13 @@ def _check_owner(directory: Path) -> None:
 
 
 class Store:
-    """The agent's database in its state directory."""
+    """The agent's database in its state directory.
+
+    Attributes:
+        nonce: of the newest hello, for the reports from then on.
+    """
+
+    nonce = ""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Open the database, creating or migrating it.
@@ -261,7 +268,18 @@ class Store:
             "INSERT INTO outbox (instance, progress, body) VALUES (?, ?, '')", (report.instance, int(progress))
         )
         sequence = int(cursor.lastrowid or 0)
-        body = wire.encode(msgspec.structs.replace(report, sequence=sequence))
+        accepted = self.facts().assignment
+        full = msgspec.structs.replace(
+            report,
+            sequence=sequence,
+            nonce=self.nonce,
+            assignment_sha256="" if accepted is None else accepted.sha256,
+            previous=(self._meta("last_report") or b"").decode(),
+        )
+        body = wire.encode(full)
+        if not progress:
+            last = hashlib.sha256(body).hexdigest().encode()
+            db.execute("REPLACE INTO meta VALUES ('last_report', ?)", (last,))
         db.execute("UPDATE outbox SET body = ? WHERE sequence = ?", (body, sequence))
         db.execute(
             "DELETE FROM outbox WHERE acked = 0 AND sequence <= "

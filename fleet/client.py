@@ -22,6 +22,7 @@ import httpx
 import msgspec
 
 from fleet.protocol import api
+from fleet.protocol.history import History
 
 CHUNK_BYTES: Final = 64 * 1024
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -132,6 +133,10 @@ class Client:
     def timeline(self, device: str, *, limit: int) -> api.Timeline:
         """What happened to a board, newest first."""
         return self._get(api.Timeline, f"/v1/devices/{_quoted(device)}/timeline", {"limit": limit})
+
+    def history(self, device: str, *, boot_id: str = "", after: int = 0) -> History:
+        """A page of a board's reports as it signed them, behind a place in them."""
+        return self._get(History, f"/v1/devices/{_quoted(device)}/reports", {"boot_id": boot_id, "after": after})
 
     def label(self, device: str, request: api.LabelsRequest) -> api.DeviceDetail:
         """Set and remove labels."""

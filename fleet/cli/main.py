@@ -47,6 +47,7 @@ SECTIONS: Final[Sections] = {
     },
     "Trust": {
         "keys": Entry("fleet.cli.keys:keys", "Make, list, rotate and revoke signing keys"),
+        "audit": Entry("fleet.cli.audit:audits", "Prove what boards ran, without believing the server"),
         "sign": Entry("fleet.cli.sign:sign", "Sign together what changes trust; see and renew what expires"),
     },
     "Shell": {

@@ -124,6 +124,8 @@ class Health(Message, frozen=True, kw_only=True):
 class Report(Message, frozen=True, kw_only=True):
     """`up/report`: one step of a deployment, or the refusal of an assignment (then `instance` is empty).
 
+    It travels in a DSSE envelope under the device key (`signing.statements`).
+
     Attributes:
         sequence: grows by one for each report of this device and never falls, over reboots too.
         assignment: the version that asked for it.
@@ -133,6 +135,11 @@ class Report(Message, frozen=True, kw_only=True):
         code, message: why it failed or was refused, and a sentence for people with what to do next.
         log: the instance's last lines, at most 50 and 16 KiB.
         timings_ms: how long each phase took, by name.
+        refused, refused_sha256: of an assignment that was refused as a whole: the version that it claims, which nobody
+            has verified (0 where it cannot be read), and the sha256 of the envelope as it came.
+        nonce: of the board's newest hello, which a freshness statement answers.
+        assignment_sha256: of the accepted assignment's payload; empty for none.
+        previous: sha256 of the report before this one, those of mere progress left out; empty for the first.
     """
 
     MAX_BYTES: ClassVar[int] = caps.REPORT_MAX_BYTES
@@ -154,6 +161,11 @@ class Report(Message, frozen=True, kw_only=True):
     progress: int | None = None
     log: tuple[str, ...] = ()
     timings_ms: dict[str, int] = {}  # noqa: RUF012 - msgspec copies it for each struct
+    refused: int = 0
+    refused_sha256: str = ""
+    nonce: str = ""
+    assignment_sha256: str = ""
+    previous: str = ""
 
 
 class Ack(Message, frozen=True, kw_only=True):

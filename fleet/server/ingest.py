@@ -6,6 +6,7 @@ dropped: the broker binds topics to certificates, and here it is checked again.
 """
 
 import asyncio
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from datetime import datetime
 from typing import Final
 
 from fleet.protocol import wire
-from fleet.protocol.codes import RETRYABLE, InstanceState, Phase
+from fleet.protocol.codes import RETRYABLE, InstanceState, Phase, RejectCode
 from fleet.protocol.messages import Ack, Health, Hello, InstanceHealth, Report, State
 from fleet.protocol.topics import Down, Topic, Up
 from fleet.protocol.wire import Message
@@ -23,10 +24,13 @@ from fleet.server.director import Director, Publish
 from fleet.server.watch import Watch
 from fleet.store.rows import Extra, ReportRow, RolloutRow
 from fleet.store.store import Store
+from signing.errors import Rejected
+from signing.statements import Ear, is_signed
 
 log = logging.getLogger(__name__)
 BATCH_S: Final = 0.02
 BATCH_MAX: Final = 2000
+EARS_MAX: Final = 10_000
 _KINDS: Final[dict[Up, type[Message]]] = {Up.HELLO: Hello, Up.STATE: State, Up.HEALTH: Health, Up.REPORT: Report}
 
 
@@ -47,13 +51,20 @@ class Ingest:
         self._publish, self._clock = publish, clock
         self._pending: list[tuple[Message, bytes]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._ears: dict[str, Ear] = {}  # a board's key never changes: renewing keeps it, and another is another board
         self.counts: Counter[str] = Counter()
 
     def on_message(self, topic: str, payload: bytes) -> None:
         """Take one message; it is written with the next batch."""
         try:
             parsed = Topic.parse(topic)
-            message = wire.decode(_KINDS[Up(parsed.channel)], payload)
+            kind = _KINDS[Up(parsed.channel)]
+            body = self._heard(parsed.device, payload) if kind is Report else payload
+            message = wire.decode(kind, body)
+        except Rejected as error:
+            self.counts["forged"] += 1
+            log.warning("dropped a report on %s: %s", topic[:200], error)
+            return
         except (ValueError, wire.WireError) as error:
             self.counts["malformed"] += 1
             log.warning("dropped a message on %s: %s", topic[:200], error)
@@ -68,6 +79,24 @@ class Ingest:
             self.flush()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(BATCH_S, self.flush)
+
+    def _heard(self, device: str, payload: bytes) -> bytes:
+        """The report that this board signed; raises `Rejected` for anybody else's."""
+        if not is_signed(payload):
+            if self._store.devices.signs(device):
+                raise Rejected(RejectCode.UNSIGNED, "this board signs its reports, and this one is not signed")
+            return payload
+        ear = self._ears.get(device)
+        if ear is None:
+            certificate = self._store.access.newest_certificate(device)
+            if certificate is None:
+                raise Rejected(RejectCode.UNSIGNED, "no certificate was ever given to this board")
+            if len(self._ears) >= EARS_MAX:
+                self._ears.clear()
+            ear = self._ears[device] = Ear(certificate.pem.encode())
+        report = ear.verify(payload)
+        self._store.devices.set_signs(device)
+        return report
 
     def flush(self) -> None:
         """Write what came, in one transaction, then answer and let the rollouts look."""
@@ -182,13 +211,28 @@ class Ingest:
             return [row for row in undecided if row.instance == report.instance and row.value.target is None]
         if report.phase is not Phase.FAILED:
             return []
-        # the whole assignment was refused
+        refused = self._refused(report)
         found = []
         for row in undecided:
             board = self._store.rollouts.board(row.number, report.device)
-            if board is not None and 0 < board[1].version <= report.assignment:
+            if board is not None and 0 < board[1].version <= refused:
                 found.append(row)
         return found
+
+    def _refused(self, report: Report) -> int:
+        """The version of the assignment that was refused as a whole; 0 where that concerns no rollout.
+
+        What a board refuses may be anybody's: only the newest envelope that this server signed, byte for byte, counts.
+        A refusal for being too old says that the server is behind its boards, which `_greet` mends.
+        """
+        if not report.refused_sha256:
+            return report.assignment  # an agent that does not say what it refused
+        row = self._store.delivery.assignment(report.device)
+        ours = row is not None and hashlib.sha256(row.envelope).hexdigest() == report.refused_sha256
+        if row is None or not ours or report.code is RejectCode.ROLLBACK:
+            self.counts["refused-foreign"] += 1
+            return 0
+        return row.version
 
     def _relapse(self, device: str, figure: InstanceHealth, now: float) -> None:
         """An instance was put into quarantine: an open rollout that brought it there hears of it, while it soaks."""

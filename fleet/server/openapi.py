@@ -8,6 +8,7 @@ import msgspec
 
 from fleet.protocol import api
 from fleet.protocol.enrolment import Enrolled, EnrolRequest
+from fleet.protocol.history import History
 from fleet.protocol.people import OperatorReply, OperatorRequest, Operators
 
 Struct = type[msgspec.Struct]
@@ -18,6 +19,7 @@ ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...
     ("get", "/v1/devices", None, api.Devices, "Every board"),
     ("get", "/v1/devices/{id}", None, api.DeviceDetail, "One board"),
     ("get", "/v1/devices/{id}/timeline", None, api.Timeline, "What happened to a board"),
+    ("get", "/v1/devices/{id}/reports", None, History, "What a board said, as it signed it"),
     ("put", "/v1/devices/{id}/labels", api.LabelsRequest, api.DeviceDetail, "Set or remove labels"),
     ("put", "/v1/devices/{id}/pin", api.RolloutRequest, api.RolloutView, "Give one board a value of its own"),
     ("post", "/v1/devices/{id}/unpin", api.InstanceRequest, api.DeviceDetail, "Let a board follow its groups again"),
@@ -50,6 +52,7 @@ ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...
 )
 _QUERY: Final = {
     "/v1/devices/{id}/timeline": ("limit",),
+    "/v1/devices/{id}/reports": ("boot_id", "after"),
     "/v1/rollouts": ("limit", "group"),
     "/v1/rollouts/{id}": ("wait", "since"),
     "/v1/audit": ("limit",),

@@ -29,9 +29,11 @@ from fleet.server.watch import Watch
 from fleet.server.web import Refusal, answer, body, number, param
 from fleet.store.rows import DeviceRow, RolloutRow
 from fleet.store.store import Store
+from signing.facts import VERSION_MAX
 
 WAIT_MAX_S: Final = 60
 _LIST_MAX: Final = 1000
+_BOOT_ID_MAX: Final = 64
 _GATHER_MAX_S: Final = 2.0
 _GATHER_BOARDS_PER_S: Final = 2000
 _SMALL: Final = 50
@@ -76,6 +78,7 @@ class Operators:
             ("GET", "/v1/devices", self.devices),
             ("GET", "/v1/devices/{id}", self.device),
             ("GET", "/v1/devices/{id}/timeline", self.timeline),
+            ("GET", "/v1/devices/{id}/reports", self.history),
             ("PUT", "/v1/devices/{id}/labels", self.labels),
             ("PUT", "/v1/devices/{id}/pin", self.pin),
             ("POST", "/v1/devices/{id}/unpin", self.unpin),
@@ -161,6 +164,11 @@ class Operators:
         """GET /v1/devices/{id}/timeline."""
         limit = number(request, "limit", 100, _LIST_MAX)
         return answer(self._s.views.timeline(self._device(request).id, limit))
+
+    async def history(self, request: Request, _by: str) -> Response:
+        """GET /v1/devices/{id}/reports."""
+        after = request.query_params.get("boot_id", "")[:_BOOT_ID_MAX], number(request, "after", 0, VERSION_MAX)
+        return answer(self._s.views.history(self._device(request), after=after))
 
     async def labels(self, request: Request, by: str) -> Response:
         """PUT /v1/devices/{id}/labels."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from typing import Final
 
 import msgspec
 
 from fleet.protocol import api
 from fleet.protocol.codes import RETRYABLE, Phase, RejectCode
+from fleet.protocol.history import History
 from fleet.protocol.messages import Health, Report
 from fleet.protocol.names import BadNameError, TargetName
 from fleet.rollout.model import Board
@@ -15,6 +17,9 @@ from fleet.server.director import Director
 from fleet.store.database import utc, utc_or_none
 from fleet.store.rows import DeviceRow, EventRow, Extra, GroupRow, ReportRow, RolloutRow
 from fleet.store.store import Store
+from signing.statements import unverified
+
+HISTORY_PAGE: Final = 200
 
 
 class Views:
@@ -91,6 +96,18 @@ class Views:
         events = [_happened(row) for row in self._store.devices.events(device, limit)]
         entries = sorted([*reports, *events], key=lambda entry: entry.at, reverse=True)
         return api.Timeline(device=device, entries=tuple(entries[:limit]))
+
+    def history(self, row: DeviceRow, *, after: tuple[str, int]) -> History:
+        """A board's reports as it signed them, with its certificate, page by page."""
+        certificate = self._store.access.newest_certificate(row.id)
+        rows = self._store.delivery.history(row.id, after=after, limit=HISTORY_PAGE)
+        return History(
+            device=row.id,
+            certificate_pem="" if certificate is None else certificate.pem,
+            reports=tuple(msgspec.Raw(each.raw) for each in rows),
+            boot_id=rows[-1].boot_id if rows else "",
+            sequence=rows[-1].sequence if rows else 0,
+        )
 
     # -- groups ------------------------------------------------------------------------------------------------------
 
@@ -244,7 +261,7 @@ def _happened(row: EventRow) -> api.TimelineEntry:
 
 
 def _reported(row: ReportRow) -> api.TimelineEntry:
-    report = msgspec.json.decode(row.raw, type=Report)
+    report = msgspec.json.decode(unverified(row.raw), type=Report)
     return api.TimelineEntry(
         at=utc(row.at),
         kind="report",
@@ -264,7 +281,11 @@ def _reported(row: ReportRow) -> api.TimelineEntry:
 
 
 def _sentence(report: Report) -> str:
-    what = f"{report.instance}: {_shown(report.target)}" if report.instance else f"assignment {report.assignment}"
+    what = (
+        f"{report.instance}: {_shown(report.target)}"
+        if report.instance
+        else f"assignment {report.refused or report.assignment}"
+    )
     said = f" ({report.code}): {report.message}" if report.code else f": {report.message}" if report.message else ""
     match report.phase:
         case Phase.COMMITTED if report.instance and not report.target:

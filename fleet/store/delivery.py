@@ -126,6 +126,13 @@ class Delivery:
         sql = "SELECT * FROM reports WHERE device = ? ORDER BY at DESC, sequence DESC LIMIT ?"
         return [read(ReportRow, row) for row in self._db.rows(sql, device, limit)]
 
+    def history(self, device: str, *, after: tuple[str, int], limit: int) -> list[ReportRow]:
+        """A board's reports in the order of boot id and sequence, behind a place in it."""
+        sql = (
+            "SELECT * FROM reports WHERE device = ? AND (boot_id, sequence) > (?, ?) ORDER BY boot_id, sequence LIMIT ?"
+        )
+        return [read(ReportRow, row) for row in self._db.rows(sql, device, *after, limit)]
+
     def forget(self, *, before: float, tables: Iterable[str] = ("reports", "events")) -> int:
         """Drop reports and events older than a time; the number dropped."""
         return sum(self._db.run(f"DELETE FROM {table} WHERE at < ?", before) for table in tables)  # noqa: S608 - ours

@@ -101,6 +101,14 @@ class Devices:
             ),
         )
 
+    def signs(self, device: str) -> bool:
+        """Whether a board has ever signed a report."""
+        return bool(self._db.value("SELECT signs FROM devices WHERE id = ?", device))
+
+    def set_signs(self, device: str) -> None:
+        """It has: from now on what is not signed is not its own."""
+        self._db.run("UPDATE devices SET signs = 1 WHERE id = ? AND NOT signs", device)
+
     def touch(self, device: str, now: float) -> None:
         """The board said something."""
         self._db.run("UPDATE devices SET seen_at = ? WHERE id = ?", now, device)

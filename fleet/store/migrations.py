@@ -114,3 +114,9 @@ def rollouts_and_delivery(db: Database) -> None:
         ) WITHOUT ROWID;
         CREATE INDEX reports_device ON reports (device, at);
     """)
+
+
+@migration
+def signed_reports(db: Database) -> None:
+    """Whether a board has signed a report: from then on it is not heard without."""
+    db.executescript("ALTER TABLE devices ADD COLUMN signs INTEGER NOT NULL DEFAULT 0;")

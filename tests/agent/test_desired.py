@@ -234,9 +234,14 @@ def test_bytes_that_are_no_envelope_at_all(case):
 def test_metadata_with_a_bad_signature_is_refused_with_its_code(case):
     case.judge(case.server.assignment(1))
     case.server.files["timestamp.json"] = case.server.files["timestamp.json"].replace(b'"version":1', b'"version":2')
-    case.judge(case.server.assignment(2))
+    second = case.server.assignment(2)
+    case.judge(second)
     assert case.codes() == [RejectCode.UNSIGNED]
     assert case.deployer.versions == [1]
+    # The server learns which one that was: nobody's word is taken for it, but it can be compared.
+    [report] = case.store.history()
+    assert (report.assignment, report.refused) == (1, 2)
+    assert report.refused_sha256 == hashlib.sha256(second).hexdigest()
 
 
 def test_a_server_that_cannot_be_reached_is_no_refusal(case):

@@ -75,16 +75,23 @@ def test_an_artifact_that_was_changed_on_the_server(stage, board, other):
     refused(stage, board, RejectCode.HASH_MISMATCH, attack)
 
 
+def flipped_signature(data):
+    at = data.index(b'"sig"') + 12
+    return data[:at] + (b"0" if data[at : at + 1] != b"0" else b"1") + data[at + 1 :]
+
+
 @pytest.mark.parametrize(
-    ("role", "code"),
+    ("version", "role", "damage", "code"),
     [
-        ("timestamp.json", RejectCode.UNSIGNED),
-        ("*.main.json", RejectCode.HASH_MISMATCH),  # the snapshot promised other bytes
+        # the signature holds, and the timestamp promised other bytes: the assignment is refused as a whole
+        ("2.1.0", "*.snapshot.json", lambda data: data + b" ", RejectCode.TOO_LARGE),
+        # the snapshot promised other bytes: the item is refused
+        ("2.2.0", "*.main.json", flipped_signature, RejectCode.HASH_MISMATCH),
     ],
+    ids=["snapshot", "namespace"],
 )
-def test_metadata_that_was_changed_on_the_server(stage, board, other, tmp_path, role, code):
+def test_metadata_that_was_changed_on_the_server(stage, board, other, tmp_path, version, role, damage, code):
     # a new release, and metadata that is changed before any board has seen it
-    version = "2.1.0" if code is RejectCode.UNSIGNED else "2.2.0"
     v2 = tmp_path / "hello.wasm"
     v2.write_bytes(fixture("v2.wasm").read_bytes() + b"\x00\x02\x01x")
     (tmp_path / "hello.toml").write_text(fixture("v2.toml").read_text().replace("2.0.0", version))
@@ -95,10 +102,12 @@ def test_metadata_that_was_changed_on_the_server(stage, board, other, tmp_path, 
     good = newest.read_bytes()
 
     async def attack():
-        at = good.index(b'"sig"') + 12
-        newest.write_bytes(good[:at] + (b"0" if good[at : at + 1] != b"0" else b"1") + good[at + 1 :])
+        newest.write_bytes(damage(good))
         await stage.restart_server()
-        await stage.fleet("deploy", f"hello@{version}", "--group", GROUP, "--waves", "100%", "--detach")
+        # whoever deploys it is told, and does not wait for ever
+        done, output, errors = await stage.fleet("deploy", f"hello@{version}", "--group", GROUP, "--waves", "100%")
+        assert done == 1, output + errors
+        assert code in output + errors
 
     try:
         refused(stage, board, code, attack)

@@ -1,0 +1,163 @@
+"""`fleet audit verify`: what boards ran, proved by their own signatures and not by the server's word."""
+
+import os
+from pathlib import Path
+from typing import Final
+
+import click
+import msgspec
+from rich.text import Text
+
+from fleet.cli import complete, out
+from fleet.cli.base import Exit, Fault, Options, command
+from fleet.cli.home import operator
+from fleet.client import Client
+from fleet.protocol.codes import Phase
+from fleet.protocol.messages import Report
+from signing.audit import Seen, Verdict, audit
+from signing.errors import Rejected
+
+REPORTS_MAX: Final = 200_000
+"""Of one board: no server keeps the operator busy for ever."""
+_FILE: Final = "boards.json"
+_GONE: Final = "the server does not know this board any more"
+
+
+class _Memory(msgspec.Struct):
+    """`operator/trust/boards.json`: what was seen of each board, by device id."""
+
+    boards: dict[str, Seen] = {}
+
+
+class _Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """One board's verdict, for programs."""
+
+    device: str
+    key: str
+    findings: tuple[str, ...]
+    notes: tuple[str, ...]
+    ran: tuple[Report, ...]
+
+
+@click.group("audit", short_help="Prove what boards ran, without believing the server")
+def audits() -> None:
+    """Prove what boards ran, without believing the server."""
+
+
+@command("verify", examples="fleet audit verify\nfleet audit verify gate-7-1f2e3d4c --json")
+@click.argument("device", required=False, default="", shell_complete=complete.devices)
+@click.option(
+    "--forget", is_flag=True, help="Take the board's key as it is now: it was enrolled anew, and you know why"
+)
+def verify(options: Options, *, device: str, forget: bool) -> Exit:
+    """Check that what the server shows of boards is what they signed, whole and in order, and say what they ran.
+
+    Each board's key is remembered from first sight in `operator/trust`, and so is its newest report: a server that
+    changes, invents, leaves out or takes back a report is found out. Ends with 1 where something does not hold.
+    """
+    who = operator(options)
+    if forget and not device:
+        raise Fault("--forget needs the name of a board")
+    path = who.trust / _FILE
+    memory = _load(path)
+    shown = []
+    with who.client() as client:
+        devices = [device] if device else [row.id for row in client.devices().devices]
+        for each in devices:
+            seen = None if forget else memory.boards.get(each)
+            verdict = _examine(client, each, seen)
+            if verdict.seen.key:
+                memory.boards[each] = verdict.seen
+            found = _Shown(
+                device=each,
+                key=verdict.seen.key,
+                findings=verdict.findings,
+                notes=verdict.notes,
+                ran=verdict.ran(),
+            )
+            shown.append(found)
+        if not device:
+            gone = sorted(memory.boards.keys() - set(devices))
+            shown += [
+                _Shown(device=each, key=memory.boards[each].key, findings=(_GONE,), notes=(), ran=()) for each in gone
+            ]
+    _save(path, memory)
+    if options.json:
+        out.show_json({"boards": shown})
+    else:
+        _tell(shown)
+    return Exit.FAILED if any(each.findings for each in shown) else Exit.OK
+
+
+def _examine(client: Client, device: str, seen: Seen | None) -> Verdict:
+    certificate = ""
+    reports: list[bytes] = []
+    place = ("", 0)
+    while len(reports) < REPORTS_MAX:
+        page = client.history(device, boot_id=place[0], after=place[1])
+        certificate = page.certificate_pem
+        reports += [bytes(each) for each in page.reports]
+        if not page.sequence or (page.boot_id, page.sequence) <= place:
+            break
+        place = (page.boot_id, page.sequence)
+    try:
+        return audit(device, certificate.encode(), reports, seen)
+    except Rejected as error:
+        return Verdict(findings=(error.message,), notes=(), reports=(), seen=seen or Seen(key=""))
+
+
+def _load(path: Path) -> _Memory:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Memory)
+    except FileNotFoundError:
+        return _Memory()
+    except (OSError, msgspec.MsgspecError) as error:
+        raise Fault(
+            f"{path} cannot be read",
+            str(error),
+            "restore it from a backup: without it every board's key is taken as the server shows it",
+        ) from None
+
+
+def _save(path: Path, memory: _Memory) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(memory)))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise Fault(f"{path} cannot be written", error.strerror or str(error)) from None
+
+
+def _tell(shown: list[_Shown]) -> None:
+    rows: list[tuple[str | Text, ...]] = [
+        (
+            each.device,
+            f"{report.at:%Y-%m-%d %H:%M:%S}",
+            report.instance,
+            _said(report),
+            out.target(report.running) if report.running else "nothing",
+        )
+        for each in shown
+        for report in each.ran
+    ]
+    out.table(("DEVICE", "WHEN (UTC)", "INSTANCE", "WHAT", "RUNS THEN"), rows, empty="No board has reported yet.")
+    for each in shown:
+        for note in each.notes:
+            click.echo(f"{each.device}: {note}")
+        for finding in each.findings:
+            click.echo(click.style("does not hold: ", fg="red", bold=True) + f"{each.device}: {finding}")
+    broken = sum(bool(each.findings) for each in shown)
+    click.echo(f"{len(shown) - broken} of {len(shown)} boards' histories are their own, whole and in order.")
+
+
+def _said(report: Report) -> str:
+    if report.phase is Phase.COMMITTED:
+        return "committed" if report.target else "removed"
+    return f"{report.phase} ({report.code})" if report.code else str(report.phase)
+
+
+audits.add_command(verify)

@@ -1,0 +1,133 @@
+"""Whether a board's history, as a server shows it, is the board's own word, whole and in order.
+
+Each report is signed by the device key and names the sha256 of the one before it, so a server that leaves one out,
+changes one or invents one is found out by whoever remembers the board's key and the newest report that was seen. Pure:
+what the server shows and what is remembered go in, findings and what is to be remembered come out.
+
+A progress report ("40 %") may be overtaken on the board before it was ever sent; it is signed, and no link.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from fleet.protocol import wire
+from fleet.protocol.codes import Phase
+from fleet.protocol.messages import Report
+from signing.dsse import parse
+from signing.errors import Rejected
+from signing.statements import ENVELOPE_MAX_BYTES, Ear, is_signed
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator remembers of one board.
+
+    Attributes:
+        key: fingerprint of its key, from first sight on.
+        sequence, sha256: of the newest report that was seen; 0 and empty for none.
+    """
+
+    key: str
+    sequence: int = 0
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What an audit found.
+
+    Attributes:
+        findings: what does not hold, as sentences; none when the history is the board's own.
+        notes: what is worth knowing and proves nothing.
+        reports: those that hold, in the order of the chain.
+        seen: what is to be remembered.
+    """
+
+    findings: tuple[str, ...]
+    notes: tuple[str, ...]
+    reports: tuple[Report, ...]
+    seen: Seen
+
+    def ran(self) -> tuple[Report, ...]:
+        """What the board says that it ran, and from when on: commits, removals, and ways back."""
+        ends = (Phase.COMMITTED, Phase.ROLLED_BACK)
+        return tuple(each for each in self.reports if each.phase in ends or (each.instance and each.code is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    report: Report
+    sha256: str
+
+
+def audit(device: str, certificate: bytes, shown: Iterable[bytes], seen: Seen | None) -> Verdict:
+    """Check one board's history.
+
+    Args:
+        device: its id.
+        certificate: of the board, PEM, as the server shows it.
+        shown: its reports as the server stored them, in any order.
+        seen: what is remembered of it; None at first sight.
+
+    Raises:
+        Rejected: MALFORMED: the certificate cannot be read.
+    """
+    ear = Ear(certificate)
+    if seen is not None and seen.key != ear.fingerprint:
+        words = f"the server shows another key ({ear.fingerprint[:16]}) than was first seen ({seen.key[:16]})"
+        return Verdict(findings=(words,), notes=(), reports=(), seen=seen)
+    links, findings = _links(device, ear, shown)
+    links.sort(key=lambda link: (link.report.sequence, link.report.at))
+    known = seen or Seen(key=ear.fingerprint)
+    more, notes = _chain(links, known)
+    last = max(links, key=lambda link: (link.report.at, link.report.sequence), default=None)
+    if last is not None and not more:
+        known = msgspec.structs.replace(known, sequence=last.report.sequence, sha256=last.sha256)
+    reports = tuple(link.report for link in links)
+    return Verdict(findings=(*findings, *more), notes=tuple(notes), reports=reports, seen=known)
+
+
+def _links(device: str, ear: Ear, shown: Iterable[bytes]) -> tuple[list[_Link], list[str]]:
+    """The reports that are this board's, without those of mere progress, and what is wrong with the others."""
+    links: dict[str, _Link] = {}
+    wrong: Counter[str] = Counter()
+    for data in shown:
+        if not is_signed(data):
+            wrong["without a signature"] += 1
+            continue
+        try:
+            report = wire.decode(Report, ear.verify(data))
+        except (Rejected, wire.WireError):
+            wrong["that this board did not sign"] += 1
+            continue
+        if report.device != device:
+            wrong["about another board"] += 1
+        elif report.progress is None:
+            sha256 = parse(data, max_bytes=ENVELOPE_MAX_BYTES).sha256
+            links[sha256] = _Link(report, sha256)
+    return list(links.values()), [f"{count} reports {what}" for what, count in sorted(wrong.items())]
+
+
+def _chain(links: Sequence[_Link], known: Seen) -> tuple[list[str], list[str]]:
+    """Gaps, forks and what was taken back; and what is only to be noted."""
+    findings: list[str] = []
+    notes: list[str] = []
+    shown = {link.sha256 for link in links}
+    named = Counter(link.report.previous for link in links if link.report.previous)
+    findings += [f"two reports follow the same one ({sha256[:16]})" for sha256, count in named.items() if count > 1]
+    oldest = True
+    for link in links:
+        previous = link.report.previous
+        if previous == "" and (link.report.sequence > 1 or not oldest):
+            notes.append(f"the board began a new history on {link.report.at:%Y-%m-%d %H:%M} UTC: its store was lost")
+        elif previous and previous not in shown and previous != known.sha256:
+            if not oldest or 0 < known.sequence < link.report.sequence:
+                findings.append(f"reports before number {link.report.sequence} are left out")
+            else:
+                notes.append(f"the history begins with report {link.report.sequence}: older ones are not shown")
+        oldest = False
+    if known.sha256 and known.sha256 not in shown and known.sha256 not in named:
+        findings.append(f"report {known.sequence}, which was seen before, is not shown any more")
+    return findings, notes
