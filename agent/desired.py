@@ -24,9 +24,10 @@ from agent.standing import Board
 from agent.store import Store, StoreError
 from agent.trust import Trust, remembered_assignment
 from agent.worker import Worker
-from fleet.protocol import caps
+from fleet.protocol import wire
 from fleet.protocol.assignment import Assignment
 from fleet.protocol.codes import Phase, RejectCode
+from fleet.protocol.messages import DesiredReply
 from signing.errors import Rejected
 from signing.facts import VERSION_MAX
 from signing.trust import Accepted
@@ -120,30 +121,39 @@ class Desired:
         """Ask over HTTPS at the start, when told to, and each `interval_s()` seconds."""
         while True:
             self._due.clear()
-            try:
-                envelope = await asyncio.to_thread(
-                    self._https.request, "GET", "/v1/desired", max_bytes=caps.DESIRED_MAX_BYTES
-                )
-            except FetchError as error:
-                if error.code is not RejectCode.NOT_FOUND:
-                    log.info("the desired state cannot be fetched: %s", error.message)
-            else:
-                await self.judge(envelope)
+            await self._ask()
             seconds = interval_s()
             with contextlib.suppress(TimeoutError):
                 jitter = random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
                 async with asyncio.timeout(seconds * jitter):
                     await self._due.wait()
 
-    async def judge(self, envelope: bytes) -> None:
-        """Judge an assignment, persist it, and have it carried out; a refusal is reported once."""
+    async def _ask(self) -> None:
+        nonce = secrets.token_hex(16)
+        path = f"/v1/desired?nonce={nonce}"
+        try:
+            answer = await asyncio.to_thread(self._https.request, "GET", path, max_bytes=DesiredReply.MAX_BYTES)
+            reply = wire.decode(DesiredReply, answer)
+        except FetchError as error:
+            if error.code is not RejectCode.NOT_FOUND:
+                log.info("the desired state cannot be fetched: %s", error.message)
+        except wire.WireError as error:
+            log.warning("the desired state cannot be read: %s", error)
+        else:
+            await self.judge(reply.assignment.encode(), statement=reply.fresh.encode(), nonce=nonce)
+
+    async def judge(self, envelope: bytes, *, statement: bytes = b"", nonce: str = "") -> None:
+        """Judge an assignment, persist it, and have it carried out; a refusal is reported once.
+
+        A freshness statement for `nonce` may have come along with it.
+        """
         async with self._judging:
             now = asyncio.get_running_loop().time()
             if envelope == self._judged[0] and now - self._judged[1] < SAME_S:
                 return  # the same by another way
             accepted = await self._accept(envelope)
             await self._hold()
-            if accepted is not None and await self._may_act(accepted.assignment.version):
+            if accepted is not None and await self._may_act(accepted, statement, nonce):
                 log.info("assignment %d accepted", accepted.assignment.version)
                 self._judged = (envelope, now)
                 await self._deployer.desire(accepted.assignment)
@@ -164,8 +174,11 @@ class Desired:
         self.problems.pop("assignment", None)
         return accepted
 
-    async def _may_act(self, version: int) -> bool:
+    async def _may_act(self, accepted: Accepted, statement: bytes, nonce: str) -> bool:
         """Whether an accepted assignment is acted on now: somebody must vouch for it where no clock is set."""
+        version = accepted.assignment.version
+        if statement and await self._is_fresh(statement, nonce, accepted.sha256):
+            return True
         if self._clock_set() or await self._vouch():
             return True
         text = f"assignment {version}: nobody vouched that it is current, and this board's clock is not set"
@@ -205,10 +218,14 @@ class Desired:
     async def fresh(self, envelope: bytes) -> None:
         """The director's answer to a nonce."""
         facts = await self._worker(self._store.facts)
-        if facts.assignment is None:
+        if facts.assignment is None or not await self._is_fresh(envelope, self._nonce, facts.assignment.sha256):
             return
+        if self._vouched is not None and not self._vouched.done():
+            self._vouched.set_result(None)
+
+    async def _is_fresh(self, envelope: bytes, nonce: str, sha256: str) -> bool:
         try:
-            await self._worker(self._trust.fresh, envelope, nonce=self._nonce, sha256=facts.assignment.sha256)
+            await self._worker(self._trust.fresh, envelope, nonce=nonce, sha256=sha256)
         except Rejected as error:
             # An answer to an older nonce of this board's own is nothing unusual.
             log.log(logging.DEBUG if error.code is RejectCode.REPLAY else logging.INFO, "not fresh: %s", error)
@@ -216,10 +233,9 @@ class Desired:
                 # Either a newer one is on its way, or somebody keeps it from this board: asking over HTTPS tells.
                 self.problems["fresh"] = f"this board may be kept from its newest assignment: {error.message}"
                 self.refresh_later(random.uniform(1, 3))  # noqa: S311
-        else:
-            self.problems.pop("fresh", None)
-            if self._vouched is not None and not self._vouched.done():
-                self._vouched.set_result(None)
+            return False
+        self.problems.pop("fresh", None)
+        return True
 
     async def _meant(self, claimed: Assignment | None, code: RejectCode) -> int:
         """The version that was refused; of what the director did not sign, nobody's word counts."""

@@ -4,7 +4,8 @@ The server encodes and decodes these, the command line too, and the OpenAPI docu
 are UTC, durations say their unit. An error of any route is a `Problem`.
 The routes with what each takes and gives are a table, `fleet.server.openapi.ROUTES`; it comes out as `/openapi.json`.
 `{id}` of a rollout is its id or its number. On the listener for devices: `/v1/tuf/{file}`, `/v1/artifacts/{sha256}`,
-`/v1/desired` (the envelope as published, 404 for none) and `POST /v1/renew` (`fleet.protocol.enrolment`).
+`/v1/desired` (the envelope as published, 404 for none; with `?nonce=` a `DesiredReply`) and
+`POST /v1/renew` (`fleet.protocol.enrolment`).
 """
 
 from datetime import datetime

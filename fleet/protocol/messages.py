@@ -168,6 +168,19 @@ class Report(Message, frozen=True, kw_only=True):
     previous: str = ""
 
 
+class DesiredReply(Message, frozen=True, kw_only=True):
+    """The answer to `GET /v1/desired?nonce=N`: what `down/desired` and `down/fresh` say, for a board without MQTT.
+
+    Attributes:
+        assignment: the envelope, as published.
+        fresh: the director's statement for the nonce, an envelope too.
+    """
+
+    MAX_BYTES: ClassVar[int] = 2 * (caps.DESIRED_MAX_BYTES + caps.COMMAND_MAX_BYTES)
+    assignment: str
+    fresh: str
+
+
 class Ack(Message, frozen=True, kw_only=True):
     """`down/ack`: the server has stored every report up to and including `sequence`."""
 

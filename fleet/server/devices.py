@@ -1,15 +1,20 @@
 """The routes for enrolled boards. TLS has asked each for a certificate of the fleet's CA before a request is read."""
 
+import re
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from fleet.protocol import wire
 from fleet.protocol.enrolment import RenewRequest
+from fleet.protocol.messages import DesiredReply
 from fleet.server import web
 from fleet.server.artifacts import Artifacts
+from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
 from fleet.server.peercert import peer_certificate
 from fleet.server.publishing import artifact_file, tuf_file
@@ -18,15 +23,18 @@ from fleet.server.web import Refusal, answer, body, param
 from fleet.store.rows import DeviceRow
 from fleet.store.store import Store
 
+_NONCE: Final = re.compile(r"[0-9a-f]{16,64}")
 Handler = Callable[[Request, DeviceRow], Awaitable[Response]]
 
 
 class Devices:
     """The API for boards: metadata, artifacts, the desired state, renewal."""
 
-    def __init__(self, *, store: Store, repository: Repository, artifacts: Artifacts, enrolment: Enrolment) -> None:
+    def __init__(
+        self, *, store: Store, repository: Repository, artifacts: Artifacts, enrolment: Enrolment, director: Director
+    ) -> None:
         self._store, self._repository, self._artifacts = store, repository, artifacts
-        self._enrolment = enrolment
+        self._enrolment, self._director = enrolment, director
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -55,12 +63,18 @@ class Devices:
         """GET /v1/artifacts/{sha256}."""
         return artifact_file(self._artifacts, request)
 
-    async def desired(self, _request: Request, device: DeviceRow) -> Response:
-        """GET /v1/desired: the way for a board that cannot reach the broker."""
+    async def desired(self, request: Request, device: DeviceRow) -> Response:
+        """GET /v1/desired: the way for a board that cannot reach the broker; with a nonce, vouched for."""
         row = self._store.delivery.assignment(device.id)
         if row is None:
             raise Refusal(404, "not-found", "nothing was ever assigned to this board")
-        return Response(row.envelope, media_type="application/json", headers={"cache-control": "no-store"})
+        body, nonce = row.envelope, request.query_params.get("nonce")
+        if nonce is not None:
+            if not _NONCE.fullmatch(nonce):
+                raise Refusal(400, "bad-request", "a nonce is 16 to 64 hexadecimal digits")
+            vouched = self._director.vouch(row, nonce)
+            body = wire.encode(DesiredReply(assignment=row.envelope.decode(), fresh=vouched.decode()))
+        return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
 
     async def renew(self, request: Request, device: DeviceRow) -> Response:
         """POST /v1/renew."""

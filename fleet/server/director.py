@@ -126,18 +126,20 @@ class Director:
     def answer_nonce(self, device: str, nonce: str) -> bool:
         """Say which assignment is current, for this nonce; false when the board has none."""
         row = self._store.delivery.assignment(device)
-        if row is None:
-            return False
+        return row is not None and self._publish(Topic(device, Down.FRESH), self.vouch(row, nonce))
+
+    def vouch(self, row: AssignmentRow, nonce: str) -> bytes:
+        """The signed statement that this assignment is its board's current one, for this nonce."""
         now = self._clock()
         fresh = Fresh(
             fleet=self._fleet,
-            device=device,
+            device=row.device,
             nonce=nonce,
             assignment_sha256=row.sha256,
             issued=now,
             expires=now + FRESH_LIFE,
         )
-        return self._publish(Topic(device, Down.FRESH), director.sign_fresh(fresh, self._signer))
+        return director.sign_fresh(fresh, self._signer)
 
     def command(self, device: str, verb: CheckIn | Restart | FollowLogs) -> tuple[int, datetime, bool]:
         """Sign and send a command: its sequence, its expiry, and whether the broker took it."""

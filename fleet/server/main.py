@@ -225,7 +225,13 @@ class Server:
                 clock=clock,
             )
         )
-        self._devices = Devices(store=store, repository=repository, artifacts=self._artifacts, enrolment=enrolment)
+        self._devices = Devices(
+            store=store,
+            repository=repository,
+            artifacts=self._artifacts,
+            enrolment=enrolment,
+            director=self._director,
+        )
 
     def _publish(self, topic: Topic, payload: bytes) -> bool:
         return self._bus.publish(str(topic), payload, retain=topic.channel in RETAINED)

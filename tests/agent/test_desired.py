@@ -20,9 +20,11 @@ from agent.standing import Board
 from agent.store import Store
 from agent.trust import Trust
 from agent.worker import Worker
+from fleet.protocol import wire
 from fleet.protocol.assignment import Assignment, Fresh, Item
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Http, Manifest
+from fleet.protocol.messages import DesiredReply
 from fleet.protocol.names import TargetName
 from signing import director, repository
 from signing.keys import generate
@@ -42,12 +44,15 @@ class Server:
             fleet=FLEET, namespaces={"main": self.keys["main"]}, now=NOW, dev=True, ceilings=None, **top
         )
         self.root, self.reachable, self.envelope = self.files["1.root.json"], True, None
+        self.replay = ""
 
     def request(self, method, path, *, max_bytes, body=None, headers=None):
         if not self.reachable:
             raise FetchError(RejectCode.UNREACHABLE, "no route")
-        if path == "/v1/desired" and self.envelope is not None:
-            return self.envelope
+        if path.startswith("/v1/desired?nonce=") and self.envelope is not None:
+            nonce = path.rpartition("=")[2]
+            fresh = self.fresh(self.replay or nonce, self.envelope)
+            return wire.encode(DesiredReply(assignment=self.envelope.decode(), fresh=fresh.decode()))
         name = path.rpartition("/")[2]
         if name not in self.files:
             raise FetchError(RejectCode.NOT_FOUND, name)
@@ -335,3 +340,23 @@ def test_an_expired_repository_stops_updates_and_nothing_that_runs_and_why_says_
     told = "\n".join(why.tell(why.standing(case.identity, case.store)))
     assert "nothing is updated until it is renewed, and what runs goes on" in told
     assert "web: runs" in told
+
+
+@pytest.mark.parametrize("replay", ["", "0" * 32], ids=["honest", "replayed"])
+def test_a_board_without_mqtt_and_without_a_clock_is_vouched_for_over_https(tmp_path, monkeypatch, replay):
+    monkeypatch.setattr(desired_module, "FRESH_S", 0.05)
+    case = Case(tmp_path, clock_set=False)
+    monkeypatch.setattr(case.desired, "_ask_fresh", lambda _nonce: False)  # the broker cannot be reached
+    case.server.envelope, case.server.replay = case.server.assignment(4), replay
+
+    async def story():
+        asking = asyncio.ensure_future(case.desired.run(lambda: 3600.0))
+        async with asyncio.timeout(20):
+            while case.store.counter("accepted") != 4 or not (case.deployer.versions or case.desired.problems):  # noqa: ASYNC110 - the store has no event
+                await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+
+    asyncio.run(story())
+    assert case.deployer.versions == ([] if replay else [4])
+    assert ("nobody vouched" in case.desired.problems.get("fresh", "")) == bool(replay)

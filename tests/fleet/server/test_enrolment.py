@@ -17,7 +17,9 @@ from fleet import ca
 from fleet.ca import BadRequestError, CertificateAuthority
 from fleet.protocol import api, wire
 from fleet.protocol.enrolment import EnrolRequest, RenewRequest, Token
+from fleet.protocol.messages import DesiredReply
 from fleet.server.main import Server
+from signing import dsse
 
 
 def story_of(new_fleet, story):
@@ -181,6 +183,24 @@ def test_boards_fetch_their_own_desired_state_without_the_broker(new_fleet):
             assert artifact.content == b"hello 1.0.0"
         with other.http() as http:
             assert (await asyncio.to_thread(http.get, "/v1/desired")).content != reply.content
+
+        # a board whose clock nobody set asks with a nonce, and the director's word for it comes along
+        nonce = "0123456789abcdef"
+        with away.http() as http:
+            vouched = await asyncio.to_thread(http.get, "/v1/desired", params={"nonce": nonce})
+            assert (await asyncio.to_thread(http.get, "/v1/desired", params={"nonce": "../x"})).status_code == 400
+        both = wire.decode(DesiredReply, vouched.content)
+        assert both.assignment.encode() == reply.content
+        statement, _ = away._trusted.fresh(
+            both.fresh.encode(),
+            fleet=away.enrolled.fleet,
+            device=away.device,
+            nonce=nonce,
+            sha256=dsse.parse(reply.content).sha256,
+            facts=away.facts,
+            now=datetime.now(UTC),
+        )
+        assert statement.nonce == nonce
 
     story_of(new_fleet, story)
 
