@@ -5,6 +5,7 @@ A board sees this machine's loopback as 10.0.2.2, so that is the address in its 
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -131,6 +132,34 @@ class OperatorSide:
                 return await load.stop()
 
         return self._do(story())
+
+    def publish(self, component: str, *, version: str) -> str:
+        """`fleet publish`; the sha256 of the bytes."""
+        self.fleet("publish", str(fixture(component)), "--version", version)
+        return hashlib.sha256(fixture(component).read_bytes()).hexdigest()
+
+    def tamper(self, sha256: str) -> None:
+        """Change one byte of an artifact where the server keeps it."""
+        path = next((self.scene.home / "server" / "artifacts").rglob(f"{sha256}*"))
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.chmod(0o644)
+        path.write_bytes(data)
+
+    def deploy(self, target: str, *, group: str) -> tuple[int, str]:
+        """`fleet deploy`, followed to its end; exit code and what it said."""
+        places = ["--as", HELLO, "--group", group, "--waves", "100%", "--timeout", "600"]
+        code, output, errors = self._do(self._fleet("deploy", target, *places))
+        return code, output + errors
+
+    def settled(self, device: str, *, timeout_s: float = 300.0) -> None:
+        """Wait until a board has carried out its newest assignment."""
+
+        def done() -> bool | None:
+            row = self.device(device)
+            return True if row.online and row.committed == row.assigned else None
+
+        self.until(f"{device} has settled", done, timeout_s=timeout_s)
 
     def rolled_back(self, component: str, port: int, *, group: str = GROUP) -> tuple[int, str]:
         """Push while clients ask, which is what makes a bad version show; exit code and what `fleet push` said."""
