@@ -5,6 +5,7 @@ tests is 10.0.2.2, and the board's port 8080 is forwarded to a free port here.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -20,6 +21,10 @@ from pathlib import Path
 
 COMMAND_S = 60.0
 HOST = "10.0.2.2"  # this machine, as the board sees it
+
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,14 @@ class Board:
             *(("-loadvm", snapshot) if snapshot else ()),
         ]
         with (self.workdir / "qemu.log").open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=self.workdir, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.workdir,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # no board outlives its tests
+            )
         self._qmp = self._connect("qmp.sock")
         self._console = self._connect("console.sock")
         self._pending = b""
