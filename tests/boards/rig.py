@@ -118,7 +118,8 @@ class Board:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # no board outlives its tests
+                # no board outlives its tests, which have one thread
+                preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509
             )
         self._qmp = self._connect("qmp.sock")
         self._console = self._connect("console.sock")
