@@ -332,7 +332,10 @@ class Daemon:
         self._poked_at = now
         with contextlib.suppress(wire.WireError):
             jitter_s = min(POKE_JITTER_MAX_S, max(0, wire.decode(Poke, payload).jitter_s))
-            self._desired.refresh_later(random.uniform(0, jitter_s))  # noqa: S311 - jitter, not a secret
+            delay = random.uniform(0, jitter_s)  # noqa: S311 - jitter, not a secret
+            self._desired.refresh_later(delay)
+            # A server that was away pokes when it is back, and may have missed what was sent meanwhile.
+            asyncio.get_running_loop().call_later(delay, self._outbox.reconnected)
 
     def _on_report(self) -> None:
         self._outbox.wake()

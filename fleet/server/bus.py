@@ -157,6 +157,8 @@ class Bus:
         return mine is sock and sock.fileno() >= 0
 
     def _socket_close(self, _client: mqtt.Client, _data: Any, sock: Any) -> None:
+        if self._loop.is_closed():
+            return  # a client that is collected after everything is over
         if sock.fileno() >= 0:
             handle = sock.fileno()
             self._loop.remove_reader(handle)

@@ -177,6 +177,7 @@ class Server:
         store, repository, clock = self._store, self._repository, self._clock
         watch = Watch()
         self._artifacts = Artifacts(self._home.artifacts)
+        _ = repository.director  # without it, or with one that others can read, no server starts
         self._director = Director(
             store=store,
             repository=repository,
