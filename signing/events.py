@@ -21,12 +21,14 @@ from securesystemslib.signer import Signer
 from tuf.api.metadata import Metadata, Root, Targets
 
 from fleet.protocol import caps
-from signing import metadata, repository, rotation
+from signing import bins, metadata, repository, rotation
 from signing.errors import ConflictError, Rejected, RepositoryError
 
+_NAMED_MAX: Final = 4
 KIND: Final = "wasmfleet-signing-event-1"
 MAX_BYTES: Final = caps.ROOT_MAX_BYTES + 4 * caps.TARGETS_MAX_BYTES
-DOCUMENTS_MAX: Final = 64
+DOCUMENTS_MAX: Final = 1100
+"""A namespace with 1,024 bins, and what changes with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Event:
     @property
     def name(self) -> str:
         """Of a file for it: what it changes, such as `acme-root-3-targets-5`."""
-        parts = (f"{each.role}-{_read(each).signed.version}" for each in self.documents)
+        parts = (f"{each.role}-{_read(each).signed.version}" for each in self.documents[:_NAMED_MAX])
         return "-".join((self.fleet, *parts))
 
 
@@ -176,16 +178,38 @@ def apply(current: Mapping[str, bytes], event: Event) -> dict[str, bytes]:
             be signed by its new keys.
     """
     files, new = dict(current), dict[str, bytes]()
+    spaces = set[str]()
     for document in event.documents:
         if _is_published(files, document):
             continue
-        version = rotation.check(files, document.role, document.data)
+        if _in_bins(files, document):
+            version = bins.check(files, document.role, document.data)
+            spaces.add(bins.namespace_of(document.role))
+        else:
+            version = rotation.check(files, document.role, document.data)
         name = f"{version}.{document.role}.json"
         if files.get(name) != document.data:
             files[name] = new[name] = document.data
     if new:
         check_whole(files)
+    for name in spaces:
+        bins.check_whole(current, files, name)
     return new
+
+
+def _in_bins(files: Mapping[str, bytes], document: Document) -> bool:
+    """Whether a document is of a namespace with bins: of one of them, or the namespace's role itself, now or before."""
+    if bins.is_bin(document.role):
+        return True
+    if document.role in {"root", "targets"}:
+        return False
+    before = repository.newest(files).get(document.role)
+    known = None if before is None else files[f"{before}.{document.role}.json"]
+    return any(
+        b'"bit_length"' in data and bins.delegation(_read(Document(document.role, data)).signed) is not None
+        for data in (document.data, known)
+        if data is not None
+    )
 
 
 def check_whole(files: Mapping[str, bytes]) -> None:
@@ -240,6 +264,10 @@ def _walk(
             checks = [("root", root, "root"), ("new root", signed, "root")]
         elif document.role == "targets":
             checks = [("targets", root, "targets")]
+        elif bins.is_bin(document.role):
+            space = bins.namespace_of(document.role)
+            head = metadata.parse(Targets, repository.latest(files, space)[1], space).signed
+            checks = [(space, head, document.role)]
         else:
             top = metadata.parse(Targets, repository.latest(files, "targets")[1], "targets").signed
             if document.role not in (top.delegations.roles if top.delegations and top.delegations.roles else ()):

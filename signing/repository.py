@@ -10,7 +10,7 @@ fetches, verifies from root, and signs again.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar, cast
 
@@ -160,6 +160,15 @@ def latest(files: Mapping[str, bytes], role: str) -> tuple[int, bytes]:
     return version, files[f"{version}.{role}.json"]
 
 
+def newest(files: Mapping[str, bytes]) -> dict[str, int]:
+    """The newest version of every role, in one pass; timestamp.json has none in its name."""
+    found: dict[str, int] = {}
+    for name in files:
+        if (m := _FILE.fullmatch(name)) is not None:
+            found[m[2]] = max(found.get(m[2], 0), int(m[1]))
+    return found
+
+
 def _exists(current: Mapping[str, bytes], role: str) -> bool:
     return any((m := _FILE.fullmatch(name)) is not None and m[2] == role for name in current)
 
@@ -216,6 +225,8 @@ def add_target(
 def revoke(role: bytes, *, name: TargetName, signer: Signer, now: datetime, ends: datetime | None = None) -> bytes:
     """The next version of a namespace's role in which one release must not run any more; `role` if so already.
 
+    Where the targets are in hash bins, whoever calls has looked whether it is published.
+
     Raises:
         RepositoryError: it was never published.
     """
@@ -223,7 +234,8 @@ def revoke(role: bytes, *, name: TargetName, signer: Signer, now: datetime, ends
     revoked: list[str] = current.unrecognized_fields.setdefault(REVOKED, [])
     if name.path in revoked:
         return role
-    if name.path not in current.targets:
+    held = current.delegations is not None and current.delegations.succinct_roles is not None
+    if not held and name.path not in current.targets:
         raise RepositoryError(f"{name} is not published")
     revoked.append(name.path)
     return _next(current, signer, now, ends)
@@ -285,6 +297,8 @@ def check_role(current: Mapping[str, bytes], namespace: str, data: bytes) -> int
         )
     if before is not None:
         _check_growth(_parse(Targets, before, namespace), new.signed, namespace)
+    if new.signed.delegations is not None:
+        raise RepositoryError(f"{namespace} cannot delegate but to bins of its own (fleet sign bins)")
     limits = ceiling(top, namespace)
     for path, target in new.signed.targets.items():
         if not _delegated(top)[namespace].is_delegated_path(path):
@@ -318,10 +332,11 @@ def online(
     root, top = _verified_top(current)
     version, old, stands = _newest_snapshot(current, root)
     meta = {} if old is None else dict(old.meta)
-    # A namespace that was just added has no role until its publisher uploads the first.
-    for name in ("targets", *(each for each in _delegated(top) if _exists(current, each))):
-        number, data = latest(current, name)
-        meta[f"{name}.json"] = MetaFile(number, len(data), {"sha256": metadata.sha256(data)})
+    for name, number in _shown(current, top):
+        known = meta.get(f"{name}.json")
+        if known is None or known.version != number:
+            data = current[f"{number}.{name}.json"]
+            meta[f"{name}.json"] = MetaFile(number, len(data), {"sha256": metadata.sha256(data)})
     files: dict[str, bytes] = {}
     if old is None or not stands or old.meta != meta or _half_gone(old, now, "snapshot"):
         version += 1
@@ -344,6 +359,21 @@ def online_due(current: Mapping[str, bytes], now: datetime) -> bool:
     return data is None or _half_gone(_parse(Timestamp, data, "timestamp"), now, "timestamp")
 
 
+def _shown(current: Mapping[str, bytes], top: Targets) -> Iterator[tuple[str, int]]:
+    """What a snapshot lists: targets, each namespace that has begun, and its bins, with their newest versions."""
+    index = newest(current)
+    yield "targets", index["targets"]
+    for name in _delegated(top):
+        if name not in index:
+            continue
+        yield name, index[name]
+        data = current[f"{index[name]}.{name}.json"]
+        if b'"bit_length"' in data:  # else a large role would be parsed for nothing
+            delegations = _parse(Targets, data, name).delegations
+            succinct = None if delegations is None else delegations.succinct_roles
+            yield from ((each, index[each]) for each in (succinct.get_roles() if succinct else ()) if each in index)
+
+
 def online_stands(current: Mapping[str, bytes]) -> bool:
     """Whether snapshot and timestamp are signed by the keys of now and show every role's newest version."""
     root, top = _verified_top(current)
@@ -357,9 +387,8 @@ def online_stands(current: Mapping[str, bytes]) -> bool:
     except Rejected:
         return False
     shown = {name: each.version for name, each in snapshot.meta.items()}
-    there = ("targets", *(each for each in _delegated(top) if _exists(current, each)))
-    newest = all(shown.get(f"{name}.json") == latest(current, name)[0] for name in there)
-    return newest and timestamp.signed.snapshot_meta.version == version
+    whole = all(shown.get(f"{name}.json") == number for name, number in _shown(current, top))
+    return whole and timestamp.signed.snapshot_meta.version == version
 
 
 def _half_gone(signed: Signed, now: datetime, role: str) -> bool:

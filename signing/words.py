@@ -12,7 +12,7 @@ from tuf.api.metadata import Root, Targets
 
 from fleet.protocol import names
 from fleet.protocol.manifest import Grants
-from signing import metadata, policy, repository
+from signing import bins, metadata, policy, repository
 from signing.errors import Rejected, RepositoryError
 from signing.events import Document, Event
 from signing.policy import Release
@@ -30,13 +30,25 @@ def describe(current: Mapping[str, bytes], event: Event, *, called: Namer = lamb
         RepositoryError: a document that is no metadata.
     """
     files, lines = dict(current), list[str]()
+    moved, published = 0, dict[str, dict[str, Release]]()
     for document in event.documents:
         try:
             version, said = _document(files, document, called)
+            if bins.is_bin(document.role):
+                space = bins.namespace_of(document.role)
+                if space not in published:
+                    found = bins.releases(current, space) if _latest(current, space) is not None else ()
+                    published[space] = {each.name.path: each for each in found}
+                said = list(_bin(published[space], document))
         except Rejected as error:
             raise RepositoryError(error.message) from error
-        lines += [f"{document.role}, version {version}:", *(f"  {line}" for line in said)]
         files[f"{version}.{document.role}.json"] = document.data
+        if bins.is_bin(document.role) and not said:
+            moved += 1
+            continue
+        lines += [f"{document.role}, version {version}:", *(f"  {line}" for line in said)]
+    if moved:
+        lines.append(f"{moved} hash bins hold what was published before, and nothing else")
     return lines
 
 
@@ -49,6 +61,8 @@ def _document(files: Mapping[str, bytes], document: Document, called: Namer) -> 
         return root.version, [*_root(old, root, called), *_life(old.expires, root.expires)]
     new = metadata.parse(Targets, document.data, document.role).signed
     known = None if before is None else metadata.parse(Targets, before, document.role).signed
+    if bins.is_bin(document.role):
+        return new.version, []
     told = _top(known, new, called) if document.role == "targets" else _space(known, new, before, document.data)
     return new.version, [*told, *_life(None if known is None else known.expires, new.expires)]
 
@@ -124,6 +138,17 @@ def _space(old: Targets | None, new: Targets, before: bytes | None, data: bytes)
     yield from (f"{path} is revoked: boards stop it and nothing brings it back" for path in sorted(gone))
 
 
+def _bin(known: Mapping[str, Release], document: Document) -> Iterable[str]:
+    """What a hash bin holds that the namespace as published does not."""
+    for release in repository.releases(document.data):
+        before = known.get(release.name.path)
+        if before == release:
+            continue
+        if before is not None:
+            yield "changes what was published:"
+        yield from policy.describe(release, before=_previous(release, known.values())).split("\n")
+
+
 def _previous(release: Release, known: Iterable[Release]) -> Release | None:
     """The newest published version of the same component that is older."""
     key = names.version_key(release.name.version)
@@ -136,8 +161,9 @@ def _previous(release: Release, known: Iterable[Release]) -> Release | None:
 
 
 def _life(before: datetime | None, after: datetime) -> Iterable[str]:
-    if before is None or before.date() != after.date():
-        yield f"valid until {after:%Y-%m-%d}" + ("" if before is None else f", was {before:%Y-%m-%d}")
+    if before != after:
+        was = "" if before is None or before.date() == after.date() else f", was {before:%Y-%m-%d}"
+        yield f"valid until {after:%Y-%m-%d}{was}"
 
 
 def _reach(grants: Grants) -> list[str]:

@@ -5,7 +5,7 @@ rollback stands `Facts`, which the caller stores apart from the cache: after eac
 `Workflow.facts` is what is to be stored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -336,10 +336,11 @@ class Workflow:
         self.load(namespace, targets, parent="targets", late=True)
         return self._roles["targets", namespace][1]
 
-    def files(self) -> dict[str, bytes]:
+    def files(self, *, bins: bool = True) -> dict[str, bytes]:
         """Root, targets and every namespace that has a role, as verified: name -> file, for `signing.events`.
 
-        Expired ones too: they are to be looked at and renewed, not run.
+        With `bins` their hash bins too, which may be many files. Expired ones as well: they are to be looked at and
+        renewed, not run.
 
         Raises:
             Rejected: as `refresh` for those roles.
@@ -355,7 +356,25 @@ class Workflow:
             if f"{name}.json" in self._snapshot.meta:
                 role = self.load(name, targets, parent="targets", late=True)
                 found[f"{role.version}.{name}.json"] = self._roles["targets", name][1]
+                for each in _bins(role) if bins else ():
+                    found |= dict([self._bin(name, role, each)])
         return found
+
+    def holder(self, namespace: str, path: str) -> tuple[str, bytes]:
+        """The file name and bytes of the role of a namespace that holds, or will hold, a target path.
+
+        Raises:
+            Rejected: as `refresh` for that role.
+        """
+        _, targets = self.loaded()
+        head = self.load(namespace, targets, parent="targets", late=True)
+        for name, _ in head.delegations.get_roles_for_target(path) if head.delegations is not None else ():
+            return self._bin(namespace, head, name)
+        return f"{head.version}.{namespace}.json", self._roles["targets", namespace][1]
+
+    def _bin(self, namespace: str, head: Targets, name: str) -> tuple[str, bytes]:
+        role = self.load(name, head, parent=namespace, late=True)
+        return f"{role.version}.{name}.json", self._roles[namespace, name][1]
 
     def search(self, path: str) -> Found | None:
         """Pre-order, depth-first through the delegations (TUF specification, 5.6.7)."""
@@ -422,6 +441,11 @@ def is_revoked(role: Targets, path: str) -> bool:
     """Whether a role's publisher has revoked the target."""
     revoked = role.unrecognized_fields.get(REVOKED, [])
     return isinstance(revoked, list) and path in revoked
+
+
+def _bins(role: Targets) -> Iterable[str]:
+    succinct = None if role.delegations is None else role.delegations.succinct_roles
+    return () if succinct is None else succinct.get_roles()
 
 
 def _file_name(role: str) -> str:

@@ -14,7 +14,7 @@ from fleet.cli.prepare import read_file
 from fleet.cli.trust import Trust
 from fleet.cli.unlock import keyring, open_key
 from fleet.client import Client
-from signing import events, words
+from signing import bins, events, words
 from signing.errors import RepositoryError
 from signing.events import Event, Wanted
 from signing.keyring import Entry, Keyring
@@ -99,7 +99,7 @@ class Ceremony:
         """Upload an event that enough have signed, and remember what it made."""
         reply = self.client.publish_event(event.encode())
         self.trust.refresh()
-        roles = ", ".join(each.role for each in event.documents)
+        roles = ", ".join(dict.fromkeys(bins.namespace_of(each.role) for each in event.documents))
         if self.options.json:
             out.show_json({"published": True, "event": event.name, "snapshot": reply.snapshot})
         else:

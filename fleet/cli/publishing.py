@@ -24,7 +24,7 @@ from fleet.client import Client, ProblemError
 from fleet.protocol import author
 from fleet.protocol.manifest import Manifest
 from fleet.protocol.names import TargetName
-from signing import events, repository
+from signing import bins, events, repository
 from signing.errors import RepositoryError
 from signing.events import Document, Event
 from signing.policy import Release
@@ -67,9 +67,13 @@ def publish(
     signer, ends = publisher(who, trust)
     uploaded = False
     for _ in range(CONFLICTS_MAX):
-        base = trust.role or _begin(who, client, trust, signer, ends)
+        if trust.role is None:
+            _begin(who, client, trust, signer, ends)
         manifest = versioned(prepared, trust)
         target = TargetName(who.namespace, manifest.name, manifest.version)
+        holder, base = trust.holder(target.path)
+        if trust.is_revoked(target.path):
+            raise Fault(f"{target} was revoked", "a revocation is for good", "publish it under another version")
         try:
             role = repository.add_target(
                 base,
@@ -89,9 +93,10 @@ def publish(
         if not uploaded:
             client.upload(prepared.sha256, prepared.data, progress=progress)
             uploaded = True
-        _need_others(who, trust, role, target)
+        event = Event(who.fleet, (Document(holder, role),), note=f"publishes {target}")
+        _need_others(trust, event, target)
         try:
-            client.publish_role(who.namespace, role)
+            _send(client, event)
         except ProblemError as error:
             if error.problem.status != _CONFLICT:
                 raise
@@ -125,25 +130,31 @@ def publisher(who: Operator, trust: Trust) -> tuple[Signer, datetime | None]:
     return signer, ends
 
 
-def _begin(who: Operator, client: Client, trust: Trust, signer: Signer, ends: datetime | None) -> bytes:
+def _begin(who: Operator, client: Client, trust: Trust, signer: Signer, ends: datetime | None) -> None:
     """The first, empty role of a new namespace."""
     client.publish_role(who.namespace, repository.new_role(signer=signer, now=datetime.now(UTC), ends=ends))
     trust.refresh()
-    assert trust.role is not None
-    return trust.role
 
 
-def _need_others(who: Operator, trust: Trust, role: bytes, target: TargetName) -> None:
+def _send(client: Client, event: Event) -> None:
+    """Upload the role that holds the new target: a namespace's own, or a hash bin's."""
+    role = event.documents[0]
+    if bins.is_bin(role.role):
+        client.publish_event(event.encode())
+    else:
+        client.publish_role(role.role, role.data)
+
+
+def _need_others(trust: Trust, event: Event, target: TargetName) -> None:
     """Where the namespace wants several people: save what this one signed, for the others; raises `Fault`."""
-    event = Event(who.fleet, (Document(who.namespace, role),), note=f"publishes {target}")
-    lacking = events.missing(trust.files, event)
+    lacking = events.missing(trust.heads, event)
     if not lacking:
         return
     path = Path(event.name + SUFFIX)
     save(path, event)
     raise Fault(
         f"{target} is not published yet",
-        f"the namespace {who.namespace} wants {lacking[0].count} signatures more; yours is in {path}",
+        f"the namespace {target.namespace} wants {lacking[0].count} signatures more; yours is in {path}",
         f"have it signed with 'fleet sign approve {path}', then 'fleet sign publish {path}'",
         code=Exit.FAILED,
     )
@@ -152,7 +163,7 @@ def _need_others(who: Operator, trust: Trust, role: bytes, target: TargetName) -
 def _look_again(trust: Trust, release: Release) -> None:
     """Remember what was published: from now on nobody can show this machine a repository without it."""
     trust.refresh()
-    if release not in trust.releases:
+    if trust.release(release.name.path) != release:
         raise Fault(
             f"the server took {release.name} and does not show it",
             "its repository is without what it accepted",

@@ -1,6 +1,6 @@
 """`fleet sign`: what several people sign together, and what expires unless somebody signs it anew."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +13,7 @@ from fleet.cli.ceremony import Ceremony, load, merged, save
 from fleet.cli.home import operator
 from fleet.cli.moving import move
 from fleet.cli.values import days
-from signing import proposals, repository, rotation
+from signing import bins, proposals, repository, rotation
 from signing.errors import RepositoryError
 
 DUE: Final = "60d"
@@ -79,10 +79,20 @@ def _rows(ceremony: Ceremony) -> Any:
         yield {
             "role": role,
             "version": version,
-            "expires": proposals.expiry(data),
+            "expires": min(proposals.expiry(each) for each in (data, *_bins(files, role, data))),
             "threshold": keys.threshold,
             "keys": [key.keyid for key in keys.keys],
         }
+
+
+def _bins(files: Mapping[str, bytes], namespace: str, data: bytes) -> Iterator[bytes]:
+    """The hash bins under a namespace, if it has any."""
+    if namespace in {"root", "targets"} or b'"bit_length"' not in data:
+        return
+    index = repository.newest(files)
+    for name, version in index.items():
+        if bins.is_bin(name) and bins.namespace_of(name) == namespace:
+            yield files[f"{version}.{name}.json"]
 
 
 def _when(expires: datetime, now: datetime) -> str:
@@ -180,5 +190,28 @@ def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | N
         ceremony.carry_through(event, yes=yes, to=to)
 
 
-for each in (status, diff, approve, publish, renew, move):
+@command("bins", json=False, examples="fleet sign bins\nfleet sign bins edge")
+@click.argument("namespace", required=False)
+@click.option("--bits", type=click.IntRange(1, 10), default=bins.BITS, show_default=True, help="2^BITS hash bins")
+@click.option(
+    "--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Save the signing event here; publish nothing"
+)
+@_YES
+def move_to_bins(options: Options, *, namespace: str | None, bits: int, to: Path | None, yes: bool) -> None:
+    """Move the targets of NAMESPACE into hash bins, for good: worth it from about a thousand targets on.
+
+    Publishing then signs one small role, and a board fetches the one that its target is in. Boards follow by
+    themselves; what is published, revoked and running stays as it is.
+    """
+    who = operator(options)
+    with who.client() as client:
+        ceremony = Ceremony(options, who, client)
+        try:
+            event = proposals.propose_bins(ceremony.files, namespace or who.namespace, now=datetime.now(UTC), bits=bits)
+        except RepositoryError as error:
+            raise Fault(str(error), code=Exit.REFUSED) from None
+        ceremony.carry_through(event, yes=yes, to=to)
+
+
+for each in (status, diff, approve, publish, renew, move, move_to_bins):
     sign.add_command(each)

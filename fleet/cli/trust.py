@@ -1,24 +1,27 @@
 """What this operator believes of the repository, verified from the root pinned on this machine."""
 
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
+from tuf.api.metadata import Targets
 
 from fleet.cli.base import Exit, Fault
 from fleet.cli.home import Operator
 from fleet.cli.prepare import read_file
 from fleet.client import Client
 from fleet.protocol import caps
-from signing import repository, rotation
+from signing import bins, metadata, policy, repository, rotation
 from signing.cache import DirectoryCache
 from signing.errors import FetchNotFound, Rejected, RepositoryError
 from signing.facts import Facts
 from signing.policy import Release
 from signing.rotation import RoleKeys
-from signing.workflow import Workflow, profile
+from signing.workflow import Workflow, is_revoked, profile
 
+T = TypeVar("T")
 _LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Before anything can have expired."""
 
@@ -47,9 +50,16 @@ class Trust:
     def refresh(self) -> None:
         """Bring everything up to date with the server."""
         facts = self._load_facts()
+        self._asked(lambda: self._bring_up(facts))
+
+    def _bring_up(self, facts: Facts) -> None:
+        self._workflow.refresh(facts=facts, now=_LONG_AGO if self._expired else facts.time(datetime.now(UTC)))
+        self._files = self._workflow.files(bins=False)
+
+    def _asked(self, question: Callable[[], T]) -> T:
+        """An answer out of the verified repository; what was seen on the way is remembered in any case."""
         try:
-            self._workflow.refresh(facts=facts, now=_LONG_AGO if self._expired else facts.time(datetime.now(UTC)))
-            self._files = self._workflow.files()
+            return question()
         except Rejected as error:
             raise Fault(
                 "the fleet's repository does not verify",
@@ -67,8 +77,29 @@ class Trust:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Root, targets and the namespaces' roles, as verified."""
+        """Root, targets and the namespaces' roles with all their hash bins, as verified."""
+        return self._asked(self._workflow.files)
+
+    @property
+    def heads(self) -> dict[str, bytes]:
+        """The same without hash bins, which are many files."""
         return dict(self._files)
+
+    def holder(self, path: str) -> tuple[str, bytes]:
+        """The role that holds or will hold a target of this namespace: the namespace's, or a hash bin's."""
+        name, data = self._asked(lambda: self._workflow.holder(self._who.namespace, path))
+        return name.partition(".")[2].removesuffix(".json"), data
+
+    def release(self, path: str) -> Release | None:
+        """What is published under a target path; None for nothing, or what was revoked."""
+        target = self._asked(lambda: self._workflow.target(path))
+        return None if target is None else policy.release_of(path, target)
+
+    def is_revoked(self, path: str) -> bool:
+        """Whether this namespace has taken a target back."""
+        if self.role is None:
+            return False
+        return is_revoked(metadata.parse(Targets, self.role, self._who.namespace).signed, path)
 
     @property
     def role(self) -> bytes | None:
@@ -100,7 +131,7 @@ class Trust:
     @property
     def releases(self) -> tuple[Release, ...]:
         """What the namespace has published."""
-        return () if self.role is None else repository.releases(self.role)
+        return () if self.role is None else bins.releases(self.files, self._who.namespace)
 
     def _fetch(self, name: str, _max_bytes: int) -> bytes:
         data = self._client.tuf(name)

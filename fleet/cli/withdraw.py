@@ -55,6 +55,8 @@ def _revoke(who: Operator, client: Client, trust: Trust, name: TargetName) -> bo
         role = trust.role
         if role is None:
             raise Fault(f"{name} is not published", "the namespace is empty", code=Exit.REFUSED)
+        if not trust.is_revoked(name.path) and trust.release(name.path) is None:
+            raise Fault(f"{name} is not published", "there is nothing to take back", code=Exit.REFUSED)
         try:
             new = repository.revoke(role, name=name, signer=signer, now=datetime.now(UTC), ends=ends)
         except RepositoryError as error:
@@ -63,7 +65,7 @@ def _revoke(who: Operator, client: Client, trust: Trust, name: TargetName) -> bo
             return False
         shown = _published(client, who.namespace, new)
         trust.refresh()
-        if shown and name in {release.name for release in trust.releases}:
+        if shown and trust.release(name.path) is not None:
             raise Fault(f"the server took the revocation of {name} and does not show it", code=Exit.REFUSED)
         if shown:
             return True

@@ -22,14 +22,15 @@ from tuf.api.metadata import Root
 from fleet.protocol import caps
 from fleet.protocol.api import Published, RoleReply
 from fleet.server.held import HeldKeys
-from signing import events, metadata, repository, rotation
+from signing import bins, events, metadata, repository, rotation
 from signing.errors import RepositoryError
+from signing.events import Document, Event
 from signing.policy import Release
 from signing.trust import DIRECTOR
 from signing.workflow import profile
 
 log = logging.getLogger(__name__)
-_FILE: Final = re.compile(r"timestamp\.json|[1-9][0-9]{0,8}\.[a-z0-9-]{1,63}\.json")
+_FILE: Final = re.compile(r"timestamp\.json|[1-9][0-9]{0,8}\.[a-z0-9-]{1,63}(\.bins-[0-9a-f]{1,3})?\.json")
 ONLINE: Final = ("snapshot", "timestamp")
 
 
@@ -94,15 +95,15 @@ class Repository:
         """Publish the next version of a namespace's role, and snapshot and timestamp over it.
 
         Raises:
-            Rejected, ConflictError, RepositoryError: see `signing.repository.check_role`.
+            Rejected, ConflictError, RepositoryError: see `signing.events.apply`.
         """
         if len(data) > caps.TARGETS_MAX_BYTES:
             raise RepositoryError(f"the role has {len(data)} bytes, boards accept {caps.TARGETS_MAX_BYTES} at most")
-        version = repository.check_role(self._files, namespace, data)
-        name = f"{version}.{namespace}.json"
-        if self._files.get(name) != data:
-            self._add({name: data})
+        new = events.apply(self._files, Event("", (Document(namespace, data),)))
+        if new:
+            self._add(new)
             self.sign_online(now=now)
+        version = _published(namespace, data).version
         timestamp = _published("timestamp", self._files["timestamp.json"])
         return RoleReply(
             namespace=namespace, version=version, snapshot=self.snapshot_version, timestamp=timestamp.version
@@ -178,7 +179,7 @@ class Repository:
         self._chosen = {}
         found: dict[str, Release] = {}
         for namespace in repository.begun(self._files):
-            for release in repository.releases(repository.latest(self._files, namespace)[1]):
+            for release in bins.releases(self._files, namespace):
                 found[release.name.path] = release
         self._releases = found
 

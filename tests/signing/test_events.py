@@ -125,7 +125,7 @@ def test_a_key_that_signs_nothing_of_it_is_told_so() -> None:
         (b"", "no signing event"),
         (b"{}", "no signing event"),
         (b'{"kind":"other","fleet":"x","documents":[]}', "another version"),
-        (b'{"kind":"wasmfleet-signing-event-1","fleet":"x","documents":[]}', "1 to 64"),
+        (b'{"kind":"wasmfleet-signing-event-1","fleet":"x","documents":[]}', "1 to 1100"),
         (
             b'{"kind":"wasmfleet-signing-event-1","fleet":"x","documents":[{"role":"root","metadata":{}}]}',
             "not TUF metadata",

@@ -19,6 +19,7 @@ from fleet.protocol import api
 from fleet.protocol.api import RolloutView
 from signing import events, keys, repository
 from signing.errors import ConflictError, Rejected, RepositoryError
+from signing.events import Document, Event
 
 
 class Desk(httpx.BaseTransport):
@@ -82,10 +83,9 @@ class Desk(httpx.BaseTransport):
         return 1
 
     def accept(self, namespace: str, data: bytes) -> int:
-        version = repository.check_role(self.files, namespace, data)
-        self.files[f"{version}.{namespace}.json"] = data
+        self.files |= events.apply(self.files, Event("", (Document(namespace, data),)))
         self.sign_online()
-        return version
+        return repository.latest(self.files, namespace)[0]
 
     def sign_online(self) -> None:
         place = self.home / "server/keys"

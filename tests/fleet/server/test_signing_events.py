@@ -10,7 +10,7 @@ import pytest
 
 from fleet.protocol import api
 from fleet.server.home import Home
-from signing import events, keys, repository, rotation
+from signing import events, keys, proposals, repository, rotation
 from signing.events import Document, Event
 from signing.rotation import Namespace, RoleKeys
 
@@ -84,6 +84,28 @@ def test_a_namespace_is_added_and_begun_later_by_its_publisher(new_fleet) -> Non
         await fleet.operator.publish("1.0.0")
         first = repository.new_role(signer=publisher, now=now)
         assert (await fleet.operator.http.post("/v1/roles/extra", content=first)).is_success
+
+    play(new_fleet, story)
+
+
+def test_a_namespace_moves_into_hash_bins_under_a_connected_board(new_fleet) -> None:
+    async def story(fleet: Any) -> None:
+        await fleet.board("gate")
+        first = await fleet.operator.publish("1.0.0")
+        key = keys.load(fleet.home / "operator" / "keys" / "main.pem")
+        files = repository_files(fleet.home)
+        event = events.sign(files, proposals.propose_bins(files, "main", now=datetime.now(UTC), bits=4), key)
+        reply = await fleet.operator.http.post("/v1/signing-events", content=event.encode())
+        assert reply.status_code == 201, reply.text
+        view = await fleet.operator.decided(await fleet.operator.deploy(first))
+        assert view.state is api.RolloutState.SUCCEEDED
+        # and the server reads its bins when it comes up again
+        await fleet.stop()
+        await fleet.start()
+        assert fleet.server._repository.release(first) is not None
+        late = repository.renew(repository.latest(files, "main")[1], signer=key, now=datetime.now(UTC))
+        problem = await fleet.operator.problem("POST", "/v1/roles/main", late)
+        assert problem.status == 409
 
     play(new_fleet, story)
 
