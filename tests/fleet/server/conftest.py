@@ -326,11 +326,13 @@ def request_certificate(key: ec.EllipticCurvePrivateKey) -> str:
 class Fleet:
     """A server in this process, its operator, and boards."""
 
-    def __init__(self, directory: Path, broker: str) -> None:
+    def __init__(self, directory: Path, broker: str, size: str = "dev") -> None:
         self.directory, self.home = directory, directory / "home"
         self.made = init(
             self.home,
             fleet="test",
+            size=size,
+            passphrase=None if size == "dev" else b"correct horse",
             operators_port=free_port(),
             devices_port=free_port(),
             mqtt_port=free_port(),
@@ -442,8 +444,8 @@ def manifest_with_key() -> dict[str, Any]:
 def new_home(tmp_path: Path) -> Callable[..., Path]:
     """A home on free ports, without a server."""
 
-    def make(broker: str = "auto") -> Path:
-        return Fleet(tmp_path, broker).home
+    def make(broker: str = "auto", size: str = "dev") -> Path:
+        return Fleet(tmp_path / size, broker, size).home
 
     return make
 

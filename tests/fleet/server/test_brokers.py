@@ -229,10 +229,9 @@ def refusal(home, **more):
 
 
 def test_a_fleet_for_more_than_development_wants_a_real_broker(new_home, monkeypatch):
+    assert "install mosquitto" in refusal(new_home(broker="embedded", size="solo"))
     home = new_home(broker="embedded")
     config = Config.load(Home(home).config)
-    Home(home).config.write_text(replace(config, size="solo").dump())
-    assert "install mosquitto" in refusal(home)
     Home(home).config.write_text(replace(config, mqtt="0.0.0.0:1").dump())
     assert "install mosquitto" in refusal(home)
     monkeypatch.setattr(mosquitto, "find", lambda: None)
