@@ -2,7 +2,8 @@
 
 One call at a time, on the lane's only thread that enters wasm. A ticker thread lets epochs pass while a call is in
 flight and parks after an idle tick, so that a lane at rest wakes nobody. A call that blocks in the host past all its
-time is reported as overdue: only the supervisor can end that, by ending the lane.
+time is reported as overdue: only the supervisor can end that, by ending the lane. Time in which the lane was not given
+the processor (a busy or suspended board) is no time of the call's: the ticker counts what it saw pass, tick by tick.
 """
 
 import threading
@@ -19,6 +20,8 @@ from fleet.protocol.manifest import Grants, Limits
 
 BUSY_MS: Final = 30
 GRACE_MS: Final = 1000
+TICK_MOST_MS: Final = 3 * TICK_MS
+"""What one tick may count for: one that came later than this was kept waiting, and so was the call."""
 _LINE_MAX_CHARS: Final = 1024
 _FAULTS_A_SECOND: Final = 5
 _NS_PER_MS: Final = 1_000_000
@@ -39,6 +42,7 @@ class Ticker:
         self._began_ns = 0
         self._limit_ms = 0
         self._reported = self._overdue = 0
+        self._watched = self._ms = 0
         threading.stack_size(256 * 1024)
         threading.Thread(target=self._run, name="ticker", daemon=True).start()
 
@@ -64,14 +68,19 @@ class Ticker:
                 self._parked = False
                 self._wake.clear()
                 idle = 0
+            slept_ns = time.monotonic_ns()
             time.sleep(TICK_MS / 1000)
             self._tick()
             began_ns = self._began_ns
             if began_ns:
-                self._watch(began_ns)
+                self.passed(began_ns, (time.monotonic_ns() - slept_ns) // _NS_PER_MS)
 
-    def _watch(self, began_ns: int) -> None:
-        ms = (time.monotonic_ns() - began_ns) // _NS_PER_MS
+    def passed(self, began_ns: int, passed_ms: int) -> None:
+        """Note that `passed_ms` of the call that began at `began_ns` went by, and say so where that is long."""
+        if self._watched != began_ns:
+            self._watched, self._ms = began_ns, 0
+        self._ms += min(passed_ms, TICK_MOST_MS)
+        ms = self._ms
         if ms > self._limit_ms + GRACE_MS and self._overdue != began_ns:
             self._overdue = began_ns
             self._say(control.Busy(ms=ms, overdue=True))
