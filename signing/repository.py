@@ -216,8 +216,8 @@ def add_target(
     if known is not None:
         if policy.release_of(name.path, known) == release:
             return role
-        what = "bytes" if known.hashes.get("sha256") != sha256 else "manifest"
-        raise RepositoryError(f"{name} exists with another {what}: a version never changes, publish under a new one")
+        what = "other bytes" if known.hashes.get("sha256") != sha256 else "another manifest"
+        raise RepositoryError(f"{name} exists with {what}: a version never changes, publish under a new one")
     current.targets[name.path] = target
     return _next(current, signer, now, ends)
 

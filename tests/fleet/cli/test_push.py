@@ -149,10 +149,10 @@ def test_the_same_again_publishes_nothing_and_deploys(tmp_path, fleet, done):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda file: shutil.copy(DEMO / "v2.wasm", file), "bytes"),
+        (lambda file: shutil.copy(DEMO / "v2.wasm", file), "other bytes"),
         (
             lambda file: (file.parent / "component.toml").write_text('version = "1.0.0"\ndescription = "x"\n'),
-            "manifest",
+            "another manifest",
         ),
     ],
 )
@@ -163,7 +163,7 @@ def test_the_same_version_with_other_content_is_refused(change, words, tmp_path,
     done.seen.clear()
     result = fleet("publish", file)
     assert result.exit_code == 2
-    assert f"main/hello@1.0.0 exists with another {words}" in result.stderr
+    assert f"main/hello@1.0.0 exists with {words}" in result.stderr
     assert (done.paths("PUT"), done.paths("POST")) == ([], [])
 
 
