@@ -37,7 +37,7 @@ class Act:
         command: as a person types it.
         exit_code: of that command.
         first_s, last_s: from the start of the command to the first answer of the new version, on the first and on the
-            last board; None where it never answered.
+            last board; None where it never answered, or had answered before.
         load: by device, what became of the requests meanwhile; empty without load.
         rollout: as the server has it afterwards.
     """
@@ -144,7 +144,7 @@ async def _perform(
             watch.cancel()
     seen = [load.first_answer(version) for load in loads.values()]
     seen += [None if isinstance(each, BaseException) else each for each in await _all(watches)]
-    when = [moment - began for moment in seen if moment is not None]
+    when = [moment - began for moment in seen if moment is not None and moment >= began]
     return Act(
         name=name,
         command=f"fleet {' '.join(arguments)}",
