@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from agent import check, config, enroll, firstboot, health, identity, images, restore, systemd, why
+from agent.alone import NotAloneError, alone
 from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Places
 from agent.hostlink import HostGoneError, HostLink
 from agent.store import Store, StoreError
@@ -38,6 +39,7 @@ class UsageError(Exception):
 
 ERRORS: Final = (
     UsageError,
+    NotAloneError,
     ConfigError,
     StoreError,
     BadNameError,
@@ -112,13 +114,15 @@ def _enroll(options: argparse.Namespace) -> int:
         return _first_boot(options, settings)
     if options.token_file is not None:
         try:
-            text = options.token_file.read_text()[:TOKEN_MAX_BYTES]
+            with options.token_file.open("rb") as file:
+                read = file.read(TOKEN_MAX_BYTES)
         except OSError as error:
-            raise UsageError(f"cannot read {options.token_file}: {error.strerror}") from error
+            raise UsageError(f"cannot read {options.token_file}: {error.strerror}; check the path") from error
     else:
         if sys.stdin.isatty():
             print("paste the enrolment token (fleet enroll-token makes one), then Enter:", file=sys.stderr)
-        text = sys.stdin.readline(TOKEN_MAX_BYTES)
+        read = sys.stdin.buffer.readline(TOKEN_MAX_BYTES)
+    text = read.decode("ascii", errors="replace")
     _join(options, settings, text, firstboot.machine())
     return 0
 
@@ -192,6 +196,8 @@ def _become_owner(state: Path) -> None:
 def _identity(places: Places) -> identity.Identity:
     _become_owner(places.state)
     if places.state.exists() and not os.access(places.state, os.W_OK | os.X_OK):
+        if places.state.stat().st_uid == os.geteuid():
+            raise UsageError(f"{places.state} may not be written: check its mode and its file system")
         raise UsageError(f"{places.state} belongs to another user: run as that user, or give another --state")
     return identity.load(places.identity)
 
@@ -215,7 +221,10 @@ def _run(options: argparse.Namespace) -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # keys do not go into core files
 
     async def main() -> int:
-        store = Store(places.database)
+        with alone(places.lock):
+            return await serve(Store(places.database))
+
+    async def serve(store: Store) -> int:
         if taken := restore.take_over(store, places.runset, mac_key):
             logging.getLogger("agent").warning("the store was lost; %d instances are known from runset.json", taken)
         daemon = Daemon(identity=who, root=root, mac_key=mac_key, places=places, settings=settings, store=store)
@@ -286,6 +295,9 @@ def _status(options: argparse.Namespace) -> int:
 
 def _why(options: argparse.Namespace) -> int:
     found = _standing(options, options.instance)
+    if options.instance and not (found.running or found.changing or found.failed or found.timeline):
+        known = ", ".join(each.instance for each in _standing(options).running) or "none"
+        raise UsageError(f"nothing is known of an instance {options.instance!r} here: there are {known}")
     if options.json:
         _print_json(found)
     else:

@@ -207,6 +207,11 @@ class Places:
         return self.state / "store.db"
 
     @property
+    def lock(self) -> Path:
+        """Held by the one agent that runs."""
+        return self.state / "lock"
+
+    @property
     def artifacts(self) -> Path:
         """Components as fetched, by sha256."""
         return self.state / "artifacts"

@@ -77,7 +77,9 @@ def presented_ca(url: str, sha256: str) -> str:
         ):
             chain = _chain(connection)
     except OSError as error:
-        raise EnrolError(f"cannot reach {url}: {error.strerror or error}") from error
+        raise EnrolError(
+            f"cannot reach {url}: {error.strerror or error}; check that 'fleet serve' runs there"
+        ) from error
     for certificate in chain:
         if hashlib.sha256(certificate).hexdigest() == sha256:
             return ssl.DER_cert_to_PEM_cert(certificate)

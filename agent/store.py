@@ -80,7 +80,10 @@ class Store:
                 self._db.execute("PRAGMA synchronous=FULL")
             self._migrate(read_only=read_only)
         except (sqlite3.Error, OSError) as error:
-            raise StoreError(f"cannot open {path}: {error}") from error
+            remedy = "check its mode and the space on its file system"
+            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+                remedy = "move it away: what runs is known from runset.json, and the rest is learned anew"
+            raise StoreError(f"cannot open {path}: {error}; {remedy}") from error
 
     def _migrate(self, *, read_only: bool) -> None:
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
