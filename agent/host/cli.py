@@ -86,7 +86,11 @@ def _own_directory(path: Path, what: str, mode: int) -> None:
         path.mkdir(mode=mode, parents=True, exist_ok=True)
         owner = path.stat().st_uid
     except OSError as error:
-        raise HostError(f"cannot use {path} as the {what} directory: {error.strerror}") from error
+        raise HostError(
+            f"cannot use {path} as the {what} directory: {error.strerror}; give another with --{what}"
+        ) from error
+    if owner == os.geteuid() and not os.access(path, os.W_OK | os.X_OK):
+        raise HostError(f"the {what} directory {path} may not be written: check its mode and its file system")
     if owner not in {os.geteuid(), 0} or not os.access(path, os.W_OK | os.X_OK):
         raise HostError(
             f"the {what} directory {path} belongs to another user (uid {owner}); give a directory of your own"
@@ -134,7 +138,7 @@ def check() -> int:
     if facts:
         print(f"engine       wasmtime {facts['engine']}, {facts['triple']}")
         reserved, guard = (int(part) for part in facts["memory"].split("+"))
-        print(f"memories     {reserved // MIB} MiB reserved and {guard // 1024} KiB guarded for each")
+        print(f"memories     {reserved // MIB} MiB reserved and {guard // MIB} MiB guarded for each")
     else:
         print("engine       none for this board: components are refused")
     who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"

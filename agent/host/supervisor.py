@@ -172,7 +172,8 @@ class Supervisor:
         try:
             listener.bind(str(path))
         except OSError as error:
-            raise HostError(f"cannot listen on {path}: {error.strerror}") from error
+            why = error.strerror or f"{error} (of {len(str(path))} characters); give a shorter --runtime"
+            raise HostError(f"cannot listen on {path}: {why}") from error
         finally:
             os.umask(mask)
         if self._settings.agent_group is not None:
