@@ -1,10 +1,11 @@
 """The operator's side of the HTTP API: one small synchronous client with the fleet's own CA pinned.
 
 Each method is one route of `fleet.protocol.api`. Nothing is retried here: who calls knows whether a second try is
-right. What goes wrong comes out as one of three errors, by whose fault it is:
+right. What goes wrong comes out as one of four errors, by whose fault it is:
 
     ClientError
     ├── UnreachableError   the network, the address, the certificate: the server was not asked
+    ├── RequestError       the question itself: a name that no route has room for
     ├── ProblemError       the server understood and said no; `.problem` tells what, why and what to do
     └── AnswerError        the server answered something that this client does not understand
 """
@@ -45,6 +46,10 @@ class ClientError(Exception):
 
 class UnreachableError(ClientError):
     """The server could not be asked at all."""
+
+
+class RequestError(ClientError):
+    """What was to be asked for cannot be the name of anything."""
 
 
 class AnswerError(ClientError):
@@ -303,6 +308,7 @@ def _unreachable(url: str, error: Exception) -> UnreachableError:
 
 _CHECK_SERVER: Final = "start it with 'fleet serve', or look at its log"
 _CHECK_NETWORK: Final = "check the address in operator/config.toml and the network between"
+_LISTINGS: Final = "'fleet devices', 'fleet groups' and 'fleet rollouts' list them"
 _CHECK_HOME: Final = "use the --home of this fleet, or check that the address is right"
 
 
@@ -315,5 +321,7 @@ def _is_loopback(url: str) -> bool:
 
 
 def _quoted(part: str) -> str:
-    """One segment of a path: what people type may hold a slash."""
+    """One segment of a path: what people type may hold anything; raises `RequestError` for what no path can hold."""
+    if part in {"", ".", ".."} or "/" in part:
+        raise RequestError(f"{part[:80]!r} is no name", "names are made of a-z, 0-9 and '-'", _LISTINGS)
     return quote(part, safe="")

@@ -213,13 +213,15 @@ def explain(error: Exception) -> int:
 
 def _by_library(error: Exception) -> tuple[str, Exit]:
     """The line and code for errors of this project's own modules, imported only now that one was raised."""
-    from fleet.client import ClientError, ProblemError, UnreachableError  # noqa: PLC0415 - keeps the start fast
+    from fleet.client import ClientError, ProblemError, RequestError, UnreachableError  # noqa: PLC0415 - keeps the start fast
 
     match error:
         case UnreachableError():
             return str(error), Exit.UNREACHABLE
         case ProblemError():
             return str(error), Exit.REFUSED
+        case RequestError():
+            return str(error), Exit.USAGE
         case ClientError():
             return str(error), Exit.FAILED
         case OSError() if error.strerror:

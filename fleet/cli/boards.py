@@ -152,7 +152,9 @@ def _coloured(entry: api.TimelineEntry) -> str:
 @click.option(
     "--select", multiple=True, metavar="LABEL=VALUE", help="Choose the boards by label instead of listing them"
 )
-@click.option("--priority", type=int, help="Of two groups that set an instance, the higher wins")
+@click.option(
+    "--priority", type=click.IntRange(-1_000_000, 1_000_000), help="Of two groups that set an instance, the higher wins"
+)
 def group(
     options: Options,
     *,
@@ -308,11 +310,20 @@ def label(options: Options, *, device: str, labels: tuple[str, ...]) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask")
 def revoke(options: Options, *, device: str, yes: bool) -> None:
     """Shut a board out of the fleet: its certificate is refused from now on. It keeps running what it runs."""
-    if not yes and not click.confirm(f"Shut {device} out? It can come back only by enrolling anew.", err=True):
-        raise click.Abort
+    if not yes and not _confirmed(f"Shut {device} out? It can come back only by enrolling anew."):
+        raise Fault("nothing was changed", "nobody said yes", "--yes says it", code=Exit.INTERRUPTED)
     with connect(options) as client:
         detail = client.revoke(device)
     if options.json:
         out.show_json(detail)
     else:
         out.say(options, f"{detail.row.id} is revoked.")
+
+
+def _confirmed(question: str) -> bool:
+    """Whether somebody at the terminal says yes."""
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        click.echo(err=True)  # the question has no end of line
+        return False

@@ -22,6 +22,7 @@ from fleet.client import Client
 from fleet.protocol import api
 from fleet.protocol.manifest import Manifest
 from fleet.protocol.names import BadNameError, TargetName, check_label
+from fleet.rollout import waves
 
 _PROGRESS_FROM_BYTES: Final = 256 * 1024
 
@@ -53,11 +54,29 @@ _DEPLOY: Final = (
     click.option(
         "--waves", default="1, 100%", metavar="SIZES", show_default=True, help="Boards of each wave, from the first on"
     ),
-    click.option("--soak", default=0, metavar="SECONDS", help="How long a wave must be well before the next"),
     click.option(
-        "--failures", default=0, metavar="N", show_default=True, help="Boards that may fail before the rollout halts"
+        "--soak",
+        default=0,
+        type=click.IntRange(0),
+        metavar="SECONDS",
+        help="How long a wave must be well before the next",
     ),
-    click.option("--timeout", default=900, metavar="SECONDS", show_default=True, help="How long a board may take"),
+    click.option(
+        "--failures",
+        default=0,
+        type=click.IntRange(0),
+        metavar="N",
+        show_default=True,
+        help="Boards that may fail before the rollout halts",
+    ),
+    click.option(
+        "--timeout",
+        default=900,
+        type=click.IntRange(10),
+        metavar="SECONDS",
+        show_default=True,
+        help="How long a board may take",
+    ),
     click.option("--config", multiple=True, metavar="KEY=VALUE", help="A configuration value; may be given repeatedly"),
     click.option(
         "--port",
@@ -206,12 +225,14 @@ def _request(component: str, target: str, how: dict[str, Any]) -> api.RolloutReq
 
 
 def _check_where(how: dict[str, Any]) -> None:
+    """What can be wrong with the options themselves is said before anything is published; raises `Fault`."""
     if bool(how["group"]) == bool(how["device"]):
         raise click.UsageError("Name either --group or --device.")
     try:
         if how["instance"]:
             check_label(how["instance"], "instance")
-    except BadNameError as error:
+        waves.parse(how["waves"])
+    except (BadNameError, waves.BadWavesError) as error:
         raise Fault(str(error)) from None
 
 

@@ -31,7 +31,7 @@ def check_label(value: str, what: str) -> str:
         BadNameError: it does not match `[a-z0-9-]{1,63}`.
     """
     if _LABEL.fullmatch(value) is None:
-        raise BadNameError(f"{what} {value!r} is not a name: use 1 to 63 of a-z, 0-9 and '-'")
+        raise BadNameError(f"{what} {value[:80]!r} is not a name: use 1 to 63 of a-z, 0-9 and '-'")
     return value
 
 
@@ -42,7 +42,7 @@ def check_device(value: str) -> str:
         BadNameError: it is not.
     """
     if _DEVICE.fullmatch(value) is None:
-        raise BadNameError(f"device id {value!r} is not of the form <name>-<8 hex digits>")
+        raise BadNameError(f"device id {value[:80]!r} is not of the form <name>-<8 hex digits>")
     return value
 
 

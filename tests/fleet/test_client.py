@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fleet.client import AnswerError, Client, ProblemError, UnreachableError
+from fleet.client import AnswerError, Client, ProblemError, RequestError, UnreachableError
 
 
 @pytest.fixture
@@ -181,8 +181,18 @@ def test_names_that_people_type_stay_one_segment_of_the_path(certificate):
         Client(url="https://localhost:1", ca=certificate, token="s", transport=httpx.MockTransport(answer)) as api,
         pytest.raises(ProblemError),
     ):
-        api.device("../status?x=1")
-    assert asked == ["/v1/devices/..%2Fstatus%3Fx%3D1"]
+        api.device("status?x=1")
+    assert asked == ["/v1/devices/status%3Fx%3D1"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../status", "a/b"])
+def test_a_name_that_no_path_can_hold_is_not_sent(name, certificate):
+    transport = httpx.MockTransport(lambda request: pytest.fail(f"asked for {request.url}"))
+    with (
+        Client(url="https://localhost:1", ca=certificate, token="s", transport=transport) as api,
+        pytest.raises(RequestError, match="no name"),
+    ):
+        api.device(name)
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(certificate, monkeypatch):
