@@ -139,6 +139,9 @@ def _configure(
         namespace=namespace,
         broker=broker,
     )
+    ports = [Address.parse(bound, "listener").port for bound in (config.operators, config.devices, config.mqtt)]
+    if len(set(ports)) < len(ports):
+        raise SetupError(f"the ports {', '.join(map(str, ports))} of operators, boards and broker must differ")
     try:
         config.check()
     except HomeError as error:

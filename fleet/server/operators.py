@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fleet.protocol import api, names, wire
+from fleet.protocol.assignment import Restart
 from fleet.protocol.enrolment import EnrolRequest
 from fleet.protocol.people import Role
 from fleet.server import openapi, web
@@ -37,6 +38,7 @@ _BOOT_ID_MAX: Final = 64
 _GATHER_MAX_S: Final = 2.0
 _GATHER_BOARDS_PER_S: Final = 2000
 _SMALL: Final = 50
+_PRIORITY_MOST: Final = 1_000_000
 """A long poll on so many boards answers at once; on more it waits a little, up to two seconds."""
 _READERS: Final = frozenset({"GET", "HEAD"})
 Handler = Callable[[Request, str], Awaitable[Response]]
@@ -215,6 +217,13 @@ class Operators:
         """POST /v1/devices/{id}/command."""
         row = self._device(request)
         wish = await body(request, api.CommandRequest)
+        if isinstance(wish.verb, Restart) and wish.verb.instance not in self._s.director.effective(row):
+            raise Refusal(
+                404,
+                "unknown-instance",
+                f"{row.id} is not to run {wish.verb.instance!r}",
+                action=f"fleet device {row.id} shows what it should run",
+            )
         sequence, expires, sent = self._s.director.command(row.id, wish.verb)
         if not sent:
             raise Refusal(503, "no-broker", "the broker is away, and a command is not kept", action="try again")
@@ -242,6 +251,8 @@ class Operators:
         """PUT /v1/groups/{name}."""
         name = names.check_label(param(request, "name"), "group")
         wish = await body(request, api.GroupRequest)
+        if wish.priority is not None and abs(wish.priority) > _PRIORITY_MOST:
+            raise Refusal(400, "bad-request", f"a priority is from -{_PRIORITY_MOST} to {_PRIORITY_MOST}")
         devices = self._s.store.devices
         for device in (*wish.add, *wish.remove):
             if devices.get(device) is None:

@@ -283,7 +283,9 @@ class Planner:
         if request.rollout:
             row = self._store.rollouts.get(request.rollout)
             if row is None:
-                raise Refusal(404, "unknown-rollout", f"there is no rollout {request.rollout}", action="fleet rollouts")
+                raise Refusal(
+                    404, "unknown-rollout", f"there is no rollout {request.rollout}", action="fleet rollouts lists them"
+                )
             return row
         if request.group:
             self._scope(request.group, "")

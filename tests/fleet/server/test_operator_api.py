@@ -368,6 +368,8 @@ def test_a_board_with_another_cpu_is_left_out_and_said_so(new_fleet):
 def test_commands_are_signed_and_counted(new_fleet):
     async def story(fleet):
         board = await fleet.board("a")
+        operator = fleet.operator
+        await operator.decided(await operator.deploy(await operator.publish("1.0.0")))
         path = f"/v1/devices/{board.device}/command"
         for verb in (CheckIn(), Restart(instance="hello")):
             await fleet.operator.send(api.CommandReply, "POST", path, api.CommandRequest(verb=verb))
