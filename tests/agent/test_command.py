@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 
+from agent.alone import NotAloneError, alone
 from agent.identity import Identity
 from agent.records import Committed, FailedItem
 from agent.store import Store
@@ -65,6 +66,64 @@ def test_a_bad_token_is_one_line(tmp_path, token, words):
     done = agent(tmp_path, "enroll", stdin=token)
     assert done.returncode == 1
     assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["file", "standard input"])
+def test_bytes_that_are_no_text_are_no_token(tmp_path, where):
+    noise = tmp_path / "noise"
+    noise.write_bytes(bytes(range(128, 256)) * 2000)
+    words = ["--token-file", str(noise)] if where == "file" else []
+    places = ["--state", str(tmp_path / "state"), "--config", str(tmp_path / "agent.toml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "agent.cli", "enroll", *places, *words],
+        input=noise.read_bytes(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert b"not an enrolment token" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_second_agent_on_one_state_directory_is_refused(tmp_path):
+    # or the two would take the connection to the broker from each other for ever
+    lock = tmp_path / "lock"
+    with alone(lock), pytest.raises(NotAloneError, match="another agent runs"), alone(lock):
+        pass
+    with alone(lock):
+        pass
+
+
+def test_why_of_an_instance_that_is_not_there_names_those_that_are(tmp_path):
+    store = enrolled(tmp_path)
+    store.save(committed=committed())
+    store.close()
+    done = agent(tmp_path, "why", "wbe")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "'wbe'" in done.stderr
+    assert "there are web" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_of_ones_own_that_may_not_be_written_is_not_somebody_elses(tmp_path):
+    enrolled(tmp_path).close()
+    (tmp_path / "state").chmod(0o500)
+    done = agent(tmp_path, "status")
+    (tmp_path / "state").chmod(0o700)
+    assert done.returncode == 1
+    assert "may not be written" in done.stderr
+    assert "another user" not in done.stderr
+
+
+def test_a_database_that_is_none_says_what_to_do(tmp_path):
+    enrolled(tmp_path).close()
+    (tmp_path / "state" / "store.db").write_text("not a database, for long enough that it is no empty one either")
+    done = agent(tmp_path, "status")
+    assert done.returncode == 1
+    assert "move it away" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -118,6 +118,23 @@ def test_a_configuration_key_that_the_manifest_does_not_have(tmp_path, fleet, de
     assert "no configuration key 'level'" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--waves", "0"),
+        ("--waves", "banana"),
+        ("--waves", "1"),
+        ("--soak", "-1"),
+        ("--failures", "-1"),
+        ("--timeout", "0"),
+    ],
+)
+def test_a_rollout_that_cannot_be_meant_publishes_nothing(option, tmp_path, fleet, desk):
+    result = fleet("push", component(tmp_path), "--group", "edge-eu", *option)
+    assert (result.exit_code, desk.seen) == (2, [])
+    assert len(result.stderr.splitlines()) == 1
+
+
 # -- publishing ---------------------------------------------------------------------------------------------------
 
 

@@ -93,3 +93,53 @@ def test_no_fleet_to_serve(tmp_path):
     done = run(tmp_path / "nowhere", "serve")
     assert done.returncode == 1
     assert "fleet init --dev" in done.stderr
+
+
+def test_one_port_for_two_listeners_is_refused_before_a_fleet_is_made(tmp_path):
+    done = run(tmp_path / "home", "init", "--dev", "--operators-port", "9000", "--devices-port", "9000")
+    assert done.returncode == 2
+    assert "must differ" in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_home_under_which_nothing_can_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    done = run(tmp_path / "file" / "home", "init", "--dev")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "choose another --home" in done.stderr
+
+
+def test_a_server_without_its_director_key_says_so_at_once(home):
+    (home / "server/keys/director.pem").unlink()
+    with subprocess.Popen(
+        command("serve"), env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        try:
+            assert "no board can be offered anything" in server.stderr.readline()
+            while "broker" not in server.stdout.readline():
+                assert server.poll() is None
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("server.toml", "fleet = ", "server.toml"),
+        ("server.toml", 'colour = "red"\n', "colour"),
+        ("fleet.db", "no database at all, and long enough to be none", "restore it from a backup"),
+        ("repository/timestamp.json", "{}", "timestamp"),
+    ],
+)
+def test_a_damaged_home_is_one_line(file, content, words, home):
+    path = home / "server" / file
+    before = path.read_text() if file.endswith(".toml") and "colour" in content else ""
+    path.write_text(before + content)
+    done = run(home, "serve")
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -380,6 +380,27 @@ def test_commands_are_signed_and_counted(new_fleet):
     story_of(new_fleet, story)
 
 
+def test_a_restart_of_what_does_not_run_there_is_refused(new_fleet):
+    async def story(fleet):
+        board = await fleet.board("a")
+        content = msgspec.json.encode(api.CommandRequest(verb=Restart(instance="nosuch")))
+        reply = await fleet.operator.http.request("POST", f"/v1/devices/{board.device}/command", content=content)
+        assert reply.status_code == 404
+        assert msgspec.json.decode(reply.content, type=api.Problem).type == "unknown-instance"
+
+    story_of(new_fleet, story)
+
+
+def test_a_priority_that_no_database_holds_is_refused(new_fleet):
+    async def story(fleet):
+        reply = await fleet.operator.http.request(
+            "PUT", "/v1/groups/edge", content=b'{"priority": 99999999999999999999}'
+        )
+        assert reply.status_code == 400
+
+    story_of(new_fleet, story)
+
+
 def test_everything_that_is_done_is_written_down(new_fleet):
     async def story(fleet):
         operator = fleet.operator
