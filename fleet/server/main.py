@@ -115,7 +115,6 @@ class Server:
         self._repository.keep_fresh(now=self._clock())
         # a fleet may have moved to another size since server.toml was written: root says which it is
         self._config = replace(self._config, size=self._repository.size)
-        self._check_director()
         self._ca = CertificateAuthority.load(self._home.ca)
         self._certificates = Certificates(self._home, self._ca, self._config.host, self._clock)
         operators = bind(self._config.operators, "the API for operators")
@@ -150,13 +149,6 @@ class Server:
             config.check()
         check_owner(self._home.server)
         return config
-
-    def _check_director(self) -> None:
-        """Say at once that nothing can be offered; boards that run go on, and the key can be rotated while it is up."""
-        try:
-            _ = self._repository.director.public_key
-        except SigningError as error:
-            log.error("no board can be offered anything: %s", error)  # noqa: TRY400 - a line for people, no traceback
 
     def _lock(self) -> None:
         path = self._home.server / "lock"
