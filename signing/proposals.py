@@ -97,7 +97,8 @@ def until(top: Targets, name: str, now: datetime) -> datetime:
     role = top.get_delegated_role(name)
     lasting = [keyid for keyid in role.keyids if keyid not in ends]
     full = repository.until(now, "namespace")
-    return full if len(lasting) >= role.threshold else min(full, *ends.values())
+    alive = [end for end in ends.values() if end > now]
+    return full if len(lasting) >= role.threshold else min([full, *alive])
 
 
 def propose_bins(current: Mapping[str, bytes], namespace: str, *, now: datetime, bits: int = bins.BITS) -> Event:

@@ -161,9 +161,8 @@ def _previous(release: Release, known: Iterable[Release]) -> Release | None:
 
 
 def _life(before: datetime | None, after: datetime) -> Iterable[str]:
-    if before != after:
-        was = "" if before is None or before.date() == after.date() else f", was {before:%Y-%m-%d}"
-        yield f"valid until {after:%Y-%m-%d}{was}"
+    was = "" if before is None or before.date() == after.date() else f", was {before:%Y-%m-%d}"
+    yield f"valid until {after:%Y-%m-%d}{was}"
 
 
 def _reach(grants: Grants) -> list[str]:

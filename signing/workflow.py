@@ -376,6 +376,14 @@ class Workflow:
         role = self.load(name, head, parent=namespace, late=True)
         return f"{role.version}.{name}.json", self._roles[namespace, name][1]
 
+    def expiries(self) -> dict[str, datetime]:
+        """When root, targets, snapshot and timestamp expire, after a refresh."""
+        root, targets = self.loaded()
+        assert self._snapshot is not None
+        assert self._timestamp is not None
+        signed = {"root": root, "targets": targets, "snapshot": self._snapshot, "timestamp": self._timestamp}
+        return {role: each.expires for role, each in signed.items()}
+
     def search(self, path: str) -> Found | None:
         """Pre-order, depth-first through the delegations (TUF specification, 5.6.7)."""
         root, _ = self.loaded()

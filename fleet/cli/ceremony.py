@@ -30,6 +30,8 @@ class Ceremony:
         self.options, self.who, self.client = options, who, client
         self.trust = Trust(who, client, expired=True)
         self.ring: Keyring = keyring(who)
+        for what in self.trust.expired():
+            click.echo(f"note: {what}; a repository that somebody holds back looks like this, too", err=True)
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -67,11 +69,9 @@ class Ceremony:
         if not mine and not others:
             return event
         named = ", ".join(entry.name for entry in mine)
-        if (
-            not yes
-            and not self.options.json
-            and not click.confirm(f"Sign this with {named or 'the new key'}?", err=True)
-        ):
+        if self.options.json and not yes:
+            raise click.UsageError("--json cannot ask before it signs: add --yes.")
+        if not yes and not click.confirm(f"Sign this with {named or 'the new key'}?", err=True):
             raise click.Abort
         for signer in others:
             event = self._signed(event, signer)

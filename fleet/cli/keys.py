@@ -112,14 +112,16 @@ def _new_for_pipeline(
         ceremony = Ceremony(options, who, client)
         now = datetime.now(UTC)
         space = namespace or who.namespace
-        change = for_pipeline(ceremony.files, space, signer.public_key, ends=now + days(expires), ceiling=limit)
+        change = for_pipeline(
+            ceremony.files, space, signer.public_key, now=now, ends=now + days(expires), ceiling=limit
+        )
         event = proposals.propose(
             ceremony.files, namespaces={space: change}, now=now, note=f"{name} publishes in {space} for {expires}"
         )
         key_files.store(path, signer)
         try:
             ceremony.ring.add(name, signer.public_key)
-            ceremony.carry_through(event, yes=yes, to=to)
+            ceremony.carry_through(event, extra=(signer,), yes=yes, to=to)
         except BaseException:
             path.unlink()
             ceremony.ring.forget(name)

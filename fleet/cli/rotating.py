@@ -104,9 +104,9 @@ def without(files: Mapping[str, bytes], keyid: str) -> Change:
 
 
 def for_pipeline(
-    files: Mapping[str, bytes], name: str, key: Key, *, ends: datetime, ceiling: Grants | None
+    files: Mapping[str, bytes], name: str, key: Key, *, now: datetime, ends: datetime, ceiling: Grants | None
 ) -> Namespace:
-    """A namespace with one more key, a pipeline's, that ends; made when there is none.
+    """A namespace with one more key, a pipeline's, that ends; made when there is none. Keys that have ended go.
 
     Raises:
         Fault: it has no ceiling, and none was given.
@@ -114,8 +114,11 @@ def for_pipeline(
     if name in repository.namespaces(files):
         before = rotation.namespace_of(files, name)
         limit = before.ceiling if ceiling is None else ceiling
-        signers = RoleKeys((*before.signers.keys, key), before.signers.threshold)
-        space = Namespace(signers, limit, {**before.ends, key.keyid: ends})
+        over = {keyid for keyid, end in before.ends.items() if end <= now}
+        kept = tuple(each for each in before.signers.keys if each.keyid not in over)
+        lives = {keyid: end for keyid, end in before.ends.items() if keyid not in over}
+        signers = RoleKeys((*kept, key), before.signers.threshold)
+        space = Namespace(signers, limit, {**lives, key.keyid: ends})
     else:
         space = Namespace(RoleKeys((key,)), ceiling, {key.keyid: ends})
     if space.ceiling is None:

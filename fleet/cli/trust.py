@@ -80,6 +80,12 @@ class Trust:
         """Root, targets and the namespaces' roles with all their hash bins, as verified."""
         return self._asked(self._workflow.files)
 
+    def expired(self) -> list[str]:
+        """What of root, targets, snapshot and timestamp has expired, in words."""
+        now = datetime.now(UTC)
+        roles = self._asked(self._workflow.expiries).items()
+        return [f"{role} expired on {at:%Y-%m-%d}" for role, at in roles if at <= now]
+
     @property
     def heads(self) -> dict[str, bytes]:
         """The same without hash bins, which are many files."""

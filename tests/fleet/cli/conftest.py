@@ -35,6 +35,7 @@ class Desk(httpx.BaseTransport):
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self.now: datetime | None = None
         self.files = {path.name: path.read_bytes() for path in (home / "server/repository").iterdir()}
         self.artifacts: dict[str, bytes] = {}
         self.views: list[RolloutView] = []
@@ -93,7 +94,7 @@ class Desk(httpx.BaseTransport):
             self.files,
             snapshot_signer=keys.load(place / "snapshot.pem"),
             timestamp_signer=keys.load(place / "timestamp.pem"),
-            now=datetime.now(UTC),
+            now=self.now or datetime.now(UTC),
         )
 
     def paths(self, method: str) -> list[str]:

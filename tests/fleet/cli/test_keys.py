@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -227,6 +227,49 @@ def test_a_revoked_pipeline_publishes_nothing_more(fleet, desk, home, elsewhere,
     refused = fleet("publish", hello(elsewhere), "--version", "1.1.0")
     assert refused.exit_code == 2
     assert "not trusted with the namespace main" in refused.stderr
+
+
+class At:
+    """A clock that stands."""
+
+    def __init__(self, at: datetime) -> None:
+        self.at = at
+
+    def now(self, _zone: object) -> datetime:
+        return self.at
+
+
+def test_a_pipelines_key_that_ended_is_followed_by_another(fleet, desk, home, elsewhere, monkeypatch):
+    words = ("--ci", "--namespace", "edge", "--ceiling", "wasi:clocks", "--yes")
+    assert fleet("keys", "new", "old", *words, "--expires", "30d").exit_code == 0
+    monkeypatch.setenv("FLEET_SIGNING_KEY", (elsewhere / "old.ci.pem").read_text())
+    config = home / "operator/config.toml"
+    config.write_text(config.read_text().replace('"main"', '"edge"'))
+    assert fleet("publish", hello(elsewhere), "--version", "1.0.0").exit_code == 0
+    # A month later.
+    desk.now = datetime.now(UTC) + timedelta(days=31)
+    for module in ("keys", "publishing", "trust"):
+        monkeypatch.setattr(f"fleet.cli.{module}.datetime", At(desk.now))
+    desk.sign_online()
+    refused = fleet("publish", hello(elsewhere), "--version", "1.1.0")
+    assert refused.exit_code == 2
+    assert "ended on" in refused.stderr
+
+    made = fleet("keys", "new", "next", *words)
+    assert made.exit_code == 0, made.output
+    assert "may not sign any more" in made.stderr
+    monkeypatch.setenv("FLEET_SIGNING_KEY", (elsewhere / "next.ci.pem").read_text())
+    done = fleet("publish", hello(elsewhere), "--version", "1.1.0")
+    assert done.exit_code == 0, done.output
+
+
+def test_a_program_that_cannot_be_asked_must_say_yes(fleet, desk):
+    before = dict(desk.files)
+    refused = fleet("keys", "rotate", "main", "--json")
+    assert refused.exit_code == 2
+    assert "add --yes" in refused.stderr
+    assert desk.files == before
+    assert json.loads(fleet("keys", "rotate", "main", "--json", "--yes").stdout)["published"] is True
 
 
 def test_a_stolen_pipeline_key_with_a_longer_life_of_its_own_is_refused(fleet, desk, elsewhere):
