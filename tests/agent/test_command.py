@@ -265,7 +265,7 @@ def test_showing_what_runs_loads_neither_mqtt_nor_tuf():
     assert not loaded & {"paho", "tuf", "securesystemslib"}
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be somebody else")
+@pytest.mark.root
 def test_root_asks_as_the_agents_user_and_leaves_nothing_of_its_own(tmp_path):
     """What root writes into the state directory, the agent could not read: so root does not."""
     tmp_path.chmod(0o755)

@@ -131,7 +131,7 @@ def test_what_is_no_database_is_said_to_be_none(tmp_path):
         Store(tmp_path / "store.db")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a directory away")
+@pytest.mark.root
 def test_a_state_directory_of_another_owner_is_refused(tmp_path):
     os.chown(tmp_path, 12345, 12345)
     pid = os.fork()

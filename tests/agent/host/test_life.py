@@ -211,9 +211,8 @@ def test_what_was_asked_by_a_stranger_is_not_heard(host):
     assert host.runtime.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.root
 def test_the_agents_group_may_command_where_it_is_named(tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to be somebody else")
     tmp = Path(tempfile.mkdtemp(prefix="wasmfleet-group-"))
     tmp.chmod(0o711)
     group, other = 61234, 61235
