@@ -6,6 +6,7 @@ A board sees this machine's loopback as 10.0.2.2, so that is the address in its 
 import asyncio
 import contextlib
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -132,6 +133,25 @@ class OperatorSide:
                 return await load.stop()
 
         return self._do(story())
+
+    @contextlib.contextmanager
+    def asking(self, port: int) -> Iterator[Callable[[], LoadResult]]:
+        """Clients that keep asking from a thread of their own, while this one does something else."""
+        stop = threading.Event()
+        found: list[LoadResult] = []
+
+        async def story() -> None:
+            async with Load(port=port, path=f"/{HELLO}/", kept_alive=1, fresh=1, pause_s=0.2) as load:
+                await asyncio.to_thread(stop.wait)
+                found.append(await load.stop())
+
+        thread = threading.Thread(target=lambda: asyncio.run(story()), daemon=True)
+        thread.start()
+        try:
+            yield lambda: found[0]
+        finally:
+            stop.set()
+            thread.join()
 
     def publish(self, component: str, *, version: str) -> str:
         """`fleet publish`; the sha256 of the bytes."""
