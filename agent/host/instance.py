@@ -25,9 +25,10 @@ from agent.host.generation import Generation, StartError, disk_bytes, forget_oth
 from agent.host.listeners import Listeners
 from agent.host.nursery import Lane, LaneGoneError, Nursery
 from agent.host.page import Figures
-from agent.host.schedule import BadCronError, Clock
+from agent.host.schedule import Clock
 from fleet.protocol import caps
 from fleet.protocol.codes import GUEST_FAULTS, CallOutcome, InstanceState, RejectCode
+from fleet.protocol.cron import BadCronError
 from fleet.protocol.manifest import Http, Schedule
 from fleet.protocol.messages import InstanceHealth
 
