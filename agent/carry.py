@@ -17,8 +17,9 @@ from typing import Any, Final
 
 import msgspec
 
+from agent.bundle import Offline
 from agent.config import Places, Settings
-from agent.fetch import CancelledError, FetchError, Https
+from agent.fetch import CancelledError, FetchError
 from agent.host import ipc
 from agent.hostlink import HostGoneError, HostLink, HostRefusedError
 from agent.images import ImageError, Images
@@ -144,7 +145,7 @@ class Carrier:
         settings: Settings,
         worker: Worker,
         trust: Trust,
-        https: Https,
+        https: Offline,
         images: Images,
         host: Host,
         clock: Callable[[], float],

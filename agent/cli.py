@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ from fleet.protocol.names import BadNameError
 
 TOKEN_MAX_BYTES: Final = 8192
 HOST_WAIT_S: Final = 30.0
+APPLY_LOOK_S: Final = 0.1
 Command = Callable[[argparse.Namespace], int]
 
 EXAMPLES: Final = """examples:
@@ -95,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     join.add_argument("--name", default="", help="what to call this board (its host name)")
     join.add_argument("--force", action="store_true", help="give up the identity and state that are there")
+    apply = add("apply", _apply, "take in a bundle that 'fleet bundle create' made, without a network")
+    apply.add_argument("file", type=Path, metavar="FILE", help="the bundle")
+    apply.add_argument("--wait", type=float, default=60.0, metavar="S", help="seconds to wait for the verdict (60)")
     add("run", _run, "run the agent")
     add("restore", _restore, "start what is committed on the host, without a network")
     add("status", _status, "say what runs here", json=True)
@@ -231,6 +236,32 @@ def _run(options: argparse.Namespace) -> int:
         return await daemon.run()
 
     return asyncio.run(main())
+
+
+def _apply(options: argparse.Namespace) -> int:
+    from agent import bundle  # noqa: PLC0415 - TUF is for those who verify
+
+    places = _places(options)
+    with options.file.open("rb") as file:  # before giving up root: a stick may be root's
+        who = _identity(places)
+        try:
+            bundle.stage(file, places.bundle, device=who.device)
+        except bundle.BundleError as error:
+            raise UsageError(str(error)) from error
+    if not bundle.wake(places.wake):
+        print("the agent does not run: it takes the bundle up when it starts")
+        return 0
+    deadline = time.monotonic() + options.wait
+    outcome = places.bundle / "outcome.json"
+    while not outcome.exists():
+        if time.monotonic() >= deadline:
+            raise UsageError(f"the agent has not judged the bundle in {options.wait:g} s: its journal says why")
+        time.sleep(APPLY_LOOK_S)
+    found = msgspec.json.decode(outcome.read_bytes(), type=bundle.Outcome)
+    if found.code:
+        raise UsageError(f"the bundle was refused ({found.code}): {found.message}")
+    print(f"assignment {found.version} is accepted; 'fleet-agent status' says how it goes")
+    return 0
 
 
 def _restore(options: argparse.Namespace) -> int:

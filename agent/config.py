@@ -32,6 +32,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         interfaces: interfaces or packages that components may import; None for all.
         outbound: where they may connect, as `https://host:443`; None for wherever their grants say.
         logs: what may leave the board when an operator follows logs.
+        bundles: accept assignments from an offline bundle, for which nobody vouches that they are current.
         on_revoked: what becomes of a component that runs and is then revoked, denied its grants, or found to be below
             the security epoch.
         memory_bytes, call_ms, concurrency, storage_bytes: upper bounds on a manifest's limits.
@@ -41,6 +42,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     interfaces: tuple[str, ...] | None = None
     outbound: tuple[str, ...] | None = None
     logs: Literal["off", "errors", "all"] = "errors"
+    bundles: bool = False
     on_revoked: Literal["stop", "keep"] = "stop"
     memory_bytes: int = 256 * caps.MIB
     call_ms: int = 60_000
@@ -225,6 +227,16 @@ class Places:
     def runset(self) -> Path:
         """What is committed, once more, as a file with a MAC."""
         return self.state / "runset.json"
+
+    @property
+    def bundle(self) -> Path:
+        """An offline bundle, as it was laid out."""
+        return self.state / "bundle"
+
+    @property
+    def wake(self) -> Path:
+        """A FIFO by which the agent is told of a bundle."""
+        return self.state / "wake"
 
     @property
     def host_socket(self) -> Path:

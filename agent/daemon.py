@@ -7,12 +7,14 @@ That the agent stops, starts or is upgraded touches no instance.
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import signal
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from agent import confirm, health, reports, restore, systemd, upkeep
+from agent import bundle, confirm, health, reports, restore, systemd, upkeep
+from agent.bundle import Offline
 from agent.bus import Bus
 from agent.carry import Carrier, Host
 from agent.config import Places, Settings
@@ -80,11 +82,12 @@ class Daemon:
             min_rate_bytes_s=network.min_rate_bytes_s,
             reserve_bytes=settings.disk.reserve_bytes,
         )
+        self._source = Offline(self._https, places.bundle)
         self._trust = Trust(
             identity=identity,
             root=root,
             cache=places.trust,
-            https=self._https,
+            https=self._source,
             store=store,
             production=settings.production,
         )
@@ -102,7 +105,7 @@ class Daemon:
             settings=settings,
             worker=self._worker,
             trust=self._trust,
-            https=self._https,
+            https=self._source,
             images=self._images,
             host=self._host,
             clock=health.boot_clock,
@@ -119,7 +122,7 @@ class Daemon:
         self._desired = Desired(
             board=self._board,
             trust=self._trust,
-            https=self._https,
+            https=self._source,
             store=store,
             worker=self._worker,
             deployer=self._deployer,
@@ -128,6 +131,7 @@ class Daemon:
             on_report=self._on_report,
             doubts=lambda: confirm.doubts(self._trust, policy, store.committed()),
             strict=settings.production,
+            bundles=policy.bundles,
         )
         voice = Voice((places.identity / "device.key").read_bytes())
         self._outbox = Outbox(
@@ -168,6 +172,7 @@ class Daemon:
         await self._deployer.recover()
         await self._desired.resume()
         self._spawn(self._link.stay_connected(self._on_welcome))
+        self._listen_for_bundles(loop)
         self._spawn(self._bus.run())
         self._spawn(self._outbox.run())
         self._spawn(self._vitals.run(self._settings.health_s))
@@ -180,6 +185,21 @@ class Daemon:
         systemd.notify(STOPPING="1", STATUS="stopping; instances go on")
         await self._close()
         return int(self._faulty)
+
+    def _listen_for_bundles(self, loop: asyncio.AbstractEventLoop) -> None:
+        """One that was applied while no agent ran is taken up now, others when `fleet-agent apply` says so."""
+        self._spawn(self._desired.judge_bundle())
+        try:
+            self._wake = bundle.listen(self._places.wake)
+        except OSError as error:
+            log.warning("cannot be told of bundles: %s", error)
+            return
+        loop.add_reader(self._wake, self._on_wake)
+
+    def _on_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake, 4096)
+        self._spawn(self._desired.judge_bundle())
 
     def _interval_s(self) -> float:
         return self._settings.recheck_s if self._bus.connected else self._settings.refresh_s

@@ -17,8 +17,9 @@ from typing import Final
 import msgspec
 
 from agent import reports
+from agent.bundle import Offline, Outcome
 from agent.deploy import Deployer
-from agent.fetch import FetchError, Https
+from agent.fetch import FetchError
 from agent.records import Doubt
 from agent.standing import Board
 from agent.store import Store, StoreError
@@ -52,6 +53,17 @@ _NOT_THE_DIRECTORS: Final = frozenset(
 )
 
 
+_NO_BUNDLES: Final = "this board's owner allows no bundles: [policy] bundles = true in agent.toml does"
+
+
+def _outcome(accepted: Accepted | None, refusal: Rejected | StoreError | None) -> Outcome:
+    if accepted is not None:
+        return Outcome(version=accepted.assignment.version)
+    if isinstance(refusal, Rejected):
+        return Outcome(code=refusal.code, message=refusal.message)
+    return Outcome(code=RejectCode.INTERNAL, message=str(refusal))
+
+
 class Desired:
     """Judges assignments and hands them to the deployer."""
 
@@ -60,7 +72,7 @@ class Desired:
         *,
         board: Board,
         trust: Trust,
-        https: Https,
+        https: Offline,
         store: Store,
         worker: Worker,
         deployer: Deployer,
@@ -69,13 +81,14 @@ class Desired:
         on_report: Callable[[], None],
         doubts: Callable[[], tuple[Doubt, ...]],
         strict: bool,
+        bundles: bool = False,
     ) -> None:
         """A judge.
 
         `clock_set` says whether somebody sets the clock, `ask_fresh` sends a nonce (false where there is no
         connection), `on_report` tells of a new report, `doubts` holds what is committed against what is known by now
         (called on the worker). With `strict`, an assignment that nobody vouches for in time is
-        not acted on.
+        not acted on; with `bundles`, one that came in a bundle is.
         """
         self._board = board
         self._trust = trust
@@ -88,6 +101,7 @@ class Desired:
         self._on_report = on_report
         self._doubts = doubts
         self._strict = strict
+        self._bundles = bundles
         self._due = asyncio.Event()
         self._nonce = ""
         self._vouched: asyncio.Future[None] | None = None
@@ -127,6 +141,37 @@ class Desired:
                 jitter = random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
                 async with asyncio.timeout(seconds * jitter):
                     await self._due.wait()
+
+    async def judge_bundle(self) -> None:
+        """Judge the assignment of an offline bundle that was laid out; nobody vouches that it is current."""
+        envelope = await self._worker(self._https.envelope)
+        if envelope is None:
+            return
+        async with self._judging:
+            accepted, refusal = None, None
+            try:
+                if not self._bundles:
+                    raise Rejected(RejectCode.FREEZE, _NO_BUNDLES)  # noqa: TRY301 - refused like everything else
+                accepted = await self._worker(self._accept_offline, envelope)
+            except (Rejected, StoreError) as error:
+                refusal = error
+                log.error("the bundle was refused: %s", error)  # noqa: TRY400 - said in the message
+            await self._hold()
+            if accepted is not None:
+                version = accepted.assignment.version
+                text = f"assignment {version} came in a bundle: nobody vouched that it is current"
+                log.warning("%s", text)
+                report = reports.about(self._board, assignment=version, phase=Phase.IDLE, message=text)
+                with contextlib.suppress(StoreError):
+                    await self._worker(self._store.save, report=report)
+                self._on_report()
+                await self._deployer.desire(accepted.assignment)
+            with contextlib.suppress(OSError):  # it is judged again at the next start then
+                await self._worker(self._https.done, _outcome(accepted, refusal))
+
+    def _accept_offline(self, envelope: bytes) -> Accepted:
+        with self._https.judging():
+            return self._trust.accept(envelope)
 
     async def _ask(self) -> None:
         nonce = secrets.token_hex(16)

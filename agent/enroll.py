@@ -292,7 +292,7 @@ def forget(state: Path) -> None:
     """Remove everything that belongs to one identity: another fleet's counters and metadata mean nothing here."""
     for name in ("store.db", "store.db-wal", "store.db-shm", "runset.json"):
         (state / name).unlink(missing_ok=True)
-    for name in ("trust", "images", "artifacts"):
+    for name in ("trust", "images", "artifacts", "bundle"):
         shutil.rmtree(state / name, ignore_errors=True)
 
 

@@ -220,7 +220,7 @@ class Https:
             self._check_space(into.parent, length - have)
             if have < length:
                 self._continue(path, part, have, length, progress, cancelled)
-            _finish(part, into, length, sha256)
+            finish(part, into, length, sha256)
         except OSError as error:
             code = RejectCode.NO_SPACE if error.errno in {errno.ENOSPC, errno.EDQUOT} else RejectCode.INTERNAL
             raise FetchError(code, f"cannot write {into}: {error.strerror}") from error
@@ -301,7 +301,8 @@ def _refusal(status: int, path: str, body: bytes) -> FetchError:
     return FetchError(RejectCode.UNREACHABLE, f"{path}: the server answered {status}: {text}", status=status, body=body)
 
 
-def _finish(part: Path, into: Path, length: int, sha256: str) -> None:
+def finish(part: Path, into: Path, length: int, sha256: str) -> None:
+    """Put a file in place that has this length and hash; another is removed. Raises `FetchError`, `OSError`."""
     with part.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from agent.fetch import FetchError, Https
+from agent.bundle import Offline
+from agent.fetch import FetchError
 from agent.identity import Identity
 from agent.store import Store
 from fleet.protocol import wire
@@ -44,7 +45,7 @@ class Trust:
     """
 
     def __init__(
-        self, *, identity: Identity, root: bytes, cache: Path, https: Https, store: Store, production: bool
+        self, *, identity: Identity, root: bytes, cache: Path, https: Offline, store: Store, production: bool
     ) -> None:
         self._identity = identity
         self._https = https

@@ -184,6 +184,15 @@ class Client:
             return None
         return self._checked(response).content
 
+    def desired(self, device: str) -> bytes | None:
+        """A board's newest assignment in its envelope; None when nothing was ever assigned to it."""
+        response = self._request("GET", f"/v1/devices/{_quoted(device)}/desired")
+        return None if response.status_code == httpx.codes.NOT_FOUND else self._checked(response).content
+
+    def artifact(self, sha256: str) -> bytes:
+        """A component's bytes, as the server has them: check the hash."""
+        return self._checked(self._request("GET", f"/v1/artifacts/{_quoted(sha256)}")).content
+
     def upload(self, sha256: str, data: bytes, *, progress: Callable[[int], None] | None = None) -> api.ArtifactReply:
         """Store an artifact; `progress` is told the number of bytes of each chunk as it is sent."""
 

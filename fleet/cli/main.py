@@ -28,6 +28,7 @@ SECTIONS: Final[Sections] = {
     "Rollouts": {
         "rollouts": Entry("fleet.cli.rollouts:rollouts", "List the rollouts, newest first"),
         "rollout": Entry("fleet.cli.rollouts:rollout", "Show, follow, pause, resume or abort a rollout"),
+        "bundle": Entry("fleet.cli.bundle:bundles", "Carry updates to boards that no network reaches"),
         "undo": Entry("fleet.cli.rollouts:undo", "Offer the previous state again"),
         "remove": Entry("fleet.cli.rollouts:remove", "Take an instance off a group or a board"),
     },

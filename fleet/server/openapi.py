@@ -20,6 +20,7 @@ ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...
     ("get", "/v1/devices/{id}", None, api.DeviceDetail, "One board"),
     ("get", "/v1/devices/{id}/timeline", None, api.Timeline, "What happened to a board"),
     ("get", "/v1/devices/{id}/reports", None, History, "What a board said, as it signed it"),
+    ("get", "/v1/devices/{id}/desired", None, "application/json", "A board's newest assignment, signed"),
     ("put", "/v1/devices/{id}/labels", api.LabelsRequest, api.DeviceDetail, "Set or remove labels"),
     ("put", "/v1/devices/{id}/pin", api.RolloutRequest, api.RolloutView, "Give one board a value of its own"),
     ("post", "/v1/devices/{id}/unpin", api.InstanceRequest, api.DeviceDetail, "Let a board follow its groups again"),

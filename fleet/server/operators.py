@@ -81,6 +81,7 @@ class Operators:
             ("GET", "/v1/devices/{id}", self.device),
             ("GET", "/v1/devices/{id}/timeline", self.timeline),
             ("GET", "/v1/devices/{id}/reports", self.history),
+            ("GET", "/v1/devices/{id}/desired", self.desired),
             ("PUT", "/v1/devices/{id}/labels", self.labels),
             ("PUT", "/v1/devices/{id}/pin", self.pin),
             ("POST", "/v1/devices/{id}/unpin", self.unpin),
@@ -171,6 +172,13 @@ class Operators:
         """GET /v1/devices/{id}/reports."""
         after = request.query_params.get("boot_id", "")[:_BOOT_ID_MAX], number(request, "after", 0, VERSION_MAX)
         return answer(self._s.views.history(self._device(request), after=after))
+
+    async def desired(self, request: Request, _by: str) -> Response:
+        """GET /v1/devices/{id}/desired."""
+        row = self._s.store.delivery.assignment(self._device(request).id)
+        if row is None:
+            raise Refusal(404, "not-found", "nothing was ever assigned to this board")
+        return Response(row.envelope, media_type="application/json", headers={"cache-control": "no-store"})
 
     async def labels(self, request: Request, by: str) -> Response:
         """PUT /v1/devices/{id}/labels."""

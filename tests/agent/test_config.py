@@ -79,5 +79,5 @@ def test_the_page_for_owners_names_every_key_and_no_other():
             else:
                 yield prefix + field.name
 
-    files = {"store.db", "runset.json"}
+    files = {"store.db", "runset.json", "wake"}
     assert documented - files == set(keys(config.Settings))

@@ -1,0 +1,198 @@
+"""An offline bundle: judged as if it had come over the network, from a file that nobody trusts."""
+
+import asyncio
+import hashlib
+import io
+import json
+import os
+import tarfile
+from datetime import timedelta
+
+import msgspec
+import pytest
+
+from agent import bundle
+from agent.bundle import BundleError, Offline, Outcome
+from agent.fetch import FetchError
+from fleet.protocol.codes import RejectCode
+from tests.agent.test_desired import DEVICE, NOW, Case
+
+HEAD = {"bundle.json": b'{"v":1}'}
+MINE = f"desired/{DEVICE}.json"
+
+
+def tar(files):
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=tarfile.USTAR_FORMAT) as file:
+        for name, data in files.items():
+            member = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if isinstance(data, bytes):
+                member.size = len(data)
+            file.addfile(member, io.BytesIO(data) if isinstance(data, bytes) else None)
+    made.seek(0)
+    return made
+
+
+class Stick:
+    """A board without a network, into which a stick is put."""
+
+    def __init__(self, tmp_path, *, allowed=True):
+        self.case = Case(tmp_path)
+        self.directory = tmp_path / "bundle"
+        self.offline = Offline(self.case.server, self.directory)
+        self.case.trust._https = self.case.desired._https = self.offline
+        self.case.desired._bundles = allowed
+
+    def files(self, envelope):
+        return {**HEAD, MINE: envelope, **{f"tuf/{name}": data for name, data in self.case.server.files.items()}}
+
+    def put_in(self, files):
+        bundle.stage(tar(files), self.directory, device=DEVICE)
+        self.case.server.reachable = False
+        asyncio.run(self.case.desired.judge_bundle())
+        return msgspec.json.decode((self.directory / "outcome.json").read_bytes(), type=Outcome)
+
+
+@pytest.fixture
+def stick(tmp_path):
+    return Stick(tmp_path)
+
+
+def test_a_bundle_is_accepted_without_a_network_and_the_report_says_so(stick):
+    outcome = stick.put_in(stick.files(stick.case.server.assignment(3)))
+    assert outcome == Outcome(version=3)
+    assert stick.case.deployer.versions == [3]
+    assert stick.case.store.counter("accepted") == 3
+    [report] = stick.case.store.history()
+    assert "came in a bundle: nobody vouched" in report.message
+    # It is judged once: the next start of the agent does not find it again.
+    asyncio.run(stick.case.desired.judge_bundle())
+    assert stick.case.deployer.versions == [3]
+
+
+def test_the_boards_owner_decides_whether_bundles_count(tmp_path):
+    stick = Stick(tmp_path, allowed=False)
+    outcome = stick.put_in(stick.files(stick.case.server.assignment(3)))
+    assert outcome.code == RejectCode.FREEZE
+    assert "[policy] bundles" in outcome.message
+    assert stick.case.deployer.versions == []
+    assert stick.case.store.counter("accepted") == 0
+
+
+def flipped(stick):
+    files = stick.files(stick.case.server.assignment(6))
+    files["tuf/timestamp.json"] = files["tuf/timestamp.json"].replace(b'"version":1', b'"version":2')
+    return files
+
+
+def without(stick):
+    files = stick.files(stick.case.server.assignment(6))
+    return {name: data for name, data in files.items() if "snapshot" not in name}
+
+
+def rolled_back(stick):
+    """The metadata of yesterday, with today's assignment."""
+    files = stick.files(stick.case.server.assignment(6))
+    stick.case.server.publish(b"bytes")
+    stick.case.judge(stick.case.server.assignment(5, keep_data=("x",)))
+    return files
+
+
+ATTACKS = [
+    ("an older assignment", lambda s: s.files(s.case.server.assignment(4)), RejectCode.ROLLBACK),
+    ("another board's", lambda s: s.files(s.case.server.assignment(6, device="lift-0a1b2c3d")), "wrong-device"),
+    ("another fleet's", lambda s: s.files(s.case.server.assignment(6, fleet="pirates")), RejectCode.WRONG_FLEET),
+    ("one that a publisher signed", lambda s: s.files(s.case.server.assignment(6, signer="main")), "unsigned"),
+    (
+        "one past its date",
+        lambda s: s.files(
+            s.case.server.assignment(6, issued=NOW - timedelta(hours=2), expires=NOW - timedelta(hours=1))
+        ),
+        RejectCode.EXPIRED,
+    ),
+    ("metadata with a bad signature", flipped, RejectCode.UNSIGNED),
+    ("metadata of yesterday", rolled_back, RejectCode.ROLLBACK),
+]
+
+
+@pytest.mark.parametrize(("what", "attack", "code"), ATTACKS, ids=[row[0] for row in ATTACKS])
+def test_a_bundle_is_judged_like_what_comes_over_the_network(stick, what, attack, code):
+    stick.case.judge(stick.case.server.assignment(5))
+    before = list(stick.case.deployer.versions)
+    assert stick.put_in(attack(stick)).code == code, what
+    assert stick.case.deployer.versions[len(before) :] in ([], [5]), "nothing of the bundle is acted on"
+    assert stick.case.store.counter("accepted") == 5
+
+
+def test_a_bundle_that_lacks_metadata_is_refused_and_not_waited_for(stick):
+    assert stick.put_in(without(stick)).code
+    assert stick.case.deployer.versions == []
+
+
+def link(name):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    return member
+
+
+BAD = [
+    ("nothing", {}, "not a bundle"),
+    ("no head", {MINE: b"{}"}, "not a bundle"),
+    ("a later layout", {"bundle.json": b'{"v":2}', MINE: b"{}"}, "upgrade"),
+    ("nothing for this board", {**HEAD, "desired/lift-0a1b2c3d.json": b"{}"}, "nothing for"),
+    ("a way out", {**HEAD, "../../etc/cron.d/x": b"x"}, "no place"),
+    ("a way out behind a good name", {**HEAD, "tuf/../../x.json": b"x"}, "no place"),
+    ("an absolute name", {**HEAD, "/etc/x": b"x"}, "no place"),
+    ("a symbolic link", {**HEAD, "tuf/timestamp.json": link("tuf/timestamp.json")}, "no place"),
+    ("too large a head", {"bundle.json": b" " * 2000}, "at most"),
+]
+
+
+@pytest.mark.parametrize(("what", "files", "words"), BAD, ids=[row[0] for row in BAD])
+def test_a_file_that_is_no_bundle_changes_nothing(tmp_path, what, files, words):
+    directory = tmp_path / "state" / "bundle"
+    directory.mkdir(parents=True)
+    (directory / "kept").touch()
+    with pytest.raises(BundleError, match=words):
+        bundle.stage(tar(files), directory, device=DEVICE)
+    assert (directory / "kept").exists(), what
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 2000, json.dumps(HEAD, default=str).encode()])
+def test_bytes_that_are_no_tar(tmp_path, data):
+    with pytest.raises(BundleError):
+        bundle.stage(io.BytesIO(data), tmp_path / "bundle", device=DEVICE)
+
+
+def test_a_torn_bundle(stick, tmp_path):
+    whole = tar(stick.files(stick.case.server.assignment(3))).getvalue()
+    for size in range(0, len(whole) - 10_240, 1500):
+        with pytest.raises(BundleError):
+            bundle.stage(io.BytesIO(whole[:size]), tmp_path / "torn", device=DEVICE)
+
+
+def test_a_component_from_the_bundle_is_hashed_and_not_fetched(stick, tmp_path):
+    data = b"a component"
+    sha256 = hashlib.sha256(data).hexdigest()
+    kept, into = stick.directory / "artifacts" / sha256, tmp_path / "artifacts" / f"{sha256}.wasm"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"something else")
+    with pytest.raises(FetchError) as error:
+        stick.offline.download(f"/v1/artifacts/{sha256}", into, length=len(data), sha256=sha256)
+    assert error.value.code is RejectCode.HASH_MISMATCH
+    assert not into.exists()
+    kept.write_bytes(data)
+    stick.offline.download(f"/v1/artifacts/{sha256}", into, length=len(data), sha256=sha256)
+    assert into.read_bytes() == data
+    assert not kept.exists(), "it lies on the disk once"
+
+
+def test_an_agent_that_runs_is_woken_and_one_that_does_not_is_noticed(tmp_path):
+    path = tmp_path / "wake"
+    assert not bundle.wake(path)
+    descriptor = bundle.listen(path)
+    assert bundle.wake(path)
+    assert os.read(descriptor, 10) == b"b"
+    os.close(descriptor)
+    assert not bundle.wake(path)

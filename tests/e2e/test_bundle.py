@@ -1,0 +1,66 @@
+"""An update on a stick: the network is gone, and the board takes it, verifies it, swaps, and later says how it came."""
+
+import asyncio
+import contextlib
+import os
+
+import pytest
+
+from fleet.demo.processes import module
+from fleet.demo.scene import AGENT
+from tests.e2e.stage import GROUP
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+
+async def heard(path):
+    """Until an agent reads from its FIFO."""
+    async with asyncio.timeout(30):
+        while True:
+            with contextlib.suppress(OSError):
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+                return
+            await asyncio.sleep(0.05)
+
+
+def said_so(stage, board):
+    """True when the board's timeline says how the update came; None before."""
+    entries = stage.scene.client.timeline(board.device, limit=200).entries
+    return any("came in a bundle" in entry.text for entry in entries) or None
+
+
+def test_an_update_without_a_network(stage, board, tmp_path):
+    bundle = tmp_path / "update.tar"
+    config = stage.scene.directory / "boards" / board.name / "agent.toml"
+
+    async def story():
+        # The board cannot be reached while v2 is rolled out.
+        await stage.stop(board.agent)
+        code, output, errors = await stage.push("v2.wasm", "--detach")
+        assert code == 0, output + errors
+        code, output, errors = await stage.fleet("bundle", "create", "--group", GROUP, "-o", str(bundle))
+        assert code == 0, output + errors
+        assert board.device in output
+        await stage.kill(stage.scene._server)
+
+        # Its owner does not allow bundles, then does.
+        places = board.agent.command[board.agent.command.index("--state") :]
+        apply = module(AGENT, "apply", *places, str(bundle))
+        again = await stage.start_agent(board)
+        await heard(stage.state(board) / "wake")
+        code, output, errors = await stage.scene.processes.run(apply)
+        assert code == 1, output
+        assert "[policy] bundles" in errors
+        await stage.stop(again.agent)
+        config.write_text(config.read_text() + "\n[policy]\nbundles = true\n")
+        again = await stage.start_agent(again)
+        await heard(stage.state(board) / "wake")
+        code, output, errors = await stage.scene.processes.run(apply)
+        assert code == 0, output + errors
+        await stage.answers(again, "2")
+
+        # When the network is back the server hears how it came.
+        await stage.scene.serve()
+        await stage.until("the board reports the bundle", lambda: said_so(stage, again))
+
+    stage.do(story())
