@@ -20,7 +20,7 @@ MEMBERS_MAX: Final = 20_000
 _NAME: Final = re.compile(
     r"bundle\.json"
     r"|desired/[a-z0-9][a-z0-9-]{0,80}\.json"
-    r"|tuf/(?:timestamp|[1-9][0-9]{0,15}\.[a-z0-9-]{1,80})\.json"
+    r"|tuf/(?:timestamp|[1-9][0-9]{0,15}\.[a-z0-9-]{1,80}(?:\.bins-[0-9a-f]{1,3})?)\.json"
     r"|artifacts/[0-9a-f]{64}"
 )
 

@@ -14,6 +14,7 @@ import pytest
 from agent import bundle
 from agent.bundle import BundleError, Offline, Outcome
 from agent.fetch import FetchError
+from fleet.protocol import bundle as bundle_layout
 from fleet.protocol.codes import RejectCode
 from tests.agent.test_desired import DEVICE, NOW, Case
 
@@ -196,3 +197,8 @@ def test_an_agent_that_runs_is_woken_and_one_that_does_not_is_noticed(tmp_path):
     assert os.read(descriptor, 10) == b"b"
     os.close(descriptor)
     assert not bundle.wake(path)
+
+
+@pytest.mark.parametrize("name", ["timestamp.json", "1.root.json", "12.main.json", "3.main.bins-0f.json"])
+def test_every_file_of_a_repository_has_a_place(name):
+    assert bundle_layout.max_bytes(bundle_layout.metadata(name))
