@@ -114,7 +114,9 @@ class Store:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
-                raise StoreError(f"cannot write {self._path}: {error}") from error
+                raise StoreError(
+                    f"cannot write {self._path}: {error}; free space on this board, or mend its disk"
+                ) from error
             raise
 
     # The update machine

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "components").glob("*.md")]
 PROGRAMS = ("fleet", "fleet-agent", "fleet-host")
+GROUPS = {"rollout", "keys", "sign", "component", "audit"}
 NAMES = {name for section in SECTIONS.values() for name in section}
 
 
@@ -59,7 +60,7 @@ def in_the_tables() -> Iterator[str]:
         first, *others = re.findall(r"`([^`]+)`", cell)
         yield first
         program, *words = first.split()
-        group = len(words) > 1 and words[0] in {"rollout", "keys", "sign", "component"}
+        group = len(words) > 1 and words[0] in GROUPS
         for other in others:
             if other.startswith("-"):
                 yield f"{program} {words[0]} {other}"
