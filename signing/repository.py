@@ -333,10 +333,8 @@ def online(
     version, old, stands = _newest_snapshot(current, root)
     meta = {} if old is None else dict(old.meta)
     for name, number in _shown(current, top):
-        known = meta.get(f"{name}.json")
-        if known is None or known.version != number:
-            data = current[f"{number}.{name}.json"]
-            meta[f"{name}.json"] = MetaFile(number, len(data), {"sha256": metadata.sha256(data)})
+        data = current[f"{number}.{name}.json"]
+        meta[f"{name}.json"] = MetaFile(number, len(data), {"sha256": metadata.sha256(data)})
     files: dict[str, bytes] = {}
     if old is None or not stands or old.meta != meta or _half_gone(old, now, "snapshot"):
         version += 1
