@@ -71,13 +71,23 @@ class Teller:
     def end(self, story: "Story", boards: Sequence["Board"]) -> None:
         """The tables, and which claims held."""
         self.act("What happened")
-        self.console.print(acts_table(story.acts))
+        self._table(acts_table(story.acts))
         self.console.print()
-        self.console.print(boards_table(story, boards))
+        self._table(boards_table(story, boards))
         self.console.print()
         for claim, held in story.checks:
             mark = Text("  yes ", style="green") if held else Text("  NO  ", style="bold red")
             self.console.print(mark + Text(claim))
+
+    def _table(self, grid: Table) -> None:
+        """Plain lines carry no spaces at their ends."""
+        if self.console.is_terminal:
+            self.console.print(grid)
+            return
+        with self.console.capture() as captured:
+            self.console.print(grid)
+        for line in captured.get().rstrip("\n").split("\n"):
+            self.console.print(Text(line.rstrip()))
 
 
 def acts_table(acts: Sequence["Act"]) -> Table:

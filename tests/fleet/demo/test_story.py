@@ -153,7 +153,9 @@ def test_a_story_that_was_not_played_does_not_hold():
 def test_the_end_is_a_table_with_times_and_losses():
     screen = Console(file=io.StringIO(), width=120, color_system=None)
     Teller(screen).end(story(), BOARDS)
-    lines = [" ".join(line.split()) for line in screen.file.getvalue().splitlines()]
+    printed = screen.file.getvalue().splitlines()
+    assert printed == [line.rstrip() for line in printed]
+    lines = [" ".join(line.split()) for line in printed]
     for line in (
         "PUSH RESULT FIRST BOARD BOTH BOARDS ANSWERED LOST",
         "v1 succeeded 1.0 s 2.0 s - -",
