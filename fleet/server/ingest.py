@@ -52,6 +52,7 @@ class Ingest:
         self._pending: list[tuple[Message, bytes]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._ears: dict[str, Ear] = {}  # a board's key never changes: renewing keeps it, and another is another board
+        self._signing: set[str] = set()
         self.counts: Counter[str] = Counter()
 
     def on_message(self, topic: str, payload: bytes) -> None:
@@ -93,9 +94,12 @@ class Ingest:
                 raise Rejected(RejectCode.UNSIGNED, "no certificate was ever given to this board")
             if len(self._ears) >= EARS_MAX:
                 self._ears.clear()
+                self._signing.clear()
             ear = self._ears[device] = Ear(certificate.pem.encode())
         report = ear.verify(payload)
-        self._store.devices.set_signs(device)
+        if device not in self._signing:
+            self._store.devices.set_signs(device)
+            self._signing.add(device)
         return report
 
     def flush(self) -> None:
