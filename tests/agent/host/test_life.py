@@ -162,6 +162,8 @@ def test_a_second_host_in_the_same_place_and_a_taken_port_are_refused_in_one_lin
 
     assert "another host already runs here" in refused(host.runtime, support.free_port())
     assert f"127.0.0.1:{host.port}" in refused(tmp_path / "elsewhere", host.port)
+    # the path of a socket has 108 bytes, by law
+    assert "shorter --runtime" in refused(tmp_path / ("l" * 120), support.free_port())
 
 
 def test_where_there_is_no_engine_the_host_says_so_and_refuses_components(tmp_path):
