@@ -114,7 +114,9 @@ def main() -> int:
     if sys.argv[1:] == ["--serve"]:
         with socket.socket(fileno=os.dup(0)) as sock:
             return serve(sock)
-    return client(sys.argv[1:])
+    status = client(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # its streams are given away: nothing of this process may touch them, not even on its way out
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ _PRCTL: Final = (15, 16, 0x53564D41)  # PR_SET_NAME, PR_GET_NAME, PR_SET_VMA
 
 _BASE: Final = (
     # memory
-    "brk mmap munmap mremap madvise mprotect mincore membarrier",
+    # (RISC-V: who makes or maps machine code has to say so to the instruction cache)
+    "brk mmap munmap mremap madvise mprotect mincore membarrier riscv_flush_icache riscv_hwprobe",
     # time, threads, the process itself
     "clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time futex rt_sigaction rt_sigprocmask",
     "rt_sigreturn sigaltstack set_robust_list rseq sched_yield sched_getaffinity getpid gettid getppid getuid geteuid",

@@ -77,6 +77,18 @@ def test_the_boards_own_figures_arrive(story: Story, operator: OperatorSide) -> 
     assert "hello" in text
 
 
+def test_what_it_takes_at_rest(story: Story) -> None:
+    # a figure for docs/boards.md; the budget is 60 MB without an instance, and an emulated board's pages are a board's
+    total_kb = 0
+    for line in story.board.ok("ps -eo pid=,args= | grep '[/]usr/bin/fleet-'").splitlines():
+        pid, command = line.split(maxsplit=1)
+        pss = story.board.ok(f"awk '/^Pss:/ {{print $2}}' /proc/{pid}/smaps_rollup")
+        print(f"\n    {int(pss) / 1024:5.1f} MB  {command.split('/usr/bin/')[1][:40]}", end="")
+        total_kb += int(pss)
+    print(f"\n=== PSS of agent and host on {story.architecture}: {total_kb / 1024:.0f} MB", flush=True)
+    assert total_kb < 200 * 1024
+
+
 @pytest.mark.usefixtures("engine")
 def test_a_bad_version_goes_back_by_itself(story: Story, operator: OperatorSide) -> None:
     with budget(f"v3 and back {story.architecture}", 120):
