@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import re
 import secrets
@@ -10,7 +11,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import msgspec
@@ -39,6 +40,8 @@ from signing import dsse, keys, repository
 from signing.errors import FetchNotFound
 from signing.facts import Facts
 from signing.trust import TrustedSet
+
+T = TypeVar("T")
 
 Behaviour = Callable[[Item], list[Report]]
 PATIENCE_S = 20
@@ -265,12 +268,7 @@ class Board:
 
     async def _accept(self, envelope: bytes) -> None:
         now = datetime.now(UTC)
-        while True:
-            try:
-                self.facts = await asyncio.to_thread(self._trusted.refresh, facts=self.facts, now=now)
-                break
-            except httpx.TransportError:  # the server is away: a board tries again
-                await asyncio.sleep(0.1)
+        self.facts = await _patiently(lambda: self._trusted.refresh(facts=self.facts, now=now))
         accepted = self._trusted.accept(
             envelope, fleet=self.enrolled.fleet, device=self.device, facts=self.facts, now=now
         )
@@ -285,7 +283,7 @@ class Board:
             self._say(msgspec.structs.replace(removed, target="", rollout="", attempt=0), accepted.assignment)
         for instance, item in wanted.items():
             if self.items.get(instance) != item:
-                await asyncio.to_thread(self._trusted.resolve, item)
+                await _patiently(functools.partial(self._trusted.resolve, item))
                 for report in self.behaviour(item):
                     self._say(report, accepted.assignment)
         self.items = wanted
@@ -316,6 +314,15 @@ class Board:
             while not (found := what(self)):
                 await self.news.wait()
         return found
+
+
+async def _patiently(call: Callable[[], T]) -> T:
+    """Call until the server is there: a board tries again."""
+    while True:
+        try:
+            return await asyncio.to_thread(call)
+        except httpx.TransportError:
+            await asyncio.sleep(0.1)
 
 
 def request_certificate(key: ec.EllipticCurvePrivateKey) -> str:
