@@ -54,6 +54,12 @@ def test_the_agent_outlives_the_host() -> None:
     assert "fleet-host.service" in " ".join(value("fleet-agent.service", "Wants"))
 
 
+def test_an_agent_that_its_owner_stops_stays_stopped() -> None:
+    # PathExists= holds as long as the file is there, and so starts the agent again at once
+    assert not value("fleet-agent.path", "PathExists")
+    assert value("fleet-agent.path", "PathChanged") == value("fleet-agent.service", "ConditionPathExists")
+
+
 def test_the_host_restores_at_every_start_without_the_agent() -> None:
     assert value("fleet-host.service", "Wants") == ["fleet-restore.service"]
     assert value("fleet-restore.service", "PrivateNetwork") == ["yes"]
