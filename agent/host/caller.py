@@ -13,7 +13,8 @@ from typing import Final, TypeVar
 
 from agent.host import control
 from agent.host.adapted import start
-from agent.host.engine import TICK_MS, EngineError, Guest, GuestError, Image
+from agent.host.engine import TICK_MS, Guest, Image
+from agent.host.faults import EngineError, GuestError
 from agent.host.page import Page
 from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Grants, Limits

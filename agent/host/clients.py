@@ -14,7 +14,7 @@ from typing import Final
 from agent.host import connection, control
 from agent.host.caller import Caller
 from agent.host.connection import Connection, Request
-from agent.host.engine import GuestError
+from agent.host.faults import GuestError
 from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Limits
 

@@ -4,7 +4,7 @@ Owns one request value and reuses it: the strings point straight into Python's b
 into an array of C values that only grows (a value is 32 bytes, its byte stands at offset 8). Not thread-safe, like
 everything of the bindings: one process, one thread that enters wasm.
 
-The layout is read from the bindings' own structures, and `agent.host.engine.self_test` sends bytes through a real
+The layout is read from the bindings' own structures, and `agent.host.selftest.self_test` sends bytes through a real
 component before anything relies on it; where that fails, the stock codec serves (`Stock`).
 """
 
@@ -20,7 +20,6 @@ _VALUE: Final = ctypes.sizeof(ffi.wasmtime_component_val_t)
 _PAYLOAD: Final = ffi.wasmtime_component_val_t.of.offset
 _KIND: Final = ffi.wasmtime_component_val_t.kind.offset
 _FIELDS: Final = (b"method", b"target", b"headers", b"body")
-ANSWER_MAX_BYTES: Final = 128 * 1024 * 1024 // 48  # the engine copies 128 MiB out of a guest at once, 48 for a byte
 _KEEP_VALUES: Final = 64 * 1024  # a buffer for larger bodies is given back after the call
 
 Answer = tuple[int, bytes, bytes]

@@ -17,7 +17,7 @@ import signal
 import sys
 from typing import Final, NoReturn
 
-from agent.host import cell
+from agent.host import cell, faults, space
 from fleet.protocol.caps import ARTIFACT_MAX_BYTES, MIB
 from fleet.protocol.codes import RejectCode
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.describe:
         sys.stdout.write(json.dumps(engine.describe(fuel=options.fuel)) + "\n")
         return 0
-    plan = engine.memory_plan(engine.reservable_bytes())
+    plan = space.memory_plan(space.reservable_bytes())
     _limit()
     try:
         cell.close_all_but({0, 1, 2})
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         image = engine.Engine(fuel=options.fuel, plan=plan).compile(artifact)
         sys.stdout.buffer.write(image)
         sys.stdout.buffer.flush()
-    except engine.EngineError as error:
+    except faults.EngineError as error:
         _fail(error.code, str(error))
     except MemoryError:
         _fail(RejectCode.COMPILE_LIMIT, f"compiling it takes more than {ADDRESS_SPACE_BYTES // MIB} MiB")

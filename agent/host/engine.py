@@ -5,15 +5,13 @@ that a process which made an engine (the zygote) still has one thread and may be
 depends on the board's address space and is part of what an image is compiled for: `describe()` names everything that
 is.
 
-Raises `EngineError` for what cannot be loaded or offered, `GuestError` for what a guest did.
+Raises `EngineError` for what cannot be loaded or offered, `GuestError` for what a guest did (`agent.host.faults`).
 """
 
 import hashlib
 import importlib.metadata
-import mmap
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,23 +21,22 @@ from wasmtime import _ffi as ffi
 from wasmtime import component as wc
 from wasmtime.component import Func
 
-from agent.host.codec import ANSWER_MAX_BYTES, Answer, Codec, Fast, Stock, exchange, set_stdin
+from agent.host.codec import Answer, Codec, Fast, Stock, exchange, set_stdin
+from agent.host.faults import EngineError, first_lines, guest_error
 from agent.host.heads import refuse, utf8
+from agent.host.space import FULL, NONE, MemoryPlan, memory_plan, reservable_bytes
 from fleet.protocol import adapter, compose
-from fleet.protocol.caps import MIB
-from fleet.protocol.codes import CallOutcome, RejectCode
+from fleet.protocol.codes import RejectCode
 from fleet.protocol.component import NotAComponentError, bare, read
 from fleet.protocol.manifest import Grants, Limits
 
 TICK_MS: Final = 10
 _FOREVER: Final = 2**62
-_GIB: Final = 1024 * MIB
-_GUARD_BYTES: Final = 64 * 1024
 _MAX_TABLE_ELEMENTS: Final = 100_000
 _MAX_CORE_INSTANCES: Final = 128
 _POOLED_MEMORIES: Final = 16
 _KEPT_BYTES: Final = 128 * 1024
-_MAX_BACKTRACE_CHARS: Final = 4096
+_MAX_LINE_CHARS: Final = 4096
 
 HANDLER: Final = "wasmfleet:http/handler"
 HEALTH: Final = "wasmfleet:http/health"
@@ -55,59 +52,6 @@ _ADAPTERS_OWN: Final = frozenset(
 _ADAPTER: Final = adapter.load()  # read now: the compiler cannot open it from inside its cell
 
 Log = Callable[[str], None]
-
-
-class EngineError(Exception):
-    """Something cannot be compiled, loaded or offered; `code` says which."""
-
-    def __init__(self, code: RejectCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class GuestError(Exception):
-    """A call of the guest ended in a trap or a limit; its store is gone."""
-
-    def __init__(self, outcome: CallOutcome, message: str) -> None:
-        super().__init__(message)
-        self.outcome = outcome
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """How linear memories lie in the address space: bytes reserved and guarded for each.
-
-    A full reservation lets the hardware check bounds; a small one costs an instruction for each access.
-    """
-
-    reservation_bytes: int
-    guard_bytes: int
-
-
-FULL: Final = MemoryPlan(4 * _GIB, 2 * _GIB)
-SIZED: Final = MemoryPlan(64 * MIB, _GUARD_BYTES)
-NONE: Final = MemoryPlan(0, _GUARD_BYTES)
-
-
-def reservable_bytes() -> int:
-    """The largest power of two, at most 64 TiB, that this process can reserve in one piece."""
-    for bits in range(46, 30, -1):
-        try:
-            mmap.mmap(-1, 1 << bits, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, prot=0).close()
-        except (OSError, ValueError, OverflowError):
-            continue
-        return 1 << bits
-    return 0
-
-
-def memory_plan(reservable: int) -> MemoryPlan:
-    """The plan for an address space in which `reservable` bytes fit in one piece.
-
-    From 8 TiB on a thousand memories fit in full; Sv39 and 39-bit Arm give 128 to 256 GiB, where about 27 would.
-    """
-    if reservable >= 8 * 1024 * _GIB:
-        return FULL
-    return SIZED if reservable >= 32 * _GIB else NONE
 
 
 def version() -> str:
@@ -241,7 +185,11 @@ class Engine:
         try:
             return bytes(wc.Component(self.raw, artifact).serialize())
         except WasmtimeError as error:
-            raise EngineError(RejectCode.COMPILE_FAILED, _first_lines(str(error))) from error
+            raise EngineError(RejectCode.COMPILE_FAILED, first_lines(str(error))) from error
+
+    def read(self, text: str) -> Image:
+        """Compile a component's text and keep it here: for a process that will not be forked."""
+        return Image(self, wc.Component(self.raw, text))
 
     def load(self, path: str) -> Image:
         """Map an image; it must come from this board's compiler, since loading one is running it.
@@ -253,7 +201,7 @@ class Engine:
         try:
             return Image(self, wc.Component.deserialize_file(self.raw, path))
         except WasmtimeError as error:
-            why = _first_lines(str(error))
+            why = first_lines(str(error))
             code = RejectCode.START_FAILED if "exceeds the" in why else RejectCode.IMAGE_DAMAGED
             raise EngineError(code, why) from error
 
@@ -314,8 +262,8 @@ class Guest:
         except WasmtimeError as error:
             text = str(error)
             if "wasm trap" in text or "wasm backtrace" in text:
-                raise guest_error(error) from error
-            raise EngineError(RejectCode.START_FAILED, _first_lines(text)) from error
+                raise guest_error(str(error)) from error
+            raise EngineError(RejectCode.START_FAILED, first_lines(text)) from error
         self._handle = self._function(*self._entry)
         self._check = self._function(HEALTH, "check")
         self._run = self._function(TASK, "run")
@@ -359,7 +307,7 @@ class Guest:
         try:
             return self._image.engine.codec.call(self._store, self._handle, method, utf8(target), utf8(headers), body)
         except WasmtimeError as error:
-            raise guest_error(error) from error
+            raise guest_error(str(error)) from error
 
     def exchange(self, head: bytes) -> bytes:
         """One exchange through the adapter: the answer's head. Raises `GuestError`."""
@@ -368,7 +316,7 @@ class Guest:
         try:
             return exchange(self._store, self._handle, head)
         except WasmtimeError as error:
-            raise guest_error(error) from error
+            raise guest_error(str(error)) from error
 
     def check(self) -> str | None:
         """Ask its health export: None for well, else its sentence. Raises `GuestError`."""
@@ -384,35 +332,12 @@ class Guest:
         try:
             result = function(self._store, *arguments)
         except WasmtimeError as error:
-            raise guest_error(error) from error
+            raise guest_error(str(error)) from error
         return result if result is None else str(result)
 
     def close(self) -> None:
         """Give its memory back at once."""
         self._store.close()
-
-
-def guest_error(error: WasmtimeError) -> GuestError:
-    """Say what a failed call was: a limit of time or fuel, or a trap with its wasm backtrace."""
-    text = str(error)
-    outcome, why = CallOutcome.GUEST_TRAP, _reason(text)
-    if "wasm trap: interrupt" in text:
-        outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its time for one call"
-    elif "all fuel consumed" in text:
-        outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its fuel for one call"
-    elif "too much data is being copied" in text:
-        why = f"its answer is larger than {ANSWER_MAX_BYTES} bytes, which is all that fits in one of {HANDLER}"
-    return GuestError(outcome, f"{why}\n{text}"[:_MAX_BACKTRACE_CHARS])
-
-
-def _reason(text: str) -> str:
-    """The cause alone: it stands last, below a backtrace that may be cut off."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it failed without saying why"
-
-
-def _first_lines(text: str) -> str:
-    return "; ".join(line.strip() for line in text.splitlines() if line.strip())[:1000]
 
 
 def _linker(image: Image, config: dict[str, str], log: Log) -> tuple[wc.Linker, bool]:
@@ -449,50 +374,10 @@ class _Lines:
 
     def __call__(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > _MAX_BACKTRACE_CHARS:
+        if len(self._rest) > _MAX_LINE_CHARS:
             lines, self._rest = [*lines, self._rest], b""
         for line in lines:
             self._log(line.decode(errors="replace"))
-
-
-_ECHO: Final = """
-(component
-  (core module $m
-    (memory (export "memory") 4)
-    (global $top (mut i32) (i32.const 1024))
-    (func (export "realloc") (param i32 i32 i32 i32) (result i32)
-      (local $at i32)
-      (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
-      (global.set $top (i32.add (local.get $at) (local.get 3)))
-      (local.get $at))
-    (func (export "handle") (param i32 i32 i32 i32 i32 i32 i32 i32) (result i32)
-      (i32.store16 (i32.const 64) (i32.const 299))
-      (i32.store (i32.const 68) (local.get 4)) (i32.store (i32.const 72) (local.get 5))
-      (i32.store (i32.const 76) (local.get 6)) (i32.store (i32.const 80) (local.get 7))
-      (i32.const 64))
-    (func (export "reset") (param i32) (global.set $top (i32.const 1024))))
-  (core instance $i (instantiate $m))
-  (type $request (record
-    (field "method" string) (field "target" string) (field "headers" string) (field "body" (list u8))))
-  (type $response (record (field "status" u16) (field "headers" string) (field "body" (list u8))))
-  (func $handle (param "request" $request) (result $response)
-    (canon lift (core func $i "handle") (memory (core memory $i "memory"))
-      (realloc (core func $i "realloc")) (post-return (core func $i "reset"))))
-  (instance $handler (export "request" (type $request)) (export "response" (type $response))
-    (export "handle" (func $handle)))
-  (export "wasmfleet:http/handler@0.1.0" (instance $handler)))
-"""
-
-
-def self_test(engine: Engine) -> bool:
-    """Send bytes of many lengths through a component and back by the fast codec. Call it in a forked child only."""
-    image = Image(engine, wc.Component(engine.raw, _ECHO))
-    guest = Guest(image, limits=Limits(), grants=Grants(), config={}, log=lambda _line: None)
-    pattern = bytes(range(256)) * 64
-    return all(
-        guest.handle(b"PUT", b"/x", b"a: \xc3\xa9\r\n", pattern[:length]) == (299, b"a: \xc3\xa9\r\n", pattern[:length])
-        for length in (0, 1, 31, 256, 4096, len(pattern), 7)
-    )
 
 
 def use_stock_codec(engine: Engine) -> None:

@@ -14,8 +14,8 @@ from typing import NoReturn
 from agent.host import cell, control, heads
 from agent.host.caller import Caller
 from agent.host.clients import Clients
-from agent.host.codec import ANSWER_MAX_BYTES
-from agent.host.engine import Engine, EngineError, GuestError
+from agent.host.engine import Engine
+from agent.host.faults import ANSWER_MAX_BYTES, EngineError, GuestError
 from agent.host.page import Page
 from fleet.protocol.codes import RejectCode
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from agent.host import codec, heads
 from agent.host.adapted import start
-from agent.host.engine import HANDLER, Engine, EngineError, GuestError, describe
+from agent.host.engine import HANDLER, Engine, describe
+from agent.host.faults import EngineError, GuestError
 from fleet.protocol import adapter
 from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import Grants, Limits

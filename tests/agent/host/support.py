@@ -37,7 +37,8 @@ def wasm(guest):
 def compiled(guest, *, fuel=False) -> bytes:
     """The image of a guest, from a cache: compiling costs more than most tests."""
     source = wasm(guest)
-    engine = (ROOT / "agent" / "host" / "engine.py").read_bytes() + adapter.digest().encode()
+    sources = [(ROOT / "agent" / "host" / name).read_bytes() for name in ("engine.py", "space.py")]
+    engine = b"".join(sources) + adapter.digest().encode()
     path = CACHE / f"{hashlib.sha256(source + engine + bytes([fuel])).hexdigest()}.cwasm"
     if not path.exists():
         from agent.host.engine import Engine

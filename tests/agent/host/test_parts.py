@@ -11,8 +11,8 @@ import support
 from agent.host import connection, page, uids
 from agent.host.cgroups import Cgroups
 from agent.host.connection import Connection
-from agent.host.engine import FULL, NONE, SIZED, memory_plan
 from agent.host.routes import Routes
+from agent.host.space import FULL, NONE, SIZED, memory_plan
 from fleet.protocol.caps import MIB
 from fleet.protocol.codes import CallOutcome
 
@@ -180,7 +180,10 @@ def test_the_memory_plan_follows_the_address_space(bits, plan):
 def test_every_memory_plan_runs_a_guest_and_catches_it_beyond_its_memory(plan, tmp_path):
     code = f"""
 import sys
-from agent.host.engine import Engine, Guest, GuestError, {plan}, self_test
+from agent.host.engine import Engine, Guest
+from agent.host.faults import GuestError
+from agent.host.selftest import self_test
+from agent.host.space import {plan}
 from fleet.protocol.manifest import Grants, Limits
 engine = Engine(plan={plan})
 assert self_test(engine)
@@ -209,7 +212,8 @@ def _one_gib():
 
 def test_the_fast_codec_and_the_stock_one_say_the_same():
     code = """
-from agent.host.engine import Engine, self_test, use_stock_codec
+from agent.host.engine import Engine, use_stock_codec
+from agent.host.selftest import self_test
 engine = Engine()
 assert self_test(engine)
 use_stock_codec(engine)
