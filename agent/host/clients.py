@@ -39,7 +39,7 @@ class Client:
     def __init__(self, sock: socket.socket, *, body_max_bytes: int) -> None:
         self.sock = sock
         self.state = Connection(body_max_bytes=body_max_bytes)
-        self.out = b""
+        self.out: bytes | memoryview = b""
         self.last_s = time.monotonic()
         self.trusted = sock.family == socket.AF_UNIX  # the router times its own clients
         self.awaits = select.EPOLLIN
@@ -207,7 +207,8 @@ class Clients:
 
     def _take(self, client: Client, data: bytes) -> None:
         client.last_s = time.monotonic()
-        client.out += client.state.feed(data)
+        if at_once := client.state.feed(data):
+            client.out = bytes(client.out) + at_once
         self._work(client)
 
     def _work(self, client: Client) -> None:
@@ -234,7 +235,7 @@ class Clients:
             self._caller.count(CallOutcome.CLIENT_GONE, None)
             self._drop(client)
             return
-        client.out = client.out[sent:]
+        client.out = memoryview(client.out)[sent:] if sent < len(client.out) else b""  # a view: nothing is copied
 
     def _send(self, client: Client) -> None:
         client.last_s = time.monotonic()
