@@ -46,6 +46,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
         assignment: the accepted assignment.
         command: the newest command obeyed.
         epochs: component (`namespace/name`) -> security epoch of what was committed.
+        secrets: `instance/name` -> newest version of a secret that was committed.
         floor: it is no earlier than this, whatever the clock says.
     """
 
@@ -56,6 +57,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     assignment: Remembered | None = None
     command: Remembered | None = None
     epochs: dict[str, int] = {}
+    secrets: dict[str, int] = {}
     floor: datetime = _EPOCH
 
     def encode(self) -> bytes:
@@ -94,6 +96,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(
             self, epochs={**self.epochs, component: max(epoch, self.epochs.get(component, 0))}
         )
+
+    def with_secrets(self, instance: str, versions: Mapping[str, int]) -> "Facts":
+        """With the versions of an instance's secrets, by name, that were COMMITTED; they never fall."""
+        newer = {f"{instance}/{name}": version for name, version in versions.items()}
+        newer = {key: max(version, self.secrets.get(key, 0)) for key, version in newer.items()}
+        return msgspec.structs.replace(self, secrets={**self.secrets, **newer}) if newer else self
 
     def together(self, other: "Facts") -> "Facts":
         """With the newer of what both remember of roles: whoever forgot to store one has not lost it."""

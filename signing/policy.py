@@ -134,6 +134,7 @@ def check_allowed(
         raise Rejected(RejectCode.MALFORMED, f"{release.name} has no configuration key {unknown[0]!r}")
     if any(len(value.encode()) > caps.CONFIG_VALUE_MAX_BYTES for value in item.config.values()):
         raise Rejected(RejectCode.TOO_LARGE, f"{release.name}: a configuration value is too long")
+    check_secrets(item, release, facts)
     grants = asked.grants if item.grants is None else item.grants
     limits = [("manifest", asked.grants), *(("namespace ceiling", ceiling) for ceiling in ceilings)]
     if local is not None:
@@ -141,6 +142,34 @@ def check_allowed(
     for whose, limit in limits:
         _check_within(release, grants, whose, limit)
     return grants
+
+
+def check_secrets(item: Item, release: Release, facts: Facts) -> None:
+    """Refuse secrets that the manifest does not declare, or older ones than this board has committed.
+
+    Raises:
+        Rejected: MALFORMED, SECRET_MISSING, ROLLBACK.
+    """
+    declared, given = release.manifest.secrets, {ref.name: ref for ref in item.secrets}
+    unknown = sorted(given.keys() - declared.keys())
+    if unknown:
+        raise Rejected(RejectCode.MALFORMED, f"{release.name} declares no secret {unknown[0][:80]!r}")
+    if len(given) != len(item.secrets) or len(given) > caps.SECRETS_MAX:
+        raise Rejected(RejectCode.MALFORMED, f"{item.instance}: a secret is named twice, or there are too many")
+    missing = sorted(name for name, key in declared.items() if key.required and name not in given)
+    if missing:
+        raise Rejected(RejectCode.SECRET_MISSING, f"{release.name} needs the secret {', '.join(missing)}")
+    for name, ref in given.items():
+        try:
+            names.check_sha256(ref.sha256)
+        except names.BadNameError as error:
+            raise Rejected(RejectCode.MALFORMED, f"secret {name}: {error}") from error
+        known = facts.secrets.get(f"{item.instance}/{name}", 0)
+        if ref.version < known:
+            raise Rejected(
+                RejectCode.ROLLBACK,
+                f"secret {name} of {item.instance} has version {ref.version}, this board has had {known}: set it again",
+            )
 
 
 def check_ceiling(release: Release, ceilings: Iterable[Grants]) -> None:

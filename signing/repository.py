@@ -205,7 +205,7 @@ def add_target(
     current = _parse(Targets, role, name.namespace)
     if len(wire.canonical(manifest)) > caps.MANIFEST_MAX_BYTES:
         raise RepositoryError(f"the manifest of {name} is too large, at most {caps.MANIFEST_MAX_BYTES} bytes fit")
-    target = TargetFile(length, {"sha256": sha256}, name.path, {"custom": {"manifest": msgspec.to_builtins(manifest)}})
+    target = TargetFile(length, {"sha256": sha256}, name.path, {"custom": {"manifest": manifest.plain()}})
     try:
         release = policy.release_of(name.path, target)
     except Rejected as error:

@@ -42,9 +42,9 @@ class Voice:
             raise KeyFileError("the device key is neither of P-256 nor of Ed25519: enrol the board anew")
         self._signer = CryptoSigner(key)
 
-    def sign(self, report: bytes) -> bytes:
-        """The envelope of a report's JSON."""
-        return dsse.sign(REPORT_TYPE, report, [self._signer])
+    def sign(self, said: bytes, payload_type: str = REPORT_TYPE) -> bytes:
+        """The envelope of a report's JSON, or of something else that the board says."""
+        return dsse.sign(payload_type, said, [self._signer])
 
 
 class Ear:
@@ -70,15 +70,15 @@ class Ear:
         der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         self.fingerprint = hashlib.sha256(der).hexdigest()
 
-    def verify(self, data: bytes) -> bytes:
-        """The report's JSON in an envelope that this board signed.
+    def verify(self, data: bytes, payload_type: str = REPORT_TYPE) -> bytes:
+        """The report's JSON (or what else is asked for) in an envelope that this board signed.
 
         Raises:
             Rejected: TOO_LARGE, MALFORMED; UNSIGNED for what another key signed, or signed as something else.
         """
         envelope = dsse.parse(data, max_bytes=ENVELOPE_MAX_BYTES)
-        if envelope.payload_type != REPORT_TYPE:
-            raise Rejected(RejectCode.UNSIGNED, f"signed as {envelope.payload_type[:80]!r}, not as {REPORT_TYPE}")
+        if envelope.payload_type != payload_type:
+            raise Rejected(RejectCode.UNSIGNED, f"signed as {envelope.payload_type[:80]!r}, not as {payload_type}")
         for signature in envelope.signatures.values():
             try:
                 self._key.verify_signature(signature, envelope.pae)

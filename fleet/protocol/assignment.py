@@ -19,10 +19,15 @@ COMMAND_TYPE: Final = "application/vnd.wasmfleet.command.v1+json"
 
 
 class SecretRef(msgspec.Struct, frozen=True, kw_only=True):
-    """A secret by name and the sha256 of its sealed box, never its value."""
+    """A secret by name and the sha256 of its sealed box, never its value.
+
+    Attributes:
+        version: which the box is sealed for; a board that has committed one never takes an older one.
+    """
 
     name: str
     sha256: str
+    version: int = 0
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ Whatever is wrong with the text comes out as `BadManifestError`, one line that n
 
 import re
 import tomllib
+from collections.abc import Container
 from typing import Final
 
 import msgspec
@@ -34,6 +35,7 @@ from fleet.protocol.manifest import (
     Manifest,
     OnMessage,
     Schedule,
+    SecretKey,
     Service,
     Trigger,
 )
@@ -53,6 +55,7 @@ _ENTRIES: Final[tuple[tuple[str, type[Trigger], str], ...]] = (
 )
 _INTERFACE: Final = re.compile(r"[a-z][a-z0-9-]*:[a-z][a-z0-9-]*(/[a-z][a-z0-9-]*)?")
 _OUTBOUND: Final = re.compile(r"https?://(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?:([0-9]{1,5}|\*)")
+_SECRET_READERS: Final = ("wasi:cli/environment", "wasi:config/store", "wasi:config/runtime")
 _CONFIG_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -105,11 +108,14 @@ def load(
         limits=table.table("limits").struct(Limits),
         health=health,
         config=_config(table.table("config")),
+        secrets=_secrets(table.table("secrets"), set(raw.get("config", {}))),
         security_epoch=table.whole("security_epoch", 0),
         data_schema=table.whole("data_schema", 0),
         arch=table.texts("arch", lambda arch: None if arch in ARCHES else f"the known ones are {', '.join(ARCHES)}"),
     )
     table.finish()
+    if component is not None and manifest.secrets:
+        _check_readable(component, file_name)
     return _bounded(manifest)
 
 
@@ -330,6 +336,29 @@ def _config(table: Table) -> dict[str, ConfigKey]:
         if len((default or "").encode()) > caps.CONFIG_VALUE_MAX_BYTES:
             raise BadManifestError(f"{FILE_NAME}: config.{key}.default: at most {caps.CONFIG_VALUE_MAX_BYTES} bytes")
     return keys
+
+
+def _secrets(table: Table, config: Container[str]) -> dict[str, SecretKey]:
+    keys: dict[str, SecretKey] = {}
+    for key in list(table.raw):
+        checked(names.check_secret, key, "secrets")
+        if key in config:
+            raise BadManifestError(f"{FILE_NAME}: secrets.{key}: there is a configuration key of that name too")
+        inner = table.table(key)
+        keys[key] = SecretKey(description=inner.text("description", ""), required=inner.switch("required", True))
+        inner.finish()
+    if len(keys) > caps.SECRETS_MAX:
+        raise BadManifestError(f"{FILE_NAME}: secrets: {len(keys)} are too many, at most {caps.SECRETS_MAX} fit")
+    return keys
+
+
+def _check_readable(component: Component, file_name: str) -> None:
+    """A secret that nothing can read is a mistake; raises `BadManifestError`."""
+    if not any(bare(name) in _SECRET_READERS for name in component.imports):
+        raise BadManifestError(
+            f"{FILE_NAME}: secrets: {file_name} imports none of {', '.join(_SECRET_READERS)}, "
+            "so it could never read one"
+        )
 
 
 def _bounded(manifest: Manifest) -> Manifest:

@@ -28,6 +28,12 @@ IMAGE_MAX_BYTES: Final = 512 * MIB
 ITEMS_MAX: Final = 64
 CONFIG_VALUE_MAX_BYTES: Final = 8 * KIB
 
+# Sealed secrets: values of one instance, each in a box of its own
+SECRETS_MAX: Final = 16
+SECRET_VALUE_MAX_BYTES: Final = 4 * KIB
+SECRET_VALUE_MIN_CHARS: Final = 4  # a shorter one could not be kept out of log lines
+SECRET_BOX_MAX_BYTES: Final = 8 * KIB
+
 # What a trap or rollback report carries of an instance's log
 LOG_LINES: Final = 50
 LOG_MAX_BYTES: Final = 16 * KIB

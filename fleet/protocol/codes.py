@@ -33,6 +33,10 @@ class RejectCode(StrEnum):
     NOT_FOUND = "not-found"
     HASH_MISMATCH = "hash-mismatch"
     LENGTH_MISMATCH = "length-mismatch"
+    # a secret that the manifest requires is not assigned; a box was changed, or sealed for something else
+    SECRET_MISSING = "secret-missing"  # noqa: S105 - a word
+    SECRET_UNOPENED = "secret-unopened"  # noqa: S105 - a word
+
     UNREACHABLE = "unreachable"
     TOO_SLOW = "too-slow"
     NO_SPACE = "no-space"

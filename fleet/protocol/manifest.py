@@ -5,7 +5,7 @@ target's signed metadata (`custom.manifest`) and its sha256 is bound again in th
 board's report. `fleet.protocol.author` reads the form that people write, `component.toml`.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -117,6 +117,17 @@ class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     default: str | None = None
 
 
+class SecretKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A secret that the component reads, as it reads configuration.
+
+    Attributes:
+        required: it does not start without.
+    """
+
+    description: str = ""
+    required: bool = True
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a component is and needs.
 
@@ -126,6 +137,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         security_epoch: a board that ran epoch N never runs an older one again.
         data_schema: version of the instance's data; a change copies it before the swap.
         arch: CPUs it may run on (`x86_64`, `aarch64`, `riscv64`); empty for any.
+        secrets: names of the secrets it may be given; no other reaches it.
     """
 
     name: str
@@ -140,10 +152,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     security_epoch: int = 0
     data_schema: int = 0
     arch: tuple[str, ...] = ()
+    secrets: dict[str, SecretKey] = {}
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON types, for signing: without secrets it reads as before there were any, to older boards too."""
+        value: dict[str, Any] = msgspec.to_builtins(self)
+        return value if self.secrets else {key: each for key, each in value.items() if key != "secrets"}
 
     def digest(self) -> str:
         """The manifest's sha256 over its canonical JSON, in hex."""
-        return wire.digest(self)
+        return wire.digest(self.plain())
 
 
 BOARD_CAPS: Final = Limits(

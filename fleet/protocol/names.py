@@ -16,6 +16,7 @@ _SEMVER: Final = re.compile(
     r"(?:-((?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(?:\.(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?"
     r"(?:\+([0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*))?"
 )
+_SECRET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 MAX_VERSION_CHARS: Final = 64
 
@@ -43,6 +44,17 @@ def check_device(value: str) -> str:
     """
     if _DEVICE.fullmatch(value) is None:
         raise BadNameError(f"device id {value[:80]!r} is not of the form <name>-<8 hex digits>")
+    return value
+
+
+def check_secret(value: str) -> str:
+    """Return `value` if it is the name of a secret, which a guest reads like a configuration key.
+
+    Raises:
+        BadNameError: it is not.
+    """
+    if _SECRET.fullmatch(value) is None:
+        raise BadNameError(f"secret {value[:80]!r} is not a name: use 1 to 64 of A-Z a-z 0-9 . _ -")
     return value
 
 
@@ -131,6 +143,11 @@ class TargetName:
 def shard(device: str) -> str:
     """The two hex digits by which server processes divide the fleet: the first of sha256(device id)."""
     return hashlib.sha256(device.encode()).hexdigest()[:2]
+
+
+def fingerprint_of(device: str) -> str:
+    """The beginning of the public key's sha256 that a device id ends in, 8 hex digits."""
+    return check_device(device).rpartition("-")[2]
 
 
 def device_id(name: str, public_key_der: bytes) -> str:

@@ -41,6 +41,10 @@ def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
         inner += [] if value.default is None else [f"default = {text(value.default)}"]
         name = key if _BARE_KEY.fullmatch(key) else text(key)
         lines += ["", f"[config.{name}]", *inner]
+    for key, secret in manifest.secrets.items():
+        inner = [f"description = {text(secret.description)}"] if secret.description else []
+        inner += [] if secret.required else ["required = false"]
+        lines += ["", f"[secrets.{key if _BARE_KEY.fullmatch(key) else text(key)}]", *inner]
     return "\n".join(lines) + "\n"
 
 

@@ -28,6 +28,8 @@ ADVICE: Final[dict[RejectCode, str]] = {
     RejectCode.NOT_FOUND: "upload the artifact again: fleet publish FILE",
     RejectCode.HASH_MISMATCH: "the artifact on the server or a cache was changed: upload it again; " + _ATTACK,
     RejectCode.LENGTH_MISMATCH: "the artifact on the server or a cache was changed: upload it again; " + _ATTACK,
+    RejectCode.SECRET_MISSING: "give it the secret: fleet secret set NAME; fleet secret list says who lacks one",
+    RejectCode.SECRET_UNOPENED: "set the secret again: fleet secret set NAME; " + _ATTACK,
     RejectCode.UNREACHABLE: "check the way from the board to the devices' port (fleet-agent check); it tries again",
     RejectCode.TOO_SLOW: "the network is too slow for this artifact; the board tries again",
     RejectCode.NO_SPACE: "free space on the board, or remove an instance; the board tries again",

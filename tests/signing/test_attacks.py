@@ -12,12 +12,13 @@ import msgspec
 import pytest
 from tuf.api.metadata import Root
 
-from fleet.protocol.assignment import ASSIGNMENT_TYPE, FRESH_TYPE
+from fleet.protocol.assignment import ASSIGNMENT_TYPE, FRESH_TYPE, SecretRef
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import SecretKey
 from signing import director, dsse
 from signing.errors import Rejected, SigningError
 from signing.facts import VERSION_MAX
-from tests.simulator.attack import NETWORK, Scene, Story, by_director, refuses, stories
+from tests.simulator.attack import CLOCKS, NETWORK, Scene, Story, by_director, refuses, stories
 from tests.simulator.repository import (
     START,
     Board,
@@ -276,6 +277,39 @@ def _(scene: Scene) -> bytes:
 @attack("configuration that the manifest has not", RejectCode.MALFORMED)
 def _(scene: Scene) -> bytes:
     return scene.altered(config={"url": "https://evil.example"})
+
+
+@attack("a secret that the manifest does not declare", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    return scene.altered(secrets=(SecretRef(name="db-password", sha256="0" * 64, version=1),))
+
+
+@attack("a component without the secret that it needs", RejectCode.SECRET_MISSING)
+def _(scene: Scene) -> bytes:
+    return scene.repo.assign(scene.repo.publish("1.1.0", grants=CLOCKS, secrets={"key": SecretKey()}))
+
+
+@attack("an older version of a secret than was committed", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    # the password was rotated because it had leaked; whoever has the director's key would like the old one back
+    item = scene.repo.publish("1.1.0", grants=CLOCKS, secrets={"key": SecretKey()})
+    scene.board.facts = scene.board.facts.with_secrets("hello", {"key": 2})
+    old = SecretRef(name="key", sha256="0" * 64, version=1)
+    return scene.repo.assign(msgspec.structs.replace(item, secrets=(old,)))
+
+
+@attack("a secret named twice", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    item = scene.repo.publish("1.1.0", grants=CLOCKS, secrets={"key": SecretKey()})
+    twice = (SecretRef(name="key", sha256="0" * 64, version=2), SecretRef(name="key", sha256="1" * 64, version=1))
+    return scene.repo.assign(msgspec.structs.replace(item, secrets=twice))
+
+
+@attack("a secret whose box has a path for a hash", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    item = scene.repo.publish("1.1.0", grants=CLOCKS, secrets={"key": SecretKey()})
+    ref = SecretRef(name="key", sha256="../../identity/device.key", version=1)
+    return scene.repo.assign(msgspec.structs.replace(item, secrets=(ref,)))
 
 
 @attack("an instance listed twice", RejectCode.MALFORMED)

@@ -21,8 +21,10 @@ from fleet.protocol.manifest import (
     Manifest,
     OnMessage,
     Schedule,
+    SecretKey,
     Service,
 )
+from fleet.protocol.manifest import convert as manifest_of
 
 DEMO = Path(__file__).resolve().parents[3] / "components/demo"
 
@@ -84,6 +86,10 @@ def test_a_whole_text():
         description = "what it says"
         default = "hello"
         [config.name]
+        [secrets.db-password]
+        description = "of the database"
+        [secrets.proxy_key]
+        required = false
     """)
     assert manifest == Manifest(
         name="greeter",
@@ -111,6 +117,7 @@ def test_a_whole_text():
         ),
         health=Health(interval_ms=10_000, probation_ms=60_000, min_calls=5, max_faults=1, max_error_percent=2),
         config={"greeting": ConfigKey(description="what it says", default="hello"), "name": ConfigKey()},
+        secrets={"db-password": SecretKey(description="of the database"), "proxy_key": SecretKey(required=False)},
     )
 
 
@@ -181,6 +188,12 @@ def test_the_demo_s_own_texts(name):
         ("trigger = 'service'", "trigger does not fit: component.wasm exports no wasi:cli/run"),
         ("world = 'wasi:http'", "world is 'wasi:http', but component.wasm exports wasmfleet:http/handler"),
         ("[config.'a b']", "config: 'a b' is not a key"),
+        ("[secrets.'a b']", "secrets: secret 'a b' is not a name"),
+        ("[secrets.key]\nvalue = 'hunter2'", "secrets.key.value: there is no such field"),
+        ("[secrets.key]\nrequired = 'yes'", "secrets.key.required: true or false is wanted, not a text"),
+        ("[config.key]\n[secrets.key]", "secrets.key: there is a configuration key of that name too"),
+        ("\n".join(f"[secrets.s{n}]" for n in range(17)), "secrets: 17 are too many, at most 16 fit"),
+        ("[secrets.key]", "imports none of wasi:cli/environment, wasi:config/store"),
         (f"[config.x]\ndefault = '{'y' * 9000}'", "config.x.default: at most 8192 bytes"),
         (f"description = '{'y' * 5000}'", "at most 4096 are signed"),
         ("#" * 70_000, "at most 65536 are read"),
@@ -189,6 +202,21 @@ def test_the_demo_s_own_texts(name):
 )
 def test_what_is_wrong_is_named(text, says):
     assert says in refusal(text, component=V1)
+
+
+def test_a_secret_is_for_a_component_that_can_read_it():
+    reader = made(imports=["wasi:config/store@0.2.0-rc.1"], exports=["wasmfleet:http/handler@0.1.0"])
+    manifest = author.load("[secrets.key]", component=reader, file_name="reader.wasm")
+    assert manifest.secrets == {"key": SecretKey(required=True)}
+
+
+def test_a_manifest_without_secrets_is_signed_as_before_there_were_any():
+    plain = Manifest(name="x", version="1.0.0", trigger=Http())
+    assert "secrets" not in plain.plain()
+    assert manifest_of(plain.plain()) == plain
+    with_one = msgspec.structs.replace(plain, secrets={"key": SecretKey()})
+    assert manifest_of(with_one.plain()) == with_one
+    assert with_one.digest() != plain.digest()
 
 
 def test_a_check_that_is_not_exported():
@@ -291,12 +319,17 @@ manifests = st.builds(
         st.builds(ConfigKey, description=texts, default=st.none() | texts),
         max_size=3,
     ),
+    secrets=st.dictionaries(
+        st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,9}\Z"),
+        st.builds(SecretKey, description=texts, required=st.booleans()),
+        max_size=3,
+    ),
     security_epoch=st.integers(0, 9),
     arch=st.sampled_from([(), ("aarch64",)]),
 )
 
 
-@given(manifests)
+@given(manifests.filter(lambda each: not each.config.keys() & each.secrets.keys()))
 def test_what_is_suggested_reads_back_to_the_same_manifest(manifest):
     assert author.load(author.suggest_toml(made(), manifest)) == manifest
 
@@ -332,12 +365,14 @@ def test_the_docs_list_every_field_with_its_default():
             default = toml_text.quantity(field, getattr(struct(), field.name)).strip('"')
             assert f"`{default}`" in documented(f"{table}.{field.key}")
     for field in msgspec.structs.fields(Manifest):
-        if field.name not in {"limits", "health", "grants", "config"}:
+        if field.name not in {"limits", "health", "grants", "config", "secrets"}:
             documented(field.name)
     for field in msgspec.structs.fields(Grants):
         documented(f"grants.{field.name}")
     for field in msgspec.structs.fields(ConfigKey):
         documented(f"config.KEY.{field.name}")
+    for field in msgspec.structs.fields(SecretKey):
+        documented(f"secrets.NAME.{field.name}")
 
 
 def test_the_docs_list_no_field_that_is_not_there():
@@ -345,6 +380,7 @@ def test_the_docs_list_no_field_that_is_not_there():
     known |= {field.name for field in msgspec.structs.fields(Manifest)}
     known |= {f"grants.{field.name}" for field in msgspec.structs.fields(Grants)}
     known |= {f"config.KEY.{field.name}" for field in msgspec.structs.fields(ConfigKey)}
+    known |= {f"secrets.NAME.{field.name}" for field in msgspec.structs.fields(SecretKey)}
     for table, struct in (("limits", Limits), ("health", Health)):
         known |= {f"{table}.{field.key}" for field in toml_table.fields(struct)}
     paths = [line.split("`")[1] for line in DOCS.splitlines() if line.startswith("| `")]

@@ -1,0 +1,211 @@
+"""Secrets in boxes that one board alone can open, and each for one purpose only. Pure: bytes in, bytes out.
+
+A box, version 1:
+
+    offset  bytes
+    0       1     1, the format's version
+    1       32    an X25519 public key made for this box alone
+    33      16+n  ChaCha20-Poly1305 of the padded value, tag last
+
+The key is HKDF-SHA256 (RFC 5869) over the X25519 agreement (RFC 7748) of the box's key and the board's sealing key,
+with both public keys as salt. Since no two boxes have the same key, the nonce (RFC 8439) is zero. Associated data are
+fleet, device, instance, name and version, so that a box which is moved to another board, instance or name, or shown in
+place of a newer one, does not open. The value is preceded by its length in two bytes and followed by zeros up to a
+multiple of 256, so that a box tells little of the value's length.
+
+A board proves that a sealing key is its own by its device key's signature (`prove`, `proved`): who remembers the device
+key from first sight need not believe a server about the other.
+"""
+
+import base64
+import binascii
+from typing import ClassVar, Final
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from fleet.protocol import caps, names, wire
+from fleet.protocol.codes import RejectCode
+from signing.errors import KeyFileError, Rejected, SigningError
+from signing.statements import Ear, Voice
+
+SEALING_TYPE: Final = "application/vnd.wasmfleet.sealing.v1+json"
+FORMAT: Final = 1
+KEY_BYTES: Final = 32
+TAG_BYTES: Final = 16
+PAD_BYTES: Final = 256
+_LENGTH_BYTES: Final = 2
+_HEAD_BYTES: Final = 1 + KEY_BYTES
+_NONCE: Final = bytes(12)
+_INFO: Final = b"wasmfleet sealed secret 1"
+
+
+class Purpose(msgspec.Struct, frozen=True, kw_only=True):
+    """What a box is for: it opens for nothing else."""
+
+    fleet: str
+    device: str
+    instance: str
+    name: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"secret {self.name} version {self.version} of {self.instance}"
+
+
+class SealingKey(wire.Message, frozen=True, kw_only=True):
+    """What a board signs about its sealing key (X25519, base64)."""
+
+    MAX_BYTES: ClassVar[int] = caps.KIB
+    fleet: str
+    sealing_key: str
+
+
+def seal(value: str, *, recipient: str, purpose: Purpose) -> bytes:
+    """Put a value into a box for one board.
+
+    Args:
+        value: text, since guests read it as text.
+        recipient: the board's public sealing key, base64.
+        purpose: what the box shall open for.
+
+    Raises:
+        SigningError: a value that no guest can be given, or a key that is none.
+    """
+    data = check_value(value)
+    theirs = _public(recipient)
+    ours = X25519PrivateKey.generate()
+    shown = ours.public_key().public_bytes_raw()
+    padded = len(data).to_bytes(_LENGTH_BYTES, "big") + data
+    padded += bytes(-len(padded) % PAD_BYTES)
+    try:
+        shared = ours.exchange(theirs)
+    except ValueError as error:  # a point of small order: anybody could open the box
+        raise SigningError("the board's sealing key is none") from error
+    cipher = ChaCha20Poly1305(_key(shared, shown + theirs.public_bytes_raw()))
+    return bytes([FORMAT]) + shown + cipher.encrypt(_NONCE, padded, wire.canonical(purpose))
+
+
+def open_box(box: bytes, *, key: X25519PrivateKey, purpose: Purpose) -> str:
+    """The value in a box.
+
+    Args:
+        box: as it was sealed.
+        key: the board's.
+        purpose: what the assignment says it is for.
+
+    Raises:
+        Rejected: TOO_LARGE, UNSUPPORTED_VERSION; SECRET_UNOPENED: changed, or sealed for another purpose or key.
+    """
+    check_box(box)
+    shown = box[1:_HEAD_BYTES]
+    try:
+        shared = key.exchange(X25519PublicKey.from_public_bytes(shown))
+        cipher = ChaCha20Poly1305(_key(shared, shown + key.public_key().public_bytes_raw()))
+        padded = cipher.decrypt(_NONCE, box[_HEAD_BYTES:], wire.canonical(purpose))
+        length = int.from_bytes(padded[:_LENGTH_BYTES], "big")
+        return padded[_LENGTH_BYTES:][:length].decode()
+    except (InvalidTag, ValueError) as error:
+        raise Rejected(
+            RejectCode.SECRET_UNOPENED, f"the box of {purpose} was changed, or is not for this board and purpose"
+        ) from error
+
+
+def check_box(box: bytes) -> None:
+    """Refuse what cannot be a box, without a key.
+
+    Raises:
+        Rejected: TOO_LARGE, UNSUPPORTED_VERSION, SECRET_UNOPENED.
+    """
+    if len(box) > caps.SECRET_BOX_MAX_BYTES:
+        raise Rejected(RejectCode.TOO_LARGE, f"a box has {len(box)} bytes, at most {caps.SECRET_BOX_MAX_BYTES} fit")
+    if box[:1] != bytes([FORMAT]):
+        number = box[0] if box else "none"
+        raise Rejected(RejectCode.UNSUPPORTED_VERSION, f"a box of format {number}, this program opens {FORMAT}")
+    if len(box) < _HEAD_BYTES + TAG_BYTES + PAD_BYTES:
+        raise Rejected(RejectCode.SECRET_UNOPENED, f"{len(box)} bytes are too few for a box")
+
+
+def check_value(value: str) -> bytes:
+    """The bytes of a value.
+
+    Raises:
+        SigningError: too short to be kept out of logs, too long, or with a NUL, which no environment can hold.
+    """
+    if len(value) < caps.SECRET_VALUE_MIN_CHARS:
+        raise SigningError(
+            f"a secret has at least {caps.SECRET_VALUE_MIN_CHARS} characters: a shorter one cannot be kept out of logs"
+        )
+    if "\0" in value:
+        raise SigningError("a secret is text without NUL: encode bytes as base64")
+    try:
+        data = value.encode()
+    except UnicodeEncodeError:
+        raise SigningError("a secret is text in UTF-8: encode bytes as base64") from None
+    if len(data) > caps.SECRET_VALUE_MAX_BYTES:
+        raise SigningError(f"a secret has at most {caps.SECRET_VALUE_MAX_BYTES} bytes, this one has {len(data)}")
+    return data
+
+
+def load(pem: bytes) -> X25519PrivateKey:
+    """A board's sealing key from its file; raises `KeyFileError`."""
+    try:
+        key = load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise KeyFileError(f"the sealing key cannot be read: {error}") from error
+    if not isinstance(key, X25519PrivateKey):
+        raise KeyFileError("the sealing key is not of X25519: enrol the board anew")
+    return key
+
+
+def public_key(key: X25519PrivateKey) -> str:
+    """Its public half, base64."""
+    return base64.b64encode(key.public_key().public_bytes_raw()).decode()
+
+
+def prove(voice: Voice, *, fleet: str, sealing_key: str) -> bytes:
+    """The board's signed word that this sealing key is its own."""
+    return voice.sign(wire.encode(SealingKey(fleet=fleet, sealing_key=sealing_key)), SEALING_TYPE)
+
+
+def proved(proof: bytes, *, certificate: bytes, fleet: str, device: str) -> tuple[str, str]:
+    """A board's sealing key by its own word, and the fingerprint of the key that signed it.
+
+    Args:
+        proof: what `prove` made.
+        certificate: the board's, PEM.
+        fleet: which fleet's board it is.
+        device: its id, which ends in the beginning of the fingerprint.
+
+    Raises:
+        Rejected: MALFORMED, TOO_LARGE; UNSIGNED by this key; WRONG_DEVICE: another board's certificate; WRONG_FLEET.
+    """
+    ear = Ear(certificate)
+    if names.fingerprint_of(device) != ear.fingerprint[: len(names.fingerprint_of(device))]:
+        raise Rejected(RejectCode.WRONG_DEVICE, f"the certificate shown for {device} is for another key")
+    try:
+        said = wire.decode(SealingKey, ear.verify(proof, SEALING_TYPE))
+        _public(said.sealing_key)
+    except (wire.WireError, SigningError) as error:
+        if isinstance(error, Rejected):
+            raise
+        raise Rejected(RejectCode.MALFORMED, f"{device}: {error}") from error
+    if said.fleet != fleet:
+        raise Rejected(RejectCode.WRONG_FLEET, f"the sealing key of {device} is for the fleet {said.fleet[:80]!r}")
+    return said.sealing_key, ear.fingerprint
+
+
+def _public(text: str) -> X25519PublicKey:
+    try:
+        return X25519PublicKey.from_public_bytes(base64.b64decode(text, validate=True))
+    except (ValueError, binascii.Error) as error:
+        raise SigningError("the board's sealing key is none") from error
+
+
+def _key(shared: bytes, salt: bytes) -> bytes:
+    return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=salt, info=_INFO).derive(shared)
