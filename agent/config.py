@@ -20,6 +20,15 @@ STATE_DIR: Final = Path("/var/lib/wasmfleet-agent")
 RUNTIME_DIR: Final = Path("/run/wasmfleet")
 CONFIG_FILE: Final = Path("/etc/wasmfleet/agent.toml")
 
+CAPPED: Final = (
+    *("memory_bytes", "call_ms", "start_ms", "idle_ms", "total_ms", "concurrency", "request_bytes", "response_bytes"),
+    *("log_lines_per_minute", "fuel", "storage_bytes", "daily_written_bytes", "state_bytes"),
+)
+"""The limits of a manifest that the board's policy bounds, by the names they have in both."""
+_MAY_BE_NONE: Final = frozenset(
+    {"request_bytes", "log_lines_per_minute", "storage_bytes", "daily_written_bytes", "state_bytes"}
+)
+
 
 class ConfigError(Exception):
     """The operator's or owner's input: a file that cannot be read, a key that is unknown or ill-typed."""
@@ -35,7 +44,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         bundles: accept assignments from an offline bundle, for which nobody vouches that they are current.
         on_revoked: what becomes of a component that runs and is then revoked, denied its grants, or found to be below
             the security epoch.
-        memory_bytes, call_ms, concurrency, storage_bytes: upper bounds on a manifest's limits.
+        memory_bytes, call_ms, start_ms, idle_ms, total_ms, concurrency, request_bytes, response_bytes,
+            log_lines_per_minute, storage_bytes, daily_written_bytes, state_bytes: upper bounds on a manifest's limits.
+        fuel: an upper bound too, where a manifest asks for fuel at all.
         compile_memory_bytes, compile_s: for the compiler.
     """
 
@@ -46,19 +57,24 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     on_revoked: Literal["stop", "keep"] = "stop"
     memory_bytes: int = 256 * caps.MIB
     call_ms: int = 60_000
+    start_ms: int = 60_000
+    idle_ms: int = 60_000
+    total_ms: int = 600_000
     concurrency: int = 8
+    request_bytes: int = 64 * caps.MIB
+    response_bytes: int = 64 * caps.MIB
+    log_lines_per_minute: int = 6000
+    fuel: int = 1 << 40
     storage_bytes: int = 256 * caps.MIB
+    daily_written_bytes: int = 1024 * caps.MIB
+    state_bytes: int = 2 * caps.MIB
     compile_memory_bytes: int = 1024 * caps.MIB
     compile_s: int = 300
 
     def limit(self, limits: Limits) -> Limits:
         """A manifest's limits, within this board's."""
         return msgspec.structs.replace(
-            limits,
-            memory_bytes=min(limits.memory_bytes, self.memory_bytes),
-            call_ms=min(limits.call_ms, self.call_ms),
-            concurrency=min(limits.concurrency, self.concurrency),
-            storage_bytes=min(limits.storage_bytes, self.storage_bytes),
+            limits, **{name: min(getattr(limits, name), getattr(self, name)) for name in CAPPED}
         )
 
     def denied(self, grants: Grants) -> tuple[str, ...]:
@@ -159,15 +175,16 @@ def validate(merged: Mapping[str, Any]) -> Settings:
         "network.download_s": settings.network.download_s,
         "network.keepalive_s": settings.network.keepalive_s,
         "disk.budget_bytes": settings.disk.budget_bytes,
-        "policy.memory_bytes": settings.policy.memory_bytes,
-        "policy.call_ms": settings.policy.call_ms,
-        "policy.concurrency": settings.policy.concurrency,
+        **{f"policy.{name}": getattr(settings.policy, name) for name in CAPPED if name not in _MAY_BE_NONE},
         "policy.compile_memory_bytes": settings.policy.compile_memory_bytes,
         "policy.compile_s": settings.policy.compile_s,
     }
     for name, value in positive.items():
         if value <= 0:
             raise ConfigError(f"agent configuration: {name} is {value}, it must be more than 0")
+    for name in sorted(_MAY_BE_NONE):
+        if getattr(settings.policy, name) < 0:
+            raise ConfigError(f"agent configuration: policy.{name} is {getattr(settings.policy, name)}, less than 0")
     return settings
 
 

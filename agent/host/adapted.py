@@ -32,7 +32,7 @@ class Adapted(Guest):
     def _open(self, stdin: bytes | None = None) -> None:
         super()._open(stdin or b"")
         # What the guest left unread of a body would be the next request's.
-        self._left = 1 if stdin else self._limits.requests_per_instance
+        self._left = 1 if stdin else self._limits.requests_per_instance or 1
         if not self._clean:
             flush = self._function(BRIDGE, "flush")
             assert flush is not None

@@ -1,9 +1,11 @@
 """Calling the guest of a lane: its store, its time, its figures, its log.
 
-One call at a time, on the lane's only thread that enters wasm. A ticker thread lets epochs pass while a call is in
-flight and parks after an idle tick, so that a lane at rest wakes nobody. A call that blocks in the host past all its
-time is reported as overdue: only the supervisor can end that, by ending the lane. Time in which the lane was not given
-the processor (a busy or suspended board) is no time of the call's: the ticker counts what it saw pass, tick by tick.
+One call at a time, on the lane's only thread that enters wasm. A ticker thread watches while a call is in flight and
+parks after an idle tick, so that a lane at rest wakes nobody. It lets epochs pass by the *processor's* time of the
+calling thread: waiting for a peer, or for the processor on a busy board, is no time of the guest's. Waiting has limits
+of its own, in one piece and in all. A call past one of them stands still in the host: only the supervisor can end that,
+by ending the lane. A tick counts for what it saw pass and never for much more than its length, so that a board that was
+suspended finds no call too late.
 """
 
 import threading
@@ -32,23 +34,25 @@ Say = Callable[[control.FromLane], None]
 
 
 class Ticker:
-    """The thread that lets a guest's time pass."""
+    """The thread that lets a guest's time pass. Make it on the thread that will call."""
 
-    def __init__(self, tick: Callable[[], None], say: Say, *, report_busy: bool) -> None:
+    def __init__(self, tick: Callable[[], None], say: Say, limits: Limits) -> None:
         self._tick = tick
         self._say = say
-        self._report_busy = report_busy
+        self._limits = limits
+        self._clock = time.pthread_getcpuclockid(threading.get_ident())
         self._wake = threading.Event()
         self._parked = False
         self._began_ns = 0
         self._limit_ms = 0
-        self._reported = self._overdue = 0
-        self._watched = self._ms = 0
+        self._watched = self._said = self._busy = 0
+        self._used_ns = self._carry_ns = 0
+        self._total_ms = self._idle_ms = self._own_ms = 0
         threading.stack_size(256 * 1024)
         threading.Thread(target=self._run, name="ticker", daemon=True).start()
 
     def begin(self, now_ns: int, limit_ms: int) -> None:
-        """A call begins that may take `limit_ms`."""
+        """A call begins that may take `limit_ms` of the guest's own time."""
         self._limit_ms = limit_ms
         self._began_ns = now_ns
         if self._parked:
@@ -71,23 +75,44 @@ class Ticker:
                 idle = 0
             slept_ns = time.monotonic_ns()
             time.sleep(TICK_MS / 1000)
-            self._tick()
             began_ns = self._began_ns
             if began_ns:
-                self.passed(began_ns, (time.monotonic_ns() - slept_ns) // _NS_PER_MS)
+                passed_ms = (time.monotonic_ns() - slept_ns) // _NS_PER_MS
+                self.passed(began_ns, passed_ms, time.clock_gettime_ns(self._clock))
 
-    def passed(self, began_ns: int, passed_ms: int) -> None:
-        """Note that `passed_ms` of the call that began at `began_ns` went by, and say so where that is long."""
+    def passed(self, began_ns: int, passed_ms: int, used_ns: int) -> None:
+        """Note that `passed_ms` of the call that began at `began_ns` went by.
+
+        `used_ns` is the processor's time that the calling thread has had in its life.
+        """
         if self._watched != began_ns:
-            self._watched, self._ms = began_ns, 0
-        self._ms += min(passed_ms, TICK_MOST_MS)
-        ms = self._ms
-        if ms > self._limit_ms + GRACE_MS and self._overdue != began_ns:
-            self._overdue = began_ns
-            self._say(control.Busy(ms=ms, overdue=True))
-        elif self._report_busy and ms > BUSY_MS and self._reported != began_ns:
-            self._reported = began_ns
-            self._say(control.Busy(ms=ms))
+            self._watched, self._used_ns, self._carry_ns = began_ns, used_ns, TICK_MS * _NS_PER_MS
+            self._total_ms = self._idle_ms = self._own_ms = 0
+        own_ns, self._used_ns = used_ns - self._used_ns, used_ns
+        passed_ms = min(passed_ms, TICK_MOST_MS)
+        self._total_ms += passed_ms
+        self._idle_ms = 0 if own_ns else self._idle_ms + passed_ms
+        self._carry_ns += own_ns
+        while self._carry_ns >= TICK_MS * _NS_PER_MS:
+            self._carry_ns -= TICK_MS * _NS_PER_MS
+            self._own_ms += TICK_MS
+            self._tick()
+        self._judge(began_ns)
+
+    def _judge(self, began_ns: int) -> None:
+        why = ""
+        if self._idle_ms > self._limits.idle_ms:
+            why = f"a call was blocked for {self._idle_ms} ms in one piece, {self._limits.idle_ms} are allowed"
+        elif self._total_ms > self._limits.total_ms:
+            why = f"a call took {self._total_ms} ms in all, {self._limits.total_ms} are allowed"
+        elif self._own_ms > self._limit_ms + GRACE_MS:
+            why = f"a call had {self._own_ms} ms of its own time, {self._limit_ms} are allowed"
+        if why and self._said != began_ns:
+            self._said = began_ns
+            self._say(control.Overdue(why=why))
+        elif self._limits.concurrency > 1 and self._total_ms > BUSY_MS and self._busy != began_ns:
+            self._busy = began_ns
+            self._say(control.Busy())
 
 
 class Allowance:
@@ -134,7 +159,7 @@ class Caller:
         self._faults = Allowance(_FAULTS_A_SECOND * 60)
         self._dropped = 0
         self._guest: Guest | None = None
-        self._ticker = Ticker(image.engine.tick, say, report_busy=limits.concurrency > 1)
+        self._ticker = Ticker(image.engine.tick, say, limits)
 
     def start(self) -> frozenset[str]:
         """Instantiate the guest; what it exports.

@@ -42,7 +42,7 @@ class Clocks:
     async def _tick(self, clock: Clock) -> None:
         generation = self._generation
         number = 0
-        timeout_s = generation.run.limits.call_ms / 1000 + GRACE_S
+        timeout_s = generation.run.limits.total_ms / 1000 + GRACE_S
         while True:
             due_ms = await clock.next()
             if not generation.alive:
@@ -73,7 +73,7 @@ async def ask_health(generation: Generation, lane: Lane) -> str | None:
     """The guest's own word on its health: None for well, else a sentence."""
     if HEALTH not in generation.kinds:
         return f"it exports no {HEALTH}, which its manifest promises"
-    timeout_s = generation.run.limits.call_ms / 1000 + GRACE_S
+    timeout_s = generation.run.limits.total_ms / 1000 + GRACE_S
     try:
         answer = await lane.ask(control.Check(id=generation.number), answer=control.Checked, timeout_s=timeout_s)
     except LaneGoneError as error:

@@ -133,13 +133,16 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag="fault"):
 
 
 class Busy(msgspec.Struct, frozen=True, kw_only=True, tag="busy"):
-    """A call has been in flight for `ms`; `overdue` when it is past any time it may take: only killing helps."""
-
-    ms: int
-    overdue: bool = False
+    """A call has been in flight for a while: another lane would be of use."""
 
 
-FromLane = Ready | Refused | HandedOver | Checked | Ran | Probed | Line | Fault | Busy
+class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
+    """A call is past a limit and stands still in the host: only ending the lane helps."""
+
+    why: str
+
+
+FromLane = Ready | Refused | HandedOver | Checked | Ran | Probed | Line | Fault | Busy | Overdue
 
 _to_lane: Final[msgspec.json.Decoder[ToLane]] = msgspec.json.Decoder(ToLane)
 _from_lane: Final[msgspec.json.Decoder[FromLane]] = msgspec.json.Decoder(FromLane)

@@ -147,7 +147,7 @@ class Crew:
 
     async def settle(self, old: Generation) -> None:
         """Wait until a task in flight has ended: two generations never run at once."""
-        timeout_s = old.run.limits.call_ms / 1000 + GRACE_S
+        timeout_s = old.run.limits.total_ms / 1000 + GRACE_S
         for lane in old.alive:
             with contextlib.suppress(LaneGoneError, TimeoutError):
                 await lane.ask(control.Probe(id=0), answer=control.Probed, timeout_s=timeout_s)

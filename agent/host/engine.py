@@ -246,6 +246,7 @@ class Guest:
 
     def _open(self, stdin: bytes | None = None) -> None:
         """Make the store and the instance. With `stdin`, its standard output is the process's own."""
+        self._served = 0
         self._store = Store(self._image.engine.raw)
         self._store.set_limits(
             memory_size=self._limits.memory_bytes,
@@ -302,6 +303,10 @@ class Guest:
 
     def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> Answer:
         """One HTTP exchange: status, header fields and body. Raises `GuestError`."""
+        if self._served == self._limits.requests_per_instance > 0:
+            self._store.close()
+            self._open()
+        self._served += 1
         assert self._handle is not None
         self._arm(self._limits.call_ms)
         try:

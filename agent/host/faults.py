@@ -6,8 +6,8 @@
 from typing import Final
 
 from fleet.protocol.codes import CallOutcome, RejectCode
+from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
 
-ANSWER_MAX_BYTES: Final = 128 * 1024 * 1024 // 48  # the engine copies 128 MiB out of a guest at once, 48 for a byte
 _MAX_BACKTRACE_CHARS: Final = 4096
 
 
@@ -35,7 +35,10 @@ def guest_error(text: str) -> GuestError:
     elif "all fuel consumed" in text:
         outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its fuel for one call"
     elif "too much data is being copied" in text:
-        why = f"its answer is larger than {ANSWER_MAX_BYTES} bytes, all that fits in one of wasmfleet:http/handler"
+        why = (
+            f"its answer is larger than {NATIVE_ANSWER_MAX_BYTES} bytes, all that fits in one of wasmfleet:http; "
+            "one of wasi:http/incoming-handler has no such limit"
+        )
     return GuestError(outcome, f"{why}\n{text}"[:_MAX_BACKTRACE_CHARS])
 
 

@@ -40,6 +40,7 @@ _MIN_UPTIME_S: Final = 30.0
 _CRASHES_MAX: Final = 5
 _UNWELL_MAX: Final = 3
 _SPARE_S: Final = 60.0
+_WHY_MAX_CHARS: Final = 200
 
 
 class Instance:
@@ -245,11 +246,12 @@ class Instance:
             if generation is None:
                 continue
             limits = generation.run.limits
-            longest_ns = (max(limits.call_ms, limits.start_ms) + 5000) * 1_000_000
+            longest_ms = max(limits.total_ms, limits.start_ms) + 5000
             for lane in generation.lanes:
                 began_ns = lane.page.read().began_ns
-                if lane.alive and began_ns and time.monotonic_ns() - began_ns > longest_ns:
-                    self._overdue(generation, lane, (time.monotonic_ns() - began_ns) // 1_000_000)
+                taken_ms = (time.monotonic_ns() - began_ns) // 1_000_000
+                if lane.alive and began_ns and taken_ms > longest_ms:
+                    self._overdue(generation, lane, f"a call was still there after {taken_ms} ms, past all its time")
 
     # Raising and dropping.
 
@@ -319,8 +321,8 @@ class Instance:
                 self._fault(generation, RejectCode.TRAPPED, text)
             case control.Refused(message=text):
                 self._note(f"host: {text}")
-            case control.Busy(ms=ms, overdue=True):
-                self._overdue(generation, lane, ms)
+            case control.Overdue(why=why):
+                self._overdue(generation, lane, why)
             case control.Busy():
                 self._busy_s = time.monotonic()
                 self._more_lanes(generation)
@@ -347,10 +349,10 @@ class Instance:
                 )
             )
 
-    def _overdue(self, generation: Generation, lane: Lane, ms: int) -> None:
+    def _overdue(self, generation: Generation, lane: Lane, why: str) -> None:
         timed_out = Figures(calls={CallOutcome.GUEST_TIMEOUT.value: 1}, errors=1)
         generation.past = generation.past.plus(timed_out)
-        lane.kill(f"a call was still blocked after {ms} ms, past all its time")
+        lane.kill(why[:_WHY_MAX_CHARS])
 
     def _lane_ended(self, generation: Generation, lane: Lane, uptime_s: float) -> None:
         if lane not in generation.lanes:

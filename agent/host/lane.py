@@ -15,9 +15,10 @@ from agent.host import cell, control, heads
 from agent.host.caller import Caller
 from agent.host.clients import Clients
 from agent.host.engine import Engine
-from agent.host.faults import ANSWER_MAX_BYTES, EngineError, GuestError
+from agent.host.faults import EngineError, GuestError
 from agent.host.page import Page
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
 
 
 def main(sock: socket.socket, engine: Engine) -> NoReturn:
@@ -48,7 +49,7 @@ class Lane:
     def say(self, message: control.FromLane) -> None:
         """Tell the supervisor; a line of log is dropped rather than waited for."""
         try:
-            if isinstance(message, control.Line | control.Fault | control.Busy):
+            if isinstance(message, control.Line | control.Fault | control.Busy | control.Overdue):
                 self._sock.sendmsg([control.encode(message)], [], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             else:
                 control.send(self._sock, message)
@@ -74,7 +75,7 @@ class Lane:
                 cell.lane_plan(
                     uid=setup.uid,
                     memory_bytes=setup.limits.memory_bytes,
-                    body_bytes=setup.limits.request_bytes + min(setup.limits.response_bytes, ANSWER_MAX_BYTES),
+                    body_bytes=setup.limits.request_bytes + min(setup.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),
                     storage_bytes=setup.limits.storage_bytes,
                     answer_bytes=setup.limits.response_bytes if image.adapted else 0,
                     data=setup.data,

@@ -26,6 +26,7 @@ from fleet.protocol.component import (
     bare,
 )
 from fleet.protocol.manifest import (
+    NATIVE_ANSWER_MAX_BYTES,
     BadManifestError,
     ConfigKey,
     Grants,
@@ -362,6 +363,11 @@ def _check_readable(component: Component, file_name: str) -> None:
 
 
 def _bounded(manifest: Manifest) -> Manifest:
+    if manifest.world == "wasmfleet:http" and manifest.limits.response_bytes > NATIVE_ANSWER_MAX_BYTES:
+        raise BadManifestError(
+            f"{FILE_NAME}: limits.response: an answer of wasmfleet:http has at most {NATIVE_ANSWER_MAX_BYTES} bytes "
+            "(2730KiB); a component that answers with more exports wasi:http/incoming-handler"
+        )
     size = len(wire.canonical(manifest))
     if size > caps.MANIFEST_MAX_BYTES:
         raise BadManifestError(

@@ -64,31 +64,45 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         )
 
 
+NATIVE_ANSWER_MAX_BYTES: Final = 128 * caps.MIB // 48
+"""The engine copies at most 128 MiB out of a guest in one call, and a byte of a body costs 48."""
+
+
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the component may use. The board's policy caps each.
 
     Attributes:
         memory_bytes: linear memory of one instance.
         call_ms: guest time of one call; time blocked on a peer does not count.
-        start_ms: guest time of instantiation and start.
+        start_ms: guest time of instantiation and start, and of saving or loading state.
+        idle_ms: how long a call may wait for others in one piece.
+        total_ms: how long a call may take in all, waiting included.
         concurrency: lanes at most.
-        request_bytes, response_bytes: one HTTP body.
+        request_bytes, response_bytes: one HTTP body. In world `wasmfleet:http` an answer has at most
+            `NATIVE_ANSWER_MAX_BYTES`, whatever stands here.
         log_lines_per_minute: more are dropped and counted.
         fuel: instructions of one call (wasmtime's fuel), 0 for no such limit.
         storage_bytes: the instance's own data.
-        requests_per_instance: of world `wasi:http`: how many requests without a body one instance may answer.
+        daily_written_bytes: what it may write to its data in one day (UTC).
+        state_bytes: the memory that it may hand to its successor at a swap.
+        requests_per_instance: how many requests one instance may answer before the next gets a fresh one; 0 for what
+            its world is built for: one in `wasi:http` (a request with a body always gets its own), any number else.
     """
 
     memory_bytes: int = 16 * caps.MIB
     call_ms: int = 1000
     start_ms: int = 5000
+    idle_ms: int = 10_000
+    total_ms: int = 60_000
     concurrency: int = 1
     request_bytes: int = 1 * caps.MIB
-    response_bytes: int = 4 * caps.MIB
+    response_bytes: int = 2 * caps.MIB
     log_lines_per_minute: int = 600
     fuel: int = 0
     storage_bytes: int = 16 * caps.MIB
-    requests_per_instance: int = 1
+    daily_written_bytes: int = 64 * caps.MIB
+    state_bytes: int = 1 * caps.MIB
+    requests_per_instance: int = 0
 
 
 class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -162,21 +176,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def digest(self) -> str:
         """The manifest's sha256 over its canonical JSON, in hex."""
         return wire.digest(self.plain())
-
-
-BOARD_CAPS: Final = Limits(
-    memory_bytes=64 * caps.MIB,
-    call_ms=30_000,
-    start_ms=30_000,
-    concurrency=8,
-    request_bytes=16 * caps.MIB,
-    response_bytes=16 * caps.MIB,
-    log_lines_per_minute=6000,
-    fuel=0,
-    storage_bytes=256 * caps.MIB,
-    requests_per_instance=1 << 40,
-)
-"""A board's policy where its owner says nothing else."""
 
 
 class BadManifestError(ValueError):

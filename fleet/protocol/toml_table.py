@@ -17,7 +17,8 @@ FILE_NAME: Final = "component.toml"
 
 _NUMBER_MAX: Final = 1 << 40
 _ZERO_IS_FINE: Final = frozenset(
-    {"fuel", "request", "log_lines_per_minute", "storage", "probation", "min_calls", "max_faults", "max_error_percent"}
+    {"fuel", "request", "log_lines_per_minute", "storage", "daily_written", "state", "requests_per_instance"}
+    | {"probation", "min_calls", "max_faults", "max_error_percent"}
 )
 _AT_MOST: Final = {"max_error_percent": 100, "concurrency": 64}
 _AT_LEAST: Final = {"memory": 64 * caps.KIB, "every": 100}

@@ -22,12 +22,12 @@ def page():
     mapped.close()
 
 
-def caller(guest, page):
+def caller(guest, page, **limits):
     engine = Engine()
     fd = support.sealed(support.compiled(guest))
     image = engine.load(f"/proc/self/fd/{fd}")
     os.close(fd)
-    return Caller(image, limits=Limits(), grants=Grants(), config={}, page=page, say=lambda _message: None)
+    return Caller(image, limits=Limits(**limits), grants=Grants(), config={}, page=page, say=lambda _message: None)
 
 
 @pytest.mark.parametrize("guest", ["hello", "unhealthy", "trap-in-check"])
@@ -39,17 +39,77 @@ def test_no_call_is_in_flight_after_a_health_check(guest, page):
     assert page.read().began_ns == 0
 
 
-@pytest.mark.parametrize(("late_ms", "overdue"), [(10, True), (1500, False)])
-def test_a_call_is_not_overdue_because_its_board_was_busy(monkeypatch, late_ms, overdue):
-    # 1500 ms late: the lane was not given the processor, so neither was the call; a hundred such ticks are no hang
-    clock = SimpleNamespace(ns=1)
-    monkeypatch.setattr("agent.host.caller.time.monotonic_ns", lambda: clock.ns)
-    monkeypatch.setattr("agent.host.caller.threading.Thread", lambda **_: SimpleNamespace(start=lambda: None))
-    said: list[control.FromLane] = []
-    ticker = Ticker(lambda: None, said.append, report_busy=False)
-    ticker.begin(clock.ns, 250)
-    for _ in range(1 if not overdue else 200):
-        ticker.passed(1, late_ms)
-    assert [message for message in said if isinstance(message, control.Busy) and message.overdue] == [
-        control.Busy(ms=1260, overdue=True)
-    ][: int(overdue)]
+class Watched:
+    """A ticker without its thread: a test says what passed, and hears what it did."""
+
+    def __init__(self, monkeypatch, **limits):
+        monkeypatch.setattr("agent.host.caller.threading.Thread", lambda **_: SimpleNamespace(start=lambda: None))
+        self.said: list[control.FromLane] = []
+        self.epochs = 0
+        self.ticker = Ticker(self._tick, self.said.append, Limits(**limits))
+        self.ticker.begin(1, 250)
+        self.used_ns = 0
+        self.ticker.passed(1, 10, 0)
+        self.epochs = 0
+
+    def _tick(self):
+        self.epochs += 1
+
+    def pass_time(self, ticks, *, ms=10, own_ms=0):
+        for _ in range(ticks):
+            self.used_ns += own_ms * 1_000_000
+            self.ticker.passed(1, ms, self.used_ns)
+        return [message.why for message in self.said if isinstance(message, control.Overdue)]
+
+
+def test_only_the_guests_own_time_lets_epochs_pass(monkeypatch):
+    watched = Watched(monkeypatch)
+    watched.pass_time(100)
+    assert watched.epochs == 0, "it waited for a peer"
+    watched.pass_time(25, own_ms=4)
+    assert watched.epochs == 10, "a hundred milliseconds of its own"
+
+
+def test_a_call_may_wait_so_long_in_one_piece(monkeypatch):
+    watched = Watched(monkeypatch, idle_ms=500)
+    assert watched.pass_time(49) == []
+    watched.pass_time(1, own_ms=1)  # it went on
+    assert watched.pass_time(50) == []
+    (why,) = watched.pass_time(1)
+    assert "blocked for 510 ms in one piece, 500 are allowed" in why
+    assert watched.pass_time(10) == [why], "said once"
+
+
+def test_a_call_that_waits_again_and_again_has_a_limit_in_all(monkeypatch):
+    watched = Watched(monkeypatch, idle_ms=500, total_ms=2000)
+    for _ in range(6):
+        assert watched.pass_time(30) == []
+        watched.pass_time(1, own_ms=1)
+    assert "in all, 2000 are allowed" in watched.pass_time(30)[0]
+
+
+def test_a_call_that_epochs_do_not_end_is_ended_all_the_same(monkeypatch):
+    (why,) = Watched(monkeypatch).pass_time(127, own_ms=10)
+    assert "1260 ms of its own time, 250 are allowed" in why
+
+
+def test_a_call_is_not_overdue_because_its_board_was_suspended(monkeypatch):
+    # an hour went by in one tick: nobody was there to give the processor, nor the peer to answer
+    assert Watched(monkeypatch, idle_ms=500, total_ms=500).pass_time(1, ms=3_600_000) == []
+
+
+def test_a_call_that_takes_a_while_asks_for_another_lane_once(monkeypatch):
+    watched = Watched(monkeypatch, concurrency=2)
+    watched.pass_time(20)
+    assert watched.said == [control.Busy()]
+
+
+def numbers(guest, requests):
+    return [int(guest.handle(b"GET", b"/", b"", b"")[2]) for _ in range(requests)]
+
+
+@pytest.mark.parametrize(("each", "expected"), [(0, [1, 2, 3, 4, 5]), (1, [1, 1, 1, 1, 1]), (2, [1, 2, 1, 2, 1])])
+def test_a_manifest_says_how_many_requests_one_instance_answers(page, each, expected):
+    asked = caller("counter", page, requests_per_instance=each)
+    asked.start()
+    assert numbers(asked, 5) == expected

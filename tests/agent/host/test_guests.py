@@ -142,7 +142,7 @@ def test_a_guest_that_sleeps_in_the_host_is_ended_by_the_host(host, neighbour):
     """Its own time stands still in there: only the end of its process ends it."""
     port = support.free_port()
     grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
-    host.start("sleep", support.a_run("bad", 1, port=port, grants=grants, limits=Limits(call_ms=100)))
+    host.start("sleep", support.a_run("bad", 1, port=port, grants=grants, limits=Limits(call_ms=100, idle_ms=300)))
     with pytest.raises(ConnectionError):
         support.http(port)
     ended = host.event(lambda event: isinstance(event, ipc.Trapped))
@@ -151,6 +151,15 @@ def test_a_guest_that_sleeps_in_the_host_is_ended_by_the_host(host, neighbour):
     host.event(lambda event: isinstance(event, ipc.Changed) and event.state == "running")
     health = host.health("bad")
     assert (health.calls, health.restarts, health.state) == ({"guest-timeout": 1}, 1, "running")
+
+
+def test_time_in_which_a_call_waits_for_others_is_no_time_of_the_guests(host):
+    port = support.free_port()
+    nap = support.wasm("sleep").decode().partition("\n")[2].replace("3600000000000", "400000000")
+    grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
+    host.start(nap, support.a_run("naps", 1, port=port, grants=grants, limits=Limits(call_ms=50)))
+    assert support.http(port)[0] == 200
+    assert host.health("naps").calls == {"ok": 1}
 
 
 def test_a_flood_of_log_lines_is_cut_off_and_counted(host, neighbour):
@@ -264,7 +273,7 @@ def test_eight_lanes_of_a_component_with_wasi_run_as_one_user(host):
     """Each has threads of its own, and the limit on threads counts them all."""
     port = support.free_port()
     grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
-    limits = Limits(call_ms=1500, concurrency=8)
+    limits = Limits(idle_ms=1500, concurrency=8)
     host.start("sleep", support.a_run("slow", 1, port=port, grants=grants, limits=limits))
     clients = []
     most = 0
