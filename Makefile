@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Files of tests run side by side, each file in one process; PARALLEL= runs them in one row.
+PARALLEL ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 
@@ -27,10 +29,10 @@ check: $(STAMP) ## lint, format, types
 	$(BIN)/mypy
 
 test: check ## lint, types and every test that needs neither root nor QEMU
-	$(BIN)/python -m pytest -m "not root and not board and not bench"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not root and not board and not bench"
 
 test-unit: $(STAMP) ## the quick tests only
-	$(BIN)/python -m pytest -m "not root and not board and not bench and not e2e"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not root and not board and not bench and not e2e"
 
 test-root: $(STAMP) ## tests of the walls that only root can build
 	$(BIN)/python -m pytest -m root

@@ -83,18 +83,18 @@ class Stage:
         return await self.scene.eventually(what, question)
 
     async def reported(
-        self, board: Board, *, code: RejectCode | None = None, phase: Phase | None = None, after: datetime = BEGINNING
+        self, *boards: Board, code: RejectCode | None = None, phase: Phase | None = None, after: datetime = BEGINNING
     ) -> api.TimelineEntry:
-        """Wait for a board's report with a code or in a phase, later than `after` (see `latest`)."""
+        """Wait for a report of one of the boards with a code or in a phase, later than `after` (see `latest`)."""
 
         def seen() -> api.TimelineEntry | None:
-            entries = self.scene.client.timeline(board.device, limit=200).entries
+            entries = [e for each in boards for e in self.scene.client.timeline(each.device, limit=200).entries]
             wanted = (each for each in entries if each.kind == "report" and each.at > after)
             return next(
                 (e for e in wanted if (code is None or e.code == code) and (phase is None or e.phase == phase)), None
             )
 
-        return await self.until(f"{board.name} reports {code or phase}", seen)
+        return await self.until(f"{' or '.join(each.name for each in boards)} reports {code or phase}", seen)
 
     async def latest(self, board: Board) -> datetime:
         """When the newest thing in a board's timeline happened."""
