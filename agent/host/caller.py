@@ -51,8 +51,13 @@ class Ticker:
         threading.stack_size(256 * 1024)
         threading.Thread(target=self._run, name="ticker", daemon=True).start()
 
-    def begin(self, now_ns: int, limit_ms: int) -> None:
-        """A call begins that may take `limit_ms` of the guest's own time."""
+    def begin(self, now_ns: int, limit_ms: int, caller: "Caller | None" = None) -> None:
+        """A call begins that may take `limit_ms` of the guest's own time.
+
+        Where several callers share the ticker, it is `caller` that is told, within its limits.
+        """
+        if caller is not None:
+            self._say, self._limits = caller.say, caller.limits
         self._limit_ms = limit_ms
         self._began_ns = now_ns
         if self._parked:
@@ -147,19 +152,21 @@ class Caller:
         page: Page,
         say: Say,
         data: str = "",
+        ticker: Ticker | None = None,
     ) -> None:
+        """`ticker`: that of the process, where there are other callers; None to start one."""
         self._image = image
-        self._limits = limits
+        self.limits = limits
         self._grants = grants
         self._config = config
         self._page = page
         self._data = data
-        self._say = say
+        self.say = say
         self._lines = Allowance(limits.log_lines_per_minute)
         self._faults = Allowance(_FAULTS_A_SECOND * 60)
         self._dropped = 0
         self._guest: Guest | None = None
-        self._ticker = Ticker(image.engine.tick, say, limits)
+        self._ticker = ticker or Ticker(image.engine.tick, say, limits)
 
     def start(self) -> frozenset[str]:
         """Instantiate the guest; what it exports.
@@ -169,11 +176,11 @@ class Caller:
         """
         now_ns = time.monotonic_ns()
         self._page.begin(now_ns)
-        self._ticker.begin(now_ns, self._limits.start_ms)
+        self._ticker.begin(now_ns, self.limits.start_ms, self)
         try:
             self._guest = start(
                 self._image,
-                limits=self._limits,
+                limits=self.limits,
                 grants=self._grants,
                 config=self._config,
                 log=self.log,
@@ -218,7 +225,7 @@ class Caller:
             assert self._guest is not None
             now_ns = time.monotonic_ns()
             self._page.begin(now_ns)
-            self._ticker.begin(now_ns, self._limits.call_ms)
+            self._ticker.begin(now_ns, self.limits.call_ms, self)
             try:
                 return enter(self._guest)
             finally:
@@ -231,13 +238,20 @@ class Caller:
             self._spend(str(error))
             raise GuestError(CallOutcome.GUEST_TRAP, str(error)) from error
 
+    def close(self) -> None:
+        """Give the guest's memory back."""
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+        self._page.close()
+
     def _spend(self, message: str) -> None:
         """A trap poisons the store: drop it, and say so."""
         if self._guest is not None:
             self._guest.close()
             self._guest = None
         if self._faults.take():
-            self._say(control.Fault(message=message))
+            self.say(control.Fault(message=message))
 
     def log(self, text: str) -> None:
         """A log line of the guest's, as far as it may log."""
@@ -246,5 +260,5 @@ class Caller:
             self._page.dropped()
             return
         for line in text.splitlines() or [""]:
-            self._say(control.Line(text=line[:_LINE_MAX_CHARS], dropped=self._dropped))
+            self.say(control.Line(text=line[:_LINE_MAX_CHARS], dropped=self._dropped))
             self._dropped = 0

@@ -33,6 +33,8 @@ _VALUE_BYTES: Final = 100  # what one byte of a body costs while it crosses: a v
 _SPARE_BYTES: Final = 64 * 1024  # for what is left of an answer that was too large
 _THREADS_A_LANE: Final = 16
 _FILES_MAX: Final = 1024
+_SHARED_LANES: Final = 256  # of one publisher on one board
+_FILES_A_SEAT: Final = 8  # its socket, its epoll set, its listener, and those of a swap
 _DESCRIPTORS_MAX: Final = 1 << 31
 _ROOT: Final = "/tmp"  # noqa: S108 - only a place to mount an empty root on, in a namespace of its own
 _ALL_RIGHTS: Final = (1 << 16) - 1
@@ -55,6 +57,7 @@ class Plan:
         root: a directory to see as its root, empty for an empty one.
         filter: makes the seccomp filter.
         threads: of all processes of `uid` together.
+        descriptors: open at once.
     """
 
     uid: int | None
@@ -64,6 +67,7 @@ class Plan:
     data: str = ""
     root: str = ""
     threads: int = _THREADS_A_LANE
+    descriptors: int = _FILES_MAX
 
 
 def lane_bytes(*, memory_bytes: int, body_bytes: int) -> int:
@@ -93,6 +97,23 @@ def lane_plan(
         data=data,
         filter=lambda: seccomp.lane(files=bool(data)),
         threads=2 * lanes * _THREADS_A_LANE,  # two generations at a swap
+    )
+
+
+def shared_plan(
+    *, uid: int | None, seats: int, clients: int, memory_bytes: int, body_bytes: int, answer_bytes: int
+) -> Plan:
+    """The cell of a lane that `seats` instances share, each of at most `memory_bytes` and `clients`; none has files.
+
+    They are called one at a time, so bodies count once.
+    """
+    return Plan(
+        uid=uid,
+        data_bytes=lane_bytes(memory_bytes=seats * memory_bytes, body_bytes=body_bytes),
+        file_bytes=answer_bytes and answer_bytes + _SPARE_BYTES,
+        filter=lambda: seccomp.lane(files=False),
+        threads=_THREADS_A_LANE * _SHARED_LANES,
+        descriptors=_FILES_MAX + seats * (clients + _FILES_A_SEAT),
     )
 
 
@@ -210,7 +231,7 @@ def _data_bytes() -> int:
 def _limit(plan: Plan, used_bytes: int) -> bool:
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NOFILE, _FILES_MAX),
+        (resource.RLIMIT_NOFILE, plan.descriptors),
         (resource.RLIMIT_FSIZE, plan.file_bytes),
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_MEMLOCK, 0),

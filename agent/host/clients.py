@@ -21,7 +21,7 @@ from fleet.protocol.manifest import Limits
 IDLE_S: Final = 75  # a client may keep a quiet connection this long
 STALL_S: Final = 30  # and may be silent this long within a message, or leave an answer unread
 SWEEP_S: Final = 10
-_CLIENTS_MAX: Final = 512
+CLIENTS_MAX: Final = 512
 _READ_BYTES: Final = 64 * 1024
 _PASSED: Final = b"C"
 _PASS_TIMEOUT_S: Final = 1.0
@@ -48,8 +48,17 @@ class Client:
 class Clients:
     """All of them."""
 
-    def __init__(self, poll: select.epoll, caller: Caller, limits: Limits, done: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        poll: select.epoll,
+        caller: Caller,
+        limits: Limits,
+        done: Callable[[int, int], None],
+        *,
+        clients_max: int = CLIENTS_MAX,
+    ) -> None:
         """`done(passed, cut)` is called when a hand-over has ended."""
+        self._clients_max = clients_max
         self._poll = poll
         self._caller = caller
         self._limits = limits
@@ -97,6 +106,14 @@ class Clients:
         for client in list(self._clients.values()):
             self._leave(client)
         self._finish_leaving()
+
+    def close(self) -> None:
+        """End it all, clients too."""
+        self._stop_accepting()
+        self._leaving = False
+        _close(self._successor)
+        for sock in [*self._sources.values(), *(client.sock for client in self._clients.values())]:
+            sock.close()
 
     # The loop.
 
@@ -163,7 +180,7 @@ class Clients:
         client = Client(sock, body_max_bytes=self._limits.request_bytes)
         self._clients[sock.fileno()] = client
         self._poll.register(sock, select.EPOLLIN)
-        if len(self._clients) >= _CLIENTS_MAX:
+        if len(self._clients) >= self._clients_max:
             self._pause_accepting()
         if not self._next_sweep_s:
             self._next_sweep_s = client.last_s + SWEEP_S
@@ -265,7 +282,7 @@ class Clients:
         self._poll.unregister(fd)
         del self._clients[fd]
         client.sock.close()
-        if self._listener is not None and not self._accepting and len(self._clients) < _CLIENTS_MAX:
+        if self._listener is not None and not self._accepting and len(self._clients) < self._clients_max:
             self._accept_or_wait()
         if self._leaving:
             self._finish_leaving()

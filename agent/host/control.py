@@ -15,15 +15,20 @@ from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
 PACKET_MAX_BYTES: Final = 160 * 1024
-FDS_MAX: Final = 4
+FDS_MAX: Final = 36
+IMAGES_MAX: Final = 32
+"""How many different images one shared lane may have open."""
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     """First of all, with two descriptors: the image's memfd and the figures' page.
 
+    To a seat of a shared lane the page comes alone, since the image was opened before the cell was shut.
+
     Attributes:
         uid: what to become, None to stay.
         data: its data directory, empty for none.
+        image: in a shared lane, which of its images.
     """
 
     instance: str
@@ -32,6 +37,31 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     config: dict[str, str] = {}
     uid: int | None = None
     data: str = ""
+    image: str = ""
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
+    """First of all, for a lane that several instances share: shut the cell, with these images mapped before.
+
+    The images' memfds come along. Answered with `Opened`; from then on each `Seat` is an instance more.
+
+    Attributes:
+        images: what each image is called in a `Setup`.
+        limits: the largest of any instance in it.
+        seats: how many instances at most.
+    """
+
+    images: tuple[str, ...]
+    limits: Limits
+    seats: int
+    uid: int | None = None
+
+
+class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
+    """An instance more in a shared lane: the control socket that comes along is its own, and speaks like a lane's.
+
+    When it closes, that instance is ended, and nothing else.
+    """
 
 
 class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
@@ -70,7 +100,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
     id: int
 
 
-ToLane = Setup | Serve | Adopt | HandOver | Check | Task | Probe
+ToLane = Setup | Open | Seat | Serve | Adopt | HandOver | Check | Task | Probe
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -82,6 +112,12 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """
 
     kinds: tuple[str, ...]
+    layers: dict[str, bool]
+
+
+class Opened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
+    """The shared lane's cell is shut. A descriptor of its memory figures comes along if there is one."""
+
     layers: dict[str, bool]
 
 
@@ -142,7 +178,7 @@ class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
     why: str
 
 
-FromLane = Ready | Refused | HandedOver | Checked | Ran | Probed | Line | Fault | Busy | Overdue
+FromLane = Ready | Opened | Refused | HandedOver | Checked | Ran | Probed | Line | Fault | Busy | Overdue
 
 _to_lane: Final[msgspec.json.Decoder[ToLane]] = msgspec.json.Decoder(ToLane)
 _from_lane: Final[msgspec.json.Decoder[FromLane]] = msgspec.json.Decoder(FromLane)

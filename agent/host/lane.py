@@ -2,9 +2,11 @@
 
 It waits for its `Setup`, maps the image, shuts itself into its cell, instantiates the guest and says `Ready`. From then
 on it has its clients' connections, the supervisor's socket and nothing else. When that socket closes, it ends.
+
+A lane that several instances share begins with `Open` instead: `agent.host.commons`, where each of them is a `Lane`
+with a control socket of its own.
 """
 
-import contextlib
 import os
 import select
 import socket
@@ -12,39 +14,24 @@ import time
 from typing import NoReturn
 
 from agent.host import cell, control, heads
-from agent.host.caller import Caller
-from agent.host.clients import Clients
-from agent.host.engine import Engine
+from agent.host.caller import Caller, Ticker
+from agent.host.clients import CLIENTS_MAX, Clients
+from agent.host.engine import Engine, Image
 from agent.host.faults import EngineError, GuestError
 from agent.host.page import Page
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
 
 
-def main(sock: socket.socket, engine: Engine) -> NoReturn:
-    """Be a lane on this end of a control socket."""
-    status = 1
-    try:
-        lane = Lane(sock, engine)
-        if lane.set_up():
-            lane.loop()
-        status = 0
-    except control.GoneError:
-        status = 0
-    except BaseException as error:  # noqa: BLE001 - nobody above could handle it: this process was forked
-        message = f"the lane failed: {type(error).__name__}: {error}"
-        with contextlib.suppress(OSError, control.GoneError):
-            control.send(sock, control.Refused(code=RejectCode.INTERNAL, message=message))
-    finally:
-        os._exit(status)
-
-
 class Lane:
-    """One lane's life."""
+    """One instance in this process: its control socket, its guest, its clients."""
 
-    def __init__(self, sock: socket.socket, engine: Engine) -> None:
+    def __init__(self, sock: socket.socket, poll: select.epoll) -> None:
+        """What it waits for is in `poll`."""
         self._sock = sock
-        self._engine = engine
+        self._poll = poll
+        self.begun = False
+        poll.register(sock, select.EPOLLIN)
 
     def say(self, message: control.FromLane) -> None:
         """Tell the supervisor; a line of log is dropped rather than waited for."""
@@ -58,16 +45,12 @@ class Lane:
         except OSError as error:
             raise control.GoneError(str(error)) from error
 
-    def set_up(self) -> bool:
-        """Become the lane of one instance; False when that was refused."""
-        setup, fds = control.receive_to_lane(self._sock)
-        if not isinstance(setup, control.Setup):
-            raise control.GoneError("the first message is not a setup")
+    def set_up(self, engine: Engine, setup: control.Setup, fds: tuple[int, ...]) -> bool:
+        """Become the lane of one instance alone, and shut the cell; False when that was refused."""
         image_fd, page_fd = fds
-        cell.close_all_but({0, 1, 2, self._sock.fileno(), *fds})
+        cell.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *fds})
         try:
-            image = self._engine.load(f"/proc/self/fd/{image_fd}")
-            page = Page(page_fd)
+            image = engine.load(f"/proc/self/fd/{image_fd}")
             if image.adapted:
                 heads.catch()
             figures_fd = cell.memory_figures()
@@ -82,65 +65,105 @@ class Lane:
                     lanes=setup.limits.concurrency,
                 )
             )
-            where = "" if not setup.data else cell.DATA if layers["mount"] else setup.data
-            self._caller = Caller(
-                image,
-                limits=setup.limits,
-                grants=setup.grants,
-                config=setup.config,
-                page=page,
-                say=self.say,
-                data=where,
-            )
+        except EngineError as error:
+            return self._refuse(error.code, error)
+        except cell.CellError as error:
+            return self._refuse(RejectCode.CONTAINMENT, error)
+        os.close(image_fd)
+        where = "" if not setup.data else cell.DATA if layers["mount"] else setup.data
+        return self.begin(setup, image, page_fd, layers=layers, figures_fd=figures_fd, data=where)
+
+    def begin(
+        self,
+        setup: control.Setup,
+        image: Image,
+        page_fd: int,
+        *,
+        layers: dict[str, bool],
+        figures_fd: int | None = None,
+        data: str = "",
+        ticker: Ticker | None = None,
+        clients_max: int = CLIENTS_MAX,
+    ) -> bool:
+        """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed."""
+        page = Page(page_fd)
+        os.close(page_fd)
+        self._caller = Caller(
+            image,
+            limits=setup.limits,
+            grants=setup.grants,
+            config=setup.config,
+            page=page,
+            say=self.say,
+            data=data,
+            ticker=ticker,
+        )
+        try:
             kinds = self._caller.start()
         except EngineError as error:
-            self.say(control.Refused(code=error.code, message=str(error)))
-            return False
+            return self._refuse(error.code, error)
         except GuestError as error:
-            self.say(control.Refused(code=RejectCode.START_FAILED, message=str(error)))
-            return False
-        except cell.CellError as error:
-            self.say(control.Refused(code=RejectCode.CONTAINMENT, message=str(error)))
-            return False
-        for fd in (image_fd, page_fd):
-            os.close(fd)
-        self._poll = select.epoll()
-        self._clients = Clients(self._poll, self._caller, setup.limits, self._handed_over)
+            return self._refuse(RejectCode.START_FAILED, error)
+        self.clients = Clients(self._poll, self._caller, setup.limits, self._handed_over, clients_max=clients_max)
         ready = control.Ready(kinds=tuple(sorted(kinds)), layers=layers)
         control.send(self._sock, ready, *(() if figures_fd is None else (figures_fd,)))
         if figures_fd is not None:
             os.close(figures_fd)
+        self.begun = True
         return True
+
+    def _refuse(self, code: RejectCode, error: Exception) -> bool:
+        self.say(control.Refused(code=code, message=str(error)))
+        return False
 
     def _handed_over(self, passed: int, cut: int) -> None:
         self.say(control.HandedOver(passed=passed, cut=cut))
 
+    def first(self) -> tuple[control.Setup, tuple[int, ...]]:
+        """The first message, of a seat in a shared lane. Raises `control.GoneError`."""
+        setup, fds = control.receive_to_lane(self._sock)
+        if not isinstance(setup, control.Setup):
+            raise control.GoneError("the first message is not a setup")
+        return setup, fds
+
+    def turn(self, wait_s: float) -> None:
+        """Do what there is to do, after waiting at most `wait_s` (-1: however long) for something."""
+        own = self._sock.fileno()
+        for fd, mask in self._poll.poll(wait_s):
+            if fd == own:
+                self.obey(*control.receive_to_lane(self._sock))
+            else:
+                self.clients.event(fd, mask)
+        self.clients.tick()
+
     def loop(self) -> NoReturn:
         """Serve until the supervisor's socket closes."""
-        own = self._sock.fileno()
-        self._poll.register(own, select.EPOLLIN)
         while True:
-            for fd, mask in self._poll.poll(self._clients.wait_s()):
-                if fd == own:
-                    self._obey(*control.receive_to_lane(self._sock))
-                else:
-                    self._clients.event(fd, mask)
-            self._clients.tick()
+            self.turn(self.clients.wait_s())
 
-    def _obey(self, message: control.ToLane, fds: tuple[int, ...]) -> None:
+    def close(self) -> None:
+        """End this instance, and not the process."""
+        if self.begun:
+            self._caller.close()
+            self.clients.close()
+        self._poll.close()
+        self._sock.close()
+
+    def obey(self, message: control.ToLane, fds: tuple[int, ...]) -> None:
+        """Do what the supervisor says."""
         match message:
             case control.Serve():
-                self._clients.serve(socket.socket(fileno=fds[0]))
+                self.clients.serve(socket.socket(fileno=fds[0]))
             case control.Adopt():
-                self._clients.adopt(socket.socket(fileno=fds[0]))
+                self.clients.adopt(socket.socket(fileno=fds[0]))
             case control.HandOver(deadline_ms=deadline_ms):
                 successor = socket.socket(fileno=fds[0]) if fds else None
-                self._clients.hand_over(successor, deadline_s=deadline_ms / 1000)
+                self.clients.hand_over(successor, deadline_s=deadline_ms / 1000)
             case control.Check(id=number):
                 self.say(control.Checked(id=number, problem=self._caller.check()))
             case control.Task(id=number, scheduled_ms=scheduled_ms):
                 self.say(control.Ran(id=number, problem=self._caller.run(scheduled_ms or int(time.time() * 1000))))
             case control.Probe(id=number):
                 self.say(control.Probed(id=number))
-            case control.Setup():
+            case control.Setup() | control.Open() | control.Seat():
                 raise control.GoneError("set up twice")

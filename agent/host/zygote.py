@@ -1,6 +1,6 @@
 """A zygote: holds an engine and forks lanes, one for each fixed-size message.
 
-    python -m agent.host.zygote FD [--fuel]
+    python -m agent.host.zygote FD [--fuel] [--shared]
 
 It never compiles, instantiates or makes a WASI call, since each of these starts threads and a forked child would then
 hang for ever; the self-test does, in a child of its own. It sees no configuration, no image and no secret: a lane gets
@@ -20,7 +20,7 @@ import struct
 import sys
 from typing import Final, NoReturn
 
-from agent.host import cell, control, engine, lane, seccomp, selftest
+from agent.host import begin, cell, control, engine, seccomp, selftest
 
 MESSAGE: Final = struct.Struct("=cxxxii")
 FORK: Final = b"F"
@@ -33,8 +33,11 @@ def fork_message() -> bytes:
     return MESSAGE.pack(FORK, 0, 0)
 
 
-def main(fd: int, *, fuel: bool) -> NoReturn:
-    """Serve the supervisor on this descriptor until it closes; `fuel`: for images that count instructions."""
+def main(fd: int, *, fuel: bool, shared: bool) -> NoReturn:
+    """Serve the supervisor on this descriptor until it closes.
+
+    `fuel`: for images that count instructions; `shared`: for lanes of many instances, which keep no room for the next.
+    """
     cell.die_with_parent(os.getppid())
     sock = socket.socket(fileno=fd)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the supervisor decides, and closes the socket
@@ -42,7 +45,7 @@ def main(fd: int, *, fuel: bool) -> NoReturn:
     ready, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
-    the_engine = engine.Engine(fuel=fuel, pooled=True)
+    the_engine = engine.Engine(fuel=fuel, pooled=not shared)
     if not _self_test(the_engine):
         engine.use_stock_codec(the_engine)
         sys.stderr.write("zygote: the fast codec failed its self-test on this board, the stock one serves\n")
@@ -89,7 +92,7 @@ def _obey(sock: socket.socket, the_engine: engine.Engine, own: tuple[int, ...]) 
         for fd in own:
             os.close(fd)
         sock.close()
-        lane.main(socket.socket(fileno=fds[0]), the_engine)
+        begin.main(socket.socket(fileno=fds[0]), the_engine)
     os.close(fds[0])
     pidfd = os.pidfd_open(pid)
     _send(sock, MESSAGE.pack(FORK, pid, 0), (pidfd,))
@@ -115,4 +118,4 @@ def _send(sock: socket.socket, data: bytes, fds: tuple[int, ...]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), fuel="--fuel" in sys.argv)
+    main(int(sys.argv[1]), fuel="--fuel" in sys.argv, shared="--shared" in sys.argv)
