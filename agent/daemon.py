@@ -59,6 +59,7 @@ class Daemon:
         self._worker = Worker("store")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
+        self._outdated = asyncio.Event()
         self._faulty = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._restarts: list[float] = []
@@ -130,6 +131,7 @@ class Daemon:
             ask_fresh=self._ask_fresh,
             on_report=self._on_report,
             doubts=lambda: confirm.doubts(self._trust, policy, store.committed()),
+            on_outdated=self._outdated.set,
             strict=settings.production,
             bundles=policy.bundles,
         )
@@ -177,7 +179,16 @@ class Daemon:
         self._spawn(self._outbox.run())
         self._spawn(self._vitals.run(self._settings.health_s))
         self._spawn(self._desired.run(self._interval_s))
-        self._spawn(upkeep.renew(self._places, self._https, self._identity.device, self._trust.now))
+        self._spawn(
+            upkeep.renew(
+                self._places,
+                self._https,
+                self._identity.device,
+                self._trust.now,
+                outdated=self._outdated,
+                renewed=self._desired.refresh,
+            )
+        )
         self._spawn(upkeep.watchdog(self._worker, self._status_line))
         systemd.notify(READY="1", STATUS="running; connecting to the fleet")
         log.info("%s of the fleet %s: running", self._identity.device, self._identity.fleet)

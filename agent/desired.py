@@ -19,6 +19,7 @@ import msgspec
 from agent import reports
 from agent.bundle import Offline, Outcome
 from agent.deploy import Deployer
+from agent.enroll import wants_renewal
 from agent.fetch import FetchError
 from agent.records import Doubt
 from agent.standing import Board
@@ -82,13 +83,15 @@ class Desired:
         doubts: Callable[[], tuple[Doubt, ...]],
         strict: bool,
         bundles: bool = False,
+        on_outdated: Callable[[], None] = lambda: None,
     ) -> None:
         """A judge.
 
         `clock_set` says whether somebody sets the clock, `ask_fresh` sends a nonce (false where there is no
         connection), `on_report` tells of a new report, `doubts` holds what is committed against what is known by now
-        (called on the worker). With `strict`, an assignment that nobody vouches for in time is
-        not acted on; with `bundles`, one that came in a bundle is.
+        (called on the worker), `on_outdated` hears that the server wants another certificate of this board. With
+        `strict`, an assignment that nobody vouches for in time is not acted on; with `bundles`, one that came in a
+        bundle is.
         """
         self._board = board
         self._trust = trust
@@ -100,6 +103,7 @@ class Desired:
         self._ask_fresh = ask_fresh
         self._on_report = on_report
         self._doubts = doubts
+        self._on_outdated = on_outdated
         self._strict = strict
         self._bundles = bundles
         self._due = asyncio.Event()
@@ -180,6 +184,8 @@ class Desired:
             answer = await asyncio.to_thread(self._https.request, "GET", path, max_bytes=DesiredReply.MAX_BYTES)
             reply = wire.decode(DesiredReply, answer)
         except FetchError as error:
+            if wants_renewal(error):
+                self._on_outdated()
             if error.code is not RejectCode.NOT_FOUND:
                 log.info("the desired state cannot be fetched: %s", error.message)
         except wire.WireError as error:

@@ -8,6 +8,7 @@ are made here and never leave; the directory `identity/` appears whole or not at
 import base64
 import contextlib
 import hashlib
+import http.client
 import os
 import shutil
 import socket
@@ -37,7 +38,7 @@ from agent.identity import Identity
 from agent.images import write_once
 from fleet.protocol import caps, names, wire
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.enrolment import BadTokenError, Enrolled, EnrolRequest, Token
+from fleet.protocol.enrolment import EXPIRED, OUTDATED, BadTokenError, Enrolled, EnrolRequest, Token
 
 CONNECT_S: Final = 20.0
 NEW: Final = ".identity.new"
@@ -213,6 +214,7 @@ class _EnrolTls:
 
 
 class _Problem(msgspec.Struct):
+    type: str = ""
     title: str = ""
     detail: str = ""
     action: str = ""
@@ -312,6 +314,15 @@ def renew_at(identity: Path) -> datetime:
     certificate = x509.load_pem_x509_certificate((identity / "device.pem").read_bytes())
     life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
     return certificate.not_valid_before_utc + life * 2 / 3
+
+
+def wants_renewal(error: FetchError) -> bool:
+    """Whether the server refused this board's certificate for what a new one mends."""
+    if error.status != http.client.FORBIDDEN:
+        return False
+    with contextlib.suppress(msgspec.MsgspecError):
+        return msgspec.json.decode(error.body, type=_Problem).type in {EXPIRED, OUTDATED}
+    return False
 
 
 def install_certificate(identity: Path, pem: str) -> None:

@@ -1,6 +1,7 @@
 """What has to be done now and then: renew the certificate, make room on the disk, pet the watchdog."""
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable
@@ -23,16 +24,29 @@ log = logging.getLogger("agent.upkeep")
 RENEW_CHECK_S: Final = 6 * 3600.0
 
 
-async def renew(places: Places, https: Https, device: str, now: Callable[[], datetime]) -> None:
-    """Renew the device certificate at two thirds of its life; for ever."""
+async def renew(
+    places: Places,
+    https: Https,
+    device: str,
+    now: Callable[[], datetime],
+    *,
+    outdated: asyncio.Event,
+    renewed: Callable[[], None],
+) -> None:
+    """Renew the device certificate at two thirds of its life, or when the server says that it is outdated; for ever."""
     while True:
+        told = outdated.is_set()
+        outdated.clear()
         try:
-            if now() >= await asyncio.to_thread(enroll.renew_at, places.identity):
+            if told or now() >= await asyncio.to_thread(enroll.renew_at, places.identity):
                 await asyncio.to_thread(renew_now, places, https, device)
                 log.info("the device certificate was renewed")
+                renewed()
         except (FetchError, enroll.EnrolError, OSError, ValueError, wire.WireError, msgspec.MsgspecError) as error:
             log.warning("the device certificate could not be renewed: %s", error)
-        await asyncio.sleep(RENEW_CHECK_S * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, not a secret
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RENEW_CHECK_S * random.uniform(0.8, 1.2)):  # noqa: S311 - jitter, not a secret
+                await outdated.wait()
 
 
 def renew_now(places: Places, https: Https, device: str) -> None:

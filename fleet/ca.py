@@ -1,8 +1,15 @@
 """The fleet's certificate authority: who may connect. It says nothing about what may run; that is `signing`'s.
 
-One CA a fleet, EC P-256, made once. It gives certificates to the server's listeners (names in SAN), to the server
-itself as a client of its broker, and to boards: a board's CN is its id, and nothing of its request but the key is used.
+One root a fleet, EC P-256, made once, which boards and operators pin. In a fleet for production its key is with the
+operator, and the server issues with an issuing CA below it (`fleet.issuing`); a development fleet's server issues with
+the root itself. Certificates go to the server's listeners (names in SAN), to the server itself as a client of its
+broker, and to boards: a board's CN is its id, and nothing of its request but the key is used.
 Certificates carry what strict verification asks for (RFC 5280, sections 4.2.1.1 to 4.2.1.3 and 4.2.1.9).
+
+    ca.pem        the root's certificate
+    ca.key        its key, in a development fleet
+    issuing.pem   the issuing CA, with issuing.key; in a fleet for production
+    issuers/      the issuing CAs whose certificates are accepted, each with its revocation list
 """
 
 import ipaddress
@@ -64,34 +71,20 @@ class Pair:
 
 
 class CertificateAuthority:
-    """The fleet's CA with its key."""
+    """What a server issues certificates with, and whose certificates it accepts."""
 
-    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
-        self._key = key
-        self._certificate = certificate
+    def __init__(self, directory: Path) -> None:
+        """Read the CA's directory; see `load`."""
+        self.directory = directory
+        self.load_again()
 
     @classmethod
     def create(cls, directory: Path, *, fleet: str, now: datetime) -> "CertificateAuthority":
-        """Make the CA and write `ca.pem` and `ca.key` (0600) into a directory."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name(
-            [
-                x509.NameAttribute(NameOID.ORGANIZATION_NAME, "wasmfleet"),
-                x509.NameAttribute(NameOID.COMMON_NAME, f"{fleet} fleet CA"),
-            ]
-        )
-        identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-        certificate = (
-            _builder(name, name, key.public_key(), now, CA_LIFE)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(sign_certificates=True), critical=True)
-            .add_extension(identifier, critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
-            .sign(key, hashes.SHA256())
-        )
-        write_secret(directory / "ca.key", _private_pem(key))
+        """Make a root and write `ca.pem` and `ca.key` (0600) into a directory: it issues by itself."""
+        key, certificate = make_root(fleet, now=now)
+        write_secret(directory / "ca.key", private_pem(key))
         (directory / "ca.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
-        return cls(key, certificate)
+        return cls(directory)
 
     @classmethod
     def load(cls, directory: Path) -> "CertificateAuthority":
@@ -100,26 +93,65 @@ class CertificateAuthority:
         Raises:
             CaError: files missing, damaged, or not belonging to each other.
         """
-        try:
-            key = load_pem_private_key((directory / "ca.key").read_bytes(), password=None)
-            certificate = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
-        except OSError as error:
-            raise CaError(f"cannot read the CA in {directory}: {error.strerror}") from error
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise CaError(f"the CA in {directory} is damaged: {error}") from error
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-            raise CaError(f"ca.key and ca.pem in {directory} do not belong to each other")
-        return cls(key, certificate)
+        return cls(directory)
+
+    def load_again(self) -> None:
+        """Read the directory anew: another issuing CA, or one that is accepted no more. Raises `CaError`."""
+        issuing = self.directory / "issuing.pem"
+        pem, key = ("issuing.pem", "issuing.key") if issuing.exists() else ("ca.pem", "ca.key")
+        if pem == "ca.pem" and not (self.directory / key).exists():
+            raise CaError(
+                f"the CA in {self.directory} has neither an issuing CA nor its root's key: "
+                "make the server's directory anew with 'fleet server rebuild'"
+            )
+        self._key, self._certificate = read_pair(self.directory / pem, self.directory / key)
+        self._root = self._certificate if pem == "ca.pem" else read_certificate(self.directory / "ca.pem")
+        found = [read_certificate(path) for path in sorted((self.directory / "issuers").glob("*.pem"))]
+        self._accepted = tuple(found) or (self._certificate,)
 
     @property
     def pem(self) -> str:
-        """The CA's certificate."""
-        return self._certificate.public_bytes(Encoding.PEM).decode()
+        """The root's certificate: what boards and operators pin."""
+        return self._root.public_bytes(Encoding.PEM).decode()
 
     @property
     def sha256(self) -> str:
-        """The sha256 of its certificate as DER, in hex: what enrolment tokens pin."""
-        return self._certificate.fingerprint(hashes.SHA256()).hex()
+        """The sha256 of the root as DER, in hex: what enrolment tokens pin."""
+        return self._root.fingerprint(hashes.SHA256()).hex()
+
+    @property
+    def root(self) -> x509.Certificate:
+        """The root's certificate."""
+        return self._root
+
+    @property
+    def issuer(self) -> x509.Certificate:
+        """What certificates are issued with now: an issuing CA, or the root itself."""
+        return self._certificate
+
+    @property
+    def accepted(self) -> tuple[x509.Certificate, ...]:
+        """The issuers whose certificates count."""
+        return self._accepted
+
+    @property
+    def is_root(self) -> bool:
+        """Whether the root itself issues: its key lies on this server."""
+        return self._certificate == self._root
+
+    def accepts(self, leaf: x509.Certificate) -> bool:
+        """Whether a certificate was issued by one of the accepted issuers, whatever its dates."""
+        return any(_issued_by(leaf, issuer) for issuer in self._accepted)
+
+    @property
+    def revocation_lists(self) -> bytes:
+        """One for each accepted issuer, PEM; empty where the root issues.
+
+        A broker that demands a list of every issuer accepts no certificate of any other issuer.
+        """
+        if self.is_root:
+            return b""
+        return b"".join(path.read_bytes() for path in sorted((self.directory / "issuers").glob("*.crl")))
 
     def server(self, hosts: Iterable[str], *, now: datetime) -> Pair:
         """A certificate for the server's listeners, valid for these host names and addresses and for loopback."""
@@ -131,21 +163,27 @@ class CertificateAuthority:
             ExtendedKeyUsageOID.SERVER_AUTH,
             now,
             SERVER_LIFE,
-            [_san(name) for name in names],
+            [san(name) for name in names],
         )
-        return Pair(certificate.public_bytes(Encoding.PEM), _private_pem(key))
+        # The root too: OpenSSL adds none by itself where an issuing CA is given, and a board that enrols compares it.
+        chain = certificate.public_bytes(Encoding.PEM) + self._chain + (b"" if self.is_root else self.pem.encode())
+        return Pair(chain, private_pem(key))
 
     def server_client(self, *, now: datetime) -> Pair:
         """A certificate with which the server connects to its broker."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._leaf(key.public_key(), SERVER_CN, ExtendedKeyUsageOID.CLIENT_AUTH, now, SERVER_LIFE)
-        return Pair(certificate.public_bytes(Encoding.PEM), _private_pem(key))
+        return Pair(certificate.public_bytes(Encoding.PEM) + self._chain, private_pem(key))
 
     def device(self, key: DeviceKey, device: str, *, now: datetime) -> Issued:
-        """A certificate for a board's key; CN is its id."""
+        """A certificate for a board's key; CN is its id. The issuing CA follows it."""
         certificate = self._leaf(key, device, ExtendedKeyUsageOID.CLIENT_AUTH, now, DEVICE_LIFE)
-        pem = certificate.public_bytes(Encoding.PEM).decode()
+        pem = (certificate.public_bytes(Encoding.PEM) + self._chain).decode()
         return Issued(serial(certificate), certificate.not_valid_after_utc, pem)
+
+    @property
+    def _chain(self) -> bytes:
+        return b"" if self.is_root else self._certificate.public_bytes(Encoding.PEM)
 
     def _leaf(
         self,
@@ -156,19 +194,75 @@ class CertificateAuthority:
         life: timedelta,
         alternatives: list[x509.GeneralName] | None = None,
     ) -> x509.Certificate:
+        left = self._certificate.not_valid_after_utc - now
+        if left <= timedelta(0):
+            raise CaError(f"the issuing CA ended on {self._certificate.not_valid_after_utc:%Y-%m-%d}: fleet ca renew")
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         issuer = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-        builder = (
-            _builder(subject, self._certificate.subject, key, now, life)
+        made = (
+            builder(subject, self._certificate.subject, key, now, min(life, left))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(sign_certificates=False), critical=True)
+            .add_extension(usage(sign_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer), critical=False)
         )
         if alternatives:
-            builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
-        return builder.sign(self._key, hashes.SHA256())
+            made = made.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        return made.sign(self._key, hashes.SHA256())
+
+
+def make_root(fleet: str, *, now: datetime) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """A new root: its key and its certificate. Issuing CAs may stand below it, and nothing below them."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "wasmfleet"),
+            x509.NameAttribute(NameOID.COMMON_NAME, f"{fleet} fleet CA"),
+        ]
+    )
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    certificate = (
+        builder(name, name, key.public_key(), now, CA_LIFE)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
+        .add_extension(usage(sign_certificates=True), critical=True)
+        .add_extension(identifier, critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return key, certificate
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """A certificate from a file; raises `CaError`."""
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as error:
+        raise CaError(f"cannot read the CA's {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CaError(f"the CA's {path} is damaged: {error}") from error
+
+
+def read_pair(pem: Path, key_file: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """A CA's key and certificate; raises `CaError` where they are missing, damaged or not each other's."""
+    certificate = read_certificate(pem)
+    try:
+        key = load_pem_private_key(key_file.read_bytes(), password=None)
+    except OSError as error:
+        raise CaError(f"cannot read the CA's {key_file}: {error.strerror}") from error
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise CaError(f"the CA's {key_file} is damaged: {error}") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        raise CaError(f"{key_file.name} and {pem.name} in {pem.parent} do not belong to each other")
+    return key, certificate
+
+
+def _issued_by(leaf: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        leaf.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def read_request(pem: str) -> DeviceKey:
@@ -219,9 +313,10 @@ def write_secret(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _builder(
+def builder(
     subject: x509.Name, issuer: x509.Name, key: DeviceKey, now: datetime, life: timedelta
 ) -> x509.CertificateBuilder:
+    """What every certificate here begins with."""
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -233,7 +328,8 @@ def _builder(
     )
 
 
-def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
+def usage(*, sign_certificates: bool) -> x509.KeyUsage:
+    """What a CA, or anybody else, may do with a key."""
     return x509.KeyUsage(
         digital_signature=not sign_certificates,
         key_cert_sign=sign_certificates,
@@ -247,12 +343,14 @@ def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
     )
 
 
-def _san(name: str) -> x509.GeneralName:
+def san(name: str) -> x509.DNSName | x509.IPAddress:
+    """A host name or address as certificates name it."""
     try:
         return x509.IPAddress(ipaddress.ip_address(name.strip("[]")))
     except ValueError:
         return x509.DNSName(name)
 
 
-def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key, PEM, in the clear."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -23,11 +23,15 @@ import httpx
 import msgspec
 
 from fleet.protocol import api
+from fleet.protocol.authority import CaView, IssuingRequest
 from fleet.protocol.history import History
+from fleet.protocol.people import OperatorReply, OperatorRequest, Operators, Role
 
 CHUNK_BYTES: Final = 64 * 1024
 CONNECT_TIMEOUT_S: Final = 5.0
 READ_TIMEOUT_S: Final = 30.0
+_NO_CHECK_TIME: Final = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME of OpenSSL; the ssl module has no name for it."""
 
 V = TypeVar("V", bound=msgspec.Struct)
 
@@ -71,12 +75,15 @@ class Client:
         url: of the operators' listener, `https://host:port`.
         ca: PEM file with the fleet's CA; nothing else is trusted.
         token: the operator's bearer token.
+        late: talk to a server whose certificate has ended too, to renew what it ended with.
 
     Raises:
         UnreachableError: `ca` cannot be read as a certificate.
     """
 
-    def __init__(self, *, url: str, ca: Path, token: str, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self, *, url: str, ca: Path, token: str, late: bool = False, transport: httpx.BaseTransport | None = None
+    ) -> None:
         self.url = url.rstrip("/")
         try:
             context = ssl.create_default_context(cafile=str(ca))
@@ -86,6 +93,8 @@ class Client:
                 getattr(error, "strerror", None) or str(error),
                 "copy operator/ca.pem from the machine where 'fleet init' ran",
             ) from error
+        if late:
+            context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
         self._http = httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}", "Accept": "application/json"},
@@ -124,6 +133,32 @@ class Client:
     def audit(self, *, limit: int) -> api.Audit:
         """The newest acts."""
         return self._get(api.Audit, "/v1/audit", {"limit": limit})
+
+    # the CA and operators
+
+    def ca(self) -> CaView:
+        """The fleet's CA."""
+        return self._get(CaView, "/v1/ca")
+
+    def install_issuing(self, request: IssuingRequest) -> CaView:
+        """Put an issuing CA in place that the root has signed."""
+        return self._send(CaView, "PUT", "/v1/ca/issuing", request)
+
+    def revoke_issuer(self, serial: str) -> CaView:
+        """Accept an issuing CA no more."""
+        return self._send(CaView, "POST", f"/v1/ca/issuers/{_quoted(serial)}/revoke", None)
+
+    def operators(self) -> Operators:
+        """Who may come in."""
+        return self._get(Operators, "/v1/operators")
+
+    def let_in(self, name: str, role: Role) -> OperatorReply:
+        """Let an operator in, or give one another role and token."""
+        return self._send(OperatorReply, "PUT", f"/v1/operators/{_quoted(name)}", OperatorRequest(role=role))
+
+    def shut_out(self, name: str) -> Operators:
+        """Shut an operator out."""
+        return self._send(Operators, "POST", f"/v1/operators/{_quoted(name)}/remove", None)
 
     # boards
 

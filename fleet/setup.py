@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from fleet.ca import CertificateAuthority, write_secret
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from fleet import issuing
+from fleet.ca import CaError, CertificateAuthority, write_secret
 from fleet.protocol import names
 from fleet.server.home import Address, Config, Home, HomeError, is_loopback
 from fleet.store.errors import StoreError
@@ -99,7 +102,7 @@ def init(
         recovery = _make(Home(draft), config, passphrase if size != "dev" else None, when)
         (draft / "server").rename(place.server)
         (draft / "operator").rename(place.operator)
-    except (SigningError, StoreError, HomeError, OSError) as error:
+    except (SigningError, StoreError, HomeError, CaError, OSError) as error:
         raise SetupError(f"cannot make a fleet in {home}: {error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -156,7 +159,7 @@ def _make(draft: Home, config: Config, passphrase: bytes | None, now: datetime) 
     inside = (draft.ca, draft.tls, draft.keys, draft.repository, draft.artifacts, draft.broker)
     for directory in (draft.operator, operator_keys, trust, draft.server, *inside):
         directory.mkdir(mode=0o700)
-    ca = CertificateAuthority.create(draft.ca, fleet=config.fleet, now=now)
+    ca = make_ca(draft, config, passphrase, now)
     ring = Keyring(operator_keys)
     recovery, words = recovery_key() if config.production else (None, "")
     if recovery is not None:
@@ -178,6 +181,23 @@ def _make(draft: Home, config: Config, passphrase: bytes | None, now: datetime) 
     draft.config.write_text(config.dump(), encoding="utf-8")
     _make_operator(draft, config, ca, files["1.root.json"], now)
     return words
+
+
+def make_ca(place: Home, config: Config, passphrase: bytes | None, now: datetime) -> CertificateAuthority:
+    """The fleet's CA: whole on the server for development, else with its root's key encrypted at the operator's."""
+    if passphrase is None:
+        return CertificateAuthority.create(place.ca, fleet=config.fleet, now=now)
+    root = issuing.create(config.fleet, now=now)
+    issuing.store(place.ca_root, root.key, passphrase)
+    (place.ca / "ca.pem").write_bytes(root.certificate.public_bytes(Encoding.PEM))
+    issue(place.ca, root, config, now)
+    return CertificateAuthority.load(place.ca)
+
+
+def issue(directory: Path, root: issuing.Root, config: Config, now: datetime) -> None:
+    """Make a server's issuing CA where both its directory and the root's key are."""
+    hosts = (config.host, *(() if config.external_broker is None else (config.external_broker.host,)))
+    issuing.install(directory, issuing.sign(root, issuing.request(directory, hosts), now=now), now=now)
 
 
 def _make_operator(draft: Home, config: Config, ca: CertificateAuthority, root: bytes, now: datetime) -> None:

@@ -49,13 +49,13 @@ class Operator:
         """The namespace's signing key."""
         return self.directory / "keys" / f"{self.namespace}.pem"
 
-    def client(self) -> Client:
+    def client(self, *, late: bool = False) -> Client:
         """A connection to the server; raises `Fault` when the token is missing or open to others.
 
-        A pipeline gives its token in $FLEET_TOKEN.
+        A pipeline gives its token in $FLEET_TOKEN. `late` as in `Client`.
         """
         token = os.environ.get(TOKEN_VARIABLE, "").strip() or _secret(self.directory / "token")
-        return Client(url=self.url, ca=self.ca, token=token)
+        return Client(url=self.url, ca=self.ca, token=token, late=late)
 
 
 def home(options: Options) -> Path:

@@ -15,6 +15,7 @@ SECTIONS: Final[Sections] = {
     "A fleet": {
         "init": Entry("fleet.cli.setup:init", "Create a fleet: keys, repository, certificates, admin token"),
         "serve": Entry("fleet.cli.setup:serve", "Run the server: API, artifacts, rollouts, broker"),
+        "operators": Entry("fleet.cli.operators:operators", "Who may come in to the server, and as what"),
         "status": Entry("fleet.cli.listings:status", "The fleet at a glance"),
         "demo": Entry("fleet.cli.demo:demo", "The whole main job on this machine, with three boards"),
     },
@@ -48,6 +49,7 @@ SECTIONS: Final[Sections] = {
     },
     "Trust": {
         "keys": Entry("fleet.cli.keys:keys", "Make, list, rotate and revoke signing keys"),
+        "ca": Entry("fleet.cli.authority:authority", "The CA by which boards and servers know each other"),
         "audit": Entry("fleet.cli.audit:audits", "Prove what boards ran, without believing the server"),
         "sign": Entry("fleet.cli.sign:sign", "Sign together what changes trust; see and renew what expires"),
     },

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import click
 
-from fleet.cli import out
+from fleet import issuing
+from fleet.cli import authority, out
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.ceremony import Ceremony, load, merged, save
 from fleet.cli.home import operator
@@ -41,8 +42,12 @@ def status(options: Options, *, fail_within: str | None) -> Exit:
     who = operator(options)
     with who.client() as client:
         ceremony = Ceremony(options, who, client)
+        view = authority.known(client)
     now = datetime.now(UTC)
     rows = list(_rows(ceremony))
+    issuer = None if view is None else authority.due(view, within=limit or issuing.WARN)
+    if issuer is not None:
+        click.echo(f"the issuing CA ends on {issuer.ends:%Y-%m-%d}: fleet ca renew", err=True)
     late = [row for row in rows if row["expires"] - now < limit]
     if options.json:
         out.show_json({"roles": rows, "late": [row["role"] for row in late]})
@@ -62,7 +67,7 @@ def status(options: Options, *, fail_within: str | None) -> Exit:
             empty="",
         )
     if not late:
-        return Exit.OK
+        return Exit.FAILED if fail_within and issuer is not None else Exit.OK
     names = " ".join(row["role"] for row in late)
     click.echo(f"expires within {out.span(limit.total_seconds())}: {names}; fleet sign renew {names}", err=True)
     return Exit.FAILED

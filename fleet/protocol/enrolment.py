@@ -16,6 +16,10 @@ from fleet.protocol.wire import Message
 
 TOKEN_PREFIX: Final = "wf1."  # noqa: S105 - a format's name, not a secret
 
+EXPIRED: Final = "certificate-expired"
+OUTDATED: Final = "certificate-outdated"
+"""Types of the problems that a new certificate mends: the old one is over, or its issuing CA is accepted no more."""
+
 
 class BadTokenError(ValueError):
     """Not an enrolment token."""

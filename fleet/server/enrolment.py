@@ -8,10 +8,10 @@ from typing import Final
 
 from cryptography import x509
 
-from fleet.ca import BadRequestError, CertificateAuthority, key_der, read_request, serial
+from fleet.ca import BadRequestError, CertificateAuthority, DeviceKey, key_der, read_request, serial
 from fleet.protocol import names
 from fleet.protocol.api import EnrollTokenReply, EnrollTokenRequest
-from fleet.protocol.enrolment import Enrolled, EnrolRequest, RenewReply, Token
+from fleet.protocol.enrolment import EXPIRED, OUTDATED, Enrolled, EnrolRequest, RenewReply, Token
 from fleet.server.home import Config
 from fleet.server.repository import Repository
 from fleet.server.web import Refusal
@@ -21,6 +21,7 @@ from fleet.store.store import Store
 VALID_MIN_S: Final = 60
 VALID_MAX_S: Final = 30 * 86_400
 _SECRET_BYTES: Final = 32
+_RENEW: Final = "renew it: POST /v1/renew"
 _ANOTHER: Final = "make another with fleet enroll-token"
 
 
@@ -165,14 +166,27 @@ class Enrolment:
         if certificate is None:
             raise Refusal(401, "unauthorised", "a client certificate is needed")
         known = self._store.access.certificate(serial(certificate))
-        device = None if known is None else self._store.devices.get(known.device)
-        if known is None or device is None:
+        device = self._by_key(certificate)
+        if device is None or (known is not None and known.device != device.id):
             raise Refusal(403, "unknown-device", "this certificate is of no board here", action="enrol the board again")
-        if known.revoked or device.revoked:
+        if device.revoked or (known is not None and known.revoked):
             raise Refusal(403, "revoked", f"{device.id} was shut out of the fleet")
-        if known.not_after <= self._clock().timestamp() and not renewing:
-            raise Refusal(403, "certificate-expired", "the certificate has expired", action="renew it: POST /v1/renew")
+        if known is None or not self._ca.accepts(certificate):
+            if renewing:  # its own key is enough: whoever stole an issuing CA has not stolen that
+                return device
+            raise Refusal(403, OUTDATED, "this certificate is of an issuing CA that is accepted no more", action=_RENEW)
+        if certificate.not_valid_after_utc <= self._clock() and not renewing:
+            raise Refusal(403, EXPIRED, "the certificate has expired", action=_RENEW)
         return device
+
+    def _by_key(self, certificate: x509.Certificate) -> DeviceRow | None:
+        """The board whose key a client has, as TLS proved; None where its name and key are not one board's."""
+        called = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+        device = self._store.devices.get(str(called[0].value)) if len(called) == 1 else None
+        key = certificate.public_key()
+        if device is None or not isinstance(key, DeviceKey):
+            return None
+        return device if hashlib.sha256(key_der(key)).hexdigest() == device.key_sha256 else None
 
     def renew(self, device: DeviceRow, csr_pem: str) -> RenewReply:
         """A new certificate for the board's own key.

@@ -1,7 +1,7 @@
 """Where a server keeps things, and how it is configured: `<home>/server` and its `server.toml`.
 
 server.toml   this configuration
-ca/           the fleet's CA
+ca/           the fleet's CA: the root's certificate and the issuing CA (in a development fleet, the root's key)
 tls/          the listeners' certificate, and the server's own for its broker
 keys/         director, snapshot, timestamp
 repository/   TUF metadata, one file a version; timestamp.json is the head
@@ -193,6 +193,11 @@ class Home:
     def ca(self) -> Path:
         """The CA's directory."""
         return self.server / "ca"
+
+    @property
+    def ca_root(self) -> Path:
+        """The CA's root key, encrypted: the operator's, never on a server of its own."""
+        return self.operator / "ca.key"
 
     @property
     def tls(self) -> Path:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import socket
 import ssl
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from datetime import datetime
 from typing import Any, Final
 
 import uvicorn
+from cryptography import x509
 
 from fleet.ca import CertificateAuthority, due, write_secret
 from fleet.server.home import Address, Home
 from fleet.server.peercert import PeerCertificateProtocol
 
+log = logging.getLogger(__name__)
 _NO_CHECK_TIME: Final = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME: a board with an expired certificate may still renew; the routes check the dates."""
 _END_S: Final = 5.0
@@ -63,7 +66,10 @@ class Certificates:
         changed = False
         for name in ("server", "mqtt"):
             path = self._tls / f"{name}.pem"
-            if path.exists() and not due(path.read_bytes(), now=now):
+            if path.exists() and not self._outdated(path.read_bytes(), now):
+                continue
+            if self._ca.issuer.not_valid_after_utc <= now and path.exists():
+                log.error("the issuing CA has ended: fleet ca renew")
                 continue
             server = name == "server"
             pair = self._ca.server([self._host], now=now) if server else self._ca.server_client(now=now)
@@ -75,6 +81,11 @@ class Certificates:
             for context in self._contexts:
                 self._load(context)
         return changed
+
+    def _outdated(self, pem: bytes, now: datetime) -> bool:
+        """Whether a certificate is due, or of an issuing CA that is not the newest."""
+        leaf = x509.load_pem_x509_certificate(pem)
+        return leaf.issuer != self._ca.issuer.subject or not self._ca.accepts(leaf) or due(pem, now=now)
 
     def context(self, *, devices: bool) -> ssl.SSLContext:
         """For one listener; the one for boards asks for a certificate of the fleet's CA."""

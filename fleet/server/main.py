@@ -18,11 +18,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from fleet import issuing
 from fleet.ca import CaError, CertificateAuthority
 from fleet.protocol import api, wire
 from fleet.protocol.messages import Poke
 from fleet.protocol.topics import POKE, RETAINED, Topic
 from fleet.server.artifacts import Artifacts
+from fleet.server.authority import Authority
 from fleet.server.broker.child import BrokerError
 from fleet.server.broker.choose import Broker
 from fleet.server.bus import Bus
@@ -163,7 +165,7 @@ class Server:
             raise ServeError(f"another server runs on {self._home.root}: stop it, or use another --home") from None
 
     async def _start_broker(self) -> Broker:
-        broker = Broker.choose(self._config, self._home)
+        broker = Broker.choose(self._config, self._home, lambda: self._ca.revocation_lists)
         if broker.name != "external":
             bind(self._config.mqtt, "the broker").close()
         self._stack.push_async_callback(broker.stop)
@@ -223,6 +225,7 @@ class Server:
                 metrics=Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected),
                 status=self.status,
                 shut_out=lambda: self._broker.shut_out(self._revoked()),
+                authority=Authority(ca=self._ca, store=store, hosts=self._hosts, changed=self._on_issuer, clock=clock),
                 clock=clock,
             )
         )
@@ -233,6 +236,16 @@ class Server:
             enrolment=enrolment,
             director=self._director,
         )
+
+    @property
+    def _hosts(self) -> tuple[str, ...]:
+        external = self._config.external_broker
+        return (self._config.host, *(() if external is None else (external.host,)))
+
+    async def _on_issuer(self) -> None:
+        """Another issuing CA: certificates of the one before are replaced, and what is not accepted has to go."""
+        self._certificates.renew()
+        await self._broker.start_again(self._revoked())
 
     def _publish(self, topic: Topic, payload: bytes) -> bool:
         return self._bus.publish(str(topic), payload, retain=topic.channel in RETAINED)
@@ -285,7 +298,8 @@ class Server:
         devices, online = self._store.devices.count()
         roles = self._repository.roles()
         when = self._clock()
-        problems = [
+        problems = [*issuing.warnings(self._ca, now=when)]
+        problems += [
             f"the role {role.role} expired on {role.expires:%Y-%m-%d}" for role in roles if role.expires <= when
         ]
         if not self._bus.connected:

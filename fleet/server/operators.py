@@ -17,6 +17,7 @@ from fleet.protocol.enrolment import EnrolRequest
 from fleet.protocol.people import Role
 from fleet.server import openapi, web
 from fleet.server.artifacts import Artifacts
+from fleet.server.authority import Authority
 from fleet.server.conductor import Conductor
 from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
@@ -60,6 +61,7 @@ class Services:
     metrics: Metrics
     status: Callable[[], api.Status]
     shut_out: Callable[[], None]
+    authority: Authority
     clock: Callable[[], datetime]
 
 
@@ -108,6 +110,9 @@ class Operators:
             ("GET", "/v1/operators", self._people.everyone),
             ("PUT", "/v1/operators/{name}", self._people.let_in),
             ("POST", "/v1/operators/{name}/remove", self._people.shut_out),
+            ("GET", "/v1/ca", self._s.authority.show),
+            ("PUT", "/v1/ca/issuing", self._s.authority.install),
+            ("POST", "/v1/ca/issuers/{serial}/revoke", self._s.authority.revoke),
             ("GET", "/metrics", self.show_metrics),
             ("GET", "/openapi.json", self.show_openapi),
         ]

@@ -29,7 +29,7 @@ class People:
 
     async def let_in(self, request: Request, by: str) -> Response:
         """PUT /v1/operators/{name}."""
-        self._need_admin(request)
+        need_admin(self._store, request)
         name = names.check_label(param(request, "name"), "operator")
         wish = await body(request, OperatorRequest)
         if name == by and wish.role is not Role.ADMIN:
@@ -43,7 +43,7 @@ class People:
 
     async def shut_out(self, request: Request, by: str) -> Response:
         """POST /v1/operators/{name}/remove."""
-        self._need_admin(request)
+        need_admin(self._store, request)
         name = param(request, "name")
         if name == by:
             raise Refusal(409, "last-admin", "an admin cannot remove itself", action="let another admin do it")
@@ -62,7 +62,9 @@ class People:
             )
         )
 
-    def _need_admin(self, request: Request) -> None:
-        operator = self._store.access.operator(bearer(request))
-        if operator is None or operator[1] != Role.ADMIN:
-            raise Refusal(403, "forbidden", "only an admin says who may come in")
+
+def need_admin(store: Store, request: Request) -> None:
+    """Refuse everybody else; raises `Refusal`."""
+    operator = store.access.operator(bearer(request))
+    if operator is None or operator[1] != Role.ADMIN:
+        raise Refusal(403, "forbidden", "only an admin says who may come in")

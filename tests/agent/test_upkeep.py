@@ -12,11 +12,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from agent import enroll, upkeep
 from agent.config import Disk, Places, Settings
 from agent.enroll import EnrolError
+from agent.fetch import FetchError
 from agent.records import Change, Committed
 from agent.standing import Standing
 from agent.update.machine import Phase, State
 from fleet.ca import CertificateAuthority
 from fleet.protocol.assignment import Item
+from fleet.protocol.codes import RejectCode
 from fleet.protocol.enrolment import RenewReply, RenewRequest
 from fleet.protocol.manifest import Http, Manifest
 
@@ -66,6 +68,41 @@ def test_a_certificate_for_another_key_is_not_put_in_place(board):
     with pytest.raises(EnrolError, match="another key"):
         upkeep.renew_now(places, server, "crane-0a1b2c3d")
     assert (places.identity / "device.pem").read_text() == before
+
+
+def test_a_certificate_is_renewed_at_once_when_the_server_calls_it_outdated(board):
+    """Long before two thirds of its life: its issuing CA was stolen with the server."""
+    places, server = board
+    before = (places.identity / "device.pem").read_text()
+
+    async def story():
+        outdated, renewed = asyncio.Event(), asyncio.Event()
+        loop = upkeep.renew(places, server, "crane-0a1b2c3d", lambda: NOW, outdated=outdated, renewed=renewed.set)
+        task = asyncio.create_task(loop)
+        await asyncio.sleep(0)
+        assert not server.asked
+        outdated.set()
+        async with asyncio.timeout(20):
+            await renewed.wait()
+        task.cancel()
+
+    asyncio.run(story())
+    assert (places.identity / "device.pem").read_text() != before
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "wanted"),
+    [
+        (403, b'{"type":"certificate-outdated"}', True),
+        (403, b'{"type":"certificate-expired"}', True),
+        (403, b'{"type":"revoked"}', False),
+        (403, b"<html>", False),
+        (500, b'{"type":"certificate-outdated"}', False),
+    ],
+)
+def test_which_refusals_a_new_certificate_mends(status, body, wanted):
+    error = FetchError(RejectCode.UNREACHABLE, "no", status=status, body=body)
+    assert enroll.wants_renewal(error) is wanted
 
 
 class Named:

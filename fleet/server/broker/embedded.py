@@ -9,7 +9,7 @@ Mosquitto.
 
 SIGHUP reads the certificate and the list of boards that were shut out anew.
 
-    python -m fleet.server.broker.embedded HOST PORT CA CERTIFICATE KEY REVOKED
+    python -m fleet.server.broker.embedded HOST PORT CA CERTIFICATE KEY REVOKED LISTS
 """
 
 import asyncio
@@ -213,13 +213,14 @@ class Gate:
             await asyncio.wait([task], timeout=_TAKEOVER_S)
 
 
-async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path, revoked: Path) -> None:
-    """Run until SIGTERM."""
+async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path, revoked: Path, lists: Path) -> None:
+    """Run until SIGTERM. `lists`: revocation lists of the accepted issuers; empty where any below the root is."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
     context.load_verify_locations(ca)
     context.verify_mode = ssl.CERT_REQUIRED
+    _accept_only(context, lists)
     broker = Broker(
         BrokerConfig(
             listeners={_LISTENER: ListenerConfig(type=ListenerType.EXTERNAL, bind=f"{host}:{port}")},
@@ -244,12 +245,19 @@ async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path,
         await asyncio.wait_for(broker.shutdown(), 2)
 
 
+def _accept_only(context: ssl.SSLContext, lists: Path) -> None:
+    """Clients of the issuers whose revocation lists these are; of any below the root where there is none."""
+    if lists.exists() and lists.stat().st_size:
+        context.load_verify_locations(lists)
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+
+
 def main(arguments: list[str]) -> None:
-    """HOST PORT CA CERTIFICATE KEY REVOKED."""
+    """HOST PORT CA CERTIFICATE KEY REVOKED LISTS."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     host, port = arguments[:2]
-    ca, certificate, key, revoked = (Path(each) for each in arguments[2:])
-    asyncio.run(serve(host, int(port), ca=ca, certificate=certificate, key=key, revoked=revoked))
+    ca, certificate, key, revoked, lists = (Path(each) for each in arguments[2:])
+    asyncio.run(serve(host, int(port), ca=ca, certificate=certificate, key=key, revoked=revoked, lists=lists))
 
 
 if __name__ == "__main__":

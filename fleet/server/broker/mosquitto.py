@@ -15,6 +15,7 @@ from fleet.ca import SERVER_CN
 from fleet.protocol import caps, topics
 from fleet.server.home import Address
 
+FILE: Final = "mosquitto.conf"
 _SBIN: Final = "/usr/sbin:/usr/local/sbin"
 MAX_PACKET_BYTES: Final = caps.DESIRED_MAX_BYTES + 4 * caps.KIB
 
@@ -25,8 +26,13 @@ def find() -> Path | None:
     return None if found is None else Path(found)
 
 
-def configure(directory: Path, *, address: Address, ca: Path, certificate: Path, key: Path) -> Path:
-    """Write the configuration and return its path. `write_acl` goes with it."""
+def configure(
+    directory: Path, *, address: Address, ca: Path, certificate: Path, key: Path, lists: Path | None = None
+) -> Path:
+    """Write the configuration and return its path. `write_acl` goes with it.
+
+    `lists`: a file with the revocation lists of the accepted issuers; certificates of others are refused.
+    """
     data = directory / "data"
     data.mkdir(mode=0o700, exist_ok=True)
     lines = [
@@ -36,6 +42,7 @@ def configure(directory: Path, *, address: Address, ca: Path, certificate: Path,
         f"cafile {ca}",
         f"certfile {certificate}",
         f"keyfile {key}",
+        *([] if lists is None else [f"crlfile {lists}"]),
         "tls_version tlsv1.2",
         "require_certificate true",
         "use_identity_as_username true",
@@ -56,7 +63,7 @@ def configure(directory: Path, *, address: Address, ca: Path, certificate: Path,
     ]
     if os.geteuid() == 0:
         lines.append("user root")  # else it would become a user who cannot read these files
-    path = directory / "mosquitto.conf"
+    path = directory / FILE
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

@@ -45,6 +45,7 @@ T = TypeVar("T")
 
 Behaviour = Callable[[Item], list[Report]]
 PATIENCE_S = 20
+PASSPHRASE = b"correct horse"
 
 
 def free_port() -> int:
@@ -62,7 +63,10 @@ class Operator:
         self.http = httpx.AsyncClient(
             base_url=url, verify=context, headers={"authorization": f"Bearer {token}"}, timeout=PATIENCE_S
         )
-        self._key = keys.load(home / "operator" / "keys" / "main.pem")
+        try:
+            self._key = keys.load(home / "operator" / "keys" / "main.pem")
+        except keys.EncryptedError:
+            self._key = keys.load(home / "operator" / "keys" / "main.pem", passphrase=PASSPHRASE)
 
     async def get(self, kind: type[Any], path: str, **query: Any) -> Any:
         return self._read(kind, await self.http.get(path, params=query))
@@ -172,9 +176,14 @@ class Board:
         self._client: mqtt.Client | None = None
         self._files = (directory / f"{self.device}.pem", directory / f"{self.device}-ca.pem")
         secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-        self._files[0].write_text(enrolled.certificate_pem + secret)
+        self._secret = secret
+        self.hold(enrolled.certificate_pem)
         self._files[1].write_text(enrolled.ca_pem)
         self._trusted = TrustedSet(root=enrolled.root.encode(), fetch=self._fetch)
+
+    def hold(self, certificate_pem: str) -> None:
+        """Put a certificate for its key in place."""
+        self._files[0].write_text(certificate_pem + self._secret)
 
     def context(self) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=str(self._files[1]))
@@ -339,7 +348,7 @@ class Fleet:
             self.home,
             fleet="test",
             size=size,
-            passphrase=None if size == "dev" else b"correct horse",
+            passphrase=None if size == "dev" else PASSPHRASE,
             operators_port=free_port(),
             devices_port=free_port(),
             mqtt_port=free_port(),
@@ -430,8 +439,8 @@ def new_fleet(tmp_path: Path) -> Callable[..., contextlib.AbstractAsyncContextMa
     """`async with new_fleet() as fleet`: a server that runs; Mosquitto where it is installed."""
 
     @contextlib.asynccontextmanager
-    async def make(broker: str = "auto") -> AsyncIterator[Fleet]:
-        async with Fleet(tmp_path, broker) as fleet:
+    async def make(broker: str = "auto", size: str = "dev") -> AsyncIterator[Fleet]:
+        async with Fleet(tmp_path, broker, size) as fleet:
             yield fleet
 
     return make

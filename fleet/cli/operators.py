@@ -1,0 +1,147 @@
+"""`fleet operators`: who may come in to the server, and as what. Tokens are shown once: the server keeps hashes."""
+
+import os
+from pathlib import Path
+
+import click
+
+from fleet.cli import out
+from fleet.cli.base import Fault, Options, check_choice, command
+from fleet.cli.home import TOKEN_VARIABLE, operator
+from fleet.client import Client, ProblemError
+from fleet.protocol.people import OperatorReply, Role
+
+_ROLE = click.option(
+    "--role",
+    type=click.Choice([str(each) for each in Role]),
+    help="viewer looks; operator changes what boards run, too; admin also says who comes in",
+)
+_SAVE = click.option(
+    "--save",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the token into this new file (0600) instead of printing it",
+)
+
+
+@click.group("operators", short_help="Who may come in to the server, and as what")
+def operators() -> None:
+    """Say who may come in to the server, and as what.
+
+    A token opens the server's API. It signs nothing: what boards run is decided by keys ('fleet keys').
+    """
+
+
+@command("list", examples="fleet operators list\nfleet operators list --json")
+def list_(options: Options) -> None:
+    """List the operators with their roles."""
+    with operator(options).client() as client:
+        found = client.operators()
+    if options.json:
+        out.show_json(found)
+    else:
+        rows = [(each.name, str(each.role), f"{each.created_at:%Y-%m-%d}") for each in found.operators]
+        out.table(("OPERATOR", "ROLE", "SINCE"), rows, empty="nobody")
+
+
+@command("add", examples="fleet operators add bob\nfleet operators add board-room --role viewer --save room.token")
+@click.argument("name")
+@_ROLE
+@_SAVE
+def add(options: Options, *, name: str, role: str | None, save: Path | None) -> None:
+    """Let NAME in with a token of its own, which is shown once."""
+    _check_free(save)
+    with operator(options).client() as client:
+        if any(each.name == name for each in client.operators().operators):
+            raise Fault(f"{name} may come in already", action=f"'fleet operators rotate {name}' gives it another token")
+        _hand_over(options, client.let_in(name, Role(role or Role.OPERATOR)), save)
+
+
+@command("rotate", examples="fleet operators rotate bob\nfleet operators rotate admin    (this machine's own token)")
+@click.argument("name")
+@_ROLE
+@_SAVE
+def rotate(options: Options, *, name: str, role: str | None, save: Path | None) -> None:
+    """Give NAME another token in place of the one before, and with --role another role.
+
+    The token of this machine is written to operator/token by itself, unless --save says where else.
+    """
+    _check_free(save)
+    who = operator(options)
+    with who.client() as client:
+        known = {each.name: each.role for each in client.operators().operators}
+        check_choice(name, list(known), "operator")
+        reply = client.let_in(name, Role(role) if role else known[name])
+        own = who.directory / "token"
+        if save is None and _was_mine(client) and not os.environ.get(TOKEN_VARIABLE):
+            beside = own.with_name(".token.new")
+            beside.unlink(missing_ok=True)
+            _write(beside, reply.token)
+            beside.replace(own)
+            _say(options, reply, f"{name} has another token; it is in {own}.", token=False)
+            return
+    _hand_over(options, reply, save)
+
+
+@command("revoke", examples="fleet operators revoke bob")
+@click.argument("name")
+def revoke(options: Options, *, name: str) -> None:
+    """Let NAME in no more."""
+    with operator(options).client() as client:
+        known = [each.name for each in client.operators().operators]
+        left = client.shut_out(check_choice(name, known, "operator"))
+    if options.json:
+        out.show_json(left)
+    else:
+        out.say(options, f"{name} may not come in any more.")
+
+
+def _was_mine(client: Client) -> bool:
+    """Whether the token that this machine has stopped counting: it was the one that was replaced."""
+    try:
+        client.status()
+    except ProblemError as error:
+        return error.problem.type == "unauthorised"
+    return False
+
+
+def _hand_over(options: Options, reply: OperatorReply, save: Path | None) -> None:
+    if save is None:
+        _say(options, reply, "", token=True)
+        return
+    _write(save, reply.token)
+    _say(
+        options, reply, f"The token of {reply.name} ({reply.role}) is in {save}; nobody else may read it.", token=False
+    )
+
+
+def _say(options: Options, reply: OperatorReply, words: str, *, token: bool) -> None:
+    if options.json:
+        facts: dict[str, str] = {"name": reply.name, "role": reply.role.value}
+        out.show_json(facts | ({"token": reply.token} if token else {}))
+    elif token:
+        out.say(options, f"{reply.name} may come in as {reply.role}, with this token in operator/token (mode 0600)")
+        out.say(options, f"or in {TOKEN_VARIABLE}. It is not shown again:\n")
+        click.echo(reply.token)
+    else:
+        out.say(options, words)
+
+
+def _check_free(path: Path | None) -> None:
+    if path is not None and path.exists():
+        raise Fault(f"{path} exists", "a token is never overwritten", "choose another --save")
+
+
+def _write(path: Path, token: str) -> None:
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(token + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise Fault(f"cannot write {path}", (error.strerror or str(error)).lower(), "rotate the token again") from None
+
+
+for each in (list_, add, rotate, revoke):
+    operators.add_command(each)

@@ -1,0 +1,219 @@
+"""The issuing CA: boards pin the root, which is offline; what is below it may be stolen, and is shut out."""
+
+import asyncio
+import shutil
+import ssl
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import msgspec
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fleet import issuing
+from fleet.ca import SERVER_CN, CaError, CertificateAuthority, private_pem, serial
+from fleet.protocol.authority import CaView, IssuingRequest
+from fleet.protocol.enrolment import RenewReply, RenewRequest
+from fleet.server.broker import mosquitto
+from fleet.server.home import Home
+from tests.fleet.server.conftest import BROKERS, PASSPHRASE, request_certificate
+
+NOW = datetime.now(UTC)
+needs_mosquitto = pytest.mark.skipif(mosquitto.find() is None, reason="mosquitto is not installed")
+
+
+def root_of(fleet):
+    place = Home(fleet.home)
+    return issuing.open_root(place.ca_root, place.operator / "ca.pem", PASSPHRASE)
+
+
+async def renewed(fleet, root, **more):
+    """`fleet ca renew`: the server's request, signed with the root."""
+    view = await fleet.operator.get(CaView, "/v1/ca")
+    made = issuing.sign(root, view.request, now=datetime.now(UTC), **more)
+    return await fleet.operator.send(CaView, "PUT", "/v1/ca/issuing", IssuingRequest(issuing_pem=made))
+
+
+async def ask(board, path="/v1/tuf/timestamp.json"):
+    with board.http() as http:
+        return await asyncio.to_thread(http.get, path)
+
+
+async def renew_board(board, key=None):
+    body = msgspec.json.encode(RenewRequest(csr_pem=request_certificate(key or board.key)))
+    with board.http() as http:
+        return await asyncio.to_thread(http.post, "/v1/renew", content=body)
+
+
+async def refused_by_the_broker(board):
+    """Whether a TLS connection with what the board holds comes to nothing."""
+    address = httpx.URL(board.enrolled.mqtt[0])
+    try:
+        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=board.context())
+        # TLS 1.3 tells a client that it was refused with the first byte: ask for one
+        writer.write(b"\x10\x0f\x00\x04MQTT\x04\x02\x00\x3c\x00\x03abc")
+        await writer.drain()
+        answered = await reader.read(1)
+        writer.close()
+    except (ssl.SSLError, ConnectionError):
+        return True
+    return answered == b""
+
+
+@needs_mosquitto
+def test_the_root_stays_with_the_operator_and_another_issuing_ca_needs_no_enrolment(new_fleet):
+    async def story():
+        async with new_fleet("auto", "solo") as fleet:
+            place = Home(fleet.home)
+            on_the_server = b"".join(path.read_bytes() for path in place.server.rglob("*") if path.is_file())
+            root = root_of(fleet)
+            assert private_pem(root.key).splitlines()[1] not in on_the_server
+            with pytest.raises(CaError, match="passphrase is wrong"):
+                issuing.open_root(place.ca_root, place.operator / "ca.pem", b"wrong horse")
+
+            board = await fleet.board("gate")
+            pinned = board.enrolled.ca_pem
+            assert x509.load_pem_x509_certificate(pinned.encode()) == root.certificate
+            view = await renewed(fleet, root)
+            assert [each.current for each in view.issuers] == [True, False]
+            # What was issued before still counts, on both ways; what is issued now hangs below the new one.
+            assert (await ask(board)).status_code == 200
+            assert not await refused_by_the_broker(board)
+            other = await fleet.board("lift")
+            assert other.enrolled.ca_pem == pinned
+            leaf = x509.load_pem_x509_certificate(other.enrolled.certificate_pem.encode())
+            assert leaf.issuer.rfc4514_string() == view.issuers[0].name
+            assert leaf.not_valid_after_utc <= view.issuers[0].ends
+            assert view.issuers[0].ends <= datetime.now(UTC) + issuing.LIFE
+            await fleet.stop()
+            await fleet.start()
+            assert (await ask(board)).status_code == 200
+
+    asyncio.run(story())
+
+
+def to_production(fleet):
+    """`fleet ca offline` on a development fleet, on its files: the embedded broker is for development only."""
+    place = Home(fleet.home)
+    root = issuing.Root(*(fleet.server._ca._key, fleet.server._ca.root))
+    issuing.accept(place.ca, root.certificate, root.key, until=NOW + issuing.LIFE, now=NOW)
+    return root
+
+
+@pytest.mark.parametrize("which", BROKERS)
+def test_who_stole_an_issuing_ca_is_shut_out_and_the_boards_are_not(new_fleet, tmp_path, which):
+    async def story():
+        async with new_fleet(which) as fleet:
+            root = to_production(fleet)
+            await renewed(fleet, root)
+            board = await fleet.board("gate")
+            await board.disconnect()
+            # The thief copies the server's CA, and makes himself a board, and the server of the broker.
+            shutil.copytree(Home(fleet.home).ca, tmp_path / "loot")
+            loot = CertificateAuthority.load(tmp_path / "loot")
+            own = ec.generate_private_key(ec.SECP256R1())
+            stolen = serial(loot.issuer)
+            impostor = await fleet.enrol("spy", key=own)
+            impostor.device = board.device
+            impostor.hold(loot.device(own.public_key(), board.device, now=NOW).pem)
+            assert (await ask(impostor)).json()["type"] == "unknown-device", "not with another key than the board's"
+
+            await renewed(fleet, root)
+            view = await fleet.operator.send(CaView, "POST", f"/v1/ca/issuers/{stolen}/revoke")
+            assert stolen not in [each.serial for each in view.issuers]
+            for name in (board.device, SERVER_CN):
+                impostor.hold(loot.device(own.public_key(), name, now=NOW).pem)
+                assert (await ask(impostor)).status_code == 403
+                assert (await renew_board(impostor, own)).status_code == 403
+                assert await refused_by_the_broker(impostor)
+
+            # The board's certificate is of the stolen CA too: with its own key it may renew, and only that.
+            refused = await ask(board)
+            assert (refused.status_code, refused.json()["type"]) == (403, "certificate-outdated")
+            assert await refused_by_the_broker(board)
+            answer = await renew_board(board)
+            assert answer.status_code == 200, answer.text
+            board.hold(msgspec.json.decode(answer.content, type=RenewReply).certificate_pem)
+            assert (await ask(board)).status_code == 200
+            await board.connect()
+            await fleet.online(board)
+            await fleet.stop()
+            await fleet.start()
+
+    asyncio.run(story())
+
+
+def test_what_an_issuing_ca_may_do_is_written_in_it(tmp_path):
+    root = issuing.create("acme", now=NOW)
+    request = issuing.request(tmp_path, ["fleet.example.com"])
+    assert issuing.asked(request) == ("fleet.example.com", "localhost", "127.0.0.1", "::1")
+    made = x509.load_pem_x509_certificate(issuing.sign(root, request, now=NOW).encode())
+    basic = made.extensions.get_extension_for_class(x509.BasicConstraints)
+    assert (basic.critical, basic.value.ca, basic.value.path_length) == (True, True, 0)
+    names = made.extensions.get_extension_for_class(x509.NameConstraints)
+    assert names.critical
+    assert x509.DNSName("fleet.example.com") in (names.value.permitted_subtrees or [])
+    assert made.not_valid_after_utc - NOW <= issuing.LIFE
+    with pytest.raises(CaError, match="at the most"):
+        issuing.sign(root, request, now=NOW, life=timedelta(days=91))
+    with pytest.raises(CaError, match="no request"):
+        issuing.sign(root, "nonsense", now=NOW)
+    # Nobody else's, and not for another request.
+    (tmp_path / "ca.pem").write_text(issuing.sign(root, request, now=NOW))
+    with pytest.raises(CaError, match="below this fleet's root"):
+        issuing.install(tmp_path, issuing.sign(root, request, now=NOW), now=NOW)
+
+
+def test_a_server_name_outside_its_constraints_convinces_nobody(tmp_path):
+    """A stolen issuing CA cannot pose as any other server than the fleet's own."""
+    root = issuing.create("acme", now=NOW)
+    for name in ("here", "server"):
+        (tmp_path / name).mkdir()
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    (tmp_path / "server/ca.pem").write_bytes(root.certificate.public_bytes(Encoding.PEM))
+    request = issuing.request(tmp_path / "server", ["fleet.example.com"])
+    issuing.install(tmp_path / "server", issuing.sign(root, request, now=NOW), now=NOW)
+    ca = CertificateAuthority.load(tmp_path / "server")
+    for host, good in (("fleet.example.com", True), ("bank.example.com", False)):
+        pair = ca.server([host], now=NOW)
+        (tmp_path / "leaf.pem").write_bytes(pair.certificate_pem + pair.key_pem)
+        assert handshake(tmp_path / "leaf.pem", tmp_path / "server/ca.pem", host) is good
+
+
+def handshake(leaf, ca, host):
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=ca)
+    server.load_cert_chain(leaf)
+    client.verify_flags |= ssl.VERIFY_X509_STRICT
+    ends = [ssl.MemoryBIO() for _ in range(4)]
+    ours = client.wrap_bio(ends[0], ends[1], server_hostname=host)
+    theirs = server.wrap_bio(ends[2], ends[3], server_side=True)
+    for _ in range(10):
+        for end, out, peer in ((ours, ends[1], ends[2]), (theirs, ends[3], ends[0])):
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLCertVerificationError:
+                return False
+            peer.write(out.read())
+    return True
+
+
+def test_an_issuing_ca_that_ends_is_named_and_then_renewed_over_its_own_ruins(new_fleet, tmp_path):
+    async def story():
+        async with new_fleet("embedded") as fleet:
+            root = to_production(fleet)
+            await renewed(fleet, root, life=timedelta(days=20))
+            status = (await fleet.operator.http.get("/v1/status")).json()
+            assert any("fleet ca renew" in problem for problem in status["problems"])
+            await renewed(fleet, root)
+            status = (await fleet.operator.http.get("/v1/status")).json()
+            assert not any("fleet ca renew" in problem for problem in status["problems"])
+            viewer = await fleet.operator.http.put("/v1/operators/eve", content=b'{"role":"operator"}')
+            fleet.operator.http.headers["authorization"] = "Bearer " + viewer.json()["token"]
+            problem = await fleet.operator.problem("PUT", "/v1/ca/issuing", IssuingRequest(issuing_pem=""))
+            assert problem.status == 403
+
+    asyncio.run(story())
