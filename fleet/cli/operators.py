@@ -117,7 +117,7 @@ def _hand_over(options: Options, reply: OperatorReply, save: Path | None) -> Non
 
 def _say(options: Options, reply: OperatorReply, words: str, *, token: bool) -> None:
     if options.json:
-        facts: dict[str, str] = {"name": reply.name, "role": reply.role.value}
+        facts: dict[str, object] = {"name": reply.name, "role": reply.role.value}
         out.show_json(facts | ({"token": reply.token} if token else {}))
     elif token:
         out.say(options, f"{reply.name} may come in as {reply.role}, with this token in operator/token (mode 0600)")
