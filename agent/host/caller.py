@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from agent.host import control
+from agent.host import cell, control
 from agent.host.adapted import start
 from agent.host.engine import TICK_MS, Guest, Image
 from agent.host.faults import EngineError, GuestError
@@ -36,10 +36,14 @@ Say = Callable[[control.FromLane], None]
 class Ticker:
     """The thread that lets a guest's time pass. Make it on the thread that will call."""
 
-    def __init__(self, tick: Callable[[], None], say: Say, limits: Limits) -> None:
+    def __init__(
+        self, tick: Callable[[], None], say: Say, limits: Limits, *, waits: Callable[[], bool] = lambda: True
+    ) -> None:
+        """`waits`: whether the calling thread, when it has had no processor, waits for something else."""
         self._tick = tick
         self._say = say
         self._limits = limits
+        self._waits = waits
         self._clock = time.pthread_getcpuclockid(threading.get_ident())
         self._wake = threading.Event()
         self._parked = False
@@ -96,7 +100,7 @@ class Ticker:
         own_ns, self._used_ns = used_ns - self._used_ns, used_ns
         passed_ms = min(passed_ms, TICK_MOST_MS)
         self._total_ms += passed_ms
-        self._idle_ms = 0 if own_ns else self._idle_ms + passed_ms
+        self._idle_ms = 0 if own_ns or not self._waits() else self._idle_ms + passed_ms
         self._carry_ns += own_ns
         while self._carry_ns >= TICK_MS * _NS_PER_MS:
             self._carry_ns -= TICK_MS * _NS_PER_MS
@@ -153,6 +157,7 @@ class Caller:
         say: Say,
         data: str = "",
         ticker: Ticker | None = None,
+        scheduling_fd: int | None = None,
     ) -> None:
         """`ticker`: that of the process, where there are other callers; None to start one."""
         self._image = image
@@ -166,7 +171,7 @@ class Caller:
         self._faults = Allowance(_FAULTS_A_SECOND * 60)
         self._dropped = 0
         self._guest: Guest | None = None
-        self._ticker = ticker or Ticker(image.engine.tick, say, limits)
+        self._ticker = ticker or Ticker(image.engine.tick, say, limits, waits=lambda: cell.waits(scheduling_fd))
 
     def start(self) -> frozenset[str]:
         """Instantiate the guest; what it exports.
@@ -213,19 +218,36 @@ class Caller:
         self.count(CallOutcome.OK, began_ns, error=problem is not None)
         return problem
 
+    def save_state(self, most: int) -> tuple[bytes, str | None]:
+        """The guest's state of at most `most` bytes, or empty and why there is none."""
+        try:
+            state, problem = self._call(Guest.save_state, self.limits.start_ms)
+        except GuestError as error:
+            return b"", str(error).splitlines()[0]
+        if problem is None and len(state) > most:
+            return b"", f"its state has {len(state)} bytes, {most} are allowed (limits.state)"
+        return state, problem
+
+    def load_state(self, state: bytes) -> str | None:
+        """Give the guest a state: None for loaded, else a sentence."""
+        try:
+            return self._call(lambda guest: guest.load_state(state), self.limits.start_ms)
+        except GuestError as error:
+            return str(error).splitlines()[0]
+
     def count(self, outcome: CallOutcome, began_ns: int | None, *, error: bool = False) -> None:
         """Count a call that began at `began_ns` (None: the guest was not entered)."""
         us = None if began_ns is None else (time.monotonic_ns() - began_ns) // 1000
         self._page.end(outcome, us, error=error)
 
-    def _call(self, enter: Callable[[Guest], T]) -> T:
+    def _call(self, enter: Callable[[Guest], T], own_ms: int = 0) -> T:
         try:
             if self._guest is None:
                 self.start()
             assert self._guest is not None
             now_ns = time.monotonic_ns()
             self._page.begin(now_ns)
-            self._ticker.begin(now_ns, self.limits.call_ms, self)
+            self._ticker.begin(now_ns, own_ms or self.limits.call_ms, self)
             try:
                 return enter(self._guest)
             finally:

@@ -146,6 +146,24 @@ def memory_figures() -> int | None:
         return None
 
 
+def scheduling() -> int | None:
+    """A descriptor that tells whether the calling thread runs, may run or waits; None without /proc."""
+    try:
+        return os.open("/proc/thread-self/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def waits(scheduling_fd: int | None) -> bool:
+    """Whether the thread waits for something other than the processor (proc(5), `/proc/pid/stat`: its state)."""
+    if scheduling_fd is None:
+        return True
+    try:
+        return os.pread(scheduling_fd, 512, 0).rpartition(b") ")[2][:1] != b"R"
+    except OSError:
+        return True
+
+
 def enter(plan: Plan) -> dict[str, bool]:
     """Put up every layer that can be; layer -> whether it holds.
 

@@ -69,6 +69,7 @@ class Clients:
         self._sources: dict[int, socket.socket] = {}
         self._successor: socket.socket | None = None
         self._leaving = False
+        self._held = False
         self._deadline_s = 0.0
         self._passed = self._cut = 0
         self._next_sweep_s = 0.0
@@ -94,6 +95,7 @@ class Clients:
     def hand_over(self, successor: socket.socket | None, *, deadline_s: float) -> None:
         """Accept no more, and pass (or end) every connection at its next message boundary."""
         self._stop_accepting()
+        self._release()
         self._leaving = True
         self._successor = successor
         if successor is not None:
@@ -104,6 +106,7 @@ class Clients:
             while source.fileno() >= 0 and self._receive(source):
                 pass  # what was passed to this lane and not taken up yet goes on too
         for client in list(self._clients.values()):
+            self._settle(client)
             self._leave(client)
         self._finish_leaving()
 
@@ -114,6 +117,29 @@ class Clients:
         _close(self._successor)
         for sock in [*self._sources.values(), *(client.sock for client in self._clients.values())]:
             sock.close()
+
+    def hold(self) -> None:
+        """Answer nobody until `hand_over` or `resume`: what comes meanwhile waits in the sockets."""
+        self._held = True
+        self._pause_accepting()
+        for source in self._sources.values():
+            self._poll.unregister(source)
+        for client in list(self._clients.values()):
+            self._settle(client)
+
+    def resume(self) -> None:
+        """Go on as before `hold`."""
+        self._release()
+        if self._listener is not None:
+            self._accept_or_wait()
+        for client in list(self._clients.values()):
+            self._work(client)
+
+    def _release(self) -> None:
+        if self._held:
+            self._held = False
+            for source in self._sources.values():
+                self._poll.register(source, select.EPOLLIN)
 
     # The loop.
 
@@ -129,6 +155,8 @@ class Clients:
 
     def event(self, fd: int, mask: int) -> None:
         """Something happened on a descriptor of ours."""
+        if self._held and not mask & select.EPOLLOUT:
+            return  # of the same turn of the loop as the hold
         if self._listener is not None and fd == self._listener.fileno():
             self._accept()
         elif fd in self._sources:
@@ -230,7 +258,7 @@ class Clients:
 
     def _work(self, client: Client) -> None:
         """Answer what is whole, send what is answered, and leave if it is time."""
-        while client.state.requests and not client.out:
+        while client.state.requests and not client.out and not self._held:
             request = client.state.requests.popleft()
             if self._leaving and self._successor is None:
                 request.keep_alive = False
@@ -267,22 +295,33 @@ class Clients:
         if client.state.closing and not client.out:
             self._drop(client)
             return
-        awaits = select.EPOLLOUT if client.out else select.EPOLLIN
-        if awaits != client.awaits:
-            client.awaits = awaits
-            self._poll.modify(client.sock, awaits)
+        self._await(client, select.EPOLLOUT if client.out else 0 if self._held else select.EPOLLIN)
         if self._leaving and not client.out:
             self._leave(client)
             self._finish_leaving()
+
+    def _await(self, client: Client, mask: int) -> None:
+        if not mask and client.awaits:
+            self._poll.unregister(client.sock)
+        elif mask and not client.awaits:
+            self._poll.register(client.sock, mask)
+        elif mask != client.awaits:
+            self._poll.modify(client.sock, mask)
+        client.awaits = mask
 
     def _drop(self, client: Client) -> None:
         fd = client.sock.fileno()
         if fd < 0:
             return
-        self._poll.unregister(fd)
+        self._await(client, 0)
         del self._clients[fd]
         client.sock.close()
-        if self._listener is not None and not self._accepting and len(self._clients) < self._clients_max:
+        if (
+            self._listener is not None
+            and not self._accepting
+            and not self._held
+            and len(self._clients) < self._clients_max
+        ):
             self._accept_or_wait()
         if self._leaving:
             self._finish_leaving()
@@ -291,7 +330,7 @@ class Clients:
 
     def _leave(self, client: Client) -> None:
         prefix = client.state.prefix
-        if client.out or prefix is None:
+        if client.sock.fileno() < 0 or client.out or prefix is None:
             return
         if self._successor is None:
             if client.state.idle:
@@ -303,7 +342,7 @@ class Clients:
             return  # the successor is busy or gone: it is served here until the deadline
         self._passed += 1
         fd = client.sock.fileno()
-        self._poll.unregister(fd)
+        self._await(client, 0)
         del self._clients[fd]
         client.sock.close()
 

@@ -104,12 +104,15 @@ def _text(vector: Any) -> bytes:
 def _read(result: Any) -> Answer:
     assert result.kind == ffi.WASMTIME_COMPONENT_RECORD.value
     fields = {_text(result.of.record.data[i].name): result.of.record.data[i].val for i in range(result.of.record.size)}
-    values = fields[b"body"].of.list
-    body = b""
-    if values.size:
-        raw = (ctypes.c_uint8 * (values.size * _VALUE)).from_address(ctypes.addressof(values.data.contents))
-        body = memoryview(raw).cast("B")[_PAYLOAD::_VALUE].tobytes()
+    body = _bytes(fields[b"body"].of.list)
     return fields[b"status"].of.u16, _text(fields[b"headers"].of.string), body
+
+
+def _bytes(values: Any) -> bytes:
+    if not values.size:
+        return b""
+    raw = (ctypes.c_uint8 * (values.size * _VALUE)).from_address(ctypes.addressof(values.data.contents))
+    return memoryview(raw).cast("B")[_PAYLOAD::_VALUE].tobytes()
 
 
 def exchange(store: Store, func: Func, head: bytes) -> bytes:
@@ -133,6 +136,51 @@ def exchange(store: Store, func: Func, head: bytes) -> bytes:
         return _text(result.of.string)
     finally:
         ffi.wasmtime_component_val_delete(byref(result))
+
+
+def give_bytes(store: Store, func: Func) -> tuple[bytes, str | None]:
+    """Call `func() -> result<list<u8>, string>`: bytes, or a sentence. Raises the binding's error if it fails."""
+    result = ffi.wasmtime_component_val_t()
+    error = ffi.wasmtime_component_func_call(byref(func._func), store._context(), None, 0, byref(result), 1)  # noqa: SLF001
+    if error:
+        raise WasmtimeError._from_ptr(error)  # noqa: SLF001
+    try:
+        problem = _problem(result)
+        return (b"" if problem is not None else _bytes(result.of.result.val.contents.of.list)), problem
+    finally:
+        ffi.wasmtime_component_val_delete(byref(result))
+
+
+def take_bytes(store: Store, func: Func, data: bytes) -> str | None:
+    """Call `func(data: list<u8>) -> result<_, string>`: None, or a sentence. Raises the binding's error if it fails."""
+    value, result = ffi.wasmtime_component_val_t(), ffi.wasmtime_component_val_t()
+    array = _array(len(data))
+    if data:
+        memoryview(array).cast("B")[_PAYLOAD::_VALUE] = data
+    value.kind = ffi.WASMTIME_COMPONENT_LIST
+    value.of.list.size = len(data)
+    value.of.list.data = ctypes.cast(array, type(value.of.list.data))
+    error = ffi.wasmtime_component_func_call(
+        byref(func._func),  # noqa: SLF001
+        store._context(),  # noqa: SLF001
+        byref(value),
+        1,
+        byref(result),
+        1,
+    )
+    if error:
+        raise WasmtimeError._from_ptr(error)  # noqa: SLF001
+    try:
+        return _problem(result)
+    finally:
+        ffi.wasmtime_component_val_delete(byref(result))
+
+
+def _problem(result: Any) -> str | None:
+    assert result.kind == ffi.WASMTIME_COMPONENT_RESULT.value
+    if result.of.result.is_ok:
+        return None
+    return _text(result.of.result.val.contents.of.string).decode(errors="replace")
 
 
 def set_stdin(wasi: WasiConfig, body: bytes) -> None:

@@ -45,7 +45,7 @@ class Commons:
             adapted = any(image.adapted for image in self._images.values())
             if adapted:
                 heads.catch()
-            figures_fd = cell.memory_figures()
+            figures_fd, scheduling_fd = cell.memory_figures(), cell.scheduling()
             self._layers = cell.enter(
                 cell.shared_plan(
                     uid=order.uid,
@@ -64,7 +64,10 @@ class Commons:
             return False
         for fd in fds:
             os.close(fd)
-        self._ticker = Ticker(self._engine.tick, lambda _message: None, Limits())  # each call says whose it is
+        # Each call says whose it is.
+        self._ticker = Ticker(
+            self._engine.tick, lambda _message: None, Limits(), waits=lambda: cell.waits(scheduling_fd)
+        )
         opened = control.Opened(layers=self._layers)
         control.send(self._sock, opened, *(() if figures_fd is None else (figures_fd,)))
         if figures_fd is not None:

@@ -94,13 +94,30 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
     scheduled_ms: int
 
 
+class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag="save-state"):
+    """Have the guest save its state into the memfd that comes along, and answer nobody until `HandOver` or `Resume`.
+
+    Answered with `StateSaved`; with a problem in it, the lane goes on by itself.
+    """
+
+
+class LoadState(msgspec.Struct, frozen=True, kw_only=True, tag="load-state"):
+    """Have the guest load the first `length` bytes of the memfd that comes along. Answered with `StateLoaded`."""
+
+    length: int
+
+
+class Resume(msgspec.Struct, frozen=True, kw_only=True, tag="resume"):
+    """Go on after `SaveState`."""
+
+
 class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
     """Answer with `Probed`: whether the lane still listens."""
 
     id: int
 
 
-ToLane = Setup | Open | Seat | Serve | Adopt | HandOver | Check | Task | Probe
+ToLane = Setup | Open | Seat | Serve | Adopt | HandOver | Check | Task | Probe | SaveState | LoadState | Resume
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -149,6 +166,19 @@ class Ran(msgspec.Struct, frozen=True, kw_only=True, tag="ran"):
     problem: str | None = None
 
 
+class StateSaved(msgspec.Struct, frozen=True, kw_only=True, tag="state-saved"):
+    """How many bytes the state has, or why there is none."""
+
+    length: int = 0
+    problem: str | None = None
+
+
+class StateLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="state-loaded"):
+    """None for loaded."""
+
+    problem: str | None = None
+
+
 class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
     """It listens."""
 
@@ -178,7 +208,8 @@ class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
     why: str
 
 
-FromLane = Ready | Opened | Refused | HandedOver | Checked | Ran | Probed | Line | Fault | Busy | Overdue
+Said = Checked | Ran | Probed | StateSaved | StateLoaded
+FromLane = Ready | Opened | Refused | HandedOver | Said | Line | Fault | Busy | Overdue
 
 _to_lane: Final[msgspec.json.Decoder[ToLane]] = msgspec.json.Decoder(ToLane)
 _from_lane: Final[msgspec.json.Decoder[FromLane]] = msgspec.json.Decoder(FromLane)

@@ -181,6 +181,8 @@ class Crew:
         generation.dropped = True
         for lane in list(generation.lanes):
             self.retire(generation, lane, drained=drained)
+        if generation.saved is not None:
+            generation.saved.close()
         if generation.image_fd >= 0:
             os.close(generation.image_fd)
             generation.image_fd = -1

@@ -21,7 +21,7 @@ from wasmtime import _ffi as ffi
 from wasmtime import component as wc
 from wasmtime.component import Func
 
-from agent.host.codec import Answer, Codec, Fast, Stock, exchange, set_stdin
+from agent.host.codec import Answer, Codec, Fast, Stock, exchange, give_bytes, set_stdin, take_bytes
 from agent.host.faults import EngineError, first_lines, guest_error
 from agent.host.heads import refuse, utf8
 from agent.host.space import FULL, NONE, MemoryPlan, memory_plan, reservable_bytes
@@ -41,6 +41,7 @@ _MAX_LINE_CHARS: Final = 4096
 HANDLER: Final = "wasmfleet:http/handler"
 HEALTH: Final = "wasmfleet:http/health"
 TASK: Final = "wasmfleet:schedule/task"
+STATE: Final = "wasmfleet:state/state"
 LOGGING: Final = "wasi:logging/logging"
 DATA: Final = "/data"  # where a guest that may have files finds its own
 CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
@@ -268,6 +269,8 @@ class Guest:
         self._handle = self._function(*self._entry)
         self._check = self._function(HEALTH, "check")
         self._run = self._function(TASK, "run")
+        self._save = self._function(STATE, "save-state")
+        self._load = self._function(STATE, "load-state")
 
     _entry = (HANDLER, "handle")
 
@@ -297,8 +300,9 @@ class Guest:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Which of HANDLER, HEALTH and TASK it exports."""
-        found = ((HANDLER, self._handle), (HEALTH, self._check), (TASK, self._run))
+        """Which of HANDLER, HEALTH, TASK and STATE it exports."""
+        state = self._save if self._load is not None else None
+        found = ((HANDLER, self._handle), (HEALTH, self._check), (TASK, self._run), (STATE, state))
         return frozenset(name for name, function in found if function is not None)
 
     def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> Answer:
@@ -331,6 +335,24 @@ class Guest:
         """Run its task: None for done, else its sentence. Raises `GuestError`."""
         assert self._run is not None
         return self._call(self._run, scheduled_ms)
+
+    def save_state(self) -> tuple[bytes, str | None]:
+        """Its state, or empty and its sentence why there is none. Raises `GuestError`."""
+        assert self._save is not None
+        self._arm(self._limits.start_ms)
+        try:
+            return give_bytes(self._store, self._save)
+        except WasmtimeError as error:
+            raise guest_error(str(error)) from error
+
+    def load_state(self, state: bytes) -> str | None:
+        """Have it take a state: None for loaded, else its sentence. Raises `GuestError`."""
+        assert self._load is not None
+        self._arm(self._limits.start_ms)
+        try:
+            return take_bytes(self._store, self._load, state)
+        except WasmtimeError as error:
+            raise guest_error(str(error)) from error
 
     def _call(self, function: Func, *arguments: Any) -> str | None:
         self._arm(self._limits.call_ms)

@@ -78,6 +78,20 @@ def disk_bytes(directory: str) -> int:
 
 
 @dataclass(slots=True)
+class Saved:
+    """A state: a memfd of fixed size, and how much of it counts."""
+
+    fd: int
+    length: int
+
+    def close(self) -> None:
+        """Let it go."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+@dataclass(slots=True)
 class Generation:
     """One generation: what to run, and the lanes that run it."""
 
@@ -91,6 +105,7 @@ class Generation:
     layers: dict[str, bool] = field(default_factory=dict)
     data: str = ""
     dropped: bool = False
+    saved: Saved | None = None
 
     @property
     def number(self) -> int:

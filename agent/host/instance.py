@@ -10,13 +10,12 @@ Everything here runs on the supervisor's loop; changes of one instance are seria
 import asyncio
 import random
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from agent.host import control, ipc
+from agent.host import carryover, control, ipc
 from agent.host.cgroups import Cgroups
 from agent.host.clocks import Clocks, ask_health
 from agent.host.crew import DRAIN_MS, Crew, Tasks
@@ -25,9 +24,9 @@ from agent.host.generation import Generation, StartError, disk_bytes, forget_oth
 from agent.host.listeners import Listeners
 from agent.host.nursery import Lane, LaneGoneError, Nursery
 from agent.host.page import Figures
+from agent.host.record import Record
 from agent.host.schedule import Clock
-from fleet.protocol import caps
-from fleet.protocol.codes import GUEST_FAULTS, CallOutcome, InstanceState, RejectCode
+from fleet.protocol.codes import CallOutcome, InstanceState, RejectCode
 from fleet.protocol.cron import BadCronError
 from fleet.protocol.manifest import Http, Schedule
 from fleet.protocol.messages import InstanceHealth
@@ -80,9 +79,8 @@ class Instance:
             on_said=self._said,
             on_end=self._lane_ended,
         )
-        self._emit = emit
+        self._record = Record(name, emit)
         self._route = route
-        self._log: deque[str] = deque(maxlen=caps.LOG_LINES)
         self._crashes = 0
         self._unwell = 0
         self._reverted: tuple[int, int] | None = None
@@ -101,10 +99,11 @@ class Instance:
         new = Generation(run, image_fd)
         try:
             await self._prepare(new)
+            began = time.monotonic()
+            await self._carry(self.current, new)
         except BaseException:
             self._crew.drop(new)
             raise
-        began = time.monotonic()
         old, warm = self.current, self.previous
         await self._switch(old, new)
         self.previous = old
@@ -133,7 +132,10 @@ class Instance:
         began = time.monotonic()
         self._listen(warm)
         if not warm.alive:
-            await self._crew.raise_lane(warm)
+            await self._crew.raise_lane(warm, serve=False)
+        await self._end_tasks(current)
+        if problem := await carryover.carry_back(current, warm):
+            self._record.note(f"host: {problem}")
         await self._switch(current, warm)
         self.previous = None
         self._reverted = (current.number, warm.number)
@@ -173,15 +175,8 @@ class Instance:
     # Figures.
 
     def lines(self) -> tuple[str, ...]:
-        """The last log lines, oldest first, within the cap on bytes."""
-        kept: list[str] = []
-        size = 0
-        for line in reversed(self._log):
-            size += len(line.encode()) + 1
-            if size > caps.LOG_MAX_BYTES:
-                break
-            kept.append(line)
-        return tuple(reversed(kept))
+        """The last log lines, oldest first."""
+        return self._record.lines()
 
     def running(self) -> ipc.Running:
         """What the host tells of it in a welcome."""
@@ -286,11 +281,27 @@ class Instance:
                 RejectCode.PORT_IN_USE, f"{self.name}: cannot listen on port {port}: {error.strerror}"
             ) from error
 
+    async def _end_tasks(self, generation: Generation | None) -> None:
+        """No task begins any more, and the one in flight has ended: two generations never run one at once."""
+        self._end_clocks()
+        if generation is not None and isinstance(generation.run.manifest.trigger, Schedule):
+            await self._crew.settle(generation)
+
+    async def _carry(self, old: Generation | None, new: Generation) -> None:
+        """Memory from `old` to `new`, where both are made for that. Raises `StartError`, and `old` goes on."""
+        carryover.check(new)
+        if old is None or not carryover.carries(old, new):
+            return
+        await self._end_tasks(old)
+        try:
+            await carryover.carry(old, new)
+        except StartError:
+            self._begin_clocks(old)
+            raise
+
     async def _switch(self, old: Generation | None, new: Generation) -> None:
         """Traffic from `old` to `new`, which is ready."""
-        self._end_clocks()
-        if old is not None and isinstance(old.run.manifest.trigger, Schedule):
-            await self._crew.settle(old)
+        await self._end_tasks(old)
         try:
             for lane in new.alive:
                 if new.listener is not None:
@@ -315,12 +326,12 @@ class Instance:
         match message:
             case control.Line(text=text, dropped=dropped):
                 if dropped:
-                    self._note(f"host: {dropped} lines were dropped: it logs too much")
-                self._note(text)
+                    self._record.note(f"host: {dropped} lines were dropped: it logs too much")
+                self._record.note(text)
             case control.Fault(message=text):
-                self._fault(generation, RejectCode.TRAPPED, text)
+                self._record.fault(generation, RejectCode.TRAPPED, text)
             case control.Refused(message=text):
-                self._note(f"host: {text}")
+                self._record.note(f"host: {text}")
             case control.Overdue(why=why):
                 self._overdue(generation, lane, why)
             case control.Busy():
@@ -328,26 +339,6 @@ class Instance:
                 self._more_lanes(generation)
             case _:
                 pass
-
-    def _note(self, text: str) -> None:
-        self._log.append(text)
-
-    def _fault(self, generation: Generation, code: RejectCode, message: str) -> None:
-        generation.faults += 1
-        first = message.splitlines()[0] if message else ""
-        self._note(f"host: {first}")
-        counted = sum(generation.figures().calls.get(outcome, 0) for outcome in GUEST_FAULTS)
-        if not generation.dropped:
-            self._emit(
-                ipc.Trapped(
-                    instance=self.name,
-                    generation=generation.number,
-                    code=code,
-                    message=message,
-                    faults=max(generation.faults, counted),
-                    log=self.lines(),
-                )
-            )
 
     def _overdue(self, generation: Generation, lane: Lane, why: str) -> None:
         timed_out = Figures(calls={CallOutcome.GUEST_TIMEOUT.value: 1}, errors=1)
@@ -367,7 +358,7 @@ class Instance:
         self._crashes = 1 if uptime_s > _MIN_UPTIME_S else self._crashes + 1
         self._deaths.note(self.name, generation.run.target, self._crashes)
         self.error = why
-        self._fault(generation, RejectCode.RESTARTED, why)
+        self._record.fault(generation, RejectCode.RESTARTED, why)
         if self._crashes >= _CRASHES_MAX:
             self._quarantine(generation, f"{self._crashes} deaths in a row; the last: {why}")
             return
@@ -420,7 +411,7 @@ class Instance:
                 if generation is self.current and not generation.dropped:
                     await self._crew.raise_lane(generation)
         except (StartError, LaneGoneError) as error:
-            self._note(f"host: no further lane: {error}")
+            self._record.note(f"host: no further lane: {error}")
         finally:
             self._raising = False
 
@@ -443,15 +434,7 @@ class Instance:
             InstanceState.QUARANTINED,
         }
         if tell and self.current is not None:
-            self._emit(
-                ipc.Changed(
-                    instance=self.name,
-                    generation=self.current.number,
-                    state=state,
-                    message=message,
-                    log=self.lines(),
-                )
-            )
+            self._record.changed(self.current, state, message)
             self._tasks.spawn(self._tell_router())
 
     async def _tell_router(self) -> None:
@@ -465,7 +448,7 @@ class Instance:
 
     def _begin_clocks(self, generation: Generation) -> None:
         self._end_clocks()
-        self._clocks = Clocks(generation, note=self._log.append, health=self._health_said)
+        self._clocks = Clocks(generation, note=self._record.note, health=self._health_said)
 
     def _end_clocks(self) -> None:
         if self._clocks is not None:
@@ -481,7 +464,7 @@ class Instance:
         assert self.current is not None
         self._unwell += 1
         self.error = f"it is not well: {problem}"
-        self._fault(self.current, RejectCode.HEALTH_FAILED, self.error)
+        self._record.fault(self.current, RejectCode.HEALTH_FAILED, self.error)
         if self._unwell >= _UNWELL_MAX and lane.alive:
             self._unwell = 0
             lane.kill(f"{self.error}, {_UNWELL_MAX} times in a row")

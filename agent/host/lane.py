@@ -7,10 +7,13 @@ A lane that several instances share begins with `Open` instead: `agent.host.comm
 with a control socket of its own.
 """
 
+import contextlib
+import mmap
 import os
 import select
 import socket
 import time
+from collections.abc import Iterator
 from typing import NoReturn
 
 from agent.host import cell, control, heads
@@ -53,7 +56,7 @@ class Lane:
             image = engine.load(f"/proc/self/fd/{image_fd}")
             if image.adapted:
                 heads.catch()
-            figures_fd = cell.memory_figures()
+            figures_fd, scheduling_fd = cell.memory_figures(), cell.scheduling()
             layers = cell.enter(
                 cell.lane_plan(
                     uid=setup.uid,
@@ -71,7 +74,9 @@ class Lane:
             return self._refuse(RejectCode.CONTAINMENT, error)
         os.close(image_fd)
         where = "" if not setup.data else cell.DATA if layers["mount"] else setup.data
-        return self.begin(setup, image, page_fd, layers=layers, figures_fd=figures_fd, data=where)
+        return self.begin(
+            setup, image, page_fd, layers=layers, figures_fd=figures_fd, data=where, scheduling_fd=scheduling_fd
+        )
 
     def begin(
         self,
@@ -83,6 +88,7 @@ class Lane:
         figures_fd: int | None = None,
         data: str = "",
         ticker: Ticker | None = None,
+        scheduling_fd: int | None = None,
         clients_max: int = CLIENTS_MAX,
     ) -> bool:
         """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed."""
@@ -97,6 +103,7 @@ class Lane:
             say=self.say,
             data=data,
             ticker=ticker,
+            scheduling_fd=scheduling_fd,
         )
         try:
             kinds = self._caller.start()
@@ -165,5 +172,37 @@ class Lane:
                 self.say(control.Ran(id=number, problem=self._caller.run(scheduled_ms or int(time.time() * 1000))))
             case control.Probe(id=number):
                 self.say(control.Probed(id=number))
+            case control.SaveState() | control.LoadState() | control.Resume():
+                self._carry(message, fds)
             case control.Setup() | control.Open() | control.Seat():
                 raise control.GoneError("set up twice")
+
+    def _carry(self, message: control.SaveState | control.LoadState | control.Resume, fds: tuple[int, ...]) -> None:
+        match message:
+            case control.SaveState():
+                with open_state(fds[0]) as room:
+                    state, problem = self._caller.save_state(len(room))
+                    room[: len(state)] = state
+                if problem is None:
+                    self.clients.hold()
+                self.say(control.StateSaved(length=len(state), problem=problem))
+            case control.LoadState(length=length):
+                with open_state(fds[0]) as room:
+                    state = bytes(room[:length])
+                self.say(control.StateLoaded(problem=self._caller.load_state(state)))
+            case control.Resume():
+                self.clients.resume()
+
+
+@contextlib.contextmanager
+def open_state(fd: int) -> Iterator[mmap.mmap | bytearray]:
+    """The memfd's memory; the descriptor is closed."""
+    try:
+        size = os.fstat(fd).st_size
+        if not size:
+            yield bytearray()
+            return
+        with mmap.mmap(fd, size) as room:
+            yield room
+    finally:
+        os.close(fd)

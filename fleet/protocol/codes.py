@@ -58,6 +58,7 @@ class RejectCode(StrEnum):
     PORT_IN_USE = "port-in-use"
     HOST_GONE = "host-gone"
     SUPERSEDED = "superseded"
+    STATE_FAILED = "state-failed"  # memory could not be carried from the old version to the new
     SET_FAILED = "set-failed"  # another instance of its atomic set failed
     INTERRUPTED = "interrupted"  # power or process lost more often than the counter allows
     INTERNAL = "internal"

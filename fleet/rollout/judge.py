@@ -16,6 +16,7 @@ TRIED = frozenset(
     {
         "start-failed", "health-failed", "trapped", "restarted", "error-rate", "too-late", "port-in-use", "host-gone",
         "interrupted", "internal", "too-much-memory", "set-failed", "compile-failed", "compile-limit", "image-damaged",
+        "state-failed",
     }
 )  # fmt: skip
 """Codes of something that was tried and did not do well; every other code is a refusal before anything was tried."""

@@ -45,6 +45,8 @@ ADVICE: Final[dict[RejectCode, str]] = {
     RejectCode.ERROR_RATE: "the version answered too many calls with errors: see the log, deploy a corrected version",
     RejectCode.TOO_LATE: "the version is slower than what it replaced: deploy a corrected version",
     RejectCode.TOO_MUCH_MEMORY: "the version needs far more memory than what it replaced: deploy a corrected version",
+    RejectCode.STATE_FAILED: "the old version's memory was not carried over, see the message: correct save-state or "
+    "load-state, or deploy a version without them, which starts empty",
     RejectCode.SET_FAILED: "an instance that is swapped together with this one failed: see that one",
     RejectCode.DEVELOPMENT: "the board is in production and this fleet is for development: enrol it in a real one",
     RejectCode.CONTAINMENT: "the board's policy asks for walls that it does not have: see fleet-host check there",

@@ -1,4 +1,6 @@
+import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,32 @@ def _no_host_is_left():
     yield
     for left in [host for host in support.STARTED if host not in before and not host.shared]:
         left.close()
+
+
+@pytest.fixture
+def neighbour(host):
+    """A good instance beside the bad one: every call of it is answered, before, during and after what the test does."""
+    port = support.free_port()
+    host.start("hello", support.a_run("neighbour", 1, port=port))
+    before = host.health("neighbour")
+    answers, stop = [], threading.Event()
+
+    def ask():
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
+            while not stop.wait(0.01):
+                try:
+                    answers.append(support.http(port, sock=kept)[0])
+                except OSError as error:
+                    answers.append(repr(error))
+                    return
+
+    client = threading.Thread(target=ask)
+    client.start()
+    yield port
+    stop.set()
+    client.join()
+    assert support.http(port)[0] == 200
+    assert answers
+    assert set(answers) == {200}
+    after = host.health("neighbour")
+    assert (after.since, after.restarts, after.errors) == (before.since, 0, 0)

@@ -155,6 +155,9 @@ class Host:
     def health(self, instance):
         return next(one for one in self.ask(ipc.Status).instances if one.instance == instance)
 
+    def lines_of(self, instance):
+        return self.ask(ipc.Logs, instance=instance).lines
+
     def event(self, accept):
         """The next event for which `accept(event)` holds, waiting for it."""
         while True:

@@ -1,12 +1,13 @@
 """What the supervisor sees in a lane's page, whatever kind of call has just ended."""
 
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
 import support
 
-from agent.host import control
+from agent.host import cell, control
 from agent.host.caller import Caller, Ticker
 from agent.host.engine import Engine
 from agent.host.page import Page, create
@@ -78,6 +79,31 @@ def test_a_call_may_wait_so_long_in_one_piece(monkeypatch):
     (why,) = watched.pass_time(1)
     assert "blocked for 510 ms in one piece, 500 are allowed" in why
     assert watched.pass_time(10) == [why], "said once"
+
+
+def test_a_call_that_may_run_and_is_not_let_does_not_wait(monkeypatch):
+    watched = Watched(monkeypatch, idle_ms=500)
+    watched.ticker._waits = lambda: False
+    assert watched.pass_time(200) == []
+
+
+def test_what_waits_is_told_from_what_may_run():
+    fd = cell.scheduling()
+    assert not cell.waits(fd), "this thread runs, now"
+    os.close(fd)
+    told, done = [], threading.Event()
+
+    def wait():
+        told.append(cell.scheduling())
+        done.wait()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while not told or not cell.waits(told[0]):
+        os.sched_yield()
+    done.set()
+    thread.join()
+    os.close(told[0])
 
 
 def test_a_call_that_waits_again_and_again_has_a_limit_in_all(monkeypatch):

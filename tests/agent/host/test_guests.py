@@ -9,18 +9,6 @@ from support import Grants, Health, Limits
 from agent.host import ipc
 
 
-@pytest.fixture
-def neighbour(host):
-    """A good instance beside the bad one: whatever the test does, it answers at the end, without a restart."""
-    port = support.free_port()
-    host.start("hello", support.a_run("neighbour", 1, port=port))
-    before = host.health("neighbour")
-    yield port
-    assert support.http(port)[0] == 200
-    after = host.health("neighbour")
-    assert (after.since, after.restarts, after.errors) == (before.since, 0, 0)
-
-
 @pytest.mark.parametrize(
     ("guest", "status", "outcome", "words"),
     [

@@ -1,0 +1,164 @@
+"""Memory carried from one generation to the next: saved by the old one, loaded by the new, before that one serves.
+
+    held     the old generation answers nobody from the moment it saved until it hands over or goes on
+    kept     what it saved stays with it while it is warm: should it have to come back, and its successor has nothing
+             sound to give, it finds what it had itself
+
+Both must export `wasmfleet:state/state`; a fix that does not load state needs nothing of a version that will not save.
+The state travels in a memfd, and neither this process nor the other lane reads it further than its length.
+"""
+
+import contextlib
+import fcntl
+import os
+from typing import Final
+
+from agent.host import control
+from agent.host.generation import Generation, Saved, StartError
+from agent.host.nursery import Lane, LaneGoneError
+from fleet.protocol.codes import RejectCode
+
+STATE: Final = "wasmfleet:state/state"
+_GRACE_S: Final = 5.0
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def carries(old: Generation | None, new: Generation) -> bool:
+    """Whether there is memory to carry: both say so, and it is one lane's, kept from request to request."""
+    return (
+        old is not None
+        and STATE in old.kinds
+        and STATE in new.kinds
+        and len(old.alive) == 1
+        and old.run.limits.requests_per_instance == new.run.limits.requests_per_instance == 0
+    )
+
+
+def check(generation: Generation) -> None:
+    """Raise `StartError` for a generation whose state could not be carried by what else its manifest says."""
+    limits = generation.run.limits
+    if STATE not in generation.kinds:
+        return
+    if limits.concurrency > 1:
+        why = f"limits.concurrency is {limits.concurrency}, and the memory of several lanes is not one state"
+    elif limits.requests_per_instance:
+        why = f"limits.requests_per_instance is {limits.requests_per_instance}: there is no memory to carry"
+    else:
+        return
+    raise StartError(RejectCode.START_FAILED, f"{generation.run.instance}: it exports {STATE}, but {why}")
+
+
+async def carry(old: Generation, new: Generation) -> None:
+    """Have `old` save and `new` load; then `old` is held, and keeps what it saved.
+
+    Raises:
+        StartError: STATE_FAILED; `old` goes on.
+    """
+    lane = old.alive[0]
+    try:
+        saved = await save(old, lane)
+    except StateError as error:
+        raise _failed(old, f"{_version(old)} did not save its state: {error}") from error
+    try:
+        await load(new, new.alive[0], saved)
+    except StateError as error:
+        saved.close()
+        go_on(old)
+        raise _failed(old, f"{_version(new)} did not load the state of {_version(old)}: {error}") from error
+    _keep(old, saved)
+
+
+async def carry_back(current: Generation, warm: Generation) -> str:
+    """Give `warm` what `current` knows, or else what it knew itself; what went wrong, as a sentence. Never raises."""
+    problem = ""
+    if carries(current, warm):
+        try:
+            saved = await save(current, current.alive[0])
+            try:
+                await load(warm, warm.alive[0], saved)
+            finally:
+                saved.close()
+        except StateError as error:
+            problem = f"{_version(warm)} goes on with the state it had: {error}"
+        else:
+            return ""
+    if warm.saved is not None and warm.alive:
+        try:
+            await load(warm, warm.alive[0], warm.saved)
+        except StateError as error:
+            problem = f"{_version(warm)} starts without its state: {error}"
+    return problem
+
+
+def go_on(generation: Generation) -> None:
+    """End the hold on its lanes."""
+    for lane in generation.alive:
+        with contextlib.suppress(LaneGoneError):
+            lane.send(control.Resume())
+
+
+class StateError(Exception):
+    """A state could not be saved or loaded; one sentence."""
+
+
+async def save(generation: Generation, lane: Lane) -> Saved:
+    """The lane's state; from now on it is held. Raises `StateError`, and then it is not."""
+    limits = generation.run.limits
+    saved = Saved(os.memfd_create("state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), 0)
+    try:
+        os.ftruncate(saved.fd, limits.state_bytes)
+        fcntl.fcntl(saved.fd, fcntl.F_ADD_SEALS, _SEALS)
+        answer = await _ask(lane, control.SaveState(), saved.fd, control.StateSaved, generation)
+        saved.length = _length(answer, limits.state_bytes)
+    except BaseException:
+        saved.close()
+        raise
+    return saved
+
+
+def _length(answer: control.FromLane, most: int) -> int:
+    assert isinstance(answer, control.StateSaved)
+    if answer.problem is not None:
+        raise StateError(answer.problem)
+    if not 0 <= answer.length <= most:
+        raise StateError("its lane tells a length that cannot be")
+    return answer.length
+
+
+async def load(generation: Generation, lane: Lane, saved: Saved) -> None:
+    """Give a lane a state. Raises `StateError`."""
+    most = generation.run.limits.state_bytes
+    if saved.length > most:
+        raise StateError(f"it has {saved.length} bytes, {most} are allowed (limits.state)")
+    answer = await _ask(lane, control.LoadState(length=saved.length), saved.fd, control.StateLoaded, generation)
+    assert isinstance(answer, control.StateLoaded)
+    if answer.problem is not None:
+        raise StateError(answer.problem)
+
+
+async def _ask(
+    lane: Lane, message: control.ToLane, fd: int, answer: type[control.FromLane], generation: Generation
+) -> control.FromLane:
+    # A call of before is ended first, and the lane's own watch ends both: this is for a lane that is none any more.
+    timeout_s = 2 * generation.run.limits.total_ms / 1000 + _GRACE_S
+    try:
+        return await lane.ask(message, fd, answer=answer, timeout_s=timeout_s)
+    except LaneGoneError as error:
+        raise StateError(str(error)) from error
+    except TimeoutError as error:
+        lane.kill("it did not answer for its state")
+        raise StateError("it did not answer in time") from error
+
+
+def _keep(generation: Generation, saved: Saved) -> None:
+    if generation.saved is not None:
+        generation.saved.close()
+    generation.saved = saved
+
+
+def _version(generation: Generation) -> str:
+    return generation.run.manifest.version
+
+
+def _failed(old: Generation, why: str) -> StartError:
+    return StartError(RejectCode.STATE_FAILED, f"{old.run.instance}: {why}; {_version(old)} goes on")
