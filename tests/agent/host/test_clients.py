@@ -21,7 +21,7 @@ class Caller:
 def test_a_large_answer_is_sent_piece_by_piece_from_where_it_lies():
     """Whatever is left of it is a view of the one answer: copying the rest for each piece would be quadratic."""
     poll = select.epoll()
-    clients = Clients(poll, Caller(), Limits(), lambda passed, cut: None)
+    clients = Clients(poll, Caller(), Limits(response_bytes=len(ANSWER)), lambda passed, cut: None)
     listener = socket.create_server(("127.0.0.1", 0))
     with socket.create_connection(listener.getsockname()) as client:
         client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
