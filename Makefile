@@ -51,7 +51,7 @@ riscv64-wheel: $(STAMP) ## wasmtime for riscv64, into $$WASMFLEET_WHEELHOUSE (ha
 
 test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them (root; FULL=1: everything on both)
 	$(BIN)/python -m deploy.image.ready
-	$(BIN)/python -m pytest tests/boards -m board -s
+	$(BIN)/python -m pytest tests/boards -m board --numprocesses=2 --dist=loadscope -s -v
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -128,17 +128,17 @@ def _enroll(options: argparse.Namespace) -> int:
             print("paste the enrolment token (fleet enroll-token makes one), then Enter:", file=sys.stderr)
         read = sys.stdin.buffer.readline(TOKEN_MAX_BYTES)
     text = read.decode("ascii", errors="replace")
-    _join(options, settings, text, firstboot.machine())
+    _join(options, enroll.board_name(options.name or settings.name), text, firstboot.machine(), settings.production)
     return 0
 
 
-def _join(options: argparse.Namespace, settings: config.Settings, text: str, machine: str) -> None:
+def _join(options: argparse.Namespace, name: str, text: str, machine: str, production: bool) -> None:  # noqa: FBT001
     _become_owner(options.state)
     joined = enroll.enroll(
         text,
         state=options.state,
-        name=enroll.board_name(options.name or settings.name),
-        production=settings.production,
+        name=name,
+        production=production,
         force=options.force,
         machine=machine,
     )
@@ -162,9 +162,11 @@ def _first_boot(options: argparse.Namespace, settings: config.Settings) -> int:
         print(f"there is no {firstboot.NAME} on the boot partition: nothing to do")
         return 0
     machine = firstboot.machine()
+    named = options.name or settings.name
+    name = enroll.board_name(named) if named else firstboot.name_of(enroll.board_name(), machine)
     pid = os.fork()  # the token is erased by whom it was written for, the identity written by the agent's user
     if pid == 0:
-        os._exit(_guarded(lambda: _join(options, settings, found.text, machine)))
+        os._exit(_guarded(lambda: _join(options, name, found.text, machine, settings.production)))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code == 0 and not firstboot.erase(found):
         print(

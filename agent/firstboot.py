@@ -19,6 +19,8 @@ NAME: Final = "wasmfleet.token"
 BOOT: Final = (Path("/boot/firmware"), Path("/boot/efi"), Path("/boot"))
 COMMAND_LINE: Final = Path("/proc/cmdline")
 TOKEN_MAX_BYTES: Final = 8192
+NAME_CHARS: Final = 54  # a device id is a name and nine characters more, and a DNS label
+SERIAL_CHARS: Final = 8
 MACHINE_SOURCES: Final = {
     "serial": Path("/sys/firmware/devicetree/base/serial-number"),
     "dmi": Path("/sys/class/dmi/id/product_uuid"),
@@ -43,6 +45,13 @@ def machine(sources: Mapping[str, Path] = MACHINE_SOURCES) -> str:
         if value:
             return f"{name}:{value}"
     return ""
+
+
+def name_of(host: str, machine: str) -> str:
+    """What to call a board that nobody has named: every copy of an image has the same host name, so with its serial."""
+    source, _, value = machine.partition(":")
+    tail = "".join(char for char in value if char.isalnum())[-SERIAL_CHARS:].lower()
+    return f"{host[: NAME_CHARS - 1 - SERIAL_CHARS]}-{tail}" if source == "serial" and tail else host
 
 
 def _machine_value(path: Path) -> str:
@@ -95,22 +104,23 @@ def _command_line_files(boot: tuple[Path, ...]) -> tuple[Path, ...]:
 def erase(found: Found) -> bool:
     """Remove a used token from where it lay; false where that could not be done.
 
-    A file of its own is overwritten first (boot partitions are FAT, without a journal or copies); of a kernel command
-    line the one word is taken out.
+    The bytes are overwritten (boot partitions are FAT, without a journal or copies); of a kernel command line the one
+    word is taken out, in a new file that takes the old one's place whole.
     """
     if found.file is None:
         return False
     try:
+        with found.file.open("r+b") as file:
+            if found.file.name != NAME:
+                words = [word for word in file.read().decode().split() if word != f"{NAME}={found.text}"]
+                _replace(found.file, " ".join(words) + "\n")
+            file.seek(0)
+            file.write(b"\0" * os.fstat(file.fileno()).st_size)
+            file.flush()
+            os.fsync(file.fileno())
         if found.file.name == NAME:
-            with found.file.open("r+b") as file:
-                file.write(b"\0" * os.fstat(file.fileno()).st_size)
-                file.flush()
-                os.fsync(file.fileno())
             found.file.unlink()
-        else:
-            words = [word for word in found.file.read_text().split() if word != f"{NAME}={found.text}"]
-            _replace(found.file, " ".join(words) + "\n")
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return False
     return True
 

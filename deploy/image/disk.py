@@ -1,4 +1,7 @@
-"""A disk that boots: an ext4 image from a root directory, and an initrd that does nothing but mount it.
+"""A disk that boots: an image with a boot partition and a root, and an initrd that does nothing but mount the root.
+
+The boot partition is FAT and lies first, as on the boards of Raspberry Pi and most others: that is where whoever writes
+the image to a card can leave a token.
 
 The initrd is made by hand (busybox, three or four modules, thirty lines of shell): generating Debian's under emulation
 would take longer than booting the board. It serves `qemu-system -M virt`; a real board boots with its own.
@@ -7,6 +10,7 @@ would take longer than booting the board. It serves `qemu-system -M virt`; a rea
 import gzip
 import lzma
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +18,10 @@ from pathlib import Path
 from deploy import debian
 
 DISK_DRIVERS = ("virtio_blk", "crc32c_generic", "ext4")  # the crc is asked for by name, not by symbol
+
+_SECTOR = 512
+_BOOT_MB = 64
+_FAT32, _LINUX = 0x0C, 0x83
 
 INIT = """\
 #!/bin/busybox sh
@@ -23,8 +31,10 @@ busybox mount -t sysfs sysfs /sys
 busybox mount -t devtmpfs dev /dev
 for module in $(busybox cat /modules.order); do busybox insmod /modules/$module; done
 tries=0
-while [ ! -b /dev/vda ] && [ $tries -lt 100 ]; do busybox sleep 0.1; tries=$((tries + 1)); done
-busybox mount -t ext4 -o rw,errors=remount-ro /dev/vda /root || busybox poweroff -f
+root=/dev/vda2
+for word in $(busybox cat /proc/cmdline); do case $word in root=*) root=${word#root=} ;; esac; done
+while [ ! -b $root ] && [ $tries -lt 100 ]; do busybox sleep 0.1; tries=$((tries + 1)); done
+busybox mount -t ext4 -o rw,errors=remount-ro $root /root || busybox poweroff -f
 busybox mount --move /dev /root/dev
 busybox umount /sys
 busybox umount /proc
@@ -127,11 +137,30 @@ def install_modules(kernel: Path, root: Path, names: Iterable[str]) -> None:
 
 
 def make_disk(root: Path, out: Path, *, size_mb: int) -> Path:
-    """Write an ext4 image of a root directory, owners kept (so it wants to be run by who made the root)."""
-    debian.need("mke2fs")
+    """Write an image: a boot partition (FAT) and a root (ext4) from a directory, owners kept (so it wants to be root).
+
+    The boot partition is empty: QEMU is given kernel and initrd; the root's fstab says where it is mounted.
+    """
+    debian.need("mke2fs", "mkfs.fat")
     fresh = out.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    command = ["mke2fs", "-q", "-t", "ext4", "-L", "root", "-m", "1", "-d", str(root), str(fresh), f"{size_mb}M"]
-    subprocess.run(command, check=True)
+    root_mb = size_mb - _BOOT_MB - 2  # a MiB before the first partition, one after the last
+    with fresh.open("wb") as file:
+        file.truncate(size_mb << 20)
+        file.write(_partition_table((_FAT32, 1, _BOOT_MB), (_LINUX, 1 + _BOOT_MB, root_mb)))
+    boot = ["mkfs.fat", "-F", "32", "-s", "1", "-n", "FIRMWARE", "--offset", str((1 << 20) // _SECTOR)]
+    subprocess.run([*boot, str(fresh), str(_BOOT_MB << 10)], check=True, capture_output=True)
+    options = ["-t", "ext4", "-L", "root", "-m", "1", "-E", f"offset={(1 + _BOOT_MB) << 20}", "-d", str(root)]
+    subprocess.run(["mke2fs", "-q", "-F", *options, str(fresh), f"{root_mb}M"], check=True)
     fresh.rename(out)
     return out
+
+
+def _partition_table(*partitions: tuple[int, int, int]) -> bytes:
+    """A master boot record; a partition is its type, its start and its size, in MiB."""
+    sectors = (1 << 20) // _SECTOR
+    beyond = b"\xfe\xff\xff"  # cylinders, heads and sectors say nothing any more
+    entries = [
+        struct.pack("<B3sB3sII", 0, beyond, kind, beyond, start * sectors, size * sectors)
+        for kind, start, size in partitions
+    ]
+    return b"".join(entries).rjust(len(entries) * 16 + 446, b"\0").ljust(510, b"\0") + b"\x55\xaa"

@@ -78,19 +78,24 @@ def kernel(architecture: str) -> Path:
     )
 
 
-def byte_compile(tree: Path) -> None:
-    """Byte-compile a root's Python files with the same Python of this machine's architecture: seconds, not minutes.
-
-    What it writes is the same on every architecture; under emulation the same takes twenty times as long.
-    """
+def native_python() -> Path:
+    """A root of this machine's own architecture with the Python that boards have."""
     packages = ("python3",)
-    native = debian.bootstrap(
+    return debian.bootstrap(
         debian.cache_dir() / f"python-{debian.key(SUITE, packages)}",
         suite=SUITE,
         architectures=(debian.native(),),
         packages=packages,
         variant="essential",
     )
+
+
+def byte_compile(tree: Path) -> None:
+    """Byte-compile a root's Python files with the same Python of this machine's architecture: seconds, not minutes.
+
+    What it writes is the same on every architecture; under emulation the same takes twenty times as long.
+    """
+    native = native_python()
     places = [f"/tree/usr/lib/{each}" for each in ("python3.13", "python3/dist-packages", "wasmfleet")]
     here = [place for place in places if (tree / place.removeprefix("/tree/")).is_dir()]
     command = ["python3", "-m", "compileall", "-q", "-j2", "-x", "/(test|lib2to3|idlelib)/", "-s", "/tree", "-p", "/"]

@@ -40,6 +40,7 @@ SECTIONS: Final[Sections] = {
         "group": Entry("fleet.cli.boards:group", "Make a group, or change who belongs to it"),
         "why": Entry("fleet.cli.boards:why", "What happened to a board, and what to do about it"),
         "enroll-token": Entry("fleet.cli.boards:enroll_token", "Make a one-time token with which a board joins"),
+        "image": Entry("fleet.cli.image:image", "Make a card's image ready: its board joins by itself"),
         "pin": Entry("fleet.cli.boards:pin", "Give one board a version of its own"),
         "unpin": Entry("fleet.cli.boards:unpin", "Let a board follow its groups again"),
         "retry": Entry("fleet.cli.boards:retry", "Have a failed instance tried again"),

@@ -116,7 +116,7 @@ def _show_made(options: Options, made: "Made", event: Path | None) -> None:
         options,
         "Next:\n"
         "  fleet serve                              run its server\n"
-        "  fleet enroll-token --group edge-eu       a token for the first board",
+        "  fleet enroll-token --group edge-eu --quiet | ssh BOARD sudo fleet-agent enroll",
     )
 
 

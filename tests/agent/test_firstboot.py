@@ -7,6 +7,7 @@ import pytest
 
 from agent import firstboot
 from agent.identity import Identity
+from fleet.protocol import names
 
 WHO = Identity(
     device="crane-0a1b2c3d",
@@ -58,8 +59,10 @@ def test_a_token_on_the_kernels_command_line_is_taken_out_of_it(board):
     (board / "firmware" / "cmdline.txt").write_text(line)
     found = find(board)
     assert found.text == "wf1.abc"
+    old = (board / "firmware" / "cmdline.txt").open("rb")  # what a FAT would leave between its files
     assert firstboot.erase(found)
     assert (board / "firmware" / "cmdline.txt").read_text() == "console=tty1 root=/dev/vda\n"
+    assert old.read().strip(b"\0") == b""
 
 
 def test_a_credential_comes_first_and_is_nobodys_to_erase(board):
@@ -103,3 +106,23 @@ def test_the_machines_serial_is_the_best_there_is(tmp_path):
 def test_a_copied_disk_is_noticed(tmp_path, enrolled_on, here, copy):
     who = msgspec.structs.replace(WHO, machine=enrolled_on)
     assert firstboot.is_copy(who, machine(tmp_path, **here)) is copy
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [
+        ("serial:10000000DEADBEEF", "gate-deadbeef"),
+        ("serial:7", "gate-7"),
+        ("dmi:0b1e...", "gate"),  # nobody reads these off a board
+        ("id:0123456789abcdef", "gate"),
+        ("", "gate"),
+    ],
+)
+def test_a_board_that_nobody_named_is_called_by_its_serial(machine, name):
+    assert firstboot.name_of("gate", machine) == name
+
+
+def test_a_long_host_name_leaves_room_for_the_serial_and_the_key():
+    name = firstboot.name_of("x" * 54, "serial:10000000deadbeef")
+    assert name.endswith("x-deadbeef")
+    names.check_device(names.device_id(name, b"key"))

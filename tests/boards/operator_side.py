@@ -6,6 +6,11 @@ A board sees this machine's loopback as 10.0.2.2, so that is the address in its 
 import asyncio
 import contextlib
 import hashlib
+import http.client
+import itertools
+import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -14,8 +19,10 @@ from typing import Any, TypeVar
 
 import rig
 
+from fleet.demo import load
 from fleet.demo.fixtures import fixture
 from fleet.demo.load import Load, LoadResult
+from fleet.demo.processes import python_environment
 from fleet.demo.scene import Scene, free_ports
 from fleet.protocol import api
 
@@ -25,27 +32,33 @@ T = TypeVar("T")
 
 
 class OperatorSide:
-    """One fleet; boards come and go."""
+    """One fleet; boards come and go. With `made=False` somebody else says `fleet init`, and then `serve`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, made: bool = True) -> None:
         self._runner = asyncio.Runner()
         self.scene = Scene(directory)
-        self._do(self._make())
+        self.ports = free_ports(3)
+        if made:
+            self.fleet("init", "--dev", "--fleet", "boards", *self.init_options())
+            self.serve()
 
-    def _do(self, story: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(story)
-
-    async def _make(self) -> None:
-        operators, devices, mqtt = free_ports(3)
-        ports = ["--operators-port", str(operators), "--devices-port", str(devices), "--mqtt-port", str(mqtt)]
+    def init_options(self) -> list[str]:
+        """What `fleet init` needs to know here: free ports, and this machine's address as boards see it."""
+        operators, devices, mqtt = map(str, self.ports)
         url = f"https://{rig.HOST}:{operators}"
-        await self.scene.command("init", "--dev", "--fleet", "boards", "--url", url, *ports)
+        return ["--url", url, "--operators-port", operators, "--devices-port", devices, "--mqtt-port", mqtt]
+
+    def serve(self) -> None:
+        """`fleet serve`."""
         # the emulator's address of this machine is its loopback: nothing needs to listen beyond that
         server = self.scene.home / "server" / "server.toml"
         server.write_text(server.read_text().replace("0.0.0.0", "127.0.0.1"))
         config = self.scene.home / "operator" / "config.toml"
-        config.write_text(config.read_text().replace(url, f"https://127.0.0.1:{operators}"))
-        await self.scene.serve()
+        config.write_text(config.read_text().replace(f"https://{rig.HOST}:", "https://127.0.0.1:"))
+        self._do(self.scene.serve())
+
+    def _do(self, story: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(story)
 
     def close(self) -> None:
         try:
@@ -82,9 +95,24 @@ class OperatorSide:
 
         return self.until(f"{device} is online", seen, timeout_s=timeout_s)
 
-    def push(self, component: str | Path, *arguments: str, group: str = GROUP) -> tuple[int, str]:
+    def offline(self, device: str, *, timeout_s: float = 180.0) -> None:
+        """Wait until the server takes a board for gone."""
+        self.until(f"{device} is offline", lambda: None if self.device(device).online else True, timeout_s=timeout_s)
+
+    def runs(self, device: str, version: str) -> None:
+        """Wait until a board says itself that it runs this version."""
+
+        def said() -> bool | None:
+            targets = [each.target for each in self.device(device).instances if each.instance == HELLO]
+            return True if targets and targets[0].endswith(f"/{version}.wasm") else None
+
+        self.until(f"{device} reports {HELLO} {version}", said)
+
+    def push(
+        self, component: str | Path, *arguments: str, group: str = GROUP, instance: str = HELLO
+    ) -> tuple[int, str]:
         """`fleet push`, followed to its end; exit code and what it said."""
-        code, output, errors = self._do(self._fleet(*_push(component, group), *arguments))
+        code, output, errors = self._do(self._fleet(*_push(component, group, instance), *arguments))
         return code, output + errors
 
     async def _fleet(self, *arguments: str) -> tuple[int, str, str]:
@@ -92,18 +120,74 @@ class OperatorSide:
 
         return await self.scene.processes.run(module("fleet.cli.main", *arguments))
 
-    def pushed(self, component: str | Path, *arguments: str, group: str = GROUP) -> str:
-        code, said = self.push(component, *arguments, group=group)
+    def pushed(self, component: str | Path, *arguments: str, group: str = GROUP, instance: str = HELLO) -> str:
+        code, said = self.push(component, *arguments, group=group, instance=instance)
         assert code == 0, said
         return said
+
+    def shell(self, line: str) -> str:
+        """What a person types on the laptop, in the repository's directory; what it printed."""
+        functions = f'fleet() {{ "{sys.executable}" -m fleet.cli.main "$@"; }}'
+        environment = python_environment(WASMFLEET_HOME=str(self.scene.home))
+        done = subprocess.run(
+            ["bash", "-ec", f"{functions}\n{line}"],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def finished(self, *, group: str, timeout_s: float = 300.0) -> api.RolloutView:
+        """Wait until the group's newest rollout has come to its end, and return how it ended."""
+
+        def ended() -> api.RolloutView | None:
+            newest = self.scene.client.rollouts(group=group, limit=1).rollouts[0]
+            return None if newest.state in api.OPEN_STATES else newest
+
+        return self.until(f"the newest rollout to {group} has ended", ended, timeout_s=timeout_s)
+
+    def succeeded(self, *, group: str, timeout_s: float = 300.0) -> None:
+        """Wait until the group's newest rollout has succeeded."""
+        ended = self.finished(group=group, timeout_s=timeout_s)
+        assert ended.state is api.RolloutState.SUCCEEDED, f"{ended.state}: {ended.reason}"
+
+    def wat(self, source: Path, manifest: str) -> Path:
+        """A component from its text, with a manifest beside it."""
+        from wasmtime import wat2wasm
+
+        place = self.scene.directory / "variants" / f"{source.stem}.wasm"
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(wat2wasm(source.read_text()))
+        place.with_suffix(".toml").write_text(manifest)
+        return place
+
+    def broker(self) -> int:
+        """The broker's process, which the server keeps running."""
+        listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(maxsplit=1) for line in listing.splitlines() if str(self.scene.home) in line]
+        return next(int(pid) for pid, command in rows if command.split()[0].endswith("mosquitto"))
+
+    def variant(self, component: str, number: int) -> Path:
+        """A component that behaves the same and has bytes that no board has fetched or compiled yet."""
+        name = b"variant"
+        content = bytes([len(name)]) + name + number.to_bytes(4, "little")
+        place = self.scene.directory / "variants" / f"{number}-{component}"
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(fixture(component).read_bytes() + bytes([0, len(content)]) + content)  # a custom section
+        manifest = fixture(component).with_suffix(".toml")
+        place.with_suffix(".toml").write_text(manifest.read_text())
+        return place
 
     def version(self, port: int) -> str:
         """Which version answers at a port; empty when none does."""
 
         async def ask() -> str:
-            async with Load(port=port, path=f"/{HELLO}/", kept_alive=0, fresh=1) as load:
-                await load.sent(1)
-                return next(iter((await load.stop()).by_version), "")
+            async with Load(port=port, path=f"/{HELLO}/", kept_alive=0, fresh=1) as clients:
+                await clients.sent(1)
+                return next(iter((await clients.stop()).by_version), "")
 
         return self._do(ask())
 
@@ -111,9 +195,9 @@ class OperatorSide:
         """Wait until a version answers at a port."""
 
         async def wait() -> None:
-            async with Load(port=port, path=f"/{HELLO}/", kept_alive=0, fresh=1, pause_s=0.2) as load:
+            async with Load(port=port, path=f"/{HELLO}/", kept_alive=0, fresh=1, pause_s=0.2) as clients:
                 async with asyncio.timeout(timeout_s):
-                    await load.seen(version)
+                    await clients.seen(version)
 
         try:
             self._do(wait())
@@ -124,13 +208,13 @@ class OperatorSide:
         """Push while clients that never retry keep asking; what became of their requests."""
 
         async def story() -> LoadResult:
-            async with Load(port=port, path=f"/{HELLO}/", kept_alive=2, fresh=1, pause_s=0.05) as load:
-                await load.sent(5)
+            async with Load(port=port, path=f"/{HELLO}/", kept_alive=2, fresh=1, pause_s=0.05) as clients:
+                await clients.sent(5)
                 code, output, errors = await self._fleet(*_push(component, group))
                 assert code == 0, output + errors
                 async with asyncio.timeout(120):
-                    await load.seen(version)
-                return await load.stop()
+                    await clients.seen(version)
+                return await clients.stop()
 
         return self._do(story())
 
@@ -141,9 +225,9 @@ class OperatorSide:
         found: list[LoadResult] = []
 
         async def story() -> None:
-            async with Load(port=port, path=f"/{HELLO}/", kept_alive=1, fresh=1, pause_s=0.2) as load:
+            async with Load(port=port, path=f"/{HELLO}/", kept_alive=1, fresh=1, pause_s=0.2) as clients:
                 await asyncio.to_thread(stop.wait)
-                found.append(await load.stop())
+                found.append(await clients.stop())
 
         thread = threading.Thread(target=lambda: asyncio.run(story()), daemon=True)
         thread.start()
@@ -151,6 +235,49 @@ class OperatorSide:
             yield lambda: found[0]
         finally:
             stop.set()
+            thread.join()
+
+    @contextlib.contextmanager
+    def gaps(self, port: int) -> Iterator[Callable[[], tuple[float, float]]]:
+        """One client that asks without a pause: the usual and the longest time between two answers, in seconds."""
+        stop = threading.Event()
+        ends: list[float] = []
+
+        def client() -> None:
+            while not stop.is_set():
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                    while not stop.is_set():
+                        connection.request("GET", f"/{HELLO}/")
+                        connection.getresponse().read()
+                        ends.append(time.monotonic())
+
+        def found() -> tuple[float, float]:
+            between = [later - earlier for earlier, later in itertools.pairwise(ends)]
+            return statistics.median(between), max(between)
+
+        thread = threading.Thread(target=client, daemon=True)
+        thread.start()
+        try:
+            yield found
+        finally:
+            stop.set()
+            thread.join()
+
+    @contextlib.contextmanager
+    def first_answer(self, port: int) -> Iterator[Callable[[], float]]:
+        """When version 1 first answers, by the monotonic clock, while something else is done."""
+        found: list[float] = []
+
+        async def ask() -> None:
+            async with asyncio.timeout(300):
+                found.append(await load.first_answer(port=port, version="1", path=f"/{HELLO}/"))
+
+        thread = threading.Thread(target=lambda: asyncio.run(ask()), daemon=True)
+        thread.start()
+        try:
+            yield lambda: found[0]
+        finally:
             thread.join()
 
     def publish(self, component: str, *, version: str) -> str:
@@ -173,7 +300,7 @@ class OperatorSide:
         return code, output + errors
 
     def settled(self, device: str, *, timeout_s: float = 300.0) -> None:
-        """Wait until a board has carried out its newest assignment."""
+        """Wait until a board has carried out its newest assignment, and says so."""
 
         def done() -> bool | None:
             row = self.device(device)
@@ -192,14 +319,6 @@ class OperatorSide:
         return self._do(story())
 
 
-def _push(component: str | Path, group: str) -> list[str]:
+def _push(component: str | Path, group: str, instance: str = HELLO) -> list[str]:
     file = fixture(component) if isinstance(component, str) else component
-    return ["push", str(file), "--as", HELLO, "--group", group, "--waves", "100%", "--timeout", "600"]
-
-
-@contextlib.contextmanager
-def budget(name: str, seconds: float) -> Iterator[None]:
-    """Print how long a stage took, beside what it may take on two idle cores."""
-    started = time.monotonic()
-    yield
-    print(f"\n=== {name}: {time.monotonic() - started:.0f} s of {seconds:.0f} s", flush=True)
+    return ["push", str(file), "--as", instance, "--group", group, "--waves", "100%", "--timeout", "600"]

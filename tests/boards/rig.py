@@ -21,7 +21,7 @@ from pathlib import Path
 
 COMMAND_S = 60.0
 HOST = "10.0.2.2"  # this machine, as the board sees it
-
+ROOT = "/dev/vda2"
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -32,6 +32,7 @@ class Machine:
     """One architecture's emulator."""
 
     architecture: str
+    machine: str  # by its kernel's name
     emulator: str
     options: tuple[str, ...]
     serial: str
@@ -41,8 +42,10 @@ class Machine:
 
 
 MACHINES = {
-    "arm64": Machine("arm64", "qemu-system-aarch64", ("-M", "virt", "-cpu", "cortex-a72"), "ttyAMA0", 183, True, 120.0),
-    "riscv64": Machine("riscv64", "qemu-system-riscv64", ("-M", "virt"), "ttyS0", 243, False, 200.0),
+    "arm64": Machine(
+        "arm64", "aarch64", "qemu-system-aarch64", ("-M", "virt", "-cpu", "cortex-a72"), "ttyAMA0", 183, True, 120.0
+    ),
+    "riscv64": Machine("riscv64", "riscv64", "qemu-system-riscv64", ("-M", "virt"), "ttyS0", 243, False, 200.0),
 }
 
 
@@ -65,9 +68,12 @@ class Board:
     machine: Machine
     kernel: Path
     initrd: Path
-    disk: Path  # qcow2
+    disk: Path
     workdir: Path
     append: str = ""
+    options: tuple[str, ...] = ()  # of QEMU, beside the machine's
+    format: str = "qcow2"
+    sets_clock: bool = True  # as a network's time server would, before anything starts
     memory_mb: int = 512
     process: subprocess.Popen[bytes] | None = None
     _console: socket.socket | None = None
@@ -96,14 +102,16 @@ class Board:
         self.workdir.mkdir(parents=True, exist_ok=True)
         for name in ("console.sock", "qmp.sock"):
             (self.workdir / name).unlink(missing_ok=True)
-        append = f"root=/dev/vda rw net.ifnames=0 console={self.machine.serial} loglevel=4 panic=-1 {self.append}"
+        append = f"root={ROOT} rw net.ifnames=0 console={self.machine.serial} loglevel=4 panic=-1 {self.append}"
         command = [
             self.machine.emulator,
             *self.machine.options,
+            *self.options,
             *("-smp", "2", "-m", str(self.memory_mb), "-accel", "tcg,thread=multi"),
             *("-nodefaults", "-display", "none", "-no-user-config"),
             *("-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", append.strip()),
-            *("-drive", f"if=none,id=disk,file={self.disk},format=qcow2,cache=writeback,discard=unmap"),
+            # unsafe: what the board has flushed is in this machine's page cache, where killing QEMU leaves it
+            *("-drive", f"if=none,id=disk,file={self.disk},format={self.format},cache=unsafe,discard=unmap"),
             *("-device", "virtio-blk-pci,drive=disk"),
             *("-netdev", "user,id=net,hostfwd=tcp:127.0.0.1:0-:8080", "-device", "virtio-net-pci,netdev=net,romfile="),
             *("-device", "virtio-rng-pci", "-device", "virtio-serial-pci"),
@@ -204,7 +212,8 @@ class Board:
         if banner:
             self._read_until(re.compile(rb"board-shell-ready\r?\n"), timeout_s, "the shell's first word")
         self.ok("true", timeout_s=timeout_s)
-        self.ok(f"date -s @{time.time():.0f} >/dev/null")  # after a snapshot, its clock stands at that time
+        if self.sets_clock:
+            self.ok(f"date -s @{time.time():.0f} >/dev/null")  # after a snapshot, its clock stands at that time
 
     def _read_until(self, pattern: re.Pattern[bytes], timeout_s: float, what: str) -> re.Match[bytes]:
         assert self._console is not None
@@ -255,6 +264,17 @@ class Board:
         for start in range(0, len(text), 3000):
             self.ok(f"echo {text[start : start + 3000]} >> {path}.b64")
         self.ok(f"base64 -d {path}.b64 > {path} && rm {path}.b64 && chmod {mode:o} {path}")
+
+    def fetch(self, url: str, path: str) -> None:
+        """Have the board fetch a file from a URL."""
+        self.ok(f"python3 -c \"import urllib.request; urllib.request.urlretrieve('{url}', '{path}')\"", timeout_s=120)
+
+    def asks_itself(self, path: str) -> str:
+        """What the board's shared port answers to the board itself, whatever its network does; empty for nothing."""
+        url = f"http://127.0.0.1:8080{path}"
+        code = f"import urllib.request as r; print(r.urlopen('{url}', timeout=20).read().decode(), end='')"
+        said = self.run(f'python3 -c "{code}"')
+        return said.text if said.status == 0 else ""
 
     # Its end.
 

@@ -16,7 +16,21 @@ from deploy.image import root as board_root
 DISK_MB = 1200
 MODULES = (
     *disk.DISK_DRIVERS,
-    *("virtio_net", "virtio-rng", "sch_netem", "autofs4", "configfs", "i2c-dev", "i2c-stub", "gpio-sim", "loop"),
+    *(
+        "vfat",
+        "nls_cp437",
+        "nls_ascii",
+        "nls_iso8859-1",
+        "virtio_net",
+        "virtio-rng",
+        "sch_netem",
+        "autofs4",
+        "configfs",
+        "i2c-dev",
+        "i2c-stub",
+        "gpio-sim",
+        "loop",
+    ),
 )
 
 CONSOLE_UNIT = """\
@@ -52,6 +66,14 @@ LinkLocalAddressing=no
 IPv6AcceptRA=no
 """
 
+FSTAB = """\
+/dev/vda2 / ext4 errors=remount-ro 0 1
+/dev/vda1 /boot/firmware vfat defaults 0 0
+"""
+
+# The board's owner opens the shared port, as the package's README says.
+OWNER = "[Service]\nEnvironment=WASMFLEET_INGRESS=0.0.0.0:8080\n"
+
 # What a board in a test does not need and would spend its first minute on.
 MASKED = (
     *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer"),
@@ -84,7 +106,8 @@ def build(architecture: str, packages: Sequence[Path] = ()) -> Image:
     """
     root, kernel = board_root.root(architecture), board_root.kernel(architecture)
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in packages]
-    made_of = (root.name, kernel.name, digests, DISK_MB, MODULES, CONSOLE_UNIT, NETWORK, MASKED, disk.INIT)
+    made_of = (root.name, kernel.name, digests, DISK_MB, MODULES, CONSOLE_UNIT, NETWORK, MASKED, FSTAB, OWNER)
+    made_of += (Path(disk.__file__).read_text(),)
     place = debian.cache_dir() / f"disk-{architecture}-{debian.key(*made_of)}"
     if not place.exists():
         fresh = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=debian.cache_dir()))
@@ -119,13 +142,16 @@ def _install(tree: Path, packages: Sequence[Path]) -> None:
 
 
 def _furnish(tree: Path, kernel: Path) -> None:
-    (tree / "etc/fstab").write_text("/dev/vda / ext4 errors=remount-ro 0 1\n")
+    (tree / "boot/firmware").mkdir()
+    (tree / "etc/fstab").write_text(FSTAB)
     (tree / "etc/hostname").write_text("board\n")
     (tree / "etc/hosts").write_text("127.0.0.1 localhost board\n")
     (tree / "etc/machine-id").write_text(hashlib.md5(os.urandom(16)).hexdigest() + "\n")
     (tree / "etc/systemd/network").mkdir(parents=True, exist_ok=True)
     (tree / "etc/systemd/network/10-board.network").write_text(NETWORK)
     units = tree / "etc/systemd/system"
+    (units / "fleet-host.service.d").mkdir(parents=True)
+    (units / "fleet-host.service.d/owner.conf").write_text(OWNER)
     (units / "board-console.service").write_text(CONSOLE_UNIT)
     wants = units / "sysinit.target.wants"
     wants.mkdir(exist_ok=True)

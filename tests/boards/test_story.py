@@ -1,13 +1,15 @@
 """The main job on an emulated board of each architecture, as one story: every test goes on where the last one ended."""
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import rig
 from conftest import enrol
-from operator_side import GROUP, OperatorSide, budget
+from operator_side import GROUP, OperatorSide
+from stages import budget, figure
 
 from deploy.riscv64 import build as riscv64
 
@@ -53,9 +55,10 @@ def test_without_an_engine_a_board_says_so(story: Story, operator: OperatorSide)
 
 @pytest.mark.usefixtures("engine")
 def test_a_component_is_pushed_and_compiled_for_this_cpu(story: Story, operator: OperatorSide) -> None:
-    with budget(f"push v1 {story.architecture}", 90):
+    started = time.monotonic()
+    with budget(f"push v1 {story.architecture}", 90), operator.first_answer(story.board.port) as answered:
         operator.pushed("v1.wasm", group=story.group)
-    operator.answers(story.board.port, "1")
+    figure(story.architecture, "from `fleet push` to the first answer", f"{answered() - started:.1f} s")
     header = story.board.ok("head -c 20 /var/lib/wasmfleet-agent/images/*.cwasm | od -An -tx1 | tr -d ' \\n'")
     assert header.startswith("7f454c46"), "an image is an ELF file"
     machine = int.from_bytes(bytes.fromhex(header[36:40]), "little")
@@ -64,29 +67,49 @@ def test_a_component_is_pushed_and_compiled_for_this_cpu(story: Story, operator:
 
 @pytest.mark.usefixtures("engine")
 def test_a_swap_under_requests_loses_none(story: Story, operator: OperatorSide) -> None:
-    with budget(f"swap to v2 {story.architecture}", 90):
+    with budget(f"swap to v2 {story.architecture}", 90), operator.gaps(story.board.port) as gaps:
         seen = operator.under_load(story.board.port, "v2.wasm", "2", group=story.group)
     assert seen.lost == 0, seen.losses
     assert set(seen.by_version) == {"1", "2"}
+    usual_ms, longest_ms = (1000 * seconds for seconds in gaps())
+    figure(story.architecture, "between two answers: usually, at the swap", f"{usual_ms:.0f} ms, {longest_ms:.0f} ms")
 
 
 @pytest.mark.usefixtures("engine")
 def test_the_boards_own_figures_arrive(story: Story, operator: OperatorSide) -> None:
+    operator.runs(story.device, "2.0.0")
     text = operator.fleet("device", story.device)
-    assert "50.0.1" in text
-    assert "hello" in text
+    assert "wasmtime 50.0.1" in text
+    assert rig.MACHINES[story.architecture].machine in text
+    assert re.search(r"^hello +\S*hello@2\.0\.0 +running", text, re.MULTILINE), text
+    assert re.search(r"^board +up .* on 2 CPUs", text, re.MULTILINE), text
+    assert re.search(r"^memory +[\d.]+ \w+ of [\d.]+ \w+ free", text, re.MULTILINE), text
 
 
 def test_what_it_takes_at_rest(story: Story) -> None:
-    # a figure for docs/boards.md; the budget is 60 MB without an instance, and an emulated board's pages are a board's
-    total_kb = 0
-    for line in story.board.ok("ps -eo pid=,args= | grep '[/]usr/bin/fleet-'").splitlines():
-        pid, command = line.split(maxsplit=1)
-        pss = story.board.ok(f"awk '/^Pss:/ {{print $2}}' /proc/{pid}/smaps_rollup")
-        print(f"\n    {int(pss) / 1024:5.1f} MB  {command.split('/usr/bin/')[1][:40]}", end="")
-        total_kb += int(pss)
-    print(f"\n=== PSS of agent and host on {story.architecture}: {total_kb / 1024:.0f} MB", flush=True)
-    assert total_kb < 200 * 1024
+    # an emulated board's pages are a board's: the budget is 60 MB without an instance
+    total_kb: dict[str, int] = {"fleet-agent": 0, "fleet-host": 0}
+    for unit in total_kb:
+        group = story.board.ok(f"systemctl show --property=ControlGroup --value {unit}")
+        for pid in story.board.ok(f"find /sys/fs/cgroup{group} -name cgroup.procs -exec cat {{}} +").split():
+            pss = story.board.run(f"awk '/^Pss:/ {{print $2}}' /proc/{pid}/smaps_rollup").text
+            total_kb[unit] += int(pss) if pss.isdigit() else 0
+    assert all(total_kb.values())
+    agent, host = (f"{kb / 1024:.0f} MB" for kb in total_kb.values())
+    instances = story.board.ok("ls -d /sys/fs/cgroup/system.slice/fleet-host.service/i-* 2>/dev/null | wc -l")
+    figure(story.architecture, f"PSS at rest, {instances} instance: agent, host with its processes", f"{agent}, {host}")
+    assert sum(total_kb.values()) < 200 * 1024
+
+
+@pytest.mark.usefixtures("engine")
+def test_how_long_compiling_takes(story: Story) -> None:
+    artifact = story.board.ok("ls /var/lib/wasmfleet-agent/artifacts/* | head -1")
+    size = story.board.ok(f"stat -c %s {artifact}")
+    compiler = "/usr/lib/wasmfleet/agent/bin/python3 -I -m agent.host.compiler"
+    started = time.monotonic()
+    story.board.ok(f"{compiler} <{artifact} >/dev/null", timeout_s=120)
+    took = time.monotonic() - started
+    figure(story.architecture, f"compiling {size} bytes, start of the compiler included", f"{took:.1f} s")
 
 
 @pytest.mark.usefixtures("engine")

@@ -1,0 +1,68 @@
+"""What the boards took: each stage beside its budget, and the figures of docs/boards.md, printed when all is done.
+
+Boards are tested two at a time, each in a worker process of pytest's: what they note lies in files of one directory,
+and the process that started them prints it.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+DIRECTORY = "WASMFLEET_BOARD_NOTES"  # in the environment, for the workers
+BEGAN = "WASMFLEET_BOARDS_BEGAN"  # by the monotonic clock
+ARCHITECTURES = ("arm64", "riscv64")
+
+
+@contextlib.contextmanager
+def budget(name: str, seconds: float) -> Iterator[None]:
+    """Note how long a stage took, beside what it may take on two idle cores."""
+    started = time.monotonic()
+    outcome = "failed"
+    try:
+        yield
+        outcome = ""
+    finally:
+        took = time.monotonic() - started
+        sys.stderr.write(f"=== {name}: {took:.0f} s of {seconds:.0f} s {outcome}\n")
+        sys.stderr.flush()
+        _note("stages", name, f"{took:.0f}", f"{seconds:.0f}", outcome)
+
+
+def figure(architecture: str, name: str, value: str) -> None:
+    """Note a figure of the table in docs/boards.md."""
+    _note("figures", architecture, name, value)
+
+
+def _note(kind: str, *fields: str) -> None:
+    directory = os.environ.get(DIRECTORY)
+    if directory:
+        # one short line in one write: lines of two workers do not mix
+        with (Path(directory) / kind).open("ab", buffering=0) as file:
+            file.write(("\t".join(fields) + "\n").encode())
+
+
+def _notes(kind: str) -> list[list[str]]:
+    path = Path(os.environ[DIRECTORY]) / kind
+    return [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def stage_table() -> list[str]:
+    """The stages in the order in which they ended, as lines."""
+    return [
+        f"{name:<58} {took:>5} s of {most:>4} s  {outcome or ('late' if float(took) > float(most) else '')}".rstrip()
+        for name, took, most, outcome in _notes("stages")
+    ]
+
+
+def figure_table() -> list[str]:
+    """The figures, as the table that docs/boards.md keeps."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for architecture, name, value in _notes("figures"):
+        found[name][architecture] = value
+    head = ["| figure | arm64 | riscv64 |", "|---|---|---|"]
+    rows = [f"| {name} | {' | '.join(each.get(one, '-') for one in ARCHITECTURES)} |" for name, each in found.items()]
+    return head + rows if rows else []

@@ -1,0 +1,137 @@
+"""A board that joins by itself: flashed, switched on, nothing typed. And its disk, copied to another board."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import devicetree
+import pytest
+import rig
+import stage
+from operator_side import HELLO, OperatorSide
+from stages import budget
+
+from deploy.riscv64 import build as riscv64
+
+ARCHITECTURES = ["arm64", *(["riscv64"] if os.environ.get("FULL") and riscv64.finished() else [])]
+BOOT_OFFSET, BOOT_END = 1 << 20, 65 << 20
+
+
+@dataclass
+class Flashed:
+    """Images as they lie on cards, and boards with serial numbers to put them into."""
+
+    image: stage.Image
+    place: Path
+    group: str
+
+    def card(self, name: str, source: Path) -> Path:
+        card = self.place / f"{name}.img"
+        subprocess.run(["cp", "--sparse=always", str(source), str(card)], check=True)
+        return card
+
+    def board(self, serial: str, card: Path, *, append: str = "") -> rig.Board:
+        machine = rig.MACHINES[self.image.architecture]
+        place = self.place / serial
+        place.mkdir()
+        tree = devicetree.with_serial(machine.emulator, machine.options, serial, place / "tree.dtb")
+        options = ("-dtb", str(tree))
+        board = rig.Board(machine, self.image.kernel, self.image.initrd, card, place, append, options)
+        board.format = "raw"
+        return board
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def flashed(
+    request: pytest.FixtureRequest, image: Callable[[str], stage.Image], tmp_path_factory: pytest.TempPathFactory
+) -> Flashed:
+    architecture = str(request.param)
+    return Flashed(image(architecture), tmp_path_factory.mktemp(f"cards-{architecture}"), f"cards-{architecture}")
+
+
+def joined_as(operator: OperatorSide, tail: str) -> str:
+    """Wait until a board whose name ends so is online; its device id."""
+
+    def seen() -> str | None:
+        rows = operator.scene.client.devices().devices
+        return next((row.id for row in rows if row.online and row.name.endswith(tail)), None)
+
+    return operator.until(f"a board named *{tail} is online", seen, timeout_s=300)
+
+
+def holds(card: Path, text: str) -> bool:
+    """Whether a text lies anywhere on a card's boot partition, in files or between them."""
+    with card.open("rb") as file:
+        return text.encode() in file.read(BOOT_END)
+
+
+def key_of(board: rig.Board) -> str:
+    return board.ok("sha256sum /var/lib/wasmfleet-agent/identity/device.key").split()[0]
+
+
+def test_a_card_with_a_token_and_a_copy_of_it(flashed: Flashed, operator: OperatorSide) -> None:
+    card = flashed.card("first", flashed.image.disk)
+    token = operator.token(flashed.group)
+    operator.fleet("image", "prepare", str(card), "--token", token)
+    assert holds(card, token)
+    first = flashed.board("10000000c0ffee01", card)
+    try:
+        with budget("first boot with a token on the boot partition", 150):
+            first.start()
+            device = joined_as(operator, "-c0ffee01")
+        assert first.run("ls /boot/firmware/wasmfleet.token").status != 0
+        first_key = key_of(first)
+        operator.pushed("v1.wasm", group=flashed.group)
+        operator.answers(first.port, "1")
+        first.shut_down()
+        assert not holds(card, token), "the token is nowhere on the boot partition"
+
+        copy = flashed.card("copy", card)
+        another = operator.token(flashed.group)
+        word = f"wasmfleet.token={another}"
+        put(copy, "cmdline.txt", f"console=tty1 {word} quiet\n")
+        second = flashed.board("10000000c0ffee02", copy, append=word)
+        try:
+            with budget("first boot of a copy, with a token on the kernel's command line", 150):
+                second.start()
+                clone = joined_as(operator, "-c0ffee02")
+            assert clone != device
+            assert key_of(second) != first_key, "two boards with one key are none"
+            assert second.ok("cat /boot/firmware/cmdline.txt") == "console=tty1 quiet"
+            # what it runs, it was told itself
+            operator.until("the copy runs its group's component", lambda: _runs(operator, clone))
+            second.shut_down()
+            assert not holds(copy, another)
+        finally:
+            second.pull_the_plug()
+    finally:
+        first.pull_the_plug()
+    assert operator.device(device).id == device, "the board that was copied is still itself"
+
+
+def test_a_copy_without_a_token_is_nobody(flashed: Flashed, operator: OperatorSide) -> None:
+    # the card of the test above, in a third board
+    copy = flashed.card("third", flashed.place / "first.img")
+    board = flashed.board("10000000c0ffee03", copy)
+    before = {row.id for row in operator.scene.client.devices().devices if row.online}
+    try:
+        with budget("boot of a copy without a token", 120):
+            board.start()
+            board.ok("systemctl is-system-running --wait || true", timeout_s=300)
+        said = board.run("systemctl status fleet-agent --no-pager; journalctl -u fleet-agent --no-pager").text
+        assert "copied" in said
+    finally:
+        board.pull_the_plug()
+    assert {row.id for row in operator.scene.client.devices().devices if row.online} == before
+
+
+def put(card: Path, name: str, text: str) -> None:
+    """Write a file on a card's boot partition, as whoever flashes it may."""
+    command = ["mcopy", "-o", "-i", f"{card}@@{BOOT_OFFSET}", "-", f"::{name}"]
+    subprocess.run(command, input=text.encode(), check=True)
+
+
+def _runs(operator: OperatorSide, device: str) -> bool | None:
+    return True if any(each.instance == HELLO for each in operator.device(device).instances) else None
