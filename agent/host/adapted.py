@@ -9,6 +9,8 @@ The engine keeps an unfinished line of standard output in a buffer of the proces
 an exchange; after one that did not end well, the next store's adapter is asked to, and what comes is thrown away.
 """
 
+from typing import ClassVar
+
 from agent.host import heads
 from agent.host.codec import Answer
 from agent.host.engine import Guest, Image, Log
@@ -27,31 +29,37 @@ class Adapted(Guest):
 
     _entry = (BRIDGE, "handle")
     _left = 0  # how many more requests this instance may answer
-    _clean = False  # whether nothing is left unwritten by an earlier store that ended in a trap
+    # Whether nothing is left unwritten by an earlier store that ended in a trap: the process's, whoever's store it was.
+    _clean: ClassVar[bool] = False
 
     def _open(self, stdin: bytes | None = None) -> None:
         super()._open(stdin or b"")
         # What the guest left unread of a body would be the next request's.
         self._left = 1 if stdin else self._limits.requests_per_instance or 1
-        if not self._clean:
+        self._flush()
+
+    def _flush(self) -> None:
+        if not Adapted._clean:
             flush = self._function(BRIDGE, "flush")
             assert flush is not None
             self._call(flush)
             heads.take(0)
-            self._clean = True
+            Adapted._clean = True
 
     def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> Answer:
         """See `Guest.handle`."""
         if body or not self._left:
             self._store.close()
             self._open(body)
-        left, self._left, self._clean = self._left - 1, 0, False
+        else:
+            self._flush()
+        left, self._left, Adapted._clean = self._left - 1, 0, False
         most = self._limits.response_bytes
         try:
             head = heads.answer_head(self.exchange(heads.request_head(method, target, headers)))
         finally:
             answer = heads.take(most)
-        self._clean = len(answer) <= most
+        Adapted._clean = len(answer) <= most
         if head.problem is not None:
             self._log(f"host: {head.problem}")
             return head.status, b"content-type: text/plain\r\n", head.problem.encode() + b"\n"

@@ -15,7 +15,7 @@ from typing import Final
 
 from agent.host import control
 from agent.host.generation import Generation, Saved, StartError
-from agent.host.nursery import Lane, LaneGoneError
+from agent.host.handle import Lane, LaneGoneError
 from fleet.protocol.codes import RejectCode
 
 STATE: Final = "wasmfleet:state/state"

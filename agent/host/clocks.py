@@ -7,7 +7,7 @@ from typing import Final
 from agent.host import control
 from agent.host.crew import GRACE_S
 from agent.host.generation import Generation
-from agent.host.nursery import Lane, LaneGoneError
+from agent.host.handle import Lane, LaneGoneError
 from agent.host.schedule import Clock
 from fleet.protocol.manifest import Schedule
 

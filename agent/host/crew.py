@@ -11,16 +11,26 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Final
 
-from agent.host import cell, control
+from agent.host import cell, control, ipc
 from agent.host.cgroups import Cgroups
 from agent.host.generation import Generation, StartError, data_directory
-from agent.host.nursery import Lane, LaneGoneError, Nursery
+from agent.host.handle import Lane, LaneGoneError
+from agent.host.nursery import Nursery
+from agent.host.sharing import SEATS, Wanted, why_alone
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Limits
 from fleet.protocol.names import BadNameError, TargetName
 
 DRAIN_MS: Final = 10_000
 HANDOVER_WAIT_S: Final = 1.0
 GRACE_S: Final = 5.0
+
+
+def _namespace(run: ipc.Run) -> str:
+    try:
+        return TargetName.from_path(run.target).namespace
+    except BadNameError:
+        return ""
 
 
 class Tasks:
@@ -71,7 +81,10 @@ class Crew:
 
     async def prepare_data(self, generation: Generation, old: Generation | None) -> None:
         """Make the generation's data directory. Raises `StartError`."""
-        generation.data = await data_directory(generation.run, self._uid(self._name), self._data, old)
+        run = generation.run
+        generation.data = await data_directory(run, self._uid(self._name), self._data, old)
+        if run.share_lane:
+            generation.alone = why_alone(run.limits, generation.image_bytes, files=bool(generation.data))
 
     async def raise_lane(self, generation: Generation, *, serve: bool = True) -> Lane:
         """A lane more for a generation, in its cell, with the guest instantiated; it accepts at once if `serve`.
@@ -80,41 +93,22 @@ class Crew:
             StartError: it could not be raised.
         """
         run = generation.run
-        try:
-            namespace = TargetName.from_path(run.target).namespace
-        except BadNameError:
-            namespace = ""
-        name = f"{self._name}/{run.generation}"
         lane: Lane | None = None
         try:
-            lane = await self._nursery.lane(
-                namespace,
-                name,
-                lambda who, said: self._on_said(generation, who, said),
-                fuel=run.manifest.limits.fuel > 0,
-            )
+            lane = await self._fork(generation)
             generation.lanes.append(lane)
-            uid = self._uid(self._name)
-            self._cgroups.admit(
-                self._name,
-                lane.pid,
-                lanes=2 * run.limits.concurrency,  # two generations at a swap
-                lane_bytes=cell.lane_bytes(
-                    memory_bytes=run.limits.memory_bytes,
-                    body_bytes=run.limits.request_bytes + run.limits.response_bytes,
-                ),
-            )
             setup = control.Setup(
                 instance=self._name,
                 grants=run.grants,
                 limits=run.limits,
                 config=run.config,
-                uid=uid,
+                uid=self._uid(self._name),
                 data=generation.data,
+                image=generation.image if lane.shared is not None else "",
             )
             answer = await lane.ask(
                 setup,
-                generation.image_fd,
+                *(() if lane.shared is not None else (generation.image_fd,)),
                 lane.page_fd,
                 answer=control.Ready,
                 timeout_s=run.limits.start_ms / 1000 + GRACE_S,
@@ -123,22 +117,65 @@ class Crew:
             raise StartError(RejectCode.START_FAILED, str(error)) from error
         except TimeoutError as error:
             assert lane is not None
-            lane.kill("it did not start in time")
+            lane.end("it did not start in time")
             raise StartError(RejectCode.START_FAILED, f"{self._name}: it did not start in time") from error
         finally:
             if lane is not None and lane.ready is None:
                 generation.lanes.remove(lane)
-                lane.kill("it did not start")
+                lane.end("it did not start")
                 lane.ended.add_done_callback(lambda _: lane.close())
         if isinstance(answer, control.Refused):
             raise StartError(answer.code, f"{self._name}: {answer.message}")
         assert isinstance(answer, control.Ready)
+        lane.is_set_up()
         generation.kinds, generation.layers = frozenset(answer.kinds), answer.layers
         began_s = time.monotonic()
         lane.ended.add_done_callback(lambda _: self._on_end(generation, lane, time.monotonic() - began_s))
         if serve and generation.listener is not None:
             self.serve(generation, lane)
         return lane
+
+    async def _fork(self, generation: Generation) -> Lane:
+        """A lane, or a seat in one that is shared. Raises `LaneGoneError`."""
+        run = generation.run
+        name = f"{self._name}/{run.generation}"
+        namespace, fuel = _namespace(run), run.manifest.limits.fuel > 0
+
+        def said(who: Lane, message: control.FromLane) -> None:
+            self._on_said(generation, who, message)
+
+        if not generation.shares:
+            lane = await self._nursery.lane(namespace, name, said, fuel=fuel)
+            self._admit(self._name, lane.pid, run.limits, lanes=2 * run.limits.concurrency)  # two generations at a swap
+            return lane
+        return await self._nursery.sharing.seat(self._wanted(generation, namespace), name, said)
+
+    def fuller(self, generation: Generation) -> bool:
+        """Whether there is a shared lane with more seats taken that would take this one too, and it is at rest."""
+        lanes = generation.alive
+        if not generation.shares or len(lanes) != 1 or lanes[0].page.began_ns():
+            return False
+        return self._nursery.sharing.better(lanes[0], self._wanted(generation, _namespace(generation.run)))
+
+    def _wanted(self, generation: Generation, namespace: str) -> Wanted:
+        limits = generation.run.limits
+        common = f"+{namespace}"  # no instance has such a name
+        return Wanted(
+            namespace=namespace,
+            image=generation.image,
+            image_fd=generation.image_fd,
+            limits=limits,
+            fuel=generation.run.manifest.limits.fuel > 0,
+            uid=self._uid(common),
+            admit=lambda pid: self._admit(common, pid, limits, lanes=SEATS),
+        )
+
+    def _admit(self, group: str, pid: int, limits: Limits, *, lanes: int) -> None:
+        """Into its control group, which may have `lanes` of these limits."""
+        each = cell.lane_bytes(
+            memory_bytes=limits.memory_bytes, body_bytes=limits.request_bytes + limits.response_bytes
+        )
+        self._cgroups.admit(group, pid, lanes=lanes, lane_bytes=each)
 
     def serve(self, generation: Generation, lane: Lane) -> None:
         """Let a lane accept. Raises `LaneGoneError`."""
@@ -194,6 +231,6 @@ class Crew:
             generation.past = generation.past.plus(lane.page.read())
         lane.ended.add_done_callback(lambda _: lane.close())
         if not drained and lane.drained is not None and not lane.drained.done():
-            self._tasks.spawn(lane.kill_when_drained("it was replaced", DRAIN_MS / 1000))
+            self._tasks.spawn(lane.end_when_drained("it was replaced", DRAIN_MS / 1000))
         else:
-            lane.kill("it was replaced")
+            lane.end("it was replaced")

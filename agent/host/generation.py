@@ -2,17 +2,21 @@
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from agent.host import ipc
+from agent.host.handle import Lane
 from agent.host.listeners import Listener
-from agent.host.nursery import Lane
 from agent.host.page import Figures
 from fleet.protocol.codes import RejectCode
+
+_CHUNK_BYTES: Final = 1024 * 1024
 
 
 class StartError(Exception):
@@ -77,6 +81,14 @@ def disk_bytes(directory: str) -> int:
     return total
 
 
+def _digest(fd: int) -> str:
+    digest, at = hashlib.sha256(), 0
+    while chunk := os.pread(fd, _CHUNK_BYTES, at):
+        digest.update(chunk)
+        at += len(chunk)
+    return digest.hexdigest()
+
+
 @dataclass(slots=True)
 class Saved:
     """A state: a memfd of fixed size, and how much of it counts."""
@@ -93,7 +105,12 @@ class Saved:
 
 @dataclass(slots=True)
 class Generation:
-    """One generation: what to run, and the lanes that run it."""
+    """One generation: what to run, and the lanes that run it.
+
+    Attributes:
+        alone: why it has a lane of its own although it may share one; empty for no such reason.
+        image, image_bytes: of one that may share: its image's sha256 and size.
+    """
 
     run: ipc.Run
     image_fd: int
@@ -106,6 +123,20 @@ class Generation:
     data: str = ""
     dropped: bool = False
     saved: Saved | None = None
+    alone: str = ""
+    image: str = ""
+    image_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """Name the image by what is in it, where others may use the same."""
+        if self.run.share_lane:
+            self.image_bytes = os.fstat(self.image_fd).st_size
+            self.image = _digest(self.image_fd)
+
+    @property
+    def shares(self) -> bool:
+        """Whether it takes a seat in a lane that it shares: the operator lets it, and nothing speaks against it."""
+        return self.run.share_lane and not self.alone
 
     @property
     def number(self) -> int:

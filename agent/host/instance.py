@@ -21,11 +21,13 @@ from agent.host.clocks import Clocks, ask_health
 from agent.host.crew import DRAIN_MS, Crew, Tasks
 from agent.host.deaths import Deaths
 from agent.host.generation import Generation, StartError, disk_bytes, forget_other_schemas
+from agent.host.handle import Lane, LaneGoneError
 from agent.host.listeners import Listeners
-from agent.host.nursery import Lane, LaneGoneError, Nursery
+from agent.host.nursery import Nursery
 from agent.host.page import Figures
 from agent.host.record import Record
 from agent.host.schedule import Clock
+from agent.host.staffing import Staffing
 from fleet.protocol.codes import CallOutcome, InstanceState, RejectCode
 from fleet.protocol.cron import BadCronError
 from fleet.protocol.manifest import Http, Schedule
@@ -38,7 +40,6 @@ _LONGEST_PAUSE_S: Final = 60.0
 _MIN_UPTIME_S: Final = 30.0
 _CRASHES_MAX: Final = 5
 _UNWELL_MAX: Final = 3
-_SPARE_S: Final = 60.0
 _WHY_MAX_CHARS: Final = 200
 
 
@@ -80,13 +81,14 @@ class Instance:
             on_end=self._lane_ended,
         )
         self._record = Record(name, emit)
+        self._staffing = Staffing(
+            self._crew, self._tasks, self.lock, note=self._record.note, is_current=lambda which: which is self.current
+        )
         self._route = route
         self._crashes = 0
         self._unwell = 0
         self._reverted: tuple[int, int] | None = None
         self._clocks: Clocks | None = None
-        self._raising = False
-        self._busy_s = 0.0
 
     # What the agent asks for.
 
@@ -206,6 +208,7 @@ class Instance:
             p99_us=figures.percentile_us(0.99),
             memory_bytes=sum(lane.private_bytes() for lane in self.current.lanes),
             lanes=len(self.current.alive),
+            shared_lane=next((lane.shared.name for lane in self.current.alive if lane.shared is not None), ""),
             manifest_sha256=self.current.run.manifest.digest(),
             error=self.error,
         )
@@ -218,9 +221,7 @@ class Instance:
             self._deaths.note(self.name, current.run.target, 0)
         if current is not None and current.alive:
             self._weigh_data(current)
-        spare = current is not None and len(current.alive) > 1 and time.monotonic() - self._busy_s > _SPARE_S
-        if spare and current is not None and not self.lock.locked():
-            self._tasks.spawn(self._fewer_lanes(current))
+            self._staffing.watch(current)
         self._end_overdue()
 
     def _weigh_data(self, generation: Generation) -> None:
@@ -243,7 +244,7 @@ class Instance:
             limits = generation.run.limits
             longest_ms = max(limits.total_ms, limits.start_ms) + 5000
             for lane in generation.lanes:
-                began_ns = lane.page.read().began_ns
+                began_ns = lane.page.began_ns()
                 taken_ms = (time.monotonic_ns() - began_ns) // 1_000_000
                 if lane.alive and began_ns and taken_ms > longest_ms:
                     self._overdue(generation, lane, f"a call was still there after {taken_ms} ms, past all its time")
@@ -258,6 +259,8 @@ class Instance:
             except BadCronError as error:
                 raise StartError(RejectCode.START_FAILED, f"{self.name}: {error}") from error
         await self._crew.prepare_data(new, self.current)
+        if new.alone:
+            self._record.note(f"host: it has a lane of its own: {new.alone}")
         lane = await self._crew.raise_lane(new, serve=False)
         needed = _HANDLER if isinstance(trigger, Http) else _TASK if isinstance(trigger, Schedule) else ""
         if needed not in new.kinds:
@@ -335,8 +338,8 @@ class Instance:
             case control.Overdue(why=why):
                 self._overdue(generation, lane, why)
             case control.Busy():
-                self._busy_s = time.monotonic()
-                self._more_lanes(generation)
+                if generation is self.current:
+                    self._staffing.busy(generation)
             case _:
                 pass
 
@@ -354,6 +357,14 @@ class Instance:
         lane.close()
         if generation.dropped or generation is not self.current:
             return
+        if lane.bystander_of:
+            self._record.note(f"host: {why}")
+            if not generation.alive:
+                self._set(InstanceState.BACKOFF, why)
+            self._tasks.spawn(self._replace(generation))
+            return
+        if lane.blamed:
+            generation.alone = f"a lane that it shared was ended on its account: {why}"
         self.restarts += 1
         self._crashes = 1 if uptime_s > _MIN_UPTIME_S else self._crashes + 1
         self._deaths.note(self.name, generation.run.target, self._crashes)
@@ -394,34 +405,6 @@ class Instance:
                 return
             if self.state is InstanceState.BACKOFF:
                 self._set(InstanceState.RUNNING)
-
-    def _more_lanes(self, generation: Generation) -> None:
-        if (
-            generation is self.current
-            and not self._raising
-            and len(generation.lanes) < generation.run.limits.concurrency
-            and not self.lock.locked()
-        ):
-            self._raising = True
-            self._tasks.spawn(self._raise_another(generation))
-
-    async def _raise_another(self, generation: Generation) -> None:
-        try:
-            async with self.lock:
-                if generation is self.current and not generation.dropped:
-                    await self._crew.raise_lane(generation)
-        except (StartError, LaneGoneError) as error:
-            self._record.note(f"host: no further lane: {error}")
-        finally:
-            self._raising = False
-
-    async def _fewer_lanes(self, generation: Generation) -> None:
-        """Let the youngest lane go; its connections move to another."""
-        async with self.lock:
-            alive = generation.alive
-            if generation is self.current and len(alive) > 1:
-                await self._crew.hand_over([alive[-1]], alive[:-1])
-                self._crew.retire(generation, alive[-1])
 
     def _set(self, state: InstanceState, message: str = "") -> None:
         if state is self.state:
@@ -467,4 +450,4 @@ class Instance:
         self._record.fault(self.current, RejectCode.HEALTH_FAILED, self.error)
         if self._unwell >= _UNWELL_MAX and lane.alive:
             self._unwell = 0
-            lane.kill(f"{self.error}, {_UNWELL_MAX} times in a row")
+            lane.end(f"{self.error}, {_UNWELL_MAX} times in a row")

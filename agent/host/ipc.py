@@ -34,6 +34,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         grants, limits: already narrowed by operator and board policy.
         port: own port on the ingress address, None for the shared port under `/<instance>/`.
         data: the instance's own directory, empty for none.
+        share_lane: whether the operator lets it share a lane with other instances of its publisher.
     """
 
     instance: str
@@ -45,6 +46,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, str] = {}
     port: int | None = None
     data: str = ""
+    share_lane: bool = False
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):

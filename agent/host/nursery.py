@@ -1,26 +1,21 @@
-"""The supervisor's side of zygotes and lanes: starting them, talking to them, ending them.
-
-A `Lane` here is a handle: its socket, its pidfd, its page of figures. Ending one is a signal through the pidfd, which
-cannot hit another process; how it ended arrives from its zygote.
-"""
+"""The supervisor's side of zygotes: starting them, and having lanes forked by them."""
 
 import asyncio
-import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Final
 
-from agent.host import control, page, program
+from agent.host import control, program
+from agent.host.handle import Lane, LaneGoneError
+from agent.host.sharing import Sharing, Wanted
 
 FORK: Final = b"F"
 _MESSAGE_BYTES: Final = 12
 _FORK_TIMEOUT_S: Final = 30.0
-_GONE_S: Final = 1.0
 _ENVIRONMENT: Final = frozenset({"PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
 _IDLE_S: Final = 60.0
 
@@ -34,173 +29,10 @@ def _environment() -> dict[str, str]:
     return {**kept, "TOKIO_WORKER_THREADS": "1"}
 
 
-class LaneGoneError(Exception):
-    """The lane ended before it answered."""
-
-
-class Lane:
-    """The supervisor's handle of a lane."""
-
-    def __init__(self, name: str, sock: socket.socket, on_message: Callable[["Lane", control.FromLane], None]) -> None:
-        self.name = name
-        self.pid = 0
-        self.since_s = time.monotonic()
-        self.pidfd = -1
-        self.page_fd = page.create(name)
-        self.page = page.Page(self.page_fd)
-        self.memory_fd = -1
-        self.ready: control.Ready | None = None
-        self.exit_status: int | None = None
-        self.killed_because = ""
-        self.drained: asyncio.Future[None] | None = None  # while it hands its connections over
-        self.ended = asyncio.get_running_loop().create_future()
-        self._sock = sock
-        self._on_message = on_message
-        self._waiting: dict[type, asyncio.Future[control.FromLane]] = {}
-        sock.setblocking(False)
-        asyncio.get_running_loop().add_reader(sock, self._readable)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it has not ended."""
-        return not self.ended.done()
-
-    def send(self, message: control.ToLane, *fds: int) -> None:
-        """Tell it something. Raises `LaneGoneError`; a lane that reads nothing is ended."""
-        try:
-            control.send(self._sock, message, *fds)
-        except BlockingIOError:
-            self.kill("it reads no messages")
-            raise LaneGoneError(f"{self.name}: it reads no messages") from None
-        except control.GoneError as error:
-            raise LaneGoneError(f"{self.name}: {error}") from error
-
-    async def ask(
-        self, message: control.ToLane, *fds: int, answer: type[control.FromLane], timeout_s: float
-    ) -> control.FromLane:
-        """Tell it something and wait for an `answer` (or `Refused`).
-
-        Raises:
-            LaneGoneError: it ended first.
-            TimeoutError: it did not answer in time.
-        """
-        future: asyncio.Future[control.FromLane] = asyncio.get_running_loop().create_future()
-        self._waiting[answer] = future
-        try:
-            self.send(message, *fds)
-            return await asyncio.wait_for(future, timeout_s)
-        finally:
-            self._waiting.pop(answer, None)
-
-    def _readable(self) -> None:
-        try:
-            message, fds = control.receive_from_lane(self._sock)
-        except BlockingIOError:
-            return
-        except control.GoneError:
-            self._unplug()
-            asyncio.get_running_loop().call_later(_GONE_S, self.kill, "it closed its socket and did not end")
-            return
-        if isinstance(message, control.Ready):
-            self.ready = message
-            if fds:
-                self.memory_fd, *fds = fds  # type: ignore[assignment]
-        for fd in fds:
-            os.close(fd)
-        if isinstance(message, control.HandedOver) and self.drained is not None and not self.drained.done():
-            self.drained.set_result(None)
-        kind = control.Ready if isinstance(message, control.Refused) else type(message)
-        future = self._waiting.get(kind)
-        if future is not None and not future.done():
-            future.set_result(message)
-        else:
-            self._on_message(self, message)
-
-    def _unplug(self) -> None:
-        if self._sock.fileno() >= 0:
-            asyncio.get_running_loop().remove_reader(self._sock)
-            self._sock.close()
-
-    def kill(self, because: str) -> None:
-        """End it now."""
-        if self.pidfd >= 0 and self.alive:
-            self.killed_because = self.killed_because or because
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    async def kill_when_drained(self, because: str, timeout_s: float) -> None:
-        """End it as soon as its connections are handed over, or after `timeout_s`."""
-        if self.drained is not None and self.alive:
-            await asyncio.wait([self.drained, self.ended], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        self.kill(because)
-
-    def has_ended(self, status: int) -> None:
-        """Its zygote says that it has ended."""
-        if self.ended.done():
-            return
-        self._drain()
-        self.exit_status = status
-        self._unplug()
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(LaneGoneError(f"{self.name}: {self.describe_end()}"))
-        self.ended.set_result(status)
-
-    def _drain(self) -> None:
-        """Read what it said last: often why it ended."""
-        while self._sock.fileno() >= 0:
-            before = self._sock
-            try:
-                message, fds = control.receive_from_lane(before)
-            except (BlockingIOError, control.GoneError):
-                return
-            for fd in fds:
-                os.close(fd)
-            future = self._waiting.get(control.Ready if isinstance(message, control.Refused) else type(message))
-            if future is not None and not future.done():
-                future.set_result(message)
-            else:
-                self._on_message(self, message)
-
-    def describe_end(self) -> str:
-        """How it ended, for people."""
-        if self.killed_because:
-            return self.killed_because
-        status = self.exit_status
-        if status is None:
-            return "it is gone"
-        return (
-            f"its process was ended by {signal.Signals(-status).name}"
-            if status < 0
-            else f"its process ended ({status})"
-        )
-
-    def private_bytes(self) -> int:
-        """Its own memory, 0 where that cannot be told: not the pages of program files, which the kernel can drop."""
-        if self.memory_fd < 0 or not self.alive:
-            return 0
-        try:
-            text = os.pread(self.memory_fd, 4096, 0)
-        except OSError:
-            return 0
-        return 1024 * sum(
-            int(line.split()[1]) for line in text.splitlines() if line.startswith((b"Private_Dirty", b"Swap:"))
-        )
-
-    def close(self) -> None:
-        """Give its descriptors back, once it has ended."""
-        self._unplug()
-        self.page.close()
-        for fd in (self.page_fd, self.memory_fd, self.pidfd):
-            if fd >= 0:
-                os.close(fd)
-        self.page_fd = self.memory_fd = self.pidfd = -1
-
-
 class Zygote:
     """The supervisor's handle of one namespace's zygote, started when it is first needed."""
 
-    def __init__(self, namespace: str, *, fuel: bool) -> None:
+    def __init__(self, namespace: str, *, fuel: bool, shared: bool) -> None:
         self.namespace = namespace
         self.idle_since_s: float | None = None
         self.lanes: dict[int, Lane] = {}
@@ -208,7 +40,12 @@ class Zygote:
         ours, theirs = control.pair()
         with theirs:
             self.process = subprocess.Popen(
-                [*program.command("agent.host.zygote"), str(theirs.fileno()), *(["--fuel"] if fuel else [])],
+                [
+                    *program.command("agent.host.zygote"),
+                    str(theirs.fileno()),
+                    *(["--fuel"] if fuel else []),
+                    *(["--shared"] if shared else []),
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -279,20 +116,32 @@ class Zygote:
 
 
 class Nursery:
-    """Every zygote: one for each signing namespace, and one more where it has components with a fuel limit."""
+    """Every zygote: one for each namespace, and others for its components with a fuel limit and those that share."""
 
     def __init__(self) -> None:
-        self._zygotes: dict[tuple[str, bool], Zygote] = {}
+        self._zygotes: dict[tuple[str, bool, bool], Zygote] = {}
+        self.sharing = Sharing(self._fork_shared)
 
     async def lane(
-        self, namespace: str, name: str, on_message: Callable[[Lane, control.FromLane], None], *, fuel: bool
+        self,
+        namespace: str,
+        name: str,
+        on_message: Callable[[Lane, control.FromLane], None],
+        *,
+        fuel: bool,
+        shared: bool = False,
     ) -> Lane:
         """Fork a lane of a namespace, starting its zygote if there is none. Raises `LaneGoneError`."""
-        zygote = self._zygotes.get((namespace, fuel))
+        zygote = self._zygotes.get((namespace, fuel, shared))
         if zygote is None or not zygote.alive:
-            zygote = self._zygotes[namespace, fuel] = Zygote(namespace, fuel=fuel)
+            zygote = self._zygotes[namespace, fuel, shared] = Zygote(namespace, fuel=fuel, shared=shared)
         zygote.idle_since_s = None
         return await zygote.lane(name, on_message)
+
+    async def _fork_shared(
+        self, wanted: Wanted, name: str, on_message: Callable[[Lane, control.FromLane], None]
+    ) -> Lane:
+        return await self.lane(wanted.namespace, name, on_message, fuel=wanted.fuel, shared=True)
 
     def retire(self) -> None:
         """End the zygotes that have had no lanes for a while."""
@@ -311,3 +160,4 @@ class Nursery:
         for zygote in self._zygotes.values():
             zygote.close()
         self._zygotes.clear()
+        self.sharing.close()

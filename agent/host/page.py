@@ -90,6 +90,11 @@ class Page:
         """A log line went over the limit."""
         self._add(_DROPPED)
 
+    def began_ns(self) -> int:
+        """When the call in flight began, by the monotonic clock; 0 for none."""
+        value: int = _U64.unpack_from(self._map, _BEGAN)[0]
+        return value
+
     def read(self) -> Figures:
         """The figures now."""
         counts = struct.unpack_from(f"={len(_OUTCOMES)}Q", self._map, _COUNTS)

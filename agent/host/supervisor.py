@@ -26,9 +26,10 @@ from agent.host.cgroups import Cgroups
 from agent.host.deaths import Deaths
 from agent.host.front import Front
 from agent.host.generation import StartError
+from agent.host.handle import LaneGoneError
 from agent.host.instance import Instance
 from agent.host.listeners import BACKLOG, Listeners
-from agent.host.nursery import LaneGoneError, Nursery
+from agent.host.nursery import Nursery
 from agent.host.uids import Uids
 from fleet.protocol.codes import InstanceState, RejectCode
 

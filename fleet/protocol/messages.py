@@ -80,7 +80,8 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         errors: answers with status 500 and above.
         p50_us, p99_us: guest time of a call, in microseconds, over the last calls.
-        memory_bytes: private memory of the instance's lanes.
+        memory_bytes: private memory of the instance's lanes; of a lane that is shared, its part.
+        shared_lane: the lane that it shares with other instances, which say the same; empty for lanes of its own.
     """
 
     instance: str
@@ -95,6 +96,7 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     p99_us: int = 0
     memory_bytes: int = 0
     lanes: int = 0
+    shared_lane: str = ""
     phase: Phase = Phase.IDLE
     manifest_sha256: str = ""
     error: str = ""

@@ -1,0 +1,236 @@
+"""The supervisor's handles of lanes: talking to them, reading their figures, ending them.
+
+Ending a process is a signal through its pidfd, which cannot hit another one; how it ended arrives from its zygote. A
+seat in a shared lane has the same handle: what it does otherwise is asked of `Shared`.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from agent.host import control, page
+
+_GONE_S: Final = 1.0
+_WEIGHED_S: Final = 0.5  # many seats ask for one process's figures at once
+
+
+class LaneGoneError(Exception):
+    """The lane ended before it answered."""
+
+
+class Shared(Protocol):
+    """What a seat asks of the lane it is in."""
+
+    name: str
+
+    def kill(self, asked: "Lane", because: str) -> None:
+        """End the process."""
+
+    def leave(self, seat: "Lane") -> None:
+        """End the seat."""
+
+    def private_bytes(self) -> int:
+        """The seat's part of the process's memory."""
+
+
+class Lane:
+    """The supervisor's handle of a lane, or of one instance's seat in a lane that several share.
+
+    Attributes:
+        shared: of a seat: the lane it is in, None for a lane of its own.
+        blamed: of a seat that has ended: whether its whole lane was ended on its account.
+        bystander_of: the same, of the others: the instance on whose account.
+    """
+
+    def __init__(self, name: str, sock: socket.socket, on_message: Callable[["Lane", control.FromLane], None]) -> None:
+        self.name = name
+        self.pid = 0
+        self.since_s = time.monotonic()
+        self.pidfd = -1
+        self.page_fd = page.create(name)
+        self.page = page.Page(self.page_fd)
+        self.memory_fd = -1
+        self.ready: control.Ready | None = None
+        self.exit_status: int | None = None
+        self.killed_because = ""
+        self.shared: Shared | None = None
+        self.blamed = False
+        self.bystander_of = ""
+        self.drained: asyncio.Future[None] | None = None  # while it hands its connections over
+        self.ended = asyncio.get_running_loop().create_future()
+        self._sock = sock
+        self._on_message = on_message
+        self._weighed = (0.0, 0)
+        self._waiting: dict[type, asyncio.Future[control.FromLane]] = {}
+        sock.setblocking(False)
+        asyncio.get_running_loop().add_reader(sock, self._readable)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return not self.ended.done()
+
+    def send(self, message: control.ToLane, *fds: int) -> None:
+        """Tell it something. Raises `LaneGoneError`; a lane that reads nothing is ended."""
+        try:
+            control.send(self._sock, message, *fds)
+        except BlockingIOError:
+            self.kill("it reads no messages")
+            raise LaneGoneError(f"{self.name}: it reads no messages") from None
+        except control.GoneError as error:
+            raise LaneGoneError(f"{self.name}: {error}") from error
+
+    async def ask(
+        self, message: control.ToLane, *fds: int, answer: type[control.FromLane], timeout_s: float
+    ) -> control.FromLane:
+        """Tell it something and wait for an `answer` (or `Refused`).
+
+        Raises:
+            LaneGoneError: it ended first.
+            TimeoutError: it did not answer in time.
+        """
+        future: asyncio.Future[control.FromLane] = asyncio.get_running_loop().create_future()
+        self._waiting[answer] = future
+        try:
+            self.send(message, *fds)
+            return await asyncio.wait_for(future, timeout_s)
+        finally:
+            self._waiting.pop(answer, None)
+
+    def _readable(self) -> None:
+        try:
+            message, fds = control.receive_from_lane(self._sock)
+        except BlockingIOError:
+            return
+        except control.GoneError:
+            self._unplug()
+            asyncio.get_running_loop().call_later(_GONE_S, self.end, "it closed its socket and did not end")
+            return
+        if isinstance(message, control.Ready):
+            self.ready = message
+        if isinstance(message, control.Ready | control.Opened) and fds:
+            self.memory_fd, *fds = fds  # type: ignore[assignment]
+        for fd in fds:
+            os.close(fd)
+        if isinstance(message, control.HandedOver) and self.drained is not None and not self.drained.done():
+            self.drained.set_result(None)
+        future = self._asked(message)
+        if future is not None and not future.done():
+            future.set_result(message)
+        else:
+            self._on_message(self, message)
+
+    def _asked(self, message: control.FromLane) -> "asyncio.Future[control.FromLane] | None":
+        """Who waits for this message."""
+        if isinstance(message, control.Refused):
+            return self._waiting.get(control.Ready) or self._waiting.get(control.Opened)
+        return self._waiting.get(type(message))
+
+    def _unplug(self) -> None:
+        if self._sock.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._sock)
+            self._sock.close()
+
+    def kill(self, because: str) -> None:
+        """End its process now; of a seat: with all that share it."""
+        if self.shared is not None:
+            self.shared.kill(self, because)
+        elif self.pidfd >= 0 and self.alive:
+            self.killed_because = self.killed_because or because
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def end(self, because: str) -> None:
+        """End it now; of a seat: it alone."""
+        if self.shared is None:
+            self.kill(because)
+        elif self.alive:
+            self.killed_because = self.killed_because or because
+            self.shared.leave(self)
+
+    async def end_when_drained(self, because: str, timeout_s: float) -> None:
+        """End it as soon as its connections are handed over, or after `timeout_s`."""
+        if self.drained is not None and self.alive:
+            await asyncio.wait([self.drained, self.ended], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        self.end(because)
+
+    def has_ended(self, status: int) -> None:
+        """Its zygote says that it has ended."""
+        if self.ended.done():
+            return
+        self._drain()
+        self.exit_status = status
+        self._unplug()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(LaneGoneError(f"{self.name}: {self.describe_end()}"))
+        self.ended.set_result(status)
+
+    def _drain(self) -> None:
+        """Read what it said last: often why it ended."""
+        while self._sock.fileno() >= 0:
+            before = self._sock
+            try:
+                message, fds = control.receive_from_lane(before)
+            except (BlockingIOError, control.GoneError):
+                return
+            for fd in fds:
+                os.close(fd)
+            future = self._asked(message)
+            if future is not None and not future.done():
+                future.set_result(message)
+            else:
+                self._on_message(self, message)
+
+    def describe_end(self) -> str:
+        """How it ended, for people."""
+        if self.bystander_of:
+            return f"its lane was ended on account of {self.bystander_of}, which shared it: {self.killed_because}"
+        if self.killed_because:
+            return self.killed_because
+        status = self.exit_status
+        if status is None:
+            return "it is gone"
+        return (
+            f"its process was ended by {signal.Signals(-status).name}"
+            if status < 0
+            else f"its process ended ({status})"
+        )
+
+    def private_bytes(self) -> int:
+        """Its own memory, 0 where that cannot be told: not the pages of program files, which the kernel can drop."""
+        if self.shared is not None:
+            return self.shared.private_bytes()
+        if self.memory_fd < 0 or not self.alive:
+            return 0
+        if time.monotonic() - self._weighed[0] > _WEIGHED_S:
+            self._weighed = time.monotonic(), self._weigh()
+        return self._weighed[1]
+
+    def _weigh(self) -> int:
+        try:
+            text = os.pread(self.memory_fd, 4096, 0)
+        except OSError:
+            return 0
+        return 1024 * sum(
+            int(line.split()[1]) for line in text.splitlines() if line.startswith((b"Private_Dirty", b"Swap:"))
+        )
+
+    def is_set_up(self) -> None:
+        """It has its page of figures: nobody else needs the descriptor."""
+        os.close(self.page_fd)
+        self.page_fd = -1
+
+    def close(self) -> None:
+        """Give its descriptors back, once it has ended."""
+        self._unplug()
+        self.page.close()
+        for fd in (self.page_fd, self.memory_fd, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self.page_fd = self.memory_fd = self.pidfd = -1

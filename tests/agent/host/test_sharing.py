@@ -1,0 +1,162 @@
+"""Several instances of one publisher in one lane: as apart as ever for those who call them, and told of each other."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import support
+from test_life import children, lanes_of
+
+from agent.host import ipc
+from fleet.protocol.codes import InstanceState
+from fleet.protocol.manifest import Grants, Limits
+
+
+def share(host, guest, name, generation=1, **rest):
+    reply = host.start(guest, support.a_run(name, generation, share_lane=True, **rest))
+    assert isinstance(reply, ipc.Started), reply
+    return host.health(name).shared_lane
+
+
+def get(host, name, sock=None):
+    return support.http(host.port, f"GET /{name}/ HTTP/1.1\r\nhost: x\r\n\r\n", sock)
+
+
+def count(host, name):
+    """What the guest `counter` answers: how many requests this instance has had since it was made."""
+    status, _, body = get(host, name)
+    assert status == 200, body
+    return int(body)
+
+
+CLOCK = Grants(interfaces=("wasi:io", "wasi:clocks"))
+SLEEPS = {"grants": CLOCK, "limits": Limits(call_ms=100, idle_ms=300)}
+
+
+def test_instances_of_one_publisher_sit_in_one_lane_and_are_called_apart(host):
+    before = set(lanes_of(host))
+    lanes = {share(host, "counter", f"c{number}") for number in range(3)}
+    assert len(lanes) == 1
+    assert lanes != {""}
+    assert len(set(lanes_of(host)) - before) == 1
+    assert [count(host, f"c{number}") for number in (0, 1, 1, 2, 1)] == [1, 1, 2, 1, 3], "each has its own memory"
+    assert [sum(host.health(f"c{number}").calls.values()) for number in range(3)] == [1, 3, 1]
+    host.ask(ipc.Stop, instance="c1")
+    assert (count(host, "c0"), count(host, "c2")) == (2, 2), "one that is stopped takes nobody along"
+    assert get(host, "c1")[0] == 404
+
+
+def test_the_last_to_leave_ends_the_lane(host):
+    before = set(lanes_of(host))
+    for name in ("a", "b"):
+        share(host, "hello", name)
+    (lane,) = set(lanes_of(host)) - before
+    for name in ("a", "b"):
+        host.ask(ipc.Stop, instance=name)
+    while lane in lanes_of(host):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("rest", "why"),
+    [
+        ({"namespace": "others"}, "a stranger's"),
+        ({"grants": Grants(interfaces=("wasi:filesystem",))}, "files"),
+        ({"limits": Limits(concurrency=2)}, "calls at once"),
+    ],
+)
+def test_who_does_not_share_though_the_operator_lets_it(host, rest, why):
+    ours = share(host, "hello", "a")
+    theirs = share(host, "hello", "b", **rest)
+    assert ours not in {"", theirs}
+    if why != "a stranger's":
+        assert theirs == ""
+        assert why in host.ask(ipc.Logs, instance="b").lines[0], "and the log says why"
+
+
+def test_without_the_operators_word_each_has_a_lane_of_its_own(host):
+    for name in ("a", "b"):
+        host.start("hello", support.a_run(name, 1))
+    assert {host.health(name).shared_lane for name in ("a", "b")} == {""}
+
+
+def test_a_trap_takes_the_store_of_its_own_instance_alone(host):
+    share(host, "counter", "good")
+    assert count(host, "good") == 1
+    share(host, "trap", "bad")
+    share(host, "counter", "good2")
+    for _ in range(3):
+        assert get(host, "bad")[0] == 500
+    assert count(host, "good") == 2, "its memory is as it was"
+    assert host.health("bad").calls == {"guest-trap": 3}
+    assert host.health("good").restarts == host.health("bad").restarts == 0
+
+
+def test_a_guest_that_hangs_is_ended_with_its_lane_and_the_others_are_told_on_whose_account(host):
+    shared = share(host, "sleep", "bad", **SLEEPS)
+    assert share(host, "sleep", "mate", **SLEEPS) == shared
+    post = "POST /bad/ HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"  # nothing that is asked for a second time
+    assert support.http(host.port, post)[0] == 502
+    told = host.event(lambda event: isinstance(event, ipc.Changed) and event.instance == "mate")
+    assert (told.state, "on account of bad" in told.message) == (InstanceState.BACKOFF, True)
+    back = set()
+    while back != {"bad", "mate"}:
+        back.add(host.event(lambda event: isinstance(event, ipc.Changed) and event.state == "running").instance)
+    assert (host.health("bad").restarts, host.health("mate").restarts) == (1, 0), "one is to blame, and only one"
+    assert any("on account of bad" in line for line in host.ask(ipc.Logs, instance="mate").lines)
+    # Whoever cost others their lane gets one of its own.
+    assert host.health("bad").shared_lane == ""
+    assert host.health("mate").shared_lane not in {"", shared}
+
+
+def test_a_lane_that_dies_between_calls_is_made_anew_for_all(host):
+    before = set(lanes_of(host))
+    for name in ("a", "b"):
+        share(host, "hello", name)
+    (lane,) = set(lanes_of(host)) - before
+    os.kill(lane, signal.SIGKILL)
+    back = set()
+    while back != {"a", "b"}:
+        back.add(host.event(lambda event: isinstance(event, ipc.Changed) and event.state == "running").instance)
+    assert {host.health(name).restarts for name in ("a", "b")} == {1}
+    assert len({host.health(name).shared_lane for name in ("a", "b")}) == 1
+    assert [get(host, name)[0] for name in ("a", "b")] == [200, 200]
+
+
+def test_a_swap_of_one_loses_nobody_and_leaves_the_others_alone(host):
+    for name in ("a", "b"):
+        share(host, "counter", name)
+    assert (count(host, "a"), count(host, "b")) == (1, 1)
+    with socket.create_connection(("127.0.0.1", host.port), timeout=30) as kept:
+        assert get(host, "a", kept)[0] == 200
+        share(host, "hello", "a", generation=2)
+        assert get(host, "a", kept)[0] == 200
+        assert isinstance(host.ask(ipc.Revert, instance="a", generation=2), ipc.Started)
+        assert int(get(host, "a", kept)[2]) == 3, "the old one was kept as it was"
+    assert count(host, "b") == 2
+
+
+def test_a_zygote_of_shared_lanes_has_one_thread_too(host):
+    for number in range(3):
+        share(host, "hello", f"i{number}", namespace="crowd")
+        get(host, f"i{number}")
+    share(host, "trap", "bad", namespace="crowd")
+    get(host, "bad")
+    host.ask(ipc.Stop, instance="i0")
+    host.ask(ipc.Restart, instance="i1")
+    zygotes = [pid for pid, command in children(host.process.pid).items() if b"--shared" in command]
+    top = [pid for pid in zygotes if Path(f"/proc/{pid}/stat").read_text().split()[3] == str(host.process.pid)]
+    assert [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in top] == [1] * len(top)
+    assert top
+
+
+def test_seats_with_different_images_come_together_in_a_quiet_moment(host):
+    """Each new image opens a lane, since none can be mapped later; the newest has them all, and the others empty."""
+    for guest in ("hello", "counter", "trap"):
+        share(host, guest, guest, namespace="mixed")
+    with socket.create_connection(("127.0.0.1", host.port), timeout=30) as kept:
+        while len({host.health(name).shared_lane for name in ("hello", "counter", "trap")}) > 1:
+            assert get(host, "hello", kept)[0] == 200
+    assert count(host, "counter") == 1
