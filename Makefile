@@ -40,6 +40,11 @@ test-root: $(STAMP) ## tests of the walls that only root can build
 bench: $(STAMP) ## print the ratios and counts of the budget table
 	$(BIN)/python -m pytest -m bench -s
 
+conformance: $(STAMP) ## judge the board's TUF client by the public suite: TUF_CONFORMANCE=its checkout
+	@test -x "$(TUF_CONFORMANCE)/env/bin/pytest" || { echo "set TUF_CONFORMANCE to a checkout of theupdateframework/tuf-conformance after 'make dev' in it"; exit 2; }
+	@command -v faketime >/dev/null || { echo "the suite moves the clock: install faketime"; exit 2; }
+	cd "$(TUF_CONFORMANCE)" && env/bin/pytest tuf_conformance --entrypoint "$(abspath $(BIN))/fleet-tuf-conformance"
+
 packages: $(STAMP) ## the Debian packages for boards (arm64, riscv64, amd64) and for the server, into dist/
 	$(BIN)/python -m deploy.packages.build
 
@@ -56,5 +61,5 @@ test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help install demo check test test-unit test-root bench clean \
+.PHONY: help install demo check test test-unit test-root bench conformance clean \
 	packages release riscv64-wheel test-boards

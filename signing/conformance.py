@@ -13,6 +13,7 @@ unversioned in DIR, and beside it, hidden, what is remembered apart from it.
 import argparse
 import sys
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Final
 from urllib.error import HTTPError
@@ -79,8 +80,8 @@ def _refresh(directory: Path, url: str) -> Workflow:
     facts = Facts.decode(facts_file.read_bytes()) if facts_file.exists() else Facts()
 
     def fetch(name: str, max_bytes: int) -> bytes:
-        # A role may be named in any way; what `Workflow` asks for is a file name that has to become part of a URL.
-        return _get(f"{url.rstrip('/')}/{quote(name)}", max_bytes)
+        # A role may be named in any way: `Workflow` asks for a file name that is quoted already.
+        return _get(f"{url.rstrip('/')}/{name}", max_bytes)
 
     workflow = Workflow(root=(directory / PINNED).read_bytes(), fetch=fetch, cache=DirectoryCache(directory))
     try:
@@ -101,7 +102,7 @@ def _download(workflow: Workflow, name: str, base_url: str, directory: Path) -> 
     head, _, tail = name.rpartition("/")
     prefix = f"{next(iter(target.hashes.values()))}." if workflow.loaded()[0].consistent_snapshot else ""
     remote = f"{head}/{prefix}{tail}" if head else f"{prefix}{tail}"
-    data = _get(f"{base_url.rstrip('/')}/{remote}", target.length)
+    data = _get(f"{base_url.rstrip('/')}/{quote(remote)}", target.length)
     metadata.check_file(target, data, name)
     path.write_bytes(data)
 
@@ -116,7 +117,7 @@ def _get(url: str, max_bytes: int) -> bytes:
         if error.code in {403, 404}:
             raise FetchNotFound(url) from error
         raise Rejected(RejectCode.UNREACHABLE, f"{url}: HTTP {error.code}") from error
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise Rejected(RejectCode.UNREACHABLE, f"{url}: {error}") from error
     if len(data) > max_bytes:
         raise Rejected(RejectCode.TOO_LARGE, f"{url} has more than {max_bytes} bytes")

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import pytest
-from tuf.api.metadata import Metadata
+from tuf.api.metadata import Metadata, TargetFile, Targets
 
-from tests.simulator.repository import Repository
+from signing import repository
+from tests.simulator.repository import Repository, promise_role, promise_snapshot
 
 
 class Served:
@@ -27,13 +28,17 @@ class Served:
             self.repo.rewrite(role, lambda signed: setattr(signed, "expires", self.repo.now + timedelta(days=30)))
         self.repo.online()
         self.artifacts: dict[str, bytes] = {}
+        self.asked: list[str] = []
         self.metadata, self.targets = directory / "metadata", directory / "targets"
         self.targets.mkdir()
         served = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                kind, _, name = unquote(self.path).removeprefix("/").partition("/")
+                kind, _, name = self.path.removeprefix("/").partition("/")
+                # Metadata files are published under their quoted names; a target's path is quoted for the URL.
+                name = name if kind == "metadata" else unquote(name)
+                served.asked.append(name)
                 data = (served.repo.files if kind == "metadata" else served.artifacts).get(name)
                 self.send_response(404 if data is None else 200)
                 self.end_headers()
@@ -112,6 +117,38 @@ def test_a_target_is_downloaded_only_as_signed(served: Served) -> None:
     del served.artifacts[name]
     assert served.download(item.target) == 0, "what is there already is not fetched again"
     assert served.download("components/main/none/1.0.0.wasm") == 1
+
+
+@pytest.mark.parametrize("role", ["?", "#", "/role", "../role"])
+def test_a_role_that_is_named_like_a_path_is_a_file_of_its_own(served: Served, role: str) -> None:
+    served.init()
+    repo = served.repo
+    delegate = repository.delegate
+    repo.rewrite("targets", lambda top: delegate(top, role, [repo.keys["main"].public_key], paths=["*"]))
+    file: Metadata[Targets] = Metadata(Targets(expires=repo.now + timedelta(days=30)))
+    file.sign(repo.keys["main"])
+    quoted = f"1.{quote(role, safe='')}.json"
+    repo.files[quoted] = file.to_bytes()
+    repo.online()
+    data, version = repo.files[quoted], repo.signed("snapshot").version + 1
+    repo.rewrite("snapshot", lambda signed: promise_role(signed, role, data, 1))
+    snapshot = repo.files[f"{version}.snapshot.json"]
+    repo.rewrite("timestamp", lambda signed: promise_snapshot(signed, snapshot, version))
+    assert served.download("none") == 1
+    assert quoted in served.asked, "asked for by the name it is published under, quoted once"
+    assert len(list(served.metadata.glob("*.json"))) == 5
+    assert [path.name for path in served.metadata.parent.glob("*.json")] == ["initial.json"], "and nowhere else"
+
+
+def test_a_target_whose_name_needs_quoting_is_fetched_quoted(served: Served) -> None:
+    served.init()
+    content = b"some bytes"
+    target = TargetFile.from_data("a b?/c#d", content, ["sha256"])
+    served.repo.rewrite("targets", lambda top: top.targets.update({target.path: target}))
+    served.repo.online()
+    served.artifacts[f"a b?/{target.hashes['sha256']}.c#d"] = content
+    assert served.download(target.path) == 0
+    assert [path.read_bytes() for path in served.targets.iterdir()] == [content]
 
 
 def test_an_expired_repository_is_refused_when_the_clock_has_moved(served: Served) -> None:
