@@ -10,9 +10,10 @@ from typing import Any, assert_never
 
 from tuf.api.metadata import TargetFile
 
-from fleet.protocol import caps, manifest, names
+from fleet.protocol import caps, evidence, manifest, names
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.evidence import Evidence
 from fleet.protocol.manifest import Grants, Http, Manifest, OnMessage, Schedule, Service
 from fleet.protocol.names import TargetName
 from signing.errors import Rejected
@@ -21,12 +22,17 @@ from signing.facts import Facts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """A component's bytes with its manifest, as a publisher signed them."""
+    """A component's bytes with its manifest, as a publisher signed them.
+
+    Attributes:
+        evidence: what else the publisher bound to it: bills of materials, provenance. It decides nothing here.
+    """
 
     name: TargetName
     manifest: Manifest
     length: int
     sha256: str
+    evidence: tuple[Evidence, ...] = ()
 
     @property
     def manifest_sha256(self) -> str:
@@ -75,13 +81,14 @@ def release_of(path: str, target: TargetFile) -> Release:
         sha256 = names.check_sha256(str(target.hashes.get("sha256", "")))
         custom: Any = target.custom
         described = manifest.convert(custom["manifest"] if isinstance(custom, dict) else None)
-    except (names.BadNameError, manifest.BadManifestError, KeyError) as error:
+        bound = evidence.convert(custom.get("evidence"))
+    except (names.BadNameError, manifest.BadManifestError, evidence.BadEvidenceError, KeyError) as error:
         raise Rejected(RejectCode.MALFORMED, f"target {path[:200]!r}: {error}") from error
     if (described.name, described.version) != (name.name, name.version):
         raise Rejected(RejectCode.MALFORMED, f"{name} carries the manifest of {described.name}@{described.version}")
     if not 0 < target.length <= caps.ARTIFACT_MAX_BYTES:
         raise Rejected(RejectCode.TOO_LARGE, f"{name} has {target.length} bytes, 1 to {caps.ARTIFACT_MAX_BYTES} fit")
-    return Release(name=name, manifest=described, length=target.length, sha256=sha256)
+    return Release(name=name, manifest=described, length=target.length, sha256=sha256, evidence=bound)
 
 
 def check_same(item: Item, release: Release) -> None:

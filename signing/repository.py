@@ -11,6 +11,7 @@ fetches, verifies from root, and signs again.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar, cast
 
@@ -31,6 +32,7 @@ from tuf.api.metadata import (
 )
 
 from fleet.protocol import caps, names, wire
+from fleet.protocol.evidence import Evidence
 from fleet.protocol.manifest import Grants, Manifest
 from fleet.protocol.names import TargetName
 from signing import metadata, policy
@@ -183,6 +185,7 @@ def add_target(
     signer: Signer,
     now: datetime,
     ends: datetime | None = None,
+    evidence: tuple[Evidence, ...] = (),
 ) -> bytes:
     """The next version of a namespace's role with one more target, signed.
 
@@ -195,17 +198,21 @@ def add_target(
         signer: the publisher's key.
         now: UTC; the role's expiry counts from here.
         ends: when the publisher's key ends: the role is valid for no longer.
+        evidence: what else is bound to it; none is no other than what was published.
 
     Returns:
         The new role, or `role` itself where exactly this is published already.
 
     Raises:
-        RepositoryError: the version exists with other bytes or another manifest, was revoked, or does not fit.
+        RepositoryError: the version exists with other bytes, manifest or evidence, was revoked, or does not fit.
     """
     current = _parse(Targets, role, name.namespace)
     if len(wire.canonical(manifest)) > caps.MANIFEST_MAX_BYTES:
         raise RepositoryError(f"the manifest of {name} is too large, at most {caps.MANIFEST_MAX_BYTES} bytes fit")
-    target = TargetFile(length, {"sha256": sha256}, name.path, {"custom": {"manifest": manifest.plain()}})
+    custom: dict[str, Any] = {"manifest": manifest.plain()}
+    if evidence:
+        custom["evidence"] = msgspec.to_builtins(evidence)
+    target = TargetFile(length, {"sha256": sha256}, name.path, {"custom": custom})
     try:
         release = policy.release_of(name.path, target)
     except Rejected as error:
@@ -214,9 +221,11 @@ def add_target(
         raise RepositoryError(f"{name} was revoked: publish it under another version")
     known = current.targets.get(name.path)
     if known is not None:
-        if policy.release_of(name.path, known) == release:
+        before = policy.release_of(name.path, known)
+        if before == (release if evidence else replace(release, evidence=before.evidence)):
             return role
-        what = "other bytes" if known.hashes.get("sha256") != sha256 else "another manifest"
+        same = before.sha256 == sha256, before.manifest == manifest
+        what = "other bytes" if not same[0] else "another SBOM or provenance" if same[1] else "another manifest"
         raise RepositoryError(f"{name} exists with {what}: a version never changes, publish under a new one")
     current.targets[name.path] = target
     return _next(current, signer, now, ends)

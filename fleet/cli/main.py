@@ -24,6 +24,7 @@ SECTIONS: Final[Sections] = {
         "publish": Entry("fleet.cli.push:publish", "Sign a component and upload it"),
         "deploy": Entry("fleet.cli.push:deploy", "Offer a published component to a group or a board"),
         "withdraw": Entry("fleet.cli.withdraw:withdraw", "Revoke a published release for good"),
+        "sbom": Entry("fleet.cli.sbom:boms", "See what is in a published component, and who built it"),
         "component": Entry("fleet.cli.component:component", "Look into a component file, or put it into its adapter"),
     },
     "Rollouts": {
@@ -51,6 +52,7 @@ SECTIONS: Final[Sections] = {
     "Trust": {
         "keys": Entry("fleet.cli.keys:keys", "Make, list, rotate and revoke signing keys"),
         "ca": Entry("fleet.cli.authority:authority", "The CA by which boards and servers know each other"),
+        "affected": Entry("fleet.cli.affected:affected", "List the boards that run a package"),
         "audit": Entry("fleet.cli.audit:audits", "Prove what boards ran, without believing the server"),
         "sign": Entry("fleet.cli.sign:sign", "Sign together what changes trust; see and renew what expires"),
     },

@@ -1,14 +1,16 @@
 """A component and its manifest, read from disk and held against each other, before anybody is asked anything."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from fleet.cli.base import Exit, Fault
+from fleet.cli.evidence import Attached, attached
 from fleet.protocol import author, caps, component, names
 from fleet.protocol.component import Component
+from fleet.protocol.evidence import MAX_BYTES
 from fleet.protocol.manifest import BadManifestError, Manifest
 from fleet.protocol.toml_table import FILE_NAME
 
@@ -23,6 +25,7 @@ class Prepared:
         component: what it says of itself.
         manifest: as written or inferred; the version is `author.DEV_VERSION` when none was given.
         manifest_file: where it was written, None for inferred.
+        attached: what is to be bound to it and kept beside it.
     """
 
     file: Path
@@ -30,6 +33,7 @@ class Prepared:
     component: Component
     manifest: Manifest
     manifest_file: Path | None
+    attached: tuple[Attached, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -74,6 +78,22 @@ def read_component(file: Path) -> bytes:
     return read_file(file, caps.ARTIFACT_MAX_BYTES)
 
 
+def attach(prepared: Prepared, *, sbom: Path | None, provenance: Path | None) -> Prepared:
+    """With a bill of materials and build provenance beside it.
+
+    Raises:
+        Fault: unreadable, not what it is given as, or about other bytes.
+    """
+    files = {path: read_file(path, MAX_BYTES) for path in (sbom, provenance) if path is not None}
+    found = attached(
+        sbom=None if sbom is None else (sbom.name, files[sbom]),
+        provenance=None if provenance is None else (provenance.name, files[provenance]),
+        sha256=prepared.sha256,
+        component=prepared.file.name,
+    )
+    return replace(prepared, attached=found)
+
+
 def beside(file: Path) -> Path | None:
     """The manifest that lies beside a component, if any."""
     return next((path for name in author.beside(file.name) if (path := file.with_name(name)).is_file()), None)
@@ -87,7 +107,7 @@ def read_file(file: Path, most: int) -> bytes:
     except FileNotFoundError:
         raise Fault(f"{file} does not exist", "", "check the path") from None
     except IsADirectoryError:
-        raise Fault(f"{file} is a directory", "a component is one file", f"name the .wasm file in {file}") from None
+        raise Fault(f"{file} is a directory", "one file is wanted", f"name a file in {file}") from None
     except OSError as error:
         raise Fault(f"cannot read {file}", (error.strerror or str(error)).lower(), "check its permissions") from None
 

@@ -84,6 +84,7 @@ def publish(
                 signer=signer,
                 now=datetime.now(UTC),
                 ends=ends,
+                evidence=tuple(each.evidence for each in prepared.attached),
             )
         except RepositoryError as error:
             raise Fault(str(error)) from None
@@ -92,6 +93,8 @@ def publish(
             return Publication(target, release, new=False)
         if not uploaded:
             client.upload(prepared.sha256, prepared.data, progress=progress)
+            for each in prepared.attached:
+                client.upload(each.evidence.sha256, each.data)
             uploaded = True
         event = Event(who.fleet, (Document(holder, role),), note=f"publishes {target}")
         _need_others(trust, event, target)
@@ -197,6 +200,7 @@ def versioned(prepared: Prepared, trust: Trust) -> Manifest:
             newest, number = release, max(number, int(text))
     if newest is not None and newest.sha256 == prepared.sha256:
         same = msgspec.structs.replace(manifest, version=newest.name.version)
-        if same == newest.manifest:
+        bound = tuple(each.evidence for each in prepared.attached)
+        if same == newest.manifest and bound in {(), newest.evidence}:
             return same
     return msgspec.structs.replace(manifest, version=f"{prefix}{number + 1}")

@@ -14,7 +14,7 @@ from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.dryrun import dry_run
 from fleet.cli.finish import finish
 from fleet.cli.home import Operator, operator
-from fleet.cli.prepare import Prepared, prepare
+from fleet.cli.prepare import Prepared, attach, prepare
 from fleet.cli.publishing import Publication
 from fleet.cli.publishing import publish as publish_prepared
 from fleet.cli.values import config_values
@@ -33,6 +33,18 @@ _MANIFEST: Final = click.option(
     help="The component.toml  [beside FILE, else inferred]",
 )
 _VERSION: Final = click.option("--version", default="", metavar="VERSION", help="Version, in place of the manifest's")
+_SBOM: Final = click.option(
+    "--sbom",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Bind this bill of materials to it: CycloneDX or SPDX, as JSON",
+)
+_PROVENANCE: Final = click.option(
+    "--provenance",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Bind this build provenance to it: SLSA v1, as JSON",
+)
 _NAME: Final = click.option("--name", default="", metavar="NAME", help="Component's name, in place of the manifest's")
 
 _DEPLOY: Final = (
@@ -107,9 +119,20 @@ def _deploy_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @_MANIFEST
 @_NAME
 @_VERSION
+@_SBOM
+@_PROVENANCE
 @click.option("--dry-run", "dry", is_flag=True, help="Change nothing: say what it needs, which boards would get it")
 def push(
-    options: Options, *, file: Path, manifest: Path | None, name: str, version: str, dry: bool, **how: Any
+    options: Options,
+    *,
+    file: Path,
+    manifest: Path | None,
+    name: str,
+    version: str,
+    sbom: Path | None,
+    provenance: Path | None,
+    dry: bool,
+    **how: Any,
 ) -> Exit:
     """Publish the component FILE and deploy it, in one go.
 
@@ -118,6 +141,7 @@ def push(
     """
     _check_where(how)
     prepared = prepare(file, manifest_file=manifest, name=name, version=version)
+    prepared = attach(prepared, sbom=sbom, provenance=provenance)
     _check_config(prepared.manifest, config_values(how["config"]))
     who = operator(options)
     with who.client() as client:
@@ -128,18 +152,35 @@ def push(
         return _deploy(client, published.target, how, options)
 
 
-@command("publish", examples="fleet publish hello.wasm\nfleet publish hello.wasm --version 1.4.0 --json")
+@command(
+    "publish",
+    examples="fleet publish hello.wasm\n"
+    "fleet publish hello.wasm --version 1.4.0 --json\n"
+    "fleet publish hello.wasm --sbom hello.cdx.json --provenance hello.intoto.json",
+)
 @_FILE
 @_MANIFEST
 @_NAME
 @_VERSION
-def publish(options: Options, *, file: Path, manifest: Path | None, name: str, version: str) -> None:
+@_SBOM
+@_PROVENANCE
+def publish(
+    options: Options,
+    *,
+    file: Path,
+    manifest: Path | None,
+    name: str,
+    version: str,
+    sbom: Path | None,
+    provenance: Path | None,
+) -> None:
     """Sign the component FILE and upload it.
 
     It runs nowhere before it is deployed: what was tested on one group goes to the next with the same bytes and
     signature. A version never changes once it is published.
     """
     prepared = prepare(file, manifest_file=manifest, name=name, version=version)
+    prepared = attach(prepared, sbom=sbom, provenance=provenance)
     who = operator(options)
     with who.client() as client:
         published = _publish(who, client, prepared, options)
@@ -151,6 +192,7 @@ def publish(options: Options, *, file: Path, manifest: Path | None, name: str, v
                 "length": release.length,
                 "sha256": release.sha256,
                 "manifest_sha256": release.manifest_sha256,
+                "evidence": list(release.evidence),
                 "new": published.new,
             }
         )
@@ -184,7 +226,8 @@ def _publish(who: Operator, client: Client, prepared: Prepared, options: Options
     size = out.size(done.release.length)
     if done.new:
         source = prepared.manifest_file.name if prepared.manifest_file else "no component.toml, so no grants"
-        out.say(options, f"Published {done.target} ({size}, {source}).")
+        said = ", ".join([size, source, *(each.said for each in prepared.attached)])
+        out.say(options, f"Published {done.target} ({said}).")
     else:
         out.say(options, f"{done.target} is published already, with these bytes ({size}).")
     return done

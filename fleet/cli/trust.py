@@ -101,6 +101,15 @@ class Trust:
         target = self._asked(lambda: self._workflow.target(path))
         return None if target is None else policy.release_of(path, target)
 
+    def published(self, path: str) -> Release | None:
+        """What was signed under a target path, whether it was revoked since or not; None for nothing."""
+
+        def signed() -> Release | None:
+            found = self._workflow.search(path)
+            return None if found is None or found.target is None else policy.release_of(path, found.target)
+
+        return self._asked(signed)
+
     def is_revoked(self, path: str) -> bool:
         """Whether this namespace has taken a target back."""
         if self.role is None:

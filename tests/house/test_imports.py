@@ -118,6 +118,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "httpx": ("fleet.client",),
     "pyseccomp": ("agent.host.cell", "agent.host.seccomp"),
     "httptools": ("agent.host",),
+    "univers": ("fleet.evidence.query",),
+    "packageurl": ("fleet.evidence.packages",),
 }
 
 

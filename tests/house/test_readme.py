@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "components").glob("*.md")]
 PROGRAMS = ("fleet", "fleet-agent", "fleet-host")
-GROUPS = {"rollout", "keys", "sign", "component", "audit", "ca", "operators", "server", "publisher", "image"}
+GROUPS = {"rollout", "keys", "sign", "component", "audit", "ca", "operators", "server", "publisher", "image", "sbom"}
 NAMES = {name for section in SECTIONS.values() for name in section}
 
 

@@ -52,9 +52,9 @@ class Desk(httpx.BaseTransport):
         if (answer := self.routes.get((request.method, path))) is not None:
             return self._answer(answer)
         match request.method, path.split("/")[2:]:
-            case "GET", ["tuf", name]:
-                data = self.files.get(name)
-                return httpx.Response(404) if data is None else httpx.Response(200, content=data)
+            case "GET", ["tuf" | "artifacts" as kind, name]:
+                data = (self.files if kind == "tuf" else self.artifacts).get(name)
+                return httpx.Response(404, content=b"{}") if data is None else httpx.Response(200, content=data)
             case "PUT", ["artifacts", sha256]:
                 self.artifacts[sha256] = body
                 return self._answer(api.ArtifactReply(sha256=sha256, length=len(body), new=True))

@@ -1,0 +1,165 @@
+"""What is bound beside a component: bills of materials and build provenance.
+
+Read from disk and held against the component before anybody signs; fetched and held against what was signed, later.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fleet.cli.base import Exit, Fault
+from fleet.client import Client, ProblemError
+from fleet.evidence import embedded, provenance, sbom
+from fleet.evidence.document import DocumentError
+from fleet.evidence.packages import Package
+from fleet.evidence.provenance import Provenance
+from fleet.protocol.evidence import PROVENANCE, SBOMS, Evidence
+from signing.policy import Release
+
+_NOT_FOUND: Final = 404
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """One file to be bound to a component: what is signed of it, its bytes, and what it is in a few words."""
+
+    evidence: Evidence
+    data: bytes
+    said: str
+
+
+def attached(
+    *, sbom: tuple[str, bytes] | None, provenance: tuple[str, bytes] | None, sha256: str, component: str
+) -> tuple[Attached, ...]:
+    """Judge files that are given as a bill of materials and as provenance of a component.
+
+    Args:
+        sbom: file name and bytes.
+        provenance: the same.
+        sha256: of the component, in hex.
+        component: its file name.
+
+    Raises:
+        Fault: one is not what it is given as, or is about other bytes.
+    """
+    try:
+        found = []
+        if sbom is not None:
+            found.append(_bill(*sbom, sha256, component))
+        if provenance is not None:
+            found.append(_built(*provenance, sha256, component))
+    except DocumentError as error:
+        raise Fault(str(error)) from None
+    return tuple(found)
+
+
+def _bill(name: str, data: bytes, sha256: str, component: str) -> Attached:
+    bill = sbom.read(data, file_name=name)
+    if bill.described and bill.described != sha256:
+        raise Fault(
+            f"{name} is the SBOM of other bytes",
+            f"it describes sha256 {bill.described[:12]}, and {component} is {sha256[:12]}",
+            "write it again for this build",
+        )
+    return Attached(_evidence(bill.kind, data), data, f"SBOM of {len(bill.packages)} packages")
+
+
+def _built(name: str, data: bytes, sha256: str, component: str) -> Attached:
+    built = provenance.read(data, file_name=name)
+    if sha256 not in built.subjects:
+        named = ", ".join(f"{what or 'a file'} ({digest[:12]})" for digest, what in list(built.subjects.items())[:3])
+        raise Fault(
+            f"{name} is the provenance of other bytes",
+            f"it is about {named}, and {component} is sha256 {sha256[:12]}",
+            "publish the very file that was built",
+        )
+    return Attached(_evidence(PROVENANCE, data), data, f"provenance by {built.builder}")
+
+
+def _evidence(kind: str, data: bytes) -> Evidence:
+    return Evidence(kind=kind, sha256=hashlib.sha256(data).hexdigest(), length=len(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The packages of a release.
+
+    Attributes:
+        packages: None where nobody says what is in it.
+        source: where they stand: `CycloneDX 1.6`, `built in (.dep-v0)`; else why nothing is known.
+    """
+
+    packages: tuple[Package, ...] | None
+    source: str
+
+
+class Shelf:
+    """Evidence of releases, fetched once, and believed only with the length and hash that was signed.
+
+    Args:
+        client: a connection to the server.
+        directory: where it is kept; files are named by their hash.
+    """
+
+    def __init__(self, client: Client, directory: Path) -> None:
+        self._client, self._directory = client, directory
+        self._contents: dict[str, Contents] = {}
+
+    def contents(self, release: Release) -> Contents:
+        """What is in a release: by its bill of materials, else by what its toolchain built into it."""
+        known = self._contents.get(release.name.path)
+        if known is None:
+            known = self._contents[release.name.path] = self._read(release)
+        return known
+
+    def _read(self, release: Release) -> Contents:
+        bound = next((each for each in release.evidence if each.kind in SBOMS), None)
+        try:
+            if bound is not None:
+                bill = sbom.read(self.fetch(bound.sha256, bound.length))
+                return Contents(bill.packages, bill.format)
+            crates = embedded.read(self.fetch(release.sha256, release.length))
+        except (DocumentError, Fault) as error:
+            return Contents(None, str(error))
+        return Contents(None, "no SBOM") if crates is None else Contents(crates, f"built in ({embedded.SECTION})")
+
+    def provenance(self, release: Release) -> Provenance | None:
+        """Who built a release, as its publisher bound it; None where nobody says. Raises `Fault`."""
+        bound = next((each for each in release.evidence if each.kind == PROVENANCE), None)
+        if bound is None:
+            return None
+        try:
+            return provenance.read(self.fetch(bound.sha256, bound.length))
+        except DocumentError as error:
+            raise Fault(str(error), code=Exit.REFUSED) from None
+
+    def fetch(self, sha256: str, length: int) -> bytes:
+        """A file by its signed hash and length; raises `Fault` where the server has it not, or another one."""
+        kept = self._directory / sha256
+        try:
+            data = kept.read_bytes()
+        except FileNotFoundError:
+            pass
+        else:
+            if hashlib.sha256(data).hexdigest() == sha256:
+                return data
+        try:
+            fetched = self._client.artifact(sha256)
+        except ProblemError as error:
+            if error.problem.status != _NOT_FOUND:
+                raise
+            raise Fault("the server has lost it", f"there is no artifact {sha256[:12]}", code=Exit.REFUSED) from None
+        if len(fetched) != length or hashlib.sha256(fetched).hexdigest() != sha256:
+            raise Fault(
+                "the server shows other bytes than were signed",
+                f"artifact {sha256[:12]} has {len(fetched)} bytes with another hash",
+                "find out who changed them",
+                code=Exit.REFUSED,
+            )
+        self._directory.mkdir(parents=True, exist_ok=True)
+        fresh = kept.with_suffix(".new")
+        fresh.write_bytes(fetched)
+        os.replace(fresh, kept)  # noqa: PTH105 - the atomic one, by name
+        return fetched

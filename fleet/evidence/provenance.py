@@ -1,0 +1,112 @@
+"""Build provenance: an in-toto statement (v1) whose predicate is SLSA provenance v1.
+
+It comes bare, in a DSSE envelope, or in a Sigstore bundle. The envelope's signature is not judged here: whose key it
+would have to be is not known to a fleet. What counts is that the publisher bound these very bytes to the component,
+under the publisher's own signature.
+"""
+
+import base64
+import binascii
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from fleet.evidence import document
+from fleet.evidence.document import DocumentError
+
+STATEMENT: Final = "https://in-toto.io/Statement/v1"
+PREDICATE: Final = "https://slsa.dev/provenance/v1"
+PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
+SUBJECTS_MAX: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Who says that they built what, and from what.
+
+    Attributes:
+        subjects: the sha256 in hex of each thing built, with its name.
+        builder: the builder's id, a URI.
+        build_type: a URI.
+        sources: what went in, as URIs.
+        signed: whether it came in a signed envelope (which nobody has verified).
+    """
+
+    subjects: dict[str, str]
+    builder: str
+    build_type: str
+    sources: tuple[str, ...]
+    signed: bool
+
+
+class _Subject(msgspec.Struct):
+    digest: dict[str, str]
+    name: str = ""
+
+
+class _Resource(msgspec.Struct):
+    uri: str = ""
+
+
+class _Definition(msgspec.Struct):
+    buildType: str  # noqa: N815 - the name in the specification
+    resolvedDependencies: list[_Resource] = []  # noqa: N815 - the same
+
+
+class _Builder(msgspec.Struct):
+    id: str
+
+
+class _Run(msgspec.Struct):
+    builder: _Builder
+
+
+class _Predicate(msgspec.Struct):
+    buildDefinition: _Definition  # noqa: N815 - the name in the specification
+    runDetails: _Run  # noqa: N815 - the same
+
+
+def read(data: bytes, *, file_name: str = "the provenance") -> Provenance:
+    """Read build provenance.
+
+    Raises:
+        DocumentError: another document, another statement or predicate type, or fields that it must have.
+    """
+    value = document.load(data, file_name)
+    envelope = value.get("dsseEnvelope", value)
+    signed = isinstance(envelope, dict) and "payload" in envelope
+    if signed:
+        value = _opened(envelope, file_name)
+    if "bomFormat" in value or "spdxVersion" in value:
+        raise DocumentError(f"{file_name} is an SBOM, not provenance: give it as --sbom")
+    if value.get("_type") != STATEMENT:
+        raise DocumentError(f"{file_name} is no in-toto statement: its _type must be {STATEMENT}")
+    if value.get("predicateType") != PREDICATE:
+        found = str(value.get("predicateType", ""))[:100]
+        raise DocumentError(f"{file_name} says something else ({found or 'no predicateType'}): {PREDICATE} is read")
+    subjects = document.convert(value.get("subject"), list[_Subject], f"{file_name}: subject")
+    predicate = document.convert(value.get("predicate"), _Predicate, f"{file_name}: predicate")
+    digests = {each.digest["sha256"].lower(): each.name for each in subjects[:SUBJECTS_MAX] if "sha256" in each.digest}
+    if not digests:
+        raise DocumentError(f"{file_name} names no subject by sha256: whose provenance is it?")
+    sources = (each.uri for each in predicate.buildDefinition.resolvedDependencies)
+    return Provenance(
+        digests,
+        predicate.runDetails.builder.id,
+        predicate.buildDefinition.buildType,
+        tuple(each for each in sources if each),
+        signed,
+    )
+
+
+def _opened(envelope: dict[str, Any], file_name: str) -> dict[str, Any]:
+    """The statement in a DSSE envelope."""
+    if envelope.get("payloadType") != PAYLOAD_TYPE:
+        found = str(envelope.get("payloadType", ""))[:100]
+        raise DocumentError(f"{file_name} is an envelope around {found or 'nothing'}: {PAYLOAD_TYPE} is read")
+    try:
+        payload = base64.b64decode(envelope["payload"], validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise DocumentError(f"{file_name}: the envelope's payload is not base64: {error}") from error
+    return document.load(payload, f"{file_name}: what is in its envelope")

@@ -1,0 +1,106 @@
+"""`serde<1.0.200`: which packages are meant, and whether one of a list is among them.
+
+A query is a name or a package URL, and conditions on the version with a comma between them. Versions are compared as
+the package's own ecosystem does it. What cannot be decided (no version in the list, or one that does not compare) is
+`MAYBE`, never silently `NO`.
+"""
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from univers.version_range import RANGE_CLASS_BY_SCHEMES
+from univers.versions import PypiVersion, SemverVersion
+
+from fleet.evidence.document import DocumentError
+from fleet.evidence.packages import Package, folded, from_purl
+
+_COMPARE: Final[dict[str, Callable[[Any, Any], bool]]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    "==": operator.eq,
+    "=": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    ">": operator.gt,
+}
+_QUERY: Final = re.compile(r"\s*(?P<what>[^<>=!,\s]+)\s*(?P<conditions>[<>=!].*)?\s*")
+_CONDITION: Final = re.compile(r"\s*(<=|>=|==|!=|<|>|=)\s*([^<>=!,\s]+)\s*")
+_EXAMPLES: Final = "write serde, 'serde<1.0.200', 'openssl>=3.0,<3.0.15', pkg:npm/lodash or 'pkg:npm/%40scope/name<2'"
+
+
+class Answer(StrEnum):
+    """Whether a package is meant."""
+
+    YES = "yes"
+    MAYBE = "maybe"  # the name is, and nothing can be said of the version
+    NO = "no"
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What is asked for. `conditions` are pairs of a comparison and a version; all must hold."""
+
+    text: str
+    package: Package
+    conditions: tuple[tuple[str, str], ...]
+
+    def matches(self, found: Package) -> Answer:
+        """Whether a package of a list is meant."""
+        wanted = self.package
+        kind = found.type or wanted.type
+        if wanted.type and found.type and wanted.type != found.type:
+            return Answer.NO
+        names = {folded(found.name, kind)}
+        if found.namespace:
+            names |= {folded(f"{found.namespace}{glue}{found.name}", kind) for glue in "/:"}
+        full = f"{wanted.namespace}/{wanted.name}" if wanted.namespace else wanted.name
+        if folded(full, kind) not in names:
+            return Answer.NO
+        answers = [_holds(kind, found.version, how, limit) for how, limit in self.conditions]
+        if Answer.NO in answers:
+            return Answer.NO
+        return Answer.MAYBE if Answer.MAYBE in answers else Answer.YES
+
+
+def parse(text: str) -> Query:
+    """Read a query.
+
+    Raises:
+        DocumentError: not understood; the message has examples.
+    """
+    found = _QUERY.fullmatch(text)
+    if found is None:
+        raise DocumentError(f"{text[:100]!r} is no question about a package: {_EXAMPLES}")
+    what, rest = found["what"], found["conditions"] or ""
+    package = from_purl(what) if what.startswith("pkg:") else Package(what, "")
+    conditions = []
+    for part in rest.split(",") if rest else ():
+        condition = _CONDITION.fullmatch(part)
+        if condition is None:
+            raise DocumentError(f"{part.strip()[:50]!r} is no condition on a version: {_EXAMPLES}")
+        conditions.append((condition[1], condition[2]))
+    if package.version:
+        conditions.append(("==", package.version))
+    return Query(text.strip(), package, tuple(conditions))
+
+
+def _holds(kind: str, version: str, how: str, limit: str) -> Answer:
+    if not version:
+        return Answer.MAYBE
+    for scheme in _schemes(kind):
+        try:
+            return Answer.YES if _COMPARE[how](scheme(version), scheme(limit)) else Answer.NO
+        except Exception:  # noqa: BLE001, S112 - a version that its own scheme cannot read, in whichever way it says so
+            continue
+    if version == limit:
+        return Answer.YES if how in {"==", "=", "<=", ">="} else Answer.NO
+    return Answer.MAYBE
+
+
+def _schemes(kind: str) -> tuple[Callable[[str], Any], ...]:
+    ranges: Any = RANGE_CLASS_BY_SCHEMES.get(kind)
+    return (SemverVersion, PypiVersion) if ranges is None else (ranges.version_class,)
