@@ -37,6 +37,9 @@ test-unit: $(STAMP) ## the quick tests only
 test-root: $(STAMP) ## tests of the walls that only root can build
 	$(BIN)/python -m pytest -m root
 
+fuzz: $(STAMP) ## everything that reads strangers' bytes, tried with FUZZ (20) times as many mutants as in the tests
+	FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest -m "not root and not board and not bench" -k fuzz --timeout 3600
+
 bench: $(STAMP) ## print the ratios and counts of the budget table
 	$(BIN)/python -m pytest -m bench -s
 
@@ -54,6 +57,9 @@ release: $(STAMP) ## wheel, packages, checksums, third-party notices and SBOM, i
 riscv64-wheel: $(STAMP) ## wasmtime for riscv64, into $$WASMFLEET_WHEELHOUSE (half an hour, once)
 	$(BIN)/python -m deploy.riscv64.build
 
+wasmtime-serve: $(STAMP) ## the wasmtime command that the tests compare boards with, into $$WASMFLEET_CACHE (half an hour, once)
+	$(BIN)/python -m deploy.wasmtime_cli
+
 test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them (root; FULL=1: everything on both)
 	$(BIN)/python -m deploy.image.ready
 	$(BIN)/python -m pytest tests/boards -m board --numprocesses=2 --dist=loadscope -s -v
@@ -61,5 +67,5 @@ test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help install demo check test test-unit test-root bench conformance clean \
-	packages release riscv64-wheel test-boards
+.PHONY: help install demo check test test-unit test-root fuzz bench conformance clean \
+	packages release riscv64-wheel wasmtime-serve test-boards

@@ -5,6 +5,7 @@ that share a listener share the work. At a swap every connection is passed to th
 what has come of its next message.
 """
 
+import contextlib
 import select
 import socket
 import time
@@ -25,12 +26,8 @@ CLIENTS_MAX: Final = 512
 _READ_BYTES: Final = 64 * 1024
 _PASSED: Final = b"C"
 _PASS_TIMEOUT_S: Final = 1.0
-_REFUSALS: Final = {
-    400: "the request is not HTTP/1.1",
-    413: "the request's body is larger than this component takes",
-    431: "the request's header fields are too large",
-    501: "this method is not served here",
-}
+_LINGER_S: Final = 5  # for so long it is read what a client sends after an answer that refused it
+_LINGER_MAX_BYTES: Final = 32 * 1024 * 1024
 
 
 class Client:
@@ -43,6 +40,8 @@ class Client:
         self.last_s = time.monotonic()
         self.trusted = sock.family == socket.AF_UNIX  # the router times its own clients
         self.awaits = select.EPOLLIN
+        self.lingers_until_s = 0.0  # 0: it does not
+        self.discarded_bytes = 0
 
 
 class Clients:
@@ -106,6 +105,9 @@ class Clients:
             while source.fileno() >= 0 and self._receive(source):
                 pass  # what was passed to this lane and not taken up yet goes on too
         for client in list(self._clients.values()):
+            if client.lingers_until_s:
+                self._drop(client)
+                continue
             self._settle(client)
             self._leave(client)
         self._finish_leaving()
@@ -149,7 +151,7 @@ class Clients:
         waits = []
         if self._leaving:
             waits.append(self._deadline_s - now)
-        if any(not client.trusted or client.out for client in self._clients.values()):
+        if any(not client.trusted or client.out or client.lingers_until_s for client in self._clients.values()):
             waits.append(self._next_sweep_s - now)
         return max(0.0, min(waits)) if waits else -1.0
 
@@ -182,7 +184,10 @@ class Clients:
         self._next_sweep_s = now + SWEEP_S
         for client in list(self._clients.values()):
             quiet_s = now - client.last_s
-            if client.out and quiet_s > STALL_S:
+            if client.lingers_until_s:
+                if now > client.lingers_until_s:
+                    self._drop(client)
+            elif client.out and quiet_s > STALL_S:
                 self._caller.count(CallOutcome.CLIENT_SLOW, None)
                 self._drop(client)
             elif not client.trusted and quiet_s > (IDLE_S if client.state.idle else STALL_S):
@@ -247,8 +252,12 @@ class Clients:
             data = b""
         if not data:
             self._drop(client)
-            return
-        self._take(client, data)
+        elif client.lingers_until_s:
+            client.discarded_bytes += len(data)
+            if client.discarded_bytes > _LINGER_MAX_BYTES:
+                self._drop(client)
+        else:
+            self._take(client, data)
 
     def _take(self, client: Client, data: bytes) -> None:
         client.last_s = time.monotonic()
@@ -267,6 +276,8 @@ class Clients:
                 client.state.closing = True
                 client.state.requests.clear()
             self._flush(client)
+        if not client.out:
+            client.out = client.state.go_on()
         if client.out:
             self._flush(client)
         self._settle(client)
@@ -292,9 +303,11 @@ class Clients:
         """Wait for what comes next on this connection: room to write, more to read, or nothing at all."""
         if client.sock.fileno() < 0:
             return
-        if client.state.closing and not client.out:
-            self._drop(client)
-            return
+        if client.state.closing and not client.out and not client.lingers_until_s:
+            if not client.state.unread or self._leaving:
+                self._drop(client)
+                return
+            self._linger(client)
         self._await(client, select.EPOLLOUT if client.out else 0 if self._held else select.EPOLLIN)
         if self._leaving and not client.out:
             self._leave(client)
@@ -308,6 +321,12 @@ class Clients:
         elif mask != client.awaits:
             self._poll.modify(client.sock, mask)
         client.awaits = mask
+
+    def _linger(self, client: Client) -> None:
+        """It has its answer and may still be sending: to close now would make its kernel throw the answer away."""
+        client.lingers_until_s = time.monotonic() + _LINGER_S
+        with contextlib.suppress(OSError):
+            client.sock.shutdown(socket.SHUT_WR)
 
     def _drop(self, client: Client) -> None:
         fd = client.sock.fileno()
@@ -377,11 +396,11 @@ class Clients:
         head, keep_alive = request.method == b"HEAD", request.keep_alive
         if request.refusal:
             self._caller.count(CallOutcome.HOST_ERROR, None)
-            return connection.note(request.refusal, _REFUSALS[request.refusal], keep_alive=False)
+            return connection.note(request.refusal, connection.REFUSALS[request.refusal], keep_alive=False)
         began_ns = time.monotonic_ns()
         try:
             status, headers, body = self._caller.handle(
-                request.method, bytes(request.target), bytes(request.headers), bytes(request.body)
+                request.method, request.target, request.headers, bytes(request.body)
             )
         except GuestError as error:
             self._caller.count(error.outcome, began_ns, error=True)

@@ -9,28 +9,41 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import Any, Final
+from typing import Final
 
-import httptools
+from agent.host.reader import HEAD_MAX_BYTES, Fields, Head, Reader, tokens
 
-HEAD_MAX_BYTES: Final = 64 * 1024
 PREFIX_MAX_BYTES: Final = 96 * 1024
-_HEADERS_MAX: Final = 100
 _TOKEN: Final = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _OURS: Final = frozenset({b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"upgrade", b"date"})
 _REASONS: Final = {status.value: status.phrase.encode() for status in http.HTTPStatus}
-_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+REFUSALS: Final = {
+    400: "the request is not HTTP/1.1",
+    413: "the request's body is larger than this component takes",
+    417: "only 100-continue may be expected",
+    431: "the request's header fields are too large",
+    501: "this method or transfer coding is not served here",
+    505: "only HTTP/1.0 and HTTP/1.1 are spoken here",
+}
 
 
 @dataclass(slots=True)
 class Request:
-    """A whole request; `refusal` is the status to answer with instead of asking the guest, 0 for none."""
+    """A whole request; `refusal` is the status to answer with instead of asking the guest, 0 for none.
+
+    `headers` and `trailers` are field lines as on the wire, names in lower case. `old`: the client speaks HTTP/1.0;
+    `takes_trailers`: it said that it would read trailers of the answer.
+    """
 
     method: bytes = b""
     target: bytes = b""
-    headers: bytearray = field(default_factory=bytearray)
+    headers: bytes = b""
     body: bytearray = field(default_factory=bytearray)
+    trailers: bytes = b""
     keep_alive: bool = True
+    old: bool = False
+    takes_trailers: bool = False
     refusal: int = 0
 
 
@@ -41,13 +54,11 @@ class Connection:
         self.requests: deque[Request] = deque()
         self.closing = False  # after what is queued to be sent, it ends
         self._body_max_bytes = body_max_bytes
-        self._parser: Any = httptools.HttpRequestParser(self)
+        self._reader = Reader(self)
         self._now: Request | None = None
-        self._head_bytes = 0
-        self._fields = 0
+        self._waits = False  # the client of `_now` waits for 100 Continue
         self._raw: bytearray | None = bytearray()
         self._completed = False
-        self._out = b""
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes of the client's; whole requests appear in `requests`. Returns what to send at once."""
@@ -56,33 +67,24 @@ class Connection:
         self._completed = False
         if self._raw is not None:
             self._raw += data
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._end_after_answer()
-        except (httptools.HttpParserError, _RefusedError) as error:
-            status = error.__context__.status if isinstance(error.__context__, _RefusedError) else 400
-            self._refuse(error.status if isinstance(error, _RefusedError) else status)
-        if self._now is None:
+        self._reader.feed(data)
+        if not self._reader.within:
             self._raw = bytearray()
         elif self._completed or (self._raw is not None and len(self._raw) > PREFIX_MAX_BYTES):
             self._raw = None
-        out, self._out = self._out, b""
-        return out
+        return self.go_on()
 
-    def _end_after_answer(self) -> None:
-        """An offer to speak another protocol: answer in this one, and end (RFC 9110, section 7.8)."""
-        self._now = None
-        self.closing = True
-        last = self.requests[-1]
-        last.keep_alive = False
-        if last.method == b"CONNECT":
-            last.refusal = 501
+    def go_on(self) -> bytes:
+        """What a client is told that asks first: nothing before its turn has come, and nothing twice."""
+        if not self._waits or self.requests:
+            return b""
+        self._waits = False
+        return CONTINUE
 
-    def _refuse(self, status: int) -> None:
-        self._now = None
-        self.closing = True
-        self.requests.append(Request(refusal=status, keep_alive=False))
+    @property
+    def unread(self) -> bool:
+        """Whether the client may go on sending what nobody will read: closing at once would cost it the answer."""
+        return self._reader.refused
 
     @property
     def prefix(self) -> bytes | None:
@@ -94,63 +96,45 @@ class Connection:
     @property
     def idle(self) -> bool:
         """Whether it stands at a message boundary with nothing to answer."""
-        return self._now is None and not self.requests
+        return not self._reader.within and not self.requests
 
-    # What the parser calls.
+    # What the reader says.
 
-    def on_message_begin(self) -> None:
-        """A message begins."""
-        self._now = Request()
-        self._head_bytes = 0
-        self._fields = 0
+    def head(self, head: Head) -> None:
+        """A request begins."""
+        if head.length is not None and head.length > self._body_max_bytes:
+            self._reader.refuse(413)
+        self._now = Request(head.method, head.target, lines(head.fields), old=head.old)
+        self._now.takes_trailers = not head.old and b"trailers" in tokens(head.fields, b"te")
+        self._waits = head.expects and head.has_body
 
-    def on_url(self, url: bytes) -> None:
-        """A piece of the request target."""
-        assert self._now is not None
-        self._count(len(url))
-        self._now.target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header field."""
-        assert self._now is not None
-        self._count(len(name) + len(value) + 4)
-        self._fields += 1
-        if self._fields > _HEADERS_MAX:
-            raise _RefusedError(431)
-        self._now.headers += name.lower() + b": " + value + b"\r\n"
-        if name.lower() == b"expect" and value.lower() == b"100-continue":
-            self._out += _CONTINUE
-
-    def on_headers_complete(self) -> None:
-        """The head is complete."""
-        assert self._now is not None
-        self._now.method = self._parser.get_method()
-
-    def on_body(self, body: bytes) -> None:
+    def body(self, data: bytes) -> None:
         """A piece of the body."""
         assert self._now is not None
-        if len(self._now.body) + len(body) > self._body_max_bytes:
-            raise _RefusedError(413)
-        self._now.body += body
+        self._waits = False
+        if len(self._now.body) + len(data) > self._body_max_bytes:
+            self._reader.refuse(413)
+        self._now.body += data
 
-    def on_message_complete(self) -> None:
-        """The message is complete."""
+    def end(self, trailers: Fields, *, keep_alive: bool) -> None:
+        """The request is whole."""
         assert self._now is not None
-        self._now.keep_alive = self._parser.should_keep_alive()
+        self._now.trailers = lines(trailers)
+        self._now.keep_alive = keep_alive
         self.requests.append(self._now)
-        self._now = None
+        self._now, self._waits = None, False
         self._completed = True
 
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > HEAD_MAX_BYTES:
-            raise _RefusedError(431)
+    def refused(self, status: int) -> None:
+        """Nothing more is read."""
+        self._now, self._waits = None, False
+        self.closing = True
+        self.requests.append(Request(refusal=status, keep_alive=False))
 
 
-class _RefusedError(Exception):
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
+def lines(fields: Fields) -> bytes:
+    """Field lines as on the wire."""
+    return b"".join([b"%b: %b\r\n" % each for each in fields])
 
 
 _date: tuple[int, bytes] = (0, b"")

@@ -14,48 +14,34 @@ from typing import Any, Final
 import httptools
 
 from agent.host import connection
-from agent.host.routes import Routes
+from agent.host.reader import Fields, Head, Reader, tokens
+from agent.host.routes import Route, Routes
 
 POOL_MAX: Final = 32
 _HIGH_BYTES: Final = 256 * 1024
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
 _HOP: Final = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"content-length",
-        b"expect",
-        b"x-forwarded-prefix",
-    }
+    b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade content-length expect"
+    b" x-forwarded-prefix".split()
 )
-_HEADERS_MAX: Final = 100
+_LINGER_S: Final = 5  # for so long it is read what a client sends after an answer that refused it
+_LINGER_MAX_BYTES: Final = 32 * 1024 * 1024
 
 
 class Exchange:
     """One request of a client's, and how far its answer has come."""
 
-    def __init__(self) -> None:
-        self.method = b""
-        self.target = b""
-        self.fields: list[bytes] = []
-        self.host = b""
-        self.length: bytes | None = None
-        self.chunked = False
-        self.expects = False
-        self.head_bytes = 0
-        self.head_done = False
+    def __init__(self, head: Head) -> None:
+        self.request = head
         self.body: deque[bytes] = deque()
+        self.trailers: Fields = []
         self.complete = False
         self.keep_alive = True
         self.refusal = 0
         self.instance = ""
         self.head = b""
         self.upstream: Upstream | None = None
+        self.ended = False  # the end of its body was sent
         self.sent_body = False
         self.answering = False
         self.retried = False
@@ -63,7 +49,7 @@ class Exchange:
     @property
     def repeatable(self) -> bool:
         """Whether it may be sent again after an upstream that ended without a word."""
-        return not (self.answering or self.retried or self.sent_body) and self.method in _IDEMPOTENT
+        return not (self.answering or self.retried or self.sent_body) and self.request.method in _IDEMPOTENT
 
 
 class Pool:
@@ -179,7 +165,8 @@ class Upstream(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """The head is complete."""
         assert self.exchange is not None
-        if self.exchange.method == b"HEAD" or self._parser.get_status_code() in {204, 304}:
+        self._head_done = True
+        if self.exchange.request.method == b"HEAD" or self._parser.get_status_code() in {204, 304}:
             self._done = True
 
     def on_message_complete(self) -> None:
@@ -192,7 +179,12 @@ class Upstream(asyncio.Protocol):
         self.lost = True
         client, exchange = self.client, self.exchange
         self.client = self.exchange = None
-        if client is not None and exchange is not None:
+        if client is None or exchange is None:
+            return
+        if self._head_done and exchange.request.old:
+            exchange.keep_alive = False  # HTTP/1.0: an answer without a length ends with the connection
+            client.answered(exchange)
+        else:
             client.upstream_failed(exchange)
 
     def close(self) -> None:
@@ -210,11 +202,11 @@ class Client(asyncio.Protocol):
         self._pool = pool
         self._all = all_clients
         self._transport: Any = None
-        self._parser: Any = httptools.HttpRequestParser(self)
+        self._reader = Reader(self, spare=True)
         self._queue: deque[Exchange] = deque()
         self._paused = False
         self._closing = False
-        self._peer = b""
+        self._discarded = 0
         self._connecting: asyncio.Task[None] | None = None
 
     # The client's side.
@@ -223,8 +215,6 @@ class Client(asyncio.Protocol):
         """Connected."""
         self._transport = transport
         self._all.add(self)
-        peer = transport.get_extra_info("peername")
-        self._peer = str(peer[0]).encode() if isinstance(peer, tuple) else b""
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The other side is gone."""
@@ -259,81 +249,59 @@ class Client(asyncio.Protocol):
         """Bytes from the other side."""
         self.last_s = time.monotonic()
         if self._closing:
+            self._discarded += len(data)
+            if self._discarded > _LINGER_MAX_BYTES:
+                self._transport.abort()
             return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._closing = True
-            if self._queue:
-                self._queue[-1].keep_alive = False
-        except httptools.HttpParserError:
-            self._refuse(400)
+        self._reader.feed(data)
         if len(self._queue) > 1 and not self._paused:
             self._paused = True
             self._transport.pause_reading()
         self._advance()
 
-    def _refuse(self, status: int) -> None:
+    def eof_received(self) -> bool:
+        """The client will send no more; what it asked for whole is still answered."""
+        if not self._queue or not self._queue[-1].complete:
+            return False
+        self._closing = True
+        return True
+
+    # What the reader says.
+
+    def head(self, head: Head) -> None:
+        """A request begins."""
+        self._queue.append(Exchange(head))
+
+    def body(self, data: bytes) -> None:
+        """A piece of its body."""
+        self._queue[-1].body.append(data)
+
+    def end(self, trailers: Fields, *, keep_alive: bool) -> None:
+        """It is whole."""
+        exchange = self._queue[-1]
+        exchange.trailers = trailers
+        exchange.keep_alive = keep_alive
+        exchange.complete = True
+
+    def refused(self, status: int) -> None:
+        """What comes is no request; after what was asked before it this is said, and the connection ends."""
         self._closing = True
         if self._queue and not self._queue[-1].complete:
             broken = self._queue.pop()
             if broken.upstream is not None:
                 broken.upstream.client = None
                 broken.upstream.close()
-        refused = Exchange()
-        refused.refusal, refused.keep_alive, refused.complete, refused.head_done = status, False, True, True
-        self._queue.append(refused)
-
-    def on_message_begin(self) -> None:
-        """A message begins."""
-        self._queue.append(Exchange())
-
-    def on_url(self, url: bytes) -> None:
-        """A piece of the request target."""
-        exchange = self._queue[-1]
-        exchange.target += url
-        exchange.head_bytes += len(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header field."""
-        exchange = self._queue[-1]
-        low = name.lower()
-        exchange.head_bytes += len(name) + len(value) + 4
-        if exchange.head_bytes > connection.HEAD_MAX_BYTES or len(exchange.fields) >= _HEADERS_MAX:
-            exchange.refusal = 431
-        elif low not in _HOP:
-            exchange.fields.append(low + b": " + value + b"\r\n")
-        if low == b"host":
-            exchange.host = value
-        elif low == b"content-length":
-            exchange.length = value
-        elif low == b"transfer-encoding":
-            exchange.chunked = True
-        elif low == b"expect":
-            exchange.expects = value.lower() == b"100-continue"
-
-    def on_headers_complete(self) -> None:
-        """The head is complete."""
-        exchange = self._queue[-1]
-        exchange.method = self._parser.get_method()
-        exchange.head_done = True
-        if exchange.expects and not exchange.refusal:
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
-        self._queue[-1].body.append(body)
-
-    def on_message_complete(self) -> None:
-        """The message is complete."""
-        exchange = self._queue[-1]
-        exchange.keep_alive = self._parser.should_keep_alive()
-        exchange.complete = True
+            if broken.answering:
+                self._transport.abort()
+                return
+        exchange = Exchange(Head())
+        exchange.refusal, exchange.keep_alive, exchange.complete = status, False, True
+        self._queue.append(exchange)
 
     # The exchange at the head of the queue.
 
     def _advance(self) -> None:
-        if not self._queue or not self._queue[0].head_done or self._connecting is not None:
+        if not self._queue or self._connecting is not None:
             return
         exchange = self._queue[0]
         if exchange.upstream is not None:
@@ -350,21 +318,15 @@ class Client(asyncio.Protocol):
     def _routed(self, exchange: Exchange) -> bool:
         """Find where it goes; answer it here and now if nowhere."""
         if exchange.refusal:
-            self._reply(exchange, exchange.refusal, "this request is not one that can be served")
+            self._reply(exchange, exchange.refusal, connection.REFUSALS[exchange.refusal])
             return False
-        route = self._routes.find(exchange.host, exchange.target)
+        request = exchange.request
+        route = self._routes.find(request.host, request.target)
         if route.status:
             self._reply(exchange, route.status, route.why)
             return False
         exchange.instance = route.instance
-        lines = [exchange.method, b" ", route.target, b" HTTP/1.1\r\n", *exchange.fields]
-        if route.prefix:
-            lines.append(b"x-forwarded-prefix: " + route.prefix + b"\r\n")
-        if exchange.chunked:
-            lines.append(b"transfer-encoding: chunked\r\n")
-        elif exchange.length is not None:
-            lines.append(b"content-length: " + exchange.length + b"\r\n")
-        exchange.head = b"".join([*lines, b"\r\n"])
+        exchange.head = forwarded(request, route)
         return True
 
     async def _connect(self, exchange: Exchange) -> None:
@@ -374,15 +336,20 @@ class Client(asyncio.Protocol):
             self._connecting = None
             if self._queue and self._queue[0] is exchange:
                 self._reply(exchange, 502, f"{exchange.instance} does not answer")
+            else:
+                self._advance()
             return
         self._connecting = None
         if self._queue and self._queue[0] is exchange:
             self._begin(exchange, upstream)
-        else:
+        else:  # the client sent what is no request meanwhile
             self._pool.give(upstream)
+            self._advance()
 
     def _begin(self, exchange: Exchange, upstream: Upstream) -> None:
         exchange.upstream = upstream
+        if exchange.request.expects and not exchange.complete and not exchange.body:
+            self._transport.write(connection.CONTINUE)
         upstream.begin(self, exchange)
         self._stream(exchange)
 
@@ -390,13 +357,14 @@ class Client(asyncio.Protocol):
         """Pass on what has come of the body."""
         upstream = exchange.upstream
         assert upstream is not None
+        chunked = exchange.request.chunked
         while exchange.body:
             chunk = exchange.body.popleft()
             exchange.sent_body = True
-            upstream.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if exchange.chunked else chunk)
-        if exchange.complete and exchange.chunked:
-            upstream.write(b"0\r\n\r\n")
-            exchange.chunked = False
+            upstream.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
+        if exchange.complete and chunked and not exchange.ended:
+            exchange.ended = exchange.sent_body = True
+            upstream.write(b"0\r\n%b\r\n" % connection.lines(exchange.trailers))
         if upstream.full and not self._paused:
             self._paused = True
             self._transport.pause_reading()
@@ -446,14 +414,17 @@ class Client(asyncio.Protocol):
     def _reply(self, exchange: Exchange, status: int, why: str) -> None:
         keep_alive = exchange.keep_alive and exchange.complete
         exchange.keep_alive = keep_alive
-        self.send(connection.note(status, why, head=exchange.method == b"HEAD", keep_alive=keep_alive))
+        self.send(connection.note(status, why, head=exchange.request.method == b"HEAD", keep_alive=keep_alive))
         self._next(exchange)
 
     def _next(self, exchange: Exchange) -> None:
         self._queue.popleft()
         if not exchange.keep_alive or not exchange.complete:
             self._closing = True
-            self._transport.close()
+            if exchange.complete and not self._reader.refused:
+                self._transport.close()
+            else:
+                self._linger()
             return
         if self._closing and not self._queue:
             self._transport.close()
@@ -461,3 +432,29 @@ class Client(asyncio.Protocol):
         self.resume_client()
         if self._queue:
             self._advance()
+
+    def _linger(self) -> None:
+        """It has its answer and may still be sending: to close now would make its kernel throw the answer away."""
+        if self._transport.can_write_eof() and not self._transport.is_closing():
+            self._transport.write_eof()
+            if self._paused:
+                self._transport.resume_reading()
+            asyncio.get_running_loop().call_later(_LINGER_S, self._transport.abort)
+
+
+def forwarded(request: Head, route: Route) -> bytes:
+    """The head as the instance gets it: without what belongs to the client's connection (RFC 9110, section 7.6.1)."""
+    named = tokens(request.fields, b"connection") - {b"host"}
+    lines = [request.method, b" ", route.target, b" HTTP/1.0\r\n" if request.old else b" HTTP/1.1\r\n"]
+    lines += [b"%b: %b\r\n" % each for each in request.fields if each[0] not in _HOP and each[0] not in named]
+    if route.prefix:
+        lines.append(b"x-forwarded-prefix: " + route.prefix + b"\r\n")
+    if request.old:
+        lines.append(b"connection: keep-alive\r\n")
+    elif b"trailers" in tokens(request.fields, b"te"):
+        lines.append(b"te: trailers\r\nconnection: te\r\n")
+    if request.chunked:
+        lines.append(b"transfer-encoding: chunked\r\n")
+    elif request.length is not None:
+        lines.append(b"content-length: %d\r\n" % request.length)
+    return b"".join([*lines, b"\r\n"])

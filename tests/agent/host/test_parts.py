@@ -98,10 +98,14 @@ def test_a_client_that_asks_whether_to_go_on_is_told_to():
     assert said == b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def test_an_offer_to_upgrade_is_answered_in_http_and_the_connection_ends():
+def test_an_offer_to_upgrade_is_answered_in_http_and_the_connection_stays_http():
     state = Connection(body_max_bytes=100)
-    state.feed(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
-    assert [(r.refusal, r.keep_alive) for r in state.requests] == [(0, False)]
+    offer = b"PUT / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\ncontent-length: 3\r\n\r\nabc"
+    state.feed(offer + b"GET /next HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert [(r.target, bytes(r.body), r.refusal, r.keep_alive) for r in state.requests] == [
+        (b"/", b"abc", 0, True),
+        (b"/next", b"", 0, True),
+    ]
 
 
 @pytest.mark.parametrize(

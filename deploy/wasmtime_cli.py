@@ -1,0 +1,90 @@
+"""Build the `wasmtime` command for comparisons: `python -m deploy.wasmtime_cli` (or `make wasmtime-serve`).
+
+The tests put one component before `wasmtime serve` and before a board, and compare. That needs the command in the
+version whose library the boards run; upstream publishes it as a crate. It is built unchanged, from its own lock
+file, with what serving a component takes (the pooling allocator and the optimising compiler among it) and optimised
+like a release, by the compiler of the toolchain root.
+
+`$WASMFLEET_WASMTIME` names a finished one elsewhere; otherwise it lies in the cache, else on PATH.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from deploy import debian, toolchain
+
+VERSION = "50.0.1"
+FEATURES = (
+    "serve,run,compile,component-model,component-model-async,cranelift,pooling-allocator,parallel-compilation,"
+    "threads,gc,gc-drc,gc-null,logging,addr2line,demangle,debug-builtins"
+)
+
+
+def place() -> Path:
+    """Where the finished command is put."""
+    return debian.cache_dir() / f"wasmtime-{VERSION}" / "bin" / "wasmtime"
+
+
+def finished() -> Path | None:
+    """The command, if it was named, built before or installed, and serves components; None if there is none."""
+    named = os.environ.get("WASMFLEET_WASMTIME")
+    found = shutil.which("wasmtime")
+    for each in (Path(named) if named else None, place(), Path(found) if found else None):
+        if each is not None and each.is_file() and _serves(each):
+            return each
+    return None
+
+
+def _serves(command: Path) -> bool:
+    return subprocess.run([command, "serve", "--help"], check=False, capture_output=True).returncode == 0
+
+
+def build() -> Path:
+    """Build it in the toolchain root; return its path. Half an hour on two cores.
+
+    Raises:
+        debian.BuildError: if a step fails; its output was shown.
+    """
+    cache = debian.cache_dir()
+    cargo, work, out = cache / "cargo", cache / "wasmtime-build", place().parent.parent
+    for each in (cargo, work, out):
+        each.mkdir(exist_ok=True)
+    install = ["cargo", "install", "wasmtime-cli", "--locked", "--no-track", "--root", "/out", "--version", VERSION]
+    debian.run_inside(
+        toolchain.toolchain(),
+        ["nice", "-n", "15", *install, "--no-default-features", "--features", FEATURES],
+        binds={cargo: "/cargo", work: "/work", out: "/out"},
+        env={
+            "CARGO_HOME": "/cargo",
+            "CARGO_TARGET_DIR": "/work",
+            "CARGO_BUILD_JOBS": os.environ.get("JOBS", "2"),
+            "CARGO_HTTP_CAINFO": "/etc/ssl/certs/ca-certificates.crt",
+            "CARGO_INCREMENTAL": "0",
+            "CARGO_PROFILE_RELEASE_DEBUG": "0",
+            "CARGO_PROFILE_RELEASE_LTO": "off",
+        },
+    )
+    return place()
+
+
+def main() -> int:
+    """Build it unless it is there, and print where."""
+    started = time.monotonic()
+    try:
+        done = finished()
+        if done is None:
+            done = build()
+            debian.say(f"built in {time.monotonic() - started:.0f} s")
+    except debian.BuildError as error:
+        debian.say(f"wasmtime: {error}")
+        return 1
+    print(done)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
