@@ -158,9 +158,14 @@ class Caller:
         data: str = "",
         ticker: Ticker | None = None,
         scheduling_fd: int | None = None,
+        redact: Callable[[str], str] = str,
     ) -> None:
-        """`ticker`: that of the process, where there are other callers; None to start one."""
+        """`ticker`: that of the process, where there are other callers; None to start one.
+
+        `redact` takes what is secret out of a text.
+        """
         self._image = image
+        self._redact = redact
         self.limits = limits
         self._grants = grants
         self._config = config
@@ -281,6 +286,7 @@ class Caller:
             self._dropped += 1
             self._page.dropped()
             return
-        for line in text.splitlines() or [""]:
+        # Before it is cut: a secret in halves would not be known again.
+        for line in self._redact(text).splitlines() or [""]:
             self.say(control.Line(text=line[:_LINE_MAX_CHARS], dropped=self._dropped))
             self._dropped = 0

@@ -5,6 +5,7 @@ import asyncio
 import grp
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
             require=options.require,
             agent_group=options.agent_group,
         )
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # nothing of an instance goes into core files
         asyncio.run(_run(settings))
     except HostError as error:
         sys.stderr.write(f"fleet-host: {error}\n")

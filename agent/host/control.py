@@ -21,7 +21,7 @@ IMAGES_MAX: Final = 32
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
-    """First of all, with two descriptors: the image's memfd and the figures' page.
+    """First of all, with two descriptors: the image's memfd and the figures' page; then that of its secrets, if any.
 
     To a seat of a shared lane the page comes alone, since the image was opened before the cell was shut.
 
@@ -29,6 +29,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
         uid: what to become, None to stay.
         data: its data directory, empty for none.
         image: in a shared lane, which of its images.
+        secrets: whether a memfd with its secrets comes last: a JSON object of values by name. Not in a shared lane.
     """
 
     instance: str
@@ -38,6 +39,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     uid: int | None = None
     data: str = ""
     image: str = ""
+    secrets: bool = False
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):

@@ -84,7 +84,9 @@ class Crew:
         run = generation.run
         generation.data = await data_directory(run, self._uid(self._name), self._data, old)
         if run.share_lane:
-            generation.alone = why_alone(run.limits, generation.image_bytes, files=bool(generation.data))
+            generation.alone = why_alone(
+                run.limits, generation.image_bytes, files=bool(generation.data), secrets=bool(run.secrets)
+            )
 
     async def raise_lane(self, generation: Generation, *, serve: bool = True) -> Lane:
         """A lane more for a generation, in its cell, with the guest instantiated; it accepts at once if `serve`.
@@ -105,11 +107,13 @@ class Crew:
                 uid=self._uid(self._name),
                 data=generation.data,
                 image=generation.image if lane.shared is not None else "",
+                secrets=generation.secrets_fd >= 0,
             )
             answer = await lane.ask(
                 setup,
                 *(() if lane.shared is not None else (generation.image_fd,)),
                 lane.page_fd,
+                *((generation.secrets_fd,) if generation.secrets_fd >= 0 else ()),
                 answer=control.Ready,
                 timeout_s=run.limits.start_ms / 1000 + GRACE_S,
             )
@@ -220,9 +224,10 @@ class Crew:
             self.retire(generation, lane, drained=drained)
         if generation.saved is not None:
             generation.saved.close()
-        if generation.image_fd >= 0:
-            os.close(generation.image_fd)
-            generation.image_fd = -1
+        for fd in (generation.image_fd, generation.secrets_fd):
+            if fd >= 0:
+                os.close(fd)
+        generation.image_fd = generation.secrets_fd = -1
 
     def retire(self, generation: Generation, lane: Lane, *, drained: bool = False) -> None:
         """End a lane on purpose and keep its figures; if it is handing over still (not `drained`), when it has."""

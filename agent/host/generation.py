@@ -110,10 +110,12 @@ class Generation:
     Attributes:
         alone: why it has a lane of its own although it may share one; empty for no such reason.
         image, image_bytes: of one that may share: its image's sha256 and size.
+        secrets_fd: a memfd with its secrets, which is handed to its lanes and never read here; -1 for none.
     """
 
     run: ipc.Run
     image_fd: int
+    secrets_fd: int = -1
     listener: Listener | None = None
     lanes: list[Lane] = field(default_factory=list)
     past: Figures = field(default_factory=Figures)

@@ -92,13 +92,13 @@ class Instance:
 
     # What the agent asks for.
 
-    async def start(self, run: ipc.Run, image_fd: int) -> tuple[int | None, int]:
-        """Run this generation; (the one replaced, milliseconds of the handover). `image_fd` becomes this object's.
+    async def start(self, run: ipc.Run, image_fd: int, secrets_fd: int = -1) -> tuple[int | None, int]:
+        """Run this generation; (the one replaced, milliseconds of the handover). The descriptors become this object's.
 
         Raises:
             StartError: nothing changed.
         """
-        new = Generation(run, image_fd)
+        new = Generation(run, image_fd, secrets_fd)
         try:
             await self._prepare(new)
             began = time.monotonic()

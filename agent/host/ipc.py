@@ -5,7 +5,7 @@ it, if any (SCM_RIGHTS). The host listens; the agent, or `fleet-agent restore`, 
 and is answered by one `Reply` with the same id; events carry none and come at any time to whoever is connected.
 
 Requests are idempotent by (instance, generation): the generation grows with every change the agent makes to an
-instance, and asking for what already is answers at once. Nothing here is secret but an instance's configuration.
+instance, and asking for what already is answers at once. Secrets stand in no packet: they come in a descriptor.
 """
 
 import array
@@ -35,6 +35,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         port: own port on the ingress address, None for the shared port under `/<instance>/`.
         data: the instance's own directory, empty for none.
         share_lane: whether the operator lets it share a lane with other instances of its publisher.
+        secrets: names of its secrets, whose values were entrusted to the host before.
     """
 
     instance: str
@@ -47,6 +48,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     port: int | None = None
     data: str = ""
     share_lane: bool = False
+    secrets: tuple[str, ...] = ()
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
@@ -65,6 +67,18 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 
     id: int
     run: Run
+
+
+class Entrust(msgspec.Struct, frozen=True, kw_only=True, tag="entrust"):
+    """Hold secrets for the start of this generation, which follows. Answered with `Done`.
+
+    A sealed memfd comes along, with the values by name as a JSON object. The host hands it to the generation's lanes
+    and never reads it: no process that it forks has a value in its memory but the lanes that it is for.
+    """
+
+    id: int
+    instance: str
+    generation: int
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
@@ -110,7 +124,7 @@ class Logs(msgspec.Struct, frozen=True, kw_only=True, tag="logs"):
     instance: str
 
 
-Request = Hello | Start | Commit | Revert | Stop | Restart | Status | Logs
+Request = Hello | Entrust | Start | Commit | Revert | Stop | Restart | Status | Logs
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):

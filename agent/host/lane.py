@@ -16,12 +16,15 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
+import msgspec
+
 from agent.host import cell, control, heads
 from agent.host.caller import Caller, Ticker
 from agent.host.clients import CLIENTS_MAX, Clients
 from agent.host.engine import Engine, Image
 from agent.host.faults import EngineError, GuestError
 from agent.host.page import Page
+from agent.host.redact import Redactor
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
 
@@ -33,11 +36,14 @@ class Lane:
         """What it waits for is in `poll`."""
         self._sock = sock
         self._poll = poll
+        self._secrets: dict[str, str] = {}
+        self._redactor = Redactor(())
         self.begun = False
         poll.register(sock, select.EPOLLIN)
 
     def say(self, message: control.FromLane) -> None:
-        """Tell the supervisor; a line of log is dropped rather than waited for."""
+        """Tell the supervisor; a line of log is dropped rather than waited for. No value of a secret leaves here."""
+        message = self._redactor.message(message)
         try:
             if isinstance(message, control.Line | control.Fault | control.Busy | control.Overdue):
                 self._sock.sendmsg([control.encode(message)], [], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
@@ -50,8 +56,11 @@ class Lane:
 
     def set_up(self, engine: Engine, setup: control.Setup, fds: tuple[int, ...]) -> bool:
         """Become the lane of one instance alone, and shut the cell; False when that was refused."""
-        image_fd, page_fd = fds
-        cell.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *fds})
+        image_fd, page_fd, *more = fds
+        if setup.secrets:
+            self._secrets = _read_secrets(more.pop())
+            self._redactor = Redactor(self._secrets.values())
+        cell.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), image_fd, page_fd})
         try:
             image = engine.load(f"/proc/self/fd/{image_fd}")
             if image.adapted:
@@ -98,10 +107,11 @@ class Lane:
             image,
             limits=setup.limits,
             grants=setup.grants,
-            config=setup.config,
+            config={**setup.config, **self._secrets},
             page=page,
             say=self.say,
             data=data,
+            redact=self._redactor.text,
             ticker=ticker,
             scheduling_fd=scheduling_fd,
         )
@@ -192,6 +202,11 @@ class Lane:
                 self.say(control.StateLoaded(problem=self._caller.load_state(state)))
             case control.Resume():
                 self.clients.resume()
+
+
+def _read_secrets(fd: int) -> dict[str, str]:
+    """The values by name; the lanes of a generation share the descriptor, and so no place in it."""
+    return msgspec.json.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=dict[str, str])
 
 
 @contextlib.contextmanager

@@ -31,8 +31,10 @@ _IMAGE_MAX_BYTES: Final = 4 * MIB
 OnMessage = Callable[[Lane, control.FromLane], None]
 
 
-def why_alone(limits: Limits, image_bytes: int, *, files: bool) -> str:
+def why_alone(limits: Limits, image_bytes: int, *, files: bool, secrets: bool = False) -> str:
     """Why an instance that may share a lane has one of its own all the same, as a sentence; empty where it shares."""
+    if secrets:
+        return "it has secrets, which no neighbour may come near"
     if files:
         return "it has files, which no neighbour may come near"
     if limits.concurrency > 1:

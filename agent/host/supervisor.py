@@ -24,6 +24,7 @@ from agent import systemd
 from agent.host import cell, ipc, program
 from agent.host.cgroups import Cgroups
 from agent.host.deaths import Deaths
+from agent.host.entrusted import Entrusted
 from agent.host.front import Front
 from agent.host.generation import StartError
 from agent.host.handle import LaneGoneError
@@ -123,6 +124,7 @@ class Supervisor:
         self._nursery = Nursery()
         self._front: Front | None = None
         self._instances: dict[str, Instance] = {}
+        self._entrusted = Entrusted()
         self._peers: set[Peer] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
@@ -276,6 +278,8 @@ class Supervisor:
         except ipc.IpcError:
             self._peers.discard(peer)
             peer.close()
+            if not self._peers:
+                self._entrusted.clear()
             return
         task = asyncio.ensure_future(self._serve(peer, request, fd))
         self._tasks.add(task)
@@ -296,13 +300,13 @@ class Supervisor:
         peer.say(reply)
 
     async def _answer(self, request: ipc.Request, fd: int | None) -> ipc.Reply:
-        if fd is not None and not isinstance(request, ipc.Start):
+        if fd is not None and not isinstance(request, ipc.Start | ipc.Entrust):
             os.close(fd)
         match request:
             case ipc.Hello():
                 return self._welcome(request.id)
-            case ipc.Start():
-                return await self._start(request, fd)
+            case ipc.Start() | ipc.Entrust():
+                return await self._receive(request, fd)
             case ipc.Status():
                 figures = tuple(one.health() for one in self._instances.values() if one.current is not None)
                 return ipc.Figures(id=request.id, instances=figures, written_bytes=self._deaths.written_bytes)
@@ -340,6 +344,16 @@ class Supervisor:
                 self._instances.pop(instance.name, None)
                 self._cgroups.dismiss(instance.name)
 
+    async def _receive(self, request: ipc.Start | ipc.Entrust, fd: int | None) -> ipc.Reply:
+        """What comes with a descriptor."""
+        if isinstance(request, ipc.Entrust):
+            self._entrusted.hold(request, fd)
+            return ipc.Done(id=request.id)
+        try:
+            return await self._start(request, fd)
+        finally:
+            self._entrusted.drop(request.run)
+
     async def _start(self, request: ipc.Start, fd: int | None) -> ipc.Reply:
         run = request.run
         if fd is None:
@@ -372,13 +386,21 @@ class Supervisor:
                 previous = None if instance.previous is None else instance.previous.number
                 return ipc.Started(id=request.id, instance=run.instance, generation=run.generation, replaced=previous)
             try:
-                replaced, swap_ms = await instance.start(run, fd)
+                replaced, swap_ms = await self._begin(instance, run, fd)
             finally:
                 if instance.current is None:
                     self._instances.pop(run.instance, None)
         return ipc.Started(
             id=request.id, instance=run.instance, generation=run.generation, replaced=replaced, swap_ms=swap_ms
         )
+
+    async def _begin(self, instance: Instance, run: ipc.Run, fd: int) -> tuple[int | None, int]:
+        try:
+            secrets_fd = self._entrusted.take(run)
+        except StartError:
+            os.close(fd)
+            raise
+        return await instance.start(run, fd, secrets_fd)
 
     def _welcome(self, number: int) -> ipc.Welcome:
         ingress = self._settings.ingress

@@ -1,0 +1,78 @@
+;; secret: logs the secret "db-password" (careless) and answers with its FNV-1a hash, 16 hexadecimal digits; 404 without
+;; one. For a target that begins with "/t" it traps after logging.
+(component
+  (import "wasi:logging/logging@0.1.0-draft" (instance $logging
+    (type $levels (enum "trace" "debug" "info" "warn" "error" "critical"))
+    (export "level" (type $level (eq $levels)))
+    (export "log" (func (param "level" $level) (param "context" string) (param "message" string)))))
+  (import "wasi:config/store@0.2.0-rc.1" (instance $config
+    (type $error' (variant (case "upstream" string) (case "io" string)))
+    (export "error" (type $error (eq $error')))
+    (export "get" (func (param "key" string) (result (result (option string) (error $error)))))))
+  (core module $memory
+    (memory (export "memory") 1)
+    (global $top (mut i32) (i32.const 1024))
+    (data (i32.const 16) "db-password")
+    (data (i32.const 32) "0123456789abcdef")
+    (func (export "realloc") (param i32 i32 i32 i32) (result i32)
+      (local $at i32)
+      (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
+      (global.set $top (i32.add (local.get $at) (local.get 3)))
+      (local.get $at))
+    (func (export "reset") (param i32) (global.set $top (i32.const 1024))))
+  (core instance $memory (instantiate $memory))
+  (core func $get (canon lower (func $config "get")
+    (memory (core memory $memory "memory")) (realloc (core func $memory "realloc"))))
+  (core func $log (canon lower (func $logging "log") (memory (core memory $memory "memory"))))
+  (core module $guest
+    (import "" "memory" (memory 1))
+    (import "" "get" (func $get (param i32 i32 i32)))
+    (import "" "log" (func $log (param i32 i32 i32 i32 i32)))
+    ;; The hash's digits go to 160.
+    (func $hash (param $at i32) (param $length i32)
+      (local $hash i64) (local $n i32)
+      (local.set $hash (i64.const 0xcbf29ce484222325))
+      (block $hashed (loop $more
+        (br_if $hashed (i32.ge_u (local.get $n) (local.get $length)))
+        (local.set $hash (i64.mul (i64.const 0x100000001b3) (i64.xor (local.get $hash)
+          (i64.load8_u (i32.add (local.get $at) (local.get $n))))))
+        (local.set $n (i32.add (local.get $n) (i32.const 1)))
+        (br $more)))
+      (local.set $n (i32.const 0))
+      (loop $digit
+        (i32.store8 (i32.add (i32.const 160) (local.get $n)) (i32.load8_u (i32.add (i32.const 32)
+          (i32.wrap_i64 (i64.shr_u (local.get $hash) (i64.const 60))))))
+        (local.set $hash (i64.shl (local.get $hash) (i64.const 4)))
+        (local.set $n (i32.add (local.get $n) (i32.const 1)))
+        (br_if $digit (i32.lt_u (local.get $n) (i32.const 16)))))
+    (func (export "handle") (param i32 i32 i32 i32 i32 i32 i32 i32) (result i32)
+      ;; At 128: failed, 132: some, 136: the text. At 64: the answer.
+      (call $get (i32.const 16) (i32.const 11) (i32.const 128))
+      (i64.store (i32.const 68) (i64.const 0))
+      (i64.store (i32.const 76) (i64.const 0))
+      (if (i32.and (i32.eqz (i32.load8_u (i32.const 128))) (i32.load8_u (i32.const 132)))
+        (then
+          (call $log (i32.const 4) (i32.const 16) (i32.const 11) (i32.load (i32.const 136)) (i32.load (i32.const 140)))
+          (if (i32.eq (i32.load8_u (i32.add (local.get 2) (i32.const 1))) (i32.const 116)) (then (unreachable)))
+          (call $hash (i32.load (i32.const 136)) (i32.load (i32.const 140)))
+          (i32.store16 (i32.const 64) (i32.const 200))
+          (i32.store (i32.const 76) (i32.const 160))
+          (i32.store (i32.const 80) (i32.const 16)))
+        (else (i32.store16 (i32.const 64) (i32.const 404))))
+      (i32.const 64))
+    (func (export "check") (result i32) (i32.const 96)))
+  (core instance $guest (instantiate $guest (with "" (instance
+    (export "memory" (memory $memory "memory")) (export "get" (func $get)) (export "log" (func $log))))))
+  (type $request (record
+    (field "method" string) (field "target" string) (field "headers" string) (field "body" (list u8))))
+  (type $response (record (field "status" u16) (field "headers" string) (field "body" (list u8))))
+  (func $handle (param "request" $request) (result $response)
+    (canon lift (core func $guest "handle") (memory (core memory $memory "memory"))
+      (realloc (core func $memory "realloc")) (post-return (core func $memory "reset"))))
+  (func $check (result (result (error string)))
+    (canon lift (core func $guest "check") (memory (core memory $memory "memory"))))
+  (instance $handler (export "request" (type $request)) (export "response" (type $response))
+    (export "handle" (func $handle)))
+  (instance $health (export "check" (func $check)))
+  (export "wasmfleet:http/handler@0.1.0" (instance $handler))
+  (export "wasmfleet:http/health@0.1.0" (instance $health)))
