@@ -26,6 +26,7 @@ from signing.errors import Rejected
 
 _TUF: Final = "/v1/tuf/"
 _ARTIFACTS: Final = "/v1/artifacts/"
+_SECRETS: Final = "/v1/secrets/"
 _AWAY: Final = frozenset({RejectCode.UNREACHABLE, RejectCode.TOO_SLOW})
 
 
@@ -114,12 +115,14 @@ def _check_head(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> No
 
 
 def _wanted(envelope: bytes) -> list[str]:
-    """Which artifacts the assignment names; whether it counts is judged later."""
+    """Which artifacts and secrets the assignment names; whether it counts is judged later."""
     try:
         items = wire.decode(Assignment, dsse.parse(envelope).payload).items
     except (Rejected, wire.WireError):
         return []
-    return [name for item in items if bundle.max_bytes(name := bundle.artifact(item.sha256))]
+    named = [bundle.artifact(item.sha256) for item in items]
+    named += [bundle.secret(ref.sha256) for item in items for ref in item.secrets]
+    return [name for name in dict.fromkeys(named) if bundle.max_bytes(name)]
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> None:
@@ -170,7 +173,7 @@ class Offline:
         headers: dict[str, str] | None = None,
     ) -> bytes:
         """See `Https.request`; a file with a version in its name is the same wherever it lies."""
-        kept = self._metadata(path, max_bytes) if method == "GET" and path.startswith(_TUF) else None
+        kept = self._kept(path, max_bytes) if method == "GET" else None
         if kept is not None and (self._judging or not path.endswith("/timestamp.json")):
             return kept
         if self._judging:
@@ -182,8 +185,14 @@ class Offline:
                 raise
             return kept
 
-    def _metadata(self, path: str, max_bytes: int) -> bytes | None:
-        name = bundle.metadata(path.removeprefix(_TUF))
+    def _kept(self, path: str, max_bytes: int) -> bytes | None:
+        """What the bundle has of metadata and of sealed secrets; None for nothing."""
+        if path.startswith(_TUF):
+            name = bundle.metadata(path.removeprefix(_TUF))
+        elif path.startswith(_SECRETS):
+            name = bundle.secret(path.removeprefix(_SECRETS))
+        else:
+            return None
         if not bundle.max_bytes(name):
             return None
         try:

@@ -25,6 +25,7 @@ from agent.hostlink import HostGoneError, HostLink, HostRefusedError
 from agent.images import ImageError, Images
 from agent.records import Change, Committed
 from agent.restore import run_of, start
+from agent.sealed import Sealed
 from agent.trust import Trust
 from agent.update.machine import Event, Happened, retry_delay_s
 from agent.update.probation import Facts, Terms, Verdict, judge
@@ -147,6 +148,7 @@ class Carrier:
         trust: Trust,
         https: Offline,
         images: Images,
+        sealed: Sealed,
         host: Host,
         clock: Callable[[], float],
         jitter: Callable[[], float],
@@ -162,6 +164,7 @@ class Carrier:
         self._trust = trust
         self._https = https
         self._images = images
+        self._sealed = sealed
         self._host = host
         self._clock = clock
         self._jitter = jitter
@@ -182,14 +185,18 @@ class Carrier:
         denied = self._settings.policy.denied(resolved.grants)
         if denied:
             return refused(RejectCode.GRANT_DENIED, f"this board's own policy does not allow {', '.join(denied)}")
-        if item.secrets:
-            return refused(RejectCode.UNSUPPORTED_VERSION, "this agent cannot open sealed secrets yet: upgrade it")
         into = self._artifact(item.sha256)
         if not await asyncio.to_thread(_sound, into, item.length, item.sha256):
             try:
                 await self._download(f"/v1/artifacts/{item.sha256}", into, resolved.length, item.sha256, progress)
             except FetchError as error:
                 return _delayed(error.code, error.message)
+        try:
+            await asyncio.to_thread(self._sealed.fetch, item, self._https)
+        except (FetchError, Rejected) as error:
+            return _delayed(error.code, error.message)
+        except OSError as error:
+            return _delayed(RejectCode.NO_SPACE, f"a sealed secret cannot be written: {error.strerror}")
         return Outcome(Happened(Event.DONE), {"manifest": resolved.manifest})
 
     async def _download(self, path: str, into: Path, length: int, sha256: str, progress: Callable[[int], None]) -> None:
@@ -268,8 +275,8 @@ class Carrier:
             if before is not None and before.generation != change.generation:
                 fields["replaced"] = facts_of(before)
             run = run_of(item, manifest, change.generation, self._settings.policy)
-            await start(self._host.link, item, run, self._images, self._places.artifacts)
-        except ImageError as error:
+            await start(self._host.link, item, run, self._images, self._places.artifacts, self._sealed)
+        except (ImageError, Rejected) as error:
             return refused(error.code, error.message)
         except HostRefusedError as error:
             return refused(error.failed.code, error.failed.message, error.failed.log)
@@ -381,11 +388,12 @@ class Carrier:
                     run_of(before.item, before.manifest, before.generation, self._settings.policy),
                     self._images,
                     self._places.artifacts,
+                    self._sealed,
                 )
         except HostGoneError as error:
             await self._settle()
             return lost(str(error))
-        except (HostRefusedError, ImageError) as error:
+        except (HostRefusedError, ImageError, Rejected) as error:
             return lost(f"the previous version could not be started again: {error}")
         return DONE
 

@@ -18,6 +18,7 @@ from agent import check, config, enroll, firstboot, health, identity, images, re
 from agent.alone import NotAloneError, alone
 from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Places
 from agent.hostlink import HostGoneError, HostLink
+from agent.sealed import Sealed
 from agent.store import Store, StoreError
 from fleet.protocol.names import BadNameError
 
@@ -276,6 +277,7 @@ def _restore(options: argparse.Namespace) -> int:
     if not items:
         return 0
     policy = settings.policy
+    sealed = Sealed(places.secrets, places.identity / "sealing.key", identity.load(places.identity))
     made = images.Images(
         places.images,
         key,
@@ -288,7 +290,7 @@ def _restore(options: argparse.Namespace) -> int:
         link = HostLink(places.host_socket)
         welcome = await restore.wait_for_host(link, HOST_WAIT_S)
         try:
-            return await restore.restore(link, welcome, items, made, places.artifacts, policy)
+            return await restore.restore(link, welcome, items, made, places.artifacts, policy, sealed)
         finally:
             link.close()
 

@@ -241,6 +241,11 @@ class Places:
         return self.state / "images"
 
     @property
+    def secrets(self) -> Path:
+        """Secrets in their boxes, by the sha256 of each box."""
+        return self.state / "secrets"
+
+    @property
     def runset(self) -> Path:
         """What is committed, once more, as a file with a MAC."""
         return self.state / "runset.json"

@@ -20,12 +20,13 @@ from agent.carry import Carrier, Host
 from agent.config import Places, Settings
 from agent.deploy import Deployer
 from agent.desired import Desired
-from agent.fetch import Https
+from agent.fetch import FetchError, Https
 from agent.host import ipc
 from agent.hostlink import HostGoneError, HostLink, HostRefusedError
 from agent.identity import Identity
 from agent.images import Images
 from agent.outbox import Outbox
+from agent.sealed import Sealed
 from agent.standing import Board
 from agent.store import Store
 from agent.tls import DeviceTls
@@ -99,6 +100,7 @@ class Daemon:
             seconds=policy.compile_s,
             on_damaged=self._on_damaged,
         )
+        self._sealed = Sealed(places.secrets, places.identity / "sealing.key", identity)
         self._link = HostLink(places.host_socket, on_event=self._on_host_event)
         self._host = Host(self._link)
         self._carrier = Carrier(
@@ -108,6 +110,7 @@ class Daemon:
             trust=self._trust,
             https=self._source,
             images=self._images,
+            sealed=self._sealed,
             host=self._host,
             clock=health.boot_clock,
             jitter=random.random,
@@ -183,7 +186,7 @@ class Daemon:
             upkeep.renew(
                 self._places,
                 self._https,
-                self._identity.device,
+                self._identity,
                 self._trust.now,
                 outdated=self._outdated,
                 renewed=self._desired.refresh,
@@ -259,8 +262,11 @@ class Daemon:
                 log.warning("%s runs on the host and belongs to nothing: stopped", running.instance)
                 with contextlib.suppress(HostRefusedError):
                     await self._link.ask(ipc.Stop, ipc.Done, instance=running.instance)
+        for each in items:
+            with contextlib.suppress(FetchError, Rejected, OSError):  # a box that was damaged on the disk comes again
+                await asyncio.to_thread(self._sealed.fetch, each.item, self._source)
         for restored in await restore.restore(
-            self._link, welcome, items, self._images, self._places.artifacts, self._settings.policy
+            self._link, welcome, items, self._images, self._places.artifacts, self._settings.policy, self._sealed
         ):
             if restored.problem:
                 self._broken[restored.instance] = f"{restored.instance} could not be started: {restored.problem}"
@@ -372,7 +378,7 @@ class Daemon:
         self._outbox.wake()
         self._vitals.changed_soon()
         if not self._deployer.standing.flights:
-            self._spawn(upkeep.make_room(self._places, self._settings, self._images, self._deployer))
+            self._spawn(upkeep.make_room(self._places, self._settings, self._images, self._deployer, self._sealed))
 
     # Commands
 

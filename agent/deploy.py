@@ -369,6 +369,7 @@ class Deployer:
             facts = (await self._worker(self._store.facts)).with_committed(
                 TargetName.from_path(change.item.target).component, change.manifest.security_epoch
             )
+            facts = facts.with_secrets(change.instance, {ref.name: ref.version for ref in change.item.secrets})
         elif change.item is None and left is Phase.IDLE:
             removed = change.instance
         elif change.phase in {Phase.FAILED, Phase.ROLLED_BACK}:

@@ -5,7 +5,6 @@ connection, in which nothing is said, shows the CA; its hash is compared; a seco
 are made here and never leave; the directory `identity/` appears whole or not at all.
 """
 
-import base64
 import contextlib
 import hashlib
 import http.client
@@ -27,7 +26,6 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    PublicFormat,
     load_pem_private_key,
 )
 from cryptography.x509.oid import NameOID
@@ -39,6 +37,8 @@ from agent.images import write_once
 from fleet.protocol import caps, names, wire
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.enrolment import EXPIRED, OUTDATED, BadTokenError, Enrolled, EnrolRequest, Token
+from signing.errors import KeyFileError
+from signing.sealing import load, public_key
 
 CONNECT_S: Final = 20.0
 NEW: Final = ".identity.new"
@@ -176,12 +176,13 @@ def _ask(
     ca_pem = presented_ca(token.url, token.ca_sha256)
     behind = datetime.now(UTC) < token.floor
     https = Https(token.url, _EnrolTls(ca_pem, token.floor) if behind else FixedTls(tls.context(ca_pem)))
-    public = sealing.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    sealing_key = public_key(sealing)
     request = EnrolRequest(
         secret=token.secret,
         name=name,
         csr_pem=certificate_request(key, name),
-        sealing_key=base64.b64encode(public).decode(),
+        sealing_key=sealing_key,
+        sealing_proof=_proof(_private_pem(key), token.fleet, sealing_key),
         machine=machine,
     )
     try:
@@ -294,13 +295,29 @@ def forget(state: Path) -> None:
     """Remove everything that belongs to one identity: another fleet's counters and metadata mean nothing here."""
     for name in ("store.db", "store.db-wal", "store.db-shm", "runset.json"):
         (state / name).unlink(missing_ok=True)
-    for name in ("trust", "images", "artifacts", "bundle"):
+    for name in ("trust", "images", "artifacts", "bundle", "secrets"):
         shutil.rmtree(state / name, ignore_errors=True)
 
 
 def renewal_request(identity: Path, device: str) -> str:
     """A certificate request for the device key that is there; raises `OSError`."""
     return certificate_request(_load_key(identity), device)
+
+
+def sealing_proof(identity: Path, fleet: str) -> str:
+    """This board's signed word on its sealing key; empty where that cannot be read. Raises `OSError`."""
+    try:
+        key = public_key(load((identity / "sealing.key").read_bytes()))
+    except (OSError, KeyFileError):
+        return ""
+    return _proof((identity / "device.key").read_bytes(), fleet, key)
+
+
+def _proof(device_key: bytes, fleet: str, sealing_key: str) -> str:
+    from signing.sealing_keys import prove  # noqa: PLC0415 - for enrolling and renewing alone
+    from signing.statements import Voice  # noqa: PLC0415
+
+    return prove(Voice(device_key), fleet=fleet, sealing_key=sealing_key).decode()
 
 
 def _load_key(identity: Path) -> ec.EllipticCurvePrivateKey:

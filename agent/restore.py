@@ -21,11 +21,13 @@ from agent.host import ipc
 from agent.hostlink import HostGoneError, HostLink, HostRefusedError
 from agent.images import ImageError, Images, write_once
 from agent.records import Committed
+from agent.sealed import Sealed
 from agent.store import Store, StoreError
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import InstanceState
 from fleet.protocol.manifest import Manifest
+from signing.errors import Rejected
 
 CONNECT_AGAIN_S: Final = 0.2
 
@@ -95,6 +97,7 @@ def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> i
         limits=policy.limit(manifest.limits),
         config={**defaults, **item.config},
         port=item.port,
+        secrets=tuple(ref.name for ref in item.secrets),
     )
 
 
@@ -137,7 +140,13 @@ async def wait_for_host(link: HostLink, seconds: float) -> ipc.Welcome:
 
 
 async def restore(
-    link: HostLink, welcome: ipc.Welcome, items: Iterable[Committed], images: Images, artifacts: Path, policy: Policy
+    link: HostLink,
+    welcome: ipc.Welcome,
+    items: Iterable[Committed],
+    images: Images,
+    artifacts: Path,
+    policy: Policy,
+    sealed: Sealed,
 ) -> list[Restored]:
     """Start every committed instance that the host does not run.
 
@@ -148,6 +157,7 @@ async def restore(
         images: of this board.
         artifacts: where artifacts lie, for images that have to be made anew.
         policy: the board owner's.
+        sealed: this board's secrets.
 
     Raises:
         HostGoneError: the host went away meanwhile.
@@ -157,25 +167,35 @@ async def restore(
     for item in items:
         if item.item.instance in there:
             continue
+        run = run_of(item.item, item.manifest, item.generation, policy)
         try:
-            await start(link, item.item, run_of(item.item, item.manifest, item.generation, policy), images, artifacts)
-        except (ImageError, HostRefusedError) as error:
+            await start(link, item.item, run, images, artifacts, sealed)
+        except (ImageError, HostRefusedError, Rejected) as error:
             restored.append(Restored(item.item.instance, str(error)))
         else:
             restored.append(Restored(item.item.instance))
     return restored
 
 
-async def start(link: HostLink, item: Item, run: ipc.Run, images: Images, artifacts: Path) -> ipc.Started:
-    """Start one instance with its checked image; a missing or damaged image is made anew first.
+async def start(
+    link: HostLink, item: Item, run: ipc.Run, images: Images, artifacts: Path, sealed: Sealed
+) -> ipc.Started:
+    """Start one instance with its checked image and its secrets; a missing or damaged image is made anew first.
 
     Raises:
         ImageError: it cannot be.
+        Rejected: a secret cannot be opened.
         HostRefusedError: the host could not start it; what ran before still runs.
         HostGoneError: no host.
     """
     descriptor = await checked_image(item, run.manifest, images, artifacts)
     try:
+        secrets = sealed.descriptor(item)
+        if secrets >= 0:
+            try:
+                await link.ask(ipc.Entrust, ipc.Done, fd=secrets, instance=run.instance, generation=run.generation)
+            finally:
+                os.close(secrets)
         return await link.ask(ipc.Start, ipc.Started, fd=descriptor, run=run)
     finally:
         os.close(descriptor)

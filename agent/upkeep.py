@@ -14,7 +14,9 @@ from agent import enroll, images, systemd
 from agent.config import Places, Settings
 from agent.deploy import Deployer
 from agent.fetch import FetchError, Https
+from agent.identity import Identity
 from agent.images import ImageError, Images
+from agent.sealed import Sealed
 from agent.worker import Worker
 from fleet.protocol import caps, wire
 from fleet.protocol.enrolment import RenewReply, RenewRequest
@@ -27,7 +29,7 @@ RENEW_CHECK_S: Final = 6 * 3600.0
 async def renew(
     places: Places,
     https: Https,
-    device: str,
+    who: Identity,
     now: Callable[[], datetime],
     *,
     outdated: asyncio.Event,
@@ -39,7 +41,7 @@ async def renew(
         outdated.clear()
         try:
             if told or now() >= await asyncio.to_thread(enroll.renew_at, places.identity):
-                await asyncio.to_thread(renew_now, places, https, device)
+                await asyncio.to_thread(renew_now, places, https, who)
                 log.info("the device certificate was renewed")
                 renewed()
         except (FetchError, enroll.EnrolError, OSError, ValueError, wire.WireError, msgspec.MsgspecError) as error:
@@ -49,12 +51,17 @@ async def renew(
                 await outdated.wait()
 
 
-def renew_now(places: Places, https: Https, device: str) -> None:
+def renew_now(places: Places, https: Https, who: Identity) -> None:
     """Ask for a new certificate for the same key, and put it in place. Raises `FetchError` and `EnrolError`."""
     answer = https.request(
         "POST",
         "/v1/renew",
-        body=wire.encode(RenewRequest(csr_pem=enroll.renewal_request(places.identity, device))),
+        body=wire.encode(
+            RenewRequest(
+                csr_pem=enroll.renewal_request(places.identity, who.device),
+                sealing_proof=enroll.sealing_proof(places.identity, who.fleet),
+            )
+        ),
         headers={"Content-Type": "application/json"},
         max_bytes=caps.API_BODY_MAX_BYTES,
     )
@@ -62,7 +69,7 @@ def renew_now(places: Places, https: Https, device: str) -> None:
     enroll.install_certificate(places.identity, reply.certificate_pem)
 
 
-async def make_room(places: Places, settings: Settings, made: Images, deployer: Deployer) -> int:
+async def make_room(places: Places, settings: Settings, made: Images, deployer: Deployer, sealed: Sealed) -> int:
     """Evict least recently used artifacts and images beyond the budget; returns bytes freed.
 
     What is committed, and what is being changed, stays, and so does what a change would go back to.
@@ -75,6 +82,8 @@ async def make_room(places: Places, settings: Settings, made: Images, deployer: 
             keep.add(flight.change.item.sha256)
             if flight.change.manifest is not None:
                 items.append((flight.change.item, flight.change.manifest))
+    wanted = [flight.change.item for flight in standing.flights.values() if flight.change.item is not None]
+    await asyncio.to_thread(sealed.evict, [*(item for item, _ in items), *wanted])
     try:
         for item, manifest in items:
             keep.add(await made.name(item.sha256, item.manifest_sha256, fuel=manifest.limits.fuel > 0))

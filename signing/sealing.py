@@ -13,13 +13,12 @@ fleet, device, instance, name and version, so that a box which is moved to anoth
 place of a newer one, does not open. The value is preceded by its length in two bytes and followed by zeros up to a
 multiple of 256, so that a box tells little of the value's length.
 
-A board proves that a sealing key is its own by its device key's signature (`prove`, `proved`): who remembers the device
-key from first sight need not believe a server about the other.
+Whose a sealing key is, `signing.sealing_keys` tells.
 """
 
 import base64
 import binascii
-from typing import ClassVar, Final
+from typing import Final
 
 import msgspec
 from cryptography.exceptions import InvalidTag
@@ -29,12 +28,10 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from fleet.protocol import caps, names, wire
+from fleet.protocol import caps, wire
 from fleet.protocol.codes import RejectCode
 from signing.errors import KeyFileError, Rejected, SigningError
-from signing.statements import Ear, Voice
 
-SEALING_TYPE: Final = "application/vnd.wasmfleet.sealing.v1+json"
 FORMAT: Final = 1
 KEY_BYTES: Final = 32
 TAG_BYTES: Final = 16
@@ -58,14 +55,6 @@ class Purpose(msgspec.Struct, frozen=True, kw_only=True):
         return f"secret {self.name} version {self.version} of {self.instance}"
 
 
-class SealingKey(wire.Message, frozen=True, kw_only=True):
-    """What a board signs about its sealing key (X25519, base64)."""
-
-    MAX_BYTES: ClassVar[int] = caps.KIB
-    fleet: str
-    sealing_key: str
-
-
 def seal(value: str, *, recipient: str, purpose: Purpose) -> bytes:
     """Put a value into a box for one board.
 
@@ -78,7 +67,7 @@ def seal(value: str, *, recipient: str, purpose: Purpose) -> bytes:
         SigningError: a value that no guest can be given, or a key that is none.
     """
     data = check_value(value)
-    theirs = _public(recipient)
+    theirs = check_key(recipient)
     ours = X25519PrivateKey.generate()
     shown = ours.public_key().public_bytes_raw()
     padded = len(data).to_bytes(_LENGTH_BYTES, "big") + data
@@ -168,39 +157,8 @@ def public_key(key: X25519PrivateKey) -> str:
     return base64.b64encode(key.public_key().public_bytes_raw()).decode()
 
 
-def prove(voice: Voice, *, fleet: str, sealing_key: str) -> bytes:
-    """The board's signed word that this sealing key is its own."""
-    return voice.sign(wire.encode(SealingKey(fleet=fleet, sealing_key=sealing_key)), SEALING_TYPE)
-
-
-def proved(proof: bytes, *, certificate: bytes, fleet: str, device: str) -> tuple[str, str]:
-    """A board's sealing key by its own word, and the fingerprint of the key that signed it.
-
-    Args:
-        proof: what `prove` made.
-        certificate: the board's, PEM.
-        fleet: which fleet's board it is.
-        device: its id, which ends in the beginning of the fingerprint.
-
-    Raises:
-        Rejected: MALFORMED, TOO_LARGE; UNSIGNED by this key; WRONG_DEVICE: another board's certificate; WRONG_FLEET.
-    """
-    ear = Ear(certificate)
-    if names.fingerprint_of(device) != ear.fingerprint[: len(names.fingerprint_of(device))]:
-        raise Rejected(RejectCode.WRONG_DEVICE, f"the certificate shown for {device} is for another key")
-    try:
-        said = wire.decode(SealingKey, ear.verify(proof, SEALING_TYPE))
-        _public(said.sealing_key)
-    except (wire.WireError, SigningError) as error:
-        if isinstance(error, Rejected):
-            raise
-        raise Rejected(RejectCode.MALFORMED, f"{device}: {error}") from error
-    if said.fleet != fleet:
-        raise Rejected(RejectCode.WRONG_FLEET, f"the sealing key of {device} is for the fleet {said.fleet[:80]!r}")
-    return said.sealing_key, ear.fingerprint
-
-
-def _public(text: str) -> X25519PublicKey:
+def check_key(text: str) -> X25519PublicKey:
+    """A board's public sealing key from base64; raises `SigningError`."""
     try:
         return X25519PublicKey.from_public_bytes(base64.b64decode(text, validate=True))
     except (ValueError, binascii.Error) as error:

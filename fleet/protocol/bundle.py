@@ -7,6 +7,7 @@ server gives, and the board judges them in the same way.
     desired/<device>.json   one assignment envelope a board
     tuf/<file>              metadata, named as in the repository
     artifacts/<sha256>      components
+    secrets/<sha256>        secrets of boards that were named, each in a box that its board alone can open
 """
 
 import re
@@ -21,7 +22,7 @@ _NAME: Final = re.compile(
     r"bundle\.json"
     r"|desired/[a-z0-9][a-z0-9-]{0,80}\.json"
     r"|tuf/(?:timestamp|[1-9][0-9]{0,15}\.[a-z0-9-]{1,80}(?:\.bins-[0-9a-f]{1,3})?)\.json"
-    r"|artifacts/[0-9a-f]{64}"
+    r"|(?:artifacts|secrets)/[0-9a-f]{64}"
 )
 
 
@@ -40,6 +41,11 @@ def artifact(sha256: str) -> str:
     return f"artifacts/{sha256}"
 
 
+def secret(sha256: str) -> str:
+    """Where a sealed secret lies."""
+    return f"secrets/{sha256}"
+
+
 def max_bytes(name: str) -> int:
     """How large a member of this name may be; 0 for a name that no bundle has."""
     if not _NAME.fullmatch(name):
@@ -49,6 +55,8 @@ def max_bytes(name: str) -> int:
             return caps.ARTIFACT_MAX_BYTES
         case "tuf":
             return caps.TARGETS_MAX_BYTES
+        case "secrets":
+            return caps.SECRET_BOX_MAX_BYTES
         case "desired":
             return caps.DESIRED_MAX_BYTES
         case _:

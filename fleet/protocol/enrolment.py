@@ -72,6 +72,7 @@ class EnrolRequest(Message, frozen=True, kw_only=True):
     Attributes:
         csr_pem: PKCS#10; its key is the device key, its subject is ignored.
         sealing_key: X25519 public key, base64, for secrets.
+        sealing_proof: the same, signed by the device key (`signing.sealing.prove`).
     """
 
     MAX_BYTES: ClassVar[int] = caps.API_BODY_MAX_BYTES
@@ -80,6 +81,7 @@ class EnrolRequest(Message, frozen=True, kw_only=True):
     csr_pem: str
     sealing_key: str
     machine: str = ""
+    sealing_proof: str = ""
 
 
 class Enrolled(Message, frozen=True, kw_only=True):
@@ -106,9 +108,14 @@ class Enrolled(Message, frozen=True, kw_only=True):
 
 
 class RenewRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/renew` on the boards' listener: a PKCS#10 request for the enrolled key; its subject is ignored."""
+    """`POST /v1/renew` on the boards' listener: a PKCS#10 request for the enrolled key; its subject is ignored.
+
+    Attributes:
+        sealing_proof: as at enrolment, from a board that enrolled before there was one.
+    """
 
     csr_pem: str
+    sealing_proof: str = ""
 
 
 class RenewReply(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@ that speaks the real protocol and runs nothing, a repository that resolves what 
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import os
 import socket
@@ -10,21 +11,29 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from agent import restore
 from agent.carry import Carrier, Host
 from agent.config import Places, Settings
 from agent.deploy import Board, Deployer
+from agent.fetch import FetchError
 from agent.host import ipc
 from agent.hostlink import HostLink
-from agent.images import Images
+from agent.identity import Identity
+from agent.images import SEALS, Images
+from agent.sealed import Sealed
 from agent.store import Store
 from agent.worker import Worker
-from fleet.protocol.assignment import Assignment, Item
-from fleet.protocol.codes import InstanceState
+from fleet.protocol.assignment import Assignment, Item, SecretRef
+from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Health, Http, Manifest
 from fleet.protocol.messages import InstanceHealth
+from signing import sealing
+from signing.sealing import Purpose
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 # The smallest component there is: preamble, component layer.
@@ -55,6 +64,7 @@ class SimHost:
         self.refuse = {}  # target -> RejectCode
         self.faults = {}  # target -> number of traps
         self.requests = []
+        self.entrusted = {}  # (instance, generation) -> values by name
         self.hang_on = set()  # request types that are never answered
         self.die_on = None  # a request type at which the host is gone
         self._peers = []
@@ -100,7 +110,7 @@ class SimHost:
         peer.close()
         self._peers.remove(peer)
 
-    def _answer(self, request, fd):  # noqa: PLR0911 - one answer for each request
+    def _answer(self, request, fd):  # noqa: C901, PLR0911 - one answer for each request
         match request:
             case ipc.Hello():
                 return ipc.Welcome(
@@ -112,8 +122,14 @@ class SimHost:
                     ingress="",
                     running=tuple(self._running(name) for name in self.running),
                 )
+            case ipc.Entrust():
+                assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == SEALS
+                values = msgspec.json.decode(os.pread(fd, 1 << 20, 0))
+                self.entrusted[request.instance, request.generation] = values
+                return ipc.Done(id=request.id)
             case ipc.Start(run=run):
                 assert fd is not None
+                assert set(run.secrets) == set(self.entrusted.get((run.instance, run.generation), ()))
                 if run.target in self.refuse:
                     return ipc.Failed(
                         id=request.id, code=self.refuse[run.target], message="refused", log=("last words",)
@@ -190,10 +206,11 @@ class SimTrust:
 
 
 class SimServer:
-    """Artifacts, as a table: sha256 -> bytes."""
+    """Artifacts and boxes, as tables: sha256 -> bytes, path -> bytes."""
 
     def __init__(self):
         self.artifacts = {}
+        self.boxes = {}
         self.trouble = []
         self.fetched = []
 
@@ -203,6 +220,16 @@ class SimServer:
             raise self.trouble.pop(0)
         into.parent.mkdir(exist_ok=True, parents=True)
         into.write_bytes(self.artifacts[sha256])
+
+    def request(self, method, path, *, max_bytes):
+        assert method == "GET"
+        self.fetched.append(path)
+        box = self.boxes.get(path)
+        if box is None:
+            raise FetchError(RejectCode.NOT_FOUND, f"{path} is not there")
+        if len(box) > max_bytes:
+            raise FetchError(RejectCode.TOO_LARGE, f"{path}: more than {max_bytes} bytes")
+        return box
 
 
 class QuickImages(Images):
@@ -252,6 +279,10 @@ class BoardKit:
         for path in (self.places.state, self.places.runtime):
             path.mkdir()
         self.manifests, self.server = {}, SimServer()
+        self.places.identity.mkdir()
+        self.sealing_key = X25519PrivateKey.generate()
+        pem = self.sealing_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (self.places.identity / "sealing.key").write_bytes(pem)
         self.trust = SimTrust(self.manifests)
         self.host = SimHost(self.places.host_socket)
         self.boots = 0
@@ -274,6 +305,14 @@ class BoardKit:
             rollout=rollout,
             atomic=atomic,
         )
+
+    def seal(self, value, *, name="key", version=1, instance="web", device="board-01234567", **more):
+        """Have the server hold a box for this board; how an assignment refers to it."""
+        purpose = Purpose(fleet="f", device=device, instance=instance, name=name, version=version, **more)
+        box = sealing.seal(value, recipient=sealing.public_key(self.sealing_key), purpose=purpose)
+        sha256 = hashlib.sha256(box).hexdigest()
+        self.server.boxes[f"/v1/secrets/{sha256}"] = box
+        return SecretRef(name=name, sha256=sha256, version=version)
 
     @staticmethod
     def assignment(version, *items):
@@ -298,6 +337,10 @@ class BoardKit:
         self.store = CutStore(self.places.database)
         self.worker = Worker("test")
         self.images = QuickImages(self.places.images, b"k" * 32, memory_bytes=1 << 30, seconds=10)
+        identity = Identity(
+            device="board-01234567", fleet="f", group="", devices_url="", mqtt=(), production=False, floor=NOW
+        )
+        self.sealed = Sealed(self.places.secrets, self.places.identity / "sealing.key", identity)
         self.link = HostLink(self.places.host_socket)
         self.seen = Host(self.link)
         self.carrier = Carrier(
@@ -307,6 +350,7 @@ class BoardKit:
             trust=self.trust,
             https=self.server,
             images=self.images,
+            sealed=self.sealed,
             host=self.seen,
             clock=asyncio.get_running_loop().time,
             jitter=lambda: 0.0,
@@ -331,7 +375,9 @@ class BoardKit:
 
     async def _restore(self, welcome):
         items = self.store.committed()
-        await restore.restore(self.link, welcome, items, self.images, self.places.artifacts, self.settings.policy)
+        self.restored = await restore.restore(
+            self.link, welcome, items, self.images, self.places.artifacts, self.settings.policy, self.sealed
+        )
         self.seen.ready.set()
 
     async def stop_agent(self):

@@ -10,12 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import msgspec
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from agent import enroll, identity
 from agent.enroll import EnrolError
 from fleet.ca import CertificateAuthority
 from fleet.protocol import names, wire
 from fleet.protocol.enrolment import Enrolled, EnrolRequest, Token
+from signing import sealing_keys
 
 ROOT = '{"signed": {}}'
 
@@ -60,7 +62,7 @@ class Fleet:
         if self.status != 200:
             return b'{"type": "token-used", "title": "this token was used", "status": 403, "action": "make another"}'
         csr = x509.load_pem_x509_csr(request.csr_pem.encode())
-        der = csr.public_key().public_bytes(enroll.Encoding.DER, enroll.PublicFormat.SubjectPublicKeyInfo)
+        der = csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         device = names.device_id(request.name, der)
         enrolled = Enrolled(
             device=device,
@@ -111,6 +113,11 @@ def test_a_board_joins(fleet, tmp_path):
     (heard,) = fleet.heard
     assert heard.secret == "hush"
     assert len(base64.b64decode(heard.sealing_key)) == 32
+    certificate = (tmp_path / "state" / "identity" / "device.pem").read_bytes()
+    again = enroll.sealing_proof(tmp_path / "state" / "identity", "harbour").encode()
+    for proof in (heard.sealing_proof.encode(), again):
+        proved, _ = sealing_keys.proved(proof, certificate=certificate, fleet="harbour", device=joined.device)
+        assert proved == heard.sealing_key
     directory = tmp_path / "state" / "identity"
     assert {path.name for path in directory.iterdir()} == {
         "device.key", "device.pem", "ca.pem", "sealing.key", "mac.key", "root.json", "enrolled.json",

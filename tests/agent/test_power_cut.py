@@ -68,7 +68,8 @@ async def restored(kit):
     link = HostLink(kit.places.host_socket)
     welcome = await restore.wait_for_host(link, 5)
     items = restore.committed(kit.places.database, kit.places.runset, b"k" * 32)
-    done = await restore.restore(link, welcome, items, kit.images, kit.places.artifacts, kit.settings.policy)
+    places, policy = kit.places, kit.settings.policy
+    done = await restore.restore(link, welcome, items, kit.images, places.artifacts, policy, kit.sealed)
     assert all(not each.problem for each in done)
     link.close()
 

@@ -8,12 +8,15 @@ import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from agent import enroll, upkeep
 from agent.config import Disk, Places, Settings
 from agent.enroll import EnrolError
 from agent.fetch import FetchError
+from agent.identity import Identity
 from agent.records import Change, Committed
+from agent.sealed import Sealed
 from agent.standing import Standing
 from agent.update.machine import Phase, State
 from fleet.ca import CertificateAuthority
@@ -52,10 +55,25 @@ def board(tmp_path):
     return places, Server(ca)
 
 
+def who():
+    return Identity(
+        device="crane-0a1b2c3d", fleet="harbour", group="", devices_url="", mqtt=(), production=False, floor=NOW
+    )
+
+
+def test_a_board_that_enrolled_before_there_was_a_proof_gives_one_when_it_renews(board):
+    places, server = board
+    upkeep.renew_now(places, server, who())
+    assert server.asked[0].sealing_proof == "", "it has no sealing key"
+    (places.identity / "sealing.key").write_bytes(enroll._private_pem(X25519PrivateKey.generate()))
+    upkeep.renew_now(places, server, who())
+    assert "wasmfleet.sealing" in server.asked[1].sealing_proof
+
+
 def test_the_certificate_is_renewed_for_the_key_that_is_there(board):
     places, server = board
     before = (places.identity / "device.pem").read_text()
-    upkeep.renew_now(places, server, "crane-0a1b2c3d")
+    upkeep.renew_now(places, server, who())
     after = (places.identity / "device.pem").read_text()
     assert after != before
     assert "PRIVATE" not in server.asked[0].csr_pem
@@ -66,7 +84,7 @@ def test_a_certificate_for_another_key_is_not_put_in_place(board):
     before = (places.identity / "device.pem").read_text()
     server.key = ec.generate_private_key(ec.SECP256R1()).public_key()
     with pytest.raises(EnrolError, match="another key"):
-        upkeep.renew_now(places, server, "crane-0a1b2c3d")
+        upkeep.renew_now(places, server, who())
     assert (places.identity / "device.pem").read_text() == before
 
 
@@ -77,7 +95,7 @@ def test_a_certificate_is_renewed_at_once_when_the_server_calls_it_outdated(boar
 
     async def story():
         outdated, renewed = asyncio.Event(), asyncio.Event()
-        loop = upkeep.renew(places, server, "crane-0a1b2c3d", lambda: NOW, outdated=outdated, renewed=renewed.set)
+        loop = upkeep.renew(places, server, who(), lambda: NOW, outdated=outdated, renewed=renewed.set)
         task = asyncio.create_task(loop)
         await asyncio.sleep(0)
         assert not server.asked
@@ -129,7 +147,8 @@ def test_room_is_made_and_neither_what_runs_nor_what_comes_is_lost(board):
             stem = name if suffix == "wasm" else f"image-of-{name}"
             (directory / f"{stem}.{suffix}").write_bytes(b"x" * 1000)
     settings = Settings(disk=Disk(budget_bytes=10))
-    freed = asyncio.run(upkeep.make_room(places, settings, Named(), SimpleNamespace(standing=standing)))
+    sealed = Sealed(places.secrets, places.identity / "sealing.key", who())
+    freed = asyncio.run(upkeep.make_room(places, settings, Named(), SimpleNamespace(standing=standing), sealed))
     assert freed == 2000
     kept = {path.stem for directory in (places.artifacts, places.images) for path in directory.iterdir()}
     assert kept == {"runs", "comes", "image-of-runs", "image-of-comes"}

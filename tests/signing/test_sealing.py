@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fleet.protocol import caps, names
 from fleet.protocol.codes import RejectCode
-from signing import sealing
+from signing import sealing, sealing_keys
 from signing.errors import Rejected, SigningError
 from signing.sealing import Purpose
 from signing.statements import Voice
@@ -154,18 +154,19 @@ class Device:
         self.voice = Voice(self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
     def prove(self, sealing_key: str = OURS, fleet: str = "harbour") -> bytes:
-        return sealing.prove(self.voice, fleet=fleet, sealing_key=sealing_key)
+        return sealing_keys.prove(self.voice, fleet=fleet, sealing_key=sealing_key)
 
 
 def refusal(proof: bytes, shown: Device, device: str) -> RejectCode:
     with pytest.raises(Rejected) as verdict:
-        sealing.proved(proof, certificate=shown.certificate, fleet="harbour", device=device)
+        sealing_keys.proved(proof, certificate=shown.certificate, fleet="harbour", device=device)
     return verdict.value.code
 
 
 def test_a_board_proves_that_a_sealing_key_is_its_own():
     board = Device()
-    key, fingerprint = sealing.proved(board.prove(), certificate=board.certificate, fleet="harbour", device=board.id)
+    proof = board.prove()
+    key, fingerprint = sealing_keys.proved(proof, certificate=board.certificate, fleet="harbour", device=board.id)
     assert key == OURS
     assert fingerprint.startswith(names.fingerprint_of(board.id))
 

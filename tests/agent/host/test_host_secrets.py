@@ -1,4 +1,4 @@
-"""Secrets in the host: given to one instance's lanes and to no other process, and kept out of everything that is said."""
+"""Secrets in the host: given to one instance's lanes and to no other process, and kept out of all that is said."""
 
 import base64
 import json
@@ -99,7 +99,7 @@ def own_host(tmp_path):
 
 def memfds(host):
     """How many memfds the supervisor holds, but for the figures of its lanes."""
-    found = [Path(f"/proc/{host.process.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{host.process.pid}/fd")]
+    found = Path(f"/proc/{host.process.pid}/fd").iterdir()
     return sum("memfd:image" in str(fd.readlink()) for fd in found if fd.is_symlink())
 
 
