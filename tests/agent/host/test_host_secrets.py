@@ -14,6 +14,7 @@ from test_life import lanes_of
 
 from agent.host import control, ipc
 from agent.host.redact import Redactor
+from agent.host.uids import FIRST
 
 PASSWORD = "correct horse battery staple"
 GRANTS = Grants(interfaces=("wasi:config/store", "wasi:logging/logging"))
@@ -91,7 +92,9 @@ def test_it_is_not_started_without_the_secrets_that_it_is_to_have(host):
 
 @pytest.fixture
 def own_host(tmp_path):
-    """A host of this test's own."""
+    """A host of this test's own, with uids that no other host on this machine gives: their limits count together."""
+    (tmp_path / "state").mkdir(mode=0o700)
+    (tmp_path / "state" / "uids.json").write_text(json.dumps({"nobody": FIRST + 1000 + os.getpid() % 60_000}))
     made = support.Host(tmp_path)
     yield made
     made.close()
