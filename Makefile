@@ -29,16 +29,19 @@ check: $(STAMP) ## lint, format, types
 	$(BIN)/mypy
 
 test: check ## lint, types and every test that needs neither root nor QEMU
-	$(BIN)/python -m pytest $(PARALLEL) -m "not root and not board and not bench"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not root and not board and not bench and not density"
 
 test-unit: $(STAMP) ## the quick tests only
-	$(BIN)/python -m pytest $(PARALLEL) -m "not root and not board and not bench and not e2e"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not root and not board and not bench and not density and not e2e"
 
 test-root: $(STAMP) ## tests of the walls that only root can build
 	$(BIN)/python -m pytest -m root
 
 fuzz: $(STAMP) ## everything that reads strangers' bytes, tried with FUZZ (20) times as many mutants as in the tests
-	FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest -m "not root and not board and not bench" -k fuzz --timeout 3600
+	FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest -m "not root and not board and not bench and not density" -k fuzz --timeout 3600
+
+test-density: $(STAMP) ## three thousand idle instances on one host, in a gibibyte (root)
+	$(BIN)/python -m pytest tests/agent/host/test_density.py -m density -s
 
 bench: $(STAMP) ## print the ratios and counts of the budget table
 	$(BIN)/python -m pytest -m bench -s
@@ -67,5 +70,5 @@ test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help install demo check test test-unit test-root fuzz bench conformance clean \
+.PHONY: help install demo check test test-unit test-root test-density fuzz bench conformance clean \
 	packages release riscv64-wheel wasmtime-serve test-boards

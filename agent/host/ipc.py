@@ -11,7 +11,8 @@ instance, and asking for what already is answers at once. Secrets stand in no pa
 import array
 import os
 import socket
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -20,6 +21,9 @@ from fleet.protocol.manifest import Grants, Limits, Manifest
 from fleet.protocol.messages import InstanceHealth
 
 PACKET_MAX_BYTES: Final = 160 * 1024
+_ENTRIES_MAX_BYTES: Final = 128 * 1024
+
+T = TypeVar("T")
 
 
 class IpcError(Exception):
@@ -52,9 +56,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """Who is there, and what runs. Answered with `Welcome`."""
+    """Who is there, and what runs, from the instance after this one on. Answered with `Welcome`."""
 
     id: int
+    after: str = ""
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
@@ -112,9 +117,10 @@ class Restart(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
-    """The figures of every instance. Answered with `Figures`."""
+    """The figures of every instance, from the one after this one on. Answered with `Figures`."""
 
     id: int
+    after: str = ""
 
 
 class Logs(msgspec.Struct, frozen=True, kw_only=True, tag="logs"):
@@ -145,6 +151,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
         engine: wasmtime's version, empty where the host has no engine.
         containment: layer -> whether it holds.
         ingress: address of the shared HTTP port, `127.0.0.1:8080`; empty while no router runs.
+        more: whether there are more instances than fit; ask again, after the last of these.
     """
 
     id: int
@@ -154,6 +161,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     containment: dict[str, bool]
     ingress: str
     running: tuple[Running, ...]
+    more: bool = False
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
@@ -182,11 +190,12 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True, tag="figures"):
-    """Every instance's health; `written_bytes` to disk by the host."""
+    """Every instance's health; `written_bytes` to disk by the host, `more` as in `Welcome`."""
 
     id: int
     instances: tuple[InstanceHealth, ...]
     written_bytes: int = 0
+    more: bool = False
 
 
 class Lines(msgspec.Struct, frozen=True, kw_only=True, tag="lines"):
@@ -229,6 +238,18 @@ FromHost = Reply | Event
 
 _requests: Final[msgspec.json.Decoder[Request]] = msgspec.json.Decoder(Request)
 _from_host: Final[msgspec.json.Decoder[FromHost]] = msgspec.json.Decoder(FromHost)
+
+
+def page(entries: Iterable[T]) -> tuple[tuple[T, ...], bool]:
+    """The first entries, as many as fit in a message, and whether there are more."""
+    kept: list[T] = []
+    size = 0
+    for entry in entries:
+        size += len(msgspec.json.encode(entry)) + 1
+        if size > _ENTRIES_MAX_BYTES:
+            return tuple(kept), True
+        kept.append(entry)
+    return tuple(kept), False
 
 
 def send(sock: socket.socket, message: Request | FromHost, fd: int | None = None) -> None:

@@ -21,7 +21,7 @@ from typing import Final
 from agent.host import control
 from agent.host.handle import Lane, LaneGoneError
 from fleet.protocol.caps import MIB
-from fleet.protocol.manifest import Limits
+from fleet.protocol.manifest import Grants, Limits
 
 SEATS: Final = 64
 _OPEN_S: Final = 20.0
@@ -31,12 +31,17 @@ _IMAGE_MAX_BYTES: Final = 4 * MIB
 OnMessage = Callable[[Lane, control.FromLane], None]
 
 
-def why_alone(limits: Limits, image_bytes: int, *, files: bool, secrets: bool = False) -> str:
-    """Why an instance that may share a lane has one of its own all the same, as a sentence; empty where it shares."""
-    if secrets:
-        return "it has secrets, which no neighbour may come near"
+def why_alone(grants: Grants, limits: Limits, image_bytes: int, *, files: bool, secrets: bool) -> str:
+    """Why an instance that may share a lane has one of its own all the same, as a sentence; empty where it shares.
+
+    Whoever breaks out of one instance has what its process has: so what is worth taking stays out of shared lanes.
+    """
     if files:
         return "it has files, which no neighbour may come near"
+    if secrets:
+        return "it has secrets, which no neighbour may come near"
+    if grants.outbound or grants.instances:
+        return "it may connect to others, which no neighbour may do in its name"
     if limits.concurrency > 1:
         return f"it may have {limits.concurrency} calls at once, and a shared lane has one"
     if image_bytes > _IMAGE_MAX_BYTES:

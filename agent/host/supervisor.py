@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import uuid
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -137,6 +139,7 @@ class Supervisor:
         Raises:
             HostError: it cannot start.
         """
+        _many_descriptors()
         listener = self._listen()
         ingress = self._open_ingress()
         loop = asyncio.get_running_loop()
@@ -304,12 +307,13 @@ class Supervisor:
             os.close(fd)
         match request:
             case ipc.Hello():
-                return self._welcome(request.id)
+                return self._welcome(request)
             case ipc.Start() | ipc.Entrust():
                 return await self._receive(request, fd)
             case ipc.Status():
-                figures = tuple(one.health() for one in self._instances.values() if one.current is not None)
-                return ipc.Figures(id=request.id, instances=figures, written_bytes=self._deaths.written_bytes)
+                figures, more = ipc.page(one.health() for one in self._after(request.after))
+                written = self._deaths.written_bytes
+                return ipc.Figures(id=request.id, instances=figures, written_bytes=written, more=more)
             case ipc.Logs():
                 found = self._instances.get(request.instance)
                 return ipc.Lines(id=request.id, lines=() if found is None else found.lines())
@@ -402,16 +406,23 @@ class Supervisor:
             raise
         return await instance.start(run, fd, secrets_fd)
 
-    def _welcome(self, number: int) -> ipc.Welcome:
+    def _after(self, name: str) -> Iterable[Instance]:
+        """The instances there are, in the order of their names, from the one after `name` on."""
+        names = sorted(each for each in self._instances if each > name)
+        return (one for each in names if (one := self._instances[each]).current is not None)
+
+    def _welcome(self, request: ipc.Hello) -> ipc.Welcome:
+        running, more = ipc.page(one.running() for one in self._after(request.after))
         ingress = self._settings.ingress
         return ipc.Welcome(
-            id=number,
+            id=request.id,
             session=self._session,
             version=VERSION,
             engine=self._engine,
             containment=self._containment,
             ingress="" if ingress is None else f"{ingress[0]}:{ingress[1]}",
-            running=tuple(one.running() for one in self._instances.values() if one.current is not None),
+            running=running,
+            more=more,
         )
 
     def _emit(self, event: ipc.Event) -> None:
@@ -422,6 +433,13 @@ class Supervisor:
         """Tell the router of an instance behind it: whether it answers, None for gone."""
         if self._front is not None:
             await self._front.route(instance, up=up)
+
+
+def _many_descriptors() -> None:
+    """Take what the system allows: an instance needs a few, and there may be thousands."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _pet_watchdog() -> None:

@@ -64,6 +64,7 @@ def test_the_last_to_leave_ends_the_lane(host):
     [
         ({"namespace": "others"}, "a stranger's"),
         ({"grants": Grants(interfaces=("wasi:filesystem",))}, "files"),
+        ({"grants": Grants(outbound=("https://example.com:443",))}, "connect to others"),
         ({"limits": Limits(concurrency=2)}, "calls at once"),
     ],
 )
