@@ -85,7 +85,11 @@ class Crew:
         generation.data = await data_directory(run, self._uid(self._name), self._data, old)
         if run.share_lane:
             generation.alone = why_alone(
-                run.limits, generation.image_bytes, files=bool(generation.data), secrets=bool(run.secrets)
+                run.grants,
+                run.limits,
+                generation.image_bytes,
+                files=bool(generation.data),
+                secrets=generation.secrets_fd >= 0,
             )
 
     async def raise_lane(self, generation: Generation, *, serve: bool = True) -> Lane:

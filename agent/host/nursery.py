@@ -15,7 +15,7 @@ from agent.host.sharing import Sharing, Wanted
 
 FORK: Final = b"F"
 _MESSAGE_BYTES: Final = 12
-_FORK_TIMEOUT_S: Final = 30.0
+_FORK_TIMEOUT_S: Final = 60.0
 _ENVIRONMENT: Final = frozenset({"PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
 _IDLE_S: Final = 60.0
 
