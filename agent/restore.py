@@ -97,6 +97,7 @@ def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> i
         limits=policy.limit(manifest.limits),
         config={**defaults, **item.config},
         port=item.port,
+        share_lane=item.share_lane,
         secrets=tuple(ref.name for ref in item.secrets),
     )
 

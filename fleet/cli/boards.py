@@ -13,6 +13,7 @@ from fleet.cli.listings import running
 from fleet.cli.values import config_values, label_values
 from fleet.protocol import api
 from fleet.protocol.assignment import Restart
+from fleet.protocol.messages import InstanceHealth
 from fleet.protocol.names import BadNameError, TargetName
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -32,7 +33,7 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
         out.facts(_device_facts(detail))
         out.console().print()
         out.table(
-            ("INSTANCE", "RUNS", "STATE", "CALLS", "FAULTS", "P99", "MEMORY", "RESTARTS"),
+            ("INSTANCE", "RUNS", "STATE", "CALLS", "FAULTS", "P99", "MEMORY", "RESTARTS", "LANE"),
             [
                 (
                     instance.instance,
@@ -43,6 +44,7 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
                     f"{instance.p99_us / 1000:.1f} ms",
                     out.size(instance.memory_bytes),
                     str(instance.restarts),
+                    lane_of(instance, detail.row.instances),
                 )
                 for instance in detail.row.instances
             ],
@@ -68,6 +70,14 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
         if entry.action:
             click.echo(f"         {entry.action}")
     return Exit.OK
+
+
+def lane_of(instance: InstanceHealth, everyone: tuple[InstanceHealth, ...]) -> str:
+    """Where it runs: lanes of its own, or one that it shares, and with how many."""
+    if not instance.shared_lane:
+        return "own"
+    others = sum(other.shared_lane == instance.shared_lane for other in everyone) - 1
+    return f"{instance.shared_lane}, with {others} more" if others else instance.shared_lane
 
 
 def _device_facts(detail: api.DeviceDetail) -> list[tuple[str, str]]:
@@ -215,6 +225,9 @@ def seconds(text: str) -> int:
 @click.option("--as", "instance", default="", help="Name of the instance  [the component's name]")
 @click.option("--config", multiple=True, metavar="KEY=VALUE", help="A configuration value; may be given more than once")
 @click.option("--port", type=click.IntRange(0, 65535), help="A port of its own; 0 for the shared one")
+@click.option(
+    "--share-lane/--own-lane", default=None, help="Whether it may share a process with its publisher's others"
+)
 @click.option("--detach", is_flag=True, help="Return at once instead of following")
 def pin(
     options: Options,
@@ -224,6 +237,7 @@ def pin(
     instance: str,
     config: tuple[str, ...],
     port: int | None,
+    share_lane: bool | None,
     detach: bool,
 ) -> Exit:
     """Give one board a published version of its own, whatever its groups say."""
@@ -239,6 +253,7 @@ def pin(
         waves="100%",
         config=config_values(config),
         port=port,
+        share_lane=share_lane,
     )
     with who.client() as client:
         return finish(client, client.pin(device, request), options, detach=detach)

@@ -96,6 +96,11 @@ _DEPLOY: Final = (
         type=click.IntRange(0, 65535),
         help="A port of its own on the boards; 0 for the shared one",
     ),
+    click.option(
+        "--share-lane/--own-lane",
+        default=None,
+        help="Whether it may share a process with its publisher's other instances  [as before; at first its own]",
+    ),
     click.option("--note", default="", metavar="TEXT", help="A line for the history"),
     click.option("--detach", is_flag=True, help="Return at once instead of following"),
 )
@@ -260,6 +265,7 @@ def _request(component: str, target: str, how: dict[str, Any]) -> api.RolloutReq
         waves="100%" if how["device"] else how["waves"],
         config=config_values(how["config"]),
         port=how["port"],
+        share_lane=how["share_lane"],
         soak_s=how["soak"],
         failures=how["failures"],
         timeout_s=how["timeout"],

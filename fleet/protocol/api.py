@@ -150,6 +150,7 @@ class Effective(View, frozen=True, kw_only=True):
     source: str
     config: dict[str, str] = {}
     port: int | None = None
+    share_lane: bool = False
     attempt: int = 0
     rollout: str = ""
 
@@ -334,7 +335,7 @@ class RolloutRequest(Body, frozen=True, kw_only=True):
         target: TUF target path; None removes the instance.
         group, device: exactly one of them (for a pin: the device in the path).
         waves: sizes, each of all boards from the first on: `1, 5%, 100%`. The last must reach all.
-        config, port, grants: None keeps what the instance has there; port 0 goes back to the shared port.
+        config, port, grants, share_lane: None keeps what the instance has there; port 0 goes back to the shared port.
         keep_data: with a removal, whether the instance's data stays on the board.
         soak_s: how long a wave must have been well before the next.
         failures: boards of the offered waves that may fail before the rollout halts.
@@ -349,6 +350,7 @@ class RolloutRequest(Body, frozen=True, kw_only=True):
     config: dict[str, str] | None = None
     port: int | None = None
     grants: Grants | None = None
+    share_lane: bool | None = None
     keep_data: bool = False
     attempt: int | None = None
     soak_s: int = 0

@@ -41,6 +41,7 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
         grants: narrowed by the operator; None for all that the manifest asks.
         config: values for the manifest's configuration keys.
         port: a port of its own on the board's ingress address; None for the shared one.
+        share_lane: whether it may share a lane with other instances of its publisher.
         atomic: instances with the same word here are swapped as one; empty for alone.
         attempt: a failed item is tried again only when this is raised.
         rollout: the rollout that wants it, echoed in reports; not part of the item's identity.
@@ -55,6 +56,7 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, str] = {}
     secrets: tuple[SecretRef, ...] = ()
     port: int | None = None
+    share_lane: bool = False
     atomic: str = ""
     attempt: int = 0
     rollout: str = ""

@@ -47,6 +47,7 @@ class Value:
         config: pairs of key and value, sorted by key.
         grants: narrowed grants as canonical JSON, empty for all that the manifest asks.
         port: a port of its own, None for the shared one.
+        share_lane: whether it may share a lane with other instances of its publisher.
         keep_data: of an absent instance, whether its data stays on the board.
         attempt: raised to make a board try again what failed there.
     """
@@ -57,6 +58,7 @@ class Value:
     port: int | None = None
     keep_data: bool = False
     attempt: int = 0
+    share_lane: bool = False
 
 
 @dataclass(frozen=True, slots=True)

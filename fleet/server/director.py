@@ -180,6 +180,7 @@ class Director:
                     grants=msgspec.json.decode(each.value.grants, type=Grants) if each.value.grants else None,
                     config=dict(each.value.config),
                     port=each.value.port,
+                    share_lane=each.value.share_lane,
                     attempt=max(each.value.attempt, attempts.get(instance, 0)),
                     rollout=each.rollout,
                 )

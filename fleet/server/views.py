@@ -69,6 +69,7 @@ class Views:
                     source=each.source,
                     config=dict(each.value.config),
                     port=each.value.port,
+                    share_lane=each.value.share_lane,
                     attempt=max(each.value.attempt, attempts.get(instance, 0)),
                     rollout=each.rollout,
                 )

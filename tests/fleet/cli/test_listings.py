@@ -31,6 +31,10 @@ ROW = api.DeviceRow(
     versions=Versions(agent="0.1.0", engine="50.0.1"),
     instances=(HELLO, msgspec.structs.replace(HELLO, instance="blue", state=InstanceState.BACKOFF)),
 )
+SHARING = tuple(
+    msgspec.structs.replace(HELLO, instance=name, target=f"components/main/{name}/1.0.0.wasm", shared_lane="main-3")
+    for name in ("red", "green")
+)
 DARK = api.DeviceRow(id="hut-1b1b1b1b", name="hut", seen_at=None, problem="it has not answered since it enrolled")
 DETAIL = api.DeviceDetail(
     row=ROW,
@@ -154,12 +158,16 @@ def test_rollouts(fleet, fleet_of_two):
     ]
 
 
-def test_one_device_in_full(fleet, fleet_of_two):
+def test_one_device_in_full(fleet, fleet_of_two, desk):
+    desk.routes["GET", f"/v1/devices/{ROW.id}"] = msgspec.structs.replace(
+        DETAIL, row=msgspec.structs.replace(ROW, instances=(*ROW.instances, *SHARING))
+    )
     text = fleet("device", ROW.id).stdout
     for line in (
         ["board", "up 2 h, load 0.25 on 4 CPUs, 42 °C"],
         ["walls", "seccomp, NO landlock"],
-        ["hello", "hello@1.0.0", "running", "92", "2", "1.5 ms", "4.0 MiB", "1"],
+        ["hello", "hello@1.0.0", "running", "92", "2", "1.5 ms", "4.0 MiB", "1", "own"],
+        ["red", "red@1.0.0", "running", "92", "2", "1.5 ms", "4.0 MiB", "1", "main-3, with 1 more"],
         ["hello", "main/hello@1.0.0", "rollout 7 (group edge-eu)", "8081", "level=info"],
         ["problem: blue was refused: grant-denied"],
         ["raise this board's policy"],

@@ -331,12 +331,13 @@ def test_configuration_and_grants_stay_over_versions_and_never_widen(new_fleet, 
         assert problem.type == "missing-config"
         assert "place" in problem.title
         narrowed = Grants(interfaces=("wasi:clocks",))
-        view = await operator.deploy(one, config={"place": "attic"}, grants=narrowed, port=8081)
+        view = await operator.deploy(one, config={"place": "attic"}, grants=narrowed, port=8081, share_lane=True)
         assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
         two = await operator.publish("2.0.0", grants=grants, **manifest_with_key)
         assert (await operator.decided(await operator.deploy(two))).state is RolloutState.SUCCEEDED
         item = board.items["hello"]
         assert (item.target, item.config, item.grants, item.port) == (two, {"place": "attic"}, narrowed, 8081)
+        assert item.share_lane, "what the operator allowed stays allowed"
         plan = await operator.send(api.Preflight, "POST", "/v1/preflight", api.RolloutRequest(
             instance="hello", target=await operator.publish(
                 "3.0.0", grants=Grants(interfaces=("wasi:clocks", "wasi:cli")), **manifest_with_key),
