@@ -17,6 +17,10 @@ void *take_room(size_t size) {
 
 void empty_arena(void) { top = 0; }
 
+void *arena_mark(void) { return (void *)top; }
+
+void arena_back(const void *mark) { top = (uintptr_t)mark; }
+
 // The host's side asks for room for arguments; it never grows one.
 EXPORT("cabi_realloc") void *cabi_realloc(void *old, size_t old_size, size_t align, size_t size) {
     if (old != NULL || old_size != 0 || align > 8) __builtin_trap();

@@ -23,6 +23,9 @@ extern uint32_t live;
 
 void *take_room(size_t size);
 void empty_arena(void);
+// Where the arena ends now, and back to there: what was taken since is not needed any more.
+void *arena_mark(void);
+void arena_back(const void *mark);
 
 int same(text a, text b);
 // Whether every byte may stand in an RFC 9110 token, and there is one.
@@ -38,11 +41,15 @@ static inline char *put(char *at, text t) {
 // The number in decimal, in the arena.
 text decimal(uint64_t number);
 
+// A resource of an interface that is exported, and its handles.
+#define HANDLES(interface, id, name)                                                                                   \
+    IMPORT("[export]" interface, "[resource-new]" name) int32_t id##_new(id *it);                                      \
+    IMPORT("[export]" interface, "[resource-rep]" name) id *id##_rep(int32_t handle);                                  \
+    IMPORT("[export]" interface, "[resource-drop]" name) void id##_drop(int32_t handle);
+
 // A resource of wasi:http/types: `id_give` makes a handle for the guest, `id_take` ends one and leaves what it stood for.
 #define RESOURCE(id, name)                                                                                             \
-    IMPORT("[export]" TYPES, "[resource-new]" name) int32_t id##_new(id *it);                                          \
-    IMPORT("[export]" TYPES, "[resource-rep]" name) id *id##_rep(int32_t handle);                                      \
-    IMPORT("[export]" TYPES, "[resource-drop]" name) void id##_drop(int32_t handle);                                   \
+    HANDLES(TYPES, id, name)                                                                                           \
     __attribute__((unused)) static int32_t id##_give(id *it) {                                                         \
         live++;                                                                                                        \
         return id##_new(it);                                                                                           \

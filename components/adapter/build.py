@@ -8,7 +8,7 @@ Needs the `ziglang` package of the version below (for its C compiler) and `wasm-
 is written, and the exit code says whether they are what the sources give.
 
 The adapter's file is put together here: the imports of the world `shell`, taken from a component that uses them all,
-then the two halves as nested components. `fleet.protocol.compose` appends a guest to it.
+then the two halves and the shims as nested components. `fleet.protocol.compose` appends a guest to it.
 """
 
 import argparse
@@ -33,9 +33,13 @@ FLAGS = ["--target=wasm32-freestanding", "-mcpu=mvp+bulk_memory", "-Oz", "-flto"
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wl,--no-entry", "-Wl,-z,stack-size=4096"]
 PROBE_WASI = "0.2.3"  # another release of WASI 0.2 than the adapter's, as guests have
 
+SHIMS = ["clock-instant", "clock-duration", "files-read", "files-write", "files-append", "files-error", "network-error"]
+SHIMS += ["tcp-connect", "tcp-accept", "tcp-subscribe", "udp-subscribe", "udp-incoming", "udp-outgoing"]
+SHIMS += ["lookup-subscribe"]
 SOURCES = {
-    "adapter": ["abi.c", "fields.c", "incoming.c", "outgoing.c", "request.c"],
+    "adapter": ["abi.c", "fields.c", "incoming.c", "io.c", "outgoing.c", "request.c"],
     "driver": ["driver.c"],
+    **{f"{shim}-shim": [f"-DSHIM={shim.replace('-', '_')}", "shims.c"] for shim in SHIMS},
     "probe": ["probe.c"],
 }
 OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "protocol" / "adapter.wasm", "probe.wasm": HERE / "probe.wasm"}
@@ -98,8 +102,8 @@ def older(scratch: Path) -> Path:
 
 def build(scratch: Path) -> dict[str, bytes]:
     """Both files. Raises CalledProcessError when a tool fails; it has said why on standard error."""
-    halves = (componentize(world, scratch, WIT) for world in ("adapter", "driver"))
-    adapter = imports("shell", scratch) + b"".join(wasm.section(component.NESTED, half) for half in halves)
+    parts = (componentize(world, scratch, WIT) for world in SOURCES if world != "probe")
+    adapter = imports("shell", scratch) + b"".join(wasm.section(component.NESTED, part) for part in parts)
     (scratch / "whole.wasm").write_bytes(adapter)
     wasm_tools("validate", scratch / "whole.wasm")
     return {"adapter.wasm": adapter, "probe.wasm": componentize("probe", scratch, older(scratch))}

@@ -1,6 +1,7 @@
 // What the adapter's sources share of the resources of wasi:http/types.
 #pragma once
 #include "fields.h"
+#include "io.h"
 
 typedef struct {
     method method;
@@ -71,7 +72,7 @@ typedef struct {
 _Static_assert(sizeof(nested_result) == 56 && offsetof(nested_result, error) == 24, "the canonical layout");
 
 // A pollable that is ready: what this adapter gives out is there at once.
-int32_t ready_pollable(void);
+static inline int32_t ready_pollable(void) { return give_pollable(ALWAYS); }
 
-IMPORT("wasi:cli/stdin@0.2.12", "get-stdin") int32_t get_stdin(void);
-IMPORT("wasi:cli/stdout@0.2.12", "get-stdout") int32_t get_stdout(void);
+IMPORT("wasmfleet:engine/stdin@0.1.0", "get-stdin") int32_t get_stdin(void);
+IMPORT("wasmfleet:engine/stdout@0.1.0", "get-stdout") int32_t get_stdout(void);

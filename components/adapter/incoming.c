@@ -5,15 +5,6 @@ DESTRUCTOR(incoming_request, "incoming-request")
 DESTRUCTOR(incoming_body, "incoming-body")
 DESTRUCTOR(future_trailers, "future-trailers")
 
-IMPORT("wasi:io/streams@0.2.12", "[method]input-stream.subscribe") int32_t subscribe(int32_t stream);
-
-int32_t ready_pollable(void) {
-    // The pollable is the stream's child, so this stream is never dropped. All of the request is there: it is ready.
-    static int32_t stream = -1;
-    if (stream < 0) stream = get_stdin();
-    return subscribe(stream);
-}
-
 METHOD("incoming-request.method") const method *incoming_request_method(const incoming_request *it) {
     return &it->method;
 }
@@ -45,7 +36,7 @@ METHOD("incoming-request.consume") handle_or_nothing *incoming_request_consume(i
 METHOD("incoming-body.stream") handle_or_nothing *incoming_body_stream(incoming_body *it) {
     if (it->streamed) return no_handle();
     it->streamed = 1;
-    return ok_handle(get_stdin());
+    return ok_handle(give_input(get_stdin()));
 }
 
 STATIC("incoming-body.finish") int32_t incoming_body_finish(int32_t body) {

@@ -5,8 +5,7 @@ DESTRUCTOR(outgoing_response, "outgoing-response")
 DESTRUCTOR(outgoing_body, "outgoing-body")
 DESTRUCTOR(response_outparam, "response-outparam")
 
-IMPORT("wasi:io/streams@0.2.12", "[method]output-stream.blocking-flush")
-void blocking_flush(int32_t stream, void *result);
+IMPORT(ENGINE_STREAMS, "[method]output-stream.blocking-flush") void blocking_flush(int32_t stream, void *result);
 
 exchange now;
 
@@ -40,7 +39,7 @@ METHOD("outgoing-response.body") handle_or_nothing *outgoing_response_body(outgo
 METHOD("outgoing-body.write") handle_or_nothing *outgoing_body_write(outgoing_body *it) {
     if (it->written || now.streaming) return no_handle();
     it->written = now.streaming = 1;
-    return ok_handle(get_stdout());
+    return ok_handle(give_output(get_stdout()));
 }
 
 STATIC("outgoing-body.finish")

@@ -43,7 +43,6 @@ DESTRUCTOR(request_options, "request-options")
 DESTRUCTOR(future_incoming_response, "future-incoming-response")
 DESTRUCTOR(incoming_response, "incoming-response")
 
-IMPORT("wasi:io/error@0.2.12", "[resource-drop]error") void drop_error(int32_t error);
 IMPORT("wasmfleet:adapter/host@0.1.0", "refuse") int32_t refuse(const char *head, size_t size);
 
 CONSTRUCTOR("outgoing-request") int32_t outgoing_request_constructor(int32_t headers) {
@@ -190,8 +189,8 @@ METHOD("incoming-response.consume") handle_or_nothing *incoming_response_consume
 }
 
 // option<error-code>: an error of a stream never comes from here.
-EXPORT(TYPES "#http-error-code") nothing_or_error *http_error_code(int32_t error) {
-    drop_error(error);
+EXPORT(TYPES "#http-error-code") nothing_or_error *http_error_code(const io_error *error) {
+    (void)error;
     nothing_or_error *answer = take_room(sizeof *answer);
     *answer = (nothing_or_error){0};
     return answer;

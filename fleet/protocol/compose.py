@@ -1,15 +1,20 @@
 """Puts the wasi:http adapter around a guest: encodes one component that nests both.
 
-The adapter's file (components/adapter) is a component that imports what guest and adapter share, whole, and nests two
-components: the first defines `wasi:http/types` and the handler of outgoing requests, the second calls the guest. What
-is encoded here is that file, byte for byte, followed by what joins a guest to it:
+The adapter's file (components/adapter) is a component that imports what the engine serves to every guest of wasi:http
+and nests others: the first defines `wasi:io`, the standard streams, `wasi:http/types` and the handler of outgoing
+requests, the second calls the guest, and the rest are shims. What is encoded here is that file, byte for byte,
+followed by what joins a guest to it:
 
-    adapter's file   imports of wasi:io, of wasi:cli's streams and of the host's part; component 0, component 1
-    imports          the guest's own, where the adapter's file does not import the same (wasi:clocks and so on)
-    component 2      the guest, byte for byte
-    instances        0 with the shared imports; 2 with those, with 0 for wasi:http, and with standard error for its
-                     standard output (which carries the answer's body); 1 with 0 and 2
+    adapter's file   imports of wasi:io, of wasi:cli's streams and of the host's part; component 0, component 1, shims
+    imports          the guest's own, where the adapter does not define the same (wasi:clocks and so on)
+    next component   the guest, byte for byte
+    instances        0 with the engine's part; the guest with 0 for wasi:io, the standard streams and wasi:http; 1 with
+                     0 and the guest
     exports          the adapter's bridge; the guest's own `wasmfleet:` interfaces
+
+Since `wasi:io` is the adapter's, what else gives or takes its resources (`wasi:filesystem/types` opens streams) has to
+be translated: of such an interface the guest gets the functions named in `_SHIMS` from a shim, which is instantiated
+for it, and all others from the engine.
 
 A guest may have been built for any 0.2 release of WASI: within 0.2 a name without its patch version says the same.
 Types are rewritten as far as they name other types, since indices differ; nothing is validated (the engine does). Pure:
@@ -17,15 +22,15 @@ bytes in, bytes or `ComposeError` out. The format is the Component Model's Binar
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Final
 
-from fleet.protocol import component, deftype, wasm
+from fleet.protocol import component, deftype, outline, sleeve, wasm
+from fleet.protocol.outline import Alias, Outline
 
 BRIDGE: Final = "wasmfleet:adapter/bridge"
 HOST: Final = "wasmfleet:adapter/host"
 PARTS: Final = 2
+"""What the adapter's file nests before its shims."""
 
 _INSTANCE: Final = 5
 _ALIAS: Final = 6
@@ -36,8 +41,42 @@ _SORT_INSTANCE: Final = b"\x05"
 # Interfaces by `_key`
 _HANDLER: Final = f"{component.WASI_HTTP_HANDLER}@0.2"
 _TYPES: Final = "wasi:http/types@0.2"
-_STDOUT: Final = "wasi:cli/stdout@0.2"
-_STDERR: Final = "wasi:cli/stderr@0.2"
+_IO: Final = "wasi:io/"
+# The functions that give or take resources of wasi:io, by interface: the shim that stands for each.
+_SHIMS: Final = {
+    "wasi:clocks/monotonic-clock@0.2": {"subscribe-instant": "clock-instant", "subscribe-duration": "clock-duration"},
+    "wasi:filesystem/types@0.2": {
+        "[method]descriptor.read-via-stream": "files-read",
+        "[method]descriptor.write-via-stream": "files-write",
+        "[method]descriptor.append-via-stream": "files-append",
+        "filesystem-error-code": "files-error",
+    },
+    "wasi:sockets/network@0.2": {"network-error-code": "network-error"},
+    "wasi:sockets/tcp@0.2": {
+        "[method]tcp-socket.finish-connect": "tcp-connect",
+        "[method]tcp-socket.accept": "tcp-accept",
+        "[method]tcp-socket.subscribe": "tcp-subscribe",
+    },
+    "wasi:sockets/udp@0.2": {
+        "[method]udp-socket.subscribe": "udp-subscribe",
+        "[method]incoming-datagram-stream.subscribe": "udp-incoming",
+        "[method]outgoing-datagram-stream.subscribe": "udp-outgoing",
+    },
+    "wasi:sockets/ip-name-lookup@0.2": {"[method]resolve-address-stream.subscribe": "lookup-subscribe"},
+}
+_OF_IO: Final = {
+    "pollable": "wasi:io/poll@0.2",
+    "error": "wasi:io/error@0.2",
+    **dict.fromkeys(("input-stream", "output-stream"), "wasi:io/streams@0.2"),
+}
+# What of WASI the parts of the adapter mean by the names under which they import it.
+_ENGINE: Final = {
+    **{f"wasmfleet:engine/{name}@0.1": f"wasi:io/{name}@0.2" for name in ("error", "poll", "streams")},
+    **{f"wasmfleet:engine/{name}@0.1": f"wasi:cli/{name}@0.2" for name in ("stdin", "stdout", "stderr")},
+    "wasmfleet:engine/files@0.1": "wasi:filesystem/types@0.2",
+    "wasmfleet:engine/network@0.1": "wasi:sockets/network@0.2",
+    **{f"wasmfleet:engine/{shim}@0.1": key for key, shims in _SHIMS.items() for shim in shims.values()},
+}
 
 
 class ComposeError(ValueError):
@@ -60,10 +99,10 @@ def compose(adapter: bytes, guest: bytes) -> bytes:
         ComposeError: the guest exports no such handler, or imports in a way that no toolchain for WASI 0.2 does.
     """
     try:
-        shell, inner = _outline(adapter), _outline(guest)
-        parts = [_outline(part) for part in shell.components]
-        if len(parts) != PARTS:
-            raise ComposeError("the adapter's file is damaged: it does not nest two components; install it again")
+        shell, inner = outline.read(adapter), outline.read(guest)
+        parts = [outline.read(part) for part in shell.components]
+        if len(parts) < PARTS:
+            raise ComposeError("the adapter's file is damaged: it does not nest its components; install it again")
         if _HANDLER not in map(_key, inner.exports):
             raise ComposeError(f"the component exports no {_HANDLER}: there is nothing to adapt")
         return _join(shell, inner, parts)
@@ -73,19 +112,16 @@ def compose(adapter: bytes, guest: bytes) -> bytes:
         raise ComposeError(f"the component's imports are not those of a WASI 0.2 component: {error}") from error
 
 
-def _join(shell: "_Outline", inner: "_Outline", parts: list["_Outline"]) -> bytes:
+def _join(shell: Outline, inner: Outline, parts: list[Outline]) -> bytes:
+    if inner.type_imports:
+        raise deftype.ForeignTypeError(f"{inner.type_imports[0]} is not an interface")
     out = _Writer(shell)
-    types_part, driver_part = parts
-    shared = {_key(name): number for number, name in enumerate(shell.instances)}
-    first = out.instantiate(0, {name: shared[_key(name)] for name in types_part.imports})
+    types_part, driver_part = parts[:PARTS]
+    engine = {_key(name): number for number, name in enumerate(shell.instances)}
+    first = out.instantiate(0, {name: engine[_ENGINE.get(_key(name), _key(name))] for name in types_part.instances})
     adapted = {_key(name): out.export_of(first, name) for name in types_part.exports}
 
-    provided = shared | adapted
-    stderr = provided[_STDERR]
-    provided[_STDOUT] = out.bundle(
-        types={"output-stream": stderr}, functions={"get-stdout": out.function_of(stderr, "get-stderr")}
-    )
-    wanted = _imports(out, inner, provided)
+    wanted = _Imports(out, inner, engine, adapted, parts).answers()
     middle = out.instantiate(out.component(inner.data), wanted)
 
     handler = out.export_of(middle, next(name for name in inner.exports if _key(name) == _HANDLER))
@@ -93,8 +129,8 @@ def _join(shell: "_Outline", inner: "_Outline", parts: list["_Outline"]) -> byte
         types=dict.fromkeys(("incoming-request", "response-outparam"), adapted[_TYPES]),
         functions={"handle": out.function_of(handler, "handle")},
     )
-    joints = shared | adapted | {_HANDLER: handler}
-    last = out.instantiate(1, {name: joints[_key(name)] for name in driver_part.imports})
+    joints = engine | adapted | {_HANDLER: handler}
+    last = out.instantiate(1, {name: joints[_key(name)] for name in driver_part.instances})
     for name in driver_part.exports:
         out.export(name, out.export_of(last, name))
     for name in inner.exports:
@@ -103,32 +139,96 @@ def _join(shell: "_Outline", inner: "_Outline", parts: list["_Outline"]) -> byte
     return bytes(out.data)
 
 
-def _imports(out: "_Writer", inner: "_Outline", provided: dict[str, int]) -> dict[str, int]:
-    """What each import of the guest is answered with; what nobody provides is imported by the whole."""
-    instances: list[int] = []  # of the guest's instance space, in the whole's
-    types: dict[int, int] = {}  # of the guest's type space, in the whole's, as far as needed
+class _Imports:
+    """The imports of the guest, and what each is answered with."""
 
-    def type_index(number: int) -> int:
-        if number not in types:
-            if number >= len(inner.types):
+    def __init__(
+        self,
+        out: "_Writer",
+        inner: Outline,
+        engine: dict[str, int],
+        adapted: dict[str, int],
+        parts: list[Outline],
+    ) -> None:
+        self._out = out
+        self._inner = inner
+        self._engine = engine
+        self._adapted = adapted
+        self._shims = {part.functions[0]: (at, part) for at, part in enumerate(parts[PARTS:], PARTS)}
+        self._instances: list[int] = []  # of the guest's instance space, as the engine has them
+        self._types: dict[int, int] = {}  # of the guest's type space, in the whole's, as far as needed
+        self._of_io: set[int] = set()  # of these, the ones that are the engine's resources of wasi:io, or made of them
+        self._met_io = False
+
+    def answers(self) -> dict[str, int]:
+        """An instance for each import; what nobody provides is imported by the whole."""
+        wanted = {}
+        served = dict(self._engine)
+        for at, (name, kind) in enumerate(zip(self._inner.instances, self._inner.kinds, strict=True)):
+            key = _key(name)
+            own = self._adapted.get(key)
+            if own is not None:
+                # Types that others take from here are the engine's, as far as it has them.
+                self._instances.append(self._engine.get(key, own))
+                wanted[name] = own
+                continue
+            self._met_io = False
+            instance = self._engine.get(key)
+            if instance is None:
+                instance = self._out.import_instance(name, self._type(kind))
+                served[key] = instance
+            self._instances.append(instance)
+            wanted[name] = self._shimmed(at, instance, served) if self._met_io else instance
+        return wanted
+
+    def _shimmed(self, at: int, instance: int, served: dict[str, int]) -> int:
+        """The engine's instance with a shim's functions for those that have to do with wasi:io."""
+        name = self._inner.instances[at]
+        if _key(name) not in _SHIMS:
+            raise ComposeError(f"the component imports {name}, which hands out streams that no board can serve")
+        shims = _SHIMS[_key(name)]
+        made = sleeve.encode(self._inner, at, _IO, shims)
+        given = {
+            each: self._adapted[_key(self._inner.instances[n])] if own else self._instances[n]
+            for each, n, own in made.wanted
+        }
+        functions = {shim: self._shim(shim, instance, served) for shim in made.shims}
+        return self._out.instantiate(self._out.component(made.data), given, functions=functions)
+
+    def _shim(self, name: str, instance: int, served: dict[str, int]) -> int:
+        """The function of a shim, instantiated for it."""
+        number, part = self._shims[name]
+        given = {}
+        for each in part.instances:
+            meant = _ENGINE.get(_key(each))
+            given[each] = self._adapted[_key(each)] if meant is None else served[meant]
+        types = {
+            each: self._out.type_of(self._adapted[_OF_IO[each]] if each in _OF_IO else instance, each)
+            for each in part.type_imports
+        }
+        return self._out.function_of(self._out.instantiate(number, given, types), name)
+
+    def _type(self, number: int) -> int:
+        """The whole's index of a type of the guest's."""
+        if number not in self._types:
+            if number >= len(self._inner.types):
                 raise wasm.DamagedError(f"type {number} of an import is not there")
-            found = inner.types[number]
-            if isinstance(found, _Alias):
-                if found.instance >= len(instances):
+            found = self._inner.types[number]
+            before, self._met_io = self._met_io, False
+            if isinstance(found, Alias):
+                if found.instance >= len(self._instances):
                     raise wasm.DamagedError(f"instance {found.instance} of a type is not there")
-                types[number] = out.type_of(instances[found.instance], found.name)
+                self._types[number] = self._out.type_of(self._instances[found.instance], found.name)
+                self._met_io = self._inner.instances[found.instance].startswith(_IO)
             else:
-                types[number] = out.define(deftype.rewrite(wasm.Cursor(inner.data, *found), type_index))
-        return types[number]
-
-    wanted = {}
-    for name, kind in zip(inner.instances, inner.kinds, strict=True):
-        instance = provided.get(_key(name))
-        if instance is None:
-            instance = out.import_instance(name, type_index(kind))
-        instances.append(instance)
-        wanted[name] = instance
-    return wanted
+                self._types[number] = self._out.define(
+                    deftype.rewrite(wasm.Cursor(self._inner.data, *found), self._type)
+                )
+            if self._met_io:
+                self._of_io.add(number)
+            self._met_io |= before
+        self._met_io |= number in self._of_io
+        return self._types[number]
 
 
 def _key(name: str) -> str:
@@ -136,110 +236,10 @@ def _key(name: str) -> str:
     return re.sub(r"(@(?:0\.)?[0-9]+)(?:\.[0-9]+)*$", r"\1", name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Alias:
-    """A type that an imported instance exports."""
-
-    instance: int
-    name: str
-
-
-@dataclass(slots=True)
-class _Outline:
-    """What joining needs to know of a component.
-
-    Attributes:
-        instances, kinds: the name and the type's index of each imported instance, in order.
-        exports: of instances.
-        components: what is nested.
-        types: for each index of the type space, up to the last import, where it is defined or what it is an alias of.
-    """
-
-    data: bytes
-    instances: list[str] = field(default_factory=list)
-    kinds: list[int] = field(default_factory=list)
-    exports: list[str] = field(default_factory=list)
-    components: list[bytes] = field(default_factory=list)
-    types: list[tuple[int, int] | _Alias] = field(default_factory=list)
-
-    @property
-    def imports(self) -> tuple[str, ...]:
-        """The names of what it imports."""
-        return tuple(self.instances)
-
-
-def _outline(data: bytes) -> _Outline:
-    """Walk the top level of a component: its types as far as its imports go, and what it nests and exports."""
-    if not data.startswith(wasm.COMPONENT):
-        raise wasm.DamagedError("it does not begin like a component")
-    out = _Outline(data)
-    every = list(wasm.sections(data, 0, len(data)))
-    last_import = max((at for at, section in enumerate(every) if section.id == component.IMPORT), default=-1)
-    for at, section in enumerate(every):
-        if section.id == component.NESTED:
-            out.components.append(data[section.start : section.end])
-        elif section.id == _INSTANCE and at < last_import:
-            raise deftype.ForeignTypeError(f"an instance before an import at offset {section.start}")
-        elif section.id in _ENTRIES and (at <= last_import or section.id == component.EXPORT):
-            cursor = section.cursor(data)
-            for _ in range(cursor.count()):
-                _ENTRIES[section.id](out, cursor)
-    return out
-
-
-def _type(out: _Outline, cursor: wasm.Cursor) -> None:
-    start = cursor.at
-    deftype.rewrite(cursor, deftype.same)
-    out.types.append((start, cursor.at))
-
-
-def _import(out: _Outline, cursor: wasm.Cursor) -> None:
-    name = wasm.extern_name(cursor)
-    sort = cursor.byte()
-    if sort != _SORT_INSTANCE[0]:
-        raise deftype.ForeignTypeError(f"{name} is not an interface")
-    out.instances.append(name)
-    out.kinds.append(cursor.u32())
-
-
-def _export(out: _Outline, cursor: wasm.Cursor) -> None:
-    name = wasm.extern_name(cursor)
-    sort = cursor.byte()
-    if sort == 0:
-        cursor.byte()
-    cursor.u32()
-    if cursor.byte():
-        wasm.extern_type(cursor)
-    if sort == _SORT_INSTANCE[0]:
-        out.exports.append(name)
-
-
-def _alias(out: _Outline, cursor: wasm.Cursor) -> None:
-    sort = cursor.byte()
-    if sort == 0:
-        cursor.byte()
-    target = cursor.byte()
-    match target:
-        case 0x00 | 0x01:
-            instance, name = cursor.u32(), cursor.name()
-            if sort == _SORT_TYPE[0]:
-                out.types.append(_Alias(instance, name))
-        case _:
-            raise deftype.ForeignTypeError(f"an alias of form {target} at offset {cursor.at}")
-
-
-_ENTRIES: Final[dict[int, Callable[[_Outline, wasm.Cursor], None]]] = {
-    component.IMPORT: _import,
-    component.EXPORT: _export,
-    _ALIAS: _alias,
-    _TYPE: _type,
-}
-
-
 class _Writer:
     """Appends sections, one item each, to the adapter's file, and counts the index spaces."""
 
-    def __init__(self, shell: _Outline) -> None:
+    def __init__(self, shell: Outline) -> None:
         self.data = bytearray(shell.data)
         self._types = len(shell.types)
         self._instances = len(shell.instances)
@@ -283,10 +283,17 @@ class _Writer:
         self._put(component.IMPORT, b"\x00" + wasm.name(name) + _SORT_INSTANCE + wasm.u32(kind))
         return self._instance()
 
-    def instantiate(self, number: int, arguments: dict[str, int]) -> int:
-        """Instantiate a component with instances for what it imports."""
-        given = b"".join(wasm.name(name) + _SORT_INSTANCE + wasm.u32(index) for name, index in arguments.items())
-        self._put(_INSTANCE, b"\x00" + wasm.u32(number) + wasm.u32(len(arguments)) + given)
+    def instantiate(
+        self,
+        number: int,
+        instances: dict[str, int],
+        types: dict[str, int] | None = None,
+        functions: dict[str, int] | None = None,
+    ) -> int:
+        """Instantiate a component with what it imports."""
+        sorts = ((_SORT_INSTANCE, instances), (_SORT_TYPE, types or {}), (_SORT_FUNC, functions or {}))
+        given = [wasm.name(name) + sort + wasm.u32(at) for sort, each in sorts for name, at in each.items()]
+        self._put(_INSTANCE, b"\x00" + wasm.u32(number) + wasm.u32(len(given)) + b"".join(given))
         return self._instance()
 
     def bundle(self, *, types: dict[str, int], functions: dict[str, int]) -> int:

@@ -6,6 +6,7 @@ outer`. The grammar is Binary.md's "Type Definitions".
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from fleet.protocol import wasm
@@ -13,7 +14,10 @@ from fleet.protocol import wasm
 Index = Callable[[int], int]
 
 _DEPTH_MAX: Final = 16
+_SORT_FUNC: Final = 1
 _SORT_TYPE: Final = 3
+_OUTER: Final = 2
+_INSTANCE: Final = 0x42
 
 
 class ForeignTypeError(Exception):
@@ -33,6 +37,59 @@ def rewrite(cursor: wasm.Cursor, index: Index) -> bytes:
         ForeignTypeError: it is of a newer or rarer kind.
     """
     return _Rewriter(cursor, index).deftype(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A type that an instance type defines for itself, at these offsets."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """A type of the component around the instance type."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What it exports: a function of the type `number`, a type equal to it, or (None) a resource."""
+
+    name: str
+    function: bool
+    number: int | None
+
+
+def declarations(cursor: wasm.Cursor) -> list[Definition | Outer | Export]:
+    """What the instance type under the cursor is made of, in order. All but functions take an index of a type.
+
+    Raises:
+        wasm.DamagedError: it is not well-formed.
+        ForeignTypeError: it is not an instance type, or has what no interface of WASI 0.2 has.
+    """
+    if cursor.byte() != _INSTANCE:
+        raise ForeignTypeError(f"a type that is not an instance's at offset {cursor.at}")
+    found: list[Definition | Outer | Export] = []
+    for _ in range(cursor.count()):
+        match cursor.byte():
+            case 0x01:
+                start = cursor.at
+                rewrite(cursor, same)
+                found.append(Definition(start, cursor.at))
+            case 0x02 if cursor.byte() == _SORT_TYPE and cursor.byte() == _OUTER and cursor.u32() == 1:
+                found.append(Outer(cursor.u32()))
+            case 0x04:
+                name, sort = wasm.extern_name(cursor), cursor.byte()
+                resource = sort == _SORT_TYPE and cursor.byte() == 1
+                if sort not in {_SORT_FUNC, _SORT_TYPE}:
+                    raise ForeignTypeError(f"an export of sort {sort} at offset {cursor.at}")
+                found.append(Export(name, sort == _SORT_FUNC, None if resource else cursor.u32()))
+            case form:
+                raise ForeignTypeError(f"a declaration of form 0x{form:02x} at offset {cursor.at}")
+    return found
 
 
 class _Rewriter:

@@ -104,9 +104,8 @@ def test_a_handler_without_its_types_beside_it_serves_as_well():
 
 def test_types_of_every_shape_survive_the_move():
     shapes = """
-      (import "wasi:io/streams@0.2.0" (instance $streams
-        (export "input-stream" (type (sub resource))) (export "output-stream" (type (sub resource)))))
-      (alias export $streams "input-stream" (type $input))
+      (import "wasi:filesystem/types@0.2.0" (instance $files (export "descriptor" (type (sub resource)))))
+      (alias export $files "descriptor" (type $input))
       (type $shade (enum "dark" "light"))
       (import "ours:shapes/all@1.2.3" (instance
         (alias outer 1 $input (type $in))
@@ -126,6 +125,88 @@ def test_types_of_every_shape_survive_the_move():
     whole = compose.compose(adapter.load(), wat(shapes))
     compiles(whole)
     assert "ours:shapes/all@1.2.3" in component.read(whole).imports
+
+
+IO = """
+  (import "wasi:io/error@0.2.0" (instance $error (export "error" (type (sub resource)))))
+  (import "wasi:io/poll@0.2.0" (instance $poll (export "pollable" (type (sub resource)))))
+  (import "wasi:io/streams@0.2.0" (instance $streams
+    (export "input-stream" (type (sub resource))) (export "output-stream" (type (sub resource)))))
+  (alias export $error "error" (type $error'))
+  (alias export $poll "pollable" (type $pollable'))
+  (alias export $streams "input-stream" (type $input'))
+  (alias export $streams "output-stream" (type $output'))"""
+
+
+def codes(package):
+    """The cases of an interface's error-code, as the adapter's WIT has them."""
+    text = (ROOT / "components" / "adapter" / "wit" / "deps" / "engine" / "engine.wit").read_text()
+    cases = text.partition(f"interface {package} {{")[2].partition("enum error-code {")[2].partition("}")[0]
+    return " ".join(f'"{case.strip()}"' for case in cases.split(",") if case.strip())
+
+
+CLOCK = """(import "wasi:clocks/monotonic-clock@0.2.1" (instance
+    (alias outer 1 $pollable' (type $p)) (export "pollable" (type $pollable (eq $p)))
+    (type $i u64) (export "instant" (type $instant (eq $i)))
+    (export "now" (func (result $instant)))
+    (export "subscribe-instant" (func (param "when" $instant) (result (own $pollable))))
+    (export "subscribe-duration" (func (param "when" u64) (result (own $pollable))))))"""
+FILES = f"""(import "wasi:filesystem/types@0.2.1" (instance
+    (alias outer 1 $input' (type $i)) (export "input-stream" (type $input (eq $i)))
+    (alias outer 1 $output' (type $o)) (export "output-stream" (type $output (eq $o)))
+    (alias outer 1 $error' (type $e)) (export "error" (type $error (eq $e)))
+    (type $c (enum {codes("files")})) (export "error-code" (type $code (eq $c)))
+    (export "descriptor" (type $d (sub resource)))
+    (export "[method]descriptor.sync" (func (param "self" (borrow $d)) (result (result (error $code)))))
+    (export "[method]descriptor.read-via-stream" (func (param "self" (borrow $d)) (param "offset" u64)
+      (result (result (own $input) (error $code)))))
+    (export "[method]descriptor.write-via-stream" (func (param "self" (borrow $d)) (param "offset" u64)
+      (result (result (own $output) (error $code)))))
+    (export "[method]descriptor.append-via-stream" (func (param "self" (borrow $d))
+      (result (result (own $output) (error $code)))))
+    (export "filesystem-error-code" (func (param "err" (borrow $error)) (result (option $code))))))"""
+SOCKETS = f"""(import "wasi:sockets/network@0.2.8" (instance $network
+    (alias outer 1 $error' (type $e)) (export "error" (type $error (eq $e)))
+    (type $c (enum {codes("network")})) (export "error-code" (type $code (eq $c)))
+    (export "network" (type (sub resource)))
+    (export "network-error-code" (func (param "err" (borrow $error)) (result (option $code))))))
+  (alias export $network "error-code" (type $code'))
+  (import "wasi:sockets/tcp@0.2.8" (instance
+    (alias outer 1 $input' (type $i)) (export "input-stream" (type $input (eq $i)))
+    (alias outer 1 $output' (type $o)) (export "output-stream" (type $output (eq $o)))
+    (alias outer 1 $pollable' (type $p)) (export "pollable" (type $pollable (eq $p)))
+    (alias outer 1 $code' (type $c)) (export "error-code" (type $code (eq $c)))
+    (export "tcp-socket" (type $s (sub resource)))
+    (export "[method]tcp-socket.finish-connect" (func (param "self" (borrow $s))
+      (result (result (tuple (own $input) (own $output)) (error $code)))))
+    (export "[method]tcp-socket.accept" (func (param "self" (borrow $s))
+      (result (result (tuple (own $s) (own $input) (own $output)) (error $code)))))
+    (export "[method]tcp-socket.subscribe" (func (param "self" (borrow $s)) (result (own $pollable))))))
+  (import "wasi:sockets/udp@0.2.8" (instance
+    (alias outer 1 $pollable' (type $p)) (export "pollable" (type $pollable (eq $p)))
+    (export "udp-socket" (type $s (sub resource)))
+    (export "incoming-datagram-stream" (type $in (sub resource)))
+    (export "outgoing-datagram-stream" (type $out (sub resource)))
+    (export "[method]udp-socket.subscribe" (func (param "self" (borrow $s)) (result (own $pollable))))
+    (export "[method]incoming-datagram-stream.subscribe" (func (param "self" (borrow $in)) (result (own $pollable))))
+    (export "[method]outgoing-datagram-stream.subscribe" (func (param "self" (borrow $out)) (result (own $pollable))))))
+  (import "wasi:sockets/ip-name-lookup@0.2.8" (instance
+    (alias outer 1 $pollable' (type $p)) (export "pollable" (type $pollable (eq $p)))
+    (export "resolve-address-stream" (type $s (sub resource)))
+    (export "[method]resolve-address-stream.subscribe" (func (param "self" (borrow $s)) (result (own $pollable))))))"""
+
+
+@pytest.mark.parametrize("imports", [CLOCK, FILES, SOCKETS, CLOCK + FILES + SOCKETS])
+def test_what_hands_out_streams_and_pollables_gets_a_shim_for_each_function_that_does(imports):
+    compiles(compose.compose(adapter.load(), wat(IO + imports)))
+
+
+def test_an_interface_nobody_knows_that_hands_out_streams_is_refused_by_name():
+    stranger = """(import "ours:pipes/all@1.0.0" (instance
+      (alias outer 1 $input' (type $i)) (export "input-stream" (type $input (eq $i)))
+      (export "open" (func (result (own $input))))))"""
+    with pytest.raises(compose.ComposeError, match=r"ours:pipes/all@1\.0\.0, which hands out streams"):
+        compose.compose(adapter.load(), wat(IO + stranger))
 
 
 def test_an_import_that_is_no_interface_is_refused():
@@ -155,6 +236,7 @@ def test_damaged_guests_end_in_a_refusal_and_nothing_else(data):
             compose.compose(adapter.load(), sample)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_no_type(raw):
     with contextlib.suppress(wasm.DamagedError, deftype.ForeignTypeError):

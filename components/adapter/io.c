@@ -1,0 +1,288 @@
+// wasi:io and the standard streams as the guest sees them: each stream, pollable and error stands for one of the engine's.
+#include "io.h"
+
+IMPORT(ENGINE_POLL, "[method]pollable.ready") int32_t engine_ready(int32_t it);
+IMPORT(ENGINE_POLL, "[method]pollable.block") void engine_block(int32_t it);
+IMPORT(ENGINE_POLL, "poll") void engine_poll(const int32_t *list, size_t count, text *ready);
+IMPORT(ENGINE_POLL, "[resource-drop]pollable") void drop_pollable(int32_t it);
+IMPORT(ENGINE_STREAMS, "[resource-drop]input-stream") void drop_input(int32_t it);
+IMPORT(ENGINE_STREAMS, "[resource-drop]output-stream") void drop_output(int32_t it);
+IMPORT(ENGINE_ERROR, "[method]error.to-debug-string") void engine_debug_string(int32_t it, text *said);
+IMPORT(ENGINE_ERROR, "[resource-drop]error") void drop_error(int32_t it);
+IMPORT("wasmfleet:engine/stdin@0.1.0", "get-stdin") int32_t engine_stdin(void);
+IMPORT("wasmfleet:engine/stderr@0.1.0", "get-stderr") int32_t engine_stderr(void);
+
+// Room for resources, outside the arena: freed ones are linked. A guest that holds more at a time ends here.
+#define OBJECTS 4096
+
+typedef union object {
+    int32_t engine;
+    union object *next;
+} object;
+
+static object objects[OBJECTS], *free_objects;
+static size_t used_objects;
+
+static void *take_object(int32_t engine) {
+    object *it = free_objects;
+    if (it) {
+        free_objects = it->next;
+    } else {
+        if (used_objects == OBJECTS) __builtin_trap();
+        it = &objects[used_objects++];
+    }
+    it->engine = engine;
+    return it;
+}
+
+static void give_object_back(void *it) {
+    ((object *)it)->next = free_objects;
+    free_objects = it;
+}
+
+int32_t give_pollable(int32_t engine) { return pollable_new(take_object(engine)); }
+int32_t give_input(int32_t engine) { return input_stream_new(take_object(engine)); }
+int32_t give_output(int32_t engine) { return output_stream_new(take_object(engine)); }
+
+EXPORT(POLL "#[dtor]pollable") void pollable_dtor(pollable *it) {
+    if (it->engine != ALWAYS) drop_pollable(it->engine);
+    give_object_back(it);
+}
+
+EXPORT(STREAMS "#[dtor]input-stream") void input_stream_dtor(input_stream *it) {
+    drop_input(it->engine);
+    give_object_back(it);
+}
+
+EXPORT(STREAMS "#[dtor]output-stream") void output_stream_dtor(output_stream *it) {
+    drop_output(it->engine);
+    give_object_back(it);
+}
+
+EXPORT(ERROR "#[dtor]error") void io_error_dtor(io_error *it) {
+    if (it->engine >= 0) drop_error(it->engine);
+    give_object_back(it);
+}
+
+// What a call gives back in the arena is needed until it has been read: then the arena is as it was.
+static const void *mark;
+
+static text given;
+
+EXPORT(ERROR "#[method]error.to-debug-string") text *io_error_debug_string(const io_error *it) {
+    mark = arena_mark();
+    given = TEXT("lent");
+    if (it->engine >= 0) engine_debug_string(it->engine, &given);
+    return &given;
+}
+
+EXPORT("cabi_post_" ERROR "#[method]error.to-debug-string") void io_error_debug_string_post(const void *it) {
+    (void)it;
+    arena_back(mark);
+}
+
+EXPORT(POLL "#[method]pollable.ready") int32_t pollable_ready(const pollable *it) {
+    return it->engine == ALWAYS || engine_ready(it->engine);
+}
+
+EXPORT(POLL "#[method]pollable.block") void pollable_block(const pollable *it) {
+    if (it->engine != ALWAYS) engine_block(it->engine);
+}
+
+EXPORT(POLL "#poll") text *poll_list(pollable *const *list, size_t count) {
+    mark = list;
+    uint32_t *found = take_room(count * sizeof *found);
+    int32_t *asked = take_room(count * sizeof *asked);
+    size_t ready = 0;
+    for (size_t i = 0; i < count; i++) {
+        asked[i] = list[i]->engine;
+        if (asked[i] == ALWAYS) found[ready++] = (uint32_t)i;
+    }
+    if (ready) {
+        for (size_t i = 0; i < count; i++)
+            if (asked[i] != ALWAYS && engine_ready(asked[i])) found[ready++] = (uint32_t)i;
+        given = (text){(const char *)found, ready};
+    } else {
+        engine_poll(asked, count, &given);
+    }
+    return &given;
+}
+
+EXPORT("cabi_post_" POLL "#poll") void poll_list_post(const void *it) {
+    (void)it;
+    arena_back(mark);
+}
+
+// result<list<u8>, stream-error>, result<u64, stream-error> and result<_, stream-error>. The engine's error in one
+// becomes one of ours.
+typedef struct {
+    uint8_t failed;
+    union {
+        text read;
+        struct {
+            uint8_t closed;
+            int32_t error;
+        };
+    };
+} bytes_result;
+
+typedef struct {
+    uint8_t failed;
+    union {
+        uint64_t count;
+        struct {
+            uint8_t closed;
+            int32_t error;
+        };
+    };
+} count_result;
+
+typedef struct {
+    uint8_t failed;
+    uint8_t closed __attribute__((aligned(4)));
+    int32_t error;
+} nothing_result;
+
+_Static_assert(sizeof(bytes_result) == 12 && sizeof(count_result) == 16 && sizeof(nothing_result) == 12, "canonical");
+
+static bytes_result bytes;
+static count_result count;
+static nothing_result nothing;
+
+#define OURS(result) ((result).failed && !(result).closed ? (void)((result).error = give_error((result).error)) : (void)0)
+
+static int32_t give_error(int32_t engine) { return io_error_new(take_object(engine)); }
+
+#define READS(id, name)                                                                                                \
+    IMPORT(ENGINE_STREAMS, "[method]input-stream." name) void engine_##id(int32_t it, uint64_t most, bytes_result *to); \
+    EXPORT(STREAMS "#[method]input-stream." name) bytes_result *input_##id(const input_stream *it, uint64_t most) {    \
+        mark = arena_mark();                                                                                           \
+        engine_##id(it->engine, most, &bytes);                                                                         \
+        OURS(bytes);                                                                                                   \
+        return &bytes;                                                                                                 \
+    }                                                                                                                  \
+    EXPORT("cabi_post_" STREAMS "#[method]input-stream." name) void input_##id##_post(const void *it) {                \
+        (void)it;                                                                                                      \
+        arena_back(mark);                                                                                              \
+    }
+
+#define SKIPS(id, name)                                                                                                \
+    IMPORT(ENGINE_STREAMS, "[method]input-stream." name) void engine_##id(int32_t it, uint64_t most, count_result *to); \
+    EXPORT(STREAMS "#[method]input-stream." name) count_result *input_##id(const input_stream *it, uint64_t most) {    \
+        engine_##id(it->engine, most, &count);                                                                         \
+        OURS(count);                                                                                                   \
+        return &count;                                                                                                 \
+    }
+
+READS(read, "read")
+READS(blocking_read, "blocking-read")
+SKIPS(skip, "skip")
+SKIPS(blocking_skip, "blocking-skip")
+
+IMPORT(ENGINE_STREAMS, "[method]input-stream.subscribe") int32_t engine_input_subscribe(int32_t it);
+IMPORT(ENGINE_STREAMS, "[method]output-stream.subscribe") int32_t engine_output_subscribe(int32_t it);
+IMPORT(ENGINE_STREAMS, "[method]output-stream.check-write") void engine_check_write(int32_t it, count_result *to);
+
+EXPORT(STREAMS "#[method]input-stream.subscribe") int32_t input_subscribe(const input_stream *it) {
+    return give_pollable(engine_input_subscribe(it->engine));
+}
+
+EXPORT(STREAMS "#[method]output-stream.subscribe") int32_t output_subscribe(const output_stream *it) {
+    return give_pollable(engine_output_subscribe(it->engine));
+}
+
+EXPORT(STREAMS "#[method]output-stream.check-write") count_result *output_check_write(const output_stream *it) {
+    engine_check_write(it->engine, &count);
+    OURS(count);
+    return &count;
+}
+
+#define WRITES(id, name)                                                                                               \
+    IMPORT(ENGINE_STREAMS, "[method]output-stream." name)                                                              \
+    void engine_##id(int32_t it, const char *data, size_t size, nothing_result *to);                                   \
+    EXPORT(STREAMS "#[method]output-stream." name)                                                                     \
+    nothing_result *output_##id(const output_stream *it, const char *data, size_t size) {                              \
+        engine_##id(it->engine, data, size, &nothing);                                                                 \
+        if (size) arena_back(data);                                                                                    \
+        OURS(nothing);                                                                                                 \
+        return &nothing;                                                                                               \
+    }
+
+#define FLUSHES(id, name)                                                                                              \
+    IMPORT(ENGINE_STREAMS, "[method]output-stream." name) void engine_##id(int32_t it, nothing_result *to);            \
+    EXPORT(STREAMS "#[method]output-stream." name) nothing_result *output_##id(const output_stream *it) {              \
+        engine_##id(it->engine, &nothing);                                                                             \
+        OURS(nothing);                                                                                                 \
+        return &nothing;                                                                                               \
+    }
+
+#define ZEROES(id, name)                                                                                               \
+    IMPORT(ENGINE_STREAMS, "[method]output-stream." name)                                                              \
+    void engine_##id(int32_t it, uint64_t size, nothing_result *to);                                                   \
+    EXPORT(STREAMS "#[method]output-stream." name) nothing_result *output_##id(const output_stream *it, uint64_t size) { \
+        engine_##id(it->engine, size, &nothing);                                                                       \
+        OURS(nothing);                                                                                                 \
+        return &nothing;                                                                                               \
+    }
+
+WRITES(write, "write")
+WRITES(write_and_flush, "blocking-write-and-flush")
+FLUSHES(flush, "flush")
+FLUSHES(blocking_flush, "blocking-flush")
+ZEROES(zeroes, "write-zeroes")
+ZEROES(blocking_zeroes, "blocking-write-zeroes-and-flush")
+
+// Splicing is reading and writing: the engine's own streams may lie on one side only.
+static count_result *splice(const output_stream *to, const input_stream *from, uint64_t most, int blocking) {
+    if (blocking) {
+        int32_t room = engine_output_subscribe(to->engine);
+        engine_block(room);
+        drop_pollable(room);
+    }
+    if (output_check_write(to)->failed) return &count;
+    if (count.count < most) most = count.count;
+    const void *before = arena_mark();
+    (blocking ? input_blocking_read : input_read)(from, most);
+    if (bytes.failed) {
+        count = (count_result){.failed = 1, .closed = bytes.closed, .error = bytes.error};
+        return &count;
+    }
+    size_t size = bytes.read.size;
+    engine_write(to->engine, bytes.read.data, size, &nothing);
+    arena_back(before);
+    OURS(nothing);
+    count = (count_result){.count = size};
+    if (nothing.failed) count = (count_result){.failed = 1, .closed = nothing.closed, .error = nothing.error};
+    return &count;
+}
+
+EXPORT(STREAMS "#[method]output-stream.splice")
+count_result *output_splice(const output_stream *it, const input_stream *from, uint64_t most) {
+    return splice(it, from, most, 0);
+}
+
+EXPORT(STREAMS "#[method]output-stream.blocking-splice")
+count_result *output_blocking_splice(const output_stream *it, const input_stream *from, uint64_t most) {
+    return splice(it, from, most, 1);
+}
+
+// The standard streams: what the guest prints goes to its log.
+EXPORT("wasi:cli/stdin@0.2.12#get-stdin") int32_t guest_stdin(void) { return give_input(engine_stdin()); }
+EXPORT("wasi:cli/stdout@0.2.12#get-stdout") int32_t guest_stdout(void) { return give_output(engine_stderr()); }
+EXPORT("wasi:cli/stderr@0.2.12#get-stderr") int32_t guest_stderr(void) { return give_output(engine_stderr()); }
+
+// What shims ask for.
+#define WRAP "wasmfleet:adapter/wrap@0.1.0#"
+
+EXPORT(WRAP "wait") int32_t wrap_wait(int32_t engine) { return give_pollable(engine); }
+EXPORT(WRAP "input") int32_t wrap_input(int32_t engine) { return give_input(engine); }
+EXPORT(WRAP "output") int32_t wrap_output(int32_t engine) { return give_output(engine); }
+
+EXPORT(WRAP "lend") handle_or_nothing *wrap_lend(io_error *it) {
+    static handle_or_nothing lent;
+    lent = (handle_or_nothing){it->engine >= 0, it->engine};
+    it->engine = -1;
+    return &lent;
+}
+
+EXPORT(WRAP "give-back") void wrap_give_back(io_error *it, int32_t engine) { it->engine = engine; }
