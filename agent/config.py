@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from fleet.protocol import caps
+from fleet.protocol import caps, outbound
 from fleet.protocol.manifest import Grants, Limits
 
 STATE_DIR: Final = Path("/var/lib/wasmfleet-agent")
@@ -39,7 +39,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Attributes:
         interfaces: interfaces or packages that components may import; None for all.
-        outbound: where they may connect, as `https://host:443`; None for wherever their grants say.
+        outbound: where they may send requests, as `https://host:443`; None for wherever their grants say.
         logs: what may leave the board when an operator follows logs.
         bundles: accept assignments from an offline bundle, for which nobody vouches that they are current.
         on_revoked: what becomes of a component that runs and is then revoked, denied its grants, or found to be below
@@ -84,7 +84,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             ceiling = Grants(interfaces=self.interfaces)
             beyond += [each for each in grants.interfaces if not ceiling.allows(each)]
         if self.outbound is not None:
-            beyond += [each for each in grants.outbound if each not in self.outbound]
+            beyond += [each for each in grants.outbound if not outbound.covered(each, self.outbound)]
         return tuple(beyond)
 
 

@@ -10,7 +10,7 @@ from typing import Any, assert_never
 
 from tuf.api.metadata import TargetFile
 
-from fleet.protocol import caps, evidence, manifest, names
+from fleet.protocol import caps, evidence, manifest, names, outbound
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.evidence import Evidence
@@ -194,7 +194,7 @@ def _check_within(release: Release, grants: Grants, whose: str, limit: Grants) -
 def _beyond(grants: Grants, limit: Grants) -> list[str]:
     return [
         *(each for each in grants.interfaces if not limit.allows(each)),
-        *(each for each in grants.outbound if each not in limit.outbound),
+        *(each for each in grants.outbound if not outbound.covered(each, limit.outbound)),
         *(each for each in grants.instances if each not in limit.instances),
     ]
 
@@ -208,20 +208,29 @@ def describe(release: Release, *, before: Release | None = None) -> str:
     """
     grants = release.manifest.grants
     old = Grants() if before is None else before.manifest.grants
-    wanted = [*grants.interfaces, *grants.outbound, *(f"{each}.internal" for each in grants.instances)]
-    had = {*old.interfaces, *old.outbound, *(f"{each}.internal" for each in old.instances)}
+    wanted = _words(grants)
     lines = [
         f"{release.name}, {release.length} bytes, sha256 {release.sha256}",
         f"  called by   {_trigger(release.manifest)}",
         f"  may reach   {', '.join(wanted) or 'nothing'}",
     ]
-    newly = [each for each in wanted if each not in had]
+    newly = _words(grants, beyond=old)
     if newly:
         lines.append(f"  newly wants {', '.join(newly)}")
     epoch = release.manifest.security_epoch
     if epoch > (0 if before is None else before.manifest.security_epoch):
         lines.append(f"  raises the security epoch to {epoch}: boards that commit it never go back")
     return "\n".join(lines)
+
+
+def _words(grants: Grants, *, beyond: Grants | None = None) -> list[str]:
+    """Each grant in words; with `beyond`, those alone that it does not have."""
+    had = beyond or Grants()
+    return [
+        *(each for each in grants.interfaces if each not in had.interfaces),
+        *(outbound.describe(each) for each in grants.outbound if not outbound.covered(each, had.outbound)),
+        *(f"{each}.internal" for each in grants.instances if each not in had.instances),
+    ]
 
 
 def _trigger(described: Manifest) -> str:

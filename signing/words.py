@@ -10,7 +10,7 @@ from typing import Any
 from securesystemslib.signer import Key
 from tuf.api.metadata import Root, Targets
 
-from fleet.protocol import names
+from fleet.protocol import names, outbound
 from fleet.protocol.manifest import Grants
 from signing import bins, metadata, policy, repository
 from signing.errors import Rejected, RepositoryError
@@ -166,7 +166,11 @@ def _life(before: datetime | None, after: datetime) -> Iterable[str]:
 
 
 def _reach(grants: Grants) -> list[str]:
-    return [*grants.interfaces, *grants.outbound, *(f"{each}.internal" for each in grants.instances)]
+    return [
+        *grants.interfaces,
+        *map(outbound.describe, grants.outbound),
+        *(f"{each}.internal" for each in grants.instances),
+    ]
 
 
 def _keys(delegator: Root | Targets, role: str) -> dict[bytes, str]:

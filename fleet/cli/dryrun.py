@@ -15,6 +15,7 @@ from fleet.cli.prepare import Prepared
 from fleet.cli.publishing import versioned
 from fleet.cli.trust import Trust
 from fleet.client import Client
+from fleet.protocol import outbound
 from fleet.protocol.api import DeviceRow, Excluded, Preflight, RolloutRequest
 from fleet.protocol.manifest import Grants, Manifest
 from fleet.rollout import waves
@@ -77,7 +78,11 @@ def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:
     known = before or Grants()
     return (
         *(f"interface {name}" for name in wanted.interfaces if not known.allows(name)),
-        *(f"outbound {address}" for address in wanted.outbound if address not in known.outbound),
+        *(
+            f"outbound {outbound.describe(each)}"
+            for each in wanted.outbound
+            if not outbound.covered(each, known.outbound)
+        ),
         *(f"instance {name}" for name in wanted.instances if name not in known.instances),
     )
 

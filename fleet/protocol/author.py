@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from fleet.protocol import caps, cron, names, toml_text, wire
+from fleet.protocol import caps, cron, names, outbound, toml_text, wire
 from fleet.protocol.component import (
     HTTP_HANDLER,
     HTTP_HEALTH,
@@ -55,7 +55,6 @@ _ENTRIES: Final[tuple[tuple[str, type[Trigger], str], ...]] = (
     (WASI_RUN, Service, "wasi:cli"),
 )
 _INTERFACE: Final = re.compile(r"[a-z][a-z0-9-]*:[a-z][a-z0-9-]*(/[a-z][a-z0-9-]*)?")
-_OUTBOUND: Final = re.compile(r"https?://(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?:([0-9]{1,5}|\*)")
 _SECRET_READERS: Final = ("wasi:cli/environment", "wasi:config/store", "wasi:config/runtime")
 _CONFIG_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -295,7 +294,7 @@ def _name(table: Table, component: Component | None, file_name: str) -> str:
 def _grants(table: Table) -> Grants:
     grants = Grants(
         interfaces=table.texts("interfaces", _check_interface),
-        outbound=table.texts("outbound", _check_outbound),
+        outbound=tuple(str(outbound.parse(each)) for each in table.texts("outbound", _check_outbound)),
         instances=table.texts("instances", _check_instance),
     )
     table.finish()
@@ -311,10 +310,11 @@ def _check_interface(text: str) -> str | None:
 
 
 def _check_outbound(text: str) -> str | None:
-    port = text.rpartition(":")[2]
-    if _OUTBOUND.fullmatch(text) and (port == "*" or 0 < int(port) < 65_536):  # noqa: PLR2004 - ports have 16 bits
-        return None
-    return 'scheme, host and port are wanted, such as "https://api.example.com:443"'
+    try:
+        outbound.parse(text)
+    except outbound.BadOutboundError as error:
+        return str(error)
+    return None
 
 
 def _check_instance(text: str) -> str | None:

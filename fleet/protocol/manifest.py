@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from fleet.protocol import caps, wire
+from fleet.protocol import caps, outbound, wire
 
 
 class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="http"):
@@ -41,7 +41,7 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Attributes:
         interfaces: interfaces or whole packages it may import, without version: `wasi:clocks`, `wasi:cli/stdout`.
-        outbound: where it may connect, as `https://api.example.com:443`.
+        outbound: where it may send requests, as `https://api.example.com:443` (`fleet.protocol.outbound`).
         instances: neighbours on the board it may call over `http://<instance>.internal/`.
     """
 
@@ -59,7 +59,7 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """Whether everything granted here is granted by `ceiling` too."""
         return (
             all(ceiling.allows(interface) for interface in self.interfaces)
-            and set(self.outbound) <= set(ceiling.outbound)
+            and all(outbound.covered(each, ceiling.outbound) for each in self.outbound)
             and set(self.instances) <= set(ceiling.instances)
         )
 

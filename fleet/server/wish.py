@@ -4,7 +4,7 @@ from typing import Final
 
 import msgspec
 
-from fleet.protocol import caps, wire
+from fleet.protocol import caps, outbound, wire
 from fleet.protocol.api import RolloutRequest
 from fleet.protocol.manifest import Grants
 from fleet.rollout.model import Value
@@ -65,7 +65,7 @@ def _grants(asked: Grants | None, kept: Value | None, release: Release) -> str:
     narrowed, ceiling = msgspec.json.decode(kept.grants, type=Grants), release.manifest.grants
     still = Grants(
         interfaces=tuple(name for name in narrowed.interfaces if ceiling.allows(name)),
-        outbound=tuple(name for name in narrowed.outbound if name in ceiling.outbound),
+        outbound=tuple(name for name in narrowed.outbound if outbound.covered(name, ceiling.outbound)),
         instances=tuple(name for name in narrowed.instances if name in ceiling.instances),
     )
     return wire.canonical(still).decode()
@@ -78,6 +78,10 @@ def new_grants(release: Release | None, old: Release | None) -> tuple[str, ...]:
     new, before = release.manifest.grants, old.manifest.grants if old is not None else Grants()
     return (
         *(f"interface {name}" for name in new.interfaces if not before.allows(name)),
-        *(f"outbound {name}" for name in new.outbound if name not in before.outbound),
+        *(
+            f"outbound {outbound.describe(name)}"
+            for name in new.outbound
+            if not outbound.covered(name, before.outbound)
+        ),
         *(f"instance {name}" for name in new.instances if name not in before.instances),
     )
