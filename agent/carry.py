@@ -264,8 +264,8 @@ class Carrier:
                 return refused(error.code, error.message)
         return DONE
 
-    async def swap(self, change: Change) -> Outcome:
-        """Have the host start the new generation beside the old one, and hand over."""
+    async def swap(self, change: Change, together: tuple[str, ...] = ()) -> Outcome:
+        """Have the host start the new generation beside the old one, and hand over; in one moment with `together`."""
         item, manifest = change.item, change.manifest
         assert item is not None
         assert manifest is not None
@@ -275,7 +275,8 @@ class Carrier:
             if before is not None and before.generation != change.generation:
                 fields["replaced"] = facts_of(before)
             run = run_of(item, manifest, change.generation, self._settings.policy)
-            await start(self._host.link, item, run, self._images, self._places.artifacts, self._sealed)
+            link, places = self._host.link, self._places
+            await start(link, item, run, self._images, places.artifacts, self._sealed, together)
         except (ImageError, Rejected) as error:
             return refused(error.code, error.message)
         except HostRefusedError as error:
@@ -314,6 +315,17 @@ class Carrier:
                         await nudge.wait()
         finally:
             self._host.nudges.pop(change.instance, None)
+
+    async def runs(self, change: Change) -> Outcome:
+        """Whether the new version, which has been found well before, is there."""
+        try:
+            figures = await self._host.figures()
+        except HostGoneError as error:
+            await self._settle()
+            return lost(str(error))
+        if any((each.instance, each.generation) == (change.instance, change.generation) for each in figures):
+            return Outcome(Happened(Event.WELL))
+        return lost("the host was restarted and no longer runs the new version")
 
     async def _judged(self, change: Change, terms: Terms, elapsed_s: float) -> Outcome | None:
         try:

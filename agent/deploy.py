@@ -71,7 +71,7 @@ class Deployer:
         self._planning = asyncio.Lock()
         self._later: asyncio.TimerHandle | None = None
         self.standing = Standing()
-        self._sets = Sets(self.standing)
+        self._sets = Sets(self.standing, self._keep_well)
         self.withdrawals = Withdrawals(
             board=board,
             store=store,
@@ -117,6 +117,7 @@ class Deployer:
 
     async def _plan_and_start(self, assignment: Assignment) -> None:
         failures = await self._worker(self._store.failed)
+        self.standing.failed = {(each.instance, each.key, each.attempt) for each in failures}
         steps = plan(
             {name: want_of(item) for name, item in self.standing.wanted().items()},
             {name: want_of(each.item) for name, each in self.standing.committed.items()},
@@ -275,11 +276,11 @@ class Deployer:
             case Effect.STAGE:
                 return self._sets.staged(flight)
             case Effect.SWAP:
-                return carrier.swap(change)
+                return carrier.swap(change, self._sets.together(change))
             case Effect.STOP:
                 return carrier.stop(change)
             case Effect.WATCH:
-                return self._sets.watched(flight, carrier.watch(change))
+                return self._sets.watched(flight, lambda: carrier.watch(change), lambda: carrier.runs(change))
             case Effect.COMMIT:
                 return self._commit(change)
             case Effect.REVERT:
@@ -374,6 +375,8 @@ class Deployer:
             removed = change.instance
         elif change.phase in {Phase.FAILED, Phase.ROLLED_BACK}:
             failure = await self._failed_item(change)
+            if failure is not None:
+                self.standing.failed.add((failure.instance, failure.key, failure.attempt))
         quiet = change.phase in _QUIET
         report = None if quiet else self._report(flight)
         await self._save(change, report=report, committed=committed, removed=removed, failure=failure, facts=facts)
@@ -387,6 +390,11 @@ class Deployer:
         await self._worker(self._store.save, change, report=report, **also)  # type: ignore[arg-type]
         if report is not None:
             self._on_report()
+
+    async def _keep_well(self, flight: Flight) -> None:
+        async with flight.lock:
+            flight.change = msgspec.structs.replace(flight.change, well=True)
+            await self._save(flight.change)
 
     async def _failed_item(self, change: Change) -> FailedItem | None:
         return failed_item(change, await self._worker(self._store.failed), datetime.now(UTC))

@@ -20,8 +20,8 @@ RETRY_TRIES_MAX: Final = 10
 
 
 def item_key(item: Item) -> str:
-    """A digest of all that makes an item what it is; attempt and rollout are no part of it."""
-    return wire.digest(msgspec.structs.replace(item, attempt=0, rollout=""))
+    """A digest of all that makes an item what it is; attempt, rollout and what it is swapped with are no part of it."""
+    return wire.digest(msgspec.structs.replace(item, attempt=0, rollout="", atomic=""))
 
 
 class Committed(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,11 +49,13 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
         replaced: figures of what it replaces, taken before the swap.
         boot_id: of the boot in which `state.entered` counts.
         timings_ms: phase -> how long it took.
+        well: it has passed its own probation, and waits for the rest of its atomic set.
     """
 
     instance: str
     assignment: int
     state: State
+    well: bool = False
     item: Item | None = None
     manifest: Manifest | None = None
     generation: int = 0

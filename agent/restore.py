@@ -179,9 +179,17 @@ async def restore(
 
 
 async def start(
-    link: HostLink, item: Item, run: ipc.Run, images: Images, artifacts: Path, sealed: Sealed
+    link: HostLink,
+    item: Item,
+    run: ipc.Run,
+    images: Images,
+    artifacts: Path,
+    sealed: Sealed,
+    together: tuple[str, ...] = (),
 ) -> ipc.Started:
     """Start one instance with its checked image and its secrets; a missing or damaged image is made anew first.
+
+    `together`: the instances that take over in the same moment, each by a start of its own.
 
     Raises:
         ImageError: it cannot be.
@@ -197,7 +205,7 @@ async def start(
                 await link.ask(ipc.Entrust, ipc.Done, fd=secrets, instance=run.instance, generation=run.generation)
             finally:
                 os.close(secrets)
-        return await link.ask(ipc.Start, ipc.Started, fd=descriptor, run=run)
+        return await link.ask(ipc.Start, ipc.Started, fd=descriptor, run=run, together=together)
     finally:
         os.close(descriptor)
 

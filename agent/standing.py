@@ -31,7 +31,6 @@ class Flight:
 
     Attributes:
         superseded: something else is wanted, and it shall end as soon as it may.
-        well: it has passed probation and waits for the rest of its atomic set.
         work: the effect being carried out.
         log: the instance's last lines, for the next report of a failure.
         progress_at: when a download's progress was last said.
@@ -40,7 +39,6 @@ class Flight:
 
     change: Change
     superseded: bool = False
-    well: Outcome | None = None
     work: asyncio.Task[Outcome] | None = None
     log: tuple[str, ...] = ()
     progress_at: float = 0.0
@@ -49,11 +47,16 @@ class Flight:
 
 @dataclass(slots=True)
 class Standing:
-    """Everything that is wanted, committed and under way; by instance."""
+    """Everything that is wanted, committed, under way, and failed for good; by instance.
+
+    Attributes:
+        failed: (instance, key, attempt) of what was tried and failed.
+    """
 
     assignment: Assignment | None = None
     committed: dict[str, Committed] = field(default_factory=dict)
     flights: dict[str, Flight] = field(default_factory=dict)
+    failed: set[tuple[str, str, int]] = field(default_factory=set)
 
     def wanted(self) -> dict[str, Item]:
         """The desired items by instance."""
@@ -63,6 +66,11 @@ class Standing:
         """Whether what is wanted under this name is what is committed."""
         item, have = self.wanted().get(instance), self.committed.get(instance)
         return item is not None and have is not None and item_key(have.item) == item_key(item)
+
+    def has_failed(self, instance: str) -> bool:
+        """Whether what is wanted under this name was tried and failed."""
+        item = self.wanted().get(instance)
+        return item is not None and (instance, item_key(item), item.attempt) in self.failed
 
     def all_committed(self) -> bool:
         """Whether the board is exactly as wanted."""

@@ -92,8 +92,17 @@ class Instance:
 
     # What the agent asks for.
 
-    async def start(self, run: ipc.Run, image_fd: int, secrets_fd: int = -1) -> tuple[int | None, int]:
+    async def start(
+        self,
+        run: ipc.Run,
+        image_fd: int,
+        secrets_fd: int = -1,
+        *,
+        ready: Callable[[], Awaitable[None]] | None = None,
+    ) -> tuple[int | None, int]:
         """Run this generation; (the one replaced, milliseconds of the handover). The descriptors become this object's.
+
+        `ready` is awaited when it could take over, and may raise `StartError` still.
 
         Raises:
             StartError: nothing changed.
@@ -101,6 +110,8 @@ class Instance:
         new = Generation(run, image_fd, secrets_fd)
         try:
             await self._prepare(new)
+            if ready is not None:
+                await ready()
             began = time.monotonic()
             await self._carry(self.current, new)
         except BaseException:

@@ -68,10 +68,14 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     Where another generation of the instance runs, this is a swap by the trigger's rules: the new one is started beside
     it, checked, and handed the listener and the connections; the old one is kept warm until `Commit` or `Revert`.
     Answered with `Started` when it takes calls, or with `Failed`: then the old one still answers.
+
+    Attributes:
+        together: instances that are started too, naming this one: none takes over before all can.
     """
 
     id: int
     run: Run
+    together: tuple[str, ...] = ()
 
 
 class Entrust(msgspec.Struct, frozen=True, kw_only=True, tag="entrust"):

@@ -32,6 +32,7 @@ from agent.host.generation import StartError
 from agent.host.handle import LaneGoneError
 from agent.host.instance import Instance
 from agent.host.listeners import BACKLOG, Listeners
+from agent.host.muster import Muster
 from agent.host.nursery import Nursery
 from agent.host.uids import Uids
 from fleet.protocol.codes import InstanceState, RejectCode
@@ -124,6 +125,7 @@ class Supervisor:
         self._deaths = Deaths(settings.state / "deaths.json")
         self._uids = Uids(settings.state / "uids.json")
         self._nursery = Nursery()
+        self._muster = Muster()
         self._front: Front | None = None
         self._instances: dict[str, Instance] = {}
         self._entrusted = Entrusted()
@@ -390,7 +392,7 @@ class Supervisor:
                 previous = None if instance.previous is None else instance.previous.number
                 return ipc.Started(id=request.id, instance=run.instance, generation=run.generation, replaced=previous)
             try:
-                replaced, swap_ms = await self._begin(instance, run, fd)
+                replaced, swap_ms = await self._begin(instance, run, fd, request.together)
             finally:
                 if instance.current is None:
                     self._instances.pop(run.instance, None)
@@ -398,13 +400,19 @@ class Supervisor:
             id=request.id, instance=run.instance, generation=run.generation, replaced=replaced, swap_ms=swap_ms
         )
 
-    async def _begin(self, instance: Instance, run: ipc.Run, fd: int) -> tuple[int | None, int]:
+    async def _begin(
+        self, instance: Instance, run: ipc.Run, fd: int, together: tuple[str, ...]
+    ) -> tuple[int | None, int]:
         try:
             secrets_fd = self._entrusted.take(run)
         except StartError:
             os.close(fd)
             raise
-        return await instance.start(run, fd, secrets_fd)
+        if not together:
+            return await instance.start(run, fd, secrets_fd)
+        async with self._muster.joined(run.instance, together) as place:
+            longest_s = run.limits.start_ms / 1000
+            return await instance.start(run, fd, secrets_fd, ready=lambda: place.ready(longest_s))
 
     def _after(self, name: str) -> Iterable[Instance]:
         """The instances there are, in the order of their names, from the one after `name` on."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+import msgspec
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from fleet.cli import complete, out
@@ -209,20 +210,39 @@ def publish(
 
 @command(
     "deploy",
-    examples="fleet deploy hello@1.4.0 --group edge-eu\nfleet deploy acme/hello@1.4.0 --group edge-eu --as hello-blue",
+    examples="fleet deploy hello@1.4.0 --group edge-eu\n"
+    "fleet deploy acme/hello@1.4.0 --group edge-eu --as hello-blue\n"
+    "fleet deploy front@2.0.0 back@2.0.0 --group edge-eu --atomic",
 )
-@click.argument("target", metavar="NAME@VERSION")
+@click.argument("targets", metavar="NAME@VERSION...", nargs=-1, required=True)
 @_deploy_options
-def deploy(options: Options, *, target: str, **how: Any) -> Exit:
-    """Offer a published component to a group or a board, and follow until that is decided."""
+@click.option("--atomic", is_flag=True, help="Several components as one: each board swaps all of them, or none")
+def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, **how: Any) -> Exit:
+    """Offer a published component to a group or a board, and follow until that is decided.
+
+    With --atomic several: every board swaps all of them as one, watches them as one, and goes back with all when one of
+    them does worse than before.
+    """
     _check_where(how)
+    _check_set(targets, how, atomic=atomic)
     who = operator(options)
     try:
-        name = TargetName.parse(target, namespace=who.namespace)
+        first, *others = (TargetName.parse(target, namespace=who.namespace) for target in targets)
     except BadNameError as error:
         raise Fault(str(error)) from None
+    also = tuple(api.Companion(instance=name.name, target=name.path) for name in others)
     with who.client() as client:
-        return _deploy(client, name, how, options)
+        return _deploy(client, first, how, options, also=also)
+
+
+def _check_set(targets: tuple[str, ...], how: dict[str, Any], *, atomic: bool) -> None:
+    """Raises `click.UsageError`."""
+    if len(targets) == 1:
+        return
+    if not atomic:
+        raise click.UsageError("Name one component, or say --atomic for several that are swapped as one.")
+    if how["instance"] or how["config"] or how["port"] is not None:
+        raise click.UsageError("--as, --config and --port are for one component: give them in a deploy of its own.")
 
 
 def _publish(who: Operator, client: Client, prepared: Prepared, options: Options) -> Publication:
@@ -250,8 +270,10 @@ def _upload_bar(prepared: Prepared, options: Options) -> Iterator[Callable[[int]
         yield lambda count: progress.advance(task, count)
 
 
-def _deploy(client: Client, target: TargetName, how: dict[str, Any], options: Options) -> Exit:
-    request = _request(target.name, target.path, how)
+def _deploy(
+    client: Client, target: TargetName, how: dict[str, Any], options: Options, *, also: tuple[api.Companion, ...] = ()
+) -> Exit:
+    request = msgspec.structs.replace(_request(target.name, target.path, how), also=also)
     view = client.pin(request.device, request) if request.device else client.deploy(request)
     return finish(client, view, options, detach=how["detach"])
 

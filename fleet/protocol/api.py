@@ -327,6 +327,13 @@ class RoleReply(View, frozen=True, kw_only=True):
     timestamp: int
 
 
+class Companion(Body, frozen=True, kw_only=True):
+    """An instance that is swapped together with the one a rollout is about; what is left open stays as it was."""
+
+    instance: str
+    target: str
+
+
 class RolloutRequest(Body, frozen=True, kw_only=True):
     """Offer a change to a group or to one board.
 
@@ -340,10 +347,12 @@ class RolloutRequest(Body, frozen=True, kw_only=True):
         soak_s: how long a wave must have been well before the next.
         failures: boards of the offered waves that may fail before the rollout halts.
         timeout_s: how long a board may take after it acknowledged.
+        also: further instances of an atomic set: every board swaps all of them or none.
     """
 
     instance: str
     target: str | None = None
+    also: tuple[Companion, ...] = ()
     group: str = ""
     device: str = ""
     waves: str = "1, 100%"
@@ -429,6 +438,7 @@ class RolloutView(View, frozen=True, kw_only=True):
         target: what is offered, empty for a removal; `previous` is the group's settled target before, empty for none.
         reason: why it halted, or waits; a sentence, empty while all is well.
         undoes: the id of the rollout that this one takes back, empty for none.
+        together: of an atomic set, the numbers of all its rollouts; they are decided as one.
     """
 
     id: str
@@ -448,6 +458,7 @@ class RolloutView(View, frozen=True, kw_only=True):
     note: str = ""
     by: str = ""
     undoes: str = ""
+    together: tuple[int, ...] = ()
     created_at: datetime
     ended_at: datetime | None = None
 

@@ -5,7 +5,7 @@ instance and scope; the older one's boards keep what they were offered until the
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fleet.rollout.model import Value
 
@@ -95,6 +95,6 @@ def conflicts(groups: Iterable[Group]) -> tuple[Conflict, ...]:
                 decided[instance] = (group, held.value)
                 continue
             winner, wanted = decided[instance]
-            if winner.priority == group.priority and replace(wanted, attempt=0) != replace(held.value, attempt=0):
+            if winner.priority == group.priority and not wanted.same(held.value):
                 found.append(Conflict(instance, winner.name, group.name))
     return tuple(found)

@@ -4,7 +4,7 @@ Nothing here knows of a clock, a database or a message; times are seconds on wha
 decision over this data (`decide`, `effective`, `judge`, `plan`) is a pure function of it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -50,6 +50,7 @@ class Value:
         share_lane: whether it may share a lane with other instances of its publisher.
         keep_data: of an absent instance, whether its data stays on the board.
         attempt: raised to make a board try again what failed there.
+        atomic: the word that it shares with what is swapped together with it; empty for what is swapped alone.
     """
 
     target: str | None
@@ -59,6 +60,11 @@ class Value:
     keep_data: bool = False
     attempt: int = 0
     share_lane: bool = False
+    atomic: str = ""
+
+    def same(self, other: "Value") -> bool:
+        """Whether a board would run the same by both."""
+        return replace(self, attempt=0, atomic="") == replace(other, attempt=0, atomic="")
 
 
 @dataclass(frozen=True, slots=True)

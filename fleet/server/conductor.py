@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Final, assert_never
 
+from fleet.rollout import together
 from fleet.rollout.decide import Action, Complete, Expire, Halt, Offer, Wait, decide
 from fleet.rollout.judge import confirm
 from fleet.rollout.model import OPEN, Outcome, Rollout, State
@@ -81,10 +82,16 @@ class Conductor:
             row = self._store.rollouts.get(str(number))
             if row is None or row.state not in OPEN:
                 return
-            actions = decide(_model(row), self._store.rollouts.standing(number), self._now())
-            if not await self._carry_out(row, actions):
+            members = self._open_set(row)
+            if members[0].number != number:
+                return  # the first of a set leads it
+            standing = together.merge([self._store.rollouts.standing(each.number) for each in members])
+            if not await self._carry_out(row, decide(_model(row), standing, self._now())):
                 return
         log.error("rollout %s does not come to rest", number)
+
+    def _open_set(self, row: RolloutRow) -> list[RolloutRow]:
+        return [each for each in self._store.rollouts.together(row) if each.state in OPEN]
 
     async def _carry_out(self, row: RolloutRow, actions: Iterable[Action]) -> bool:
         """Carry out actions; false when the rollout waits now."""
@@ -118,46 +125,53 @@ class Conductor:
         now = self._store.rollouts.get(row.id)
         if now is None or now.state is not State.RUNNING:
             return  # an operator was quicker
-        self._store.rollouts.offer(row.number, wave, now=self._now())
+        with self._store.atomic():  # a board is never asked for a part of a set
+            for each in self._open_set(now):
+                self._store.rollouts.offer(each.number, wave, now=self._now())
         self._watch.changed()
         self.touch(devices)
         await self._settle_dirty()
 
     def _note_previous(self, row: RolloutRow, device: str) -> None:
         board = self._store.devices.get(device)
-        held = None if board is None else self._director.effective(board).get(row.instance)
-        self._store.rollouts.set_previous(row.number, device, "" if held is None else held.value.target or "")
+        held = {} if board is None else self._director.effective(board)
+        for each in self._open_set(row):
+            before = held.get(each.instance)
+            self._store.rollouts.set_previous(each.number, device, (before and before.value.target) or "")
 
     def _expire(self, row: RolloutRow, device: str, message: str) -> None:
-        found = self._store.rollouts.board(row.number, device)
-        if found is not None:
-            board, extra = found
-            late = replace(board, outcome=Outcome.FAILED, message=message, ended_at=self._now())
-            self._store.rollouts.set_board(row.number, late, extra)
+        for each in self._open_set(row):
+            found = self._store.rollouts.board(each.number, device)
+            if found is not None and found[0].outcome is Outcome.IN_PROGRESS:
+                board, extra = found
+                late = replace(board, outcome=Outcome.FAILED, message=message, ended_at=self._now())
+                self._store.rollouts.set_board(each.number, late, extra)
 
     def end(self, row: RolloutRow, state: State, reason: str) -> None:
-        """End a rollout without its aim: its boards are offered what they had before."""
+        """End a rollout, and its whole set, without its aim: its boards are offered what they had before."""
         log.warning("rollout %s %s: %s", row.number, state, reason)
         with self._store.atomic():
-            self._store.rollouts.set_state(row.number, state, reason=reason, now=self._now())
-            self._store.access.audit(
-                actor="server", act=f"rollout-{state}", subject=row.id, detail=reason, now=self._now()
-            )
+            for each in self._open_set(row):
+                self._store.rollouts.set_state(each.number, state, reason=reason, now=self._now())
+                self._store.access.audit(
+                    actor="server", act=f"rollout-{state}", subject=each.id, detail=reason, now=self._now()
+                )
         self._touch_scope(row)
 
     def _complete(self, row: RolloutRow) -> None:
         log.info("rollout %s succeeded", row.number)
         with self._store.atomic():
-            self._store.rollouts.settle(
-                group=row.group,
-                device=row.device,
-                instance=row.instance,
-                value=row.value,
-                rollout=row.id,
-                now=self._now(),
-            )
-            self._store.rollouts.set_state(row.number, State.SUCCEEDED, now=self._now())
-            self._store.access.audit(actor="server", act="rollout-succeeded", subject=row.id, now=self._now())
+            for each in self._open_set(row):
+                self._store.rollouts.settle(
+                    group=each.group,
+                    device=each.device,
+                    instance=each.instance,
+                    value=each.value,
+                    rollout=each.id,
+                    now=self._now(),
+                )
+                self._store.rollouts.set_state(each.number, State.SUCCEEDED, now=self._now())
+                self._store.access.audit(actor="server", act="rollout-succeeded", subject=each.id, now=self._now())
         self._touch_scope(row)
 
     def _touch_scope(self, row: RolloutRow) -> None:
@@ -168,7 +182,8 @@ class Conductor:
 
     def _wait(self, row: RolloutRow, reason: str, until: float | None) -> None:
         if row.state is State.RUNNING:
-            self._store.rollouts.set_reason(row.number, reason)
+            for each in self._open_set(row):
+                self._store.rollouts.set_reason(each.number, reason)
         if until is not None:
             self._next = until if self._next is None else min(self._next, until)
 

@@ -183,6 +183,7 @@ class Director:
                     share_lane=each.value.share_lane,
                     attempt=max(each.value.attempt, attempts.get(instance, 0)),
                     rollout=each.rollout,
+                    atomic=each.value.atomic,
                 )
             )
         epoch = datetime.fromtimestamp(0, self._clock().tzinfo)

@@ -5,8 +5,11 @@ Deploy, removal, pin, undo and retry all end in a rollout or a raised attempt; n
 
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from typing import Final
+
+import msgspec
 
 from fleet.protocol import caps, names
 from fleet.protocol.api import Excluded, Preflight, RemovalRequest, RolloutRequest, UndoRequest
@@ -48,7 +51,23 @@ class Planner:
             Refusal, BadNameError: what is asked cannot be meant, or contradicts what is.
         """
         value, group = self._check(request)
-        return self._begin(request, value, group, by=by)
+        if not request.also:
+            return self._begin(request, value, group, by=by)
+        return self._begin_set([(request, value), *self._companions(request)], group, by=by)
+
+    def _companions(self, request: RolloutRequest) -> list[tuple[RolloutRequest, Value]]:
+        """The other members of a set, each checked like the first."""
+        found = []
+        seen = {request.instance}
+        for each in request.also:
+            if each.instance in seen:
+                raise Refusal(400, "bad-request", f"{each.instance} is named twice in one set")
+            seen.add(each.instance)
+            asked = msgspec.structs.replace(
+                request, instance=each.instance, target=each.target, also=(), config=None, port=None, grants=None
+            )
+            found.append((asked, self._check(asked)[0]))
+        return found
 
     def preflight(self, request: RolloutRequest) -> Preflight:
         """What a rollout would do, without doing it; raises as `deploy`."""
@@ -172,10 +191,43 @@ class Planner:
         online = {row.id: row.online for row in rows if not row.revoked and row.id not in left_out}
         return waves.order(online), left_out
 
-    def _begin(
-        self, request: RolloutRequest, value: Value, group: GroupRow | None, *, by: str, undoes: str = ""
+    def _begin_set(
+        self,
+        members: list[tuple[RolloutRequest, Value]],
+        group: GroupRow | None,
+        *,
+        by: str,
+        undoes: tuple[str, ...] = (),
     ) -> RolloutRow:
-        devices, left_out = self._boards(request, group, value)
+        """Begin the rollouts of an atomic set; the first of them, which leads it.
+
+        A board that cannot run one of the members is left out of all.
+        """
+        word = f"s{secrets.token_hex(6)}"
+        left_out: dict[str, str] = {}
+        for request, value in members:
+            left_out |= self._boards(request, group, value)[1]
+        taken_back = undoes or ("",) * len(members)
+        with self._store.atomic():
+            rows = [
+                self._begin(request, replace(value, atomic=word), group, by=by, undoes=past, left_out=left_out)
+                for (request, value), past in zip(members, taken_back, strict=True)
+            ]
+        return rows[0]
+
+    def _begin(
+        self,
+        request: RolloutRequest,
+        value: Value,
+        group: GroupRow | None,
+        *,
+        by: str,
+        undoes: str = "",
+        left_out: dict[str, str] | None = None,
+    ) -> RolloutRow:
+        devices, unfit_here = self._boards(request, group, value)
+        left_out = unfit_here if left_out is None else left_out
+        devices = tuple(device for device in devices if device not in left_out)
         sizes = waves.sizes(waves.parse(request.waves), len(devices))
         now = self._clock().timestamp()
         boards = [
@@ -189,9 +241,14 @@ class Planner:
             ),
         ]
         with self._store.atomic():
-            superseded = self._store.rollouts.open_on(
-                group=request.group, device=request.device, instance=request.instance
-            )
+            superseded = [
+                each
+                for old in self._store.rollouts.open_on(
+                    group=request.group, device=request.device, instance=request.instance
+                )
+                for each in self._store.rollouts.together(old)
+                if each.state in OPEN
+            ]
             row = self._store.rollouts.create(
                 id=f"r{secrets.token_hex(6)}",
                 group=request.group,
@@ -261,23 +318,31 @@ class Planner:
             Refusal: no such rollout, or nothing to take back.
         """
         past = self._past(request)
+        group = self._scope(past.group, past.device)
+        members = self._store.rollouts.together(past)
+        asked = [self._taken_back(each, request.waves) for each in members]
+        if len(members) == 1:
+            return self._begin(*asked[0], group, by=by, undoes=past.id)
+        return self._begin_set(asked, group, by=by, undoes=tuple(each.id for each in members))
+
+    def _taken_back(self, past: RolloutRow, sizes: str) -> tuple[RolloutRequest, Value]:
+        """What is asked for when a rollout is taken back; raises as `undo`."""
         try:
-            value = history.target_of(_past(past))
-            waves.parse(request.waves)
+            value = replace(history.target_of(_past(past)), atomic="")
+            waves.parse(sizes)
         except (history.NothingToUndoError, waves.BadWavesError) as error:
             raise Refusal(409, "nothing-to-undo", str(error)) from error
         if value.target is not None and self._repository.release(value.target) is None:
             raise Refusal(409, "revoked", f"{value.target} is not published any more", action="deploy another version")
-        group = self._scope(past.group, past.device)
         asked = RolloutRequest(
             instance=past.instance,
             target=value.target,
             group=past.group,
             device=past.device,
-            waves=request.waves if past.group else "100%",
+            waves=sizes if past.group else "100%",
             timeout_s=int(past.timeout_s),
         )
-        return self._begin(asked, value, group, by=by, undoes=past.id)
+        return asked, value
 
     def _past(self, request: UndoRequest) -> RolloutRow:
         if request.rollout:
@@ -351,7 +416,9 @@ class Planner:
         state = State.PAUSED if verb == "pause" else State.RUNNING
         if state is not row.state:
             reason = f"paused by {by}" if state is State.PAUSED else ""
-            self._store.rollouts.set_state(row.number, state, reason=reason)
+            for each in self._store.rollouts.together(row):
+                if each.state in OPEN:
+                    self._store.rollouts.set_state(each.number, state, reason=reason)
         self._conductor.wake()
 
 

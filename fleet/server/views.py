@@ -168,6 +168,7 @@ class Views:
             note=row.note,
             by=row.by,
             undoes=row.undoes,
+            together=tuple(each.number for each in self._store.rollouts.together(row)) if row.value.atomic else (),
             created_at=utc(row.created_at),
             ended_at=utc_or_none(row.ended_at),
         )

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from fleet.protocol import caps
 from fleet.rollout.model import OPEN, Board, Outcome, State, Value
 from fleet.store.database import Database, text
 from fleet.store.rows import Extra, RolloutRow, SettledRow, read
@@ -88,6 +89,18 @@ class Rollouts:
             "ORDER BY number"
         )
         return [read(RolloutRow, row) for row in self._db.rows(sql, *_OPEN, group, device, instance)]
+
+    def together(self, row: RolloutRow) -> list[RolloutRow]:
+        """The rollouts of an atomic set, by one of them, oldest first; of none, itself alone."""
+        if not row.value.atomic:
+            return [row]
+        sql = (
+            "SELECT * FROM rollouts WHERE number BETWEEN ? AND ? AND json_extract(value, '$.atomic') = ? "
+            "ORDER BY number"
+        )
+        span = caps.ITEMS_MAX
+        found = self._db.rows(sql, row.number - span, row.number + span, row.value.atomic)
+        return [read(RolloutRow, each) for each in found]
 
     def newest(self, limit: int, *, group: str | None = None) -> list[RolloutRow]:
         """The newest first, of one group or of all."""
