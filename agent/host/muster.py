@@ -20,9 +20,15 @@ class _Meeting:
     """One set that is being swapped."""
 
     def __init__(self) -> None:
+        self.met: set[str] = set()
         self.ready: set[str] = set()
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.inside = 0
+
+    def fail(self, instance: str) -> None:
+        """This one failed: whoever waits here hears of it, and that may be nobody."""
+        self.over.set_exception(StartError(RejectCode.SET_FAILED, instance))
+        self.over.exception()
 
 
 class Muster:
@@ -30,27 +36,28 @@ class Muster:
 
     def __init__(self) -> None:
         self._meetings: dict[frozenset[str], _Meeting] = {}
-        self._failed: dict[frozenset[str], str] = {}  # who failed, for those that come after
+        self._untold: dict[frozenset[str], tuple[str, set[str]]] = {}  # who failed, and who has not come yet to hear it
 
     @asynccontextmanager
     async def joined(self, instance: str, together: tuple[str, ...]) -> AsyncIterator["Place"]:
         """Begin a start that is one of a set; an exception in here is the whole set's, as long as it waits."""
         members = frozenset({instance, *together})
-        if self._failed.get(members) == instance:
-            del self._failed[members]  # tried again
-        meeting = self._meetings.setdefault(members, _Meeting())
-        if (failed := self._failed.get(members)) is not None and not meeting.over.done():
-            meeting.over.set_exception(StartError(RejectCode.SET_FAILED, failed))
-            meeting.over.exception()
+        meeting = self._meetings.get(members)
+        if meeting is None or meeting.over.done():
+            meeting = self._meetings[members] = _Meeting()
+        failed, untold = self._untold.get(members, ("", set()))
+        if instance in untold:
+            untold.discard(instance)
+            meeting.fail(failed)
+        meeting.met.add(instance)
         meeting.inside += 1
         try:
             yield Place(meeting, instance, members)
         except BaseException:
             if not meeting.over.done():
-                meeting.over.set_exception(StartError(RejectCode.SET_FAILED, instance))
-                meeting.over.exception()  # heard of by whoever waits, and that may be nobody
-                self._failed[members] = instance
-                asyncio.get_running_loop().call_later(_REMEMBERED_S, self._failed.pop, members, None)
+                meeting.fail(instance)
+                self._untold[members] = (instance, set(members - meeting.met))
+                asyncio.get_running_loop().call_later(_REMEMBERED_S, self._untold.pop, members, None)
             raise
         finally:
             meeting.inside -= 1

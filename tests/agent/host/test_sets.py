@@ -57,5 +57,5 @@ def test_when_one_cannot_start_the_other_is_not_swapped_in_whoever_comes_first(p
     assert generations(pair) == {"front": 1, "back": 1}
     assert support.http(pair.port, "GET /front/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
     # Corrected, both go.
-    numbers = [send(pair, "hello", support.a_run(name, 3), others[name]) for name in ("back", "front")]
+    numbers = [send(pair, "hello", support.a_run(name, 3), others[name]) for name in order]
     assert [type(answer) for answer in answers(pair, *numbers)] == [ipc.Started, ipc.Started]
