@@ -230,7 +230,9 @@ def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, **how: A
         first, *others = (TargetName.parse(target, namespace=who.namespace) for target in targets)
     except BadNameError as error:
         raise Fault(str(error)) from None
-    also = tuple(api.Companion(instance=name.name, target=name.path) for name in others)
+    also = {name.name: name.path for name in others}
+    if len({first.name, *also}) < len(targets):
+        raise click.UsageError("Name each component of a set once.")
     with who.client() as client:
         return _deploy(client, first, how, options, also=also)
 
@@ -271,9 +273,9 @@ def _upload_bar(prepared: Prepared, options: Options) -> Iterator[Callable[[int]
 
 
 def _deploy(
-    client: Client, target: TargetName, how: dict[str, Any], options: Options, *, also: tuple[api.Companion, ...] = ()
+    client: Client, target: TargetName, how: dict[str, Any], options: Options, *, also: dict[str, str] | None = None
 ) -> Exit:
-    request = msgspec.structs.replace(_request(target.name, target.path, how), also=also)
+    request = msgspec.structs.replace(_request(target.name, target.path, how), also=also or {})
     view = client.pin(request.device, request) if request.device else client.deploy(request)
     return finish(client, view, options, detach=how["detach"])
 

@@ -327,13 +327,6 @@ class RoleReply(View, frozen=True, kw_only=True):
     timestamp: int
 
 
-class Companion(Body, frozen=True, kw_only=True):
-    """An instance that is swapped together with the one a rollout is about; what is left open stays as it was."""
-
-    instance: str
-    target: str
-
-
 class RolloutRequest(Body, frozen=True, kw_only=True):
     """Offer a change to a group or to one board.
 
@@ -347,12 +340,12 @@ class RolloutRequest(Body, frozen=True, kw_only=True):
         soak_s: how long a wave must have been well before the next.
         failures: boards of the offered waves that may fail before the rollout halts.
         timeout_s: how long a board may take after it acknowledged.
-        also: further instances of an atomic set: every board swaps all of them or none.
+        also: of an atomic set, the further instances with their targets: every board swaps all of them or none.
     """
 
     instance: str
     target: str | None = None
-    also: tuple[Companion, ...] = ()
+    also: dict[str, str] = {}
     group: str = ""
     device: str = ""
     waves: str = "1, 100%"

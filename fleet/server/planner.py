@@ -58,13 +58,11 @@ class Planner:
     def _companions(self, request: RolloutRequest) -> list[tuple[RolloutRequest, Value]]:
         """The other members of a set, each checked like the first."""
         found = []
-        seen = {request.instance}
-        for each in request.also:
-            if each.instance in seen:
-                raise Refusal(400, "bad-request", f"{each.instance} is named twice in one set")
-            seen.add(each.instance)
+        for instance, target in request.also.items():
+            if instance == request.instance:
+                raise Refusal(400, "bad-request", f"{instance} is named twice in one set")
             asked = msgspec.structs.replace(
-                request, instance=each.instance, target=each.target, also=(), config=None, port=None, grants=None
+                request, instance=instance, target=target, also={}, config=None, port=None, grants=None
             )
             found.append((asked, self._check(asked)[0]))
         return found

@@ -13,7 +13,7 @@ def deploy_both(fleet, target, **more):
     request = api.RolloutRequest(
         instance="front",
         target=target,
-        also=(api.Companion(instance="back", target=target),),
+        also={"back": target},
         group="edge",
         **more,
     )
@@ -105,9 +105,7 @@ def test_a_set_that_names_an_instance_twice_is_refused(new_fleet, broker):
         async with new_fleet(broker) as fleet:
             await fleet.board("a")
             target = await fleet.operator.publish("1.0.0")
-            request = api.RolloutRequest(
-                instance="hello", target=target, also=(api.Companion(instance="hello", target=target),), group="edge"
-            )
+            request = api.RolloutRequest(instance="hello", target=target, also={"hello": target}, group="edge")
             problem = await fleet.operator.problem("POST", "/v1/rollouts", request)
             assert "hello is named twice" in problem.title
 
