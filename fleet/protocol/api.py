@@ -340,12 +340,11 @@ class RolloutRequest(Body, frozen=True, kw_only=True):
         soak_s: how long a wave must have been well before the next.
         failures: boards of the offered waves that may fail before the rollout halts.
         timeout_s: how long a board may take after it acknowledged.
-        also: of an atomic set, the further instances with their targets: every board swaps all of them or none.
     """
 
     instance: str
     target: str | None = None
-    also: dict[str, str] = {}
+    also: dict[str, str] = {}  # of an atomic set: its further instances, with their targets
     group: str = ""
     device: str = ""
     waves: str = "1, 100%"
@@ -431,7 +430,6 @@ class RolloutView(View, frozen=True, kw_only=True):
         target: what is offered, empty for a removal; `previous` is the group's settled target before, empty for none.
         reason: why it halted, or waits; a sentence, empty while all is well.
         undoes: the id of the rollout that this one takes back, empty for none.
-        together: of an atomic set, the numbers of all its rollouts; they are decided as one.
     """
 
     id: str
@@ -451,7 +449,7 @@ class RolloutView(View, frozen=True, kw_only=True):
     note: str = ""
     by: str = ""
     undoes: str = ""
-    together: tuple[int, ...] = ()
+    together: tuple[int, ...] = ()  # of an atomic set: the numbers of its rollouts, which are decided as one
     created_at: datetime
     ended_at: datetime | None = None
 
