@@ -37,8 +37,9 @@ test-unit: $(STAMP) ## the quick tests only
 test-root: $(STAMP) ## tests of the walls that only root can build
 	$(BIN)/python -m pytest -m root
 
-fuzz: $(STAMP) ## everything that reads strangers' bytes, tried with FUZZ (20) times as many mutants as in the tests
-	FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest -m "not root and not board and not bench and not density" -k fuzz --timeout 3600
+fuzz: $(STAMP) ## throw bytes at all that reads strangers' (FUZZ: times the mutants of HTTP; RUNS: of each parser; HARNESS: only that)
+	$(if $(HARNESS),,FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest tests/agent -m "not root and not board and not bench and not density" -k fuzz --timeout 3600)
+	$(BIN)/python -m tests.fuzz.run $(HARNESS) $(if $(RUNS),--runs $(RUNS))
 
 test-density: $(STAMP) ## three thousand idle instances on one host, in a gibibyte (root)
 	$(BIN)/python -m pytest tests/agent/host/test_density.py -m density -s
@@ -68,7 +69,7 @@ test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them
 	$(BIN)/python -m pytest tests/boards -m board --numprocesses=2 --dist=loadscope -s -v
 
 clean: ## remove what was built
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
 
 .PHONY: help install demo check test test-unit test-root test-density fuzz bench conformance clean \
 	packages release riscv64-wheel wasmtime-serve test-boards

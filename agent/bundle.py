@@ -108,7 +108,7 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def _check_head(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> None:
     try:
         head = msgspec.json.decode(_read(tar, members[bundle.HEAD]), type=_Head)
-    except (KeyError, msgspec.MsgspecError) as error:
+    except (KeyError, *wire.JSON_ERRORS) as error:
         raise BundleError("not a bundle: 'fleet bundle create' makes one") from error
     if head.v != bundle.VERSION:
         raise BundleError(f"the bundle has layout {head.v}, this agent reads {bundle.VERSION}: upgrade it")

@@ -224,7 +224,7 @@ class _Problem(msgspec.Struct):
 def _refusal(error: FetchError, token: Token) -> str:
     if error.code is RejectCode.NOT_FOUND:
         return f"{token.url} has no enrolment: is the token's address right?"
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(*wire.JSON_ERRORS):
         said = msgspec.json.decode(error.body, type=_Problem)
         if said.title or said.detail:
             return ": ".join(filter(None, (said.title, said.detail))) + (f" ({said.action})" if said.action else "")
@@ -337,7 +337,7 @@ def wants_renewal(error: FetchError) -> bool:
     """Whether the server refused this board's certificate for what a new one mends."""
     if error.status != http.client.FORBIDDEN:
         return False
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(*wire.JSON_ERRORS):
         return msgspec.json.decode(error.body, type=_Problem).type in {EXPIRED, OUTDATED}
     return False
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import msgspec
 
+from fleet.protocol import wire
+
 
 class IdentityError(Exception):
     """The board is not enrolled, or its identity is damaged; the message says what to do."""
@@ -47,5 +49,5 @@ def load(directory: Path) -> Identity:
         ) from error
     except OSError as error:
         raise IdentityError(f"cannot read {path}: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
+    except wire.JSON_ERRORS as error:
         raise IdentityError(f"{path} is damaged ({error}): enrol anew with 'fleet-agent enroll --force'") from error

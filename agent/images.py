@@ -151,7 +151,7 @@ class Images:
                 raise ImageError(RejectCode.NO_ENGINE, f"no engine on this board: {_last_line(err) or f'exit {code}'}")
             try:
                 self._engines[fuel] = Engine(msgspec.json.decode(out, type=dict[str, Any]))
-            except msgspec.MsgspecError as error:
+            except wire.JSON_ERRORS as error:
                 raise ImageError(RejectCode.NO_ENGINE, f"the compiler does not describe itself: {error}") from error
         return self._engines[fuel]
 
@@ -256,7 +256,7 @@ class Images:
             descriptor, found = _seal(image, note.length)
         except FileNotFoundError as error:
             raise ImageError(RejectCode.NOT_FOUND, "there is no image of this component for this engine") from error
-        except (msgspec.MsgspecError, OSError) as error:
+        except (OSError, *wire.JSON_ERRORS) as error:
             raise self._damaged(name, artifact, f"the image cannot be read: {error}") from error
         sound = (
             hmac.compare_digest(self._mac(note), note.mac)
@@ -358,7 +358,7 @@ def _last_line(err: bytes) -> str:
     lines = [line for line in err.decode(errors="replace").splitlines() if line.strip()]
     if not lines:
         return ""
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(*wire.JSON_ERRORS):
         said = msgspec.json.decode(lines[-1], type=_CompilerSaid)
         return said.message or said.error or said.code
     return lines[-1][:500]
@@ -372,6 +372,6 @@ def _compiler_failed(status: int, err: bytes) -> ImageError:
     code = RejectCode.COMPILE_FAILED
     lines = err.decode(errors="replace").strip().splitlines()
     if lines:
-        with contextlib.suppress(msgspec.MsgspecError, ValueError):
+        with contextlib.suppress(*wire.JSON_ERRORS, ValueError):
             code = RejectCode(msgspec.json.decode(lines[-1], type=_CompilerSaid).code)
     return ImageError(code, line or f"the compiler ended with exit code {status}")

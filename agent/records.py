@@ -77,11 +77,14 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
         """Read what `encode` of this or another version made: an unknown phase rolls back, unknown fields are left.
 
         Raises:
-            msgspec.MsgspecError: damaged.
+            msgspec.DecodeError: damaged, in whichever way.
         """
-        raw: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
-        raw["state"]["phase"] = phase_of(str(raw["state"].get("phase", ""))).value
-        return msgspec.convert(raw, cls)
+        try:
+            raw: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
+            raw["state"]["phase"] = phase_of(str(raw["state"].get("phase", ""))).value
+            return msgspec.convert(raw, cls)
+        except (KeyError, TypeError, AttributeError, *wire.JSON_ERRORS) as error:
+            raise msgspec.DecodeError(f"{type(error).__name__}: {error}") from error
 
 
 class FailedItem(msgspec.Struct, frozen=True, kw_only=True):

@@ -60,7 +60,7 @@ def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:
     """
     try:
         runset = msgspec.json.decode(path.read_bytes(), type=_Runset)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *wire.JSON_ERRORS) as error:
         raise RunsetError(f"cannot read {path}: {error}") from error
     if not hmac.compare_digest(_mac(runset, key), runset.mac):
         raise RunsetError(f"{path} was changed: its MAC does not hold")

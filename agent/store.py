@@ -188,7 +188,7 @@ class Store:
         try:
             rows = self._db.execute("SELECT body FROM committed ORDER BY instance").fetchall()
             return tuple(msgspec.json.decode(body, type=Committed) for (body,) in rows)
-        except (sqlite3.Error, msgspec.MsgspecError) as error:
+        except (sqlite3.Error, *wire.JSON_ERRORS) as error:
             raise StoreError(f"{self._path} is damaged: {error}") from error
 
     def failed(self) -> tuple[FailedItem, ...]:

@@ -65,7 +65,10 @@ def renew_now(places: Places, https: Https, who: Identity) -> None:
         headers={"Content-Type": "application/json"},
         max_bytes=caps.API_BODY_MAX_BYTES,
     )
-    reply = msgspec.json.decode(answer, type=RenewReply)
+    try:
+        reply = msgspec.json.decode(answer, type=RenewReply)
+    except wire.JSON_ERRORS as error:
+        raise enroll.EnrolError(f"the server's answer to the renewal is not understood: {error}") from error
     enroll.install_certificate(places.identity, reply.certificate_pem)
 
 

@@ -22,7 +22,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 import msgspec
 
-from fleet.protocol import api
+from fleet.protocol import api, wire
 from fleet.protocol.authority import CaView, IssuingRequest
 from fleet.protocol.history import History
 from fleet.protocol.people import OperatorReply, OperatorRequest, Operators, Role
@@ -309,7 +309,7 @@ class Client:
             return response
         try:
             problem = msgspec.json.decode(response.content, type=api.Problem)
-        except msgspec.MsgspecError as error:
+        except wire.JSON_ERRORS as error:
             raise AnswerError(
                 f"{self.url} answered {response.status_code} {response.reason_phrase}",
                 "which is not an answer of a wasmfleet server",
@@ -320,7 +320,7 @@ class Client:
     def _decoded(self, kind: type[V], response: httpx.Response) -> V:
         try:
             return msgspec.json.decode(self._checked(response).content, type=kind)
-        except msgspec.MsgspecError as error:
+        except wire.JSON_ERRORS as error:
             raise AnswerError(
                 f"the answer of {self.url} is not understood",
                 str(error),

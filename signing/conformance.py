@@ -20,9 +20,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import urlopen
 
-import msgspec
-
-from fleet.protocol import caps
+from fleet.protocol import caps, wire
 from fleet.protocol.codes import RejectCode
 from signing import metadata
 from signing.cache import DirectoryCache
@@ -46,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             workflow = _refresh(directory, options.metadata_url)
             if options.command == "download":
                 _download(workflow, options.target_name, options.target_base_url, Path(options.target_dir))
-    except (Rejected, OSError, msgspec.MsgspecError) as error:
+    except (Rejected, OSError, *wire.JSON_ERRORS) as error:
         print(f"fleet-tuf-conformance: {error}", file=sys.stderr)  # noqa: T201 - a command
         return 1
     return 0

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 from securesystemslib.signer import Signature, Signer
 
-from fleet.protocol import caps
+from fleet.protocol import caps, wire
 from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
 
@@ -95,7 +95,7 @@ def parse(data: bytes, *, max_bytes: int = MAX_BYTES) -> Envelope:
             each.keyid: Signature(each.keyid, base64.b64decode(each.sig, validate=True).hex())
             for each in raw.signatures
         }
-    except (msgspec.MsgspecError, binascii.Error, ValueError, RecursionError) as error:
+    except (binascii.Error, ValueError, *wire.JSON_ERRORS) as error:
         raise Rejected(RejectCode.MALFORMED, f"not a signed envelope: {error}") from error
     if len(signatures) != len(raw.signatures) or len(signatures) > SIGNATURES_MAX:
         raise Rejected(RejectCode.MALFORMED, "the envelope names a key twice, or has too many signatures")

@@ -20,7 +20,7 @@ import msgspec
 from securesystemslib.signer import Signer
 from tuf.api.metadata import Metadata, Root, Targets
 
-from fleet.protocol import caps
+from fleet.protocol import caps, wire
 from signing import bins, metadata, repository, rotation
 from signing.errors import ConflictError, Rejected, RepositoryError
 
@@ -99,7 +99,7 @@ def decode(data: bytes) -> Event:
         raise RepositoryError(f"a signing event has {MAX_BYTES} bytes at the most")
     try:
         file = msgspec.json.decode(data, type=_File)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except wire.JSON_ERRORS as error:
         raise RepositoryError(f"this is no signing event: {error}") from error
     if file.kind != KIND:
         raise RepositoryError(f"this is a signing event of another version: {file.kind[:50]!r}")

@@ -15,6 +15,8 @@ from typing import Final
 
 import msgspec
 
+from fleet.protocol import wire
+
 VERSION_MAX: Final = 2**53
 """The largest version that anyone accepts: beyond it JSON readers and databases disagree about numbers."""
 
@@ -66,8 +68,11 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def decode(cls, data: bytes) -> "Facts":
-        """Read what `encode` made; raises `msgspec.MsgspecError` on damage."""
-        return msgspec.json.decode(data, type=cls)
+        """Read what `encode` made; raises `msgspec.DecodeError` on damage of any kind."""
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except wire.JSON_ERRORS as error:
+            raise msgspec.DecodeError(str(error)) from error
 
     def time(self, wall_clock: datetime) -> datetime:
         """The reference time: the wall clock, or the floor where the clock is behind it."""

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from securesystemslib.signer import CryptoSigner, HSMSigner, Key, Signature, Signer, SSlibKey
 
-from fleet.protocol import names
+from fleet.protocol import names, wire
 from signing import keys, ssh_agent
 from signing.errors import KeyFileError
 
@@ -174,7 +174,7 @@ class Keyring:
     def _read(self, path: Path) -> Entry:
         try:
             card = msgspec.json.decode(path.read_bytes(), type=_Card)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *wire.JSON_ERRORS) as error:
             raise KeyFileError(f"{path} is no card of a key: {error}") from error
         return Entry(path.stem, read_public(card.public.encode(), what=str(path)), card.where)
 
@@ -252,7 +252,7 @@ def read_public(data: bytes, *, what: str) -> Key:
         if data.lstrip().startswith((b"ssh-", b"ecdsa-")):
             return SSlibKey.from_crypto(load_ssh_public_key(data.strip()))
         return SSlibKey.from_crypto(load_pem_public_key(data))
-    except (ValueError, UnsupportedAlgorithm, msgspec.MsgspecError) as error:
+    except (ValueError, UnsupportedAlgorithm, *wire.JSON_ERRORS) as error:
         raise KeyFileError(f"{what} is no public key (PEM, OpenSSH, or a card of fleet keys show)") from error
 
 

@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from fleet.protocol import wire
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
@@ -282,7 +283,7 @@ def receive_to_lane(sock: socket.socket) -> tuple[ToLane, tuple[int, ...]]:
     data, fds = receive_packet(sock)
     try:
         return _to_lane.decode(data), fds
-    except msgspec.MsgspecError as error:
+    except wire.JSON_ERRORS as error:
         raise GoneError(f"not a message of the supervisor's: {error}") from error
 
 
@@ -291,7 +292,7 @@ def receive_from_lane(sock: socket.socket) -> tuple[FromLane, tuple[int, ...]]:
     data, fds = receive_packet(sock)
     try:
         return _from_lane.decode(data), fds
-    except msgspec.MsgspecError as error:
+    except wire.JSON_ERRORS as error:
         for fd in fds:
             os.close(fd)
         raise GoneError(f"not a message of a lane's: {error}") from error

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from fleet.protocol import wire
 from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Grants, Limits, Manifest
 from fleet.protocol.messages import InstanceHealth
@@ -306,7 +307,7 @@ def receive_request(sock: socket.socket) -> tuple[Request, int | None]:
     data, fd = _receive(sock)
     try:
         return _requests.decode(data), fd
-    except msgspec.MsgspecError as error:
+    except wire.JSON_ERRORS as error:
         if fd is not None:
             os.close(fd)
         raise IpcError(f"not a request: {error}") from error
@@ -324,7 +325,7 @@ def receive_from_host(sock: socket.socket) -> FromHost:
         os.close(fd)
     try:
         return _from_host.decode(data)
-    except msgspec.MsgspecError as error:
+    except wire.JSON_ERRORS as error:
         raise IpcError(f"not a message of the host's: {error}") from error
 
 

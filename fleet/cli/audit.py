@@ -12,6 +12,7 @@ from fleet.cli import complete, out
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.home import operator
 from fleet.client import Client
+from fleet.protocol import wire
 from fleet.protocol.codes import Phase
 from fleet.protocol.messages import Report
 from signing.audit import Seen, Verdict, audit
@@ -111,7 +112,7 @@ def _load(path: Path) -> _Memory:
         return msgspec.json.decode(path.read_bytes(), type=_Memory)
     except FileNotFoundError:
         return _Memory()
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *wire.JSON_ERRORS) as error:
         raise Fault(
             f"{path} cannot be read",
             str(error),

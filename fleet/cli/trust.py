@@ -5,14 +5,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final, TypeVar
 
-import msgspec
 from tuf.api.metadata import Targets
 
 from fleet.cli.base import Exit, Fault
 from fleet.cli.home import Operator
 from fleet.cli.prepare import read_file
 from fleet.client import Client
-from fleet.protocol import caps
+from fleet.protocol import caps, wire
 from signing import bins, metadata, policy, repository, rotation
 from signing.cache import DirectoryCache
 from signing.errors import FetchNotFound, Rejected, RepositoryError
@@ -159,7 +158,7 @@ class Trust:
             return Facts.decode(self._facts_file.read_bytes())
         except FileNotFoundError:
             return Facts()
-        except msgspec.MsgspecError as error:
+        except wire.JSON_ERRORS as error:
             raise Fault(
                 f"{self._facts_file} is damaged",
                 str(error),

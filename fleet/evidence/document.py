@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from fleet.protocol import wire
 from fleet.protocol.evidence import MAX_BYTES
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ def load(data: bytes, what: str) -> dict[str, Any]:
         raise DocumentError(f"{what} is SPDX in tag-value form: have the tool write JSON")
     try:
         value = msgspec.json.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except wire.JSON_ERRORS as error:
         raise DocumentError(f"{what} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise DocumentError(f"{what} is JSON, but no object")

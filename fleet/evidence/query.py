@@ -29,6 +29,9 @@ _COMPARE: Final[dict[str, Callable[[Any, Any], bool]]] = {
 }
 _QUERY: Final = re.compile(r"\s*(?P<what>[^<>=!,\s]+)\s*(?P<conditions>[<>=!].*)?\s*")
 _CONDITION: Final = re.compile(r"\s*(<=|>=|==|!=|<|>|=)\s*([^<>=!,\s]+)\s*")
+_TEXT_MAX: Final = 500
+_VERSION_MAX: Final = 100
+"""Longer ones are no versions, and the libraries that compare them take time that grows with its square."""
 _EXAMPLES: Final = "write serde, 'serde<1.0.200', 'openssl>=3.0,<3.0.15', pkg:npm/lodash or 'pkg:npm/%40scope/name<2'"
 
 
@@ -72,7 +75,7 @@ def parse(text: str) -> Query:
     Raises:
         DocumentError: not understood; the message has examples.
     """
-    found = _QUERY.fullmatch(text)
+    found = _QUERY.fullmatch(text) if len(text) <= _TEXT_MAX else None
     if found is None:
         raise DocumentError(f"{text[:100]!r} is no question about a package: {_EXAMPLES}")
     what, rest = found["what"], found["conditions"] or ""
@@ -91,7 +94,7 @@ def parse(text: str) -> Query:
 def _holds(kind: str, version: str, how: str, limit: str) -> Answer:
     if not version:
         return Answer.MAYBE
-    for scheme in _schemes(kind):
+    for scheme in _schemes(kind) if max(len(version), len(limit)) <= _VERSION_MAX else ():
         try:
             return Answer.YES if _COMPARE[how](scheme(version), scheme(limit)) else Answer.NO
         except Exception:  # noqa: BLE001, S112 - a version that its own scheme cannot read, in whichever way it says so

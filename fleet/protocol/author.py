@@ -56,6 +56,8 @@ _ENTRIES: Final[tuple[tuple[str, type[Trigger], str], ...]] = (
 )
 _INTERFACE: Final = re.compile(r"[a-z][a-z0-9-]*:[a-z][a-z0-9-]*(/[a-z][a-z0-9-]*)?")
 _SECRET_READERS: Final = ("wasi:cli/environment", "wasi:config/store", "wasi:config/runtime")
+_DOTS_MAX: Final = 500
+"""In one line: what tomllib keeps of a dotted key grows with the square of its parts."""
 _CONFIG_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -88,6 +90,8 @@ def load(
     """
     if len(text) > TOML_MAX_CHARS:
         raise BadManifestError(f"{FILE_NAME} has {len(text)} characters, at most {TOML_MAX_CHARS} are read")
+    if any(line.count(".") > _DOTS_MAX for line in text.splitlines()):
+        raise BadManifestError(f"{FILE_NAME} has a line with more than {_DOTS_MAX} dots")
     try:
         raw = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:

@@ -11,7 +11,7 @@ from typing import ClassVar, Final
 
 import msgspec
 
-from fleet.protocol import caps
+from fleet.protocol import caps, wire
 from fleet.protocol.wire import Message
 
 TOKEN_PREFIX: Final = "wf1."  # noqa: S105 - a format's name, not a secret
@@ -62,7 +62,7 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
         body = line.removeprefix(TOKEN_PREFIX)
         try:
             return msgspec.json.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=cls)
-        except (msgspec.MsgspecError, binascii.Error, ValueError) as error:
+        except (binascii.Error, ValueError, *wire.JSON_ERRORS) as error:
             raise BadTokenError("this enrolment token is damaged: was it copied whole?") from error
 
 

@@ -192,7 +192,7 @@ def decode(data: bytes) -> Manifest:
         raise BadManifestError(f"the manifest has {len(data)} bytes, at most {caps.MANIFEST_MAX_BYTES} fit")
     try:
         return msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except wire.JSON_ERRORS as error:
         raise BadManifestError(f"manifest: {error}") from error
 
 

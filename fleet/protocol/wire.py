@@ -6,9 +6,12 @@ version is reported (`UnknownSchemaError`), never guessed.
 """
 
 import hashlib
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
+
+JSON_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""Everything that decoding JSON of unknown origin raises: bytes that are no UTF-8 are no `MsgspecError`."""
 
 
 class WireError(Exception):
@@ -71,5 +74,5 @@ def decode(kind: type[M], data: bytes) -> M:
         if version != 1:
             raise UnknownSchemaError(f"{kind.__name__}: schema version {version}, this program speaks 1")
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise WireError(f"{kind.__name__}: {error}") from error

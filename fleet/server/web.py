@@ -12,7 +12,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from fleet.protocol import caps
+from fleet.protocol import caps, wire
 from fleet.protocol.api import Problem
 from fleet.protocol.names import BadNameError
 from signing.errors import ConflictError, Rejected, RepositoryError, SigningError
@@ -64,7 +64,7 @@ async def body(request: Request, kind: type[B]) -> B:
     data = await read(request)
     try:
         return msgspec.json.decode(data or b"{}", type=kind)
-    except msgspec.MsgspecError as error:
+    except wire.JSON_ERRORS as error:
         raise Refusal(400, "bad-request", f"the request is not a {kind.__name__}", str(error)) from error
 
 
