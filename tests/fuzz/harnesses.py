@@ -52,6 +52,7 @@ from signing import dsse, events, metadata, sealing
 from signing.errors import Rejected, RepositoryError
 from signing.facts import Facts
 from signing.sealing import Purpose
+from signing.sealing_keys import SealingKey
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 ADAPTER: Final = (ROOT / "fleet/protocol/adapter.wasm").read_bytes()
@@ -76,7 +77,7 @@ def _b64(data: bytes) -> str:
 
 MESSAGES: Final[tuple[type[Any], ...]] = (
     *(messages.Hello, messages.State, messages.Health, messages.Report, messages.DesiredReply, messages.Ack),
-    *(messages.Poke, Assignment, Fresh, Command, EnrolRequest, Enrolled, sealing.SealingKey),
+    *(messages.Poke, Assignment, Fresh, Command, EnrolRequest, Enrolled, SealingKey),
 )
 
 
