@@ -19,7 +19,7 @@ ARCHITECTURES = {"arm64": "aarch64", "riscv64": "riscv64"}
 
 # What Debian's packages of the agent depend on, and what a small board has anyway.
 BASE = (
-    "systemd systemd-sysv udev kmod iproute2 procps login passwd tzdata ca-certificates adduser "
+    "systemd systemd-sysv udev kmod iproute2 procps login passwd "
     "python3 python3-cryptography python3-paho-mqtt python3-systemd python3-msgspec libseccomp2"
 ).split()
 
