@@ -17,7 +17,7 @@ from deploy.riscv64 import build as riscv64
 
 ARCHITECTURES = ["arm64", *(["riscv64"] if os.environ.get("FULL") and riscv64.finished() else [])]
 SOURCE = Path(__file__).parents[2]
-PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments")
+PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
 REQUIRE = """\
 [Service]
 ExecStart=
@@ -78,7 +78,8 @@ def test_an_escaped_guest_is_held_by_the_other_layers(scene: Joined, served: Ser
             assert found is not None
             assert found.origin is not None
             origin = Path(found.origin)
-            tar.add(origin.parent, f"containment/{name}", filter=_without_caches)
+            source, place = (origin.parent, name) if found.submodule_search_locations else (origin, origin.name)
+            tar.add(source, f"containment/{place}", filter=_without_caches)
     scene.board.fetch(served.url(archive), "/var/tmp/containment.tar")
     archive.unlink()
     scene.board.ok("cd /var/tmp && tar xf containment.tar && rm containment.tar", timeout_s=120)

@@ -89,14 +89,23 @@ def test_a_tampered_artifact_is_refused(scene: Joined) -> None:
     scene.answers("1")
 
 
+def offered(scene: Joined, version: str) -> None:
+    """Push what the board has not fetched before, and do not wait for it."""
+    component = scene.operator.variant("v2.wasm", int(version.replace(".", "")))
+    code, said = scene.operator.push(component, "--version", version, "--detach", group=scene.group)
+    assert code == 0, said
+
+
 def test_too_little_room_is_a_refusal_and_nothing_else(scene: Joined) -> None:
     # less than what the agent keeps in reserve, enough for its own records
     scene.board.ok("fallocate -l $(($(df --output=avail -B1 / | tail -1) - 6000000)) /fill")
     try:
-        with budget("too little room", 90):
-            code, said = scene.operator.push(scene.operator.variant("v2.wasm", 1), group=scene.group)
-            assert code != 0, said
-        assert "no-space" in said
+        with budget("too little room", 60):
+            offered(scene, "4.0.1")
+            scene.operator.until(
+                "the operator hears of it",
+                lambda: "no-space" in scene.operator.fleet("why", scene.device, "--limit", "5") or None,
+            )
         scene.answers("1")
     finally:
         scene.board.ok("rm -f /fill && sync")
@@ -107,8 +116,7 @@ def test_a_full_disk_stops_nothing_and_is_caught_up_with(scene: Joined) -> None:
     scene.board.ok("dd if=/dev/zero of=/fill bs=64k 2>/dev/null; true", timeout_s=240)
     try:
         with budget("a full disk", 90):
-            code, said = scene.operator.push(scene.operator.variant("v2.wasm", 2), "--detach", group=scene.group)
-            assert code == 0, said
+            offered(scene, "4.0.2")
             scene.operator.until(
                 "the operator hears of it", lambda: "full" in scene.operator.device(scene.device).problem or None
             )

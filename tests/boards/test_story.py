@@ -72,7 +72,11 @@ def test_a_swap_under_requests_loses_none(story: Story, operator: OperatorSide) 
     assert seen.lost == 0, seen.losses
     assert set(seen.by_version) == {"1", "2"}
     usual_ms, longest_ms = (1000 * seconds for seconds in gaps())
-    figure(story.architecture, "between two answers: usually, at the swap", f"{usual_ms:.0f} ms, {longest_ms:.0f} ms")
+    figure(
+        story.architecture,
+        "an answer takes: usually, at most during the swap",
+        f"{usual_ms:.0f} ms, {longest_ms:.0f} ms",
+    )
 
 
 @pytest.mark.usefixtures("engine")
