@@ -153,6 +153,10 @@ class Offline:
         finally:
             self._judging = False
 
+    def kept(self) -> bool:
+        """Whether the metadata of a bundle lies here."""
+        return (self._directory / bundle.metadata("timestamp.json")).exists()
+
     def envelope(self) -> bytes | None:
         """The assignment in the bundle; None for no bundle."""
         found = sorted((self._directory / "desired").glob("*.json"))

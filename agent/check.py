@@ -101,7 +101,9 @@ def _identity(places: Places, settings: Settings) -> str:
     except (identity.IdentityError, OSError, ValueError) as error:
         raise _FailedError(str(error)) from error
     if settings.production and not who.production:
-        raise _FailedError("this board is in production mode and enrolled in a fleet made for development")
+        raise _FailedError(
+            "this board is in production mode, its fleet is for development: nothing is taken before fleet sign move"
+        )
     return f"{who.device} in the fleet {who.fleet}; its certificate is renewed after {renew:%Y-%m-%d}"
 
 

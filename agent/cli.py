@@ -215,14 +215,16 @@ def _run(options: argparse.Namespace) -> int:
 
     places, settings = _places(options), config.load(options.config)
     who = _identity(places)
-    if settings.production and not who.production:
-        raise UsageError("this board is in production mode and enrolled in a fleet made for development: enrol it anew")
     if firstboot.is_copy(who):
         raise UsageError(
             f"this disk was copied from the board of {who.device}, which is still itself: "
             "run 'fleet-agent enroll --force' with a token of its own"
         )
     systemd.log_to_journal(logging.DEBUG if options.verbose else logging.INFO)
+    if settings.production and not who.production:
+        logging.getLogger("agent").warning(
+            "the fleet is for development and this board is in production mode: nothing is taken until it has moved"
+        )
     root = (places.identity / "root.json").read_bytes()
     mac_key = images.load_key(places.identity / "mac.key")
     with contextlib.suppress(ValueError, OSError):

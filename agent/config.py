@@ -42,6 +42,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         outbound: where they may send requests, as `https://host:443`; None for wherever their grants say.
         logs: what may leave the board when an operator follows logs.
         bundles: accept assignments from an offline bundle, for which nobody vouches that they are current.
+        late_bundles: accept them past the expiry of timestamp and snapshot too, until what people signed expires.
         on_revoked: what becomes of a component that runs and is then revoked, denied its grants, or found to be below
             the security epoch.
         memory_bytes, call_ms, start_ms, idle_ms, total_ms, concurrency, request_bytes, response_bytes,
@@ -54,6 +55,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     outbound: tuple[str, ...] | None = None
     logs: Literal["off", "errors", "all"] = "errors"
     bundles: bool = False
+    late_bundles: bool = False
     on_revoked: Literal["stop", "keep"] = "stop"
     memory_bytes: int = 256 * caps.MIB
     call_ms: int = 60_000

@@ -23,7 +23,7 @@ from agent.desired import Desired
 from agent.fetch import FetchError, Https
 from agent.host import ipc
 from agent.hostlink import HostGoneError, HostLink, HostRefusedError
-from agent.identity import Identity
+from agent.identity import Identity, note_production
 from agent.images import Images
 from agent.outbox import Outbox
 from agent.sealed import Sealed
@@ -92,6 +92,8 @@ class Daemon:
             https=self._source,
             store=store,
             production=settings.production,
+            late=policy.bundles and policy.late_bundles,
+            on_production=lambda: note_production(places.identity),
         )
         self._images = Images(
             places.images,
@@ -135,6 +137,7 @@ class Daemon:
             on_report=self._on_report,
             doubts=lambda: confirm.doubts(self._trust, policy, store.committed()),
             on_outdated=self._outdated.set,
+            on_bus=lambda: self._bus.connected,
             strict=settings.production,
             bundles=policy.bundles,
         )
@@ -337,6 +340,7 @@ class Daemon:
             deployed=deployed,
             committed=committed,
             versions=self._vitals.versions(),
+            acked=await self._worker(self._store.acked),
         )
         self._bus.publish(Up.HELLO, wire.encode(hello))
 
@@ -350,14 +354,16 @@ class Daemon:
             return
         match channel:
             case Down.DESIRED if payload:
-                self._spawn(self._desired.judge(payload))
+                self._spawn(self._desired.heard(payload))
             case Down.FRESH:
                 self._spawn(self._desired.fresh(payload))
             case Down.COMMAND:
                 self._spawn(self._command(payload))
             case Down.ACK:
                 with contextlib.suppress(wire.WireError):
-                    self._spawn(self._outbox.acknowledge(wire.decode(Ack, payload).sequence))
+                    ack = wire.decode(Ack, payload)
+                    heard = self._outbox.again if ack.again else self._outbox.acknowledge
+                    self._spawn(heard(ack.sequence))
             case _:
                 return
 

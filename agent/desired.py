@@ -12,6 +12,7 @@ import logging
 import random
 import secrets
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Final
 
 import msgspec
@@ -39,6 +40,10 @@ log = logging.getLogger("agent.desired")
 FRESH_S: Final = 20.0
 SAME_S: Final = 30.0
 RETRY_S: Final = (5.0, 30.0)
+BROKER_SLACK: Final = timedelta(minutes=2)
+"""How long the broker may take to bring what HTTPS has brought."""
+AWAY_FIRST_S: Final = 5.0
+"""How soon a server that did not answer is asked again, doubled each time."""
 REFUSALS_MAX: Final = 256
 _NOT_THE_DIRECTORS: Final = frozenset(
     {
@@ -84,12 +89,14 @@ class Desired:
         strict: bool,
         bundles: bool = False,
         on_outdated: Callable[[], None] = lambda: None,
+        on_bus: Callable[[], bool] = lambda: False,
     ) -> None:
         """A judge.
 
         `clock_set` says whether somebody sets the clock, `ask_fresh` sends a nonce (false where there is no
         connection), `on_report` tells of a new report, `doubts` holds what is committed against what is known by now
-        (called on the worker), `on_outdated` hears that the server wants another certificate of this board. With
+        (called on the worker), `on_outdated` hears that the server wants another certificate of this board, `on_bus`
+        says whether the broker is connected. With
         `strict`, an assignment that nobody vouches for in time is not acted on; with `bundles`, one that came in a
         bundle is.
         """
@@ -104,6 +111,7 @@ class Desired:
         self._on_report = on_report
         self._doubts = doubts
         self._on_outdated = on_outdated
+        self._on_bus = on_bus
         self._strict = strict
         self._bundles = bundles
         self._due = asyncio.Event()
@@ -136,11 +144,13 @@ class Desired:
             await self._deployer.desire(assignment)
 
     async def run(self, interval_s: Callable[[], float]) -> None:
-        """Ask over HTTPS at the start, when told to, and each `interval_s()` seconds."""
+        """Ask over HTTPS at the start, when told to, and each `interval_s()` seconds; sooner where nobody answered."""
+        backoff_s = AWAY_FIRST_S
         while True:
             self._due.clear()
-            await self._ask()
-            seconds = interval_s()
+            reached = await self._ask()
+            backoff_s = AWAY_FIRST_S if reached else backoff_s * 2
+            seconds = interval_s() if reached else min(interval_s(), backoff_s)
             with contextlib.suppress(TimeoutError):
                 jitter = random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
                 async with asyncio.timeout(seconds * jitter):
@@ -163,7 +173,9 @@ class Desired:
             await self._hold()
             if accepted is not None:
                 version = accepted.assignment.version
-                text = f"assignment {version} came in a bundle: nobody vouched that it is current"
+                ended = await self._worker(self._trust.ended)
+                past = "" if ended is None else f" whose metadata ended on {ended:%Y-%m-%d %H:%M} UTC"
+                text = f"assignment {version} came in a bundle{past}: nobody vouched that it is current"
                 log.warning("%s", text)
                 report = reports.about(self._board, assignment=version, phase=Phase.IDLE, message=text)
                 with contextlib.suppress(StoreError):
@@ -175,9 +187,10 @@ class Desired:
 
     def _accept_offline(self, envelope: bytes) -> Accepted:
         with self._https.judging():
-            return self._trust.accept(envelope)
+            return self._trust.accept(envelope, bundle=True)
 
-    async def _ask(self) -> None:
+    async def _ask(self) -> bool:
+        """Ask once; false when nobody answered."""
         nonce = secrets.token_hex(16)
         path = f"/v1/desired?nonce={nonce}"
         try:
@@ -188,10 +201,35 @@ class Desired:
                 self._on_outdated()
             if error.code is not RejectCode.NOT_FOUND:
                 log.info("the desired state cannot be fetched: %s", error.message)
+            return error.status != 0
         except wire.WireError as error:
             log.warning("the desired state cannot be read: %s", error)
         else:
-            await self.judge(reply.assignment.encode(), statement=reply.fresh.encode(), nonce=nonce)
+            envelope = reply.assignment.encode()
+            before = await self._worker(self._store.envelope)
+            await self.judge(envelope, statement=reply.fresh.encode(), nonce=nonce)
+            if envelope != before and envelope == await self._worker(self._store.envelope):
+                self._doubt_broker(envelope)
+                await self._note_problems()
+        return True
+
+    def _doubt_broker(self, envelope: bytes) -> None:
+        """What is signed and current came over HTTPS first: did the broker, which is connected, keep it back?"""
+        found = remembered_assignment(envelope)
+        if found is None or not self._on_bus() or self._trust.now() - found.issued < BROKER_SLACK:
+            return
+        text = (
+            f"the broker kept assignment {found.version} of {found.issued:%Y-%m-%d %H:%M} UTC from this board: "
+            "HTTPS brought it"
+        )
+        if "broker" not in self.problems:
+            log.warning("%s", text)
+        self.problems["broker"] = text
+
+    async def heard(self, envelope: bytes) -> None:
+        """The broker brought an assignment: whatever becomes of it, it is not silent."""
+        self.problems.pop("broker", None)
+        await self.judge(envelope)
 
     async def judge(self, envelope: bytes, *, statement: bytes = b"", nonce: str = "") -> None:
         """Judge an assignment, persist it, and have it carried out; a refusal is reported once.

@@ -1,11 +1,15 @@
 """Who this board is: what enrolment left in `identity/`, read back."""
 
+import logging
 from datetime import datetime
 from pathlib import Path
 
 import msgspec
 
+from agent.images import write_once
 from fleet.protocol import wire
+
+log = logging.getLogger("agent.identity")
 
 
 class IdentityError(Exception):
@@ -19,7 +23,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         device, fleet, group: as the server gave them.
         devices_url: the HTTPS API for devices.
         mqtt: broker addresses in the order to try.
-        production: whether the fleet says that it is one.
+        production: whether the fleet is one, as signed root said at enrolment or since.
         floor: no earlier than this was it at enrolment.
         machine: serial or machine id of the board that enrolled, to notice a copied disk; empty where it has none.
     """
@@ -32,6 +36,13 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     production: bool
     floor: datetime
     machine: str = ""
+
+
+def note_production(directory: Path) -> None:
+    """Remember that the fleet is not one for development any more; raises `OSError`."""
+    who = msgspec.structs.replace(load(directory), production=True)
+    write_once(directory / "enrolled.json", msgspec.json.encode(who), mode=0o600)
+    log.info("the fleet %s is in production now", who.fleet)
 
 
 def load(directory: Path) -> Identity:

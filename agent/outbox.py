@@ -31,6 +31,7 @@ class Outbox:
         self._worker = worker
         self._publish = publish
         self._sent = 0
+        self._asked_again = False
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -40,11 +41,21 @@ class Outbox:
     def reconnected(self) -> None:
         """Nothing that was sent before is taken for received."""
         self._sent = 0
+        self._asked_again = False
         self._wake.set()
 
     async def acknowledge(self, sequence: int) -> None:
         """The server has stored every report up to `sequence`."""
         if await self._worker(self._store.acknowledge, sequence):
+            self._wake.set()
+
+    async def again(self, sequence: int) -> None:
+        """A server that lost reports asks for what came after `sequence`. Nobody signs this, so once a connection."""
+        if self._asked_again:
+            return
+        self._asked_again = True
+        if await self._worker(self._store.unacknowledge, sequence):
+            self._sent = 0
             self._wake.set()
 
     async def run(self) -> None:

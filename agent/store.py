@@ -317,6 +317,15 @@ class Store:
             )
         return True
 
+    def unacknowledge(self, sequence: int) -> bool:
+        """A server lost what came after `sequence`: what is still here is sent again. Returns whether there is any."""
+        with self._transaction() as db:
+            return db.execute("UPDATE outbox SET acked = 0 WHERE acked = 1 AND sequence > ?", (sequence,)).rowcount > 0
+
+    def acked(self) -> int:
+        """The newest report that a server has stored; 0 for none."""
+        return int(self._db.execute("SELECT coalesce(max(sequence), 0) FROM outbox WHERE acked = 1").fetchone()[0])
+
     def history(self) -> tuple[Report, ...]:
         """The newest reports, oldest first, whether acknowledged or not."""
         rows = self._db.execute("SELECT body FROM outbox ORDER BY sequence DESC LIMIT ?", (HISTORY_ROWS,)).fetchall()

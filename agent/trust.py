@@ -5,6 +5,7 @@ before anything is done about it.
 """
 
 import platform
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -22,7 +23,9 @@ from signing.cache import DirectoryCache
 from signing.errors import FetchNotFound, Rejected
 from signing.facts import Facts
 from signing.trust import Accepted, Resolved, TrustedSet
+from signing.workflow import profile
 
+_NO_NEWS: Final = frozenset({RejectCode.UNREACHABLE, RejectCode.TOO_SLOW, RejectCode.EXPIRED})
 ARCH: Final = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine(), platform.machine())
 
 
@@ -45,13 +48,29 @@ class Trust:
     """
 
     def __init__(
-        self, *, identity: Identity, root: bytes, cache: Path, https: Offline, store: Store, production: bool
+        self,
+        *,
+        identity: Identity,
+        root: bytes,
+        cache: Path,
+        https: Offline,
+        store: Store,
+        production: bool,
+        late: bool = False,
+        on_production: Callable[[], None] = lambda: None,
     ) -> None:
+        """What a board trusts, from the `root` pinned at enrolment.
+
+        With `late` what came in a bundle may be past the expiry of timestamp and snapshot. `on_production` hears, once,
+        that a fleet which was for development when this board enrolled is none any more.
+        """
         self._identity = identity
         self._https = https
         self._store = store
         self._set = TrustedSet(root=root, fetch=self._fetch, cache=DirectoryCache(cache), production=production)
         self._refreshed = False
+        self._late, self._on_production = late, on_production
+        self._known_production = identity.production
         self.floor = identity.floor
 
     def _fetch(self, name: str, max_bytes: int) -> bytes:
@@ -76,35 +95,51 @@ class Trust:
             self._store.save(facts=facts)
         self.floor = max(self.floor, facts.floor)
 
-    def refresh(self) -> None:
+    def refresh(self, *, late: bool = False) -> None:
         """Bring the metadata up to date; raises `Rejected`."""
         facts = self._facts()
         try:
-            self._set.refresh(facts=facts, now=self.now())
+            self._set.refresh(facts=facts, now=self.now(), late=late)
             self._refreshed = True
         finally:
             self._remember(self._set.facts, facts)
+        if not self._known_production and profile(self._set.loaded()[0]).get("size") != "dev":
+            self._known_production = True
+            self._on_production()
 
-    def accept(self, envelope: bytes) -> Accepted:
+    def accept(self, envelope: bytes, *, bundle: bool = False) -> Accepted:
         """Judge an assignment after a refresh, and persist it before anything of it is fetched.
 
         Raises:
             Rejected: why not; nothing has changed but what is remembered.
         """
-        self.refresh()
+        late = bundle and self._late
+        self.refresh(late=late)
         facts = self._facts()
         accepted = self._set.accept(
-            envelope, fleet=self._identity.fleet, device=self._identity.device, facts=facts, now=self.now()
+            envelope, fleet=self._identity.fleet, device=self._identity.device, facts=facts, now=self.now(), late=late
         )
         if envelope != self._store.envelope() or accepted.facts != facts:
             self._store.accept(envelope, accepted.assignment.version, accepted.facts)
         self.floor = max(self.floor, accepted.facts.floor)
         return accepted
 
+    def ended(self) -> datetime | None:
+        """Since when timestamp or snapshot have expired, as far as they are known; None while both are valid."""
+        online = [at for role, at in self._set.expiries().items() if role in {"timestamp", "snapshot"}]
+        return min(online) if min(online) <= self.now() else None
+
     def resolve(self, item: Item) -> Resolved:
         """Find an item's target and judge it for this board; raises `Rejected`."""
         if not self._refreshed:
-            self.refresh()
+            try:
+                self.refresh()
+            except Rejected as error:
+                # The agent began anew while what a bundle brought was being taken: its assignment was accepted.
+                if error.code not in _NO_NEWS or not self._https.kept():
+                    raise
+                with self._https.judging():
+                    self.refresh(late=self._late)
         return self._set.resolve(item, facts=self._facts(), arch=ARCH)
 
     def reconfirm(self, item: Item, manifest: Manifest) -> None:

@@ -78,14 +78,16 @@ class Workflow:
         self._roles: dict[tuple[str, str], tuple[Targets, bytes]] = {}  # (delegator, role)
         self._parsed: dict[str, tuple[tuple[str, bytes], Targets]] = {}  # what was verified last of each role
         self._now: datetime | None = None
+        self._late = False
         self.facts = Facts()
 
-    def refresh(self, *, facts: Facts, now: datetime) -> Facts:
+    def refresh(self, *, facts: Facts, now: datetime, late: bool = False) -> Facts:
         """Bring root, timestamp, snapshot and the top-level targets up to date.
 
         Args:
             facts: as stored by the caller.
             now: the reference time of this refresh and all that is resolved after it: `facts.time(wall clock)`.
+            late: take timestamp and snapshot past their expiry; everything else about them is asked as always.
 
         Returns:
             The facts to store (`self.facts`).
@@ -95,7 +97,7 @@ class Workflow:
                 changes: a network that is away does not take the director's word from a board.
         """
         before = self._root, self._timestamp, self._snapshot, self._roles
-        self.facts, self._now = facts.together(self.facts), now
+        self.facts, self._now, self._late = facts.together(self.facts), now, late
         try:
             root = self._update_root(now)
             timestamp = self._update_timestamp(root, now)
@@ -168,7 +170,8 @@ class Workflow:
         promised = new.signed.snapshot_meta.version
         if promised < self.facts.meta.get("snapshot.json", 0):  # 5.4.3.2
             raise _rollback("snapshot", promised, self.facts.meta["snapshot.json"])
-        metadata.check_expiry(new.signed, now, "timestamp")  # 5.4.4
+        if not self._late:
+            metadata.check_expiry(new.signed, now, "timestamp")  # 5.4.4
         self._remember("timestamp", new.signed.version, data, self.facts.online)
         self.facts = self.facts.with_meta({"snapshot.json": promised})
         self._cache.store("timestamp.json", data)
@@ -208,7 +211,8 @@ class Workflow:
             listed = new.signed.meta.get(name)
             if listed is None or listed.version < version:
                 raise _rollback(name, 0 if listed is None else listed.version, version)
-        metadata.check_expiry(new.signed, now, "snapshot")  # 5.5.6
+        if not self._late:
+            metadata.check_expiry(new.signed, now, "snapshot")  # 5.5.6
         self._remember("snapshot", new.signed.version, data, self.facts.online)
         self.facts = self.facts.with_meta({name: each.version for name, each in new.signed.meta.items()})
         self._cache.store("snapshot.json", data)

@@ -44,20 +44,27 @@ def create(options: Options, *, group: str, output: Path) -> None:
     """
     who = operator(options)
     with who.client() as client:
-        files, boards, left = _collect(who, client, group)
+        files, boards, left, good = _collect(who, client, group)
     if not boards:
         raise Fault(f"nothing was ever assigned to a board of {group}", action="fleet deploy does", code=Exit.REFUSED)
     size = _write(output, files)
     if options.json:
-        out.show_json({"file": str(output), "bytes": size, "boards": boards, "left_out": left})
+        out.show_json({"file": str(output), "bytes": size, "boards": boards, "left_out": left, "good_until": good})
         return
     out.say(options, f"{output}: {out.size(size)}, for {', '.join(boards)}")
+    out.say(
+        options,
+        f"  good until {good['bundles']:%Y-%m-%d %H:%M} UTC; "
+        f"until {good['late_bundles']:%Y-%m-%d} where the board's owner allows late bundles",
+    )
     for device in left:
         out.say(options, f"  left out: {device}, to which nothing was ever assigned")
 
 
-def _collect(who: Operator, client: Client, group: str) -> tuple[dict[str, bytes], list[str], list[str]]:
-    """The members of the bundle, the boards in it, and those that have nothing to run."""
+def _collect(
+    who: Operator, client: Client, group: str
+) -> tuple[dict[str, bytes], list[str], list[str], dict[str, datetime]]:
+    """The members of the bundle, the boards in it, those that have nothing to run, and until when it is good."""
     files: dict[str, bytes] = {bundle.HEAD: msgspec.json.encode({"v": bundle.VERSION})}
 
     def fetch(name: str, _max_bytes: int) -> bytes:
@@ -69,6 +76,7 @@ def _collect(who: Operator, client: Client, group: str) -> tuple[dict[str, bytes
 
     trusted = TrustedSet(root=read_file(who.root, caps.ROOT_MAX_BYTES), fetch=fetch)
     now, fleet = datetime.now(UTC), client.status().fleet
+    offline: list[datetime] = []
     boards: list[str] = []
     left: list[str] = []
     try:
@@ -81,15 +89,18 @@ def _collect(who: Operator, client: Client, group: str) -> tuple[dict[str, bytes
                 left.append(row.id)
                 continue
             accepted = trusted.accept(envelope, fleet=fleet, device=row.id, facts=Facts(), now=now)
+            offline.append(accepted.assignment.expires)
             for item in accepted.assignment.items:
                 trusted.lookup(item.target)
                 if bundle.artifact(item.sha256) not in files:
                     files[bundle.artifact(item.sha256)] = _artifact(client, item.sha256)
             files[bundle.desired(row.id)] = envelope
             boards.append(row.id)
+        ends = trusted.expiries()
     except Rejected as error:
         raise Fault("what the server shows does not verify", error.message, code=Exit.REFUSED) from None
-    return files, boards, left
+    people = min((*offline, ends["root"], ends["targets"]))
+    return files, boards, left, {"bundles": min((*ends.values(), *offline)), "late_bundles": people}
 
 
 def _artifact(client: Client, sha256: str) -> bytes:

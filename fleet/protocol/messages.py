@@ -32,6 +32,7 @@ class Hello(Message, frozen=True, kw_only=True):
     Attributes:
         accepted, deployed, committed: the board's three assignment versions (0 for none): persisted as soon as the
             envelope verifies; being carried out; fully committed.
+        acked: up to which report a server has said that it stored them; 0 for none.
     """
 
     MAX_BYTES: ClassVar[int] = caps.HELLO_MAX_BYTES
@@ -42,6 +43,7 @@ class Hello(Message, frozen=True, kw_only=True):
     deployed: int = 0
     committed: int = 0
     versions: Versions = Versions()
+    acked: int = 0
 
 
 class State(Message, frozen=True, kw_only=True):
@@ -184,10 +186,14 @@ class DesiredReply(Message, frozen=True, kw_only=True):
 
 
 class Ack(Message, frozen=True, kw_only=True):
-    """`down/ack`: the server has stored every report up to and including `sequence`."""
+    """`down/ack`: the server has stored every report up to and including `sequence`.
+
+    With `again` it has lost, or was never shown, what came after: the board sends what it still has of that.
+    """
 
     MAX_BYTES: ClassVar[int] = caps.ACK_MAX_BYTES
     sequence: int
+    again: bool = False
 
 
 class Poke(Message, frozen=True, kw_only=True):

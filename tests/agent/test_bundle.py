@@ -16,6 +16,7 @@ from agent.bundle import BundleError, Offline, Outcome
 from agent.fetch import FetchError
 from fleet.protocol import bundle as bundle_layout
 from fleet.protocol.codes import RejectCode
+from signing.errors import Rejected
 from tests.agent.test_desired import DEVICE, NOW, Case
 
 HEAD = {"bundle.json": b'{"v":1}'}
@@ -97,6 +98,59 @@ def rolled_back(stick):
     stick.case.server.publish(b"bytes")
     stick.case.judge(stick.case.server.assignment(5, keep_data=("x",)))
     return files
+
+
+def slept(stick, monkeypatch, **after):
+    """The board's clock goes on; what lies on the stick does not."""
+    later = NOW + timedelta(**after)
+    monkeypatch.setattr(stick.case.trust, "now", lambda: later)
+
+
+def test_a_bundle_that_travelled_for_too_long_is_refused_unless_the_owner_said_that_it_may(tmp_path, monkeypatch):
+    stick = Stick(tmp_path)
+    files = stick.files(stick.case.server.assignment(3, expires=NOW + timedelta(days=30)))
+    slept(stick, monkeypatch, days=16)  # past timestamp (2 days) and snapshot (14)
+    assert stick.put_in(files).code == RejectCode.EXPIRED
+    assert stick.case.deployer.versions == []
+
+    stick.case.trust._late = True
+    assert stick.put_in(files) == Outcome(version=3)
+    assert stick.case.deployer.versions == [3]
+    assert "came in a bundle whose metadata ended on" in stick.case.store.history()[-1].message
+    # An agent that begins anew meanwhile still finds what the accepted assignment names.
+    stick.case.trust._refreshed = False
+    item = stick.case.server.publish(b"bytes").item  # known to the network only, which is away
+    with pytest.raises(Rejected) as verdict:
+        stick.case.trust.resolve(item)
+    assert verdict.value.code is RejectCode.UNKNOWN_TARGET
+
+
+LATE = [
+    ("past the assignment's own end", {"expires": NOW + timedelta(days=10)}, {"days": 11}, RejectCode.EXPIRED),
+    ("past what people signed", {"expires": NOW + timedelta(days=999)}, {"days": 366}, RejectCode.EXPIRED),
+    ("older than what was accepted", {"version": 1}, {"days": 3}, RejectCode.ROLLBACK),
+]
+
+
+@pytest.mark.parametrize(("what", "fields", "after", "code"), LATE, ids=[row[0] for row in LATE])
+def test_a_late_bundle_is_judged_like_any_other_but_for_its_timestamp(tmp_path, monkeypatch, what, fields, after, code):
+    stick = Stick(tmp_path)
+    stick.case.trust._late = True
+    stick.case.judge(stick.case.server.assignment(2))
+    version = fields.pop("version", 3)
+    files = stick.files(stick.case.server.assignment(version, **{"expires": NOW + timedelta(days=30)} | fields))
+    slept(stick, monkeypatch, **after)
+    assert stick.put_in(files).code == code, what
+    assert stick.case.store.counter("accepted") == 2
+
+
+def test_what_is_late_over_the_network_is_refused_whatever_the_policy_says_of_bundles(tmp_path, monkeypatch):
+    stick = Stick(tmp_path)
+    stick.case.trust._late = True
+    slept(stick, monkeypatch, days=3)
+    stick.case.judge(stick.case.server.assignment(3))
+    assert stick.case.deployer.versions == []
+    assert stick.case.codes() == [RejectCode.EXPIRED]
 
 
 ATTACKS = [

@@ -141,14 +141,6 @@ def test_a_mistake_in_the_configuration_is_named(tmp_path):
     assert "`log`" in done.stderr
 
 
-def test_a_production_board_does_not_run_for_a_development_fleet(tmp_path):
-    (tmp_path / "agent.toml").write_text("production = true\n")
-    enrolled(tmp_path).close()
-    done = agent(tmp_path, "run")
-    assert done.returncode == 1
-    assert "production" in done.stderr
-
-
 def test_a_state_directory_of_a_newer_agent_is_refused_in_one_line(tmp_path):
     store = enrolled(tmp_path)
     store._db.execute("PRAGMA user_version=99")

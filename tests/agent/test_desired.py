@@ -360,3 +360,55 @@ def test_a_board_without_mqtt_and_without_a_clock_is_vouched_for_over_https(tmp_
     asyncio.run(story())
     assert case.deployer.versions == ([] if replay else [4])
     assert ("nobody vouched" in case.desired.problems.get("fresh", "")) == bool(replay)
+
+
+def test_a_broker_that_keeps_assignments_back_is_noticed_by_the_board(case):
+    """It answers, it pings, it brings nothing: freeze by a silent broker."""
+
+    async def asked(version, **ago):
+        case.server.envelope = case.server.assignment(version, issued=NOW - timedelta(**ago))
+        await case.desired._ask()
+
+    async def story():
+        case.desired._on_bus = lambda: True
+        await asked(1, seconds=5)
+        assert "broker" not in case.desired.problems, "it may be a moment late"
+        await asked(2, minutes=10)
+        assert "the broker kept assignment 2" in case.desired.problems["broker"]
+        assert case.deployer.versions == [1, 2], "and it is carried out all the same"
+        await case.desired._ask()
+        assert "broker" in case.desired.problems
+        await case.desired.heard(case.server.assignment(3))
+        assert "broker" not in case.desired.problems
+        case.desired._on_bus = lambda: False
+        await asked(4, minutes=10)
+        assert "broker" not in case.desired.problems, "one that is away keeps nothing back"
+
+    asyncio.run(story())
+
+
+def test_a_server_that_is_away_is_asked_again_soon_and_then_less_often(case, monkeypatch):
+    """Boards come back to a server that was made anew within seconds, not at their next regular question."""
+    waits = []
+
+    async def story():
+        case.server.reachable = False
+        ask = case.desired._ask
+
+        async def counted():
+            waits.append(1)
+            if len(waits) == 4:
+                case.server.reachable = True
+                case.server.envelope = case.server.assignment(1)
+            return await ask()
+
+        monkeypatch.setattr(case.desired, "_ask", counted)
+        monkeypatch.setattr(desired_module, "AWAY_FIRST_S", 0.001)
+        task = asyncio.create_task(case.desired.run(lambda: 3600.0))
+        async with asyncio.timeout(20):
+            while not case.deployer.versions:  # noqa: ASYNC110 - the loop under test tells nobody
+                await asyncio.sleep(0.005)
+        task.cancel()
+
+    asyncio.run(story())
+    assert case.deployer.versions == [1]
