@@ -25,6 +25,7 @@ import msgspec
 from fleet.protocol import api, wire
 from fleet.protocol.authority import CaView, IssuingRequest
 from fleet.protocol.history import History
+from fleet.protocol.online import OnlineRequest, OnlineView
 from fleet.protocol.people import OperatorReply, OperatorRequest, Operators, Role
 
 CHUNK_BYTES: Final = 64 * 1024
@@ -148,6 +149,19 @@ class Client:
         """Accept an issuing CA no more."""
         return self._send(CaView, "POST", f"/v1/ca/issuers/{_quoted(serial)}/revoke", None)
 
+    def online(self, *, wait_s: int = 0) -> OnlineView:
+        """Where snapshot and timestamp are signed; with `wait_s`, as soon as something waits for it."""
+        query = {"wait": wait_s} if wait_s else {}
+        return self._get(OnlineView, "/v1/online", query, timeout_s=READ_TIMEOUT_S + wait_s)
+
+    def countersign(self, request: OnlineRequest) -> OnlineView:
+        """Bring snapshot and timestamp, signed."""
+        return self._send(OnlineView, "POST", "/v1/online", request)
+
+    def discard_waiting(self) -> OnlineView:
+        """Have the server forget what waits for the publisher host."""
+        return self._send(OnlineView, "POST", "/v1/online/discard", None)
+
     def operators(self) -> Operators:
         """Who may come in."""
         return self._get(Operators, "/v1/operators")
@@ -223,6 +237,15 @@ class Client:
         """A board's newest assignment in its envelope; None when nothing was ever assigned to it."""
         response = self._request("GET", f"/v1/devices/{_quoted(device)}/desired")
         return None if response.status_code == httpx.codes.NOT_FOUND else self._checked(response).content
+
+    def has_artifact(self, sha256: str) -> bool:
+        """Whether the server has these bytes."""
+        response = self._request("HEAD", f"/v1/artifacts/{_quoted(sha256)}")
+        if response.is_success or response.status_code == httpx.codes.NOT_FOUND:
+            return response.is_success
+        raise AnswerError(
+            f"{self.url} answered {response.status_code}", "to the question for an artifact", _CHECK_SERVER
+        )
 
     def artifact(self, sha256: str) -> bytes:
         """A component's bytes, as the server has them: check the hash."""

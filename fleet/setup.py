@@ -86,7 +86,7 @@ def init(
         SetupError: there is a fleet already, the directory cannot be written, or an argument cannot be meant.
     """
     when = datetime.now(UTC) if now is None else now
-    config = _configure(fleet, size, url, namespace, operators_port, devices_port, mqtt_port, broker)
+    config = configure(fleet, size, url, namespace, operators_port, devices_port, mqtt_port, broker)
     if size == "solo" and not passphrase:
         raise SetupError("a solo fleet needs a passphrase for its root and publisher keys: give one, or use --dev")
     place = Home(home)
@@ -110,7 +110,7 @@ def init(
     return Made(home, fleet, size, namespace, config.operators_url, warnings, recovery)
 
 
-def _configure(
+def configure(
     fleet: str,
     size: str,
     url: str | None,
@@ -120,6 +120,7 @@ def _configure(
     mqtt_port: int,
     broker: str,
 ) -> Config:
+    """A server's configuration as `init` makes it; raises `SetupError`."""
     host, port = "127.0.0.1", OPERATORS_PORT
     if url is not None:
         try:

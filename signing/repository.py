@@ -338,12 +338,9 @@ def online(
         RepositoryError: root or targets is missing.
         Rejected: the repository's own files do not verify from their newest root.
     """
-    root, top = _verified_top(current)
+    root, _ = _verified_top(current)
     version, old, stands = _newest_snapshot(current, root)
-    meta = {} if old is None else dict(old.meta)
-    for name, number in _shown(current, top):
-        data = current[f"{number}.{name}.json"]
-        meta[f"{name}.json"] = MetaFile(number, len(data), {"sha256": metadata.sha256(data)})
+    meta = promised(current)
     files: dict[str, bytes] = {}
     if old is None or not stands or old.meta != meta or _half_gone(old, now, "snapshot"):
         version += 1
@@ -358,6 +355,17 @@ def online(
         Timestamp(number + 1, expires=until(now, "timestamp"), snapshot_meta=promise), [timestamp_signer]
     )
     return files
+
+
+def promised(current: Mapping[str, bytes]) -> dict[str, MetaFile]:
+    """What the next snapshot lists: every role's newest version, with its hash."""
+    root, top = _verified_top(current)
+    _, old, _ = _newest_snapshot(current, root)
+    meta = {} if old is None else dict(old.meta)
+    for name, number in _shown(current, top):
+        data = current[f"{number}.{name}.json"]
+        meta[f"{name}.json"] = MetaFile(number, len(data), {"sha256": metadata.sha256(data)})
+    return meta
 
 
 def online_due(current: Mapping[str, bytes], now: datetime) -> bool:

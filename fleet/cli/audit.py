@@ -20,14 +20,22 @@ from signing.errors import Rejected
 
 REPORTS_MAX: Final = 200_000
 """Of one board: no server keeps the operator busy for ever."""
-_FILE: Final = "boards.json"
+BOARDS: Final = "boards.json"
 _GONE: Final = "the server does not know this board any more"
 
 
-class _Memory(msgspec.Struct):
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a board belongs, as the server said when it was looked at last."""
+
+    groups: tuple[str, ...] = ()
+    revoked: bool = False
+
+
+class Memory(msgspec.Struct):
     """`operator/trust/boards.json`: what was seen of each board, by device id."""
 
     boards: dict[str, Seen] = {}
+    places: dict[str, Place] = {}
 
 
 class _Shown(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,11 +67,13 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
     who = operator(options)
     if forget and not device:
         raise Fault("--forget needs the name of a board")
-    path = who.trust / _FILE
-    memory = _load(path)
+    path = who.trust / BOARDS
+    memory = remembered(path)
     shown = []
     with who.client() as client:
-        devices = [device] if device else [row.id for row in client.devices().devices]
+        rows = client.devices().devices
+        memory.places |= {row.id: Place(groups=row.groups, revoked=row.revoked) for row in rows}
+        devices = [device] if device else [row.id for row in rows]
         for each in devices:
             seen = None if forget else memory.boards.get(each)
             verdict = _examine(client, each, seen)
@@ -107,11 +117,12 @@ def _examine(client: Client, device: str, seen: Seen | None) -> Verdict:
         return Verdict(findings=(error.message,), notes=(), reports=(), seen=seen or Seen(key=""))
 
 
-def _load(path: Path) -> _Memory:
+def remembered(path: Path) -> Memory:
+    """What this machine remembers of the boards; raises `Fault` when it cannot be read."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Memory)
+        return msgspec.json.decode(path.read_bytes(), type=Memory)
     except FileNotFoundError:
-        return _Memory()
+        return Memory()
     except (OSError, *wire.JSON_ERRORS) as error:
         raise Fault(
             f"{path} cannot be read",
@@ -120,7 +131,7 @@ def _load(path: Path) -> _Memory:
         ) from None
 
 
-def _save(path: Path, memory: _Memory) -> None:
+def _save(path: Path, memory: Memory) -> None:
     beside = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from fleet.cli import out
 from fleet.cli.base import Exit, Fault, Options
 from fleet.cli.home import Operator
 from fleet.cli.prepare import read_file
-from fleet.cli.trust import Trust
+from fleet.cli.trust import Cached, Trust
 from fleet.cli.unlock import keyring, open_key
 from fleet.client import Client
 from signing import bins, events, words
@@ -26,7 +26,7 @@ T = TypeVar("T")
 class Ceremony:
     """One operator, one fleet, and the events that change what it trusts."""
 
-    def __init__(self, options: Options, who: Operator, client: Client) -> None:
+    def __init__(self, options: Options, who: Operator, client: Client | Cached) -> None:
         self.options, self.who, self.client = options, who, client
         self.trust = Trust(who, client, expired=True)
         self.ring: Keyring = keyring(who)
@@ -44,9 +44,9 @@ class Ceremony:
             raise Fault(f"this event is of the fleet {event.fleet!r}", f"this machine's is {self.who.fleet!r}")
         lines = _checked(lambda: words.describe(self.files, event, called=self.ring.called))
         if event.note:
-            click.echo(f"note: {_printable(event.note)}", err=True)
+            click.echo(f"note: {printable(event.note)}", err=True)
         for line in lines:
-            click.echo(_printable(line), err=True)
+            click.echo(printable(line), err=True)
 
     def missing(self, event: Event) -> list[Wanted]:
         """The signatures that it lacks."""
@@ -97,6 +97,7 @@ class Ceremony:
 
     def publish(self, event: Event) -> None:
         """Upload an event that enough have signed, and remember what it made."""
+        assert isinstance(self.client, Client)
         reply = self.client.publish_event(event.encode())
         self.trust.refresh()
         roles = ", ".join(dict.fromkeys(bins.namespace_of(each.role) for each in event.documents))
@@ -152,6 +153,6 @@ def _checked(act: Callable[[], T]) -> T:
         raise Fault(str(error), code=Exit.REFUSED) from None
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without what could move a terminal's cursor: an event comes by mail."""
     return "".join(each if each.isprintable() else "?" for each in text)

@@ -127,7 +127,7 @@ def _new_for_pipeline(
             ceremony.ring.forget(name)
             raise
     if pipeline is not None:
-        _write_pipeline(who, pipeline, space)
+        write_public(who, pipeline, space)
     out.say(
         options,
         f"Wrote {path}: put its text into the pipeline's secret FLEET_SIGNING_KEY, then delete the file.\n"
@@ -135,8 +135,8 @@ def _new_for_pipeline(
     )
 
 
-def _write_pipeline(who: Operator, directory: Path, namespace: str) -> None:
-    """What lets a pipeline find the server and verify the repository; nothing of it is secret."""
+def write_public(who: Operator, directory: Path, namespace: str) -> None:
+    """What lets a pipeline or a publisher host find the server and verify the repository; nothing of it is secret."""
     place = directory / "operator"
     config = f'url = "{who.url}"\nfleet = "{who.fleet}"\nnamespace = "{namespace}"\n'
     try:

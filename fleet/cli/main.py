@@ -16,6 +16,7 @@ SECTIONS: Final[Sections] = {
         "init": Entry("fleet.cli.setup:init", "Create a fleet: keys, repository, certificates, admin token"),
         "serve": Entry("fleet.cli.setup:serve", "Run the server: API, artifacts, rollouts, broker"),
         "operators": Entry("fleet.cli.operators:operators", "Who may come in to the server, and as what"),
+        "server": Entry("fleet.cli.server:server", "A server's backup and keys, and a server made anew"),
         "status": Entry("fleet.cli.listings:status", "The fleet at a glance"),
         "demo": Entry("fleet.cli.demo:demo", "The whole main job on this machine, with three boards"),
     },
@@ -51,6 +52,7 @@ SECTIONS: Final[Sections] = {
     },
     "Trust": {
         "keys": Entry("fleet.cli.keys:keys", "Make, list, rotate and revoke signing keys"),
+        "publisher": Entry("fleet.cli.publisher:publisher", "Sign snapshot and timestamp on another host"),
         "ca": Entry("fleet.cli.authority:authority", "The CA by which boards and servers know each other"),
         "affected": Entry("fleet.cli.affected:affected", "List the boards that run a package"),
         "audit": Entry("fleet.cli.audit:audits", "Prove what boards ran, without believing the server"),

@@ -1,5 +1,6 @@
 """`fleet sign move`: from one size of fleet to the next, without a board enrolled again."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,32 +11,55 @@ from fleet.cli import out
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.ceremony import Ceremony
 from fleet.cli.home import operator
+from fleet.cli.prepare import read_file
 from fleet.cli.rotating import Change
 from fleet.cli.team import show_recovery, team_keys
 from fleet.cli.unlock import new_passphrase
-from signing import proposals, repository, rotation
+from signing import keys, proposals, repository, rotation
 from signing.errors import SigningError
-from signing.keyring import recovery_key
+from signing.keyring import read_public, recovery_key
 from signing.rotation import RoleKeys, Size
+
+_PUBLIC = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 @command(
     "move",
     json=False,
-    examples="fleet sign move solo\nfleet sign move team --root alice --root bob --root carol",
+    examples="fleet sign move solo\nfleet sign move team --root alice --root bob --root carol\n"
+    "fleet sign move publisher --snapshot snapshot.pub --timestamp timestamp.pub",
 )
-@click.argument("size", type=click.Choice(["solo", "team"]))
+@click.argument("size", metavar="solo|team|publisher", type=click.Choice(["solo", "team", "publisher"]))
 @click.option("--root", "people", multiple=True, metavar="KEY", help="Who holds root from now on (fleet keys list)")
 @click.option("--threshold", default=2, show_default=True, help="How many of them must sign")
 @click.option(
     "--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Save the signing event here; publish nothing"
 )
 @click.option("--yes", is_flag=True, help="Do not ask before signing")
-def move(options: Options, *, size: str, people: tuple[str, ...], threshold: int, to: Path | None, yes: bool) -> None:
-    """Move the fleet to another size: from dev to solo, from either to team.
+@click.option("--snapshot", type=_PUBLIC, help="With 'publisher': the key of snapshot from now on")
+@click.option("--timestamp", type=_PUBLIC, help="With 'publisher': the key of timestamp from now on")
+def move(
+    options: Options,
+    *,
+    size: str,
+    people: tuple[str, ...],
+    threshold: int,
+    snapshot: Path | None,
+    timestamp: Path | None,
+    to: Path | None,
+    yes: bool,
+) -> None:
+    """Move the fleet to another size: from dev to solo, from either to team; or two keys to a publisher host.
 
-    The keys of a development fleet lay in the clear: root, targets and the namespaces get new, encrypted ones.
+    The keys of a development fleet lay in the clear: root, targets and the namespaces get new, encrypted ones. With
+    'publisher' root names the keys of snapshot and timestamp that 'fleet publisher keys' (or, back on the server,
+    'fleet server key') made; what is published then waits until they sign.
     """
+    if (size == "publisher") != bool(snapshot and timestamp):
+        raise click.UsageError("'fleet sign move publisher' needs --snapshot and --timestamp, and only that.")
+    if snapshot and timestamp:
+        _move_online(options, {"snapshot": snapshot, "timestamp": timestamp}, to=to, yes=yes)
+        return
     if (size == "team") != bool(people):
         raise click.UsageError("'fleet sign move team' needs --root for each person, and only that.")
     who = operator(options)
@@ -67,6 +91,28 @@ def move(options: Options, *, size: str, people: tuple[str, ...], threshold: int
             "Restart 'fleet serve': it serves a fleet in production now. The keys of before count for nothing;\n"
             f"delete them: {', '.join(mover.replaced)}",
         )
+
+
+def _move_online(options: Options, files: Mapping[str, Path], *, to: Path | None, yes: bool) -> None:
+    """One root that names other keys for snapshot and timestamp."""
+    who = operator(options)
+    try:
+        roles = {
+            role: RoleKeys((read_public(read_file(path, keys.MAX_BYTES), what=str(path)),))
+            for role, path in files.items()
+        }
+    except SigningError as error:
+        raise Fault(str(error)) from None
+    with who.client() as client:
+        ceremony = Ceremony(options, who, client)
+        try:
+            event = proposals.propose(
+                ceremony.files, roles=roles, now=datetime.now(UTC), note="other keys for snapshot and timestamp"
+            )
+        except SigningError as error:
+            raise Fault(str(error), code=Exit.REFUSED) from None
+        if ceremony.carry_through(event, yes=yes, to=to):
+            out.say(options, "They count. Delete the old keys of snapshot and timestamp where they lay.")
 
 
 class _Mover:

@@ -1,5 +1,6 @@
 """`fleet sign`: what several people sign together, and what expires unless somebody signs it anew."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,7 +14,10 @@ from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.ceremony import Ceremony, load, merged, save
 from fleet.cli.home import operator
 from fleet.cli.moving import move
+from fleet.cli.trust import Cached
 from fleet.cli.values import days
+from fleet.client import Client, ProblemError
+from fleet.protocol.online import OnlineView
 from signing import bins, proposals, repository, rotation
 from signing.errors import RepositoryError
 
@@ -42,10 +46,12 @@ def status(options: Options, *, fail_within: str | None) -> Exit:
     who = operator(options)
     with who.client() as client:
         ceremony = Ceremony(options, who, client)
-        view = authority.known(client)
+        view, signed = authority.known(client), known(client)
     now = datetime.now(UTC)
     rows = list(_rows(ceremony))
     issuer = None if view is None else authority.due(view, within=limit or issuing.WARN)
+    for problem in () if signed is None else signed.problems:
+        click.echo(f"note: {problem}", err=True)
     if issuer is not None:
         click.echo(f"the issuing CA ends on {issuer.ends:%Y-%m-%d}: fleet ca renew", err=True)
     late = [row for row in rows if row["expires"] - now < limit]
@@ -71,6 +77,14 @@ def status(options: Options, *, fail_within: str | None) -> Exit:
     names = " ".join(row["role"] for row in late)
     click.echo(f"expires within {out.span(limit.total_seconds())}: {names}; fleet sign renew {names}", err=True)
     return Exit.FAILED
+
+
+def known(client: Client) -> OnlineView | None:
+    """Where snapshot and timestamp are signed; None of a server that does not say."""
+    try:
+        return client.online()
+    except ProblemError:
+        return None
 
 
 def _rows(ceremony: Ceremony) -> Any:
@@ -123,12 +137,13 @@ def diff(options: Options, *, files: Sequence[Path]) -> Exit:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--key", default="", metavar="NAME", help="Sign with this key only  [every key here that counts]")
 @click.option("--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Where to write it  [FILE]")
+@click.option("--offline", is_flag=True, help="The server is gone: compare with what this machine verified last")
 @_YES
-def approve(options: Options, *, file: Path, key: str, to: Path | None, yes: bool) -> None:
+def approve(options: Options, *, file: Path, key: str, to: Path | None, offline: bool, yes: bool) -> None:
     """Say what the event in FILE changes, and add this machine's signature to it."""
     event = load(file)
     who = operator(options)
-    with who.client() as client:
+    with contextlib.nullcontext(Cached(who)) if offline else who.client() as client:
         ceremony = Ceremony(options, who, client)
         ceremony.show(event)
         signed = ceremony.sign(event, yes=yes, using=key)

@@ -25,6 +25,17 @@ _LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Before anything can have expired."""
 
 
+class Cached:
+    """In place of a server that is gone: the head of the repository as this machine verified it last."""
+
+    def __init__(self, who: Operator) -> None:
+        self._cache = DirectoryCache(who.trust / "cache")
+
+    def tuf(self, file: str) -> bytes | None:
+        """The timestamp; everything else is in the cache itself."""
+        return self._cache.load(file) if file == "timestamp.json" else None
+
+
 class Trust:
     """What this operator believes of the repository: verified from the pinned root, remembered between commands.
 
@@ -37,7 +48,7 @@ class Trust:
         Fault: the root is missing, or what the server shows does not verify.
     """
 
-    def __init__(self, who: Operator, client: Client, *, expired: bool = False) -> None:
+    def __init__(self, who: Operator, client: Client | Cached, *, expired: bool = False) -> None:
         self._who = who
         self._expired = expired
         self._client = client

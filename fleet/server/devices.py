@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Final
 
 from starlette.applications import Starlette
@@ -23,6 +24,9 @@ from fleet.server.web import Refusal, answer, body, param
 from fleet.store.rows import DeviceRow
 from fleet.store.store import Store
 
+BROKER_SLACK_S: Final = 120.0
+"""How long the broker may take to bring an assignment before a board that asks here for it tells something."""
+_NAMED_MAX: Final = 5
 _NONCE: Final = re.compile(r"[0-9a-f]{16,64}")
 Handler = Callable[[Request, DeviceRow], Awaitable[Response]]
 
@@ -31,10 +35,18 @@ class Devices:
     """The API for boards: metadata, artifacts, the desired state, renewal."""
 
     def __init__(
-        self, *, store: Store, repository: Repository, artifacts: Artifacts, enrolment: Enrolment, director: Director
+        self,
+        *,
+        store: Store,
+        repository: Repository,
+        artifacts: Artifacts,
+        enrolment: Enrolment,
+        director: Director,
+        clock: Callable[[], datetime],
     ) -> None:
         self._store, self._repository, self._artifacts = store, repository, artifacts
-        self._enrolment, self._director = enrolment, director
+        self._enrolment, self._director, self._clock = enrolment, director, clock
+        self._unheard: dict[str, float] = {}
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -65,7 +77,8 @@ class Devices:
 
     async def desired(self, request: Request, device: DeviceRow) -> Response:
         """GET /v1/desired: the way for a board that cannot reach the broker; with a nonce, vouched for."""
-        row = self._store.delivery.assignment(device.id)
+        self._doubt_broker(device)
+        row = self._director.reconcile(device.id)  # what another director's key signed is nobody's word any more
         if row is None:
             raise Refusal(404, "not-found", "nothing was ever assigned to this board")
         body, nonce = row.envelope, request.query_params.get("nonce")
@@ -75,6 +88,29 @@ class Devices:
             vouched = self._director.vouch(row, nonce)
             body = wire.encode(DesiredReply(assignment=row.envelope.decode(), fresh=vouched.decode()))
         return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
+
+    def _doubt_broker(self, device: DeviceRow) -> None:
+        """A board asks here for what the broker should have brought: noted until the broker brings its word."""
+        newest = self._store.delivery.assignment(device.id)
+        now = self._clock()
+        if newest is None or newest.version <= device.accepted or now.timestamp() - newest.issued < BROKER_SLACK_S:
+            return
+        if device.id not in self._unheard:
+            words = f"asked over HTTPS for assignment {newest.version}, which the broker did not bring"
+            self._store.devices.note(device.id, "broker", words, now=now.timestamp(), assignment=newest.version)
+        self._unheard[device.id] = now.timestamp()
+
+    def problems(self) -> list[str]:
+        """Boards that the broker does not reach, or keeps from their newest assignment, in one sentence."""
+        rows = {row.id: row for row in self._store.devices.some(self._unheard)}
+        for device, since in list(self._unheard.items()):
+            row = rows.get(device)
+            if row is None or row.revoked or (row.seen_at or 0) > since:
+                del self._unheard[device]
+        if not self._unheard:
+            return []
+        some = ", ".join(sorted(self._unheard)[:_NAMED_MAX])
+        return [f"the broker keeps assignments from {len(self._unheard)} boards, which ask over HTTPS: {some}"]
 
     async def renew(self, request: Request, device: DeviceRow) -> Response:
         """POST /v1/renew."""

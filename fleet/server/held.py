@@ -27,7 +27,9 @@ class HeldKeys:
             SigningError: it holds none of them.
         """
         wanted = {key.keyid for key in trusted}
-        for path in (self._directory / f"{role}.pem", *sorted(self._directory.glob(f"{role}-*.pem"))):
+        first = self._directory / f"{role}.pem"
+        others = sorted(self._directory.glob(f"{role}-*.pem"))
+        for path in others if others and not first.exists() else (first, *others):
             signer = self._open(path)
             if signer.public_key.keyid in wanted:
                 return signer

@@ -262,12 +262,18 @@ class Ingest:
 
     def _greet(self, hello: Hello) -> None:
         """Answer a board that connected: its assignment where it is behind or ahead, and that this is current."""
+        device = self._store.devices.get(hello.device)
+        if device is not None and hello.acked > device.acked:
+            log.warning("%s sent reports up to %s, %s are stored here", hello.device, hello.acked, device.acked)
+            self._publish(Topic(hello.device, Down.ACK), wire.encode(Ack(sequence=device.acked, again=True)))
         row = self._store.delivery.assignment(hello.device)
         if row is not None and hello.accepted > row.version:
             log.warning("%s accepted version %s, %s is stored here", hello.device, hello.accepted, row.version)
             row = self._director.reconcile(hello.device)
         elif row is not None and hello.accepted < row.version:
-            self._director.publish_assignment(row)
+            row, _ = self._director.prepare(hello.device)  # another director's key may have signed it
+            if row is not None:
+                self._director.publish_assignment(row)
         else:
             self._conductor.touch([hello.device])
         if row is not None:

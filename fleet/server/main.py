@@ -37,6 +37,7 @@ from fleet.server.home import Config, Home, HomeError
 from fleet.server.ingest import Ingest
 from fleet.server.listener import Certificates, Listener, PortError, bind
 from fleet.server.metrics import Metrics
+from fleet.server.online import Online
 from fleet.server.operators import Operators, Services
 from fleet.server.planner import Planner
 from fleet.server.repository import Repository
@@ -207,6 +208,7 @@ class Server:
         )
         self._stack.push_async_callback(self._bus.close)
         self._stack.callback(ingest.flush)
+        self._online = Online(store=store, repository=repository, shown=self._touch_all, clock=clock)
         enrolment = Enrolment(store=store, ca=self._ca, repository=repository, config=self._config, clock=clock)
         planner = Planner(
             store=store, repository=repository, director=self._director, conductor=self._conductor, clock=clock
@@ -225,6 +227,7 @@ class Server:
                 metrics=Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected),
                 status=self.status,
                 shut_out=lambda: self._broker.shut_out(self._revoked()),
+                online=self._online,
                 authority=Authority(ca=self._ca, store=store, hosts=self._hosts, changed=self._on_issuer, clock=clock),
                 clock=clock,
             )
@@ -235,7 +238,11 @@ class Server:
             artifacts=self._artifacts,
             enrolment=enrolment,
             director=self._director,
+            clock=clock,
         )
+
+    def _touch_all(self) -> None:
+        self._conductor.touch(row.id for row in self._store.devices.all())
 
     @property
     def _hosts(self) -> tuple[str, ...]:
@@ -298,7 +305,7 @@ class Server:
         devices, online = self._store.devices.count()
         roles = self._repository.roles()
         when = self._clock()
-        problems = [*issuing.warnings(self._ca, now=when)]
+        problems = [*issuing.warnings(self._ca, now=when), *self._online.problems(), *self._devices.problems()]
         problems += [
             f"the role {role.role} expired on {role.expires:%Y-%m-%d}" for role in roles if role.expires <= when
         ]

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-from fleet.protocol import api, authority
+from fleet.protocol import api, authority, online
 from fleet.protocol.enrolment import Enrolled, EnrolRequest
 from fleet.protocol.history import History
 from fleet.protocol.people import OperatorReply, OperatorRequest, Operators
@@ -47,6 +47,9 @@ ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...
     ("post", "/v1/undo", api.UndoRequest, api.RolloutView, "Offer the previous state again"),
     ("post", "/v1/removals", api.RemovalRequest, api.RolloutView, "Take an instance off"),
     ("get", "/v1/audit", None, api.Audit, "Who did what"),
+    ("get", "/v1/online", None, online.OnlineView, "Where snapshot and timestamp are signed, and what waits for it"),
+    ("post", "/v1/online", online.OnlineRequest, online.OnlineView, "Show what the publisher host has signed"),
+    ("post", "/v1/online/discard", None, online.OnlineView, "Forget what waits for the publisher host"),
     ("get", "/v1/ca", None, authority.CaView, "The fleet's CA, and a request for the next issuing CA"),
     ("put", "/v1/ca/issuing", authority.IssuingRequest, authority.CaView, "Put a signed issuing CA in place"),
     ("post", "/v1/ca/issuers/{serial}/revoke", None, authority.CaView, "Accept an issuing CA no more"),
@@ -60,6 +63,7 @@ _QUERY: Final = {
     "/v1/rollouts": ("limit", "group"),
     "/v1/rollouts/{id}": ("wait", "since"),
     "/v1/audit": ("limit",),
+    "/v1/online": ("wait",),
 }
 _REF: Final = "#/components/schemas/{name}"
 

@@ -22,6 +22,7 @@ from fleet.server.conductor import Conductor
 from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
 from fleet.server.metrics import Metrics
+from fleet.server.online import Online
 from fleet.server.people import People
 from fleet.server.planner import Planner
 from fleet.server.publishing import Publishing
@@ -41,6 +42,8 @@ _GATHER_BOARDS_PER_S: Final = 2000
 _SMALL: Final = 50
 _PRIORITY_MOST: Final = 1_000_000
 """A long poll on so many boards answers at once; on more it waits a little, up to two seconds."""
+BRING: Final = "/v1/online"
+"""What is brought there counts by its signatures: the publisher host's token needs no more than a viewer's."""
 _READERS: Final = frozenset({"GET", "HEAD"})
 Handler = Callable[[Request, str], Awaitable[Response]]
 
@@ -62,6 +65,7 @@ class Services:
     status: Callable[[], api.Status]
     shut_out: Callable[[], None]
     authority: Authority
+    online: Online
     clock: Callable[[], datetime]
 
 
@@ -72,7 +76,12 @@ class Operators:
         self._s = services
         self._people = People(services.store, services.clock)
         self._publishing = Publishing(
-            services.store, services.repository, services.artifacts, services.conductor, services.clock
+            services.store,
+            services.repository,
+            services.artifacts,
+            services.conductor,
+            services.online,
+            services.clock,
         )
 
     def application(self) -> Starlette:
@@ -110,6 +119,9 @@ class Operators:
             ("GET", "/v1/operators", self._people.everyone),
             ("PUT", "/v1/operators/{name}", self._people.let_in),
             ("POST", "/v1/operators/{name}/remove", self._people.shut_out),
+            ("GET", "/v1/online", self._s.online.show),
+            ("POST", BRING, self._s.online.bring),
+            ("POST", "/v1/online/discard", self._s.online.discard),
             ("GET", "/v1/ca", self._s.authority.show),
             ("PUT", "/v1/ca/issuing", self._s.authority.install),
             ("POST", "/v1/ca/issuers/{serial}/revoke", self._s.authority.revoke),
@@ -134,7 +146,7 @@ class Operators:
                     action="send the token that fleet init wrote to operator/token",
                 )
             name, role = operator
-            if role == Role.VIEWER and request.method not in _READERS:
+            if role == Role.VIEWER and request.method not in _READERS and request.url.path != BRING:
                 raise Refusal(403, "forbidden", f"{name} may look and not change")
             return await handler(request, name)
 

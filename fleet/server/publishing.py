@@ -10,6 +10,7 @@ from fleet.protocol import api, caps, names
 from fleet.server import web
 from fleet.server.artifacts import ArtifactError, Artifacts
 from fleet.server.conductor import Conductor
+from fleet.server.online import Online
 from fleet.server.repository import Repository
 from fleet.server.web import Refusal, answer, param
 from fleet.store.store import Store
@@ -25,10 +26,11 @@ class Publishing:
         repository: Repository,
         artifacts: Artifacts,
         conductor: Conductor,
+        online: Online,
         clock: Callable[[], datetime],
     ) -> None:
         self._store, self._repository, self._artifacts = store, repository, artifacts
-        self._conductor, self._clock = conductor, clock
+        self._conductor, self._online, self._clock = conductor, online, clock
 
     async def components(self, _request: Request, _by: str) -> Response:
         """GET /v1/components."""
@@ -75,7 +77,7 @@ class Publishing:
         namespace = names.check_label(param(request, "namespace"), "namespace")
         data = await web.read(request, caps.TARGETS_MAX_BYTES)
         before = {release.name.path for release in self._repository.releases()}
-        reply = self._repository.publish(namespace, data, now=self._clock())
+        reply = await self._online.published(lambda: self._repository.publish(namespace, data, now=self._clock()))
         self._audit(by, "publish-role", namespace, f"version {reply.version}")
         if before - {release.name.path for release in self._repository.releases()}:
             # something was revoked: it comes off every board that runs it
@@ -85,7 +87,7 @@ class Publishing:
     async def event(self, request: Request, by: str) -> Response:
         """POST /v1/signing-events: changes of root, targets and namespaces, published together or not at all."""
         data = await web.read(request, events.MAX_BYTES)
-        reply = self._repository.publish_event(data, now=self._clock())
+        reply = await self._online.published(lambda: self._repository.publish_event(data, now=self._clock()))
         self._audit(by, "publish-event", events.decode(data).name, events.decode(data).note[:200])
         # keys and namespaces may have come and gone: every board's assignment is held against what is trusted now
         self._conductor.touch(row.id for row in self._store.devices.all())

@@ -22,8 +22,8 @@ from tuf.api.metadata import Root
 from fleet.protocol import caps
 from fleet.protocol.api import Published, RoleReply
 from fleet.server.held import HeldKeys
-from signing import bins, events, metadata, repository, rotation
-from signing.errors import RepositoryError
+from signing import bins, countersign, events, metadata, repository, rotation
+from signing.errors import KeyFileError, RepositoryError
 from signing.events import Document, Event
 from signing.policy import Release
 from signing.trust import DIRECTOR
@@ -34,19 +34,26 @@ _FILE: Final = re.compile(r"timestamp\.json|[1-9][0-9]{0,8}\.[a-z0-9-]{1,63}(\.b
 ONLINE: Final = ("snapshot", "timestamp")
 
 
+class WaitingError(Exception):
+    """What was sent is kept, and published when the publisher host has signed snapshot and timestamp over it."""
+
+
 class Repository:
     """The metadata directory and what it says.
 
     Args:
         directory: of the metadata.
-        held: the online keys of this server.
+        held: the online keys of this host.
+        signs_online: this is the publisher host: it holds snapshot and timestamp, and no director.
 
     Raises:
         RepositoryError: files are missing.
     """
 
-    def __init__(self, directory: Path, held: HeldKeys) -> None:
-        self._directory, self._held = directory, held
+    def __init__(self, directory: Path, held: HeldKeys, *, signs_online: bool = False) -> None:
+        self._directory, self._held, self._signs_online = directory, held, signs_online
+        self._parked = directory / "waiting.json"
+        self._waiting = self._parked.read_bytes() if self._parked.exists() else b""
         self._files = {path.name: path.read_bytes() for path in directory.iterdir() if _FILE.fullmatch(path.name)}
         self._releases: dict[str, Release] = {}
         self._chosen: dict[str, Signer] = {}
@@ -96,13 +103,11 @@ class Repository:
 
         Raises:
             Rejected, ConflictError, RepositoryError: see `signing.events.apply`.
+            WaitingError: the publisher host must sign first.
         """
         if len(data) > caps.TARGETS_MAX_BYTES:
             raise RepositoryError(f"the role has {len(data)} bytes, boards accept {caps.TARGETS_MAX_BYTES} at most")
-        new = events.apply(self._files, Event("", (Document(namespace, data),)))
-        if new:
-            self._add(new)
-            self.sign_online(now=now)
+        self._take(Event(self.fleet, (Document(namespace, data),)), now)
         version = _published(namespace, data).version
         timestamp = _published("timestamp", self._files["timestamp.json"])
         return RoleReply(
@@ -115,14 +120,10 @@ class Repository:
         Raises:
             Rejected, ConflictError, RepositoryError: see `signing.events.apply`; KeyFileError for online keys which
                 this server does not hold.
+            WaitingError: see `publish`.
         """
         event = events.decode(data)
-        new = events.apply(self._files, event)
-        if new:
-            for role in (*ONLINE, DIRECTOR):
-                self._signer(role, self._files | new)
-            self._add(new)
-            self.sign_online(now=now)
+        self._take(event, now)
         timestamp = _published("timestamp", self._files["timestamp.json"])
         last = event.documents[-1]
         return RoleReply(
@@ -131,6 +132,67 @@ class Repository:
             snapshot=self.snapshot_version,
             timestamp=timestamp.version,
         )
+
+    def _take(self, event: Event, now: datetime) -> None:
+        """Publish an event, or keep it until the publisher host has signed."""
+        if self._waiting:
+            raise WaitingError
+        new = events.apply(self._files, event)
+        if not new:
+            return
+        files = self._files | new
+        if not self._signs_online:
+            self._signer(DIRECTOR, files)
+            if self._held_elsewhere(files):
+                self.write(self._parked, event.encode())
+                self._waiting = event.encode()
+                raise WaitingError
+        for role in ONLINE:
+            self._signer(role, files)
+        self._add(new)
+        self.sign_online(now=now)
+
+    @property
+    def fleet(self) -> str:
+        """Whose repository it is, as root says."""
+        return str(profile(metadata.parse(Root, self.newest_root, "root").signed).get("fleet", ""))
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another host signs snapshot and timestamp."""
+        return self._held_elsewhere(self._files)
+
+    def _held_elsewhere(self, files: Mapping[str, bytes]) -> bool:
+        """Neither key is here: one of them alone is a key that got lost, and the next signature says so."""
+        missing = 0
+        for role in ONLINE:
+            try:
+                self._signer(role, files)
+            except KeyFileError:
+                missing += 1
+        return missing == len(ONLINE)
+
+    @property
+    def waiting(self) -> bytes:
+        """The event that waits for the publisher host; empty for none."""
+        return self._waiting
+
+    def discard(self) -> bool:
+        """Forget what waits; false for nothing."""
+        found, self._waiting = bool(self._waiting), b""
+        self._parked.unlink(missing_ok=True)
+        return found
+
+    def countersign(self, *, snapshot: bytes | None, timestamp: bytes, now: datetime) -> None:
+        """Show what the publisher host has signed, and with it what waited.
+
+        Raises:
+            Rejected, ConflictError, RepositoryError: see `signing.countersign.check`.
+        """
+        new = events.apply(self._files, events.decode(self._waiting)) if self._waiting else {}
+        online = countersign.check(self._files | new, snapshot=snapshot, timestamp=timestamp, now=now)
+        self._add(new | online)
+        self.discard()
 
     def _signer(self, role: str, files: Mapping[str, bytes] | None = None) -> Signer:
         """The key that is trusted with an online role now; raises `SigningError` when this server does not hold it."""
@@ -160,20 +222,26 @@ class Repository:
         """Sign the online roles anew when half of their life is gone or they miss something; true when it did."""
         if not repository.online_due(self._files, now) and repository.online_stands(self._files):
             return False
+        if self.elsewhere and not self._signs_online:
+            return False
         self.sign_online(now=now)
         return True
 
     def _add(self, files: dict[str, bytes]) -> None:
         for name, data in files.items():
-            path = self._directory / name
-            beside = path.with_name(f".{name}.new")
-            with beside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
+            self.write(self._directory / name, data)
             self._files[name] = data
         self._read()
+
+    @staticmethod
+    def write(path: Path, data: bytes) -> None:
+        """Put a file in place, whole or not at all."""
+        beside = path.with_name(f".{path.name}.new")
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
 
     def _read(self) -> None:
         self._chosen = {}

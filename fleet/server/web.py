@@ -61,7 +61,11 @@ async def body(request: Request, kind: type[B]) -> B:
     Raises:
         Refusal: too large, not JSON, or a field that is unknown or of another type; it is named.
     """
-    data = await read(request)
+    return decoded(await read(request), kind)
+
+
+def decoded(data: bytes, kind: type[B]) -> B:
+    """Bytes as a struct; raises `Refusal` as `body`."""
     try:
         return msgspec.json.decode(data or b"{}", type=kind)
     except wire.JSON_ERRORS as error:

@@ -58,6 +58,13 @@ class Access:
         """Shut an operator out; false for nobody."""
         return self._db.run("DELETE FROM operators WHERE name = ?", name) == 1
 
+    def start_over(self, name: str, token: str, *, now: float) -> None:
+        """Nobody may come in any more but one admin with a new token, and no enrolment token counts."""
+        with self._db.atomic():
+            self._db.run("DELETE FROM operators")
+            self._db.run("DELETE FROM tokens WHERE used_at IS NULL")
+            self.set_operator(name, token, role="admin", now=now)
+
     def operators(self) -> list[OperatorRow]:
         """Every operator, by name."""
         rows = self._db.rows("SELECT name, role, created_at FROM operators ORDER BY name")

@@ -140,9 +140,12 @@ class Database:
         return int(self._db.conn.execute(sql, tuple(row.values())).lastrowid or 0)
 
     def backup(self, path: Path) -> None:
-        """A consistent copy into a new file."""
-        with sqlite3.connect(path) as copy:
-            self._db.conn.backup(copy)
+        """A consistent copy into a new file; raises `DamagedError` where it cannot be made."""
+        try:
+            with sqlite3.connect(path) as copy:
+                self._db.conn.backup(copy)
+        except sqlite3.Error as error:
+            raise DamagedError(f"{self.path} cannot be copied to {path}: {error}") from error
 
 
 def check_owner(path: Path) -> None:

@@ -123,10 +123,10 @@ class Devices:
             self._db.run("UPDATE devices SET revoked = 1, online = 0 WHERE id = ?", device)
             self._db.run("UPDATE certificates SET revoked = 1 WHERE device = ?", device)
 
-    def next_command(self, device: str) -> int:
-        """The next command's sequence number for this board, from 1."""
+    def next_command(self, device: str, *, at_least: int = 1) -> int:
+        """The next command's sequence number for this board; `at_least` keeps a restored store from repeating."""
         with self._db.atomic():
-            self._db.run("UPDATE devices SET commands = commands + 1 WHERE id = ?", device)
+            self._db.run("UPDATE devices SET commands = max(commands + 1, ?) WHERE id = ?", at_least, device)
             return int(self._db.value("SELECT commands FROM devices WHERE id = ?", device))
 
     # -- groups ------------------------------------------------------------------------------------------------------

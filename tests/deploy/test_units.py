@@ -17,6 +17,7 @@ CEILINGS = {
     "fleet-enroll.service": 3.5,
     "fleet-compiler@.service": 1.0,
     "fleet-server.service": 2.0,
+    "fleet-publisher.service": 2.0,
     # building cells for components takes root, namespaces and control groups
     "fleet-host.service": 4.7,
 }
@@ -68,7 +69,7 @@ def test_the_host_restores_at_every_start_without_the_agent() -> None:
 
 def test_only_who_maps_machine_code_may_have_executable_memory() -> None:
     denied = {service.name for service in SERVICES if value(service.name, "MemoryDenyWriteExecute") == ["yes"]}
-    assert denied == {f"fleet-{each}.service" for each in ("agent", "enroll", "restore", "server")}
+    assert denied == {f"fleet-{each}.service" for each in ("agent", "enroll", "publisher", "restore", "server")}
 
 
 @pytest.mark.parametrize("service", SERVICES, ids=lambda path: path.name)

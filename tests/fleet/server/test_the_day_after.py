@@ -9,15 +9,18 @@ import pytest
 from cryptography import x509
 
 from fleet import ca
-from fleet.protocol import api
+from fleet.protocol import api, wire
 from fleet.protocol.api import Outcome, RolloutState
 from fleet.protocol.assignment import Assignment
 from fleet.protocol.codes import Phase
+from fleet.protocol.messages import Ack, Hello
 from fleet.protocol.people import OperatorReply, OperatorRequest, Operators, Role
+from fleet.protocol.topics import Up
 from fleet.server import director
 from fleet.server.broker import mosquitto
 from fleet.server.main import Server
 from signing import dsse, repository
+from signing.facts import VERSION_MAX
 
 
 class Ahead(Server):
@@ -180,6 +183,75 @@ def test_what_boards_report_while_the_server_is_away_is_kept_by_a_broker_of_its_
                 await board.disconnect(politely=True)
                 await fleet.stop()
                 await broker.stop()
+
+    asyncio.run(story())
+
+
+def test_a_silent_broker_is_raised_by_the_server(later):
+    """Boards that ask over HTTPS for what the broker should have brought them tell on it."""
+
+    async def story(fleet):
+        async def problems():
+            found = (await fleet.operator.get(api.Status, "/v1/status")).problems
+            return [each for each in found if "the broker keeps assignments" in each]
+
+        board = await fleet.enrol("a")  # it is never heard on the broker
+        await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
+        with board.http() as http:
+            assert (await asyncio.to_thread(http.get, "/v1/desired")).status_code == 200
+            assert not await problems(), "it may be a moment late"
+            Ahead.ahead = timedelta(minutes=5)
+            assert (await asyncio.to_thread(http.get, "/v1/desired")).status_code == 200
+        assert board.device in (await problems())[0]
+        timeline = await fleet.operator.get(api.Timeline, f"/v1/devices/{board.device}/timeline")
+        assert any("which the broker did not bring" in entry.text for entry in timeline.entries)
+        Ahead.ahead = timedelta(minutes=6)
+        await board.connect()
+        await fleet.online(board)
+        assert not await problems()
+
+    later(story)
+
+
+def test_versions_that_a_thief_of_the_director_drove_up_do_not_lock_the_server_out(new_fleet):
+    """Fast-forward, and the recovery after it: boards forget with the key, and so does the server."""
+
+    async def story():
+        async with new_fleet("embedded") as fleet:
+            board = await fleet.enrol("a")
+            await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
+            store, told = fleet.server._store, fleet.server._director
+            hello = Hello(device=board.device, nonce="0" * 16, boot_id="b", accepted=VERSION_MAX)
+            store.devices.hear_hello(hello, datetime.now(UTC).timestamp())
+            row = told.reconcile(board.device)
+            assert row is not None
+            assert row.version < 1000
+            # a plausible version is gone above, as after a restored backup
+            store.devices.hear_hello(msgspec.structs.replace(hello, accepted=500), datetime.now(UTC).timestamp())
+            row = told.reconcile(board.device)
+            assert row is not None
+            assert row.version == 501
+            # and commands go on above what a lost database had counted
+            first = store.devices.next_command(board.device, at_least=int(datetime.now(UTC).timestamp()))
+            assert first > 1_700_000_000
+            assert store.devices.next_command(board.device, at_least=7) == first + 1
+
+    asyncio.run(story())
+
+
+def test_a_server_that_lost_reports_asks_for_them_again(new_fleet):
+    async def story():
+        async with new_fleet("embedded") as fleet:
+            board = await fleet.board("a")
+            asked = []
+            board._received = lambda topic, payload: asked.append((topic, payload))
+            hello = Hello(device=board.device, nonce="0" * 16, boot_id="boot", acked=7)
+            board.publish(Up.HELLO, hello)
+            async with asyncio.timeout(20):
+                while not [one for one in asked if one[0].endswith("/down/ack")]:  # noqa: ASYNC110 - paho's thread tells
+                    await asyncio.sleep(0.02)
+            ack = wire.decode(Ack, next(payload for topic, payload in asked if topic.endswith("/down/ack")))
+            assert (ack.sequence, ack.again) == (0, True)
 
     asyncio.run(story())
 
