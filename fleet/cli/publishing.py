@@ -90,6 +90,7 @@ def publish(
             raise Fault(str(error)) from None
         release = next(each for each in repository.releases(role) if each.name == target)
         if role == base:
+            _bring_back(client, prepared, say)
             return Publication(target, release, new=False)
         if not uploaded:
             client.upload(prepared.sha256, prepared.data, progress=progress)
@@ -114,6 +115,16 @@ def publish(
         "try again",
         code=Exit.FAILED,
     )
+
+
+def _bring_back(client: Client, prepared: Prepared, say: Callable[[str], None]) -> None:
+    """What is published and the server has lost, as one that was made anew has, is uploaded again."""
+    kept = [(prepared.sha256, prepared.data), *((each.evidence.sha256, each.data) for each in prepared.attached)]
+    lost = [(sha256, data) for sha256, data in kept if not client.has_artifact(sha256)]
+    for sha256, data in lost:
+        client.upload(sha256, data)
+    if lost:
+        say("The server had lost its bytes; they are there again.")
 
 
 def publisher(who: Operator, trust: Trust) -> tuple[Signer, datetime | None]:

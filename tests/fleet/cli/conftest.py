@@ -44,7 +44,7 @@ class Desk(httpx.BaseTransport):
         self.before_role: Callable[[], None] = lambda: None
         self.seen: list[tuple[str, str, bytes]] = []
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
+    def handle_request(self, request: httpx.Request) -> httpx.Response:  # noqa: PLR0911 - a table of routes
         body = request.read()
         path = request.url.path
         self.seen.append((request.method, path, body))
@@ -55,6 +55,8 @@ class Desk(httpx.BaseTransport):
             case "GET", ["tuf" | "artifacts" as kind, name]:
                 data = (self.files if kind == "tuf" else self.artifacts).get(name)
                 return httpx.Response(404, content=b"{}") if data is None else httpx.Response(200, content=data)
+            case "HEAD", ["artifacts", sha256]:
+                return httpx.Response(200 if sha256 in self.artifacts else 404)
             case "PUT", ["artifacts", sha256]:
                 self.artifacts[sha256] = body
                 return self._answer(api.ArtifactReply(sha256=sha256, length=len(body), new=True))
