@@ -102,7 +102,13 @@ def until(top: Targets, name: str, now: datetime) -> datetime:
 
 
 def propose_bins(current: Mapping[str, bytes], namespace: str, *, now: datetime, bits: int = bins.BITS) -> Event:
-    """An unsigned event that moves a namespace's targets into hash bins; raises `RepositoryError` as `bins.split`."""
+    """An unsigned event that moves a namespace's targets into hash bins.
+
+    Raises:
+        RepositoryError: there is no such namespace, or as `bins.split`.
+    """
+    if namespace not in repository.namespaces(current):
+        raise RepositoryError(f"the repository has no namespace {namespace[:80]!r}")
     top = _newest(Targets, current, "targets").signed
     made = bins.split(current, namespace, ends=until(top, namespace, now), bits=bits)
     fleet = str(profile(_newest(Root, current, "root").signed).get("fleet", ""))

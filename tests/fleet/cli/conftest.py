@@ -62,7 +62,7 @@ class Desk(httpx.BaseTransport):
                 return self._answer(api.ArtifactReply(sha256=sha256, length=len(body), new=True))
             case "POST", ["roles" | "signing-events", *namespace]:
                 return self._publish(namespace, body)
-            case ("POST", ["rollouts"] | ["undo"] | ["removals"]) | ("GET", ["rollouts", _]):
+            case ("POST", ["rollouts"] | ["undo"] | ["removals"]) | ("GET", ["rollouts", _]) if self.views:
                 return self._answer(self.views.pop(0))
         return self._answer(problem("not-found", f"no {path}", 404))
 
