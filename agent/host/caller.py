@@ -18,6 +18,7 @@ from agent.host.adapted import start
 from agent.host.engine import TICK_MS, Guest, Image
 from agent.host.faults import EngineError, GuestError
 from agent.host.page import Page
+from agent.host.writes import Writes
 from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Grants, Limits
 
@@ -37,13 +38,20 @@ class Ticker:
     """The thread that lets a guest's time pass. Make it on the thread that will call."""
 
     def __init__(
-        self, tick: Callable[[], None], say: Say, limits: Limits, *, waits: Callable[[], bool] = lambda: True
+        self,
+        tick: Callable[[], None],
+        say: Say,
+        limits: Limits,
+        *,
+        waits: Callable[[], bool] = lambda: True,
+        watch: Callable[[], None] | None = None,
     ) -> None:
         """`waits`: whether the calling thread, when it has had no processor, waits for something else."""
         self._tick = tick
         self._say = say
         self._limits = limits
         self._waits = waits
+        self._watch = watch
         self._clock = time.pthread_getcpuclockid(threading.get_ident())
         self._wake = threading.Event()
         self._parked = False
@@ -107,6 +115,8 @@ class Ticker:
             self._own_ms += TICK_MS
             self._tick()
         self._judge(began_ns)
+        if self._watch is not None:
+            self._watch()
 
     def _judge(self, began_ns: int) -> None:
         why = ""
@@ -159,6 +169,7 @@ class Caller:
         ticker: Ticker | None = None,
         scheduling_fd: int | None = None,
         redact: Callable[[str], str] = str,
+        writes: Writes | None = None,
     ) -> None:
         """`ticker`: that of the process, where there are other callers; None to start one.
 
@@ -166,6 +177,7 @@ class Caller:
         """
         self._image = image
         self._redact = redact
+        self._writes = writes
         self.limits = limits
         self._grants = grants
         self._config = config
@@ -176,7 +188,14 @@ class Caller:
         self._faults = Allowance(_FAULTS_A_SECOND * 60)
         self._dropped = 0
         self._guest: Guest | None = None
-        self._ticker = ticker or Ticker(image.engine.tick, say, limits, waits=lambda: cell.waits(scheduling_fd))
+        self._counting = threading.Lock()
+        self._ticker = ticker or Ticker(
+            image.engine.tick,
+            say,
+            limits,
+            waits=lambda: cell.waits(scheduling_fd),
+            watch=self._count_writes if writes is not None else None,
+        )
 
     def start(self) -> frozenset[str]:
         """Instantiate the guest; what it exports.
@@ -203,7 +222,10 @@ class Caller:
 
     def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> tuple[int, bytes, bytes]:
         """One HTTP exchange; raises `GuestError`. The caller counts it: the answer may still be bad."""
-        return self._call(lambda guest: guest.handle(method, target, headers, body))
+        answer = self._call(lambda guest: guest.handle(method, target, headers, body))
+        if self._writes is not None and self._image.adapted:
+            self._writes.forgive(len(answer[2]))
+        return answer
 
     def check(self) -> str | None:
         """The guest's health: None for well, else a sentence."""
@@ -258,12 +280,24 @@ class Caller:
             finally:
                 self._ticker.end()
                 self._page.begin(0)
+                self._count_writes()
         except GuestError as error:
             self._spend(str(error))
             raise
         except EngineError as error:
             self._spend(str(error))
             raise GuestError(CallOutcome.GUEST_TRAP, str(error)) from error
+
+    def _count_writes(self) -> None:
+        """After each call, and at each tick of a long one."""
+        if self._writes is None:
+            return
+        with self._counting:
+            too_much = self._writes.look()
+            self._page.written(self._writes.total)
+        if too_much:
+            self._page.denied()
+            self.say(control.Line(text=f"host: {self._writes.why()}"))
 
     def close(self) -> None:
         """Give the guest's memory back."""

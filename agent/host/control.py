@@ -29,6 +29,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     Attributes:
         uid: what to become, None to stay.
         data: its data directory, empty for none.
+        written_bytes: what the instance has written there today.
         image: in a shared lane, which of its images.
         secrets: whether a memfd with its secrets comes last: a JSON object of values by name. Not in a shared lane.
     """
@@ -39,6 +40,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     config: dict[str, str] = {}
     uid: int | None = None
     data: str = ""
+    written_bytes: int = 0
     image: str = ""
     secrets: bool = False
 

@@ -67,6 +67,7 @@ class Crew:
         data: Path,
         cgroups: Cgroups,
         tasks: Tasks,
+        written: Callable[[], int],
         on_said: Callable[[Generation, Lane, control.FromLane], None],
         on_end: Callable[[Generation, Lane, float], None],
     ) -> None:
@@ -76,6 +77,7 @@ class Crew:
         self._data = data
         self._cgroups = cgroups
         self._tasks = tasks
+        self._written = written
         self._on_said = on_said
         self._on_end = on_end
 
@@ -110,6 +112,7 @@ class Crew:
                 config=run.config,
                 uid=self._uid(self._name),
                 data=generation.data,
+                written_bytes=self._written(),
                 image=generation.image if lane.shared is not None else "",
                 secrets=generation.secrets_fd >= 0,
             )

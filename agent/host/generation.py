@@ -124,6 +124,7 @@ class Generation:
     layers: dict[str, bool] = field(default_factory=dict)
     data: str = ""
     dropped: bool = False
+    counted_bytes: int = 0
     saved: Saved | None = None
     alone: str = ""
     image: str = ""

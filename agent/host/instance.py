@@ -19,6 +19,7 @@ from agent.host import carryover, control, ipc
 from agent.host.cgroups import Cgroups
 from agent.host.clocks import Clocks, ask_health
 from agent.host.crew import DRAIN_MS, Crew, Tasks
+from agent.host.daily import Daily
 from agent.host.deaths import Deaths
 from agent.host.generation import Generation, StartError, disk_bytes, forget_other_schemas
 from agent.host.handle import Lane, LaneGoneError
@@ -54,6 +55,7 @@ class Instance:
         listeners: Listeners,
         uid: Callable[[str], int | None],
         deaths: Deaths,
+        daily: Daily,
         data: Path,
         cgroups: Cgroups,
         emit: Callable[[ipc.Event], None],
@@ -69,6 +71,7 @@ class Instance:
         self.lock = asyncio.Lock()
         self._listeners = listeners
         self._deaths = deaths
+        self._daily = daily
         self._tasks = Tasks()
         self._crew = Crew(
             name,
@@ -77,6 +80,7 @@ class Instance:
             data=data,
             cgroups=cgroups,
             tasks=self._tasks,
+            written=self._written_today,
             on_said=self._said,
             on_end=self._lane_ended,
         )
@@ -215,6 +219,9 @@ class Instance:
             restarts=self.restarts,
             calls=figures.calls,
             errors=figures.errors,
+            denials=figures.denials,
+            dropped_lines=figures.dropped_lines,
+            written_bytes=self._written_today(),
             p50_us=figures.percentile_us(0.5),
             p99_us=figures.percentile_us(0.99),
             memory_bytes=sum(lane.private_bytes() for lane in self.current.lanes),
@@ -224,6 +231,16 @@ class Instance:
             error=self.error,
         )
 
+    def _written_today(self) -> int:
+        """What it has written to its data today, with what its lanes have counted since it was asked last."""
+        for generation in (self.current, self.previous):
+            if generation is not None:
+                total = generation.figures().written_bytes
+                if total > generation.counted_bytes:
+                    self._daily.note(self.name, total - generation.counted_bytes)
+                    generation.counted_bytes = total
+        return self._daily.of(self.name)
+
     def watch(self) -> None:
         """What is looked after from time to time: overdue calls, spare lanes, crashes that are long past."""
         current = self.current
@@ -232,6 +249,7 @@ class Instance:
             self._deaths.note(self.name, current.run.target, 0)
         if current is not None and current.alive:
             self._weigh_data(current)
+            self._written_today()
             self._staffing.watch(current)
         self._end_overdue()
 

@@ -25,6 +25,7 @@ from agent.host.engine import Engine, Image
 from agent.host.faults import EngineError, GuestError
 from agent.host.page import Page
 from agent.host.redact import Redactor
+from agent.host.writes import Writes, open_counter
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
 
@@ -66,6 +67,7 @@ class Lane:
             if image.adapted:
                 heads.catch()
             figures_fd, scheduling_fd = cell.memory_figures(), cell.scheduling()
+            counter_fd = open_counter() if setup.data else None
             layers = cell.enter(
                 cell.lane_plan(
                     uid=setup.uid,
@@ -83,8 +85,19 @@ class Lane:
             return self._refuse(RejectCode.CONTAINMENT, error)
         os.close(image_fd)
         where = "" if not setup.data else cell.DATA if layers["mount"] else setup.data
+        writes = None
+        if setup.data:
+            most, room = setup.limits.daily_written_bytes, setup.limits.response_bytes if image.adapted else 0
+            writes = Writes(counter_fd, most=most, before=setup.written_bytes, room=room)
         return self.begin(
-            setup, image, page_fd, layers=layers, figures_fd=figures_fd, data=where, scheduling_fd=scheduling_fd
+            setup,
+            image,
+            page_fd,
+            layers=layers,
+            figures_fd=figures_fd,
+            data=where,
+            scheduling_fd=scheduling_fd,
+            writes=writes,
         )
 
     def begin(
@@ -98,6 +111,7 @@ class Lane:
         data: str = "",
         ticker: Ticker | None = None,
         scheduling_fd: int | None = None,
+        writes: Writes | None = None,
         clients_max: int = CLIENTS_MAX,
     ) -> bool:
         """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed."""
@@ -114,6 +128,7 @@ class Lane:
             redact=self._redactor.text,
             ticker=ticker,
             scheduling_fd=scheduling_fd,
+            writes=writes,
         )
         try:
             kinds = self._caller.start()

@@ -16,8 +16,8 @@ from fleet.protocol.codes import CallOutcome
 SIZE: Final = 4096
 _RING: Final = 512
 _OUTCOMES: Final = tuple(CallOutcome)
-# errors, calls, began (monotonic ns of the call in flight, 0 for none), denials, log lines dropped
-_ERRORS, _CALLS, _BEGAN, _DROPPED = 0, 8, 16, 24
+# errors, calls, began (monotonic ns of the call in flight, 0 for none), log lines dropped, denials, bytes written
+_ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _WRITTEN = 0, 8, 16, 24, 32, 40
 _COUNTS: Final = 64
 _LATENCIES: Final = 1024
 _U64: Final = struct.Struct("=Q")
@@ -42,6 +42,8 @@ class Figures:
     latencies_us: tuple[int, ...] = ()
     began_ns: int = 0
     dropped_lines: int = 0
+    denials: int = 0
+    written_bytes: int = 0
 
     def plus(self, other: "Figures") -> "Figures":
         """Both together; the newer latencies are `other`'s."""
@@ -53,6 +55,8 @@ class Figures:
             errors=self.errors + other.errors,
             latencies_us=(self.latencies_us + other.latencies_us)[-_RING:],
             dropped_lines=self.dropped_lines + other.dropped_lines,
+            denials=self.denials + other.denials,
+            written_bytes=self.written_bytes + other.written_bytes,
         )
 
     def percentile_us(self, share: float) -> int:
@@ -90,6 +94,14 @@ class Page:
         """A log line went over the limit."""
         self._add(_DROPPED)
 
+    def denied(self) -> None:
+        """Something that the guest asked of the host was refused."""
+        self._add(_DENIED)
+
+    def written(self, total: int) -> None:
+        """So many bytes have been written to its data."""
+        _U64.pack_into(self._map, _WRITTEN, total)
+
     def began_ns(self) -> int:
         """When the call in flight began, by the monotonic clock; 0 for none."""
         value: int = _U64.unpack_from(self._map, _BEGAN)[0]
@@ -105,6 +117,8 @@ class Page:
             latencies_us=struct.unpack_from(f"={min(calls, _RING)}I", self._map, _LATENCIES),
             began_ns=_U64.unpack_from(self._map, _BEGAN)[0],
             dropped_lines=_U64.unpack_from(self._map, _DROPPED)[0],
+            denials=_U64.unpack_from(self._map, _DENIED)[0],
+            written_bytes=_U64.unpack_from(self._map, _WRITTEN)[0],
         )
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ A filter is made once, as a program for the kernel; `agent.host.kernel.filter_ca
 """
 
 import errno
+import resource
 import tempfile
 from functools import cache
 from typing import Any, Final
@@ -86,7 +87,12 @@ def _program(rules: Any) -> bytes:
 @cache
 def lane(*, files: bool) -> bytes:
     """For a lane: no new socket, no process, no executable memory; no file unless `files` (its data)."""
-    return _program(_filter(_names(_BASE, _SOCKETS, _FILES if files else ()), executable_memory=False))
+    rules = _filter(_names(_BASE, _SOCKETS, _FILES if files else ()), executable_memory=False)
+    if files:  # its own limit on what a file may have, within the one that stands
+        own, files_size = pyseccomp.Arg(0, pyseccomp.EQ, 0), pyseccomp.Arg(1, pyseccomp.EQ, resource.RLIMIT_FSIZE)
+        _allow(rules, "prlimit64", own, files_size)
+        _allow(rules, "setrlimit", pyseccomp.Arg(0, pyseccomp.EQ, resource.RLIMIT_FSIZE))
+    return _program(rules)
 
 
 @cache

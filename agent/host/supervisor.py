@@ -25,6 +25,7 @@ from typing import Final
 from agent import systemd
 from agent.host import cell, ipc, program
 from agent.host.cgroups import Cgroups
+from agent.host.daily import Daily
 from agent.host.deaths import Deaths
 from agent.host.entrusted import Entrusted
 from agent.host.front import Front
@@ -123,6 +124,7 @@ class Supervisor:
         self._containment = {**cell.probe(), "cgroup": self._cgroups.available}
         self._missing = sorted(layer for layer in settings.require if not self._containment.get(layer))
         self._deaths = Deaths(settings.state / "deaths.json")
+        self._daily = Daily(settings.state / "written.json")
         self._uids = Uids(settings.state / "uids.json")
         self._nursery = Nursery()
         self._muster = Muster()
@@ -241,6 +243,7 @@ class Supervisor:
         stops = [asyncio.ensure_future(self._stop_one(instance)) for instance in self._instances.values()]
         if stops:
             await asyncio.wait(stops, timeout=_STOP_S)
+        self._daily.save()
         for peer in list(self._peers):
             peer.close()
         self._nursery.close()
@@ -314,7 +317,7 @@ class Supervisor:
                 return await self._receive(request, fd)
             case ipc.Status():
                 figures, more = ipc.page(one.health() for one in self._after(request.after))
-                written = self._deaths.written_bytes
+                written = self._deaths.written_bytes + self._daily.written_bytes
                 return ipc.Figures(id=request.id, instances=figures, written_bytes=written, more=more)
             case ipc.Logs():
                 found = self._instances.get(request.instance)
@@ -379,6 +382,7 @@ class Supervisor:
                 listeners=self._listeners,
                 uid=self._uids.of,
                 deaths=self._deaths,
+                daily=self._daily,
                 data=self._settings.state / "data",
                 cgroups=self._cgroups,
                 emit=self._emit,

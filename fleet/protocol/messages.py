@@ -82,6 +82,9 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         errors: answers with status 500 and above.
         p50_us, p99_us: guest time of a call, in microseconds, over the last calls.
+        denials: what it asked for and was refused while it ran.
+        dropped_lines: of its log, over its limit.
+        written_bytes: to its data, today (UTC).
         memory_bytes: private memory of the instance's lanes; of a lane that is shared, its part.
         shared_lane: the lane that it shares with other instances, which say the same; empty for lanes of its own.
     """
@@ -94,6 +97,9 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     calls: dict[str, int] = {}
     errors: int = 0
+    denials: int = 0
+    dropped_lines: int = 0
+    written_bytes: int = 0
     p50_us: int = 0
     p99_us: int = 0
     memory_bytes: int = 0

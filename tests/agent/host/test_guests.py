@@ -214,6 +214,35 @@ def test_a_guest_has_its_own_files_within_its_limit_and_keeps_them_over_a_swap(h
     assert host.start("writes", support.a_run("bare", 1)).code == "grant-denied"
 
 
+def test_what_may_be_written_in_a_day_is_not_given_again_by_a_new_lane_version_or_host(tmp_path):
+    """Its file is small, and is written again and again: what wears the flash out is the sum of it."""
+    files = Grants(interfaces=("wasi:filesystem", "wasi:io"))
+    limits = Limits(storage_bytes=64 << 20, daily_written_bytes=256 * 1024)
+
+    def start(host, generation):
+        port = support.free_port()
+        run = support.a_run("keeper", generation, port=port, grants=files, limits=limits)
+        assert isinstance(host.start("writes", run), ipc.Started)
+        return port
+
+    host = support.Host(tmp_path)
+    try:
+        port = start(host, 1)
+        assert [support.http(port)[0] for _ in range(6)] == [200] * 4 + [507] * 2
+        health = host.health("keeper")
+        assert (health.written_bytes, health.denials, health.restarts) == (256 * 1024, 1, 0)
+        assert "262144 bytes today, 262144 are allowed" in host.lines_of("keeper")[-1]
+        assert support.http(start(host, 2))[0] == 507
+    finally:
+        host.close()
+    again = support.Host(tmp_path)
+    try:
+        assert support.http(start(again, 3))[0] == 507
+        assert again.health("keeper").written_bytes == 256 * 1024
+    finally:
+        again.close()
+
+
 def test_another_schema_gets_a_copy_of_the_data_and_going_back_finds_the_old_ones(host):
     port = support.free_port()
     files = Grants(interfaces=("wasi:filesystem", "wasi:io"))
