@@ -97,6 +97,7 @@ class Deployer:
     async def desire(self, assignment: Assignment) -> None:
         """Bring the board to this state; it has been verified, accepted and persisted."""
         self.standing.assignment = assignment
+        await self._sets.moved()
         await self.replan()
 
     async def hold(self, doubts: Iterable[Doubt]) -> None:

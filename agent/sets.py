@@ -45,6 +45,12 @@ class Sets:
             if item.atomic == change.item.atomic and name != change.instance
         ]
 
+    async def _known(self, change: Change) -> None:
+        """A change found at the start belongs to a set whose other members the assignment names: wait for that."""
+        if change.item is not None and change.item.atomic:
+            async with self._moved:
+                await self._moved.wait_for(lambda: self._standing.assignment is not None)
+
     def _flight(self, name: str, change: Change) -> Flight | None:
         """The flight by which a sibling becomes what this set wants; None where there is none (yet, or any more)."""
         flight = self._standing.flights.get(name)
@@ -79,6 +85,7 @@ class Sets:
 
     async def staged(self, flight: Flight) -> Outcome:
         """At once for what is swapped alone, else when every change of its set is ready."""
+        await self._known(flight.change)
         return await self._all(flight, self._is_ready, Outcome(Happened(Event.DONE)), Event.REFUSED)
 
     async def watched(self, flight: Flight, watch: Watch, runs: Watch) -> Outcome:
@@ -86,6 +93,7 @@ class Sets:
 
         `watch` is its own probation, `runs` only whether it runs, for one that has been well before.
         """
+        await self._known(flight.change)
         if not self._siblings(flight.change):
             return await watch()
         outcome = await self._watched_beside(flight, runs if flight.change.well else watch)
