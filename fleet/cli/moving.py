@@ -89,7 +89,8 @@ def move(
         out.say(
             options,
             "Restart 'fleet serve': it serves a fleet in production now. The keys of before count for nothing;\n"
-            f"delete them: {', '.join(mover.replaced)}",
+            f"delete them: {', '.join(mover.replaced)}\n"
+            "The root of the CA lay in the clear, too: 'fleet ca offline' takes it off the server.",
         )
 
 
