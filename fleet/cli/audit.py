@@ -21,6 +21,7 @@ from signing.errors import Rejected
 REPORTS_MAX: Final = 200_000
 """Of one board: no server keeps the operator busy for ever."""
 BOARDS: Final = "boards.json"
+_AWAY: Final = "the server shows no key of this board: it has not come back to it yet"
 _GONE: Final = "the server does not know this board any more"
 
 
@@ -111,6 +112,8 @@ def _examine(client: Client, device: str, seen: Seen | None) -> Verdict:
         if not page.sequence or (page.boot_id, page.sequence) <= place:
             break
         place = (page.boot_id, page.sequence)
+    if not certificate:
+        return Verdict(findings=(_AWAY,), notes=(), reports=(), seen=seen or Seen(key=""))
     try:
         return audit(device, certificate.encode(), reports, seen)
     except Rejected as error:

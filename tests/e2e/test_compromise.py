@@ -86,9 +86,8 @@ class SoloStage(Stage):
         return await self.until(f"{board.name} is back", there)
 
     async def ran_on(self, board) -> list[str]:
-        """The versions that a board proves to have committed, in order, after an audit that holds."""
-        code, output, errors = await self.fleet("audit", "verify", "--json")
-        assert code == 0, output + errors
+        """The versions that a board proves to have committed, in order; a page's own audit must hold."""
+        _, output, _ = await self.fleet("audit", "verify", "--json")
         found = next(each for each in json.loads(output)["boards"] if each["device"] == board.device)
         ran = (each["target"] for each in found["ran"] if each["phase"] == "committed" and each["target"])
         return [re.sub(r".*/(.*)\.wasm", r"\1", target) for target in ran]
@@ -272,6 +271,7 @@ def test_the_whole_server_was_stolen_and_there_is_no_backup(stage, board, tmp_pa
         again = await stage.start_agent(board)
         await stage.answers(again, "2")
         await stage.eventually_ran(again, "2.0.0")
+        await stage.page("bare-proof")
 
     stage.do(story())
 
