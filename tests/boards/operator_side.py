@@ -168,7 +168,7 @@ class OperatorSide:
 
     def broker(self) -> int:
         """The broker's process, which the server keeps running."""
-        listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
         rows = [line.split(maxsplit=1) for line in listing.splitlines() if str(self.scene.home) in line]
         return next(int(pid) for pid, command in rows if command.split()[0].endswith("mosquitto"))
 
