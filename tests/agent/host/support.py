@@ -37,7 +37,8 @@ def wasm(guest):
 def compiled(guest, *, fuel=False) -> bytes:
     """The image of a guest, from a cache: compiling costs more than most tests."""
     source = wasm(guest)
-    sources = [(ROOT / "agent" / "host" / name).read_bytes() for name in ("engine.py", "space.py")]
+    place = Path(str(ipc.__file__)).parent  # of the installed package, where this runs beside one
+    sources = [(place / name).read_bytes() for name in ("engine.py", "space.py")]
     engine = b"".join(sources) + adapter.digest().encode()
     path = CACHE / f"{hashlib.sha256(source + engine + bytes([fuel])).hexdigest()}.cwasm"
     if not path.exists():
