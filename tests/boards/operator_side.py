@@ -210,7 +210,7 @@ class OperatorSide:
         """Push while clients that never retry keep asking; what became of their requests."""
 
         async def story() -> LoadResult:
-            async with Load(port=port, path=f"/{HELLO}/", kept_alive=2, fresh=1, pause_s=0.05) as clients:
+            async with Load(port=port, path=f"/{HELLO}/", kept_alive=1, fresh=1, pause_s=0.1) as clients:
                 await clients.sent(5)
                 code, output, errors = await self._fleet(*_push(component, group))
                 assert code == 0, output + errors
@@ -254,7 +254,7 @@ class OperatorSide:
                         connection.request("GET", f"/{HELLO}/")
                         connection.getresponse().read()
                         took.append(time.monotonic() - asked)
-                        stop.wait(0.02)  # an emulated board has more to do than to answer
+                        stop.wait(0.05)  # an emulated board has more to do than to answer
 
         def found() -> tuple[float, float]:
             return statistics.median(took), max(took)
