@@ -48,9 +48,13 @@ def test_the_system_is_well(story: Story) -> None:
 def test_without_an_engine_a_board_says_so(story: Story, operator: OperatorSide) -> None:
     if story.architecture != "riscv64" or riscv64.finished() is not None:
         pytest.skip("this board has an engine")
-    code, said = operator.push("v1.wasm", group=story.group)
-    assert code != 0
-    assert "no engine" in said + story.board.run("fleet-agent why", timeout_s=120).text
+    operator.push("v1.wasm", group=story.group)
+    # the server passes it over, knowing that from its health; and the board itself refuses what it cannot run
+    rollout = operator.finished(group=story.group)
+    (skipped,) = operator.scene.client.rollout(rollout.id).boards
+    assert "no wasm engine" in skipped.message
+    operator.until("its own word arrives", lambda: "no-engine" in operator.fleet("why", story.device) or None)
+    assert "engine" in story.board.ok("fleet-agent why", timeout_s=120)
 
 
 @pytest.mark.usefixtures("engine")
