@@ -22,7 +22,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 import msgspec
 
-from fleet.protocol import api, wire
+from fleet.protocol import api, sealed, wire
 from fleet.protocol.authority import CaView, IssuingRequest
 from fleet.protocol.history import History
 from fleet.protocol.online import OnlineRequest, OnlineView
@@ -275,6 +275,29 @@ class Client:
         """Publish a signing event; a `ProblemError` with status 409 means that someone else was first."""
         headers = {"Content-Type": "application/json"}
         return self._decoded(api.RoleReply, self._request("POST", "/v1/signing-events", content=event, headers=headers))
+
+    # secrets
+
+    def secrets(self) -> sealed.Secrets:
+        """Every secret, without its value."""
+        return self._get(sealed.Secrets, "/v1/secrets")
+
+    def sealing_keys(self, name: str, scope: sealed.SecretScope) -> sealed.SealingKeys:
+        """What is needed to seal the next version of a secret here."""
+        query = {"group": scope.group, "device": scope.device, "instance": scope.instance}
+        return self._get(sealed.SealingKeys, f"/v1/secrets/{_quoted(name)}/keys", query)
+
+    def set_secret(self, name: str, request: sealed.SecretRequest) -> sealed.SecretReply:
+        """Give boards the next version of a secret."""
+        return self._send(sealed.SecretReply, "PUT", f"/v1/secrets/{_quoted(name)}", request)
+
+    def remove_secret(self, name: str, scope: sealed.SecretScope) -> sealed.Secrets:
+        """Take a secret from boards."""
+        return self._send(sealed.Secrets, "POST", f"/v1/secrets/{_quoted(name)}/remove", scope)
+
+    def box(self, device: str, sha256: str) -> bytes:
+        """A board's sealed box, as the server has it: check the hash."""
+        return self._checked(self._request("GET", f"/v1/devices/{_quoted(device)}/secrets/{_quoted(sha256)}")).content
 
     # rollouts
 

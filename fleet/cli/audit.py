@@ -93,7 +93,7 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
             shown += [
                 _Shown(device=each, key=memory.boards[each].key, findings=(_GONE,), notes=(), ran=()) for each in gone
             ]
-    _save(path, memory)
+    save(path, memory)
     if options.json:
         out.show_json({"boards": shown})
     else:
@@ -134,7 +134,8 @@ def remembered(path: Path) -> Memory:
         ) from None
 
 
-def _save(path: Path, memory: Memory) -> None:
+def save(path: Path, memory: Memory) -> None:
+    """Remember it; raises `Fault` when it cannot be written."""
     beside = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from fleet.cli.home import Operator, operator
 from fleet.cli.prepare import read_file
 from fleet.client import Client
 from fleet.protocol import bundle, caps
+from fleet.protocol.api import DeviceRow
 from fleet.protocol.codes import RejectCode
 from signing.errors import FetchNotFound, Rejected
 from signing.facts import Facts
@@ -30,23 +31,37 @@ def bundles() -> None:
 @command(
     "create",
     examples="fleet bundle create --group edge-eu -o update.tar\n"
+    "fleet bundle create --device gate-7-1f2e3d4c -o gate-7.tar     (with its secrets)\n"
     "sudo fleet-agent apply update.tar                (on the board)",
 )
-@click.option("--group", required=True, shell_complete=complete.groups, help="Whose boards")
+@click.option("--group", default="", shell_complete=complete.groups, help="Whose boards; without their secrets")
+@click.option(
+    "--device",
+    "named",
+    multiple=True,
+    shell_complete=complete.devices,
+    metavar="ID",
+    help="This board, with its secrets in boxes that it alone can open; may be given more than once",
+)
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write"
 )
-def create(options: Options, *, group: str, output: Path) -> None:
+def create(options: Options, *, group: str, named: tuple[str, ...], output: Path) -> None:
     """Put what a group's boards should run into one file: assignments, metadata and components.
 
     Everything is verified from this machine's pinned root as it is collected, and a board verifies it again. Deploy
-    first: a board that cannot be reached is offered its assignment all the same.
+    first: a board that cannot be reached is offered its assignment all the same. Secrets go with boards that are named
+    one by one, and nobody else can open them.
     """
+    if not group and not named:
+        raise click.UsageError("Name a --group, or boards with --device.")
     who = operator(options)
     with who.client() as client:
-        files, boards, left, good = _collect(who, client, group)
+        files, boards, left, good = _collect(who, client, group, named)
     if not boards:
-        raise Fault(f"nothing was ever assigned to a board of {group}", action="fleet deploy does", code=Exit.REFUSED)
+        raise Fault(
+            f"nothing was ever assigned to {group or ', '.join(named)}", action="fleet deploy does", code=Exit.REFUSED
+        )
     size = _write(output, files)
     if options.json:
         out.show_json({"file": str(output), "bytes": size, "boards": boards, "left_out": left, "good_until": good})
@@ -62,7 +77,7 @@ def create(options: Options, *, group: str, output: Path) -> None:
 
 
 def _collect(
-    who: Operator, client: Client, group: str
+    who: Operator, client: Client, group: str, named: tuple[str, ...]
 ) -> tuple[dict[str, bytes], list[str], list[str], dict[str, datetime]]:
     """The members of the bundle, the boards in it, those that have nothing to run, and until when it is good."""
     files: dict[str, bytes] = {bundle.HEAD: msgspec.json.encode({"v": bundle.VERSION})}
@@ -81,9 +96,7 @@ def _collect(
     left: list[str] = []
     try:
         trusted.refresh(facts=Facts(), now=now)
-        for row in client.devices().devices:
-            if group not in row.groups or row.revoked:
-                continue
+        for row in _rows(client, group, named):
             envelope = client.desired(row.id)
             if envelope is None:
                 left.append(row.id)
@@ -94,6 +107,8 @@ def _collect(
                 trusted.lookup(item.target)
                 if bundle.artifact(item.sha256) not in files:
                     files[bundle.artifact(item.sha256)] = _artifact(client, item.sha256)
+                for ref in item.secrets if row.id in named else ():
+                    files[bundle.secret(ref.sha256)] = _box(client, row.id, ref.sha256)
             files[bundle.desired(row.id)] = envelope
             boards.append(row.id)
         ends = trusted.expiries()
@@ -108,6 +123,20 @@ def _artifact(client: Client, sha256: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise Rejected(RejectCode.HASH_MISMATCH, f"the server has other bytes than the artifact {sha256[:16]}")
     return data
+
+
+def _rows(client: Client, group: str, named: tuple[str, ...]) -> list[DeviceRow]:
+    """The boards of the group, and those that are named; an unknown name is the server's to refuse."""
+    alone = [client.device(device).row for device in named]
+    members = [row for row in client.devices().devices if group in row.groups] if group else []
+    return [row for row in {row.id: row for row in (*alone, *members)}.values() if not row.revoked]
+
+
+def _box(client: Client, device: str, sha256: str) -> bytes:
+    box = client.box(device, sha256)
+    if hashlib.sha256(box).hexdigest() != sha256:
+        raise Rejected(RejectCode.HASH_MISMATCH, f"the server has another box for {device} than it assigned")
+    return box
 
 
 def _write(output: Path, files: dict[str, bytes]) -> int:

@@ -29,7 +29,10 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
     boards = _boards(client, devices, request)
     previous = _previous(client, boards, request)
     before = next((release for release in trust.releases if release.name.path == previous), None)
-    excluded = tuple(entry for board in boards if (entry := unfit(board, manifest)) is not None)
+    lacking = _lacking(client, boards, manifest, request.instance)
+    excluded = tuple(
+        entry for board in boards if (entry := unfit(board, manifest) or lacking.get(board.id)) is not None
+    )
     flight = Preflight(
         waves=_waves(request.waves, [board for board in boards if board.id not in {each.device for each in excluded}]),
         excluded=excluded,
@@ -71,6 +74,22 @@ def unfit(board: DeviceRow, manifest: Manifest) -> Excluded | None:
     if board.versions.host and not board.versions.engine:
         return Excluded(device=board.id, reason="it has no engine")
     return None
+
+
+def _lacking(client: Client, boards: Sequence[DeviceRow], manifest: Manifest, instance: str) -> dict[str, Excluded]:
+    """The boards that have not every secret which the component requires."""
+    needed = [name for name, key in manifest.secrets.items() if key.required]
+    if not needed:
+        return {}
+    rows = {row.name: row for row in client.secrets().secrets if row.instance == instance}
+    found: dict[str, Excluded] = {}
+    for name in needed:
+        have = {each.device for each in rows[name].boards} if name in rows else set()
+        for board in boards:
+            if board.id not in have:
+                remedy = f"fleet secret set {name} --device {board.id} --instance {instance}"
+                found[board.id] = Excluded(device=board.id, reason=f"it lacks the secret {name}: {remedy}")
+    return found
 
 
 def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ SECTIONS: Final[Sections] = {
         "revoke": Entry("fleet.cli.boards:revoke", "Shut a board out of the fleet"),
     },
     "Trust": {
+        "secret": Entry("fleet.cli.secret:secrets", "Give components secrets that only their boards can read"),
         "keys": Entry("fleet.cli.keys:keys", "Make, list, rotate and revoke signing keys"),
         "publisher": Entry("fleet.cli.publisher:publisher", "Sign snapshot and timestamp on another host"),
         "ca": Entry("fleet.cli.authority:authority", "The CA by which boards and servers know each other"),

@@ -18,6 +18,7 @@ from fleet.cli.home import Operator, operator
 from fleet.cli.prepare import Prepared, attach, prepare
 from fleet.cli.publishing import Publication
 from fleet.cli.publishing import publish as publish_prepared
+from fleet.cli.secret import check_needed
 from fleet.cli.values import config_values
 from fleet.client import Client
 from fleet.protocol import api
@@ -152,6 +153,8 @@ def push(
     who = operator(options)
     with who.client() as client:
         _check_there(client, how["group"], how["device"])
+        if not dry:
+            _check_secrets(client, prepared.manifest, how)
         if dry:
             return dry_run(who, client, prepared, _request(prepared.manifest.name, "", how), options)
         published = _publish(who, client, prepared, options)
@@ -323,6 +326,13 @@ def _check_there(client: Client, group: str, device: str) -> None:
             "'fleet groups' lists them, 'fleet enroll-token --group' makes one",
             code=Exit.REFUSED,
         )
+
+
+def _check_secrets(client: Client, manifest: Manifest, how: dict[str, Any]) -> None:
+    """Nothing is published for boards of which none could start it; raises `Fault`."""
+    needed = tuple(name for name, key in manifest.secrets.items() if key.required)
+    instance = how["instance"] or manifest.name
+    check_needed(client, instance=instance, required=needed, group=how["group"], device=how["device"])
 
 
 def _check_config(manifest: Manifest, config: dict[str, str] | None) -> None:

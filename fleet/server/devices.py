@@ -20,6 +20,7 @@ from fleet.server.enrolment import Enrolment
 from fleet.server.peercert import peer_certificate
 from fleet.server.publishing import artifact_file, tuf_file
 from fleet.server.repository import Repository
+from fleet.server.vault import box_of
 from fleet.server.web import Refusal, answer, body, param
 from fleet.store.rows import DeviceRow
 from fleet.store.store import Store
@@ -54,6 +55,7 @@ class Devices:
             routes=[
                 Route("/v1/tuf/{file}", self._known(self.tuf), methods=["GET"]),
                 Route("/v1/artifacts/{sha256}", self._known(self.artifact), methods=["GET"]),
+                Route("/v1/secrets/{sha256}", self._known(self.secret), methods=["GET"]),
                 Route("/v1/desired", self._known(self.desired), methods=["GET"]),
                 Route("/v1/renew", self._known(self.renew, renewing=True), methods=["POST"]),
             ],
@@ -74,6 +76,10 @@ class Devices:
     async def artifact(self, request: Request, _device: DeviceRow) -> Response:
         """GET /v1/artifacts/{sha256}."""
         return artifact_file(self._artifacts, request)
+
+    async def secret(self, request: Request, device: DeviceRow) -> Response:
+        """GET /v1/secrets/{sha256}: a box of this board's own, and of no other's."""
+        return box_of(self._store, device.id, param(request, "sha256"))
 
     async def desired(self, request: Request, device: DeviceRow) -> Response:
         """GET /v1/desired: the way for a board that cannot reach the broker; with a nonce, vouched for."""
@@ -114,4 +120,5 @@ class Devices:
 
     async def renew(self, request: Request, device: DeviceRow) -> Response:
         """POST /v1/renew."""
-        return answer(self._enrolment.renew(device, (await body(request, RenewRequest)).csr_pem))
+        wish = await body(request, RenewRequest)
+        return answer(self._enrolment.renew(device, wish.csr_pem, wish.sealing_proof))

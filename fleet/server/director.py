@@ -6,7 +6,7 @@ and what the board says it accepted, so that a restored database never falls beh
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -14,11 +14,12 @@ import msgspec
 from securesystemslib.signer import Signer
 
 from fleet.protocol import caps, wire
-from fleet.protocol.assignment import Assignment, CheckIn, Command, FollowLogs, Fresh, Item, Restart
+from fleet.protocol.assignment import Assignment, CheckIn, Command, FollowLogs, Fresh, Item, Restart, SecretRef
 from fleet.protocol.manifest import Grants
 from fleet.protocol.topics import Down, Topic
 from fleet.rollout.effective import Effective, Group, Held, Overlay, effective
 from fleet.server.repository import Repository
+from fleet.store.boxes import BoxRow
 from fleet.store.rows import AssignmentRow, DeviceRow
 from fleet.store.store import Store
 from signing import director, dsse
@@ -33,6 +34,12 @@ _PLAUSIBLE: Final = 2**40
 """No honest director gets beyond this version of an assignment: 30,000 a second for a year."""
 
 Publish = Callable[[Topic, bytes], bool]
+
+
+class _Wanted(msgspec.Struct):
+    """What `_asked` keeps of an assignment, as far as it is read again."""
+
+    items: tuple[Item, ...] = ()
 
 
 class Director:
@@ -159,9 +166,21 @@ class Director:
         sent = self._publish(Topic(device, Down.COMMAND), director.sign_command(command, self._signer))
         return command.sequence, command.expires, sent
 
+    @property
+    def fleet(self) -> str:
+        """Whose director it is."""
+        return self._fleet
+
+    def _assigned(self, device: str, instance: str) -> list[Item]:
+        """What the newest assignment has under this name: one item or none."""
+        row = self._store.delivery.assignment(device)
+        items = [] if row is None else msgspec.json.decode(row.wanted, type=_Wanted).items
+        return [item for item in items if item.instance == instance]
+
     def _wanted(self, device: DeviceRow) -> Assignment:
         """What the board should run, without version and times."""
         attempts = self._store.delivery.attempts(device.id)
+        boxes = self._store.boxes.newest(device.id)
         items: list[Item] = []
         kept: list[str] = []
         for instance, each in sorted(self.effective(device).items()):
@@ -174,6 +193,11 @@ class Director:
                 if each.value.keep_data or each.value.target is not None:
                     kept.append(instance)
                 continue
+            if lacks(release, instance, boxes):  # the listing of secrets says so; it keeps what it had
+                before = self._assigned(device.id, instance)
+                items += before
+                kept += [] if before else [instance]
+                continue
             items.append(
                 Item(
                     instance=instance,
@@ -183,6 +207,7 @@ class Director:
                     manifest_sha256=release.manifest_sha256,
                     grants=msgspec.json.decode(each.value.grants, type=Grants) if each.value.grants else None,
                     config=dict(each.value.config),
+                    secrets=_refs(release, instance, boxes),
                     port=each.value.port,
                     share_lane=each.value.share_lane,
                     attempt=max(each.value.attempt, attempts.get(instance, 0)),
@@ -201,6 +226,18 @@ class Director:
             stop_all=not items,
             keep_data=tuple(kept),
         )
+
+
+def lacks(release: Release | None, instance: str, boxes: Mapping[tuple[str, str], BoxRow]) -> tuple[str, ...]:
+    """The secrets that a release requires and a board has no box of."""
+    declared = {} if release is None else release.manifest.secrets
+    return tuple(name for name, key in sorted(declared.items()) if key.required and (instance, name) not in boxes)
+
+
+def _refs(release: Release, instance: str, boxes: Mapping[tuple[str, str], BoxRow]) -> tuple[SecretRef, ...]:
+    """The boxes of the secrets that a release declares; no other reaches it."""
+    found = [boxes[instance, name] for name in sorted(release.manifest.secrets) if (instance, name) in boxes]
+    return tuple(SecretRef(name=box.name, sha256=box.sha256, version=box.version) for box in found)
 
 
 def unfit(release: Release, device: DeviceRow) -> str:

@@ -22,6 +22,7 @@ VALID_MIN_S: Final = 60
 VALID_MAX_S: Final = 30 * 86_400
 _SECRET_BYTES: Final = 32
 _RENEW: Final = "renew it: POST /v1/renew"
+PROOF_MAX_CHARS: Final = 2000
 _ANOTHER: Final = "make another with fleet enroll-token"
 
 
@@ -153,6 +154,7 @@ class Enrolment:
                 "another board has the same key: a copied image, or the same state directory",
                 "remove the identity of one of them, and enrol it anew",
             )
+        self._store.devices.set_sealing_proof(device, request.sealing_proof[:PROOF_MAX_CHARS])
         self._store.access.use_token(request.secret, device=device, now=now)
         self._store.devices.note(device, "enrolled", f"enrolled by a token for group {token.group or 'none'}", now=now)
         self._store.access.audit(actor=device, act="enrol", subject=device, detail=token.group, now=now)
@@ -188,7 +190,7 @@ class Enrolment:
             return None
         return device if hashlib.sha256(key_der(key)).hexdigest() == device.key_sha256 else None
 
-    def renew(self, device: DeviceRow, csr_pem: str) -> RenewReply:
+    def renew(self, device: DeviceRow, csr_pem: str, sealing_proof: str = "") -> RenewReply:
         """A new certificate for the board's own key.
 
         Raises:
@@ -203,6 +205,8 @@ class Enrolment:
             raise Refusal(403, "other-key", "a renewal is for the key that was enrolled", action="enrol a new key anew")
         issued = self._ca.device(key, device.id, now=now)
         with self._store.atomic():
+            if sealing_proof:
+                self._store.devices.set_sealing_proof(device.id, sealing_proof[:PROOF_MAX_CHARS])
             self._store.access.add_certificate(
                 serial=issued.serial,
                 device=device.id,

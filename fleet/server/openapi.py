@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-from fleet.protocol import api, authority, online
+from fleet.protocol import api, authority, online, sealed
 from fleet.protocol.enrolment import Enrolled, EnrolRequest
 from fleet.protocol.history import History
 from fleet.protocol.people import OperatorReply, OperatorRequest, Operators
@@ -37,6 +37,11 @@ ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...
     ("get", "/v1/artifacts/{sha256}", None, "application/wasm", "An artifact, whole or by Range"),
     ("post", "/v1/roles/{namespace}", "application/json", api.RoleReply, "Publish a namespace's next role"),
     ("post", "/v1/signing-events", "application/json", api.RoleReply, "Publish changes of root, targets, namespaces"),
+    ("get", "/v1/secrets", None, sealed.Secrets, "Every secret, without its value"),
+    ("put", "/v1/secrets/{name}", sealed.SecretRequest, sealed.SecretReply, "Give boards the next version of a secret"),
+    ("get", "/v1/secrets/{name}/keys", None, sealed.SealingKeys, "Boards' sealing keys, proved by their own word"),
+    ("post", "/v1/secrets/{name}/remove", sealed.SecretScope, sealed.Secrets, "Take a secret from boards"),
+    ("get", "/v1/devices/{id}/secrets/{sha256}", None, "application/octet-stream", "A board's sealed box"),
     ("post", "/v1/rollouts", api.RolloutRequest, api.RolloutView, "Begin a rollout"),
     ("get", "/v1/rollouts", None, api.Rollouts, "Rollouts, newest first"),
     ("get", "/v1/rollouts/{id}", None, api.RolloutView, "One rollout; wait and since make it a long poll"),
@@ -60,6 +65,7 @@ ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...
 _QUERY: Final = {
     "/v1/devices/{id}/timeline": ("limit",),
     "/v1/devices/{id}/reports": ("boot_id", "after"),
+    "/v1/secrets/{name}/keys": ("group", "device", "instance"),
     "/v1/rollouts": ("limit", "group"),
     "/v1/rollouts/{id}": ("wait", "since"),
     "/v1/audit": ("limit",),

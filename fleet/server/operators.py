@@ -27,6 +27,7 @@ from fleet.server.people import People
 from fleet.server.planner import Planner
 from fleet.server.publishing import Publishing
 from fleet.server.repository import Repository
+from fleet.server.vault import Vault
 from fleet.server.views import Views
 from fleet.server.watch import Watch
 from fleet.server.web import Refusal, answer, body, number, param
@@ -75,6 +76,7 @@ class Operators:
     def __init__(self, services: Services) -> None:
         self._s = services
         self._people = People(services.store, services.clock)
+        self._vault = Vault(services.store, services.repository, services.director, services.conductor, services.clock)
         self._publishing = Publishing(
             services.store,
             services.repository,
@@ -108,6 +110,11 @@ class Operators:
             ("GET", "/v1/artifacts/{sha256}", self._publishing.get_artifact),
             ("POST", "/v1/roles/{namespace}", self._publishing.role),
             ("POST", "/v1/signing-events", self._publishing.event),
+            ("GET", "/v1/secrets", self._vault.list),
+            ("PUT", "/v1/secrets/{name}", self._vault.set),
+            ("GET", "/v1/secrets/{name}/keys", self._vault.keys),
+            ("POST", "/v1/secrets/{name}/remove", self._vault.remove),
+            ("GET", "/v1/devices/{id}/secrets/{sha256}", self._vault.box),
             ("POST", "/v1/rollouts", self.deploy),
             ("GET", "/v1/rollouts", self.rollouts),
             ("GET", "/v1/rollouts/{id}", self.rollout),
@@ -262,6 +269,7 @@ class Operators:
         row = self._device(request)
         with self._s.store.atomic():
             self._s.store.devices.revoke(row.id)
+            self._s.store.boxes.forget(row.id)
             self._s.store.devices.note(row.id, "revoked", f"shut out by {by}", now=self._now())
             self._audit(by, "revoke", row.id)
         self._s.shut_out()

@@ -18,11 +18,12 @@ from fleet.rollout.effective import Group, Held
 from fleet.rollout.model import BREACHES, OPEN, Board, Outcome, State, Value
 from fleet.server import wish
 from fleet.server.conductor import Conductor
-from fleet.server.director import Director, unfit
+from fleet.server.director import Director, lacks, unfit
 from fleet.server.repository import Repository
 from fleet.server.web import Refusal
 from fleet.store.rows import DeviceRow, GroupRow, RolloutRow
 from fleet.store.store import Store
+from signing.policy import Release
 
 _TIMEOUT_MIN_S: Final = 10
 
@@ -97,7 +98,36 @@ class Planner:
         if group is not None and value.target is not None:
             self._check_room(group, request.instance)
             self._check_conflict(group, request.instance, value)
+        self._check_secrets(request, group, value)
         return value, group
+
+    def _check_secrets(self, request: RolloutRequest, group: GroupRow | None, value: Value) -> None:
+        """What nobody there could start is refused; single boards that lack a secret are left out."""
+        release = None if value.target is None else self._repository.release(value.target)
+        rows = [] if release is None else self._store.devices.some(self._members(request, group))
+        missing = [self._lacks(row, release, request.instance) for row in rows if not row.revoked]
+        if missing and release is not None and all(missing):
+            where = f"--group {request.group}" if request.group else f"--device {request.device}"
+            raise Refusal(
+                422,
+                "missing-secret",
+                f"{release.name} needs the secret {', '.join(missing[0])}, which no board there has",
+                action=f"give it first: fleet secret set {missing[0][0]} {where} --instance {request.instance}",
+            )
+
+    def _lacks(self, row: DeviceRow, release: Release | None, instance: str) -> tuple[str, ...]:
+        if release is None or not release.manifest.secrets:
+            return ()
+        return lacks(release, instance, self._store.boxes.newest(row.id))
+
+    def _members(self, request: RolloutRequest, group: GroupRow | None) -> list[str]:
+        return [request.device] if group is None else self._store.devices.members(group)
+
+    def _left_out(self, release: Release, row: DeviceRow, instance: str) -> str:
+        """Why a board cannot run a release, in words; empty for no reason."""
+        missing = self._lacks(row, release, instance)
+        secret = f"it lacks the secret {missing[0]}: fleet secret set {missing[0]} --device {row.id}" if missing else ""
+        return unfit(release, row) or _engineless(row) or secret
 
     def _scope(self, group: str, device: str) -> GroupRow | None:
         if bool(group) == bool(device):
@@ -181,10 +211,9 @@ class Planner:
         self, request: RolloutRequest, group: GroupRow | None, value: Value
     ) -> tuple[tuple[str, ...], dict[str, str]]:
         """The boards in the order in which they are offered it, and those that are left out, with the reason."""
-        members = [request.device] if group is None else self._store.devices.members(group)
-        rows = self._store.devices.some(members)
+        rows = self._store.devices.some(self._members(request, group))
         release = None if value.target is None else self._repository.release(value.target)
-        reasons = {} if release is None else {row.id: unfit(release, row) or _engineless(row) for row in rows}
+        reasons = {} if release is None else {row.id: self._left_out(release, row, request.instance) for row in rows}
         left_out = {device: reason for device, reason in reasons.items() if reason}
         online = {row.id: row.online for row in rows if not row.revoked and row.id not in left_out}
         return waves.order(online), left_out

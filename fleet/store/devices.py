@@ -109,6 +109,14 @@ class Devices:
         """It has: from now on what is not signed is not its own."""
         self._db.run("UPDATE devices SET signs = 1 WHERE id = ? AND NOT signs", device)
 
+    def sealing_proof(self, device: str) -> str:
+        """The board's signed word on its sealing key; empty where it never gave one."""
+        return str(self._db.value("SELECT sealing_proof FROM devices WHERE id = ?", device) or "")
+
+    def set_sealing_proof(self, device: str, proof: str) -> None:
+        """Keep it."""
+        self._db.run("UPDATE devices SET sealing_proof = ? WHERE id = ?", proof, device)
+
     def touch(self, device: str, now: float) -> None:
         """The board said something."""
         self._db.run("UPDATE devices SET seen_at = ? WHERE id = ?", now, device)

@@ -120,3 +120,19 @@ def rollouts_and_delivery(db: Database) -> None:
 def signed_reports(db: Database) -> None:
     """Whether a board has signed a report: from then on it is not heard without."""
     db.executescript("ALTER TABLE devices ADD COLUMN signs INTEGER NOT NULL DEFAULT 0;")
+
+
+@migration
+def sealed_secrets(db: Database) -> None:
+    """Secrets in boxes, each for one board; and each board's own word on its sealing key."""
+    db.executescript("""
+        ALTER TABLE devices ADD COLUMN sealing_proof TEXT NOT NULL DEFAULT '';
+        CREATE TABLE secret_versions (
+            instance TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (instance, name)
+        ) WITHOUT ROWID;
+        CREATE TABLE boxes (
+            device TEXT NOT NULL, instance TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL,
+            sha256 TEXT NOT NULL, box BLOB NOT NULL, sealed TEXT NOT NULL, by TEXT NOT NULL, at REAL NOT NULL,
+            PRIMARY KEY (device, instance, name, version)
+        ) WITHOUT ROWID;
+    """)

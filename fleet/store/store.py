@@ -1,9 +1,10 @@
-"""The server's memory: one database, four views of it. Nothing outside this package knows that it is SQL."""
+"""The server's memory: one database, five views of it. Nothing outside this package knows that it is SQL."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from fleet.store.access import Access
+from fleet.store.boxes import Boxes
 from fleet.store.database import Database
 from fleet.store.delivery import Delivery
 from fleet.store.devices import Devices
@@ -11,7 +12,7 @@ from fleet.store.rollouts import Rollouts
 
 
 class Store:
-    """Boards, access, rollouts and delivery over one database."""
+    """Boards, access, rollouts, delivery and secrets over one database."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -19,6 +20,7 @@ class Store:
         self.access = Access(db)
         self.rollouts = Rollouts(db)
         self.delivery = Delivery(db)
+        self.boxes = Boxes(db)
 
     @classmethod
     def open(cls, path: Path, *, fleet: str) -> "Store":

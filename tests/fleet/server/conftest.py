@@ -382,7 +382,16 @@ class Fleet:
         path.write_text(re.sub('broker = ".*"', f'broker = "{broker}"', path.read_text()))
         await self.start()
 
-    async def enrol(self, name: str, *, group: str = "edge", token: str = "", key: Any = None) -> Board:
+    async def enrol(
+        self,
+        name: str,
+        *,
+        group: str = "edge",
+        token: str = "",
+        key: Any = None,
+        sealing_key: str = "",
+        proof: str = "",
+    ) -> Board:
         """A new board, enrolled and not yet connected."""
         line = token or await self.operator.token(group)
         key = key or ec.generate_private_key(ec.SECP256R1())
@@ -390,7 +399,8 @@ class Fleet:
             secret=Token.decode(line).secret,
             name=name,
             csr_pem=request_certificate(key),
-            sealing_key="",
+            sealing_key=sealing_key,
+            sealing_proof=proof,
             machine="x86_64",
         )
         async with httpx.AsyncClient(verify=self.operator_context(), base_url=self.made.url) as http:

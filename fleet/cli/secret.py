@@ -1,0 +1,264 @@
+"""`fleet secret`: give boards what nobody else shall know, see who has it, take it away.
+
+A value is read from standard input, a file, or typed; it is never an argument, where every process of the machine could
+read it. With `--seal-here` it does not leave this machine but in boxes that only the boards can open.
+"""
+
+import base64
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.text import Text
+
+from fleet.cli import complete, out, sight
+from fleet.cli.base import Exit, Fault, Options, command
+from fleet.cli.home import Operator, connect, operator
+from fleet.client import Client
+from fleet.protocol import caps
+from fleet.protocol.names import BadNameError, check_label, check_secret
+from fleet.protocol.sealed import Box, SealingKeys, SecretReply, SecretRequest, SecretRow, SecretScope
+from signing import sealing
+from signing.errors import Rejected, SigningError
+from signing.sealing import Purpose
+from signing.sealing_keys import proved
+
+_NAME: Final = click.argument("name", metavar="NAME")
+_WHERE: Final = (
+    click.option(
+        "--group", default="", shell_complete=complete.groups, metavar="NAME", help="The boards of this group"
+    ),
+    click.option("--device", default="", shell_complete=complete.devices, metavar="ID", help="This one board"),
+    click.option(
+        "--instance", default="", metavar="NAME", help="Whose secret  [the one instance there that declares it]"
+    ),
+)
+_VALUE: Final = (
+    click.option(
+        "--file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Read the value from a file  [standard input, or typed]",
+    ),
+    click.option("--seal-here", is_flag=True, help="Seal on this machine: the server never sees the value"),
+    click.option("--ahead", is_flag=True, help="Also where what runs declares no such secret: for a version to come"),
+)
+
+
+def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+@click.group("secret", short_help="Give components passwords and keys that only their boards can read")
+def secrets() -> None:
+    """Give components passwords and keys that only their boards can read.
+
+    A component declares the names of its secrets in component.toml. A value lies and travels in boxes, one for each
+    board, which that board alone can open. A board that joins later lacks it: set it again.
+    """
+
+
+@command(
+    "set",
+    examples="fleet secret set db-password --group edge-eu < password.txt\n"
+    "pass show edge/db | fleet secret set db-password --group edge-eu --instance report --seal-here\n"
+    "fleet secret set tls-key --device gate-7-1f2e3d4c --file key.pem",
+)
+@_NAME
+@_options(*_WHERE, *_VALUE)
+def set_(options: Options, *, name: str, **how: Any) -> None:
+    """Give boards a secret, or the next version of one; it is never an argument.
+
+    What runs and declares it is restarted with it at once, on probation like every change: a board whose component
+    does worse goes back to the former value by itself.
+    """
+    _give(options, name, how, rotate=False)
+
+
+@command(
+    "rotate",
+    examples="fleet secret rotate db-password --group edge-eu < new-password.txt\n"
+    "fleet secret rotate db-password --group edge-eu --seal-here",
+)
+@_NAME
+@_options(*_WHERE, *_VALUE)
+def rotate(options: Options, *, name: str, **how: Any) -> None:
+    """Replace a secret that is there by its next version; a board never takes an older one again."""
+    _give(options, name, how, rotate=True)
+
+
+def _give(options: Options, name: str, how: dict[str, Any], *, rotate: bool) -> None:
+    scope = _scope(name, how)
+    who = operator(options)
+    value = _value(how["file"])
+    wish = SecretRequest(
+        instance=scope.instance, group=scope.group, device=scope.device, rotate=rotate, ahead=how["ahead"]
+    )
+    with who.client() as client:
+        if how["seal_here"]:
+            keys = client.sealing_keys(name, scope)
+            boxes = _sealed(who, keys, value)
+            given = {field: getattr(wish, field) for field in wish.__struct_fields__}
+            given |= {"instance": keys.instance, "boxes": boxes, "version": keys.version}
+        else:
+            given = {field: getattr(wish, field) for field in wish.__struct_fields__} | {"value": value}
+        reply = client.set_secret(name, SecretRequest(**given))
+    _tell(options, reply, here=how["seal_here"])
+
+
+def _tell(options: Options, reply: SecretReply, *, here: bool) -> None:
+    if options.json:
+        out.show_json(reply)
+        return
+    count = len(reply.boards)
+    where = "here; the server has not seen it" if here else "by the server, which has forgotten it"
+    boards = f"{count} board{'' if count == 1 else 's'}"
+    out.say(options, f"{reply.instance}/{reply.name} version {reply.version} for {boards}, sealed {where}.")
+    for device in reply.unsealable:
+        click.echo(f"  {device} has no sealing key and lacks it: enrol it anew, with 'fleet-agent enroll --force'")
+    if not count:
+        click.echo("  No board is there yet: each that joins lacks it until you set it again.")
+
+
+def _scope(name: str, how: dict[str, Any]) -> SecretScope:
+    if bool(how["group"]) == bool(how["device"]):
+        raise click.UsageError("Name either --group or --device.")
+    try:
+        check_secret(name)
+        if how["instance"]:
+            check_label(how["instance"], "instance")
+    except BadNameError as error:
+        raise Fault(str(error)) from None
+    return SecretScope(instance=how["instance"], group=how["group"], device=how["device"])
+
+
+def _value(file: Path | None) -> str:
+    """The value: one line end after it is not part of it."""
+    most = caps.SECRET_VALUE_MAX_BYTES + 2
+    if file is not None:
+        with file.open("rb") as source:
+            data = source.read(most)
+    elif sys.stdin.isatty():
+        typed: str = click.prompt("Value", hide_input=True, confirmation_prompt=True, err=True)
+        data = typed.encode()
+    else:
+        data = sys.stdin.buffer.read(most)
+    try:
+        value = data.decode()
+        value = value.removesuffix("\n").removesuffix("\r") if value.count("\n") <= 1 else value
+        sealing.check_value(value)
+    except UnicodeDecodeError:
+        raise Fault("the value is not text in UTF-8", "guests read text", "encode bytes, as base64") from None
+    except SigningError as error:
+        raise Fault(str(error)) from None
+    return value
+
+
+def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
+    """A box for each board whose sealing key is proved by the device key that this machine remembers."""
+    if keys.fleet != who.fleet:
+        raise Fault(f"the server is of the fleet {keys.fleet!r}, this is {who.fleet!r}", code=Exit.REFUSED)
+    memory = sight.load(who.trust)
+    boxes = []
+    for board in keys.boards:
+        try:
+            key, fingerprint = proved(
+                board.proof.encode(), certificate=board.certificate_pem.encode(), fleet=who.fleet, device=board.device
+            )
+        except Rejected as error:
+            raise Fault(
+                f"the sealing key of {board.device} is not proved",
+                error.message,
+                "if it enrolled with an older agent, enrol it anew; else do not trust this server",
+                code=Exit.REFUSED,
+            ) from None
+        sight.check(memory, board.device, fingerprint)
+        purpose = Purpose(
+            fleet=who.fleet, device=board.device, instance=keys.instance, name=keys.name, version=keys.version
+        )
+        box = sealing.seal(value, recipient=key, purpose=purpose)
+        boxes.append(Box(device=board.device, box=base64.b64encode(box).decode()))
+    sight.save(who.trust, memory)
+    if not boxes:
+        raise Fault("there is no board to seal for", "boards are sealed for one by one", "fleet secret set again later")
+    return tuple(boxes)
+
+
+@command("list", examples="fleet secret list\nfleet secret list --json")
+def list_(options: Options) -> Exit:
+    """Who has which secret, in which version, and who lacks one that it needs. No value is ever shown."""
+    with connect(options) as client:
+        found = client.secrets()
+    if options.json:
+        out.show_json(found)
+        return Exit.OK
+    rows: list[tuple[str | Text, ...]] = [
+        (
+            row.instance,
+            row.name,
+            str(row.version) if row.version else "-",
+            str(len(row.boards)),
+            ", ".join(sorted({each.sealed for each in row.boards})) or "-",
+            ", ".join(sorted({each.by for each in row.boards})) or "-",
+        )
+        for row in found.secrets
+    ]
+    header = ("INSTANCE", "SECRET", "VERSION", "BOARDS", "SEALED BY", "SET BY")
+    out.table(header, rows, empty="No board has a secret, and none lacks one.")
+    for row in found.secrets:
+        _tell_lacking(row)
+    return Exit.OK
+
+
+def _tell_lacking(row: SecretRow) -> None:
+    for holding in row.boards:
+        if holding.version < row.version:
+            click.echo(f"{holding.device} has version {holding.version} of {row.instance}/{row.name}")
+    for device in row.lacking:
+        lacks = click.style("lacks", fg="yellow")
+        click.echo(
+            f"{device} {lacks} {row.name}: fleet secret set {row.name} --device {device} --instance {row.instance}"
+        )
+
+
+@command("rm", examples="fleet secret rm db-password --group edge-eu --instance report")
+@_NAME
+@_options(*_WHERE)
+def remove(options: Options, *, name: str, **how: Any) -> None:
+    """Take a secret from boards. Refused while what runs there does not start without it."""
+    scope = _scope(name, how)
+    with connect(options) as client:
+        found = client.remove_secret(name, scope)
+    if options.json:
+        out.show_json(found)
+    else:
+        out.say(options, f"{name} is taken from {scope.group or scope.device}.")
+
+
+def check_needed(client: Client, *, instance: str, required: tuple[str, ...], group: str, device: str) -> None:
+    """Before anything is published: whether some board there has every secret that is required; raises `Fault`."""
+    if not required:
+        return
+    rows = {row.name: row for row in client.secrets().secrets if row.instance == instance}
+    members = {row.id for row in client.devices().devices if not row.revoked and group in row.groups}
+    boards = {device} if device else members
+    for name in required:
+        row = rows.get(name)
+        if boards and not (row is not None and boards & {each.device for each in row.boards}):
+            where = f"--device {device}" if device else f"--group {group}"
+            raise Fault(
+                f"{instance} needs the secret {name}",
+                "no board there has it",
+                f"give it first: fleet secret set {name} {where} --instance {instance}",
+                code=Exit.REFUSED,
+            )
+
+
+for _each in (set_, rotate, list_, remove):
+    secrets.add_command(_each)
