@@ -17,10 +17,12 @@ from agent import bundle, confirm, health, reports, restore, systemd, upkeep
 from agent.bundle import Offline
 from agent.bus import Bus
 from agent.carry import Carrier, Host
+from agent.commands import Commands
 from agent.config import Places, Settings
 from agent.deploy import Deployer
 from agent.desired import Desired
 from agent.fetch import FetchError, Https
+from agent.follow import Follower
 from agent.host import ipc
 from agent.hostlink import HostGoneError, HostLink, HostRefusedError
 from agent.identity import Identity, note_production
@@ -28,13 +30,13 @@ from agent.images import Images
 from agent.outbox import Outbox
 from agent.sealed import Sealed
 from agent.standing import Board
-from agent.store import Store
+from agent.store import Store, StoreError
 from agent.tls import DeviceTls
 from agent.trust import Trust
 from agent.vitals import Vitals
 from agent.worker import Worker
 from fleet.protocol import wire
-from fleet.protocol.assignment import CheckIn, FollowLogs, Restart
+from fleet.protocol.assignment import Command, FollowLogs
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import Ack, Hello, Poke, State
 from fleet.protocol.topics import POKE, BadTopicError, Down, Topic, Up
@@ -155,6 +157,9 @@ class Daemon:
             on_disconnected=self._on_disconnected,
             on_message=self._on_message,
         )
+        self._follower = Follower(
+            link=self._link, https=self._https, policy=policy.logs, spawn=self._spawn, told=self._note_logs
+        )
         self._vitals = Vitals(
             board=self._board,
             store=store,
@@ -163,10 +168,18 @@ class Daemon:
             link=self._link,
             problems=lambda: [
                 *self._broken.values(),
+                *filter(None, [self._commands.problem]),
                 *self._deployer.withdrawals.problems,
                 *self._desired.problems.values(),
             ],
             publish=lambda body: self._bus.publish(Up.HEALTH, body),
+        )
+        self._commands = Commands(
+            judge=self._judge,
+            check_in=self._check_in,
+            restart=self._restart,
+            follow=self._follow,
+            on_refused=self._vitals.changed,
         )
 
     # Life
@@ -358,7 +371,7 @@ class Daemon:
             case Down.FRESH:
                 self._spawn(self._desired.fresh(payload))
             case Down.COMMAND:
-                self._spawn(self._command(payload))
+                self._spawn(self._commands.obey(payload))
             case Down.ACK:
                 with contextlib.suppress(wire.WireError):
                     ack = wire.decode(Ack, payload)
@@ -388,20 +401,23 @@ class Daemon:
 
     # Commands
 
-    async def _command(self, envelope: bytes) -> None:
-        try:
-            command = await self._worker(self._trust.command, envelope)
-        except Rejected as error:
-            log.warning("command refused: %s", error)
-            return
-        match command.verb:
-            case CheckIn():
-                self._desired.refresh()
-                self._vitals.changed()
-            case Restart(instance=instance):
-                await self._restart(instance)
-            case FollowLogs(instance=instance):
-                log.info("logs of %s were asked for; this board's policy is %s", instance, self._settings.policy.logs)
+    async def _judge(self, envelope: bytes) -> Command:
+        return await self._worker(self._trust.command, envelope)
+
+    def _check_in(self) -> None:
+        self._desired.refresh()
+        self._vitals.changed()
+
+    def _follow(self, verb: FollowLogs, sequence: int) -> None:
+        self._follower.follow(verb.instance, minutes=verb.minutes, command=sequence)
+
+    async def _note_logs(self, text: str) -> None:
+        """What left this board stands in its own signed history."""
+        version = await self._worker(self._store.counter, "accepted")
+        with contextlib.suppress(StoreError):
+            report = reports.about(self._board, assignment=version, phase=Phase.IDLE, message=text)
+            await self._worker(self._store.save, report=report)
+        self._on_report()
 
     async def _restart(self, instance: str) -> None:
         now = asyncio.get_running_loop().time()

@@ -25,6 +25,7 @@ import msgspec
 from fleet.protocol import api, sealed, wire
 from fleet.protocol.authority import CaView, IssuingRequest
 from fleet.protocol.history import History
+from fleet.protocol.logs import LogView
 from fleet.protocol.online import OnlineRequest, OnlineView
 from fleet.protocol.people import OperatorReply, OperatorRequest, Operators, Role
 
@@ -215,6 +216,11 @@ class Client:
     def command(self, device: str, request: api.CommandRequest) -> api.CommandReply:
         """Send a signed command."""
         return self._send(api.CommandReply, "POST", f"/v1/devices/{_quoted(device)}/command", request)
+
+    def logs(self, device: str, *, command: int, after: int, wait_s: int) -> LogView:
+        """Log lines that a command asked for, behind a place in them; waits for the next."""
+        query = {"command": command, "after": after, "wait": wait_s}
+        return self._get(LogView, f"/v1/devices/{_quoted(device)}/logs", query, timeout_s=READ_TIMEOUT_S + wait_s)
 
     def revoke(self, device: str) -> api.DeviceDetail:
         """Shut a board out."""

@@ -195,6 +195,10 @@ class Instance:
         """The last log lines, oldest first."""
         return self._record.lines()
 
+    def told(self, number: int) -> ipc.Lines:
+        """Its last lines as an answer."""
+        return ipc.Lines(id=number, lines=self.lines(), count=self._record.count)
+
     def running(self) -> ipc.Running:
         """What the host tells of it in a welcome."""
         assert self.current is not None

@@ -204,10 +204,11 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True, tag="figures"):
 
 
 class Lines(msgspec.Struct, frozen=True, kw_only=True, tag="lines"):
-    """The last log lines, oldest first, at most 50 and 16 KiB."""
+    """The last log lines, oldest first, at most 50 and 16 KiB; `count` of the instance since it began here."""
 
     id: int
-    lines: tuple[str, ...]
+    lines: tuple[str, ...] = ()
+    count: int = 0
 
 
 class Trapped(msgspec.Struct, frozen=True, kw_only=True, tag="trapped"):

@@ -16,10 +16,12 @@ class Record:
         self._name = name
         self._emit = emit
         self._log: deque[str] = deque(maxlen=caps.LOG_LINES)
+        self.count = 0
 
     def note(self, text: str) -> None:
         """A line for the log."""
         self._log.append(text)
+        self.count += 1
 
     def lines(self) -> tuple[str, ...]:
         """The last log lines, oldest first, within the cap on bytes."""

@@ -321,7 +321,7 @@ class Supervisor:
                 return ipc.Figures(id=request.id, instances=figures, written_bytes=written, more=more)
             case ipc.Logs():
                 found = self._instances.get(request.instance)
-                return ipc.Lines(id=request.id, lines=() if found is None else found.lines())
+                return ipc.Lines(id=request.id) if found is None else found.told(request.id)
             case ipc.Revert():
                 instance = self._instances.get(request.instance)
                 if instance is None:

@@ -46,6 +46,7 @@ SECTIONS: Final[Sections] = {
         "pin": Entry("fleet.cli.boards:pin", "Give one board a version of its own"),
         "unpin": Entry("fleet.cli.boards:unpin", "Let a board follow its groups again"),
         "retry": Entry("fleet.cli.boards:retry", "Have a failed instance tried again"),
+        "logs": Entry("fleet.cli.logs:logs", "An instance's log from a board, as its owner allows"),
         "restart": Entry("fleet.cli.boards:restart", "Restart an instance on a board"),
         "label": Entry("fleet.cli.boards:label", "Set or remove labels of a board"),
         "revoke": Entry("fleet.cli.boards:revoke", "Shut a board out of the fleet"),

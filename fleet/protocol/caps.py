@@ -38,5 +38,9 @@ SECRET_BOX_MAX_BYTES: Final = 8 * KIB
 LOG_LINES: Final = 50
 LOG_MAX_BYTES: Final = 16 * KIB
 
+# What is sent while an operator follows a log
+LOG_CHUNK_MAX_BYTES: Final = 128 * KIB
+LOGS_MINUTES_MAX: Final = 60
+
 # JSON that people and machines post to the HTTP API
 API_BODY_MAX_BYTES: Final = 1 * MIB

@@ -17,6 +17,7 @@ from fleet.server import web
 from fleet.server.artifacts import Artifacts
 from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
+from fleet.server.logs import Logs
 from fleet.server.peercert import peer_certificate
 from fleet.server.publishing import artifact_file, tuf_file
 from fleet.server.repository import Repository
@@ -44,7 +45,9 @@ class Devices:
         enrolment: Enrolment,
         director: Director,
         clock: Callable[[], datetime],
+        logs: Logs,
     ) -> None:
+        self._logs = logs
         self._store, self._repository, self._artifacts = store, repository, artifacts
         self._enrolment, self._director, self._clock = enrolment, director, clock
         self._unheard: dict[str, float] = {}
@@ -57,6 +60,7 @@ class Devices:
                 Route("/v1/artifacts/{sha256}", self._known(self.artifact), methods=["GET"]),
                 Route("/v1/secrets/{sha256}", self._known(self.secret), methods=["GET"]),
                 Route("/v1/desired", self._known(self.desired), methods=["GET"]),
+                Route("/v1/logs", self._known(self._logs.take), methods=["POST"]),
                 Route("/v1/renew", self._known(self.renew, renewing=True), methods=["POST"]),
             ],
             exception_handlers=web.HANDLERS,

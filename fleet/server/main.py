@@ -36,6 +36,7 @@ from fleet.server.held import HeldKeys, TrustedSigner
 from fleet.server.home import Config, Home, HomeError
 from fleet.server.ingest import Ingest
 from fleet.server.listener import Certificates, Listener, PortError, bind
+from fleet.server.logs import Logs
 from fleet.server.metrics import Metrics
 from fleet.server.online import Online
 from fleet.server.operators import Operators, Services
@@ -213,6 +214,7 @@ class Server:
         planner = Planner(
             store=store, repository=repository, director=self._director, conductor=self._conductor, clock=clock
         )
+        logs = Logs(clock)
         self._operators = Operators(
             Services(
                 store=store,
@@ -223,6 +225,7 @@ class Server:
                 conductor=self._conductor,
                 planner=planner,
                 views=Views(store=store, director=self._director, clock=clock),
+                logs=logs,
                 watch=watch,
                 metrics=Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected),
                 status=self.status,
@@ -239,6 +242,7 @@ class Server:
             enrolment=enrolment,
             director=self._director,
             clock=clock,
+            logs=logs,
         )
 
     def _touch_all(self) -> None:

@@ -9,6 +9,7 @@ import msgspec
 from fleet.protocol import api, authority, online, sealed
 from fleet.protocol.enrolment import Enrolled, EnrolRequest
 from fleet.protocol.history import History
+from fleet.protocol.logs import LogView
 from fleet.protocol.people import OperatorReply, OperatorRequest, Operators
 
 Struct = type[msgspec.Struct]
@@ -26,6 +27,7 @@ ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...
     ("post", "/v1/devices/{id}/unpin", api.InstanceRequest, api.DeviceDetail, "Let a board follow its groups again"),
     ("post", "/v1/devices/{id}/retry", api.InstanceRequest, api.DeviceDetail, "Try again what failed"),
     ("post", "/v1/devices/{id}/command", api.CommandRequest, api.CommandReply, "Send a signed command"),
+    ("get", "/v1/devices/{id}/logs", None, LogView, "Log lines that a command asked for, while they come"),
     ("post", "/v1/devices/{id}/revoke", None, api.DeviceDetail, "Shut a board out"),
     ("get", "/v1/groups", None, api.Groups, "Every group"),
     ("put", "/v1/groups/{name}", api.GroupRequest, api.GroupRow, "Make or change a group"),
@@ -65,6 +67,7 @@ ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...
 _QUERY: Final = {
     "/v1/devices/{id}/timeline": ("limit",),
     "/v1/devices/{id}/reports": ("boot_id", "after"),
+    "/v1/devices/{id}/logs": ("command", "after", "wait"),
     "/v1/secrets/{name}/keys": ("group", "device", "instance"),
     "/v1/rollouts": ("limit", "group"),
     "/v1/rollouts/{id}": ("wait", "since"),

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fleet.protocol import api, names, wire
-from fleet.protocol.assignment import Restart
+from fleet.protocol.assignment import FollowLogs, Restart
 from fleet.protocol.enrolment import EnrolRequest
 from fleet.protocol.people import Role
 from fleet.server import openapi, web
@@ -21,6 +21,7 @@ from fleet.server.authority import Authority
 from fleet.server.conductor import Conductor
 from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
+from fleet.server.logs import Logs
 from fleet.server.metrics import Metrics
 from fleet.server.online import Online
 from fleet.server.people import People
@@ -61,6 +62,7 @@ class Services:
     conductor: Conductor
     planner: Planner
     views: Views
+    logs: Logs
     watch: Watch
     metrics: Metrics
     status: Callable[[], api.Status]
@@ -100,6 +102,7 @@ class Operators:
             ("POST", "/v1/devices/{id}/unpin", self.unpin),
             ("POST", "/v1/devices/{id}/retry", self.retry),
             ("POST", "/v1/devices/{id}/command", self.command),
+            ("GET", "/v1/devices/{id}/logs", self._s.logs.read),
             ("POST", "/v1/devices/{id}/revoke", self.revoke),
             ("GET", "/v1/groups", self.groups),
             ("PUT", "/v1/groups/{name}", self.group),
@@ -249,7 +252,7 @@ class Operators:
         """POST /v1/devices/{id}/command."""
         row = self._device(request)
         wish = await body(request, api.CommandRequest)
-        if isinstance(wish.verb, Restart) and wish.verb.instance not in self._s.director.effective(row):
+        if isinstance(wish.verb, Restart | FollowLogs) and wish.verb.instance not in self._s.director.effective(row):
             raise Refusal(
                 404,
                 "unknown-instance",
@@ -259,6 +262,8 @@ class Operators:
         sequence, expires, sent = self._s.director.command(row.id, wish.verb)
         if not sent:
             raise Refusal(503, "no-broker", "the broker is away, and a command is not kept", action="try again")
+        if isinstance(wish.verb, FollowLogs):
+            self._s.logs.expect(row.id, sequence, wish.verb.instance, minutes=wish.verb.minutes)
         words = wire.canonical(wish.verb).decode()
         self._audit(by, "command", row.id, words)
         self._s.store.devices.note(row.id, "command", f"{by} sent {words}", now=self._now())
