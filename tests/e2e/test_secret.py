@@ -1,0 +1,155 @@
+"""A secret's whole life, with real processes: given, read, rotated, taken back; and sought by a thief."""
+
+import asyncio
+import base64
+import http.client
+import tarfile
+from pathlib import Path
+
+import pytest
+import wasmtime
+
+from fleet.demo.scene import free_ports
+from fleet.protocol.codes import Phase
+from tests.e2e.stage import GROUP, HELLO, descendants
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+GUEST = Path(__file__).parents[2] / "components" / "guests" / "secret.wat"
+FIRST, SECOND = "correct horse battery staple", "the rotated password"
+TOML = """
+name = "reader"
+version = "{version}"
+
+[grants]
+interfaces = ["wasi:config/store", "wasi:logging/logging"]
+
+[health]
+probation = "{probation}"
+min_calls = 0
+
+[secrets.db-password]
+description = "what is hashed"
+"""
+
+
+def fnv1a(text):
+    value = 0xCBF29CE484222325
+    for byte in text.encode():
+        value = (value ^ byte) * 0x100000001B3 % 2**64
+    return f"{value:016x}"
+
+
+def get(port, path="/"):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read().decode()
+    except (OSError, http.client.HTTPException):
+        return ""
+    finally:
+        connection.close()
+
+
+async def answers(port, value):
+    """Until the component answers with the hash of this value."""
+    async with asyncio.timeout(90):
+        while await asyncio.to_thread(get, port) != fnv1a(value):  # noqa: ASYNC110 - nothing tells when it does
+            await asyncio.sleep(0.05)
+
+
+def sought(stage):
+    """Every place where a thief would look: all files of server, broker, operator and board, and of processes."""
+    for path in stage.scene.directory.rglob("*"):
+        if path.is_file():
+            yield path, path.read_bytes()
+    for board in stage.scene.boards:
+        for child in (board.host, board.agent):
+            for pid in (child.process.pid, *descendants(child.process.pid)):
+                for name in ("environ", "cmdline"):
+                    path = Path(f"/proc/{pid}/{name}")
+                    yield path, path.read_bytes()
+
+
+def test_a_secret_is_given_read_rotated_and_taken_back(stage, tmp_path):
+    component = tmp_path / "reader.wasm"
+    component.write_bytes(wasmtime.wat2wasm(GUEST.read_text()))
+    toml = tmp_path / "reader.toml"
+
+    async def ok(*arguments, stdin=None):
+        code, output, errors = await stage.fleet(*arguments, stdin=stdin)
+        assert code == 0, output + errors
+        return output
+
+    async def story():
+        board = await stage.scene.add_board("berlin", GROUP)
+        (port,) = free_ports(1)
+        toml.write_text(TOML.format(version="1.0.0", probation="100ms"))
+        push = ("push", str(component), "--as", HELLO, "--group", GROUP, "--port", str(port))
+
+        # Without the secret nothing is published, and the sentence says what to do.
+        code, _, errors = await stage.fleet(*push)
+        assert code == 4
+        assert f"fleet secret set db-password --group {GROUP} --instance {HELLO}" in errors
+
+        # Sealed on the operator's machine: the server never sees it.
+        where = ("--group", GROUP, "--instance", HELLO)
+        said = await ok("secret", "set", "db-password", *where, "--seal-here", stdin=FIRST.encode() + b"\n")
+        assert "the server has not seen it" in said
+        await ok(*push)
+        await answers(port, FIRST)
+        assert "operator" in await ok("secret", "list")
+
+        # Rotated, this time sealed by the server: the same version runs on with the next value.
+        await ok("secret", "rotate", "db-password", *where, stdin=SECOND.encode())
+        await answers(port, SECOND)
+        await stage.reported(board, phase=Phase.COMMITTED, after=await stage.latest(board))
+
+        # A rotation under which it does worse is taken back by the board, to the value before.
+        toml.write_text(TOML.format(version="2.0.0", probation="60s"))
+        await ok(*push, "--detach")
+        await asyncio.sleep(0)
+        before = await stage.latest(board)
+        await stage.until("the new version is watched", lambda: watched(stage, board))
+        get(port, "/trap")
+        await stage.reported(board, phase=Phase.ROLLED_BACK, after=before)
+        await answers(port, SECOND)
+
+        # Its log and the report of its trap name no value.
+        shown = await ok("logs", HELLO, "--device", board.device)
+        assert "redacted" in shown
+        timeline = await ok("why", board.device, "--log", "--limit", "100")
+        assert "redacted" in timeline
+        assert "goes to the fleet" in timeline
+
+        # A stick for this board has its box, and none with its group's name on it.
+        stick, without = tmp_path / "stick.tar", tmp_path / "group.tar"
+        await ok("bundle", "create", "--device", board.device, "-o", str(stick))
+        await ok("bundle", "create", "--group", GROUP, "-o", str(without))
+        assert boxes_in(stick)
+        assert not boxes_in(without)
+
+        # The board's power fails: host and restore alone, without agent or server, give it back.
+        await stage.kill(board.agent)
+        await stage.kill(board.host)
+        board = await stage.start_host(board)
+        await answers(port, SECOND)
+
+        for value in (FIRST, SECOND):
+            for form in (value.encode(), base64.b64encode(value.encode()), value.encode().hex().encode()):
+                for path, data in sought(stage):
+                    assert form not in data, f"{path} has the value"
+                assert form not in stick.read_bytes()
+                assert form.decode() not in shown + timeline
+
+    stage.do(story())
+
+
+def boxes_in(bundle):
+    with tarfile.open(bundle) as tar:
+        return [name for name in tar.getnames() if name.startswith("secrets/")]
+
+
+def watched(stage, board):
+    entries = stage.scene.client.timeline(board.device, limit=50).entries
+    return any(each.phase is Phase.PROBATION and "2.0.0" in each.target for each in entries) or None
