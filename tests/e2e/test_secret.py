@@ -101,15 +101,15 @@ def test_a_secret_is_given_read_rotated_and_taken_back(stage, tmp_path):
         assert "operator" in await ok("secret", "list")
 
         # Rotated, this time sealed by the server: the same version runs on with the next value.
+        before = await stage.latest(board)
         await ok("secret", "rotate", "db-password", *where, stdin=SECOND.encode())
         await answers(port, SECOND)
-        await stage.reported(board, phase=Phase.COMMITTED, after=await stage.latest(board))
+        await stage.reported(board, phase=Phase.COMMITTED, after=before)
 
         # A rotation under which it does worse is taken back by the board, to the value before.
         toml.write_text(TOML.format(version="2.0.0", probation="60s"))
-        await ok(*push, "--detach")
-        await asyncio.sleep(0)
         before = await stage.latest(board)
+        await ok(*push, "--detach")
         await stage.until("the new version is watched", lambda: watched(stage, board))
         get(port, "/trap")
         await stage.reported(board, phase=Phase.ROLLED_BACK, after=before)
