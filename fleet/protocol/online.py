@@ -31,4 +31,4 @@ class OnlineRequest(Body, frozen=True, kw_only=True):
     """Snapshot (where it changed) and timestamp, signed. Their signatures say whether they count."""
 
     timestamp: msgspec.Raw
-    snapshot: msgspec.Raw = NONE
+    snapshot: msgspec.Raw = msgspec.field(default_factory=lambda: NONE)  # a schema cannot show a raw default
