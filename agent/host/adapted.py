@@ -18,10 +18,19 @@ from fleet.protocol.compose import BRIDGE
 from fleet.protocol.manifest import Grants, Limits
 
 
-def start(image: Image, *, limits: Limits, grants: Grants, config: dict[str, str], log: Log, data: str = "") -> Guest:
+def start(
+    image: Image,
+    *,
+    limits: Limits,
+    grants: Grants,
+    config: dict[str, str],
+    log: Log,
+    data: str = "",
+    outgoing: heads.Requests | None = None,
+) -> Guest:
     """Instantiate a guest of either world; raises what `Guest` raises."""
     kind = Adapted if image.adapted else Guest
-    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data)
+    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing)
 
 
 class Adapted(Guest):
@@ -55,10 +64,12 @@ class Adapted(Guest):
             self._flush()
         left, self._left, Adapted._clean = self._left - 1, 0, False
         most = self._limits.response_bytes
+        self._outgoing.hops = heads.hops(headers)
         try:
             head = heads.answer_head(self.exchange(heads.request_head(method, target, headers)))
         finally:
             answer = heads.take(most)
+            self._outgoing.reset()
         Adapted._clean = len(answer) <= most
         if head.problem is not None:
             self._log(f"host: {head.problem}")

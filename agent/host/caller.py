@@ -17,6 +17,7 @@ from agent.host import cell, control
 from agent.host.adapted import start
 from agent.host.engine import TICK_MS, Guest, Image
 from agent.host.faults import EngineError, GuestError
+from agent.host.heads import Nowhere, Requests
 from agent.host.page import Page
 from agent.host.writes import Writes
 from fleet.protocol.codes import CallOutcome
@@ -170,8 +171,11 @@ class Caller:
         scheduling_fd: int | None = None,
         redact: Callable[[str], str] = str,
         writes: Writes | None = None,
+        outgoing: Callable[[Callable[[str], None]], Requests] | None = None,
     ) -> None:
-        """`ticker`: that of the process, where there are other callers; None to start one.
+        """`outgoing`: makes what the guest sends requests by, given where to log; None for nothing.
+
+        `ticker`: that of the process, where there are other callers; None to start one.
 
         `redact` takes what is secret out of a text.
         """
@@ -188,6 +192,7 @@ class Caller:
         self._faults = Allowance(_FAULTS_A_SECOND * 60)
         self._dropped = 0
         self._guest: Guest | None = None
+        self._outgoing = Nowhere(self.log, lambda: page.sent(True)) if outgoing is None else outgoing(self.log)
         self._counting = threading.Lock()
         self._ticker = ticker or Ticker(
             image.engine.tick,
@@ -214,6 +219,7 @@ class Caller:
                 config=self._config,
                 log=self.log,
                 data=self._data,
+                outgoing=self._outgoing,
             )
         finally:
             self._ticker.end()

@@ -39,6 +39,11 @@ _DESCRIPTORS_MAX: Final = 1 << 31
 _ROOT: Final = "/tmp"  # noqa: S108 - only a place to mount an empty root on, in a namespace of its own
 _ALL_RIGHTS: Final = (1 << 16) - 1
 _ROUTER_UID: Final = 1_879_113_727
+_EGRESS_UID: Final = 1_879_113_726
+_EGRESS_BYTES: Final = 64 * MIB
+NEIGHBOURS: Final = _ROOT
+_RESOLVER: Final = ("/etc", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/run/systemd/resolve", "/run/resolvconf")
+_READ_RIGHTS: Final = 0b1101  # Landlock: execute (libraries are mapped so), read files and directories
 
 
 class CellError(Exception):
@@ -58,6 +63,9 @@ class Plan:
         filter: makes the seccomp filter.
         threads: of all processes of `uid` together.
         descriptors: open at once.
+        network: whether it keeps the network.
+        neighbours: a directory to see at `NEIGHBOURS`, beside the root as it is.
+        readable: where it may read files, for one that keeps the root.
     """
 
     uid: int | None
@@ -68,6 +76,9 @@ class Plan:
     root: str = ""
     threads: int = _THREADS_A_LANE
     descriptors: int = _FILES_MAX
+    network: bool = False
+    neighbours: str = ""
+    readable: tuple[str, ...] = ()
 
 
 def lane_bytes(*, memory_bytes: int, body_bytes: int) -> int:
@@ -126,6 +137,21 @@ def router_plan(directory: str) -> Plan:
     )
 
 
+def egress_plan(directory: str) -> Plan:
+    """The cell of the egress: it keeps the network, and reads what resolving names takes.
+
+    The directory of the instances' sockets is at `NEIGHBOURS` where the mount layer holds.
+    """
+    return Plan(
+        uid=_EGRESS_UID if os.geteuid() == 0 else None,
+        neighbours=directory,
+        network=True,
+        readable=_RESOLVER,
+        data_bytes=_EGRESS_BYTES,
+        filter=seccomp.egress,
+    )
+
+
 def compiler_plan() -> Plan:
     """The cell of the compiler: its own limits are set already, and three descriptors are all it has."""
     return Plan(uid=None, filter=seccomp.compiler)
@@ -174,7 +200,7 @@ def enter(plan: Plan) -> dict[str, bool]:
     program = plan.filter() if seccomp.AVAILABLE else None
     parent = os.getppid()
     used = _data_bytes()
-    user, network, mount = _namespaces()
+    user, network, mount = _namespaces(network=plan.network)
     holds["network"] = network
     try:
         holds["mount"] = mount and _holds(lambda: _new_root(plan))
@@ -205,13 +231,18 @@ def _holds(put_up: Callable[[], None]) -> bool:
     return True
 
 
-def _namespaces() -> tuple[bool, bool, bool]:
-    """Leave for namespaces of one's own; whether there are now a user, a network and a mount namespace."""
-    apart = kernel.CLONE_NEWNET | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC
+def _namespaces(*, network: bool) -> tuple[bool, bool, bool]:
+    """Leave for namespaces of one's own; whether there are now a user, a network and a mount namespace.
+
+    `network`: stay where the network is.
+    """
+    apart = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | (0 if network else kernel.CLONE_NEWNET)
     if _holds(lambda: kernel.unshare(apart)):
-        return False, True, True
+        return False, not network, True
     if _holds(lambda: kernel.enter_user_namespace(apart)):
-        return True, True, True
+        return True, not network, True
+    if network:
+        return False, False, _holds(lambda: kernel.unshare(kernel.CLONE_NEWNS))
     network = _holds(lambda: kernel.unshare(kernel.CLONE_NEWNET))
     return False, network, _holds(lambda: kernel.unshare(kernel.CLONE_NEWNS))
 
@@ -219,6 +250,9 @@ def _namespaces() -> tuple[bool, bool, bool]:
 def _new_root(plan: Plan) -> None:
     """An empty root, or the directory that the plan names, and the data beneath it if there is any."""
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    if plan.neighbours:
+        kernel.mount(plan.neighbours, NEIGHBOURS, None, kernel.MS_BIND)
+        return
     plain = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     # Opened in this namespace, and before the empty root hides what may lie beneath it.
     data_fd = os.open(plan.data, os.O_PATH | os.O_CLOEXEC) if plan.data else -1
@@ -272,12 +306,16 @@ def _landlock(plan: Plan, *, mounted: bool) -> None:
     allowed: dict[int, int] = {}
     opened = []
     try:
-        for outside, inside in ((plan.data, DATA), (plan.root, "/")):
+        for outside, inside in ((plan.data, DATA), (plan.root, "/"), (plan.neighbours, NEIGHBOURS)):
             if outside:
                 here = os.open(inside if mounted else outside, os.O_PATH | os.O_CLOEXEC)
                 opened.append(here)
                 allowed[here] = _ALL_RIGHTS
-        kernel.landlock(allowed)
+        for path in plan.readable:
+            with contextlib.suppress(OSError):  # not every board has each of them
+                opened.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+                allowed[opened[-1]] = _READ_RIGHTS
+        kernel.landlock(allowed, network=plan.network)
     finally:
         for fd in opened:
             os.close(fd)

@@ -31,6 +31,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
         data: its data directory, empty for none.
         written_bytes: what the instance has written there today.
         image: in a shared lane, which of its images.
+        egress: whether a socket on which the egress is asked comes before that.
         secrets: whether a memfd with its secrets comes last: a JSON object of values by name. Not in a shared lane.
     """
 
@@ -42,6 +43,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     data: str = ""
     written_bytes: int = 0
     image: str = ""
+    egress: bool = False
     secrets: bool = False
 
 

@@ -6,6 +6,7 @@ Mechanics without policy: when to do which is `agent.host.instance`'s to say.
 import asyncio
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -16,6 +17,7 @@ from agent.host.cgroups import Cgroups
 from agent.host.generation import Generation, StartError, data_directory
 from agent.host.handle import Lane, LaneGoneError
 from agent.host.nursery import Nursery
+from agent.host.outlet import Outlet, wanted
 from agent.host.sharing import SEATS, Wanted, why_alone
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Limits
@@ -70,6 +72,7 @@ class Crew:
         written: Callable[[], int],
         on_said: Callable[[Generation, Lane, control.FromLane], None],
         on_end: Callable[[Generation, Lane, float], None],
+        outlet: Outlet,
     ) -> None:
         self._name = name
         self._nursery = nursery
@@ -80,6 +83,7 @@ class Crew:
         self._written = written
         self._on_said = on_said
         self._on_end = on_end
+        self._outlet = outlet
 
     async def prepare_data(self, generation: Generation, old: Generation | None) -> None:
         """Make the generation's data directory. Raises `StartError`."""
@@ -102,9 +106,13 @@ class Crew:
         """
         run = generation.run
         lane: Lane | None = None
+        asks: socket.socket | None = None
         try:
             lane = await self._fork(generation)
             generation.lanes.append(lane)
+            if wanted(run.grants) and lane.shared is None:
+                number, asks = self._outlet.admit(self._name, run.grants)
+                lane.ended.add_done_callback(lambda _: self._outlet.release(number))
             setup = control.Setup(
                 instance=self._name,
                 grants=run.grants,
@@ -115,11 +123,13 @@ class Crew:
                 written_bytes=self._written(),
                 image=generation.image if lane.shared is not None else "",
                 secrets=generation.secrets_fd >= 0,
+                egress=asks is not None,
             )
             answer = await lane.ask(
                 setup,
                 *(() if lane.shared is not None else (generation.image_fd,)),
                 lane.page_fd,
+                *(() if asks is None else (asks.fileno(),)),
                 *((generation.secrets_fd,) if generation.secrets_fd >= 0 else ()),
                 answer=control.Ready,
                 timeout_s=run.limits.start_ms / 1000 + GRACE_S,
@@ -131,6 +141,8 @@ class Crew:
             lane.end("it did not start in time")
             raise StartError(RejectCode.START_FAILED, f"{self._name}: it did not start in time") from error
         finally:
+            if asks is not None:
+                asks.close()
             if lane is not None and lane.ready is None:
                 generation.lanes.remove(lane)
                 lane.end("it did not start")

@@ -23,7 +23,7 @@ from wasmtime.component import Func
 
 from agent.host.codec import Answer, Codec, Fast, Stock, exchange, give_bytes, set_stdin, take_bytes
 from agent.host.faults import EngineError, first_lines, guest_error
-from agent.host.heads import refuse, utf8
+from agent.host.heads import Nowhere, Requests, utf8
 from agent.host.space import FULL, NONE, MemoryPlan, memory_plan, reservable_bytes
 from fleet.protocol import adapter, compose
 from fleet.protocol.codes import RejectCode
@@ -226,9 +226,17 @@ class Guest:
     """A live instance of an image in its own store. After a `GuestError` it is spent: make a new one."""
 
     def __init__(
-        self, image: Image, *, limits: Limits, grants: Grants, config: dict[str, str], log: Log, data: str = ""
+        self,
+        image: Image,
+        *,
+        limits: Limits,
+        grants: Grants,
+        config: dict[str, str],
+        log: Log,
+        data: str = "",
+        outgoing: Requests | None = None,
     ) -> None:
-        """Instantiate, within `limits.start_ms`.
+        """Instantiate, within `limits.start_ms`. `outgoing`: what a guest of wasi:http sends requests by.
 
         Raises:
             EngineError: GRANT_DENIED, or START_FAILED where the linker has no such interface.
@@ -242,7 +250,8 @@ class Guest:
         self._data = data
         self._config = config
         self._log = log
-        self._linker, self._wasi = _linker(image, config, log)
+        self._outgoing = outgoing or Nowhere(log)
+        self._linker, self._wasi = _linker(image, config, log, self._outgoing)
         self._open()
 
     def _open(self, stdin: bytes | None = None) -> None:
@@ -367,7 +376,7 @@ class Guest:
         self._store.close()
 
 
-def _linker(image: Image, config: dict[str, str], log: Log) -> tuple[wc.Linker, bool]:
+def _linker(image: Image, config: dict[str, str], log: Log, outgoing: Requests) -> tuple[wc.Linker, bool]:
     """A linker with what the component imports and was granted, and nothing else; and whether that includes WASI."""
     linker = wc.Linker(image.engine.raw)
     names = [name for name, functions in image.imports.items() if functions]
@@ -381,11 +390,17 @@ def _linker(image: Image, config: dict[str, str], log: Log) -> tuple[wc.Linker, 
                 if name.startswith(LOGGING):
                     instance.add_func("log", lambda _store, level, context, text: log(_line(level, context, text)))
                 elif name.startswith(compose.HOST):
-                    instance.add_func("refuse", lambda _store, head: refuse(head, log))
+                    for function in ("begin", "write", "send", "head", "read", "close"):
+                        instance.add_func(function, _asking(getattr(outgoing, function)))
                 else:
                     instance.add_func("get", lambda _store, key: config.get(key))
                     instance.add_func("get-all", lambda _store: list(config.items()))
     return linker, wasi
+
+
+def _asking(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """A function for the linker, which hands in the store first."""
+    return lambda _store, *arguments: answer(*arguments)
 
 
 def _line(level: str, context: str, text: str) -> str:

@@ -11,7 +11,7 @@ import fcntl
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 _OUT: Final = 1
 
@@ -79,11 +79,83 @@ def request_head(method: bytes, target: bytes, headers: bytes) -> bytes:
     return b"%b %b http %b\r\n%b" % (method, utf8(target), utf8(authority) if b" " not in authority else b"", headers)
 
 
-def refuse(head: str, log: Callable[[str], None]) -> int:
-    """Why an outgoing request is not sent: the number of an error. There is no egress for wasi:http yet."""
-    method, target, scheme, authority, *_ = head.partition("\r\n")[0].split(" ")
-    log(f"host: {method} {scheme}://{authority}{target} is denied: no outgoing requests are granted")
-    return REQUEST_DENIED
+HOPS: Final = b"x-wasmfleet-hops"
+"""The field that tells a neighbour on the board how many others a request has come through."""
+
+
+def hops(headers: bytes) -> int:
+    """That of a request's field lines, names in lower case; 0 for one that came from outside."""
+    at = 0 if headers.startswith(HOPS + b":") else headers.find(b"\r\n" + HOPS + b":") + 2
+    if not headers.startswith(HOPS + b":", at):
+        return 0
+    said = headers[at + len(HOPS) + 1 :].partition(b"\r\n")[0].strip()
+    return int(said) if said.isdigit() and len(said) < 3 else 99  # noqa: PLR2004 - as many as nobody may have
+
+
+class Requests(Protocol):
+    """What the adapter asks for outgoing requests: its interface `host`, and what stands around a call."""
+
+    hops: int
+
+    def begin(self) -> int:
+        """A request more: its number."""
+
+    def write(self, number: int, data: str) -> int:
+        """A piece of its body."""
+
+    def send(self, number: int, head: str) -> int:
+        """Send it."""
+
+    def head(self, number: int) -> str:
+        """The head of its answer."""
+
+    def read(self, number: int, most: int) -> str:
+        """A piece of its answer's body."""
+
+    def close(self, number: int) -> None:
+        """It is not needed any more."""
+
+    def reset(self) -> None:
+        """Nor is any other."""
+
+
+class Nowhere:
+    """The requests of an instance that may send none."""
+
+    hops = 0
+
+    def __init__(self, log: Callable[[str], None], denied: Callable[[], None] = lambda: None) -> None:
+        self._log = log
+        self._denied = denied
+
+    def begin(self) -> int:
+        """See `Requests`."""
+        return 1
+
+    def write(self, _number: int, _data: str) -> int:
+        """See `Requests`."""
+        return 0
+
+    def send(self, _number: int, head: str) -> int:
+        """Denied, and said in the log."""
+        method, target, scheme, authority, *_ = head.partition("\r\n")[0].split(" ")
+        self._denied()
+        self._log(f"host: {method} {scheme}://{authority}{target} is denied: no outgoing requests are granted")
+        return 1 + REQUEST_DENIED
+
+    def head(self, _number: int) -> str:
+        """See `Requests`."""
+        return f"error {REQUEST_DENIED}"
+
+    def read(self, _number: int, _most: int) -> str:
+        """See `Requests`."""
+        return "."
+
+    def close(self, _number: int) -> None:
+        """See `Requests`."""
+
+    def reset(self) -> None:
+        """See `Requests`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from agent.host.generation import Generation, StartError, disk_bytes, forget_oth
 from agent.host.handle import Lane, LaneGoneError
 from agent.host.listeners import Listeners
 from agent.host.nursery import Nursery
+from agent.host.outlet import Outlet
 from agent.host.page import Figures
 from agent.host.record import Record
 from agent.host.schedule import Clock
@@ -60,6 +61,7 @@ class Instance:
         cgroups: Cgroups,
         emit: Callable[[ipc.Event], None],
         route: Callable[..., Awaitable[None]],
+        outlet: Outlet,
     ) -> None:
         self.name = name
         self.state = InstanceState.STOPPED
@@ -83,6 +85,7 @@ class Instance:
             written=self._written_today,
             on_said=self._said,
             on_end=self._lane_ended,
+            outlet=outlet,
         )
         self._record = Record(name, emit)
         self._staffing = Staffing(
@@ -226,6 +229,7 @@ class Instance:
             denials=figures.denials,
             dropped_lines=figures.dropped_lines,
             written_bytes=self._written_today(),
+            outgoing=figures.outgoing,
             p50_us=figures.percentile_us(0.5),
             p99_us=figures.percentile_us(0.99),
             memory_bytes=sum(lane.private_bytes() for lane in self.current.lanes),

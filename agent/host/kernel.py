@@ -141,8 +141,11 @@ def landlock_version() -> int:
     return max(0, int(found))
 
 
-def landlock(allowed: dict[int, int]) -> None:
-    """Deny every path (but those beneath the given directory descriptors: descriptor -> rights), port and scope."""
+def landlock(allowed: dict[int, int], *, network: bool = False) -> None:
+    """Deny every path (but those beneath the given directory descriptors: descriptor -> rights), port and scope.
+
+    `network`: ports are left alone.
+    """
     version = landlock_version()
     if version < 1:
         raise OSError(95, "landlock: the kernel has none")
@@ -150,10 +153,10 @@ def landlock(allowed: dict[int, int]) -> None:
     for since, bit in ((2, 13), (3, 14), (5, 15)):
         if version >= since:
             files |= 1 << bit
-    network = 0b11 if version >= 4 else 0  # noqa: PLR2004 - bind and connect of TCP, since ABI 4
+    ports = 0b11 if version >= 4 and not network else 0  # noqa: PLR2004 - bind and connect of TCP, since ABI 4
     scoped = 0b11 if version >= 6 else 0  # noqa: PLR2004 - abstract sockets and signals, since ABI 6
     size = 24 if version >= 6 else 16 if version >= 4 else 8  # noqa: PLR2004
-    attributes = struct.pack("=QQQ", files, network, scoped)[:size]
+    attributes = struct.pack("=QQQ", files, ports, scoped)[:size]
     ruleset = _check(
         int(_libc.syscall(ctypes.c_long(_LANDLOCK_CREATE), attributes, ctypes.c_size_t(size), ctypes.c_uint32(0))),
         "landlock",

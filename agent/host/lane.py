@@ -13,7 +13,8 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NoReturn
 
 import msgspec
@@ -23,6 +24,7 @@ from agent.host.caller import Caller, Ticker
 from agent.host.clients import CLIENTS_MAX, Clients
 from agent.host.engine import Engine, Image
 from agent.host.faults import EngineError, GuestError
+from agent.host.heads import Requests
 from agent.host.page import Page
 from agent.host.redact import Redactor
 from agent.host.writes import Writes, open_counter
@@ -39,6 +41,7 @@ class Lane:
         self._poll = poll
         self._secrets: dict[str, str] = {}
         self._redactor = Redactor(())
+        self._outgoing: Callable[[Callable[[bool], None], Callable[[str], None]], Requests] | None = None
         self.begun = False
         poll.register(sock, select.EPOLLIN)
 
@@ -61,7 +64,11 @@ class Lane:
         if setup.secrets:
             self._secrets = _read_secrets(more.pop())
             self._redactor = Redactor(self._secrets.values())
-        cell.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), image_fd, page_fd})
+        ask_fd = more.pop() if setup.egress else -1
+        kept = {image_fd, page_fd, *((ask_fd,) if setup.egress else ())}
+        cell.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *kept})
+        if setup.egress:
+            self._outgoing = _outgoing(setup, ask_fd)
         try:
             image = engine.load(f"/proc/self/fd/{image_fd}")
             if image.adapted:
@@ -119,6 +126,7 @@ class Lane:
         os.close(page_fd)
         self._caller = Caller(
             image,
+            outgoing=None if self._outgoing is None else partial(self._outgoing, page.sent),
             limits=setup.limits,
             grants=setup.grants,
             config={**setup.config, **self._secrets},
@@ -222,6 +230,16 @@ class Lane:
 def _read_secrets(fd: int) -> dict[str, str]:
     """The values by name; the lanes of a generation share the descriptor, and so no place in it."""
     return msgspec.json.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=dict[str, str])
+
+
+def _outgoing(setup: control.Setup, ask_fd: int) -> Callable[[Callable[[bool], None], Callable[[str], None]], Requests]:
+    """What makes this instance's `Outgoing`; what that takes is loaded now, while files can be read."""
+    from agent.host import outgoing  # noqa: PLC0415 - lanes without such grants go without asyncio, ssl and http.client
+
+    encrypted = any(not each.startswith("http:") for each in setup.grants.outbound)
+    context = outgoing.trust() if encrypted else None
+    sock = socket.socket(fileno=ask_fd)
+    return lambda count, log: outgoing.Outgoing(sock, setup.grants, setup.limits, log=log, count=count, context=context)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from fleet.protocol.codes import CallOutcome
 SIZE: Final = 4096
 _RING: Final = 512
 _OUTCOMES: Final = tuple(CallOutcome)
-# errors, calls, began (monotonic ns of the call in flight, 0 for none), log lines dropped, denials, bytes written
-_ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _WRITTEN = 0, 8, 16, 24, 32, 40
+# errors, calls, began (monotonic ns of the call in flight, 0 for none), log lines dropped, denials, bytes written, sent
+_ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _WRITTEN, _OUTGOING = 0, 8, 16, 24, 32, 40, 48
 _COUNTS: Final = 64
 _LATENCIES: Final = 1024
 _U64: Final = struct.Struct("=Q")
@@ -44,6 +44,7 @@ class Figures:
     dropped_lines: int = 0
     denials: int = 0
     written_bytes: int = 0
+    outgoing: int = 0
 
     def plus(self, other: "Figures") -> "Figures":
         """Both together; the newer latencies are `other`'s."""
@@ -57,6 +58,7 @@ class Figures:
             dropped_lines=self.dropped_lines + other.dropped_lines,
             denials=self.denials + other.denials,
             written_bytes=self.written_bytes + other.written_bytes,
+            outgoing=self.outgoing + other.outgoing,
         )
 
     def percentile_us(self, share: float) -> int:
@@ -90,6 +92,10 @@ class Page:
             calls = self._add(_CALLS)
             _U32.pack_into(self._map, _LATENCIES + 4 * ((calls - 1) % _RING), min(us, 0xFFFFFFFF))
 
+    def sent(self, denied: bool) -> None:  # noqa: FBT001 - which of two it counts
+        """A request that the guest wanted to send: sent or tried, or `denied`."""
+        self._add(_DENIED if denied else _OUTGOING)
+
     def dropped(self) -> None:
         """A log line went over the limit."""
         self._add(_DROPPED)
@@ -119,6 +125,7 @@ class Page:
             dropped_lines=_U64.unpack_from(self._map, _DROPPED)[0],
             denials=_U64.unpack_from(self._map, _DENIED)[0],
             written_bytes=_U64.unpack_from(self._map, _WRITTEN)[0],
+            outgoing=_U64.unpack_from(self._map, _OUTGOING)[0],
         )
 
     def close(self) -> None:

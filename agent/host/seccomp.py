@@ -23,6 +23,9 @@ AVAILABLE: Final = pyseccomp is not None
 _CLONE_THREAD: Final = 0x00010000
 _PROT_EXEC: Final = 4
 _AF_UNIX: Final = 1
+_AF_INET: Final = 2
+_AF_INET6: Final = 10
+_AF_NETLINK: Final = 16
 # Of these calls only some values: the others reach other processes (owners of signals, limits) or undo the cell.
 _FCNTL: Final = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1034)  # not F_SETOWN, F_SETSIG
 _IOCTL: Final = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
@@ -49,6 +52,7 @@ _FILES: Final = (
     "openat openat2 statx mkdirat unlinkat renameat renameat2 linkat symlinkat readlinkat getdents64 fsync fdatasync",
     "faccessat faccessat2 utimensat fallocate fadvise64 fstatfs statfs flock futimesat copy_file_range sync_file_range",
 )
+_READING: Final = ("openat openat2 statx readlinkat getdents64 faccessat faccessat2 sendmmsg recvmmsg",)
 
 
 def _names(*groups: tuple[str, ...]) -> list[str]:
@@ -100,6 +104,16 @@ def router() -> bytes:
     """For the router: sockets of the Unix family may be made and connected, nothing else."""
     rules = _filter(_names(_BASE, _SOCKETS), executable_memory=False)
     _allow(rules, "socket", pyseccomp.Arg(0, pyseccomp.EQ, _AF_UNIX))
+    _allow(rules, "connect")
+    return _program(rules)
+
+
+@cache
+def egress() -> bytes:
+    """For the egress: connecting, over the Internet and to the board's own sockets, and what resolving a name takes."""
+    rules = _filter(_names(_BASE, _SOCKETS, _READING), executable_memory=True)  # the resolver loads its parts
+    for family in (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK):
+        _allow(rules, "socket", pyseccomp.Arg(0, pyseccomp.EQ, family))
     _allow(rules, "connect")
     return _program(rules)
 

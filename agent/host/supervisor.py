@@ -35,6 +35,7 @@ from agent.host.instance import Instance
 from agent.host.listeners import BACKLOG, Listeners
 from agent.host.muster import Muster
 from agent.host.nursery import Nursery
+from agent.host.outlet import Outlet
 from agent.host.uids import Uids
 from fleet.protocol.codes import InstanceState, RejectCode
 
@@ -129,6 +130,7 @@ class Supervisor:
         self._nursery = Nursery()
         self._muster = Muster()
         self._front: Front | None = None
+        self._outlet = Outlet(settings.runtime / "in")
         self._instances: dict[str, Instance] = {}
         self._entrusted = Entrusted()
         self._peers: set[Peer] = set()
@@ -247,6 +249,7 @@ class Supervisor:
         for peer in list(self._peers):
             peer.close()
         self._nursery.close()
+        self._outlet.close()
         if self._front is not None:
             self._front.close()
 
@@ -387,6 +390,7 @@ class Supervisor:
                 cgroups=self._cgroups,
                 emit=self._emit,
                 route=self._route,
+                outlet=self._outlet,
             )
         async with instance.lock:
             if instance.current is not None and instance.current.number == run.generation:

@@ -61,6 +61,13 @@ text decimal(uint64_t number) {
     return (text){at, (size_t)(end - at)};
 }
 
+uint32_t number_of(text decimal) {
+    uint32_t number = 0;
+    for (size_t i = 0; i < decimal.size && decimal.data[i] >= '0' && decimal.data[i] <= '9'; i++)
+        number = number * 10 + (uint32_t)(decimal.data[i] - '0');
+    return number;
+}
+
 optional_text *some_text(text t) {
     optional_text *it = take_room(sizeof *it);
     *it = (optional_text){t.size > 0, t};

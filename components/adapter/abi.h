@@ -40,6 +40,7 @@ static inline char *put(char *at, text t) {
 
 // The number in decimal, in the arena.
 text decimal(uint64_t number);
+uint32_t number_of(text decimal);
 
 // A resource of an interface that is exported, and its handles.
 #define HANDLES(interface, id, name)                                                                                   \

@@ -198,8 +198,19 @@ char *put_lines(char *at, const fields *it) {
     return at;
 }
 
-// The characters U+0080 to U+00FF back to bytes, in place: the host's string is ours.
-static text bytes_of(text value) {
+text latin1(const char *data, size_t size) {
+    size_t room = size;
+    for (size_t i = 0; i < size; i++) room += (uint8_t)data[i] > 127;
+    char *to = take_room(room), *at = to;
+    for (size_t i = 0; i < size; i++) {
+        uint8_t c = (uint8_t)data[i];
+        if (c > 127) *at++ = (char)(0xc0 | c >> 6);
+        *at++ = (char)(c > 127 ? 0x80 | (c & 0x3f) : c);
+    }
+    return (text){to, room};
+}
+
+text latin1_back(text value) {
     char *to = (char *)value.data;
     for (size_t i = 0; i < value.size; i++) {
         uint8_t c = (uint8_t)value.data[i];
@@ -219,7 +230,7 @@ void read_lines(fields *it, text lines) {
         const char *value = colon + 1;
         while (value < stop && *value == ' ') value++;
         text name = lower((text){at, (size_t)(colon - at)});
-        if (!is_forbidden(name)) add(it, name, bytes_of((text){value, (size_t)(stop - value)}));
+        if (!is_forbidden(name)) add(it, name, latin1_back((text){value, (size_t)(stop - value)}));
         at = stop + 2;
     }
 }

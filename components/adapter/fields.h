@@ -22,5 +22,8 @@ int32_t give_view(const fields *it);
 // Field lines, each with CR LF, as `bridge.handle` describes them: their size, and their text at `at`.
 size_t lines_size(const fields *it);
 char *put_lines(char *at, const fields *it);
+// Bytes as the characters of those numbers, and back (in place: the host's string is ours).
+text latin1(const char *data, size_t size);
+text latin1_back(text value);
 // Read field lines; names that wasi:http forbids are left out.
 void read_lines(fields *it, text lines);

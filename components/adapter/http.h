@@ -14,6 +14,8 @@ typedef struct {
 
 typedef struct {
     uint8_t streamed;
+    uint8_t outgoing; // of the answer to the outgoing request of this number
+    uint32_t id;
 } incoming_body;
 
 typedef struct {
@@ -25,6 +27,7 @@ typedef struct {
     uint8_t taken;
     uint8_t written;
     uint8_t finished;
+    struct outgoing_request *request; // whose body it is; of an answer's none
 } outgoing_body;
 
 typedef struct {
@@ -53,6 +56,10 @@ typedef struct {
 } exchange;
 
 extern exchange now;
+
+// The stream for a request's body, and what is to be done at its end. Gives the error, 0 for none.
+int32_t request_stream(struct outgoing_request *it);
+uint32_t request_finished(struct outgoing_request *it);
 
 // option<result<result<T, error-code>>>, as futures give it: nothing yet, asked again, failed, or the value.
 typedef struct {

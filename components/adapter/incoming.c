@@ -36,7 +36,7 @@ METHOD("incoming-request.consume") handle_or_nothing *incoming_request_consume(i
 METHOD("incoming-body.stream") handle_or_nothing *incoming_body_stream(incoming_body *it) {
     if (it->streamed) return no_handle();
     it->streamed = 1;
-    return ok_handle(give_input(get_stdin()));
+    return ok_handle(give_input(it->outgoing ? OURS(it->id) : get_stdin()));
 }
 
 STATIC("incoming-body.finish") int32_t incoming_body_finish(int32_t body) {

@@ -50,12 +50,13 @@ EXPORT(POLL "#[dtor]pollable") void pollable_dtor(pollable *it) {
 }
 
 EXPORT(STREAMS "#[dtor]input-stream") void input_stream_dtor(input_stream *it) {
-    drop_input(it->engine);
+    if (it->engine >= 0) drop_input(it->engine);
+    else host_close(NUMBER(it->engine));
     give_object_back(it);
 }
 
 EXPORT(STREAMS "#[dtor]output-stream") void output_stream_dtor(output_stream *it) {
-    drop_output(it->engine);
+    if (it->engine >= 0) drop_output(it->engine);
     give_object_back(it);
 }
 
@@ -71,7 +72,7 @@ static text given;
 
 EXPORT(ERROR "#[method]error.to-debug-string") text *io_error_debug_string(const io_error *it) {
     mark = arena_mark();
-    given = TEXT("lent");
+    given = it->engine < ALWAYS ? TEXT("the outgoing request failed") : TEXT("lent");
     if (it->engine >= 0) engine_debug_string(it->engine, &given);
     return &given;
 }
@@ -145,20 +146,66 @@ typedef struct {
 
 _Static_assert(sizeof(bytes_result) == 12 && sizeof(count_result) == 16 && sizeof(nothing_result) == 12, "canonical");
 
+static int32_t give_error(int32_t engine) { return io_error_new(take_object(engine)); }
+
 static bytes_result bytes;
 static count_result count;
 static nothing_result nothing;
 
-#define OURS(result) ((result).failed && !(result).closed ? (void)((result).error = give_error((result).error)) : (void)0)
+#define TAKE_OVER(result) ((result).failed && !(result).closed ? (void)((result).error = give_error((result).error)) : (void)0)
 
-static int32_t give_error(int32_t engine) { return io_error_new(take_object(engine)); }
+// The body of an answer that came over the network. Reading waits for the peer, under the host's limits.
+static bytes_result *body_read(const input_stream *it, uint64_t most) {
+    text piece;
+    host_read(NUMBER(it->engine), most < 65536 ? (uint32_t)most : 65536, &piece);
+    if (piece.size && *piece.data == '+') {
+        bytes = (bytes_result){.read = latin1_back((text){piece.data + 1, piece.size - 1})};
+    } else if (piece.size && *piece.data == '!') {
+        bytes = (bytes_result){.failed = 1, .error = give_error(OURS(number_of((text){piece.data + 1, piece.size - 1})))};
+    } else {
+        bytes = (bytes_result){.failed = 1, .closed = 1};
+    }
+    return &bytes;
+}
+
+static count_result *body_skip(const input_stream *it, uint64_t most) {
+    const void *before = arena_mark();
+    body_read(it, most);
+    arena_back(before);
+    count = (count_result){.count = bytes.read.size};
+    if (bytes.failed) count = (count_result){.failed = 1, .closed = bytes.closed, .error = bytes.error};
+    return &count;
+}
+
+// The body of a request on its way out.
+static nothing_result *body_write(const output_stream *it, const char *data, size_t size) {
+    text piece = latin1(data, size);
+    uint32_t wrong = host_write(NUMBER(it->engine), piece.data, piece.size);
+    nothing = (nothing_result){0};
+    if (wrong) nothing = (nothing_result){.failed = 1, .error = give_error(OURS(wrong - 1))};
+    return &nothing;
+}
+
+static nothing_result *body_zeroes(const output_stream *it, uint64_t size) {
+    static const char zeroes[256];
+    nothing = (nothing_result){0};
+    while (size && !nothing.failed) {
+        size_t piece = size < sizeof zeroes ? (size_t)size : sizeof zeroes;
+        const void *before = arena_mark();
+        body_write(it, zeroes, piece);
+        arena_back(before);
+        size -= piece;
+    }
+    return &nothing;
+}
 
 #define READS(id, name)                                                                                                \
     IMPORT(ENGINE_STREAMS, "[method]input-stream." name) void engine_##id(int32_t it, uint64_t most, bytes_result *to); \
     EXPORT(STREAMS "#[method]input-stream." name) bytes_result *input_##id(const input_stream *it, uint64_t most) {    \
         mark = arena_mark();                                                                                           \
+        if (it->engine < ALWAYS) return body_read(it, most);                                                           \
         engine_##id(it->engine, most, &bytes);                                                                         \
-        OURS(bytes);                                                                                                   \
+        TAKE_OVER(bytes);                                                                                              \
         return &bytes;                                                                                                 \
     }                                                                                                                  \
     EXPORT("cabi_post_" STREAMS "#[method]input-stream." name) void input_##id##_post(const void *it) {                \
@@ -169,8 +216,9 @@ static int32_t give_error(int32_t engine) { return io_error_new(take_object(engi
 #define SKIPS(id, name)                                                                                                \
     IMPORT(ENGINE_STREAMS, "[method]input-stream." name) void engine_##id(int32_t it, uint64_t most, count_result *to); \
     EXPORT(STREAMS "#[method]input-stream." name) count_result *input_##id(const input_stream *it, uint64_t most) {    \
+        if (it->engine < ALWAYS) return body_skip(it, most);                                                           \
         engine_##id(it->engine, most, &count);                                                                         \
-        OURS(count);                                                                                                   \
+        TAKE_OVER(count);                                                                                              \
         return &count;                                                                                                 \
     }
 
@@ -184,16 +232,20 @@ IMPORT(ENGINE_STREAMS, "[method]output-stream.subscribe") int32_t engine_output_
 IMPORT(ENGINE_STREAMS, "[method]output-stream.check-write") void engine_check_write(int32_t it, count_result *to);
 
 EXPORT(STREAMS "#[method]input-stream.subscribe") int32_t input_subscribe(const input_stream *it) {
-    return give_pollable(engine_input_subscribe(it->engine));
+    return give_pollable(it->engine < ALWAYS ? ALWAYS : engine_input_subscribe(it->engine));
 }
 
 EXPORT(STREAMS "#[method]output-stream.subscribe") int32_t output_subscribe(const output_stream *it) {
-    return give_pollable(engine_output_subscribe(it->engine));
+    return give_pollable(it->engine < ALWAYS ? ALWAYS : engine_output_subscribe(it->engine));
 }
 
 EXPORT(STREAMS "#[method]output-stream.check-write") count_result *output_check_write(const output_stream *it) {
+    if (it->engine < ALWAYS) {
+        count = (count_result){.count = 65536};
+        return &count;
+    }
     engine_check_write(it->engine, &count);
-    OURS(count);
+    TAKE_OVER(count);
     return &count;
 }
 
@@ -202,17 +254,18 @@ EXPORT(STREAMS "#[method]output-stream.check-write") count_result *output_check_
     void engine_##id(int32_t it, const char *data, size_t size, nothing_result *to);                                   \
     EXPORT(STREAMS "#[method]output-stream." name)                                                                     \
     nothing_result *output_##id(const output_stream *it, const char *data, size_t size) {                              \
-        engine_##id(it->engine, data, size, &nothing);                                                                 \
+        if (it->engine < ALWAYS) body_write(it, data, size);                                                           \
+        else engine_##id(it->engine, data, size, &nothing), (void)TAKE_OVER(nothing);                                  \
         if (size) arena_back(data);                                                                                    \
-        OURS(nothing);                                                                                                 \
         return &nothing;                                                                                               \
     }
 
 #define FLUSHES(id, name)                                                                                              \
     IMPORT(ENGINE_STREAMS, "[method]output-stream." name) void engine_##id(int32_t it, nothing_result *to);            \
     EXPORT(STREAMS "#[method]output-stream." name) nothing_result *output_##id(const output_stream *it) {              \
-        engine_##id(it->engine, &nothing);                                                                             \
-        OURS(nothing);                                                                                                 \
+        nothing = (nothing_result){0};                                                                                 \
+        if (it->engine >= 0) engine_##id(it->engine, &nothing);                                                        \
+        TAKE_OVER(nothing);                                                                                            \
         return &nothing;                                                                                               \
     }
 
@@ -220,8 +273,9 @@ EXPORT(STREAMS "#[method]output-stream.check-write") count_result *output_check_
     IMPORT(ENGINE_STREAMS, "[method]output-stream." name)                                                              \
     void engine_##id(int32_t it, uint64_t size, nothing_result *to);                                                   \
     EXPORT(STREAMS "#[method]output-stream." name) nothing_result *output_##id(const output_stream *it, uint64_t size) { \
+        if (it->engine < ALWAYS) return body_zeroes(it, size);                                                         \
         engine_##id(it->engine, size, &nothing);                                                                       \
-        OURS(nothing);                                                                                                 \
+        TAKE_OVER(nothing);                                                                                            \
         return &nothing;                                                                                               \
     }
 
@@ -234,7 +288,7 @@ ZEROES(blocking_zeroes, "blocking-write-zeroes-and-flush")
 
 // Splicing is reading and writing: the engine's own streams may lie on one side only.
 static count_result *splice(const output_stream *to, const input_stream *from, uint64_t most, int blocking) {
-    if (blocking) {
+    if (blocking && to->engine >= 0) {
         int32_t room = engine_output_subscribe(to->engine);
         engine_block(room);
         drop_pollable(room);
@@ -248,9 +302,9 @@ static count_result *splice(const output_stream *to, const input_stream *from, u
         return &count;
     }
     size_t size = bytes.read.size;
-    engine_write(to->engine, bytes.read.data, size, &nothing);
+    if (to->engine < ALWAYS) body_write(to, bytes.read.data, size);
+    else engine_write(to->engine, bytes.read.data, size, &nothing), (void)TAKE_OVER(nothing);
     arena_back(before);
-    OURS(nothing);
     count = (count_result){.count = size};
     if (nothing.failed) count = (count_result){.failed = 1, .closed = nothing.closed, .error = nothing.error};
     return &count;

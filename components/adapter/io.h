@@ -2,7 +2,7 @@
 //
 // They do not live in the arena: a guest may keep its standard output open for as long as its instance lives.
 #pragma once
-#include "abi.h"
+#include "fields.h"
 
 #define POLL "wasi:io/poll@0.2.12"
 #define STREAMS "wasi:io/streams@0.2.12"
@@ -11,12 +11,21 @@
 #define ENGINE_STREAMS "wasmfleet:engine/streams@0.1.0"
 #define ENGINE_ERROR "wasmfleet:engine/error@0.1.0"
 
-// A handle of the engine's, or ALWAYS for a pollable of what is there at once.
+// What one stands for is a handle of the engine's; ALWAYS, for a pollable of what is there at once; or, for streams, the
+// body of an outgoing request, and for errors the case of error-code that ended one: `OURS(n)`.
 typedef struct {
     int32_t engine;
 } pollable;
 
 #define ALWAYS (-1)
+#define OURS(n) (-2 - (int32_t)(n))
+#define NUMBER(ours) ((uint32_t)(-2 - (ours)))
+
+#define HOST "wasmfleet:adapter/host@0.1.0"
+
+IMPORT(HOST, "write") uint32_t host_write(uint32_t id, const char *data, size_t size);
+IMPORT(HOST, "read") void host_read(uint32_t id, uint32_t most, text *piece);
+IMPORT(HOST, "close") void host_close(uint32_t id);
 
 typedef struct {
     int32_t engine;

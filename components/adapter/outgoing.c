@@ -37,6 +37,11 @@ METHOD("outgoing-response.body") handle_or_nothing *outgoing_response_body(outgo
 
 // One body of an exchange has the stream: bytes of two could not be told apart.
 METHOD("outgoing-body.write") handle_or_nothing *outgoing_body_write(outgoing_body *it) {
+    if (it->request) {
+        if (it->written) return no_handle();
+        it->written = 1;
+        return ok_handle(request_stream(it->request));
+    }
     if (it->written || now.streaming) return no_handle();
     it->written = now.streaming = 1;
     return ok_handle(give_output(get_stdout()));
@@ -47,8 +52,9 @@ nothing_or_error *outgoing_body_finish(int32_t body, int32_t has_trailers, int32
     outgoing_body *it = outgoing_body_take(body);
     it->finished = 1;
     if (has_trailers) it->trailers = fields_take(trailers);
+    uint32_t wrong = it->request ? request_finished(it->request) : 0;
     nothing_or_error *answer = take_room(sizeof *answer);
-    *answer = (nothing_or_error){0};
+    *answer = (nothing_or_error){wrong > 0, {wrong ? (uint8_t)(wrong - 1) : 0, {0}}};
     return answer;
 }
 

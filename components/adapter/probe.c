@@ -11,6 +11,9 @@
 //   /log               a line on standard output, one on standard error
 //   /count             how many requests this instance has seen
 //   /fetch             a request to http://example.org:8080/there?x=1; the number of the error
+//   /get?host:port/path        what a request there answers: status, a line for each field, and the body, as it is read
+//   /post?host:port/path       the same, sending a body of 300,000 bytes
+//   /both?host:port/path       two requests at once: their statuses
 //   /error, /silent, /cut, /trap    the ways to fail: an error, no answer, half a body, a trap
 //   /half              half a body, not flushed, then a trap
 #include <stddef.h>
@@ -86,6 +89,18 @@ int32_t set_target(int32_t, int32_t, const char *, size_t);
 IMPORT(TYPES, "[constructor]request-options") int32_t options_new(void);
 IMPORT(TYPES, "[method]request-options.set-connect-timeout") int32_t set_timeout(int32_t, int32_t, uint64_t);
 IMPORT("wasi:http/outgoing-handler" V, "handle") void fetch(int32_t, int32_t, int32_t, void *);
+IMPORT(TYPES, "[method]outgoing-request.set-method") int32_t set_method(int32_t, int32_t, const char *, size_t);
+IMPORT(TYPES, "[method]outgoing-request.body") void request_body(int32_t, made *);
+IMPORT(TYPES, "[method]future-incoming-response.subscribe") int32_t answer_ready(int32_t);
+IMPORT(TYPES, "[method]future-incoming-response.get") void get_answer(int32_t, uint8_t *);
+IMPORT(TYPES, "[resource-drop]future-incoming-response") void drop_answer(int32_t);
+IMPORT(TYPES, "[method]incoming-response.status") int32_t answer_status(int32_t);
+IMPORT(TYPES, "[method]incoming-response.headers") int32_t answer_headers(int32_t);
+IMPORT(TYPES, "[method]incoming-response.consume") void answer_body(int32_t, made *);
+IMPORT(TYPES, "[resource-drop]incoming-response") void drop_response(int32_t);
+IMPORT(TYPES, "http-error-code") void error_code_of(int32_t, uint8_t *);
+IMPORT("wasi:io/error" V, "[resource-drop]error") void drop_io_error(int32_t);
+IMPORT("wasi:io/poll" V, "poll") void poll_list(const int32_t *, size_t, text *);
 IMPORT("wasi:io/poll" V, "[method]pollable.block") void block(int32_t);
 IMPORT("wasi:io/poll" V, "[resource-drop]pollable") void drop_pollable(int32_t);
 IMPORT(STREAMS, "[method]input-stream.blocking-read") void blocking_read(int32_t, uint64_t, optional *);
@@ -324,6 +339,107 @@ static void try_fetch(void) {
     say(TEXT(" ")), say_number(result[0]), say(TEXT(" ")), say_number(result[8]), say(TEXT("\n"));
 }
 
+// Begin a request to `host:port/path`; the future, or -1 - the error's number.
+static int32_t ask(text place, int posted) {
+    uint8_t result[40];
+    size_t slash = 0;
+    while (slash < place.size && place.data[slash] != '/') slash++;
+    int32_t request = outgoing_new(fields_new());
+    set_scheme(request, 1, 0, NULL, 0);
+    if (set_authority(request, 1, place.data, slash)) __builtin_trap();
+    set_target(request, 1, place.data + slash, place.size - slash);
+    made body = {1, 0};
+    if (posted) {
+        set_method(request, 2, NULL, 0);
+        request_body(request, &body);
+    }
+    fetch(request, 0, 0, result);
+    if (posted) {
+        int32_t stream = open_body(must(body));
+        for (size_t i = 0; i < sizeof room; i++) room[i] = (char)i;
+        for (size_t sent = 0; sent < 300000; sent += 4096)
+            blocking_write(stream, room, 300000 - sent < 4096 ? 300000 - sent : 4096, scratch);
+        drop_output(stream);
+        finish(body.handle, -1);
+    }
+    return result[0] ? -1 - result[8] : *(int32_t *)(result + 8);
+}
+
+// Wait for the answer; -1 - the error's number for none.
+static int32_t take_answer(int32_t future) {
+    uint8_t result[64] __attribute__((aligned(8)));
+    if (future < 0) return future;
+    int32_t ready = answer_ready(future);
+    block(ready);
+    drop_pollable(ready);
+    get_answer(future, result);
+    drop_answer(future);
+    if (!result[0] || result[8]) __builtin_trap();
+    return result[16] ? -1 - result[24] : *(int32_t *)(result + 24);
+}
+
+static void get(text place, int posted) {
+    int32_t response = take_answer(ask(place, posted));
+    if (response < 0) {
+        say(TEXT("error "));
+        say_number(-1 - response);
+        answer_page(200);
+        return;
+    }
+    text list;
+    made body, input;
+    int32_t out_body = answer(200), out = open_body(out_body), headers = answer_headers(response);
+    say_number(answer_status(response));
+    entries(headers, &list);
+    for (size_t i = 0; i < list.size; i++) {
+        const field *line = (const field *)list.data + i;
+        say(TEXT("\n")), say(line->name), say(TEXT("=")), say(line->value);
+    }
+    drop_fields(headers);
+    say(TEXT("\n\n"));
+    write_all(out, (text){page, written});
+    answer_body(response, &body);
+    body_stream(must(body), &input);
+    for (;;) {
+        uint32_t chunk[3];
+        used = 0;
+        blocking_read(must(input), 64 * 1024, (optional *)chunk);
+        if (!(chunk[0] & 0xff)) {
+            write_all(out, (text){(const char *)(uintptr_t)chunk[1], chunk[2]});
+            continue;
+        }
+        if (!(chunk[1] & 0xff)) {
+            uint8_t code[40] __attribute__((aligned(8)));
+            error_code_of((int32_t)chunk[2], code);
+            written = 0;
+            say(TEXT("\nbroken ")), say_number(code[0] ? code[8] : -1);
+            write_all(out, (text){page, written});
+            drop_io_error((int32_t)chunk[2]);
+        }
+        break;
+    }
+    drop_input(input.handle);
+    drop_future(finish_incoming(body.handle));
+    drop_response(response);
+    drop_output(out);
+    finish(out_body, -1);
+}
+
+static void both(text place) {
+    int32_t futures[2] = {ask(place, 0), ask(place, 0)}, ready[2];
+    text list;
+    for (size_t i = 0; i < 2; i++) ready[i] = answer_ready(futures[i]);
+    poll_list(ready, 2, &list);
+    say_number((int32_t)list.size > 0);
+    for (size_t i = 0; i < 2; i++) {
+        drop_pollable(ready[i]);
+        int32_t response = take_answer(futures[i]);
+        say(TEXT(" ")), say_number(response < 0 ? -1 - response : answer_status(response));
+        if (response >= 0) drop_response(response);
+    }
+    answer_page(200);
+}
+
 EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, int32_t param) {
     optional it;
     used = written = 0;
@@ -348,6 +464,12 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         __builtin_trap();
     } else if (is(target, TEXT("/echo"))) {
         echo(request);
+    } else if (starts(target, TEXT("/get?"))) {
+        get((text){target.data + 5, target.size - 5}, 0);
+    } else if (starts(target, TEXT("/post?"))) {
+        get((text){target.data + 6, target.size - 6}, 1);
+    } else if (starts(target, TEXT("/both?"))) {
+        both((text){target.data + 6, target.size - 6});
     } else if (is(target, TEXT("/late"))) {
         late();
     } else if (is(target, TEXT("/trailers"))) {

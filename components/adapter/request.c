@@ -1,7 +1,10 @@
 // Requests that the guest sends: `outgoing-request`, its options, and the handler that asks the host.
 #include "http.h"
 
-typedef struct {
+typedef struct outgoing_request {
+    uint32_t id; // the host's number, 0 for none yet
+    text head;   // when it was handed over before its body was finished
+    struct future_incoming_response *future;
     method method;
     optional_scheme scheme;
     optional_text target;
@@ -29,9 +32,12 @@ typedef struct {
     uint8_t consumed;
 } incoming_response;
 
-typedef struct {
+typedef struct future_incoming_response {
     incoming_response response;
     uint8_t got;
+    uint8_t sent;
+    uint32_t wrong;
+    uint32_t id;
 } future_incoming_response;
 
 RESOURCE(outgoing_request, "outgoing-request")
@@ -43,7 +49,9 @@ DESTRUCTOR(request_options, "request-options")
 DESTRUCTOR(future_incoming_response, "future-incoming-response")
 DESTRUCTOR(incoming_response, "incoming-response")
 
-IMPORT("wasmfleet:adapter/host@0.1.0", "refuse") int32_t refuse(const char *head, size_t size);
+IMPORT(HOST, "begin") uint32_t host_begin(void);
+IMPORT(HOST, "send") uint32_t host_send(uint32_t id, const char *head, size_t size);
+IMPORT(HOST, "head") void host_head(uint32_t id, text *head);
 
 CONSTRUCTOR("outgoing-request") int32_t outgoing_request_constructor(int32_t headers) {
     outgoing_request *it = take_room(sizeof *it);
@@ -54,7 +62,13 @@ CONSTRUCTOR("outgoing-request") int32_t outgoing_request_constructor(int32_t hea
 METHOD("outgoing-request.body") handle_or_nothing *outgoing_request_body(outgoing_request *it) {
     if (it->body.taken) return no_handle();
     it->body.taken = 1;
+    it->body.request = it;
     return ok_handle(outgoing_body_give(&it->body));
+}
+
+int32_t request_stream(outgoing_request *it) {
+    if (!it->id) it->id = host_begin();
+    return give_output(OURS(it->id));
 }
 
 METHOD("outgoing-request.method") const method *outgoing_request_method(const outgoing_request *it) {
@@ -133,7 +147,7 @@ static text scheme_name(const optional_scheme *it) {
     return it->value.tag ? it->value.other : TEXT("http");
 }
 
-// The head as `host.refuse` describes it.
+// The head as `host.send` describes it.
 static text request_head(const outgoing_request *it, const request_options *options) {
     text words[4 + TIMEOUTS] = {
         it->method.tag == METHOD_OTHER ? it->method.other : method_names[it->method.tag],
@@ -151,12 +165,32 @@ static text request_head(const outgoing_request *it, const request_options *opti
     return (text){head, size};
 }
 
+static uint32_t send(outgoing_request *it, text head) {
+    if (!it->id) it->id = host_begin();
+    it->future->id = it->id;
+    it->future->sent = 1;
+    return host_send(it->id, head.data, head.size);
+}
+
+// A request goes out when it was handed over and its body, if it has one, is finished.
 EXPORT("wasi:http/outgoing-handler@0.2.12#handle")
 nothing_or_error *outgoing_handle(int32_t request, int32_t has_options, int32_t options) {
-    text head = request_head(outgoing_request_take(request), has_options ? request_options_take(options) : NULL);
+    outgoing_request *it = outgoing_request_take(request);
+    text head = request_head(it, has_options ? request_options_take(options) : NULL);
     nothing_or_error *answer = take_room(sizeof *answer);
-    *answer = (nothing_or_error){1, {(uint8_t)refuse(head.data, head.size), {0}}};
+    it->future = take_room(sizeof *it->future);
+    *it->future = (future_incoming_response){0};
+    it->head = head;
+    uint32_t wrong = it->body.taken && !it->body.finished ? 0 : send(it, head);
+    *answer = (nothing_or_error){wrong > 0, {0, {0}}};
+    if (wrong) answer->error.tag = (uint8_t)(wrong - 1);
+    else *(int32_t *)&answer->error = future_incoming_response_give(it->future);
     return answer;
+}
+
+uint32_t request_finished(outgoing_request *it) {
+    if (it->future) it->future->wrong = send(it, it->head);
+    return 0; // what is wrong is said by the answer
 }
 
 METHOD("future-incoming-response.subscribe")
@@ -165,12 +199,31 @@ int32_t future_incoming_response_subscribe(const future_incoming_response *it) {
     return ready_pollable();
 }
 
+// Before the request has gone out there is nothing to be had; then this waits for the head.
 METHOD("future-incoming-response.get")
 nested_result *future_incoming_response_get(future_incoming_response *it) {
     nested_result *answer = take_room(sizeof *answer);
-    *answer = (nested_result){.some = 1, .again = it->got};
-    if (!it->got) answer->handle = incoming_response_give(&it->response);
+    *answer = (nested_result){.some = it->sent, .again = it->got};
+    if (!it->sent || it->got) return answer;
     it->got = 1;
+    uint32_t wrong = it->wrong;
+    text head = {0};
+    if (!wrong) {
+        host_head(it->id, &head);
+        if (head.size > 6 && *head.data == 'e') wrong = 1 + number_of((text){head.data + 6, head.size - 6});
+    }
+    if (wrong) {
+        answer->failed = 1;
+        answer->error = (error_code){(uint8_t)(wrong - 1), {0}};
+        return answer;
+    }
+    incoming_response *response = &it->response;
+    *response = (incoming_response){.status = (uint16_t)number_of(head), .body = {.outgoing = 1, .id = it->id}};
+    size_t line = 0;
+    while (line + 1 < head.size && head.data[line] != '\r') line++;
+    read_lines(&response->headers, (text){head.data + line + 2, head.size > line + 2 ? head.size - line - 2 : 0});
+    response->headers.immutable = 1;
+    answer->handle = incoming_response_give(response);
     return answer;
 }
 
@@ -188,10 +241,15 @@ METHOD("incoming-response.consume") handle_or_nothing *incoming_response_consume
     return ok_handle(incoming_body_give(&it->body));
 }
 
-// option<error-code>: an error of a stream never comes from here.
-EXPORT(TYPES "#http-error-code") nothing_or_error *http_error_code(const io_error *error) {
-    (void)error;
-    nothing_or_error *answer = take_room(sizeof *answer);
-    *answer = (nothing_or_error){0};
+// option<error-code>: of what ended the body of an answer.
+typedef struct {
+    uint8_t some;
+    error_code error;
+} optional_error;
+
+EXPORT(TYPES "#http-error-code") optional_error *http_error_code(const io_error *error) {
+    optional_error *answer = take_room(sizeof *answer);
+    *answer = (optional_error){error->engine < ALWAYS, {0, {0}}};
+    if (answer->some) answer->error.tag = (uint8_t)NUMBER(error->engine);
     return answer;
 }

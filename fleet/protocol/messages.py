@@ -86,6 +86,7 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
         dropped_lines: of its log, over its limit.
         written_bytes: to its data, today (UTC).
         memory_bytes: private memory of the instance's lanes; of a lane that is shared, its part.
+        outgoing: requests that it sent; those that it was not granted are among the denials.
         shared_lane: the lane that it shares with other instances, which say the same; empty for lanes of its own.
     """
 
@@ -100,6 +101,7 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     denials: int = 0
     dropped_lines: int = 0
     written_bytes: int = 0
+    outgoing: int = 0
     p50_us: int = 0
     p99_us: int = 0
     memory_bytes: int = 0

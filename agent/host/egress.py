@@ -1,0 +1,316 @@
+"""The egress: the one process on a board that connects for components. A fork of the supervisor, with network.
+
+It exists while some lane may send requests. For each such lane it has one end of a socket pair, which the supervisor
+gave it together with what that lane's instance was granted: who asks is told by the socket on which the question
+comes, and nothing in the question. A question names scheme, host and port; the answer is a connected socket or the
+reason why there is none. Names are resolved here and each address is judged after that; what is connected to is the
+address that was judged, never the name again. TLS is the lane's: this process sees no request and no answer.
+
+Lanes have no network, so what an escaped guest can reach is what its grant names, over sockets that are connected.
+"""
+
+import asyncio
+import contextlib
+import gc
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent.host import cell, control
+from fleet.protocol import outbound
+from fleet.protocol.manifest import Grants
+
+CONNECT_MAX_S: Final = 30.0
+_RESOLVE_S: Final = 10.0
+_AT_ONCE: Final = 16
+_PACKET: Final = 4096
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+
+class Admit(msgspec.Struct, frozen=True, tag="admit"):
+    """The socket that comes along is a lane's, of this instance with these grants."""
+
+    instance: str
+    outbound: tuple[str, ...]
+    instances: tuple[str, ...]
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """A lane's question: a connection to this place, within `timeout_ms`. Answered by `Told`, with a socket if `ok`."""
+
+    id: int
+    scheme: str
+    authority: str
+    timeout_ms: int
+
+
+class Told(msgspec.Struct, frozen=True):
+    """The answer.
+
+    Attributes:
+        error: a case of `wasi:http/types.error-code` by its name, empty when the socket comes along.
+        why: for the instance's log.
+    """
+
+    id: int
+    error: str = ""
+    why: str = ""
+
+
+class RefusedError(Exception):
+    """There is no connection; `error` names a case of `wasi:http/types.error-code`."""
+
+    def __init__(self, error: str, why: str) -> None:
+        super().__init__(why)
+        self.error = error
+
+
+DENIED: Final = "HTTP-request-denied"
+PROHIBITED: Final = "destination-IP-prohibited"
+
+_admits: Final[msgspec.json.Decoder[Admit]] = msgspec.json.Decoder(Admit)
+_asks: Final[msgspec.json.Decoder[Ask]] = msgspec.json.Decoder(Ask)
+
+
+def permit(grants: Grants, scheme: str, authority: str) -> tuple[str, int]:
+    """The host and port to connect to; a neighbour on the board as `<name>.internal` and port 80.
+
+    Raises:
+        RefusedError: it is no place, or not granted.
+    """
+    try:
+        host, port = outbound.place(scheme, authority)
+    except outbound.BadOutboundError as error:
+        raise RefusedError("HTTP-request-URI-invalid", str(error)) from error
+    if host.endswith(outbound.INTERNAL):
+        name = host.removesuffix(outbound.INTERNAL)
+        if (scheme, port) != ("http", 80) or name not in grants.instances:
+            raise RefusedError(DENIED, f"{scheme}://{authority} is denied: grants.instances does not name {name}")
+        return host, port
+    if not any(entry.allows(scheme, host, port) for entry in _entries(grants)):
+        raise RefusedError(DENIED, f"{scheme}://{authority} is denied: grants.outbound does not name {host}:{port}")
+    return host, port
+
+
+def judge(grants: Grants, scheme: str, host: str, port: int, addresses: list[str]) -> list[str]:
+    """Those of the addresses that may be connected to, in order.
+
+    Raises:
+        RefusedError: there are none.
+    """
+    kept, why = [], ""
+    for each in addresses:
+        try:
+            address = ipaddress.ip_address(each)
+        except ValueError:
+            continue
+        kind = outbound.kind(address)
+        if kind and not any(entry.names(scheme, address, port) for entry in _entries(grants)):
+            why = f"{host} is {each}, a {kind} address, and grants.outbound does not name that"
+        else:
+            kept.append(each)
+    if not kept and why:
+        raise RefusedError(PROHIBITED, f"{scheme}://{host}:{port} is denied: {why}")
+    if not kept:
+        raise RefusedError("DNS-error", f"{host} has no address")
+    return kept
+
+
+def _entries(grants: Grants) -> list[outbound.Entry]:
+    found = []
+    for each in grants.outbound:
+        with contextlib.suppress(outbound.BadOutboundError):
+            found.append(outbound.parse(each))
+    return found
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a name, as this board's resolver has them. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(each[4][0]) for each in found))
+
+
+async def connect(grants: Grants, ask: Ask, *, directory: str, resolver: Resolve = resolve) -> socket.socket:
+    """A connected socket for this question.
+
+    Args:
+        grants: what the one who asks was granted.
+        ask: the question.
+        directory: where the sockets of the board's instances are.
+        resolver: gives the addresses of a name.
+
+    Raises:
+        RefusedError: there is none.
+    """
+    host, port = permit(grants, ask.scheme, ask.authority)
+    timeout_s = min(CONNECT_MAX_S, max(ask.timeout_ms, 1) / 1000)
+    try:
+        async with asyncio.timeout(timeout_s):
+            if host.endswith(outbound.INTERNAL):
+                return await _neighbour(host.removesuffix(outbound.INTERNAL), directory)
+            addresses = judge(grants, ask.scheme, host, port, await _addresses(host, port, resolver))
+            return await _first(addresses, port)
+    except TimeoutError as error:
+        raise RefusedError("connection-timeout", f"{host}:{port} did not answer in {timeout_s:g} s") from error
+
+
+async def _addresses(host: str, port: int, resolver: Resolve) -> list[str]:
+    with contextlib.suppress(ValueError):
+        return [str(ipaddress.ip_address(host))]
+    try:
+        async with asyncio.timeout(_RESOLVE_S):
+            return await resolver(host, port)
+    except TimeoutError as error:
+        raise RefusedError("DNS-timeout", f"{host} was not resolved in {_RESOLVE_S:g} s") from error
+    except (OSError, UnicodeError) as error:
+        raise RefusedError("DNS-error", f"{host} cannot be resolved: {error}") from error
+
+
+async def _first(addresses: list[str], port: int) -> socket.socket:
+    """Connected to the first address that answers."""
+    last = RefusedError("destination-unavailable", "there is nobody to connect to")
+    for address in addresses:
+        meant = str(outbound.unwrapped(ipaddress.ip_address(address))) if address.startswith("::ffff:") else address
+        sock = socket.socket(
+            socket.AF_INET6 if ":" in meant else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC
+        )
+        sock.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, (meant, port))
+        except OSError as error:
+            sock.close()
+            code = "connection-refused" if isinstance(error, ConnectionRefusedError) else "destination-unavailable"
+            last = RefusedError(code, f"cannot connect to {address}:{port}: {error.strerror}")
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+    raise last
+
+
+async def _neighbour(name: str, directory: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, f"{directory}/{name}")
+    except OSError as error:
+        sock.close()
+        raise RefusedError("destination-unavailable", f"no instance {name} answers on this board") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def fork(directory: Path, keep: tuple[int, ...] = ()) -> tuple[int, socket.socket]:
+    """Fork an egress; (its pid, the supervisor's end of its socket).
+
+    `directory` holds the instances' sockets. `keep`: further descriptors that the child may hold.
+    """
+    ours, theirs = control.pair()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            cell.die_with_parent(parent)
+            ours.close()
+            _main(theirs, directory, keep)
+            status = 0
+        except BaseException as error:  # noqa: BLE001 - this process was forked, nobody above could handle it
+            sys.stderr.write(f"egress: {type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+    theirs.close()
+    return pid, ours
+
+
+def _main(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gc.freeze()
+    cell.close_all_but({0, 1, 2, sock.fileno(), *keep})
+    with contextlib.suppress(OSError):
+        socket.getaddrinfo("localhost", 80)  # whatever the resolver loads, it loads now
+    loop = asyncio.SelectorEventLoop()
+    asyncio.set_event_loop(loop)
+    layers = cell.enter(cell.egress_plan(str(directory)))
+    loop.run_until_complete(Egress(sock, cell.NEIGHBOURS if layers["mount"] else str(directory)).run())
+
+
+class Egress:
+    """The process: the supervisor's socket, and one for each lane."""
+
+    def __init__(self, sock: socket.socket, directory: str, resolver: Resolve = resolve) -> None:
+        self._sock = sock
+        self._directory = directory
+        self._resolve = resolver
+        self._ended = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serve until the supervisor closes its socket."""
+        self._sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._sock, self._obey)
+        await self._ended.wait()
+        loop.remove_reader(self._sock)
+        for task in self._tasks:
+            task.cancel()
+
+    def _obey(self) -> None:
+        try:
+            data, fds = control.receive_packet(self._sock)
+        except BlockingIOError:
+            return
+        except control.GoneError:
+            self._ended.set()
+            return
+        admitted = _admits.decode(data)
+        lane = socket.socket(fileno=fds[0])
+        lane.setblocking(False)
+        grants = Grants(outbound=admitted.outbound, instances=admitted.instances)
+        asyncio.get_running_loop().add_reader(lane, self._asked, lane, grants, asyncio.Semaphore(_AT_ONCE))
+
+    def _asked(self, lane: socket.socket, grants: Grants, room: asyncio.Semaphore) -> None:
+        try:
+            data = lane.recv(_PACKET)
+            ask = _asks.decode(data)
+        except BlockingIOError:
+            return
+        except (OSError, msgspec.MsgspecError):  # gone, or no lane of ours any more: it is not heard again
+            asyncio.get_running_loop().remove_reader(lane)
+            lane.close()
+            return
+        task = asyncio.ensure_future(self._answer(lane, grants, ask, room))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, lane: socket.socket, grants: Grants, ask: Ask, room: asyncio.Semaphore) -> None:
+        told, found = Told(id=ask.id), None
+        if room.locked():
+            told = Told(id=ask.id, error="connection-limit-reached", why=f"{_AT_ONCE} connections are being made")
+        else:
+            async with room:
+                try:
+                    found = await connect(grants, ask, directory=self._directory, resolver=self._resolve)
+                except RefusedError as error:
+                    told = Told(id=ask.id, error=error.error, why=str(error))
+        with contextlib.suppress(OSError):  # a lane that is gone, or reads nothing, has no use for it
+            control.send_packet(lane, msgspec.json.encode(told), () if found is None else (found.fileno(),))
+        if found is not None:
+            found.close()
