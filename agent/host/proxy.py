@@ -1,9 +1,10 @@
 """Proxying HTTP/1.1 between the board's clients and instances' Unix sockets. No policy: `Routes` says what goes where.
 
 A request is read by its head and streamed on; its answer goes back as the bytes it is (lanes frame with content-length
-alone), parsed only to find its end. Upstream connections are kept alive: at a swap the lanes hand them to the next
-generation, so neither side sees anything. A request is sent a second time only where it was idempotent and had no body
-(RFC 9110, section 9.2.2).
+alone), parsed only to find its end. A request without a body that comes again byte by byte, as a client's mostly do, is
+not read again: between two messages, the same bytes mean the same (`Known`). Upstream connections are kept alive: at a
+swap the lanes hand them to the next generation, so neither side sees anything. A request is sent a second time only
+where it was idempotent and had no body (RFC 9110, section 9.2.2).
 """
 
 import asyncio
@@ -14,16 +15,16 @@ from typing import Any, Final
 import httptools
 
 from agent.host import connection
-from agent.host.reader import Fields, Head, Reader, tokens
-from agent.host.routes import Route, Routes
+from agent.host.forward import Known, forwarded
+from agent.host.reader import Fields, Head, Reader
+from agent.host.routes import Routes
 
 POOL_MAX: Final = 32
 _HIGH_BYTES: Final = 256 * 1024
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
-_HOP: Final = frozenset(
-    b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade content-length expect"
-    b" x-forwarded-prefix".split()
-)
+_READ_BYTES: Final = 64 * 1024  # at once: beyond 128 KiB each read would map memory and give it back
+_KNOWN_MAX: Final = 128
+_KNOWN_MAX_BYTES: Final = 2048
 _LINGER_S: Final = 5  # for so long it is read what a client sends after an answer that refused it
 _LINGER_MAX_BYTES: Final = 32 * 1024 * 1024
 
@@ -57,6 +58,8 @@ class Pool:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
+        self.known: dict[bytes, Known] = {}  # until an instance comes, goes, or answers no longer
+        self.spread: set[str] = set()  # instances with several lanes: a kept connection would wait for one of them
         self._idle: dict[str, list[Upstream]] = {}
 
     def take(self, instance: str) -> "Upstream | None":
@@ -71,7 +74,7 @@ class Pool:
     def give(self, upstream: "Upstream") -> None:
         """Back to the idle ones."""
         idle = self._idle.setdefault(upstream.instance, [])
-        if upstream.lost or len(idle) >= POOL_MAX:
+        if upstream.lost or upstream.instance in self.spread or len(idle) >= POOL_MAX:
             upstream.close()
         else:
             idle.append(upstream)
@@ -102,16 +105,18 @@ class Upstream(asyncio.Protocol):
         self._parser: Any = None
         self._done = False
         self._head_done = False
+        self._reusable = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected."""
         self._transport = transport
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
 
     def begin(self, client: "Client", exchange: Exchange) -> None:
         """Carry this exchange."""
         self.client, self.exchange = client, exchange
         self._parser = httptools.HttpResponseParser(self)
-        self._done = self._head_done = False
+        self._done = self._head_done = self._reusable = False
         self._transport.write(exchange.head)
 
     def write(self, data: bytes) -> None:
@@ -154,9 +159,8 @@ class Upstream(asyncio.Protocol):
             return
         client.send(data)
         if self._done:
-            reusable = exchange.complete and self._parser.should_keep_alive()
             self.client = self.exchange = None
-            if reusable:
+            if exchange.complete and self._reusable:
                 self._pool.give(self)
             else:
                 self.close()
@@ -168,10 +172,12 @@ class Upstream(asyncio.Protocol):
         self._head_done = True
         if self.exchange.request.method == b"HEAD" or self._parser.get_status_code() in {204, 304}:
             self._done = True
+            self._reusable = self._parser.should_keep_alive()
 
     def on_message_complete(self) -> None:
         """The message is complete."""
         self._done = True
+        self._reusable = self._parser.should_keep_alive()  # afterwards the parser knows no more
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The other side is gone."""
@@ -214,6 +220,7 @@ class Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected."""
         self._transport = transport
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         self._all.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -253,11 +260,35 @@ class Client(asyncio.Protocol):
             if self._discarded > _LINGER_MAX_BYTES:
                 self._transport.abort()
             return
-        self._reader.feed(data)
+        if self._queue or self._reader.within:
+            self._reader.feed(data)
+        elif (known := self._pool.known.get(data)) is not None:
+            exchange = Exchange(known.request)
+            exchange.complete, exchange.instance, exchange.head = True, known.instance, known.head
+            self._queue.append(exchange)
+        else:
+            self._reader.feed(data)
+            self._learn(data)
         if len(self._queue) > 1 and not self._paused:
             self._paused = True
             self._transport.pause_reading()
         self._advance()
+
+    def _learn(self, data: bytes) -> None:
+        """Remember these bytes, which came between two messages, if they are one whole request without a body."""
+        if len(self._queue) != 1 or self._reader.within or len(data) > _KNOWN_MAX_BYTES:
+            return
+        exchange = self._queue[0]
+        request = exchange.request
+        whole = exchange.complete and exchange.keep_alive and not exchange.refusal
+        if not whole or request.chunked or request.length is not None or request.expects:
+            return
+        route = self._routes.find(request.host, request.target)
+        if not route.status:
+            if len(self._pool.known) >= _KNOWN_MAX:
+                self._pool.known.clear()
+            exchange.instance, exchange.head = route.instance, forwarded(request, route)
+            self._pool.known[data] = Known(request, exchange.instance, exchange.head)
 
     def eof_received(self) -> bool:
         """The client will send no more; what it asked for whole is still answered."""
@@ -440,21 +471,3 @@ class Client(asyncio.Protocol):
             if self._paused:
                 self._transport.resume_reading()
             asyncio.get_running_loop().call_later(_LINGER_S, self._transport.abort)
-
-
-def forwarded(request: Head, route: Route) -> bytes:
-    """The head as the instance gets it: without what belongs to the client's connection (RFC 9110, section 7.6.1)."""
-    named = tokens(request.fields, b"connection") - {b"host"}
-    lines = [request.method, b" ", route.target, b" HTTP/1.0\r\n" if request.old else b" HTTP/1.1\r\n"]
-    lines += [b"%b: %b\r\n" % each for each in request.fields if each[0] not in _HOP and each[0] not in named]
-    if route.prefix:
-        lines.append(b"x-forwarded-prefix: " + route.prefix + b"\r\n")
-    if request.old:
-        lines.append(b"connection: keep-alive\r\n")
-    elif b"trailers" in tokens(request.fields, b"te"):
-        lines.append(b"te: trailers\r\nconnection: te\r\n")
-    if request.chunked:
-        lines.append(b"transfer-encoding: chunked\r\n")
-    elif request.length is not None:
-        lines.append(b"content-length: %d\r\n" % request.length)
-    return b"".join([*lines, b"\r\n"])

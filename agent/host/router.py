@@ -28,10 +28,14 @@ _CLIENTS_MAX: Final = 1024
 
 
 class Set(msgspec.Struct, frozen=True, tag="set"):
-    """An instance is there, and answers or not. Acknowledged by an empty object."""
+    """An instance is there, and answers or not. Acknowledged by an empty object.
+
+    `spread`: it may have several lanes, so each request asks anew for one that is free.
+    """
 
     instance: str
     up: bool
+    spread: bool = False
 
 
 class Unset(msgspec.Struct, frozen=True, tag="unset"):
@@ -126,16 +130,23 @@ class _Router:
         except control.GoneError:
             self._ended.set()
             return
-        match _decoder.decode(data):
-            case Set(instance=instance, up=up):
+        message = _decoder.decode(data)
+        if isinstance(message, Drain):
+            self._drain()
+            return
+        self._heed(message)
+        control.send_packet(self._sock, b"{}")
+
+    def _heed(self, message: Set | Unset) -> None:
+        self._pool.known.clear()
+        match message:
+            case Set(instance=instance, up=up, spread=spread):
                 self._routes.up[instance] = up
+                (self._pool.spread.add if spread else self._pool.spread.discard)(instance)
             case Unset(instance=instance):
                 self._routes.up.pop(instance, None)
+                self._pool.spread.discard(instance)
                 self._pool.forget(instance)
-            case Drain():
-                self._drain()
-                return
-        control.send_packet(self._sock, b"{}")
 
     def _drain(self) -> None:
         loop = asyncio.get_running_loop()

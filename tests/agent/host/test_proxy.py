@@ -1,0 +1,99 @@
+"""The router's proxy, between a client and an instance that only counts: what it opens, and what it reads again."""
+
+import asyncio
+
+import pytest
+
+from agent.host import proxy, router
+from agent.host.routes import Routes
+
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\nhi"
+GET = b"GET /web/a HTTP/1.1\r\nhost: board\r\n\r\n"
+
+
+class Instance:
+    """Answers every request, and keeps the heads and the number of connections."""
+
+    def __init__(self):
+        self.connections = 0
+        self.heads = []
+
+    async def serve(self, reader, writer):
+        self.connections += 1
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            self.heads.append(head)
+            writer.write(ANSWER)
+
+
+def story(tmp_path, tell):
+    """Run `tell(instance, routes, pool, ask)`, where `ask(request)` is one exchange on the same connection."""
+
+    async def main():
+        instance, routes, pool = Instance(), Routes(), proxy.Pool(str(tmp_path))
+        await asyncio.start_unix_server(instance.serve, tmp_path / "web")
+        routes.up["web"] = True
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: proxy.Client(routes, pool, set()), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+
+        async def ask(request):
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            return head.split(b" ")[1], await reader.readexactly(length)
+
+        try:
+            await tell(instance, routes, pool, ask)
+        finally:
+            writer.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("several_lanes", "connections"), [(False, 1), (True, 10)])
+def test_a_connection_to_an_instance_is_kept_unless_it_could_wait_for_a_busy_lane(tmp_path, several_lanes, connections):
+    async def tell(instance, _routes, pool, ask):
+        if several_lanes:
+            pool.spread.add("web")
+        for _ in range(10):
+            assert await ask(GET) == (b"200", b"hi")
+        assert instance.connections == connections
+
+    story(tmp_path, tell)
+
+
+def test_what_comes_again_is_not_read_again_and_means_the_same(tmp_path, monkeypatch):
+    read = []
+    feed = proxy.Reader.feed
+    monkeypatch.setattr(proxy.Reader, "feed", lambda self, data: (read.append(data), feed(self, data))[1])
+
+    async def tell(instance, _routes, _pool, ask):
+        post = b"POST /web/b HTTP/1.1\r\nhost: board\r\ncontent-length: 3\r\n\r\n"
+        for request in (GET, GET, post + b"abc", GET, GET.replace(b"board", b"other"), GET):
+            assert (await ask(request))[0] == b"200"
+            if request.startswith(b"POST"):
+                instance.heads.pop()
+        assert read == [GET, post + b"abc", GET.replace(b"board", b"other")]
+        same = b"GET /a HTTP/1.1\r\nhost: %b\r\nx-forwarded-prefix: /web\r\n\r\n"
+        assert [head.removeprefix(b"abc") for head in instance.heads] == [same % b"board"] * 3 + [
+            same % b"other",
+            same % b"board",
+        ]
+
+    story(tmp_path, tell)
+
+
+def test_what_is_known_is_forgotten_when_an_instance_goes(tmp_path):
+    async def tell(_instance, routes, pool, ask):
+        assert (await ask(GET))[0] == b"200"
+        assert pool.known
+        the_router = router._Router(None, None, str(tmp_path))
+        the_router._routes, the_router._pool = routes, pool
+        the_router._heed(router.Unset("web"))
+        assert (await ask(GET))[0] == b"404"
+        the_router._heed(router.Set("web", up=False))
+        assert (await ask(GET))[0] == b"503"
+        the_router._heed(router.Set("web", up=True))
+        assert (await ask(GET))[0] == b"200"
+
+    story(tmp_path, tell)
