@@ -8,6 +8,7 @@ where it was idempotent and had no body (RFC 9110, section 9.2.2).
 """
 
 import asyncio
+import socket
 import time
 from collections import deque
 from typing import Any, Final
@@ -67,8 +68,9 @@ class Pool:
         idle = self._idle.get(instance)
         while idle:
             upstream = idle.pop()
-            if not upstream.lost:
+            if upstream.open:
                 return upstream
+            upstream.close()
         return None
 
     def give(self, upstream: "Upstream") -> None:
@@ -122,6 +124,19 @@ class Upstream(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         """Send bytes to the instance."""
         self._transport.write(data)
+
+    @property
+    def open(self) -> bool:
+        """Whether the instance has not hung up, as far as the kernel knows at this moment."""
+        if self.lost:
+            return False
+        try:
+            self._transport._sock.recv(1, socket.MSG_PEEK)  # noqa: SLF001 - asyncio gives no socket that can be asked
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False  # an end, or a word out of turn
 
     @property
     def full(self) -> bool:
@@ -211,6 +226,7 @@ class Client(asyncio.Protocol):
         self._reader = Reader(self, spare=True)
         self._queue: deque[Exchange] = deque()
         self._paused = False
+        self._full = False
         self._closing = False
         self._discarded = 0
         self._connecting: asyncio.Task[None] | None = None
@@ -382,6 +398,10 @@ class Client(asyncio.Protocol):
         if exchange.request.expects and not exchange.complete and not exchange.body:
             self._transport.write(connection.CONTINUE)
         upstream.begin(self, exchange)
+        if self._full:
+            upstream.pause()
+        else:
+            upstream.resume()  # it may have been left paused at the end of an answer that piled up
         self._stream(exchange)
 
     def _stream(self, exchange: Exchange) -> None:
@@ -415,11 +435,13 @@ class Client(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """What is sent piles up."""
+        self._full = True
         if self._queue and self._queue[0].upstream is not None:
             self._queue[0].upstream.pause()
 
     def resume_writing(self) -> None:
         """There is room to send again."""
+        self._full = False
         self.last_s = time.monotonic()
         if self._queue and self._queue[0].upstream is not None:
             self._queue[0].upstream.resume()

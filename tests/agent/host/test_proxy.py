@@ -1,6 +1,7 @@
 """The router's proxy, between a client and an instance that only counts: what it opens, and what it reads again."""
 
 import asyncio
+import socket
 
 import pytest
 
@@ -18,14 +19,25 @@ class Instance:
         self.connections = 0
         self.heads = []
 
+    answer = ANSWER
+
     async def serve(self, reader, writer):
         self.connections += 1
         while head := await reader.readuntil(b"\r\n\r\n"):
             self.heads.append(head)
-            writer.write(ANSWER)
+            writer.write(self.answer)
 
 
-def story(tmp_path, tell):
+class Narrow(proxy.Client):
+    """A client's connection in which little fits."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        transport.set_write_buffer_limits(high=1024)
+
+
+def story(tmp_path, tell, client=proxy.Client):
     """Run `tell(instance, routes, pool, ask)`, where `ask(request)` is one exchange on the same connection."""
 
     async def main():
@@ -33,7 +45,7 @@ def story(tmp_path, tell):
         await asyncio.start_unix_server(instance.serve, tmp_path / "web")
         routes.up["web"] = True
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: proxy.Client(routes, pool, set()), "127.0.0.1", 0)
+        server = await loop.create_server(lambda: client(routes, pool, set()), "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
 
         async def ask(request):
@@ -60,6 +72,18 @@ def test_a_connection_to_an_instance_is_kept_unless_it_could_wait_for_a_busy_lan
         assert instance.connections == connections
 
     story(tmp_path, tell)
+
+
+def test_a_kept_connection_that_was_paused_at_the_end_of_a_large_answer_reads_on(tmp_path, monkeypatch):
+    large = b"x" * 40_000
+    monkeypatch.setattr(Instance, "answer", b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(large), large))
+
+    async def tell(instance, _routes, _pool, ask):
+        for _ in range(4):
+            assert await ask(GET) == (b"200", large)
+        assert instance.connections == 1
+
+    story(tmp_path, tell, Narrow)
 
 
 def test_what_comes_again_is_not_read_again_and_means_the_same(tmp_path, monkeypatch):
