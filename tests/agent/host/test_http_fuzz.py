@@ -33,6 +33,11 @@ class Instance:
         self.read = []
         self.client = None
 
+    def pause(self):
+        pass
+
+    resume = pause
+
     def begin(self, client, exchange):
         self.client, self.exchange = client, exchange
         self.write(exchange.head)
@@ -51,6 +56,7 @@ class Pool:
 
     def __init__(self):
         self.instance = Instance()
+        self.known = {}
 
     def take(self, _name):
         return self.instance
