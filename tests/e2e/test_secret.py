@@ -11,7 +11,7 @@ import wasmtime
 
 from fleet.demo.scene import free_ports
 from fleet.protocol.codes import Phase
-from tests.e2e.stage import GROUP, HELLO, descendants
+from tests.e2e.stage import GROUP, HELLO, alive, descendants
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -64,7 +64,7 @@ def sought(stage):
         if path.is_file():
             yield path, path.read_bytes()
     for board in stage.scene.boards:
-        for child in (board.host, board.agent):
+        for child in (each for each in (board.host, board.agent) if alive(each.process.pid)):
             for pid in (child.process.pid, *descendants(child.process.pid)):
                 for name in ("environ", "cmdline"):
                     path = Path(f"/proc/{pid}/{name}")
@@ -134,6 +134,7 @@ def test_a_secret_is_given_read_rotated_and_taken_back(stage, tmp_path):
         await stage.kill(board.host)
         board = await stage.start_host(board)
         await answers(port, SECOND)
+        board = await stage.start_agent(board)
 
         for value in (FIRST, SECOND):
             for form in (value.encode(), base64.b64encode(value.encode()), value.encode().hex().encode()):
