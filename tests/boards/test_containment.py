@@ -1,23 +1,18 @@
 """What holds around components on a board as Raspberry Pi OS comes: no memory control group, no Landlock."""
 
-import importlib.util
 import os
 import re
-import tarfile
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import rig
-from conftest import IMPATIENT, Joined, Served, enrol
+from conftest import IMPATIENT, Joined, enrol
 from operator_side import OperatorSide
 from stages import budget
 
 from deploy.riscv64 import build as riscv64
 
 ARCHITECTURES = ["arm64", *(["riscv64"] if os.environ.get("FULL") and riscv64.finished() else [])]
-SOURCE = Path(__file__).parents[2]
-PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
 REQUIRE = """\
 [Service]
 ExecStart=
@@ -65,34 +60,3 @@ def test_a_policys_minimum_holds_and_all_of_it_does_not(scene: Joined) -> None:
         scene.board.ok("rm /etc/systemd/system/fleet-host.service.d/require.conf && systemctl daemon-reload")
         scene.board.ok("systemctl restart fleet-host", timeout_s=180)
         scene.answers("1")
-
-
-def test_an_escaped_guest_is_held_by_the_other_layers(scene: Joined, served: Served, tmp_path: Path) -> None:
-    # the same tests that run on the machine that builds this, on the board, against the package that is installed there
-    archive = tmp_path / "containment.tar"
-    with tarfile.open(archive, "w") as tar:
-        for part in ("tests/conftest.py", "tests/agent/host", "components/guests", "components/adapter"):
-            tar.add(SOURCE / part, f"containment/{part}", filter=_without_caches)
-        for name in PYTEST:
-            found = importlib.util.find_spec(name)
-            assert found is not None
-            assert found.origin is not None
-            origin = Path(found.origin)
-            source, place = (origin.parent, name) if found.submodule_search_locations else (origin, origin.name)
-            tar.add(source, f"containment/{place}", filter=_without_caches)
-    scene.board.fetch(served.url(archive), "/var/tmp/containment.tar")
-    archive.unlink()
-    scene.board.ok("cd /var/tmp && tar xf containment.tar && rm containment.tar", timeout_s=120)
-    python = "PYTHONPATH=/var/tmp/containment PYTHONDONTWRITEBYTECODE=1 /usr/lib/wasmfleet/agent/bin/python3"
-    command = (
-        f"cd /var/tmp/containment && WASMFLEET_TEST_LACKS=landlock {python} -m pytest -q -p no:cacheprovider "
-        "--import-mode=importlib -W ignore tests/agent/host/test_escape.py -k 'root or namespaces'"
-    )
-    with budget("the containment tests, on the board", 240):
-        said = scene.board.run(command, timeout_s=900)
-    assert said.status == 0, said.text[-8000:]
-    assert re.search(r"[1-9]\d* passed", said.text), said.text[-2000:]
-
-
-def _without_caches(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    return None if "__pycache__" in entry.name else entry
