@@ -11,9 +11,11 @@ an exchange; after one that did not end well, the next store's adapter is asked 
 
 from typing import ClassVar
 
-from agent.host import heads
+from agent.host import flow, heads
 from agent.host.codec import Answer
+from agent.host.connection import Request
 from agent.host.engine import Guest, Image, Log
+from agent.host.flow import Flow
 from fleet.protocol.compose import BRIDGE
 from fleet.protocol.manifest import Grants, Limits
 
@@ -34,7 +36,7 @@ def start(
 
 
 class Adapted(Guest):
-    """A guest of wasi:http. The process's standard output must have been caught (`heads.catch`)."""
+    """A guest of wasi:http. The process's standard output must have been caught (`flow.catch`)."""
 
     _entry = (BRIDGE, "handle")
     _left = 0  # how many more requests this instance may answer
@@ -52,27 +54,36 @@ class Adapted(Guest):
             flush = self._function(BRIDGE, "flush")
             assert flush is not None
             self._call(flush)
-            heads.take(0)
+            flow.drain()
             Adapted._clean = True
 
-    def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> Answer:
+    def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes, way: Flow | None = None) -> Answer:
         """See `Guest.handle`."""
+        if way is None:
+            request = Request(method, target, headers)
+            way = Flow(None, request, self._limits.response_bytes)
         if body or not self._left:
             self._store.close()
             self._open(body)
         else:
             self._flush()
         left, self._left, Adapted._clean = self._left - 1, 0, False
-        most = self._limits.response_bytes
         self._outgoing.hops = heads.hops(headers)
         try:
-            head = heads.answer_head(self.exchange(heads.request_head(method, target, headers)))
+            said = self.exchange(heads.request_head(method, target, headers, way.request.trailers))
         finally:
-            answer = heads.take(most)
+            answer = way.rest()
             self._outgoing.reset()
-        Adapted._clean = len(answer) <= most
+        head = heads.answer_head(said)
+        Adapted._clean = True
         if head.problem is not None:
             self._log(f"host: {head.problem}")
+            way.problem, way.failed = way.problem or head.problem, True
             return head.status, b"content-type: text/plain\r\n", head.problem.encode() + b"\n"
         self._left = left
-        return head.status, head.headers, answer
+        way.trailers = head.trailers
+        if way.begun:
+            return 0, b"", b""
+        if head.status:
+            return head.status, head.headers, answer[2:]  # behind an empty line: it was begun before the head was known
+        return heads.split_head(answer)

@@ -15,8 +15,10 @@ from typing import Final, TypeVar
 
 from agent.host import cell, control
 from agent.host.adapted import start
+from agent.host.connection import Request
 from agent.host.engine import TICK_MS, Guest, Image
 from agent.host.faults import EngineError, GuestError
+from agent.host.flow import Flow
 from agent.host.heads import Nowhere, Requests
 from agent.host.page import Page
 from agent.host.writes import Writes
@@ -56,15 +58,16 @@ class Ticker:
         self._clock = time.pthread_getcpuclockid(threading.get_ident())
         self._wake = threading.Event()
         self._parked = False
+        self._way: Flow | None = None
         self._began_ns = 0
         self._limit_ms = 0
         self._watched = self._said = self._busy = 0
-        self._used_ns = self._carry_ns = 0
+        self._used_ns = self._carry_ns = self._first_ns = 0
         self._total_ms = self._idle_ms = self._own_ms = 0
         threading.stack_size(256 * 1024)
         threading.Thread(target=self._run, name="ticker", daemon=True).start()
 
-    def begin(self, now_ns: int, limit_ms: int, caller: "Caller | None" = None) -> None:
+    def begin(self, now_ns: int, limit_ms: int, caller: "Caller | None" = None, way: Flow | None = None) -> None:
         """A call begins that may take `limit_ms` of the guest's own time.
 
         Where several callers share the ticker, it is `caller` that is told, within its limits.
@@ -72,6 +75,7 @@ class Ticker:
         if caller is not None:
             self._say, self._limits = caller.say, caller.limits
         self._limit_ms = limit_ms
+        self._way = way
         self._began_ns = now_ns
         if self._parked:
             self._wake.set()
@@ -79,6 +83,7 @@ class Ticker:
     def end(self) -> None:
         """The call has ended."""
         self._began_ns = 0
+        self._way = None
 
     def _run(self) -> None:
         idle = 0
@@ -92,11 +97,42 @@ class Ticker:
                 self._wake.clear()
                 idle = 0
             slept_ns = time.monotonic_ns()
-            time.sleep(TICK_MS / 1000)
+            self._sleep()
             began_ns = self._began_ns
             if began_ns:
                 passed_ms = (time.monotonic_ns() - slept_ns) // _NS_PER_MS
                 self.passed(began_ns, passed_ms, time.clock_gettime_ns(self._clock))
+
+    def _sleep(self) -> None:
+        """Let a tick pass, and move meanwhile what a call's answer brings that takes longer than one."""
+        way, began_ns = self._way, self._began_ns
+        # What needs little of the processor's time and stands nowhere still goes out whole.
+        long = self._idle_ms > 0 or self._used_ns - self._first_ns >= TICK_MS * _NS_PER_MS
+        if way is None or not began_ns or self._watched != began_ns or not (long or way.live):
+            time.sleep(TICK_MS / 1000)
+            return
+        way.live = True
+        until_ns = time.monotonic_ns() + TICK_MS * _NS_PER_MS
+        while self._way is way and (left_ns := until_ns - time.monotonic_ns()) > 0:
+            if way.wait(left_ns // _NS_PER_MS + 1):
+                way.pump()
+
+    def _mind(self, passed_ms: int) -> None:
+        """Wait no longer than a call may for a client that does not take its answer; end the guest if that is gone."""
+        way = self._way
+        if way is None or not way.live:
+            return
+        with way.lock:
+            if way.over:
+                return
+            way.waited(passed_ms, most_ms=self._limits.idle_ms)
+            if way.out:
+                self._idle_ms = 0  # the guest's peer is the client, who has a limit of its own
+                if self._total_ms + TICK_MOST_MS > self._limits.total_ms:
+                    way.end("slow")
+            if way.ended and way.begun:
+                for _ in range(self._limit_ms // TICK_MS + 2):
+                    self._tick()
 
     def passed(self, began_ns: int, passed_ms: int, used_ns: int) -> None:
         """Note that `passed_ms` of the call that began at `began_ns` went by.
@@ -105,11 +141,13 @@ class Ticker:
         """
         if self._watched != began_ns:
             self._watched, self._used_ns, self._carry_ns = began_ns, used_ns, TICK_MS * _NS_PER_MS
+            self._first_ns = used_ns
             self._total_ms = self._idle_ms = self._own_ms = 0
         own_ns, self._used_ns = used_ns - self._used_ns, used_ns
         passed_ms = min(passed_ms, TICK_MOST_MS)
         self._total_ms += passed_ms
         self._idle_ms = 0 if own_ns or not self._waits() else self._idle_ms + passed_ms
+        self._mind(passed_ms)
         self._carry_ns += own_ns
         while self._carry_ns >= TICK_MS * _NS_PER_MS:
             self._carry_ns -= TICK_MS * _NS_PER_MS
@@ -180,6 +218,7 @@ class Caller:
         `redact` takes what is secret out of a text.
         """
         self._image = image
+        self.streams = image.adapted  # whether its answers can go out while they are written
         self._redact = redact
         self._writes = writes
         self.limits = limits
@@ -226,11 +265,15 @@ class Caller:
             self._page.begin(0)
         return self._guest.kinds
 
-    def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> tuple[int, bytes, bytes]:
-        """One HTTP exchange; raises `GuestError`. The caller counts it: the answer may still be bad."""
-        answer = self._call(lambda guest: guest.handle(method, target, headers, body))
-        if self._writes is not None and self._image.adapted:
-            self._writes.forgive(len(answer[2]))
+    def handle(self, request: Request, way: Flow | None) -> tuple[int, bytes, bytes]:
+        """One HTTP exchange; raises `GuestError`. The caller counts it: the answer may still be bad.
+
+        Where the guest can, its answer goes out on `way` while it is written.
+        """
+        method, target, headers = request.method, request.target, request.headers
+        answer = self._call(lambda guest: guest.handle(method, target, headers, bytes(request.body), way), way=way)
+        if self._writes is not None and way is not None:
+            self._writes.forgive(way.read_bytes)
         return answer
 
     def check(self) -> str | None:
@@ -273,14 +316,14 @@ class Caller:
         us = None if began_ns is None else (time.monotonic_ns() - began_ns) // 1000
         self._page.end(outcome, us, error=error)
 
-    def _call(self, enter: Callable[[Guest], T], own_ms: int = 0) -> T:
+    def _call(self, enter: Callable[[Guest], T], own_ms: int = 0, way: Flow | None = None) -> T:
         try:
             if self._guest is None:
                 self.start()
             assert self._guest is not None
             now_ns = time.monotonic_ns()
             self._page.begin(now_ns)
-            self._ticker.begin(now_ns, own_ms or self.limits.call_ms, self)
+            self._ticker.begin(now_ns, own_ms or self.limits.call_ms, self, way)
             try:
                 return enter(self._guest)
             finally:
@@ -288,7 +331,7 @@ class Caller:
                 self._page.begin(0)
                 self._count_writes()
         except GuestError as error:
-            self._spend(str(error))
+            self._spend("" if way is not None and way.ended else str(error))
             raise
         except EngineError as error:
             self._spend(str(error))
@@ -313,11 +356,11 @@ class Caller:
         self._page.close()
 
     def _spend(self, message: str) -> None:
-        """A trap poisons the store: drop it, and say so."""
+        """A trap poisons the store: drop it, and say so, unless there is nothing to say."""
         if self._guest is not None:
             self._guest.close()
             self._guest = None
-        if self._faults.take():
+        if message and self._faults.take():
             self.say(control.Fault(message=message))
 
     def log(self, text: str) -> None:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from agent.host import connection, control
+from agent.host import control
+from agent.host.answers import Answers
 from agent.host.caller import Caller
-from agent.host.connection import Connection, Request
-from agent.host.faults import GuestError
+from agent.host.connection import Connection
 from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Limits
 
@@ -60,6 +60,7 @@ class Clients:
         self._clients_max = clients_max
         self._poll = poll
         self._caller = caller
+        self._answers = Answers(caller, limits)
         self._limits = limits
         self._done = done
         self._clients: dict[int, Client] = {}
@@ -271,11 +272,12 @@ class Clients:
             request = client.state.requests.popleft()
             if self._leaving and self._successor is None:
                 request.keep_alive = False
-            client.out = self._answer(request)
+            client.out = self._answers.answer(client.sock, request)
             if not request.keep_alive:
                 client.state.closing = True
                 client.state.requests.clear()
-            self._flush(client)
+            if client.out:  # else its client has gone while the guest was writing
+                self._flush(client)
         if not client.out:
             client.out = client.state.go_on()
         if client.out:
@@ -389,31 +391,6 @@ class Clients:
         self._pause_accepting()
         _close(self._listener)
         self._listener = None
-
-    # The guest.
-
-    def _answer(self, request: Request) -> bytes:
-        head, keep_alive = request.method == b"HEAD", request.keep_alive
-        if request.refusal:
-            self._caller.count(CallOutcome.HOST_ERROR, None)
-            return connection.note(request.refusal, connection.REFUSALS[request.refusal], keep_alive=False)
-        began_ns = time.monotonic_ns()
-        try:
-            status, headers, body = self._caller.handle(
-                request.method, request.target, request.headers, bytes(request.body)
-            )
-        except GuestError as error:
-            self._caller.count(error.outcome, began_ns, error=True)
-            status = 504 if error.outcome is CallOutcome.GUEST_TIMEOUT else 500
-            return connection.note(status, str(error).splitlines()[0], head=head, keep_alive=keep_alive)
-        try:
-            fields = connection.guest_fields(status, headers, len(body), self._limits.response_bytes)
-        except connection.BadAnswerError as error:
-            self._caller.count(CallOutcome.OK, began_ns, error=True)
-            self._caller.log(f"host: its answer is refused: {error}")
-            return connection.note(502, "the component's answer is not one", head=head, keep_alive=keep_alive)
-        self._caller.count(CallOutcome.OK, began_ns, error=status >= 500)  # noqa: PLR2004
-        return connection.answer(status, fields, body, head=head, keep_alive=keep_alive)
 
 
 def _close(sock: socket.socket | None) -> None:

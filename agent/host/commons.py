@@ -12,7 +12,7 @@ import socket
 import time
 from typing import Final, NoReturn
 
-from agent.host import cell, control, heads
+from agent.host import cell, control, flow
 from agent.host.caller import Ticker
 from agent.host.engine import Engine, Image
 from agent.host.faults import EngineError
@@ -44,7 +44,7 @@ class Commons:
                 self._images[key] = self._engine.load(f"/proc/self/fd/{fd}")
             adapted = any(image.adapted for image in self._images.values())
             if adapted:
-                heads.catch()
+                flow.catch()
             figures_fd, scheduling_fd = cell.memory_figures(), cell.scheduling()
             self._layers = cell.enter(
                 cell.shared_plan(

@@ -148,18 +148,41 @@ def _today() -> bytes:
     return _date[1]
 
 
-def answer(status: int, headers: bytes, body: bytes, *, head: bool, keep_alive: bool) -> bytes:
-    """The bytes of an answer. `headers` are field lines ending in CR LF; `head`: the request was HEAD."""
+def answer(status: int, headers: bytes, body: bytes, *, head: bool, keep_alive: bool, trailers: bytes = b"") -> bytes:
+    """The bytes of an answer. `headers` are field lines ending in CR LF; `head`: the request was HEAD.
+
+    With `trailers` it goes out in chunks, or rather in one.
+    """
     bodiless = status in {204, 304}
+    length = None if bodiless or trailers else len(body)
+    lines = answer_head(status, headers, length=length, chunked=bool(trailers) and not bodiless, keep_alive=keep_alive)
+    if bodiless or head:
+        return lines
+    if trailers:
+        return b"%b%b0\r\n%b\r\n" % (lines, b"%x\r\n%b\r\n" % (len(body), body) if body else b"", trailers)
+    return lines + body
+
+
+def answer_head(status: int, headers: bytes, *, length: int | None, chunked: bool, keep_alive: bool) -> bytes:
+    """The head of an answer, with the framing of what follows; without any, it ends with the connection."""
     lines = [b"HTTP/1.1 %d %s\r\n" % (status, _REASONS.get(status, b"")), headers, b"date: ", _today(), b"\r\n"]
-    if not bodiless:
-        lines.append(b"content-length: %d\r\n" % len(body))
+    if chunked:
+        lines.append(b"transfer-encoding: chunked\r\n")
+    elif length is not None:
+        lines.append(b"content-length: %d\r\n" % length)
     if not keep_alive:
         lines.append(b"connection: close\r\n")
     lines.append(b"\r\n")
-    if not bodiless and not head:
-        lines.append(body)
     return b"".join(lines)
+
+
+def declared_length(headers: bytes) -> int | None:
+    """What a guest's Content-Length says, if it says a number."""
+    for line in headers.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length" and value.strip().isdigit():
+            return int(value)
+    return None
 
 
 def note(status: int, why: str, *, head: bool = False, keep_alive: bool = True) -> bytes:

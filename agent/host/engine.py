@@ -23,6 +23,7 @@ from wasmtime.component import Func
 
 from agent.host.codec import Answer, Codec, Fast, Stock, exchange, give_bytes, set_stdin, take_bytes
 from agent.host.faults import EngineError, first_lines, guest_error
+from agent.host.flow import Flow
 from agent.host.heads import Nowhere, Requests, utf8
 from agent.host.space import FULL, NONE, MemoryPlan, memory_plan, reservable_bytes
 from fleet.protocol import adapter, compose
@@ -314,8 +315,12 @@ class Guest:
         found = ((HANDLER, self._handle), (HEALTH, self._check), (TASK, self._run), (STATE, state))
         return frozenset(name for name, function in found if function is not None)
 
-    def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes) -> Answer:
-        """One HTTP exchange: status, header fields and body. Raises `GuestError`."""
+    def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes, way: Flow | None = None) -> Answer:
+        """One HTTP exchange: status, header fields and body. Raises `GuestError`.
+
+        `way`: how the answer may get to its client while the guest still writes it, where a guest can do that.
+        """
+        del way
         if self._served == self._limits.requests_per_instance > 0:
             self._store.close()
             self._open()

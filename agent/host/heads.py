@@ -1,19 +1,14 @@
 """An exchange with a guest of wasi:http: what its heads look like, and where its answer's body goes.
 
-It is one call: the request's head as a string in, the answer's head as a string back
-(components/adapter/wit/adapter.wit). The request's body is the store's standard input. The answer's body is the
-process's own standard output: written there by the engine without a callback (which would cost a change of threads for
-each chunk), into memory that `take` empties after the call. `catch` puts that memory in place of descriptor 1, which in
-a lane nobody else writes to, before the cell is shut. No wasmtime here.
+It is one call: the request's head as a string in, a few words as a string back (components/adapter/wit/adapter.wit).
+The request's body is the store's standard input. The answer's head and body are the process's own standard output:
+written there by the engine without a callback, which would cost a change of threads for each chunk; `agent.host.flow`
+says where they go. No wasmtime here, and no descriptor.
 """
 
-import fcntl
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
-
-_OUT: Final = 1
 
 # wasi:http/types.error-code, in its order
 ERRORS: Final = (
@@ -32,27 +27,6 @@ ERRORS: Final = (
 REQUEST_DENIED: Final = ERRORS.index("HTTP-request-denied")
 
 
-def catch() -> None:
-    """Put memory in place of standard output. Raises OSError where the kernel has no memfd."""
-    fd = os.memfd_create("answers")
-    try:
-        # Appending, so that emptying it needs no seek.
-        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
-        os.dup2(fd, _OUT, inheritable=False)
-    finally:
-        os.close(fd)
-
-
-def take(most: int) -> bytes:
-    """What was written since the last time, at most `most` + 1 bytes of it: one more says that it was too much."""
-    size = os.lseek(_OUT, 0, os.SEEK_END)
-    if not size:
-        return b""
-    body = os.pread(_OUT, min(size, most + 1), 0)
-    os.ftruncate(_OUT, 0)
-    return body
-
-
 def utf8(data: bytes) -> bytes:
     """What a guest may be given as a string: field values may be any bytes, and Latin-1 reads them all."""
     if data.isascii():
@@ -64,8 +38,8 @@ def utf8(data: bytes) -> bytes:
     return data
 
 
-def request_head(method: bytes, target: bytes, headers: bytes) -> bytes:
-    """The head as the adapter reads it; `headers` are field lines as on the wire, names in lower case."""
+def request_head(method: bytes, target: bytes, headers: bytes, trailers: bytes = b"") -> bytes:
+    """The head as the adapter reads it; fields are lines as on the wire, names in lower case."""
     authority = b""
     if target[:7].lower() == b"http://":  # absolute-form, RFC 9112 section 3.2.2: it overrides the field
         authority, slash, path = target[7:].partition(b"/")
@@ -74,9 +48,10 @@ def request_head(method: bytes, target: bytes, headers: bytes) -> bytes:
         at = 0 if headers.startswith(b"host:") else headers.find(b"\r\nhost:") + 2
         if headers.startswith(b"host:", at):
             authority = headers[at + 5 : headers.index(b"\r\n", at)].strip()
-    if not headers.isascii():
-        headers = headers.decode("latin-1").encode()
-    return b"%b %b http %b\r\n%b" % (method, utf8(target), utf8(authority) if b" " not in authority else b"", headers)
+    lines = b"%b\r\n%b" % (headers, trailers) if trailers else headers
+    if not lines.isascii():
+        lines = lines.decode("latin-1").encode()
+    return b"%b %b http %b\r\n%b" % (method, utf8(target), utf8(authority) if b" " not in authority else b"", lines)
 
 
 HOPS: Final = b"x-wasmfleet-hops"
@@ -160,26 +135,48 @@ class Nowhere:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The answer's head: its status and field lines, or what is wrong with the answer, as a sentence."""
+    """The answer's head: its status and field lines, or what is wrong with the answer, as a sentence.
+
+    A status of 0 says that the head stands before the body (`split_head`).
+    """
 
     status: int
     headers: bytes
     problem: str | None = None
+    trailers: bytes = b""
 
 
 def answer_head(raw: bytes) -> Head:
-    """Read what the adapter says of the guest's answer."""
-    if not raw.isascii():
-        raw = raw.decode(errors="replace").encode("latin-1", errors="replace")
+    """Read what the adapter says of the guest's answer when the call has ended."""
+    raw = _latin1(raw)
     first, _, rest = raw.partition(b"\r\n")
     match first.split(b" "):
         case [status, b"whole"] if status.isdigit():
-            # The trailers after the empty line are left behind: an answer goes out whole, with its length.
-            fields = b"" if rest.startswith(b"\r\n") else rest.partition(b"\r\n\r\n")[0] + b"\r\n"
-            return Head(int(status), fields)
+            fields, trailers = _until_empty_line(rest)
+            return Head(int(status), fields, trailers=trailers)
         case [_, b"cut"]:
             return Head(502, b"", "the component dropped its answer's body before its end")
         case [b"error", number] if number.isdigit() and int(number) < len(ERRORS):
             return Head(500, b"", f"the component answered with the error {ERRORS[int(number)]}")
         case _:
             return Head(500, b"", "the component gave no answer")
+
+
+def split_head(raw: bytes) -> tuple[int, bytes, bytes]:
+    """Status, field lines and body of what stands on standard output; raises ValueError if that is no head."""
+    head, end, body = raw.partition(b"\r\n\r\n")
+    if not end:
+        raise ValueError("no head")
+    first, _, fields = (head + b"\r\n").partition(b"\r\n")
+    return int(first), _latin1(fields), body
+
+
+def _until_empty_line(lines: bytes) -> tuple[bytes, bytes]:
+    if lines.startswith(b"\r\n"):
+        return b"", lines[2:]
+    before, _, after = lines.partition(b"\r\n\r\n")
+    return before + b"\r\n", after
+
+
+def _latin1(raw: bytes) -> bytes:
+    return raw if raw.isascii() else raw.decode(errors="replace").encode("latin-1", errors="replace")

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import msgspec
 
-from agent.host import cell, control, heads
+from agent.host import cell, control, flow
 from agent.host.caller import Caller, Ticker
 from agent.host.clients import CLIENTS_MAX, Clients
 from agent.host.engine import Engine, Image
@@ -72,7 +72,7 @@ class Lane:
         try:
             image = engine.load(f"/proc/self/fd/{image_fd}")
             if image.adapted:
-                heads.catch()
+                flow.catch()
             figures_fd, scheduling_fd = cell.memory_figures(), cell.scheduling()
             counter_fd = open_counter() if setup.data else None
             layers = cell.enter(

@@ -220,17 +220,19 @@ text latin1_back(text value) {
     return (text){value.data, (size_t)(to - value.data)};
 }
 
-void read_lines(fields *it, text lines) {
+text read_lines(fields *it, text lines) {
     const char *end = lines.data + lines.size;
     for (const char *at = lines.data; at < end;) {
+        if (*at == '\r') return (text){at + 2, (size_t)(end - at) - 2};
         const char *colon = at, *stop;
         while (colon < end && *colon != ':') colon++;
         for (stop = colon; stop < end && *stop != '\r'; stop++) {}
-        if (stop == end) return;
+        if (stop == end) break;
         const char *value = colon + 1;
         while (value < stop && *value == ' ') value++;
         text name = lower((text){at, (size_t)(colon - at)});
         if (!is_forbidden(name)) add(it, name, latin1_back((text){value, (size_t)(stop - value)}));
         at = stop + 2;
     }
+    return (text){0};
 }

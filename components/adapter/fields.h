@@ -25,5 +25,5 @@ char *put_lines(char *at, const fields *it);
 // Bytes as the characters of those numbers, and back (in place: the host's string is ours).
 text latin1(const char *data, size_t size);
 text latin1_back(text value);
-// Read field lines; names that wasi:http forbids are left out.
-void read_lines(fields *it, text lines);
+// Read field lines up to an empty one; names that wasi:http forbids are left out. What follows the empty line.
+text read_lines(fields *it, text lines);

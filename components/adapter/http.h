@@ -9,16 +9,19 @@ typedef struct {
     text target;
     text authority;
     fields headers;
+    fields trailers;
     uint8_t consumed;
 } incoming_request;
 
 typedef struct {
+    const fields *trailers;
     uint8_t streamed;
     uint8_t outgoing; // of the answer to the outgoing request of this number
     uint32_t id;
 } incoming_body;
 
 typedef struct {
+    const fields *trailers;
     uint8_t got;
 } future_trailers;
 
@@ -52,6 +55,7 @@ typedef struct {
     enum { UNANSWERED, ANSWERED, FAILED } state;
     uint8_t error;
     uint8_t streaming;
+    uint8_t sent; // the answer's head went out before its body
     outgoing_response *response;
 } exchange;
 

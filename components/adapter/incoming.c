@@ -29,7 +29,7 @@ METHOD("incoming-request.consume") handle_or_nothing *incoming_request_consume(i
     if (it->consumed) return no_handle();
     it->consumed = 1;
     incoming_body *body = take_room(sizeof *body);
-    *body = (incoming_body){0};
+    *body = (incoming_body){.trailers = &it->trailers};
     return ok_handle(incoming_body_give(body));
 }
 
@@ -40,9 +40,8 @@ METHOD("incoming-body.stream") handle_or_nothing *incoming_body_stream(incoming_
 }
 
 STATIC("incoming-body.finish") int32_t incoming_body_finish(int32_t body) {
-    incoming_body_drop(body);
     future_trailers *it = take_room(sizeof *it);
-    *it = (future_trailers){0};
+    *it = (future_trailers){.trailers = incoming_body_take(body)->trailers};
     return future_trailers_give(it);
 }
 
@@ -51,11 +50,14 @@ METHOD("future-trailers.subscribe") int32_t future_trailers_subscribe(const futu
     return ready_pollable();
 }
 
-// option<result<result<option<trailers>, error-code>>>: there are none (the host keeps a request's trailers), and that
-// may be heard once.
+// option<result<result<option<trailers>, error-code>>>: what came after the body, which may be heard once.
 METHOD("future-trailers.get") nested_result *future_trailers_get(future_trailers *it) {
     nested_result *answer = take_room(sizeof *answer);
     *answer = (nested_result){.some = 1, .again = it->got};
+    if (!it->got && it->trailers && it->trailers->count) {
+        answer->trailers.some = 1;
+        answer->trailers.handle = give_view(it->trailers);
+    }
     it->got = 1;
     return answer;
 }

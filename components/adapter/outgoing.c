@@ -6,6 +6,10 @@ DESTRUCTOR(outgoing_body, "outgoing-body")
 DESTRUCTOR(response_outparam, "response-outparam")
 
 IMPORT(ENGINE_STREAMS, "[method]output-stream.blocking-flush") void blocking_flush(int32_t stream, void *result);
+IMPORT(ENGINE_STREAMS, "[method]output-stream.blocking-write-and-flush")
+void blocking_write(int32_t stream, const char *data, size_t size, void *result);
+
+#define WRITE_MAX 4096
 
 exchange now;
 
@@ -35,7 +39,37 @@ METHOD("outgoing-response.body") handle_or_nothing *outgoing_response_body(outgo
     return ok_handle(outgoing_body_give(&it->body));
 }
 
-// One body of an exchange has the stream: bytes of two could not be told apart.
+// Standard output, for what the adapter itself has to do there.
+static int32_t own_stdout(void) {
+    static int32_t stream = -1;
+    if (stream < 0) stream = get_stdout();
+    return stream;
+}
+
+static void write_out(text t) {
+    uint32_t result[4];
+    for (size_t at = 0, size; at < t.size; at += size) {
+        size = t.size - at > WRITE_MAX ? WRITE_MAX : t.size - at;
+        blocking_write(own_stdout(), t.data + at, size, result);
+    }
+}
+
+static text head_lines(text first, const fields *headers) {
+    size_t size = first.size + lines_size(headers) + 2;
+    char *head = take_room(size);
+    put(put_lines(put(head, first), headers), TEXT("\r\n"));
+    return (text){head, size};
+}
+
+static text status_line(uint16_t status, text rest) {
+    text number = decimal(status);
+    char *line = take_room(number.size + rest.size);
+    put(put(line, number), rest);
+    return (text){line, number.size + rest.size};
+}
+
+// One body of an exchange has the stream: bytes of two could not be told apart. What the host reads there first is
+// always the adapter's: the answer's head, so that the host need not wait for the guest's end, or an empty line.
 METHOD("outgoing-body.write") handle_or_nothing *outgoing_body_write(outgoing_body *it) {
     if (it->request) {
         if (it->written) return no_handle();
@@ -44,6 +78,9 @@ METHOD("outgoing-body.write") handle_or_nothing *outgoing_body_write(outgoing_bo
     }
     if (it->written || now.streaming) return no_handle();
     it->written = now.streaming = 1;
+    now.sent = now.state == ANSWERED && it == &now.response->body;
+    write_out(now.sent ? head_lines(status_line(now.response->status, TEXT("\r\n")), &now.response->headers)
+                       : TEXT("\r\n"));
     return ok_handle(give_output(get_stdout()));
 }
 
@@ -77,20 +114,17 @@ static text answer_head(const outgoing_response *it) {
     static const fields none;
     const outgoing_body *body = &it->body;
     const fields *trailers = body->trailers ? body->trailers : &none;
-    text status = decimal(it->status);
     text end = body->taken && !body->finished ? TEXT(" cut\r\n") : TEXT(" whole\r\n");
-    size_t size = status.size + end.size + lines_size(&it->headers) + 2 + lines_size(trailers);
-    char *head = take_room(size);
-    char *at = put_lines(put(put(head, status), end), &it->headers);
-    put_lines(put(at, TEXT("\r\n")), trailers);
-    return (text){head, size};
+    text head = now.sent ? head_lines(status_line(0, end), &none) : head_lines(status_line(it->status, end), &it->headers);
+    size_t size = head.size + lines_size(trailers);
+    char *whole = take_room(size);
+    put_lines(put(whole, head), trailers);
+    return (text){whole, size};
 }
 
 EXPORT("wasmfleet:adapter/exchange@0.1.0#flush") void flush(void) {
-    static int32_t stream = -1;
-    if (stream < 0) stream = get_stdout();
     uint32_t result[4];
-    blocking_flush(stream, result);
+    blocking_flush(own_stdout(), result);
 }
 
 EXPORT("wasmfleet:adapter/exchange@0.1.0#finish") text *finish(void) {
@@ -140,8 +174,9 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#begin") begun *begin(const char *data, 
     text name = word(&rest);
     it->scheme = (optional_scheme){name.size > 0, {same(name, TEXT("https")) ? 1 : 0, {0}}};
     it->authority = word(&rest);
-    read_lines(&it->headers, rest);
+    rest = read_lines(&it->headers, rest);
     it->headers.immutable = 1;
+    read_lines(&it->trailers, rest);
     response_outparam *param = take_room(sizeof *param);
     *param = (response_outparam){0};
     now = (exchange){0};

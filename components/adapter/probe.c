@@ -15,6 +15,9 @@
 //   /post?host:port/path       the same, sending a body of 300,000 bytes
 //   /both?host:port/path       two requests at once: their statuses
 //   /error, /silent, /cut, /trap    the ways to fail: an error, no answer, half a body, a trap
+//   /events            lines without end, each flushed
+//   /large/N           N MiB
+//   /sum               the request's trailers, as /describe prints fields
 //   /half              half a body, not flushed, then a trap
 #include <stddef.h>
 #include <stdint.h>
@@ -202,12 +205,24 @@ static void answer_page(int32_t status) {
     finish(body, -1);
 }
 
+static void list_fields(int32_t fields) {
+    text list;
+    entries(fields, &list);
+    for (size_t i = 0; i < list.size; i++) {
+        const field *line = (const field *)list.data + i;
+        say(TEXT("\n"));
+        say(line->name);
+        say(TEXT("="));
+        say(line->value);
+    }
+    drop_fields(fields);
+}
+
 static void describe(int32_t request) {
     static const text methods[] = {TEXT("get"),     TEXT("head"),    TEXT("post"),  TEXT("put"),  TEXT("delete"),
                                    TEXT("connect"), TEXT("options"), TEXT("trace"), TEXT("patch")};
     optional it;
     uint8_t scheme[16];
-    text list;
     request_method(request, &it);
     say(it.tag < 9 ? methods[it.tag] : it.value);
     say(TEXT(" "));
@@ -220,16 +235,22 @@ static void describe(int32_t request) {
     request_authority(request, &it);
     say(it.tag ? it.value : TEXT("-"));
     int32_t headers = request_headers(request);
-    entries(headers, &list);
-    for (size_t i = 0; i < list.size; i++) {
-        const field *line = (const field *)list.data + i;
-        say(TEXT("\n"));
-        say(line->name);
-        say(TEXT("="));
-        say(line->value);
-    }
-    drop_fields(headers);
+    list_fields(headers);
     say(TEXT("\n"));
+}
+
+// The trailers come after the body, which nobody reads here.
+static void trailers_of(int32_t request) {
+    made body;
+    uint8_t result[56];
+    consume(request, &body);
+    int32_t future = finish_incoming(must(body)), ready = trailers_ready(future);
+    block(ready);
+    drop_pollable(ready);
+    get_trailers(future, result);
+    if (result[24]) list_fields(*(int32_t *)(result + 28));
+    say(TEXT("\n"));
+    drop_future(future);
 }
 
 static void try_fields(int32_t request) {
@@ -478,12 +499,26 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         drop_output(stream);
         append(trailers, SPREAD("x-sum"), SPREAD("7"), (uint8_t *)scratch);
         finish(body, trailers);
+    } else if (is(target, TEXT("/events"))) {
+        for (int32_t stream = open_body(answer(200));;) write_all(stream, TEXT("event\n"));
+    } else if (starts(target, TEXT("/large/"))) {
+        int32_t body = answer(200), stream = open_body(body);
+        uint32_t blocks = 0;
+        for (size_t i = 7; i < target.size; i++) blocks = blocks * 10 + (uint32_t)(target.data[i] - '0');
+        blocks *= 256;
+        for (uint32_t n = 0; n < blocks; n++) {
+            for (size_t i = 0; i < 4096; i += 4) *(uint32_t *)(page + i) = n;
+            write_all(stream, (text){page, 4096});
+        }
+        drop_output(stream);
+        finish(body, -1);
     } else if (starts(target, TEXT("/status/")) && target.size == 11) {
         const char *d = target.data + 8;
         finish(answer((d[0] - '0') * 100 + (d[1] - '0') * 10 + d[2] - '0'), -1);
     } else {
         if (is(target, TEXT("/fields"))) try_fields(request);
         else if (is(target, TEXT("/twice"))) twice(request);
+        else if (is(target, TEXT("/sum"))) trailers_of(request);
         else if (is(target, TEXT("/log"))) log_lines();
         else if (is(target, TEXT("/fetch"))) try_fetch();
         else if (is(target, TEXT("/count"))) say_number(seen), say(TEXT("\n"));

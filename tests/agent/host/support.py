@@ -203,6 +203,8 @@ def read_answer(sock):
     head, _, body = data.partition(b"\r\n\r\n")
     lines = head.decode("latin-1").split("\r\n")
     headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}
+    if headers.get("transfer-encoding") == "chunked":
+        return int(lines[0].split()[1]), headers, read_chunks(sock, body)
     length = int(headers.get("content-length", "0"))
     while len(body) < length:
         more = sock.recv(65536)
@@ -210,3 +212,18 @@ def read_answer(sock):
             raise ConnectionError("closed in the body")
         body += more
     return int(lines[0].split()[1]), headers, body
+
+
+def read_chunks(sock, data):
+    """The body of an answer in chunks, of which `data` has come."""
+    body = b""
+    while True:
+        while b"\r\n" not in data or len(data) < (need := int(data.partition(b"\r\n")[0], 16) + 4):
+            more = sock.recv(65536)
+            if not more:
+                raise ConnectionError("closed in the body")
+            data += more
+        size, _, data = data.partition(b"\r\n")
+        if need == 4:
+            return body
+        body, data = body + data[: int(size, 16)], data[int(size, 16) + 2 :]

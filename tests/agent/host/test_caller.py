@@ -9,6 +9,7 @@ import support
 
 from agent.host import cell, control
 from agent.host.caller import Caller, Ticker
+from agent.host.connection import Request
 from agent.host.engine import Engine
 from agent.host.page import Page, create
 from fleet.protocol.manifest import Grants, Limits
@@ -131,7 +132,7 @@ def test_a_call_that_takes_a_while_asks_for_another_lane_once(monkeypatch):
 
 
 def numbers(guest, requests):
-    return [int(guest.handle(b"GET", b"/", b"", b"")[2]) for _ in range(requests)]
+    return [int(guest.handle(Request(b"GET", b"/"), None)[2]) for _ in range(requests)]
 
 
 @pytest.mark.parametrize(("each", "expected"), [(0, [1, 2, 3, 4, 5]), (1, [1, 1, 1, 1, 1]), (2, [1, 2, 1, 2, 1])])

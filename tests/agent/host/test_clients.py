@@ -11,7 +11,9 @@ ANSWER = os.urandom(4 << 20)
 
 
 class Caller:
-    def handle(self, method, target, headers, body):
+    streams = False
+
+    def handle(self, request, way):
         return 200, b"", ANSWER
 
     def count(self, outcome, began_ns, *, error=False):

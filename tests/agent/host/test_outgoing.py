@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from peers import HANDLER, OK, Board, Peer, answers, certificate, encrypted, says
 
-from agent.host import control, egress, heads
+from agent.host import control, egress, flow, heads
 from agent.host.egress import Ask, RefusedError, judge, permit
 from agent.host.engine import Engine
 from agent.host.outgoing import HOPS_MAX, Outgoing
@@ -120,7 +120,7 @@ def board(image, tmp_path, addresses):
 
 def ask(guest, path, headers=b"host: b\r\n"):
     before = os.dup(1)
-    heads.catch()
+    flow.catch()
     try:
         status, _, body = guest.handle(b"GET", path.encode(), headers, b"")
     finally:
@@ -145,7 +145,7 @@ def test_a_granted_peer_is_asked_and_its_answer_arrives(board, peer):
 
 
 def test_a_body_goes_out_whole_and_a_large_answer_comes_back(board, peer):
-    body = bytes(range(256)) * 4096
+    body = bytes(range(256)) * 3000
     there = peer(answers(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)))
     guest = board.guest(f"http://127.0.0.1:{there.port}", limits=Limits(request_bytes=1 << 20))
     said = ask(guest, f"/post?127.0.0.1:{there.port}/in")
