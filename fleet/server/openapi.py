@@ -55,7 +55,7 @@ ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...
     ("post", "/v1/removals", api.RemovalRequest, api.RolloutView, "Take an instance off"),
     ("get", "/v1/audit", None, api.Audit, "Who did what"),
     ("get", "/v1/online", None, online.OnlineView, "Where snapshot and timestamp are signed, and what waits for it"),
-    ("post", "/v1/online", online.OnlineRequest, online.OnlineView, "Show what the publisher host has signed"),
+    ("post", "/v1/online", "application/json", online.OnlineView, "Show what the publisher host has signed"),
     ("post", "/v1/online/discard", None, online.OnlineView, "Forget what waits for the publisher host"),
     ("get", "/v1/ca", None, authority.CaView, "The fleet's CA, and a request for the next issuing CA"),
     ("put", "/v1/ca/issuing", authority.IssuingRequest, authority.CaView, "Put a signed issuing CA in place"),
