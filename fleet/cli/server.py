@@ -44,6 +44,8 @@ def backup(options: Options, *, output: Path) -> None:
 
     Configuration, database, metadata and components. Keep it on another machine, and make one every day.
     """
+    if not output.name:
+        raise Fault("--output names no file", "", "give it one: -o fleet.tar")
     try:
         from fleet import backup as backups  # noqa: PLC0415 - the server's parts may not be installed
     except ImportError as error:

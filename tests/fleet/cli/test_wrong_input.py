@@ -8,7 +8,7 @@ from fleet.cli.main import SECTIONS, main
 
 CODES = {int(code) for code, _ in EXIT_CODES}
 ODD = ["", "../../etc/passwd", "two\nlines", "-", "x" * 5000, "☃ ünï", "a@b@c", "9" * 40, "{}", "%s%n", "~"]
-LONG_RUNNING = {"demo", "serve", "server restore"}
+LONG_RUNNING = {"demo", "serve", "server restore", "publisher run"}
 """They would begin something for real; their options are tried, not their doing."""
 
 
