@@ -234,13 +234,14 @@ _PURPOSE: Final = Purpose(fleet="fleet", device=DEVICE, instance="hello", name="
 def sealed_box(data: bytes) -> None:
     """Sealed boxes: nothing opens but what was sealed for the very purpose."""
     try:
-        sealing.open_box(data, key=_BOX_KEY, purpose=_PURPOSE)
+        found = sealing.open_box(data, key=_BOX_KEY, purpose=_PURPOSE)
     except Rejected:
         return
-    assert data == _BOX, "a box that nobody sealed was opened"
+    assert found == _SECRET, "a box that nobody sealed was opened"
 
 
-_BOX: Final = sealing.seal("a secret value", recipient=sealing.public_key(_BOX_KEY), purpose=_PURPOSE)
+_SECRET: Final = "a secret value"
+_BOX: Final = sealing.seal(_SECRET, recipient=sealing.public_key(_BOX_KEY), purpose=_PURPOSE)
 
 
 def offline_bundle(data: bytes) -> None:
