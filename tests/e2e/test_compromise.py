@@ -158,6 +158,7 @@ def test_the_directors_key_was_stolen(stage, board):
         # Published code, but nobody's rollout; and no honest version can be higher.
         await say(stage, board, director.sign_assignment(forged, stolen))
         await stage.answers(board, "2")
+        await stage.eventually_ran(board, "2.0.0")  # beyond probation: else it only goes back
 
         await stage.page("director")
         await stage.answers(board, "1")
