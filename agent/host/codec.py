@@ -33,6 +33,20 @@ class Codec(Protocol):
         ...
 
 
+def _point(vector: Any, array: Any) -> None:
+    """Let a list's value begin at `array`, which its owner keeps.
+
+    The address is written as a number: `ctypes.cast` ties an array and its pointer into a ring, and the memory of a
+    large body would then be kept until the collector of rings comes by, long after the lane may have more.
+    """
+    ctypes.c_void_p.from_address(ctypes.addressof(vector) + type(vector).data.offset).value = ctypes.addressof(array)
+
+
+def _pointer(string: Any) -> ctypes.c_char_p:
+    """Where a string's value begins; set it to bytes, which it keeps until it is set again."""
+    return ctypes.c_char_p.from_address(ctypes.addressof(string) + type(string).data.offset)
+
+
 def _array(length: int) -> Any:
     """An array of `length` u8 values."""
     array = (ctypes.c_uint8 * (length * _VALUE))()
@@ -50,21 +64,22 @@ class Fast:
         self._entries = (ffi.wasmtime_component_valrecord_entry * len(_FIELDS))()
         for entry, name in zip(self._entries, self._names, strict=True):
             entry.name.size = len(name)
-            entry.name.data = ctypes.cast(name, type(entry.name.data))
+            _point(entry.name, name)
             entry.val.kind = ffi.WASMTIME_COMPONENT_STRING
         self._entries[3].val.kind = ffi.WASMTIME_COMPONENT_LIST
         self._value = ffi.wasmtime_component_val_t()
         self._value.kind = ffi.WASMTIME_COMPONENT_RECORD
         self._value.of.record.size = len(_FIELDS)
         self._value.of.record.data = self._entries
+        self._texts = [(entry.val.of.string, _pointer(entry.val.of.string)) for entry in self._entries[:3]]
         self._body = _array(0)
         self._room = 0
 
     def call(self, store: Store, func: Func, method: bytes, target: bytes, headers: bytes, body: bytes) -> Answer:
         """See `Codec.call`."""
-        for entry, text in zip(self._entries, (method, target, headers), strict=False):
-            entry.val.of.string.size = len(text)
-            entry.val.of.string.data = ctypes.cast(ctypes.c_char_p(text), type(entry.val.of.string.data))
+        for (string, pointer), text in zip(self._texts, (method, target, headers), strict=True):
+            string.size = len(text)
+            pointer.value = text
         self._put(body)
         result = ffi.wasmtime_component_val_t()
         try:
@@ -94,7 +109,7 @@ class Fast:
             memoryview(self._body).cast("B")[_PAYLOAD : length * _VALUE : _VALUE] = body
         values = self._entries[3].val.of.list
         values.size = length
-        values.data = ctypes.cast(self._body, type(values.data))
+        _point(values, self._body)
 
 
 def _text(vector: Any) -> bytes:
@@ -120,7 +135,7 @@ def exchange(store: Store, func: Func, head: bytes) -> bytes:
     value, result = ffi.wasmtime_component_val_t(), ffi.wasmtime_component_val_t()
     value.kind = ffi.WASMTIME_COMPONENT_STRING
     value.of.string.size = len(head)
-    value.of.string.data = ctypes.cast(ctypes.c_char_p(head), type(value.of.string.data))
+    _pointer(value.of.string).value = head
     error = ffi.wasmtime_component_func_call(
         byref(func._func),  # noqa: SLF001 - the bindings offer no other way to the raw call
         store._context(),  # noqa: SLF001
@@ -159,7 +174,7 @@ def take_bytes(store: Store, func: Func, data: bytes) -> str | None:
         memoryview(array).cast("B")[_PAYLOAD::_VALUE] = data
     value.kind = ffi.WASMTIME_COMPONENT_LIST
     value.of.list.size = len(data)
-    value.of.list.data = ctypes.cast(array, type(value.of.list.data))
+    _point(value.of.list, array)
     error = ffi.wasmtime_component_func_call(
         byref(func._func),  # noqa: SLF001
         store._context(),  # noqa: SLF001

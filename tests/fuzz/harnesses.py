@@ -30,6 +30,7 @@ from fleet.evidence import embedded, provenance, query, sbom
 from fleet.evidence.document import DocumentError
 from fleet.evidence.packages import Package
 from fleet.protocol import (
+    adapter,
     author,
     bundle,
     component,
@@ -55,7 +56,7 @@ from signing.sealing import Purpose
 from signing.sealing_keys import SealingKey
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-ADAPTER: Final = (ROOT / "fleet/protocol/adapter.wasm").read_bytes()
+ADAPTER: Final = adapter.load()
 DEVICE: Final = "gate-00000000"
 
 

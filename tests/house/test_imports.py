@@ -167,7 +167,7 @@ def test_top_level_is_what_was_agreed() -> None:
 
 def test_no_binaries_beyond_small_fixtures() -> None:
     fixtures = [ROOT / path for path in _tracked() if b"\0" in (ROOT / path).read_bytes()[:8192]]
-    assert sum(file.stat().st_size for file in fixtures) <= 160 * 1024, fixtures
+    assert sum(file.stat().st_size for file in fixtures) <= 100 * 1024, fixtures
 
 
 def _tracked() -> list[str]:
