@@ -95,6 +95,7 @@ class Vitals:
             board=board,
             instances=tuple(self._with_phase(each) for each in figures),
             containment=self.welcome.containment if self.welcome is not None else {},
+            host_runs_as=self.welcome.runs_as if self.welcome is not None else "",
             problems=tuple(problems),
         )
 

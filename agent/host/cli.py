@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from agent.host import cell, program
-from agent.host.supervisor import VERSION, HostError, Settings, Supervisor
+from agent.host import cell, program, walls
+from agent.host.supervisor import VERSION, HostError, Settings, Supervisor, WallsError
 from fleet.protocol.caps import MIB
 
 _DEFAULT_RUNTIME: Final = "/run/wasmfleet"
 _DEFAULT_STATE: Final = "/var/lib/wasmfleet-host"
 _DEFAULT_INGRESS: Final = "127.0.0.1:8080"
+_STATUS_BELOW_MINIMUM: Final = 78  # EX_CONFIG of sysexits.h: starting again changes nothing
 
 
 def _address(text: str) -> tuple[str, int] | None:
@@ -54,6 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LAYERS",
         help="run no component unless these layers hold: baseline (all but landlock and cgroup), all, none, "
         "or names joined by commas (see fleet-host check)",
+    )
+    run.add_argument(
+        "--minimum",
+        type=_layers,
+        default=frozenset(),
+        metavar="LAYERS",
+        help=f"do not start unless these hold, but end with status {_STATUS_BELOW_MINIMUM}; named as for --require",
     )
     run.add_argument(
         "--agent-group",
@@ -111,25 +119,15 @@ def main(arguments: list[str] | None = None) -> int:
             state=options.state,
             ingress=options.ingress,
             require=options.require,
+            minimum=options.minimum,
             agent_group=options.agent_group,
         )
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # nothing of an instance goes into core files
         asyncio.run(_run(settings))
     except HostError as error:
         sys.stderr.write(f"fleet-host: {error}\n")
-        return 1
+        return _STATUS_BELOW_MINIMUM if isinstance(error, WallsError) else 1
     return 0
-
-
-_MEANING: Final = {
-    "limits": "memory, descriptors and threads are limited",
-    "user": "lanes are another user, or have no rights in a user namespace",
-    "network": "lanes have an empty network",
-    "mount": "lanes see an empty file system",
-    "privileges": "nothing executed gains rights",
-    "landlock": "files, ports and abstract sockets are refused a second time",
-    "seccomp": "no process, socket, executable memory, tracing or signal to others",
-}
 
 
 def check() -> int:
@@ -143,11 +141,10 @@ def check() -> int:
         print(f"memories     {reserved // MIB} MiB reserved and {guard // MIB} MiB guarded for each")
     else:
         print("engine       none for this board: components are refused")
-    who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
-    print(f"containment  of lanes, when the host runs as {who}:")
-    for layer, holds in cell.probe().items():
-        print(f"  {layer:<11}{'yes' if holds else 'NO ':<5}{_MEANING[layer]}")
-    print("  cgroup     by systemd's Delegate= alone: a host that has it says so to the agent")
+    layers = cell.probe()
+    here = walls.way(os.geteuid(), layers)
+    print(f"containment  of lanes, by how the host is run; tried here, as a {here}:")
+    print("\n".join(walls.table(here, layers)))
     return 0 if facts else 1
 
 

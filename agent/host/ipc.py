@@ -155,6 +155,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
         session: differs after each start of the host.
         engine: wasmtime's version, empty where the host has no engine.
         containment: layer -> whether it holds.
+        runs_as: which of the ways of running a host this is, as `fleet-host check` names them.
         ingress: address of the shared HTTP port, `127.0.0.1:8080`; empty while no router runs.
         more: whether there are more instances than fit; ask again, after the last of these.
     """
@@ -167,6 +168,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     ingress: str
     running: tuple[Running, ...]
     more: bool = False
+    runs_as: str = ""
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from agent import systemd
-from agent.host import cell, ipc, program
+from agent.host import cell, ipc, program, walls
 from agent.host.cgroups import Cgroups
 from agent.host.daily import Daily
 from agent.host.deaths import Deaths
@@ -55,6 +55,10 @@ class HostError(Exception):
     """The host cannot start; the message is one sentence for the board's owner."""
 
 
+class WallsError(HostError):
+    """It may not: the walls that its owner asks for are not to be had here."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Where the host lives.
@@ -62,6 +66,7 @@ class Settings:
     Attributes:
         ingress: address and port of the shared HTTP port; None for no router.
         require: containment layers without which no component runs here.
+        minimum: containment layers without which the host does not start.
         agent_group: the group whose members may command this host, beside root and the host's own user.
     """
 
@@ -69,6 +74,7 @@ class Settings:
     state: Path
     ingress: tuple[str, int] | None
     require: frozenset[str] = frozenset()
+    minimum: frozenset[str] = frozenset()
     agent_group: int | None = None
 
 
@@ -123,7 +129,8 @@ class Supervisor:
         self._engine = ""
         self._cgroups = Cgroups()
         self._containment = {**cell.probe(), "cgroup": self._cgroups.available}
-        self._missing = sorted(layer for layer in settings.require if not self._containment.get(layer))
+        self._runs_as = walls.way(os.geteuid(), self._containment)
+        self._missing = self._lacks(settings.require)
         self._deaths = Deaths(settings.state / "deaths.json")
         self._daily = Daily(settings.state / "written.json")
         self._uids = Uids(settings.state / "uids.json")
@@ -145,6 +152,11 @@ class Supervisor:
         Raises:
             HostError: it cannot start.
         """
+        if lacks := self._lacks(self._settings.minimum):
+            raise WallsError(
+                f"this board lacks {', '.join(lacks)} around components, as a {self._runs_as}: without that it does "
+                "not start; 'fleet-host check' shows the walls there are, --minimum names fewer"
+            )
         _many_descriptors()
         listener = self._listen()
         ingress = self._open_ingress()
@@ -168,6 +180,9 @@ class Supervisor:
             listener.close()
             (self._settings.runtime / _SOCKET).unlink(missing_ok=True)
             await self._end()
+
+    def _lacks(self, wanted: frozenset[str]) -> list[str]:
+        return sorted(layer for layer in wanted if not self._containment.get(layer))
 
     def _listen(self) -> socket.socket:
         path = self._settings.runtime / _SOCKET
@@ -436,6 +451,7 @@ class Supervisor:
             version=VERSION,
             engine=self._engine,
             containment=self._containment,
+            runs_as=self._runs_as,
             ingress="" if ingress is None else f"{ingress[0]}:{ingress[1]}",
             running=running,
             more=more,

@@ -102,12 +102,13 @@ def _device_facts(detail: api.DeviceDetail) -> list[tuple[str, str]]:
         board = detail.health.board
         memory = f"{out.size(board.memory_available_bytes)} of {out.size(board.memory_total_bytes)} free"
         heat = f", {board.temperature_c:.0f} °C" if board.temperature_c is not None else ""
-        layers = detail.health.containment
+        layers = ", ".join(name if holds else f"NO {name}" for name, holds in detail.health.containment.items())
+        runs_as = f"{detail.health.host_runs_as}: " if detail.health.host_runs_as else ""
         pairs += [
             ("board", f"up {out.span(board.uptime_s)}, load {board.load:.2f} on {board.cpus} CPUs{heat}"),
             ("memory", memory),
             ("disk", f"{out.size(board.disk_free_bytes)} of {out.size(board.disk_total_bytes)} free"),
-            ("walls", ", ".join(name if holds else f"NO {name}" for name, holds in layers.items())),
+            ("walls", runs_as + layers),
         ]
     return pairs
 

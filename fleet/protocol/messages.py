@@ -117,6 +117,7 @@ class Health(Message, frozen=True, kw_only=True):
 
     Attributes:
         containment: layer -> whether the host has it (`seccomp`, `network`, `mount`, `user`, `landlock`, `cgroup`).
+        host_runs_as: how the host is run, which decides what walls there can be (`root service`).
         problems: sentences for people, most urgent first.
     """
 
@@ -130,6 +131,7 @@ class Health(Message, frozen=True, kw_only=True):
     board: Board = Board()
     instances: tuple[InstanceHealth, ...] = ()
     containment: dict[str, bool] = {}  # noqa: RUF012 - msgspec copies it for each struct
+    host_runs_as: str = ""
     problems: tuple[str, ...] = ()
 
 

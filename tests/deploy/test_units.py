@@ -67,6 +67,12 @@ def test_the_host_restores_at_every_start_without_the_agent() -> None:
     assert "fleet-agent.service" not in " ".join(value("fleet-host.service", "After"))
 
 
+def test_the_host_does_not_start_below_the_walls_that_every_board_has_and_is_not_started_again_for_it() -> None:
+    (command,) = value("fleet-host.service", "ExecStart")
+    assert command.split("--minimum ")[1].split()[0] == "baseline", "Landlock and control groups are not on every board"
+    assert value("fleet-host.service", "RestartPreventExitStatus") == ["78"]
+
+
 def test_only_who_maps_machine_code_may_have_executable_memory() -> None:
     denied = {service.name for service in SERVICES if value(service.name, "MemoryDenyWriteExecute") == ["yes"]}
     assert denied == {f"fleet-{each}.service" for each in ("agent", "enroll", "publisher", "restore", "server")}

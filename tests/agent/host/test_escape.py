@@ -13,7 +13,7 @@ import pytest
 import support
 from test_life import lanes_of
 
-from agent.host import ipc
+from agent.host import cell, ipc, walls
 
 NOBODY = 65534
 SECRET = "the-secret-that-only-the-sibling-may-know"
@@ -25,7 +25,7 @@ rules.load()
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
-ROOT, USER, USER_WITHOUT = "root service", "user with namespaces", "user without namespaces"
+ROOT, USER, USER_WITHOUT = walls.WAYS
 # What each way of running a host has, of the layers around a lane.
 COLUMNS = {
     ROOT: {"limits", "user", "network", "mount", "privileges", "landlock", "seccomp"},
@@ -76,8 +76,10 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
     data = host.directory / "data-of-another"
     data.mkdir()
     key.chmod(0o644)  # even what its user may read
-    held = {layer for layer, holds in host.ask(ipc.Hello).containment.items() if holds}
+    welcome = host.ask(ipc.Hello)
+    held = {layer for layer, holds in welcome.containment.items() if holds}
     assert held - {"cgroup"} == COLUMNS[host.column] - LACKS
+    assert welcome.runs_as == host.column
 
     # A sibling with a secret is started first, so that what is inherited by a fork would be inherited here.
     host.start("hello", support.a_run("sibling", 1, config={"token": SECRET}))
@@ -155,10 +157,39 @@ def test_without_a_requirement_a_board_without_libseccomp_still_runs(tmp_path):
         host.close()
 
 
-def test_check_prints_the_table(tmp_path):
+def test_a_host_does_not_start_below_its_minimum(tmp_path):
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    (shadow / "pyseccomp.py").write_text("raise RuntimeError('Unable to find libseccomp')\n")
+    command = [sys.executable, "-m", "agent.host.cli", "run", "--runtime", str(tmp_path / "run")]
+    command += ["--state", str(tmp_path / "state"), "--ingress", "none", "--minimum", "limits,privileges,seccomp"]
+    env = {**os.environ, "PYTHONPATH": str(shadow)}
+    done = subprocess.run(command, cwd=support.ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 78
+    assert done.stderr.count("\n") == 1
+    assert "this board lacks seccomp around components" in done.stderr
+    assert not (tmp_path / "run" / "host.sock").exists()
+    # With what it asks for there, it starts.
+    host = support.Host(tmp_path, arguments=["--minimum", "limits,privileges,seccomp"])
+    try:
+        assert isinstance(host.start("hello", support.a_run("web", 1)), ipc.Started)
+    finally:
+        host.close()
+
+
+def test_check_prints_the_table_with_this_hosts_column_marked():
     done = subprocess.run(
         [sys.executable, "-m", "agent.host.cli", "check"], cwd=support.ROOT, capture_output=True, text=True, check=True
     )
     assert "engine       wasmtime" in done.stdout
-    for layer in COLUMNS[ROOT]:
-        assert f"\n  {layer}" in done.stdout
+    layers = cell.probe()
+    here = walls.way(os.geteuid(), layers)
+    for way in walls.WAYS:
+        assert (f"[{way}]" in done.stdout) == (way == here)
+    rows = {line.split()[0]: line.split()[1:4] for line in done.stdout.splitlines() if line.startswith("  ")}
+    # What is printed is what an escaped guest meets, in each of the ways.
+    for number, way in enumerate(walls.WAYS):
+        if way != here:
+            assert {layer for layer in layers if rows[layer][number] == "yes"} == COLUMNS[way] - LACKS
+    assert {layer: rows[layer][walls.WAYS.index(here)] == "yes" for layer in layers} == layers
+    assert "cgroup" in rows

@@ -45,6 +45,7 @@ DETAIL = api.DeviceDetail(
         at=NOW,
         board=Board(uptime_s=7200, load=0.25, cpus=4, temperature_c=41.5, memory_total_bytes=1 << 29),
         containment={"seccomp": True, "landlock": False},
+        host_runs_as="root service",
     ),
     effective=(
         api.Effective(
@@ -165,7 +166,7 @@ def test_one_device_in_full(fleet, fleet_of_two, desk):
     text = fleet("device", ROW.id).stdout
     for line in (
         ["board", "up 2 h, load 0.25 on 4 CPUs, 42 °C"],
-        ["walls", "seccomp, NO landlock"],
+        ["walls", "root service: seccomp, NO landlock"],
         ["hello", "hello@1.0.0", "running", "92", "2", "1.5 ms", "4.0 MiB", "1", "own"],
         ["red", "red@1.0.0", "running", "92", "2", "1.5 ms", "4.0 MiB", "1", "main-3, with 1 more"],
         ["hello", "main/hello@1.0.0", "rollout 7 (group edge-eu)", "8081", "level=info"],

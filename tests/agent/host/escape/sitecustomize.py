@@ -121,8 +121,8 @@ if "agent.host.zygote" in sys.orig_argv:
         del unix
         return results
 
-    def handle(self, method, target, headers, body):
-        facts = json.loads(body)
+    def handle(self, request, way):
+        facts = json.loads(bytes(request.body))
         answer = {
             "tried": try_everything(facts),
             "descriptors": descriptors(),
