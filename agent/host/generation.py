@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -17,6 +19,7 @@ from agent.host.page import Figures
 from fleet.protocol.codes import RejectCode
 
 _CHUNK_BYTES: Final = 1024 * 1024
+_ENTRY_BYTES: Final = 4096
 
 
 class StartError(Exception):
@@ -69,16 +72,33 @@ def forget_other_schemas(data: str) -> None:
                 shutil.rmtree(other, ignore_errors=True)
 
 
-def disk_bytes(directory: str) -> int:
-    """What a directory takes on disk, its subdirectories included; links are not followed."""
-    total = 0
-    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+def too_much(directory: str, most_bytes: int) -> str:
+    """Why a data directory is too much for a board that allows `most_bytes` of disk; empty where it is not.
+
+    An entry counts as a block even when it holds nothing, since a disk runs out of those too. What is counted ends
+    where it is too much, so that no guest can make the counting long; links are not followed.
+    """
+    total, todo = 0, [directory]
+    while todo:
+        try:
+            for path, blocks, within in _listed(todo.pop()):
+                total += max(blocks * 512, _ENTRY_BYTES)
+                if total > most_bytes:
+                    return f"its data takes {total} bytes of disk and more, {most_bytes} are allowed"
+                if within:
+                    todo.append(path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return "its data lies deeper than the kernel takes a path"
+    return ""
+
+
+def _listed(directory: str) -> Iterator[tuple[str, int, bool]]:
+    """What lies in a directory: path, blocks of 512 bytes, whether it is a directory. Not what goes meanwhile."""
+    with os.scandir(directory) as entries:
         for entry in entries:
-            with contextlib.suppress(OSError):
-                total += entry.stat(follow_symlinks=False).st_blocks * 512
-                if entry.is_dir(follow_symlinks=False):
-                    total += disk_bytes(entry.path)
-    return total
+            with contextlib.suppress(FileNotFoundError):
+                yield entry.path, entry.stat(follow_symlinks=False).st_blocks, entry.is_dir(follow_symlinks=False)
 
 
 def _digest(fd: int) -> str:

@@ -21,7 +21,7 @@ from agent.host.clocks import Clocks, ask_health
 from agent.host.crew import DRAIN_MS, Crew, Tasks
 from agent.host.daily import Daily
 from agent.host.deaths import Deaths
-from agent.host.generation import Generation, StartError, disk_bytes, forget_other_schemas
+from agent.host.generation import Generation, StartError, forget_other_schemas, too_much
 from agent.host.handle import Lane, LaneGoneError
 from agent.host.listeners import Listeners
 from agent.host.nursery import Nursery
@@ -265,9 +265,10 @@ class Instance:
         """A single file is limited by the kernel; all of them together here."""
         if not generation.data:
             return
-        used, most = disk_bytes(generation.data), generation.run.limits.storage_bytes
-        if used > most + most // 8:  # blocks and directories are not the guest's doing
-            self._quarantine(generation, f"its data takes {used} bytes of disk, {most} are allowed")
+        most = generation.run.limits.storage_bytes
+        # A little more: blocks and directories are not the guest's doing.
+        if why := too_much(generation.data, most + most // 8):
+            self._quarantine(generation, why)
 
     def _steady(self, generation: Generation) -> bool:
         """Whether every lane has been up for so long that earlier deaths say nothing any more."""

@@ -1,0 +1,123 @@
+"""Hostile guests beyond single calls: those that will not go, say what is not so, ask for more, or litter."""
+
+import os
+import select
+import socket
+
+import pytest
+import support
+from support import Grants, Health, Limits
+from test_life import lanes_of
+
+from agent import carry
+from agent.host import ipc
+from agent.host.generation import too_much
+from agent.update.probation import Terms, Verdict, judge
+
+FILES = Grants(interfaces=("wasi:filesystem", "wasi:io"))
+
+
+@pytest.mark.parametrize("end", ["swap", "stop"])
+def test_a_guest_that_ignores_drain_holds_up_nobody_and_is_ended(host, neighbour, end):
+    """It sits in a call of an hour, and is allowed to: neither its successor nor a stop waits for that."""
+    port = support.free_port()
+    patient = Limits(idle_ms=3_600_000, total_ms=3_600_000)
+    grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
+    before = set(lanes_of(host))
+    host.start("sleep", support.a_run("bad", 1, port=port, grants=grants, limits=patient))
+    (lane,) = set(lanes_of(host)) - before
+    stuck = socket.create_connection(("127.0.0.1", port), timeout=60)
+    stuck.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    pidfd = os.pidfd_open(lane)
+    if end == "swap":
+        assert host.start("hello", support.a_run("bad", 2, port=port)).replaced == 1
+        # Whoever comes now is the successor's, while the old one still holds its client.
+        assert support.http(port)[2] == b"hello\n"
+        assert not select.select([stuck], [], [], 0)[0]
+        host.ask(ipc.Commit, instance="bad", generation=2)
+    else:
+        assert isinstance(host.ask(ipc.Stop, instance="bad"), ipc.Done)
+    assert select.select([pidfd], [], [], 60)[0], "it is ended at the deadline for draining"
+    os.close(pidfd)
+    assert stuck.recv(1) == b""
+    stuck.close()
+    if end == "swap":
+        # Its end is no fault of its successor's.
+        health = host.health("bad")
+        assert (health.restarts, set(health.calls), health.errors) == (0, {"ok"}, 0)
+
+
+@pytest.mark.parametrize(("guest", "why"), [("trap", "trapped"), ("error-500", "error-rate")])
+def test_a_guest_that_lies_in_its_health_export_is_judged_by_what_it_did(host, neighbour, guest, why):
+    port = support.free_port()
+    healthy = Health(check=True)
+    host.start("hello", support.a_run("bad", 1, port=port, health=healthy))
+    for _ in range(20):
+        assert support.http(port)[0] == 200
+    replaced = carry.facts_of(host.health("bad"))
+    # It says that it is well, and is believed so far.
+    assert isinstance(host.start(guest, support.a_run("bad", 2, port=port, health=healthy)), ipc.Started)
+    terms = Terms(probation_s=60, min_calls=20)
+    assert judge(terms, carry.facts_of(host.health("bad")), replaced, 1).verdict is Verdict.CONTINUE
+    for _ in range(20):
+        assert support.http(port)[0] == 500
+    judgement = judge(terms, carry.facts_of(host.health("bad")), replaced, 2)
+    assert (judgement.verdict, judgement.code) == (Verdict.ROLL_BACK, why)
+    assert host.ask(ipc.Revert, instance="bad", generation=2).generation == 1
+    assert support.http(port)[0] == 200
+
+
+def test_the_environment_is_the_guests_only_where_it_is_granted_and_holds_its_configuration_alone(tmp_path):
+    host = support.Host(tmp_path, env={"SOME_TOKEN": "the-hosts-own"})
+    try:
+        port = support.free_port()
+        reply = host.start("environment", support.a_run("bad", 1, port=port))
+        assert (type(reply), reply.code) == (ipc.Failed, "grant-denied")
+        assert "wasi:cli/environment" in reply.message
+        assert host.ask(ipc.Status).instances == ()
+        granted = Grants(interfaces=("wasi:cli/environment",))
+        run = support.a_run("bad", 1, port=port, grants=granted, config={"greeting": "good morning"})
+        assert isinstance(host.start("environment", run), ipc.Started)
+        status, _, seen = support.http(port)
+        assert status == 200
+        assert b"greeting" in seen
+        assert b"good morning" in seen
+        for others in (b"SOME_TOKEN", b"the-hosts-own", b"PATH", b"TOKIO"):
+            assert others not in seen
+    finally:
+        host.close()
+
+
+def test_a_disk_littered_with_empty_files_ends_in_quarantine(host, neighbour):
+    """Not one of them has a byte, so no limit on a file or on what is written meets them."""
+    port = support.free_port()
+    limits = Limits(storage_bytes=1 << 20, daily_written_bytes=1 << 20)
+    run = support.a_run("bad", 1, port=port, grants=FILES, limits=limits)
+    assert isinstance(host.start("litters", run), ipc.Started)
+    assert [support.http(port)[0] for _ in range(4)] == [200] * 4
+    assert len(list((host.state / "data" / "bad" / "0").iterdir())) == 400
+    event = host.event(lambda event: isinstance(event, ipc.Changed) and event.state == "quarantined")
+    assert event.instance == "bad"
+    assert "bytes of disk" in event.message
+    with pytest.raises(OSError, match=r"refused|reset|closed"):
+        support.http(port)
+
+
+def test_what_a_guest_hides_in_its_data_is_found_and_the_counting_ends_where_it_is_too_much(tmp_path):
+    (tmp_path / "small").write_text("x")
+    assert too_much(str(tmp_path), 1 << 20) == ""
+    for number in range(300):
+        (tmp_path / f"empty-{number}").touch()
+    assert "are allowed" in too_much(str(tmp_path), 1 << 20)
+    # Deeper than any path reaches: made step by step, as a guest can.
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    fd = os.open(deep, os.O_DIRECTORY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=fd)
+        below = os.open("d" * 250, os.O_DIRECTORY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    assert "deeper" in too_much(str(deep), 1 << 30)
+    assert too_much(str(tmp_path / "gone"), 1) == ""
