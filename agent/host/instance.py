@@ -171,6 +171,7 @@ class Instance:
         self._crashes = 0
         self._listen(generation)
         lane = await self._crew.raise_lane(generation)
+        await self._end_tasks(generation)
         await self._crew.hand_over(old, [lane])
         for each in old:
             self._crew.retire(generation, each)

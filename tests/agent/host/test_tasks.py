@@ -1,8 +1,10 @@
 """Scheduled tasks: run when due, never two at once, and counted like any call."""
 
+from itertools import groupby, pairwise
+
 import pytest
 import support
-from support import Limits
+from support import Grants, Limits
 
 from agent.host import ipc
 from fleet.protocol.manifest import Schedule
@@ -54,3 +56,53 @@ def test_a_component_of_another_trigger_is_refused(host):
     assert (reply.code, "wasmfleet:http/handler" in reply.message) == ("start-failed", True)
     reply = host.start("task", support.a_run("web", 1, trigger=Schedule(cron="61 * * * *")))
     assert (reply.code, "0 to 59" in reply.message) == ("start-failed", True)
+
+
+TELLS = Grants(interfaces=("wasi:logging", "wasi:io", "wasi:clocks"))
+
+
+def tells(version, by):
+    """The guest that logs when its task begins and ends, as this version of itself."""
+    text = support.wasm("task-tells").decode().partition("\n")[2].replace('"v1 ', f'"v{version} ')
+    # Longer than a lane is given to hand its connections over.
+    return text.replace("250000000", "1300000000") if by == "restart" else text
+
+
+def begun(host, version):
+    """Wait until a task of this version is under way, and return the log so far."""
+    while True:
+        lines = host.lines_of("tells")
+        if lines and lines[-1].endswith(f"v{version} begins"):
+            return lines
+        assert len(lines) < 45, "the log is about to forget its first lines"
+
+
+@pytest.mark.parametrize("by", ["swap", "rollback", "restart"])
+def test_a_task_under_way_ends_before_the_first_of_the_next_begins(host, by):
+    every = Schedule(every_ms=100)  # of a task that takes longer than that: there is always one under way
+
+    def start(version):
+        return host.start(tells(version, by), support.a_run("tells", version, trigger=every, grants=TELLS))
+
+    assert isinstance(start(1), ipc.Started)
+    begun(host, 1)
+    if by == "restart":
+        for _ in range(2):
+            assert isinstance(host.ask(ipc.Restart, instance="tells"), ipc.Done)
+            begun(host, 1)
+    else:
+        assert start(2).replaced == 1
+        begun(host, 2)
+    if by == "rollback":
+        assert host.ask(ipc.Revert, instance="tells", generation=2).generation == 1
+        begun(host, 1)
+    said = [line.split()[-2:] for line in host.lines_of("tells")]
+    # Whatever began has ended, as the same version, before anything else began.
+    for (version, what), (next_version, next_what) in pairwise(said):
+        if what == "begins":
+            assert (next_version, next_what) == (version, "ends"), said
+        else:
+            assert next_what == "begins", said
+    versions = [version for version, what in said if what == "begins"]
+    met = [version for version, _ in groupby(versions)]
+    assert met == {"swap": ["v1", "v2"], "rollback": ["v1", "v2", "v1"], "restart": ["v1"]}[by]
