@@ -51,7 +51,7 @@ UNITS = {
         "fleet-compiler@.service",
         "fleet-enroll.service",
     ),
-    "wasmfleet-server": ("fleet-server.service",),
+    "wasmfleet-server": ("fleet-server.service", "fleet-publisher.service"),
 }
 
 

@@ -94,7 +94,10 @@ class Entry:
             return self.host == "*" and other.network.num_addresses == 1 and kind(other.network[0]) == ""
         if other.host == "*" or self.network is not None:
             return self.host == other.host
-        return self.host == other.host or self._names(other.host.removeprefix("*."))
+        if other.host.startswith("*."):
+            wide = self.host.startswith("*.") and other.host[1:].endswith(self.host[1:])
+            return self.host == "*" or wide
+        return self.host == other.host or self._names(other.host)
 
     def _door(self, scheme: str, port: int) -> bool:
         return self.scheme in {"*", scheme} and self.ports[0] <= port < self.ports[1]

@@ -262,7 +262,7 @@ def test_root_asks_as_the_agents_user_and_leaves_nothing_of_its_own(tmp_path):
     """What root writes into the state directory, the agent could not read: so root does not."""
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
+        parent.chmod(parent.stat().st_mode | 0o055)
     enrolled(tmp_path).close()
     for path in [tmp_path / "state", *(tmp_path / "state").rglob("*")]:
         os.chown(path, 23456, 23456)

@@ -274,4 +274,6 @@ def test_nothing_is_left_behind_by_instances_that_came_and_went(host):
         come_and_go()
     while lanes_of(host):
         host.ask(ipc.Status)
-    assert held() == before
+    after = held()
+    assert after[0] <= before[0]
+    assert after[1] <= before[1]

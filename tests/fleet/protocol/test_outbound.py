@@ -105,6 +105,7 @@ def test_an_entry_means_its_place_and_no_other(entry, scheme, host, port, allowe
         ("https://*.example.com", "https://*.api.example.com", True),
         ("https://*.api.example.com", "https://*.example.com", False),
         ("https://*.example.com", "https://example.com", False),
+        ("https://example.com", "https://*.example.com", False),
         ("https://*.example.com:*", "https://api.example.com:8443", True),
         ("https://*.example.com", "https://api.example.com:*", False),
         ("*://a.example:*", "http://a.example:80", True),
