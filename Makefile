@@ -6,6 +6,9 @@ STAMP  := $(VENV)/.installed
 # Files of tests run side by side, each file in one process; PARALLEL= runs them in one row.
 PARALLEL ?= -n 2 --dist loadfile
 
+# What is skipped, by name, where the toolchains are not.
+GUEST_TESTS := tests/components tests/agent/host/test_wasi_http_languages.py tests/fleet/protocol/test_compose.py
+
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,6 +67,9 @@ riscv64-wheel: $(STAMP) ## wasmtime for riscv64, into $$WASMFLEET_WHEELHOUSE (ha
 wasmtime-serve: $(STAMP) ## the wasmtime command that the tests compare boards with, into $$WASMFLEET_CACHE (half an hour, once)
 	$(BIN)/python -m deploy.wasmtime_cli
 
+test-guests: $(STAMP) ## build guests in Rust, Go, JavaScript and Python with toolchains of their own, and test what they do
+	$(BIN)/python -m deploy.guests $(BIN)/python -m pytest -rs $(GUEST_TESTS)
+
 test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them (root; FULL=1: everything on both)
 	$(BIN)/python -m deploy.image.ready
 	$(BIN)/python -m pytest tests/boards -m board --numprocesses=2 --dist=loadscope -s -v
@@ -72,4 +78,4 @@ clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
 
 .PHONY: help install demo check test test-unit test-root test-density fuzz bench conformance clean \
-	packages release riscv64-wheel wasmtime-serve test-boards
+	packages release riscv64-wheel wasmtime-serve test-guests test-boards

@@ -22,6 +22,7 @@ PACKAGE_OF = {
     "qemu-system-aarch64": "qemu-system-arm",
     "qemu-system-riscv64": "qemu-system-misc",
     "qemu-img": "qemu-utils",
+    "npm": "npm",
     "mke2fs": "e2fsprogs",
     "mkfs.fat": "dosfstools",
     "mcopy": "mtools",

@@ -5,7 +5,7 @@ Usage: components/examples/build.py LANGUAGE -o FILE [--preview1-adapter FILE]
 
     c        python -m ziglang (PyPI), wasm-tools             ../demo/http.c, version 1
     zig      python -m ziglang (PyPI), wasm-tools
-    rust     cargo with std for wasm32-unknown-unknown, wasm-tools
+    rust     cargo with std for wasm32-unknown-unknown (or the root of deploy/toolchain.py), wasm-tools
     go       go, wasm-tools, and wasi_snapshot_preview1.reactor.wasm from wasmtime's releases
     js       componentize-qjs (npm)
     python   componentize-py (PyPI)
@@ -15,39 +15,19 @@ Exit code 2 says that a tool is missing, and which.
 
 import argparse
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+
+from tools import MissingToolError, cargo, debian, run, tool, wasm_tools
 
 HERE = Path(__file__).resolve().parent
 WIT = HERE.parent / "wit"
 WORLD = "wasmfleet:worlds/http"
 RUST_TARGET = "wasm32-unknown-unknown"
-
-
-class MissingToolError(Exception):
-    """A tool that this language needs is not here."""
-
-
-def tool(name: str, how: str) -> str:
-    """Where a tool is on PATH; raises `MissingToolError` with how to get it."""
-    if found := shutil.which(name):
-        return found
-    raise MissingToolError(f"{name} is not on PATH: {how}")
-
-
-def run(*command: str | Path, cwd: Path = HERE, env: Mapping[str, str] | None = None) -> None:
-    """Run a tool to its end; its own words on standard error say what is wrong."""
-    subprocess.run(list(map(str, command)), cwd=cwd, env={**os.environ, **(env or {})}, check=True)
-
-
-def wasm_tools(*args: str | Path) -> None:
-    """Run wasm-tools."""
-    run(tool("wasm-tools", "cargo install wasm-tools --locked"), *args)
 
 
 def embed(core: Path, out: Path, *adapt: str | Path) -> None:
@@ -90,17 +70,7 @@ def build_zig(scratch: Path, out: Path, _adapter: Path | None) -> None:
 
 def build_rust(scratch: Path, out: Path, _adapter: Path | None) -> None:
     """Rust: std without a system, bindings by wit-bindgen, which also embeds the world."""
-    rustc, cargo = tool("rustc", "rustup.rs"), tool("cargo", "rustup.rs")
-    where = subprocess.run(
-        [rustc, "--print", "target-libdir", "--target", RUST_TARGET], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(where).is_dir():
-        raise MissingToolError(f"rustc has no std for {RUST_TARGET}: rustup target add {RUST_TARGET}")
-    # Debian's rustc brings no linker of its own for this target.
-    linker = {} if shutil.which("wasm-ld") is None else {"CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_LINKER": "wasm-ld"}
-    env = {"CARGO_TARGET_DIR": str(scratch), **linker}
-    run(cargo, "build", "--locked", "--release", "--target", RUST_TARGET, cwd=HERE / "rust", env=env)
-    wasm_tools("component", "new", scratch / RUST_TARGET / "release/hello_rust.wasm", "-o", out)
+    wasm_tools("component", "new", cargo(HERE / "rust", RUST_TARGET, scratch) / "hello_rust.wasm", "-o", out)
 
 
 def build_go(scratch: Path, out: Path, adapter: Path | None) -> None:
@@ -150,9 +120,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             BUILDERS[options.language](Path(scratch), options.output.resolve(), options.preview1_adapter)
-        except MissingToolError as error:
+        except (MissingToolError, debian.BuildError) as error:
             sys.stderr.write(f"{error}\n")
-            return 2
+            return 2 if isinstance(error, MissingToolError) else 1
         except subprocess.CalledProcessError as error:
             return error.returncode or 1
     return 0

@@ -1,4 +1,4 @@
-"""The HTTP example in Python; the interpreter comes along in the component."""  # noqa: INP001 - a guest, no package
+"""The HTTP example in Python; the interpreter comes along in the component."""
 
 from wit_world import exports
 from wit_world.exports.handler import Request, Response

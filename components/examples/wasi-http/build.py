@@ -11,7 +11,6 @@ Exit code 2 says that a tool is missing, and which.
 """
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -21,23 +20,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(HERE.parent))
 
-from deploy import debian, toolchain  # noqa: E402 - the house is not installed where components are built
+from tools import MissingToolError, cargo, debian, run, tool, wasm_tools  # noqa: E402 - shared with the other examples
 
 RUST_TARGET = "wasm32-wasip2"
 CORE_MODULE = b"\0asm\x01\0\0\0"
-
-
-class MissingToolError(Exception):
-    """A tool that this language needs is not here."""
-
-
-def tool(name: str, how: str) -> str:
-    """Where a tool is on PATH; raises `MissingToolError` with how to get it."""
-    if found := shutil.which(name):
-        return found
-    raise MissingToolError(f"{name} is not on PATH: {how}")
 
 
 def wit(scratch: Path, wasi: str) -> Path:
@@ -50,38 +38,11 @@ def wit(scratch: Path, wasi: str) -> Path:
     return place
 
 
-def cargo(scratch: Path) -> None:
-    """Build rust/ into scratch/target, here or in the toolchain's root."""
-    command = ["cargo", "build", "--locked", "--release", "--target", RUST_TARGET]
-    rustc = shutil.which("rustc")
-    asked = [rustc or "false", "--print", "target-libdir", "--target", RUST_TARGET]
-    libraries = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    root = debian.cache_dir() / toolchain.SUITE
-    if libraries and Path(libraries).is_dir():
-        where, target, inside = HERE / "rust", scratch / "target", None
-    elif root.is_dir():
-        where, target, inside = Path("/rust"), Path("/scratch/target"), root
-    else:
-        raise MissingToolError(f"rustc has no std for {RUST_TARGET}: rustup target add {RUST_TARGET}")
-    env = {"CARGO_TARGET_DIR": str(target)}
-    if inside is not None or shutil.which("wasm-component-ld") is None:
-        env["CARGO_TARGET_WASM32_WASIP2_LINKER"] = "wasm-ld"  # Debian's rustc brings no linker of its own
-    if inside is None:
-        subprocess.run(command, cwd=where, env={**os.environ, **env}, check=True)
-        return
-    crates = debian.cache_dir() / "cargo"
-    crates.mkdir(exist_ok=True)
-    binds = {HERE / "rust": "/rust", scratch: "/scratch", crates: "/cargo"}
-    debian.run_inside(root, ["env", "--chdir=/rust", *command], binds=binds, env={**env, "CARGO_HOME": "/cargo"})
-
-
 def build_rust(scratch: Path, out: Path) -> None:
     """Rust: the crate wasip2, world wasi:http/proxy."""
-    componentize = tool("wasm-tools", "cargo install wasm-tools --locked")
-    cargo(scratch)
-    built = scratch / "target" / RUST_TARGET / "release" / "hello_wasi_http.wasm"
+    built = cargo(HERE / "rust", RUST_TARGET, scratch) / "hello_wasi_http.wasm"
     if built.read_bytes().startswith(CORE_MODULE):
-        subprocess.run([componentize, "component", "new", built, "-o", out], check=True)
+        wasm_tools("component", "new", built, "-o", out)
     else:
         shutil.copy(built, out)
 
@@ -90,7 +51,7 @@ def build_js(scratch: Path, out: Path) -> None:
     """JavaScript: StarlingMonkey in the component; the handler is a listener for fetch events."""
     jco = tool("jco", "npm install -g @bytecodealliance/jco @bytecodealliance/componentize-js")
     world = ("--wit", wit(scratch, "0.2.3"), "--world-name", "server")
-    subprocess.run([jco, "componentize", HERE / "js" / "hello.js", *world, "-o", out], check=True)
+    run(jco, "componentize", HERE / "js" / "hello.js", *world, "-o", out)
 
 
 def build_python(scratch: Path, out: Path) -> None:
@@ -98,7 +59,7 @@ def build_python(scratch: Path, out: Path) -> None:
     compiler = tool("componentize-py", "pip install componentize-py")
     place = wit(scratch, "0.2.6")
     shutil.copy(HERE / "python" / "app.py", scratch)
-    subprocess.run([compiler, "-d", place, "-w", "server", "componentize", "app", "-o", out], cwd=scratch, check=True)
+    run(compiler, "-d", place, "-w", "server", "componentize", "app", "-o", out, cwd=scratch)
 
 
 BUILDERS: dict[str, Callable[[Path, Path], None]] = {"rust": build_rust, "js": build_js, "python": build_python}

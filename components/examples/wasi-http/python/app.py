@@ -1,4 +1,4 @@
-"""Greets, and gives back what is posted to /echo. The modules imported are what componentize-py makes of the WIT."""  # noqa: INP001 - a guest, no package
+"""Greets, and gives back what is posted to /echo. The modules imported are what componentize-py makes of the WIT."""
 
 from collections.abc import Iterable, Iterator
 

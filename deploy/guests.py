@@ -1,0 +1,101 @@
+"""The toolchains of components in Rust, Go, JavaScript and Python: `python -m deploy.guests COMMAND...`.
+
+Runs a command with all of them on PATH, made first where they are not in the cache yet: wasm-tools and Rust's standard
+library come with the root of `deploy.toolchain`, JavaScript's from npm, Python's from PyPI, in the versions named here.
+Go is the machine's own. Nothing of it is needed for boards, or to push what somebody else built.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from deploy import debian, toolchain
+
+NPM_PACKAGES = ("@bytecodealliance/jco@1.34.0", "componentize-qjs@0.4.5")
+PYPI_PACKAGES = ("componentize-py==0.25.1",)
+# jco carries the adapter that makes components of preview 1 modules; Go's need it
+PREVIEW1_ADAPTER = "node_modules/@bytecodealliance/jco/lib/wasi_snapshot_preview1.reactor.wasm"
+
+
+def javascript() -> Path:
+    """Where npm put jco and componentize-qjs; made on first use.
+
+    Raises:
+        debian.BuildError: if npm is missing or fails.
+    """
+    debian.need("npm")
+    place = debian.cache_dir() / f"npm-{debian.key(*NPM_PACKAGES)}"
+    install = ["npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", str(place)]
+    _once(place, [[*install, *NPM_PACKAGES]])
+    return place
+
+
+def python() -> Path:
+    """A virtual environment with componentize-py; made on first use.
+
+    Raises:
+        debian.BuildError: if pip fails.
+    """
+    place = debian.cache_dir() / f"componentize-py-{debian.key(*PYPI_PACKAGES, sys.version)}"
+    install = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", *PYPI_PACKAGES]
+    _once(place, [[sys.executable, "-m", "venv", "--clear", str(place)], install])
+    return place
+
+
+def commands() -> Path:
+    """A directory for PATH with wasm-tools and componentize-py alone, not the Python that came with it.
+
+    wasm-tools is the toolchain root's, started with the libraries that it was built for.
+    """
+    root = toolchain.toolchain()
+    place = debian.cache_dir() / "guests-bin"
+    place.mkdir(exist_ok=True)
+    start = f"{root}/usr/lib64/ld-linux-x86-64.so.2 --library-path {root}/usr/lib/x86_64-linux-gnu"
+    for name, program in {
+        "wasm-tools": f"{start} {root}/usr/bin/wasm-tools",
+        "componentize-py": str(python() / "bin" / "componentize-py"),
+    }.items():
+        script = place / name
+        script.write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+        script.chmod(0o755)
+    return place
+
+
+def environment() -> Mapping[str, str]:
+    """This process's variables with every toolchain on PATH.
+
+    Raises:
+        debian.BuildError: if one of them cannot be made.
+    """
+    node = javascript()
+    path = [str(commands()), str(node / "node_modules" / ".bin"), os.environ.get("PATH", "")]
+    return {**os.environ, "PATH": os.pathsep.join(path), "WASI_PREVIEW1_ADAPTER": str(node / PREVIEW1_ADAPTER)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    command = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return subprocess.run(command, env=environment(), check=False).returncode
+    except debian.BuildError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+def _once(place: Path, commands: Sequence[Sequence[str]]) -> None:
+    """Let commands fill a directory unless they did so before; a half-filled one is made again."""
+    done = place / ".complete"
+    if done.exists():
+        return
+    debian.say(f"making {place}")
+    place.mkdir(exist_ok=True)
+    for command in commands:
+        if subprocess.run(command, check=False, stdout=sys.stderr).returncode != 0:
+            raise debian.BuildError(f"{command[0]} could not make {place}: see its messages above")
+    done.touch()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
