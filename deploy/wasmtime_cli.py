@@ -5,7 +5,8 @@ version whose library the boards run; upstream publishes it as a crate. It is bu
 file, with what serving a component takes (the pooling allocator and the optimising compiler among it) and optimised
 like a release, by the compiler of the toolchain root.
 
-`$WASMFLEET_WASMTIME` names a finished one elsewhere; otherwise it lies in the cache, else on PATH.
+`$WASMFLEET_WASMTIME` names a finished one elsewhere; otherwise it lies in the cache, else on PATH. Cargo's own
+`CARGO_PROFILE_RELEASE_*` variables are heeded: a command built with less optimisation compares answers, not speed.
 """
 
 import os
@@ -60,6 +61,7 @@ def build() -> Path:
             "CARGO_TARGET_DIR": "/work",
             "CARGO_BUILD_JOBS": os.environ.get("JOBS", "2"),
             "CARGO_HTTP_CAINFO": "/etc/ssl/certs/ca-certificates.crt",
+            **{name: value for name, value in os.environ.items() if name.startswith("CARGO_PROFILE_")},
         },
     )
     return place()

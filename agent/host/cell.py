@@ -28,9 +28,9 @@ from fleet.protocol.caps import MIB
 LAYERS: Final = ("limits", "user", "network", "mount", "privileges", "landlock", "seccomp")
 BASELINE: Final = tuple(layer for layer in LAYERS if layer != "landlock")  # what needs no recent kernel
 DATA: Final = "/data"
+_WORDS_BYTES: Final = 64 * 1024
 _SLACK_BYTES: Final = 48 * MIB
 _VALUE_BYTES: Final = 100  # what one byte of a body costs while it crosses: a value of 32 bytes, and its copies
-_SPARE_BYTES: Final = 64 * 1024  # for what is left of an answer that was too large
 _THREADS_A_LANE: Final = 16
 _FILES_MAX: Final = 1024
 _SHARED_LANES: Final = 256  # of one publisher on one board
@@ -93,27 +93,23 @@ def lane_plan(
     body_bytes: int,
     storage_bytes: int,
     data: str,
-    answer_bytes: int = 0,
     lanes: int = 1,
 ) -> Plan:
     """The cell of a lane whose guest has `memory_bytes`, and whose calls carry at most `body_bytes` both ways.
 
-    `lanes` of them may run at once. One whose guest writes its answers to a file in memory says how large one may be:
-    `answer_bytes`.
+    `lanes` of them may run at once.
     """
     return Plan(
         uid=uid,
         data_bytes=lane_bytes(memory_bytes=memory_bytes, body_bytes=body_bytes),
-        file_bytes=max(storage_bytes if data else 0, answer_bytes and answer_bytes + _SPARE_BYTES),
+        file_bytes=storage_bytes if data else 0,
         data=data,
         filter=lambda: seccomp.lane(files=bool(data)),
         threads=2 * lanes * _THREADS_A_LANE,  # two generations at a swap
     )
 
 
-def shared_plan(
-    *, uid: int | None, seats: int, clients: int, memory_bytes: int, body_bytes: int, answer_bytes: int
-) -> Plan:
+def shared_plan(*, uid: int | None, seats: int, clients: int, memory_bytes: int, body_bytes: int) -> Plan:
     """The cell of a lane that `seats` instances share, each of at most `memory_bytes` and `clients`; none has files.
 
     They are called one at a time, so bodies count once.
@@ -121,7 +117,6 @@ def shared_plan(
     return Plan(
         uid=uid,
         data_bytes=lane_bytes(memory_bytes=seats * memory_bytes, body_bytes=body_bytes),
-        file_bytes=answer_bytes and answer_bytes + _SPARE_BYTES,
         filter=lambda: seccomp.lane(files=False),
         threads=_THREADS_A_LANE * _SHARED_LANES,
         descriptors=_FILES_MAX + seats * (clients + _FILES_A_SEAT),
@@ -153,8 +148,11 @@ def egress_plan(directory: str) -> Plan:
 
 
 def compiler_plan() -> Plan:
-    """The cell of the compiler: its own limits are set already, and three descriptors are all it has."""
-    return Plan(uid=None, filter=seccomp.compiler)
+    """The cell of the compiler: its own limits are set already, and three descriptors are all it has.
+
+    Whoever starts it may have put a file behind standard error, and is to read there why a component was refused.
+    """
+    return Plan(uid=None, file_bytes=_WORDS_BYTES, filter=seccomp.compiler)
 
 
 def die_with_parent(parent: int) -> None:

@@ -53,7 +53,6 @@ class Commons:
                     clients=_CLIENTS_A_SEAT,
                     memory_bytes=order.limits.memory_bytes,
                     body_bytes=order.limits.request_bytes + min(order.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),
-                    answer_bytes=order.limits.response_bytes if adapted else 0,
                 )
             )
         except EngineError as error:

@@ -1,10 +1,11 @@
 """The compiler: a fresh program that reads a component on stdin and writes the image for this board on stdout.
 
-    python -m agent.host.compiler [--fuel] < component.wasm > image.cwasm
+    python -m agent.host.compiler [--fuel] < component.wasm | cat > image.cwasm
     python -m agent.host.compiler --describe [--fuel]      what an image is compiled for, as JSON
 
 It is niced and lives under limits on address space and CPU time, so that a component which eats memory or drives the
-compiler mad ends as a refusal while the old version keeps serving. Exit status: 0 done; 2 not a component; 3 the
+compiler mad ends as a refusal while the old version keeps serving. It may not write to files: the image goes out by a
+pipe. Exit status: 0 done; 2 not a component; 3 the
 compiler refused or failed; 4 a limit was hit; 5 no engine for this board. On failure, one JSON line on stderr:
 `{"code": ..., "message": ...}`. A panic (SIGABRT), a SIGKILL or SIGXCPU is for the caller to name, see `failure`.
 """
@@ -14,6 +15,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import sys
 from typing import Final, NoReturn
 
@@ -81,6 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.describe:
         sys.stdout.write(json.dumps(engine.describe(fuel=options.fuel)) + "\n")
         return 0
+    if stat.S_ISREG(os.fstat(1).st_mode):
+        _fail(
+            RejectCode.COMPILE_FAILED, "standard output is a file, which the compiler may not write: use a pipe, | cat"
+        )
     plan = space.memory_plan(space.reservable_bytes())
     _limit()
     try:

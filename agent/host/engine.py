@@ -28,7 +28,7 @@ from agent.host.heads import Nowhere, Requests, utf8
 from agent.host.space import FULL, NONE, MemoryPlan, memory_plan, reservable_bytes
 from fleet.protocol import adapter, compose
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.component import NotAComponentError, bare, read
+from fleet.protocol.component import Fault, NotAComponentError, bare, read
 from fleet.protocol.manifest import Grants, Limits
 
 TICK_MS: Final = 10
@@ -217,7 +217,9 @@ def _adapted(artifact: bytes | str) -> bytes | str:
         return artifact
     try:
         return compose.compose(_ADAPTER, artifact) if compose.needs_adapter(read(artifact)) else artifact
-    except NotAComponentError:
+    except NotAComponentError as error:
+        if error.fault is Fault.WASI_0_3:  # the engine would compile it, and could not link it
+            raise EngineError(RejectCode.NOT_A_COMPONENT, str(error)) from error
         return artifact  # the engine says better what is wrong with it
     except compose.ComposeError as error:
         raise EngineError(RejectCode.COMPILE_FAILED, str(error)) from error

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Final
 
+from agent.host.heads import HOPS
 from agent.host.reader import Head, tokens
 from agent.host.routes import Route
 
 _HOP: Final = frozenset(
     b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade content-length expect"
     b" x-forwarded-prefix".split()
-)
+) | {HOPS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,6 @@ class Lane:
                     memory_bytes=setup.limits.memory_bytes,
                     body_bytes=setup.limits.request_bytes + min(setup.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),
                     storage_bytes=setup.limits.storage_bytes,
-                    answer_bytes=setup.limits.response_bytes if image.adapted else 0,
                     data=setup.data,
                     lanes=setup.limits.concurrency,
                 )
@@ -94,8 +93,7 @@ class Lane:
         where = "" if not setup.data else cell.DATA if layers["mount"] else setup.data
         writes = None
         if setup.data:
-            most, room = setup.limits.daily_written_bytes, setup.limits.response_bytes if image.adapted else 0
-            writes = Writes(counter_fd, most=most, before=setup.written_bytes, room=room)
+            writes = Writes(counter_fd, most=setup.limits.daily_written_bytes, before=setup.written_bytes)
         return self.begin(
             setup,
             image,

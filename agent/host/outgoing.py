@@ -24,6 +24,7 @@ import msgspec
 
 from agent.host import control, egress, heads
 from agent.host.egress import RefusedError
+from agent.host.timed import Connection, Response
 from fleet.protocol import outbound
 from fleet.protocol.manifest import Grants, Limits
 
@@ -39,8 +40,6 @@ _OURS: Final = frozenset(
 _IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
 _told: Final[msgspec.json.Decoder[egress.Told]] = msgspec.json.Decoder(egress.Told)
 
-Connection = http.client.HTTPConnection
-
 
 def trust() -> ssl.SSLContext:
     """What is needed for TLS, with the system's certificates; to be made while files can be read."""
@@ -55,8 +54,8 @@ class _Request:
     body: bytearray = field(default_factory=bytearray)
     key: tuple[str, str, int] = ("", "", 0)
     connection: Connection | None = None
-    response: http.client.HTTPResponse | None = None
-    sock: socket.socket | None = None  # the connection lets go of it where the peer will close
+    response: Response | None = None
+    taken_bytes: int = 0  # of its answer's body
     between_s: float = 0.0
     again: Callable[[], Connection] | None = None  # sends it once more, where that is allowed
 
@@ -143,11 +142,14 @@ class Outgoing:
             return "."
         left = request.response.length
         try:
-            if request.sock is not None:
-                request.sock.settimeout(request.between_s)
             piece = request.response.read1(most) if most else b""
             if not piece and most and left:
                 raise http.client.IncompleteRead(b"", left)
+            request.taken_bytes += len(piece)
+            if request.taken_bytes > self._limits.response_bytes:
+                self._log(f"host: an answer from {request.key[1]} has more than {self._limits.response_bytes} bytes")
+                self.close(number)
+                return f"!{heads.ERRORS.index('HTTP-response-body-size')}"
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.close(number)
             return f"!{heads.ERRORS.index(_name(error, 'connection-read-timeout'))}"
@@ -247,10 +249,11 @@ class Outgoing:
             raise RefusedError(told.error, told.why)
         return socket.socket(fileno=fds[0])
 
-    def _head(self, request: _Request) -> http.client.HTTPResponse:
+    def _head(self, request: _Request) -> Response:
         assert request.connection is not None
-        request.sock = request.connection.sock
-        return request.connection.getresponse()
+        response = request.connection.getresponse()
+        response.wait(request.between_s)
+        return response
 
     # Reuse.
 

@@ -30,7 +30,7 @@ _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding", b"expect"}
 _NOT_TRAILERS: Final = frozenset(
     b"authorization cache-control connection content-encoding content-length content-range content-type cookie expect"
     b" host keep-alive max-forwards proxy-authenticate proxy-authorization range set-cookie te trailer"
-    b" transfer-encoding upgrade www-authenticate x-forwarded-prefix".split()
+    b" transfer-encoding upgrade www-authenticate x-forwarded-prefix x-wasmfleet-hops".split()
 )
 
 Fields = list[tuple[bytes, bytes]]

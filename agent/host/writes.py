@@ -25,9 +25,9 @@ def open_counter() -> int | None:
 class Writes:
     """The share of one lane, of which `before` bytes were written today already."""
 
-    def __init__(self, fd: int | None, *, most: int, before: int, room: int = 0) -> None:
-        """`room`: what a file may have still when the share is used up (answers are written to one in memory)."""
-        self._fd, self._most, self._room = fd, most, room
+    def __init__(self, fd: int | None, *, most: int, before: int) -> None:
+        """`fd`: from `open_counter`."""
+        self._fd, self._most = fd, most
         self._soft, self._hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         self._day = int(time.time() // _DAY_S)
         self._seen = 0
@@ -69,7 +69,7 @@ class Writes:
         if self.spent or self.today < self._most:
             return False
         self.spent = True
-        resource.setrlimit(resource.RLIMIT_FSIZE, (min(self._soft, self._room), self._hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, self._hard))
         return True
 
     def why(self) -> str:

@@ -32,8 +32,12 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
     if not effective:
         out.facts(_device_facts(detail))
         out.console().print()
+        reaching = any(instance.outgoing or instance.denials for instance in detail.row.instances)
         out.table(
-            ("INSTANCE", "RUNS", "STATE", "CALLS", "FAULTS", "P99", "MEMORY", "RESTARTS", "LANE"),
+            (
+                *("INSTANCE", "RUNS", "STATE", "CALLS", "FAULTS", "P99", "MEMORY", "RESTARTS", "LANE"),
+                *(("SENT", "DENIED") if reaching else ()),
+            ),
             [
                 (
                     instance.instance,
@@ -45,6 +49,7 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
                     out.size(instance.memory_bytes),
                     str(instance.restarts),
                     lane_of(instance, detail.row.instances),
+                    *((str(instance.outgoing), str(instance.denials)) if reaching else ()),
                 )
                 for instance in detail.row.instances
             ],

@@ -2,10 +2,12 @@
 
 import asyncio
 import fcntl
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
+from wasmtime import wat2wasm
 
 from agent import images
 from agent.images import SEALS, ImageError, Images
@@ -20,7 +22,7 @@ def artifact(tmp_path):
     data = DEMO.read_bytes()
     path = tmp_path / "v1.wasm"
     path.write_bytes(data)
-    return path, __import__("hashlib").sha256(data).hexdigest()
+    return path, hashlib.sha256(data).hexdigest()
 
 
 def board(tmp_path, key=b"k" * 32, **more):
@@ -68,7 +70,7 @@ def test_the_real_compiler_makes_an_image_for_this_board(tmp_path, artifact):
     [
         (b"", RejectCode.NOT_A_COMPONENT),
         (os.urandom(300), RejectCode.NOT_A_COMPONENT),
-        (b"\0asm\x01\0\0\0", RejectCode.NOT_A_COMPONENT),
+        (b"\0asm\x01\0\0\0", RejectCode.COMPILE_FAILED),
     ],
 )
 def test_what_the_real_compiler_refuses_has_a_code_and_a_sentence(tmp_path, data, code):
@@ -77,8 +79,30 @@ def test_what_the_real_compiler_refuses_has_a_code_and_a_sentence(tmp_path, data
     sha256 = __import__("hashlib").sha256(data).hexdigest()
     with pytest.raises(ImageError) as caught:
         asyncio.run(board(tmp_path).make(path, sha256=sha256, manifest_sha256=MANIFEST))
-    assert caught.value.code in {code, RejectCode.COMPILE_FAILED}
-    assert caught.value.message
+    assert caught.value.code is code
+    assert "ended with" not in caught.value.message, "it says why, in the compiler's own words"
+
+
+NEWER = """(component
+    (import "wasi:http/types@0.3.0" (instance $types (export "request" (type (sub resource)))))
+    (alias export $types "request" (type $request))
+    (core module $guest (func (export "handle") (param i32)))
+    (core instance $made (instantiate $guest))
+    (func $handle (param "request" (own $request)) (canon lift (core func $made "handle")))
+    (instance $handler (export "handle" (func $handle)))
+    (export "wasi:http/handler@0.3.0" (instance $handler)))"""
+
+
+def test_a_component_for_wasi_0_3_is_refused_with_what_to_build_instead(tmp_path):
+    """The engine would compile it, and nobody could start it."""
+    data = bytes(wat2wasm(NEWER))
+    path = tmp_path / "newer.wasm"
+    path.write_bytes(data)
+    with pytest.raises(ImageError) as caught:
+        asyncio.run(board(tmp_path).make(path, sha256=hashlib.sha256(data).hexdigest(), manifest_sha256=MANIFEST))
+    assert caught.value.code is RejectCode.NOT_A_COMPONENT
+    assert "wasi:http/types@0.3.0" in caught.value.message
+    assert "wasm32-wasip2" in caught.value.message
 
 
 def test_a_compiler_that_hangs_is_ended(tmp_path, artifact, monkeypatch):

@@ -3,12 +3,9 @@
 Ratios and counts, printed; run by `make bench`. The client is one Python process on the same cores.
 """
 
-import contextlib
 import re
 import select
-import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "agent" / "host"))
 
 import support
+from serve import serving
 from support import Grants, Limits
 
 from agent.host import ipc
@@ -87,17 +85,6 @@ def figures(port, request):
     return each, took[len(took) // 2], took[int(len(took) * 0.99)]
 
 
-@contextlib.contextmanager
-def wasmtime_serve(component):
-    command = ["wasmtime", "serve", "--addr", "127.0.0.1:0", component]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            said = next(line for line in process.stderr if "http://" in line)
-            yield int(said.rsplit(":", 1)[1].strip(" /\n"))
-        finally:
-            process.terminate()
-
-
 @pytest.mark.parametrize(("what", "request_bytes"), [("a small answer", SMALL), ("64 KiB there and back", LARGE)])
 def test_requests(host, what, request_bytes):
     native, adapted = support.free_port(), support.free_port()
@@ -116,10 +103,7 @@ def test_requests(host, what, request_bytes):
         again = figures(reused, request_bytes)
         row(f"{what}, wasi:http (requests_per_instance): the same", "{:.0f}, {:.2f}, {:.2f}".format(*again))
         row("the same as a share of the native rate", f"{again[0] / ours[0]:.2f}")
-    if shutil.which("wasmtime") is None:
-        row("wasmtime serve", "not on PATH: cargo install wasmtime-cli --version 50.0.1")
-        return
-    with wasmtime_serve(support.ADAPTER / "probe.wasm") as port:
+    with serving(support.ADAPTER / "probe.wasm") as port:
         serve = figures(port, request_bytes)
     row(f"{what}, wasmtime serve (all cores): the same", "{:.0f}, {:.2f}, {:.2f}".format(*serve))
     row(f"{what}, one lane as a share of wasmtime serve's rate", f"{theirs[0] / serve[0]:.2f}")

@@ -3,6 +3,7 @@
 The answer's body comes out on the process's standard output, so each call here catches that for its duration.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -286,6 +287,16 @@ def test_the_compiler_composes_inside_its_cell(data, status):
     done = subprocess.run([sys.executable, "-m", "agent.host.compiler"], input=data, capture_output=True, check=False)
     assert done.returncode == status, done.stderr
     assert bool(done.stdout) is (status == 0)
+
+
+def test_the_compiler_writes_to_no_file_and_says_so(tmp_path):
+    """In its cell no file can grow, the one behind its output included."""
+    with (tmp_path / "image.cwasm").open("wb") as file:
+        line = [sys.executable, "-m", "agent.host.compiler"]
+        done = subprocess.run(line, input=PROBE, stdout=file, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 3
+    assert json.loads(done.stderr)["message"].startswith("standard output is a file")
+    assert (tmp_path / "image.cwasm").read_bytes() == b""
 
 
 def test_an_image_is_made_anew_for_another_adapter():

@@ -30,6 +30,7 @@ class Peer:
         self._behave = behave
         self.connections = 0
         self.received = b""
+        self.paused = threading.Event()  # never set: to wait for
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self._open = []

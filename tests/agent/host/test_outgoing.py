@@ -4,6 +4,7 @@ The egress runs here in a thread, with its own code; its resolver is the one sea
 sockets on loopback, which a grant has to name.
 """
 
+import itertools
 import os
 import socket
 import ssl
@@ -243,6 +244,7 @@ def test_a_redirect_is_the_guests_to_follow_and_is_judged_like_any_request(board
     assert ask(guest, f"/get?127.0.0.1:{inner.port}/") == code("HTTP-request-denied")
 
 
+SMALL = Limits(response_bytes=100_000, requests_per_instance=100)
 FAST = Limits(idle_ms=400, requests_per_instance=100)
 
 
@@ -275,6 +277,53 @@ def test_a_body_that_breaks_off_is_an_error_of_the_stream(board, peer, behave, e
     guest = board.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
     said = ask(guest, f"/get?127.0.0.1:{there.port}/")
     assert b"half\nbroken %d" % heads.ERRORS.index(error) in said
+
+
+def drips(head, pieces):
+    """Says the head, then the pieces for as long as somebody listens, one after the other: never silent for long."""
+
+    def behave(peer, connection):
+        peer.request(connection)
+        connection.sendall(head)
+        for piece in pieces:
+            connection.sendall(piece)
+            peer.paused.wait(0.05)
+
+    return behave
+
+
+def test_a_head_that_drips_in_has_one_time_for_all_of_it(board, peer):
+    """Each byte comes soon after the other, so no wait for one of them is too long."""
+    there = peer(drips(b"HTTP/1.1 200 OK\r\nx: ", itertools.repeat(b"y")))
+    guest = board.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
+    assert ask(guest, f"/get?127.0.0.1:{there.port}/") == code("connection-read-timeout")
+
+
+def test_a_body_that_drips_in_is_taken_as_it_comes(board, peer):
+    """It lasts longer than a piece of it may: only the call as a whole has a limit then."""
+    text = b"a body of twenty byte"[:20]
+    there = peer(drips(b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n", [bytes([each]) for each in text]))
+    guest = board.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
+    assert ask(guest, f"/get?127.0.0.1:{there.port}/").endswith(b"\n\n" + text)
+
+
+@pytest.mark.parametrize("framing", [b"", b"transfer-encoding: chunked\r\n", b"content-length: 999999999999\r\n"])
+def test_a_body_without_an_end_is_taken_up_to_the_limit(board, peer, framing):
+    piece = b"x" * 8192
+    pieces = itertools.repeat(b"2000\r\n%b\r\n" % piece if b"chunked" in framing else piece)
+
+    def behave(peer, connection):
+        peer.request(connection)
+        connection.sendall(b"HTTP/1.1 200 OK\r\n%b\r\n" % framing)
+        for each in pieces:  # until nobody takes it any more
+            connection.sendall(each)
+
+    there = peer(behave)
+    guest = board.guest(f"http://127.0.0.1:{there.port}", limits=SMALL)
+    said = ask(guest, f"/get?127.0.0.1:{there.port}/")
+    assert said.endswith(b"x\nbroken %d" % heads.ERRORS.index("HTTP-response-body-size"))
+    assert said.count(b"x") <= SMALL.response_bytes
+    assert "has more than 100000 bytes" in board.lines[-1]
 
 
 def test_nobody_there_is_connection_refused(board):

@@ -107,6 +107,18 @@ def test_what_comes_again_is_not_read_again_and_means_the_same(tmp_path, monkeyp
     story(tmp_path, tell)
 
 
+def test_a_client_from_outside_does_not_say_how_many_neighbours_it_came_through(tmp_path):
+    """Else it could make a component's own requests to its neighbours fail."""
+
+    async def tell(instance, _routes, _pool, ask):
+        for _ in range(2):  # read, and known
+            assert (await ask(GET[:-2] + b"X-Wasmfleet-Hops: 4\r\nx-mine: 1\r\n\r\n"))[0] == b"200"
+        assert [b"x-mine: 1\r\n" in head for head in instance.heads] == [True, True]
+        assert not [head for head in instance.heads if b"hops" in head.lower()]
+
+    story(tmp_path, tell)
+
+
 def test_what_is_known_is_forgotten_when_an_instance_goes(tmp_path):
     async def tell(_instance, routes, pool, ask):
         assert (await ask(GET))[0] == b"200"

@@ -1,17 +1,17 @@
 """Servers for wasi:http built by their own toolchains answer on a board as they do under `wasmtime serve`.
 
-A language whose tools are not here is skipped by name, and so is the comparison where `wasmtime` is not on PATH.
+A language whose tools are not here is skipped by name, and so is the comparison where there is no `wasmtime`:
+`make test-guests` brings the tools, and `make wasmtime-serve` builds the command.
 """
 
 import contextlib
 import os
-import shutil
-import signal
 import subprocess
 import sys
 
 import pytest
 import support
+from serve import serving
 from support import Grants, Limits
 
 from agent.host import ipc
@@ -62,19 +62,6 @@ def port(host, image):
     return port
 
 
-@contextlib.contextmanager
-def wasmtime_serve(component):
-    """The same component under `wasmtime serve`; yields its port."""
-    with subprocess.Popen(
-        ["wasmtime", "serve", "-S", "cli", "--addr", "127.0.0.1:0", component], stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            said = next(line for line in process.stderr if "http://" in line)
-            yield int(said.rsplit(":", 1)[1].strip(" /\n"))
-        finally:
-            process.send_signal(signal.SIGTERM)
-
-
 @pytest.mark.timeout(600)
 def test_it_answers_as_it_was_written(server, port):
     greeting = support.http(port, REQUESTS["a greeting"])
@@ -86,9 +73,8 @@ def test_it_answers_as_it_was_written(server, port):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(shutil.which("wasmtime") is None, reason="wasmtime is not on PATH: cargo install wasmtime-cli")
 def test_the_same_file_answers_the_same_way_under_wasmtime_serve(server, port):
-    with wasmtime_serve(server[1]) as theirs:
+    with serving(server[1], "-S", "cli") as theirs:
         for what, request in REQUESTS.items():
             here, there = support.http(port, request), served(theirs, request)
             assert (here[0], here[1].get("content-type"), here[2]) == there, what

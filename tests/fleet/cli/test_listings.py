@@ -176,6 +176,16 @@ def test_one_device_in_full(fleet, fleet_of_two, desk):
         assert line in words(text)
 
 
+def test_requests_that_instances_sent_and_were_denied_are_shown_where_there_are_any(fleet, fleet_of_two, desk):
+    assert "DENIED" not in fleet("device", ROW.id).stdout
+    reaching = msgspec.structs.replace(HELLO, instance="meter", outgoing=512, denials=3)
+    desk.routes["GET", f"/v1/devices/{ROW.id}"] = msgspec.structs.replace(
+        DETAIL, row=msgspec.structs.replace(ROW, instances=(HELLO, reaching))
+    )
+    header, hello, meter = words(fleet("device", ROW.id).stdout.partition("INSTANCE")[2])[:3]
+    assert (header[-2:], hello[-2:], meter[-2:]) == (["SENT", "DENIED"], ["0", "0"], ["512", "3"])
+
+
 def test_why_says_what_to_do(fleet, desk):
     entries = (
         api.TimelineEntry(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from wasmtime import wat2wasm
 
 from fleet.protocol.api import BoardView, Outcome, RolloutState, RolloutView, WaveView
 from signing import keys, repository
@@ -59,8 +60,9 @@ def component(directory: Path, name: str = "hello.wasm", source: str = "v1.wasm"
         ((DEMO / "v1.wasm").read_bytes()[:5], "copy it again"),
         (b"\x7fELF\2\1\1", "native program"),
         (b"(component)", "wasm-tools parse"),
+        (bytes(wat2wasm('(component (import "wasi:http/types@0.3.0" (instance)))')), "built for WASI 0.3"),
     ],
-    ids=["empty", "random", "core module", "truncated", "stub", "native", "text"],
+    ids=["empty", "random", "core module", "truncated", "stub", "native", "text", "WASI 0.3"],
 )
 def test_a_file_that_is_no_component_is_refused_by_name(data, words, tmp_path, fleet, desk):
     file = tmp_path / "bad.wasm"

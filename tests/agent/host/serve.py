@@ -1,0 +1,31 @@
+"""`wasmtime serve` for the comparisons: the one that `make wasmtime-serve` builds, or another that is named or here."""
+
+import contextlib
+import functools
+import subprocess
+
+import pytest
+
+from deploy import wasmtime_cli
+
+
+@functools.cache
+def command():
+    """Where it is; skips the test that asks where there is none."""
+    found = wasmtime_cli.finished()
+    if found is None:
+        pytest.skip("there is no wasmtime that serves components: make wasmtime-serve, or set WASMFLEET_WASMTIME")
+    return found
+
+
+@contextlib.contextmanager
+def serving(component, *options):
+    """This component under `wasmtime serve`; yields its port."""
+    line = [command(), "serve", *options, "--addr", "127.0.0.1:0", component]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = next((said for said in process.stderr if "http://" in said), "")
+            assert said, "wasmtime serve ended before it listened"
+            yield int(said.rsplit(":", 1)[1].strip(" /\n"))
+        finally:
+            process.terminate()
