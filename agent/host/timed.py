@@ -20,7 +20,7 @@ class _Timed(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 - whatever can be written to
+    def readinto(self, buffer: Any) -> int | None:
         left_s = self._until_s - time.monotonic() if self.each_s is None else self.each_s
         if left_s <= 0:
             raise TimeoutError("the head takes too long")

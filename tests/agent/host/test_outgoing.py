@@ -245,7 +245,7 @@ def test_a_redirect_is_the_guests_to_follow_and_is_judged_like_any_request(board
 
 
 SMALL = Limits(response_bytes=100_000, requests_per_instance=100)
-FAST = Limits(idle_ms=400, requests_per_instance=100)
+FAST = Limits(idle_ms=1500, requests_per_instance=100)
 
 
 @pytest.mark.parametrize(
@@ -301,8 +301,8 @@ def test_a_head_that_drips_in_has_one_time_for_all_of_it(board, peer):
 
 def test_a_body_that_drips_in_is_taken_as_it_comes(board, peer):
     """It lasts longer than a piece of it may: only the call as a whole has a limit then."""
-    text = b"a body of twenty byte"[:20]
-    there = peer(drips(b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n", [bytes([each]) for each in text]))
+    text = b"in thirty pieces, with pauses."
+    there = peer(drips(b"HTTP/1.1 200 OK\r\ncontent-length: 30\r\n\r\n", [bytes([each]) for each in text]))
     guest = board.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
     assert ask(guest, f"/get?127.0.0.1:{there.port}/").endswith(b"\n\n" + text)
 
