@@ -36,9 +36,17 @@ class Boxes:
         self._db = db
 
     def next_version(self, instance: str, name: str) -> int:
-        """The version after the newest that there ever was, also of one that was removed."""
-        sql = "SELECT version FROM secret_versions WHERE instance = ? AND name = ?"
+        """The version after the newest that there ever was, also of one that was removed; above `count_on_from`."""
+        sql = "SELECT max(version) FROM secret_versions WHERE (instance, name) IN (VALUES (?, ?), ('', ''))"
         return int(self._db.value(sql, instance, name) or 0) + 1
+
+    def count_on_from(self, version: int) -> None:
+        """No secret's next version is at or below this: boards may remember some that this database never knew."""
+        self._db.run(
+            "INSERT INTO secret_versions (instance, name, version) VALUES ('', '', ?) "
+            "ON CONFLICT DO UPDATE SET version = max(version, excluded.version)",
+            version,
+        )
 
     def put(self, *, instance: str, name: str, version: int, boxes: Iterable[SealedBox], by: str, now: float) -> None:
         """Keep a version's boxes."""

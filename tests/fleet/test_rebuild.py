@@ -222,6 +222,34 @@ def test_without_a_backup_the_metadata_of_this_machine_and_its_memory_are_enough
     place.look(place.files())
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_secrets_are_counted_on_above_what_boards_may_remember(place, tmp_path, kept):
+    """What the thief, or the honest server after the backup, has given them is more than this database knows."""
+
+    def rotate(store):
+        version = store.boxes.next_version("hello", "key")
+        store.boxes.put(instance="hello", name="key", version=version, boxes=(), by="admin", now=NOW.timestamp())
+        return version
+
+    with_store(place, lambda store: [rotate(store), rotate(store)])
+    backup.create(place.path, tmp_path / "b.tar")
+    with_store(place, lambda store: [rotate(store) for _ in range(100)])
+    place.look(place.files())
+    cache(place)
+    config = Config.load(place.home.config)
+    place.home.server.rename(tmp_path / "loot")
+    place.rebuilt(**({"kept": tmp_path / "b.tar"} if kept else {"config": config}))
+
+    def look(store):
+        first = rotate(store)
+        assert first > 102
+        assert rotate(store) == first + 1
+        assert store.boxes.next_version("another", "key") > 102
+        assert store.boxes.next_version("hello", "other") > 102
+
+    with_store(place, look)
+
+
 def test_a_metadata_heap_is_believed_as_far_as_people_signed_it(place, tmp_path):
     files = place.files()
     thief = keys.generate(tmp_path / "thief.pem")
