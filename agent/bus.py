@@ -79,6 +79,7 @@ class Bus:
         self._on_disconnected = on_disconnected
         self._on_message = on_message
         self._client: mqtt.Client | None = None
+        self._again = asyncio.Event()
 
     @property
     def connected(self) -> bool:
@@ -92,6 +93,10 @@ class Bus:
         info = self._client.publish(str(Topic(self._device, channel)), payload, qos=QOS, retain=retain)
         return info.rc == mqtt.MQTT_ERR_SUCCESS
 
+    def retry(self) -> None:
+        """Try again now where there is no connection: what it was refused for may have passed."""
+        self._again.set()
+
     async def run(self) -> None:
         """Connect, stay, and connect again; until cancelled, and then say goodbye."""
         loop = asyncio.get_running_loop()
@@ -100,6 +105,7 @@ class Bus:
             address = self._addresses[turn % len(self._addresses)]
             connection = _Connection(self, address, loop)
             began = loop.time()
+            self._again.clear()
             try:
                 reason = await connection.live()
             finally:
@@ -107,13 +113,18 @@ class Bus:
                 connection.close()
             if connection.established:
                 self._on_disconnected(reason)
+                self._again.clear()
             else:
                 log.info("no broker at %s: %s", address.netloc, reason)
                 turn += 1
             if connection.established and loop.time() - began > STABLE_S:
                 delay = RETRY_FIRST_S
-            await asyncio.sleep(random.uniform(0.05, 1) * delay)  # noqa: S311 - jitter, not a secret
-            delay = min(RETRY_MAX_S, delay * 2)
+            try:
+                async with asyncio.timeout(random.uniform(0.05, 1) * delay):  # noqa: S311 - jitter, not a secret
+                    await self._again.wait()
+                delay = RETRY_FIRST_S
+            except TimeoutError:
+                delay = min(RETRY_MAX_S, delay * 2)
 
 
 class _Connection:

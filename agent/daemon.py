@@ -205,7 +205,7 @@ class Daemon:
                 self._identity,
                 self._trust.now,
                 outdated=self._outdated,
-                renewed=self._desired.refresh,
+                renewed=self._renewed,
             )
         )
         self._spawn(upkeep.watchdog(self._worker, self._status_line))
@@ -331,6 +331,11 @@ class Daemon:
     def _on_disconnected(self, reason: str) -> None:
         log.info("the connection to the broker ended: %s", reason)
         self._desired.refresh_later(random.uniform(1, 10))  # noqa: S311 - jitter, not a secret
+
+    def _renewed(self) -> None:
+        """Whoever refused the certificate of before, the server or the broker, is asked again at once."""
+        self._desired.refresh()
+        self._bus.retry()
 
     def _state(self, *, online: bool) -> State:
         versions = self._vitals.versions()

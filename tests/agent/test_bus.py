@@ -197,6 +197,26 @@ def test_a_broker_that_refuses_is_no_connection(caplog):
     asyncio.run(story())
 
 
+def test_a_board_that_was_refused_comes_at_once_when_it_has_another_certificate(monkeypatch):
+    """Not minutes later, when its patience with a broker that refuses it has grown."""
+    monkeypatch.setattr(bus_module, "RETRY_FIRST_S", 100_000.0)
+    monkeypatch.setattr(bus_module, "RETRY_MAX_S", 100_000.0)
+
+    async def story():
+        broker = Broker()
+        broker.accept = 5  # not authorised
+        await broker.start()
+        board = Board(f"mqtt://127.0.0.1:{broker.port}")
+        await broker.until(lambda: broker.connects)
+        broker.accept = 0
+        board.bus.retry()
+        await board.until(lambda: "connected" in board.told)
+        await board.stop()
+        await broker.stop()
+
+    asyncio.run(story())
+
+
 def test_addresses_are_tried_in_turn(free_port):
     async def story():
         broker = Broker()
