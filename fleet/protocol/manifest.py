@@ -169,13 +169,28 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     secrets: dict[str, SecretKey] = {}
 
     def plain(self) -> dict[str, Any]:
-        """As JSON types, for signing: without secrets it reads as before there were any, to older boards too."""
+        """As JSON types, for signing: who does not use what is in `LATER` reads and hashes as before it was there."""
         value: dict[str, Any] = msgspec.to_builtins(self)
-        return value if self.secrets else {key: each for key, each in value.items() if key != "secrets"}
+        for path in LATER:
+            within, _, name = path.rpartition(".")
+            struct, place = (getattr(self, within), value[within]) if within else (self, value)
+            if getattr(struct, name) == _default(struct, name):
+                del place[name]
+        return value
 
     def digest(self) -> str:
         """The manifest's sha256 over its canonical JSON, in hex."""
         return wire.digest(self.plain())
+
+
+LATER: Final = ("secrets",)
+"""Fields that came after the first form, as `secrets` or `limits.name`: left out at their default, so that a new one
+changes no manifest's digest and boards of before go on reading what does not use it. Their defaults never change."""
+
+
+def _default(struct: msgspec.Struct, name: str) -> object:
+    field = next(each for each in msgspec.structs.fields(struct) if each.name == name)
+    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
 
 
 class BadManifestError(ValueError):

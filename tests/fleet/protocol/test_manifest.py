@@ -1,0 +1,87 @@
+"""A manifest's form is signed and hashed: what is added to it must not change what was signed before."""
+
+import msgspec
+import pytest
+
+from fleet.protocol import manifest
+from fleet.protocol.manifest import BadManifestError, Grants, Limits, Manifest, SecretKey
+
+HELLO = Manifest(name="hello", version="1.0.0", trigger=manifest.Http())
+EVERYTHING = Manifest(
+    name="hello",
+    version="1.0.0",
+    trigger=manifest.Schedule(every_ms=1000),
+    grants=Grants(interfaces=("wasi:clocks",), outbound=("https://api.example.com:443",)),
+    config={"greeting": manifest.ConfigKey(default="hello")},
+    secrets={"key": SecretKey()},
+    arch=("aarch64",),
+)
+
+
+@pytest.mark.parametrize(
+    ("made", "digest"),
+    [
+        (HELLO, "fdb5d77880eb78725a7082968a0d284557bd55d37856414f24754c57ada18d80"),
+        (EVERYTHING, "8601888a2566735e3f8188cbf470d4e0d91dc95847221ae5fa72d5ea531c2e41"),
+    ],
+)
+def test_the_digest_of_a_manifest_is_for_good(made: Manifest, digest: str):
+    """Fails for a new field that is not in `LATER`, and for a default that was changed: boards would refuse both."""
+    assert made.digest() == digest
+
+
+@pytest.mark.parametrize(
+    ("later", "used"),
+    [
+        ("limits.fuel", {"limits": Limits(fuel=7)}),
+        ("grants.instances", {"grants": Grants(instances=("sibling",))}),
+        ("arch", {"arch": ("aarch64",)}),
+        ("secrets", {"secrets": {"key": SecretKey()}}),
+    ],
+)
+def test_a_later_field_is_left_out_where_it_is_not_used(monkeypatch, later, used):
+    within, _, name = later.rpartition(".")
+    monkeypatch.setattr(manifest, "LATER", (later,))
+
+    def place(made: Manifest):
+        plain = made.plain()
+        return plain[within] if within else plain
+
+    assert name not in place(HELLO)
+    assert manifest.convert(HELLO.plain()) == HELLO
+    using = msgspec.structs.replace(HELLO, **used)
+    assert name in place(using)
+    assert manifest.convert(using.plain()) == using
+    assert using.digest() != HELLO.digest()
+
+
+def test_a_board_of_before_reads_what_does_not_use_a_later_field_and_refuses_what_does():
+    """The form of before: the same without `secrets`."""
+    before = msgspec.defstruct(
+        "Manifest",
+        [
+            (each.name, each.type, field_default(each))
+            for each in msgspec.structs.fields(Manifest)
+            if each.name not in manifest.LATER
+        ],
+        frozen=True,
+        forbid_unknown_fields=True,
+        kw_only=True,
+    )
+    assert msgspec.convert(HELLO.plain(), before).name == "hello"
+    with pytest.raises(msgspec.ValidationError, match="unknown field `secrets`"):
+        msgspec.convert(EVERYTHING.plain(), before)
+
+
+def field_default(field: msgspec.structs.FieldInfo) -> object:
+    if field.default_factory is not msgspec.NODEFAULT:
+        return msgspec.field(default_factory=field.default_factory)
+    return msgspec.field(default=field.default)
+
+
+def test_a_later_field_written_out_at_its_default_hashes_the_same():
+    wordy = manifest.convert(HELLO.plain() | {"secrets": {}})
+    assert wordy == HELLO
+    assert wordy.digest() == HELLO.digest()
+    with pytest.raises(BadManifestError, match="unknown field"):
+        manifest.convert(HELLO.plain() | {"of_tomorrow": 1})
