@@ -106,8 +106,8 @@ class Ceremony:
         else:
             out.say(self.options, f"Published: {roles}. Boards follow by themselves.")
 
-    def say_missing(self, path: Path, lacking: Sequence[Wanted]) -> None:
-        """Say who must still sign, and how."""
+    def say_missing(self, path: Path, lacking: Sequence[Wanted], *, offline: bool = False) -> None:
+        """Say who must still sign, and how; `offline`, for a server that is made anew."""
         if self.options.json:
             rows = [{"role": w.role, "whose": w.whose, "count": w.count, "keys": list(w.keyids)} for w in lacking]
             out.show_json({"published": False, "file": str(path), "missing": rows})
@@ -115,10 +115,14 @@ class Ceremony:
         for wanted in lacking:
             able = ", ".join(self.ring.called(keyid) for keyid in wanted.keyids) or "nobody"
             click.echo(f"{wanted.role} lacks {wanted.count} of the keys of {wanted.whose}: {able}")
+        approve = f"fleet sign approve {'--offline ' if offline else ''}{path.name}"
+        finish = f"fleet server rebuild --event {path.name}" if offline else f"fleet sign publish {path.name}"
         if lacking:
-            click.echo(f"Mail {path} to them: 'fleet sign approve {path.name}', then 'fleet sign publish {path.name}'.")
+            click.echo(f"Mail {path} to them: '{approve}', then '{finish}'.")
+        elif offline:
+            click.echo(f"{path} is signed by enough: mail it to whoever makes the server anew, for '{finish}'.")
         else:
-            click.echo(f"{path} is signed by enough: 'fleet sign publish {path.name}' publishes it.")
+            click.echo(f"{path} is signed by enough: '{finish}' publishes it.")
 
     def _able(self, event: Event) -> list[Entry]:
         wanted = {keyid for each in self.missing(event) for keyid in each.keyids}

@@ -1,11 +1,12 @@
 """`fleet logs`: an instance's log lines from a board, as the board's owner allows, while somebody looks."""
 
+import json
 import time
 from typing import Final
 
 import click
 
-from fleet.cli import complete, out
+from fleet.cli import complete
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.home import connect
 from fleet.client import Client
@@ -71,6 +72,6 @@ def _show(options: Options, client: Client, device: str, sequence: int, *, follo
 def _print(options: Options, view: LogView) -> None:
     for line in view.lines:
         if options.json:
-            out.show_json({"line": line})
+            click.echo(json.dumps({"line": line}, ensure_ascii=False))  # one object a line, as lines come
         else:
             click.echo(line)

@@ -156,7 +156,7 @@ def approve(options: Options, *, file: Path, key: str, to: Path | None, offline:
                 code=Exit.REFUSED,
             )
         save(to or file, signed)
-        ceremony.say_missing(to or file, lacking)
+        ceremony.say_missing(to or file, lacking, offline=offline)
 
 
 @command(

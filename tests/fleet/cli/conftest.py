@@ -28,7 +28,7 @@ class Desk(httpx.BaseTransport):
     Attributes:
         files: the TUF repository.
         views: what following a rollout sees, one after the other.
-        routes: (method, path) -> answer, for everything else.
+        routes: (method, path) -> answer, for everything else; a list gives its answers one after another.
         before_role: called before each role is judged (someone else may publish there).
         seen: every request, with its body.
     """
@@ -67,6 +67,8 @@ class Desk(httpx.BaseTransport):
         return self._answer(problem("not-found", f"no {path}", 404))
 
     def _answer(self, answer: object) -> httpx.Response:
+        if isinstance(answer, list):
+            answer = answer.pop(0)
         status = answer.status if isinstance(answer, api.Problem) else 200
         return httpx.Response(status, content=msgspec.json.encode(answer))
 

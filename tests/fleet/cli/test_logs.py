@@ -1,0 +1,98 @@
+"""`fleet logs`: one look, or following until the board, the clock or the reader ends it."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+
+from fleet.cli import logs
+from fleet.client import Client
+from fleet.protocol import api
+from fleet.protocol.logs import LogView
+
+GATE = "gate-0a1b2c3d"
+ASK, LOOK = ("POST", f"/v1/devices/{GATE}/command"), ("GET", f"/v1/devices/{GATE}/logs")
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Behind which line each look asked, and for which command."""
+    seen = []
+    plain = Client.logs
+
+    def logged(self, device, *, command, after, wait_s):
+        seen.append((command, after, wait_s))
+        return plain(self, device, command=command, after=after, wait_s=wait_s)
+
+    monkeypatch.setattr(Client, "logs", logged)
+    return seen
+
+
+@pytest.fixture
+def board(desk):
+    """What the board answers, look by look."""
+
+    def answers(*views):
+        desk.routes[ASK] = api.CommandReply(sequence=7, expires=datetime.now(UTC))
+        desk.routes[LOOK] = [*views]
+        return desk.routes[LOOK]
+
+    return answers
+
+
+def test_following_asks_behind_what_it_has_until_the_board_ends_it(fleet, desk, board, looks):
+    left = board(
+        LogView(),
+        LogView(lines=("one", "two"), next=2, heard=True),
+        LogView(next=2, heard=True),
+        LogView(lines=("three",), next=3, heard=True, left_out=4),
+        LogView(next=3, heard=True, left_out=4, ended=True),
+    )
+    done = fleet("logs", "hello", "--device", GATE, "--follow", "--minutes", "15")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "one\ntwo\nthree\n"
+    assert done.stderr == "(4 lines left out: the board's policy, or faster than they are sent)\n"
+    assert [after for _, after, _ in looks] == [0, 0, 2, 2, 3], "no line twice"
+    assert {command for command, _, _ in looks} == {7}
+    assert {wait for _, _, wait in looks} == {logs.LOOK_S}, "the server is asked to wait: no busy loop"
+    assert not left
+    verb = desk.sent(ASK[1])["verb"]
+    assert (verb["instance"], verb["minutes"]) == ("hello", 15)
+
+
+def test_one_look_ends_with_the_first_answer_and_asks_the_board_for_a_minute(fleet, desk, board):
+    left = board(LogView(), LogView(lines=("one",), next=1, heard=True), LogView(lines=("never shown",)))
+    done = fleet("logs", "hello", "--device", GATE, "--minutes", "15")
+    assert (done.exit_code, done.stdout) == (0, "one\n")
+    assert len(left) == 1
+    assert desk.sent(ASK[1])["verb"]["minutes"] == 1
+
+
+def test_as_json_each_line_is_an_object_and_nothing_else_is_printed(fleet, board):
+    board(LogView(lines=('say "no"', "two"), next=2, heard=True, left_out=1), LogView(next=2, heard=True, ended=True))
+    done = fleet("logs", "hello", "--device", GATE, "--follow", "--json")
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [{"line": 'say "no"'}, {"line": "two"}]
+    assert done.stderr == ""
+
+
+def test_what_the_board_refuses_while_it_is_followed_ends_it(fleet, board):
+    board(
+        LogView(lines=("one",), next=1, heard=True),
+        LogView(next=1, heard=True, refused="its owner lets no logs out: [policy] logs"),
+    )
+    done = fleet("logs", "hello", "--device", GATE, "--follow")
+    assert done.exit_code == 4
+    assert done.stdout == "one\n"
+    assert f"{GATE} refused" in done.stderr
+    assert "[policy] logs" in done.stderr
+
+
+def test_a_board_that_does_not_answer_is_given_up_and_one_that_did_is_not(fleet, board, monkeypatch):
+    monkeypatch.setattr(logs, "ANSWER_S", 0)
+    board(LogView())
+    done = fleet("logs", "hello", "--device", GATE, "--follow")
+    assert done.exit_code == 1
+    assert f"{GATE} does not answer" in done.stderr
+    # Silence after an answer is a component that has nothing to say.
+    board(LogView(heard=True), LogView(heard=True), LogView(heard=True, ended=True))
+    assert fleet("logs", "hello", "--device", GATE, "--follow").exit_code == 0
