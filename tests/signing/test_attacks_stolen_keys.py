@@ -67,6 +67,41 @@ def _(scene: Scene) -> bytes:
     return scene.assign()
 
 
+@attack("freeze: the snapshot is never renewed, under timestamps that are", RejectCode.EXPIRED)
+def _(scene: Scene) -> bytes:
+    scene.repo.now += timedelta(days=15)
+    scene.repo.rewrite("timestamp", lambda new: setattr(new, "expires", scene.repo.now + timedelta(days=1)))
+    return scene.assign()
+
+
+@attack("freeze: top-level targets are never renewed", RejectCode.EXPIRED)
+def _(scene: Scene) -> bytes:
+    scene.repo.rewrite("targets", lambda role: setattr(role, "expires", scene.repo.now + timedelta(hours=1)))
+    scene.repo.now += timedelta(hours=2)
+    scene.repo.online()
+    return scene.assign()
+
+
+@attack("freeze: the next root is withheld until the last one expires", RejectCode.EXPIRED)
+def _(scene: Scene) -> bytes:
+    scene.repo.now = scene.repo.signed("root").expires + timedelta(seconds=1)
+    scene.repo.rewrite("main", lambda role: setattr(role, "expires", scene.repo.now + timedelta(days=1)))
+    scene.repo.rewrite("targets", lambda role: setattr(role, "expires", scene.repo.now + timedelta(days=1)))
+    scene.repo.online()
+    return scene.assign()
+
+
+@attack("the server shows older top-level targets under new online roles", RejectCode.ROLLBACK)
+def _(scene: Scene) -> bytes:
+    old = scene.repo.files["1.targets.json"]
+    scene.repo.rewrite("targets", lambda role: None)
+    scene.repo.online()
+    scene.board.refresh()
+    scene.repo.rewrite("snapshot", lambda snapshot: promise_role(snapshot, "targets", old, 1))
+    _promise(scene)
+    return scene.assign()
+
+
 @attack("the server drops a role from the snapshot", RejectCode.ROLLBACK)
 def _(scene: Scene) -> bytes:
     scene.repo.rewrite("snapshot", lambda snapshot: snapshot.meta.pop("other.json"))

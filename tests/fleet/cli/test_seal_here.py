@@ -1,0 +1,100 @@
+"""`fleet secret set --seal-here`: whom this machine seals for is not for the server to say."""
+
+import base64
+import json
+
+import pytest
+
+from fleet.protocol.sealed import BoardKey, SealingKeys, SecretReply
+from signing import sealing
+from signing.sealing import Purpose
+from tests.signing.test_sealing import KEY, Device
+
+VALUE = "correct horse battery staple"
+KEYS, SET = ("GET", "/v1/secrets/db-password/keys"), ("PUT", "/v1/secrets/db-password")
+WORDS = ("secret", "set", "db-password", "--group", "edge-eu", "--instance", "report", "--seal-here")
+
+
+class Board(Device):
+    """A board's two keys, as a server may show them under any name."""
+
+    def shown(self, *, fleet="fleet"):
+        proof = self.prove(fleet=fleet).decode()
+        return BoardKey(device=self.id, proof=proof, certificate_pem=self.certificate.decode())
+
+
+@pytest.fixture
+def board():
+    return Board()
+
+
+@pytest.fixture
+def seal(fleet, desk):
+    """`fleet secret set --seal-here` against a server that shows these keys."""
+
+    def run(*boards, of="fleet"):
+        desk.routes[KEYS] = SealingKeys(fleet=of, name="db-password", instance="report", version=1, boards=boards)
+        reply = SecretReply(name="db-password", instance="report", version=1, boards=tuple(b.device for b in boards))
+        desk.routes[SET] = reply
+        return fleet(*WORDS, stdin=VALUE + "\n")
+
+    return run
+
+
+def test_it_leaves_this_machine_only_in_boxes_that_the_board_opens(seal, desk, board):
+    done = seal(board.shown())
+    assert done.exit_code == 0, done.output
+    assert "the server has not seen it" in done.stdout
+    assert not [path for _, path, body in desk.seen if VALUE.encode() in body]
+    (box,) = desk.sent(SET[1])["boxes"]
+    assert box["device"] == board.id
+    purpose = Purpose(fleet="fleet", device=board.id, instance="report", name="db-password", version=1)
+    assert sealing.open_box(base64.b64decode(box["box"]), key=KEY, purpose=purpose) == VALUE
+
+
+def remembered(home):
+    return json.loads((home / "operator/trust/boards.json").read_text())
+
+
+def test_another_device_key_than_first_seen_gets_no_box(seal, desk, board, home):
+    assert seal(board.shown()).exit_code == 0
+    before = remembered(home)
+    desk.seen.clear()
+    # The id ends in the beginning of the key's fingerprint: a thief who found a key with the same beginning.
+    twin = Board()
+    memory = json.dumps(before).replace(board.id, twin.id)
+    (home / "operator/trust/boards.json").write_text(memory)
+    refused = seal(twin.shown())
+    assert refused.exit_code == 4
+    assert f"the server shows another key for {twin.id}" in refused.stderr
+    assert "nothing was sealed" in refused.stderr
+    assert f"fleet audit verify {twin.id} --forget" in refused.stderr
+    assert "PUT" not in [method for method, _, _ in desk.seen]
+    assert json.dumps(remembered(home)) == memory, "what was first seen stays"
+
+
+def test_a_sealing_key_that_the_device_key_did_not_sign_gets_no_box(seal, desk, board, home):
+    proof = Board().shown()
+    for certificate in (board.shown().certificate_pem, proof.certificate_pem):
+        refused = seal(BoardKey(device=board.id, proof=proof.proof, certificate_pem=certificate))
+        assert refused.exit_code == 4
+        assert f"the sealing key of {board.id} is not proved" in refused.stderr
+    refused = seal(board.shown(fleet="airport"))
+    assert refused.exit_code == 4
+    assert "PUT" not in [method for method, _, _ in desk.seen]
+    assert not (home / "operator/trust/boards.json").exists(), "nothing of a liar is remembered"
+
+
+def test_one_liar_among_honest_boards_stops_all(seal, desk, board):
+    assert seal(board.shown(), Board().shown(fleet="airport")).exit_code == 4
+    assert "PUT" not in [method for method, _, _ in desk.seen]
+
+
+def test_a_server_of_another_fleet_and_one_without_boards_get_nothing(seal, desk, board):
+    refused = seal(board.shown(), of="airport")
+    assert refused.exit_code == 4
+    assert "this is 'fleet'" in refused.stderr
+    refused = seal()
+    assert refused.exit_code == 2
+    assert "no board to seal for" in refused.stderr
+    assert "PUT" not in [method for method, _, _ in desk.seen]
