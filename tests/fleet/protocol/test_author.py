@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fleet.protocol import author, component, toml_table, toml_text
@@ -329,6 +329,7 @@ manifests = st.builds(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # of the machine, when it has much else to do
 @given(manifests.filter(lambda each: not each.config.keys() & each.secrets.keys()))
 def test_what_is_suggested_reads_back_to_the_same_manifest(manifest):
     assert author.load(author.suggest_toml(made(), manifest)) == manifest
