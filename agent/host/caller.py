@@ -324,9 +324,11 @@ class Caller:
             now_ns = time.monotonic_ns()
             self._page.begin(now_ns)
             self._ticker.begin(now_ns, own_ms or self.limits.call_ms, self, way)
+            had_ns = time.thread_time_ns()
             try:
                 return enter(self._guest)
             finally:
+                self._page.spent(time.thread_time_ns() - had_ns)
                 self._ticker.end()
                 self._page.begin(0)
                 self._count_writes()

@@ -231,6 +231,8 @@ class Instance:
             dropped_lines=figures.dropped_lines,
             written_bytes=self._written_today(),
             outgoing=figures.outgoing,
+            latencies=figures.spread(),
+            cpu_ms=figures.cpu_ns // 1_000_000,
             p50_us=figures.percentile_us(0.5),
             p99_us=figures.percentile_us(0.99),
             memory_bytes=sum(lane.private_bytes() for lane in self.current.lanes),

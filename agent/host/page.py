@@ -4,7 +4,9 @@ A page is a memfd of fixed size (sealed against resizing, so that no lane can pu
 Single writer; a reader may see a call half counted, which figures bear.
 """
 
+import bisect
 import fcntl
+import itertools
 import mmap
 import os
 import struct
@@ -12,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fleet.protocol.codes import CallOutcome
+from fleet.protocol.messages import LATENCY_BOUNDS_MS
 
 SIZE: Final = 4096
 _RING: Final = 512
 _OUTCOMES: Final = tuple(CallOutcome)
-# errors, calls, began (monotonic ns of the call in flight, 0 for none), log lines dropped, denials, bytes written, sent
-_ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _WRITTEN, _OUTGOING = 0, 8, 16, 24, 32, 40, 48
+# errors, calls, began (monotonic ns of the call in flight, 0 for none), log lines dropped, denials, bytes written,
+# requests sent, nanoseconds of the processor's time
+_ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _WRITTEN, _OUTGOING, _CPU = 0, 8, 16, 24, 32, 40, 48, 56
 _COUNTS: Final = 64
 _LATENCIES: Final = 1024
 _U64: Final = struct.Struct("=Q")
@@ -45,6 +49,7 @@ class Figures:
     denials: int = 0
     written_bytes: int = 0
     outgoing: int = 0
+    cpu_ns: int = 0
 
     def plus(self, other: "Figures") -> "Figures":
         """Both together; the newer latencies are `other`'s."""
@@ -59,12 +64,20 @@ class Figures:
             denials=self.denials + other.denials,
             written_bytes=self.written_bytes + other.written_bytes,
             outgoing=self.outgoing + other.outgoing,
+            cpu_ns=self.cpu_ns + other.cpu_ns,
         )
 
     def percentile_us(self, share: float) -> int:
         """The latency that `share` of the last calls stayed within; 0 without calls."""
         ordered = sorted(self.latencies_us)
         return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0
+
+    def spread(self) -> tuple[int, ...]:
+        """How many of the last calls took up to each of `LATENCY_BOUNDS_MS`, and longer; nothing without calls."""
+        ordered = sorted(self.latencies_us)
+        upto = [bisect.bisect_right(ordered, bound_ms * 1000) for bound_ms in LATENCY_BOUNDS_MS]
+        counts = (after - before for before, after in itertools.pairwise((0, *upto, len(ordered))))
+        return tuple(counts) if ordered else ()
 
 
 class Page:
@@ -73,8 +86,8 @@ class Page:
     def __init__(self, fd: int) -> None:
         self._map = mmap.mmap(fd, SIZE)
 
-    def _add(self, at: int) -> int:
-        value: int = _U64.unpack_from(self._map, at)[0] + 1
+    def _add(self, at: int, more: int = 1) -> int:
+        value: int = _U64.unpack_from(self._map, at)[0] + more
         _U64.pack_into(self._map, at, value)
         return value
 
@@ -104,6 +117,10 @@ class Page:
         """Something that the guest asked of the host was refused."""
         self._add(_DENIED)
 
+    def spent(self, cpu_ns: int) -> None:
+        """The guest has had so much more of the processor's time."""
+        self._add(_CPU, cpu_ns)
+
     def written(self, total: int) -> None:
         """So many bytes have been written to its data."""
         _U64.pack_into(self._map, _WRITTEN, total)
@@ -126,6 +143,7 @@ class Page:
             denials=_U64.unpack_from(self._map, _DENIED)[0],
             written_bytes=_U64.unpack_from(self._map, _WRITTEN)[0],
             outgoing=_U64.unpack_from(self._map, _OUTGOING)[0],
+            cpu_ns=_U64.unpack_from(self._map, _CPU)[0],
         )
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from fleet.cli.listings import running
 from fleet.cli.values import config_values, label_values
 from fleet.protocol import api
 from fleet.protocol.assignment import Restart
-from fleet.protocol.messages import InstanceHealth
+from fleet.protocol.messages import LATENCY_BOUNDS_MS, InstanceHealth
 from fleet.protocol.names import BadNameError, TargetName
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -56,6 +56,12 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
             empty="It runs nothing.",
         )
         out.console().print()
+        out.table(
+            ("INSTANCE", "CPU", "P50", "LATENCIES", "ERRORS", "DENIED", "SENT", "WRITTEN TODAY", "LINES DROPPED"),
+            [statistics(instance) for instance in detail.row.instances if instance.calls],
+            empty="Nothing has been asked of it yet.",
+        )
+        out.console().print()
     out.table(
         ("INSTANCE", "SHOULD RUN", "BECAUSE OF", "PORT", "CONFIGURATION"),
         [
@@ -83,6 +89,23 @@ def lane_of(instance: InstanceHealth, everyone: tuple[InstanceHealth, ...]) -> s
         return "own"
     others = sum(other.shared_lane == instance.shared_lane for other in everyone) - 1
     return f"{instance.shared_lane}, with {others} more" if others else instance.shared_lane
+
+
+def statistics(instance: InstanceHealth) -> tuple[str, ...]:
+    """What it has done since its generation started; latencies of the last calls as `UP TO:COUNT`."""
+    bounds = (*(f"{bound} ms" for bound in LATENCY_BOUNDS_MS), "more")
+    spread = zip(bounds, instance.latencies, strict=False)
+    return (
+        instance.instance,
+        f"{instance.cpu_ms / 1000:.1f} s",
+        f"{instance.p50_us / 1000:.1f} ms",
+        ", ".join(f"{bound}:{count}" for bound, count in spread if count),
+        str(instance.errors),
+        str(instance.denials),
+        str(instance.outgoing),
+        out.size(instance.written_bytes),
+        str(instance.dropped_lines),
+    )
 
 
 def _device_facts(detail: api.DeviceDetail) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ known by (device, boot id, sequence), and the server acknowledges what it has st
 """
 
 from datetime import datetime
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import msgspec
 
@@ -76,12 +76,17 @@ class Board(msgspec.Struct, frozen=True, kw_only=True):
     written_bytes: int = 0
 
 
+LATENCY_BOUNDS_MS: Final = (1, 3, 10, 30, 100, 300, 1000)
+
+
 class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     """One instance's figures since it started; `calls` counts by outcome (`fleet.protocol.codes.CallOutcome`).
 
     Attributes:
         errors: answers with status 500 and above.
         p50_us, p99_us: guest time of a call, in microseconds, over the last calls.
+        latencies: how many of those calls took up to each of `LATENCY_BOUNDS_MS`, and longer; empty without calls.
+        cpu_ms: of the processor's time that its calls have taken, in milliseconds.
         denials: what it asked for and was refused while it ran.
         dropped_lines: of its log, over its limit.
         written_bytes: to its data, today (UTC).
@@ -104,6 +109,8 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     outgoing: int = 0
     p50_us: int = 0
     p99_us: int = 0
+    latencies: tuple[int, ...] = ()
+    cpu_ms: int = 0
     memory_bytes: int = 0
     lanes: int = 0
     shared_lane: str = ""

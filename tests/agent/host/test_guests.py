@@ -37,6 +37,27 @@ def test_a_call_that_goes_wrong_costs_that_call_alone(host, neighbour, guest, st
     assert (health.errors, health.restarts, health.lanes) == (3, 0, 1)
 
 
+def test_an_instance_tells_what_its_calls_took(host):
+    busy, idle = support.free_port(), support.free_port()
+    host.start("busy", support.a_run("busy", 1, port=busy))
+    grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
+    nap = support.wasm("sleep").decode().partition("\n")[2].replace("3600000000000", "50000000")
+    host.start(nap, support.a_run("naps", 1, port=idle, grants=grants))
+    for _ in range(5):
+        assert (support.http(busy)[0], support.http(idle)[0]) == (200, 200)
+    busy_figures, naps = host.health("busy"), host.health("naps")
+    # Counting to twenty million takes the processor, fifty milliseconds of sleep do not: but both take their time.
+    assert busy_figures.cpu_ms >= 5
+    assert naps.cpu_ms < busy_figures.cpu_ms
+    assert naps.p50_us >= 50_000
+    assert (sum(naps.latencies), sum(naps.latencies[:4])) == (5, 0), "none took up to 30 ms"
+    # A restart begins no new account: it is the generation's.
+    host.ask(ipc.Restart, instance="busy")
+    support.http(busy)
+    after = host.health("busy")
+    assert (after.cpu_ms > busy_figures.cpu_ms, sum(after.latencies)) == (True, 6)
+
+
 def test_a_trap_is_told_with_the_wasm_backtrace_by_name(host):
     port = support.free_port()
     host.start("recurse", support.a_run("bad", 1, port=port))
