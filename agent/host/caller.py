@@ -192,6 +192,11 @@ class Allowance:
         return True
 
 
+def _sentence(problem: str | None) -> str | None:
+    """What a guest gives as its reason, as far as it fits in a message to the supervisor."""
+    return None if problem is None else problem[:_LINE_MAX_CHARS]
+
+
 class Caller:
     """The guest and everything around a call."""
 
@@ -279,7 +284,7 @@ class Caller:
     def check(self) -> str | None:
         """The guest's health: None for well, else a sentence."""
         try:
-            return self._call(Guest.check)
+            return _sentence(self._call(Guest.check))
         except GuestError as error:
             return f"its health check failed: {error}".splitlines()[0]
 
@@ -287,7 +292,7 @@ class Caller:
         """Run the task, counted; None for done, else a sentence."""
         began_ns = time.monotonic_ns()
         try:
-            problem = self._call(lambda guest: guest.run(scheduled_ms))
+            problem = _sentence(self._call(lambda guest: guest.run(scheduled_ms)))
         except GuestError as error:
             self.count(error.outcome, began_ns, error=True)
             return str(error).splitlines()[0]
@@ -302,12 +307,12 @@ class Caller:
             return b"", str(error).splitlines()[0]
         if problem is None and len(state) > most:
             return b"", f"its state has {len(state)} bytes, {most} are allowed (limits.state)"
-        return state, problem
+        return state, _sentence(problem)
 
     def load_state(self, state: bytes) -> str | None:
         """Give the guest a state: None for loaded, else a sentence."""
         try:
-            return self._call(lambda guest: guest.load_state(state), self.limits.start_ms)
+            return _sentence(self._call(lambda guest: guest.load_state(state), self.limits.start_ms))
         except GuestError as error:
             return str(error).splitlines()[0]
 

@@ -8,10 +8,12 @@ from agent.host import control
 from agent.host.crew import GRACE_S
 from agent.host.generation import Generation
 from agent.host.handle import Lane, LaneGoneError
+from agent.host.record import plain
 from agent.host.schedule import Clock
 from fleet.protocol.manifest import Schedule
 
 HEALTH: Final = "wasmfleet:http/health"
+_PROBLEM_MAX_CHARS: Final = 300  # it goes into the health of the board, beside that of every other instance
 
 
 class Clocks:
@@ -80,4 +82,6 @@ async def ask_health(generation: Generation, lane: Lane) -> str | None:
         return str(error)
     except TimeoutError:
         return "it does not answer its health check"
-    return answer.problem if isinstance(answer, control.Checked) else None
+    if not isinstance(answer, control.Checked) or answer.problem is None:
+        return None
+    return plain(answer.problem, _PROBLEM_MAX_CHARS).replace("\n", " ")

@@ -2,11 +2,22 @@
 
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from agent.host import ipc
 from agent.host.generation import Generation
 from fleet.protocol import caps
 from fleet.protocol.codes import GUEST_FAULTS, InstanceState, RejectCode
+
+_LINE_MAX_CHARS: Final = 1100
+_MESSAGE_MAX_CHARS: Final = 4096
+# What moves a terminal's cursor, and grows sixfold in JSON: a report of it would be too large to be taken.
+_CONTROLS: Final = dict.fromkeys({*range(32), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")}, "\N{REPLACEMENT CHARACTER}")
+
+
+def plain(text: str, most_chars: int = _MESSAGE_MAX_CHARS) -> str:
+    """What a guest or its engine says, fit for reports and terminals: no control characters, and not more than that."""
+    return text[:most_chars].translate(_CONTROLS)
 
 
 class Record:
@@ -20,7 +31,7 @@ class Record:
 
     def note(self, text: str) -> None:
         """A line for the log."""
-        self._log.append(text)
+        self._log.append(plain(text, _LINE_MAX_CHARS).replace("\n", " "))
         self.count += 1
 
     def lines(self) -> tuple[str, ...]:
@@ -46,7 +57,7 @@ class Record:
                     instance=self._name,
                     generation=generation.number,
                     code=code,
-                    message=message,
+                    message=plain(message),
                     faults=max(generation.faults, counted),
                     log=self.lines(),
                 )
@@ -55,6 +66,6 @@ class Record:
     def changed(self, generation: Generation, state: InstanceState, message: str) -> None:
         """Its state is another."""
         event = ipc.Changed(
-            instance=self._name, generation=generation.number, state=state, message=message, log=self.lines()
+            instance=self._name, generation=generation.number, state=state, message=plain(message), log=self.lines()
         )
         self._emit(event)

@@ -36,6 +36,7 @@ from agent.host.listeners import BACKLOG, Listeners
 from agent.host.muster import Muster
 from agent.host.nursery import Nursery
 from agent.host.outlet import Outlet
+from agent.host.record import plain
 from agent.host.uids import Uids
 from fleet.protocol.codes import InstanceState, RejectCode
 
@@ -318,7 +319,7 @@ class Supervisor:
             code = error.code if isinstance(error, StartError) else RejectCode.INTERNAL
             instance = self._instances.get(getattr(request, "instance", "") or _name(request))
             reply = ipc.Failed(
-                id=request.id, code=code, message=str(error), log=() if instance is None else instance.lines()
+                id=request.id, code=code, message=plain(str(error)), log=() if instance is None else instance.lines()
             )
         except Exception as error:  # noqa: BLE001 - our own bug: say so, and go on serving
             sys.stderr.write(f"host: {type(request).__name__}: {type(error).__name__}: {error}\n")

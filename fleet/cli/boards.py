@@ -57,7 +57,7 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
         )
         out.console().print()
         out.table(
-            ("INSTANCE", "CPU", "P50", "LATENCIES", "ERRORS", "DENIED", "SENT", "WRITTEN TODAY", "LINES DROPPED"),
+            ("INSTANCE", "CPU", "P50", "LATENCIES", "ERRORS", "WRITTEN TODAY", "LINES DROPPED"),
             [statistics(instance) for instance in detail.row.instances if instance.calls],
             empty="Nothing has been asked of it yet.",
         )
@@ -101,8 +101,6 @@ def statistics(instance: InstanceHealth) -> tuple[str, ...]:
         f"{instance.p50_us / 1000:.1f} ms",
         ", ".join(f"{bound}:{count}" for bound, count in spread if count),
         str(instance.errors),
-        str(instance.denials),
-        str(instance.outgoing),
         out.size(instance.written_bytes),
         str(instance.dropped_lines),
     )

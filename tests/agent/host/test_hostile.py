@@ -4,6 +4,7 @@ import os
 import select
 import socket
 
+import msgspec
 import pytest
 import support
 from support import Grants, Health, Limits
@@ -13,6 +14,7 @@ from agent import carry
 from agent.host import ipc
 from agent.host.generation import too_much
 from agent.update.probation import Terms, Verdict, judge
+from fleet.protocol import caps
 
 FILES = Grants(interfaces=("wasi:filesystem", "wasi:io"))
 
@@ -121,3 +123,48 @@ def test_what_a_guest_hides_in_its_data_is_found_and_the_counting_ends_where_it_
     os.close(fd)
     assert "deeper" in too_much(str(deep), 1 << 30)
     assert too_much(str(tmp_path / "gone"), 1) == ""
+
+
+def test_a_trap_report_carries_the_last_fifty_lines_in_sixteen_kib_whatever_they_are_made_of(host, neighbour):
+    """Control characters would move the cursor of whoever reads them, and take six bytes each in a report."""
+    # A thousand characters that clear a terminal; sixty times before the trap, of which each says its number.
+    clears = "\\1b[2J" * 250
+    text = support.wasm("flood").decode().partition("\n")[2]
+    text = text.replace('"the flood rises and the flood rises and the flood rises and the "', f'"00{clears}"')
+    text = text.replace("(i32.const 256) (i32.const 64))", "(i32.const 256) (i32.const 1000))")
+    text = text.replace("(i32.const 20000)))", "(i32.const 60)))\n      (unreachable)")
+    run = support.a_run("bad", 1, port=(port := support.free_port()), grants=Grants(interfaces=("wasi:logging",)))
+    assert isinstance(host.start(text, run), ipc.Started)
+    assert support.http(port)[0] == 500
+    trapped = host.event(lambda event: isinstance(event, ipc.Trapped))
+    assert "unreachable" in trapped.log[-1]
+    assert 5 <= len(trapped.log) <= 50
+    assert sum(len(line.encode()) for line in trapped.log) <= 16 * 1024
+    assert not any(ord(sign) < 32 for line in trapped.log for sign in line)
+    # Even the longest of them fits into a report as it is sent.
+    assert len(msgspec.json.encode(trapped)) < caps.REPORT_MAX_BYTES
+
+
+def test_short_lines_are_told_to_fifty(host):
+    text = support.wasm("flood").decode().partition("\n")[2]
+    text = text.replace("(i32.const 20000)))", "(i32.const 60)))\n      (unreachable)")
+    run = support.a_run("bad", 1, port=(port := support.free_port()), grants=Grants(interfaces=("wasi:logging",)))
+    host.start(text, run)
+    assert support.http(port)[0] == 500
+    trapped = host.event(lambda event: isinstance(event, ipc.Trapped))
+    assert len(trapped.log) == 50
+    assert "unreachable" in trapped.log[-1]
+    assert all("the flood rises" in line for line in trapped.log[:-1])
+
+
+def test_an_endless_complaint_of_a_health_export_does_not_fill_the_boards_health(host):
+    """What it says goes to the fleet with the health of every other instance: a sentence is enough."""
+    text = support.wasm("unhealthy").decode().partition("\n")[2]
+    text = text.replace(
+        '"\\80\\00\\00\\00\\1a\\00\\00\\00"', '"\\80\\00\\00\\00\\60\\ea\\00\\00"'
+    )  # of 60,000 characters
+    reply = host.start(text, support.a_run("bad", 1, port=support.free_port(), health=Health(check=True)))
+    assert (type(reply), reply.code) == (ipc.Failed, "health-failed")
+    assert "the sensor does not answer" in reply.message
+    assert len(reply.message) < 400
+    assert "\0" not in reply.message
