@@ -6,6 +6,9 @@ STAMP  := $(VENV)/.installed
 # Files of tests run side by side, each file in one process; PARALLEL= runs them in one row.
 PARALLEL ?= -n 2 --dist loadfile
 
+# The boards' tests: the story alone is tests/boards/test_story.py.
+BOARDS ?= tests/boards
+
 # What is skipped, by name, where the toolchains are not.
 GUEST_TESTS := tests/components tests/agent/host/test_wasi_http_languages.py tests/fleet/protocol/test_compose.py
 
@@ -72,7 +75,7 @@ test-guests: $(STAMP) ## build guests in Rust, Go, JavaScript and Python with to
 
 test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them (root; FULL=1: everything on both)
 	$(BIN)/python -m deploy.image.ready
-	$(BIN)/python -m pytest tests/boards -m board --numprocesses=2 --dist=loadscope -s -v
+	$(BIN)/python -m pytest $(BOARDS) -m board --numprocesses=2 --dist=loadscope -s -v
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
