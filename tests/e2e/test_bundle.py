@@ -5,10 +5,12 @@ import contextlib
 import os
 
 import pytest
+import wasmtime
 
 from fleet.demo.processes import module
-from fleet.demo.scene import AGENT
-from tests.e2e.stage import GROUP
+from fleet.demo.scene import AGENT, free_ports
+from tests.e2e.stage import GROUP, HELLO
+from tests.e2e.test_secret import FIRST, GUEST, SECOND, TOML, answers
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -62,5 +64,42 @@ def test_an_update_without_a_network(stage, board, tmp_path):
         # When the network is back the server hears how it came.
         await stage.scene.serve()
         await stage.until("the board reports the bundle", lambda: said_so(stage, again))
+
+    stage.do(story())
+
+
+def test_a_rotated_secret_comes_on_a_stick(stage, tmp_path):
+    component, bundle = tmp_path / "reader.wasm", tmp_path / "update.tar"
+    component.write_bytes(wasmtime.wat2wasm(GUEST.read_text()))
+    (tmp_path / "reader.toml").write_text(TOML.format(version="1.0.0", probation="100ms"))
+
+    async def ok(*arguments, stdin=None):
+        code, output, errors = await stage.fleet(*arguments, stdin=stdin)
+        assert code == 0, output + errors
+
+    async def story():
+        board = await stage.scene.add_board("paris", "field")
+        config = stage.scene.directory / "boards" / board.name / "agent.toml"
+        config.write_text(config.read_text() + "\n[policy]\nbundles = true\n")
+        (port,) = free_ports(1)
+        where = ("--device", board.device, "--instance", HELLO)
+        await ok("secret", "set", "db-password", *where, "--seal-here", "--ahead", stdin=FIRST.encode())
+        await ok("push", str(component), "--as", HELLO, "--group", "field", "--port", str(port))
+        await answers(port, FIRST)
+
+        # The board cannot be reached while its secret is rotated; the stick is for it by name.
+        await stage.stop(board.agent)
+        await ok("secret", "rotate", "db-password", *where, "--seal-here", stdin=SECOND.encode())
+        await ok("bundle", "create", "--device", board.device, "-o", str(bundle))
+        assert SECOND.encode() not in bundle.read_bytes()
+        await stage.kill(stage.scene._server)
+        board = await stage.start_agent(board)
+        await heard(stage.state(board) / "wake")
+        places = board.agent.command[board.agent.command.index("--state") :]
+        code, output, errors = await stage.scene.processes.run(module(AGENT, "apply", *places, str(bundle)))
+        assert code == 0, output + errors
+        await answers(port, SECOND)
+        for path in (each for each in stage.state(board).rglob("*") if each.is_file()):
+            assert SECOND.encode() not in path.read_bytes(), path
 
     stage.do(story())
