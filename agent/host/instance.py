@@ -27,7 +27,7 @@ from agent.host.listeners import Listeners
 from agent.host.nursery import Nursery
 from agent.host.outlet import Outlet
 from agent.host.page import Figures
-from agent.host.record import Record
+from agent.host.record import Record, plain
 from agent.host.schedule import Clock
 from agent.host.staffing import Staffing
 from fleet.protocol.codes import CallOutcome, InstanceState, RejectCode
@@ -239,7 +239,7 @@ class Instance:
             lanes=len(self.current.alive),
             shared_lane=next((lane.shared.name for lane in self.current.alive if lane.shared is not None), ""),
             manifest_sha256=self.current.run.manifest.digest(),
-            error=self.error,
+            error=plain(self.error, _WHY_MAX_CHARS * 2),
         )
 
     def _written_today(self) -> int:

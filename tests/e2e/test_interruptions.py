@@ -51,6 +51,21 @@ def test_a_host_that_restarts_while_the_agent_is_down_answers_again(stage, board
     assert not [pid for pid in orphans if alive(pid)]
 
 
+def test_a_host_that_dies_under_a_running_agent_is_given_back_what_ran(stage, board):
+    # nobody but the agent that was there all the time: it sees another session of the host, and restores
+    async def story():
+        here = current(stage, board)
+        agent = here.agent.process.pid
+        await stage.kill(here.host)
+        here = await stage.start_host(here, restore=False)
+        await stage.answers(here, "1")
+        return agent, current(stage, board).agent.process.pid
+
+    before, after = stage.do(story())
+    assert before == after
+    assert alive(after)
+
+
 def test_an_agent_killed_in_mid_download_resumes_where_it_was(stage, board, tmp_path):
     # The server is stopped in the middle of the bytes, the agent is killed, both come back
     big = tmp_path / "big.wasm"
