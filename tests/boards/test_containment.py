@@ -1,18 +1,24 @@
 """What holds around components on a board as Raspberry Pi OS comes: no memory control group, no Landlock."""
 
+import importlib.util
 import os
 import re
+import tarfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import rig
-from conftest import IMPATIENT, Joined, enrol
+from conftest import IMPATIENT, Joined, Served, enrol
 from operator_side import OperatorSide
 from stages import budget
 
 from deploy.riscv64 import build as riscv64
 
 ARCHITECTURES = ["arm64", *(["riscv64"] if os.environ.get("FULL") and riscv64.finished() else [])]
+SOURCE = Path(__file__).parents[2]
+PARTS = ("tests/conftest.py", "tests/agent/host", "components/guests", "components/adapter")
+PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
 REQUIRE = """\
 [Service]
 ExecStart=
@@ -60,3 +66,40 @@ def test_a_policys_minimum_holds_and_all_of_it_does_not(scene: Joined) -> None:
         scene.board.ok("rm /etc/systemd/system/fleet-host.service.d/require.conf && systemctl daemon-reload")
         scene.board.ok("systemctl restart fleet-host", timeout_s=180)
         scene.answers("1")
+
+
+def test_an_escaped_guest_is_held_by_the_other_layers(scene: Joined, served: Served, tmp_path: Path) -> None:
+    # the tests that run on the machine that builds this, on the board, against the package that is installed there
+    scene.board.fetch(served.url(archive_of_tests(tmp_path / "containment.tar")), "/var/tmp/containment.tar")
+    scene.board.ok("cd /var/tmp && tar xf containment.tar && rm containment.tar", timeout_s=120)
+    # one that hangs says where, and ends before the console's patience does
+    command = (
+        "cd /var/tmp/containment && PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1 WASMFLEET_TEST_LACKS=landlock "
+        "timeout 600 /usr/lib/wasmfleet/agent/bin/python3 -m pytest --no-header -q -p no:cacheprovider -W ignore "
+        "--import-mode=importlib -o faulthandler_timeout=180 --durations=5 "
+        "tests/agent/host/test_escape.py -k 'escaped or table'"
+    )
+    with budget("the containment tests, on the board", 240):
+        said = scene.board.run(command, timeout_s=660)
+    assert said.status == 0, said.text[-8000:]
+    print(said.text)
+    assert re.search(r"\b4 passed", said.text), said.text[-2000:]
+
+
+def archive_of_tests(place: Path) -> Path:
+    """The tests of what is around a lane, and pytest to run them with, which the board's packages do not have."""
+    with tarfile.open(place, "w") as tar:
+        for part in PARTS:
+            tar.add(SOURCE / part, f"containment/{part}", filter=_without_caches)
+        for name in PYTEST:
+            found = importlib.util.find_spec(name)
+            assert found is not None
+            assert found.origin is not None
+            origin = Path(found.origin)
+            source = origin.parent if found.submodule_search_locations else origin
+            tar.add(source, f"containment/{source.name}", filter=_without_caches)
+    return place
+
+
+def _without_caches(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return None if "__pycache__" in entry.name else entry

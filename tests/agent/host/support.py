@@ -1,5 +1,6 @@
 """A client of the host for tests: starts `fleet-host` on free ports, compiles guests, asks what the agent would ask."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -19,6 +20,7 @@ DEMO = ROOT / "components" / "demo"
 ADAPTER = ROOT / "components" / "adapter"
 CACHE = Path(os.environ.get("WASMFLEET_TEST_CACHE", f"/tmp/wasmfleet-test-images-{os.getuid()}"))
 
+PIECE_BYTES = 1 << 20
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
@@ -57,6 +59,37 @@ def sealed(data: bytes) -> int:
     os.write(fd, data) if len(data) < 1 << 30 else None
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     return fd
+
+
+def remembers(pid: int, secret: bytes) -> bool:
+    """Whether a process has these bytes in its resident, writable memory.
+
+    Read piece by piece: all of it at once, twice over, is more than a board has.
+    """
+    with Path(f"/proc/{pid}/smaps").open() as maps, Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        span = ""
+        for line in maps:
+            words = line.split()
+            if words[0] == "Rss:" and words[1] != "0" and span:
+                start, end = (int(part, 16) for part in span.split("-"))
+                if any(secret in piece for piece in _pieces(memory, start, end, len(secret) - 1)):
+                    return True
+            elif "-" in words[0]:
+                span = words[0] if words[1].startswith("rw") else ""
+    return False
+
+
+def _pieces(memory, start, end, overlap):
+    """What lies from `start` to `end`, each piece with the end of the one before it."""
+    before = b""
+    for place in range(start, end, PIECE_BYTES):
+        memory.seek(place)
+        try:
+            piece = before + memory.read(min(PIECE_BYTES, end - place))
+        except OSError:
+            return  # no memory of a program's: a device's
+        yield piece
+        before = piece[-overlap:]
 
 
 def free_port() -> int:
@@ -130,9 +163,10 @@ class Host:
                 sock.connect(str(path))
             except OSError:
                 sock.close()
-                if self.process.poll() is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(0.005)  # it needs the processor more than who asks whether it listens
+                if self.process.returncode is not None:
                     raise AssertionError(f"the host ended: {Path(self.stderr.name).read_text()}") from None
-                os.sched_yield()
                 continue
             return sock
 
