@@ -5,7 +5,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,7 +45,7 @@ async def data_directory(run: ipc.Run, uid: int | None, parent: Path, old: "Gene
     try:
         if old is not None and old.data and old.run.manifest.data_schema != schema:
             if path.exists():  # of an attempt that did not last
-                shutil.rmtree(path)
+                await _remove(path)
             await _copy(old.data, path)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if uid is not None:
@@ -60,16 +59,22 @@ async def _copy(old: str, new: Path) -> None:
     process = await asyncio.create_subprocess_exec("cp", "-a", "--", old, str(new), stderr=subprocess.PIPE)
     _, said = await process.communicate()
     if process.returncode != 0:
-        shutil.rmtree(new, ignore_errors=True)
+        await _remove(new)
         raise OSError(f"its data cannot be copied for another schema: {said.decode(errors='replace').strip()[-300:]}")
 
 
-def forget_other_schemas(data: str) -> None:
+async def _remove(path: Path) -> None:
+    """By `rm`, as copying is by `cp`: a guest may have made more directories within each other than Python follows."""
+    process = await asyncio.create_subprocess_exec("rm", "-rf", "--", str(path), stderr=subprocess.DEVNULL)
+    await process.wait()
+
+
+async def forget_other_schemas(data: str) -> None:
     """Remove what generations with another schema left beside this directory."""
     if data:
         for other in Path(data).parent.iterdir():
             if other.name != Path(data).name:
-                shutil.rmtree(other, ignore_errors=True)
+                await _remove(other)
 
 
 def too_much(directory: str, most_bytes: int) -> str:

@@ -136,7 +136,7 @@ class Instance:
         if self.previous is not None and self.current is not None and self.current.number == number:
             warm, self.previous = self.previous, None
             self._crew.drop(warm)
-            forget_other_schemas(self.current.data)
+            await forget_other_schemas(self.current.data)
 
     async def revert(self, number: int) -> int:
         """Back to the generation kept warm, whether `number` names the one to leave or the one to return to.

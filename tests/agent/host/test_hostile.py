@@ -3,6 +3,7 @@
 import os
 import select
 import socket
+import subprocess
 
 import msgspec
 import pytest
@@ -168,3 +169,31 @@ def test_an_endless_complaint_of_a_health_export_does_not_fill_the_boards_health
     assert "the sensor does not answer" in reply.message
     assert len(reply.message) < 400
     assert "\0" not in reply.message
+
+
+def test_data_nested_deeper_than_python_follows_are_forgotten_all_the_same(host):
+    """They would hold up the commit of the next version."""
+
+    def start(generation, schema):
+        run = support.a_run("bad", generation, port=port, grants=FILES, schema=schema)
+        return host.start("writes", run)
+
+    port = support.free_port()
+    assert isinstance(start(1, 1), ipc.Started)
+    data = host.state / "data" / "bad"
+    fd = os.open(data / "1", os.O_DIRECTORY)
+    for _ in range(1100):
+        os.mkdir("d", dir_fd=fd)
+        below = os.open("d", os.O_DIRECTORY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    # The new version gets a copy, goes back, comes again, and stays.
+    assert isinstance(start(2, 2), ipc.Started)
+    assert host.ask(ipc.Revert, instance="bad", generation=2).generation == 1
+    assert isinstance(start(3, 2), ipc.Started)
+    assert isinstance(host.ask(ipc.Commit, instance="bad", generation=3), ipc.Done)
+    assert [path.name for path in data.iterdir()] == ["2"]
+    # Python's own way of removing would stumble over what is left, as it did.
+    host.ask(ipc.Stop, instance="bad")
+    subprocess.run(["rm", "-rf", str(data)], check=True)
