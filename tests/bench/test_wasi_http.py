@@ -107,3 +107,18 @@ def test_requests(host, what, request_bytes):
         serve = figures(port, request_bytes)
     row(f"{what}, wasmtime serve (all cores): the same", "{:.0f}, {:.2f}, {:.2f}".format(*serve))
     row(f"{what}, one lane as a share of wasmtime serve's rate", f"{theirs[0] / serve[0]:.2f}")
+
+
+def test_a_request_sent_on_beside_the_same_asked_for_directly(host):
+    there, sends = support.free_port(), support.free_port()
+    assert isinstance(host.start("v1", support.a_run("there", 1, port=there, limits=LIMITS)), ipc.Started)
+    grants = Grants(interfaces=GRANTS.interfaces, outbound=(f"http://127.0.0.1:{there}",))
+    limits = Limits(requests_per_instance=1_000_000)
+    assert isinstance(
+        host.start("probe", support.a_run("sends", 1, port=sends, grants=grants, limits=limits)), ipc.Started
+    )
+    direct = figures(there, SMALL)
+    through = figures(sends, b"GET /get?127.0.0.1:%d/ HTTP/1.1\r\nhost: x\r\n\r\n" % there)
+    row("a small answer, asked for directly: requests a second, p50, p99 ms", "{:.0f}, {:.2f}, {:.2f}".format(*direct))
+    row("the same, sent on by a component over a kept connection", "{:.0f}, {:.2f}, {:.2f}".format(*through))
+    row("the same as a share of the direct rate", f"{through[0] / direct[0]:.2f}")
