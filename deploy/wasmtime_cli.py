@@ -38,7 +38,9 @@ def finished() -> Path | None:
 
 
 def _serves(command: Path) -> bool:
-    return subprocess.run([command, "serve", "--help"], check=False, capture_output=True).returncode == 0
+    # This build has no --help. Without its sub-command, `serve` would be the name of a file to run.
+    said = subprocess.run([command, "serve"], check=False, capture_output=True).stderr
+    return b"required arguments" in said
 
 
 def build() -> Path:
