@@ -1,4 +1,4 @@
-"""Publishers, rotations, time, attacks and power cuts in any order: what the board runs is always what it may run.
+"""Publishers, rotations, undoing, restored servers, attacks and power cuts in any order: the board runs what it may.
 
 Two things must hold after every step. Safety: whatever the board takes was published by its publisher, was not revoked
 when the board last heard of it, is not below the committed epoch, and comes from an assignment that is not older than
@@ -29,6 +29,7 @@ class Fleet(RuleBasedStateMachine):
         self.revoked: set[str] = set()
         self.heard: set[str] = set()
         self.envelopes: list[bytes] = []
+        self.deployed: list[Item] = []
         self.seen: list[tuple[str, bytes]] = []
         self.cache = MemoryCache()
         self.board = Board(self.repo, cache=self.cache)
@@ -74,9 +75,29 @@ class Fleet(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def deploy(self, data: st.DataObject) -> None:
-        item = self.published[data.draw(st.sampled_from(sorted(self.published)))]
+        self._deploy(self.published[data.draw(st.sampled_from(sorted(self.published)))])
+
+    @precondition(lambda self: len(self.deployed) > 1)
+    @rule()
+    def undo(self) -> None:
+        """The release before, under a new version: old releases count where old assignments do not."""
+        self._deploy(self.deployed[-2])
+
+    @precondition(lambda self: bool(self.envelopes))
+    @rule(data=st.data())
+    def restore_the_server(self, data: st.DataObject) -> None:
+        """Its database of some day before, until it has heard from the board what that one has accepted."""
+        self.repo.assignments = data.draw(st.integers(0, self.repo.assignments))
+        if self.repo.assignments + 1 < self.accepted:
+            item = self.published[data.draw(st.sampled_from(sorted(self.published)))]
+            assert not self._offer(self.repo.assign(item))
+        known = self.board.facts.assignment
+        self.repo.assignments = max(self.repo.assignments, 0 if known is None else known.version)
+
+    def _deploy(self, item: Item) -> None:
         envelope = self.repo.assign(item)
         self.envelopes.append(envelope)
+        self.deployed.append(item)
         space = item.target.split("/")[1]
         manifest = self.repo.signed(space).targets[item.target].custom["manifest"]
         allowed = item.target not in self.revoked and manifest["security_epoch"] >= self.epochs[space]
