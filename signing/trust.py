@@ -10,8 +10,8 @@ a file, a socket or a clock.
     resolved = trusted.resolve(item, local=policy, arch="aarch64", committed=before)
 
 The two together are what the Uptane Standard calls full verification (it asks to be cited by section names): first the
-time, then what the director says, then what publishers say, and last that both mean the same bytes, the same manifest and
-no older security epoch. There is one TUF repository here for both: the director's word is an envelope under a delegation.
+time, then what the director says, then what publishers say, and last that both mean the same bytes, the same manifest
+and no older security epoch. One TUF repository serves both: the director's word is an envelope under a delegation.
 
 After each call, also one that raised `Rejected`, `trusted.facts` is what is to be stored.
 """
