@@ -466,8 +466,7 @@ class Instance:
         behind = self.current is not None and self.current.listener is not None and self.current.listener.port is None
         brief = self.state is InstanceState.BACKOFF and self._crashes <= 1
         up = self.state is InstanceState.RUNNING or brief
-        spread = self.current is not None and self.current.run.limits.concurrency > 1
-        await self._route(self.name, up=up if behind else None, spread=spread)
+        await self._route(self.name, up=up if behind else None)
 
     # Clocks.
 

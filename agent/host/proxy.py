@@ -2,13 +2,12 @@
 
 A request is read by its head and streamed on; its answer goes back as the bytes it is (lanes frame with content-length
 alone), parsed only to find its end. A request without a body that comes again byte by byte, as a client's mostly do, is
-not read again: between two messages, the same bytes mean the same (`Known`). Upstream connections are kept alive: at a
-swap the lanes hand them to the next generation, so neither side sees anything. A request is sent a second time only
-where it was idempotent and had no body (RFC 9110, section 9.2.2).
+not read again: between two messages, the same bytes mean the same (`Known`). Each exchange has a connection of its own
+to the instance, so that a free lane takes it and nothing of another client's stands before it. A request is sent a
+second time only where it was idempotent and had no body (RFC 9110, section 9.2.2).
 """
 
 import asyncio
-import socket
 import time
 from collections import deque
 from typing import Any, Final
@@ -20,7 +19,6 @@ from agent.host.forward import Known, forwarded
 from agent.host.reader import Fields, Head, Reader
 from agent.host.routes import Routes
 
-POOL_MAX: Final = 32
 _HIGH_BYTES: Final = 256 * 1024
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
 _READ_BYTES: Final = 64 * 1024  # at once: beyond 128 KiB each read would map memory and give it back
@@ -55,59 +53,32 @@ class Exchange:
 
 
 class Pool:
-    """Idle upstream connections by instance, and how to make more."""
+    """How to reach instances, and what is known of requests to them."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self.known: dict[bytes, Known] = {}  # until an instance comes, goes, or answers no longer
-        self.spread: set[str] = set()  # instances with several lanes: a kept connection would wait for one of them
-        self._idle: dict[str, list[Upstream]] = {}
-
-    def take(self, instance: str) -> "Upstream | None":
-        """An idle connection, the one used last."""
-        idle = self._idle.get(instance)
-        while idle:
-            upstream = idle.pop()
-            if upstream.open:
-                return upstream
-            upstream.close()
-        return None
-
-    def give(self, upstream: "Upstream") -> None:
-        """Back to the idle ones."""
-        idle = self._idle.setdefault(upstream.instance, [])
-        if upstream.lost or upstream.instance in self.spread or len(idle) >= POOL_MAX:
-            upstream.close()
-        else:
-            idle.append(upstream)
 
     async def connect(self, instance: str) -> "Upstream":
         """A new connection; raises OSError."""
         loop = asyncio.get_running_loop()
         path = f"{self._directory}/{instance}"
-        _, upstream = await loop.create_unix_connection(lambda: Upstream(self, instance), path)
+        _, upstream = await loop.create_unix_connection(lambda: Upstream(instance), path)
         return upstream
-
-    def forget(self, instance: str) -> None:
-        """The instance is gone: close what is idle."""
-        for upstream in self._idle.pop(instance, []):
-            upstream.close()
 
 
 class Upstream(asyncio.Protocol):
     """A connection to an instance."""
 
-    def __init__(self, pool: Pool, instance: str) -> None:
+    def __init__(self, instance: str) -> None:
         self.instance = instance
         self.lost = False
         self.client: Client | None = None
         self.exchange: Exchange | None = None
-        self._pool = pool
         self._transport: Any = None
         self._parser: Any = None
         self._done = False
         self._head_done = False
-        self._reusable = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected."""
@@ -118,25 +89,12 @@ class Upstream(asyncio.Protocol):
         """Carry this exchange."""
         self.client, self.exchange = client, exchange
         self._parser = httptools.HttpResponseParser(self)
-        self._done = self._head_done = self._reusable = False
+        self._done = self._head_done = False
         self._transport.write(exchange.head)
 
     def write(self, data: bytes) -> None:
         """Send bytes to the instance."""
         self._transport.write(data)
-
-    @property
-    def open(self) -> bool:
-        """Whether the instance has not hung up, as far as the kernel knows at this moment."""
-        if self.lost:
-            return False
-        try:
-            self._transport._sock.recv(1, socket.MSG_PEEK)  # noqa: SLF001 - asyncio gives no socket that can be asked
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False  # an end, or a word out of turn
 
     @property
     def full(self) -> bool:
@@ -175,10 +133,7 @@ class Upstream(asyncio.Protocol):
         client.send(data)
         if self._done:
             self.client = self.exchange = None
-            if exchange.complete and self._reusable:
-                self._pool.give(self)
-            else:
-                self.close()
+            self.close()
             client.answered(exchange)
 
     def on_headers_complete(self) -> None:
@@ -187,12 +142,10 @@ class Upstream(asyncio.Protocol):
         self._head_done = True
         if self.exchange.request.method == b"HEAD" or self._parser.get_status_code() in {204, 304}:
             self._done = True
-            self._reusable = self._parser.should_keep_alive()
 
     def on_message_complete(self) -> None:
         """The message is complete."""
         self._done = True
-        self._reusable = self._parser.should_keep_alive()  # afterwards the parser knows no more
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The other side is gone."""
@@ -356,11 +309,7 @@ class Client(asyncio.Protocol):
             return
         if not exchange.head and not self._routed(exchange):
             return
-        upstream = self._pool.take(exchange.instance)
-        if upstream is None:
-            self._connecting = asyncio.ensure_future(self._connect(exchange))
-        else:
-            self._begin(exchange, upstream)
+        self._connecting = asyncio.ensure_future(self._connect(exchange))
 
     def _routed(self, exchange: Exchange) -> bool:
         """Find where it goes; answer it here and now if nowhere."""
@@ -390,7 +339,7 @@ class Client(asyncio.Protocol):
         if self._queue and self._queue[0] is exchange:
             self._begin(exchange, upstream)
         else:  # the client sent what is no request meanwhile
-            self._pool.give(upstream)
+            upstream.close()
             self._advance()
 
     def _begin(self, exchange: Exchange, upstream: Upstream) -> None:
@@ -400,8 +349,6 @@ class Client(asyncio.Protocol):
         upstream.begin(self, exchange)
         if self._full:
             upstream.pause()
-        else:
-            upstream.resume()  # it may have been left paused at the end of an answer that piled up
         self._stream(exchange)
 
     def _stream(self, exchange: Exchange) -> None:

@@ -28,14 +28,10 @@ _CLIENTS_MAX: Final = 1024
 
 
 class Set(msgspec.Struct, frozen=True, tag="set"):
-    """An instance is there, and answers or not. Acknowledged by an empty object.
-
-    `spread`: it may have several lanes, so each request asks anew for one that is free.
-    """
+    """An instance is there, and answers or not. Acknowledged by an empty object."""
 
     instance: str
     up: bool
-    spread: bool = False
 
 
 class Unset(msgspec.Struct, frozen=True, tag="unset"):
@@ -140,13 +136,10 @@ class _Router:
     def _heed(self, message: Set | Unset) -> None:
         self._pool.known.clear()
         match message:
-            case Set(instance=instance, up=up, spread=spread):
+            case Set(instance=instance, up=up):
                 self._routes.up[instance] = up
-                (self._pool.spread.add if spread else self._pool.spread.discard)(instance)
             case Unset(instance=instance):
                 self._routes.up.pop(instance, None)
-                self._pool.spread.discard(instance)
-                self._pool.forget(instance)
 
     def _drain(self) -> None:
         loop = asyncio.get_running_loop()

@@ -366,7 +366,7 @@ def test_a_broker_that_keeps_assignments_back_is_noticed_by_the_board(case):
     """It answers, it pings, it brings nothing: freeze by a silent broker."""
 
     async def asked(version, **ago):
-        case.server.envelope = case.server.assignment(version, issued=NOW - timedelta(**ago))
+        case.server.envelope = case.server.assignment(version, issued=datetime.now(UTC) - timedelta(**ago))
         await case.desired._ask()
 
     async def story():

@@ -89,7 +89,7 @@ def test_the_boards_own_figures_arrive(story: Story, operator: OperatorSide) -> 
     text = operator.fleet("device", story.device)
     assert "wasmtime 50.0.1" in text
     assert rig.MACHINES[story.architecture].machine in text
-    assert re.search(r"^hello +\S*hello@2\.0\.0 +running", text, re.MULTILINE), text
+    assert re.search(r"^hello +\S*hello@2\.0\.0 (\(probation\) )? *running", text, re.MULTILINE), text
     assert re.search(r"^board +up .* on 2 CPUs", text, re.MULTILINE), text
     assert re.search(r"^memory +[\d.]+ \w+ of [\d.]+ \w+ free", text, re.MULTILINE), text
 

@@ -3,8 +3,6 @@
 import asyncio
 import socket
 
-import pytest
-
 from agent.host import proxy, router
 from agent.host.routes import Routes
 
@@ -62,26 +60,22 @@ def story(tmp_path, tell, client=proxy.Client):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(("several_lanes", "connections"), [(False, 1), (True, 10)])
-def test_a_connection_to_an_instance_is_kept_unless_it_could_wait_for_a_busy_lane(tmp_path, several_lanes, connections):
-    async def tell(instance, _routes, pool, ask):
-        if several_lanes:
-            pool.spread.add("web")
+def test_each_exchange_has_a_connection_of_its_own_so_that_a_free_lane_takes_it(tmp_path):
+    async def tell(instance, _routes, _pool, ask):
         for _ in range(10):
             assert await ask(GET) == (b"200", b"hi")
-        assert instance.connections == connections
+        assert instance.connections == 10
 
     story(tmp_path, tell)
 
 
-def test_a_kept_connection_that_was_paused_at_the_end_of_a_large_answer_reads_on(tmp_path, monkeypatch):
+def test_large_answers_arrive_where_little_fits(tmp_path, monkeypatch):
     large = b"x" * 40_000
     monkeypatch.setattr(Instance, "answer", b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(large), large))
 
     async def tell(instance, _routes, _pool, ask):
         for _ in range(4):
             assert await ask(GET) == (b"200", large)
-        assert instance.connections == 1
 
     story(tmp_path, tell, Narrow)
 
