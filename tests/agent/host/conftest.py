@@ -45,7 +45,7 @@ def neighbour(host):
     port = support.free_port()
     host.start("hello", support.a_run("neighbour", 1, port=port))
     before = host.health("neighbour")
-    answers, stop = [], threading.Event()
+    answers, asked, stop = [], threading.Event(), threading.Event()
 
     def ask():
         with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
@@ -55,9 +55,12 @@ def neighbour(host):
                 except OSError as error:
                     answers.append(repr(error))
                     return
+                finally:
+                    asked.set()
 
     client = threading.Thread(target=ask)
     client.start()
+    assert asked.wait(30)
     yield port
     stop.set()
     client.join()
