@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from agent.host import ipc
@@ -225,6 +226,21 @@ def http(port, request: bytes | str = "GET / HTTP/1.1\r\nhost: x\r\n\r\n", sock=
     finally:
         if own:
             sock.close()
+
+
+def await_read(sock):
+    """Until the other end, on this machine, has accepted `sock` and read all that it sent: a process that ends with
+    something unread resets its connection.
+    """
+    ours, theirs = (f"{port:04X}" for port in (sock.getsockname()[1], sock.getpeername()[1]))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
+            _, local, remote, _, queues, _, _, _, _, inode, *_ = line.split()
+            if (local[-4:], remote[-4:]) == (theirs, ours) and inode != "0" and queues.endswith(":00000000"):
+                return
+        time.sleep(0.005)
+    raise TimeoutError("nobody reads it")
 
 
 def read_answer(sock):

@@ -31,6 +31,7 @@ def test_a_guest_that_ignores_drain_holds_up_nobody_and_is_ended(host, neighbour
     (lane,) = set(lanes_of(host)) - before
     stuck = socket.create_connection(("127.0.0.1", port), timeout=60)
     stuck.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    support.await_read(stuck)
     pidfd = os.pidfd_open(lane)
     if end == "swap":
         assert host.start("hello", support.a_run("bad", 2, port=port)).replaced == 1
