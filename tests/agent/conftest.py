@@ -395,7 +395,7 @@ class BoardKit:
         self.host.kill()
 
     async def until(self, condition, what="it"):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():  # noqa: ASYNC110 - the store has no event to wait for
                 await asyncio.sleep(0.005)
 

@@ -75,7 +75,7 @@ class Broker:
         return bytes([0x32, len(body)]) + body
 
     async def until(self, condition):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
@@ -109,7 +109,7 @@ class Board:
         self.event.set()
 
     async def until(self, condition):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 self.event.clear()
                 await self.event.wait()

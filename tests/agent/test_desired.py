@@ -351,7 +351,7 @@ def test_a_board_without_mqtt_and_without_a_clock_is_vouched_for_over_https(tmp_
 
     async def story():
         asking = asyncio.ensure_future(case.desired.run(lambda: 3600.0))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while case.store.counter("accepted") != 4 or not (case.deployer.versions or case.desired.problems):  # noqa: ASYNC110 - the store has no event
                 await asyncio.sleep(0.01)
         asking.cancel()
@@ -405,7 +405,7 @@ def test_a_server_that_is_away_is_asked_again_soon_and_then_less_often(case, mon
         monkeypatch.setattr(case.desired, "_ask", counted)
         monkeypatch.setattr(desired_module, "AWAY_FIRST_S", 0.001)
         task = asyncio.create_task(case.desired.run(lambda: 3600.0))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not case.deployer.versions:  # noqa: ASYNC110 - the loop under test tells nobody
                 await asyncio.sleep(0.005)
         task.cancel()

@@ -60,7 +60,7 @@ def followed(policy, host, server, monkeypatch):
             told=told,
         )
         follower.follow("hello", minutes=5, command=7)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await asyncio.gather(*tasks)
 
     asyncio.run(story())

@@ -32,7 +32,7 @@ def run(tmp_path, story):
             box.wake()
 
         async def until(expected):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while sent != expected:
                     event.clear()
                     await event.wait()

@@ -156,7 +156,7 @@ def is_broker(pid: int) -> bool:
 
 async def appears(directory, *, at_least):
     """Wait for a partial download of a size."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             for part in directory.glob("*.part") if directory.exists() else ():
                 if part.stat().st_size >= at_least:

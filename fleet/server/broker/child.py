@@ -12,7 +12,7 @@ from typing import Final
 from fleet.server.home import Address
 
 log = logging.getLogger(__name__)
-_READY_S: Final = 20.0
+_READY_S: Final = 60.0
 _STOP_S: Final = 5.0
 _BACKOFF_MAX_S: Final = 10.0
 

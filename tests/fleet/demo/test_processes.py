@@ -32,7 +32,7 @@ def alive(pid: int) -> bool:
 
 
 async def first_line(log: Path) -> str:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while "\n" not in (text := log.read_text()):  # noqa: ASYNC110, ASYNC240 - a file tells nobody that it grew
             await asyncio.sleep(0.01)
     return text.splitlines()[0]

@@ -47,7 +47,7 @@ async def knock(board, *, client_id, context=None, will=None):
         return None
     client.loop_start()
     try:
-        return await asyncio.wait_for(answer, 10)
+        return await asyncio.wait_for(answer, 60)
     finally:
         client.disconnect()
         await asyncio.to_thread(client.loop_stop)

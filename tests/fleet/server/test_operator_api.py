@@ -442,7 +442,7 @@ def test_a_long_poll_returns_with_the_next_revision_or_when_its_time_is_over(new
         )
         await asyncio.sleep(0)
         await operator.send(api.RolloutView, "POST", f"/v1/rollouts/{view.id}/pause")
-        newer = await asyncio.wait_for(waiting, 10)
+        newer = await asyncio.wait_for(waiting, 60)
         assert newer.revision > view.revision
         same = await operator.get(api.RolloutView, f"/v1/rollouts/{view.id}", wait=0, since=newer.revision)
         assert same.revision == newer.revision

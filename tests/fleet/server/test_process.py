@@ -40,7 +40,7 @@ def runs(pid):
 
 
 async def gone(pid):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while runs(pid):  # noqa: ASYNC110 - a process of somebody else's has no event here
             await asyncio.sleep(0.02)
 

@@ -247,7 +247,7 @@ def test_a_server_that_lost_reports_asks_for_them_again(new_fleet):
             board._received = lambda topic, payload: asked.append((topic, payload))
             hello = Hello(device=board.device, nonce="0" * 16, boot_id="boot", acked=7)
             board.publish(Up.HELLO, hello)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not [one for one in asked if one[0].endswith("/down/ack")]:  # noqa: ASYNC110 - paho's thread tells
                     await asyncio.sleep(0.02)
             ack = wire.decode(Ack, next(payload for topic, payload in asked if topic.endswith("/down/ack")))
