@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from fleet.protocol import caps, outbound
-from fleet.protocol.manifest import Grants, Limits
+from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEMENTS_MAX, Grants, Limits
 
 STATE_DIR: Final = Path("/var/lib/wasmfleet-agent")
 RUNTIME_DIR: Final = Path("/run/wasmfleet")
@@ -23,11 +23,10 @@ CONFIG_FILE: Final = Path("/etc/wasmfleet/agent.toml")
 CAPPED: Final = (
     *("memory_bytes", "call_ms", "start_ms", "idle_ms", "total_ms", "concurrency", "request_bytes", "response_bytes"),
     *("log_lines_per_minute", "fuel", "storage_bytes", "daily_written_bytes", "state_bytes"),
+    *("table_elements", "core_instances"),
 )
 """The limits of a manifest that the board's policy bounds, by the names they have in both."""
-_MAY_BE_NONE: Final = frozenset(
-    {"request_bytes", "log_lines_per_minute", "storage_bytes", "daily_written_bytes", "state_bytes"}
-)
+_MAY_BE_NONE: Final = MAY_BE_NONE.intersection(CAPPED) - {"fuel"}
 
 
 class ConfigError(Exception):
@@ -46,7 +45,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         on_revoked: what becomes of a component that runs and is then revoked, denied its grants, or found to be below
             the security epoch.
         memory_bytes, call_ms, start_ms, idle_ms, total_ms, concurrency, request_bytes, response_bytes,
-            log_lines_per_minute, storage_bytes, daily_written_bytes, state_bytes: upper bounds on a manifest's limits.
+            log_lines_per_minute, storage_bytes, daily_written_bytes, state_bytes, table_elements, core_instances: upper
+            bounds on a manifest's limits.
         fuel: an upper bound too, where a manifest asks for fuel at all.
         compile_memory_bytes, compile_s: for the compiler.
     """
@@ -70,6 +70,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     storage_bytes: int = 256 * caps.MIB
     daily_written_bytes: int = 1024 * caps.MIB
     state_bytes: int = 2 * caps.MIB
+    table_elements: int = TABLE_ELEMENTS_MAX
+    core_instances: int = CORE_INSTANCES_MAX
     compile_memory_bytes: int = 1024 * caps.MIB
     compile_s: int = 300
 

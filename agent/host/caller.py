@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 
 from agent.host import cell, control
 from agent.host.adapted import start
+from agent.host.allowance import Allowance
 from agent.host.connection import Request
 from agent.host.engine import TICK_MS, Guest, Image
 from agent.host.faults import EngineError, GuestError
@@ -30,7 +31,6 @@ GRACE_MS: Final = 1000
 TICK_MOST_MS: Final = 3 * TICK_MS
 """What one tick may count for: one that came later than this was kept waiting, and so was the call."""
 _LINE_MAX_CHARS: Final = 1024
-_FAULTS_A_SECOND: Final = 5
 _NS_PER_MS: Final = 1_000_000
 
 T = TypeVar("T")
@@ -173,25 +173,6 @@ class Ticker:
             self._say(control.Busy())
 
 
-class Allowance:
-    """So many a minute, saved up for at most a minute."""
-
-    def __init__(self, per_minute: int) -> None:
-        self._per_minute = per_minute
-        self._left = float(per_minute)
-        self._at = time.monotonic()
-
-    def take(self) -> bool:
-        """Whether there is one left; takes it."""
-        now = time.monotonic()
-        self._left = min(self._per_minute, self._left + (now - self._at) * self._per_minute / 60)
-        self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
-
-
 def _sentence(problem: str | None) -> str | None:
     """What a guest gives as its reason, as far as it fits in a message to the supervisor."""
     return None if problem is None else problem[:_LINE_MAX_CHARS]
@@ -233,7 +214,7 @@ class Caller:
         self._data = data
         self.say = say
         self._lines = Allowance(limits.log_lines_per_minute)
-        self._faults = Allowance(_FAULTS_A_SECOND * 60)
+        self._faults = Allowance(control.FAULTS_A_MINUTE)
         self._dropped = 0
         self._guest: Guest | None = None
         self._outgoing = Nowhere(self.log, lambda: page.sent(True)) if outgoing is None else outgoing(self.log)
@@ -371,12 +352,13 @@ class Caller:
             self.say(control.Fault(message=message))
 
     def log(self, text: str) -> None:
-        """A log line of the guest's, as far as it may log."""
-        if not self._lines.take():
-            self._dropped += 1
-            self._page.dropped()
-            return
+        """What the guest logs, as far as it may: each line of it counts."""
         # Before it is cut: a secret in halves would not be known again.
-        for line in self._redact(text).splitlines() or [""]:
+        lines = self._redact(text).splitlines() or [""]
+        for number, line in enumerate(lines):
+            if not self._lines.take():
+                self._dropped += len(lines) - number
+                self._page.dropped(len(lines) - number)
+                return
             self.say(control.Line(text=line[:_LINE_MAX_CHARS], dropped=self._dropped))
             self._dropped = 0

@@ -9,7 +9,7 @@ from agent.host.crew import GRACE_S
 from agent.host.generation import Generation
 from agent.host.handle import Lane, LaneGoneError
 from agent.host.record import plain
-from agent.host.schedule import Clock
+from agent.host.schedule import MIN_EVERY_MS, Clock
 from fleet.protocol.manifest import Schedule
 
 HEALTH: Final = "wasmfleet:http/health"
@@ -33,7 +33,8 @@ class Clocks:
         if isinstance(manifest.trigger, Schedule):
             self._tasks.append(asyncio.ensure_future(self._tick(Clock(manifest.trigger))))
         if manifest.health.check and manifest.health.interval_ms > 0:
-            self._tasks.append(asyncio.ensure_future(self._visit(manifest.health.interval_ms / 1000)))
+            interval_ms = max(manifest.health.interval_ms, MIN_EVERY_MS)
+            self._tasks.append(asyncio.ensure_future(self._visit(interval_ms / 1000)))
 
     def end(self) -> None:
         """Stop them."""

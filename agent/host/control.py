@@ -17,6 +17,9 @@ from fleet.protocol.manifest import Grants, Limits
 
 PACKET_MAX_BYTES: Final = 160 * 1024
 FDS_MAX: Final = 36
+FAULTS_A_MINUTE: Final = 300
+"""How many faults a lane tells one by one; all are counted."""
+_OTHERS_A_MINUTE: Final = 2500
 IMAGES_MAX: Final = 32
 """How many different images one shared lane may have open."""
 
@@ -220,6 +223,11 @@ FromLane = Ready | Opened | Refused | HandedOver | Said | Line | Fault | Busy | 
 
 _to_lane: Final[msgspec.json.Decoder[ToLane]] = msgspec.json.Decoder(ToLane)
 _from_lane: Final[msgspec.json.Decoder[FromLane]] = msgspec.json.Decoder(FromLane)
+
+
+def most_a_minute(log_lines: int) -> int:
+    """What a sound lane tells unasked in a minute, and as much again: its log, its faults, that it is busy."""
+    return 2 * (log_lines + FAULTS_A_MINUTE) + _OTHERS_A_MINUTE
 
 
 class GoneError(Exception):

@@ -150,7 +150,7 @@ class Crew:
         if isinstance(answer, control.Refused):
             raise StartError(answer.code, f"{self._name}: {answer.message}")
         assert isinstance(answer, control.Ready)
-        lane.is_set_up()
+        lane.is_set_up(log_lines_a_minute=run.limits.log_lines_per_minute)
         generation.kinds, generation.layers = frozenset(answer.kinds), answer.layers
         began_s = time.monotonic()
         lane.ended.add_done_callback(lambda _: self._on_end(generation, lane, time.monotonic() - began_s))

@@ -29,12 +29,10 @@ from agent.host.space import FULL, NONE, MemoryPlan, memory_plan, reservable_byt
 from fleet.protocol import adapter, compose
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.component import Fault, NotAComponentError, bare, read
-from fleet.protocol.manifest import Grants, Limits
+from fleet.protocol.manifest import CORE_INSTANCES_MAX, TABLE_ELEMENTS_MAX, Grants, Limits
 
 TICK_MS: Final = 10
 _FOREVER: Final = 2**62
-_MAX_TABLE_ELEMENTS: Final = 100_000
-_MAX_CORE_INSTANCES: Final = 128
 _POOLED_MEMORIES: Final = 16
 _KEPT_BYTES: Final = 128 * 1024
 _MAX_LINE_CHARS: Final = 4096
@@ -139,13 +137,13 @@ def _pool(config: Config) -> None:
     pool = ffi.wasmtime_pooling_allocation_config_new()
     for name, value in (
         ("total_component_instances", 2),
-        ("total_core_instances", 2 * _MAX_CORE_INSTANCES),
-        ("max_core_instances_per_component", _MAX_CORE_INSTANCES),
+        ("total_core_instances", 2 * CORE_INSTANCES_MAX),
+        ("max_core_instances_per_component", CORE_INSTANCES_MAX),
         ("total_memories", 2 * _POOLED_MEMORIES),
         ("max_memories_per_component", _POOLED_MEMORIES),
-        ("total_tables", 2 * _MAX_CORE_INSTANCES),
-        ("max_tables_per_component", _MAX_CORE_INSTANCES),
-        ("table_elements", _MAX_TABLE_ELEMENTS),
+        ("total_tables", 2 * CORE_INSTANCES_MAX),
+        ("max_tables_per_component", CORE_INSTANCES_MAX),
+        ("table_elements", TABLE_ELEMENTS_MAX),
         ("max_memory_size", FULL.reservation_bytes),
         ("linear_memory_keep_resident", _KEPT_BYTES),
         ("table_keep_resident", _KEPT_BYTES),
@@ -263,10 +261,10 @@ class Guest:
         self._store = Store(self._image.engine.raw)
         self._store.set_limits(
             memory_size=self._limits.memory_bytes,
-            table_elements=_MAX_TABLE_ELEMENTS,
-            instances=_MAX_CORE_INSTANCES,
-            tables=_MAX_CORE_INSTANCES,
-            memories=_MAX_CORE_INSTANCES,
+            table_elements=self._limits.table_elements,
+            instances=self._limits.core_instances,
+            tables=self._limits.core_instances,
+            memories=self._limits.core_instances,
         )
         if self._wasi:
             self._store.set_wasi(self._streams(stdin))

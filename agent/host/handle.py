@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from agent.host import control, page
+from agent.host.allowance import Allowance
 
 _GONE_S: Final = 1.0
 _WEIGHED_S: Final = 0.5  # many seats ask for one process's figures at once
@@ -66,6 +67,7 @@ class Lane:
         self._sock = sock
         self._on_message = on_message
         self._weighed = (0.0, 0)
+        self._may_say = Allowance(control.most_a_minute(0))
         self._waiting: dict[type, asyncio.Future[control.FromLane]] = {}
         sock.setblocking(False)
         asyncio.get_running_loop().add_reader(sock, self._readable)
@@ -111,9 +113,9 @@ class Lane:
             self._unplug()
             asyncio.get_running_loop().call_later(_GONE_S, self.end, "it closed its socket and did not end")
             return
-        if isinstance(message, control.Ready):
+        if isinstance(message, control.Ready) and self.ready is None:
             self.ready = message
-        if isinstance(message, control.Ready | control.Opened) and fds:
+        if isinstance(message, control.Ready | control.Opened) and fds and self.memory_fd < 0:
             self.memory_fd, *fds = fds  # type: ignore[assignment]
         for fd in fds:
             os.close(fd)
@@ -122,8 +124,11 @@ class Lane:
         future = self._asked(message)
         if future is not None and not future.done():
             future.set_result(message)
-        else:
+        elif self._may_say.take():
             self._on_message(self, message)
+        else:
+            self.kill("it told its supervisor more than any lane has to say")
+            self._unplug()
 
     def _asked(self, message: control.FromLane) -> "asyncio.Future[control.FromLane] | None":
         """Who waits for this message."""
@@ -221,8 +226,9 @@ class Lane:
             int(line.split()[1]) for line in text.splitlines() if line.startswith((b"Private_Dirty", b"Swap:"))
         )
 
-    def is_set_up(self) -> None:
+    def is_set_up(self, *, log_lines_a_minute: int) -> None:
         """It has its page of figures: nobody else needs the descriptor."""
+        self._may_say = Allowance(control.most_a_minute(log_lines_a_minute))
         os.close(self.page_fd)
         self.page_fd = -1
 

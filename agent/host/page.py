@@ -24,6 +24,7 @@ _OUTCOMES: Final = tuple(CallOutcome)
 _ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _WRITTEN, _OUTGOING, _CPU = 0, 8, 16, 24, 32, 40, 48, 56
 _COUNTS: Final = 64
 _LATENCIES: Final = 1024
+_COUNT_MAX: Final = 2**56  # the sum of many fits wherever figures are kept and sent
 _U64: Final = struct.Struct("=Q")
 _U32: Final = struct.Struct("=I")
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -109,9 +110,9 @@ class Page:
         """A request that the guest wanted to send: sent or tried, or `denied`."""
         self._add(_DENIED if denied else _OUTGOING)
 
-    def dropped(self) -> None:
-        """A log line went over the limit."""
-        self._add(_DROPPED)
+    def dropped(self, lines: int) -> None:
+        """So many log lines went over the limit."""
+        self._add(_DROPPED, lines)
 
     def denied(self) -> None:
         """Something that the guest asked of the host was refused."""
@@ -130,20 +131,25 @@ class Page:
         value: int = _U64.unpack_from(self._map, _BEGAN)[0]
         return value
 
+    def _count(self, at: int) -> int:
+        """A figure, as far as one can be: who is beyond its sandbox may write there whatever it likes."""
+        value: int = _U64.unpack_from(self._map, at)[0]
+        return min(value, _COUNT_MAX)
+
     def read(self) -> Figures:
         """The figures now."""
-        counts = struct.unpack_from(f"={len(_OUTCOMES)}Q", self._map, _COUNTS)
-        calls: int = _U64.unpack_from(self._map, _CALLS)[0]
+        counts = [self._count(_COUNTS + 8 * number) for number in range(len(_OUTCOMES))]
+        calls = self._count(_CALLS)
         return Figures(
             calls={outcome.value: count for outcome, count in zip(_OUTCOMES, counts, strict=True) if count},
-            errors=_U64.unpack_from(self._map, _ERRORS)[0],
+            errors=self._count(_ERRORS),
             latencies_us=struct.unpack_from(f"={min(calls, _RING)}I", self._map, _LATENCIES),
-            began_ns=_U64.unpack_from(self._map, _BEGAN)[0],
-            dropped_lines=_U64.unpack_from(self._map, _DROPPED)[0],
-            denials=_U64.unpack_from(self._map, _DENIED)[0],
-            written_bytes=_U64.unpack_from(self._map, _WRITTEN)[0],
-            outgoing=_U64.unpack_from(self._map, _OUTGOING)[0],
-            cpu_ns=_U64.unpack_from(self._map, _CPU)[0],
+            began_ns=self.began_ns(),
+            dropped_lines=self._count(_DROPPED),
+            denials=self._count(_DENIED),
+            written_bytes=self._count(_WRITTEN),
+            outgoing=self._count(_OUTGOING),
+            cpu_ns=self._count(_CPU),
         )
 
     def close(self) -> None:

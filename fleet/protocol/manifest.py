@@ -68,6 +68,17 @@ NATIVE_ANSWER_MAX_BYTES: Final = 128 * caps.MIB // 48
 """The engine copies at most 128 MiB out of a guest in one call, and a byte of a body costs 48."""
 
 
+TABLE_ELEMENTS_MAX: Final = 100_000
+CORE_INSTANCES_MAX: Final = 128
+"""The engine keeps room for so many: no manifest and no policy goes beyond."""
+
+MAY_BE_NONE: Final = frozenset(
+    {"fuel", "request_bytes", "log_lines_per_minute", "storage_bytes", "daily_written_bytes", "state_bytes"}
+    | {"requests_per_instance"}
+)
+"""The limits of which 0 means something: none of it, or for `fuel` and `requests_per_instance` what is said there."""
+
+
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the component may use. The board's policy caps each.
 
@@ -87,6 +98,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         state_bytes: the memory that it may hand to its successor at a swap.
         requests_per_instance: how many requests one instance may answer before the next gets a fresh one; 0 for what
             its world is built for: one in `wasi:http` (a request with a body always gets its own), any number else.
+        table_elements: of each of its tables (functions that are called through a table, references).
+        core_instances: core modules that may be instantiated in one instance, and its memories and tables, each.
     """
 
     memory_bytes: int = 16 * caps.MIB
@@ -103,6 +116,15 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     daily_written_bytes: int = 64 * caps.MIB
     state_bytes: int = 1 * caps.MIB
     requests_per_instance: int = 0
+    table_elements: int = TABLE_ELEMENTS_MAX
+    core_instances: int = CORE_INSTANCES_MAX
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what bounds nothing: to the engine a number below 0 is no limit at all."""
+        for name in self.__struct_fields__:
+            value, least = getattr(self, name), 0 if name in MAY_BE_NONE else 1
+            if value < least:
+                raise ValueError(f"limits.{name} is {value}, and must be at least {least}")
 
 
 class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -183,7 +205,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return wire.digest(self.plain())
 
 
-LATER: Final = ("secrets",)
+LATER: Final = ("secrets", "limits.table_elements", "limits.core_instances")
 """Fields that came after the first form, as `secrets` or `limits.name`: left out at their default, so that a new one
 changes no manifest's digest and boards of before go on reading what does not use it. Their defaults never change."""
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 
 from fleet.protocol import caps, units
-from fleet.protocol.manifest import BadManifestError, Health, Limits
+from fleet.protocol.manifest import CORE_INSTANCES_MAX, TABLE_ELEMENTS_MAX, BadManifestError, Health, Limits
 
 FILE_NAME: Final = "component.toml"
 
@@ -20,7 +20,12 @@ _ZERO_IS_FINE: Final = frozenset(
     {"fuel", "request", "log_lines_per_minute", "storage", "daily_written", "state", "requests_per_instance"}
     | {"probation", "min_calls", "max_faults", "max_error_percent"}
 )
-_AT_MOST: Final = {"max_error_percent": 100, "concurrency": 64}
+_AT_MOST: Final = {
+    "max_error_percent": 100,
+    "concurrency": 64,
+    "table_elements": TABLE_ELEMENTS_MAX,
+    "core_instances": CORE_INSTANCES_MAX,
+}
 _AT_LEAST: Final = {"memory": 64 * caps.KIB, "every": 100}
 
 Checked = TypeVar("Checked")

@@ -183,6 +183,25 @@ def test_a_flood_of_log_lines_is_cut_off_and_counted(host, neighbour):
     assert support.http(port)[0] == 200
 
 
+def test_each_line_of_what_is_logged_at_once_counts(host):
+    """One call to the log with ten thousand lines in it is no way round the limit."""
+    port = support.free_port()
+    text = support.wasm("flood").decode().partition("\n")[2]
+    text = text.replace('(memory (export "memory") 1)\n    (data', '(memory (export "memory") 3)\n    (data')
+    text = text.replace(
+        '"the flood rises and the flood rises and the flood rises and the "', '"' + "x\\n" * 10_000 + '"'
+    )
+    text = text.replace("(i32.const 256) (i32.const 64))", "(i32.const 256) (i32.const 20000))").replace(
+        "(i32.const 9)", "(i32.const 0)"
+    )
+    text = text.replace("(i32.const 20000)))", "(i32.const 2)))")
+    grants, limits = Grants(interfaces=("wasi:logging",)), Limits(log_lines_per_minute=1)
+    assert isinstance(host.start(text, support.a_run("bad", 1, port=port, grants=grants, limits=limits)), ipc.Started)
+    assert support.http(port)[0] == 200
+    assert host.health("bad").dropped_lines == 20_000 - 1
+    assert host.ask(ipc.Logs, instance="bad").count <= 1
+
+
 def test_the_thousandth_call_traps_and_the_next_one_is_answered(host):
     port = support.free_port()
     host.start("trap-at-1000", support.a_run("web", 1, port=port))

@@ -1,0 +1,84 @@
+"""What the supervisor bears of a lane in which somebody else speaks: a guest that got out of its sandbox."""
+
+import asyncio
+import contextlib
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+from agent.host import control, page
+from agent.host.handle import Lane
+
+
+class Played(Lane):
+    """The supervisor's handle of a lane, which says when it listens no more."""
+
+    over = None
+
+    def _unplug(self):
+        super()._unplug()
+        self.over.set()
+
+
+def as_a_lane(speak):
+    """Play a lane before the supervisor's handle of it: (the handle, what it passed on).
+
+    `speak(socket)` says what it likes; behind the handle is a process that waits to be ended.
+    """
+    process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    heard = []
+
+    async def play():
+        ours, theirs = control.pair()
+        lane = Played("web/1", ours, lambda _, message: heard.append(message))
+        lane.pid, lane.pidfd, lane.over = process.pid, os.pidfd_open(process.pid), asyncio.Event()
+        with theirs:
+            await asyncio.to_thread(speak, theirs)
+        await lane.over.wait()
+        process.kill()
+        lane.has_ended(process.wait())
+        return lane
+
+    return asyncio.run(play()), heard
+
+
+def test_a_lane_that_tells_more_than_any_lane_has_to_is_ended():
+    def flood(sock):
+        with contextlib.suppress(control.GoneError):
+            for number in range(20_000):
+                control.send(sock, control.Fault(message=f"fault {number}"))
+
+    lane, heard = as_a_lane(flood)
+    assert "more than any lane has to say" in lane.describe_end()
+    # What it may say, and what it earned while it was read.
+    assert len(heard) < 10_000
+    lane.close()
+
+
+def open_here():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_descriptors_that_nobody_asked_for_are_closed():
+    def send_many(sock):
+        read, write = os.pipe()
+        for _ in range(100):
+            control.send(sock, control.Ready(kinds=(), layers={}), read)
+        os.close(read)
+        os.close(write)
+
+    before = open_here()
+    lane, _ = as_a_lane(send_many)
+    lane.close()
+    assert open_here() <= before + 1
+
+
+def test_figures_that_cannot_be_are_cut_to_what_can_be_kept():
+    fd = page.create("bad")
+    os.pwrite(fd, b"\xff" * page.SIZE, 0)
+    figures = page.Page(fd).read()
+    os.close(fd)
+    for value in (figures.errors, figures.denials, figures.written_bytes, figures.cpu_ns, *figures.calls.values()):
+        assert struct.pack("=q", 64 * value), "the sum over as many lanes as there may be fits into what stores keep"
