@@ -10,6 +10,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -29,6 +30,7 @@ from fleet.protocol.codes import RejectCode
 CONNECT_S: Final = 10.0
 COMPILER_S: Final = 60.0
 MACHINES: Final = frozenset({"x86_64", "aarch64", "riscv64"})
+BITS: Final = 64
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,10 +45,19 @@ class _FailedError(Exception):
     """What does not work, and what to do."""
 
 
-def run(places: Places, settings: Settings) -> list[Result]:
-    """Everything in order, up to the first failure of what the rest builds upon."""
+def run(
+    places: Places, settings: Settings, *, machine: str = platform.machine(), bits: int = sys.maxsize.bit_length() + 1
+) -> list[Result]:
+    """Everything in order, up to the first failure of what the rest builds upon.
+
+    Args:
+        places: where the agent keeps what it knows.
+        settings: the owner's.
+        machine: the processor, as the kernel calls it.
+        bits: of this program: a 32-bit system may run under a 64-bit kernel.
+    """
     results = []
-    for name, attempt in _attempts(places, settings):
+    for name, attempt in _attempts(places, settings, machine, bits):
         try:
             results.append(Result(name=name, ok=True, text=attempt()))
         except _FailedError as error:
@@ -55,8 +66,8 @@ def run(places: Places, settings: Settings) -> list[Result]:
     return results
 
 
-def _attempts(places: Places, settings: Settings) -> Iterator[tuple[str, Callable[[], str]]]:
-    yield "machine", _machine
+def _attempts(places: Places, settings: Settings, machine: str, bits: int) -> Iterator[tuple[str, Callable[[], str]]]:
+    yield "machine", lambda: _machine(machine, bits)
     yield "identity", lambda: _identity(places, settings)
     who = identity.load(places.identity)
     url = urllib.parse.urlsplit(who.devices_url)
@@ -74,10 +85,10 @@ def _attempts(places: Places, settings: Settings) -> Iterator[tuple[str, Callabl
     yield "disk", lambda: _disk(places, settings)
 
 
-def _machine() -> str:
-    machine = platform.machine()
-    if machine not in MACHINES:
-        raise _FailedError(f"{machine} is not supported: a 64-bit system is needed (x86_64, aarch64 or riscv64)")
+def _machine(machine: str, bits: int) -> str:
+    if machine not in MACHINES or bits != BITS:
+        here = f"{machine} with a {bits}-bit system" if machine in MACHINES else machine
+        raise _FailedError(f"{here} is not supported: install a 64-bit system (x86_64, aarch64 or riscv64)")
     return f"{machine}, Linux {platform.release()}"
 
 

@@ -220,7 +220,7 @@ def _run(options: argparse.Namespace) -> int:
             f"this disk was copied from the board of {who.device}, which is still itself: "
             "run 'fleet-agent enroll --force' with a token of its own"
         )
-    systemd.log_to_journal(logging.DEBUG if options.verbose else logging.INFO)
+    systemd.log_to_journal(logging.DEBUG if options.verbose else logging.INFO, device=who.device, fleet=who.fleet)
     if settings.production and not who.production:
         logging.getLogger("agent").warning(
             "the fleet is for development and this board is in production mode: nothing is taken until it has moved"

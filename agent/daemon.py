@@ -295,7 +295,8 @@ class Daemon:
 
     def _on_host_event(self, event: ipc.Event) -> None:
         if isinstance(event, ipc.Trapped):
-            log.warning("%s: %s: %s", event.instance, event.code, event.message.partition("\n")[0])
+            said = f"{event.instance}: {event.code}: {event.message}".partition("\n")[0]
+            log.warning("%s", said, extra=systemd.fields(instance=event.instance, code=event.code))
         else:
             log.info("%s: %s %s", event.instance, event.state, event.message)
             self._vitals.changed()

@@ -354,7 +354,7 @@ class Deployer:
             report = self._report(flight)
         await self._worker(self._store.save, closed=change.instance, report=report)
         if report is not None:
-            self._on_report()
+            self._told(report)
 
     async def _persist(self, flight: Flight, left: Phase) -> None:
         change = flight.change
@@ -390,7 +390,11 @@ class Deployer:
     async def _save(self, change: Change, *, report: Report | None = None, **also: object) -> None:
         await self._worker(self._store.save, change, report=report, **also)  # type: ignore[arg-type]
         if report is not None:
-            self._on_report()
+            self._told(report)
+
+    def _told(self, report: Report) -> None:
+        reports.tell(report)
+        self._on_report()
 
     async def _keep_well(self, flight: Flight) -> None:
         async with flight.lock:

@@ -347,7 +347,6 @@ class Desired:
         if key in self._refusals or len(self._refusals) >= REFUSALS_MAX:
             return
         self._refusals.add(key)
-        log.error("assignment refused: %s", error)
         claimed = remembered_assignment(envelope)
         report = reports.about(
             self._board,
@@ -361,6 +360,7 @@ class Desired:
             refused=claimed.version if claimed is not None and 0 < claimed.version <= VERSION_MAX else 0,
             refused_sha256=hashlib.sha256(envelope).hexdigest(),
         )
+        reports.tell(report)
         with contextlib.suppress(StoreError):
             await self._worker(self._store.save, report=report)
         self._on_report()

@@ -1,10 +1,12 @@
-"""What is reported of changes and refusals: pure functions from what is known to the message."""
+"""What is reported of changes and refusals, to the fleet and in the journal: from what is known to the message."""
 
+import logging
 from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
 
+from agent import systemd
 from agent.records import Change
 from agent.standing import Board
 from agent.update.machine import Phase
@@ -13,6 +15,8 @@ from fleet.protocol.assignment import Item
 from fleet.protocol.codes import Phase as WirePhase
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.messages import Report
+
+log = logging.getLogger("agent.reports")
 
 ANSWERS: Final = frozenset({Phase.PROBATION, Phase.COMMITTED})
 """Phases in which the new version is the one that answers."""
@@ -80,6 +84,21 @@ def of_change(board: Board, change: Change, *, before: str, log: tuple[str, ...]
         log=capped(log) if state.code else (),
         timings_ms=change.timings_ms,
     )
+
+
+def tell(report: Report) -> None:
+    """Put into the journal what a report says, with what it is about as fields, to be asked for by them."""
+    about_it = systemd.fields(
+        instance=report.instance,
+        target=report.target,
+        phase=report.phase,
+        code=report.code,
+        rollout=report.rollout,
+        assignment=report.assignment,
+    )
+    name = report.instance or f"assignment {report.assignment}"
+    said = ": ".join(filter(None, [name, f"{report.phase} {report.target}".rstrip(), report.code, report.message]))
+    log.log(logging.WARNING if report.code else logging.INFO, "%s", said.partition("\n")[0], extra=about_it)
 
 
 def capped(lines: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import socket
 from typing import Final
 
 WATCHDOG_SHARE: Final = 3
+FIELD: Final = "WASMFLEET_"
 
 
 def notify(**fields: str) -> bool:
@@ -37,13 +38,24 @@ def watchdog_s() -> float | None:
         return None
 
 
-def log_to_journal(level: int) -> None:
-    """Log to the journal where systemd-python is there and stderr is the journal, else as lines on stderr."""
+def fields(**values: object) -> dict[str, str]:
+    """Journal fields of a log record (its `extra`), such as WASMFLEET_INSTANCE; what is empty is left out."""
+    return {f"{FIELD}{name.upper()}": str(value) for name, value in values.items() if value}
+
+
+def log_to_journal(level: int, **always: object) -> None:
+    """Log to the journal where systemd-python is there and stderr is the journal, else as lines on stderr.
+
+    Args:
+        level: what is less is left out.
+        always: fields that each record of the journal gets.
+    """
     handler: logging.Handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     if os.environ.get("JOURNAL_STREAM"):
         with contextlib.suppress(ImportError):
             from systemd import journal  # noqa: PLC0415 - optional: Debian's python3-systemd
 
-            handler = journal.JournalHandler(SYSLOG_IDENTIFIER="fleet-agent")
+            handler = journal.JournalHandler(SYSLOG_IDENTIFIER="fleet-agent", **fields(**always))
+            handler.setFormatter(logging.Formatter("%(message)s"))  # level and logger are fields
     logging.basicConfig(level=level, handlers=[handler])

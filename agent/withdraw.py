@@ -5,7 +5,6 @@ beside it. That it is not committed any more is persisted first, with the report
 power goes in between, nothing starts it again, and a host that still runs it is told to stop what belongs to nothing.
 """
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from typing import Final, Literal
@@ -19,8 +18,6 @@ from agent.update.machine import Phase, State
 from agent.worker import Worker
 from fleet.protocol.codes import Phase as WirePhase
 from fleet.protocol.codes import RejectCode
-
-log = logging.getLogger("agent.withdraw")
 
 _NEW_ONE_THERE: Final = frozenset({Phase.SWAPPING, Phase.PROBATION, Phase.COMMITTED})
 """Phases in which the host has the next version too, which a stop would take along: going back then stops both."""
@@ -105,7 +102,7 @@ class Withdrawals:
             at=datetime.now(UTC),
             rollout=item.rollout,
         )
-        log.error("%s is stopped: %s: %s", doubt.instance, doubt.code, doubt.message)
+        reports.tell(report)
         await self._worker(self._store.save, removed=doubt.instance, failure=failure, report=report)
         self._standing.committed.pop(doubt.instance, None)
         await self._write_runset()
@@ -123,6 +120,6 @@ class Withdrawals:
             code=doubt.code,
             message=f"it goes on running, as this board's policy says: {doubt.message}",
         )
-        log.error("%s: %s: %s; it goes on running", doubt.instance, doubt.code, doubt.message)
+        reports.tell(report)
         await self._worker(self._store.save, report=report)
         self._on_report()

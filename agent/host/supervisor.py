@@ -17,7 +17,7 @@ import subprocess
 import sys
 import uuid
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -169,8 +169,8 @@ class Supervisor:
             self._front = Front(ingress, self._settings.runtime / "in")
         loop.add_reader(listener, self._accept, listener)
         watch = asyncio.ensure_future(self._watch())
-        dog = asyncio.ensure_future(_pet_watchdog())
-        systemd.notify(READY="1", STATUS=f"engine {self._engine or 'missing'}")
+        dog = asyncio.ensure_future(_pet_watchdog(self._status))
+        systemd.notify(READY="1", STATUS=self._status())
         try:
             await self._stop.wait()
         finally:
@@ -181,6 +181,10 @@ class Supervisor:
             listener.close()
             (self._settings.runtime / _SOCKET).unlink(missing_ok=True)
             await self._end()
+
+    def _status(self) -> str:
+        engine = f"wasmtime {self._engine}" if self._engine else "no engine on this board: components are refused"
+        return f"{len(self._instances)} instances; {engine}"
 
     def _lacks(self, wanted: frozenset[str]) -> list[str]:
         return sorted(layer for layer in wanted if not self._containment.get(layer))
@@ -475,11 +479,11 @@ def _many_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _pet_watchdog() -> None:
+async def _pet_watchdog(status: Callable[[], str]) -> None:
     """Tell systemd that the loop turns, for as long as it does."""
     interval_s = systemd.watchdog_s()
     while interval_s is not None:
-        systemd.notify(WATCHDOG="1")
+        systemd.notify(WATCHDOG="1", STATUS=status())
         await asyncio.sleep(interval_s)
 
 

@@ -144,6 +144,26 @@ def unpack(debs: Iterable[Path], place: Path) -> None:
         subprocess.run(["dpkg-deb", "--extract", str(deb), str(place)], check=True)
 
 
+def complete(out: Path, debs: Iterable[Path], engine: Path | None) -> None:
+    """Put beside the wheel and the packages in `out` what belongs to a release of them.
+
+    Args:
+        out: where the wheel and the packages lie.
+        debs: the packages.
+        engine: wasmtime's riscv64 wheel, where there is one.
+    """
+    rust = list(crates()) if engine else []
+    with tempfile.TemporaryDirectory(prefix="wasmfleet-release-") as scratch:
+        unpack(debs, Path(scratch))
+        parts = licensed(pinned(), Path(scratch)) + rust
+        (out / "THIRD-PARTY.txt").write_text(notices(Path(scratch), rust))
+    if engine:
+        shutil.copy2(engine, out)
+    when = datetime.fromtimestamp(build.epoch(), UTC)
+    (out / "wasmfleet.cdx.json").write_text(json.dumps(sbom(parts, build.version(), when), indent=2) + "\n")
+    (out / "SHA256SUMS").write_text(checksums(out))
+
+
 def main() -> int:
     """Make a release in dist/."""
     shutil.rmtree(OUT, ignore_errors=True)
@@ -154,17 +174,7 @@ def main() -> int:
             assert "agent/cli.py" in archive.namelist(), "the wheel lacks the product"
         debs = [build.build("wasmfleet-agent", each, wheel, OUT) for each in build.PLATFORMS]
         debs.append(build.build("wasmfleet-server", "all", wheel, OUT))
-        with tempfile.TemporaryDirectory(prefix="wasmfleet-release-") as scratch:
-            unpack(debs, Path(scratch))
-            engine = riscv64.finished()
-            rust = list(crates()) if engine else []
-            parts = licensed(pinned(), Path(scratch)) + rust
-            (OUT / "THIRD-PARTY.txt").write_text(notices(Path(scratch), rust))
-        if engine:
-            shutil.copy2(engine, OUT)
-        when = datetime.fromtimestamp(build.epoch(), UTC)
-        (OUT / "wasmfleet.cdx.json").write_text(json.dumps(sbom(parts, build.version(), when), indent=2) + "\n")
-        (OUT / "SHA256SUMS").write_text(checksums(OUT))
+        complete(OUT, debs, riscv64.finished())
     except debian.BuildError as error:
         debian.say(f"release: {error}")
         return 1

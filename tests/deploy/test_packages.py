@@ -1,6 +1,7 @@
 """The Debian packages, looked into without installing them. What installing does is shown on the emulated boards."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deploy import debian
-from deploy.packages import build
+from deploy.packages import build, release
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -117,6 +118,55 @@ def test_a_32_bit_board_is_told_in_one_sentence(tmp_path: Path, architecture: st
     assert done.returncode == status
     assert len(done.stderr.splitlines()) == status
     assert ("64-bit" in done.stderr) == bool(status)
+
+
+def test_dpkg_refuses_a_board_of_another_kind_in_one_sentence(packages: dict[str, Path], tmp_path: Path) -> None:
+    # what a 32-bit system says of the 64-bit package, said here by this machine's
+    native = debian.native()
+    if native == "arm64":
+        pytest.skip("this machine is of the package's own kind")
+    (tmp_path / "var/lib/dpkg/info").mkdir(parents=True)
+    (tmp_path / "var/lib/dpkg/updates").mkdir()
+    (tmp_path / "var/lib/dpkg/status").touch()
+    command = ["dpkg", f"--root={tmp_path}", "--force-not-root", "--dry-run", "--install", str(packages["agent"])]
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"package architecture (arm64) does not match system ({native})" in done.stderr
+
+
+def test_a_release_says_what_is_in_it(packages: dict[str, Path], tmp_path: Path) -> None:
+    debs = [Path(shutil.copy2(packages[side], tmp_path)) for side in ("agent", "server")]
+    release.complete(tmp_path, debs, None)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(deb.name for deb in debs),
+        *("THIRD-PARTY.txt", "wasmfleet.cdx.json", "SHA256SUMS"),
+    }
+    bill = json.loads((tmp_path / "wasmfleet.cdx.json").read_text())
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
+    listed = {each["name"].lower().replace("_", "-"): each for each in bill["components"]}
+    carried = {
+        re.sub(r"[-_.]+", "-", found[1]).lower()
+        for side in ("agent", "server")
+        for name in files(packages[side])
+        if (found := re.search(r"/site-packages/([^/]+?)-[0-9][^/]*\.dist-info/$", name))
+    } - {"wasmfleet"}
+    assert carried == set(listed), "every package that is carried along is in the bill, and nothing else"
+    notices = (tmp_path / "THIRD-PARTY.txt").read_text()
+    for name in carried:
+        assert listed[name]["licenses"], f"{name} has a licence"
+        assert re.search(rf"^{name.replace('-', '[-_.]')} \(", notices, re.MULTILINE | re.IGNORECASE), name
+    # and the sums are over everything but themselves
+    check = subprocess.run(
+        ["sha256sum", "--check"],
+        stdin=(tmp_path / "SHA256SUMS").open(),
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert check.returncode == 0
+    assert len(check.stdout.splitlines()) == len(debs) + 2
 
 
 def test_a_licence_is_named_and_its_exceptions_kept() -> None:

@@ -55,6 +55,49 @@ def test_the_agent_outlives_the_host() -> None:
     assert "fleet-host.service" in " ".join(value("fleet-agent.service", "Wants"))
 
 
+@pytest.mark.parametrize("unit", sorted(UNITS.glob("fleet-*")), ids=lambda path: path.name)
+def test_a_unit_that_is_missing_or_fails_takes_no_other_along(unit: Path) -> None:
+    for key in ("Requires", "Requisite", "BindsTo", "PartOf", "Conflicts", "PropagatesStopTo"):
+        assert not value(unit.name, key), "what is ordered is not thereby required"
+
+
+def test_the_host_gets_a_part_of_the_control_group_tree_for_limits() -> None:
+    assert value("fleet-host.service", "Delegate") == ["cpu memory pids"]
+    assert value("fleet-host.service", "OOMPolicy") == ["continue"], "a component out of memory does not end the host"
+
+
+STATE_MODES = {
+    "fleet-host.service": "0711",
+    "fleet-compiler@.service": None,
+}  # cells reach their data through the first
+
+
+@pytest.mark.parametrize("service", SERVICES, ids=lambda path: path.name)
+def test_what_a_service_keeps_is_its_users_alone(service: Path) -> None:
+    mode = STATE_MODES.get(service.name, "0700")
+    assert value(service.name, "StateDirectoryMode") == ([mode] if mode else [])
+    assert len(value(service.name, "StateDirectory")) == int(mode is not None)
+    # and the rest of the file system is read-only
+    assert value(service.name, "ProtectSystem") == ["strict"]
+    assert value(service.name, "UMask") == ["0022" if service.name == "fleet-host.service" else "0077"]
+
+
+def test_the_directory_of_sockets_is_for_the_agent_and_nobody_else() -> None:
+    assert value("fleet-host.service", "RuntimeDirectoryMode") == ["0750"]
+    assert value("fleet-host.service", "Group") == value("fleet-agent.service", "Group")
+    assert re.search(
+        r"^d +/run/wasmfleet +0750 root wasmfleet", (UNITS / "wasmfleet-agent.tmpfiles.conf").read_text(), re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("name", ["agent", "host"])
+def test_systemd_is_told_when_it_runs_and_ends_what_hangs(name: str) -> None:
+    assert value(f"fleet-{name}.service", "Type") == ["notify"]
+    (patience_s,) = value(f"fleet-{name}.service", "WatchdogSec")
+    assert 30 <= int(patience_s) <= 300
+    assert value(f"fleet-{name}.service", "Restart") == ["always"]
+
+
 def test_an_agent_that_its_owner_stops_stays_stopped() -> None:
     # PathExists= holds as long as the file is there, and so starts the agent again at once
     assert not value("fleet-agent.path", "PathExists")

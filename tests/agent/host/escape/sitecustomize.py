@@ -17,6 +17,16 @@ if "agent.host.zygote" in sys.orig_argv:
 
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
+    GENERIC = {  # of every architecture that Linux has come to since 2011
+        "socket": 198,
+        "clone": 220,
+        "execve": 221,
+        "kill": 129,
+        "ptrace": 117,
+        "vm_read": 270,
+        "unshare": 97,
+        "mount": 40,
+    }
     NUMBERS = {
         "x86_64": {
             "socket": 41,
@@ -29,16 +39,8 @@ if "agent.host.zygote" in sys.orig_argv:
             "unshare": 272,
             "mount": 165,
         },
-        "aarch64": {
-            "socket": 198,
-            "clone": 220,
-            "execve": 221,
-            "kill": 129,
-            "ptrace": 117,
-            "vm_read": 270,
-            "unshare": 97,
-            "mount": 40,
-        },
+        "aarch64": GENERIC,
+        "riscv64": GENERIC,
     }[os.uname().machine]
     NUMBERS |= {
         "pidfd_open": 434,

@@ -1,0 +1,169 @@
+"""The door to systemd: what it is told, when its watchdog is fed, and what the journal gets to be asked for."""
+
+import asyncio
+import logging
+import os
+import select
+import socket
+import sys
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
+import pytest
+
+from agent import reports, systemd, upkeep
+from agent.host import supervisor
+from agent.worker import Worker
+from fleet.protocol.codes import Phase, RejectCode
+from fleet.protocol.messages import Report
+
+
+@pytest.fixture
+def manager(tmp_path, monkeypatch):
+    """systemd's end: everything that it is told, as it is told."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(str(tmp_path / "notify"))
+    sock.settimeout(10)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    yield sock
+    sock.close()
+
+
+def told(manager):
+    return dict(line.split("=", 1) for line in manager.recv(4096).decode().splitlines())
+
+
+def nothing_more(manager):
+    assert not select.select([manager], [], [], 0)[0]
+
+
+def test_without_systemd_nobody_is_told(monkeypatch):
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    assert not systemd.notify(READY="1")
+    assert systemd.watchdog_s() is None
+
+
+def test_a_status_is_one_line_whatever_is_in_it(manager):
+    assert systemd.notify(READY="1", STATUS="connected\nWATCHDOG=trigger")
+    assert told(manager) == {"READY": "1", "STATUS": "connected WATCHDOG=trigger"}
+
+
+def test_the_watchdog_is_fed_three_times_within_its_patience(monkeypatch):
+    monkeypatch.setenv("WATCHDOG_USEC", "120000000")
+    assert systemd.watchdog_s() == 40
+    # it is said to this process, and not to those that it starts
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid() + 1))
+    assert systemd.watchdog_s() is None
+
+
+def test_an_agent_whose_work_stands_still_does_not_feed_the_watchdog(manager, monkeypatch):
+    monkeypatch.setenv("WATCHDOG_USEC", "3000")
+
+    async def story():
+        worker, stands_still, go_on = Worker("work"), asyncio.Event(), asyncio.Event()
+        turns = iter(range(1, 1000))
+
+        async def work(call):
+            if next(turns) == 2:
+                stands_still.set()
+                await go_on.wait()
+            await worker(call)
+
+        dog = asyncio.ensure_future(upkeep.watchdog(work, lambda: "connected; 1 instances"))
+        async with asyncio.timeout(20):
+            await stands_still.wait()
+            assert told(manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instances"}
+            nothing_more(manager)
+            go_on.set()
+            assert await asyncio.to_thread(told, manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instances"}
+        dog.cancel()
+        worker.close()
+
+    asyncio.run(story())
+
+
+def test_the_host_says_what_it_runs_as_often_as_it_feeds_the_watchdog(manager, monkeypatch):
+    monkeypatch.setenv("WATCHDOG_USEC", "3000")
+    numbers = iter(range(1000))
+
+    async def story():
+        dog = asyncio.ensure_future(supervisor._pet_watchdog(lambda: f"{next(numbers)} instances"))
+        for number in range(2):
+            said = await asyncio.to_thread(told, manager)
+            assert said == {"WATCHDOG": "1", "STATUS": f"{number} instances"}
+        dog.cancel()
+
+    asyncio.run(story())
+
+
+@pytest.fixture
+def journal(monkeypatch):
+    """systemd-python's handler as far as it is used: keeps what it would send, by the names that journald takes."""
+    sent = []
+
+    class JournalHandler(logging.Handler):
+        def __init__(self, **always):
+            super().__init__()
+            self.always = always
+
+        def emit(self, record):
+            names = {name: value for name, value in vars(record).items() if name.isupper()}
+            sent.append({"MESSAGE": self.format(record), **self.always, **names})
+
+    monkeypatch.setitem(sys.modules, "systemd", SimpleNamespace(journal=SimpleNamespace(JournalHandler=JournalHandler)))
+    monkeypatch.setenv("JOURNAL_STREAM", "8:1")
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    root.handlers.clear()
+    systemd.log_to_journal(logging.INFO, device="crane-0a1b2c3d", fleet="harbour")
+    yield sent
+    root.handlers[:], root.level = before
+
+
+def test_what_is_reported_is_in_the_journal_with_fields_to_ask_by(journal):
+    report = Report(
+        device="crane-0a1b2c3d",
+        boot_id="b",
+        sequence=0,
+        at=datetime(2026, 5, 1, tzinfo=UTC),
+        assignment=7,
+        instance="hello",
+        target="components/main/hello/3.0.0.wasm",
+        rollout="r-1",
+        phase=Phase.ROLLED_BACK,
+        code=RejectCode.TRAPPED,
+        message="unreachable\nsecond line",
+    )
+    reports.tell(report)
+    assert journal == [
+        {
+            "MESSAGE": f"hello: rolled-back components/main/hello/3.0.0.wasm: {RejectCode.TRAPPED}: unreachable",
+            "SYSLOG_IDENTIFIER": "fleet-agent",
+            "WASMFLEET_DEVICE": "crane-0a1b2c3d",
+            "WASMFLEET_FLEET": "harbour",
+            "WASMFLEET_INSTANCE": "hello",
+            "WASMFLEET_TARGET": "components/main/hello/3.0.0.wasm",
+            "WASMFLEET_PHASE": "rolled-back",
+            "WASMFLEET_CODE": str(RejectCode.TRAPPED),
+            "WASMFLEET_ROLLOUT": "r-1",
+            "WASMFLEET_ASSIGNMENT": "7",
+        }
+    ]
+
+
+def test_a_refused_assignment_is_called_one(journal):
+    reports.tell(
+        Report(
+            device="crane-0a1b2c3d",
+            boot_id="b",
+            sequence=0,
+            at=datetime(2026, 5, 1, tzinfo=UTC),
+            assignment=8,
+            phase=Phase.FAILED,
+            code=RejectCode.EXPIRED,
+            message="the timestamp ended",
+        )
+    )
+    assert journal[0]["MESSAGE"] == "assignment 8: failed: expired: the timestamp ended"
+    assert "WASMFLEET_INSTANCE" not in journal[0]
