@@ -160,6 +160,7 @@ class Deployer:
         failures: tuple[FailedItem, ...],
     ) -> None:
         items = self.standing.wanted()
+        flight = self.standing.flights.get(instance)
         match act:
             case Act.REMOVE:
                 change = Change(instance=instance, assignment=assignment.version, state=State())
@@ -167,13 +168,14 @@ class Deployer:
             case Act.START:
                 change = Change(instance=instance, assignment=assignment.version, state=State(), item=items[instance])
                 self._launch(Flight(change), Happened(Event.BEGIN))
-            case Act.SUPERSEDE:
-                flight = self.standing.flights[instance]
+            case Act.SUPERSEDE | Act.RELABEL if flight is None:
+                pass  # it came to its end while the plan was made, and plans anew itself
+            case Act.SUPERSEDE if flight is not None:
                 flight.superseded = True
                 if flight.work is not None and flight.change.phase in _SUPERSEDABLE:
                     flight.work.cancel()
-            case Act.RELABEL:
-                await self._relabel(self.standing.flights[instance], items[instance], assignment.version)
+            case Act.RELABEL if flight is not None:
+                await self._relabel(flight, items[instance], assignment.version)
             case Act.ADOPT:
                 await self._adopt(items[instance], assignment.version)
             case Act.REFUSE:
@@ -184,6 +186,8 @@ class Deployer:
     async def _relabel(self, flight: Flight, item: Item, version: int) -> None:
         """It is under way already, and somebody else asks for it now."""
         async with flight.lock:
+            if flight.over:
+                return  # what is planned after its end says so
             flight.change = msgspec.structs.replace(flight.change, item=item, assignment=version)
             await self._save(flight.change, report=self._report(flight))
 
@@ -353,6 +357,7 @@ class Deployer:
         if change.phase is Phase.FAILED and before.phase is not Phase.FAILED:
             report = self._report(flight)
         await self._worker(self._store.save, closed=change.instance, report=report)
+        flight.over = True
         if report is not None:
             self._told(report)
 

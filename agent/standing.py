@@ -31,6 +31,7 @@ class Flight:
 
     Attributes:
         superseded: something else is wanted, and it shall end as soon as it may.
+        over: nothing of it is kept any more.
         work: the effect being carried out.
         log: the instance's last lines, for the next report of a failure.
         progress_at: when a download's progress was last said.
@@ -39,6 +40,7 @@ class Flight:
 
     change: Change
     superseded: bool = False
+    over: bool = False
     work: asyncio.Task[Outcome] | None = None
     log: tuple[str, ...] = ()
     progress_at: float = 0.0

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
 from agent.carry import lost
@@ -151,6 +152,36 @@ def test_something_newer_supersedes_a_version_on_probation(kit):
         assert kit.host.targets() == {"web": V3}
         assert [report.code for report in kit.reports() if report.phase == "rolled-back"] == [RejectCode.SUPERSEDED]
         assert kit.store.failed() == ()
+
+    on_a_board(kit, story)
+
+
+def ends_while_planned(kit, monkeypatch):
+    """From now on a change of `web` comes to its end between the next plan and what is done by it."""
+    plain = kit.deployer._worker
+
+    async def late(call, *args, **more):
+        if call == kit.store.set_counter and "web" in kit.deployer.standing.flights:
+            await kit.until(lambda: "web" not in kit.deployer.standing.flights)
+        return await plain(call, *args, **more)
+
+    monkeypatch.setattr(kit.deployer, "_worker", late)
+
+
+@pytest.mark.parametrize("next_version", ["2.0.0", "1.0.0"])
+def test_a_change_that_ends_while_the_next_is_planned_holds_nothing_up(kit, monkeypatch, next_version):
+    async def story():
+        first = kit.publish("1.0.0", probation_ms=300)
+        await kit.deployer.desire(kit.assignment(1, first))
+        flight = kit.deployer.standing.flights["web"]
+        await kit.until(lambda: kit.chain()[-1:] == ["probation"] and flight.work is not None)
+        ends_while_planned(kit, monkeypatch)
+        # the same version for another rollout, or another one
+        wanted = first if next_version == "1.0.0" else kit.publish(next_version)
+        await kit.run(kit.assignment(2, msgspec.structs.replace(wanted, rollout="r2")))
+        assert kit.host.targets() == {"web": wanted.target}
+        assert kit.deployer.standing.committed["web"].item.rollout == "r2"
+        assert kit.store.changes() == ()
 
     on_a_board(kit, story)
 
