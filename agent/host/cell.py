@@ -129,6 +129,7 @@ def router_plan(directory: str) -> Plan:
         uid=_ROUTER_UID if os.geteuid() == 0 else None,
         root=directory,
         filter=seccomp.router,
+        descriptors=3 * _FILES_MAX,  # a client's connection, one to its instance, and those that are kept
     )
 
 

@@ -27,7 +27,7 @@ class Front:
     def __init__(self, ingress: socket.socket, directory: Path) -> None:
         self._ingress = ingress
         self._directory = directory
-        self._up: dict[str, bool] = {}
+        self._up: dict[str, tuple[bool, bool]] = {}
         self._acks: list[asyncio.Future[None]] = []
         self._closing = False
         self._fork()
@@ -40,23 +40,23 @@ class Front:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._sock, self._readable)
         loop.add_reader(self._pidfd, self._ended)
-        for instance, up in self._up.items():
-            self._tell(router.Set(instance, up))
+        for instance, (up, spread) in self._up.items():
+            self._tell(router.Set(instance, up, spread))
 
     def _tell(self, message: router.Set | router.Unset | router.Drain) -> None:
         with contextlib.suppress(OSError):  # a router that is gone is replaced, and told everything again
             control.send_packet(self._sock, msgspec.json.encode(message))
 
-    async def route(self, instance: str, *, up: bool | None) -> None:
-        """Say whether an instance answers (None: it is gone), and wait until the router knows."""
-        if self._up.get(instance) == up:
+    async def route(self, instance: str, *, up: bool | None, spread: bool) -> None:
+        """Say whether an instance answers (None: it is gone), and wait until the router knows; `spread` as in `Set`."""
+        if self._up.get(instance) == (None if up is None else (up, spread)):
             return
         if up is None:
             del self._up[instance]
             self._tell(router.Unset(instance))
         else:
-            self._up[instance] = up
-            self._tell(router.Set(instance, up))
+            self._up[instance] = up, spread
+            self._tell(router.Set(instance, up, spread))
         if self._gone.done():
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -466,7 +466,8 @@ class Instance:
         behind = self.current is not None and self.current.listener is not None and self.current.listener.port is None
         brief = self.state is InstanceState.BACKOFF and self._crashes <= 1
         up = self.state is InstanceState.RUNNING or brief
-        await self._route(self.name, up=up if behind else None)
+        spread = self.current is not None and self.current.run.limits.concurrency > 1
+        await self._route(self.name, up=up if behind else None, spread=spread)
 
     # Clocks.
 

@@ -17,8 +17,9 @@ from typing import Final
 import msgspec
 
 from agent.host import cell, control
-from agent.host.proxy import Client, Pool
+from agent.host.proxy import Client
 from agent.host.routes import Routes
+from agent.host.upstream import Pool
 
 IDLE_S: Final = 75
 STALL_S: Final = 60
@@ -28,10 +29,14 @@ _CLIENTS_MAX: Final = 1024
 
 
 class Set(msgspec.Struct, frozen=True, tag="set"):
-    """An instance is there, and answers or not. Acknowledged by an empty object."""
+    """An instance is there, and answers or not. Acknowledged by an empty object.
+
+    `spread`: it may have several lanes, so each request asks anew for one that is free.
+    """
 
     instance: str
     up: bool
+    spread: bool = False
 
 
 class Unset(msgspec.Struct, frozen=True, tag="unset"):
@@ -136,10 +141,15 @@ class _Router:
     def _heed(self, message: Set | Unset) -> None:
         self._pool.known.clear()
         match message:
-            case Set(instance=instance, up=up):
+            case Set(instance=instance, up=up, spread=spread):
                 self._routes.up[instance] = up
+                (self._pool.spread.add if spread else self._pool.spread.discard)(instance)
+                if spread or not up:
+                    self._pool.forget(instance)
             case Unset(instance=instance):
                 self._routes.up.pop(instance, None)
+                self._pool.spread.discard(instance)
+                self._pool.forget(instance)
 
     def _drain(self) -> None:
         loop = asyncio.get_running_loop()
@@ -159,6 +169,7 @@ class _Router:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
+            self._pool.sweep()
             now = time.monotonic()
             for client in list(self._clients):
                 if now - client.last_s > (IDLE_S if client.idle else STALL_S):

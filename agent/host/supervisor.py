@@ -466,10 +466,10 @@ class Supervisor:
         for peer in list(self._peers):
             peer.say(event)
 
-    async def _route(self, instance: str, *, up: bool | None) -> None:
+    async def _route(self, instance: str, *, up: bool | None, spread: bool) -> None:
         """Tell the router of an instance behind it: whether it answers, None for gone."""
         if self._front is not None:
-            await self._front.route(instance, up=up)
+            await self._front.route(instance, up=up, spread=spread)
 
 
 def _many_descriptors() -> None:

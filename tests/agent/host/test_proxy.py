@@ -1,9 +1,12 @@
 """The router's proxy, between a client and an instance that only counts: what it opens, and what it reads again."""
 
 import asyncio
+import contextlib
 import socket
 
-from agent.host import proxy, router
+import pytest
+
+from agent.host import proxy, router, upstream
 from agent.host.routes import Routes
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\nhi"
@@ -35,11 +38,12 @@ class Narrow(proxy.Client):
         transport.set_write_buffer_limits(high=1024)
 
 
-def story(tmp_path, tell, client=proxy.Client):
+def story(tmp_path, tell, client=proxy.Client, instance=Instance):
     """Run `tell(instance, routes, pool, ask)`, where `ask(request)` is one exchange on the same connection."""
+    make = instance
 
     async def main():
-        instance, routes, pool = Instance(), Routes(), proxy.Pool(str(tmp_path))
+        instance, routes, pool = make(), Routes(), upstream.Pool(str(tmp_path))
         await asyncio.start_unix_server(instance.serve, tmp_path / "web")
         routes.up["web"] = True
         loop = asyncio.get_running_loop()
@@ -52,6 +56,7 @@ def story(tmp_path, tell, client=proxy.Client):
             length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
             return head.split(b" ")[1], await reader.readexactly(length)
 
+        ask.address = server.sockets[0].getsockname()
         try:
             await tell(instance, routes, pool, ask)
         finally:
@@ -60,22 +65,214 @@ def story(tmp_path, tell, client=proxy.Client):
     asyncio.run(main())
 
 
-def test_each_exchange_has_a_connection_of_its_own_so_that_a_free_lane_takes_it(tmp_path):
-    async def tell(instance, _routes, _pool, ask):
+@pytest.mark.parametrize(("several_lanes", "connections"), [(False, 1), (True, 10)])
+def test_a_connection_to_an_instance_is_kept_unless_it_could_wait_for_a_busy_lane(tmp_path, several_lanes, connections):
+    async def tell(instance, _routes, pool, ask):
+        if several_lanes:
+            pool.spread.add("web")
         for _ in range(10):
             assert await ask(GET) == (b"200", b"hi")
-        assert instance.connections == 10
+        assert instance.connections == connections
 
     story(tmp_path, tell)
 
 
-def test_large_answers_arrive_where_little_fits(tmp_path, monkeypatch):
+POST = b"POST /web/a HTTP/1.1\r\nhost: board\r\ncontent-length: 0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        POST,
+        GET[:-2] + b"content-length: 2\r\n\r\nab",
+        GET.replace(b"GET", b"PATCH"),
+    ],
+)
+def test_what_could_not_be_sent_twice_goes_on_no_kept_connection(tmp_path, request_):
+    async def tell(instance, _routes, _pool, ask):
+        assert await ask(GET) == (b"200", b"hi")
+        for number in range(2, 5):
+            assert await ask(request_) == (b"200", b"hi")
+            assert instance.connections == number
+
+    story(tmp_path, tell)
+
+
+class Fickle(Instance):
+    """Hangs up when told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.fails = 0  # so many requests it hangs up on
+        self.writers = []
+
+    async def serve(self, reader, writer):
+        self.connections += 1
+        self.writers.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                self.heads.append(head)
+                if self.fails:
+                    self.fails -= 1
+                    break
+                writer.write(self.answer)
+        writer.close()
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil", b"x"])
+def test_a_kept_connection_that_the_instance_ended_or_spoke_on_out_of_turn_is_not_used(tmp_path, says):
+    async def tell(instance, _routes, _pool, ask):
+        assert await ask(GET) == (b"200", b"hi")
+        if says:
+            instance.writers[0].transport.write(says)
+        else:
+            instance.writers[0].transport.abort()
+        # No turn of the loop between: what the kernel knows counts, not what the router was told.
+        assert await ask(GET) == (b"200", b"hi")
+        assert (instance.connections, len(instance.heads)) == (2, 2)
+
+    story(tmp_path, tell, instance=Fickle)
+
+
+@pytest.mark.parametrize(("fails", "status", "asked"), [(1, b"200", 3), (2, b"502", 3)])
+def test_a_request_on_a_kept_connection_that_ends_without_a_word_is_sent_again_once(tmp_path, fails, status, asked):
+    async def tell(instance, _routes, _pool, ask):
+        assert await ask(GET) == (b"200", b"hi")
+        instance.fails = fails
+        assert (await ask(GET))[0] == status
+        assert (instance.connections, len(instance.heads)) == (2, asked)
+        assert await ask(GET) == (b"200", b"hi")
+
+    story(tmp_path, tell, instance=Fickle)
+
+
+def test_a_post_that_an_instance_hung_up_on_is_sent_once(tmp_path):
+    async def tell(instance, _routes, _pool, ask):
+        assert await ask(GET) == (b"200", b"hi")
+        instance.fails = 1
+        assert (await ask(POST))[0] == b"502"
+        assert [head.split()[0] for head in instance.heads] == [b"GET", b"POST"]
+
+    story(tmp_path, tell, instance=Fickle)
+
+
+class Patient(Instance):
+    """Answers when it is let."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.let = asyncio.Event(), asyncio.Event()
+
+    async def serve(self, reader, writer):
+        self.connections += 1
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                self.heads.append(head)
+                self.asked.set()
+                await self.let.wait()
+                writer.write(self.answer)
+
+
+def test_a_client_that_hung_up_takes_no_connection_with_it_that_others_use(tmp_path):
+    """Its kernel refuses the answer between two words of the router's; that is the client's end, not the instance's.
+
+    Else the connection would be ended after it was kept, and whoever took it meanwhile would be lost with it.
+    """
+
+    async def tell(instance, _routes, pool, ask):
+        reader, stranger = await asyncio.open_connection(*ask.address)
+        stranger.write(b"GET /web/a HTTP/1.0\r\n\r\n\x16\x03\x01 no request")
+        await instance.asked.wait()
+        stranger.close()
+        await stranger.wait_closed()
+        del reader
+        given, give = asyncio.Event(), pool.give
+        pool.give = lambda upstream: (give(upstream), given.set())
+        instance.let.set()
+        await given.wait()
+        for _ in range(3):
+            assert await ask(GET) == (b"200", b"hi")
+        assert (instance.connections, len(instance.heads)) == (1, 4)
+
+    story(tmp_path, tell, instance=Patient)
+
+
+def test_a_connection_that_the_loop_has_begun_to_end_is_not_taken(tmp_path, monkeypatch):
+    """Whatever goes wrong at a client's end: the transport is closing at once, the protocol is told a turn later."""
+
+    async def tell(_instance, _routes, pool, ask):
+        taken = asyncio.get_running_loop().create_future()
+        answered = proxy.Client.answered
+
+        def fail(self, exchange):
+            answered(self, exchange)
+            again = upstream.Exchange(exchange.request)
+            again.instance, again.complete = "web", True
+            assert again.light
+            asyncio.get_running_loop().call_soon(lambda: taken.set_result(pool.take(again)))
+            raise OSError("something went wrong at the client's end")
+
+        monkeypatch.setattr(proxy.Client, "answered", fail)
+        assert await ask(GET) == (b"200", b"hi")
+        assert await taken is None
+
+    story(tmp_path, tell)
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+def test_what_follows_an_answer_is_never_taken_for_the_next_ones(tmp_path, monkeypatch, method):
+    """An instance whose guest broke out could else answer in another's name, to a client who asks both."""
+    within = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(ANSWER)
+    monkeypatch.setattr(Instance, "answer", (within if method == b"HEAD" else ANSWER) + ANSWER)
+
+    async def tell(instance, _routes, _pool, ask):
+        with pytest.raises(asyncio.IncompleteReadError) as ended:
+            await ask(GET.replace(b"GET", method) + GET.replace(b"/web/", b"/other/"))
+        assert ended.value.partial == b""
+        assert instance.connections == 1
+
+    story(tmp_path, tell)
+
+
+def test_a_thousand_requests_sent_at_once_are_answered(tmp_path):
+    async def tell(_instance, _routes, _pool, ask):
+        requests = b"GET / HTTP/1.1\r\nhost: b\r\n\r\n" * 1000
+        assert (await ask(requests))[0] == b"404"
+        for _ in range(999):
+            assert (await ask(b""))[0] == b"404"
+
+    story(tmp_path, tell)
+
+
+def test_few_connections_are_kept_and_none_for_ever(tmp_path, monkeypatch):
+    async def tell(instance, _routes, pool, ask):
+        others = [await asyncio.open_connection(*ask.address) for _ in range(10)]
+        for _, writer in others:
+            writer.write(GET)
+        await instance.asked.wait()
+        instance.let.set()
+        for reader, _ in others:
+            await reader.readuntil(b"\r\n\r\nhi")
+        assert len(pool._kept["web"]) == upstream.KEPT_MAX < instance.connections
+        pool.sweep()
+        assert pool._count == upstream.KEPT_MAX
+        monkeypatch.setattr(upstream, "KEPT_S", -1)
+        pool.sweep()
+        assert (pool._count, pool._kept) == (0, {})
+        for _, writer in others:
+            writer.close()
+
+    story(tmp_path, tell, instance=Patient)
+
+
+def test_a_kept_connection_that_was_paused_at_the_end_of_a_large_answer_reads_on(tmp_path, monkeypatch):
     large = b"x" * 40_000
     monkeypatch.setattr(Instance, "answer", b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(large), large))
 
     async def tell(instance, _routes, _pool, ask):
         for _ in range(4):
             assert await ask(GET) == (b"200", large)
+        assert instance.connections == 1
 
     story(tmp_path, tell, Narrow)
 
