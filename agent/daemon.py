@@ -263,7 +263,7 @@ class Daemon:
         running = len(self._deployer.standing.committed)
         changing = len(self._deployer.standing.flights)
         where = "connected" if self._bus.connected else "not connected to the broker"
-        return f"{where}; {running} instances" + (f", {changing} changing" if changing else "")
+        return f"{where}; {systemd.instances(running)}" + (f", {changing} changing" if changing else "")
 
     # The host
 

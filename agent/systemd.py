@@ -28,6 +28,11 @@ def notify(**fields: str) -> bool:
     return False
 
 
+def instances(number: int) -> str:
+    """So many instances, for a status."""
+    return "1 instance" if number == 1 else f"{number} instances"
+
+
 def watchdog_s() -> float | None:
     """How often to pet the watchdog: a third of its patience; None where there is none."""
     try:

@@ -184,7 +184,7 @@ class Supervisor:
 
     def _status(self) -> str:
         engine = f"wasmtime {self._engine}" if self._engine else "no engine on this board: components are refused"
-        return f"{len(self._instances)} instances; {engine}"
+        return f"{systemd.instances(len(self._instances))}; {engine}"
 
     def _lacks(self, wanted: frozenset[str]) -> list[str]:
         return sorted(layer for layer in wanted if not self._containment.get(layer))

@@ -49,6 +49,11 @@ def test_a_status_is_one_line_whatever_is_in_it(manager):
     assert told(manager) == {"READY": "1", "STATUS": "connected WATCHDOG=trigger"}
 
 
+@pytest.mark.parametrize(("number", "said"), [(0, "0 instances"), (1, "1 instance"), (3000, "3000 instances")])
+def test_a_status_is_english(number, said):
+    assert systemd.instances(number) == said
+
+
 def test_the_watchdog_is_fed_three_times_within_its_patience(monkeypatch):
     monkeypatch.setenv("WATCHDOG_USEC", "120000000")
     assert systemd.watchdog_s() == 40
@@ -70,13 +75,13 @@ def test_an_agent_whose_work_stands_still_does_not_feed_the_watchdog(manager, mo
                 await go_on.wait()
             await worker(call)
 
-        dog = asyncio.ensure_future(upkeep.watchdog(work, lambda: "connected; 1 instances"))
+        dog = asyncio.ensure_future(upkeep.watchdog(work, lambda: "connected; 1 instance"))
         async with asyncio.timeout(20):
             await stands_still.wait()
-            assert told(manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instances"}
+            assert told(manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instance"}
             nothing_more(manager)
             go_on.set()
-            assert await asyncio.to_thread(told, manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instances"}
+            assert await asyncio.to_thread(told, manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instance"}
         dog.cancel()
         worker.close()
 

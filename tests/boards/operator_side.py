@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +31,30 @@ from fleet.protocol import api
 GROUP = "boards"
 HELLO = "hello"
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, by the monotonic clock, and the version that answered it."""
+
+    asked: float
+    answered: float
+    version: str
+
+    @property
+    def took(self) -> float:
+        """How long the client waited, in seconds."""
+        return self.answered - self.asked
+
+
+def swap_gap(found: list[Asked]) -> float:
+    """From the last answer of the old version to the first of the new one, less what lies between two answers usually.
+
+    Seconds; 0 where the swap made no difference.
+    """
+    between = [after.answered - before.answered for before, after in pairwise(found)]
+    new = next(number for number, each in enumerate(found) if each.version != found[0].version)
+    return max(0.0, between[new - 1] - statistics.median(between))
 
 
 class OperatorSide:
@@ -240,10 +266,10 @@ class OperatorSide:
             thread.join()
 
     @contextlib.contextmanager
-    def gaps(self, port: int) -> Iterator[Callable[[], tuple[float, float]]]:
-        """One client that asks all the time: the usual and the longest time that an answer took, in seconds."""
+    def asking_steadily(self, port: int) -> Iterator[list[Asked]]:
+        """One client on one connection that asks again as soon as it has its answer; what it was answered, and when."""
         stop = threading.Event()
-        took: list[float] = []
+        found: list[Asked] = []
 
         def client() -> None:
             while not stop.is_set():
@@ -252,12 +278,10 @@ class OperatorSide:
                     while not stop.is_set():
                         asked = time.monotonic()
                         connection.request("GET", f"/{HELLO}/")
-                        connection.getresponse().read()
-                        took.append(time.monotonic() - asked)
-                        stop.wait(0.05)  # an emulated board has more to do than to answer
-
-        def found() -> tuple[float, float]:
-            return statistics.median(took), max(took)
+                        answer = connection.getresponse()
+                        answer.read()
+                        found.append(Asked(asked, time.monotonic(), answer.headers["x-version"]))
+                        stop.wait(0.01)  # an emulated board has more to do than to answer
 
         thread = threading.Thread(target=client, daemon=True)
         thread.start()

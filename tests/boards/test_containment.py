@@ -19,12 +19,9 @@ ARCHITECTURES = ["arm64", *(["riscv64"] if os.environ.get("FULL") and riscv64.fi
 SOURCE = Path(__file__).parents[2]
 PARTS = ("tests/conftest.py", "tests/agent/host", "components/guests", "components/adapter")
 PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
-REQUIRE = """\
-[Service]
-ExecStart=
-ExecStart=/usr/bin/fleet-host run --runtime /run/wasmfleet --state /var/lib/wasmfleet-host \\
-    --ingress ${WASMFLEET_INGRESS} --agent-group wasmfleet --require %s
-"""
+UNIT = SOURCE / "deploy/systemd/fleet-host.service"
+SHIPPED = re.search(r"^ExecStart=(.*[^\\])$", UNIT.read_text().replace("\\\n", ""), re.MULTILINE)
+DROP_IN = "/etc/systemd/system/fleet-host.service.d/walls.conf"
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -40,10 +37,12 @@ def scene(request: pytest.FixtureRequest, new_board: Callable[..., rig.Board], o
     return made
 
 
-def require(scene: Joined, layers: str) -> None:
-    """Have the host run nothing unless these layers hold, as a board's owner says it."""
-    scene.board.put("/etc/systemd/system/fleet-host.service.d/require.conf", (REQUIRE % layers).encode())
-    scene.board.ok("systemctl daemon-reload && systemctl restart fleet-host", timeout_s=180)
+def restart(scene: Joined, *options: str) -> rig.Answer:
+    """Start the host anew with these options beside the packaged unit's own, as a board's owner adds them."""
+    assert SHIPPED
+    command = " ".join([SHIPPED[1], *options])
+    scene.board.put(DROP_IN, f"[Service]\nExecStart=\nExecStart={command}\n".encode())
+    return scene.board.run("systemctl daemon-reload && systemctl restart fleet-host", timeout_s=180)
 
 
 def test_the_board_says_what_it_lacks(scene: Joined) -> None:
@@ -54,18 +53,50 @@ def test_the_board_says_what_it_lacks(scene: Joined) -> None:
     assert "memory" not in scene.board.ok("cat /sys/fs/cgroup/cgroup.controllers").split()
 
 
-def test_a_policys_minimum_holds_and_all_of_it_does_not(scene: Joined) -> None:
-    with budget("fleet-host --require", 90):
-        require(scene, "baseline")
+def test_the_packaged_minimum_holds_beside_what_an_owner_requires(scene: Joined) -> None:
+    with budget("fleet-host --minimum baseline --require", 90):
+        assert restart(scene, "--require", "baseline").status == 0
+        arguments = scene.board.ok(f"tr '\\0' ' ' </proc/{scene.pid('fleet-host')}/cmdline")
+        assert "--minimum baseline --require baseline" in arguments
         scene.answers("1")
-        require(scene, "all")
+        assert restart(scene, "--require", "all").status == 0, "it starts, and runs nothing"
         refused = scene.board.run("fleet-agent restore", timeout_s=120)
         assert refused.status != 0
         assert "landlock" in refused.text
         assert scene.board.asks_itself("/hello/") == ""
-        scene.board.ok("rm /etc/systemd/system/fleet-host.service.d/require.conf && systemctl daemon-reload")
-        scene.board.ok("systemctl restart fleet-host", timeout_s=180)
+        assert restart(scene).status == 0
         scene.answers("1")
+
+
+def test_a_minimum_that_does_not_hold_is_a_refusal_to_start_and_is_said_once(scene: Joined) -> None:
+    with budget("fleet-host --minimum all", 60):
+        assert restart(scene, "--minimum", "all").status != 0
+        shown = scene.board.ok("systemctl show fleet-host --property=ActiveState,ExecMainStatus,NRestarts")
+        assert dict(line.split("=") for line in shown.splitlines()) == {
+            "ActiveState": "failed",
+            "ExecMainStatus": "78",
+            "NRestarts": "0",
+        }
+        said = scene.board.ok("journalctl --no-pager --output=cat --lines=20 --unit=fleet-host")
+        assert re.search(r"fleet-host: this board lacks cgroup, landlock around components", said), said
+        scene.board.ok(f"rm {DROP_IN} && systemctl daemon-reload && systemctl restart fleet-host", timeout_s=180)
+        scene.answers("1")
+
+
+def test_no_bus_and_no_pin_may_be_opened_where_components_run(scene: Joined) -> None:
+    board = scene.board
+    board.ok("modprobe i2c-dev && modprobe i2c-stub chip_addr=0x50 && modprobe gpio-sim")
+    pins = "/sys/kernel/config/gpio-sim/pins"
+    board.ok("mountpoint -q /sys/kernel/config || mount -t configfs configfs /sys/kernel/config")
+    board.ok(f"mkdir -p {pins}/bank && echo 8 > {pins}/bank/num_lines && echo 1 > {pins}/live")
+    chip = board.ok(f"cat {pins}/bank/chip_name")
+    bus = board.ok("grep -l SMBus.stub /sys/class/i2c-adapter/*/name | cut -d/ -f5")
+    group = board.ok(f"cut -d: -f3 /proc/{scene.pid('fleet-host')}/cgroup")
+    for device in (f"/dev/{bus}", f"/dev/{chip}"):
+        assert board.run(f"exec 3<>{device}").status == 0, "root may open it elsewhere"
+        refused = board.run(f"sh -c 'echo $$ > /sys/fs/cgroup{group}/cgroup.procs && exec 3<>{device}'")
+        assert refused.status != 0
+        assert "Operation not permitted" in refused.text
 
 
 def test_an_escaped_guest_is_held_by_the_other_layers(scene: Joined, served: Served, tmp_path: Path) -> None:

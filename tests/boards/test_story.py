@@ -1,6 +1,7 @@
 """The main job on an emulated board of each architecture, as one story: every test goes on where the last one ended."""
 
 import re
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import rig
 from conftest import enrol
-from operator_side import GROUP, OperatorSide
+from operator_side import GROUP, OperatorSide, swap_gap
 from stages import budget, figure
 
 from deploy.riscv64 import build as riscv64
@@ -71,14 +72,20 @@ def test_a_component_is_pushed_and_compiled_for_this_cpu(story: Story, operator:
 
 @pytest.mark.usefixtures("engine")
 def test_a_swap_under_requests_loses_none(story: Story, operator: OperatorSide) -> None:
-    with budget(f"swap to v2 {story.architecture}", 90), operator.gaps(story.board.port) as gaps:
+    with budget(f"swap to v2 {story.architecture}", 90), operator.asking_steadily(story.board.port) as asked:
         seen = operator.under_load(story.board.port, "v2.wasm", "2", group=story.group)
     assert seen.lost == 0, seen.losses
     assert set(seen.by_version) == {"1", "2"}
-    usual_ms, longest_ms = (1000 * seconds for seconds in gaps())
+    waits = [each.took for each in asked]
+    usual_ms, longest_ms = 1000 * statistics.median(waits), 1000 * max(waits)
     figure(
         story.architecture,
-        "an answer takes: usually, at most during the swap",
+        "swap gap: v1's last answer to v2's first, less the usual",
+        f"{1000 * swap_gap(asked):.0f} ms",
+    )
+    figure(
+        story.architecture,
+        "an answer takes: usually, at most while v2 is fetched, compiled and swapped in",
         f"{usual_ms:.0f} ms, {longest_ms:.0f} ms",
     )
 
@@ -92,6 +99,20 @@ def test_the_boards_own_figures_arrive(story: Story, operator: OperatorSide) -> 
     assert re.search(r"^hello +\S*hello@2\.0\.0 (\(probation\) )? *running", text, re.MULTILINE), text
     assert re.search(r"^board +up .* on 2 CPUs", text, re.MULTILINE), text
     assert re.search(r"^memory +[\d.]+ \w+ of [\d.]+ \w+ free", text, re.MULTILINE), text
+
+
+@pytest.mark.usefixtures("engine")
+def test_its_owner_is_told_by_systemd_and_the_journal(story: Story) -> None:
+    for unit, said in (("fleet-agent", "connected; 1 instance"), ("fleet-host", "1 instance; wasmtime 50.0.1")):
+        # said whenever the watchdog is fed: within a third of its patience
+        shows = f"systemctl show --property=StatusText --value {unit} | grep -qF '{said}'"
+        story.board.ok(f"for n in $(seq 120); do {shows} && exit 0; sleep 0.5; done; exit 1", timeout_s=240)
+    fields = f"WASMFLEET_DEVICE={story.device} WASMFLEET_INSTANCE=hello WASMFLEET_PHASE=committed"
+    lines = story.board.ok(
+        f"journalctl --no-pager --output=cat _SYSTEMD_UNIT=fleet-agent.service {fields}"
+    ).splitlines()
+    assert len(lines) >= 1, "each version that was committed"
+    assert all(re.fullmatch(r"hello: committed \S+/hello/\S+\.wasm", line) for line in lines), lines
 
 
 def test_what_it_takes_at_rest(story: Story) -> None:
@@ -127,6 +148,8 @@ def test_a_bad_version_goes_back_by_itself(story: Story, operator: OperatorSide)
     assert code != 0, said
     operator.answers(story.board.port, "2")
     assert re.search(r"trap|unreachable", story.board.ok("fleet-agent why", timeout_s=120))
+    journal = "journalctl --no-pager --output=cat WASMFLEET_INSTANCE=hello WASMFLEET_PHASE=rolled-back"
+    assert "trap" in story.board.ok(journal)
 
 
 @pytest.mark.usefixtures("engine")
