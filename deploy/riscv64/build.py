@@ -5,7 +5,8 @@ upstream's default features, against the glibc of Debian 13, and puts the librar
 the x86-64 one. Two lines of upstream's Python part must change for that, see `loader`. Everything that goes in is
 pinned: crates by Cargo.lock, the wheel by upstream.txt, the compiler's version by name in the report that is printed.
 
-The result lies in the wheelhouse (`$WASMFLEET_WHEELHOUSE`, else the cache) with its sha256 printed.
+The result lies in the wheelhouse (`$WASMFLEET_WHEELHOUSE`, else the cache, where it is looked for too); its sha256 is
+printed.
 """
 
 import base64
@@ -32,17 +33,17 @@ NEWEST_GLIBC = (2, 41)  # Debian 13's
 EPOCH = 1767225600  # 2026-01-01; every date inside the wheel, unless SOURCE_DATE_EPOCH says otherwise
 
 
-def wheelhouse() -> Path:
-    """Where the finished wheel is put and looked for."""
+def wheelhouses() -> tuple[Path, ...]:
+    """Where the finished wheel is looked for, and put into the first: `$WASMFLEET_WHEELHOUSE`, then the cache."""
     named = os.environ.get("WASMFLEET_WHEELHOUSE")
-    place = Path(named) if named else debian.cache_dir() / "wheels"
-    place.mkdir(parents=True, exist_ok=True)
-    return place
+    cache = debian.cache_dir() / "wheels"
+    return (Path(named), cache) if named else (cache,)
 
 
 def finished() -> Path | None:
     """The wheel, if it was built before."""
-    return next(iter(sorted(wheelhouse().glob(f"wasmtime-{VERSION}-*riscv64.whl"))), None)
+    found = (path for place in wheelhouses() for path in sorted(place.glob(f"wasmtime-{VERSION}-*riscv64.whl")))
+    return next(found, None)
 
 
 def sysroot() -> Path:
@@ -203,7 +204,9 @@ def main() -> int:
         if done is None:
             library = compile_library()
             major, minor = glibc_needed(library)
-            done = repack(upstream_wheel(), library, f"py3-none-manylinux_{major}_{minor}_riscv64", wheelhouse())
+            place = wheelhouses()[0]
+            place.mkdir(parents=True, exist_ok=True)
+            done = repack(upstream_wheel(), library, f"py3-none-manylinux_{major}_{minor}_riscv64", place)
             debian.say(f"built in {time.monotonic() - started:.0f} s")
     except debian.BuildError as error:
         debian.say(f"riscv64 wheel: {error}")

@@ -73,6 +73,26 @@ def test_the_wheel_holds_our_library_and_upstreams_licence_and_is_reproducible(u
     assert (target / "wasmtime/linux-riscv64/_libwasmtime.so").exists()
 
 
+def test_a_finished_wheel_is_looked_for_in_the_wheelhouse_and_then_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house, cache = tmp_path / "house", tmp_path / "cache"
+    monkeypatch.setenv("WASMFLEET_CACHE", str(cache))
+    monkeypatch.setenv("WASMFLEET_WHEELHOUSE", str(house))
+    assert build.finished() is None, "neither there nor there, and a wheelhouse that is not there is no error"
+    ours = cache / "wheels" / f"wasmtime-{build.VERSION}-{TAG}.whl"
+    ours.parent.mkdir(parents=True)
+    ours.touch()
+    assert build.finished() == ours
+    house.mkdir()
+    (house / "wasmtime-1.0.0-py3-none-manylinux_2_34_riscv64.whl").touch()
+    assert build.finished() == ours, "another version is none"
+    (house / ours.name).touch()
+    assert build.finished() == house / ours.name
+    monkeypatch.delenv("WASMFLEET_WHEELHOUSE")
+    assert build.finished() == ours
+
+
 def test_the_engine_is_the_version_that_the_product_asks_for() -> None:
     import tomllib
 
