@@ -76,6 +76,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 _begun: set[str] = set()
+_on: list[rig.Board] = []
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -89,6 +90,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if group not in _begun and time.monotonic() - began > most:
         pytest.skip(f"DROPPED for lack of time: {GIVEN} gives the boards {most:.0f} s, and they have gone")
     _begun.add(group)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """A board whose tests are done is switched off: idle, it would still take a part of a core from the others."""
+    if nextitem is None or group_of(nextitem.nodeid) != group_of(item.nodeid):
+        while _on:
+            _on.pop().pull_the_plug()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -197,11 +206,8 @@ def _first_boot(board: rig.Board) -> None:
 
 
 @pytest.fixture(scope="session")
-def new_board(
-    booted: Callable[[str], Booted], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., rig.Board]]:
-    """Boards that start from the snapshot, each with a disk of its own; all are off at the end."""
-    made: list[rig.Board] = []
+def new_board(booted: Callable[[str], Booted], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., rig.Board]:
+    """Boards that start from the snapshot, each with a disk of its own; each is off when its group of tests is done."""
 
     def board(architecture: str, name: str, *, append: str = "") -> rig.Board:
         base = booted(architecture)
@@ -210,7 +216,7 @@ def new_board(
         shutil.copy2(base.disk, place / "disk.qcow2")
         fresh = rig.Board(rig.MACHINES[architecture], base.image.kernel, base.image.initrd, place / "disk.qcow2", place)
         fresh.append = append
-        made.append(fresh)
+        _on.append(fresh)
         with budget(f"start of the board {name}", 15 if snapshot else 180):
             fresh.start(snapshot=snapshot)
             fresh.ok(f"hostname {name}; echo {name} > /etc/hostname")
@@ -218,9 +224,7 @@ def new_board(
                 fresh.ok("systemctl is-system-running --wait || true", timeout_s=300)
         return fresh
 
-    yield board
-    for each in made:
-        each.pull_the_plug()
+    return board
 
 
 @dataclass
