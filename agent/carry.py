@@ -211,6 +211,8 @@ class Carrier:
                 loop.call_soon_threadsafe(progress, 100 * count // max(1, length))
 
         def run() -> None:
+            if _sound(into, length, sha256):
+                return  # another instance's change has just fetched it
             with contextlib.suppress(CancelledError):
                 self._https.download(path, into, length=length, sha256=sha256, progress=received, cancelled=cancelled)
 

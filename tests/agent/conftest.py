@@ -219,7 +219,9 @@ class SimServer:
         if self.trouble:
             raise self.trouble.pop(0)
         into.parent.mkdir(exist_ok=True, parents=True)
-        into.write_bytes(self.artifacts[sha256])
+        part = into.with_suffix(".part")  # as the real one: a file that is there is whole
+        part.write_bytes(self.artifacts[sha256])
+        part.replace(into)
 
     def request(self, method, path, *, max_bytes):
         assert method == "GET"

@@ -1,10 +1,12 @@
 """Deployments on a board with the real machine, store, effects and host link: who wins, who waits, who is told what."""
 
 import asyncio
+import threading
 
 import msgspec
 import pytest
 
+from agent import carry
 from agent.carry import lost
 from agent.fetch import FetchError
 from agent.store import StoreError
@@ -140,6 +142,35 @@ def test_an_artifact_changed_on_the_disk_is_fetched_anew(kit):
         assert kit.server.fetched == [item.sha256]
         assert kit.host.targets() == {"web": V1}
 
+    on_a_board(kit, story)
+
+
+def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
+    looked, both_have_looked = [], threading.Event()
+    plain_sound, plain_download = carry._sound, kit.server.download
+
+    def sound(*artifact):
+        found = plain_sound(*artifact)
+        if not threading.current_thread().name.startswith("download"):
+            looked.append(found)
+            if len(looked) == 2:
+                both_have_looked.set()
+        return found
+
+    def download(*what, **how):
+        assert both_have_looked.wait(20)
+        plain_download(*what, **how)
+
+    async def story():
+        first, second = (kit.publish("1.0.0", instance=name) for name in ("first", "second"))
+        assert first.sha256 == second.sha256
+        await kit.run(kit.assignment(1, first, second))
+        assert looked == [False, False]
+        assert kit.host.targets() == {"first": V1, "second": V1}
+        assert kit.server.fetched == [first.sha256]
+
+    monkeypatch.setattr(carry, "_sound", sound)
+    monkeypatch.setattr(kit.server, "download", download)
     on_a_board(kit, story)
 
 
