@@ -303,8 +303,13 @@ class Daemon:
         self._host.on_event(event)
 
     def _on_damaged(self, artifact: str, message: str) -> None:
-        """An image was changed on the disk. It is not used, and said so; called on a worker thread."""
-        for each in self._store.committed():
+        """An image was changed on the disk. It is not used, and said so; called on the thread that found it."""
+        log.error("%s", message)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(lambda: self._spawn(self._say_damaged(artifact, message)))
+
+    async def _say_damaged(self, artifact: str, message: str) -> None:
+        for each in await self._worker(self._store.committed):
             if each.item.sha256 == artifact:
                 report = reports.about(
                     self._board,
@@ -315,10 +320,9 @@ class Daemon:
                     code=RejectCode.IMAGE_DAMAGED,
                     message=message,
                 )
-                self._store.save(report=report)
-        log.error("%s", message)
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._outbox.wake)
+                with contextlib.suppress(StoreError):
+                    await self._worker(self._store.save, report=report)
+        self._outbox.wake()
 
     # The bus
 

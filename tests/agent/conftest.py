@@ -376,7 +376,7 @@ class BoardKit:
         await self.deployer.recover()
 
     async def _restore(self, welcome):
-        items = self.store.committed()
+        items = await self.worker(self.store.committed)
         self.restored = await restore.restore(
             self.link, welcome, items, self.images, self.places.artifacts, self.settings.policy, self.sealed
         )
@@ -408,8 +408,17 @@ class BoardKit:
         await self.deployer.desire(assignment)
         await self.settled()
 
+    def recorded(self):
+        """What the store holds, as another process reads it: the agent's own connection is its worker's alone."""
+        return contextlib.closing(Store(self.places.database, read_only=True))
+
     def reports(self):
-        return [report for report in self.store.history() if report.progress is None]
+        with self.recorded() as store:
+            return [report for report in store.history() if report.progress is None]
+
+    def committed(self):
+        with self.recorded() as store:
+            return store.committed()
 
     def chain(self, instance="web"):
         return [report.phase.value for report in self.reports() if report.instance == instance]

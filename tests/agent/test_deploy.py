@@ -258,7 +258,7 @@ def test_a_removal_is_held_up_by_nothing(kit):
         await kit.deployer.desire(kit.assignment(2, stuck))
         web = lambda: [report for report in kit.reports() if report.instance == "web"][-1]  # noqa: E731
         await kit.until(lambda: (web().assignment, web().phase, web().running) == (2, "committed", ""))
-        await kit.until(lambda: [each.item.instance for each in kit.store.committed()] == ["other"])
+        await kit.until(lambda: [each.item.instance for each in kit.committed()] == ["other"])
         # When the host is back, what was removed is not started again.
         kit.host.start()
         await kit.until(lambda: kit.host.targets() == {"other": V1})

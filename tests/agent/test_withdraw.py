@@ -123,7 +123,7 @@ def test_power_cut_between_the_record_and_the_stop(kit, host):
         await kit.run(kit.assignment(1, item))
         kit.host.hang_on = {ipc.Stop}
         stopping = asyncio.ensure_future(kit.deployer.hold([doubt(item)]))
-        await kit.until(lambda: kit.store.committed() == ())
+        await kit.until(lambda: kit.committed() == ())
         stopping.cancel()
         await asyncio.gather(stopping, return_exceptions=True)
         assert kit.reports()[-1].code is RejectCode.REVOKED

@@ -27,8 +27,6 @@ MODULES = (
         "autofs4",
         "configfs",
         "i2c-dev",
-        "i2c-stub",
-        "gpio-sim",
         "loop",
     ),
 )
