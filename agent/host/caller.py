@@ -59,6 +59,7 @@ class Ticker:
         self._wake = threading.Event()
         self._parked = False
         self._way: Flow | None = None
+        self._caller: Caller | None = None
         self._began_ns = 0
         self._limit_ms = 0
         self._watched = self._said = self._busy = 0
@@ -72,6 +73,7 @@ class Ticker:
 
         Where several callers share the ticker, it is `caller` that is told, within its limits.
         """
+        self._caller = caller
         if caller is not None:
             self._say, self._limits = caller.say, caller.limits
         self._limit_ms = limit_ms
@@ -171,6 +173,8 @@ class Ticker:
         elif self._limits.concurrency > 1 and self._total_ms > BUSY_MS and self._busy != began_ns:
             self._busy = began_ns
             self._say(control.Busy())
+            if self._caller is not None:
+                self._caller.relieve()
 
 
 def _sentence(problem: str | None) -> str | None:
@@ -213,12 +217,16 @@ class Caller:
         self._page = page
         self._data = data
         self.say = say
+        self.relieve: Callable[[], None] = lambda: None
+        """What is called once a call takes its time, by the ticker: nobody should wait behind it."""
         self._lines = Allowance(limits.log_lines_per_minute)
         self._faults = Allowance(control.FAULTS_A_MINUTE)
         self._dropped = 0
         self._guest: Guest | None = None
         self._outgoing = Nowhere(self.log, lambda: page.sent(True)) if outgoing is None else outgoing(self.log)
         self._counting = threading.Lock()
+        self._way: Flow | None = None
+        self._answered = 0
         self._ticker = ticker or Ticker(
             image.engine.tick,
             say,
@@ -257,10 +265,7 @@ class Caller:
         Where the guest can, its answer goes out on `way` while it is written.
         """
         method, target, headers = request.method, request.target, request.headers
-        answer = self._call(lambda guest: guest.handle(method, target, headers, bytes(request.body), way), way=way)
-        if self._writes is not None and way is not None:
-            self._writes.forgive(way.read_bytes)
-        return answer
+        return self._call(lambda guest: guest.handle(method, target, headers, bytes(request.body), way), way=way)
 
     def check(self) -> str | None:
         """The guest's health: None for well, else a sentence."""
@@ -307,8 +312,10 @@ class Caller:
             if self._guest is None:
                 self.start()
             assert self._guest is not None
+            self._count_writes()
             now_ns = time.monotonic_ns()
             self._page.begin(now_ns)
+            self._way, self._answered = way, 0
             self._ticker.begin(now_ns, own_ms or self.limits.call_ms, self, way)
             had_ns = time.thread_time_ns()
             try:
@@ -318,6 +325,7 @@ class Caller:
                 self._ticker.end()
                 self._page.begin(0)
                 self._count_writes()
+                self._way = None
         except GuestError as error:
             self._spend("" if way is not None and way.ended else str(error))
             raise
@@ -326,12 +334,13 @@ class Caller:
             raise GuestError(CallOutcome.GUEST_TRAP, str(error)) from error
 
     def _count_writes(self) -> None:
-        """After each call, and at each tick of a long one."""
+        """Before and after each call, and at each tick of a long one."""
         if self._writes is None:
             return
         with self._counting:
-            too_much = self._writes.look()
-            self._page.written(self._writes.total)
+            answered = 0 if self._way is None else self._way.read_bytes  # by the pipe in place of standard output
+            too_much = self._writes.look(answered=answered - self._answered)
+            self._answered = answered
         if too_much:
             self._page.denied()
             self.say(control.Line(text=f"host: {self._writes.why()}"))

@@ -1,13 +1,15 @@
 """The HTTP clients of a lane: sockets in an epoll set, requests handed to the guest one by one, inline.
 
 A lane accepts one connection at a time and none while a call is in flight (there is only this thread), so that lanes
-that share a listener share the work. At a swap every connection is passed to the successor at a message boundary, with
-what has come of its next message.
+that share a listener share the work. Where there may be several, clients that it has already do not wait behind a call
+that takes its time: they are put into a queue from which whoever is idle takes them (`relieve`). At a swap every
+connection is passed to the successor at a message boundary, with what has come of its next message.
 """
 
 import contextlib
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -73,12 +75,21 @@ class Clients:
         self._deadline_s = 0.0
         self._passed = self._cut = 0
         self._next_sweep_s = 0.0
+        self._queue: tuple[socket.socket, socket.socket] | None = None  # to put clients in, and to take them out
+        self._calling: Client | None = None
+        self._lock = threading.Lock()  # of what `relieve` touches while a call is in flight
+        caller.relieve = self.relieve
 
     # The supervisor's orders.
 
-    def serve(self, listener: socket.socket) -> None:
-        """Accept from `listener` from now on."""
+    def serve(self, listener: socket.socket, queue: tuple[socket.socket, socket.socket] | None = None) -> None:
+        """Accept from `listener` from now on; `queue` is that of the lanes that share the work, both ends."""
         self._stop_accepting()
+        for end in self._queue or ():
+            end.close()
+        self._queue = queue
+        for end in queue or ():
+            end.setblocking(False)
         self._leaving = False
         _close(self._successor)
         self._successor = None
@@ -102,7 +113,7 @@ class Clients:
             successor.settimeout(_PASS_TIMEOUT_S)
         self._deadline_s = time.monotonic() + deadline_s
         self._passed = self._cut = 0
-        for source in list(self._sources.values()):
+        for source in [*self._sources.values(), *(self._queue or ())[1:]]:
             while source.fileno() >= 0 and self._receive(source):
                 pass  # what was passed to this lane and not taken up yet goes on too
         for client in list(self._clients.values()):
@@ -118,7 +129,7 @@ class Clients:
         self._stop_accepting()
         self._leaving = False
         _close(self._successor)
-        for sock in [*self._sources.values(), *(client.sock for client in self._clients.values())]:
+        for sock in [*self._sources.values(), *(self._queue or ()), *(each.sock for each in self._clients.values())]:
             sock.close()
 
     def hold(self) -> None:
@@ -164,6 +175,8 @@ class Clients:
             self._accept()
         elif fd in self._sources:
             self._receive(self._sources[fd])
+        elif self._queue is not None and fd == self._queue[1].fileno():
+            self._receive(self._queue[1])
         elif (client := self._clients.get(fd)) is not None:
             if mask & select.EPOLLOUT:
                 self._send(client)
@@ -227,7 +240,8 @@ class Clients:
         except BlockingIOError:
             return False
         except control.GoneError:
-            self._forget(source)
+            if source.fileno() in self._sources:
+                self._forget(source)
             return False
         for fd in fds:
             client = self._add(socket.socket(fileno=fd))
@@ -272,7 +286,12 @@ class Clients:
             request = client.state.requests.popleft()
             if self._leaving and self._successor is None:
                 request.keep_alive = False
+            with self._lock:
+                self._calling = client
             client.out = self._answers.answer(client.sock, request)
+            with self._lock:
+                self._calling = None
+            self._accept_again()
             if not request.keep_alive:
                 client.state.closing = True
                 client.state.requests.clear()
@@ -337,13 +356,7 @@ class Clients:
         self._await(client, 0)
         del self._clients[fd]
         client.sock.close()
-        if (
-            self._listener is not None
-            and not self._accepting
-            and not self._held
-            and len(self._clients) < self._clients_max
-        ):
-            self._accept_or_wait()
+        self._accept_again()
         if self._leaving:
             self._finish_leaving()
 
@@ -357,15 +370,30 @@ class Clients:
             if client.state.idle:
                 self._drop(client)
             return
-        try:
-            control.send_packet(self._successor, _PASSED + prefix, (client.sock.fileno(),))
-        except OSError:
-            return  # the successor is busy or gone: it is served here until the deadline
-        self._passed += 1
+        # Where the successor is busy or gone, it is served here until the deadline.
+        self._passed += self._pass(client, prefix, self._successor)
+
+    def _pass(self, client: Client, prefix: bytes, to: socket.socket) -> bool:
+        """Give a connection away, with what has come of its next message."""
         fd = client.sock.fileno()
+        try:
+            control.send_packet(to, _PASSED + prefix, (fd,))
+        except OSError:
+            return False
         self._await(client, 0)
         del self._clients[fd]
         client.sock.close()
+        return True
+
+    def relieve(self) -> None:
+        """Let nobody wait behind the call in flight: others go to whichever lane is idle. For the ticker's thread."""
+        with self._lock:
+            if self._calling is None or self._queue is None or self._leaving:
+                return
+            for client in [each for each in self._clients.values() if each is not self._calling]:
+                prefix = client.state.prefix
+                if prefix is not None and not client.out and not client.lingers_until_s:
+                    self._pass(client, prefix, self._queue[0])
 
     def _finish_leaving(self) -> None:
         if self._leaving and not self._clients and not self._sources:
@@ -379,12 +407,20 @@ class Clients:
     def _accept_or_wait(self) -> None:
         assert self._listener is not None
         if not self._accepting:
-            self._poll.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            for sock in (self._listener, *(self._queue or ())[1:]):
+                self._poll.register(sock, select.EPOLLIN | select.EPOLLEXCLUSIVE)
             self._accepting = True
+
+    def _accept_again(self) -> None:
+        """Accept, if that was only put off for want of room."""
+        room = len(self._clients) < self._clients_max
+        if self._listener is not None and not self._accepting and not self._held and room:
+            self._accept_or_wait()
 
     def _pause_accepting(self) -> None:
         if self._listener is not None and self._accepting:
-            self._poll.unregister(self._listener)
+            for sock in (self._listener, *(self._queue or ())[1:]):
+                self._poll.unregister(sock)
             self._accepting = False
 
     def _stop_accepting(self) -> None:

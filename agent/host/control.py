@@ -25,17 +25,20 @@ IMAGES_MAX: Final = 32
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
-    """First of all, with two descriptors: the image's memfd and the figures' page; then that of its secrets, if any.
+    """First of all, with two descriptors: the image's memfd and the figures' page.
 
-    To a seat of a shared lane the page comes alone, since the image was opened before the cell was shut.
+    Then, as far as there are such: the page of what is written to its data, the socket on which the egress is asked,
+    the memfd of its secrets.
+
+    To a seat of a shared lane the figures' page comes alone, since the image was opened before the cell was shut.
 
     Attributes:
         uid: what to become, None to stay.
         data: its data directory, empty for none.
-        written_bytes: what the instance has written there today.
+        place: where to count what is written there.
         image: in a shared lane, which of its images.
-        egress: whether a socket on which the egress is asked comes before that.
-        secrets: whether a memfd with its secrets comes last: a JSON object of values by name. Not in a shared lane.
+        egress: whether it may ask the egress.
+        secrets: whether it has secrets: a JSON object of values by name. Not in a shared lane.
     """
 
     instance: str
@@ -44,7 +47,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     config: dict[str, str] = {}
     uid: int | None = None
     data: str = ""
-    written_bytes: int = 0
+    place: int = 0
     image: str = ""
     egress: bool = False
     secrets: bool = False
@@ -75,7 +78,10 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
 
 
 class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
-    """Accept connections from the listener that comes along."""
+    """Accept connections from the listener that comes along.
+
+    Behind it come, where there may be several lanes, both ends of the queue for clients that wait behind a long call.
+    """
 
 
 class Adopt(msgspec.Struct, frozen=True, kw_only=True, tag="adopt"):

@@ -19,6 +19,7 @@ from agent.host.handle import Lane, LaneGoneError
 from agent.host.nursery import Nursery
 from agent.host.outlet import Outlet, wanted
 from agent.host.sharing import SEATS, Wanted, why_alone
+from agent.host.tally import Account
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Limits
 from fleet.protocol.names import BadNameError, TargetName
@@ -69,7 +70,7 @@ class Crew:
         data: Path,
         cgroups: Cgroups,
         tasks: Tasks,
-        written: Callable[[], int],
+        account: Account,
         on_said: Callable[[Generation, Lane, control.FromLane], None],
         on_end: Callable[[Generation, Lane, float], None],
         outlet: Outlet,
@@ -80,7 +81,8 @@ class Crew:
         self._data = data
         self._cgroups = cgroups
         self._tasks = tasks
-        self._written = written
+        self._account = account
+        self._ending: set[asyncio.Future[int]] = set()
         self._on_said = on_said
         self._on_end = on_end
         self._outlet = outlet
@@ -113,6 +115,10 @@ class Crew:
             if wanted(run.grants) and lane.shared is None:
                 number, asks = self._outlet.admit(self._name, run.grants)
                 lane.ended.add_done_callback(lambda _: self._outlet.release(number))
+            place = 0
+            if generation.data:
+                place = self._account.take()
+                lane.ended.add_done_callback(lambda _: self._account.give_back(place))
             setup = control.Setup(
                 instance=self._name,
                 grants=run.grants,
@@ -120,7 +126,7 @@ class Crew:
                 config=run.config,
                 uid=self._uid(self._name),
                 data=generation.data,
-                written_bytes=self._written(),
+                place=place,
                 image=generation.image if lane.shared is not None else "",
                 secrets=generation.secrets_fd >= 0,
                 egress=asks is not None,
@@ -129,6 +135,7 @@ class Crew:
                 setup,
                 *(() if lane.shared is not None else (generation.image_fd,)),
                 lane.page_fd,
+                *((self._account.fd,) if generation.data else ()),
                 *(() if asks is None else (asks.fileno(),)),
                 *((generation.secrets_fd,) if generation.secrets_fd >= 0 else ()),
                 answer=control.Ready,
@@ -203,7 +210,9 @@ class Crew:
     def serve(self, generation: Generation, lane: Lane) -> None:
         """Let a lane accept. Raises `LaneGoneError`."""
         assert generation.listener is not None
-        lane.send(control.Serve(), generation.listener.sock.fileno())
+        if generation.queue is None and generation.run.limits.concurrency > 1:
+            generation.queue = control.pair()
+        lane.send(control.Serve(), generation.listener.sock.fileno(), *(end.fileno() for end in generation.queue or ()))
 
     async def settle(self, old: Generation) -> None:
         """Wait until a task in flight has ended: two generations never run at once."""
@@ -243,10 +252,18 @@ class Crew:
             self.retire(generation, lane, drained=drained)
         if generation.saved is not None:
             generation.saved.close()
+        for end in generation.queue or ():
+            end.close()
+        generation.queue = None
         for fd in (generation.image_fd, generation.secrets_fd):
             if fd >= 0:
                 os.close(fd)
         generation.image_fd = generation.secrets_fd = -1
+
+    async def gone(self) -> None:
+        """Wait until the processes of all lanes that were retired have ended; it is a matter of milliseconds."""
+        if self._ending:
+            await asyncio.wait(set(self._ending), timeout=GRACE_S)
 
     def retire(self, generation: Generation, lane: Lane, *, drained: bool = False) -> None:
         """End a lane on purpose and keep its figures; if it is handing over still (not `drained`), when it has."""
@@ -254,6 +271,8 @@ class Crew:
             generation.lanes.remove(lane)
             generation.past = generation.past.plus(lane.page.read())
         lane.ended.add_done_callback(lambda _: lane.close())
+        self._ending.add(lane.ended)
+        lane.ended.add_done_callback(self._ending.discard)
         if not drained and lane.drained is not None and not lane.drained.done():
             self._tasks.spawn(lane.end_when_drained("it was replaced", DRAIN_MS / 1000))
         else:

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -135,6 +136,7 @@ class Generation:
     Attributes:
         alone: why it has a lane of its own although it may share one; empty for no such reason.
         image, image_bytes: of one that may share: its image's sha256 and size.
+        queue: of one that may have several lanes: where clients wait for whichever is idle, to put in and to take out.
         secrets_fd: a memfd with its secrets, which is handed to its lanes and never read here; -1 for none.
     """
 
@@ -149,11 +151,11 @@ class Generation:
     layers: dict[str, bool] = field(default_factory=dict)
     data: str = ""
     dropped: bool = False
-    counted_bytes: int = 0
     saved: Saved | None = None
     alone: str = ""
     image: str = ""
     image_bytes: int = 0
+    queue: tuple[socket.socket, socket.socket] | None = None
 
     def __post_init__(self) -> None:
         """Name the image by what is in it, where others may use the same."""

@@ -159,10 +159,12 @@ class Lane:
             self.shared.leave(self)
 
     async def end_when_drained(self, because: str, timeout_s: float) -> None:
-        """End it as soon as its connections are handed over, or after `timeout_s`."""
-        if self.drained is not None and self.alive:
-            await asyncio.wait([self.drained, self.ended], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        self.end(because)
+        """End it as soon as its connections are handed over, or after `timeout_s`, or when this is cancelled."""
+        try:
+            if self.drained is not None and self.alive:
+                await asyncio.wait([self.drained, self.ended], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.end(because)
 
     def has_ended(self, status: int) -> None:
         """Its zygote says that it has ended."""

@@ -30,6 +30,7 @@ from agent.host.page import Figures
 from agent.host.record import Record, plain
 from agent.host.schedule import Clock
 from agent.host.staffing import Staffing
+from agent.host.tally import Account
 from fleet.protocol.codes import CallOutcome, InstanceState, RejectCode
 from fleet.protocol.cron import BadCronError
 from fleet.protocol.manifest import Http, Schedule
@@ -73,7 +74,7 @@ class Instance:
         self.lock = asyncio.Lock()
         self._listeners = listeners
         self._deaths = deaths
-        self._daily = daily
+        self._account = Account(name, daily)
         self._tasks = Tasks()
         self._crew = Crew(
             name,
@@ -82,7 +83,7 @@ class Instance:
             data=data,
             cgroups=cgroups,
             tasks=self._tasks,
-            written=self._written_today,
+            account=self._account,
             on_said=self._said,
             on_end=self._lane_ended,
             outlet=outlet,
@@ -191,6 +192,8 @@ class Instance:
         await self._tell_router()
         self._tasks.cancel()
         self._listeners.close(self.name)
+        await self._crew.gone()
+        self._account.written()
         self.state = InstanceState.STOPPED
 
     # Figures.
@@ -229,7 +232,7 @@ class Instance:
             errors=figures.errors,
             denials=figures.denials,
             dropped_lines=figures.dropped_lines,
-            written_bytes=self._written_today(),
+            written_bytes=self._account.written(),
             outgoing=figures.outgoing,
             latencies=figures.spread(),
             cpu_ms=figures.cpu_ns // 1_000_000,
@@ -242,16 +245,6 @@ class Instance:
             error=plain(self.error, _WHY_MAX_CHARS * 2),
         )
 
-    def _written_today(self) -> int:
-        """What it has written to its data today, with what its lanes have counted since it was asked last."""
-        for generation in (self.current, self.previous):
-            if generation is not None:
-                total = generation.figures().written_bytes
-                if total > generation.counted_bytes:
-                    self._daily.note(self.name, total - generation.counted_bytes)
-                    generation.counted_bytes = total
-        return self._daily.of(self.name)
-
     def watch(self) -> None:
         """What is looked after from time to time: overdue calls, spare lanes, crashes that are long past."""
         current = self.current
@@ -260,7 +253,7 @@ class Instance:
             self._deaths.note(self.name, current.run.target, 0)
         if current is not None and current.alive:
             self._weigh_data(current)
-            self._written_today()
+            self._account.written()
             self._staffing.watch(current)
         self._end_overdue()
 

@@ -27,6 +27,7 @@ from agent.host.faults import EngineError, GuestError
 from agent.host.heads import Requests
 from agent.host.page import Page
 from agent.host.redact import Redactor
+from agent.host.tally import Tally
 from agent.host.writes import Writes, open_counter
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
@@ -65,7 +66,8 @@ class Lane:
             self._secrets = _read_secrets(more.pop())
             self._redactor = Redactor(self._secrets.values())
         ask_fd = more.pop() if setup.egress else -1
-        kept = {image_fd, page_fd, *((ask_fd,) if setup.egress else ())}
+        tally_fd = more.pop() if setup.data else -1
+        kept = {image_fd, page_fd, *((ask_fd,) if setup.egress else ()), *((tally_fd,) if setup.data else ())}
         cell.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *kept})
         if setup.egress:
             self._outgoing = _outgoing(setup, ask_fd)
@@ -93,7 +95,9 @@ class Lane:
         where = "" if not setup.data else cell.DATA if layers["mount"] else setup.data
         writes = None
         if setup.data:
-            writes = Writes(counter_fd, most=setup.limits.daily_written_bytes, before=setup.written_bytes)
+            tally = Tally(tally_fd)
+            os.close(tally_fd)
+            writes = Writes(counter_fd, most=setup.limits.daily_written_bytes, tally=tally, place=setup.place)
         return self.begin(
             setup,
             image,
@@ -191,7 +195,8 @@ class Lane:
         """Do what the supervisor says."""
         match message:
             case control.Serve():
-                self.clients.serve(socket.socket(fileno=fds[0]))
+                listener, *queue = (socket.socket(fileno=fd) for fd in fds)
+                self.clients.serve(listener, (queue[0], queue[1]) if queue else None)
             case control.Adopt():
                 self.clients.adopt(socket.socket(fileno=fds[0]))
             case control.HandOver(deadline_ms=deadline_ms):

@@ -19,9 +19,9 @@ from fleet.protocol.messages import LATENCY_BOUNDS_MS
 SIZE: Final = 4096
 _RING: Final = 512
 _OUTCOMES: Final = tuple(CallOutcome)
-# errors, calls, began (monotonic ns of the call in flight, 0 for none), log lines dropped, denials, bytes written,
-# requests sent, nanoseconds of the processor's time
-_ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _WRITTEN, _OUTGOING, _CPU = 0, 8, 16, 24, 32, 40, 48, 56
+# errors, calls, began (monotonic ns of the call in flight, 0 for none), log lines dropped, denials, requests sent,
+# nanoseconds of the processor's time
+_ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _OUTGOING, _CPU = 0, 8, 16, 24, 32, 40, 48
 _COUNTS: Final = 64
 _LATENCIES: Final = 1024
 _COUNT_MAX: Final = 2**56  # the sum of many fits wherever figures are kept and sent
@@ -48,7 +48,6 @@ class Figures:
     began_ns: int = 0
     dropped_lines: int = 0
     denials: int = 0
-    written_bytes: int = 0
     outgoing: int = 0
     cpu_ns: int = 0
 
@@ -63,7 +62,6 @@ class Figures:
             latencies_us=(self.latencies_us + other.latencies_us)[-_RING:],
             dropped_lines=self.dropped_lines + other.dropped_lines,
             denials=self.denials + other.denials,
-            written_bytes=self.written_bytes + other.written_bytes,
             outgoing=self.outgoing + other.outgoing,
             cpu_ns=self.cpu_ns + other.cpu_ns,
         )
@@ -122,10 +120,6 @@ class Page:
         """The guest has had so much more of the processor's time."""
         self._add(_CPU, cpu_ns)
 
-    def written(self, total: int) -> None:
-        """So many bytes have been written to its data."""
-        _U64.pack_into(self._map, _WRITTEN, total)
-
     def began_ns(self) -> int:
         """When the call in flight began, by the monotonic clock; 0 for none."""
         value: int = _U64.unpack_from(self._map, _BEGAN)[0]
@@ -147,7 +141,6 @@ class Page:
             began_ns=self.began_ns(),
             dropped_lines=self._count(_DROPPED),
             denials=self._count(_DENIED),
-            written_bytes=self._count(_WRITTEN),
             outgoing=self._count(_OUTGOING),
             cpu_ns=self._count(_CPU),
         )

@@ -1,17 +1,16 @@
-"""What a lane's guest writes to its data in a day: counted, and refused beyond its share.
+"""What a lane's guest writes to its data in a day: counted, and refused beyond the share of its instance.
 
 The kernel counts what this process writes (`/proc/self/io`, opened before the cell was shut); sockets and shared memory
-are not in it. Beyond the share no file may grow or be written any more (`RLIMIT_FSIZE`), until the day (UTC) is over.
-Only lanes with data have one of these.
+are not in it. The count goes into a page that all lanes of the instance see (`agent.host.tally`). Beyond the share no
+file may grow or be written any more (`RLIMIT_FSIZE`), until the day (UTC) is over. Only lanes with data have one of
+these.
 """
 
 import contextlib
 import os
 import resource
-import time
-from typing import Final
 
-_DAY_S: Final = 86_400
+from agent.host.tally import Tally, day
 
 
 def open_counter() -> int | None:
@@ -23,19 +22,20 @@ def open_counter() -> int | None:
 
 
 class Writes:
-    """The share of one lane, of which `before` bytes were written today already."""
+    """One lane's part in the share."""
 
-    def __init__(self, fd: int | None, *, most: int, before: int) -> None:
-        """`fd`: from `open_counter`."""
+    def __init__(self, fd: int | None, *, most: int, tally: Tally, place: int) -> None:
+        """`fd`: from `open_counter`; `most`: bytes in a day, of all lanes together."""
         self._fd, self._most = fd, most
+        self._tally, self._place = tally, place
         self._soft, self._hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        self._day = int(time.time() // _DAY_S)
+        self._day = day()
         self._seen = 0
         self._seen = self._read()
-        self.today = before
-        self.total = 0
+        self._own = 0
+        self.today = 0
         self.spent = False
-        self._judge()
+        self.look()
 
     def _read(self) -> int:
         if self._fd is None:
@@ -46,31 +46,22 @@ class Writes:
                     return int(line.split()[1])
         return self._seen
 
-    def forgive(self, count: int) -> None:
-        """So much of what was counted was an answer, and no file."""
-        self.total -= count
-        self.today -= count
+    def look(self, *, answered: int = 0) -> bool:
+        """Count what was written since the last look, but `answered` bytes, which were an answer and no file.
 
-    def look(self) -> bool:
-        """Count what was written since the last look; whether it is too much now, and was not before."""
-        seen = self._read()
-        written, self._seen = seen - self._seen, seen
-        self.total += written
-        day = int(time.time() // _DAY_S)
-        if day != self._day:
-            self._day, self.today = day, 0
-            if self.spent:
-                self.spent = False
-                resource.setrlimit(resource.RLIMIT_FSIZE, (self._soft, self._hard))
-        self.today += written
-        return self._judge()
-
-    def _judge(self) -> bool:
-        if self.spent or self.today < self._most:
-            return False
-        self.spent = True
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, self._hard))
-        return True
+        Whether it is too much now, and was not before.
+        """
+        seen, now = self._read(), day()
+        if now != self._day:
+            self._day, self._own = now, 0
+        self._own += seen - self._seen - answered
+        self._seen = seen
+        self._tally.put(self._place, self._own, now)
+        self.today = self._tally.sum(now)
+        before, self.spent = self.spent, self.today >= self._most
+        if self.spent != before:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0 if self.spent else self._soft, self._hard))
+        return self.spent and not before
 
     def why(self) -> str:
         """That it may write no more, for people."""

@@ -20,7 +20,7 @@ from fleet.protocol import caps
 FILES = Grants(interfaces=("wasi:filesystem", "wasi:io"))
 
 
-@pytest.mark.parametrize("end", ["swap", "stop"])
+@pytest.mark.parametrize("end", ["swap", "stop", "swap and stop"])
 def test_a_guest_that_ignores_drain_holds_up_nobody_and_is_ended(host, neighbour, end):
     """It sits in a call of an hour, and is allowed to: neither its successor nor a stop waits for that."""
     port = support.free_port()
@@ -33,14 +33,15 @@ def test_a_guest_that_ignores_drain_holds_up_nobody_and_is_ended(host, neighbour
     stuck.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
     support.await_read(stuck)
     pidfd = os.pidfd_open(lane)
-    if end == "swap":
+    if "swap" in end:
         assert host.start("hello", support.a_run("bad", 2, port=port)).replaced == 1
         # Whoever comes now is the successor's, while the old one still holds its client.
         assert support.http(port)[2] == b"hello\n"
         assert not select.select([stuck], [], [], 0)[0]
         host.ask(ipc.Commit, instance="bad", generation=2)
-    else:
+    if "stop" in end:
         assert isinstance(host.ask(ipc.Stop, instance="bad"), ipc.Done)
+        assert select.select([pidfd], [], [], 0)[0], "whoever is stopped is gone"
     assert select.select([pidfd], [], [], 60)[0], "it is ended at the deadline for draining"
     os.close(pidfd)
     assert stuck.recv(1) == b""
