@@ -225,6 +225,9 @@ def _cell(places: Places) -> str:
             ipc.send(sock, ipc.Hello(id=1))
             welcome = ipc.receive_from_host(sock)
         except (OSError, ipc.IpcError) as error:
+            why = ipc.why_not(places.runtime)
+            if why:
+                raise _FailedError(f"the host does not start: {why}") from error
             raise _FailedError(f"no host at {places.host_socket}: {error}: start fleet-host") from error
     if not isinstance(welcome, ipc.Welcome):
         raise _FailedError("the host does not answer as one")

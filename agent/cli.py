@@ -17,6 +17,7 @@ import msgspec
 from agent import check, config, enroll, firstboot, health, identity, images, restore, systemd, why
 from agent.alone import NotAloneError, alone
 from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Places
+from agent.host import ipc
 from agent.hostlink import HostGoneError, HostLink
 from agent.sealed import Sealed
 from agent.store import Store, StoreError
@@ -312,7 +313,10 @@ def _standing(options: argparse.Namespace, instance: str = "") -> why.Standing:
         Store(places.database).close()
     store = Store(places.database, read_only=True)
     try:
-        return why.standing(who, store, instance)
+        found = why.standing(who, store, instance)
+        said = ipc.why_not(places.runtime)
+        problems = (f"the host did not start, and says: {said}",) if said else ()
+        return msgspec.structs.replace(found, problems=(*problems, *found.problems))
     finally:
         store.close()
 

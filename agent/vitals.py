@@ -83,7 +83,9 @@ class Vitals:
             answer = await self._link.ask(ipc.Status, ipc.Figures)
             figures, written = answer.instances, answer.written_bytes
         except (HostGoneError, HostRefusedError):
-            problems.insert(0, "the host does not run: no instance answers")
+            why = await asyncio.to_thread(ipc.why_not, self._board.places.runtime)
+            said = f"; it did not start, and says: {why}" if why else ""
+            problems.insert(0, f"the host does not run: no instance answers{said}")
         board = await asyncio.to_thread(health.board, self._board.places.state, host_written_bytes=written)
         return Health(
             device=self._board.device,

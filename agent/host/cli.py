@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import grp
 import json
 import os
@@ -11,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from agent.host import cell, program, walls
-from agent.host.supervisor import VERSION, HostError, Settings, Supervisor, WallsError
+from agent.host import cell, ipc, program, walls
+from agent.host.supervisor import VERSION, HostError, Settings, Supervisor, TakenError, WallsError
 from fleet.protocol.caps import MIB
 
 _DEFAULT_RUNTIME: Final = "/run/wasmfleet"
@@ -126,8 +127,18 @@ def main(arguments: list[str] | None = None) -> int:
         asyncio.run(_run(settings))
     except HostError as error:
         sys.stderr.write(f"fleet-host: {error}\n")
+        if not isinstance(error, TakenError):
+            _leave_word(options.runtime, str(error))
         return _STATUS_BELOW_MINIMUM if isinstance(error, WallsError) else 1
     return 0
+
+
+def _leave_word(runtime: Path, why: str) -> None:
+    """For the agent, which has nobody to ask as long as no host runs."""
+    with contextlib.suppress(OSError):
+        path = runtime / ipc.WHY_NOT
+        path.write_text(why + "\n", encoding="utf-8")
+        path.chmod(0o644)
 
 
 def check() -> int:

@@ -12,6 +12,7 @@ import array
 import os
 import socket
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
@@ -23,6 +24,9 @@ from fleet.protocol.messages import InstanceHealth
 
 PACKET_MAX_BYTES: Final = 160 * 1024
 _ENTRIES_MAX_BYTES: Final = 128 * 1024
+WHY_NOT: Final = "host.why"
+"""Beside the host's socket: why it did not start the last time, in one sentence; not there once it has."""
+_WHY_NOT_MAX_CHARS: Final = 500
 
 T = TypeVar("T")
 
@@ -246,6 +250,15 @@ FromHost = Reply | Event
 
 _requests: Final[msgspec.json.Decoder[Request]] = msgspec.json.Decoder(Request)
 _from_host: Final[msgspec.json.Decoder[FromHost]] = msgspec.json.Decoder(FromHost)
+
+
+def why_not(runtime: Path) -> str:
+    """Why no host runs here, in its own words; empty where it has not said."""
+    try:
+        text = (runtime / WHY_NOT).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return " ".join(text[:_WHY_NOT_MAX_CHARS].split())
 
 
 def page(entries: Iterable[T]) -> tuple[tuple[T, ...], bool]:

@@ -56,6 +56,10 @@ class HostError(Exception):
     """The host cannot start; the message is one sentence for the board's owner."""
 
 
+class TakenError(HostError):
+    """Another host runs there."""
+
+
 class WallsError(HostError):
     """It may not: the walls that its owner asks for are not to be had here."""
 
@@ -198,7 +202,7 @@ class Supervisor:
             except OSError:
                 path.unlink(missing_ok=True)
             else:
-                raise HostError(f"another host already runs here: {path} is in use")
+                raise TakenError(f"another host already runs here: {path} is in use")
         listener = ipc.new_socket()
         mask = os.umask(0o177)
         try:
@@ -214,6 +218,7 @@ class Supervisor:
                 path.chmod(0o660)
             except OSError as error:
                 raise HostError(f"cannot give {path} to the agent's group: {error.strerror}") from error
+        (self._settings.runtime / ipc.WHY_NOT).unlink(missing_ok=True)
         listener.listen(_PEERS_MAX)
         listener.setblocking(False)
         return listener

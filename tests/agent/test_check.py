@@ -233,6 +233,9 @@ def test_a_board_without_an_engine(board, monkeypatch):
 
 def test_a_host_that_is_not_there(board):
     assert "start fleet-host" in first_failure(board.check(), "cell")
+    board.places.runtime.mkdir(exist_ok=True)
+    (board.places.runtime / ipc.WHY_NOT).write_text("this board lacks seccomp\n")
+    assert first_failure(board.check(), "cell") == "the host does not start: this board lacks seccomp"
 
 
 def test_a_disk_with_less_than_the_reserve(board, host):

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from agent.alone import NotAloneError, alone
+from agent.host import ipc
 from agent.identity import Identity
 from agent.records import Committed, FailedItem
 from agent.store import Store
@@ -125,6 +126,15 @@ def test_a_database_that_is_none_says_what_to_do(tmp_path):
     assert done.returncode == 1
     assert "move it away" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_host_that_did_not_start_is_told_with_its_own_words(tmp_path):
+    enrolled(tmp_path).close()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ipc.WHY_NOT).write_text("this board lacks seccomp around components\n")
+    for command in ("status", "why"):
+        done = agent(tmp_path, command)
+        assert "the host did not start, and says: this board lacks seccomp around components" in done.stdout
 
 
 def test_a_token_is_never_an_argument(tmp_path):

@@ -153,9 +153,12 @@ def test_a_host_does_not_start_below_its_minimum(tmp_path):
     assert done.stderr.count("\n") == 1
     assert "this board lacks seccomp around components" in done.stderr
     assert not (tmp_path / "run" / "host.sock").exists()
+    # The agent finds it said there, for the operator who does not read this board's journal.
+    assert done.stderr == f"fleet-host: {ipc.why_not(tmp_path / 'run')}\n"
     # With what it asks for there, it starts.
     host = support.Host(tmp_path, arguments=["--minimum", "limits,privileges,seccomp"])
     try:
+        assert ipc.why_not(tmp_path / "run") == ""
         assert isinstance(host.start("hello", support.a_run("web", 1)), ipc.Started)
     finally:
         host.close()

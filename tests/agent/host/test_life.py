@@ -161,7 +161,9 @@ def test_a_second_host_in_the_same_place_and_a_taken_port_are_refused_in_one_lin
         return done.stderr
 
     assert "another host already runs here" in refused(host.runtime, support.free_port())
+    assert ipc.why_not(host.runtime) == "", "one host does run here"
     assert f"127.0.0.1:{host.port}" in refused(tmp_path / "elsewhere", host.port)
+    assert f"127.0.0.1:{host.port}" in ipc.why_not(tmp_path / "elsewhere")
     # the path of a socket has 108 bytes, by law
     assert "shorter --runtime" in refused(tmp_path / ("l" * 120), support.free_port())
 

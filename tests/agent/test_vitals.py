@@ -1,0 +1,43 @@
+"""What the board says of itself while its host does not run."""
+
+import asyncio
+from types import SimpleNamespace
+
+from agent.config import Places
+from agent.host import ipc
+from agent.hostlink import HostLink
+from agent.store import Store
+from agent.vitals import Vitals
+
+
+async def at_once(function, *arguments):
+    return function(*arguments)
+
+
+def problems(places):
+    """The sentences in the board's health."""
+    store = Store(places.database)
+    vitals = Vitals(
+        board=SimpleNamespace(device="crane-0a1b2c3d", boot_id="b", places=places),
+        store=store,
+        worker=at_once,
+        deployer=SimpleNamespace(standing=SimpleNamespace(flights={}, committed={})),
+        link=HostLink(places.host_socket),
+        problems=lambda: ["another"],
+        publish=lambda _: True,
+    )
+    try:
+        return asyncio.run(vitals.health()).problems
+    finally:
+        store.close()
+
+
+def test_a_host_that_does_not_start_is_told_in_its_own_words_and_first(tmp_path):
+    places = Places(state=tmp_path, runtime=tmp_path / "run")
+    assert problems(places) == ("the host does not run: no instance answers", "another")
+    places.runtime.mkdir()
+    (places.runtime / ipc.WHY_NOT).write_text("this board lacks seccomp around components,\nas a root service\n")
+    assert problems(places)[0] == (
+        "the host does not run: no instance answers; it did not start, and says: "
+        "this board lacks seccomp around components, as a root service"
+    )
