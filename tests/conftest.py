@@ -4,6 +4,18 @@ import os
 
 import pytest
 
+try:
+    from hypothesis import HealthCheck, settings
+except ModuleNotFoundError:
+    pass  # on an emulated board there is pytest alone
+else:
+    # How long an example takes says how busy the machine is. What decides over a change plays the same examples each
+    # time: new ones are looked for by everybody's own runs, and by `make fuzz`.
+    settings.register_profile(
+        "wasmfleet", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI"))
+    )
+    settings.load_profile("wasmfleet")
+
 
 def pytest_collection_modifyitems(items):
     """A test that needs root says so where there is none, whichever way it was chosen."""

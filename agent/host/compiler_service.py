@@ -70,6 +70,8 @@ def client(arguments: list[str]) -> int:
 def serve(sock: socket.socket) -> int:
     """Run the compiler once, for the client on `sock`; end it when the client is gone."""
     packet, ancillary, _, _ = sock.recvmsg(_PACKET_MAX_BYTES, socket.CMSG_SPACE(_STREAMS * 4))
+    if not packet:
+        return 0  # the client ended before it asked
     streams = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -95,7 +95,7 @@ NAMES = st.text("abcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+-.^_`|~", min_size=
 VALUES = st.binary(max_size=60).map(lambda raw: bytes(c for c in raw if c == 9 or (c > 31 and c != 127)).strip(b" \t"))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(st.tuples(NAMES, VALUES), max_size=20), target=st.text(min_size=1, max_size=80))
 def test_every_field_and_every_target_arrives_byte_for_byte(image, lines, target):
     path = b"/describe" + "".join(c for c in target if c > " " and c != "\x7f").encode()
@@ -112,7 +112,7 @@ LINES = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(raw=st.binary(max_size=200) | LINES.map(b"".join))
 def test_whatever_stands_for_a_head_is_an_answer_or_named(raw):
     head = heads.answer_head(raw)

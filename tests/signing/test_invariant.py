@@ -197,7 +197,6 @@ TestFleet = Fleet.TestCase
 TestFleet.settings = settings(
     max_examples=40,
     stateful_step_count=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     phases=(Phase.explicit, Phase.generate),  # a failure is told as it came: making it small takes minutes
 )

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.protocol import caps, names
@@ -36,7 +36,6 @@ def code_of(box: bytes, *, key: X25519PrivateKey = KEY, purpose: Purpose = FOR) 
 
 
 @given(value=TEXT)
-@settings(deadline=None)
 def test_what_is_sealed_is_opened(value):
     box = sealing.seal(value, recipient=OURS, purpose=FOR)
     assert len(box) <= caps.SECRET_BOX_MAX_BYTES
@@ -61,7 +60,6 @@ def test_every_changed_byte_is_noticed():
 
 
 @given(cut=st.integers(0, 304))
-@settings(deadline=None)
 def test_a_torn_box_does_not_open(cut):
     box = sealing.seal(VALUE, recipient=OURS, purpose=FOR)
     assert code_of(box[:cut]) in {RejectCode.SECRET_UNOPENED, RejectCode.UNSUPPORTED_VERSION}

@@ -39,6 +39,11 @@ class Service:
             with connection:
                 self.processes.append(subprocess.Popen([*CLIENT, "--serve"], stdin=connection))
 
+    @property
+    def compilers(self) -> str:
+        """The processes that the service has started for its first client."""
+        return "".join(Path(f"/proc/{each.pid}/task/{each.pid}/children").read_text() for each in self.processes[:1])
+
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -89,12 +94,20 @@ def test_a_client_that_is_ended_takes_the_compiler_along(service: Service) -> No
         assert client.stdin is not None
         client.stdin.write(b"\0asm")  # the compiler waits for the rest
         client.stdin.flush()
-        while not service.processes:
+        while not service.compilers:
             os.sched_yield()
         client.send_signal(signal.SIGKILL)
         client.wait()
         # its pipe is still open on this side, and yet the compiler ends
         assert service.processes[0].wait(timeout=60) == 0
+
+
+def test_a_client_that_is_ended_before_it_asks_is_nobody_to_complain_of(service: Service) -> None:
+    with subprocess.Popen(CLIENT, stdin=subprocess.PIPE) as client:
+        while not service.processes:
+            os.sched_yield()
+        client.send_signal(signal.SIGKILL)
+    assert service.processes[0].wait(timeout=60) == 0
 
 
 def test_without_the_service_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ def mutated(draw):
     return bytes(data)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(mutated())
 def test_whatever_the_bytes_only_its_own_error_comes_out(data):
     try:

@@ -223,7 +223,7 @@ def test_a_health_check_beside_the_handler_is_exported_by_the_whole():
     assert component.read(whole).exported(component.HTTP_HEALTH)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_guests_end_in_a_refusal_and_nothing_else(data):
     guest = bytearray(PROBE)
@@ -236,7 +236,6 @@ def test_damaged_guests_end_in_a_refusal_and_nothing_else(data):
             compose.compose(adapter.load(), sample)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_no_type(raw):
     with contextlib.suppress(wasm.DamagedError, deftype.ForeignTypeError):

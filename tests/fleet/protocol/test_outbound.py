@@ -4,7 +4,7 @@ import contextlib
 import ipaddress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.protocol import outbound
@@ -199,14 +199,12 @@ def test_addresses_that_are_not_public_are_told_apart(address, word):
         assert found == word
 
 
-@settings(deadline=None)
 @given(st.ip_addresses())
 def test_a_public_looking_name_never_names_an_address(address):
     for entry in ("https://*:443", "https://*.example.com:443", "https://a.example:443"):
         assert not parse(entry).names("https", address, 443)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60) | st.text("abc.*:/[]0123456789@-", max_size=30).map("http://{}".format))
 def test_any_text_is_an_entry_or_refused(text):
     with contextlib.suppress(BadOutboundError):
@@ -226,7 +224,6 @@ PLACES = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(ENTRIES, ENTRIES, PLACES, st.sampled_from(["http", "https"]), st.sampled_from([80, 85, 443]))
 def test_what_is_covered_allows_nothing_that_the_ceiling_does_not(above, below, host, scheme, port):
     if parse(above).covers(parse(below)) and parse(below).allows(scheme, host, port):
