@@ -198,6 +198,7 @@ class Crew:
             fuel=generation.run.manifest.limits.fuel > 0,
             uid=self._uid(common),
             admit=lambda pid: self._admit(common, pid, limits, lanes=SEATS),
+            dismiss=lambda: self._cgroups.dismiss(common),
         )
 
     def _admit(self, group: str, pid: int, limits: Limits, *, lanes: int) -> None:

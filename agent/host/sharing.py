@@ -60,6 +60,7 @@ class Wanted:
         fuel: whether its images count instructions.
         uid: what all lanes of the namespace that are shared become; None to stay.
         admit: puts a new process into its control group.
+        dismiss: removes that group, when none is left in it.
     """
 
     namespace: str
@@ -69,6 +70,7 @@ class Wanted:
     fuel: bool
     uid: int | None
     admit: Callable[[int], None]
+    dismiss: Callable[[], None]
 
     @property
     def needs(self) -> tuple[int, int, int]:
@@ -89,6 +91,7 @@ class SharedLane:
         self._blamed: Lane | None = None
         self._ending = False
         process.ended.add_done_callback(lambda _: self._ended())
+        process.ended.add_done_callback(lambda _: wanted.dismiss())
 
     @property
     def rank(self) -> tuple[int, int]:

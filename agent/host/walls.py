@@ -21,6 +21,10 @@ _MEANING: Final = {
     "landlock": "files, ports and abstract sockets are refused a second time",
     "seccomp": "no process, socket, executable memory, tracing or signal to others",
 }
+_SHARED: Final = (
+    "a lane that several share is no wall between them: who breaks out of one has the memory of the others; "
+    "only instances of one publisher, where the operator lets them, and none with files, secrets or leave to connect"
+)
 _CGROUP: Final = ("Delegate=", "if given", "if given", "lanes of an instance share one limit of memory")
 
 
@@ -46,4 +50,5 @@ def table(here: str, layers: Mapping[str, bool]) -> list[str]:
         cells = ["yes" if holds(layer, each, here, layers) else "NO" for each in WAYS]
         lines.append(f"  {layer:<11}" + "".join(f"{cell:<26}" for cell in cells) + _MEANING[layer])
     lines.append(f"  {'cgroup':<11}" + "".join(f"{cell:<26}" for cell in _CGROUP[:3]) + _CGROUP[3])
+    lines.append(f"  {'shared':<11}" + "".join(f"{'NO':<26}" for _ in WAYS) + _SHARED)
     return lines

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from agent.host import control, page
 from agent.host.handle import Lane
+from agent.host.sharing import SharedLane, Wanted
+from fleet.protocol.manifest import Limits
 
 
 class Played(Lane):
@@ -73,6 +75,31 @@ def test_descriptors_that_nobody_asked_for_are_closed():
     lane, _ = as_a_lane(send_many)
     lane.close()
     assert open_here() <= before + 1
+
+
+def test_the_control_group_of_shared_lanes_goes_with_them():
+    dismissed = []
+
+    async def play():
+        ours, theirs = control.pair()
+        process = Lane("main-1", ours, lambda *_: None)
+        wanted = Wanted(
+            namespace="main",
+            image="i",
+            image_fd=-1,
+            limits=Limits(),
+            fuel=False,
+            uid=None,
+            admit=lambda _: None,
+            dismiss=lambda: dismissed.append("main"),
+        )
+        SharedLane(1, process, wanted, frozenset({"i"}))
+        process.has_ended(0)
+        await asyncio.sleep(0)
+        theirs.close()
+
+    asyncio.run(play())
+    assert dismissed == ["main"]
 
 
 def test_figures_that_cannot_be_are_cut_to_what_can_be_kept():

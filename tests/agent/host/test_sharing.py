@@ -139,6 +139,47 @@ def test_a_swap_of_one_loses_nobody_and_leaves_the_others_alone(host):
     assert count(host, "b") == 2
 
 
+def test_state_is_carried_in_a_shared_lane_as_in_one_of_its_own(host):
+    shared = share(host, "remembers", "a")
+    assert share(host, "remembers", "b") == shared
+    assert [count(host, "a"), count(host, "a"), count(host, "b")] == [1, 2, 1]
+    assert share(host, "remembers", "a", generation=2) == shared
+    assert [count(host, "a"), count(host, "b")] == [3, 2]
+    assert host.ask(ipc.Revert, instance="a", generation=2).generation == 1
+    assert [count(host, "a"), count(host, "b")] == [4, 3]
+    assert host.lines_of("a") == ()
+
+
+@pytest.mark.parametrize(
+    ("guest", "words"), [("hostage", "used up its time"), ("trap-in-save", "unreachable"), ("loses-state", "no state")]
+)
+def test_who_does_not_save_its_state_costs_those_who_share_its_lane_nothing(host, guest, words):
+    limits = Limits(start_ms=300)
+    shared = share(host, guest, "bad", limits=limits)
+    assert share(host, guest, "mate", limits=limits) == shared
+    assert [count(host, "mate"), count(host, "bad")] == [1, 1]
+    reply = host.start("remembers", support.a_run("bad", 2, share_lane=True, limits=limits))
+    assert (type(reply), reply.code) == (ipc.Failed, "state-failed")
+    assert words in reply.message
+    assert count(host, "mate") == 2
+    assert (host.health("mate").restarts, host.health("mate").shared_lane) == (0, shared)
+    assert count(host, "bad") >= 1, "and it goes on itself"
+
+
+def test_whose_save_stands_still_is_ended_and_named_and_shares_no_more(host):
+    limits = Limits(start_ms=300, idle_ms=300)
+    shared = share(host, "hostage-asleep", "bad", grants=CLOCK, limits=limits)
+    assert share(host, "hostage-asleep", "mate", grants=CLOCK, limits=limits) == shared
+    reply = host.start("remembers", support.a_run("bad", 2, share_lane=True, limits=limits))
+    assert (type(reply), reply.code) == (ipc.Failed, "state-failed")
+    assert "blocked" in reply.message
+    while host.health("bad").state != "running":
+        pass
+    assert host.health("bad").shared_lane == ""
+    assert get(host, "mate")[0] == 200
+    assert host.health("mate").restarts == 0
+
+
 def test_a_zygote_of_shared_lanes_has_one_thread_too(host):
     for number in range(3):
         share(host, "hello", f"i{number}", namespace="crowd")

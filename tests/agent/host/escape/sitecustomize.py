@@ -8,6 +8,7 @@ import sys
 if "agent.host.zygote" in sys.orig_argv:
     import ctypes
     import errno
+    import gc
     import json
     import mmap
     import os
@@ -130,6 +131,11 @@ if "agent.host.zygote" in sys.orig_argv:
             "descriptors": descriptors(),
             "uid": os.getuid(),
             "environment": dict(os.environ),
+            "known": [
+                each._config["token"]
+                for each in gc.get_objects()
+                if isinstance(each, agent.host.caller.Caller) and "token" in each._config
+            ],
         }
         return 200, b"", json.dumps(answer).encode()
 
