@@ -18,7 +18,7 @@ PROGRAMS = (
     *("mmdebstrap", "qemu-aarch64-static", "qemu-riscv64-static", "qemu-system-aarch64", "qemu-system-riscv64"),
     *("qemu-img", "mke2fs", "mkfs.fat", "mcopy", "dpkg-deb", "cpio", "depmod", "unshare", "mosquitto"),
 )
-BUDGET_S = 900  # from nothing, on two cores; nothing when it is there
+BUDGET_S = 600  # from nothing, on two cores; nothing when it is there
 # what has no program of its own
 BESIDES = ("arch-test", "binfmt-support", "opensbi")
 

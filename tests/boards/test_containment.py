@@ -83,6 +83,19 @@ def test_a_minimum_that_does_not_hold_is_a_refusal_to_start_and_is_said_once(sce
         scene.answers("1")
 
 
+def test_no_bus_and_no_pin_may_be_opened_where_components_run(scene: Joined) -> None:
+    board = scene.board
+    # the pins that the machine has; a bus it has not, so a file of that kind, behind which nothing is
+    board.ok("modprobe i2c-dev && mknod /dev/i2c-9 c 89 9")
+    group = board.ok(f"cut -d: -f3 /proc/{scene.pid('fleet-host')}/cgroup")
+    for device in ("/dev/i2c-9", *board.ok("ls /dev/gpiochip* 2>/dev/null; true").split()):
+        assert "not permitted" not in board.run(f"exec 3<>{device}").text, "root may open it elsewhere"
+        refused = board.run(f"sh -c 'echo $$ > /sys/fs/cgroup{group}/cgroup.procs && exec 3<>{device}'")
+        assert refused.status != 0
+        assert "Operation not permitted" in refused.text
+    board.ok("rm /dev/i2c-9")
+
+
 def test_an_escaped_guest_is_held_by_the_other_layers(scene: Joined, served: Served, tmp_path: Path) -> None:
     # the tests that run on the machine that builds this, on the board, against the package that is installed there
     scene.board.fetch(served.url(archive_of_tests(tmp_path / "containment.tar")), "/var/tmp/containment.tar")

@@ -82,11 +82,12 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
     assert welcome.runs_as == host.column
 
     # A sibling with a secret is started first, so that what is inherited by a fork would be inherited here.
-    host.start("hello", support.a_run("sibling", 1, config={"token": SECRET}))
+    patient = support.Limits(start_ms=60_000)  # an emulated board forks and loads at a tenth of a board's speed
+    host.start("hello", support.a_run("sibling", 1, limits=patient, config={"token": SECRET}))
     (sibling,) = lanes_of(host)
     # It may send requests: that gives it a socket to ask on, and no network.
     grants = support.Grants(interfaces=("wasi:http/outgoing-handler",), outbound=("http://127.0.0.1:8080",))
-    assert isinstance(host.start("hello", support.a_run("bad", 1, grants=grants)), ipc.Started)
+    assert isinstance(host.start("hello", support.a_run("bad", 1, limits=patient, grants=grants)), ipc.Started)
     (lane,) = set(lanes_of(host)) - {sibling}
     facts = {
         "host": host.process.pid,
