@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "agent" / "host"))
 
 import support
 from test_life import children
+from test_router import ECHO
 from test_swap import Traffic
 
 from agent.host import ipc
@@ -122,12 +123,13 @@ def test_starting(host):
 @pytest.mark.parametrize("way", ["own port", "router"])
 def test_two_hundred_swaps(host, way):
     port = support.free_port() if way == "own port" else None
-    host.start("hello", support.a_run("web", 1, port=port))
-    traffic = Traffic(port or host.port, "/" if port else "/web/", kept=3, new=1)
+    limits = support.Limits(request_bytes=1 << 20, response_bytes=1 << 20)
+    host.start(ECHO, support.a_run("web", 1, port=port, limits=limits))
+    traffic = Traffic(port or host.port, "/" if port else "/web/", kept=3, new=1, slow=1)
     try:
         for generation in range(2, 202):
             before = traffic.answers
-            reply = host.start("hello", support.a_run("web", generation, port=port))
+            reply = host.start(ECHO, support.a_run("web", generation, port=port, limits=limits))
             assert isinstance(reply, ipc.Started), reply
             while traffic.answers < before + 20 and not traffic.lost:
                 threading.Event().wait(0.002)
@@ -137,7 +139,9 @@ def test_two_hundred_swaps(host, way):
         f"200 swaps, {way}: requests / lost / connections opened by 3 kept-alive clients",
         f"{traffic.answers} / {len(traffic.lost)} / {traffic.opened}",
     )
+    row("  beside them two slow clients, a mebibyte each way: requests", traffic.slow_answers)
     assert traffic.lost == []
+    assert traffic.slow_answers > 0
 
 
 def switches(pid):
