@@ -33,7 +33,7 @@ class Front:
         self._fork()
 
     def _fork(self) -> None:
-        self._pid, self._sock = router.fork(self._ingress, self._directory)
+        self._pid, self._sock, self._page = router.fork(self._ingress, self._directory)
         self._pidfd = os.pidfd_open(self._pid)
         self._sock.setblocking(False)
         self._gone = asyncio.get_running_loop().create_future()
@@ -83,6 +83,8 @@ class Front:
         loop.remove_reader(self._sock)
         os.close(self._pidfd)
         self._sock.close()
+        lost = router.clients_of(self._page)
+        self._page.close()
         _, status = os.waitpid(self._pid, 0)
         for future in self._acks:
             if not future.done():
@@ -91,7 +93,9 @@ class Front:
         if not self._gone.done():
             self._gone.set_result(None)
         if not self._closing:
-            sys.stderr.write(f"host: the router ended ({os.waitstatus_to_exitcode(status)}), starting another\n")
+            why = f"{os.waitstatus_to_exitcode(status)}; client connections lost with it: {lost}"
+            sys.stderr.write(f"host: the router ended ({why}), starting another\n")
+            sys.stderr.flush()
             loop.call_later(_PAUSE_S, self._again)
 
     def _again(self) -> None:

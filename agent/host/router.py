@@ -6,9 +6,11 @@ directory with the instances' sockets; no wasm, no configuration, no other file.
 
 import asyncio
 import gc
+import mmap
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ STALL_S: Final = 60
 _SWEEP_S: Final = 15
 _DRAIN_S: Final = 5
 _CLIENTS_MAX: Final = 1024
+_COUNT: Final = struct.Struct("=I")
 
 
 class Set(msgspec.Struct, frozen=True, tag="set"):
@@ -52,12 +55,37 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
 _decoder: Final[msgspec.json.Decoder[Set | Unset | Drain]] = msgspec.json.Decoder(Set | Unset | Drain)
 
 
-def fork(listener: socket.socket, directory: Path, keep: tuple[int, ...] = ()) -> tuple[int, socket.socket]:
-    """Fork a router on this listener; (its pid, the supervisor's end of its socket).
+class Clients(set[Client]):
+    """The clients there are. How many is kept in memory that the supervisor shares, who says so if the router dies."""
+
+    def __init__(self, page: mmap.mmap) -> None:
+        super().__init__()
+        self._page = page
+
+    def add(self, client: Client) -> None:
+        """One has come."""
+        super().add(client)
+        _COUNT.pack_into(self._page, 0, len(self))
+
+    def discard(self, client: object) -> None:
+        """One has gone."""
+        super().discard(client)
+        _COUNT.pack_into(self._page, 0, len(self))
+
+
+def clients_of(page: mmap.mmap) -> int:
+    """How many clients a router has, or had when it died."""
+    count: int = _COUNT.unpack_from(page)[0]
+    return min(count, _CLIENTS_MAX)  # whoever broke into it may have written anything
+
+
+def fork(listener: socket.socket, directory: Path, keep: tuple[int, ...] = ()) -> tuple[int, socket.socket, mmap.mmap]:
+    """Fork a router on this listener; (its pid, the supervisor's end of its socket, its page for `clients_of`).
 
     `keep`: further descriptors that the child may hold; every other one is closed.
     """
     ours, theirs = control.pair()
+    page = mmap.mmap(-1, mmap.PAGESIZE)
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -65,7 +93,7 @@ def fork(listener: socket.socket, directory: Path, keep: tuple[int, ...] = ()) -
         try:
             cell.die_with_parent(parent)
             ours.close()
-            _main(listener, theirs, directory, keep)
+            _main(listener, theirs, directory, keep, page)
             status = 0
         except BaseException as error:  # noqa: BLE001 - this process was forked, nobody above could handle it
             sys.stderr.write(f"router: {type(error).__name__}: {error}\n")
@@ -73,10 +101,12 @@ def fork(listener: socket.socket, directory: Path, keep: tuple[int, ...] = ()) -
         finally:
             os._exit(status)
     theirs.close()
-    return pid, ours
+    return pid, ours, page
 
 
-def _main(listener: socket.socket, sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> None:
+def _main(
+    listener: socket.socket, sock: socket.socket, directory: Path, keep: tuple[int, ...], page: mmap.mmap
+) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the supervisor decides
@@ -87,16 +117,16 @@ def _main(listener: socket.socket, sock: socket.socket, directory: Path, keep: t
     asyncio.set_event_loop(loop)
     layers = cell.enter(cell.router_plan(str(directory)))
     where = "" if layers["mount"] else str(directory)
-    loop.run_until_complete(_Router(listener, sock, where).run())
+    loop.run_until_complete(_Router(listener, sock, where, Clients(page)).run())
 
 
 class _Router:
-    def __init__(self, listener: socket.socket, sock: socket.socket, directory: str) -> None:
+    def __init__(self, listener: socket.socket, sock: socket.socket, directory: str, clients: set[Client]) -> None:
         self._listener = listener
         self._sock = sock
         self._routes = Routes()
         self._pool = Pool(directory)
-        self._clients: set[Client] = set()
+        self._clients = clients
         self._ended = asyncio.Event()
 
     async def run(self) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "agent" / "host"), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1] / "agent" / "host"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import support
 from test_host import rate, row

@@ -132,15 +132,24 @@ def test_a_loop_of_deaths_ends_in_quarantine_and_a_new_generation_ends_that(host
     assert support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
 
 
-def test_the_router_is_replaced_too(host):
+def test_the_router_is_replaced_too_and_the_log_says_how_many_connections_were_lost_with_it(tmp_path):
+    host = support.Host(tmp_path)
     host.start("hello", support.a_run("web", 1))
     (router,) = [
         pid
         for pid, command in children(host.process.pid).items()
         if b"agent.host.cli" in command and pid != host.process.pid
     ]
-    os.kill(router, signal.SIGKILL)
-    assert support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
+    get = "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n"
+    with contextlib.ExitStack() as open_connections:
+        for _ in range(3):
+            sock = open_connections.enter_context(socket.create_connection(("127.0.0.1", host.port), timeout=30))
+            assert support.http(host.port, get, sock)[0] == 200
+        os.kill(router, signal.SIGKILL)
+        assert support.http(host.port, get)[0] == 200
+    log = (tmp_path / "host.log").read_text().splitlines()
+    assert "host: the router ended (-9; client connections lost with it: 3), starting another" in log
+    host.close()
 
 
 def test_a_second_host_in_the_same_place_and_a_taken_port_are_refused_in_one_line(host, tmp_path):

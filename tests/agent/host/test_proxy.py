@@ -314,7 +314,7 @@ def test_what_is_known_is_forgotten_when_an_instance_goes(tmp_path):
     async def tell(_instance, routes, pool, ask):
         assert (await ask(GET))[0] == b"200"
         assert pool.known
-        the_router = router._Router(None, None, str(tmp_path))
+        the_router = router._Router(None, None, str(tmp_path), set())
         the_router._routes, the_router._pool = routes, pool
         the_router._heed(router.Unset("web"))
         assert (await ask(GET))[0] == b"404"

@@ -25,9 +25,7 @@ class Traffic:
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._kept, args=(n,)) for n in range(kept)]
         self._threads += [threading.Thread(target=self._new) for _ in range(new)]
-        self._threads += [
-            threading.Thread(target=self._slow, kwargs={"kept": bool(n % 2)}) for n in range(2 * slow)
-        ]
+        self._threads += [threading.Thread(target=self._slow, kwargs={"kept": bool(n % 2)}) for n in range(2 * slow)]
         for thread in self._threads:
             thread.start()
 
