@@ -3,8 +3,12 @@
 Only a host that runs as root can give users away. The range is one that no account, container or dynamic user has
 (systemd, "Users, Groups, UIDs and GIDs": above the container range). A uid is not given again while the range lasts, so
 nobody inherits files; then those of instances that no longer run are, the longest unused first.
+
+A board has one host, in the packaged place. Where there are more (tests, a demonstration), each has a range of its own,
+by where its state is: the kernel counts processes by user, so hosts that shared users would share their limits.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,6 +16,18 @@ from typing import Final
 
 FIRST: Final = 1_879_048_192
 COUNT: Final = 65_000
+_RANGES: Final = 2048
+_RANGE: Final = 1 << 16
+_END: Final = FIRST + _RANGES * _RANGE
+_PACKAGED: Final = Path("/var/lib/wasmfleet-host")
+
+
+def first_of(state: Path) -> int:
+    """Where the range of the host begins whose state directory this is."""
+    if state == _PACKAGED:
+        return FIRST
+    digest = hashlib.sha256(os.fsencode(state.resolve())).digest()
+    return FIRST + _RANGE * (1 + int.from_bytes(digest[:8]) % (_RANGES - 1))
 
 
 class Uids:
@@ -19,10 +35,11 @@ class Uids:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._first = first_of(path.parent)
         self._given: dict[str, int] = {}
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            self._given = {str(name): int(uid) for name, uid in kept.items() if FIRST <= int(uid) < FIRST + COUNT}
+            self._given = {str(name): int(uid) for name, uid in kept.items() if FIRST <= int(uid) < _END}
         except FileNotFoundError:
             pass
         except (OSError, ValueError, AttributeError):
@@ -42,9 +59,10 @@ class Uids:
         return found
 
     def _free(self) -> int:
-        highest = max(self._given.values(), default=FIRST - 1)
-        if highest + 1 < FIRST + COUNT:
-            return highest + 1
+        own = range(self._first, self._first + COUNT)
+        free = 1 + max((uid for uid in self._given.values() if uid in own), default=self._first - 1)
+        if free in own:
+            return free
         oldest = next(iter(self._given))
         return self._given.pop(oldest)
 

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import support
@@ -167,9 +168,25 @@ def test_a_user_belongs_to_one_instance_for_good(tmp_path, monkeypatch):
     assert (again.of("a"), again.of("b")) == (first, second)
     assert again.of("c") not in {first, second}
     (tmp_path / "uids.json").write_text("torn")
-    assert uids.Uids(tmp_path / "uids.json").of("z") == uids.FIRST
+    assert uids.Uids(tmp_path / "uids.json").of("z") == first
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert again.of("a") is None
+
+
+def test_hosts_beside_each_other_give_away_users_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert abs(uids.first_of(Path("/srv/one")) - uids.first_of(Path("/srv/other"))) >= uids.COUNT
+    one = uids.Uids(tmp_path / "uids.json").of("web")
+    assert one == uids.first_of(tmp_path)
+    # The packaged place has the first range, which no other has.
+    assert uids.first_of(Path("/var/lib/wasmfleet-host")) == uids.FIRST
+    firsts = [uids.first_of(tmp_path / str(number)) for number in range(1000)]
+    assert uids.FIRST not in firsts
+    assert all(uids.FIRST < first < first + uids.COUNT < 1 << 31 for first in firsts)
+    # What was given before hosts had ranges of their own stays as it is.
+    (tmp_path / "uids.json").write_text(f'{{"old": {uids.FIRST + 3}}}')
+    again = uids.Uids(tmp_path / "uids.json")
+    assert (again.of("old"), again.of("new")) == (uids.FIRST + 3, one)
 
 
 @pytest.mark.parametrize(
