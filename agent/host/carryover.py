@@ -54,13 +54,12 @@ async def carry(old: Generation, new: Generation) -> None:
     Raises:
         StartError: STATE_FAILED; `old` goes on.
     """
-    lane = old.alive[0]
     try:
-        saved = await save(old, lane)
+        saved = await save(old, _lane(old))
     except StateError as error:
         raise _failed(old, f"{_version(old)} did not save its state: {error}") from error
     try:
-        await load(new, new.alive[0], saved)
+        await load(new, _lane(new), saved)
     except StateError as error:
         saved.close()
         go_on(old)
@@ -73,9 +72,9 @@ async def carry_back(current: Generation, warm: Generation) -> str:
     problem = ""
     if carries(current, warm):
         try:
-            saved = await save(current, current.alive[0])
+            saved = await save(current, _lane(current))
             try:
-                await load(warm, warm.alive[0], saved)
+                await load(warm, _lane(warm), saved)
             finally:
                 saved.close()
         except StateError as error:
@@ -84,7 +83,7 @@ async def carry_back(current: Generation, warm: Generation) -> str:
             return ""
     if warm.saved is not None and warm.alive:
         try:
-            await load(warm, warm.alive[0], warm.saved)
+            await load(warm, _lane(warm), warm.saved)
         except StateError as error:
             problem = f"{_version(warm)} starts without its state: {error}"
     return problem
@@ -99,6 +98,13 @@ def go_on(generation: Generation) -> None:
 
 class StateError(Exception):
     """A state could not be saved or loaded; one sentence."""
+
+
+def _lane(generation: Generation) -> Lane:
+    """Its one lane. Raises `StateError`: it may end at any time."""
+    if not generation.alive:
+        raise StateError(generation.lost or "its lane has ended")
+    return generation.alive[0]
 
 
 async def save(generation: Generation, lane: Lane) -> Saved:

@@ -153,7 +153,7 @@ class Crew:
             if lane is not None and lane.ready is None:
                 generation.lanes.remove(lane)
                 lane.end("it did not start")
-                lane.ended.add_done_callback(lambda _: lane.close())
+                self._see_off(lane)
         if isinstance(answer, control.Refused):
             raise StartError(answer.code, f"{self._name}: {answer.message}")
         assert isinstance(answer, control.Ready)
@@ -215,6 +215,14 @@ class Crew:
             generation.queue = control.pair()
         lane.send(control.Serve(), generation.listener.sock.fileno(), *(end.fileno() for end in generation.queue or ()))
 
+    def offer(self, generation: Generation) -> None:
+        """Let all lanes of a generation accept. Raises `LaneGoneError`: it has none any more."""
+        if not generation.alive:
+            raise LaneGoneError(f"{self._name}: {generation.lost or 'its lane has ended'}")
+        if generation.listener is not None:
+            for lane in generation.alive:
+                self.serve(generation, lane)
+
     async def settle(self, old: Generation) -> None:
         """Wait until a task in flight has ended: two generations never run at once."""
         timeout_s = old.run.limits.total_ms / 1000 + GRACE_S
@@ -261,6 +269,12 @@ class Crew:
                 os.close(fd)
         generation.image_fd = generation.secrets_fd = -1
 
+    def _see_off(self, lane: Lane) -> None:
+        """Close what is left of it here once it has ended."""
+        lane.ended.add_done_callback(lambda _: lane.close())
+        self._ending.add(lane.ended)
+        lane.ended.add_done_callback(self._ending.discard)
+
     async def gone(self) -> None:
         """Wait until the processes of all lanes that were retired have ended; it is a matter of milliseconds."""
         if self._ending:
@@ -271,9 +285,7 @@ class Crew:
         if lane in generation.lanes:
             generation.lanes.remove(lane)
             generation.past = generation.past.plus(lane.page.read())
-        lane.ended.add_done_callback(lambda _: lane.close())
-        self._ending.add(lane.ended)
-        lane.ended.add_done_callback(self._ending.discard)
+        self._see_off(lane)
         if not drained and lane.drained is not None and not lane.drained.done():
             self._tasks.spawn(lane.end_when_drained("it was replaced", DRAIN_MS / 1000))
         else:

@@ -82,14 +82,15 @@ def too_much(directory: str, most_bytes: int) -> str:
     """Why a data directory is too much for a board that allows `most_bytes` of disk; empty where it is not.
 
     An entry counts as a block even when it holds nothing, since a disk runs out of those too. What is counted ends
-    where it is too much, so that no guest can make the counting long; links are not followed.
+    where it is too much, so that no guest can make the counting long; links are not followed. An eighth more is let
+    pass: blocks and directories are not the guest's doing.
     """
-    total, todo = 0, [directory]
+    total, todo, most = 0, [directory], most_bytes + most_bytes // 8
     while todo:
         try:
             for path, blocks, within in _listed(todo.pop()):
                 total += max(blocks * 512, _ENTRY_BYTES)
-                if total > most_bytes:
+                if total > most:
                     return f"its data takes {total} bytes of disk and more, {most_bytes} are allowed"
                 if within:
                     todo.append(path)
@@ -135,6 +136,7 @@ class Generation:
 
     Attributes:
         alone: why it has a lane of its own although it may share one; empty for no such reason.
+        lost: how its last lane ended that ended while another generation ran.
         image, image_bytes: of one that may share: its image's sha256 and size.
         queue: of one that may have several lanes: where clients wait for whichever is idle, to put in and to take out.
         secrets_fd: a memfd with its secrets, which is handed to its lanes and never read here; -1 for none.
@@ -153,6 +155,7 @@ class Generation:
     dropped: bool = False
     saved: Saved | None = None
     alone: str = ""
+    lost: str = ""
     image: str = ""
     image_bytes: int = 0
     queue: tuple[socket.socket, socket.socket] | None = None

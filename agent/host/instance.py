@@ -122,6 +122,7 @@ class Instance:
                 await ready()
             began = time.monotonic()
             await self._carry(self.current, new)
+            await self._offer(self.current, new)
         except BaseException:
             self._crew.drop(new)
             raise
@@ -157,6 +158,7 @@ class Instance:
         await self._end_tasks(current)
         if problem := await carryover.carry_back(current, warm):
             self._record.note(f"host: {problem}")
+        await self._offer(current, warm)
         await self._switch(current, warm)
         self.previous = None
         self._reverted = (current.number, warm.number)
@@ -252,19 +254,11 @@ class Instance:
             self._crashes = 0
             self._deaths.note(self.name, current.run.target, 0)
         if current is not None and current.alive:
-            self._weigh_data(current)
+            if current.data and (why := too_much(current.data, current.run.limits.storage_bytes)):
+                self._quarantine(current, why)
             self._account.written()
             self._staffing.watch(current)
         self._end_overdue()
-
-    def _weigh_data(self, generation: Generation) -> None:
-        """A single file is limited by the kernel; all of them together here."""
-        if not generation.data:
-            return
-        most = generation.run.limits.storage_bytes
-        # A little more: blocks and directories are not the guest's doing.
-        if why := too_much(generation.data, most + most // 8):
-            self._quarantine(generation, why)
 
     def _steady(self, generation: Generation) -> bool:
         """Whether every lane has been up for so long that earlier deaths say nothing any more."""
@@ -336,15 +330,19 @@ class Instance:
             self._begin_clocks(old)
             raise
 
-    async def _switch(self, old: Generation | None, new: Generation) -> None:
-        """Traffic from `old` to `new`, which is ready."""
+    async def _offer(self, old: Generation | None, new: Generation) -> None:
+        """Let `new` accept, which is ready. Raises `StartError`, and `old` goes on."""
         await self._end_tasks(old)
         try:
-            for lane in new.alive:
-                if new.listener is not None:
-                    self._crew.serve(new, lane)
+            self._crew.offer(new)
         except LaneGoneError as error:
+            if old is not None:
+                carryover.go_on(old)
+                self._begin_clocks(old)
             raise StartError(RejectCode.START_FAILED, str(error)) from error
+
+    async def _switch(self, old: Generation | None, new: Generation) -> None:
+        """Traffic from `old` to `new`, which accepts."""
         if old is not None:
             await self._crew.hand_over(old.alive, new.alive)
             if old.listener is not None and old.listener is not new.listener:
@@ -355,6 +353,8 @@ class Instance:
         self.since = datetime.now(UTC)
         self._set(InstanceState.RUNNING)
         self._begin_clocks(new)
+        if not new.alive:
+            self._died(new, new.lost, 0.0)
         await self._tell_router()
 
     # What lanes say, and how they end.
@@ -390,6 +390,7 @@ class Instance:
         why = lane.describe_end()
         lane.close()
         if generation.dropped or generation is not self.current:
+            generation.lost = why
             return
         if lane.bystander_of:
             self._record.note(f"host: {why}")
@@ -399,6 +400,10 @@ class Instance:
             return
         if lane.blamed:
             generation.alone = f"a lane that it shared was ended on its account: {why}"
+        self._died(generation, why, uptime_s)
+
+    def _died(self, generation: Generation, why: str, uptime_s: float) -> None:
+        """The running generation has lost a lane by its own doing, after `uptime_s`: another, or quarantine."""
         self.restarts += 1
         self._crashes = 1 if uptime_s > _MIN_UPTIME_S else self._crashes + 1
         self._deaths.note(self.name, generation.run.target, self._crashes)
