@@ -17,7 +17,7 @@ from fleet.demo.scene import AGENT, HOST, free_ports
 from fleet.protocol.codes import RejectCode
 from tests.e2e.stage import GROUP
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def one_line(result: tuple[int, str, str], code: int, *words: str) -> None:

@@ -12,7 +12,7 @@ from fleet.demo.scene import AGENT, free_ports
 from tests.e2e.stage import GROUP, HELLO
 from tests.e2e.test_secret import FIRST, GUEST, SECOND, TOML, answers
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 async def heard(path):

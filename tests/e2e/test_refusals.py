@@ -1,5 +1,7 @@
 """A board refuses what is not right, says with which code, and what ran before still answers."""
 
+import signal
+
 import pytest
 
 from fleet.demo.fixtures import fixture
@@ -7,7 +9,7 @@ from fleet.protocol.codes import RejectCode
 from tests.e2e import hostile
 from tests.e2e.stage import GROUP
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +97,13 @@ def flipped_signature(data):
     ids=["snapshot", "namespace"],
 )
 def test_metadata_that_was_changed_on_the_server(stage, board, other, tmp_path, version, role, damage, code):
-    # a new release, and metadata that is changed before any board has seen it
+    # a new release, and metadata that is changed before any board has seen it: they stand still meanwhile
     v2 = tmp_path / "hello.wasm"
     v2.write_bytes(fixture("v2.wasm").read_bytes() + b"\x00\x02\x01x")
     (tmp_path / "hello.toml").write_text(fixture("v2.toml").read_text().replace("2.0.0", version))
+    agents = [each.agent.process for each in (board, other)]
+    for agent in agents:
+        agent.send_signal(signal.SIGSTOP)
     done, output, errors = stage.do(stage.fleet("publish", str(v2)))
     assert done == 0, output + errors
     files = (stage.scene.home / "server" / "repository").glob(role)
@@ -108,6 +113,8 @@ def test_metadata_that_was_changed_on_the_server(stage, board, other, tmp_path, 
     async def attack():
         newest.write_bytes(damage(good))
         await stage.restart_server()
+        for agent in agents:
+            agent.send_signal(signal.SIGCONT)
         # whoever deploys it is told, and does not wait for ever
         done, output, errors = await stage.fleet("deploy", f"hello@{version}", "--group", GROUP, "--waves", "100%")
         assert done == 1, output + errors

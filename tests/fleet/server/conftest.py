@@ -44,7 +44,7 @@ from signing.trust import TrustedSet
 T = TypeVar("T")
 
 Behaviour = Callable[[Item], list[Report]]
-PATIENCE_S = 20
+PATIENCE_S = 60
 PASSPHRASE = b"correct horse"
 
 
@@ -403,7 +403,8 @@ class Fleet:
             sealing_proof=proof,
             machine="x86_64",
         )
-        async with httpx.AsyncClient(verify=self.operator_context(), base_url=self.made.url) as http:
+        context, url = self.operator_context(), self.made.url
+        async with httpx.AsyncClient(verify=context, base_url=url, timeout=PATIENCE_S) as http:
             reply = await http.post("/v1/enrol", content=wire.encode(request))
         assert reply.is_success, reply.text
         enrolled = wire.decode(Enrolled, reply.content)

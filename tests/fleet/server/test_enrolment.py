@@ -32,7 +32,7 @@ def story_of(new_fleet, story):
 
 async def try_enrol(fleet, secret, *, name="board", key=None, csr=None):
     pem = csr or certificate_request(key or ec.generate_private_key(ec.SECP256R1()))
-    async with httpx.AsyncClient(verify=fleet.operator_context(), base_url=fleet.made.url) as http:
+    async with httpx.AsyncClient(verify=fleet.operator_context(), base_url=fleet.made.url, timeout=60) as http:
         request = EnrolRequest(secret=secret, name=name, csr_pem=pem, sealing_key="")
         return await http.post("/v1/enrol", content=wire.encode(request))
 
@@ -89,7 +89,7 @@ def test_bad_enrolments_are_refused_with_a_sentence(new_fleet):
         ]
         for reply, status, kind in rows:
             assert (reply.status_code, reply.json()["type"]) == (status, kind)
-        async with httpx.AsyncClient(verify=fleet.operator_context(), base_url=fleet.made.url) as http:
+        async with httpx.AsyncClient(verify=fleet.operator_context(), base_url=fleet.made.url, timeout=60) as http:
             assert (await http.post("/v1/enrol", content=b"{}")).json()["type"] == "bad-request"
         # none of this has spent the token
         assert (await try_enrol(fleet, secret)).status_code == 201
@@ -158,7 +158,7 @@ def test_the_boards_listener_talks_to_nobody_without_a_certificate_of_the_fleet(
         with_foreign = fleet.operator_context()
         with_foreign.load_cert_chain(pem)
         for context in (fleet.operator_context(), with_foreign):
-            async with httpx.AsyncClient(verify=context, base_url=board.enrolled.devices_url) as http:
+            async with httpx.AsyncClient(verify=context, base_url=board.enrolled.devices_url, timeout=60) as http:
                 with pytest.raises((httpx.ReadError, httpx.ConnectError, httpx.RemoteProtocolError, ssl.SSLError)):
                     await http.get("/v1/tuf/timestamp.json")
         # and the operators' routes are not on it
