@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -61,6 +62,8 @@ class Clients(set[Client]):
     def __init__(self, page: mmap.mmap) -> None:
         super().__init__()
         self._page = page
+        self.left: Callable[[], None] = lambda: None
+        """Called when one has gone."""
 
     def add(self, client: Client) -> None:
         """One has come."""
@@ -71,6 +74,7 @@ class Clients(set[Client]):
         """One has gone."""
         super().discard(client)
         _COUNT.pack_into(self._page, 0, len(self))
+        self.left()
 
 
 def clients_of(page: mmap.mmap) -> int:
@@ -121,12 +125,13 @@ def _main(
 
 
 class _Router:
-    def __init__(self, listener: socket.socket, sock: socket.socket, directory: str, clients: set[Client]) -> None:
+    def __init__(self, listener: socket.socket, sock: socket.socket, directory: str, clients: Clients) -> None:
         self._listener = listener
         self._sock = sock
         self._routes = Routes()
         self._pool = Pool(directory)
         self._clients = clients
+        self._accepting = False
         self._ended = asyncio.Event()
 
     async def run(self) -> None:
@@ -134,18 +139,26 @@ class _Router:
         self._listener.setblocking(False)
         self._sock.setblocking(False)
         loop.add_reader(self._sock, self._obey)
-        loop.add_reader(self._listener, self._accept)
+        self._clients.left = self._accept_again
+        self._accept_again()
         sweep = asyncio.ensure_future(self._sweep())
         await self._ended.wait()
         sweep.cancel()
 
+    def _accept_again(self) -> None:
+        """There is room: whoever waits may come."""
+        if not self._accepting and self._listener.fileno() >= 0 and len(self._clients) < _CLIENTS_MAX:
+            self._accepting = True
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
     def _accept(self) -> None:
+        if len(self._clients) >= _CLIENTS_MAX:  # the others wait at the listener until one has gone
+            self._accepting = False
+            asyncio.get_running_loop().remove_reader(self._listener)
+            return
         try:
             sock, _ = self._listener.accept()
         except OSError:
-            return
-        if len(self._clients) >= _CLIENTS_MAX:
-            sock.close()
             return
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

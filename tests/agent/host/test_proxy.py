@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import mmap
 import socket
 
 import pytest
 
-from agent.host import proxy, router, upstream
+from agent.host import control, proxy, router, upstream
 from agent.host.routes import Routes
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\nhi"
@@ -314,7 +315,7 @@ def test_what_is_known_is_forgotten_when_an_instance_goes(tmp_path):
     async def tell(_instance, routes, pool, ask):
         assert (await ask(GET))[0] == b"200"
         assert pool.known
-        the_router = router._Router(None, None, str(tmp_path), set())
+        the_router = router._Router(None, None, str(tmp_path), router.Clients(mmap.mmap(-1, 4096)))
         the_router._routes, the_router._pool = routes, pool
         the_router._heed(router.Unset("web"))
         assert (await ask(GET))[0] == b"404"
@@ -324,3 +325,27 @@ def test_what_is_known_is_forgotten_when_an_instance_goes(tmp_path):
         assert (await ask(GET))[0] == b"200"
 
     story(tmp_path, tell)
+
+
+def test_clients_beyond_what_the_router_takes_wait_until_one_has_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(router, "_CLIENTS_MAX", 2)
+
+    async def main():
+        instance, listener = Instance(), socket.create_server(("127.0.0.1", 0))
+        await asyncio.start_unix_server(instance.serve, tmp_path / "web")
+        ours, theirs = control.pair()
+        page = mmap.mmap(-1, 4096)
+        the_router = router._Router(listener, theirs, str(tmp_path), router.Clients(page))
+        the_router._routes.up["web"] = True
+        running = asyncio.ensure_future(the_router.run())
+        clients = [await asyncio.open_connection(*listener.getsockname()) for _ in range(4)]
+        for _, writer in clients:
+            writer.write(GET)
+        for reader, writer in clients:
+            assert (await reader.readuntil(b"\r\n\r\nhi")).startswith(b"HTTP/1.1 200")
+            assert len(the_router._clients) <= router.clients_of(page) <= 2
+            writer.close()
+        ours.close()
+        await running
+
+    asyncio.run(asyncio.wait_for(main(), 30))
