@@ -199,7 +199,7 @@ def booted(image: Callable[[str], stage.Image], tmp_path_factory: pytest.TempPat
 def _first_boot(board: rig.Board) -> None:
     try:
         board.start()
-        board.ok("systemctl is-system-running --wait || true", timeout_s=300)
+        board.settle()
         board.save("ready")
     finally:
         board.pull_the_plug()
@@ -221,7 +221,7 @@ def new_board(booted: Callable[[str], Booted], tmp_path_factory: pytest.TempPath
             fresh.start(snapshot=snapshot)
             fresh.ok(f"hostname {name}; echo {name} > /etc/hostname")
             if not snapshot:
-                fresh.ok("systemctl is-system-running --wait || true", timeout_s=300)
+                fresh.settle()
         return fresh
 
     return board

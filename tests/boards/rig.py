@@ -232,6 +232,16 @@ class Board:
                 raise BoardError("QEMU ended")
             self._pending += data
 
+    def settle(self) -> None:
+        """Wait until everything that starts at boot has started.
+
+        Raises:
+            BoardError: it came up in an emergency or not at all.
+        """
+        state = self.run("systemctl is-system-running --wait", timeout_s=600).text
+        if state not in {"running", "degraded"}:
+            raise BoardError(f"the board is {state!r} after its boot; the end of its serial log:\n{self.serial_tail()}")
+
     def run(self, command: str, *, timeout_s: float = COMMAND_S, check: bool = False) -> Answer:
         """Run a command in the board's root shell.
 

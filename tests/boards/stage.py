@@ -64,9 +64,10 @@ LinkLocalAddressing=no
 IPv6AcceptRA=no
 """
 
+# On a busy machine an emulated board may not see its own disk within systemd's 90 seconds, and would call an emergency.
 FSTAB = """\
 /dev/vda2 / ext4 errors=remount-ro 0 1
-/dev/vda1 /boot/firmware vfat defaults 0 0
+/dev/vda1 /boot/firmware vfat defaults,x-systemd.device-timeout=15min 0 0
 """
 
 # The board's owner opens the shared port, as the package's README says.
