@@ -79,7 +79,7 @@ def test_a_host_that_is_killed_takes_all_along_and_the_next_one_begins_anew(tmp_
         with pytest.raises(ipc.IpcError):
             swap(host, "web", phase, "host")
         host.process.wait(60)
-        assert ended(pids)
+        assert ended(pids, 60)
     finally:
         for pid in pids:
             os.close(pid)
