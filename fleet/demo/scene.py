@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import socket
 import sys
 import tempfile
 import tomllib
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from fleet.client import Client, ClientError
+from fleet.demo.ports import free_ports
 from fleet.demo.processes import Child, Processes, module, python_environment
 from fleet.protocol import api
 
@@ -190,18 +190,6 @@ def _make_board(here: Path, runtime: Path, name: str) -> None:
     for directory in (here / "agent", here / "host", runtime):
         directory.mkdir(mode=0o700, parents=True)
     (here / "agent.toml").write_text(f'name = "{name}"\nhealth_s = 5.0\n', encoding="utf-8")
-
-
-def free_ports(count: int) -> list[int]:
-    """Loopback ports that nobody has now."""
-    sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def program(name: str) -> str:

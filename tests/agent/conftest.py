@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from agent.images import SEALS, Images
 from agent.sealed import Sealed
 from agent.store import Store
 from agent.worker import Worker
+from fleet.demo.ports import free_ports
 from fleet.protocol.assignment import Assignment, Item, SecretRef
 from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Health, Http, Manifest
@@ -437,6 +437,4 @@ def power_cut():
 @pytest.fixture
 def free_port():
     """A loopback port that nobody has."""
-    with contextlib.closing(socket.socket()) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    return free_ports(1)[0]

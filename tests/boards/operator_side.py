@@ -24,8 +24,9 @@ from fleet.client import UnreachableError
 from fleet.demo import load
 from fleet.demo.fixtures import fixture
 from fleet.demo.load import Load, LoadResult
+from fleet.demo.ports import free_ports
 from fleet.demo.processes import python_environment
-from fleet.demo.scene import Scene, free_ports
+from fleet.demo.scene import Scene
 from fleet.protocol import api
 
 GROUP = "boards"

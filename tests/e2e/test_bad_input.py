@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from fleet.demo.fixtures import fixture
+from fleet.demo.ports import free_ports
 from fleet.demo.processes import module
-from fleet.demo.scene import AGENT, HOST, free_ports
+from fleet.demo.scene import AGENT, HOST
 from fleet.protocol.codes import RejectCode
 from tests.e2e.stage import GROUP
 

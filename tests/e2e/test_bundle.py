@@ -7,8 +7,9 @@ import os
 import pytest
 import wasmtime
 
+from fleet.demo.ports import free_ports
 from fleet.demo.processes import module
-from fleet.demo.scene import AGENT, free_ports
+from fleet.demo.scene import AGENT
 from tests.e2e.stage import GROUP, HELLO
 from tests.e2e.test_secret import FIRST, GUEST, SECOND, TOML, answers
 

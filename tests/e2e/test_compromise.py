@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from fleet.demo.fixtures import fixture
-from fleet.demo.scene import Scene, free_ports
+from fleet.demo.ports import free_ports
+from fleet.demo.scene import Scene
 from fleet.protocol.assignment import Assignment
 from fleet.server.broker import mosquitto
 from fleet.server.home import Home

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import wasmtime
 
-from fleet.demo.scene import free_ports
+from fleet.demo.ports import free_ports
 from fleet.protocol.codes import Phase
 from tests.e2e.stage import GROUP, HELLO, alive, descendants
 

@@ -12,6 +12,7 @@ from test_life import lanes_of
 from test_router import ECHO
 from wire import Wire
 
+from agent.host import ipc
 from agent.host.connection import Connection
 from agent.host.proxy import Client
 from agent.host.routes import Routes
@@ -150,8 +151,8 @@ def test_what_the_router_passes_on_is_what_was_asked(batch):
 def test_mutants_end_no_process_and_misplace_no_answer(host):
     own = support.free_port()
     limits = LIMITS
-    host.start(ECHO, support.a_run("echo", 1, limits=limits))
-    host.start(ECHO, support.a_run("alone", 1, port=own, limits=limits))
+    for run in (support.a_run("echo", 1, limits=limits), support.a_run("alone", 1, port=own, limits=limits)):
+        assert isinstance(host.start(ECHO, run), ipc.Started)
     before = sorted(lanes_of(host))
     log = host.runtime.parent / "host.log"
     said = log.stat().st_size

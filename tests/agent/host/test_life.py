@@ -195,11 +195,9 @@ def test_a_crash_loop_is_remembered_over_a_restart_of_the_host(tmp_path):
     host = support.Host(tmp_path)
     host.start("hello", support.a_run("web", 1))
     for _ in range(2):
-        known = set(lanes_of(host))
         kill_lanes(host)
         host.event(lambda event: isinstance(event, ipc.Trapped) and event.code == "restarted")
-        while not set(lanes_of(host)) - known:
-            host.ask(ipc.Status)
+        host.event(lambda event: getattr(event, "state", "") == "running")
     host.close()
     again = support.Host(tmp_path)
     try:

@@ -1,18 +1,18 @@
 """docs/ci.md, run as it stands: against a real server, several pipelines at once."""
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from fleet.demo.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "components" / "demo"
@@ -23,11 +23,6 @@ def script(kind: str) -> str:
     blocks = re.findall(rf"^```sh {kind}\n(.*?)^```$", (ROOT / "docs/ci.md").read_text(), re.MULTILINE | re.DOTALL)
     assert blocks
     return "\n".join(blocks)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        return [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
 
 
 class Machine:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fleet.demo.ports import free_ports
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -26,11 +28,6 @@ def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments), env=environment(home), capture_output=True, text=True, check=False, timeout=60
     )
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        return [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from paho.mqtt.enums import CallbackAPIVersion
 
+from fleet.demo.ports import free_ports
 from fleet.protocol import api, wire
 from fleet.protocol.assignment import Assignment, Command, Fresh, Item
 from fleet.protocol.codes import Phase, RejectCode
@@ -49,9 +50,7 @@ PASSPHRASE = b"correct horse"
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    return free_ports(1)[0]
 
 
 class Operator:
