@@ -49,6 +49,7 @@ def test_the_board_says_what_it_lacks(scene: Joined) -> None:
     said = scene.board.run("fleet-host check", timeout_s=120).text
     layers = {line.split()[0]: line.split()[1] for line in said.splitlines() if re.match(r"  \w+ +(yes|NO) ", line)}
     assert layers.pop("landlock") == "NO"
+    assert layers.pop("shared") == "NO", "between those who share a lane there is no wall on any board"
     assert set(layers.values()) == {"yes"}, said
     assert "memory" not in scene.board.ok("cat /sys/fs/cgroup/cgroup.controllers").split()
 
