@@ -10,6 +10,8 @@ from support import Limits
 from test_router import ECHO
 from wire import Wire
 
+from agent.host import ipc
+
 KEPT, CLOSED = "kept", "closed"
 HOST = b"host: board\r\n"
 LIMITS = Limits(request_bytes=1 << 20, response_bytes=1 << 20)
@@ -163,9 +165,11 @@ ROWS = {
 def ways(_shared):
     """The port of each way in, and what stands before the path there."""
     own = support.free_port()
-    _shared.start(ECHO, support.a_run("echo", 1, limits=LIMITS))
-    _shared.start(ECHO, support.a_run("alone", 1, port=own, limits=LIMITS))
-    return {"router": (_shared.port, b"/echo"), "own port": (own, b"")}
+    for run in (support.a_run("echo", 1, limits=LIMITS), support.a_run("alone", 1, port=own, limits=LIMITS)):
+        assert isinstance(_shared.start(ECHO, run), ipc.Started)
+    yield {"router": (_shared.port, b"/echo"), "own port": (own, b"")}
+    for name in ("echo", "alone"):
+        _shared.ask(ipc.Stop, instance=name)
 
 
 @pytest.mark.parametrize("way", ["router", "own port"])
