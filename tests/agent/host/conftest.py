@@ -22,8 +22,9 @@ def _shared(tmp_path_factory):
 
 
 @pytest.fixture
-def host(_shared):
+def host(_shared, request):
     """A running host without instances; what the test started is stopped afterwards."""
+    support.TESTS.append(request.node.nodeid)
     yield _shared
     for one in _shared.ask(ipc.Status).instances:
         _shared.ask(ipc.Stop, instance=one.instance)

@@ -104,6 +104,9 @@ def free_port() -> int:
             return port
 
 
+TESTS = []  # that have begun: each runs components of its own, for a host that they share remembers who has died
+
+
 def a_run(
     instance, generation, *, trigger=None, grants=None, limits=None, health=None, namespace="main", schema=0, **rest
 ):
@@ -119,7 +122,7 @@ def a_run(
     return ipc.Run(
         instance=instance,
         generation=generation,
-        target=f"components/{namespace}/{instance}/1.0.{generation}.wasm",
+        target=f"components/{namespace}/{instance}-{len(TESTS)}/1.0.{generation}.wasm",
         manifest=manifest,
         grants=manifest.grants,
         limits=manifest.limits,
