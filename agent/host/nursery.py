@@ -31,6 +31,10 @@ def _environment() -> dict[str, str]:
     return {**kept, "TOKIO_WORKER_THREADS": "1"}
 
 
+class ZygoteGoneError(LaneGoneError):
+    """It has ended, by itself or by somebody's hand; another can be started."""
+
+
 class Zygote:
     """The supervisor's handle of one namespace's zygote, started when it is first needed."""
 
@@ -63,7 +67,7 @@ class Zygote:
         return self._sock.fileno() >= 0
 
     async def lane(self, name: str, on_message: Callable[[Lane, control.FromLane], None]) -> Lane:
-        """Fork a lane; raises `LaneGoneError` if the zygote is gone or does not answer."""
+        """Fork a lane. Raises `ZygoteGoneError`, or `LaneGoneError` if the zygote does not answer."""
         ours, theirs = control.pair()
         lane = Lane(name, ours, on_message)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -72,10 +76,14 @@ class Zygote:
                 control.send_packet(self._sock, FORK + bytes(_MESSAGE_BYTES - 1), (theirs.fileno(),))
             except OSError as error:
                 lane.close()
-                raise LaneGoneError(f"the zygote of {self.namespace} is gone") from error
+                self.close()
+                raise ZygoteGoneError(f"the zygote of {self.namespace} is gone") from error
         self._forking.append((lane, future))
         try:
             await asyncio.wait_for(future, _FORK_TIMEOUT_S)
+        except ZygoteGoneError:
+            lane.close()
+            raise
         except TimeoutError as error:
             self.close()
             raise LaneGoneError(f"the zygote of {self.namespace} does not answer") from error
@@ -110,7 +118,7 @@ class Zygote:
         self.process.wait()
         for _, future in self._forking:
             if not future.done():
-                future.set_exception(LaneGoneError(f"the zygote of {self.namespace} is gone"))
+                future.set_exception(ZygoteGoneError(f"the zygote of {self.namespace} is gone"))
         self._forking.clear()
         for lane in list(self.lanes.values()):
             lane.has_ended(-signal.SIGKILL)
@@ -134,11 +142,17 @@ class Nursery:
         shared: bool = False,
     ) -> Lane:
         """Fork a lane of a namespace, starting its zygote if there is none. Raises `LaneGoneError`."""
+        try:
+            return await self._zygote(namespace, fuel=fuel, shared=shared).lane(name, on_message)
+        except ZygoteGoneError:  # it had ended, and nobody had noticed yet
+            return await self._zygote(namespace, fuel=fuel, shared=shared).lane(name, on_message)
+
+    def _zygote(self, namespace: str, *, fuel: bool, shared: bool) -> Zygote:
         zygote = self._zygotes.get((namespace, fuel, shared))
         if zygote is None or not zygote.alive:
             zygote = self._zygotes[namespace, fuel, shared] = Zygote(namespace, fuel=fuel, shared=shared)
         zygote.idle_since_s = None
-        return await zygote.lane(name, on_message)
+        return zygote
 
     async def _fork_shared(
         self, wanted: Wanted, name: str, on_message: Callable[[Lane, control.FromLane], None]
