@@ -18,7 +18,7 @@ from fleet.demo.scene import AGENT, HOST
 from fleet.protocol.codes import RejectCode
 from tests.e2e.stage import GROUP
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
 def one_line(result: tuple[int, str, str], code: int, *words: str) -> None:

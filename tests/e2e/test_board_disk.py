@@ -4,7 +4,7 @@ import pytest
 
 from fleet.protocol.codes import Phase, RejectCode
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
 def current(stage, board):

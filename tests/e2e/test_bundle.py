@@ -13,7 +13,7 @@ from fleet.demo.scene import AGENT
 from tests.e2e.stage import GROUP, HELLO
 from tests.e2e.test_secret import FIRST, GUEST, SECOND, TOML, answers
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
 async def heard(path):

@@ -13,7 +13,7 @@ from fleet.protocol.api import RolloutState
 from fleet.protocol.codes import Phase
 from tests.e2e.stage import alive, descendants
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
 def current(stage, board):

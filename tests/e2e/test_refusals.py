@@ -9,7 +9,7 @@ from fleet.protocol.codes import RejectCode
 from tests.e2e import hostile
 from tests.e2e.stage import GROUP
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")

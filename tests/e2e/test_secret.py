@@ -14,7 +14,7 @@ from fleet.demo.ports import free_ports
 from fleet.protocol.codes import Phase
 from tests.e2e.stage import GROUP, HELLO, alive, descendants
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 GUEST = Path(__file__).parents[2] / "components" / "guests" / "secret.wat"
 FIRST, SECOND = "correct horse battery staple", "the rotated password"

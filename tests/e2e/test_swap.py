@@ -6,7 +6,7 @@ from fleet.demo.load import Load
 from fleet.protocol.codes import Phase
 from tests.e2e.stage import HELLO
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 
 def load_on(board):

@@ -10,7 +10,7 @@ from fleet.demo.load import Load
 from fleet.protocol.codes import Phase
 from tests.e2e.stage import GROUP, HELLO
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 PROBE = Path(__file__).resolve().parents[2] / "components" / "adapter" / "probe.wasm"
 
