@@ -85,6 +85,7 @@ class Zygote:
             lane.close()
             raise
         except TimeoutError as error:
+            lane.close()
             self.close()
             raise LaneGoneError(f"the zygote of {self.namespace} does not answer") from error
         return lane

@@ -95,7 +95,7 @@ def _pieces(memory, start, end, overlap):
 
 
 def free_port() -> int:
-    """A loopback port that nobody has, from below those that connections are given by chance."""
+    """As `fleet.demo.ports`, which an emulated board does not have: these tests run there too."""
     below = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
     while True:
         port = random.SystemRandom().randrange(10_000, below)
