@@ -40,6 +40,9 @@ test: check ## lint, types and every test that needs neither root nor QEMU
 test-unit: $(STAMP) ## the quick tests only
 	$(BIN)/python -m pytest $(PARALLEL) -m "not root and not board and not bench and not density and not e2e"
 
+golden: $(STAMP) ## record anew what leaves a process (messages, tables, routes, commands): read the difference before it is committed
+	$(BIN)/python -m pytest tests/golden tests/fleet/server/test_golden_answers.py --record-golden
+
 test-root: $(STAMP) ## tests of the walls that only root can build
 	$(BIN)/python -m pytest -m root
 
@@ -80,5 +83,5 @@ test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
 
-.PHONY: help install demo check test test-unit test-root test-density fuzz bench conformance clean \
+.PHONY: help install demo check test test-unit test-root test-density fuzz golden bench conformance clean \
 	packages release riscv64-wheel wasmtime-serve test-guests test-boards

@@ -17,6 +17,18 @@ else:
     settings.load_profile("wasmfleet")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--record-golden", action="store_true", help="record the golden files anew: make golden")
+
+
+@pytest.fixture(scope="session")
+def golden(request):
+    """Compares with the golden files, or records them."""
+    from tests.golden.support import Golden
+
+    return Golden(record=request.config.getoption("--record-golden"))
+
+
 def pytest_collection_modifyitems(items):
     """A test that needs root says so where there is none, whichever way it was chosen."""
     if os.geteuid() == 0:
