@@ -19,8 +19,6 @@ from signing.workflow import REVOKED, ceiling
 
 MARK: Final = ".bins"
 BITS: Final = 8
-WORTH_FROM: Final = 1000
-"""Targets of a namespace from which on bins are worth their own weight."""
 
 
 def namespace_of(role: str) -> str:

@@ -109,24 +109,6 @@ def parse(data: bytes, *, what: str, passphrase: bytes | None = None) -> CryptoS
     return CryptoSigner(key)
 
 
-def change_passphrase(
-    path: Path, *, old: bytes | None, new: bytes | None, form: Format = Format.PKCS12
-) -> CryptoSigner:
-    """Write the key anew under another passphrase, in place and atomically.
-
-    Raises:
-        KeyFileError: as for `load` and `generate`.
-    """
-    signer = load(path, passphrase=old)
-    key = load_pem_private_key(signer.private_bytes, None)
-    assert isinstance(key, Ed25519PrivateKey)
-    beside = path.with_name(f".{path.name}.new")
-    beside.unlink(missing_ok=True)
-    _write(beside, _encode(key, new, form))
-    beside.replace(path)
-    return signer
-
-
 def _encode(key: Ed25519PrivateKey, passphrase: bytes | None, form: Format) -> bytes:
     if passphrase is None:
         return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

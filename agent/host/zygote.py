@@ -28,11 +28,6 @@ EXITED: Final = b"X"
 _SELF_TEST_S: Final = 20
 
 
-def fork_message() -> bytes:
-    """Ask for a lane."""
-    return MESSAGE.pack(FORK, 0, 0)
-
-
 def main(fd: int, *, fuel: bool, shared: bool) -> NoReturn:
     """Serve the supervisor on this descriptor until it closes.
 

@@ -93,9 +93,6 @@ class Phase(StrEnum):
     ROLLED_BACK = "rolled-back"
 
 
-FINAL_PHASES = frozenset({Phase.COMMITTED, Phase.FAILED, Phase.ROLLED_BACK})
-
-
 class CallOutcome(StrEnum):
     """How one call of a guest ended. Only the guest's own outcomes count against it."""
 
@@ -113,7 +110,6 @@ GUEST_FAULTS = frozenset({CallOutcome.GUEST_TRAP, CallOutcome.GUEST_TIMEOUT})
 class InstanceState(StrEnum):
     """What an instance is doing in the host."""
 
-    STARTING = "starting"
     RUNNING = "running"
     BACKOFF = "backoff"
     QUARANTINED = "quarantined"

@@ -12,8 +12,6 @@ from typing import Any
 from cryptography import x509
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-Scope = dict[str, Any]
-
 
 class PeerCertificateProtocol(H11Protocol):
     """uvicorn's protocol, with the client's certificate in the scope of each request."""

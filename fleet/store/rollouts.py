@@ -11,7 +11,6 @@ from fleet.store.rows import Extra, RolloutRow, SettledRow, read
 
 _OPEN = tuple(sorted(OPEN))
 _BOARD = tuple(name for name in Board.__dataclass_fields__ if name != "online")
-_EXTRA = ("previous", "version", "timings_ms", "log")
 
 
 class Rollouts:

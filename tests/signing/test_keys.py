@@ -66,13 +66,6 @@ def test_a_short_passphrase_is_refused_and_leaves_no_file(tmp_path: Path) -> Non
     assert not (tmp_path / "key").exists()
 
 
-def test_a_passphrase_can_be_changed(tmp_path: Path) -> None:
-    made = keys.generate(tmp_path / "key")
-    keys.change_passphrase(tmp_path / "key", old=None, new=SECRET)
-    assert keys.load(tmp_path / "key", passphrase=SECRET).public_key == made.public_key
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
-
-
 @pytest.mark.parametrize(
     "junk", [b"", b"hello", b"\x30\x82\x00", b"-----BEGIN PRIVATE KEY-----\nAAAA\n", b"x" * 100_000]
 )

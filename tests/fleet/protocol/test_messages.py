@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from fleet.protocol import assignment, enrolment, messages, wire
-from fleet.protocol.codes import FINAL_PHASES, RETRYABLE, Phase, RejectCode
+from fleet.protocol.codes import RETRYABLE, Phase, RejectCode
 from fleet.protocol.manifest import Grants
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -100,4 +100,3 @@ def test_a_damaged_token_is_told_from_none(text):
 
 def test_vocabularies_do_not_overlap_in_meaning():
     assert set(RejectCode) >= RETRYABLE
-    assert Phase.PROBATION not in FINAL_PHASES
