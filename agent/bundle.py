@@ -1,8 +1,9 @@
 """What came on a stick instead of over the network: taken in, and shown to the verifier as if it had been fetched.
 
 `stage` reads an untrusted tar with a limit on everything and lays out what concerns this board in `<state>/bundle`.
-`Offline` stands before the network: it gives metadata and artifacts from there, and everything else, the verification
-above all, stays as it is. A FIFO in the state directory wakes the agent that runs.
+`Bundle` gives metadata from there alone, which is how a bundle is judged; `Offline` gives it beside the network to
+whoever fetches anything else, also at the same time. The verification stays as it is. A FIFO in the state directory
+wakes the agent that runs.
 """
 
 import contextlib
@@ -11,7 +12,8 @@ import os
 import shutil
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
@@ -135,37 +137,74 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> None:
         os.fsync(file.fileno())
 
 
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """The bundle alone, as `stage` laid it out: the source for judging it, where its own timestamp counts."""
+
+    directory: Path
+
+    def exists(self) -> bool:
+        """Return whether the metadata of a bundle lies here."""
+        return (self.directory / bundle.metadata("timestamp.json")).exists()
+
+    def envelope(self) -> bytes | None:
+        """Return the assignment in the bundle; None for no bundle."""
+        found = sorted((self.directory / "desired").glob("*.json"))
+        return found[0].read_bytes() if found else None
+
+    def done(self, outcome: Outcome) -> None:
+        """Note the verdict, and remove the assignment, so that it is not judged again."""
+        (self.directory / "outcome.json").write_bytes(msgspec.json.encode(outcome))
+        shutil.rmtree(self.directory / "desired", ignore_errors=True)
+
+    def request(self, method: str, path: str, *, max_bytes: int) -> bytes:
+        """Return a file of the bundle. Raises `FetchError`: NOT_FOUND for one that is not in it."""
+        data = self.find(path, max_bytes) if method == "GET" else None
+        if data is None:
+            raise FetchError(RejectCode.NOT_FOUND, f"{path} is not in the bundle")
+        return data
+
+    def find(self, path: str, max_bytes: int) -> bytes | None:
+        """Return the metadata file or sealed secret of this path; None where the bundle has none."""
+        if path.startswith(_TUF):
+            name = bundle.metadata(path.removeprefix(_TUF))
+        elif path.startswith(_SECRETS):
+            name = bundle.secret(path.removeprefix(_SECRETS))
+        else:
+            return None
+        if not bundle.max_bytes(name):
+            return None
+        try:
+            with (self.directory / name).open("rb") as file:
+                data = file.read(max_bytes + 1)
+        except OSError:
+            return None
+        if len(data) > max_bytes:
+            raise FetchError(RejectCode.TOO_LARGE, f"{name} in the bundle has more than {max_bytes} bytes")
+        return data
+
+    def artifact(self, path: str) -> Path | None:
+        """Return where the artifact of this path lies; None where the bundle has none."""
+        name = bundle.artifact(path.removeprefix(_ARTIFACTS))
+        kept = self.directory / name
+        return kept if bundle.max_bytes(name) and kept.is_file() else None
+
+
 class Offline:
-    """The network, and before it what lies in the bundle."""
+    """The network and a bundle together: the source for everything but judging that bundle.
+
+    A file with a version or a digest in its name is the same wherever it lies: the bundle's first, then the network's.
+    The timestamp has none: the network's first, and the bundle's while the network is away. All else is the network's.
+    Nothing here changes after the constructor, so any thread may fetch.
+
+    Attributes:
+        bundle: the bundle alone.
+    """
 
     def __init__(self, https: Https, directory: Path) -> None:
         """`directory` is where `stage` lays a bundle out; there may be none."""
         self._https = https
-        self._directory = directory
-        self._judging = False
-
-    @contextlib.contextmanager
-    def judging(self) -> Iterator[None]:
-        """While a bundle is judged its own timestamp is the one that counts; on the worker thread only."""
-        self._judging = True
-        try:
-            yield
-        finally:
-            self._judging = False
-
-    def kept(self) -> bool:
-        """Whether the metadata of a bundle lies here."""
-        return (self._directory / bundle.metadata("timestamp.json")).exists()
-
-    def envelope(self) -> bytes | None:
-        """The assignment in the bundle; None for no bundle."""
-        found = sorted((self._directory / "desired").glob("*.json"))
-        return found[0].read_bytes() if found else None
-
-    def done(self, outcome: Outcome) -> None:
-        """It was judged: the assignment in it is not looked at again."""
-        (self._directory / "outcome.json").write_bytes(msgspec.json.encode(outcome))
-        shutil.rmtree(self._directory / "desired", ignore_errors=True)
+        self.bundle = Bundle(directory)
 
     def request(
         self,
@@ -176,37 +215,16 @@ class Offline:
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> bytes:
-        """See `Https.request`; a file with a version in its name is the same wherever it lies."""
-        kept = self._kept(path, max_bytes) if method == "GET" else None
-        if kept is not None and (self._judging or not path.endswith("/timestamp.json")):
+        """See `Https.request`."""
+        kept = self.bundle.find(path, max_bytes) if method == "GET" else None
+        if kept is not None and not path.endswith("/timestamp.json"):
             return kept
-        if self._judging:
-            raise FetchError(RejectCode.NOT_FOUND, f"{path} is not in the bundle")
         try:
             return self._https.request(method, path, max_bytes=max_bytes, body=body, headers=headers)
         except FetchError as error:
             if kept is None or error.code not in _AWAY:
                 raise
             return kept
-
-    def _kept(self, path: str, max_bytes: int) -> bytes | None:
-        """What the bundle has of metadata and of sealed secrets; None for nothing."""
-        if path.startswith(_TUF):
-            name = bundle.metadata(path.removeprefix(_TUF))
-        elif path.startswith(_SECRETS):
-            name = bundle.secret(path.removeprefix(_SECRETS))
-        else:
-            return None
-        if not bundle.max_bytes(name):
-            return None
-        try:
-            with (self._directory / name).open("rb") as file:
-                data = file.read(max_bytes + 1)
-        except OSError:
-            return None
-        if len(data) > max_bytes:
-            raise FetchError(RejectCode.TOO_LARGE, f"{name} in the bundle has more than {max_bytes} bytes")
-        return data
 
     def download(
         self,
@@ -219,9 +237,8 @@ class Offline:
         cancelled: threading.Event | None = None,
     ) -> None:
         """See `Https.download`; what lies in the bundle is moved, and hashed like what was downloaded."""
-        name = bundle.artifact(path.removeprefix(_ARTIFACTS))
-        kept = self._directory / name
-        if bundle.max_bytes(name) and kept.is_file():
+        kept = self.bundle.artifact(path)
+        if kept is not None:
             part = into.with_name(into.name + ".part")
             try:
                 into.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

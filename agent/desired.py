@@ -158,7 +158,7 @@ class Desired:
 
     async def judge_bundle(self) -> None:
         """Judge the assignment of an offline bundle that was laid out; nobody vouches that it is current."""
-        envelope = await self._worker(self._https.envelope)
+        envelope = await self._worker(self._https.bundle.envelope)
         if envelope is None:
             return
         async with self._judging:
@@ -166,7 +166,7 @@ class Desired:
             try:
                 if not self._bundles:
                     raise Rejected(RejectCode.FREEZE, _NO_BUNDLES)  # noqa: TRY301 - refused like everything else
-                accepted = await self._worker(self._accept_offline, envelope)
+                accepted = await self._worker(self._trust.accept, envelope, bundle=True)
             except (Rejected, StoreError) as error:
                 refusal = error
                 log.error("the bundle was refused: %s", error)  # noqa: TRY400 - said in the message
@@ -183,11 +183,7 @@ class Desired:
                 self._on_report()
                 await self._deployer.desire(accepted.assignment)
             with contextlib.suppress(OSError):  # it is judged again at the next start then
-                await self._worker(self._https.done, _outcome(accepted, refusal))
-
-    def _accept_offline(self, envelope: bytes) -> Accepted:
-        with self._https.judging():
-            return self._trust.accept(envelope, bundle=True)
+                await self._worker(self._https.bundle.done, _outcome(accepted, refusal))
 
     async def _ask(self) -> bool:
         """Ask once; false when nobody answered."""

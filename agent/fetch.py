@@ -54,6 +54,13 @@ class CancelledError(Exception):
     """The caller does not want it any more."""
 
 
+class Source(Protocol):
+    """Where files are fetched from, as a value: whoever fetches holds its own, so no thread changes another's."""
+
+    def request(self, method: str, path: str, *, max_bytes: int) -> bytes:
+        """Return the body of an answer; raises `FetchError`."""
+
+
 class Tls(Protocol):
     """Where contexts come from (`agent.tls.DeviceTls`)."""
 

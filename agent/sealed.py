@@ -11,11 +11,11 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
-from agent.fetch import FetchError
+from agent.fetch import FetchError, Source
 from agent.identity import Identity
 from agent.images import SEALS, write_once
 from fleet.protocol import caps
@@ -27,13 +27,6 @@ from signing.sealing import Purpose
 
 PATH: Final = "/v1/secrets/"
 _END: Final = ".box"
-
-
-class Source(Protocol):
-    """Where boxes come from: the network, or a bundle before it."""
-
-    def request(self, method: str, path: str, *, max_bytes: int) -> bytes:
-        """The body of an answer; raises `FetchError`."""
 
 
 class Sealed:

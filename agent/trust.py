@@ -4,14 +4,15 @@ All methods block and belong to the worker thread. After each call, refused ones
 before anything is done about it.
 """
 
+import contextlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from agent.bundle import Offline
-from agent.fetch import FetchError
+from agent.fetch import FetchError, Source
 from agent.identity import Identity
 from agent.store import Store
 from fleet.protocol import wire
@@ -66,6 +67,7 @@ class Trust:
         """
         self._identity = identity
         self._https = https
+        self._source: Source | None = None  # None for `https`; seen by this thread alone, like everything here
         self._store = store
         self._set = TrustedSet(root=root, fetch=self._fetch, cache=DirectoryCache(cache), production=production)
         self._refreshed = False
@@ -75,11 +77,20 @@ class Trust:
 
     def _fetch(self, name: str, max_bytes: int) -> bytes:
         try:
-            return self._https.request("GET", f"/v1/tuf/{name}", max_bytes=max_bytes)
+            return (self._source or self._https).request("GET", f"/v1/tuf/{name}", max_bytes=max_bytes)
         except FetchError as error:
             if error.code is RejectCode.NOT_FOUND:
                 raise FetchNotFound(name) from error
             raise Rejected(error.code, error.message) from error
+
+    @contextlib.contextmanager
+    def _fetching_from(self, source: Source) -> Iterator[None]:
+        """Fetch metadata from this source meanwhile."""
+        before, self._source = self._source, source
+        try:
+            yield
+        finally:
+            self._source = before
 
     def now(self) -> datetime:
         """The reference time: the wall clock, or the floor where the clock is behind it."""
@@ -110,10 +121,19 @@ class Trust:
     def accept(self, envelope: bytes, *, bundle: bool = False) -> Accepted:
         """Judge an assignment after a refresh, and persist it before anything of it is fetched.
 
+        Args:
+            envelope: as it was received.
+            bundle: it came in a bundle, whose metadata alone counts for it.
+
         Raises:
             Rejected: why not; nothing has changed but what is remembered.
         """
-        late = bundle and self._late
+        if bundle:
+            with self._fetching_from(self._https.bundle):
+                return self._accept(envelope, late=self._late)
+        return self._accept(envelope, late=False)
+
+    def _accept(self, envelope: bytes, *, late: bool) -> Accepted:
         self.refresh(late=late)
         facts = self._facts()
         accepted = self._set.accept(
@@ -136,9 +156,9 @@ class Trust:
                 self.refresh()
             except Rejected as error:
                 # The agent began anew while what a bundle brought was being taken: its assignment was accepted.
-                if error.code not in _NO_NEWS or not self._https.kept():
+                if error.code not in _NO_NEWS or not self._https.bundle.exists():
                     raise
-                with self._https.judging():
+                with self._fetching_from(self._https.bundle):
                     self.refresh(late=self._late)
         return self._set.resolve(item, facts=self._facts(), arch=ARCH)
 

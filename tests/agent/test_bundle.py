@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import threading
 from datetime import timedelta
 
 import msgspec
@@ -256,3 +257,86 @@ def test_an_agent_that_runs_is_woken_and_one_that_does_not_is_noticed(tmp_path):
 @pytest.mark.parametrize("name", ["timestamp.json", "1.root.json", "12.main.json", "3.main.bins-0f.json"])
 def test_every_file_of_a_repository_has_a_place(name):
     assert bundle_layout.max_bytes(bundle_layout.metadata(name))
+
+
+class HeldVerdict:
+    """The judgement of a bundle on the worker thread, standing still once it has read the bundle's metadata."""
+
+    def __init__(self, stick):
+        self._accept, self.begun, self.go_on = stick.case.trust._set.accept, threading.Event(), threading.Event()
+        stick.case.trust._set.accept = self.accept  # no event tells of the middle of a judgement
+        self.outcome = None
+        self.thread = threading.Thread(target=self._judge, args=(stick,))
+
+    def accept(self, *arguments, **more):
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return self._accept(*arguments, **more)
+
+    def _judge(self, stick):
+        self.outcome = stick.put_in(stick.files(stick.case.server.assignment(3)))
+
+    def __enter__(self):
+        self.thread.start()
+        assert self.begun.wait(60)
+        return self
+
+    def __exit__(self, *_):
+        self.go_on.set()
+        self.thread.join()
+
+
+class Network:
+    """The server with its artifacts, boxes and metadata."""
+
+    def __init__(self, kit, case):
+        self.server, self.download, self.files = kit.server, kit.server.download, case.server.files
+
+    def request(self, method, path, *, max_bytes, body=None, headers=None):
+        if path.startswith("/v1/secrets/"):
+            return self.server.request(method, path, max_bytes=max_bytes)
+        return self.files[path.rpartition("/")[2]] if path.startswith("/v1/tuf/") else path.encode()
+
+
+def test_whoever_fetches_while_a_bundle_is_judged_has_the_network(kit, tmp_path):
+    (tmp_path / "stick").mkdir()
+    stick = Stick(tmp_path / "stick")
+    stick.offline._https = Network(kit, stick.case)
+    ref = kit.seal("correct horse battery staple")
+
+    async def install():
+        await kit.boot()
+        kit.carrier._https = stick.offline
+        await kit.run(kit.assignment(1, msgspec.structs.replace(kit.publish("1.0.0"), secrets=(ref,))))
+        await kit.pull_plug()
+
+    with HeldVerdict(stick) as verdict:
+        stick.case.server.files["timestamp.json"] = b"newer than the bundle's"
+        fetched = {
+            path: stick.offline.request("GET", path, max_bytes=100_000)
+            for path in ("/v1/desired?nonce=1", "/v1/tuf/timestamp.json")
+        }
+        asyncio.run(install())
+        assert verdict.outcome is None, "the bundle is judged still"
+    assert fetched == {
+        "/v1/desired?nonce=1": b"/v1/desired?nonce=1",
+        "/v1/tuf/timestamp.json": b"newer than the bundle's",
+    }
+    assert kit.chain()[-1] == "committed", "a secret that is not in the bundle comes from the network"
+    assert verdict.outcome == Outcome(version=3)
+
+
+def test_a_bundle_is_judged_by_its_own_files_alone_while_the_network_is_there(stick):
+    files = stick.files(stick.case.server.assignment(3))
+    snapshot = next(name for name in files if name.endswith(".snapshot.json"))
+    asked = []
+    request = stick.case.server.request
+
+    def note(method, path, **more):
+        asked.append(path)
+        return request(method, path, **more)
+
+    stick.case.server.request = note
+    assert stick.put_in({name: data for name, data in files.items() if name != snapshot}).code == RejectCode.NOT_FOUND
+    assert stick.put_in(files) == Outcome(version=3)
+    assert asked == []
