@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from agent.host import ipc
+from fleet.protocol.codes import RejectCode
 
 RETRY_FIRST_S: Final = 0.1
 RETRY_MAX_S: Final = 5.0
@@ -49,6 +50,7 @@ class HostLink:
         self.on_event = on_event
         self.on_lost: Callable[[], None] = lambda: None
         self._sock: socket.socket | None = None
+        self._writer: ipc.Writer | None = None
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[ipc.Reply]] = {}
         self._lost = asyncio.Event()
@@ -72,7 +74,7 @@ class HostLink:
         except OSError as error:
             sock.close()
             raise HostGoneError(f"no host at {self._path}: {error.strerror}") from error
-        self._sock = sock
+        self._sock, self._writer = sock, ipc.Writer(sock, lambda _: self.close())
         self._lost.clear()
         asyncio.get_running_loop().add_reader(sock, self._readable)
         return await self.ask(ipc.Hello, ipc.Welcome)
@@ -94,6 +96,9 @@ class HostLink:
     def close(self) -> None:
         """End the connection; whoever waits for an answer gets `HostGoneError`."""
         sock, self._sock = self._sock, None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
         if sock is not None:
             with contextlib.suppress(RuntimeError):
                 asyncio.get_running_loop().remove_reader(sock)
@@ -133,54 +138,35 @@ class HostLink:
             fields: of the request.
 
         Raises:
-            HostRefusedError: `Failed`.
+            HostRefusedError: `Failed`, or the request does not fit into a packet.
             HostGoneError: no connection, lost meanwhile, no answer in two minutes, or another answer than expected.
         """
-        if self._sock is None:
+        writer = self._writer
+        if writer is None:
             raise HostGoneError("there is no connection to the host")
         number = next(self._ids)
+        try:
+            data = ipc.encode(kind(id=number, **fields))
+        except ipc.IpcError as error:
+            failed = ipc.Failed(id=number, code=RejectCode.TOO_LARGE, message=str(error))
+            raise HostRefusedError(failed) from error
         future: asyncio.Future[ipc.Reply] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
+        packet = None
         try:
+            packet = writer.send(data, fd)
             async with asyncio.timeout(REQUEST_S):
-                await self._send(kind(id=number, **fields), fd)
                 reply = await future
         except TimeoutError as error:
             self.close()
             raise HostGoneError("the host does not answer") from error
+        except OSError as error:
+            raise HostGoneError(f"cannot send to the host: {error.strerror}") from error
         finally:
             self._waiting.pop(number, None)
+            writer.withdraw(packet)  # nobody waits for its answer any more
         if isinstance(reply, ipc.Failed):
             raise HostRefusedError(reply)
         if not isinstance(reply, answer):
             raise HostGoneError(f"the host answered with {type(reply).__name__} instead of {answer.__name__}")
         return reply
-
-    async def _send(self, request: ipc.Request, fd: int | None) -> None:
-        while True:
-            if self._sock is None:
-                raise HostGoneError("there is no connection to the host")
-            try:
-                ipc.send(self._sock, request, fd)
-            except BlockingIOError:
-                await self._writable(self._sock)
-            except ipc.IpcError as error:
-                self.close()
-                raise HostGoneError(str(error)) from error
-            else:
-                return
-
-    @staticmethod
-    async def _writable(sock: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-
-        def writable() -> None:
-            if not ready.done():
-                ready.set_result(None)
-
-        loop.add_writer(sock, writable)
-        try:
-            await ready
-        finally:
-            loop.remove_writer(sock)

@@ -5,6 +5,7 @@ The supervisor holds the listening socket too, so a router that dies takes no wa
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -14,11 +15,14 @@ from typing import Final
 
 import msgspec
 
-from agent.host import control, router
+from agent.host import control, ipc, router
+from fleet.protocol import wire
 
 _ACK_S: Final = 5.0
 _PAUSE_S: Final = 0.5
 _DRAIN_S: Final = 6.0
+
+_ack: Final[msgspec.json.Decoder[router.Ack]] = msgspec.json.Decoder(router.Ack)
 
 
 class Front:
@@ -28,7 +32,8 @@ class Front:
         self._ingress = ingress
         self._directory = directory
         self._up: dict[str, tuple[bool, bool]] = {}
-        self._acks: list[asyncio.Future[None]] = []
+        self._ids = itertools.count(1)
+        self._acks: dict[int, asyncio.Future[None]] = {}
         self._closing = False
         self._fork()
 
@@ -36,6 +41,7 @@ class Front:
         self._pid, self._sock, self._page = router.fork(self._ingress, self._directory)
         self._pidfd = os.pidfd_open(self._pid)
         self._sock.setblocking(False)
+        self._writer = ipc.Writer(self._sock, lambda _: None)  # its pidfd tells of its end
         self._gone = asyncio.get_running_loop().create_future()
         loop = asyncio.get_running_loop()
         loop.add_reader(self._sock, self._readable)
@@ -44,52 +50,59 @@ class Front:
             self._tell(router.Set(instance, up, spread))
 
     def _tell(self, message: router.Set | router.Unset | router.Drain) -> None:
-        with contextlib.suppress(OSError):  # a router that is gone is replaced, and told everything again
-            control.send_packet(self._sock, msgspec.json.encode(message))
+        self._writer.send(msgspec.json.encode(message))  # a router that is gone is replaced, and told everything again
 
     async def route(self, instance: str, *, up: bool | None, spread: bool) -> None:
         """Say whether an instance answers (None: it is gone), and wait until the router knows; `spread` as in `Set`."""
         if self._up.get(instance) == (None if up is None else (up, spread)):
             return
+        number = next(self._ids)
         if up is None:
             del self._up[instance]
-            self._tell(router.Unset(instance))
+            self._tell(router.Unset(instance, number))
         else:
             self._up[instance] = up, spread
-            self._tell(router.Set(instance, up, spread))
+            self._tell(router.Set(instance, up, spread, number))
         if self._gone.done():
             return
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._acks.append(future)
-        with contextlib.suppress(TimeoutError):
+        future = self._acks[number] = asyncio.get_running_loop().create_future()
+        try:
             await asyncio.wait_for(future, _ACK_S)
+        except TimeoutError:
+            pass
+        finally:
+            self._acks.pop(number, None)
 
     def _readable(self) -> None:
         try:
-            control.receive_packet(self._sock)
+            data, fds = control.receive_packet(self._sock)
         except BlockingIOError:
             return
         except control.GoneError:
             asyncio.get_running_loop().remove_reader(self._sock)
             return
-        if self._acks:
-            future = self._acks.pop(0)
-            if not future.done():
-                future.set_result(None)
+        for fd in fds:
+            os.close(fd)
+        try:
+            future = self._acks.get(_ack.decode(data).id)
+        except wire.JSON_ERRORS:  # a router that somebody broke into
+            return
+        if future is not None and not future.done():
+            future.set_result(None)
 
     def _ended(self) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._pidfd)
         loop.remove_reader(self._sock)
         os.close(self._pidfd)
+        self._writer.close()
         self._sock.close()
         lost = router.clients_of(self._page)
         self._page.close()
         _, status = os.waitpid(self._pid, 0)
-        for future in self._acks:
+        for future in self._acks.values():
             if not future.done():
                 future.set_result(None)
-        self._acks.clear()
         if not self._gone.done():
             self._gone.set_result(None)
         if not self._closing:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from agent.host import control, program
+from agent.host import control, ipc, program
 from agent.host.handle import Lane, LaneGoneError
 from agent.host.sharing import Sharing, Wanted
 
@@ -59,6 +59,7 @@ class Zygote:
             )
         self._sock = ours
         ours.setblocking(False)
+        self._writer = ipc.Writer(ours, lambda _: self.close())
         asyncio.get_running_loop().add_reader(ours, self._readable)
 
     @property
@@ -68,17 +69,19 @@ class Zygote:
 
     async def lane(self, name: str, on_message: Callable[[Lane, control.FromLane], None]) -> Lane:
         """Fork a lane. Raises `ZygoteGoneError`, or `LaneGoneError` if the zygote does not answer."""
+        if not self.alive:
+            raise ZygoteGoneError(f"the zygote of {self.namespace} is gone")
         ours, theirs = control.pair()
         lane = Lane(name, ours, on_message)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._forking.append((lane, future))
         with theirs:
             try:
-                control.send_packet(self._sock, FORK + bytes(_MESSAGE_BYTES - 1), (theirs.fileno(),))
+                self._writer.send(FORK + bytes(_MESSAGE_BYTES - 1), theirs.fileno())
             except OSError as error:
+                self._forking.remove((lane, future))
                 lane.close()
-                self.close()
-                raise ZygoteGoneError(f"the zygote of {self.namespace} is gone") from error
-        self._forking.append((lane, future))
+                raise LaneGoneError(f"the zygote of {self.namespace} cannot be asked: {error.strerror}") from error
         try:
             await asyncio.wait_for(future, _FORK_TIMEOUT_S)
         except ZygoteGoneError:
@@ -112,6 +115,7 @@ class Zygote:
     def close(self) -> None:
         """End it and every lane of it."""
         if self._sock.fileno() >= 0:
+            self._writer.close()
             asyncio.get_running_loop().remove_reader(self._sock)
             self._sock.close()
         if self.process.poll() is None:

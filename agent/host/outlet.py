@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from agent.host import control, egress
+from agent.host import control, egress, ipc
 from fleet.protocol.manifest import Grants
 
 HANDLER: Final = "wasi:http/outgoing-handler"
@@ -63,20 +63,22 @@ class Outlet:
         if found is not None:
             found[0].close()
         if not self._lanes and self._sock is not None:
+            self._writer.close()
             self._sock.close()  # and it ends
 
     def _fork(self) -> None:
         self._pid, self._sock = egress.fork(self._directory)
         self._sock.setblocking(False)
+        self._writer = ipc.Writer(self._sock, lambda _: None)  # its pidfd tells of its end
         self._pidfd = os.pidfd_open(self._pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._ended)
         for ours, admit in self._lanes.values():
             self._tell(ours, admit)
 
     def _tell(self, ours: socket.socket, admit: egress.Admit) -> None:
-        assert self._sock is not None
-        with contextlib.suppress(OSError):  # one that is gone is replaced, and told everything again
-            control.send_packet(self._sock, msgspec.json.encode(admit), (ours.fileno(),))
+        # An egress that is gone is replaced, and told everything again.
+        with contextlib.suppress(OSError):  # out of descriptors: this lane's questions stay unanswered
+            self._writer.send(msgspec.json.encode(admit), ours.fileno())
 
     def _ended(self) -> None:
         loop = asyncio.get_running_loop()
@@ -85,6 +87,7 @@ class Outlet:
         self._pidfd = -1
         _, status = os.waitpid(self._pid, 0)
         if self._sock is not None:
+            self._writer.close()
             self._sock.close()
             self._sock = None
         if self._lanes and not self._closing:

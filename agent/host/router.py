@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from agent.host import cell, control
+from agent.host import cell, control, ipc
 from agent.host.proxy import Client
 from agent.host.routes import Routes
 from agent.host.upstream import Pool
@@ -33,7 +33,7 @@ _COUNT: Final = struct.Struct("=I")
 
 
 class Set(msgspec.Struct, frozen=True, tag="set"):
-    """An instance is there, and answers or not. Acknowledged by an empty object.
+    """An instance is there, and answers or not. Answered with `Ack`.
 
     `spread`: it may have several lanes, so each request asks anew for one that is free.
     """
@@ -41,12 +41,20 @@ class Set(msgspec.Struct, frozen=True, tag="set"):
     instance: str
     up: bool
     spread: bool = False
+    id: int = 0
 
 
 class Unset(msgspec.Struct, frozen=True, tag="unset"):
-    """An instance is gone. Acknowledged by an empty object."""
+    """An instance is gone. Answered with `Ack`."""
 
     instance: str
+    id: int = 0
+
+
+class Ack(msgspec.Struct, frozen=True):
+    """The message with this id is heeded from now on."""
+
+    id: int
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
@@ -133,6 +141,7 @@ class _Router:
         self._clients = clients
         self._accepting = False
         self._ended = asyncio.Event()
+        self._writer = ipc.Writer(sock, lambda _: self._ended.set())
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -179,7 +188,7 @@ class _Router:
             self._drain()
             return
         self._heed(message)
-        control.send_packet(self._sock, b"{}")
+        self._writer.send(msgspec.json.encode(Ack(message.id)))
 
     def _heed(self, message: Set | Unset) -> None:
         self._pool.known.clear()

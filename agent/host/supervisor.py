@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,45 +83,30 @@ class Settings:
 
 
 class Peer:
-    """One connection of the agent's (or of `fleet-agent restore`)."""
+    """One connection of the agent's (or of `fleet-agent restore`); `on_closed` is called once, however it ends."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.out: deque[ipc.FromHost] = deque()
+    def __init__(self, sock: socket.socket, on_closed: Callable[["Peer"], None]) -> None:
         sock.setblocking(False)
+        self.sock = sock
+        self._on_closed = on_closed
+        self._writer = ipc.Writer(sock, lambda _: self.close())
 
     def say(self, message: ipc.FromHost) -> None:
         """Send, or keep until there is room; a peer that never reads is dropped."""
-        if self.sock.fileno() < 0:
-            return
-        self.out.append(message)
-        self.flush()
-
-    def flush(self) -> None:
-        """Send what is kept."""
-        loop = asyncio.get_running_loop()
         try:
-            while self.out:
-                ipc.send(self.sock, self.out[0])
-                self.out.popleft()
-        except BlockingIOError:
-            if len(self.out) > _QUEUE_MAX:
-                self.close()
-            else:
-                loop.add_writer(self.sock, self.flush)
-            return
+            self._writer.send(ipc.encode(message))
         except ipc.IpcError:
             self.close()
-            return
-        loop.remove_writer(self.sock)
+        if len(self._writer) > _QUEUE_MAX:
+            self.close()
 
     def close(self) -> None:
         """Hang up."""
         if self.sock.fileno() >= 0:
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self.sock)
-            loop.remove_writer(self.sock)
+            self._writer.close()
+            asyncio.get_running_loop().remove_reader(self.sock)
             self.sock.close()
+            self._on_closed(self)
 
 
 class Supervisor:
@@ -292,9 +276,14 @@ class Supervisor:
         if not self._may_command(sock) or len(self._peers) >= _PEERS_MAX:
             sock.close()
             return
-        peer = Peer(sock)
+        peer = Peer(sock, self._hung_up)
         self._peers.add(peer)
         asyncio.get_running_loop().add_reader(sock, self._readable, peer)
+
+    def _hung_up(self, peer: Peer) -> None:
+        self._peers.discard(peer)
+        if not self._peers:
+            self._entrusted.clear()
 
     def _may_command(self, sock: socket.socket) -> bool:
         _, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
@@ -312,10 +301,7 @@ class Supervisor:
         except BlockingIOError:
             return
         except ipc.IpcError:
-            self._peers.discard(peer)
             peer.close()
-            if not self._peers:
-                self._entrusted.clear()
             return
         task = asyncio.ensure_future(self._serve(peer, request, fd))
         self._tasks.add(task)
