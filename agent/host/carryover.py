@@ -143,7 +143,7 @@ async def load(generation: Generation, lane: Lane, saved: Saved) -> None:
 
 
 async def _ask(
-    lane: Lane, message: control.ToLane, fd: int, answer: type[control.FromLane], generation: Generation
+    lane: Lane, message: control.Request, fd: int, answer: type[control.Reply], generation: Generation
 ) -> control.FromLane:
     # A call of before is ended first, and the lane's own watch ends both: this is for a lane that is none any more.
     timeout_s = 2 * generation.run.limits.total_ms / 1000 + _GRACE_S

@@ -44,18 +44,14 @@ class Clocks:
 
     async def _tick(self, clock: Clock) -> None:
         generation = self._generation
-        number = 0
         timeout_s = generation.run.limits.total_ms / 1000 + GRACE_S
         while True:
             due_ms = await clock.next()
             if not generation.alive:
                 continue
-            number += 1
             lane = generation.alive[0]
             try:
-                ran = await lane.ask(
-                    control.Task(id=number, scheduled_ms=due_ms), answer=control.Ran, timeout_s=timeout_s
-                )
+                ran = await lane.ask(control.Task(scheduled_ms=due_ms), answer=control.Ran, timeout_s=timeout_s)
             except LaneGoneError:
                 continue
             except TimeoutError:
@@ -78,7 +74,7 @@ async def ask_health(generation: Generation, lane: Lane) -> str | None:
         return f"it exports no {HEALTH}, which its manifest promises"
     timeout_s = generation.run.limits.total_ms / 1000 + GRACE_S
     try:
-        answer = await lane.ask(control.Check(id=generation.number), answer=control.Checked, timeout_s=timeout_s)
+        answer = await lane.ask(control.Check(), answer=control.Checked, timeout_s=timeout_s)
     except LaneGoneError as error:
         return str(error)
     except TimeoutError:

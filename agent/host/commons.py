@@ -56,10 +56,10 @@ class Commons:
                 )
             )
         except EngineError as error:
-            control.send(self._sock, control.Refused(code=error.code, message=str(error)))
+            control.send(self._sock, control.Refused(code=error.code, message=str(error), id=order.id))
             return False
         except cell.CellError as error:
-            control.send(self._sock, control.Refused(code=RejectCode.CONTAINMENT, message=str(error)))
+            control.send(self._sock, control.Refused(code=RejectCode.CONTAINMENT, message=str(error), id=order.id))
             return False
         for fd in fds:
             os.close(fd)
@@ -67,7 +67,7 @@ class Commons:
         self._ticker = Ticker(
             self._engine.tick, lambda _message: None, Limits(), waits=lambda: cell.waits(scheduling_fd)
         )
-        opened = control.Opened(layers=self._layers)
+        opened = control.Opened(layers=self._layers, id=order.id)
         control.send(self._sock, opened, *(() if figures_fd is None else (figures_fd,)))
         if figures_fd is not None:
             os.close(figures_fd)

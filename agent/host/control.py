@@ -2,6 +2,10 @@
 
 The lane's end of this socket is all that it has of the world, beside the connections of its clients. A lane trusts the
 supervisor; the supervisor trusts nothing a lane says further than that lane's own figures and log.
+
+Each `Request` carries an `id`, and its `Reply` echoes it. The field has a default and unknown fields are ignored: after
+an upgrade, a supervisor from before it gives no ids to the lanes of a new zygote, and reads none. A reply without an id
+belongs to the request that has waited longest for one of its type.
 """
 
 import array
@@ -51,6 +55,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     image: str = ""
     egress: bool = False
     secrets: bool = False
+    id: int = 0
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
@@ -68,6 +73,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
     limits: Limits
     seats: int
     uid: int | None = None
+    id: int = 0
 
 
 class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
@@ -95,19 +101,20 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True, tag="hand-over"):
     """
 
     deadline_ms: int = 10_000
+    id: int = 0
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
     """Ask the guest's health export. Answered with `Checked`."""
 
-    id: int
+    id: int = 0
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
     """Run the guest's scheduled task. Answered with `Ran`."""
 
-    id: int
     scheduled_ms: int
+    id: int = 0
 
 
 class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag="save-state"):
@@ -116,11 +123,14 @@ class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag="save-state"):
     Answered with `StateSaved`; with a problem in it, the lane goes on by itself.
     """
 
+    id: int = 0
+
 
 class LoadState(msgspec.Struct, frozen=True, kw_only=True, tag="load-state"):
     """Have the guest load the first `length` bytes of the memfd that comes along. Answered with `StateLoaded`."""
 
     length: int
+    id: int = 0
 
 
 class Resume(msgspec.Struct, frozen=True, kw_only=True, tag="resume"):
@@ -130,10 +140,11 @@ class Resume(msgspec.Struct, frozen=True, kw_only=True, tag="resume"):
 class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
     """Answer with `Probed`: whether the lane still listens."""
 
-    id: int
+    id: int = 0
 
 
-ToLane = Setup | Open | Seat | Serve | Adopt | HandOver | Check | Task | Probe | SaveState | LoadState | Resume
+Request = Setup | Open | HandOver | Check | Task | Probe | SaveState | LoadState
+ToLane = Request | Seat | Serve | Adopt | Resume
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -146,12 +157,14 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
     kinds: tuple[str, ...]
     layers: dict[str, bool]
+    id: int = 0
 
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
     """The shared lane's cell is shut. A descriptor of its memory figures comes along if there is one."""
 
     layers: dict[str, bool]
+    id: int = 0
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
@@ -159,6 +172,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
 
     code: RejectCode
     message: str
+    id: int = 0
 
 
 class HandedOver(msgspec.Struct, frozen=True, kw_only=True, tag="handed-over"):
@@ -166,19 +180,20 @@ class HandedOver(msgspec.Struct, frozen=True, kw_only=True, tag="handed-over"):
 
     passed: int
     cut: int = 0
+    id: int = 0
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
     """The guest's health: None for well."""
 
-    id: int
+    id: int = 0
     problem: str | None = None
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True, tag="ran"):
     """The task has ended: None for done."""
 
-    id: int
+    id: int = 0
     problem: str | None = None
 
 
@@ -187,18 +202,20 @@ class StateSaved(msgspec.Struct, frozen=True, kw_only=True, tag="state-saved"):
 
     length: int = 0
     problem: str | None = None
+    id: int = 0
 
 
 class StateLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="state-loaded"):
     """None for loaded."""
 
     problem: str | None = None
+    id: int = 0
 
 
 class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
     """It listens."""
 
-    id: int
+    id: int = 0
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, tag="line"):
@@ -224,8 +241,8 @@ class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
     why: str
 
 
-Said = Checked | Ran | Probed | StateSaved | StateLoaded
-FromLane = Ready | Opened | Refused | HandedOver | Said | Line | Fault | Busy | Overdue
+Reply = Ready | Opened | Refused | HandedOver | Checked | Ran | Probed | StateSaved | StateLoaded
+FromLane = Reply | Line | Fault | Busy | Overdue
 
 _to_lane: Final[msgspec.json.Decoder[ToLane]] = msgspec.json.Decoder(ToLane)
 _from_lane: Final[msgspec.json.Decoder[FromLane]] = msgspec.json.Decoder(FromLane)

@@ -228,7 +228,7 @@ class Crew:
         timeout_s = old.run.limits.total_ms / 1000 + GRACE_S
         for lane in old.alive:
             with contextlib.suppress(LaneGoneError, TimeoutError):
-                await lane.ask(control.Probe(id=0), answer=control.Probed, timeout_s=timeout_s)
+                await lane.ask(control.Probe(), answer=control.Probed, timeout_s=timeout_s)
 
     async def hand_over(self, old: list[Lane], new: list[Lane], *, wait_s: float = HANDOVER_WAIT_S) -> None:
         """Let `old` lanes accept no more, and pass their connections to `new` ones (or, without any, end them)."""
@@ -244,7 +244,6 @@ class Crew:
                     pair = control.pair()
                     new[number % len(new)].send(control.Adopt(), pair[1].fileno())
                     fds = (pair[0].fileno(),)
-                lane.drained = asyncio.get_running_loop().create_future()
                 waits.append(asyncio.ensure_future(lane.ask(order, *fds, answer=control.HandedOver, timeout_s=wait_s)))
                 await asyncio.sleep(0)  # let it send before its descriptor is closed here
             except LaneGoneError:

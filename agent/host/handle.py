@@ -6,12 +6,16 @@ seat in a shared lane has the same handle: what it does otherwise is asked of `S
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Protocol
+
+import msgspec
 
 from agent.host import control, page
 from agent.host.allowance import Allowance
@@ -37,6 +41,19 @@ class Shared(Protocol):
 
     def private_bytes(self) -> int:
         """The seat's part of the process's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A request that is not answered yet."""
+
+    answer: type[control.Reply]
+    future: asyncio.Future[control.Reply]
+
+    def fits(self, message: control.Reply) -> bool:
+        """Return whether this is its answer, or the refusal of it."""
+        refusable = self.answer in {control.Ready, control.Opened}
+        return isinstance(message, self.answer) or (refusable and isinstance(message, control.Refused))
 
 
 class Lane:
@@ -68,7 +85,9 @@ class Lane:
         self._on_message = on_message
         self._weighed = (0.0, 0)
         self._may_say = Allowance(control.most_a_minute(0))
-        self._waiting: dict[type, asyncio.Future[control.FromLane]] = {}
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, _Waiting] = {}
+        self._leaving = 0  # the id of the last `HandOver`
         sock.setblocking(False)
         asyncio.get_running_loop().add_reader(sock, self._readable)
 
@@ -88,21 +107,23 @@ class Lane:
             raise LaneGoneError(f"{self.name}: {error}") from error
 
     async def ask(
-        self, message: control.ToLane, *fds: int, answer: type[control.FromLane], timeout_s: float
-    ) -> control.FromLane:
-        """Tell it something and wait for an `answer` (or `Refused`).
+        self, message: control.Request, *fds: int, answer: type[control.Reply], timeout_s: float
+    ) -> control.Reply:
+        """Send a request, with an id given here, and wait for its `answer` (or `Refused`).
 
         Raises:
             LaneGoneError: it ended first.
             TimeoutError: it did not answer in time.
         """
-        future: asyncio.Future[control.FromLane] = asyncio.get_running_loop().create_future()
-        self._waiting[answer] = future
+        number = next(self._ids)
+        waiting = self._waiting[number] = _Waiting(answer, asyncio.get_running_loop().create_future())
+        if isinstance(message, control.HandOver):
+            self._leaving, self.drained = number, asyncio.get_running_loop().create_future()
         try:
-            self.send(message, *fds)
-            return await asyncio.wait_for(future, timeout_s)
+            self.send(msgspec.structs.replace(message, id=number), *fds)
+            return await asyncio.wait_for(waiting.future, timeout_s)
         finally:
-            self._waiting.pop(answer, None)
+            self._waiting.pop(number, None)
 
     def _readable(self) -> None:
         try:
@@ -119,22 +140,30 @@ class Lane:
             self.memory_fd, *fds = fds  # type: ignore[assignment]
         for fd in fds:
             os.close(fd)
-        if isinstance(message, control.HandedOver) and self.drained is not None and not self.drained.done():
-            self.drained.set_result(None)
-        future = self._asked(message)
-        if future is not None and not future.done():
-            future.set_result(message)
-        elif self._may_say.take():
+        if self._take(message):
+            return
+        if self._may_say.take():
             self._on_message(self, message)
         else:
             self.kill("it told its supervisor more than any lane has to say")
             self._unplug()
 
-    def _asked(self, message: control.FromLane) -> "asyncio.Future[control.FromLane] | None":
-        """Who waits for this message."""
-        if isinstance(message, control.Refused):
-            return self._waiting.get(control.Ready) or self._waiting.get(control.Opened)
-        return self._waiting.get(type(message))
+    def _take(self, message: control.FromLane) -> bool:
+        """Give a reply to whoever waits for it; False for anything that nobody waits for."""
+        if not isinstance(message, control.Reply):
+            return False
+        if isinstance(message, control.HandedOver) and message.id in {0, self._leaving}:
+            self._have_drained()
+        found = list(self._waiting.values()) if message.id == 0 else [self._waiting.get(message.id)]
+        for waiting in found:
+            if waiting is not None and waiting.fits(message) and not waiting.future.done():
+                waiting.future.set_result(message)
+                return True
+        return False
+
+    def _have_drained(self) -> None:
+        if self.drained is not None and not self.drained.done():
+            self.drained.set_result(None)
 
     def _unplug(self) -> None:
         if self._sock.fileno() >= 0:
@@ -173,9 +202,9 @@ class Lane:
         self._drain()
         self.exit_status = status
         self._unplug()
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(LaneGoneError(f"{self.name}: {self.describe_end()}"))
+        for waiting in self._waiting.values():
+            if not waiting.future.done():
+                waiting.future.set_exception(LaneGoneError(f"{self.name}: {self.describe_end()}"))
         self.ended.set_result(status)
 
     def _drain(self) -> None:
@@ -188,10 +217,7 @@ class Lane:
                 return
             for fd in fds:
                 os.close(fd)
-            future = self._asked(message)
-            if future is not None and not future.done():
-                future.set_result(message)
-            else:
+            if not self._take(message):
                 self._on_message(self, message)
 
     def describe_end(self) -> str:

@@ -44,6 +44,7 @@ class Lane:
         self._redactor = Redactor(())
         self._outgoing: Callable[[Callable[[bool], None], Callable[[str], None]], Requests] | None = None
         self.begun = False
+        self._leaving = 0  # the id of the `HandOver` that is carried out
         poll.register(sock, select.EPOLLIN)
 
     def say(self, message: control.FromLane) -> None:
@@ -88,9 +89,9 @@ class Lane:
                 )
             )
         except EngineError as error:
-            return self._refuse(error.code, error)
+            return self._refuse(setup, error.code, error)
         except cell.CellError as error:
-            return self._refuse(RejectCode.CONTAINMENT, error)
+            return self._refuse(setup, RejectCode.CONTAINMENT, error)
         os.close(image_fd)
         where = "" if not setup.data else cell.DATA if layers["mount"] else setup.data
         writes = None
@@ -143,23 +144,23 @@ class Lane:
         try:
             kinds = self._caller.start()
         except EngineError as error:
-            return self._refuse(error.code, error)
+            return self._refuse(setup, error.code, error)
         except GuestError as error:
-            return self._refuse(RejectCode.START_FAILED, error)
+            return self._refuse(setup, RejectCode.START_FAILED, error)
         self.clients = Clients(self._poll, self._caller, setup.limits, self._handed_over, clients_max=clients_max)
-        ready = control.Ready(kinds=tuple(sorted(kinds)), layers=layers)
+        ready = control.Ready(kinds=tuple(sorted(kinds)), layers=layers, id=setup.id)
         control.send(self._sock, ready, *(() if figures_fd is None else (figures_fd,)))
         if figures_fd is not None:
             os.close(figures_fd)
         self.begun = True
         return True
 
-    def _refuse(self, code: RejectCode, error: Exception) -> bool:
-        self.say(control.Refused(code=code, message=str(error)))
+    def _refuse(self, setup: control.Setup, code: RejectCode, error: Exception) -> bool:
+        self.say(control.Refused(code=code, message=str(error), id=setup.id))
         return False
 
     def _handed_over(self, passed: int, cut: int) -> None:
-        self.say(control.HandedOver(passed=passed, cut=cut))
+        self.say(control.HandedOver(passed=passed, cut=cut, id=self._leaving))
 
     def first(self) -> tuple[control.Setup, tuple[int, ...]]:
         """The first message, of a seat in a shared lane. Raises `control.GoneError`."""
@@ -199,7 +200,8 @@ class Lane:
                 self.clients.serve(listener, (queue[0], queue[1]) if queue else None)
             case control.Adopt():
                 self.clients.adopt(socket.socket(fileno=fds[0]))
-            case control.HandOver(deadline_ms=deadline_ms):
+            case control.HandOver(id=number, deadline_ms=deadline_ms):
+                self._leaving = number
                 successor = socket.socket(fileno=fds[0]) if fds else None
                 self.clients.hand_over(successor, deadline_s=deadline_ms / 1000)
             case control.Check(id=number):
@@ -215,17 +217,17 @@ class Lane:
 
     def _carry(self, message: control.SaveState | control.LoadState | control.Resume, fds: tuple[int, ...]) -> None:
         match message:
-            case control.SaveState():
+            case control.SaveState(id=number):
                 with open_state(fds[0]) as room:
                     state, problem = self._caller.save_state(len(room))
                     room[: len(state)] = state
                 if problem is None:
                     self.clients.hold()
-                self.say(control.StateSaved(length=len(state), problem=problem))
-            case control.LoadState(length=length):
+                self.say(control.StateSaved(length=len(state), problem=problem, id=number))
+            case control.LoadState(length=length, id=number):
                 with open_state(fds[0]) as room:
                     state = bytes(room[:length])
-                self.say(control.StateLoaded(problem=self._caller.load_state(state)))
+                self.say(control.StateLoaded(problem=self._caller.load_state(state), id=number))
             case control.Resume():
                 self.clients.resume()
 

@@ -1,0 +1,319 @@
+"""A lane's replies belong to the requests they answer; a supervisor and a lane of different versions agree too."""
+
+import asyncio
+import contextlib
+import json
+import os
+
+import msgspec
+import pytest
+import support
+from support import Grants, Limits
+
+from agent.host import control, page
+from agent.host.handle import Lane
+from agent.host.nursery import Nursery
+
+LIMIT_S = 60.0
+
+
+def played(story):
+    """Tell a story with the supervisor's handle of a lane, and the socket on which the lane is played by hand."""
+
+    async def tell():
+        heard = []
+        ours, theirs = control.pair()
+        lane = Lane("web/1", ours, lambda _, message: heard.append(message))
+        theirs.setblocking(False)
+        try:
+            await story(lane, Played(theirs), heard)
+        finally:
+            theirs.close()
+            lane.has_ended(0)
+            lane.close()
+
+    asyncio.run(tell())
+
+
+class Played:
+    """One end of a control socket, used by hand."""
+
+    def __init__(self, sock):
+        self.sock = sock
+
+    async def packet(self):
+        """The next packet: its JSON and descriptors."""
+        while True:
+            try:
+                data, fds = control.receive_packet(self.sock)
+            except BlockingIOError:
+                event = asyncio.Event()
+                asyncio.get_running_loop().add_reader(self.sock, event.set)
+                await event.wait()
+                asyncio.get_running_loop().remove_reader(self.sock)
+            else:
+                return json.loads(data), fds
+
+    async def packets(self, count):
+        return [(await self.packet())[0] for _ in range(count)]
+
+    def say(self, type_, *fds, **fields):
+        control.send_packet(self.sock, json.dumps({"type": type_, **fields}).encode(), fds)
+
+
+async def begun(*asks):
+    tasks = [asyncio.ensure_future(ask) for ask in asks]
+    await asyncio.sleep(0)  # one step of each: it sends
+    return tasks
+
+
+def check(lane, number=1):
+    return lane.ask(control.Check(id=number), answer=control.Checked, timeout_s=LIMIT_S)
+
+
+def probe(lane):
+    return lane.ask(control.Probe(id=1), answer=control.Probed, timeout_s=LIMIT_S)
+
+
+def test_two_who_ask_the_same_have_each_their_own_answer():
+    async def story(lane, peer, _heard):
+        tasks = await begun(check(lane, 1), check(lane, 2))
+        first, second = await peer.packets(2)
+        peer.say("checked", id=second["id"], problem="the second's")
+        peer.say("checked", id=first["id"], problem="the first's")
+        assert [answer.problem for answer in await asyncio.gather(*tasks)] == ["the first's", "the second's"]
+
+    played(story)
+
+
+def test_a_late_answer_is_not_taken_for_another():
+    async def story(lane, peer, heard):
+        (given_up,) = await begun(check(lane, 1))
+        (late,) = await peer.packets(1)
+        given_up.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await given_up
+        (task,) = await begun(check(lane, 2))
+        (current,) = await peer.packets(1)
+        peer.say("checked", id=late["id"], problem="of a question that nobody asks any more")
+        peer.say("checked", id=current["id"])
+        assert (await task).problem is None
+        assert [type(message) for message in heard] == [control.Checked]
+
+    played(story)
+
+
+def test_an_answer_of_another_type_than_was_asked_for_is_none():
+    """A lane in which a guest speaks may say anything under any id."""
+
+    async def story(lane, peer, heard):
+        (task,) = await begun(check(lane))
+        (asked,) = await peer.packets(1)
+        peer.say("ran", id=asked["id"])
+        peer.say("refused", id=asked["id"], code="internal", message="no")
+        peer.say("checked", id=1 << 80)
+        peer.say("checked", id=asked["id"], problem="as asked")
+        assert (await task).problem == "as asked"
+        assert [type(message) for message in heard] == [control.Ran, control.Refused, control.Checked]
+
+    played(story)
+
+
+def test_what_an_earlier_order_left_behind_does_not_end_the_wait_of_a_later_one():
+    def hand_over(lane):
+        return lane.ask(control.HandOver(), answer=control.HandedOver, timeout_s=LIMIT_S)
+
+    async def story(lane, peer, _heard):
+        (first,) = await begun(hand_over(lane))
+        (earlier,) = await peer.packets(1)
+        first.cancel()
+        (second,) = await begun(hand_over(lane))
+        (later,) = await peer.packets(1)
+        (after,) = await begun(probe(lane))
+        (marker,) = await peer.packets(1)
+        peer.say("handed-over", id=earlier["id"], passed=1)
+        peer.say("probed", id=marker["id"])
+        await after
+        assert not lane.drained.done()
+        peer.say("handed-over", id=later["id"], passed=7)
+        assert (await second).passed == 7
+        assert lane.drained.done()
+
+    played(story)
+
+
+# What a lane of a version without ids in most messages says, request by request.
+OLD_ANSWERS = [
+    (control.Setup(instance="web", grants=Grants(), limits=Limits()), "ready", {"kinds": [], "layers": {}}),
+    (control.Setup(instance="web", grants=Grants(), limits=Limits()), "refused", {"code": "internal", "message": "m"}),
+    (control.Open(images=(), limits=Limits(), seats=1), "opened", {"layers": {}}),
+    (control.Open(images=(), limits=Limits(), seats=1), "refused", {"code": "internal", "message": "m"}),
+    (control.HandOver(), "handed-over", {"passed": 3, "cut": 0}),
+    (control.Check(), "checked", {"id": ..., "problem": None}),
+    (control.Task(scheduled_ms=1), "ran", {"id": ..., "problem": None}),
+    (control.Probe(), "probed", {"id": ...}),
+    (control.SaveState(), "state-saved", {"length": 3, "problem": None}),
+    (control.LoadState(length=3), "state-loaded", {"problem": None}),
+]
+ANSWER_OF = {
+    control.Setup: control.Ready,
+    control.Open: control.Opened,
+    control.HandOver: control.HandedOver,
+    control.Check: control.Checked,
+    control.Task: control.Ran,
+    control.Probe: control.Probed,
+    control.SaveState: control.StateSaved,
+    control.LoadState: control.StateLoaded,
+}
+
+
+def test_every_request_and_every_reply_has_an_id_that_may_be_missing():
+    for kind in (*control.Request.__args__, *control.Reply.__args__):
+        assert next(field for field in msgspec.structs.fields(kind) if field.name == "id").default == 0, kind
+    assert set(ANSWER_OF) == set(control.Request.__args__)
+
+
+@pytest.mark.parametrize(("request_", "said", "fields"), OLD_ANSWERS)
+def test_a_lane_that_echoes_no_ids_is_understood_by_the_type_of_its_answers(request_, said, fields):
+    async def story(lane, peer, _heard):
+        kind = ANSWER_OF[type(request_)]
+        other = check(lane) if kind is not control.Checked else probe(lane)
+        (waits,) = await begun(other)
+        tasks = await begun(*(lane.ask(request_, answer=kind, timeout_s=LIMIT_S) for _ in range(2)))
+        _, *asked = await peer.packets(3)
+        for one in asked:
+            assert one["id"] > 0
+            peer.say(said, **{name: one["id"] if value is ... else value for name, value in fields.items()})
+        for answer in await asyncio.gather(*tasks):
+            assert msgspec.to_builtins(answer)["type"] == said
+        assert not waits.done()
+        waits.cancel()
+
+    played(story)
+
+
+# An old supervisor, played by hand before real lanes of a real zygote.
+
+
+@contextlib.contextmanager
+def image_of(guest):
+    fd = support.sealed(support.compiled(guest))
+    page_fd = page.create("web")
+    try:
+        yield fd, page_fd
+    finally:
+        os.close(fd)
+        os.close(page_fd)
+
+
+def without_id(message):
+    """A request as a supervisor from before the ids sent it."""
+    found = msgspec.to_builtins(message)
+    del found["id"]
+    return found.pop("type"), found
+
+
+def with_a_real_lane(story, *, shared=False):
+    async def tell():
+        nursery = Nursery()
+        try:
+            lane = await nursery.lane("main", "web/1", lambda *_: None, fuel=False, shared=shared)
+            await story(lane)
+        finally:
+            nursery.close()
+
+    asyncio.run(tell())
+
+
+def by_hand(lane):
+    """The control socket of a lane, taken from its handle: what is spoken on it is not of this version."""
+    asyncio.get_running_loop().remove_reader(lane._sock)
+    return Played(lane._sock)
+
+
+class OldSupervisor:
+    """Speaks as a supervisor from before the ids, to a lane with this guest."""
+
+    def __init__(self, lane):
+        self.peer = by_hand(lane)
+
+    async def set_up(self, guest):
+        with image_of(guest) as fds:
+            type_, fields = without_id(control.Setup(instance="web", grants=Grants(), limits=Limits()))
+            ready = await self.ask(type_, *fds, **fields)
+        assert (ready["type"], ready["id"]) == ("ready", 0)
+
+    async def ask(self, type_, *fds, **fields):
+        self.peer.say(type_, *fds, **fields)
+        answer, received = await self.peer.packet()
+        for fd in received:
+            os.close(fd)
+        return answer
+
+
+def test_a_supervisor_that_gives_no_ids_is_answered_without():
+    """The numbers it did give come back, and all else has the id 0, for which it has no name."""
+
+    async def story(lane):
+        old = OldSupervisor(lane)
+        await old.set_up("remembers")
+        assert await old.ask("check", id=7) == {"type": "checked", "id": 7, "problem": None}
+        assert await old.ask("probe", id=8) == {"type": "probed", "id": 8}
+        state = os.memfd_create("state")
+        os.ftruncate(state, 4096)
+        saved = await old.ask("save-state", state)
+        assert saved == {"type": "state-saved", "length": saved["length"], "problem": None, "id": 0}
+        old.peer.say("resume")
+        loaded = await old.ask("load-state", state, length=saved["length"])
+        assert loaded == {"type": "state-loaded", "problem": None, "id": 0}
+        os.close(state)
+        left = await old.ask("hand-over", deadline_ms=1000)
+        assert left == {"type": "handed-over", "passed": 0, "cut": 0, "id": 0}
+
+    with_a_real_lane(story)
+
+
+def test_a_supervisor_that_gives_no_ids_has_tasks_run():
+    async def story(lane):
+        old = OldSupervisor(lane)
+        await old.set_up("task")
+        assert await old.ask("task", id=9, scheduled_ms=1) == {"type": "ran", "id": 9, "problem": None}
+
+    with_a_real_lane(story)
+
+
+def test_a_supervisor_that_gives_no_ids_opens_shared_lanes_and_hears_refusals():
+    async def story(lane):
+        peer = by_hand(lane)
+        with image_of("hello") as (image, page_fd):
+            type_, fields = without_id(control.Open(images=("i",), limits=Limits(), seats=2))
+            peer.say(type_, image, **fields)
+            opened, received = await peer.packet()
+            assert (opened["type"], opened["id"]) == ("opened", 0)
+            ours, theirs = control.pair()
+            ours.setblocking(False)
+            with ours, theirs:
+                peer.say("seat", theirs.fileno())
+                seat = Played(ours)
+                # no guest has so little memory
+                limits = Limits(memory_bytes=1)
+                type_, fields = without_id(control.Setup(instance="a", grants=Grants(), limits=limits, image="i"))
+                seat.say(type_, page_fd, **fields)
+                refused, _ = await seat.packet()
+                assert (refused["type"], refused["id"]) == ("refused", 0)
+        for fd in received:
+            os.close(fd)
+
+    with_a_real_lane(story, shared=True)
+
+
+def test_a_real_lane_answers_everybody_who_asks_at_once():
+    async def story(lane):
+        with image_of("hello") as fds:
+            setup = control.Setup(instance="web", grants=Grants(), limits=Limits())
+            assert isinstance(await lane.ask(setup, *fds, answer=control.Ready, timeout_s=LIMIT_S), control.Ready)
+        tasks = await begun(*(check(lane, number) for number in range(1, 6)), *(probe(lane) for _ in range(5)))
+        answers = await asyncio.gather(*tasks)
+        assert [type(answer) for answer in answers] == [control.Checked] * 5 + [control.Probed] * 5
+
+    with_a_real_lane(story)
