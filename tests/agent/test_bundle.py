@@ -18,7 +18,7 @@ from agent.fetch import FetchError
 from fleet.protocol import bundle as bundle_layout
 from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
-from tests.agent.test_desired import DEVICE, NOW, Case
+from tests.agent.desired_case import DEVICE, NOW, Case
 
 HEAD = {"bundle.json": b'{"v":1}'}
 MINE = f"desired/{DEVICE}.json"

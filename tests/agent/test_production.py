@@ -12,7 +12,7 @@ from signing import events, proposals, repository
 from signing.errors import Rejected
 from signing.keys import generate
 from signing.rotation import RoleKeys, Size
-from tests.agent.test_desired import NOW, Case
+from tests.agent.desired_case import NOW, Case
 
 
 def move(server, directory):

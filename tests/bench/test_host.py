@@ -1,7 +1,6 @@
 """The host's rows of the budget table: counts and ratios, printed; run by `make bench`. Nothing here asserts a time."""
 
 import os
-import select
 import socket
 import statistics
 import sys
@@ -12,11 +11,13 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "agent" / "host"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import support
-from test_life import children
-from test_router import ECHO
-from test_swap import Traffic
+from echo_guest import ECHO
+from host_processes import children
+from rates import rate, row
+from traffic import Traffic
 
 from agent.host import ipc
 
@@ -28,38 +29,6 @@ def host(tmp_path):
     running = support.Host(tmp_path)
     yield running
     running.close()
-
-
-def row(what, value):
-    print(f"\n  {what:<66} {value}", flush=True)
-
-
-def rate(port, path, seconds=3.0, connections=4):
-    """Requests a second over kept-alive connections, from one client thread, and the latencies in milliseconds."""
-    request = f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
-    poll = select.epoll()
-    socks = {}
-    for _ in range(connections):
-        sock = socket.create_connection(("127.0.0.1", port))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        socks[sock.fileno()] = sock
-        poll.register(sock, select.EPOLLIN)
-    sent, took = {}, []
-    for fd, sock in socks.items():
-        sent[fd] = time.perf_counter()
-        sock.send(request)
-    end = time.perf_counter() + seconds
-    while (now := time.perf_counter()) < end:
-        for fd, _ in poll.poll():
-            data = socks[fd].recv(65536)
-            assert data.startswith(b"HTTP/1.1 200"), data
-            now = time.perf_counter()
-            took.append((now - sent[fd]) * 1000)
-            sent[fd] = now
-            socks[fd].send(request)
-    for sock in socks.values():
-        sock.close()
-    return len(took) / seconds, sorted(took)
 
 
 def test_requests(host):

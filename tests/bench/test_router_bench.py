@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "agent" / "host"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import support
-from test_host import rate, row
-from test_life import children
+from host_processes import children
+from rates import rate, row
 
 from agent.host import ipc
 from agent.host.clients import Clients

@@ -10,8 +10,8 @@ import wasmtime
 from fleet.demo.ports import free_ports
 from fleet.demo.processes import module
 from fleet.demo.scene import AGENT
+from tests.e2e.secret_reader import FIRST, GUEST, SECOND, TOML, answers
 from tests.e2e.stage import GROUP, HELLO
-from tests.e2e.test_secret import FIRST, GUEST, SECOND, TOML, answers
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 

@@ -1,9 +1,7 @@
 """A secret's whole life, with real processes: given, read, rotated, taken back; and sought by a thief."""
 
-import asyncio
 import base64
 import contextlib
-import http.client
 import tarfile
 from pathlib import Path
 
@@ -12,51 +10,10 @@ import wasmtime
 
 from fleet.demo.ports import free_ports
 from fleet.protocol.codes import Phase
+from tests.e2e.secret_reader import FIRST, GUEST, SECOND, TOML, answers, get
 from tests.e2e.stage import GROUP, HELLO, alive, descendants
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-
-GUEST = Path(__file__).parents[2] / "components" / "guests" / "secret.wat"
-FIRST, SECOND = "correct horse battery staple", "the rotated password"
-TOML = """
-name = "reader"
-version = "{version}"
-
-[grants]
-interfaces = ["wasi:config/store", "wasi:logging/logging"]
-
-[health]
-probation = "{probation}"
-min_calls = 0
-
-[secrets.db-password]
-description = "what is hashed"
-"""
-
-
-def fnv1a(text):
-    value = 0xCBF29CE484222325
-    for byte in text.encode():
-        value = (value ^ byte) * 0x100000001B3 % 2**64
-    return f"{value:016x}"
-
-
-def get(port, path="/"):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().read().decode()
-    except (OSError, http.client.HTTPException):
-        return ""
-    finally:
-        connection.close()
-
-
-async def answers(port, value):
-    """Until the component answers with the hash of this value."""
-    async with asyncio.timeout(90):
-        while await asyncio.to_thread(get, port) != fnv1a(value):  # noqa: ASYNC110 - nothing tells when it does
-            await asyncio.sleep(0.05)
 
 
 def sought(stage):

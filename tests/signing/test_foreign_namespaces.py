@@ -6,7 +6,7 @@ import pytest
 
 from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
-from tests.signing.test_trust import code_of
+from tests.signing.verdicts import code_of
 from tests.simulator.repository import Board, Repository
 
 

@@ -2,15 +2,11 @@
 to is the board's own word."""
 
 import base64
-from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,10 +15,8 @@ from fleet.protocol.codes import RejectCode
 from signing import sealing, sealing_keys
 from signing.errors import Rejected, SigningError
 from signing.sealing import Purpose
-from signing.statements import Voice
+from tests.signing.sealing_device import KEY, OURS, Device
 
-KEY = X25519PrivateKey.generate()
-OURS = sealing.public_key(KEY)
 FOR = Purpose(fleet="harbour", device="crane-0a1b2c3d", instance="hello", name="db-password", version=2)
 VALUE = "correct horse battery staple"
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=4, max_size=900)
@@ -127,32 +121,6 @@ def test_a_sealing_key_that_is_none_is_refused(point):
 
 
 # -- whose key it is
-
-
-class Device:
-    """A device key with its certificate from some CA, as enrolment gives it."""
-
-    def __init__(self) -> None:
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        der = self.key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        self.id = names.device_id("crane", der)
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, self.id)])
-        now = datetime.now(UTC)
-        self.certificate = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(self.key.public_key())
-            .serial_number(1)
-            .not_valid_before(now)
-            .not_valid_after(now + timedelta(days=1))
-            .sign(self.key, hashes.SHA256())
-            .public_bytes(Encoding.PEM)
-        )
-        self.voice = Voice(self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-
-    def prove(self, sealing_key: str = OURS, fleet: str = "harbour") -> bytes:
-        return sealing_keys.prove(self.voice, fleet=fleet, sealing_key=sealing_key)
 
 
 def refusal(proof: bytes, shown: Device, device: str) -> RejectCode:

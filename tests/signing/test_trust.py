@@ -15,6 +15,7 @@ from signing import director
 from signing.cache import DirectoryCache
 from signing.errors import Rejected
 from signing.facts import Facts
+from tests.signing.verdicts import code_of
 from tests.simulator.repository import BOARD, FLEET, START, Board, Repository, signer
 
 
@@ -40,10 +41,6 @@ def command(repo: Repository, sequence: int, **fields: Any) -> bytes:
         "verb": CheckIn(),
     }
     return director.sign_command(Command(**(defaults | fields)), repo.keys["director"])
-
-
-def code_of(verdict: pytest.ExceptionInfo[Rejected]) -> RejectCode:
-    return verdict.value.code
 
 
 # -- what is fetched --------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ looked at again.
 import os
 import random
 
-from test_http_cases import ROWS, at
+from http_cases import ROWS, at
 
 TIMES = int(os.environ.get("FUZZ", "1"))  # `make fuzz` asks for many times the usual count
 

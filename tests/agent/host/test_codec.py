@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import support
+from echo_guest import ECHO
 from support import Grants, Limits
-from test_router import ECHO
 
 from agent.host import adapted
 from agent.host.engine import Engine

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import support
-from test_life import children
+from host_processes import children
 
 from agent.host import ipc
 

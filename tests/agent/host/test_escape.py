@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import support
-from test_life import lanes_of
+from host_processes import lanes_of
 
 from agent.host import cell, ipc, walls
 

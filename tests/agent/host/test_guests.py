@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import support
+from echo_guest import ECHO
 from support import Grants, Health, Limits
 
 from agent.host import ipc
@@ -311,8 +312,6 @@ def test_another_schema_gets_a_copy_of_the_data_and_going_back_finds_the_old_one
 
 
 def test_an_answer_beyond_what_one_call_can_carry_is_named(host):
-    from test_router import ECHO
-
     port = support.free_port()
     limits = Limits(request_bytes=8 << 20, response_bytes=8 << 20, memory_bytes=32 << 20, call_ms=20_000)
     host.start(ECHO, support.a_run("echo", 1, port=port, limits=limits))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import support
+from host_processes import lanes_of
 from support import Grants
-from test_life import lanes_of
 
 from agent.host import control, ipc
 from agent.host.redact import Redactor

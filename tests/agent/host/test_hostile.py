@@ -8,8 +8,8 @@ import subprocess
 import msgspec
 import pytest
 import support
+from host_processes import lanes_of
 from support import Grants, Health, Limits
-from test_life import lanes_of
 
 from agent import carry
 from agent.host import ipc

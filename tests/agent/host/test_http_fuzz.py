@@ -6,10 +6,10 @@ Seeded and bounded by count; `make fuzz` tries many times as many.
 
 import pytest
 import support
+from echo_guest import ECHO
+from host_processes import lanes_of
 from mutants import TIMES, at, cut, mutant
 from support import Limits
-from test_life import lanes_of
-from test_router import ECHO
 from wire import Wire
 
 from agent.host import ipc

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import support
-from test_life import children, ended, lanes_of
+from host_processes import children, ended, lanes_of
 
 from agent.host import ipc
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import support
-from test_life import children, lanes_of
+from host_processes import children, lanes_of
 
 from agent.host import ipc
 from fleet.protocol.codes import InstanceState

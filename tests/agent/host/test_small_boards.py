@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import support
+from host_processes import children, lanes_of
 from support import Grants, Limits
-from test_life import children, lanes_of
 
 from agent.host import ipc
 from fleet.protocol.caps import MIB

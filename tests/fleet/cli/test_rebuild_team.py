@@ -8,7 +8,7 @@ import pytest
 
 from fleet import issuing
 from signing import keys, repository, rotation
-from tests.fleet.cli.test_sizes import Board, hello, person
+from tests.fleet.cli.boards_and_people import Board, hello, person
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from fleet.protocol.sealed import BoardKey, SealingKeys, SecretReply
 from signing import sealing
 from signing.sealing import Purpose
-from tests.signing.test_sealing import KEY, Device
+from tests.signing.sealing_device import KEY, Device
 
 VALUE = "correct horse battery staple"
 KEYS, SET = ("GET", "/v1/secrets/db-password/keys"), ("PUT", "/v1/secrets/db-password")

@@ -7,7 +7,6 @@ import functools
 import json
 import re
 import shutil
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,55 +14,11 @@ from click.testing import CliRunner, Result
 
 from fleet.cli.main import main
 from fleet.client import Client
-from fleet.protocol.assignment import Assignment, Item
 from fleet.protocol.codes import RejectCode
-from signing import director, keys, repository, rotation
-from signing.errors import FetchNotFound, Rejected
-from signing.facts import Facts
-from signing.trust import TrustedSet
+from signing import keys, repository, rotation
+from signing.errors import Rejected
 from signing.workflow import profile
-
-DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
-BOARD = "gate-0a1b2c3d"
-
-
-class Board:
-    """Accepts assignments and resolves what they name, as an agent does."""
-
-    def __init__(self, desk, *, production: bool = False) -> None:
-        self.desk, self.facts, self.version = desk, Facts(), 0
-        self.trusted = TrustedSet(root=desk.files["1.root.json"], fetch=self._fetch, production=production)
-
-    def _fetch(self, name: str, _max_bytes: int) -> bytes:
-        if name not in self.desk.files:
-            raise FetchNotFound(name)
-        return self.desk.files[name]
-
-    def runs(self, version: str) -> bool:
-        now = datetime.now(UTC)
-        self.facts = self.trusted.refresh(facts=self.facts, now=now)
-        release = self.trusted.lookup(f"components/main/hello/{version}.wasm")
-        self.version += 1
-        assignment = Assignment(
-            fleet="fleet",
-            device=BOARD,
-            version=self.version,
-            issued=now,
-            expires=now + timedelta(days=1),
-            items=(
-                Item(
-                    instance="hello",
-                    target=release.name.path,
-                    length=release.length,
-                    sha256=release.sha256,
-                    manifest_sha256=release.manifest_sha256,
-                ),
-            ),
-        )
-        envelope = director.sign_assignment(assignment, keys.load(self.desk.home / "server/keys/director.pem"))
-        accepted = self.trusted.accept(envelope, fleet="fleet", device=BOARD, facts=self.facts, now=now)
-        self.facts = accepted.facts
-        return bool(self.trusted.resolve(accepted.assignment.items[0]))
+from tests.fleet.cli.boards_and_people import Board, hello, person
 
 
 @pytest.fixture
@@ -71,24 +26,6 @@ def work(tmp_path, monkeypatch) -> Path:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
-
-
-def hello(work: Path) -> Path:
-    return Path(shutil.copy(DEMO / "v1.wasm", work / "hello.wasm"))
-
-
-def person(home: Path, place: Path, name: str):
-    """Another machine of the same fleet, with a keyring of its own and one key in it."""
-    shutil.copytree(home / "operator", place / "operator", ignore=shutil.ignore_patterns("keys"))
-    (place / "operator/keys").mkdir()
-
-    def run(*words: object, stdin: str | None = None) -> Result:
-        result = CliRunner().invoke(main, ["--home", str(place), *map(str, words)], input=stdin)
-        assert "Traceback" not in result.output
-        return result
-
-    assert run("keys", "new", name).exit_code == 0
-    return run
 
 
 def test_from_dev_to_solo_to_team_with_the_boards_of_the_first_day(fleet, desk, home, work, monkeypatch, tmp_path):

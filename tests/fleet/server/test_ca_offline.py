@@ -11,7 +11,7 @@ from fleet.ca import CaError, private_pem
 from fleet.cli.main import main
 from fleet.protocol.authority import CaView
 from fleet.server.home import Home
-from tests.fleet.server.test_issuing_ca import ask
+from tests.fleet.server.board_requests import ask
 
 PASSPHRASE = "correct horse"
 

@@ -17,6 +17,7 @@ from fleet.protocol.authority import CaView, IssuingRequest
 from fleet.protocol.enrolment import RenewReply, RenewRequest
 from fleet.server.broker import mosquitto
 from fleet.server.home import Home
+from tests.fleet.server.board_requests import ask
 from tests.fleet.server.conftest import BROKERS, PASSPHRASE, request_certificate
 
 NOW = datetime.now(UTC)
@@ -33,11 +34,6 @@ async def renewed(fleet, root, **more):
     view = await fleet.operator.get(CaView, "/v1/ca")
     made = issuing.sign(root, view.request, now=datetime.now(UTC), **more)
     return await fleet.operator.send(CaView, "PUT", "/v1/ca/issuing", IssuingRequest(issuing_pem=made))
-
-
-async def ask(board, path="/v1/tuf/timestamp.json"):
-    with board.http() as http:
-        return await asyncio.to_thread(http.get, path)
 
 
 async def renew_board(board, key=None):

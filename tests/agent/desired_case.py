@@ -1,0 +1,178 @@
+"""Case of one board: a real repository behind the interface of the server, and what the board makes of it."""
+
+import asyncio
+import hashlib
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+
+from agent import confirm
+from agent.config import Policy
+from agent.desired import Desired
+from agent.fetch import FetchError
+from agent.identity import Identity
+from agent.records import Committed
+from agent.standing import Board
+from agent.store import Store
+from agent.trust import Trust
+from agent.worker import Worker
+from fleet.protocol import wire
+from fleet.protocol.assignment import Assignment, Fresh, Item
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Grants, Http, Manifest
+from fleet.protocol.messages import DesiredReply
+from fleet.protocol.names import TargetName
+from signing import director, repository
+from signing.keys import generate
+
+FLEET, DEVICE = "harbour", "crane-0a1b2c3d"
+NOW = datetime.now(UTC).replace(microsecond=0)
+
+
+class Server:
+    """A real repository behind the agent's HTTPS interface."""
+
+    def __init__(self, directory: Path):
+        names = ("root", "targets", "snapshot", "timestamp", "director", "main")
+        self.keys = {name: generate(directory / f"{name}.pem") for name in names}
+        top = {name: self.keys[name] for name in names if name != "main"}
+        self.files = repository.create(
+            fleet=FLEET, namespaces={"main": self.keys["main"]}, now=NOW, dev=True, ceilings=None, **top
+        )
+        self.root, self.reachable, self.envelope = self.files["1.root.json"], True, None
+        self.replay = ""
+
+    def request(self, method, path, *, max_bytes, body=None, headers=None):
+        if not self.reachable:
+            raise FetchError(RejectCode.UNREACHABLE, "no route")
+        if path.startswith("/v1/desired?nonce=") and self.envelope is not None:
+            nonce = path.rpartition("=")[2]
+            fresh = self.fresh(self.replay or nonce, self.envelope)
+            return wire.encode(DesiredReply(assignment=self.envelope.decode(), fresh=fresh.decode()))
+        name = path.rpartition("/")[2]
+        if name not in self.files:
+            raise FetchError(RejectCode.NOT_FOUND, name)
+        return self.files[name]
+
+    def assignment(self, version, *, signer="director", **more):
+        fields = {"fleet": FLEET, "device": DEVICE, "issued": NOW, "expires": NOW + timedelta(days=1)} | more
+        made = Assignment(version=version, stop_all=True, **fields)
+        return director.sign_assignment(made, self.keys[signer])
+
+    def publish(self, component):
+        """A release by the namespace's publisher, shown to boards."""
+        described = Manifest(name="web", version="1.0.0", trigger=Http())
+        described = msgspec.structs.replace(described, grants=Grants(interfaces=("wasi:clocks",)))
+        name = TargetName("main", "web", "1.0.0")
+        role = repository.add_target(
+            self.newest("main"),
+            name=name,
+            length=len(component),
+            sha256=hashlib.sha256(component).hexdigest(),
+            manifest=described,
+            signer=self.keys["main"],
+            now=NOW,
+        )
+        self.show(role)
+        item = Item(
+            instance="web",
+            target=name.path,
+            length=len(component),
+            sha256=hashlib.sha256(component).hexdigest(),
+            manifest_sha256=described.digest(),
+        )
+        return Committed(item=item, manifest=described, generation=1, assignment=1, at=NOW)
+
+    def revoke(self):
+        name = TargetName("main", "web", "1.0.0")
+        self.show(repository.revoke(self.newest("main"), name=name, signer=self.keys["main"], now=NOW))
+
+    def newest(self, role):
+        named = [name for name in self.files if name.endswith(f".{role}.json")]
+        return self.files[max(named, key=lambda name: int(name.split(".")[0]))]
+
+    def show(self, role):
+        version = json.loads(role)["signed"]["version"]
+        self.files[f"{version}.main.json"] = role
+        self.files |= repository.online(
+            self.files, snapshot_signer=self.keys["snapshot"], timestamp_signer=self.keys["timestamp"], now=NOW
+        )
+
+    def fresh(self, nonce, envelope):
+        statement = Fresh(
+            fleet=FLEET,
+            device=DEVICE,
+            nonce=nonce,
+            assignment_sha256=director.payload_sha256(envelope),
+            issued=NOW,
+            expires=NOW + timedelta(minutes=10),
+        )
+        return director.sign_fresh(statement, self.keys["director"])
+
+
+class Deployed:
+    def __init__(self):
+        self.versions, self.doubts = [], ()
+
+    async def desire(self, assignment):
+        self.versions.append(assignment.version)
+
+    async def hold(self, doubts):
+        self.doubts = doubts
+
+
+class Case:
+    def __init__(self, tmp_path, *, clock_set=True, strict=True):
+        self.server, self.deployer, self.nonces = Server(tmp_path), Deployed(), []
+        self.store, self.worker = Store(tmp_path / "store.db"), Worker("test")
+        self.identity = identity = Identity(
+            device=DEVICE,
+            fleet=FLEET,
+            group="",
+            devices_url="",
+            mqtt=(),
+            production=False,
+            floor=NOW - timedelta(days=1),
+        )
+        self.trust = Trust(
+            identity=identity,
+            root=self.server.root,
+            cache=tmp_path / "trust",
+            https=self.server,
+            store=self.store,
+            production=False,
+        )
+        self.desired = Desired(
+            board=Board(device=DEVICE, boot_id="b", places=None, mac_key=b"", clock=lambda: 0.0),
+            trust=self.trust,
+            https=self.server,
+            store=self.store,
+            worker=self.worker,
+            deployer=self.deployer,
+            clock_set=lambda: clock_set,
+            ask_fresh=self.ask,
+            on_report=lambda: None,
+            doubts=lambda: confirm.doubts(self.trust, self.policy, self.store.committed()),
+            strict=strict,
+        )
+        self.answer = lambda nonce: None
+        self.policy = Policy()
+
+    def ask(self, nonce):
+        self.nonces.append(nonce)
+        reply = self.answer(nonce)
+        if reply is not None:
+            asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self.desired.fresh(reply)))
+        return True
+
+    def judge(self, *envelopes):
+        async def story():
+            for envelope in envelopes:
+                await self.desired.judge(envelope)
+
+        asyncio.run(story())
+
+    def codes(self):
+        return [report.code for report in self.store.history()]

@@ -1,0 +1,42 @@
+"""Device with the two keys of a board: the one that certificates name, and the one that secrets are sealed to."""
+
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from fleet.protocol import names
+from signing import sealing, sealing_keys
+from signing.statements import Voice
+
+KEY = X25519PrivateKey.generate()
+OURS = sealing.public_key(KEY)
+
+
+class Device:
+    """A device key with its certificate from some CA, as enrolment gives it."""
+
+    def __init__(self) -> None:
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        der = self.key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        self.id = names.device_id("crane", der)
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, self.id)])
+        now = datetime.now(UTC)
+        self.certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(self.key.public_key())
+            .serial_number(1)
+            .not_valid_before(now)
+            .not_valid_after(now + timedelta(days=1))
+            .sign(self.key, hashes.SHA256())
+            .public_bytes(Encoding.PEM)
+        )
+        self.voice = Voice(self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+    def prove(self, sealing_key: str = OURS, fleet: str = "harbour") -> bytes:
+        return sealing_keys.prove(self.voice, fleet=fleet, sealing_key=sealing_key)

@@ -1,0 +1,10 @@
+"""Code of a refusal that a test has caught."""
+
+import pytest
+
+from fleet.protocol.codes import RejectCode
+from signing.errors import Rejected
+
+
+def code_of(verdict: pytest.ExceptionInfo[Rejected]) -> RejectCode:
+    return verdict.value.code
