@@ -167,12 +167,9 @@ class Case:
             asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self.desired.fresh(reply)))
         return True
 
-    def judge(self, *envelopes):
-        async def story():
-            for envelope in envelopes:
-                await self.desired.judge(envelope)
-
-        asyncio.run(story())
+    async def judge(self, *envelopes):
+        for envelope in envelopes:
+            await self.desired.judge(envelope)
 
     def codes(self):
         return [report.code for report in self.store.history()]

@@ -1,6 +1,5 @@
 """An offline bundle: judged as if it had come over the network, from a file that nobody trusts."""
 
-import asyncio
 import hashlib
 import io
 import json
@@ -49,10 +48,10 @@ class Stick:
     def files(self, envelope):
         return {**HEAD, MINE: envelope, **{f"tuf/{name}": data for name, data in self.case.server.files.items()}}
 
-    def put_in(self, files):
+    async def put_in(self, files):
         bundle.stage(tar(files), self.directory, device=DEVICE)
         self.case.server.reachable = False
-        asyncio.run(self.case.desired.judge_bundle())
+        await self.case.desired.judge_bundle()
         return msgspec.json.decode((self.directory / "outcome.json").read_bytes(), type=Outcome)
 
 
@@ -61,21 +60,23 @@ def stick(tmp_path):
     return Stick(tmp_path)
 
 
-def test_a_bundle_is_accepted_without_a_network_and_the_report_says_so(stick):
-    outcome = stick.put_in(stick.files(stick.case.server.assignment(3)))
+@pytest.mark.asyncio
+async def test_a_bundle_is_accepted_without_a_network_and_the_report_says_so(stick):
+    outcome = await stick.put_in(stick.files(stick.case.server.assignment(3)))
     assert outcome == Outcome(version=3)
     assert stick.case.deployer.versions == [3]
     assert stick.case.store.counter("accepted") == 3
     [report] = stick.case.store.history()
     assert "came in a bundle: nobody vouched" in report.message
     # It is judged once: the next start of the agent does not find it again.
-    asyncio.run(stick.case.desired.judge_bundle())
+    await stick.case.desired.judge_bundle()
     assert stick.case.deployer.versions == [3]
 
 
-def test_the_boards_owner_decides_whether_bundles_count(tmp_path):
+@pytest.mark.asyncio
+async def test_the_boards_owner_decides_whether_bundles_count(tmp_path):
     stick = Stick(tmp_path, allowed=False)
-    outcome = stick.put_in(stick.files(stick.case.server.assignment(3)))
+    outcome = await stick.put_in(stick.files(stick.case.server.assignment(3)))
     assert outcome.code == RejectCode.FREEZE
     assert "[policy] bundles" in outcome.message
     assert stick.case.deployer.versions == []
@@ -97,7 +98,7 @@ def rolled_back(stick):
     """The metadata of yesterday, with today's assignment."""
     files = stick.files(stick.case.server.assignment(6))
     stick.case.server.publish(b"bytes")
-    stick.case.judge(stick.case.server.assignment(5, keep_data=("x",)))
+    stick.case.trust.refresh()
     return files
 
 
@@ -107,15 +108,16 @@ def slept(stick, monkeypatch, **after):
     monkeypatch.setattr(stick.case.trust, "now", lambda: later)
 
 
-def test_a_bundle_that_travelled_for_too_long_is_refused_unless_the_owner_said_that_it_may(tmp_path, monkeypatch):
+@pytest.mark.asyncio
+async def test_a_bundle_that_travelled_for_too_long_is_refused_unless_the_owner_said_that_it_may(tmp_path, monkeypatch):
     stick = Stick(tmp_path)
     files = stick.files(stick.case.server.assignment(3, expires=NOW + timedelta(days=30)))
     slept(stick, monkeypatch, days=16)  # past timestamp (2 days) and snapshot (14)
-    assert stick.put_in(files).code == RejectCode.EXPIRED
+    assert (await stick.put_in(files)).code == RejectCode.EXPIRED
     assert stick.case.deployer.versions == []
 
     stick.case.trust._late = True
-    assert stick.put_in(files) == Outcome(version=3)
+    assert await stick.put_in(files) == Outcome(version=3)
     assert stick.case.deployer.versions == [3]
     assert "came in a bundle whose metadata ended on" in stick.case.store.history()[-1].message
     # An agent that begins anew meanwhile still finds what the accepted assignment names.
@@ -133,23 +135,27 @@ LATE = [
 ]
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(("what", "fields", "after", "code"), LATE, ids=[row[0] for row in LATE])
-def test_a_late_bundle_is_judged_like_any_other_but_for_its_timestamp(tmp_path, monkeypatch, what, fields, after, code):
+async def test_a_late_bundle_is_judged_like_any_other_but_for_its_timestamp(
+    tmp_path, monkeypatch, what, fields, after, code
+):
     stick = Stick(tmp_path)
     stick.case.trust._late = True
-    stick.case.judge(stick.case.server.assignment(2))
+    await stick.case.judge(stick.case.server.assignment(2))
     version = fields.pop("version", 3)
     files = stick.files(stick.case.server.assignment(version, **{"expires": NOW + timedelta(days=30)} | fields))
     slept(stick, monkeypatch, **after)
-    assert stick.put_in(files).code == code, what
+    assert (await stick.put_in(files)).code == code, what
     assert stick.case.store.counter("accepted") == 2
 
 
-def test_what_is_late_over_the_network_is_refused_whatever_the_policy_says_of_bundles(tmp_path, monkeypatch):
+@pytest.mark.asyncio
+async def test_what_is_late_over_the_network_is_refused_whatever_the_policy_says_of_bundles(tmp_path, monkeypatch):
     stick = Stick(tmp_path)
     stick.case.trust._late = True
     slept(stick, monkeypatch, days=3)
-    stick.case.judge(stick.case.server.assignment(3))
+    await stick.case.judge(stick.case.server.assignment(3))
     assert stick.case.deployer.versions == []
     assert stick.case.codes() == [RejectCode.EXPIRED]
 
@@ -171,17 +177,19 @@ ATTACKS = [
 ]
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(("what", "attack", "code"), ATTACKS, ids=[row[0] for row in ATTACKS])
-def test_a_bundle_is_judged_like_what_comes_over_the_network(stick, what, attack, code):
-    stick.case.judge(stick.case.server.assignment(5))
+async def test_a_bundle_is_judged_like_what_comes_over_the_network(stick, what, attack, code):
+    await stick.case.judge(stick.case.server.assignment(5))
     before = list(stick.case.deployer.versions)
-    assert stick.put_in(attack(stick)).code == code, what
+    assert (await stick.put_in(attack(stick))).code == code, what
     assert stick.case.deployer.versions[len(before) :] in ([], [5]), "nothing of the bundle is acted on"
     assert stick.case.store.counter("accepted") == 5
 
 
-def test_a_bundle_that_lacks_metadata_is_refused_and_not_waited_for(stick):
-    assert stick.put_in(without(stick)).code
+@pytest.mark.asyncio
+async def test_a_bundle_that_lacks_metadata_is_refused_and_not_waited_for(stick):
+    assert (await stick.put_in(without(stick))).code
     assert stick.case.deployer.versions == []
 
 

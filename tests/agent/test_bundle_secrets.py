@@ -1,6 +1,6 @@
 """Secrets on a stick: the board takes its own boxes from it, and judges them like those that come over the network."""
 
-import asyncio
+import contextlib
 import io
 import tarfile
 
@@ -71,19 +71,18 @@ def given(kit):
     return kit.host.entrusted["web", kit.host.running["web"].generation]
 
 
-def story(kit, tell):
-    async def run():
-        await kit.boot()
-        await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
-        assert given(kit) == {"key": PASSWORD}
-        await tell()
-        await kit.pull_plug()
-
-    asyncio.run(run())
+@contextlib.asynccontextmanager
+async def a_board(kit):
+    await kit.boot()
+    await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
+    assert given(kit) == {"key": PASSWORD}
+    yield
+    await kit.pull_plug()
 
 
-def test_a_rotated_secret_comes_on_a_stick_without_a_network(kit, stick):
-    async def tell():
+@pytest.mark.asyncio
+async def test_a_rotated_secret_comes_on_a_stick_without_a_network(kit, stick):
+    async with a_board(kit):
         newer = kit.seal(NEWER, version=2)
         assignment = kit.assignment(2, with_secret(kit, "1.0.1", newer))
         stick.put_in(assignment, stick.boxes())
@@ -95,8 +94,6 @@ def test_a_rotated_secret_comes_on_a_stick_without_a_network(kit, stick):
         assert kit.store.facts().secrets == {"web/key": 2}
         for path in (each for each in kit.places.state.rglob("*") if each.is_file()):
             assert NEWER.encode() not in path.read_bytes(), path
-
-    story(kit, tell)
 
 
 def changed(stick, ref):
@@ -116,8 +113,9 @@ def left_out(stick, ref):
     ("attack", "code"),
     [(changed, RejectCode.HASH_MISMATCH), (exchanged, RejectCode.HASH_MISMATCH), (left_out, None)],
 )
-def test_a_box_on_a_stick_is_judged_and_what_runs_goes_on(kit, stick, attack, code):
-    async def tell():
+@pytest.mark.asyncio
+async def test_a_box_on_a_stick_is_judged_and_what_runs_goes_on(kit, stick, attack, code):
+    async with a_board(kit):
         before = kit.host.running["web"].generation
         newer = kit.seal(NEWER, version=2)
         assignment = kit.assignment(2, with_secret(kit, "1.0.1", newer))
@@ -130,5 +128,3 @@ def test_a_box_on_a_stick_is_judged_and_what_runs_goes_on(kit, stick, attack, co
             assert (kit.reports()[-1].phase, kit.reports()[-1].code) == ("failed", code)
         assert kit.host.running["web"].generation == before
         assert given(kit) == {"key": PASSWORD}
-
-    story(kit, tell)

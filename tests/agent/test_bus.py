@@ -124,143 +124,128 @@ def _quick_retries(monkeypatch):
     monkeypatch.setattr(bus_module, "RETRY_FIRST_S", 0.01)
 
 
-def test_a_session_that_the_broker_keeps_with_a_will(free_port):
-    async def story():
-        broker = Broker()
-        await broker.start()
-        board = Board(f"mqtt://127.0.0.1:{broker.port}")
-        await board.until(lambda: "connected" in board.told)
-        (connect,) = broker.connects
-        assert connect.startswith(b"\x00\x04MQTT\x04"), "MQTT 3.1.1"
-        flags = connect[7]
-        assert not flags & 2, "the session is kept"
-        assert flags & 4, "there is a will"
-        assert flags & 32, "which is retained"
-        assert str(Topic(DEVICE, Up.STATE)).encode() in connect
-        assert b"gone" in connect
-        await broker.until(lambda: broker.subscribed)
-        assert all(topic.encode() in broker.subscribed[0] for topic in board_subscriptions(DEVICE))
-        await board.stop()
-        await broker.stop()
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_a_session_that_the_broker_keeps_with_a_will(free_port):
+    broker = Broker()
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    await board.until(lambda: "connected" in board.told)
+    (connect,) = broker.connects
+    assert connect.startswith(b"\x00\x04MQTT\x04"), "MQTT 3.1.1"
+    flags = connect[7]
+    assert not flags & 2, "the session is kept"
+    assert flags & 4, "there is a will"
+    assert flags & 32, "which is retained"
+    assert str(Topic(DEVICE, Up.STATE)).encode() in connect
+    assert b"gone" in connect
+    await broker.until(lambda: broker.subscribed)
+    assert all(topic.encode() in broker.subscribed[0] for topic in board_subscriptions(DEVICE))
+    await board.stop()
+    await broker.stop()
 
 
-def test_messages_go_both_ways():
-    async def story():
-        broker = Broker()
-        await broker.start()
-        board = Board(f"mqtt://127.0.0.1:{broker.port}")
-        assert not board.bus.publish(Up.HEALTH, b"too early")
-        await board.until(lambda: "connected" in board.told)
-        assert board.bus.publish(Up.REPORT, b"a report")
-        await broker.until(lambda: broker.published)
-        assert broker.published == [(str(Topic(DEVICE, Up.REPORT)), b"a report", False)]
-        broker.say(Topic(DEVICE, Down.ACK), b"yes")
-        broker.say(POKE, b"{}")
-        await board.until(lambda: (POKE, b"{}") in board.told)
-        assert (str(Topic(DEVICE, Down.ACK)), b"yes") in board.told
-        await board.stop()
-        await broker.stop()
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_messages_go_both_ways():
+    broker = Broker()
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    assert not board.bus.publish(Up.HEALTH, b"too early")
+    await board.until(lambda: "connected" in board.told)
+    assert board.bus.publish(Up.REPORT, b"a report")
+    await broker.until(lambda: broker.published)
+    assert broker.published == [(str(Topic(DEVICE, Up.REPORT)), b"a report", False)]
+    broker.say(Topic(DEVICE, Down.ACK), b"yes")
+    broker.say(POKE, b"{}")
+    await board.until(lambda: (POKE, b"{}") in board.told)
+    assert (str(Topic(DEVICE, Down.ACK)), b"yes") in board.told
+    await board.stop()
+    await broker.stop()
 
 
-def test_a_lost_connection_comes_back():
-    async def story():
-        broker = Broker()
-        await broker.start()
-        board = Board(f"mqtt://127.0.0.1:{broker.port}")
-        await board.until(lambda: "connected" in board.told)
-        broker.drop()
-        await board.until(lambda: board.told.count("connected") == 2)
-        assert board.told[:3] == ["connected", "disconnected", "connected"]
-        await board.stop()
-        await broker.stop()
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_a_lost_connection_comes_back():
+    broker = Broker()
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    await board.until(lambda: "connected" in board.told)
+    broker.drop()
+    await board.until(lambda: board.told.count("connected") == 2)
+    assert board.told[:3] == ["connected", "disconnected", "connected"]
+    await board.stop()
+    await broker.stop()
 
 
-def test_a_broker_that_refuses_is_no_connection(caplog):
-    async def story():
-        broker = Broker()
-        broker.accept = 5  # not authorised
-        await broker.start()
-        board = Board(f"mqtt://127.0.0.1:{broker.port}")
-        await broker.until(lambda: len(broker.connects) >= 2)
-        assert board.told == []
-        broker.accept = 0
-        await board.until(lambda: "connected" in board.told)
-        await board.stop()
-        await broker.stop()
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_a_broker_that_refuses_is_no_connection(caplog):
+    broker = Broker()
+    broker.accept = 5  # not authorised
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    await broker.until(lambda: len(broker.connects) >= 2)
+    assert board.told == []
+    broker.accept = 0
+    await board.until(lambda: "connected" in board.told)
+    await board.stop()
+    await broker.stop()
 
 
-def test_a_board_that_was_refused_comes_at_once_when_it_has_another_certificate(monkeypatch):
+@pytest.mark.asyncio
+async def test_a_board_that_was_refused_comes_at_once_when_it_has_another_certificate(monkeypatch):
     """Not minutes later, when its patience with a broker that refuses it has grown."""
     monkeypatch.setattr(bus_module, "RETRY_FIRST_S", 100_000.0)
     monkeypatch.setattr(bus_module, "RETRY_MAX_S", 100_000.0)
 
-    async def story():
-        broker = Broker()
-        broker.accept = 5  # not authorised
-        await broker.start()
-        board = Board(f"mqtt://127.0.0.1:{broker.port}")
-        await broker.until(lambda: broker.connects)
-        broker.accept = 0
-        board.bus.retry()
-        await board.until(lambda: "connected" in board.told)
-        await board.stop()
-        await broker.stop()
-
-    asyncio.run(story())
+    broker = Broker()
+    broker.accept = 5  # not authorised
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    await broker.until(lambda: broker.connects)
+    broker.accept = 0
+    board.bus.retry()
+    await board.until(lambda: "connected" in board.told)
+    await board.stop()
+    await broker.stop()
 
 
-def test_addresses_are_tried_in_turn(free_port):
-    async def story():
-        broker = Broker()
-        await broker.start()
-        board = Board(f"mqtt://127.0.0.1:{free_port}", f"mqtt://127.0.0.1:{broker.port}")
-        await board.until(lambda: "connected" in board.told)
-        await board.stop()
-        await broker.stop()
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_addresses_are_tried_in_turn(free_port):
+    broker = Broker()
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{free_port}", f"mqtt://127.0.0.1:{broker.port}")
+    await board.until(lambda: "connected" in board.told)
+    await board.stop()
+    await broker.stop()
 
 
-def test_a_handler_that_fails_does_not_end_the_connection():
-    async def story():
-        broker = Broker()
-        await broker.start()
-        board = Board(f"mqtt://127.0.0.1:{broker.port}")
-        await board.until(lambda: "connected" in board.told)
+@pytest.mark.asyncio
+async def test_a_handler_that_fails_does_not_end_the_connection():
+    broker = Broker()
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    await board.until(lambda: "connected" in board.told)
 
-        def broken(_topic, _payload):
-            board.bus._on_message = lambda topic, payload: board._note((topic, payload))
-            raise RuntimeError("a bug")
+    def broken(_topic, _payload):
+        board.bus._on_message = lambda topic, payload: board._note((topic, payload))
+        raise RuntimeError("a bug")
 
-        board.bus._on_message = broken
-        broker.say(POKE, b"1")
-        broker.say(POKE, b"2")
-        await board.until(lambda: (POKE, b"2") in board.told)
-        assert "disconnected" not in board.told
-        await board.stop()
-        await broker.stop()
-
-    asyncio.run(story())
+    board.bus._on_message = broken
+    broker.say(POKE, b"1")
+    broker.say(POKE, b"2")
+    await board.until(lambda: (POKE, b"2") in board.told)
+    assert "disconnected" not in board.told
+    await board.stop()
+    await broker.stop()
 
 
 @pytest.mark.parametrize("addresses", [(), ("http://a:1",), ("mqtts://",)])
-def test_an_address_that_cannot_be_meant_is_refused(addresses):
-    async def story():
-        with pytest.raises(BusError, match="mqtts://host:port"):
-            Board(*addresses)
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_an_address_that_cannot_be_meant_is_refused(addresses):
+    with pytest.raises(BusError, match="mqtts://host:port"):
+        Board(*addresses)
 
 
-def test_several_messages_in_one_tls_record_are_all_heard(tmp_path):
+@pytest.mark.asyncio
+async def test_several_messages_in_one_tls_record_are_all_heard(tmp_path):
     """The socket becomes readable once; what is left in the TLS layer must not wait for the next ping."""
     ca = CertificateAuthority.create(tmp_path, fleet="f", now=datetime.now(UTC))
     pair = ca.server(["127.0.0.1"], now=datetime.now(UTC))
@@ -268,15 +253,12 @@ def test_several_messages_in_one_tls_record_are_all_heard(tmp_path):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "both.pem")
 
-    async def story():
-        broker = Broker()
-        await broker.start(ssl=context)
-        board = Board(f"mqtts://127.0.0.1:{broker.port}", tls=FixedTls(tls.context(ca.pem)))
-        await board.until(lambda: "connected" in board.told)
-        broker.writers[-1].write(b"".join(broker.packet(POKE, b"%d" % number) for number in range(50)))
-        await board.until(lambda: (POKE, b"49") in board.told)
-        assert [payload for _, payload in board.told[1:]] == [b"%d" % number for number in range(50)]
-        await board.stop()
-        await broker.stop()
-
-    asyncio.run(story())
+    broker = Broker()
+    await broker.start(ssl=context)
+    board = Board(f"mqtts://127.0.0.1:{broker.port}", tls=FixedTls(tls.context(ca.pem)))
+    await board.until(lambda: "connected" in board.told)
+    broker.writers[-1].write(b"".join(broker.packet(POKE, b"%d" % number) for number in range(50)))
+    await board.until(lambda: (POKE, b"49") in board.told)
+    assert [payload for _, payload in board.told[1:]] == [b"%d" % number for number in range(50)]
+    await board.stop()
+    await broker.stop()

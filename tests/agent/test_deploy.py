@@ -1,6 +1,7 @@
 """Deployments on a board with the real machine, store, effects and host link: who wins, who waits, who is told what."""
 
 import asyncio
+import contextlib
 import threading
 
 import msgspec
@@ -16,19 +17,18 @@ from signing.errors import Rejected
 V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
 
 
-def on_a_board(kit, story):
-    async def whole():
-        await kit.boot()
-        try:
-            await story()
-        finally:
-            await kit.pull_plug()
-
-    asyncio.run(whole())
+@contextlib.asynccontextmanager
+async def on_a_board(kit):
+    await kit.boot()
+    try:
+        yield
+    finally:
+        await kit.pull_plug()
 
 
-def test_a_first_deployment_and_its_reports(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_first_deployment_and_its_reports(kit):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         assert kit.chain() == ["fetching", "compiling", "swapping", "probation", "committed"]
         running = [(report.phase.value, report.running) for report in kit.reports()]
@@ -39,11 +39,10 @@ def test_a_first_deployment_and_its_reports(kit):
         assert {"fetching", "compiling", "swapping", "probation"} <= kit.reports()[-1].timings_ms.keys()
         assert kit.store.counter("committed") == 1
 
-    on_a_board(kit, story)
 
-
-def test_a_bad_version_goes_back_and_says_why_with_its_last_lines(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_bad_version_goes_back_and_says_why_with_its_last_lines(kit):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.faults[V2] = 2
         await kit.run(kit.assignment(2, kit.publish("2.0.0", rollout="r2")))
@@ -58,11 +57,10 @@ def test_a_bad_version_goes_back_and_says_why_with_its_last_lines(kit):
         assert (last.phase, last.code, last.rollout) == ("failed", RejectCode.TRAPPED, "r3")
         assert len(kit.server.fetched) == fetched
 
-    on_a_board(kit, story)
 
-
-def test_a_version_that_does_not_start_leaves_the_old_one_answering(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_version_that_does_not_start_leaves_the_old_one_answering(kit):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.refuse[V2] = RejectCode.HEALTH_FAILED
         await kit.run(kit.assignment(2, kit.publish("2.0.0")))
@@ -71,12 +69,11 @@ def test_a_version_that_does_not_start_leaves_the_old_one_answering(kit):
         assert last.log == ("last words",)
         assert kit.host.targets() == {"web": V1}
 
-    on_a_board(kit, story)
-
 
 @pytest.mark.parametrize("code", [RejectCode.SECURITY_EPOCH, RejectCode.UNKNOWN_TARGET, RejectCode.GRANT_DENIED])
-def test_what_publishers_did_not_sign_is_refused_with_its_code(kit, code):
-    async def story():
+@pytest.mark.asyncio
+async def test_what_publishers_did_not_sign_is_refused_with_its_code(kit, code):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         item = kit.publish("2.0.0")
         kit.trust.trouble[V2] = [Rejected(code, "no")]
@@ -85,11 +82,10 @@ def test_what_publishers_did_not_sign_is_refused_with_its_code(kit, code):
         assert (last.phase, last.code, last.running) == ("failed", code, V1)
         assert kit.host.targets() == {"web": V1}
 
-    on_a_board(kit, story)
 
-
-def test_a_tampered_artifact_is_refused_and_never_tried_again(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_tampered_artifact_is_refused_and_never_tried_again(kit):
+    async with on_a_board(kit):
         kit.server.trouble = [FetchError(RejectCode.HASH_MISMATCH, "other bytes")]
         item = kit.publish("1.0.0")
         await kit.run(kit.assignment(1, item))
@@ -97,11 +93,10 @@ def test_a_tampered_artifact_is_refused_and_never_tried_again(kit):
         await kit.run(kit.assignment(2, item))
         assert kit.chain() == ["fetching", "failed"]
 
-    on_a_board(kit, story)
 
-
-def test_a_passing_trouble_is_tried_again_and_said_meanwhile(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_passing_trouble_is_tried_again_and_said_meanwhile(kit):
+    async with on_a_board(kit):
         gone = FetchError(RejectCode.UNREACHABLE, "no route")
         kit.server.trouble = [gone]
         from agent.update import machine
@@ -114,11 +109,10 @@ def test_a_passing_trouble_is_tried_again_and_said_meanwhile(kit):
         assert kit.chain() == ["fetching", "fetching", "compiling", "swapping", "probation", "committed"]
         assert [report.code for report in kit.reports()][:3] == [None, RejectCode.UNREACHABLE, None]
 
-    on_a_board(kit, story)
 
-
-def test_no_space_is_a_clean_refusal(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_no_space_is_a_clean_refusal(kit):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         (kit.places.artifacts / kit.publish("2.0.0").sha256).with_suffix(".wasm").unlink()
         kit.server.trouble = [FetchError(RejectCode.NO_SPACE, "full")]
@@ -129,11 +123,10 @@ def test_no_space_is_a_clean_refusal(kit):
         (failure,) = kit.store.failed()
         assert failure.retry_at is not None
 
-    on_a_board(kit, story)
 
-
-def test_an_artifact_changed_on_the_disk_is_fetched_anew(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_an_artifact_changed_on_the_disk_is_fetched_anew(kit):
+    async with on_a_board(kit):
         item = kit.publish("1.0.0")
         path = kit.places.artifacts / f"{item.sha256}.wasm"
         path.parent.mkdir()
@@ -142,10 +135,9 @@ def test_an_artifact_changed_on_the_disk_is_fetched_anew(kit):
         assert kit.server.fetched == [item.sha256]
         assert kit.host.targets() == {"web": V1}
 
-    on_a_board(kit, story)
 
-
-def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
+@pytest.mark.asyncio
+async def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
     looked, both_have_looked = [], threading.Event()
     plain_sound, plain_download = carry._sound, kit.server.download
 
@@ -161,7 +153,9 @@ def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
         assert both_have_looked.wait(20)
         plain_download(*what, **how)
 
-    async def story():
+    monkeypatch.setattr(carry, "_sound", sound)
+    monkeypatch.setattr(kit.server, "download", download)
+    async with on_a_board(kit):
         first, second = (kit.publish("1.0.0", instance=name) for name in ("first", "second"))
         assert first.sha256 == second.sha256
         await kit.run(kit.assignment(1, first, second))
@@ -169,13 +163,10 @@ def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
         assert kit.host.targets() == {"first": V1, "second": V1}
         assert kit.server.fetched == [first.sha256]
 
-    monkeypatch.setattr(carry, "_sound", sound)
-    monkeypatch.setattr(kit.server, "download", download)
-    on_a_board(kit, story)
 
-
-def test_something_newer_supersedes_a_version_on_probation(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_something_newer_supersedes_a_version_on_probation(kit):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", probation_ms=60_000)))
         await kit.until(lambda: kit.chain()[-1:] == ["probation"])
@@ -183,8 +174,6 @@ def test_something_newer_supersedes_a_version_on_probation(kit):
         assert kit.host.targets() == {"web": V3}
         assert [report.code for report in kit.reports() if report.phase == "rolled-back"] == [RejectCode.SUPERSEDED]
         assert kit.store.failed() == ()
-
-    on_a_board(kit, story)
 
 
 def ends_while_planned(kit, monkeypatch):
@@ -200,8 +189,9 @@ def ends_while_planned(kit, monkeypatch):
 
 
 @pytest.mark.parametrize("next_version", ["2.0.0", "1.0.0"])
-def test_a_change_that_ends_while_the_next_is_planned_holds_nothing_up(kit, monkeypatch, next_version):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_change_that_ends_while_the_next_is_planned_holds_nothing_up(kit, monkeypatch, next_version):
+    async with on_a_board(kit):
         first = kit.publish("1.0.0", probation_ms=300)
         await kit.deployer.desire(kit.assignment(1, first))
         flight = kit.deployer.standing.flights["web"]
@@ -214,13 +204,12 @@ def test_a_change_that_ends_while_the_next_is_planned_holds_nothing_up(kit, monk
         assert kit.deployer.standing.committed["web"].item.rollout == "r2"
         assert kit.store.changes() == ()
 
-    on_a_board(kit, story)
 
-
-def test_going_back_while_on_probation_needs_no_new_start(kit):
+@pytest.mark.asyncio
+async def test_going_back_while_on_probation_needs_no_new_start(kit):
     """A rollout that halts takes back what it offered: the warm old version answers again at once."""
 
-    async def story():
+    async with on_a_board(kit):
         first = kit.publish("1.0.0")
         await kit.run(kit.assignment(1, first))
         await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", probation_ms=60_000)))
@@ -231,11 +220,10 @@ def test_going_back_while_on_probation_needs_no_new_start(kit):
         assert sum(type(request).__name__ == "Start" for request in kit.host.requests) == starts
         assert kit.store.counter("committed") == 3
 
-    on_a_board(kit, story)
 
-
-def test_a_download_that_is_not_wanted_any_more_holds_up_nothing(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_download_that_is_not_wanted_any_more_holds_up_nothing(kit):
+    async with on_a_board(kit):
         kit.server.trouble = [FetchError(RejectCode.UNREACHABLE, "no route")] * 3
         await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         await kit.until(lambda: len(kit.chain()) >= 2)
@@ -245,11 +233,10 @@ def test_a_download_that_is_not_wanted_any_more_holds_up_nothing(kit):
         superseded = [report for report in kit.reports() if report.code is RejectCode.SUPERSEDED]
         assert [(report.phase.value, report.rollout) for report in superseded] == [("failed", "r1")]
 
-    on_a_board(kit, story)
 
-
-def test_a_removal_is_held_up_by_nothing(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_removal_is_held_up_by_nothing(kit):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")))
         # The other instance hangs in a download; the host is gone, too.
         stuck = kit.publish("2.0.0", instance="other")
@@ -263,11 +250,10 @@ def test_a_removal_is_held_up_by_nothing(kit):
         kit.host.start()
         await kit.until(lambda: kit.host.targets() == {"other": V1})
 
-    on_a_board(kit, story)
 
-
-def test_the_host_dies_in_the_middle_of_a_swap(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_the_host_dies_in_the_middle_of_a_swap(kit):
+    async with on_a_board(kit):
         from agent.host import ipc
 
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
@@ -279,13 +265,12 @@ def test_the_host_dies_in_the_middle_of_a_swap(kit):
         assert kit.host.targets() == {"web": V2}
         assert kit.chain()[-1] == "committed"
 
-    on_a_board(kit, story)
 
-
-def test_a_new_host_gets_what_is_committed_before_anything_else(kit):
+@pytest.mark.asyncio
+async def test_a_new_host_gets_what_is_committed_before_anything_else(kit):
     """Else the old version, started late, would take over from the new one."""
 
-    async def story():
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.kill()
         kit.host.requests.clear()
@@ -296,11 +281,10 @@ def test_a_new_host_gets_what_is_committed_before_anything_else(kit):
         assert starts == [V1, V2]
         assert kit.host.targets() == {"web": V2}
 
-    on_a_board(kit, story)
 
-
-def test_a_component_that_keeps_killing_the_host_is_taken_back(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_component_that_keeps_killing_the_host_is_taken_back(kit):
+    async with on_a_board(kit):
         from agent.host import ipc
 
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
@@ -318,11 +302,10 @@ def test_a_component_that_keeps_killing_the_host_is_taken_back(kit):
         assert kit.host.targets() == {"web": V1}
         assert isinstance(kit.host.requests[0], ipc.Hello)
 
-    on_a_board(kit, story)
 
-
-def test_restarting_the_agent_touches_no_instance(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_restarting_the_agent_touches_no_instance(kit):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         before = len(kit.host.requests)
         await kit.stop_agent()
@@ -331,11 +314,10 @@ def test_restarting_the_agent_touches_no_instance(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         assert {type(request).__name__ for request in kit.host.requests[before:]} == {"Hello"}
 
-    on_a_board(kit, story)
 
-
-def test_an_agent_restarted_during_probation_goes_on_with_it(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_an_agent_restarted_during_probation_goes_on_with_it(kit):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         item = kit.publish("2.0.0", probation_ms=300)
         await kit.deployer.desire(kit.assignment(2, item))
@@ -348,22 +330,21 @@ def test_an_agent_restarted_during_probation_goes_on_with_it(kit):
         assert kit.chain()[-1] == "committed"
         assert sum(type(request).__name__ == "Start" for request in kit.host.requests) == starts
 
-    on_a_board(kit, story)
 
-
-def test_what_runs_already_is_told_to_the_rollout_that_asks(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_what_runs_already_is_told_to_the_rollout_that_asks(kit):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         await kit.run(kit.assignment(2, kit.publish("1.0.0", rollout="r2")))
         last = kit.reports()[-1]
         assert (last.phase, last.rollout, last.running) == ("committed", "r2", V1)
         assert kit.store.counter("committed") == 2
 
-    on_a_board(kit, story)
 
+@pytest.mark.asyncio
+async def test_a_fault_of_our_own_is_a_failed_deployment_and_not_a_stuck_one(kit, monkeypatch):
+    async with on_a_board(kit):
 
-def test_a_fault_of_our_own_is_a_failed_deployment_and_not_a_stuck_one(kit, monkeypatch):
-    async def story():
         async def broken(_change):
             raise RuntimeError("a bug")
 
@@ -374,11 +355,10 @@ def test_a_fault_of_our_own_is_a_failed_deployment_and_not_a_stuck_one(kit, monk
         assert (last.phase, last.code) == ("rolled-back", RejectCode.INTERNAL)
         assert kit.host.targets() == {"web": V1}
 
-    on_a_board(kit, story)
 
-
-def test_a_disk_that_is_full_stops_nothing_that_runs_and_is_waited_for(kit, monkeypatch):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_disk_that_is_full_stops_nothing_that_runs_and_is_waited_for(kit, monkeypatch):
+    async with on_a_board(kit):
         monkeypatch.setattr("agent.deploy.STORE_AGAIN_S", 0.01)
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         real, failures = kit.store.save, []
@@ -395,11 +375,10 @@ def test_a_disk_that_is_full_stops_nothing_that_runs_and_is_waited_for(kit, monk
         assert kit.host.targets() == {"web": V2}
         assert kit.chain()[-5:] == ["fetching", "compiling", "swapping", "probation", "committed"]
 
-    on_a_board(kit, story)
 
-
-def test_the_security_epoch_is_raised_at_the_commit_and_not_before(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_the_security_epoch_is_raised_at_the_commit_and_not_before(kit):
+    async with on_a_board(kit):
         item = kit.publish("1.0.0", probation_ms=200)
         kit.manifests[V1] = type(kit.manifests[V1])(
             name="web",
@@ -413,8 +392,6 @@ def test_the_security_epoch_is_raised_at_the_commit_and_not_before(kit):
         assert kit.store.facts().epochs == {}
         await kit.settled()
         assert kit.store.facts().epochs == {"acme/web": 7}
-
-    on_a_board(kit, story)
 
 
 def test_lost_names_its_code():

@@ -42,7 +42,7 @@ class Server:
         return msgspec.json.encode(LogAnswer(more=len(self.chunks) < self.more))
 
 
-def followed(policy, host, server, monkeypatch):
+async def followed(policy, host, server, monkeypatch):
     """Follow until it ends; what the board wrote into its own history."""
     monkeypatch.setattr(follow, "LOOK_S", 0.001)
     history = []
@@ -50,23 +50,21 @@ def followed(policy, host, server, monkeypatch):
     async def told(text):
         history.append(text)
 
-    async def story():
-        tasks = []
-        follower = Follower(
-            link=host,
-            https=server,
-            policy=policy,
-            spawn=lambda work: tasks.append(asyncio.ensure_future(work)),
-            told=told,
-        )
-        follower.follow("hello", minutes=5, command=7)
-        async with asyncio.timeout(60):
-            await asyncio.gather(*tasks)
-
-    asyncio.run(story())
+    tasks = []
+    follower = Follower(
+        link=host,
+        https=server,
+        policy=policy,
+        spawn=lambda work: tasks.append(asyncio.ensure_future(work)),
+        told=told,
+    )
+    follower.follow("hello", minutes=5, command=7)
+    async with asyncio.timeout(60):
+        await asyncio.gather(*tasks)
     return history
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("policy", "lines", "left_out"),
     [
@@ -74,43 +72,47 @@ def followed(policy, host, server, monkeypatch):
         ("errors", ("error no connection", "host: it trapped", "critical on fire"), 2),
     ],
 )
-def test_the_boards_owner_decides_what_leaves(policy, lines, left_out, monkeypatch):
+async def test_the_boards_owner_decides_what_leaves(policy, lines, left_out, monkeypatch):
     server = Server()
-    history = followed(policy, Host(ipc.Lines(id=1, lines=LINES, count=5)), server, monkeypatch)
+    history = await followed(policy, Host(ipc.Lines(id=1, lines=LINES, count=5)), server, monkeypatch)
     (chunk,) = server.chunks
     assert (chunk.lines, chunk.left_out, chunk.command) == (lines, left_out, 7)
     assert "goes to the fleet for 5 minutes: command 7" in history[0]
 
 
-def test_an_owner_who_lets_nothing_out_says_so_and_no_line_leaves(monkeypatch):
+@pytest.mark.asyncio
+async def test_an_owner_who_lets_nothing_out_says_so_and_no_line_leaves(monkeypatch):
     server = Server()
-    history = followed("off", Host(ipc.Lines(id=1, lines=LINES, count=5)), server, monkeypatch)
+    history = await followed("off", Host(ipc.Lines(id=1, lines=LINES, count=5)), server, monkeypatch)
     (chunk,) = server.chunks
     assert chunk.lines == ()
     assert "lets no log leave" in chunk.refused
     assert "refused, by [policy] logs" in history[0]
 
 
-def test_only_what_is_new_is_sent_and_what_was_missed_is_counted(monkeypatch):
+@pytest.mark.asyncio
+async def test_only_what_is_new_is_sent_and_what_was_missed_is_counted(monkeypatch):
     server = Server(more=3)
     host = Host(
         ipc.Lines(id=1, lines=("a", "b"), count=2),
         ipc.Lines(id=2, lines=("b", "c"), count=3),
         ipc.Lines(id=3, lines=("y", "z"), count=99),
     )
-    followed("all", host, server, monkeypatch)
+    await followed("all", host, server, monkeypatch)
     assert [chunk.lines for chunk in server.chunks] == [("a", "b"), ("c",), ("y", "z")]
     assert [chunk.left_out for chunk in server.chunks] == [0, 0, 94]
 
 
-def test_a_host_that_was_restarted_counts_anew(monkeypatch):
+@pytest.mark.asyncio
+async def test_a_host_that_was_restarted_counts_anew(monkeypatch):
     server = Server(more=2)
     host = Host(ipc.Lines(id=1, lines=("a", "b"), count=2), ipc.Lines(id=2, lines=("fresh",), count=1))
-    followed("all", host, server, monkeypatch)
+    await followed("all", host, server, monkeypatch)
     assert [chunk.lines for chunk in server.chunks] == [("a", "b"), ("fresh",)]
 
 
-def test_a_hostile_broker_asks_for_logs_and_is_counted():
+@pytest.mark.asyncio
+async def test_a_hostile_broker_asks_for_logs_and_is_counted():
     repo = Repository()
     board = Board(repo)
     board.run(repo.assign(repo.publish()))
@@ -142,13 +144,13 @@ def test_a_hostile_broker_asks_for_logs_and_is_counted():
         b'{"verb": "follow-logs", "instance": "hello"}',
         b"",
     ):
-        asyncio.run(commands.obey(envelope))
+        await commands.obey(envelope)
     assert asked == []
     assert commands.refused == len(refused) == 4
     assert "4 commands were refused" in commands.problem
-    asyncio.run(commands.obey(good))
-    asyncio.run(commands.obey(good))  # the broker plays it again
+    await commands.obey(good)
+    await commands.obey(good)  # the broker plays it again
     assert asked == [("hello", 1)]
     assert commands.refused == 5
-    asyncio.run(commands.obey(director.sign_command(order(CheckIn(), 2), repo.keys["director"])))
+    await commands.obey(director.sign_command(order(CheckIn(), 2), repo.keys["director"]))
     assert asked[-1] == "check-in"

@@ -1,6 +1,5 @@
 """Images: made by the real compiler, and never used when anything about them was changed on the disk."""
 
-import asyncio
 import fcntl
 import hashlib
 import os
@@ -55,16 +54,18 @@ async def opened(made, artifact):
         os.close(descriptor)
 
 
-def test_the_real_compiler_makes_an_image_for_this_board(tmp_path, artifact):
+@pytest.mark.asyncio
+async def test_the_real_compiler_makes_an_image_for_this_board(tmp_path, artifact):
     made = board(tmp_path)
-    asyncio.run(make(made, artifact))
-    image, seals = asyncio.run(opened(made, artifact))
+    await make(made, artifact)
+    image, seals = await opened(made, artifact)
     assert image.startswith(b"\x7fELF")
     assert seals == SEALS, "nobody can change it after the check"
     (file,) = (tmp_path / "images").glob("*.cwasm")
     assert file.stat().st_mode & 0o777 == 0o444
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("data", "code"),
     [
@@ -73,12 +74,12 @@ def test_the_real_compiler_makes_an_image_for_this_board(tmp_path, artifact):
         (b"\0asm\x01\0\0\0", RejectCode.COMPILE_FAILED),
     ],
 )
-def test_what_the_real_compiler_refuses_has_a_code_and_a_sentence(tmp_path, data, code):
+async def test_what_the_real_compiler_refuses_has_a_code_and_a_sentence(tmp_path, data, code):
     path = tmp_path / "bad.wasm"
     path.write_bytes(data)
     sha256 = __import__("hashlib").sha256(data).hexdigest()
     with pytest.raises(ImageError) as caught:
-        asyncio.run(board(tmp_path).make(path, sha256=sha256, manifest_sha256=MANIFEST))
+        await board(tmp_path).make(path, sha256=sha256, manifest_sha256=MANIFEST)
     assert caught.value.code is code
     assert "ended with" not in caught.value.message, "it says why, in the compiler's own words"
 
@@ -93,27 +94,30 @@ NEWER = """(component
     (export "wasi:http/handler@0.3.0" (instance $handler)))"""
 
 
-def test_a_component_for_wasi_0_3_is_refused_with_what_to_build_instead(tmp_path):
+@pytest.mark.asyncio
+async def test_a_component_for_wasi_0_3_is_refused_with_what_to_build_instead(tmp_path):
     """The engine would compile it, and nobody could start it."""
     data = bytes(wat2wasm(NEWER))
     path = tmp_path / "newer.wasm"
     path.write_bytes(data)
     with pytest.raises(ImageError) as caught:
-        asyncio.run(board(tmp_path).make(path, sha256=hashlib.sha256(data).hexdigest(), manifest_sha256=MANIFEST))
+        await board(tmp_path).make(path, sha256=hashlib.sha256(data).hexdigest(), manifest_sha256=MANIFEST)
     assert caught.value.code is RejectCode.NOT_A_COMPONENT
     assert "wasi:http/types@0.3.0" in caught.value.message
     assert "wasm32-wasip2" in caught.value.message
 
 
-def test_a_compiler_that_hangs_is_ended(tmp_path, artifact, monkeypatch):
+@pytest.mark.asyncio
+async def test_a_compiler_that_hangs_is_ended(tmp_path, artifact, monkeypatch):
     monkeypatch.setenv("WASMFLEET_COMPILER", "sh -c 'exec sleep 60'")
     monkeypatch.setattr(images, "DESCRIBE_MAX_S", 0.2)
     with pytest.raises(ImageError) as caught:
-        asyncio.run(make(board(tmp_path), artifact))
+        await make(board(tmp_path), artifact)
     assert caught.value.code is RejectCode.COMPILE_LIMIT
 
 
-def test_a_compiler_that_dies_of_a_signal_is_a_refusal(tmp_path, artifact, monkeypatch):
+@pytest.mark.asyncio
+async def test_a_compiler_that_dies_of_a_signal_is_a_refusal(tmp_path, artifact, monkeypatch):
     made = quick(tmp_path, monkeypatch)
 
     async def dies(self, arguments, data, seconds):
@@ -121,14 +125,15 @@ def test_a_compiler_that_dies_of_a_signal_is_a_refusal(tmp_path, artifact, monke
 
     monkeypatch.setattr(made, "_run", dies.__get__(made))
     with pytest.raises(ImageError, match="panicked") as caught:
-        asyncio.run(make(made, artifact))
+        await make(made, artifact)
     assert caught.value.code in {RejectCode.COMPILE_LIMIT, RejectCode.COMPILE_FAILED}
 
 
-def test_a_board_without_an_engine_says_so(tmp_path, artifact, monkeypatch):
+@pytest.mark.asyncio
+async def test_a_board_without_an_engine_says_so(tmp_path, artifact, monkeypatch):
     monkeypatch.setenv("WASMFLEET_COMPILER", "false")
     with pytest.raises(ImageError) as caught:
-        asyncio.run(make(board(tmp_path), artifact))
+        await make(board(tmp_path), artifact)
     assert caught.value.code is RejectCode.NO_ENGINE
 
 
@@ -140,82 +145,79 @@ def flip(path, offset=3):
 
 
 @pytest.mark.parametrize("what", ["*.cwasm", "*.json"])
-def test_a_changed_file_is_refused_reported_and_made_anew(tmp_path, artifact, monkeypatch, what):
+@pytest.mark.asyncio
+async def test_a_changed_file_is_refused_reported_and_made_anew(tmp_path, artifact, monkeypatch, what):
     told = []
     made = quick(tmp_path, monkeypatch, on_damaged=lambda artifact, message: told.append((artifact, message)))
 
-    async def story():
-        await make(made, artifact)
-        (file,) = (tmp_path / "images").glob(what)
-        flip(file)
-        with pytest.raises(ImageError) as caught:
-            await opened(made, artifact)
-        assert caught.value.code is RejectCode.IMAGE_DAMAGED
-        assert [sha256 for sha256, _ in told] == [artifact[1]]
-        await make(made, artifact)
-        assert (await opened(made, artifact))[0].startswith(b"image of")
-
-    asyncio.run(story())
+    await make(made, artifact)
+    (file,) = (tmp_path / "images").glob(what)
+    flip(file)
+    with pytest.raises(ImageError) as caught:
+        await opened(made, artifact)
+    assert caught.value.code is RejectCode.IMAGE_DAMAGED
+    assert [sha256 for sha256, _ in told] == [artifact[1]]
+    await make(made, artifact)
+    assert (await opened(made, artifact))[0].startswith(b"image of")
 
 
-def test_every_byte_of_the_note_counts(tmp_path, artifact, monkeypatch):
+@pytest.mark.asyncio
+async def test_every_byte_of_the_note_counts(tmp_path, artifact, monkeypatch):
     """No field of what lies beside an image can be changed, whatever is changed to what."""
     made = quick(tmp_path, monkeypatch)
 
-    async def story():
-        await make(made, artifact)
-        (note,) = (tmp_path / "images").glob("*.json")
-        (image,) = (tmp_path / "images").glob("*.cwasm")
-        good, native = note.read_bytes(), image.read_bytes()
-        for offset in range(0, len(good), 7):
-            for path, data in ((note, good), (image, native)):
-                path.unlink(missing_ok=True)
-                path.write_bytes(data)
-            flip(note, offset)
-            with pytest.raises(ImageError):
-                await opened(made, artifact)
-
-    asyncio.run(story())
+    await make(made, artifact)
+    (note,) = (tmp_path / "images").glob("*.json")
+    (image,) = (tmp_path / "images").glob("*.cwasm")
+    good, native = note.read_bytes(), image.read_bytes()
+    for offset in range(0, len(good), 7):
+        for path, data in ((note, good), (image, native)):
+            path.unlink(missing_ok=True)
+            path.write_bytes(data)
+        flip(note, offset)
+        with pytest.raises(ImageError):
+            await opened(made, artifact)
 
 
-def test_an_image_of_another_board_is_not_accepted(tmp_path, artifact, monkeypatch):
-    asyncio.run(make(quick(tmp_path, monkeypatch, key=b"a" * 32), artifact))
+@pytest.mark.asyncio
+async def test_an_image_of_another_board_is_not_accepted(tmp_path, artifact, monkeypatch):
+    await make(quick(tmp_path, monkeypatch, key=b"a" * 32), artifact)
     with pytest.raises(ImageError) as caught:
-        asyncio.run(opened(quick(tmp_path, monkeypatch, key=b"b" * 32), artifact))
+        await opened(quick(tmp_path, monkeypatch, key=b"b" * 32), artifact)
     assert caught.value.code is RejectCode.IMAGE_DAMAGED
 
 
-def test_an_image_of_another_manifest_or_engine_is_another_image(tmp_path, artifact, monkeypatch):
+@pytest.mark.asyncio
+async def test_an_image_of_another_manifest_or_engine_is_another_image(tmp_path, artifact, monkeypatch):
     made = quick(tmp_path, monkeypatch)
-    asyncio.run(make(made, artifact))
+    await make(made, artifact)
     with pytest.raises(ImageError) as caught:
-        asyncio.run(made.open(sha256=artifact[1], manifest_sha256="1" * 64))
+        await made.open(sha256=artifact[1], manifest_sha256="1" * 64)
     assert caught.value.code is RejectCode.NOT_FOUND
     with pytest.raises(ImageError) as caught:
-        asyncio.run(opened(quick(tmp_path, monkeypatch, engine=b"51.0.0"), artifact))
+        await opened(quick(tmp_path, monkeypatch, engine=b"51.0.0"), artifact)
     assert caught.value.code is RejectCode.NOT_FOUND
 
 
-def test_a_file_that_changes_after_the_check_changes_nothing(tmp_path, artifact, monkeypatch):
+@pytest.mark.asyncio
+async def test_a_file_that_changes_after_the_check_changes_nothing(tmp_path, artifact, monkeypatch):
     made = quick(tmp_path, monkeypatch)
 
-    async def story():
-        await make(made, artifact)
-        descriptor = await made.open(sha256=artifact[1], manifest_sha256=MANIFEST)
-        (file,) = (tmp_path / "images").glob("*.cwasm")
-        flip(file)
-        assert os.pread(descriptor, 8, 0) == b"image of"
-        with pytest.raises(OSError, match="not permitted"):
-            os.pwrite(descriptor, b"x", 0)
-        os.close(descriptor)
-
-    asyncio.run(story())
+    await make(made, artifact)
+    descriptor = await made.open(sha256=artifact[1], manifest_sha256=MANIFEST)
+    (file,) = (tmp_path / "images").glob("*.cwasm")
+    flip(file)
+    assert os.pread(descriptor, 8, 0) == b"image of"
+    with pytest.raises(OSError, match="not permitted"):
+        os.pwrite(descriptor, b"x", 0)
+    os.close(descriptor)
 
 
-def test_an_artifact_changed_on_the_disk_is_not_compiled(tmp_path, artifact, monkeypatch):
+@pytest.mark.asyncio
+async def test_an_artifact_changed_on_the_disk_is_not_compiled(tmp_path, artifact, monkeypatch):
     artifact[0].write_bytes(b"other")
     with pytest.raises(ImageError) as caught:
-        asyncio.run(make(quick(tmp_path, monkeypatch), artifact))
+        await make(quick(tmp_path, monkeypatch), artifact)
     assert caught.value.code is RejectCode.HASH_MISMATCH
 
 

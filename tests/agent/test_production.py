@@ -1,7 +1,5 @@
 """dev, solo and production on the board's side: its owner says what it demands, signed root says what the fleet is."""
 
-import asyncio
-
 import msgspec
 import pytest
 
@@ -51,36 +49,38 @@ class Board(Case):
         )
 
 
-def test_a_board_of_the_first_day_becomes_one_for_production_with_its_fleet(tmp_path):
+@pytest.mark.asyncio
+async def test_a_board_of_the_first_day_becomes_one_for_production_with_its_fleet(tmp_path):
     board = Board(tmp_path, production=False)
-    board.judge(board.server.assignment(1))
+    await board.judge(board.server.assignment(1))
     assert board.deployer.versions == [1]
 
     # Its owner demands production: nothing of the development fleet is taken any more, and what runs goes on.
     board.restart(tmp_path, production=True)
-    board.judge(board.server.assignment(2))
+    await board.judge(board.server.assignment(2))
     assert board.deployer.versions == [1]
     assert board.codes() == [RejectCode.DEVELOPMENT]
     assert not identity.load(board.places).production
 
     # The fleet moves: the same board follows the roots, and remembers that it did.
     move(board.server, tmp_path)
-    board.judge(board.server.assignment(3))
+    await board.judge(board.server.assignment(3))
     assert board.deployer.versions == [1, 3]
     assert identity.load(board.places).production
     board.restart(tmp_path, production=True)
-    board.judge(board.server.assignment(4))
+    await board.judge(board.server.assignment(4))
     assert board.deployer.versions == [1, 3, 4]
 
 
-def test_a_board_in_production_that_slept_through_the_move_refuses_the_old_root_and_takes_the_new(tmp_path):
+@pytest.mark.asyncio
+async def test_a_board_in_production_that_slept_through_the_move_refuses_the_old_root_and_takes_the_new(tmp_path):
     board = Board(tmp_path, production=True)
     with pytest.raises(Rejected) as verdict:
         board.trust.refresh()
     assert verdict.value.code is RejectCode.DEVELOPMENT
     old = dict(board.server.files)
     move(board.server, tmp_path)
-    board.judge(board.server.assignment(1))
+    await board.judge(board.server.assignment(1))
     assert board.deployer.versions == [1]
     # and who shows it the old root again is found out
     board.server.files = old
@@ -89,8 +89,9 @@ def test_a_board_in_production_that_slept_through_the_move_refuses_the_old_root_
     assert verdict.value.code is RejectCode.ROLLBACK
 
 
-def test_a_board_that_demands_nothing_follows_too_and_remembers(tmp_path):
+@pytest.mark.asyncio
+async def test_a_board_that_demands_nothing_follows_too_and_remembers(tmp_path):
     board = Board(tmp_path, production=False)
     move(board.server, tmp_path)
-    asyncio.run(board.desired.judge(board.server.assignment(1)))
+    await board.desired.judge(board.server.assignment(1))
     assert identity.load(board.places).production

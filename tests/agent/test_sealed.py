@@ -1,6 +1,6 @@
 """Secrets on a board: fetched in boxes, at rest in boxes, opened on the way into the lanes, and taken back."""
 
-import asyncio
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -24,13 +24,11 @@ def given(kit, instance="web"):
     return kit.host.entrusted[instance, kit.host.running[instance].generation]
 
 
-def story(kit, tell):
-    async def run():
-        await kit.boot()
-        await tell()
-        await kit.pull_plug()
-
-    asyncio.run(run())
+@contextlib.asynccontextmanager
+async def a_board(kit):
+    await kit.boot()
+    yield
+    await kit.pull_plug()
 
 
 def files(directory: Path):
@@ -44,8 +42,9 @@ def everything_at_rest(kit):
     return dump + b"".join(path.read_bytes() for path in files(kit.places.state))
 
 
-def test_a_component_is_given_its_secret_and_the_disk_has_it_only_sealed(kit):
-    async def tell():
+@pytest.mark.asyncio
+async def test_a_component_is_given_its_secret_and_the_disk_has_it_only_sealed(kit):
+    async with a_board(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         assert given(kit) == {"key": PASSWORD}
         assert PASSWORD.encode() not in everything_at_rest(kit)
@@ -53,11 +52,10 @@ def test_a_component_is_given_its_secret_and_the_disk_has_it_only_sealed(kit):
         (box,) = kit.places.secrets.iterdir()
         assert box.stat().st_mode & 0o777 == 0o600
 
-    story(kit, tell)
 
-
-def test_a_rotated_secret_is_a_swap_like_any_other_and_the_former_box_goes(kit):
-    async def tell():
+@pytest.mark.asyncio
+async def test_a_rotated_secret_is_a_swap_like_any_other_and_the_former_box_goes(kit):
+    async with a_board(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         await kit.run(kit.assignment(2, with_secret(kit, "1.0.0", kit.seal(NEWER, version=2))))
         assert given(kit) == {"key": NEWER}
@@ -67,11 +65,10 @@ def test_a_rotated_secret_is_a_swap_like_any_other_and_the_former_box_goes(kit):
         assert len(files(kit.places.secrets)) == 1
         assert kit.store.facts().secrets == {"web/key": 2}
 
-    story(kit, tell)
 
-
-def test_one_that_does_worse_with_the_new_secret_goes_back_to_the_former(kit):
-    async def tell():
+@pytest.mark.asyncio
+async def test_one_that_does_worse_with_the_new_secret_goes_back_to_the_former(kit):
+    async with a_board(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         kit.host.faults["components/acme/web/1.0.1.wasm"] = 3
         await kit.run(kit.assignment(2, with_secret(kit, "1.0.1", kit.seal(NEWER, version=2))))
@@ -79,12 +76,11 @@ def test_one_that_does_worse_with_the_new_secret_goes_back_to_the_former(kit):
         assert given(kit) == {"key": PASSWORD}
         assert kit.store.facts().secrets == {"web/key": 1}, "what was not committed is not remembered"
 
-    story(kit, tell)
 
-
-def test_it_goes_back_to_the_former_secret_also_from_the_disk(kit):
+@pytest.mark.asyncio
+async def test_it_goes_back_to_the_former_secret_also_from_the_disk(kit):
     # The host dies in probation, and with it the generation kept warm: the former box is opened again.
-    async def tell():
+    async with a_board(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         item = with_secret(kit, "1.0.1", kit.seal(NEWER, version=2), probation_ms=60_000)
         await kit.deployer.desire(kit.assignment(2, item))
@@ -96,11 +92,10 @@ def test_it_goes_back_to_the_former_secret_also_from_the_disk(kit):
         assert kit.chain()[-1] == "rolled-back"
         assert given(kit) == {"key": PASSWORD}
 
-    story(kit, tell)
 
-
-def test_a_boot_without_agent_and_network_gives_it_its_secret(kit):
-    async def tell():
+@pytest.mark.asyncio
+async def test_a_boot_without_agent_and_network_gives_it_its_secret(kit):
+    async with a_board(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         await kit.pull_plug()
         kit.server.boxes.clear()
@@ -110,11 +105,10 @@ def test_a_boot_without_agent_and_network_gives_it_its_secret(kit):
         assert given(kit) == {"key": PASSWORD}
         assert not kit.server.fetched
 
-    story(kit, tell)
 
-
-def test_a_boot_with_a_lost_database_gives_it_its_secret_too(kit):
-    async def tell():
+@pytest.mark.asyncio
+async def test_a_boot_with_a_lost_database_gives_it_its_secret_too(kit):
+    async with a_board(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         assert PASSWORD.encode() not in kit.places.runset.read_bytes()
         await kit.pull_plug()
@@ -127,11 +121,10 @@ def test_a_boot_with_a_lost_database_gives_it_its_secret_too(kit):
         await kit.until(lambda: kit.host.running, "restored")
         assert given(kit) == {"key": PASSWORD}
 
-    story(kit, tell)
 
-
-def test_a_box_that_was_changed_on_the_disk_is_said_so_and_fetched_again(kit):
-    async def tell():
+@pytest.mark.asyncio
+async def test_a_box_that_was_changed_on_the_disk_is_said_so_and_fetched_again(kit):
+    async with a_board(kit):
         item = with_secret(kit, "1.0.0", kit.seal(PASSWORD))
         await kit.run(kit.assignment(1, item))
         (box,) = kit.places.secrets.iterdir()
@@ -142,8 +135,6 @@ def test_a_box_that_was_changed_on_the_disk_is_said_so_and_fetched_again(kit):
         assert "key is not on this board's disk" in kit.restored[0].problem
         kit.sealed.fetch(item, kit.server)
         assert kit.sealed.descriptor(item) >= 0
-
-    story(kit, tell)
 
 
 def server_swaps_two_boards_boxes(kit):
@@ -203,8 +194,9 @@ def server_has_no_box(kit):
         (server_has_no_box, RejectCode.NOT_FOUND),
     ],
 )
-def test_what_is_no_box_for_this_is_refused_before_anything_changes(kit, attack, code):
-    async def tell():
+@pytest.mark.asyncio
+async def test_what_is_no_box_for_this_is_refused_before_anything_changes(kit, attack, code):
+    async with a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         before = kit.host.running["web"].generation
         await kit.run(kit.assignment(2, with_secret(kit, "1.0.1", attack(kit))))
@@ -215,14 +207,11 @@ def test_what_is_no_box_for_this_is_refused_before_anything_changes(kit, attack,
         assert kit.host.running["web"].generation == before
         assert not kit.host.entrusted
 
-    story(kit, tell)
 
-
-def test_giving_up_an_identity_leaves_no_box(kit):
-    async def tell():
+@pytest.mark.asyncio
+async def test_giving_up_an_identity_leaves_no_box(kit):
+    async with a_board(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         assert files(kit.places.secrets)
-
-    story(kit, tell)
     enroll.give_up(kit.places.state)
     assert not kit.places.secrets.exists()

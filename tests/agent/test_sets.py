@@ -1,6 +1,6 @@
 """An atomic set on a board: all of it is committed, or none of it, whatever fails and whenever the power goes."""
 
-import asyncio
+import contextlib
 
 import msgspec
 import pytest
@@ -12,19 +12,18 @@ from signing.errors import Rejected
 V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
 
 
-def on_a_board(kit, story):
-    async def whole():
-        await kit.boot()
-        try:
-            await story()
-        finally:
-            await kit.pull_plug()
-
-    asyncio.run(whole())
+@contextlib.asynccontextmanager
+async def on_a_board(kit):
+    await kit.boot()
+    try:
+        yield
+    finally:
+        await kit.pull_plug()
 
 
-def test_an_atomic_set_is_swapped_as_one_or_not_at_all(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_an_atomic_set_is_swapped_as_one_or_not_at_all(kit):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         kit.host.refuse[V3] = RejectCode.START_FAILED
         front = kit.publish("2.0.0", instance="front", atomic="pair", probation_ms=60_000)
@@ -41,11 +40,10 @@ def test_an_atomic_set_is_swapped_as_one_or_not_at_all(kit):
         await kit.run(kit.assignment(3, front, back))
         assert kit.host.targets() == {"front": V2, "back": V3}
 
-    on_a_board(kit, story)
 
-
-def test_one_members_refusal_before_the_swap_stops_its_set(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_one_members_refusal_before_the_swap_stops_its_set(kit):
+    async with on_a_board(kit):
         front = kit.publish("2.0.0", instance="front", atomic="pair")
         back = kit.publish("3.0.0", instance="back", atomic="pair")
         kit.trust.trouble[V3] = [Rejected(RejectCode.REVOKED, "revoked")]
@@ -53,15 +51,14 @@ def test_one_members_refusal_before_the_swap_stops_its_set(kit):
         assert kit.host.targets() == {}
         assert {failure.code for failure in kit.store.failed()} == {RejectCode.SET_FAILED, RejectCode.REVOKED}
 
-    on_a_board(kit, story)
-
 
 @pytest.mark.parametrize("instance", ["front", "back"])
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("phase", ["staged", "swapping", "probation", "committed", "rolling-back"])
 @pytest.mark.parametrize("good", [True, False])
-def test_a_power_cut_never_leaves_half_a_set(kit, instance, moment, phase, good):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_power_cut_never_leaves_half_a_set(kit, instance, moment, phase, good):
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         if not good:
             kit.host.faults[V3] = 5
@@ -81,13 +78,12 @@ def test_a_power_cut_never_leaves_half_a_set(kit, instance, moment, phase, good)
         assert kit.host.targets() in ([both] if good else [{"front": V1, "back": V1}])
         assert {each.item.target for each in kit.store.committed()} == set(kit.host.targets().values())
 
-    on_a_board(kit, story)
 
-
-def test_a_member_that_was_well_when_the_set_was_decided_is_not_judged_again(kit):
+@pytest.mark.asyncio
+async def test_a_member_that_was_well_when_the_set_was_decided_is_not_judged_again(kit):
     """Between two commits the power goes, and then the second member turns bad: it is committed all the same."""
 
-    async def story():
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         wanted = kit.assignment(
             2,
@@ -104,11 +100,10 @@ def test_a_member_that_was_well_when_the_set_was_decided_is_not_judged_again(kit
         # Both had been found well before the first of them was committed.
         assert kit.host.targets() == {"front": V2, "back": V3}
 
-    on_a_board(kit, story)
 
-
-def test_a_set_waits_for_what_is_under_way_with_a_member_and_leaves_what_runs_already(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_a_set_waits_for_what_is_under_way_with_a_member_and_leaves_what_runs_already(kit):
+    async with on_a_board(kit):
         slow = kit.publish("1.0.0", instance="back", probation_ms=60_000)
         await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", instance="front"), slow))
         await kit.until(lambda: kit.chain("back")[-1:] == ["probation"])
@@ -123,11 +118,10 @@ def test_a_set_waits_for_what_is_under_way_with_a_member_and_leaves_what_runs_al
         assert kit.host.targets() == {"front": V1, "back": V3}
         assert sum(isinstance(each, ipc.Start) for each in kit.host.requests) == starts + 1
 
-    on_a_board(kit, story)
 
-
-def test_the_members_of_a_set_name_each_other_to_the_host(kit):
-    async def story():
+@pytest.mark.asyncio
+async def test_the_members_of_a_set_name_each_other_to_the_host(kit):
+    async with on_a_board(kit):
         front = kit.publish("2.0.0", instance="front", atomic="pair")
         back = kit.publish("3.0.0", instance="back", atomic="pair")
         await kit.run(kit.assignment(1, front, back, kit.publish("1.0.0", instance="alone")))
@@ -135,5 +129,3 @@ def test_the_members_of_a_set_name_each_other_to_the_host(kit):
         # This host lets nobody wait: the second has gone on when the first asks. A real one makes them wait.
         assert {named.pop("front"), named.pop("back")} & {("front",), ("back",)}
         assert named == {"alone": ()}
-
-    on_a_board(kit, story)

@@ -62,44 +62,40 @@ def test_the_watchdog_is_fed_three_times_within_its_patience(monkeypatch):
     assert systemd.watchdog_s() is None
 
 
-def test_an_agent_whose_work_stands_still_does_not_feed_the_watchdog(manager, monkeypatch):
+@pytest.mark.asyncio
+async def test_an_agent_whose_work_stands_still_does_not_feed_the_watchdog(manager, monkeypatch):
     monkeypatch.setenv("WATCHDOG_USEC", "3000")
 
-    async def story():
-        worker, stands_still, go_on = Worker("work"), asyncio.Event(), asyncio.Event()
-        turns = iter(range(1, 1000))
+    worker, stands_still, go_on = Worker("work"), asyncio.Event(), asyncio.Event()
+    turns = iter(range(1, 1000))
 
-        async def work(call):
-            if next(turns) == 2:
-                stands_still.set()
-                await go_on.wait()
-            await worker(call)
+    async def work(call):
+        if next(turns) == 2:
+            stands_still.set()
+            await go_on.wait()
+        await worker(call)
 
-        dog = asyncio.ensure_future(upkeep.watchdog(work, lambda: "connected; 1 instance"))
-        async with asyncio.timeout(20):
-            await stands_still.wait()
-            assert told(manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instance"}
-            nothing_more(manager)
-            go_on.set()
-            assert await asyncio.to_thread(told, manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instance"}
-        dog.cancel()
-        worker.close()
-
-    asyncio.run(story())
+    dog = asyncio.ensure_future(upkeep.watchdog(work, lambda: "connected; 1 instance"))
+    async with asyncio.timeout(20):
+        await stands_still.wait()
+        assert told(manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instance"}
+        nothing_more(manager)
+        go_on.set()
+        assert await asyncio.to_thread(told, manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instance"}
+    dog.cancel()
+    worker.close()
 
 
-def test_the_host_says_what_it_runs_as_often_as_it_feeds_the_watchdog(manager, monkeypatch):
+@pytest.mark.asyncio
+async def test_the_host_says_what_it_runs_as_often_as_it_feeds_the_watchdog(manager, monkeypatch):
     monkeypatch.setenv("WATCHDOG_USEC", "3000")
     numbers = iter(range(1000))
 
-    async def story():
-        dog = asyncio.ensure_future(supervisor._pet_watchdog(lambda: f"{next(numbers)} instances"))
-        for number in range(2):
-            said = await asyncio.to_thread(told, manager)
-            assert said == {"WATCHDOG": "1", "STATUS": f"{number} instances"}
-        dog.cancel()
-
-    asyncio.run(story())
+    dog = asyncio.ensure_future(supervisor._pet_watchdog(lambda: f"{next(numbers)} instances"))
+    for number in range(2):
+        said = await asyncio.to_thread(told, manager)
+        assert said == {"WATCHDOG": "1", "STATUS": f"{number} instances"}
+    dog.cancel()
 
 
 @pytest.fixture

@@ -88,23 +88,21 @@ def test_a_certificate_for_another_key_is_not_put_in_place(board):
     assert (places.identity / "device.pem").read_text() == before
 
 
-def test_a_certificate_is_renewed_at_once_when_the_server_calls_it_outdated(board):
+@pytest.mark.asyncio
+async def test_a_certificate_is_renewed_at_once_when_the_server_calls_it_outdated(board):
     """Long before two thirds of its life: its issuing CA was stolen with the server."""
     places, server = board
     before = (places.identity / "device.pem").read_text()
 
-    async def story():
-        outdated, renewed = asyncio.Event(), asyncio.Event()
-        loop = upkeep.renew(places, server, who(), lambda: NOW, outdated=outdated, renewed=renewed.set)
-        task = asyncio.create_task(loop)
-        await asyncio.sleep(0)
-        assert not server.asked
-        outdated.set()
-        async with asyncio.timeout(60):
-            await renewed.wait()
-        task.cancel()
-
-    asyncio.run(story())
+    outdated, renewed = asyncio.Event(), asyncio.Event()
+    loop = upkeep.renew(places, server, who(), lambda: NOW, outdated=outdated, renewed=renewed.set)
+    task = asyncio.create_task(loop)
+    await asyncio.sleep(0)
+    assert not server.asked
+    outdated.set()
+    async with asyncio.timeout(60):
+        await renewed.wait()
+    task.cancel()
     assert (places.identity / "device.pem").read_text() != before
 
 
@@ -128,7 +126,8 @@ class Named:
         return f"image-of-{sha256}"
 
 
-def test_room_is_made_and_neither_what_runs_nor_what_comes_is_lost(board):
+@pytest.mark.asyncio
+async def test_room_is_made_and_neither_what_runs_nor_what_comes_is_lost(board):
     places, _ = board
 
     def item(sha256):
@@ -148,7 +147,7 @@ def test_room_is_made_and_neither_what_runs_nor_what_comes_is_lost(board):
             (directory / f"{stem}.{suffix}").write_bytes(b"x" * 1000)
     settings = Settings(disk=Disk(budget_bytes=10))
     sealed = Sealed(places.secrets, places.identity / "sealing.key", who())
-    freed = asyncio.run(upkeep.make_room(places, settings, Named(), SimpleNamespace(standing=standing), sealed))
+    freed = await upkeep.make_room(places, settings, Named(), SimpleNamespace(standing=standing), sealed)
     assert freed == 2000
     kept = {path.stem for directory in (places.artifacts, places.images) for path in directory.iterdir()}
     assert kept == {"runs", "comes", "image-of-runs", "image-of-comes"}

@@ -1,7 +1,8 @@
 """What the board says of itself while its host does not run."""
 
-import asyncio
 from types import SimpleNamespace
+
+import pytest
 
 from agent.config import Places
 from agent.host import ipc
@@ -14,7 +15,7 @@ async def at_once(function, *arguments):
     return function(*arguments)
 
 
-def problems(places):
+async def problems(places):
     """The sentences in the board's health."""
     store = Store(places.database)
     vitals = Vitals(
@@ -27,17 +28,18 @@ def problems(places):
         publish=lambda _: True,
     )
     try:
-        return asyncio.run(vitals.health()).problems
+        return (await vitals.health()).problems
     finally:
         store.close()
 
 
-def test_a_host_that_does_not_start_is_told_in_its_own_words_and_first(tmp_path):
+@pytest.mark.asyncio
+async def test_a_host_that_does_not_start_is_told_in_its_own_words_and_first(tmp_path):
     places = Places(state=tmp_path, runtime=tmp_path / "run")
-    assert problems(places) == ("the host does not run: no instance answers", "another")
+    assert await problems(places) == ("the host does not run: no instance answers", "another")
     places.runtime.mkdir()
     (places.runtime / ipc.WHY_NOT).write_text("this board lacks seccomp around components,\nas a root service\n")
-    assert problems(places)[0] == (
+    assert (await problems(places))[0] == (
         "the host does not run: no instance answers; it did not start, and says: "
         "this board lacks seccomp around components, as a root service"
     )

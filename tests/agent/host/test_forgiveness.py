@@ -1,6 +1,5 @@
 """Deaths in a row end in quarantine; half a minute of life in between forgives those before, on disk too."""
 
-import asyncio
 import time
 from types import SimpleNamespace
 
@@ -56,46 +55,33 @@ def case(tmp_path):
     return Case(tmp_path)
 
 
-def within_a_loop(work):
-    async def run():
-        work()
-
-    asyncio.run(run())
-
-
-def test_five_short_lives_in_a_row_are_a_quarantine(case):
-    def lives():
-        for _ in range(4):
-            case.dies(SHORT_S)
-            assert case.instance.state == "backoff"
+@pytest.mark.asyncio
+async def test_five_short_lives_in_a_row_are_a_quarantine(case):
+    for _ in range(4):
         case.dies(SHORT_S)
-
-    within_a_loop(lives)
+        assert case.instance.state == "backoff"
+    case.dies(SHORT_S)
     assert case.instance.state == "quarantined"
     assert "5 deaths in a row; the last: it crashed" in case.instance.error
 
 
-def test_a_life_of_some_length_begins_the_count_anew(case):
-    def lives():
-        for uptime_s in (*[SHORT_S] * 4, LONG_S, *[SHORT_S] * 3):
-            case.dies(uptime_s)
-
-    within_a_loop(lives)
+@pytest.mark.asyncio
+async def test_a_life_of_some_length_begins_the_count_anew(case):
+    for uptime_s in (*[SHORT_S] * 4, LONG_S, *[SHORT_S] * 3):
+        case.dies(uptime_s)
     assert (case.instance.state, case.count) == ("backoff", 4)
-    within_a_loop(lambda: case.dies(SHORT_S))
+    case.dies(SHORT_S)
     assert case.instance.state == "quarantined"
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(("up_s", "count"), [(SHORT_S - 5, 3), (LONG_S, 0)])
-def test_who_lives_on_is_forgiven_before_the_next_death(case, up_s, count):
+async def test_who_lives_on_is_forgiven_before_the_next_death(case, up_s, count):
     lane = SimpleNamespace(alive=True, ready=object(), since_s=time.monotonic() - up_s, shared=None)
     lane.page = SimpleNamespace(began_ns=lambda: 0, read=Figures)
 
-    def lives():
-        for _ in range(3):
-            case.dies(SHORT_S)
-        case.generation.lanes.append(lane)
-        case.instance.watch()
-
-    within_a_loop(lives)
+    for _ in range(3):
+        case.dies(SHORT_S)
+    case.generation.lanes.append(lane)
+    case.instance.watch()
     assert case.count == count

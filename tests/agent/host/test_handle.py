@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from agent.host import control, page
 from agent.host.handle import Lane
 from agent.host.sharing import SharedLane, Wanted
@@ -24,35 +26,33 @@ class Played(Lane):
         self.over.set()
 
 
-def as_a_lane(speak):
+async def as_a_lane(speak):
     """Play a lane before the supervisor's handle of it: (the handle, what it passed on).
 
     `speak(socket)` says what it likes; behind the handle is a process that waits to be ended.
     """
-    process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])  # noqa: ASYNC220 - a plain child
     heard = []
 
-    async def play():
-        ours, theirs = control.pair()
-        lane = Played("web/1", ours, lambda _, message: heard.append(message))
-        lane.pid, lane.pidfd, lane.over = process.pid, os.pidfd_open(process.pid), asyncio.Event()
-        with theirs:
-            await asyncio.to_thread(speak, theirs)
-        await lane.over.wait()
-        process.kill()
-        lane.has_ended(process.wait())
-        return lane
-
-    return asyncio.run(play()), heard
+    ours, theirs = control.pair()
+    lane = Played("web/1", ours, lambda _, message: heard.append(message))
+    lane.pid, lane.pidfd, lane.over = process.pid, os.pidfd_open(process.pid), asyncio.Event()
+    with theirs:
+        await asyncio.to_thread(speak, theirs)
+    await lane.over.wait()
+    process.kill()
+    lane.has_ended(process.wait())
+    return lane, heard
 
 
-def test_a_lane_that_tells_more_than_any_lane_has_to_is_ended():
+@pytest.mark.asyncio
+async def test_a_lane_that_tells_more_than_any_lane_has_to_is_ended():
     def flood(sock):
         with contextlib.suppress(control.GoneError):
             for number in range(20_000):
                 control.send(sock, control.Fault(message=f"fault {number}"))
 
-    lane, heard = as_a_lane(flood)
+    lane, heard = await as_a_lane(flood)
     assert "more than any lane has to say" in lane.describe_end()
     # What it may say, and what it earned while it was read.
     assert len(heard) < 10_000
@@ -63,7 +63,8 @@ def open_here():
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_descriptors_that_nobody_asked_for_are_closed():
+@pytest.mark.asyncio
+async def test_descriptors_that_nobody_asked_for_are_closed():
     def send_many(sock):
         read, write = os.pipe()
         for _ in range(100):
@@ -72,33 +73,31 @@ def test_descriptors_that_nobody_asked_for_are_closed():
         os.close(write)
 
     before = open_here()
-    lane, _ = as_a_lane(send_many)
+    lane, _ = await as_a_lane(send_many)
     lane.close()
     assert open_here() <= before + 1
 
 
-def test_the_control_group_of_shared_lanes_goes_with_them():
+@pytest.mark.asyncio
+async def test_the_control_group_of_shared_lanes_goes_with_them():
     dismissed = []
 
-    async def play():
-        ours, theirs = control.pair()
-        process = Lane("main-1", ours, lambda *_: None)
-        wanted = Wanted(
-            namespace="main",
-            image="i",
-            image_fd=-1,
-            limits=Limits(),
-            fuel=False,
-            uid=None,
-            admit=lambda _: None,
-            dismiss=lambda: dismissed.append("main"),
-        )
-        SharedLane(1, process, wanted, frozenset({"i"}))
-        process.has_ended(0)
-        await asyncio.sleep(0)
-        theirs.close()
-
-    asyncio.run(play())
+    ours, theirs = control.pair()
+    process = Lane("main-1", ours, lambda *_: None)
+    wanted = Wanted(
+        namespace="main",
+        image="i",
+        image_fd=-1,
+        limits=Limits(),
+        fuel=False,
+        uid=None,
+        admit=lambda _: None,
+        dismiss=lambda: dismissed.append("main"),
+    )
+    SharedLane(1, process, wanted, frozenset({"i"}))
+    process.has_ended(0)
+    await asyncio.sleep(0)
+    theirs.close()
     assert dismissed == ["main"]
 
 

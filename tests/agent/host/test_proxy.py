@@ -39,43 +39,40 @@ class Narrow(proxy.Client):
         transport.set_write_buffer_limits(high=1024)
 
 
-def story(tmp_path, tell, client=proxy.Client, instance=Instance):
-    """Run `tell(instance, routes, pool, ask)`, where `ask(request)` is one exchange on the same connection."""
-    make = instance
+@contextlib.asynccontextmanager
+async def story(tmp_path, client=proxy.Client, instance=Instance):
+    """Yield `instance, routes, pool, ask`, where `ask(request)` is one exchange on the same connection."""
+    instance, routes, pool = instance(), Routes(), upstream.Pool(str(tmp_path))
+    await asyncio.start_unix_server(instance.serve, tmp_path / "web")
+    routes.up["web"] = True
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: client(routes, pool, set()), "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
 
-    async def main():
-        instance, routes, pool = make(), Routes(), upstream.Pool(str(tmp_path))
-        await asyncio.start_unix_server(instance.serve, tmp_path / "web")
-        routes.up["web"] = True
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: client(routes, pool, set()), "127.0.0.1", 0)
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    async def ask(request):
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        return head.split(b" ")[1], await reader.readexactly(length)
 
-        async def ask(request):
-            writer.write(request)
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
-            return head.split(b" ")[1], await reader.readexactly(length)
-
-        ask.address = server.sockets[0].getsockname()
-        try:
-            await tell(instance, routes, pool, ask)
-        finally:
-            writer.close()
-
-    asyncio.run(main())
+    ask.address = server.sockets[0].getsockname()
+    try:
+        yield instance, routes, pool, ask
+    finally:
+        writer.close()
 
 
 @pytest.mark.parametrize(("several_lanes", "connections"), [(False, 1), (True, 10)])
-def test_a_connection_to_an_instance_is_kept_unless_it_could_wait_for_a_busy_lane(tmp_path, several_lanes, connections):
-    async def tell(instance, _routes, pool, ask):
+@pytest.mark.asyncio
+async def test_a_connection_to_an_instance_is_kept_unless_it_could_wait_for_a_busy_lane(
+    tmp_path, several_lanes, connections
+):
+    async with story(tmp_path) as (instance, _routes, pool, ask):
         if several_lanes:
             pool.spread.add("web")
         for _ in range(10):
             assert await ask(GET) == (b"200", b"hi")
         assert instance.connections == connections
-
-    story(tmp_path, tell)
 
 
 POST = b"POST /web/a HTTP/1.1\r\nhost: board\r\ncontent-length: 0\r\n\r\n"
@@ -89,14 +86,13 @@ POST = b"POST /web/a HTTP/1.1\r\nhost: board\r\ncontent-length: 0\r\n\r\n"
         GET.replace(b"GET", b"PATCH"),
     ],
 )
-def test_what_could_not_be_sent_twice_goes_on_no_kept_connection(tmp_path, request_):
-    async def tell(instance, _routes, _pool, ask):
+@pytest.mark.asyncio
+async def test_what_could_not_be_sent_twice_goes_on_no_kept_connection(tmp_path, request_):
+    async with story(tmp_path) as (instance, _routes, _pool, ask):
         assert await ask(GET) == (b"200", b"hi")
         for number in range(2, 5):
             assert await ask(request_) == (b"200", b"hi")
             assert instance.connections == number
-
-    story(tmp_path, tell)
 
 
 class Fickle(Instance):
@@ -121,8 +117,9 @@ class Fickle(Instance):
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil", b"x"])
-def test_a_kept_connection_that_the_instance_ended_or_spoke_on_out_of_turn_is_not_used(tmp_path, says):
-    async def tell(instance, _routes, _pool, ask):
+@pytest.mark.asyncio
+async def test_a_kept_connection_that_the_instance_ended_or_spoke_on_out_of_turn_is_not_used(tmp_path, says):
+    async with story(tmp_path, instance=Fickle) as (instance, _routes, _pool, ask):
         assert await ask(GET) == (b"200", b"hi")
         if says:
             instance.writers[0].transport.write(says)
@@ -132,29 +129,27 @@ def test_a_kept_connection_that_the_instance_ended_or_spoke_on_out_of_turn_is_no
         assert await ask(GET) == (b"200", b"hi")
         assert (instance.connections, len(instance.heads)) == (2, 2)
 
-    story(tmp_path, tell, instance=Fickle)
-
 
 @pytest.mark.parametrize(("fails", "status", "asked"), [(1, b"200", 3), (2, b"502", 3)])
-def test_a_request_on_a_kept_connection_that_ends_without_a_word_is_sent_again_once(tmp_path, fails, status, asked):
-    async def tell(instance, _routes, _pool, ask):
+@pytest.mark.asyncio
+async def test_a_request_on_a_kept_connection_that_ends_without_a_word_is_sent_again_once(
+    tmp_path, fails, status, asked
+):
+    async with story(tmp_path, instance=Fickle) as (instance, _routes, _pool, ask):
         assert await ask(GET) == (b"200", b"hi")
         instance.fails = fails
         assert (await ask(GET))[0] == status
         assert (instance.connections, len(instance.heads)) == (2, asked)
         assert await ask(GET) == (b"200", b"hi")
 
-    story(tmp_path, tell, instance=Fickle)
 
-
-def test_a_post_that_an_instance_hung_up_on_is_sent_once(tmp_path):
-    async def tell(instance, _routes, _pool, ask):
+@pytest.mark.asyncio
+async def test_a_post_that_an_instance_hung_up_on_is_sent_once(tmp_path):
+    async with story(tmp_path, instance=Fickle) as (instance, _routes, _pool, ask):
         assert await ask(GET) == (b"200", b"hi")
         instance.fails = 1
         assert (await ask(POST))[0] == b"502"
         assert [head.split()[0] for head in instance.heads] == [b"GET", b"POST"]
-
-    story(tmp_path, tell, instance=Fickle)
 
 
 class Patient(Instance):
@@ -174,13 +169,14 @@ class Patient(Instance):
                 writer.write(self.answer)
 
 
-def test_a_client_that_hung_up_takes_no_connection_with_it_that_others_use(tmp_path):
+@pytest.mark.asyncio
+async def test_a_client_that_hung_up_takes_no_connection_with_it_that_others_use(tmp_path):
     """Its kernel refuses the answer between two words of the router's; that is the client's end, not the instance's.
 
     Else the connection would be ended after it was kept, and whoever took it meanwhile would be lost with it.
     """
 
-    async def tell(instance, _routes, pool, ask):
+    async with story(tmp_path, instance=Patient) as (instance, _routes, pool, ask):
         reader, stranger = await asyncio.open_connection(*ask.address)
         stranger.write(b"GET /web/a HTTP/1.0\r\n\r\n\x16\x03\x01 no request")
         await instance.asked.wait()
@@ -195,13 +191,12 @@ def test_a_client_that_hung_up_takes_no_connection_with_it_that_others_use(tmp_p
             assert await ask(GET) == (b"200", b"hi")
         assert (instance.connections, len(instance.heads)) == (1, 4)
 
-    story(tmp_path, tell, instance=Patient)
 
-
-def test_a_connection_that_the_loop_has_begun_to_end_is_not_taken(tmp_path, monkeypatch):
+@pytest.mark.asyncio
+async def test_a_connection_that_the_loop_has_begun_to_end_is_not_taken(tmp_path, monkeypatch):
     """Whatever goes wrong at a client's end: the transport is closing at once, the protocol is told a turn later."""
 
-    async def tell(_instance, _routes, pool, ask):
+    async with story(tmp_path) as (_instance, _routes, pool, ask):
         taken = asyncio.get_running_loop().create_future()
         answered = proxy.Client.answered
 
@@ -217,36 +212,33 @@ def test_a_connection_that_the_loop_has_begun_to_end_is_not_taken(tmp_path, monk
         assert await ask(GET) == (b"200", b"hi")
         assert await taken is None
 
-    story(tmp_path, tell)
-
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
-def test_what_follows_an_answer_is_never_taken_for_the_next_ones(tmp_path, monkeypatch, method):
+@pytest.mark.asyncio
+async def test_what_follows_an_answer_is_never_taken_for_the_next_ones(tmp_path, monkeypatch, method):
     """An instance whose guest broke out could else answer in another's name, to a client who asks both."""
     within = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(ANSWER)
     monkeypatch.setattr(Instance, "answer", (within if method == b"HEAD" else ANSWER) + ANSWER)
 
-    async def tell(instance, _routes, _pool, ask):
+    async with story(tmp_path) as (instance, _routes, _pool, ask):
         with pytest.raises(asyncio.IncompleteReadError) as ended:
             await ask(GET.replace(b"GET", method) + GET.replace(b"/web/", b"/other/"))
         assert ended.value.partial == b""
         assert instance.connections == 1
 
-    story(tmp_path, tell)
 
-
-def test_a_thousand_requests_sent_at_once_are_answered(tmp_path):
-    async def tell(_instance, _routes, _pool, ask):
+@pytest.mark.asyncio
+async def test_a_thousand_requests_sent_at_once_are_answered(tmp_path):
+    async with story(tmp_path) as (_instance, _routes, _pool, ask):
         requests = b"GET / HTTP/1.1\r\nhost: b\r\n\r\n" * 1000
         assert (await ask(requests))[0] == b"404"
         for _ in range(999):
             assert (await ask(b""))[0] == b"404"
 
-    story(tmp_path, tell)
 
-
-def test_few_connections_are_kept_and_none_for_ever(tmp_path, monkeypatch):
-    async def tell(instance, _routes, pool, ask):
+@pytest.mark.asyncio
+async def test_few_connections_are_kept_and_none_for_ever(tmp_path, monkeypatch):
+    async with story(tmp_path, instance=Patient) as (instance, _routes, pool, ask):
         others = [await asyncio.open_connection(*ask.address) for _ in range(10)]
         for _, writer in others:
             writer.write(GET)
@@ -263,27 +255,25 @@ def test_few_connections_are_kept_and_none_for_ever(tmp_path, monkeypatch):
         for _, writer in others:
             writer.close()
 
-    story(tmp_path, tell, instance=Patient)
 
-
-def test_a_kept_connection_that_was_paused_at_the_end_of_a_large_answer_reads_on(tmp_path, monkeypatch):
+@pytest.mark.asyncio
+async def test_a_kept_connection_that_was_paused_at_the_end_of_a_large_answer_reads_on(tmp_path, monkeypatch):
     large = b"x" * 40_000
     monkeypatch.setattr(Instance, "answer", b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(large), large))
 
-    async def tell(instance, _routes, _pool, ask):
+    async with story(tmp_path, Narrow) as (instance, _routes, _pool, ask):
         for _ in range(4):
             assert await ask(GET) == (b"200", large)
         assert instance.connections == 1
 
-    story(tmp_path, tell, Narrow)
 
-
-def test_what_comes_again_is_not_read_again_and_means_the_same(tmp_path, monkeypatch):
+@pytest.mark.asyncio
+async def test_what_comes_again_is_not_read_again_and_means_the_same(tmp_path, monkeypatch):
     read = []
     feed = proxy.Reader.feed
     monkeypatch.setattr(proxy.Reader, "feed", lambda self, data: (read.append(data), feed(self, data))[1])
 
-    async def tell(instance, _routes, _pool, ask):
+    async with story(tmp_path) as (instance, _routes, _pool, ask):
         post = b"POST /web/b HTTP/1.1\r\nhost: board\r\ncontent-length: 3\r\n\r\n"
         for request in (GET, GET, post + b"abc", GET, GET.replace(b"board", b"other"), GET):
             assert (await ask(request))[0] == b"200"
@@ -296,23 +286,21 @@ def test_what_comes_again_is_not_read_again_and_means_the_same(tmp_path, monkeyp
             same % b"board",
         ]
 
-    story(tmp_path, tell)
 
-
-def test_a_client_from_outside_does_not_say_how_many_neighbours_it_came_through(tmp_path):
+@pytest.mark.asyncio
+async def test_a_client_from_outside_does_not_say_how_many_neighbours_it_came_through(tmp_path):
     """Else it could make a component's own requests to its neighbours fail."""
 
-    async def tell(instance, _routes, _pool, ask):
+    async with story(tmp_path) as (instance, _routes, _pool, ask):
         for _ in range(2):  # read, and known
             assert (await ask(GET[:-2] + b"X-Wasmfleet-Hops: 4\r\nx-mine: 1\r\n\r\n"))[0] == b"200"
         assert [b"x-mine: 1\r\n" in head for head in instance.heads] == [True, True]
         assert not [head for head in instance.heads if b"hops" in head.lower()]
 
-    story(tmp_path, tell)
 
-
-def test_what_is_known_is_forgotten_when_an_instance_goes(tmp_path):
-    async def tell(_instance, routes, pool, ask):
+@pytest.mark.asyncio
+async def test_what_is_known_is_forgotten_when_an_instance_goes(tmp_path):
+    async with story(tmp_path) as (_instance, routes, pool, ask):
         assert (await ask(GET))[0] == b"200"
         assert pool.known
         the_router = router._Router(None, None, str(tmp_path), router.Clients(mmap.mmap(-1, 4096)))
@@ -324,13 +312,11 @@ def test_what_is_known_is_forgotten_when_an_instance_goes(tmp_path):
         the_router._heed(router.Set("web", up=True))
         assert (await ask(GET))[0] == b"200"
 
-    story(tmp_path, tell)
 
-
-def test_clients_beyond_what_the_router_takes_wait_until_one_has_gone(tmp_path, monkeypatch):
+@pytest.mark.asyncio
+async def test_clients_beyond_what_the_router_takes_wait_until_one_has_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(router, "_CLIENTS_MAX", 2)
-
-    async def main():
+    async with asyncio.timeout(30):
         instance, listener = Instance(), socket.create_server(("127.0.0.1", 0))
         await asyncio.start_unix_server(instance.serve, tmp_path / "web")
         ours, theirs = control.pair()
@@ -347,5 +333,3 @@ def test_clients_beyond_what_the_router_takes_wait_until_one_has_gone(tmp_path, 
             writer.close()
         ours.close()
         await running
-
-    asyncio.run(asyncio.wait_for(main(), 30))

@@ -49,25 +49,25 @@ async def serving(script: Callable[[int], bytes | None]) -> AsyncIterator[tuple[
         yield handler, server.sockets[0].getsockname()[1]
 
 
-def measure(script: Callable[[int], bytes | None], requests: int = 20, **how: object) -> tuple[LoadResult, Server]:
+async def measure(
+    script: Callable[[int], bytes | None], requests: int = 20, **how: object
+) -> tuple[LoadResult, Server]:
     """Run a load against a script until it has sent some requests."""
-
-    async def go() -> tuple[LoadResult, Server]:
-        async with serving(script) as (handler, port), Load(port=port, pause_s=0, **how) as load:
-            await load.sent(requests)
-            return await load.stop(), handler
-
-    return asyncio.run(go())
+    async with serving(script) as (handler, port), Load(port=port, pause_s=0, **how) as load:
+        await load.sent(requests)
+        return await load.stop(), handler
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize("answer", [OK, CHUNKED, LAST])
-def test_whole_answers_are_answered_whatever_their_framing(answer):
-    result, _ = measure(lambda _: answer)
+async def test_whole_answers_are_answered_whatever_their_framing(answer):
+    result, _ = await measure(lambda _: answer)
     assert result.lost == 0
     assert result.answered >= 20
     assert result.by_status == {200: result.answered}
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -77,15 +77,16 @@ def test_whole_answers_are_answered_whatever_their_framing(answer):
         (b"HTTP/1.1 200 OK\r\n\r\n", "a response without a length"),
     ],
 )
-def test_each_way_to_lose_one_request_is_counted_once_and_named(answer, reason):
+async def test_each_way_to_lose_one_request_is_counted_once_and_named(answer, reason):
     # Only request 7 goes wrong; a client that retried would hide it.
-    result, _ = measure(lambda number: answer if number == 7 else OK)
+    result, _ = await measure(lambda number: answer if number == 7 else OK)
     assert result.lost == 1
     assert result.reasons == {reason: 1}
     assert reason in result.losses[0]
 
 
-def test_a_refused_connection_is_lost():
+@pytest.mark.asyncio
+async def test_a_refused_connection_is_lost():
     async def go() -> LoadResult:
         async with serving(lambda _: OK) as (_, port):
             pass  # closed again: nothing listens there
@@ -93,36 +94,41 @@ def test_a_refused_connection_is_lost():
             await load.sent(4)
             return await load.stop()
 
-    assert asyncio.run(go()).reasons.keys() == {"connection refused"}
+    assert (await go()).reasons.keys() == {"connection refused"}
 
 
-def test_silence_is_lost():
-    result, _ = measure(lambda _: b"", requests=1, timeout_s=0.05, kept_alive=1, fresh=0)
+@pytest.mark.asyncio
+async def test_silence_is_lost():
+    result, _ = await measure(lambda _: b"", requests=1, timeout_s=0.05, kept_alive=1, fresh=0)
     assert result.reasons.keys() == {"no answer in time"}
 
 
-def test_one_request_in_ten_is_a_post_with_its_body():
-    result, server = measure(lambda _: OK, requests=100, kept_alive=1, fresh=1)
+@pytest.mark.asyncio
+async def test_one_request_in_ten_is_a_post_with_its_body():
+    result, server = await measure(lambda _: OK, requests=100, kept_alive=1, fresh=1)
     posts = [request for request in server.requests if request == "POST 12"]
     assert len(posts) == result.posts
     assert set(server.requests) == {"GET 0", "POST 12"}
     assert 0.08 < result.posts / result.sent < 0.12
 
 
-def test_half_of_the_clients_keep_their_connection():
-    kept, server = measure(lambda _: OK, requests=50, kept_alive=2, fresh=0)
+@pytest.mark.asyncio
+async def test_half_of_the_clients_keep_their_connection():
+    kept, server = await measure(lambda _: OK, requests=50, kept_alive=2, fresh=0)
     assert kept.connections == server.connections == 2
-    fresh, server = measure(lambda _: OK, requests=50, kept_alive=0, fresh=2)
+    fresh, server = await measure(lambda _: OK, requests=50, kept_alive=0, fresh=2)
     assert fresh.connections == server.connections == fresh.sent
 
 
-def test_connection_close_is_obeyed_and_nothing_is_lost():
-    result, _ = measure(lambda number: LAST if number % 5 == 0 else OK, requests=50, kept_alive=2, fresh=0)
+@pytest.mark.asyncio
+async def test_connection_close_is_obeyed_and_nothing_is_lost():
+    result, _ = await measure(lambda number: LAST if number % 5 == 0 else OK, requests=50, kept_alive=2, fresh=0)
     assert result.lost == 0
     assert result.connections > 2
 
 
-def test_the_difference_of_two_counts_is_what_happened_between_them():
+@pytest.mark.asyncio
+async def test_the_difference_of_two_counts_is_what_happened_between_them():
     async def go() -> tuple[LoadResult, float | None]:
         state = {"now": OK}
         async with serving(lambda _: state["now"]) as (_, port), Load(port=port, pause_s=0) as load:
@@ -133,16 +139,17 @@ def test_the_difference_of_two_counts_is_what_happened_between_them():
             await load.stop()
             return load.count() - before, load.first_answer("2")
 
-    between, first = asyncio.run(go())
+    between, first = await go()
     assert between.by_version["2"] >= 5
     assert between.lost == 0
     assert first is not None
 
 
-def test_the_first_answer_of_a_version_is_waited_for():
+@pytest.mark.asyncio
+async def test_the_first_answer_of_a_version_is_waited_for():
     async def go() -> int:
         async with serving(lambda number: OK if number < 3 else CHUNKED) as (handler, port):
             await asyncio.wait_for(first_answer(port=port, version="2", every_s=0), 10)
             return len(handler.requests)
 
-    assert asyncio.run(go()) == 4
+    assert await go() == 4

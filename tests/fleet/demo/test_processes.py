@@ -38,7 +38,8 @@ async def first_line(log: Path) -> str:
     return text.splitlines()[0]
 
 
-def test_children_and_their_children_are_gone(tmp_path):
+@pytest.mark.asyncio
+async def test_children_and_their_children_are_gone(tmp_path):
     async def go() -> list[int]:
         processes = Processes(logs=tmp_path, environment=python_environment())
         child = await processes.start("family", [sys.executable, "-c", FAMILY])
@@ -48,10 +49,11 @@ def test_children_and_their_children_are_gone(tmp_path):
         await processes.stop_all()
         return pids
 
-    assert not [pid for pid in asyncio.run(go()) if alive(pid)]
+    assert not [pid for pid in await go() if alive(pid)]
 
 
-def test_a_child_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
+@pytest.mark.asyncio
+async def test_a_child_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr("fleet.demo.processes._GRACE_S", 0.1)
 
     async def go() -> int:
@@ -61,7 +63,7 @@ def test_a_child_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
         await processes.stop_all()
         return child.process.pid
 
-    assert not alive(asyncio.run(go()))
+    assert not alive(await go())
 
 
 def test_children_end_with_a_parent_that_is_killed(tmp_path):
@@ -94,7 +96,8 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path):
         parent.stdout.close()
 
 
-def test_a_child_that_died_is_reported_with_its_last_words(tmp_path):
+@pytest.mark.asyncio
+async def test_a_child_that_died_is_reported_with_its_last_words(tmp_path):
     async def go() -> None:
         processes = Processes(logs=tmp_path, environment=python_environment())
         child = await processes.start("broken", [sys.executable, "-c", "print('no such board'); raise SystemExit(3)"])
@@ -105,13 +108,14 @@ def test_a_child_that_died_is_reported_with_its_last_words(tmp_path):
             await processes.stop_all()
 
     with pytest.raises(ChildDiedError, match=r"broken ended with exit code 3(?s:.*)no such board"):
-        asyncio.run(go())
+        await go()
 
 
-def test_a_command_is_run_to_its_end_with_what_it_reads(tmp_path):
+@pytest.mark.asyncio
+async def test_a_command_is_run_to_its_end_with_what_it_reads(tmp_path):
     async def go() -> tuple[int, str, str]:
         processes = Processes(logs=tmp_path, environment=python_environment())
         script = "import sys; print(sys.stdin.read().upper()); sys.exit('why')"
         return await processes.run([sys.executable, "-c", script], stdin=b"token")
 
-    assert asyncio.run(go()) == (1, "TOKEN\n", "why\n")
+    assert await go() == (1, "TOKEN\n", "why\n")

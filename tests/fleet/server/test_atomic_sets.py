@@ -1,7 +1,5 @@
 """Several components as one rollout: offered in one assignment, decided as one, taken back as one."""
 
-import asyncio
-
 import pytest
 
 from fleet.protocol import api
@@ -29,84 +27,78 @@ def words(board):
     return {name: item.atomic for name, item in board.items.items()}
 
 
-def test_a_board_is_asked_for_the_whole_set_at_once_and_all_of_it_is_settled(new_fleet, broker):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            board = await fleet.board("a")
-            target = await fleet.operator.publish("1.0.0")
-            view = await fleet.operator.decided(await deploy_both(fleet, target))
-            assert view.state is RolloutState.SUCCEEDED, view.reason
-            assert len(view.together) == 2
-            await board.until(lambda board: len(board.items) == 2)
-            # never a part of it, and both by one word
-            assert all(len(each.items) == 2 for each in board.accepted)
-            assert len(set(words(board).values())) == 1
-            assert "" not in words(board).values()
-            (group,) = (await fleet.operator.get(api.Groups, "/v1/groups")).groups
-            assert {each.instance: each.target for each in group.settled} == {"front": target, "back": target}
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_a_board_is_asked_for_the_whole_set_at_once_and_all_of_it_is_settled(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        board = await fleet.board("a")
+        target = await fleet.operator.publish("1.0.0")
+        view = await fleet.operator.decided(await deploy_both(fleet, target))
+        assert view.state is RolloutState.SUCCEEDED, view.reason
+        assert len(view.together) == 2
+        await board.until(lambda board: len(board.items) == 2)
+        # never a part of it, and both by one word
+        assert all(len(each.items) == 2 for each in board.accepted)
+        assert len(set(words(board).values())) == 1
+        assert "" not in words(board).values()
+        (group,) = (await fleet.operator.get(api.Groups, "/v1/groups")).groups
+        assert {each.instance: each.target for each in group.settled} == {"front": target, "back": target}
 
 
-def test_one_bad_member_halts_the_set_before_the_next_wave_and_takes_all_of_it_back(new_fleet, broker, behaviours):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            boards = {board.device: board for board in [await fleet.board("a"), await fleet.board("b")]}
-            good = await fleet.operator.publish("1.0.0")
-            await fleet.operator.decided(await deploy_both(fleet, good))
+@pytest.mark.asyncio
+async def test_one_bad_member_halts_the_set_before_the_next_wave_and_takes_all_of_it_back(
+    new_fleet, broker, behaviours
+):
+    async with new_fleet(broker) as fleet:
+        boards = {board.device: board for board in [await fleet.board("a"), await fleet.board("b")]}
+        good = await fleet.operator.publish("1.0.0")
+        await fleet.operator.decided(await deploy_both(fleet, good))
 
-            def back_traps(item):
-                return behaviours["trapping" if item.instance == "back" else "good"](item)
+        def back_traps(item):
+            return behaviours["trapping" if item.instance == "back" else "good"](item)
 
-            for board in boards.values():
-                board.behaviour = back_traps
-            bad = await fleet.operator.publish("2.0.0")
-            view = await fleet.operator.decided(await deploy_both(fleet, bad))
-            assert view.state is RolloutState.HALTED
-            other = await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{max(view.together)}")
-            assert (other.instance, other.state) == ("back", RolloutState.HALTED)
-            assert [each.code for each in other.boards if each.outcome is Outcome.FAILED] == [RejectCode.TRAPPED]
-            assert "boom" in view.reason or "trapped" in view.reason
-            tried = {each.device for each in other.boards if each.outcome is Outcome.FAILED}
-            for device, board in boards.items():
-                await board.until(lambda board: {item.target for item in board.items.values()} == {good})
-                asked = {item.target for each in board.accepted for item in each.items}
-                assert (bad in asked) == (device in tried)
-
-    asyncio.run(story())
-
-
-def test_an_undo_takes_the_whole_set_back_and_so_does_what_is_said_to_one_of_it(new_fleet, broker, behaviours):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            board = await fleet.board("a")
-            targets = [await fleet.operator.publish(version) for version in ("1.0.0", "2.0.0", "3.0.0")]
-            for target in targets[:2]:
-                await fleet.operator.decided(await deploy_both(fleet, target))
-            undone = await fleet.operator.send(api.RolloutView, "POST", "/v1/undo", api.UndoRequest(group="edge"))
-            assert (await fleet.operator.decided(undone)).state is RolloutState.SUCCEEDED
-            await board.until(lambda board: {item.target for item in board.items.values()} == {targets[0]})
-            assert len(set(words(board).values())) == 1
-            # Paused by one of its numbers, both are; aborted by the other, both are.
-            board.behaviour = behaviours["silent"]
-            view = await deploy_both(fleet, targets[2])
-            first, second = view.together
-            paused = await fleet.operator.send(api.RolloutView, "POST", f"/v1/rollouts/{second}/pause")
-            assert paused.state is RolloutState.PAUSED
-            assert (await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{first}")).state is RolloutState.PAUSED
-            await fleet.operator.send(api.RolloutView, "POST", f"/v1/rollouts/{first}/abort")
-            assert (await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{second}")).state is RolloutState.ABORTED
-
-    asyncio.run(story())
+        for board in boards.values():
+            board.behaviour = back_traps
+        bad = await fleet.operator.publish("2.0.0")
+        view = await fleet.operator.decided(await deploy_both(fleet, bad))
+        assert view.state is RolloutState.HALTED
+        other = await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{max(view.together)}")
+        assert (other.instance, other.state) == ("back", RolloutState.HALTED)
+        assert [each.code for each in other.boards if each.outcome is Outcome.FAILED] == [RejectCode.TRAPPED]
+        assert "boom" in view.reason or "trapped" in view.reason
+        tried = {each.device for each in other.boards if each.outcome is Outcome.FAILED}
+        for device, board in boards.items():
+            await board.until(lambda board: {item.target for item in board.items.values()} == {good})
+            asked = {item.target for each in board.accepted for item in each.items}
+            assert (bad in asked) == (device in tried)
 
 
-def test_a_set_that_names_an_instance_twice_is_refused(new_fleet, broker):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            await fleet.board("a")
-            target = await fleet.operator.publish("1.0.0")
-            request = api.RolloutRequest(instance="hello", target=target, also={"hello": target}, group="edge")
-            problem = await fleet.operator.problem("POST", "/v1/rollouts", request)
-            assert "hello is named twice" in problem.title
+@pytest.mark.asyncio
+async def test_an_undo_takes_the_whole_set_back_and_so_does_what_is_said_to_one_of_it(new_fleet, broker, behaviours):
+    async with new_fleet(broker) as fleet:
+        board = await fleet.board("a")
+        targets = [await fleet.operator.publish(version) for version in ("1.0.0", "2.0.0", "3.0.0")]
+        for target in targets[:2]:
+            await fleet.operator.decided(await deploy_both(fleet, target))
+        undone = await fleet.operator.send(api.RolloutView, "POST", "/v1/undo", api.UndoRequest(group="edge"))
+        assert (await fleet.operator.decided(undone)).state is RolloutState.SUCCEEDED
+        await board.until(lambda board: {item.target for item in board.items.values()} == {targets[0]})
+        assert len(set(words(board).values())) == 1
+        # Paused by one of its numbers, both are; aborted by the other, both are.
+        board.behaviour = behaviours["silent"]
+        view = await deploy_both(fleet, targets[2])
+        first, second = view.together
+        paused = await fleet.operator.send(api.RolloutView, "POST", f"/v1/rollouts/{second}/pause")
+        assert paused.state is RolloutState.PAUSED
+        assert (await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{first}")).state is RolloutState.PAUSED
+        await fleet.operator.send(api.RolloutView, "POST", f"/v1/rollouts/{first}/abort")
+        assert (await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{second}")).state is RolloutState.ABORTED
 
-    asyncio.run(story())
+
+@pytest.mark.asyncio
+async def test_a_set_that_names_an_instance_twice_is_refused(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        await fleet.board("a")
+        target = await fleet.operator.publish("1.0.0")
+        request = api.RolloutRequest(instance="hello", target=target, also={"hello": target}, group="edge")
+        problem = await fleet.operator.problem("POST", "/v1/rollouts", request)
+        assert "hello is named twice" in problem.title

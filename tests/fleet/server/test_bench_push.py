@@ -66,24 +66,22 @@ class Crowd:
         return (time.process_time() - began) / BOARDS
 
 
-def test_a_push_to_a_thousand_boards(new_fleet):
-    async def story():
-        async with new_fleet() as fleet:
-            crowd = Crowd(fleet)
-            target = await fleet.operator.publish("1.0.0")
-            wall, cpu = time.perf_counter(), time.process_time()
-            view = await fleet.operator.deploy(target)
-            answers = asyncio.create_task(crowd.answer(view))
-            async with asyncio.timeout(200):
-                while view.state in api.OPEN_STATES:
-                    path = f"/v1/rollouts/{view.id}"
-                    view = await fleet.operator.get(api.RolloutView, path, wait=10, since=view.revision)
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            await answers
-            assert view.counts == {"succeeded": BOARDS}
-            health = crowd.say_health(target)
-            each = cpu / BOARDS * 1e3
-            print(f"\npush -> {BOARDS} boards, {4 * BOARDS} reports: {wall:.1f} s, CPU {each:.2f} ms a board")
-            print(f"one health report: CPU {health * 1e6:.0f} us (budget 100)")
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_a_push_to_a_thousand_boards(new_fleet):
+    async with new_fleet() as fleet:
+        crowd = Crowd(fleet)
+        target = await fleet.operator.publish("1.0.0")
+        wall, cpu = time.perf_counter(), time.process_time()
+        view = await fleet.operator.deploy(target)
+        answers = asyncio.create_task(crowd.answer(view))
+        async with asyncio.timeout(200):
+            while view.state in api.OPEN_STATES:
+                path = f"/v1/rollouts/{view.id}"
+                view = await fleet.operator.get(api.RolloutView, path, wait=10, since=view.revision)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        await answers
+        assert view.counts == {"succeeded": BOARDS}
+        health = crowd.say_health(target)
+        each = cpu / BOARDS * 1e3
+        print(f"\npush -> {BOARDS} boards, {4 * BOARDS} reports: {wall:.1f} s, CPU {each:.2f} ms a board")
+        print(f"one health report: CPU {health * 1e6:.0f} us (budget 100)")

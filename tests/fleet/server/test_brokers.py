@@ -23,10 +23,6 @@ from fleet.server.home import Config, Home
 from fleet.server.main import ServeError, Server
 
 
-def run(story):
-    asyncio.run(story())
-
-
 async def knock(board, *, client_id, context=None, will=None):
     """Try to connect; the CONNACK's code, or None when the connection was just ended."""
     loop, answer = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
@@ -53,102 +49,90 @@ async def knock(board, *, client_id, context=None, will=None):
         await asyncio.to_thread(client.loop_stop)
 
 
-def test_nobody_comes_in_without_a_certificate(new_fleet, broker):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            board = await fleet.enrol("a")
-            assert await knock(board, client_id=board.device) == 0
-            bare = ssl.create_default_context(cafile=str(board._files[1]))
-            assert await knock(board, client_id=board.device, context=bare) is None
-
-    run(story)
+@pytest.mark.asyncio
+async def test_nobody_comes_in_without_a_certificate(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        board = await fleet.enrol("a")
+        assert await knock(board, client_id=board.device) == 0
+        bare = ssl.create_default_context(cafile=str(board._files[1]))
+        assert await knock(board, client_id=board.device, context=bare) is None
 
 
-def test_a_board_cannot_take_another_boards_place_or_leave_a_will_for_it(new_fleet):
-    async def story():
-        async with new_fleet("embedded") as fleet:
-            mine, other = await fleet.enrol("a"), await fleet.board("b")
-            assert await knock(mine, client_id=other.device) is None
-            assert await knock(mine, client_id=SERVER_CN) is None
-            assert await knock(mine, client_id=mine.device, will=str(Topic(other.device, Up.STATE))) is None
-            assert await knock(mine, client_id=mine.device, will=str(Topic(mine.device, Up.STATE))) == 0
-            assert fleet.server._store.devices.get(other.device).online
-
-    run(story)
+@pytest.mark.asyncio
+async def test_a_board_cannot_take_another_boards_place_or_leave_a_will_for_it(new_fleet):
+    async with new_fleet("embedded") as fleet:
+        mine, other = await fleet.enrol("a"), await fleet.board("b")
+        assert await knock(mine, client_id=other.device) is None
+        assert await knock(mine, client_id=SERVER_CN) is None
+        assert await knock(mine, client_id=mine.device, will=str(Topic(other.device, Up.STATE))) is None
+        assert await knock(mine, client_id=mine.device, will=str(Topic(mine.device, Up.STATE))) == 0
+        assert fleet.server._store.devices.get(other.device).online
 
 
 @pytest.mark.skipif(mosquitto.find() is None, reason="mosquitto is not installed")
-def test_with_mosquitto_the_certificate_decides_the_client_id_whatever_is_asked(new_fleet):
-    async def story():
-        async with new_fleet("mosquitto") as fleet:
-            mine, other = await fleet.enrol("a"), await fleet.board("b")
-            # it is let in, as itself: the other one is not pushed off
-            assert await knock(mine, client_id=other.device) == 0
-            target = await fleet.operator.publish("1.0.0")
-            await fleet.operator.decided(await fleet.operator.deploy(target))
-            assert other.items
-
-    run(story)
+@pytest.mark.asyncio
+async def test_with_mosquitto_the_certificate_decides_the_client_id_whatever_is_asked(new_fleet):
+    async with new_fleet("mosquitto") as fleet:
+        mine, other = await fleet.enrol("a"), await fleet.board("b")
+        # it is let in, as itself: the other one is not pushed off
+        assert await knock(mine, client_id=other.device) == 0
+        target = await fleet.operator.publish("1.0.0")
+        await fleet.operator.decided(await fleet.operator.deploy(target))
+        assert other.items
 
 
-def test_a_board_neither_writes_nor_reads_another_boards_topics(new_fleet, broker):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            eve, victim = await fleet.board("eve", group="other"), await fleet.board("victim")
-            heard = []
-            loop = asyncio.get_running_loop()
-            eve._client.on_message = lambda _c, _d, message: loop.call_soon_threadsafe(heard.append, message.topic)
-            eve._client.subscribe(
-                [("#", 1), (str(Topic(victim.device, Down.DESIRED)), 1), (f"$share/x/{victim.device}/#", 1)]
-            )
-            lie = Health(device=victim.device, boot_id="forged", at=datetime.now(UTC))
-            eve.publish(Up.HEALTH, lie, device=victim.device)
-            eve._client.publish(str(Topic(victim.device, Down.DESIRED)), b"forged", qos=1, retain=True)
+@pytest.mark.asyncio
+async def test_a_board_neither_writes_nor_reads_another_boards_topics(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        eve, victim = await fleet.board("eve", group="other"), await fleet.board("victim")
+        heard = []
+        loop = asyncio.get_running_loop()
+        eve._client.on_message = lambda _c, _d, message: loop.call_soon_threadsafe(heard.append, message.topic)
+        eve._client.subscribe(
+            [("#", 1), (str(Topic(victim.device, Down.DESIRED)), 1), (f"$share/x/{victim.device}/#", 1)]
+        )
+        lie = Health(device=victim.device, boot_id="forged", at=datetime.now(UTC))
+        eve.publish(Up.HEALTH, lie, device=victim.device)
+        eve._client.publish(str(Topic(victim.device, Down.DESIRED)), b"forged", qos=1, retain=True)
 
-            target = await fleet.operator.publish("1.0.0")
-            await fleet.operator.decided(await fleet.operator.deploy(target))
-            assert b"forged" not in victim.envelopes
-            assert fleet.server._store.devices.get(victim.device).health is None
-            assert not [topic for topic in heard if victim.device in topic]
-
-    run(story)
+        target = await fleet.operator.publish("1.0.0")
+        await fleet.operator.decided(await fleet.operator.deploy(target))
+        assert b"forged" not in victim.envelopes
+        assert fleet.server._store.devices.get(victim.device).health is None
+        assert not [topic for topic in heard if victim.device in topic]
 
 
-def test_a_board_that_was_shut_out_can_neither_stay_nor_come_back(new_fleet, broker):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            board, witness = await fleet.board("a"), await fleet.board("b")
-            await fleet.operator.send(api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
-            # the broker has read it when another board's word, sent after it, has come through
-            before = fleet.server._store.delivery.reports(board.device, 10)
-            for sequence in (1, 2, 3):
-                report = Report(device="", boot_id="boot", sequence=sequence, at=datetime.now(UTC), assignment=0)
-                board.publish(Up.REPORT, msgspec.structs.replace(report, device=board.device))
-                witness.publish(Up.REPORT, msgspec.structs.replace(report, device=witness.device))
-            await witness.until(lambda board: board.acked == 3)
-            assert fleet.server._store.delivery.reports(board.device, 10) == before
-            if broker == "embedded":
-                assert await knock(board, client_id=board.device) is None
-
-    run(story)
+@pytest.mark.asyncio
+async def test_a_board_that_was_shut_out_can_neither_stay_nor_come_back(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        board, witness = await fleet.board("a"), await fleet.board("b")
+        await fleet.operator.send(api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
+        # the broker has read it when another board's word, sent after it, has come through
+        before = fleet.server._store.delivery.reports(board.device, 10)
+        for sequence in (1, 2, 3):
+            report = Report(device="", boot_id="boot", sequence=sequence, at=datetime.now(UTC), assignment=0)
+            board.publish(Up.REPORT, msgspec.structs.replace(report, device=board.device))
+            witness.publish(Up.REPORT, msgspec.structs.replace(report, device=witness.device))
+        await witness.until(lambda board: board.acked == 3)
+        assert fleet.server._store.delivery.reports(board.device, 10) == before
+        if broker == "embedded":
+            assert await knock(board, client_id=board.device) is None
 
 
-def test_a_message_that_speaks_for_another_board_is_dropped_and_counted(new_fleet):
-    async def story():
-        async with new_fleet() as fleet:
-            board, other = await fleet.board("a"), await fleet.board("b")
-            ingest = fleet.server._bus._on_message.__self__
-            report = Report(device=other.device, boot_id="boot", sequence=1, at=datetime.now(UTC), assignment=1)
-            ingest.on_message(str(Topic(board.device, Up.REPORT)), wire.encode(report))
-            ingest.on_message(str(Topic(board.device, Up.REPORT)), b"not json")
-            ingest.on_message(str(Topic(board.device, Up.HEALTH)), b"x" * 70_000)
-            ingest.on_message("fleet/v1/zz/nobody/up/report", b"{}")
-            ingest.on_message(str(Topic(board.device, Down.ACK)), b"{}")
-            ingest.flush()
-            assert (ingest.counts["foreign"], ingest.counts["malformed"]) == (1, 4)
-            assert fleet.server._store.delivery.reports(other.device, 10) == []
-
-    run(story)
+@pytest.mark.asyncio
+async def test_a_message_that_speaks_for_another_board_is_dropped_and_counted(new_fleet):
+    async with new_fleet() as fleet:
+        board, other = await fleet.board("a"), await fleet.board("b")
+        ingest = fleet.server._bus._on_message.__self__
+        report = Report(device=other.device, boot_id="boot", sequence=1, at=datetime.now(UTC), assignment=1)
+        ingest.on_message(str(Topic(board.device, Up.REPORT)), wire.encode(report))
+        ingest.on_message(str(Topic(board.device, Up.REPORT)), b"not json")
+        ingest.on_message(str(Topic(board.device, Up.HEALTH)), b"x" * 70_000)
+        ingest.on_message("fleet/v1/zz/nobody/up/report", b"{}")
+        ingest.on_message(str(Topic(board.device, Down.ACK)), b"{}")
+        ingest.flush()
+        assert (ingest.counts["foreign"], ingest.counts["malformed"]) == (1, 4)
+        assert fleet.server._store.delivery.reports(other.device, 10) == []
 
 
 # The gate before the embedded broker
@@ -164,34 +148,34 @@ def connect_packet(client_id, *, will=None, protocol=b"MQTT", level=4):
     return b"\x10" + bytes([len(body)]) + body
 
 
-def read(data):
-    async def story():
-        reader = asyncio.StreamReader()
-        reader.feed_data(data)
-        reader.feed_eof()
-        return await embedded.read_connect(reader)
-
-    return asyncio.run(story())
+async def read(data):
+    reader = asyncio.StreamReader()
+    reader.feed_data(data)
+    reader.feed_eof()
+    return await embedded.read_connect(reader)
 
 
-def test_the_gate_reads_who_comes_and_what_it_leaves_behind():
-    connect = read(connect_packet("a-00000001", will="fleet/v1/x") + b"more")
+@pytest.mark.asyncio
+async def test_the_gate_reads_who_comes_and_what_it_leaves_behind():
+    connect = await read(connect_packet("a-00000001", will="fleet/v1/x") + b"more")
     assert (connect.client_id, connect.will_topic) == ("a-00000001", "fleet/v1/x")
     assert connect.packet == connect_packet("a-00000001", will="fleet/v1/x")
 
 
+@pytest.mark.asyncio
 @given(st.binary(max_size=64))
-def test_the_gate_refuses_anything_else_and_never_breaks(data):
+async def test_the_gate_refuses_anything_else_and_never_breaks(data):
     with pytest.raises((RefusedError, asyncio.IncompleteReadError)):
-        read(data if data[:1] != b"\x10" else b"\x10\x02" + data)
+        await read(data if data[:1] != b"\x10" else b"\x10\x02" + data)
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(
     "packet", [connect_packet("a", protocol=b"MQIsdp", level=3), connect_packet("a", level=5), b"\x10\xff\xff\xff\x7f"]
 )
-def test_the_gate_refuses_other_versions_and_sizes(packet):
+async def test_the_gate_refuses_other_versions_and_sizes(packet):
     with pytest.raises(RefusedError):
-        read(packet)
+        await read(packet)
 
 
 def test_who_may_say_what():
@@ -218,46 +202,44 @@ def test_who_may_say_what():
 # What a server refuses to start with
 
 
-def refusal(home, **more):
-    async def story():
-        server = Server(home, **more)
-        with pytest.raises(ServeError) as error:
-            await server.start()
-        return str(error.value)
-
-    return asyncio.run(story())
+async def refusal(home, **more):
+    server = Server(home, **more)
+    with pytest.raises(ServeError) as error:
+        await server.start()
+    return str(error.value)
 
 
-def test_a_fleet_for_more_than_development_wants_a_real_broker(new_home, monkeypatch):
-    assert "install mosquitto" in refusal(new_home(broker="embedded", size="solo"))
+@pytest.mark.asyncio
+async def test_a_fleet_for_more_than_development_wants_a_real_broker(new_home, monkeypatch):
+    assert "install mosquitto" in await refusal(new_home(broker="embedded", size="solo"))
     home = new_home(broker="embedded")
     config = Config.load(Home(home).config)
     Home(home).config.write_text(replace(config, mqtt="0.0.0.0:1").dump())
-    assert "install mosquitto" in refusal(home)
+    assert "install mosquitto" in await refusal(home)
     monkeypatch.setattr(mosquitto, "find", lambda: None)
-    assert "apt install mosquitto" in refusal(home, broker="mosquitto")
+    assert "apt install mosquitto" in await refusal(home, broker="mosquitto")
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize("which", ["operators", "devices", "mqtt"])
-def test_a_port_in_use_is_said_at_once_in_one_line(new_home, which):
+async def test_a_port_in_use_is_said_at_once_in_one_line(new_home, which):
     home = new_home()
     host, _, port = getattr(Config.load(Home(home).config), which).rpartition(":")
     with socket.create_server((host, int(port))):
-        words = refusal(home)
+        words = await refusal(home)
     assert f"{host}:{port}" in words
     assert "in use" in words
     assert "\n" not in words
 
 
-def test_two_servers_on_one_home_are_one_too_many(new_fleet):
-    async def story():
-        async with new_fleet() as fleet:
-            with pytest.raises(ServeError, match="another server runs"):
-                await Server(fleet.home).start()
-
-    run(story)
+@pytest.mark.asyncio
+async def test_two_servers_on_one_home_are_one_too_many(new_fleet):
+    async with new_fleet() as fleet:
+        with pytest.raises(ServeError, match="another server runs"):
+            await Server(fleet.home).start()
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -271,9 +253,9 @@ def test_two_servers_on_one_home_are_one_too_many(new_fleet):
         (lambda home: Home(home).database.write_bytes(b"nonsense" * 1000), "restore it"),
     ],
 )  # fmt: skip
-def test_a_home_that_cannot_be_used_is_said_in_one_line(new_home, damage, said):
+async def test_a_home_that_cannot_be_used_is_said_in_one_line(new_home, damage, said):
     home = new_home()
     damage(home)
-    words = refusal(home)
+    words = await refusal(home)
     assert said in words
     assert "\n" not in words

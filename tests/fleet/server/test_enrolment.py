@@ -1,6 +1,7 @@
 """How boards join and stay: tokens, certificates over real TLS, renewal, and being shut out."""
 
 import asyncio
+import contextlib
 import hashlib
 import ssl
 from datetime import UTC, datetime, timedelta
@@ -22,14 +23,6 @@ from fleet.server.main import Server
 from signing import dsse
 
 
-def story_of(new_fleet, story):
-    async def run():
-        async with new_fleet() as fleet:
-            await story(fleet)
-
-    asyncio.run(run())
-
-
 async def try_enrol(fleet, secret, *, name="board", key=None, csr=None):
     pem = csr or certificate_request(key or ec.generate_private_key(ec.SECP256R1()))
     async with httpx.AsyncClient(verify=fleet.operator_context(), base_url=fleet.made.url, timeout=60) as http:
@@ -37,8 +30,9 @@ async def try_enrol(fleet, secret, *, name="board", key=None, csr=None):
         return await http.post("/v1/enrol", content=wire.encode(request))
 
 
-def test_what_the_token_pins_is_what_the_server_shows(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_what_the_token_pins_is_what_the_server_shows(new_fleet):
+    async with new_fleet() as fleet:
         token = Token.decode(await fleet.operator.token())
         board = await fleet.enrol("a")
         authority = x509.load_pem_x509_certificate(board.enrolled.ca_pem.encode())
@@ -51,11 +45,10 @@ def test_what_the_token_pins_is_what_the_server_shows(new_fleet):
         assert board.device.startswith("a-")
         assert not board.enrolled.production
 
-    story_of(new_fleet, story)
 
-
-def test_a_token_is_good_for_one_board_and_one_key(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_token_is_good_for_one_board_and_one_key(new_fleet):
+    async with new_fleet() as fleet:
         secret = Token.decode(await fleet.operator.token()).secret
         key = ec.generate_private_key(ec.SECP256R1())
         first = await try_enrol(fleet, secret, key=key)
@@ -75,11 +68,10 @@ def test_a_token_is_good_for_one_board_and_one_key(new_fleet):
         # and its token is still good for a board with a key of its own
         assert (await try_enrol(fleet, fresh)).status_code == 201
 
-    story_of(new_fleet, story)
 
-
-def test_bad_enrolments_are_refused_with_a_sentence(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_bad_enrolments_are_refused_with_a_sentence(new_fleet):
+    async with new_fleet() as fleet:
         secret = Token.decode(await fleet.operator.token()).secret
         rows = [
             (await try_enrol(fleet, "guess"), 403, "token-unknown"),
@@ -94,8 +86,6 @@ def test_bad_enrolments_are_refused_with_a_sentence(new_fleet):
         # none of this has spent the token
         assert (await try_enrol(fleet, secret)).status_code == 201
 
-    story_of(new_fleet, story)
-
 
 class Ahead(Server):
     """A server whose clock the story sets ahead."""
@@ -103,31 +93,32 @@ class Ahead(Server):
     ahead = timedelta()
 
 
-def test_an_expired_token_is_refused(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_an_expired_token_is_refused(new_fleet):
+    Ahead.ahead = timedelta()
+    async with with_clock(new_fleet) as fleet:
         secret = Token.decode(await fleet.operator.token()).secret
         Ahead.ahead = timedelta(hours=2)
         reply = await try_enrol(fleet, secret)
         assert (reply.status_code, reply.json()["type"]) == (403, "token-expired")
 
-    Ahead.ahead = timedelta()
-    asyncio.run(with_clock(new_fleet, story))
 
-
-async def with_clock(new_fleet, story):
+@contextlib.asynccontextmanager
+async def with_clock(new_fleet):
     """A fleet whose server's clock can be set ahead."""
     async with new_fleet() as fleet:
         await fleet.stop()
         fleet.server = Ahead(fleet.home, clock=lambda: datetime.now(UTC) + Ahead.ahead)
         await fleet.server.start()
         await fleet.server._bus.wait_connected()
-        await story(fleet)
+        yield fleet
 
 
-def test_the_verified_certificate_reaches_the_application(new_fleet):
+@pytest.mark.asyncio
+async def test_the_verified_certificate_reaches_the_application(new_fleet):
     """Guards the one place that looks into uvicorn."""
 
-    async def story(fleet):
+    async with new_fleet() as fleet:
         first, second = await fleet.enrol("a"), await fleet.enrol("b")
         seen = {}
         real = fleet.server._devices._enrolment.authenticate
@@ -144,11 +135,10 @@ def test_the_verified_certificate_reaches_the_application(new_fleet):
                 assert reply.status_code == 200
         assert set(seen) == {first.device, second.device}
 
-    story_of(new_fleet, story)
 
-
-def test_the_boards_listener_talks_to_nobody_without_a_certificate_of_the_fleet(new_fleet, tmp_path):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_the_boards_listener_talks_to_nobody_without_a_certificate_of_the_fleet(new_fleet, tmp_path):
+    async with new_fleet() as fleet:
         board = await fleet.enrol("a")
         stranger = CertificateAuthority.create(tmp_path, fleet="other", now=datetime.now(UTC))
         forged = stranger.device(board.key.public_key(), board.device, now=datetime.now(UTC))
@@ -165,11 +155,10 @@ def test_the_boards_listener_talks_to_nobody_without_a_certificate_of_the_fleet(
         with board.http() as http:
             assert (await asyncio.to_thread(http.get, "/v1/status")).status_code == 404
 
-    story_of(new_fleet, story)
 
-
-def test_boards_fetch_their_own_desired_state_without_the_broker(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_boards_fetch_their_own_desired_state_without_the_broker(new_fleet):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         away, other = await fleet.enrol("a"), await fleet.board("b")
         with away.http() as http:
@@ -202,11 +191,11 @@ def test_boards_fetch_their_own_desired_state_without_the_broker(new_fleet):
         )
         assert statement.nonce == nonce
 
-    story_of(new_fleet, story)
 
-
-def test_an_expired_certificate_may_renew_and_nothing_else(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_an_expired_certificate_may_renew_and_nothing_else(new_fleet):
+    Ahead.ahead = timedelta()
+    async with with_clock(new_fleet) as fleet:
         board = await fleet.enrol("a")
         Ahead.ahead = ca.DEVICE_LIFE + timedelta(days=1)
         with board.http() as http:
@@ -223,32 +212,27 @@ def test_an_expired_certificate_may_renew_and_nothing_else(new_fleet):
         leaf = x509.load_pem_x509_certificate(renewed.json()["certificate_pem"].encode())
         assert leaf.not_valid_after_utc > datetime.now(UTC) + Ahead.ahead
 
-    Ahead.ahead = timedelta()
-    asyncio.run(with_clock(new_fleet, story))
-
 
 def certificate_request(key):
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
 
 
-def test_a_board_that_was_shut_out_is_heard_no_more(new_fleet, broker):
-    async def run():
-        async with new_fleet(broker) as fleet:
-            board = await fleet.board("a")
-            detail = await fleet.operator.send(api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
-            assert detail.row.revoked
-            with board.http() as http:
-                reply = await asyncio.to_thread(http.get, "/v1/tuf/timestamp.json")
-                assert (reply.status_code, reply.json()["type"]) == (403, "revoked")
-                own = msgspec.json.encode(RenewRequest(csr_pem=certificate_request(board.key)))
-                assert (await asyncio.to_thread(http.post, "/v1/renew", content=own)).json()["type"] == "revoked"
-            status = await fleet.operator.get(api.Status, "/v1/status")
-            assert status.devices == 0
-            (group,) = (await fleet.operator.get(api.Groups, "/v1/groups")).groups
-            assert group.boards == 0
-
-    asyncio.run(run())
+@pytest.mark.asyncio
+async def test_a_board_that_was_shut_out_is_heard_no_more(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        board = await fleet.board("a")
+        detail = await fleet.operator.send(api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
+        assert detail.row.revoked
+        with board.http() as http:
+            reply = await asyncio.to_thread(http.get, "/v1/tuf/timestamp.json")
+            assert (reply.status_code, reply.json()["type"]) == (403, "revoked")
+            own = msgspec.json.encode(RenewRequest(csr_pem=certificate_request(board.key)))
+            assert (await asyncio.to_thread(http.post, "/v1/renew", content=own)).json()["type"] == "revoked"
+        status = await fleet.operator.get(api.Status, "/v1/status")
+        assert status.devices == 0
+        (group,) = (await fleet.operator.get(api.Groups, "/v1/groups")).groups
+        assert group.boards == 0
 
 
 def test_a_certificate_request_must_be_signed_by_its_own_key(tmp_path):

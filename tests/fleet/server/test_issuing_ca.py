@@ -58,35 +58,33 @@ async def refused_by_the_broker(board):
 
 
 @needs_mosquitto
-def test_the_root_stays_with_the_operator_and_another_issuing_ca_needs_no_enrolment(new_fleet):
-    async def story():
-        async with new_fleet("auto", "solo") as fleet:
-            place = Home(fleet.home)
-            on_the_server = b"".join(path.read_bytes() for path in place.server.rglob("*") if path.is_file())
-            root = root_of(fleet)
-            assert private_pem(root.key).splitlines()[1] not in on_the_server
-            with pytest.raises(CaError, match="passphrase is wrong"):
-                issuing.open_root(place.ca_root, place.operator / "ca.pem", b"wrong horse")
+@pytest.mark.asyncio
+async def test_the_root_stays_with_the_operator_and_another_issuing_ca_needs_no_enrolment(new_fleet):
+    async with new_fleet("auto", "solo") as fleet:
+        place = Home(fleet.home)
+        on_the_server = b"".join(path.read_bytes() for path in place.server.rglob("*") if path.is_file())
+        root = root_of(fleet)
+        assert private_pem(root.key).splitlines()[1] not in on_the_server
+        with pytest.raises(CaError, match="passphrase is wrong"):
+            issuing.open_root(place.ca_root, place.operator / "ca.pem", b"wrong horse")
 
-            board = await fleet.board("gate")
-            pinned = board.enrolled.ca_pem
-            assert x509.load_pem_x509_certificate(pinned.encode()) == root.certificate
-            view = await renewed(fleet, root)
-            assert [each.current for each in view.issuers] == [True, False]
-            # What was issued before still counts, on both ways; what is issued now hangs below the new one.
-            assert (await ask(board)).status_code == 200
-            assert not await refused_by_the_broker(board)
-            other = await fleet.board("lift")
-            assert other.enrolled.ca_pem == pinned
-            leaf = x509.load_pem_x509_certificate(other.enrolled.certificate_pem.encode())
-            assert leaf.issuer.rfc4514_string() == view.issuers[0].name
-            assert leaf.not_valid_after_utc <= view.issuers[0].ends
-            assert view.issuers[0].ends <= datetime.now(UTC) + issuing.LIFE
-            await fleet.stop()
-            await fleet.start()
-            assert (await ask(board)).status_code == 200
-
-    asyncio.run(story())
+        board = await fleet.board("gate")
+        pinned = board.enrolled.ca_pem
+        assert x509.load_pem_x509_certificate(pinned.encode()) == root.certificate
+        view = await renewed(fleet, root)
+        assert [each.current for each in view.issuers] == [True, False]
+        # What was issued before still counts, on both ways; what is issued now hangs below the new one.
+        assert (await ask(board)).status_code == 200
+        assert not await refused_by_the_broker(board)
+        other = await fleet.board("lift")
+        assert other.enrolled.ca_pem == pinned
+        leaf = x509.load_pem_x509_certificate(other.enrolled.certificate_pem.encode())
+        assert leaf.issuer.rfc4514_string() == view.issuers[0].name
+        assert leaf.not_valid_after_utc <= view.issuers[0].ends
+        assert view.issuers[0].ends <= datetime.now(UTC) + issuing.LIFE
+        await fleet.stop()
+        await fleet.start()
+        assert (await ask(board)).status_code == 200
 
 
 def to_production(fleet):
@@ -98,46 +96,44 @@ def to_production(fleet):
 
 
 @pytest.mark.parametrize("which", BROKERS)
-def test_who_stole_an_issuing_ca_is_shut_out_and_the_boards_are_not(new_fleet, tmp_path, which):
-    async def story():
-        async with new_fleet(which) as fleet:
-            root = to_production(fleet)
-            await renewed(fleet, root)
-            board = await fleet.board("gate")
-            await board.disconnect()
-            # The thief copies the server's CA, and makes himself a board, and the server of the broker.
-            shutil.copytree(Home(fleet.home).ca, tmp_path / "loot")
-            loot = CertificateAuthority.load(tmp_path / "loot")
-            own = ec.generate_private_key(ec.SECP256R1())
-            stolen = serial(loot.issuer)
-            impostor = await fleet.enrol("spy", key=own)
-            impostor.device = board.device
-            impostor.hold(loot.device(own.public_key(), board.device, now=NOW).pem)
-            assert (await ask(impostor)).json()["type"] == "unknown-device", "not with another key than the board's"
+@pytest.mark.asyncio
+async def test_who_stole_an_issuing_ca_is_shut_out_and_the_boards_are_not(new_fleet, tmp_path, which):
+    async with new_fleet(which) as fleet:
+        root = to_production(fleet)
+        await renewed(fleet, root)
+        board = await fleet.board("gate")
+        await board.disconnect()
+        # The thief copies the server's CA, and makes himself a board, and the server of the broker.
+        shutil.copytree(Home(fleet.home).ca, tmp_path / "loot")
+        loot = CertificateAuthority.load(tmp_path / "loot")
+        own = ec.generate_private_key(ec.SECP256R1())
+        stolen = serial(loot.issuer)
+        impostor = await fleet.enrol("spy", key=own)
+        impostor.device = board.device
+        impostor.hold(loot.device(own.public_key(), board.device, now=NOW).pem)
+        assert (await ask(impostor)).json()["type"] == "unknown-device", "not with another key than the board's"
 
-            await renewed(fleet, root)
-            view = await fleet.operator.send(CaView, "POST", f"/v1/ca/issuers/{stolen}/revoke")
-            assert stolen not in [each.serial for each in view.issuers]
-            for name in (board.device, SERVER_CN):
-                impostor.hold(loot.device(own.public_key(), name, now=NOW).pem)
-                assert (await ask(impostor)).status_code == 403
-                assert (await renew_board(impostor, own)).status_code == 403
-                assert await refused_by_the_broker(impostor)
+        await renewed(fleet, root)
+        view = await fleet.operator.send(CaView, "POST", f"/v1/ca/issuers/{stolen}/revoke")
+        assert stolen not in [each.serial for each in view.issuers]
+        for name in (board.device, SERVER_CN):
+            impostor.hold(loot.device(own.public_key(), name, now=NOW).pem)
+            assert (await ask(impostor)).status_code == 403
+            assert (await renew_board(impostor, own)).status_code == 403
+            assert await refused_by_the_broker(impostor)
 
-            # The board's certificate is of the stolen CA too: with its own key it may renew, and only that.
-            refused = await ask(board)
-            assert (refused.status_code, refused.json()["type"]) == (403, "certificate-outdated")
-            assert await refused_by_the_broker(board)
-            answer = await renew_board(board)
-            assert answer.status_code == 200, answer.text
-            board.hold(msgspec.json.decode(answer.content, type=RenewReply).certificate_pem)
-            assert (await ask(board)).status_code == 200
-            await board.connect()
-            await fleet.online(board)
-            await fleet.stop()
-            await fleet.start()
-
-    asyncio.run(story())
+        # The board's certificate is of the stolen CA too: with its own key it may renew, and only that.
+        refused = await ask(board)
+        assert (refused.status_code, refused.json()["type"]) == (403, "certificate-outdated")
+        assert await refused_by_the_broker(board)
+        answer = await renew_board(board)
+        assert answer.status_code == 200, answer.text
+        board.hold(msgspec.json.decode(answer.content, type=RenewReply).certificate_pem)
+        assert (await ask(board)).status_code == 200
+        await board.connect()
+        await fleet.online(board)
+        await fleet.stop()
+        await fleet.start()
 
 
 def test_what_an_issuing_ca_may_do_is_written_in_it(tmp_path):
@@ -197,19 +193,17 @@ def handshake(leaf, ca, host):
     return True
 
 
-def test_an_issuing_ca_that_ends_is_named_and_then_renewed_over_its_own_ruins(new_fleet, tmp_path):
-    async def story():
-        async with new_fleet("embedded") as fleet:
-            root = to_production(fleet)
-            await renewed(fleet, root, life=timedelta(days=20))
-            status = (await fleet.operator.http.get("/v1/status")).json()
-            assert any("fleet ca renew" in problem for problem in status["problems"])
-            await renewed(fleet, root)
-            status = (await fleet.operator.http.get("/v1/status")).json()
-            assert not any("fleet ca renew" in problem for problem in status["problems"])
-            viewer = await fleet.operator.http.put("/v1/operators/eve", content=b'{"role":"operator"}')
-            fleet.operator.http.headers["authorization"] = "Bearer " + viewer.json()["token"]
-            problem = await fleet.operator.problem("PUT", "/v1/ca/issuing", IssuingRequest(issuing_pem=""))
-            assert problem.status == 403
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_an_issuing_ca_that_ends_is_named_and_then_renewed_over_its_own_ruins(new_fleet, tmp_path):
+    async with new_fleet("embedded") as fleet:
+        root = to_production(fleet)
+        await renewed(fleet, root, life=timedelta(days=20))
+        status = (await fleet.operator.http.get("/v1/status")).json()
+        assert any("fleet ca renew" in problem for problem in status["problems"])
+        await renewed(fleet, root)
+        status = (await fleet.operator.http.get("/v1/status")).json()
+        assert not any("fleet ca renew" in problem for problem in status["problems"])
+        viewer = await fleet.operator.http.put("/v1/operators/eve", content=b'{"role":"operator"}')
+        fleet.operator.http.headers["authorization"] = "Bearer " + viewer.json()["token"]
+        problem = await fleet.operator.problem("PUT", "/v1/ca/issuing", IssuingRequest(issuing_pem=""))
+        assert problem.status == 403

@@ -18,16 +18,9 @@ from fleet.protocol.topics import Up
 from signing import keys, repository
 
 
-def story_of(new_fleet, story):
-    async def run():
-        async with new_fleet() as fleet:
-            await story(fleet)
-
-    asyncio.run(run())
-
-
-def test_every_route_but_health_and_enrolment_needs_a_token(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_every_route_but_health_and_enrolment_needs_a_token(new_fleet):
+    async with new_fleet() as fleet:
         document = (await fleet.operator.http.get("/openapi.json")).json()
         paths = [(m, p) for p, methods in document["paths"].items() for m in methods if p != "/v1/enrol"]
         assert len(paths) > 25
@@ -39,22 +32,20 @@ def test_every_route_but_health_and_enrolment_needs_a_token(new_fleet):
                     assert reply.json()["type"] == "unauthorised"
             assert (await stranger.get("/healthz")).text == "ok\n"
 
-    story_of(new_fleet, story)
 
-
-def test_a_viewer_may_look_and_not_change(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_viewer_may_look_and_not_change(new_fleet):
+    async with new_fleet() as fleet:
         fleet.server._store.access.add_operator("eve", "eve-token", role="viewer", now=1.0)
         fleet.operator.http.headers["authorization"] = "Bearer eve-token"
         await fleet.operator.get(api.Status, "/v1/status")
         problem = await fleet.operator.problem("POST", "/v1/enroll-tokens", api.EnrollTokenRequest())
         assert (problem.status, problem.type) == (403, "forbidden")
 
-    story_of(new_fleet, story)
 
-
-def test_what_is_asked_wrongly_is_answered_with_one_sentence(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_what_is_asked_wrongly_is_answered_with_one_sentence(new_fleet):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         await operator.token("edge")
         target = await operator.publish("1.0.0", config={})
@@ -108,11 +99,10 @@ def test_what_is_asked_wrongly_is_answered_with_one_sentence(new_fleet):
         unknown_field = await operator.problem("POST", "/v1/rollouts", b'{"instance": "x", "colour": 1}')
         assert "colour" in unknown_field.detail
 
-    story_of(new_fleet, story)
 
-
-def test_an_artifact_is_kept_only_when_its_hash_is_its_name_and_comes_back_by_range(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_an_artifact_is_kept_only_when_its_hash_is_its_name_and_comes_back_by_range(new_fleet):
+    async with new_fleet() as fleet:
         data = bytes(range(256)) * 5000
         sha256 = hashlib.sha256(data).hexdigest()
         http = fleet.operator.http
@@ -137,11 +127,10 @@ def test_an_artifact_is_kept_only_when_its_hash_is_its_name_and_comes_back_by_ra
         unchanged = await http.get(f"/v1/artifacts/{sha256}", headers={"if-none-match": f'"{sha256}"'})
         assert unchanged.status_code == 304
 
-    story_of(new_fleet, story)
 
-
-def test_publishing_is_compare_and_swap_and_only_for_the_publishers_key(new_fleet, tmp_path):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_publishing_is_compare_and_swap_and_only_for_the_publishers_key(new_fleet, tmp_path):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         base = await operator._newest_role()
         await operator.publish("1.0.0")
@@ -158,11 +147,10 @@ def test_publishing_is_compare_and_swap_and_only_for_the_publishers_key(new_flee
         same = await operator.send(api.RoleReply, "POST", "/v1/roles/main", msgspec.Raw(await operator._newest_role()))
         assert same.version == 2
 
-    story_of(new_fleet, story)
 
-
-def test_two_groups_of_one_priority_must_not_disagree(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_two_groups_of_one_priority_must_not_disagree(new_fleet):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         board = await fleet.board("a")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
@@ -183,11 +171,10 @@ def test_two_groups_of_one_priority_must_not_disagree(new_fleet):
         await operator.send(api.GroupRow, "PUT", "/v1/groups/canary", api.GroupRequest(remove=(board.device,)))
         await board.until(lambda board: board.items["hello"].target == one)
 
-    story_of(new_fleet, story)
 
-
-def test_a_board_that_gets_a_label_gets_what_its_group_runs(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_board_that_gets_a_label_gets_what_its_group_runs(new_fleet):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         board = await fleet.board("a", group="")
         selector = api.GroupRequest(selector={"site": "north"})
@@ -203,11 +190,10 @@ def test_a_board_that_gets_a_label_gets_what_its_group_runs(new_fleet):
         problem = await operator.problem("POST", "/v1/enroll-tokens", api.EnrollTokenRequest(group="north"))
         assert problem.type == "selector-group"
 
-    story_of(new_fleet, story)
 
-
-def test_a_pin_holds_one_board_until_it_is_taken_off(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_pin_holds_one_board_until_it_is_taken_off(new_fleet):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         pinned, other = await fleet.board("a"), await fleet.board("b")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
@@ -224,11 +210,10 @@ def test_a_pin_holds_one_board_until_it_is_taken_off(new_fleet):
         problem = await operator.problem("POST", path, api.InstanceRequest(instance="hello"))
         assert problem.type == "not-pinned"
 
-    story_of(new_fleet, story)
 
-
-def test_a_failed_board_is_tried_again_only_when_an_operator_says_so(new_fleet, behaviours):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_failed_board_is_tried_again_only_when_an_operator_says_so(new_fleet, behaviours):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         good, bad = await fleet.board("a"), await fleet.board("b", behaviour=behaviours["trapping"])
         target = await operator.publish("1.0.0")
@@ -250,11 +235,10 @@ def test_a_failed_board_is_tried_again_only_when_an_operator_says_so(new_fleet, 
         problem = await operator.problem("POST", path, api.InstanceRequest(instance="other"))
         assert problem.type == "unknown-instance"
 
-    story_of(new_fleet, story)
 
-
-def test_a_rollout_can_be_paused_resumed_and_aborted(new_fleet, behaviours):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_rollout_can_be_paused_resumed_and_aborted(new_fleet, behaviours):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         boards = [await fleet.board(name) for name in "ab"]
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
@@ -276,11 +260,10 @@ def test_a_rollout_can_be_paused_resumed_and_aborted(new_fleet, behaviours):
         problem = await operator.problem("POST", f"/v1/rollouts/{view.id}/resume")
         assert problem.type == "rollout-over"
 
-    story_of(new_fleet, story)
 
-
-def test_a_version_that_falls_while_it_soaks_goes_no_further(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_version_that_falls_while_it_soaks_goes_no_further(new_fleet):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         boards = [await fleet.board(name) for name in "ab"]
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
@@ -297,11 +280,10 @@ def test_a_version_that_falls_while_it_soaks_goes_no_further(new_fleet):
         assert "quarantine after 5 restarts" in view.reason
         await canary.until(lambda board: board.items["hello"].target == one)
 
-    story_of(new_fleet, story)
 
-
-def test_a_newer_rollout_takes_over_without_a_step_back(new_fleet, behaviours):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_newer_rollout_takes_over_without_a_step_back(new_fleet, behaviours):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         board = await fleet.board("a")
         targets = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
@@ -317,11 +299,10 @@ def test_a_newer_rollout_takes_over_without_a_step_back(new_fleet, behaviours):
         offered = [each.items[0].target for each in board.accepted]
         assert offered == targets
 
-    story_of(new_fleet, story)
 
-
-def test_configuration_and_grants_stay_over_versions_and_never_widen(new_fleet, manifest_with_key):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_configuration_and_grants_stay_over_versions_and_never_widen(new_fleet, manifest_with_key):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         board = await fleet.board("a")
         grants = Grants(interfaces=("wasi:clocks", "wasi:random"))
@@ -346,11 +327,10 @@ def test_configuration_and_grants_stay_over_versions_and_never_widen(new_fleet, 
         assert plan.waves[0] == (board.device,)
         assert plan.previous == two
 
-    story_of(new_fleet, story)
 
-
-def test_a_board_with_another_cpu_is_left_out_and_said_so(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_board_with_another_cpu_is_left_out_and_said_so(new_fleet):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         board = await fleet.board("a")
         target = await operator.publish("1.0.0", arch=("riscv64",))
@@ -363,11 +343,10 @@ def test_a_board_with_another_cpu_is_left_out_and_said_so(new_fleet):
         assert "x86_64" in view.boards[0].message
         assert not board.accepted
 
-    story_of(new_fleet, story)
 
-
-def test_commands_are_signed_and_counted(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_commands_are_signed_and_counted(new_fleet):
+    async with new_fleet() as fleet:
         board = await fleet.board("a")
         operator = fleet.operator
         await operator.decided(await operator.deploy(await operator.publish("1.0.0")))
@@ -380,32 +359,29 @@ def test_commands_are_signed_and_counted(new_fleet):
         assert first > 1_700_000_000, "the seconds of the clock: a restored database does not begin again"
         assert board.commands[1].verb == Restart(instance="hello")
 
-    story_of(new_fleet, story)
 
-
-def test_a_restart_of_what_does_not_run_there_is_refused(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_restart_of_what_does_not_run_there_is_refused(new_fleet):
+    async with new_fleet() as fleet:
         board = await fleet.board("a")
         content = msgspec.json.encode(api.CommandRequest(verb=Restart(instance="nosuch")))
         reply = await fleet.operator.http.request("POST", f"/v1/devices/{board.device}/command", content=content)
         assert reply.status_code == 404
         assert msgspec.json.decode(reply.content, type=api.Problem).type == "unknown-instance"
 
-    story_of(new_fleet, story)
 
-
-def test_a_priority_that_no_database_holds_is_refused(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_priority_that_no_database_holds_is_refused(new_fleet):
+    async with new_fleet() as fleet:
         reply = await fleet.operator.http.request(
             "PUT", "/v1/groups/edge", content=b'{"priority": 99999999999999999999}'
         )
         assert reply.status_code == 400
 
-    story_of(new_fleet, story)
 
-
-def test_everything_that_is_done_is_written_down(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_everything_that_is_done_is_written_down(new_fleet):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         board = await fleet.board("a")
         target = await operator.publish("1.0.0")
@@ -425,11 +401,10 @@ def test_everything_that_is_done_is_written_down(new_fleet):
         assert "wasmfleet_devices_online 1" in metrics
         assert 'wasmfleet_rollouts{state="succeeded"} 1' in metrics
 
-    story_of(new_fleet, story)
 
-
-def test_a_long_poll_returns_with_the_next_revision_or_when_its_time_is_over(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_long_poll_returns_with_the_next_revision_or_when_its_time_is_over(new_fleet):
+    async with new_fleet() as fleet:
         operator = fleet.operator
         await fleet.enrol("away")
         target = await operator.publish("1.0.0")
@@ -447,15 +422,12 @@ def test_a_long_poll_returns_with_the_next_revision_or_when_its_time_is_over(new
         same = await operator.get(api.RolloutView, f"/v1/rollouts/{view.id}", wait=0, since=newer.revision)
         assert same.revision == newer.revision
 
-    story_of(new_fleet, story)
-
 
 @pytest.mark.parametrize("struct", [api.Status, api.DeviceDetail, api.RolloutView, api.RolloutRequest, api.Problem])
-def test_the_openapi_document_describes_each_struct(new_fleet, struct):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_the_openapi_document_describes_each_struct(new_fleet, struct):
+    async with new_fleet() as fleet:
         document = (await fleet.operator.http.get("/openapi.json")).json()
         assert document["openapi"].startswith("3.1")
         schema = document["components"]["schemas"][struct.__name__]
         assert set(schema["properties"]) == set(struct.__struct_encode_fields__)
-
-    story_of(new_fleet, story)

@@ -1,9 +1,9 @@
 """A board that refuses an assignment as a whole: the rollout hears of it, and nobody else's word stops one."""
 
-import asyncio
 import hashlib
 
 import msgspec
+import pytest
 
 from fleet.protocol.api import Outcome, RolloutState
 from fleet.protocol.codes import Phase, RejectCode
@@ -21,34 +21,30 @@ def refusal(board, item, envelope, code=RejectCode.UNSIGNED):
     )
 
 
-def test_a_refused_assignment_halts_the_rollout_with_its_code(new_fleet):
-    async def story():
-        async with new_fleet() as fleet:
-            board = await fleet.board("a")
-            board.behaviour = lambda item: [refusal(board, item, board.envelopes[-1])]
-            view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
-            view = await fleet.operator.decided(view)
-            assert view.state is RolloutState.HALTED
-            assert (view.boards[0].outcome, view.boards[0].code) == (Outcome.REFUSED, RejectCode.UNSIGNED)
-            assert "unsigned" in view.reason
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_a_refused_assignment_halts_the_rollout_with_its_code(new_fleet):
+    async with new_fleet() as fleet:
+        board = await fleet.board("a")
+        board.behaviour = lambda item: [refusal(board, item, board.envelopes[-1])]
+        view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
+        view = await fleet.operator.decided(view)
+        assert view.state is RolloutState.HALTED
+        assert (view.boards[0].outcome, view.boards[0].code) == (Outcome.REFUSED, RejectCode.UNSIGNED)
+        assert "unsigned" in view.reason
 
 
-def test_refusing_what_the_server_never_signed_or_has_replaced_stops_no_rollout(new_fleet, behaviours):
-    async def story():
-        async with new_fleet() as fleet:
-            board = await fleet.board("a")
-            first = await fleet.operator.publish("1.0.0")
-            await fleet.operator.decided(await fleet.operator.deploy(first))
-            old = board.envelopes[-1]
-            good = board.behaviour
-            board.behaviour = lambda item: [
-                refusal(board, item, b"forged by whoever owns the broker"),
-                refusal(board, item, old, RejectCode.ROLLBACK),
-                *good(item),
-            ]
-            view = await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("2.0.0")))
-            assert view.state is RolloutState.SUCCEEDED, view.reason
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_refusing_what_the_server_never_signed_or_has_replaced_stops_no_rollout(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        board = await fleet.board("a")
+        first = await fleet.operator.publish("1.0.0")
+        await fleet.operator.decided(await fleet.operator.deploy(first))
+        old = board.envelopes[-1]
+        good = board.behaviour
+        board.behaviour = lambda item: [
+            refusal(board, item, b"forged by whoever owns the broker"),
+            refusal(board, item, old, RejectCode.ROLLBACK),
+            *good(item),
+        ]
+        view = await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("2.0.0")))
+        assert view.state is RolloutState.SUCCEEDED, view.reason

@@ -1,6 +1,6 @@
 """The main job over real sockets: a push reaches boards that verify it, wave by wave, and a bad one is stopped."""
 
-import asyncio
+import pytest
 
 from fleet.protocol import api
 from fleet.protocol.api import Outcome, RolloutState
@@ -14,144 +14,132 @@ def outcomes(view: api.RolloutView) -> dict[int, list[Outcome]]:
     return waves
 
 
-def test_a_push_reaches_every_board_and_becomes_what_the_group_runs(new_fleet, broker):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            boards = [await fleet.board(f"board{number}") for number in range(3)]
-            target = await fleet.operator.publish("1.0.0")
-            view = await fleet.operator.decided(await fleet.operator.deploy(target))
+@pytest.mark.asyncio
+async def test_a_push_reaches_every_board_and_becomes_what_the_group_runs(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        boards = [await fleet.board(f"board{number}") for number in range(3)]
+        target = await fleet.operator.publish("1.0.0")
+        view = await fleet.operator.decided(await fleet.operator.deploy(target))
 
-            assert view.state is RolloutState.SUCCEEDED, view.reason
-            assert outcomes(view) == {1: [Outcome.SUCCEEDED], 2: [Outcome.SUCCEEDED] * 2}
-            for board in boards:
-                await board.until(lambda board: board.items)
-                # it verified the envelope against the pinned root before it believed it
-                assert board.items["hello"].target == target
-                assert board.items["hello"].rollout == view.id
-            (group,) = (await fleet.operator.get(api.Groups, "/v1/groups")).groups
-            assert [each.target for each in group.settled] == [target]
-            # settling changes nothing that boards run: no second assignment
-            assert all(len(board.accepted) == 1 for board in boards)
-
-    asyncio.run(story())
+        assert view.state is RolloutState.SUCCEEDED, view.reason
+        assert outcomes(view) == {1: [Outcome.SUCCEEDED], 2: [Outcome.SUCCEEDED] * 2}
+        for board in boards:
+            await board.until(lambda board: board.items)
+            # it verified the envelope against the pinned root before it believed it
+            assert board.items["hello"].target == target
+            assert board.items["hello"].rollout == view.id
+        (group,) = (await fleet.operator.get(api.Groups, "/v1/groups")).groups
+        assert [each.target for each in group.settled] == [target]
+        # settling changes nothing that boards run: no second assignment
+        assert all(len(board.accepted) == 1 for board in boards)
 
 
-def test_a_version_that_traps_is_stopped_before_the_second_board_and_taken_back(new_fleet, broker, behaviours):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            boards = {board.device: board for board in [await fleet.board("a"), await fleet.board("b")]}
-            good = await fleet.operator.publish("1.0.0")
-            await fleet.operator.decided(await fleet.operator.deploy(good))
-            for board in boards.values():
-                board.behaviour = behaviours["trapping"]
-            bad = await fleet.operator.publish("2.0.0")
-            view = await fleet.operator.decided(await fleet.operator.deploy(bad))
+@pytest.mark.asyncio
+async def test_a_version_that_traps_is_stopped_before_the_second_board_and_taken_back(new_fleet, broker, behaviours):
+    async with new_fleet(broker) as fleet:
+        boards = {board.device: board for board in [await fleet.board("a"), await fleet.board("b")]}
+        good = await fleet.operator.publish("1.0.0")
+        await fleet.operator.decided(await fleet.operator.deploy(good))
+        for board in boards.values():
+            board.behaviour = behaviours["trapping"]
+        bad = await fleet.operator.publish("2.0.0")
+        view = await fleet.operator.decided(await fleet.operator.deploy(bad))
 
-            assert view.state is RolloutState.HALTED
-            assert outcomes(view) == {1: [Outcome.FAILED], 2: [Outcome.SKIPPED]}
-            first = view.boards[0]
-            assert (first.code, first.log) == (RejectCode.TRAPPED, ("boom",))
-            assert first.device in view.reason
-            # the first board is offered what it had; the second never heard of the bad one
-            tried = boards.pop(first.device)
-            (spared,) = boards.values()
-            await tried.until(lambda board: board.items["hello"].target == good)
-            assert bad not in {item.target for each in spared.accepted for item in each.items}
-            assert bad in {item.target for each in tried.accepted for item in each.items}
-
-    asyncio.run(story())
+        assert view.state is RolloutState.HALTED
+        assert outcomes(view) == {1: [Outcome.FAILED], 2: [Outcome.SKIPPED]}
+        first = view.boards[0]
+        assert (first.code, first.log) == (RejectCode.TRAPPED, ("boom",))
+        assert first.device in view.reason
+        # the first board is offered what it had; the second never heard of the bad one
+        tried = boards.pop(first.device)
+        (spared,) = boards.values()
+        await tried.until(lambda board: board.items["hello"].target == good)
+        assert bad not in {item.target for each in spared.accepted for item in each.items}
+        assert bad in {item.target for each in tried.accepted for item in each.items}
 
 
-def test_undo_goes_back_through_history_and_removal_takes_the_instance_off(new_fleet):
-    async def story():
-        async with new_fleet() as fleet:
-            operator, board = fleet.operator, await fleet.board("a")
-            targets = [await operator.publish(f"{number}.0.0") for number in (1, 2)]
-            for target in targets:
-                await operator.decided(await operator.deploy(target))
-            undone = await operator.decided(
-                await operator.send(api.RolloutView, "POST", "/v1/undo", api.UndoRequest(group="edge"))
-            )
-            assert (undone.state, undone.target) == (RolloutState.SUCCEEDED, targets[0])
-            assert board.items["hello"].target == targets[0]
+@pytest.mark.asyncio
+async def test_undo_goes_back_through_history_and_removal_takes_the_instance_off(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        targets = [await operator.publish(f"{number}.0.0") for number in (1, 2)]
+        for target in targets:
+            await operator.decided(await operator.deploy(target))
+        undone = await operator.decided(
+            await operator.send(api.RolloutView, "POST", "/v1/undo", api.UndoRequest(group="edge"))
+        )
+        assert (undone.state, undone.target) == (RolloutState.SUCCEEDED, targets[0])
+        assert board.items["hello"].target == targets[0]
 
-            gone = await operator.send(api.RolloutView, "POST", "/v1/undo", api.UndoRequest())
-            assert (await operator.decided(gone)).state is RolloutState.SUCCEEDED
-            await board.until(lambda board: not board.items)
-            assert board.accepted[-1].stop_all
-            problem = await operator.problem("POST", "/v1/undo", api.UndoRequest())
-            assert problem.type == "nothing-to-undo"
+        gone = await operator.send(api.RolloutView, "POST", "/v1/undo", api.UndoRequest())
+        assert (await operator.decided(gone)).state is RolloutState.SUCCEEDED
+        await board.until(lambda board: not board.items)
+        assert board.accepted[-1].stop_all
+        problem = await operator.problem("POST", "/v1/undo", api.UndoRequest())
+        assert problem.type == "nothing-to-undo"
 
-            await operator.decided(await operator.deploy(targets[1]))
-            removal = api.RemovalRequest(instance="hello", group="edge", keep_data=True)
-            view = await operator.send(api.RolloutView, "POST", "/v1/removals", removal)
-            assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
-            await board.until(lambda board: not board.items)
-            assert board.accepted[-1].keep_data == ("hello",)
-
-    asyncio.run(story())
+        await operator.decided(await operator.deploy(targets[1]))
+        removal = api.RemovalRequest(instance="hello", group="edge", keep_data=True)
+        view = await operator.send(api.RolloutView, "POST", "/v1/removals", removal)
+        assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
+        await board.until(lambda board: not board.items)
+        assert board.accepted[-1].keep_data == ("hello",)
 
 
-def test_a_board_that_is_offline_gets_it_when_it_comes_back(new_fleet, broker):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            here = await fleet.board("here")
-            away = await fleet.enrol("away")
-            target = await fleet.operator.publish("1.0.0")
-            view = await fleet.operator.decided(await fleet.operator.deploy(target))
-            assert view.state is RolloutState.SUCCEEDED
-            assert {board.device: board.outcome for board in view.boards} == {
-                here.device: Outcome.SUCCEEDED,
-                away.device: Outcome.WAITING,
-            }
-            await away.connect()
-            view = await fleet.operator.follow(view, lambda view: view.counts == {"succeeded": 2})
-            assert away.items["hello"].target == target
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_a_board_that_is_offline_gets_it_when_it_comes_back(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        here = await fleet.board("here")
+        away = await fleet.enrol("away")
+        target = await fleet.operator.publish("1.0.0")
+        view = await fleet.operator.decided(await fleet.operator.deploy(target))
+        assert view.state is RolloutState.SUCCEEDED
+        assert {board.device: board.outcome for board in view.boards} == {
+            here.device: Outcome.SUCCEEDED,
+            away.device: Outcome.WAITING,
+        }
+        await away.connect()
+        view = await fleet.operator.follow(view, lambda view: view.counts == {"succeeded": 2})
+        assert away.items["hello"].target == target
 
 
-def test_a_server_that_is_restarted_in_mid_rollout_goes_on(new_fleet, broker, behaviours):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            boards = [await fleet.board("a"), await fleet.board("b")]
-            for board in boards:
-                board.behaviour = behaviours["silent"]
-            target = await fleet.operator.publish("1.0.0")
-            view = await fleet.operator.deploy(target, waves="100%")
-            for board in boards:
-                await board.until(lambda board: board.items)
-            await fleet.stop()
-            for board in boards:
-                await board.disconnect()
+@pytest.mark.asyncio
+async def test_a_server_that_is_restarted_in_mid_rollout_goes_on(new_fleet, broker, behaviours):
+    async with new_fleet(broker) as fleet:
+        boards = [await fleet.board("a"), await fleet.board("b")]
+        for board in boards:
+            board.behaviour = behaviours["silent"]
+        target = await fleet.operator.publish("1.0.0")
+        view = await fleet.operator.deploy(target, waves="100%")
+        for board in boards:
+            await board.until(lambda board: board.items)
+        await fleet.stop()
+        for board in boards:
+            await board.disconnect()
 
-            await fleet.start()
-            view = await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{view.id}")
-            assert view.state is RolloutState.RUNNING
-            for board in boards:
-                board.behaviour, board.items, board.facts = behaviours["good"], {}, type(board.facts)()
-                board.accepted.clear()
-                await board.connect()
-            assert (await fleet.operator.decided(view)).state is RolloutState.SUCCEEDED
-
-    asyncio.run(story())
+        await fleet.start()
+        view = await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{view.id}")
+        assert view.state is RolloutState.RUNNING
+        for board in boards:
+            board.behaviour, board.items, board.facts = behaviours["good"], {}, type(board.facts)()
+            board.accepted.clear()
+            await board.connect()
+        assert (await fleet.operator.decided(view)).state is RolloutState.SUCCEEDED
 
 
-def test_a_broker_that_dies_is_started_again_and_nothing_is_lost(new_fleet, broker):
-    async def story():
-        async with new_fleet(broker) as fleet:
-            import os
-            import signal
+@pytest.mark.asyncio
+async def test_a_broker_that_dies_is_started_again_and_nothing_is_lost(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        import os
+        import signal
 
-            board = await fleet.board("a")
-            first = await fleet.operator.publish("1.0.0")
-            await fleet.operator.decided(await fleet.operator.deploy(first))
-            pid = fleet.server.broker_pid
-            os.kill(pid, signal.SIGKILL)
-            second = await fleet.operator.publish("2.0.0")
-            view = await fleet.operator.decided(await fleet.operator.deploy(second))
-            assert view.state is RolloutState.SUCCEEDED
-            assert fleet.server.broker_pid not in {None, pid}
-            assert board.items["hello"].target == second
-
-    asyncio.run(story())
+        board = await fleet.board("a")
+        first = await fleet.operator.publish("1.0.0")
+        await fleet.operator.decided(await fleet.operator.deploy(first))
+        pid = fleet.server.broker_pid
+        os.kill(pid, signal.SIGKILL)
+        second = await fleet.operator.publish("2.0.0")
+        view = await fleet.operator.decided(await fleet.operator.deploy(second))
+        assert view.state is RolloutState.SUCCEEDED
+        assert fleet.server.broker_pid not in {None, pid}
+        assert board.items["hello"].target == second

@@ -27,14 +27,6 @@ NEWER = "a password of today"
 NEEDS = {"secrets": {"db-password": SecretKey(), "proxy": SecretKey(required=False)}}
 
 
-def story_of(new_fleet, story):
-    async def run():
-        async with new_fleet() as fleet:
-            await story(fleet)
-
-    asyncio.run(run())
-
-
 async def joined(fleet, name, *, group="edge", connected=True):
     """A board with a sealing key that it proves to be its own, as an agent enrols."""
     key, sealing_key = ec.generate_private_key(ec.SECP256R1()), X25519PrivateKey.generate()
@@ -79,8 +71,9 @@ def refs(board):
     )
 
 
-def test_each_board_is_given_a_box_that_it_alone_can_fetch_and_open(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_each_board_is_given_a_box_that_it_alone_can_fetch_and_open(new_fleet):
+    async with new_fleet() as fleet:
         one, two = await joined(fleet, "one"), await joined(fleet, "two")
         said = await give(fleet)
         assert (said.instance, said.version, set(said.boards)) == ("hello", 1, {one.device, two.device})
@@ -96,11 +89,10 @@ def test_each_board_is_given_a_box_that_it_alone_can_fetch_and_open(new_fleet):
         with pytest.raises(Rejected):
             sealing.open_box(box, key=one.sealing_key, purpose=purpose)
 
-    story_of(new_fleet, story)
 
-
-def test_a_rotated_secret_is_assigned_at_once_and_only_the_version_grows(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_rotated_secret_is_assigned_at_once_and_only_the_version_grows(new_fleet):
+    async with new_fleet() as fleet:
         board = await joined(fleet, "one")
         problem = await fleet.operator.problem(
             "PUT", "/v1/secrets/db-password", SecretRequest(instance="hello", group="edge", value=NEWER, rotate=True)
@@ -122,11 +114,10 @@ def test_a_rotated_secret_is_assigned_at_once_and_only_the_version_grows(new_fle
         await fleet.operator.send(Secrets, "POST", "/v1/secrets/db-password/remove", scope)
         assert (await give(fleet)).version == 3
 
-    story_of(new_fleet, story)
 
-
-def test_the_value_is_nowhere(new_fleet, caplog):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_the_value_is_nowhere(new_fleet, caplog):
+    async with new_fleet() as fleet:
         caplog.set_level(logging.DEBUG)
         board = await joined(fleet, "one")
         await give(fleet)
@@ -149,19 +140,16 @@ def test_the_value_is_nowhere(new_fleet, caplog):
         for envelope in board.envelopes:
             assert PASSWORD.encode() not in envelope
         assert board.envelopes
-
-    story_of(new_fleet, story)
     assert PASSWORD not in caplog.text
 
 
-def test_a_thief_of_everything_that_lies_on_the_server_finds_boxes(new_fleet, tmp_path):
+@pytest.mark.asyncio
+async def test_a_thief_of_everything_that_lies_on_the_server_finds_boxes(new_fleet, tmp_path):
     # database and its log, backup, the broker's persistence, repository, journal: every byte that the server wrote
-    async def story(fleet):
+    async with new_fleet() as fleet:
         await joined(fleet, "one")
         await give(fleet)
         fleet.server._store.backup(fleet.directory / "backup.db")
-
-    story_of(new_fleet, story)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".db" for path in files)
     for path in files:
@@ -174,8 +162,9 @@ def test_a_thief_of_everything_that_lies_on_the_server_finds_boxes(new_fleet, tm
             assert PASSWORD.encode().hex() not in dump.lower()
 
 
-def test_a_board_that_joins_later_lacks_it_and_is_listed_with_what_to_do(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_board_that_joins_later_lacks_it_and_is_listed_with_what_to_do(new_fleet):
+    async with new_fleet() as fleet:
         one = await joined(fleet, "one")
         await give(fleet)
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0", **NEEDS)))
@@ -191,11 +180,10 @@ def test_a_board_that_joins_later_lacks_it_and_is_listed_with_what_to_do(new_fle
         assert refs(one) == {"db-password": 1}, "the others are not touched"
         assert (await fleet.operator.get(Secrets, "/v1/secrets")).secrets[0].lacking == ()
 
-    story_of(new_fleet, story)
 
-
-def test_a_board_without_the_secret_of_the_next_version_keeps_the_one_before(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_board_without_the_secret_of_the_next_version_keeps_the_one_before(new_fleet):
+    async with new_fleet() as fleet:
         one, two = await joined(fleet, "one"), await joined(fleet, "two")
         old = await fleet.operator.publish("1.0.0")
         await fleet.operator.decided(await fleet.operator.deploy(old))
@@ -217,11 +205,10 @@ def test_a_board_without_the_secret_of_the_next_version_keeps_the_one_before(new
         await two.until(lambda each: len(each.accepted) > 1)
         assert two.accepted[-1].items[0].target == old, "it goes on with what it had"
 
-    story_of(new_fleet, story)
 
-
-def test_what_is_asked_wrongly_is_refused_in_one_sentence(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_what_is_asked_wrongly_is_refused_in_one_sentence(new_fleet):
+    async with new_fleet() as fleet:
         board = await joined(fleet, "one")
         await give(fleet)
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0", **NEEDS)))
@@ -261,11 +248,10 @@ def test_what_is_asked_wrongly_is_refused_in_one_sentence(new_fleet):
         # the instance need not be said where one alone declares it
         assert (await give(fleet, instance="")).instance == "hello"
 
-    story_of(new_fleet, story)
 
-
-def test_what_an_operator_sealed_the_server_passes_on_and_cannot_read(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_what_an_operator_sealed_the_server_passes_on_and_cannot_read(new_fleet):
+    async with new_fleet() as fleet:
         board = await joined(fleet, "one")
         keys = await fleet.operator.get(SealingKeys, "/v1/secrets/db-password/keys", group="edge", instance="hello")
         (shown,) = keys.boards
@@ -282,12 +268,11 @@ def test_what_an_operator_sealed_the_server_passes_on_and_cannot_read(new_fleet)
         assert await opened(board) == {"db-password": PASSWORD}
         assert (await fleet.operator.get(Secrets, "/v1/secrets")).secrets[0].boards[0].sealed == "operator"
 
-    story_of(new_fleet, story)
 
-
-def test_a_board_cannot_talk_itself_into_a_group_that_is_given_secrets(new_fleet):
+@pytest.mark.asyncio
+async def test_a_board_cannot_talk_itself_into_a_group_that_is_given_secrets(new_fleet):
     # A group by labels: operators set them, and nothing that a board says of itself is one.
-    async def story(fleet):
+    async with new_fleet() as fleet:
         good, liar = await joined(fleet, "good", group=""), await joined(fleet, "site-berlin", group="")
         wish = api.GroupRequest(selector={"site": "berlin"})
         await fleet.operator.send(api.GroupRow, "PUT", "/v1/groups/vault", wish)
@@ -297,21 +282,19 @@ def test_a_board_cannot_talk_itself_into_a_group_that_is_given_secrets(new_fleet
         assert said.boards == (good.device,)
         assert liar.device not in said.boards
 
-    story_of(new_fleet, story)
 
-
-def test_a_board_that_is_shut_out_has_no_box_left(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_board_that_is_shut_out_has_no_box_left(new_fleet):
+    async with new_fleet() as fleet:
         board = await joined(fleet, "one")
         await give(fleet)
         await fleet.operator.send(api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
         assert (await fleet.operator.get(Secrets, "/v1/secrets")).secrets == ()
 
-    story_of(new_fleet, story)
 
-
-def test_a_board_that_went_back_to_the_former_secret_holds_up_no_rollout(new_fleet, behaviours):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_a_board_that_went_back_to_the_former_secret_holds_up_no_rollout(new_fleet, behaviours):
+    async with new_fleet() as fleet:
         board = await joined(fleet, "one")
         await give(fleet)
         done = await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0", **NEEDS)))
@@ -324,11 +307,10 @@ def test_a_board_that_went_back_to_the_former_secret_holds_up_no_rollout(new_fle
         detail = await fleet.operator.get(api.DeviceDetail, f"/v1/devices/{board.device}")
         assert [entry.phase for entry in detail.failed] == [Phase.ROLLED_BACK]
 
-    story_of(new_fleet, story)
 
-
-def test_only_an_operator_may_give_secrets(new_fleet):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_only_an_operator_may_give_secrets(new_fleet):
+    async with new_fleet() as fleet:
         await joined(fleet, "one")
         fleet.server._store.access.add_operator("eve", "eve-token", role="viewer", now=1.0)
         fleet.operator.http.headers["authorization"] = "Bearer eve-token"
@@ -336,5 +318,3 @@ def test_only_an_operator_may_give_secrets(new_fleet):
         assert (await fleet.operator.problem("PUT", "/v1/secrets/db-password", wish)).status == 403
         body = msgspec.json.encode(await fleet.operator.get(Secrets, "/v1/secrets"))
         assert PASSWORD.encode() not in body
-
-    story_of(new_fleet, story)

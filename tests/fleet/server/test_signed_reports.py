@@ -1,9 +1,9 @@
 """What a board says counts when its own key signed it: nobody on the bus, and no server, speaks for a board."""
 
-import asyncio
 from datetime import UTC, datetime
 
 import msgspec
+import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from fleet.protocol import api, wire
@@ -35,44 +35,42 @@ def report(board, sequence, previous="", **more):
     return wire.encode(msgspec.structs.replace(made, **more))
 
 
-def test_reports_are_heard_from_the_boards_own_key_only(new_fleet):
-    async def story():
-        async with new_fleet() as fleet:
-            crane, lift = await fleet.board("crane"), await fleet.board("lift")
-            ingest, topic = fleet.server._bus._on_message.__self__, str(Topic(crane.device, Up.REPORT))
+@pytest.mark.asyncio
+async def test_reports_are_heard_from_the_boards_own_key_only(new_fleet):
+    async with new_fleet() as fleet:
+        crane, lift = await fleet.board("crane"), await fleet.board("lift")
+        ingest, topic = fleet.server._bus._on_message.__self__, str(Topic(crane.device, Up.REPORT))
 
-            def stored():
-                ingest.flush()
-                return len(fleet.server._store.delivery.reports(crane.device, 10))
+        def stored():
+            ingest.flush()
+            return len(fleet.server._store.delivery.reports(crane.device, 10))
 
-            first = voice(crane).sign(report(crane, 1))
-            ingest.on_message(topic, first)
-            assert stored() == 1
-            # spoofed: by another board's key, without a signature, changed, or another board's own report
-            ingest.on_message(topic, voice(lift).sign(report(crane, 2)))
-            ingest.on_message(topic, report(crane, 2))
-            at = first.index(b'"payload":"') + 30
-            ingest.on_message(topic, first[:at] + bytes([first[at] ^ 1]) + first[at + 1 :])
-            ingest.on_message(topic, voice(lift).sign(report(lift, 2)))
-            assert stored() == 1
-            assert ingest.counts["forged"] == 4
-            # replayed: it counts once
-            ingest.on_message(topic, first)
-            assert stored() == 1
-            await crane.until(lambda board: board.acked == 1)
+        first = voice(crane).sign(report(crane, 1))
+        ingest.on_message(topic, first)
+        assert stored() == 1
+        # spoofed: by another board's key, without a signature, changed, or another board's own report
+        ingest.on_message(topic, voice(lift).sign(report(crane, 2)))
+        ingest.on_message(topic, report(crane, 2))
+        at = first.index(b'"payload":"') + 30
+        ingest.on_message(topic, first[:at] + bytes([first[at] ^ 1]) + first[at + 1 :])
+        ingest.on_message(topic, voice(lift).sign(report(lift, 2)))
+        assert stored() == 1
+        assert ingest.counts["forged"] == 4
+        # replayed: it counts once
+        ingest.on_message(topic, first)
+        assert stored() == 1
+        await crane.until(lambda board: board.acked == 1)
 
-            # and what the server keeps is the board's own word, byte for byte
-            page = await fleet.operator.get(History, f"/v1/devices/{crane.device}/reports")
-            assert [bytes(each) for each in page.reports] == [first]
-            assert (page.boot_id, page.sequence) == ("boot", 1)
-            more = await fleet.operator.get(
-                History, f"/v1/devices/{crane.device}/reports", boot_id=page.boot_id, after=page.sequence
-            )
-            assert more.reports == ()
-            verdict = audit(crane.device, page.certificate_pem.encode(), [bytes(each) for each in page.reports], None)
-            assert verdict.findings == ()
-            assert verdict.seen.sha256 == dsse.parse(first).sha256
-            timeline = await fleet.operator.get(api.Timeline, f"/v1/devices/{crane.device}/timeline")
-            assert "hello: main/hello@1.0.0 is committed" in [entry.text for entry in timeline.entries]
-
-    asyncio.run(story())
+        # and what the server keeps is the board's own word, byte for byte
+        page = await fleet.operator.get(History, f"/v1/devices/{crane.device}/reports")
+        assert [bytes(each) for each in page.reports] == [first]
+        assert (page.boot_id, page.sequence) == ("boot", 1)
+        more = await fleet.operator.get(
+            History, f"/v1/devices/{crane.device}/reports", boot_id=page.boot_id, after=page.sequence
+        )
+        assert more.reports == ()
+        verdict = audit(crane.device, page.certificate_pem.encode(), [bytes(each) for each in page.reports], None)
+        assert verdict.findings == ()
+        assert verdict.seen.sha256 == dsse.parse(first).sha256
+        timeline = await fleet.operator.get(api.Timeline, f"/v1/devices/{crane.device}/timeline")
+        assert "hello: main/hello@1.0.0 is committed" in [entry.text for entry in timeline.entries]

@@ -1,10 +1,7 @@
 """Root and targets change under a running server and connected boards: no restart, no board enrolled again."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,14 +10,6 @@ from fleet.server.home import Home
 from signing import events, keys, proposals, repository, rotation
 from signing.events import Document, Event
 from signing.rotation import Namespace, RoleKeys
-
-
-def play(new_fleet: Any, story: Callable[[Any], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with new_fleet("embedded") as fleet:
-            await story(fleet)
-
-    asyncio.run(run())
 
 
 def repository_files(home: Path) -> dict[str, bytes]:
@@ -41,8 +30,9 @@ def propose(home: Path, role: str, path: Path) -> Event:
 
 
 @pytest.mark.parametrize("role", ["director", "snapshot", "timestamp"])
-def test_an_online_key_is_replaced_under_a_connected_board(new_fleet, role: str) -> None:
-    async def story(fleet: Any) -> None:
+@pytest.mark.asyncio
+async def test_an_online_key_is_replaced_under_a_connected_board(new_fleet, role: str) -> None:
+    async with new_fleet("embedded") as fleet:
         board = await fleet.board("gate")
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
         told = len(board.accepted)
@@ -67,11 +57,10 @@ def test_an_online_key_is_replaced_under_a_connected_board(new_fleet, role: str)
         await fleet.stop()
         await fleet.start()
 
-    play(new_fleet, story)
 
-
-def test_a_namespace_is_added_and_begun_later_by_its_publisher(new_fleet) -> None:
-    async def story(fleet: Any) -> None:
+@pytest.mark.asyncio
+async def test_a_namespace_is_added_and_begun_later_by_its_publisher(new_fleet) -> None:
+    async with new_fleet("embedded") as fleet:
         files, now = repository_files(fleet.home), datetime.now(UTC)
         publisher = keys.generate(fleet.directory / "publisher.pem")
         space = Namespace(RoleKeys((publisher.public_key,)))
@@ -85,11 +74,10 @@ def test_a_namespace_is_added_and_begun_later_by_its_publisher(new_fleet) -> Non
         first = repository.new_role(signer=publisher, now=now)
         assert (await fleet.operator.http.post("/v1/roles/extra", content=first)).is_success
 
-    play(new_fleet, story)
 
-
-def test_a_namespace_moves_into_hash_bins_under_a_connected_board(new_fleet) -> None:
-    async def story(fleet: Any) -> None:
+@pytest.mark.asyncio
+async def test_a_namespace_moves_into_hash_bins_under_a_connected_board(new_fleet) -> None:
+    async with new_fleet("embedded") as fleet:
         await fleet.board("gate")
         first = await fleet.operator.publish("1.0.0")
         key = keys.load(fleet.home / "operator" / "keys" / "main.pem")
@@ -107,11 +95,10 @@ def test_a_namespace_moves_into_hash_bins_under_a_connected_board(new_fleet) -> 
         problem = await fleet.operator.problem("POST", "/v1/roles/main", late)
         assert problem.status == 409
 
-    play(new_fleet, story)
 
-
-def test_what_is_not_signed_by_enough_changes_nothing(new_fleet) -> None:
-    async def story(fleet: Any) -> None:
+@pytest.mark.asyncio
+async def test_what_is_not_signed_by_enough_changes_nothing(new_fleet) -> None:
+    async with new_fleet("embedded") as fleet:
         files = repository_files(fleet.home)
         draft = rotation.propose_root(files, now=datetime.now(UTC))
         problem = await fleet.operator.problem(
@@ -121,11 +108,10 @@ def test_what_is_not_signed_by_enough_changes_nothing(new_fleet) -> None:
         assert (await fleet.operator.problem("POST", "/v1/signing-events", b"{}")).status == 422
         assert repository_files(fleet.home).keys() == files.keys()
 
-    play(new_fleet, story)
 
-
-def test_of_two_people_at_once_the_second_is_told_so(new_fleet) -> None:
-    async def story(fleet: Any) -> None:
+@pytest.mark.asyncio
+async def test_of_two_people_at_once_the_second_is_told_so(new_fleet) -> None:
+    async with new_fleet("embedded") as fleet:
         first = propose(fleet.home, "timestamp", Home(fleet.home).keys / "timestamp-2.pem")
         second = propose(fleet.home, "timestamp", Home(fleet.home).keys / "timestamp-3.pem")
         for _ in range(2):  # sending the same again does no harm
@@ -133,5 +119,3 @@ def test_of_two_people_at_once_the_second_is_told_so(new_fleet) -> None:
         problem = await fleet.operator.problem("POST", "/v1/signing-events", second.encode())
         assert (problem.status, problem.type) == (409, "conflict")
         assert repository.latest(repository_files(fleet.home), "root")[0] == 2
-
-    play(new_fleet, story)

@@ -1,6 +1,7 @@
 """Days, losses and restarts: what expires is renewed, what was restored catches up, what was said is heard."""
 
 import asyncio
+import contextlib
 import ssl
 from datetime import UTC, datetime, timedelta
 
@@ -31,26 +32,26 @@ class Ahead(Server):
 
 @pytest.fixture
 def later(new_fleet):
-    """Runs a story on a fleet whose server's clock can be set ahead."""
+    """A fleet whose server's clock can be set ahead: `async with later() as fleet`."""
 
-    def run(story):
-        async def whole():
-            async with new_fleet() as fleet:
-                await fleet.stop()
-                fleet.server = Ahead(fleet.home, clock=lambda: datetime.now(UTC) + Ahead.ahead)
-                await fleet.server.start()
-                await fleet.server._bus.wait_connected()
-                await story(fleet)
-
+    @contextlib.asynccontextmanager
+    async def run():
         Ahead.ahead = timedelta()
-        asyncio.run(whole())
+        async with new_fleet() as fleet:
+            await fleet.stop()
+            fleet.server = Ahead(fleet.home, clock=lambda: datetime.now(UTC) + Ahead.ahead)
+            await fleet.server.start()
+            await fleet.server._bus.wait_connected()
+            yield fleet
         Ahead.ahead = timedelta()
 
     return run
 
 
-def test_online_roles_are_signed_again_before_they_expire(later):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_online_roles_are_signed_again_before_they_expire(later):
+    async with later() as fleet:
+
         async def timestamp():
             status = await fleet.operator.get(api.Status, "/v1/status")
             return next(role for role in status.roles if role.role == "timestamp")
@@ -64,20 +65,18 @@ def test_online_roles_are_signed_again_before_they_expire(later):
         assert second.version == first.version + 1
         assert second.expires > first.expires
 
-    later(story)
 
-
-def test_an_expired_role_is_named_in_the_status(later):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_an_expired_role_is_named_in_the_status(later):
+    async with later() as fleet:
         Ahead.ahead = repository.LIFE["namespace"] + timedelta(days=1)
         status = await fleet.operator.get(api.Status, "/v1/status")
         assert any("main expired" in problem for problem in status.problems)
 
-    later(story)
 
-
-def test_an_assignment_is_issued_again_before_it_expires_and_asks_for_the_same(later):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_an_assignment_is_issued_again_before_it_expires_and_asks_for_the_same(later):
+    async with later() as fleet:
         board = await fleet.board("a")
         target = await fleet.operator.publish("1.0.0")
         await fleet.operator.decided(await fleet.operator.deploy(target))
@@ -91,11 +90,11 @@ def test_an_assignment_is_issued_again_before_it_expires_and_asks_for_the_same(l
         assert (again.version, again.items) == (2, board.accepted[0].items)
         assert again.expires > board.accepted[0].expires
 
-    later(story)
 
+@pytest.mark.asyncio
+async def test_the_listeners_certificate_is_renewed_while_they_listen(later):
+    async with later() as fleet:
 
-def test_the_listeners_certificate_is_renewed_while_they_listen(later):
-    async def story(fleet):
         async def shown():
             host, _, port = fleet.made.url.removeprefix("https://").rpartition(":")
             context = ssl.create_default_context()
@@ -114,11 +113,10 @@ def test_the_listeners_certificate_is_renewed_while_they_listen(later):
         renewed = await shown()
         assert renewed.serial_number != first.serial_number
 
-    later(story)
 
-
-def test_old_reports_are_forgotten_and_the_audit_log_is_not(later):
-    async def story(fleet):
+@pytest.mark.asyncio
+async def test_old_reports_are_forgotten_and_the_audit_log_is_not(later):
+    async with later() as fleet:
         board = await fleet.board("a")
         target = await fleet.operator.publish("1.0.0")
         await fleet.operator.decided(await fleet.operator.deploy(target))
@@ -128,69 +126,65 @@ def test_old_reports_are_forgotten_and_the_audit_log_is_not(later):
         assert fleet.server._store.delivery.reports(board.device, 10) == []
         assert (await fleet.operator.get(api.Audit, "/v1/audit")).entries == acts
 
-    later(story)
 
+@pytest.mark.asyncio
+async def test_a_database_that_was_restored_from_a_backup_goes_on_above_what_boards_accepted(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        target = await operator.publish("1.0.0")
+        await operator.decided(await operator.deploy(target))
+        fleet.server._store.backup(fleet.directory / "backup.db")
+        for number in (2, 3):
+            await operator.decided(await operator.deploy(await operator.publish(f"{number}.0.0")))
+        assert board.accepted[-1].version == 3
+        await board.disconnect()
+        await fleet.stop()
+        database = fleet.home / "server" / "fleet.db"
+        for leftover in database.parent.glob("fleet.db-*"):
+            leftover.unlink()
+        (fleet.directory / "backup.db").replace(database)
 
-def test_a_database_that_was_restored_from_a_backup_goes_on_above_what_boards_accepted(new_fleet):
-    async def story():
-        async with new_fleet() as fleet:
-            operator, board = fleet.operator, await fleet.board("a")
-            target = await operator.publish("1.0.0")
-            await operator.decided(await operator.deploy(target))
-            fleet.server._store.backup(fleet.directory / "backup.db")
-            for number in (2, 3):
-                await operator.decided(await operator.deploy(await operator.publish(f"{number}.0.0")))
-            assert board.accepted[-1].version == 3
-            await board.disconnect()
-            await fleet.stop()
-            database = fleet.home / "server" / "fleet.db"
-            for leftover in database.parent.glob("fleet.db-*"):
-                leftover.unlink()
-            (fleet.directory / "backup.db").replace(database)
-
-            await fleet.start()
-            await board.connect()
-            # what the restored server wants comes with a version that the board accepts
-            await board.until(lambda board: board.items["hello"].target == target)
-            assert board.accepted[-1].version == 4
-            view = await operator.decided(await operator.deploy(await operator.publish("4.0.0")))
-            assert view.state is RolloutState.SUCCEEDED
-
-    asyncio.run(story())
+        await fleet.start()
+        await board.connect()
+        # what the restored server wants comes with a version that the board accepts
+        await board.until(lambda board: board.items["hello"].target == target)
+        assert board.accepted[-1].version == 4
+        view = await operator.decided(await operator.deploy(await operator.publish("4.0.0")))
+        assert view.state is RolloutState.SUCCEEDED
 
 
 @pytest.mark.skipif(mosquitto.find() is None, reason="mosquitto is not installed")
-def test_what_boards_report_while_the_server_is_away_is_kept_by_a_broker_of_its_own(new_fleet, external_broker):
+@pytest.mark.asyncio
+async def test_what_boards_report_while_the_server_is_away_is_kept_by_a_broker_of_its_own(new_fleet, external_broker):
     """Somebody else's broker outlives the server; reports wait there, and the board still has them besides."""
 
-    async def story():
-        async with new_fleet() as fleet:
-            broker = await external_broker(fleet)
-            board = await fleet.board("a")
-            try:
-                board.behaviour = lambda _item: []
-                target = await fleet.operator.publish("1.0.0")
-                view = await fleet.operator.deploy(target)
-                await board.until(lambda board: board.items)
-                await fleet.stop()
-                board._say(board.report(board.items["hello"], Phase.COMMITTED), board.accepted[-1])
-                await fleet.start()
-                view = await fleet.operator.decided(view)
-                assert [each.outcome for each in view.boards] == [Outcome.SUCCEEDED]
-                status = await fleet.operator.get(api.Status, "/v1/status")
-                assert status.broker == "external"
-            finally:
-                await board.disconnect(politely=True)
-                await fleet.stop()
-                await broker.stop()
-
-    asyncio.run(story())
+    async with new_fleet() as fleet:
+        broker = await external_broker(fleet)
+        board = await fleet.board("a")
+        try:
+            board.behaviour = lambda _item: []
+            target = await fleet.operator.publish("1.0.0")
+            view = await fleet.operator.deploy(target)
+            await board.until(lambda board: board.items)
+            await fleet.stop()
+            board._say(board.report(board.items["hello"], Phase.COMMITTED), board.accepted[-1])
+            await fleet.start()
+            view = await fleet.operator.decided(view)
+            assert [each.outcome for each in view.boards] == [Outcome.SUCCEEDED]
+            status = await fleet.operator.get(api.Status, "/v1/status")
+            assert status.broker == "external"
+        finally:
+            await board.disconnect(politely=True)
+            await fleet.stop()
+            await broker.stop()
 
 
-def test_a_silent_broker_is_raised_by_the_server(later):
+@pytest.mark.asyncio
+async def test_a_silent_broker_is_raised_by_the_server(later):
     """Boards that ask over HTTPS for what the broker should have brought them tell on it."""
 
-    async def story(fleet):
+    async with later() as fleet:
+
         async def problems():
             found = (await fleet.operator.get(api.Status, "/v1/status")).problems
             return [each for each in found if "the broker keeps assignments" in each]
@@ -210,71 +204,63 @@ def test_a_silent_broker_is_raised_by_the_server(later):
         await fleet.online(board)
         assert not await problems()
 
-    later(story)
 
-
-def test_versions_that_a_thief_of_the_director_drove_up_do_not_lock_the_server_out(new_fleet):
+@pytest.mark.asyncio
+async def test_versions_that_a_thief_of_the_director_drove_up_do_not_lock_the_server_out(new_fleet):
     """Fast-forward, and the recovery after it: boards forget with the key, and so does the server."""
 
-    async def story():
-        async with new_fleet("embedded") as fleet:
-            board = await fleet.enrol("a")
-            await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
-            store, told = fleet.server._store, fleet.server._director
-            hello = Hello(device=board.device, nonce="0" * 16, boot_id="b", accepted=VERSION_MAX)
-            store.devices.hear_hello(hello, datetime.now(UTC).timestamp())
-            row = told.reconcile(board.device)
-            assert row is not None
-            assert row.version < 1000
-            # a plausible version is gone above, as after a restored backup
-            store.devices.hear_hello(msgspec.structs.replace(hello, accepted=500), datetime.now(UTC).timestamp())
-            row = told.reconcile(board.device)
-            assert row is not None
-            assert row.version == 501
-            # and commands go on above what a lost database had counted
-            first = store.devices.next_command(board.device, at_least=int(datetime.now(UTC).timestamp()))
-            assert first > 1_700_000_000
-            assert store.devices.next_command(board.device, at_least=7) == first + 1
-
-    asyncio.run(story())
+    async with new_fleet("embedded") as fleet:
+        board = await fleet.enrol("a")
+        await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
+        store, told = fleet.server._store, fleet.server._director
+        hello = Hello(device=board.device, nonce="0" * 16, boot_id="b", accepted=VERSION_MAX)
+        store.devices.hear_hello(hello, datetime.now(UTC).timestamp())
+        row = told.reconcile(board.device)
+        assert row is not None
+        assert row.version < 1000
+        # a plausible version is gone above, as after a restored backup
+        store.devices.hear_hello(msgspec.structs.replace(hello, accepted=500), datetime.now(UTC).timestamp())
+        row = told.reconcile(board.device)
+        assert row is not None
+        assert row.version == 501
+        # and commands go on above what a lost database had counted
+        first = store.devices.next_command(board.device, at_least=int(datetime.now(UTC).timestamp()))
+        assert first > 1_700_000_000
+        assert store.devices.next_command(board.device, at_least=7) == first + 1
 
 
-def test_a_server_that_lost_reports_asks_for_them_again(new_fleet):
-    async def story():
-        async with new_fleet("embedded") as fleet:
-            board = await fleet.board("a")
-            asked = []
-            board._received = lambda topic, payload: asked.append((topic, payload))
-            hello = Hello(device=board.device, nonce="0" * 16, boot_id="boot", acked=7)
-            board.publish(Up.HELLO, hello)
-            async with asyncio.timeout(60):
-                while not [one for one in asked if one[0].endswith("/down/ack")]:  # noqa: ASYNC110 - paho's thread tells
-                    await asyncio.sleep(0.02)
-            ack = wire.decode(Ack, next(payload for topic, payload in asked if topic.endswith("/down/ack")))
-            assert (ack.sequence, ack.again) == (0, True)
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_a_server_that_lost_reports_asks_for_them_again(new_fleet):
+    async with new_fleet("embedded") as fleet:
+        board = await fleet.board("a")
+        asked = []
+        board._received = lambda topic, payload: asked.append((topic, payload))
+        hello = Hello(device=board.device, nonce="0" * 16, boot_id="boot", acked=7)
+        board.publish(Up.HELLO, hello)
+        async with asyncio.timeout(60):
+            while not [one for one in asked if one[0].endswith("/down/ack")]:  # noqa: ASYNC110 - paho's thread tells
+                await asyncio.sleep(0.02)
+        ack = wire.decode(Ack, next(payload for topic, payload in asked if topic.endswith("/down/ack")))
+        assert (ack.sequence, ack.again) == (0, True)
 
 
-def test_operators_come_and_go_by_an_admins_word(new_fleet):
-    async def story():
-        async with new_fleet() as fleet:
-            operator = fleet.operator
-            reply = await operator.send(OperatorReply, "PUT", "/v1/operators/eve", OperatorRequest())
-            assert reply.role is Role.OPERATOR
-            admin = operator.http.headers["authorization"]
-            operator.http.headers["authorization"] = f"Bearer {reply.token}"
-            await operator.token("edge")
-            problem = await operator.problem("PUT", "/v1/operators/mallory", OperatorRequest())
-            assert (problem.status, problem.type) == (403, "forbidden")
-            operator.http.headers["authorization"] = admin
-            again = await operator.send(OperatorReply, "PUT", "/v1/operators/eve", OperatorRequest())
-            assert again.token != reply.token
-            left = await operator.send(Operators, "POST", "/v1/operators/eve/remove")
-            assert [each.name for each in left.operators] == ["admin"]
-            for path in ("/v1/operators/admin/remove", "/v1/operators/eve/remove"):
-                assert (await operator.problem("POST", path)).status in {404, 409}
-            operator.http.headers["authorization"] = f"Bearer {again.token}"
-            assert (await operator.problem("GET", "/v1/status")).status == 401
-
-    asyncio.run(story())
+@pytest.mark.asyncio
+async def test_operators_come_and_go_by_an_admins_word(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        reply = await operator.send(OperatorReply, "PUT", "/v1/operators/eve", OperatorRequest())
+        assert reply.role is Role.OPERATOR
+        admin = operator.http.headers["authorization"]
+        operator.http.headers["authorization"] = f"Bearer {reply.token}"
+        await operator.token("edge")
+        problem = await operator.problem("PUT", "/v1/operators/mallory", OperatorRequest())
+        assert (problem.status, problem.type) == (403, "forbidden")
+        operator.http.headers["authorization"] = admin
+        again = await operator.send(OperatorReply, "PUT", "/v1/operators/eve", OperatorRequest())
+        assert again.token != reply.token
+        left = await operator.send(Operators, "POST", "/v1/operators/eve/remove")
+        assert [each.name for each in left.operators] == ["admin"]
+        for path in ("/v1/operators/admin/remove", "/v1/operators/eve/remove"):
+            assert (await operator.problem("POST", path)).status in {404, 409}
+        operator.http.headers["authorization"] = f"Bearer {again.token}"
+        assert (await operator.problem("GET", "/v1/status")).status == 401
