@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+COMPONENTS = HERE.parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from deploy import debian, toolchain  # noqa: E402 - the house is not installed where components are built
@@ -47,7 +48,7 @@ def wasm_tools(*args: str | Path) -> None:
 
 
 def cargo(crate: Path, target: str, scratch: Path) -> Path:
-    """Build a crate for a target of WebAssembly; the directory with what came out.
+    """Build a crate of this folder for a target of WebAssembly; the directory with what came out.
 
     Raises:
         MissingToolError: if there is no standard library for that target.
@@ -70,6 +71,8 @@ def cargo(crate: Path, target: str, scratch: Path) -> Path:
         crates = debian.cache_dir() / "cargo"
         crates.mkdir(exist_ok=True)
         env = {"CARGO_TARGET_DIR": "/scratch/target", "CARGO_HOME": "/cargo", **linker}
-        binds = {crate: "/crate", scratch: "/scratch", crates: "/cargo"}
-        debian.run_inside(root, ["env", "--chdir=/crate", *command], binds=binds, env=env)
+        # the whole folder: a crate names interfaces beside itself, such as ../../wit
+        binds = {COMPONENTS: "/components", scratch: "/scratch", crates: "/cargo"}
+        place = Path("/components") / crate.relative_to(COMPONENTS)
+        debian.run_inside(root, ["env", f"--chdir={place}", *command], binds=binds, env=env)
     return scratch / "target" / target / "release"
