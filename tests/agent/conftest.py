@@ -34,6 +34,7 @@ from fleet.protocol.manifest import Health, Http, Manifest
 from fleet.protocol.messages import InstanceHealth
 from signing import sealing
 from signing.sealing import Purpose
+from tests.eventually import eventually_async
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 # The smallest component there is: preamble, component layer.
@@ -397,9 +398,7 @@ class BoardKit:
         self.host.kill()
 
     async def until(self, condition, what="it"):
-        async with asyncio.timeout(60):
-            while not condition():  # noqa: ASYNC110 - the store has no event to wait for
-                await asyncio.sleep(0.005)
+        await eventually_async(condition, what, pause_s=0.005)
 
     async def settled(self):
         await self.until(lambda: not self.deployer.standing.flights and not self.deployer._tasks, "settled")

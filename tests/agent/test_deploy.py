@@ -1,6 +1,5 @@
 """Deployments on a board with the real machine, store, effects and host link: who wins, who waits, who is told what."""
 
-import asyncio
 import contextlib
 import threading
 
@@ -13,6 +12,7 @@ from agent.fetch import FetchError
 from agent.store import StoreError
 from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
+from tests.eventually import eventually_async
 
 V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
 
@@ -290,13 +290,19 @@ async def test_a_component_that_keeps_killing_the_host_is_taken_back(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", probation_ms=60_000)))
         deaths = 0
-        while kit.deployer.standing.flights:
+
+        def over():
+            nonlocal deaths
+            if not kit.deployer.standing.flights:
+                return True
             if kit.host.targets() == {"web": V2}:
                 deaths += 1
                 assert deaths < 10, "it never ends"
                 kit.host.kill()
                 kit.host.start()
-            await asyncio.sleep(0.01)
+            return False
+
+        await eventually_async(over, "the change is taken back", pause_s=0.01)
         last = kit.reports()[-1]
         assert (last.phase, last.code, last.running) == ("rolled-back", RejectCode.HOST_GONE, V1)
         assert kit.host.targets() == {"web": V1}

@@ -11,6 +11,7 @@ from agent import why
 from agent.config import Policy
 from fleet.protocol.codes import RejectCode
 from tests.agent.desired_case import NOW, Case
+from tests.eventually import eventually_async
 
 
 @pytest.fixture
@@ -199,9 +200,9 @@ async def test_a_board_without_mqtt_and_without_a_clock_is_vouched_for_over_http
     case.server.envelope, case.server.replay = case.server.assignment(4), replay
 
     asking = asyncio.ensure_future(case.desired.run(lambda: 3600.0))
-    async with asyncio.timeout(60):
-        while case.store.counter("accepted") != 4 or not (case.deployer.versions or case.desired.problems):  # noqa: ASYNC110 - the store has no event
-            await asyncio.sleep(0.01)
+    await eventually_async(
+        lambda: case.store.counter("accepted") == 4 and (case.deployer.versions or case.desired.problems), "a verdict"
+    )
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
     assert case.deployer.versions == ([] if replay else [4])
@@ -249,8 +250,6 @@ async def test_a_server_that_is_away_is_asked_again_soon_and_then_less_often(cas
     monkeypatch.setattr(case.desired, "_ask", counted)
     monkeypatch.setattr(desired_module, "AWAY_FIRST_S", 0.001)
     task = asyncio.create_task(case.desired.run(lambda: 3600.0))
-    async with asyncio.timeout(60):
-        while not case.deployer.versions:  # noqa: ASYNC110 - the loop under test tells nobody
-            await asyncio.sleep(0.005)
+    await eventually_async(lambda: case.deployer.versions, "an assignment is carried out")
     task.cancel()
     assert case.deployer.versions == [1]

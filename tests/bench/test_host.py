@@ -4,7 +4,6 @@ import os
 import socket
 import statistics
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -100,8 +99,7 @@ def test_two_hundred_swaps(host, way):
             before = traffic.answers
             reply = host.start(ECHO, support.a_run("web", generation, port=port, limits=limits))
             assert isinstance(reply, ipc.Started), reply
-            while traffic.answers < before + 20 and not traffic.lost:
-                threading.Event().wait(0.002)
+            traffic.await_answers(before + 20)
     finally:
         traffic.stop()
     row(

@@ -4,6 +4,8 @@ import asyncio
 import http.client
 from pathlib import Path
 
+from tests.eventually import eventually_async
+
 GUEST = Path(__file__).parents[2] / "components" / "guests" / "secret.wat"
 FIRST, SECOND = "correct horse battery staple", "the rotated password"
 TOML = """
@@ -42,6 +44,8 @@ def get(port, path="/"):
 
 async def answers(port, value):
     """Until the component answers with the hash of this value."""
-    async with asyncio.timeout(90):
-        while await asyncio.to_thread(get, port) != fnv1a(value):  # noqa: ASYNC110 - nothing tells when it does
-            await asyncio.sleep(0.05)
+
+    async def answered():
+        return await asyncio.to_thread(get, port) == fnv1a(value)
+
+    await eventually_async(answered, "the hash of the secret", within_s=90)

@@ -1,6 +1,5 @@
 """An update on a stick: the network is gone, and the board takes it, verifies it, swaps, and later says how it came."""
 
-import asyncio
 import contextlib
 import os
 
@@ -12,18 +11,21 @@ from fleet.demo.processes import module
 from fleet.demo.scene import AGENT
 from tests.e2e.secret_reader import FIRST, GUEST, SECOND, TOML, answers
 from tests.e2e.stage import GROUP, HELLO
+from tests.eventually import eventually_async
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
 async def heard(path):
     """Until an agent reads from its FIFO."""
-    async with asyncio.timeout(60):
-        while True:
-            with contextlib.suppress(OSError):
-                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-                return
-            await asyncio.sleep(0.05)
+
+    def opened():
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            return True
+        return False
+
+    await eventually_async(opened, f"somebody reads {path}")
 
 
 def said_so(stage, board):

@@ -12,6 +12,7 @@ from fleet.demo.fixtures import fixture
 from fleet.protocol.api import RolloutState
 from fleet.protocol.codes import Phase
 from tests.e2e.stage import alive, descendants
+from tests.eventually import eventually_async
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -156,12 +157,12 @@ def is_broker(pid: int) -> bool:
 
 async def appears(directory, *, at_least):
     """Wait for a partial download of a size."""
-    async with asyncio.timeout(60):
-        while True:
-            for part in directory.glob("*.part") if directory.exists() else ():
-                if part.stat().st_size >= at_least:
-                    return part
-            await asyncio.sleep(0.002)
+
+    def found():
+        parts = directory.glob("*.part") if directory.exists() else ()
+        return next((part for part in parts if part.stat().st_size >= at_least), None)
+
+    return await eventually_async(found, "a partial download", pause_s=0.002)
 
 
 def padded(name: str, size: int) -> bytes:

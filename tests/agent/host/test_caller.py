@@ -13,6 +13,7 @@ from agent.host.connection import Request
 from agent.host.engine import Engine
 from agent.host.page import Page, create
 from fleet.protocol.manifest import Grants, Limits
+from tests.eventually import eventually
 
 
 @pytest.fixture
@@ -92,16 +93,17 @@ def test_what_waits_is_told_from_what_may_run():
     fd = cell.scheduling()
     assert not cell.waits(fd), "this thread runs, now"
     os.close(fd)
-    told, done = [], threading.Event()
+    told, begun, done = [], threading.Event(), threading.Event()
 
     def wait():
         told.append(cell.scheduling())
+        begun.set()
         done.wait()
 
     thread = threading.Thread(target=wait)
     thread.start()
-    while not told or not cell.waits(told[0]):
-        os.sched_yield()
+    assert begun.wait(60)
+    eventually(lambda: cell.waits(told[0]), "the thread waits")
     done.set()
     thread.join()
     os.close(told[0])

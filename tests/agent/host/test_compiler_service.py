@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.host import compiler_service
+from tests.eventually import eventually
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo" / "v1.wasm"
 CLIENT = [sys.executable, "-m", "agent.host.compiler_service"]
@@ -24,6 +25,7 @@ class Service:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.asked = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(path))
         self._listener.listen()
@@ -38,6 +40,7 @@ class Service:
                 return
             with connection:
                 self.processes.append(subprocess.Popen([*CLIENT, "--serve"], stdin=connection))
+                self.asked.set()
 
     @property
     def compilers(self) -> str:
@@ -82,8 +85,7 @@ def test_limits_set_on_the_client_hold_for_the_compiler(service: Service) -> Non
     import resource
 
     with subprocess.Popen(CLIENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
-        while not service.processes:  # connected, and waiting for the first byte
-            os.sched_yield()
+        assert service.asked.wait(60)  # connected, and waiting for the first byte
         resource.prlimit(client.pid, resource.RLIMIT_DATA, (8 << 20, 8 << 20))
         client.communicate(DEMO.read_bytes())
     assert client.returncode != 0, "compiling in 8 MiB cannot have succeeded"
@@ -94,8 +96,7 @@ def test_a_client_that_is_ended_takes_the_compiler_along(service: Service) -> No
         assert client.stdin is not None
         client.stdin.write(b"\0asm")  # the compiler waits for the rest
         client.stdin.flush()
-        while not service.compilers:
-            os.sched_yield()
+        eventually(lambda: service.compilers, "a compiler is started")
         client.send_signal(signal.SIGKILL)
         client.wait()
         # its pipe is still open on this side, and yet the compiler ends
@@ -104,8 +105,7 @@ def test_a_client_that_is_ended_takes_the_compiler_along(service: Service) -> No
 
 def test_a_client_that_is_ended_before_it_asks_is_nobody_to_complain_of(service: Service) -> None:
     with subprocess.Popen(CLIENT, stdin=subprocess.PIPE) as client:
-        while not service.processes:
-            os.sched_yield()
+        assert service.asked.wait(60)
         client.send_signal(signal.SIGKILL)
     assert service.processes[0].wait(timeout=60) == 0
 

@@ -8,6 +8,7 @@ from echo_guest import ECHO
 from support import Grants, Health, Limits
 
 from agent.host import ipc
+from tests.eventually import eventually
 
 
 @pytest.mark.parametrize(
@@ -228,8 +229,7 @@ def test_lanes_are_added_while_calls_wait_and_connections_share_them(host):
     clients = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(3)]
     for client in clients:
         client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-    while host.health("slow").lanes < 2:
-        pass
+    eventually(lambda: host.health("slow").lanes >= 2, "a lane is added")
     assert [support.read_answer(client)[0] for client in clients] == [504] * 3
     for client in clients:
         client.close()
@@ -333,12 +333,16 @@ def test_eight_lanes_of_a_component_with_wasi_run_as_one_user(host):
     host.start("sleep", support.a_run("slow", 1, port=port, grants=grants, limits=limits))
     clients = []
     most = 0
-    for number in range(1, 8):
+
+    def grown():
+        health = host.health("slow")
+        return health if health.lanes > len(clients) or health.restarts else None
+
+    for _ in range(7):
         # A lane in a call accepts nobody: the next client is another lane's, and once that is busy too, one is added.
         clients.append(socket.create_connection(("127.0.0.1", port), timeout=30))
         clients[-1].sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-        while (health := host.health("slow")).lanes <= number and not health.restarts:
-            pass
+        health = eventually(grown, "a lane is added")
         most = max(most, health.lanes)
     assert most >= 4
     for client in clients:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import support
-from host_processes import children, lanes_of
+from host_processes import children, ended, lanes_of
 
 from agent.host import ipc
 from fleet.protocol.codes import InstanceState
 from fleet.protocol.manifest import Grants, Limits
+from tests.eventually import eventually
 
 
 def share(host, guest, name, generation=1, **rest):
@@ -53,10 +54,11 @@ def test_the_last_to_leave_ends_the_lane(host):
     for name in ("a", "b"):
         share(host, "hello", name)
     (lane,) = set(lanes_of(host)) - before
+    end = os.pidfd_open(lane)
     for name in ("a", "b"):
         host.ask(ipc.Stop, instance=name)
-    while lane in lanes_of(host):
-        pass
+    assert ended([end])
+    os.close(end)
 
 
 @pytest.mark.parametrize(
@@ -173,8 +175,7 @@ def test_whose_save_stands_still_is_ended_and_named_and_shares_no_more(host):
     reply = host.start("remembers", support.a_run("bad", 2, share_lane=True, limits=limits))
     assert (type(reply), reply.code) == (ipc.Failed, "state-failed")
     assert "blocked" in reply.message
-    while host.health("bad").state != "running":
-        pass
+    host.event(lambda event: isinstance(event, ipc.Changed) and (event.instance, event.state) == ("bad", "running"))
     assert host.health("bad").shared_lane == ""
     assert get(host, "mate")[0] == 200
     assert host.health("mate").restarts == 0
@@ -199,6 +200,10 @@ def test_seats_with_different_images_come_together_in_a_quiet_moment(host):
     for guest in ("hello", "counter", "trap"):
         share(host, guest, guest, namespace="mixed")
     with socket.create_connection(("127.0.0.1", host.port), timeout=30) as kept:
-        while len({host.health(name).shared_lane for name in ("hello", "counter", "trap")}) > 1:
+
+        def together():
             assert get(host, "hello", kept)[0] == 200
+            return len({host.health(name).shared_lane for name in ("hello", "counter", "trap")}) == 1
+
+        eventually(together, "all three are in one lane")
     assert count(host, "counter") == 1

@@ -34,12 +34,15 @@ def test_the_new_version_goes_on_counting_where_the_old_one_was_and_so_does_a_ro
 def test_no_request_is_lost_or_counted_twice_while_clients_go_on_asking(host):
     port = support.free_port()
     host.start("remembers", support.a_run("count", 1, port=port))
-    seen, stop = [], threading.Event()
+    seen, stop, news = [], threading.Event(), threading.Condition()
 
     def ask():
         with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
             while not stop.is_set():
-                seen.append(number(port, kept))
+                answer = number(port, kept)
+                with news:
+                    seen.append(answer)
+                    news.notify_all()
 
     clients = [threading.Thread(target=ask) for _ in range(3)]
     for client in clients:
@@ -48,8 +51,8 @@ def test_no_request_is_lost_or_counted_twice_while_clients_go_on_asking(host):
         for generation in range(2, 12):
             before = len(seen)
             assert isinstance(host.start("remembers", support.a_run("count", generation, port=port)), ipc.Started)
-            while len(seen) < before + 20:
-                threading.Event().wait(0.005)
+            with news:
+                assert news.wait_for(lambda: len(seen) >= before + 20, 60)  # noqa: B023 - called before the next round
     finally:
         stop.set()
         for client in clients:

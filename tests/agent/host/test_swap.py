@@ -1,7 +1,6 @@
 """A swap loses nothing: not a request of a kept-alive client, not one of a new client, not a POST, on either way in."""
 
 import socket
-import threading
 
 import pytest
 import support
@@ -24,8 +23,7 @@ def test_swaps_lose_no_request_and_keep_connections_open(host, way):
             assert reply == ipc.Started(
                 id=reply.id, instance="web", generation=generation, replaced=generation - 1, swap_ms=reply.swap_ms
             )
-            while traffic.answers < before + 40 and not traffic.lost:
-                threading.Event().wait(0.005)
+            traffic.await_answers(before + 40)
             if generation % 3 == 0:
                 host.ask(ipc.Commit, instance="web", generation=generation)
     finally:

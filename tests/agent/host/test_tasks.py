@@ -8,6 +8,7 @@ from support import Grants, Limits
 
 from agent.host import ipc
 from fleet.protocol.manifest import Schedule
+from tests.eventually import eventually
 
 
 @pytest.mark.parametrize(
@@ -22,10 +23,12 @@ def test_a_cron_line_that_never_comes_due_does_not_start(host, line, said):
 
 def ran(host, instance, times):
     """Wait until the task has run so often, and return its figures."""
-    while True:
+
+    def figures():
         health = host.health(instance)
-        if sum(health.calls.values()) >= times:
-            return health
+        return health if sum(health.calls.values()) >= times else None
+
+    return eventually(figures, f"{instance} runs {times} times")
 
 
 def test_a_task_runs_every_so_often_and_its_failures_are_told(host):
@@ -70,11 +73,15 @@ def tells(version):
 
 def begun(host, after=()):
     """Wait until another task than those of an earlier log is under way, and return the log so far."""
-    while True:
+
+    def under_way():
         lines = host.lines_of("tells")
         if len(lines) > len(after) and lines[-1].endswith("begins"):
             return lines
         assert len(lines) < 45, "the log is about to forget its first lines"
+        return None
+
+    return eventually(under_way, "another task begins")
 
 
 @pytest.mark.parametrize("by", ["swap", "rollback", "restart"])

@@ -18,7 +18,7 @@ class Traffic:
         self.opened = 0
         self.lost = []
         self.slow_answers = 0
-        self._stop = threading.Event()
+        self._stop, self._news = threading.Event(), threading.Condition()
         self._threads = [threading.Thread(target=self._kept, args=(n,)) for n in range(kept)]
         self._threads += [threading.Thread(target=self._new) for _ in range(new)]
         self._threads += [threading.Thread(target=self._slow, kwargs={"kept": bool(n % 2)}) for n in range(2 * slow)]
@@ -40,9 +40,21 @@ class Traffic:
             sock.sendall(request)
         status, headers, _ = support.read_answer(sock)
         if status != 200:
-            self.lost.append(f"status {status}")
-        self.answers += 1
+            self._lose(f"status {status}")
+        with self._news:
+            self.answers += 1
+            self._news.notify_all()
         return headers.get("connection") == "close"
+
+    def _lose(self, why):
+        with self._news:
+            self.lost.append(why)
+            self._news.notify_all()
+
+    def await_answers(self, most):
+        """Wait until there are so many answers, or something is lost."""
+        with self._news:
+            assert self._news.wait_for(lambda: self.answers >= most or self.lost, 60), "the clients stand still"
 
     def _kept(self, n):
         sock = None
@@ -55,7 +67,7 @@ class Traffic:
                     sock.close()
                     sock = None
             except OSError as error:
-                self.lost.append(f"kept-alive: {error!r}")
+                self._lose(f"kept-alive: {error!r}")
                 sock = None
             n += 1
         if sock is not None:
@@ -68,7 +80,7 @@ class Traffic:
                 with socket.create_connection(("127.0.0.1", self.port), timeout=30) as sock:
                     self._exchange(n, sock)
             except OSError as error:
-                self.lost.append(f"new: {error!r}")
+                self._lose(f"new: {error!r}")
             n += 1
 
     def _slow(self, *, kept):
@@ -87,7 +99,7 @@ class Traffic:
                     sock.close()
                     sock = None
         except (OSError, AssertionError) as error:
-            self.lost.append(f"slow, {'kept-alive' if kept else 'new'}: {error!r}")
+            self._lose(f"slow, {'kept-alive' if kept else 'new'}: {error!r}")
         finally:
             if sock is not None:
                 sock.close()

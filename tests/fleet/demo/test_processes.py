@@ -1,6 +1,5 @@
 """Whatever the demo starts is gone afterwards: checked by process id."""
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fleet.demo.processes import ChildDiedError, Processes, python_environment
+from tests.eventually import eventually_async
 
 ROOT = Path(__file__).resolve().parents[3]
 # A child that makes a grandchild in a session of its own, says its id, and then sleeps.
@@ -32,10 +32,11 @@ def alive(pid: int) -> bool:
 
 
 async def first_line(log: Path) -> str:
-    async with asyncio.timeout(60):
-        while "\n" not in (text := log.read_text()):  # noqa: ASYNC110, ASYNC240 - a file tells nobody that it grew
-            await asyncio.sleep(0.01)
-    return text.splitlines()[0]
+    def line() -> str:
+        text = log.read_text()
+        return text.splitlines()[0] if "\n" in text else ""
+
+    return await eventually_async(line, f"a line in {log.name}")
 
 
 @pytest.mark.asyncio

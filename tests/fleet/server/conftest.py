@@ -41,6 +41,7 @@ from signing import dsse, keys, repository
 from signing.errors import FetchNotFound
 from signing.facts import Facts
 from signing.trust import TrustedSet
+from tests.eventually import eventually_async
 
 T = TypeVar("T")
 
@@ -326,11 +327,15 @@ class Board:
 
 async def _patiently(call: Callable[[], T]) -> T:
     """Call until the server is there: a board tries again."""
-    while True:
+
+    async def answered() -> tuple[T] | None:
         try:
-            return await asyncio.to_thread(call)
+            return (await asyncio.to_thread(call),)
         except httpx.TransportError:
-            await asyncio.sleep(0.1)
+            return None
+
+    (found,) = await eventually_async(answered, "the server is there", within_s=PATIENCE_S, pause_s=0.1)
+    return found
 
 
 def request_certificate(key: ec.EllipticCurvePrivateKey) -> str:

@@ -1,6 +1,7 @@
 """Snapshot and timestamp on a host of their own: a server without their keys shows what that host verified."""
 
 import asyncio
+import contextlib
 import shutil
 import threading
 from datetime import UTC, datetime, timedelta
@@ -37,16 +38,15 @@ class Host:
         clock = lambda: datetime.now(UTC) + self.ahead  # noqa: E731
         return Publisher(self.place, root=self.root, client=self.client, clock=clock)
 
-    async def step(self):
-        return await asyncio.to_thread(self.publisher().step)
+    async def step(self, *, wait_s=0):
+        return await asyncio.to_thread(self.publisher().step, wait_s=wait_s)
 
     async def moved(self):
         """Root names this host's keys; the server's own are deleted."""
         made = make_keys(self.place / "keys")
         event = self.signed({role: RoleKeys((key,)) for role, key in made.items()})
         sent = asyncio.create_task(self.fleet.operator.http.post("/v1/signing-events", content=event.encode()))
-        while not await self.step():
-            pass
+        await until_signed(self)
         reply = await sent
         assert reply.is_success, reply.text
         for role in made:
@@ -69,18 +69,17 @@ class Host:
 def story(new_fleet, monkeypatch):
     monkeypatch.setattr(online, "PATIENCE_S", 60.0)
 
-    def run(tell):
-        async def whole():
-            async with new_fleet("embedded") as fleet:
-                await tell(await Host(fleet).moved())
-
-        asyncio.run(whole())
+    @contextlib.asynccontextmanager
+    async def run():
+        async with new_fleet("embedded") as fleet:
+            yield await Host(fleet).moved()
 
     return run
 
 
-def test_publishing_and_rollouts_go_on_with_the_keys_elsewhere(story):
-    async def tell(host):
+@pytest.mark.asyncio
+async def test_publishing_and_rollouts_go_on_with_the_keys_elsewhere(story):
+    async with story() as host:
         fleet = host.fleet
         view = await host.view()
         assert (view.elsewhere, view.waiting) == (True, "")
@@ -103,11 +102,10 @@ def test_publishing_and_rollouts_go_on_with_the_keys_elsewhere(story):
         fleet.server._online._clock = lambda: datetime.now(UTC) + host.ahead
         assert await host.step(), "the timestamp is renewed in time"
 
-    story(tell)
 
-
-def test_while_the_publisher_host_is_down_publishing_waits_and_says_so(story, monkeypatch):
-    async def tell(host):
+@pytest.mark.asyncio
+async def test_while_the_publisher_host_is_down_publishing_waits_and_says_so(story, monkeypatch):
+    async with story() as host:
         fleet = host.fleet
         monkeypatch.setattr(online, "PATIENCE_S", 0.1)
         late = keys.load(fleet.home / "operator/keys/main.pem")
@@ -130,13 +128,12 @@ def test_while_the_publisher_host_is_down_publishing_waits_and_says_so(story, mo
         fleet.server._online._clock = lambda: datetime.now(UTC) + repository.LIFE["timestamp"] * 0.9
         assert any("silent" in each for each in fleet.server._online.problems())
 
-    story(tell)
 
-
-def test_a_stolen_server_with_its_director_can_have_nothing_signed_that_publishers_did_not_sign(story, tmp_path):
+@pytest.mark.asyncio
+async def test_a_stolen_server_with_its_director_can_have_nothing_signed_that_publishers_did_not_sign(story, tmp_path):
     """The thief has the server: its files, its director's key, and whatever he makes the publisher host see."""
 
-    async def tell(host):
+    async with story() as host:
         fleet, server = host.fleet, host.fleet.server._repository
         await asyncio.gather(fleet.operator.publish("1.0.0"), until_signed(host))
         before = host.files()
@@ -181,12 +178,10 @@ def test_a_stolen_server_with_its_director_can_have_nothing_signed_that_publishe
         with pytest.raises(PublisherError, match="does not verify"):
             await host.step()
 
-    story(tell)
-
 
 async def until_signed(host):
-    while not await host.step():
-        pass
+    """Answered by the server as soon as something waits for the host."""
+    assert await host.step(wait_s=int(online.PATIENCE_S))
 
 
 def body(timestamp, snapshot=None):
@@ -195,8 +190,9 @@ def body(timestamp, snapshot=None):
     )
 
 
-def test_the_server_takes_only_what_shows_exactly_what_was_published(story):
-    async def tell(host):
+@pytest.mark.asyncio
+async def test_the_server_takes_only_what_shows_exactly_what_was_published(story):
+    async with story() as host:
         fleet = host.fleet
         holder = Repository(host.place / "repository", HeldKeys(host.place / "keys"), signs_online=True)
         snapshot, stamp = (holder._signer(role) for role in ("snapshot", "timestamp"))
@@ -248,11 +244,10 @@ def test_the_server_takes_only_what_shows_exactly_what_was_published(story):
         with pytest.raises(ProblemError, match="may look and not change"):
             await asyncio.to_thread(viewer.discard_waiting)
 
-    story(tell)
 
-
-def test_keys_that_nobody_has_are_forgotten_by_an_admins_word(story, monkeypatch, tmp_path):
-    async def tell(host):
+@pytest.mark.asyncio
+async def test_keys_that_nobody_has_are_forgotten_by_an_admins_word(story, monkeypatch, tmp_path):
+    async with story() as host:
         monkeypatch.setattr(online, "PATIENCE_S", 0.1)
         nobody = {role: RoleKeys((keys.generate(tmp_path / role).public_key,)) for role in ("snapshot", "timestamp")}
         event = host.signed(nobody)
@@ -264,5 +259,3 @@ def test_keys_that_nobody_has_are_forgotten_by_an_admins_word(story, monkeypatch
         assert (await host.fleet.operator.problem("POST", "/v1/online/discard")).status == 409
         shutil.rmtree(host.place / "repository")  # a host that lost its memory begins from the pinned root again
         assert not await host.step()
-
-    story(tell)

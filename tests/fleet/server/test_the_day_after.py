@@ -233,14 +233,16 @@ async def test_versions_that_a_thief_of_the_director_drove_up_do_not_lock_the_se
 async def test_a_server_that_lost_reports_asks_for_them_again(new_fleet):
     async with new_fleet("embedded") as fleet:
         board = await fleet.board("a")
-        asked = []
-        board._received = lambda topic, payload: asked.append((topic, payload))
+        loop, acks = asyncio.get_running_loop(), asyncio.Queue()
+
+        def received(topic, payload):
+            if topic.endswith("/down/ack"):
+                loop.call_soon_threadsafe(acks.put_nowait, payload)
+
+        board._received = received
         hello = Hello(device=board.device, nonce="0" * 16, boot_id="boot", acked=7)
         board.publish(Up.HELLO, hello)
-        async with asyncio.timeout(60):
-            while not [one for one in asked if one[0].endswith("/down/ack")]:  # noqa: ASYNC110 - paho's thread tells
-                await asyncio.sleep(0.02)
-        ack = wire.decode(Ack, next(payload for topic, payload in asked if topic.endswith("/down/ack")))
+        ack = wire.decode(Ack, await asyncio.wait_for(acks.get(), 60))
         assert (ack.sequence, ack.again) == (0, True)
 
 
