@@ -11,6 +11,7 @@ import re
 from datetime import UTC, datetime
 
 import msgspec
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -138,15 +139,13 @@ async def health_of(fleet, board, target):
     await bell.until(lambda: fleet.server._store.devices.get(board.device).health, timeout_s=60)
 
 
-def test_every_answer_is_what_was_recorded(new_fleet, behaviours, golden):
-    async def run():
-        async with new_fleet("embedded") as fleet:
-            clerk = Clerk(table=openapi.ROUTES)
-            await of_operators(fleet, behaviours, clerk)
-            assert not clerk.left, f"routes without a recorded answer: {sorted(clerk.left)}"
-            golden.check_json("api/answers.json", clerk.rows)
-
-    asyncio.run(run())
+@pytest.mark.asyncio
+async def test_every_answer_is_what_was_recorded(new_fleet, behaviours, golden):
+    async with new_fleet("embedded") as fleet:
+        clerk = Clerk(table=openapi.ROUTES)
+        await of_operators(fleet, behaviours, clerk)
+        assert not clerk.left, f"routes without a recorded answer: {sorted(clerk.left)}"
+        golden.check_json("api/answers.json", clerk.rows)
 
 
 async def of_operators(fleet, behaviours, clerk):
