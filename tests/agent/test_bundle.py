@@ -1,5 +1,6 @@
 """An offline bundle: judged as if it had come over the network, from a file that nobody trusts."""
 
+import asyncio
 import hashlib
 import io
 import json
@@ -282,7 +283,8 @@ class HeldVerdict:
         return self._accept(*arguments, **more)
 
     def _judge(self, stick):
-        self.outcome = stick.put_in(stick.files(stick.case.server.assignment(3)))
+        with asyncio.Runner() as runner:  # of a thread of its own
+            self.outcome = runner.run(stick.put_in(stick.files(stick.case.server.assignment(3))))
 
     def __enter__(self):
         self.thread.start()
@@ -306,7 +308,8 @@ class Network:
         return self.files[path.rpartition("/")[2]] if path.startswith("/v1/tuf/") else path.encode()
 
 
-def test_whoever_fetches_while_a_bundle_is_judged_has_the_network(kit, tmp_path):
+@pytest.mark.asyncio
+async def test_whoever_fetches_while_a_bundle_is_judged_has_the_network(kit, tmp_path):
     (tmp_path / "stick").mkdir()
     stick = Stick(tmp_path / "stick")
     stick.offline._https = Network(kit, stick.case)
@@ -324,7 +327,7 @@ def test_whoever_fetches_while_a_bundle_is_judged_has_the_network(kit, tmp_path)
             path: stick.offline.request("GET", path, max_bytes=100_000)
             for path in ("/v1/desired?nonce=1", "/v1/tuf/timestamp.json")
         }
-        asyncio.run(install())
+        await install()
         assert verdict.outcome is None, "the bundle is judged still"
     assert fetched == {
         "/v1/desired?nonce=1": b"/v1/desired?nonce=1",
@@ -334,7 +337,8 @@ def test_whoever_fetches_while_a_bundle_is_judged_has_the_network(kit, tmp_path)
     assert verdict.outcome == Outcome(version=3)
 
 
-def test_a_bundle_is_judged_by_its_own_files_alone_while_the_network_is_there(stick):
+@pytest.mark.asyncio
+async def test_a_bundle_is_judged_by_its_own_files_alone_while_the_network_is_there(stick):
     files = stick.files(stick.case.server.assignment(3))
     snapshot = next(name for name in files if name.endswith(".snapshot.json"))
     asked = []
@@ -345,6 +349,7 @@ def test_a_bundle_is_judged_by_its_own_files_alone_while_the_network_is_there(st
         return request(method, path, **more)
 
     stick.case.server.request = note
-    assert stick.put_in({name: data for name, data in files.items() if name != snapshot}).code == RejectCode.NOT_FOUND
-    assert stick.put_in(files) == Outcome(version=3)
+    torn = {name: data for name, data in files.items() if name != snapshot}
+    assert (await stick.put_in(torn)).code == RejectCode.NOT_FOUND
+    assert await stick.put_in(files) == Outcome(version=3)
     assert asked == []

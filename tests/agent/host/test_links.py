@@ -37,19 +37,16 @@ def open_here():
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def linked(host, story):
-    """Tell a story with a link to a host that reads nothing until `go_on()`."""
-
-    async def tell():
-        link = HostLink(host.runtime / "host.sock")
-        await link.connect()
-        host.process.send_signal(signal.SIGSTOP)
-        try:
-            await story(link, lambda: host.process.send_signal(signal.SIGCONT))
-        finally:
-            link.close()
-
-    asyncio.run(tell())
+@contextlib.asynccontextmanager
+async def linked(host):
+    """Yield a link to a host that reads nothing until `go_on()`, and that function."""
+    link = HostLink(host.runtime / "host.sock")
+    await link.connect()
+    host.process.send_signal(signal.SIGSTOP)
+    try:
+        yield link, lambda: host.process.send_signal(signal.SIGCONT)
+    finally:
+        link.close()
 
 
 async def begun(asks):
@@ -59,8 +56,9 @@ async def begun(asks):
     return tasks
 
 
-def test_every_sender_that_waited_for_a_full_socket_is_answered(own_host):
-    async def story(link, go_on):
+@pytest.mark.asyncio
+async def test_every_sender_that_waited_for_a_full_socket_is_answered(own_host):
+    async with linked(own_host) as (link, go_on):
         tasks = await begun(link.ask(ipc.Stop, ipc.Done, instance=f"{LONG}{number}") for number in range(MANY))
         tasks += await begun([link.ask(ipc.Status, ipc.Figures)])
         go_on()
@@ -69,40 +67,36 @@ def test_every_sender_that_waited_for_a_full_socket_is_answered(own_host):
         assert len({answer.id for answer in answers}) == MANY + 1
         assert link.connected
 
-    linked(own_host, story)
 
+@pytest.mark.asyncio
+async def test_a_request_that_was_given_up_before_it_was_sent_is_never_sent(tmp_path):
+    link = HostLink(tmp_path / "host.sock")
+    with ipc.new_socket() as listener, (tmp_path / "image").open("wb") as image:
+        listener.bind(str(tmp_path / "host.sock"))
+        listener.listen()
+        listener.setblocking(False)
+        connecting = asyncio.ensure_future(link.connect())
+        peer, _ = await asyncio.get_running_loop().sock_accept(listener)
+        peer.setblocking(False)
+        ((hello, _),) = await requests(peer, 1)
+        ipc.send(peer, welcome(hello))
+        await connecting
 
-def test_a_request_that_was_given_up_before_it_was_sent_is_never_sent(tmp_path):
-    async def story():
-        link = HostLink(tmp_path / "host.sock")
-        with ipc.new_socket() as listener, (tmp_path / "image").open("wb") as image:
-            listener.bind(str(tmp_path / "host.sock"))
-            listener.listen()
-            listener.setblocking(False)
-            connecting = asyncio.ensure_future(link.connect())
-            peer, _ = await asyncio.get_running_loop().sock_accept(listener)
-            peer.setblocking(False)
-            ((hello, _),) = await requests(peer, 1)
-            ipc.send(peer, welcome(hello))
-            await connecting
+        waiting = await begun(link.ask(ipc.Stop, ipc.Done, instance=LONG) for _ in range(MANY))
+        before = open_here()
+        start = link.ask(ipc.Start, ipc.Started, fd=image.fileno(), run=support.a_run("web", 1))
+        (given_up,) = await begun([start])
+        waiting += await begun([link.ask(ipc.Restart, ipc.Done, instance="web")])
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        assert open_here() == before, "the copy of its descriptor is closed"
 
-            waiting = await begun(link.ask(ipc.Stop, ipc.Done, instance=LONG) for _ in range(MANY))
-            before = open_here()
-            start = link.ask(ipc.Start, ipc.Started, fd=image.fileno(), run=support.a_run("web", 1))
-            (given_up,) = await begun([start])
-            waiting += await begun([link.ask(ipc.Restart, ipc.Done, instance="web")])
-            given_up.cancel()
-            await asyncio.wait([given_up])
-            assert open_here() == before, "the copy of its descriptor is closed"
-
-            for request, fd in await requests(peer, MANY + 1):
-                assert (type(request), fd) in {(ipc.Stop, None), (ipc.Restart, None)}
-                ipc.send(peer, ipc.Done(id=request.id))
-            assert all(await asyncio.gather(*waiting))
-            link.close()
-            peer.close()
-
-    asyncio.run(story())
+        for request, fd in await requests(peer, MANY + 1):
+            assert (type(request), fd) in {(ipc.Stop, None), (ipc.Restart, None)}
+            ipc.send(peer, ipc.Done(id=request.id))
+        assert all(await asyncio.gather(*waiting))
+        link.close()
+        peer.close()
 
 
 def welcome(hello):
@@ -127,34 +121,32 @@ async def readable(sock):
     asyncio.get_running_loop().remove_reader(sock)
 
 
-def test_a_descriptor_is_sent_as_it_was_given_however_long_it_waits():
+@pytest.mark.asyncio
+async def test_a_descriptor_is_sent_as_it_was_given_however_long_it_waits():
     """Who gave it may close it, and its number may be another file's by then."""
 
-    async def story():
-        ours, theirs = control.pair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        writer = ipc.Writer(ours, lambda error: pytest.fail(str(error)))
-        while not len(writer):
-            writer.send(b"x" * 100_000)
-        read, write = os.pipe()
-        writer.send(b"with a descriptor", write)
-        os.close(write)
-        other = os.dup(read)  # takes the number
-        for _ in range(MANY):
-            data, fds = await received(theirs)
-            if fds:
-                break
-        assert data == b"with a descriptor"
-        os.write(fds[0], b"it is the pipe")
-        assert os.read(read, 100) == b"it is the pipe"
-        for fd in (read, other, *fds):
-            os.close(fd)
-        writer.close()
-        ours.close()
-        theirs.close()
-
-    asyncio.run(story())
+    ours, theirs = control.pair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    writer = ipc.Writer(ours, lambda error: pytest.fail(str(error)))
+    while not len(writer):
+        writer.send(b"x" * 100_000)
+    read, write = os.pipe()
+    writer.send(b"with a descriptor", write)
+    os.close(write)
+    other = os.dup(read)  # takes the number
+    for _ in range(MANY):
+        data, fds = await received(theirs)
+        if fds:
+            break
+    assert data == b"with a descriptor"
+    os.write(fds[0], b"it is the pipe")
+    assert os.read(read, 100) == b"it is the pipe"
+    for fd in (read, other, *fds):
+        os.close(fd)
+    writer.close()
+    ours.close()
+    theirs.close()
 
 
 async def received(sock):
@@ -166,8 +158,9 @@ async def received(sock):
             await readable(sock)
 
 
-def test_a_request_too_large_for_a_packet_is_refused_and_the_others_go_on(own_host):
-    async def story(link, go_on):
+@pytest.mark.asyncio
+async def test_a_request_too_large_for_a_packet_is_refused_and_the_others_go_on(own_host):
+    async with linked(own_host) as (link, go_on):
         others = await begun(link.ask(ipc.Status, ipc.Figures) for _ in range(3))
         with pytest.raises(HostRefusedError) as refused:
             await link.ask(ipc.Stop, ipc.Done, instance=2 * LONG)
@@ -175,18 +168,15 @@ def test_a_request_too_large_for_a_packet_is_refused_and_the_others_go_on(own_ho
         go_on()
         assert len(await asyncio.gather(*others)) == 3
 
-    linked(own_host, story)
 
-
-def test_a_host_that_ends_while_senders_wait_tells_all_of_them(own_host):
-    async def story(link, go_on):
+@pytest.mark.asyncio
+async def test_a_host_that_ends_while_senders_wait_tells_all_of_them(own_host):
+    async with linked(own_host) as (link, _go_on):
         tasks = await begun(link.ask(ipc.Stop, ipc.Done, instance=LONG) for _ in range(MANY))
         own_host.process.kill()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(answer) for answer in answers} == {hostlink.HostGoneError}
         assert not link.connected
-
-    linked(own_host, story)
 
 
 def flood(path):
@@ -214,51 +204,48 @@ def status_of(port, instance):
     return support.http(port, f"GET /{instance}/ HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")[0]
 
 
-def test_a_router_that_is_replaced_knows_every_instance_however_many(tmp_path):
+@pytest.mark.asyncio
+async def test_a_router_that_is_replaced_knows_every_instance_however_many(tmp_path):
     """More messages than its socket holds, since it reads none before it is confined."""
     names = [f"i{number}" for number in range(1000)]
 
-    async def story():
-        with socket.create_server(("127.0.0.1", 0)) as ingress:
-            port = ingress.getsockname()[1]
-            front = Front(ingress, tmp_path)
-            try:
-                for name in names:
-                    await front.route(name, up=False, spread=False)
-                fork, again = front._fork, asyncio.Event()
-                front._fork = lambda: (fork(), again.set())  # nothing public tells of another router
-                os.kill(front._pid, signal.SIGKILL)
-                await again.wait()
-                await front.route("last", up=False, spread=False)
-                found = await asyncio.to_thread(lambda: [status_of(port, name) for name in ("nobody", *names, "last")])
-            finally:
-                front.close()
-        assert found[0] == 404
-        assert set(found[1:]) == {503}
-
-    asyncio.run(story())
-
-
-def test_a_zygote_that_is_slow_to_read_forks_every_lane_in_the_end():
-    async def story():
-        nursery = Nursery()
+    with socket.create_server(("127.0.0.1", 0)) as ingress:
+        port = ingress.getsockname()[1]
+        front = Front(ingress, tmp_path)
         try:
-            await nursery.lane("main", "first", lambda *_: None, fuel=False)
-            (zygote,) = nursery._zygotes.values()
-            zygote._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least: a few packets, not hundreds
-            zygote.process.send_signal(signal.SIGSTOP)
-            asked = await begun(nursery.lane("main", f"l{n}", lambda *_: None, fuel=False) for n in range(MANY))
-            zygote.process.send_signal(signal.SIGCONT)
-            lanes = await asyncio.gather(*asked)
-            assert list(nursery._zygotes.values()) == [zygote], "it was not taken for dead"
-            assert len({lane.pid for lane in lanes}) == MANY
+            for name in names:
+                await front.route(name, up=False, spread=False)
+            fork, again = front._fork, asyncio.Event()
+            front._fork = lambda: (fork(), again.set())  # nothing public tells of another router
+            os.kill(front._pid, signal.SIGKILL)
+            await again.wait()
+            await front.route("last", up=False, spread=False)
+            found = await asyncio.to_thread(lambda: [status_of(port, name) for name in ("nobody", *names, "last")])
         finally:
-            nursery.close()
+            front.close()
+    assert found[0] == 404
+    assert set(found[1:]) == {503}
 
-    asyncio.run(story())
+
+@pytest.mark.asyncio
+async def test_a_zygote_that_is_slow_to_read_forks_every_lane_in_the_end():
+    nursery = Nursery()
+    try:
+        await nursery.lane("main", "first", lambda *_: None, fuel=False)
+        (zygote,) = nursery._zygotes.values()
+        zygote._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least: a few packets, not hundreds
+        zygote.process.send_signal(signal.SIGSTOP)
+        asked = await begun(nursery.lane("main", f"l{n}", lambda *_: None, fuel=False) for n in range(MANY))
+        zygote.process.send_signal(signal.SIGCONT)
+        lanes = await asyncio.gather(*asked)
+        assert list(nursery._zygotes.values()) == [zygote], "it was not taken for dead"
+        assert len({lane.pid for lane in lanes}) == MANY
+    finally:
+        nursery.close()
 
 
-def test_an_egress_that_is_replaced_knows_every_lane_however_many(tmp_path, monkeypatch):
+@pytest.mark.asyncio
+async def test_an_egress_that_is_replaced_knows_every_lane_however_many(tmp_path, monkeypatch):
     """More messages than its socket holds, since it reads none before it is confined."""
     fork = egress.fork
 
@@ -269,22 +256,19 @@ def test_an_egress_that_is_replaced_knows_every_lane_however_many(tmp_path, monk
 
     monkeypatch.setattr(egress, "fork", fork_with_little_room)
 
-    async def story():
-        outlet = Outlet(tmp_path)
-        try:
-            lanes = [outlet.admit("web", Grants(outbound=("http://127.0.0.1:1",)))[1] for _ in range(MANY)]
-            fork_again, again = outlet._fork, asyncio.Event()
-            outlet._fork = lambda: (fork_again(), again.set())  # nothing public tells of another egress
-            os.kill(outlet._pid, signal.SIGKILL)
-            await again.wait()
-            told = await asyncio.gather(*(asyncio.to_thread(refused, lane) for lane in lanes))
-            assert set(told) == {"HTTP-request-denied"}
-        finally:
-            outlet.close()
-            for lane in lanes:
-                lane.close()
-
-    asyncio.run(story())
+    outlet = Outlet(tmp_path)
+    try:
+        lanes = [outlet.admit("web", Grants(outbound=("http://127.0.0.1:1",)))[1] for _ in range(MANY)]
+        fork_again, again = outlet._fork, asyncio.Event()
+        outlet._fork = lambda: (fork_again(), again.set())  # nothing public tells of another egress
+        os.kill(outlet._pid, signal.SIGKILL)
+        await again.wait()
+        told = await asyncio.gather(*(asyncio.to_thread(refused, lane) for lane in lanes))
+        assert set(told) == {"HTTP-request-denied"}
+    finally:
+        outlet.close()
+        for lane in lanes:
+            lane.close()
 
 
 def refused(lane):

@@ -17,22 +17,19 @@ from agent.host.nursery import Nursery
 LIMIT_S = 60.0
 
 
-def played(story):
-    """Tell a story with the supervisor's handle of a lane, and the socket on which the lane is played by hand."""
-
-    async def tell():
-        heard = []
-        ours, theirs = control.pair()
-        lane = Lane("web/1", ours, lambda _, message: heard.append(message))
-        theirs.setblocking(False)
-        try:
-            await story(lane, Played(theirs), heard)
-        finally:
-            theirs.close()
-            lane.has_ended(0)
-            lane.close()
-
-    asyncio.run(tell())
+@contextlib.asynccontextmanager
+async def played():
+    """Yield the supervisor's handle of a lane, the socket on which the lane is played by hand, and what was heard."""
+    heard = []
+    ours, theirs = control.pair()
+    lane = Lane("web/1", ours, lambda _, message: heard.append(message))
+    theirs.setblocking(False)
+    try:
+        yield lane, Played(theirs), heard
+    finally:
+        theirs.close()
+        lane.has_ended(0)
+        lane.close()
 
 
 class Played:
@@ -75,19 +72,19 @@ def probe(lane):
     return lane.ask(control.Probe(id=1), answer=control.Probed, timeout_s=LIMIT_S)
 
 
-def test_two_who_ask_the_same_have_each_their_own_answer():
-    async def story(lane, peer, _heard):
+@pytest.mark.asyncio
+async def test_two_who_ask_the_same_have_each_their_own_answer():
+    async with played() as (lane, peer, _heard):
         tasks = await begun(check(lane, 1), check(lane, 2))
         first, second = await peer.packets(2)
         peer.say("checked", id=second["id"], problem="the second's")
         peer.say("checked", id=first["id"], problem="the first's")
         assert [answer.problem for answer in await asyncio.gather(*tasks)] == ["the first's", "the second's"]
 
-    played(story)
 
-
-def test_a_late_answer_is_not_taken_for_another():
-    async def story(lane, peer, heard):
+@pytest.mark.asyncio
+async def test_a_late_answer_is_not_taken_for_another():
+    async with played() as (lane, peer, heard):
         (given_up,) = await begun(check(lane, 1))
         (late,) = await peer.packets(1)
         given_up.cancel()
@@ -100,13 +97,12 @@ def test_a_late_answer_is_not_taken_for_another():
         assert (await task).problem is None
         assert [type(message) for message in heard] == [control.Checked]
 
-    played(story)
 
-
-def test_an_answer_of_another_type_than_was_asked_for_is_none():
+@pytest.mark.asyncio
+async def test_an_answer_of_another_type_than_was_asked_for_is_none():
     """A lane in which a guest speaks may say anything under any id."""
 
-    async def story(lane, peer, heard):
+    async with played() as (lane, peer, heard):
         (task,) = await begun(check(lane))
         (asked,) = await peer.packets(1)
         peer.say("ran", id=asked["id"])
@@ -116,14 +112,13 @@ def test_an_answer_of_another_type_than_was_asked_for_is_none():
         assert (await task).problem == "as asked"
         assert [type(message) for message in heard] == [control.Ran, control.Refused, control.Checked]
 
-    played(story)
 
-
-def test_what_an_earlier_order_left_behind_does_not_end_the_wait_of_a_later_one():
+@pytest.mark.asyncio
+async def test_what_an_earlier_order_left_behind_does_not_end_the_wait_of_a_later_one():
     def hand_over(lane):
         return lane.ask(control.HandOver(), answer=control.HandedOver, timeout_s=LIMIT_S)
 
-    async def story(lane, peer, _heard):
+    async with played() as (lane, peer, _heard):
         (first,) = await begun(hand_over(lane))
         (earlier,) = await peer.packets(1)
         first.cancel()
@@ -138,8 +133,6 @@ def test_what_an_earlier_order_left_behind_does_not_end_the_wait_of_a_later_one(
         peer.say("handed-over", id=later["id"], passed=7)
         assert (await second).passed == 7
         assert lane.drained.done()
-
-    played(story)
 
 
 # What a lane of a version without ids in most messages says, request by request.
@@ -174,8 +167,9 @@ def test_every_request_and_every_reply_has_an_id_that_may_be_missing():
 
 
 @pytest.mark.parametrize(("request_", "said", "fields"), OLD_ANSWERS)
-def test_a_lane_that_echoes_no_ids_is_understood_by_the_type_of_its_answers(request_, said, fields):
-    async def story(lane, peer, _heard):
+@pytest.mark.asyncio
+async def test_a_lane_that_echoes_no_ids_is_understood_by_the_type_of_its_answers(request_, said, fields):
+    async with played() as (lane, peer, _heard):
         kind = ANSWER_OF[type(request_)]
         other = check(lane) if kind is not control.Checked else probe(lane)
         (waits,) = await begun(other)
@@ -188,8 +182,6 @@ def test_a_lane_that_echoes_no_ids_is_understood_by_the_type_of_its_answers(requ
             assert msgspec.to_builtins(answer)["type"] == said
         assert not waits.done()
         waits.cancel()
-
-    played(story)
 
 
 # An old supervisor, played by hand before real lanes of a real zygote.
@@ -213,16 +205,13 @@ def without_id(message):
     return found.pop("type"), found
 
 
-def with_a_real_lane(story, *, shared=False):
-    async def tell():
-        nursery = Nursery()
-        try:
-            lane = await nursery.lane("main", "web/1", lambda *_: None, fuel=False, shared=shared)
-            await story(lane)
-        finally:
-            nursery.close()
-
-    asyncio.run(tell())
+@contextlib.asynccontextmanager
+async def with_a_real_lane(*, shared=False):
+    nursery = Nursery()
+    try:
+        yield await nursery.lane("main", "web/1", lambda *_: None, fuel=False, shared=shared)
+    finally:
+        nursery.close()
 
 
 def by_hand(lane):
@@ -251,10 +240,11 @@ class OldSupervisor:
         return answer
 
 
-def test_a_supervisor_that_gives_no_ids_is_answered_without():
+@pytest.mark.asyncio
+async def test_a_supervisor_that_gives_no_ids_is_answered_without():
     """The numbers it did give come back, and all else has the id 0, for which it has no name."""
 
-    async def story(lane):
+    async with with_a_real_lane() as lane:
         old = OldSupervisor(lane)
         await old.set_up("remembers")
         assert await old.ask("check", id=7) == {"type": "checked", "id": 7, "problem": None}
@@ -270,20 +260,18 @@ def test_a_supervisor_that_gives_no_ids_is_answered_without():
         left = await old.ask("hand-over", deadline_ms=1000)
         assert left == {"type": "handed-over", "passed": 0, "cut": 0, "id": 0}
 
-    with_a_real_lane(story)
 
-
-def test_a_supervisor_that_gives_no_ids_has_tasks_run():
-    async def story(lane):
+@pytest.mark.asyncio
+async def test_a_supervisor_that_gives_no_ids_has_tasks_run():
+    async with with_a_real_lane() as lane:
         old = OldSupervisor(lane)
         await old.set_up("task")
         assert await old.ask("task", id=9, scheduled_ms=1) == {"type": "ran", "id": 9, "problem": None}
 
-    with_a_real_lane(story)
 
-
-def test_a_supervisor_that_gives_no_ids_opens_shared_lanes_and_hears_refusals():
-    async def story(lane):
+@pytest.mark.asyncio
+async def test_a_supervisor_that_gives_no_ids_opens_shared_lanes_and_hears_refusals():
+    async with with_a_real_lane(shared=True) as lane:
         peer = by_hand(lane)
         with image_of("hello") as (image, page_fd):
             type_, fields = without_id(control.Open(images=("i",), limits=Limits(), seats=2))
@@ -304,16 +292,13 @@ def test_a_supervisor_that_gives_no_ids_opens_shared_lanes_and_hears_refusals():
         for fd in received:
             os.close(fd)
 
-    with_a_real_lane(story, shared=True)
 
-
-def test_a_real_lane_answers_everybody_who_asks_at_once():
-    async def story(lane):
+@pytest.mark.asyncio
+async def test_a_real_lane_answers_everybody_who_asks_at_once():
+    async with with_a_real_lane() as lane:
         with image_of("hello") as fds:
             setup = control.Setup(instance="web", grants=Grants(), limits=Limits())
             assert isinstance(await lane.ask(setup, *fds, answer=control.Ready, timeout_s=LIMIT_S), control.Ready)
         tasks = await begun(*(check(lane, number) for number in range(1, 6)), *(probe(lane) for _ in range(5)))
         answers = await asyncio.gather(*tasks)
         assert [type(answer) for answer in answers] == [control.Checked] * 5 + [control.Probed] * 5
-
-    with_a_real_lane(story)
