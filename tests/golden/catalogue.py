@@ -171,6 +171,7 @@ MESSAGES: dict[str, dict[str, type]] = {
     "worker": _tagged(*get_args(control.ToLane), *get_args(control.FromLane)),
     "router-and-egress": {
         **_tagged(router.Set, router.Unset, router.Drain, egress.Admit),
+        "route acknowledged": router.Ack,
         "ask": egress.Ask,
         "told": egress.Told,
     },
