@@ -38,7 +38,7 @@ def start(
 class Adapted(Guest):
     """A guest of wasi:http. The process's standard output must have been caught (`flow.catch`)."""
 
-    _entry = (BRIDGE, "handle")
+    _entries: ClassVar[tuple[tuple[str, str], ...]] = ((BRIDGE, "handle"), (BRIDGE, "flush"))
     _left = 0  # how many more requests this instance may answer
     # Whether nothing is left unwritten by an earlier store that ended in a trap: the process's, whoever's store it was.
     _clean: ClassVar[bool] = False

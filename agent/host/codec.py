@@ -6,14 +6,20 @@ everything of the bindings: one process, one thread that enters wasm.
 
 The layout is read from the bindings' own structures, and `agent.host.selftest.self_test` sends bytes through a real
 component before anything relies on it; where that fails, the stock codec serves (`Stock`).
+
+Every layout here is that of one WIT function, whose `Signature` stands beside it. `agent.host.engine` compares a
+component's own types with these before it instantiates it; what comes back is read by its own kind all the same.
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import byref
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from wasmtime import Store, WasiConfig, WasmtimeError
 from wasmtime import _ffi as ffi
+from wasmtime import component as wc
 from wasmtime.component import Func, Record
 
 _VALUE: Final = ctypes.sizeof(ffi.wasmtime_component_val_t)
@@ -23,6 +29,123 @@ _FIELDS: Final = (b"method", b"target", b"headers", b"body")
 _KEEP_VALUES: Final = 64 * 1024  # a buffer for larger bodies is given back after the call
 
 Answer = tuple[int, bytes, bytes]
+
+# Bounds of the text that names a type: an expected one fits within, and a guest's may be of any size.
+_DEPTH_MAX: Final = 6
+_MEMBERS_MAX: Final = 16
+_CUT: Final = "..."
+_PLAIN: Final[dict[type, str]] = {
+    getattr(wc, name): name.lower()
+    for name in ("Bool", "S8", "S16", "S32", "S64", "U8", "U16", "U32", "U64", "F32", "F64", "Char", "String")
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Type of a component function, its parts as WIT text.
+
+    Attributes:
+        params: name and type of each parameter.
+        result: empty for none.
+        concurrent: whether it is an `async func`.
+    """
+
+    params: tuple[tuple[str, str], ...] = ()
+    result: str = ""
+    concurrent: bool = False
+
+    def __str__(self) -> str:
+        """Give the type as WIT has it."""
+        params = ", ".join(f"{name}: {kind}" for name, kind in self.params)
+        result = f" -> {self.result}" if self.result else ""
+        return f"{'async ' if self.concurrent else ''}func({params}){result}"
+
+    def fits(self, other: "Signature") -> bool:
+        """Tell whether values are laid out alike; parameters have places, and their names do not matter."""
+        ours, theirs = ([kind for _, kind in each.params] for each in (self, other))
+        return (ours, self.result, self.concurrent) == (theirs, other.result, other.concurrent)
+
+
+_OUTCOME: Final = "result<_, string>"
+HANDLE: Final = Signature(
+    (("request", "record { method: string, target: string, headers: string, body: list<u8> }"),),
+    "record { status: u16, headers: string, body: list<u8> }",
+)
+EXCHANGE: Final = Signature((("head", "string"),), "string")
+FLUSH: Final = Signature()
+CHECK: Final = Signature((), _OUTCOME)
+RUN: Final = Signature((("scheduled-ms", "u64"),), _OUTCOME)
+SAVE_STATE: Final = Signature((), "result<list<u8>, string>")
+LOAD_STATE: Final = Signature((("state", "list<u8>"),), _OUTCOME)
+
+
+def signature(function: wc.FuncType) -> Signature:
+    """Read the type of a component's function."""
+    result = function.result
+    return Signature(
+        tuple((name, _wit(kind)) for name, kind in function.params[:_MEMBERS_MAX])
+        + (((_CUT, _CUT),) if len(function.params) > _MEMBERS_MAX else ()),
+        "" if result is None else _wit(result),
+        concurrent=bool(ffi.wasmtime_component_func_type_async(function.ptr())),
+    )
+
+
+def _wit(kind: wc.ValType, depth: int = _DEPTH_MAX) -> str:
+    """Name a type as WIT does; one that is too large is cut, and so equals no expected one."""
+    plain = _PLAIN.get(type(kind))
+    if plain is not None:
+        return plain
+    if not depth:
+        return _CUT
+
+    def inner(each: wc.ValType | None) -> str:
+        return "_" if each is None else _wit(each, depth - 1)
+
+    match kind:
+        case wc.ListType():
+            arguments = [inner(kind.element)]
+        case wc.OptionType():
+            arguments = [inner(kind.payload)]
+        case wc.ResultType():
+            arguments = [inner(kind.ok), inner(kind.err)]
+        case wc.TupleType():
+            arguments = [inner(each) for each in kind.elements[: _MEMBERS_MAX + 1]]
+        case _:
+            arguments = []
+    name = type(kind).__name__.removesuffix("Type").lower()
+    if arguments:
+        return f"{name}<{_members(arguments)}>"
+    members = _members(_named(kind, inner))
+    return f"{name} {{ {members} }}" if members else name
+
+
+def _named(kind: wc.ValType, inner: Callable[[wc.ValType | None], str]) -> list[str]:
+    """Name the members of a type that has names for them; no others have any."""
+    match kind:
+        case wc.RecordType():
+            return [f"{name}: {inner(each)}" for name, each in kind.fields[: _MEMBERS_MAX + 1]]
+        case wc.VariantType():
+            cases = kind.cases[: _MEMBERS_MAX + 1]
+            return [name if each is None else f"{name}({inner(each)})" for name, each in cases]
+        case wc.EnumType() | wc.FlagsType():
+            return kind.names[: _MEMBERS_MAX + 1]
+        case _:
+            return []
+
+
+def _members(members: list[str]) -> str:
+    return ", ".join(members if len(members) <= _MEMBERS_MAX else [*members[:_MEMBERS_MAX], _CUT])
+
+
+class WrongKindError(WasmtimeError):
+    """A value that came back is of another kind than its function's type promised."""
+
+
+def _expect(value: Any, kind: Any) -> Any:
+    """Give what a value holds, which is only there to be read if the value is of this kind. Raises WrongKindError."""
+    if value.kind != kind.value:
+        raise WrongKindError(f"the component returned a value of kind {value.kind} in place of {kind.value}")
+    return value.of
 
 
 class Codec(Protocol):
@@ -117,15 +240,25 @@ def _text(vector: Any) -> bytes:
 
 
 def _read(result: Any) -> Answer:
-    assert result.kind == ffi.WASMTIME_COMPONENT_RECORD.value
-    fields = {_text(result.of.record.data[i].name): result.of.record.data[i].val for i in range(result.of.record.size)}
-    body = _bytes(fields[b"body"].of.list)
-    return fields[b"status"].of.u16, _text(fields[b"headers"].of.string), body
+    record = _expect(result, ffi.WASMTIME_COMPONENT_RECORD).record
+    entries = (record.data[number] for number in range(record.size))
+    fields = {_text(entry.name): entry.val for entry in entries}
+    try:
+        status, headers, body = fields[b"status"], fields[b"headers"], fields[b"body"]
+    except KeyError as error:
+        raise WrongKindError(f"the component returned a record without the field {error}") from error
+    return (
+        _expect(status, ffi.WASMTIME_COMPONENT_U16).u16,
+        _text(_expect(headers, ffi.WASMTIME_COMPONENT_STRING).string),
+        _bytes(body),
+    )
 
 
-def _bytes(values: Any) -> bytes:
+def _bytes(value: Any) -> bytes:
+    values = _expect(value, ffi.WASMTIME_COMPONENT_LIST).list
     if not values.size:
         return b""
+    _expect(values.data[0], ffi.WASMTIME_COMPONENT_U8)  # a list's values are all of one kind
     raw = (ctypes.c_uint8 * (values.size * _VALUE)).from_address(ctypes.addressof(values.data.contents))
     return memoryview(raw).cast("B")[_PAYLOAD::_VALUE].tobytes()
 
@@ -147,8 +280,7 @@ def exchange(store: Store, func: Func, head: bytes) -> bytes:
     if error:
         raise WasmtimeError._from_ptr(error)  # noqa: SLF001
     try:
-        assert result.kind == ffi.WASMTIME_COMPONENT_STRING.value
-        return _text(result.of.string)
+        return _text(_expect(result, ffi.WASMTIME_COMPONENT_STRING).string)
     finally:
         ffi.wasmtime_component_val_delete(byref(result))
 
@@ -161,7 +293,7 @@ def give_bytes(store: Store, func: Func) -> tuple[bytes, str | None]:
         raise WasmtimeError._from_ptr(error)  # noqa: SLF001
     try:
         problem = _problem(result)
-        return (b"" if problem is not None else _bytes(result.of.result.val.contents.of.list)), problem
+        return (b"" if problem is not None else _bytes(_payload(result))), problem
     finally:
         ffi.wasmtime_component_val_delete(byref(result))
 
@@ -192,10 +324,16 @@ def take_bytes(store: Store, func: Func, data: bytes) -> str | None:
 
 
 def _problem(result: Any) -> str | None:
-    assert result.kind == ffi.WASMTIME_COMPONENT_RESULT.value
-    if result.of.result.is_ok:
+    if _expect(result, ffi.WASMTIME_COMPONENT_RESULT).result.is_ok:
         return None
-    return _text(result.of.result.val.contents.of.string).decode(errors="replace")
+    return _text(_expect(_payload(result), ffi.WASMTIME_COMPONENT_STRING).string).decode(errors="replace")
+
+
+def _payload(result: Any) -> Any:
+    """Give what a result's case carries. Raises WrongKindError where that is nothing."""
+    if not result.of.result.val:
+        raise WrongKindError("the component returned a case that carries no value")
+    return result.of.result.val.contents
 
 
 def set_stdin(wasi: WasiConfig, body: bytes) -> None:

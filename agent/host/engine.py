@@ -13,7 +13,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import wasmtime
 from wasmtime import Config, Store, WasiConfig, WasmtimeError
@@ -21,7 +21,8 @@ from wasmtime import _ffi as ffi
 from wasmtime import component as wc
 from wasmtime.component import Func
 
-from agent.host.codec import Answer, Codec, Fast, Stock, exchange, give_bytes, set_stdin, take_bytes
+from agent.host import codec
+from agent.host.codec import Answer, Codec, Fast, Signature, Stock, exchange, give_bytes, set_stdin, take_bytes
 from agent.host.faults import EngineError, first_lines, guest_error
 from agent.host.flow import Flow
 from agent.host.heads import Nowhere, Requests, utf8
@@ -36,12 +37,24 @@ _FOREVER: Final = 2**62
 _POOLED_MEMORIES: Final = 16
 _KEPT_BYTES: Final = 128 * 1024
 _MAX_LINE_CHARS: Final = 4096
+_SIGNATURE_MAX_CHARS: Final = 400
 
 HANDLER: Final = "wasmfleet:http/handler"
 HEALTH: Final = "wasmfleet:http/health"
 TASK: Final = "wasmfleet:schedule/task"
 STATE: Final = "wasmfleet:state/state"
 LOGGING: Final = "wasi:logging/logging"
+# What the host calls, by interface and function. `agent.host.codec` lays values out as these types have them.
+SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
+    (HANDLER, "handle"): codec.HANDLE,
+    (HEALTH, "check"): codec.CHECK,
+    (TASK, "run"): codec.RUN,
+    (STATE, "save-state"): codec.SAVE_STATE,
+    (STATE, "load-state"): codec.LOAD_STATE,
+    (compose.BRIDGE, "handle"): codec.EXCHANGE,
+    (compose.BRIDGE, "flush"): codec.FLUSH,
+}
+_OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state"))
 DATA: Final = "/data"  # where a guest that may have files finds its own
 CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
 # What the adapter itself imports: it comes with wasi:http and needs no grant.
@@ -95,18 +108,45 @@ class Image:
         self.component = component
         kind = component.type
         self.imports = {name: _functions(engine.raw, extern) for name, extern in kind.imports(engine.raw).items()}
-        self.exports = tuple(kind.exports(engine.raw))
+        self.exports = kind.exports(engine.raw)
         self._found: dict[tuple[str, str], wc.ExportIndex | None] = {}
 
     def export(self, interface: str, function: str) -> wc.ExportIndex | None:
-        """Where `interface` (without version) exports `function`; None if it does not."""
+        """Where `interface` (without version) exports `function`; None if it does not.
+
+        Raises:
+            EngineError: START_FAILED: what stands there is not of the type in `SIGNATURES`.
+        """
         if (interface, function) not in self._found:
-            outer = next(
-                (self.component.get_export_index(name) for name in self.exports if bare(name) == interface), None
-            )
-            found = None if outer is None else self.component.get_export_index(function, outer)
-            self._found[interface, function] = found
+            self._found[interface, function] = self._find(interface, function)
         return self._found[interface, function]
+
+    def _find(self, interface: str, function: str) -> wc.ExportIndex | None:
+        name = next((name for name in self.exports if bare(name) == interface), None)
+        outer = None if name is None else self.component.get_export_index(name)
+        found = None if outer is None else self.component.get_export_index(function, outer)
+        if name is None or found is None:
+            return None
+        instance = self.exports[name].ty
+        inner = (
+            instance.exports(self.engine.raw).get(function) if isinstance(instance, wc.ComponentInstanceType) else None
+        )
+        item = None if inner is None else inner.ty
+        expected = SIGNATURES[interface, function]
+        if isinstance(item, wc.FuncType):
+            actual = codec.signature(item)
+            if actual.fits(expected):
+                return found
+            said = str(actual)
+        else:
+            said = "no function"
+        if len(said) > _SIGNATURE_MAX_CHARS:
+            said = said[:_SIGNATURE_MAX_CHARS] + "..."
+        raise EngineError(
+            RejectCode.START_FAILED,
+            f"it exports {name} with another type of {function}: expected {expected}, found {said}; "
+            "build it against the WIT of that interface",
+        )
 
     @property
     def adapted(self) -> bool:
@@ -240,12 +280,15 @@ class Guest:
         """Instantiate, within `limits.start_ms`. `outgoing`: what a guest of wasi:http sends requests by.
 
         Raises:
-            EngineError: GRANT_DENIED, or START_FAILED where the linker has no such interface.
+            EngineError: GRANT_DENIED, or START_FAILED where the linker has no such interface, or an export that would
+                be called is of another type.
             GuestError: it trapped or took too long in its start.
         """
         missing = image.not_granted(grants)
         if missing:
             raise EngineError(RejectCode.GRANT_DENIED, f"it imports {', '.join(missing)}, which is not granted")
+        for interface, function in (*self._entries, *_OPTIONAL):
+            image.export(interface, function)  # before any of its code runs
         self._image = image
         self._limits = limits
         self._data = data
@@ -276,13 +319,14 @@ class Guest:
             if "wasm trap" in text or "wasm backtrace" in text:
                 raise guest_error(str(error)) from error
             raise EngineError(RejectCode.START_FAILED, first_lines(text)) from error
-        self._handle = self._function(*self._entry)
+        self._handle = self._function(*self._entries[0])
         self._check = self._function(HEALTH, "check")
         self._run = self._function(TASK, "run")
         self._save = self._function(STATE, "save-state")
         self._load = self._function(STATE, "load-state")
 
-    _entry = (HANDLER, "handle")
+    _entries: ClassVar[tuple[tuple[str, str], ...]] = ((HANDLER, "handle"),)
+    """What requests come by first, and what else goes with that."""
 
     def _streams(self, stdin: bytes | None) -> WasiConfig:
         wasi = WasiConfig()
