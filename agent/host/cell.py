@@ -10,11 +10,13 @@
     seccomp     new sockets, processes, executable memory, tracing, signals to others
 
 Layers are independent; each is put up where the kernel and the host's own rights allow, and reported: none relies on
-another. Whoever enters has one thread, has closed what was open for others (`close_all_but`) and has imported
-everything it needs: afterwards not even an `import` works.
+another. Whoever enters has one thread and has closed what was open for others (`close_all_but`). Afterwards not even
+an `import` works: what the standard library would import at its first use is named in the process's plan, and imported
+by `enter` while files can still be read.
 """
 
 import contextlib
+import importlib
 import os
 import resource
 import signal
@@ -43,6 +45,9 @@ _EGRESS_UID: Final = 1_879_113_726
 _EGRESS_BYTES: Final = 64 * MIB
 NEIGHBOURS: Final = _ROOT
 _RESOLVER: Final = ("/etc", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/run/systemd/resolve", "/run/resolvconf")
+# Imported by the standard library at first use.
+_NAMES: Final = ("encodings.idna",)  # a host's name, given to TLS or to the resolver
+_RESOLVING: Final = ("concurrent.futures.thread",)  # asyncio resolves names on a thread
 _READ_RIGHTS: Final = 0b1101  # Landlock: execute (libraries are mapped so), read files and directories
 
 
@@ -66,6 +71,7 @@ class Plan:
         network: whether it keeps the network.
         neighbours: a directory to see at `NEIGHBOURS`, beside the root as it is.
         readable: where it may read files, for one that keeps the root.
+        modules: what the standard library imports at its first use only, to be imported before.
     """
 
     uid: int | None
@@ -79,6 +85,7 @@ class Plan:
     network: bool = False
     neighbours: str = ""
     readable: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
 
 def lane_bytes(*, memory_bytes: int, body_bytes: int) -> int:
@@ -94,10 +101,11 @@ def lane_plan(
     storage_bytes: int,
     data: str,
     lanes: int = 1,
+    connects: bool = False,
 ) -> Plan:
     """The cell of a lane whose guest has `memory_bytes`, and whose calls carry at most `body_bytes` both ways.
 
-    `lanes` of them may run at once.
+    `lanes` of them may run at once. `connects`: it may send requests, over TLS too.
     """
     return Plan(
         uid=uid,
@@ -106,6 +114,7 @@ def lane_plan(
         data=data,
         filter=lambda: seccomp.lane(files=bool(data)),
         threads=2 * lanes * _THREADS_A_LANE,  # two generations at a swap
+        modules=_NAMES if connects else (),
     )
 
 
@@ -145,6 +154,7 @@ def egress_plan(directory: str) -> Plan:
         readable=_RESOLVER,
         data_bytes=_EGRESS_BYTES,
         filter=seccomp.egress,
+        modules=(*_NAMES, *_RESOLVING),
     )
 
 
@@ -196,6 +206,8 @@ def enter(plan: Plan) -> dict[str, bool]:
         CellError: a layer failed halfway.
     """
     holds: dict[str, bool] = {}
+    for module in plan.modules:
+        importlib.import_module(module)
     program = plan.filter() if seccomp.AVAILABLE else None
     parent = os.getppid()
     used = _data_bytes()

@@ -86,6 +86,7 @@ class Lane:
                     storage_bytes=setup.limits.storage_bytes,
                     data=setup.data,
                     lanes=setup.limits.concurrency,
+                    connects=setup.egress,
                 )
             )
         except EngineError as error:

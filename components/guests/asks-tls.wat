@@ -1,0 +1,76 @@
+;; asks-tls: speaks to the host as the adapter does, so it can ask for https://localhost:1/ without wasi:http around it.
+;; Answers with the peer's status, or with the error. Tests put another place into its text.
+(component
+  (import "wasmfleet:adapter/host@0.1.0" (instance $host
+    (export "begin" (func (result u32)))
+    (export "send" (func (param "id" u32) (param "head" string) (result u32)))
+    (export "head" (func (param "id" u32) (result string)))
+    (export "read" (func (param "id" u32) (param "most" u32) (result string)))))
+  (core module $room
+    (memory (export "memory") 4)
+    (global $top (mut i32) (i32.const 4096))
+    (func (export "realloc") (param i32 i32 i32 i32) (result i32)
+      (local $at i32)
+      (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
+      (global.set $top (i32.add (local.get $at) (local.get 3)))
+      (local.get $at))
+    (func (export "reset") (param i32) (global.set $top (i32.const 4096))))
+  (core instance $room (instantiate $room))
+  (core func $begin (canon lower (func $host "begin")))
+  (core func $send (canon lower (func $host "send") (memory (core memory $room "memory"))))
+  (core func $head (canon lower (func $host "head")
+    (memory (core memory $room "memory")) (realloc (core func $room "realloc"))))
+  (core func $read (canon lower (func $host "read")
+    (memory (core memory $room "memory")) (realloc (core func $room "realloc"))))
+  (core module $guest
+    (import "room" "memory" (memory 4))
+    (import "host" "begin" (func $begin (result i32)))
+    (import "host" "send" (func $send (param i32 i32 i32) (result i32)))
+    (import "host" "head" (func $head (param i32 i32)))
+    (import "host" "read" (func $read (param i32 i32 i32)))
+    (data (i32.const 256) "GET / https localhost:1   \0d\0a\00")
+    (data (i32.const 1024) "000 whole\0d\0a\0d\0a")
+    (data (i32.const 1088) "error 00")
+    (func $length (result i32)
+      (local $at i32)
+      (local.set $at (i32.const 256))
+      (loop $on
+        (local.set $at (i32.add (local.get $at) (i32.const 1)))
+        (br_if $on (i32.load8_u (local.get $at))))
+      (i32.sub (local.get $at) (i32.const 256)))
+    (func $say (param $at i32) (param $length i32) (result i32)
+      (i32.store (i32.const 64) (local.get $at))
+      (i32.store (i32.const 68) (local.get $length))
+      (i32.const 64))
+    (func (export "handle") (param i32 i32) (result i32)
+      (local $id i32) (local $problem i32)
+      (local.set $id (call $begin))
+      (local.set $problem (call $send (local.get $id) (i32.const 256) (call $length)))
+      (if (local.get $problem) (then
+        (local.set $problem (i32.sub (local.get $problem) (i32.const 1)))
+        (i32.store8 (i32.const 1094) (i32.add (i32.const 48) (i32.div_u (local.get $problem) (i32.const 10))))
+        (i32.store8 (i32.const 1095) (i32.add (i32.const 48) (i32.rem_u (local.get $problem) (i32.const 10))))
+        (return (call $say (i32.const 1088) (i32.const 8)))))
+      (call $head (local.get $id) (i32.const 72))
+      ;; An error is passed on as it is.
+      (if (i32.eq (i32.load8_u (i32.load (i32.const 72))) (i32.const 101)) (then
+        (return (call $say (i32.load (i32.const 72)) (i32.load (i32.const 76))))))
+      (i32.store16 (i32.const 1024) (i32.load16_u (i32.load (i32.const 72))))
+      (i32.store8 (i32.const 1026) (i32.load8_u offset=2 (i32.load (i32.const 72))))
+      ;; To the end, or the connection is not kept.
+      (loop $on
+        (call $read (local.get $id) (i32.const 1024) (i32.const 80))
+        (br_if $on (i32.eq (i32.load8_u (i32.load (i32.const 80))) (i32.const 43))))
+      (call $say (i32.const 1024) (i32.const 13)))
+    (func (export "flush")))
+  (core instance $guest (instantiate $guest
+    (with "room" (instance $room))
+    (with "host" (instance
+      (export "begin" (func $begin)) (export "send" (func $send))
+      (export "head" (func $head)) (export "read" (func $read))))))
+  (func $handle (param "head" string) (result string)
+    (canon lift (core func $guest "handle") (memory (core memory $room "memory"))
+      (realloc (core func $room "realloc")) (post-return (core func $room "reset"))))
+  (func $flush (canon lift (core func $guest "flush")))
+  (instance $bridge (export "handle" (func $handle)) (export "flush" (func $flush)))
+  (export "wasmfleet:adapter/bridge@0.1.0" (instance $bridge)))
