@@ -86,4 +86,8 @@ class Adapted(Guest):
             return 0, b"", b""
         if head.status:
             return head.status, head.headers, answer[2:]  # behind an empty line: it was begun before the head was known
-        return heads.split_head(answer)
+        try:
+            return heads.split_head(answer)
+        except ValueError as error:
+            way.problem = way.problem or str(error)
+            return 0, b"", b""

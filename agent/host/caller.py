@@ -6,12 +6,20 @@ calling thread: waiting for a peer, or for the processor on a busy board, is no 
 of its own, in one piece and in all. A call past one of them stands still in the host: only the supervisor can end that,
 by ending the lane. A tick counts for what it saw pass and never for much more than its length, so that a board that was
 suspended finds no call too late.
+
+The two threads share one reference: the `Call` in flight, which never changes. Each tick reads it once and judges that
+call by that call's own limits; the sums are the ticker's alone. A verdict carries the call's number, which the
+supervisor compares with the page of figures, since the call may have ended meanwhile.
 """
 
+import contextlib
+import itertools
+import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Final, TypeVar
+from dataclasses import dataclass
+from typing import Final, NamedTuple, NoReturn, TypeVar
 
 from agent.host import cell, control
 from agent.host.adapted import start
@@ -23,13 +31,17 @@ from agent.host.flow import Flow
 from agent.host.heads import Nowhere, Requests
 from agent.host.page import Page
 from agent.host.writes import Writes
-from fleet.protocol.codes import CallOutcome
+from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
 BUSY_MS: Final = 30
 GRACE_MS: Final = 1000
 TICK_MOST_MS: Final = 3 * TICK_MS
 """What one tick may count for: one that came later than this was kept waiting, and so was the call."""
+AGAIN_MS: Final = 1000
+"""When a verdict that ended nothing is repeated: the supervisor's socket may have been full."""
+FAILED: Final = 70
+"""Exit status of a process whose ticker failed: EX_SOFTWARE of sysexits.h."""
 _LINE_MAX_CHARS: Final = 1024
 _NS_PER_MS: Final = 1_000_000
 
@@ -37,144 +49,201 @@ T = TypeVar("T")
 Say = Callable[[control.FromLane], None]
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
+class Call(NamedTuple):
+    """A call in flight, as the ticker judges it.
+
+    Attributes:
+        number: unlike that of any other call of this process.
+        budget_ms: of the guest's own time.
+        limits: of the instance that is called.
+        say: tells that instance's supervisor.
+        relieve: called once the call takes its time.
+        watch: called at each tick.
+        flow: where its answer goes, None for one that is not given out while it is written.
+    """
+
+    number: int
+    budget_ms: int
+    limits: Limits
+    say: Say
+    relieve: Callable[[], None] = _nothing
+    watch: Callable[[], None] = _nothing
+    flow: Flow | None = None
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What passed of one call, in the ticker's thread alone."""
+
+    number: int = 0
+    first_ns: int = 0  # the calling thread's processor time when the call was first seen, and at the last tick
+    used_ns: int = 0
+    carry_ns: int = 0
+    own_ms: int = 0
+    idle_ms: int = 0
+    total_ms: int = 0
+    said_ms: int | None = None  # when a verdict was said, in `total_ms`
+    busy: bool = False
+
+
 class Ticker:
     """The thread that lets a guest's time pass. Make it on the thread that will call."""
 
-    def __init__(
-        self,
-        tick: Callable[[], None],
-        say: Say,
-        limits: Limits,
-        *,
-        waits: Callable[[], bool] = lambda: True,
-        watch: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, tick: Callable[[], None], *, waits: Callable[[], bool] = lambda: True) -> None:
         """`waits`: whether the calling thread, when it has had no processor, waits for something else."""
         self._tick = tick
-        self._say = say
-        self._limits = limits
         self._waits = waits
-        self._watch = watch
         self._clock = time.pthread_getcpuclockid(threading.get_ident())
         self._wake = threading.Event()
         self._parked = False
-        self._way: Flow | None = None
-        self._caller: Caller | None = None
-        self._began_ns = 0
-        self._limit_ms = 0
-        self._watched = self._said = self._busy = 0
-        self._used_ns = self._carry_ns = self._first_ns = 0
-        self._total_ms = self._idle_ms = self._own_ms = 0
+        self._numbers = itertools.count(1)
+        self._call: Call | None = None
+        self._current = threading.Lock()  # held while something is done to the call in flight, and to change it
+        self._sums = _Sums()
         threading.stack_size(256 * 1024)
         threading.Thread(target=self._run, name="ticker", daemon=True).start()
 
-    def begin(self, now_ns: int, limit_ms: int, caller: "Caller | None" = None, way: Flow | None = None) -> None:
-        """A call begins that may take `limit_ms` of the guest's own time.
+    def number(self) -> int:
+        """Give the next call's number."""
+        return next(self._numbers)
 
-        Where several callers share the ticker, it is `caller` that is told, within its limits.
-        """
-        self._caller = caller
-        if caller is not None:
-            self._say, self._limits = caller.say, caller.limits
-        self._limit_ms = limit_ms
-        self._way = way
-        self._began_ns = now_ns
+    def begin(self, call: Call) -> None:
+        """Watch a call, which begins now."""
+        with self._current:
+            self._call = call
         if self._parked:
             self._wake.set()
 
     def end(self) -> None:
-        """The call has ended."""
-        self._began_ns = 0
-        self._way = None
+        """Watch nothing: the call has ended. No epoch passes for it, and nothing is said of it, from here on."""
+        with self._current:
+            self._call = None
 
     def _run(self) -> None:
+        try:
+            self._watch_calls()
+        except control.GoneError:
+            os._exit(0)  # nobody is left who could end this process for a call that is too late
+        except BaseException as error:  # noqa: BLE001 - whatever it is: without a ticker no limit holds
+            call = self._call
+            if call is not None:
+                why = f"the lane's ticker failed: {type(error).__name__}: {error}"
+                with contextlib.suppress(Exception):
+                    call.say(control.Refused(code=RejectCode.INTERNAL, message=why[:_LINE_MAX_CHARS]))
+            os._exit(FAILED)
+
+    def _watch_calls(self) -> NoReturn:
         idle = 0
         while True:
-            idle = 0 if self._began_ns else idle + 1
-            if idle > 1:
-                self._parked = True
-                if not self._began_ns:
-                    self._wake.wait()
-                self._parked = False
-                self._wake.clear()
-                idle = 0
-            slept_ns = time.monotonic_ns()
-            self._sleep()
-            began_ns = self._began_ns
-            if began_ns:
-                passed_ms = (time.monotonic_ns() - slept_ns) // _NS_PER_MS
-                self.passed(began_ns, passed_ms, time.clock_gettime_ns(self._clock))
+            call = self._call
+            if call is None:
+                idle += 1
+                if idle > 1:
+                    self._park()
+                    idle = 0
+                else:
+                    time.sleep(TICK_MS / 1000)
+                continue
+            idle = 0
+            self._see(call, time.clock_gettime_ns(self._clock))
+            began_ns = time.monotonic_ns()
+            self._sleep(call)
+            passed_ms = (time.monotonic_ns() - began_ns) // _NS_PER_MS
+            self.passed(call, passed_ms, time.clock_gettime_ns(self._clock))
 
-    def _sleep(self) -> None:
+    def _park(self) -> None:
+        self._parked = True
+        if self._call is None:
+            self._wake.wait()
+        self._parked = False
+        self._wake.clear()
+
+    def _see(self, call: Call, used_ns: int) -> None:
+        if self._sums.number != call.number:
+            # Its time until now was less than a tick, and counts as one.
+            self._sums = _Sums(call.number, first_ns=used_ns, used_ns=used_ns, carry_ns=TICK_MS * _NS_PER_MS)
+
+    def _sleep(self, call: Call) -> None:
         """Let a tick pass, and move meanwhile what a call's answer brings that takes longer than one."""
-        way, began_ns = self._way, self._began_ns
+        flow, sums = call.flow, self._sums
         # What needs little of the processor's time and stands nowhere still goes out whole.
-        long = self._idle_ms > 0 or self._used_ns - self._first_ns >= TICK_MS * _NS_PER_MS
-        if way is None or not began_ns or self._watched != began_ns or not (long or way.live):
+        long = sums.idle_ms > 0 or sums.used_ns - sums.first_ns >= TICK_MS * _NS_PER_MS
+        if flow is None or not sums.total_ms or not (long or flow.live):
             time.sleep(TICK_MS / 1000)
             return
-        way.live = True
+        flow.live = True
         until_ns = time.monotonic_ns() + TICK_MS * _NS_PER_MS
-        while self._way is way and (left_ns := until_ns - time.monotonic_ns()) > 0:
-            if way.wait(left_ns // _NS_PER_MS + 1):
-                way.pump()
+        while self._call is call and (left_ns := until_ns - time.monotonic_ns()) > 0:
+            if flow.wait(left_ns // _NS_PER_MS + 1):
+                flow.pump()
 
-    def _mind(self, passed_ms: int) -> None:
-        """Wait no longer than a call may for a client that does not take its answer; end the guest if that is gone."""
-        way = self._way
-        if way is None or not way.live:
-            return
-        with way.lock:
-            if way.over:
-                return
-            way.waited(passed_ms, most_ms=self._limits.idle_ms)
-            if way.out:
-                self._idle_ms = 0  # the guest's peer is the client, who has a limit of its own
-                if self._total_ms + TICK_MOST_MS > self._limits.total_ms:
-                    way.end("slow")
-            if way.ended and way.begun:
-                for _ in range(self._limit_ms // TICK_MS + 2):
-                    self._tick()
-
-    def passed(self, began_ns: int, passed_ms: int, used_ns: int) -> None:
-        """Note that `passed_ms` of the call that began at `began_ns` went by.
+    def passed(self, call: Call, passed_ms: int, used_ns: int) -> None:
+        """Note that `passed_ms` of a call went by; of one that has ended meanwhile, nothing.
 
         `used_ns` is the processor's time that the calling thread has had in its life.
         """
-        if self._watched != began_ns:
-            self._watched, self._used_ns, self._carry_ns = began_ns, used_ns, TICK_MS * _NS_PER_MS
-            self._first_ns = used_ns
-            self._total_ms = self._idle_ms = self._own_ms = 0
-        own_ns, self._used_ns = used_ns - self._used_ns, used_ns
+        if self._call is not call:
+            return
+        self._see(call, used_ns)
+        sums = self._sums
+        own_ns, sums.used_ns = used_ns - sums.used_ns, used_ns
         passed_ms = min(passed_ms, TICK_MOST_MS)
-        self._total_ms += passed_ms
-        self._idle_ms = 0 if own_ns or not self._waits() else self._idle_ms + passed_ms
-        self._mind(passed_ms)
-        self._carry_ns += own_ns
-        while self._carry_ns >= TICK_MS * _NS_PER_MS:
-            self._carry_ns -= TICK_MS * _NS_PER_MS
-            self._own_ms += TICK_MS
-            self._tick()
-        self._judge(began_ns)
-        if self._watch is not None:
-            self._watch()
+        sums.total_ms += passed_ms
+        sums.idle_ms = 0 if own_ns or not self._waits() else sums.idle_ms + passed_ms
+        self._mind(call, passed_ms)
+        sums.carry_ns += own_ns
+        while sums.carry_ns >= TICK_MS * _NS_PER_MS:
+            sums.carry_ns -= TICK_MS * _NS_PER_MS
+            sums.own_ms += TICK_MS
+            self._let_pass(call)
+        self._judge(call)
+        call.watch()
 
-    def _judge(self, began_ns: int) -> None:
+    def _let_pass(self, call: Call) -> None:
+        """Let an epoch pass for this call, and for no other."""
+        with self._current:
+            if self._call is call:
+                self._tick()
+
+    def _mind(self, call: Call, passed_ms: int) -> None:
+        """Wait no longer than a call may for a client that does not take its answer; end the guest if that is gone."""
+        flow, sums = call.flow, self._sums
+        if flow is None or not flow.live:
+            return
+        with flow.lock:
+            if flow.over:
+                return
+            flow.waited(passed_ms, most_ms=call.limits.idle_ms)
+            if flow.out:
+                sums.idle_ms = 0  # the guest's peer is the client, who has a limit of its own
+                if sums.total_ms + TICK_MOST_MS > call.limits.total_ms:
+                    flow.end("slow")
+            if flow.ended and flow.begun:
+                for _ in range(call.budget_ms // TICK_MS + 2):
+                    self._let_pass(call)
+
+    def _judge(self, call: Call) -> None:
+        sums, limits = self._sums, call.limits
         why = ""
-        if self._idle_ms > self._limits.idle_ms:
-            why = f"a call was blocked for {self._idle_ms} ms in one piece, {self._limits.idle_ms} are allowed"
-        elif self._total_ms > self._limits.total_ms:
-            why = f"a call took {self._total_ms} ms in all, {self._limits.total_ms} are allowed"
-        elif self._own_ms > self._limit_ms + GRACE_MS:
-            why = f"a call had {self._own_ms} ms of its own time, {self._limit_ms} are allowed"
-        if why and self._said != began_ns:
-            self._said = began_ns
-            self._say(control.Overdue(why=why))
-        elif self._limits.concurrency > 1 and self._total_ms > BUSY_MS and self._busy != began_ns:
-            self._busy = began_ns
-            self._say(control.Busy())
-            if self._caller is not None:
-                self._caller.relieve()
+        if sums.idle_ms > limits.idle_ms:
+            why = f"a call was blocked for {sums.idle_ms} ms in one piece, {limits.idle_ms} are allowed"
+        elif sums.total_ms > limits.total_ms:
+            why = f"a call took {sums.total_ms} ms in all, {limits.total_ms} are allowed"
+        elif sums.own_ms > call.budget_ms + GRACE_MS:
+            why = f"a call had {sums.own_ms} ms of its own time, {call.budget_ms} are allowed"
+        if why and (sums.said_ms is None or sums.total_ms - sums.said_ms >= AGAIN_MS):
+            sums.said_ms = sums.total_ms
+            with self._current:
+                if self._call is call:
+                    call.say(control.Overdue(call=call.number, why=why))
+        elif limits.concurrency > 1 and sums.total_ms > BUSY_MS and not sums.busy:
+            sums.busy = True
+            call.say(control.Busy())
+            call.relieve()
 
 
 def _sentence(problem: str | None) -> str | None:
@@ -227,13 +296,7 @@ class Caller:
         self._counting = threading.Lock()
         self._way: Flow | None = None
         self._answered = 0
-        self._ticker = ticker or Ticker(
-            image.engine.tick,
-            say,
-            limits,
-            waits=lambda: cell.waits(scheduling_fd),
-            watch=self._count_writes if writes is not None else None,
-        )
+        self._ticker = ticker or Ticker(image.engine.tick, waits=lambda: cell.waits(scheduling_fd))
 
     def start(self) -> frozenset[str]:
         """Instantiate the guest; what it exports.
@@ -241,9 +304,7 @@ class Caller:
         Raises:
             EngineError, GuestError: it cannot be started.
         """
-        now_ns = time.monotonic_ns()
-        self._page.begin(now_ns)
-        self._ticker.begin(now_ns, self.limits.start_ms, self)
+        self._begin(self.limits.start_ms)
         try:
             self._guest = start(
                 self._image,
@@ -256,7 +317,7 @@ class Caller:
             )
         finally:
             self._ticker.end()
-            self._page.begin(0)
+            self._page.rest()
         return self._guest.kinds
 
     def handle(self, request: Request, way: Flow | None) -> tuple[int, bytes, bytes]:
@@ -307,23 +368,28 @@ class Caller:
         us = None if began_ns is None else (time.monotonic_ns() - began_ns) // 1000
         self._page.end(outcome, us, error=error)
 
+    def _begin(self, budget_ms: int, way: Flow | None = None) -> None:
+        """Let the page and the ticker know of a call. The page first: no verdict comes before its number is there."""
+        number = self._ticker.number()
+        self._page.begin(time.monotonic_ns(), number)
+        watch = _nothing if self._writes is None else self._count_writes
+        self._ticker.begin(Call(number, budget_ms, self.limits, self.say, self.relieve, watch, way))
+
     def _call(self, enter: Callable[[Guest], T], own_ms: int = 0, way: Flow | None = None) -> T:
         try:
             if self._guest is None:
                 self.start()
             assert self._guest is not None
             self._count_writes()
-            now_ns = time.monotonic_ns()
-            self._page.begin(now_ns)
             self._way, self._answered = way, 0
-            self._ticker.begin(now_ns, own_ms or self.limits.call_ms, self, way)
+            self._begin(own_ms or self.limits.call_ms, way)
             had_ns = time.thread_time_ns()
             try:
                 return enter(self._guest)
             finally:
                 self._page.spent(time.thread_time_ns() - had_ns)
                 self._ticker.end()
-                self._page.begin(0)
+                self._page.rest()
                 self._count_writes()
                 self._way = None
         except GuestError as error:

@@ -18,7 +18,7 @@ from agent.host.engine import Engine, Image
 from agent.host.faults import EngineError
 from agent.host.lane import Lane
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES, Limits
+from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
 
 _CLIENTS_A_SEAT: Final = 32
 
@@ -63,10 +63,7 @@ class Commons:
             return False
         for fd in fds:
             os.close(fd)
-        # Each call says whose it is.
-        self._ticker = Ticker(
-            self._engine.tick, lambda _message: None, Limits(), waits=lambda: cell.waits(scheduling_fd)
-        )
+        self._ticker = Ticker(self._engine.tick, waits=lambda: cell.waits(scheduling_fd))
         opened = control.Opened(layers=self._layers, id=order.id)
         control.send(self._sock, opened, *(() if figures_fd is None else (figures_fd,)))
         if figures_fd is not None:

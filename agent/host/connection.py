@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Final
 
+from agent.host import heads
 from agent.host.reader import HEAD_MAX_BYTES, Fields, Head, Reader, tokens
 
 PREFIX_MAX_BYTES: Final = 96 * 1024
@@ -177,11 +178,18 @@ def answer_head(status: int, headers: bytes, *, length: int | None, chunked: boo
 
 
 def declared_length(headers: bytes) -> int | None:
-    """What a guest's Content-Length says, if it says a number."""
+    """What a guest's Content-Length says, if it says a number.
+
+    Raises:
+        BadAnswerError: a number that no body's length can be.
+    """
     for line in headers.split(b"\r\n"):
         name, _, value = line.partition(b":")
         if name.lower() == b"content-length" and value.strip().isdigit():
-            return int(value)
+            length = heads.number(value.strip())
+            if length is None:
+                raise BadAnswerError(f"a content-length of {len(value.strip())} digits")
+            return length
     return None
 
 

@@ -236,8 +236,13 @@ class Busy(msgspec.Struct, frozen=True, kw_only=True, tag="busy"):
 
 
 class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
-    """A call is past a limit and stands still in the host: only ending the lane helps."""
+    """A call is past a limit and stands still in the host: only ending the lane helps, if it is still in flight.
 
+    Attributes:
+        call: its number, as the page of figures has it while it is in flight.
+    """
+
+    call: int
     why: str
 
 

@@ -157,14 +157,14 @@ class Flow:
             self._begin()
 
     def _begin(self) -> None:
-        status, headers, body = heads.split_head(bytes(self._taken))
         try:
+            status, headers, body = heads.split_head(bytes(self._taken))
             fields = connection.guest_fields(status, headers, 0, self.most)
-        except BadAnswerError as error:
+            length = connection.declared_length(headers)
+        except (BadAnswerError, ValueError) as error:
             self.problem = str(error)
             return
         self._taken.clear()
-        length = connection.declared_length(headers)
         self._bodiless = self.request.method == b"HEAD" or status in {204, 304}
         self._chunked = length is None and not self.request.old
         self._left = -1 if length is None else length

@@ -33,8 +33,8 @@ class Shared(Protocol):
 
     name: str
 
-    def kill(self, asked: "Lane", because: str) -> None:
-        """End the process."""
+    def kill(self, asked: "Lane", because: str, *, at_fault: bool) -> None:
+        """End the process; `at_fault`: for what the one that asks has done itself."""
 
     def leave(self, seat: "Lane") -> None:
         """End the seat."""
@@ -170,10 +170,13 @@ class Lane:
             asyncio.get_running_loop().remove_reader(self._sock)
             self._sock.close()
 
-    def kill(self, because: str) -> None:
-        """End its process now; of a seat: with all that share it."""
+    def kill(self, because: str, *, at_fault: bool = False) -> None:
+        """End its process now; of a seat: with all that share it.
+
+        `at_fault`: it was in a call that has to end. Else whoever is in a call when the process is ended is to blame.
+        """
         if self.shared is not None:
-            self.shared.kill(self, because)
+            self.shared.kill(self, because, at_fault=at_fault)
         elif self.pidfd >= 0 and self.alive:
             self.killed_because = self.killed_because or because
             with contextlib.suppress(ProcessLookupError):

@@ -27,6 +27,17 @@ ERRORS: Final = (
 REQUEST_DENIED: Final = ERRORS.index("HTTP-request-denied")
 
 
+_DIGITS_MAX: Final = 18
+
+
+def number(said: bytes) -> int | None:
+    """Read a number that a guest or a peer wrote; None for anything but up to 18 digits.
+
+    Python refuses to read more than 4,300 digits with an error of its own, and takes spaces, signs and underscores.
+    """
+    return int(said) if said.isdigit() and len(said) <= _DIGITS_MAX else None
+
+
 def utf8(data: bytes) -> bytes:
     """What a guest may be given as a string: field values may be any bytes, and Latin-1 reads them all."""
     if data.isascii():
@@ -151,13 +162,13 @@ def answer_head(raw: bytes) -> Head:
     raw = _latin1(raw)
     first, _, rest = raw.partition(b"\r\n")
     match first.split(b" "):
-        case [status, b"whole"] if status.isdigit():
+        case [said, b"whole"] if (status := number(said)) is not None:
             fields, trailers = _until_empty_line(rest)
-            return Head(int(status), fields, trailers=trailers)
+            return Head(status, fields, trailers=trailers)
         case [_, b"cut"]:
             return Head(502, b"", "the component dropped its answer's body before its end")
-        case [b"error", number] if number.isdigit() and int(number) < len(ERRORS):
-            return Head(500, b"", f"the component answered with the error {ERRORS[int(number)]}")
+        case [b"error", said] if (case := number(said)) is not None and case < len(ERRORS):
+            return Head(500, b"", f"the component answered with the error {ERRORS[case]}")
         case _:
             return Head(500, b"", "the component gave no answer")
 
@@ -168,7 +179,10 @@ def split_head(raw: bytes) -> tuple[int, bytes, bytes]:
     if not end:
         raise ValueError("no head")
     first, _, fields = (head + b"\r\n").partition(b"\r\n")
-    return int(first), _latin1(fields), body
+    status = number(first)
+    if status is None:
+        raise ValueError("its head begins with no status")
+    return status, _latin1(fields), body
 
 
 def _until_empty_line(lines: bytes) -> tuple[bytes, bytes]:

@@ -369,8 +369,9 @@ class Instance:
                 self._record.fault(generation, RejectCode.TRAPPED, text)
             case control.Refused(message=text):
                 self._record.note(f"host: {text}")
-            case control.Overdue(why=why):
-                self._overdue(generation, lane, why)
+            case control.Overdue(call=call, why=why):
+                if lane.page.number() == call:  # else it has ended meanwhile, and its lane has counted it
+                    self._overdue(generation, lane, why)
             case control.Busy():
                 if generation is self.current:
                     self._staffing.busy(generation)
@@ -380,7 +381,7 @@ class Instance:
     def _overdue(self, generation: Generation, lane: Lane, why: str) -> None:
         timed_out = Figures(calls={CallOutcome.GUEST_TIMEOUT.value: 1}, errors=1)
         generation.past = generation.past.plus(timed_out)
-        lane.kill(why[:_WHY_MAX_CHARS])
+        lane.kill(why[:_WHY_MAX_CHARS], at_fault=True)
 
     def _lane_ended(self, generation: Generation, lane: Lane, uptime_s: float) -> None:
         if lane not in generation.lanes:

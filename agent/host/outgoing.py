@@ -205,7 +205,8 @@ class Outgoing:
 
     def _wait_s(self, ns: str) -> float:
         most = self._limits.idle_ms / 1000 * _MARGIN
-        return min(most, max(0.001, int(ns) / 1e9)) if ns else most
+        wanted_ns = heads.number(ns.encode())
+        return most if wanted_ns is None else min(most, max(0.001, wanted_ns / 1e9))
 
     def _connect(self, scheme: str, authority: str, host: str, timeout_s: float) -> Connection:
         if len([each for each in self._requests.values() if each.connection is not None]) >= _AT_ONCE:

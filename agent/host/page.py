@@ -20,8 +20,8 @@ SIZE: Final = 4096
 _RING: Final = 512
 _OUTCOMES: Final = tuple(CallOutcome)
 # errors, calls, began (monotonic ns of the call in flight, 0 for none), log lines dropped, denials, requests sent,
-# nanoseconds of the processor's time
-_ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _OUTGOING, _CPU = 0, 8, 16, 24, 32, 40, 48
+# nanoseconds of the processor's time, number of the call in flight (0 for none)
+_ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _OUTGOING, _CPU, _NUMBER = 0, 8, 16, 24, 32, 40, 48, 56
 _COUNTS: Final = 64
 _LATENCIES: Final = 1024
 _COUNT_MAX: Final = 2**56  # the sum of many fits wherever figures are kept and sent
@@ -90,9 +90,15 @@ class Page:
         _U64.pack_into(self._map, at, value)
         return value
 
-    def begin(self, now_ns: int) -> None:
-        """A call begins."""
+    def begin(self, now_ns: int, number: int) -> None:
+        """Show a call, which begins now."""
+        _U64.pack_into(self._map, _NUMBER, number)
         _U64.pack_into(self._map, _BEGAN, now_ns)
+
+    def rest(self) -> None:
+        """Show that no call is in flight."""
+        _U64.pack_into(self._map, _BEGAN, 0)
+        _U64.pack_into(self._map, _NUMBER, 0)
 
     def end(self, outcome: CallOutcome, us: int | None = None, *, error: bool = False) -> None:
         """A call has ended after `us` microseconds of guest time (None: the guest was not entered)."""
@@ -123,6 +129,11 @@ class Page:
     def began_ns(self) -> int:
         """When the call in flight began, by the monotonic clock; 0 for none."""
         value: int = _U64.unpack_from(self._map, _BEGAN)[0]
+        return value
+
+    def number(self) -> int:
+        """Give the number of the call in flight; 0 for none."""
+        value: int = _U64.unpack_from(self._map, _NUMBER)[0]
         return value
 
     def _count(self, at: int) -> int:

@@ -126,10 +126,10 @@ class SharedLane:
         """A seat's part of the process's own memory."""
         return self.process.private_bytes() // max(1, len(self.seats))
 
-    def kill(self, asked: Lane, because: str) -> None:
-        """End the process, for what `asked` did, or rather for whoever is in a call."""
+    def kill(self, asked: Lane, because: str, *, at_fault: bool = False) -> None:
+        """End the process, for what `asked` did (`at_fault`), or rather for whoever is in a call."""
         if self._blamed is None:
-            self._blamed = self._in_call() or asked
+            self._blamed = asked if at_fault else self._in_call() or asked
         self._ending = True
         self.process.kill(because)
 

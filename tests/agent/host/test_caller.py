@@ -1,16 +1,19 @@
 """What the supervisor sees in a lane's page, whatever kind of call has just ended."""
 
 import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
 import support
 
-from agent.host import cell, control
-from agent.host.caller import Caller, Ticker
+from agent.host import cell, control, heads
+from agent.host.caller import FAILED, Call, Caller, Ticker
 from agent.host.connection import Request
 from agent.host.engine import Engine
+from agent.host.flow import Flow
 from agent.host.page import Page, create
 from fleet.protocol.manifest import Grants, Limits
 from tests.eventually import eventually
@@ -49,10 +52,11 @@ class Watched:
         monkeypatch.setattr("agent.host.caller.threading.Thread", lambda **_: SimpleNamespace(start=lambda: None))
         self.said: list[control.FromLane] = []
         self.epochs = 0
-        self.ticker = Ticker(self._tick, self.said.append, Limits(**limits))
-        self.ticker.begin(1, 250)
+        self.ticker = Ticker(self._tick)
+        self.call = Call(self.ticker.number(), 250, Limits(**limits), self.said.append)
+        self.ticker.begin(self.call)
         self.used_ns = 0
-        self.ticker.passed(1, 10, 0)
+        self.ticker.passed(self.call, 10, 0)
         self.epochs = 0
 
     def _tick(self):
@@ -61,7 +65,7 @@ class Watched:
     def pass_time(self, ticks, *, ms=10, own_ms=0):
         for _ in range(ticks):
             self.used_ns += own_ms * 1_000_000
-            self.ticker.passed(1, ms, self.used_ns)
+            self.ticker.passed(self.call, ms, self.used_ns)
         return [message.why for message in self.said if isinstance(message, control.Overdue)]
 
 
@@ -131,6 +135,77 @@ def test_a_call_that_takes_a_while_asks_for_another_lane_once(monkeypatch):
     watched = Watched(monkeypatch, concurrency=2)
     watched.pass_time(20)
     assert watched.said == [control.Busy()]
+
+
+def test_what_passed_of_one_call_is_not_held_against_the_next(monkeypatch):
+    """A call ends, and another begins with closer limits, while the ticker is still at the first one's tick."""
+    watched = Watched(monkeypatch, idle_ms=60_000)
+    watched.pass_time(500)
+    heard = []
+    following = Call(watched.ticker.number(), 250, Limits(idle_ms=1000, total_ms=1000), heard.append)
+
+    def another_begins():
+        watched.ticker.end()
+        watched.ticker.begin(following)
+        return True
+
+    watched.ticker._waits = another_begins
+    assert watched.pass_time(1, own_ms=0) == []
+    assert heard == [], "it had no time at all yet"
+    watched.ticker._waits = lambda: True
+    watched.used_ns += 50_000_000
+    watched.ticker.passed(watched.call, 10, watched.used_ns)
+    assert watched.epochs == 0, "no epoch passes for a call that has ended"
+    watched.call = following
+    watched.pass_time(100)
+    assert heard == []
+    watched.pass_time(1)
+    (verdict,) = heard
+    assert verdict.call == following.number
+    assert "1010 ms in one piece, 1000 are allowed" in verdict.why
+
+
+def test_a_verdict_that_ended_nothing_is_said_again(monkeypatch):
+    watched = Watched(monkeypatch, idle_ms=500)
+    assert len(watched.pass_time(50)) == 1
+    assert len(watched.pass_time(99)) == 1
+    assert len(watched.pass_time(1)) == 2
+
+
+FAULT = """
+import sys, threading
+from agent.host.caller import Call, Ticker
+from fleet.protocol.manifest import Limits
+
+def tick():
+    raise RuntimeError("a bug of ours")
+
+ticker = Ticker(tick)
+ticker.begin(Call(ticker.number(), 250, Limits(), lambda message: print(message.message, flush=True)))
+threading.Event().wait()
+"""
+
+
+def test_a_ticker_that_fails_ends_its_process():
+    # without one no limit of time holds
+    done = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, cwd=support.ROOT, check=False)
+    assert (done.returncode, done.stdout.strip()) == (FAILED, "the lane's ticker failed: RuntimeError: a bug of ours")
+
+
+@pytest.mark.parametrize("said", [b"9" * 5000, b"9" * 19, b"+200", b"2_00", b" 200", b"", "²".encode()])
+def test_a_number_of_a_guests_is_read_within_bounds(said):
+    assert heads.number(said) is None
+    assert heads.answer_head(said + b" whole\r\n\r\n").status == 500
+    assert heads.answer_head(b"error " + said).status == 500
+    flow = Flow(None, Request(b"GET", b"/"), 1000)
+    flow._take(said + b"\r\nx: y\r\n\r\n")
+    assert (flow.begun, bool(flow.problem)) == (False, said != b"")
+
+
+def test_a_length_that_no_body_has_is_a_problem_of_the_answer():
+    flow = Flow(None, Request(b"GET", b"/"), 1000)
+    flow._take(b"200\r\ncontent-length: %b\r\n\r\n" % (b"9" * 5000))
+    assert (flow.begun, flow.problem) == (False, "a content-length of 5000 digits")
 
 
 def numbers(guest, requests):

@@ -1,7 +1,7 @@
 """The main paths of each confined process, where every import after confinement is refused.
 
-`confined/sitecustomize.py` refuses them, in the workers, the router, the egress and the compiler of a real host. (A zygote
-is not confined: it starts workers, and what it imports they have.)
+`confined/sitecustomize.py` refuses them, in the workers, the router, the egress and the compiler of a real host.
+Zygotes are not confined: they start workers, which have whatever a zygote imported.
 """
 
 import contextlib

@@ -143,15 +143,18 @@ def test_figures_are_read_where_they_are_written():
     fd = page.create("test")
     writer, reader = page.Page(fd), page.Page(fd)
     for us in range(1, 1001):
-        writer.begin(1)
+        writer.begin(1, us)
         writer.end(CallOutcome.OK, us, error=us > 990)
     writer.end(CallOutcome.CLIENT_GONE)
-    writer.begin(77)
+    writer.begin(77, 1001)
     figures = reader.read()
+    assert reader.number() == 1001
     assert figures.calls == {"ok": 1000, "client-gone": 1}
     assert (figures.errors, figures.began_ns, len(figures.latencies_us)) == (10, 77, 512)
     assert figures.percentile_us(0.99) >= figures.percentile_us(0.5) > 488
     assert page.Figures().percentile_us(0.99) == 0
+    writer.rest()
+    assert (reader.number(), reader.began_ns()) == (0, 0)
     # A lane cannot pull the page from under its reader.
     with pytest.raises(PermissionError):
         os.ftruncate(fd, 0)
