@@ -44,7 +44,9 @@ HEALTH: Final = "wasmfleet:http/health"
 TASK: Final = "wasmfleet:schedule/task"
 STATE: Final = "wasmfleet:state/state"
 LOGGING: Final = "wasi:logging/logging"
-# What the host calls, by interface and function. `agent.host.codec` lays values out as these types have them.
+CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
+_CONFIG_ERROR: Final = "variant { upstream(string), io(string) }"
+# What the host calls, and what it serves by functions of its own; `agent.host.codec` lays values out by these types.
 SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (HANDLER, "handle"): codec.HANDLE,
     (HEALTH, "check"): codec.CHECK,
@@ -53,10 +55,23 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (STATE, "load-state"): codec.LOAD_STATE,
     (compose.BRIDGE, "handle"): codec.EXCHANGE,
     (compose.BRIDGE, "flush"): codec.FLUSH,
+    (LOGGING, "log"): Signature(
+        (
+            ("level", "enum { trace, debug, info, warn, error, critical }"),
+            ("context", "string"),
+            ("message", "string"),
+        )
+    ),
+    **{
+        (config, "get"): Signature((("key", "string"),), f"result<option<string>, {_CONFIG_ERROR}>")
+        for config in CONFIG
+    },
+    **{
+        (config, "get-all"): Signature((), f"result<list<tuple<string, string>>, {_CONFIG_ERROR}>") for config in CONFIG
+    },
 }
 _OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state"))
 DATA: Final = "/data"  # where a guest that may have files finds its own
-CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
 # What the adapter itself imports: it comes with wasi:http and needs no grant.
 _ADAPTERS_OWN: Final = frozenset(
     {compose.HOST, "wasi:io/error", "wasi:io/poll", "wasi:io/streams"}
@@ -107,7 +122,8 @@ class Image:
         self.engine = engine
         self.component = component
         kind = component.type
-        self.imports = {name: _functions(engine.raw, extern) for name, extern in kind.imports(engine.raw).items()}
+        self._imported = kind.imports(engine.raw)
+        self.imports = {name: _functions(engine.raw, extern) for name, extern in self._imported.items()}
         self.exports = kind.exports(engine.raw)
         self._found: dict[tuple[str, str], wc.ExportIndex | None] = {}
 
@@ -127,26 +143,20 @@ class Image:
         found = None if outer is None else self.component.get_export_index(function, outer)
         if name is None or found is None:
             return None
-        instance = self.exports[name].ty
-        inner = (
-            instance.exports(self.engine.raw).get(function) if isinstance(instance, wc.ComponentInstanceType) else None
-        )
-        item = None if inner is None else inner.ty
-        expected = SIGNATURES[interface, function]
-        if isinstance(item, wc.FuncType):
-            actual = codec.signature(item)
-            if actual.fits(expected):
-                return found
-            said = str(actual)
-        else:
-            said = "no function"
-        if len(said) > _SIGNATURE_MAX_CHARS:
-            said = said[:_SIGNATURE_MAX_CHARS] + "..."
-        raise EngineError(
-            RejectCode.START_FAILED,
-            f"it exports {name} with another type of {function}: expected {expected}, found {said}; "
-            "build it against the WIT of that interface",
-        )
+        _check_type("exports", name, function, _member(self.engine.raw, self.exports[name], function))
+        return found
+
+    def check_imports(self) -> None:
+        """Compare what the host serves by functions of its own with what the component takes it for.
+
+        Raises:
+            EngineError: START_FAILED: a function is imported with another type.
+        """
+        for name, extern in self._imported.items():
+            for interface, function in SIGNATURES:
+                item = _member(self.engine.raw, extern, function) if bare(name) == interface else None
+                if item is not None:
+                    _check_type("imports", name, function, item)
 
     @property
     def adapted(self) -> bool:
@@ -158,6 +168,32 @@ class Image:
         free = _ADAPTERS_OWN if self.adapted else frozenset()
         wanted = [name for name, functions in self.imports.items() if functions and bare(name) not in free]
         return tuple(name for name in wanted if not grants.allows(name))
+
+
+def _member(engine: wasmtime.Engine, extern: Any, function: str) -> Any:
+    """Find what an interface has under a name; None for nothing."""
+    instance = extern.ty
+    if not isinstance(instance, wc.ComponentInstanceType):
+        return None
+    found = instance.exports(engine).get(function)
+    return None if found is None else found.ty
+
+
+def _check_type(verb: str, interface: str, function: str, item: Any) -> None:
+    expected = SIGNATURES[bare(interface), function]
+    said = "no function"
+    if isinstance(item, wc.FuncType):
+        actual = codec.signature(item)
+        if actual.fits(expected):
+            return
+        said = str(actual)
+    if len(said) > _SIGNATURE_MAX_CHARS:
+        said = said[:_SIGNATURE_MAX_CHARS] + "..."
+    raise EngineError(
+        RejectCode.START_FAILED,
+        f"it {verb} {interface} with another type of {function}: expected {expected}, found {said}; "
+        "build it against the WIT of that interface",
+    )
 
 
 def _functions(engine: wasmtime.Engine, extern: Any) -> bool:
@@ -281,7 +317,7 @@ class Guest:
 
         Raises:
             EngineError: GRANT_DENIED, or START_FAILED where the linker has no such interface, or an export that would
-                be called is of another type.
+                be called, or an import that the host serves itself, is of another type.
             GuestError: it trapped or took too long in its start.
         """
         missing = image.not_granted(grants)
@@ -289,6 +325,7 @@ class Guest:
             raise EngineError(RejectCode.GRANT_DENIED, f"it imports {', '.join(missing)}, which is not granted")
         for interface, function in (*self._entries, *_OPTIONAL):
             image.export(interface, function)  # before any of its code runs
+        image.check_imports()
         self._image = image
         self._limits = limits
         self._data = data

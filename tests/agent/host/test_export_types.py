@@ -12,7 +12,7 @@ from wasmtime import _ffi as ffi
 
 from agent.host import codec, ipc
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.manifest import Http, Schedule
+from fleet.protocol.manifest import Grants, Http, Schedule
 
 OUTCOME = "(result (error string))"
 HANDLE_TYPE = (
@@ -195,6 +195,40 @@ def test_parameters_may_have_names_of_their_own(host):
     assert isinstance(reply, ipc.Started), reply
     status, _, body = support.http(host.port, "GET /own/ HTTP/1.1\r\nhost: x\r\n\r\n")
     assert (status, body) == (200, bytes(60_000))
+
+
+CONFIG_ERROR = "variant { upstream(string), io(string) }"
+TAKEN = [
+    ("wasi:config/store@0.2.0-draft", "get", '(param "key" string) (result u32)', f"option<string>, {CONFIG_ERROR}>"),
+    ("wasi:config/store@0.2.0-rc.1", "get", '(param "key" string) (result (option string))', CONFIG_ERROR),
+    (
+        "wasi:config/runtime@0.2.0-draft",
+        "get-all",
+        "(result (list (tuple string string)))",
+        "list<tuple<string, string>>,",
+    ),
+    (
+        "wasi:logging/logging@0.1.0-draft",
+        "log",
+        '(param "level" u8) (param "text" string)',
+        "level: enum { trace, debug",
+    ),
+]
+
+
+@pytest.mark.parametrize(("interface", "name", "kind", "expected"), TAKEN)
+def test_what_the_host_serves_itself_is_imported_by_its_type(host, interface, name, kind, expected):
+    """Or a call of it would fail in the host, in the middle of the component's own."""
+    imported = f'(import "{interface}" (instance (export "{name}" (func {kind}))))'
+    guest = component(HANDLE).replace("(component\n", f"(component {imported}\n", 1)
+    grants = Grants(interfaces=("wasi:config", "wasi:logging"))
+    reply = host.start(guest, support.a_run("wrong", 1, grants=grants))
+    assert isinstance(reply, ipc.Failed), reply
+    assert reply.code is RejectCode.START_FAILED
+    said, _, found = reply.message.partition("found ")
+    assert f"it imports {interface} with another type of {name}" in said
+    assert expected in said
+    assert found.startswith("func(")
 
 
 def value(kind, **of):
