@@ -127,7 +127,7 @@ class Ticker:
         try:
             self._watch_calls()
         except control.GoneError:
-            os._exit(0)  # nobody is left who could end this process for a call that is too late
+            os._exit(control.ABANDONED)  # nobody is left who could end this process for a call that is too late
         except BaseException as error:  # noqa: BLE001 - whatever it is: without a ticker no limit holds
             call = self._call
             if call is not None:

@@ -24,6 +24,8 @@ FDS_MAX: Final = 36
 FAULTS_A_MINUTE: Final = 300
 """How many faults a lane tells one by one; all are counted."""
 _OTHERS_A_MINUTE: Final = 2500
+ABANDONED: Final = 75
+"""Exit status of a lane with a call past a limit whose supervisor has closed the socket: EX_TEMPFAIL of sysexits.h."""
 IMAGES_MAX: Final = 32
 """How many different images one shared lane may have open."""
 

@@ -6,6 +6,7 @@ swaps and ends lanes need not know the difference. What differs is how seats end
     ended for itself     its socket is closed; the process and the others go on
     its call must end    only ending the process helps: it is to blame, the others are bystanders and are told its name
     the process dies     whoever was in a call is to blame; if nobody was, each has lost its lane as it would its own
+    one left in a call   the process ends itself once that call is past a limit, and the others are bystanders
 
 An image can only be mapped before the cell is shut. So an instance takes a seat where its image is already open, and
 else a lane is opened for it, with the images of its whole set, that seats of emptier lanes can move to later.
@@ -153,6 +154,8 @@ class SharedLane:
             seat.blamed = seat is blamed
             if blamed is not None and not seat.blamed:
                 seat.bystander_of = blamed.name.partition("/")[0]
+            elif blamed is None and self.process.exit_status == control.ABANDONED:
+                seat.bystander_of = "one that had left it"
             seat.has_ended(self.process.exit_status or 0)
         self.process.close()
 

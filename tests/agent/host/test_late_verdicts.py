@@ -53,3 +53,5 @@ def test_who_leaves_a_shared_worker_in_the_middle_of_a_call_does_not_hang_the_ot
         support.await_read(client)
         host.ask(ipc.Stop, instance="leaves")
         assert get(host, "stays") == 200
+    assert host.health("stays").restarts == 0, "no fault of its own"
+    assert any("on account of one that had left it" in line for line in host.lines_of("stays"))
