@@ -33,6 +33,7 @@ Answer = tuple[int, bytes, bytes]
 # Bounds of the text that names a type: an expected one fits within, and a guest's may be of any size.
 _DEPTH_MAX: Final = 6
 _MEMBERS_MAX: Final = 16
+_SAID_MAX_CHARS: Final = 400
 _CUT: Final = "..."
 _PLAIN: Final[dict[type, str]] = {
     getattr(wc, name): name.lower()
@@ -60,10 +61,19 @@ class Signature:
         result = f" -> {self.result}" if self.result else ""
         return f"{'async ' if self.concurrent else ''}func({params}){result}"
 
-    def fits(self, other: "Signature") -> bool:
-        """Tell whether values are laid out alike; parameters have places, and their names do not matter."""
+    def unlike(self, item: Any) -> str | None:
+        """Name the type of a component's item if its values are laid out in another way; None for one that fits.
+
+        Parameters have places, and their names do not matter.
+        """
+        if not isinstance(item, wc.FuncType):
+            return "no function"
+        other = signature(item)
         ours, theirs = ([kind for _, kind in each.params] for each in (self, other))
-        return (ours, self.result, self.concurrent) == (theirs, other.result, other.concurrent)
+        if (ours, self.result, self.concurrent) == (theirs, other.result, other.concurrent):
+            return None
+        said = str(other)
+        return said if len(said) <= _SAID_MAX_CHARS else said[:_SAID_MAX_CHARS] + _CUT
 
 
 _OUTCOME: Final = "result<_, string>"
@@ -77,6 +87,11 @@ CHECK: Final = Signature((), _OUTCOME)
 RUN: Final = Signature((("scheduled-ms", "u64"),), _OUTCOME)
 SAVE_STATE: Final = Signature((), "result<list<u8>, string>")
 LOAD_STATE: Final = Signature((("state", "list<u8>"),), _OUTCOME)
+_LEVEL: Final = "enum { trace, debug, info, warn, error, critical }"
+LOG: Final = Signature((("level", _LEVEL), ("context", "string"), ("message", "string")))
+_CONFIG_ERROR: Final = "variant { upstream(string), io(string) }"
+GET: Final = Signature((("key", "string"),), f"result<option<string>, {_CONFIG_ERROR}>")
+GET_ALL: Final = Signature((), f"result<list<tuple<string, string>>, {_CONFIG_ERROR}>")
 
 
 def signature(function: wc.FuncType) -> Signature:

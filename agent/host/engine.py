@@ -37,7 +37,6 @@ _FOREVER: Final = 2**62
 _POOLED_MEMORIES: Final = 16
 _KEPT_BYTES: Final = 128 * 1024
 _MAX_LINE_CHARS: Final = 4096
-_SIGNATURE_MAX_CHARS: Final = 400
 
 HANDLER: Final = "wasmfleet:http/handler"
 HEALTH: Final = "wasmfleet:http/health"
@@ -45,7 +44,6 @@ TASK: Final = "wasmfleet:schedule/task"
 STATE: Final = "wasmfleet:state/state"
 LOGGING: Final = "wasi:logging/logging"
 CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
-_CONFIG_ERROR: Final = "variant { upstream(string), io(string) }"
 # What the host calls, and what it serves by functions of its own; `agent.host.codec` lays values out by these types.
 SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (HANDLER, "handle"): codec.HANDLE,
@@ -55,20 +53,9 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (STATE, "load-state"): codec.LOAD_STATE,
     (compose.BRIDGE, "handle"): codec.EXCHANGE,
     (compose.BRIDGE, "flush"): codec.FLUSH,
-    (LOGGING, "log"): Signature(
-        (
-            ("level", "enum { trace, debug, info, warn, error, critical }"),
-            ("context", "string"),
-            ("message", "string"),
-        )
-    ),
-    **{
-        (config, "get"): Signature((("key", "string"),), f"result<option<string>, {_CONFIG_ERROR}>")
-        for config in CONFIG
-    },
-    **{
-        (config, "get-all"): Signature((), f"result<list<tuple<string, string>>, {_CONFIG_ERROR}>") for config in CONFIG
-    },
+    (LOGGING, "log"): codec.LOG,
+    **{(config, "get"): codec.GET for config in CONFIG},
+    **{(config, "get-all"): codec.GET_ALL for config in CONFIG},
 }
 _OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state"))
 DATA: Final = "/data"  # where a guest that may have files finds its own
@@ -181,14 +168,9 @@ def _member(engine: wasmtime.Engine, extern: Any, function: str) -> Any:
 
 def _check_type(verb: str, interface: str, function: str, item: Any) -> None:
     expected = SIGNATURES[bare(interface), function]
-    said = "no function"
-    if isinstance(item, wc.FuncType):
-        actual = codec.signature(item)
-        if actual.fits(expected):
-            return
-        said = str(actual)
-    if len(said) > _SIGNATURE_MAX_CHARS:
-        said = said[:_SIGNATURE_MAX_CHARS] + "..."
+    said = expected.unlike(item)
+    if said is None:
+        return
     raise EngineError(
         RejectCode.START_FAILED,
         f"it {verb} {interface} with another type of {function}: expected {expected}, found {said}; "
