@@ -22,6 +22,7 @@ import msgspec
 from agent.fetch import FetchError, Https, finish
 from fleet.protocol import bundle, wire
 from fleet.protocol.assignment import Assignment
+from fleet.protocol.caps import Count
 from fleet.protocol.codes import RejectCode
 from signing import dsse
 from signing.errors import Rejected
@@ -39,13 +40,13 @@ class BundleError(Exception):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a staged bundle: the version accepted, or why it was refused."""
 
-    version: int = 0
+    version: Count = 0
     code: str = ""
     message: str = ""
 
 
 class _Head(msgspec.Struct):
-    v: int
+    v: Count
 
 
 def stage(file: IO[bytes], directory: Path, *, device: str) -> None:

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
+from fleet.protocol import caps
 from fleet.protocol.messages import Board, Versions
 
 _STA_UNSYNC: Final = 0x0040
@@ -131,5 +132,5 @@ def board(state: Path, *, host_written_bytes: int = 0) -> Board:
         disk_free_bytes=disk_free,
         temperature_c=temperature_c(),
         clock_synchronised=clock_synchronised(),
-        written_bytes=written_bytes() + host_written_bytes,
+        written_bytes=min(written_bytes() + host_written_bytes, caps.NUMBER_MAX),
     )

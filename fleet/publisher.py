@@ -22,6 +22,7 @@ from securesystemslib.signer import Key
 
 from fleet.client import Client, ProblemError, UnreachableError
 from fleet.protocol import caps
+from fleet.protocol.caps import Count
 from fleet.protocol.online import NONE, OnlineRequest, OnlineView
 from fleet.server.held import HeldKeys
 from fleet.server.repository import ONLINE, Repository
@@ -184,7 +185,7 @@ class Publisher:
 
 
 class _Version(msgspec.Struct):
-    version: int
+    version: Count
 
 
 class _Head(msgspec.Struct):

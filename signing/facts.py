@@ -15,10 +15,10 @@ from typing import Final
 
 import msgspec
 
-from fleet.protocol import wire
+from fleet.protocol import caps, wire
 
-VERSION_MAX: Final = 2**53
-"""The largest version that anyone accepts: beyond it JSON readers and databases disagree about numbers."""
+VERSION_MAX: Final = caps.NUMBER_MAX
+"""The largest version that anyone accepts."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 

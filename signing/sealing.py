@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fleet.protocol import caps, wire
+from fleet.protocol.caps import Count
 from fleet.protocol.codes import RejectCode
 from signing.errors import KeyFileError, Rejected, SigningError
 
@@ -49,7 +50,7 @@ class Purpose(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     instance: str
     name: str
-    version: int
+    version: Count
 
     def __str__(self) -> str:
         return f"secret {self.name} version {self.version} of {self.instance}"

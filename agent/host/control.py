@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 
 from fleet.protocol import wire
+from fleet.protocol.caps import Count
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
@@ -51,13 +52,13 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     grants: Grants
     limits: Limits
     config: dict[str, str] = {}
-    uid: int | None = None
+    uid: Count | None = None
     data: str = ""
-    place: int = 0
+    place: Count = 0
     image: str = ""
     egress: bool = False
     secrets: bool = False
-    id: int = 0
+    id: Count = 0
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
@@ -73,9 +74,9 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
 
     images: tuple[str, ...]
     limits: Limits
-    seats: int
-    uid: int | None = None
-    id: int = 0
+    seats: Count
+    uid: Count | None = None
+    id: Count = 0
 
 
 class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
@@ -102,21 +103,21 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True, tag="hand-over"):
     Without a socket, connections end after their answer instead. Answered with `HandedOver` when none is left.
     """
 
-    deadline_ms: int = 10_000
-    id: int = 0
+    deadline_ms: Count = 10_000
+    id: Count = 0
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
     """Ask the guest's health export. Answered with `Checked`."""
 
-    id: int = 0
+    id: Count = 0
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
     """Run the guest's scheduled task. Answered with `Ran`."""
 
-    scheduled_ms: int
-    id: int = 0
+    scheduled_ms: Count
+    id: Count = 0
 
 
 class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag="save-state"):
@@ -125,14 +126,14 @@ class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag="save-state"):
     Answered with `StateSaved`; with a problem in it, the lane goes on by itself.
     """
 
-    id: int = 0
+    id: Count = 0
 
 
 class LoadState(msgspec.Struct, frozen=True, kw_only=True, tag="load-state"):
     """Have the guest load the first `length` bytes of the memfd that comes along. Answered with `StateLoaded`."""
 
-    length: int
-    id: int = 0
+    length: Count
+    id: Count = 0
 
 
 class Resume(msgspec.Struct, frozen=True, kw_only=True, tag="resume"):
@@ -142,7 +143,7 @@ class Resume(msgspec.Struct, frozen=True, kw_only=True, tag="resume"):
 class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
     """Answer with `Probed`: whether the lane still listens."""
 
-    id: int = 0
+    id: Count = 0
 
 
 Request = Setup | Open | HandOver | Check | Task | Probe | SaveState | LoadState
@@ -159,14 +160,14 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
     kinds: tuple[str, ...]
     layers: dict[str, bool]
-    id: int = 0
+    id: Count = 0
 
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
     """The shared lane's cell is shut. A descriptor of its memory figures comes along if there is one."""
 
     layers: dict[str, bool]
-    id: int = 0
+    id: Count = 0
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
@@ -174,57 +175,57 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
 
     code: RejectCode
     message: str
-    id: int = 0
+    id: Count = 0
 
 
 class HandedOver(msgspec.Struct, frozen=True, kw_only=True, tag="handed-over"):
     """Nothing is left with this lane; `cut` connections were closed at the deadline."""
 
-    passed: int
-    cut: int = 0
-    id: int = 0
+    passed: Count
+    cut: Count = 0
+    id: Count = 0
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
     """The guest's health: None for well."""
 
-    id: int = 0
+    id: Count = 0
     problem: str | None = None
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True, tag="ran"):
     """The task has ended: None for done."""
 
-    id: int = 0
+    id: Count = 0
     problem: str | None = None
 
 
 class StateSaved(msgspec.Struct, frozen=True, kw_only=True, tag="state-saved"):
     """How many bytes the state has, or why there is none."""
 
-    length: int = 0
+    length: Count = 0
     problem: str | None = None
-    id: int = 0
+    id: Count = 0
 
 
 class StateLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="state-loaded"):
     """None for loaded."""
 
     problem: str | None = None
-    id: int = 0
+    id: Count = 0
 
 
 class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
     """It listens."""
 
-    id: int = 0
+    id: Count = 0
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, tag="line"):
     """One log line of the guest; `dropped` lines before it went over the limit."""
 
     text: str
-    dropped: int = 0
+    dropped: Count = 0
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, tag="fault"):
@@ -244,7 +245,7 @@ class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
         call: its number, as the page of figures has it while it is in flight.
     """
 
-    call: int
+    call: Count
     why: str
 
 

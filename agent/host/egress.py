@@ -25,6 +25,7 @@ import msgspec
 
 from agent.host import cell, control
 from fleet.protocol import outbound
+from fleet.protocol.caps import Count
 from fleet.protocol.manifest import Grants
 
 CONNECT_MAX_S: Final = 30.0
@@ -46,10 +47,10 @@ class Admit(msgspec.Struct, frozen=True, tag="admit"):
 class Ask(msgspec.Struct, frozen=True):
     """A lane's question: a connection to this place, within `timeout_ms`. Answered by `Told`, with a socket if `ok`."""
 
-    id: int
+    id: Count
     scheme: str
     authority: str
-    timeout_ms: int
+    timeout_ms: Count
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -60,7 +61,7 @@ class Told(msgspec.Struct, frozen=True):
         why: for the instance's log.
     """
 
-    id: int
+    id: Count
     error: str = ""
     why: str = ""
 

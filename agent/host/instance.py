@@ -26,7 +26,7 @@ from agent.host.handle import Lane, LaneGoneError
 from agent.host.listeners import Listeners
 from agent.host.nursery import Nursery
 from agent.host.outlet import Outlet
-from agent.host.page import Figures
+from agent.host.page import Figures, count_of
 from agent.host.record import Record, plain
 from agent.host.schedule import Clock
 from agent.host.staffing import Staffing
@@ -234,7 +234,7 @@ class Instance:
             errors=figures.errors,
             denials=figures.denials,
             dropped_lines=figures.dropped_lines,
-            written_bytes=self._account.written(),
+            written_bytes=count_of(self._account.written()),
             outgoing=figures.outgoing,
             latencies=figures.spread(),
             cpu_ms=figures.cpu_ns // 1_000_000,

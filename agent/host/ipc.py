@@ -21,6 +21,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from fleet.protocol import wire
+from fleet.protocol.caps import Count, Port
 from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Grants, Limits, Manifest
 from fleet.protocol.messages import InstanceHealth
@@ -51,13 +52,13 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     instance: str
-    generation: int
+    generation: Count
     target: str
     manifest: Manifest
     grants: Grants
     limits: Limits
     config: dict[str, str] = {}
-    port: int | None = None
+    port: Port | None = None
     data: str = ""
     share_lane: bool = False
     secrets: tuple[str, ...] = ()
@@ -66,7 +67,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """Who is there, and what runs, from the instance after this one on. Answered with `Welcome`."""
 
-    id: int
+    id: Count
     after: str = ""
 
 
@@ -81,7 +82,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
         together: instances that are started too, naming this one: none takes over before all can.
     """
 
-    id: int
+    id: Count
     run: Run
     together: tuple[str, ...] = ()
 
@@ -93,52 +94,52 @@ class Entrust(msgspec.Struct, frozen=True, kw_only=True, tag="entrust"):
     and never reads it: no process that it forks has a value in its memory but the lanes that it is for.
     """
 
-    id: int
+    id: Count
     instance: str
-    generation: int
+    generation: Count
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
     """Drop the previous generation of the instance. Answered with `Done`."""
 
-    id: int
+    id: Count
     instance: str
-    generation: int
+    generation: Count
 
 
 class Revert(msgspec.Struct, frozen=True, kw_only=True, tag="revert"):
     """Swap back to the previous generation, kept warm. `Failed` with HOST_GONE if there is none any more."""
 
-    id: int
+    id: Count
     instance: str
-    generation: int
+    generation: Count
 
 
 class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
     """Stop the instance: drain, then end its lanes. Answered with `Done`, also when it does not run."""
 
-    id: int
+    id: Count
     instance: str
 
 
 class Restart(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
     """Start the running generation anew. Answered with `Done`."""
 
-    id: int
+    id: Count
     instance: str
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     """The figures of every instance, from the one after this one on. Answered with `Figures`."""
 
-    id: int
+    id: Count
     after: str = ""
 
 
 class Logs(msgspec.Struct, frozen=True, kw_only=True, tag="logs"):
     """The last log lines of an instance. Answered with `Lines`."""
 
-    id: int
+    id: Count
     instance: str
 
 
@@ -149,10 +150,10 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     """One instance as the host has it; `previous` is the generation kept warm, None for none."""
 
     instance: str
-    generation: int
+    generation: Count
     target: str
     state: InstanceState
-    previous: int | None = None
+    previous: Count | None = None
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
@@ -167,7 +168,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
         more: whether there are more instances than fit; ask again, after the last of these.
     """
 
-    id: int
+    id: Count
     session: str
     version: str
     engine: str
@@ -181,17 +182,17 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
     """It takes calls; `replaced` is the generation now kept warm, `swap_ms` how long the handover took."""
 
-    id: int
+    id: Count
     instance: str
-    generation: int
-    replaced: int | None = None
-    swap_ms: int = 0
+    generation: Count
+    replaced: Count | None = None
+    swap_ms: Count = 0
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """It could not be done, and nothing changed."""
 
-    id: int
+    id: Count
     code: RejectCode
     message: str
     log: tuple[str, ...] = ()
@@ -200,24 +201,24 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     """It is so."""
 
-    id: int
+    id: Count
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True, tag="figures"):
     """Every instance's health; `written_bytes` to disk by the host, `more` as in `Welcome`."""
 
-    id: int
+    id: Count
     instances: tuple[InstanceHealth, ...]
-    written_bytes: int = 0
+    written_bytes: Count = 0
     more: bool = False
 
 
 class Lines(msgspec.Struct, frozen=True, kw_only=True, tag="lines"):
     """The last log lines, oldest first, at most 50 and 16 KiB; `count` of the instance since it began here."""
 
-    id: int
+    id: Count
     lines: tuple[str, ...] = ()
-    count: int = 0
+    count: Count = 0
 
 
 class Trapped(msgspec.Struct, frozen=True, kw_only=True, tag="trapped"):
@@ -230,10 +231,10 @@ class Trapped(msgspec.Struct, frozen=True, kw_only=True, tag="trapped"):
     """
 
     instance: str
-    generation: int
+    generation: Count
     code: RejectCode
     message: str
-    faults: int
+    faults: Count
     log: tuple[str, ...] = ()
 
 
@@ -241,7 +242,7 @@ class Changed(msgspec.Struct, frozen=True, kw_only=True, tag="changed"):
     """Event: an instance changed its state (`backoff`, `quarantined`, `running` again)."""
 
     instance: str
-    generation: int
+    generation: Count
     state: InstanceState
     message: str = ""
     log: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Final
 
+from fleet.protocol.caps import NUMBER_MAX
 from fleet.protocol.codes import CallOutcome
 from fleet.protocol.messages import LATENCY_BOUNDS_MS
 
@@ -23,11 +24,17 @@ _OUTCOMES: Final = tuple(CallOutcome)
 # nanoseconds of the processor's time, number of the call in flight (0 for none)
 _ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _OUTGOING, _CPU, _NUMBER = 0, 8, 16, 24, 32, 40, 48, 56
 _COUNTS: Final = 64
+_CPU_MAX_NS: Final = 2**56  # of one page: two years
+_CPU_SUM_MAX_NS: Final = NUMBER_MAX * 1_000_000  # told in milliseconds
 _LATENCIES: Final = 1024
-_COUNT_MAX: Final = 2**56  # the sum of many fits wherever figures are kept and sent
 _U64: Final = struct.Struct("=Q")
 _U32: Final = struct.Struct("=I")
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def count_of(value: int) -> int:
+    """A figure as a message may hold it: the largest that one can stands for all beyond it."""
+    return min(value, NUMBER_MAX)
 
 
 def create(name: str) -> int:
@@ -55,15 +62,15 @@ class Figures:
         """Both together; the newer latencies are `other`'s."""
         calls = dict(self.calls)
         for outcome, count in other.calls.items():
-            calls[outcome] = calls.get(outcome, 0) + count
+            calls[outcome] = count_of(calls.get(outcome, 0) + count)
         return Figures(
             calls=calls,
-            errors=self.errors + other.errors,
+            errors=count_of(self.errors + other.errors),
             latencies_us=(self.latencies_us + other.latencies_us)[-_RING:],
-            dropped_lines=self.dropped_lines + other.dropped_lines,
-            denials=self.denials + other.denials,
-            outgoing=self.outgoing + other.outgoing,
-            cpu_ns=self.cpu_ns + other.cpu_ns,
+            dropped_lines=count_of(self.dropped_lines + other.dropped_lines),
+            denials=count_of(self.denials + other.denials),
+            outgoing=count_of(self.outgoing + other.outgoing),
+            cpu_ns=min(self.cpu_ns + other.cpu_ns, _CPU_SUM_MAX_NS),
         )
 
     def percentile_us(self, share: float) -> int:
@@ -138,8 +145,11 @@ class Page:
 
     def _count(self, at: int) -> int:
         """A figure, as far as one can be: who is beyond its sandbox may write there whatever it likes."""
+        return count_of(self._raw(at))
+
+    def _raw(self, at: int) -> int:
         value: int = _U64.unpack_from(self._map, at)[0]
-        return min(value, _COUNT_MAX)
+        return value
 
     def read(self) -> Figures:
         """The figures now."""
@@ -153,7 +163,7 @@ class Page:
             dropped_lines=self._count(_DROPPED),
             denials=self._count(_DENIED),
             outgoing=self._count(_OUTGOING),
-            cpu_ns=self._count(_CPU),
+            cpu_ns=min(self._raw(_CPU), _CPU_MAX_NS),
         )
 
     def close(self) -> None:

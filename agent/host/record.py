@@ -6,6 +6,7 @@ from typing import Final
 
 from agent.host import ipc
 from agent.host.generation import Generation
+from agent.host.page import count_of
 from fleet.protocol import caps
 from fleet.protocol.codes import GUEST_FAULTS, InstanceState, RejectCode
 
@@ -58,7 +59,7 @@ class Record:
                     generation=generation.number,
                     code=code,
                     message=plain(message),
-                    faults=max(generation.faults, counted),
+                    faults=count_of(max(generation.faults, counted)),
                     log=self.lines(),
                 )
             )

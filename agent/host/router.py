@@ -23,6 +23,7 @@ from agent.host import cell, control, ipc
 from agent.host.proxy import Client
 from agent.host.routes import Routes
 from agent.host.upstream import Pool
+from fleet.protocol.caps import Count
 
 IDLE_S: Final = 75
 STALL_S: Final = 60
@@ -41,20 +42,20 @@ class Set(msgspec.Struct, frozen=True, tag="set"):
     instance: str
     up: bool
     spread: bool = False
-    id: int = 0
+    id: Count = 0
 
 
 class Unset(msgspec.Struct, frozen=True, tag="unset"):
     """An instance is gone. Answered with `Ack`."""
 
     instance: str
-    id: int = 0
+    id: Count = 0
 
 
 class Ack(msgspec.Struct, frozen=True):
     """The message with this id is heeded from now on."""
 
-    id: int
+    id: Count
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):

@@ -35,6 +35,7 @@ from agent.host.listeners import BACKLOG, Listeners
 from agent.host.muster import Muster
 from agent.host.nursery import Nursery
 from agent.host.outlet import Outlet
+from agent.host.page import count_of
 from agent.host.record import plain
 from agent.host.uids import Uids
 from fleet.protocol.codes import InstanceState, RejectCode
@@ -331,7 +332,7 @@ class Supervisor:
                 return await self._receive(request, fd)
             case ipc.Status():
                 figures, more = ipc.page(one.health() for one in self._after(request.after))
-                written = self._deaths.written_bytes + self._daily.written_bytes
+                written = count_of(self._deaths.written_bytes + self._daily.written_bytes)
                 return ipc.Figures(id=request.id, instances=figures, written_bytes=written, more=more)
             case ipc.Logs():
                 found = self._instances.get(request.instance)

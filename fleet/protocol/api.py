@@ -8,12 +8,12 @@ The routes with what each takes and gives are a table, `fleet.server.openapi.ROU
 `POST /v1/renew` (`fleet.protocol.enrolment`).
 """
 
-from datetime import datetime
 from enum import StrEnum
 
 import msgspec
 
 from fleet.protocol.assignment import CheckIn, FollowLogs, Restart
+from fleet.protocol.caps import Count, Port, Priority, Seconds, Stored, Utc
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Health, InstanceHealth, Versions
@@ -38,7 +38,7 @@ class Problem(View, frozen=True, kw_only=True):
 
     type: str
     title: str
-    status: int
+    status: Stored
     detail: str = ""
     action: str = ""
 
@@ -74,8 +74,8 @@ class Published(View, frozen=True, kw_only=True):
     """One TUF role as the server has it."""
 
     role: str
-    version: int
-    expires: datetime
+    version: Stored
+    expires: Utc
 
 
 class Status(View, frozen=True, kw_only=True):
@@ -91,17 +91,17 @@ class Status(View, frozen=True, kw_only=True):
     size: str
     production: bool
     version: str
-    now: datetime
-    started_at: datetime
+    now: Utc
+    started_at: Utc
     operators_url: str
     devices_url: str
     mqtt: tuple[str, ...]
     broker: str
     broker_connected: bool
-    devices: int = 0
-    online: int = 0
-    groups: int = 0
-    open_rollouts: int = 0
+    devices: Stored = 0
+    online: Stored = 0
+    groups: Stored = 0
+    open_rollouts: Stored = 0
     roles: tuple[Published, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -120,12 +120,12 @@ class DeviceRow(View, frozen=True, kw_only=True):
     groups: tuple[str, ...] = ()
     labels: dict[str, str] = {}
     online: bool = False
-    seen_at: datetime | None = None
+    seen_at: Utc | None = None
     machine: str = ""
     versions: Versions = Versions()
-    assigned: int = 0
-    accepted: int = 0
-    committed: int = 0
+    assigned: Stored = 0
+    accepted: Stored = 0
+    committed: Stored = 0
     instances: tuple[InstanceHealth, ...] = ()
     pins: tuple[str, ...] = ()
     revoked: bool = False
@@ -149,9 +149,9 @@ class Effective(View, frozen=True, kw_only=True):
     target: str
     source: str
     config: dict[str, str] = {}
-    port: int | None = None
+    port: Stored | None = None
     share_lane: bool = False
-    attempt: int = 0
+    attempt: Stored = 0
     rollout: str = ""
 
 
@@ -164,13 +164,13 @@ class DeviceDetail(View, frozen=True, kw_only=True):
     """
 
     row: DeviceRow
-    enrolled_at: datetime
+    enrolled_at: Utc
     boot_id: str = ""
-    health_at: datetime | None = None
+    health_at: Utc | None = None
     health: Health | None = None
     effective: tuple[Effective, ...] = ()
     certificate_serial: str = ""
-    certificate_expires: datetime | None = None
+    certificate_expires: Utc | None = None
     failed: tuple["TimelineEntry", ...] = ()
 
 
@@ -183,7 +183,7 @@ class TimelineEntry(View, frozen=True, kw_only=True):
         action: what to do about it; empty where nothing is wrong.
     """
 
-    at: datetime
+    at: Utc
     kind: str
     text: str
     instance: str = ""
@@ -194,9 +194,9 @@ class TimelineEntry(View, frozen=True, kw_only=True):
     action: str = ""
     retryable: bool = False
     rollout: str = ""
-    assignment: int = 0
+    assignment: Stored = 0
     log: tuple[str, ...] = ()
-    timings_ms: dict[str, int] = {}
+    timings_ms: dict[str, Stored] = {}
 
 
 class Timeline(View, frozen=True, kw_only=True):
@@ -227,8 +227,8 @@ class CommandRequest(Body, frozen=True, kw_only=True):
 class CommandReply(View, frozen=True, kw_only=True):
     """The command is on its way; `sequence` is its number for this board."""
 
-    sequence: int
-    expires: datetime
+    sequence: Stored
+    expires: Utc
 
 
 class Settled(View, frozen=True, kw_only=True):
@@ -236,7 +236,7 @@ class Settled(View, frozen=True, kw_only=True):
 
     instance: str
     target: str
-    since: datetime
+    since: Utc
     rollout: str = ""
 
 
@@ -250,12 +250,12 @@ class GroupRow(View, frozen=True, kw_only=True):
     """
 
     name: str
-    priority: int = 0
+    priority: Stored = 0
     selector: dict[str, str] = {}
-    boards: int = 0
-    online: int = 0
+    boards: Stored = 0
+    online: Stored = 0
     settled: tuple[Settled, ...] = ()
-    rollout: int = 0
+    rollout: Stored = 0
 
 
 class Groups(View, frozen=True, kw_only=True):
@@ -272,7 +272,7 @@ class GroupRequest(Body, frozen=True, kw_only=True):
         add, remove: device ids.
     """
 
-    priority: int | None = None
+    priority: Priority | None = None
     selector: dict[str, str] | None = None
     add: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
@@ -282,7 +282,7 @@ class EnrollTokenRequest(Body, frozen=True, kw_only=True):
     """A one-time token for one board; the group is made when there is none."""
 
     group: str = ""
-    valid_s: int = 3600
+    valid_s: Seconds = 3600
 
 
 class EnrollTokenReply(View, frozen=True, kw_only=True):
@@ -290,7 +290,7 @@ class EnrollTokenReply(View, frozen=True, kw_only=True):
 
     token: str
     group: str
-    expires: datetime
+    expires: Utc
 
 
 class ComponentRow(View, frozen=True, kw_only=True):
@@ -300,7 +300,7 @@ class ComponentRow(View, frozen=True, kw_only=True):
     namespace: str
     name: str
     version: str
-    length: int
+    length: Stored
     sha256: str
 
 
@@ -314,7 +314,7 @@ class ArtifactReply(View, frozen=True, kw_only=True):
     """The artifact is stored; `new` is false when it was before."""
 
     sha256: str
-    length: int
+    length: Stored
     new: bool
 
 
@@ -322,9 +322,9 @@ class RoleReply(View, frozen=True, kw_only=True):
     """The role is published, and the online roles that name it."""
 
     namespace: str
-    version: int
-    snapshot: int
-    timestamp: int
+    version: Stored
+    snapshot: Stored
+    timestamp: Stored
 
 
 class RolloutRequest(Body, frozen=True, kw_only=True):
@@ -349,14 +349,14 @@ class RolloutRequest(Body, frozen=True, kw_only=True):
     device: str = ""
     waves: str = "1, 100%"
     config: dict[str, str] | None = None
-    port: int | None = None
+    port: Port | None = None
     grants: Grants | None = None
     share_lane: bool | None = None
     keep_data: bool = False
-    attempt: int | None = None
-    soak_s: int = 0
-    failures: int = 0
-    timeout_s: int = 900
+    attempt: Count | None = None
+    soak_s: Seconds = 0
+    failures: Count = 0
+    timeout_s: Seconds = 900
     note: str = ""
 
 
@@ -395,21 +395,21 @@ class BoardView(View, frozen=True, kw_only=True):
     """
 
     device: str
-    wave: int
+    wave: Stored
     outcome: Outcome
     online: bool = False
     previous: str = ""
     running: str = ""
     phase: Phase | None = None
-    progress: int | None = None
+    progress: Stored | None = None
     code: RejectCode | None = None
     message: str = ""
     exercised: bool = True
     retrying: bool = False
-    offered_at: datetime | None = None
-    acked_at: datetime | None = None
-    ended_at: datetime | None = None
-    timings_ms: dict[str, int] = {}
+    offered_at: Utc | None = None
+    acked_at: Utc | None = None
+    ended_at: Utc | None = None
+    timings_ms: dict[str, Stored] = {}
     log: tuple[str, ...] = ()
 
 
@@ -417,7 +417,7 @@ class WaveView(View, frozen=True, kw_only=True):
     """One wave: how it was written, how many boards it brings, whether it has been offered."""
 
     text: str
-    boards: int
+    boards: Stored
     offered: bool = False
 
 
@@ -433,8 +433,8 @@ class RolloutView(View, frozen=True, kw_only=True):
     """
 
     id: str
-    number: int
-    revision: int
+    number: Stored
+    revision: Stored
     state: RolloutState
     instance: str
     target: str = ""
@@ -442,16 +442,16 @@ class RolloutView(View, frozen=True, kw_only=True):
     group: str = ""
     device: str = ""
     waves: tuple[WaveView, ...] = ()
-    wave: int = 0
+    wave: Stored = 0
     boards: tuple[BoardView, ...] = ()
-    counts: dict[str, int] = {}
+    counts: dict[str, Stored] = {}
     reason: str = ""
     note: str = ""
     by: str = ""
     undoes: str = ""
-    together: tuple[int, ...] = ()  # of an atomic set: the numbers of its rollouts, which are decided as one
-    created_at: datetime
-    ended_at: datetime | None = None
+    together: tuple[Stored, ...] = ()  # of an atomic set: the numbers of its rollouts, which are decided as one
+    created_at: Utc
+    ended_at: Utc | None = None
 
 
 class Rollouts(View, frozen=True, kw_only=True):
@@ -485,8 +485,8 @@ class Preflight(View, frozen=True, kw_only=True):
 class AuditEntry(View, frozen=True, kw_only=True):
     """One act of an operator, a board or the server itself."""
 
-    number: int
-    at: datetime
+    number: Stored
+    at: Utc
     actor: str
     act: str
     subject: str

@@ -4,12 +4,12 @@ The envelope itself (payload type, pre-authentication encoding, signatures) is `
 is inside. The director is a delegation in the TUF targets role, so its keys rotate as TUF's do.
 """
 
-from datetime import datetime
 from typing import ClassVar, Final
 
 import msgspec
 
 from fleet.protocol import caps
+from fleet.protocol.caps import Count, Port, Utc
 from fleet.protocol.manifest import Grants
 from fleet.protocol.wire import Message
 
@@ -27,7 +27,7 @@ class SecretRef(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     sha256: str
-    version: int = 0
+    version: Count = 0
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,16 +49,16 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
 
     instance: str
     target: str
-    length: int
+    length: Count
     sha256: str
     manifest_sha256: str
     grants: Grants | None = None
     config: dict[str, str] = {}
     secrets: tuple[SecretRef, ...] = ()
-    port: int | None = None
+    port: Port | None = None
     share_lane: bool = False
     atomic: str = ""
-    attempt: int = 0
+    attempt: Count = 0
     rollout: str = ""
 
     def same_as(self, other: "Item") -> bool:
@@ -84,10 +84,10 @@ class Assignment(Message, frozen=True, kw_only=True):
     MAX_BYTES: ClassVar[int] = caps.DESIRED_MAX_BYTES
     fleet: str
     device: str
-    version: int
-    issued: datetime
-    expires: datetime
-    snapshot: int = 1
+    version: Count
+    issued: Utc
+    expires: Utc
+    snapshot: Count = 1
     items: tuple[Item, ...] = ()
     stop_all: bool = False
     keep_data: tuple[str, ...] = ()
@@ -101,8 +101,8 @@ class Fresh(Message, frozen=True, kw_only=True):
     device: str
     nonce: str
     assignment_sha256: str
-    issued: datetime
-    expires: datetime
+    issued: Utc
+    expires: Utc
 
 
 class Verb(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb"):
@@ -123,7 +123,7 @@ class FollowLogs(Verb, frozen=True, kw_only=True, tag="follow-logs"):
     """Send an instance's log lines over HTTPS for some minutes, as far as local policy allows."""
 
     instance: str
-    minutes: int = 5
+    minutes: Count = 5
 
 
 class Command(Message, frozen=True, kw_only=True):
@@ -132,7 +132,7 @@ class Command(Message, frozen=True, kw_only=True):
     MAX_BYTES: ClassVar[int] = caps.COMMAND_MAX_BYTES
     fleet: str
     device: str
-    sequence: int
-    issued: datetime
-    expires: datetime
+    sequence: Count
+    issued: Utc
+    expires: Utc
     verb: CheckIn | Restart | FollowLogs

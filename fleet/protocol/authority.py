@@ -1,8 +1,7 @@
 """The part of the operator API that is about the fleet's CA."""
 
-from datetime import datetime
-
 from fleet.protocol.api import Body, View
+from fleet.protocol.caps import Utc
 
 
 class Issuer(View, frozen=True, kw_only=True):
@@ -10,7 +9,7 @@ class Issuer(View, frozen=True, kw_only=True):
 
     serial: str
     name: str
-    ends: datetime
+    ends: Utc
     current: bool = False
 
 

@@ -1,6 +1,9 @@
 """A limit on everything that crosses a boundary, in one place. Sizes in bytes unless the name says otherwise."""
 
-from typing import Final
+from datetime import datetime
+from typing import Annotated, Final
+
+from msgspec import Meta
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -44,3 +47,25 @@ LOGS_MINUTES_MAX: Final = 60
 
 # JSON that people and machines post to the HTTP API
 API_BODY_MAX_BYTES: Final = 1 * MIB
+
+# Numbers and times. Every field of a message has one of these types: none holds what a reader or a database refuses.
+NUMBER_MAX: Final = 2**53
+"""The largest number that anyone accepts: beyond it JSON readers and databases disagree about numbers."""
+PRIORITY_MAX: Final = 1_000_000
+WAIT_MAX_S: Final = 10 * 366 * 86_400
+"""Ten years, the longest soak, timeout or validity: added to any time of today it is still a time."""
+
+Count = Annotated[int, Meta(ge=0, le=NUMBER_MAX)]
+"""A version, a sequence, an attempt, a generation, a number of things, bytes, or a duration."""
+Seconds = Annotated[int, Meta(ge=0, le=WAIT_MAX_S)]
+"""A wait that an operator asks for."""
+Percent = Annotated[int, Meta(ge=0, le=100)]
+Port = Annotated[int, Meta(ge=0, le=65_535)]
+"""A TCP port; 0 where that means none."""
+Priority = Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
+Figure = Annotated[float, Meta(ge=-1e12, le=1e12)]
+"""A measured value."""
+Stored = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+"""A number in an answer of the server's, as its database holds it: what was stored before `Count` stays readable."""
+Utc = Annotated[datetime, Meta(tz=True)]
+"""A time with its zone: times without one cannot be compared."""

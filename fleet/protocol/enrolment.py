@@ -6,12 +6,12 @@ never as an argument. It is sent to the server only after TLS verified against t
 
 import base64
 import binascii
-from datetime import datetime
 from typing import ClassVar, Final
 
 import msgspec
 
 from fleet.protocol import caps, wire
+from fleet.protocol.caps import Utc
 from fleet.protocol.wire import Message
 
 TOKEN_PREFIX: Final = "wf1."  # noqa: S105 - a format's name, not a secret
@@ -40,8 +40,8 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     fleet: str
     ca_sha256: str
     root_sha256: str
-    floor: datetime
-    expires: datetime
+    floor: Utc
+    expires: Utc
     secret: str
     group: str = ""
 

@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from fleet.protocol import names
-from fleet.protocol.caps import MIB
+from fleet.protocol.caps import MIB, Count
 
 CYCLONEDX: Final = "cyclonedx"
 SPDX: Final = "spdx"
@@ -27,7 +27,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: str
     sha256: str
-    length: int
+    length: Count
 
 
 class BadEvidenceError(ValueError):

@@ -3,6 +3,7 @@
 import msgspec
 
 from fleet.protocol.api import View
+from fleet.protocol.caps import Stored
 
 
 class History(View, frozen=True, kw_only=True):
@@ -18,4 +19,4 @@ class History(View, frozen=True, kw_only=True):
     certificate_pem: str
     reports: tuple[msgspec.Raw, ...] = ()
     boot_id: str = ""
-    sequence: int = 0
+    sequence: Stored = 0

@@ -9,6 +9,7 @@ from typing import ClassVar
 import msgspec
 
 from fleet.protocol import caps
+from fleet.protocol.caps import Count, Stored
 from fleet.protocol.wire import Message
 
 
@@ -24,9 +25,9 @@ class LogChunk(Message, frozen=True, kw_only=True):
 
     MAX_BYTES: ClassVar[int] = caps.LOG_CHUNK_MAX_BYTES
     instance: str
-    command: int
+    command: Count
     lines: tuple[str, ...] = ()
-    left_out: int = 0
+    left_out: Count = 0
     refused: str = ""
     ended: bool = False
 
@@ -45,8 +46,8 @@ class LogView(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     lines: tuple[str, ...] = ()
-    next: int = 0
+    next: Stored = 0
     heard: bool = False
     ended: bool = False
     refused: str = ""
-    left_out: int = 0
+    left_out: Stored = 0

@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from fleet.protocol import caps, outbound, wire
+from fleet.protocol.caps import Count
 
 
 class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="http"):
@@ -19,7 +20,7 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="schedule"):
     """Called by the clock: `every_ms` after the last start, or by `cron` (five fields, the board's zone)."""
 
-    every_ms: int | None = None
+    every_ms: Count | None = None
     cron: str | None = None
 
 
@@ -102,22 +103,22 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         core_instances: core modules that may be instantiated in one instance, and its memories and tables, each.
     """
 
-    memory_bytes: int = 16 * caps.MIB
-    call_ms: int = 1000
-    start_ms: int = 5000
-    idle_ms: int = 10_000
-    total_ms: int = 60_000
-    concurrency: int = 1
-    request_bytes: int = 1 * caps.MIB
-    response_bytes: int = 2 * caps.MIB
-    log_lines_per_minute: int = 600
-    fuel: int = 0
-    storage_bytes: int = 16 * caps.MIB
-    daily_written_bytes: int = 64 * caps.MIB
-    state_bytes: int = 1 * caps.MIB
-    requests_per_instance: int = 0
-    table_elements: int = TABLE_ELEMENTS_MAX
-    core_instances: int = CORE_INSTANCES_MAX
+    memory_bytes: Count = 16 * caps.MIB
+    call_ms: Count = 1000
+    start_ms: Count = 5000
+    idle_ms: Count = 10_000
+    total_ms: Count = 60_000
+    concurrency: Count = 1
+    request_bytes: Count = 1 * caps.MIB
+    response_bytes: Count = 2 * caps.MIB
+    log_lines_per_minute: Count = 600
+    fuel: Count = 0
+    storage_bytes: Count = 16 * caps.MIB
+    daily_written_bytes: Count = 64 * caps.MIB
+    state_bytes: Count = 1 * caps.MIB
+    requests_per_instance: Count = 0
+    table_elements: Count = TABLE_ELEMENTS_MAX
+    core_instances: Count = CORE_INSTANCES_MAX
 
     def __post_init__(self) -> None:
         """Raises ValueError for what bounds nothing: to the engine a number below 0 is no limit at all."""
@@ -139,11 +140,11 @@ class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     check: bool = False
-    interval_ms: int = 30_000
-    probation_ms: int = 30_000
-    min_calls: int = 20
-    max_faults: int = 0
-    max_error_percent: int = 10
+    interval_ms: Count = 30_000
+    probation_ms: Count = 30_000
+    min_calls: Count = 20
+    max_faults: Count = 0
+    max_error_percent: Count = 10
 
 
 class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -185,8 +186,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     limits: Limits = Limits()
     health: Health = Health()
     config: dict[str, ConfigKey] = {}
-    security_epoch: int = 0
-    data_schema: int = 0
+    security_epoch: Count = 0
+    data_schema: Count = 0
     arch: tuple[str, ...] = ()
     secrets: dict[str, SecretKey] = {}
 

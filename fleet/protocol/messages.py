@@ -4,12 +4,12 @@
 known by (device, boot id, sequence), and the server acknowledges what it has stored.
 """
 
-from datetime import datetime
 from typing import ClassVar, Final
 
 import msgspec
 
 from fleet.protocol import caps
+from fleet.protocol.caps import Count, Figure, Percent, Utc
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 from fleet.protocol.wire import Message
 
@@ -39,11 +39,11 @@ class Hello(Message, frozen=True, kw_only=True):
     device: str
     nonce: str
     boot_id: str
-    accepted: int = 0
-    deployed: int = 0
-    committed: int = 0
+    accepted: Count = 0
+    deployed: Count = 0
+    committed: Count = 0
     versions: Versions = Versions()
-    acked: int = 0
+    acked: Count = 0
 
 
 class State(Message, frozen=True, kw_only=True):
@@ -64,16 +64,16 @@ class Board(msgspec.Struct, frozen=True, kw_only=True):
         written_bytes: written to disk by agent and host since the agent started.
     """
 
-    uptime_s: int = 0
-    load: float = 0.0
-    cpus: int = 0
-    memory_total_bytes: int = 0
-    memory_available_bytes: int = 0
-    disk_total_bytes: int = 0
-    disk_free_bytes: int = 0
-    temperature_c: float | None = None
+    uptime_s: Count = 0
+    load: Figure = 0.0
+    cpus: Count = 0
+    memory_total_bytes: Count = 0
+    memory_available_bytes: Count = 0
+    disk_total_bytes: Count = 0
+    disk_free_bytes: Count = 0
+    temperature_c: Figure | None = None
     clock_synchronised: bool | None = None
-    written_bytes: int = 0
+    written_bytes: Count = 0
 
 
 LATENCY_BOUNDS_MS: Final = (1, 3, 10, 30, 100, 300, 1000)
@@ -97,22 +97,22 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
 
     instance: str
     target: str
-    generation: int
+    generation: Count
     state: InstanceState
-    since: datetime | None = None
-    restarts: int = 0
-    calls: dict[str, int] = {}
-    errors: int = 0
-    denials: int = 0
-    dropped_lines: int = 0
-    written_bytes: int = 0
-    outgoing: int = 0
-    p50_us: int = 0
-    p99_us: int = 0
-    latencies: tuple[int, ...] = ()
-    cpu_ms: int = 0
-    memory_bytes: int = 0
-    lanes: int = 0
+    since: Utc | None = None
+    restarts: Count = 0
+    calls: dict[str, Count] = {}
+    errors: Count = 0
+    denials: Count = 0
+    dropped_lines: Count = 0
+    written_bytes: Count = 0
+    outgoing: Count = 0
+    p50_us: Count = 0
+    p99_us: Count = 0
+    latencies: tuple[Count, ...] = ()
+    cpu_ms: Count = 0
+    memory_bytes: Count = 0
+    lanes: Count = 0
     shared_lane: str = ""
     phase: Phase = Phase.IDLE
     manifest_sha256: str = ""
@@ -131,9 +131,9 @@ class Health(Message, frozen=True, kw_only=True):
     MAX_BYTES: ClassVar[int] = caps.HEALTH_MAX_BYTES
     device: str
     boot_id: str
-    at: datetime
-    accepted: int = 0
-    committed: int = 0
+    at: Utc
+    accepted: Count = 0
+    committed: Count = 0
     versions: Versions = Versions()
     board: Board = Board()
     instances: tuple[InstanceHealth, ...] = ()
@@ -166,23 +166,23 @@ class Report(Message, frozen=True, kw_only=True):
     MAX_BYTES: ClassVar[int] = caps.REPORT_MAX_BYTES
     device: str
     boot_id: str
-    sequence: int
-    at: datetime
-    assignment: int
+    sequence: Count
+    at: Utc
+    assignment: Count
     instance: str = ""
     target: str = ""
     manifest_sha256: str = ""
-    attempt: int = 0
+    attempt: Count = 0
     rollout: str = ""
     phase: Phase = Phase.IDLE
     exercised: bool = True
     running: str = ""
     code: RejectCode | None = None
     message: str = ""
-    progress: int | None = None
+    progress: Percent | None = None
     log: tuple[str, ...] = ()
-    timings_ms: dict[str, int] = {}  # noqa: RUF012 - msgspec copies it for each struct
-    refused: int = 0
+    timings_ms: dict[str, Count] = {}  # noqa: RUF012 - msgspec copies it for each struct
+    refused: Count = 0
     refused_sha256: str = ""
     nonce: str = ""
     assignment_sha256: str = ""
@@ -209,7 +209,7 @@ class Ack(Message, frozen=True, kw_only=True):
     """
 
     MAX_BYTES: ClassVar[int] = caps.ACK_MAX_BYTES
-    sequence: int
+    sequence: Count
     again: bool = False
 
 
@@ -217,4 +217,4 @@ class Poke(Message, frozen=True, kw_only=True):
     """`all/poke`: check in within `jitter_s` seconds. Unsigned: it only makes boards ask."""
 
     MAX_BYTES: ClassVar[int] = caps.ACK_MAX_BYTES
-    jitter_s: int = 60
+    jitter_s: Count = 60

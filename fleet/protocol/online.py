@@ -5,6 +5,7 @@ from typing import Final
 import msgspec
 
 from fleet.protocol.api import Body, View
+from fleet.protocol.caps import Stored
 
 NONE: Final = msgspec.Raw(b"null")
 """No snapshot: the newest one stays."""
@@ -21,8 +22,8 @@ class OnlineView(View, frozen=True, kw_only=True):
     """
 
     elsewhere: bool
-    snapshot: int
-    timestamp: int
+    snapshot: Stored
+    timestamp: Stored
     waiting: str = ""
     problems: tuple[str, ...] = ()
 

@@ -1,9 +1,9 @@
 """The part of the operator API that is about operators themselves."""
 
-from datetime import datetime
 from enum import StrEnum
 
 from fleet.protocol.api import Body, View
+from fleet.protocol.caps import Utc
 
 
 class Role(StrEnum):
@@ -19,7 +19,7 @@ class OperatorRow(View, frozen=True, kw_only=True):
 
     name: str
     role: Role
-    created_at: datetime
+    created_at: Utc
 
 
 class Operators(View, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 import msgspec
 
 from fleet.protocol.api import Body, View
+from fleet.protocol.caps import Count, Stored
 
 
 class Box(Body, frozen=True, kw_only=True):
@@ -29,7 +30,7 @@ class SecretRequest(Body, frozen=True, kw_only=True):
     device: str = ""
     value: str = ""
     boxes: tuple[Box, ...] = ()
-    version: int = 0
+    version: Count = 0
     rotate: bool = False
     ahead: bool = False
 
@@ -48,7 +49,7 @@ class SecretReply(View, frozen=True, kw_only=True):
 
     name: str
     instance: str
-    version: int
+    version: Stored
     boards: tuple[str, ...] = ()
     unsealable: tuple[str, ...] = ()
 
@@ -75,7 +76,7 @@ class SealingKeys(View, frozen=True, kw_only=True):
     fleet: str
     name: str
     instance: str
-    version: int
+    version: Stored
     boards: tuple[BoardKey, ...] = ()
 
 
@@ -87,7 +88,7 @@ class Holding(View, frozen=True, kw_only=True):
     """
 
     device: str
-    version: int
+    version: Stored
     at: str
     by: str
     sealed: str
@@ -98,7 +99,7 @@ class SecretRow(View, frozen=True, kw_only=True):
 
     instance: str
     name: str
-    version: int
+    version: Stored
     boards: tuple[Holding, ...] = ()
     lacking: tuple[str, ...] = ()
 

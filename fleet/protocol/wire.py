@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
 
+from fleet.protocol.caps import Count
+
 JSON_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """Everything that decoding JSON of unknown origin raises: bytes that are no UTF-8 are no `MsgspecError`."""
 
@@ -34,11 +36,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     """
 
     MAX_BYTES: ClassVar[int] = 64 * 1024
-    v: int = 1
+    v: Count = 1
 
 
 class _Version(msgspec.Struct, frozen=True):
-    v: int = 1
+    v: Count = 1
 
 
 M = TypeVar("M", bound=Message)

@@ -21,6 +21,7 @@ from tuf.api.metadata import Root
 
 from fleet.protocol import caps
 from fleet.protocol.api import Published, RoleReply
+from fleet.protocol.caps import Count, Utc
 from fleet.server.held import HeldKeys
 from signing import bins, countersign, events, metadata, repository, rotation
 from signing.errors import KeyFileError, RepositoryError
@@ -253,8 +254,8 @@ class Repository:
 
 
 class _Signed(msgspec.Struct):
-    version: int
-    expires: datetime
+    version: Count
+    expires: Utc
 
 
 class _File(msgspec.Struct):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import support
 
@@ -14,8 +15,10 @@ from agent.host.cgroups import Cgroups
 from agent.host.connection import Connection
 from agent.host.routes import Routes
 from agent.host.space import FULL, NONE, SIZED, memory_plan
+from fleet.protocol import caps
 from fleet.protocol.caps import MIB
-from fleet.protocol.codes import CallOutcome
+from fleet.protocol.codes import CallOutcome, InstanceState
+from fleet.protocol.messages import InstanceHealth
 
 
 @pytest.mark.parametrize(
@@ -158,6 +161,32 @@ def test_figures_are_read_where_they_are_written():
     # A lane cannot pull the page from under its reader.
     with pytest.raises(PermissionError):
         os.ftruncate(fd, 0)
+    os.close(fd)
+
+
+def test_whatever_lanes_write_into_their_pages_fits_into_a_message():
+    """A message with a larger number would be refused, and with it the figures of all instances."""
+    fd = page.create("test")
+    os.pwrite(fd, b"\xff" * page.SIZE, 0)
+    total = page.Figures()
+    for _ in range(1000):
+        total = total.plus(page.Page(fd).read())
+    health = InstanceHealth(
+        instance="web",
+        target="",
+        generation=1,
+        state=InstanceState.RUNNING,
+        calls=total.calls,
+        errors=total.errors,
+        denials=total.denials,
+        dropped_lines=total.dropped_lines,
+        outgoing=total.outgoing,
+        cpu_ms=total.cpu_ns // 1_000_000,
+        p99_us=total.percentile_us(0.99),
+        latencies=total.spread(),
+    )
+    assert msgspec.json.decode(msgspec.json.encode(health), type=InstanceHealth) == health
+    assert health.errors == caps.NUMBER_MAX
     os.close(fd)
 
 
