@@ -7,6 +7,7 @@ what the server shows and what is remembered go in, findings and what is to be r
 A progress report ("40 %") may be overtaken on the board before it was ever sent; it is signed, and no link.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -78,10 +79,10 @@ def audit(device: str, certificate: bytes, shown: Iterable[bytes], seen: Seen | 
     if seen is not None and seen.key != ear.fingerprint:
         words = f"the server shows another key ({ear.fingerprint[:16]}) than was first seen ({seen.key[:16]})"
         return Verdict(findings=(words,), notes=(), reports=(), seen=seen)
-    links, findings = _links(device, ear, shown)
+    links, unread, findings = _links(device, ear, shown)
     links.sort(key=lambda link: (link.report.sequence, link.report.at))
     known = seen or Seen(key=ear.fingerprint)
-    more, notes = _chain(links, known)
+    more, notes = _chain(links, known, unread)
     last = max(links, key=lambda link: (link.report.at, link.report.sequence), default=None)
     if last is not None and not more:
         known = msgspec.structs.replace(known, sequence=last.report.sequence, sha256=last.sha256)
@@ -89,32 +90,44 @@ def audit(device: str, certificate: bytes, shown: Iterable[bytes], seen: Seen | 
     return Verdict(findings=(*findings, *more), notes=tuple(notes), reports=reports, seen=known)
 
 
-def _links(device: str, ear: Ear, shown: Iterable[bytes]) -> tuple[list[_Link], list[str]]:
-    """The reports that are this board's, without those of mere progress, and what is wrong with the others."""
+def _links(device: str, ear: Ear, shown: Iterable[bytes]) -> tuple[list[_Link], set[str], list[str]]:
+    """Sort out what was shown.
+
+    Returns:
+        The reports that are this board's, without those of mere progress; the sha256 of those that it signed and nobody
+        can read; what is wrong with the others.
+    """
     links: dict[str, _Link] = {}
+    unread: set[str] = set()
     wrong: Counter[str] = Counter()
     for data in shown:
         if not is_signed(data):
             wrong["without a signature"] += 1
             continue
         try:
-            report = wire.decode(Report, ear.verify(data))
-        except (Rejected, wire.WireError):
+            said = ear.verify(data)
+        except Rejected:
             wrong["that this board did not sign"] += 1
+            continue
+        try:
+            report = wire.decode(Report, said)
+        except wire.WireError:
+            wrong["that this board signed and nobody can read"] += 1
+            unread.add(hashlib.sha256(said).hexdigest())
             continue
         if report.device != device:
             wrong["about another board"] += 1
         elif report.progress is None:
             sha256 = parse(data, max_bytes=ENVELOPE_MAX_BYTES).sha256
             links[sha256] = _Link(report, sha256)
-    return list(links.values()), [f"{count} reports {what}" for what, count in sorted(wrong.items())]
+    return list(links.values()), unread, [f"{count} reports {what}" for what, count in sorted(wrong.items())]
 
 
-def _chain(links: Sequence[_Link], known: Seen) -> tuple[list[str], list[str]]:
+def _chain(links: Sequence[_Link], known: Seen, unread: set[str]) -> tuple[list[str], list[str]]:
     """Gaps, forks and what was taken back; and what is only to be noted."""
     findings: list[str] = []
     notes: list[str] = []
-    shown = {link.sha256 for link in links}
+    shown = unread | {link.sha256 for link in links}
     named = Counter(link.report.previous for link in links if link.report.previous)
     findings += [f"two reports follow the same one ({sha256[:16]})" for sha256, count in named.items() if count > 1]
     oldest = True

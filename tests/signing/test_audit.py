@@ -202,3 +202,17 @@ def test_keys_that_no_board_has(tmp_path):
         Ear(b"no certificate")
     generate(tmp_path / "key.pem")
     assert Voice((tmp_path / "key.pem").read_bytes()).sign(b"{}")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("at", datetime(2030, 1, 1)), ("sequence", 2**63), ("assignment", -1)],  # noqa: DTZ001
+)
+def test_a_report_that_nobody_can_read_is_named_and_the_audit_goes_on(board, field, value):
+    """Servers of before took what had no bounds, and times without a zone."""
+    before = board.audit()
+    board.say(**{field: value})
+    board.say()
+    verdict = board.audit()
+    assert verdict.findings == ("1 reports that this board signed and nobody can read",)
+    assert verdict.reports[:-1] == before.reports
