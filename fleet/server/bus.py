@@ -205,4 +205,8 @@ class Bus:
         self._down.set()
 
     def _received(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
-        self._on_message(message.topic, bytes(message.payload))
+        try:
+            self._on_message(message.topic, bytes(message.payload))
+        except Exception:
+            # paho would lose its place in the stream, and with it every board
+            log.exception("a message was not handled")

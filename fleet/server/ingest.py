@@ -2,14 +2,17 @@
 
 Every handler is idempotent: a report is known by device, boot and sequence; of health only the newest counts; hello and
 state overwrite. A message that is not of the protocol, or speaks for another board than its topic, is counted and
-dropped: the broker binds topics to certificates, and here it is checked again.
+dropped: the broker binds topics to certificates, and here it is checked again. A bad message loses itself alone: what
+fails while one is decoded or written is undone, counted for its board and logged once, and the rest of its batch is
+kept.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Final
 
@@ -22,6 +25,7 @@ from fleet.rollout.judge import Word, hear, relapse
 from fleet.server.conductor import Conductor
 from fleet.server.director import Director, Publish
 from fleet.server.watch import Watch
+from fleet.store.errors import RolledBackError
 from fleet.store.rows import Extra, ReportRow, RolloutRow
 from fleet.store.store import Store
 from signing.errors import Rejected
@@ -31,11 +35,20 @@ log = logging.getLogger(__name__)
 BATCH_S: Final = 0.02
 BATCH_MAX: Final = 2000
 EARS_MAX: Final = 10_000
+BAD_S: Final = 3600.0
+"""How long the status names a board after its last bad message."""
+_NAMED_MAX: Final = 5
+_PHASES: Final = frozenset(phase.value for phase in Phase)
 _KINDS: Final[dict[Up, type[Message]]] = {Up.HELLO: Hello, Up.STATE: State, Up.HEALTH: Health, Up.REPORT: Report}
 
 
 class Ingest:
-    """Takes in the messages of boards. All methods run on the loop."""
+    """Takes in the messages of boards. All methods run on the loop.
+
+    Attributes:
+        counts: messages by kind, and those that were dropped by reason.
+        bad: dropped messages by board.
+    """
 
     def __init__(
         self,
@@ -54,25 +67,30 @@ class Ingest:
         self._ears: dict[str, Ear] = {}  # a board's key never changes: renewing keeps it, and another is another board
         self._signing: set[str] = set()
         self.counts: Counter[str] = Counter()
+        self.bad: Counter[str] = Counter()
+        self._bad_at: dict[str, float] = {}
+        self._logged: set[tuple[str, str]] = set()
 
     def on_message(self, topic: str, payload: bytes) -> None:
-        """Take one message; it is written with the next batch."""
+        """Take one message; it is written with the next batch. Raise nothing, whatever came."""
+        device = ""
         try:
             parsed = Topic.parse(topic)
+            device = parsed.device
             kind = _KINDS[Up(parsed.channel)]
-            body = self._heard(parsed.device, payload) if kind is Report else payload
+            body = self._heard(device, payload) if kind is Report else payload
             message = wire.decode(kind, body)
         except Rejected as error:
-            self.counts["forged"] += 1
-            log.warning("dropped a report on %s: %s", topic[:200], error)
+            self._drop("forged", device, f"a report: {error}")
             return
         except (ValueError, wire.WireError) as error:
-            self.counts["malformed"] += 1
-            log.warning("dropped a message on %s: %s", topic[:200], error)
+            self._drop("malformed", device, f"a message on {topic[:200]!r}: {error}")
             return
-        if _speaker(message) != parsed.device:
-            self.counts["foreign"] += 1
-            log.warning("dropped a message on %s that speaks for another board", topic[:200])
+        except Exception as error:  # noqa: BLE001 - logged with its traceback; no message stops the others
+            self._drop("failed", device, f"a message on {topic[:200]!r}", error)
+            return
+        if _speaker(message) != device:
+            self._drop("foreign", device, f"a message on {topic[:200]!r} that speaks for another board")
             return
         self.counts[str(parsed.channel)] += 1
         self._pending.append((message, payload))
@@ -80,6 +98,45 @@ class Ingest:
             self.flush()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(BATCH_S, self.flush)
+
+    def problems(self) -> list[str]:
+        """Boards whose messages were dropped within the last hour, in one sentence."""
+        since = self._clock().timestamp() - BAD_S
+        recent = sorted(device for device, at in self._bad_at.items() if at > since)
+        if not recent:
+            return []
+        some = ", ".join(f"{device} ({self.bad[device]})" for device in recent[:_NAMED_MAX])
+        return [f"messages of {len(recent)} boards cannot be taken and are dropped, the server's log says why: {some}"]
+
+    def _drop(self, reason: str, device: str, what: str, error: Exception | None = None) -> None:
+        """Count a dropped message for its board, and log the first of a kind: no board fills the log."""
+        self.counts[reason] += 1
+        if len(self.bad) >= EARS_MAX and device not in self.bad:
+            self.bad.clear()
+            self._bad_at.clear()
+            self._logged.clear()
+        self.bad[device] += 1
+        if device:
+            self._bad_at[device] = self._clock().timestamp()
+        first = (device, reason) not in self._logged
+        self._logged.add((device, reason))
+        level = logging.WARNING if first else logging.DEBUG
+        log.log(level, "dropped from %s: %s", device or "nobody", what, exc_info=error)
+
+    @contextlib.contextmanager
+    def _alone(self, device: str, what: str) -> Iterator[None]:
+        """Write what one message says: if that fails, nothing of it is kept, and the rest of its batch is.
+
+        Raises:
+            RolledBackError: the whole batch is gone.
+        """
+        try:
+            with self._store.savepoint():
+                yield
+        except RolledBackError:
+            raise
+        except Exception as error:  # noqa: BLE001 - logged with its traceback; no message stops the others
+            self._drop("failed", device, what, error)
 
     def _heard(self, device: str, payload: bytes) -> bytes:
         """The report that this board signed; raises `Rejected` for anybody else's."""
@@ -111,10 +168,13 @@ class Ingest:
         if not batch:
             return
         answers: dict[str, int | None] = {}
+        acks: dict[str, int] = {}
         try:
             with self._store.atomic():
                 self._write(batch, answers)
-                acks = {device: self._store.delivery.acknowledge(device, again=n) for device, n in answers.items()}
+                for device, again in answers.items():
+                    with self._alone(device, "an acknowledgement"):
+                        acks[device] = self._store.delivery.acknowledge(device, again=again)
         except Exception:
             # nothing was acknowledged: boards keep their reports and send them again
             log.exception("%d messages could not be stored", len(batch))
@@ -123,8 +183,8 @@ class Ingest:
         for device, sequence in acks.items():
             self._publish(Topic(device, Down.ACK), wire.encode(Ack(sequence=sequence)))
         for message, _ in batch:
-            if isinstance(message, Hello) and self._store.devices.online([message.device]):
-                self._greet(message)
+            if isinstance(message, Hello):
+                self._answer(message)
         self._conductor.wake()
         self._watch.changed()
 
@@ -136,31 +196,38 @@ class Ingest:
             if _speaker(message) not in admitted:  # unknown, or shut out a moment ago
                 self.counts["not-admitted"] += 1
                 continue
-            match message:
-                case Report():
-                    row = ReportRow(
-                        device=message.device,
-                        boot_id=message.boot_id,
-                        sequence=message.sequence,
-                        at=now,
-                        rollout=message.rollout,
-                        raw=raw,
-                    )
-                    if self._store.delivery.add_report(row):
-                        answers.setdefault(message.device, None)
-                        self._hear_report(message, now)
-                    else:
-                        answers[message.device] = max(answers.get(message.device) or 0, message.sequence)
-                case Hello():
-                    self._store.devices.hear_hello(message, now)
-                    self._confirm(message.device, message.committed)
-                case State():
-                    self._hear_state(message, now)
-                case Health():
-                    newest[message.device] = (message, raw)
-                case _:
-                    raise AssertionError(type(message))
-        self._hear_health(newest.values(), now)
+            if isinstance(message, Health):
+                newest[message.device] = (message, raw)
+                continue
+            with self._alone(_speaker(message), type(message).__name__):
+                self._write_one(message, raw, answers, now)
+        for health, raw in newest.values():
+            with self._alone(health.device, "Health"):
+                self._hear_health(health, raw, now)
+
+    def _write_one(self, message: Message, raw: bytes, answers: dict[str, int | None], now: float) -> None:
+        match message:
+            case Report():
+                row = ReportRow(
+                    device=message.device,
+                    boot_id=message.boot_id,
+                    sequence=message.sequence,
+                    at=now,
+                    rollout=message.rollout,
+                    raw=raw,
+                )
+                if self._store.delivery.add_report(row):
+                    self._hear_report(message, now)
+                    answers.setdefault(message.device, None)
+                else:
+                    answers[message.device] = max(answers.get(message.device) or 0, message.sequence)
+            case Hello():
+                self._store.devices.hear_hello(message, now)
+                self._confirm(message.device, message.committed)
+            case State():
+                self._hear_state(message, now)
+            case _:
+                raise AssertionError(type(message))
 
     def _hear_state(self, state: State, now: float) -> None:
         if self._store.devices.hear_state(state, now):
@@ -168,14 +235,12 @@ class Ingest:
             words = "came online" if state.online else "went offline"
             self._store.devices.note(state.device, kind, words, now=now)
 
-    def _hear_health(self, newest: Iterable[tuple[Health, bytes]], now: float) -> None:
-        messages = list(newest)
-        self._store.devices.hear_health(messages, now)
-        for health, _ in messages:
-            self._confirm(health.device, health.committed)
-            for figure in health.instances:
-                if figure.state is InstanceState.QUARANTINED:
-                    self._relapse(health.device, figure, now)
+    def _hear_health(self, health: Health, raw: bytes, now: float) -> None:
+        self._store.devices.hear_health([(health, raw)], now)
+        self._confirm(health.device, health.committed)
+        for figure in health.instances:
+            if figure.state is InstanceState.QUARANTINED:
+                self._relapse(health.device, figure, now)
 
     def _hear_report(self, report: Report, now: float) -> None:
         self._store.devices.touch(report.device, now)
@@ -200,7 +265,7 @@ class Ingest:
                 kept = Extra(
                     previous=extra.previous,
                     version=extra.version,
-                    timings_ms={**extra.timings_ms, **report.timings_ms},
+                    timings_ms={**extra.timings_ms, **_timings(report)},
                     log=report.log or extra.log,
                 )
                 self._store.rollouts.set_board(rollout.number, heard, kept)
@@ -260,6 +325,13 @@ class Ingest:
             if found is not None and 0 < found[1].version <= committed:
                 self._conductor.confirm(rollout, device)
 
+    def _answer(self, hello: Hello) -> None:
+        try:
+            if self._store.devices.online([hello.device]):
+                self._greet(hello)
+        except Exception as error:  # noqa: BLE001 - logged with its traceback; the other boards are answered
+            self._drop("failed", hello.device, "a Hello, which was stored and cannot be answered", error)
+
     def _greet(self, hello: Hello) -> None:
         """Answer a board that connected: its assignment where it is behind or ahead, and that this is current."""
         device = self._store.devices.get(hello.device)
@@ -278,6 +350,11 @@ class Ingest:
             self._conductor.touch([hello.device])
         if row is not None:
             self._director.answer_nonce(hello.device, hello.nonce)
+
+
+def _timings(report: Report) -> dict[str, int]:
+    """How long each phase took; a row that every report adds to has room for the names of phases only."""
+    return {name: spent for name, spent in report.timings_ms.items() if name in _PHASES}
 
 
 def _speaker(message: Message) -> str:

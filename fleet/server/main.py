@@ -191,7 +191,7 @@ class Server:
             clock=clock,
         )
         self._conductor = Conductor(store=store, director=self._director, watch=watch, clock=clock)
-        ingest = Ingest(
+        ingest = self._ingest = Ingest(
             store=store,
             director=self._director,
             conductor=self._conductor,
@@ -310,6 +310,7 @@ class Server:
         roles = self._repository.roles()
         when = self._clock()
         problems = [*issuing.warnings(self._ca, now=when), *self._online.problems(), *self._devices.problems()]
+        problems += self._ingest.problems()
         problems += [
             f"the role {role.role} expired on {role.expires:%Y-%m-%d}" for role in roles if role.expires <= when
         ]

@@ -42,7 +42,6 @@ _BOOT_ID_MAX: Final = 64
 _GATHER_MAX_S: Final = 2.0
 _GATHER_BOARDS_PER_S: Final = 2000
 _SMALL: Final = 50
-_PRIORITY_MOST: Final = 1_000_000
 """A long poll on so many boards answers at once; on more it waits a little, up to two seconds."""
 BRING: Final = "/v1/online"
 """What is brought there counts by its signatures: the publisher host's token needs no more than a viewer's."""
@@ -289,8 +288,6 @@ class Operators:
         """PUT /v1/groups/{name}."""
         name = names.check_label(param(request, "name"), "group")
         wish = await body(request, api.GroupRequest)
-        if wish.priority is not None and abs(wish.priority) > _PRIORITY_MOST:
-            raise Refusal(400, "bad-request", f"a priority is from -{_PRIORITY_MOST} to {_PRIORITY_MOST}")
         devices = self._s.store.devices
         for device in (*wish.add, *wish.remove):
             if devices.get(device) is None:

@@ -6,7 +6,8 @@ from typing import Final
 
 import msgspec
 
-from fleet.protocol import api
+from fleet.protocol import api, wire
+from fleet.protocol.caps import NUMBER_MAX
 from fleet.protocol.codes import RETRYABLE, Phase, RejectCode
 from fleet.protocol.history import History
 from fleet.protocol.messages import Health, Report
@@ -17,6 +18,7 @@ from fleet.server.director import Director
 from fleet.store.database import utc, utc_or_none
 from fleet.store.rows import DeviceRow, EventRow, Extra, GroupRow, ReportRow, RolloutRow
 from fleet.store.store import Store
+from signing.errors import Rejected
 from signing.statements import unverified
 
 HISTORY_PAGE: Final = 200
@@ -212,8 +214,13 @@ def _row(row: DeviceRow, groups: Iterable[GroupRow], *, pins: Iterable[str], ass
 
 
 def health_of(row: DeviceRow) -> Health | None:
-    """A board's newest health."""
-    return None if row.health is None else msgspec.json.decode(row.health, type=Health)
+    """A board's newest health; None where there is none, or one that a server of before took and nobody can read."""
+    if row.health is None:
+        return None
+    try:
+        return wire.decode(Health, row.health)
+    except wire.WireError:
+        return None
 
 
 def _problem(row: DeviceRow, health: Health | None) -> str:
@@ -243,7 +250,7 @@ def _board(board: Board, extra: Extra) -> api.BoardView:
         offered_at=utc_or_none(board.offered_at),
         acked_at=utc_or_none(board.acked_at),
         ended_at=utc_or_none(board.ended_at),
-        timings_ms=extra.timings_ms,
+        timings_ms={name: min(spent, NUMBER_MAX) for name, spent in extra.timings_ms.items()},
         log=extra.log,
     )
 
@@ -263,7 +270,12 @@ def _happened(row: EventRow) -> api.TimelineEntry:
 
 
 def _reported(row: ReportRow) -> api.TimelineEntry:
-    report = msgspec.json.decode(unverified(row.raw), type=Report)
+    try:
+        report = wire.decode(Report, unverified(row.raw))
+    except (Rejected, wire.WireError) as error:  # taken by a server of before, which had no bounds
+        return api.TimelineEntry(
+            at=utc(row.at), kind="report", text="a report that cannot be read", message=str(error), rollout=row.rollout
+        )
     return api.TimelineEntry(
         at=utc(row.at),
         kind="report",

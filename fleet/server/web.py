@@ -81,7 +81,7 @@ def number(request: Request, name: str, default: int, largest: int) -> int:
     text = request.query_params.get(name)
     if text is None:
         return default
-    if not text.isdigit() or len(text) > 18:  # noqa: PLR2004 - fits 64 bits
+    if not (text.isascii() and text.isdigit()) or len(text) > 18:  # noqa: PLR2004 - fits 64 bits
         raise Refusal(400, "bad-request", f"{name}={text[:50]!r} is not a number")
     return min(int(text), largest)
 

@@ -17,7 +17,13 @@ from typing import Any
 import msgspec
 import sqlite_utils
 
-from fleet.store.errors import DamagedError, OtherFleetError, OtherOwnerError, OtherVersionError
+from fleet.store.errors import (
+    DamagedError,
+    OtherFleetError,
+    OtherOwnerError,
+    OtherVersionError,
+    RolledBackError,
+)
 from fleet.store.migrations import MIGRATIONS
 
 Row = dict[str, Any]
@@ -104,6 +110,24 @@ class Database:
             self._db.conn.rollback()
             raise
         self._db.conn.commit()
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """A part of a transaction that is undone alone when it raises; what came before it in the transaction stays.
+
+        Raises:
+            RolledBackError: the whole transaction is gone.
+        """
+        self._db.execute("SAVEPOINT part")
+        try:
+            yield
+        except BaseException as error:
+            if not self._db.conn.in_transaction:
+                raise RolledBackError(f"{self.path}: {error}") from error
+            self._db.execute("ROLLBACK TO part")
+            self._db.execute("RELEASE part")
+            raise
+        self._db.execute("RELEASE part")
 
     def rows(self, sql: str, *params: Any) -> list[Row]:
         """Every row of a query."""

@@ -24,5 +24,9 @@ class OtherFleetError(StoreError):
     """Holds another fleet than the configuration says."""
 
 
+class RolledBackError(StoreError):
+    """SQLite gave up a whole transaction by itself, as it does when the disk is full: nothing of it was kept."""
+
+
 class DamagedError(StoreError):
     """Not a database, or damaged."""

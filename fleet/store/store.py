@@ -31,6 +31,14 @@ class Store:
         """All or nothing."""
         return self._db.atomic()
 
+    def savepoint(self) -> AbstractContextManager[None]:
+        """A part of a transaction that is undone alone when it raises.
+
+        Raises:
+            RolledBackError: the whole transaction is gone.
+        """
+        return self._db.savepoint()
+
     def backup(self, path: Path) -> None:
         """A consistent copy into a new file."""
         self._db.backup(path)

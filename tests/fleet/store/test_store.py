@@ -11,7 +11,7 @@ from fleet.protocol.messages import Health, Hello, State, Versions
 from fleet.rollout.model import Board, Outcome, Value
 from fleet.rollout.model import State as RolloutState
 from fleet.store import database
-from fleet.store.errors import DamagedError, OtherFleetError, OtherOwnerError, OtherVersionError
+from fleet.store.errors import DamagedError, OtherFleetError, OtherOwnerError, OtherVersionError, RolledBackError
 from fleet.store.rows import AssignmentRow, Extra, ReportRow
 from fleet.store.store import Store
 
@@ -262,6 +262,37 @@ def test_nothing_of_a_transaction_that_fails_is_kept(store):
         interrupted()
     assert store.devices.get(A).labels == {}
     assert store.delivery.attempts(A) == {}
+
+
+def test_a_part_of_a_transaction_that_fails_is_undone_alone(store):
+    def fails():
+        with store.savepoint():
+            store.devices.set_labels(A, {"second": "2"})
+            store.devices.touch(A, 2**63)
+
+    with store.atomic():
+        with store.savepoint():
+            store.devices.set_labels(A, {"first": "1"})
+        with pytest.raises(OverflowError):
+            fails()
+        with store.savepoint(), store.atomic():
+            store.devices.set_labels(B, {"third": "3"})
+    assert [row.labels for row in store.devices.all()] == [{"first": "1"}, {"third": "3"}]
+
+
+def test_a_transaction_that_sqlite_gave_up_is_told_from_a_part_that_failed(store):
+    def given_up():
+        with store.atomic():
+            store.devices.set_labels(A, {"first": "1"})
+            with store.savepoint():
+                store._db.run("INSERT OR ROLLBACK INTO devices SELECT * FROM devices")  # as a full disk may do
+
+    with pytest.raises(RolledBackError):
+        given_up()
+    assert store.devices.get(A).labels == {}
+    with store.atomic():
+        store.devices.set_labels(A, {"next": "1"})
+    assert store.devices.get(A).labels == {"next": "1"}
 
 
 def test_a_backup_is_a_whole_store(store, tmp_path):
