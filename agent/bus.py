@@ -281,7 +281,7 @@ class _Connection:
         try:
             self._bus._on_message(message.topic, bytes(message.payload))  # noqa: SLF001
         except Exception:
-            log.exception("a message on %s was not handled", message.topic)
+            log.exception("a message was not handled")  # its topic may be what cannot be read
 
     def _end(self, reason: str) -> None:
         if not self._over.done():

@@ -377,27 +377,44 @@ class Daemon:
             return
         match channel:
             case Down.DESIRED if payload:
-                self._spawn(self._desired.heard(payload))
+                self._take(channel, self._desired.heard(payload))
             case Down.FRESH:
-                self._spawn(self._desired.fresh(payload))
+                self._take(channel, self._desired.fresh(payload))
             case Down.COMMAND:
-                self._spawn(self._commands.obey(payload))
+                self._take(channel, self._commands.obey(payload))
             case Down.ACK:
-                with contextlib.suppress(wire.WireError):
+                try:
                     ack = wire.decode(Ack, payload)
-                    heard = self._outbox.again if ack.again else self._outbox.acknowledge
-                    self._spawn(heard(ack.sequence))
+                except wire.WireError as error:
+                    log.warning("dropped an acknowledgement: %s", error)
+                    return
+                heard = self._outbox.again if ack.again else self._outbox.acknowledge
+                self._take(channel, heard(ack.sequence))
             case _:
                 return
+
+    def _take(self, channel: Down | Up, work: Coroutine[Any, Any, None]) -> None:
+        """Handle a message of the broker's; one that cannot be handled is dropped, and does not end the agent.
+
+        Messages may be unsigned and retained: one that ended the agent would end it again at each start.
+        """
+
+        async def handled() -> None:
+            try:
+                await work
+            except Exception:
+                log.exception("dropped a message on down/%s", channel)
+
+        self._spawn(handled())
 
     def _on_poke(self, payload: bytes) -> None:
         """Unsigned, so it may only make the board ask, with jitter, and not often."""
         now = asyncio.get_running_loop().time()
         if now - self._poked_at < POKES_MIN_S:
             return
-        self._poked_at = now
         with contextlib.suppress(wire.WireError):
-            jitter_s = min(POKE_JITTER_MAX_S, max(0, wire.decode(Poke, payload).jitter_s))
+            jitter_s = min(POKE_JITTER_MAX_S, wire.decode(Poke, payload).jitter_s)
+            self._poked_at = now
             delay = random.uniform(0, jitter_s)  # noqa: S311 - jitter, not a secret
             self._desired.refresh_later(delay)
             # A server that was away pokes when it is back, and may have missed what was sent meanwhile.

@@ -1,18 +1,33 @@
 """The board on its broker: a small broker of the test's own that says what it likes, over plain TCP on loopback."""
 
 import asyncio
+import os
+import signal
 import ssl
 import struct
+import sys
 from datetime import UTC, datetime
 
+import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from agent import bus as bus_module
 from agent import tls
 from agent.bus import Bus, BusError
+from agent.config import Places, Settings
+from agent.daemon import Daemon
 from agent.fetch import FixedTls
+from agent.identity import Identity
+from agent.store import Store
 from fleet.ca import CertificateAuthority
+from fleet.protocol import wire
+from fleet.protocol.messages import Ack, Report
 from fleet.protocol.topics import POKE, Down, Topic, Up, board_subscriptions
+from signing import dsse, repository
+from signing.keys import generate
 
 DEVICE = "crane-0a1b2c3d"
 
@@ -262,3 +277,139 @@ async def test_several_messages_in_one_tls_record_are_all_heard(tmp_path):
     assert [payload for _, payload in board.told[1:]] == [b"%d" % number for number in range(50)]
     await board.stop()
     await broker.stop()
+
+
+# The whole agent on a broker that says what it likes
+
+NOW = datetime.now(UTC).replace(microsecond=0)
+BAD = [
+    (Topic(DEVICE, Down.ACK), b'{"sequence": 9223372036854775808}'),
+    (Topic(DEVICE, Down.ACK), b'{"sequence": 9223372036854775808, "again": true}'),
+    (Topic(DEVICE, Down.ACK), b'{"sequence": -9223372036854775809}'),
+    (Topic(DEVICE, Down.ACK), b'{"sequence": 1' + b"0" * 40 + b"}"),
+    (Topic(DEVICE, Down.ACK), b'{"v": 9223372036854775808, "sequence": 1}'),
+    (Topic(DEVICE, Down.ACK), b"\xff"),
+    (Topic(DEVICE, Down.DESIRED), b"{"),
+    (Topic(DEVICE, Down.FRESH), b"[" * 20),
+    (Topic(DEVICE, Down.COMMAND), b"\x00"),
+    (POKE, b'{"jitter_s": 9223372036854775808}'),
+    (POKE, b'{"jitter_s": -1}'),
+]
+
+
+def enrolled(directory, port):
+    """The state of a board that is enrolled at a broker on this port, with one report that nobody has acknowledged."""
+    places = Places(directory / "state", directory / "run")
+    (places.identity).mkdir(parents=True)
+    places.runtime.mkdir()
+    names = ("root", "targets", "snapshot", "timestamp", "director", "main")
+    keys = {name: generate(directory / f"{name}.pem") for name in names}
+    main = keys.pop("main")
+    files = repository.create(fleet="f", namespaces={"main": main}, now=NOW, dev=True, ceilings=None, **keys)
+    ca = CertificateAuthority.create(directory, fleet="f", now=NOW)
+    key, plain = ec.generate_private_key(ec.SECP256R1()), (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    who = Identity(
+        device=DEVICE,
+        fleet="f",
+        group="",
+        devices_url="https://127.0.0.1:1",
+        mqtt=(f"mqtt://127.0.0.1:{port}",),
+        production=False,
+        floor=NOW,
+    )
+    for name, content in {
+        "enrolled.json": msgspec.json.encode(who),
+        "root.json": files["1.root.json"],
+        "ca.pem": ca.pem.encode(),
+        "device.key": key.private_bytes(*plain),
+        "device.pem": ca.device(key.public_key(), DEVICE, now=NOW).pem.encode(),
+        "sealing.key": X25519PrivateKey.generate().private_bytes(*plain),
+        "mac.key": b"k" * 32,
+    }.items():
+        (places.identity / name).write_bytes(content)
+        (places.identity / name).chmod(0o600)
+    store = Store(places.database)
+    store.save(report=Report(device=DEVICE, boot_id="b", sequence=0, at=NOW, assignment=0))
+    return places, who, store
+
+
+def reported(broker):
+    """Sequences of the reports that the board has sent, each time it sent them."""
+    bodies = [body for topic, body, _ in broker.published if topic == str(Topic(DEVICE, Up.REPORT))]
+    return [wire.decode(Report, dsse.parse(body).payload).sequence for body in bodies]
+
+
+async def still_obeys(broker):
+    """The board still hears its broker: what is acknowledged and asked for again comes again."""
+    await broker.until(lambda: reported(broker))
+    broker.say(Topic(DEVICE, Down.ACK), wire.encode(Ack(sequence=1)))
+    broker.say(Topic(DEVICE, Down.ACK), wire.encode(Ack(sequence=0, again=True)))
+    await broker.until(lambda: len(reported(broker)) >= 2)
+
+
+@pytest.mark.asyncio
+async def test_an_agent_outlives_whatever_its_broker_says(tmp_path):
+    """In a process of its own, as a device runs it."""
+
+    broker = Broker()
+    await broker.start()
+    _, _, store = enrolled(tmp_path, broker.port)
+    store.close()
+    agent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "import sys; from agent.cli import main; sys.exit(main())"),
+        *("run", "--state", tmp_path / "state", "--runtime", tmp_path / "run"),
+    )
+    ended = asyncio.ensure_future(agent.wait())
+    try:
+        for turn in (1, 2):  # retained messages come at each connection
+            await broker.until(lambda turn=turn: len(broker.subscribed) == turn)
+            for topic, payload in BAD:
+                broker.say(topic, payload)
+            talk = asyncio.ensure_future(still_obeys(broker))
+            await asyncio.wait({ended, talk}, return_when=asyncio.FIRST_COMPLETED)
+            assert not ended.done(), "the agent ended by what it was told"
+            await talk
+            if turn == 1:
+                broker.published.clear()
+                broker.drop()
+    finally:
+        if not ended.done():
+            agent.terminate()
+        assert await ended == 0
+        await broker.stop()
+
+
+@pytest.mark.parametrize("handler", ["acknowledge", "unacknowledge", "facts"])
+@pytest.mark.asyncio
+async def test_a_fault_while_a_message_is_handled_drops_that_message_alone(tmp_path, monkeypatch, caplog, handler):
+    broker = Broker()
+    await broker.start()
+    places, who, store = enrolled(tmp_path, broker.port)
+    root = (places.identity / "root.json").read_bytes()
+    daemon = Daemon(identity=who, root=root, mac_key=b"k" * 32, places=places, settings=Settings(), store=store)
+    running = asyncio.ensure_future(daemon.run())
+    await broker.until(lambda: reported(broker))
+    sound, failed = getattr(store, handler), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def broken(*arguments):
+        if not failed.is_set():
+            loop.call_soon_threadsafe(failed.set)
+            raise ValueError("a fault of our own")
+        return sound(*arguments)
+
+    monkeypatch.setattr(store, handler, broken)
+    broker.say(Topic(DEVICE, Down.ACK), wire.encode(Ack(sequence=1)))
+    broker.say(Topic(DEVICE, Down.ACK), wire.encode(Ack(sequence=0, again=True)))
+    broker.say(Topic(DEVICE, Down.FRESH), b"{}")
+    await failed.wait()
+    broker.drop()  # it is asked to send again once a connection
+    await broker.until(lambda: running.done() or len(broker.subscribed) == 2)
+    talk = asyncio.ensure_future(still_obeys(broker))
+    await asyncio.wait({running, talk}, return_when=asyncio.FIRST_COMPLETED)
+    assert not running.done()
+    await talk
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 0
+    await broker.stop()
+    assert "dropped a message on down/" in caplog.text
