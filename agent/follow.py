@@ -80,7 +80,7 @@ class Follower:
             what = "errors of the log" if self._policy == "errors" else "log"
             await self._told(f"the {what} of {instance} goes to the fleet for {minutes} minutes: command {command}")
             await self._send(instance, minutes, command)
-        except (FetchError, HostGoneError, HostRefusedError, wire.WireError, msgspec.MsgspecError) as error:
+        except (FetchError, HostGoneError, HostRefusedError, wire.WireError, *wire.JSON_ERRORS) as error:
             log.warning("the log of %s is not sent any more: %s", instance, error)
         finally:
             if self._following.get(instance) == command:

@@ -24,7 +24,7 @@ from typing import Final
 import msgspec
 
 from agent.host import cell, control
-from fleet.protocol import outbound
+from fleet.protocol import outbound, wire
 from fleet.protocol.caps import Count
 from fleet.protocol.manifest import Grants
 
@@ -293,7 +293,7 @@ class Egress:
             ask = _asks.decode(data)
         except BlockingIOError:
             return
-        except (OSError, msgspec.MsgspecError):  # gone, or no lane of ours any more: it is not heard again
+        except (OSError, *wire.JSON_ERRORS):  # gone, or no lane of ours any more: it is not heard again
             asyncio.get_running_loop().remove_reader(lane)
             lane.close()
             return

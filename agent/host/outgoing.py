@@ -25,7 +25,7 @@ import msgspec
 from agent.host import control, egress, heads
 from agent.host.egress import RefusedError
 from agent.host.timed import Connection, Response
-from fleet.protocol import outbound
+from fleet.protocol import outbound, wire
 from fleet.protocol.manifest import Grants, Limits
 
 HOPS: Final = heads.HOPS.decode()
@@ -243,7 +243,7 @@ class Outgoing:
                     os.close(fd)
         except TimeoutError as error:
             raise RefusedError("connection-timeout", f"no connection in {timeout_s:g} s") from error
-        except (OSError, control.GoneError, msgspec.MsgspecError) as error:
+        except (OSError, control.GoneError, *wire.JSON_ERRORS) as error:
             late = time.monotonic() >= until_s
             raise RefusedError("connection-timeout" if late else "internal-error", f"no egress: {error}") from error
         if told.error:

@@ -390,6 +390,24 @@ def test_a_certificate_is_verified_with_its_name(board, peer, addresses, tmp_pat
 # The identity of who asks
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"id": 1, "scheme": "http", "authority": "\xff", "timeout_ms": 1}',
+        b'{"id": 9223372036854775808, "scheme": "http", "authority": "a", "timeout_ms": 1}',
+        b'{"id": 1, "scheme": "http", "authority": "a", "timeout_ms": -1}',
+        b"[" * 4000,
+    ],
+)
+def test_a_lane_that_asks_what_is_no_question_is_not_heard_again(board, raw):
+    lane = board.lane()
+    lane.settimeout(30)
+    lane.send(raw)
+    with pytest.raises(control.GoneError, match="closed"):
+        control.receive_packet(lane)
+    lane.close()
+
+
 def test_a_lane_is_who_its_socket_says_and_gets_connected_sockets_only(board, peer):
     there, mine = peer(answers(OK)), peer(answers(OK))
     lane = board.lane(outbound=(f"http://127.0.0.1:{mine.port}",))
