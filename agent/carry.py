@@ -28,10 +28,10 @@ from agent.restore import run_of, start
 from agent.sealed import Sealed
 from agent.trust import Trust
 from agent.update.machine import Event, Happened, retry_delay_s
-from agent.update.probation import Facts, Terms, Verdict, judge
+from agent.update.probation import Facts, Judgement, Terms, Verdict, confirm, judge
 from agent.worker import Worker
 from fleet.protocol import caps, component
-from fleet.protocol.codes import GUEST_FAULTS, RETRYABLE, CallOutcome, InstanceState, RejectCode
+from fleet.protocol.codes import RETRYABLE, InstanceState, RejectCode
 from fleet.protocol.messages import InstanceHealth
 from signing.errors import Rejected
 
@@ -101,26 +101,13 @@ class Host:
         except TimeoutError as error:
             raise HostGoneError(f"there was no host for {HOST_WAIT_S:.0f} s") from error
 
-    async def figures(self) -> tuple[InstanceHealth, ...]:
-        """Every instance's figures, once what is committed has been restored; raises `HostGoneError`."""
+    async def figures(self, *, check: str = "") -> tuple[InstanceHealth, ...]:
+        """Every instance's figures, once what is committed has been restored; raises `HostGoneError`.
+
+        `check` names an instance whose health check is asked first.
+        """
         await self.wait()
-        return (await self.link.ask(ipc.Status, ipc.Figures)).instances
-
-
-def facts_of(figure: InstanceHealth) -> Facts:
-    """An instance's figures, as probation judges them."""
-    return Facts(
-        calls=sum(figure.calls.values())
-        - figure.calls.get(CallOutcome.CLIENT_GONE, 0)
-        - figure.calls.get(CallOutcome.CLIENT_SLOW, 0),
-        faults=sum(figure.calls.get(outcome, 0) for outcome in GUEST_FAULTS),
-        errors=figure.errors,
-        restarts=figure.restarts,
-        p50_us=figure.p50_us,
-        memory_bytes=figure.memory_bytes,
-        quarantined=figure.state is InstanceState.QUARANTINED,
-        error=figure.error,
-    )
+        return (await self.link.ask(ipc.Status, ipc.Figures, check=check)).instances
 
 
 def _sound(path: Path, length: int, sha256: str) -> bool:
@@ -275,10 +262,10 @@ class Carrier:
         try:
             before = next((each for each in await self._host.figures() if each.instance == change.instance), None)
             if before is not None and before.generation != change.generation:
-                fields["replaced"] = facts_of(before)
+                fields["replaced"] = Facts.of(before)
             run = run_of(item, manifest, change.generation, self._settings.policy)
             link, places = self._host.link, self._places
-            await start(link, item, run, self._images, places.artifacts, self._sealed, together)
+            await start(link, item, run, self._images, places.artifacts, self._sealed, together, probation=True)
         except (ImageError, Rejected) as error:
             return refused(error.code, error.message)
         except HostRefusedError as error:
@@ -311,7 +298,8 @@ class Carrier:
                 outcome = await self._judged(change, terms, elapsed_s)
                 if outcome is not None:
                     return outcome
-                left_s = max(0.01, min(WATCH_S, terms.probation_s - elapsed_s))
+                left_s = terms.probation_s - elapsed_s
+                left_s = min(WATCH_S, left_s) if left_s > 0 else WATCH_S
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(left_s):
                         await nudge.wait()
@@ -331,14 +319,12 @@ class Carrier:
 
     async def _judged(self, change: Change, terms: Terms, elapsed_s: float) -> Outcome | None:
         try:
-            figures = await self._host.figures()
+            judgement = await self._judgement(change, terms, elapsed_s)
         except HostGoneError as error:
             await self._settle()
             return lost(str(error))
-        mine = next((each for each in figures if each.instance == change.instance), None)
-        if mine is None or mine.generation != change.generation:
+        if judgement is None:
             return lost("the host was restarted and no longer runs the new version")
-        judgement = judge(terms, facts_of(mine), change.replaced, elapsed_s)
         match judgement.verdict:
             case Verdict.CONTINUE:
                 return None
@@ -350,6 +336,22 @@ class Carrier:
                 detail = f": {trouble.message}" if trouble is not None and trouble.message else ""
                 message = judgement.message if judgement.message.endswith(detail) else judgement.message + detail
                 return Outcome(Happened(Event.UNWELL, judgement.code, message), log=log)
+
+    async def _judgement(self, change: Change, terms: Terms, elapsed_s: float) -> Judgement | None:
+        """Judge the figures, before a commit those after one more health check; None where it runs no more."""
+        facts = await self._facts(change)
+        if facts is None:
+            return None
+        judgement = judge(terms, facts, change.replaced, elapsed_s)
+        if judgement.verdict is not Verdict.COMMIT or facts.checks is None:
+            return judgement
+        after = await self._facts(change, check=change.instance)
+        return None if after is None else confirm(terms, facts, after, change.replaced, elapsed_s)
+
+    async def _facts(self, change: Change, *, check: str = "") -> Facts | None:
+        figures = await self._host.figures(check=check)
+        mine = (change.instance, change.generation)
+        return next((Facts.of(each) for each in figures if (each.instance, each.generation) == mine), None)
 
     async def _log(self, instance: str) -> tuple[str, ...]:
         with contextlib.suppress(HostGoneError, HostRefusedError):

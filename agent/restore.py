@@ -186,10 +186,20 @@ async def start(
     artifacts: Path,
     sealed: Sealed,
     together: tuple[str, ...] = (),
+    *,
+    probation: bool = False,
 ) -> ipc.Started:
     """Start one instance with its checked image and its secrets; a missing or damaged image is made anew first.
 
-    `together`: the instances that take over in the same moment, each by a start of its own.
+    Args:
+        link: to the host.
+        item: what to start.
+        run: what the host is told of it.
+        images: of this board.
+        artifacts: where artifacts lie.
+        sealed: this board's secrets.
+        together: the instances that take over in the same moment, each by a start of its own.
+        probation: it is not committed yet; the host asks its health check more often until it is.
 
     Raises:
         ImageError: it cannot be.
@@ -205,7 +215,7 @@ async def start(
                 await link.ask(ipc.Entrust, ipc.Done, fd=secrets, instance=run.instance, generation=run.generation)
             finally:
                 os.close(secrets)
-        return await link.ask(ipc.Start, ipc.Started, fd=descriptor, run=run, together=together)
+        return await link.ask(ipc.Start, ipc.Started, fd=descriptor, run=run, together=together, probation=probation)
     finally:
         os.close(descriptor)
 

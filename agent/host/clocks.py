@@ -10,10 +10,21 @@ from agent.host.generation import Generation
 from agent.host.handle import Lane, LaneGoneError
 from agent.host.record import plain
 from agent.host.schedule import MIN_EVERY_MS, Clock
-from fleet.protocol.manifest import Schedule
+from fleet.protocol.manifest import Health, Schedule
 
 HEALTH: Final = "wasmfleet:http/health"
+QUESTIONS: Final = 5
+"""Questions in a probation, at least: enough for a second bad answer long before its end."""
 _PROBLEM_MAX_CHARS: Final = 300  # it goes into the health of the board, beside that of every other instance
+
+
+def pace_s(health: Health, *, probation: bool) -> float | None:
+    """Seconds between two questions of the health check; None for no more questions."""
+    paces_ms: list[float] = [health.interval_ms]
+    if probation:
+        paces_ms.append(health.probation_ms / QUESTIONS)
+    shortest_ms = min((pace for pace in paces_ms if pace > 0), default=None)
+    return None if shortest_ms is None or not health.check else max(shortest_ms, MIN_EVERY_MS) / 1000
 
 
 class Clocks:
@@ -29,16 +40,16 @@ class Clocks:
         self._note = note
         self._health = health
         self._tasks: list[asyncio.Task[None]] = []
+        self._question: asyncio.Task[None] | None = None
         manifest = generation.run.manifest
         if isinstance(manifest.trigger, Schedule):
             self._tasks.append(asyncio.ensure_future(self._tick(Clock(manifest.trigger))))
-        if manifest.health.check and manifest.health.interval_ms > 0:
-            interval_ms = max(manifest.health.interval_ms, MIN_EVERY_MS)
-            self._tasks.append(asyncio.ensure_future(self._visit(interval_ms / 1000)))
+        if manifest.health.check:
+            self._tasks.append(asyncio.ensure_future(self._visit()))
 
     def end(self) -> None:
         """Stop them."""
-        for task in self._tasks:
+        for task in (*self._tasks, *filter(None, [self._question])):
             if task is not asyncio.current_task():
                 task.cancel()
 
@@ -60,12 +71,25 @@ class Clocks:
             if isinstance(ran, control.Ran) and ran.problem is not None:
                 self._note(f"host: its task failed: {ran.problem}")
 
-    async def _visit(self, interval_s: float) -> None:
-        while True:
-            await asyncio.sleep(interval_s)
-            lanes = self._generation.alive
-            if lanes:
-                self._health(lanes[0], await ask_health(self._generation, lanes[0]))
+    async def ask(self, wait_s: float | None = None) -> None:
+        """Ask the health check, or join whoever is asking it; return after `wait_s` seconds without an answer."""
+        if not self._generation.run.manifest.health.check:
+            return
+        if self._question is None or self._question.done():
+            self._question = asyncio.ensure_future(self._put_question())
+        # Not awaited itself: whoever waits goes on when the question ends with these clocks.
+        await asyncio.wait([self._question], timeout=wait_s)
+
+    async def _put_question(self) -> None:
+        lanes = self._generation.alive
+        if lanes:
+            self._health(lanes[0], await ask_health(self._generation, lanes[0]))
+
+    async def _visit(self) -> None:
+        # Looked up anew each time: a commit ends the shorter pace.
+        while pause_s := pace_s(self._generation.run.manifest.health, probation=self._generation.probation):
+            await asyncio.sleep(pause_s)
+            await self.ask()
 
 
 async def ask_health(generation: Generation, lane: Lane) -> str | None:

@@ -17,6 +17,7 @@ from agent.host.handle import Lane
 from agent.host.listeners import Listener
 from agent.host.page import Figures
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.messages import HealthChecks
 
 _CHUNK_BYTES: Final = 1024 * 1024
 _ENTRY_BYTES: Final = 4096
@@ -140,6 +141,9 @@ class Generation:
         image, image_bytes: of one that may share: its image's sha256 and size.
         queue: of one that may have several lanes: where clients wait for whichever is idle, to put in and to take out.
         secrets_fd: a memfd with its secrets, which is handed to its lanes and never read here; -1 for none.
+        probation: the agent has not committed it yet, and may still go back.
+        asked, missed, unwell: questions of its health check, those without a good answer, and of these the last in a
+            row.
     """
 
     run: ipc.Run
@@ -159,6 +163,10 @@ class Generation:
     image: str = ""
     image_bytes: int = 0
     queue: tuple[socket.socket, socket.socket] | None = None
+    probation: bool = False
+    asked: int = 0
+    missed: int = 0
+    unwell: int = 0
 
     def __post_init__(self) -> None:
         """Name the image by what is in it, where others may use the same."""
@@ -180,6 +188,18 @@ class Generation:
     def alive(self) -> list[Lane]:
         """Its lanes that run."""
         return [lane for lane in self.lanes if lane.alive and lane.ready is not None]
+
+    def count_check(self, *, well: bool) -> None:
+        """Count an answer of its health check."""
+        self.asked += 1
+        self.missed += not well
+        self.unwell = 0 if well else self.unwell + 1
+
+    def checks(self) -> HealthChecks | None:
+        """The answers of its health check; None where its manifest promises none."""
+        if not self.run.manifest.health.check:
+            return None
+        return HealthChecks(asked=self.asked, missed=self.missed, well=not self.unwell and bool(self.alive))
 
     def figures(self) -> Figures:
         """The sum over its lanes, dead ones too."""

@@ -94,7 +94,6 @@ class Instance:
         )
         self._route = route
         self._crashes = 0
-        self._unwell = 0
         self._reverted: tuple[int, int] | None = None
         self._clocks: Clocks | None = None
 
@@ -107,15 +106,16 @@ class Instance:
         secrets_fd: int = -1,
         *,
         ready: Callable[[], Awaitable[None]] | None = None,
+        probation: bool = False,
     ) -> tuple[int | None, int]:
         """Run this generation; (the one replaced, milliseconds of the handover). The descriptors become this object's.
 
-        `ready` is awaited when it could take over, and may raise `StartError` still.
+        `ready` is awaited when it could take over, and may raise `StartError` still. `probation` lasts until `commit`.
 
         Raises:
             StartError: nothing changed.
         """
-        new = Generation(run, image_fd, secrets_fd)
+        new = Generation(run, image_fd, secrets_fd, probation=probation)
         try:
             await self._prepare(new)
             if ready is not None:
@@ -134,8 +134,11 @@ class Instance:
         return (None if old is None else old.number), int((time.monotonic() - began) * 1000)
 
     async def commit(self, number: int) -> None:
-        """Drop the generation kept warm."""
-        if self.previous is not None and self.current is not None and self.current.number == number:
+        """End the probation of the generation with this number, and drop the one kept warm."""
+        if self.current is None or self.current.number != number:
+            return
+        self.current.probation = False
+        if self.previous is not None:
             warm, self.previous = self.previous, None
             self._crew.drop(warm)
             await forget_other_schemas(self.current.data)
@@ -245,7 +248,13 @@ class Instance:
             shared_lane=next((lane.shared.name for lane in self.current.alive if lane.shared is not None), ""),
             manifest_sha256=self.current.run.manifest.digest(),
             error=plain(self.error, _WHY_MAX_CHARS * 2),
+            checks=self.current.checks(),
         )
+
+    async def ask_health(self, wait_s: float) -> None:
+        """Ask its health check now, where it has one, and wait up to `wait_s` seconds for the answer."""
+        if self._clocks is not None:
+            await self._clocks.ask(wait_s)
 
     def watch(self) -> None:
         """What is looked after from time to time: overdue calls, spare lanes, crashes that are long past."""
@@ -349,7 +358,7 @@ class Instance:
                 old.listener.sock.close()
         self.current = new
         self._crashes = min(self._deaths.of(self.name, new.run.target), _CRASHES_MAX - 1)
-        self._unwell = 0
+        new.unwell = 0
         self.since = datetime.now(UTC)
         self._set(InstanceState.RUNNING)
         self._begin_clocks(new)
@@ -480,15 +489,13 @@ class Instance:
             self._clocks = None
 
     def _health_said(self, lane: Lane, problem: str | None) -> None:
+        generation = self.current
+        assert generation is not None
+        generation.count_check(well=problem is None)
         if problem is None:
-            self._unwell = 0
-            if self.state is InstanceState.RUNNING:
-                self.error = ""
+            self.error = "" if self.state is InstanceState.RUNNING else self.error
             return
-        assert self.current is not None
-        self._unwell += 1
         self.error = f"it is not well: {problem}"
-        self._record.fault(self.current, RejectCode.HEALTH_FAILED, self.error)
-        if self._unwell >= _UNWELL_MAX and lane.alive:
-            self._unwell = 0
+        self._record.fault(generation, RejectCode.HEALTH_FAILED, self.error)
+        if generation.unwell % _UNWELL_MAX == 0 and lane.alive:
             lane.end(f"{self.error}, {_UNWELL_MAX} times in a row")

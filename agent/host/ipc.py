@@ -31,6 +31,8 @@ _ENTRIES_MAX_BYTES: Final = 128 * 1024
 WHY_NOT: Final = "host.why"
 """Beside the host's socket: why it did not start the last time, in one sentence; not there once it has."""
 _WHY_NOT_MAX_CHARS: Final = 500
+CHECK_WAIT_S: Final = 60.0
+"""How long `Status` waits for a health check: half of what the agent waits for any answer (`hostlink.REQUEST_S`)."""
 
 T = TypeVar("T")
 
@@ -80,11 +82,13 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 
     Attributes:
         together: instances that are started too, naming this one: none takes over before all can.
+        probation: the generation is on probation until `Commit` names it: its health check is asked more often.
     """
 
     id: Count
     run: Run
     together: tuple[str, ...] = ()
+    probation: bool = False
 
 
 class Entrust(msgspec.Struct, frozen=True, kw_only=True, tag="entrust"):
@@ -100,7 +104,7 @@ class Entrust(msgspec.Struct, frozen=True, kw_only=True, tag="entrust"):
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
-    """Drop the previous generation of the instance. Answered with `Done`."""
+    """End the probation of this generation, and drop the previous one. Answered with `Done`."""
 
     id: Count
     instance: str
@@ -130,10 +134,16 @@ class Restart(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
-    """The figures of every instance, from the one after this one on. Answered with `Figures`."""
+    """The figures of every instance, from the one after this one on. Answered with `Figures`.
+
+    Attributes:
+        check: an instance whose health check is asked first, so that its figures have the answer; empty for none.
+            An instance without a lane that runs, or that does not answer within `CHECK_WAIT_S`, counts no question.
+    """
 
     id: Count
     after: str = ""
+    check: str = ""
 
 
 class Logs(msgspec.Struct, frozen=True, kw_only=True, tag="logs"):

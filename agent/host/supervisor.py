@@ -18,6 +18,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -331,9 +332,7 @@ class Supervisor:
             case ipc.Start() | ipc.Entrust():
                 return await self._receive(request, fd)
             case ipc.Status():
-                figures, more = ipc.page(one.health() for one in self._after(request.after))
-                written = count_of(self._deaths.written_bytes + self._daily.written_bytes)
-                return ipc.Figures(id=request.id, instances=figures, written_bytes=written, more=more)
+                return await self._figures(request)
             case ipc.Logs():
                 found = self._instances.get(request.instance)
                 return ipc.Lines(id=request.id) if found is None else found.told(request.id)
@@ -356,6 +355,13 @@ class Supervisor:
                     async with instance.lock:
                         await self._change(instance, request)
                 return ipc.Done(id=request.id)
+
+    async def _figures(self, request: ipc.Status) -> ipc.Figures:
+        if (asked := self._instances.get(request.check)) is not None:
+            await asked.ask_health(ipc.CHECK_WAIT_S)
+        figures, more = ipc.page(one.health() for one in self._after(request.after))
+        written = count_of(self._deaths.written_bytes + self._daily.written_bytes)
+        return ipc.Figures(id=request.id, instances=figures, written_bytes=written, more=more)
 
     async def _change(self, instance: Instance, request: ipc.Commit | ipc.Stop | ipc.Restart) -> None:
         match request:
@@ -412,7 +418,7 @@ class Supervisor:
                 previous = None if instance.previous is None else instance.previous.number
                 return ipc.Started(id=request.id, instance=run.instance, generation=run.generation, replaced=previous)
             try:
-                replaced, swap_ms = await self._begin(instance, run, fd, request.together)
+                replaced, swap_ms = await self._begin(instance, request, fd)
             finally:
                 if instance.current is None:
                     self._instances.pop(run.instance, None)
@@ -420,19 +426,17 @@ class Supervisor:
             id=request.id, instance=run.instance, generation=run.generation, replaced=replaced, swap_ms=swap_ms
         )
 
-    async def _begin(
-        self, instance: Instance, run: ipc.Run, fd: int, together: tuple[str, ...]
-    ) -> tuple[int | None, int]:
+    async def _begin(self, instance: Instance, request: ipc.Start, fd: int) -> tuple[int | None, int]:
         try:
-            secrets_fd = self._entrusted.take(run)
+            secrets_fd = self._entrusted.take(request.run)
         except StartError:
             os.close(fd)
             raise
-        if not together:
-            return await instance.start(run, fd, secrets_fd)
-        async with self._muster.joined(run.instance, together) as place:
-            longest_s = run.limits.start_ms / 1000
-            return await instance.start(run, fd, secrets_fd, ready=lambda: place.ready(longest_s))
+        start = partial(instance.start, request.run, fd, secrets_fd, probation=request.probation)
+        if not request.together:
+            return await start()
+        async with self._muster.joined(request.run.instance, request.together) as place:
+            return await start(ready=lambda: place.ready(request.run.limits.start_ms / 1000))
 
     def _after(self, name: str) -> Iterable[Instance]:
         """The instances there are, in the order of their names, from the one after `name` on."""

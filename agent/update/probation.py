@@ -1,17 +1,22 @@
-"""Whether a new version does worse than what it replaced: a pure judgement of facts.
+"""Judge whether a new version does worse than what it replaced: a pure function of facts.
 
 Only the guest's own faults count: a client that hangs up or reads slowly has never rolled anything back.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, Self
+
+from fleet.protocol.codes import GUEST_FAULTS, CallOutcome, InstanceState
+from fleet.protocol.messages import HealthChecks, InstanceHealth
 
 LATENCY_FACTOR: Final = 5
 LATENCY_FLOOR_US: Final = 20_000
 MEMORY_FACTOR: Final = 4
 MEMORY_FLOOR_BYTES: Final = 64 * 1024 * 1024
 RESTARTS_MAX: Final = 1
+MISSES_MAX: Final = 1
+"""Bad answers of the health check that are forgiven: a single one may be the peripheral's or the board's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +34,12 @@ class Facts:
     """What is known of one generation of an instance.
 
     Attributes:
-        calls: that ended, whatever their outcome.
+        calls: that ended, those aside that a client broke off or held up.
         faults: traps and time-outs of the guest.
         errors: answers with status 500 and above.
         p50_us: guest time of the median call, microseconds. The slowest tell of the board, not of it.
         quarantined: the host has given up on it.
+        checks: answers of its health check; None where it has none, or its host does not count them.
     """
 
     calls: int = 0
@@ -43,8 +49,24 @@ class Facts:
     p50_us: int = 0
     memory_bytes: int = 0
     quarantined: bool = False
-    unhealthy: bool = False
     error: str = ""
+    checks: HealthChecks | None = None
+
+    @classmethod
+    def of(cls, figure: InstanceHealth) -> Self:
+        """Build the facts from what the host reports of an instance."""
+        unheard = figure.calls.get(CallOutcome.CLIENT_GONE, 0) + figure.calls.get(CallOutcome.CLIENT_SLOW, 0)
+        return cls(
+            calls=sum(figure.calls.values()) - unheard,
+            faults=sum(figure.calls.get(outcome, 0) for outcome in GUEST_FAULTS),
+            errors=figure.errors,
+            restarts=figure.restarts,
+            p50_us=figure.p50_us,
+            memory_bytes=figure.memory_bytes,
+            quarantined=figure.state is InstanceState.QUARANTINED,
+            error=figure.error,
+            checks=figure.checks,
+        )
 
 
 class Verdict(StrEnum):
@@ -73,13 +95,33 @@ def judge(terms: Terms, facts: Facts, replaced: Facts | None, elapsed_s: float) 
         facts: its figures since it was started.
         replaced: figures of the generation it replaced; None if it is the first.
         elapsed_s: since it took over; a jump of the wall clock must not be in it.
+
+    Returns:
+        `COMMIT` not before its last health check was answered well, however long that takes.
     """
     worse = _worse(terms, facts, replaced)
     if worse is not None:
         return worse
-    if elapsed_s < terms.probation_s:
+    if elapsed_s < terms.probation_s or (facts.checks is not None and not facts.checks.well):
         return Judgement(Verdict.CONTINUE)
     return Judgement(Verdict.COMMIT, exercised=facts.calls >= terms.min_calls)
+
+
+def confirm(terms: Terms, before: Facts, facts: Facts, replaced: Facts | None, elapsed_s: float) -> Judgement:
+    """Judge once more at the end, with facts that were taken after the health check was asked for the last time.
+
+    A question that was not answered yet, or that no running lane was there to answer, leaves the judgement open.
+
+    Args:
+        terms: of its manifest.
+        before: the facts by which it would be committed.
+        facts: those after the question.
+        replaced: as for `judge`.
+        elapsed_s: as for `judge`.
+    """
+    judgement = judge(terms, facts, replaced, elapsed_s)
+    unanswered = before.checks is not None and (facts.checks is None or facts.checks.asked <= before.checks.asked)
+    return Judgement(Verdict.CONTINUE) if judgement.verdict is Verdict.COMMIT and unanswered else judgement
 
 
 def _worse(terms: Terms, facts: Facts, replaced: Facts | None) -> Judgement | None:
@@ -92,8 +134,10 @@ def _worse(terms: Terms, facts: Facts, replaced: Facts | None) -> Judgement | No
         return Judgement(Verdict.ROLL_BACK, "restarted", f"the host gave up restarting it{detail}")
     if facts.restarts > RESTARTS_MAX:
         return Judgement(Verdict.ROLL_BACK, "restarted", f"it was restarted {facts.restarts} times{detail}")
-    if facts.unhealthy:
-        return Judgement(Verdict.ROLL_BACK, "health-failed", f"its health check failed{detail}")
+    if facts.checks is not None and facts.checks.missed > MISSES_MAX:
+        return Judgement(
+            Verdict.ROLL_BACK, "health-failed", f"its health check failed {facts.checks.missed} times{detail}"
+        )
     if facts.calls < max(1, terms.min_calls):
         return None
     return _worse_than_replaced(terms, facts, replaced if replaced and replaced.calls >= terms.min_calls else None)

@@ -79,6 +79,20 @@ class Board(msgspec.Struct, frozen=True, kw_only=True):
 LATENCY_BOUNDS_MS: Final = (1, 3, 10, 30, 100, 300, 1000)
 
 
+class HealthChecks(msgspec.Struct, frozen=True, kw_only=True):
+    """Answers of an instance's health check since its generation took over.
+
+    Attributes:
+        asked: questions that have been answered, or whose time is over.
+        missed: those of them without a good answer: the component says that it is not well, fails, or is silent.
+        well: the instance runs, and the last answer was good.
+    """
+
+    asked: int = 0
+    missed: int = 0
+    well: bool = True
+
+
 class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     """One instance's figures since it started; `calls` counts by outcome (`fleet.protocol.codes.CallOutcome`).
 
@@ -93,6 +107,7 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: private memory of the instance's lanes; of a lane that is shared, its part.
         outgoing: requests that it sent; those that it was not granted are among the denials.
         shared_lane: the lane that it shares with other instances, which say the same; empty for lanes of its own.
+        checks: None where the manifest promises no health check, and from a host that does not count them.
     """
 
     instance: str
@@ -117,6 +132,7 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase = Phase.IDLE
     manifest_sha256: str = ""
     error: str = ""
+    checks: HealthChecks | None = None
 
 
 class Health(Message, frozen=True, kw_only=True):

@@ -31,7 +31,7 @@ from fleet.demo.ports import free_ports
 from fleet.protocol.assignment import Assignment, Item, SecretRef
 from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Health, Http, Manifest
-from fleet.protocol.messages import InstanceHealth
+from fleet.protocol.messages import HealthChecks, InstanceHealth
 from signing import sealing
 from signing.sealing import Purpose
 from tests.eventually import eventually_async
@@ -64,6 +64,8 @@ class SimHost:
         self.warm = {}
         self.refuse = {}  # target -> RejectCode
         self.faults = {}  # target -> number of traps
+        self.answers = {}  # target -> of its health check: True for well, None for nobody there; then True for ever
+        self.checks = {}  # target -> HealthChecks
         self.requests = []
         self.entrusted = {}  # (instance, generation) -> values by name
         self.hang_on = set()  # request types that are never answered
@@ -150,10 +152,24 @@ class SimHost:
                 self.running.pop(request.instance, None)
                 return ipc.Done(id=request.id)
             case ipc.Status():
+                self._ask_health(request.check)
                 return ipc.Figures(id=request.id, instances=tuple(map(self._figure, self.running.values())))
             case ipc.Logs():
                 return ipc.Lines(id=request.id, lines=("a line",))
         raise AssertionError(request)
+
+    def _ask_health(self, wanted):
+        """Ask one that is wanted to be asked, and by itself whoever was not well the last time."""
+        for run in self.running.values():
+            if run.target not in self.answers:
+                continue
+            before = self.checks.setdefault(run.target, HealthChecks())
+            if run.instance != wanted and before.well:
+                continue
+            answer = self.answers[run.target].pop(0) if self.answers[run.target] else True
+            if answer is not None:
+                missed = before.missed + (not answer)
+                self.checks[run.target] = HealthChecks(asked=before.asked + 1, missed=missed, well=answer)
 
     def _running(self, name):
         run = self.running[name]
@@ -174,6 +190,7 @@ class SimHost:
             generation=run.generation,
             state=InstanceState.RUNNING,
             calls={"ok": 10, "guest-trap": faults} if faults else {"ok": 10},
+            checks=self.checks.get(run.target),
         )
 
     def kill(self):
@@ -290,6 +307,7 @@ class BoardKit:
         self.host = SimHost(self.places.host_socket)
         self.boots = 0
         self.settings = Settings()
+        self.images_kind, self.compile_s = QuickImages, 10
         self.store = self.deployer = None
 
     def publish(self, version, *, instance="web", attempt=0, rollout="", atomic="", **more):
@@ -339,7 +357,7 @@ class BoardKit:
     async def start_agent(self):
         self.store = CutStore(self.places.database)
         self.worker = Worker("test")
-        self.images = QuickImages(self.places.images, b"k" * 32, memory_bytes=1 << 30, seconds=10)
+        self.images = self.images_kind(self.places.images, b"k" * 32, memory_bytes=1 << 30, seconds=self.compile_s)
         identity = Identity(
             device="board-01234567", fleet="f", group="", devices_url="", mqtt=(), production=False, floor=NOW
         )
@@ -397,15 +415,16 @@ class BoardKit:
         await self.stop_agent()
         self.host.kill()
 
-    async def until(self, condition, what="it"):
-        await eventually_async(condition, what, pause_s=0.005)
+    async def until(self, condition, what="it", *, seconds=60):
+        await eventually_async(condition, what, within_s=seconds, pause_s=0.005)
 
-    async def settled(self):
-        await self.until(lambda: not self.deployer.standing.flights and not self.deployer._tasks, "settled")
+    async def settled(self, *, seconds=60):
+        still = lambda: not self.deployer.standing.flights and not self.deployer._tasks  # noqa: E731
+        await self.until(still, "settled", seconds=seconds)
 
-    async def run(self, assignment):
+    async def run(self, assignment, *, seconds=60):
         await self.deployer.desire(assignment)
-        await self.settled()
+        await self.settled(seconds=seconds)
 
     def recorded(self):
         """What the store holds, as another process reads it: the agent's own connection is its worker's alone."""

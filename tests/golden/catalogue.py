@@ -94,6 +94,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "health": messages.Health,
         "figures-of-a-device": messages.Board,
         "figures-of-an-instance": messages.InstanceHealth,
+        "health-checks-of-an-instance": messages.HealthChecks,
         "report": messages.Report,
         "desired-reply": messages.DesiredReply,
         "ack": messages.Ack,

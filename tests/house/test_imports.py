@@ -74,7 +74,7 @@ PLAN: dict[str, tuple[tuple[str, ...], frozenset[str] | None]] = {
     "fleet.protocol": ((), frozenset({"msgspec"})),
     "signing": (("fleet.protocol",), frozenset({"cryptography", "tuf", "securesystemslib", "msgspec"})),
     "fleet.rollout": ((), frozenset()),
-    "agent.update": ((), frozenset()),
+    "agent.update": (("fleet.protocol.codes", "fleet.protocol.messages"), frozenset()),
     "agent": (
         ("agent.update", "signing", "fleet.protocol", "agent.host.ipc"),
         frozenset({"msgspec", "cryptography", "paho", "systemd", "securesystemslib", "tuf"}),

@@ -189,10 +189,10 @@ class Host:
                 return message
             self.events.append(message)
 
-    def start(self, guest, run, *, fuel=False):
+    def start(self, guest, run, *, fuel=False, **how):
         fd = sealed(compiled(guest, fuel=fuel))
         try:
-            return self.ask(ipc.Start, fd, run=run)
+            return self.ask(ipc.Start, fd, run=run, **how)
         finally:
             os.close(fd)
 

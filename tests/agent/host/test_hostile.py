@@ -11,10 +11,9 @@ import support
 from host_processes import lanes_of
 from support import Grants, Health, Limits
 
-from agent import carry
 from agent.host import ipc
 from agent.host.generation import too_much
-from agent.update.probation import Terms, Verdict, judge
+from agent.update.probation import Facts, Terms, Verdict, judge
 from fleet.protocol import caps
 
 FILES = Grants(interfaces=("wasi:filesystem", "wasi:io"))
@@ -59,14 +58,14 @@ def test_a_guest_that_lies_in_its_health_export_is_judged_by_what_it_did(host, n
     host.start("hello", support.a_run("bad", 1, port=port, health=healthy))
     for _ in range(20):
         assert support.http(port)[0] == 200
-    replaced = carry.facts_of(host.health("bad"))
+    replaced = Facts.of(host.health("bad"))
     # It says that it is well, and is believed so far.
     assert isinstance(host.start(guest, support.a_run("bad", 2, port=port, health=healthy)), ipc.Started)
     terms = Terms(probation_s=60, min_calls=20)
-    assert judge(terms, carry.facts_of(host.health("bad")), replaced, 1).verdict is Verdict.CONTINUE
+    assert judge(terms, Facts.of(host.health("bad")), replaced, 1).verdict is Verdict.CONTINUE
     for _ in range(20):
         assert support.http(port)[0] == 500
-    judgement = judge(terms, carry.facts_of(host.health("bad")), replaced, 2)
+    judgement = judge(terms, Facts.of(host.health("bad")), replaced, 2)
     assert (judgement.verdict, judgement.code) == (Verdict.ROLL_BACK, why)
     assert host.ask(ipc.Revert, instance="bad", generation=2).generation == 1
     assert support.http(port)[0] == 200

@@ -1,0 +1,102 @@
+"""The end of a change: what must hold before it is committed, and what the server is told then."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from agent import carry
+from agent.host import ipc
+from fleet.protocol.codes import RejectCode
+from signing.errors import Rejected
+
+V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
+
+
+@contextlib.asynccontextmanager
+async def on_a_board(kit):
+    await kit.boot()
+    try:
+        yield
+    finally:
+        await kit.pull_plug()
+
+
+@pytest.mark.parametrize(
+    ("answers", "end"),
+    [
+        ([], ("committed", None)),
+        ([False, True, True], ("committed", None)),  # a first bad answer at the end: the next one decides
+        ([False, False], ("rolled-back", RejectCode.HEALTH_FAILED)),
+        ([None, True], ("committed", None)),  # nobody was there to answer
+        ([None, False, False], ("rolled-back", RejectCode.HEALTH_FAILED)),
+        (None, ("committed", None)),  # by a host of before, which counts no answers
+    ],
+)
+@pytest.mark.asyncio
+async def test_the_health_check_is_asked_once_more_before_the_commit(kit, monkeypatch, answers, end):
+    async with on_a_board(kit):
+        monkeypatch.setattr(carry, "WATCH_S", 0.01)
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        if answers is not None:
+            kit.host.answers[V2] = list(answers)
+        await kit.run(kit.assignment(2, kit.publish("2.0.0", check=True)))
+        last = kit.reports()[-1]
+        assert (last.phase, last.code) == end
+        assert kit.host.answers.get(V2, []) == [], "whatever it had to say was asked for"
+        if answers is not None:
+            assert kit.host.checks[V2].asked >= 1
+        assert [request.probation for request in kit.host.requests if isinstance(request, ipc.Start)] == [True, True]
+
+
+@pytest.mark.asyncio
+async def test_what_is_started_again_after_the_host_died_is_on_no_probation(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        kit.host.kill()
+        kit.host.requests.clear()
+        kit.host.start()
+        await kit.until(lambda: kit.host.targets() == {"web": V1})
+        assert [request.probation for request in kit.host.requests if isinstance(request, ipc.Start)] == [False]
+
+
+@pytest.mark.parametrize("how", ["refused", "rolled-back"])
+@pytest.mark.asyncio
+async def test_an_assignment_of_which_one_item_failed_is_not_told_as_committed(kit, how):
+    """The server counts a device as done by that number."""
+
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")))
+        assert kit.store.counter("committed") == 1
+        if how == "refused":
+            kit.trust.trouble[V2] = [Rejected(RejectCode.GRANT_DENIED, "no")]
+        else:
+            kit.host.faults[V2] = 2
+        await kit.run(kit.assignment(2, kit.publish("2.0.0"), kit.publish("3.0.0", instance="other")))
+        assert kit.host.targets() == {"web": V1, "other": V3}
+        assert (kit.store.counter("deployed"), kit.store.counter("committed")) == (2, 1)
+        await kit.run(kit.assignment(3, kit.publish("1.0.0"), kit.publish("3.0.0", instance="other")))
+        assert kit.store.counter("committed") == 3
+
+
+@pytest.mark.asyncio
+async def test_an_assignment_is_not_told_as_committed_while_a_change_is_under_way(kit):
+    """Here the instance that is not wanted any more is still being removed."""
+
+    async with on_a_board(kit):
+        web, other = kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")
+        await kit.run(kit.assignment(1, web, other))
+        stop, let = kit.carrier.stop, asyncio.Event()
+
+        async def late(change):
+            await let.wait()
+            return await stop(change)
+
+        kit.carrier.stop = late
+        await kit.deployer.desire(kit.assignment(2, web))
+        await kit.until(lambda: [each.item.instance for each in kit.committed()] == ["web"])
+        await kit.deployer.replan()
+        assert kit.store.counter("committed") == 1
+        let.set()
+        await kit.settled()
+        assert kit.store.counter("committed") == 2
