@@ -132,8 +132,8 @@ class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """How a version shows that it is well.
 
     Attributes:
-        check: whether it exports the health check, asked before traffic and every `interval_ms`; on probation every fifth
-            of it at least, and before the commit.
+        check: whether it exports the health check, asked before traffic, every `interval_ms` and, on probation, more
+            often.
         probation_ms: how long after a swap the board may still go back by itself.
         min_calls: calls below which probation ends `committed-unexercised`.
         max_faults: guest faults (traps and time-outs) tolerated in probation.

@@ -8,7 +8,7 @@ from tuf.api.metadata import Metadata, Root, Targets
 
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants
-from signing import repository, rotation
+from signing import events, proposals, repository, rotation
 from signing.errors import ConflictError, Rejected, RepositoryError
 from signing.rotation import Namespace, RoleKeys, Size
 from tests.simulator.repository import Board, Repository, signer
@@ -127,6 +127,27 @@ def test_a_namespace_is_added_and_removed() -> None:
     with pytest.raises(Rejected) as verdict:
         board.run(repo.assign(item))
     assert verdict.value.code is RejectCode.UNKNOWN_TARGET
+
+
+def test_a_namespace_that_its_publisher_has_not_begun_holds_up_no_other_change() -> None:
+    repo = Repository()
+    repo.publish()
+    publisher = signer()
+
+    def roles(**change: Any) -> list[str]:
+        event = proposals.propose(repo.files, now=repo.now, **change)
+        return [each.role for each in event.documents]
+
+    extra = {"extra": Namespace(keys(publisher), Grants())}
+    assert roles(namespaces=extra) == ["targets"], "there is nothing yet that its publisher could sign anew"
+    event = proposals.propose(repo.files, namespaces=extra, now=repo.now)
+    repo.files.update(events.apply(repo.files, events.sign(repo.files, event, repo.keys["targets"])))
+    assert "extra" not in repository.newest(repo.files)
+    assert roles(renew=("targets",)) == ["targets"]
+    assert roles(renew=("targets", "main", "extra")) == ["targets", "main"]
+    # From its first file on it is renewed as any other.
+    repo.files["1.extra.json"] = repository.new_role(signer=publisher, now=repo.now)
+    assert roles(renew=("targets", "extra")) == ["targets", "extra"]
 
 
 def test_a_draft_says_whose_signatures_it_lacks() -> None:

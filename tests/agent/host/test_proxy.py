@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import mmap
 import socket
+from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
@@ -211,6 +213,87 @@ async def test_a_connection_that_the_loop_has_begun_to_end_is_not_taken(tmp_path
         monkeypatch.setattr(proxy.Client, "answered", fail)
         assert await ask(GET) == (b"200", b"hi")
         assert await taken is None
+
+
+@dataclass
+class Seen:
+    """What a client's connection in the router has read, and that it reads no further."""
+
+    received: int = 0
+    waiting: int = 0
+    most_waiting: int = 0
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Watched(proxy.Client):
+    """A client's connection that tells what it reads."""
+
+    def __init__(self, seen, *rest):
+        super().__init__(*rest)
+        self.seen = seen
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        pause = transport.pause_reading
+        transport.pause_reading = lambda: (pause(), self.seen.stopped.set())
+
+    def data_received(self, data):
+        self.seen.received += len(data)
+        super().data_received(data)
+
+    def head(self, head):
+        super().head(head)
+        self.seen.waiting += 1
+        self.seen.most_waiting = max(self.seen.most_waiting, self.seen.waiting)
+
+    def answered(self, exchange):
+        self.seen.waiting -= 1
+        super().answered(exchange)
+
+
+class Slow(Instance):
+    """Reads the body of a request when it is let."""
+
+    def __init__(self):
+        super().__init__()
+        self.let = asyncio.Event()
+
+    async def serve(self, reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        await self.let.wait()
+        await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+        writer.write(self.answer)
+
+
+def test_a_body_is_read_no_faster_than_the_instance_reads_it_and_to_its_end(tmp_path):
+    length, seen = 16 << 20, Seen()
+
+    async def tell(instance, _routes, _pool, ask):
+        request = b"POST /web/a HTTP/1.1\r\nhost: board\r\ncontent-length: %d\r\n\r\n" % length
+        answer = asyncio.ensure_future(ask(request + bytes(length)))
+        await seen.stopped.wait()
+        # What the router holds, and what the kernel took of it on the way to the instance.
+        assert seen.received < length // 4
+        instance.let.set()
+        assert await answer == (b"200", b"hi")
+        assert seen.received == len(request) + length
+
+    story(tmp_path, tell, partial(Watched, seen), Slow)
+
+
+def test_of_requests_sent_ahead_no_more_are_read_before_those_are_answered_that_were(tmp_path):
+    request = GET[:-2] + b"x-long: %b\r\n\r\n" % (b"x" * 4096)
+    number, seen = 400, Seen()
+
+    async def tell(_instance, _routes, _pool, ask):
+        assert await ask(request * number) == (b"200", b"hi")
+        for _ in range(number - 1):
+            assert await ask(b"") == (b"200", b"hi")
+        assert seen.received == number * len(request)
+        # As many as come in one piece, beside the one that is being answered and the one whose end is still to come.
+        assert seen.most_waiting <= upstream.READ_BYTES // len(request) + 3
+
+    story(tmp_path, tell, partial(Watched, seen))
 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
