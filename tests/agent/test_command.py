@@ -1,15 +1,26 @@
 """`fleet-agent` as its users meet it: one line for each mistake, and a process that loads nothing it does not need."""
 
+import asyncio
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from agent import identity
 from agent.alone import NotAloneError, alone
+from agent.config import Places, Settings
+from agent.daemon import Daemon
 from agent.host import ipc
 from agent.identity import Identity
 from agent.records import Committed, FailedItem
@@ -18,6 +29,7 @@ from fleet.protocol.assignment import Item
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.manifest import Http, Manifest
 from fleet.protocol.messages import Report
+from tests.simulator.repository import Repository
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
@@ -229,6 +241,85 @@ def test_check_names_the_first_thing_that_fails(tmp_path):
     assert [each["ok"] for each in results][:-1] == [True] * (len(results) - 1)
     assert results[-1]["name"] == "identity"
     assert "fleet-agent enroll" in results[-1]["text"]
+
+
+def enrolled_to_the_full(tmp_path):
+    """A board with keys, certificate and root, whose server and broker do not answer; its store."""
+    store = enrolled(tmp_path)
+    directory = tmp_path / "state" / "identity"
+    device = ec.generate_private_key(ec.SECP256R1())
+    for file, key in (("device.key", device), ("sealing.key", X25519PrivateKey.generate())):
+        (directory / file).write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    name, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "crane-0a1b2c3d")]), datetime.now(UTC)
+    certificate = x509.CertificateBuilder(name, name, device.public_key(), 1, now, now + timedelta(days=365))
+    for file in ("device.pem", "ca.pem"):
+        (directory / file).write_bytes(certificate.sign(device, hashes.SHA256()).public_bytes(Encoding.PEM))
+    (directory / "root.json").write_bytes(Repository().files["1.root.json"])
+    return store
+
+
+@pytest.fixture
+def systemd(tmp_path):
+    """The socket that programs tell systemd on that they are ready."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        sock.settimeout(60)
+        yield sock
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_agent_that_is_stopped_ends_whatever_it_was_doing(tmp_path, systemd, number):
+    """Here no host, no server and no broker answers: it is in the middle of waiting for each of them."""
+    enrolled_to_the_full(tmp_path).close()
+    places = ("--state", tmp_path / "state", "--runtime", tmp_path / "run", "--config", tmp_path / "agent.toml")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agent.cli", "run", *map(str, places)],
+        env={**os.environ, "NOTIFY_SOCKET": systemd.getsockname()},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert b"READY=1" in systemd.recv(4096)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    with alone(tmp_path / "state" / "lock"):
+        pass
+
+
+@pytest.mark.asyncio
+async def test_when_an_agent_closes_its_store_nothing_of_it_is_at_work_any_more(tmp_path, systemd, monkeypatch):
+    """In one process, since afterwards Python itself would cancel what is left, after the store that it works with."""
+    monkeypatch.setenv("NOTIFY_SOCKET", systemd.getsockname())
+    store = enrolled_to_the_full(tmp_path)
+    places = Places(tmp_path / "state", tmp_path / "run")
+    close, test, at_work = store.close, asyncio.current_task(), []
+
+    def closing():
+        at_work.append(asyncio.all_tasks() - {asyncio.current_task(), test})
+        close()
+
+    monkeypatch.setattr(store, "close", closing)
+
+    daemon = Daemon(
+        identity=identity.load(places.identity),
+        root=(places.identity / "root.json").read_bytes(),
+        mac_key=b"k" * 32,
+        places=places,
+        settings=Settings(),
+        store=store,
+    )
+    running = asyncio.ensure_future(daemon.run())
+    systemd.setblocking(False)
+    async with asyncio.timeout(60):
+        assert b"READY=1" in await asyncio.get_running_loop().sock_recv(systemd, 4096)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await running == 0
+    assert at_work == [set()]
 
 
 def test_every_command_explains_itself():
