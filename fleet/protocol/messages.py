@@ -88,8 +88,8 @@ class HealthChecks(msgspec.Struct, frozen=True, kw_only=True):
         well: the instance runs, and the last answer was good.
     """
 
-    asked: int = 0
-    missed: int = 0
+    asked: Count = 0
+    missed: Count = 0
     well: bool = True
 
 

@@ -149,16 +149,6 @@ def test_no_package_files_under_tests() -> None:
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
-def test_files_have_one_reason_to_change() -> None:
-    long = {
-        str(file.relative_to(ROOT)): lines
-        for package in (*PACKAGES, "tests")
-        for file in (ROOT / package).rglob("*.py")
-        if (lines := len(file.read_text().splitlines())) > 500
-    }
-    assert not long, f"files that need a table of contents are two files: {long}"
-
-
 def test_top_level_is_what_was_agreed() -> None:
     allowed = {"agent", "fleet", "signing", "components", "deploy", "tests", "docs"}
     tracked = {path.split("/")[0] for path in _tracked() if "/" in path and not path.startswith(".")}
