@@ -13,11 +13,23 @@ from typing import ClassVar
 
 from agent.host import flow, heads
 from agent.host.codec import Answer
-from agent.host.connection import Request
-from agent.host.engine import Guest, Image, Log
-from agent.host.flow import Flow
+from agent.host.engine import Guest, Image, Log, ResponseSink
 from fleet.protocol.compose import BRIDGE
 from fleet.protocol.manifest import Grants, Limits
+
+
+class WholeResponse:
+    """Sink that keeps an answer until the call is over; for callers without a client."""
+
+    begun = False
+    request_trailers = b""
+
+    def __init__(self) -> None:
+        self.problem, self.failed, self.trailers = "", False, b""
+
+    def rest(self) -> bytes:
+        """See `ResponseSink.rest`."""
+        return flow.drain()
 
 
 def start(
@@ -57,20 +69,19 @@ class Adapted(Guest):
             flow.drain()
             Adapted._clean = True
 
-    def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes, way: Flow | None = None) -> Answer:
+    def handle(
+        self, method: bytes, target: bytes, headers: bytes, body: bytes, way: ResponseSink | None = None
+    ) -> Answer:
         """See `Guest.handle`."""
-        if way is None:
-            request = Request(method, target, headers)
-            way = Flow(None, request, self._limits.response_bytes)
+        way = WholeResponse() if way is None else way
         if body or not self._left:
             self._store.close()
             self._open(body)
         else:
             self._flush()
         left, self._left, Adapted._clean = self._left - 1, 0, False
-        self._outgoing.hops = heads.hops(headers)
         try:
-            said = self.exchange(heads.request_head(method, target, headers, way.request.trailers))
+            said = self.exchange(heads.request_head(method, target, headers, way.request_trailers))
         finally:
             answer = way.rest()
             self._outgoing.reset()

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, NoReturn, TypeVar
 
-from agent.host import cell, control
+from agent.host import cell, control, heads
 from agent.host.adapted import start
 from agent.host.allowance import Allowance
 from agent.host.connection import Request
@@ -326,6 +326,7 @@ class Caller:
         Where the guest can, its answer goes out on `way` while it is written.
         """
         method, target, headers = request.method, request.target, request.headers
+        self._outgoing.hops = heads.hops(headers)
         return self._call(lambda guest: guest.handle(method, target, headers, bytes(request.body), way), way=way)
 
     def check(self) -> str | None:

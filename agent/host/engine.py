@@ -13,7 +13,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Protocol
 
 import wasmtime
 from wasmtime import Config, Store, WasiConfig, WasmtimeError
@@ -24,7 +24,6 @@ from wasmtime.component import Func
 from agent.host import codec
 from agent.host.codec import Answer, Codec, Fast, Signature, Stock, exchange, give_bytes, set_stdin, take_bytes
 from agent.host.faults import EngineError, first_lines, guest_error
-from agent.host.flow import Flow
 from agent.host.heads import Nowhere, Requests, utf8
 from agent.host.space import FULL, NONE, MemoryPlan, memory_plan, reservable_bytes
 from fleet.protocol import adapter, compose
@@ -281,6 +280,25 @@ def _adapted(artifact: bytes | str) -> bytes | str:
         raise EngineError(RejectCode.COMPILE_FAILED, str(error)) from error
 
 
+class ResponseSink(Protocol):
+    """Where an answer goes that a guest writes to its standard output; the worker hands one in for each request."""
+
+    problem: str
+    failed: bool
+    trailers: bytes
+
+    @property
+    def request_trailers(self) -> bytes:
+        """Trailer fields of the request, as lines."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a part of the answer has gone out, so that no other can replace it."""
+
+    def rest(self) -> bytes:
+        """Take what the guest has written and nobody has passed on, once the call is over."""
+
+
 class Guest:
     """A live instance of an image in its own store. After a `GuestError` it is spent: make a new one."""
 
@@ -378,7 +396,9 @@ class Guest:
         found = ((HANDLER, self._handle), (HEALTH, self._check), (TASK, self._run), (STATE, state))
         return frozenset(name for name, function in found if function is not None)
 
-    def handle(self, method: bytes, target: bytes, headers: bytes, body: bytes, way: Flow | None = None) -> Answer:
+    def handle(
+        self, method: bytes, target: bytes, headers: bytes, body: bytes, way: ResponseSink | None = None
+    ) -> Answer:
         """One HTTP exchange: status, header fields and body. Raises `GuestError`.
 
         `way`: how the answer may get to its client while the guest still writes it, where a guest can do that.

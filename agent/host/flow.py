@@ -105,6 +105,11 @@ class Flow:
         self.failed = False
         self.trailers = b""
 
+    @property
+    def request_trailers(self) -> bytes:
+        """Trailer fields of the request, as lines."""
+        return self.request.trailers
+
     # The ticker's side.
 
     def wait(self, most_ms: int) -> bool:
