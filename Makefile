@@ -9,6 +9,9 @@ PARALLEL ?= -n 2 --dist loadfile
 # The boards' tests: the story alone is tests/boards/test_story.py.
 BOARDS ?= tests/boards
 
+# What runs for each change, on any machine. The others have targets of their own.
+EVERYWHERE := not root and not board and not bench and not density and not nightly
+
 # What is skipped, by name, where the toolchains are not.
 GUEST_TESTS := tests/components tests/agent/host/test_wasi_http_languages.py tests/fleet/protocol/test_compose.py
 
@@ -35,10 +38,10 @@ check: $(STAMP) ## lint, format, types
 	$(BIN)/mypy
 
 test: check ## lint, types and every test that needs neither root nor QEMU
-	$(BIN)/python -m pytest $(PARALLEL) -m "not root and not board and not bench and not density"
+	$(BIN)/python -m pytest $(PARALLEL) -m "$(EVERYWHERE)"
 
 test-unit: $(STAMP) ## the quick tests only
-	$(BIN)/python -m pytest $(PARALLEL) -m "not root and not board and not bench and not density and not e2e"
+	$(BIN)/python -m pytest $(PARALLEL) -m "$(EVERYWHERE) and not e2e"
 
 golden: $(STAMP) ## record anew what leaves a process (messages, tables, routes, commands): read the difference before it is committed
 	$(BIN)/python -m pytest tests/golden tests/fleet/server/test_golden_answers.py --record-golden
@@ -47,7 +50,7 @@ test-root: $(STAMP) ## tests of the walls that only root can build
 	$(BIN)/python -m pytest -m root
 
 fuzz: $(STAMP) ## throw bytes at all that reads strangers' (FUZZ: times the mutants of HTTP, 0: none; RUNS: of each parser; HARNESS: only that)
-	$(if $(or $(HARNESS),$(filter 0,$(FUZZ))),,FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest tests/agent -m "not root and not board and not bench and not density" -k fuzz --timeout 3600)
+	$(if $(or $(HARNESS),$(filter 0,$(FUZZ))),,FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest tests/agent -m "$(EVERYWHERE)" -k fuzz --timeout 3600)
 	$(BIN)/python -m tests.fuzz.run $(HARNESS) $(if $(RUNS),--runs $(RUNS))
 
 test-density: $(STAMP) ## three thousand idle instances on one host, in a gibibyte (root)
@@ -76,12 +79,20 @@ wasmtime-serve: $(STAMP) ## the wasmtime command that the tests compare boards w
 test-guests: $(STAMP) ## build guests in Rust, Go, JavaScript and Python with toolchains of their own, and test what they do
 	$(BIN)/python -m deploy.guests $(BIN)/python -m pytest -rs $(GUEST_TESTS)
 
-test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them (root; FULL=1: everything on both)
+test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them (root; FULL=1: what is left to `make nightly` too)
 	$(BIN)/python -m deploy.image.ready
-	$(BIN)/python -m pytest $(BOARDS) -m board --numprocesses=2 --dist=loadscope -s -v
+	$(BIN)/python -m pytest $(BOARDS) -m "board$(if $(FULL),, and not nightly)" --numprocesses=2 --dist=loadscope -s -v
+
+# Other than for the boards there may be no test with this mark, which pytest calls 5.
+test-nightly: $(STAMP)
+	$(BIN)/python -m pytest -m "nightly and not board and not bench and not density" || [ $$? -eq 5 ]
+
+nightly: $(STAMP) ## what takes too long for each change, hours (root): long fuzzing, all boards, toolchains, density, benches
+	$(MAKE) --keep-going test-nightly test-boards FULL=1 test-guests test-density bench fuzz RUNS=$(or $(RUNS),200000) \
+	    $(if $(TUF_CONFORMANCE),conformance)
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
 
 .PHONY: help install demo check test test-unit test-root test-density fuzz golden bench conformance clean \
-	packages release riscv64-wheel wasmtime-serve test-guests test-boards
+	packages release riscv64-wheel wasmtime-serve test-guests test-boards test-nightly nightly

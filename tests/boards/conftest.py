@@ -1,6 +1,9 @@
 """Emulated boards for the tests: packages built, installed, booted, and kept as a snapshot to start from.
 
-Each board is a group of tests that runs in order in one worker; two workers share the machine's two cores.
+Two workers share the machine's two cores, and each has one board switched on at a time. Tests share a board that has
+joined the fleet as long as they succeed: starting, joining and the first update take two minutes. No test relies on
+the one before. A fixture brings the board to where the test begins (joined; a component answers), each test updates
+to what does not answer now, and after a failure the next test gets another board.
 """
 
 import contextlib
@@ -13,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # deploy/ is no part of the 
 import rig
 import stage
 import stages
-from operator_side import OperatorSide
+from operator_side import OperatorSide, Update
 from stages import budget
 
 from deploy import debian
 from deploy.packages import build as packages
-
-GIVEN = "WASMFLEET_BOARDS_S"  # no board is begun with after so many seconds; the default is to test all, however long
+from deploy.riscv64 import build as riscv64
 
 # patience for the tests: the shipped values are minutes
 IMPATIENT = b"health_s = 20.0\nrefresh_s = 10.0\n[network]\nkeepalive_s = 20\n"
@@ -51,14 +53,24 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.timeout(1500))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem != "test_story")  # the main job first: it gives the figures
+
+
+# Tests with boards of their own; all others share one of their architecture.
+APART = ("test_containment", "test_first_boot", "test_package")
+
+
 def group_of(nodeid: str) -> str:
-    """The board that a test is about: its file and its architecture."""
+    """The boards that a test uses, by architecture and use: tests of one group run in one worker."""
     file, _, name = nodeid.partition("::")
-    return f"{file} {next((each for each in stages.ARCHITECTURES if each in name), '')}"
+    architecture = next((each for each in stages.ARCHITECTURES if each in name), "")
+    return f"{architecture} {next((each for each in APART if each in file), 'shared')}"
 
 
 class BoardByBoard(LoadScopeScheduling):  # type: ignore[misc, no-any-unimported]  # xdist has no types
-    """The tests about one board go to one worker."""
+    """The tests that share boards go to one worker; the largest group first."""
 
     def _split_scope(self, nodeid: str) -> str:
         return group_of(nodeid)
@@ -75,29 +87,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         del os.environ[stages.BEGAN]
 
 
-_begun: set[str] = set()
-_on: list[rig.Board] = []
+_failed = pytest.StashKey[bool]()
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """On a machine that is too slow, boards that nobody has begun with are dropped, and each test says so.
-
-    The workers take the groups with the most tests first: power, the two stories, faults, network, package,
-    containment, first boot. So the last of these is what is dropped first.
-    """
-    group = group_of(item.nodeid)
-    began, most = float(os.environ[stages.BEGAN]), float(os.environ.get(GIVEN, "inf"))
-    if group not in _begun and time.monotonic() - began > most:
-        pytest.skip(f"DROPPED for lack of time: {GIVEN} gives the boards {most:.0f} s, and they have gone")
-    _begun.add(group)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """A board whose tests are done is switched off: idle, it would still take a part of a core from the others."""
-    if nextitem is None or group_of(nextitem.nodeid) != group_of(item.nodeid):
-        while _on:
-            _on.pop().pull_the_plug()
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember that a test failed: the board that it leaves behind may be in any state."""
+    report = yield
+    if report.failed:
+        item.config.stash[_failed] = True
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -205,28 +204,6 @@ def _first_boot(board: rig.Board) -> None:
         board.pull_the_plug()
 
 
-@pytest.fixture(scope="session")
-def new_board(booted: Callable[[str], Booted], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., rig.Board]:
-    """Boards that start from the snapshot, each with a disk of its own; each is off when its group of tests is done."""
-
-    def board(architecture: str, name: str, *, append: str = "") -> rig.Board:
-        base = booted(architecture)
-        snapshot = "" if append else base.snapshot  # a kernel's parameters are those it booted with
-        place = tmp_path_factory.mktemp(name)
-        shutil.copy2(base.disk, place / "disk.qcow2")
-        fresh = rig.Board(rig.MACHINES[architecture], base.image.kernel, base.image.initrd, place / "disk.qcow2", place)
-        fresh.append = append
-        _on.append(fresh)
-        with budget(f"start of the board {name}", 15 if snapshot else 180):
-            fresh.start(snapshot=snapshot)
-            fresh.ok(f"hostname {name}; echo {name} > /etc/hostname")
-            if not snapshot:
-                fresh.settle()
-        return fresh
-
-    return board
-
-
 @dataclass
 class Served:
     """Files that boards fetch from this machine."""
@@ -266,13 +243,47 @@ class Joined:
     group: str
     operator: OperatorSide
 
+    def answering(self) -> str:
+        """The version of the demo's component that answers now; empty when none does."""
+        return self.operator.version(self.board.port)
+
     def answers(self, version: str, *, timeout_s: float = 300.0) -> None:
         """Wait until this version answers a request from outside."""
         self.operator.answers(self.board.port, version, timeout_s=timeout_s)
 
+    def next(self) -> Update:
+        """Make an update to the version, 1 or 2, that does not answer now."""
+        return self.operator.fresh("2" if self.answering() == "1" else "1")
+
+    def updated(self) -> Update:
+        """Update to the version that does not answer now."""
+        update = self.next()
+        self.operator.pushed(update, group=self.group)
+        self.answers(update.answer)
+        return update
+
+    def offered(self, update: Update) -> None:
+        """Push without waiting for the board."""
+        code, said = self.operator.push(update, "--detach", group=self.group)
+        assert code == 0, said
+
     def pid(self, unit: str) -> str:
         """The main process of a unit."""
         return self.board.ok(f"systemctl show --property=MainPID --value {unit}")
+
+    def store_is_whole(self) -> None:
+        """Check that the agent's store is a sound database, as after a power cut."""
+        connect = "import sqlite3; store = sqlite3.connect('/var/lib/wasmfleet-agent/store.db')"
+        check = f"{connect}; print(*store.execute('pragma integrity_check').fetchone())"
+        assert self.board.ok(f'python3 -c "{check}"') == "ok"
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the board is on and its shell answers."""
+        try:
+            return self.board.process is not None and self.board.run("true").status == 0
+        except rig.BoardError:
+            return False
 
 
 def enrol(board: rig.Board, operator: OperatorSide, group: str = "boards") -> str:
@@ -284,17 +295,122 @@ def enrol(board: rig.Board, operator: OperatorSide, group: str = "boards") -> st
     return device
 
 
-@pytest.fixture(scope="session")
-def joined(new_board: Callable[..., rig.Board], operator: OperatorSide) -> Callable[[str, str], Joined]:
-    """Make a board that has joined, with v1 answering: what the tests of faults start from."""
+def need_engine(architecture: str) -> None:
+    """Skip the test where this architecture's boards have no engine."""
+    if architecture == "riscv64" and riscv64.finished() is None:
+        pytest.skip("no riscv64 engine in the wheelhouse: make riscv64-wheel builds it")
 
-    def make(architecture: str, name: str) -> Joined:
-        board = new_board(architecture, name)
+
+class Boards:
+    """This worker's boards: one at a time, since an idle one takes a part of a core from the others."""
+
+    def __init__(
+        self, config: pytest.Config, booted: Callable[[str], Booted], operator: OperatorSide, places: Path
+    ) -> None:
+        self._config = config
+        self._booted = booted
+        self._operator = operator
+        self._places = places
+        self._on: rig.Board | None = None
+        self._kept: tuple[tuple[str, str], Joined] | None = None
+        self._made = 0
+
+    def new(self, architecture: str, *, append: str = "") -> rig.Board:
+        """Switch on a board of which the fleet has never heard.
+
+        Args:
+            architecture: of the board.
+            append: to the kernel's command line.
+        """
+        self.switch_off()
+        self._config.stash[_failed] = False
+        self._made += 1
+        name = f"board-{architecture}-{self._made}"
+        base = self._booted(architecture)
+        snapshot = "" if append else base.snapshot  # a kernel's parameters are those it booted with
+        place = self._places / name
+        place.mkdir()
+        shutil.copy2(base.disk, place / "disk.qcow2")
+        fresh = rig.Board(rig.MACHINES[architecture], base.image.kernel, base.image.initrd, place / "disk.qcow2", place)
+        fresh.append = append
+        self._on = fresh
+        with budget(f"start of {name}", 15 if snapshot else 180):
+            fresh.start(snapshot=snapshot)
+            fresh.ok(f"hostname {name}; echo {name} > /etc/hostname")
+            if not snapshot:
+                fresh.settle()
+        return fresh
+
+    def switch_off(self) -> None:
+        """Switch off the board that is on; whoever wants one next gets a new one."""
+        self._kept = None
+        if self._on is not None:
+            self._on.pull_the_plug()
+            self._on = None
+
+    def spend(self) -> None:
+        """Let no further test have the board as one that has joined."""
+        self._kept = None
+
+    def any(self, architecture: str) -> rig.Board:
+        """Return the board that is on, whatever was done to it, or another; it is spent."""
+        self.spend()
+        on = self._on
+        if self._sound() and on is not None and on.machine.architecture == architecture and not on.append:
+            return on
+        return self.new(architecture)
+
+    def _sound(self) -> bool:
+        return not self._config.stash.get(_failed, False)
+
+    def enrolled(self, architecture: str, *, append: str = "") -> Joined:
+        """Return a board that has joined the fleet: the one that the test before left, or another."""
+        wanted = (architecture, append)
+        if self._sound() and self._kept is not None and self._kept[0] == wanted and self._kept[1].healthy:
+            return self._kept[1]
+        board = self.new(architecture, append=append)
+        name = board.workdir.name
         board.put("/etc/wasmfleet/config.d/50-test.toml", IMPATIENT)
-        with budget(f"{name} joins and gets v1", 90):
-            made = Joined(board, enrol(board, operator, name), name, operator)
-            operator.pushed("v1.wasm", group=name)
-            made.answers("1")
+        with budget(f"{name} joins", 60):
+            made = Joined(board, enrol(board, self._operator, name), name, self._operator)
+        self._kept = (wanted, made)
         return made
 
-    return make
+    def running(self, architecture: str, *, append: str = "") -> Joined:
+        """Return a board on which a version of the demo's component answers."""
+        need_engine(architecture)
+        made = self.enrolled(architecture, append=append)
+        if not made.answering():
+            with budget(f"{made.group} gets its first component", 90):
+                made.updated()
+        return made
+
+
+@pytest.fixture(scope="session")
+def boards(
+    request: pytest.FixtureRequest,
+    booted: Callable[[str], Booted],
+    operator: OperatorSide,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Boards]:
+    made = Boards(request.config, booted, operator, tmp_path_factory.mktemp("boards"))
+    yield made
+    made.switch_off()
+
+
+@pytest.fixture(scope="session", params=stages.RISCV64_NIGHTLY)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Test on arm64, and every night on RISC-V too; `stages` has other choices, for a test's own parametrization."""
+    return str(request.param)
+
+
+@pytest.fixture
+def enrolled(boards: Boards, architecture: str) -> Joined:
+    """A board that has joined; components may run on it."""
+    return boards.enrolled(architecture)
+
+
+@pytest.fixture
+def running(boards: Boards, architecture: str) -> Joined:
+    """A board that has joined, and on which a version of the demo's component answers."""
+    return boards.running(architecture)

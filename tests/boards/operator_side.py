@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hashlib
 import http.client
+import itertools
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,21 @@ class Asked:
         return self.answered - self.asked
 
 
+@dataclass(frozen=True)
+class Update:
+    """A version of the demo's component whose bytes no board has fetched or compiled yet.
+
+    Attributes:
+        component: the file; its manifest lies beside it.
+        version: the version to publish it as.
+        answer: the version that its answers name, which is that of the demo's component it is a copy of.
+    """
+
+    component: Path
+    version: str
+    answer: str
+
+
 def swap_gap(found: list[Asked]) -> float:
     """From the last answer of the old version to the first of the new one, less what lies between two answers usually.
 
@@ -63,6 +79,7 @@ class OperatorSide:
 
     def __init__(self, directory: Path, *, made: bool = True) -> None:
         self._runner = asyncio.Runner()
+        self._numbers = itertools.count(1)
         self.scene = Scene(directory)
         self.ports = free_ports(3)
         if made:
@@ -138,7 +155,7 @@ class OperatorSide:
         self.until(f"{device} reports {HELLO} {version}", said)
 
     def push(
-        self, component: str | Path, *arguments: str, group: str = GROUP, instance: str = HELLO
+        self, component: Update | Path, *arguments: str, group: str = GROUP, instance: str = HELLO
     ) -> tuple[int, str]:
         """`fleet push`, followed to its end; exit code and what it said."""
         code, output, errors = self._do(self._fleet(*_push(component, group, instance), *arguments))
@@ -149,7 +166,7 @@ class OperatorSide:
 
         return await self.scene.processes.run(module("fleet.cli.main", *arguments))
 
-    def pushed(self, component: str | Path, *arguments: str, group: str = GROUP, instance: str = HELLO) -> str:
+    def pushed(self, component: Update | Path, *arguments: str, group: str = GROUP, instance: str = HELLO) -> str:
         code, said = self.push(component, *arguments, group=group, instance=instance)
         assert code == 0, said
         return said
@@ -199,16 +216,16 @@ class OperatorSide:
         rows = [line.split(maxsplit=1) for line in listing.splitlines() if str(self.scene.home) in line]
         return next(int(pid) for pid, command in rows if command.split()[0].endswith("mosquitto"))
 
-    def variant(self, component: str, number: int) -> Path:
-        """A component that behaves the same and has bytes that no board has fetched or compiled yet."""
+    def fresh(self, answer: str) -> Update:
+        """Make an update that answers as version 1 or 2 of the demo's component, or traps as version 3 does."""
+        number, original = next(self._numbers), fixture(f"v{answer}.wasm")
         name = b"variant"
         content = bytes([len(name)]) + name + number.to_bytes(4, "little")
-        place = self.scene.directory / "variants" / f"{number}-{component}"
+        place = self.scene.directory / "variants" / f"v{answer}-{number}.wasm"
         place.parent.mkdir(exist_ok=True)
-        place.write_bytes(fixture(component).read_bytes() + bytes([0, len(content)]) + content)  # a custom section
-        manifest = fixture(component).with_suffix(".toml")
-        place.with_suffix(".toml").write_text(manifest.read_text())
-        return place
+        place.write_bytes(original.read_bytes() + bytes([0, len(content)]) + content)  # a custom section
+        place.with_suffix(".toml").write_text(original.with_suffix(".toml").read_text())
+        return Update(place, f"{answer}.0.{number}", answer)
 
     def version(self, port: int) -> str:
         """Which version answers at a port; empty when none does."""
@@ -233,16 +250,16 @@ class OperatorSide:
         except TimeoutError:
             raise AssertionError(f"version {version} does not answer within {timeout_s:.0f} s") from None
 
-    def under_load(self, port: int, component: str, version: str, *, group: str = GROUP) -> LoadResult:
+    def under_load(self, port: int, update: Update, *, group: str = GROUP) -> LoadResult:
         """Push while clients that never retry keep asking; what became of their requests."""
 
         async def story() -> LoadResult:
             async with Load(port=port, path=f"/{HELLO}/", kept_alive=1, fresh=1, pause_s=0.1) as clients:
                 await clients.sent(5)
-                code, output, errors = await self._fleet(*_push(component, group))
+                code, output, errors = await self._fleet(*_push(update, group))
                 assert code == 0, output + errors
                 async with asyncio.timeout(120):
-                    await clients.seen(version)
+                    await clients.seen(update.answer)
                 return await clients.stop()
 
         return self._do(story())
@@ -293,13 +310,13 @@ class OperatorSide:
             thread.join()
 
     @contextlib.contextmanager
-    def first_answer(self, port: int) -> Iterator[Callable[[], float]]:
-        """When version 1 first answers, by the monotonic clock, while something else is done."""
+    def first_answer(self, port: int, version: str) -> Iterator[Callable[[], float]]:
+        """When a version first answers, by the monotonic clock, while something else is done."""
         found: list[float] = []
 
         async def ask() -> None:
             async with asyncio.timeout(300):
-                found.append(await load.first_answer(port=port, version="1", path=f"/{HELLO}/"))
+                found.append(await load.first_answer(port=port, version=version, path=f"/{HELLO}/"))
 
         thread = threading.Thread(target=lambda: asyncio.run(ask()), daemon=True)
         thread.start()
@@ -308,10 +325,10 @@ class OperatorSide:
         finally:
             thread.join()
 
-    def publish(self, component: str, *, version: str) -> str:
+    def publish(self, update: Update) -> str:
         """`fleet publish`; the sha256 of the bytes."""
-        self.fleet("publish", str(fixture(component)), "--version", version)
-        return hashlib.sha256(fixture(component).read_bytes()).hexdigest()
+        self.fleet("publish", str(update.component), "--version", update.version)
+        return hashlib.sha256(update.component.read_bytes()).hexdigest()
 
     def tamper(self, sha256: str) -> None:
         """Change one byte of an artifact where the server keeps it."""
@@ -336,17 +353,19 @@ class OperatorSide:
 
         self.until(f"{device} has settled", done, timeout_s=timeout_s)
 
-    def rolled_back(self, component: str, port: int, *, group: str = GROUP) -> tuple[int, str]:
+    def rolled_back(self, update: Update, port: int, *, group: str = GROUP) -> tuple[int, str]:
         """Push while clients ask, which is what makes a bad version show; exit code and what `fleet push` said."""
 
         async def story() -> tuple[int, str]:
             async with Load(port=port, path=f"/{HELLO}/", kept_alive=1, fresh=1, pause_s=0.05):
-                code, output, errors = await self._fleet(*_push(component, group))
+                code, output, errors = await self._fleet(*_push(update, group))
                 return code, output + errors
 
         return self._do(story())
 
 
-def _push(component: str | Path, group: str, instance: str = HELLO) -> list[str]:
-    file = fixture(component) if isinstance(component, str) else component
-    return ["push", str(file), "--as", instance, "--group", group, "--waves", "100%", "--timeout", "600"]
+def _push(component: Update | Path, group: str, instance: str = HELLO) -> list[str]:
+    named, version = (
+        (component.component, ["--version", component.version]) if isinstance(component, Update) else (component, [])
+    )
+    return ["push", str(named), *version, "--as", instance, "--group", group, "--waves", "100%", "--timeout", "600"]

@@ -213,7 +213,7 @@ class Board:
             self._read_until(re.compile(rb"board-shell-ready\r?\n"), timeout_s, "the shell's first word")
         self.ok("true", timeout_s=timeout_s)
         if self.sets_clock:
-            self.ok(f"date -s @{time.time():.0f} >/dev/null")  # after a snapshot, its clock stands at that time
+            self.set_clock()  # after a snapshot, its clock stands at that time
 
     def _read_until(self, pattern: re.Pattern[bytes], timeout_s: float, what: str) -> re.Match[bytes]:
         assert self._console is not None
@@ -231,6 +231,13 @@ class Board:
             if not data:
                 raise BoardError("QEMU ended")
             self._pending += data
+
+    def set_clock(self, when: str = "") -> None:
+        """Set the board's clock: to now, or to what `date` understands.
+
+        Linux refuses (EINVAL) a moment closer to 1970 than the board has been up.
+        """
+        self.ok(f"date --utc --set '{when or f'@{time.time():.0f}'}' >/dev/null")
 
     def settle(self) -> None:
         """Wait until everything that starts at boot has started.

@@ -12,10 +12,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 DIRECTORY = "WASMFLEET_BOARD_NOTES"  # in the environment, for the workers
 BEGAN = "WASMFLEET_BOARDS_BEGAN"  # by the monotonic clock
 ARCHITECTURES = ("arm64", "riscv64")
-ALL_S = 1800.0  # beside the roots and kernels that are made before, once: forty minutes from nothing
+ALL_S = 1800.0  # beside the roots and kernels that are made before, once: ten minutes from nothing
+
+# Parameters of the fixture `architecture`. The code on both is the same, and a test takes the same time again.
+ON_BOTH = list(ARCHITECTURES)
+RISCV64_NIGHTLY = ["arm64", pytest.param("riscv64", marks=pytest.mark.nightly)]
+ARM64_NIGHTLY = [pytest.param("arm64", marks=pytest.mark.nightly), "riscv64"]
+NIGHTLY = [pytest.param(each, marks=pytest.mark.nightly) for each in ARCHITECTURES]
 
 
 @contextlib.contextmanager

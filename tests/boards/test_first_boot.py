@@ -1,6 +1,5 @@
 """A board that joins by itself: flashed, switched on, nothing typed. And its disk, copied to another board."""
 
-import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +9,10 @@ import devicetree
 import pytest
 import rig
 import stage
+from conftest import Boards, need_engine
 from operator_side import HELLO, OperatorSide
 from stages import budget
 
-from deploy.riscv64 import build as riscv64
-
-ARCHITECTURES = ["arm64", *(["riscv64"] if os.environ.get("FULL") and riscv64.finished() else [])]
 BOOT_OFFSET, BOOT_END = 1 << 20, 65 << 20
 
 
@@ -43,12 +40,49 @@ class Flashed:
         return board
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module")
 def flashed(
-    request: pytest.FixtureRequest, image: Callable[[str], stage.Image], tmp_path_factory: pytest.TempPathFactory
+    boards: Boards,
+    image: Callable[[str], stage.Image],
+    architecture: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Flashed:
-    architecture = str(request.param)
+    need_engine(architecture)
+    boards.switch_off()  # the boards of these tests are in other hands
     return Flashed(image(architecture), tmp_path_factory.mktemp(f"cards-{architecture}"), f"cards-{architecture}")
+
+
+@dataclass
+class First:
+    """A board that joined at its first boot, runs a component, and is off again."""
+
+    card: Path
+    token: str
+    device: str
+    key: str
+    token_file_left: bool
+
+
+@pytest.fixture(scope="module")
+def first(flashed: Flashed, operator: OperatorSide) -> First:
+    """Flash a card with a token, switch the board on, and type nothing."""
+    card = flashed.card("first", flashed.image.disk)
+    token = operator.token(flashed.group)
+    operator.fleet("image", "prepare", str(card), "--token", token)
+    assert holds(card, token)
+    board = flashed.board("10000000c0ffee01", card)
+    try:
+        with budget("first boot with a token on the boot partition", 150):
+            board.start()
+            device = joined_as(operator, "-c0ffee01")
+        token_file_left = board.run("ls /boot/firmware/wasmfleet.token").status == 0
+        key = key_of(board)
+        operator.pushed(operator.fresh("1"), group=flashed.group)
+        operator.answers(board.port, "1")
+        board.shut_down()
+    finally:
+        board.pull_the_plug()
+    return First(card, token, device, key, token_file_left)
 
 
 def joined_as(operator: OperatorSide, tail: str) -> str:
@@ -61,6 +95,10 @@ def joined_as(operator: OperatorSide, tail: str) -> str:
     return operator.until(f"a board named *{tail} is online", seen, timeout_s=300)
 
 
+def online(operator: OperatorSide) -> set[str]:
+    return {row.id for row in operator.scene.client.devices().devices if row.online}
+
+
 def holds(card: Path, text: str) -> bool:
     """Whether a text lies anywhere on a card's boot partition, in files or between them."""
     with card.open("rb") as file:
@@ -71,51 +109,38 @@ def key_of(board: rig.Board) -> str:
     return board.ok("sha256sum /var/lib/wasmfleet-agent/identity/device.key").split()[0]
 
 
-def test_a_card_with_a_token_and_a_copy_of_it(flashed: Flashed, operator: OperatorSide) -> None:
-    card = flashed.card("first", flashed.image.disk)
+def test_a_card_with_a_token_joins_and_keeps_no_token(first: First) -> None:
+    assert not first.token_file_left
+    assert not holds(first.card, first.token), "the token is nowhere on the boot partition"
+
+
+def test_a_copy_with_a_token_is_another_board(flashed: Flashed, first: First, operator: OperatorSide) -> None:
+    copy = flashed.card("copy", first.card)
     token = operator.token(flashed.group)
-    operator.fleet("image", "prepare", str(card), "--token", token)
-    assert holds(card, token)
-    first = flashed.board("10000000c0ffee01", card)
+    word = f"wasmfleet.token={token}"
+    put(copy, "cmdline.txt", f"console=tty1 {word} quiet\n")
+    board = flashed.board("10000000c0ffee02", copy, append=word)
     try:
-        with budget("first boot with a token on the boot partition", 150):
-            first.start()
-            device = joined_as(operator, "-c0ffee01")
-        assert first.run("ls /boot/firmware/wasmfleet.token").status != 0
-        first_key = key_of(first)
-        operator.pushed("v1.wasm", group=flashed.group)
-        operator.answers(first.port, "1")
-        first.shut_down()
-        assert not holds(card, token), "the token is nowhere on the boot partition"
-
-        copy = flashed.card("copy", card)
-        another = operator.token(flashed.group)
-        word = f"wasmfleet.token={another}"
-        put(copy, "cmdline.txt", f"console=tty1 {word} quiet\n")
-        second = flashed.board("10000000c0ffee02", copy, append=word)
-        try:
-            with budget("first boot of a copy, with a token on the kernel's command line", 150):
-                second.start()
-                clone = joined_as(operator, "-c0ffee02")
-            assert clone != device
-            assert key_of(second) != first_key, "two boards with one key are none"
-            assert second.ok("cat /boot/firmware/cmdline.txt") == "console=tty1 quiet"
-            # what it runs, it was told itself
-            operator.until("the copy runs its group's component", lambda: _runs(operator, clone))
-            second.shut_down()
-            assert not holds(copy, another)
-        finally:
-            second.pull_the_plug()
+        with budget("first boot of a copy, with a token on the kernel's command line", 150):
+            board.start()
+            clone = joined_as(operator, "-c0ffee02")
+        assert clone != first.device
+        assert key_of(board) != first.key, "two boards with one key are none"
+        assert board.ok("cat /boot/firmware/cmdline.txt") == "console=tty1 quiet"
+        # what it runs, it was told itself
+        operator.until("the copy runs its group's component", lambda: _runs(operator, clone))
+        board.shut_down()
+        assert not holds(copy, token)
     finally:
-        first.pull_the_plug()
-    assert operator.device(device).id == device, "the board that was copied is still itself"
+        board.pull_the_plug()
+    assert operator.device(first.device).id == first.device, "the board that was copied is still itself"
 
 
-def test_a_copy_without_a_token_is_nobody(flashed: Flashed, operator: OperatorSide) -> None:
-    # the card of the test above, in a third board
-    copy = flashed.card("third", flashed.place / "first.img")
+def test_a_copy_without_a_token_is_nobody(flashed: Flashed, first: First, operator: OperatorSide) -> None:
+    copy = flashed.card("third", first.card)
     board = flashed.board("10000000c0ffee03", copy)
-    before = {row.id for row in operator.scene.client.devices().devices if row.online}
+    operator.offline(first.device)
+    before = online(operator)
     try:
         with budget("boot of a copy without a token", 120):
             board.start()
@@ -124,7 +149,7 @@ def test_a_copy_without_a_token_is_nobody(flashed: Flashed, operator: OperatorSi
         assert "copied" in said
     finally:
         board.pull_the_plug()
-    assert {row.id for row in operator.scene.client.devices().devices if row.online} == before
+    assert online(operator) <= before, "it has not joined, and is not taken for the board that it was copied from"
 
 
 def put(card: Path, name: str, text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import rig
-from conftest import Joined, Served
+from conftest import Boards, Joined, Served
 from operator_side import OperatorSide
 from stages import budget
 
@@ -30,39 +30,35 @@ def next_version(served: Served, tmp_path_factory: pytest.TempPathFactory) -> st
         del os.environ["WASMFLEET_VERSION"]
 
 
-@pytest.fixture(scope="module")
-def scene(joined: Callable[[str, str], Joined]) -> Joined:
-    return joined("arm64", "package-arm64")
+@pytest.fixture(scope="session", params=["arm64"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-def test_an_upgrade_touches_no_component(scene: Joined, next_version: str) -> None:
-    board, operator = scene.board, scene.operator
-    host, agent = scene.pid("fleet-host"), scene.pid("fleet-agent")
+def test_an_upgrade_touches_no_component(running: Joined, next_version: str) -> None:
+    board, operator = running.board, running.operator
+    host, agent = running.pid("fleet-host"), running.pid("fleet-agent")
     board.fetch(next_version, "/var/tmp/next.deb")
     with budget("upgrade on the board", 150), operator.asking(board.port) as asked:
         said = board.ok("DEBIAN_FRONTEND=noninteractive dpkg --install /var/tmp/next.deb", timeout_s=DPKG_S)
     assert asked().lost == 0, asked().losses
     assert "components keep running" in said
     assert "0.99.0" in board.ok("dpkg-query --show wasmfleet-agent")
-    assert scene.pid("fleet-host") == host, "the host was not touched"
-    assert scene.pid("fleet-agent") != agent, "the agent is the new one"
+    assert running.pid("fleet-host") == host, "the host was not touched"
+    assert running.pid("fleet-agent") != agent, "the agent is the new one"
     # and the new one knows what runs, and can change it
-    operator.pushed("v2.wasm", group=scene.group)
-    scene.answers("2")
+    running.updated()
 
 
-def test_removing_stops_everything_and_keeps_state(scene: Joined) -> None:
-    board = scene.board
+def test_removing_keeps_state_and_purging_leaves_nothing(running: Joined, boards: Boards) -> None:
+    board = running.board
+    boards.spend()
     with budget("removal", 60):
         board.ok("dpkg --remove wasmfleet-agent", timeout_s=DPKG_S)
     assert board.ok("ps -eo args | grep -c '[f]leet-' || true") == "0"
     assert board.ok("systemctl --failed --plain --no-legend") == ""
     board.ok("test -s /var/lib/wasmfleet-agent/identity/device.key && test -e /etc/wasmfleet/agent.toml")
     assert board.run("test -e /usr/bin/fleet-agent").status != 0
-
-
-def test_purging_leaves_nothing_and_asks_nothing(scene: Joined) -> None:
-    board = scene.board
     with budget("purge", 60):
         board.ok("dpkg --purge wasmfleet-agent </dev/null", timeout_s=DPKG_S)
     # what the owner wrote stays, and so do dpkg's and the journal's own records of what was
@@ -81,13 +77,14 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorSide]:
 
 
 def test_the_page_of_the_first_board_is_true(
-    scene: Joined, laptop: OperatorSide, package: Callable[[str], Path], served: Served
+    boards: Boards, architecture: str, laptop: OperatorSide, package: Callable[[str], Path], served: Served
 ) -> None:
-    # the board is a Debian again that has never heard of us, but for the owner's open port: the page opens it
-    board = scene.board
-    board.ok("rm -r /etc/systemd/system/fleet-host.service.d && systemctl daemon-reload")
+    # a Debian that has never heard of us, but for the owner's open port: the page opens it
+    board = boards.any(architecture)
+    board.ok("dpkg --purge wasmfleet-agent </dev/null", timeout_s=DPKG_S)
+    board.ok("rm -rf /etc/systemd/system/fleet-host.service.d && systemctl daemon-reload")
     board.ok("hostname gate; echo gate > /etc/hostname")
-    deb = package("arm64")
+    deb = package(architecture)
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"./wasmfleet-agent_{version}_arm64.deb" in PAGE
     board.fetch(served.url(deb), f"/root/{deb.name}")
