@@ -14,18 +14,23 @@ from typing import Final
 
 import msgspec
 
-from agent import check, config, enroll, firstboot, health, identity, images, restore, systemd, why
-from agent.alone import NotAloneError, alone
-from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Places
-from agent.host import ipc
-from agent.hostlink import HostGoneError, HostLink
-from agent.sealed import Sealed
-from agent.store import Store, StoreError
+from agent import config, systemd
+from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Paths
+from agent.host.ipc import host_api
+from agent.identity import enrolment, identity
+from agent.link.host_client import HostClient, HostGoneError
+from agent.report import check, device_info, status
+from agent.update import images, restore
+from agent.update.secrets import SecretStore
+from agent.update.store import NotAloneError, Store, StoreError, alone
 from fleet.protocol.names import BadNameError
 
 TOKEN_MAX_BYTES: Final = 8192
+
 HOST_WAIT_S: Final = 30.0
+
 APPLY_LOOK_S: Final = 0.1
+
 Command = Callable[[argparse.Namespace], int]
 
 EXAMPLES: Final = """examples:
@@ -47,7 +52,7 @@ ERRORS: Final = (
     ConfigError,
     StoreError,
     BadNameError,
-    enroll.EnrolError,
+    enrolment.EnrolError,
     identity.IdentityError,
     images.ImageError,
     restore.RunsetError,
@@ -62,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--version", action="version", version=f"fleet-agent {health.agent_version() or '(from a tree)'}"
+        "--version", action="version", version=f"fleet-agent {device_info.agent_version() or '(from a tree)'}"
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--state", type=Path, default=STATE_DIR, metavar="DIR", help=f"state directory ({STATE_DIR})")
@@ -111,8 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _places(options: argparse.Namespace) -> Places:
-    return Places(options.state, options.runtime)
+def _places(options: argparse.Namespace) -> Paths:
+    return Paths(options.state, options.runtime)
 
 
 def _enroll(options: argparse.Namespace) -> int:
@@ -130,13 +135,13 @@ def _enroll(options: argparse.Namespace) -> int:
             print("paste the enrolment token (fleet enroll-token makes one), then Enter:", file=sys.stderr)
         read = sys.stdin.buffer.readline(TOKEN_MAX_BYTES)
     text = read.decode("ascii", errors="replace")
-    _join(options, enroll.board_name(options.name or settings.name), text, firstboot.machine(), settings.production)
+    _join(options, enrolment.board_name(options.name or settings.name), text, identity.machine(), settings.production)
     return 0
 
 
 def _join(options: argparse.Namespace, name: str, text: str, machine: str, production: bool) -> None:  # noqa: FBT001
     _become_owner(options.state)
-    joined = enroll.enroll(
+    joined = enrolment.enrol(
         text,
         state=options.state,
         name=name,
@@ -152,25 +157,25 @@ def _first_boot(options: argparse.Namespace, settings: config.Settings) -> int:
     directory = _places(options).identity
     if (directory / "enrolled.json").exists():
         who = identity.load(directory)
-        if not firstboot.is_copy(who):
+        if not identity.is_copied_disk(who):
             print(f"{who.device} is enrolled already")
             return 0
         print(f"this disk was copied from the board of {who.device}: its identity and state are given up")
         options.force = True
-    found = firstboot.find(credentials=os.environ.get("CREDENTIALS_DIRECTORY"))
+    found = identity.find_token(credentials=os.environ.get("CREDENTIALS_DIRECTORY"))
     if found is None:
         if options.force:
-            enroll.give_up(options.state)
-        print(f"there is no {firstboot.NAME} on the boot partition: nothing to do")
+            enrolment.give_up(options.state)
+        print(f"there is no {identity.NAME} on the boot partition: nothing to do")
         return 0
-    machine = firstboot.machine()
+    machine = identity.machine()
     named = options.name or settings.name
-    name = enroll.board_name(named) if named else firstboot.name_of(enroll.board_name(), machine)
+    name = enrolment.board_name(named) if named else identity.name_of(enrolment.board_name(), machine)
     pid = os.fork()  # the token is erased by whom it was written for, the identity written by the agent's user
     if pid == 0:
         os._exit(_guarded(lambda: _join(options, name, found.text, machine, settings.production)))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if code == 0 and not firstboot.erase(found):
+    if code == 0 and not identity.erase(found):
         print(
             f"the used token could not be erased from {found.where}; it is good for nothing any more", file=sys.stderr
         )
@@ -202,7 +207,7 @@ def _become_owner(state: Path) -> None:
         os.environ["HOME"] = str(state)
 
 
-def _identity(places: Places) -> identity.Identity:
+def _identity(places: Paths) -> identity.Identity:
     _become_owner(places.state)
     if places.state.exists() and not os.access(places.state, os.W_OK | os.X_OK):
         if places.state.stat().st_uid == os.geteuid():
@@ -212,11 +217,11 @@ def _identity(places: Places) -> identity.Identity:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from agent.daemon import Daemon  # noqa: PLC0415 - MQTT and TUF are for the daemon alone
+    from agent.service import Service  # noqa: PLC0415 - MQTT and TUF are for the daemon alone
 
     places, settings = _places(options), config.load(options.config)
     who = _identity(places)
-    if firstboot.is_copy(who):
+    if identity.is_copied_disk(who):
         raise UsageError(
             f"this disk was copied from the board of {who.device}, which is still itself: "
             "run 'fleet-agent enroll --force' with a token of its own"
@@ -238,14 +243,14 @@ def _run(options: argparse.Namespace) -> int:
     async def serve(store: Store) -> int:
         if taken := restore.take_over(store, places.runset, mac_key):
             logging.getLogger("agent").warning("the store was lost; %d instances are known from runset.json", taken)
-        daemon = Daemon(identity=who, root=root, mac_key=mac_key, places=places, settings=settings, store=store)
+        daemon = Service(identity=who, root=root, mac_key=mac_key, places=places, settings=settings, store=store)
         return await daemon.run()
 
     return asyncio.run(main())
 
 
 def _apply(options: argparse.Namespace) -> int:
-    from agent import bundle  # noqa: PLC0415 - TUF is for those who verify
+    from agent.link import bundle  # noqa: PLC0415 - TUF is for those who verify
 
     places = _places(options)
     with options.file.open("rb") as file:  # before giving up root: a stick may be root's
@@ -263,7 +268,7 @@ def _apply(options: argparse.Namespace) -> int:
         if time.monotonic() >= deadline:
             raise UsageError(f"the agent has not judged the bundle in {options.wait:g} s: its journal says why")
         time.sleep(APPLY_LOOK_S)
-    found = msgspec.json.decode(outcome.read_bytes(), type=bundle.Outcome)
+    found = msgspec.json.decode(outcome.read_bytes(), type=bundle.BundleVerdict)
     if found.code:
         raise UsageError(f"the bundle was refused ({found.code}): {found.message}")
     print(f"assignment {found.version} is accepted; 'fleet-agent status' says how it goes")
@@ -280,8 +285,8 @@ def _restore(options: argparse.Namespace) -> int:
     if not items:
         return 0
     policy = settings.policy
-    sealed = Sealed(places.secrets, places.identity / "sealing.key", identity.load(places.identity))
-    made = images.Images(
+    sealed = SecretStore(places.secrets, places.identity / "sealing.key", identity.load(places.identity))
+    made = images.ImageStore(
         places.images,
         key,
         memory_bytes=policy.compile_memory_bytes,
@@ -290,7 +295,7 @@ def _restore(options: argparse.Namespace) -> int:
     )
 
     async def main() -> list[restore.Restored]:
-        link = HostLink(places.host_socket)
+        link = HostClient(places.host_socket)
         welcome = await restore.wait_for_host(link, HOST_WAIT_S)
         try:
             return await restore.restore(link, welcome, items, made, places.artifacts, policy, sealed)
@@ -306,15 +311,15 @@ def _restore(options: argparse.Namespace) -> int:
     return int(any(each.problem for each in restored))
 
 
-def _standing(options: argparse.Namespace, instance: str = "") -> why.Standing:
+def _standing(options: argparse.Namespace, instance: str = "") -> status.StatusReport:
     places = _places(options)
     who = _identity(places)
     if not places.database.exists():
         Store(places.database).close()
     store = Store(places.database, read_only=True)
     try:
-        found = why.standing(who, store, instance)
-        said = ipc.why_not(places.runtime)
+        found = status.standing(who, store, instance)
+        said = host_api.why_not(places.runtime)
         problems = (f"the host did not start, and says: {said}",) if said else ()
         return msgspec.structs.replace(found, problems=(*problems, *found.problems))
     finally:
@@ -330,7 +335,7 @@ def _status(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(msgspec.structs.replace(found, timeline=()))
     else:
-        print("\n".join(why.tell(found)))
+        print("\n".join(status.tell(found)))
     return 0
 
 
@@ -342,14 +347,14 @@ def _why(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(found)
     else:
-        print("\n".join([*why.tell(found), "what happened, oldest first:", *why.tell_timeline(found)]))
+        print("\n".join([*status.tell(found), "what happened, oldest first:", *status.tell_timeline(found)]))
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
     settings = config.load(options.config)
     _become_owner(options.state)
-    results = check.run(_places(options), settings)
+    results = check.run_checks(_places(options), settings)
     if options.json:
         _print_json(results)
     else:

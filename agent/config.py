@@ -13,11 +13,13 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from fleet.protocol import caps, outbound
+from fleet.protocol import bounds, outbound
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEMENTS_MAX, Grants, Limits
 
 STATE_DIR: Final = Path("/var/lib/wasmfleet-agent")
+
 RUNTIME_DIR: Final = Path("/run/wasmfleet")
+
 CONFIG_FILE: Final = Path("/etc/wasmfleet/agent.toml")
 
 CAPPED: Final = (
@@ -26,6 +28,7 @@ CAPPED: Final = (
     *("table_elements", "core_instances"),
 )
 """The limits of a manifest that the board's policy bounds, by the names they have in both."""
+
 _MAY_BE_NONE: Final = MAY_BE_NONE.intersection(CAPPED) - {"fuel"}
 
 
@@ -57,22 +60,22 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     bundles: bool = False
     late_bundles: bool = False
     on_revoked: Literal["stop", "keep"] = "stop"
-    memory_bytes: int = 256 * caps.MIB
+    memory_bytes: int = 256 * bounds.MIB
     call_ms: int = 60_000
     start_ms: int = 60_000
     idle_ms: int = 60_000
     total_ms: int = 600_000
     concurrency: int = 8
-    request_bytes: int = 64 * caps.MIB
-    response_bytes: int = 64 * caps.MIB
+    request_bytes: int = 64 * bounds.MIB
+    response_bytes: int = 64 * bounds.MIB
     log_lines_per_minute: int = 6000
     fuel: int = 1 << 40
-    storage_bytes: int = 256 * caps.MIB
-    daily_written_bytes: int = 1024 * caps.MIB
-    state_bytes: int = 2 * caps.MIB
+    storage_bytes: int = 256 * bounds.MIB
+    daily_written_bytes: int = 1024 * bounds.MIB
+    state_bytes: int = 2 * bounds.MIB
     table_elements: int = TABLE_ELEMENTS_MAX
     core_instances: int = CORE_INSTANCES_MAX
-    compile_memory_bytes: int = 1024 * caps.MIB
+    compile_memory_bytes: int = 1024 * bounds.MIB
     compile_s: int = 300
 
     def limit(self, limits: Limits) -> Limits:
@@ -118,8 +121,8 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         reserve_bytes: kept free on the file system.
     """
 
-    budget_bytes: int = 512 * caps.MIB
-    reserve_bytes: int = 16 * caps.MIB
+    budget_bytes: int = 512 * bounds.MIB
+    reserve_bytes: int = 16 * bounds.MIB
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -208,7 +211,7 @@ def load(file: Path) -> Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class Paths:
     """Where things lie."""
 
     state: Path

@@ -11,6 +11,7 @@ import socket
 from typing import Final
 
 WATCHDOG_SHARE: Final = 3
+
 FIELD: Final = "WASMFLEET_"
 
 

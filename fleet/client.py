@@ -1,7 +1,7 @@
 """The operator's side of the HTTP API: one small synchronous client with the fleet's own CA pinned.
 
-Each method is one route of `fleet.protocol.api`. Nothing is retried here: who calls knows whether a second try is
-right. What goes wrong comes out as one of four errors, by whose fault it is:
+Each method is one route of `fleet.protocol.operator_api`. Nothing is retried here: who calls knows whether a second
+try is right. What goes wrong comes out as one of four errors, by whose fault it is:
 
     ClientError
     ├── UnreachableError   the network, the address, the certificate: the server was not asked
@@ -22,16 +22,26 @@ from urllib.parse import quote, urlsplit
 import httpx
 import msgspec
 
-from fleet.protocol import api, sealed, wire
-from fleet.protocol.authority import CaView, IssuingRequest
-from fleet.protocol.history import History
-from fleet.protocol.logs import LogView
-from fleet.protocol.online import OnlineRequest, OnlineView
-from fleet.protocol.people import OperatorReply, OperatorRequest, Operators, Role
+from fleet.protocol import operator_api, trust_api, wire
+from fleet.protocol.messages import LogView
+from fleet.protocol.operator_api import History
+from fleet.protocol.trust_api import (
+    CaView,
+    IssuingRequest,
+    OnlineRequest,
+    OnlineView,
+    OperatorReply,
+    OperatorRequest,
+    Operators,
+    Role,
+)
 
 CHUNK_BYTES: Final = 64 * 1024
+
 CONNECT_TIMEOUT_S: Final = 5.0
+
 READ_TIMEOUT_S: Final = 30.0
+
 _NO_CHECK_TIME: Final = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME of OpenSSL; the ssl module has no name for it."""
 
@@ -65,7 +75,7 @@ class AnswerError(ClientError):
 class ProblemError(ClientError):
     """The server refused; `problem.type` is the word for programs, `problem.status` the HTTP status."""
 
-    def __init__(self, problem: api.Problem) -> None:
+    def __init__(self, problem: operator_api.Problem) -> None:
         super().__init__(problem.title, problem.detail, problem.action)
         self.problem = problem
 
@@ -116,25 +126,25 @@ class Client:
 
     # the fleet
 
-    def status(self) -> api.Status:
+    def status(self) -> operator_api.Status:
         """The fleet at a glance."""
-        return self._get(api.Status, "/v1/status")
+        return self._get(operator_api.Status, "/v1/status")
 
-    def groups(self) -> api.Groups:
+    def groups(self) -> operator_api.Groups:
         """Every group."""
-        return self._get(api.Groups, "/v1/groups")
+        return self._get(operator_api.Groups, "/v1/groups")
 
-    def set_group(self, name: str, request: api.GroupRequest) -> api.GroupRow:
+    def set_group(self, name: str, request: operator_api.GroupRequest) -> operator_api.GroupRow:
         """Make or change a group."""
-        return self._send(api.GroupRow, "PUT", f"/v1/groups/{_quoted(name)}", request)
+        return self._send(operator_api.GroupRow, "PUT", f"/v1/groups/{_quoted(name)}", request)
 
-    def enroll_token(self, request: api.EnrollTokenRequest) -> api.EnrollTokenReply:
+    def enroll_token(self, request: operator_api.EnrollTokenRequest) -> operator_api.EnrollTokenReply:
         """A one-time token for one board."""
-        return self._send(api.EnrollTokenReply, "POST", "/v1/enroll-tokens", request)
+        return self._send(operator_api.EnrollTokenReply, "POST", "/v1/enroll-tokens", request)
 
-    def audit(self, *, limit: int) -> api.Audit:
+    def audit(self, *, limit: int) -> operator_api.Audit:
         """The newest acts."""
-        return self._get(api.Audit, "/v1/audit", {"limit": limit})
+        return self._get(operator_api.Audit, "/v1/audit", {"limit": limit})
 
     # the CA and operators
 
@@ -177,60 +187,66 @@ class Client:
 
     # boards
 
-    def devices(self) -> api.Devices:
+    def devices(self) -> operator_api.Devices:
         """Every board."""
-        return self._get(api.Devices, "/v1/devices")
+        return self._get(operator_api.Devices, "/v1/devices")
 
-    def device(self, device: str) -> api.DeviceDetail:
+    def device(self, device: str) -> operator_api.DeviceDetail:
         """One board in full."""
-        return self._get(api.DeviceDetail, f"/v1/devices/{_quoted(device)}")
+        return self._get(operator_api.DeviceDetail, f"/v1/devices/{_quoted(device)}")
 
-    def timeline(self, device: str, *, limit: int) -> api.Timeline:
+    def timeline(self, device: str, *, limit: int) -> operator_api.Timeline:
         """What happened to a board, newest first."""
-        return self._get(api.Timeline, f"/v1/devices/{_quoted(device)}/timeline", {"limit": limit})
+        return self._get(operator_api.Timeline, f"/v1/devices/{_quoted(device)}/timeline", {"limit": limit})
 
     def history(self, device: str, *, boot_id: str = "", after: int = 0) -> History:
         """A page of a board's reports as it signed them, behind a place in them."""
         return self._get(History, f"/v1/devices/{_quoted(device)}/reports", {"boot_id": boot_id, "after": after})
 
-    def label(self, device: str, request: api.LabelsRequest) -> api.DeviceDetail:
+    def label(self, device: str, request: operator_api.LabelsRequest) -> operator_api.DeviceDetail:
         """Set and remove labels."""
-        return self._send(api.DeviceDetail, "PUT", f"/v1/devices/{_quoted(device)}/labels", request)
+        return self._send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{_quoted(device)}/labels", request)
 
-    def pin(self, device: str, request: api.RolloutRequest) -> api.RolloutView:
+    def pin(self, device: str, request: operator_api.RolloutRequest) -> operator_api.RolloutView:
         """Give one board a target of its own."""
-        return self._send(api.RolloutView, "PUT", f"/v1/devices/{_quoted(device)}/pin", request)
+        return self._send(operator_api.RolloutView, "PUT", f"/v1/devices/{_quoted(device)}/pin", request)
 
-    def unpin(self, device: str, instance: str) -> api.DeviceDetail:
+    def unpin(self, device: str, instance: str) -> operator_api.DeviceDetail:
         """Let the board follow its groups again."""
         return self._send(
-            api.DeviceDetail, "POST", f"/v1/devices/{_quoted(device)}/unpin", api.InstanceRequest(instance=instance)
+            operator_api.DeviceDetail,
+            "POST",
+            f"/v1/devices/{_quoted(device)}/unpin",
+            operator_api.InstanceRequest(instance=instance),
         )
 
-    def retry(self, device: str, instance: str) -> api.DeviceDetail:
+    def retry(self, device: str, instance: str) -> operator_api.DeviceDetail:
         """Have a failed instance tried again."""
         return self._send(
-            api.DeviceDetail, "POST", f"/v1/devices/{_quoted(device)}/retry", api.InstanceRequest(instance=instance)
+            operator_api.DeviceDetail,
+            "POST",
+            f"/v1/devices/{_quoted(device)}/retry",
+            operator_api.InstanceRequest(instance=instance),
         )
 
-    def command(self, device: str, request: api.CommandRequest) -> api.CommandReply:
+    def command(self, device: str, request: operator_api.CommandRequest) -> operator_api.CommandReply:
         """Send a signed command."""
-        return self._send(api.CommandReply, "POST", f"/v1/devices/{_quoted(device)}/command", request)
+        return self._send(operator_api.CommandReply, "POST", f"/v1/devices/{_quoted(device)}/command", request)
 
     def logs(self, device: str, *, command: int, after: int, wait_s: int) -> LogView:
         """Log lines that a command asked for, behind a place in them; waits for the next."""
         query = {"command": command, "after": after, "wait": wait_s}
         return self._get(LogView, f"/v1/devices/{_quoted(device)}/logs", query, timeout_s=READ_TIMEOUT_S + wait_s)
 
-    def revoke(self, device: str) -> api.DeviceDetail:
+    def revoke(self, device: str) -> operator_api.DeviceDetail:
         """Shut a board out."""
-        return self._send(api.DeviceDetail, "POST", f"/v1/devices/{_quoted(device)}/revoke", None)
+        return self._send(operator_api.DeviceDetail, "POST", f"/v1/devices/{_quoted(device)}/revoke", None)
 
     # publishing
 
-    def components(self) -> api.Components:
+    def components(self) -> operator_api.Components:
         """Every published target."""
-        return self._get(api.Components, "/v1/components")
+        return self._get(operator_api.Components, "/v1/components")
 
     def tuf(self, file: str) -> bytes | None:
         """One file of the TUF repository; None when there is none of that name."""
@@ -257,7 +273,9 @@ class Client:
         """A component's bytes, as the server has them: check the hash."""
         return self._checked(self._request("GET", f"/v1/artifacts/{_quoted(sha256)}")).content
 
-    def upload(self, sha256: str, data: bytes, *, progress: Callable[[int], None] | None = None) -> api.ArtifactReply:
+    def upload(
+        self, sha256: str, data: bytes, *, progress: Callable[[int], None] | None = None
+    ) -> operator_api.ArtifactReply:
         """Store an artifact; `progress` is told the number of bytes of each chunk as it is sent."""
 
         def chunks() -> Iterator[bytes]:
@@ -269,37 +287,39 @@ class Client:
 
         headers = {"Content-Length": str(len(data)), "Content-Type": "application/wasm"}
         response = self._request("PUT", f"/v1/artifacts/{_quoted(sha256)}", content=chunks(), headers=headers)
-        return self._decoded(api.ArtifactReply, response)
+        return self._decoded(operator_api.ArtifactReply, response)
 
-    def publish_role(self, namespace: str, role: bytes) -> api.RoleReply:
+    def publish_role(self, namespace: str, role: bytes) -> operator_api.RoleReply:
         """Publish the namespace's next role; a `ProblemError` with status 409 means that someone else was first."""
         headers = {"Content-Type": "application/json"}
         response = self._request("POST", f"/v1/roles/{_quoted(namespace)}", content=role, headers=headers)
-        return self._decoded(api.RoleReply, response)
+        return self._decoded(operator_api.RoleReply, response)
 
-    def publish_event(self, event: bytes) -> api.RoleReply:
+    def publish_event(self, event: bytes) -> operator_api.RoleReply:
         """Publish a signing event; a `ProblemError` with status 409 means that someone else was first."""
         headers = {"Content-Type": "application/json"}
-        return self._decoded(api.RoleReply, self._request("POST", "/v1/signing-events", content=event, headers=headers))
+        return self._decoded(
+            operator_api.RoleReply, self._request("POST", "/v1/signing-events", content=event, headers=headers)
+        )
 
     # secrets
 
-    def secrets(self) -> sealed.Secrets:
+    def secrets(self) -> trust_api.Secrets:
         """Every secret, without its value."""
-        return self._get(sealed.Secrets, "/v1/secrets")
+        return self._get(trust_api.Secrets, "/v1/secrets")
 
-    def sealing_keys(self, name: str, scope: sealed.SecretScope) -> sealed.SealingKeys:
+    def sealing_keys(self, name: str, scope: trust_api.SecretScope) -> trust_api.SealingKeys:
         """What is needed to seal the next version of a secret here."""
         query = {"group": scope.group, "device": scope.device, "instance": scope.instance}
-        return self._get(sealed.SealingKeys, f"/v1/secrets/{_quoted(name)}/keys", query)
+        return self._get(trust_api.SealingKeys, f"/v1/secrets/{_quoted(name)}/keys", query)
 
-    def set_secret(self, name: str, request: sealed.SecretRequest) -> sealed.SecretReply:
+    def set_secret(self, name: str, request: trust_api.SecretRequest) -> trust_api.SecretReply:
         """Give boards the next version of a secret."""
-        return self._send(sealed.SecretReply, "PUT", f"/v1/secrets/{_quoted(name)}", request)
+        return self._send(trust_api.SecretReply, "PUT", f"/v1/secrets/{_quoted(name)}", request)
 
-    def remove_secret(self, name: str, scope: sealed.SecretScope) -> sealed.Secrets:
+    def remove_secret(self, name: str, scope: trust_api.SecretScope) -> trust_api.Secrets:
         """Take a secret from boards."""
-        return self._send(sealed.Secrets, "POST", f"/v1/secrets/{_quoted(name)}/remove", scope)
+        return self._send(trust_api.Secrets, "POST", f"/v1/secrets/{_quoted(name)}/remove", scope)
 
     def box(self, device: str, sha256: str) -> bytes:
         """A board's sealed box, as the server has it: check the hash."""
@@ -307,35 +327,37 @@ class Client:
 
     # rollouts
 
-    def preflight(self, request: api.RolloutRequest) -> api.Preflight:
+    def preflight(self, request: operator_api.RolloutRequest) -> operator_api.Preflight:
         """What a rollout would do."""
-        return self._send(api.Preflight, "POST", "/v1/preflight", request)
+        return self._send(operator_api.Preflight, "POST", "/v1/preflight", request)
 
-    def deploy(self, request: api.RolloutRequest) -> api.RolloutView:
+    def deploy(self, request: operator_api.RolloutRequest) -> operator_api.RolloutView:
         """Start a rollout."""
-        return self._send(api.RolloutView, "POST", "/v1/rollouts", request)
+        return self._send(operator_api.RolloutView, "POST", "/v1/rollouts", request)
 
-    def rollouts(self, *, group: str = "", limit: int = 50) -> api.Rollouts:
+    def rollouts(self, *, group: str = "", limit: int = 50) -> operator_api.Rollouts:
         """The newest rollouts."""
         query: dict[str, str | int] = {"group": group, "limit": limit} if group else {"limit": limit}
-        return self._get(api.Rollouts, "/v1/rollouts", query)
+        return self._get(operator_api.Rollouts, "/v1/rollouts", query)
 
-    def rollout(self, rollout: str, *, wait_s: int = 0, since: int = 0) -> api.RolloutView:
+    def rollout(self, rollout: str, *, wait_s: int = 0, since: int = 0) -> operator_api.RolloutView:
         """One rollout; with `wait_s`, returns when its revision is above `since`, or after that time."""
         query = {"wait": wait_s, "since": since} if wait_s else {}
-        return self._get(api.RolloutView, f"/v1/rollouts/{_quoted(rollout)}", query, timeout_s=READ_TIMEOUT_S + wait_s)
+        return self._get(
+            operator_api.RolloutView, f"/v1/rollouts/{_quoted(rollout)}", query, timeout_s=READ_TIMEOUT_S + wait_s
+        )
 
-    def act(self, rollout: str, verb: str) -> api.RolloutView:
+    def act(self, rollout: str, verb: str) -> operator_api.RolloutView:
         """`pause`, `resume` or `abort` a rollout."""
-        return self._send(api.RolloutView, "POST", f"/v1/rollouts/{_quoted(rollout)}/{verb}", None)
+        return self._send(operator_api.RolloutView, "POST", f"/v1/rollouts/{_quoted(rollout)}/{verb}", None)
 
-    def undo(self, request: api.UndoRequest) -> api.RolloutView:
+    def undo(self, request: operator_api.UndoRequest) -> operator_api.RolloutView:
         """Offer the previous state again."""
-        return self._send(api.RolloutView, "POST", "/v1/undo", request)
+        return self._send(operator_api.RolloutView, "POST", "/v1/undo", request)
 
-    def remove(self, request: api.RemovalRequest) -> api.RolloutView:
+    def remove(self, request: operator_api.RemovalRequest) -> operator_api.RolloutView:
         """Take an instance off."""
-        return self._send(api.RolloutView, "POST", "/v1/removals", request)
+        return self._send(operator_api.RolloutView, "POST", "/v1/removals", request)
 
     # how
 
@@ -360,7 +382,7 @@ class Client:
         if response.is_success:
             return response
         try:
-            problem = msgspec.json.decode(response.content, type=api.Problem)
+            problem = msgspec.json.decode(response.content, type=operator_api.Problem)
         except wire.JSON_ERRORS as error:
             raise AnswerError(
                 f"{self.url} answered {response.status_code} {response.reason_phrase}",
@@ -403,8 +425,11 @@ def _unreachable(url: str, error: Exception) -> UnreachableError:
 
 
 _CHECK_SERVER: Final = "start it with 'fleet serve', or look at its log"
+
 _CHECK_NETWORK: Final = "check the address in operator/config.toml and the network between"
+
 _LISTINGS: Final = "'fleet devices', 'fleet groups' and 'fleet rollouts' list them"
+
 _CHECK_HOME: Final = "use the --home of this fleet, or check that the address is right"
 
 

@@ -20,16 +20,18 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import urlopen
 
-from fleet.protocol import caps, wire
+from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
 from signing import metadata
-from signing.cache import DirectoryCache
 from signing.errors import FetchNotFound, Rejected
-from signing.facts import Facts
-from signing.workflow import Workflow
+from signing.state import VerifierState
+from signing.trusted_metadata import Workflow
+from signing.updater import DirectoryCache
 
 TIMEOUT_S: Final = 30
+
 PINNED: Final = ".pinned-root"
+
 FACTS: Final = ".facts"
 
 
@@ -75,7 +77,7 @@ def _init(directory: Path, root: Path) -> None:
 
 def _refresh(directory: Path, url: str) -> Workflow:
     facts_file = directory / FACTS
-    facts = Facts.decode(facts_file.read_bytes()) if facts_file.exists() else Facts()
+    facts = VerifierState.decode(facts_file.read_bytes()) if facts_file.exists() else VerifierState()
 
     def fetch(name: str, max_bytes: int) -> bytes:
         # A role may be named in any way: `Workflow` asks for a file name that is quoted already.
@@ -110,7 +112,7 @@ def _get(url: str, max_bytes: int) -> bytes:
         raise Rejected(RejectCode.UNREACHABLE, f"{url} is not an http or https URL")
     try:
         with urlopen(url, timeout=TIMEOUT_S) as response:  # noqa: S310 - the scheme was checked
-            data: bytes = response.read(min(max_bytes, caps.ARTIFACT_MAX_BYTES) + 1)
+            data: bytes = response.read(min(max_bytes, bounds.ARTIFACT_MAX_BYTES) + 1)
     except HTTPError as error:
         if error.code in {403, 404}:
             raise FetchNotFound(url) from error

@@ -1,22 +1,30 @@
-"""What the director says, signed: assignments, freshness statements and commands.
+"""Director documents: sign and verify assignments, freshness statements, commands.
+
+What the director says, signed: assignments, freshness statements and commands.
 
 The director chooses among what publishers have signed; it cannot make code. Its key is a delegation in the TUF targets
-role. `signing.trust` verifies what is made here.
+role. `signing.verifier` verifies what is made here.
+
+What the director signed, judged by the board that it is for. Pure: envelope, facts and time in, a verdict out.
+
+The order of the checks is fixed: size, signature, addressee, version, expiry. What is replayed is found out by what the
+board remembers (`Facts`), scoped to the director's current keys: rotating them ends what a thief did to the numbers.
 """
 
-from securesystemslib.signer import Signer
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final, TypeVar
 
-from fleet.protocol import names, wire
-from fleet.protocol.assignment import (
-    ASSIGNMENT_TYPE,
-    COMMAND_TYPE,
-    FRESH_TYPE,
-    Assignment,
-    Command,
-    Fresh,
-)
-from signing import dsse, orders
-from signing.errors import SigningError
+import msgspec
+from securesystemslib.signer import Signer
+from tuf.api.metadata import Targets
+
+from fleet.protocol import bounds, names, wire
+from fleet.protocol.assignment import ASSIGNMENT_TYPE, COMMAND_TYPE, FRESH_TYPE, Assignment, Command, Fresh
+from fleet.protocol.codes import RejectCode
+from signing import dsse, metadata
+from signing.errors import Rejected, SigningError
+from signing.state import VERSION_MAX, Remembered, VerifierState
 
 
 def sign_assignment(assignment: Assignment, signer: Signer) -> bytes:
@@ -29,7 +37,7 @@ def sign_assignment(assignment: Assignment, signer: Signer) -> bytes:
         SigningError: what no board would accept: too large, too many items, an instance twice or with a bad name, empty
             without `stop_all`, expired at birth.
     """
-    orders.check_items(assignment)
+    check_items(assignment)
     if not assignment.items and not assignment.stop_all:
         raise SigningError("an empty list would stop everything: say stop_all")
     try:
@@ -63,3 +71,162 @@ def _sign(payload_type: str, message: Assignment | Fresh | Command, signer: Sign
 def payload_sha256(envelope: bytes) -> str:
     """The sha256 that a freshness statement for this envelope names, and that boards report."""
     return dsse.parse(envelope).sha256
+
+
+COMMAND_LIFE_MAX: Final = timedelta(minutes=15)
+
+PORT_MAX: Final = 65535
+
+M = TypeVar("M", Assignment, Fresh, Command)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Director:
+    """Who may give orders now.
+
+    Attributes:
+        targets: the verified top-level targets, which delegate to it.
+        role: the delegation's name.
+        keys: digest of its key set.
+    """
+
+    targets: Targets
+    role: str
+    keys: str
+
+
+def assignment(
+    director: Director, data: bytes, *, fleet: str, device: str, facts: VerifierState, now: datetime, clamp: datetime
+) -> tuple[Assignment, str, VerifierState]:
+    """Judge an assignment; returns it with its payload's sha256 and the facts to store.
+
+    Raises:
+        Rejected: see `TrustedSet.accept`.
+    """
+    message, envelope = _open(director, data, ASSIGNMENT_TYPE, Assignment)
+    _check_addressee(message, fleet, device)
+    _check_version("the assignment", message.version)
+    known = _scoped(facts.assignment, director)
+    if known is not None and message.version < known.version:
+        raise Rejected(RejectCode.ROLLBACK, f"assignment {message.version} is older than {known.version}")
+    if known is not None and message.version == known.version and envelope.sha256 != known.sha256:
+        raise Rejected(RejectCode.EQUIVOCATION, f"assignment {message.version} was seen with other bytes before")
+    _check_times(message, now, "the assignment")
+    if not message.items and not message.stop_all:
+        raise Rejected(RejectCode.EMPTY, "an empty list counts only with stop_all")
+    check_items(message)
+    remembered = Remembered(message.version, envelope.sha256, director.keys)
+    facts = msgspec.structs.replace(facts, assignment=remembered)
+    return message, envelope.sha256, facts.with_floor(min(message.issued, message.expires, clamp))
+
+
+def check_items(message: Assignment) -> None:
+    """Refuse a list that no board can carry out: instance names become directories, routes and ports.
+
+    Raises:
+        Rejected: TOO_LARGE: too many instances; MALFORMED: a bad or doubled name, a port or an attempt that is none.
+    """
+    if len(message.items) > bounds.ITEMS_MAX:
+        raise Rejected(RejectCode.TOO_LARGE, f"{len(message.items)} instances, at most {bounds.ITEMS_MAX} are accepted")
+    try:
+        for instance in (*(item.instance for item in message.items), *message.keep_data):
+            names.check_label(instance, "instance")
+    except names.BadNameError as error:
+        raise Rejected(RejectCode.MALFORMED, str(error)) from error
+    seen: set[str] = set()
+    for item in message.items:
+        if item.instance in seen:
+            raise Rejected(RejectCode.MALFORMED, f"the instance {item.instance!r} is listed twice")
+        if item.port is not None and not 0 < item.port <= PORT_MAX:
+            raise Rejected(RejectCode.MALFORMED, f"{item.instance}: {item.port} is not a port")
+        if not 0 <= item.attempt <= VERSION_MAX:
+            raise Rejected(RejectCode.MALFORMED, f"{item.instance}: {item.attempt} is not an attempt")
+        seen.add(item.instance)
+
+
+def fresh(
+    director: Director,
+    data: bytes,
+    *,
+    fleet: str,
+    device: str,
+    nonce: str,
+    sha256: str,
+    facts: VerifierState,
+    now: datetime,
+    clamp: datetime,
+) -> tuple[Fresh, VerifierState]:
+    """Judge a freshness statement; returns it with the facts to store (a raised floor).
+
+    Raises:
+        Rejected: see `TrustedSet.fresh`.
+    """
+    message, _ = _open(director, data, FRESH_TYPE, Fresh)
+    _check_addressee(message, fleet, device)
+    if message.nonce != nonce:
+        raise Rejected(RejectCode.REPLAY, "the freshness statement answers another nonce")
+    _check_times(message, now, "the freshness statement")
+    if message.assignment_sha256 != sha256:
+        raise Rejected(RejectCode.FREEZE, "the director has another assignment for this board than was delivered")
+    return message, facts.with_floor(min(message.issued, message.expires, clamp))
+
+
+def command(
+    director: Director, data: bytes, *, fleet: str, device: str, facts: VerifierState, now: datetime
+) -> tuple[Command, VerifierState]:
+    """Judge a command; returns it with the facts to store before it is obeyed.
+
+    Raises:
+        Rejected: see `TrustedSet.command`.
+    """
+    message, envelope = _open(director, data, COMMAND_TYPE, Command)
+    _check_addressee(message, fleet, device)
+    _check_version("the command", message.sequence)
+    known = _scoped(facts.command, director)
+    if known is not None and message.sequence <= known.version:
+        raise Rejected(RejectCode.REPLAY, f"command {message.sequence} is not newer than {known.version}")
+    _check_times(message, now, "the command")
+    if message.expires - message.issued > COMMAND_LIFE_MAX:
+        raise Rejected(RejectCode.MALFORMED, "a command is valid for minutes, this one is for longer")
+    remembered = Remembered(message.sequence, envelope.sha256, director.keys)
+    return message, msgspec.structs.replace(facts, command=remembered)
+
+
+def _open(director: Director, data: bytes, payload_type: str, kind: type[M]) -> tuple[M, dsse.Envelope]:
+    envelope = dsse.parse(data, max_bytes=kind.MAX_BYTES)
+    if envelope.payload_type != payload_type:
+        raise Rejected(RejectCode.UNSIGNED, f"signed as {envelope.payload_type[:80]!r}, not as {payload_type}")
+    metadata.verify(director.targets, director.role, envelope.pae, envelope.signatures)
+    try:
+        return wire.decode(kind, envelope.payload), envelope
+    except wire.TooLargeError as error:
+        raise Rejected(RejectCode.TOO_LARGE, str(error)) from error
+    except wire.UnknownSchemaError as error:
+        raise Rejected(RejectCode.UNSUPPORTED_VERSION, str(error)) from error
+    except wire.WireError as error:
+        raise Rejected(RejectCode.MALFORMED, str(error)) from error
+
+
+def _check_addressee(message: Assignment | Fresh | Command, fleet: str, device: str) -> None:
+    if message.fleet != fleet:
+        raise Rejected(RejectCode.WRONG_FLEET, f"it is for the fleet {message.fleet[:80]!r}, not {fleet!r}")
+    if message.device != device:
+        raise Rejected(RejectCode.WRONG_DEVICE, f"it is for {message.device[:80]!r}, not {device!r}")
+
+
+def _check_version(what: str, version: int) -> None:
+    if not 0 < version <= VERSION_MAX:
+        raise Rejected(RejectCode.MALFORMED, f"{what} has the number {version}, beyond 1 to {VERSION_MAX}")
+
+
+def _check_times(message: Assignment | Fresh | Command, now: datetime, what: str) -> None:
+    if message.issued.tzinfo is None or message.expires.tzinfo is None:
+        raise Rejected(RejectCode.MALFORMED, f"{what} has a time without a zone")
+    if now >= message.expires:
+        raise Rejected(
+            RejectCode.EXPIRED, f"{what} expired on {message.expires:%Y-%m-%d %H:%M}, it is {now:%Y-%m-%d %H:%M}"
+        )
+
+
+def _scoped(remembered: Remembered | None, director: Director) -> Remembered | None:
+    return remembered if remembered is not None and remembered.keys == director.keys else None

@@ -14,11 +14,12 @@ from typing import Final
 import msgspec
 from securesystemslib.signer import Signature, Signer
 
-from fleet.protocol import caps, wire
+from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
 
-MAX_BYTES: Final = caps.DESIRED_MAX_BYTES
+MAX_BYTES: Final = bounds.DESIRED_MAX_BYTES
+
 SIGNATURES_MAX: Final = 16
 
 

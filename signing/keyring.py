@@ -23,17 +23,22 @@ from cryptography.hazmat.primitives.serialization import (
 from securesystemslib.signer import CryptoSigner, HSMSigner, Key, Signature, Signer, SSlibKey
 
 from fleet.protocol import names, wire
-from signing import keys, ssh_agent
+from signing import keys
 from signing.errors import KeyFileError
 
 FILE: Final = "file"
+
 ELSEWHERE: Final = ""
+
 Ask = Callable[[str], bytes | None]
 """Asks a person for the passphrase or PIN of what it is given; None when there is nobody to ask."""
 
 _ID_MIN: Final = 8
+
 _RECOVERY_PREFIX: Final = "WFRK1"
+
 _SEED_BYTES: Final = 32
+
 _CHECK_BYTES: Final = 3
 
 
@@ -156,8 +161,8 @@ class Keyring:
         Raises:
             KeyFileError: it is somebody else's, its file or token is away, or the passphrase is wrong.
         """
-        if entry.where == ssh_agent.SCHEME + ":":
-            return ssh_agent.SSHAgentSigner(entry.key)
+        if entry.where == keys.SCHEME + ":":
+            return keys.SSHAgentSigner(entry.key)
         if entry.where.startswith("hsm:"):
             return _Token(entry, ask)
         if entry.where != FILE:

@@ -1,4 +1,6 @@
-"""One role's metadata: from bytes to something verified, or `Rejected`.
+"""Parsing and verification of one role; signed fields of our own (ceiling, revoked, profile, DIRECTOR).
+
+One role's metadata: from bytes to something verified, or `Rejected`.
 
 The small steps that every verifier of TUF metadata takes, on a board or at a desk, with python-tuf's data model and
 none of its client. Pure: no file, no network, no clock.
@@ -7,28 +9,29 @@ none of its client. Pure: no file, no network, no clock.
 import hashlib
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from securesystemslib.signer import Key, Signature
 from tuf.api.exceptions import LengthOrHashMismatchError
-from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import DelegatedRole, Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 from tuf.api.serialization import DeserializationError, SerializationError
 
-from fleet.protocol import caps
+from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Grants
 from signing.errors import Rejected
-from signing.facts import VERSION_MAX
+from signing.state import VERSION_MAX
 
 S = TypeVar("S", Root, Timestamp, Snapshot, Targets)
 
 MAX_BYTES: Final[Mapping[type[Signed], int]] = {
-    Root: caps.ROOT_MAX_BYTES,
-    Timestamp: caps.TIMESTAMP_MAX_BYTES,
-    Snapshot: caps.SNAPSHOT_MAX_BYTES,
-    Targets: caps.TARGETS_MAX_BYTES,
+    Root: bounds.ROOT_MAX_BYTES,
+    Timestamp: bounds.TIMESTAMP_MAX_BYTES,
+    Snapshot: bounds.SNAPSHOT_MAX_BYTES,
+    Targets: bounds.TARGETS_MAX_BYTES,
 }
 
 KEY_ENDS: Final = "key_ends"
@@ -189,3 +192,55 @@ def check_file(meta: MetaFile | TargetFile, data: bytes, what: str) -> None:
         meta.verify_length_and_hashes(data)
     except LengthOrHashMismatchError as error:
         raise Rejected(RejectCode.HASH_MISMATCH, f"{what} is not the file that was promised: {error}") from error
+
+
+CEILING: Final = "ceiling"
+"""Signed field of a namespace's delegation: the grants that its components may have at the most."""
+
+REVOKED: Final = "revoked"
+"""Signed field of a namespace's role: the target paths that must not run any more."""
+
+PROFILE: Final = "wasmfleet"
+"""Signed field of root: which fleet the repository is of, and its size."""
+
+
+def verify_root(trusted: Root, data: bytes) -> Root:
+    """TUF specification, 5.3.4 and 5.3.5: signed by the old root's keys and by its own, and the very next version."""
+    new = parse(Root, data, "root")
+    verify_metadata(trusted, "root", new)
+    verify_metadata(new.signed, "root", new)
+    if new.signed.version != trusted.version + 1:
+        raise rollback_rejection("root", new.signed.version, trusted.version + 1)
+    return new.signed
+
+
+def profile(root: Root) -> dict[str, Any]:
+    """What a root says of its fleet: `fleet` and `size`; empty where it says nothing."""
+    said = root.unrecognized_fields.get(PROFILE, {})
+    return said if isinstance(said, dict) else {}
+
+
+def ceiling(delegator: Targets, name: str) -> list[Grants]:
+    """The ceiling that a delegation sets, if any; raises `Rejected` (MALFORMED) when it cannot be read."""
+    role = delegator.delegations.roles.get(name) if delegator.delegations and delegator.delegations.roles else None
+    if not isinstance(role, DelegatedRole) or CEILING not in role.unrecognized_fields:
+        return []
+    try:
+        return [msgspec.convert(role.unrecognized_fields[CEILING], Grants)]
+    except msgspec.ValidationError as error:
+        raise Rejected(RejectCode.MALFORMED, f"the ceiling of {name} cannot be read: {error}") from error
+
+
+def is_revoked(role: Targets, path: str) -> bool:
+    """Whether a role's publisher has revoked the target."""
+    revoked = role.unrecognized_fields.get(REVOKED, [])
+    return isinstance(revoked, list) and path in revoked
+
+
+def rollback_rejection(what: str, version: int, known: int) -> Rejected:
+    """Describe a role whose version fell below the one that is known."""
+    return Rejected(RejectCode.ROLLBACK, f"{what} has version {version}, {known} is known")
+
+
+DIRECTOR: Final = "director"
+"""The delegation whose keys sign assignments, freshness statements and commands."""

@@ -10,14 +10,13 @@ from typing import Any, assert_never
 
 from tuf.api.metadata import TargetFile
 
-from fleet.protocol import caps, evidence, manifest, names, outbound
+from fleet.protocol import bounds, manifest, names, outbound
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.evidence import Evidence
-from fleet.protocol.manifest import Grants, Http, Manifest, OnMessage, Schedule, Service
+from fleet.protocol.manifest import Evidence, Grants, Http, Manifest, OnMessage, Schedule, Service
 from fleet.protocol.names import TargetName
 from signing.errors import Rejected
-from signing.facts import Facts
+from signing.state import VerifierState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +80,13 @@ def release_of(path: str, target: TargetFile) -> Release:
         sha256 = names.check_sha256(str(target.hashes.get("sha256", "")))
         custom: Any = target.custom
         described = manifest.convert(custom["manifest"] if isinstance(custom, dict) else None)
-        bound = evidence.convert(custom.get("evidence"))
-    except (names.BadNameError, manifest.BadManifestError, evidence.BadEvidenceError, KeyError) as error:
+        bound = manifest.convert_evidence(custom.get("evidence"))
+    except (names.BadNameError, manifest.BadManifestError, manifest.BadEvidenceError, KeyError) as error:
         raise Rejected(RejectCode.MALFORMED, f"target {path[:200]!r}: {error}") from error
     if (described.name, described.version) != (name.name, name.version):
         raise Rejected(RejectCode.MALFORMED, f"{name} carries the manifest of {described.name}@{described.version}")
-    if not 0 < target.length <= caps.ARTIFACT_MAX_BYTES:
-        raise Rejected(RejectCode.TOO_LARGE, f"{name} has {target.length} bytes, 1 to {caps.ARTIFACT_MAX_BYTES} fit")
+    if not 0 < target.length <= bounds.ARTIFACT_MAX_BYTES:
+        raise Rejected(RejectCode.TOO_LARGE, f"{name} has {target.length} bytes, 1 to {bounds.ARTIFACT_MAX_BYTES} fit")
     return Release(name=name, manifest=described, length=target.length, sha256=sha256, evidence=bound)
 
 
@@ -110,7 +109,7 @@ def check_same(item: Item, release: Release) -> None:
 
 
 def check_allowed(
-    item: Item, release: Release, *, facts: Facts, ceilings: Iterable[Grants], local: Grants | None, arch: str
+    item: Item, release: Release, *, facts: VerifierState, ceilings: Iterable[Grants], local: Grants | None, arch: str
 ) -> Grants:
     """Refuse what this board must not run, and return the grants that the instance gets.
 
@@ -139,7 +138,7 @@ def check_allowed(
     unknown = sorted(set(item.config) - set(asked.config))
     if unknown:
         raise Rejected(RejectCode.MALFORMED, f"{release.name} has no configuration key {unknown[0]!r}")
-    if any(len(value.encode()) > caps.CONFIG_VALUE_MAX_BYTES for value in item.config.values()):
+    if any(len(value.encode()) > bounds.CONFIG_VALUE_MAX_BYTES for value in item.config.values()):
         raise Rejected(RejectCode.TOO_LARGE, f"{release.name}: a configuration value is too long")
     check_secrets(item, release, facts)
     grants = asked.grants if item.grants is None else item.grants
@@ -151,7 +150,7 @@ def check_allowed(
     return grants
 
 
-def check_secrets(item: Item, release: Release, facts: Facts) -> None:
+def check_secrets(item: Item, release: Release, facts: VerifierState) -> None:
     """Refuse secrets that the manifest does not declare, or older ones than this board has committed.
 
     Raises:
@@ -161,7 +160,7 @@ def check_secrets(item: Item, release: Release, facts: Facts) -> None:
     unknown = sorted(given.keys() - declared.keys())
     if unknown:
         raise Rejected(RejectCode.MALFORMED, f"{release.name} declares no secret {unknown[0][:80]!r}")
-    if len(given) != len(item.secrets) or len(given) > caps.SECRETS_MAX:
+    if len(given) != len(item.secrets) or len(given) > bounds.SECRETS_MAX:
         raise Rejected(RejectCode.MALFORMED, f"{item.instance}: a secret is named twice, or there are too many")
     missing = sorted(name for name, key in declared.items() if key.required and name not in given)
     if missing:

@@ -1,4 +1,6 @@
-"""The image repository, as the operator and the server make it: pure functions from metadata files to metadata files.
+"""Making metadata: create, delegate, add a target, revoke; snapshot and timestamp made here or elsewhere.
+
+The image repository, as the operator and the server make it: pure functions from metadata files to metadata files.
 
 A repository is a mapping of file names to bytes, `7.targets.json` and so on with `timestamp.json` as its head
 (consistent snapshots). A file once published never changes, so what is published is added, in the order returned,
@@ -7,6 +9,11 @@ and timestamp online; `director`, a delegation without paths, whose key signs as
 
 Publishing is compare-and-swap on a namespace's version: `check_role` refuses all but the next one, and the loser
 fetches, verifies from root, and signs again.
+
+Snapshot and timestamp that were signed elsewhere, judged before a server shows them.
+
+A server that does not hold their keys takes them from a publisher host. It adds nothing to them and cannot: what it may
+show is what that host has verified and signed. Pure over bytes.
 """
 
 import re
@@ -31,18 +38,18 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
-from fleet.protocol import caps, names, wire
-from fleet.protocol.evidence import Evidence
-from fleet.protocol.manifest import Grants, Manifest
+from fleet.protocol import bounds, names, wire
+from fleet.protocol.manifest import Evidence, Grants, Manifest
 from fleet.protocol.names import TargetName
 from signing import metadata, policy
 from signing.errors import ConflictError, Rejected, RepositoryError
+from signing.metadata import CEILING, DIRECTOR, PROFILE, REVOKED, ceiling
 from signing.policy import Release
-from signing.trust import DIRECTOR
-from signing.workflow import CEILING, PROFILE, REVOKED, ceiling
 
 S = TypeVar("S", Root, Timestamp, Snapshot, Targets)
+
 RESERVED: Final = frozenset({"root", "targets", "snapshot", "timestamp", DIRECTOR})
+
 LIFE: Final[Mapping[str, timedelta]] = {
     "root": timedelta(days=730),
     "targets": timedelta(days=365),
@@ -207,8 +214,8 @@ def add_target(
         RepositoryError: the version exists with other bytes, manifest or evidence, was revoked, or does not fit.
     """
     current = _parse(Targets, role, name.namespace)
-    if len(wire.canonical(manifest)) > caps.MANIFEST_MAX_BYTES:
-        raise RepositoryError(f"the manifest of {name} is too large, at most {caps.MANIFEST_MAX_BYTES} bytes fit")
+    if len(wire.canonical(manifest)) > bounds.MANIFEST_MAX_BYTES:
+        raise RepositoryError(f"the manifest of {name} is too large, at most {bounds.MANIFEST_MAX_BYTES} bytes fit")
     custom: dict[str, Any] = {"manifest": manifest.plain()}
     if evidence:
         custom["evidence"] = msgspec.to_builtins(evidence)
@@ -465,3 +472,64 @@ def _signed(signed: Signed, signers: Sequence[Signer]) -> bytes:
 def until(now: datetime, role: str) -> datetime:
     """When metadata of a role that is signed now expires; see `LIFE`."""
     return (now + LIFE[role]).replace(microsecond=0)
+
+
+SLACK: Final = timedelta(hours=1)
+"""How far two hosts' clocks may be apart."""
+
+
+def check(current: Mapping[str, bytes], *, snapshot: bytes | None, timestamp: bytes, now: datetime) -> dict[str, bytes]:
+    """The files to add, in their order; none where exactly this is shown already.
+
+    Args:
+        current: the repository's files with everything that is to become visible.
+        snapshot: None where the newest one stays.
+        timestamp: over it.
+        now: UTC.
+
+    Raises:
+        Rejected: UNSIGNED, MALFORMED, TOO_LARGE, or another snapshot than the timestamp promises.
+        ConflictError: not the next version.
+        RepositoryError: it does not list every role's newest version, or has expired, or is valid for too long.
+    """
+    root = metadata.parse(Root, latest(current, "root")[1], "root").signed
+    if timestamp == current.get("timestamp.json") and snapshot is None and online_stands(current):
+        return {}
+    files = {} if snapshot is None else _snapshot(current, root, snapshot, now)
+    head = metadata.parse(Timestamp, timestamp, "timestamp")
+    metadata.verify_metadata(root, "timestamp", head)
+    before = current.get("timestamp.json")
+    known = 0 if before is None else metadata.parse(Timestamp, before, "timestamp").signed.version
+    if head.signed.version <= known:
+        raise ConflictError(f"the timestamp is at version {known}, and this is version {head.signed.version}")
+    _check_life("timestamp", head.signed.expires, now)
+    version, data = latest(dict(current) | files, "snapshot")
+    if head.signed.snapshot_meta.version != version:
+        raise RepositoryError("the timestamp promises another snapshot than the newest")
+    metadata.check_file(head.signed.snapshot_meta, data, "snapshot")
+    files["timestamp.json"] = timestamp
+    if not online_stands(dict(current) | files):
+        raise RepositoryError("the snapshot does not show every role's newest version")
+    return files
+
+
+def _snapshot(current: Mapping[str, bytes], root: Root, data: bytes, now: datetime) -> dict[str, bytes]:
+    new = metadata.parse(Snapshot, data, "snapshot")
+    metadata.verify_metadata(root, "snapshot", new)
+    try:
+        version = latest(current, "snapshot")[0]
+    except RepositoryError:
+        version = 0
+    if new.signed.version != version + 1 and current.get(f"{version}.snapshot.json") != data:
+        raise ConflictError(f"snapshot is at version {version}, and this is version {new.signed.version}")
+    _check_life("snapshot", new.signed.expires, now)
+    if new.signed.meta != promised(current):
+        raise RepositoryError("the snapshot lists other versions than were published")
+    return {f"{new.signed.version}.snapshot.json": data}
+
+
+def _check_life(role: str, expires: datetime, now: datetime) -> None:
+    if expires <= now:
+        raise RepositoryError(f"the {role} has expired")
+    if expires > until(now, role) + SLACK:
+        raise RepositoryError(f"the {role} is valid for too long: until {expires:%Y-%m-%d %H:%M}")

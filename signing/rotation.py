@@ -28,11 +28,12 @@ from tuf.api.metadata import Metadata, Root, Targets
 from fleet.protocol.manifest import Grants
 from signing import metadata, repository
 from signing.errors import ConflictError, Rejected, RepositoryError
-from signing.trust import DIRECTOR
-from signing.workflow import CEILING, PROFILE, ceiling, profile, verify_root
+from signing.metadata import CEILING, DIRECTOR, PROFILE, ceiling, profile, verify_root
 
 TEAM_KEYS = 3
+
 TEAM_THRESHOLD = 2
+
 OFFLINE = ("root", "targets")
 
 

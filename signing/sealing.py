@@ -1,4 +1,6 @@
-"""Secrets in boxes that one board alone can open, and each for one purpose only. Pure: bytes in, bytes out.
+"""Sealed secrets, and the proof that binds a sealing key to a device.
+
+Secrets in boxes that one board alone can open, and each for one purpose only. Pure: bytes in, bytes out.
 
 A box, version 1:
 
@@ -13,12 +15,16 @@ fleet, device, instance, name and version, so that a box which is moved to anoth
 place of a newer one, does not open. The value is preceded by its length in two bytes and followed by zeros up to a
 multiple of 256, so that a box tells little of the value's length.
 
-Whose a sealing key is, `signing.sealing_keys` tells.
+Whose a sealing key is, `signing.sealing` tells.
+
+Whose a sealing key is: a board's own word on it, signed by its device key.
+
+Who remembers the device key from first sight need not believe a server about the key that secrets are sealed to.
 """
 
 import base64
 import binascii
-from typing import Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 from cryptography.exceptions import InvalidTag
@@ -28,18 +34,28 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from fleet.protocol import caps, wire
-from fleet.protocol.caps import Count
+from fleet.protocol import bounds, names, wire
+from fleet.protocol.bounds import Count
 from fleet.protocol.codes import RejectCode
 from signing.errors import KeyFileError, Rejected, SigningError
 
+if TYPE_CHECKING:
+    from signing.device_statements import DeviceSigner
+
 FORMAT: Final = 1
+
 KEY_BYTES: Final = 32
+
 TAG_BYTES: Final = 16
+
 PAD_BYTES: Final = 256
+
 _LENGTH_BYTES: Final = 2
+
 _HEAD_BYTES: Final = 1 + KEY_BYTES
+
 _NONCE: Final = bytes(12)
+
 _INFO: Final = b"wasmfleet sealed secret 1"
 
 
@@ -112,8 +128,8 @@ def check_box(box: bytes) -> None:
     Raises:
         Rejected: TOO_LARGE, UNSUPPORTED_VERSION, SECRET_UNOPENED.
     """
-    if len(box) > caps.SECRET_BOX_MAX_BYTES:
-        raise Rejected(RejectCode.TOO_LARGE, f"a box has {len(box)} bytes, at most {caps.SECRET_BOX_MAX_BYTES} fit")
+    if len(box) > bounds.SECRET_BOX_MAX_BYTES:
+        raise Rejected(RejectCode.TOO_LARGE, f"a box has {len(box)} bytes, at most {bounds.SECRET_BOX_MAX_BYTES} fit")
     if box[:1] != bytes([FORMAT]):
         number = box[0] if box else "none"
         raise Rejected(RejectCode.UNSUPPORTED_VERSION, f"a box of format {number}, this program opens {FORMAT}")
@@ -127,9 +143,9 @@ def check_value(value: str) -> bytes:
     Raises:
         SigningError: too short to be kept out of logs, too long, or with a NUL, which no environment can hold.
     """
-    if len(value) < caps.SECRET_VALUE_MIN_CHARS:
+    if len(value) < bounds.SECRET_VALUE_MIN_CHARS:
         raise SigningError(
-            f"a secret has at least {caps.SECRET_VALUE_MIN_CHARS} characters: a shorter one cannot be kept out of logs"
+            f"a secret has at least {bounds.SECRET_VALUE_MIN_CHARS} characters, or it cannot be kept out of logs"
         )
     if "\0" in value:
         raise SigningError("a secret is text without NUL: encode bytes as base64")
@@ -137,8 +153,8 @@ def check_value(value: str) -> bytes:
         data = value.encode()
     except UnicodeEncodeError:
         raise SigningError("a secret is text in UTF-8: encode bytes as base64") from None
-    if len(data) > caps.SECRET_VALUE_MAX_BYTES:
-        raise SigningError(f"a secret has at most {caps.SECRET_VALUE_MAX_BYTES} bytes, this one has {len(data)}")
+    if len(data) > bounds.SECRET_VALUE_MAX_BYTES:
+        raise SigningError(f"a secret has at most {bounds.SECRET_VALUE_MAX_BYTES} bytes, this one has {len(data)}")
     return data
 
 
@@ -168,3 +184,48 @@ def check_key(text: str) -> X25519PublicKey:
 
 def _key(shared: bytes, salt: bytes) -> bytes:
     return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=salt, info=_INFO).derive(shared)
+
+
+SEALING_TYPE: Final = "application/vnd.wasmfleet.sealing.v1+json"
+
+
+class SealingKey(wire.Message, frozen=True, kw_only=True):
+    """What a board signs about its sealing key (X25519, base64)."""
+
+    MAX_BYTES: ClassVar[int] = bounds.KIB
+    fleet: str
+    sealing_key: str
+
+
+def prove(voice: "DeviceSigner", *, fleet: str, sealing_key: str) -> bytes:
+    """The board's signed word that this sealing key is its own."""
+    return voice.sign(wire.encode(SealingKey(fleet=fleet, sealing_key=sealing_key)), SEALING_TYPE)
+
+
+def proved(proof: bytes, *, certificate: bytes, fleet: str, device: str) -> tuple[str, str]:
+    """A board's sealing key by its own word, and the fingerprint of the key that signed it.
+
+    Args:
+        proof: what `prove` made.
+        certificate: the board's, PEM.
+        fleet: which fleet's board it is.
+        device: its id, which ends in the beginning of the fingerprint.
+
+    Raises:
+        Rejected: MALFORMED, TOO_LARGE; UNSIGNED by this key; WRONG_DEVICE: another board's certificate; WRONG_FLEET.
+    """
+    from signing.device_statements import DeviceVerifier  # noqa: PLC0415 - loads what only a verifier of proofs needs
+
+    ear = DeviceVerifier(certificate)
+    if names.fingerprint_of(device) != ear.fingerprint[: len(names.fingerprint_of(device))]:
+        raise Rejected(RejectCode.WRONG_DEVICE, f"the certificate shown for {device} is for another key")
+    try:
+        said = wire.decode(SealingKey, ear.verify(proof, SEALING_TYPE))
+        check_key(said.sealing_key)
+    except (wire.WireError, SigningError) as error:
+        if isinstance(error, Rejected):
+            raise
+        raise Rejected(RejectCode.MALFORMED, f"{device}: {error}") from error
+    if said.fleet != fleet:
+        raise Rejected(RejectCode.WRONG_FLEET, f"the sealing key of {device} is for the fleet {said.fleet[:80]!r}")
+    return said.sealing_key, ear.fingerprint

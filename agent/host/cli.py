@@ -12,13 +12,18 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from agent.host import cell, ipc, program, walls
-from agent.host.supervisor import VERSION, HostError, Settings, Supervisor, TakenError, WallsError
-from fleet.protocol.caps import MIB
+from agent.host.ipc import host_api
+from agent.host.sandbox import sandbox
+from agent.host.supervisor import worker_pool
+from agent.host.supervisor.supervisor import VERSION, HostError, HostSettings, Supervisor, TakenError, WallsError
+from fleet.protocol.bounds import MIB
 
 _DEFAULT_RUNTIME: Final = "/run/wasmfleet"
+
 _DEFAULT_STATE: Final = "/var/lib/wasmfleet-host"
+
 _DEFAULT_INGRESS: Final = "127.0.0.1:8080"
+
 _STATUS_BELOW_MINIMUM: Final = 78  # EX_CONFIG of sysexits.h: starting again changes nothing
 
 
@@ -82,8 +87,8 @@ def _group(text: str) -> int:
 
 
 def _layers(text: str) -> frozenset[str]:
-    known = (*cell.LAYERS, "cgroup")
-    short = {"": (), "none": (), "baseline": cell.BASELINE, "all": known}
+    known = (*sandbox.LAYERS, "cgroup")
+    short = {"": (), "none": (), "baseline": sandbox.BASELINE, "all": known}
     names = frozenset(short.get(text, text.split(",")))
     unknown = sorted(names - set(known))
     if unknown:
@@ -115,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _own_directory(options.runtime, "runtime", 0o700 if options.agent_group is None else 0o750)
         _own_directory(options.state, "state", 0o700)
-        settings = Settings(
+        settings = HostSettings(
             runtime=options.runtime,
             state=options.state,
             ingress=options.ingress,
@@ -136,14 +141,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _leave_word(runtime: Path, why: str) -> None:
     """For the agent, which has nobody to ask as long as no host runs."""
     with contextlib.suppress(OSError):
-        path = runtime / ipc.WHY_NOT
+        path = runtime / host_api.WHY_NOT
         path.write_text(why + "\n", encoding="utf-8")
         path.chmod(0o644)
 
 
 def check() -> int:
     """Print the engine and the containment of this board; 1 where components cannot run at all."""
-    describe = [*program.command("agent.host.compiler"), "--describe"]
+    describe = [*worker_pool.python_argv("agent.host.compiler"), "--describe"]
     done = subprocess.run(describe, capture_output=True, text=True, check=False, timeout=120)
     facts = json.loads(done.stdout) if done.returncode == 0 else {}
     if facts:
@@ -152,14 +157,14 @@ def check() -> int:
         print(f"memories     {reserved // MIB} MiB reserved and {guard // MIB} MiB guarded for each")
     else:
         print("engine       none for this board: components are refused")
-    layers = cell.probe()
-    here = walls.way(os.geteuid(), layers)
+    layers = sandbox.probe()
+    here = sandbox.way(os.geteuid(), layers)
     print(f"containment  of lanes, by how the host is run; tried here, as a {here}:")
-    print("\n".join(walls.table(here, layers)))
+    print("\n".join(sandbox.isolation_report(here, layers)))
     return 0 if facts else 1
 
 
-async def _run(settings: Settings) -> None:
+async def _run(settings: HostSettings) -> None:
     await Supervisor(settings).run()
 
 

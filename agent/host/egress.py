@@ -13,124 +13,39 @@ import asyncio
 import contextlib
 import gc
 import ipaddress
-import os
 import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from agent.host import cell, control
+from agent.host.ipc import framing
+from agent.host.ipc.helper_api import (
+    CONNECT_MAX_S,
+    ConnectReply,
+    ConnectRequest,
+    RefusedError,
+    RegisterWorker,
+    check_grant,
+    filter_addresses,
+)
+from agent.host.sandbox import sandbox
 from fleet.protocol import outbound, wire
-from fleet.protocol.caps import Count
 from fleet.protocol.manifest import Grants
 
-CONNECT_MAX_S: Final = 30.0
 _RESOLVE_S: Final = 10.0
+
 _AT_ONCE: Final = 16
+
 _PACKET: Final = 4096
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
+_admits: Final[msgspec.json.Decoder[RegisterWorker]] = msgspec.json.Decoder(RegisterWorker)
 
-class Admit(msgspec.Struct, frozen=True, tag="admit"):
-    """The socket that comes along is a lane's, of this instance with these grants."""
-
-    instance: str
-    outbound: tuple[str, ...]
-    instances: tuple[str, ...]
-
-
-class Ask(msgspec.Struct, frozen=True):
-    """A lane's question: a connection to this place, within `timeout_ms`. Answered by `Told`, with a socket if `ok`."""
-
-    id: Count
-    scheme: str
-    authority: str
-    timeout_ms: Count
-
-
-class Told(msgspec.Struct, frozen=True):
-    """The answer.
-
-    Attributes:
-        error: a case of `wasi:http/types.error-code` by its name, empty when the socket comes along.
-        why: for the instance's log.
-    """
-
-    id: Count
-    error: str = ""
-    why: str = ""
-
-
-class RefusedError(Exception):
-    """There is no connection; `error` names a case of `wasi:http/types.error-code`."""
-
-    def __init__(self, error: str, why: str) -> None:
-        super().__init__(why)
-        self.error = error
-
-
-DENIED: Final = "HTTP-request-denied"
-PROHIBITED: Final = "destination-IP-prohibited"
-
-_admits: Final[msgspec.json.Decoder[Admit]] = msgspec.json.Decoder(Admit)
-_asks: Final[msgspec.json.Decoder[Ask]] = msgspec.json.Decoder(Ask)
-
-
-def permit(grants: Grants, scheme: str, authority: str) -> tuple[str, int]:
-    """The host and port to connect to; a neighbour on the board as `<name>.internal` and port 80.
-
-    Raises:
-        RefusedError: it is no place, or not granted.
-    """
-    try:
-        host, port = outbound.place(scheme, authority)
-    except outbound.BadOutboundError as error:
-        raise RefusedError("HTTP-request-URI-invalid", str(error)) from error
-    if host.endswith(outbound.INTERNAL):
-        name = host.removesuffix(outbound.INTERNAL)
-        if (scheme, port) != ("http", 80) or name not in grants.instances:
-            raise RefusedError(DENIED, f"{scheme}://{authority} is denied: grants.instances does not name {name}")
-        return host, port
-    if not any(entry.allows(scheme, host, port) for entry in _entries(grants)):
-        raise RefusedError(DENIED, f"{scheme}://{authority} is denied: grants.outbound does not name {host}:{port}")
-    return host, port
-
-
-def judge(grants: Grants, scheme: str, host: str, port: int, addresses: list[str]) -> list[str]:
-    """Those of the addresses that may be connected to, in order.
-
-    Raises:
-        RefusedError: there are none.
-    """
-    kept, why = [], ""
-    for each in addresses:
-        try:
-            address = ipaddress.ip_address(each)
-        except ValueError:
-            continue
-        kind = outbound.kind(address)
-        if kind and not any(entry.names(scheme, address, port) for entry in _entries(grants)):
-            why = f"{host} is {each}, a {kind} address, and grants.outbound does not name that"
-        else:
-            kept.append(each)
-    if not kept and why:
-        raise RefusedError(PROHIBITED, f"{scheme}://{host}:{port} is denied: {why}")
-    if not kept:
-        raise RefusedError("DNS-error", f"{host} has no address")
-    return kept
-
-
-def _entries(grants: Grants) -> list[outbound.Entry]:
-    found = []
-    for each in grants.outbound:
-        with contextlib.suppress(outbound.BadOutboundError):
-            found.append(outbound.parse(each))
-    return found
+_asks: Final[msgspec.json.Decoder[ConnectRequest]] = msgspec.json.Decoder(ConnectRequest)
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -140,7 +55,7 @@ async def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(each[4][0]) for each in found))
 
 
-async def connect(grants: Grants, ask: Ask, *, directory: str, resolver: Resolve = resolve) -> socket.socket:
+async def connect(grants: Grants, ask: ConnectRequest, *, directory: str, resolver: Resolve = resolve) -> socket.socket:
     """A connected socket for this question.
 
     Args:
@@ -152,13 +67,13 @@ async def connect(grants: Grants, ask: Ask, *, directory: str, resolver: Resolve
     Raises:
         RefusedError: there is none.
     """
-    host, port = permit(grants, ask.scheme, ask.authority)
+    host, port = check_grant(grants, ask.scheme, ask.authority)
     timeout_s = min(CONNECT_MAX_S, max(ask.timeout_ms, 1) / 1000)
     try:
         async with asyncio.timeout(timeout_s):
             if host.endswith(outbound.INTERNAL):
                 return await _neighbour(host.removesuffix(outbound.INTERNAL), directory)
-            addresses = judge(grants, ask.scheme, host, port, await _addresses(host, port, resolver))
+            addresses = filter_addresses(grants, ask.scheme, host, port, await _addresses(host, port, resolver))
             return await _first(addresses, port)
     except TimeoutError as error:
         raise RefusedError("connection-timeout", f"{host}:{port} did not answer in {timeout_s:g} s") from error
@@ -214,43 +129,20 @@ async def _neighbour(name: str, directory: str) -> socket.socket:
     return sock
 
 
-def fork(directory: Path, keep: tuple[int, ...] = ()) -> tuple[int, socket.socket]:
-    """Fork an egress; (its pid, the supervisor's end of its socket).
-
-    `directory` holds the instances' sockets. `keep`: further descriptors that the child may hold.
-    """
-    ours, theirs = control.pair()
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            cell.die_with_parent(parent)
-            ours.close()
-            _main(theirs, directory, keep)
-            status = 0
-        except BaseException as error:  # noqa: BLE001 - this process was forked, nobody above could handle it
-            sys.stderr.write(f"egress: {type(error).__name__}: {error}\n")
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
-    theirs.close()
-    return pid, ours
-
-
-def _main(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> None:
+def run_egress(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> None:
+    """Run the egress in a process just forked from the supervisor, confined before it takes a request."""
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the supervisor decides
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     gc.freeze()
-    cell.close_all_but({0, 1, 2, sock.fileno(), *keep})
+    sandbox.close_all_but({0, 1, 2, sock.fileno(), *keep})
     with contextlib.suppress(OSError):
         socket.getaddrinfo("localhost", 80)  # whatever the resolver loads, it loads now
     loop = asyncio.SelectorEventLoop()
     asyncio.set_event_loop(loop)
-    layers = cell.enter(cell.egress_plan(str(directory)))
-    loop.run_until_complete(Egress(sock, cell.NEIGHBOURS if layers["mount"] else str(directory)).run())
+    layers = sandbox.apply(sandbox.egress_spec(str(directory)))
+    loop.run_until_complete(Egress(sock, sandbox.NEIGHBOURS if layers["mount"] else str(directory)).run())
 
 
 class Egress:
@@ -275,10 +167,10 @@ class Egress:
 
     def _obey(self) -> None:
         try:
-            data, fds = control.receive_packet(self._sock)
+            data, fds = framing.receive_packet(self._sock)
         except BlockingIOError:
             return
-        except control.GoneError:
+        except framing.GoneError:
             self._ended.set()
             return
         admitted = _admits.decode(data)
@@ -301,17 +193,19 @@ class Egress:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, lane: socket.socket, grants: Grants, ask: Ask, room: asyncio.Semaphore) -> None:
-        told, found = Told(id=ask.id), None
+    async def _answer(self, lane: socket.socket, grants: Grants, ask: ConnectRequest, room: asyncio.Semaphore) -> None:
+        told, found = ConnectReply(id=ask.id), None
         if room.locked():
-            told = Told(id=ask.id, error="connection-limit-reached", why=f"{_AT_ONCE} connections are being made")
+            told = ConnectReply(
+                id=ask.id, error="connection-limit-reached", why=f"{_AT_ONCE} connections are being made"
+            )
         else:
             async with room:
                 try:
                     found = await connect(grants, ask, directory=self._directory, resolver=self._resolve)
                 except RefusedError as error:
-                    told = Told(id=ask.id, error=error.error, why=str(error))
+                    told = ConnectReply(id=ask.id, error=error.error, why=str(error))
         with contextlib.suppress(OSError):  # a lane that is gone, or reads nothing, has no use for it
-            control.send_packet(lane, msgspec.json.encode(told), () if found is None else (found.fileno(),))
+            framing.send_packet(lane, msgspec.json.encode(told), () if found is None else (found.fileno(),))
         if found is not None:
             found.close()

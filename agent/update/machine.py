@@ -1,4 +1,6 @@
-"""The board's update machine: one table of transitions, and a pure function that walks it.
+"""Table of transitions (pure); prints its diagram.
+
+The board's update machine: one table of transitions, and a pure function that walks it.
 
 One machine carries out one change of one instance. It decides nothing about bytes, sockets or clocks: what happened
 comes in as an `Event`, what is to be done goes out as an `Effect`, and in between stands the state that is persisted
@@ -7,8 +9,13 @@ comes in as an `Event`, what is to be done goes out as an `Effect`, and in betwe
 way back, either the old or the new component answers.
 
 Every row that leads back to its own phase, or to an earlier one, counts, and every counter has an end.
+
+The update machine's table as Markdown and as a Mermaid diagram, made from the table and from nothing else.
+
+`python -m agent.update.machine`: print the update machine's table and diagram as Markdown.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, NamedTuple
@@ -139,9 +146,11 @@ TABLE: Final = (
     Row(Phase.ROLLED_BACK,  Event.DONE,        Phase.IDLE,         Effect.CLOSE),
     Row(Phase.ROLLED_BACK,  Event.INTERRUPTED, Phase.ROLLED_BACK,  Effect.REMEMBER, Counter.RESUMPTIONS, Phase.IDLE),
 )
+
 # fmt: on
 
 _ROWS: Final = {(row.phase, row.event): row for row in TABLE}
+
 _BEYOND: Final = {
     Phase.FAILED: Effect.REMEMBER,
     Phase.ROLLING_BACK: Effect.REVERT,
@@ -149,14 +158,18 @@ _BEYOND: Final = {
     Phase.COMMITTED: Effect.COMMIT,
     Phase.IDLE: Effect.CLOSE,
 }
+
 RETRY_FIRST_S: Final = 2.0
+
 RETRY_MAX_S: Final = 300.0
+
 _ENDED: Final = {
     Counter.DELAYS: "the download did not succeed in the allowed number of attempts",
     Counter.RESUMPTIONS: "the agent was restarted too often during this deployment",
     Counter.INTERRUPTIONS: "power or the agent was lost too often while this was compiled, started or on probation",
     Counter.LOSSES: "the host was lost too often while this was started or on probation",
 }
+
 _ALL_IS_WELL: Final = frozenset({Phase.VERIFYING, Phase.PROBATION, Phase.COMMITTED})
 """Entering one of these ends whatever was wrong before: a delayed download, a lost host."""
 
@@ -273,3 +286,43 @@ def _give_up(state: State, happened: Happened, counter: Counter, beyond: Phase, 
 def retry_delay_s(state: State) -> float:
     """How long to wait, at the most, before a delayed download is tried again: doubling, up to five minutes."""
     return float(min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** max(0, state.delays - 1)))
+
+
+def _name(phase: Phase) -> str:
+    return phase.value.replace("-", "_")
+
+
+def mermaid() -> str:
+    """The way forward and the ways back; recoveries stand in the table."""
+    lines = ["stateDiagram-v2", "    [*] --> idle"]
+    lines += [
+        f"    {_name(row.phase)} --> {_name(row.to)}: {row.event}"
+        for row in TABLE
+        if row.event is not Event.INTERRUPTED
+    ]
+    seen: set[tuple[Phase, Phase]] = set()
+    for row in TABLE:
+        if row.beyond is None or row.event is Event.INTERRUPTED or (row.phase, row.beyond) in seen:
+            continue
+        seen.add((row.phase, row.beyond))
+        lines.append(f"    {_name(row.phase)} --> {_name(row.beyond)}: {row.counter} used up")
+    return "\n".join(lines)
+
+
+def table() -> str:
+    """Every row of the table, as Markdown."""
+    lines = ["| in | when | goes to | and does | at most | then |", "|---|---|---|---|---|---|"]
+    for row in TABLE:
+        limit = f"{LIMITS[row.counter]} {row.counter}" if row.counter else ""
+        beyond = row.beyond.value if row.beyond is not None else ""
+        lines.append(f"| {row.phase} | {row.event} | {row.to} | {row.effect} | {limit} | {beyond} |")
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """The generated part of docs/update-machine.md."""
+    return f"```mermaid\n{mermaid()}\n```\n\n{table()}\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())

@@ -11,10 +11,15 @@ from fleet.protocol.codes import GUEST_FAULTS, CallOutcome, InstanceState
 from fleet.protocol.messages import HealthChecks, InstanceHealth
 
 LATENCY_FACTOR: Final = 5
+
 LATENCY_FLOOR_US: Final = 20_000
+
 MEMORY_FACTOR: Final = 4
+
 MEMORY_FLOOR_BYTES: Final = 64 * 1024 * 1024
+
 RESTARTS_MAX: Final = 1
+
 MISSES_MAX: Final = 1
 """Bad answers of the health check that are forgiven: a single one may be the peripheral's or the board's."""
 
@@ -30,7 +35,7 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class ProbationSample:
     """What is known of one generation of an instance.
 
     Attributes:
@@ -87,7 +92,7 @@ class Judgement:
     exercised: bool = True
 
 
-def judge(terms: Terms, facts: Facts, replaced: Facts | None, elapsed_s: float) -> Judgement:
+def judge(terms: Terms, facts: ProbationSample, replaced: ProbationSample | None, elapsed_s: float) -> Judgement:
     """Judge a new generation.
 
     Args:
@@ -107,7 +112,9 @@ def judge(terms: Terms, facts: Facts, replaced: Facts | None, elapsed_s: float) 
     return Judgement(Verdict.COMMIT, exercised=facts.calls >= terms.min_calls)
 
 
-def confirm(terms: Terms, before: Facts, facts: Facts, replaced: Facts | None, elapsed_s: float) -> Judgement:
+def confirm(
+    terms: Terms, before: ProbationSample, facts: ProbationSample, replaced: ProbationSample | None, elapsed_s: float
+) -> Judgement:
     """Judge once more at the end, with facts that were taken after the health check was asked for the last time.
 
     A question that was not answered yet, or that no running lane was there to answer, leaves the judgement open.
@@ -124,7 +131,7 @@ def confirm(terms: Terms, before: Facts, facts: Facts, replaced: Facts | None, e
     return Judgement(Verdict.CONTINUE) if judgement.verdict is Verdict.COMMIT and unanswered else judgement
 
 
-def _worse(terms: Terms, facts: Facts, replaced: Facts | None) -> Judgement | None:
+def _worse(terms: Terms, facts: ProbationSample, replaced: ProbationSample | None) -> Judgement | None:
     detail = f": {facts.error}" if facts.error else ""
     if facts.faults > terms.max_faults:
         return Judgement(
@@ -143,7 +150,7 @@ def _worse(terms: Terms, facts: Facts, replaced: Facts | None) -> Judgement | No
     return _worse_than_replaced(terms, facts, replaced if replaced and replaced.calls >= terms.min_calls else None)
 
 
-def _worse_than_replaced(terms: Terms, facts: Facts, replaced: Facts | None) -> Judgement | None:
+def _worse_than_replaced(terms: Terms, facts: ProbationSample, replaced: ProbationSample | None) -> Judgement | None:
     percent = 100 * facts.errors / facts.calls
     before = 100 * replaced.errors / max(1, replaced.calls) if replaced is not None else 0.0
     if percent > terms.max_error_percent and percent > before:

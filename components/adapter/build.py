@@ -8,7 +8,7 @@ Needs the `ziglang` package of the version below (for its C compiler) and `wasm-
 is written, and the exit code says whether they are what the sources give.
 
 The adapter's file is put together here: the imports of the world `shell`, taken from a component that uses them all,
-then the two halves and the shims as nested components. `fleet.protocol.compose` appends a guest to it.
+then the two halves and the shims as nested components. `fleet.component.compose` appends a guest to it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fleet.protocol import component, wasm  # noqa: E402 - the house is not installed where components are built
+from fleet.component import binary, reader  # noqa: E402 - not installed where components are built
 
 ZIG = "0.17.1"
 WASM_TOOLS = "1.239.0"
@@ -43,7 +43,7 @@ SOURCES = {
     **{f"{shim}-shim": [f"-DSHIM={shim.replace('-', '_')}", "shims.c"] for shim in SHIMS},
     "probe": ["probe.c"],
 }
-OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "protocol" / "adapter.wasm.gz", "probe.wasm": HERE / "probe.wasm"}
+OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "component" / "adapter.wasm.gz", "probe.wasm": HERE / "probe.wasm"}
 
 
 def tool_versions() -> list[str]:
@@ -85,8 +85,8 @@ def imports(world: str, scratch: Path) -> bytes:
     wasm_tools("component", "embed", "--dummy", "--world", world, WIT, "-o", embedded)
     wasm_tools("component", "new", embedded, "-o", out)
     data = out.read_bytes()
-    for section in wasm.sections(data, 0, len(data)):
-        if section.id == component.CORE_MODULE:
+    for section in binary.sections(data, 0, len(data)):
+        if section.id == reader.CORE_MODULE:
             break
         end = section.end
     return data[:end]
@@ -104,7 +104,7 @@ def older(scratch: Path) -> Path:
 def build(scratch: Path) -> dict[str, bytes]:
     """Both files. Raises CalledProcessError when a tool fails; it has said why on standard error."""
     parts = (componentize(world, scratch, WIT) for world in SOURCES if world != "probe")
-    adapter = imports("shell", scratch) + b"".join(wasm.section(component.NESTED, part) for part in parts)
+    adapter = imports("shell", scratch) + b"".join(binary.section(reader.NESTED, part) for part in parts)
     (scratch / "whole.wasm").write_bytes(adapter)
     wasm_tools("validate", scratch / "whole.wasm")
     return {"adapter.wasm": adapter, "probe.wasm": componentize("probe", scratch, older(scratch))}

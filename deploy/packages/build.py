@@ -34,7 +34,7 @@ PLATFORMS = {
 }
 # What of the wheel each side carries; the demo's components stay with the server.
 PARTS = {
-    "wasmfleet-agent": ("agent", "signing", "fleet/__init__.py", "fleet/protocol"),
+    "wasmfleet-agent": ("agent", "signing", "fleet/__init__.py", "fleet/protocol", "fleet/component"),
     "wasmfleet-server": ("fleet", "signing"),
 }
 COMMANDS = {

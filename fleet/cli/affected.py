@@ -11,20 +11,21 @@ from typing import Final
 
 import click
 
-from fleet.cli import out
+from fleet.cli import output
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.evidence import Contents, Shelf
-from fleet.cli.home import operator
-from fleet.cli.trust import Trust
+from fleet.cli.operator import load_operator
+from fleet.cli.trust_store import TrustStore
 from fleet.client import Client
 from fleet.evidence import query
-from fleet.evidence.document import DocumentError
-from fleet.evidence.packages import Package
 from fleet.evidence.query import Answer, Query
-from fleet.protocol.api import OPEN_STATES, Devices
+from fleet.evidence.sbom import DocumentError, Package
+from fleet.protocol.operator_api import OPEN_STATES, Devices
 
 RUNS: Final = "runs"
+
 ASSIGNED: Final = "assigned"
+
 PUBLISHED: Final = "published"
 
 
@@ -67,16 +68,16 @@ def affected(options: Options, *, question: str, published: bool, strict: bool) 
         asked = query.parse(question)
     except DocumentError as error:
         raise Fault(str(error)) from None
-    who = operator(options)
+    who = load_operator(options)
     with who.client() as client:
-        trust = Trust(who, client, expired=True)
+        trust = TrustStore(who, client, expired=True)
         uses = sorted(set(_uses(client, published=published)))
         shelf = Shelf(client, who.trust / "evidence")
         contents = {path: _contents(trust, shelf, path) for path in dict.fromkeys(use.target for use in uses)}
     hits = list(_hits(asked, uses, contents))
     unknown = [use for use in uses if contents[use.target].packages is None]
     if options.json:
-        out.show_json(_as_json(asked, hits, unknown, contents))
+        output.show_json(_as_json(asked, hits, unknown, contents))
     else:
         _tell(options, asked, hits, unknown, contents)
     in_use = any(hit.use.state != PUBLISHED for hit in hits)
@@ -108,7 +109,7 @@ def _running(devices: Devices) -> Iterator[Use]:
             yield from (Use(each.target, row.id, each.instance, RUNS, row.online) for each in running)
 
 
-def _contents(trust: Trust, shelf: Shelf, path: str) -> Contents:
+def _contents(trust: TrustStore, shelf: Shelf, path: str) -> Contents:
     release = trust.published(path)
     return Contents(None, "nobody has published it") if release is None else shelf.contents(release)
 
@@ -124,14 +125,14 @@ def _hits(asked: Query, uses: Iterable[Use], contents: dict[str, Contents]) -> I
 
 
 def _tell(options: Options, asked: Query, hits: list[Hit], unknown: list[Use], contents: dict[str, Contents]) -> None:
-    out.table(
+    output.table(
         ("WHERE", "INSTANCE", "TARGET", "STATE", "PACKAGE"),
         [_row(hit) for hit in hits],
         empty=f"Nothing in use is known to have {asked.text}.",
     )
     if unknown and not options.quiet:
         click.echo("\nNot known what is in:\n")
-        out.table(
+        output.table(
             ("WHERE", "INSTANCE", "TARGET", "STATE", "WHY"),
             [(*_place(use), contents[use.target].source) for use in unknown],
             empty="",
@@ -146,7 +147,7 @@ def _row(hit: Hit) -> tuple[str, ...]:
 
 def _place(use: Use) -> tuple[str, str, str, str]:
     away = use.state == RUNS and not use.online
-    return use.where, use.instance, out.target(use.target), f"{use.state}, offline" if away else use.state
+    return use.where, use.instance, output.target(use.target), f"{use.state}, offline" if away else use.state
 
 
 def _as_json(asked: Query, hits: list[Hit], unknown: list[Use], contents: dict[str, Contents]) -> dict[str, object]:

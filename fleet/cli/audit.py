@@ -1,42 +1,27 @@
 """`fleet audit verify`: what boards ran, proved by their own signatures and not by the server's word."""
 
-import os
-from pathlib import Path
 from typing import Final
 
 import click
 import msgspec
 from rich.text import Text
 
-from fleet.cli import complete, out
+from fleet.cli import operator, output
 from fleet.cli.base import Exit, Fault, Options, command
-from fleet.cli.home import operator
+from fleet.cli.operator import load_operator
+from fleet.cli.trust_store import DEVICES_FILE, Place, remembered, save_devices
 from fleet.client import Client
-from fleet.protocol import wire
 from fleet.protocol.codes import Phase
 from fleet.protocol.messages import Report
-from signing.audit import Seen, Verdict, audit
+from signing.device_statements import Seen, Verdict, audit
 from signing.errors import Rejected
 
 REPORTS_MAX: Final = 200_000
 """Of one board: no server keeps the operator busy for ever."""
-BOARDS: Final = "boards.json"
+
 _AWAY: Final = "the server shows no key of this board: it has not come back to it yet"
+
 _GONE: Final = "the server does not know this board any more"
-
-
-class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a board belongs, as the server said when it was looked at last."""
-
-    groups: tuple[str, ...] = ()
-    revoked: bool = False
-
-
-class Memory(msgspec.Struct):
-    """`operator/trust/boards.json`: what was seen of each board, by device id."""
-
-    boards: dict[str, Seen] = {}
-    places: dict[str, Place] = {}
 
 
 class _Shown(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +40,7 @@ def audits() -> None:
 
 
 @command("verify", examples="fleet audit verify\nfleet audit verify gate-7-1f2e3d4c --json")
-@click.argument("device", required=False, default="", shell_complete=complete.devices)
+@click.argument("device", required=False, default="", shell_complete=operator.devices)
 @click.option(
     "--forget", is_flag=True, help="Take the board's key as it is now: it was enrolled anew, and you know why"
 )
@@ -65,10 +50,10 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
     Each board's key is remembered from first sight in `operator/trust`, and so is its newest report: a server that
     changes, invents, leaves out or takes back a report is found out. Ends with 1 where something does not hold.
     """
-    who = operator(options)
+    who = load_operator(options)
     if forget and not device:
         raise Fault("--forget needs the name of a board")
-    path = who.trust / BOARDS
+    path = who.trust / DEVICES_FILE
     memory = remembered(path)
     shown = []
     with who.client() as client:
@@ -93,9 +78,9 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
             shown += [
                 _Shown(device=each, key=memory.boards[each].key, findings=(_GONE,), notes=(), ran=()) for each in gone
             ]
-    save(path, memory)
+    save_devices(path, memory)
     if options.json:
-        out.show_json({"boards": shown})
+        output.show_json({"boards": shown})
     else:
         _tell(shown)
     return Exit.FAILED if any(each.findings for each in shown) else Exit.OK
@@ -120,34 +105,6 @@ def _examine(client: Client, device: str, seen: Seen | None) -> Verdict:
         return Verdict(findings=(error.message,), notes=(), reports=(), seen=seen or Seen(key=""))
 
 
-def remembered(path: Path) -> Memory:
-    """What this machine remembers of the boards; raises `Fault` when it cannot be read."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Memory)
-    except FileNotFoundError:
-        return Memory()
-    except (OSError, *wire.JSON_ERRORS) as error:
-        raise Fault(
-            f"{path} cannot be read",
-            str(error),
-            "restore it from a backup: without it every board's key is taken as the server shows it",
-        ) from None
-
-
-def save(path: Path, memory: Memory) -> None:
-    """Remember it; raises `Fault` when it cannot be written."""
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(memory)))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise Fault(f"{path} cannot be written", error.strerror or str(error)) from None
-
-
 def _tell(shown: list[_Shown]) -> None:
     rows: list[tuple[str | Text, ...]] = [
         (
@@ -155,12 +112,12 @@ def _tell(shown: list[_Shown]) -> None:
             f"{report.at:%Y-%m-%d %H:%M:%S}",
             report.instance,
             _said(report),
-            out.target(report.running) if report.running else "nothing",
+            output.target(report.running) if report.running else "nothing",
         )
         for each in shown
         for report in each.ran
     ]
-    out.table(("DEVICE", "WHEN (UTC)", "INSTANCE", "WHAT", "RUNS THEN"), rows, empty="No board has reported yet.")
+    output.table(("DEVICE", "WHEN (UTC)", "INSTANCE", "WHAT", "RUNS THEN"), rows, empty="No board has reported yet.")
     for each in shown:
         for note in each.notes:
             click.echo(f"{each.device}: {note}")

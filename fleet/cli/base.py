@@ -1,13 +1,19 @@
-"""What every `fleet` command shares: the common options, errors for people, exit codes and the lazily loaded groups.
+"""Options, errors, exit codes, lazy groups, typed values, bounded file reading.
+
+What every `fleet` command shares: the common options, errors for people, exit codes and the lazily loaded groups.
 
 This module is imported for each `fleet --help` and each completion, so it imports click and nothing heavier.
+
+Values that people type as `key=value`.
 """
 
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final
@@ -70,8 +76,11 @@ HOME: Final = click.Option(
     type=click.Path(path_type=Path, file_okay=False),
     help="The fleet's directory  [$WASMFLEET_HOME, else ~/.local/share/wasmfleet]",
 )
+
 JSON: Final = click.Option(["--json"], is_flag=True, help="Print JSON for programs")
+
 QUIET: Final = click.Option(["--quiet", "-q"], is_flag=True, help="Print results and errors only")
+
 DEBUG: Final = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error")
 
 
@@ -242,3 +251,57 @@ def check_choice(value: str, known: Sequence[str], what: str) -> str:
     if value in known:
         return value
     raise Fault(f"unknown {what} {value!r}", f"there are {', '.join(known) or 'none'}")
+
+
+def config_values(pairs: Sequence[str]) -> dict[str, str] | None:
+    """Configuration from `--config key=value`; None when there is none, so that the instance keeps its own.
+
+    Raises:
+        Fault: no '=', an empty key, or a key given twice.
+    """
+    values: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise Fault(f"--config {pair!r} is no setting", "it has no '='", "write --config key=value")
+        if key in values:
+            raise Fault(f"--config {key} is given twice", "only one value can hold", "give it once")
+        values[key] = value
+    return values or None
+
+
+def label_values(words: Sequence[str]) -> dict[str, str | None]:
+    """Labels from `key=value`, or `key-` to remove one (None); raises `Fault`."""
+    values: dict[str, str | None] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key and value:
+            values[key] = value
+        elif not equals and word.endswith("-") and len(word) > 1:
+            values[word[:-1]] = None
+        else:
+            raise Fault(
+                f"{word!r} is no label", "a label has a name and a value", "write name=value, or name- to remove it"
+            )
+    return values
+
+
+def days(text: str) -> timedelta:
+    """A time in days, as `30d`; raises `Fault`."""
+    found = re.fullmatch(r"([1-9][0-9]{0,3})d?", text.strip())
+    if found is None:
+        raise Fault(f"{text!r} is no number of days", "1 to 9999 are possible", "write it as 30d")
+    return timedelta(days=int(found[1]))
+
+
+def read_file(file: Path, most: int) -> bytes:
+    """At most `most` bytes of a file, and one more where it has more; raises `Fault`."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(most + 1)
+    except FileNotFoundError:
+        raise Fault(f"{file} does not exist", "", "check the path") from None
+    except IsADirectoryError:
+        raise Fault(f"{file} is a directory", "one file is wanted", f"name a file in {file}") from None
+    except OSError as error:
+        raise Fault(f"cannot read {file}", (error.strerror or str(error)).lower(), "check its permissions") from None

@@ -5,14 +5,13 @@ from pathlib import Path
 import click
 import msgspec
 
-from fleet.cli import out
+from fleet.cli import output
 from fleet.cli.base import Exit, Fault, Options, command
-from fleet.cli.prepare import beside, read_component
-from fleet.protocol import adapter, author, toml_text
-from fleet.protocol import component as reader
-from fleet.protocol import compose as composer
+from fleet.cli.publish import beside, read_component
+from fleet.component import component_toml, reader
+from fleet.component import compose as composer
+from fleet.component.toml_fields import FILE_NAME
 from fleet.protocol.manifest import BadManifestError
-from fleet.protocol.toml_table import FILE_NAME
 
 
 @click.group("component")
@@ -33,16 +32,16 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
     try:
         shape = reader.read(data, file_name=file.name)
         text = None if found is None else found.read_text(encoding="utf-8", errors="replace")
-        manifest = author.describe(shape, text, file_name=file.name)
+        manifest = component_toml.describe(shape, text, file_name=file.name)
     except reader.NotAComponentError as error:
         raise Fault(str(error)) from None
-    except author.NeedsTomlError as error:
+    except component_toml.NeedsTomlError as error:
         suggestion, problem = error.suggestion, str(error)
         missing = True
     except BadManifestError as error:
         raise Fault(str(error).replace(FILE_NAME, str(found or FILE_NAME), 1)) from None
     else:
-        suggestion = toml_text.render(manifest, leave_out_version=author.DEV_VERSION)
+        suggestion = component_toml.render(manifest, leave_out_version=component_toml.DEV_VERSION)
         problem, missing = "", False
     if toml:
         click.echo(suggestion.rstrip())
@@ -50,11 +49,11 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
     if options.json:
         facts = msgspec.to_builtins(shape)
         assert isinstance(facts, dict)
-        out.show_json({**facts, "problem": problem, "component_toml": suggestion})
+        output.show_json({**facts, "problem": problem, "component_toml": suggestion})
         return Exit.OK
-    out.facts(
+    output.facts(
         [
-            ("component", f"{file}, {out.size(shape.size_bytes)}"),
+            ("component", f"{file}, {output.size(shape.size_bytes)}"),
             ("imports", "\n".join(shape.imports) or "nothing"),
             ("exports", "\n".join(shape.exports) or "nothing"),
             ("holds", f"{len(shape.modules)} core modules, {shape.components} components"),
@@ -71,8 +70,8 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
 
 @command("compose", examples="fleet component compose server.wasm -o whole.wasm && wasm-tools validate whole.wasm")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The file to write")
-def compose(options: Options, *, file: Path, output: Path) -> Exit:
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="The file to write")
+def compose(options: Options, *, file: Path, target: Path) -> Exit:
     """Put FILE, a guest of wasi:http, into the adapter that boards run it in.
 
     Boards do this themselves when they compile: push FILE, not what comes out of this.
@@ -84,20 +83,22 @@ def compose(options: Options, *, file: Path, output: Path) -> Exit:
             raise Fault(
                 f"{file.name} needs no adapter", f"it does not export {reader.WASI_HTTP_HANDLER}", "push it as it is"
             )
-        whole = composer.compose(adapter.load(), data)
-        output.write_bytes(whole)
+        whole = composer.compose(composer.load_adapter(), data)
+        target.write_bytes(whole)
     except (reader.NotAComponentError, composer.ComposeError) as error:
         raise Fault(str(error)) from None
     except OSError as error:
-        raise Fault(f"cannot write {output}", error.strerror or str(error)) from None
+        raise Fault(f"cannot write {target}", error.strerror or str(error)) from None
     names = reader.read(whole).imports
     if options.json:
-        out.show_json({"output": str(output), "size_bytes": len(whole), "adapter": adapter.digest(), "imports": names})
+        output.show_json(
+            {"output": str(target), "size_bytes": len(whole), "adapter": composer.adapter_digest(), "imports": names}
+        )
         return Exit.OK
-    out.facts(
+    output.facts(
         [
-            ("written", f"{output}, {out.size(len(whole))}"),
-            ("adapter", f"sha256 {adapter.digest()}"),
+            ("written", f"{target}, {output.size(len(whole))}"),
+            ("adapter", f"sha256 {composer.adapter_digest()}"),
             ("imports", "\n".join(names)),
         ]
     )
@@ -105,4 +106,5 @@ def compose(options: Options, *, file: Path, output: Path) -> Exit:
 
 
 component.add_command(inspect)
+
 component.add_command(compose)

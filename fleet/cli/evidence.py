@@ -1,6 +1,10 @@
-"""What is bound beside a component: bills of materials and build provenance.
+"""sbom; what is bound beside a component.
+
+What is bound beside a component: bills of materials and build provenance.
 
 Read from disk and held against the component before anybody signs; fetched and held against what was signed, later.
+
+`fleet sbom show`: what is in a published component, and who built it, as its publisher signed it.
 """
 
 import hashlib
@@ -9,13 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fleet.cli.base import Exit, Fault
+import click
+
+from fleet.cli import output
+from fleet.cli.base import Exit, Fault, Options, command
+from fleet.cli.operator import load_operator
+from fleet.cli.trust_store import TrustStore
 from fleet.client import Client, ProblemError
-from fleet.evidence import embedded, provenance, sbom
-from fleet.evidence.document import DocumentError
-from fleet.evidence.packages import Package
+from fleet.evidence import provenance, sbom
 from fleet.evidence.provenance import Provenance
-from fleet.protocol.evidence import PROVENANCE, SBOMS, Evidence
+from fleet.evidence.sbom import DocumentError, Package
+from fleet.protocol.manifest import PROVENANCE, SBOMS, Evidence
+from fleet.protocol.names import BadNameError, TargetName
 from signing.policy import Release
 
 _NOT_FOUND: Final = 404
@@ -120,10 +129,10 @@ class Shelf:
             if bound is not None:
                 bill = sbom.read(self.fetch(bound.sha256, bound.length))
                 return Contents(bill.packages, bill.format)
-            crates = embedded.read(self.fetch(release.sha256, release.length))
+            crates = sbom.read_embedded(self.fetch(release.sha256, release.length))
         except (DocumentError, Fault) as error:
             return Contents(None, str(error))
-        return Contents(None, "no SBOM") if crates is None else Contents(crates, f"built in ({embedded.SECTION})")
+        return Contents(None, "no SBOM") if crates is None else Contents(crates, f"built in ({sbom.SECTION})")
 
     def provenance(self, release: Release) -> Provenance | None:
         """Who built a release, as its publisher bound it; None where nobody says. Raises `Fault`."""
@@ -163,3 +172,108 @@ class Shelf:
         fresh.write_bytes(fetched)
         os.replace(fresh, kept)  # noqa: PTH105 - the atomic one, by name
         return fetched
+
+
+_SHOWN: Final = 20
+
+
+@click.group("sbom")
+def boms() -> None:
+    """See what is in a published component, and who built it."""
+
+
+@command(
+    "show",
+    examples="fleet sbom show hello@1.4.0\n"
+    "fleet sbom show acme/hello@1.4.0 --json\n"
+    "fleet sbom show hello@1.4.0 --save hello.cdx.json",
+)
+@click.argument("target", metavar="NAME@VERSION")
+@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the SBOM as it was published")
+@click.option(
+    "--save-provenance", type=click.Path(path_type=Path), metavar="FILE", help="Write the provenance as published"
+)
+def show(options: Options, *, target: str, save: Path | None, save_provenance: Path | None) -> None:
+    """Show the packages in a published component and the provenance bound to it.
+
+    Everything is held against the hashes that the publisher signed. Who signed the provenance itself is not judged.
+    """
+    who = load_operator(options)
+    try:
+        name = TargetName.parse(target, namespace=who.namespace)
+    except BadNameError as error:
+        raise Fault(str(error)) from None
+    with who.client() as client:
+        release = TrustStore(who, client, expired=True).published(name.path)
+        if release is None:
+            raise Fault(f"{name} is not published", "", "'fleet groups' and 'fleet devices' list what runs")
+        shelf = Shelf(client, who.trust / "evidence")
+        for path, kinds in ((save, SBOMS), (save_provenance, frozenset({PROVENANCE}))):
+            if path is not None:
+                _save(shelf, release, kinds, path)
+        contents, built = shelf.contents(release), shelf.provenance(release)
+    if options.json:
+        output.show_json(_as_json(release, contents, built))
+    else:
+        _tell(options, release, contents, built)
+
+
+def _save(shelf: Shelf, release: Release, kinds: frozenset[str], path: Path) -> None:
+    bound = next((each for each in release.evidence if each.kind in kinds), None)
+    if bound is None:
+        what = "provenance" if PROVENANCE in kinds else "SBOM"
+        raise Fault(f"{release.name} was published without {what}", "", code=Exit.REFUSED)
+    data = shelf.fetch(bound.sha256, bound.length)
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise Fault(f"cannot write {path}", (error.strerror or str(error)).lower(), "check the path") from None
+
+
+def _tell(options: Options, release: Release, contents: Contents, built: Provenance | None) -> None:
+    packages = contents.packages
+    shown = packages or ()
+    if not options.quiet and len(shown) > _SHOWN and output.console().is_terminal:
+        shown = shown[:_SHOWN]
+    more = len(packages or ()) - len(shown)
+    output.facts(
+        [
+            ("component", f"{release.name}, {output.size(release.length)}, sha256 {release.sha256}"),
+            ("packages", contents.source if packages is None else f"{len(packages)}, by {contents.source}"),
+            ("", "\n".join([*map(str, shown), *([f"and {more} more: --json lists all"] if more else [])])),
+            ("built by", "nobody says: published without provenance" if built is None else built.builder),
+            ("how", "" if built is None else built.build_type),
+            ("from", "" if built is None else "\n".join(built.sources)),
+            (
+                "envelope",
+                "" if built is None else "signed, not verified here" if built.signed else "none: a bare statement",
+            ),
+        ]
+    )
+
+
+def _as_json(release: Release, contents: Contents, built: Provenance | None) -> dict[str, object]:
+    packages = contents.packages
+    return {
+        "target": release.name.path,
+        "sha256": release.sha256,
+        "evidence": list(release.evidence),
+        "source": contents.source,
+        "packages": None
+        if packages is None
+        else [
+            {"name": each.name, "version": each.version, "type": each.type, "namespace": each.namespace}
+            for each in packages
+        ],
+        "provenance": None
+        if built is None
+        else {
+            "builder": built.builder,
+            "build_type": built.build_type,
+            "sources": list(built.sources),
+            "signed": built.signed,
+        },
+    }
+
+
+boms.add_command(show)

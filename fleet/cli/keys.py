@@ -10,20 +10,17 @@ from typing import Any
 import click
 from securesystemslib.signer import CryptoSigner
 
-from fleet.cli import out
-from fleet.cli.base import Exit, Fault, Options, command
-from fleet.cli.ceremony import Ceremony
-from fleet.cli.home import Operator, home, operator
-from fleet.cli.prepare import read_file
-from fleet.cli.rotating import Change, for_pipeline, replaced, without
-from fleet.cli.trust import Trust
+from fleet.cli import output
+from fleet.cli.base import Exit, Fault, Options, command, days, read_file
+from fleet.cli.operator import Operator, home, load_operator
+from fleet.cli.signing_event import Ceremony, Change, for_pipeline, replaced, without
+from fleet.cli.trust_store import TrustStore
 from fleet.cli.unlock import ask, keyring, new_passphrase
-from fleet.cli.values import days
 from fleet.client import ClientError
 from fleet.protocol.manifest import Grants
+from signing import events, rotation
 from signing import keyring as keyrings
 from signing import keys as key_files
-from signing import proposals, rotation, ssh_agent
 from signing.errors import KeyFileError, RepositoryError
 
 ONLINE = ("snapshot", "timestamp", "director")
@@ -31,6 +28,7 @@ ONLINE = ("snapshot", "timestamp", "director")
 _OUT = click.option(
     "--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Save the signing event here; publish nothing"
 )
+
 _YES = click.option("--yes", is_flag=True, help="Do not ask before signing")
 
 
@@ -80,16 +78,16 @@ def new(options: Options, *, name: str, form: str, ci: bool, **how: Any) -> None
     With --ci it may publish in one namespace, and is written in the clear to NAME.ci.pem: for the pipeline's secret
     FLEET_SIGNING_KEY, and then to be deleted.
     """
-    who = operator(options)
+    who = load_operator(options)
     if ci:
         _new_for_pipeline(options, name, **how)
         return
     with _faults():
         entry, _ = keyring(who).generate(name, passphrase=new_passphrase(name), form=key_files.Format(form))
     if options.json:
-        out.show_json({"name": name, "keyid": entry.key.keyid, "file": str(keyring(who).file(name))})
+        output.show_json({"name": name, "keyid": entry.key.keyid, "file": str(keyring(who).file(name))})
     else:
-        out.say(options, f"Made {name} ({entry.key.keyid[:12]}). 'fleet keys show {name}' prints its public half.")
+        output.say(options, f"Made {name} ({entry.key.keyid[:12]}). 'fleet keys show {name}' prints its public half.")
 
 
 def _new_for_pipeline(
@@ -104,7 +102,7 @@ def _new_for_pipeline(
     to: Path | None,
     yes: bool,
 ) -> None:
-    who = operator(options)
+    who = load_operator(options)
     path = Path(f"{name}.ci.pem")
     limit = Grants(interfaces=ceiling, outbound=outbound) if ceiling or outbound else None
     signer = CryptoSigner.generate_ed25519()
@@ -115,7 +113,7 @@ def _new_for_pipeline(
         change = for_pipeline(
             ceremony.files, space, signer.public_key, now=now, ends=now + days(expires), ceiling=limit
         )
-        event = proposals.propose(
+        event = events.propose(
             ceremony.files, namespaces={space: change}, now=now, note=f"{name} publishes in {space} for {expires}"
         )
         key_files.store(path, signer)
@@ -128,7 +126,7 @@ def _new_for_pipeline(
             raise
     if pipeline is not None:
         write_public(who, pipeline, space)
-    out.say(
+    output.say(
         options,
         f"Wrote {path}: put its text into the pipeline's secret FLEET_SIGNING_KEY, then delete the file.\n"
         f'The pipeline\'s operator/config.toml says namespace = "{space}".',
@@ -169,13 +167,13 @@ def import_(
     """Know a key by NAME: somebody's public key, or a private one of yours, which is encrypted anew."""
     if sum(bool(each) for each in (file, agent, token, recovery)) != 1:
         raise click.UsageError("Give one of FILE, --ssh-agent, --token and --recovery.")
-    ring = keyring(operator(options))
+    ring = keyring(load_operator(options))
     with _faults():
         if agent:
-            known = ssh_agent.identities()
+            known = key_files.identities()
             if agent not in known:
                 raise Fault(f"the ssh-agent has no Ed25519 key {agent!r}", f"it has {', '.join(known) or 'none'}")
-            entry = ring.add(name, known[agent], where=ssh_agent.SCHEME + ":")
+            entry = ring.add(name, known[agent], where=key_files.SCHEME + ":")
         elif token:
             uri, key = keyrings.import_token(label=token, number=number, ask=ask)
             entry = ring.add(name, key, where=uri)
@@ -186,10 +184,10 @@ def import_(
             assert file is not None
             entry = _import_file(ring, name, file)
     if options.json:
-        out.show_json({"name": name, "keyid": entry.key.keyid, "where": entry.where})
+        output.show_json({"name": name, "keyid": entry.key.keyid, "where": entry.where})
     else:
         whose = f"yours, {_where(entry)}" if entry.ours else "somebody else's"
-        out.say(options, f"{name} is {entry.key.keyid[:12]}: {whose}.")
+        output.say(options, f"{name} is {entry.key.keyid[:12]}: {whose}.")
 
 
 def _import_file(ring: keyrings.Keyring, name: str, file: Path) -> keyrings.Entry:
@@ -205,12 +203,12 @@ def _import_file(ring: keyrings.Keyring, name: str, file: Path) -> keyrings.Entr
 @command("list", examples="fleet keys list\nfleet keys list --json")
 def list_(options: Options) -> None:
     """List the keys known here, and what each may sign."""
-    who = operator(options)
+    who = load_operator(options)
     ring = keyring(who)
     roles: dict[str, list[str]] | None = None
     try:
         with who.client() as client:
-            roles = _roles(Trust(who, client, expired=True).files)
+            roles = _roles(TrustStore(who, client, expired=True).files)
     except (ClientError, Fault) as error:
         click.echo(f"what each may sign is not known: {error}", err=True)
     with _faults():
@@ -221,9 +219,11 @@ def list_(options: Options) -> None:
     known = {each.key.keyid for each in entries}
     rows += [("-", keyid, "", ", ".join(held)) for keyid, held in (roles or {}).items() if keyid not in known]
     if options.json:
-        out.show_json([dict(zip(("name", "keyid", "where", "signs"), row, strict=True)) for row in rows])
+        output.show_json([dict(zip(("name", "keyid", "where", "signs"), row, strict=True)) for row in rows])
     else:
-        out.table(("NAME", "KEY", "WHERE", "SIGNS"), [(n, k[:12], w, s) for n, k, w, s in rows], empty="no keys here")
+        output.table(
+            ("NAME", "KEY", "WHERE", "SIGNS"), [(n, k[:12], w, s) for n, k, w, s in rows], empty="no keys here"
+        )
 
 
 def _roles(files: dict[str, bytes]) -> dict[str, list[str]]:
@@ -245,10 +245,10 @@ def _where(entry: keyrings.Entry) -> str:
 def show(options: Options, *, name: str) -> None:
     """Print the public half of the key NAME, for others to import."""
     with _faults():
-        entry = keyring(operator(options)).get(name)
+        entry = keyring(load_operator(options)).get(name)
     if options.json:
         public = keyrings.public_pem(entry.key)
-        out.show_json({"name": entry.name, "keyid": entry.key.keyid, "where": entry.where, "public": public})
+        output.show_json({"name": entry.name, "keyid": entry.key.keyid, "where": entry.where, "public": public})
     else:
         click.echo(keyrings.public_pem(entry.key).rstrip())
 
@@ -274,7 +274,7 @@ def rotate(
     A namespace that does not exist yet is made. What the new keys must sign anew is in the same event. The keys of
     snapshot, timestamp and director are made in the server's directory of this home.
     """
-    who = operator(options)
+    who = load_operator(options)
     with who.client() as client, _faults():
         ceremony = Ceremony(options, who, client)
         made = _Made(options, ceremony, role)
@@ -300,7 +300,7 @@ def rotate(
 @_YES
 def revoke(options: Options, *, name: str, to: Path | None, yes: bool) -> None:
     """Take the key NAME out of every role that it may sign. NAME may be the beginning of its id."""
-    who = operator(options)
+    who = load_operator(options)
     with who.client() as client, _faults():
         ceremony = Ceremony(options, who, client)
         keyid = next((each for each in _roles(ceremony.files) if len(name) >= 8 and each.startswith(name)), None)  # noqa: PLR2004 - shorter ids are guesses
@@ -309,7 +309,7 @@ def revoke(options: Options, *, name: str, to: Path | None, yes: bool) -> None:
 
 
 def _propose(ceremony: Ceremony, change: Change, note: str) -> Any:
-    return proposals.propose(
+    return events.propose(
         ceremony.files,
         roles=change.roles,
         director=change.director,
@@ -337,7 +337,7 @@ class _Made:
         entry, _ = ring.generate(name, passphrase=passphrase)
         self._names.append(name)
         self._paths.append(ring.file(name))
-        out.say(self._options, f"Made the key {name}.")
+        output.say(self._options, f"Made the key {name}.")
         return entry.key
 
     def _make_online(self) -> Any:

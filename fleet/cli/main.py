@@ -1,67 +1,85 @@
-"""`fleet`: the operator's command.
+"""Command table; demo.
+
+`fleet`: the operator's command.
 
 Only the names and one-line helps of the verbs stand here; each is imported when it is called.
+
+`fleet demo`.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Final
 
 import click
 
-from fleet.cli.base import DEBUG, HOME, JSON, QUIET, Entry, LazyGroup, Options, Sections
+from fleet.cli.base import (
+    DEBUG,
+    HOME,
+    JSON,
+    QUIET,
+    Entry,
+    Exit,
+    Fault,
+    LazyGroup,
+    Options,
+    Sections,
+    check_choice,
+    command,
+)
 
 SECTIONS: Final[Sections] = {
     "A fleet": {
-        "init": Entry("fleet.cli.setup:init", "Create a fleet: keys, repository, certificates, admin token"),
-        "serve": Entry("fleet.cli.setup:serve", "Run the server: API, artifacts, rollouts, broker"),
+        "init": Entry("fleet.cli.server:init", "Create a fleet: keys, repository, certificates, admin token"),
+        "serve": Entry("fleet.cli.server:serve", "Run the server: API, artifacts, rollouts, broker"),
         "operators": Entry("fleet.cli.operators:operators", "Who may come in to the server, and as what"),
         "server": Entry("fleet.cli.server:server", "A server's backup and keys, and a server made anew"),
-        "status": Entry("fleet.cli.listings:status", "The fleet at a glance"),
-        "demo": Entry("fleet.cli.demo:demo", "The whole main job on this machine, with three boards"),
+        "status": Entry("fleet.cli.device:status", "The fleet at a glance"),
+        "demo": Entry("fleet.cli.main:demo", "The whole main job on this machine, with three boards"),
     },
     "Components": {
         "push": Entry("fleet.cli.push:push", "Publish a component and deploy it to a group, in one go"),
         "publish": Entry("fleet.cli.push:publish", "Sign a component and upload it"),
         "deploy": Entry("fleet.cli.push:deploy", "Offer a published component to a group or a board"),
-        "withdraw": Entry("fleet.cli.withdraw:withdraw", "Revoke a published release for good"),
-        "sbom": Entry("fleet.cli.sbom:boms", "See what is in a published component, and who built it"),
+        "withdraw": Entry("fleet.cli.publish:withdraw", "Revoke a published release for good"),
+        "sbom": Entry("fleet.cli.evidence:boms", "See what is in a published component, and who built it"),
         "component": Entry("fleet.cli.component:component", "Look into a component file, or put it into its adapter"),
     },
     "Rollouts": {
-        "rollouts": Entry("fleet.cli.rollouts:rollouts", "List the rollouts, newest first"),
-        "rollout": Entry("fleet.cli.rollouts:rollout", "Show, follow, pause, resume or abort a rollout"),
+        "rollouts": Entry("fleet.cli.rollout:rollouts", "List the rollouts, newest first"),
+        "rollout": Entry("fleet.cli.rollout:rollout", "Show, follow, pause, resume or abort a rollout"),
         "bundle": Entry("fleet.cli.bundle:bundles", "Carry updates to boards that no network reaches"),
-        "undo": Entry("fleet.cli.rollouts:undo", "Offer the previous state again"),
-        "remove": Entry("fleet.cli.rollouts:remove", "Take an instance off a group or a board"),
+        "undo": Entry("fleet.cli.rollout:undo", "Offer the previous state again"),
+        "remove": Entry("fleet.cli.rollout:remove", "Take an instance off a group or a board"),
     },
     "Boards": {
-        "devices": Entry("fleet.cli.listings:devices", "List the boards"),
-        "device": Entry("fleet.cli.boards:device", "One board: what it runs, and why"),
-        "groups": Entry("fleet.cli.listings:groups", "List the groups"),
-        "group": Entry("fleet.cli.boards:group", "Make a group, or change who belongs to it"),
-        "why": Entry("fleet.cli.boards:why", "What happened to a board, and what to do about it"),
-        "enroll-token": Entry("fleet.cli.boards:enroll_token", "Make a one-time token with which a board joins"),
-        "image": Entry("fleet.cli.image:image", "Make a card's image ready: its board joins by itself"),
-        "pin": Entry("fleet.cli.boards:pin", "Give one board a version of its own"),
-        "unpin": Entry("fleet.cli.boards:unpin", "Let a board follow its groups again"),
-        "retry": Entry("fleet.cli.boards:retry", "Have a failed instance tried again"),
-        "logs": Entry("fleet.cli.logs:logs", "An instance's log from a board, as its owner allows"),
-        "restart": Entry("fleet.cli.boards:restart", "Restart an instance on a board"),
-        "label": Entry("fleet.cli.boards:label", "Set or remove labels of a board"),
-        "revoke": Entry("fleet.cli.boards:revoke", "Shut a board out of the fleet"),
+        "devices": Entry("fleet.cli.device:devices", "List the boards"),
+        "device": Entry("fleet.cli.device:device", "One board: what it runs, and why"),
+        "groups": Entry("fleet.cli.device:groups", "List the groups"),
+        "group": Entry("fleet.cli.device:group", "Make a group, or change who belongs to it"),
+        "why": Entry("fleet.cli.device:why", "What happened to a board, and what to do about it"),
+        "enroll-token": Entry("fleet.cli.device:enroll_token", "Make a one-time token with which a board joins"),
+        "image": Entry("fleet.cli.bundle:image", "Make a card's image ready: its board joins by itself"),
+        "pin": Entry("fleet.cli.device:pin", "Give one board a version of its own"),
+        "unpin": Entry("fleet.cli.device:unpin", "Let a board follow its groups again"),
+        "retry": Entry("fleet.cli.device:retry", "Have a failed instance tried again"),
+        "logs": Entry("fleet.cli.device:logs", "An instance's log from a board, as its owner allows"),
+        "restart": Entry("fleet.cli.device:restart", "Restart an instance on a board"),
+        "label": Entry("fleet.cli.device:label", "Set or remove labels of a board"),
+        "revoke": Entry("fleet.cli.device:revoke", "Shut a board out of the fleet"),
     },
     "Trust": {
         "secret": Entry("fleet.cli.secret:secrets", "Give components secrets that only their boards can read"),
         "keys": Entry("fleet.cli.keys:keys", "Make, list, rotate and revoke signing keys"),
-        "publisher": Entry("fleet.cli.publisher:publisher", "Sign snapshot and timestamp on another host"),
-        "ca": Entry("fleet.cli.authority:authority", "The CA by which boards and servers know each other"),
+        "publisher": Entry("fleet.cli.server:publisher", "Sign snapshot and timestamp on another host"),
+        "ca": Entry("fleet.cli.ca:authority", "The CA by which boards and servers know each other"),
         "affected": Entry("fleet.cli.affected:affected", "List the boards that run a package"),
         "audit": Entry("fleet.cli.audit:audits", "Prove what boards ran, without believing the server"),
         "sign": Entry("fleet.cli.sign:sign", "Sign together what changes trust; see and renew what expires"),
     },
     "Shell": {
-        "completion": Entry("fleet.cli.setup:completion", "Print a completion script for bash, zsh or fish"),
+        "completion": Entry("fleet.cli.server:completion", "Print a completion script for bash, zsh or fish"),
     },
 }
 
@@ -111,6 +129,31 @@ def main() -> None:
 
     Every command knows --help, with examples. A listing with --json prints what programs want.
     """
+
+
+_PARTS: Final = {"wasmtime": "agent", "paho": "agent", "uvicorn": "server", "starlette": "server"}
+
+
+@command("demo", json=False, examples="fleet demo\nfleet demo --once\nfleet demo --directory ./try")
+@click.option("--once", is_flag=True, help="End after the last act; the exit code says whether all of it held")
+@click.option("--directory", type=click.Path(path_type=Path, file_okay=False), help="For all it makes  [temporary]")
+@click.option("--broker", default="auto", show_default=True, help="auto (Mosquitto where there is one) or embedded")
+def demo(_options: Options, *, once: bool, directory: Path | None, broker: str) -> int:
+    """The whole main job on this machine, as an ordinary user.
+
+    Makes a development fleet, starts its server and three boards as real processes, pushes v1, pushes v2 while clients
+    send requests without a pause, pushes a v3 that traps and is rolled back, and takes the group back with 'fleet
+    undo'. Then it stays up until Ctrl-C. It leaves no process behind.
+    """
+    check_choice(broker, ("auto", "mosquitto", "embedded"), "broker")
+    missing = [name for name in _PARTS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Fault("the demo needs every part", f"{missing[0]} is not installed", "pip install 'wasmfleet[all]'")
+    if directory is not None and directory.exists() and any(directory.iterdir()):
+        raise Fault(f"{directory} is not empty", "the demo makes everything anew", "name another --directory")
+    from fleet.demo.run import run  # noqa: PLC0415 - not for --help
+
+    return Exit(code) if (code := run(directory=directory, once=once, broker=broker)) in set(Exit) else code
 
 
 if __name__ == "__main__":

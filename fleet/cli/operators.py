@@ -5,17 +5,18 @@ from pathlib import Path
 
 import click
 
-from fleet.cli import out
+from fleet.cli import output
 from fleet.cli.base import Fault, Options, check_choice, command
-from fleet.cli.home import TOKEN_VARIABLE, operator
+from fleet.cli.operator import TOKEN_VARIABLE, load_operator
 from fleet.client import Client, ProblemError
-from fleet.protocol.people import OperatorReply, Role
+from fleet.protocol.trust_api import OperatorReply, Role
 
 _ROLE = click.option(
     "--role",
     type=click.Choice([str(each) for each in Role]),
     help="viewer looks; operator changes what boards run, too; admin also says who comes in",
 )
+
 _SAVE = click.option(
     "--save",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -35,13 +36,13 @@ def operators() -> None:
 @command("list", examples="fleet operators list\nfleet operators list --json")
 def list_(options: Options) -> None:
     """List the operators with their roles."""
-    with operator(options).client() as client:
+    with load_operator(options).client() as client:
         found = client.operators()
     if options.json:
-        out.show_json(found)
+        output.show_json(found)
     else:
         rows = [(each.name, str(each.role), f"{each.created_at:%Y-%m-%d}") for each in found.operators]
-        out.table(("OPERATOR", "ROLE", "SINCE"), rows, empty="nobody")
+        output.table(("OPERATOR", "ROLE", "SINCE"), rows, empty="nobody")
 
 
 @command("add", examples="fleet operators add bob\nfleet operators add board-room --role viewer --save room.token")
@@ -51,7 +52,7 @@ def list_(options: Options) -> None:
 def add(options: Options, *, name: str, role: str | None, save: Path | None) -> None:
     """Let NAME in with a token of its own, which is shown once."""
     _check_free(save)
-    with operator(options).client() as client:
+    with load_operator(options).client() as client:
         if any(each.name == name for each in client.operators().operators):
             raise Fault(f"{name} may come in already", action=f"'fleet operators rotate {name}' gives it another token")
         _hand_over(options, client.let_in(name, Role(role or Role.OPERATOR)), save)
@@ -67,7 +68,7 @@ def rotate(options: Options, *, name: str, role: str | None, save: Path | None) 
     The token of this machine is written to operator/token by itself, unless --save says where else.
     """
     _check_free(save)
-    who = operator(options)
+    who = load_operator(options)
     with who.client() as client:
         known = {each.name: each.role for each in client.operators().operators}
         check_choice(name, list(known), "operator")
@@ -87,13 +88,13 @@ def rotate(options: Options, *, name: str, role: str | None, save: Path | None) 
 @click.argument("name")
 def revoke(options: Options, *, name: str) -> None:
     """Let NAME in no more."""
-    with operator(options).client() as client:
+    with load_operator(options).client() as client:
         known = [each.name for each in client.operators().operators]
         left = client.shut_out(check_choice(name, known, "operator"))
     if options.json:
-        out.show_json(left)
+        output.show_json(left)
     else:
-        out.say(options, f"{name} may not come in any more.")
+        output.say(options, f"{name} may not come in any more.")
 
 
 def _was_mine(client: Client) -> bool:
@@ -118,13 +119,13 @@ def _hand_over(options: Options, reply: OperatorReply, save: Path | None) -> Non
 def _say(options: Options, reply: OperatorReply, words: str, *, token: bool) -> None:
     if options.json:
         facts: dict[str, object] = {"name": reply.name, "role": reply.role.value}
-        out.show_json(facts | ({"token": reply.token} if token else {}))
+        output.show_json(facts | ({"token": reply.token} if token else {}))
     elif token:
-        out.say(options, f"{reply.name} may come in as {reply.role}, with this token in operator/token (mode 0600)")
-        out.say(options, f"or in {TOKEN_VARIABLE}. It is not shown again:\n")
+        output.say(options, f"{reply.name} may come in as {reply.role}, with this token in operator/token (mode 0600)")
+        output.say(options, f"or in {TOKEN_VARIABLE}. It is not shown again:\n")
         click.echo(reply.token)
     else:
-        out.say(options, words)
+        output.say(options, words)
 
 
 def _check_free(path: Path | None) -> None:

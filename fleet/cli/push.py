@@ -1,8 +1,16 @@
-"""`fleet push`, `publish` and `deploy`."""
+"""push, publish, deploy; dry run.
+
+`fleet push`, `publish` and `deploy`.
+
+`fleet push --dry-run`: what a push would do, without publishing anything.
+
+The component may not be published yet, so the server cannot judge it; what it needs is read from the file, and what
+the boards are from their own reports.
+"""
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,51 +18,55 @@ import click
 import msgspec
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from fleet.cli import complete, out
-from fleet.cli.base import Exit, Fault, Options, command
-from fleet.cli.dryrun import dry_run
-from fleet.cli.finish import finish
-from fleet.cli.home import Operator, operator
-from fleet.cli.prepare import Prepared, attach, prepare
-from fleet.cli.publishing import Publication
-from fleet.cli.publishing import publish as publish_prepared
+from fleet.cli import operator, output
+from fleet.cli.base import Exit, Fault, Options, command, config_values
+from fleet.cli.operator import Operator, load_operator
+from fleet.cli.publish import Prepared, Publication, attach, prepare, versioned
+from fleet.cli.publish import publish as publish_prepared
+from fleet.cli.rollout import finish
 from fleet.cli.secret import check_needed
-from fleet.cli.values import config_values
+from fleet.cli.trust_store import TrustStore
 from fleet.client import Client
-from fleet.protocol import api
-from fleet.protocol.manifest import Manifest
+from fleet.protocol import operator_api, outbound
+from fleet.protocol.manifest import Grants, Manifest
 from fleet.protocol.names import BadNameError, TargetName, check_label
-from fleet.rollout import waves
+from fleet.protocol.operator_api import DeviceRow, Excluded, Preflight, RolloutRequest
+from fleet.rollout import model
 
 _PROGRESS_FROM_BYTES: Final = 256 * 1024
 
 _FILE: Final = click.argument("file", type=click.Path(path_type=Path))
+
 _MANIFEST: Final = click.option(
     "--manifest",
     type=click.Path(path_type=Path, dir_okay=False),
     help="The component.toml  [beside FILE, else inferred]",
 )
+
 _VERSION: Final = click.option("--version", default="", metavar="VERSION", help="Version, in place of the manifest's")
+
 _SBOM: Final = click.option(
     "--sbom",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Bind this bill of materials to it: CycloneDX or SPDX, as JSON",
 )
+
 _PROVENANCE: Final = click.option(
     "--provenance",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Bind this build provenance to it: SLSA v1, as JSON",
 )
+
 _NAME: Final = click.option("--name", default="", metavar="NAME", help="Component's name, in place of the manifest's")
 
 _DEPLOY: Final = (
-    click.option("--group", default="", shell_complete=complete.groups, metavar="NAME", help="Offer it to this group"),
+    click.option("--group", default="", shell_complete=operator.groups, metavar="NAME", help="Offer it to this group"),
     click.option(
         "--device",
         default="",
-        shell_complete=complete.devices,
+        shell_complete=operator.devices,
         metavar="ID",
         help="Pin it on this one board, until 'fleet unpin'",
     ),
@@ -150,7 +162,7 @@ def push(
     prepared = prepare(file, manifest_file=manifest, name=name, version=version)
     prepared = attach(prepared, sbom=sbom, provenance=provenance)
     _check_config(prepared.manifest, config_values(how["config"]))
-    who = operator(options)
+    who = load_operator(options)
     with who.client() as client:
         _check_there(client, how["group"], how["device"])
         if not dry:
@@ -190,12 +202,12 @@ def publish(
     """
     prepared = prepare(file, manifest_file=manifest, name=name, version=version)
     prepared = attach(prepared, sbom=sbom, provenance=provenance)
-    who = operator(options)
+    who = load_operator(options)
     with who.client() as client:
         published = _publish(who, client, prepared, options)
     release = published.release
     if options.json:
-        out.show_json(
+        output.show_json(
             {
                 "target": release.name.path,
                 "length": release.length,
@@ -228,7 +240,7 @@ def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, **how: A
     """
     _check_where(how)
     _check_set(targets, how, atomic=atomic)
-    who = operator(options)
+    who = load_operator(options)
     try:
         first, *others = (TargetName.parse(target, namespace=who.namespace) for target in targets)
     except BadNameError as error:
@@ -253,24 +265,24 @@ def _check_set(targets: tuple[str, ...], how: dict[str, Any], *, atomic: bool) -
 def _publish(who: Operator, client: Client, prepared: Prepared, options: Options) -> Publication:
     with _upload_bar(prepared, options) as progress:
         done = publish_prepared(who, client, prepared, progress=progress, say=lambda text: click.echo(text, err=True))
-    size = out.size(done.release.length)
+    size = output.size(done.release.length)
     if done.new:
         source = prepared.manifest_file.name if prepared.manifest_file else "no component.toml, so no grants"
         said = ", ".join([size, source, *(each.said for each in prepared.attached)])
-        out.say(options, f"Published {done.target} ({said}).")
+        output.say(options, f"Published {done.target} ({said}).")
     else:
-        out.say(options, f"{done.target} is published already, with these bytes ({size}).")
+        output.say(options, f"{done.target} is published already, with these bytes ({size}).")
     return done
 
 
 @contextlib.contextmanager
 def _upload_bar(prepared: Prepared, options: Options) -> Iterator[Callable[[int], None] | None]:
     """A bar while a larger component goes up, on a terminal."""
-    if options.quiet or options.json or len(prepared.data) < _PROGRESS_FROM_BYTES or not out.console().is_terminal:
+    if options.quiet or options.json or len(prepared.data) < _PROGRESS_FROM_BYTES or not output.console().is_terminal:
         yield None
         return
     columns = (TextColumn("Uploading"), BarColumn(bar_width=20), DownloadColumn(binary_units=True))
-    with Progress(*columns, console=out.console(), transient=True) as progress:
+    with Progress(*columns, console=output.console(), transient=True) as progress:
         task = progress.add_task("", total=len(prepared.data))
         yield lambda count: progress.advance(task, count)
 
@@ -283,8 +295,8 @@ def _deploy(
     return finish(client, view, options, detach=how["detach"])
 
 
-def _request(component: str, target: str, how: dict[str, Any]) -> api.RolloutRequest:
-    return api.RolloutRequest(
+def _request(component: str, target: str, how: dict[str, Any]) -> operator_api.RolloutRequest:
+    return operator_api.RolloutRequest(
         instance=how["instance"] or component,
         target=target,
         group=how["group"],
@@ -307,8 +319,8 @@ def _check_where(how: dict[str, Any]) -> None:
     try:
         if how["instance"]:
             check_label(how["instance"], "instance")
-        waves.parse(how["waves"])
-    except (BadNameError, waves.BadWavesError) as error:
+        model.parse(how["waves"])
+    except (BadNameError, model.BadWavesError) as error:
         raise Fault(str(error)) from None
 
 
@@ -344,3 +356,118 @@ def _check_config(manifest: Manifest, config: dict[str, str] | None) -> None:
                 f"its manifest declares {known}",
                 f"add [config.{key}] to its component.toml",
             )
+
+
+def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutRequest, options: Options) -> Exit:
+    """Print what pushing `prepared` would do; FAILED when no board could run it."""
+    trust = TrustStore(who, client)
+    manifest = versioned(prepared, trust)
+    devices = client.devices().devices
+    boards = _boards(client, devices, request)
+    previous = _previous(client, boards, request)
+    before = next((release for release in trust.releases if release.name.path == previous), None)
+    lacking = _lacking(client, boards, manifest, request.instance)
+    excluded = tuple(
+        entry for board in boards if (entry := unfit(board, manifest) or lacking.get(board.id)) is not None
+    )
+    flight = Preflight(
+        waves=_waves(request.waves, [board for board in boards if board.id not in {each.device for each in excluded}]),
+        excluded=excluded,
+        new_grants=new_grants(manifest.grants, None if before is None else before.manifest.grants),
+        previous=previous,
+        warnings=tuple(f"{board.id} is offline and gets it when it is back" for board in boards if not board.online),
+    )
+    if options.json:
+        output.show_json(flight)
+    else:
+        _show(prepared, manifest, who, flight)
+    return Exit.OK if any(flight.waves) or not boards else Exit.FAILED
+
+
+def _boards(client: Client, devices: Sequence[DeviceRow], request: RolloutRequest) -> list[DeviceRow]:
+    if request.device:
+        return [client.device(request.device).row]
+    return [row for row in devices if request.group in row.groups]
+
+
+def _previous(client: Client, boards: Sequence[DeviceRow], request: RolloutRequest) -> str:
+    if request.device:
+        running = [instance for board in boards for instance in board.instances]
+        return next((each.target for each in running if each.instance == request.instance), "")
+    for group in client.groups().groups:
+        if group.name == request.group:
+            return next((each.target for each in group.settled if each.instance == request.instance), "")
+    return ""
+
+
+def unfit(board: DeviceRow, manifest: Manifest) -> Excluded | None:
+    """Why a board could not run it, None when it could as far as anyone knows."""
+    if board.revoked:
+        return Excluded(device=board.id, reason="it is revoked")
+    if manifest.arch and board.machine and board.machine not in manifest.arch:
+        return Excluded(
+            device=board.id, reason=f"it is {board.machine}, the component is for {', '.join(manifest.arch)}"
+        )
+    if board.versions.host and not board.versions.engine:
+        return Excluded(device=board.id, reason="it has no engine")
+    return None
+
+
+def _lacking(client: Client, boards: Sequence[DeviceRow], manifest: Manifest, instance: str) -> dict[str, Excluded]:
+    """The boards that have not every secret which the component requires."""
+    needed = [name for name, key in manifest.secrets.items() if key.required]
+    if not needed:
+        return {}
+    rows = {row.name: row for row in client.secrets().secrets if row.instance == instance}
+    found: dict[str, Excluded] = {}
+    for name in needed:
+        have = {each.device for each in rows[name].boards} if name in rows else set()
+        for board in boards:
+            if board.id not in have:
+                remedy = f"fleet secret set {name} --device {board.id} --instance {instance}"
+                found[board.id] = Excluded(device=board.id, reason=f"it lacks the secret {name}: {remedy}")
+    return found
+
+
+def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:
+    """What this version may reach and the one before may not."""
+    known = before or Grants()
+    return (
+        *(f"interface {name}" for name in wanted.interfaces if not known.allows(name)),
+        *(
+            f"outbound {outbound.describe(each)}"
+            for each in wanted.outbound
+            if not outbound.covered(each, known.outbound)
+        ),
+        *(f"instance {name}" for name in wanted.instances if name not in known.instances),
+    )
+
+
+def _waves(text: str, boards: Sequence[DeviceRow]) -> tuple[tuple[str, ...], ...]:
+    try:
+        parsed = model.parse(text)
+    except model.BadWavesError as error:
+        raise Fault(str(error)) from None
+    order = model.order({board.id: board.online for board in boards})
+    reached = model.sizes(parsed, len(order))
+    return tuple(order[start:end] for start, end in zip((0, *reached), reached, strict=False))
+
+
+def _show(prepared: Prepared, manifest: Manifest, who: Operator, flight: Preflight) -> None:
+    shape = prepared.component
+    kind = type(manifest.trigger).__name__.lower()
+    now = (
+        f"in place of {output.target(flight.previous)}" if flight.previous else "where nothing runs under that name yet"
+    )
+    rows = [
+        ("component", f"{prepared.file.name}, {output.size(shape.size_bytes)}, called by {kind} ({manifest.world})"),
+        ("imports", ", ".join(shape.imports) or "nothing"),
+        ("manifest", str(prepared.manifest_file or "none: inferred, no grants")),
+        ("would be", f"{who.namespace}/{manifest.name}@{manifest.version}, {now}"),
+    ]
+    rows += [("new grant", grant) for grant in flight.new_grants]
+    rows += [(f"wave {number}", ", ".join(wave) or "nobody") for number, wave in enumerate(flight.waves, 1)]
+    rows += [("excluded", f"{each.device}: {each.reason}") for each in flight.excluded]
+    rows += [("note", warning) for warning in flight.warnings]
+    output.facts(rows)
+    click.echo("Nothing was changed.")

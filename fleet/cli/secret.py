@@ -13,28 +13,29 @@ from typing import Any, Final
 import click
 from rich.text import Text
 
-from fleet.cli import complete, out, sight
+from fleet.cli import operator, output, trust_store
 from fleet.cli.base import Exit, Fault, Options, command
-from fleet.cli.home import Operator, connect, operator
+from fleet.cli.operator import Operator, connect, load_operator
 from fleet.client import Client
-from fleet.protocol import caps
+from fleet.protocol import bounds
 from fleet.protocol.names import BadNameError, check_label, check_secret
-from fleet.protocol.sealed import Box, SealingKeys, SecretReply, SecretRequest, SecretRow, SecretScope
+from fleet.protocol.trust_api import Box, SealingKeys, SecretReply, SecretRequest, SecretRow, SecretScope
 from signing import sealing
 from signing.errors import Rejected, SigningError
-from signing.sealing import Purpose
-from signing.sealing_keys import proved
+from signing.sealing import Purpose, proved
 
 _NAME: Final = click.argument("name", metavar="NAME")
+
 _WHERE: Final = (
     click.option(
-        "--group", default="", shell_complete=complete.groups, metavar="NAME", help="The boards of this group"
+        "--group", default="", shell_complete=operator.groups, metavar="NAME", help="The boards of this group"
     ),
-    click.option("--device", default="", shell_complete=complete.devices, metavar="ID", help="This one board"),
+    click.option("--device", default="", shell_complete=operator.devices, metavar="ID", help="This one board"),
     click.option(
         "--instance", default="", metavar="NAME", help="Whose secret  [the one instance there that declares it]"
     ),
 )
+
 _VALUE: Final = (
     click.option(
         "--file",
@@ -95,7 +96,7 @@ def rotate(options: Options, *, name: str, **how: Any) -> None:
 
 def _give(options: Options, name: str, how: dict[str, Any], *, rotate: bool) -> None:
     scope = _scope(name, how)
-    who = operator(options)
+    who = load_operator(options)
     value = _value(how["file"])
     wish = SecretRequest(
         instance=scope.instance, group=scope.group, device=scope.device, rotate=rotate, ahead=how["ahead"]
@@ -114,12 +115,12 @@ def _give(options: Options, name: str, how: dict[str, Any], *, rotate: bool) -> 
 
 def _tell(options: Options, reply: SecretReply, *, here: bool) -> None:
     if options.json:
-        out.show_json(reply)
+        output.show_json(reply)
         return
     count = len(reply.boards)
     where = "here; the server has not seen it" if here else "by the server, which has forgotten it"
     boards = f"{count} board{'' if count == 1 else 's'}"
-    out.say(options, f"{reply.instance}/{reply.name} version {reply.version} for {boards}, sealed {where}.")
+    output.say(options, f"{reply.instance}/{reply.name} version {reply.version} for {boards}, sealed {where}.")
     for device in reply.unsealable:
         click.echo(f"  {device} has no sealing key and lacks it: enrol it anew, with 'fleet-agent enroll --force'")
     if not count:
@@ -140,7 +141,7 @@ def _scope(name: str, how: dict[str, Any]) -> SecretScope:
 
 def _value(file: Path | None) -> str:
     """The value: one line end after it is not part of it."""
-    most = caps.SECRET_VALUE_MAX_BYTES + 2
+    most = bounds.SECRET_VALUE_MAX_BYTES + 2
     if file is not None:
         with file.open("rb") as source:
             data = source.read(most)
@@ -164,7 +165,7 @@ def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
     """A box for each board whose sealing key is proved by the device key that this machine remembers."""
     if keys.fleet != who.fleet:
         raise Fault(f"the server is of the fleet {keys.fleet!r}, this is {who.fleet!r}", code=Exit.REFUSED)
-    memory = sight.load(who.trust)
+    memory = trust_store.load(who.trust)
     boxes = []
     for board in keys.boards:
         try:
@@ -178,13 +179,13 @@ def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
                 "if it enrolled with an older agent, enrol it anew; else do not trust this server",
                 code=Exit.REFUSED,
             ) from None
-        sight.check(memory, board.device, fingerprint)
+        trust_store.check(memory, board.device, fingerprint)
         purpose = Purpose(
             fleet=who.fleet, device=board.device, instance=keys.instance, name=keys.name, version=keys.version
         )
         box = sealing.seal(value, recipient=key, purpose=purpose)
         boxes.append(Box(device=board.device, box=base64.b64encode(box).decode()))
-    sight.save(who.trust, memory)
+    trust_store.save(who.trust, memory)
     if not boxes:
         raise Fault("there is no board to seal for", "boards are sealed for one by one", "fleet secret set again later")
     return tuple(boxes)
@@ -196,7 +197,7 @@ def list_(options: Options) -> Exit:
     with connect(options) as client:
         found = client.secrets()
     if options.json:
-        out.show_json(found)
+        output.show_json(found)
         return Exit.OK
     rows: list[tuple[str | Text, ...]] = [
         (
@@ -210,7 +211,7 @@ def list_(options: Options) -> Exit:
         for row in found.secrets
     ]
     header = ("INSTANCE", "SECRET", "VERSION", "BOARDS", "SEALED BY", "SET BY")
-    out.table(header, rows, empty="No board has a secret, and none lacks one.")
+    output.table(header, rows, empty="No board has a secret, and none lacks one.")
     for row in found.secrets:
         _tell_lacking(row)
     return Exit.OK
@@ -236,9 +237,9 @@ def remove(options: Options, *, name: str, **how: Any) -> None:
     with connect(options) as client:
         found = client.remove_secret(name, scope)
     if options.json:
-        out.show_json(found)
+        output.show_json(found)
     else:
-        out.say(options, f"{name} is taken from {scope.group or scope.device}.")
+        output.say(options, f"{name} is taken from {scope.group or scope.device}.")
 
 
 def check_needed(client: Client, *, instance: str, required: tuple[str, ...], group: str, device: str) -> None:

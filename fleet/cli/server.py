@@ -1,32 +1,51 @@
-"""`fleet server`: a server's backup, and a server made anew on the day after."""
+"""init, serve, completion, server, publisher.
 
+`fleet server`: a server's backup, and a server made anew on the day after.
+
+`fleet init`, `serve` and `completion`.
+
+`fleet publisher`: snapshot and timestamp signed on a host of their own: a stolen server shows nothing new.
+"""
+
+import asyncio
 import fcntl
+import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+from click.shell_completion import get_completion_class
 
-from fleet.cli import out
-from fleet.cli.audit import BOARDS, remembered
-from fleet.cli.authority import open_root
-from fleet.cli.base import Exit, Fault, Options, command
-from fleet.cli.ceremony import SUFFIX, merged, printable, save
-from fleet.cli.home import Operator, home, operator
-from fleet.cli.unlock import keyring, open_key
-from signing import events, words
+from fleet.cli import output
+from fleet.cli.base import Exit, Fault, Options, command, read_file
+from fleet.cli.ca import open_root
+from fleet.cli.keys import write_public
+from fleet.cli.operator import Operator, home, load_operator
+from fleet.cli.signing_event import SUFFIX, hand_over, merged, printable, read_team, save, show_recovery
+from fleet.cli.trust_store import DEVICES_FILE, remembered
+from fleet.cli.unlock import keyring, new_passphrase, open_key
+from fleet.protocol import bounds
+from signing import event_diff, events
 from signing import keyring as keyrings
 from signing import keys as key_files
 from signing.errors import SigningError
 from signing.events import Event
+from signing.keyring import public_pem
 
 if TYPE_CHECKING:
-    from fleet.server.home import Config
+    from fleet.admin.bootstrap import Made
+    from fleet.server.config import ServerConfig
+    from fleet.server.service import Ready
+
 
 _PARTS = "install them: pip install 'wasmfleet[server]'"
+
 T = TypeVar("T")
 
 
@@ -37,27 +56,27 @@ def server() -> None:
 
 @command("backup", examples="fleet server backup -o fleet.tar")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write"
+    "-o", "--output", "target", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write"
 )
-def backup(options: Options, *, output: Path) -> None:
+def backup(options: Options, *, target: Path) -> None:
     """Write what the server of this home knows into one file, without its keys; it may run meanwhile.
 
     Configuration, database, metadata and components. Keep it on another machine, and make one every day.
     """
-    if not output.name:
+    if not target.name:
         raise Fault("--output names no file", "", "give it one: -o fleet.tar")
     try:
-        from fleet import backup as backups  # noqa: PLC0415 - the server's parts may not be installed
+        from fleet.admin import recovery as backups  # noqa: PLC0415 - the server's parts may not be installed
     except ImportError as error:
         raise Fault("no backup can be made here", f"{error.name} is not installed", _PARTS) from None
     try:
-        size = backups.create(home(options), output)
+        size = backups.backup(home(options), target)
     except backups.BackupError as error:
         raise Fault(str(error)) from None
     if options.json:
-        out.show_json({"file": str(output), "bytes": size})
+        output.show_json({"file": str(target), "bytes": size})
     else:
-        out.say(options, f"{output}: {out.size(size)}; it holds no keys.")
+        output.say(options, f"{target}: {output.size(size)}; it holds no keys.")
 
 
 @command("scrub", examples="fleet server scrub", json=False)
@@ -80,7 +99,7 @@ def scrub(options: Options) -> None:
         raise Fault("the server runs", "its broker would go on with the old files", "stop it first") from None
     finally:
         os.close(handle)
-    out.say(options, "The broker's memory and the TLS keys are gone; the next start makes them anew.")
+    output.say(options, "The broker's memory and the TLS keys are gone; the next start makes them anew.")
 
 
 @command("key", examples="fleet server key director > director.pub")
@@ -103,7 +122,7 @@ def key(options: Options, *, role: str) -> None:
         raise Fault(str(error)) from None
     public = keyrings.public_pem(made.public_key)
     if options.json:
-        out.show_json({"file": str(path), "keyid": made.public_key.keyid, "public": public})
+        output.show_json({"file": str(path), "keyid": made.public_key.keyid, "public": public})
     else:
         click.echo(public.rstrip())
 
@@ -144,33 +163,33 @@ def rebuild(
     Without a backup the boards are those that 'fleet audit verify' has seen; deploy again what they should run.
     """
     try:
-        from fleet import rebuild as rebuilding  # noqa: PLC0415 - the server's parts may not be installed
-        from fleet import setup  # noqa: PLC0415 - the same
+        from fleet.admin import bootstrap  # noqa: PLC0415 - the same
+        from fleet.admin import recovery as rebuilding  # noqa: PLC0415 - the server's parts may not be installed
     except ImportError as error:
         raise Fault("no server can be made here", f"{error.name} is not installed", _PARTS) from None
-    who, place = operator(options), home(options)
+    who, place = load_operator(options), home(options)
     now = datetime.now(UTC)
 
     def done(act: Callable[[], T]) -> T:
         try:
             return act()
-        except (rebuilding.RebuildError, setup.SetupError, SigningError) as error:
+        except (rebuilding.RebuildError, bootstrap.SetupError, SigningError) as error:
             raise Fault(str(error), code=Exit.REFUSED) from None
 
     if signed:
         event = merged(signed)
     else:
-        config: Config | None = None
+        config: ServerConfig | None = None
         if kept is None:
             config = done(
-                lambda: setup.configure(
+                lambda: bootstrap.configure(
                     who.fleet,
                     "solo",
                     who.url,
                     who.namespace,
                     operators_port=None,
-                    devices_port=devices_port or setup.DEVICES_PORT,
-                    mqtt_port=mqtt_port or setup.MQTT_PORT,
+                    devices_port=devices_port or bootstrap.DEVICES_PORT,
+                    mqtt_port=mqtt_port or bootstrap.MQTT_PORT,
                     broker=broker,
                 )
             )
@@ -190,7 +209,7 @@ def rebuild(
             f"'fleet server rebuild --event {path.name}' completes it."
         )
         return Exit.FAILED
-    memory = remembered(who.trust / BOARDS)
+    memory = remembered(who.trust / DEVICES_FILE)
     boards = {
         device: rebuilding.Known(
             key=seen.key,
@@ -202,19 +221,21 @@ def rebuild(
     root = open_root(who)
     made = done(lambda: rebuilding.finish(place, event, root, boards=boards, now=now))
     if options.json:
-        out.show_json({"url": made.url, "boards": made.boards, "admitted": made.admitted, "lost": made.lost})
+        output.show_json({"url": made.url, "boards": made.boards, "admitted": made.admitted, "lost": made.lost})
         return Exit.OK
-    out.say(options, f"The server of {who.fleet} is made anew in {place / 'server'}: {made.boards} boards are known.")
+    output.say(
+        options, f"The server of {who.fleet} is made anew in {place / 'server'}: {made.boards} boards are known."
+    )
     for path_ in made.lost:
-        out.say(options, f"  its bytes are lost: {path_}; 'fleet publish FILE' with the same file brings them back")
-    out.say(options, "Move the directory to its machine if that is another one, and start 'fleet serve' there.")
+        output.say(options, f"  its bytes are lost: {path_}; 'fleet publish FILE' with the same file brings them back")
+    output.say(options, "Move the directory to its machine if that is another one, and start 'fleet serve' there.")
     return Exit.OK
 
 
 def _sign(who: Operator, files: dict[str, bytes], event: Event, *, yes: bool) -> Event:
     """The event with every signature that this machine can give, after it was said in words what it changes."""
     ring = keyring(who)
-    for line in words.describe(files, event, called=ring.called):
+    for line in event_diff.describe(files, event, called=ring.called):
         click.echo(printable(line), err=True)
     wanted = {keyid for each in events.missing(files, event) for keyid in each.keyids}
     mine = [entry for entry in ring.entries() if entry.ours and entry.key.keyid in wanted]
@@ -228,3 +249,253 @@ def _sign(who: Operator, files: dict[str, bytes], event: Event, *, yes: bool) ->
 
 for each in (backup, scrub, key, rebuild):
     server.add_command(each)
+
+_SERVER_PARTS = "install them: pip install 'wasmfleet[server]'"
+
+
+@command(
+    "init",
+    examples="fleet init --dev\n"
+    "fleet init --solo --fleet acme --url https://fleet.example.com\n"
+    "fleet init --team --root alice.pub --root bob.pub --root carol.pub --fleet acme\n"
+    "fleet --home ./try init --dev",
+)
+@click.option("--dev", "size", flag_value="dev", help="For trying out: keys in the clear, refused by production boards")
+@click.option("--solo", "size", flag_value="solo", help="One operator; the offline keys are encrypted")
+@click.option("--team", "size", flag_value="team", help="As --solo, and root passes to several people (--root)")
+@click.option(
+    "--root",
+    "people",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Public key of a person who holds root; three or more, with --team",
+)
+@click.option("--threshold", default=2, show_default=True, help="How many of them must sign, with --team")
+@click.option("--fleet", default="fleet", show_default=True, help="Its name; boards refuse what is signed for another")
+@click.option("--namespace", default="main", show_default=True, help="Namespace of the components published from here")
+@click.option("--url", help="https://HOST[:PORT] under which boards reach this machine  [loopback]")
+@click.option("--operators-port", type=click.IntRange(1, 65535), help="Of the API for operators  [8743]")
+@click.option("--devices-port", type=click.IntRange(1, 65535), help="Of the API for boards  [8744]")
+@click.option("--mqtt-port", type=click.IntRange(1, 65535), help="Of the broker  [8883]")
+@click.option("--broker", default="auto", show_default=True, help="auto, mosquitto, embedded, or mqtts://HOST:PORT")
+def init(
+    options: Options,
+    *,
+    size: str | None,
+    people: tuple[Path, ...],
+    threshold: int,
+    fleet: str,
+    namespace: str,
+    url: str | None,
+    operators_port: int | None,
+    devices_port: int | None,
+    mqtt_port: int | None,
+    broker: str,
+) -> None:
+    """Create a fleet on this machine: keys, repository, certificates and the admin's token.
+
+    Nothing that exists is overwritten.
+    """
+    if size is None:
+        raise click.UsageError("Choose --dev (for trying out), --solo or --team.")
+    if (size == "team") != bool(people):
+        raise click.UsageError(
+            "--team and --root belong together: fleet init --team --root alice.pub --root bob.pub ..."
+        )
+    try:
+        from fleet.admin import bootstrap  # noqa: PLC0415 - the server's parts may not be installed
+    except ImportError as error:
+        raise Fault("a fleet cannot be made here", f"{error.name} is not installed", _SERVER_PARTS) from None
+    try:
+        team = read_team(people, threshold) if size == "team" else None
+        passphrase = None if size == "dev" else new_passphrase("the keys of root, targets and the publisher")
+        made = bootstrap.init(
+            home(options),
+            fleet=fleet,
+            size="dev" if size == "dev" else "solo",
+            url=url,
+            namespace=namespace,
+            operators_port=operators_port,
+            devices_port=devices_port or bootstrap.DEVICES_PORT,
+            mqtt_port=mqtt_port or bootstrap.MQTT_PORT,
+            broker=broker,
+            passphrase=passphrase,
+        )
+    except bootstrap.SetupError as error:
+        raise Fault(str(error)) from None
+    event = None if team is None else hand_over(home(options), team, passphrase)
+    _show_made(options, made, event)
+
+
+def _show_made(options: Options, made: "Made", event: Path | None) -> None:
+    if options.json:
+        facts = {"home": str(made.home), "fleet": made.fleet, "size": made.size, "namespace": made.namespace}
+        more = {"recovery": made.recovery, "event": None if event is None else str(event)}
+        output.show_json({**facts, "url": made.url, "warnings": list(made.warnings), **more})
+        return
+    output.say(options, f"Made the fleet {made.fleet} in {made.home}.")
+    for warning in made.warnings:
+        click.echo(click.style("note: ", fg="yellow", bold=True) + warning, err=True)
+    if made.recovery:
+        show_recovery(made.recovery)
+    if event is not None:
+        click.echo(
+            f"Root passes to the team when enough of them have signed: mail {event} to them,\n"
+            f"'fleet sign approve {event.name}', then, with the server running, 'fleet sign publish {event.name}'."
+        )
+    output.say(
+        options,
+        "Next:\n"
+        "  fleet serve                              run its server\n"
+        "  fleet enroll-token --group edge-eu --quiet | ssh BOARD sudo fleet-agent enroll",
+    )
+
+
+@command("serve", json=False, examples="fleet serve\nfleet --home /srv/fleet serve --broker mosquitto")
+@click.option("--broker", metavar="WHICH", help="In place of the configured one: auto, mosquitto, embedded, mqtts://…")
+@click.option("--verbose", "-v", is_flag=True, help="Log more")
+def serve(options: Options, *, broker: str | None, verbose: bool) -> None:
+    """Run the fleet's server until it is told to stop: API, artifacts, rollouts, ingest and the broker.
+
+    Where it listens stands in server/server.toml under the fleet's directory.
+    """
+    try:
+        from fleet.server import service  # noqa: PLC0415 - the server's parts may not be installed
+    except ImportError as error:
+        raise Fault("the server cannot run here", f"{error.name} is not installed", _SERVER_PARTS) from None
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO if verbose else logging.WARNING
+    )
+
+    def ready(up: "Ready") -> None:
+        output.say(
+            options,
+            f"The fleet {up.fleet} is up; Ctrl-C stops the server, boards go on.\n"
+            f"  operators  {up.operators_url}\n"
+            f"  boards     {', '.join([up.devices_url, *up.mqtt])}\n"
+            f"  broker     {up.broker}",
+        )
+
+    try:
+        asyncio.run(service.run(home(options), broker=broker, on_ready=ready))
+    except service.ServeError as error:
+        raise Fault(str(error), code=Exit.FAILED) from None
+
+
+@command("completion", json=False, examples='eval "$(fleet completion bash)"\nfleet completion fish | source')
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(_options: Options, *, shell: str) -> None:
+    """Print the completion script for SHELL; put it into the shell's start-up file."""
+    from fleet.cli.main import main  # noqa: PLC0415 - it names this module
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "fleet", "_FLEET_COMPLETE").source())
+
+
+_PUBLISHER_PARTS = "install them: pip install 'wasmfleet[server]'"
+
+
+@click.group("publisher", short_help="Sign snapshot and timestamp on another host than the server")
+def publisher() -> None:
+    """Sign snapshot and timestamp on another host than the server.
+
+    That host verifies each change as the server does, and signs what it has verified. Whoever steals the server, with
+    the director, can then publish nothing and mix nothing. While the host is down, publishing waits.
+    """
+
+
+@command("init", examples="fleet publisher init ./publisher-host", json=False)
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+def publisher_init(options: Options, *, directory: Path) -> None:
+    """On the operator's machine: write what a publisher host needs into the new DIRECTORY, which becomes its --home.
+
+    The server's address, the fleet's CA and the root to verify everything from; nothing of it is secret.
+    """
+    who = load_operator(options)
+    write_public(who, directory, who.namespace)
+    output.say(
+        options,
+        f"Copy {directory} to the publisher host, where it is the --home, and there:\n"
+        "  fleet publisher keys\n"
+        f"Its token: 'fleet operators add publisher --role viewer --save {directory}/operator/token'.",
+    )
+
+
+@command("keys", examples="fleet publisher keys --out .")
+@click.option(
+    "--out", "to", default=Path(), type=click.Path(path_type=Path, file_okay=False), help="For the public ones"
+)
+def keys(options: Options, *, to: Path) -> None:
+    """On the publisher host: make keys for snapshot and timestamp, and write their public halves to *.pub.
+
+    They count when root names them: 'fleet sign move publisher' on the operator's machine.
+    """
+    module = _module()
+    try:
+        made = module.make_keys(home(options) / "publisher" / "keys")
+    except SigningError as error:
+        raise Fault(str(error)) from None
+    paths = {}
+    for role, key in made.items():
+        paths[role] = to / f"{role}.pub"
+        paths[role].write_text(public_pem(key), encoding="ascii")
+    if options.json:
+        output.show_json({role: str(path) for role, path in paths.items()})
+    else:
+        output.say(
+            options,
+            f"Made them. On the operator's machine: fleet sign move publisher --snapshot {paths['snapshot']} "
+            f"--timestamp {paths['timestamp']}",
+        )
+
+
+@command("run", examples="fleet publisher run\nfleet publisher run --once    (from cron)", json=False)
+@click.option("--once", is_flag=True, help="Look once, sign what is due, and end")
+@click.option("--verbose", "-v", is_flag=True, help="Log more")
+def run(options: Options, *, once: bool, verbose: bool) -> Exit:
+    """On the publisher host: verify what waits, sign snapshot and timestamp over it, renew them in time."""
+    module = _module()
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if verbose else logging.WARNING
+    )
+    who = load_operator(options)
+    root = read_file(who.root, bounds.ROOT_MAX_BYTES)
+    with who.client() as client:
+        host = module.Publisher(home(options) / "publisher", root=root, client=client)
+        if once:
+            try:
+                brought = host.step()
+            except module.PublisherError as error:
+                raise Fault(str(error), code=Exit.REFUSED) from None
+            output.say(options, "Signed." if brought else "Nothing to sign.")
+            return Exit.OK
+        signal.signal(signal.SIGTERM, _end)
+        output.say(options, f"Signing snapshot and timestamp of {who.fleet}; Ctrl-C stops it.")
+        host.run()
+    return Exit.OK
+
+
+@command("discard", examples="fleet publisher discard", json=False)
+def discard(options: Options) -> None:
+    """Have the server forget what waits for the publisher host: a change to keys that nobody has, for example."""
+    with load_operator(options).client() as client:
+        client.discard_waiting()
+    output.say(options, "Forgotten; nothing of it was published.")
+
+
+def _end(_number: int, _frame: object) -> None:
+    raise SystemExit(Exit.OK)
+
+
+def _module() -> ModuleType:
+    try:
+        from fleet.admin import signing_host as module  # noqa: PLC0415 - the server's parts may not be installed
+    except ImportError as error:
+        raise Fault("a publisher host cannot run here", f"{error.name} is not installed", _PUBLISHER_PARTS) from None
+    return module
+
+
+for each in (publisher_init, keys, run, discard):
+    publisher.add_command(each)

@@ -1,4 +1,9 @@
-"""`fleet sign`: what several people sign together, and what expires unless somebody signs it anew."""
+"""sign; sign move.
+
+`fleet sign`: what several people sign together, and what expires unless somebody signs it anew.
+
+`fleet sign move`: from one size of fleet to the next, without a board enrolled again.
+"""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,25 +12,173 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+from securesystemslib.signer import Key
 
-from fleet import issuing
-from fleet.cli import authority, out
-from fleet.cli.base import Exit, Fault, Options, command
-from fleet.cli.ceremony import Ceremony, load, merged, save
-from fleet.cli.home import operator
-from fleet.cli.moving import move
-from fleet.cli.trust import Cached
-from fleet.cli.values import days
+from fleet import ca
+from fleet.cli import ca as ca_commands
+from fleet.cli import output
+from fleet.cli.base import Exit, Fault, Options, command, days, read_file
+from fleet.cli.operator import load_operator
+from fleet.cli.signing_event import Ceremony, Change, load, merged, save, show_recovery, team_keys
+from fleet.cli.trust_store import Cached
+from fleet.cli.unlock import new_passphrase
 from fleet.client import Client, ProblemError
-from fleet.protocol.online import OnlineView
-from signing import bins, proposals, repository, rotation
-from signing.errors import RepositoryError
+from fleet.protocol.trust_api import OnlineView
+from signing import events, hash_bins, keys, repository, rotation
+from signing.errors import RepositoryError, SigningError
+from signing.keyring import read_public, recovery_key
+from signing.rotation import RoleKeys, Size
+
+_PUBLIC = click.Path(path_type=Path, dir_okay=False, exists=True)
+
+
+@command(
+    "move",
+    json=False,
+    examples="fleet sign move solo\nfleet sign move team --root alice --root bob --root carol\n"
+    "fleet sign move publisher --snapshot snapshot.pub --timestamp timestamp.pub",
+)
+@click.argument("size", metavar="solo|team|publisher", type=click.Choice(["solo", "team", "publisher"]))
+@click.option("--root", "people", multiple=True, metavar="KEY", help="Who holds root from now on (fleet keys list)")
+@click.option("--threshold", default=2, show_default=True, help="How many of them must sign")
+@click.option(
+    "--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Save the signing event here; publish nothing"
+)
+@click.option("--yes", is_flag=True, help="Do not ask before signing")
+@click.option("--snapshot", type=_PUBLIC, help="With 'publisher': the key of snapshot from now on")
+@click.option("--timestamp", type=_PUBLIC, help="With 'publisher': the key of timestamp from now on")
+def move(
+    options: Options,
+    *,
+    size: str,
+    people: tuple[str, ...],
+    threshold: int,
+    snapshot: Path | None,
+    timestamp: Path | None,
+    to: Path | None,
+    yes: bool,
+) -> None:
+    """Move the fleet to another size: from dev to solo, from either to team; or two keys to a publisher host.
+
+    The keys of a development fleet lay in the clear: root, targets and the namespaces get new, encrypted ones. With
+    'publisher' root names the keys of snapshot and timestamp that 'fleet publisher keys' (or, back on the server,
+    'fleet server key') made; what is published then waits until they sign.
+    """
+    if (size == "publisher") != bool(snapshot and timestamp):
+        raise click.UsageError("'fleet sign move publisher' needs --snapshot and --timestamp, and only that.")
+    if snapshot and timestamp:
+        _move_online(options, {"snapshot": snapshot, "timestamp": timestamp}, to=to, yes=yes)
+        return
+    if (size == "team") != bool(people):
+        raise click.UsageError("'fleet sign move team' needs --root for each person, and only that.")
+    who = load_operator(options)
+    with who.client() as client:
+        ceremony = Ceremony(options, who, client)
+        mover = _Mover(ceremony)
+        try:
+            change, words = mover.change(size, people, threshold)
+            event = events.propose(
+                ceremony.files,
+                size=Size(size),
+                roles=change.roles,
+                namespaces=change.namespaces,
+                now=datetime.now(UTC),
+                note=f"the fleet becomes a {size} fleet",
+            )
+            published = ceremony.carry_through(event, yes=yes, to=to)
+        except SigningError as error:
+            mover.undo()
+            raise Fault(str(error), code=Exit.REFUSED) from None
+        except BaseException:
+            mover.undo()
+            raise
+    if words:
+        show_recovery(words)
+    if published and mover.made:
+        output.say(
+            options,
+            "Restart 'fleet serve': it serves a fleet in production now. The keys of before count for nothing;\n"
+            f"delete them: {', '.join(mover.replaced)}\n"
+            "The root of the CA lay in the clear, too: 'fleet ca offline' takes it off the server.",
+        )
+
+
+def _move_online(options: Options, files: Mapping[str, Path], *, to: Path | None, yes: bool) -> None:
+    """One root that names other keys for snapshot and timestamp."""
+    who = load_operator(options)
+    try:
+        roles = {
+            role: RoleKeys((read_public(read_file(path, keys.MAX_BYTES), what=str(path)),))
+            for role, path in files.items()
+        }
+    except SigningError as error:
+        raise Fault(str(error)) from None
+    with who.client() as client:
+        ceremony = Ceremony(options, who, client)
+        try:
+            event = events.propose(
+                ceremony.files, roles=roles, now=datetime.now(UTC), note="other keys for snapshot and timestamp"
+            )
+        except SigningError as error:
+            raise Fault(str(error), code=Exit.REFUSED) from None
+        if ceremony.carry_through(event, yes=yes, to=to):
+            output.say(options, "They count. Delete the old keys of snapshot and timestamp where they lay.")
+
+
+class _Mover:
+    def __init__(self, ceremony: Ceremony) -> None:
+        self._ceremony = ceremony
+        self.made: list[str] = []
+        self.replaced: list[str] = []
+
+    def change(self, size: str, people: tuple[str, ...], threshold: int) -> tuple[Change, str]:
+        """The roles that get other keys, and the words of a recovery key where one was made."""
+        ring, files = self._ceremony.ring, self._ceremony.files
+        change, words = Change(), ""
+        if self._ceremony.trust.development:
+            names = ("targets", *repository.namespaces(files))
+            passphrase = new_passphrase("the new keys")
+            if size == "solo":
+                recovery, words = recovery_key()
+                name = ring.free("recovery")
+                ring.add(name, recovery.public_key)
+                self.made.append(name)
+                root = RoleKeys((self._make("root", passphrase), recovery.public_key))
+                change = change.with_keys(files, "root", root)
+            for role in names:
+                change = change.with_keys(files, role, RoleKeys((self._make(role, passphrase),)))
+        elif size == "solo":
+            raise Fault(
+                "the fleet is not a development fleet", "there is nothing to move", "fleet sign status shows it"
+            )
+        if size == "team":
+            team = team_keys(tuple(ring.get(name).key for name in people), threshold)
+            change = change.with_keys(files, "root", team)
+        return change, words
+
+    def _make(self, role: str, passphrase: bytes) -> Key:
+        ring = self._ceremony.ring
+        for key in rotation.keys_of(self._ceremony.files, role).keys:
+            if (entry := ring.by_id(key.keyid)) is not None:
+                self.replaced.append(str(ring.file(entry.name)))
+        name = ring.free(role)
+        entry, _ = ring.generate(name, passphrase=passphrase)
+        self.made.append(name)
+        return entry.key
+
+    def undo(self) -> None:
+        """Nothing came of it: the keys that were made are worth nothing."""
+        for name in self.made:
+            self._ceremony.ring.file(name).unlink(missing_ok=True)
+            self._ceremony.ring.forget(name)
+
 
 DUE: Final = "60d"
 
 _FILES = click.argument(
     "files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, dir_okay=False)
 )
+
 _YES = click.option("--yes", is_flag=True, help="Do not ask before signing")
 
 
@@ -43,22 +196,22 @@ def sign() -> None:
 def status(options: Options, *, fail_within: str | None) -> Exit:
     """Show every role: version, expiry, how many must sign, and who."""
     limit = days(fail_within) if fail_within else timedelta(0)
-    who = operator(options)
+    who = load_operator(options)
     with who.client() as client:
         ceremony = Ceremony(options, who, client)
-        view, signed = authority.known(client), known(client)
+        view, signed = ca_commands.known(client), known(client)
     now = datetime.now(UTC)
     rows = list(_rows(ceremony))
-    issuer = None if view is None else authority.due(view, within=limit or issuing.WARN)
+    issuer = None if view is None else ca_commands.due(view, within=limit or ca.WARN)
     for problem in () if signed is None else signed.problems:
         click.echo(f"note: {problem}", err=True)
     if issuer is not None:
         click.echo(f"the issuing CA ends on {issuer.ends:%Y-%m-%d}: fleet ca renew", err=True)
     late = [row for row in rows if row["expires"] - now < limit]
     if options.json:
-        out.show_json({"roles": rows, "late": [row["role"] for row in late]})
+        output.show_json({"roles": rows, "late": [row["role"] for row in late]})
     else:
-        out.table(
+        output.table(
             ("ROLE", "VERSION", "EXPIRES", "NEEDS", "KEYS"),
             [
                 (
@@ -75,7 +228,7 @@ def status(options: Options, *, fail_within: str | None) -> Exit:
     if not late:
         return Exit.FAILED if fail_within and issuer is not None else Exit.OK
     names = " ".join(row["role"] for row in late)
-    click.echo(f"expires within {out.span(limit.total_seconds())}: {names}; fleet sign renew {names}", err=True)
+    click.echo(f"expires within {output.span(limit.total_seconds())}: {names}; fleet sign renew {names}", err=True)
     return Exit.FAILED
 
 
@@ -98,7 +251,7 @@ def _rows(ceremony: Ceremony) -> Any:
         yield {
             "role": role,
             "version": version,
-            "expires": min(proposals.expiry(each) for each in (data, *_bins(files, role, data))),
+            "expires": min(events.expiry(each) for each in (data, *_bins(files, role, data))),
             "threshold": keys.threshold,
             "keys": [key.keyid for key in keys.keys],
         }
@@ -110,13 +263,13 @@ def _bins(files: Mapping[str, bytes], namespace: str, data: bytes) -> Iterator[b
         return
     index = repository.newest(files)
     for name, version in index.items():
-        if bins.is_bin(name) and bins.namespace_of(name) == namespace:
+        if hash_bins.is_bin(name) and hash_bins.namespace_of(name) == namespace:
             yield files[f"{version}.{name}.json"]
 
 
 def _when(expires: datetime, now: datetime) -> str:
     left = (expires - now).total_seconds()
-    return f"{expires:%Y-%m-%d}, " + (f"in {out.span(left)}" if left > 0 else f"expired {out.span(-left)} ago")
+    return f"{expires:%Y-%m-%d}, " + (f"in {output.span(left)}" if left > 0 else f"expired {output.span(-left)} ago")
 
 
 @command("diff", json=False, examples="fleet sign diff acme-root-2.signing.json")
@@ -124,7 +277,7 @@ def _when(expires: datetime, now: datetime) -> str:
 def diff(options: Options, *, files: Sequence[Path]) -> Exit:
     """Say in words what an event changes, and whose signatures it lacks; exit with 1 when it lacks some."""
     event = merged(files)
-    who = operator(options)
+    who = load_operator(options)
     with who.client() as client:
         ceremony = Ceremony(options, who, client)
         ceremony.show(event)
@@ -142,7 +295,7 @@ def diff(options: Options, *, files: Sequence[Path]) -> Exit:
 def approve(options: Options, *, file: Path, key: str, to: Path | None, offline: bool, yes: bool) -> None:
     """Say what the event in FILE changes, and add this machine's signature to it."""
     event = load(file)
-    who = operator(options)
+    who = load_operator(options)
     with contextlib.nullcontext(Cached(who)) if offline else who.client() as client:
         ceremony = Ceremony(options, who, client)
         ceremony.show(event)
@@ -166,7 +319,7 @@ def approve(options: Options, *, file: Path, key: str, to: Path | None, offline:
 def publish(options: Options, *, files: Sequence[Path]) -> Exit:
     """Publish an event that enough have signed; several FILEs are copies that were signed apart."""
     event = merged(files)
-    who = operator(options)
+    who = load_operator(options)
     with who.client() as client:
         ceremony = Ceremony(options, who, client)
         ceremony.show(event)
@@ -189,7 +342,7 @@ def publish(options: Options, *, files: Sequence[Path]) -> Exit:
 @_YES
 def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | None, yes: bool) -> None:
     """Sign roles anew before they expire: root, targets, namespaces; nothing in them changes but their expiry."""
-    who = operator(options)
+    who = load_operator(options)
     soon = datetime.now(UTC) + days(within)
     with who.client() as client:
         ceremony = Ceremony(options, who, client)
@@ -199,10 +352,10 @@ def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | N
                 raise Fault(f"there is no role {role!r}", f"people sign {', '.join(known)}")
         wanted = roles or tuple(role for role, expires in known.items() if expires < soon)
         if not wanted:
-            out.say(options, f"Nothing expires within {days(within).days} days.")
+            output.say(options, f"Nothing expires within {days(within).days} days.")
             return
         try:
-            event = proposals.propose(
+            event = events.propose(
                 ceremony.files, renew=wanted, now=datetime.now(UTC), note=f"renews {', '.join(wanted)}"
             )
         except RepositoryError as error:
@@ -212,7 +365,7 @@ def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | N
 
 @command("bins", json=False, examples="fleet sign bins\nfleet sign bins edge")
 @click.argument("namespace", required=False)
-@click.option("--bits", type=click.IntRange(1, 10), default=bins.BITS, show_default=True, help="2^BITS hash bins")
+@click.option("--bits", type=click.IntRange(1, 10), default=hash_bins.BITS, show_default=True, help="2^BITS hash bins")
 @click.option(
     "--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Save the signing event here; publish nothing"
 )
@@ -223,11 +376,11 @@ def move_to_bins(options: Options, *, namespace: str | None, bits: int, to: Path
     Publishing then signs one small role, and a board fetches the one that its target is in. Boards follow by
     themselves; what is published, revoked and running stays as it is.
     """
-    who = operator(options)
+    who = load_operator(options)
     with who.client() as client:
         ceremony = Ceremony(options, who, client)
         try:
-            event = proposals.propose_bins(ceremony.files, namespace or who.namespace, now=datetime.now(UTC), bits=bits)
+            event = events.propose_bins(ceremony.files, namespace or who.namespace, now=datetime.now(UTC), bits=bits)
         except RepositoryError as error:
             raise Fault(str(error), code=Exit.REFUSED) from None
         ceremony.carry_through(event, yes=yes, to=to)

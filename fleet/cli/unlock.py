@@ -9,13 +9,15 @@ import click
 from securesystemslib.signer import Signer
 
 from fleet.cli.base import Fault
-from fleet.cli.home import Operator
+from fleet.cli.operator import Operator
 from signing import keys
 from signing.errors import KeyFileError
 from signing.keyring import Entry, Keyring, open_file
 
 PASSPHRASE_VARIABLE: Final = "WASMFLEET_KEY_PASSPHRASE"  # noqa: S105 - the name of a variable
+
 PIN_VARIABLE: Final = "WASMFLEET_TOKEN_PIN"
+
 KEY_VARIABLE: Final = "FLEET_SIGNING_KEY"
 
 

@@ -1,4 +1,9 @@
-"""The demo from its first process to its last: play, show, stay up if asked to, and leave nothing behind."""
+"""Play, show, stay up, clean up.
+
+The demo from its first process to its last: play, show, stay up if asked to, and leave nothing behind.
+
+How the demo is told: a transcript of real commands, and a table at the end.
+"""
 
 import asyncio
 import contextlib
@@ -6,18 +11,157 @@ import shlex
 import shutil
 import signal
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
+from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from fleet.client import ClientError
-from fleet.demo.fixtures import NoFixtureError, fixture
-from fleet.demo.processes import ChildDiedError
-from fleet.demo.scene import DemoError, Scene, program
-from fleet.demo.show import Teller
-from fleet.demo.story import GROUP, INSTANCE, Story, play
+from fleet.demo.environment import ChildDiedError, DemoError, Environment, program
+from fleet.demo.load import LoadResult
+from fleet.demo.scenario import GROUP, INSTANCE, NoFixtureError, Scenario, fixture, play
+from fleet.protocol.operator_api import RolloutState
+
+if TYPE_CHECKING:
+    from fleet.demo.environment import DemoDevice
+    from fleet.demo.scenario import Step
+
+
+_PLAIN_WIDTH: Final = 120
+
+_SERVER_ERROR: Final = 500
+
+
+class ConsoleReporter:
+    """Tells the story on a console: live where it is a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console = Console(highlight=False, width=_PLAIN_WIDTH, color_system=None, file=self.console.file)
+
+    def act(self, title: str) -> None:
+        """A new act begins."""
+        self.console.print()
+        self.console.print(Text(title, style="bold"))
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Show that something is going on; nothing of it stays."""
+        if self.console.is_terminal:
+            with self.console.status(Text(what, style="dim"), spinner="dots"):
+                yield
+        else:
+            yield
+
+    def did(self, command: str, result: str) -> None:
+        """A command was carried out."""
+        self.console.print(Text.assemble(("  $ ", "dim"), command))
+        self.console.print(Text.assemble("    ", (result, "green")))
+
+    def runs(self, arguments: Sequence[str]) -> None:
+        """A `fleet` command is about to print for itself."""
+        words = [Path(word).name if word.endswith(".wasm") else word for word in arguments]
+        self.console.print(Text.assemble(("  $ ", "dim"), f"fleet {shlex.join(words)}"))
+
+    def came_of(self, load: LoadResult | None) -> None:
+        """What the clients saw meanwhile."""
+        if load is None:
+            return
+        style = "green" if load.lost == 0 else "yellow"
+        lost = f"{load.lost:,} lost"
+        if load.reasons:
+            lost += f" ({', '.join(f'{count} x {reason}' for reason, count in load.reasons.most_common(3))})"
+        self.console.print(
+            Text.assemble(
+                f"  clients: {load.sent:,} requests ({load.posts:,} POSTs) over {load.connections:,} connections, ",
+                (lost, style),
+            )
+        )
+
+    def end(self, story: "Scenario", boards: Sequence["DemoDevice"]) -> None:
+        """The tables, and which claims held."""
+        self.act("What happened")
+        self._table(acts_table(story.acts))
+        self.console.print()
+        self._table(boards_table(story, boards))
+        self.console.print()
+        for claim, held in story.checks:
+            mark = Text("  yes ", style="green") if held else Text("  NO  ", style="bold red")
+            self.console.print(mark + Text(claim))
+
+    def _table(self, grid: Table) -> None:
+        """Plain lines carry no spaces at their ends."""
+        if self.console.is_terminal:
+            self.console.print(grid)
+            return
+        with self.console.capture() as captured:
+            self.console.print(grid)
+        for line in captured.get().rstrip("\n").split("\n"):
+            self.console.print(Text(line.rstrip()))
+
+
+def acts_table(acts: Sequence["Step"]) -> Table:
+    """A row for each push: how it ended, how long it took, what its clients saw."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    for name in ("  PUSH", "RESULT"):
+        grid.add_column(name)
+    for name in ("FIRST BOARD", "BOTH BOARDS", "ANSWERED", "LOST"):
+        grid.add_column(name, justify="right")
+    for act in acts:
+        total = act.total
+        good = act.rollout.state is RolloutState.SUCCEEDED
+        lost = Text(lost_of(act), style="green" if total.lost == 0 else "yellow")
+        grid.add_row(
+            f"  {act.name}",
+            Text(result_of(act), style="green" if good else "yellow"),
+            seconds(act.first_s),
+            seconds(act.last_s),
+            f"{total.answered:,}" if act.load else "-",
+            lost,
+        )
+    return grid
+
+
+def result_of(act: "Step") -> str:
+    """How a push ended, in words."""
+    if act.rollout.state is not RolloutState.HALTED:
+        return str(act.rollout.state)
+    back = [board for board in act.rollout.boards if board.phase is not None and board.phase.value == "rolled-back"]
+    if back:
+        code = f" ({back[0].code})" if back[0].code is not None else ""
+        return f"rolled back{code}, halted before the 2nd board"
+    return "halted"
+
+
+def lost_of(act: "Step") -> str:
+    """The requests lost; those that the pushed version itself trapped on are named so."""
+    if not act.load:
+        return "-"
+    total = act.total
+    trapped = sum(count for status, count in total.by_status.items() if status >= _SERVER_ERROR)
+    own = act.rollout.state is RolloutState.HALTED and total.lost == trapped and trapped
+    return f"{total.lost:,} by its trap" if own else f"{total.lost:,}"
+
+
+def boards_table(story: "Scenario", boards: Sequence["DemoDevice"]) -> Table:
+    """A row for each board: what answers there now."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    for name in ("  BOARD", "GROUP", "RUNS NOW", "INGRESS"):
+        grid.add_column(name)
+    for board in boards:
+        version = story.ends.get(board.device, "")
+        grid.add_row(f"  {board.device}", board.group, f"hello v{version}" if version else "nothing", board.url())
+    return grid
+
+
+def seconds(value: float | None) -> str:
+    """A duration from the start of the command, `-` for never."""
+    return "-" if value is None else f"{value:.1f} s"
+
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -35,13 +179,13 @@ def run(*, directory: Path | None, once: bool, broker: str = "auto") -> int:
 
 
 async def _run(place: Path, broker: str, *, keep: bool, once: bool) -> int:
-    teller = Teller()
+    teller = ConsoleReporter()
     teller.console.print(Text.assemble(("wasmfleet demo", "bold"), (f"  in {place}", "dim")))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
-    scene = Scene(place)
+    scene = Environment(place)
     code = FAILED
     try:
         code = await _until_stopped(_whole(scene, teller, stop, broker, once=once), stop)
@@ -72,7 +216,7 @@ async def _until_stopped(whole: Coroutine[Any, Any, int], stop: asyncio.Event) -
     return INTERRUPTED
 
 
-async def _whole(scene: Scene, teller: Teller, stop: asyncio.Event, broker: str, *, once: bool) -> int:
+async def _whole(scene: Environment, teller: ConsoleReporter, stop: asyncio.Event, broker: str, *, once: bool) -> int:
     try:
         story = await play(scene, teller, broker=broker)
     except (DemoError, ChildDiedError, ClientError, NoFixtureError) as error:
@@ -89,7 +233,7 @@ async def _whole(scene: Scene, teller: Teller, stop: asyncio.Event, broker: str,
     return code
 
 
-def _next_steps(scene: Scene, teller: Teller, story: Story) -> None:
+def _next_steps(scene: Environment, teller: ConsoleReporter, story: Scenario) -> None:
     """What a person may try on the fleet that is still up."""
     board = scene.boards[0]
     fleet = program("fleet")

@@ -12,12 +12,15 @@ from typing import Any, Final
 
 import msgspec
 
-from fleet.evidence import document
-from fleet.evidence.document import DocumentError
+from fleet.evidence import sbom
+from fleet.evidence.sbom import DocumentError
 
 STATEMENT: Final = "https://in-toto.io/Statement/v1"
+
 PREDICATE: Final = "https://slsa.dev/provenance/v1"
+
 PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
+
 SUBJECTS_MAX: Final = 10_000
 
 
@@ -73,7 +76,7 @@ def read(data: bytes, *, file_name: str = "the provenance") -> Provenance:
     Raises:
         DocumentError: another document, another statement or predicate type, or fields that it must have.
     """
-    value = document.load(data, file_name)
+    value = sbom.load(data, file_name)
     envelope = value.get("dsseEnvelope", value)
     signed = isinstance(envelope, dict) and "payload" in envelope
     if signed:
@@ -85,8 +88,8 @@ def read(data: bytes, *, file_name: str = "the provenance") -> Provenance:
     if value.get("predicateType") != PREDICATE:
         found = str(value.get("predicateType", ""))[:100]
         raise DocumentError(f"{file_name} says something else ({found or 'no predicateType'}): {PREDICATE} is read")
-    subjects = document.convert(value.get("subject"), list[_Subject], f"{file_name}: subject")
-    predicate = document.convert(value.get("predicate"), _Predicate, f"{file_name}: predicate")
+    subjects = sbom.convert(value.get("subject"), list[_Subject], f"{file_name}: subject")
+    predicate = sbom.convert(value.get("predicate"), _Predicate, f"{file_name}: predicate")
     digests = {each.digest["sha256"].lower(): each.name for each in subjects[:SUBJECTS_MAX] if "sha256" in each.digest}
     if not digests:
         raise DocumentError(f"{file_name} names no subject by sha256: whose provenance is it?")
@@ -109,4 +112,4 @@ def _opened(envelope: dict[str, Any], file_name: str) -> dict[str, Any]:
         payload = base64.b64decode(envelope["payload"], validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise DocumentError(f"{file_name}: the envelope's payload is not base64: {error}") from error
-    return document.load(payload, f"{file_name}: what is in its envelope")
+    return sbom.load(payload, f"{file_name}: what is in its envelope")

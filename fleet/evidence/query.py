@@ -15,8 +15,7 @@ from typing import Any, Final
 from univers.version_range import RANGE_CLASS_BY_SCHEMES
 from univers.versions import PypiVersion, SemverVersion
 
-from fleet.evidence.document import DocumentError
-from fleet.evidence.packages import Package, folded, from_purl
+from fleet.evidence.sbom import DocumentError, Package, folded, from_purl
 
 _COMPARE: Final[dict[str, Callable[[Any, Any], bool]]] = {
     "<": operator.lt,
@@ -27,11 +26,16 @@ _COMPARE: Final[dict[str, Callable[[Any, Any], bool]]] = {
     ">=": operator.ge,
     ">": operator.gt,
 }
+
 _QUERY: Final = re.compile(r"\s*(?P<what>[^<>=!,\s]+)\s*(?P<conditions>[<>=!].*)?\s*")
+
 _CONDITION: Final = re.compile(r"\s*(<=|>=|==|!=|<|>|=)\s*([^<>=!,\s]+)\s*")
+
 _TEXT_MAX: Final = 500
+
 _VERSION_MAX: Final = 100
 """Longer ones are no versions, and the libraries that compare them take time that grows with its square."""
+
 _EXAMPLES: Final = "write serde, 'serde<1.0.200', 'openssl>=3.0,<3.0.15', pkg:npm/lodash or 'pkg:npm/%40scope/name<2'"
 
 

@@ -1,16 +1,137 @@
-"""Bills of materials: CycloneDX 1.x and SPDX (2.2, 2.3, 3.0) as JSON, read for the packages that they list."""
+"""Bills of materials (CycloneDX, SPDX, built in); packages by purl; bounded documents.
+
+Files that somebody's build tools wrote, taken for hostile: bounded JSON, and one error type for all of them.
+
+Packages as lists of them name them, by package URL (purl) where there is one.
+
+Bills of materials: CycloneDX 1.x and SPDX (2.2, 2.3, 3.0) as JSON, read for the packages that they list.
+
+Package lists that a toolchain built into the component itself: cargo-auditable's `.dep-v0` custom sections.
+
+Such a section is zlib-compressed JSON; it may stand in the component or in any module or component nested in it. The
+component's own hash covers it, so it needs no file beside it. Whatever the bytes, only `DocumentError` comes out, and
+no more than a fixed amount is inflated.
+"""
 
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from fleet.evidence import document
-from fleet.evidence.document import DocumentError
-from fleet.evidence.packages import Package, package
-from fleet.protocol.evidence import CYCLONEDX, SPDX
+import msgspec
+from packageurl import PackageURL
+
+from fleet.component import binary
+from fleet.protocol import wire
+from fleet.protocol.manifest import CYCLONEDX, MAX_BYTES, SPDX
+
+T = TypeVar("T")
+
+
+class DocumentError(ValueError):
+    """A file that is not what it was said to be. The message is for people: what, and what to do."""
+
+
+def load(data: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in `data`.
+
+    Args:
+        data: the whole file.
+        what: how messages call it.
+
+    Raises:
+        DocumentError: empty, too large, not JSON, or no object.
+    """
+    if not data.strip():
+        raise DocumentError(f"{what} is empty: did the tool that writes it fail?")
+    if len(data) > MAX_BYTES:
+        raise DocumentError(f"{what} has {len(data)} bytes, at most {MAX_BYTES >> 20} MiB are kept")
+    head = data.lstrip()[:64]
+    if head.startswith(b"<"):
+        raise DocumentError(f"{what} is XML: have the tool write JSON")
+    if head.startswith((b"SPDXVersion:", b"SPDXID:")):
+        raise DocumentError(f"{what} is SPDX in tag-value form: have the tool write JSON")
+    try:
+        value = msgspec.json.decode(data)
+    except wire.JSON_ERRORS as error:
+        raise DocumentError(f"{what} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DocumentError(f"{what} is JSON, but no object")
+    return value
+
+
+def convert(value: object, kind: type[T], what: str) -> T:
+    """A part of it as `kind`; raises `DocumentError` that names the field."""
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise DocumentError(f"{what}: {error}") from error
+
+
+_NOTHING = frozenset({"", "NOASSERTION", "NONE", "unknown", "UNKNOWN"})
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Package:
+    """One package in a component.
+
+    Attributes:
+        name: without its namespace.
+        version: as written; empty where the list does not say.
+        type: the purl's type (`cargo`, `npm`, `pypi`, `golang`, `deb`), empty where there is no purl.
+        namespace: the purl's, such as `@scope` or `github.com/owner`; empty for none.
+    """
+
+    name: str
+    version: str
+    type: str = ""
+    namespace: str = ""
+
+    def __str__(self) -> str:
+        full = f"{self.namespace}/{self.name}" if self.namespace else self.name
+        return f"{full} {self.version}".rstrip() + (f" ({self.type})" if self.type else "")
+
+
+def package(name: object, version: object, purl: object = None, group: object = None) -> Package | None:
+    """A package from the fields of a list; None where they name nothing. A purl that cannot be read is left aside."""
+    if isinstance(purl, str) and purl:
+        try:
+            found = from_purl(purl)
+        except DocumentError:
+            pass
+        else:
+            return found if found.version else Package(found.name, text(version), found.type, found.namespace)
+    if not text(name):
+        return None
+    return Package(text(name), text(version), "", text(group))
+
+
+def from_purl(purl: str) -> Package:
+    """A package URL, such as `pkg:cargo/serde@1.0.200`; raises `DocumentError`."""
+    try:
+        found = PackageURL.from_string(purl)
+    except (ValueError, TypeError) as error:
+        raise DocumentError(f"{purl[:100]!r} is no package URL: {error}") from error
+    return Package(found.name, text(found.version), found.type, found.namespace or "")
+
+
+def text(value: object) -> str:
+    """A field as text; empty for what says nothing."""
+    found = value.strip() if isinstance(value, str) else ""
+    return "" if found in _NOTHING else found
+
+
+def folded(name: str, kind: str) -> str:
+    """A name as its ecosystem compares it: no case; `-`, `_` and `.` alike for pypi, `-` and `_` for cargo."""
+    name = name.casefold()
+    if kind == "pypi":
+        return re.sub(r"[-_.]+", "-", name)
+    return name.replace("_", "-") if kind in {"cargo", ""} else name
+
 
 PACKAGES_MAX: Final = 200_000
+
 _NOT_PACKAGES: Final = frozenset({"file", "data", "machine-learning-model", "cryptographic-asset"})
 
 
@@ -37,7 +158,7 @@ def read(data: bytes, *, file_name: str = "the SBOM") -> Sbom:
     Raises:
         DocumentError: neither CycloneDX nor SPDX, or of a version that is not known.
     """
-    value = document.load(data, file_name)
+    value = load(data, file_name)
     if value.get("bomFormat") == "CycloneDX":
         return _cyclonedx(value, file_name)
     if isinstance(value.get("spdxVersion"), str):
@@ -57,7 +178,7 @@ def _cyclonedx(value: dict[str, Any], file_name: str) -> Sbom:
         raise DocumentError(f"{file_name} is CycloneDX of specVersion {str(version)[:20]!r}: 1.x is read")
     metadata = value.get("metadata")
     about = metadata.get("component") if isinstance(metadata, dict) else None
-    components = document.convert(value.get("components", []), list[dict[str, Any]], f"{file_name}: components")
+    components = convert(value.get("components", []), list[dict[str, Any]], f"{file_name}: components")
     tree = [about, *components] if isinstance(about, dict) else components
     hashes = about.get("hashes") if isinstance(about, dict) else None
     described = next(
@@ -89,7 +210,7 @@ def _spdx(value: dict[str, Any], file_name: str) -> Sbom:
     version = value["spdxVersion"]
     if not re.fullmatch(r"SPDX-2\.[23]", version):
         raise DocumentError(f"{file_name} is {version[:20]!r}: SPDX-2.2, SPDX-2.3 and 3.0 are read")
-    listed = document.convert(value.get("packages", []), list[dict[str, Any]], f"{file_name}: packages")
+    listed = convert(value.get("packages", []), list[dict[str, Any]], f"{file_name}: packages")
 
     def found() -> Iterator[Package | None]:
         for each in listed:
@@ -122,3 +243,66 @@ def _unique(packages: Iterator[Package | None], file_name: str) -> tuple[Package
     if len(found) > PACKAGES_MAX:
         raise DocumentError(f"{file_name} lists {len(found)} packages, at most {PACKAGES_MAX} are read")
     return tuple(sorted(found))
+
+
+SECTION: Final = ".dep-v0"
+
+INFLATED_MAX_BYTES: Final = 8 * 1024 * 1024
+
+_DEPTH_MAX: Final = 32
+
+_CUSTOM, _CORE_MODULE, _NESTED = 0, 1, 4
+
+
+class _Crate(msgspec.Struct):
+    name: str
+    version: str
+
+
+def read_embedded(data: bytes) -> tuple[Package, ...] | None:
+    """The packages that a component says are built into it; None where it says nothing.
+
+    Raises:
+        DocumentError: a section that cannot be read.
+    """
+    try:
+        sections = _sections(data)
+    except binary.DamagedError as error:
+        raise DocumentError(f"a damaged component: {error}") from error
+    if not sections:
+        return None
+    return tuple(sorted({crate for section in sections for crate in _crates(section)}))
+
+
+def _crates(section: bytes) -> list[Package]:
+    try:
+        inflate = zlib.decompressobj()
+        text = inflate.decompress(section, INFLATED_MAX_BYTES)
+    except zlib.error as error:
+        raise DocumentError(f"its section {SECTION} is not compressed by zlib: {error}") from error
+    if not inflate.eof:
+        raise DocumentError(f"its section {SECTION} is cut off, or inflates to more than {INFLATED_MAX_BYTES} bytes")
+    value = load(text, f"its section {SECTION}")
+    crates = convert(value.get("packages"), list[_Crate], f"its section {SECTION}: packages")
+    return [Package(crate.name, crate.version, "cargo") for crate in crates]
+
+
+def _sections(data: bytes) -> list[bytes]:
+    """The contents of every such section, at any depth."""
+    found = []
+    todo = [(0, len(data), 0)]
+    seen = 0
+    while todo:
+        start, end, depth = todo.pop()
+        module = data[start : start + binary.PREAMBLE_BYTES] == binary.MODULE
+        for section in binary.sections(data, start, end):
+            seen += 1
+            if seen > binary.SECTIONS_MAX or depth > _DEPTH_MAX:
+                raise binary.DamagedError("too many sections, or nested too deep")
+            if section.id == _CUSTOM:
+                cursor = section.cursor(data)
+                if cursor.name() == SECTION:
+                    found.append(data[cursor.at : section.end])
+            elif not module and section.id in {_CORE_MODULE, _NESTED}:
+                todo.append((section.start, section.end, depth + 1))
+    return found

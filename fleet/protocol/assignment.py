@@ -8,13 +8,15 @@ from typing import ClassVar, Final
 
 import msgspec
 
-from fleet.protocol import caps
-from fleet.protocol.caps import Count, Port, Utc
+from fleet.protocol import bounds
+from fleet.protocol.bounds import Count, Port, Utc
 from fleet.protocol.manifest import Grants
 from fleet.protocol.wire import Message
 
 ASSIGNMENT_TYPE: Final = "application/vnd.wasmfleet.assignment.v1+json"
+
 FRESH_TYPE: Final = "application/vnd.wasmfleet.fresh.v1+json"
+
 COMMAND_TYPE: Final = "application/vnd.wasmfleet.command.v1+json"
 
 
@@ -81,7 +83,7 @@ class Assignment(Message, frozen=True, kw_only=True):
         keep_data: of instances that are no longer listed, whose data stays.
     """
 
-    MAX_BYTES: ClassVar[int] = caps.DESIRED_MAX_BYTES
+    MAX_BYTES: ClassVar[int] = bounds.DESIRED_MAX_BYTES
     fleet: str
     device: str
     version: Count
@@ -96,7 +98,7 @@ class Assignment(Message, frozen=True, kw_only=True):
 class Fresh(Message, frozen=True, kw_only=True):
     """The director's word that an assignment is current, for one nonce."""
 
-    MAX_BYTES: ClassVar[int] = caps.COMMAND_MAX_BYTES
+    MAX_BYTES: ClassVar[int] = bounds.COMMAND_MAX_BYTES
     fleet: str
     device: str
     nonce: str
@@ -129,7 +131,7 @@ class FollowLogs(Verb, frozen=True, kw_only=True, tag="follow-logs"):
 class Command(Message, frozen=True, kw_only=True):
     """One signed command, for one board, valid for minutes, never twice."""
 
-    MAX_BYTES: ClassVar[int] = caps.COMMAND_MAX_BYTES
+    MAX_BYTES: ClassVar[int] = bounds.COMMAND_MAX_BYTES
     fleet: str
     device: str
     sequence: Count

@@ -1,16 +1,161 @@
-"""The manifest: what an author declares beside a component, and what a publisher's signature covers.
+"""Signed form of a component's declaration: trigger, grants, limits, health, config, evidence; cron lines.
+
+The manifest: what an author declares beside a component, and what a publisher's signature covers.
 
 This is the normalised form: integers with units in their names, nothing optional left open. It is inlined in the
 target's signed metadata (`custom.manifest`) and its sha256 is bound again in the assignment, the image's key and the
-board's report. `fleet.protocol.author` reads the form that people write, `component.toml`.
+board's report. `fleet.component.component_toml` reads the form that people write, `component.toml`.
+
+What a publisher may bind beside a component: where it came from and what is in it.
+
+A signed target names each such file by kind, sha256 and length (`custom.evidence`). Boards read none of them: they are
+for people who ask later which boards run a package, and who built it.
+
+Cron lines of five fields, as POSIX crontab(5) has them: read once, then asked for the next minute that fits.
+
+Fields: minute 0-59, hour 0-23, day of month 1-31, month 1-12, day of week 0-7 (0 and 7 are Sunday). A field is `*`, a
+number, a range `a-b`, a step `*/n` or `a-b/n`, or several of these with commas. When both days are restricted, either
+fits. Times here are naive: wall-clock times of the board's zone; the caller knows the zone.
 """
 
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import msgspec
 
-from fleet.protocol import caps, outbound, wire
-from fleet.protocol.caps import Count
+from fleet.protocol import bounds, names, outbound, wire
+from fleet.protocol.bounds import MIB, Count
+
+CYCLONEDX: Final = "cyclonedx"
+
+SPDX: Final = "spdx"
+
+PROVENANCE: Final = "slsa-provenance"
+
+SBOMS: Final = frozenset({CYCLONEDX, SPDX})
+
+MAX_BYTES: Final = 16 * MIB
+"""Of one file."""
+
+FILES_MAX: Final = 8
+"""Of one target."""
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """One file: `kind` is a label (`cyclonedx`, `spdx`, `slsa-provenance`, or a later one that is only passed on)."""
+
+    kind: str
+    sha256: str
+    length: Count
+
+
+class BadEvidenceError(ValueError):
+    """What is bound beside a target cannot be read."""
+
+
+def convert_evidence(value: object) -> tuple[Evidence, ...]:
+    """Read `custom.evidence` from decoded JSON; None for nothing.
+
+    Raises:
+        BadEvidenceError: not a list of files with kind, sha256 and length, or too many.
+    """
+    if value is None:
+        return ()
+    try:
+        found = msgspec.convert(value, tuple[Evidence, ...])
+        for each in found:
+            names.check_label(each.kind, "kind")
+            names.check_sha256(each.sha256)
+    except (msgspec.ValidationError, names.BadNameError) as error:
+        raise BadEvidenceError(f"evidence: {error}") from error
+    if len(found) > FILES_MAX or any(not 0 < each.length <= MAX_BYTES for each in found):
+        raise BadEvidenceError(f"evidence: at most {FILES_MAX} files of 1 to {MAX_BYTES} bytes are kept")
+    return found
+
+
+_FIELDS: Final = (("minute", 0, 59), ("hour", 0, 23), ("day of month", 1, 31), ("month", 1, 12), ("day of week", 0, 7))
+
+_SEARCH: Final = timedelta(days=366 * 8 + 2)
+
+_SUNDAY_TOO: Final = 7
+
+_TEXT_MAX: Final = 200
+
+
+class BadCronError(ValueError):
+    """Not a cron line; the message names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cron:
+    """The minutes, hours, days, months and weekdays (0 is Sunday) that fit."""
+
+    minutes: frozenset[int]
+    hours: frozenset[int]
+    days: frozenset[int]
+    months: frozenset[int]
+    weekdays: frozenset[int]
+    either_day: bool
+
+    def next_after(self, moment: datetime) -> datetime | None:
+        """The first full minute after `moment` that fits; None for a line that never does, such as 30 February."""
+        at = moment.replace(second=0, microsecond=0) + timedelta(minutes=1)
+        end = at + _SEARCH
+        while at < end:
+            if at.month not in self.months or not self._day_fits(at):
+                at = at.replace(hour=0, minute=0) + timedelta(days=1)
+            elif at.hour not in self.hours:
+                at = at.replace(minute=0) + timedelta(hours=1)
+            elif at.minute not in self.minutes:
+                at += timedelta(minutes=1)
+            else:
+                return at
+        return None
+
+    def _day_fits(self, at: datetime) -> bool:
+        day, weekday = at.day in self.days, at.isoweekday() % 7 in self.weekdays
+        return day or weekday if self.either_day else day and weekday
+
+
+def parse(text: str) -> Cron:
+    """Read a cron line; raises `BadCronError`."""
+    words = text.split()
+    if len(words) != len(_FIELDS) or len(text) > _TEXT_MAX:
+        raise BadCronError(f"{text[:80]!r} has {len(words)} fields, wanted are minute, hour, day, month, day of week")
+    values = [_field(word, *field) for word, field in zip(words, _FIELDS, strict=True)]
+    weekdays = frozenset(day % _SUNDAY_TOO for day in values[4])
+    either = not words[2].startswith("*") and not words[4].startswith("*")
+    return Cron(values[0], values[1], values[2], values[3], weekdays, either)
+
+
+def check(text: str) -> str:
+    """`text`, if it is a cron line whose time comes; raises `BadCronError`."""
+    if parse(text).next_after(datetime(2000, 1, 1)) is None:  # noqa: DTZ001 - naive on purpose, see above
+        raise BadCronError(f"{text!r} never comes: there is no such day")
+    return text
+
+
+def _field(word: str, what: str, least: int, most: int) -> frozenset[int]:
+    found: set[int] = set()
+    for part in word.split(","):
+        span, slash, step = part.partition("/")
+        first, dash, last = span.partition("-")
+        numbers = [first, *([last] if dash else []), *([step] if slash else [])]
+        if span == "*":
+            numbers = [step] if slash else []
+            start, end = least, most
+        else:
+            start, end = (int(first or -1), int(last or -1)) if _digits(first, last or first) else (-1, -1)
+            end = end if dash else (most if slash else start)
+        if not _digits(*numbers) or not least <= start <= end <= most or (slash and not int(step)):
+            raise BadCronError(f"{word[:40]!r} is no {what}: {least} to {most}, as *, 5, 1-5, */10 or 1,15")
+        found.update(range(start, end + 1, int(step) if slash else 1))
+    return frozenset(found)
+
+
+def _digits(*words: str) -> bool:
+    return all(word.isascii() and word.isdigit() and len(word) < 4 for word in words)  # noqa: PLR2004
 
 
 class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="http"):
@@ -65,11 +210,12 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         )
 
 
-NATIVE_ANSWER_MAX_BYTES: Final = 128 * caps.MIB // 48
+NATIVE_ANSWER_MAX_BYTES: Final = 128 * bounds.MIB // 48
 """The engine copies at most 128 MiB out of a guest in one call, and a byte of a body costs 48."""
 
 
 TABLE_ELEMENTS_MAX: Final = 100_000
+
 CORE_INSTANCES_MAX: Final = 128
 """The engine keeps room for so many: no manifest and no policy goes beyond."""
 
@@ -103,19 +249,19 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         core_instances: core modules that may be instantiated in one instance, and its memories and tables, each.
     """
 
-    memory_bytes: Count = 16 * caps.MIB
+    memory_bytes: Count = 16 * bounds.MIB
     call_ms: Count = 1000
     start_ms: Count = 5000
     idle_ms: Count = 10_000
     total_ms: Count = 60_000
     concurrency: Count = 1
-    request_bytes: Count = 1 * caps.MIB
-    response_bytes: Count = 2 * caps.MIB
+    request_bytes: Count = 1 * bounds.MIB
+    response_bytes: Count = 2 * bounds.MIB
     log_lines_per_minute: Count = 600
     fuel: Count = 0
-    storage_bytes: Count = 16 * caps.MIB
-    daily_written_bytes: Count = 64 * caps.MIB
-    state_bytes: Count = 1 * caps.MIB
+    storage_bytes: Count = 16 * bounds.MIB
+    daily_written_bytes: Count = 64 * bounds.MIB
+    state_bytes: Count = 1 * bounds.MIB
     requests_per_instance: Count = 0
     table_elements: Count = TABLE_ELEMENTS_MAX
     core_instances: Count = CORE_INSTANCES_MAX
@@ -227,8 +373,8 @@ def decode(data: bytes) -> Manifest:
     Raises:
         BadManifestError: too large, not JSON, an unknown field or one of another type.
     """
-    if len(data) > caps.MANIFEST_MAX_BYTES:
-        raise BadManifestError(f"the manifest has {len(data)} bytes, at most {caps.MANIFEST_MAX_BYTES} fit")
+    if len(data) > bounds.MANIFEST_MAX_BYTES:
+        raise BadManifestError(f"the manifest has {len(data)} bytes, at most {bounds.MANIFEST_MAX_BYTES} fit")
     try:
         return msgspec.json.decode(data, type=Manifest)
     except wire.JSON_ERRORS as error:

@@ -1,15 +1,29 @@
-"""The messages that travel over MQTT, beside what the director signs (`fleet.protocol.assignment`).
+"""Messages between device and server: reports, health, hello, acknowledgements, logs, enrolment.
+
+The messages that travel over MQTT, beside what the director signs (`fleet.protocol.assignment`).
 
 `up/*` goes from a board to the server, `down/*` the other way. Times are UTC. Every handler is idempotent: a report is
 known by (device, boot id, sequence), and the server acknowledges what it has stored.
+
+How log lines come from a board to an operator who asked for them: over HTTPS, for minutes, stored nowhere.
+
+A board posts `LogChunk`s to `/v1/logs` on the boards' listener, with its certificate, as long as it is told that there
+is somebody to read them.
+
+How a board joins a fleet: the one-time token, what it asks, and what it is given.
+
+A token is one line of text, `wf1.<base64url of JSON>`. It travels on standard input, in a file or a systemd credential,
+never as an argument. It is sent to the server only after TLS verified against the CA whose hash the token holds.
 """
 
+import base64
+import binascii
 from typing import ClassVar, Final
 
 import msgspec
 
-from fleet.protocol import caps
-from fleet.protocol.caps import Count, Figure, Percent, Utc
+from fleet.protocol import bounds, wire
+from fleet.protocol.bounds import Count, Figure, Percent, Stored, Utc
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 from fleet.protocol.wire import Message
 
@@ -35,7 +49,7 @@ class Hello(Message, frozen=True, kw_only=True):
         acked: up to which report a server has said that it stored them; 0 for none.
     """
 
-    MAX_BYTES: ClassVar[int] = caps.HELLO_MAX_BYTES
+    MAX_BYTES: ClassVar[int] = bounds.HELLO_MAX_BYTES
     device: str
     nonce: str
     boot_id: str
@@ -49,7 +63,7 @@ class Hello(Message, frozen=True, kw_only=True):
 class State(Message, frozen=True, kw_only=True):
     """`up/state`, retained; the will says `online: false`."""
 
-    MAX_BYTES: ClassVar[int] = caps.STATE_MAX_BYTES
+    MAX_BYTES: ClassVar[int] = bounds.STATE_MAX_BYTES
     device: str
     online: bool
     boot_id: str = ""
@@ -144,7 +158,7 @@ class Health(Message, frozen=True, kw_only=True):
         problems: sentences for people, most urgent first.
     """
 
-    MAX_BYTES: ClassVar[int] = caps.HEALTH_MAX_BYTES
+    MAX_BYTES: ClassVar[int] = bounds.HEALTH_MAX_BYTES
     device: str
     boot_id: str
     at: Utc
@@ -161,7 +175,7 @@ class Health(Message, frozen=True, kw_only=True):
 class Report(Message, frozen=True, kw_only=True):
     """`up/report`: one step of a deployment, or the refusal of an assignment (then `instance` is empty).
 
-    It travels in a DSSE envelope under the device key (`signing.statements`).
+    It travels in a DSSE envelope under the device key (`signing.device_statements`).
 
     Attributes:
         sequence: grows by one for each report of this device and never falls, over reboots too.
@@ -179,7 +193,7 @@ class Report(Message, frozen=True, kw_only=True):
         previous: sha256 of the report before this one, those of mere progress left out; empty for the first.
     """
 
-    MAX_BYTES: ClassVar[int] = caps.REPORT_MAX_BYTES
+    MAX_BYTES: ClassVar[int] = bounds.REPORT_MAX_BYTES
     device: str
     boot_id: str
     sequence: Count
@@ -213,7 +227,7 @@ class DesiredReply(Message, frozen=True, kw_only=True):
         fresh: the director's statement for the nonce, an envelope too.
     """
 
-    MAX_BYTES: ClassVar[int] = 2 * (caps.DESIRED_MAX_BYTES + caps.COMMAND_MAX_BYTES)
+    MAX_BYTES: ClassVar[int] = 2 * (bounds.DESIRED_MAX_BYTES + bounds.COMMAND_MAX_BYTES)
     assignment: str
     fresh: str
 
@@ -224,7 +238,7 @@ class Ack(Message, frozen=True, kw_only=True):
     With `again` it has lost, or was never shown, what came after: the board sends what it still has of that.
     """
 
-    MAX_BYTES: ClassVar[int] = caps.ACK_MAX_BYTES
+    MAX_BYTES: ClassVar[int] = bounds.ACK_MAX_BYTES
     sequence: Count
     again: bool = False
 
@@ -232,5 +246,157 @@ class Ack(Message, frozen=True, kw_only=True):
 class Poke(Message, frozen=True, kw_only=True):
     """`all/poke`: check in within `jitter_s` seconds. Unsigned: it only makes boards ask."""
 
-    MAX_BYTES: ClassVar[int] = caps.ACK_MAX_BYTES
+    MAX_BYTES: ClassVar[int] = bounds.ACK_MAX_BYTES
     jitter_s: Count = 60
+
+
+class LogChunk(Message, frozen=True, kw_only=True):
+    """Some lines of one instance's log, oldest first, without any secret.
+
+    Attributes:
+        command: sequence of the signed command that asked for them.
+        left_out: lines since the last chunk that this board's policy keeps, or that came too fast.
+        refused: why there are none, as a sentence; empty when there are.
+        ended: nothing follows.
+    """
+
+    MAX_BYTES: ClassVar[int] = bounds.LOG_CHUNK_MAX_BYTES
+    instance: str
+    command: Count
+    lines: tuple[str, ...] = ()
+    left_out: Count = 0
+    refused: str = ""
+    ended: bool = False
+
+
+class LogAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether anybody still reads."""
+
+    more: bool
+
+
+class LogView(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/devices/{id}/logs?command=N&after=K&wait=S`: the lines behind a place, and the next place.
+
+    Attributes:
+        heard: whether the board has answered the command at all.
+    """
+
+    lines: tuple[str, ...] = ()
+    next: Stored = 0
+    heard: bool = False
+    ended: bool = False
+    refused: str = ""
+    left_out: Stored = 0
+
+
+TOKEN_PREFIX: Final = "wf1."  # noqa: S105 - a format's name, not a secret
+
+EXPIRED: Final = "certificate-expired"
+
+OUTDATED: Final = "certificate-outdated"
+"""Types of the problems that a new certificate mends: the old one is over, or its issuing CA is accepted no more."""
+
+
+class BadTokenError(ValueError):
+    """Not an enrolment token."""
+
+
+class Token(msgspec.Struct, frozen=True, kw_only=True):
+    """What a one-time token tells a board before it has talked to anyone.
+
+    Attributes:
+        url: of the enrolment API, `https://host:port`.
+        ca_sha256: of the fleet CA's certificate, DER.
+        root_sha256: of TUF's root metadata to pin, as served.
+        floor: no earlier than this is it now (boards without a clock).
+        secret: known to the server only as a hash; good once.
+    """
+
+    url: str
+    fleet: str
+    ca_sha256: str
+    root_sha256: str
+    floor: Utc
+    expires: Utc
+    secret: str
+    group: str = ""
+
+    def encode(self) -> str:
+        """The token as one line of text."""
+        return TOKEN_PREFIX + base64.urlsafe_b64encode(msgspec.json.encode(self)).decode().rstrip("=")
+
+    @classmethod
+    def decode(cls, text: str) -> "Token":
+        """Read a token.
+
+        Raises:
+            BadTokenError: not one, or damaged (a copied line that lost its end, for example).
+        """
+        line = text.strip()
+        if not line.startswith(TOKEN_PREFIX) or len(line) > 4096:  # noqa: PLR2004
+            raise BadTokenError("this is not an enrolment token: one starts with 'wf1.' (fleet enroll-token)")
+        body = line.removeprefix(TOKEN_PREFIX)
+        try:
+            return msgspec.json.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=cls)
+        except (binascii.Error, ValueError, *wire.JSON_ERRORS) as error:
+            raise BadTokenError("this enrolment token is damaged: was it copied whole?") from error
+
+
+class EnrolRequest(Message, frozen=True, kw_only=True):
+    """`POST /v1/enrol`: what a board asks with. The token's secret authenticates it.
+
+    Attributes:
+        csr_pem: PKCS#10; its key is the device key, its subject is ignored.
+        sealing_key: X25519 public key, base64, for secrets.
+        sealing_proof: the same, signed by the device key (`signing.sealing.prove`).
+    """
+
+    MAX_BYTES: ClassVar[int] = bounds.API_BODY_MAX_BYTES
+    secret: str
+    name: str
+    csr_pem: str
+    sealing_key: str
+    machine: str = ""
+    sealing_proof: str = ""
+
+
+class Enrolled(Message, frozen=True, kw_only=True):
+    """What an enrolled board is given.
+
+    Attributes:
+        device: its id, also the CN of the certificate.
+        certificate_pem, ca_pem: leaf first, then any issuing CA; the fleet CA apart.
+        root: TUF root metadata, as JSON text, whose sha256 the token pinned.
+        devices_url: the HTTPS API for devices.
+        mqtt: broker addresses in the order to try, `mqtts://host:8883`.
+    """
+
+    MAX_BYTES: ClassVar[int] = bounds.API_BODY_MAX_BYTES
+    device: str
+    fleet: str
+    group: str
+    certificate_pem: str
+    ca_pem: str
+    root: str
+    devices_url: str
+    mqtt: tuple[str, ...]
+    production: bool
+
+
+class RenewRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/renew` on the boards' listener: a PKCS#10 request for the enrolled key; its subject is ignored.
+
+    Attributes:
+        sealing_proof: as at enrolment, from a board that enrolled before there was one.
+    """
+
+    csr_pem: str
+    sealing_proof: str = ""
+
+
+class RenewReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The new certificate, leaf first."""
+
+    certificate_pem: str
+    ca_pem: str

@@ -1,7 +1,20 @@
-"""The names of this system: what may be called what, and how names are put together and taken apart.
+"""Names and members of a bundle: built, checked, parsed.
+
+The names of this system: what may be called what, and how names are put together and taken apart.
 
 Pure functions over strings. Every name that crosses the wire, a file system or a signature is checked here and
 nowhere else, so that no other module has to think about slashes, dots or case.
+
+The layout of an offline bundle: a plain tar that carries to a board what the network would have.
+
+Nothing in it is trusted for being in it. The metadata, the assignments and the artifacts are the same bytes that the
+server gives, and the board judges them in the same way.
+
+    bundle.json             version of this layout
+    desired/<device>.json   one assignment envelope a board
+    tuf/<file>              metadata, named as in the repository
+    artifacts/<sha256>      components
+    secrets/<sha256>        secrets of boards that were named, each in a box that its board alone can open
 """
 
 import hashlib
@@ -9,15 +22,22 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from fleet.protocol import bounds
+
 _LABEL: Final = re.compile(r"[a-z0-9-]{1,63}")
+
 _DEVICE: Final = re.compile(r"[a-z0-9-]{1,54}-[0-9a-f]{8}")
+
 _SEMVER: Final = re.compile(
     r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
     r"(?:-((?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(?:\.(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?"
     r"(?:\+([0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*))?"
 )
+
 _SECRET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
 MAX_VERSION_CHARS: Final = 64
 
 
@@ -158,3 +178,54 @@ def device_id(name: str, public_key_der: bytes) -> str:
         public_key_der: the key as SubjectPublicKeyInfo, DER (RFC 5280, section 4.1.2.7).
     """
     return check_device(f"{name}-{hashlib.sha256(public_key_der).hexdigest()[:8]}")
+
+
+HEAD: Final = "bundle.json"
+
+VERSION: Final = 1
+
+MEMBERS_MAX: Final = 20_000
+
+_NAME: Final = re.compile(
+    r"bundle\.json"
+    r"|desired/[a-z0-9][a-z0-9-]{0,80}\.json"
+    r"|tuf/(?:timestamp|[1-9][0-9]{0,15}\.[a-z0-9-]{1,80}(?:\.bins-[0-9a-f]{1,3})?)\.json"
+    r"|(?:artifacts|secrets)/[0-9a-f]{64}"
+)
+
+
+def desired(device: str) -> str:
+    """Where a board's assignment lies."""
+    return f"desired/{device}.json"
+
+
+def metadata(file: str) -> str:
+    """Where a metadata file lies."""
+    return f"tuf/{file}"
+
+
+def artifact(sha256: str) -> str:
+    """Where a component lies."""
+    return f"artifacts/{sha256}"
+
+
+def secret(sha256: str) -> str:
+    """Where a sealed secret lies."""
+    return f"secrets/{sha256}"
+
+
+def max_bytes(name: str) -> int:
+    """How large a member of this name may be; 0 for a name that no bundle has."""
+    if not _NAME.fullmatch(name):
+        return 0
+    match name.partition("/")[0]:
+        case "artifacts":
+            return bounds.ARTIFACT_MAX_BYTES
+        case "tuf":
+            return bounds.TARGETS_MAX_BYTES
+        case "secrets":
+            return bounds.SECRET_BOX_MAX_BYTES
+        case "desired":
+            return bounds.DESIRED_MAX_BYTES
+        case _:
+            return bounds.KIB

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
 
-from fleet.protocol.caps import Count
+from fleet.protocol.bounds import Count
 
 JSON_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """Everything that decoding JSON of unknown origin raises: bytes that are no UTF-8 are no `MsgspecError`."""

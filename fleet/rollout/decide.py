@@ -1,15 +1,22 @@
-"""What a rollout does next: a pure function of the rollout, its boards and the time.
+"""Next step of a rollout; atomic sets decided as one.
+
+What a rollout does next: a pure function of the rollout, its boards and the time.
 
 A wave is offered; its boards succeed, fail or refuse. A breach (more failures than allowed) halts everything at once,
 in whichever wave it happens. The next wave comes when no board of the offered ones is under way, enough of them have
 completed, and the last of those has soaked. Boards that are offline or deferred are in no denominator: they pass the
 gates later, by the same reports.
+
+An atomic set: rollouts of several instances that boards swap as one, decided as one.
+
+Each member keeps its own standing on each board. What is decided is decided over their sum: a board has succeeded when
+every member has, and has failed as soon as one did.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fleet.rollout.model import BREACHES, COMPLETED, DECIDED, OPEN, Board, Outcome, Rollout, State
+from fleet.rollout.model import BREACHES, COMPLETED, DECIDED, OPEN, DeviceProgress, Outcome, Rollout, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,7 @@ class Wait:
 Action = Offer | Expire | Halt | Complete | Wait
 
 
-def decide(rollout: Rollout, boards: Sequence[Board], now: float) -> tuple[Action, ...]:
+def decide(rollout: Rollout, boards: Sequence[DeviceProgress], now: float) -> tuple[Action, ...]:
     """What to do now, in this order. Calling again after carrying it out leads on; it always comes to rest."""
     if rollout.state not in OPEN:
         return ()
@@ -59,7 +66,7 @@ def decide(rollout: Rollout, boards: Sequence[Board], now: float) -> tuple[Actio
     return _judge(rollout, offered, now) or _proceed(rollout, boards, offered, now)
 
 
-def _judge(rollout: Rollout, offered: Sequence[Board], now: float) -> tuple[Action, ...]:
+def _judge(rollout: Rollout, offered: Sequence[DeviceProgress], now: float) -> tuple[Action, ...]:
     """What must happen at once, paused or not: a breach, or boards that took too long."""
     breached = [board for board in offered if board.outcome in BREACHES]
     if len(breached) > rollout.failures:
@@ -72,7 +79,9 @@ def _judge(rollout: Rollout, offered: Sequence[Board], now: float) -> tuple[Acti
     )
 
 
-def _proceed(rollout: Rollout, boards: Sequence[Board], offered: Sequence[Board], now: float) -> tuple[Action, ...]:
+def _proceed(
+    rollout: Rollout, boards: Sequence[DeviceProgress], offered: Sequence[DeviceProgress], now: float
+) -> tuple[Action, ...]:
     """The next wave, the end, or why neither."""
     if rollout.state is State.PAUSED:
         return (Wait("paused by an operator", _next_timeout(rollout, offered)),)
@@ -86,12 +95,12 @@ def _proceed(rollout: Rollout, boards: Sequence[Board], offered: Sequence[Board]
     return (Complete(),)
 
 
-def _offer(rollout: Rollout, boards: Sequence[Board], wave: int) -> Offer:
+def _offer(rollout: Rollout, boards: Sequence[DeviceProgress], wave: int) -> Offer:
     assert 1 <= wave <= len(rollout.sizes)
     return Offer(wave, tuple(board.device for board in boards if board.wave == wave))
 
 
-def _held_up(rollout: Rollout, offered: Sequence[Board], now: float) -> Wait | Halt | None:
+def _held_up(rollout: Rollout, offered: Sequence[DeviceProgress], now: float) -> Wait | Halt | None:
     """Why the next step must wait; None when the gates are open."""
     busy = [board for board in offered if board.outcome is Outcome.IN_PROGRESS]
     silent = [
@@ -112,7 +121,7 @@ def _held_up(rollout: Rollout, offered: Sequence[Board], now: float) -> Wait | H
     return Wait(f"wave {rollout.wave} soaks for {rollout.soak_s:g} s", ready) if now < ready else None
 
 
-def _unproven(offered: Sequence[Board]) -> Wait | Halt | None:
+def _unproven(offered: Sequence[DeviceProgress]) -> Wait | Halt | None:
     """A rollout that no board has taken is not done: it waits for the absent, or ends when there are none."""
     if any(board.outcome is Outcome.SUCCEEDED for board in offered):
         return None
@@ -123,11 +132,11 @@ def _unproven(offered: Sequence[Board]) -> Wait | Halt | None:
     return Halt(_blame(breached)) if breached else None
 
 
-def _names(boards: Sequence[Board]) -> str:
+def _names(boards: Sequence[DeviceProgress]) -> str:
     return ", ".join(board.device for board in boards[:3]) + (f" and {len(boards) - 3} more" if len(boards) > 3 else "")  # noqa: PLR2004
 
 
-def _next_timeout(rollout: Rollout, boards: Sequence[Board]) -> float | None:
+def _next_timeout(rollout: Rollout, boards: Sequence[DeviceProgress]) -> float | None:
     ends = [
         board.acked_at + rollout.timeout_s
         for board in boards
@@ -136,9 +145,33 @@ def _next_timeout(rollout: Rollout, boards: Sequence[Board]) -> float | None:
     return min(ends, default=None)
 
 
-def _blame(breached: Sequence[Board]) -> str:
+def _blame(breached: Sequence[DeviceProgress]) -> str:
     first = min(breached, key=lambda board: (board.ended_at or 0, board.device))
     why = f" ({first.code})" if first.code else ""
     more = f" and {len(breached) - 1} more" if len(breached) > 1 else ""
     said = f": {first.message}" if first.message else ""
     return f"{first.device}{more} {first.outcome}{why}{said}"
+
+
+SET_FAILED = "set-failed"
+
+_ORDER = (Outcome.IN_PROGRESS, Outcome.DEFERRED, Outcome.WAITING, Outcome.PENDING, Outcome.SKIPPED, Outcome.SUCCEEDED)
+
+
+def merge_set(members: Sequence[Sequence[DeviceProgress]]) -> list[DeviceProgress]:
+    """How the boards stand in a set, from how they stand in each of its members; of one member, as they are."""
+    first, *rest = members
+    if not rest:
+        return list(first)
+    others = [{board.device: board for board in member} for member in rest]
+    return [_worst([board, *(other[board.device] for other in others if board.device in other)]) for board in first]
+
+
+def _worst(boards: Sequence[DeviceProgress]) -> DeviceProgress:
+    breached = [board for board in boards if board.outcome in BREACHES]
+    if breached:
+        # the one that went wrong by itself says why, not those that went back with it
+        return next((board for board in breached if board.code != SET_FAILED), breached[0])
+    worst = min(boards, key=lambda board: _ORDER.index(board.outcome))
+    ends = [board.ended_at for board in boards if board.ended_at is not None]
+    return replace(worst, ended_at=max(ends, default=None))

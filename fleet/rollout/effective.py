@@ -1,17 +1,21 @@
-"""What one board should run, and who says so: device pin over group, the group with the higher priority over the rest.
+"""Effective state of a device and its sources; choice of what an undo takes back.
+
+What one board should run, and who says so: device pin over group, the group with the higher priority over the rest.
 
 An open rollout overlays the boards of its offered waves. A newer rollout takes the place of an older one on the same
 instance and scope; the older one's boards keep what they were offered until the newer one's waves reach them.
+
+Which rollout an undo takes back, and to what: the history of one scope read as a stack.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fleet.rollout.model import Value
+from fleet.rollout.model import State, Value
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class SettledValue:
     """A settled value, and the id of the rollout that settled it."""
 
     value: Value
@@ -24,7 +28,7 @@ class Group:
 
     name: str
     priority: int
-    values: Mapping[str, Held]
+    values: Mapping[str, SettledValue]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Conflict:
 
 
 def effective(
-    groups: Iterable[Group], pins: Mapping[str, Held], overlays: Iterable[Overlay] = ()
+    groups: Iterable[Group], pins: Mapping[str, SettledValue], overlays: Iterable[Overlay] = ()
 ) -> dict[str, Effective]:
     """Every instance's value on a board, absent ones (target None) included, by instance."""
     newest: dict[tuple[str, str], Overlay] = {}
@@ -98,3 +102,54 @@ def conflicts(groups: Iterable[Group]) -> tuple[Conflict, ...]:
             if winner.priority == group.priority and not wanted.same(held.value):
                 found.append(Conflict(instance, winner.name, group.name))
     return tuple(found)
+
+
+class NothingToUndoError(ValueError):
+    """No rollout can be taken back; one sentence for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A rollout as history sees it.
+
+    Attributes:
+        before: the settled value when it began, None when the instance was not there at all.
+        undoes: id of the rollout that it took back, empty for none.
+    """
+
+    id: str
+    number: int
+    state: State
+    before: Value | None
+    undoes: str = ""
+
+
+_UNDOABLE = frozenset({State.RUNNING, State.PAUSED, State.SUCCEEDED})
+
+
+def choose_undo(history: Sequence[Past]) -> Past:
+    """The newest rollout that changed something and has not been taken back, undos themselves left out.
+
+    So one undo after the other walks back through history.
+
+    Raises:
+        NothingToUndoError: there is none.
+    """
+    undone = {past.undoes for past in history if past.undoes and past.state in _UNDOABLE}
+    for past in sorted(history, key=lambda past: -past.number):
+        if past.state in _UNDOABLE and not past.undoes and past.id not in undone:
+            return past
+    raise NothingToUndoError("there is nothing to undo: no rollout changed anything that is still in force")
+
+
+def target_of(past: Past) -> Value:
+    """What boards are offered when `past` is taken back.
+
+    Raises:
+        NothingToUndoError: it ended without lasting effect.
+    """
+    if past.state not in _UNDOABLE:
+        raise NothingToUndoError(
+            f"rollout {past.number} was {past.state}: its boards have their previous state already"
+        )
+    return past.before if past.before is not None else Value(None)

@@ -1,41 +1,94 @@
-"""What a rollout is, as frozen data: the values that boards should run, the waves, and how each board stands.
+"""Rollout, waves, a device's place in it, and how a report changes that.
+
+What a rollout is, as frozen data: the values that boards should run, the waves, and how each board stands.
 
 Nothing here knows of a clock, a database or a message; times are seconds on whatever clock the caller uses, and every
 decision over this data (`decide`, `effective`, `judge`, `plan`) is a pure function of it.
+
+Waves as people write them: `1, 5%, 100%` is one board, then five in a hundred, then all.
+
+Each size counts boards from the first on, so sizes only grow. Which boards come first: those that are online, since
+a canary that cannot answer tells nothing; among those the order of their names, so that a rollout is repeatable.
+
+How a board's word changes its standing in a rollout: pure, and the same whether heard once or three times.
 """
 
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+_WAVE = re.compile(r"(\d{1,7})(%?)")
 
-class Outcome(StrEnum):
-    """How a rollout stands on one board."""
+_MAX_WAVES = 20
 
-    PENDING = "pending"  # its wave has not come
-    WAITING = "waiting"  # offered; the board is offline or has not answered
-    DEFERRED = "deferred"  # the board's own window or policy says later
-    IN_PROGRESS = "in-progress"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    REFUSED = "refused"
-    SKIPPED = "skipped"
+_ALL = 100
 
 
-class State(StrEnum):
-    """How a rollout stands."""
-
-    RUNNING = "running"
-    PAUSED = "paused"
-    SUCCEEDED = "succeeded"
-    HALTED = "halted"
-    ABORTED = "aborted"
-    SUPERSEDED = "superseded"
+class BadWavesError(ValueError):
+    """Waves that cannot be meant; one sentence for people."""
 
 
-OPEN = frozenset({State.RUNNING, State.PAUSED})
-DECIDED = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED, Outcome.SKIPPED})
-BREACHES = frozenset({Outcome.FAILED, Outcome.REFUSED})
-COMPLETED = BREACHES | {Outcome.SUCCEEDED}
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """A size, in boards or in percent of all."""
+
+    size: int
+    percent: bool
+
+    def reach(self, boards: int) -> int:
+        """How many of `boards` boards have been reached when this wave is out."""
+        return math.ceil(boards * self.size / _ALL) if self.percent else min(self.size, boards)
+
+    def __str__(self) -> str:
+        return f"{self.size}%" if self.percent else str(self.size)
+
+
+def parse(text: str) -> tuple[Wave, ...]:
+    """Read waves.
+
+    Raises:
+        BadWavesError: not of this form, a size of nothing, sizes that shrink, or a last wave other than 100%.
+    """
+    waves: list[Wave] = []
+    for part in text.split(","):
+        match = _WAVE.fullmatch(part.strip())
+        if match is None:
+            raise BadWavesError(
+                f"{part.strip()!r} is not a wave: write numbers of boards or percents, such as '1, 100%'"
+            )
+        wave = Wave(int(match[1]), match[2] == "%")
+        if wave.size == 0 or (wave.percent and wave.size > _ALL):
+            raise BadWavesError(f"a wave of {wave} means nothing: sizes go from 1 board to 100%")
+        if any(earlier.percent == wave.percent and earlier.size >= wave.size for earlier in waves):
+            raise BadWavesError(f"the wave {wave} is not larger than the one before it in {text!r}")
+        waves.append(wave)
+    if len(waves) > _MAX_WAVES:
+        raise BadWavesError(f"{len(waves)} waves, at most {_MAX_WAVES} are accepted")
+    if waves[-1] != Wave(_ALL, percent=True):
+        raise BadWavesError(f"the last of the waves {text!r} must be 100%, so that the group ends in one state")
+    return tuple(waves)
+
+
+def sizes(waves: Iterable[Wave], boards: int) -> tuple[int, ...]:
+    """The number of boards reached after each wave; waves that would bring no board are kept, and pass at once."""
+    reached = 0
+    result = []
+    for wave in waves:
+        reached = max(reached, wave.reach(boards))
+        result.append(reached)
+    return tuple(result)
+
+
+def order(online: Mapping[str, bool]) -> tuple[str, ...]:
+    """Device ids in the order in which they are offered a change."""
+    return tuple(sorted(online, key=lambda device: (not online[device], device)))
+
+
+def wave_of(index: int, reached: tuple[int, ...]) -> int:
+    """The wave, from 1, of the board at `index` in the order."""
+    return next(number for number, size in enumerate(reached, 1) if index < size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +120,35 @@ class Value:
         return replace(self, attempt=0, atomic="") == replace(other, attempt=0, atomic="")
 
 
+COMMITTED = "committed"
+
+ROLLED_BACK = "rolled-back"
+
+FAILED = "failed"
+
+
+class Outcome(StrEnum):
+    """How a rollout stands on one board."""
+
+    PENDING = "pending"  # its wave has not come
+    WAITING = "waiting"  # offered; the board is offline or has not answered
+    DEFERRED = "deferred"  # the board's own window or policy says later
+    IN_PROGRESS = "in-progress"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    REFUSED = "refused"
+    SKIPPED = "skipped"
+
+
+DECIDED = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED, Outcome.SKIPPED})
+
+BREACHES = frozenset({Outcome.FAILED, Outcome.REFUSED})
+
+COMPLETED = BREACHES | {Outcome.SUCCEEDED}
+
+
 @dataclass(frozen=True, slots=True)
-class Board:
+class DeviceProgress:
     """One board in a rollout.
 
     Attributes:
@@ -96,6 +176,23 @@ class Board:
     retrying: bool = False
 
 
+SUPERSEDED = "superseded"
+
+
+class State(StrEnum):
+    """How a rollout stands."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    HALTED = "halted"
+    ABORTED = "aborted"
+    SUPERSEDED = "superseded"
+
+
+OPEN = frozenset({State.RUNNING, State.PAUSED})
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A change on its way.
@@ -119,3 +216,105 @@ class Rollout:
     timeout_s: float = 900
     answer_s: float = 60
     minimum: int = 1
+
+
+DEFERRALS = frozenset({"rate-limited"})
+"""Codes with which a board says later, not no."""
+
+TRIED = frozenset(
+    {
+        "start-failed", "health-failed", "trapped", "restarted", "error-rate", "too-late", "port-in-use", "host-gone",
+        "interrupted", "internal", "too-much-memory", "set-failed", "compile-failed", "compile-limit", "image-damaged",
+        "state-failed",
+    }
+)  # fmt: skip
+"""Codes of something that was tried and did not do well; every other code is a refusal before anything was tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One report of a board about the instance of a rollout.
+
+    Attributes:
+        at: when the server heard it, seconds.
+        retryable: whether the board tries again by itself after `code`.
+    """
+
+    at: float
+    phase: str
+    attempt: int = 0
+    code: str = ""
+    message: str = ""
+    running: str = ""
+    progress: int | None = None
+    exercised: bool = True
+    retryable: bool = False
+
+
+def apply_report(board: DeviceProgress, word: Observation) -> DeviceProgress:
+    """The board's standing after a report. A decided board stays decided, unless by a later attempt or success.
+
+    A report of an older attempt changes nothing. A failure that the board retries by itself decides nothing.
+    """
+    if word.attempt < board.attempt or board.outcome is Outcome.PENDING:
+        return board
+    again = board.outcome in {Outcome.FAILED, Outcome.REFUSED} and word.attempt > board.attempt
+    heard = replace(
+        board,
+        attempt=word.attempt,
+        acked_at=word.at if again or board.acked_at is None else board.acked_at,
+        phase=word.phase,
+        progress=word.progress,
+        code=word.code,
+        message=word.message,
+        running=word.running or board.running,
+        retrying=False,
+    )
+    if word.phase == COMMITTED:
+        return replace(heard, outcome=Outcome.SUCCEEDED, ended_at=board.ended_at or word.at, exercised=word.exercised)
+    if board.outcome in DECIDED and not again:
+        return board
+    outcome = _outcome(word)
+    retrying = outcome is Outcome.IN_PROGRESS and word.phase == FAILED
+    return replace(heard, outcome=outcome, retrying=retrying, ended_at=word.at if outcome in DECIDED else None)
+
+
+def _outcome(word: Observation) -> Outcome:
+    """What a report other than a commit means."""
+    if word.phase == ROLLED_BACK:
+        return Outcome.FAILED
+    if word.phase != FAILED or word.retryable:
+        return Outcome.IN_PROGRESS
+    if word.code == SUPERSEDED:
+        return Outcome.SKIPPED
+    if word.code in DEFERRALS:
+        return Outcome.DEFERRED
+    return Outcome.FAILED if word.code in TRIED or not word.code else Outcome.REFUSED
+
+
+def relapse(board: DeviceProgress, *, at: float, message: str) -> DeviceProgress:
+    """The board said later, while the rollout is still open, that what it had committed does not stay up."""
+    if board.outcome is not Outcome.SUCCEEDED:
+        return board
+    return replace(board, outcome=Outcome.FAILED, code="restarted", message=message, ended_at=at)
+
+
+def confirm(board: DeviceProgress, *, at: float, running: str) -> DeviceProgress:
+    """The board said that it has committed the whole assignment that offered this: it has succeeded.
+
+    This is the way for a board that had nothing to do, or whose reports were lost.
+    """
+    if board.outcome in DECIDED or board.outcome is Outcome.PENDING:
+        return board
+    return replace(
+        board,
+        outcome=Outcome.SUCCEEDED,
+        acked_at=board.acked_at or at,
+        ended_at=at,
+        phase=COMMITTED,
+        progress=None,
+        code="",
+        message="",
+        running=running,
+        retrying=False,
+    )

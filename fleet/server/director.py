@@ -13,23 +13,28 @@ from typing import Any, Final
 import msgspec
 from securesystemslib.signer import Signer
 
-from fleet.protocol import caps, wire
+from fleet.protocol import bounds, wire
 from fleet.protocol.assignment import Assignment, CheckIn, Command, FollowLogs, Fresh, Item, Restart, SecretRef
 from fleet.protocol.manifest import Grants
 from fleet.protocol.topics import Down, Topic
-from fleet.rollout.effective import Effective, Group, Held, Overlay, effective
-from fleet.server.repository import Repository
-from fleet.store.boxes import BoxRow
+from fleet.rollout.effective import Effective, Group, Overlay, SettledValue, effective
+from fleet.server.tuf_repository import TufRepository
+from fleet.store.delivery import BoxRow
 from fleet.store.rows import AssignmentRow, DeviceRow
 from fleet.store.store import Store
 from signing import director, dsse
 from signing.policy import Release
 
 log = logging.getLogger(__name__)
+
 LIFE: Final = timedelta(days=30)
+
 RENEW_BEFORE: Final = LIFE / 3
+
 FRESH_LIFE: Final = timedelta(minutes=10)
+
 COMMAND_LIFE: Final = timedelta(minutes=5)
+
 _PLAUSIBLE: Final = 2**40
 """No honest director gets beyond this version of an assignment: 30,000 a second for a year."""
 
@@ -54,7 +59,7 @@ class Director:
         self,
         *,
         store: Store,
-        repository: Repository,
+        repository: TufRepository,
         signer: Signer,
         fleet: str,
         publish: Publish,
@@ -70,11 +75,11 @@ class Director:
             Group(
                 group.name,
                 group.priority,
-                {row.instance: Held(row.value, row.rollout) for row in rollouts.settled(group=group.name)},
+                {row.instance: SettledValue(row.value, row.rollout) for row in rollouts.settled(group=group.name)},
             )
             for group in self._store.devices.groups_of(device)
         ]
-        pins = {row.instance: Held(row.value, row.rollout) for row in rollouts.settled(device=device.id)}
+        pins = {row.instance: SettledValue(row.value, row.rollout) for row in rollouts.settled(device=device.id)}
         overlays = [
             Overlay(row.id, row.number, row.group, row.instance, row.value) for row in rollouts.overlays(device.id)
         ]
@@ -222,7 +227,7 @@ class Director:
             version=0,
             issued=epoch,
             expires=epoch,
-            items=tuple(items[: caps.ITEMS_MAX]),
+            items=tuple(items[: bounds.ITEMS_MAX]),
             stop_all=not items,
             keep_data=tuple(kept),
         )

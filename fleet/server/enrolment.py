@@ -10,19 +10,23 @@ from cryptography import x509
 
 from fleet.ca import BadRequestError, CertificateAuthority, DeviceKey, key_der, read_request, serial
 from fleet.protocol import names
-from fleet.protocol.api import EnrollTokenReply, EnrollTokenRequest
-from fleet.protocol.enrolment import EXPIRED, OUTDATED, Enrolled, EnrolRequest, RenewReply, Token
-from fleet.server.home import Config
-from fleet.server.repository import Repository
-from fleet.server.web import Refusal
+from fleet.protocol.messages import EXPIRED, OUTDATED, Enrolled, EnrolRequest, RenewReply, Token
+from fleet.protocol.operator_api import EnrollTokenReply, EnrollTokenRequest, Refusal
+from fleet.server.config import ServerConfig
+from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow, TokenRow
 from fleet.store.store import Store
 
 VALID_MIN_S: Final = 60
+
 VALID_MAX_S: Final = 30 * 86_400
+
 _SECRET_BYTES: Final = 32
+
 _RENEW: Final = "renew it: POST /v1/renew"
+
 PROOF_MAX_CHARS: Final = 2000
+
 _ANOTHER: Final = "make another with fleet enroll-token"
 
 
@@ -34,8 +38,8 @@ class Enrolment:
         *,
         store: Store,
         ca: CertificateAuthority,
-        repository: Repository,
-        config: Config,
+        repository: TufRepository,
+        config: ServerConfig,
         clock: Callable[[], datetime],
     ) -> None:
         self._store, self._ca, self._repository, self._config, self._clock = store, ca, repository, config, clock

@@ -21,24 +21,30 @@ from fleet.protocol.codes import RETRYABLE, InstanceState, Phase, RejectCode
 from fleet.protocol.messages import Ack, Health, Hello, InstanceHealth, Report, State
 from fleet.protocol.topics import Down, Topic, Up
 from fleet.protocol.wire import Message
-from fleet.rollout.judge import Word, hear, relapse
-from fleet.server.conductor import Conductor
+from fleet.rollout.model import Observation, apply_report, relapse
 from fleet.server.director import Director, Publish
-from fleet.server.watch import Watch
-from fleet.store.errors import RolledBackError
+from fleet.server.rollout_controller import RolloutController
 from fleet.store.rows import Extra, ReportRow, RolloutRow
-from fleet.store.store import Store
+from fleet.store.sqlite import RolledBackError
+from fleet.store.store import ChangeSignal, Store
+from signing.device_statements import DeviceVerifier, is_signed
 from signing.errors import Rejected
-from signing.statements import Ear, is_signed
 
 log = logging.getLogger(__name__)
+
 BATCH_S: Final = 0.02
+
 BATCH_MAX: Final = 2000
+
 EARS_MAX: Final = 10_000
+
 BAD_S: Final = 3600.0
 """How long the status names a board after its last bad message."""
+
 _NAMED_MAX: Final = 5
+
 _PHASES: Final = frozenset(phase.value for phase in Phase)
+
 _KINDS: Final[dict[Up, type[Message]]] = {Up.HELLO: Hello, Up.STATE: State, Up.HEALTH: Health, Up.REPORT: Report}
 
 
@@ -55,8 +61,8 @@ class Ingest:
         *,
         store: Store,
         director: Director,
-        conductor: Conductor,
-        watch: Watch,
+        conductor: RolloutController,
+        watch: ChangeSignal,
         publish: Publish,
         clock: Callable[[], datetime],
     ) -> None:
@@ -64,7 +70,9 @@ class Ingest:
         self._publish, self._clock = publish, clock
         self._pending: list[tuple[Message, bytes]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._ears: dict[str, Ear] = {}  # a board's key never changes: renewing keeps it, and another is another board
+        self._ears: dict[
+            str, DeviceVerifier
+        ] = {}  # a board's key never changes: renewing keeps it, and another is another board
         self._signing: set[str] = set()
         self.counts: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
@@ -152,7 +160,7 @@ class Ingest:
             if len(self._ears) >= EARS_MAX:
                 self._ears.clear()
                 self._signing.clear()
-            ear = self._ears[device] = Ear(certificate.pem.encode())
+            ear = self._ears[device] = DeviceVerifier(certificate.pem.encode())
         report = ear.verify(payload)
         if device not in self._signing:
             self._store.devices.set_signs(device)
@@ -249,7 +257,7 @@ class Ingest:
             if found is None:
                 continue
             board, extra = found
-            word = Word(
+            word = Observation(
                 at=now,
                 phase=report.phase,
                 attempt=report.attempt if report.rollout else board.attempt,
@@ -260,7 +268,7 @@ class Ingest:
                 exercised=report.exercised,
                 retryable=report.code in RETRYABLE,
             )
-            heard = hear(board, word)
+            heard = apply_report(board, word)
             if heard != board:
                 kept = Extra(
                     previous=extra.previous,

@@ -1,4 +1,13 @@
-"""The listeners: ports taken early, TLS of the fleet's CA with certificates that renew themselves, uvicorn on top."""
+"""Ports, TLS, uvicorn, client certificates.
+
+The listeners: ports taken early, TLS of the fleet's CA with certificates that renew themselves, uvicorn on top.
+
+The one place that looks into uvicorn: it puts the verified certificate of a TLS client into the ASGI scope.
+
+uvicorn has the certificate and does not pass it on. The ASGI TLS extension names where it belongs:
+`scope["extensions"]["tls"]["client_cert_chain"]`, PEM, leaf first. TLS has verified it against the listener's CA before
+a byte of the request is read. A test with real TLS guards this against a change in uvicorn.
+"""
 
 import asyncio
 import contextlib
@@ -11,14 +20,16 @@ from typing import Any, Final
 
 import uvicorn
 from cryptography import x509
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fleet.ca import CertificateAuthority, due, write_secret
-from fleet.server.home import Address, Home
-from fleet.server.peercert import PeerCertificateProtocol
+from fleet.server.config import Address, ServerPaths
 
 log = logging.getLogger(__name__)
+
 _NO_CHECK_TIME: Final = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME: a board with an expired certificate may still renew; the routes check the dates."""
+
 _END_S: Final = 5.0
 
 
@@ -52,7 +63,7 @@ def bind(where: str, what: str) -> socket.socket:
 class Certificates:
     """The listeners' certificate, and the server's own for its broker. Made anew when two thirds of a life are over."""
 
-    def __init__(self, home: Home, ca: CertificateAuthority, host: str, clock: Callable[[], datetime]) -> None:
+    def __init__(self, home: ServerPaths, ca: CertificateAuthority, host: str, clock: Callable[[], datetime]) -> None:
         self._tls = home.tls
         self._authority = home.ca / "ca.pem"
         self._ca, self._host, self._clock = ca, host, clock
@@ -93,7 +104,7 @@ class Certificates:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._load(context)
         # With the CA in its store, OpenSSL shows it in the chain: a board that enrols compares it with its token's hash
-        # before it says anything (`agent.enroll.presented_ca`).
+        # before it says anything (`agent.identity.enrolment.presented_ca`).
         context.load_verify_locations(self._authority)
         if devices:
             context.verify_mode = ssl.CERT_REQUIRED
@@ -149,3 +160,28 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Any:
         """Leave signals alone."""
         yield
+
+
+class PeerCertificateProtocol(H11Protocol):
+    """uvicorn's protocol, with the client's certificate in the scope of each request."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wrap the application of this connection."""
+        super().connection_made(transport)
+        tls = transport.get_extra_info("ssl_object")
+        der = None if tls is None else tls.getpeercert(binary_form=True)
+        chain = [] if der is None else [ssl.DER_cert_to_PEM_cert(der)]
+        application = self.app
+
+        async def with_certificate(scope: Any, receive: Any, send: Any) -> None:
+            extensions = scope.setdefault("extensions", {})
+            extensions["tls"] = {"client_cert_chain": chain}
+            await application(scope, receive, send)
+
+        self.app = with_certificate
+
+
+def peer_certificate(scope: Any) -> x509.Certificate | None:
+    """The verified certificate of the client of a request; None where TLS asked for none."""
+    chain = scope.get("extensions", {}).get("tls", {}).get("client_cert_chain", [])
+    return x509.load_pem_x509_certificate(chain[0].encode()) if chain else None

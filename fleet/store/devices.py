@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from fleet.protocol.messages import Health, Hello, State, Versions
-from fleet.store.database import Database, text
 from fleet.store.rows import DeviceRow, EventRow, GroupRow, read
+from fleet.store.sqlite import Database, text
 
 
 class Devices:

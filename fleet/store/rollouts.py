@@ -4,13 +4,14 @@ from collections.abc import Iterable
 
 import msgspec
 
-from fleet.protocol import caps
-from fleet.rollout.model import OPEN, Board, Outcome, State, Value
-from fleet.store.database import Database, text
+from fleet.protocol import bounds
+from fleet.rollout.model import OPEN, DeviceProgress, Outcome, State, Value
 from fleet.store.rows import Extra, RolloutRow, SettledRow, read
+from fleet.store.sqlite import Database, text
 
 _OPEN = tuple(sorted(OPEN))
-_BOARD = tuple(name for name in Board.__dataclass_fields__ if name != "online")
+
+_BOARD = tuple(name for name in DeviceProgress.__dataclass_fields__ if name != "online")
 
 
 class Rollouts:
@@ -32,7 +33,7 @@ class Rollouts:
         before: Value | None,
         waves: str,
         sizes: tuple[int, ...],
-        boards: Iterable[Board],
+        boards: Iterable[DeviceProgress],
         failures: int,
         soak_s: float,
         timeout_s: float,
@@ -97,7 +98,7 @@ class Rollouts:
             "SELECT * FROM rollouts WHERE number BETWEEN ? AND ? AND json_extract(value, '$.atomic') = ? "
             "ORDER BY number"
         )
-        span = caps.ITEMS_MAX
+        span = bounds.ITEMS_MAX
         found = self._db.rows(sql, row.number - span, row.number + span, row.value.atomic)
         return [read(RolloutRow, each) for each in found]
 
@@ -158,15 +159,15 @@ class Rollouts:
 
     # -- boards in a rollout -----------------------------------------------------------------------------------------
 
-    def boards(self, number: int) -> list[tuple[Board, Extra]]:
+    def boards(self, number: int) -> list[tuple[DeviceProgress, Extra]]:
         """Every board of a rollout, in the order in which they are offered."""
         sql = (
             "SELECT b.*, coalesce(d.online, 0) AS online FROM boards b LEFT JOIN devices d ON d.id = b.device "
             "WHERE rollout = ? ORDER BY wave, b.device"
         )
-        return [(read(Board, row), read(Extra, row)) for row in self._db.rows(sql, number)]
+        return [(read(DeviceProgress, row), read(Extra, row)) for row in self._db.rows(sql, number)]
 
-    def standing(self, number: int) -> list[Board]:
+    def standing(self, number: int) -> list[DeviceProgress]:
         """The same boards with only what decisions need; a rollout may have thousands, and is decided often."""
         rows = self._db.tuples(
             "SELECT b.device, b.wave, b.outcome, coalesce(d.online, 0), b.offered_at, b.acked_at, b.ended_at, "
@@ -176,17 +177,18 @@ class Rollouts:
         )
         known = {str(outcome): outcome for outcome in Outcome}
         return [
-            Board(device, wave, known[outcome], bool(online), *rest) for device, wave, outcome, online, *rest in rows
+            DeviceProgress(device, wave, known[outcome], bool(online), *rest)
+            for device, wave, outcome, online, *rest in rows
         ]
 
-    def board(self, number: int, device: str) -> tuple[Board, Extra] | None:
+    def board(self, number: int, device: str) -> tuple[DeviceProgress, Extra] | None:
         """One board of a rollout."""
         sql = (
             "SELECT b.*, coalesce(d.online, 0) AS online FROM boards b LEFT JOIN devices d ON d.id = b.device "
             "WHERE rollout = ? AND device = ?"
         )
         row = self._db.row(sql, number, device)
-        return None if row is None else (read(Board, row), read(Extra, row))
+        return None if row is None else (read(DeviceProgress, row), read(Extra, row))
 
     def counts(self, number: int) -> dict[str, int]:
         """How many boards stand how."""
@@ -198,7 +200,7 @@ class Rollouts:
         rows = self._db.rows("SELECT state, count(*) AS n FROM rollouts GROUP BY state ORDER BY state")
         return {row["state"]: row["n"] for row in rows}
 
-    def set_board(self, number: int, board: Board, extra: Extra) -> None:
+    def set_board(self, number: int, board: DeviceProgress, extra: Extra) -> None:
         """Write a board's standing, and let those who watch the rollout know."""
         values = {**_columns(board), **_extra(extra)}
         assignments = ", ".join(f"{name} = ?" for name in values)
@@ -261,7 +263,7 @@ class Rollouts:
                 self._db.insert("settled", {**row, "since": now, "rollout": rollout})
 
 
-def _columns(board: Board) -> dict[str, object]:
+def _columns(board: DeviceProgress) -> dict[str, object]:
     return {name: getattr(board, name) for name in _BOARD}
 
 

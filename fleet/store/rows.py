@@ -6,9 +6,10 @@ import msgspec
 
 from fleet.protocol.messages import Versions
 from fleet.rollout.model import State, Value
-from fleet.store.database import Row
+from fleet.store.sqlite import Row
 
 _JSON = frozenset({"selector", "labels", "versions", "value", "before", "sizes", "timings_ms", "log"})
+
 T = TypeVar("T")
 
 

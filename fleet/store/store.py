@@ -1,14 +1,26 @@
-"""The server's memory: one database, five views of it. Nothing outside this package knows that it is SQL."""
+"""The store as one object; its change signal; tokens, operators, certificates, audit log.
 
+The server's memory: one database, five views of it. Nothing outside this package knows that it is SQL.
+
+Who may come in, and who did what: enrolment tokens and operators (hashed), certificates, the audit log.
+
+Waiting for news: long polls sleep here until something was written that they may want to see.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import sqlite3
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TypeVar
 
-from fleet.store.access import Access
-from fleet.store.boxes import Boxes
-from fleet.store.database import Database
-from fleet.store.delivery import Delivery
+from fleet.store.delivery import Boxes, Delivery
 from fleet.store.devices import Devices
 from fleet.store.rollouts import Rollouts
+from fleet.store.rows import AuditRow, CertificateRow, OperatorRow, TokenRow, read
+from fleet.store.sqlite import Database
 
 
 class Store:
@@ -24,7 +36,7 @@ class Store:
 
     @classmethod
     def open(cls, path: Path, *, fleet: str) -> "Store":
-        """Open a fleet's store; raises the errors of `fleet.store.errors`."""
+        """Open a fleet's store; raises the errors of `fleet.store.sqlite`."""
         return cls(Database.open(path, fleet=fleet))
 
     def atomic(self) -> AbstractContextManager[None]:
@@ -46,3 +58,132 @@ class Store:
     def close(self) -> None:
         """Close it."""
         self._db.close()
+
+
+def hashed(secret: str) -> str:
+    """How a secret lies in the store. It has 256 random bits, so one round of sha256 is enough."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class Access:
+    """Tokens, operators, certificates and the audit log."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    # -- enrolment tokens --------------------------------------------------------------------------------------------
+
+    def add_token(self, secret: str, *, group: str, root_sha256: str, expires: float, by: str, now: float) -> None:
+        """Remember a token by its hash."""
+        row = {"secret_sha256": hashed(secret), "group": group, "root_sha256": root_sha256}
+        self._db.insert("tokens", {**row, "created_at": now, "expires": expires, "by": by})
+
+    def token(self, secret: str) -> TokenRow | None:
+        """The token of this secret; None for none."""
+        row = self._db.row("SELECT * FROM tokens WHERE secret_sha256 = ?", hashed(secret))
+        return None if row is None else read(TokenRow, row)
+
+    def use_token(self, secret: str, *, device: str, now: float) -> bool:
+        """Spend a token; false when it was spent before. Within the transaction that adds the board."""
+        sql = "UPDATE tokens SET used_at = ?, device = ? WHERE secret_sha256 = ? AND used_at IS NULL"
+        return self._db.run(sql, now, device, hashed(secret)) == 1
+
+    # -- operators ---------------------------------------------------------------------------------------------------
+
+    def add_operator(self, name: str, token: str, *, role: str, now: float) -> bool:
+        """Let an operator in by a token; false when the name is taken."""
+        row = {"name": name, "token_sha256": hashed(token), "role": role, "created_at": now}
+        try:
+            self._db.insert("operators", row)
+        except sqlite3.IntegrityError:
+            return False
+        return True
+
+    def set_operator(self, name: str, token: str, *, role: str, now: float) -> None:
+        """Let an operator in, or give one another token and role."""
+        self._db.run(
+            "INSERT INTO operators (name, token_sha256, role, created_at) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT (name) DO UPDATE SET token_sha256 = excluded.token_sha256, role = excluded.role",
+            *(name, hashed(token), role, now),
+        )
+
+    def remove_operator(self, name: str) -> bool:
+        """Shut an operator out; false for nobody."""
+        return self._db.run("DELETE FROM operators WHERE name = ?", name) == 1
+
+    def start_over(self, name: str, token: str, *, now: float) -> None:
+        """Nobody may come in any more but one admin with a new token, and no enrolment token counts."""
+        with self._db.atomic():
+            self._db.run("DELETE FROM operators")
+            self._db.run("DELETE FROM tokens WHERE used_at IS NULL")
+            self.set_operator(name, token, role="admin", now=now)
+
+    def operators(self) -> list[OperatorRow]:
+        """Every operator, by name."""
+        rows = self._db.rows("SELECT name, role, created_at FROM operators ORDER BY name")
+        return [read(OperatorRow, row) for row in rows]
+
+    def operator(self, token: str) -> tuple[str, str] | None:
+        """Name and role of the operator with this token; None for nobody."""
+        row = self._db.row("SELECT name, role FROM operators WHERE token_sha256 = ?", hashed(token))
+        return None if row is None else (row["name"], row["role"])
+
+    # -- certificates ------------------------------------------------------------------------------------------------
+
+    def add_certificate(self, *, serial: str, device: str, not_after: float, pem: str, now: float) -> None:
+        """Remember a certificate that was given out."""
+        row = {"serial": serial, "device": device, "not_after": not_after, "issued_at": now, "pem": pem}
+        self._db.insert("certificates", row)
+
+    def certificate(self, serial: str) -> CertificateRow | None:
+        """A certificate by its serial number in hex."""
+        row = self._db.row("SELECT * FROM certificates WHERE serial = ?", serial)
+        return None if row is None else read(CertificateRow, row)
+
+    def newest_certificate(self, device: str) -> CertificateRow | None:
+        """The one that a board was given last."""
+        sql = "SELECT * FROM certificates WHERE device = ? ORDER BY issued_at DESC LIMIT 1"
+        row = self._db.row(sql, device)
+        return None if row is None else read(CertificateRow, row)
+
+    def revoked(self) -> list[CertificateRow]:
+        """Every revoked certificate."""
+        return [read(CertificateRow, row) for row in self._db.rows("SELECT * FROM certificates WHERE revoked")]
+
+    # -- audit -------------------------------------------------------------------------------------------------------
+
+    def audit(self, *, actor: str, act: str, subject: str, detail: str = "", now: float) -> None:
+        """Write down an act. Nothing in the audit log is ever changed or removed."""
+        row = {"at": now, "actor": actor, "act": act, "subject": subject, "detail": detail[:1000]}
+        self._db.insert("audit", row)
+
+    def acts(self, limit: int) -> list[AuditRow]:
+        """The newest acts first."""
+        return [read(AuditRow, row) for row in self._db.rows("SELECT * FROM audit ORDER BY number DESC LIMIT ?", limit)]
+
+
+T = TypeVar("T")
+
+
+class ChangeSignal:
+    """One bell for everybody: it rings, and each looks for itself whether it is meant."""
+
+    def __init__(self) -> None:
+        self._bell = asyncio.Event()
+
+    def changed(self) -> None:
+        """Ring."""
+        self._bell.set()
+        self._bell = asyncio.Event()
+
+    async def until(self, look: Callable[[], T | None], *, timeout_s: float) -> T | None:
+        """What `look` finds, as soon as it finds something; None when the time is over."""
+        found = look()
+        if found is not None or timeout_s <= 0:
+            return found
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while found is None:
+                    await self._bell.wait()
+                    found = look()
+        return found

@@ -15,19 +15,19 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from agent import restore
-from agent.carry import Carrier, Host
-from agent.config import Places, Settings
-from agent.deploy import Board, Deployer
-from agent.fetch import FetchError
-from agent.host import ipc
-from agent.hostlink import HostLink
-from agent.identity import Identity
-from agent.images import SEALS, Images
-from agent.sealed import Sealed
-from agent.store import Store
-from agent.worker import Worker
-from fleet.demo.ports import free_ports
+from agent.config import Paths, Settings
+from agent.host.ipc import host_api
+from agent.identity.identity import Identity
+from agent.link.host_client import Host, HostClient
+from agent.link.https import FetchError
+from agent.update import restore
+from agent.update.effects import EffectRunner
+from agent.update.images import SEALS, ImageStore
+from agent.update.reconciler import Reconciler
+from agent.update.secrets import SecretStore
+from agent.update.state import DeviceContext
+from agent.update.store import Database, Store
+from fleet.demo.environment import free_ports
 from fleet.protocol.assignment import Assignment, Item, SecretRef
 from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Health, Http, Manifest
@@ -75,7 +75,7 @@ class SimHost:
 
     def start(self):
         self.path.unlink(missing_ok=True)
-        self._listener = ipc.new_socket()
+        self._listener = host_api.new_socket()
         self._listener.bind(str(self.path))
         self._listener.listen()
         self._listener.setblocking(False)
@@ -91,10 +91,10 @@ class SimHost:
     def _read(self, peer):
         while peer in self._peers:
             try:
-                request, fd = ipc.receive_request(peer)
+                request, fd = host_api.receive_request(peer)
             except BlockingIOError:
                 return
-            except ipc.IpcError:
+            except host_api.IpcError:
                 self._drop(peer)
                 return
             self.requests.append(request)
@@ -104,7 +104,7 @@ class SimHost:
                 return
             if type(request) in self.hang_on:
                 continue
-            ipc.send(peer, self._answer(request, fd))
+            host_api.send(peer, self._answer(request, fd))
             if fd is not None:
                 os.close(fd)
 
@@ -115,8 +115,8 @@ class SimHost:
 
     def _answer(self, request, fd):  # noqa: C901, PLR0911 - one answer for each request
         match request:
-            case ipc.Hello():
-                return ipc.Welcome(
+            case host_api.Hello():
+                return host_api.Welcome(
                     id=request.id,
                     session=self.session,
                     version="1",
@@ -125,37 +125,37 @@ class SimHost:
                     ingress="",
                     running=tuple(self._running(name) for name in self.running),
                 )
-            case ipc.Entrust():
+            case host_api.PutSecrets():
                 assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == SEALS
                 values = msgspec.json.decode(os.pread(fd, 1 << 20, 0))
                 self.entrusted[request.instance, request.generation] = values
-                return ipc.Done(id=request.id)
-            case ipc.Start(run=run):
+                return host_api.Done(id=request.id)
+            case host_api.Start(run=run):
                 assert fd is not None
                 assert set(run.secrets) == set(self.entrusted.get((run.instance, run.generation), ()))
                 if run.target in self.refuse:
-                    return ipc.Failed(
+                    return host_api.Failed(
                         id=request.id, code=self.refuse[run.target], message="refused", log=("last words",)
                     )
                 if (old := self.running.get(run.instance)) is not None and old.generation != run.generation:
                     assert run.generation > old.generation, "a generation never falls"
                     self.warm[run.instance] = old
                 self.running[run.instance] = run
-                return ipc.Started(id=request.id, instance=run.instance, generation=run.generation)
-            case ipc.Commit():
+                return host_api.Started(id=request.id, instance=run.instance, generation=run.generation)
+            case host_api.Commit():
                 self.warm.pop(request.instance, None)
-                return ipc.Done(id=request.id)
-            case ipc.Revert():
+                return host_api.Done(id=request.id)
+            case host_api.Revert():
                 self.running[request.instance] = self.warm.pop(request.instance)
-                return ipc.Done(id=request.id)
-            case ipc.Stop():
+                return host_api.Done(id=request.id)
+            case host_api.Stop():
                 self.running.pop(request.instance, None)
-                return ipc.Done(id=request.id)
-            case ipc.Status():
+                return host_api.Done(id=request.id)
+            case host_api.Status():
                 self._ask_health(request.check)
-                return ipc.Figures(id=request.id, instances=tuple(map(self._figure, self.running.values())))
-            case ipc.Logs():
-                return ipc.Lines(id=request.id, lines=("a line",))
+                return host_api.HostStats(id=request.id, instances=tuple(map(self._figure, self.running.values())))
+            case host_api.Logs():
+                return host_api.Lines(id=request.id, lines=("a line",))
         raise AssertionError(request)
 
     def _ask_health(self, wanted):
@@ -174,7 +174,7 @@ class SimHost:
     def _running(self, name):
         run = self.running[name]
         warm = self.warm.get(name)
-        return ipc.Running(
+        return host_api.Running(
             instance=name,
             generation=run.generation,
             target=run.target,
@@ -252,7 +252,7 @@ class SimServer:
         return box
 
 
-class QuickImages(Images):
+class QuickImages(ImageStore):
     """The real images, with a compiler that only says "compiled": starting the real one is another test's."""
 
     async def _run(self, arguments, data, seconds):
@@ -295,7 +295,7 @@ class BoardKit:
     """One board over its boots. What survives a power cut is the directory, and nothing else."""
 
     def __init__(self, directory: Path):
-        self.places = Places(directory / "state", directory / "run")
+        self.places = Paths(directory / "state", directory / "run")
         for path in (self.places.state, self.places.runtime):
             path.mkdir()
         self.manifests, self.server = {}, SimServer()
@@ -356,15 +356,15 @@ class BoardKit:
 
     async def start_agent(self):
         self.store = CutStore(self.places.database)
-        self.worker = Worker("test")
+        self.worker = Database("test")
         self.images = self.images_kind(self.places.images, b"k" * 32, memory_bytes=1 << 30, seconds=self.compile_s)
         identity = Identity(
             device="board-01234567", fleet="f", group="", devices_url="", mqtt=(), production=False, floor=NOW
         )
-        self.sealed = Sealed(self.places.secrets, self.places.identity / "sealing.key", identity)
-        self.link = HostLink(self.places.host_socket)
+        self.sealed = SecretStore(self.places.secrets, self.places.identity / "sealing.key", identity)
+        self.link = HostClient(self.places.host_socket)
         self.seen = Host(self.link)
-        self.carrier = Carrier(
+        self.carrier = EffectRunner(
             places=self.places,
             settings=self.settings,
             worker=self.worker,
@@ -376,14 +376,14 @@ class BoardKit:
             clock=asyncio.get_running_loop().time,
             jitter=lambda: 0.0,
         )
-        board = Board(
+        board = DeviceContext(
             device="board-01234567",
             boot_id=f"boot-{self.boots}",
             places=self.places,
             mac_key=b"k" * 32,
             clock=asyncio.get_running_loop().time,
         )
-        self.deployer = Deployer(
+        self.deployer = Reconciler(
             board=board,
             store=self.store,
             worker=self.worker,

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import msgspec
 
-from agent import confirm
 from agent.config import Policy
-from agent.desired import Desired
-from agent.fetch import FetchError
-from agent.identity import Identity
-from agent.records import Committed
-from agent.standing import Board
-from agent.store import Store
-from agent.trust import Trust
-from agent.worker import Worker
+from agent.identity.identity import Identity
+from agent.link.https import FetchError
+from agent.update import trust
+from agent.update.receiver import AssignmentReceiver
+from agent.update.state import Committed, DeviceContext
+from agent.update.store import Database, Store
+from agent.update.trust import DeviceTrust
 from fleet.protocol import wire
 from fleet.protocol.assignment import Assignment, Fresh, Item
 from fleet.protocol.codes import RejectCode
@@ -126,7 +124,7 @@ class Deployed:
 class Case:
     def __init__(self, tmp_path, *, clock_set=True, strict=True):
         self.server, self.deployer, self.nonces = Server(tmp_path), Deployed(), []
-        self.store, self.worker = Store(tmp_path / "store.db"), Worker("test")
+        self.store, self.worker = Store(tmp_path / "store.db"), Database("test")
         self.identity = identity = Identity(
             device=DEVICE,
             fleet=FLEET,
@@ -136,7 +134,7 @@ class Case:
             production=False,
             floor=NOW - timedelta(days=1),
         )
-        self.trust = Trust(
+        self.trust = DeviceTrust(
             identity=identity,
             root=self.server.root,
             cache=tmp_path / "trust",
@@ -144,8 +142,8 @@ class Case:
             store=self.store,
             production=False,
         )
-        self.desired = Desired(
-            board=Board(device=DEVICE, boot_id="b", places=None, mac_key=b"", clock=lambda: 0.0),
+        self.desired = AssignmentReceiver(
+            board=DeviceContext(device=DEVICE, boot_id="b", places=None, mac_key=b"", clock=lambda: 0.0),
             trust=self.trust,
             https=self.server,
             store=self.store,
@@ -154,7 +152,7 @@ class Case:
             clock_set=lambda: clock_set,
             ask_fresh=self.ask,
             on_report=lambda: None,
-            doubts=lambda: confirm.doubts(self.trust, self.policy, self.store.committed()),
+            doubts=lambda: trust.find_violations(self.trust, self.policy, self.store.committed()),
             strict=strict,
         )
         self.answer = lambda nonce: None

@@ -5,8 +5,8 @@ import contextlib
 
 import pytest
 
-from agent import carry
-from agent.host import ipc
+from agent.host.ipc import host_api
+from agent.update import effects
 from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
 
@@ -36,7 +36,7 @@ async def on_a_board(kit):
 @pytest.mark.asyncio
 async def test_the_health_check_is_asked_once_more_before_the_commit(kit, monkeypatch, answers, end):
     async with on_a_board(kit):
-        monkeypatch.setattr(carry, "WATCH_S", 0.01)
+        monkeypatch.setattr(effects, "WATCH_S", 0.01)
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         if answers is not None:
             kit.host.answers[V2] = list(answers)
@@ -46,7 +46,10 @@ async def test_the_health_check_is_asked_once_more_before_the_commit(kit, monkey
         assert kit.host.answers.get(V2, []) == [], "whatever it had to say was asked for"
         if answers is not None:
             assert kit.host.checks[V2].asked >= 1
-        assert [request.probation for request in kit.host.requests if isinstance(request, ipc.Start)] == [True, True]
+        assert [request.probation for request in kit.host.requests if isinstance(request, host_api.Start)] == [
+            True,
+            True,
+        ]
 
 
 @pytest.mark.asyncio
@@ -57,7 +60,7 @@ async def test_what_is_started_again_after_the_host_died_is_on_no_probation(kit)
         kit.host.requests.clear()
         kit.host.start()
         await kit.until(lambda: kit.host.targets() == {"web": V1})
-        assert [request.probation for request in kit.host.requests if isinstance(request, ipc.Start)] == [False]
+        assert [request.probation for request in kit.host.requests if isinstance(request, host_api.Start)] == [False]
 
 
 @pytest.mark.parametrize("how", ["refused", "rolled-back"])

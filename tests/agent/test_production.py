@@ -3,10 +3,10 @@
 import msgspec
 import pytest
 
-from agent import identity
-from agent.trust import Trust
+from agent.identity import identity
+from agent.update.trust import DeviceTrust
 from fleet.protocol.codes import RejectCode
-from signing import events, proposals, repository
+from signing import events, repository
 from signing.errors import Rejected
 from signing.keys import generate
 from signing.rotation import RoleKeys, Size
@@ -17,7 +17,7 @@ def move(server, directory):
     """`fleet sign move solo`: new keys for root and targets, and the size, signed by the old root and the new keys."""
     new = {role: generate(directory / f"{role}-2.pem") for role in ("root", "targets")}
     roles = {role: RoleKeys((key.public_key,)) for role, key in new.items()}
-    event = proposals.propose(server.files, size=Size.SOLO, roles=roles, now=NOW)
+    event = events.propose(server.files, size=Size.SOLO, roles=roles, now=NOW)
     for key in (server.keys["root"], *new.values()):
         event = events.sign(server.files, event, key)
     server.files |= events.apply(server.files, event)
@@ -38,7 +38,7 @@ class Board(Case):
         self.restart(tmp_path, production=production)
 
     def restart(self, tmp_path, *, production):
-        self.trust = self.desired._trust = Trust(
+        self.trust = self.desired._trust = DeviceTrust(
             identity=identity.load(self.places),
             root=self.server.root,
             cache=tmp_path / "trust",

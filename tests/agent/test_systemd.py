@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from agent import reports, systemd, upkeep
-from agent.host import supervisor
-from agent.worker import Worker
+from agent import service, systemd
+from agent.host.supervisor import supervisor
+from agent.update import state
+from agent.update.store import Database
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import Report
 
@@ -66,7 +67,7 @@ def test_the_watchdog_is_fed_three_times_within_its_patience(monkeypatch):
 async def test_an_agent_whose_work_stands_still_does_not_feed_the_watchdog(manager, monkeypatch):
     monkeypatch.setenv("WATCHDOG_USEC", "3000")
 
-    worker, stands_still, go_on = Worker("work"), asyncio.Event(), asyncio.Event()
+    worker, stands_still, go_on = Database("work"), asyncio.Event(), asyncio.Event()
     turns = iter(range(1, 1000))
 
     async def work(call):
@@ -75,7 +76,7 @@ async def test_an_agent_whose_work_stands_still_does_not_feed_the_watchdog(manag
             await go_on.wait()
         await worker(call)
 
-    dog = asyncio.ensure_future(upkeep.watchdog(work, lambda: "connected; 1 instance"))
+    dog = asyncio.ensure_future(service.watchdog(work, lambda: "connected; 1 instance"))
     async with asyncio.timeout(20):
         await stands_still.wait()
         assert told(manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instance"}
@@ -136,7 +137,7 @@ def test_what_is_reported_is_in_the_journal_with_fields_to_ask_by(journal):
         code=RejectCode.TRAPPED,
         message="unreachable\nsecond line",
     )
-    reports.tell(report)
+    state.tell(report)
     assert journal == [
         {
             "MESSAGE": f"hello: rolled-back components/main/hello/3.0.0.wasm: {RejectCode.TRAPPED}: unreachable",
@@ -154,7 +155,7 @@ def test_what_is_reported_is_in_the_journal_with_fields_to_ask_by(journal):
 
 
 def test_a_refused_assignment_is_called_one(journal):
-    reports.tell(
+    state.tell(
         Report(
             device="crane-0a1b2c3d",
             boot_id="b",

@@ -10,20 +10,20 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from agent import enroll, upkeep
-from agent.config import Disk, Places, Settings
-from agent.enroll import EnrolError
-from agent.fetch import FetchError
-from agent.identity import Identity
-from agent.records import Change, Committed
-from agent.sealed import Sealed
-from agent.standing import Standing
+from agent.config import Disk, Paths, Settings
+from agent.identity import enrolment
+from agent.identity.enrolment import EnrolError
+from agent.identity.identity import Identity
+from agent.link.https import FetchError
+from agent.update import effects
 from agent.update.machine import Phase, State
+from agent.update.secrets import SecretStore
+from agent.update.state import Change, Committed, DeploymentState
 from fleet.ca import CertificateAuthority
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.enrolment import RenewReply, RenewRequest
 from fleet.protocol.manifest import Http, Manifest
+from fleet.protocol.messages import RenewReply, RenewRequest
 
 NOW = datetime.now(UTC)
 
@@ -45,12 +45,12 @@ class Server:
 
 @pytest.fixture
 def board(tmp_path):
-    places = Places(tmp_path / "state", tmp_path / "run")
+    places = Paths(tmp_path / "state", tmp_path / "run")
     places.identity.mkdir(parents=True)
     (tmp_path / "ca").mkdir()
     ca = CertificateAuthority.create(tmp_path / "ca", fleet="harbour", now=NOW)
     key = ec.generate_private_key(ec.SECP256R1())
-    (places.identity / "device.key").write_bytes(enroll._private_pem(key))
+    (places.identity / "device.key").write_bytes(enrolment._private_pem(key))
     (places.identity / "device.pem").write_text(ca.device(key.public_key(), "crane-0a1b2c3d", now=NOW).pem)
     return places, Server(ca)
 
@@ -63,17 +63,17 @@ def who():
 
 def test_a_board_that_enrolled_before_there_was_a_proof_gives_one_when_it_renews(board):
     places, server = board
-    upkeep.renew_now(places, server, who())
+    enrolment.renew_now(places, server, who())
     assert server.asked[0].sealing_proof == "", "it has no sealing key"
-    (places.identity / "sealing.key").write_bytes(enroll._private_pem(X25519PrivateKey.generate()))
-    upkeep.renew_now(places, server, who())
+    (places.identity / "sealing.key").write_bytes(enrolment._private_pem(X25519PrivateKey.generate()))
+    enrolment.renew_now(places, server, who())
     assert "wasmfleet.sealing" in server.asked[1].sealing_proof
 
 
 def test_the_certificate_is_renewed_for_the_key_that_is_there(board):
     places, server = board
     before = (places.identity / "device.pem").read_text()
-    upkeep.renew_now(places, server, who())
+    enrolment.renew_now(places, server, who())
     after = (places.identity / "device.pem").read_text()
     assert after != before
     assert "PRIVATE" not in server.asked[0].csr_pem
@@ -84,7 +84,7 @@ def test_a_certificate_for_another_key_is_not_put_in_place(board):
     before = (places.identity / "device.pem").read_text()
     server.key = ec.generate_private_key(ec.SECP256R1()).public_key()
     with pytest.raises(EnrolError, match="another key"):
-        upkeep.renew_now(places, server, who())
+        enrolment.renew_now(places, server, who())
     assert (places.identity / "device.pem").read_text() == before
 
 
@@ -95,7 +95,7 @@ async def test_a_certificate_is_renewed_at_once_when_the_server_calls_it_outdate
     before = (places.identity / "device.pem").read_text()
 
     outdated, renewed = asyncio.Event(), asyncio.Event()
-    loop = upkeep.renew(places, server, who(), lambda: NOW, outdated=outdated, renewed=renewed.set)
+    loop = enrolment.renew(places, server, who(), lambda: NOW, outdated=outdated, renewed=renewed.set)
     task = asyncio.create_task(loop)
     await asyncio.sleep(0)
     assert not server.asked
@@ -118,7 +118,7 @@ async def test_a_certificate_is_renewed_at_once_when_the_server_calls_it_outdate
 )
 def test_which_refusals_a_new_certificate_mends(status, body, wanted):
     error = FetchError(RejectCode.UNREACHABLE, "no", status=status, body=body)
-    assert enroll.wants_renewal(error) is wanted
+    assert enrolment.wants_renewal(error) is wanted
 
 
 class Named:
@@ -138,7 +138,7 @@ async def test_room_is_made_and_neither_what_runs_nor_what_comes_is_lost(board):
     coming = Change(
         instance="web", assignment=2, state=State(phase=Phase.COMPILING), item=item("comes"), manifest=manifest
     )
-    standing = Standing(committed={"web": running})
+    standing = DeploymentState(committed={"web": running})
     standing.flights["web"] = SimpleNamespace(change=coming)
     for directory, suffix in ((places.artifacts, "wasm"), (places.images, "cwasm")):
         directory.mkdir()
@@ -146,8 +146,8 @@ async def test_room_is_made_and_neither_what_runs_nor_what_comes_is_lost(board):
             stem = name if suffix == "wasm" else f"image-of-{name}"
             (directory / f"{stem}.{suffix}").write_bytes(b"x" * 1000)
     settings = Settings(disk=Disk(budget_bytes=10))
-    sealed = Sealed(places.secrets, places.identity / "sealing.key", who())
-    freed = await upkeep.make_room(places, settings, Named(), SimpleNamespace(standing=standing), sealed)
+    sealed = SecretStore(places.secrets, places.identity / "sealing.key", who())
+    freed = await effects.make_room(places, settings, Named(), standing, sealed)
     assert freed == 2000
     kept = {path.stem for directory in (places.artifacts, places.images) for path in directory.iterdir()}
     assert kept == {"runs", "comes", "image-of-runs", "image-of-comes"}

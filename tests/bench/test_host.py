@@ -18,7 +18,7 @@ from host_processes import children
 from rates import rate, row
 from traffic import Traffic
 
-from agent.host import ipc
+from agent.host.ipc import host_api
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(900)]
 
@@ -79,7 +79,7 @@ def test_starting(host):
     for generation in range(2, 22):
         began = time.perf_counter()
         reply = host.start("hello", support.a_run("web", generation, port=port))
-        assert isinstance(reply, ipc.Started), reply
+        assert isinstance(reply, host_api.Started), reply
         support.http(port)
         took.append((time.perf_counter() - began) * 1000)
     row(
@@ -98,7 +98,7 @@ def test_two_hundred_swaps(host, way):
         for generation in range(2, 202):
             before = traffic.answers
             reply = host.start(ECHO, support.a_run("web", generation, port=port, limits=limits))
-            assert isinstance(reply, ipc.Started), reply
+            assert isinstance(reply, host_api.Started), reply
             traffic.await_answers(before + 20)
     finally:
         traffic.stop()
@@ -126,7 +126,7 @@ def pss_kb(pid):
 
 
 def test_at_rest(host):
-    host.ask(ipc.Hello)
+    host.ask(host_api.Hello)
     row("host at rest without instances, sum of PSS, MB", f"{sum(map(pss_kb, family(host))) / 1000:.1f}")
     port = support.free_port()
     host.start("hello", support.a_run("web", 1, port=port))
@@ -147,13 +147,13 @@ def test_many_instances(host):
     host.start("hello", support.a_run("i0", 1))
     base = sum(map(pss_kb, family(host)))
     for number in range(1, count):
-        assert isinstance(host.start("hello", support.a_run(f"i{number}", 1)), ipc.Started)
+        assert isinstance(host.start("hello", support.a_run(f"i{number}", 1)), host_api.Started)
     each = (sum(map(pss_kb, family(host))) - base) / (count - 1)
     row(f"a further idle instance in a lane of its own (of {count}), PSS in KB", f"{each:.0f}")
     row("the instance's own linear memory beside the engine, KB", 64)
     host.start("hello", support.a_run("s0", 1, share_lane=True))
     base = sum(map(pss_kb, family(host)))
     for number in range(1, count):
-        assert isinstance(host.start("hello", support.a_run(f"s{number}", 1, share_lane=True)), ipc.Started)
+        assert isinstance(host.start("hello", support.a_run(f"s{number}", 1, share_lane=True)), host_api.Started)
     each = (sum(map(pss_kb, family(host))) - base) / (count - 1)
     row(f"the same in a shared lane, its part of the supervisor included (of {count}), PSS in KB", f"{each:.0f}")

@@ -22,8 +22,8 @@ import support
 from host_processes import children
 from rates import rate, row
 
-from agent.host import ipc
-from agent.host.clients import Clients
+from agent.host.ipc import host_api
+from agent.host.worker.http_server import HttpServer
 from fleet.protocol.manifest import Limits
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(600)]
@@ -54,7 +54,7 @@ class Function:
 def serve(listener):
     """A lane's loop, without a lane."""
     poll = select.epoll()
-    clients = Clients(poll, Function(), Limits(), lambda passed, cut: None)
+    clients = HttpServer(poll, Function(), Limits(), lambda passed, cut: None)
     clients.serve(listener)
     while True:
         for fd, mask in poll.poll(clients.wait_s()):
@@ -96,7 +96,7 @@ def cost_us(pid, port, path, **how):
 
 def router_of(running):
     """The one child of the host that is there before any instance."""
-    running.ask(ipc.Hello)
+    running.ask(host_api.Hello)
     (pid,) = children(running.process.pid)
     return pid
 

@@ -15,13 +15,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from securesystemslib.signer import SSlibKey
 
-from fleet.protocol import caps, wire
+from fleet.protocol import bounds, wire
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import Phase
 from fleet.protocol.messages import Report
-from signing import bins, events, proposals, repository
+from signing import events, hash_bins, repository
+from signing.device_statements import DeviceSigner, DeviceVerifier
 from signing.errors import Rejected
-from signing.statements import Ear, Voice
 from tests.simulator.repository import Board, Repository
 
 SIZES = (10, 100, 1_000, 5_000, 10_000, 100_000)
@@ -65,9 +65,9 @@ def binned(targets: int) -> tuple[Repository, Item]:
     """256 bins; the one that a board fetches has what hashes there, and what the others hold it never sees."""
     repo = Repository()
     item = repo.publish("1.0.0", name="hello")
-    event = events.sign(repo.files, proposals.propose_bins(repo.files, "main", now=repo.now), repo.keys["main"])
+    event = events.sign(repo.files, events.propose_bins(repo.files, "main", now=repo.now), repo.keys["main"])
     repo.files |= events.apply(repo.files, event)
-    found = bins.delegation(repo.signed("main"))
+    found = hash_bins.delegation(repo.signed("main"))
     assert found is not None
     role = found.get_role_for_target(item.target)
     paths = (f"components/main/filler-{n}/1.0.0.wasm" for n in range(targets - 1))
@@ -105,7 +105,7 @@ def test_refresh_and_assignment_by_number_of_targets(verified: list[str]) -> Non
                 size = sum(len(repo.files[name]) for name in repo.fetched if name in repo.files)
                 cells += [f"{size / 1024:.1f} KiB", str(len(verified)), f"{spent / unit:.1f} x"]
             print(f"| {targets:,} | {layout} | {' | '.join(cells)} |")
-    assert min(refused) > caps.TARGETS_MAX_BYTES
+    assert min(refused) > bounds.TARGETS_MAX_BYTES
     print(f"(1 x = {1000 * unit:.1f} ms of CPU here)")
 
 
@@ -135,8 +135,8 @@ def test_a_signed_report_at_the_servers_ingest() -> None:
         phase=Phase.COMMITTED,
     )
     said = wire.encode(report)
-    data = Voice(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())).sign(said)
-    ear = Ear(certificate)
+    data = DeviceSigner(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())).sign(said)
+    ear = DeviceVerifier(certificate)
     assert wire.decode(Report, ear.verify(data)) == report
 
     verify, decode = spent_us(lambda: ear.verify(data)), spent_us(lambda: wire.decode(Report, said))

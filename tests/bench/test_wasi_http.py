@@ -18,7 +18,7 @@ import support
 from serve import serving
 from support import Grants, Limits
 
-from agent.host import ipc
+from agent.host.ipc import host_api
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(600)]
 
@@ -88,9 +88,9 @@ def figures(port, request):
 @pytest.mark.parametrize(("what", "request_bytes"), [("a small answer", SMALL), ("64 KiB there and back", LARGE)])
 def test_requests(host, what, request_bytes):
     native, adapted = support.free_port(), support.free_port()
-    assert isinstance(host.start("v1", support.a_run("native", 1, port=native, limits=LIMITS)), ipc.Started)
+    assert isinstance(host.start("v1", support.a_run("native", 1, port=native, limits=LIMITS)), host_api.Started)
     run = support.a_run("adapted", 1, port=adapted, grants=GRANTS, limits=LIMITS)
-    assert isinstance(host.start("probe", run), ipc.Started)
+    assert isinstance(host.start("probe", run), host_api.Started)
     ours = figures(native, request_bytes)
     theirs = figures(adapted, request_bytes)
     row(f"{what}, native world (warm): requests a second, p50, p99 ms", "{:.0f}, {:.2f}, {:.2f}".format(*ours))
@@ -111,11 +111,11 @@ def test_requests(host, what, request_bytes):
 
 def test_a_request_sent_on_beside_the_same_asked_for_directly(host):
     there, sends = support.free_port(), support.free_port()
-    assert isinstance(host.start("v1", support.a_run("there", 1, port=there, limits=LIMITS)), ipc.Started)
+    assert isinstance(host.start("v1", support.a_run("there", 1, port=there, limits=LIMITS)), host_api.Started)
     grants = Grants(interfaces=GRANTS.interfaces, outbound=(f"http://127.0.0.1:{there}",))
     limits = Limits(requests_per_instance=1_000_000)
     assert isinstance(
-        host.start("probe", support.a_run("sends", 1, port=sends, grants=grants, limits=limits)), ipc.Started
+        host.start("probe", support.a_run("sends", 1, port=sends, grants=grants, limits=limits)), host_api.Started
     )
     direct = figures(there, SMALL)
     through = figures(sends, b"GET /get?127.0.0.1:%d/ HTTP/1.1\r\nhost: x\r\n\r\n" % there)

@@ -23,12 +23,10 @@ import rig
 
 from fleet.client import UnreachableError
 from fleet.demo import load
-from fleet.demo.fixtures import fixture
+from fleet.demo.environment import Environment, free_ports, python_environment
 from fleet.demo.load import Load, LoadResult
-from fleet.demo.ports import free_ports
-from fleet.demo.processes import python_environment
-from fleet.demo.scene import Scene
-from fleet.protocol import api
+from fleet.demo.scenario import fixture
+from fleet.protocol import operator_api
 
 GROUP = "boards"
 HELLO = "hello"
@@ -80,7 +78,7 @@ class OperatorSide:
     def __init__(self, directory: Path, *, made: bool = True) -> None:
         self._runner = asyncio.Runner()
         self._numbers = itertools.count(1)
-        self.scene = Scene(directory)
+        self.scene = Environment(directory)
         self.ports = free_ports(3)
         if made:
             self.fleet("init", "--dev", "--fleet", "boards", *self.init_options())
@@ -131,11 +129,11 @@ class OperatorSide:
             assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s until {what}"
             time.sleep(0.25)  # the API's listings have nothing to wait on
 
-    def device(self, device: str) -> api.DeviceRow:
+    def device(self, device: str) -> operator_api.DeviceRow:
         return next(row for row in self.scene.client.devices().devices if row.id == device)
 
-    def online(self, device: str, *, timeout_s: float = 180.0) -> api.DeviceRow:
-        def seen() -> api.DeviceRow | None:
+    def online(self, device: str, *, timeout_s: float = 180.0) -> operator_api.DeviceRow:
+        def seen() -> operator_api.DeviceRow | None:
             rows = self.scene.client.devices().devices
             return next((row for row in rows if row.id == device and row.online), None)
 
@@ -162,7 +160,7 @@ class OperatorSide:
         return code, output + errors
 
     async def _fleet(self, *arguments: str) -> tuple[int, str, str]:
-        from fleet.demo.processes import module
+        from fleet.demo.environment import module
 
         return await self.scene.processes.run(module("fleet.cli.main", *arguments))
 
@@ -186,19 +184,19 @@ class OperatorSide:
         assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def finished(self, *, group: str, timeout_s: float = 300.0) -> api.RolloutView:
+    def finished(self, *, group: str, timeout_s: float = 300.0) -> operator_api.RolloutView:
         """Wait until the group's newest rollout has come to its end, and return how it ended."""
 
-        def ended() -> api.RolloutView | None:
+        def ended() -> operator_api.RolloutView | None:
             newest = self.scene.client.rollouts(group=group, limit=1).rollouts[0]
-            return None if newest.state in api.OPEN_STATES else newest
+            return None if newest.state in operator_api.OPEN_STATES else newest
 
         return self.until(f"the newest rollout to {group} has ended", ended, timeout_s=timeout_s)
 
     def succeeded(self, *, group: str, timeout_s: float = 300.0) -> None:
         """Wait until the group's newest rollout has succeeded."""
         ended = self.finished(group=group, timeout_s=timeout_s)
-        assert ended.state is api.RolloutState.SUCCEEDED, f"{ended.state}: {ended.reason}"
+        assert ended.state is operator_api.RolloutState.SUCCEEDED, f"{ended.state}: {ended.reason}"
 
     def wat(self, source: Path, manifest: str) -> Path:
         """A component from its text, with a manifest beside it."""

@@ -14,11 +14,10 @@ import wasmtime
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.host import codec, flow, heads
-from agent.host.adapted import start
-from agent.host.engine import HANDLER, Engine, describe
-from agent.host.faults import EngineError, GuestError
-from fleet.protocol import adapter
+from agent.host.engine import adapter_abi, codec
+from agent.host.engine.guest import start
+from agent.host.engine.runtime import HANDLER, Engine, EngineError, GuestError, describe
+from fleet.component import compose
 from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
@@ -48,7 +47,7 @@ class Asked:
 
     def handle(self, *request):
         before = os.dup(1)
-        flow.catch()
+        adapter_abi.catch_stdout()
         try:
             return self.guest.handle(*request)
         finally:
@@ -115,7 +114,7 @@ LINES = st.lists(
 @settings(max_examples=300)
 @given(raw=st.binary(max_size=200) | LINES.map(b"".join))
 def test_whatever_stands_for_a_head_is_an_answer_or_named(raw):
-    head = heads.answer_head(raw)
+    head = adapter_abi.answer_head(raw)
     assert head.problem or head.status >= 0
 
 
@@ -168,7 +167,7 @@ def test_what_the_guest_prints_goes_to_its_log_and_not_into_the_answer(guest, li
 
 def test_an_outgoing_request_is_denied_and_the_log_says_which(guest, lines):
     # two settings refused, three taken; then the error with the number of HTTP-request-denied
-    assert get(guest, b"/fetch")[2] == b"11000 1 %d\n" % heads.REQUEST_DENIED
+    assert get(guest, b"/fetch")[2] == b"11000 1 %d\n" % adapter_abi.REQUEST_DENIED
     assert lines == [
         "host: GET http://example.org:8080/there?x=1 is denied: no outgoing requests are granted",
     ]
@@ -300,7 +299,7 @@ def test_the_compiler_writes_to_no_file_and_says_so(tmp_path):
 
 
 def test_an_image_is_made_anew_for_another_adapter():
-    assert describe()["adapter"] == adapter.digest()[:16]
+    assert describe()["adapter"] == compose.adapter_digest()[:16]
 
 
 def test_one_crossing_in_and_none_out_for_a_request(guest, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from wasmtime import Engine, Store, WasiConfig
 from wasmtime import component as wc
 
-from fleet.protocol import author, component
+from fleet.component import component_toml, reader
 
 BUILD = Path(__file__).resolve().parents[2] / "components/examples/build.py"
 SAYS = {"c": "v1", "zig": "Zig", "rust": "Rust", "go": "Go", "js": "JavaScript", "python": "Python"}
@@ -62,10 +62,10 @@ def test_it_says_hello_echoes_and_is_well(built):
         assert bytes(ask("POST", "/echo", body).body) == body
 
     # It goes as it is, but for Go: its runtime imports what a system has, and the file to save says so.
-    seen = component.read(data)
+    seen = reader.read(data)
     if language == "go":
-        with pytest.raises(author.NeedsTomlError) as caught:
-            author.describe(seen, None, file_name="hello.wasm")
-        assert "wasi:clocks/monotonic-clock" in author.describe(seen, caught.value.suggestion).grants.interfaces
+        with pytest.raises(component_toml.NeedsTomlError) as caught:
+            component_toml.describe(seen, None, file_name="hello.wasm")
+        assert "wasi:clocks/monotonic-clock" in component_toml.describe(seen, caught.value.suggestion).grants.interfaces
     else:
-        assert seen.missing(author.describe(seen, None, file_name="hello.wasm").grants) == ()
+        assert seen.missing(component_toml.describe(seen, None, file_name="hello.wasm").grants) == ()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.host import engine
-from fleet.protocol import component
+from agent.host.engine import runtime
+from fleet.component import reader
 
 WIT = Path(__file__).resolve().parents[2] / "components/wit"
 VERSIONS = tomllib.loads((WIT / "versions.toml").read_text())
@@ -25,10 +25,10 @@ def test_every_interface_of_the_packages_is_listed_in_its_version():
 
 
 def test_what_the_reader_and_the_host_know_is_listed():
-    for known in (component.HTTP_HANDLER, component.HTTP_HEALTH, component.SCHEDULE_TASK, component.WASI_HTTP_HANDLER):
+    for known in (reader.HTTP_HANDLER, reader.HTTP_HEALTH, reader.SCHEDULE_TASK, reader.WASI_HTTP_HANDLER):
         assert known in VERSIONS["exports"]
-    assert {engine.HANDLER, engine.HEALTH, engine.TASK} <= set(VERSIONS["exports"])
-    assert {engine.LOGGING, *engine.CONFIG} <= set(VERSIONS["imports"])
+    assert {runtime.HANDLER, runtime.HEALTH, runtime.TASK} <= set(VERSIONS["exports"])
+    assert {runtime.LOGGING, *runtime.CONFIG} <= set(VERSIONS["imports"])
 
 
 def test_the_packages_are_valid_wit():

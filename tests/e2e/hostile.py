@@ -7,17 +7,17 @@ import ssl
 import paho.mqtt.client as mqtt
 
 from fleet.ca import SERVER_CN
-from fleet.demo.scene import Board
+from fleet.demo.environment import DemoDevice
 from fleet.protocol.topics import Down, Topic
 from tests.e2e.stage import Stage
 
 
-async def say(stage: Stage, board: Board, payload: bytes) -> None:
+async def say(stage: Stage, board: DemoDevice, payload: bytes) -> None:
     """Put bytes on a board's retained topic for its desired state, with the server's own certificate."""
     await asyncio.to_thread(_say, stage, board, payload)
 
 
-def _say(stage: Stage, board: Board, payload: bytes) -> None:
+def _say(stage: Stage, board: DemoDevice, payload: bytes) -> None:
     server = stage.scene.home / "server"
     context = ssl.create_default_context(cafile=str(server / "ca" / "ca.pem"))
     context.load_cert_chain(server / "tls" / "mqtt.pem", server / "tls" / "mqtt.key")
@@ -33,7 +33,7 @@ def _say(stage: Stage, board: Board, payload: bytes) -> None:
         client.loop_stop()
 
 
-def envelope(stage: Stage, board: Board) -> bytes:
+def envelope(stage: Stage, board: DemoDevice) -> bytes:
     """The assignment of a board as the server has it now."""
     with sqlite3.connect(f"file:{stage.scene.home / 'server' / 'fleet.db'}?mode=ro", uri=True) as database:
         (data,) = database.execute(

@@ -13,11 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from fleet.demo.fixtures import fixture
+from fleet.demo.environment import AGENT, FLEET, Child, DemoDevice, Environment, module
 from fleet.demo.load import Load
-from fleet.demo.processes import Child, module
-from fleet.demo.scene import AGENT, FLEET, Board, Scene
-from fleet.protocol import api
+from fleet.demo.scenario import fixture
+from fleet.protocol import operator_api
 from fleet.protocol.codes import Phase, RejectCode
 
 GROUP = "edge-eu"
@@ -51,8 +50,8 @@ class Stage:
         """Play a part of the test's story on the stage's event loop."""
         return self._runner.run(story)
 
-    async def _make(self) -> Scene:
-        scene = Scene(self._directory)
+    async def _make(self) -> Environment:
+        scene = Environment(self._directory)
         await scene.make_fleet()
         await scene.serve()
         return scene
@@ -73,7 +72,7 @@ class Stage:
         code, output, errors = await self.push(component, *arguments)
         assert code == 0, output + errors
 
-    async def newest_rollout(self) -> api.RolloutView:
+    async def newest_rollout(self) -> operator_api.RolloutView:
         """The rollout that was made last."""
         found = await self.scene.ask(lambda client: client.rollouts(limit=1).rollouts[0].id)
         return await self.scene.ask(lambda client: client.rollout(found))
@@ -83,11 +82,15 @@ class Stage:
         return await self.scene.eventually(what, question)
 
     async def reported(
-        self, *boards: Board, code: RejectCode | None = None, phase: Phase | None = None, after: datetime = BEGINNING
-    ) -> api.TimelineEntry:
+        self,
+        *boards: DemoDevice,
+        code: RejectCode | None = None,
+        phase: Phase | None = None,
+        after: datetime = BEGINNING,
+    ) -> operator_api.TimelineEntry:
         """Wait for a report of one of the boards with a code or in a phase, later than `after` (see `latest`)."""
 
-        def seen() -> api.TimelineEntry | None:
+        def seen() -> operator_api.TimelineEntry | None:
             entries = [e for each in boards for e in self.scene.client.timeline(each.device, limit=200).entries]
             wanted = (each for each in entries if each.kind == "report" and each.at > after)
             return next(
@@ -96,25 +99,25 @@ class Stage:
 
         return await self.until(f"{' or '.join(each.name for each in boards)} reports {code or phase}", seen)
 
-    async def latest(self, board: Board) -> datetime:
+    async def latest(self, board: DemoDevice) -> datetime:
         """When the newest thing in a board's timeline happened."""
         return (await self.scene.ask(lambda client: client.timeline(board.device, limit=1))).entries[0].at
 
     # -- what is asked of a board ----------------------------------------------------------------------------------
 
-    async def version(self, board: Board) -> str:
+    async def version(self, board: DemoDevice) -> str:
         """Which version answers on a board now; empty when none does."""
         async with Load(port=board.port, path=f"/{HELLO}/", kept_alive=0, fresh=1) as load:
             await load.sent(1)
             return next(iter((await load.stop()).by_version), "")
 
-    async def answers(self, board: Board, version: str) -> None:
+    async def answers(self, board: DemoDevice, version: str) -> None:
         """Wait until a version answers on a board."""
         async with Load(port=board.port, path=f"/{HELLO}/", kept_alive=0, fresh=1, pause_s=0.05) as load:
             async with asyncio.timeout(60):
                 await load.seen(version)
 
-    def state(self, board: Board) -> Path:
+    def state(self, board: DemoDevice) -> Path:
         """The agent's state directory."""
         return self.scene.directory / "boards" / board.name / "agent"
 
@@ -130,7 +133,7 @@ class Stage:
         child.process.terminate()
         await child.process.wait()
 
-    async def start_host(self, board: Board, *, restore: bool = True) -> Board:
+    async def start_host(self, board: DemoDevice, *, restore: bool = True) -> DemoDevice:
         """Start a board's host again, and `fleet-agent restore` after it, as the unit does."""
         host = await self.scene.processes.start(board.host.name, board.host.command)
         board = self._now(board, host=host)
@@ -141,11 +144,11 @@ class Stage:
         assert code == 0, errors
         return board
 
-    async def start_agent(self, board: Board) -> Board:
+    async def start_agent(self, board: DemoDevice) -> DemoDevice:
         """Start a board's agent again."""
         return self._now(board, agent=await self.scene.processes.start(board.agent.name, board.agent.command))
 
-    def _now(self, board: Board, **changed: Child) -> Board:
+    def _now(self, board: DemoDevice, **changed: Child) -> DemoDevice:
         again = dataclasses.replace(board, **changed)
         index = next(i for i, each in enumerate(self.scene.boards) if each.device == board.device)
         self.scene.boards[index] = again
@@ -161,7 +164,7 @@ class Stage:
                 harm(database)
         await self.scene.serve()
 
-    def published(self, version: str) -> api.ComponentRow:
+    def published(self, version: str) -> operator_api.ComponentRow:
         """A published version of the demo's component."""
         rows = self.scene.client.components().components
         return next(row for row in rows if row.version == version)

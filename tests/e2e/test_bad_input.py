@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fleet.demo.fixtures import fixture
-from fleet.demo.ports import free_ports
-from fleet.demo.processes import module
-from fleet.demo.scene import AGENT, HOST
+from fleet.demo.environment import AGENT, HOST, free_ports, module
+from fleet.demo.scenario import fixture
 from fleet.protocol.codes import RejectCode
 from tests.e2e.stage import GROUP
 

@@ -6,9 +6,7 @@ import os
 import pytest
 import wasmtime
 
-from fleet.demo.ports import free_ports
-from fleet.demo.processes import module
-from fleet.demo.scene import AGENT
+from fleet.demo.environment import AGENT, free_ports, module
 from tests.e2e.secret_reader import FIRST, GUEST, SECOND, TOML, answers
 from tests.e2e.stage import GROUP, HELLO
 from tests.eventually import eventually_async

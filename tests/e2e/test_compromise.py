@@ -14,14 +14,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fleet.demo.fixtures import fixture
-from fleet.demo.ports import free_ports
-from fleet.demo.scene import Scene
+from fleet.demo.environment import Environment, free_ports
+from fleet.demo.scenario import fixture
 from fleet.protocol.assignment import Assignment
-from fleet.server.broker import mosquitto
-from fleet.server.home import Home
+from fleet.server.broker import broker
+from fleet.server.config import ServerPaths
 from signing import director, dsse, keys
-from signing.facts import VERSION_MAX
+from signing.state import VERSION_MAX
 from tests.e2e.hostile import envelope, say
 from tests.e2e.stage import GROUP, HELLO, Stage
 from tests.eventually import NeverError, eventually_async
@@ -29,14 +28,14 @@ from tests.eventually import NeverError, eventually_async
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(mosquitto.find() is None, reason="a fleet for production wants mosquitto"),
+    pytest.mark.skipif(broker.find() is None, reason="a fleet for production wants mosquitto"),
 ]
 PAGE = (Path(__file__).resolve().parents[2] / "docs/compromise.md").read_text()
 BLOCKS = dict(re.findall(r"^```sh ([a-z-]+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 PASSPHRASE = "correct horse"
 
 
-class SoloScene(Scene):
+class SoloScene(Environment):
     """A fleet for production, of one operator."""
 
     async def make_fleet(self, *, broker: str = "mosquitto") -> None:
@@ -52,15 +51,15 @@ class SoloStage(Stage):
         self.ran = set()
         super().__init__(directory)
 
-    async def _make(self) -> Scene:
+    async def _make(self) -> Environment:
         scene = SoloScene(self._directory)
         await scene.make_fleet()
         await scene.serve()
         return scene
 
     @property
-    def place(self) -> Home:
-        return Home(self.scene.home)
+    def place(self) -> ServerPaths:
+        return ServerPaths(self.scene.home)
 
     async def page(self, kind: str, **variables: object) -> str:
         """Run a block of the page as it stands; it must succeed."""
@@ -195,11 +194,11 @@ def low(stage, board):
 
 
 async def manifest_of(stage, target):
-    from signing import bins, repository
+    from signing import hash_bins, repository
 
     files = {path.name: path.read_bytes() for path in stage.place.repository.glob("*.json")}
     assert repository.namespaces(files) == ("main",)
-    return next(each.manifest_sha256 for each in bins.releases(files, "main") if each.name.path == target)
+    return next(each.manifest_sha256 for each in hash_bins.releases(files, "main") if each.name.path == target)
 
 
 def test_the_broker_was_stolen(stage, board, tmp_path):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fleet.demo.fixtures import fixture
-from fleet.protocol.api import RolloutState
+from fleet.demo.scenario import fixture
 from fleet.protocol.codes import Phase
+from fleet.protocol.operator_api import RolloutState
 from tests.e2e.stage import alive, descendants
 from tests.eventually import eventually_async
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from fleet.demo.fixtures import fixture
+from fleet.demo.scenario import fixture
 from fleet.protocol.codes import RejectCode
 from tests.e2e import hostile
 from tests.e2e.stage import GROUP

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import wasmtime
 
-from fleet.demo.ports import free_ports
+from fleet.demo.environment import free_ports
 from fleet.protocol.codes import Phase
 from tests.e2e.secret_reader import FIRST, GUEST, SECOND, TOML, answers, get
 from tests.e2e.stage import GROUP, HELLO, alive, descendants

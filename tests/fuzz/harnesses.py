@@ -24,39 +24,24 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from tuf.api.metadata import Root, Snapshot, Targets, Timestamp
 
-from agent import bundle as stick
-from agent.records import Change
-from fleet.evidence import embedded, provenance, query, sbom
-from fleet.evidence.document import DocumentError
-from fleet.evidence.packages import Package
-from fleet.protocol import (
-    adapter,
-    author,
-    bundle,
-    component,
-    compose,
-    cron,
-    manifest,
-    messages,
-    names,
-    toml_text,
-    units,
-    wasm,
-    wire,
-)
+from agent.link import bundle as stick
+from agent.update.state import Change
+from fleet.component import binary, component_toml, compose, reader, toml_fields
+from fleet.evidence import provenance, query, sbom
+from fleet.evidence.sbom import DocumentError, Package
+from fleet.protocol import manifest, messages, names, wire
 from fleet.protocol.assignment import Assignment, Command, Fresh
-from fleet.protocol.enrolment import BadTokenError, Enrolled, EnrolRequest, Token
 from fleet.protocol.manifest import BadManifestError
+from fleet.protocol.messages import BadTokenError, Enrolled, EnrolRequest, Token
 from fleet.protocol.names import BadNameError, TargetName
 from fleet.protocol.topics import BadTopicError, Topic
 from signing import dsse, events, metadata, sealing
 from signing.errors import Rejected, RepositoryError
-from signing.facts import Facts
-from signing.sealing import Purpose
-from signing.sealing_keys import SealingKey
+from signing.sealing import Purpose, SealingKey
+from signing.state import VerifierState
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-ADAPTER: Final = adapter.load()
+ADAPTER: Final = compose.load_adapter()
 DEVICE: Final = "gate-00000000"
 
 
@@ -123,9 +108,9 @@ _TEXTS: Final[tuple[tuple[Callable[[str], object], type[Exception]], ...]] = (
     (names.version_key, BadNameError),
     (TargetName.from_path, BadNameError),
     (lambda text: TargetName.parse(text, namespace="main"), BadNameError),
-    (units.parse_size, units.BadUnitError),
-    (units.parse_duration, units.BadUnitError),
-    (cron.check, cron.BadCronError),
+    (toml_fields.parse_size, toml_fields.BadUnitError),
+    (toml_fields.parse_duration, toml_fields.BadUnitError),
+    (manifest.check, manifest.BadCronError),
 )
 
 
@@ -142,10 +127,10 @@ def normalised_manifest(data: bytes) -> None:
 def author_file(data: bytes) -> None:
     """`component.toml`: what is shown of a manifest reads as that manifest."""
     try:
-        found = author.load(data.decode(errors="replace"))
+        found = component_toml.load(data.decode(errors="replace"))
     except BadManifestError:
         return
-    assert author.load(toml_text.render(found)) == found
+    assert component_toml.load(component_toml.render(found)) == found
     assert manifest.convert(found.plain()) == found
 
 
@@ -161,20 +146,20 @@ def token(data: bytes) -> None:
 def wasm_component(data: bytes) -> None:
     """The component reader, what an author file says of it, the composer, and package lists built in."""
     with contextlib.suppress(DocumentError):
-        embedded.read(data)
+        sbom.read_embedded(data)
     try:
-        found = component.read(data)
-    except component.NotAComponentError:
+        found = reader.read(data)
+    except reader.NotAComponentError:
         return
     assert found.size_bytes == len(data)
     with contextlib.suppress(BadManifestError):
-        author.describe(found, None, file_name="fuzzed.wasm")
+        component_toml.describe(found, None, file_name="fuzzed.wasm")
     try:
         whole = compose.compose(ADAPTER, data)
     except compose.ComposeError:
         return
     assert data in whole
-    assert component.read(whole).exported(compose.BRIDGE)
+    assert reader.read(whole).exported(compose.BRIDGE)
 
 
 def tuf_metadata(data: bytes) -> None:
@@ -222,10 +207,10 @@ def signing_event(data: bytes) -> None:
 def memory(data: bytes) -> None:
     """What a verifier remembers: a damaged file is an error, never a wrong memory."""
     try:
-        found = Facts.decode(data)
+        found = VerifierState.decode(data)
     except msgspec.MsgspecError:
         return
-    assert Facts.decode(found.encode()) == found
+    assert VerifierState.decode(found.encode()) == found
 
 
 _BOX_KEY: Final = X25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -258,7 +243,7 @@ def offline_bundle(data: bytes) -> None:
             assert not (place / "bundle.new").exists()
         else:
             written = [path.relative_to(place / "bundle") for path in (place / "bundle").rglob("*") if path.is_file()]
-            assert all(bundle.max_bytes(str(path)) for path in written)
+            assert all(names.max_bytes(str(path)) for path in written)
         assert {path.name for path in place.iterdir()} <= {"before", "bundle"}
         shutil.rmtree(place / "bundle", ignore_errors=True)
 
@@ -379,7 +364,7 @@ def _components() -> Iterator[bytes]:
     for file in sorted((ROOT / "components/demo").glob("*.wasm")):
         yield file.read_bytes()
     crates = zlib.compress(b'{"packages":[{"name":"a","version":"1.0.0"}]}')
-    yield wasm.COMPONENT + wasm.section(1, wasm.MODULE + wasm.section(0, wasm.name(".dep-v0") + crates))
+    yield binary.COMPONENT + binary.section(1, binary.MODULE + binary.section(0, binary.name(".dep-v0") + crates))
     yield (ROOT / "components/adapter/probe.wasm").read_bytes()
 
 
@@ -393,7 +378,7 @@ def _events() -> Iterator[bytes]:
 
 
 def _facts() -> Iterator[bytes]:
-    yield Facts().encode()
+    yield VerifierState().encode()
 
 
 def _changes() -> Iterator[bytes]:
@@ -408,7 +393,7 @@ def _boxes() -> Iterator[bytes]:
 def _tars() -> Iterator[bytes]:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for path, data in ((bundle.HEAD, b'{"v":1}'), (bundle.desired(DEVICE), b"{}"), ("tuf/timestamp.json", b"{}")):
+        for path, data in ((names.HEAD, b'{"v":1}'), (names.desired(DEVICE), b"{}"), ("tuf/timestamp.json", b"{}")):
             member = tarfile.TarInfo(path)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))

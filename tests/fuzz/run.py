@@ -18,7 +18,7 @@ RUNS: Final = 20_000
 MEMORY_MIB: Final = 1024
 """What a process under atheris may take, the instrumented libraries included."""
 INPUT_MAX_BYTES: Final = 8192
-INSTRUMENTED: Final = ("agent.bundle", "fleet", "signing", "tests.fuzz.harnesses")
+INSTRUMENTED: Final = ("agent.link.bundle", "fleet", "signing", "tests.fuzz.harnesses")
 
 
 def main() -> int:

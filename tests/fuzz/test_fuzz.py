@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fleet.protocol import wasm
+from fleet.component import binary
 from tests.fuzz.harnesses import HARNESSES
 
 FOUND = Path(__file__).parent / "found"
@@ -28,12 +28,12 @@ BOMBS = {
     "many versions": b"1." * 100_000,
     "many quotes": b'"' * 100_000,
     "many conditions": b"a" + b"<1," * 50_000 + b"<1",
-    "a wild count": wasm.COMPONENT + wasm.section(10, b"\xff\xff\xff\xff\x0f"),
-    "a wild size": wasm.COMPONENT + b"\x01\xff\xff\xff\xff\x0f",
-    "many sections": wasm.COMPONENT + wasm.section(0, b"\x01a") * 120_000,
-    "deep components": b"".join(wasm.COMPONENT + b"\x04\xff\xff\x7f" for _ in range(2_000)),
-    "a package list that inflates": wasm.COMPONENT
-    + wasm.section(0, wasm.name(".dep-v0") + zlib.compress(b" " * (64 << 20))),
+    "a wild count": binary.COMPONENT + binary.section(10, b"\xff\xff\xff\xff\x0f"),
+    "a wild size": binary.COMPONENT + b"\x01\xff\xff\xff\xff\x0f",
+    "many sections": binary.COMPONENT + binary.section(0, b"\x01a") * 120_000,
+    "deep components": b"".join(binary.COMPONENT + b"\x04\xff\xff\x7f" for _ in range(2_000)),
+    "a package list that inflates": binary.COMPONENT
+    + binary.section(0, binary.name(".dep-v0") + zlib.compress(b" " * (64 << 20))),
     "not text": bytes(range(256)) * 100,
 }
 

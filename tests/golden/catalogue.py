@@ -9,50 +9,31 @@ from typing import get_args
 
 import msgspec
 
-import fleet.cli.audit as cli_audit
-import fleet.publisher as signing_host
-import fleet.server.director as server_director
-import fleet.server.repository as server_repository
-from agent import bundle, check, config, enroll, identity, images, records, restore, why
-from agent.host import cell, cli, compiler, control, egress, engine, heads, ipc, router, walls
-from agent.update import machine, plan, probation
+from agent import config
+from agent.host import cli
+from agent.host.compiler import __main__
+from agent.host.engine import runtime
+from agent.host.http import routing
+from agent.host.ipc import helper_api, host_api, worker_api
+from agent.host.sandbox import sandbox
+from agent.identity import enrolment, identity
+from agent.link import bundle
+from agent.report import check, status
+from agent.update import images, machine, plan, probation, restore, state
+from fleet.admin import signing_host
+from fleet.cli import audit as cli_audit
+from fleet.cli import trust_store
 from fleet.cli.base import Exit
-from fleet.evidence import embedded, provenance, query
-from fleet.protocol import (
-    api,
-    assignment,
-    authority,
-    codes,
-    component,
-    enrolment,
-    evidence,
-    history,
-    logs,
-    manifest,
-    messages,
-    names,
-    online,
-    people,
-    sealed,
-    topics,
-    wire,
-)
-from fleet.protocol import bundle as bundle_layout
+from fleet.component import reader
+from fleet.evidence import provenance, query, sbom
+from fleet.protocol import assignment, codes, manifest, messages, names, operator_api, topics, trust_api, wire
+from fleet.protocol import names as bundle_layout
 from fleet.rollout import model
-from fleet.store import boxes, rows
-from signing import (
-    audit,
-    dsse,
-    events,
-    facts,
-    keyring,
-    keys,
-    rotation,
-    sealing,
-    sealing_keys,
-    statements,
-    workflow,
-)
+from fleet.server import director as server_director
+from fleet.server import tuf_repository as server_repository
+from fleet.store import delivery, rows
+from signing import device_statements, dsse, events, keyring, keys, metadata, rotation, sealing
+from signing import state as verifier_state
 
 
 def _tagged(*kinds: type[msgspec.Struct]) -> dict[str, type]:
@@ -78,8 +59,8 @@ MESSAGES: dict[str, dict[str, type]] = {
         "health-check": manifest.Health,
         "config-key": manifest.ConfigKey,
         "secret-key": manifest.SecretKey,
-        "evidence": evidence.Evidence,
-        "sealing-key": sealing_keys.SealingKey,
+        "evidence": manifest.Evidence,
+        "sealing-key": sealing.SealingKey,
         "purpose-of-a-box": sealing.Purpose,
         "dsse-envelope": dsse._Envelope,
         "dsse-signature": dsse._Signature,
@@ -99,108 +80,108 @@ MESSAGES: dict[str, dict[str, type]] = {
         "desired-reply": messages.DesiredReply,
         "ack": messages.Ack,
         "poke": messages.Poke,
-        "token": enrolment.Token,
-        "enrol-request": enrolment.EnrolRequest,
-        "enrolled": enrolment.Enrolled,
-        "renew-request": enrolment.RenewRequest,
-        "renew-reply": enrolment.RenewReply,
-        "log-chunk": logs.LogChunk,
-        "log-answer": logs.LogAnswer,
-        "log-view": logs.LogView,
+        "token": messages.Token,
+        "enrol-request": messages.EnrolRequest,
+        "enrolled": messages.Enrolled,
+        "renew-request": messages.RenewRequest,
+        "renew-reply": messages.RenewReply,
+        "log-chunk": messages.LogChunk,
+        "log-answer": messages.LogAnswer,
+        "log-view": messages.LogView,
     },
     "operator": {
-        "problem": api.Problem,
-        "published-role": api.Published,
-        "status": api.Status,
-        "device-row": api.DeviceRow,
-        "devices": api.Devices,
-        "effective": api.Effective,
-        "device-detail": api.DeviceDetail,
-        "timeline-entry": api.TimelineEntry,
-        "timeline": api.Timeline,
-        "labels-request": api.LabelsRequest,
-        "instance-request": api.InstanceRequest,
-        "command-request": api.CommandRequest,
-        "command-reply": api.CommandReply,
-        "settled": api.Settled,
-        "group-row": api.GroupRow,
-        "groups": api.Groups,
-        "group-request": api.GroupRequest,
-        "enroll-token-request": api.EnrollTokenRequest,
-        "enroll-token-reply": api.EnrollTokenReply,
-        "component-row": api.ComponentRow,
-        "components": api.Components,
-        "artifact-reply": api.ArtifactReply,
-        "role-reply": api.RoleReply,
-        "rollout-request": api.RolloutRequest,
-        "removal-request": api.RemovalRequest,
-        "undo-request": api.UndoRequest,
-        "rollout-device": api.BoardView,
-        "rollout-wave": api.WaveView,
-        "rollout": api.RolloutView,
-        "rollouts": api.Rollouts,
-        "excluded": api.Excluded,
-        "preflight": api.Preflight,
-        "audit-entry": api.AuditEntry,
-        "audit": api.Audit,
-        "history": history.History,
-        "issuing-request": authority.IssuingRequest,
-        "issuer": authority.Issuer,
-        "ca": authority.CaView,
-        "online-request": online.OnlineRequest,
-        "online": online.OnlineView,
-        "operator-request": people.OperatorRequest,
-        "operator-reply": people.OperatorReply,
-        "operator-row": people.OperatorRow,
-        "operators": people.Operators,
-        "box": sealed.Box,
-        "secret-request": sealed.SecretRequest,
-        "secret-reply": sealed.SecretReply,
-        "secret-scope": sealed.SecretScope,
-        "secret-row": sealed.SecretRow,
-        "secret-holding": sealed.Holding,
-        "secrets": sealed.Secrets,
-        "sealing-key-of-a-device": sealed.BoardKey,
-        "sealing-keys": sealed.SealingKeys,
-        "sealed-box": sealed.SealedBox,
+        "problem": operator_api.Problem,
+        "published-role": operator_api.Published,
+        "status": operator_api.Status,
+        "device-row": operator_api.DeviceRow,
+        "devices": operator_api.Devices,
+        "effective": operator_api.Effective,
+        "device-detail": operator_api.DeviceDetail,
+        "timeline-entry": operator_api.TimelineEntry,
+        "timeline": operator_api.Timeline,
+        "labels-request": operator_api.LabelsRequest,
+        "instance-request": operator_api.InstanceRequest,
+        "command-request": operator_api.CommandRequest,
+        "command-reply": operator_api.CommandReply,
+        "settled": operator_api.Settled,
+        "group-row": operator_api.GroupRow,
+        "groups": operator_api.Groups,
+        "group-request": operator_api.GroupRequest,
+        "enroll-token-request": operator_api.EnrollTokenRequest,
+        "enroll-token-reply": operator_api.EnrollTokenReply,
+        "component-row": operator_api.ComponentRow,
+        "components": operator_api.Components,
+        "artifact-reply": operator_api.ArtifactReply,
+        "role-reply": operator_api.RoleReply,
+        "rollout-request": operator_api.RolloutRequest,
+        "removal-request": operator_api.RemovalRequest,
+        "undo-request": operator_api.UndoRequest,
+        "rollout-device": operator_api.BoardView,
+        "rollout-wave": operator_api.WaveView,
+        "rollout": operator_api.RolloutView,
+        "rollouts": operator_api.Rollouts,
+        "excluded": operator_api.Excluded,
+        "preflight": operator_api.Preflight,
+        "audit-entry": operator_api.AuditEntry,
+        "audit": operator_api.Audit,
+        "history": operator_api.History,
+        "issuing-request": trust_api.IssuingRequest,
+        "issuer": trust_api.Issuer,
+        "ca": trust_api.CaView,
+        "online-request": trust_api.OnlineRequest,
+        "online": trust_api.OnlineView,
+        "operator-request": trust_api.OperatorRequest,
+        "operator-reply": trust_api.OperatorReply,
+        "operator-row": trust_api.OperatorRow,
+        "operators": trust_api.Operators,
+        "box": trust_api.Box,
+        "secret-request": trust_api.SecretRequest,
+        "secret-reply": trust_api.SecretReply,
+        "secret-scope": trust_api.SecretScope,
+        "secret-row": trust_api.SecretRow,
+        "secret-holding": trust_api.Holding,
+        "secrets": trust_api.Secrets,
+        "sealing-key-of-a-device": trust_api.BoardKey,
+        "sealing-keys": trust_api.SealingKeys,
+        "sealed-box": trust_api.SealedBox,
     },
     "host": {
-        **_tagged(*get_args(ipc.Request), *get_args(ipc.FromHost)),
-        "what-to-run": ipc.Run,
-        "what-runs": ipc.Running,
+        **_tagged(*get_args(host_api.Request), *get_args(host_api.FromHost)),
+        "what-to-run": host_api.Run,
+        "what-runs": host_api.Running,
     },
-    "worker": _tagged(*get_args(control.ToLane), *get_args(control.FromLane)),
+    "worker": _tagged(*get_args(worker_api.ToWorker), *get_args(worker_api.FromWorker)),
     "router-and-egress": {
-        **_tagged(router.Set, router.Unset, router.Drain, egress.Admit),
-        "route acknowledged": router.Ack,
-        "ask": egress.Ask,
-        "told": egress.Told,
+        **_tagged(helper_api.RouteUpdate, helper_api.RouteRemove, helper_api.DrainRouter, helper_api.RegisterWorker),
+        "route acknowledged": helper_api.RouteAcknowledged,
+        "ask": helper_api.ConnectRequest,
+        "told": helper_api.ConnectReply,
     },
     "kept-by-the-agent": {
         "agent-toml": config.Settings,
         "agent-toml-policy": config.Policy,
         "agent-toml-network": config.Network,
         "agent-toml-disk": config.Disk,
-        "committed": records.Committed,
-        "change": records.Change,
+        "committed": state.Committed,
+        "change": state.Change,
         "change-state": machine.State,
-        "replaced-figures": probation.Facts,
-        "failed": records.FailedItem,
-        "doubt": records.Doubt,
+        "replaced-figures": probation.ProbationSample,
+        "failed": state.FailedItem,
+        "doubt": state.Violation,
         "runset": restore._Runset,
         "identity": identity.Identity,
-        "verifier-state": facts.Facts,
-        "verifier-state-role": facts.Remembered,
+        "verifier-state": verifier_state.VerifierState,
+        "verifier-state-role": verifier_state.Remembered,
         "image-note": images._Note,
-        "bundle-outcome": bundle.Outcome,
+        "bundle-outcome": bundle.BundleVerdict,
         "compiler-refusal": images._CompilerSaid,
     },
     "told-by-fleet-agent": {
         "check": check.Result,
-        "standing": why.Standing,
-        "running": why.Running,
-        "changing": why.Changing,
-        "failed": why.Failed,
+        "standing": status.StatusReport,
+        "running": status.Running,
+        "changing": status.Changing,
+        "failed": status.Failed,
     },
     "kept-by-the-server": {
         "device": rows.DeviceRow,
@@ -216,25 +197,25 @@ MESSAGES: dict[str, dict[str, type]] = {
         "report": rows.ReportRow,
         "event": rows.EventRow,
         "audit": rows.AuditRow,
-        "box": boxes.BoxRow,
+        "box": delivery.BoxRow,
     },
     "kept-by-the-operator": {
-        "audit-seen": audit.Seen,
-        "audit-place": cli_audit.Place,
-        "audit-memory": cli_audit.Memory,
+        "audit-seen": device_statements.Seen,
+        "audit-place": trust_store.Place,
+        "audit-memory": trust_store.DeviceMemory,
         "audit-shown": cli_audit._Shown,
     },
     # what is read of a larger document, most of them of somebody else's making
     "read-in-part": {
         "schema-version": wire._Version,
         "bundle-head": bundle._Head,
-        "problem": enroll._Problem,
+        "problem": enrolment._Problem,
         "role": server_repository._File,
         "role-signed": server_repository._Signed,
         "wanted": server_director._Wanted,
         "role-head": signing_host._Head,
         "role-version": signing_host._Version,
-        "crate": embedded._Crate,
+        "crate": sbom._Crate,
         "provenance-subject": provenance._Subject,
         "provenance-resource": provenance._Resource,
         "provenance-definition": provenance._Definition,
@@ -245,7 +226,7 @@ MESSAGES: dict[str, dict[str, type]] = {
 }
 
 # Structs that others are made from and that travel nowhere themselves.
-BASES: frozenset[type] = frozenset({wire.Message, assignment.Verb, api.Body, api.View})
+BASES: frozenset[type] = frozenset({wire.Message, assignment.Verb, operator_api.Body, operator_api.View})
 
 # stable name -> classes that hold the same words
 VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
@@ -253,12 +234,12 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
     "phase": (codes.Phase, machine.Phase),
     "call-outcome": (codes.CallOutcome,),
     "instance-state": (codes.InstanceState,),
-    "rollout-outcome": (api.Outcome, model.Outcome),
-    "rollout-state": (api.RolloutState, model.State),
-    "role-of-an-operator": (people.Role,),
+    "rollout-outcome": (operator_api.Outcome, model.Outcome),
+    "rollout-state": (operator_api.RolloutState, model.State),
+    "role-of-an-operator": (trust_api.Role,),
     "fleet-size": (rotation.Size,),
     "key-format": (keys.Format,),
-    "component-fault": (component.Fault,),
+    "component-fault": (reader.Fault,),
     "counter-of-a-change": (machine.Counter,),
     "topic-down": (topics.Down,),
     "topic-up": (topics.Up,),
@@ -275,19 +256,19 @@ CONSTANTS: dict[str, object] = {
     "media type of an assignment": assignment.ASSIGNMENT_TYPE,
     "media type of a freshness statement": assignment.FRESH_TYPE,
     "media type of a command": assignment.COMMAND_TYPE,
-    "media type of a report": statements.REPORT_TYPE,
-    "media type of a sealing key": sealing_keys.SEALING_TYPE,
+    "media type of a report": device_statements.REPORT_TYPE,
+    "media type of a sealing key": sealing.SEALING_TYPE,
     "media type of provenance": provenance.PAYLOAD_TYPE,
     "context of a sealed box": sealing._INFO.decode(),
     "format of a sealed box": sealing.FORMAT,
-    "signed field: ceiling of a delegation": workflow.CEILING,
-    "signed field: revoked targets": workflow.REVOKED,
-    "signed field: profile of root": workflow.PROFILE,
+    "signed field: ceiling of a delegation": metadata.CEILING,
+    "signed field: revoked targets": metadata.REVOKED,
+    "signed field: profile of root": metadata.PROFILE,
     "latency bounds (ms)": list(messages.LATENCY_BOUNDS_MS),
-    "an enrolment token begins with": enrolment.TOKEN_PREFIX,
-    "problem of a certificate that is over": enrolment.EXPIRED,
-    "problem of a certificate of an old issuer": enrolment.OUTDATED,
-    "kinds of evidence": [evidence.CYCLONEDX, evidence.SPDX, evidence.PROVENANCE],
+    "an enrolment token begins with": messages.TOKEN_PREFIX,
+    "problem of a certificate that is over": messages.EXPIRED,
+    "problem of a certificate of an old issuer": messages.OUTDATED,
+    "kinds of evidence": [manifest.CYCLONEDX, manifest.SPDX, manifest.PROVENANCE],
     "members of a bundle": [
         bundle_layout.HEAD,
         bundle_layout.desired("DEVICE"),
@@ -296,15 +277,15 @@ CONSTANTS: dict[str, object] = {
         bundle_layout.secret("SHA256"),
     ],
     "version of a bundle": bundle_layout.VERSION,
-    "layers of containment": list(cell.LAYERS),
-    "ways to run a host": list(walls.WAYS),
+    "layers of containment": list(sandbox.LAYERS),
+    "ways to run a host": list(sandbox.WAYS),
     "exports and imports with a meaning": sorted(
-        [engine.HANDLER, engine.HEALTH, engine.TASK, engine.STATE, engine.LOGGING, *engine.CONFIG]
+        [runtime.HANDLER, runtime.HEALTH, runtime.TASK, runtime.STATE, runtime.LOGGING, *runtime.CONFIG]
     ),
-    "header that counts hops": heads.HOPS.decode(),
-    "file with the reason why the host did not start": ipc.WHY_NOT,
+    "header that counts hops": routing.HOPS_HEADER.decode(),
+    "file with the reason why the host did not start": host_api.WHY_NOT,
     "exit status of a host below its minimum": cli._STATUS_BELOW_MINIMUM,
-    "exit status of the compiler": {str(code): status for code, status in sorted(compiler._EXIT.items())},
+    "exit status of the compiler": {str(code): status for code, status in sorted(__main__._EXIT.items())},
     "topics of a device": {
         way: [str(topics.Topic("DEVICE", channel)).replace(names.shard("DEVICE"), "SHARD") for channel in channels]
         for way, channels in (("down", topics.Down), ("up", topics.Up))

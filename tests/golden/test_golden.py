@@ -25,13 +25,12 @@ import agent
 import fleet
 import signing
 from agent import cli as agent_cli
-from agent import store as agent_store
 from agent.host import cli as host_cli
+from agent.update import store as agent_store
+from fleet.admin.bootstrap import init
 from fleet.cli.main import main as fleet_command
-from fleet.server import openapi
-from fleet.setup import init
-from fleet.store.database import Database
-from fleet.store.migrations import MIGRATIONS
+from fleet.server.api import routes
+from fleet.store.sqlite import MIGRATIONS, Database
 from signing import conformance
 from tests.golden import catalogue, support
 
@@ -250,7 +249,7 @@ def test_a_home_has_the_files_that_were_recorded(golden, tmp_path, size):
 
 
 def test_routes_are_what_was_recorded(golden):
-    document = json.loads(openapi.document())
+    document = json.loads(routes.document())
     rows = {}
     names = {name: kind for name, kind in NAMED.items() if name.startswith(("operator/", "device/"))}
     by_class = {kind.__name__: name for name, kind in names.items()}

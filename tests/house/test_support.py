@@ -41,9 +41,9 @@ def test_no_test_and_no_support_module_imports_a_test() -> None:
     [
         "from test_life import lanes_of",
         "import test_life",
-        "from tests.agent.test_desired import Case",
+        "from tests.agent.update.test_receiver import Case",
         "from tests.agent import test_desired",
-        "import tests.agent.test_desired as cases",
+        "import tests.agent.update.test_receiver as cases",
         "def late():\n    from test_router import ECHO",
     ],
 )
@@ -85,7 +85,7 @@ def test_no_test_runs_an_event_loop_by_hand() -> None:
 SLEEPS = {
     "tests/eventually.py": "the one place for what has no event",
     "tests/agent/host/support.py": "reads what the kernel tells of a connection; runs on boards with this folder alone",
-    "tests/agent/test_fetch.py": "a server that is slow: the pauses are what is tested",
+    "tests/agent/link/test_https.py": "a server that is slow: the pauses are what is tested",
     "tests/bench/test_host.py": "counts what happens in a time at rest",
     "tests/boards/operator_side.py": "the API's listings have nothing to wait on",
     "tests/boards/rig.py": "QEMU tells nobody when it listens",

@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from fleet.protocol import names
-from signing import sealing, sealing_keys
-from signing.statements import Voice
+from signing import sealing
+from signing.device_statements import DeviceSigner
 
 KEY = X25519PrivateKey.generate()
 OURS = sealing.public_key(KEY)
@@ -36,7 +36,7 @@ class Device:
             .sign(self.key, hashes.SHA256())
             .public_bytes(Encoding.PEM)
         )
-        self.voice = Voice(self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        self.voice = DeviceSigner(self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
     def prove(self, sealing_key: str = OURS, fleet: str = "harbour") -> bytes:
-        return sealing_keys.prove(self.voice, fleet=fleet, sealing_key=sealing_key)
+        return sealing.prove(self.voice, fleet=fleet, sealing_key=sealing_key)

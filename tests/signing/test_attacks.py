@@ -17,7 +17,7 @@ from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import SecretKey
 from signing import director, dsse
 from signing.errors import Rejected, SigningError
-from signing.facts import VERSION_MAX
+from signing.state import VERSION_MAX
 from tests.simulator.attack import CLOCKS, NETWORK, Scene, Story, by_director, refuses, stories
 from tests.simulator.repository import (
     START,

@@ -13,11 +13,10 @@ from cryptography.x509.oid import NameOID
 from fleet.protocol import wire
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import Report
-from signing import dsse, statements
-from signing.audit import Seen, audit
+from signing import device_statements, dsse
+from signing.device_statements import DeviceSigner, DeviceVerifier, Seen, audit
 from signing.errors import KeyFileError, Rejected
 from signing.keys import generate
-from signing.statements import Ear, Voice
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 CRANE, LIFT = "crane-0a1b2c3d", "lift-0a1b2c3d"
@@ -29,7 +28,7 @@ class Board:
     def __init__(self, device=CRANE, key=None):
         self.device, self.key = device, ec.generate_private_key(ec.SECP256R1()) if key is None else key
         pem = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        self.voice = Voice(pem)
+        self.voice = DeviceSigner(pem)
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device)])
         algorithm = None if isinstance(self.key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
         self.certificate = (
@@ -82,7 +81,7 @@ def test_a_board_says_what_it_ran(board):
     assert verdict.findings == ()
     assert verdict.notes == ()
     assert [report.sequence for report in verdict.ran()] == [1, 2, 3, 4]
-    assert (verdict.seen.sequence, verdict.seen.key) == (4, Ear(board.certificate).fingerprint)
+    assert (verdict.seen.sequence, verdict.seen.key) == (4, DeviceVerifier(board.certificate).fingerprint)
     # And later, from what was remembered:
     board.say()
     assert board.audit(seen=verdict.seen).findings == ()
@@ -185,23 +184,23 @@ def test_a_board_that_lost_its_store_begins_anew_and_that_is_said(board):
 
 def test_a_board_that_was_never_heard_of_has_nothing_to_prove():
     board = Board()
-    assert board.audit().seen == Seen(key=Ear(board.certificate).fingerprint)
+    assert board.audit().seen == Seen(key=DeviceVerifier(board.certificate).fingerprint)
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b'{"payloadType":1}', b"x" * (statements.ENVELOPE_MAX_BYTES + 1)])
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"payloadType":1}', b"x" * (device_statements.ENVELOPE_MAX_BYTES + 1)])
 def test_what_is_no_envelope_is_refused_with_a_code(board, data):
     with pytest.raises(Rejected) as verdict:
-        Ear(board.certificate).verify(data)
+        DeviceVerifier(board.certificate).verify(data)
     assert verdict.value.code in {RejectCode.MALFORMED, RejectCode.TOO_LARGE}
 
 
 def test_keys_that_no_board_has(tmp_path):
     with pytest.raises(KeyFileError):
-        Voice(b"no key")
+        DeviceSigner(b"no key")
     with pytest.raises(Rejected):
-        Ear(b"no certificate")
+        DeviceVerifier(b"no certificate")
     generate(tmp_path / "key.pem")
-    assert Voice((tmp_path / "key.pem").read_bytes()).sign(b"{}")
+    assert DeviceSigner((tmp_path / "key.pem").read_bytes()).sign(b"{}")
 
 
 @pytest.mark.parametrize(

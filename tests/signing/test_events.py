@@ -8,7 +8,7 @@ from securesystemslib.signer import CryptoSigner
 
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants
-from signing import events, repository, rotation, words
+from signing import event_diff, events, repository, rotation
 from signing.errors import ConflictError, Rejected, RepositoryError
 from signing.events import Document, Event
 from signing.rotation import Namespace, RoleKeys, Size
@@ -70,12 +70,14 @@ def test_what_several_people_sign_is_said_in_words_before() -> None:
         namespaces={"main": Namespace(keys(new), Grants(interfaces=("wasi:clocks", "wasi:http")))},
         now=repo.now,
     )
-    text = "\n".join(words.describe(repo.files, Event(FLEET, (Document("targets", draft),)), called=lambda _: "Alice"))
+    text = "\n".join(
+        event_diff.describe(repo.files, Event(FLEET, (Document("targets", draft),)), called=lambda _: "Alice")
+    )
     assert "the namespace main: Alice may sign from now on" in text
     assert "the namespace main: newly allows wasi:http" in text
     assert "targets, version 2" in text
 
-    text = "\n".join(words.describe(repo.files, team_event(repo, signer(), signer(), signer())))
+    text = "\n".join(event_diff.describe(repo.files, team_event(repo, signer(), signer(), signer())))
     assert "size changes from solo to team" in text
     assert "root: needs 2 of 3, was 1" in text
     assert "may not sign any more" in text
@@ -88,7 +90,7 @@ def test_a_release_is_described_with_the_grants_that_it_newly_wants() -> None:
     repo.publish("1.1.0", grants=Grants(interfaces=("wasi:clocks", "wasi:http"), outbound=("https://x.example:443",)))
     repo.revoke("1.0.0")
     role = repository.latest(repo.files, "main")[1]
-    text = "\n".join(words.describe(before, Event(FLEET, (Document("main", role),))))
+    text = "\n".join(event_diff.describe(before, Event(FLEET, (Document("main", role),))))
     assert "newly wants wasi:http, https://x.example:443" in text
     assert "components/main/hello/1.0.0.wasm is revoked" in text
 
@@ -185,5 +187,5 @@ def test_a_change_of_a_keys_life_or_of_a_ceiling_is_seen_in_the_words(change: st
         rotation.namespace_of(repo.files, "main").signers, Grants(), {keyid: repo.now + timedelta(days=9)}
     )
     draft = rotation.propose_targets(repo.files, namespaces={"main": space}, now=repo.now)
-    text = "\n".join(words.describe(repo.files, Event(FLEET, (Document("targets", draft),))))
+    text = "\n".join(event_diff.describe(repo.files, Event(FLEET, (Document("targets", draft),))))
     assert {"ends": "beyond 2030-01-10", "ceiling": "at the most nothing"}[change] in text

@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fleet.protocol.assignment import Item
 from signing import director
-from signing.cache import MemoryCache
 from signing.errors import Rejected
-from signing.facts import Facts
+from signing.state import VerifierState
+from signing.trusted_metadata import MemoryCache
 from tests.simulator.repository import Board, Repository, signer
 
 
@@ -153,7 +153,7 @@ class Fleet(RuleBasedStateMachine):
 
     @rule()
     def restart_the_board(self) -> None:
-        self.board = Board(self.repo, facts=Facts.decode(self.board.facts.encode()), cache=self.cache)
+        self.board = Board(self.repo, facts=VerifierState.decode(self.board.facts.encode()), cache=self.cache)
 
     # -- what must hold
 

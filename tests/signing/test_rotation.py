@@ -8,7 +8,7 @@ from tuf.api.metadata import Metadata, Root, Targets
 
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants
-from signing import events, proposals, repository, rotation
+from signing import events, repository, rotation
 from signing.errors import ConflictError, Rejected, RepositoryError
 from signing.rotation import Namespace, RoleKeys, Size
 from tests.simulator.repository import Board, Repository, signer
@@ -135,12 +135,12 @@ def test_a_namespace_that_its_publisher_has_not_begun_holds_up_no_other_change()
     publisher = signer()
 
     def roles(**change: Any) -> list[str]:
-        event = proposals.propose(repo.files, now=repo.now, **change)
+        event = events.propose(repo.files, now=repo.now, **change)
         return [each.role for each in event.documents]
 
     extra = {"extra": Namespace(keys(publisher), Grants())}
     assert roles(namespaces=extra) == ["targets"], "there is nothing yet that its publisher could sign anew"
-    event = proposals.propose(repo.files, namespaces=extra, now=repo.now)
+    event = events.propose(repo.files, namespaces=extra, now=repo.now)
     repo.files.update(events.apply(repo.files, events.sign(repo.files, event, repo.keys["targets"])))
     assert "extra" not in repository.newest(repo.files)
     assert roles(renew=("targets",)) == ["targets"]

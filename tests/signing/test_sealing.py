@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet.protocol import caps, names
+from fleet.protocol import bounds, names
 from fleet.protocol.codes import RejectCode
-from signing import sealing, sealing_keys
+from signing import sealing
 from signing.errors import Rejected, SigningError
 from signing.sealing import Purpose
 from tests.signing.sealing_device import KEY, OURS, Device
@@ -32,15 +32,15 @@ def code_of(box: bytes, *, key: X25519PrivateKey = KEY, purpose: Purpose = FOR) 
 @given(value=TEXT)
 def test_what_is_sealed_is_opened(value):
     box = sealing.seal(value, recipient=OURS, purpose=FOR)
-    assert len(box) <= caps.SECRET_BOX_MAX_BYTES
+    assert len(box) <= bounds.SECRET_BOX_MAX_BYTES
     assert value.encode() not in box
     assert sealing.open_box(box, key=KEY, purpose=FOR) == value
 
 
 def test_the_longest_value_fits_into_a_box():
-    longest = "x" * caps.SECRET_VALUE_MAX_BYTES
+    longest = "x" * bounds.SECRET_VALUE_MAX_BYTES
     box = sealing.seal(longest, recipient=OURS, purpose=FOR)
-    assert len(box) <= caps.SECRET_BOX_MAX_BYTES
+    assert len(box) <= bounds.SECRET_BOX_MAX_BYTES
     assert sealing.open_box(box, key=KEY, purpose=FOR) == longest
 
 
@@ -90,7 +90,7 @@ def test_another_boards_box_does_not_open_here():
 def test_a_box_of_a_later_format_and_an_endless_one_are_told_apart():
     box = sealing.seal(VALUE, recipient=OURS, purpose=FOR)
     assert code_of(b"\2" + box[1:]) is RejectCode.UNSUPPORTED_VERSION
-    assert code_of(box + bytes(caps.SECRET_BOX_MAX_BYTES)) is RejectCode.TOO_LARGE
+    assert code_of(box + bytes(bounds.SECRET_BOX_MAX_BYTES)) is RejectCode.TOO_LARGE
     assert code_of(b"") is RejectCode.UNSUPPORTED_VERSION
 
 
@@ -125,14 +125,14 @@ def test_a_sealing_key_that_is_none_is_refused(point):
 
 def refusal(proof: bytes, shown: Device, device: str) -> RejectCode:
     with pytest.raises(Rejected) as verdict:
-        sealing_keys.proved(proof, certificate=shown.certificate, fleet="harbour", device=device)
+        sealing.proved(proof, certificate=shown.certificate, fleet="harbour", device=device)
     return verdict.value.code
 
 
 def test_a_board_proves_that_a_sealing_key_is_its_own():
     board = Device()
     proof = board.prove()
-    key, fingerprint = sealing_keys.proved(proof, certificate=board.certificate, fleet="harbour", device=board.id)
+    key, fingerprint = sealing.proved(proof, certificate=board.certificate, fleet="harbour", device=board.id)
     assert key == OURS
     assert fingerprint.startswith(names.fingerprint_of(board.id))
 

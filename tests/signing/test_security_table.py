@@ -40,4 +40,4 @@ def test_every_attack_that_is_played_stands_in_the_table_with_its_code_and_file(
 def test_every_row_names_a_test_that_exists(attack: str, codes: str, test: str) -> None:
     file, _, name = test.partition("::")
     text = (ROOT / file).read_text()
-    assert not name or re.search(rf"^def {name}\(", text, re.MULTILINE)
+    assert not name or re.search(rf"^(?:async )?def {name}\(", text, re.MULTILINE)

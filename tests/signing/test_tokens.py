@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from securesystemslib.signer import Signer
 
-from signing import events, keyring, repository, rotation, ssh_agent
+from signing import events, keyring, keys, repository, rotation
 from signing.errors import KeyFileError, RepositoryError
 from signing.events import Document, Event
 from signing.keyring import Keyring
@@ -61,7 +61,7 @@ def in_agent(tmp_path: Path) -> None:
 
 def test_a_key_in_an_ssh_agent_publishes(tmp_path: Path, agent: Path) -> None:
     in_agent(tmp_path)
-    (comment, key), *_ = ssh_agent.identities().items()
+    (comment, key), *_ = keys.identities().items()
     ring = Keyring(tmp_path)
     entry = ring.add("alice", key, where="ssh-agent:")
     assert comment
@@ -70,21 +70,21 @@ def test_a_key_in_an_ssh_agent_publishes(tmp_path: Path, agent: Path) -> None:
 
 def test_an_agent_that_lost_the_key_is_said(tmp_path: Path, agent: Path) -> None:
     in_agent(tmp_path)
-    key = next(iter(ssh_agent.identities().values()))
+    key = next(iter(keys.identities().values()))
     subprocess.run(["ssh-add", "-q", "-D"], check=True, capture_output=True)
     with pytest.raises(KeyFileError, match="ssh-add -l"):
-        ssh_agent.SSHAgentSigner(key).sign(b"data")
+        keys.SSHAgentSigner(key).sign(b"data")
     with pytest.raises(RepositoryError, match="ssh-add -l"):
-        publishes(ssh_agent.SSHAgentSigner(key))
+        publishes(keys.SSHAgentSigner(key))
 
 
 def test_no_agent_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     with pytest.raises(KeyFileError, match="SSH_AUTH_SOCK is not set"):
-        ssh_agent.identities()
+        keys.identities()
     monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "gone"))
     with pytest.raises(KeyFileError, match="does not answer"):
-        ssh_agent.identities()
+        keys.identities()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A repository in memory that behaves as its author wishes: honest by default, hostile on demand.
 
-It implements the fetch interface of `signing.workflow`, signs on demand, and counts what was asked for, so that a test
-can also prove what was *not* fetched.
+It implements the fetch interface of `signing.trusted_metadata`, signs on demand, and counts what was asked for, so
+that a test can also prove what was *not* fetched.
 """
 
 import copy
@@ -19,8 +19,8 @@ from fleet.protocol.manifest import Grants, Http, Manifest
 from fleet.protocol.names import TargetName
 from signing import director, repository
 from signing.errors import FetchNotFound
-from signing.facts import Facts
-from signing.trust import TrustedSet
+from signing.state import VerifierState
+from signing.verifier import Verifier
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 FLEET = "harbour"
@@ -68,8 +68,8 @@ class Repository:
             raise FetchNotFound(name)
         return data
 
-    def trusted(self, **options: Any) -> TrustedSet:
-        return TrustedSet(root=self.pinned, fetch=self.fetch, **options)
+    def trusted(self, **options: Any) -> Verifier:
+        return Verifier(root=self.pinned, fetch=self.fetch, **options)
 
     # -- the honest publisher, server and director
 
@@ -187,10 +187,12 @@ def promise_role(snapshot: Snapshot, role: str, data: bytes, version: int) -> No
 class Board:
     """A board's verifier with its memory: remembers facts as an agent does, whatever happens."""
 
-    def __init__(self, repo: Repository, *, device: str = BOARD, facts: Facts | None = None, **options: Any) -> None:
+    def __init__(
+        self, repo: Repository, *, device: str = BOARD, facts: VerifierState | None = None, **options: Any
+    ) -> None:
         self.repo = repo
         self.device = device
-        self.facts = Facts() if facts is None else facts
+        self.facts = VerifierState() if facts is None else facts
         self.trusted = repo.trusted(**options)
 
     @property

@@ -51,7 +51,7 @@ def test_it_holds_the_three_packages_and_nothing_else(wheel):
 
 def test_the_three_commands_answer(clean):
     for command in ("fleet", "fleet-agent", "fleet-host"):
-        assert run(clean / "venv/bin" / command, "--version", cwd=clean).stdout.strip().endswith("0.1.0")
+        assert run(clean / "venv/bin" / command, "--version", cwd=clean).stdout.strip().endswith("0.2.0")
 
 
 def test_every_module_is_where_it_should_be(clean):

@@ -29,15 +29,21 @@ from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
 from amqtt.session import Session
 
 from fleet.ca import SERVER_CN
-from fleet.protocol import caps, topics
+from fleet.protocol import bounds, topics
 from fleet.protocol.topics import BadTopicError, Topic, Up
 
 log = logging.getLogger(__name__)
-_CONNECT_MAX_BYTES: Final = caps.STATE_MAX_BYTES + 4 * caps.KIB
+
+_CONNECT_MAX_BYTES: Final = bounds.STATE_MAX_BYTES + 4 * bounds.KIB
+
 _CONNECT_S: Final = 10.0
+
 _TAKEOVER_S: Final = 5.0
+
 _LENGTH_BYTES: Final = 4
+
 _LISTENER: Final = "default"
+
 _HERE: Final = "fleet.server.broker.embedded"
 """This module by its own name, also when it is run as a program: plugins are found by it."""
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import support
 
-from agent.host import ipc
+from agent.host.ipc import host_api
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +26,8 @@ def host(_shared, request):
     """A running host without instances; what the test started is stopped afterwards."""
     support.TESTS.append(request.node.nodeid)
     yield _shared
-    for one in _shared.ask(ipc.Status).instances:
-        _shared.ask(ipc.Stop, instance=one.instance)
+    for one in _shared.ask(host_api.Status).instances:
+        _shared.ask(host_api.Stop, instance=one.instance)
     _shared.events.clear()
 
 

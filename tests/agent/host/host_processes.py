@@ -35,5 +35,5 @@ def ended(pidfds, timeout_s=20):
 def lanes_of(host):
     """The pids of lanes: children of a zygote."""
     all_of_them = children(host.process.pid)
-    zygotes = [pid for pid, command in all_of_them.items() if b"agent.host.zygote" in command]
+    zygotes = [pid for pid, command in all_of_them.items() if b"agent.host.worker.zygote" in command]
     return [pid for zygote in zygotes for pid in children(zygote)]

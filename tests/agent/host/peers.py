@@ -12,10 +12,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from agent.host import control, egress
-from agent.host.adapted import start
 from agent.host.egress import Egress
-from agent.host.outgoing import Outgoing
+from agent.host.engine.guest import start
+from agent.host.interfaces.outgoing_http import OutgoingHttp
+from agent.host.ipc import framing, helper_api
 from fleet.protocol.manifest import Grants, Limits
 
 HANDLER = ("wasi:http/outgoing-handler",)
@@ -105,7 +105,7 @@ class Board:
 
     def __init__(self, image, directory, resolver):
         self._image = image
-        self._ours, theirs = control.pair()
+        self._ours, theirs = framing.socket_pair()
         self._ready = threading.Event()
         self.resolved = []
         self.lines = []
@@ -126,16 +126,18 @@ class Board:
 
     def lane(self, **grants):
         """A lane's end of its socket, as the supervisor makes it."""
-        ours, theirs = control.pair()
-        admit = egress.Admit("probe", tuple(grants.get("outbound", ())), tuple(grants.get("instances", ())))
-        control.send_packet(self._ours, msgspec.json.encode(admit), (ours.fileno(),))
+        ours, theirs = framing.socket_pair()
+        admit = helper_api.RegisterWorker(
+            "probe", tuple(grants.get("outbound", ())), tuple(grants.get("instances", ()))
+        )
+        framing.send_packet(self._ours, msgspec.json.encode(admit), (ours.fileno(),))
         ours.close()
         return theirs
 
     def guest(self, *outbound, context=None, instances=(), limits=MANY):
         granted = Grants(interfaces=HANDLER, outbound=outbound, instances=instances)
         sock = self.lane(outbound=outbound, instances=instances)
-        out = Outgoing(sock, granted, limits, log=self.lines.append, count=self.counted.append, context=context)
+        out = OutgoingHttp(sock, granted, limits, log=self.lines.append, count=self.counted.append, context=context)
         made = start(self._image, limits=limits, grants=granted, config={}, log=self.lines.append, outgoing=out)
         self._guests.append((made, sock))
         return made

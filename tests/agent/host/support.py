@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from agent.host import ipc
-from fleet.protocol import adapter
+from agent.host.ipc import host_api
+from fleet.component import compose
 from fleet.protocol.manifest import Grants, Health, Http, Limits, Manifest
 
 ROOT = Path(__file__).parents[3]
@@ -41,12 +41,11 @@ def wasm(guest):
 def compiled(guest, *, fuel=False) -> bytes:
     """The image of a guest, from a cache: compiling costs more than most tests."""
     source = wasm(guest)
-    place = Path(str(ipc.__file__)).parent  # of the installed package, where this runs beside one
-    sources = [(place / name).read_bytes() for name in ("engine.py", "space.py")]
-    engine = b"".join(sources) + adapter.digest().encode()
+    place = Path(str(host_api.__file__)).parents[1]  # of the installed package, where this runs beside one
+    engine = (place / "engine" / "runtime.py").read_bytes() + compose.adapter_digest().encode()
     path = CACHE / f"{hashlib.sha256(source + engine + bytes([fuel])).hexdigest()}.cwasm"
     if not path.exists():
-        from agent.host.engine import Engine
+        from agent.host.engine.runtime import Engine
 
         CACHE.mkdir(exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
@@ -95,7 +94,7 @@ def _pieces(memory, start, end, overlap):
 
 
 def free_port() -> int:
-    """As `fleet.demo.ports`, which an emulated board does not have: these tests run there too."""
+    """As `fleet.demo.environment`, which an emulated board does not have: these tests run there too."""
     below = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
     while True:
         port = random.SystemRandom().randrange(10_000, below)
@@ -119,7 +118,7 @@ def a_run(
         health=health or Health(),
         data_schema=schema,
     )
-    return ipc.Run(
+    return host_api.Run(
         instance=instance,
         generation=generation,
         target=f"components/{namespace}/{instance}-{len(TESTS)}/1.0.{generation}.wasm",
@@ -166,7 +165,7 @@ class Host:
         """Connect as soon as it listens."""
         path = self.runtime / "host.sock"
         while True:
-            sock = ipc.new_socket()
+            sock = host_api.new_socket()
             sock.settimeout(60)
             try:
                 sock.connect(str(path))
@@ -182,9 +181,9 @@ class Host:
     def ask(self, kind, fd=None, **fields):
         """Send a request and return its reply; events on the way are kept in `events`."""
         self._id += 1
-        ipc.send(self.sock, kind(id=self._id, **fields), fd)
+        host_api.send(self.sock, kind(id=self._id, **fields), fd)
         while True:
-            message = ipc.receive_from_host(self.sock)
+            message = host_api.receive_from_host(self.sock)
             if getattr(message, "id", None) == self._id:
                 return message
             self.events.append(message)
@@ -192,15 +191,15 @@ class Host:
     def start(self, guest, run, *, fuel=False, **how):
         fd = sealed(compiled(guest, fuel=fuel))
         try:
-            return self.ask(ipc.Start, fd, run=run, **how)
+            return self.ask(host_api.Start, fd, run=run, **how)
         finally:
             os.close(fd)
 
     def health(self, instance):
-        return next(one for one in self.ask(ipc.Status).instances if one.instance == instance)
+        return next(one for one in self.ask(host_api.Status).instances if one.instance == instance)
 
     def lines_of(self, instance):
-        return self.ask(ipc.Logs, instance=instance).lines
+        return self.ask(host_api.Logs, instance=instance).lines
 
     def event(self, accept):
         """The next event for which `accept(event)` holds, waiting for it."""
@@ -209,7 +208,7 @@ class Host:
                 if accept(event):
                     del self.events[: number + 1]
                     return event
-            self.events.append(ipc.receive_from_host(self.sock))
+            self.events.append(host_api.receive_from_host(self.sock))
 
     def close(self):
         STARTED.remove(self)

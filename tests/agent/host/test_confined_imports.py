@@ -16,7 +16,8 @@ import pytest
 import support
 from peers import HANDLER, OK, Peer, answers, certificate, encrypted
 
-from agent.host import heads, ipc
+from agent.host.engine import adapter_abi
+from agent.host.ipc import host_api
 from fleet.protocol.manifest import Grants, Health, Limits, Schedule
 
 CONFINED = Path(__file__).with_name("confined")
@@ -91,8 +92,8 @@ def confined(running, request):
     host, heard = running
     support.TESTS.append(request.node.nodeid)
     yield host
-    for one in host.ask(ipc.Status).instances:
-        host.ask(ipc.Stop, instance=one.instance)
+    for one in host.ask(host_api.Status).instances:
+        host.ask(host_api.Stop, instance=one.instance)
     host.events.clear()
     assert MARK not in heard.said, heard.said
 
@@ -104,7 +105,7 @@ def ask(host, instance, path="/", method="GET", body=""):
 
 def started(host, guest, name, generation=1, **rest):
     reply = host.start(guest, support.a_run(name, generation, **rest))
-    assert isinstance(reply, ipc.Started), reply
+    assert isinstance(reply, host_api.Started), reply
 
 
 @contextlib.contextmanager
@@ -147,7 +148,7 @@ MOVED = b"HTTP/1.1 302 Found\r\nlocation: /there\r\nset-cookie: a=b; expires=x\r
         ((STRANGE,), b"200\n"),
         ((MOVED,), b"302\n"),
         ((b"HTTP/1.1 100 Continue\r\n\r\n" + OK,), b"200\n"),
-        ((b"nonsense\r\n\r\n",), b"error %d" % heads.ERRORS.index("HTTP-protocol-error")),
+        ((b"nonsense\r\n\r\n",), b"error %d" % adapter_abi.ERRORS.index("HTTP-protocol-error")),
         ((b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf",), b"200\n"),
         ((b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 200 + b"\r\n",), b"error"),
     ],
@@ -175,7 +176,7 @@ def test_places_that_cannot_be_reached(confined):
     )
     started(confined, "probe", "asks", grants=grants)
     said = [ask(confined, "asks", f"/get?{place}/")[2].strip() for place in (*places, "elsewhere.example:80")]
-    names = [heads.ERRORS[int(each.split()[1])] for each in said]
+    names = [adapter_abi.ERRORS[int(each.split()[1])] for each in said]
     assert names[1:] == ["connection-refused", "connection-refused", "HTTP-request-denied"]
     assert names[0] in {"DNS-error", "DNS-timeout"}
 
@@ -191,7 +192,7 @@ def test_guests_good_and_bad(confined, heard):
     with socket.create_connection(("127.0.0.1", confined.port), timeout=30) as client:
         client.sendall(b"BREW / HTTP/9.9\r\n\r\n")
         assert client.recv(100).startswith(b"HTTP/1.1 ")
-    assert heard.has("confined: lane_plan")
+    assert heard.has("confined: worker_spec")
     assert heard.has("confined: router")
 
 
@@ -225,9 +226,9 @@ def test_state_health_schedules_files_and_ends(confined, heard):
     for name in ("a", "b"):
         started(confined, "counter", name, share_lane=True)
         ask(confined, name)
-    assert heard.has("confined: shared_plan")
+    assert heard.has("confined: shared_worker_spec")
     for name in ("state", "task", "files", "a"):
-        confined.ask(ipc.Stop, instance=name)
+        confined.ask(host_api.Stop, instance=name)
 
 
 @pytest.mark.parametrize(

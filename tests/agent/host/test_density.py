@@ -8,7 +8,7 @@ import pytest
 import support
 from host_processes import children
 
-from agent.host import ipc
+from agent.host.ipc import host_api
 
 COUNT = int(os.environ.get("WASMFLEET_DENSITY_INSTANCES", "3000"))
 GIB = 1 << 30
@@ -43,9 +43,9 @@ def test_three_thousand_idle_instances_fit_in_a_gibibyte(tmp_path):
         names = [f"i{number:04}" for number in range(COUNT)]
         image = support.sealed(support.compiled("hello"))
         for name in names:
-            reply = host.ask(ipc.Start, image, run=support.a_run(name, 1, share_lane=True))
-            assert isinstance(reply, ipc.Started), reply
-        health = everything(host, ipc.Status, lambda answer: answer.instances)
+            reply = host.ask(host_api.Start, image, run=support.a_run(name, 1, share_lane=True))
+            assert isinstance(reply, host_api.Started), reply
+        health = everything(host, host_api.Status, lambda answer: answer.instances)
         assert [one.instance for one in health] == names
         assert {one.state for one in health} == {"running"}
         took = pss_bytes(host)
@@ -58,8 +58,8 @@ def test_three_thousand_idle_instances_fit_in_a_gibibyte(tmp_path):
             assert support.http(host.port, f"GET /{name}/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
 
         for name in names:
-            assert isinstance(host.ask(ipc.Stop, instance=name), ipc.Done)
-        assert host.ask(ipc.Hello).running == ()
+            assert isinstance(host.ask(host_api.Stop, instance=name), host_api.Done)
+        assert host.ask(host_api.Hello).running == ()
         left = [command for command in children(host.process.pid).values() if b"--shared" in command]
         while len(left) > 1:  # the zygote stays for a while; its lanes end
             left = [command for command in children(host.process.pid).values() if b"--shared" in command]

@@ -13,7 +13,8 @@ import pytest
 import support
 from host_processes import lanes_of
 
-from agent.host import cell, ipc, walls
+from agent.host.ipc import host_api
+from agent.host.sandbox import sandbox
 
 NOBODY = 65534
 SECRET = "the-secret-that-only-the-sibling-may-know"
@@ -25,7 +26,7 @@ rules.load()
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
-ROOT, USER, USER_WITHOUT = walls.WAYS
+ROOT, USER, USER_WITHOUT = sandbox.WAYS
 # What each way of running a host has, of the layers around a lane.
 COLUMNS = {
     ROOT: {"limits", "user", "network", "mount", "privileges", "landlock", "seccomp"},
@@ -76,7 +77,7 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
     data = host.directory / "data-of-another"
     data.mkdir()
     key.chmod(0o644)  # even what its user may read
-    welcome = host.ask(ipc.Hello)
+    welcome = host.ask(host_api.Hello)
     held = {layer for layer, holds in welcome.containment.items() if holds}
     assert held - {"cgroup"} == COLUMNS[host.column] - LACKS
     assert welcome.runs_as == host.column
@@ -87,7 +88,7 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
     (sibling,) = lanes_of(host)
     # It may send requests: that gives it a socket to ask on, and no network.
     grants = support.Grants(interfaces=("wasi:http/outgoing-handler",), outbound=("http://127.0.0.1:8080",))
-    assert isinstance(host.start("hello", support.a_run("bad", 1, limits=patient, grants=grants)), ipc.Started)
+    assert isinstance(host.start("hello", support.a_run("bad", 1, limits=patient, grants=grants)), host_api.Started)
     (lane,) = set(lanes_of(host)) - {sibling}
     facts = {
         "host": host.process.pid,
@@ -124,7 +125,7 @@ def test_who_escapes_in_a_shared_lane_has_its_mates_and_nothing_beyond(escaped):
     for name, namespace in (("stranger", "others"), ("mate", "main"), ("bad", "main")):
         config = {"token": f"what {name} knows"}
         run = support.a_run(name, 1, config=config, namespace=namespace, share_lane=True)
-        assert isinstance(host.start("hello", run), ipc.Started)
+        assert isinstance(host.start("hello", run), host_api.Started)
     assert host.health("mate").shared_lane == host.health("bad").shared_lane != host.health("stranger").shared_lane
     key = host.directory / "device.key"
     key.write_text("secret")
@@ -149,9 +150,9 @@ def test_a_missing_layer_that_is_required_refuses_components(tmp_path):
     (shadow / "pyseccomp.py").write_text("raise RuntimeError('Unable to find libseccomp')\n")
     host = support.Host(tmp_path, arguments=["--require", "seccomp"], env={"PYTHONPATH": str(shadow)})
     try:
-        assert host.ask(ipc.Hello).containment["seccomp"] is False
+        assert host.ask(host_api.Hello).containment["seccomp"] is False
         reply = host.start("hello", support.a_run("web", 1))
-        assert (type(reply), reply.code) == (ipc.Failed, "containment")
+        assert (type(reply), reply.code) == (host_api.Failed, "containment")
         assert "seccomp" in reply.message
     finally:
         host.close()
@@ -163,7 +164,7 @@ def test_without_a_requirement_a_board_without_libseccomp_still_runs(tmp_path):
     (shadow / "pyseccomp.py").write_text("raise RuntimeError('Unable to find libseccomp')\n")
     host = support.Host(tmp_path, env={"PYTHONPATH": str(shadow)})
     try:
-        assert isinstance(host.start("hello", support.a_run("web", 1)), ipc.Started)
+        assert isinstance(host.start("hello", support.a_run("web", 1)), host_api.Started)
         assert support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
     finally:
         host.close()
@@ -182,12 +183,12 @@ def test_a_host_does_not_start_below_its_minimum(tmp_path):
     assert "this board lacks seccomp around components" in done.stderr
     assert not (tmp_path / "run" / "host.sock").exists()
     # The agent finds it said there, for the operator who does not read this board's journal.
-    assert done.stderr == f"fleet-host: {ipc.why_not(tmp_path / 'run')}\n"
+    assert done.stderr == f"fleet-host: {host_api.why_not(tmp_path / 'run')}\n"
     # With what it asks for there, it starts.
     host = support.Host(tmp_path, arguments=["--minimum", "limits,privileges,seccomp"])
     try:
-        assert ipc.why_not(tmp_path / "run") == ""
-        assert isinstance(host.start("hello", support.a_run("web", 1)), ipc.Started)
+        assert host_api.why_not(tmp_path / "run") == ""
+        assert isinstance(host.start("hello", support.a_run("web", 1)), host_api.Started)
     finally:
         host.close()
 
@@ -197,16 +198,16 @@ def test_check_prints_the_table_with_this_hosts_column_marked():
         [sys.executable, "-m", "agent.host.cli", "check"], cwd=support.ROOT, capture_output=True, text=True, check=True
     )
     assert "engine       wasmtime" in done.stdout
-    layers = cell.probe()
-    here = walls.way(os.geteuid(), layers)
-    for way in walls.WAYS:
+    layers = sandbox.probe()
+    here = sandbox.way(os.geteuid(), layers)
+    for way in sandbox.WAYS:
         assert (f"[{way}]" in done.stdout) == (way == here)
     rows = {line.split()[0]: line.split()[1:4] for line in done.stdout.splitlines() if line.startswith("  ")}
     # What is printed is what an escaped guest meets, in each of the ways.
-    for number, way in enumerate(walls.WAYS):
+    for number, way in enumerate(sandbox.WAYS):
         if way != here:
             assert {layer for layer in layers if rows[layer][number] == "yes"} == COLUMNS[way] - LACKS
-    assert {layer: rows[layer][walls.WAYS.index(here)] == "yes" for layer in layers} == layers
+    assert {layer: rows[layer][sandbox.WAYS.index(here)] == "yes" for layer in layers} == layers
     assert "cgroup" in rows
     # What no layer is for is said too: `test_who_escapes_in_a_shared_lane...` below shows it.
     assert rows["shared"] == ["NO"] * 3

@@ -1,6 +1,7 @@
 """Components whose exports have the right names and other types: refused before any of their code runs.
 
-Values cross by hand-laid structures (`agent.host.codec`): a type that is not checked is memory read as what it is not.
+Values cross by hand-laid structures (`agent.host.engine.codec`): a type that is not checked is memory read as what it
+is not.
 """
 
 import ctypes
@@ -10,7 +11,8 @@ import pytest
 import support
 from wasmtime import _ffi as ffi
 
-from agent.host import codec, ipc
+from agent.host.engine import codec
+from agent.host.ipc import host_api
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Http, Schedule
 
@@ -134,7 +136,7 @@ WRONG = [
 @pytest.mark.parametrize(("handler", "found"), WRONG)
 def test_a_handler_of_another_type_is_refused_with_both_types(host, handler, found):
     reply = host.start(component(handler), support.a_run("wrong", 1))
-    assert isinstance(reply, ipc.Failed), reply
+    assert isinstance(reply, host_api.Failed), reply
     assert reply.code is RejectCode.START_FAILED
     assert f"expected {HANDLE_TYPE}" in reply.message
     assert found in reply.message.partition("found ")[2]
@@ -168,7 +170,7 @@ def test_whatever_else_the_host_would_call_is_of_its_type_too(host, function, ex
     trigger = Schedule(every_ms=3_600_000) if function.name == "run" else Http()
     handler = () if function.name == "run" else (HANDLE,)
     reply = host.start(component(*handler, function), support.a_run("wrong", 1, trigger=trigger))
-    assert isinstance(reply, ipc.Failed), reply
+    assert isinstance(reply, host_api.Failed), reply
     assert reply.code is RejectCode.START_FAILED
     said, _, actual = reply.message.partition("found ")
     assert expected in said
@@ -184,7 +186,7 @@ def test_none_of_its_code_runs_before(host):
 def test_a_type_without_end_is_named_in_few_words(host):
     fields = [(f"number-{number}", "(tuple u8 u16 u32 u64)") for number in range(60)]
     reply = host.start(component(answering(*fields)), support.a_run("wrong", 1))
-    assert isinstance(reply, ipc.Failed), reply
+    assert isinstance(reply, host_api.Failed), reply
     assert len(reply.message) < 900
     assert reply.message.partition("found ")[2].count("...") == 1
 
@@ -192,7 +194,7 @@ def test_a_type_without_end_is_named_in_few_words(host):
 def test_parameters_may_have_names_of_their_own(host):
     named = changed(HANDLE, params='(param "asked" $request)')
     reply = host.start(component(named), support.a_run("own", 1))
-    assert isinstance(reply, ipc.Started), reply
+    assert isinstance(reply, host_api.Started), reply
     status, _, body = support.http(host.port, "GET /own/ HTTP/1.1\r\nhost: x\r\n\r\n")
     assert (status, body) == (200, bytes(60_000))
 
@@ -223,7 +225,7 @@ def test_what_the_host_serves_itself_is_imported_by_its_type(host, interface, na
     guest = component(HANDLE).replace("(component\n", f"(component {imported}\n", 1)
     grants = Grants(interfaces=("wasi:config", "wasi:logging"))
     reply = host.start(guest, support.a_run("wrong", 1, grants=grants))
-    assert isinstance(reply, ipc.Failed), reply
+    assert isinstance(reply, host_api.Failed), reply
     assert reply.code is RejectCode.START_FAILED
     said, _, found = reply.message.partition("found ")
     assert f"it imports {interface} with another type of {name}" in said

@@ -7,7 +7,7 @@ import support
 from echo_guest import ECHO
 from support import Grants, Health, Limits
 
-from agent.host import ipc
+from agent.host.ipc import host_api
 from tests.eventually import eventually
 
 
@@ -30,7 +30,7 @@ def test_a_call_that_goes_wrong_costs_that_call_alone(host, neighbour, guest, st
             answered, _, body = support.http(port, sock=kept)
             assert answered == status
             assert words in body.decode()
-    trapped = host.event(lambda event: isinstance(event, ipc.Trapped) and event.faults >= 3)
+    trapped = host.event(lambda event: isinstance(event, host_api.Trapped) and event.faults >= 3)
     assert (trapped.instance, trapped.code) == ("bad", "trapped")
     assert words in trapped.message
     assert any(words in line for line in trapped.log)
@@ -54,7 +54,7 @@ def test_an_instance_tells_what_its_calls_took(host):
     assert naps.p50_us >= 50_000
     assert (sum(naps.latencies), sum(naps.latencies[:4])) == (5, 0), "none took up to 30 ms"
     # A restart begins no new account: it is the generation's.
-    host.ask(ipc.Restart, instance="busy")
+    host.ask(host_api.Restart, instance="busy")
     support.http(busy)
     after = host.health("busy")
     assert (after.cpu_ms > busy_figures.cpu_ms, sum(after.latencies)) == (True, 6)
@@ -64,7 +64,7 @@ def test_a_trap_is_told_with_the_wasm_backtrace_by_name(host):
     port = support.free_port()
     host.start("recurse", support.a_run("bad", 1, port=port))
     support.http(port)
-    assert "guest!deeper" in host.event(lambda event: isinstance(event, ipc.Trapped)).message
+    assert "guest!deeper" in host.event(lambda event: isinstance(event, host_api.Trapped)).message
 
 
 @pytest.mark.parametrize(
@@ -84,15 +84,15 @@ def test_a_trap_is_told_with_the_wasm_backtrace_by_name(host):
 def test_what_cannot_start_is_refused_and_says_why(host, neighbour, guest, code, words):
     run = support.a_run("bad", 1, port=support.free_port(), limits=Limits(start_ms=200), health=Health(check=True))
     reply = host.start(guest, run)
-    assert (type(reply), reply.code) == (ipc.Failed, code)
+    assert (type(reply), reply.code) == (host_api.Failed, code)
     assert words in reply.message
-    assert [one.instance for one in host.ask(ipc.Status).instances] == ["neighbour"]
+    assert [one.instance for one in host.ask(host_api.Status).instances] == ["neighbour"]
 
 
 def test_a_granted_interface_is_served_and_only_that(host):
     port = support.free_port()
     grants = Grants(interfaces=("wasi:clocks/monotonic-clock",))
-    assert isinstance(host.start("wants-clock", support.a_run("clock", 1, port=port, grants=grants)), ipc.Started)
+    assert isinstance(host.start("wants-clock", support.a_run("clock", 1, port=port, grants=grants)), host_api.Started)
     assert support.http(port)[0] == 200
 
 
@@ -109,8 +109,8 @@ def test_an_answer_that_is_none_becomes_a_502_without_a_byte_of_it(host, guest):
 
 def test_an_image_of_another_engine_is_refused(host):
     fd = support.sealed(b"\x7fELF not an image")
-    reply = host.ask(ipc.Start, fd, run=support.a_run("bad", 1))
-    assert (type(reply), reply.code) == (ipc.Failed, "image-damaged")
+    reply = host.ask(host_api.Start, fd, run=support.a_run("bad", 1))
+    assert (type(reply), reply.code) == (host_api.Failed, "image-damaged")
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ def test_a_guest_that_sleeps_in_the_host_is_ended_by_the_host(host, neighbour):
     host.start("sleep", support.a_run("bad", 1, port=port, grants=grants, limits=Limits(call_ms=100, idle_ms=300)))
     with pytest.raises(ConnectionError):
         support.http(port)
-    ended = host.event(lambda event: isinstance(event, ipc.Trapped))
+    ended = host.event(lambda event: isinstance(event, host_api.Trapped))
     assert (ended.code, "blocked" in ended.message) == ("restarted", True)
     # It comes back, and what it did is counted as its own doing.
-    host.event(lambda event: isinstance(event, ipc.Changed) and event.state == "running")
+    host.event(lambda event: isinstance(event, host_api.Changed) and event.state == "running")
     health = host.health("bad")
     assert (health.calls, health.restarts, health.state) == ({"guest-timeout": 1}, 1, "running")
 
@@ -179,7 +179,7 @@ def test_a_flood_of_log_lines_is_cut_off_and_counted(host, neighbour):
     limits = Limits(log_lines_per_minute=30, call_ms=20_000)
     host.start("flood", support.a_run("bad", 1, port=port, grants=grants, limits=limits))
     assert support.http(port)[0] == 200
-    lines = host.ask(ipc.Logs, instance="bad").lines
+    lines = host.ask(host_api.Logs, instance="bad").lines
     assert 0 < len(lines) <= 50
     assert sum(len(line) for line in lines) <= 16 * 1024
     assert support.http(port)[0] == 200
@@ -198,10 +198,12 @@ def test_each_line_of_what_is_logged_at_once_counts(host):
     )
     text = text.replace("(i32.const 20000)))", "(i32.const 2)))")
     grants, limits = Grants(interfaces=("wasi:logging",)), Limits(log_lines_per_minute=1)
-    assert isinstance(host.start(text, support.a_run("bad", 1, port=port, grants=grants, limits=limits)), ipc.Started)
+    assert isinstance(
+        host.start(text, support.a_run("bad", 1, port=port, grants=grants, limits=limits)), host_api.Started
+    )
     assert support.http(port)[0] == 200
     assert host.health("bad").dropped_lines == 20_000 - 1
-    assert host.ask(ipc.Logs, instance="bad").count <= 1
+    assert host.ask(host_api.Logs, instance="bad").count <= 1
 
 
 def test_the_thousandth_call_traps_and_the_next_one_is_answered(host):
@@ -240,7 +242,7 @@ def test_a_guest_has_its_own_files_within_its_limit_and_keeps_them_over_a_swap(h
     files = Grants(interfaces=("wasi:filesystem", "wasi:io"))
     limits = Limits(storage_bytes=1 << 20)
     assert isinstance(
-        host.start("writes", support.a_run("keeper", 1, port=port, grants=files, limits=limits)), ipc.Started
+        host.start("writes", support.a_run("keeper", 1, port=port, grants=files, limits=limits)), host_api.Started
     )
     path = host.state / "data" / "keeper" / "0" / "log"
     assert support.http(port)[0] == 200
@@ -263,7 +265,7 @@ def test_what_may_be_written_in_a_day_is_not_given_again_by_a_new_lane_version_o
     def start(host, generation):
         port = support.free_port()
         run = support.a_run("keeper", generation, port=port, grants=files, limits=limits)
-        assert isinstance(host.start("writes", run), ipc.Started)
+        assert isinstance(host.start("writes", run), host_api.Started)
         return port
 
     host = support.Host(tmp_path)
@@ -300,13 +302,13 @@ def test_another_schema_gets_a_copy_of_the_data_and_going_back_finds_the_old_one
     log[2].with_name("mark").write_text("new")
     support.http(port)
     # Back: the old generation has what it had, whatever the new one did to its copy.
-    assert host.ask(ipc.Revert, instance="ledger", generation=2).generation == 1
+    assert host.ask(host_api.Revert, instance="ledger", generation=2).generation == 1
     assert log[1].with_name("mark").read_text() == "old"
     assert support.http(port)[0] == 200
     # Forward again, from the old data and not from the failed attempt; then there is no way back.
     start(3, 2)
     assert log[2].with_name("mark").read_text() == "old"
-    host.ask(ipc.Commit, instance="ledger", generation=3)
+    host.ask(host_api.Commit, instance="ledger", generation=3)
     assert not log[1].parent.exists()
     assert log[2].exists()
 
@@ -347,4 +349,4 @@ def test_eight_lanes_of_a_component_with_wasi_run_as_one_user(host):
     assert most >= 4
     for client in clients:
         client.close()
-    assert not any("failed" in line for line in host.ask(ipc.Logs, instance="slow").lines)
+    assert not any("failed" in line for line in host.ask(host_api.Logs, instance="slow").lines)

@@ -6,9 +6,10 @@ import pytest
 import support
 from wasmtime import wat2wasm
 
-from agent.config import Places
-from agent.host import clocks, ipc
-from agent.images import Images
+from agent.config import Paths
+from agent.host.ipc import host_api
+from agent.host.supervisor import timers
+from agent.update.images import ImageStore
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Health, Http, Manifest
@@ -47,8 +48,8 @@ async def test_a_version_that_is_not_well_on_probation_is_rolled_back_at_default
     """The agent's side and a real host, with nothing set but that there is a health check: 30 seconds of probation."""
     (tmp_path / "host").mkdir()
     host = support.Host(tmp_path / "host")
-    kit.places = Places(kit.places.state, host.runtime)
-    kit.images_kind, kit.compile_s = Images, 120
+    kit.places = Paths(kit.places.state, host.runtime)
+    kit.images_kind, kit.compile_s = ImageStore, 120
     stories = {"always": ALWAYS, "second": ALWAYS_BUT_FIRST, "once": THE_SECOND_ONLY}
 
     def ends():
@@ -72,11 +73,11 @@ async def test_a_version_that_is_not_well_on_probation_is_rolled_back_at_default
         assert why == "its health check failed 2 times: it is not well: the sensor does not answer"
     finally:
         await kit.pull_plug()
-    versions = {each.instance: each.target[-10:-5] for each in host.ask(ipc.Hello).running}
+    versions = {each.instance: each.target[-10:-5] for each in host.ask(host_api.Hello).running}
     assert versions == {"always": "1.0.0", "second": "1.0.0", "once": "2.0.0"}
     checks = host.health("once").checks
     assert (checks.missed, checks.well) == (1, True)
-    assert checks.asked >= clocks.QUESTIONS
+    assert checks.asked >= timers.QUESTIONS
     host.close()
 
 
@@ -89,29 +90,29 @@ def start(host, generation, when, health=SELDOM, *, instance="web", probation=Tr
 
 
 def test_whoever_asks_for_figures_may_have_the_health_check_asked_first(host):
-    assert isinstance(start(host, 1, THE_SECOND_ONLY), ipc.Started)
+    assert isinstance(start(host, 1, THE_SECOND_ONLY), host_api.Started)
 
     def checks(**asked):
-        (one,) = host.ask(ipc.Status, **asked).instances
+        (one,) = host.ask(host_api.Status, **asked).instances
         return one.checks.asked, one.checks.missed, one.checks.well
 
     assert checks() == checks(check="nobody") == (0, 0, True)
     assert checks(check="web") == (1, 1, False)
-    assert host.event(lambda event: isinstance(event, ipc.Trapped)).code == RejectCode.HEALTH_FAILED
+    assert host.event(lambda event: isinstance(event, host_api.Trapped)).code == RejectCode.HEALTH_FAILED
     assert checks(check="web") == (2, 1, True)
     # A version without a health check has no answers, and asking for one is asking for its figures.
     host.start("hello", support.a_run("web", 2))
-    (one,) = host.ask(ipc.Status, check="web").instances
+    (one,) = host.ask(host_api.Status, check="web").instances
     assert one.checks is None
 
 
 def test_answers_are_counted_for_each_generation_by_itself(host):
     start(host, 1, NEVER)
-    host.ask(ipc.Status, check="web")
+    host.ask(host_api.Status, check="web")
     start(host, 2, THE_SECOND_ONLY)
-    host.ask(ipc.Status, check="web")
+    host.ask(host_api.Status, check="web")
     assert (host.health("web").checks.asked, host.health("web").checks.missed) == (1, 1)
-    host.ask(ipc.Revert, instance="web", generation=2)
+    host.ask(host_api.Revert, instance="web", generation=2)
     checks = host.health("web").checks
     assert (checks.asked, checks.missed, checks.well) == (1, 0, True)
 
@@ -119,12 +120,12 @@ def test_answers_are_counted_for_each_generation_by_itself(host):
 def test_three_bad_answers_in_a_row_end_the_lane_and_it_is_not_well_until_it_says_so(host):
     start(host, 1, ALWAYS_BUT_FIRST)
     for _ in range(3):
-        host.ask(ipc.Status, check="web")
-    event = host.event(lambda event: isinstance(event, ipc.Trapped) and event.code == RejectCode.RESTARTED)
+        host.ask(host_api.Status, check="web")
+    event = host.event(lambda event: isinstance(event, host_api.Trapped) and event.code == RejectCode.RESTARTED)
     assert "3 times in a row" in event.message
-    host.event(lambda event: isinstance(event, ipc.Changed) and event.state == "running")
+    host.event(lambda event: isinstance(event, host_api.Changed) and event.state == "running")
     assert not host.health("web").checks.well
-    (one,) = host.ask(ipc.Status, check="web").instances
+    (one,) = host.ask(host_api.Status, check="web").instances
     assert (one.checks.asked, one.checks.missed, one.checks.well) == (4, 3, True)
 
 
@@ -133,12 +134,12 @@ def test_on_probation_the_health_check_is_asked_more_often_and_otherwise_not(hos
     often = Health(check=True, interval_ms=3_600_000, probation_ms=500)
 
     def is_unwell(event):
-        return isinstance(event, ipc.Trapped) and event.code == RejectCode.HEALTH_FAILED
+        return isinstance(event, host_api.Trapped) and event.code == RejectCode.HEALTH_FAILED
 
     start(host, 1, ALWAYS_BUT_FIRST, often, instance="plain", probation=False)
     start(host, 1, ALWAYS_BUT_FIRST, often, instance="committed")
     assert host.event(is_unwell).instance == "committed"
-    assert isinstance(host.ask(ipc.Commit, instance="committed", generation=1), ipc.Done)
+    assert isinstance(host.ask(host_api.Commit, instance="committed", generation=1), host_api.Done)
     asked = host.health("committed").checks.asked
     start(host, 1, ALWAYS_BUT_FIRST, often, instance="tried")
     while host.health("tried").checks.asked < 4:
@@ -161,5 +162,5 @@ def test_on_probation_the_health_check_is_asked_more_often_and_otherwise_not(hos
     ],
 )
 def test_how_often_a_health_check_is_asked(health, on_probation_s, else_s):
-    assert clocks.pace_s(health, probation=True) == on_probation_s
-    assert clocks.pace_s(health, probation=False) == else_s
+    assert timers.pace_s(health, probation=True) == on_probation_s
+    assert timers.pace_s(health, probation=False) == else_s

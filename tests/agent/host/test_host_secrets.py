@@ -11,9 +11,9 @@ import support
 from host_processes import lanes_of
 from support import Grants
 
-from agent.host import control, ipc
-from agent.host.redact import Redactor
-from agent.host.uids import FIRST
+from agent.host.ipc import host_api, worker_api
+from agent.host.supervisor.resources import FIRST
+from agent.host.worker.worker import Redactor
 
 PASSWORD = "correct horse battery staple"
 GRANTS = Grants(interfaces=("wasi:config/store", "wasi:logging/logging"))
@@ -30,7 +30,7 @@ def entrust(host, instance, generation, secrets):
     """What the agent does before it starts an instance."""
     fd = support.sealed(json.dumps(secrets).encode())
     try:
-        return host.ask(ipc.Entrust, fd, instance=instance, generation=generation)
+        return host.ask(host_api.PutSecrets, fd, instance=instance, generation=generation)
     finally:
         os.close(fd)
 
@@ -40,7 +40,7 @@ def started(host, instance="web", generation=1, value=PASSWORD, *, guest="secret
     entrust(host, instance, generation, {"db-password": value})
     run = support.a_run(instance, generation, port=port, grants=GRANTS, secrets=("db-password",), **more)
     reply = host.start(guest, run)
-    assert isinstance(reply, ipc.Started), reply
+    assert isinstance(reply, host_api.Started), reply
     return port
 
 
@@ -53,9 +53,9 @@ def test_what_it_logs_and_its_traps_are_told_without_the_value(host):
     port = started(host)
     support.http(port)
     support.http(port, "GET /trap HTTP/1.1\r\nhost: x\r\n\r\n")
-    trapped = host.event(lambda event: isinstance(event, ipc.Trapped))
+    trapped = host.event(lambda event: isinstance(event, host_api.Trapped))
     assert trapped.log[0] == "error db-password: redacted"
-    said = host.ask(ipc.Logs, instance="web").lines
+    said = host.ask(host_api.Logs, instance="web").lines
     assert PASSWORD not in str((trapped, said))
     assert sum("redacted" in line for line in said) == 2
 
@@ -65,28 +65,28 @@ def test_a_rotated_secret_comes_with_a_new_generation_and_a_way_back_has_the_for
     assert support.http(port)[2].decode() == fnv1a(PASSWORD)
     entrust(host, "web", 2, {"db-password": "a newer password"})
     run = support.a_run("web", 2, port=port, grants=GRANTS, secrets=("db-password",))
-    assert isinstance(host.start("secret", run), ipc.Started)
+    assert isinstance(host.start("secret", run), host_api.Started)
     assert support.http(port)[2].decode() == fnv1a("a newer password")
-    host.ask(ipc.Revert, instance="web", generation=2)
+    host.ask(host_api.Revert, instance="web", generation=2)
     assert support.http(port)[2].decode() == fnv1a(PASSWORD)
 
 
 def test_a_lane_that_dies_is_replaced_by_one_with_the_secret(host):
     port = started(host)
-    host.ask(ipc.Restart, instance="web")
+    host.ask(host_api.Restart, instance="web")
     assert support.http(port)[2].decode() == fnv1a(PASSWORD)
 
 
 def test_it_is_not_started_without_the_secrets_that_it_is_to_have(host):
     run = support.a_run("web", 1, port=support.free_port(), grants=GRANTS, secrets=("db-password",))
     reply = host.start("secret", run)
-    assert (type(reply), reply.code) == (ipc.Failed, "start-failed")
+    assert (type(reply), reply.code) == (host_api.Failed, "start-failed")
     assert "its secrets did not come" in reply.message
     # nor with those of another generation, or of another instance
     entrust(host, "web", 7, {"db-password": PASSWORD})
-    assert isinstance(host.start("secret", run), ipc.Failed)
+    assert isinstance(host.start("secret", run), host_api.Failed)
     entrust(host, "sibling", 1, {"db-password": PASSWORD})
-    assert isinstance(host.start("secret", run), ipc.Failed)
+    assert isinstance(host.start("secret", run), host_api.Failed)
 
 
 @pytest.fixture
@@ -121,15 +121,15 @@ def test_what_is_entrusted_and_never_started_ends(own_host):
         entrust(host, "web", generation, {"db-password": PASSWORD})
     assert memfds(host) == 1, "the newest of an instance alone is held"
     host.start("hello", support.a_run("web", 20))
-    host.ask(ipc.Stop, instance="web")
+    host.ask(host_api.Stop, instance="web")
     assert memfds(host) == 0
     for number in range(64):
-        assert isinstance(entrust(host, f"i{number}", 1, {}), ipc.Done)
+        assert isinstance(entrust(host, f"i{number}", 1, {}), host_api.Done)
     refused = entrust(host, "one-more", 1, {})
-    assert (type(refused), refused.code) == (ipc.Failed, "too-large")
+    assert (type(refused), refused.code) == (host_api.Failed, "too-large")
     host.sock.close()
     host.sock = host.connect()
-    host.ask(ipc.Hello)
+    host.ask(host_api.Hello)
     assert memfds(host) == 0, "whoever entrusted them is gone"
 
 
@@ -207,16 +207,16 @@ def test_characters_with_a_meaning_in_patterns_have_none_here():
 def test_everything_that_a_lane_says_is_covered():
     redactor = Redactor([PASSWORD])
     told = [
-        control.Line(text=PASSWORD),
-        control.Fault(message=PASSWORD),
-        control.Refused(code="start-failed", message=PASSWORD),
-        control.Checked(id=1, problem=PASSWORD),
-        control.Ran(id=1, problem=PASSWORD),
-        control.StateSaved(problem=PASSWORD),
-        control.StateLoaded(problem=PASSWORD),
+        worker_api.Line(text=PASSWORD),
+        worker_api.Fault(message=PASSWORD),
+        worker_api.Refused(code="start-failed", message=PASSWORD),
+        worker_api.Checked(id=1, problem=PASSWORD),
+        worker_api.Ran(id=1, problem=PASSWORD),
+        worker_api.StateSaved(problem=PASSWORD),
+        worker_api.StateLoaded(problem=PASSWORD),
     ]
     for message in told:
         assert PASSWORD not in str(redactor.message(message)), message
-    quiet = [control.Checked(id=1), control.Ran(id=1), control.Probed(id=1), control.Busy()]
+    quiet = [worker_api.Checked(id=1), worker_api.Ran(id=1), worker_api.Probed(id=1), worker_api.Busy()]
     assert [redactor.message(message) for message in quiet] == quiet
     assert Redactor([]).message(told[0]) == told[0]

@@ -11,10 +11,10 @@ import support
 from host_processes import lanes_of
 from support import Grants, Health, Limits
 
-from agent.host import ipc
-from agent.host.generation import too_much
-from agent.update.probation import Facts, Terms, Verdict, judge
-from fleet.protocol import caps
+from agent.host.ipc import host_api
+from agent.host.supervisor.generation import too_much
+from agent.update.probation import ProbationSample, Terms, Verdict, judge
+from fleet.protocol import bounds
 
 FILES = Grants(interfaces=("wasi:filesystem", "wasi:io"))
 
@@ -37,9 +37,9 @@ def test_a_guest_that_ignores_drain_holds_up_nobody_and_is_ended(host, neighbour
         # Whoever comes now is the successor's, while the old one still holds its client.
         assert support.http(port)[2] == b"hello\n"
         assert not select.select([stuck], [], [], 0)[0]
-        host.ask(ipc.Commit, instance="bad", generation=2)
+        host.ask(host_api.Commit, instance="bad", generation=2)
     if "stop" in end:
-        assert isinstance(host.ask(ipc.Stop, instance="bad"), ipc.Done)
+        assert isinstance(host.ask(host_api.Stop, instance="bad"), host_api.Done)
         assert select.select([pidfd], [], [], 0)[0], "whoever is stopped is gone"
     assert select.select([pidfd], [], [], 60)[0], "it is ended at the deadline for draining"
     os.close(pidfd)
@@ -58,16 +58,16 @@ def test_a_guest_that_lies_in_its_health_export_is_judged_by_what_it_did(host, n
     host.start("hello", support.a_run("bad", 1, port=port, health=healthy))
     for _ in range(20):
         assert support.http(port)[0] == 200
-    replaced = Facts.of(host.health("bad"))
+    replaced = ProbationSample.of(host.health("bad"))
     # It says that it is well, and is believed so far.
-    assert isinstance(host.start(guest, support.a_run("bad", 2, port=port, health=healthy)), ipc.Started)
+    assert isinstance(host.start(guest, support.a_run("bad", 2, port=port, health=healthy)), host_api.Started)
     terms = Terms(probation_s=60, min_calls=20)
-    assert judge(terms, Facts.of(host.health("bad")), replaced, 1).verdict is Verdict.CONTINUE
+    assert judge(terms, ProbationSample.of(host.health("bad")), replaced, 1).verdict is Verdict.CONTINUE
     for _ in range(20):
         assert support.http(port)[0] == 500
-    judgement = judge(terms, Facts.of(host.health("bad")), replaced, 2)
+    judgement = judge(terms, ProbationSample.of(host.health("bad")), replaced, 2)
     assert (judgement.verdict, judgement.code) == (Verdict.ROLL_BACK, why)
-    assert host.ask(ipc.Revert, instance="bad", generation=2).generation == 1
+    assert host.ask(host_api.Revert, instance="bad", generation=2).generation == 1
     assert support.http(port)[0] == 200
 
 
@@ -76,12 +76,12 @@ def test_the_environment_is_the_guests_only_where_it_is_granted_and_holds_its_co
     try:
         port = support.free_port()
         reply = host.start("environment", support.a_run("bad", 1, port=port))
-        assert (type(reply), reply.code) == (ipc.Failed, "grant-denied")
+        assert (type(reply), reply.code) == (host_api.Failed, "grant-denied")
         assert "wasi:cli/environment" in reply.message
-        assert host.ask(ipc.Status).instances == ()
+        assert host.ask(host_api.Status).instances == ()
         granted = Grants(interfaces=("wasi:cli/environment",))
         run = support.a_run("bad", 1, port=port, grants=granted, config={"greeting": "good morning"})
-        assert isinstance(host.start("environment", run), ipc.Started)
+        assert isinstance(host.start("environment", run), host_api.Started)
         status, _, seen = support.http(port)
         assert status == 200
         assert b"greeting" in seen
@@ -97,10 +97,10 @@ def test_a_disk_littered_with_empty_files_ends_in_quarantine(host, neighbour):
     port = support.free_port()
     limits = Limits(storage_bytes=1 << 20, daily_written_bytes=1 << 20)
     run = support.a_run("bad", 1, port=port, grants=FILES, limits=limits)
-    assert isinstance(host.start("litters", run), ipc.Started)
+    assert isinstance(host.start("litters", run), host_api.Started)
     assert [support.http(port)[0] for _ in range(4)] == [200] * 4
     assert len(list((host.state / "data" / "bad" / "0").iterdir())) == 400
-    event = host.event(lambda event: isinstance(event, ipc.Changed) and event.state == "quarantined")
+    event = host.event(lambda event: isinstance(event, host_api.Changed) and event.state == "quarantined")
     assert event.instance == "bad"
     assert "bytes of disk" in event.message
     with pytest.raises(OSError, match=r"refused|reset|closed"):
@@ -136,15 +136,15 @@ def test_a_trap_report_carries_the_last_fifty_lines_in_sixteen_kib_whatever_they
     text = text.replace("(i32.const 256) (i32.const 64))", "(i32.const 256) (i32.const 1000))")
     text = text.replace("(i32.const 20000)))", "(i32.const 60)))\n      (unreachable)")
     run = support.a_run("bad", 1, port=(port := support.free_port()), grants=Grants(interfaces=("wasi:logging",)))
-    assert isinstance(host.start(text, run), ipc.Started)
+    assert isinstance(host.start(text, run), host_api.Started)
     assert support.http(port)[0] == 500
-    trapped = host.event(lambda event: isinstance(event, ipc.Trapped))
+    trapped = host.event(lambda event: isinstance(event, host_api.Trapped))
     assert "unreachable" in trapped.log[-1]
     assert 5 <= len(trapped.log) <= 50
     assert sum(len(line.encode()) for line in trapped.log) <= 16 * 1024
     assert not any(ord(sign) < 32 for line in trapped.log for sign in line)
     # Even the longest of them fits into a report as it is sent.
-    assert len(msgspec.json.encode(trapped)) < caps.REPORT_MAX_BYTES
+    assert len(msgspec.json.encode(trapped)) < bounds.REPORT_MAX_BYTES
 
 
 def test_short_lines_are_told_to_fifty(host):
@@ -153,7 +153,7 @@ def test_short_lines_are_told_to_fifty(host):
     run = support.a_run("bad", 1, port=(port := support.free_port()), grants=Grants(interfaces=("wasi:logging",)))
     host.start(text, run)
     assert support.http(port)[0] == 500
-    trapped = host.event(lambda event: isinstance(event, ipc.Trapped))
+    trapped = host.event(lambda event: isinstance(event, host_api.Trapped))
     assert len(trapped.log) == 50
     assert "unreachable" in trapped.log[-1]
     assert all("the flood rises" in line for line in trapped.log[:-1])
@@ -166,7 +166,7 @@ def test_an_endless_complaint_of_a_health_export_does_not_fill_the_boards_health
         '"\\80\\00\\00\\00\\1a\\00\\00\\00"', '"\\80\\00\\00\\00\\60\\ea\\00\\00"'
     )  # of 60,000 characters
     reply = host.start(text, support.a_run("bad", 1, port=support.free_port(), health=Health(check=True)))
-    assert (type(reply), reply.code) == (ipc.Failed, "health-failed")
+    assert (type(reply), reply.code) == (host_api.Failed, "health-failed")
     assert "the sensor does not answer" in reply.message
     assert len(reply.message) < 400
     assert "\0" not in reply.message
@@ -180,7 +180,7 @@ def test_data_nested_deeper_than_python_follows_are_forgotten_all_the_same(host)
         return host.start("writes", run)
 
     port = support.free_port()
-    assert isinstance(start(1, 1), ipc.Started)
+    assert isinstance(start(1, 1), host_api.Started)
     data = host.state / "data" / "bad"
     fd = os.open(data / "1", os.O_DIRECTORY)
     for _ in range(1100):
@@ -190,13 +190,13 @@ def test_data_nested_deeper_than_python_follows_are_forgotten_all_the_same(host)
         fd = below
     os.close(fd)
     # The new version gets a copy, goes back, comes again, and stays.
-    assert isinstance(start(2, 2), ipc.Started)
-    assert host.ask(ipc.Revert, instance="bad", generation=2).generation == 1
-    assert isinstance(start(3, 2), ipc.Started)
-    assert isinstance(host.ask(ipc.Commit, instance="bad", generation=3), ipc.Done)
+    assert isinstance(start(2, 2), host_api.Started)
+    assert host.ask(host_api.Revert, instance="bad", generation=2).generation == 1
+    assert isinstance(start(3, 2), host_api.Started)
+    assert isinstance(host.ask(host_api.Commit, instance="bad", generation=3), host_api.Done)
     assert [path.name for path in data.iterdir()] == ["2"]
     # Python's own way of removing would stumble over what is left, as it did.
-    host.ask(ipc.Stop, instance="bad")
+    host.ask(host_api.Stop, instance="bad")
     subprocess.run(["rm", "-rf", str(data)], check=True)
 
 
@@ -223,7 +223,7 @@ def test_a_number_that_nobody_can_read_is_an_error_of_the_component_alone(host, 
     """Python refuses to read numbers of more than 4,300 digits, with an error that nobody expects."""
     length = "\\".join(f"{byte:02x}" for byte in len(said).to_bytes(4, "little"))
     guest = IN_PLACE_OF_THE_ADAPTER.lstrip().replace("{length}", length).replace("{said}", said)
-    assert isinstance(host.start(guest, support.a_run("odd", 1)), ipc.Started)
+    assert isinstance(host.start(guest, support.a_run("odd", 1)), host_api.Started)
     for _ in range(2):
         status, _, body = support.http(host.port, "GET /odd/ HTTP/1.1\r\nhost: x\r\n\r\n")
         assert (status, body) == (500, b"the component gave no answer\n")

@@ -10,9 +10,9 @@ import pytest
 import support
 from host_processes import children, ended, lanes_of
 
-from agent.host import ipc
+from agent.host.ipc import host_api
 
-PHASES = ("Setup", "SaveState", "LoadState", "Serve", "Adopt", "HandOver")
+PHASES = ("Setup", "SaveState", "LoadState", "Serve", "AcceptConnections", "Drain")
 HERE = Path(__file__).parent
 
 
@@ -34,7 +34,7 @@ def deadly(tmp_path_factory):
 
 def swap(host, name, phase, victim):
     """Swap an instance with memory, and have the victim killed in that phase; the host's answer."""
-    assert isinstance(host.start("remembers", support.a_run(name, 1)), ipc.Started)
+    assert isinstance(host.start("remembers", support.a_run(name, 1)), host_api.Started)
     assert answer(host, name) == 1
     (host.directory / "plan").write_text(f"{name} {phase} {victim}")
     return host.start("remembers", support.a_run(name, 2))
@@ -55,17 +55,17 @@ def test_whoever_is_killed_one_of_both_versions_answers(deadly, phase, victim):
     name = f"{phase}-{victim}".lower()
     reply = swap(deadly, name, phase, victim)
     assert not (deadly.directory / "plan").exists(), "the phase was reached"
-    assert isinstance(reply, ipc.Started | ipc.Failed), reply
-    generation = 2 if isinstance(reply, ipc.Started) else 1
+    assert isinstance(reply, host_api.Started | host_api.Failed), reply
+    generation = 2 if isinstance(reply, host_api.Started) else 1
     assert answer(deadly, name) >= 1
     health = deadly.health(name)
     assert health.generation == generation
     if victim == "router":
         assert (generation, health.restarts, answer(deadly, name)) == (2, 0, 3), "no lane has lost anything"
     # It can be swapped as ever, and nothing is left of it when it is stopped.
-    assert isinstance(deadly.start("hello", support.a_run(name, 3)), ipc.Started)
-    assert isinstance(deadly.ask(ipc.Commit, instance=name, generation=3), ipc.Done)
-    assert isinstance(deadly.ask(ipc.Stop, instance=name), ipc.Done)
+    assert isinstance(deadly.start("hello", support.a_run(name, 3)), host_api.Started)
+    assert isinstance(deadly.ask(host_api.Commit, instance=name, generation=3), host_api.Done)
+    assert isinstance(deadly.ask(host_api.Stop, instance=name), host_api.Done)
     assert lanes_of(deadly) == []
 
 
@@ -74,9 +74,9 @@ def test_a_host_that_is_killed_takes_all_along_and_the_next_one_begins_anew(tmp_
     host = start(tmp_path)
     pids = []
     try:
-        assert isinstance(host.start("hello", support.a_run("other", 1)), ipc.Started)
+        assert isinstance(host.start("hello", support.a_run("other", 1)), host_api.Started)
         pids = [os.pidfd_open(pid) for pid in children(host.process.pid)]
-        with pytest.raises(ipc.IpcError):
+        with pytest.raises(host_api.IpcError):
             swap(host, "web", phase, "host")
         host.process.wait(60)
         assert ended(pids, 60)
@@ -87,7 +87,7 @@ def test_a_host_that_is_killed_takes_all_along_and_the_next_one_begins_anew(tmp_
     again = start(tmp_path)
     try:
         for name, generation in (("web", 1), ("other", 1)):
-            assert isinstance(again.start("remembers", support.a_run(name, generation)), ipc.Started)
+            assert isinstance(again.start("remembers", support.a_run(name, generation)), host_api.Started)
             assert answer(again, name) == 1
             assert again.health(name).restarts == 0
     finally:

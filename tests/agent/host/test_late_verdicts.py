@@ -6,7 +6,8 @@ from pathlib import Path
 
 import support
 
-from agent.host import crew, ipc
+from agent.host.ipc import host_api
+from agent.host.supervisor import worker_set
 from fleet.protocol.manifest import Grants, Limits
 
 LATE = Path(__file__).with_name("late")
@@ -17,7 +18,7 @@ NAP = support.wasm("sleep").decode().partition("\n(")[2].replace("3600000000000"
 
 def started(host, guest, name, **rest):
     reply = host.start(guest, support.a_run(name, 1, **rest))
-    assert isinstance(reply, ipc.Started), reply
+    assert isinstance(reply, host_api.Started), reply
 
 
 def get(host, name):
@@ -45,13 +46,13 @@ def test_who_leaves_a_shared_worker_in_the_middle_of_a_call_does_not_hang_the_ot
     assert sleeps in guest
     post_alone = guest.replace(sleeps, f"(if (i32.eq (local.get 1) (i32.const 4)) (then {sleeps}))")
     for name in ("leaves", "stays"):
-        limits = Limits(call_ms=100, idle_ms=crew.DRAIN_MS + 1500)  # its place is gone before it is too late
+        limits = Limits(call_ms=100, idle_ms=worker_set.DRAIN_MS + 1500)  # its place is gone before it is too late
         started(host, "(" + post_alone, name, grants=CLOCK, limits=limits, share_lane=True)
     assert host.health("leaves").shared_lane == host.health("stays").shared_lane != ""
     with socket.create_connection(("127.0.0.1", host.port), timeout=60) as client:
         client.sendall(b"POST /leaves/ HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
         support.await_read(client)
-        host.ask(ipc.Stop, instance="leaves")
+        host.ask(host_api.Stop, instance="leaves")
         assert get(host, "stays") == 200
     assert host.health("stays").restarts == 0, "no fault of its own"
     assert any("on account of one that had left it" in line for line in host.lines_of("stays"))

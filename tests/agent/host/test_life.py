@@ -15,7 +15,7 @@ import pytest
 import support
 from host_processes import children, ended, lanes_of
 
-from agent.host import ipc
+from agent.host.ipc import host_api
 
 
 def kill_lanes(host):
@@ -51,9 +51,9 @@ def test_a_zygote_has_one_thread_after_all_it_does(host):
     host.start("trap-in-start", support.a_run("bad", 1))
     host.start("hello", support.a_run("web", 2, port=port))
     support.http(port)
-    host.ask(ipc.Restart, instance="web")
-    host.ask(ipc.Stop, instance="web")
-    zygotes = [pid for pid, command in children(host.process.pid).items() if b"agent.host.zygote" in command]
+    host.ask(host_api.Restart, instance="web")
+    host.ask(host_api.Stop, instance="web")
+    zygotes = [pid for pid, command in children(host.process.pid).items() if b"agent.host.worker.zygote" in command]
     threads = [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in zygotes]
     assert 1 in threads
     assert set(threads) <= {1, 2}, "a lane has its ticker beside it"
@@ -68,7 +68,7 @@ def test_a_lane_that_dies_is_replaced_and_the_client_that_waits_is_answered(host
     os.kill(lane, signal.SIGKILL)
     # The listener is the supervisor's: a client that comes meanwhile waits in its queue.
     assert support.http(port)[0] == 200
-    event = host.event(lambda event: isinstance(event, ipc.Trapped))
+    event = host.event(lambda event: isinstance(event, host_api.Trapped))
     assert (event.code, "SIGKILL" in event.message) == ("restarted", True)
     health = host.health("web")
     assert (health.restarts, health.lanes, health.state) == (1, 1, "running")
@@ -81,7 +81,7 @@ def test_a_loop_of_deaths_ends_in_quarantine_and_a_new_generation_ends_that(host
     quarantined = None
     while quarantined is None or host.health("alone").state != "quarantined":
         kill_lanes(host)
-        host.ask(ipc.Status)
+        host.ask(host_api.Status)
         gone = [e for e in host.events if getattr(e, "state", "") == "quarantined"]
         quarantined = next((e for e in gone if e.instance == "web"), None)
     assert "deaths in a row" in quarantined.message
@@ -90,9 +90,9 @@ def test_a_loop_of_deaths_ends_in_quarantine_and_a_new_generation_ends_that(host
     assert status == 503, body
     with pytest.raises(ConnectionRefusedError):
         support.http(port)
-    host.ask(ipc.Restart, instance="alone")
+    host.ask(host_api.Restart, instance="alone")
     assert support.http(port)[0] == 200
-    assert isinstance(host.start("hello", support.a_run("web", 2)), ipc.Started)
+    assert isinstance(host.start("hello", support.a_run("web", 2)), host_api.Started)
     assert support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
 
 
@@ -134,9 +134,9 @@ def test_a_second_host_in_the_same_place_and_a_taken_port_are_refused_in_one_lin
         return done.stderr
 
     assert "another host already runs here" in refused(host.runtime, support.free_port())
-    assert ipc.why_not(host.runtime) == "", "one host does run here"
+    assert host_api.why_not(host.runtime) == "", "one host does run here"
     assert f"127.0.0.1:{host.port}" in refused(tmp_path / "elsewhere", host.port)
-    assert f"127.0.0.1:{host.port}" in ipc.why_not(tmp_path / "elsewhere")
+    assert f"127.0.0.1:{host.port}" in host_api.why_not(tmp_path / "elsewhere")
     # the path of a socket has 108 bytes, by law
     assert "shorter --runtime" in refused(tmp_path / ("l" * 120), support.free_port())
 
@@ -148,9 +148,9 @@ def test_where_there_is_no_engine_the_host_says_so_and_refuses_components(tmp_pa
     (shadow / "__init__.py").write_text("raise RuntimeError('unsupported architecture for wasmtime: riscv64')\n")
     host = support.Host(tmp_path, env={"PYTHONPATH": str(shadow.parent)})
     try:
-        assert host.ask(ipc.Hello).engine == ""
+        assert host.ask(host_api.Hello).engine == ""
         reply = host.start("hello", support.a_run("web", 1))
-        assert (type(reply), reply.code) == (ipc.Failed, "no-engine")
+        assert (type(reply), reply.code) == (host_api.Failed, "no-engine")
     finally:
         host.close()
 
@@ -160,7 +160,7 @@ def test_a_crash_loop_is_remembered_over_a_restart_of_the_host(tmp_path):
     host.start("hello", support.a_run("web", 1))
     for _ in range(2):
         kill_lanes(host)
-        host.event(lambda event: isinstance(event, ipc.Trapped) and event.code == "restarted")
+        host.event(lambda event: isinstance(event, host_api.Trapped) and event.code == "restarted")
         host.event(lambda event: getattr(event, "state", "") == "running")
     host.close()
     again = support.Host(tmp_path)
@@ -170,8 +170,8 @@ def test_a_crash_loop_is_remembered_over_a_restart_of_the_host(tmp_path):
         deaths = 0
         while quarantined is None:
             kill_lanes(again)
-            again.ask(ipc.Status)
-            deaths = sum(isinstance(e, ipc.Trapped) for e in again.events)
+            again.ask(host_api.Status)
+            deaths = sum(isinstance(e, host_api.Trapped) for e in again.events)
             quarantined = next((e for e in again.events if getattr(e, "state", "") == "quarantined"), None)
         assert "5 deaths in a row" in quarantined.message
         assert deaths <= 3, "two of the five were before the restart"
@@ -237,16 +237,16 @@ def test_nothing_is_left_behind_by_instances_that_came_and_went(host):
             host.start("hello", support.a_run("web", generation))
             host.start("trap-in-start", support.a_run("bad", generation))
         support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")
-        host.ask(ipc.Stop, instance="web")
+        host.ask(host_api.Stop, instance="web")
 
     come_and_go()
     while lanes_of(host):
-        host.ask(ipc.Status)
+        host.ask(host_api.Status)
     before = held()
     for _ in range(5):
         come_and_go()
     while lanes_of(host):
-        host.ask(ipc.Status)
+        host.ask(host_api.Status)
     after = held()
     assert after[0] <= before[0]
     assert after[1] <= before[1]

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 import support
 
-from agent import hostlink
-from agent.host import control, egress, ipc
-from agent.host.front import Front
-from agent.host.nursery import Nursery
-from agent.host.outlet import Outlet
-from agent.hostlink import HostLink, HostRefusedError
+from agent.host.ipc import framing, helper_api, host_api
+from agent.host.supervisor import helpers
+from agent.host.supervisor.helpers import EgressHandle, RouterHandle
+from agent.host.supervisor.worker_pool import ZygotePool
+from agent.link import host_client
+from agent.link.host_client import HostClient, HostRefusedError
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants
 
@@ -40,7 +40,7 @@ def open_here():
 @contextlib.asynccontextmanager
 async def linked(host):
     """Yield a link to a host that reads nothing until `go_on()`, and that function."""
-    link = HostLink(host.runtime / "host.sock")
+    link = HostClient(host.runtime / "host.sock")
     await link.connect()
     host.process.send_signal(signal.SIGSTOP)
     try:
@@ -59,19 +59,21 @@ async def begun(asks):
 @pytest.mark.asyncio
 async def test_every_sender_that_waited_for_a_full_socket_is_answered(own_host):
     async with linked(own_host) as (link, go_on):
-        tasks = await begun(link.ask(ipc.Stop, ipc.Done, instance=f"{LONG}{number}") for number in range(MANY))
-        tasks += await begun([link.ask(ipc.Status, ipc.Figures)])
+        tasks = await begun(
+            link.ask(host_api.Stop, host_api.Done, instance=f"{LONG}{number}") for number in range(MANY)
+        )
+        tasks += await begun([link.ask(host_api.Status, host_api.HostStats)])
         go_on()
         answers = await asyncio.gather(*tasks)
-        assert [type(answer) for answer in answers] == [ipc.Done] * MANY + [ipc.Figures]
+        assert [type(answer) for answer in answers] == [host_api.Done] * MANY + [host_api.HostStats]
         assert len({answer.id for answer in answers}) == MANY + 1
         assert link.connected
 
 
 @pytest.mark.asyncio
 async def test_a_request_that_was_given_up_before_it_was_sent_is_never_sent(tmp_path):
-    link = HostLink(tmp_path / "host.sock")
-    with ipc.new_socket() as listener, (tmp_path / "image").open("wb") as image:
+    link = HostClient(tmp_path / "host.sock")
+    with host_api.new_socket() as listener, (tmp_path / "image").open("wb") as image:
         listener.bind(str(tmp_path / "host.sock"))
         listener.listen()
         listener.setblocking(False)
@@ -79,28 +81,28 @@ async def test_a_request_that_was_given_up_before_it_was_sent_is_never_sent(tmp_
         peer, _ = await asyncio.get_running_loop().sock_accept(listener)
         peer.setblocking(False)
         ((hello, _),) = await requests(peer, 1)
-        ipc.send(peer, welcome(hello))
+        host_api.send(peer, welcome(hello))
         await connecting
 
-        waiting = await begun(link.ask(ipc.Stop, ipc.Done, instance=LONG) for _ in range(MANY))
+        waiting = await begun(link.ask(host_api.Stop, host_api.Done, instance=LONG) for _ in range(MANY))
         before = open_here()
-        start = link.ask(ipc.Start, ipc.Started, fd=image.fileno(), run=support.a_run("web", 1))
+        start = link.ask(host_api.Start, host_api.Started, fd=image.fileno(), run=support.a_run("web", 1))
         (given_up,) = await begun([start])
-        waiting += await begun([link.ask(ipc.Restart, ipc.Done, instance="web")])
+        waiting += await begun([link.ask(host_api.Restart, host_api.Done, instance="web")])
         given_up.cancel()
         await asyncio.wait([given_up])
         assert open_here() == before, "the copy of its descriptor is closed"
 
         for request, fd in await requests(peer, MANY + 1):
-            assert (type(request), fd) in {(ipc.Stop, None), (ipc.Restart, None)}
-            ipc.send(peer, ipc.Done(id=request.id))
+            assert (type(request), fd) in {(host_api.Stop, None), (host_api.Restart, None)}
+            host_api.send(peer, host_api.Done(id=request.id))
         assert all(await asyncio.gather(*waiting))
         link.close()
         peer.close()
 
 
 def welcome(hello):
-    return ipc.Welcome(id=hello.id, session="s", version="1", engine="50", containment={}, ingress="", running=())
+    return host_api.Welcome(id=hello.id, session="s", version="1", engine="50", containment={}, ingress="", running=())
 
 
 async def requests(sock, count):
@@ -108,7 +110,7 @@ async def requests(sock, count):
     found = []
     while len(found) < count:
         with contextlib.suppress(BlockingIOError):
-            found.append(ipc.receive_request(sock))
+            found.append(host_api.receive_request(sock))
             continue
         await readable(sock)
     return found
@@ -125,10 +127,10 @@ async def readable(sock):
 async def test_a_descriptor_is_sent_as_it_was_given_however_long_it_waits():
     """Who gave it may close it, and its number may be another file's by then."""
 
-    ours, theirs = control.pair()
+    ours, theirs = framing.socket_pair()
     ours.setblocking(False)
     theirs.setblocking(False)
-    writer = ipc.Writer(ours, lambda error: pytest.fail(str(error)))
+    writer = host_api.Writer(ours, lambda error: pytest.fail(str(error)))
     while not len(writer):
         writer.send(b"x" * 100_000)
     read, write = os.pipe()
@@ -153,7 +155,7 @@ async def received(sock):
     """The next packet."""
     while True:
         try:
-            return control.receive_packet(sock)
+            return framing.receive_packet(sock)
         except BlockingIOError:
             await readable(sock)
 
@@ -161,9 +163,9 @@ async def received(sock):
 @pytest.mark.asyncio
 async def test_a_request_too_large_for_a_packet_is_refused_and_the_others_go_on(own_host):
     async with linked(own_host) as (link, go_on):
-        others = await begun(link.ask(ipc.Status, ipc.Figures) for _ in range(3))
+        others = await begun(link.ask(host_api.Status, host_api.HostStats) for _ in range(3))
         with pytest.raises(HostRefusedError) as refused:
-            await link.ask(ipc.Stop, ipc.Done, instance=2 * LONG)
+            await link.ask(host_api.Stop, host_api.Done, instance=2 * LONG)
         assert refused.value.failed.code is RejectCode.TOO_LARGE
         go_on()
         assert len(await asyncio.gather(*others)) == 3
@@ -172,21 +174,21 @@ async def test_a_request_too_large_for_a_packet_is_refused_and_the_others_go_on(
 @pytest.mark.asyncio
 async def test_a_host_that_ends_while_senders_wait_tells_all_of_them(own_host):
     async with linked(own_host) as (link, _go_on):
-        tasks = await begun(link.ask(ipc.Stop, ipc.Done, instance=LONG) for _ in range(MANY))
+        tasks = await begun(link.ask(host_api.Stop, host_api.Done, instance=LONG) for _ in range(MANY))
         own_host.process.kill()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
-        assert {type(answer) for answer in answers} == {hostlink.HostGoneError}
+        assert {type(answer) for answer in answers} == {host_client.HostGoneError}
         assert not link.connected
 
 
 def flood(path):
     """Ask and never read, until the host has had enough; the socket, which stays open."""
-    sock = ipc.new_socket()
+    sock = host_api.new_socket()
     sock.settimeout(60)
     sock.connect(str(path))
-    with contextlib.suppress(ipc.IpcError):
+    with contextlib.suppress(host_api.IpcError):
         while True:
-            ipc.send(sock, ipc.Hello(id=1))
+            host_api.send(sock, host_api.Hello(id=1))
     return sock
 
 
@@ -194,8 +196,8 @@ def test_peers_that_never_read_are_dropped_and_take_nobodys_place(own_host):
     path = own_host.runtime / "host.sock"
     flooding = [flood(path) for _ in range(10)]  # more than may be connected at once
     with contextlib.closing(own_host.connect()) as sock:
-        ipc.send(sock, ipc.Status(id=7))
-        assert isinstance(ipc.receive_from_host(sock), ipc.Figures)
+        host_api.send(sock, host_api.Status(id=7))
+        assert isinstance(host_api.receive_from_host(sock), host_api.HostStats)
     for each in flooding:
         each.close()
 
@@ -211,7 +213,7 @@ async def test_a_router_that_is_replaced_knows_every_instance_however_many(tmp_p
 
     with socket.create_server(("127.0.0.1", 0)) as ingress:
         port = ingress.getsockname()[1]
-        front = Front(ingress, tmp_path)
+        front = RouterHandle(ingress, tmp_path)
         try:
             for name in names:
                 await front.route(name, up=False, spread=False)
@@ -229,7 +231,7 @@ async def test_a_router_that_is_replaced_knows_every_instance_however_many(tmp_p
 
 @pytest.mark.asyncio
 async def test_a_zygote_that_is_slow_to_read_forks_every_lane_in_the_end():
-    nursery = Nursery()
+    nursery = ZygotePool()
     try:
         await nursery.lane("main", "first", lambda *_: None, fuel=False)
         (zygote,) = nursery._zygotes.values()
@@ -247,16 +249,16 @@ async def test_a_zygote_that_is_slow_to_read_forks_every_lane_in_the_end():
 @pytest.mark.asyncio
 async def test_an_egress_that_is_replaced_knows_every_lane_however_many(tmp_path, monkeypatch):
     """More messages than its socket holds, since it reads none before it is confined."""
-    fork = egress.fork
+    fork = helpers.fork_egress
 
     def fork_with_little_room(directory):
         pid, sock = fork(directory)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least: a few packets, not hundreds of lanes
         return pid, sock
 
-    monkeypatch.setattr(egress, "fork", fork_with_little_room)
+    monkeypatch.setattr(helpers, "fork_egress", fork_with_little_room)
 
-    outlet = Outlet(tmp_path)
+    outlet = EgressHandle(tmp_path)
     try:
         lanes = [outlet.admit("web", Grants(outbound=("http://127.0.0.1:1",)))[1] for _ in range(MANY)]
         fork_again, again = outlet._fork, asyncio.Event()
@@ -274,5 +276,7 @@ async def test_an_egress_that_is_replaced_knows_every_lane_however_many(tmp_path
 def refused(lane):
     """What the egress says to a connection that nobody granted."""
     lane.settimeout(30)
-    lane.send(msgspec.json.encode(egress.Ask(id=1, scheme="http", authority="127.0.0.1:2", timeout_ms=1000)))
-    return msgspec.json.decode(lane.recv(4096), type=egress.Told).error
+    lane.send(
+        msgspec.json.encode(helper_api.ConnectRequest(id=1, scheme="http", authority="127.0.0.1:2", timeout_ms=1000))
+    )
+    return msgspec.json.decode(lane.recv(4096), type=helper_api.ConnectReply).error

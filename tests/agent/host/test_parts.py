@@ -10,13 +10,15 @@ import msgspec
 import pytest
 import support
 
-from agent.host import connection, page, uids
-from agent.host.cgroups import Cgroups
-from agent.host.connection import Connection
-from agent.host.routes import Routes
-from agent.host.space import FULL, NONE, SIZED, memory_plan
-from fleet.protocol import caps
-from fleet.protocol.caps import MIB
+from agent.host.engine.runtime import FULL, NONE, SIZED, memory_plan
+from agent.host.http import connection
+from agent.host.http.connection import Http1Connection
+from agent.host.http.routing import RouteTable
+from agent.host.ipc import stats_page
+from agent.host.supervisor import resources
+from agent.host.supervisor.resources import Cgroups
+from fleet.protocol import bounds
+from fleet.protocol.bounds import MIB
 from fleet.protocol.codes import CallOutcome, InstanceState
 from fleet.protocol.messages import InstanceHealth
 
@@ -34,7 +36,7 @@ from fleet.protocol.messages import InstanceHealth
     ],
 )
 def test_a_request_finds_its_instance_by_host_or_by_path(host, target, instance, passed_on, prefix):
-    routes = Routes()
+    routes = RouteTable()
     routes.up = {"meter": True, "web": True, "127": True}
     route = routes.find(host, target)
     assert (route.instance, route.target, route.prefix, route.status) == (instance, passed_on, prefix, 0)
@@ -42,14 +44,14 @@ def test_a_request_finds_its_instance_by_host_or_by_path(host, target, instance,
 
 @pytest.mark.parametrize("target", [b"/", b"/nobody/", b"*", b"", b"/%2e%2e/meter", b"//meter/"])
 def test_a_request_for_nobody_is_told_who_there_is(target):
-    routes = Routes()
+    routes = RouteTable()
     routes.up = {"meter": True}
     route = routes.find(b"board", target)
     assert (route.status, "/meter/" in route.why) == (404, True)
 
 
 def test_an_instance_that_does_not_answer_is_a_503():
-    routes = Routes()
+    routes = RouteTable()
     routes.up = {"meter": False}
     assert routes.find(b"board", b"/meter/").status == 503
 
@@ -61,7 +63,7 @@ def test_requests_come_whole_however_they_are_cut():
         b"POST /d HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
     )
     for size in (1, 2, 7, 50, len(whole)):
-        state = Connection(body_max_bytes=100)
+        state = Http1Connection(body_max_bytes=100)
         for at in range(0, len(whole), size):
             assert state.feed(whole[at : at + size]) == b""
         seen = [(r.method, bytes(r.target), bytes(r.body), r.keep_alive, r.refusal) for r in state.requests]
@@ -76,7 +78,7 @@ def test_requests_come_whole_however_they_are_cut():
 def test_a_connection_can_be_passed_on_with_what_has_come_of_its_next_request():
     whole = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nhello"
     for cut in range(len(whole)):
-        old, new = Connection(body_max_bytes=100), Connection(body_max_bytes=100)
+        old, new = Http1Connection(body_max_bytes=100), Http1Connection(body_max_bytes=100)
         old.feed(whole[:cut])
         prefix = old.prefix
         assert prefix == whole[:cut]
@@ -86,7 +88,7 @@ def test_a_connection_can_be_passed_on_with_what_has_come_of_its_next_request():
 
 
 def test_a_connection_is_not_passed_while_it_owes_an_answer_or_holds_the_start_of_a_second_request():
-    state = Connection(body_max_bytes=100)
+    state = Http1Connection(body_max_bytes=100)
     state.feed(b"GET / HTTP/1.1\r\nhost: x\r\n\r\nGET /sec")
     assert state.prefix is None
     state.requests.clear()
@@ -97,13 +99,13 @@ def test_a_connection_is_not_passed_while_it_owes_an_answer_or_holds_the_start_o
 
 
 def test_a_client_that_asks_whether_to_go_on_is_told_to():
-    state = Connection(body_max_bytes=100)
+    state = Http1Connection(body_max_bytes=100)
     said = state.feed(b"PUT / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1\r\n\r\n")
     assert said == b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 def test_an_offer_to_upgrade_is_answered_in_http_and_the_connection_stays_http():
-    state = Connection(body_max_bytes=100)
+    state = Http1Connection(body_max_bytes=100)
     offer = b"PUT / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\ncontent-length: 3\r\n\r\nabc"
     state.feed(offer + b"GET /next HTTP/1.1\r\nhost: x\r\n\r\n")
     assert [(r.target, bytes(r.body), r.refusal, r.keep_alive) for r in state.requests] == [
@@ -143,8 +145,8 @@ def test_framing_is_the_hosts_own_business():
 
 
 def test_figures_are_read_where_they_are_written():
-    fd = page.create("test")
-    writer, reader = page.Page(fd), page.Page(fd)
+    fd = stats_page.create_page("test")
+    writer, reader = stats_page.StatsPage(fd), stats_page.StatsPage(fd)
     for us in range(1, 1001):
         writer.begin(1, us)
         writer.end(CallOutcome.OK, us, error=us > 990)
@@ -155,7 +157,7 @@ def test_figures_are_read_where_they_are_written():
     assert figures.calls == {"ok": 1000, "client-gone": 1}
     assert (figures.errors, figures.began_ns, len(figures.latencies_us)) == (10, 77, 512)
     assert figures.percentile_us(0.99) >= figures.percentile_us(0.5) > 488
-    assert page.Figures().percentile_us(0.99) == 0
+    assert stats_page.CallStats().percentile_us(0.99) == 0
     writer.rest()
     assert (reader.number(), reader.began_ns()) == (0, 0)
     # A lane cannot pull the page from under its reader.
@@ -166,11 +168,11 @@ def test_figures_are_read_where_they_are_written():
 
 def test_whatever_lanes_write_into_their_pages_fits_into_a_message():
     """A message with a larger number would be refused, and with it the figures of all instances."""
-    fd = page.create("test")
-    os.pwrite(fd, b"\xff" * page.SIZE, 0)
-    total = page.Figures()
+    fd = stats_page.create_page("test")
+    os.pwrite(fd, b"\xff" * stats_page.SIZE, 0)
+    total = stats_page.CallStats()
     for _ in range(1000):
-        total = total.plus(page.Page(fd).read())
+        total = total.plus(stats_page.StatsPage(fd).read())
     health = InstanceHealth(
         instance="web",
         target="",
@@ -186,39 +188,39 @@ def test_whatever_lanes_write_into_their_pages_fits_into_a_message():
         latencies=total.spread(),
     )
     assert msgspec.json.decode(msgspec.json.encode(health), type=InstanceHealth) == health
-    assert health.errors == caps.NUMBER_MAX
+    assert health.errors == bounds.NUMBER_MAX
     os.close(fd)
 
 
 def test_a_user_belongs_to_one_instance_for_good(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    given = uids.Uids(tmp_path / "uids.json")
+    given = resources.UidAllocator(tmp_path / "uids.json")
     first, second = given.of("a"), given.of("b")
     assert len({first, second, given.of("a")}) == 2
-    assert min(first, second) >= uids.FIRST
-    again = uids.Uids(tmp_path / "uids.json")
+    assert min(first, second) >= resources.FIRST
+    again = resources.UidAllocator(tmp_path / "uids.json")
     assert (again.of("a"), again.of("b")) == (first, second)
     assert again.of("c") not in {first, second}
     (tmp_path / "uids.json").write_text("torn")
-    assert uids.Uids(tmp_path / "uids.json").of("z") == first
+    assert resources.UidAllocator(tmp_path / "uids.json").of("z") == first
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert again.of("a") is None
 
 
 def test_hosts_beside_each_other_give_away_users_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert abs(uids.first_of(Path("/srv/one")) - uids.first_of(Path("/srv/other"))) >= uids.COUNT
-    one = uids.Uids(tmp_path / "uids.json").of("web")
-    assert one == uids.first_of(tmp_path)
+    assert abs(resources.first_of(Path("/srv/one")) - resources.first_of(Path("/srv/other"))) >= resources.COUNT
+    one = resources.UidAllocator(tmp_path / "uids.json").of("web")
+    assert one == resources.first_of(tmp_path)
     # The packaged place has the first range, which no other has.
-    assert uids.first_of(Path("/var/lib/wasmfleet-host")) == uids.FIRST
-    firsts = [uids.first_of(tmp_path / str(number)) for number in range(1000)]
-    assert uids.FIRST not in firsts
-    assert all(uids.FIRST < first < first + uids.COUNT < 1 << 31 for first in firsts)
+    assert resources.first_of(Path("/var/lib/wasmfleet-host")) == resources.FIRST
+    firsts = [resources.first_of(tmp_path / str(number)) for number in range(1000)]
+    assert resources.FIRST not in firsts
+    assert all(resources.FIRST < first < first + resources.COUNT < 1 << 31 for first in firsts)
     # What was given before hosts had ranges of their own stays as it is.
-    (tmp_path / "uids.json").write_text(f'{{"old": {uids.FIRST + 3}}}')
-    again = uids.Uids(tmp_path / "uids.json")
-    assert (again.of("old"), again.of("new")) == (uids.FIRST + 3, one)
+    (tmp_path / "uids.json").write_text(f'{{"old": {resources.FIRST + 3}}}')
+    again = resources.UidAllocator(tmp_path / "uids.json")
+    assert (again.of("old"), again.of("new")) == (resources.FIRST + 3, one)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +235,11 @@ def test_the_memory_plan_follows_the_address_space(bits, plan):
 def test_every_memory_plan_runs_a_guest_and_catches_it_beyond_its_memory(plan, tmp_path):
     code = f"""
 import sys
-from agent.host.engine import Engine, Guest
-from agent.host.faults import GuestError
-from agent.host.selftest import self_test
-from agent.host.space import {plan}
+from agent.host.engine.guest import Guest
+from agent.host.engine.runtime import Engine
+from agent.host.engine.runtime import GuestError
+from agent.host.worker.zygote import self_test
+from agent.host.engine.runtime import {plan}
 from fleet.protocol.manifest import Grants, Limits
 engine = Engine(plan={plan})
 assert self_test(engine)
@@ -265,8 +268,9 @@ def _one_gib():
 
 def test_the_fast_codec_and_the_stock_one_say_the_same():
     code = """
-from agent.host.engine import Engine, use_stock_codec
-from agent.host.selftest import self_test
+from agent.host.engine.guest import use_stock_codec
+from agent.host.engine.runtime import Engine
+from agent.host.worker.zygote import self_test
 engine = Engine()
 assert self_test(engine)
 use_stock_codec(engine)

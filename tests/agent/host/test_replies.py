@@ -10,9 +10,9 @@ import pytest
 import support
 from support import Grants, Limits
 
-from agent.host import control, page
-from agent.host.handle import Lane
-from agent.host.nursery import Nursery
+from agent.host.ipc import framing, stats_page, worker_api
+from agent.host.supervisor.worker_handle import WorkerHandle
+from agent.host.supervisor.worker_pool import ZygotePool
 
 LIMIT_S = 60.0
 
@@ -21,8 +21,8 @@ LIMIT_S = 60.0
 async def played():
     """Yield the supervisor's handle of a lane, the socket on which the lane is played by hand, and what was heard."""
     heard = []
-    ours, theirs = control.pair()
-    lane = Lane("web/1", ours, lambda _, message: heard.append(message))
+    ours, theirs = framing.socket_pair()
+    lane = WorkerHandle("web/1", ours, lambda _, message: heard.append(message))
     theirs.setblocking(False)
     try:
         yield lane, Played(theirs), heard
@@ -42,7 +42,7 @@ class Played:
         """The next packet: its JSON and descriptors."""
         while True:
             try:
-                data, fds = control.receive_packet(self.sock)
+                data, fds = framing.receive_packet(self.sock)
             except BlockingIOError:
                 event = asyncio.Event()
                 asyncio.get_running_loop().add_reader(self.sock, event.set)
@@ -55,7 +55,7 @@ class Played:
         return [(await self.packet())[0] for _ in range(count)]
 
     def say(self, type_, *fds, **fields):
-        control.send_packet(self.sock, json.dumps({"type": type_, **fields}).encode(), fds)
+        framing.send_packet(self.sock, json.dumps({"type": type_, **fields}).encode(), fds)
 
 
 async def begun(*asks):
@@ -65,11 +65,11 @@ async def begun(*asks):
 
 
 def check(lane, number=1):
-    return lane.ask(control.Check(id=number), answer=control.Checked, timeout_s=LIMIT_S)
+    return lane.ask(worker_api.Check(id=number), answer=worker_api.Checked, timeout_s=LIMIT_S)
 
 
 def probe(lane):
-    return lane.ask(control.Probe(id=1), answer=control.Probed, timeout_s=LIMIT_S)
+    return lane.ask(worker_api.Probe(id=1), answer=worker_api.Probed, timeout_s=LIMIT_S)
 
 
 @pytest.mark.asyncio
@@ -95,7 +95,7 @@ async def test_a_late_answer_is_not_taken_for_another():
         peer.say("checked", id=late["id"], problem="of a question that nobody asks any more")
         peer.say("checked", id=current["id"])
         assert (await task).problem is None
-        assert [type(message) for message in heard] == [control.Checked]
+        assert [type(message) for message in heard] == [worker_api.Checked]
 
 
 @pytest.mark.asyncio
@@ -107,16 +107,16 @@ async def test_an_answer_of_another_type_than_was_asked_for_is_none():
         (asked,) = await peer.packets(1)
         peer.say("ran", id=asked["id"])
         peer.say("refused", id=asked["id"], code="internal", message="no")
-        peer.say("checked", id=1 << 80)
+        peer.say("checked", id=1 << 40)
         peer.say("checked", id=asked["id"], problem="as asked")
         assert (await task).problem == "as asked"
-        assert [type(message) for message in heard] == [control.Ran, control.Refused, control.Checked]
+        assert [type(message) for message in heard] == [worker_api.Ran, worker_api.Refused, worker_api.Checked]
 
 
 @pytest.mark.asyncio
 async def test_what_an_earlier_order_left_behind_does_not_end_the_wait_of_a_later_one():
     def hand_over(lane):
-        return lane.ask(control.HandOver(), answer=control.HandedOver, timeout_s=LIMIT_S)
+        return lane.ask(worker_api.Drain(), answer=worker_api.HandedOver, timeout_s=LIMIT_S)
 
     async with played() as (lane, peer, _heard):
         (first,) = await begun(hand_over(lane))
@@ -137,33 +137,37 @@ async def test_what_an_earlier_order_left_behind_does_not_end_the_wait_of_a_late
 
 # What a lane of a version without ids in most messages says, request by request.
 OLD_ANSWERS = [
-    (control.Setup(instance="web", grants=Grants(), limits=Limits()), "ready", {"kinds": [], "layers": {}}),
-    (control.Setup(instance="web", grants=Grants(), limits=Limits()), "refused", {"code": "internal", "message": "m"}),
-    (control.Open(images=(), limits=Limits(), seats=1), "opened", {"layers": {}}),
-    (control.Open(images=(), limits=Limits(), seats=1), "refused", {"code": "internal", "message": "m"}),
-    (control.HandOver(), "handed-over", {"passed": 3, "cut": 0}),
-    (control.Check(), "checked", {"id": ..., "problem": None}),
-    (control.Task(scheduled_ms=1), "ran", {"id": ..., "problem": None}),
-    (control.Probe(), "probed", {"id": ...}),
-    (control.SaveState(), "state-saved", {"length": 3, "problem": None}),
-    (control.LoadState(length=3), "state-loaded", {"problem": None}),
+    (worker_api.Setup(instance="web", grants=Grants(), limits=Limits()), "ready", {"kinds": [], "layers": {}}),
+    (
+        worker_api.Setup(instance="web", grants=Grants(), limits=Limits()),
+        "refused",
+        {"code": "internal", "message": "m"},
+    ),
+    (worker_api.OpenShared(images=(), limits=Limits(), seats=1), "opened", {"layers": {}}),
+    (worker_api.OpenShared(images=(), limits=Limits(), seats=1), "refused", {"code": "internal", "message": "m"}),
+    (worker_api.Drain(), "handed-over", {"passed": 3, "cut": 0}),
+    (worker_api.Check(), "checked", {"id": ..., "problem": None}),
+    (worker_api.Task(scheduled_ms=1), "ran", {"id": ..., "problem": None}),
+    (worker_api.Probe(), "probed", {"id": ...}),
+    (worker_api.SaveState(), "state-saved", {"length": 3, "problem": None}),
+    (worker_api.LoadState(length=3), "state-loaded", {"problem": None}),
 ]
 ANSWER_OF = {
-    control.Setup: control.Ready,
-    control.Open: control.Opened,
-    control.HandOver: control.HandedOver,
-    control.Check: control.Checked,
-    control.Task: control.Ran,
-    control.Probe: control.Probed,
-    control.SaveState: control.StateSaved,
-    control.LoadState: control.StateLoaded,
+    worker_api.Setup: worker_api.Ready,
+    worker_api.OpenShared: worker_api.Opened,
+    worker_api.Drain: worker_api.HandedOver,
+    worker_api.Check: worker_api.Checked,
+    worker_api.Task: worker_api.Ran,
+    worker_api.Probe: worker_api.Probed,
+    worker_api.SaveState: worker_api.StateSaved,
+    worker_api.LoadState: worker_api.StateLoaded,
 }
 
 
 def test_every_request_and_every_reply_has_an_id_that_may_be_missing():
-    for kind in (*control.Request.__args__, *control.Reply.__args__):
+    for kind in (*worker_api.Request.__args__, *worker_api.Reply.__args__):
         assert next(field for field in msgspec.structs.fields(kind) if field.name == "id").default == 0, kind
-    assert set(ANSWER_OF) == set(control.Request.__args__)
+    assert set(ANSWER_OF) == set(worker_api.Request.__args__)
 
 
 @pytest.mark.parametrize(("request_", "said", "fields"), OLD_ANSWERS)
@@ -171,7 +175,7 @@ def test_every_request_and_every_reply_has_an_id_that_may_be_missing():
 async def test_a_lane_that_echoes_no_ids_is_understood_by_the_type_of_its_answers(request_, said, fields):
     async with played() as (lane, peer, _heard):
         kind = ANSWER_OF[type(request_)]
-        other = check(lane) if kind is not control.Checked else probe(lane)
+        other = check(lane) if kind is not worker_api.Checked else probe(lane)
         (waits,) = await begun(other)
         tasks = await begun(*(lane.ask(request_, answer=kind, timeout_s=LIMIT_S) for _ in range(2)))
         _, *asked = await peer.packets(3)
@@ -190,7 +194,7 @@ async def test_a_lane_that_echoes_no_ids_is_understood_by_the_type_of_its_answer
 @contextlib.contextmanager
 def image_of(guest):
     fd = support.sealed(support.compiled(guest))
-    page_fd = page.create("web")
+    page_fd = stats_page.create_page("web")
     try:
         yield fd, page_fd
     finally:
@@ -207,7 +211,7 @@ def without_id(message):
 
 @contextlib.asynccontextmanager
 async def with_a_real_lane(*, shared=False):
-    nursery = Nursery()
+    nursery = ZygotePool()
     try:
         yield await nursery.lane("main", "web/1", lambda *_: None, fuel=False, shared=shared)
     finally:
@@ -228,7 +232,7 @@ class OldSupervisor:
 
     async def set_up(self, guest):
         with image_of(guest) as fds:
-            type_, fields = without_id(control.Setup(instance="web", grants=Grants(), limits=Limits()))
+            type_, fields = without_id(worker_api.Setup(instance="web", grants=Grants(), limits=Limits()))
             ready = await self.ask(type_, *fds, **fields)
         assert (ready["type"], ready["id"]) == ("ready", 0)
 
@@ -274,18 +278,18 @@ async def test_a_supervisor_that_gives_no_ids_opens_shared_lanes_and_hears_refus
     async with with_a_real_lane(shared=True) as lane:
         peer = by_hand(lane)
         with image_of("hello") as (image, page_fd):
-            type_, fields = without_id(control.Open(images=("i",), limits=Limits(), seats=2))
+            type_, fields = without_id(worker_api.OpenShared(images=("i",), limits=Limits(), seats=2))
             peer.say(type_, image, **fields)
             opened, received = await peer.packet()
             assert (opened["type"], opened["id"]) == ("opened", 0)
-            ours, theirs = control.pair()
+            ours, theirs = framing.socket_pair()
             ours.setblocking(False)
             with ours, theirs:
                 peer.say("seat", theirs.fileno())
                 seat = Played(ours)
                 # no guest has so little memory
                 limits = Limits(memory_bytes=1)
-                type_, fields = without_id(control.Setup(instance="a", grants=Grants(), limits=limits, image="i"))
+                type_, fields = without_id(worker_api.Setup(instance="a", grants=Grants(), limits=limits, image="i"))
                 seat.say(type_, page_fd, **fields)
                 refused, _ = await seat.packet()
                 assert (refused["type"], refused["id"]) == ("refused", 0)
@@ -297,8 +301,8 @@ async def test_a_supervisor_that_gives_no_ids_opens_shared_lanes_and_hears_refus
 async def test_a_real_lane_answers_everybody_who_asks_at_once():
     async with with_a_real_lane() as lane:
         with image_of("hello") as fds:
-            setup = control.Setup(instance="web", grants=Grants(), limits=Limits())
-            assert isinstance(await lane.ask(setup, *fds, answer=control.Ready, timeout_s=LIMIT_S), control.Ready)
+            setup = worker_api.Setup(instance="web", grants=Grants(), limits=Limits())
+            assert isinstance(await lane.ask(setup, *fds, answer=worker_api.Ready, timeout_s=LIMIT_S), worker_api.Ready)
         tasks = await begun(*(check(lane, number) for number in range(1, 6)), *(probe(lane) for _ in range(5)))
         answers = await asyncio.gather(*tasks)
-        assert [type(answer) for answer in answers] == [control.Checked] * 5 + [control.Probed] * 5
+        assert [type(answer) for answer in answers] == [worker_api.Checked] * 5 + [worker_api.Probed] * 5

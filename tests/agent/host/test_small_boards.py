@@ -10,8 +10,8 @@ import support
 from host_processes import children, lanes_of
 from support import Grants, Limits
 
-from agent.host import ipc
-from fleet.protocol.caps import MIB
+from agent.host.ipc import host_api
+from fleet.protocol.bounds import MIB
 
 GIB = 1024 * MIB
 SPACES = {"39 bits": (256 * GIB, "67108864+65536"), "1 GiB": (GIB, "0+65536")}
@@ -40,7 +40,7 @@ def small(request, tmp_path):
     def start(guest, run):
         fd = support.sealed(image(guest))
         try:
-            return host.ask(ipc.Start, fd, run=run)
+            return host.ask(host_api.Start, fd, run=run)
         finally:
             os.close(fd)
 
@@ -56,20 +56,20 @@ def asked(host, instance):
 
 def test_a_host_with_little_address_space_answers_contains_and_swaps(small):
     host, start = small
-    assert host.ask(ipc.Hello).engine
-    assert isinstance(start("v1", support.a_run("web", 1, limits=Limits(concurrency=2))), ipc.Started)
+    assert host.ask(host_api.Hello).engine
+    assert isinstance(start("v1", support.a_run("web", 1, limits=Limits(concurrency=2))), host_api.Started)
     grants = Grants(interfaces=("wasi:http/outgoing-handler",), outbound=("http://127.0.0.1:1",))
     reply = start("probe", support.a_run("probe", 1, grants=grants))
-    assert isinstance(reply, ipc.Started), reply
+    assert isinstance(reply, host_api.Started), reply
     assert (asked(host, "web"), asked(host, "probe")) == (200, 200)
     # The new version traps after twenty calls, as often as it is asked: each of them ends that call alone.
-    assert isinstance(start("v3", support.a_run("web", 2)), ipc.Started)
+    assert isinstance(start("v3", support.a_run("web", 2)), host_api.Started)
     statuses = [asked(host, "web") for _ in range(45)]
     assert set(statuses) == {200, 500}
-    assert host.ask(ipc.Revert, instance="web", generation=2).generation == 1
+    assert host.ask(host_api.Revert, instance="web", generation=2).generation == 1
     assert asked(host, "web") == 200
     # Nothing was ended by the engine giving up: no lane, no zygote, no router.
-    assert [(one.instance, one.restarts) for one in host.ask(ipc.Status).instances] == [("probe", 0), ("web", 0)]
+    assert [(one.instance, one.restarts) for one in host.ask(host_api.Status).instances] == [("probe", 0), ("web", 0)]
     assert "abort" not in (host.runtime.parent / "host.log").read_text().lower()
 
 
@@ -78,10 +78,10 @@ def test_instances_that_share_a_lane_fit_into_little_address_space(small):
     for number in range(SEATS):
         limits = Limits(memory_bytes=4 * MIB)
         reply = start("v1", support.a_run(f"seat-{number}", 1, limits=limits, share_lane=True))
-        assert isinstance(reply, ipc.Started), reply
+        assert isinstance(reply, host_api.Started), reply
     for number in range(SEATS):
         assert asked(host, f"seat-{number}") == 200
-    figures = host.ask(ipc.Status).instances
+    figures = host.ask(host_api.Status).instances
     assert {one.restarts for one in figures} == {0}
     assert len({one.shared_lane for one in figures}) < SEATS
     assert lanes_of(host)

@@ -7,7 +7,7 @@ import pytest
 import support
 from support import Grants, Limits
 
-from agent.host import ipc
+from agent.host.ipc import host_api
 
 GRANTS = Grants(interfaces=("wasi:http/outgoing-handler",))
 
@@ -17,7 +17,7 @@ def probe(host):
     port = support.free_port()
     limits = Limits(request_bytes=2 << 20, response_bytes=2 << 20)
     run = support.a_run("probe", 1, port=port, grants=GRANTS, limits=limits)
-    assert isinstance(host.start("probe", run), ipc.Started)
+    assert isinstance(host.start("probe", run), host_api.Started)
     return port
 
 
@@ -80,7 +80,7 @@ def test_what_it_prints_and_what_it_is_denied_are_in_its_log(host, probe):
     ask(probe, "/log")
     ask(probe, "/fetch")
     ask(probe, "/trap")
-    log = host.event(lambda event: isinstance(event, ipc.Trapped)).log
+    log = host.event(lambda event: isinstance(event, host_api.Trapped)).log
     assert "to standard output" in log
     assert "to standard error" in log
     assert any("http://example.org:8080/there?x=1 is denied" in line for line in log)

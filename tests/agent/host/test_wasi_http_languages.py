@@ -14,8 +14,8 @@ import support
 from serve import serving
 from support import Grants, Limits
 
-from agent.host import ipc
-from agent.host.engine import Engine
+from agent.host.engine.runtime import Engine
+from agent.host.ipc import host_api
 
 BUILD = support.ROOT / "components" / "examples" / "wasi-http" / "build.py"
 SAYS = {"rust": "Rust", "js": "JavaScript", "python": "Python"}
@@ -55,10 +55,10 @@ def port(host, image):
     port = support.free_port()
     fd = support.sealed(image)
     try:
-        started = host.ask(ipc.Start, fd, run=support.a_run("server", 1, port=port, grants=GRANTS, limits=LIMITS))
+        started = host.ask(host_api.Start, fd, run=support.a_run("server", 1, port=port, grants=GRANTS, limits=LIMITS))
     finally:
         os.close(fd)
-    assert isinstance(started, ipc.Started), started
+    assert isinstance(started, host_api.Started), started
     return port
 
 

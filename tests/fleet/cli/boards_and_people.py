@@ -10,8 +10,8 @@ from fleet.cli.main import main
 from fleet.protocol.assignment import Assignment, Item
 from signing import director, keys
 from signing.errors import FetchNotFound
-from signing.facts import Facts
-from signing.trust import TrustedSet
+from signing.state import VerifierState
+from signing.verifier import Verifier
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
 BOARD = "gate-0a1b2c3d"
@@ -21,8 +21,8 @@ class Board:
     """Accepts assignments and resolves what they name, as an agent does."""
 
     def __init__(self, desk, *, production: bool = False) -> None:
-        self.desk, self.facts, self.version = desk, Facts(), 0
-        self.trusted = TrustedSet(root=desk.files["1.root.json"], fetch=self._fetch, production=production)
+        self.desk, self.facts, self.version = desk, VerifierState(), 0
+        self.trusted = Verifier(root=desk.files["1.root.json"], fetch=self._fetch, production=production)
 
     def _fetch(self, name: str, _max_bytes: int) -> bytes:
         if name not in self.desk.files:

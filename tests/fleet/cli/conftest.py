@@ -11,12 +11,12 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from fleet import setup
-from fleet.cli import out
+from fleet.admin import bootstrap
+from fleet.cli import output
 from fleet.cli.main import main
 from fleet.client import Client
-from fleet.protocol import api
-from fleet.protocol.api import RolloutView
+from fleet.protocol import operator_api
+from fleet.protocol.operator_api import RolloutView
 from signing import events, keys, repository
 from signing.errors import ConflictError, Rejected, RepositoryError
 from signing.events import Document, Event
@@ -39,7 +39,9 @@ class Desk(httpx.BaseTransport):
         self.files = {path.name: path.read_bytes() for path in (home / "server/repository").iterdir()}
         self.artifacts: dict[str, bytes] = {}
         self.views: list[RolloutView] = []
-        groups = api.Groups(groups=(api.GroupRow(name="edge-eu"), api.GroupRow(name="edge-us")))
+        groups = operator_api.Groups(
+            groups=(operator_api.GroupRow(name="edge-eu"), operator_api.GroupRow(name="edge-us"))
+        )
         self.routes: dict[tuple[str, str], object] = {("GET", "/v1/groups"): groups}
         self.before_role: Callable[[], None] = lambda: None
         self.seen: list[tuple[str, str, bytes]] = []
@@ -59,7 +61,7 @@ class Desk(httpx.BaseTransport):
                 return httpx.Response(200 if sha256 in self.artifacts else 404)
             case "PUT", ["artifacts", sha256]:
                 self.artifacts[sha256] = body
-                return self._answer(api.ArtifactReply(sha256=sha256, length=len(body), new=True))
+                return self._answer(operator_api.ArtifactReply(sha256=sha256, length=len(body), new=True))
             case "POST", ["roles" | "signing-events", *namespace]:
                 return self._publish(namespace, body)
             case ("POST", ["rollouts"] | ["undo"] | ["removals"]) | ("GET", ["rollouts", _]) if self.views:
@@ -69,7 +71,7 @@ class Desk(httpx.BaseTransport):
     def _answer(self, answer: object) -> httpx.Response:
         if isinstance(answer, list):
             answer = answer.pop(0)
-        status = answer.status if isinstance(answer, api.Problem) else 200
+        status = answer.status if isinstance(answer, operator_api.Problem) else 200
         return httpx.Response(status, content=msgspec.json.encode(answer))
 
     def _publish(self, namespace: list[str], data: bytes) -> httpx.Response:
@@ -80,7 +82,9 @@ class Desk(httpx.BaseTransport):
             return self._answer(problem("conflict", str(error), 409))
         except (Rejected, RepositoryError) as error:
             return self._answer(problem("refused", str(error), 422))
-        return self._answer(api.RoleReply(namespace="".join(namespace), version=version, snapshot=1, timestamp=1))
+        return self._answer(
+            operator_api.RoleReply(namespace="".join(namespace), version=version, snapshot=1, timestamp=1)
+        )
 
     def accept_event(self, data: bytes) -> int:
         self.files |= events.apply(self.files, events.decode(data))
@@ -109,16 +113,16 @@ class Desk(httpx.BaseTransport):
         return json.loads([body for _, where, body in self.seen if where == path][-1])
 
 
-def problem(kind: str, title: str, status: int, detail: str = "", action: str = "") -> api.Problem:
-    return api.Problem(type=kind, title=title, status=status, detail=detail, action=action)
+def problem(kind: str, title: str, status: int, detail: str = "", action: str = "") -> operator_api.Problem:
+    return operator_api.Problem(type=kind, title=title, status=status, detail=detail, action=action)
 
 
 @pytest.fixture(autouse=True)
 def plain_console():
     """The console looks at standard output once; each test has another one."""
-    out.console.cache_clear()
+    output.console.cache_clear()
     yield
-    out.console.cache_clear()
+    output.console.cache_clear()
 
 
 @pytest.fixture
@@ -130,14 +134,14 @@ def size() -> str:
 def home(tmp_path, monkeypatch, size) -> Path:
     monkeypatch.delenv("WASMFLEET_HOME", raising=False)
     monkeypatch.setenv("WASMFLEET_KEY_PASSPHRASE", "correct horse" if size == "solo" else "")
-    setup.init(tmp_path / "home", fleet="fleet", size=size, passphrase=b"correct horse" if size == "solo" else None)
+    bootstrap.init(tmp_path / "home", fleet="fleet", size=size, passphrase=b"correct horse" if size == "solo" else None)
     return tmp_path / "home"
 
 
 @pytest.fixture
 def desk(home, monkeypatch) -> Desk:
     made = Desk(home)
-    monkeypatch.setattr("fleet.cli.home.Client", functools.partial(Client, transport=made))
+    monkeypatch.setattr("fleet.cli.operator.Client", functools.partial(Client, transport=made))
     return made
 
 

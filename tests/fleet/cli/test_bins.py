@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fleet.protocol import api
+from fleet.protocol import operator_api
 from fleet.protocol.manifest import Http, Manifest
 from fleet.protocol.names import TargetName
-from signing import bins, keys, repository
+from signing import hash_bins, keys, repository
 from signing.errors import FetchNotFound
-from signing.facts import Facts
-from signing.trust import TrustedSet
+from signing.state import VerifierState
+from signing.verifier import Verifier
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
 MANY = 1100
@@ -34,7 +34,7 @@ def large(desk, home):
     file.signed.version = number + 1
     file.sign(keys.load(home / "operator/keys/main.pem"))
     desk.accept("main", file.to_bytes())
-    desk.routes["GET", "/v1/devices"] = api.Devices()
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices()
     return desk
 
 
@@ -53,15 +53,15 @@ def test_a_large_namespace_moves_over_and_goes_on_as_before(fleet, large, tmp_pa
             raise FetchNotFound(name)
         return large.files[name]
 
-    board = TrustedSet(root=large.files["1.root.json"], fetch=fetch)
-    facts = board.refresh(facts=Facts(), now=datetime.now(UTC))
+    board = Verifier(root=large.files["1.root.json"], fetch=fetch)
+    facts = board.refresh(facts=VerifierState(), now=datetime.now(UTC))
     assert board.lookup("components/main/sensor/1.7.0.wasm")
     whole = len(repository.latest(large.files, "main")[1])
 
     moved = fleet("sign", "bins", "--bits", "6", "--yes")
     assert moved.exit_code == 0, moved.output
     assert "64 hash bins hold what was published before, and nothing else" in moved.stderr
-    assert len(bins.releases(large.files, "main")) == MANY
+    assert len(hash_bins.releases(large.files, "main")) == MANY
     assert fleet("sign", "bins", "--yes").exit_code == 4, "it has bins already"
 
     # The board of before follows, and fetches a small part.
@@ -79,7 +79,7 @@ def test_a_large_namespace_moves_over_and_goes_on_as_before(fleet, large, tmp_pa
     assert published.exit_code == 0, published.output
     after = repository.newest(large.files)
     changed = {role for role in after if after[role] != before.get(role)} - {"snapshot"}
-    assert changed == {bins.holder(large.files, "main", "components/main/hello/2.0.0.wasm")}
+    assert changed == {hash_bins.holder(large.files, "main", "components/main/hello/2.0.0.wasm")}
     assert "published already" in fleet("publish", file, "--version", "2.0.0").stdout
     board.refresh(facts=facts, now=datetime.now(UTC))
     assert board.lookup("components/main/hello/2.0.0.wasm")
@@ -95,7 +95,7 @@ def test_a_large_namespace_moves_over_and_goes_on_as_before(fleet, large, tmp_pa
     assert fleet("publish", file, "--version", "2.1.0").exit_code == 0
     renewed = fleet("sign", "renew", "main", "--yes")
     assert renewed.exit_code == 0, renewed.output
-    assert len(bins.releases(large.files, "main")) == MANY + 1
+    assert len(hash_bins.releases(large.files, "main")) == MANY + 1
 
 
 def test_somebody_who_publishes_into_the_same_bin_in_between_loses_nothing(fleet, desk, tmp_path):
@@ -110,4 +110,4 @@ def test_somebody_who_publishes_into_the_same_bin_in_between_loses_nothing(fleet
     desk.before_role = somebody
     done = fleet("publish", file, "--version", "1.0.0")
     assert done.exit_code == 0, done.output
-    assert {each.name.name for each in bins.releases(desk.files, "main")} == {"hello", "other", "third"}
+    assert {each.name.name for each in hash_bins.releases(desk.files, "main")} == {"hello", "other", "third"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.demo.ports import free_ports
+from fleet.demo.environment import free_ports
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "components" / "demo"

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from fleet.cli.main import main
-from fleet.protocol import adapter, component, compose
+from fleet.component import compose, reader
 
 COMPONENTS = Path(__file__).resolve().parents[3] / "components"
 PROBE = COMPONENTS / "adapter" / "probe.wasm"
@@ -21,15 +21,15 @@ def test_it_writes_what_a_board_would_compile(tmp_path):
     out = tmp_path / "whole.wasm"
     done = run(PROBE, "-o", out)
     assert done.exit_code == 0, done.output
-    assert out.read_bytes() == compose.compose(adapter.load(), PROBE.read_bytes())
-    assert adapter.digest() in done.output
+    assert out.read_bytes() == compose.compose(compose.load_adapter(), PROBE.read_bytes())
+    assert compose.adapter_digest() in done.output
 
 
 def test_for_machines_it_says_the_same_in_json(tmp_path):
     out = tmp_path / "whole.wasm"
     said = json.loads(run(PROBE, "-o", out, "--json").output)
-    assert (said["output"], said["adapter"]) == (str(out), adapter.digest())
-    assert tuple(said["imports"]) == component.read(out.read_bytes()).imports
+    assert (said["output"], said["adapter"]) == (str(out), compose.adapter_digest())
+    assert tuple(said["imports"]) == reader.read(out.read_bytes()).imports
 
 
 @pytest.mark.parametrize(

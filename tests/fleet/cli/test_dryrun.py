@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.protocol import api
+from fleet.protocol import operator_api
 from fleet.protocol.messages import Versions
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
@@ -15,9 +15,9 @@ ARM = Versions(agent="1", host="1", engine="50.0.1")
 TOML = 'name = "ticker"\nversion = "2.0.0"\ntrigger = { type = "schedule", every = "2s" }\narch = ["aarch64"]\n'
 
 
-def row(name: str, **more: object) -> api.DeviceRow:
+def row(name: str, **more: object) -> operator_api.DeviceRow:
     given = {"groups": ("edge-eu",), "online": True, "machine": "aarch64", "versions": ARM}
-    return api.DeviceRow(id=f"{name}-00000000", name=name, **(given | more))
+    return operator_api.DeviceRow(id=f"{name}-00000000", name=name, **(given | more))
 
 
 BOARDS = (
@@ -33,13 +33,13 @@ BOARDS = (
 
 @pytest.fixture
 def file(tmp_path, desk):
-    desk.routes["GET", "/v1/devices"] = api.Devices(devices=BOARDS)
-    desk.routes["GET", "/v1/groups"] = api.Groups(
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=BOARDS)
+    desk.routes["GET", "/v1/groups"] = operator_api.Groups(
         groups=(
-            api.GroupRow(
+            operator_api.GroupRow(
                 name="edge-eu",
                 settled=(
-                    api.Settled(
+                    operator_api.Settled(
                         instance="ticker",
                         target="components/main/ticker/1.0.0.wasm",
                         since=datetime(2026, 5, 1, tzinfo=UTC),
@@ -95,7 +95,7 @@ def test_a_grant_that_it_had_before_is_not_new(fleet, desk, file):
 
 
 def test_no_board_that_could_run_it_is_exit_code_1(fleet, desk, file):
-    desk.routes["GET", "/v1/devices"] = api.Devices(devices=BOARDS[2:5])
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=BOARDS[2:5])
     assert fleet("push", file, "--group", "edge-eu", "--dry-run").exit_code == 1
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.protocol import api
+from fleet.protocol import operator_api
 from fleet.protocol.codes import InstanceState
 from fleet.protocol.messages import InstanceHealth
 
@@ -48,15 +48,17 @@ def statement(data: bytes) -> dict[str, object]:
     }
 
 
-def running(target: str, device: str = "gate-00000000", **more: object) -> api.DeviceRow:
+def running(target: str, device: str = "gate-00000000", **more: object) -> operator_api.DeviceRow:
     instance = InstanceHealth(instance="hello", target=target, generation=1, state=InstanceState.RUNNING)
-    return api.DeviceRow(id=device, name=device, online=True, instances=(instance,), **more)
+    return operator_api.DeviceRow(id=device, name=device, online=True, instances=(instance,), **more)
 
 
-def stage(desk, *rows: api.DeviceRow, settled: tuple[api.Settled, ...] = ()) -> None:
-    desk.routes[("GET", "/v1/devices")] = api.Devices(devices=rows)
-    desk.routes[("GET", "/v1/groups")] = api.Groups(groups=(api.GroupRow(name="edge-eu", settled=settled),))
-    desk.routes[("GET", "/v1/rollouts")] = api.Rollouts()
+def stage(desk, *rows: operator_api.DeviceRow, settled: tuple[operator_api.Settled, ...] = ()) -> None:
+    desk.routes[("GET", "/v1/devices")] = operator_api.Devices(devices=rows)
+    desk.routes[("GET", "/v1/groups")] = operator_api.Groups(
+        groups=(operator_api.GroupRow(name="edge-eu", settled=settled),)
+    )
+    desk.routes[("GET", "/v1/rollouts")] = operator_api.Rollouts()
 
 
 def published(fleet, *arguments: object) -> str:
@@ -142,7 +144,7 @@ def test_a_file_that_is_not_there(fleet, desk, component, tmp_path) -> None:
 def test_boards_that_run_a_package_are_listed_and_what_is_not_known_is_named(fleet, desk, component, bill) -> None:
     told = published(fleet, component, "--version", "1.0.0", "--sbom", bill)
     silent = published(fleet, component, "--version", "1.1.0")
-    settled = (api.Settled(instance="hello", target=told, since="2026-05-01T00:00:00Z"),)
+    settled = (operator_api.Settled(instance="hello", target=told, since="2026-05-01T00:00:00Z"),)
     stage(
         desk,
         running(told),
@@ -188,8 +190,10 @@ def test_what_is_published_and_runs_nowhere_is_listed_when_asked_for(fleet, desk
     told = published(fleet, component, "--version", "1.0.0", "--sbom", bill)
     stage(desk)
     sha256 = hashlib.sha256(component.read_bytes()).hexdigest()
-    row = api.ComponentRow(target=told, namespace="main", name="hello", version="1.0.0", length=1, sha256=sha256)
-    desk.routes[("GET", "/v1/components")] = api.Components(components=(row,))
+    row = operator_api.ComponentRow(
+        target=told, namespace="main", name="hello", version="1.0.0", length=1, sha256=sha256
+    )
+    desk.routes[("GET", "/v1/components")] = operator_api.Components(components=(row,))
     result = fleet("affected", "serde", "--published")
     assert result.exit_code == 0, "nothing in use is affected"
     assert "main/hello@1.0.0" in result.stdout

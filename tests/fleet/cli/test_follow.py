@@ -8,11 +8,11 @@ import httpx
 import pytest
 from rich.console import Console
 
-from fleet.cli import follow, out
+from fleet.cli import output, rollout
 from fleet.cli.base import Exit, Fault, Options
 from fleet.client import Client, UnreachableError
-from fleet.protocol.api import BoardView, Outcome, RolloutState, RolloutView, WaveView
 from fleet.protocol.codes import Phase, RejectCode
+from fleet.protocol.operator_api import BoardView, Outcome, RolloutState, RolloutView, WaveView
 
 START = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 A, B = "berlin-0a0a0a0a", "paris-1b1b1b1b"
@@ -103,7 +103,7 @@ class Script:
 
 def test_each_change_is_a_line_and_success_is_exit_code_0(capsys):
     script = Script(*GOOD[1:])
-    assert follow.follow(script, GOOD[0], Options()) is Exit.OK
+    assert rollout.follow(script, GOOD[0], Options()) is Exit.OK
     assert capsys.readouterr().out == (
         "Rollout 7: main/hello@2.0.0 as hello to group edge-eu (2 boards, waves 1, 100%)\n"
         "  berlin-0a0a0a0a  waiting\n"
@@ -120,7 +120,7 @@ def test_each_change_is_a_line_and_success_is_exit_code_0(capsys):
 
 def test_a_rollback_is_told_with_its_reason_and_log_and_is_exit_code_1(capsys):
     with pytest.raises(Fault) as caught:
-        follow.follow(Script(*BAD[1:]), BAD[0], Options())
+        rollout.follow(Script(*BAD[1:]), BAD[0], Options())
     assert caught.value.code is Exit.FAILED
     assert str(caught.value) == f"rollout 7 halted; {A} rolled back (trapped); run 'fleet why {A}'"
     told = capsys.readouterr()
@@ -132,31 +132,31 @@ def test_a_rollback_is_told_with_its_reason_and_log_and_is_exit_code_1(capsys):
 @pytest.mark.parametrize("state", [RolloutState.HALTED, RolloutState.ABORTED, RolloutState.SUPERSEDED])
 def test_whatever_is_not_success_is_exit_code_1(state):
     with pytest.raises(Fault) as caught:
-        follow.follow(Script(), view(state, board(A, Outcome.SKIPPED)), Options(quiet=True))
+        rollout.follow(Script(), view(state, board(A, Outcome.SKIPPED)), Options(quiet=True))
     assert caught.value.code is Exit.FAILED
 
 
 def test_a_paused_rollout_is_followed_on(capsys):
     paused = view(RolloutState.PAUSED, board(A, Outcome.WAITING), revision=2, reason="paused by admin")
-    assert follow.follow(Script(paused, GOOD[4]), GOOD[0], Options()) is Exit.OK
+    assert rollout.follow(Script(paused, GOOD[4]), GOOD[0], Options()) is Exit.OK
     assert "  paused: paused by admin\n" in capsys.readouterr().out
 
 
 def test_a_server_that_restarts_is_waited_for(monkeypatch, capsys):
-    monkeypatch.setattr(follow.time, "sleep", lambda _: None)
+    monkeypatch.setattr(rollout.time, "sleep", lambda _: None)
     gone = UnreachableError("cannot reach it", "refused", "start it")
-    assert follow.follow(Script(gone, gone, GOOD[4]), GOOD[0], Options(quiet=True)) is Exit.OK
+    assert rollout.follow(Script(gone, gone, GOOD[4]), GOOD[0], Options(quiet=True)) is Exit.OK
 
 
 def test_a_server_that_stays_away_is_given_up(monkeypatch):
-    monkeypatch.setattr(follow.time, "sleep", lambda _: None)
-    monkeypatch.setattr(follow, "GONE_S", -1.0)
+    monkeypatch.setattr(rollout.time, "sleep", lambda _: None)
+    monkeypatch.setattr(rollout, "GONE_S", -1.0)
     with pytest.raises(UnreachableError):
-        follow.follow(Script(UnreachableError("cannot reach it", "refused", "start it")), GOOD[0], Options())
+        rollout.follow(Script(UnreachableError("cannot reach it", "refused", "start it")), GOOD[0], Options())
 
 
 def test_an_interrupt_says_that_the_rollout_goes_on(capsys):
-    assert follow.follow(Script(KeyboardInterrupt()), GOOD[0], Options()) is Exit.INTERRUPTED
+    assert rollout.follow(Script(KeyboardInterrupt()), GOOD[0], Options()) is Exit.INTERRUPTED
     told = capsys.readouterr().err
     assert "Rollout 7 goes on without you." in told
     assert "fleet rollout 7 --follow" in told
@@ -164,20 +164,20 @@ def test_an_interrupt_says_that_the_rollout_goes_on(capsys):
 
 
 def test_json_prints_the_decided_rollout_and_nothing_else(capsys):
-    with_reason = follow.follow(Script(BAD[1]), BAD[0], Options(json=True))
+    with_reason = rollout.follow(Script(BAD[1]), BAD[0], Options(json=True))
     assert with_reason is Exit.FAILED
     assert capsys.readouterr().out.startswith('{\n  "id": "r7"')
 
 
 def test_quiet_says_nothing_of_success(capsys):
-    assert follow.follow(Script(GOOD[4]), GOOD[0], Options(quiet=True)) is Exit.OK
+    assert rollout.follow(Script(GOOD[4]), GOOD[0], Options(quiet=True)) is Exit.OK
     assert capsys.readouterr() == ("", "")
 
 
 def test_the_bars_of_a_terminal(monkeypatch):
     # A bar for each board, in step with its update machine; drawn as text here.
     screen = Console(file=io.StringIO(), width=100, force_terminal=False, color_system=None)
-    screen.print(follow.picture(GOOD[2]))
+    screen.print(rollout.picture(GOOD[2]))
     lines = screen.file.getvalue().splitlines()
     assert lines[0].startswith("Rollout 7: main/hello@2.0.0")
     assert lines[1].split()[0] == A
@@ -198,14 +198,14 @@ def test_the_bars_of_a_terminal(monkeypatch):
     ],
 )
 def test_how_far_a_board_is(phase, progress, done):
-    assert follow.steps(board(A, Outcome.IN_PROGRESS, phase=phase, progress=progress)) == done
+    assert rollout.steps(board(A, Outcome.IN_PROGRESS, phase=phase, progress=progress)) == done
 
 
 def test_many_boards_fit_on_a_screen_with_the_open_ones_first():
     boards = [board(f"gate-{number:08x}", Outcome.PENDING) for number in range(60)]
     boards[59] = board("gate-0000003b", Outcome.IN_PROGRESS, phase=Phase.COMPILING)
     screen = Console(file=io.StringIO(), width=100, color_system=None)
-    screen.print(follow.picture(view(RolloutState.RUNNING, *boards)))
+    screen.print(rollout.picture(view(RolloutState.RUNNING, *boards)))
     text = screen.file.getvalue()
     assert "gate-0000003b" in text
     assert "and 36 more" in text
@@ -213,8 +213,8 @@ def test_many_boards_fit_on_a_screen_with_the_open_ones_first():
 
 def test_the_live_view_ends_with_the_decision(monkeypatch):
     screen = Console(file=io.StringIO(), width=100, force_terminal=True)
-    monkeypatch.setattr(out, "console", lambda: screen)
-    assert follow.follow(Script(*GOOD[1:]), GOOD[0], Options()) is Exit.OK
+    monkeypatch.setattr(output, "console", lambda: screen)
+    assert rollout.follow(Script(*GOOD[1:]), GOOD[0], Options()) is Exit.OK
     assert "succeeded in 1.5 s" in screen.file.getvalue()
 
 
@@ -231,6 +231,6 @@ def test_the_long_poll_asks_the_server_to_wait(home):
         url="https://127.0.0.1:1", ca=home / "operator/ca.pem", token="t", transport=httpx.MockTransport(answer)
     )
     with client:
-        follow.follow(client, GOOD[0], Options(quiet=True))
+        rollout.follow(client, GOOD[0], Options(quiet=True))
     assert asked[0].path == "/v1/rollouts/r7"
     assert dict(asked[0].params) == {"wait": "25", "since": "1"}

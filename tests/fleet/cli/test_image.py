@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from click.testing import CliRunner
 
-from agent import firstboot
-from fleet.cli import image
+from agent.identity import identity
+from fleet.cli import bundle
 from fleet.cli.main import main
-from fleet.protocol.enrolment import Token
+from fleet.protocol.messages import Token
 
 MIB = 1 << 20
 TOOLS = ("mkfs.fat", "mcopy", "mtype")
@@ -81,7 +81,7 @@ def run(*arguments, stdin=""):
 
 
 def on_card(path, offset):
-    command = ["mtype", "-i", f"{path}@@{offset}", f"::{firstboot.NAME}"]
+    command = ["mtype", "-i", f"{path}@@{offset}", f"::{identity.NAME}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -139,4 +139,4 @@ def test_a_token_that_no_board_would_take_is_refused_here(tmp_path):
 
 
 def test_the_board_and_the_operator_mean_the_same_file():
-    assert image.NAME == firstboot.NAME
+    assert bundle.NAME == identity.NAME

@@ -9,9 +9,9 @@ import pytest
 
 from signing import keys, repository, rotation
 from signing.errors import FetchNotFound, Rejected
-from signing.facts import Facts
 from signing.keyring import Keyring, recovery_key
-from signing.trust import TrustedSet
+from signing.state import VerifierState
+from signing.verifier import Verifier
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
 SECRET = "correct horse"
@@ -34,8 +34,8 @@ class Board:
     """A production board's verifier that lives through the whole story, from the root of its enrolment."""
 
     def __init__(self, desk) -> None:
-        self.desk, self.facts = desk, Facts()
-        self.trusted = TrustedSet(root=desk.files["1.root.json"], fetch=self.fetch, production=True)
+        self.desk, self.facts = desk, VerifierState()
+        self.trusted = Verifier(root=desk.files["1.root.json"], fetch=self.fetch, production=True)
 
     def fetch(self, name: str, _max_bytes: int) -> bytes:
         if name not in self.desk.files:
@@ -248,7 +248,7 @@ def test_a_pipelines_key_that_ended_is_followed_by_another(fleet, desk, home, el
     assert fleet("publish", hello(elsewhere), "--version", "1.0.0").exit_code == 0
     # A month later.
     desk.now = datetime.now(UTC) + timedelta(days=31)
-    for module in ("keys", "publishing", "trust"):
+    for module in ("keys", "publish", "trust_store"):
         monkeypatch.setattr(f"fleet.cli.{module}.datetime", At(desk.now))
     desk.sign_online()
     refused = fleet("publish", hello(elsewhere), "--version", "1.1.0")

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import pytest
 
-from fleet.protocol import api
+from fleet.protocol import operator_api
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 from fleet.protocol.messages import Board, Health, InstanceHealth, Versions
 
@@ -27,7 +27,7 @@ HELLO = InstanceHealth(
     memory_bytes=4 << 20,
     restarts=1,
 )
-ROW = api.DeviceRow(
+ROW = operator_api.DeviceRow(
     id="gate-0a0a0a0a",
     name="gate",
     groups=("edge-eu",),
@@ -41,8 +41,10 @@ SHARING = tuple(
     msgspec.structs.replace(HELLO, instance=name, target=f"components/main/{name}/1.0.0.wasm", shared_lane="main-3")
     for name in ("red", "green")
 )
-DARK = api.DeviceRow(id="hut-1b1b1b1b", name="hut", seen_at=None, problem="it has not answered since it enrolled")
-DETAIL = api.DeviceDetail(
+DARK = operator_api.DeviceRow(
+    id="hut-1b1b1b1b", name="hut", seen_at=None, problem="it has not answered since it enrolled"
+)
+DETAIL = operator_api.DeviceDetail(
     row=ROW,
     enrolled_at=NOW - timedelta(days=4),
     health=Health(
@@ -54,7 +56,7 @@ DETAIL = api.DeviceDetail(
         host_runs_as="root service",
     ),
     effective=(
-        api.Effective(
+        operator_api.Effective(
             instance="hello",
             target=HELLO.target,
             source="rollout 7 (group edge-eu)",
@@ -64,16 +66,16 @@ DETAIL = api.DeviceDetail(
         ),
     ),
     failed=(
-        api.TimelineEntry(
+        operator_api.TimelineEntry(
             at=NOW, kind="report", text="blue was refused: grant-denied", action="raise this board's policy"
         ),
     ),
 )
-ROLLOUT = api.RolloutView(
+ROLLOUT = operator_api.RolloutView(
     id="r7",
     number=7,
     revision=3,
-    state=api.RolloutState.HALTED,
+    state=operator_api.RolloutState.HALTED,
     instance="hello",
     target=HELLO.target,
     group="edge-eu",
@@ -92,19 +94,19 @@ def words(text: str) -> list[list[str]]:
 
 @pytest.fixture
 def fleet_of_two(desk):
-    desk.routes["GET", "/v1/devices"] = api.Devices(devices=(ROW, DARK))
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=(ROW, DARK))
     desk.routes["GET", f"/v1/devices/{ROW.id}"] = DETAIL
-    desk.routes["GET", "/v1/rollouts"] = api.Rollouts(rollouts=(ROLLOUT,))
-    desk.routes["GET", "/v1/groups"] = api.Groups(
+    desk.routes["GET", "/v1/rollouts"] = operator_api.Rollouts(rollouts=(ROLLOUT,))
+    desk.routes["GET", "/v1/groups"] = operator_api.Groups(
         groups=(
-            api.GroupRow(
+            operator_api.GroupRow(
                 name="edge-eu",
                 boards=1,
                 online=1,
                 rollout=7,
-                settled=(api.Settled(instance="hello", target=HELLO.target, since=NOW),),
+                settled=(operator_api.Settled(instance="hello", target=HELLO.target, since=NOW),),
             ),
-            api.GroupRow(name="spares", selector={"site": "berlin"}, priority=2),
+            operator_api.GroupRow(name="spares", selector={"site": "berlin"}, priority=2),
         )
     )
     return desk
@@ -138,7 +140,7 @@ def test_the_options_may_stand_before_the_command_too(fleet, fleet_of_two):
 
 
 def test_no_devices_yet(fleet, desk):
-    desk.routes["GET", "/v1/devices"] = api.Devices()
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices()
     assert fleet("devices").stdout == "No board yet: 'fleet enroll-token --group G' makes a token for one.\n"
     assert json.loads(fleet("devices", "--json").stdout) == {"devices": []}
 
@@ -195,7 +197,7 @@ def test_requests_that_instances_sent_and_were_denied_are_shown_where_there_are_
 
 def test_why_says_what_to_do(fleet, desk):
     entries = (
-        api.TimelineEntry(
+        operator_api.TimelineEntry(
             at=NOW,
             kind="report",
             text="hello 3.0.0 was rolled back: trapped",
@@ -204,9 +206,9 @@ def test_why_says_what_to_do(fleet, desk):
             action="mend it and push again",
             log=("unreachable",),
         ),
-        api.TimelineEntry(at=NOW, kind="report", text="fetching was interrupted", retryable=True),
+        operator_api.TimelineEntry(at=NOW, kind="report", text="fetching was interrupted", retryable=True),
     )
-    desk.routes["GET", f"/v1/devices/{ROW.id}/timeline"] = api.Timeline(device=ROW.id, entries=entries)
+    desk.routes["GET", f"/v1/devices/{ROW.id}/timeline"] = operator_api.Timeline(device=ROW.id, entries=entries)
     text = fleet("why", ROW.id, "--log").stdout
     assert "hello 3.0.0 was rolled back: trapped" in text
     assert "do: mend it and push again" in text
@@ -216,7 +218,7 @@ def test_why_says_what_to_do(fleet, desk):
 
 
 def test_status_names_what_is_wrong(fleet, desk):
-    desk.routes["GET", "/v1/status"] = api.Status(
+    desk.routes["GET", "/v1/status"] = operator_api.Status(
         fleet="acme",
         size="dev",
         production=False,
@@ -230,7 +232,7 @@ def test_status_names_what_is_wrong(fleet, desk):
         broker_connected=False,
         devices=2,
         online=1,
-        roles=(api.Published(role="timestamp", version=3, expires=NOW + timedelta(days=2)),),
+        roles=(operator_api.Published(role="timestamp", version=3, expires=NOW + timedelta(days=2)),),
         problems=("the broker is away",),
     )
     text = fleet("status").stdout
@@ -241,7 +243,9 @@ def test_status_names_what_is_wrong(fleet, desk):
 
 
 def test_a_token_is_alone_on_standard_output_so_that_it_can_be_piped(fleet, desk):
-    desk.routes["POST", "/v1/enroll-tokens"] = api.EnrollTokenReply(token="wf1.abc", group="edge-eu", expires=NOW)
+    desk.routes["POST", "/v1/enroll-tokens"] = operator_api.EnrollTokenReply(
+        token="wf1.abc", group="edge-eu", expires=NOW
+    )
     result = fleet("enroll-token", "--group", "edge-eu", "--valid", "30m")
     assert result.stdout == "wf1.abc\n"
     assert "For one board into group edge-eu" in result.stderr
@@ -266,7 +270,7 @@ def test_acts_on_a_board(arguments, method, path, body, fleet, desk):
     assert ROW.id in result.stdout
     if body is not None:
         assert desk.sent(path) == body
-    assert msgspec.json.decode(fleet(*arguments, "--json").stdout, type=api.DeviceDetail).row.id == ROW.id
+    assert msgspec.json.decode(fleet(*arguments, "--json").stdout, type=operator_api.DeviceDetail).row.id == ROW.id
 
 
 def test_a_board_is_not_revoked_without_a_yes(fleet, desk):
@@ -302,7 +306,7 @@ def test_undo_and_remove_say_what_they_mean(fleet, desk):
     ("problem", "line"),
     [
         (
-            api.Problem(
+            operator_api.Problem(
                 type="unknown-group",
                 title="no group 'edge-eu'",
                 status=404,
@@ -312,7 +316,7 @@ def test_undo_and_remove_say_what_they_mean(fleet, desk):
             "error: no group 'edge-eu'; there are none; make it with 'fleet group'\n",
         ),
         (
-            api.Problem(type="unauthorised", title="the token is not known here", status=401),
+            operator_api.Problem(type="unauthorised", title="the token is not known here", status=401),
             "error: the token is not known here\n",
         ),
     ],

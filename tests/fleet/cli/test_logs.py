@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from fleet.cli import logs
+from fleet.cli import device
 from fleet.client import Client
-from fleet.protocol import api
-from fleet.protocol.logs import LogView
+from fleet.protocol import operator_api
+from fleet.protocol.messages import LogView
 
 GATE = "gate-0a1b2c3d"
 ASK, LOOK = ("POST", f"/v1/devices/{GATE}/command"), ("GET", f"/v1/devices/{GATE}/logs")
@@ -33,7 +33,7 @@ def board(desk):
     """What the board answers, look by look."""
 
     def answers(*views):
-        desk.routes[ASK] = api.CommandReply(sequence=7, expires=datetime.now(UTC))
+        desk.routes[ASK] = operator_api.CommandReply(sequence=7, expires=datetime.now(UTC))
         desk.routes[LOOK] = [*views]
         return desk.routes[LOOK]
 
@@ -54,7 +54,7 @@ def test_following_asks_behind_what_it_has_until_the_board_ends_it(fleet, desk, 
     assert done.stderr == "(4 lines left out: the board's policy, or faster than they are sent)\n"
     assert [after for _, after, _ in looks] == [0, 0, 2, 2, 3], "no line twice"
     assert {command for command, _, _ in looks} == {7}
-    assert {wait for _, _, wait in looks} == {logs.LOOK_S}, "the server is asked to wait: no busy loop"
+    assert {wait for _, _, wait in looks} == {device.LOOK_S}, "the server is asked to wait: no busy loop"
     assert not left
     verb = desk.sent(ASK[1])["verb"]
     assert (verb["instance"], verb["minutes"]) == ("hello", 15)
@@ -88,7 +88,7 @@ def test_what_the_board_refuses_while_it_is_followed_ends_it(fleet, board):
 
 
 def test_a_board_that_does_not_answer_is_given_up_and_one_that_did_is_not(fleet, board, monkeypatch):
-    monkeypatch.setattr(logs, "ANSWER_S", 0)
+    monkeypatch.setattr(device, "ANSWER_S", 0)
     board(LogView())
     done = fleet("logs", "hello", "--device", GATE, "--follow")
     assert done.exit_code == 1

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from fleet.protocol.people import OperatorReply, OperatorRow, Operators, Role
+from fleet.protocol.trust_api import OperatorReply, OperatorRow, Operators, Role
 from tests.fleet.cli.conftest import problem
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)

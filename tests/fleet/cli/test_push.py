@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from wasmtime import wat2wasm
 
-from fleet.protocol.api import BoardView, Outcome, RolloutState, RolloutView, WaveView
+from fleet.protocol.operator_api import BoardView, Outcome, RolloutState, RolloutView, WaveView
 from signing import keys, repository
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
@@ -204,7 +204,7 @@ def test_whoever_loses_the_race_verifies_and_signs_again(tmp_path, fleet, done, 
     def race() -> None:
         done.before_role = lambda: None
         version, role = repository.latest(done.files, "main")
-        from fleet.cli.prepare import prepare
+        from fleet.cli.publish import prepare
         from fleet.protocol.names import TargetName
 
         theirs = prepare(other, version="9.9.9")

@@ -6,7 +6,7 @@ import shutil
 import httpx
 import pytest
 
-from fleet import issuing
+from fleet import ca
 from signing import keys, repository, rotation
 from tests.fleet.cli.boards_and_people import Board, hello, person
 
@@ -18,7 +18,7 @@ def size():
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    monkeypatch.setattr(issuing, "_ROUNDS", 1000)  # opening keys is not what is tested here
+    monkeypatch.setattr(ca, "_ROUNDS", 1000)  # opening keys is not what is tested here
     monkeypatch.setattr(keys, "PKCS12_ROUNDS", 1000)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fleet.protocol.sealed import BoardKey, SealingKeys, SecretReply
+from fleet.protocol.trust_api import BoardKey, SealingKeys, SecretReply
 from signing import sealing
 from signing.sealing import Purpose
 from tests.signing.sealing_device import KEY, Device

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from fleet.cli.main import main
-from signing import proposals, repository, rotation
+from signing import events, repository, rotation
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
 
@@ -164,10 +164,10 @@ def test_a_cron_job_notices_what_expires_and_renewal_ends_it(fleet, desk, monkey
 def test_what_has_expired_already_is_renewed_all_the_same(fleet, desk, home):
     # A year went by in which nobody signed: the targets of the day before yesterday, as the server would show them.
     past = datetime.now(UTC) - timedelta(days=366)
-    from signing import events, keyring
+    from signing import keyring
 
     ring = keyring.Keyring(home / "operator/keys")
-    event = proposals.propose(desk.files, renew=("targets",), now=past)
+    event = events.propose(desk.files, renew=("targets",), now=past)
     signer = ring.open(ring.get("targets"), lambda _what: b"correct horse")
     desk.accept_event(events.sign(desk.files, event, signer).encode())
 

@@ -17,7 +17,7 @@ from fleet.client import Client
 from fleet.protocol.codes import RejectCode
 from signing import keys, repository, rotation
 from signing.errors import Rejected
-from signing.workflow import profile
+from signing.metadata import profile
 from tests.fleet.cli.boards_and_people import Board, hello, person
 
 
@@ -111,7 +111,7 @@ def begin(tmp_path, monkeypatch, work):
         if result.exit_code:
             return result, None
         desk = Desk(tmp_path / "home")
-        monkeypatch.setattr("fleet.cli.home.Client", functools.partial(Client, transport=desk))
+        monkeypatch.setattr("fleet.cli.operator.Client", functools.partial(Client, transport=desk))
         return result, desk
 
     return run

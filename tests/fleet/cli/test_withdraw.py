@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.protocol import api
+from fleet.protocol import operator_api
 from signing import keys, repository
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
@@ -14,7 +14,7 @@ DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
 
 @pytest.fixture
 def published(desk, fleet, tmp_path):
-    desk.routes["GET", "/v1/devices"] = api.Devices()
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices()
     file = shutil.copy(DEMO / "v1.wasm", tmp_path / "hello.wasm")
     for version in ("1.0.0", "1.1.0"):
         assert fleet("publish", file, "--version", version).exit_code == 0

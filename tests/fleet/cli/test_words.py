@@ -4,10 +4,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from fleet.cli import out
-from fleet.cli.base import Fault
-from fleet.cli.boards import seconds
-from fleet.cli.values import config_values, label_values
+from fleet.cli import output
+from fleet.cli.base import Fault, config_values, label_values
+from fleet.cli.device import seconds
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 
@@ -25,18 +24,18 @@ NOW = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
     ],
 )
 def test_how_long_ago(passed, text):
-    assert out.ago(NOW - passed, NOW) == text
+    assert output.ago(NOW - passed, NOW) == text
 
 
 def test_never():
-    assert out.ago(None) == "never"
+    assert output.ago(None) == "never"
 
 
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1749, "1.7 KiB"), (5 << 20, "5.0 MiB"), (3 << 40, "3072.0 GiB")]
 )
 def test_sizes(count, text):
-    assert out.size(count) == text
+    assert output.size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -49,7 +48,7 @@ def test_sizes(count, text):
     ],
 )
 def test_targets_as_people_write_them(path, text):
-    assert out.target(path) == text
+    assert output.target(path) == text
 
 
 @pytest.mark.parametrize(("text", "value"), [("90s", 90), ("30m", 1800), ("12h", 43_200), ("7d", 604_800)])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.demo import ports
+from fleet.demo import environment
 
 
 def range_of(tmp_path, lowest):
@@ -17,7 +17,7 @@ def range_of(tmp_path, lowest):
 
 def test_they_are_different_free_and_below_those_of_connections():
     given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    found = ports.free_ports(20)
+    found = environment.free_ports(20)
     assert len(set(found)) == 20
     assert max(found) < given
     with contextlib.ExitStack() as stack:
@@ -26,13 +26,13 @@ def test_they_are_different_free_and_below_those_of_connections():
 
 
 def test_a_port_that_somebody_has_is_not_given(monkeypatch):
-    with socket.create_server(("127.0.0.1", ports.free_ports(1)[0])) as taken:
+    with socket.create_server(("127.0.0.1", environment.free_ports(1)[0])) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(ports.random.SystemRandom, "sample", lambda *_, **__: [port])
+        monkeypatch.setattr(environment.random.SystemRandom, "sample", lambda *_, **__: [port])
         with pytest.raises(OSError, match="no free port"):
-            ports.free_ports(1)
+            environment.free_ports(1)
 
 
 def test_where_connections_may_have_any_port_the_kernel_chooses(tmp_path, monkeypatch):
-    monkeypatch.setattr(ports, "_RANGE", range_of(tmp_path, 1024))
-    assert len(set(ports.free_ports(3))) == 3
+    monkeypatch.setattr(environment, "_RANGE", range_of(tmp_path, 1024))
+    assert len(set(environment.free_ports(3))) == 3

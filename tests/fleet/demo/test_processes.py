@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.demo.processes import ChildDiedError, Processes, python_environment
+from fleet.demo.environment import ChildDiedError, Processes, python_environment
 from tests.eventually import eventually_async
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,7 +55,7 @@ async def test_children_and_their_children_are_gone(tmp_path):
 
 @pytest.mark.asyncio
 async def test_a_child_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr("fleet.demo.processes._GRACE_S", 0.1)
+    monkeypatch.setattr("fleet.demo.environment._GRACE_S", 0.1)
 
     async def go() -> int:
         processes = Processes(logs=tmp_path, environment=python_environment())
@@ -71,7 +71,7 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path):
     # SIGKILL gives the demo no chance to clean up: the kernel tells the child.
     script = (
         "import asyncio, pathlib, sys\n"
-        "from fleet.demo.processes import Processes, python_environment\n"
+        "from fleet.demo.environment import Processes, python_environment\n"
         "async def go():\n"
         f"    processes = Processes(logs=pathlib.Path({str(tmp_path)!r}), environment=python_environment())\n"
         "    child = await processes.start('sleeper', [sys.executable, '-c', 'import time; time.sleep(600)'])\n"

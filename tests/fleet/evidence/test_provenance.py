@@ -6,7 +6,7 @@ import json
 import pytest
 
 from fleet.evidence import provenance
-from fleet.evidence.document import DocumentError
+from fleet.evidence.sbom import DocumentError
 
 STATEMENT = {
     "_type": "https://in-toto.io/Statement/v1",

@@ -3,9 +3,8 @@
 import pytest
 
 from fleet.evidence import query
-from fleet.evidence.document import DocumentError
-from fleet.evidence.packages import Package
 from fleet.evidence.query import Answer
+from fleet.evidence.sbom import DocumentError, Package
 
 YES, MAYBE, NO = Answer.YES, Answer.MAYBE, Answer.NO
 

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from fleet.evidence import sbom
-from fleet.evidence.document import DocumentError
-from fleet.evidence.packages import Package
+from fleet.evidence.sbom import DocumentError, Package
 
 CYCLONEDX = {
     "bomFormat": "CycloneDX",

@@ -8,21 +8,21 @@ import msgspec
 import pytest
 
 import fleet.protocol
-from fleet.protocol import api, caps, wire
+from fleet.protocol import bounds, operator_api, wire
 from fleet.protocol.wire import Message
 
 MODULES = (
     *(f"fleet.protocol.{module.name}" for module in pkgutil.iter_modules(fleet.protocol.__path__)),
-    "agent.bundle",
-    "agent.enroll",
-    "agent.host.control",
+    "agent.link.bundle",
+    "agent.identity.enrolment",
+    "agent.host.ipc.worker_api",
     "agent.host.egress",
-    "agent.host.ipc",
-    "agent.host.router",
-    "fleet.evidence.embedded",
+    "agent.host.ipc.host_api",
+    "agent.host.http.router",
+    "fleet.evidence.sbom",
     "fleet.evidence.provenance",
-    "fleet.publisher",
-    "fleet.server.repository",
+    "fleet.admin.signing_host",
+    "fleet.server.tuf_repository",
     "signing.dsse",
     "signing.sealing",
 )
@@ -83,7 +83,7 @@ def test_no_number_is_without_bounds_and_no_time_without_a_zone(name):
         for field in msgspec.inspect.type_info(STRUCTS[name]).fields
         for path, what in unbounded(field.type, field.name)
     ]
-    assert not found, f"{name}: {', '.join(found)}: use the types of fleet.protocol.caps"
+    assert not found, f"{name}: {', '.join(found)}: use the types of fleet.protocol.bounds"
 
 
 class _Unheld(msgspec.Struct):
@@ -92,10 +92,10 @@ class _Unheld(msgspec.Struct):
     at: datetime
     several: tuple[int, ...]
     counts: dict[str, int]
-    more: caps.Count | float | None = None
-    well: caps.Count = 0
-    measured: caps.Figure = 0.0
-    since: caps.Utc | None = None
+    more: bounds.Count | float | None = None
+    well: bounds.Count = 0
+    measured: bounds.Figure = 0.0
+    since: bounds.Utc | None = None
 
 
 def test_the_walk_finds_what_it_is_for():
@@ -112,7 +112,7 @@ MESSAGES = [each for each in STRUCTS.values() if issubclass(each, Message) and e
 def test_strings_and_collections_are_bounded_by_the_size_of_their_message(kind):
     """Each message says how large it may be, and nothing larger is decoded."""
     assert "MAX_BYTES" in vars(kind)
-    assert kind.MAX_BYTES <= caps.API_BODY_MAX_BYTES
+    assert kind.MAX_BYTES <= bounds.API_BODY_MAX_BYTES
     with pytest.raises(wire.TooLargeError):
         wire.decode(kind, b" " * (kind.MAX_BYTES + 1))
 
@@ -120,23 +120,23 @@ def test_strings_and_collections_are_bounded_by_the_size_of_their_message(kind):
 @pytest.mark.parametrize("number", [2**53 + 1, 2**63, 2**64, 10**400, -1, -(2**63) - 1, 1.0, 1e300])
 def test_a_count_is_a_whole_number_that_everybody_can_hold(number):
     with pytest.raises(msgspec.ValidationError):
-        msgspec.json.decode(f"{number}".encode(), type=caps.Count)
+        msgspec.json.decode(f"{number}".encode(), type=bounds.Count)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "1e13", "-1e13", "9" * 400])
 def test_a_figure_is_a_finite_number(number):
     with pytest.raises(msgspec.MsgspecError):
-        msgspec.json.decode(number.encode(), type=caps.Figure)
+        msgspec.json.decode(number.encode(), type=bounds.Figure)
 
 
 def test_the_longest_wait_ends_at_a_time():
-    assert datetime.fromtimestamp(datetime(2100, 1, 1, tzinfo=UTC).timestamp() + caps.WAIT_MAX_S, UTC)
+    assert datetime.fromtimestamp(datetime(2100, 1, 1, tzinfo=UTC).timestamp() + bounds.WAIT_MAX_S, UTC)
 
 
 def test_the_largest_of_everything_is_taken():
-    assert msgspec.json.decode(str(2**53).encode(), type=caps.Count) == 2**53
-    assert msgspec.json.decode(str(2**63 - 1).encode(), type=caps.Stored) == 2**63 - 1
-    request = api.RolloutRequest(
-        instance="i", port=65_535, attempt=2**53, soak_s=caps.WAIT_MAX_S, failures=2**53, timeout_s=caps.WAIT_MAX_S
+    assert msgspec.json.decode(str(2**53).encode(), type=bounds.Count) == 2**53
+    assert msgspec.json.decode(str(2**63 - 1).encode(), type=bounds.Stored) == 2**63 - 1
+    request = operator_api.RolloutRequest(
+        instance="i", port=65_535, attempt=2**53, soak_s=bounds.WAIT_MAX_S, failures=2**53, timeout_s=bounds.WAIT_MAX_S
     )
-    assert msgspec.json.decode(msgspec.json.encode(request), type=api.RolloutRequest) == request
+    assert msgspec.json.decode(msgspec.json.encode(request), type=operator_api.RolloutRequest) == request

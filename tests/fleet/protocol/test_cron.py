@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet.protocol import cron
+from fleet.protocol import manifest
 
 
 def at(*fields):
@@ -36,7 +36,7 @@ FRIDAY = at(2024, 3, 1, 12, 34, 56)
     ],
 )
 def test_the_next_minute(line, expected):
-    assert cron.parse(cron.check(line)).next_after(FRIDAY) == expected
+    assert manifest.parse(manifest.check(line)).next_after(FRIDAY) == expected
 
 
 @pytest.mark.parametrize(
@@ -61,19 +61,19 @@ def test_the_next_minute(line, expected):
     ],
 )
 def test_what_is_refused(line, says):
-    with pytest.raises(cron.BadCronError, match=says):
-        cron.check(line)
+    with pytest.raises(manifest.BadCronError, match=says):
+        manifest.check(line)
 
 
 @given(st.text(alphabet="0123456789*/-, ", max_size=30))
 def test_whatever_the_text_only_its_own_error_comes_out(line):
-    with contextlib.suppress(cron.BadCronError):
-        cron.parse(line)
+    with contextlib.suppress(manifest.BadCronError):
+        manifest.parse(line)
 
 
 @given(st.datetimes(at(2000, 1, 1), at(2030, 1, 1)))
 def test_the_next_is_later_and_fits(moment):
-    line = cron.parse("7-50/9 */5 * * 1,3")
+    line = manifest.parse("7-50/9 */5 * * 1,3")
     following = line.next_after(moment)
     assert following > moment
     assert (following.minute in line.minutes, following.hour % 5, following.isoweekday() in {1, 3}) == (True, 0, True)

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 
-from fleet.protocol import assignment, enrolment, messages, wire
+from fleet.protocol import assignment, messages, wire
 from fleet.protocol.codes import RETRYABLE, Phase, RejectCode
 from fleet.protocol.manifest import Grants
 
@@ -84,18 +84,18 @@ def test_an_item_is_the_same_whatever_wants_it():
 
 
 def test_a_token_is_one_line_and_comes_back():
-    token = enrolment.Token(
+    token = messages.Token(
         url="https://127.0.0.1:1", fleet="dev", ca_sha256="a", root_sha256="b", floor=NOW, expires=NOW, secret="s"
     )
     line = token.encode()
     assert "\n" not in line
-    assert enrolment.Token.decode(line + "\n") == token
+    assert messages.Token.decode(line + "\n") == token
 
 
 @pytest.mark.parametrize("text", ["", "hello", "wf1.", "wf1.%%%", "wf1.e30", "wf1." + "A" * 5000])
 def test_a_damaged_token_is_told_from_none(text):
-    with pytest.raises(enrolment.BadTokenError, match=r"not an enrolment token|damaged"):
-        enrolment.Token.decode(text)
+    with pytest.raises(messages.BadTokenError, match=r"not an enrolment token|damaged"):
+        messages.Token.decode(text)
 
 
 def test_vocabularies_do_not_overlap_in_meaning():

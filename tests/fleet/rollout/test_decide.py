@@ -6,10 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleet.rollout import waves
+from fleet.rollout import model
 from fleet.rollout.decide import Complete, Expire, Halt, Offer, Wait, decide
-from fleet.rollout.judge import Word, confirm, hear, relapse
-from fleet.rollout.model import BREACHES, Board, Outcome, Rollout, State
+from fleet.rollout.model import (
+    BREACHES,
+    DeviceProgress,
+    Observation,
+    Outcome,
+    Rollout,
+    State,
+    apply_report,
+    confirm,
+    relapse,
+)
 
 NOW = 1000.0
 
@@ -20,7 +29,7 @@ def rollout(**more):
 
 def board(name, wave, outcome=Outcome.PENDING, **more):
     times = {} if outcome is Outcome.PENDING else {"offered_at": NOW, "acked_at": NOW}
-    return Board(name, wave, outcome, online=True, **{**times, **more})
+    return DeviceProgress(name, wave, outcome, online=True, **{**times, **more})
 
 
 def fleet(*outcomes):
@@ -86,7 +95,7 @@ def test_a_board_that_takes_too_long_after_its_first_word_has_failed():
 
 
 def test_the_clock_of_the_time_out_does_not_run_for_a_board_that_said_nothing():
-    silent = [Board("a", 1, WAITING, online=False, offered_at=0.0)]
+    silent = [DeviceProgress("a", 1, WAITING, online=False, offered_at=0.0)]
     (wait,) = decide(rollout(wave=1, sizes=(1,)), silent, NOW * 1000)
     assert isinstance(wait, Wait)
     assert "a" in wait.reason
@@ -132,10 +141,11 @@ class Simulation:
 
     def __init__(self, acts, online, text, failures):
         self.acts, self.online, self.now, self.offered = acts, online, 0.0, set()
-        order = waves.order(online)
-        reached = waves.sizes(waves.parse(text), len(order))
+        order = model.order(online)
+        reached = model.sizes(model.parse(text), len(order))
         self.boards = {
-            name: Board(name, waves.wave_of(index, reached), online=online[name]) for index, name in enumerate(order)
+            name: DeviceProgress(name, model.wave_of(index, reached), online=online[name])
+            for index, name in enumerate(order)
         }
         self.rollout = rollout(sizes=reached, failures=failures, timeout_s=100)
 
@@ -172,8 +182,8 @@ class Simulation:
         self.offered.add(device)
         it = replace(self.boards[device], outcome=WAITING, offered_at=self.now)
         for phase, code in BEHAVIOURS[self.acts[device]] if self.online[device] else []:
-            word = Word(at=self.now, phase=phase, code=code, retryable=code == "unreachable")
-            it = hear(hear(it, word), word)
+            word = Observation(at=self.now, phase=phase, code=code, retryable=code == "unreachable")
+            it = apply_report(apply_report(it, word), word)
         self.boards[device] = it
 
     def count(self, *outcomes):
@@ -211,33 +221,33 @@ def test_every_rollout_comes_to_rest_and_never_passes_a_breach(behaviours, away,
 
 def test_a_report_heard_twice_counts_once():
     waiting = board("a", 1, WAITING, acked_at=None)
-    word = Word(at=5, phase="committed", running="x")
-    once = hear(waiting, word)
+    word = Observation(at=5, phase="committed", running="x")
+    once = apply_report(waiting, word)
     assert once.outcome is GOOD
-    assert hear(once, replace(word, at=9)) == once
+    assert apply_report(once, replace(word, at=9)) == once
 
 
 def test_an_older_attempt_changes_nothing():
     waiting = board("a", 1, WAITING, attempt=2)
-    assert hear(waiting, Word(at=5, phase="rolled-back", attempt=1)) == waiting
+    assert apply_report(waiting, Observation(at=5, phase="rolled-back", attempt=1)) == waiting
 
 
 def test_a_late_progress_report_does_not_undo_an_outcome():
-    done = hear(board("a", 1, WAITING), Word(at=5, phase="committed"))
-    assert hear(done, Word(at=6, phase="fetching")).outcome is GOOD
-    failed = hear(board("a", 1, WAITING), Word(at=5, phase="rolled-back"))
-    assert hear(failed, Word(at=6, phase="failed", code="unsigned")).outcome is BAD
+    done = apply_report(board("a", 1, WAITING), Observation(at=5, phase="committed"))
+    assert apply_report(done, Observation(at=6, phase="fetching")).outcome is GOOD
+    failed = apply_report(board("a", 1, WAITING), Observation(at=5, phase="rolled-back"))
+    assert apply_report(failed, Observation(at=6, phase="failed", code="unsigned")).outcome is BAD
 
 
 def test_a_retry_after_a_failure_counts_anew():
-    failed = hear(board("a", 1, WAITING), Word(at=5, phase="rolled-back", code="trapped"))
-    trying = hear(failed, Word(at=9, phase="fetching", attempt=1))
+    failed = apply_report(board("a", 1, WAITING), Observation(at=5, phase="rolled-back", code="trapped"))
+    trying = apply_report(failed, Observation(at=9, phase="fetching", attempt=1))
     assert (trying.outcome, trying.acked_at, trying.ended_at) == (BUSY, 9, None)
-    assert hear(trying, Word(at=10, phase="committed", attempt=1)).outcome is GOOD
+    assert apply_report(trying, Observation(at=10, phase="committed", attempt=1)).outcome is GOOD
 
 
 def test_what_the_board_retries_by_itself_is_not_decided():
-    trying = hear(board("a", 1, WAITING), Word(at=5, phase="failed", code="unreachable", retryable=True))
+    trying = apply_report(board("a", 1, WAITING), Observation(at=5, phase="failed", code="unreachable", retryable=True))
     assert (trying.outcome, trying.retrying) == (BUSY, True)
 
 
@@ -247,7 +257,7 @@ def test_what_the_board_retries_by_itself_is_not_decided():
      ("superseded", SKIP), ("rate-limited", Outcome.DEFERRED), ("", BAD)],
 )  # fmt: skip
 def test_a_failure_is_named_by_its_code(code, outcome):
-    assert hear(board("a", 1, WAITING), Word(at=5, phase="failed", code=code)).outcome is outcome
+    assert apply_report(board("a", 1, WAITING), Observation(at=5, phase="failed", code=code)).outcome is outcome
 
 
 def test_a_commit_of_the_whole_assignment_is_enough_when_reports_were_lost():

@@ -4,12 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet.rollout import effective, history
-from fleet.rollout.effective import Conflict, Group, Held, Overlay
-from fleet.rollout.history import NothingToUndoError, Past
+from fleet.rollout import effective
+from fleet.rollout.effective import Conflict, Group, NothingToUndoError, Overlay, Past, SettledValue
 from fleet.rollout.model import State, Value
 
-V1, V2, V3 = (Held(Value(f"v{number}"), f"r{number}") for number in (1, 2, 3))
+V1, V2, V3 = (SettledValue(Value(f"v{number}"), f"r{number}") for number in (1, 2, 3))
 
 
 def what(groups=(), pins=None, overlays=()):
@@ -87,23 +86,23 @@ def past(number, state=State.SUCCEEDED, undoes=""):
 
 def test_undo_after_undo_walks_back_through_history():
     first, second, third = past(1), past(2), past(3)
-    assert history.choose([first, second, third]) == third
-    assert history.choose([first, second, third, past(4, undoes="r3")]) == second
-    assert history.choose([first, second, third, past(4, undoes="r3"), past(5, undoes="r2")]) == first
+    assert effective.choose_undo([first, second, third]) == third
+    assert effective.choose_undo([first, second, third, past(4, undoes="r3")]) == second
+    assert effective.choose_undo([first, second, third, past(4, undoes="r3"), past(5, undoes="r2")]) == first
     with pytest.raises(NothingToUndoError):
-        history.choose([first, past(2, undoes="r1")])
+        effective.choose_undo([first, past(2, undoes="r1")])
 
 
 def test_a_rollout_that_was_halted_is_not_what_an_undo_takes_back():
-    assert history.choose([past(1), past(2), past(3, State.HALTED)]) == past(2)
+    assert effective.choose_undo([past(1), past(2), past(3, State.HALTED)]) == past(2)
     with pytest.raises(NothingToUndoError, match="rollout 3 was halted"):
-        history.target_of(past(3, State.HALTED))
+        effective.target_of(past(3, State.HALTED))
 
 
 def test_an_undo_that_was_halted_itself_may_be_asked_again():
-    assert history.choose([past(1), past(2), past(3, State.HALTED, undoes="r2")]) == past(2)
+    assert effective.choose_undo([past(1), past(2), past(3, State.HALTED, undoes="r2")]) == past(2)
 
 
 def test_undoing_the_first_takes_the_instance_off():
-    assert history.target_of(past(1)) == Value(None)
-    assert history.target_of(past(2)) == Value("v1")
+    assert effective.target_of(past(1)) == Value(None)
+    assert effective.target_of(past(2)) == Value("v1")

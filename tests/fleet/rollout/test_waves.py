@@ -4,17 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet.rollout import waves
-from fleet.rollout.waves import BadWavesError, Wave
+from fleet.rollout import model
+from fleet.rollout.model import BadWavesError, Wave
 
 
 def test_a_canary_then_five_in_a_hundred_then_all():
-    parsed = waves.parse("1, 5%, 100%")
+    parsed = model.parse("1, 5%, 100%")
     assert parsed == (Wave(1, percent=False), Wave(5, percent=True), Wave(100, percent=True))
-    assert waves.sizes(parsed, 200) == (1, 10, 200)
+    assert model.sizes(parsed, 200) == (1, 10, 200)
     # small groups: a wave that brings nobody passes at once
-    assert waves.sizes(parsed, 3) == (1, 1, 3)
-    assert waves.sizes(parsed, 0) == (0, 0, 0)
+    assert model.sizes(parsed, 3) == (1, 1, 3)
+    assert model.sizes(parsed, 0) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_canary_then_five_in_a_hundred_then_all():
 )
 def test_waves_that_cannot_be_meant_are_refused_with_a_sentence(text, said):
     with pytest.raises(BadWavesError, match=said):
-        waves.parse(text)
+        model.parse(text)
 
 
 @given(
@@ -44,14 +44,14 @@ def test_waves_that_cannot_be_meant_are_refused_with_a_sentence(text, said):
 )  # fmt: skip
 def test_every_board_is_in_exactly_one_wave(counts, percents, boards):
     text = ", ".join([*(str(n) for n in sorted(counts)), *(f"{n}%" for n in sorted(percents)), "100%"])
-    reached = waves.sizes(waves.parse(text), boards)
+    reached = model.sizes(model.parse(text), boards)
     assert list(reached) == sorted(reached)
     assert reached[-1] == boards
-    numbers = [waves.wave_of(index, reached) for index in range(boards)]
+    numbers = [model.wave_of(index, reached) for index in range(boards)]
     assert numbers == sorted(numbers)
     for wave, size in enumerate(reached, 1):
         assert sum(number <= wave for number in numbers) == size
 
 
 def test_boards_that_are_online_come_first_so_that_the_canary_can_answer():
-    assert waves.order({"c": True, "a": False, "b": True}) == ("b", "c", "a")
+    assert model.order({"c": True, "a": False, "b": True}) == ("b", "c", "a")

@@ -23,24 +23,23 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from paho.mqtt.enums import CallbackAPIVersion
 
-from fleet.demo.ports import free_ports
-from fleet.protocol import api, wire
+from fleet.admin.bootstrap import init
+from fleet.demo.environment import free_ports
+from fleet.protocol import operator_api, wire
 from fleet.protocol.assignment import Assignment, Command, Fresh, Item
 from fleet.protocol.codes import Phase, RejectCode
-from fleet.protocol.enrolment import Enrolled, EnrolRequest, Token
 from fleet.protocol.manifest import ConfigKey, Http, Manifest
-from fleet.protocol.messages import Ack, Hello, Report, State, Versions
+from fleet.protocol.messages import Ack, Enrolled, EnrolRequest, Hello, Report, State, Token, Versions
 from fleet.protocol.names import TargetName
 from fleet.protocol.topics import Down, Topic, Up, board_subscriptions
-from fleet.server.broker import mosquitto
-from fleet.server.broker.child import Child
-from fleet.server.home import Address, Config, Home
-from fleet.server.main import Server
-from fleet.setup import init
+from fleet.server.broker import broker as brokers
+from fleet.server.broker.broker import Child
+from fleet.server.config import Address, ServerConfig, ServerPaths
+from fleet.server.service import Server
 from signing import dsse, keys, repository
 from signing.errors import FetchNotFound
-from signing.facts import Facts
-from signing.trust import TrustedSet
+from signing.state import VerifierState
+from signing.verifier import Verifier
 from tests.eventually import eventually_async
 
 T = TypeVar("T")
@@ -75,19 +74,19 @@ class Operator:
         content = b"" if body is None else msgspec.json.encode(body)
         return self._read(kind, await self.http.request(method, path, content=content))
 
-    async def problem(self, method: str, path: str, body: msgspec.Struct | bytes | None = None) -> api.Problem:
+    async def problem(self, method: str, path: str, body: msgspec.Struct | bytes | None = None) -> operator_api.Problem:
         content = body if isinstance(body, bytes) else b"" if body is None else msgspec.json.encode(body)
         reply = await self.http.request(method, path, content=content)
         assert reply.status_code >= 400, reply.text
-        return msgspec.json.decode(reply.content, type=api.Problem)
+        return msgspec.json.decode(reply.content, type=operator_api.Problem)
 
     def _read(self, kind: type[Any], reply: httpx.Response) -> Any:
         assert reply.is_success, reply.text
         return msgspec.json.decode(reply.content, type=kind)
 
     async def token(self, group: str = "edge") -> str:
-        request = api.EnrollTokenRequest(group=group)
-        return (await self.send(api.EnrollTokenReply, "POST", "/v1/enroll-tokens", request)).token
+        request = operator_api.EnrollTokenRequest(group=group)
+        return (await self.send(operator_api.EnrollTokenReply, "POST", "/v1/enroll-tokens", request)).token
 
     async def publish(self, version: str, *, name: str = "hello", **manifest: Any) -> str:
         """Sign and upload a component; its target path."""
@@ -117,19 +116,21 @@ class Operator:
         return found
 
     async def deploy(self, target: str | None, *, group: str = "edge", instance: str = "hello", **more: Any) -> Any:
-        request = api.RolloutRequest(instance=instance, target=target, group=group, **more)
-        return await self.send(api.RolloutView, "POST", "/v1/rollouts", request)
+        request = operator_api.RolloutRequest(instance=instance, target=target, group=group, **more)
+        return await self.send(operator_api.RolloutView, "POST", "/v1/rollouts", request)
 
-    async def follow(self, rollout: api.RolloutView, until: Callable[[api.RolloutView], bool]) -> api.RolloutView:
+    async def follow(
+        self, rollout: operator_api.RolloutView, until: Callable[[operator_api.RolloutView], bool]
+    ) -> operator_api.RolloutView:
         """Long-poll until `until` holds."""
         async with asyncio.timeout(PATIENCE_S):
             view = rollout
             while not until(view):
-                view = await self.get(api.RolloutView, f"/v1/rollouts/{view.id}", wait=10, since=view.revision)
+                view = await self.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}", wait=10, since=view.revision)
         return view
 
-    async def decided(self, rollout: api.RolloutView) -> api.RolloutView:
-        return await self.follow(rollout, lambda view: view.state not in api.OPEN_STATES)
+    async def decided(self, rollout: operator_api.RolloutView) -> operator_api.RolloutView:
+        return await self.follow(rollout, lambda view: view.state not in operator_api.OPEN_STATES)
 
 
 def good(item: Item) -> list[Report]:
@@ -169,7 +170,7 @@ class Board:
         self.acked = 0
         self.nonce = ""
         self.sequence = 0
-        self.facts = Facts()
+        self.facts = VerifierState()
         self.items: dict[str, Item] = {}
         self.news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -179,7 +180,7 @@ class Board:
         self._secret = secret
         self.hold(enrolled.certificate_pem)
         self._files[1].write_text(enrolled.ca_pem)
-        self._trusted = TrustedSet(root=enrolled.root.encode(), fetch=self._fetch)
+        self._trusted = Verifier(root=enrolled.root.encode(), fetch=self._fetch)
 
     def hold(self, certificate_pem: str) -> None:
         """Put a certificate for its key in place."""
@@ -439,7 +440,7 @@ BROKERS = [
     pytest.param(
         "mosquitto",
         id="mosquitto",
-        marks=pytest.mark.skipif(mosquitto.find() is None, reason="mosquitto is not installed"),
+        marks=pytest.mark.skipif(brokers.find() is None, reason="mosquitto is not installed"),
     ),
 ]
 
@@ -486,13 +487,13 @@ def external_broker() -> Callable[[Fleet], Any]:
     """Moves a fleet to a Mosquitto that is not the server's child; returns it."""
 
     async def start(fleet: Fleet) -> Child:
-        home = Home(fleet.home)
+        home = ServerPaths(fleet.home)
         await fleet.stop()
-        address = Address.parse(Config.load(home.config).mqtt, "mqtt")
+        address = Address.parse(ServerConfig.load(home.config).mqtt, "mqtt")
         files = {"ca": home.ca / "ca.pem", "certificate": home.tls / "server.pem", "key": home.tls / "server.key"}
-        path = mosquitto.configure(home.broker, address=address, **files)
-        mosquitto.write_acl(home.broker, [])
-        child = Child("mosquitto", [str(mosquitto.find()), "-c", str(path)], address)
+        path = brokers.configure(home.broker, address=address, **files)
+        brokers.write_acl(home.broker, [])
+        child = Child("mosquitto", [str(brokers.find()), "-c", str(path)], address)
         await child.start()
         await fleet.start_with(f"mqtts://{address}")
         return child

@@ -2,20 +2,20 @@
 
 import pytest
 
-from fleet.protocol import api
-from fleet.protocol.api import Outcome, RolloutState
+from fleet.protocol import operator_api
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.operator_api import Outcome, RolloutState
 
 
 def deploy_both(fleet, target, **more):
-    request = api.RolloutRequest(
+    request = operator_api.RolloutRequest(
         instance="front",
         target=target,
         also={"back": target},
         group="edge",
         **more,
     )
-    return fleet.operator.send(api.RolloutView, "POST", "/v1/rollouts", request)
+    return fleet.operator.send(operator_api.RolloutView, "POST", "/v1/rollouts", request)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ async def test_a_board_is_asked_for_the_whole_set_at_once_and_all_of_it_is_settl
         assert all(len(each.items) == 2 for each in board.accepted)
         assert len(set(words(board).values())) == 1
         assert "" not in words(board).values()
-        (group,) = (await fleet.operator.get(api.Groups, "/v1/groups")).groups
+        (group,) = (await fleet.operator.get(operator_api.Groups, "/v1/groups")).groups
         assert {each.instance: each.target for each in group.settled} == {"front": target, "back": target}
 
 
@@ -61,7 +61,7 @@ async def test_one_bad_member_halts_the_set_before_the_next_wave_and_takes_all_o
         bad = await fleet.operator.publish("2.0.0")
         view = await fleet.operator.decided(await deploy_both(fleet, bad))
         assert view.state is RolloutState.HALTED
-        other = await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{max(view.together)}")
+        other = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{max(view.together)}")
         assert (other.instance, other.state) == ("back", RolloutState.HALTED)
         assert [each.code for each in other.boards if each.outcome is Outcome.FAILED] == [RejectCode.TRAPPED]
         assert "boom" in view.reason or "trapped" in view.reason
@@ -79,7 +79,9 @@ async def test_an_undo_takes_the_whole_set_back_and_so_does_what_is_said_to_one_
         targets = [await fleet.operator.publish(version) for version in ("1.0.0", "2.0.0", "3.0.0")]
         for target in targets[:2]:
             await fleet.operator.decided(await deploy_both(fleet, target))
-        undone = await fleet.operator.send(api.RolloutView, "POST", "/v1/undo", api.UndoRequest(group="edge"))
+        undone = await fleet.operator.send(
+            operator_api.RolloutView, "POST", "/v1/undo", operator_api.UndoRequest(group="edge")
+        )
         assert (await fleet.operator.decided(undone)).state is RolloutState.SUCCEEDED
         await board.until(lambda board: {item.target for item in board.items.values()} == {targets[0]})
         assert len(set(words(board).values())) == 1
@@ -87,11 +89,15 @@ async def test_an_undo_takes_the_whole_set_back_and_so_does_what_is_said_to_one_
         board.behaviour = behaviours["silent"]
         view = await deploy_both(fleet, targets[2])
         first, second = view.together
-        paused = await fleet.operator.send(api.RolloutView, "POST", f"/v1/rollouts/{second}/pause")
+        paused = await fleet.operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{second}/pause")
         assert paused.state is RolloutState.PAUSED
-        assert (await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{first}")).state is RolloutState.PAUSED
-        await fleet.operator.send(api.RolloutView, "POST", f"/v1/rollouts/{first}/abort")
-        assert (await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{second}")).state is RolloutState.ABORTED
+        assert (
+            await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{first}")
+        ).state is RolloutState.PAUSED
+        await fleet.operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{first}/abort")
+        assert (
+            await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{second}")
+        ).state is RolloutState.ABORTED
 
 
 @pytest.mark.asyncio
@@ -99,6 +105,6 @@ async def test_a_set_that_names_an_instance_twice_is_refused(new_fleet, broker):
     async with new_fleet(broker) as fleet:
         await fleet.board("a")
         target = await fleet.operator.publish("1.0.0")
-        request = api.RolloutRequest(instance="hello", target=target, also={"hello": target}, group="edge")
+        request = operator_api.RolloutRequest(instance="hello", target=target, also={"hello": target}, group="edge")
         problem = await fleet.operator.problem("POST", "/v1/rollouts", request)
         assert "hello is named twice" in problem.title

@@ -9,12 +9,11 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 
-from fleet.protocol import api, caps, wire
+from fleet.protocol import bounds, operator_api, wire
 from fleet.protocol.codes import InstanceState, Phase
-from fleet.protocol.logs import LogChunk
-from fleet.protocol.messages import Health, Hello, InstanceHealth, Report, State
+from fleet.protocol.messages import Health, Hello, InstanceHealth, LogChunk, Report, State
 from fleet.protocol.topics import Topic, Up
-from fleet.server.openapi import ROUTES
+from fleet.server.api.routes import ROUTES
 
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
 HUGE = (2**63, 2**64, 10**400, -(2**63) - 1)
@@ -79,7 +78,7 @@ async def test_a_number_that_no_database_holds_loses_its_own_message_alone(new_f
         await witness.until(lambda board: board.acked == sequence)
         assert ingest.bad[hostile.device] == ingest.counts["malformed"] == sent
         assert ingest.bad[witness.device] == 0
-        status = await fleet.operator.get(api.Status, "/v1/status")
+        status = await fleet.operator.get(operator_api.Status, "/v1/status")
         assert any(hostile.device in problem and str(sent) in problem for problem in status.problems)
 
 
@@ -208,10 +207,10 @@ async def test_what_was_stored_before_there_were_bounds_stays_readable(new_fleet
             "raw": report,
         }
         store._db.insert("reports", columns)
-        (row,) = (await operator.get(api.Devices, "/v1/devices")).devices
+        (row,) = (await operator.get(operator_api.Devices, "/v1/devices")).devices
         assert (row.accepted, row.instances) == (2**63 - 1, ())
-        assert (await operator.get(api.DeviceDetail, f"/v1/devices/{board.device}")).health is None
-        timeline = await operator.get(api.Timeline, f"/v1/devices/{board.device}/timeline")
+        assert (await operator.get(operator_api.DeviceDetail, f"/v1/devices/{board.device}")).health is None
+        timeline = await operator.get(operator_api.Timeline, f"/v1/devices/{board.device}/timeline")
         assert "a report that cannot be read" in [entry.text for entry in timeline.entries]
 
 
@@ -237,7 +236,7 @@ async def test_the_row_that_all_reports_of_a_rollout_add_to_does_not_grow_with_t
             )
             ingest.on_message(str(Topic(board.device, Up.REPORT)), wire.encode(report))
         ingest.flush()
-        (view,) = (await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{rollout.id}")).boards
+        (view,) = (await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{rollout.id}")).boards
         assert view.timings_ms == {"fetching": 2}
 
 
@@ -268,7 +267,7 @@ async def test_a_query_that_is_no_number_is_refused_by_name(new_fleet):
             for value in QUERIES:
                 reply = await fleet.operator.http.get(where, params={name: value})
                 assert reply.status_code == 400, (path, name, value, reply.text)
-                assert name in msgspec.json.decode(reply.content, type=api.Problem).title
+                assert name in msgspec.json.decode(reply.content, type=operator_api.Problem).title
 
 
 ODD = ("²", "9" * 19, "9" * 400, "-1", "%00", "%ED%A0%80", "1e400", "٣")
@@ -290,7 +289,7 @@ async def test_no_path_and_no_body_of_any_route_ends_in_a_fault_of_the_server(ne
             where = path.replace("{id}", board.device).replace("{name}", "edge")
             for name, number in ((name, number) for name in _numbers(request) for number in (*HUGE, 1e300)):
                 reply = await http.request(method.upper(), where, content=json.dumps({name: number}).encode())
-                problem = msgspec.json.decode(reply.content, type=api.Problem)
+                problem = msgspec.json.decode(reply.content, type=operator_api.Problem)
                 assert reply.status_code == 400, (path, name, number, reply.text)
                 assert f"$.{name}" in problem.detail, problem
 
@@ -332,7 +331,7 @@ async def test_a_rollout_with_a_number_that_cannot_be_meant_is_refused_by_name(n
         await fleet.board("a")
         target = await fleet.operator.publish("1.0.0")
         for name in ("port", "attempt", "soak_s", "failures", "timeout_s"):
-            for number in (*HUGE, caps.NUMBER_MAX + 1, -1):
+            for number in (*HUGE, bounds.NUMBER_MAX + 1, -1):
                 body = {"instance": "hello", "target": target, "group": "edge", name: number}
                 for path in ("/v1/rollouts", "/v1/preflight"):
                     reply = await fleet.operator.http.post(path, content=json.dumps(body).encode())
@@ -350,11 +349,11 @@ async def test_the_largest_numbers_are_taken(new_fleet):
             boot_id="boot",
             sequence=1,
             at=NOW,
-            assignment=caps.NUMBER_MAX,
+            assignment=bounds.NUMBER_MAX,
             progress=100,
             phase=Phase.FETCHING,
-            refused=caps.NUMBER_MAX,
-            timings_ms={"fetching": caps.NUMBER_MAX},
+            refused=bounds.NUMBER_MAX,
+            timings_ms={"fetching": bounds.NUMBER_MAX},
         )
         ingest.on_message(str(Topic(board.device, Up.REPORT)), wire.encode(most))
         ingest.flush()

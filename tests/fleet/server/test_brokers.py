@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from paho.mqtt.enums import CallbackAPIVersion
 
 from fleet.ca import SERVER_CN
-from fleet.protocol import api, wire
+from fleet.protocol import operator_api, wire
 from fleet.protocol.messages import Health, Report
 from fleet.protocol.topics import POKE, Down, Topic, Up
-from fleet.server.broker import embedded, mosquitto
+from fleet.server.broker import broker, embedded
 from fleet.server.broker.embedded import RefusedError
-from fleet.server.home import Config, Home
-from fleet.server.main import ServeError, Server
+from fleet.server.config import ServerConfig, ServerPaths
+from fleet.server.service import ServeError, Server
 
 
 async def knock(board, *, client_id, context=None, will=None):
@@ -69,7 +69,7 @@ async def test_a_board_cannot_take_another_boards_place_or_leave_a_will_for_it(n
         assert fleet.server._store.devices.get(other.device).online
 
 
-@pytest.mark.skipif(mosquitto.find() is None, reason="mosquitto is not installed")
+@pytest.mark.skipif(broker.find() is None, reason="mosquitto is not installed")
 @pytest.mark.asyncio
 async def test_with_mosquitto_the_certificate_decides_the_client_id_whatever_is_asked(new_fleet):
     async with new_fleet("mosquitto") as fleet:
@@ -106,7 +106,7 @@ async def test_a_board_neither_writes_nor_reads_another_boards_topics(new_fleet,
 async def test_a_board_that_was_shut_out_can_neither_stay_nor_come_back(new_fleet, broker):
     async with new_fleet(broker) as fleet:
         board, witness = await fleet.board("a"), await fleet.board("b")
-        await fleet.operator.send(api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
+        await fleet.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
         # the broker has read it when another board's word, sent after it, has come through
         before = fleet.server._store.delivery.reports(board.device, 10)
         for sequence in (1, 2, 3):
@@ -213,10 +213,10 @@ async def refusal(home, **more):
 async def test_a_fleet_for_more_than_development_wants_a_real_broker(new_home, monkeypatch):
     assert "install mosquitto" in await refusal(new_home(broker="embedded", size="solo"))
     home = new_home(broker="embedded")
-    config = Config.load(Home(home).config)
-    Home(home).config.write_text(replace(config, mqtt="0.0.0.0:1").dump())
+    config = ServerConfig.load(ServerPaths(home).config)
+    ServerPaths(home).config.write_text(replace(config, mqtt="0.0.0.0:1").dump())
     assert "install mosquitto" in await refusal(home)
-    monkeypatch.setattr(mosquitto, "find", lambda: None)
+    monkeypatch.setattr(broker, "find", lambda: None)
     assert "apt install mosquitto" in await refusal(home, broker="mosquitto")
 
 
@@ -224,7 +224,7 @@ async def test_a_fleet_for_more_than_development_wants_a_real_broker(new_home, m
 @pytest.mark.parametrize("which", ["operators", "devices", "mqtt"])
 async def test_a_port_in_use_is_said_at_once_in_one_line(new_home, which):
     home = new_home()
-    host, _, port = getattr(Config.load(Home(home).config), which).rpartition(":")
+    host, _, port = getattr(ServerConfig.load(ServerPaths(home).config), which).rpartition(":")
     with socket.create_server((host, int(port))):
         words = await refusal(home)
     assert f"{host}:{port}" in words
@@ -243,14 +243,14 @@ async def test_two_servers_on_one_home_are_one_too_many(new_fleet):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda home: Home(home).config.unlink(), "fleet init"),
-        (lambda home: Home(home).config.write_text("format = 2"), "upgrade"),
-        (lambda home: Home(home).config.write_text("fleet = ["), "cannot read"),
-        (lambda home: Home(home).config.write_text('colour = "red"'), "unknown key 'colour'"),
-        (lambda home: (Home(home).ca / "ca.key").write_text("nonsense"), "damaged"),
-        (lambda home: (Home(home).keys / "director.pem").unlink(), "cannot read the key"),
-        (lambda home: (Home(home).keys / "director.pem").chmod(0o644), "chmod 600"),
-        (lambda home: Home(home).database.write_bytes(b"nonsense" * 1000), "restore it"),
+        (lambda home: ServerPaths(home).config.unlink(), "fleet init"),
+        (lambda home: ServerPaths(home).config.write_text("format = 2"), "upgrade"),
+        (lambda home: ServerPaths(home).config.write_text("fleet = ["), "cannot read"),
+        (lambda home: ServerPaths(home).config.write_text('colour = "red"'), "unknown key 'colour'"),
+        (lambda home: (ServerPaths(home).ca / "ca.key").write_text("nonsense"), "damaged"),
+        (lambda home: (ServerPaths(home).keys / "director.pem").unlink(), "cannot read the key"),
+        (lambda home: (ServerPaths(home).keys / "director.pem").chmod(0o644), "chmod 600"),
+        (lambda home: ServerPaths(home).database.write_bytes(b"nonsense" * 1000), "restore it"),
     ],
 )  # fmt: skip
 async def test_a_home_that_cannot_be_used_is_said_in_one_line(new_home, damage, said):

@@ -6,11 +6,11 @@ import pytest
 from click.testing import CliRunner
 from cryptography import x509
 
-from fleet import issuing
+from fleet import ca
 from fleet.ca import CaError, private_pem
 from fleet.cli.main import main
-from fleet.protocol.authority import CaView
-from fleet.server.home import Home
+from fleet.protocol.trust_api import CaView
+from fleet.server.config import ServerPaths
 from tests.fleet.server.board_requests import ask
 
 PASSPHRASE = "correct horse"
@@ -26,14 +26,14 @@ async def command(fleet, *words):
 @pytest.fixture
 def passphrase(monkeypatch):
     monkeypatch.setenv("WASMFLEET_KEY_PASSPHRASE", PASSPHRASE)
-    monkeypatch.setattr(issuing, "_ROUNDS", 1000)  # opening keys is not what is tested here
+    monkeypatch.setattr(ca, "_ROUNDS", 1000)  # opening keys is not what is tested here
 
 
 @pytest.mark.usefixtures("passphrase")
 @pytest.mark.asyncio
 async def test_the_root_is_taken_off_a_server_that_runs_and_its_boards_notice_nothing(new_fleet):
     async with new_fleet("embedded") as fleet:
-        place = Home(fleet.home)
+        place = ServerPaths(fleet.home)
         board = await fleet.board("gate")
         key = private_pem(fleet.server._ca._key).splitlines()[1]
         assert (await command(fleet, "ca", "renew", "--yes")).exit_code == 2, "there is no issuing CA yet"
@@ -44,9 +44,9 @@ async def test_the_root_is_taken_off_a_server_that_runs_and_its_boards_notice_no
         assert not (place.ca / "ca.key").exists()
         for path in (each for each in fleet.home.rglob("*") if each.is_file()):
             assert key not in path.read_bytes(), path
-        root = issuing.open_root(place.ca_root, place.operator / "ca.pem", PASSPHRASE.encode())
+        root = ca.open_root(place.ca_root, place.operator / "ca.pem", PASSPHRASE.encode())
         with pytest.raises(CaError, match="passphrase is wrong"):
-            issuing.open_root(place.ca_root, place.operator / "ca.pem", b"wrong horse")
+            ca.open_root(place.ca_root, place.operator / "ca.pem", b"wrong horse")
 
         # What the root had issued counts until it ends; what is issued now hangs below the issuing CA.
         assert (await ask(board)).status_code == 200
@@ -72,7 +72,7 @@ async def test_the_root_is_taken_off_a_server_that_runs_and_its_boards_notice_no
 @pytest.mark.asyncio
 async def test_who_says_no_or_has_another_root_here_has_changed_nothing(new_fleet):
     async with new_fleet("embedded") as fleet:
-        place = Home(fleet.home)
+        place = ServerPaths(fleet.home)
         before = (place.ca / "ca.key").read_bytes()
         refused = await command(fleet, "ca", "offline")  # nobody answers the question
         assert refused.exit_code != 0

@@ -16,10 +16,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fleet import ca
 from fleet.ca import BadRequestError, CertificateAuthority
-from fleet.protocol import api, wire
-from fleet.protocol.enrolment import EnrolRequest, RenewRequest, Token
-from fleet.protocol.messages import DesiredReply
-from fleet.server.main import Server
+from fleet.protocol import operator_api, wire
+from fleet.protocol.messages import DesiredReply, EnrolRequest, RenewRequest, Token
+from fleet.server.service import Server
 from signing import dsse
 
 
@@ -222,16 +221,16 @@ def certificate_request(key):
 async def test_a_board_that_was_shut_out_is_heard_no_more(new_fleet, broker):
     async with new_fleet(broker) as fleet:
         board = await fleet.board("a")
-        detail = await fleet.operator.send(api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
+        detail = await fleet.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
         assert detail.row.revoked
         with board.http() as http:
             reply = await asyncio.to_thread(http.get, "/v1/tuf/timestamp.json")
             assert (reply.status_code, reply.json()["type"]) == (403, "revoked")
             own = msgspec.json.encode(RenewRequest(csr_pem=certificate_request(board.key)))
             assert (await asyncio.to_thread(http.post, "/v1/renew", content=own)).json()["type"] == "revoked"
-        status = await fleet.operator.get(api.Status, "/v1/status")
+        status = await fleet.operator.get(operator_api.Status, "/v1/status")
         assert status.devices == 0
-        (group,) = (await fleet.operator.get(api.Groups, "/v1/groups")).groups
+        (group,) = (await fleet.operator.get(operator_api.Groups, "/v1/groups")).groups
         assert group.boards == 0
 
 

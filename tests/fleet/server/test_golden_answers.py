@@ -18,21 +18,26 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from fleet.protocol import api, wire
+from fleet.protocol import operator_api, wire
 from fleet.protocol.assignment import CheckIn, FollowLogs
-from fleet.protocol.authority import IssuingRequest
 from fleet.protocol.codes import InstanceState
-from fleet.protocol.enrolment import Enrolled, EnrolRequest, RenewRequest, Token
-from fleet.protocol.logs import LogChunk
 from fleet.protocol.manifest import ConfigKey, Grants, SecretKey
 from fleet.protocol.messages import Board as Figures
-from fleet.protocol.messages import Health, InstanceHealth, Versions
-from fleet.protocol.people import OperatorRequest, Role
-from fleet.protocol.sealed import SecretRequest, SecretScope
+from fleet.protocol.messages import (
+    Enrolled,
+    EnrolRequest,
+    Health,
+    InstanceHealth,
+    LogChunk,
+    RenewRequest,
+    Token,
+    Versions,
+)
 from fleet.protocol.topics import Up
-from fleet.server import openapi
-from signing import sealing, sealing_keys
-from signing.statements import Voice
+from fleet.protocol.trust_api import IssuingRequest, OperatorRequest, Role, SecretRequest, SecretScope
+from fleet.server.api import routes
+from signing import sealing
+from signing.device_statements import DeviceSigner
 
 ARTIFACT = b"hello 1.0.0"
 OF_HELLO = {"group": "edge", "instance": "hello"}
@@ -113,7 +118,7 @@ async def joined(fleet, name, *, group):
     key, sealing_key = ec.generate_private_key(ec.SECP256R1()), X25519PrivateKey.generate()
     public = sealing.public_key(sealing_key)
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    proof = sealing_keys.prove(Voice(pem), fleet="test", sealing_key=public).decode()
+    proof = sealing.prove(DeviceSigner(pem), fleet="test", sealing_key=public).decode()
     return await fleet.enrol(name, group=group, key=key, sealing_key=public, proof=proof)
 
 
@@ -142,7 +147,7 @@ async def health_of(fleet, board, target):
 @pytest.mark.asyncio
 async def test_every_answer_is_what_was_recorded(new_fleet, behaviours, golden):
     async with new_fleet("embedded") as fleet:
-        clerk = Clerk(table=openapi.ROUTES)
+        clerk = Clerk(table=routes.ROUTES)
         await of_operators(fleet, behaviours, clerk)
         assert not clerk.left, f"routes without a recorded answer: {sorted(clerk.left)}"
         golden.check_json("api/answers.json", clerk.rows)
@@ -161,8 +166,8 @@ async def of_operators(fleet, behaviours, clerk):
     kiosk = await rollouts_that_do_not(fleet, behaviours, ask, two)
     await one_board_alone(fleet, ask, gate, two)
 
-    follow = api.CommandRequest(verb=FollowLogs(instance="hello", minutes=1))
-    await ask("POST /v1/devices/{id}/command", api.CommandRequest(verb=CheckIn()), id=gate.device)
+    follow = operator_api.CommandRequest(verb=FollowLogs(instance="hello", minutes=1))
+    await ask("POST /v1/devices/{id}/command", operator_api.CommandRequest(verb=CheckIn()), id=gate.device)
     command = await ask("POST /v1/devices/{id}/command", follow, id=gate.device, note="to follow a log")
     number = command.json()["sequence"]
     await of_devices(clerk, gate, number, box, hashlib.sha256(ARTIFACT).hexdigest())
@@ -175,8 +180,8 @@ async def of_operators(fleet, behaviours, clerk):
     lines = [re.sub(r" \S+$", "", line) for line in metrics.text.splitlines() if not line.startswith("# HELP")]
     clerk.note("GET /metrics", metrics, body=lines)
 
-    await ask("POST /v1/undo", api.UndoRequest(group="edge"))
-    await ask("POST /v1/removals", api.RemovalRequest(instance="hello", group="edge"))
+    await ask("POST /v1/undo", operator_api.UndoRequest(group="edge"))
+    await ask("POST /v1/removals", operator_api.RemovalRequest(instance="hello", group="edge"))
     await ask("POST /v1/secrets/{name}/remove", SecretScope(**OF_HELLO), name="db-password")
     entries = (await operator.http.get("/v1/audit", params={"limit": 200})).json()["entries"]
     # what the server adds of these last rollouts comes when it has the time
@@ -186,8 +191,8 @@ async def of_operators(fleet, behaviours, clerk):
 
 
 async def who_is_there(ask):
-    await ask("PUT /v1/groups/{name}", api.GroupRequest(priority=5), name="edge")
-    token = await ask("POST /v1/enroll-tokens", api.EnrollTokenRequest(group="edge"))
+    await ask("PUT /v1/groups/{name}", operator_api.GroupRequest(priority=5), name="edge")
+    token = await ask("POST /v1/enroll-tokens", operator_api.EnrollTokenRequest(group="edge"))
     enrolling = EnrolRequest(
         secret=Token.decode(token.json()["token"]).secret,
         name="shelf",
@@ -232,10 +237,12 @@ async def a_rollout_that_succeeds(fleet, ask, target, *, away):
     await ask("PUT /v1/secrets/{name}", SecretRequest(**OF_HELLO, value="correct horse"), name="db-password")
     await ask("GET /v1/secrets")
     await ask("GET /v1/secrets/{name}/keys", name="db-password", **OF_HELLO)
-    wish = api.RolloutRequest(instance="hello", target=target, group="edge", waves="100%", config={"greeting": "hi"})
+    wish = operator_api.RolloutRequest(
+        instance="hello", target=target, group="edge", waves="100%", config={"greeting": "hi"}
+    )
     await ask("POST /v1/preflight", wish)
-    view = msgspec.json.decode((await ask("POST /v1/rollouts", wish)).content, type=api.RolloutView)
-    await ask("POST /v1/rollouts", api.RolloutRequest(instance="hello", group="nowhere"), note="to no group")
+    view = msgspec.json.decode((await ask("POST /v1/rollouts", wish)).content, type=operator_api.RolloutView)
+    await ask("POST /v1/rollouts", operator_api.RolloutRequest(instance="hello", group="nowhere"), note="to no group")
     await fleet.operator.decided(view)
     await ask("GET /v1/rollouts/{id}", id=view.id, note="that succeeded, with one board away")
     await ask("POST /v1/devices/{id}/revoke", id=away)
@@ -253,7 +260,12 @@ async def rollouts_that_do_not(fleet, behaviours, ask, target):
     await operator.decided(halted)
     await ask("GET /v1/rollouts/{id}", id=halted.id, note="that halted")
     await kiosk.until(lambda each: each.accepted and not each.items and each.acked == each.sequence)
-    await ask("POST /v1/devices/{id}/retry", api.InstanceRequest(instance="hello"), id=kiosk.device, note="of nothing")
+    await ask(
+        "POST /v1/devices/{id}/retry",
+        operator_api.InstanceRequest(instance="hello"),
+        id=kiosk.device,
+        note="of nothing",
+    )
 
     kiosk.behaviour = behaviours["silent"]
     waiting = await operator.deploy(target, group="lab", waves="100%")
@@ -268,13 +280,13 @@ async def rollouts_that_do_not(fleet, behaviours, ask, target):
 
 async def one_board_alone(fleet, ask, gate, target):
     before = gate.items["hello"].target
-    wish = api.RolloutRequest(instance="hello", target=target)
+    wish = operator_api.RolloutRequest(instance="hello", target=target)
     reply = await ask("PUT /v1/devices/{id}/pin", wish, id=gate.device)
-    await fleet.operator.decided(msgspec.json.decode(reply.content, type=api.RolloutView))
+    await fleet.operator.decided(msgspec.json.decode(reply.content, type=operator_api.RolloutView))
     await ask("GET /v1/devices/{id}", id=gate.device, note="with a pin")
-    await ask("POST /v1/devices/{id}/unpin", api.InstanceRequest(instance="hello"), id=gate.device)
+    await ask("POST /v1/devices/{id}/unpin", operator_api.InstanceRequest(instance="hello"), id=gate.device)
     await gate.until(lambda each: each.items["hello"].target == before and each.acked == each.sequence)
-    await ask("PUT /v1/devices/{id}/labels", api.LabelsRequest(labels={"site": "north"}), id=gate.device)
+    await ask("PUT /v1/devices/{id}/labels", operator_api.LabelsRequest(labels={"site": "north"}), id=gate.device)
 
 
 async def what_is_known(ask, clerk, gate, kiosk):

@@ -11,28 +11,28 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fleet import issuing
+from fleet import ca as fleet_ca
 from fleet.ca import SERVER_CN, CaError, CertificateAuthority, private_pem, serial
-from fleet.protocol.authority import CaView, IssuingRequest
-from fleet.protocol.enrolment import RenewReply, RenewRequest
-from fleet.server.broker import mosquitto
-from fleet.server.home import Home
+from fleet.protocol.messages import RenewReply, RenewRequest
+from fleet.protocol.trust_api import CaView, IssuingRequest
+from fleet.server.broker import broker
+from fleet.server.config import ServerPaths
 from tests.fleet.server.board_requests import ask
 from tests.fleet.server.conftest import BROKERS, PASSPHRASE, request_certificate
 
 NOW = datetime.now(UTC)
-needs_mosquitto = pytest.mark.skipif(mosquitto.find() is None, reason="mosquitto is not installed")
+needs_mosquitto = pytest.mark.skipif(broker.find() is None, reason="mosquitto is not installed")
 
 
 def root_of(fleet):
-    place = Home(fleet.home)
-    return issuing.open_root(place.ca_root, place.operator / "ca.pem", PASSPHRASE)
+    place = ServerPaths(fleet.home)
+    return fleet_ca.open_root(place.ca_root, place.operator / "ca.pem", PASSPHRASE)
 
 
 async def renewed(fleet, root, **more):
     """`fleet ca renew`: the server's request, signed with the root."""
     view = await fleet.operator.get(CaView, "/v1/ca")
-    made = issuing.sign(root, view.request, now=datetime.now(UTC), **more)
+    made = fleet_ca.sign(root, view.request, now=datetime.now(UTC), **more)
     return await fleet.operator.send(CaView, "PUT", "/v1/ca/issuing", IssuingRequest(issuing_pem=made))
 
 
@@ -61,12 +61,12 @@ async def refused_by_the_broker(board):
 @pytest.mark.asyncio
 async def test_the_root_stays_with_the_operator_and_another_issuing_ca_needs_no_enrolment(new_fleet):
     async with new_fleet("auto", "solo") as fleet:
-        place = Home(fleet.home)
+        place = ServerPaths(fleet.home)
         on_the_server = b"".join(path.read_bytes() for path in place.server.rglob("*") if path.is_file())
         root = root_of(fleet)
         assert private_pem(root.key).splitlines()[1] not in on_the_server
         with pytest.raises(CaError, match="passphrase is wrong"):
-            issuing.open_root(place.ca_root, place.operator / "ca.pem", b"wrong horse")
+            fleet_ca.open_root(place.ca_root, place.operator / "ca.pem", b"wrong horse")
 
         board = await fleet.board("gate")
         pinned = board.enrolled.ca_pem
@@ -81,7 +81,7 @@ async def test_the_root_stays_with_the_operator_and_another_issuing_ca_needs_no_
         leaf = x509.load_pem_x509_certificate(other.enrolled.certificate_pem.encode())
         assert leaf.issuer.rfc4514_string() == view.issuers[0].name
         assert leaf.not_valid_after_utc <= view.issuers[0].ends
-        assert view.issuers[0].ends <= datetime.now(UTC) + issuing.LIFE
+        assert view.issuers[0].ends <= datetime.now(UTC) + fleet_ca.LIFE
         await fleet.stop()
         await fleet.start()
         assert (await ask(board)).status_code == 200
@@ -89,9 +89,9 @@ async def test_the_root_stays_with_the_operator_and_another_issuing_ca_needs_no_
 
 def to_production(fleet):
     """`fleet ca offline` on a development fleet, on its files: the embedded broker is for development only."""
-    place = Home(fleet.home)
-    root = issuing.Root(*(fleet.server._ca._key, fleet.server._ca.root))
-    issuing.accept(place.ca, root.certificate, root.key, until=NOW + issuing.LIFE, now=NOW)
+    place = ServerPaths(fleet.home)
+    root = fleet_ca.Root(*(fleet.server._ca._key, fleet.server._ca.root))
+    fleet_ca.accept(place.ca, root.certificate, root.key, until=NOW + fleet_ca.LIFE, now=NOW)
     return root
 
 
@@ -104,7 +104,7 @@ async def test_who_stole_an_issuing_ca_is_shut_out_and_the_boards_are_not(new_fl
         board = await fleet.board("gate")
         await board.disconnect()
         # The thief copies the server's CA, and makes himself a board, and the server of the broker.
-        shutil.copytree(Home(fleet.home).ca, tmp_path / "loot")
+        shutil.copytree(ServerPaths(fleet.home).ca, tmp_path / "loot")
         loot = CertificateAuthority.load(tmp_path / "loot")
         own = ec.generate_private_key(ec.SECP256R1())
         stolen = serial(loot.issuer)
@@ -137,36 +137,36 @@ async def test_who_stole_an_issuing_ca_is_shut_out_and_the_boards_are_not(new_fl
 
 
 def test_what_an_issuing_ca_may_do_is_written_in_it(tmp_path):
-    root = issuing.create("acme", now=NOW)
-    request = issuing.request(tmp_path, ["fleet.example.com"])
-    assert issuing.asked(request) == ("fleet.example.com", "localhost", "127.0.0.1", "::1")
-    made = x509.load_pem_x509_certificate(issuing.sign(root, request, now=NOW).encode())
+    root = fleet_ca.create("acme", now=NOW)
+    request = fleet_ca.request(tmp_path, ["fleet.example.com"])
+    assert fleet_ca.asked(request) == ("fleet.example.com", "localhost", "127.0.0.1", "::1")
+    made = x509.load_pem_x509_certificate(fleet_ca.sign(root, request, now=NOW).encode())
     basic = made.extensions.get_extension_for_class(x509.BasicConstraints)
     assert (basic.critical, basic.value.ca, basic.value.path_length) == (True, True, 0)
     names = made.extensions.get_extension_for_class(x509.NameConstraints)
     assert names.critical
     assert x509.DNSName("fleet.example.com") in (names.value.permitted_subtrees or [])
-    assert made.not_valid_after_utc - NOW <= issuing.LIFE
+    assert made.not_valid_after_utc - NOW <= fleet_ca.LIFE
     with pytest.raises(CaError, match="at the most"):
-        issuing.sign(root, request, now=NOW, life=timedelta(days=91))
+        fleet_ca.sign(root, request, now=NOW, life=timedelta(days=91))
     with pytest.raises(CaError, match="no request"):
-        issuing.sign(root, "nonsense", now=NOW)
+        fleet_ca.sign(root, "nonsense", now=NOW)
     # Nobody else's, and not for another request.
-    (tmp_path / "ca.pem").write_text(issuing.sign(root, request, now=NOW))
+    (tmp_path / "ca.pem").write_text(fleet_ca.sign(root, request, now=NOW))
     with pytest.raises(CaError, match="below this fleet's root"):
-        issuing.install(tmp_path, issuing.sign(root, request, now=NOW), now=NOW)
+        fleet_ca.install(tmp_path, fleet_ca.sign(root, request, now=NOW), now=NOW)
 
 
 def test_a_server_name_outside_its_constraints_convinces_nobody(tmp_path):
     """A stolen issuing CA cannot pose as any other server than the fleet's own."""
-    root = issuing.create("acme", now=NOW)
+    root = fleet_ca.create("acme", now=NOW)
     for name in ("here", "server"):
         (tmp_path / name).mkdir()
     from cryptography.hazmat.primitives.serialization import Encoding
 
     (tmp_path / "server/ca.pem").write_bytes(root.certificate.public_bytes(Encoding.PEM))
-    request = issuing.request(tmp_path / "server", ["fleet.example.com"])
-    issuing.install(tmp_path / "server", issuing.sign(root, request, now=NOW), now=NOW)
+    request = fleet_ca.request(tmp_path / "server", ["fleet.example.com"])
+    fleet_ca.install(tmp_path / "server", fleet_ca.sign(root, request, now=NOW), now=NOW)
     ca = CertificateAuthority.load(tmp_path / "server")
     for host, good in (("fleet.example.com", True), ("bank.example.com", False)):
         pair = ca.server([host], now=NOW)

@@ -8,12 +8,12 @@ import httpx
 import msgspec
 import pytest
 
-from fleet.protocol import api
-from fleet.protocol.api import RolloutState
+from fleet.protocol import operator_api
 from fleet.protocol.assignment import CheckIn, Restart
 from fleet.protocol.codes import InstanceState
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Health, InstanceHealth
+from fleet.protocol.operator_api import RolloutState
 from fleet.protocol.topics import Up
 from signing import keys, repository
 
@@ -38,8 +38,8 @@ async def test_a_viewer_may_look_and_not_change(new_fleet):
     async with new_fleet() as fleet:
         fleet.server._store.access.add_operator("eve", "eve-token", role="viewer", now=1.0)
         fleet.operator.http.headers["authorization"] = "Bearer eve-token"
-        await fleet.operator.get(api.Status, "/v1/status")
-        problem = await fleet.operator.problem("POST", "/v1/enroll-tokens", api.EnrollTokenRequest())
+        await fleet.operator.get(operator_api.Status, "/v1/status")
+        problem = await fleet.operator.problem("POST", "/v1/enroll-tokens", operator_api.EnrollTokenRequest())
         assert (problem.status, problem.type) == (403, "forbidden")
 
 
@@ -51,7 +51,7 @@ async def test_what_is_asked_wrongly_is_answered_with_one_sentence(new_fleet):
         target = await operator.publish("1.0.0", config={})
 
         async def deploy(**wish):
-            request = api.RolloutRequest(**{"instance": "hello", "target": target, "group": "edge", **wish})
+            request = operator_api.RolloutRequest(**{"instance": "hello", "target": target, "group": "edge", **wish})
             return await operator.problem("POST", "/v1/rollouts", request)
 
         for wish, kind in [
@@ -88,7 +88,7 @@ async def test_what_is_asked_wrongly_is_answered_with_one_sentence(new_fleet):
             (
                 "POST",
                 "/v1/removals",
-                msgspec.json.encode(api.RemovalRequest(instance="x", group="edge")),
+                msgspec.json.encode(operator_api.RemovalRequest(instance="x", group="edge")),
                 "unknown-instance",
             ),
             ("POST", "/v1/undo", b"{}", "nothing-to-undo"),
@@ -144,7 +144,9 @@ async def test_publishing_is_compare_and_swap_and_only_for_the_publishers_key(ne
         assert (await operator.problem("POST", "/v1/roles/main", forged)).type == "unsigned"
         assert (await operator.problem("POST", "/v1/roles/other", forged)).type == "refused"
         # the very same again: nothing to do
-        same = await operator.send(api.RoleReply, "POST", "/v1/roles/main", msgspec.Raw(await operator._newest_role()))
+        same = await operator.send(
+            operator_api.RoleReply, "POST", "/v1/roles/main", msgspec.Raw(await operator._newest_role())
+        )
         assert same.version == 2
 
 
@@ -155,20 +157,24 @@ async def test_two_groups_of_one_priority_must_not_disagree(new_fleet):
         board = await fleet.board("a")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
-        await operator.send(api.GroupRow, "PUT", "/v1/groups/canary", api.GroupRequest(add=(board.device,)))
-        wish = api.RolloutRequest(instance="hello", target=two, group="canary")
+        await operator.send(
+            operator_api.GroupRow, "PUT", "/v1/groups/canary", operator_api.GroupRequest(add=(board.device,))
+        )
+        wish = operator_api.RolloutRequest(instance="hello", target=two, group="canary")
         problem = await operator.problem("POST", "/v1/rollouts", wish)
         assert (problem.type, problem.status) == ("conflict", 409)
         assert "edge" in problem.title
         assert "canary" in problem.title
 
-        await operator.send(api.GroupRow, "PUT", "/v1/groups/canary", api.GroupRequest(priority=10))
-        view = await operator.decided(await operator.send(api.RolloutView, "POST", "/v1/rollouts", wish))
+        await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/canary", operator_api.GroupRequest(priority=10))
+        view = await operator.decided(await operator.send(operator_api.RolloutView, "POST", "/v1/rollouts", wish))
         assert view.state is RolloutState.SUCCEEDED
-        detail = await operator.get(api.DeviceDetail, f"/v1/devices/{board.device}")
+        detail = await operator.get(operator_api.DeviceDetail, f"/v1/devices/{board.device}")
         assert [(each.target, each.source) for each in detail.effective] == [(two, "group canary")]
         # out of the group again: back to what the other one says
-        await operator.send(api.GroupRow, "PUT", "/v1/groups/canary", api.GroupRequest(remove=(board.device,)))
+        await operator.send(
+            operator_api.GroupRow, "PUT", "/v1/groups/canary", operator_api.GroupRequest(remove=(board.device,))
+        )
         await board.until(lambda board: board.items["hello"].target == one)
 
 
@@ -177,17 +183,19 @@ async def test_a_board_that_gets_a_label_gets_what_its_group_runs(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
         board = await fleet.board("a", group="")
-        selector = api.GroupRequest(selector={"site": "north"})
-        await operator.send(api.GroupRow, "PUT", "/v1/groups/north", selector)
+        selector = operator_api.GroupRequest(selector={"site": "north"})
+        await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/north", selector)
         target = await operator.publish("1.0.0")
         assert (await operator.decided(await operator.deploy(target, group="north"))).state is RolloutState.SUCCEEDED
         assert not board.items
         path = f"/v1/devices/{board.device}/labels"
-        await operator.send(api.DeviceDetail, "PUT", path, api.LabelsRequest(labels={"site": "north"}))
+        await operator.send(
+            operator_api.DeviceDetail, "PUT", path, operator_api.LabelsRequest(labels={"site": "north"})
+        )
         await board.until(lambda board: board.items)
-        await operator.send(api.DeviceDetail, "PUT", path, api.LabelsRequest(labels={"site": None}))
+        await operator.send(operator_api.DeviceDetail, "PUT", path, operator_api.LabelsRequest(labels={"site": None}))
         await board.until(lambda board: not board.items)
-        problem = await operator.problem("POST", "/v1/enroll-tokens", api.EnrollTokenRequest(group="north"))
+        problem = await operator.problem("POST", "/v1/enroll-tokens", operator_api.EnrollTokenRequest(group="north"))
         assert problem.type == "selector-group"
 
 
@@ -198,16 +206,16 @@ async def test_a_pin_holds_one_board_until_it_is_taken_off(new_fleet):
         pinned, other = await fleet.board("a"), await fleet.board("b")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
-        wish = api.RolloutRequest(instance="hello", target=two)
-        view = await operator.send(api.RolloutView, "PUT", f"/v1/devices/{pinned.device}/pin", wish)
+        wish = operator_api.RolloutRequest(instance="hello", target=two)
+        view = await operator.send(operator_api.RolloutView, "PUT", f"/v1/devices/{pinned.device}/pin", wish)
         assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
         assert (pinned.items["hello"].target, other.items["hello"].target) == (two, one)
-        row = (await operator.get(api.DeviceDetail, f"/v1/devices/{pinned.device}")).row
+        row = (await operator.get(operator_api.DeviceDetail, f"/v1/devices/{pinned.device}")).row
         assert row.pins == ("hello",)
         path = f"/v1/devices/{pinned.device}/unpin"
-        await operator.send(api.DeviceDetail, "POST", path, api.InstanceRequest(instance="hello"))
+        await operator.send(operator_api.DeviceDetail, "POST", path, operator_api.InstanceRequest(instance="hello"))
         await pinned.until(lambda board: board.items["hello"].target == one)
-        problem = await operator.problem("POST", path, api.InstanceRequest(instance="hello"))
+        problem = await operator.problem("POST", path, operator_api.InstanceRequest(instance="hello"))
         assert problem.type == "not-pinned"
 
 
@@ -220,19 +228,19 @@ async def test_a_failed_board_is_tried_again_only_when_an_operator_says_so(new_f
         view = await operator.decided(await operator.deploy(target, waves="100%", failures=1))
         assert view.state is RolloutState.SUCCEEDED
         assert view.counts == {"succeeded": 1, "failed": 1}
-        detail = await operator.get(api.DeviceDetail, f"/v1/devices/{bad.device}")
+        detail = await operator.get(operator_api.DeviceDetail, f"/v1/devices/{bad.device}")
         (failure,) = detail.failed
         assert (failure.instance, failure.code, failure.log) == ("hello", "trapped", ("boom",))
         assert failure.action
 
         bad.behaviour = behaviours["good"]
         path = f"/v1/devices/{bad.device}/retry"
-        await operator.send(api.DeviceDetail, "POST", path, api.InstanceRequest(instance="hello"))
+        await operator.send(operator_api.DeviceDetail, "POST", path, operator_api.InstanceRequest(instance="hello"))
         view = await operator.follow(view, lambda view: view.counts == {"succeeded": 2})
         assert bad.items["hello"].attempt == 1
         assert good.items["hello"].attempt == 0
-        assert (await operator.get(api.DeviceDetail, f"/v1/devices/{bad.device}")).failed == ()
-        problem = await operator.problem("POST", path, api.InstanceRequest(instance="other"))
+        assert (await operator.get(operator_api.DeviceDetail, f"/v1/devices/{bad.device}")).failed == ()
+        problem = await operator.problem("POST", path, operator_api.InstanceRequest(instance="other"))
         assert problem.type == "unknown-instance"
 
 
@@ -248,13 +256,13 @@ async def test_a_rollout_can_be_paused_resumed_and_aborted(new_fleet, behaviours
         view = await operator.deploy(two)
         view = await operator.follow(view, lambda view: view.wave == 1)
         (first,) = [board for board in view.boards if board.wave == 1]
-        paused = await operator.send(api.RolloutView, "POST", f"/v1/rollouts/{view.number}/pause")
+        paused = await operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.number}/pause")
         assert (paused.state, paused.reason) == (RolloutState.PAUSED, "paused by admin")
-        resumed = await operator.send(api.RolloutView, "POST", f"/v1/rollouts/{view.id}/resume")
+        resumed = await operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.id}/resume")
         assert resumed.state is RolloutState.RUNNING
         canary = next(board for board in boards if board.device == first.device)
         await canary.until(lambda board: board.items["hello"].target == two)
-        aborted = await operator.send(api.RolloutView, "POST", f"/v1/rollouts/{view.id}/abort")
+        aborted = await operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.id}/abort")
         assert aborted.state is RolloutState.ABORTED
         await canary.until(lambda board: board.items["hello"].target == one)
         problem = await operator.problem("POST", f"/v1/rollouts/{view.id}/resume")
@@ -294,7 +302,7 @@ async def test_a_newer_rollout_takes_over_without_a_step_back(new_fleet, behavio
         board.behaviour = behaviours["good"]
         third = await operator.decided(await operator.deploy(targets[2]))
         assert third.state is RolloutState.SUCCEEDED
-        old = await operator.get(api.RolloutView, f"/v1/rollouts/{second.id}")
+        old = await operator.get(operator_api.RolloutView, f"/v1/rollouts/{second.id}")
         assert (old.state, old.reason) == (RolloutState.SUPERSEDED, f"rollout {third.number} took over")
         offered = [each.items[0].target for each in board.accepted]
         assert offered == targets
@@ -307,7 +315,7 @@ async def test_configuration_and_grants_stay_over_versions_and_never_widen(new_f
         board = await fleet.board("a")
         grants = Grants(interfaces=("wasi:clocks", "wasi:random"))
         one = await operator.publish("1.0.0", grants=grants, **manifest_with_key)
-        missing = api.RolloutRequest(instance="hello", target=one, group="edge")
+        missing = operator_api.RolloutRequest(instance="hello", target=one, group="edge")
         problem = await operator.problem("POST", "/v1/rollouts", missing)
         assert problem.type == "missing-config"
         assert "place" in problem.title
@@ -319,7 +327,7 @@ async def test_configuration_and_grants_stay_over_versions_and_never_widen(new_f
         item = board.items["hello"]
         assert (item.target, item.config, item.grants, item.port) == (two, {"place": "attic"}, narrowed, 8081)
         assert item.share_lane, "what the operator allowed stays allowed"
-        plan = await operator.send(api.Preflight, "POST", "/v1/preflight", api.RolloutRequest(
+        plan = await operator.send(operator_api.Preflight, "POST", "/v1/preflight", operator_api.RolloutRequest(
             instance="hello", target=await operator.publish(
                 "3.0.0", grants=Grants(interfaces=("wasi:clocks", "wasi:cli")), **manifest_with_key),
             group="edge"))  # fmt: skip
@@ -334,8 +342,8 @@ async def test_a_board_with_another_cpu_is_left_out_and_said_so(new_fleet):
         operator = fleet.operator
         board = await fleet.board("a")
         target = await operator.publish("1.0.0", arch=("riscv64",))
-        wish = api.RolloutRequest(instance="hello", target=target, group="edge")
-        plan = await operator.send(api.Preflight, "POST", "/v1/preflight", wish)
+        wish = operator_api.RolloutRequest(instance="hello", target=target, group="edge")
+        plan = await operator.send(operator_api.Preflight, "POST", "/v1/preflight", wish)
         assert plan.excluded[0].device == board.device
         assert "x86_64" in plan.excluded[0].reason
         view = await operator.decided(await operator.deploy(target))
@@ -352,7 +360,7 @@ async def test_commands_are_signed_and_counted(new_fleet):
         await operator.decided(await operator.deploy(await operator.publish("1.0.0")))
         path = f"/v1/devices/{board.device}/command"
         for verb in (CheckIn(), Restart(instance="hello")):
-            await fleet.operator.send(api.CommandReply, "POST", path, api.CommandRequest(verb=verb))
+            await fleet.operator.send(operator_api.CommandReply, "POST", path, operator_api.CommandRequest(verb=verb))
         await board.until(lambda board: len(board.commands) == 2)
         first, second = [command.sequence for command in board.commands]
         assert second == first + 1
@@ -364,10 +372,10 @@ async def test_commands_are_signed_and_counted(new_fleet):
 async def test_a_restart_of_what_does_not_run_there_is_refused(new_fleet):
     async with new_fleet() as fleet:
         board = await fleet.board("a")
-        content = msgspec.json.encode(api.CommandRequest(verb=Restart(instance="nosuch")))
+        content = msgspec.json.encode(operator_api.CommandRequest(verb=Restart(instance="nosuch")))
         reply = await fleet.operator.http.request("POST", f"/v1/devices/{board.device}/command", content=content)
         assert reply.status_code == 404
-        assert msgspec.json.decode(reply.content, type=api.Problem).type == "unknown-instance"
+        assert msgspec.json.decode(reply.content, type=operator_api.Problem).type == "unknown-instance"
 
 
 @pytest.mark.asyncio
@@ -386,13 +394,13 @@ async def test_everything_that_is_done_is_written_down(new_fleet):
         board = await fleet.board("a")
         target = await operator.publish("1.0.0")
         view = await operator.decided(await operator.deploy(target))
-        acts = [(entry.actor, entry.act) for entry in (await operator.get(api.Audit, "/v1/audit")).entries]
+        acts = [(entry.actor, entry.act) for entry in (await operator.get(operator_api.Audit, "/v1/audit")).entries]
         for act in [
             ("init", "create-fleet"), ("admin", "make-token"), (board.device, "enrol"), ("admin", "upload"),
             ("admin", "publish-role"), ("admin", "deploy"), ("server", "rollout-succeeded"),
         ]:  # fmt: skip
             assert act in acts
-        timeline = await operator.get(api.Timeline, f"/v1/devices/{board.device}/timeline")
+        timeline = await operator.get(operator_api.Timeline, f"/v1/devices/{board.device}/timeline")
         texts = [entry.text for entry in timeline.entries]
         assert texts[0] == "hello: main/hello@1.0.0 is committed"
         assert [entry.kind for entry in timeline.entries][-1] == "enrolled"
@@ -413,17 +421,26 @@ async def test_a_long_poll_returns_with_the_next_revision_or_when_its_time_is_ov
         assert view.state is RolloutState.RUNNING
         assert "away" in view.reason
         waiting = asyncio.create_task(
-            operator.get(api.RolloutView, f"/v1/rollouts/{view.id}", wait=30, since=view.revision)
+            operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}", wait=30, since=view.revision)
         )
         await asyncio.sleep(0)
-        await operator.send(api.RolloutView, "POST", f"/v1/rollouts/{view.id}/pause")
+        await operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.id}/pause")
         newer = await asyncio.wait_for(waiting, 60)
         assert newer.revision > view.revision
-        same = await operator.get(api.RolloutView, f"/v1/rollouts/{view.id}", wait=0, since=newer.revision)
+        same = await operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}", wait=0, since=newer.revision)
         assert same.revision == newer.revision
 
 
-@pytest.mark.parametrize("struct", [api.Status, api.DeviceDetail, api.RolloutView, api.RolloutRequest, api.Problem])
+@pytest.mark.parametrize(
+    "struct",
+    [
+        operator_api.Status,
+        operator_api.DeviceDetail,
+        operator_api.RolloutView,
+        operator_api.RolloutRequest,
+        operator_api.Problem,
+    ],
+)
 @pytest.mark.asyncio
 async def test_the_openapi_document_describes_each_struct(new_fleet, struct):
     async with new_fleet() as fleet:

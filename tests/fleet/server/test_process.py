@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fleet.protocol import api
+from fleet.protocol import operator_api
 
 PROGRAM = """
 import asyncio, sys
 from pathlib import Path
-from fleet.server.main import ServeError, run
+from fleet.server.service import ServeError, run
 try:
     asyncio.run(run(Path(sys.argv[1]), on_ready=lambda ready: print(ready.broker, flush=True)))
 except ServeError as error:
@@ -83,6 +83,8 @@ async def test_a_server_killed_at_any_moment_of_a_push_finishes_it_after_the_nex
             view = await fleet.operator.deploy(target)
             await fleet.stop()
             await fleet.start()
-            view = await fleet.operator.decided(await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{view.id}"))
-            assert view.state is api.RolloutState.SUCCEEDED
+            view = await fleet.operator.decided(
+                await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}")
+            )
+            assert view.state is operator_api.RolloutState.SUCCEEDED
             assert board.items["hello"].target == target

@@ -10,15 +10,14 @@ import msgspec
 import pytest
 from tuf.api.metadata import Metadata
 
+from fleet.admin.signing_host import PublisherError, SigningHost, make_keys
 from fleet.client import Client, ProblemError
-from fleet.protocol import api
-from fleet.protocol.online import NONE, OnlineRequest, OnlineView
-from fleet.publisher import Publisher, PublisherError, make_keys
-from fleet.server import online
-from fleet.server.held import HeldKeys
-from fleet.server.home import Home
-from fleet.server.repository import Repository
-from signing import events, keys, proposals, repository
+from fleet.protocol import operator_api
+from fleet.protocol.trust_api import NONE, OnlineRequest, OnlineView
+from fleet.server.api import trust
+from fleet.server.config import ServerPaths
+from fleet.server.tuf_repository import OnlineKeys, TufRepository
+from signing import events, keys, repository
 from signing.events import Document, Event
 from signing.rotation import RoleKeys
 
@@ -36,7 +35,7 @@ class Host:
 
     def publisher(self):
         clock = lambda: datetime.now(UTC) + self.ahead  # noqa: E731
-        return Publisher(self.place, root=self.root, client=self.client, clock=clock)
+        return SigningHost(self.place, root=self.root, client=self.client, clock=clock)
 
     async def step(self, *, wait_s=0):
         return await asyncio.to_thread(self.publisher().step, wait_s=wait_s)
@@ -50,16 +49,16 @@ class Host:
         reply = await sent
         assert reply.is_success, reply.text
         for role in made:
-            (Home(self.fleet.home).keys / f"{role}.pem").unlink()
+            (ServerPaths(self.fleet.home).keys / f"{role}.pem").unlink()
         return self
 
     def signed(self, roles):
         files = self.files()
-        event = proposals.propose(files, roles=roles, now=datetime.now(UTC))
+        event = events.propose(files, roles=roles, now=datetime.now(UTC))
         return events.sign(files, event, keys.load(self.fleet.home / "operator/keys/root.pem"))
 
     def files(self):
-        return {path.name: path.read_bytes() for path in Home(self.fleet.home).repository.glob("*.json")}
+        return {path.name: path.read_bytes() for path in ServerPaths(self.fleet.home).repository.glob("*.json")}
 
     async def view(self):
         return await self.fleet.operator.get(OnlineView, "/v1/online")
@@ -67,7 +66,7 @@ class Host:
 
 @pytest.fixture
 def story(new_fleet, monkeypatch):
-    monkeypatch.setattr(online, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(trust, "PATIENCE_S", 60.0)
 
     @contextlib.asynccontextmanager
     async def run():
@@ -88,7 +87,7 @@ async def test_publishing_and_rollouts_go_on_with_the_keys_elsewhere(story):
         running = asyncio.create_task(asyncio.to_thread(host.publisher().run, stop=ending.is_set))
         board = await fleet.board("gate")
         done = await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
-        assert done.state is api.RolloutState.SUCCEEDED
+        assert done.state is operator_api.RolloutState.SUCCEEDED
         assert board.items["hello"].target.endswith("1.0.0.wasm")
         ending.set()
         await fleet.operator.publish("1.0.1")  # wakes it for the last time
@@ -107,13 +106,13 @@ async def test_publishing_and_rollouts_go_on_with_the_keys_elsewhere(story):
 async def test_while_the_publisher_host_is_down_publishing_waits_and_says_so(story, monkeypatch):
     async with story() as host:
         fleet = host.fleet
-        monkeypatch.setattr(online, "PATIENCE_S", 0.1)
+        monkeypatch.setattr(trust, "PATIENCE_S", 0.1)
         late = keys.load(fleet.home / "operator/keys/main.pem")
         role = repository.renew(repository.latest(host.files(), "main")[1], signer=late, now=datetime.now(UTC))
         problem = await fleet.operator.problem("POST", "/v1/roles/main", role)
         assert (problem.status, problem.type) == (503, "publisher-away")
         assert "fleet publisher run" in problem.action
-        status = await fleet.operator.get(api.Status, "/v1/status")
+        status = await fleet.operator.get(operator_api.Status, "/v1/status")
         assert any("waits for the publisher host" in each for each in status.problems)
         assert "2.main.json" not in host.files(), "boards and operators see nothing of it"
         assert (await fleet.operator.http.get("/v1/tuf/2.main.json")).status_code == 404
@@ -123,7 +122,7 @@ async def test_while_the_publisher_host_is_down_publishing_waits_and_says_so(sto
         assert await host.step()
         assert host.files()["2.main.json"] == role
         assert (await fleet.operator.http.post("/v1/roles/main", content=role)).is_success
-        status = await fleet.operator.get(api.Status, "/v1/status")
+        status = await fleet.operator.get(operator_api.Status, "/v1/status")
         assert not any("publisher host" in each for each in status.problems)
         fleet.server._online._clock = lambda: datetime.now(UTC) + repository.LIFE["timestamp"] * 0.9
         assert any("silent" in each for each in fleet.server._online.problems())
@@ -152,7 +151,7 @@ async def test_a_stolen_server_with_its_director_can_have_nothing_signed_that_pu
             signer=main,
             now=datetime.now(UTC),
         )
-        director = keys.load(Home(fleet.home).keys / "director.pem")
+        director = keys.load(ServerPaths(fleet.home).keys / "director.pem")
         by_director = repository.renew(files["2.main.json"], signer=director, now=datetime.now(UTC))
         for data in (own, skipped, taken_back, by_director):
             server._waiting = Event("test", (Document("main", data),)).encode()
@@ -172,8 +171,8 @@ async def test_a_stolen_server_with_its_director_can_have_nothing_signed_that_pu
 
         # And the host does not follow a server that is set back: its own memory counts.
         for name in host.files().keys() - {"1.root.json", "2.root.json", "1.targets.json", "1.main.json"}:
-            (Home(fleet.home).repository / name).unlink()
-        (Home(fleet.home).repository / "timestamp.json").write_bytes(b"{}")
+            (ServerPaths(fleet.home).repository / name).unlink()
+        (ServerPaths(fleet.home).repository / "timestamp.json").write_bytes(b"{}")
         server._files["timestamp.json"] = forged.to_bytes()
         with pytest.raises(PublisherError, match="does not verify"):
             await host.step()
@@ -181,7 +180,7 @@ async def test_a_stolen_server_with_its_director_can_have_nothing_signed_that_pu
 
 async def until_signed(host):
     """Answered by the server as soon as something waits for the host."""
-    assert await host.step(wait_s=int(online.PATIENCE_S))
+    assert await host.step(wait_s=int(trust.PATIENCE_S))
 
 
 def body(timestamp, snapshot=None):
@@ -194,7 +193,7 @@ def body(timestamp, snapshot=None):
 async def test_the_server_takes_only_what_shows_exactly_what_was_published(story):
     async with story() as host:
         fleet = host.fleet
-        holder = Repository(host.place / "repository", HeldKeys(host.place / "keys"), signs_online=True)
+        holder = TufRepository(host.place / "repository", OnlineKeys(host.place / "keys"), signs_online=True)
         snapshot, stamp = (holder._signer(role) for role in ("snapshot", "timestamp"))
         files = host.files()
         number = repository.latest(files, "snapshot")[0]
@@ -248,7 +247,7 @@ async def test_the_server_takes_only_what_shows_exactly_what_was_published(story
 @pytest.mark.asyncio
 async def test_keys_that_nobody_has_are_forgotten_by_an_admins_word(story, monkeypatch, tmp_path):
     async with story() as host:
-        monkeypatch.setattr(online, "PATIENCE_S", 0.1)
+        monkeypatch.setattr(trust, "PATIENCE_S", 0.1)
         nobody = {role: RoleKeys((keys.generate(tmp_path / role).public_key,)) for role in ("snapshot", "timestamp")}
         event = host.signed(nobody)
         problem = await host.fleet.operator.problem("POST", "/v1/signing-events", event.encode())

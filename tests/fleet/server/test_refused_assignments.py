@@ -5,8 +5,8 @@ import hashlib
 import msgspec
 import pytest
 
-from fleet.protocol.api import Outcome, RolloutState
 from fleet.protocol.codes import Phase, RejectCode
+from fleet.protocol.operator_api import Outcome, RolloutState
 
 
 def refusal(board, item, envelope, code=RejectCode.UNSIGNED):

@@ -2,12 +2,12 @@
 
 import pytest
 
-from fleet.protocol import api
-from fleet.protocol.api import Outcome, RolloutState
+from fleet.protocol import operator_api
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.operator_api import Outcome, RolloutState
 
 
-def outcomes(view: api.RolloutView) -> dict[int, list[Outcome]]:
+def outcomes(view: operator_api.RolloutView) -> dict[int, list[Outcome]]:
     waves: dict[int, list[Outcome]] = {}
     for board in view.boards:
         waves.setdefault(board.wave, []).append(board.outcome)
@@ -28,7 +28,7 @@ async def test_a_push_reaches_every_board_and_becomes_what_the_group_runs(new_fl
             # it verified the envelope against the pinned root before it believed it
             assert board.items["hello"].target == target
             assert board.items["hello"].rollout == view.id
-        (group,) = (await fleet.operator.get(api.Groups, "/v1/groups")).groups
+        (group,) = (await fleet.operator.get(operator_api.Groups, "/v1/groups")).groups
         assert [each.target for each in group.settled] == [target]
         # settling changes nothing that boards run: no second assignment
         assert all(len(board.accepted) == 1 for board in boards)
@@ -66,21 +66,21 @@ async def test_undo_goes_back_through_history_and_removal_takes_the_instance_off
         for target in targets:
             await operator.decided(await operator.deploy(target))
         undone = await operator.decided(
-            await operator.send(api.RolloutView, "POST", "/v1/undo", api.UndoRequest(group="edge"))
+            await operator.send(operator_api.RolloutView, "POST", "/v1/undo", operator_api.UndoRequest(group="edge"))
         )
         assert (undone.state, undone.target) == (RolloutState.SUCCEEDED, targets[0])
         assert board.items["hello"].target == targets[0]
 
-        gone = await operator.send(api.RolloutView, "POST", "/v1/undo", api.UndoRequest())
+        gone = await operator.send(operator_api.RolloutView, "POST", "/v1/undo", operator_api.UndoRequest())
         assert (await operator.decided(gone)).state is RolloutState.SUCCEEDED
         await board.until(lambda board: not board.items)
         assert board.accepted[-1].stop_all
-        problem = await operator.problem("POST", "/v1/undo", api.UndoRequest())
+        problem = await operator.problem("POST", "/v1/undo", operator_api.UndoRequest())
         assert problem.type == "nothing-to-undo"
 
         await operator.decided(await operator.deploy(targets[1]))
-        removal = api.RemovalRequest(instance="hello", group="edge", keep_data=True)
-        view = await operator.send(api.RolloutView, "POST", "/v1/removals", removal)
+        removal = operator_api.RemovalRequest(instance="hello", group="edge", keep_data=True)
+        view = await operator.send(operator_api.RolloutView, "POST", "/v1/removals", removal)
         assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
         await board.until(lambda board: not board.items)
         assert board.accepted[-1].keep_data == ("hello",)
@@ -118,7 +118,7 @@ async def test_a_server_that_is_restarted_in_mid_rollout_goes_on(new_fleet, brok
             await board.disconnect()
 
         await fleet.start()
-        view = await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{view.id}")
+        view = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}")
         assert view.state is RolloutState.RUNNING
         for board in boards:
             board.behaviour, board.items, board.facts = behaviours["good"], {}, type(board.facts)()

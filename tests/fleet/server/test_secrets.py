@@ -13,14 +13,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from fleet.protocol import api
+from fleet.protocol import operator_api
 from fleet.protocol.codes import Phase
 from fleet.protocol.manifest import SecretKey
-from fleet.protocol.sealed import Box, SealingKeys, SecretReply, SecretRequest, Secrets, SecretScope
-from signing import sealing, sealing_keys
+from fleet.protocol.trust_api import Box, SealingKeys, SecretReply, SecretRequest, Secrets, SecretScope
+from signing import sealing
+from signing.device_statements import DeviceSigner
 from signing.errors import Rejected
 from signing.sealing import Purpose
-from signing.statements import Voice
 
 PASSWORD = "correct horse battery staple"
 NEWER = "a password of today"
@@ -32,7 +32,7 @@ async def joined(fleet, name, *, group="edge", connected=True):
     key, sealing_key = ec.generate_private_key(ec.SECP256R1()), X25519PrivateKey.generate()
     public = sealing.public_key(sealing_key)
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    proof = sealing_keys.prove(Voice(pem), fleet="test", sealing_key=public).decode()
+    proof = sealing.prove(DeviceSigner(pem), fleet="test", sealing_key=public).decode()
     board = await fleet.enrol(name, group=group, key=key, sealing_key=public, proof=proof)
     board.sealing_key = sealing_key
     if connected:
@@ -107,7 +107,10 @@ async def test_a_rotated_secret_is_assigned_at_once_and_only_the_version_grows(n
         assert await opened(board) == {"db-password": NEWER}
         # removed and set again, the numbers go on: a board would refuse an older one
         await fleet.operator.send(
-            api.RolloutView, "POST", "/v1/removals", api.RemovalRequest(instance="hello", group="edge")
+            operator_api.RolloutView,
+            "POST",
+            "/v1/removals",
+            operator_api.RemovalRequest(instance="hello", group="edge"),
         )
         await board.until(lambda each: not each.accepted[-1].items)
         scope = SecretScope(instance="hello", group="edge")
@@ -189,13 +192,13 @@ async def test_a_board_without_the_secret_of_the_next_version_keeps_the_one_befo
         await fleet.operator.decided(await fleet.operator.deploy(old))
         new = await fleet.operator.publish("2.0.0", **NEEDS)
         refused = await fleet.operator.problem(
-            "POST", "/v1/rollouts", api.RolloutRequest(instance="hello", target=new, group="edge")
+            "POST", "/v1/rollouts", operator_api.RolloutRequest(instance="hello", target=new, group="edge")
         )
         assert refused.type == "missing-secret"
         assert "fleet secret set db-password --group edge --instance hello" in refused.action
         await give(fleet, group="", device=one.device, ahead=True)
-        wish = api.RolloutRequest(instance="hello", target=new, group="edge")
-        flight = await fleet.operator.send(api.Preflight, "POST", "/v1/preflight", wish)
+        wish = operator_api.RolloutRequest(instance="hello", target=new, group="edge")
+        flight = await fleet.operator.send(operator_api.Preflight, "POST", "/v1/preflight", wish)
         assert [each.device for each in flight.excluded] == [two.device]
         assert "lacks the secret db-password" in flight.excluded[0].reason
         done = await fleet.operator.decided(await fleet.operator.deploy(new))
@@ -255,7 +258,7 @@ async def test_what_an_operator_sealed_the_server_passes_on_and_cannot_read(new_
         board = await joined(fleet, "one")
         keys = await fleet.operator.get(SealingKeys, "/v1/secrets/db-password/keys", group="edge", instance="hello")
         (shown,) = keys.boards
-        key, _ = sealing_keys.proved(
+        key, _ = sealing.proved(
             shown.proof.encode(), certificate=shown.certificate_pem.encode(), fleet="test", device=board.device
         )
         purpose = Purpose(
@@ -274,10 +277,10 @@ async def test_a_board_cannot_talk_itself_into_a_group_that_is_given_secrets(new
     # A group by labels: operators set them, and nothing that a board says of itself is one.
     async with new_fleet() as fleet:
         good, liar = await joined(fleet, "good", group=""), await joined(fleet, "site-berlin", group="")
-        wish = api.GroupRequest(selector={"site": "berlin"})
-        await fleet.operator.send(api.GroupRow, "PUT", "/v1/groups/vault", wish)
-        labels = api.LabelsRequest(labels={"site": "berlin"})
-        await fleet.operator.send(api.DeviceDetail, "PUT", f"/v1/devices/{good.device}/labels", labels)
+        wish = operator_api.GroupRequest(selector={"site": "berlin"})
+        await fleet.operator.send(operator_api.GroupRow, "PUT", "/v1/groups/vault", wish)
+        labels = operator_api.LabelsRequest(labels={"site": "berlin"})
+        await fleet.operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{good.device}/labels", labels)
         said = await give(fleet, group="vault")
         assert said.boards == (good.device,)
         assert liar.device not in said.boards
@@ -288,7 +291,7 @@ async def test_a_board_that_is_shut_out_has_no_box_left(new_fleet):
     async with new_fleet() as fleet:
         board = await joined(fleet, "one")
         await give(fleet)
-        await fleet.operator.send(api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
+        await fleet.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
         assert (await fleet.operator.get(Secrets, "/v1/secrets")).secrets == ()
 
 
@@ -302,9 +305,9 @@ async def test_a_board_that_went_back_to_the_former_secret_holds_up_no_rollout(n
         await give(fleet, value=NEWER)
         await board.until(lambda each: refs(each) == {"db-password": 2})
         await board.until(lambda each: each.acked >= each.sequence)
-        view = await fleet.operator.get(api.RolloutView, f"/v1/rollouts/{done.id}")
+        view = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{done.id}")
         assert view.state == "succeeded"
-        detail = await fleet.operator.get(api.DeviceDetail, f"/v1/devices/{board.device}")
+        detail = await fleet.operator.get(operator_api.DeviceDetail, f"/v1/devices/{board.device}")
         assert [entry.phase for entry in detail.failed] == [Phase.ROLLED_BACK]
 
 

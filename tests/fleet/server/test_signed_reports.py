@@ -6,18 +6,17 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from fleet.protocol import api, wire
+from fleet.protocol import operator_api, wire
 from fleet.protocol.codes import Phase
-from fleet.protocol.history import History
 from fleet.protocol.messages import Report
+from fleet.protocol.operator_api import History
 from fleet.protocol.topics import Topic, Up
 from signing import dsse
-from signing.audit import audit
-from signing.statements import Voice
+from signing.device_statements import DeviceSigner, audit
 
 
 def voice(board):
-    return Voice(board.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return DeviceSigner(board.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 def report(board, sequence, previous="", **more):
@@ -72,5 +71,5 @@ async def test_reports_are_heard_from_the_boards_own_key_only(new_fleet):
         verdict = audit(crane.device, page.certificate_pem.encode(), [bytes(each) for each in page.reports], None)
         assert verdict.findings == ()
         assert verdict.seen.sha256 == dsse.parse(first).sha256
-        timeline = await fleet.operator.get(api.Timeline, f"/v1/devices/{crane.device}/timeline")
+        timeline = await fleet.operator.get(operator_api.Timeline, f"/v1/devices/{crane.device}/timeline")
         assert "hello: main/hello@1.0.0 is committed" in [entry.text for entry in timeline.entries]

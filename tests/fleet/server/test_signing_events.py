@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from fleet.protocol import api
-from fleet.server.home import Home
-from signing import events, keys, proposals, repository, rotation
+from fleet.protocol import operator_api
+from fleet.server.config import ServerPaths
+from signing import events, keys, repository, rotation
 from signing.events import Document, Event
 from signing.rotation import Namespace, RoleKeys
 
 
 def repository_files(home: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Home(home).repository.iterdir()}
+    return {path.name: path.read_bytes() for path in ServerPaths(home).repository.iterdir()}
 
 
 def propose(home: Path, role: str, path: Path) -> Event:
@@ -43,16 +43,16 @@ async def test_an_online_key_is_replaced_under_a_connected_board(new_fleet, role
         assert problem.status == 422
         assert f"fleet keys rotate {role}" in problem.title
 
-        event = propose(fleet.home, role, Home(fleet.home).keys / f"{role}-2.pem")
+        event = propose(fleet.home, role, ServerPaths(fleet.home).keys / f"{role}-2.pem")
         reply = await fleet.operator.http.post("/v1/signing-events", content=event.encode())
         assert reply.status_code == 201, reply.text
         if role == "director":
             # what the old key signed counts for nothing: the server signs every assignment anew by itself
             await board.until(lambda each: len(each.accepted) > told)
         else:
-            (Home(fleet.home).keys / f"{role}.pem").unlink()
+            (ServerPaths(fleet.home).keys / f"{role}.pem").unlink()
         view = await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("2.0.0")))
-        assert view.state is api.RolloutState.SUCCEEDED
+        assert view.state is operator_api.RolloutState.SUCCEEDED
         # and it comes up again with what it has now
         await fleet.stop()
         await fleet.start()
@@ -82,11 +82,11 @@ async def test_a_namespace_moves_into_hash_bins_under_a_connected_board(new_flee
         first = await fleet.operator.publish("1.0.0")
         key = keys.load(fleet.home / "operator" / "keys" / "main.pem")
         files = repository_files(fleet.home)
-        event = events.sign(files, proposals.propose_bins(files, "main", now=datetime.now(UTC), bits=4), key)
+        event = events.sign(files, events.propose_bins(files, "main", now=datetime.now(UTC), bits=4), key)
         reply = await fleet.operator.http.post("/v1/signing-events", content=event.encode())
         assert reply.status_code == 201, reply.text
         view = await fleet.operator.decided(await fleet.operator.deploy(first))
-        assert view.state is api.RolloutState.SUCCEEDED
+        assert view.state is operator_api.RolloutState.SUCCEEDED
         # and the server reads its bins when it comes up again
         await fleet.stop()
         await fleet.start()
@@ -112,8 +112,8 @@ async def test_what_is_not_signed_by_enough_changes_nothing(new_fleet) -> None:
 @pytest.mark.asyncio
 async def test_of_two_people_at_once_the_second_is_told_so(new_fleet) -> None:
     async with new_fleet("embedded") as fleet:
-        first = propose(fleet.home, "timestamp", Home(fleet.home).keys / "timestamp-2.pem")
-        second = propose(fleet.home, "timestamp", Home(fleet.home).keys / "timestamp-3.pem")
+        first = propose(fleet.home, "timestamp", ServerPaths(fleet.home).keys / "timestamp-2.pem")
+        second = propose(fleet.home, "timestamp", ServerPaths(fleet.home).keys / "timestamp-3.pem")
         for _ in range(2):  # sending the same again does no harm
             assert (await fleet.operator.http.post("/v1/signing-events", content=first.encode())).is_success
         problem = await fleet.operator.problem("POST", "/v1/signing-events", second.encode())

@@ -10,18 +10,18 @@ import pytest
 from cryptography import x509
 
 from fleet import ca
-from fleet.protocol import api, wire
-from fleet.protocol.api import Outcome, RolloutState
+from fleet.protocol import operator_api, wire
 from fleet.protocol.assignment import Assignment
 from fleet.protocol.codes import Phase
 from fleet.protocol.messages import Ack, Hello
-from fleet.protocol.people import OperatorReply, OperatorRequest, Operators, Role
+from fleet.protocol.operator_api import Outcome, RolloutState
 from fleet.protocol.topics import Up
+from fleet.protocol.trust_api import OperatorReply, OperatorRequest, Operators, Role
 from fleet.server import director
-from fleet.server.broker import mosquitto
-from fleet.server.main import Server
+from fleet.server.broker import broker
+from fleet.server.service import Server
 from signing import dsse, repository
-from signing.facts import VERSION_MAX
+from signing.state import VERSION_MAX
 
 
 class Ahead(Server):
@@ -53,7 +53,7 @@ async def test_online_roles_are_signed_again_before_they_expire(later):
     async with later() as fleet:
 
         async def timestamp():
-            status = await fleet.operator.get(api.Status, "/v1/status")
+            status = await fleet.operator.get(operator_api.Status, "/v1/status")
             return next(role for role in status.roles if role.role == "timestamp")
 
         first = await timestamp()
@@ -70,7 +70,7 @@ async def test_online_roles_are_signed_again_before_they_expire(later):
 async def test_an_expired_role_is_named_in_the_status(later):
     async with later() as fleet:
         Ahead.ahead = repository.LIFE["namespace"] + timedelta(days=1)
-        status = await fleet.operator.get(api.Status, "/v1/status")
+        status = await fleet.operator.get(operator_api.Status, "/v1/status")
         assert any("main expired" in problem for problem in status.problems)
 
 
@@ -120,11 +120,11 @@ async def test_old_reports_are_forgotten_and_the_audit_log_is_not(later):
         board = await fleet.board("a")
         target = await fleet.operator.publish("1.0.0")
         await fleet.operator.decided(await fleet.operator.deploy(target))
-        acts = (await fleet.operator.get(api.Audit, "/v1/audit")).entries
+        acts = (await fleet.operator.get(operator_api.Audit, "/v1/audit")).entries
         Ahead.ahead = timedelta(days=91)
         fleet.server.keep_up()
         assert fleet.server._store.delivery.reports(board.device, 10) == []
-        assert (await fleet.operator.get(api.Audit, "/v1/audit")).entries == acts
+        assert (await fleet.operator.get(operator_api.Audit, "/v1/audit")).entries == acts
 
 
 @pytest.mark.asyncio
@@ -153,7 +153,7 @@ async def test_a_database_that_was_restored_from_a_backup_goes_on_above_what_boa
         assert view.state is RolloutState.SUCCEEDED
 
 
-@pytest.mark.skipif(mosquitto.find() is None, reason="mosquitto is not installed")
+@pytest.mark.skipif(broker.find() is None, reason="mosquitto is not installed")
 @pytest.mark.asyncio
 async def test_what_boards_report_while_the_server_is_away_is_kept_by_a_broker_of_its_own(new_fleet, external_broker):
     """Somebody else's broker outlives the server; reports wait there, and the board still has them besides."""
@@ -171,7 +171,7 @@ async def test_what_boards_report_while_the_server_is_away_is_kept_by_a_broker_o
             await fleet.start()
             view = await fleet.operator.decided(view)
             assert [each.outcome for each in view.boards] == [Outcome.SUCCEEDED]
-            status = await fleet.operator.get(api.Status, "/v1/status")
+            status = await fleet.operator.get(operator_api.Status, "/v1/status")
             assert status.broker == "external"
         finally:
             await board.disconnect(politely=True)
@@ -186,7 +186,7 @@ async def test_a_silent_broker_is_raised_by_the_server(later):
     async with later() as fleet:
 
         async def problems():
-            found = (await fleet.operator.get(api.Status, "/v1/status")).problems
+            found = (await fleet.operator.get(operator_api.Status, "/v1/status")).problems
             return [each for each in found if "the broker keeps assignments" in each]
 
         board = await fleet.enrol("a")  # it is never heard on the broker
@@ -197,7 +197,7 @@ async def test_a_silent_broker_is_raised_by_the_server(later):
             Ahead.ahead = timedelta(minutes=5)
             assert (await asyncio.to_thread(http.get, "/v1/desired")).status_code == 200
         assert board.device in (await problems())[0]
-        timeline = await fleet.operator.get(api.Timeline, f"/v1/devices/{board.device}/timeline")
+        timeline = await fleet.operator.get(operator_api.Timeline, f"/v1/devices/{board.device}/timeline")
         assert any("which the broker did not bring" in entry.text for entry in timeline.entries)
         Ahead.ahead = timedelta(minutes=6)
         await board.connect()

@@ -2,10 +2,9 @@
 
 import pytest
 
-from fleet.protocol import api
-from fleet.protocol.codes import Phase, RejectCode
-from fleet.rollout import judge, model
-from fleet.server.advice import ADVICE, advice
+from fleet.protocol import operator_api
+from fleet.protocol.codes import ADVICE, Phase, RejectCode, advice
+from fleet.rollout import model
 
 
 def test_every_code_has_an_advice_but_the_one_where_nothing_is_wrong():
@@ -15,10 +14,12 @@ def test_every_code_has_an_advice_but_the_one_where_nothing_is_wrong():
 
 
 def test_decisions_speak_of_codes_and_phases_that_exist():
-    assert {str(code) for code in RejectCode} >= judge.TRIED | judge.DEFERRALS | {judge.SUPERSEDED}
-    assert {str(phase) for phase in Phase} >= {judge.COMMITTED, judge.ROLLED_BACK, judge.FAILED}
+    assert {str(code) for code in RejectCode} >= model.TRIED | model.DEFERRALS | {model.SUPERSEDED}
+    assert {str(phase) for phase in Phase} >= {model.COMMITTED, model.ROLLED_BACK, model.FAILED}
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(model.Outcome, api.Outcome), (model.State, api.RolloutState)])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(model.Outcome, operator_api.Outcome), (model.State, operator_api.RolloutState)]
+)
 def test_the_api_shows_the_words_of_the_decisions(ours, theirs):
     assert {str(word) for word in ours} == {str(word) for word in theirs}

@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 import pytest
 
 from fleet.protocol.messages import Health, Hello, State, Versions
-from fleet.rollout.model import Board, Outcome, Value
+from fleet.rollout.model import DeviceProgress, Outcome, Value
 from fleet.rollout.model import State as RolloutState
-from fleet.store import database
-from fleet.store.errors import DamagedError, OtherFleetError, OtherOwnerError, OtherVersionError, RolledBackError
+from fleet.store import sqlite
 from fleet.store.rows import AssignmentRow, Extra, ReportRow
+from fleet.store.sqlite import DamagedError, OtherFleetError, OtherOwnerError, OtherVersionError, RolledBackError
 from fleet.store.store import Store
 
 A, B = "a-00000001", "b-00000002"
@@ -67,7 +67,7 @@ def test_something_that_is_no_database_is_refused(path):
 
 def test_a_database_of_another_user_is_refused(path, store, monkeypatch):
     store.close()
-    monkeypatch.setattr(database.os, "geteuid", lambda: os.getuid() + 1)
+    monkeypatch.setattr(sqlite.os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(OtherOwnerError, match="belongs to the user"):
         Store.open(path, fleet="test")
 
@@ -77,7 +77,7 @@ def test_a_migration_that_fails_leaves_nothing_behind(path, monkeypatch):
         db.execute("CREATE TABLE half (x)")
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(database, "MIGRATIONS", [*database.MIGRATIONS, broken])
+    monkeypatch.setattr(sqlite, "MIGRATIONS", [*sqlite.MIGRATIONS, broken])
     with pytest.raises(RuntimeError):
         Store.open(path, fleet="test")
     monkeypatch.undo()
@@ -156,7 +156,7 @@ def test_the_audit_log_can_only_grow(store, path):
 
 
 def begin(store, *, instance="hello", value=None, group="edge"):
-    boards = [Board(A, 1), Board(B, 2)]
+    boards = [DeviceProgress(A, 1), DeviceProgress(B, 2)]
     return store.rollouts.create(
         id=f"r{instance}{value}", group=group, device="", instance=instance, value=Value(value or "v1"), before=None,
         waves="1, 100%", sizes=(1, 2), boards=boards, failures=0, soak_s=0, timeout_s=60, note="", by="admin",

@@ -11,17 +11,17 @@ MARK = "import after confinement"
 
 
 class Recorder:
-    """First of all finders. Wraps `cell.enter` as soon as that module is there."""
+    """First of all finders. Wraps `sandbox.apply` as soon as that module is there."""
 
     def __init__(self):
         self.confined = False
         self.wrapped = False
 
     def find_spec(self, name, path=None, target=None):
-        cell = sys.modules.get("agent.host.cell")
-        if not self.wrapped and hasattr(cell, "enter"):
+        sandbox = sys.modules.get("agent.host.sandbox.sandbox")
+        if not self.wrapped and hasattr(sandbox, "apply"):
             self.wrapped = True
-            enter = cell.enter
+            enter = sandbox.apply
 
             def enter_and_watch(plan):
                 layers = enter(plan)
@@ -29,7 +29,7 @@ class Recorder:
                 os.write(2, f"confined: {plan.filter.__qualname__}\n".encode())
                 return layers
 
-            cell.enter = enter_and_watch
+            sandbox.apply = enter_and_watch
         if self.confined:
             os.write(2, f"{MARK}: {name}\n".encode())
             raise ModuleNotFoundError(f"no files here: {name}", name=name)

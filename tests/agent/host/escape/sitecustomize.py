@@ -5,7 +5,7 @@ A request's target says what to try; the answer is JSON: attempt -> what came of
 
 import sys
 
-if "agent.host.zygote" in sys.orig_argv:
+if "agent.host.worker.zygote" in sys.orig_argv:
     import ctypes
     import errno
     import gc
@@ -14,7 +14,7 @@ if "agent.host.zygote" in sys.orig_argv:
     import os
     import stat
 
-    import agent.host.caller
+    from agent.host.worker import runner
 
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
@@ -134,9 +134,9 @@ if "agent.host.zygote" in sys.orig_argv:
             "known": [
                 each._config["token"]
                 for each in gc.get_objects()
-                if isinstance(each, agent.host.caller.Caller) and "token" in each._config
+                if isinstance(each, runner.GuestRunner) and "token" in each._config
             ],
         }
         return 200, b"", json.dumps(answer).encode()
 
-    agent.host.caller.Caller.handle = handle
+    runner.GuestRunner.handle = handle

@@ -5,14 +5,15 @@ Loaded into zygotes by PYTHONPATH.
 
 import sys
 
-if "agent.host.zygote" in sys.orig_argv:
-    from agent.host import caller, control
+if "agent.host.worker.zygote" in sys.orig_argv:
+    from agent.host.ipc import worker_api
+    from agent.host.worker import watchdog
 
-    judge = caller.Ticker._judge
+    judge = watchdog.CallWatchdog._judge
 
     def late(self, call):
         if call.number > 1:
-            call.say(control.Overdue(call=call.number - 1, why="a verdict on the call before"))
+            call.say(worker_api.Overdue(call=call.number - 1, why="a verdict on the call before"))
         judge(self, call)
 
-    caller.Ticker._judge = late
+    watchdog.CallWatchdog._judge = late

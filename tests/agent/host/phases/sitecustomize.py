@@ -11,11 +11,11 @@ if "agent.host.cli" in sys.orig_argv:
     import signal
     from pathlib import Path
 
-    from agent.host.handle import Lane
+    from agent.host.supervisor.worker_handle import WorkerHandle
 
     plan = Path(os.environ["WASMFLEET_TEST_KILL"])
     lanes = {}
-    send = Lane.send
+    send = WorkerHandle.send
 
     def parent(pid):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -51,4 +51,4 @@ if "agent.host.cli" in sys.orig_argv:
                 plan.unlink()
                 os.kill(victim(who, instance), signal.SIGKILL)
 
-    Lane.send = send_and_kill
+    WorkerHandle.send = send_and_kill

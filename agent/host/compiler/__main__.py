@@ -1,0 +1,114 @@
+"""The compiler: a fresh program that reads a component on stdin and writes the image for this board on stdout.
+
+    python -m agent.host.compiler [--fuel] < component.wasm | cat > image.cwasm
+    python -m agent.host.compiler --describe [--fuel]      what an image is compiled for, as JSON
+
+It is niced and lives under limits on address space and CPU time, so that a component which eats memory or drives the
+compiler mad ends as a refusal while the old version keeps serving. It may not write to files: the image goes out by a
+pipe. Exit status: 0 done; 2 not a component; 3 the
+compiler refused or failed; 4 a limit was hit; 5 no engine for this board. On failure, one JSON line on stderr:
+`{"code": ..., "message": ...}`. A panic (SIGABRT), a SIGKILL or SIGXCPU is for the caller to name, see `failure`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import signal
+import stat
+import sys
+from typing import Final, NoReturn
+
+from agent.host.sandbox import sandbox
+from fleet.protocol.bounds import ARTIFACT_MAX_BYTES, MIB
+from fleet.protocol.codes import RejectCode
+
+CPU_S: Final = 120
+
+ADDRESS_SPACE_BYTES: Final = 2048 * MIB
+
+_NICE: Final = 10
+
+_PREAMBLE: Final = b"\0asm"
+
+_EXIT: Final = {
+    RejectCode.NOT_A_COMPONENT: 2,
+    RejectCode.COMPILE_FAILED: 3,
+    RejectCode.COMPILE_LIMIT: 4,
+    RejectCode.NO_ENGINE: 5,
+    RejectCode.TOO_LARGE: 2,
+}
+
+
+def failure(status: int, stderr: bytes) -> tuple[RejectCode, str]:
+    """Why a compiler ended with `status` (negative: the signal that ended it), for whoever started it."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        if -status in {signal.SIGKILL, signal.SIGXCPU, signal.SIGSEGV}:
+            return (
+                RejectCode.COMPILE_LIMIT,
+                f"the compiler was stopped by {name}: it takes too much memory or time here",
+            )
+        return RejectCode.COMPILE_FAILED, f"the compiler gave up on this component ({name})"
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    try:
+        said = json.loads(lines[-1])
+        return RejectCode(said["code"]), str(said["message"])
+    except (IndexError, ValueError, KeyError, TypeError):
+        return RejectCode.COMPILE_FAILED, f"the compiler ended with status {status}: {' '.join(lines)[-500:]}"
+
+
+def _fail(code: RejectCode, message: str) -> NoReturn:
+    sys.stderr.write(json.dumps({"code": code, "message": message}) + "\n")
+    sys.stderr.flush()
+    os._exit(_EXIT[code])
+
+
+def _limit() -> None:
+    os.nice(_NICE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind, most in ((resource.RLIMIT_CPU, CPU_S), (resource.RLIMIT_AS, ADDRESS_SPACE_BYTES)):
+        _, hard = resource.getrlimit(kind)
+        limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (limit, limit))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile stdin to stdout, or describe."""
+    parser = argparse.ArgumentParser(prog="python -m agent.host.compiler", description=__doc__.splitlines()[0])
+    parser.add_argument("--describe", action="store_true", help="print what an image is compiled for, as JSON")
+    parser.add_argument("--fuel", action="store_true", help="count instructions, for components with a fuel limit")
+    options = parser.parse_args(arguments)
+    try:
+        from agent.host.engine import runtime  # noqa: PLC0415 - where there is no engine, this says so
+    except (ImportError, OSError, RuntimeError) as error:
+        _fail(RejectCode.NO_ENGINE, f"there is no WebAssembly engine for this board: {error}")
+    if options.describe:
+        sys.stdout.write(json.dumps(runtime.describe(fuel=options.fuel)) + "\n")
+        return 0
+    if stat.S_ISREG(os.fstat(1).st_mode):
+        _fail(
+            RejectCode.COMPILE_FAILED, "standard output is a file, which the compiler may not write: use a pipe, | cat"
+        )
+    plan = runtime.memory_plan(runtime.reservable_bytes())
+    _limit()
+    try:
+        sandbox.close_all_but({0, 1, 2})
+        sandbox.apply(sandbox.compiler_spec())
+        artifact = sys.stdin.buffer.read(ARTIFACT_MAX_BYTES + 1)
+        if len(artifact) > ARTIFACT_MAX_BYTES:
+            _fail(RejectCode.TOO_LARGE, f"the component has more than {ARTIFACT_MAX_BYTES} bytes")
+        if not artifact.startswith(_PREAMBLE):
+            _fail(RejectCode.NOT_A_COMPONENT, "these bytes are not WebAssembly")
+        image = runtime.Engine(fuel=options.fuel, plan=plan).compile(artifact)
+        sys.stdout.buffer.write(image)
+        sys.stdout.buffer.flush()
+    except runtime.EngineError as error:
+        _fail(error.code, str(error))
+    except MemoryError:
+        _fail(RejectCode.COMPILE_LIMIT, f"compiling it takes more than {ADDRESS_SPACE_BYTES // MIB} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

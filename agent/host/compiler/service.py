@@ -1,0 +1,132 @@
+"""The compiler behind a socket, for an agent that may not have executable memory, nor start who has.
+
+    python -m agent.host.compiler.service ARGUMENTS...  the agent's side: stands in for `python -m
+    agent.host.compiler` python -m agent.host.compiler.service --serve       the service's side: a connection
+    on stdin (systemd, Accept=yes)
+
+Under `MemoryDenyWriteExecute=` compiling fails, and every child inherits that filter. So the client passes its own
+stdin, stdout and stderr over a Unix socket, with its arguments and resource limits, to a unit outside the filter, which
+runs the real compiler on them. To whoever started it the client is the compiler: same streams, same exit status, and
+the same signal where one ended it. Nothing is parsed on the way but this module's own two packets.
+"""
+
+import array
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+from typing import Final
+
+SOCKET: Final = "/run/wasmfleet/compiler.sock"
+
+_PACKET_MAX_BYTES: Final = 4096
+
+_STREAMS: Final = 3
+
+_LIMITS: Final = ("RLIMIT_DATA", "RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_CORE")
+
+# what a client may ask for: it is the agent, and still nothing else can be started through here
+_ARGUMENTS: Final = frozenset({"--describe", "--fuel"})
+
+# exit statuses of the compiler's own, see `agent.host.compiler`
+_LIMIT_HIT: Final = 4
+
+_UNREACHABLE: Final = 5
+
+
+def _complain(code: str, message: str) -> None:
+    sys.stderr.write(json.dumps({"code": code, "message": message}) + "\n")
+
+
+def client(arguments: list[str]) -> int:
+    """Have the compiler run on this process's own streams; return its exit status."""
+    path = os.environ.get("WASMFLEET_COMPILER_SOCKET", SOCKET)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        try:
+            sock.connect(path)
+        except OSError as error:
+            _complain("no-engine", f"the compiler's service does not answer at {path}: {error.strerror}")
+            return _UNREACHABLE
+        if "--describe" not in arguments:
+            # Whoever started this sets limits on it and then writes: by the first byte they hold.
+            select.select([0], [], [])
+        limits = {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS}
+        packet = json.dumps({"arguments": arguments, "limits": limits}).encode()
+        streams = array.array("i", range(_STREAMS))
+        sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+        # The streams are the compiler's now: its reader must see their end when the compiler closes them.
+        for number in (0, 1):
+            os.close(number)
+        answer = sock.recv(_PACKET_MAX_BYTES)
+    if not answer:
+        _complain("compile-limit", "the compiler's service ended before it answered: out of memory or time")
+        return _LIMIT_HIT
+    status = int(json.loads(answer)["status"])
+    if status < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no handler to reset
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
+
+
+def serve(sock: socket.socket) -> int:
+    """Run the compiler once, for the client on `sock`; end it when the client is gone."""
+    packet, ancillary, _, _ = sock.recvmsg(_PACKET_MAX_BYTES, socket.CMSG_SPACE(_STREAMS * 4))
+    if not packet:
+        return 0  # the client ended before it asked
+    streams = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            streams.frombytes(data[: len(data) - len(data) % streams.itemsize])
+    try:
+        asked = json.loads(packet)
+        arguments = [str(each) for each in asked["arguments"]]
+        limits = {str(name): (int(soft), int(hard)) for name, (soft, hard) in asked["limits"].items()}
+        if len(streams) != _STREAMS or not set(arguments) <= _ARGUMENTS or not set(limits) <= set(_LIMITS):
+            raise ValueError("not a request")  # noqa: TRY301 - refused like any other malformed packet
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sys.stderr.write("the compiler's service refused a malformed request\n")
+        return 1
+
+    def confine() -> None:
+        for name, (soft, hard) in limits.items():
+            with contextlib.suppress(ValueError, OSError):  # a limit above this unit's own: the unit's holds
+                resource.setrlimit(getattr(resource, name), (soft, hard))
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "agent.host.compiler", *arguments],
+        stdin=streams[0],
+        stdout=streams[1],
+        stderr=streams[2],
+        preexec_fn=confine,  # noqa: PLW1509 - this process has one thread
+    ) as compiler:
+        for stream in streams:
+            os.close(stream)
+        ended = os.pidfd_open(compiler.pid)
+        readable, _, _ = select.select([ended, sock.fileno()], [], [])
+        if ended not in readable:
+            compiler.kill()  # the client hung up: it was ended, or gave up
+        os.close(ended)
+        status = compiler.wait()
+    with contextlib.suppress(OSError):
+        sock.send(json.dumps({"status": status}).encode())
+    return 0
+
+
+def main() -> int:
+    """Serve the connection on stdin, or stand in for the compiler."""
+    if sys.argv[1:] == ["--serve"]:
+        with socket.socket(fileno=os.dup(0)) as sock:
+            return serve(sock)
+    status = client(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # its streams are given away: nothing of this process may touch them, not even on its way out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""Guest and WasiHttpGuest: store, linker, calls.
+
+A guest of wasi:http inside its adapter, called like any other: by default a fresh instance for each request.
+
+Fresh, because that is what such guests are built for, and because a store's standard input, which carries the request's
+body, is fixed when the store is made. A manifest may allow an instance more requests; those with a body get one of
+their own all the same. The linker is made once, and the instance that shows at the start that the component can be
+instantiated serves the first request without a body.
+
+The engine keeps an unfinished line of standard output in a buffer of the process. The adapter flushes it at the end of
+an exchange; after one that did not end well, the next store's adapter is asked to, and what comes is thrown away.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Final, Protocol
+
+from wasmtime import Store, WasiConfig, WasmtimeError
+from wasmtime import component as wc
+from wasmtime.component import Func
+
+from agent.host.engine import adapter_abi
+from agent.host.engine.adapter_abi import DenyOutgoing, Requests, utf8
+from agent.host.engine.codec import Answer, StockCodec, exchange, give_bytes, set_stdin, take_bytes
+from agent.host.engine.runtime import (
+    CONFIG,
+    HANDLER,
+    HEALTH,
+    LOGGING,
+    OPTIONAL,
+    STATE,
+    TASK,
+    TICK_MS,
+    Engine,
+    EngineError,
+    Image,
+    Log,
+    first_lines,
+    guest_error,
+)
+from fleet.component import compose
+from fleet.component.compose import BRIDGE
+from fleet.component.reader import bare
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Grants, Limits
+
+_FOREVER: Final = 2**62
+
+_MAX_LINE_CHARS: Final = 4096
+
+DATA: Final = "/data"  # where a guest that may have files finds its own
+
+
+class ResponseSink(Protocol):
+    """Where an answer goes that a guest writes to its standard output; the worker hands one in for each request."""
+
+    problem: str
+    failed: bool
+    trailers: bytes
+
+    @property
+    def request_trailers(self) -> bytes:
+        """Trailer fields of the request, as lines."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a part of the answer has gone out, so that no other can replace it."""
+
+    def rest(self) -> bytes:
+        """Take what the guest has written and nobody has passed on, once the call is over."""
+
+
+class Guest:
+    """A live instance of an image in its own store. After a `GuestError` it is spent: make a new one."""
+
+    def __init__(
+        self,
+        image: Image,
+        *,
+        limits: Limits,
+        grants: Grants,
+        config: dict[str, str],
+        log: Log,
+        data: str = "",
+        outgoing: Requests | None = None,
+    ) -> None:
+        """Instantiate, within `limits.start_ms`. `outgoing`: what a guest of wasi:http sends requests by.
+
+        Raises:
+            EngineError: GRANT_DENIED, or START_FAILED where the linker has no such interface, or an export that would
+                be called, or an import that the host serves itself, is of another type.
+            GuestError: it trapped or took too long in its start.
+        """
+        missing = image.not_granted(grants)
+        if missing:
+            raise EngineError(RejectCode.GRANT_DENIED, f"it imports {', '.join(missing)}, which is not granted")
+        for interface, function in (*self._entries, *OPTIONAL):
+            image.export(interface, function)  # before any of its code runs
+        image.check_imports()
+        self._image = image
+        self._limits = limits
+        self._data = data
+        self._config = config
+        self._log = log
+        self._outgoing = outgoing or DenyOutgoing(log)
+        self._linker, self._wasi = _linker(image, config, log, self._outgoing)
+        self._open()
+
+    def _open(self, stdin: bytes | None = None) -> None:
+        """Make the store and the instance. With `stdin`, its standard output is the process's own."""
+        self._served = 0
+        self._store = Store(self._image.engine.raw)
+        self._store.set_limits(
+            memory_size=self._limits.memory_bytes,
+            table_elements=self._limits.table_elements,
+            instances=self._limits.core_instances,
+            tables=self._limits.core_instances,
+            memories=self._limits.core_instances,
+        )
+        if self._wasi:
+            self._store.set_wasi(self._streams(stdin))
+        self._arm(self._limits.start_ms)
+        try:
+            self._instance = self._linker.instantiate(self._store, self._image.component)
+        except WasmtimeError as error:
+            text = str(error)
+            if "wasm trap" in text or "wasm backtrace" in text:
+                raise guest_error(str(error)) from error
+            raise EngineError(RejectCode.START_FAILED, first_lines(text)) from error
+        self._handle = self._function(*self._entries[0])
+        self._check = self._function(HEALTH, "check")
+        self._run = self._function(TASK, "run")
+        self._save = self._function(STATE, "save-state")
+        self._load = self._function(STATE, "load-state")
+
+    _entries: ClassVar[tuple[tuple[str, str], ...]] = ((HANDLER, "handle"),)
+    """What requests come by first, and what else goes with that."""
+
+    def _streams(self, stdin: bytes | None) -> WasiConfig:
+        wasi = WasiConfig()
+        wasi.stderr_custom = _Lines(self._log)
+        if stdin is None:
+            wasi.stdout_custom = _Lines(self._log)
+        else:
+            wasi.inherit_stdout()
+            if stdin:
+                set_stdin(wasi, stdin)
+        if any(name.startswith("wasi:cli/environment") for name in self._image.imports):
+            wasi.env = list(self._config.items())
+        if self._data:
+            wasi.preopen_dir(self._data, DATA)
+        return wasi
+
+    def _function(self, interface: str, name: str) -> Func | None:
+        index = self._image.export(interface, name)
+        return None if index is None else self._instance.get_func(self._store, index)
+
+    def _arm(self, budget_ms: int) -> None:
+        self._store.set_epoch_deadline(budget_ms // TICK_MS + 1)
+        if self._image.engine.fuel:
+            self._store.set_fuel(self._limits.fuel or _FOREVER)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Which of HANDLER, HEALTH, TASK and STATE it exports."""
+        state = self._save if self._load is not None else None
+        found = ((HANDLER, self._handle), (HEALTH, self._check), (TASK, self._run), (STATE, state))
+        return frozenset(name for name, function in found if function is not None)
+
+    def handle(
+        self, method: bytes, target: bytes, headers: bytes, body: bytes, way: ResponseSink | None = None
+    ) -> Answer:
+        """One HTTP exchange: status, header fields and body. Raises `GuestError`.
+
+        `way`: how the answer may get to its client while the guest still writes it, where a guest can do that.
+        """
+        del way
+        if self._served == self._limits.requests_per_instance > 0:
+            self._store.close()
+            self._open()
+        self._served += 1
+        assert self._handle is not None
+        self._arm(self._limits.call_ms)
+        try:
+            return self._image.engine.codec.call(self._store, self._handle, method, utf8(target), utf8(headers), body)
+        except WasmtimeError as error:
+            raise guest_error(str(error)) from error
+
+    def exchange(self, head: bytes) -> bytes:
+        """One exchange through the adapter: the answer's head. Raises `GuestError`."""
+        assert self._handle is not None
+        self._arm(self._limits.call_ms)
+        try:
+            return exchange(self._store, self._handle, head)
+        except WasmtimeError as error:
+            raise guest_error(str(error)) from error
+
+    def check(self) -> str | None:
+        """Ask its health export: None for well, else its sentence. Raises `GuestError`."""
+        return None if self._check is None else self._call(self._check)
+
+    def run(self, scheduled_ms: int) -> str | None:
+        """Run its task: None for done, else its sentence. Raises `GuestError`."""
+        assert self._run is not None
+        return self._call(self._run, scheduled_ms)
+
+    def save_state(self) -> tuple[bytes, str | None]:
+        """Its state, or empty and its sentence why there is none. Raises `GuestError`."""
+        assert self._save is not None
+        self._arm(self._limits.start_ms)
+        try:
+            return give_bytes(self._store, self._save)
+        except WasmtimeError as error:
+            raise guest_error(str(error)) from error
+
+    def load_state(self, state: bytes) -> str | None:
+        """Have it take a state: None for loaded, else its sentence. Raises `GuestError`."""
+        assert self._load is not None
+        self._arm(self._limits.start_ms)
+        try:
+            return take_bytes(self._store, self._load, state)
+        except WasmtimeError as error:
+            raise guest_error(str(error)) from error
+
+    def _call(self, function: Func, *arguments: Any) -> str | None:
+        self._arm(self._limits.call_ms)
+        try:
+            result = function(self._store, *arguments)
+        except WasmtimeError as error:
+            raise guest_error(str(error)) from error
+        return result if result is None else str(result)
+
+    def close(self) -> None:
+        """Give its memory back at once."""
+        self._store.close()
+
+
+def _linker(image: Image, config: dict[str, str], log: Log, outgoing: Requests) -> tuple[wc.Linker, bool]:
+    """A linker with what the component imports and was granted, and nothing else; and whether that includes WASI."""
+    linker = wc.Linker(image.engine.raw)
+    names = [name for name, functions in image.imports.items() if functions]
+    ours = [name for name in names if bare(name) in (LOGGING, compose.HOST, *CONFIG)]
+    wasi = bool(set(names) - set(ours))
+    if wasi:
+        linker.add_wasip2()
+    with linker.root() as root:
+        for name in ours:
+            with root.add_instance(name) as instance:
+                if name.startswith(LOGGING):
+                    instance.add_func("log", lambda _store, level, context, text: log(_line(level, context, text)))
+                elif name.startswith(compose.HOST):
+                    for function in ("begin", "write", "send", "head", "read", "close"):
+                        instance.add_func(function, _asking(getattr(outgoing, function)))
+                else:
+                    instance.add_func("get", lambda _store, key: config.get(key))
+                    instance.add_func("get-all", lambda _store: list(config.items()))
+    return linker, wasi
+
+
+def _asking(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """A function for the linker, which hands in the store first."""
+    return lambda _store, *arguments: answer(*arguments)
+
+
+def _line(level: str, context: str, text: str) -> str:
+    return f"{level} {context}: {text}" if context else f"{level} {text}"
+
+
+class _Lines:
+    """Cuts what a guest writes to its standard streams into log lines."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._rest = b""
+
+    def __call__(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _MAX_LINE_CHARS:
+            lines, self._rest = [*lines, self._rest], b""
+        for line in lines:
+            self._log(line.decode(errors="replace"))
+
+
+def use_stock_codec(engine: Engine) -> None:
+    """Fall back to the bindings' own codec, after a self-test that failed."""
+    engine.codec = StockCodec()
+
+
+class WholeResponse:
+    """Sink that keeps an answer until the call is over; for callers without a client."""
+
+    begun = False
+    request_trailers = b""
+
+    def __init__(self) -> None:
+        self.problem, self.failed, self.trailers = "", False, b""
+
+    def rest(self) -> bytes:
+        """See `ResponseSink.rest`."""
+        return adapter_abi.drain_stdout()
+
+
+def start(
+    image: Image,
+    *,
+    limits: Limits,
+    grants: Grants,
+    config: dict[str, str],
+    log: Log,
+    data: str = "",
+    outgoing: adapter_abi.Requests | None = None,
+) -> Guest:
+    """Instantiate a guest of either world; raises what `Guest` raises."""
+    kind = WasiHttpGuest if image.adapted else Guest
+    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing)
+
+
+class WasiHttpGuest(Guest):
+    """A guest of wasi:http. The process's standard output must have been caught (`flow.catch`)."""
+
+    _entries: ClassVar[tuple[tuple[str, str], ...]] = ((BRIDGE, "handle"), (BRIDGE, "flush"))
+    _left = 0  # how many more requests this instance may answer
+    # Whether nothing is left unwritten by an earlier store that ended in a trap: the process's, whoever's store it was.
+    _clean: ClassVar[bool] = False
+
+    def _open(self, stdin: bytes | None = None) -> None:
+        super()._open(stdin or b"")
+        # What the guest left unread of a body would be the next request's.
+        self._left = 1 if stdin else self._limits.requests_per_instance or 1
+        self._flush()
+
+    def _flush(self) -> None:
+        if not WasiHttpGuest._clean:
+            flush = self._function(BRIDGE, "flush")
+            assert flush is not None
+            self._call(flush)
+            adapter_abi.drain_stdout()
+            WasiHttpGuest._clean = True
+
+    def handle(
+        self, method: bytes, target: bytes, headers: bytes, body: bytes, way: ResponseSink | None = None
+    ) -> Answer:
+        """See `Guest.handle`."""
+        way = WholeResponse() if way is None else way
+        if body or not self._left:
+            self._store.close()
+            self._open(body)
+        else:
+            self._flush()
+        left, self._left, WasiHttpGuest._clean = self._left - 1, 0, False
+        try:
+            said = self.exchange(adapter_abi.request_head(method, target, headers, way.request_trailers))
+        finally:
+            answer = way.rest()
+            self._outgoing.reset()
+        head = adapter_abi.answer_head(said)
+        WasiHttpGuest._clean = True
+        if head.problem is not None:
+            self._log(f"host: {head.problem}")
+            way.problem, way.failed = way.problem or head.problem, True
+            return head.status, b"content-type: text/plain\r\n", head.problem.encode() + b"\n"
+        self._left = left
+        way.trailers = head.trailers
+        if way.begun:
+            return 0, b"", b""
+        if head.status:
+            return head.status, head.headers, answer[2:]  # behind an empty line: it was begun before the head was known
+        try:
+            return adapter_abi.split_head(answer)
+        except ValueError as error:
+            way.problem = way.problem or str(error)
+            return 0, b"", b""

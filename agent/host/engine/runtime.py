@@ -1,0 +1,389 @@
+"""Engine, Image, memory plan, engine errors.
+
+The one door to wasmtime: how components are compiled, loaded, and given nothing but what was granted.
+
+Compiling happens in `agent.host.compiler` alone; lanes load images and call them. `parallel_compilation` is
+off, so that a process which made an engine (the zygote) still has one thread and may be forked. The engine's memory
+plan depends on the board's address space and is part of what an image is compiled for: `describe()` names everything
+that is.
+
+Raises `EngineError` for what cannot be loaded or offered, `GuestError` for what a guest did
+(`agent.host.engine.runtime`).
+
+The board's address space, and how linear memories lie in it.
+
+Sv39 and 39-bit Arm give far less of it than a desktop does: what is there is tried, and the plan follows. Nothing here
+knows wasmtime.
+
+What can go wrong with a component, and how it is told to people: by its cause, with the backtrace below.
+
+`EngineError` is for what cannot be compiled, loaded or offered; `GuestError` for what a guest did.
+"""
+
+import hashlib
+import importlib.metadata
+import mmap
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import wasmtime
+from wasmtime import Config, WasmtimeError
+from wasmtime import _ffi as ffi
+from wasmtime import component as wc
+
+from agent.host.engine import codec
+from agent.host.engine.codec import Codec, FastCodec, Signature
+from fleet.component import compose
+from fleet.component.reader import Fault, NotAComponentError, bare, read
+from fleet.protocol.bounds import MIB
+from fleet.protocol.codes import CallOutcome, RejectCode
+from fleet.protocol.manifest import CORE_INSTANCES_MAX, NATIVE_ANSWER_MAX_BYTES, TABLE_ELEMENTS_MAX, Grants
+
+_GIB: Final = 1024 * MIB
+
+_GUARD_BYTES: Final = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How linear memories lie in the address space: bytes reserved and guarded for each.
+
+    A full reservation lets the hardware check bounds; a small one costs an instruction for each access.
+    """
+
+    reservation_bytes: int
+    guard_bytes: int
+
+
+FULL: Final = MemoryPlan(4 * _GIB, 2 * _GIB)
+
+SIZED: Final = MemoryPlan(64 * MIB, _GUARD_BYTES)
+
+NONE: Final = MemoryPlan(0, _GUARD_BYTES)
+
+
+def reservable_bytes() -> int:
+    """The largest power of two, at most 64 TiB, that this process can reserve in one piece."""
+    for bits in range(46, 30, -1):
+        try:
+            mmap.mmap(-1, 1 << bits, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, prot=0).close()
+        except (OSError, ValueError, OverflowError):
+            continue
+        return 1 << bits
+    return 0
+
+
+def memory_plan(reservable: int) -> MemoryPlan:
+    """The plan for an address space in which `reservable` bytes fit in one piece.
+
+    From 8 TiB on a thousand memories fit in full; Sv39 and 39-bit Arm give 128 to 256 GiB, where about 27 would.
+    """
+    if reservable >= 8 * 1024 * _GIB:
+        return FULL
+    return SIZED if reservable >= 32 * _GIB else NONE
+
+
+TICK_MS: Final = 10
+
+_POOLED_MEMORIES: Final = 16
+
+_KEPT_BYTES: Final = 128 * 1024
+
+HANDLER: Final = "wasmfleet:http/handler"
+
+HEALTH: Final = "wasmfleet:http/health"
+
+TASK: Final = "wasmfleet:schedule/task"
+
+STATE: Final = "wasmfleet:state/state"
+
+LOGGING: Final = "wasi:logging/logging"
+
+CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
+
+# What the host calls, and what it serves by functions of its own; `agent.host.engine.codec` lays values out by these
+# types.
+SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
+    (HANDLER, "handle"): codec.HANDLE,
+    (HEALTH, "check"): codec.CHECK,
+    (TASK, "run"): codec.RUN,
+    (STATE, "save-state"): codec.SAVE_STATE,
+    (STATE, "load-state"): codec.LOAD_STATE,
+    (compose.BRIDGE, "handle"): codec.EXCHANGE,
+    (compose.BRIDGE, "flush"): codec.FLUSH,
+    (LOGGING, "log"): codec.LOG,
+    **{(config, "get"): codec.GET for config in CONFIG},
+    **{(config, "get-all"): codec.GET_ALL for config in CONFIG},
+}
+
+OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state"))
+
+# What the adapter itself imports: it comes with wasi:http and needs no grant.
+_ADAPTERS_OWN: Final = frozenset(
+    {compose.HOST, "wasi:io/error", "wasi:io/poll", "wasi:io/streams"}
+    | {"wasi:cli/stdin", "wasi:cli/stdout", "wasi:cli/stderr"}
+)
+
+_ADAPTER: Final = compose.load_adapter()  # read now: the compiler cannot open it from inside its cell
+
+Log = Callable[[str], None]
+
+
+def version() -> str:
+    """Wasmtime's version, as the package says it."""
+    return importlib.metadata.version("wasmtime")
+
+
+def cpu_flags() -> str:
+    """The CPU's features as the kernel lists them: an image compiled for one CPU may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in {"flags", "Features", "isa"}:
+            return " ".join(sorted(value.split()))
+    return ""
+
+
+def describe(*, fuel: bool = False) -> dict[str, str]:
+    """Everything that an image is compiled for; two boards with equal answers could share one."""
+    plan = memory_plan(reservable_bytes())
+    facts = {
+        "engine": version(),
+        "triple": f"{platform.machine()}-linux",
+        "cpu": hashlib.sha256(cpu_flags().encode()).hexdigest()[:16],
+        "memory": f"{plan.reservation_bytes}+{plan.guard_bytes}",
+        "fuel": str(fuel).lower(),
+        "adapter": compose.adapter_digest()[:16],
+    }
+    facts["config"] = hashlib.sha256("\n".join(f"{k}={v}" for k, v in sorted(facts.items())).encode()).hexdigest()
+    return facts
+
+
+class Image:
+    """A compiled component, mapped and ready to be instantiated."""
+
+    def __init__(self, engine: "Engine", component: wc.Component) -> None:
+        self.engine = engine
+        self.component = component
+        kind = component.type
+        self._imported = kind.imports(engine.raw)
+        self.imports = {name: _functions(engine.raw, extern) for name, extern in self._imported.items()}
+        self.exports = kind.exports(engine.raw)
+        self._found: dict[tuple[str, str], wc.ExportIndex | None] = {}
+
+    def export(self, interface: str, function: str) -> wc.ExportIndex | None:
+        """Where `interface` (without version) exports `function`; None if it does not.
+
+        Raises:
+            EngineError: START_FAILED: what stands there is not of the type in `SIGNATURES`.
+        """
+        if (interface, function) not in self._found:
+            self._found[interface, function] = self._find(interface, function)
+        return self._found[interface, function]
+
+    def _find(self, interface: str, function: str) -> wc.ExportIndex | None:
+        name = next((name for name in self.exports if bare(name) == interface), None)
+        outer = None if name is None else self.component.get_export_index(name)
+        found = None if outer is None else self.component.get_export_index(function, outer)
+        if name is None or found is None:
+            return None
+        _check_type("exports", name, function, _member(self.engine.raw, self.exports[name], function))
+        return found
+
+    def check_imports(self) -> None:
+        """Compare what the host serves by functions of its own with what the component takes it for.
+
+        Raises:
+            EngineError: START_FAILED: a function is imported with another type.
+        """
+        for name, extern in self._imported.items():
+            for interface, function in SIGNATURES:
+                item = _member(self.engine.raw, extern, function) if bare(name) == interface else None
+                if item is not None:
+                    _check_type("imports", name, function, item)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it is a guest of wasi:http in its adapter."""
+        return any(bare(name) == compose.BRIDGE for name in self.exports)
+
+    def not_granted(self, grants: Grants) -> tuple[str, ...]:
+        """The imports that need a grant and have none. An interface of types alone needs none."""
+        free = _ADAPTERS_OWN if self.adapted else frozenset()
+        wanted = [name for name, functions in self.imports.items() if functions and bare(name) not in free]
+        return tuple(name for name in wanted if not grants.allows(name))
+
+
+def _member(engine: wasmtime.Engine, extern: Any, function: str) -> Any:
+    """Find what an interface has under a name; None for nothing."""
+    instance = extern.ty
+    if not isinstance(instance, wc.ComponentInstanceType):
+        return None
+    found = instance.exports(engine).get(function)
+    return None if found is None else found.ty
+
+
+def _check_type(verb: str, interface: str, function: str, item: Any) -> None:
+    expected = SIGNATURES[bare(interface), function]
+    said = expected.unlike(item)
+    if said is None:
+        return
+    raise EngineError(
+        RejectCode.START_FAILED,
+        f"it {verb} {interface} with another type of {function}: expected {expected}, found {said}; "
+        "build it against the WIT of that interface",
+    )
+
+
+def _functions(engine: wasmtime.Engine, extern: Any) -> bool:
+    """Whether an import brings anything but plain types."""
+    item = extern.ty
+    if isinstance(item, wc.ComponentInstanceType):
+        return any(_functions(engine, inner) for inner in item.exports(engine).values())
+    return not isinstance(item, wc.ValType)
+
+
+def _pool(config: Config) -> None:
+    """Keep the room of instances, and some of its pages, for the next: a fresh instance then costs half.
+
+    A lane has one instance at a time, and a second while one takes over. Rooms are as large as the memory plan has
+    them, so this is for boards whose address space is ample.
+    """
+    pool = ffi.wasmtime_pooling_allocation_config_new()
+    for name, value in (
+        ("total_component_instances", 2),
+        ("total_core_instances", 2 * CORE_INSTANCES_MAX),
+        ("max_core_instances_per_component", CORE_INSTANCES_MAX),
+        ("total_memories", 2 * _POOLED_MEMORIES),
+        ("max_memories_per_component", _POOLED_MEMORIES),
+        ("total_tables", 2 * CORE_INSTANCES_MAX),
+        ("max_tables_per_component", CORE_INSTANCES_MAX),
+        ("table_elements", TABLE_ELEMENTS_MAX),
+        ("max_memory_size", FULL.reservation_bytes),
+        ("linear_memory_keep_resident", _KEPT_BYTES),
+        ("table_keep_resident", _KEPT_BYTES),
+    ):
+        getattr(ffi, f"wasmtime_pooling_allocation_config_{name}_set")(pool, value)
+    ffi.wasmtime_pooling_allocation_strategy_set(config.ptr(), pool)
+    ffi.wasmtime_pooling_allocation_config_delete(pool)
+
+
+class Engine:
+    """An engine and its codec. Make one before forking lanes; enter wasm only in lanes."""
+
+    def __init__(self, *, fuel: bool = False, plan: MemoryPlan | None = None, pooled: bool = False) -> None:
+        """`pooled`: keep the room of instances for the next, where the plan is `FULL`. Images are the same."""
+        plan = plan or memory_plan(reservable_bytes())
+        config = Config()
+        config.parallel_compilation = False
+        config.epoch_interruption = True
+        config.wasm_component_model = True
+        config.wasm_threads = False
+        config.memory_reservation = plan.reservation_bytes
+        config.memory_guard_size = plan.guard_bytes
+        config.memory_reservation_for_growth = 0 if plan is NONE else plan.guard_bytes
+        if fuel:
+            config.consume_fuel = True
+        if pooled and plan is FULL:
+            _pool(config)
+        self.fuel = fuel
+        self.raw = wasmtime.Engine(config)
+        self.codec: Codec = FastCodec()
+
+    def compile(self, artifact: bytes | str) -> bytes:
+        """The image of a component (or of its text form); a guest of wasi:http is put into its adapter.
+
+        Raises:
+            EngineError: NOT_A_COMPONENT or COMPILE_FAILED, with the engine's reason.
+        """
+        artifact = _adapted(artifact)
+        try:
+            return bytes(wc.Component(self.raw, artifact).serialize())
+        except WasmtimeError as error:
+            raise EngineError(RejectCode.COMPILE_FAILED, first_lines(str(error))) from error
+
+    def read(self, text: str) -> Image:
+        """Compile a component's text and keep it here: for a process that will not be forked."""
+        return Image(self, wc.Component(self.raw, text))
+
+    def load(self, path: str) -> Image:
+        """Map an image; it must come from this board's compiler, since loading one is running it.
+
+        Raises:
+            EngineError: IMAGE_DAMAGED: made for another engine, or no image at all; START_FAILED: it asks for more
+                memory or tables than any component gets.
+        """
+        try:
+            return Image(self, wc.Component.deserialize_file(self.raw, path))
+        except WasmtimeError as error:
+            why = first_lines(str(error))
+            code = RejectCode.START_FAILED if "exceeds the" in why else RejectCode.IMAGE_DAMAGED
+            raise EngineError(code, why) from error
+
+    def tick(self) -> None:
+        """Let one epoch (`TICK_MS`) pass for the call in flight. The only method for another thread."""
+        self.raw.increment_epoch()
+
+
+def _adapted(artifact: bytes | str) -> bytes | str:
+    if isinstance(artifact, str):
+        return artifact
+    try:
+        return compose.compose(_ADAPTER, artifact) if compose.needs_adapter(read(artifact)) else artifact
+    except NotAComponentError as error:
+        if error.fault is Fault.WASI_0_3:  # the engine would compile it, and could not link it
+            raise EngineError(RejectCode.NOT_A_COMPONENT, str(error)) from error
+        return artifact  # the engine says better what is wrong with it
+    except compose.ComposeError as error:
+        raise EngineError(RejectCode.COMPILE_FAILED, str(error)) from error
+
+
+_MAX_BACKTRACE_CHARS: Final = 4096
+
+
+class EngineError(Exception):
+    """Something cannot be compiled, loaded or offered; `code` says which."""
+
+    def __init__(self, code: RejectCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class GuestError(Exception):
+    """A call of the guest ended in a trap or a limit; its store is gone."""
+
+    def __init__(self, outcome: CallOutcome, message: str) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
+def guest_error(text: str) -> GuestError:
+    """Say what a failed call was: a limit of time or fuel, or a trap with its wasm backtrace."""
+    outcome, why = CallOutcome.GUEST_TRAP, _reason(text)
+    if "wasm trap: interrupt" in text:
+        outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its time for one call"
+    elif "all fuel consumed" in text:
+        outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its fuel for one call"
+    elif "too much data is being copied" in text:
+        why = (
+            f"its answer is larger than {NATIVE_ANSWER_MAX_BYTES} bytes, all that fits in one of wasmfleet:http; "
+            "one of wasi:http/incoming-handler has no such limit"
+        )
+    return GuestError(outcome, f"{why}\n{text}"[:_MAX_BACKTRACE_CHARS])
+
+
+def _reason(text: str) -> str:
+    """The cause alone: it stands last, below a backtrace that may be cut off."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it failed without saying why"
+
+
+def first_lines(text: str) -> str:
+    """What the engine says, in one line."""
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())[:1000]

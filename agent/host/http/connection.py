@@ -1,0 +1,233 @@
+"""One client's HTTP/1.1 connection in a lane: bytes in, requests out; answers in, bytes out. No socket, no guest.
+
+A connection can be passed to another lane whenever it stands at a message boundary, or has sent no more of its next
+message than fits in a packet (`prefix`). RFC 9112 for framing, RFC 9110 for fields.
+"""
+
+import http
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from typing import Final
+
+from agent.host.http.parser import HEAD_MAX_BYTES, Fields, RequestHead, RequestParser, tokens
+from fleet.protocol import bounds
+
+PREFIX_MAX_BYTES: Final = 96 * 1024
+
+_TOKEN: Final = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+_OURS: Final = frozenset({b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"upgrade", b"date"})
+
+_REASONS: Final = {status.value: status.phrase.encode() for status in http.HTTPStatus}
+
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+REFUSALS: Final = {
+    400: "the request is not HTTP/1.1",
+    413: "the request's body is larger than this component takes",
+    417: "only 100-continue may be expected",
+    431: "the request's header fields are too large",
+    501: "this method or transfer coding is not served here",
+    505: "only HTTP/1.0 and HTTP/1.1 are spoken here",
+}
+
+
+@dataclass(slots=True)
+class Request:
+    """A whole request; `refusal` is the status to answer with instead of asking the guest, 0 for none.
+
+    `headers` and `trailers` are field lines as on the wire, names in lower case. `old`: the client speaks HTTP/1.0;
+    `takes_trailers`: it said that it would read trailers of the answer.
+    """
+
+    method: bytes = b""
+    target: bytes = b""
+    headers: bytes = b""
+    body: bytearray = field(default_factory=bytearray)
+    trailers: bytes = b""
+    keep_alive: bool = True
+    old: bool = False
+    takes_trailers: bool = False
+    refusal: int = 0
+
+
+class Http1Connection:
+    """The protocol state of one connection."""
+
+    def __init__(self, *, body_max_bytes: int) -> None:
+        self.requests: deque[Request] = deque()
+        self.closing = False  # after what is queued to be sent, it ends
+        self._body_max_bytes = body_max_bytes
+        self._reader = RequestParser(self)
+        self._now: Request | None = None
+        self._waits = False  # the client of `_now` waits for 100 Continue
+        self._raw: bytearray | None = bytearray()
+        self._completed = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes of the client's; whole requests appear in `requests`. Returns what to send at once."""
+        if self.closing:
+            return b""
+        self._completed = False
+        if self._raw is not None:
+            self._raw += data
+        self._reader.feed(data)
+        if not self._reader.within:
+            self._raw = bytearray()
+        elif self._completed or (self._raw is not None and len(self._raw) > PREFIX_MAX_BYTES):
+            self._raw = None
+        return self.go_on()
+
+    def go_on(self) -> bytes:
+        """What a client is told that asks first: nothing before its turn has come, and nothing twice."""
+        if not self._waits or self.requests:
+            return b""
+        self._waits = False
+        return CONTINUE
+
+    @property
+    def unread(self) -> bool:
+        """Whether the client may go on sending what nobody will read: closing at once would cost it the answer."""
+        return self._reader.refused
+
+    @property
+    def prefix(self) -> bytes | None:
+        """What came of the next message so far, to be fed to another `Connection`; None if it cannot be passed now."""
+        if self.closing or self.requests or self._raw is None:
+            return None
+        return bytes(self._raw)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it stands at a message boundary with nothing to answer."""
+        return not self._reader.within and not self.requests
+
+    # What the reader says.
+
+    def head(self, head: RequestHead) -> None:
+        """A request begins."""
+        if head.length is not None and head.length > self._body_max_bytes:
+            self._reader.refuse(413)
+        self._now = Request(head.method, head.target, lines(head.fields), old=head.old)
+        self._now.takes_trailers = not head.old and b"trailers" in tokens(head.fields, b"te")
+        self._waits = head.expects and head.has_body
+
+    def body(self, data: bytes) -> None:
+        """A piece of the body."""
+        assert self._now is not None
+        self._waits = False
+        if len(self._now.body) + len(data) > self._body_max_bytes:
+            self._reader.refuse(413)
+        self._now.body += data
+
+    def end(self, trailers: Fields, *, keep_alive: bool) -> None:
+        """The request is whole."""
+        assert self._now is not None
+        self._now.trailers = lines(trailers)
+        self._now.keep_alive = keep_alive
+        self.requests.append(self._now)
+        self._now, self._waits = None, False
+        self._completed = True
+
+    def refused(self, status: int) -> None:
+        """Nothing more is read."""
+        self._now, self._waits = None, False
+        self.closing = True
+        self.requests.append(Request(refusal=status, keep_alive=False))
+
+
+def lines(fields: Fields) -> bytes:
+    """Field lines as on the wire."""
+    return b"".join([b"%b: %b\r\n" % each for each in fields])
+
+
+_date: tuple[int, bytes] = (0, b"")
+
+
+def _today() -> bytes:
+    global _date  # noqa: PLW0603 - formatting it for each answer costs more than the answer
+    now = int(time.time())
+    if _date[0] != now:
+        _date = (now, formatdate(now, usegmt=True).encode())
+    return _date[1]
+
+
+def answer(status: int, headers: bytes, body: bytes, *, head: bool, keep_alive: bool, trailers: bytes = b"") -> bytes:
+    """The bytes of an answer. `headers` are field lines ending in CR LF; `head`: the request was HEAD.
+
+    With `trailers` it goes out in chunks, or rather in one.
+    """
+    bodiless = status in {204, 304}
+    length = None if bodiless or trailers else len(body)
+    lines = answer_head(status, headers, length=length, chunked=bool(trailers) and not bodiless, keep_alive=keep_alive)
+    if bodiless or head:
+        return lines
+    if trailers:
+        return b"%b%b0\r\n%b\r\n" % (lines, b"%x\r\n%b\r\n" % (len(body), body) if body else b"", trailers)
+    return lines + body
+
+
+def answer_head(status: int, headers: bytes, *, length: int | None, chunked: bool, keep_alive: bool) -> bytes:
+    """The head of an answer, with the framing of what follows; without any, it ends with the connection."""
+    lines = [b"HTTP/1.1 %d %s\r\n" % (status, _REASONS.get(status, b"")), headers, b"date: ", _today(), b"\r\n"]
+    if chunked:
+        lines.append(b"transfer-encoding: chunked\r\n")
+    elif length is not None:
+        lines.append(b"content-length: %d\r\n" % length)
+    if not keep_alive:
+        lines.append(b"connection: close\r\n")
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+def declared_length(headers: bytes) -> int | None:
+    """What a guest's Content-Length says, if it says a number.
+
+    Raises:
+        BadAnswerError: a number that no body's length can be.
+    """
+    for line in headers.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length" and value.strip().isdigit():
+            length = bounds.parse_number(value.strip())
+            if length is None:
+                raise BadAnswerError(f"a content-length of {len(value.strip())} digits")
+            return length
+    return None
+
+
+def note(status: int, why: str, *, head: bool = False, keep_alive: bool = True) -> bytes:
+    """An answer of the host's own: a status with a sentence as its body."""
+    fields = b"content-type: text/plain; charset=utf-8\r\n"
+    return answer(status, fields, why.encode() + b"\n", head=head, keep_alive=keep_alive)
+
+
+class BadAnswerError(Exception):
+    """The guest's answer is not HTTP."""
+
+
+def guest_fields(status: int, headers: bytes, length: int, most: int) -> bytes:
+    """The guest's header fields as they may go out: framing is the host's own business.
+
+    Raises:
+        BadAnswerError: a status outside 200 to 599, a line that is no field (RFC 9110, section 5), or a body of
+            `length` bytes where `most` may be.
+    """
+    if length > most:
+        raise BadAnswerError(f"a body of {length} bytes, at most {most} are allowed")
+    if not 200 <= status <= 599:  # noqa: PLR2004
+        raise BadAnswerError(f"status {status}")
+    if len(headers) > HEAD_MAX_BYTES:
+        raise BadAnswerError(f"{len(headers)} bytes of header fields")
+    kept = []
+    for line in headers.split(b"\r\n"):
+        if not line:
+            continue
+        name, colon, value = line.partition(b":")
+        if not colon or not name or not _TOKEN.issuperset(name) or any(c in value for c in b"\r\n\0"):
+            raise BadAnswerError(f"header line {line[:80]!r}")
+        if name.lower() not in _OURS:
+            kept.append(line + b"\r\n")
+    return b"".join(kept)

@@ -1,0 +1,567 @@
+"""Client and instance connections of the router.
+
+Proxying HTTP/1.1 between the board's clients and instances' Unix sockets. No policy: `Routes` says what goes where.
+
+A request is read by its head and streamed on; its answer goes back as the bytes it is, parsed only to find its end. A
+request without a body that comes again byte by byte, as a client's mostly do, is not read again: between two messages,
+the same bytes mean the same (`Known`). What it goes on is `upstream`'s business.
+
+Connections from the router to instances: which are kept, and what may be sent on one.
+
+An exchange takes a connection of its own, which waits at the instance's listener for a lane that is free, and outlives
+the death of a lane that has not come to it. When its answer is complete the connection may be kept for another. A kept
+one belongs to one lane, which may end at any moment, so only what may be sent twice goes there: requests of idempotent
+methods, whole and without a body. Such a one is sent again, once, on a connection of its own, if the instance hung up
+before it said a word (RFC 9110, section 9.2.2). At a swap lanes hand kept connections to the next generation.
+
+A connection is kept only if nothing is left in it: the request was whole and sent, the answer ended where the bytes
+did, and nothing in between has begun to close it. That is asked again when it is taken: what the kernel knows by then
+(an end, a word out of turn), and what the loop has decided but not told yet.
+"""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections import deque
+from typing import Any, Final, Protocol
+
+import httptools
+
+from agent.host.http import connection
+from agent.host.http.parser import Fields, RequestHead, RequestParser
+from agent.host.http.routing import Known, RouteTable, forwarded_head
+
+KEPT_MAX: Final = 4
+"""Of one instance; few, since a seat in a shared lane takes few clients in all, and these must not be all of them."""
+
+KEPT_IN_ALL_MAX: Final = 256
+
+KEPT_S: Final = 60
+
+READ_BYTES: Final = 64 * 1024  # at once: beyond 128 KiB each read would map memory and give it back
+
+_HIGH_BYTES: Final = 256 * 1024
+
+_IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
+
+_BODILESS: Final = frozenset({204, 304})
+
+
+class Asker(Protocol):
+    """Whose exchange it is."""
+
+    def send(self, data: bytes) -> None:
+        """Bytes of the answer."""
+
+    def answered(self, exchange: "Exchange") -> None:
+        """The answer is complete."""
+
+    def upstream_failed(self, exchange: "Exchange") -> None:
+        """The instance hung up before its answer was complete."""
+
+    def resume_client(self) -> None:
+        """The instance takes more."""
+
+
+class Exchange:
+    """One request of a client's, and how far its answer has come."""
+
+    def __init__(self, head: RequestHead) -> None:
+        self.request = head
+        self.body: deque[bytes] = deque()
+        self.trailers: Fields = []
+        self.complete = False
+        self.keep_alive = True
+        self.refusal = 0
+        self.instance = ""
+        self.head = b""
+        self.upstream: UpstreamConnection | None = None
+        self.ended = False  # the end of its body was sent
+        self.sent_body = False
+        self.answering = False
+        self.retried = False
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may be sent again after an upstream that ended without a word."""
+        return not (self.answering or self.retried or self.sent_body) and self.request.method in _IDEMPOTENT
+
+    @property
+    def light(self) -> bool:
+        """Whether it may go on a kept connection: there is nothing of it that could not be sent again."""
+        return self.complete and not self.body and not self.request.chunked and self.repeatable
+
+
+class UpstreamPool:
+    """Kept connections by instance, how to make more, and what is known of requests to instances."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self.known: dict[bytes, Known] = {}  # until an instance comes, goes, or answers no longer
+        self.spread: set[str] = set()  # instances with several lanes: a kept connection would wait for one of them
+        self._kept: dict[str, list[UpstreamConnection]] = {}
+        self._count = 0
+
+    def take(self, exchange: Exchange) -> "UpstreamConnection | None":
+        """A kept connection for this exchange, the one used last; None if it needs another."""
+        kept = self._kept.get(exchange.instance)
+        while kept and exchange.light:
+            upstream = kept.pop()
+            self._count -= 1
+            if upstream.open:
+                return upstream
+            upstream.close()
+        return None
+
+    def give(self, upstream: "UpstreamConnection") -> None:
+        """Keep this connection, if there is room."""
+        kept = self._kept.setdefault(upstream.instance, [])
+        full = len(kept) >= KEPT_MAX or self._count >= KEPT_IN_ALL_MAX
+        if full or not upstream.open or upstream.instance in self.spread:
+            upstream.close()
+            return
+        upstream.kept_s = time.monotonic()
+        kept.append(upstream)
+        self._count += 1
+
+    def connect(self, instance: str) -> "UpstreamConnection":
+        """A new connection; it may still have to wait for its lane. Raises OSError."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            sock.connect(f"{self._directory}/{instance}")
+        except OSError:
+            sock.close()
+            raise
+        return UpstreamConnection(self, instance, sock)
+
+    def forget(self, instance: str) -> None:
+        """The instance is gone, or has several lanes now: keep nothing of it."""
+        for upstream in self._kept.pop(instance, []):
+            self._count -= 1
+            upstream.close()
+
+    def sweep(self) -> None:
+        """Close what was not used for long: it holds a client's place in its lane."""
+        old_s = time.monotonic() - KEPT_S
+        for instance, kept in list(self._kept.items()):
+            stay = [each for each in kept if each.kept_s > old_s and each.open]
+            for upstream in kept:
+                if upstream not in stay:
+                    self._count -= 1
+                    upstream.close()
+            if stay:
+                self._kept[instance] = stay
+            else:
+                del self._kept[instance]
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """A connection to an instance."""
+
+    def __init__(self, pool: UpstreamPool, instance: str, sock: socket.socket) -> None:
+        self.instance = instance
+        self.lost = False
+        self.kept_s = 0.0
+        self.client: Asker | None = None
+        self.exchange: Exchange | None = None
+        self._pool = pool
+        self._sock = sock
+        self._parser: Any = None
+        self._head_done = self._done = self._reusable = self._more = False
+        loop = asyncio.get_running_loop()
+        self._transport: Any = loop._make_socket_transport(sock, self)  # type: ignore[attr-defined]  # noqa: SLF001 - there at once, without a task
+        self._transport.max_size = READ_BYTES
+
+    def begin(self, client: Asker, exchange: Exchange) -> None:
+        """Carry this exchange."""
+        self.client, self.exchange = client, exchange
+        self._parser = httptools.HttpResponseParser(self)
+        self._head_done = self._done = self._reusable = self._more = False
+        self._transport.write(exchange.head)
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the instance."""
+        self._transport.write(data)
+
+    @property
+    def open(self) -> bool:
+        """Whether it is fit for another exchange, as far as the loop and the kernel know at this moment."""
+        if self.lost or self._transport.is_closing() or self._transport.get_write_buffer_size():
+            return False
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False  # an end, or a word out of turn
+
+    @property
+    def full(self) -> bool:
+        """Whether more waits to be sent than is wise."""
+        return bool(self._transport.get_write_buffer_size() > _HIGH_BYTES)
+
+    def pause(self) -> None:
+        """Read no further for now."""
+        self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if not self.lost:
+            self._transport.resume_reading()
+
+    def resume_writing(self) -> None:
+        """There is room to send again."""
+        if self.client is not None:
+            self.client.resume_client()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the other side."""
+        client, exchange = self.client, self.exchange
+        if client is None or exchange is None:
+            self.close()  # it speaks out of turn
+            return
+        exchange.answering = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._done = self._more = True
+        except httptools.HttpParserError:
+            self._more = True
+        if self._more:  # what follows would be taken for the answer to the client's next request
+            self.client = self.exchange = None
+            self.close()
+            client.upstream_failed(exchange)
+            return
+        client.send(data)
+        if self._done:
+            self.client = self.exchange = None
+            if exchange.complete and self._reusable:
+                self._pool.give(self)
+            else:
+                self.close()
+            client.answered(exchange)
+
+    def on_message_begin(self) -> None:
+        """A message begins."""
+        self._more = self._done
+
+    def on_headers_complete(self) -> None:
+        """The head is complete."""
+        assert self.exchange is not None
+        self._head_done = True
+        self._reusable = self._parser.should_keep_alive()
+        if self.exchange.request.method == b"HEAD" or self._parser.get_status_code() in _BODILESS:
+            self._done = True
+
+    def on_body(self, _body: bytes) -> None:
+        """A piece of the body."""
+        self._more = self._more or self._done
+
+    def on_message_complete(self) -> None:
+        """The message is complete."""
+        self._done = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The other side is gone."""
+        del exc
+        self.lost = True
+        client, exchange = self.client, self.exchange
+        self.client = self.exchange = None
+        if client is None or exchange is None:
+            return
+        if self._head_done and exchange.request.old:
+            exchange.keep_alive = False  # HTTP/1.0: an answer without a length ends with the connection
+            client.answered(exchange)
+        else:
+            client.upstream_failed(exchange)
+
+    def drop(self) -> None:
+        """Its client wants the answer no more."""
+        self.client = self.exchange = None
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self.lost = True
+        self._transport.abort()
+
+
+_KNOWN_MAX: Final = 128
+
+_KNOWN_MAX_BYTES: Final = 2048
+
+_LINGER_S: Final = 5  # for so long it is read what a client sends after an answer that refused it
+
+_LINGER_MAX_BYTES: Final = 32 * 1024 * 1024
+
+
+class ClientConnection(asyncio.Protocol):
+    """A connection of a client of the board."""
+
+    def __init__(self, routes: RouteTable, pool: UpstreamPool, all_clients: "set[ClientConnection]") -> None:
+        self.last_s = time.monotonic()
+        self._routes = routes
+        self._pool = pool
+        self._all = all_clients
+        self._transport: Any = None
+        self._reader = RequestParser(self, spare=True)
+        self._queue: deque[Exchange] = deque()
+        self._paused = False
+        self._full = False
+        self._closing = False  # it sends nothing more that is read
+        self._over = False  # it gets nothing more
+        self._discarded = 0
+
+    # The client's side.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected."""
+        self._transport = transport
+        transport.max_size = READ_BYTES  # type: ignore[attr-defined]
+        self._all.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The other side is gone."""
+        del exc
+        self._all.discard(self)
+        self._closing = self._over = True
+        for exchange in self._queue:
+            if exchange.upstream is not None:
+                exchange.upstream.drop()
+        self._queue.clear()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it stands between requests."""
+        return not self._queue
+
+    def close(self) -> None:
+        """Hang up."""
+        self._transport.abort()
+
+    def end_when_idle(self) -> None:
+        """Answer what was asked, then hang up."""
+        if self.idle:
+            self._transport.close()
+        else:
+            self._queue[-1].keep_alive = False
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the other side."""
+        self.last_s = time.monotonic()
+        if self._closing:
+            self._discarded += len(data)
+            if self._discarded > _LINGER_MAX_BYTES:
+                self._transport.abort()
+            return
+        if self._queue or self._reader.within:
+            self._reader.feed(data)
+        elif (known := self._pool.known.get(data)) is not None:
+            exchange = Exchange(known.request)
+            exchange.complete, exchange.instance, exchange.head = True, known.instance, known.head
+            self._queue.append(exchange)
+        else:
+            self._reader.feed(data)
+            self._learn(data)
+        if len(self._queue) > 1 and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+        self._advance()
+
+    def _learn(self, data: bytes) -> None:
+        """Remember these bytes, which came between two messages, if they are one whole request without a body."""
+        if len(self._queue) != 1 or self._reader.within or len(data) > _KNOWN_MAX_BYTES:
+            return
+        exchange = self._queue[0]
+        request = exchange.request
+        whole = exchange.complete and exchange.keep_alive and not exchange.refusal
+        if not whole or request.chunked or request.length is not None or request.expects:
+            return
+        route = self._routes.find(request.host, request.target)
+        if not route.status:
+            if len(self._pool.known) >= _KNOWN_MAX:
+                self._pool.known.clear()
+            exchange.instance, exchange.head = route.instance, forwarded_head(request, route)
+            self._pool.known[data] = Known(request, exchange.instance, exchange.head)
+
+    def eof_received(self) -> bool:
+        """The client will send no more; what it asked for whole is still answered."""
+        if not self._queue or not self._queue[-1].complete:
+            return False
+        self._closing = True
+        return True
+
+    # What the reader says.
+
+    def head(self, head: RequestHead) -> None:
+        """A request begins."""
+        self._queue.append(Exchange(head))
+
+    def body(self, data: bytes) -> None:
+        """A piece of its body."""
+        self._queue[-1].body.append(data)
+
+    def end(self, trailers: Fields, *, keep_alive: bool) -> None:
+        """It is whole."""
+        exchange = self._queue[-1]
+        exchange.trailers = trailers
+        exchange.keep_alive = keep_alive
+        exchange.complete = True
+
+    def refused(self, status: int) -> None:
+        """What comes is no request; after what was asked before it this is said, and the connection ends."""
+        self._closing = True
+        if self._queue and not self._queue[-1].complete:
+            broken = self._queue.pop()
+            if broken.upstream is not None:
+                broken.upstream.drop()
+            if broken.answering:
+                self._transport.abort()
+                return
+        exchange = Exchange(RequestHead())
+        exchange.refusal, exchange.keep_alive, exchange.complete = status, False, True
+        self._queue.append(exchange)
+
+    # The exchange at the head of the queue.
+
+    def _advance(self) -> None:
+        """Carry on with the exchange at the head of the queue; what is answered here, is at once."""
+        while self._queue and not self._over:
+            exchange = self._queue[0]
+            if exchange.upstream is None:
+                if not exchange.head and not self._routed(exchange):
+                    continue
+                if not self._reach(exchange):
+                    continue
+            self._stream(exchange)
+            return
+
+    def _routed(self, exchange: Exchange) -> bool:
+        """Find where it goes; answer it here and now if nowhere."""
+        if exchange.refusal:
+            self._reply(exchange, exchange.refusal, connection.REFUSALS[exchange.refusal])
+            return False
+        request = exchange.request
+        route = self._routes.find(request.host, request.target)
+        if route.status:
+            self._reply(exchange, route.status, route.why)
+            return False
+        exchange.instance = route.instance
+        exchange.head = forwarded_head(request, route)
+        return True
+
+    def _reach(self, exchange: Exchange) -> bool:
+        """Find what it goes on; answer it here and now if there is nothing."""
+        try:
+            upstream = self._pool.take(exchange) or self._pool.connect(exchange.instance)
+        except BlockingIOError:
+            self._reply(exchange, 503, f"{exchange.instance} has too many clients who wait")
+            return False
+        except OSError:
+            self._reply(exchange, 502, f"{exchange.instance} does not answer")
+            return False
+        self._begin(exchange, upstream)
+        return True
+
+    def _begin(self, exchange: Exchange, upstream: UpstreamConnection) -> None:
+        exchange.upstream = upstream
+        if exchange.request.expects and not exchange.complete and not exchange.body:
+            self._transport.write(connection.CONTINUE)
+        upstream.begin(self, exchange)
+        if self._full:
+            upstream.pause()
+        else:
+            upstream.resume()  # it may have been left paused at the end of an answer that piled up
+
+    def _stream(self, exchange: Exchange) -> None:
+        """Pass on what has come of the body."""
+        upstream = exchange.upstream
+        assert upstream is not None
+        chunked = exchange.request.chunked
+        while exchange.body:
+            chunk = exchange.body.popleft()
+            exchange.sent_body = True
+            upstream.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
+        if exchange.complete and chunked and not exchange.ended:
+            exchange.ended = exchange.sent_body = True
+            upstream.write(b"0\r\n%b\r\n" % connection.lines(exchange.trailers))
+        if upstream.full and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume_client(self) -> None:
+        """The upstream has room again."""
+        if self._paused and len(self._queue) <= 1 and not self._closing:
+            self._paused = False
+            self._transport.resume_reading()
+
+    # Answers.
+
+    def send(self, data: bytes) -> None:
+        """Bytes of the answer."""
+        self.last_s = time.monotonic()
+        self._transport.write(data)
+
+    def pause_writing(self) -> None:
+        """What is sent piles up."""
+        self._full = True
+        if self._queue and self._queue[0].upstream is not None:
+            self._queue[0].upstream.pause()
+
+    def resume_writing(self) -> None:
+        """There is room to send again."""
+        self._full = False
+        self.last_s = time.monotonic()
+        if self._queue and self._queue[0].upstream is not None:
+            self._queue[0].upstream.resume()
+
+    def answered(self, exchange: Exchange) -> None:
+        """The answer is complete."""
+        exchange.upstream = None
+        self._next(exchange)
+        self._advance()
+
+    def upstream_failed(self, exchange: Exchange) -> None:
+        """The instance hung up before its answer was complete."""
+        exchange.upstream = None
+        if not self._queue or self._queue[0] is not exchange:
+            return
+        if exchange.answering:
+            self._transport.abort()
+        elif exchange.repeatable:
+            exchange.retried = True
+            self._advance()
+        else:
+            self._reply(exchange, 502, f"{exchange.instance} ended before it answered")
+            self._advance()
+
+    def _reply(self, exchange: Exchange, status: int, why: str) -> None:
+        keep_alive = exchange.keep_alive and exchange.complete
+        exchange.keep_alive = keep_alive
+        self.send(connection.note(status, why, head=exchange.request.method == b"HEAD", keep_alive=keep_alive))
+        self._next(exchange)
+
+    def _next(self, exchange: Exchange) -> None:
+        self._queue.popleft()
+        if not exchange.keep_alive or not exchange.complete:
+            self._closing = self._over = True
+            if exchange.complete and not self._reader.refused:
+                self._transport.close()
+            else:
+                self._linger()
+            return
+        if self._closing and not self._queue:
+            self._transport.close()
+            return
+        self.resume_client()
+
+    def _linger(self) -> None:
+        """It has its answer and may still be sending: to close now would make its kernel throw the answer away."""
+        if self._transport.can_write_eof() and not self._transport.is_closing():
+            with contextlib.suppress(OSError):  # it has hung up meanwhile
+                self._transport.write_eof()
+            if self._paused:
+                self._transport.resume_reading()
+            asyncio.get_running_loop().call_later(_LINGER_S, self._transport.abort)

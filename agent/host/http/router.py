@@ -1,0 +1,184 @@
+"""The router: a process that owns the board's shared HTTP port and proxies to instances. A fork of the supervisor.
+
+It holds the listening socket, a socket to the supervisor that says which instances there are, and a view of the
+directory with the instances' sockets; no wasm, no configuration, no other file.
+"""
+
+import asyncio
+import gc
+import mmap
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent.host.http.proxy import ClientConnection, UpstreamPool
+from agent.host.http.routing import RouteTable
+from agent.host.ipc import framing, host_api
+from agent.host.ipc.helper_api import DrainRouter, RouteAcknowledged, RouteRemove, RouteUpdate
+from agent.host.sandbox import sandbox
+
+IDLE_S: Final = 75
+
+STALL_S: Final = 60
+
+_SWEEP_S: Final = 15
+
+_DRAIN_S: Final = 5
+
+_CLIENTS_MAX: Final = 1024
+
+_COUNT: Final = struct.Struct("=I")
+
+
+_decoder: Final[msgspec.json.Decoder[RouteUpdate | RouteRemove | DrainRouter]] = msgspec.json.Decoder(
+    RouteUpdate | RouteRemove | DrainRouter
+)
+
+
+class Clients(set[ClientConnection]):
+    """The clients there are. How many is kept in memory that the supervisor shares, who says so if the router dies."""
+
+    def __init__(self, page: mmap.mmap) -> None:
+        super().__init__()
+        self._page = page
+        self.left: Callable[[], None] = lambda: None
+        """Called when one has gone."""
+
+    def add(self, client: ClientConnection) -> None:
+        """One has come."""
+        super().add(client)
+        _COUNT.pack_into(self._page, 0, len(self))
+
+    def discard(self, client: object) -> None:
+        """One has gone."""
+        super().discard(client)
+        _COUNT.pack_into(self._page, 0, len(self))
+        self.left()
+
+
+def clients_of(page: mmap.mmap) -> int:
+    """How many clients a router has, or had when it died."""
+    count: int = _COUNT.unpack_from(page)[0]
+    return min(count, _CLIENTS_MAX)  # whoever broke into it may have written anything
+
+
+def run_router(
+    listener: socket.socket, sock: socket.socket, directory: Path, keep: tuple[int, ...], page: mmap.mmap
+) -> None:
+    """Run the router in a process just forked from the supervisor, confined before it accepts a client."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gc.freeze()
+    sandbox.close_all_but({0, 1, 2, listener.fileno(), sock.fileno(), *keep})
+    loop = asyncio.SelectorEventLoop()
+    asyncio.set_event_loop(loop)
+    layers = sandbox.apply(sandbox.router_spec(str(directory)))
+    where = "" if layers["mount"] else str(directory)
+    loop.run_until_complete(Router(listener, sock, where, Clients(page)).run())
+
+
+class Router:
+    """Router process: accepts clients and passes their requests to the instances."""
+
+    def __init__(self, listener: socket.socket, sock: socket.socket, directory: str, clients: Clients) -> None:
+        self._listener = listener
+        self._sock = sock
+        self._routes = RouteTable()
+        self._pool = UpstreamPool(directory)
+        self._clients = clients
+        self._accepting = False
+        self._ended = asyncio.Event()
+        self._writer = host_api.Writer(sock, lambda _: self._ended.set())
+
+    async def run(self) -> None:
+        """Serve until the supervisor closes its end of the socket."""
+        loop = asyncio.get_running_loop()
+        self._listener.setblocking(False)
+        self._sock.setblocking(False)
+        loop.add_reader(self._sock, self._obey)
+        self._clients.left = self._accept_again
+        self._accept_again()
+        sweep = asyncio.ensure_future(self._sweep())
+        await self._ended.wait()
+        sweep.cancel()
+
+    def _accept_again(self) -> None:
+        """There is room: whoever waits may come."""
+        if not self._accepting and self._listener.fileno() >= 0 and len(self._clients) < _CLIENTS_MAX:
+            self._accepting = True
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        if len(self._clients) >= _CLIENTS_MAX:  # the others wait at the listener until one has gone
+            self._accepting = False
+            asyncio.get_running_loop().remove_reader(self._listener)
+            return
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        loop = asyncio.get_running_loop()
+        # A transport without the handshake of connect_accepted_socket: one callback instead of a task a connection.
+        loop._make_socket_transport(sock, ClientConnection(self._routes, self._pool, self._clients))  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def _obey(self) -> None:
+        try:
+            data, _ = framing.receive_packet(self._sock)
+        except BlockingIOError:
+            return
+        except framing.GoneError:
+            self._ended.set()
+            return
+        message = _decoder.decode(data)
+        if isinstance(message, DrainRouter):
+            self._drain()
+            return
+        self._heed(message)
+        self._writer.send(msgspec.json.encode(RouteAcknowledged(message.id)))
+
+    def _heed(self, message: RouteUpdate | RouteRemove) -> None:
+        self._pool.known.clear()
+        match message:
+            case RouteUpdate(instance=instance, up=up, spread=spread):
+                self._routes.up[instance] = up
+                (self._pool.spread.add if spread else self._pool.spread.discard)(instance)
+                if spread or not up:
+                    self._pool.forget(instance)
+            case RouteRemove(instance=instance):
+                self._routes.up.pop(instance, None)
+                self._pool.spread.discard(instance)
+                self._pool.forget(instance)
+
+    def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._listener)
+        self._listener.close()
+        for client in list(self._clients):
+            client.end_when_idle()
+        loop.call_later(_DRAIN_S, self._ended.set)
+        self._when_empty()
+
+    def _when_empty(self) -> None:
+        if self._clients:
+            asyncio.get_running_loop().call_later(0.02, self._when_empty)
+        else:
+            self._ended.set()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            self._pool.sweep()
+            now = time.monotonic()
+            for client in list(self._clients):
+                if now - client.last_s > (IDLE_S if client.idle else STALL_S):
+                    client.close()

@@ -1,0 +1,492 @@
+"""Agent and host: requests, replies, events; StartError; text fit for reports.
+
+What the agent and the host say to each other, and how: this module is all that either knows of the other.
+
+A Unix socket of type SOCK_SEQPACKET: one packet is one message, JSON by msgspec, with the descriptor that belongs to
+it, if any (SCM_RIGHTS). The host listens; the agent, or `fleet-agent restore`, connects. Each request carries an `id`
+and is answered by one `Reply` with the same id; events carry none and come at any time to whoever is connected.
+
+Requests are idempotent by (instance, generation): the generation grows with every change the agent makes to an
+instance, and asking for what already is answers at once. Secrets stand in no packet: they come in a descriptor.
+"""
+
+import array
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from fleet.protocol import wire
+from fleet.protocol.bounds import Count, Port
+from fleet.protocol.codes import InstanceState, RejectCode
+from fleet.protocol.manifest import Grants, Limits, Manifest
+from fleet.protocol.messages import InstanceHealth
+
+PACKET_MAX_BYTES: Final = 160 * 1024
+
+_ENTRIES_MAX_BYTES: Final = 128 * 1024
+
+WHY_NOT: Final = "host.why"
+"""Beside the host's socket: why it did not start the last time, in one sentence; not there once it has."""
+
+_WHY_NOT_MAX_CHARS: Final = 500
+
+CHECK_WAIT_S: Final = 60.0
+"""How long `Status` waits for a health check: half of what the agent waits for any answer (`hostlink.REQUEST_S`)."""
+
+T = TypeVar("T")
+
+
+class IpcError(Exception):
+    """The other side is gone, or sent what this program does not understand."""
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run: everything the host needs to know of an instance.
+
+    Attributes:
+        target: TUF target path, for people and reports.
+        grants, limits: already narrowed by operator and board policy.
+        port: own port on the ingress address, None for the shared port under `/<instance>/`.
+        data: the instance's own directory, empty for none.
+        share_lane: whether the operator lets it share a lane with other instances of its publisher.
+        secrets: names of its secrets, whose values were entrusted to the host before.
+    """
+
+    instance: str
+    generation: Count
+    target: str
+    manifest: Manifest
+    grants: Grants
+    limits: Limits
+    config: dict[str, str] = {}
+    port: Port | None = None
+    data: str = ""
+    share_lane: bool = False
+    secrets: tuple[str, ...] = ()
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """Who is there, and what runs, from the instance after this one on. Answered with `Welcome`."""
+
+    id: Count
+    after: str = ""
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
+    """Run this image (its sealed memfd comes along).
+
+    Where another generation of the instance runs, this is a swap by the trigger's rules: the new one is started beside
+    it, checked, and handed the listener and the connections; the old one is kept warm until `Commit` or `Revert`.
+    Answered with `Started` when it takes calls, or with `Failed`: then the old one still answers.
+
+    Attributes:
+        together: instances that are started too, naming this one: none takes over before all can.
+        probation: the generation is on probation until `Commit` names it: its health check is asked more often.
+    """
+
+    id: Count
+    run: Run
+    together: tuple[str, ...] = ()
+    probation: bool = False
+
+
+class PutSecrets(msgspec.Struct, frozen=True, kw_only=True, tag="entrust"):
+    """Hold secrets for the start of this generation, which follows. Answered with `Done`.
+
+    A sealed memfd comes along, with the values by name as a JSON object. The host hands it to the generation's lanes
+    and never reads it: no process that it forks has a value in its memory but the lanes that it is for.
+    """
+
+    id: Count
+    instance: str
+    generation: Count
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
+    """End the probation of this generation, and drop the previous one. Answered with `Done`."""
+
+    id: Count
+    instance: str
+    generation: Count
+
+
+class Revert(msgspec.Struct, frozen=True, kw_only=True, tag="revert"):
+    """Swap back to the previous generation, kept warm. `Failed` with HOST_GONE if there is none any more."""
+
+    id: Count
+    instance: str
+    generation: Count
+
+
+class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
+    """Stop the instance: drain, then end its lanes. Answered with `Done`, also when it does not run."""
+
+    id: Count
+    instance: str
+
+
+class Restart(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
+    """Start the running generation anew. Answered with `Done`."""
+
+    id: Count
+    instance: str
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
+    """The figures of every instance, from the one after this one on. Answered with `Figures`.
+
+    Attributes:
+        check: an instance whose health check is asked first, so that its figures have the answer; empty for none.
+            An instance without a lane that runs, or that does not answer within `CHECK_WAIT_S`, counts no question.
+    """
+
+    id: Count
+    after: str = ""
+    check: str = ""
+
+
+class Logs(msgspec.Struct, frozen=True, kw_only=True, tag="logs"):
+    """The last log lines of an instance. Answered with `Lines`."""
+
+    id: Count
+    instance: str
+
+
+Request = Hello | PutSecrets | Start | Commit | Revert | Stop | Restart | Status | Logs
+
+
+class Running(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance as the host has it; `previous` is the generation kept warm, None for none."""
+
+    instance: str
+    generation: Count
+    target: str
+    state: InstanceState
+    previous: Count | None = None
+
+
+class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
+    """The host's own state.
+
+    Attributes:
+        session: differs after each start of the host.
+        engine: wasmtime's version, empty where the host has no engine.
+        containment: layer -> whether it holds.
+        runs_as: which of the ways of running a host this is, as `fleet-host check` names them.
+        ingress: address of the shared HTTP port, `127.0.0.1:8080`; empty while no router runs.
+        more: whether there are more instances than fit; ask again, after the last of these.
+    """
+
+    id: Count
+    session: str
+    version: str
+    engine: str
+    containment: dict[str, bool]
+    ingress: str
+    running: tuple[Running, ...]
+    more: bool = False
+    runs_as: str = ""
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
+    """It takes calls; `replaced` is the generation now kept warm, `swap_ms` how long the handover took."""
+
+    id: Count
+    instance: str
+    generation: Count
+    replaced: Count | None = None
+    swap_ms: Count = 0
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """It could not be done, and nothing changed."""
+
+    id: Count
+    code: RejectCode
+    message: str
+    log: tuple[str, ...] = ()
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """It is so."""
+
+    id: Count
+
+
+class HostStats(msgspec.Struct, frozen=True, kw_only=True, tag="figures"):
+    """Every instance's health; `written_bytes` to disk by the host, `more` as in `Welcome`."""
+
+    id: Count
+    instances: tuple[InstanceHealth, ...]
+    written_bytes: Count = 0
+    more: bool = False
+
+
+class Lines(msgspec.Struct, frozen=True, kw_only=True, tag="lines"):
+    """The last log lines, oldest first, at most 50 and 16 KiB; `count` of the instance since it began here."""
+
+    id: Count
+    lines: tuple[str, ...] = ()
+    count: Count = 0
+
+
+class Trapped(msgspec.Struct, frozen=True, kw_only=True, tag="trapped"):
+    """Event: a call of the guest ended in a trap, a time-out or a limit, or its health check was not passed.
+
+    Attributes:
+        code: TRAPPED, RESTARTED when its process died, or HEALTH_FAILED when its health export says so.
+        message: the wasm backtrace with names, or the limit that was hit.
+        faults: guest faults of this generation so far.
+    """
+
+    instance: str
+    generation: Count
+    code: RejectCode
+    message: str
+    faults: Count
+    log: tuple[str, ...] = ()
+
+
+class Changed(msgspec.Struct, frozen=True, kw_only=True, tag="changed"):
+    """Event: an instance changed its state (`backoff`, `quarantined`, `running` again)."""
+
+    instance: str
+    generation: Count
+    state: InstanceState
+    message: str = ""
+    log: tuple[str, ...] = ()
+
+
+Reply = Welcome | Started | Failed | Done | HostStats | Lines
+
+Event = Trapped | Changed
+
+FromHost = Reply | Event
+
+_requests: Final[msgspec.json.Decoder[Request]] = msgspec.json.Decoder(Request)
+
+_from_host: Final[msgspec.json.Decoder[FromHost]] = msgspec.json.Decoder(FromHost)
+
+
+def why_not(runtime: Path) -> str:
+    """Why no host runs here, in its own words; empty where it has not said."""
+    try:
+        text = (runtime / WHY_NOT).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return " ".join(text[:_WHY_NOT_MAX_CHARS].split())
+
+
+def page(entries: Iterable[T]) -> tuple[tuple[T, ...], bool]:
+    """The first entries, as many as fit in a message, and whether there are more."""
+    kept: list[T] = []
+    size = 0
+    for entry in entries:
+        size += len(msgspec.json.encode(entry)) + 1
+        if size > _ENTRIES_MAX_BYTES:
+            return tuple(kept), True
+        kept.append(entry)
+    return tuple(kept), False
+
+
+@dataclass(slots=True, eq=False)
+class Packet:
+    """A packet that waits for room in its socket; `fd` is a copy, which belongs to it."""
+
+    data: bytes
+    fd: int | None
+
+
+class Writer:
+    """The only writer of a non-blocking packet socket: packets leave in the order in which they were given.
+
+    An event loop knows one writer for each socket, so senders that wait for it themselves displace each other. Here
+    nobody waits: a packet that finds no room is kept until there is some. Belongs to the loop's thread.
+    """
+
+    def __init__(self, sock: socket.socket, on_broken: Callable[[OSError], None]) -> None:
+        """Write to `sock`, which stays its owner's to close, after `close`.
+
+        `on_broken` is called once, when the socket takes nothing any more; the writer is closed by then.
+        """
+        self._sock = sock
+        self._on_broken = on_broken
+        self._kept: deque[Packet] = deque()
+        self._closed = False
+
+    def __len__(self) -> int:
+        """Return how many packets wait for room."""
+        return len(self._kept)
+
+    def send(self, data: bytes, fd: int | None = None) -> Packet | None:
+        """Send a packet, with a descriptor if there is one (it stays open here), or keep it until there is room.
+
+        Returns:
+            The packet while it is kept, for `withdraw`; None where it was sent, or the socket is broken or closed.
+
+        Raises:
+            OSError: the descriptor cannot be copied.
+        """
+        if self._closed or (not self._kept and self._try(data, fd)):
+            return None
+        packet = Packet(data, None if fd is None else os.dup(fd))
+        if not self._kept:
+            asyncio.get_running_loop().add_writer(self._sock, self._flush)
+        self._kept.append(packet)
+        return packet
+
+    def withdraw(self, packet: Packet | None) -> None:
+        """Forget a packet that was not sent yet."""
+        if packet is not None and packet in self._kept:
+            self._kept.remove(packet)
+            _close(packet)
+            self._rest()
+
+    def close(self) -> None:
+        """Forget what is kept, and send no more."""
+        self._closed = True
+        if self._kept:
+            for packet in self._kept:
+                _close(packet)
+            self._kept.clear()
+            self._rest()
+
+    def _flush(self) -> None:
+        while self._kept and self._try(self._kept[0].data, self._kept[0].fd):
+            if self._kept:  # else it broke, and everything is forgotten
+                _close(self._kept.popleft())
+                self._rest()
+
+    def _rest(self) -> None:
+        """Watch the socket no longer than something waits for it."""
+        if not self._kept:
+            asyncio.get_running_loop().remove_writer(self._sock)
+
+    def _try(self, data: bytes, fd: int | None) -> bool:
+        """Return False where there is no room."""
+        try:
+            _send(self._sock, data, fd)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self.close()
+            self._on_broken(error)
+        return True
+
+
+def _close(packet: Packet) -> None:
+    if packet.fd is not None:
+        os.close(packet.fd)
+
+
+def _send(sock: socket.socket, data: bytes, fd: int | None) -> None:
+    rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+    sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+
+
+def encode(message: Request | FromHost) -> bytes:
+    """Return the packet of a message. Raises `IpcError`: larger than a packet may be."""
+    data = msgspec.json.encode(message)
+    if len(data) > PACKET_MAX_BYTES:
+        raise IpcError(f"{type(message).__name__}: {len(data)} bytes, at most {PACKET_MAX_BYTES} fit in a packet")
+    return data
+
+
+def send(sock: socket.socket, message: Request | FromHost, fd: int | None = None) -> None:
+    """Send one message, with a descriptor if there is one (it stays open here).
+
+    Raises:
+        IpcError: larger than a packet may be, or the other side is gone.
+        BlockingIOError: a non-blocking socket is full; nothing was sent.
+    """
+    data = encode(message)
+    try:
+        _send(sock, data, fd)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise IpcError(f"cannot reach the other side: {error.strerror}") from error
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
+    try:
+        data, rights, flags, _ = sock.recvmsg(PACKET_MAX_BYTES + 1, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise IpcError(f"cannot reach the other side: {error.strerror}") from error
+    fds = array.array("i")
+    for level, kind, payload in rights:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    for extra in fds[1:]:
+        os.close(extra)
+    fd = fds[0] if fds else None
+    if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if fd is not None:
+            os.close(fd)
+        raise IpcError("the other side closed the connection" if not data else "a packet larger than is allowed")
+    return data, fd
+
+
+def receive_request(sock: socket.socket) -> tuple[Request, int | None]:
+    """The next request and its descriptor, which the caller owns.
+
+    Raises:
+        IpcError: closed, or not a request.
+        BlockingIOError: nothing there on a non-blocking socket.
+    """
+    data, fd = _receive(sock)
+    try:
+        return _requests.decode(data), fd
+    except wire.JSON_ERRORS as error:
+        if fd is not None:
+            os.close(fd)
+        raise IpcError(f"not a request: {error}") from error
+
+
+def receive_from_host(sock: socket.socket) -> FromHost:
+    """The host's next reply or event.
+
+    Raises:
+        IpcError: closed, or not a message of the host's.
+        BlockingIOError: nothing there on a non-blocking socket.
+    """
+    data, fd = _receive(sock)
+    if fd is not None:
+        os.close(fd)
+    try:
+        return _from_host.decode(data)
+    except wire.JSON_ERRORS as error:
+        raise IpcError(f"not a message of the host's: {error}") from error
+
+
+def new_socket() -> socket.socket:
+    """A new socket of the type this protocol speaks."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+
+
+class StartError(Exception):
+    """It could not be started, and nothing changed."""
+
+    def __init__(self, code: RejectCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+_MESSAGE_MAX_CHARS: Final = 4096
+
+# What moves a terminal's cursor, and grows sixfold in JSON: a report of it would be too large to be taken.
+_CONTROLS: Final = dict.fromkeys({*range(32), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")}, "\N{REPLACEMENT CHARACTER}")
+
+
+def plain(text: str, most_chars: int = _MESSAGE_MAX_CHARS) -> str:
+    """What a guest or its engine says, fit for reports and terminals: no control characters, and not more than that."""
+    return text[:most_chars].translate(_CONTROLS)

@@ -1,0 +1,181 @@
+"""A lane's figures in one shared page: the lane writes, the supervisor reads without waking it.
+
+A page is a memfd of fixed size (sealed against resizing, so that no lane can pull it from under the supervisor).
+Single writer; a reader may see a call half counted, which figures bear.
+"""
+
+import bisect
+import fcntl
+import itertools
+import mmap
+import os
+import struct
+from dataclasses import dataclass, field
+from typing import Final
+
+from fleet.protocol.bounds import NUMBER_MAX
+from fleet.protocol.codes import CallOutcome
+from fleet.protocol.messages import LATENCY_BOUNDS_MS
+
+SIZE: Final = 4096
+
+_RING: Final = 512
+
+_OUTCOMES: Final = tuple(CallOutcome)
+
+# errors, calls, began (monotonic ns of the call in flight, 0 for none), log lines dropped, denials, requests sent,
+# nanoseconds of the processor's time, number of the call in flight (0 for none)
+_ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _OUTGOING, _CPU, _NUMBER = 0, 8, 16, 24, 32, 40, 48, 56
+
+_COUNTS: Final = 64
+
+_CPU_MAX_NS: Final = 2**56  # of one page: two years
+
+_CPU_SUM_MAX_NS: Final = NUMBER_MAX * 1_000_000  # told in milliseconds
+
+_LATENCIES: Final = 1024
+
+_U64: Final = struct.Struct("=Q")
+
+_U32: Final = struct.Struct("=I")
+
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def count_of(value: int) -> int:
+    """A figure as a message may hold it: the largest that one can stands for all beyond it."""
+    return min(value, NUMBER_MAX)
+
+
+def create_page(name: str) -> int:
+    """The descriptor of a new page, all zero."""
+    fd = os.memfd_create(f"figures-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, SIZE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    return fd
+
+
+@dataclass(frozen=True, slots=True)
+class CallStats:
+    """What a page says: calls by outcome, answers of 500 and above, the last latencies in microseconds."""
+
+    calls: dict[str, int] = field(default_factory=dict)
+    errors: int = 0
+    latencies_us: tuple[int, ...] = ()
+    began_ns: int = 0
+    dropped_lines: int = 0
+    denials: int = 0
+    outgoing: int = 0
+    cpu_ns: int = 0
+
+    def plus(self, other: "CallStats") -> "CallStats":
+        """Both together; the newer latencies are `other`'s."""
+        calls = dict(self.calls)
+        for outcome, count in other.calls.items():
+            calls[outcome] = count_of(calls.get(outcome, 0) + count)
+        return CallStats(
+            calls=calls,
+            errors=count_of(self.errors + other.errors),
+            latencies_us=(self.latencies_us + other.latencies_us)[-_RING:],
+            dropped_lines=count_of(self.dropped_lines + other.dropped_lines),
+            denials=count_of(self.denials + other.denials),
+            outgoing=count_of(self.outgoing + other.outgoing),
+            cpu_ns=min(self.cpu_ns + other.cpu_ns, _CPU_SUM_MAX_NS),
+        )
+
+    def percentile_us(self, share: float) -> int:
+        """The latency that `share` of the last calls stayed within; 0 without calls."""
+        ordered = sorted(self.latencies_us)
+        return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0
+
+    def spread(self) -> tuple[int, ...]:
+        """How many of the last calls took up to each of `LATENCY_BOUNDS_MS`, and longer; nothing without calls."""
+        ordered = sorted(self.latencies_us)
+        upto = [bisect.bisect_right(ordered, bound_ms * 1000) for bound_ms in LATENCY_BOUNDS_MS]
+        counts = (after - before for before, after in itertools.pairwise((0, *upto, len(ordered))))
+        return tuple(counts) if ordered else ()
+
+
+class StatsPage:
+    """A mapped page, for its writer or its reader."""
+
+    def __init__(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, SIZE)
+
+    def _add(self, at: int, more: int = 1) -> int:
+        value: int = _U64.unpack_from(self._map, at)[0] + more
+        _U64.pack_into(self._map, at, value)
+        return value
+
+    def begin(self, now_ns: int, number: int) -> None:
+        """Show a call, which begins now."""
+        _U64.pack_into(self._map, _NUMBER, number)
+        _U64.pack_into(self._map, _BEGAN, now_ns)
+
+    def rest(self) -> None:
+        """Show that no call is in flight."""
+        _U64.pack_into(self._map, _BEGAN, 0)
+        _U64.pack_into(self._map, _NUMBER, 0)
+
+    def end(self, outcome: CallOutcome, us: int | None = None, *, error: bool = False) -> None:
+        """A call has ended after `us` microseconds of guest time (None: the guest was not entered)."""
+        _U64.pack_into(self._map, _BEGAN, 0)
+        self._add(_COUNTS + 8 * _OUTCOMES.index(outcome))
+        if error:
+            self._add(_ERRORS)
+        if us is not None:
+            calls = self._add(_CALLS)
+            _U32.pack_into(self._map, _LATENCIES + 4 * ((calls - 1) % _RING), min(us, 0xFFFFFFFF))
+
+    def sent(self, denied: bool) -> None:  # noqa: FBT001 - which of two it counts
+        """A request that the guest wanted to send: sent or tried, or `denied`."""
+        self._add(_DENIED if denied else _OUTGOING)
+
+    def dropped(self, lines: int) -> None:
+        """So many log lines went over the limit."""
+        self._add(_DROPPED, lines)
+
+    def denied(self) -> None:
+        """Something that the guest asked of the host was refused."""
+        self._add(_DENIED)
+
+    def spent(self, cpu_ns: int) -> None:
+        """The guest has had so much more of the processor's time."""
+        self._add(_CPU, cpu_ns)
+
+    def began_ns(self) -> int:
+        """When the call in flight began, by the monotonic clock; 0 for none."""
+        value: int = _U64.unpack_from(self._map, _BEGAN)[0]
+        return value
+
+    def number(self) -> int:
+        """Give the number of the call in flight; 0 for none."""
+        value: int = _U64.unpack_from(self._map, _NUMBER)[0]
+        return value
+
+    def _count(self, at: int) -> int:
+        """A figure, as far as one can be: who is beyond its sandbox may write there whatever it likes."""
+        return count_of(self._raw(at))
+
+    def _raw(self, at: int) -> int:
+        value: int = _U64.unpack_from(self._map, at)[0]
+        return value
+
+    def read(self) -> CallStats:
+        """The figures now."""
+        counts = [self._count(_COUNTS + 8 * number) for number in range(len(_OUTCOMES))]
+        calls = self._count(_CALLS)
+        return CallStats(
+            calls={outcome.value: count for outcome, count in zip(_OUTCOMES, counts, strict=True) if count},
+            errors=self._count(_ERRORS),
+            latencies_us=struct.unpack_from(f"={min(calls, _RING)}I", self._map, _LATENCIES),
+            began_ns=self.began_ns(),
+            dropped_lines=self._count(_DROPPED),
+            denials=self._count(_DENIED),
+            outgoing=self._count(_OUTGOING),
+            cpu_ns=min(self._raw(_CPU), _CPU_MAX_NS),
+        )
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._map.close()

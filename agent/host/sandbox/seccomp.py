@@ -1,0 +1,142 @@
+"""Which system calls a cell leaves: allow-lists, by what the process is for.
+
+Seccomp cannot look into clone3's arguments, so clone3 is said not to exist and `clone` may only make threads: the WASI
+implementation's runtime threads start, a fork does not. Everything else that is not named fails with EPERM. What a
+process aborts by (`tgkill`) is refused too: it ends by the illegal instruction that follows.
+
+A filter is made once, as a program for the kernel; `agent.host.sandbox.kernel.filter_calls` puts it up.
+"""
+
+import errno
+import resource
+import tempfile
+from functools import cache
+from typing import Any, Final
+
+try:
+    import pyseccomp
+except (ImportError, RuntimeError, OSError):  # no libseccomp on this board: the layer is reported as missing
+    pyseccomp = None
+
+AVAILABLE: Final = pyseccomp is not None
+
+_CLONE_THREAD: Final = 0x00010000
+
+_PROT_EXEC: Final = 4
+
+_AF_UNIX: Final = 1
+
+_AF_INET: Final = 2
+
+_AF_INET6: Final = 10
+
+_AF_NETLINK: Final = 16
+
+# Of these calls only some values: the others reach other processes (owners of signals, limits) or undo the cell.
+_FCNTL: Final = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1034)  # not F_SETOWN, F_SETSIG
+
+_IOCTL: Final = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+
+_PRCTL: Final = (15, 16, 0x53564D41)  # PR_SET_NAME, PR_GET_NAME, PR_SET_VMA
+
+_BASE: Final = (
+    # memory
+    # (RISC-V: who makes or maps machine code has to say so to the instruction cache)
+    "brk mmap munmap mremap madvise mprotect mincore membarrier riscv_flush_icache riscv_hwprobe",
+    # time, threads, the process itself
+    "clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time futex rt_sigaction rt_sigprocmask",
+    "rt_sigreturn sigaltstack set_robust_list rseq sched_yield sched_getaffinity getpid gettid getppid getuid geteuid",
+    "getgid getegid getrandom exit exit_group restart_syscall uname getrusage times set_tid_address sysinfo",
+    "sched_getparam sched_getscheduler getrlimit",
+    # open descriptors
+    "read readv pread64 preadv write writev pwrite64 close fstat lseek dup poll ppoll select pselect6",
+    "epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd2 pipe2 ftruncate",
+    "newfstatat fstatat64",
+)
+
+_SOCKETS: Final = (
+    "recvfrom recvmsg sendto sendmsg shutdown accept accept4 getsockopt setsockopt getsockname getpeername",
+)
+
+_FILES: Final = (
+    "openat openat2 statx mkdirat unlinkat renameat renameat2 linkat symlinkat readlinkat getdents64 fsync fdatasync",
+    "faccessat faccessat2 utimensat fallocate fadvise64 fstatfs statfs flock futimesat copy_file_range sync_file_range",
+)
+
+_READING: Final = ("openat openat2 statx readlinkat getdents64 faccessat faccessat2 sendmmsg recvmmsg",)
+
+
+def _names(*groups: tuple[str, ...]) -> list[str]:
+    return [name for group in groups for line in group for name in line.split()]
+
+
+def _allow(rules: Any, name: str, *conditions: Any) -> None:
+    if pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) >= 0:  # else this CPU has no such call
+        rules.add_rule(pyseccomp.ALLOW, name, *conditions)
+
+
+def _filter(names: list[str], *, executable_memory: bool) -> Any:
+    rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
+    rules.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)
+    for name in names:
+        if name in {"mmap", "mprotect"} and not executable_memory:
+            _allow(rules, name, pyseccomp.Arg(2, pyseccomp.MASKED_EQ, _PROT_EXEC, 0))
+        else:
+            _allow(rules, name)
+    for name, at, values in (("fcntl", 1, _FCNTL), ("ioctl", 1, _IOCTL), ("prctl", 0, _PRCTL)):
+        for value in values:
+            _allow(rules, name, pyseccomp.Arg(at, pyseccomp.EQ, value))
+    _allow(rules, "prlimit64", pyseccomp.Arg(0, pyseccomp.EQ, 0), pyseccomp.Arg(2, pyseccomp.EQ, 0))
+    rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
+    _allow(rules, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD))
+    return rules
+
+
+def _program(rules: Any) -> bytes:
+    with tempfile.TemporaryFile() as file:
+        rules.export_bpf(file)
+        file.seek(0)
+        return file.read()
+
+
+@cache
+def worker(*, files: bool) -> bytes:
+    """For a lane: no new socket, no process, no executable memory; no file unless `files` (its data)."""
+    rules = _filter(_names(_BASE, _SOCKETS, _FILES if files else ()), executable_memory=False)
+    if files:  # its own limit on what a file may have, within the one that stands
+        own, files_size = pyseccomp.Arg(0, pyseccomp.EQ, 0), pyseccomp.Arg(1, pyseccomp.EQ, resource.RLIMIT_FSIZE)
+        _allow(rules, "prlimit64", own, files_size)
+        _allow(rules, "setrlimit", pyseccomp.Arg(0, pyseccomp.EQ, resource.RLIMIT_FSIZE))
+    return _program(rules)
+
+
+@cache
+def router() -> bytes:
+    """For the router: sockets of the Unix family may be made and connected, nothing else."""
+    rules = _filter(_names(_BASE, _SOCKETS), executable_memory=False)
+    _allow(rules, "socket", pyseccomp.Arg(0, pyseccomp.EQ, _AF_UNIX))
+    _allow(rules, "connect")
+    return _program(rules)
+
+
+@cache
+def egress() -> bytes:
+    """For the egress: connecting, over the Internet and to the board's own sockets, and what resolving a name takes."""
+    rules = _filter(_names(_BASE, _SOCKETS, _READING), executable_memory=True)  # the resolver loads its parts
+    for family in (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK):
+        _allow(rules, "socket", pyseccomp.Arg(0, pyseccomp.EQ, family))
+    _allow(rules, "connect")
+    return _program(rules)
+
+
+@cache
+def compiler() -> bytes:
+    """For the compiler: memory, executable too, and the descriptors it was given."""
+    return _program(_filter(_names(_BASE), executable_memory=True))
+
+
+def prepare() -> None:
+    """Make the lanes' filters now, so that a forked lane finds them made: it takes milliseconds and half a megabyte."""
+    if AVAILABLE:
+        worker(files=False)
+        worker(files=True)

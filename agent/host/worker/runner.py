@@ -1,0 +1,229 @@
+"""Calling the guest of a lane: its store, its time, its figures, its log.
+
+One call at a time, on the lane's only thread that enters wasm. A ticker thread watches while a call is in flight and
+parks after an idle tick, so that a lane at rest wakes nobody. It lets epochs pass by the *processor's* time of the
+calling thread: waiting for a peer, or for the processor on a busy board, is no time of the guest's. Waiting has limits
+of its own, in one piece and in all. A call past one of them stands still in the host: only the supervisor can end that,
+by ending the lane. A tick counts for what it saw pass and never for much more than its length, so that a board that was
+suspended finds no call too late.
+
+The two threads share one reference: the `Call` in flight, which never changes. Each tick reads it once and judges that
+call by that call's own limits; the sums are the ticker's alone. A verdict carries the call's number, which the
+supervisor compares with the page of figures, since the call may have ended meanwhile.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from agent.host.engine.adapter_abi import DenyOutgoing, Requests
+from agent.host.engine.guest import Guest, start
+from agent.host.engine.runtime import EngineError, GuestError, Image
+from agent.host.http import routing
+from agent.host.http.connection import Request
+from agent.host.ipc import worker_api
+from agent.host.ipc.stats_page import StatsPage
+from agent.host.ipc.worker_api import TokenBucket
+from agent.host.ipc.write_quota import WriteMeter
+from agent.host.sandbox import sandbox
+from agent.host.worker.streaming import StreamingResponse
+from agent.host.worker.watchdog import LINE_MAX_CHARS, Call, CallWatchdog, SendToSupervisor, do_nothing
+from fleet.protocol.codes import CallOutcome
+from fleet.protocol.manifest import Grants, Limits
+
+T = TypeVar("T")
+
+
+def _sentence(problem: str | None) -> str | None:
+    """What a guest gives as its reason, as far as it fits in a message to the supervisor."""
+    return None if problem is None else problem[:LINE_MAX_CHARS]
+
+
+class GuestRunner:
+    """The guest and everything around a call."""
+
+    def __init__(
+        self,
+        image: Image,
+        *,
+        limits: Limits,
+        grants: Grants,
+        config: dict[str, str],
+        page: StatsPage,
+        say: SendToSupervisor,
+        data: str = "",
+        ticker: CallWatchdog | None = None,
+        scheduling_fd: int | None = None,
+        redact: Callable[[str], str] = str,
+        writes: WriteMeter | None = None,
+        outgoing: Callable[[Callable[[str], None]], Requests] | None = None,
+    ) -> None:
+        """`outgoing`: makes what the guest sends requests by, given where to log; None for nothing.
+
+        `ticker`: that of the process, where there are other callers; None to start one.
+
+        `redact` takes what is secret out of a text.
+        """
+        self._image = image
+        self.streams = image.adapted  # whether its answers can go out while they are written
+        self._redact = redact
+        self._writes = writes
+        self.limits = limits
+        self._grants = grants
+        self._config = config
+        self._page = page
+        self._data = data
+        self.say = say
+        self.relieve: Callable[[], None] = lambda: None
+        """What is called once a call takes its time, by the ticker: nobody should wait behind it."""
+        self._lines = TokenBucket(limits.log_lines_per_minute)
+        self._faults = TokenBucket(worker_api.FAULTS_A_MINUTE)
+        self._dropped = 0
+        self._guest: Guest | None = None
+        self._outgoing = DenyOutgoing(self.log, lambda: page.sent(True)) if outgoing is None else outgoing(self.log)
+        self._counting = threading.Lock()
+        self._way: StreamingResponse | None = None
+        self._answered = 0
+        self._ticker = ticker or CallWatchdog(image.engine.tick, waits=lambda: sandbox.waits(scheduling_fd))
+
+    def start(self) -> frozenset[str]:
+        """Instantiate the guest; what it exports.
+
+        Raises:
+            EngineError, GuestError: it cannot be started.
+        """
+        self._begin(self.limits.start_ms)
+        try:
+            self._guest = start(
+                self._image,
+                limits=self.limits,
+                grants=self._grants,
+                config=self._config,
+                log=self.log,
+                data=self._data,
+                outgoing=self._outgoing,
+            )
+        finally:
+            self._ticker.end()
+            self._page.rest()
+        return self._guest.kinds
+
+    def handle(self, request: Request, way: StreamingResponse | None) -> tuple[int, bytes, bytes]:
+        """One HTTP exchange; raises `GuestError`. The caller counts it: the answer may still be bad.
+
+        Where the guest can, its answer goes out on `way` while it is written.
+        """
+        method, target, headers = request.method, request.target, request.headers
+        self._outgoing.hops = routing.hops(headers)
+        return self._call(lambda guest: guest.handle(method, target, headers, bytes(request.body), way), way=way)
+
+    def check(self) -> str | None:
+        """The guest's health: None for well, else a sentence."""
+        try:
+            return _sentence(self._call(Guest.check))
+        except GuestError as error:
+            return f"its health check failed: {error}".splitlines()[0]
+
+    def run(self, scheduled_ms: int) -> str | None:
+        """Run the task, counted; None for done, else a sentence."""
+        began_ns = time.monotonic_ns()
+        try:
+            problem = _sentence(self._call(lambda guest: guest.run(scheduled_ms)))
+        except GuestError as error:
+            self.count(error.outcome, began_ns, error=True)
+            return str(error).splitlines()[0]
+        self.count(CallOutcome.OK, began_ns, error=problem is not None)
+        return problem
+
+    def save_state(self, most: int) -> tuple[bytes, str | None]:
+        """The guest's state of at most `most` bytes, or empty and why there is none."""
+        try:
+            state, problem = self._call(Guest.save_state, self.limits.start_ms)
+        except GuestError as error:
+            return b"", str(error).splitlines()[0]
+        if problem is None and len(state) > most:
+            return b"", f"its state has {len(state)} bytes, {most} are allowed (limits.state)"
+        return state, _sentence(problem)
+
+    def load_state(self, state: bytes) -> str | None:
+        """Give the guest a state: None for loaded, else a sentence."""
+        try:
+            return _sentence(self._call(lambda guest: guest.load_state(state), self.limits.start_ms))
+        except GuestError as error:
+            return str(error).splitlines()[0]
+
+    def count(self, outcome: CallOutcome, began_ns: int | None, *, error: bool = False) -> None:
+        """Count a call that began at `began_ns` (None: the guest was not entered)."""
+        us = None if began_ns is None else (time.monotonic_ns() - began_ns) // 1000
+        self._page.end(outcome, us, error=error)
+
+    def _begin(self, budget_ms: int, way: StreamingResponse | None = None) -> None:
+        """Let the page and the ticker know of a call. The page first: no verdict comes before its number is there."""
+        number = self._ticker.number()
+        self._page.begin(time.monotonic_ns(), number)
+        watch = do_nothing if self._writes is None else self._count_writes
+        self._ticker.begin(Call(number, budget_ms, self.limits, self.say, self.relieve, watch, way))
+
+    def _call(self, enter: Callable[[Guest], T], own_ms: int = 0, way: StreamingResponse | None = None) -> T:
+        try:
+            if self._guest is None:
+                self.start()
+            assert self._guest is not None
+            self._count_writes()
+            self._way, self._answered = way, 0
+            self._begin(own_ms or self.limits.call_ms, way)
+            had_ns = time.thread_time_ns()
+            try:
+                return enter(self._guest)
+            finally:
+                self._page.spent(time.thread_time_ns() - had_ns)
+                self._ticker.end()
+                self._page.rest()
+                self._count_writes()
+                self._way = None
+        except GuestError as error:
+            self._spend("" if way is not None and way.ended else str(error))
+            raise
+        except EngineError as error:
+            self._spend(str(error))
+            raise GuestError(CallOutcome.GUEST_TRAP, str(error)) from error
+
+    def _count_writes(self) -> None:
+        """Before and after each call, and at each tick of a long one."""
+        if self._writes is None:
+            return
+        with self._counting:
+            answered = 0 if self._way is None else self._way.read_bytes  # by the pipe in place of standard output
+            too_much = self._writes.look(answered=answered - self._answered)
+            self._answered = answered
+        if too_much:
+            self._page.denied()
+            self.say(worker_api.Line(text=f"host: {self._writes.why()}"))
+
+    def close(self) -> None:
+        """Give the guest's memory back."""
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+        self._page.close()
+
+    def _spend(self, message: str) -> None:
+        """A trap poisons the store: drop it, and say so, unless there is nothing to say."""
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+        if message and self._faults.take():
+            self.say(worker_api.Fault(message=message))
+
+    def log(self, text: str) -> None:
+        """What the guest logs, as far as it may: each line of it counts."""
+        # Before it is cut: a secret in halves would not be known again.
+        lines = self._redact(text).splitlines() or [""]
+        for number, line in enumerate(lines):
+            if not self._lines.take():
+                self._dropped += len(lines) - number
+                self._page.dropped(len(lines) - number)
+                return
+            self.say(worker_api.Line(text=line[:LINE_MAX_CHARS], dropped=self._dropped))
+            self._dropped = 0

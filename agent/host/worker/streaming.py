@@ -1,0 +1,196 @@
+"""An answer of wasi:http on its way: a pipe in place of the lane's standard output, and how it gets to the client.
+
+The engine writes what the guest writes into the pipe, without a callback. A short answer is read when the call has
+ended and goes out whole, with its length. One that takes longer is given out while the guest writes: the lane's ticker
+thread then moves it from the pipe to the client's socket, in chunks unless the guest said its length. The pipe is the
+buffer in between: a guest that is faster than its client stands still in a write, which is no time of its own. A client
+that is gone, or takes nothing for too long, ends the guest, and that is no fault of the guest's.
+
+One call at a time, so one `Flow` at a time. The ticker touches it under its lock until the call is over, the lane's
+main thread from then on.
+"""
+
+import os
+import select
+import socket
+import threading
+from typing import Final
+
+from agent.host.engine import adapter_abi
+from agent.host.engine.adapter_abi import READ_BYTES, drain_stdout, stdout_pipe
+from agent.host.http import connection
+from agent.host.http.connection import BadAnswerError, Request
+
+_HIGH_BYTES: Final = 128 * 1024
+
+
+class StreamingResponse:
+    """The answer to one request."""
+
+    __slots__ = (
+        *(
+            "_bodiless",
+            "_chunked",
+            "_fd",
+            "_left",
+            "_sock",
+            "_spooling",
+            "_taken",
+            "begun",
+            "ended",
+            "failed",
+            "live",
+            "lock",
+        ),
+        *("most", "out", "over", "read_bytes", "problem", "request", "sent_bytes", "stalled_ms", "trailers"),
+    )
+
+    def __init__(self, sock: socket.socket | None, request: Request, most: int) -> None:
+        """`sock`: the client's, None for nobody; `most`: how long a body may be, in bytes."""
+        self._sock = sock
+        self._fd = -1 if sock is None else sock.fileno()
+        self._taken = bytearray()
+        self._spooling = self._bodiless = self._chunked = False
+        self._left = -1  # what the guest announced and has not written yet; -1: nothing was announced
+        self.request = request
+        self.most = most
+        self.lock = threading.Lock()
+        self.over = False
+        """Whether the call has ended: the ticker touches it no more."""
+        self.live = False
+        """Whether the ticker moves it; before that, nobody touches it."""
+        self.begun = False
+        """Whether some of the answer was given out: it can no longer be replaced by another."""
+        self.out = bytearray()
+        self.sent_bytes = 0
+        self.read_bytes = 0
+        """What the guest has written, its head included."""
+        self.stalled_ms = 0
+        self.ended = ""
+        """Why the guest is to end: `gone`, `slow`, or empty."""
+        self.problem = ""
+        """What is wrong with the answer, as a sentence; `failed`: the guest says so itself, by the adapter."""
+        self.failed = False
+        self.trailers = b""
+
+    @property
+    def request_trailers(self) -> bytes:
+        """Trailer fields of the request, as lines."""
+        return self.request.trailers
+
+    # The ticker's side.
+
+    def wait(self, most_ms: int) -> bool:
+        """Wait until there is something to move; False after `most_ms`. Holds no lock: the call may end meanwhile."""
+        poll = select.poll()
+        if len(self.out) < _HIGH_BYTES:
+            poll.register(stdout_pipe[0], select.POLLIN)
+        if self.out and not self.ended:
+            poll.register(self._fd, select.POLLOUT)
+        return any(not mask & select.POLLNVAL for _, mask in poll.poll(most_ms))
+
+    def pump(self) -> None:
+        """Move what can be moved, without waiting."""
+        with self.lock:
+            while not self.over and len(self.out) < _HIGH_BYTES:
+                try:
+                    data = os.read(stdout_pipe[0], READ_BYTES)
+                except BlockingIOError:
+                    break
+                self.read_bytes += len(data)
+                self._take(data)
+            if not self.over:
+                self._send()
+
+    def waited(self, ms: int, *, most_ms: int) -> None:
+        """Another `ms` have passed in the call; whoever takes nothing for `most_ms` is not waited for."""
+        self.stalled_ms = self.stalled_ms + ms if self.out and not self.ended else 0
+        if self.stalled_ms > most_ms:
+            self.end("slow")
+
+    def end(self, why: str) -> None:
+        """The client is not served further; what the guest still writes goes nowhere."""
+        self.ended = self.ended or why
+        self.out.clear()
+
+    # Both sides.
+
+    def _take(self, data: bytes) -> None:
+        if self.ended or self.problem:
+            return
+        if self.begun:
+            self._frame(data)
+            return
+        self._taken += data
+        if self._spooling or self._taken.startswith(b"\r\n"):
+            self._spooling = True
+            if len(self._taken) > self.most + 2:
+                self.problem = f"a body of more than {self.most} bytes"
+        elif b"\r\n\r\n" in self._taken:
+            self._begin()
+
+    def _begin(self) -> None:
+        try:
+            status, headers, body = adapter_abi.split_head(bytes(self._taken))
+            fields = connection.guest_fields(status, headers, 0, self.most)
+            length = connection.declared_length(headers)
+        except (BadAnswerError, ValueError) as error:
+            self.problem = str(error)
+            return
+        self._taken.clear()
+        self._bodiless = self.request.method == b"HEAD" or status in {204, 304}
+        self._chunked = length is None and not self.request.old
+        self._left = -1 if length is None else length
+        if length is None and self.request.old:
+            self.request.keep_alive = False  # HTTP/1.0: an answer without a length ends with the connection
+        self.out += connection.answer_head(
+            status, fields, length=length, chunked=self._chunked, keep_alive=self.request.keep_alive
+        )
+        self.begun = True
+        self._frame(body)
+
+    def _frame(self, body: bytes) -> None:
+        self.sent_bytes += len(body)
+        if self.sent_bytes > self.most:
+            self.problem = f"a body of more than {self.most} bytes"
+        elif self._left >= 0 and len(body) > self._left and not self._bodiless:
+            self.problem = "a body longer than its content-length"
+        elif body and not self._bodiless:
+            self._left -= len(body) if self._left >= 0 else 0
+            self.out += b"%x\r\n%b\r\n" % (len(body), body) if self._chunked else body
+
+    def _send(self) -> None:
+        while self.out and self._sock is not None:
+            try:
+                sent = self._sock.send(self.out, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.end("gone")
+                return
+            self.stalled_ms = 0
+            del self.out[:sent]
+
+    # The main thread's side, after the call.
+
+    def rest(self) -> bytes:
+        """What was written and is not given out: all of it, if nothing is."""
+        with self.lock:
+            self.over = True
+        data = drain_stdout()
+        self.read_bytes += len(data)
+        if self.begun:
+            self._take(data)
+            return b""
+        return bytes(self._taken) + data if self._taken else data
+
+    def finish(self, problem: str = "") -> bytes:
+        """The end of an answer that has begun: what is still to be sent. Where it has a problem it is cut off."""
+        self.problem = self.problem or problem
+        if not self.problem and self._left > 0 and not self._bodiless:
+            self.problem = "a body shorter than its content-length"
+        if self.problem or self.ended:
+            self.request.keep_alive = False
+        elif self._chunked and not self._bodiless:
+            self.out += b"0\r\n%b\r\n" % (self.trailers if self.request.takes_trailers else b"")
+        return bytes(self.out)

@@ -1,0 +1,441 @@
+"""Worker and SharedWorker: set up, obey, serve; secrets redacted.
+
+A lane: a process that runs calls of one instance, one at a time. Forked by a zygote, it never returns.
+
+It waits for its `Setup`, maps the image, shuts itself into its cell, instantiates the guest and says `Ready`. From then
+on it has its clients' connections, the supervisor's socket and nothing else. When that socket closes, it ends.
+
+A lane that several instances share begins with `Open` instead: `agent.host.worker.worker`, where each of them is a
+`Lane` with a control socket of its own.
+
+A lane that several instances of one publisher share, because the board's operator lets them: the process's side.
+
+Every image is mapped before the cell is shut, since nothing in a lane may map machine code afterwards; an instance
+whose image is not here gets a seat in another lane. Each seat is a `Lane` with a control socket, an epoll set, clients
+and figures of its own, and ends alone: by its socket's end, or by a trap, which takes its store and nothing else. Calls
+go one at a time, whosever they are. A guest that hangs can only be ended with the process, and all seats with it.
+
+Keeps the values of secrets out of what a lane says: log lines, traps, and what a guest says of its health.
+
+A guest's own carelessness is what this is for: one that wants to tell its secret can always write it in another way. So
+a value is found as it stands and in the forms in which programs print values by mistake, whole or by the line.
+"""
+
+import base64
+import contextlib
+import json
+import mmap
+import os
+import re
+import select
+import socket
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Final, NoReturn
+
+import msgspec
+
+from agent.host.engine import adapter_abi
+from agent.host.engine.adapter_abi import Requests
+from agent.host.engine.runtime import Engine, EngineError, GuestError, Image
+from agent.host.ipc import framing, worker_api
+from agent.host.ipc.stats_page import StatsPage
+from agent.host.ipc.write_quota import QuotaPage, WriteMeter, open_counter
+from agent.host.sandbox import sandbox
+from agent.host.worker.http_server import CLIENTS_MAX, HttpServer
+from agent.host.worker.runner import GuestRunner
+from agent.host.worker.watchdog import CallWatchdog
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
+
+
+class Worker:
+    """One instance in this process: its control socket, its guest, its clients."""
+
+    def __init__(self, sock: socket.socket, poll: select.epoll) -> None:
+        """What it waits for is in `poll`."""
+        self._sock = sock
+        self._poll = poll
+        self._secrets: dict[str, str] = {}
+        self._redactor = Redactor(())
+        self._outgoing: Callable[[Callable[[bool], None], Callable[[str], None]], Requests] | None = None
+        self.begun = False
+        self._leaving = 0  # the id of the `HandOver` that is carried out
+        poll.register(sock, select.EPOLLIN)
+
+    def say(self, message: worker_api.FromWorker) -> None:
+        """Tell the supervisor; a line of log is dropped rather than waited for. No value of a secret leaves here."""
+        message = self._redactor.message(message)
+        try:
+            if isinstance(message, worker_api.Line | worker_api.Fault | worker_api.Busy | worker_api.Overdue):
+                self._sock.sendmsg([worker_api.encode(message)], [], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            else:
+                worker_api.send(self._sock, message)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise framing.GoneError(str(error)) from error
+
+    def set_up(self, engine: Engine, setup: worker_api.Setup, fds: tuple[int, ...]) -> bool:
+        """Become the lane of one instance alone, and shut the cell; False when that was refused."""
+        image_fd, page_fd, *more = fds
+        if setup.secrets:
+            self._secrets = _read_secrets(more.pop())
+            self._redactor = Redactor(self._secrets.values())
+        ask_fd = more.pop() if setup.egress else -1
+        tally_fd = more.pop() if setup.data else -1
+        kept = {image_fd, page_fd, *((ask_fd,) if setup.egress else ()), *((tally_fd,) if setup.data else ())}
+        sandbox.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *kept})
+        if setup.egress:
+            self._outgoing = _outgoing(setup, ask_fd)
+        try:
+            image = engine.load(f"/proc/self/fd/{image_fd}")
+            if image.adapted:
+                adapter_abi.catch_stdout()
+            figures_fd, scheduling_fd = sandbox.memory_figures(), sandbox.scheduling()
+            counter_fd = open_counter() if setup.data else None
+            layers = sandbox.apply(
+                sandbox.worker_spec(
+                    uid=setup.uid,
+                    memory_bytes=setup.limits.memory_bytes,
+                    body_bytes=setup.limits.request_bytes + min(setup.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),
+                    storage_bytes=setup.limits.storage_bytes,
+                    data=setup.data,
+                    lanes=setup.limits.concurrency,
+                    connects=setup.egress,
+                )
+            )
+        except EngineError as error:
+            return self._refuse(setup, error.code, error)
+        except sandbox.SandboxError as error:
+            return self._refuse(setup, RejectCode.CONTAINMENT, error)
+        os.close(image_fd)
+        where = "" if not setup.data else sandbox.DATA if layers["mount"] else setup.data
+        writes = None
+        if setup.data:
+            tally = QuotaPage(tally_fd)
+            os.close(tally_fd)
+            writes = WriteMeter(counter_fd, most=setup.limits.daily_written_bytes, tally=tally, place=setup.place)
+        return self.begin(
+            setup,
+            image,
+            page_fd,
+            layers=layers,
+            figures_fd=figures_fd,
+            data=where,
+            scheduling_fd=scheduling_fd,
+            writes=writes,
+        )
+
+    def begin(
+        self,
+        setup: worker_api.Setup,
+        image: Image,
+        page_fd: int,
+        *,
+        layers: dict[str, bool],
+        figures_fd: int | None = None,
+        data: str = "",
+        ticker: CallWatchdog | None = None,
+        scheduling_fd: int | None = None,
+        writes: WriteMeter | None = None,
+        clients_max: int = CLIENTS_MAX,
+    ) -> bool:
+        """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed."""
+        page = StatsPage(page_fd)
+        os.close(page_fd)
+        self._caller = GuestRunner(
+            image,
+            outgoing=None if self._outgoing is None else partial(self._outgoing, page.sent),
+            limits=setup.limits,
+            grants=setup.grants,
+            config={**setup.config, **self._secrets},
+            page=page,
+            say=self.say,
+            data=data,
+            redact=self._redactor.text,
+            ticker=ticker,
+            scheduling_fd=scheduling_fd,
+            writes=writes,
+        )
+        try:
+            kinds = self._caller.start()
+        except EngineError as error:
+            return self._refuse(setup, error.code, error)
+        except GuestError as error:
+            return self._refuse(setup, RejectCode.START_FAILED, error)
+        self.clients = HttpServer(self._poll, self._caller, setup.limits, self._handed_over, clients_max=clients_max)
+        ready = worker_api.Ready(kinds=tuple(sorted(kinds)), layers=layers, id=setup.id)
+        worker_api.send(self._sock, ready, *(() if figures_fd is None else (figures_fd,)))
+        if figures_fd is not None:
+            os.close(figures_fd)
+        self.begun = True
+        return True
+
+    def _refuse(self, setup: worker_api.Setup, code: RejectCode, error: Exception) -> bool:
+        self.say(worker_api.Refused(code=code, message=str(error), id=setup.id))
+        return False
+
+    def _handed_over(self, passed: int, cut: int) -> None:
+        self.say(worker_api.HandedOver(passed=passed, cut=cut, id=self._leaving))
+
+    def first(self) -> tuple[worker_api.Setup, tuple[int, ...]]:
+        """The first message, of a seat in a shared lane. Raises `control.GoneError`."""
+        setup, fds = worker_api.receive_to_worker(self._sock)
+        if not isinstance(setup, worker_api.Setup):
+            raise framing.GoneError("the first message is not a setup")
+        return setup, fds
+
+    def turn(self, wait_s: float) -> None:
+        """Do what there is to do, after waiting at most `wait_s` (-1: however long) for something."""
+        own = self._sock.fileno()
+        for fd, mask in self._poll.poll(wait_s):
+            if fd == own:
+                self.obey(*worker_api.receive_to_worker(self._sock))
+            else:
+                self.clients.event(fd, mask)
+        self.clients.tick()
+
+    def loop(self) -> NoReturn:
+        """Serve until the supervisor's socket closes."""
+        while True:
+            self.turn(self.clients.wait_s())
+
+    def close(self) -> None:
+        """End this instance, and not the process."""
+        if self.begun:
+            self._caller.close()
+            self.clients.close()
+        self._poll.close()
+        self._sock.close()
+
+    def obey(self, message: worker_api.ToWorker, fds: tuple[int, ...]) -> None:
+        """Do what the supervisor says."""
+        match message:
+            case worker_api.Serve():
+                listener, *queue = (socket.socket(fileno=fd) for fd in fds)
+                self.clients.serve(listener, (queue[0], queue[1]) if queue else None)
+            case worker_api.AcceptConnections():
+                self.clients.adopt(socket.socket(fileno=fds[0]))
+            case worker_api.Drain(id=number, deadline_ms=deadline_ms):
+                self._leaving = number
+                successor = socket.socket(fileno=fds[0]) if fds else None
+                self.clients.hand_over(successor, deadline_s=deadline_ms / 1000)
+            case worker_api.Check(id=number):
+                self.say(worker_api.Checked(id=number, problem=self._caller.check()))
+            case worker_api.Task(id=number, scheduled_ms=scheduled_ms):
+                self.say(worker_api.Ran(id=number, problem=self._caller.run(scheduled_ms or int(time.time() * 1000))))
+            case worker_api.Probe(id=number):
+                self.say(worker_api.Probed(id=number))
+            case worker_api.SaveState() | worker_api.LoadState() | worker_api.Resume():
+                self._carry(message, fds)
+            case worker_api.Setup() | worker_api.OpenShared() | worker_api.AddSlot():
+                raise framing.GoneError("set up twice")
+
+    def _carry(
+        self, message: worker_api.SaveState | worker_api.LoadState | worker_api.Resume, fds: tuple[int, ...]
+    ) -> None:
+        match message:
+            case worker_api.SaveState(id=number):
+                with open_state(fds[0]) as room:
+                    state, problem = self._caller.save_state(len(room))
+                    room[: len(state)] = state
+                if problem is None:
+                    self.clients.hold()
+                self.say(worker_api.StateSaved(length=len(state), problem=problem, id=number))
+            case worker_api.LoadState(length=length, id=number):
+                with open_state(fds[0]) as room:
+                    state = bytes(room[:length])
+                self.say(worker_api.StateLoaded(problem=self._caller.load_state(state), id=number))
+            case worker_api.Resume():
+                self.clients.resume()
+
+
+def _read_secrets(fd: int) -> dict[str, str]:
+    """The values by name; the lanes of a generation share the descriptor, and so no place in it."""
+    return msgspec.json.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=dict[str, str])
+
+
+def _outgoing(
+    setup: worker_api.Setup, ask_fd: int
+) -> Callable[[Callable[[bool], None], Callable[[str], None]], Requests]:
+    """What makes this instance's `Outgoing`; what that takes is loaded now, while files can be read."""
+    from agent.host.interfaces import outgoing_http  # noqa: PLC0415 - lanes without such grants go without asyncio, ssl and http.client
+
+    encrypted = any(not each.startswith("http:") for each in setup.grants.outbound)
+    context = outgoing_http.trust() if encrypted else None
+    sock = socket.socket(fileno=ask_fd)
+    return lambda count, log: outgoing_http.OutgoingHttp(
+        sock, setup.grants, setup.limits, log=log, count=count, context=context
+    )
+
+
+@contextlib.contextmanager
+def open_state(fd: int) -> Iterator[mmap.mmap | bytearray]:
+    """The memfd's memory; the descriptor is closed."""
+    try:
+        size = os.fstat(fd).st_size
+        if not size:
+            yield bytearray()
+            return
+        with mmap.mmap(fd, size) as room:
+            yield room
+    finally:
+        os.close(fd)
+
+
+_CLIENTS_A_SEAT: Final = 32
+
+
+class SharedWorker:
+    """The process of a shared lane."""
+
+    def __init__(self, sock: socket.socket, engine: Engine) -> None:
+        self._sock = sock
+        self._engine = engine
+        self._poll = select.epoll()
+        self._poll.register(sock, select.EPOLLIN)
+        self._images: dict[str, Image] = {}
+        self._seats: dict[int, Worker] = {}
+        self._layers: dict[str, bool] = {}
+        self._due_s: dict[int, float] = {}  # seats that have something to do at a time
+
+    def open(self, order: worker_api.OpenShared, fds: tuple[int, ...]) -> bool:
+        """Map the images and shut the cell; False when that was refused."""
+        sandbox.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *fds})
+        try:
+            for key, fd in zip(order.images, fds, strict=True):
+                self._images[key] = self._engine.load(f"/proc/self/fd/{fd}")
+            adapted = any(image.adapted for image in self._images.values())
+            if adapted:
+                adapter_abi.catch_stdout()
+            figures_fd, scheduling_fd = sandbox.memory_figures(), sandbox.scheduling()
+            self._layers = sandbox.apply(
+                sandbox.shared_worker_spec(
+                    uid=order.uid,
+                    seats=order.seats,
+                    clients=_CLIENTS_A_SEAT,
+                    memory_bytes=order.limits.memory_bytes,
+                    body_bytes=order.limits.request_bytes + min(order.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),
+                )
+            )
+        except EngineError as error:
+            worker_api.send(self._sock, worker_api.Refused(code=error.code, message=str(error), id=order.id))
+            return False
+        except sandbox.SandboxError as error:
+            worker_api.send(
+                self._sock, worker_api.Refused(code=RejectCode.CONTAINMENT, message=str(error), id=order.id)
+            )
+            return False
+        for fd in fds:
+            os.close(fd)
+        self._ticker = CallWatchdog(self._engine.tick, waits=lambda: sandbox.waits(scheduling_fd))
+        opened = worker_api.Opened(layers=self._layers, id=order.id)
+        worker_api.send(self._sock, opened, *(() if figures_fd is None else (figures_fd,)))
+        if figures_fd is not None:
+            os.close(figures_fd)
+        return True
+
+    def loop(self) -> NoReturn:
+        """Serve until the supervisor's socket closes."""
+        own = self._sock.fileno()
+        while True:
+            wait_s = max(0.0, min(self._due_s.values()) - time.monotonic()) if self._due_s else -1.0
+            for fd, _ in self._poll.poll(wait_s):
+                if fd == own:
+                    self._seat()
+                elif fd in self._seats:
+                    self._turn(fd)
+            if self._due_s:
+                now_s = time.monotonic()
+                for fd in [fd for fd, due_s in self._due_s.items() if due_s <= now_s]:
+                    self._turn(fd)
+
+    def _seat(self) -> None:
+        """An instance more."""
+        message, fds = worker_api.receive_to_worker(self._sock)
+        if not isinstance(message, worker_api.AddSlot):
+            raise framing.GoneError("not a seat")
+        poll = select.epoll()
+        self._poll.register(poll, select.EPOLLIN)
+        self._seats[poll.fileno()] = Worker(socket.socket(fileno=fds[0]), poll)
+
+    def _turn(self, fd: int) -> None:
+        """Let a seat do what it has to do, and note when it wants to be looked after again."""
+        seat = self._seats[fd]
+        try:
+            if not seat.begun:
+                setup, fds = seat.first()
+                image = self._images[setup.image]
+                seat.begin(setup, image, fds[0], layers=self._layers, ticker=self._ticker, clients_max=_CLIENTS_A_SEAT)
+                if not seat.begun:
+                    self._end(fd)
+                    return
+            seat.turn(0)
+            wait_s = seat.clients.wait_s()
+        except framing.GoneError:
+            self._end(fd)
+            return
+        if wait_s >= 0:
+            self._due_s[fd] = time.monotonic() + wait_s
+        else:
+            self._due_s.pop(fd, None)
+
+    def _end(self, fd: int) -> None:
+        self._due_s.pop(fd, None)
+        self._seats.pop(fd).close()
+
+
+REDACTED: Final = "redacted"
+
+LINE_MIN_CHARS: Final = 8
+"""A shorter line of a value of several lines is as good as any word."""
+
+
+class Redactor:
+    """Replaces values in text."""
+
+    def __init__(self, values: Iterable[str]) -> None:
+        """`values` are looked for from now on; without any, text stays as it is."""
+        found = {form for value in values for form in _forms(value)}
+        longest_first = sorted(found, key=lambda form: (-len(form), form))
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if found else None
+
+    def text(self, text: str) -> str:
+        """The text without values."""
+        return text if self._pattern is None else self._pattern.sub(REDACTED, text)
+
+    def message(self, message: worker_api.FromWorker) -> worker_api.FromWorker:
+        """What a lane is about to say, without values."""
+        if self._pattern is None:
+            return message
+        match message:
+            case worker_api.Line(text=text):
+                return msgspec.structs.replace(message, text=self.text(text))
+            case worker_api.Fault(message=text) | worker_api.Refused(message=text):
+                return msgspec.structs.replace(message, message=self.text(text))
+            case (
+                worker_api.Checked(problem=str(text))
+                | worker_api.Ran(problem=str(text))
+                | worker_api.StateSaved(problem=str(text))
+                | worker_api.StateLoaded(problem=str(text))
+            ):
+                return msgspec.structs.replace(message, problem=self.text(text))
+            case _:
+                return message
+
+
+def _forms(value: str) -> Iterator[str]:
+    whole = value.strip() or value
+    lines = [line.strip() for line in value.splitlines()]
+    for each in (value, whole, *(line for line in lines if len(line) >= LINE_MIN_CHARS)):
+        data = each.encode()
+        yield each
+        yield json.dumps(each)[1:-1]
+        yield json.dumps(each, ensure_ascii=False)[1:-1]
+        yield urllib.parse.quote(each, safe="")
+        yield urllib.parse.quote_plus(each)
+        yield from (base64.b64encode(data).decode().rstrip("="), base64.urlsafe_b64encode(data).decode().rstrip("="))
+        yield from (data.hex(), data.hex().upper())

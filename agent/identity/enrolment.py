@@ -1,0 +1,426 @@
+"""Join with a token; renew the certificate.
+
+How this board joins a fleet: once, with a token, and only with the fleet that the token names.
+
+The token's secret leaves the board only after TLS was verified against the CA whose hash the token holds: a first
+connection, in which nothing is said, shows the CA; its hash is compared; a second connection is verified with it. Keys
+are made here and never leave; the directory `identity/` appears whole or not at all.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import http.client
+import logging
+import os
+import random
+import shutil
+import socket
+import ssl
+import urllib.parse
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import NameOID
+
+from agent.config import Paths
+from agent.identity.identity import Identity
+from agent.link import https
+from agent.link.https import FetchError, FixedTls, HttpsClient
+from fleet.protocol import bounds, names, wire
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.files import atomic_write, sync_directory
+from fleet.protocol.messages import (
+    EXPIRED,
+    OUTDATED,
+    BadTokenError,
+    Enrolled,
+    EnrolRequest,
+    RenewReply,
+    RenewRequest,
+    Token,
+)
+from signing.errors import KeyFileError
+from signing.sealing import load, public_key
+
+CONNECT_S: Final = 20.0
+
+NEW: Final = ".identity.new"
+"""Where an identity is made ready, in the state directory."""
+
+
+class EnrolError(Exception):
+    """The board could not join; the message says why and what to do."""
+
+
+def board_name(configured: str = "") -> str:
+    """What to call this board: as configured, or its host name, made into a valid name."""
+    raw = (configured or socket.gethostname().partition(".")[0] or "board").lower()
+    cleaned = "".join(char if char.isascii() and (char.isalnum() or char == "-") else "-" for char in raw).strip("-")
+    return names.check_label(cleaned[:54] or "board", "board")
+
+
+def presented_ca(url: str, sha256: str) -> str:
+    """The CA certificate with this hash, from the chain that a server presents; nothing is sent to it.
+
+    Args:
+        url: `https://host:port`.
+        sha256: of the CA's DER.
+
+    Raises:
+        EnrolError: unreachable, or another CA.
+    """
+    split = urllib.parse.urlsplit(url)
+    blind = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    blind.check_hostname = False
+    blind.verify_mode = ssl.CERT_NONE
+    address = (split.hostname or "", split.port or 443)
+    try:
+        with (
+            socket.create_connection(address, timeout=CONNECT_S) as plain,
+            blind.wrap_socket(plain, server_hostname=split.hostname) as connection,
+        ):
+            chain = _chain(connection)
+    except OSError as error:
+        raise EnrolError(
+            f"cannot reach {url}: {error.strerror or error}; check that 'fleet serve' runs there"
+        ) from error
+    for certificate in chain:
+        if hashlib.sha256(certificate).hexdigest() == sha256:
+            return ssl.DER_cert_to_PEM_cert(certificate)
+    raise EnrolError(
+        f"the server at {url} does not show the CA that the token names: "
+        "it is another fleet's, or someone is in between"
+    )
+
+
+def _chain(connection: ssl.SSLSocket) -> list[bytes]:
+    if hasattr(connection, "get_unverified_chain"):  # Python 3.13
+        return list(connection.get_unverified_chain())
+    inner: Any = connection._sslobj  # type: ignore[attr-defined]  # noqa: SLF001 - public since Python 3.13
+    return [ssl.PEM_cert_to_DER_cert(each.public_bytes()) for each in inner.get_unverified_chain() or ()]
+
+
+def certificate_request(key: ec.EllipticCurvePrivateKey, name: str) -> str:
+    """A PKCS#10 request for the device key, PEM; the server takes the key from it and nothing else."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    return request.public_bytes(Encoding.PEM).decode()
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey | X25519PrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _keys(fresh: Path, token_sha256: str) -> tuple[ec.EllipticCurvePrivateKey, X25519PrivateKey]:
+    """Keys for one token, on the disk before they are shown to anyone.
+
+    A board that asked and did not hear the answer asks again with the same key, and the server knows it.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if (fresh / "token.sha256").read_text() == token_sha256:
+            key = load_pem_private_key((fresh / "device.key").read_bytes(), password=None)
+            sealing = load_pem_private_key((fresh / "sealing.key").read_bytes(), password=None)
+            if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(sealing, X25519PrivateKey):
+                return key, sealing
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(mode=0o700, parents=True)
+    key, sealing = ec.generate_private_key(ec.SECP256R1()), X25519PrivateKey.generate()
+    _write(fresh / "device.key", _private_pem(key))
+    _write(fresh / "sealing.key", _private_pem(sealing))
+    _write(fresh / "token.sha256", token_sha256.encode())
+    sync_directory(fresh)
+    return key, sealing
+
+
+def enrol(text: str, *, state: Path, name: str, production: bool, force: bool = False, machine: str = "") -> Identity:
+    """Join the fleet that a token names.
+
+    Args:
+        text: the token.
+        state: the agent's state directory; `identity/` is made in it.
+        name: what to call this board.
+        production: refuse fleets made for development.
+        force: give up an identity that is there; everything of the old fleet is removed.
+        machine: serial or machine id, to notice a copied disk later.
+
+    Raises:
+        EnrolError: one sentence for people.
+    """
+    directory = state / "identity"
+    if (directory / "enrolled.json").exists() and not force:
+        raise EnrolError(f"this board is enrolled already ({directory}): --force gives up its identity and state")
+    try:
+        token = Token.decode(text)
+    except BadTokenError as error:
+        raise EnrolError(str(error)) from error
+    now = max(datetime.now(UTC), token.floor)
+    if now >= token.expires:
+        raise EnrolError(f"this token expired on {token.expires:%Y-%m-%d %H:%M} UTC: ask for another one")
+    try:
+        key, sealing = _keys(state / NEW, hashlib.sha256(text.strip().encode()).hexdigest())
+        enrolled, ca_pem = _ask(token, key, sealing, name, machine)
+        identity = _checked(token, enrolled, key, production=production, machine=machine)
+        files = {
+            "device.pem": enrolled.certificate_pem.encode(),
+            "ca.pem": ca_pem.encode(),
+            "mac.key": os.urandom(32),
+            "root.json": enrolled.root.encode(),
+            "enrolled.json": msgspec.json.encode(identity),
+        }
+        _install(state, files)
+    except OSError as error:
+        raise EnrolError(f"cannot write {directory}: {error.strerror}") from error
+    return identity
+
+
+def _ask(
+    token: Token, key: ec.EllipticCurvePrivateKey, sealing: X25519PrivateKey, name: str, machine: str
+) -> tuple[Enrolled, str]:
+    ca_pem = presented_ca(token.url, token.ca_sha256)
+    behind = datetime.now(UTC) < token.floor
+    client = HttpsClient(token.url, _EnrolTls(ca_pem, token.floor) if behind else FixedTls(https.context(ca_pem)))
+    sealing_key = public_key(sealing)
+    request = EnrolRequest(
+        secret=token.secret,
+        name=name,
+        csr_pem=certificate_request(key, name),
+        sealing_key=sealing_key,
+        sealing_proof=_proof(_private_pem(key), token.fleet, sealing_key),
+        machine=machine,
+    )
+    try:
+        answer = client.request(
+            "POST",
+            "/v1/enrol",
+            body=wire.encode(request),
+            headers={"Content-Type": "application/json"},
+            max_bytes=bounds.API_BODY_MAX_BYTES,
+        )
+        return wire.decode(Enrolled, answer), ca_pem
+    except FetchError as error:
+        raise EnrolError(_refusal(error, token)) from error
+    except wire.WireError as error:
+        raise EnrolError(f"the server's answer is not understood: {error}") from error
+
+
+class _EnrolTls:
+    """For a clock that is behind the token: it is not asked, and the certificate's end is held against the floor."""
+
+    def __init__(self, ca_pem: str, floor: datetime) -> None:
+        self._made = https.context(ca_pem, clock_behind=True)
+        self._floor = floor
+
+    def context(self) -> ssl.SSLContext:
+        return self._made
+
+    def check(self, connection: ssl.SSLSocket) -> None:
+        https.check_not_after(connection, self._floor)
+
+
+class _Problem(msgspec.Struct):
+    type: str = ""
+    title: str = ""
+    detail: str = ""
+    action: str = ""
+
+
+def _refusal(error: FetchError, token: Token) -> str:
+    if error.code is RejectCode.NOT_FOUND:
+        return f"{token.url} has no enrolment: is the token's address right?"
+    with contextlib.suppress(*wire.JSON_ERRORS):
+        said = msgspec.json.decode(error.body, type=_Problem)
+        if said.title or said.detail:
+            return ": ".join(filter(None, (said.title, said.detail))) + (f" ({said.action})" if said.action else "")
+    return f"the server refused: {error.message}"
+
+
+def _checked(
+    token: Token, enrolled: Enrolled, key: ec.EllipticCurvePrivateKey, *, production: bool, machine: str
+) -> Identity:
+    """Hold what the server gave against what the token pins and what was asked for."""
+    if hashlib.sha256(enrolled.root.encode()).hexdigest() != token.root_sha256:
+        raise EnrolError("the server gave another trust root than the token names: do not use this server")
+    if enrolled.fleet != token.fleet:
+        raise EnrolError(f"the server is of the fleet {enrolled.fleet!r}, the token of {token.fleet!r}")
+    if production and not enrolled.production:
+        raise EnrolError(
+            "this fleet was made for development and this board is in production mode (production = true in agent.toml)"
+        )
+    try:
+        certificate = x509.load_pem_x509_certificate(enrolled.certificate_pem.encode())
+        (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        names.check_device(enrolled.device)
+    except (ValueError, names.BadNameError) as error:
+        raise EnrolError(f"the server's certificate for this board is not usable: {error}") from error
+    if certificate.public_key() != key.public_key() or name.value != enrolled.device:
+        raise EnrolError("the server gave a certificate for another key or another device")
+    return Identity(
+        device=enrolled.device,
+        fleet=enrolled.fleet,
+        group=enrolled.group,
+        devices_url=enrolled.devices_url,
+        mqtt=enrolled.mqtt,
+        production=enrolled.production,
+        floor=token.floor,
+        machine=machine,
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _install(state: Path, files: dict[str, bytes]) -> None:
+    """The new identity, whole or not at all; what belonged to an old one is removed first."""
+    fresh, final = state / NEW, state / "identity"
+    for name, data in files.items():
+        _write(fresh / name, data)
+    (fresh / "token.sha256").unlink()
+    sync_directory(fresh)
+    if final.exists():
+        give_up(state)
+    fresh.rename(final)
+    sync_directory(state)
+
+
+def give_up(state: Path) -> None:
+    """Remove an identity and everything that belongs to it."""
+    (state / "identity" / "enrolled.json").unlink(missing_ok=True)
+    forget(state)
+    shutil.rmtree(state / "identity", ignore_errors=True)
+
+
+def forget(state: Path) -> None:
+    """Remove everything that belongs to one identity: another fleet's counters and metadata mean nothing here."""
+    for name in ("store.db", "store.db-wal", "store.db-shm", "runset.json"):
+        (state / name).unlink(missing_ok=True)
+    for name in ("trust", "images", "artifacts", "bundle", "secrets"):
+        shutil.rmtree(state / name, ignore_errors=True)
+
+
+def renewal_request(identity: Path, device: str) -> str:
+    """A certificate request for the device key that is there; raises `OSError`."""
+    return certificate_request(_load_key(identity), device)
+
+
+def sealing_proof(identity: Path, fleet: str) -> str:
+    """This board's signed word on its sealing key; empty where that cannot be read. Raises `OSError`."""
+    try:
+        key = public_key(load((identity / "sealing.key").read_bytes()))
+    except (OSError, KeyFileError):
+        return ""
+    return _proof((identity / "device.key").read_bytes(), fleet, key)
+
+
+def _proof(device_key: bytes, fleet: str, sealing_key: str) -> str:
+    from signing.device_statements import DeviceSigner  # noqa: PLC0415
+    from signing.sealing import prove  # noqa: PLC0415 - for enrolling and renewing alone
+
+    return prove(DeviceSigner(device_key), fleet=fleet, sealing_key=sealing_key).decode()
+
+
+def _load_key(identity: Path) -> ec.EllipticCurvePrivateKey:
+    key = load_pem_private_key((identity / "device.key").read_bytes(), password=None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
+def renew_at(identity: Path) -> datetime:
+    """When the device certificate is to be renewed: at two thirds of its life. Raises `OSError`, `ValueError`."""
+    certificate = x509.load_pem_x509_certificate((identity / "device.pem").read_bytes())
+    life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    return certificate.not_valid_before_utc + life * 2 / 3
+
+
+def wants_renewal(error: FetchError) -> bool:
+    """Whether the server refused this board's certificate for what a new one mends."""
+    if error.status != http.client.FORBIDDEN:
+        return False
+    with contextlib.suppress(*wire.JSON_ERRORS):
+        return msgspec.json.decode(error.body, type=_Problem).type in {EXPIRED, OUTDATED}
+    return False
+
+
+def install_certificate(identity: Path, pem: str) -> None:
+    """Put a renewed certificate in place, after checking that it is for this board's key.
+
+    Raises:
+        EnrolError: it is not.
+        OSError: it cannot be written.
+    """
+    try:
+        renewed = x509.load_pem_x509_certificate(pem.encode())
+    except ValueError as error:
+        raise EnrolError(f"the renewed certificate cannot be read: {error}") from error
+    if renewed.public_key() != _load_key(identity).public_key():
+        raise EnrolError("the renewed certificate is for another key; the old one stays")
+    atomic_write(identity / "device.pem", pem.encode(), mode=0o600)
+
+
+renewal_log = logging.getLogger("agent.identity.identity.enrolment")
+
+RENEW_CHECK_S: Final = 6 * 3600.0
+
+
+async def renew(
+    places: Paths,
+    https: HttpsClient,
+    who: Identity,
+    now: Callable[[], datetime],
+    *,
+    outdated: asyncio.Event,
+    renewed: Callable[[], None],
+) -> None:
+    """Renew the device certificate at two thirds of its life, or when the server says that it is outdated; for ever."""
+    while True:
+        told = outdated.is_set()
+        outdated.clear()
+        try:
+            if told or now() >= await asyncio.to_thread(renew_at, places.identity):
+                await asyncio.to_thread(renew_now, places, https, who)
+                renewal_log.info("the device certificate was renewed")
+                renewed()
+        except (FetchError, EnrolError, OSError, ValueError, wire.WireError, msgspec.MsgspecError) as error:
+            renewal_log.warning("the device certificate could not be renewed: %s", error)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RENEW_CHECK_S * random.uniform(0.8, 1.2)):  # noqa: S311 - jitter, not a secret
+                await outdated.wait()
+
+
+def renew_now(places: Paths, https: HttpsClient, who: Identity) -> None:
+    """Ask for a new certificate for the same key, and put it in place. Raises `FetchError` and `EnrolError`."""
+    answer = https.request(
+        "POST",
+        "/v1/renew",
+        body=wire.encode(
+            RenewRequest(
+                csr_pem=renewal_request(places.identity, who.device),
+                sealing_proof=sealing_proof(places.identity, who.fleet),
+            )
+        ),
+        headers={"Content-Type": "application/json"},
+        max_bytes=bounds.API_BODY_MAX_BYTES,
+    )
+    try:
+        reply = msgspec.json.decode(answer, type=RenewReply)
+    except wire.JSON_ERRORS as error:
+        raise EnrolError(f"the server's answer to the renewal is not understood: {error}") from error
+    install_certificate(places.identity, reply.certificate_pem)

@@ -1,0 +1,411 @@
+"""HTTPS client, downloads with resume, TLS contexts.
+
+HTTPS for the board, on the standard library alone: small answers, and downloads that survive a reboot.
+
+Every exchange has a ceiling of bytes and a total deadline; a download has a minimum rate besides, and resumes with a
+Range request where the last attempt ended. Nothing that arrives is trusted: a file takes its final name only after its
+length and sha256 were found right. All functions block and run on worker threads.
+
+TLS contexts for the board: the fleet's own CA and nothing else, with the device certificate where there is one.
+
+A board without a battery-backed clock wakes up in 1970. So the time of verification is `max(wall clock, floor)`: where
+the wall clock is behind the floor, OpenSSL is told not to look at the clock, and `check_not_after` compares the peer's
+certificate with the floor instead.
+"""
+
+import contextlib
+import errno
+import hashlib
+import http.client
+import os
+import socket
+import ssl
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Event
+from typing import Final, Protocol
+
+from fleet.protocol.codes import RETRYABLE, RejectCode
+from fleet.protocol.files import sync_directory
+
+CHUNK_BYTES: Final = 64 * 1024
+
+RATE_WINDOW_S: Final = 30.0
+
+USER_AGENT: Final = "wasmfleet-agent"
+
+
+class FetchError(Exception):
+    """The transport, the server or the disk did not do it.
+
+    Attributes:
+        code: from the vocabulary of reports.
+        status, body: of the HTTP answer; 0 and empty if there was none.
+    """
+
+    def __init__(self, code: RejectCode, message: str, *, status: int = 0, body: bytes = b"") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.status = status
+        self.body = body
+
+    @property
+    def retryable(self) -> bool:
+        """Whether another attempt may succeed."""
+        return self.code in RETRYABLE
+
+
+class CancelledError(Exception):
+    """The caller does not want it any more."""
+
+
+class Source(Protocol):
+    """Where files are fetched from, as a value: whoever fetches holds its own, so no thread changes another's."""
+
+    def request(self, method: str, path: str, *, max_bytes: int) -> bytes:
+        """Return the body of an answer; raises `FetchError`."""
+
+
+class Tls(Protocol):
+    """Where contexts come from (`agent.link.https.DeviceTls`)."""
+
+    def context(self) -> ssl.SSLContext:
+        """The context for the next connection."""
+
+    def check(self, connection: ssl.SSLSocket) -> None:
+        """What is to be looked at after a handshake."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixedTls:
+    """One context, nothing to check beyond it: for enrolment and tests."""
+
+    made: ssl.SSLContext
+
+    def context(self) -> ssl.SSLContext:
+        """The context."""
+        return self.made
+
+    def check(self, connection: ssl.SSLSocket) -> None:
+        """Nothing beyond what OpenSSL checks."""
+
+
+def proxy_for(url: urllib.parse.SplitResult, configured: str) -> urllib.parse.SplitResult | None:
+    """The proxy to reach `url` by: the configured one, else the environment's; None for none."""
+    proxy = configured or urllib.request.getproxies().get("https", "")
+    if not proxy or (not configured and urllib.request.proxy_bypass(url.hostname or "")):
+        return None
+    return urllib.parse.urlsplit(proxy if "//" in proxy else f"http://{proxy}")
+
+
+class HttpsClient:
+    """A client for one base URL."""
+
+    def __init__(
+        self,
+        base: str,
+        tls: Tls,
+        *,
+        proxy: str = "",
+        request_s: float = 30.0,
+        download_s: float = 3600.0,
+        min_rate_bytes_s: int = 256,
+        reserve_bytes: int = 0,
+    ) -> None:
+        """A client.
+
+        Args:
+            base: `https://host:port`.
+            tls: where contexts come from.
+            proxy: `http://host:port`; empty for the environment's, or none.
+            request_s: total time of one small request.
+            download_s: total time of one download attempt.
+            min_rate_bytes_s: below it, measured over half a minute, a download is given up (TOO_SLOW).
+            reserve_bytes: kept free on the file system of a download.
+        """
+        self._url = urllib.parse.urlsplit(base)
+        self._tls = tls
+        self._proxy = proxy_for(self._url, proxy)
+        self._request_s = request_s
+        self._download_s = download_s
+        self._min_rate = min_rate_bytes_s
+        self._reserve = reserve_bytes
+
+    @contextlib.contextmanager
+    def _exchange(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str], deadline: float
+    ) -> Iterator[tuple[http.client.HTTPResponse, http.client.HTTPSConnection]]:
+        host, port = self._url.hostname or "", self._url.port or 443
+        where = f"{host}:{port}"
+        via = self._proxy
+        connection = http.client.HTTPSConnection(
+            via.hostname or "" if via else host,
+            (via.port or 3128) if via else port,
+            timeout=max(0.1, deadline - time.monotonic()),
+            context=self._tls.context(),
+        )
+        if via:
+            connection.set_tunnel(host, port)
+        try:
+            connection.connect()
+            assert isinstance(connection.sock, ssl.SSLSocket)
+            self._tls.check(connection.sock)
+            base = self._url.path.rstrip("/")
+            connection.request(method, base + path, body, {"User-Agent": USER_AGENT, **headers})
+            yield connection.getresponse(), connection
+        except ssl.SSLError as error:
+            raise FetchError(RejectCode.UNREACHABLE, f"{where}: TLS: {why(error)}") from error
+        except TimeoutError as error:
+            raise FetchError(RejectCode.TOO_SLOW, f"{where}: no answer in time") from error
+        except socket.gaierror as error:
+            raise FetchError(RejectCode.UNREACHABLE, f"{host}: this name has no address ({error.strerror})") from error
+        except OSError as error:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                raise FetchError(
+                    RejectCode.NO_SPACE, f"no space left on the disk ({error.filename or path})"
+                ) from error
+            raise FetchError(RejectCode.UNREACHABLE, f"{where}: {error.strerror or error}") from error
+        except http.client.HTTPException as error:
+            raise FetchError(RejectCode.UNREACHABLE, f"{where}: not HTTP: {type(error).__name__}") from error
+        finally:
+            connection.close()
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        max_bytes: int,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> bytes:
+        """One small exchange.
+
+        Raises:
+            FetchError: NOT_FOUND for 404, TOO_LARGE, UNREACHABLE (any other status too), TOO_SLOW.
+        """
+        deadline = time.monotonic() + self._request_s
+        with self._exchange(method, path, body, headers or {}, deadline) as (answer, connection):
+            data = bytearray()
+            while chunk := self._read(answer, connection, deadline):
+                data += chunk
+                if len(data) > max_bytes:
+                    raise FetchError(RejectCode.TOO_LARGE, f"{path}: more than {max_bytes} bytes")
+            if answer.status not in {http.client.OK, http.client.CREATED}:
+                raise _refusal(answer.status, path, bytes(data))
+            if answer.length:
+                raise FetchError(RejectCode.UNREACHABLE, f"{path}: the answer ended early")
+            return bytes(data)
+
+    @staticmethod
+    def _read(answer: http.client.HTTPResponse, connection: http.client.HTTPSConnection, deadline: float) -> bytes:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        if connection.sock is not None:
+            connection.sock.settimeout(left)
+        return answer.read1(CHUNK_BYTES)
+
+    def download(
+        self,
+        path: str,
+        into: Path,
+        *,
+        length: int,
+        sha256: str,
+        progress: Callable[[int], None] = lambda _received: None,
+        cancelled: Event | None = None,
+    ) -> None:
+        """Fetch a file of known length and hash to `into`, resuming `<into>.part` if an earlier attempt left one.
+
+        Raises:
+            FetchError: NO_SPACE, LENGTH_MISMATCH, HASH_MISMATCH (nothing is kept), NOT_FOUND, or a passing trouble.
+            CancelledError: `cancelled` was set; what has arrived is kept.
+        """
+        part = into.with_name(into.name + ".part")
+        try:
+            into.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            have = part.stat().st_size if part.exists() else 0
+            if have > length:
+                part.unlink()
+                have = 0
+            self._check_space(into.parent, length - have)
+            if have < length:
+                self._continue(path, part, have, length, progress, cancelled)
+            finish(part, into, length, sha256)
+        except OSError as error:
+            code = RejectCode.NO_SPACE if error.errno in {errno.ENOSPC, errno.EDQUOT} else RejectCode.INTERNAL
+            raise FetchError(code, f"cannot write {into}: {error.strerror}") from error
+
+    def _check_space(self, directory: Path, needed: int) -> None:
+        free = os.statvfs(directory)
+        if free.f_bavail * free.f_frsize < needed + self._reserve:
+            raise FetchError(
+                RejectCode.NO_SPACE,
+                f"{needed} bytes more are needed in {directory}, {free.f_bavail * free.f_frsize} are free "
+                f"and {self._reserve} are kept in reserve",
+            )
+
+    def _continue(
+        self,
+        path: str,
+        part: Path,
+        have: int,
+        length: int,
+        progress: Callable[[int], None],
+        cancelled: Event | None,
+    ) -> None:
+        deadline = time.monotonic() + self._download_s
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        with self._exchange("GET", path, None, headers, deadline) as (answer, connection):
+            if answer.status == http.client.OK:
+                have = 0
+            elif answer.status != http.client.PARTIAL_CONTENT or not (
+                answer.getheader("Content-Range") or ""
+            ).startswith(f"bytes {have}-"):
+                if answer.status in {http.client.PARTIAL_CONTENT, http.client.REQUESTED_RANGE_NOT_SATISFIABLE}:
+                    part.unlink(missing_ok=True)
+                    raise FetchError(RejectCode.UNREACHABLE, f"{path}: the server does not resume; starting over")
+                raise _refusal(answer.status, path, answer.read1(CHUNK_BYTES))
+            with part.open("r+b" if have else "wb") as file:
+                file.seek(have)
+                rate = _Rate(self._min_rate)
+                while have < length + 1:
+                    if cancelled is not None and cancelled.is_set():
+                        raise CancelledError
+                    window = min(deadline, time.monotonic() + RATE_WINDOW_S)
+                    chunk = self._read(answer, connection, window)
+                    if not chunk:
+                        break
+                    have += len(chunk)
+                    if have > length:
+                        part.unlink()
+                        raise FetchError(RejectCode.LENGTH_MISMATCH, f"{path}: more than the signed {length} bytes")
+                    file.write(chunk)
+                    rate.received(len(chunk))
+                    progress(have)
+        if have < length:
+            raise FetchError(RejectCode.UNREACHABLE, f"{path}: the transfer ended after {have} of {length} bytes")
+
+
+class _Rate:
+    """Watches that a transfer does not drip."""
+
+    def __init__(self, min_bytes_s: int) -> None:
+        self._min = min_bytes_s
+        self._since = time.monotonic()
+        self._bytes = 0
+
+    def received(self, count: int) -> None:
+        """Count bytes; raises `TimeoutError` when a whole window was too slow."""
+        self._bytes += count
+        elapsed = time.monotonic() - self._since
+        if elapsed >= RATE_WINDOW_S:
+            if self._bytes < self._min * elapsed:
+                raise TimeoutError
+            self._since, self._bytes = time.monotonic(), 0
+
+
+def _refusal(status: int, path: str, body: bytes) -> FetchError:
+    text = body[:200].decode(errors="replace")
+    if status in {http.client.NOT_FOUND, http.client.GONE}:
+        return FetchError(RejectCode.NOT_FOUND, f"{path}: the server does not have it", status=status, body=body)
+    return FetchError(RejectCode.UNREACHABLE, f"{path}: the server answered {status}: {text}", status=status, body=body)
+
+
+def finish(part: Path, into: Path, length: int, sha256: str) -> None:
+    """Put a file in place that has this length and hash; another is removed. Raises `FetchError`, `OSError`."""
+    with part.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        if size != length or found != sha256:
+            part.unlink()
+            raise FetchError(
+                RejectCode.HASH_MISMATCH,
+                f"the artifact has sha256 {found[:16]}..., its signed metadata says {sha256[:16]}...: "
+                "it was changed on its way or at the server",
+            )
+        os.fchmod(file.fileno(), 0o444)
+        os.fsync(file.fileno())
+    part.rename(into)
+    sync_directory(into.parent)
+
+
+NO_CHECK_TIME: Final = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME of OpenSSL; the ssl module has no name for it."""
+
+
+class StaleCertificateError(ssl.SSLError):
+    """The peer's certificate ended before the earliest time that it can be now."""
+
+
+def context(ca_pem: str, *, clock_behind: bool = False) -> ssl.SSLContext:
+    """A client's context that trusts `ca_pem` alone.
+
+    Args:
+        ca_pem: the fleet's CA.
+        clock_behind: the wall clock is earlier than the floor; the caller then calls `check_not_after`.
+    """
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    made.load_verify_locations(cadata=ca_pem)
+    if clock_behind:
+        made.verify_flags |= NO_CHECK_TIME
+    return made
+
+
+def check_not_after(connection: ssl.SSLSocket, floor: datetime) -> None:
+    """Refuse a certificate that ended before `floor`.
+
+    Raises:
+        StaleCertificateError: it did, or it does not say.
+    """
+    certificate = connection.getpeercert()
+    not_after = certificate.get("notAfter") if certificate else None
+    if not isinstance(not_after, str):
+        raise StaleCertificateError("the server's certificate does not say when it ends")
+    if datetime.fromtimestamp(ssl.cert_time_to_seconds(not_after), UTC) < floor:
+        raise StaleCertificateError(f"the server's certificate ended on {not_after}")
+
+
+def why(error: ssl.SSLError) -> str:
+    """What was wrong with a handshake, for people."""
+    return getattr(error, "verify_message", "") or getattr(error, "reason", None) or str(error)
+
+
+class DeviceTls:
+    """Contexts with the device certificate, made anew when its files changed (renewal)."""
+
+    def __init__(self, identity: Path, floor: Callable[[], datetime]) -> None:
+        self._identity = identity
+        self._floor = floor
+        self._made: tuple[tuple[int, bool], ssl.SSLContext] | None = None
+
+    @property
+    def clock_behind(self) -> bool:
+        """Whether the wall clock is earlier than it can be."""
+        return datetime.now(UTC) < self._floor()
+
+    def context(self) -> ssl.SSLContext:
+        """The context for the next connection.
+
+        Raises:
+            OSError, ssl.SSLError: an identity file is missing or damaged.
+        """
+        stamp = ((self._identity / "device.pem").stat().st_mtime_ns, self.clock_behind)
+        if self._made is None or self._made[0] != stamp:
+            made = context((self._identity / "ca.pem").read_text(), clock_behind=stamp[1])
+            made.load_cert_chain(self._identity / "device.pem", self._identity / "device.key")
+            self._made = (stamp, made)
+        return self._made[1]
+
+    def check(self, connection: ssl.SSLSocket) -> None:
+        """After a handshake: what OpenSSL was told not to look at. Raises `StaleCertificateError`."""
+        if self.clock_behind:
+            check_not_after(connection, self._floor())

@@ -1,0 +1,250 @@
+"""`fleet-agent check`: what the agent needs, tried in the order in which it is needed; the first failure names itself.
+
+What cannot be tried because something before it failed is left out.
+"""
+
+import http.client
+import os
+import platform
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from typing import Final
+
+import msgspec
+
+from agent.config import Paths, Settings
+from agent.identity import enrolment, identity
+from agent.link.https import DeviceTls, FetchError, HttpsClient, proxy_for, why
+from agent.update.images import compiler
+from fleet.protocol import bounds
+from fleet.protocol.codes import RejectCode
+
+CONNECT_S: Final = 10.0
+
+COMPILER_S: Final = 60.0
+
+MACHINES: Final = frozenset({"x86_64", "aarch64", "riscv64"})
+
+BITS: Final = 64
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was tried."""
+
+    name: str
+    ok: bool
+    text: str
+
+
+class _FailedError(Exception):
+    """What does not work, and what to do."""
+
+
+def run_checks(
+    places: Paths, settings: Settings, *, machine: str = platform.machine(), bits: int = sys.maxsize.bit_length() + 1
+) -> list[Result]:
+    """Everything in order, up to the first failure of what the rest builds upon.
+
+    Args:
+        places: where the agent keeps what it knows.
+        settings: the owner's.
+        machine: the processor, as the kernel calls it.
+        bits: of this program: a 32-bit system may run under a 64-bit kernel.
+    """
+    results = []
+    for name, attempt in _attempts(places, settings, machine, bits):
+        try:
+            results.append(Result(name=name, ok=True, text=attempt()))
+        except _FailedError as error:
+            results.append(Result(name=name, ok=False, text=str(error)))
+            break
+    return results
+
+
+def _attempts(places: Paths, settings: Settings, machine: str, bits: int) -> Iterator[tuple[str, Callable[[], str]]]:
+    yield "machine", lambda: _machine(machine, bits)
+    yield "identity", lambda: _identity(places, settings)
+    who = identity.load(places.identity)
+    url = urllib.parse.urlsplit(who.devices_url)
+    proxy = proxy_for(url, settings.network.proxy)
+    first = proxy or url
+    yield "DNS", lambda: _dns(first.hostname or "")
+    yield "TCP", lambda: _tcp(first.hostname or "", first.port or (3128 if proxy else 443))
+    yield "proxy", lambda: _proxy(proxy, url)
+    yield "TLS", lambda: _tls(places, who, url, proxy)
+    yield "clock", lambda: _clock(who)
+    yield "MQTT", lambda: _mqtt(places, who)
+    yield "HTTP", lambda: _http(places, settings, who)
+    yield "engine", _engine
+    yield "cell", lambda: _cell(places)
+    yield "disk", lambda: _disk(places, settings)
+
+
+def _machine(machine: str, bits: int) -> str:
+    if machine not in MACHINES or bits != BITS:
+        here = f"{machine} with a {bits}-bit system" if machine in MACHINES else machine
+        raise _FailedError(f"{here} is not supported: install a 64-bit system (x86_64, aarch64 or riscv64)")
+    return f"{machine}, Linux {platform.release()}"
+
+
+def _engine() -> str:
+    try:
+        done = subprocess.run([*compiler(), "--describe"], capture_output=True, timeout=COMPILER_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _FailedError(f"the compiler cannot be started: {error}") from error
+    if done.returncode != 0:
+        raise _FailedError(
+            f"no WebAssembly engine on this board: {done.stderr.decode(errors='replace').strip()[-300:]}"
+        )
+    facts = msgspec.json.decode(done.stdout, type=dict[str, str])
+    return f"wasmtime {facts.get('engine', '?')} for {facts.get('triple', '?')}"
+
+
+def _identity(places: Paths, settings: Settings) -> str:
+    try:
+        who = identity.load(places.identity)
+        renew = enrolment.renew_at(places.identity)
+    except (identity.IdentityError, OSError, ValueError) as error:
+        raise _FailedError(str(error)) from error
+    if settings.production and not who.production:
+        raise _FailedError(
+            "this board is in production mode, its fleet is for development: nothing is taken before fleet sign move"
+        )
+    return f"{who.device} in the fleet {who.fleet}; its certificate is renewed after {renew:%Y-%m-%d}"
+
+
+def _dns(host: str) -> str:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise _FailedError(f"{host} has no address ({error.strerror}): check the board's resolver") from error
+    return f"{host} is {found[0][4][0]}"
+
+
+def _tcp(host: str, port: int) -> str:
+    try:
+        with closing(socket.create_connection((host, port), timeout=CONNECT_S)):
+            return f"{host}:{port} answers"
+    except OSError as error:
+        raise _FailedError(
+            f"{host}:{port}: {error.strerror or error}: is the server up, is a firewall in between?"
+        ) from error
+
+
+def _clock(who: identity.Identity) -> str:
+    now = datetime.now(UTC)
+    if now < who.floor:
+        return (
+            f"{now:%Y-%m-%d %H:%M} is behind {who.floor:%Y-%m-%d %H:%M}: the agent goes by the latter until it is set"
+        )
+    return f"{now:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _connect(target: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None) -> socket.socket:
+    """A connection to a server, through a proxy where there is one (CONNECT: RFC 9110, section 9.3.6)."""
+    host, port = target.hostname or "", target.port or 443
+    if proxy is None:
+        return socket.create_connection((host, port), timeout=CONNECT_S)
+    tunnel = http.client.HTTPConnection(proxy.hostname or "", proxy.port or 3128, timeout=CONNECT_S)
+    tunnel.set_tunnel(host, port)
+    tunnel.connect()
+    assert tunnel.sock is not None
+    return tunnel.sock
+
+
+def _proxy(proxy: urllib.parse.SplitResult | None, url: urllib.parse.SplitResult) -> str:
+    if proxy is None:
+        return "none is used"
+    try:
+        with closing(_connect(url, proxy)):
+            return f"{proxy.netloc} connects to {url.netloc}"
+    except OSError as error:
+        raise _FailedError(f"{proxy.netloc} does not connect to {url.netloc}: {error}: is it the right one?") from error
+
+
+def _handshake(
+    places: Paths, who: identity.Identity, target: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None
+) -> str:
+    tls = DeviceTls(places.identity, lambda: who.floor)
+    try:
+        with (
+            closing(_connect(target, proxy)) as plain,
+            tls.context().wrap_socket(plain, server_hostname=target.hostname) as connection,
+        ):
+            tls.check(connection)
+            return str(connection.version())
+    except ssl.SSLError as error:
+        raise _FailedError(
+            f"{target.netloc}: TLS: {why(error)}: is somebody in between, or the clock wrong?"
+        ) from error
+    except OSError as error:
+        raise _FailedError(f"{target.netloc}: {error.strerror or error}") from error
+
+
+def _tls(
+    places: Paths, who: identity.Identity, url: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None
+) -> str:
+    return f"{_handshake(places, who, url, proxy)}, the server is of the fleet's CA"
+
+
+def _mqtt(places: Paths, who: identity.Identity) -> str:
+    if not who.mqtt:
+        return "this fleet has no broker; the desired state comes by HTTPS"
+    broker = urllib.parse.urlsplit(who.mqtt[0])
+    if broker.scheme == "mqtt":
+        return _tcp(broker.hostname or "", broker.port or 1883)
+    target = broker if broker.port else broker._replace(netloc=f"{broker.netloc}:8883")
+    try:
+        return f"{broker.netloc} answers with {_handshake(places, who, target, None)}"
+    except _FailedError as error:
+        raise _FailedError(f"{error} (without MQTT the desired state still comes by HTTPS, more slowly)") from error
+
+
+def _http(places: Paths, settings: Settings, who: identity.Identity) -> str:
+    https = HttpsClient(who.devices_url, DeviceTls(places.identity, lambda: who.floor), proxy=settings.network.proxy)
+    try:
+        https.request("GET", "/v1/desired", max_bytes=bounds.DESIRED_MAX_BYTES)
+    except FetchError as error:
+        if error.code is not RejectCode.NOT_FOUND:
+            raise _FailedError(error.message) from error
+    return f"{who.devices_url} accepts this board's certificate"
+
+
+def _cell(places: Paths) -> str:
+    from agent.host.ipc import host_api  # noqa: PLC0415 - the rest is of use without a host
+
+    with closing(host_api.new_socket()) as sock:
+        sock.settimeout(CONNECT_S)
+        try:
+            sock.connect(str(places.host_socket))
+            host_api.send(sock, host_api.Hello(id=1))
+            welcome = host_api.receive_from_host(sock)
+        except (OSError, host_api.IpcError) as error:
+            why = host_api.why_not(places.runtime)
+            if why:
+                raise _FailedError(f"the host does not start: {why}") from error
+            raise _FailedError(f"no host at {places.host_socket}: {error}: start fleet-host") from error
+    if not isinstance(welcome, host_api.Welcome):
+        raise _FailedError("the host does not answer as one")
+    layers = sorted(welcome.containment.items())
+    lacks = ", ".join(name for name, there in layers if not there)
+    has = ", ".join(name for name, there in layers if there) or "none"
+    return f"fleet-host {welcome.version}, walls: {has}" + (f"; lacks {lacks}" if lacks else "")
+
+
+def _disk(places: Paths, settings: Settings) -> str:
+    if not places.state.is_dir():
+        raise _FailedError(f"{places.state} is not there: install the package, or run 'fleet-agent enroll' first")
+    if not os.access(places.state, os.W_OK):
+        raise _FailedError(f"{places.state} cannot be written by this user")
+    free = shutil.disk_usage(places.state).free
+    if free < settings.disk.reserve_bytes:
+        raise _FailedError(f"{free >> 20} MiB are free, {settings.disk.reserve_bytes >> 20} MiB are kept in reserve")
+    return f"{free >> 20} MiB free in {places.state}"

@@ -1,0 +1,236 @@
+"""Start again what is committed: after a boot, or after a host that died; without network, TUF or a running agent.
+
+What is committed stands in the store and once more in `runset.json` under the board's MAC, so that a damaged database
+does not keep the components from running. An image that is missing or damaged is made anew from its artifact, whose
+sha256 is known.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent.config import Policy
+from agent.host.ipc import host_api
+from agent.link.host_client import HostClient, HostGoneError, HostRefusedError
+from agent.update.images import ImageError, ImageStore
+from agent.update.secrets import SecretStore
+from agent.update.state import Committed
+from agent.update.store import Store, StoreError
+from fleet.protocol import wire
+from fleet.protocol.assignment import Item
+from fleet.protocol.codes import InstanceState
+from fleet.protocol.files import atomic_write
+from fleet.protocol.manifest import Manifest
+from signing.errors import Rejected
+
+CONNECT_AGAIN_S: Final = 0.2
+
+
+class RunsetError(Exception):
+    """There is no sound record of what is committed."""
+
+
+class _Runset(msgspec.Struct, frozen=True, kw_only=True):
+    v: int = 1
+    items: tuple[Committed, ...] = ()
+    mac: str = ""
+
+
+def _mac(runset: _Runset, key: bytes) -> str:
+    return hmac.new(key, wire.canonical(msgspec.structs.replace(runset, mac="")), hashlib.sha256).hexdigest()
+
+
+def write_runset(path: Path, committed: Iterable[Committed], key: bytes) -> None:
+    """Write what is committed beside the database; raises `OSError`."""
+    runset = _Runset(items=tuple(committed))
+    atomic_write(path, wire.encode(msgspec.structs.replace(runset, mac=_mac(runset, key))), mode=0o600)
+
+
+def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:
+    """Read it back.
+
+    Raises:
+        RunsetError: there is none, or its MAC does not hold.
+    """
+    try:
+        runset = msgspec.json.decode(path.read_bytes(), type=_Runset)
+    except (OSError, *wire.JSON_ERRORS) as error:
+        raise RunsetError(f"cannot read {path}: {error}") from error
+    if not hmac.compare_digest(_mac(runset, key), runset.mac):
+        raise RunsetError(f"{path} was changed: its MAC does not hold")
+    return runset.items
+
+
+def committed(database: Path, runset: Path, key: bytes) -> tuple[Committed, ...]:
+    """What is to run: from the store, or from `runset.json` where the store cannot be read.
+
+    Raises:
+        RunsetError: neither can be read.
+    """
+    if not database.exists():
+        return read_runset(runset, key) if runset.exists() else ()
+    try:
+        store = Store(database, read_only=True)
+        try:
+            return store.committed()
+        finally:
+            store.close()
+    except StoreError:
+        return read_runset(runset, key)
+
+
+def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> host_api.Run:
+    """What the host is told of an instance: its manifest, narrowed by the operator and by the board's policy."""
+    defaults = {name: key.default for name, key in manifest.config.items() if key.default is not None}
+    return host_api.Run(
+        instance=item.instance,
+        generation=generation,
+        target=item.target,
+        manifest=manifest,
+        grants=manifest.grants if item.grants is None else item.grants,
+        limits=policy.limit(manifest.limits),
+        config={**defaults, **item.config},
+        port=item.port,
+        share_lane=item.share_lane,
+        secrets=tuple(ref.name for ref in item.secrets),
+    )
+
+
+def take_over(store: Store, runset: Path, key: bytes) -> int:
+    """Into a store that was made anew (the old one was lost), take what runs, so that it goes on running.
+
+    Returns:
+        How many instances.
+    """
+    if store.counter("generation") or store.committed():
+        return 0
+    try:
+        items = read_runset(runset, key)
+    except RunsetError:
+        return 0
+    for item in items:
+        store.save(committed=item)
+    store.set_counter("generation", max((item.generation for item in items), default=0))
+    return len(items)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """How it went with one instance; `problem` is empty when it runs."""
+
+    instance: str
+    problem: str = ""
+
+
+async def wait_for_host(link: HostClient, seconds: float) -> host_api.Welcome:
+    """Connect as soon as there is a host; raises `HostGoneError` after so many seconds without one."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while True:
+        try:
+            return await link.connect()
+        except HostGoneError:
+            if asyncio.get_running_loop().time() >= deadline:
+                raise
+        await asyncio.sleep(CONNECT_AGAIN_S)
+
+
+async def restore(
+    link: HostClient,
+    welcome: host_api.Welcome,
+    items: Iterable[Committed],
+    images: ImageStore,
+    artifacts: Path,
+    policy: Policy,
+    sealed: SecretStore,
+) -> list[Restored]:
+    """Start every committed instance that the host does not run.
+
+    Args:
+        link: connected.
+        welcome: what the host said it runs.
+        items: what is committed.
+        images: of this board.
+        artifacts: where artifacts lie, for images that have to be made anew.
+        policy: the board owner's.
+        sealed: this board's secrets.
+
+    Raises:
+        HostGoneError: the host went away meanwhile.
+    """
+    there = {each.instance for each in welcome.running if each.state is not InstanceState.STOPPED}
+    restored = []
+    for item in items:
+        if item.item.instance in there:
+            continue
+        run = run_of(item.item, item.manifest, item.generation, policy)
+        try:
+            await start(link, item.item, run, images, artifacts, sealed)
+        except (ImageError, HostRefusedError, Rejected) as error:
+            restored.append(Restored(item.item.instance, str(error)))
+        else:
+            restored.append(Restored(item.item.instance))
+    return restored
+
+
+async def start(
+    link: HostClient,
+    item: Item,
+    run: host_api.Run,
+    images: ImageStore,
+    artifacts: Path,
+    sealed: SecretStore,
+    together: tuple[str, ...] = (),
+    *,
+    probation: bool = False,
+) -> host_api.Started:
+    """Start one instance with its checked image and its secrets; a missing or damaged image is made anew first.
+
+    Args:
+        link: to the host.
+        item: what to start.
+        run: what the host is told of it.
+        images: of this board.
+        artifacts: where artifacts lie.
+        sealed: this board's secrets.
+        together: the instances that take over in the same moment, each by a start of its own.
+        probation: it is not committed yet; the host asks its health check more often until it is.
+
+    Raises:
+        ImageError: it cannot be.
+        Rejected: a secret cannot be opened.
+        HostRefusedError: the host could not start it; what ran before still runs.
+        HostGoneError: no host.
+    """
+    descriptor = await checked_image(item, run.manifest, images, artifacts)
+    try:
+        secrets = sealed.descriptor(item)
+        if secrets >= 0:
+            try:
+                await link.ask(
+                    host_api.PutSecrets, host_api.Done, fd=secrets, instance=run.instance, generation=run.generation
+                )
+            finally:
+                os.close(secrets)
+        return await link.ask(
+            host_api.Start, host_api.Started, fd=descriptor, run=run, together=together, probation=probation
+        )
+    finally:
+        os.close(descriptor)
+
+
+async def checked_image(item: Item, manifest: Manifest, images: ImageStore, artifacts: Path) -> int:
+    """A sealed, checked image; made anew when there is none or it is damaged. Raises `ImageError`."""
+    fuel = manifest.limits.fuel > 0
+    try:
+        return await images.open(sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)
+    except ImageError:
+        artifact = artifacts / f"{item.sha256}.wasm"
+        await images.make(artifact, sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)
+        return await images.open(sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)

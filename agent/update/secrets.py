@@ -1,0 +1,125 @@
+"""This board's secrets: boxes on its disk, opened only on the way into the lanes that they are for.
+
+Boxes are fetched by the sha256 that the signed assignment names, and lie under it in the state directory, sealed as
+they came. An opened value is in this process for as long as it takes to write it into a sealed memfd, which the host
+hands on unread. Nothing here remembers a value, and none is ever part of a message.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent.identity.identity import Identity
+from agent.link.https import FetchError, Source
+from agent.update.images import SEALS
+from fleet.protocol import bounds
+from fleet.protocol.assignment import Item, SecretRef
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.files import atomic_write
+from signing import sealing
+from signing.errors import KeyFileError, Rejected
+from signing.sealing import Purpose
+
+PATH: Final = "/v1/secrets/"
+
+_END: Final = ".box"
+
+
+class SecretStore:
+    """The boxes of one board, and the key that opens them."""
+
+    def __init__(self, directory: Path, key: Path, identity: Identity) -> None:
+        """`directory` holds boxes and is made when there is one; `key` is the sealing key's file."""
+        self._directory = directory
+        self._key = key
+        self._identity = identity
+
+    def fetch(self, item: Item, source: Source) -> None:
+        """Have every box of an item on the disk, and know that it opens, before anything is changed for it.
+
+        Raises:
+            FetchError: a box cannot be fetched, is too large, or is not the one that the assignment names.
+            Rejected: SECRET_UNOPENED and others of `signing.sealing.open_box`.
+            OSError: it cannot be written.
+        """
+        for ref in item.secrets:
+            if self._read(ref) is None:
+                box = _fetched(ref, source)
+                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                atomic_write(self._path(ref), box, mode=0o600)
+        self._values(item)
+
+    def descriptor(self, item: Item) -> int:
+        """A sealed memfd with an item's values by name, as JSON, which the caller owns; -1 where it has none.
+
+        Raises:
+            Rejected: a box is not here, or does not open.
+        """
+        if not item.secrets:
+            return -1
+        fd = os.memfd_create("secrets", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.write(fd, msgspec.json.encode(self._values(item)))
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def evict(self, keep: Iterable[Item]) -> None:
+        """Remove the boxes that none of these items names."""
+        names = {self._path(ref).name for item in keep for ref in item.secrets}
+        with contextlib.suppress(OSError):
+            for path in list(self._directory.iterdir()):
+                if path.suffix == _END and path.name not in names:
+                    path.unlink()
+
+    def _values(self, item: Item) -> dict[str, str]:
+        if not item.secrets:
+            return {}
+        try:
+            key = sealing.load(self._key.read_bytes())
+        except (OSError, KeyFileError) as error:
+            raise Rejected(RejectCode.SECRET_UNOPENED, f"the sealing key cannot be used: {error}") from error
+        values = {}
+        for ref in item.secrets:
+            box = self._read(ref)
+            if box is None:
+                raise Rejected(RejectCode.NOT_FOUND, f"the box of the secret {ref.name} is not on this board's disk")
+            purpose = Purpose(
+                fleet=self._identity.fleet,
+                device=self._identity.device,
+                instance=item.instance,
+                name=ref.name,
+                version=ref.version,
+            )
+            values[ref.name] = sealing.open_box(box, key=key, purpose=purpose)
+        return values
+
+    def _path(self, ref: SecretRef) -> Path:
+        return self._directory / f"{ref.sha256}{_END}"
+
+    def _read(self, ref: SecretRef) -> bytes | None:
+        """A box as it was fetched; one that was changed on the disk is as good as none."""
+        try:
+            with self._path(ref).open("rb") as file:
+                box = file.read(bounds.SECRET_BOX_MAX_BYTES + 1)
+        except OSError:
+            return None
+        return box if hashlib.sha256(box).hexdigest() == ref.sha256 else None
+
+
+def _fetched(ref: SecretRef, source: Source) -> bytes:
+    try:
+        box = source.request("GET", f"{PATH}{ref.sha256}", max_bytes=bounds.SECRET_BOX_MAX_BYTES)
+    except FetchError as error:
+        raise FetchError(error.code, f"the secret {ref.name}: {error.message}", status=error.status) from error
+    if hashlib.sha256(box).hexdigest() != ref.sha256:
+        raise FetchError(RejectCode.HASH_MISMATCH, f"the secret {ref.name}: the box has other bytes than were assigned")
+    return box

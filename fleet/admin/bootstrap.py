@@ -1,0 +1,222 @@
+"""Making a fleet: keys, TUF repository, certificates, the server's configuration and the first operator's token.
+
+Everything is made aside and moved into place at the end, so that there is a whole fleet or none. Nothing that exists is
+ever overwritten.
+"""
+
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from fleet import ca
+from fleet.ca import CaError, CertificateAuthority, write_secret
+from fleet.protocol import names
+from fleet.server.config import Address, HomeError, ServerConfig, ServerPaths, is_loopback
+from fleet.store.sqlite import StoreError
+from fleet.store.store import Store
+from signing import keys, repository
+from signing.errors import SigningError
+from signing.keyring import Keyring, recovery_key
+
+OPERATORS_PORT: Final = 8743
+
+DEVICES_PORT: Final = 8744
+
+MQTT_PORT: Final = 8883
+
+
+class SetupError(Exception):
+    """A fleet cannot be made; one line: what, why, what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What was made.
+
+    Attributes:
+        url: of the API for operators and enrolment.
+        warnings: sentences that the operator should read.
+        recovery: the key on paper of a fleet for production, as text: shown once and kept nowhere.
+    """
+
+    home: Path
+    fleet: str
+    size: str
+    namespace: str
+    url: str
+    warnings: tuple[str, ...] = ()
+    recovery: str = ""
+
+
+def init(
+    home: Path,
+    *,
+    fleet: str = "fleet",
+    size: str = "dev",
+    url: str | None = None,
+    namespace: str = "main",
+    operators_port: int | None = None,
+    devices_port: int = DEVICES_PORT,
+    mqtt_port: int = MQTT_PORT,
+    broker: str = "auto",
+    passphrase: bytes | None = None,
+    now: datetime | None = None,
+) -> Made:
+    """Make a fleet in `home`.
+
+    Args:
+        home: made when there is none; may hold other files, but no fleet.
+        fleet: its name; boards refuse what is signed for another.
+        size: `dev` (keys in the clear, boards in production refuse it) or `solo`.
+        url: `https://HOST[:PORT]` under which boards reach this machine; loopback when None.
+        namespace: of the components that are published with the key made here.
+        operators_port: of the API for operators and enrolment; the url's, or 8743.
+        devices_port: of the API for boards.
+        mqtt_port: of the broker.
+        broker: as in `fleet.server.config.ServerConfig`.
+        passphrase: for the offline keys; needed for `solo`.
+        now: for the dates of certificates and metadata.
+
+    Raises:
+        SetupError: there is a fleet already, the directory cannot be written, or an argument cannot be meant.
+    """
+    when = datetime.now(UTC) if now is None else now
+    config = configure(fleet, size, url, namespace, operators_port, devices_port, mqtt_port, broker)
+    if size == "solo" and not passphrase:
+        raise SetupError("a solo fleet needs a passphrase for its root and publisher keys: give one, or use --dev")
+    place = ServerPaths(home)
+    for taken in (place.operator, place.server):
+        if taken.exists():
+            raise SetupError(f"{home} holds a fleet already ({taken} exists): use it, or choose another --home")
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".init-", dir=home))
+    except OSError as error:
+        raise SetupError(f"cannot write {home}: {error.strerror}; choose another --home") from error
+    try:
+        recovery = _make(ServerPaths(draft), config, passphrase if size != "dev" else None, when)
+        (draft / "server").rename(place.server)
+        (draft / "operator").rename(place.operator)
+    except (SigningError, StoreError, HomeError, CaError, OSError) as error:
+        raise SetupError(f"cannot make a fleet in {home}: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    warnings = () if config.production else ("development fleet: every key lies in the clear under this home",)
+    return Made(home, fleet, size, namespace, config.operators_url, warnings, recovery)
+
+
+def configure(
+    fleet: str,
+    size: str,
+    url: str | None,
+    namespace: str,
+    operators_port: int | None,
+    devices_port: int,
+    mqtt_port: int,
+    broker: str,
+) -> ServerConfig:
+    """A server's configuration as `init` makes it; raises `SetupError`."""
+    host, port = "127.0.0.1", OPERATORS_PORT
+    if url is not None:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port or OPERATORS_PORT
+        except ValueError as error:
+            raise SetupError(f"the url {url!r} cannot be read: {error}") from error
+        if parts.scheme != "https" or not host or parts.path not in {"", "/"}:
+            raise SetupError(f"the url {url!r} must be https://HOST or https://HOST:PORT")
+    if size == "team":
+        raise SetupError("a team's fleet begins as a solo one: run fleet init --solo, then move it over")
+    bind = "127.0.0.1" if is_loopback(host) else "0.0.0.0"  # noqa: S104 - boards elsewhere must reach it
+    config = ServerConfig(
+        fleet=fleet,
+        size=size,
+        host=host,
+        operators=str(Address(bind, operators_port or port)),
+        devices=str(Address(bind, devices_port)),
+        mqtt=str(Address(bind, mqtt_port)),
+        namespace=namespace,
+        broker=broker,
+    )
+    ports = [Address.parse(bound, "listener").port for bound in (config.operators, config.devices, config.mqtt)]
+    if len(set(ports)) < len(ports):
+        raise SetupError(f"the ports {', '.join(map(str, ports))} of operators, boards and broker must differ")
+    try:
+        config.check()
+    except HomeError as error:
+        raise SetupError(str(error)) from error
+    if namespace in repository.RESERVED:
+        raise SetupError(f"{namespace!r} is a role of its own and cannot be a namespace")
+    return config
+
+
+def _make(draft: ServerPaths, config: ServerConfig, passphrase: bytes | None, now: datetime) -> str:
+    operator_keys, trust = draft.operator / "keys", draft.operator / "trust"
+    inside = (draft.ca, draft.tls, draft.keys, draft.repository, draft.artifacts, draft.broker)
+    for directory in (draft.operator, operator_keys, trust, draft.server, *inside):
+        directory.mkdir(mode=0o700)
+    ca = make_ca(draft, config, passphrase, now)
+    ring = Keyring(operator_keys)
+    recovery, words = recovery_key() if config.production else (None, "")
+    if recovery is not None:
+        ring.add("recovery", recovery.public_key)
+    files = repository.create(
+        fleet=names.check_label(config.fleet, "fleet"),
+        namespaces={config.namespace: ring.generate(config.namespace, passphrase=passphrase)[1]},
+        root=ring.generate("root", passphrase=passphrase)[1],
+        targets=ring.generate("targets", passphrase=passphrase)[1],
+        snapshot=keys.generate(draft.keys / "snapshot.pem"),
+        timestamp=keys.generate(draft.keys / "timestamp.pem"),
+        director=keys.generate(draft.keys / "director.pem"),
+        now=now,
+        dev=not config.production,
+        recovery=None if recovery is None else recovery.public_key,
+    )
+    for name, data in files.items():
+        (draft.repository / name).write_bytes(data)
+    draft.config.write_text(config.dump(), encoding="utf-8")
+    _make_operator(draft, config, ca, files["1.root.json"], now)
+    return words
+
+
+def make_ca(place: ServerPaths, config: ServerConfig, passphrase: bytes | None, now: datetime) -> CertificateAuthority:
+    """The fleet's CA: whole on the server for development, else with its root's key encrypted at the operator's."""
+    if passphrase is None:
+        return CertificateAuthority.create(place.ca, fleet=config.fleet, now=now)
+    root = ca.create(config.fleet, now=now)
+    ca.store(place.ca_root, root.key, passphrase)
+    (place.ca / "ca.pem").write_bytes(root.certificate.public_bytes(Encoding.PEM))
+    issue(place.ca, root, config, now)
+    return CertificateAuthority.load(place.ca)
+
+
+def issue(directory: Path, root: ca.Root, config: ServerConfig, now: datetime) -> None:
+    """Make a server's issuing CA where both its directory and the root's key are."""
+    hosts = (config.host, *(() if config.external_broker is None else (config.external_broker.host,)))
+    ca.install(directory, ca.sign(root, ca.request(directory, hosts), now=now), now=now)
+
+
+def _make_operator(
+    draft: ServerPaths, config: ServerConfig, ca: CertificateAuthority, root: bytes, now: datetime
+) -> None:
+    token = secrets.token_urlsafe(32)
+    store = Store.open(draft.database, fleet=config.fleet)
+    store.access.add_operator("admin", token, role="admin", now=now.timestamp())
+    store.access.audit(actor="init", act="create-fleet", subject=config.fleet, detail=config.size, now=now.timestamp())
+    store.close()
+    write_secret(draft.operator / "token", token.encode() + b"\n")
+    (draft.operator / "ca.pem").write_text(ca.pem, encoding="ascii")
+    (draft.operator / "trust" / "1.root.json").write_bytes(root)
+    lines = (
+        f'url = "{config.operators_url}"',
+        f'fleet = "{config.fleet}"',
+        f'namespace = "{config.namespace}"',
+    )
+    (draft.operator / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,192 @@
+"""The publisher host: it holds the keys of snapshot and timestamp, apart from the server, and signs what it verified.
+
+It keeps a repository of its own, which began with what the server showed, verified from the pinned root. From then on
+it believes itself: each change that waits on the server is judged against its own files as the server judges it (the
+signatures of the delegations, ceilings, versions one above), snapshot and timestamp are signed over that and kept,
+and only then brought to the server. Whoever owns the server can withhold what it brings, and have nothing signed that
+publishers did not sign, no mixture, and nothing older.
+
+    <home>/publisher/keys/          snapshot.pem, timestamp.pem
+    <home>/publisher/repository/    what was verified and signed
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from securesystemslib.signer import Key
+
+from fleet.client import Client, ProblemError, UnreachableError
+from fleet.protocol import bounds
+from fleet.protocol.bounds import Count
+from fleet.protocol.trust_api import NONE, OnlineRequest, OnlineView
+from fleet.server.tuf_repository import ONLINE, OnlineKeys, TufRepository
+from signing import keys, repository
+from signing.errors import ConflictError, FetchNotFound, Rejected, SigningError
+from signing.state import VerifierState
+from signing.trusted_metadata import MemoryCache, Workflow
+
+log = logging.getLogger(__name__)
+
+WAIT_S: Final = 50
+
+AWAY_S: Final = 10.0
+
+
+class PublisherError(Exception):
+    """The publisher host cannot do its work; one line: what, why, what to do."""
+
+
+def make_keys(directory: Path) -> dict[str, Key]:
+    """New keys for snapshot and timestamp; their public halves by role. Raises `SigningError`."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    made: dict[str, Key] = {}
+    for role in ONLINE:
+        number, path = 1, directory / f"{role}.pem"
+        while path.exists():
+            number += 1
+            path = directory / f"{role}-{number}.pem"
+        made[role] = keys.generate(path).public_key
+    return made
+
+
+class SigningHost:
+    """One publisher host of one fleet.
+
+    Args:
+        directory: `<home>/publisher`.
+        root: the root pinned on this host.
+        client: to the server.
+        clock: the time, UTC.
+    """
+
+    def __init__(
+        self, directory: Path, *, root: bytes, client: Client, clock: Callable[[], datetime] | None = None
+    ) -> None:
+        self._place = directory / "repository"
+        self._keys = OnlineKeys(directory / "keys")
+        self._root, self._client = root, client
+        self._clock = clock or (lambda: datetime.now(UTC))
+
+    def run(self, *, stop: Callable[[], bool] = lambda: False) -> None:
+        """Go on until `stop` says so. A server that is away is waited for; what does not verify is said and left."""
+        while not stop():
+            try:
+                self.step(wait_s=WAIT_S)
+            except UnreachableError as error:
+                log.warning("%s", error)
+                time.sleep(AWAY_S)
+            except (PublisherError, ProblemError) as error:
+                log.error("%s", error)  # noqa: TRY400 - a sentence for people
+                time.sleep(AWAY_S)
+
+    def step(self, *, wait_s: int = 0) -> bool:
+        """One round: look what waits, verify it, sign, bring it. True when something was brought.
+
+        Raises:
+            PublisherError: what the server shows does not verify, or the keys are not here.
+            ClientError: the server is away, or refuses.
+        """
+        try:
+            return self._step(self._client.online(wait_s=wait_s))
+        except Rejected as error:
+            raise PublisherError(f"nothing was signed, the server's view does not verify: {error.message}") from error
+        except ConflictError as error:
+            raise PublisherError(f"nothing was signed: {error}") from error
+        except (SigningError, OSError) as error:
+            raise PublisherError(str(error)) from error
+
+    def _step(self, view: OnlineView) -> bool:
+        own = self._open(view)
+        if view.waiting:
+            own.publish_event(view.waiting.encode(), now=self._clock())
+        if not self._named(own):
+            if view.waiting:
+                raise PublisherError("root does not name the keys of this host: fleet sign move publisher")
+            return False
+        own.keep_fresh(now=self._clock())
+        head = own.file("timestamp.json")
+        assert head is not None
+        if msgspec.json.decode(head, type=_Head).signed.version <= view.timestamp and not view.waiting:
+            return False
+        number = own.snapshot_version
+        snapshot = own.file(f"{number}.snapshot.json") if number > view.snapshot else None
+        self._client.countersign(
+            OnlineRequest(timestamp=msgspec.Raw(head), snapshot=NONE if snapshot is None else msgspec.Raw(snapshot))
+        )
+        log.info("signed snapshot %d", number)
+        return True
+
+    def _named(self, own: TufRepository) -> bool:
+        return not own.elsewhere
+
+    def _open(self, view: OnlineView) -> TufRepository:
+        """Our own repository; made, or brought up to the server's, where that has what our keys signed elsewhere."""
+        if not (self._place / "timestamp.json").exists():
+            self._begin()
+        own = TufRepository(self._place, self._keys, signs_online=True)
+        head = own.file("timestamp.json") or b""
+        behind = msgspec.json.decode(head, type=_Head).signed.version < view.timestamp
+        if behind:
+            if self._named(own):
+                log.warning("the server shows a newer timestamp than this host has signed: was this host set back?")
+            self._begin()
+            own = TufRepository(self._place, self._keys, signs_online=True)
+        return own
+
+    def _begin(self) -> None:
+        """Take over what the server shows, verified from the pinned root by the same client as on a board."""
+
+        def fetch(name: str, _max_bytes: int) -> bytes:
+            data = self._client.tuf(name)
+            if data is None:
+                raise FetchNotFound(name)
+            return data
+
+        cache = MemoryCache()
+        workflow = Workflow(root=self._root, fetch=fetch, cache=cache)
+        workflow.refresh(facts=self._facts(), now=self._clock())
+        files = workflow.files()
+        for name, data in cache.files.items():
+            if name.startswith("root_history/"):
+                files[name.removeprefix("root_history/")] = data
+        snapshot = cache.files["snapshot.json"]
+        version = msgspec.json.decode(snapshot, type=_Head).signed.version
+        files |= {f"{version}.snapshot.json": snapshot, "timestamp.json": cache.files["timestamp.json"]}
+        self._place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, data in files.items():
+            TufRepository.write(self._place / name, data)
+
+    def _facts(self) -> VerifierState:
+        """What this host has verified before counts: the server cannot set it back."""
+        if not (self._place / "timestamp.json").exists():
+            return VerifierState()
+        known = {path.name: path.read_bytes() for path in self._place.glob("*.json")}
+        cache = MemoryCache(
+            {
+                "timestamp.json": known["timestamp.json"],
+                "snapshot.json": repository.latest(known, "snapshot")[1],
+                "targets.json": repository.latest(known, "targets")[1],
+            }
+        )
+
+        def own(name: str, _max_bytes: int) -> bytes:
+            if name not in known or len(known[name]) > bounds.TARGETS_MAX_BYTES:
+                raise FetchNotFound(name)
+            return known[name]
+
+        long_ago = datetime(2000, 1, 1, tzinfo=UTC)  # before anything can have expired
+        workflow = Workflow(root=self._root, fetch=own, cache=cache)
+        return workflow.refresh(facts=VerifierState(), now=long_ago)
+
+
+class _Version(msgspec.Struct):
+    version: Count
+
+
+class _Head(msgspec.Struct):
+    signed: _Version

@@ -1,0 +1,154 @@
+"""The operator's directory and connection; shell completion.
+
+The operator's own directory, `<home>/operator`: where the server is, which CA to trust, the token and the keys.
+
+What the shell offers for a group, a board or a rollout: asked of the server, silently nothing where it is away.
+"""
+
+import os
+import stat
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import click
+from click.shell_completion import CompletionItem
+
+from fleet.cli.base import Exit, Fault, Options
+from fleet.client import Client
+
+TOKEN_VARIABLE: Final = "FLEET_TOKEN"  # noqa: S105 - the name of a variable
+
+_INIT: Final = "run 'fleet init --dev' here first, or name the fleet's directory with --home"
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What an operator needs to talk to a fleet and to sign for it.
+
+    Attributes:
+        directory: `<home>/operator`.
+        url: of the server's listener for operators.
+        namespace: whose key signs here.
+    """
+
+    directory: Path
+    url: str
+    fleet: str
+    namespace: str
+
+    @property
+    def ca(self) -> Path:
+        """The fleet's CA, PEM."""
+        return self.directory / "ca.pem"
+
+    @property
+    def trust(self) -> Path:
+        """TUF metadata as last verified, from the pinned root on."""
+        return self.directory / "trust"
+
+    @property
+    def root(self) -> Path:
+        """The TUF root that was pinned when the fleet was made, or handed over."""
+        return self.trust / "1.root.json"
+
+    @property
+    def key(self) -> Path:
+        """The namespace's signing key."""
+        return self.directory / "keys" / f"{self.namespace}.pem"
+
+    def client(self, *, late: bool = False) -> Client:
+        """A connection to the server; raises `Fault` when the token is missing or open to others.
+
+        A pipeline gives its token in $FLEET_TOKEN. `late` as in `Client`.
+        """
+        token = os.environ.get(TOKEN_VARIABLE, "").strip() or _secret(self.directory / "token")
+        return Client(url=self.url, ca=self.ca, token=token, late=late)
+
+
+def home(options: Options) -> Path:
+    """The fleet's directory: --home, $WASMFLEET_HOME or the user's data directory."""
+    if options.home is not None:
+        return options.home.expanduser().absolute()
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(data).expanduser() / "wasmfleet"
+
+
+def load_operator(options: Options) -> Operator:
+    """Read the operator's configuration.
+
+    Raises:
+        Fault: there is none, or it is damaged.
+    """
+    directory = home(options) / "operator"
+    path = directory / "config.toml"
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Fault(f"no fleet in {directory.parent}", f"{path} does not exist", _INIT) from None
+    except PermissionError:
+        raise Fault(f"cannot read {path}", "it belongs to another user", "use a --home of your own") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Fault(f"{path} is not TOML", str(error), "correct that line") from None
+    for name in ("url", "fleet", "namespace"):
+        if not isinstance(values.get(name), str) or not values[name]:
+            raise Fault(f"{path} has no {name}", "it must be a string", f'add {name} = "..."')
+    return Operator(directory=directory, url=values["url"], fleet=values["fleet"], namespace=values["namespace"])
+
+
+def connect(options: Options) -> Client:
+    """A connection to the server of the fleet that the options name."""
+    return load_operator(options).client()
+
+
+def _secret(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+        text = path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        raise Fault(f"no token in {path}", "the server lets nobody in without one", _INIT) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Fault(f"cannot read the token {path}", str(error), "check its owner and content") from None
+    if stat.S_IMODE(mode) & 0o077:
+        raise Fault(f"the token {path} can be read by others", "it opens the whole fleet", f"chmod 600 {path}")
+    if not text:
+        raise Fault(f"the token {path} is empty", "the server lets nobody in", _INIT, code=Exit.USAGE)
+    return text
+
+
+def groups(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Names of groups."""
+    return _offer(context, begun, lambda client: ((row.name, f"{row.boards} boards") for row in client.groups().groups))
+
+
+def devices(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Ids of boards."""
+    return _offer(
+        context,
+        begun,
+        lambda client: ((row.id, "online" if row.online else "offline") for row in client.devices().devices),
+    )
+
+
+def rollouts(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Numbers of rollouts."""
+    return _offer(
+        context,
+        begun,
+        lambda client: ((str(row.number), f"{row.instance}: {row.state}") for row in client.rollouts().rollouts),
+    )
+
+
+def _offer(
+    context: click.Context, begun: str, ask: "Callable[[Client], Iterable[tuple[str, str]]]"
+) -> list[CompletionItem]:
+    from fleet.client import ClientError  # noqa: PLC0415 - the same
+
+    home = context.find_root().params.get("home") or os.environ.get("WASMFLEET_HOME")
+    try:
+        with connect(Options(home=Path(home) if home else None)) as client:
+            return [CompletionItem(name, help=text) for name, text in ask(client) if name.startswith(begun)]
+    except (Fault, ClientError, OSError):
+        return []

@@ -1,0 +1,398 @@
+"""From a file to a signed target; withdraw.
+
+From a prepared component to a published target: signed against verified metadata, and uploaded.
+
+Nothing that the server says is signed unseen. The namespace's role is verified from the root pinned on this machine,
+the new target is added to exactly that, and the server takes it only if nobody published in between; then all of it is
+done again with what is there now.
+
+A component and its manifest, read from disk and held against each other, before anybody is asked anything.
+
+`fleet withdraw`: take back a release that must not run any more, on whatever board.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import click
+import msgspec
+from securesystemslib.signer import Signer
+
+from fleet.cli import output
+from fleet.cli.base import Exit, Fault, Options, command, read_file
+from fleet.cli.evidence import Attached, attached
+from fleet.cli.operator import Operator, load_operator
+from fleet.cli.signing_event import SUFFIX, save
+from fleet.cli.trust_store import TrustStore
+from fleet.cli.unlock import publishing_key
+from fleet.client import Client, ProblemError
+from fleet.component import component_toml, reader
+from fleet.component.reader import Component
+from fleet.component.toml_fields import FILE_NAME
+from fleet.protocol import bounds, names
+from fleet.protocol.manifest import MAX_BYTES, BadManifestError, Manifest
+from fleet.protocol.names import BadNameError, TargetName
+from signing import events, hash_bins, repository
+from signing.errors import RepositoryError
+from signing.events import Document, Event
+from signing.policy import Release
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A component that may be published: read, and every import granted by its manifest.
+
+    Attributes:
+        file: the component's.
+        data: its bytes.
+        component: what it says of itself.
+        manifest: as written or inferred; the version is `author.DEV_VERSION` when none was given.
+        manifest_file: where it was written, None for inferred.
+        attached: what is to be bound to it and kept beside it.
+    """
+
+    file: Path
+    data: bytes
+    component: Component
+    manifest: Manifest
+    manifest_file: Path | None
+    attached: tuple[Attached, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes, in hex."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def prepare(file: Path, *, manifest_file: Path | None = None, name: str = "", version: str = "") -> Prepared:
+    """Read a component and its manifest.
+
+    Args:
+        file: the component.
+        manifest_file: its `component.toml`; None for one beside it, or none at all.
+        name: replaces the manifest's.
+        version: replaces the manifest's.
+
+    Raises:
+        Fault: unreadable, not a component, a bad manifest, or an import that it does not grant.
+    """
+    data = read_component(file)
+    found = manifest_file or beside(file)
+    text = (
+        None if found is None else read_file(found, component_toml.TOML_MAX_CHARS * 4).decode("utf-8", errors="replace")
+    )
+    try:
+        shape = reader.read(data, file_name=file.name)
+        if version:
+            names.check_version(version)
+        manifest = component_toml.describe(shape, text, file_name=file.name)
+        changes = {key: value for key, value in (("name", name), ("version", version)) if value}
+        if name:
+            names.check_label(name, "component")
+    except component_toml.NeedsTomlError as error:
+        raise Fault(str(error), code=Exit.USAGE, extra=_to_save(file, error.suggestion)) from None
+    except BadManifestError as error:
+        raise Fault(_named(str(error), found)) from None
+    except (reader.NotAComponentError, names.BadNameError) as error:
+        raise Fault(str(error)) from None
+    return Prepared(file, data, shape, msgspec.structs.replace(manifest, **changes), found)
+
+
+def read_component(file: Path) -> bytes:
+    """A component's bytes; raises `Fault`."""
+    return read_file(file, bounds.ARTIFACT_MAX_BYTES)
+
+
+def attach(prepared: Prepared, *, sbom: Path | None, provenance: Path | None) -> Prepared:
+    """With a bill of materials and build provenance beside it.
+
+    Raises:
+        Fault: unreadable, not what it is given as, or about other bytes.
+    """
+    files = {path: read_file(path, MAX_BYTES) for path in (sbom, provenance) if path is not None}
+    found = attached(
+        sbom=None if sbom is None else (sbom.name, files[sbom]),
+        provenance=None if provenance is None else (provenance.name, files[provenance]),
+        sha256=prepared.sha256,
+        component=prepared.file.name,
+    )
+    return replace(prepared, attached=found)
+
+
+def beside(file: Path) -> Path | None:
+    """The manifest that lies beside a component, if any."""
+    return next((path for name in component_toml.beside(file.name) if (path := file.with_name(name)).is_file()), None)
+
+
+def _to_save(file: Path, suggestion: str) -> str:
+    return f"# save this as {file.with_name(FILE_NAME)}\n{suggestion.rstrip()}\n"
+
+
+def _named(message: str, found: Path | None) -> str:
+    """The message with the path of the manifest that was read in place of its usual name."""
+    if found is None or not message.startswith(FILE_NAME):
+        return message
+    return f"{found}{message.removeprefix(FILE_NAME)}"
+
+
+CONFLICTS_MAX: Final = 5
+
+_CONFLICT: Final = 409
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What came of publishing; `new` is false when exactly this was published before."""
+
+    target: TargetName
+    release: Release
+    new: bool
+
+
+def publish(
+    who: Operator,
+    client: Client,
+    prepared: Prepared,
+    *,
+    progress: Callable[[int], None] | None = None,
+    say: Callable[[str], None],
+) -> Publication:
+    """Sign a prepared component and upload it, artifact first, role second.
+
+    Args:
+        who: whose key and namespace.
+        client: a connection to the server.
+        prepared: from `prepare`.
+        progress: told the size of each chunk as it is sent.
+        say: told what takes a second try.
+
+    Raises:
+        Fault: no key, a version that exists with other content, or a repository that does not verify.
+        ClientError: from the server.
+    """
+    trust = TrustStore(who, client)
+    signer, ends = publisher(who, trust)
+    uploaded = False
+    for _ in range(CONFLICTS_MAX):
+        if trust.role is None:
+            _begin(who, client, trust, signer, ends)
+        manifest = versioned(prepared, trust)
+        target = TargetName(who.namespace, manifest.name, manifest.version)
+        holder, base = trust.holder(target.path)
+        if trust.is_revoked(target.path):
+            raise Fault(f"{target} was revoked", "a revocation is for good", "publish it under another version")
+        try:
+            role = repository.add_target(
+                base,
+                name=target,
+                length=len(prepared.data),
+                sha256=prepared.sha256,
+                manifest=manifest,
+                signer=signer,
+                now=datetime.now(UTC),
+                ends=ends,
+                evidence=tuple(each.evidence for each in prepared.attached),
+            )
+        except RepositoryError as error:
+            raise Fault(str(error)) from None
+        release = next(each for each in repository.releases(role) if each.name == target)
+        if role == base:
+            _bring_back(client, prepared, say)
+            return Publication(target, release, new=False)
+        if not uploaded:
+            client.upload(prepared.sha256, prepared.data, progress=progress)
+            for each in prepared.attached:
+                client.upload(each.evidence.sha256, each.data)
+            uploaded = True
+        event = Event(who.fleet, (Document(holder, role),), note=f"publishes {target}")
+        _need_others(trust, event, target)
+        try:
+            _send(client, event)
+        except ProblemError as error:
+            if error.problem.status != _CONFLICT:
+                raise
+            say("Someone else published in between: verifying and signing again.")
+            trust.refresh()
+            continue
+        _look_again(trust, release)
+        return Publication(target, release, new=True)
+    raise Fault(
+        f"could not publish {prepared.manifest.name}",
+        f"others published {CONFLICTS_MAX} times in between",
+        "try again",
+        code=Exit.FAILED,
+    )
+
+
+def _bring_back(client: Client, prepared: Prepared, say: Callable[[str], None]) -> None:
+    """What is published and the server has lost, as one that was made anew has, is uploaded again."""
+    kept = [(prepared.sha256, prepared.data), *((each.evidence.sha256, each.data) for each in prepared.attached)]
+    lost = [(sha256, data) for sha256, data in kept if not client.has_artifact(sha256)]
+    for sha256, data in lost:
+        client.upload(sha256, data)
+    if lost:
+        say("The server had lost its bytes; they are there again.")
+
+
+def publisher(who: Operator, trust: TrustStore) -> tuple[Signer, datetime | None]:
+    """The key that publishes here, and when it ends.
+
+    Raises:
+        Fault: there is none, it is not trusted, or its life is over.
+    """
+    signer = publishing_key(who, (key.keyid for key in trust.publishers.keys))
+    ends = trust.ends(signer.public_key.keyid)
+    if ends is not None and ends <= datetime.now(UTC):
+        raise Fault(
+            f"the key {signer.public_key.keyid[:12]} ended on {ends:%Y-%m-%d}",
+            "nothing that it signs is valid any more",
+            "fleet keys new --ci makes the next one",
+        )
+    return signer, ends
+
+
+def _begin(who: Operator, client: Client, trust: TrustStore, signer: Signer, ends: datetime | None) -> None:
+    """The first, empty role of a new namespace."""
+    client.publish_role(who.namespace, repository.new_role(signer=signer, now=datetime.now(UTC), ends=ends))
+    trust.refresh()
+
+
+def _send(client: Client, event: Event) -> None:
+    """Upload the role that holds the new target: a namespace's own, or a hash bin's."""
+    role = event.documents[0]
+    if hash_bins.is_bin(role.role):
+        client.publish_event(event.encode())
+    else:
+        client.publish_role(role.role, role.data)
+
+
+def _need_others(trust: TrustStore, event: Event, target: TargetName) -> None:
+    """Where the namespace wants several people: save what this one signed, for the others; raises `Fault`."""
+    lacking = events.missing(trust.heads, event)
+    if not lacking:
+        return
+    path = Path(event.name + SUFFIX)
+    save(path, event)
+    raise Fault(
+        f"{target} is not published yet",
+        f"the namespace {target.namespace} wants {lacking[0].count} signatures more; yours is in {path}",
+        f"have it signed with 'fleet sign approve {path}', then 'fleet sign publish {path}'",
+        code=Exit.FAILED,
+    )
+
+
+def _look_again(trust: TrustStore, release: Release) -> None:
+    """Remember what was published: from now on nobody can show this machine a repository without it."""
+    trust.refresh()
+    if trust.release(release.name.path) != release:
+        raise Fault(
+            f"the server took {release.name} and does not show it",
+            "its repository is without what it accepted",
+            "look at the server's log",
+            code=Exit.REFUSED,
+        )
+
+
+def versioned(prepared: Prepared, trust: TrustStore) -> Manifest:
+    """The manifest with a version: its own, or in development the next `0.0.0-dev.N`.
+
+    The newest development version is taken again when nothing has changed since.
+
+    Raises:
+        Fault: no version was given, and the fleet is not for development.
+    """
+    manifest = prepared.manifest
+    if manifest.version != component_toml.DEV_VERSION:
+        return manifest
+    if not trust.development:
+        raise Fault(
+            f"{prepared.file.name} has no version",
+            "this fleet is in production",
+            'add --version 1.0.0, or version = "1.0.0" to its component.toml',
+        )
+    prefix = component_toml.DEV_VERSION.removesuffix("0")
+    newest, number = None, 0
+    for release in trust.releases:
+        text = release.name.version.removeprefix(prefix)
+        if release.name.name == manifest.name and release.name.version.startswith(prefix) and text.isdigit():
+            newest, number = release, max(number, int(text))
+    if newest is not None and newest.sha256 == prepared.sha256:
+        same = msgspec.structs.replace(manifest, version=newest.name.version)
+        bound = tuple(each.evidence for each in prepared.attached)
+        if same == newest.manifest and bound in {(), newest.evidence}:
+            return same
+    return msgspec.structs.replace(manifest, version=f"{prefix}{number + 1}")
+
+
+@command("withdraw", examples="fleet withdraw hello@1.4.0\nfleet withdraw hello@1.4.0 --yes")
+@click.argument("target", metavar="NAME@VERSION")
+@click.option("--yes", is_flag=True, help="Do not ask")
+def withdraw(options: Options, *, target: str, yes: bool) -> None:
+    """Revoke a published release, with this namespace's key and for good.
+
+    Every board that runs it stops it, nothing can deploy it again, and its version is never published again. To go
+    back to another version first, deploy that.
+    """
+    who = load_operator(options)
+    try:
+        name = TargetName.parse(target, namespace=who.namespace)
+    except BadNameError as error:
+        raise Fault(str(error)) from None
+    if name.namespace != who.namespace:
+        raise Fault(f"{name} is not of the namespace {who.namespace}", "only its own publisher can take it back")
+    with who.client() as client:
+        trust = TrustStore(who, client)
+        running = _running(client, name)
+        boards = f"{len(running)} boards run it and stop it" if running else "no board runs it"
+        if not yes and not click.confirm(f"Revoke {name} for good? By what boards report, {boards}.", err=True):
+            raise click.Abort
+        new = _revoke(who, client, trust, name)
+    if options.json:
+        output.show_json({"target": name.path, "revoked": True, "new": new, "running": running})
+    else:
+        output.say(options, f"{name} is revoked." if new else f"{name} was revoked before.")
+        for board in running:
+            output.say(options, f"  {board} stops it")
+
+
+def _revoke(who: Operator, client: Client, trust: TrustStore, name: TargetName) -> bool:
+    """Sign and publish the revocation; false when it was revoked before."""
+    signer, ends = publisher(who, trust)
+    for _ in range(CONFLICTS_MAX):
+        role = trust.role
+        if role is None:
+            raise Fault(f"{name} is not published", "the namespace is empty", code=Exit.REFUSED)
+        if not trust.is_revoked(name.path) and trust.release(name.path) is None:
+            raise Fault(f"{name} is not published", "there is nothing to take back", code=Exit.REFUSED)
+        try:
+            new = repository.revoke(role, name=name, signer=signer, now=datetime.now(UTC), ends=ends)
+        except RepositoryError as error:
+            raise Fault(str(error), code=Exit.REFUSED) from None
+        if new == role:
+            return False
+        shown = _published(client, who.namespace, new)
+        trust.refresh()
+        if shown and trust.release(name.path) is not None:
+            raise Fault(f"the server took the revocation of {name} and does not show it", code=Exit.REFUSED)
+        if shown:
+            return True
+    raise Fault(f"could not revoke {name}", "others published in between", "try again", code=Exit.FAILED)
+
+
+def _published(client: Client, namespace: str, role: bytes) -> bool:
+    """False when somebody else published in between."""
+    try:
+        client.publish_role(namespace, role)
+    except ProblemError as error:
+        if error.problem.status != _CONFLICT:
+            raise
+        return False
+    return True
+
+
+def _running(client: Client, name: TargetName) -> list[str]:
+    return [row.id for row in client.devices().devices if any(each.target == name.path for each in row.instances)]

@@ -1,0 +1,410 @@
+"""rollout, rollouts, undo, remove; following.
+
+`fleet rollouts`, `rollout`, `undo` and `remove`.
+
+Following a rollout until it is decided: live bars on a terminal, one line for each change elsewhere.
+
+The server is asked by long poll, so nothing is drawn or printed without a change. A server that restarts in the
+middle is waited for: the rollout lives in its database, and on the boards.
+
+The end of every command that starts a rollout: follow it, or say how to.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import click
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fleet.cli import operator, output
+from fleet.cli.base import Command, Exit, Fault, Options, command
+from fleet.cli.operator import connect
+from fleet.client import Client, UnreachableError
+from fleet.protocol import operator_api
+from fleet.protocol.codes import Phase
+from fleet.protocol.operator_api import OPEN_STATES, BoardView, Outcome, RolloutState, RolloutView
+
+
+@command("rollouts", examples="fleet rollouts\nfleet rollouts --group edge-eu --limit 5 --json")
+@click.option("--group", default="", shell_complete=operator.groups, help="Of this group only")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 1000), help="So many at most")
+def rollouts(options: Options, *, group: str, limit: int) -> None:
+    """List the rollouts, newest first."""
+    with connect(options) as client:
+        answer = client.rollouts(group=group, limit=limit)
+    if options.json:
+        output.show_json(answer)
+        return
+    rows = [
+        (
+            str(row.number),
+            str(row.state),
+            row.instance,
+            output.target(row.target) if row.target else "(removal)",
+            row.group or row.device,
+            " ".join(f"{count} {word}" for word, count in row.counts.items() if count),
+            output.ago(row.created_at),
+            output.first_line(row.reason),
+        )
+        for row in answer.rollouts
+    ]
+    columns = ("NO", "STATE", "INSTANCE", "TARGET", "TO", "BOARDS", "STARTED", "")
+    output.table(columns, rows, empty="No rollout yet: 'fleet push FILE --group G' starts one.")
+
+
+class _RolloutGroup(click.Group):
+    """`fleet rollout 7` is `fleet rollout show 7`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Take a word that is no command for the number of a rollout."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            return super().resolve_command(ctx, ["show", *args])
+        return super().resolve_command(ctx, args)
+
+
+@click.group("rollout", cls=_RolloutGroup, epilog="`fleet rollout 7` is short for `fleet rollout show 7`.")
+def rollout() -> None:
+    """Show, follow, pause, resume or abort a rollout, by its number or id."""
+
+
+@command("show", examples="fleet rollout 7\nfleet rollout 7 --follow")
+@click.argument("number", shell_complete=operator.rollouts)
+@click.option("--follow", "-f", "following", is_flag=True, help="Stay until it is decided; the exit code says how")
+def show(options: Options, *, number: str, following: bool) -> Exit:
+    """Show a rollout and each of its boards."""
+    with connect(options) as client:
+        view = client.rollout(number)
+        if following:
+            return follow(client, view, options)
+    if options.json:
+        output.show_json(view)
+        return Exit.OK
+    if output.console().is_terminal:
+        output.console().print(picture(view, boards_max=1000))
+    else:
+        click.echo(title(view))
+        rows = [(f"  {board.device}", f"wave {board.wave}", standing(board)) for board in view.boards]
+        output.table(("  BOARD", "WAVE", "STATE"), rows, empty="  no boards")
+    click.echo()
+    reason = output.first_line(view.reason)
+    output.facts([("state", str(view.state)), ("reason", reason), ("by", view.by), ("note", view.note)])
+    return Exit.OK
+
+
+def _verb(name: str, done: str, text: str) -> Command:
+    """Make the command for one act on a rollout."""
+
+    @command(name, examples=f"fleet rollout {name} 7")
+    @click.argument("number", shell_complete=operator.rollouts)
+    def act(options: Options, *, number: str) -> None:
+        with connect(options) as client:
+            view = client.act(number, name)
+        if options.json:
+            output.show_json(view)
+        else:
+            output.say(options, f"Rollout {view.number} {done}.")
+
+    act.help = text
+    return act
+
+
+rollout.add_command(show)
+
+rollout.add_command(
+    _verb("pause", "is paused: no further wave is offered", "Offer no further wave until it is resumed.")
+)
+
+rollout.add_command(_verb("resume", "goes on", "Go on with a paused rollout."))
+
+rollout.add_command(
+    _verb("abort", "is aborted: its boards are offered what they had before", "End a rollout and take its boards back.")
+)
+
+
+@command("undo", examples="fleet undo\nfleet undo 7\nfleet undo --group edge-eu --detach")
+@click.argument("number", shell_complete=operator.rollouts, required=False, default="")
+@click.option(
+    "--group",
+    default="",
+    shell_complete=operator.groups,
+    help="The newest rollout of this group, where no number is given",
+)
+@click.option("--waves", default="1, 100%", show_default=True, help="Boards of each wave, from the first on")
+@click.option("--detach", is_flag=True, help="Return at once instead of following")
+def undo(options: Options, *, number: str, group: str, waves: str, detach: bool) -> Exit:
+    """Offer the previous state again, through the same gates.
+
+    Takes back the rollout NUMBER, or the newest one.
+    """
+    with connect(options) as client:
+        view = client.undo(operator_api.UndoRequest(rollout=number, group=group, waves=waves))
+        return finish(client, view, options, detach=detach)
+
+
+@command(
+    "remove", examples="fleet remove hello --group edge-eu\nfleet remove hello --device gate-7-1f2e3d4c --keep-data"
+)
+@click.argument("instance")
+@click.option("--group", default="", shell_complete=operator.groups, help="Of this group")
+@click.option("--device", default="", shell_complete=operator.devices, help="Of this board")
+@click.option("--keep-data", is_flag=True, help="Leave the instance's own data on the boards")
+@click.option("--waves", default="100%", show_default=True, help="Boards of each wave, from the first on")
+@click.option("--detach", is_flag=True, help="Return at once instead of following")
+def remove(
+    options: Options,
+    *,
+    instance: str,
+    group: str,
+    device: str,
+    keep_data: bool,
+    waves: str,
+    detach: bool,
+) -> Exit:
+    """Take INSTANCE off a group or a board."""
+    if bool(group) == bool(device):
+        raise click.UsageError("Name either --group or --device.")
+    request = operator_api.RemovalRequest(
+        instance=instance, group=group, device=device, keep_data=keep_data, waves=waves
+    )
+    with connect(options) as client:
+        return finish(client, client.remove(request), options, detach=detach)
+
+
+POLL_S: Final = 25
+
+GONE_S: Final = 60.0
+"""How long a server may be away while a rollout is followed."""
+
+_STEPS: Final = {
+    Phase.FETCHING: 1,
+    Phase.VERIFYING: 2,
+    Phase.COMPILING: 3,
+    Phase.STAGED: 4,
+    Phase.SWAPPING: 5,
+    Phase.PROBATION: 6,
+    Phase.COMMITTED: 7,
+}
+
+_ALL_STEPS: Final = 7
+
+_TOLD_MAX: Final = 5
+
+_DECIDED: Final = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED})
+
+
+def follow(client: Client, view: RolloutView, options: Options) -> Exit:
+    """Show the rollout until it is decided, and say how it went.
+
+    Raises:
+        UnreachableError: the server was away for more than a minute.
+    """
+    try:
+        if options.json or options.quiet:
+            for latest in revisions(client, view):
+                view = latest
+        elif output.console().is_terminal:
+            view = _live(client, view)
+        else:
+            view = _lines(client, view)
+    except KeyboardInterrupt:
+        click.echo(
+            f"\nRollout {view.number} goes on without you.\n"
+            f"  fleet rollout {view.number} --follow    watch it again\n"
+            f"  fleet rollout abort {view.number}       stop it and take the boards back",
+            err=True,
+        )
+        return Exit.INTERRUPTED
+    return conclude(view, options)
+
+
+def conclude(view: RolloutView, options: Options) -> Exit:
+    """Print how a decided rollout went; its exit code."""
+    if options.json:
+        output.show_json(view)
+        return Exit.OK if view.state is RolloutState.SUCCEEDED else Exit.FAILED
+    if view.state is RolloutState.SUCCEEDED:
+        output.say(options, summary(view))
+        return Exit.OK
+    bad = [board for board in view.boards if board.outcome in {Outcome.FAILED, Outcome.REFUSED}]
+    for board in bad[:_TOLD_MAX]:
+        click.echo(f"\n{board.device}:", err=True)
+        for line in _told(board):
+            click.echo(f"  {line}", err=True)
+    reason = "; ".join(f"{board.device} {standing(board)}" for board in bad[:1]) or view.reason
+    raise Fault(
+        f"rollout {view.number} {view.state}",
+        reason or "it did not reach every board",
+        _next_step(view),
+        code=Exit.FAILED,
+    )
+
+
+def _told(board: BoardView) -> list[str]:
+    """What a board said of its failure, and the instance's last words."""
+    message = [line.rstrip() for line in board.message.splitlines() if line.strip()]
+    return [*(message or ["it gave no reason"]), *(f"| {line}" for line in board.log)]
+
+
+def revisions(client: Client, view: RolloutView) -> Iterator[RolloutView]:
+    """The rollout as it is, then each change, up to the one that decides it."""
+    yield view
+    while view.state in OPEN_STATES:
+        latest = _next_revision(client, view)
+        if latest.revision > view.revision:
+            view = latest
+            yield view
+
+
+def _next_revision(client: Client, view: RolloutView) -> RolloutView:
+    """Wait for a change; a server that is away may come back."""
+    until = time.monotonic() + GONE_S
+    while True:
+        try:
+            return client.rollout(view.id, wait_s=POLL_S, since=view.revision)
+        except UnreachableError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+
+
+def _lines(client: Client, view: RolloutView) -> RolloutView:
+    click.echo(title(view))
+    seen: dict[str, str] = {}
+    states = {view.state}
+    for latest in revisions(client, view):
+        view = latest
+        for board in view.boards:
+            line = f"{board.device}  {standing(board)}"
+            if board.outcome is not Outcome.PENDING and seen.get(board.device) != line:
+                seen[board.device] = line
+                click.echo(f"  {line}")
+        if view.state not in states and view.state in OPEN_STATES:
+            click.echo(f"  {view.state}{': ' + view.reason if view.reason else ''}")
+        states = {view.state}
+    return view
+
+
+def _live(client: Client, view: RolloutView) -> RolloutView:
+    with Live(picture(view), console=output.console(), auto_refresh=False, transient=False) as live:
+        for latest in revisions(client, view):
+            view = latest
+            live.update(picture(view), refresh=True)
+    return view
+
+
+def picture(view: RolloutView, *, boards_max: int = 24) -> Group:
+    """The rollout as one drawing: a title and a bar for each board, the undecided ones first when there are many."""
+    boards = view.boards
+    if len(boards) > boards_max:
+        boards = tuple(sorted(boards, key=lambda board: board.outcome in {Outcome.SUCCEEDED, Outcome.PENDING}))
+    grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(width=20)
+    grid.add_column(overflow="fold")
+    for board in boards[:boards_max]:
+        grid.add_row(Text(f"  {board.device}"), bar(board), output.state(standing(board)))
+    hidden = len(boards) - boards_max
+    foot = [Text(f"  and {hidden} more", style="dim")] if hidden > 0 else []
+    if view.state is RolloutState.PAUSED:
+        foot.append(Text(f"  paused: 'fleet rollout resume {view.number}' goes on", style="yellow"))
+    return Group(Text(title(view), style="bold"), grid, *foot)
+
+
+def bar(board: BoardView) -> ProgressBar:
+    """How far a board is, in the steps of its update machine."""
+    match board.outcome:
+        case Outcome.SUCCEEDED:
+            done, style = float(_ALL_STEPS), "green"
+        case Outcome.FAILED | Outcome.REFUSED:
+            done, style = float(_ALL_STEPS), "red"
+        case _:
+            done, style = steps(board), "cyan"
+    return ProgressBar(
+        total=_ALL_STEPS, completed=done, complete_style=style, finished_style=style, style="bright_black"
+    )
+
+
+def steps(board: BoardView) -> float:
+    """The steps done, with the percentage of the current one."""
+    reached = _STEPS.get(board.phase, 0) if board.phase is not None else 0
+    if not reached:
+        return 0.0
+    return reached - 1 + (board.progress or 0) / 100 if board.phase is not Phase.COMMITTED else float(_ALL_STEPS)
+
+
+def title(view: RolloutView) -> str:
+    """What is offered to whom, in one line."""
+    where = f"group {view.group}" if view.group else f"device {view.device}"
+    what = f"{output.target(view.target)} as {view.instance}" if view.target else f"removal of {view.instance}"
+    waves = f", waves {', '.join(wave.text for wave in view.waves)}" if len(view.waves) > 1 else ""
+    boards = len(view.boards)
+    return f"Rollout {view.number}: {what} to {where} ({boards} board{'' if boards == 1 else 's'}{waves})"
+
+
+def standing(board: BoardView) -> str:
+    """How a board stands, in a few words."""
+    match board.outcome:
+        case Outcome.SUCCEEDED:
+            took = f" in {_seconds(board)}" if _seconds(board) else ""
+            unexercised = "" if board.exercised else ", with few calls so far"
+            return f"succeeded{took}{unexercised}"
+        case Outcome.FAILED | Outcome.REFUSED:
+            code = f" ({board.code})" if board.code is not None else ""
+            return f"rolled back{code}" if board.phase is Phase.ROLLED_BACK else f"{board.outcome}{code}"
+        case Outcome.IN_PROGRESS if board.phase is not None:
+            percent = f" {board.progress} %" if board.progress is not None else ""
+            retry = f", tries again: {board.message}" if board.retrying and board.message else ""
+            return f"{board.phase}{percent}{retry}"
+        case Outcome.WAITING:
+            return "waiting" if board.online else "waiting: it is offline"
+        case Outcome.DEFERRED:
+            return f"deferred: {board.message}" if board.message else "deferred"
+        case _:
+            return str(board.outcome)
+
+
+def summary(view: RolloutView) -> str:
+    """A succeeded rollout in one line."""
+    done = [board for board in view.boards if board.outcome is Outcome.SUCCEEDED]
+    stragglers = [board.device for board in view.boards if board.outcome not in _DECIDED]
+    took = ""
+    if view.ended_at is not None:
+        took = f" after {(view.ended_at - view.created_at).total_seconds():.1f} s"
+    verb = f"run {output.target(view.target)}" if view.target else f"run {view.instance} no more"
+    rest = f"; not yet: {', '.join(stragglers)}" if stragglers else ""
+    return f"Rollout {view.number} succeeded{took}: {len(done)} of {len(view.boards)} boards {verb}{rest}"
+
+
+def _seconds(board: BoardView) -> str:
+    if board.offered_at is None or board.ended_at is None:
+        return ""
+    return f"{(board.ended_at - board.offered_at).total_seconds():.1f} s"
+
+
+def _next_step(view: RolloutView) -> str:
+    failed = [board.device for board in view.boards if board.outcome in {Outcome.FAILED, Outcome.REFUSED}]
+    if failed:
+        return f"run 'fleet why {failed[0]}'"
+    if view.state is RolloutState.SUPERSEDED:
+        return "see 'fleet rollouts' for the one that took over"
+    return f"run 'fleet rollout {view.number}'"
+
+
+def finish(client: Client, view: RolloutView, options: Options, *, detach: bool) -> Exit:
+    """Follow a rollout that was just started, or say how to."""
+    if not detach:
+        return follow(client, view, options)
+    if view.state not in OPEN_STATES:
+        return conclude(view, options)
+    if options.json:
+        output.show_json(view)
+    else:
+        output.say(options, f"{title(view)}\nFollow it with 'fleet rollout {view.number} --follow'.")
+    return Exit.OK

@@ -1,0 +1,352 @@
+"""Show, sign, publish or mail a change of trust; key changes; team keys.
+
+How a change of trust comes about: shown in words, signed with the keys that are here, published or mailed on.
+
+From what a person asks for to the keys that each role has afterwards. Pure: no file, no server, no question.
+
+Handing root to several people, and the key on paper: what `fleet init` and `fleet sign move` share.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, TypeVar
+
+import click
+from securesystemslib.signer import Key, Signer
+
+from fleet.cli import output
+from fleet.cli.base import Exit, Fault, Options, read_file
+from fleet.cli.operator import Operator
+from fleet.cli.trust_store import Cached, TrustStore
+from fleet.cli.unlock import keyring, open_key
+from fleet.client import Client
+from fleet.protocol.manifest import Grants
+from signing import event_diff, events, hash_bins, keys, repository, rotation
+from signing import keyring as keyrings
+from signing.errors import KeyFileError, RepositoryError, SigningError
+from signing.events import Event, Wanted
+from signing.keyring import Entry, Keyring
+from signing.metadata import DIRECTOR
+from signing.rotation import TEAM_KEYS, TEAM_THRESHOLD, Namespace, RoleKeys, Size
+
+SUFFIX: Final = ".signing.json"
+
+T = TypeVar("T")
+
+
+class Ceremony:
+    """One operator, one fleet, and the events that change what it trusts."""
+
+    def __init__(self, options: Options, who: Operator, client: Client | Cached) -> None:
+        self.options, self.who, self.client = options, who, client
+        self.trust = TrustStore(who, client, expired=True)
+        self.ring: Keyring = keyring(who)
+        for what in self.trust.expired():
+            click.echo(f"note: {what}; a repository that somebody holds back looks like this, too", err=True)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Root, targets and namespaces, verified from the root pinned on this machine."""
+        return self.trust.files
+
+    def show(self, event: Event) -> None:
+        """What the event changes, in words, against what is published."""
+        if event.fleet != self.who.fleet:
+            raise Fault(f"this event is of the fleet {event.fleet!r}", f"this machine's is {self.who.fleet!r}")
+        lines = _checked(lambda: event_diff.describe(self.files, event, called=self.ring.called))
+        if event.note:
+            click.echo(f"note: {printable(event.note)}", err=True)
+        for line in lines:
+            click.echo(printable(line), err=True)
+
+    def missing(self, event: Event) -> list[Wanted]:
+        """The signatures that it lacks."""
+        return _checked(lambda: events.missing(self.files, event))
+
+    def sign(self, event: Event, *, extra: Sequence[Signer] = (), yes: bool = False, using: str = "") -> Event:
+        """The event, signed with every key of this keyring that counts; it was shown before.
+
+        Args:
+            event: as proposed, or signed by others already.
+            extra: keys that are not in the keyring.
+            yes: do not ask.
+            using: the name of the one key to sign with, empty for all that count.
+
+        Raises:
+            Fault: none of them counts.
+        """
+        mine = [each for each in self._able(event) if not using or each.name == using]
+        others = [each for each in extra if any(each.public_key.keyid in w.keyids for w in self.missing(event))]
+        if not mine and not others:
+            return event
+        named = ", ".join(entry.name for entry in mine)
+        if self.options.json and not yes:
+            raise click.UsageError("--json cannot ask before it signs: add --yes.")
+        if not yes and not click.confirm(f"Sign this with {named or 'the new key'}?", err=True):
+            raise click.Abort
+        for signer in others:
+            event = self._signed(event, signer)
+        for entry in mine:
+            if any(entry.key.keyid in wanted.keyids for wanted in self.missing(event)):
+                event = self._signed(event, open_key(self.ring, entry))
+        return event
+
+    def carry_through(
+        self, event: Event, *, extra: Sequence[Signer] = (), yes: bool = False, to: Path | None = None
+    ) -> bool:
+        """Show, sign with what is here, and publish; or save it for the others to sign. True when published."""
+        self.show(event)
+        event = self.sign(event, extra=extra, yes=yes)
+        lacking = self.missing(event)
+        if lacking or to is not None:
+            path = to or Path(event.name + SUFFIX)
+            save(path, event)
+            self.say_missing(path, lacking)
+            return False
+        self.publish(event)
+        return True
+
+    def publish(self, event: Event) -> None:
+        """Upload an event that enough have signed, and remember what it made."""
+        assert isinstance(self.client, Client)
+        reply = self.client.publish_event(event.encode())
+        self.trust.refresh()
+        roles = ", ".join(dict.fromkeys(hash_bins.namespace_of(each.role) for each in event.documents))
+        if self.options.json:
+            output.show_json({"published": True, "event": event.name, "snapshot": reply.snapshot})
+        else:
+            output.say(self.options, f"Published: {roles}. Boards follow by themselves.")
+
+    def say_missing(self, path: Path, lacking: Sequence[Wanted], *, offline: bool = False) -> None:
+        """Say who must still sign, and how; `offline`, for a server that is made anew."""
+        if self.options.json:
+            rows = [{"role": w.role, "whose": w.whose, "count": w.count, "keys": list(w.keyids)} for w in lacking]
+            output.show_json({"published": False, "file": str(path), "missing": rows})
+            return
+        for wanted in lacking:
+            able = ", ".join(self.ring.called(keyid) for keyid in wanted.keyids) or "nobody"
+            click.echo(f"{wanted.role} lacks {wanted.count} of the keys of {wanted.whose}: {able}")
+        approve = f"fleet sign approve {'--offline ' if offline else ''}{path.name}"
+        finish = f"fleet server rebuild --event {path.name}" if offline else f"fleet sign publish {path.name}"
+        if lacking:
+            click.echo(f"Mail {path} to them: '{approve}', then '{finish}'.")
+        elif offline:
+            click.echo(f"{path} is signed by enough: mail it to whoever makes the server anew, for '{finish}'.")
+        else:
+            click.echo(f"{path} is signed by enough: '{finish}' publishes it.")
+
+    def _able(self, event: Event) -> list[Entry]:
+        wanted = {keyid for each in self.missing(event) for keyid in each.keyids}
+        return [entry for entry in self.ring.entries() if entry.ours and entry.key.keyid in wanted]
+
+    def _signed(self, event: Event, signer: Signer) -> Event:
+        return _checked(lambda: events.sign(self.files, event, signer))
+
+
+def load(path: Path) -> Event:
+    """An event from a file; raises `Fault`."""
+    return _checked(lambda: events.decode(read_file(path, events.MAX_BYTES)))
+
+
+def merged(paths: Sequence[Path]) -> Event:
+    """One event from copies that different people signed; raises `Fault`."""
+    return _checked(lambda: events.merge(*(load(path) for path in paths)))
+
+
+def save(path: Path, event: Event) -> None:
+    """Write an event's file; raises `Fault`."""
+    try:
+        path.write_bytes(event.encode())
+    except OSError as error:
+        raise Fault(f"cannot write {path}", (error.strerror or str(error)).lower(), "choose another --out") from None
+
+
+def _checked(act: Callable[[], T]) -> T:
+    try:
+        return act()
+    except RepositoryError as error:
+        raise Fault(str(error), code=Exit.REFUSED) from None
+
+
+def printable(text: str) -> str:
+    """Without what could move a terminal's cursor: an event comes by mail."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+TOP = ("root", "targets", "snapshot", "timestamp")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The roles that get other keys."""
+
+    roles: Mapping[str, RoleKeys] = field(default_factory=dict)
+    director: RoleKeys | None = None
+    namespaces: Mapping[str, Namespace] = field(default_factory=dict)
+
+    def with_keys(self, files: Mapping[str, bytes], role: str, keys: RoleKeys) -> "Change":
+        """And these for one role more."""
+        if role in TOP:
+            return replace(self, roles={**self.roles, role: keys})
+        if role == DIRECTOR:
+            return replace(self, director=keys)
+        space = Namespace(keys)
+        if role in repository.namespaces(files):
+            before = rotation.namespace_of(files, role)
+            kept = {key.keyid for key in keys.keys}
+            space = replace(before, signers=keys, ends={k: end for k, end in before.ends.items() if k in kept})
+        return replace(self, namespaces={**self.namespaces, role: space})
+
+
+def replaced(
+    files: Mapping[str, bytes],
+    role: str,
+    *,
+    mine: Collection[str],
+    to: tuple[Key, ...],
+    make: Callable[[], Key],
+    threshold: int | None,
+) -> Change:
+    """Other keys for a role.
+
+    Args:
+        files: the repository's.
+        role: of root, the director, or a namespace, which may be new.
+        mine: ids of this person's keys: without `to`, those of the role are replaced by a new one.
+        to: exactly these, empty for none named.
+        make: makes the new key.
+        threshold: None to keep it.
+
+    Raises:
+        Fault: none of the role's keys is this person's, and none was named.
+    """
+    known = (*TOP, DIRECTOR, *repository.namespaces(files))
+    before = rotation.keys_of(files, role) if role in known else None
+    if to:
+        keys = to
+    elif before is None:
+        keys = (make(),)
+    else:
+        online = role in {"snapshot", "timestamp", DIRECTOR}
+        kept = () if online else tuple(key for key in before.keys if key.keyid not in mine)
+        if len(kept) == len(before.keys):
+            raise Fault(
+                f"none of the keys of {role} is yours", "so none can be replaced", "name who signs it with --to"
+            )
+        keys = (*kept, make())
+    least = before.threshold if before is not None else 1
+    return Change().with_keys(files, role, RoleKeys(keys, threshold or min(least, len(keys))))
+
+
+def without(files: Mapping[str, bytes], keyid: str) -> Change:
+    """Every role without this key.
+
+    Raises:
+        Fault: it signs nothing, or a role would be left with too few.
+    """
+    change, found = Change(), False
+    for role in (*TOP, DIRECTOR, *repository.namespaces(files)):
+        keys = rotation.keys_of(files, role)
+        left = tuple(key for key in keys.keys if key.keyid != keyid)
+        if len(left) == len(keys.keys):
+            continue
+        found = True
+        if len(left) < keys.threshold:
+            raise Fault(
+                f"{role} would be left with {len(left)} keys",
+                f"it needs {keys.threshold}",
+                f"give it others: fleet keys rotate {role}",
+                code=Exit.REFUSED,
+            )
+        change = change.with_keys(files, role, RoleKeys(left, keys.threshold))
+    if not found:
+        raise Fault(f"the key {keyid[:12]} signs nothing", "no role has it", "fleet keys list shows who signs what")
+    return change
+
+
+def for_pipeline(
+    files: Mapping[str, bytes], name: str, key: Key, *, now: datetime, ends: datetime, ceiling: Grants | None
+) -> Namespace:
+    """A namespace with one more key, a pipeline's, that ends; made when there is none. Keys that have ended go.
+
+    Raises:
+        Fault: it has no ceiling, and none was given.
+    """
+    if name in repository.namespaces(files):
+        before = rotation.namespace_of(files, name)
+        limit = before.ceiling if ceiling is None else ceiling
+        over = {keyid for keyid, end in before.ends.items() if end <= now}
+        kept = tuple(each for each in before.signers.keys if each.keyid not in over)
+        lives = {keyid: end for keyid, end in before.ends.items() if keyid not in over}
+        signers = RoleKeys((*kept, key), before.signers.threshold)
+        space = Namespace(signers, limit, {**lives, key.keyid: ends})
+    else:
+        space = Namespace(RoleKeys((key,)), ceiling, {key.keyid: ends})
+    if space.ceiling is None:
+        raise Fault(
+            f"the namespace {name} has no ceiling",
+            "whoever steals the pipeline's key could grant anything in it",
+            "say what it may reach: --ceiling wasi:http, or --namespace with another name",
+        )
+    return space
+
+
+def read_team(files: Sequence[Path], threshold: int) -> tuple[Mapping[str, Key], RoleKeys]:
+    """People's public keys by their files' names, and what they are together.
+
+    Raises:
+        Fault: a file that is no public key, too few people, or one of them twice.
+    """
+    try:
+        people = {file.stem: keyrings.read_public(read_file(file, keys.MAX_BYTES), what=str(file)) for file in files}
+    except KeyFileError as error:
+        raise Fault(str(error), action="each of them prints it with 'fleet keys show NAME'") from None
+    return people, team_keys(tuple(people.values()), threshold)
+
+
+def team_keys(people: tuple[Key, ...], threshold: int) -> RoleKeys:
+    """Root in the hands of several; raises `Fault` when they are too few."""
+    if len(people) < TEAM_KEYS or threshold < TEAM_THRESHOLD:
+        raise Fault(
+            f"a team's root needs {TEAM_THRESHOLD} of {TEAM_KEYS} people or more",
+            f"{threshold} of {len(people)} were given",
+            "so that one key may be lost and one stolen",
+        )
+    try:
+        return RoleKeys(people, threshold)
+    except RepositoryError as error:
+        raise Fault(str(error)) from None
+
+
+def hand_over(home: Path, team: tuple[Mapping[str, Key], RoleKeys], passphrase: bytes | None) -> Path:
+    """A new fleet's event that gives root to a team, signed by the root key made with the fleet; returns its file.
+
+    Raises:
+        Fault: it cannot be signed or written.
+    """
+    people, signers = team
+    ring = keyrings.Keyring(home / "operator" / "keys")
+    files = {path.name: path.read_bytes() for path in (home / "server" / "repository").iterdir()}
+    try:
+        for name, key in people.items():
+            ring.add(name, key)
+        event = events.propose(
+            files, size=Size.TEAM, roles={"root": signers}, now=datetime.now(UTC), note="root passes to the team"
+        )
+        event = events.sign(files, event, ring.open(ring.get("root"), lambda _what: passphrase))
+    except SigningError as error:
+        raise Fault(str(error), code=Exit.REFUSED) from None
+    path = Path(event.name + SUFFIX)
+    save(path, event)
+    return path
+
+
+def show_recovery(words: str) -> None:
+    """Print the key on paper, once."""
+    click.echo(
+        "The recovery key. Write it down or print it, lock it away, and keep it on no disk; it is not shown again.\n"
+        "With it root can be taken back when this machine is lost: 'fleet keys import recovery --recovery'.\n"
+        f"\n    {words[:42]}\n    {words[42:]}\n"
+    )

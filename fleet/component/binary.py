@@ -1,0 +1,288 @@
+"""WebAssembly binary format within bounds; core modules explained.
+
+The bytes of WebAssembly's binary format: numbers, names, imports and sections, read within bounds.
+
+Shared by `fleet.component.reader`, which reads, and `fleet.component.compose`, which also writes. Whatever the bytes
+are, only `DamagedError` comes out, and no work is done beyond what the bytes pay for.
+
+Core modules, which many toolchains still give: not components, but one command away. This names the command.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+MAGIC: Final = b"\0asm"
+
+MODULE: Final = MAGIC + b"\x01\x00\x00\x00"
+
+COMPONENT: Final = MAGIC + b"\x0d\x00\x01\x00"
+
+PREAMBLE_BYTES: Final = 8
+
+NAME_MAX_BYTES: Final = 4096
+
+SECTIONS_MAX: Final = 100_000
+
+COUNT_MAX: Final = 10_000
+
+_CONTINUES: Final = 0x80
+
+
+class DamagedError(Exception):
+    """The bytes are not well-formed; the message says what and at which offset."""
+
+
+class Cursor:
+    """A place in some bytes that only moves forward, and never past its end."""
+
+    __slots__ = ("at", "data", "end")
+
+    def __init__(self, data: bytes, at: int = 0, end: int | None = None) -> None:
+        self.data = data
+        self.at = at
+        self.end = len(data) if end is None else end
+
+    def __bool__(self) -> bool:
+        """Whether anything is left."""
+        return self.at < self.end
+
+    def byte(self) -> int:
+        """The next byte."""
+        if self.at >= self.end:
+            raise DamagedError(f"it ends early, at offset {self.at}")
+        value = self.data[self.at]
+        self.at += 1
+        return value
+
+    def peek(self) -> int:
+        """The next byte, which stays there."""
+        if self.at >= self.end:
+            raise DamagedError(f"it ends early, at offset {self.at}")
+        return self.data[self.at]
+
+    def skip(self, size: int) -> int:
+        """Pass over `size` bytes and return where they began."""
+        start = self.at
+        if size > self.end - start:
+            raise DamagedError(
+                f"it ends early: {size} bytes are announced at offset {start}, {self.end - start} follow"
+            )
+        self.at = start + size
+        return start
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes."""
+        start = self.skip(size)
+        return self.data[start : self.at]
+
+    def u32(self) -> int:
+        """An unsigned LEB128 number of at most 32 bits."""
+        value = 0
+        for shift in range(0, 35, 7):
+            byte = self.byte()
+            value |= (byte & 0x7F) << shift
+            if byte < _CONTINUES:
+                if value >= 1 << 32:
+                    break
+                return value
+        raise DamagedError(f"a number of more than 32 bits at offset {self.at}")
+
+    def s33(self) -> int:
+        """A signed LEB128 number of at most 33 bits: a type index, or a negative code for a primitive type."""
+        value = 0
+        for shift in range(0, 35, 7):
+            byte = self.byte()
+            value |= (byte & 0x7F) << shift
+            if byte < _CONTINUES:
+                return value - (1 << (shift + 7)) if byte & 0x40 else value
+        raise DamagedError(f"a number of more than 33 bits at offset {self.at}")
+
+    def count(self) -> int:
+        """How many entries follow; each of them takes a byte at least."""
+        value = self.u32()
+        if value > COUNT_MAX:
+            raise DamagedError(f"{value} entries in one list at offset {self.at}, at most {COUNT_MAX} are read")
+        return value
+
+    def name(self) -> str:
+        """A length and that many bytes of UTF-8."""
+        size = self.u32()
+        if size > NAME_MAX_BYTES:
+            raise DamagedError(f"a name of {size} bytes at offset {self.at}")
+        raw = self.take(size)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise DamagedError(f"a name that is not UTF-8 before offset {self.at}") from error
+
+
+def extern_name(cursor: Cursor) -> str:
+    """The name of an import or export, Binary.md `importname'`."""
+    form = cursor.byte()
+    if form > 2:  # noqa: PLR2004 - the forms are 0, 1 (older) and 2 (with a version suffix of its own)
+        raise DamagedError(f"a name of unknown form {form} at offset {cursor.at}")
+    text = cursor.name()
+    return text + cursor.name() if form == 2 else text  # noqa: PLR2004
+
+
+def extern_type(cursor: Cursor) -> None:
+    """Pass over an `externdesc`."""
+    sort = cursor.byte()
+    match sort:
+        case 0x00:
+            cursor.byte()
+            cursor.u32()
+        case 0x01 | 0x04 | 0x05:
+            cursor.u32()
+        case 0x02:
+            if cursor.byte() == 0:
+                cursor.u32()
+            else:
+                cursor.s33()
+        case 0x03:
+            if cursor.byte() == 0:
+                cursor.u32()
+        case _:
+            raise DamagedError(f"an import or export of unknown sort {sort} at offset {cursor.at}")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section: its id and where its contents lie in the whole."""
+
+    id: int
+    start: int
+    end: int
+
+    def cursor(self, data: bytes) -> Cursor:
+        """Over the contents."""
+        return Cursor(data, self.start, self.end)
+
+
+def sections(data: bytes, start: int, end: int) -> Iterator[Section]:
+    """The sections after the preamble of the module or component in `data[start:end]`; raises `DamagedError`."""
+    cursor = Cursor(data, start, end)
+    cursor.skip(PREAMBLE_BYTES)
+    for _ in range(SECTIONS_MAX):
+        if not cursor:
+            return
+        kind = cursor.byte()
+        size = cursor.u32()
+        at = cursor.skip(size)
+        yield Section(kind, at, cursor.at)
+    raise DamagedError(f"more than {SECTIONS_MAX} sections")
+
+
+def u32(value: int) -> bytes:
+    """`value` as unsigned LEB128."""
+    out = bytearray()
+    while value >= _CONTINUES:
+        out.append(value & 0x7F | _CONTINUES)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def s33(value: int) -> bytes:
+    """`value` as signed LEB128."""
+    out = bytearray()
+    while not -0x40 <= value < 0x40:  # noqa: PLR2004 - what fits in the last byte beside the sign
+        out.append(value & 0x7F | _CONTINUES)
+        value >>= 7
+    out.append(value & 0x7F)
+    return bytes(out)
+
+
+def name(text: str) -> bytes:
+    """`text` as a length and UTF-8."""
+    raw = text.encode()
+    return u32(len(raw)) + raw
+
+
+def section(kind: int, contents: bytes) -> bytes:
+    """A whole section."""
+    return bytes([kind]) + u32(len(contents)) + contents
+
+
+# Section ids of a core module, Core Specification 5.5.2
+_CUSTOM: Final = 0
+
+_IMPORT: Final = 2
+
+_EXPORT: Final = 7
+
+
+def how_to_componentize(data: bytes, file_name: str) -> str:
+    """What `file_name`, a core module, is, and the command that makes a component of it: one line for people."""
+    stem = file_name.removesuffix(".wasm")
+    out = f"-o {stem}.component.wasm"
+    try:
+        modules, exports, custom = _core_names(data)
+    except DamagedError as error:
+        return f"{file_name} is a core module, not a component, and damaged: {error}; build it again"
+    head = f"{file_name} is a core module, not a component"
+    if any(section.startswith("component-type") for section in custom) and "wasi_snapshot_preview1" not in modules:
+        return f"{head}: wasm-tools component new {file_name} {out}"
+    if "wasi_snapshot_preview1" in modules:
+        kind = "command" if "_start" in exports else "reactor"
+        return (
+            f"{head} (WASI preview 1): wasm-tools component new {file_name} "
+            f"--adapt wasi_snapshot_preview1.{kind}.wasm {out}"
+        )
+    if "wasi_unstable" in modules:
+        return f"{head}, for a WASI older than preview 1: build it with current tools, for WASI 0.2"
+    if "env" in modules or "gojs" in modules or "wbg" in modules:
+        return f"{head}, made for a browser or a host of its own (imports {min(modules)}): build it for WASI 0.2"
+    return (
+        f"{head}: wasm-tools component embed --world WORLD WIT-DIRECTORY {file_name} -o {stem}.embed.wasm, "
+        f"then wasm-tools component new {stem}.embed.wasm {out}"
+    )
+
+
+def _core_names(data: bytes) -> tuple[set[str], set[str], set[str]]:
+    """The modules that a core module imports from, its exports, its custom sections; Core Spec, section 5.5."""
+    modules: set[str] = set()
+    exports: set[str] = set()
+    custom: set[str] = set()
+    for section in sections(data, 0, len(data)):
+        cursor = section.cursor(data)
+        if section.id == _CUSTOM:
+            custom.add(cursor.name())
+        elif section.id == _IMPORT:
+            for _ in range(cursor.count()):
+                modules.add(cursor.name())
+                cursor.name()
+                _core_import_type(cursor)
+        elif section.id == _EXPORT:
+            for _ in range(cursor.count()):
+                exports.add(cursor.name())
+                cursor.byte()
+                cursor.u32()
+    return modules, exports, custom
+
+
+def _core_import_type(cursor: Cursor) -> None:
+    kind = cursor.byte()
+    match kind:
+        case 0x00:  # function: its type
+            cursor.u32()
+        case 0x01:  # table: element type, limits
+            cursor.byte()
+            _core_limits(cursor)
+        case 0x02:  # memory: limits
+            _core_limits(cursor)
+        case 0x03:  # global: type, mutability
+            cursor.byte()
+            cursor.byte()
+        case 0x04:  # tag: attribute, type
+            cursor.byte()
+            cursor.u32()
+        case _:
+            raise DamagedError(f"an import of unknown kind {kind} at offset {cursor.at}")
+
+
+def _core_limits(cursor: Cursor) -> None:
+    if cursor.byte() & 1:
+        cursor.u32()
+    cursor.u32()

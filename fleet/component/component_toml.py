@@ -1,0 +1,492 @@
+"""component.toml: read, infer, suggest, render.
+
+`component.toml`, the form in which authors write a manifest, and what can be told from the component itself.
+
+Sizes and durations carry their units there (`"16MiB"`, `"500ms"`); everything has a default; what the component shows
+by its exports (trigger, world, health check) need not be written. `docs/component-toml.md` lists every field. The
+normalised form that is signed is `fleet.protocol.manifest.Manifest`.
+
+Whatever is wrong with the text comes out as `BadManifestError`, one line that names the field by its path.
+
+A manifest written as `component.toml`: only what differs from the defaults, units as people read them.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Container, Iterable
+from typing import Final
+
+import msgspec
+
+from fleet.component import toml_fields
+from fleet.component.reader import (
+    HTTP_HANDLER,
+    HTTP_HEALTH,
+    SCHEDULE_TASK,
+    WASI_HTTP_HANDLER,
+    WASI_MESSAGING_HANDLER,
+    WASI_RUN,
+    Component,
+    bare,
+)
+from fleet.component.toml_fields import FILE_NAME, Field, Table, checked, fields
+from fleet.protocol import bounds, manifest, names, outbound, wire
+from fleet.protocol.manifest import (
+    NATIVE_ANSWER_MAX_BYTES,
+    BadManifestError,
+    ConfigKey,
+    Grants,
+    Health,
+    Http,
+    Limits,
+    Manifest,
+    OnMessage,
+    Schedule,
+    SecretKey,
+    Service,
+    Trigger,
+)
+
+DEV_VERSION: Final = "0.0.0-dev.0"
+
+ARCHES: Final = ("x86_64", "aarch64", "riscv64")
+
+TOML_MAX_CHARS: Final = 64 * 1024
+
+# What a component may export for the host to call: interface, trigger, world. The first that it exports counts.
+_ENTRIES: Final[tuple[tuple[str, type[Trigger], str], ...]] = (
+    (HTTP_HANDLER, Http, "wasmfleet:http"),
+    (WASI_HTTP_HANDLER, Http, "wasi:http"),
+    (SCHEDULE_TASK, Schedule, "wasmfleet:schedule"),
+    (WASI_MESSAGING_HANDLER, OnMessage, "wasi:messaging"),
+    (WASI_RUN, Service, "wasi:cli"),
+)
+
+_INTERFACE: Final = re.compile(r"[a-z][a-z0-9-]*:[a-z][a-z0-9-]*(/[a-z][a-z0-9-]*)?")
+
+_SECRET_READERS: Final = ("wasi:cli/environment", "wasi:config/store", "wasi:config/runtime")
+
+_DOTS_MAX: Final = 500
+"""In one line: what tomllib keeps of a dotted key grows with the square of its parts."""
+
+_CONFIG_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class NeedsTomlError(BadManifestError):
+    """The component cannot go without a `component.toml`.
+
+    Attributes:
+        suggestion: the exact file to save; a person fills in what it leaves open.
+    """
+
+    def __init__(self, message: str, suggestion: str) -> None:
+        super().__init__(message)
+        self.suggestion = suggestion
+
+
+def load(
+    text: str, *, component: Component | None = None, file_name: str = "component.wasm", version: str = DEV_VERSION
+) -> Manifest:
+    """Read `component.toml`.
+
+    Args:
+        text: the file's contents.
+        component: what the component shows of itself. Without it, name and trigger must be written.
+        file_name: the component's file; its name is the component's where the text gives none.
+        version: where the text gives none.
+
+    Raises:
+        BadManifestError: a syntax error (with its line), an unknown or ill-typed field (with its path), or a text that
+            says of the component what is not so.
+    """
+    if len(text) > TOML_MAX_CHARS:
+        raise BadManifestError(f"{FILE_NAME} has {len(text)} characters, at most {TOML_MAX_CHARS} are read")
+    if any(line.count(".") > _DOTS_MAX for line in text.splitlines()):
+        raise BadManifestError(f"{FILE_NAME} has a line with more than {_DOTS_MAX} dots")
+    try:
+        raw = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadManifestError(f"{FILE_NAME} is not TOML: {error}") from error
+    table = Table("", raw)
+    trigger = _trigger(table, component)
+    world = _world(table, component, trigger, file_name)
+    health = table.table("health").struct(Health)
+    if component is not None:
+        health = _health(health, component, file_name, written="check" in raw.get("health", {}))
+    manifest = Manifest(
+        name=_name(table, component, file_name),
+        version=checked(names.check_version, table.text("version", version), "version"),
+        description=table.text("description", ""),
+        trigger=trigger,
+        world=world,
+        grants=_grants(table.table("grants")),
+        limits=table.table("limits").struct(Limits),
+        health=health,
+        config=_config(table.table("config")),
+        secrets=_secrets(table.table("secrets"), set(raw.get("config", {}))),
+        security_epoch=table.whole("security_epoch", 0),
+        data_schema=table.whole("data_schema", 0),
+        arch=table.texts("arch", lambda arch: None if arch in ARCHES else f"the known ones are {', '.join(ARCHES)}"),
+    )
+    table.finish()
+    if component is not None and manifest.secrets:
+        _check_readable(component, file_name)
+    return _bounded(manifest)
+
+
+def infer(file_name: str, component: Component, *, version: str = DEV_VERSION) -> Manifest:
+    """The manifest of a component without a `component.toml`: no grants, default limits.
+
+    Args:
+        file_name: the component is named after it.
+        component: trigger and health check follow from its exports.
+        version: the caller's; a name of its own for each push of a component in development.
+
+    Raises:
+        NeedsTomlError: it must be said when it runs.
+        BadManifestError: its file name gives no name, or it exports nothing that a board can call.
+    """
+    entry = _entry(component, None)
+    if entry is None:
+        raise BadManifestError(_nothing_to_call(component, file_name))
+    _interface, kind, world = entry
+    health = Health(check=component.exported(HTTP_HEALTH) is not None)
+    example = Manifest(name=name_of(file_name), version=version, trigger=Http(), world=world, health=health)
+    if kind in {Schedule, OnMessage}:
+        trigger: Trigger = Schedule(every_ms=60_000) if kind is Schedule else OnMessage(topics=("topic",))
+        what = "when it runs" if kind is Schedule else "which topics it hears"
+        example = msgspec.structs.replace(example, trigger=trigger)
+        raise NeedsTomlError(
+            f"{file_name} exports {entry[0]}, so a {FILE_NAME} beside it must say {what}",
+            suggest_toml(component, example),
+        )
+    return msgspec.structs.replace(example, trigger=kind())
+
+
+def describe(
+    component: Component, text: str | None, *, file_name: str = "component.wasm", version: str = DEV_VERSION
+) -> Manifest:
+    """The manifest of a component that is to be published: read or inferred, with every import granted.
+
+    Args:
+        component: as `fleet.component.reader.read` gives it.
+        text: of its `component.toml`, None where there is none.
+        file_name: the component's file, as in `load`.
+        version: where the text gives none.
+
+    Raises:
+        NeedsTomlError: an import is not granted, or a `component.toml` is needed for another reason.
+        BadManifestError: anything else that is wrong.
+    """
+    if text is None:
+        manifest = infer(file_name, component, version=version)
+    else:
+        manifest = load(text, component=component, file_name=file_name, version=version)
+    if missing := check_grants(component, manifest):
+        raise NeedsTomlError(
+            f"{file_name} imports {', '.join(missing)}, which its manifest does not grant: "
+            f"save the suggested {FILE_NAME} if it may have that",
+            suggest_toml(component, manifest),
+        )
+    return manifest
+
+
+def check_grants(component: Component, manifest: Manifest) -> list[str]:
+    """The interfaces, by their full names, that the component imports and the manifest does not grant."""
+    return list(component.missing(manifest.grants, world=manifest.world))
+
+
+def suggest_toml(component: Component, manifest: Manifest) -> str:
+    """The `component.toml` to save so that this component may run: what the manifest says, and all its imports granted.
+
+    `load` reads it back to that manifest. A development version is left out, so that each push makes its own.
+    """
+    wanted = dict.fromkeys(bare(name) for name in check_grants(component, manifest))
+    grants = msgspec.structs.replace(manifest.grants, interfaces=(*manifest.grants.interfaces, *wanted))
+    return render(msgspec.structs.replace(manifest, grants=grants), leave_out_version=DEV_VERSION)
+
+
+def beside(file_name: str) -> tuple[str, str]:
+    """The names under which a component's manifest may lie beside it, the first that exists counts."""
+    return (f"{file_name.removesuffix('.wasm')}.toml", FILE_NAME)
+
+
+def name_of(file_name: str) -> str:
+    """The component's name from its file's, without directories; raises `BadManifestError`."""
+    stem = re.split(r"[/\\]", file_name)[-1].removesuffix(".wasm").removesuffix(".component")
+    try:
+        return names.check_label(re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-"), "component")
+    except names.BadNameError as error:
+        raise BadManifestError(f"{file_name!r} gives the component no name: write name = ... in {FILE_NAME}") from error
+
+
+def _entry(component: Component, kind: type[Trigger] | None) -> tuple[str, type[Trigger], str] | None:
+    for interface, trigger, world in _ENTRIES:
+        if component.exported(interface) and kind in {None, trigger}:
+            return interface, trigger, world
+    return None
+
+
+def _nothing_to_call(component: Component, file_name: str) -> str:
+    what = f"only {', '.join(component.exports[:5])}" if component.exports else "nothing"
+    known = ", ".join(interface for interface, _, _ in _ENTRIES)
+    return f"{file_name} exports {what}; a board can call one of {known}"
+
+
+def _trigger(table: Table, component: Component | None) -> Trigger:
+    raw = table.take("trigger")
+    if raw is None:
+        entry = _entry(component, None) if component else None
+        if entry is None or entry[1] in {Schedule, OnMessage}:
+            raise BadManifestError(
+                f'{FILE_NAME}: trigger is missing: "http", "service", {{ type = "schedule", every = "10s" }} '
+                'or { type = "message", topics = ["name"] }'
+            )
+        return entry[1]()
+    inner = Table("trigger", raw if isinstance(raw, dict) else {"type": raw})
+    kind = inner.text("type", "")
+    trigger: Trigger
+    match kind:
+        case "http":
+            trigger = Http()
+        case "service":
+            trigger = Service()
+        case "schedule":
+            trigger = _schedule(inner)
+        case "message":
+            trigger = OnMessage(topics=inner.texts("topics", lambda topic: None if topic else "a topic has a name"))
+            if not trigger.topics:
+                raise BadManifestError(f"{FILE_NAME}: trigger.topics is missing: the topics it hears")
+        case _:
+            raise BadManifestError(f"{FILE_NAME}: trigger.type {kind!r}: one of http, schedule, message, service")
+    inner.finish()
+    return trigger
+
+
+def _schedule(table: Table) -> Schedule:
+    every = table.duration("every", None)
+    spec = table.take("cron")
+    if (every is None) == (spec is None):
+        raise BadManifestError(f'{FILE_NAME}: trigger: a schedule has either every = "10s" or cron = "*/5 * * * *"')
+    if spec is None:
+        return Schedule(every_ms=every)
+    if not isinstance(spec, str):
+        raise table.wrong("cron", 'a text such as "*/5 * * * *"', spec)
+    return Schedule(cron=checked(manifest.check, spec, "trigger.cron"))
+
+
+def _world(table: Table, component: Component | None, trigger: Trigger, file_name: str) -> str:
+    written = table.text("world", "")
+    if component is None:
+        return written
+    kind = type(trigger)
+    entry = _entry(component, kind)
+    if entry is None:
+        wanted = " nor ".join(interface for interface, other, _ in _ENTRIES if other is kind)
+        which = "neither " if " nor " in wanted else "no "
+        raise BadManifestError(f"{FILE_NAME}: trigger does not fit: {file_name} exports {which}{wanted}")
+    if written not in {"", entry[2]}:
+        raise BadManifestError(f"{FILE_NAME}: world is {written!r}, but {file_name} exports {entry[0]}")
+    return entry[2]
+
+
+def _health(health: Health, component: Component, file_name: str, *, written: bool) -> Health:
+    exported = component.exported(HTTP_HEALTH) is not None
+    if health.check and not exported:
+        raise BadManifestError(f"{FILE_NAME}: health.check is true, but {file_name} exports no {HTTP_HEALTH}")
+    return health if written else msgspec.structs.replace(health, check=exported)
+
+
+def _name(table: Table, component: Component | None, file_name: str) -> str:
+    name = table.text("name", "")
+    if name:
+        return checked(lambda text: names.check_label(text, "component"), name, "name")
+    if component is None:
+        raise BadManifestError(f"{FILE_NAME}: name is missing")
+    return name_of(file_name)
+
+
+def _grants(table: Table) -> Grants:
+    grants = Grants(
+        interfaces=table.texts("interfaces", _check_interface),
+        outbound=tuple(str(outbound.parse(each)) for each in table.texts("outbound", _check_outbound)),
+        instances=table.texts("instances", _check_instance),
+    )
+    table.finish()
+    return grants
+
+
+def _check_interface(text: str) -> str | None:
+    if _INTERFACE.fullmatch(text):
+        return None
+    if "@" in text:
+        return f"without the version: {bare(text)!r}"
+    return 'an interface or a package is wanted, such as "wasi:clocks" or "wasi:cli/stdout"'
+
+
+def _check_outbound(text: str) -> str | None:
+    try:
+        outbound.parse(text)
+    except outbound.BadOutboundError as error:
+        return str(error)
+    return None
+
+
+def _check_instance(text: str) -> str | None:
+    try:
+        names.check_label(text, "instance")
+    except names.BadNameError as error:
+        return str(error)
+    return None
+
+
+def _config(table: Table) -> dict[str, ConfigKey]:
+    keys: dict[str, ConfigKey] = {}
+    for key in list(table.raw):
+        if _CONFIG_KEY.fullmatch(key) is None:
+            raise BadManifestError(f"{FILE_NAME}: config: {key[:80]!r} is not a key: 1 to 64 of A-Z a-z 0-9 . _ -")
+        inner = table.table(key)
+        default = inner.text("default", "") if "default" in inner.raw else None
+        keys[key] = ConfigKey(description=inner.text("description", ""), default=default)
+        inner.finish()
+        if len((default or "").encode()) > bounds.CONFIG_VALUE_MAX_BYTES:
+            raise BadManifestError(f"{FILE_NAME}: config.{key}.default: at most {bounds.CONFIG_VALUE_MAX_BYTES} bytes")
+    return keys
+
+
+def _secrets(table: Table, config: Container[str]) -> dict[str, SecretKey]:
+    keys: dict[str, SecretKey] = {}
+    for key in list(table.raw):
+        checked(names.check_secret, key, "secrets")
+        if key in config:
+            raise BadManifestError(f"{FILE_NAME}: secrets.{key}: there is a configuration key of that name too")
+        inner = table.table(key)
+        keys[key] = SecretKey(description=inner.text("description", ""), required=inner.switch("required", True))
+        inner.finish()
+    if len(keys) > bounds.SECRETS_MAX:
+        raise BadManifestError(f"{FILE_NAME}: secrets: {len(keys)} are too many, at most {bounds.SECRETS_MAX} fit")
+    return keys
+
+
+def _check_readable(component: Component, file_name: str) -> None:
+    """A secret that nothing can read is a mistake; raises `BadManifestError`."""
+    if not any(bare(name) in _SECRET_READERS for name in component.imports):
+        raise BadManifestError(
+            f"{FILE_NAME}: secrets: {file_name} imports none of {', '.join(_SECRET_READERS)}, "
+            "so it could never read one"
+        )
+
+
+def _bounded(manifest: Manifest) -> Manifest:
+    if manifest.world == "wasmfleet:http" and manifest.limits.response_bytes > NATIVE_ANSWER_MAX_BYTES:
+        raise BadManifestError(
+            f"{FILE_NAME}: limits.response: an answer of wasmfleet:http has at most {NATIVE_ANSWER_MAX_BYTES} bytes "
+            "(2730KiB); a component that answers with more exports wasi:http/incoming-handler"
+        )
+    size = len(wire.canonical(manifest))
+    if size > bounds.MANIFEST_MAX_BYTES:
+        raise BadManifestError(
+            f"{FILE_NAME} makes a manifest of {size} bytes, at most {bounds.MANIFEST_MAX_BYTES} are signed: "
+            "shorten descriptions or defaults"
+        )
+    return manifest
+
+
+_BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
+    """The text that `fleet.component.component_toml.load` reads back to `manifest`.
+
+    Args:
+        manifest: what to write.
+        leave_out_version: a version that the reader fills in by itself.
+    """
+    lines = [f"name = {text(manifest.name)}"]
+    if manifest.version != leave_out_version:
+        lines.append(f"version = {text(manifest.version)}")
+    if manifest.description:
+        lines.append(f"description = {text(manifest.description)}")
+    lines.append(f"trigger = {_trigger_lines(manifest.trigger)}")
+    if manifest.world:
+        lines.append(f"world = {text(manifest.world)}")
+    if manifest.security_epoch:
+        lines.append(f"security_epoch = {manifest.security_epoch}")
+    if manifest.data_schema:
+        lines.append(f"data_schema = {manifest.data_schema}")
+    if manifest.arch:
+        lines.append(f"arch = {texts(manifest.arch)}")
+    lines += _table("grants", _grant_lines(manifest.grants))
+    lines += _table("limits", _numbers(manifest.limits, Limits()))
+    lines += _table("health", _numbers(manifest.health, Health()), always=_check(manifest.health))
+    for key, value in manifest.config.items():
+        inner = [f"description = {text(value.description)}"] if value.description else []
+        inner += [] if value.default is None else [f"default = {text(value.default)}"]
+        name = key if _BARE_KEY.fullmatch(key) else text(key)
+        lines += ["", f"[config.{name}]", *inner]
+    for key, secret in manifest.secrets.items():
+        inner = [f"description = {text(secret.description)}"] if secret.description else []
+        inner += [] if secret.required else ["required = false"]
+        lines += ["", f"[secrets.{key if _BARE_KEY.fullmatch(key) else text(key)}]", *inner]
+    return "\n".join(lines) + "\n"
+
+
+def text(value: str) -> str:
+    """A basic string; TOML 1.0, section "String"."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def texts(values: Iterable[str]) -> str:
+    """An array of basic strings."""
+    return f"[{', '.join(text(value) for value in values)}]"
+
+
+def _table(name: str, lines: list[str], always: tuple[str, ...] = ()) -> list[str]:
+    return ["", f"[{name}]", *always, *lines] if lines or always else []
+
+
+def _check(health: Health) -> tuple[str, ...]:
+    """Whether there is a check is always written: left out, it is told from the exports."""
+    return (f"check = {'true' if health.check else 'false'}",)
+
+
+def _trigger_lines(trigger: Trigger) -> str:
+    match trigger:
+        case Http():
+            return '"http"'
+        case Service():
+            return '"service"'
+        case Schedule(every_ms=int(every)):
+            return f'{{ type = "schedule", every = {text(toml_fields.format_duration(every))} }}'
+        case Schedule():
+            return f'{{ type = "schedule", cron = {text(trigger.cron or "")} }}'
+        case OnMessage():
+            return f'{{ type = "message", topics = {texts(trigger.topics)} }}'
+
+
+def _grant_lines(grants: Grants) -> list[str]:
+    named = {"interfaces": grants.interfaces, "outbound": grants.outbound, "instances": grants.instances}
+    return [f"{key} = {texts(values)}" for key, values in named.items() if values]
+
+
+def _numbers(value: Limits | Health, default: Limits | Health) -> list[str]:
+    lines = []
+    for field in fields(type(value)):
+        number = getattr(value, field.name)
+        if number != getattr(default, field.name) and field.kind != "switch":
+            lines.append(f"{field.key} = {quantity(field, number)}")
+    return lines
+
+
+def quantity(field: Field, value: int) -> str:
+    """A value as it is written for this field."""
+    match field.kind:
+        case "size":
+            return text(toml_fields.format_size(value))
+        case "duration":
+            return text(toml_fields.format_duration(value))
+        case "number":
+            return str(value)
+        case "switch":
+            return "true" if value else "false"

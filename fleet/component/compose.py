@@ -1,0 +1,491 @@
+"""Nest a guest in the wasi:http adapter; interface shims; the adapter's bytes.
+
+Puts the wasi:http adapter around a guest: encodes one component that nests both.
+
+The adapter's file (components/adapter) is a component that imports what the engine serves to every guest of wasi:http
+and nests others: the first defines `wasi:io`, the standard streams, `wasi:http/types` and the handler of outgoing
+requests, the second calls the guest, and the rest are shims. What is encoded here is that file, byte for byte,
+followed by what joins a guest to it:
+
+    adapter's file   imports of wasi:io, of wasi:cli's streams and of the host's part; component 0, component 1, shims
+    imports          the guest's own, where the adapter does not define the same (wasi:clocks and so on)
+    next component   the guest, byte for byte
+    instances        0 with the engine's part; the guest with 0 for wasi:io, the standard streams and wasi:http; 1 with
+                     0 and the guest
+    exports          the adapter's bridge; the guest's own `wasmfleet:` interfaces
+
+Since `wasi:io` is the adapter's, what else gives or takes its resources (`wasi:filesystem/types` opens streams) has to
+be translated: of such an interface the guest gets the functions named in `_SHIMS` from a shim, which is instantiated
+for it, and all others from the engine.
+
+A guest may have been built for any 0.2 release of WASI: within 0.2 a name without its patch version says the same.
+Types are rewritten as far as they name other types, since indices differ; nothing is validated (the engine does). Pure:
+bytes in, bytes or `ComposeError` out. The format is the Component Model's Binary.md.
+
+Puts shims into an interface of WASI: encodes a component that exports what the guest imports of it.
+
+Where some functions of an interface must come from elsewhere than the rest, the Component Model wants a component
+around them: an instance cannot simply be made of methods. The sleeve is that component. It imports the interface as
+the engine has it and the functions that replace some of it, and exports them all under their own names:
+
+    imports   the interfaces whose types it names, the engine's and, of wasi:io, the adapter's too; the interface
+              itself; each function that is replaced, under its shim's name
+    exports   the interface, item by item in the order of the guest's import, with the adapter's resources of wasi:io
+
+Pure: bytes in, bytes out. The format is the Component Model's Binary.md.
+
+The wasi:http adapter as it is shipped: its bytes, and the digest that goes into an image's key.
+
+Built from components/adapter, where its source, its WIT and a rebuild that compares stand. The file is packed, as the
+repository keeps what it carries of binaries small.
+"""
+
+import functools
+import gzip
+import hashlib
+import re
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Final
+
+from fleet.component import binary, reader, types
+from fleet.component.reader import Alias, ComponentIndex
+
+BRIDGE: Final = "wasmfleet:adapter/bridge"
+
+HOST: Final = "wasmfleet:adapter/host"
+
+PARTS: Final = 2
+"""What the adapter's file nests before its shims."""
+
+_INSTANCE: Final = 5
+
+_ALIAS: Final = 6
+
+_TYPE: Final = 7
+
+_SORT_FUNC: Final = b"\x01"
+
+_SORT_TYPE: Final = b"\x03"
+
+_SORT_INSTANCE: Final = b"\x05"
+
+# Interfaces by `_key`
+_HANDLER: Final = f"{reader.WASI_HTTP_HANDLER}@0.2"
+
+_TYPES: Final = "wasi:http/types@0.2"
+
+_IO: Final = "wasi:io/"
+
+# The functions that give or take resources of wasi:io, by interface: the shim that stands for each.
+_SHIMS: Final = {
+    "wasi:clocks/monotonic-clock@0.2": {"subscribe-instant": "clock-instant", "subscribe-duration": "clock-duration"},
+    "wasi:filesystem/types@0.2": {
+        "[method]descriptor.read-via-stream": "files-read",
+        "[method]descriptor.write-via-stream": "files-write",
+        "[method]descriptor.append-via-stream": "files-append",
+        "filesystem-error-code": "files-error",
+    },
+    "wasi:sockets/network@0.2": {"network-error-code": "network-error"},
+    "wasi:sockets/tcp@0.2": {
+        "[method]tcp-socket.finish-connect": "tcp-connect",
+        "[method]tcp-socket.accept": "tcp-accept",
+        "[method]tcp-socket.subscribe": "tcp-subscribe",
+    },
+    "wasi:sockets/udp@0.2": {
+        "[method]udp-socket.subscribe": "udp-subscribe",
+        "[method]incoming-datagram-stream.subscribe": "udp-incoming",
+        "[method]outgoing-datagram-stream.subscribe": "udp-outgoing",
+    },
+    "wasi:sockets/ip-name-lookup@0.2": {"[method]resolve-address-stream.subscribe": "lookup-subscribe"},
+}
+
+_OF_IO: Final = {
+    "pollable": "wasi:io/poll@0.2",
+    "error": "wasi:io/error@0.2",
+    **dict.fromkeys(("input-stream", "output-stream"), "wasi:io/streams@0.2"),
+}
+
+# What of WASI the parts of the adapter mean by the names under which they import it.
+_ENGINE: Final = {
+    **{f"wasmfleet:engine/{name}@0.1": f"wasi:io/{name}@0.2" for name in ("error", "poll", "streams")},
+    **{f"wasmfleet:engine/{name}@0.1": f"wasi:cli/{name}@0.2" for name in ("stdin", "stdout", "stderr")},
+    "wasmfleet:engine/files@0.1": "wasi:filesystem/types@0.2",
+    "wasmfleet:engine/network@0.1": "wasi:sockets/network@0.2",
+    **{f"wasmfleet:engine/{shim}@0.1": key for key, shims in _SHIMS.items() for shim in shims.values()},
+}
+
+
+class ComposeError(ValueError):
+    """These two cannot be put together. The message is for people."""
+
+
+def needs_adapter(found: reader.Component) -> bool:
+    """Whether a board runs this component inside the adapter."""
+    return bool(found.exported(reader.WASI_HTTP_HANDLER)) and not found.exported(reader.HTTP_HANDLER)
+
+
+def compose(adapter: bytes, guest: bytes) -> bytes:
+    """The component that nests both and exports the adapter's bridge.
+
+    Args:
+        adapter: the adapter's file.
+        guest: a component that exports `wasi:http/incoming-handler@0.2.x`.
+
+    Raises:
+        ComposeError: the guest exports no such handler, or imports in a way that no toolchain for WASI 0.2 does.
+    """
+    try:
+        shell, inner = reader.read_index(adapter), reader.read_index(guest)
+        parts = [reader.read_index(part) for part in shell.components]
+        if len(parts) < PARTS:
+            raise ComposeError("the adapter's file is damaged: it does not nest its components; install it again")
+        if _HANDLER not in map(_key, inner.exports):
+            raise ComposeError(f"the component exports no {_HANDLER}: there is nothing to adapt")
+        return _join(shell, inner, parts)
+    except binary.DamagedError as error:
+        raise ComposeError(f"the component is damaged: {error}; build or copy it again") from error
+    except types.ForeignTypeError as error:
+        raise ComposeError(f"the component's imports are not those of a WASI 0.2 component: {error}") from error
+
+
+def _join(shell: ComponentIndex, inner: ComponentIndex, parts: list[ComponentIndex]) -> bytes:
+    if inner.type_imports:
+        raise types.ForeignTypeError(f"{inner.type_imports[0]} is not an interface")
+    out = _Writer(shell)
+    types_part, driver_part = parts[:PARTS]
+    engine = {_key(name): number for number, name in enumerate(shell.instances)}
+    first = out.instantiate(0, {name: engine[_ENGINE.get(_key(name), _key(name))] for name in types_part.instances})
+    adapted = {_key(name): out.export_of(first, name) for name in types_part.exports}
+
+    wanted = _Imports(out, inner, engine, adapted, parts).answers()
+    middle = out.instantiate(out.component(inner.data), wanted)
+
+    handler = out.export_of(middle, next(name for name in inner.exports if _key(name) == _HANDLER))
+    handler = out.bundle(
+        types=dict.fromkeys(("incoming-request", "response-outparam"), adapted[_TYPES]),
+        functions={"handle": out.function_of(handler, "handle")},
+    )
+    joints = engine | adapted | {_HANDLER: handler}
+    last = out.instantiate(1, {name: joints[_key(name)] for name in driver_part.instances})
+    for name in driver_part.exports:
+        out.export(name, out.export_of(last, name))
+    for name in inner.exports:
+        if name.startswith("wasmfleet:"):
+            out.export(name, out.export_of(middle, name))
+    return bytes(out.data)
+
+
+class _Imports:
+    """The imports of the guest, and what each is answered with."""
+
+    def __init__(
+        self,
+        out: "_Writer",
+        inner: ComponentIndex,
+        engine: dict[str, int],
+        adapted: dict[str, int],
+        parts: list[ComponentIndex],
+    ) -> None:
+        self._out = out
+        self._inner = inner
+        self._engine = engine
+        self._adapted = adapted
+        self._shims = {part.functions[0]: (at, part) for at, part in enumerate(parts[PARTS:], PARTS)}
+        self._instances: list[int] = []  # of the guest's instance space, as the engine has them
+        self._types: dict[int, int] = {}  # of the guest's type space, in the whole's, as far as needed
+        self._of_io: set[int] = set()  # of these, the ones that are the engine's resources of wasi:io, or made of them
+        self._met_io = False
+
+    def answers(self) -> dict[str, int]:
+        """An instance for each import; what nobody provides is imported by the whole."""
+        wanted = {}
+        served = dict(self._engine)
+        for at, (name, kind) in enumerate(zip(self._inner.instances, self._inner.kinds, strict=True)):
+            key = _key(name)
+            own = self._adapted.get(key)
+            if own is not None:
+                # Types that others take from here are the engine's, as far as it has them.
+                self._instances.append(self._engine.get(key, own))
+                wanted[name] = own
+                continue
+            self._met_io = False
+            instance = self._engine.get(key)
+            if instance is None:
+                instance = self._out.import_instance(name, self._type(kind))
+                served[key] = instance
+            self._instances.append(instance)
+            wanted[name] = self._shimmed(at, instance, served) if self._met_io else instance
+        return wanted
+
+    def _shimmed(self, at: int, instance: int, served: dict[str, int]) -> int:
+        """The engine's instance with a shim's functions for those that have to do with wasi:io."""
+        name = self._inner.instances[at]
+        if _key(name) not in _SHIMS:
+            raise ComposeError(f"the component imports {name}, which hands out streams that no board can serve")
+        shims = _SHIMS[_key(name)]
+        made = encode_shim(self._inner, at, _IO, shims)
+        given = {
+            each: self._adapted[_key(self._inner.instances[n])] if own else self._instances[n]
+            for each, n, own in made.wanted
+        }
+        functions = {shim: self._shim(shim, instance, served) for shim in made.shims}
+        return self._out.instantiate(self._out.component(made.data), given, functions=functions)
+
+    def _shim(self, name: str, instance: int, served: dict[str, int]) -> int:
+        """The function of a shim, instantiated for it."""
+        number, part = self._shims[name]
+        given = {}
+        for each in part.instances:
+            meant = _ENGINE.get(_key(each))
+            given[each] = self._adapted[_key(each)] if meant is None else served[meant]
+        types = {
+            each: self._out.type_of(self._adapted[_OF_IO[each]] if each in _OF_IO else instance, each)
+            for each in part.type_imports
+        }
+        return self._out.function_of(self._out.instantiate(number, given, types), name)
+
+    def _type(self, number: int) -> int:
+        """The whole's index of a type of the guest's."""
+        if number not in self._types:
+            if number >= len(self._inner.types):
+                raise binary.DamagedError(f"type {number} of an import is not there")
+            found = self._inner.types[number]
+            before, self._met_io = self._met_io, False
+            if isinstance(found, Alias):
+                if found.instance >= len(self._instances):
+                    raise binary.DamagedError(f"instance {found.instance} of a type is not there")
+                self._types[number] = self._out.type_of(self._instances[found.instance], found.name)
+                self._met_io = self._inner.instances[found.instance].startswith(_IO)
+            else:
+                self._types[number] = self._out.define(
+                    types.rewrite(binary.Cursor(self._inner.data, *found), self._type)
+                )
+            if self._met_io:
+                self._of_io.add(number)
+            self._met_io |= before
+        self._met_io |= number in self._of_io
+        return self._types[number]
+
+
+def _key(name: str) -> str:
+    """What two names have in common that mean the same interface: `wasi:io/poll@0.2` of `wasi:io/poll@0.2.3`."""
+    return re.sub(r"(@(?:0\.)?[0-9]+)(?:\.[0-9]+)*$", r"\1", name)
+
+
+class _Writer:
+    """Appends sections, one item each, to the adapter's file, and counts the index spaces."""
+
+    def __init__(self, shell: ComponentIndex) -> None:
+        self.data = bytearray(shell.data)
+        self._types = len(shell.types)
+        self._instances = len(shell.instances)
+        self._components = len(shell.components)
+        self._functions = 0
+
+    def _put(self, kind: int, contents: bytes) -> None:
+        self.data += binary.section(kind, b"\x01" + contents)
+
+    def component(self, data: bytes) -> int:
+        """Nest a component."""
+        self.data += binary.section(reader.NESTED, data)
+        self._components += 1
+        return self._components - 1
+
+    def define(self, body: bytes) -> int:
+        """Define a type."""
+        self._put(_TYPE, body)
+        self._types += 1
+        return self._types - 1
+
+    def type_of(self, instance: int, name: str) -> int:
+        """The type that an instance exports."""
+        self._put(_ALIAS, _SORT_TYPE + b"\x00" + binary.u32(instance) + binary.name(name))
+        self._types += 1
+        return self._types - 1
+
+    def function_of(self, instance: int, name: str) -> int:
+        """The function that an instance exports."""
+        self._put(_ALIAS, _SORT_FUNC + b"\x00" + binary.u32(instance) + binary.name(name))
+        self._functions += 1
+        return self._functions - 1
+
+    def export_of(self, instance: int, name: str) -> int:
+        """The instance that an instance exports."""
+        self._put(_ALIAS, _SORT_INSTANCE + b"\x00" + binary.u32(instance) + binary.name(name))
+        return self._instance()
+
+    def import_instance(self, name: str, kind: int) -> int:
+        """Import an instance of a type."""
+        self._put(reader.IMPORT, b"\x00" + binary.name(name) + _SORT_INSTANCE + binary.u32(kind))
+        return self._instance()
+
+    def instantiate(
+        self,
+        number: int,
+        instances: dict[str, int],
+        types: dict[str, int] | None = None,
+        functions: dict[str, int] | None = None,
+    ) -> int:
+        """Instantiate a component with what it imports."""
+        sorts = ((_SORT_INSTANCE, instances), (_SORT_TYPE, types or {}), (_SORT_FUNC, functions or {}))
+        given = [binary.name(name) + sort + binary.u32(at) for sort, each in sorts for name, at in each.items()]
+        self._put(_INSTANCE, b"\x00" + binary.u32(number) + binary.u32(len(given)) + b"".join(given))
+        return self._instance()
+
+    def bundle(self, *, types: dict[str, int], functions: dict[str, int]) -> int:
+        """An instance made of types, each the export of that name of an instance, and of functions."""
+        items = [
+            b"\x00" + binary.name(name) + _SORT_TYPE + binary.u32(self.type_of(at, name)) for name, at in types.items()
+        ]
+        items += [b"\x00" + binary.name(name) + _SORT_FUNC + binary.u32(index) for name, index in functions.items()]
+        self._put(_INSTANCE, b"\x01" + binary.u32(len(items)) + b"".join(items))
+        return self._instance()
+
+    def export(self, name: str, instance: int) -> None:
+        """Export an instance; that gives it a further index."""
+        self._put(reader.EXPORT, b"\x00" + binary.name(name) + _SORT_INSTANCE + binary.u32(instance) + b"\x00")
+        self._instance()
+
+    def _instance(self) -> int:
+        self._instances += 1
+        return self._instances - 1
+
+
+_FUNC: Final = b"\x01"
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceShim:
+    """An encoded sleeve, and what it wants.
+
+    Attributes:
+        data: the component.
+        wanted: its imports of interfaces: a name, the number of the guest's import that is meant, and whether the
+            adapter's own is meant (else the engine's).
+        shims: the names of the functions that it imports.
+    """
+
+    data: bytes
+    wanted: tuple[tuple[str, int, bool], ...]
+    shims: tuple[str, ...]
+
+
+def encode_shim(guest: ComponentIndex, at: int, own: str, shims: dict[str, str]) -> InterfaceShim:
+    """The sleeve of one of the guest's imports.
+
+    Args:
+        guest: the component.
+        at: the import's number.
+        own: how the names of the interfaces begin that the adapter defines itself.
+        shims: of the interface's functions, those that are replaced: by which shim.
+
+    Raises:
+        wasm.DamagedError, deftype.ForeignTypeError: the import's type is not that of an interface.
+    """
+    return _Encoder(guest, at, own, shims).encode()
+
+
+@dataclass(slots=True)
+class _Encoder:
+    guest: ComponentIndex
+    at: int
+    own: str
+    shims: dict[str, str]
+    out: bytearray = field(default_factory=lambda: bytearray(binary.COMPONENT))
+    types: int = 0
+    functions: int = 0
+    wanted: list[tuple[str, int, bool]] = field(default_factory=list)
+    used: list[str] = field(default_factory=list)
+    known: dict[tuple[int, bool], int] = field(default_factory=dict)
+    imported: dict[tuple[int, bool], int] = field(default_factory=dict)
+
+    def encode(self) -> InterfaceShim:
+        """The whole of it. `inside` are types for what is imported, `outside` the same for what is exported."""
+        engine = self._interface(self.at, own=False)
+        inside: list[int] = []
+        outside: list[int] = []
+        for item in types.declarations(binary.Cursor(self.guest.data, *self.guest.kind(self.at))):
+            match item:
+                case types.Definition(start, end):
+                    for space in (inside, outside):
+                        body = types.rewrite(binary.Cursor(self.guest.data, start, end), space.__getitem__)
+                        space.append(self._define(body))
+                case types.Outer(number):
+                    inside.append(self._outer(number, own=True))
+                    outside.append(inside[-1])
+                case types.Export(name, True, int(number)):
+                    self._export_function(engine, name, inside[number], outside[number])
+                case types.Export(name, _, None):
+                    inside.append(self._type_of(engine, name))
+                    outside.append(self._export_type(name, inside[-1]))
+                case types.Export(name, _, int(number)):
+                    foreign = inside[number] in self.known.values()  # another interface's, passed on
+                    inside.append(inside[number] if foreign else self._type_of(engine, name))
+                    outside.append(self._export_type(name, outside[number]))
+        return InterfaceShim(bytes(self.out), tuple(self.wanted), tuple(self.used))
+
+    def _outer(self, number: int, *, own: bool) -> int:
+        """A type of the guest's type space: the adapter's (`own`, where it has one) or the engine's."""
+        found = self.guest.types[number]
+        if not isinstance(found, Alias):
+            raise types.ForeignTypeError(f"type {number} of an import is no interface's")
+        own = own and self.guest.instances[found.instance].startswith(self.own)
+        if (number, own) not in self.known:
+            self.known[number, own] = self._type_of(self._interface(found.instance, own=own), found.name)
+        return self.known[number, own]
+
+    def _interface(self, at: int, *, own: bool) -> int:
+        """One of the guest's imports, imported here too."""
+        if (at, own) not in self.imported:
+            cursor = binary.Cursor(self.guest.data, *self.guest.kind(at))
+            kind = self._define(types.rewrite(cursor, lambda number: self._outer(number, own=own)))
+            name = f"{'own' if own else 'engine'}-i{at}"
+            self.wanted.append((name, at, own))
+            self._put(reader.IMPORT, b"\x00" + binary.name(name) + _SORT_INSTANCE + binary.u32(kind))
+            self.imported[at, own] = len(self.imported)
+        return self.imported[at, own]
+
+    def _type_of(self, instance: int, name: str) -> int:
+        self._put(_ALIAS, _SORT_TYPE + b"\x00" + binary.u32(instance) + binary.name(name))
+        return self._further_type()
+
+    def _export_type(self, name: str, number: int) -> int:
+        self._put(reader.EXPORT, b"\x00" + binary.name(name) + _SORT_TYPE + binary.u32(number) + b"\x00")
+        return self._further_type()
+
+    def _export_function(self, engine: int, name: str, inside: int, outside: int) -> None:
+        shim = self.shims.get(name)
+        if shim is None:
+            self._put(_ALIAS, _FUNC + b"\x00" + binary.u32(engine) + binary.name(name))
+        else:
+            self.used.append(shim)
+            self._put(reader.IMPORT, b"\x00" + binary.name(shim) + _FUNC + binary.u32(inside))
+        item = b"\x00" + binary.name(name) + _FUNC + binary.u32(self.functions)
+        self._put(reader.EXPORT, item + b"\x01" + _FUNC + binary.u32(outside))
+        self.functions += 2  # what is exported is a further one
+
+    def _define(self, body: bytes) -> int:
+        self._put(_TYPE, body)
+        return self._further_type()
+
+    def _further_type(self) -> int:
+        self.types += 1
+        return self.types - 1
+
+    def _put(self, kind: int, contents: bytes) -> None:
+        self.out += binary.section(kind, b"\x01" + contents)
+
+
+_FILE: Final = "adapter.wasm.gz"
+
+
+@functools.cache
+def load_adapter() -> bytes:
+    """The adapter."""
+    return gzip.decompress(resources.files("fleet.component").joinpath(_FILE).read_bytes())
+
+
+def adapter_digest() -> str:
+    """The sha256 of the adapter, in hex."""
+    return hashlib.sha256(load_adapter()).hexdigest()

@@ -1,0 +1,413 @@
+"""Processes, ports, server and devices of the demo.
+
+The demo's children: started in groups of their own, with a log each, and all of them gone afterwards.
+
+Three nets, since a demo that leaves processes behind is worse than none. A child is told to end when this process dies
+(PR_SET_PDEATHSIG). It leads a process group, so that its own children can be ended with it. And this
+process is made the reaper of orphans (PR_SET_CHILD_SUBREAPER), so that a grandchild whose parent died is still
+found below us, and ended, however it regrouped itself.
+
+The demo's stage: a fleet, its server and its boards, started as a person would, by this project's commands.
+
+Loopback ports for servers that are started soon.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from fleet.client import Client, ClientError
+from fleet.protocol import operator_api
+
+_PR_SET_PDEATHSIG: Final = 1
+
+_PR_SET_CHILD_SUBREAPER: Final = 36
+
+_GRACE_S: Final = 10.0
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+class ChildDiedError(Exception):
+    """A process that should run has ended; the message has its exit code and last lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process that runs until it is stopped, and how it was started."""
+
+    name: str
+    command: tuple[str, ...]
+    process: asyncio.subprocess.Process
+    log: Path
+
+    def check(self) -> None:
+        """Raise `ChildDiedError` if it has ended."""
+        if self.process.returncode is not None:
+            raise ChildDiedError(
+                f"{self.name} ended with exit code {self.process.returncode}; the end of {self.log}:\n{tail(self.log)}"
+            )
+
+
+class Processes:
+    """Starts processes and answers for them.
+
+    Args:
+        logs: directory for one log file a process.
+        environment: of every child.
+    """
+
+    def __init__(self, *, logs: Path, environment: Mapping[str, str]) -> None:
+        self._logs = logs
+        self._environment = dict(environment)
+        self._children: list[Child] = []
+        self._known = set(_children_of(os.getpid()))
+        logs.mkdir(parents=True, exist_ok=True)
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    async def start(self, name: str, command: Sequence[str]) -> Child:
+        """Start a process that is to run until `stop_all`; its output goes to `<name>.log`."""
+        log = self._logs / f"{name}.log"
+        with log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self._environment,
+                start_new_session=True,
+                preexec_fn=_die_with(os.getpid()),
+            )
+        child = Child(name, tuple(command), process, log)
+        self._children.append(child)
+        return child
+
+    async def run(
+        self, command: Sequence[str], *, stdin: bytes | None = None, show: bool = False
+    ) -> tuple[int, str, str]:
+        """Run a process to its end: exit code, standard output, standard error.
+
+        Args:
+            command: what to run.
+            stdin: what it reads.
+            show: let it write to this process's own output instead (both texts are empty then).
+        """
+        pipe = None if show else asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
+            stdout=pipe,
+            stderr=pipe,
+            env=self._environment,
+            start_new_session=True,
+            preexec_fn=_die_with(os.getpid()),
+        )
+        try:
+            out, err = await process.communicate(stdin)
+        except asyncio.CancelledError:
+            await _end(process)
+            raise
+        assert process.returncode is not None
+        return process.returncode, (out or b"").decode(errors="replace"), (err or b"").decode(errors="replace")
+
+    async def stop_all(self) -> None:
+        """End every child, the last one started first, then whatever any of them left."""
+        for child in reversed(self._children):
+            await _end(child.process)
+        self._children.clear()
+        while strays := [pid for pid in _children_of(os.getpid()) if pid not in self._known]:
+            for pid in strays:
+                _kill_and_reap(pid)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """SIGTERM, time to end in order, SIGKILL for the whole group."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _GRACE_S)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+def _kill_and_reap(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
+def _children_of(pid: int) -> list[int]:
+    """Direct children, of every thread."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found += [int(word) for word in (task / "children").read_text().split()]
+    return found
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """For the child, between fork and exec: end when `parent` ends, also when it already has."""
+
+    def prepare() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The last lines of a log, indented."""
+    try:
+        text = log.read_text(errors="replace").splitlines()[-lines:]
+    except OSError as error:
+        return f"  (cannot be read: {error.strerror})"
+    return "\n".join(f"  {line}" for line in text) or "  (empty)"
+
+
+def python_environment(**more: str) -> dict[str, str]:
+    """This process's environment, in which a child imports the same packages as this process did."""
+    own = str(Path(__file__).resolve().parents[2])
+    rest = os.environ.get("PYTHONPATH", "")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in (own, rest) if part), **more}
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    """The command line that runs one of this project's command modules with this Python."""
+    return [sys.executable, "-P", "-m", name, *arguments]
+
+
+READY_S: Final = 60.0
+
+_POLL_S: Final = 0.1
+
+_SHORT_CHARS: Final = 48
+
+FLEET: Final = "fleet.cli.main"
+
+AGENT: Final = "agent.cli"
+
+HOST: Final = "agent.host.cli"
+
+T = TypeVar("T")
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message says at which command, and what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoDevice:
+    """One board: an agent and a host with directories of their own.
+
+    Attributes:
+        device: its id in the fleet.
+        port: of its ingress, on loopback.
+    """
+
+    name: str
+    device: str
+    group: str
+    port: int
+    agent: Child
+    host: Child
+
+    def url(self, instance: str = "") -> str:
+        """The board's ingress, or where an instance answers on it."""
+        return f"http://127.0.0.1:{self.port}/{instance + '/' if instance else ''}"
+
+
+class Environment:
+    """Everything the demo has started.
+
+    Args:
+        directory: for the fleet, the boards and the logs.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.home = directory / "fleet"
+        # Socket paths are short by law (108 bytes), and the directory given may not be.
+        short = len(str(directory)) <= _SHORT_CHARS
+        self._runtime = directory / "run" if short else Path(tempfile.mkdtemp(prefix="wf-"))
+        self.processes = Processes(
+            logs=directory / "logs", environment=python_environment(WASMFLEET_HOME=str(self.home))
+        )
+        self.boards: list[DemoDevice] = []
+        self._server: Child | None = None
+        self._client: Client | None = None
+
+    async def close(self) -> None:
+        """End every process and remove what only they needed."""
+        if self._client is not None:
+            self._client.__exit__(None, None, None)
+        await self.processes.stop_all()
+        shutil.rmtree(self._runtime, ignore_errors=True)
+
+    async def command(self, *arguments: str, stdin: bytes | None = None) -> str:
+        """Run `fleet ...` to its end and return what it printed.
+
+        Raises:
+            DemoError: it failed.
+        """
+        return await self._checked(FLEET, arguments, stdin)
+
+    async def shown(self, *arguments: str) -> int:
+        """Run `fleet ...` on this process's own terminal; its exit code."""
+        code, _, _ = await self.processes.run(module(FLEET, *arguments), show=True)
+        return code
+
+    async def _checked(self, what: str, arguments: tuple[str, ...], stdin: bytes | None = None) -> str:
+        code, output, errors = await self.processes.run(module(what, *arguments), stdin=stdin)
+        if code != 0:
+            name = {FLEET: "fleet", AGENT: "fleet-agent", HOST: "fleet-host"}[what]
+            raise DemoError(f"{name} {' '.join(arguments)} ended with exit code {code}: {(errors or output).strip()}")
+        return output
+
+    async def make_fleet(self, *, broker: str = "auto") -> None:
+        """`fleet init --dev`, on ports that are free."""
+        operators, devices, mqtt = free_ports(3)
+        ports = ["--operators-port", str(operators), "--devices-port", str(devices), "--mqtt-port", str(mqtt)]
+        await self.command("init", "--dev", "--fleet", "demo", "--broker", broker, *ports)
+
+    async def serve(self) -> operator_api.Status:
+        """`fleet serve`, up to its first answer with the broker connected."""
+        self._server = await self.processes.start("server", module(FLEET, "serve"))
+        await asyncio.to_thread(self._connect)
+        return await self.eventually("the server answers, with its broker", lambda: self._ready(self.client.status()))
+
+    @staticmethod
+    def _ready(status: operator_api.Status) -> operator_api.Status | None:
+        return status if status.broker_connected else None
+
+    def _connect(self) -> None:
+        operator = self.home / "operator"
+        url = str(tomllib.loads((operator / "config.toml").read_text())["url"])
+        self._client = Client(url=url, ca=operator / "ca.pem", token=(operator / "token").read_text().strip())
+
+    @property
+    def client(self) -> Client:
+        """A connection to the demo's server."""
+        assert self._client is not None, "serve first"
+        return self._client
+
+    async def ask(self, question: Callable[[Client], T]) -> T:
+        """Ask the server something, off the event loop."""
+        return await asyncio.to_thread(question, self.client)
+
+    async def eventually(self, what: str, question: Callable[[], T | None]) -> T:
+        """Ask until the answer is not None.
+
+        Raises:
+            DemoError: not within a minute.
+            ChildDiedError: one of the processes ended meanwhile.
+        """
+        error = "no answer yet"
+        loop = asyncio.get_running_loop()
+        until = loop.time() + READY_S
+        while loop.time() < until:
+            self.check()
+            try:
+                answer = await asyncio.to_thread(question)
+            except ClientError as failure:
+                answer, error = None, str(failure)
+            else:
+                error = "not so"
+            if answer is not None:
+                return answer
+            await asyncio.sleep(_POLL_S)
+        raise DemoError(f"waited {READY_S:.0f} s until {what}: {error}; see {self.directory / 'logs'}")
+
+    def check(self) -> None:
+        """Raise `ChildDiedError` when a process that should run has ended."""
+        children = [child for board in self.boards for child in (board.agent, board.host)]
+        for child in (*children, *([self._server] if self._server else [])):
+            child.check()
+
+    async def add_board(self, name: str, group: str) -> DemoDevice:
+        """Start a host, enrol with a one-time token on standard input, and start the agent."""
+        here = self.directory / "boards" / name
+        state, runtime, config = here / "agent", self._runtime / name, here / "agent.toml"
+        await asyncio.to_thread(_make_board, here, runtime, name)
+        port = free_ports(1)[0]
+        host = await self.processes.start(
+            f"{name}-host",
+            module(
+                HOST, "run", "--runtime", str(runtime), "--state", str(here / "host"), "--ingress", f"127.0.0.1:{port}"
+            ),
+        )
+        token = await self.command("enroll-token", "--group", group, "--quiet")
+        places = ("--state", str(state), "--runtime", str(runtime), "--config", str(config))
+        await self._checked(AGENT, ("enroll", *places), token.encode())
+        await self._checked(AGENT, ("restore", *places))
+        agent = await self.processes.start(f"{name}-agent", module(AGENT, "run", *places))
+        row = await self.eventually(f"{name} is online", lambda: self._online(name, agent, host))
+        board = DemoDevice(name=name, device=row.id, group=group, port=port, agent=agent, host=host)
+        self.boards.append(board)
+        return board
+
+    def _online(self, name: str, *children: Child) -> operator_api.DeviceRow | None:
+        for child in children:
+            child.check()
+        return next((row for row in self.client.devices().devices if row.name == name and row.online), None)
+
+
+def _make_board(here: Path, runtime: Path, name: str) -> None:
+    for directory in (here / "agent", here / "host", runtime):
+        directory.mkdir(mode=0o700, parents=True)
+    (here / "agent.toml").write_text(f'name = "{name}"\nhealth_s = 5.0\n', encoding="utf-8")
+
+
+def program(name: str) -> str:
+    """How a person on this machine starts a command of this project: its name, or its path where PATH has none."""
+    if shutil.which(name):
+        return name
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else f"{sys.executable} -m {FLEET}"
+
+
+_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+_LOWEST: Final = 10_000
+
+_TRIES: Final = 1000
+
+
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that nobody has now, and that no connection is given by chance before somebody listens there.
+
+    The kernel takes the near ends of connections from a range of its own (`ip_local_port_range`): these lie below it.
+
+    Raises:
+        OSError: there are none.
+    """
+    below = int(_RANGE.read_text(encoding="ascii").split()[0])
+    # where the kernel's range leaves no room, it chooses
+    ports = random.SystemRandom().sample(range(_LOWEST, below), k=_TRIES) if below > 2 * _LOWEST else [0] * count
+    found: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for port in ports:
+            if len(found) == count:
+                break
+            sock = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                sock.bind(("127.0.0.1", port))
+                found.append(int(sock.getsockname()[1]))
+    if len(found) < count:
+        raise OSError("no free port on the loopback")
+    return found

@@ -1,0 +1,283 @@
+"""The steps and what must hold.
+
+What happens in the demo, act by act, and what must have held at the end.
+
+Where the demo's components lie: beside this file in an installed package, in `components/demo` of a source tree.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from fleet.client import Client
+from fleet.demo.environment import DemoDevice, Environment
+from fleet.demo.load import Load, LoadResult, first_answer
+from fleet.protocol import operator_api
+from fleet.protocol.codes import Phase
+from fleet.protocol.operator_api import Outcome, RolloutState
+
+GROUP: Final = "edge-eu"
+
+BOARDS: Final = (("berlin", GROUP), ("paris", GROUP), ("boston", "edge-us"))
+
+INSTANCE: Final = "hello"
+
+PATH: Final = f"/{INSTANCE}/"
+
+CLIENTS: Final = 4
+
+REQUESTS_AROUND: Final = 100
+"""Requests to each board before a command starts, and after it has ended."""
+
+PAUSE_S: Final = 0.01
+
+ACT_S: Final = 300.0
+"""An act that takes longer has failed."""
+
+_SERVER_ERROR: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One push or undo, and what came of it.
+
+    Attributes:
+        command: as a person types it.
+        exit_code: of that command.
+        first_s, last_s: from the start of the command to the first answer of the new version, on the first and on the
+            last board; None where it never answered, or had answered before.
+        load: by device, what became of the requests meanwhile; empty without load.
+        rollout: as the server has it afterwards.
+    """
+
+    name: str
+    command: str
+    exit_code: int
+    first_s: float | None
+    last_s: float | None
+    load: dict[str, LoadResult]
+    rollout: operator_api.RolloutView
+
+    @property
+    def total(self) -> LoadResult:
+        """Over all boards."""
+        return sum(self.load.values(), LoadResult())
+
+
+@dataclass(slots=True)
+class Scenario:
+    """The demo's result: acts, where every board ended, and which claims held."""
+
+    acts: list[Step] = field(default_factory=list)
+    ends: dict[str, str] = field(default_factory=dict)
+    checks: list[tuple[str, bool]] = field(default_factory=list)
+
+    @property
+    def held(self) -> bool:
+        """Whether everything that was to be shown was seen."""
+        return bool(self.checks) and all(good for _, good in self.checks)
+
+
+class Reporter(Protocol):
+    """Where the scenario reports to: a console, or nothing in a test."""
+
+    def act(self, title: str) -> None:
+        """Begin a new step."""
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Show that something is going on."""
+
+    def did(self, command: str, result: str) -> None:
+        """Report a command that was carried out, and its result."""
+
+    def runs(self, arguments: Sequence[str]) -> None:
+        """Announce a `fleet` command that prints for itself."""
+
+    def came_of(self, load: LoadResult | None) -> None:
+        """Report what the clients of a step saw."""
+
+
+async def play(scene: Environment, teller: Reporter, *, broker: str = "auto") -> Scenario:
+    """Play all acts.
+
+    Raises:
+        DemoError, ChildDiedError, ClientError, TimeoutError: it could not go on.
+    """
+    story = Scenario()
+    await _set_up(scene, teller, broker)
+    members = [board for board in scene.boards if board.group == GROUP]
+    for name, command, version in (
+        ("v1", ("push", str(fixture("v1.wasm")), "--group", GROUP, "--waves", "100%"), "1"),
+        ("v2", ("push", str(fixture("v2.wasm")), "--group", GROUP), "2"),
+        ("v3", ("push", str(fixture("v3.wasm")), "--group", GROUP), "3"),
+        ("undo", ("undo", "--group", GROUP), "1"),
+    ):
+        teller.act(TITLES[name])
+        async with asyncio.timeout(ACT_S):
+            act = await _perform(scene, teller, name, command, version, members)
+        story.acts.append(act)
+        teller.came_of(act.total if act.load else None)
+    for board in scene.boards:
+        story.ends[board.device] = await _answers(board)
+    story.checks = judge(story, scene.boards)
+    return story
+
+
+TITLES: Final = {
+    "v1": "Push v1 to the two boards of edge-eu",
+    "v2": f"Push v2 while {2 * CLIENTS} clients send requests; no client retries, half keep their connection",
+    "v3": "Push v3, which passes its checks and then traps under traffic",
+    "undo": "Take the group back from v2 to v1, still under load",
+}
+
+
+async def _set_up(scene: Environment, teller: Reporter, broker: str) -> None:
+    teller.act("A development fleet")
+    with teller.waiting("fleet init --dev"):
+        await scene.make_fleet(broker=broker)
+    teller.did("fleet init --dev", "keys, TUF repository, certificates, admin token")
+    with teller.waiting("fleet serve"):
+        status = await scene.serve()
+    teller.did("fleet serve", f"{status.operators_url}, broker: {status.broker}")
+    teller.act("Three boards, each a fleet-agent and a fleet-host with directories of their own")
+    for name, group in BOARDS:
+        with teller.waiting(f"{name}: fleet-host run, fleet-agent enroll, fleet-agent run"):
+            board = await scene.add_board(name, group)
+        teller.did(f"fleet enroll-token --group {group} | fleet-agent enroll", f"{board.device}, {board.url('')}")
+
+
+async def _perform(
+    scene: Environment,
+    teller: Reporter,
+    name: str,
+    arguments: Sequence[str],
+    version: str,
+    members: Sequence[DemoDevice],
+) -> Step:
+    """Run one command of the story and note when `version` first answers on each of `members`.
+
+    Once the instance is there, clients send requests from before the command until after it.
+    """
+    loaded = name != "v1"
+    async with contextlib.AsyncExitStack() as stack:
+        loads = {
+            board.device: await stack.enter_async_context(_clients(board)) for board in (members if loaded else [])
+        }
+        watches = {} if loaded else {board.device: asyncio.create_task(_first(board, version)) for board in members}
+        await _traffic(loads)
+        began = time.monotonic()
+        teller.runs(arguments)
+        code = await scene.shown(*arguments)
+        rollout = await scene.ask(_newest)
+        await _traffic(loads)
+        results = {device: await load.stop() for device, load in loads.items()}
+    if rollout.state is not RolloutState.SUCCEEDED:
+        for watch in watches.values():
+            watch.cancel()
+    seen = [load.first_answer(version) for load in loads.values()]
+    seen += [None if isinstance(each, BaseException) else each for each in await _all(watches)]
+    when = [moment - began for moment in seen if moment is not None and moment >= began]
+    return Step(
+        name=name,
+        command=f"fleet {' '.join(arguments)}",
+        exit_code=code,
+        first_s=min(when, default=None),
+        last_s=max(when) if len(when) == len(members) else None,
+        load=results,
+        rollout=rollout,
+    )
+
+
+def _clients(board: DemoDevice) -> Load:
+    return Load(port=board.port, path=PATH, kept_alive=CLIENTS // 2, fresh=CLIENTS // 2, pause_s=PAUSE_S)
+
+
+async def _first(board: DemoDevice, version: str) -> float:
+    return await first_answer(port=board.port, path=PATH, version=version)
+
+
+async def _all(watches: Mapping[str, asyncio.Task[float]]) -> list[float | BaseException]:
+    return await asyncio.gather(*watches.values(), return_exceptions=True)
+
+
+async def _traffic(loads: Mapping[str, Load]) -> None:
+    """Let every board answer some requests."""
+    for load in loads.values():
+        await load.sent(REQUESTS_AROUND)
+
+
+def _newest(client: Client) -> operator_api.RolloutView:
+    return client.rollout(client.rollouts(group=GROUP, limit=1).rollouts[0].id)
+
+
+async def _answers(board: DemoDevice) -> str:
+    """Which version answers on a board now; empty for none."""
+    async with Load(port=board.port, path=PATH, kept_alive=0, fresh=1) as load:
+        await load.sent(1)
+        return next(iter((await load.stop()).by_version), "")
+
+
+def judge(story: Scenario, boards: Sequence[DemoDevice]) -> list[tuple[str, bool]]:
+    """What the demo claims, and whether it was so."""
+    acts = {act.name: act for act in story.acts}
+    v1, v2, v3, undo = (acts[name] for name in TITLES)
+    bad = [board for board in v3.rollout.boards if board.outcome is Outcome.FAILED]
+    tried = {board.device for board in bad}
+    spared = [board for board in v3.rollout.boards if board.device not in tried]
+    first = LoadResult() if not bad else v3.load.get(bad[0].device, LoadResult())
+    outside = [board.device for board in boards if board.group != GROUP]
+    return [
+        ("v1 runs on both boards of edge-eu", v1.exit_code == 0 and v1.last_s is not None),
+        ("v2 replaced it on both", v2.exit_code == 0 and v2.total.by_version["2"] > 0 and v2.last_s is not None),
+        (f"0 of {v2.total.sent:,} requests lost in the swap", v2.total.sent > 0 and v2.total.lost == 0),
+        ("v3 was rolled back on the first board", len(bad) == 1 and bad[0].phase is Phase.ROLLED_BACK),
+        ("only requests that v3 itself trapped on saw an error", _only_server_errors(first)),
+        (
+            "v3 was halted before the second board",
+            v3.exit_code == 1
+            and v3.rollout.state is RolloutState.HALTED
+            and len(spared) == 1
+            and all(board.offered_at is None for board in spared)
+            and all(v3.load[board.device].by_version["3"] == 0 for board in spared),
+        ),
+        ("the second board lost nothing meanwhile", all(v3.load[board.device].lost == 0 for board in spared)),
+        ("fleet undo brought v1 back to both", undo.exit_code == 0 and undo.last_s is not None),
+        (f"0 of {undo.total.sent:,} requests lost on the way back", undo.total.sent > 0 and undo.total.lost == 0),
+        (
+            "every board runs what it should",
+            all(version == ("" if device in outside else "1") for device, version in story.ends.items())
+            and len(story.ends) == len(boards),
+        ),
+    ]
+
+
+def _only_server_errors(load: LoadResult) -> bool:
+    """Whether requests were lost, and all of them to a status of 500 and above."""
+    answered_badly = sum(count for status, count in load.by_status.items() if status >= _SERVER_ERROR)
+    return load.lost > 0 and load.lost == answered_badly
+
+
+HERE: Final = Path(__file__).resolve().parent
+
+_PLACES: Final = (HERE / "components", HERE.parents[1] / "components" / "demo")
+
+
+class NoFixtureError(Exception):
+    """The demo's components are not there; the message says where they were looked for."""
+
+
+def fixture(name: str) -> Path:
+    """The path of one component, such as `v1.wasm`; its manifest lies beside it as `v1.toml`.
+
+    Raises:
+        NoFixtureError: neither place has it.
+    """
+    for place in _PLACES:
+        if (place / name).is_file():
+            return place / name
+    raise NoFixtureError(f"{name} is neither in {' nor in '.join(map(str, _PLACES))}; install wasmfleet anew")

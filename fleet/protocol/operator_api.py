@@ -1,0 +1,527 @@
+"""Operator API: status, devices, groups, components, rollouts, audit; Problem and its exception.
+
+The operator API: every request and every answer of `/v1`, as one set of structs.
+
+The server encodes and decodes these, the command line too, and the OpenAPI document is generated from them. All times
+are UTC, durations say their unit. An error of any route is a `Problem`.
+The routes with what each takes and gives are a table, `fleet.server.api.routes.ROUTES`; it comes out as
+`/openapi.json`. `{id}` of a rollout is its id or its number. On the listener for devices: `/v1/tuf/{file}`,
+`/v1/artifacts/{sha256}`, `/v1/desired` (the envelope as published, 404 for none; with `?nonce=` a `DesiredReply`) and
+`POST /v1/renew` (`fleet.protocol.messages`).
+
+What the operator API shows of a board's own words, beside `fleet.protocol.operator_api`.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from fleet.protocol.assignment import CheckIn, FollowLogs, Restart
+from fleet.protocol.bounds import Count, Port, Priority, Seconds, Stored, Utc
+from fleet.protocol.codes import Phase, RejectCode
+from fleet.protocol.manifest import Grants
+from fleet.protocol.messages import Health, InstanceHealth, Versions
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of what a client sends: an unknown field is an error that names it."""
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of what the server answers: a client ignores fields it does not know."""
+
+
+class Problem(View, frozen=True, kw_only=True):
+    """Why a request was not carried out (after RFC 9457, `application/problem+json`).
+
+    Attributes:
+        type: a word for programs: `unknown-group`, `conflict`, `unauthorised`, and so on.
+        title, detail: what happened, and why, for people.
+        action: what to do next; empty where nothing can be said.
+    """
+
+    type: str
+    title: str
+    status: Stored
+    detail: str = ""
+    action: str = ""
+
+
+class Outcome(StrEnum):
+    """How a rollout stands on one board."""
+
+    PENDING = "pending"  # its wave has not come
+    WAITING = "waiting"  # offered; the board is offline or has not answered
+    DEFERRED = "deferred"  # the board's own window or policy says later
+    IN_PROGRESS = "in-progress"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"  # tried, and the board went back or never started it
+    REFUSED = "refused"  # verification or policy said no
+    SKIPPED = "skipped"  # the rollout ended before, or the board left the group
+
+
+class RolloutState(StrEnum):
+    """How a rollout stands."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    HALTED = "halted"  # a gate was breached: boards are offered their previous state again
+    ABORTED = "aborted"  # by an operator, with the same consequence
+    SUPERSEDED = "superseded"  # a newer rollout of the same instance and boards took over
+
+
+OPEN_STATES = frozenset({RolloutState.RUNNING, RolloutState.PAUSED})
+
+
+class Published(View, frozen=True, kw_only=True):
+    """One TUF role as the server has it."""
+
+    role: str
+    version: Stored
+    expires: Utc
+
+
+class Status(View, frozen=True, kw_only=True):
+    """The fleet at a glance.
+
+    Attributes:
+        size: `dev`, `solo` or `team`; production is false for `dev`.
+        broker: `mosquitto`, `embedded` or `external`; `broker_connected` whether the server is on it.
+        problems: sentences for people, most urgent first.
+    """
+
+    fleet: str
+    size: str
+    production: bool
+    version: str
+    now: Utc
+    started_at: Utc
+    operators_url: str
+    devices_url: str
+    mqtt: tuple[str, ...]
+    broker: str
+    broker_connected: bool
+    devices: Stored = 0
+    online: Stored = 0
+    groups: Stored = 0
+    open_rollouts: Stored = 0
+    roles: tuple[Published, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+class DeviceRow(View, frozen=True, kw_only=True):
+    """One board in a listing.
+
+    Attributes:
+        assigned, accepted, committed: assignment versions: the newest published; the board's word, 0 for none.
+        instances: what runs, by the board's newest health.
+        problem: the most urgent sentence of its health, empty for none.
+    """
+
+    id: str
+    name: str
+    groups: tuple[str, ...] = ()
+    labels: dict[str, str] = {}
+    online: bool = False
+    seen_at: Utc | None = None
+    machine: str = ""
+    versions: Versions = Versions()
+    assigned: Stored = 0
+    accepted: Stored = 0
+    committed: Stored = 0
+    instances: tuple[InstanceHealth, ...] = ()
+    pins: tuple[str, ...] = ()
+    revoked: bool = False
+    problem: str = ""
+
+
+class Devices(View, frozen=True, kw_only=True):
+    """Every board."""
+
+    devices: tuple[DeviceRow, ...] = ()
+
+
+class Effective(View, frozen=True, kw_only=True):
+    """What a board should run as one instance, and who says so.
+
+    Attributes:
+        source: `pin`, `group edge-eu`, or `rollout 7 (group edge-eu)` while it is being offered.
+    """
+
+    instance: str
+    target: str
+    source: str
+    config: dict[str, str] = {}
+    port: Stored | None = None
+    share_lane: bool = False
+    attempt: Stored = 0
+    rollout: str = ""
+
+
+class DeviceDetail(View, frozen=True, kw_only=True):
+    """All that the server knows of one board.
+
+    Attributes:
+        health: its newest health message as it came, with its figures; None before the first.
+        failed: instances whose last deployment failed, with the newest report of each.
+    """
+
+    row: DeviceRow
+    enrolled_at: Utc
+    boot_id: str = ""
+    health_at: Utc | None = None
+    health: Health | None = None
+    effective: tuple[Effective, ...] = ()
+    certificate_serial: str = ""
+    certificate_expires: Utc | None = None
+    failed: tuple["TimelineEntry", ...] = ()
+
+
+class TimelineEntry(View, frozen=True, kw_only=True):
+    """One thing that happened to a board, newest first in a `Timeline`.
+
+    Attributes:
+        kind: `enrolled`, `renewed`, `online`, `offline`, `assigned`, `report`, `command`, `revoked`.
+        text: the whole thing in one sentence.
+        action: what to do about it; empty where nothing is wrong.
+    """
+
+    at: Utc
+    kind: str
+    text: str
+    instance: str = ""
+    target: str = ""
+    phase: Phase | None = None
+    code: RejectCode | None = None
+    message: str = ""
+    action: str = ""
+    retryable: bool = False
+    rollout: str = ""
+    assignment: Stored = 0
+    log: tuple[str, ...] = ()
+    timings_ms: dict[str, Stored] = {}
+
+
+class Timeline(View, frozen=True, kw_only=True):
+    """What happened to a board, newest first."""
+
+    device: str
+    entries: tuple[TimelineEntry, ...] = ()
+
+
+class LabelsRequest(Body, frozen=True, kw_only=True):
+    """Labels set by an operator; None removes one."""
+
+    labels: dict[str, str | None]
+
+
+class InstanceRequest(Body, frozen=True, kw_only=True):
+    """Which instance of the board in the path."""
+
+    instance: str
+
+
+class CommandRequest(Body, frozen=True, kw_only=True):
+    """A command to sign and send to the board in the path."""
+
+    verb: CheckIn | Restart | FollowLogs
+
+
+class CommandReply(View, frozen=True, kw_only=True):
+    """The command is on its way; `sequence` is its number for this board."""
+
+    sequence: Stored
+    expires: Utc
+
+
+class Settled(View, frozen=True, kw_only=True):
+    """What a group runs as one instance once every rollout is over."""
+
+    instance: str
+    target: str
+    since: Utc
+    rollout: str = ""
+
+
+class GroupRow(View, frozen=True, kw_only=True):
+    """One group.
+
+    Attributes:
+        priority: of two groups that both set an instance, the higher wins.
+        selector: labels that a board must have to belong; empty for a listed group.
+        rollout: the number of the open rollout, 0 for none.
+    """
+
+    name: str
+    priority: Stored = 0
+    selector: dict[str, str] = {}
+    boards: Stored = 0
+    online: Stored = 0
+    settled: tuple[Settled, ...] = ()
+    rollout: Stored = 0
+
+
+class Groups(View, frozen=True, kw_only=True):
+    """Every group."""
+
+    groups: tuple[GroupRow, ...] = ()
+
+
+class GroupRequest(Body, frozen=True, kw_only=True):
+    """Make or change a group; None leaves what is.
+
+    Attributes:
+        selector: a group with a selector lists no boards, and the other way round.
+        add, remove: device ids.
+    """
+
+    priority: Priority | None = None
+    selector: dict[str, str] | None = None
+    add: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+
+
+class EnrollTokenRequest(Body, frozen=True, kw_only=True):
+    """A one-time token for one board; the group is made when there is none."""
+
+    group: str = ""
+    valid_s: Seconds = 3600
+
+
+class EnrollTokenReply(View, frozen=True, kw_only=True):
+    """The token, shown once: the server keeps its hash only."""
+
+    token: str
+    group: str
+    expires: Utc
+
+
+class ComponentRow(View, frozen=True, kw_only=True):
+    """One published target."""
+
+    target: str
+    namespace: str
+    name: str
+    version: str
+    length: Stored
+    sha256: str
+
+
+class Components(View, frozen=True, kw_only=True):
+    """Every published target."""
+
+    components: tuple[ComponentRow, ...] = ()
+
+
+class ArtifactReply(View, frozen=True, kw_only=True):
+    """The artifact is stored; `new` is false when it was before."""
+
+    sha256: str
+    length: Stored
+    new: bool
+
+
+class RoleReply(View, frozen=True, kw_only=True):
+    """The role is published, and the online roles that name it."""
+
+    namespace: str
+    version: Stored
+    snapshot: Stored
+    timestamp: Stored
+
+
+class RolloutRequest(Body, frozen=True, kw_only=True):
+    """Offer a change to a group or to one board.
+
+    Attributes:
+        instance: the name on the board.
+        target: TUF target path; None removes the instance.
+        group, device: exactly one of them (for a pin: the device in the path).
+        waves: sizes, each of all boards from the first on: `1, 5%, 100%`. The last must reach all.
+        config, port, grants, share_lane: None keeps what the instance has there; port 0 goes back to the shared port.
+        keep_data: with a removal, whether the instance's data stays on the board.
+        soak_s: how long a wave must have been well before the next.
+        failures: boards of the offered waves that may fail before the rollout halts.
+        timeout_s: how long a board may take after it acknowledged.
+    """
+
+    instance: str
+    target: str | None = None
+    also: dict[str, str] = {}  # of an atomic set: its further instances, with their targets
+    group: str = ""
+    device: str = ""
+    waves: str = "1, 100%"
+    config: dict[str, str] | None = None
+    port: Port | None = None
+    grants: Grants | None = None
+    share_lane: bool | None = None
+    keep_data: bool = False
+    attempt: Count | None = None
+    soak_s: Seconds = 0
+    failures: Count = 0
+    timeout_s: Seconds = 900
+    note: str = ""
+
+
+class RemovalRequest(Body, frozen=True, kw_only=True):
+    """Take an instance off a group or a board."""
+
+    instance: str
+    group: str = ""
+    device: str = ""
+    keep_data: bool = False
+    waves: str = "100%"
+
+
+class UndoRequest(Body, frozen=True, kw_only=True):
+    """Offer the previous state again.
+
+    Attributes:
+        rollout: id or number of the rollout to undo; empty for the newest (of `group`, when given).
+    """
+
+    rollout: str = ""
+    group: str = ""
+    waves: str = "1, 100%"
+
+
+class BoardView(View, frozen=True, kw_only=True):
+    """One board in a rollout.
+
+    Attributes:
+        wave: from 1.
+        progress: percent of the current phase, None where it has none.
+        running: target path that answers now, by the board's word; empty for none or unknown.
+        offered_at, acked_at, ended_at: offered by the server, first word of the board, decided.
+        exercised: false when it was committed after fewer calls than its manifest asks.
+        retrying: the board tries again by itself.
+    """
+
+    device: str
+    wave: Stored
+    outcome: Outcome
+    online: bool = False
+    previous: str = ""
+    running: str = ""
+    phase: Phase | None = None
+    progress: Stored | None = None
+    code: RejectCode | None = None
+    message: str = ""
+    exercised: bool = True
+    retrying: bool = False
+    offered_at: Utc | None = None
+    acked_at: Utc | None = None
+    ended_at: Utc | None = None
+    timings_ms: dict[str, Stored] = {}
+    log: tuple[str, ...] = ()
+
+
+class WaveView(View, frozen=True, kw_only=True):
+    """One wave: how it was written, how many boards it brings, whether it has been offered."""
+
+    text: str
+    boards: Stored
+    offered: bool = False
+
+
+class RolloutView(View, frozen=True, kw_only=True):
+    """A rollout and its boards.
+
+    Attributes:
+        id, number: the id is echoed by boards; the number is for people.
+        revision: grows with every change; pass it as `since` to wait for the next.
+        target: what is offered, empty for a removal; `previous` is the group's settled target before, empty for none.
+        reason: why it halted, or waits; a sentence, empty while all is well.
+        undoes: the id of the rollout that this one takes back, empty for none.
+    """
+
+    id: str
+    number: Stored
+    revision: Stored
+    state: RolloutState
+    instance: str
+    target: str = ""
+    previous: str = ""
+    group: str = ""
+    device: str = ""
+    waves: tuple[WaveView, ...] = ()
+    wave: Stored = 0
+    boards: tuple[BoardView, ...] = ()
+    counts: dict[str, Stored] = {}
+    reason: str = ""
+    note: str = ""
+    by: str = ""
+    undoes: str = ""
+    together: tuple[Stored, ...] = ()  # of an atomic set: the numbers of its rollouts, which are decided as one
+    created_at: Utc
+    ended_at: Utc | None = None
+
+
+class Rollouts(View, frozen=True, kw_only=True):
+    """Rollouts, newest first, without their boards."""
+
+    rollouts: tuple[RolloutView, ...] = ()
+
+
+class Excluded(View, frozen=True, kw_only=True):
+    """A board that could not run the change, and why."""
+
+    device: str
+    reason: str
+
+
+class Preflight(View, frozen=True, kw_only=True):
+    """What a rollout would do.
+
+    Attributes:
+        waves: device ids, wave by wave.
+        new_grants: what this version may reach and the settled one may not: `interface wasi:clocks`, and so on.
+    """
+
+    waves: tuple[tuple[str, ...], ...] = ()
+    excluded: tuple[Excluded, ...] = ()
+    new_grants: tuple[str, ...] = ()
+    previous: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+class AuditEntry(View, frozen=True, kw_only=True):
+    """One act of an operator, a board or the server itself."""
+
+    number: Stored
+    at: Utc
+    actor: str
+    act: str
+    subject: str
+    detail: str = ""
+
+
+class Audit(View, frozen=True, kw_only=True):
+    """Acts, newest first."""
+
+    entries: tuple[AuditEntry, ...] = ()
+
+
+class History(View, frozen=True, kw_only=True):
+    """A page of a board's reports, as it signed them: the way to prove what it ran (`signing.device_statements`).
+
+    Attributes:
+        certificate_pem: its newest certificate; the key in it never changes.
+        reports: envelopes, byte for byte.
+        boot_id, sequence: of the last one, to ask for what is behind it; 0 where there was nothing more.
+    """
+
+    device: str
+    certificate_pem: str
+    reports: tuple[msgspec.Raw, ...] = ()
+    boot_id: str = ""
+    sequence: Stored = 0
+
+
+class Refusal(Exception):  # noqa: N818 - an answer, not a fault of ours
+    """The request is not carried out; says why and what to do."""
+
+    def __init__(self, status: int, kind: str, title: str, detail: str = "", action: str = "") -> None:
+        super().__init__(title)
+        self.problem = Problem(type=kind, title=title, status=status, detail=detail, action=action)

@@ -1,0 +1,225 @@
+"""Operator API: operators, CA, online roles, secrets.
+
+The part of the operator API that is about operators themselves.
+
+The part of the operator API that is about the fleet's CA.
+
+The part of the operator API that is about snapshot and timestamp signed on another host than the server.
+
+The part of the operator API that is about secrets. A value goes in by `SecretRequest` alone and never comes out.
+"""
+
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from fleet.protocol.bounds import Count, Stored, Utc
+from fleet.protocol.operator_api import Body, View
+
+
+class Role(StrEnum):
+    """What an operator may do."""
+
+    VIEWER = "viewer"  # look
+    OPERATOR = "operator"  # and change what boards run
+    ADMIN = "admin"  # and say who else may
+
+
+class OperatorRow(View, frozen=True, kw_only=True):
+    """An operator."""
+
+    name: str
+    role: Role
+    created_at: Utc
+
+
+class Operators(View, frozen=True, kw_only=True):
+    """Every operator."""
+
+    operators: tuple[OperatorRow, ...] = ()
+
+
+class OperatorRequest(Body, frozen=True, kw_only=True):
+    """Let an operator in, or give one another role and a new token."""
+
+    role: Role = Role.OPERATOR
+
+
+class OperatorReply(View, frozen=True, kw_only=True):
+    """The operator's token, shown once: the server keeps its hash only."""
+
+    name: str
+    role: Role
+    token: str
+
+
+class Issuer(View, frozen=True, kw_only=True):
+    """An issuer whose certificates are accepted; `serial` in hex."""
+
+    serial: str
+    name: str
+    ends: Utc
+    current: bool = False
+
+
+class CaView(View, frozen=True, kw_only=True):
+    """The fleet's CA as its server has it.
+
+    Attributes:
+        root_sha256: of the root's certificate, DER, in hex: what boards pin.
+        root_on_server: a development fleet's server issues with the root itself.
+        issuers: what is accepted, the one in use first.
+        request: for the next issuing CA, PKCS#10 in PEM; the operator signs it with the root.
+    """
+
+    root_sha256: str
+    root_on_server: bool
+    issuers: tuple[Issuer, ...]
+    request: str
+
+
+class IssuingRequest(Body, frozen=True, kw_only=True):
+    """The issuing CA that the operator signed, PEM."""
+
+    issuing_pem: str
+
+
+NONE: Final = msgspec.Raw(b"null")
+"""No snapshot: the newest one stays."""
+
+
+class OnlineView(View, frozen=True, kw_only=True):
+    """Where snapshot and timestamp are signed, and what waits for it.
+
+    Attributes:
+        elsewhere: the server does not hold their keys: a publisher host signs.
+        snapshot, timestamp: the versions that boards see.
+        waiting: the signing event that is published as soon as both are signed over it; empty for none.
+        problems: sentences for people.
+    """
+
+    elsewhere: bool
+    snapshot: Stored
+    timestamp: Stored
+    waiting: str = ""
+    problems: tuple[str, ...] = ()
+
+
+class OnlineRequest(Body, frozen=True, kw_only=True):
+    """Snapshot (where it changed) and timestamp, signed. Their signatures say whether they count."""
+
+    timestamp: msgspec.Raw
+    snapshot: msgspec.Raw = msgspec.field(default_factory=lambda: NONE)  # a schema cannot show a raw default
+
+
+class Box(Body, frozen=True, kw_only=True):
+    """A box that was sealed for one board on the operator's machine; base64 (`signing.sealing`)."""
+
+    device: str
+    box: str
+
+
+class SecretRequest(Body, frozen=True, kw_only=True):
+    """`PUT /v1/secrets/{name}`: the next version of a secret, for the boards that belong to a group now, or for one.
+
+    Attributes:
+        instance: whose secret; empty where one instance of these boards alone declares a secret of that name.
+        group, device: exactly one of them.
+        value: to be sealed by the server, which forgets it; empty with `boxes`.
+        boxes: sealed already, one for each board; of the version that `SealingKeys` told.
+        rotate: refuse unless there is a version that this one replaces.
+        ahead: keep it although what runs declares no such secret: for a version that is still to be deployed.
+    """
+
+    instance: str = ""
+    group: str = ""
+    device: str = ""
+    value: str = ""
+    boxes: tuple[Box, ...] = ()
+    version: Count = 0
+    rotate: bool = False
+    ahead: bool = False
+
+    def __repr__(self) -> str:
+        """Without the value, wherever it is printed."""
+        return f"SecretRequest(instance={self.instance!r}, group={self.group!r}, device={self.device!r})"
+
+
+class SecretReply(View, frozen=True, kw_only=True):
+    """Which boards have it now.
+
+    Attributes:
+        boards: that it was sealed for.
+        unsealable: that have no sealing key: enrolled by an agent of before.
+    """
+
+    name: str
+    instance: str
+    version: Stored
+    boards: tuple[str, ...] = ()
+    unsealable: tuple[str, ...] = ()
+
+
+class SecretScope(Body, frozen=True, kw_only=True):
+    """`POST /v1/secrets/{name}/remove`: whose secret, on which boards."""
+
+    instance: str = ""
+    group: str = ""
+    device: str = ""
+
+
+class BoardKey(View, frozen=True, kw_only=True):
+    """A board's sealing key by its own word: `proof` is signed by the key of the certificate."""
+
+    device: str
+    proof: str
+    certificate_pem: str
+
+
+class SealingKeys(View, frozen=True, kw_only=True):
+    """`GET /v1/secrets/{name}/keys`: what is needed to seal the next version on the operator's machine."""
+
+    fleet: str
+    name: str
+    instance: str
+    version: Stored
+    boards: tuple[BoardKey, ...] = ()
+
+
+class Holding(View, frozen=True, kw_only=True):
+    """A board that has a box.
+
+    Attributes:
+        sealed: `server`, which saw the value then, or `operator`, and it did not.
+    """
+
+    device: str
+    version: Stored
+    at: str
+    by: str
+    sealed: str
+
+
+class SecretRow(View, frozen=True, kw_only=True):
+    """One secret of one instance; `lacking` boards should run the instance and have no box of it."""
+
+    instance: str
+    name: str
+    version: Stored
+    boards: tuple[Holding, ...] = ()
+    lacking: tuple[str, ...] = ()
+
+
+class Secrets(View, frozen=True, kw_only=True):
+    """`GET /v1/secrets`: every secret, without any value."""
+
+    secrets: tuple[SecretRow, ...] = ()
+
+
+class SealedBox(msgspec.Struct, frozen=True, kw_only=True):
+    """A box on its way into the store."""
+
+    device: str
+    box: bytes
+    sealed: str

@@ -1,0 +1,224 @@
+"""Handlers for enrolled devices; log relay.
+
+The routes for enrolled boards. TLS has asked each for a certificate of the fleet's CA before a request is read.
+
+Log lines on their way from a board to the operator who asked: in memory, for minutes, and never stored.
+
+A board is listened to only where an operator's command asked it for lines, and for as long as somebody reads them.
+"""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from fleet.protocol import wire
+from fleet.protocol.messages import DesiredReply, LogAnswer, LogChunk, LogView, RenewRequest
+from fleet.protocol.operator_api import Refusal
+from fleet.server.api import http
+from fleet.server.api.http import answer, body, number, param
+from fleet.server.api.publishing import Artifacts, artifact_file, tuf_file
+from fleet.server.api.secrets import box_of
+from fleet.server.director import Director
+from fleet.server.enrolment import Enrolment
+from fleet.server.listener import peer_certificate
+from fleet.server.tuf_repository import TufRepository
+from fleet.store.rows import DeviceRow
+from fleet.store.store import Store
+from signing.state import VERSION_MAX
+
+FOLLOWS_MAX: Final = 64
+
+LINES_MAX: Final = 5000
+
+READER_GONE_S: Final = 45.0
+
+WAIT_MAX_S: Final = 20
+
+
+@dataclass(slots=True)
+class _Follow:
+    instance: str
+    until: float
+    read_at: float
+    lines: list[str] = field(default_factory=list)
+    heard: bool = False
+    ended: bool = False
+    refused: str = ""
+    left_out: int = 0
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class LogRelay:
+    """What is being followed."""
+
+    def __init__(self, clock: Callable[[], datetime]) -> None:
+        self._clock = clock
+        self._follows: dict[tuple[str, int], _Follow] = {}
+
+    def expect(self, device: str, command: int, instance: str, *, minutes: int) -> None:
+        """An operator's signed command has asked this board for lines."""
+        now = self._now()
+        self._follows = {key: each for key, each in self._follows.items() if each.until > now}
+        while len(self._follows) >= FOLLOWS_MAX:
+            del self._follows[next(iter(self._follows))]
+        self._follows[device, command] = _Follow(instance, now + 60.0 * (minutes + 1), now)
+
+    async def take(self, request: Request, device: DeviceRow) -> Response:
+        """POST /v1/logs, from a board."""
+        try:
+            chunk = wire.decode(LogChunk, await http.read(request, LogChunk.MAX_BYTES))
+        except wire.WireError as error:
+            raise Refusal(400, "bad-request", "these are no log lines", str(error)) from error
+        follow = self._follows.get((device.id, chunk.command))
+        now = self._now()
+        if follow is None or follow.instance != chunk.instance or follow.until < now:
+            raise Refusal(409, "not-asked", "nobody asked this board for these lines")
+        follow.heard, follow.refused = True, chunk.refused[:500]
+        follow.lines += chunk.lines
+        follow.left_out += max(0, chunk.left_out) + max(0, len(follow.lines) - LINES_MAX)
+        del follow.lines[LINES_MAX:]
+        more = now - follow.read_at < READER_GONE_S and len(follow.lines) < LINES_MAX
+        follow.ended = follow.ended or chunk.ended or bool(chunk.refused) or not more
+        follow.news.set()
+        return answer(LogAnswer(more=more))
+
+    async def read(self, request: Request, _by: str) -> Response:
+        """GET /v1/devices/{id}/logs."""
+        command, after = number(request, "command", 0, VERSION_MAX), number(request, "after", 0, LINES_MAX)
+        follow = self._follows.get((param(request, "id"), command))
+        if follow is None:
+            raise Refusal(404, "not-found", "nobody asked that board for lines, or that is over", action="fleet logs")
+        wait_s = number(request, "wait", 0, WAIT_MAX_S)
+        follow.read_at = self._now()
+        if len(follow.lines) <= after and not follow.ended and wait_s:
+            follow.news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(follow.news.wait(), wait_s)
+        follow.read_at = self._now()
+        return answer(
+            LogView(
+                lines=tuple(follow.lines[after:]),
+                next=len(follow.lines),
+                heard=follow.heard,
+                ended=follow.ended or follow.until < self._now(),
+                refused=follow.refused,
+                left_out=follow.left_out,
+            )
+        )
+
+    def _now(self) -> float:
+        return self._clock().timestamp()
+
+
+BROKER_SLACK_S: Final = 120.0
+"""How long the broker may take to bring an assignment before a board that asks here for it tells something."""
+
+_NAMED_MAX: Final = 5
+
+_NONCE: Final = re.compile(r"[0-9a-f]{16,64}")
+
+Handler = Callable[[Request, DeviceRow], Awaitable[Response]]
+
+
+class DeviceApi:
+    """The API for boards: metadata, artifacts, the desired state, renewal."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        repository: TufRepository,
+        artifacts: Artifacts,
+        enrolment: Enrolment,
+        director: Director,
+        clock: Callable[[], datetime],
+        logs: LogRelay,
+    ) -> None:
+        self._logs = logs
+        self._store, self._repository, self._artifacts = store, repository, artifacts
+        self._enrolment, self._director, self._clock = enrolment, director, clock
+        self._unheard: dict[str, float] = {}
+
+    def application(self) -> Starlette:
+        """The ASGI application."""
+        return Starlette(
+            routes=[
+                Route("/v1/tuf/{file}", self._known(self.tuf), methods=["GET"]),
+                Route("/v1/artifacts/{sha256}", self._known(self.artifact), methods=["GET"]),
+                Route("/v1/secrets/{sha256}", self._known(self.secret), methods=["GET"]),
+                Route("/v1/desired", self._known(self.desired), methods=["GET"]),
+                Route("/v1/logs", self._known(self._logs.take), methods=["POST"]),
+                Route("/v1/renew", self._known(self.renew, renewing=True), methods=["POST"]),
+            ],
+            exception_handlers=http.HANDLERS,
+        )
+
+    def _known(self, handler: Handler, *, renewing: bool = False) -> http.Route:
+        async def route(request: Request) -> Response:
+            device = self._enrolment.authenticate(peer_certificate(request.scope), renewing=renewing)
+            return await handler(request, device)
+
+        return http.guarded(route)
+
+    async def tuf(self, request: Request, _device: DeviceRow) -> Response:
+        """GET /v1/tuf/{file}."""
+        return tuf_file(self._repository, param(request, "file"))
+
+    async def artifact(self, request: Request, _device: DeviceRow) -> Response:
+        """GET /v1/artifacts/{sha256}."""
+        return artifact_file(self._artifacts, request)
+
+    async def secret(self, request: Request, device: DeviceRow) -> Response:
+        """GET /v1/secrets/{sha256}: a box of this board's own, and of no other's."""
+        return box_of(self._store, device.id, param(request, "sha256"))
+
+    async def desired(self, request: Request, device: DeviceRow) -> Response:
+        """GET /v1/desired: the way for a board that cannot reach the broker; with a nonce, vouched for."""
+        self._doubt_broker(device)
+        row = self._director.reconcile(device.id)  # what another director's key signed is nobody's word any more
+        if row is None:
+            raise Refusal(404, "not-found", "nothing was ever assigned to this board")
+        body, nonce = row.envelope, request.query_params.get("nonce")
+        if nonce is not None:
+            if not _NONCE.fullmatch(nonce):
+                raise Refusal(400, "bad-request", "a nonce is 16 to 64 hexadecimal digits")
+            vouched = self._director.vouch(row, nonce)
+            body = wire.encode(DesiredReply(assignment=row.envelope.decode(), fresh=vouched.decode()))
+        return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
+
+    def _doubt_broker(self, device: DeviceRow) -> None:
+        """A board asks here for what the broker should have brought: noted until the broker brings its word."""
+        newest = self._store.delivery.assignment(device.id)
+        now = self._clock()
+        if newest is None or newest.version <= device.accepted or now.timestamp() - newest.issued < BROKER_SLACK_S:
+            return
+        if device.id not in self._unheard:
+            words = f"asked over HTTPS for assignment {newest.version}, which the broker did not bring"
+            self._store.devices.note(device.id, "broker", words, now=now.timestamp(), assignment=newest.version)
+        self._unheard[device.id] = now.timestamp()
+
+    def problems(self) -> list[str]:
+        """Boards that the broker does not reach, or keeps from their newest assignment, in one sentence."""
+        rows = {row.id: row for row in self._store.devices.some(self._unheard)}
+        for device, since in list(self._unheard.items()):
+            row = rows.get(device)
+            if row is None or row.revoked or (row.seen_at or 0) > since:
+                del self._unheard[device]
+        if not self._unheard:
+            return []
+        some = ", ".join(sorted(self._unheard)[:_NAMED_MAX])
+        return [f"the broker keeps assignments from {len(self._unheard)} boards, which ask over HTTPS: {some}"]
+
+    async def renew(self, request: Request, device: DeviceRow) -> Response:
+        """POST /v1/renew."""
+        wish = await body(request, RenewRequest)
+        return answer(self._enrolment.renew(device, wish.csr_pem, wish.sealing_proof))

@@ -1,0 +1,145 @@
+"""What every route shares: strict bodies, answers, problems for people, and who is asking.
+
+A route is a coroutine from request to response. What goes wrong is raised as `Refusal` and answered as
+`application/problem+json` (RFC 9457); nothing that a client sends ends in a traceback.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from fleet.protocol import bounds, wire
+from fleet.protocol.names import BadNameError
+from fleet.protocol.operator_api import Problem, Refusal
+from signing.errors import ConflictError, Rejected, RepositoryError, SigningError
+
+log = logging.getLogger(__name__)
+
+B = TypeVar("B", bound=msgspec.Struct)
+
+Route = Callable[[Request], Awaitable[Response]]
+
+
+def answer(value: msgspec.Struct, status: int = 200) -> Response:
+    """A struct as JSON."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def problem(value: Problem) -> Response:
+    """A problem as its media type."""
+    headers = {"www-authenticate": "Bearer"} if value.status == 401 else None  # noqa: PLR2004 - RFC 9110, 15.5.2
+    return Response(msgspec.json.encode(value), value.status, headers, media_type="application/problem+json")
+
+
+async def read(request: Request, max_bytes: int = bounds.API_BODY_MAX_BYTES) -> bytes:
+    """The whole body.
+
+    Raises:
+        Refusal: more than `max_bytes`.
+    """
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise Refusal(413, "too-large", f"more than {max_bytes} bytes were sent")
+    return bytes(body)
+
+
+async def body(request: Request, kind: type[B]) -> B:
+    """The body as a struct.
+
+    Raises:
+        Refusal: too large, not JSON, or a field that is unknown or of another type; it is named.
+    """
+    return decoded(await read(request), kind)
+
+
+def decoded(data: bytes, kind: type[B]) -> B:
+    """Bytes as a struct; raises `Refusal` as `body`."""
+    try:
+        return msgspec.json.decode(data or b"{}", type=kind)
+    except wire.JSON_ERRORS as error:
+        raise Refusal(400, "bad-request", f"the request is not a {kind.__name__}", str(error)) from error
+
+
+def number(request: Request, name: str, default: int, largest: int) -> int:
+    """A number from the query, capped.
+
+    Raises:
+        Refusal: it is not a number.
+    """
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit()) or len(text) > 18:  # noqa: PLR2004 - fits 64 bits
+        raise Refusal(400, "bad-request", f"{name}={text[:50]!r} is not a number")
+    return min(int(text), largest)
+
+
+def guarded(route: Route) -> Route:
+    """The route, with everything that it raises answered as a problem."""
+
+    async def serve(request: Request) -> Response:
+        try:
+            return await route(request)
+        except Exception as error:  # noqa: BLE001 - the boundary: a client sees a problem, the log the rest
+            if isinstance(error, ClientDisconnect):
+                return Response(status_code=499)
+            return problem(explain(error))
+
+    return serve
+
+
+def explain(error: Exception) -> Problem:
+    """What a client is told about an error."""
+    match error:
+        case Refusal():
+            return error.problem
+        case BadNameError():
+            return Problem(type="bad-name", title=str(error), status=400)
+        case ConflictError():
+            return Problem(
+                type="conflict", title=str(error), status=409, action="fetch the repository and publish again"
+            )
+        case Rejected():
+            return Problem(type=str(error.code), title=error.message, status=422)
+        case RepositoryError() | SigningError():
+            return Problem(type="refused", title=str(error), status=422)
+        case _:
+            log.error("a request failed", exc_info=error)
+            return Problem(
+                type="internal",
+                title="the server made a mistake",
+                status=500,
+                detail=type(error).__name__,
+                action="the server's log has the details",
+            )
+
+
+def bearer(request: Request) -> str:
+    """The bearer token of a request; empty for none."""
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if kind.lower() == "bearer" else ""
+
+
+def param(request: Request, name: str) -> str:
+    """A part of the path."""
+    found: Any = request.path_params[name]
+    return str(found)
+
+
+async def _not_found(request: Request, _error: Exception) -> Response:
+    return problem(Problem(type="not-found", title=f"there is nothing at {request.url.path[:200]}", status=404))
+
+
+async def _not_allowed(request: Request, _error: Exception) -> Response:
+    title = f"{request.method} is not for {request.url.path[:200]}"
+    return problem(Problem(type="method-not-allowed", title=title, status=405))
+
+
+HANDLERS: Final[Mapping[Any, Any]] = {404: _not_found, 405: _not_allowed}
+"""What Starlette's router answers by itself, as problems."""

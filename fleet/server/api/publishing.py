@@ -1,0 +1,215 @@
+"""Handlers: metadata and artifacts.
+
+What publishers bring and boards fetch: TUF metadata and artifacts, on both listeners.
+
+Artifacts: files named by the sha256 of their bytes. An upload becomes a file only when its hash is its name.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from fleet.protocol import bounds, names, operator_api
+from fleet.protocol.operator_api import Refusal
+from fleet.server.api import http
+from fleet.server.api.http import answer, param
+from fleet.server.api.trust import OnlineRoles
+from fleet.server.rollout_controller import RolloutController
+from fleet.server.tuf_repository import TufRepository
+from fleet.store.store import Store
+from signing import events
+
+_BLOCK_BYTES: Final = 1 << 20
+
+
+class ArtifactError(Exception):
+    """An upload that cannot be kept; one sentence for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An artifact on disk; `new` is false when it was there before."""
+
+    sha256: str
+    length: int
+    new: bool
+
+
+class Artifacts:
+    """The directory of artifacts."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        for left_over in directory.glob(".upload-*"):
+            left_over.unlink(missing_ok=True)
+
+    def path(self, sha256: str) -> Path | None:
+        """The file of an artifact; None for none."""
+        path = self._directory / names.check_sha256(sha256)
+        return path if path.is_file() else None
+
+    async def store(self, sha256: str, chunks: AsyncIterator[bytes]) -> Stored:
+        """Keep what comes, if it is what its name says. Written as it comes, flushed to disk before it counts.
+
+        Raises:
+            ArtifactError: too large, or the bytes have another hash.
+        """
+        path = self._directory / names.check_sha256(sha256)
+        beside = self._directory / f".upload-{secrets.token_hex(8)}"
+        digest, length = hashlib.sha256(), 0
+        try:
+            with beside.open("xb") as file:
+                async for block in _blocks(chunks):
+                    length += len(block)
+                    if length > bounds.ARTIFACT_MAX_BYTES:
+                        raise ArtifactError(
+                            f"more than {bounds.ARTIFACT_MAX_BYTES >> 20} MiB: a component of that size fits no board"
+                        )
+                    await run_in_threadpool(_take, file, digest, block)
+                await run_in_threadpool(_flush, file)
+            if digest.hexdigest() != sha256:
+                raise ArtifactError(
+                    f"the {length} bytes that came have the sha256 {digest.hexdigest()}, not {sha256}: send them again"
+                )
+            new = not path.exists()
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+        return Stored(sha256, length, new)
+
+
+async def _blocks(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    pending: list[bytes] = []
+    size = 0
+    async for chunk in chunks:
+        pending.append(chunk)
+        size += len(chunk)
+        if size >= _BLOCK_BYTES:
+            yield b"".join(pending)
+            pending, size = [], 0
+    if pending:
+        yield b"".join(pending)
+
+
+def _take(file: Any, digest: Any, block: bytes) -> None:
+    file.write(block)
+    digest.update(block)
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class Publishing:
+    """The operators' routes for components, metadata and artifacts."""
+
+    def __init__(
+        self,
+        store: Store,
+        repository: TufRepository,
+        artifacts: Artifacts,
+        conductor: RolloutController,
+        online: OnlineRoles,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._store, self._repository, self._artifacts = store, repository, artifacts
+        self._conductor, self._online, self._clock = conductor, online, clock
+
+    async def components(self, _request: Request, _by: str) -> Response:
+        """GET /v1/components."""
+        rows = (
+            operator_api.ComponentRow(
+                target=release.name.path,
+                namespace=release.name.namespace,
+                name=release.name.name,
+                version=release.name.version,
+                length=release.length,
+                sha256=release.sha256,
+            )
+            for release in self._repository.releases()
+        )
+        return answer(operator_api.Components(components=tuple(rows)))
+
+    async def tuf(self, request: Request, _by: str) -> Response:
+        """GET /v1/tuf/{file}."""
+        return tuf_file(self._repository, param(request, "file"))
+
+    async def put_artifact(self, request: Request, by: str) -> Response:
+        """PUT /v1/artifacts/{sha256}."""
+        sha256 = names.check_sha256(param(request, "sha256"))
+        declared = request.headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > bounds.ARTIFACT_MAX_BYTES:
+            raise Refusal(413, "too-large", f"{declared} bytes, at most {bounds.ARTIFACT_MAX_BYTES} are accepted")
+        try:
+            stored = await self._artifacts.store(sha256, request.stream())
+        except ArtifactError as error:
+            raise Refusal(422, "hash-mismatch", str(error)) from error
+        with self._store.atomic():
+            if self._store.delivery.add_artifact(sha256, stored.length, by=by, now=self._now()):
+                self._audit(by, "upload", sha256, f"{stored.length} bytes")
+        return answer(
+            operator_api.ArtifactReply(sha256=sha256, length=stored.length, new=stored.new), 201 if stored.new else 200
+        )
+
+    async def get_artifact(self, request: Request, _by: str) -> Response:
+        """GET /v1/artifacts/{sha256}."""
+        return artifact_file(self._artifacts, request)
+
+    async def role(self, request: Request, by: str) -> Response:
+        """POST /v1/roles/{namespace}."""
+        namespace = names.check_label(param(request, "namespace"), "namespace")
+        data = await http.read(request, bounds.TARGETS_MAX_BYTES)
+        before = {release.name.path for release in self._repository.releases()}
+        reply = await self._online.published(lambda: self._repository.publish(namespace, data, now=self._clock()))
+        self._audit(by, "publish-role", namespace, f"version {reply.version}")
+        if before - {release.name.path for release in self._repository.releases()}:
+            # something was revoked: it comes off every board that runs it
+            self._conductor.touch(row.id for row in self._store.devices.all())
+        return answer(reply, 201)
+
+    async def event(self, request: Request, by: str) -> Response:
+        """POST /v1/signing-events: changes of root, targets and namespaces, published together or not at all."""
+        data = await http.read(request, events.MAX_BYTES)
+        reply = await self._online.published(lambda: self._repository.publish_event(data, now=self._clock()))
+        self._audit(by, "publish-event", events.decode(data).name, events.decode(data).note[:200])
+        # keys and namespaces may have come and gone: every board's assignment is held against what is trusted now
+        self._conductor.touch(row.id for row in self._store.devices.all())
+        return answer(reply, 201)
+
+    def _audit(self, by: str, act: str, subject: str, detail: str = "") -> None:
+        self._store.access.audit(actor=by, act=act, subject=subject, detail=detail, now=self._now())
+
+    def _now(self) -> float:
+        return self._clock().timestamp()
+
+
+def tuf_file(repository: TufRepository, name: str) -> Response:
+    """A metadata file. All but the head never change, so caches may keep them."""
+    data = repository.file(name)
+    if data is None:
+        raise Refusal(404, "not-found", f"the repository has no {name[:100]}")
+    caching = "no-cache" if name == "timestamp.json" else "public, max-age=86400, immutable"
+    return Response(data, media_type="application/json", headers={"cache-control": caching})
+
+
+def artifact_file(artifacts: Artifacts, request: Request) -> Response:
+    """An artifact, whole or by Range (RFC 9110, section 14); its hash is its entity tag."""
+    sha256 = param(request, "sha256")
+    path = artifacts.path(sha256)
+    if path is None:
+        raise Refusal(404, "not-found", f"there is no artifact {sha256}", action="upload it: fleet publish FILE")
+    tag = f'"{sha256}"'
+    headers = {"etag": tag, "cache-control": "public, max-age=31536000, immutable"}
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    return FileResponse(path, media_type="application/wasm", headers=headers)

@@ -1,0 +1,289 @@
+"""Secrets on the server: sealed as they come in, kept as boxes, given to the board that each is for.
+
+A value is in this process from the request to the last board's box; it is stored nowhere, logged nowhere and part of no
+answer. With boxes that an operator sealed the server never sees it. Since no value is kept, a board that joins later
+lacks the secret until somebody sets it again; which one does, is listed.
+"""
+
+import base64
+import binascii
+import contextlib
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from fleet.protocol import names
+from fleet.protocol.operator_api import Refusal
+from fleet.protocol.trust_api import (
+    BoardKey,
+    Holding,
+    SealedBox,
+    SealingKeys,
+    SecretReply,
+    SecretRequest,
+    SecretRow,
+    Secrets,
+    SecretScope,
+)
+from fleet.server.api.http import answer, body, param
+from fleet.server.director import Director, lacks
+from fleet.server.rollout_controller import RolloutController
+from fleet.server.tuf_repository import TufRepository
+from fleet.store.rows import DeviceRow
+from fleet.store.sqlite import utc
+from fleet.store.store import Store
+from signing import sealing
+from signing.errors import SigningError
+from signing.policy import Release
+from signing.sealing import Purpose
+
+BOARDS_MAX: Final = 10_000
+
+
+class SecretHandlers:
+    """The routes for secrets."""
+
+    def __init__(
+        self,
+        store: Store,
+        repository: TufRepository,
+        director: Director,
+        conductor: RolloutController,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._store, self._repository, self._director = store, repository, director
+        self._conductor, self._clock = conductor, clock
+
+    # -- routes ------------------------------------------------------------------------------------------------------
+
+    async def list(self, _request: Request, _by: str) -> Response:
+        """GET /v1/secrets."""
+        return answer(self.listing())
+
+    async def keys(self, request: Request, _by: str) -> Response:
+        """GET /v1/secrets/{name}/keys?group=&device=&instance=."""
+        name = names.check_secret(param(request, "name"))
+        query = request.query_params
+        boards = self._boards(query.get("group", ""), query.get("device", ""))
+        instance = self._instance(query.get("instance", ""), name, boards)
+        return answer(
+            SealingKeys(
+                fleet=self._director.fleet,
+                name=name,
+                instance=instance,
+                version=self._store.boxes.next_version(instance, name),
+                boards=tuple(self._key(board) for board in boards),
+            )
+        )
+
+    async def set(self, request: Request, by: str) -> Response:
+        """PUT /v1/secrets/{name}."""
+        name = names.check_secret(param(request, "name"))
+        return answer(self.keep(name, await body(request, SecretRequest), by=by), 201)
+
+    async def remove(self, request: Request, by: str) -> Response:
+        """POST /v1/secrets/{name}/remove."""
+        name = names.check_secret(param(request, "name"))
+        wish = await body(request, SecretScope)
+        boards = self._boards(wish.group, wish.device)
+        instance = self._instance(wish.instance, name, boards)
+        for board in boards:
+            release = self._runs(board, instance)
+            if release is not None and (key := release.manifest.secrets.get(name)) is not None and key.required:
+                raise Refusal(
+                    409,
+                    "needed",
+                    f"{instance} on {board.id} runs {release.name}, which does not start without {name}",
+                    action=f"set another value, or remove the instance first: fleet remove {instance}",
+                )
+        had = [board.id for board in boards if self._store.boxes.remove(board.id, instance, name)]
+        if not had:
+            raise Refusal(404, "unknown-secret", f"no board there has a secret {name} of {instance}")
+        self._audit(by, "remove-secret", f"{instance}/{name}", wish.group or wish.device)
+        self._conductor.touch(had)
+        return answer(self.listing())
+
+    async def box(self, request: Request, _by: str) -> Response:
+        """GET /v1/devices/{id}/secrets/{sha256}: the box of one board, for a bundle."""
+        return box_of(self._store, param(request, "id"), param(request, "sha256"))
+
+    # -- what they do ------------------------------------------------------------------------------------------------
+
+    def keep(self, name: str, wish: SecretRequest, *, by: str) -> SecretReply:
+        """Seal a value, or take boxes that were sealed already, as the next version.
+
+        Raises:
+            Refusal: what is asked cannot be meant; nothing is kept then.
+        """
+        if bool(wish.value) == bool(wish.boxes):
+            raise Refusal(400, "bad-request", "give either a value or boxes that are sealed")
+        boards = self._boards(wish.group, wish.device)
+        instance = self._instance(wish.instance, name, boards)
+        self._check_declared(instance, name, boards, ahead=wish.ahead)
+        version = self._store.boxes.next_version(instance, name)
+        if wish.rotate and version == 1:
+            raise Refusal(
+                404, "unknown-secret", f"there is no secret {name} of {instance} yet", action=f"fleet secret set {name}"
+            )
+        if wish.boxes and wish.version != version:
+            raise Refusal(
+                409, "conflict", f"version {version} of {name} is next, not {wish.version}", action="seal it again"
+            )
+        sealed = self._taken(wish, boards) if wish.boxes else self._sealed(name, wish.value, instance, version, boards)
+        if boards and not sealed:
+            raise Refusal(
+                409, "no-sealing-key", "no board there has a sealing key", action="enrol them anew: fleet-agent enroll"
+            )
+        now = self._clock().timestamp()
+        with self._store.atomic():
+            self._store.boxes.put(instance=instance, name=name, version=version, boxes=sealed, by=by, now=now)
+            self._audit(by, "set-secret", f"{instance}/{name}", f"version {version} on {wish.group or wish.device}")
+        done = {each.device for each in sealed}
+        self._conductor.touch(sorted(done))
+        return SecretReply(
+            name=name,
+            instance=instance,
+            version=version,
+            boards=tuple(sorted(done)),
+            unsealable=tuple(board.id for board in boards if board.id not in done),
+        )
+
+    def _sealed(
+        self, name: str, value: str, instance: str, version: int, boards: Sequence[DeviceRow]
+    ) -> Sequence[SealedBox]:
+        try:
+            sealing.check_value(value)
+        except SigningError as error:
+            raise Refusal(400, "bad-secret", str(error)) from None
+        found: list[SealedBox] = []
+        for board in boards:
+            purpose = Purpose(
+                fleet=self._director.fleet, device=board.id, instance=instance, name=name, version=version
+            )
+            with contextlib.suppress(SigningError):  # one board without a key does not keep the others from theirs
+                box = sealing.seal(value, recipient=board.sealing_key, purpose=purpose)
+                found.append(SealedBox(device=board.id, box=box, sealed="server"))
+        return found
+
+    def _taken(self, wish: SecretRequest, boards: Sequence[DeviceRow]) -> Sequence[SealedBox]:
+        """Boxes from an operator's machine, which nobody here can look into."""
+        known = {board.id for board in boards}
+        found: list[SealedBox] = []
+        for each in wish.boxes:
+            if each.device not in known or any(each.device == other.device for other in found):
+                raise Refusal(400, "bad-request", f"{each.device} is not among these boards, or there twice")
+            try:
+                box = base64.b64decode(each.box, validate=True)
+            except (binascii.Error, ValueError):
+                raise Refusal(400, "bad-request", f"the box for {each.device} is not base64") from None
+            sealing.check_box(box)
+            found.append(SealedBox(device=each.device, box=box, sealed="operator"))
+        return found
+
+    def listing(self) -> Secrets:
+        """Every secret that some board has or lacks."""
+        rows: dict[tuple[str, str], list[Holding]] = {}
+        for box in self._store.boxes.all():
+            holding = Holding(
+                device=box.device, version=box.version, at=utc(box.at).isoformat(), by=box.by, sealed=box.sealed
+            )
+            rows.setdefault((box.instance, box.name), []).append(holding)
+        lacking: dict[tuple[str, str], list[str]] = {}
+        for board in self._store.devices.all():
+            if board.revoked:
+                continue
+            have = self._store.boxes.newest(board.id)
+            for instance in self._director.effective(board):
+                for name in lacks(self._runs(board, instance), instance, have):
+                    lacking.setdefault((instance, name), []).append(board.id)
+        return Secrets(
+            secrets=tuple(
+                SecretRow(
+                    instance=instance,
+                    name=name,
+                    version=max((each.version for each in rows.get((instance, name), ())), default=0),
+                    boards=tuple(rows.get((instance, name), ())),
+                    lacking=tuple(lacking.get((instance, name), ())),
+                )
+                for instance, name in sorted(rows.keys() | lacking.keys())
+            )
+        )
+
+    # -- who and what ------------------------------------------------------------------------------------------------
+
+    def _boards(self, group: str, device: str) -> Sequence[DeviceRow]:
+        """The boards that belong there now, by labels that operators set and by nothing that a board says of itself."""
+        if bool(group) == bool(device):
+            raise Refusal(400, "bad-request", "name either a group or a device")
+        if device:
+            row = self._store.devices.get(device)
+            if row is None or row.revoked:
+                raise Refusal(404, "unknown-device", f"there is no device {device}", action="fleet devices lists them")
+            return [row]
+        found = self._store.devices.group(group)
+        if found is None:
+            raise Refusal(404, "unknown-group", f"there is no group {group!r}", action="fleet groups lists them")
+        members = self._store.devices.members(found)
+        if len(members) > BOARDS_MAX:
+            raise Refusal(413, "too-large", f"{group} has {len(members)} boards, at most {BOARDS_MAX} at once")
+        return self._store.devices.some(members)
+
+    def _runs(self, board: DeviceRow, instance: str) -> Release | None:
+        held = self._director.effective(board).get(instance)
+        if held is None or held.value.target is None:
+            return None
+        return self._repository.release(held.value.target)
+
+    def _instance(self, instance: str, name: str, boards: Sequence[DeviceRow]) -> str:
+        if instance:
+            return names.check_label(instance, "instance")
+        declared = {
+            each
+            for board in boards
+            for each in self._director.effective(board)
+            if (release := self._runs(board, each)) is not None and name in release.manifest.secrets
+        }
+        if len(declared) == 1:
+            return declared.pop()
+        which = f"{', '.join(sorted(declared))} declare one" if declared else "no instance there declares one"
+        raise Refusal(400, "which-instance", f"whose secret is {name}? {which}", action="say it: --instance NAME")
+
+    def _check_declared(self, instance: str, name: str, boards: Sequence[DeviceRow], *, ahead: bool) -> None:
+        releases = [release for board in boards if (release := self._runs(board, instance)) is not None]
+        if ahead or not releases or any(name in release.manifest.secrets for release in releases):
+            return
+        known = ", ".join(sorted({key for release in releases for key in release.manifest.secrets})) or "none"
+        raise Refusal(
+            422,
+            "unknown-secret",
+            f"{releases[0].name} declares no secret {name!r}",
+            f"it declares {known}",
+            "correct the name, or say --ahead for a version that is still to come",
+        )
+
+    def _key(self, board: DeviceRow) -> BoardKey:
+        certificate = self._store.access.newest_certificate(board.id)
+        return BoardKey(
+            device=board.id,
+            proof=self._store.devices.sealing_proof(board.id),
+            certificate_pem="" if certificate is None else certificate.pem,
+        )
+
+    def _audit(self, by: str, act: str, subject: str, detail: str) -> None:
+        self._store.access.audit(actor=by, act=act, subject=subject, detail=detail, now=self._clock().timestamp())
+
+
+def box_of(store: Store, device: str, sha256: str) -> Response:
+    """A board's own box.
+
+    Raises:
+        Refusal: it has no such box.
+        BadNameError: that is no sha256.
+    """
+    found = store.boxes.box(device, names.check_sha256(sha256))
+    if found is None:
+        raise Refusal(404, "not-found", "this board has no such box")
+    return Response(found, media_type="application/octet-stream", headers={"cache-control": "no-store"})

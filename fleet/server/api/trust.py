@@ -1,0 +1,272 @@
+"""Handlers: operator accounts, CA, online roles.
+
+The routes about operators themselves: who may come in, and as what. Only an admin changes that.
+
+The routes about the CA: what it issues with, a successor for it, and what counts no more. An admin changes it.
+
+Snapshot and timestamp that a publisher host signs: what waits for it, what it brings, what is late.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from fleet import ca
+from fleet.ca import CaError, CertificateAuthority, serial
+from fleet.protocol import bounds, names
+from fleet.protocol.operator_api import Refusal, RoleReply
+from fleet.protocol.trust_api import (
+    NONE,
+    CaView,
+    Issuer,
+    IssuingRequest,
+    OnlineRequest,
+    OnlineView,
+    OperatorReply,
+    OperatorRequest,
+    OperatorRow,
+    Operators,
+    Role,
+)
+from fleet.server.api import http
+from fleet.server.api.http import answer, bearer, body, number, param
+from fleet.server.tuf_repository import TufRepository, WaitingError
+from fleet.store.sqlite import utc
+from fleet.store.store import ChangeSignal, Store
+from signing import repository as repositories
+
+_TOKEN_BYTES: Final = 32
+
+
+class OperatorAccounts:
+    """Operators, their roles and tokens."""
+
+    def __init__(self, store: Store, clock: Callable[[], datetime]) -> None:
+        self._store, self._clock = store, clock
+
+    async def everyone(self, _request: Request, _by: str) -> Response:
+        """GET /v1/operators."""
+        return answer(self._rows())
+
+    async def let_in(self, request: Request, by: str) -> Response:
+        """PUT /v1/operators/{name}."""
+        need_admin(self._store, request)
+        name = names.check_label(param(request, "name"), "operator")
+        wish = await body(request, OperatorRequest)
+        if name == by and wish.role is not Role.ADMIN:
+            raise Refusal(409, "last-admin", "an admin cannot lower itself", action="let another admin do it")
+        token = secrets.token_urlsafe(_TOKEN_BYTES)
+        now = self._clock().timestamp()
+        with self._store.atomic():
+            self._store.access.set_operator(name, token, role=wish.role, now=now)
+            self._store.access.audit(actor=by, act="let-in", subject=name, detail=wish.role, now=now)
+        return answer(OperatorReply(name=name, role=wish.role, token=token), 201)
+
+    async def shut_out(self, request: Request, by: str) -> Response:
+        """POST /v1/operators/{name}/remove."""
+        need_admin(self._store, request)
+        name = param(request, "name")
+        if name == by:
+            raise Refusal(409, "last-admin", "an admin cannot remove itself", action="let another admin do it")
+        with self._store.atomic():
+            if not self._store.access.remove_operator(name):
+                raise Refusal(404, "unknown-operator", f"there is no operator {name}")
+            now = self._clock().timestamp()
+            self._store.access.audit(actor=by, act="shut-out", subject=name, now=now)
+        return answer(self._rows())
+
+    def _rows(self) -> Operators:
+        return Operators(
+            operators=tuple(
+                OperatorRow(name=row.name, role=Role(row.role), created_at=utc(row.created_at))
+                for row in self._store.access.operators()
+            )
+        )
+
+
+def need_admin(store: Store, request: Request) -> None:
+    """Refuse everybody else; raises `Refusal`."""
+    operator = store.access.operator(bearer(request))
+    if operator is None or operator[1] != Role.ADMIN:
+        raise Refusal(403, "forbidden", "only an admin says who may come in")
+
+
+class CaHandlers:
+    """The CA, for operators.
+
+    Args:
+        hosts: for which server certificates are issued.
+        changed: called when another issuing CA is in use, or one is accepted no more.
+    """
+
+    def __init__(
+        self,
+        *,
+        ca: CertificateAuthority,
+        store: Store,
+        hosts: tuple[str, ...],
+        changed: Callable[[], Awaitable[None]],
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._ca, self._store, self._hosts, self._changed, self._clock = ca, store, hosts, changed, clock
+
+    async def show(self, _request: Request, _by: str) -> Response:
+        """GET /v1/ca."""
+        return answer(self._view())
+
+    async def install(self, request: Request, by: str) -> Response:
+        """PUT /v1/ca/issuing."""
+        need_admin(self._store, request)
+        wish = await body(request, IssuingRequest)
+        try:
+            made = ca.install(self._ca.directory, wish.issuing_pem, now=self._clock())
+        except CaError as error:
+            raise Refusal(422, "refused", str(error)) from error
+        return await self._after(by, "renew-ca", serial(made))
+
+    async def revoke(self, request: Request, by: str) -> Response:
+        """POST /v1/ca/issuers/{serial}/revoke."""
+        need_admin(self._store, request)
+        number = param(request, "serial")
+        if self._ca.is_root:
+            raise Refusal(409, "no-issuing-ca", "the root itself issues here: there is nothing below it to revoke")
+        try:
+            ca.revoke(self._ca.directory, number)
+        except CaError as error:
+            raise Refusal(409, "conflict", str(error)) from error
+        return await self._after(by, "revoke-ca", number)
+
+    async def _after(self, by: str, act: str, subject: str) -> Response:
+        self._ca.load_again()
+        self._store.access.audit(actor=by, act=act, subject=subject, now=self._clock().timestamp())
+        await self._changed()
+        return answer(self._view())
+
+    def _view(self) -> CaView:
+        current = serial(self._ca.issuer)
+        rows = (
+            Issuer(
+                serial=serial(each),
+                name=each.subject.rfc4514_string(),
+                ends=each.not_valid_after_utc,
+                current=serial(each) == current,
+            )
+            for each in self._ca.accepted
+        )
+        return CaView(
+            root_sha256=self._ca.sha256,
+            root_on_server=self._ca.is_root,
+            issuers=tuple(sorted(rows, key=lambda row: (not row.current, row.ends))),
+            request=ca.request(self._ca.directory, self._hosts),
+        )
+
+
+PATIENCE_S: Final = 20.0
+"""How long whoever publishes waits for the publisher host: less than a client waits for an answer."""
+
+WAIT_MAX_S: Final = 60
+
+_LATE: Final = repositories.LIFE["timestamp"] / 4
+"""A publisher host signs the timestamp anew at half of its life: with a quarter left it is late."""
+
+
+class OnlineRoles:
+    """The way between a server and its publisher host."""
+
+    def __init__(
+        self, *, store: Store, repository: TufRepository, shown: Callable[[], None], clock: Callable[[], datetime]
+    ) -> None:
+        """`shown` is called when something that waited became visible."""
+        self._store, self._repository, self._shown, self._clock = store, repository, shown, clock
+        self._watch = ChangeSignal()
+        self._since: datetime | None = None
+
+    async def published(self, act: Callable[[], RoleReply]) -> RoleReply:
+        """Carry out `act`, which publishes; where the publisher host must sign first, as soon as it has.
+
+        Raises:
+            Refusal: it did not in time; what was sent is kept, or something else was waiting.
+        """
+        until = asyncio.get_running_loop().time() + PATIENCE_S
+        kept = b""
+        while True:
+            try:
+                return act()
+            except WaitingError:
+                kept = kept or self._repository.waiting
+                self._since = self._since or self._clock()
+                self._watch.changed()
+            left = until - asyncio.get_running_loop().time()
+            if await self._watch.until(lambda: None if self._repository.waiting else True, timeout_s=left) is None:
+                raise Refusal(
+                    503,
+                    "publisher-away",
+                    "the publisher host has not signed in time",
+                    "what was sent first is kept, and is published as soon as it has",
+                    "look after 'fleet publisher run' on its host, then do the same again",
+                )
+
+    async def show(self, request: Request, _by: str) -> Response:
+        """GET /v1/online; with `wait`, as soon as something waits for a signature."""
+        wait = min(number(request, "wait", 0, WAIT_MAX_S), WAIT_MAX_S)
+        await self._watch.until(lambda: self._repository.waiting or None, timeout_s=wait)
+        return answer(self._view())
+
+    async def bring(self, request: Request, by: str) -> Response:
+        """POST /v1/online: open to every operator, since signatures say whether it counts."""
+        data = await http.read(request, bounds.SNAPSHOT_MAX_BYTES + bounds.TIMESTAMP_MAX_BYTES + bounds.KIB)
+        wish = http.decoded(data, OnlineRequest)
+        waited = bool(self._repository.waiting)
+        self._repository.countersign(
+            snapshot=None if bytes(wish.snapshot) == bytes(NONE) else bytes(wish.snapshot),
+            timestamp=bytes(wish.timestamp),
+            now=self._clock(),
+        )
+        self._since = None
+        if waited:
+            self._audit(by, "countersign", f"snapshot {self._repository.snapshot_version}")
+            self._shown()
+        self._watch.changed()
+        return answer(self._view())
+
+    async def discard(self, request: Request, by: str) -> Response:
+        """POST /v1/online/discard: forget what waits, such as a change to keys that nobody has."""
+        need_admin(self._store, request)
+        if not self._repository.discard():
+            raise Refusal(409, "conflict", "nothing waits for the publisher host")
+        self._since = None
+        self._audit(by, "discard-waiting", "")
+        self._watch.changed()
+        return answer(self._view())
+
+    def problems(self) -> list[str]:
+        """What an operator should know: nobody signs, and something waits or is about to expire."""
+        if not self._repository.elsewhere and not self._repository.waiting:
+            return []
+        now, found = self._clock(), []
+        if self._repository.waiting:
+            since = f" since {self._since:%H:%M} UTC" if self._since is not None else ""
+            found.append(f"what was published waits for the publisher host{since}: is 'fleet publisher run' up there?")
+        left = next(role.expires for role in self._repository.roles() if role.role == "timestamp") - now
+        if left < _LATE:
+            hours = max(timedelta(0), left).total_seconds() / 3600
+            found.append(f"the publisher host is silent: the timestamp expires in {hours:.0f} h")
+        return found
+
+    def _view(self) -> OnlineView:
+        roles = {role.role: role.version for role in self._repository.roles()}
+        return OnlineView(
+            elsewhere=self._repository.elsewhere,
+            snapshot=roles["snapshot"],
+            timestamp=roles["timestamp"],
+            waiting=self._repository.waiting.decode(),
+            problems=tuple(self.problems()),
+        )
+
+    def _audit(self, by: str, act: str, subject: str) -> None:
+        self._store.access.audit(actor=by, act=act, subject=subject, now=self._clock().timestamp())

@@ -1,0 +1,381 @@
+"""From rows to what the API shows; Prometheus text.
+
+From rows to what the API shows. Reads, never writes.
+
+Figures for Prometheus, in its text format. Counted from the store when asked; nothing is kept for it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Final
+
+import msgspec
+
+from fleet.protocol import operator_api, wire
+from fleet.protocol.bounds import NUMBER_MAX
+from fleet.protocol.codes import RETRYABLE, Phase, RejectCode, advice
+from fleet.protocol.messages import Health, Report
+from fleet.protocol.names import BadNameError, TargetName
+from fleet.protocol.operator_api import History
+from fleet.rollout.model import DeviceProgress
+from fleet.server.director import Director
+from fleet.store.rows import DeviceRow, EventRow, Extra, GroupRow, ReportRow, RolloutRow
+from fleet.store.sqlite import utc, utc_or_none
+from fleet.store.store import Store
+from signing.device_statements import unverified
+from signing.errors import Rejected
+
+HISTORY_PAGE: Final = 200
+
+
+class Views:
+    """What operators see."""
+
+    def __init__(self, *, store: Store, director: Director, clock: Callable[[], datetime]) -> None:
+        self._store, self._director, self._clock = store, director, clock
+
+    # -- boards ------------------------------------------------------------------------------------------------------
+
+    def devices(self) -> operator_api.Devices:
+        """Every board."""
+        rows = self._store.devices.all()
+        groups = self._store.devices.groups_of_each(rows)
+        pins, versions = self._store.rollouts.pins(), self._store.delivery.versions()
+        return operator_api.Devices(
+            devices=tuple(
+                _row(row, groups[row.id], pins=pins.get(row.id, []), assigned=versions.get(row.id, 0)) for row in rows
+            )
+        )
+
+    def row(self, row: DeviceRow) -> operator_api.DeviceRow:
+        """One board as in a listing."""
+        assignment = self._store.delivery.assignment(row.id)
+        return _row(
+            row,
+            self._store.devices.groups_of(row),
+            pins=[each.instance for each in self._store.rollouts.settled(device=row.id)],
+            assigned=0 if assignment is None else assignment.version,
+        )
+
+    def detail(self, row: DeviceRow) -> operator_api.DeviceDetail:
+        """All about one board."""
+        certificate = self._store.access.newest_certificate(row.id)
+        effective = self._director.effective(row)
+        attempts = self._store.delivery.attempts(row.id)
+        return operator_api.DeviceDetail(
+            row=self.row(row),
+            enrolled_at=utc(row.enrolled_at),
+            boot_id=row.boot_id,
+            health_at=utc_or_none(row.health_at),
+            health=health_of(row),
+            effective=tuple(
+                operator_api.Effective(
+                    instance=instance,
+                    target=each.value.target,
+                    source=each.source,
+                    config=dict(each.value.config),
+                    port=each.value.port,
+                    share_lane=each.value.share_lane,
+                    attempt=max(each.value.attempt, attempts.get(instance, 0)),
+                    rollout=each.rollout,
+                )
+                for instance, each in sorted(effective.items())
+                if each.value.target is not None
+            ),
+            certificate_serial="" if certificate is None else certificate.serial,
+            certificate_expires=None if certificate is None else utc(certificate.not_after),
+            failed=self._failed(row.id),
+        )
+
+    def _failed(self, device: str) -> tuple[operator_api.TimelineEntry, ...]:
+        """Instances whose newest deployment ended badly."""
+        newest: dict[str, operator_api.TimelineEntry] = {}
+        for report in self._store.delivery.reports(device, 500):
+            entry = _reported(report)
+            final = entry.phase in {Phase.COMMITTED, Phase.FAILED, Phase.ROLLED_BACK}
+            if entry.code is not RejectCode.SUPERSEDED and final:
+                newest.setdefault(entry.instance, entry)
+        return tuple(entry for entry in newest.values() if entry.phase is not Phase.COMMITTED)
+
+    def timeline(self, device: str, limit: int) -> operator_api.Timeline:
+        """What happened to a board, newest first."""
+        reports = [_reported(row) for row in self._store.delivery.reports(device, limit)]
+        events = [_happened(row) for row in self._store.devices.events(device, limit)]
+        entries = sorted([*reports, *events], key=lambda entry: entry.at, reverse=True)
+        return operator_api.Timeline(device=device, entries=tuple(entries[:limit]))
+
+    def history(self, row: DeviceRow, *, after: tuple[str, int]) -> History:
+        """A board's reports as it signed them, with its certificate, page by page."""
+        certificate = self._store.access.newest_certificate(row.id)
+        rows = self._store.delivery.history(row.id, after=after, limit=HISTORY_PAGE)
+        return History(
+            device=row.id,
+            certificate_pem="" if certificate is None else certificate.pem,
+            reports=tuple(msgspec.Raw(each.raw) for each in rows),
+            boot_id=rows[-1].boot_id if rows else "",
+            sequence=rows[-1].sequence if rows else 0,
+        )
+
+    # -- groups ------------------------------------------------------------------------------------------------------
+
+    def groups(self) -> operator_api.Groups:
+        """Every group."""
+        return operator_api.Groups(groups=tuple(self.group(row) for row in self._store.devices.groups()))
+
+    def group(self, row: GroupRow) -> operator_api.GroupRow:
+        """One group."""
+        online = self._store.devices.online(self._store.devices.members(row))
+        open_here = [each.number for each in self._store.rollouts.open() if each.group == row.name]
+        return operator_api.GroupRow(
+            name=row.name,
+            priority=row.priority,
+            selector=row.selector,
+            boards=len(online),
+            online=sum(online.values()),
+            settled=tuple(
+                operator_api.Settled(
+                    instance=each.instance, target=each.value.target, since=utc(each.since), rollout=each.rollout
+                )
+                for each in self._store.rollouts.settled(group=row.name)
+                if each.value.target is not None
+            ),
+            rollout=max(open_here, default=0),
+        )
+
+    # -- rollouts ----------------------------------------------------------------------------------------------------
+
+    def rollouts(self, rows: Iterable[RolloutRow]) -> operator_api.Rollouts:
+        """Rollouts without their boards."""
+        return operator_api.Rollouts(rollouts=tuple(self.rollout(row, boards=False) for row in rows))
+
+    def rollout(self, row: RolloutRow, *, boards: bool = True) -> operator_api.RolloutView:
+        """One rollout."""
+        starts = (0, *row.sizes[:-1])
+        texts = [text.strip() for text in row.waves.split(",")]
+        waves = tuple(
+            operator_api.WaveView(text=text, boards=end - start, offered=number <= row.wave)
+            for number, (text, start, end) in enumerate(zip(texts, starts, row.sizes, strict=True), 1)
+        )
+        return operator_api.RolloutView(
+            id=row.id,
+            number=row.number,
+            revision=row.revision,
+            state=operator_api.RolloutState(row.state),
+            instance=row.instance,
+            target=row.value.target or "",
+            previous="" if row.before is None else row.before.target or "",
+            group=row.group,
+            device=row.device,
+            waves=waves,
+            wave=row.wave,
+            boards=tuple(_board(*each) for each in self._store.rollouts.boards(row.number)) if boards else (),
+            counts=self._store.rollouts.counts(row.number),
+            reason=row.reason,
+            note=row.note,
+            by=row.by,
+            undoes=row.undoes,
+            together=tuple(each.number for each in self._store.rollouts.together(row)) if row.value.atomic else (),
+            created_at=utc(row.created_at),
+            ended_at=utc_or_none(row.ended_at),
+        )
+
+    def audit(self, limit: int) -> operator_api.Audit:
+        """Acts, newest first."""
+        return operator_api.Audit(
+            entries=tuple(
+                operator_api.AuditEntry(
+                    number=row.number,
+                    at=utc(row.at),
+                    actor=row.actor,
+                    act=row.act,
+                    subject=row.subject,
+                    detail=row.detail,
+                )
+                for row in self._store.access.acts(limit)
+            )
+        )
+
+
+def _row(row: DeviceRow, groups: Iterable[GroupRow], *, pins: Iterable[str], assigned: int) -> operator_api.DeviceRow:
+    health = health_of(row)
+    return operator_api.DeviceRow(
+        id=row.id,
+        name=row.name,
+        groups=tuple(group.name for group in groups),
+        labels=row.labels,
+        online=row.online and not row.revoked,
+        seen_at=utc_or_none(row.seen_at),
+        machine=row.versions.machine or row.machine,
+        versions=row.versions,
+        assigned=assigned,
+        accepted=row.accepted,
+        committed=row.committed,
+        instances=() if health is None else health.instances,
+        pins=tuple(pins),
+        revoked=row.revoked,
+        problem=_problem(row, health),
+    )
+
+
+def health_of(row: DeviceRow) -> Health | None:
+    """A board's newest health; None where there is none, or one that a server of before took and nobody can read."""
+    if row.health is None:
+        return None
+    try:
+        return wire.decode(Health, row.health)
+    except wire.WireError:
+        return None
+
+
+def _problem(row: DeviceRow, health: Health | None) -> str:
+    if row.revoked:
+        return "shut out of the fleet"
+    if row.seen_at is None:
+        return "enrolled, and never heard of since"
+    if health is None:
+        return ""
+    return next(iter((*health.problems, *(each.error for each in health.instances if each.error))), "")
+
+
+def _board(board: DeviceProgress, extra: Extra) -> operator_api.BoardView:
+    return operator_api.BoardView(
+        device=board.device,
+        wave=board.wave,
+        outcome=operator_api.Outcome(board.outcome),
+        online=board.online,
+        previous=extra.previous,
+        running=board.running,
+        phase=_phase(board.phase),
+        progress=board.progress,
+        code=_code(board.code),
+        message=board.message,
+        exercised=board.exercised,
+        retrying=board.retrying,
+        offered_at=utc_or_none(board.offered_at),
+        acked_at=utc_or_none(board.acked_at),
+        ended_at=utc_or_none(board.ended_at),
+        timings_ms={name: min(spent, NUMBER_MAX) for name, spent in extra.timings_ms.items()},
+        log=extra.log,
+    )
+
+
+def _phase(text: str) -> Phase | None:
+    return Phase(text) if text in Phase.__members__.values() else None
+
+
+def _code(text: str) -> RejectCode | None:
+    return RejectCode(text) if text in RejectCode.__members__.values() else None
+
+
+def _happened(row: EventRow) -> operator_api.TimelineEntry:
+    return operator_api.TimelineEntry(
+        at=utc(row.at), kind=row.kind, text=row.text, rollout=row.rollout, assignment=row.assignment
+    )
+
+
+def _reported(row: ReportRow) -> operator_api.TimelineEntry:
+    try:
+        report = wire.decode(Report, unverified(row.raw))
+    except (Rejected, wire.WireError) as error:  # taken by a server of before, which had no bounds
+        return operator_api.TimelineEntry(
+            at=utc(row.at), kind="report", text="a report that cannot be read", message=str(error), rollout=row.rollout
+        )
+    return operator_api.TimelineEntry(
+        at=utc(row.at),
+        kind="report",
+        text=_sentence(report),
+        instance=report.instance,
+        target=report.target,
+        phase=report.phase,
+        code=report.code,
+        message=report.message,
+        action=advice(report.code),
+        retryable=report.code in RETRYABLE,
+        rollout=report.rollout,
+        assignment=report.assignment,
+        log=report.log,
+        timings_ms=report.timings_ms,
+    )
+
+
+def _sentence(report: Report) -> str:
+    what = (
+        f"{report.instance}: {_shown(report.target)}"
+        if report.instance
+        else f"assignment {report.refused or report.assignment}"
+    )
+    said = f" ({report.code}): {report.message}" if report.code else f": {report.message}" if report.message else ""
+    match report.phase:
+        case Phase.COMMITTED if report.instance and not report.target:
+            return f"{report.instance}: removed"
+        case Phase.COMMITTED:
+            return f"{what} is committed" + ("" if report.exercised else ", though few calls came to try it")
+        case Phase.ROLLED_BACK:
+            back = f"; {_shown(report.running)} answers again" if report.running else ""
+            return f"{what} was rolled back{said}{back}"
+        case Phase.FAILED:
+            return f"{what} was not started{said}"
+        case _:
+            done = "" if report.progress is None else f" {report.progress}%"
+            return f"{what} {report.phase}{done}{said}"
+
+
+def _shown(target: str) -> str:
+    try:
+        return str(TargetName.from_path(target))
+    except BadNameError:
+        return target
+
+
+class Metrics:
+    """The server's figures.
+
+    Args:
+        messages: what came from boards, by kind.
+        connected: whether the server is on its broker.
+    """
+
+    def __init__(self, *, store: Store, messages: Counter[str], connected: Callable[[], bool]) -> None:
+        self._store, self._messages, self._connected = store, messages, connected
+
+    def text(self) -> str:
+        """The exposition."""
+        devices, online = self._store.devices.count()
+        lines = [
+            *_metric("wasmfleet_devices", "gauge", "Boards that are enrolled.", [("", devices)]),
+            *_metric("wasmfleet_devices_online", "gauge", "Boards that are online.", [("", online)]),
+            *_metric(
+                "wasmfleet_devices_behind",
+                "gauge",
+                "Boards that have not accepted their newest assignment.",
+                [("", len(self._store.delivery.behind()))],
+            ),
+            *_metric(
+                "wasmfleet_rollouts",
+                "gauge",
+                "Rollouts by state.",
+                [(f'{{state="{state}"}}', count) for state, count in self._store.rollouts.states().items()],
+            ),
+            *_metric(
+                "wasmfleet_messages_total",
+                "counter",
+                "Messages from boards by kind.",
+                [(f'{{kind="{kind}"}}', count) for kind, count in sorted(self._messages.items())],
+            ),
+            *_metric(
+                "wasmfleet_broker_connected",
+                "gauge",
+                "Whether the server is on its broker.",
+                [("", int(self._connected()))],
+            ),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def _metric(name: str, kind: str, words: str, samples: list[tuple[str, int]]) -> list[str]:
+    return [
+        f"# HELP {name} {words}",
+        f"# TYPE {name} {kind}",
+        *(f"{name}{labels} {value}" for labels, value in samples),
+    ]

@@ -1,0 +1,328 @@
+"""Choice, start, supervision and revocation list of the broker; Mosquitto.
+
+Which broker a fleet has: somebody else's, Mosquitto, or the embedded one; how it is started, told and stopped.
+
+A broker as a child process: started, watched, started again, stopped. Its words go to the server's log.
+
+Mosquitto with a generated configuration: who may connect is the CA's word, who may say what is the topic's.
+
+Each client shows a certificate; its CN becomes user name and client id, so that no board can take another's place. A
+board writes below its own `up/`, reads below its own `down/` and the common poke; the server reads and writes
+everything. Boards that were shut out get a deny line, which silences even a live connection at the next SIGHUP.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from fleet.ca import SERVER_CN
+from fleet.protocol import bounds, topics
+from fleet.server.config import Address, ServerConfig, ServerPaths
+
+LISTS: Final = "issuers.crl"
+
+
+class Broker:
+    """The fleet's broker.
+
+    Attributes:
+        name: `mosquitto`, `embedded` or `external`.
+        address: where the server reaches it.
+        remembers: whether it keeps messages and sessions over its own restart.
+    """
+
+    def __init__(
+        self, name: str, bind: Address, program: list[str] | None, home: ServerPaths, lists: Callable[[], bytes]
+    ) -> None:
+        """A broker at `bind`; `program` is what is run for it, None where somebody else does."""
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind.host, bind.host)  # noqa: S104 - where it is asked, not bound
+        self.name = name
+        self.address = bind if program is None else Address(here, bind.port)
+        self.remembers = name != "embedded"
+        self._bind = bind
+        self._child = None if program is None else Child(name, program, self.address)
+        self._home = home
+        self._lists = lists
+
+    @classmethod
+    def choose(cls, config: ServerConfig, home: ServerPaths, lists: Callable[[], bytes]) -> "Broker":
+        """The broker that the configuration and this machine allow.
+
+        `lists` gives the revocation lists of the accepted issuers: certificates of others are refused.
+
+        Raises:
+            BrokerError: the embedded one would serve more than development on one machine, or Mosquitto is missing.
+        """
+        external = config.external_broker
+        if external is not None:
+            return cls("external", external, None, home, lists)
+        bind = Address.parse(config.mqtt, "mqtt")
+        program = find() if config.broker in {"auto", "mosquitto"} else None
+        if program is None and config.broker == "mosquitto":
+            raise BrokerError("mosquitto is not installed: apt install mosquitto, or name another with --broker")
+        if program is None and (config.production or not bind.loopback):
+            raise BrokerError(
+                "the embedded broker is for development on one machine: "
+                "install mosquitto, or name one with --broker mqtts://HOST:PORT"
+            )
+        if program is not None:
+            return cls("mosquitto", bind, [str(program), "-c", str(home.broker / FILE)], home, lists)
+        files = (home.ca / "ca.pem", home.tls / "server.pem", home.tls / "server.key")
+        command = [sys.executable, "-m", "fleet.server.broker.embedded", bind.host, str(bind.port)]
+        command += [str(path) for path in (*files, home.broker / "revoked", home.broker / LISTS)]
+        return cls("embedded", bind, command, home, lists)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that was started here; None for none."""
+        return None if self._child is None else self._child.pid
+
+    async def start(self, revoked: Iterable[str]) -> None:
+        """Start it and return when it listens; raises `BrokerError`."""
+        if self._child is not None:
+            self._write(revoked)
+            if self.name == "mosquitto":
+                self._configure()
+            await self._child.start()
+
+    def shut_out(self, revoked: Iterable[str]) -> None:
+        """These boards may not speak any more; certificates on disk are read again too."""
+        if self._child is not None:
+            self._write(revoked)
+            self._child.reload()
+
+    async def start_again(self, revoked: Iterable[str]) -> None:
+        """End it and start it anew, so that connections which count no more end; raises `BrokerError`."""
+        await self.stop()
+        await self.start(revoked)
+
+    async def stop(self) -> None:
+        """End it."""
+        if self._child is not None:
+            await self._child.stop()
+
+    def _configure(self) -> None:
+        tls, lists = self._home.tls, self._home.broker / LISTS
+        configure(
+            self._home.broker,
+            address=self._bind,
+            ca=self._home.ca / "ca.pem",
+            certificate=tls / "server.pem",
+            key=tls / "server.key",
+            lists=lists if lists.stat().st_size else None,
+        )
+
+    def _write(self, revoked: Iterable[str]) -> None:
+        names = sorted(revoked)
+        (self._home.broker / LISTS).write_bytes(self._lists())
+        if self.name == "mosquitto":
+            write_acl(self._home.broker, names)
+        else:
+            (self._home.broker / "revoked").write_text("\n".join(names), encoding="utf-8")
+
+
+log = logging.getLogger(__name__)
+
+_READY_S: Final = 60.0
+
+_STOP_S: Final = 5.0
+
+_BACKOFF_MAX_S: Final = 10.0
+
+
+class BrokerError(Exception):
+    """The broker cannot be run; one line for people."""
+
+
+class Child:
+    """One broker process, kept running until `stop`.
+
+    Args:
+        name: for the log.
+        command: program (absolute path) and arguments.
+        address: where it will listen.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], address: Address) -> None:
+        self.name = name
+        self._command = command
+        self._address = address
+        self._process: asyncio.subprocess.Process | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._last_words = ""
+
+    @property
+    def pid(self) -> int | None:
+        """Of the running process; None while there is none."""
+        return None if self._process is None or self._process.returncode is not None else self._process.pid
+
+    async def start(self) -> None:
+        """Start it and return when it listens.
+
+        Raises:
+            BrokerError: it ended, or did not listen in time.
+        """
+        await self._spawn()
+        try:
+            async with asyncio.timeout(_READY_S):
+                await self._listening()
+        except TimeoutError:
+            await self.stop()
+            raise BrokerError(f"{self.name} does not listen at {self._address}: {self._last_words}") from None
+        self._task = asyncio.create_task(self._watch(), name=f"{self.name} watch")
+
+    async def stop(self) -> None:
+        """End it: SIGTERM, and SIGKILL when that is not enough."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), _STOP_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+    def reload(self) -> None:
+        """Have it read its configuration again (SIGHUP)."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGHUP)
+
+    async def _spawn(self) -> None:
+        tether = (sys.executable, "-m", "fleet.server.broker.tether", str(os.getpid()))
+        self._process = await asyncio.create_subprocess_exec(
+            *tether,
+            *self._command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the server; it ends its broker in order
+        )
+        self._reader = asyncio.create_task(self._listen_to(self._process))
+
+    async def _listen_to(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError):
+            while line := await process.stdout.readline():
+                self._last_words = line.decode(errors="replace").strip()[-300:]
+                log.info("%s: %s", self.name, self._last_words)
+
+    async def _listening(self) -> None:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._address.host, self._address.host)  # noqa: S104
+        while True:
+            assert self._process is not None
+            if self._process.returncode is not None:
+                await self._reader
+                raise BrokerError(f"{self.name} ended at once: {self._last_words or 'it said nothing'}")
+            try:
+                _, writer = await asyncio.open_connection(host, self._address.port)
+            except OSError:
+                await asyncio.sleep(0.05)
+                continue
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+            return
+
+    async def _watch(self) -> None:
+        backoff = 0.2
+        while True:
+            assert self._process is not None
+            code = await self._process.wait()
+            log.error("%s ended (%s): %s; it is started again", self.name, code, self._last_words)
+            await asyncio.sleep(backoff)
+            backoff = min(backoff * 2, _BACKOFF_MAX_S)
+            started = asyncio.get_running_loop().time()
+            await self._spawn()
+            with contextlib.suppress(BrokerError, TimeoutError):
+                await asyncio.wait_for(self._listening(), _READY_S)
+                if asyncio.get_running_loop().time() - started < _READY_S:
+                    backoff = 0.2
+
+
+FILE: Final = "mosquitto.conf"
+
+_SBIN: Final = "/usr/sbin:/usr/local/sbin"
+
+MAX_PACKET_BYTES: Final = bounds.DESIRED_MAX_BYTES + 4 * bounds.KIB
+
+
+def find() -> Path | None:
+    """The program, when it is installed."""
+    found = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:{_SBIN}")
+    return None if found is None else Path(found)
+
+
+def configure(
+    directory: Path, *, address: Address, ca: Path, certificate: Path, key: Path, lists: Path | None = None
+) -> Path:
+    """Write the configuration and return its path. `write_acl` goes with it.
+
+    `lists`: a file with the revocation lists of the accepted issuers; certificates of others are refused.
+    """
+    data = directory / "data"
+    data.mkdir(mode=0o700, exist_ok=True)
+    lines = [
+        "# Generated by `fleet serve` at each start: changes are lost.",
+        "per_listener_settings false",
+        f"listener {address.port} {address.host}",
+        f"cafile {ca}",
+        f"certfile {certificate}",
+        f"keyfile {key}",
+        *([] if lists is None else [f"crlfile {lists}"]),
+        "tls_version tlsv1.2",
+        "require_certificate true",
+        "use_identity_as_username true",
+        "use_username_as_clientid true",
+        "allow_anonymous false",
+        f"acl_file {directory / 'acl'}",
+        "persistence true",
+        f"persistence_location {data}/",
+        "autosave_interval 300",
+        "persistent_client_expiration 14d",
+        "max_inflight_messages 1000",
+        "max_queued_messages 10000",
+        f"max_packet_size {MAX_PACKET_BYTES}",
+        "log_dest stdout",
+        "log_type error",
+        "log_type warning",
+        "connection_messages false",
+    ]
+    if os.geteuid() == 0:
+        lines.append("user root")  # else it would become a user who cannot read these files
+    path = directory / FILE
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_acl(directory: Path, revoked: Iterable[str]) -> None:
+    """Write who may say what. A Mosquitto that runs reads it at SIGHUP."""
+    lines = [
+        "# Generated by `fleet serve`: changes are lost.",
+        f"user {SERVER_CN}",
+        f"topic readwrite {topics.PREFIX}/#",
+        "",
+    ]
+    for device in sorted(revoked):
+        lines += [f"user {device}", "topic deny #", ""]
+    lines += [
+        f"pattern write {topics.PREFIX}/+/%u/up/#",
+        f"pattern read {topics.PREFIX}/+/%u/down/#",
+        f"pattern read {topics.POKE}",
+    ]
+    path = directory / "acl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.chmod(0o600)

@@ -1,0 +1,246 @@
+"""Where a server keeps things, and how it is configured: `<home>/server` and its `server.toml`.
+
+server.toml   this configuration
+ca/           the fleet's CA: the root's certificate and the issuing CA (in a development fleet, the root's key)
+tls/          the listeners' certificate, and the server's own for its broker
+keys/         director, snapshot, timestamp
+repository/   TUF metadata, one file a version; timestamp.json is the head
+artifacts/    components by sha256
+broker/       the broker's configuration and persistence
+fleet.db      everything else
+"""
+
+import ipaddress
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from fleet.protocol import names
+
+FORMAT: Final = 1
+
+SIZES: Final = ("dev", "solo", "team")
+
+BROKERS: Final = ("auto", "mosquitto", "embedded")
+
+
+class HomeError(Exception):
+    """A home that cannot be used; one line: what, why, what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where something listens or is reached."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str, what: str) -> "Address":
+        """Read `host:port` or `[v6]:port`.
+
+        Raises:
+            HomeError: it is neither.
+        """
+        host, colon, port = text.rpartition(":")
+        host = host.strip("[]")
+        if not colon or not host or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - ports end there
+            raise HomeError(f"{what} {text!r} is not an address: write host:port")
+        return cls(host, int(port))
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        return is_loopback(self.host)
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """`server.toml`.
+
+    Attributes:
+        size: `dev`, `solo` or `team`.
+        host: the name or address under which boards reach this machine.
+        operators, devices, mqtt: where the listeners bind, `host:port`.
+        broker: `auto` (Mosquitto when it is on PATH, else the embedded one in a development fleet), `mosquitto`,
+            `embedded`, or `mqtts://host:port` of one that somebody else runs.
+        keep_days: how long reports and events are kept.
+    """
+
+    fleet: str
+    size: str
+    host: str
+    operators: str
+    devices: str
+    mqtt: str
+    namespace: str = "main"
+    broker: str = "auto"
+    keep_days: int = 90
+    format: int = FORMAT
+
+    @property
+    def production(self) -> bool:
+        """Whether boards in production accept this fleet."""
+        return self.size != "dev"
+
+    @property
+    def operators_url(self) -> str:
+        """The API for operators and enrolment, as boards and operators reach it."""
+        return f"https://{self._reach(self.operators, 'operators')}"
+
+    @property
+    def devices_url(self) -> str:
+        """The API for enrolled boards."""
+        return f"https://{self._reach(self.devices, 'devices')}"
+
+    @property
+    def mqtt_urls(self) -> tuple[str, ...]:
+        """The broker's addresses, in the order to try."""
+        if self.external_broker is not None:
+            return (f"mqtts://{self.external_broker}",)
+        return (f"mqtts://{self._reach(self.mqtt, 'mqtt')}",)
+
+    @property
+    def external_broker(self) -> Address | None:
+        """The broker that somebody else runs; None for one of our own."""
+        if self.broker in BROKERS:
+            return None
+        return Address.parse(self.broker.removeprefix("mqtts://"), "broker")
+
+    def _reach(self, bind: str, what: str) -> Address:
+        return Address(self.host, Address.parse(bind, what).port)
+
+    def dump(self) -> str:
+        """As TOML."""
+        lines = (f"{name} = {_toml(value)}" for name, value in asdict(self).items())
+        return "# How this server runs. Restart `fleet serve` after a change.\n" + "\n".join(lines) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> "ServerConfig":
+        """Read `server.toml`.
+
+        Raises:
+            HomeError: missing, not TOML, an unknown key, a value that cannot be meant, or of another version.
+        """
+        try:
+            values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise HomeError(
+                f"no server in {path.parent.parent}: run 'fleet init --dev', or name another --home"
+            ) from None
+        except PermissionError:
+            raise HomeError(f"cannot read {path}: it belongs to another user; use a home of your own") from None
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise HomeError(f"cannot read {path}: {error}") from error
+        found = values.get("format", FORMAT)
+        if found != FORMAT:
+            raise HomeError(
+                f"{path.parent} was made by another wasmfleet (format {found}, this one knows {FORMAT}): upgrade it"
+            )
+        known = {field.name: field.type for field in fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                raise HomeError(f"{path}: unknown key {name!r}; known are {', '.join(known)}")
+            if not isinstance(value, str if known[name] is str else int):
+                raise HomeError(f"{path}: {name} must be {'text' if known[name] is str else 'a number'}")
+        missing = [name for name in ("fleet", "size", "host", "operators", "devices", "mqtt") if name not in values]
+        if missing:
+            raise HomeError(f"{path}: {missing[0]} is missing")
+        config = cls(**values)
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Refuse values that cannot be meant; raises `HomeError`."""
+        try:
+            names.check_label(self.fleet, "fleet")
+            names.check_label(self.namespace, "namespace")
+        except names.BadNameError as error:
+            raise HomeError(str(error)) from error
+        if self.size not in SIZES:
+            raise HomeError(f"size {self.size!r} is none of {', '.join(SIZES)}")
+        for what in ("operators", "devices", "mqtt"):
+            Address.parse(getattr(self, what), what)
+        assert self.external_broker is None or self.external_broker.port
+        if not self.production and not is_loopback(self.host) and self.broker == "embedded":
+            raise HomeError("the embedded broker serves this machine only: install mosquitto for boards elsewhere")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPaths:
+    """The paths under one home."""
+
+    root: Path
+
+    @property
+    def operator(self) -> Path:
+        """What operators have: configuration, token, keys."""
+        return self.root / "operator"
+
+    @property
+    def server(self) -> Path:
+        """What the server has."""
+        return self.root / "server"
+
+    @property
+    def config(self) -> Path:
+        """`server.toml`."""
+        return self.server / "server.toml"
+
+    @property
+    def ca(self) -> Path:
+        """The CA's directory."""
+        return self.server / "ca"
+
+    @property
+    def ca_root(self) -> Path:
+        """The CA's root key, encrypted: the operator's, never on a server of its own."""
+        return self.operator / "ca.key"
+
+    @property
+    def tls(self) -> Path:
+        """The listeners' certificates."""
+        return self.server / "tls"
+
+    @property
+    def keys(self) -> Path:
+        """Director, snapshot, timestamp."""
+        return self.server / "keys"
+
+    @property
+    def repository(self) -> Path:
+        """TUF metadata."""
+        return self.server / "repository"
+
+    @property
+    def artifacts(self) -> Path:
+        """Components by sha256."""
+        return self.server / "artifacts"
+
+    @property
+    def broker(self) -> Path:
+        """The broker's files."""
+        return self.server / "broker"
+
+    @property
+    def database(self) -> Path:
+        """The store."""
+        return self.server / "fleet.db"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's loopback."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _toml(value: str | int) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

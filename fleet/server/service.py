@@ -1,0 +1,378 @@
+"""`fleet serve`: everything of the server in one process and one loop, but the broker, which is a child of its own.
+
+What starts here, in this order: the store, the TUF repository, the ports (so that a port in use is said at once), the
+broker, the connection to it, the rollout loop, the two listeners. Everything that matters is in the store: a server
+that is killed at any instant goes on where it was.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from fleet import ca
+from fleet.ca import CaError, CertificateAuthority
+from fleet.protocol import operator_api, wire
+from fleet.protocol.messages import Poke
+from fleet.protocol.topics import POKE, RETAINED, Topic
+from fleet.server.api.devices import DeviceApi, LogRelay
+from fleet.server.api.operators import Operators, Services
+from fleet.server.api.publishing import Artifacts
+from fleet.server.api.trust import CaHandlers, OnlineRoles
+from fleet.server.api.views import Metrics, Views
+from fleet.server.broker.broker import Broker, BrokerError
+from fleet.server.config import HomeError, ServerConfig, ServerPaths
+from fleet.server.director import RENEW_BEFORE, Director
+from fleet.server.enrolment import Enrolment
+from fleet.server.ingest import Ingest
+from fleet.server.listener import Certificates, Listener, PortError, bind
+from fleet.server.mqtt import MqttClient
+from fleet.server.rollout_controller import RolloutController
+from fleet.server.rollout_planner import RolloutPlanner
+from fleet.server.tuf_repository import OnlineKeys, TrustedSigner, TufRepository
+from fleet.store.sqlite import StoreError, check_owner
+from fleet.store.store import ChangeSignal, Store
+from signing.errors import SigningError
+
+log = logging.getLogger(__name__)
+
+UPKEEP_S: Final = 600
+
+POKE_JITTER_PER_BOARD_S: Final = 0.01
+
+Clock = Callable[[], datetime]
+
+
+class ServeError(Exception):
+    """The server cannot run; one line: what, why, what to do."""
+
+
+def now() -> datetime:
+    """The time, UTC."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What the server says when it runs."""
+
+    fleet: str
+    operators_url: str
+    devices_url: str
+    mqtt: tuple[str, ...]
+    broker: str
+
+
+class Server:
+    """One fleet's server.
+
+    Args:
+        home: made by `fleet.admin.bootstrap.init`.
+        broker: overrides the configuration's.
+        clock: the time, UTC.
+    """
+
+    def __init__(self, home: Path, *, broker: str | None = None, clock: Clock = now) -> None:
+        self._home = ServerPaths(home)
+        self._clock = clock
+        self._broker_wish = broker
+        self._stack = contextlib.AsyncExitStack()
+        self._started_at = clock()
+
+    async def start(self) -> Ready:
+        """Start everything and return when boards and operators can come.
+
+        Raises:
+            ServeError: it cannot run, and everything that was started is stopped.
+        """
+        try:
+            return await self._start()
+        except (HomeError, StoreError, SigningError, CaError, BrokerError, PortError) as error:
+            await self.stop()
+            raise ServeError(str(error)) from error
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Stop everything, in the reverse order."""
+        await self._stack.aclose()
+
+    async def _start(self) -> Ready:
+        self._config = self._read_config()
+        self._lock()
+        self._store = Store.open(self._home.database, fleet=self._config.fleet)
+        self._stack.callback(self._store.close)
+        self._repository = TufRepository(self._home.repository, OnlineKeys(self._home.keys))
+        self._repository.keep_fresh(now=self._clock())
+        # a fleet may have moved to another size since server.toml was written: root says which it is
+        self._config = replace(self._config, size=self._repository.size)
+        self._ca = CertificateAuthority.load(self._home.ca)
+        self._certificates = Certificates(self._home, self._ca, self._config.host, self._clock)
+        operators = bind(self._config.operators, "the API for operators")
+        self._stack.callback(operators.close)
+        devices = bind(self._config.devices, "the API for boards")
+        self._stack.callback(devices.close)
+        self._broker = await self._start_broker()
+        self._compose()
+        for application, sock, context in (
+            (self._operators.application(), operators, self._certificates.context(devices=False)),
+            (self._devices.application(), devices, self._certificates.context(devices=True)),
+        ):
+            listener = Listener(application, sock, context)
+            self._stack.push_async_callback(listener.stop)
+            await listener.start()
+        self._run(self._conductor.run(), "rollouts")
+        self._run(self._upkeep(), "upkeep")
+        return Ready(
+            fleet=self._config.fleet,
+            operators_url=self._config.operators_url,
+            devices_url=self._config.devices_url,
+            mqtt=self._config.mqtt_urls,
+            broker=self._broker.name,
+        )
+
+    # -- the pieces --------------------------------------------------------------------------------------------------
+
+    def _read_config(self) -> ServerConfig:
+        config = ServerConfig.load(self._home.config)
+        if self._broker_wish is not None:
+            config = replace(config, broker=self._broker_wish)
+            config.check()
+        check_owner(self._home.server)
+        return config
+
+    def _lock(self) -> None:
+        path = self._home.server / "lock"
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ServeError(f"cannot write {self._home.server}: {error.strerror}; run as its owner") from error
+        self._stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ServeError(f"another server runs on {self._home.root}: stop it, or use another --home") from None
+
+    async def _start_broker(self) -> Broker:
+        broker = Broker.choose(self._config, self._home, lambda: self._ca.revocation_lists)
+        if broker.name != "external":
+            bind(self._config.mqtt, "the broker").close()
+        self._stack.push_async_callback(broker.stop)
+        await broker.start(self._revoked())
+        return broker
+
+    def _revoked(self) -> list[str]:
+        return [row.id for row in self._store.devices.all() if row.revoked]
+
+    def _compose(self) -> None:
+        store, repository, clock = self._store, self._repository, self._clock
+        watch = ChangeSignal()
+        self._artifacts = Artifacts(self._home.artifacts)
+        _ = repository.director  # without it, or with one that others can read, no server starts
+        self._director = Director(
+            store=store,
+            repository=repository,
+            signer=TrustedSigner(lambda: repository.director),
+            fleet=self._config.fleet,
+            publish=self._publish,
+            clock=clock,
+        )
+        self._conductor = RolloutController(store=store, director=self._director, watch=watch, clock=clock)
+        ingest = self._ingest = Ingest(
+            store=store,
+            director=self._director,
+            conductor=self._conductor,
+            watch=watch,
+            publish=self._publish,
+            clock=clock,
+        )
+        self._bus = MqttClient(
+            address=self._broker.address,
+            ca=self._home.ca / "ca.pem",
+            certificate=self._certificates.client,
+            on_message=ingest.on_message,
+            on_connected=self._on_connected,
+            remembered=self._broker.remembers,
+        )
+        self._stack.push_async_callback(self._bus.close)
+        self._stack.callback(ingest.flush)
+        self._online = OnlineRoles(store=store, repository=repository, shown=self._touch_all, clock=clock)
+        enrolment = Enrolment(store=store, ca=self._ca, repository=repository, config=self._config, clock=clock)
+        planner = RolloutPlanner(
+            store=store, repository=repository, director=self._director, conductor=self._conductor, clock=clock
+        )
+        logs = LogRelay(clock)
+        self._operators = Operators(
+            Services(
+                store=store,
+                repository=repository,
+                artifacts=self._artifacts,
+                enrolment=enrolment,
+                director=self._director,
+                conductor=self._conductor,
+                planner=planner,
+                views=Views(store=store, director=self._director, clock=clock),
+                logs=logs,
+                watch=watch,
+                metrics=Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected),
+                status=self.status,
+                shut_out=lambda: self._broker.shut_out(self._revoked()),
+                online=self._online,
+                authority=CaHandlers(ca=self._ca, store=store, hosts=self._hosts, changed=self._on_issuer, clock=clock),
+                clock=clock,
+            )
+        )
+        self._devices = DeviceApi(
+            store=store,
+            repository=repository,
+            artifacts=self._artifacts,
+            enrolment=enrolment,
+            director=self._director,
+            clock=clock,
+            logs=logs,
+        )
+
+    def _touch_all(self) -> None:
+        self._conductor.touch(row.id for row in self._store.devices.all())
+
+    @property
+    def _hosts(self) -> tuple[str, ...]:
+        external = self._config.external_broker
+        return (self._config.host, *(() if external is None else (external.host,)))
+
+    async def _on_issuer(self) -> None:
+        """Another issuing CA: certificates of the one before are replaced, and what is not accepted has to go."""
+        self._certificates.renew()
+        await self._broker.start_again(self._revoked())
+
+    def _publish(self, topic: Topic, payload: bytes) -> bool:
+        return self._bus.publish(str(topic), payload, retain=topic.channel in RETAINED)
+
+    def _on_connected(self) -> None:
+        """The broker is there (again): give it what boards may have missed, and have them check in."""
+        for device in self._store.delivery.behind():
+            row = self._store.delivery.assignment(device)
+            if row is not None:
+                self._director.publish_assignment(row)
+        devices, _ = self._store.devices.count()
+        jitter_s = min(60, int(devices * POKE_JITTER_PER_BOARD_S))
+        self._bus.publish(POKE, wire.encode(Poke(jitter_s=jitter_s)))
+        self._conductor.wake()
+
+    # -- upkeep ------------------------------------------------------------------------------------------------------
+
+    def _run(self, coroutine: Any, name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+
+        async def end() -> None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+        self._stack.push_async_callback(end)
+
+    async def _upkeep(self) -> None:
+        """What must be done now and then: online roles, assignments before they expire, certificates, old reports."""
+        while True:
+            await asyncio.sleep(UPKEEP_S)
+            try:
+                self.keep_up()
+            except Exception:
+                log.exception("upkeep failed; it is tried again")
+
+    def keep_up(self) -> None:
+        """One round of upkeep."""
+        when = self._clock()
+        self._repository.keep_fresh(now=when)
+        if self._certificates.renew():
+            self._broker.shut_out(self._revoked())
+        for device in self._store.delivery.expiring((when + RENEW_BEFORE).timestamp()):
+            self._director.reconcile(device, renew=True)
+        keep = timedelta(days=self._config.keep_days)
+        self._store.delivery.forget(before=(when - keep).timestamp())
+
+    def status(self) -> operator_api.Status:
+        """The fleet at a glance."""
+        devices, online = self._store.devices.count()
+        roles = self._repository.roles()
+        when = self._clock()
+        problems = [*ca.warnings(self._ca, now=when), *self._online.problems(), *self._devices.problems()]
+        problems += self._ingest.problems()
+        problems += [
+            f"the role {role.role} expired on {role.expires:%Y-%m-%d}" for role in roles if role.expires <= when
+        ]
+        if not self._bus.connected:
+            problems.insert(0, f"the server is not connected to its broker at {self._broker.address}")
+        return operator_api.Status(
+            fleet=self._config.fleet,
+            size=self._repository.size,
+            production=self._repository.size != "dev",
+            version=_version(),
+            now=when,
+            started_at=self._started_at,
+            operators_url=self._config.operators_url,
+            devices_url=self._config.devices_url,
+            mqtt=self._config.mqtt_urls,
+            broker=self._broker.name,
+            broker_connected=self._bus.connected,
+            devices=devices,
+            online=online,
+            groups=len(self._store.devices.groups()),
+            open_rollouts=len(self._store.rollouts.open()),
+            roles=roles,
+            problems=tuple(problems),
+        )
+
+    @property
+    def broker_pid(self) -> int | None:
+        """The process id of the broker that was started here; None for none."""
+        return self._broker.pid
+
+
+async def run(
+    home: Path,
+    *,
+    broker: str | None = None,
+    on_ready: Callable[[Ready], None] | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Run a fleet's server until SIGTERM, SIGINT or `stop`.
+
+    Args:
+        home: made by `fleet.admin.bootstrap.init`.
+        broker: overrides the configuration's: `auto`, `mosquitto`, `embedded` or `mqtts://host:port`.
+        on_ready: called once when boards and operators can come.
+        stop: set it to end the server.
+
+    Raises:
+        ServeError: it cannot run; one line for people.
+    """
+    ending = asyncio.Event() if stop is None else stop
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: then `stop` is the only way
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ending.set)
+    server = Server(home, broker=broker)
+    ready = await server.start()
+    try:
+        if on_ready is not None:
+            on_ready(ready)
+        await ending.wait()
+    finally:
+        await server.stop()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("wasmfleet")
+    except metadata.PackageNotFoundError:
+        return "0"

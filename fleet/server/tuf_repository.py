@@ -1,0 +1,333 @@
+"""TUF metadata as the server keeps it; online keys.
+
+TUF metadata as the server keeps it: files that are only ever added, and `timestamp.json` as their head.
+
+The server holds the snapshot and timestamp keys of the small sizes, never a publisher's. Publishing a namespace's role
+is compare-and-swap, judged by `signing.repository.check_role`, and so are signing events, which change root and targets
+too (`signing.events.apply`); then snapshot and timestamp follow. Files are written
+whole, the head last, so that a reader or a power cut sees the old state or the new one.
+
+The online keys that this server holds: `<role>.pem`, and after a rotation `<role>-2.pem` and so on.
+
+Which of them counts is what signed metadata says, asked each time, so that a rotation needs no restart: the new key is
+made first, then root or targets name it, and from then on it signs.
+"""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from securesystemslib.signer import Key, SecretsHandler, Signature, Signer
+from tuf.api.metadata import Root
+
+from fleet.protocol import bounds
+from fleet.protocol.bounds import Count, Utc
+from fleet.protocol.operator_api import Published, RoleReply
+from signing import events, hash_bins, keys, metadata, repository, rotation
+from signing.errors import KeyFileError, RepositoryError, SigningError
+from signing.events import Document, Event
+from signing.metadata import DIRECTOR, profile
+from signing.policy import Release
+
+
+class OnlineKeys:
+    """The directory of online keys."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._opened: dict[Path, Signer] = {}
+
+    def signer(self, role: str, trusted: Iterable[Key]) -> Signer:
+        """The key among `trusted` that this server holds for a role.
+
+        Raises:
+            SigningError: it holds none of them.
+        """
+        wanted = {key.keyid for key in trusted}
+        first = self._directory / f"{role}.pem"
+        others = sorted(self._directory.glob(f"{role}-*.pem"))
+        for path in others if others and not first.exists() else (first, *others):
+            signer = self._open(path)
+            if signer.public_key.keyid in wanted:
+                return signer
+        raise KeyFileError(
+            f"the {role} key that is trusted now is not on this server: make one there with fleet keys rotate {role}"
+        )
+
+    def _open(self, path: Path) -> Signer:
+        if path not in self._opened:
+            self._opened[path] = keys.load(path)
+        return self._opened[path]
+
+
+class TrustedSigner(Signer):
+    """A signer that is always the key which metadata names now.
+
+    Args:
+        choose: finds it; raises `SigningError` when this server holds none.
+    """
+
+    def __init__(self, choose: Callable[[], Signer]) -> None:
+        self._choose = choose
+
+    @property
+    def public_key(self) -> Key:
+        """Of the key that counts now."""
+        return self._choose().public_key
+
+    @classmethod
+    def from_priv_key_uri(
+        cls, priv_key_uri: str, public_key: Key, secrets_handler: SecretsHandler | None = None
+    ) -> "TrustedSigner":
+        """Not how this one is made."""
+        del public_key, secrets_handler
+        raise SigningError(f"{priv_key_uri} does not name a held key")
+
+    def sign(self, payload: bytes) -> Signature:
+        """See `Signer`."""
+        return self._choose().sign(payload)
+
+
+log = logging.getLogger(__name__)
+
+_FILE: Final = re.compile(r"timestamp\.json|[1-9][0-9]{0,8}\.[a-z0-9-]{1,63}(\.bins-[0-9a-f]{1,3})?\.json")
+
+ONLINE: Final = ("snapshot", "timestamp")
+
+
+class WaitingError(Exception):
+    """What was sent is kept, and published when the publisher host has signed snapshot and timestamp over it."""
+
+
+class TufRepository:
+    """The metadata directory and what it says.
+
+    Args:
+        directory: of the metadata.
+        held: the online keys of this host.
+        signs_online: this is the publisher host: it holds snapshot and timestamp, and no director.
+
+    Raises:
+        RepositoryError: files are missing.
+    """
+
+    def __init__(self, directory: Path, held: OnlineKeys, *, signs_online: bool = False) -> None:
+        self._directory, self._held, self._signs_online = directory, held, signs_online
+        self._parked = directory / "waiting.json"
+        self._waiting = self._parked.read_bytes() if self._parked.exists() else b""
+        self._files = {path.name: path.read_bytes() for path in directory.iterdir() if _FILE.fullmatch(path.name)}
+        self._releases: dict[str, Release] = {}
+        self._chosen: dict[str, Signer] = {}
+        self._read()
+
+    def file(self, name: str) -> bytes | None:
+        """A metadata file by its name; None for none."""
+        return self._files.get(name)
+
+    @property
+    def newest_root(self) -> bytes:
+        """The root that new tokens pin: every later one can be verified from it."""
+        return repository.latest(self._files, "root")[1]
+
+    def root_by_hash(self, sha256: str) -> bytes | None:
+        """The root that a token pinned; None when it is not served."""
+        roots = (data for name, data in self._files.items() if name.endswith(".root.json"))
+        return next((data for data in roots if hashlib.sha256(data).hexdigest() == sha256), None)
+
+    def release(self, path: str) -> Release | None:
+        """What is published under a target path; None for nothing, or when it was revoked."""
+        return self._releases.get(path)
+
+    def releases(self) -> tuple[Release, ...]:
+        """Everything published, by name and version."""
+        return tuple(self._releases.values())
+
+    @property
+    def size(self) -> str:
+        """`dev`, `solo` or `team`, as the newest root says."""
+        root = metadata.parse(Root, self.newest_root, "root").signed
+        return str(profile(root).get("size", "solo"))
+
+    @property
+    def snapshot_version(self) -> int:
+        """The version of the newest snapshot."""
+        return repository.latest(self._files, "snapshot")[0]
+
+    def roles(self) -> tuple[Published, ...]:
+        """Every role with its newest version and expiry."""
+        names = ["root", "targets", *repository.begun(self._files), "snapshot"]
+        found = [_published(role, repository.latest(self._files, role)[1]) for role in names]
+        return (*found, _published("timestamp", self._files["timestamp.json"]))
+
+    def publish(self, namespace: str, data: bytes, *, now: datetime) -> RoleReply:
+        """Publish the next version of a namespace's role, and snapshot and timestamp over it.
+
+        Raises:
+            Rejected, ConflictError, RepositoryError: see `signing.events.apply`.
+            WaitingError: the publisher host must sign first.
+        """
+        if len(data) > bounds.TARGETS_MAX_BYTES:
+            raise RepositoryError(f"the role has {len(data)} bytes, boards accept {bounds.TARGETS_MAX_BYTES} at most")
+        self._take(Event(self.fleet, (Document(namespace, data),)), now)
+        version = _published(namespace, data).version
+        timestamp = _published("timestamp", self._files["timestamp.json"])
+        return RoleReply(
+            namespace=namespace, version=version, snapshot=self.snapshot_version, timestamp=timestamp.version
+        )
+
+    def publish_event(self, data: bytes, *, now: datetime) -> RoleReply:
+        """Publish a signing event: all of its documents, and snapshot and timestamp over them, or nothing.
+
+        Raises:
+            Rejected, ConflictError, RepositoryError: see `signing.events.apply`; KeyFileError for online keys which
+                this server does not hold.
+            WaitingError: see `publish`.
+        """
+        event = events.decode(data)
+        self._take(event, now)
+        timestamp = _published("timestamp", self._files["timestamp.json"])
+        last = event.documents[-1]
+        return RoleReply(
+            namespace=last.role,
+            version=_published(last.role, last.data).version,
+            snapshot=self.snapshot_version,
+            timestamp=timestamp.version,
+        )
+
+    def _take(self, event: Event, now: datetime) -> None:
+        """Publish an event, or keep it until the publisher host has signed."""
+        if self._waiting:
+            raise WaitingError
+        new = events.apply(self._files, event)
+        if not new:
+            return
+        files = self._files | new
+        if not self._signs_online:
+            self._signer(DIRECTOR, files)
+            if self._held_elsewhere(files):
+                self.write(self._parked, event.encode())
+                self._waiting = event.encode()
+                raise WaitingError
+        for role in ONLINE:
+            self._signer(role, files)
+        self._add(new)
+        self.sign_online(now=now)
+
+    @property
+    def fleet(self) -> str:
+        """Whose repository it is, as root says."""
+        return str(profile(metadata.parse(Root, self.newest_root, "root").signed).get("fleet", ""))
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another host signs snapshot and timestamp."""
+        return self._held_elsewhere(self._files)
+
+    def _held_elsewhere(self, files: Mapping[str, bytes]) -> bool:
+        """Neither key is here: one of them alone is a key that got lost, and the next signature says so."""
+        missing = 0
+        for role in ONLINE:
+            try:
+                self._signer(role, files)
+            except KeyFileError:
+                missing += 1
+        return missing == len(ONLINE)
+
+    @property
+    def waiting(self) -> bytes:
+        """The event that waits for the publisher host; empty for none."""
+        return self._waiting
+
+    def discard(self) -> bool:
+        """Forget what waits; false for nothing."""
+        found, self._waiting = bool(self._waiting), b""
+        self._parked.unlink(missing_ok=True)
+        return found
+
+    def countersign(self, *, snapshot: bytes | None, timestamp: bytes, now: datetime) -> None:
+        """Show what the publisher host has signed, and with it what waited.
+
+        Raises:
+            Rejected, ConflictError, RepositoryError: see `signing.repository.check`.
+        """
+        new = events.apply(self._files, events.decode(self._waiting)) if self._waiting else {}
+        online = repository.check(self._files | new, snapshot=snapshot, timestamp=timestamp, now=now)
+        self._add(new | online)
+        self.discard()
+
+    def _signer(self, role: str, files: Mapping[str, bytes] | None = None) -> Signer:
+        """The key that is trusted with an online role now; raises `SigningError` when this server does not hold it."""
+        if files is not None:
+            return self._held.signer(role, rotation.keys_of(files, role).keys)
+        if role not in self._chosen:
+            self._chosen[role] = self._held.signer(role, rotation.keys_of(self._files, role).keys)
+        return self._chosen[role]
+
+    @property
+    def director(self) -> Signer:
+        """The director's key, as targets name it now."""
+        return self._signer(DIRECTOR)
+
+    def sign_online(self, *, now: datetime) -> None:
+        """Sign snapshot (where it must change) and timestamp anew."""
+        self._add(
+            repository.online(
+                self._files,
+                snapshot_signer=self._signer("snapshot"),
+                timestamp_signer=self._signer("timestamp"),
+                now=now,
+            )
+        )
+
+    def keep_fresh(self, *, now: datetime) -> bool:
+        """Sign the online roles anew when half of their life is gone or they miss something; true when it did."""
+        if not repository.online_due(self._files, now) and repository.online_stands(self._files):
+            return False
+        if self.elsewhere and not self._signs_online:
+            return False
+        self.sign_online(now=now)
+        return True
+
+    def _add(self, files: dict[str, bytes]) -> None:
+        for name, data in files.items():
+            self.write(self._directory / name, data)
+            self._files[name] = data
+        self._read()
+
+    @staticmethod
+    def write(path: Path, data: bytes) -> None:
+        """Put a file in place, whole or not at all."""
+        beside = path.with_name(f".{path.name}.new")
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+
+    def _read(self) -> None:
+        self._chosen = {}
+        found: dict[str, Release] = {}
+        for namespace in repository.begun(self._files):
+            for release in hash_bins.releases(self._files, namespace):
+                found[release.name.path] = release
+        self._releases = found
+
+
+class _Signed(msgspec.Struct):
+    version: Count
+    expires: Utc
+
+
+class _File(msgspec.Struct):
+    signed: _Signed
+
+
+def _published(role: str, data: bytes) -> Published:
+    signed: Any = msgspec.json.decode(data, type=_File).signed
+    return Published(role=role, version=signed.version, expires=signed.expires)

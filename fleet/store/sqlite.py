@@ -1,0 +1,353 @@
+"""The connection, its care, migrations, errors.
+
+One SQLite file behind one connection, opened with the care that a server's memory deserves.
+
+WAL, so that a reader never waits for a writer, and `synchronous=FULL`, since a report is acknowledged when it is
+stored and the board then forgets it. Used from one thread: the server's loop. Transactions are short, and what comes
+in by the thousand is written in batches.
+
+The schema, as the functions that lead to it. `PRAGMA user_version` counts those that ran; none is ever changed.
+
+What can be wrong with a server's database, each a sentence for people.
+
+StoreError
+  OtherVersionError   written by a newer program
+  OtherOwnerError     belongs to another user, or may not be written
+  OtherFleetError     holds another fleet
+  DamagedError        not a database, or damaged
+"""
+
+import os
+import pwd
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import sqlite_utils
+
+Row = dict[str, Any]
+
+
+def utc(seconds: float) -> datetime:
+    """Seconds since 1970 as a time in UTC."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def utc_or_none(seconds: float | None) -> datetime | None:
+    """The same, where there may be none."""
+    return None if seconds is None else utc(seconds)
+
+
+def text(value: Any) -> str:
+    """A value as JSON text, as columns that hold one have it."""
+    return msgspec.json.encode(value, order="deterministic").decode()
+
+
+class Database:
+    """The few ways in which the store talks to SQLite."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._db = sqlite_utils.Database(sqlite3.connect(path, isolation_level=None))
+
+    @classmethod
+    def open(cls, path: Path, *, fleet: str) -> "Database":
+        """Open the database of a fleet, made or brought up to date where needed.
+
+        Raises:
+            OtherOwnerError, OtherVersionError, OtherFleetError, DamagedError: as their names say.
+        """
+        check_owner(path if path.exists() else path.parent)
+        try:
+            db = cls(path)
+            db._prepare()
+            db._check_fleet(fleet)
+        except sqlite3.DatabaseError as error:
+            if "readonly" in str(error) or "unable to open" in str(error):
+                raise OtherOwnerError(f"cannot write {path}: {error}") from error
+            raise DamagedError(f"{path} is not a sound database ({error}): restore it from a backup") from error
+        path.chmod(0o600)
+        return db
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA journal_mode=wal")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA foreign_keys=ON")
+        self._db.execute("PRAGMA busy_timeout=5000")
+        done = int(self.value("PRAGMA user_version"))
+        if done > len(MIGRATIONS):
+            raise OtherVersionError(
+                f"{self.path} was written by a newer wasmfleet (schema {done}, this one knows {len(MIGRATIONS)}): "
+                "upgrade wasmfleet, or use another home"
+            )
+        for number, migrate in enumerate(MIGRATIONS[done:], done + 1):
+            with self.atomic():
+                migrate(self._db)
+                self._db.execute(f"PRAGMA user_version={number}")
+
+    def _check_fleet(self, fleet: str) -> None:
+        row = self.row("SELECT value FROM meta WHERE key = 'fleet'")
+        if row is None:
+            self.run("INSERT INTO meta (key, value) VALUES ('fleet', ?)", fleet)
+        elif row["value"] != fleet:
+            raise OtherFleetError(f"{self.path} holds the fleet {row['value']!r}, the configuration says {fleet!r}")
+
+    def close(self) -> None:
+        """Close it; everything committed is on the disk."""
+        self._db.close()
+
+    @contextmanager
+    def atomic(self) -> Iterator[None]:
+        """All or nothing; may be nested."""
+        if self._db.conn.in_transaction:
+            yield
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.conn.rollback()
+            raise
+        self._db.conn.commit()
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """A part of a transaction that is undone alone when it raises; what came before it in the transaction stays.
+
+        Raises:
+            RolledBackError: the whole transaction is gone.
+        """
+        self._db.execute("SAVEPOINT part")
+        try:
+            yield
+        except BaseException as error:
+            if not self._db.conn.in_transaction:
+                raise RolledBackError(f"{self.path}: {error}") from error
+            self._db.execute("ROLLBACK TO part")
+            self._db.execute("RELEASE part")
+            raise
+        self._db.execute("RELEASE part")
+
+    def rows(self, sql: str, *params: Any) -> list[Row]:
+        """Every row of a query."""
+        cursor = self._db.conn.execute(sql, params)
+        keys = [column[0] for column in cursor.description]
+        return [dict(zip(keys, values, strict=True)) for values in cursor]
+
+    def tuples(self, sql: str, *params: Any) -> list[tuple[Any, ...]]:
+        """Every row of a query, without names."""
+        return self._db.conn.execute(sql, params).fetchall()
+
+    def row(self, sql: str, *params: Any) -> Row | None:
+        """The first row of a query, None for none."""
+        return next(iter(self.rows(sql, *params)), None)
+
+    def value(self, sql: str, *params: Any) -> Any:
+        """The first column of the first row; None for none."""
+        row = self.row(sql, *params)
+        return None if row is None else next(iter(row.values()))
+
+    def run(self, sql: str, *params: Any) -> int:
+        """Carry out a statement; the number of rows it changed."""
+        return int(self._db.conn.execute(sql, params).rowcount)
+
+    def many(self, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Carry out a statement for each row of parameters."""
+        self._db.conn.executemany(sql, rows)
+
+    def insert(self, table: str, row: Row) -> int:
+        """Insert a row and return its rowid; a row that is there already raises `sqlite3.IntegrityError`."""
+        columns = ", ".join(f'"{name}"' for name in row)
+        marks = ", ".join("?" * len(row))
+        sql = f'INSERT INTO "{table}" ({columns}) VALUES ({marks})'  # noqa: S608 - names are ours, values are bound
+        return int(self._db.conn.execute(sql, tuple(row.values())).lastrowid or 0)
+
+    def backup(self, path: Path) -> None:
+        """A consistent copy into a new file; raises `DamagedError` where it cannot be made."""
+        try:
+            with sqlite3.connect(path) as copy:
+                self._db.conn.backup(copy)
+        except sqlite3.Error as error:
+            raise DamagedError(f"{self.path} cannot be copied to {path}: {error}") from error
+
+
+def check_owner(path: Path) -> None:
+    """Refuse what belongs to another user.
+
+    Raises:
+        OtherOwnerError: it does, or it may not be written.
+    """
+    owner = path.stat().st_uid
+    if owner != os.geteuid():
+        raise OtherOwnerError(f"{path} belongs to the user {_user(owner)}: run as that user, or use another home")
+    if not os.access(path, os.W_OK):
+        raise OtherOwnerError(f"{path} may not be written: check its mode and its file system")
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+Migration = Callable[[sqlite_utils.Database], None]
+
+MIGRATIONS: Final[list[Migration]] = []
+
+
+def migration(function: Migration) -> Migration:
+    """Register a migration; they run in the order in which they stand here, each in a transaction of its own."""
+    MIGRATIONS.append(function)
+    return function
+
+
+@migration
+def boards_and_groups(db: sqlite_utils.Database) -> None:
+    """Boards, groups, what each may do, and who did what."""
+    db.executescript("""
+        CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+        CREATE TABLE groups (
+            name TEXT PRIMARY KEY, priority INTEGER NOT NULL DEFAULT 0, selector TEXT NOT NULL DEFAULT '{}',
+            created_at REAL NOT NULL
+        ) WITHOUT ROWID;
+        CREATE TABLE devices (
+            id TEXT PRIMARY KEY, name TEXT NOT NULL, machine TEXT NOT NULL DEFAULT '', sealing_key TEXT NOT NULL,
+            key_sha256 TEXT NOT NULL UNIQUE, enrolled_at REAL NOT NULL, labels TEXT NOT NULL DEFAULT '{}',
+            revoked INTEGER NOT NULL DEFAULT 0, commands INTEGER NOT NULL DEFAULT 0,
+            online INTEGER NOT NULL DEFAULT 0, seen_at REAL, boot_id TEXT NOT NULL DEFAULT '',
+            versions TEXT NOT NULL DEFAULT '{}', accepted INTEGER NOT NULL DEFAULT 0,
+            deployed INTEGER NOT NULL DEFAULT 0, committed INTEGER NOT NULL DEFAULT 0,
+            acked INTEGER NOT NULL DEFAULT 0,
+            health_at REAL, health BLOB
+        ) WITHOUT ROWID;
+        CREATE TABLE members (
+            "group" TEXT NOT NULL REFERENCES groups(name), device TEXT NOT NULL REFERENCES devices(id),
+            PRIMARY KEY ("group", device)
+        ) WITHOUT ROWID;
+        CREATE INDEX members_device ON members (device);
+        CREATE TABLE events (
+            id INTEGER PRIMARY KEY, device TEXT NOT NULL, at REAL NOT NULL, kind TEXT NOT NULL, text TEXT NOT NULL,
+            rollout TEXT NOT NULL DEFAULT '', assignment INTEGER NOT NULL DEFAULT 0
+        );
+        CREATE INDEX events_device ON events (device, at);
+        CREATE TABLE tokens (
+            secret_sha256 TEXT PRIMARY KEY, "group" TEXT NOT NULL, created_at REAL NOT NULL, expires REAL NOT NULL,
+            used_at REAL, device TEXT, by TEXT NOT NULL, root_sha256 TEXT NOT NULL
+        ) WITHOUT ROWID;
+        CREATE TABLE certificates (
+            serial TEXT PRIMARY KEY, device TEXT NOT NULL, not_after REAL NOT NULL, issued_at REAL NOT NULL,
+            pem TEXT NOT NULL, revoked INTEGER NOT NULL DEFAULT 0
+        ) WITHOUT ROWID;
+        CREATE INDEX certificates_device ON certificates (device, issued_at);
+        CREATE TABLE operators (
+            name TEXT PRIMARY KEY, token_sha256 TEXT NOT NULL UNIQUE, role TEXT NOT NULL, created_at REAL NOT NULL
+        ) WITHOUT ROWID;
+        CREATE TABLE audit (
+            number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, actor TEXT NOT NULL, act TEXT NOT NULL,
+            subject TEXT NOT NULL, detail TEXT NOT NULL DEFAULT ''
+        );
+        CREATE TRIGGER audit_is_append_only_1 BEFORE UPDATE ON audit
+            BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
+        CREATE TRIGGER audit_is_append_only_2 BEFORE DELETE ON audit
+            BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
+    """)
+
+
+@migration
+def rollouts_and_delivery(db: sqlite_utils.Database) -> None:
+    """What boards should run, how it gets there, and what they say."""
+    db.executescript("""
+        CREATE TABLE artifacts (
+            sha256 TEXT PRIMARY KEY, length INTEGER NOT NULL, stored_at REAL NOT NULL, by TEXT NOT NULL
+        ) WITHOUT ROWID;
+        CREATE TABLE settled (
+            "group" TEXT NOT NULL, device TEXT NOT NULL, instance TEXT NOT NULL, value TEXT NOT NULL,
+            since REAL NOT NULL, rollout TEXT NOT NULL, PRIMARY KEY ("group", device, instance)
+        ) WITHOUT ROWID;
+        CREATE TABLE settled_history (
+            id INTEGER PRIMARY KEY, "group" TEXT NOT NULL, device TEXT NOT NULL, instance TEXT NOT NULL,
+            value TEXT NOT NULL, since REAL NOT NULL, until REAL NOT NULL, rollout TEXT NOT NULL
+        );
+        CREATE TABLE rollouts (
+            number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, "group" TEXT NOT NULL,
+            device TEXT NOT NULL, instance TEXT NOT NULL, value TEXT NOT NULL, before TEXT NOT NULL,
+            state TEXT NOT NULL, waves TEXT NOT NULL, sizes TEXT NOT NULL, wave INTEGER NOT NULL DEFAULT 0,
+            failures INTEGER NOT NULL, soak_s REAL NOT NULL, timeout_s REAL NOT NULL,
+            revision INTEGER NOT NULL DEFAULT 1, reason TEXT NOT NULL DEFAULT '', note TEXT NOT NULL DEFAULT '',
+            by TEXT NOT NULL, undoes TEXT NOT NULL DEFAULT '', superseded_by INTEGER NOT NULL DEFAULT 0,
+            created_at REAL NOT NULL, ended_at REAL
+        );
+        CREATE INDEX rollouts_state ON rollouts (state);
+        CREATE TABLE boards (
+            rollout INTEGER NOT NULL REFERENCES rollouts(number), device TEXT NOT NULL, wave INTEGER NOT NULL,
+            outcome TEXT NOT NULL, offered_at REAL, acked_at REAL, ended_at REAL, attempt INTEGER NOT NULL,
+            phase TEXT NOT NULL, progress INTEGER, code TEXT NOT NULL, message TEXT NOT NULL, running TEXT NOT NULL,
+            exercised INTEGER NOT NULL, retrying INTEGER NOT NULL, previous TEXT NOT NULL DEFAULT '',
+            version INTEGER NOT NULL DEFAULT 0, timings_ms TEXT NOT NULL DEFAULT '{}', log TEXT NOT NULL DEFAULT '[]',
+            PRIMARY KEY (rollout, device)
+        ) WITHOUT ROWID;
+        CREATE INDEX boards_device ON boards (device);
+        CREATE TABLE attempts (
+            device TEXT NOT NULL, instance TEXT NOT NULL, attempt INTEGER NOT NULL, PRIMARY KEY (device, instance)
+        ) WITHOUT ROWID;
+        CREATE TABLE assignments (
+            device TEXT NOT NULL, version INTEGER NOT NULL, sha256 TEXT NOT NULL, issued REAL NOT NULL,
+            expires REAL NOT NULL, wanted TEXT NOT NULL, envelope BLOB NOT NULL, PRIMARY KEY (device, version)
+        ) WITHOUT ROWID;
+        CREATE TABLE reports (
+            device TEXT NOT NULL, boot_id TEXT NOT NULL, sequence INTEGER NOT NULL, at REAL NOT NULL,
+            rollout TEXT NOT NULL, raw BLOB NOT NULL, PRIMARY KEY (device, boot_id, sequence)
+        ) WITHOUT ROWID;
+        CREATE INDEX reports_device ON reports (device, at);
+    """)
+
+
+@migration
+def signed_reports(db: sqlite_utils.Database) -> None:
+    """Whether a board has signed a report: from then on it is not heard without."""
+    db.executescript("ALTER TABLE devices ADD COLUMN signs INTEGER NOT NULL DEFAULT 0;")
+
+
+@migration
+def sealed_secrets(db: sqlite_utils.Database) -> None:
+    """Secrets in boxes, each for one board; and each board's own word on its sealing key."""
+    db.executescript("""
+        ALTER TABLE devices ADD COLUMN sealing_proof TEXT NOT NULL DEFAULT '';
+        CREATE TABLE secret_versions (
+            instance TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (instance, name)
+        ) WITHOUT ROWID;
+        CREATE TABLE boxes (
+            device TEXT NOT NULL, instance TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL,
+            sha256 TEXT NOT NULL, box BLOB NOT NULL, sealed TEXT NOT NULL, by TEXT NOT NULL, at REAL NOT NULL,
+            PRIMARY KEY (device, instance, name, version)
+        ) WITHOUT ROWID;
+    """)
+
+
+class StoreError(Exception):
+    """The database cannot be used."""
+
+
+class OtherVersionError(StoreError):
+    """Written by a newer program than this one."""
+
+
+class OtherOwnerError(StoreError):
+    """Belongs to another user, or may not be written."""
+
+
+class OtherFleetError(StoreError):
+    """Holds another fleet than the configuration says."""
+
+
+class RolledBackError(StoreError):
+    """SQLite gave up a whole transaction by itself, as it does when the disk is full: nothing of it was kept."""
+
+
+class DamagedError(StoreError):
+    """Not a database, or damaged."""

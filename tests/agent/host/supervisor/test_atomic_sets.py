@@ -1,0 +1,61 @@
+"""An atomic set on the host: the new generations take over in one moment, or none does."""
+
+import os
+
+import pytest
+import support
+
+from agent.host.ipc import host_api
+
+
+def send(host, guest, run, together):
+    """Ask for a start, and do not wait for its answer."""
+    host._id += 1
+    fd = support.sealed(support.compiled(guest))
+    host_api.send(host.sock, host_api.Start(id=host._id, run=run, together=together), fd)
+    os.close(fd)
+    return host._id
+
+
+def answers(host, *numbers):
+    found = {}
+    while set(numbers) - set(found):
+        message = host_api.receive_from_host(host.sock)
+        found[getattr(message, "id", None)] = message
+    return [found[number] for number in numbers]
+
+
+@pytest.fixture
+def pair(host):
+    """Two instances, first versions."""
+    for name in ("front", "back"):
+        assert isinstance(host.start("hello", support.a_run(name, 1)), host_api.Started)
+    return host
+
+
+def generations(host):
+    return {one.instance: one.generation for one in host.ask(host_api.Status).instances}
+
+
+def test_both_take_over_once_both_can(pair):
+    first = send(pair, "hello", support.a_run("front", 2), ("back",))
+    # The first may be ready by now: it waits, and the old pair answers.
+    assert generations(pair) == {"front": 1, "back": 1}
+    second = send(pair, "hello", support.a_run("back", 2), ("front",))
+    assert [type(answer) for answer in answers(pair, first, second)] == [host_api.Started, host_api.Started]
+    assert generations(pair) == {"front": 2, "back": 2}
+
+
+@pytest.mark.parametrize("order", [("front", "back"), ("back", "front")])
+def test_when_one_cannot_start_the_other_is_not_swapped_in_whoever_comes_first(pair, order):
+    guests = {"front": "hello", "back": "trap-in-start"}
+    others = {"front": ("back",), "back": ("front",)}
+    numbers = {name: send(pair, guests[name], support.a_run(name, 2), others[name]) for name in order}
+    front, back = answers(pair, numbers["front"], numbers["back"])
+    assert (back.code, front.code) == ("start-failed", "set-failed"), (back, front)
+    assert "front: it is to be swapped together with back, which failed; nothing is changed" in front.message
+    assert generations(pair) == {"front": 1, "back": 1}
+    assert support.http(pair.port, "GET /front/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
+    # Corrected, both go.
+    numbers = [send(pair, "hello", support.a_run(name, 3), others[name]) for name in order]
+    assert [type(answer) for answer in answers(pair, *numbers)] == [host_api.Started, host_api.Started]

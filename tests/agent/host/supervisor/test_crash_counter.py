@@ -1,0 +1,87 @@
+"""Deaths in a row end in quarantine; half a minute of life in between forgives those before, on disk too."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import support
+
+from agent.host.ipc.stats_page import CallStats
+from agent.host.ipc.write_quota import QuotaStore
+from agent.host.supervisor.generation import Generation
+from agent.host.supervisor.instance import Instance
+from agent.host.supervisor.resources import CrashCounter
+
+LONG_S, SHORT_S = 31.0, 29.0
+
+
+class Case:
+    """An instance whose lanes die as the test says, and are replaced by nobody."""
+
+    def __init__(self, tmp_path):
+        self.deaths = CrashCounter(tmp_path / "deaths.json")
+        self.kept = tmp_path / "deaths.json"
+        self.events = []
+        self.instance = Instance(
+            "web",
+            nursery=None,
+            listeners=None,
+            uid=lambda _: None,
+            deaths=self.deaths,
+            daily=QuotaStore(tmp_path / "written.json"),
+            data=tmp_path,
+            cgroups=None,
+            emit=self.events.append,
+            route=self._route,
+            outlet=None,
+        )
+        self.instance._replace = self._route
+        self.instance.current = self.generation = Generation(support.a_run("web", 1), -1)
+
+    async def _route(self, *_, **__):
+        pass
+
+    def dies(self, uptime_s):
+        self.instance._died(self.generation, "it crashed", uptime_s)
+
+    @property
+    def count(self):
+        """Of the deaths in a row, as another host would find it."""
+        return CrashCounter(self.kept).of("web", self.generation.run.target)
+
+
+@pytest.fixture
+def case(tmp_path):
+    return Case(tmp_path)
+
+
+@pytest.mark.asyncio
+async def test_five_short_lives_in_a_row_are_a_quarantine(case):
+    for _ in range(4):
+        case.dies(SHORT_S)
+        assert case.instance.state == "backoff"
+    case.dies(SHORT_S)
+    assert case.instance.state == "quarantined"
+    assert "5 deaths in a row; the last: it crashed" in case.instance.error
+
+
+@pytest.mark.asyncio
+async def test_a_life_of_some_length_begins_the_count_anew(case):
+    for uptime_s in (*[SHORT_S] * 4, LONG_S, *[SHORT_S] * 3):
+        case.dies(uptime_s)
+    assert (case.instance.state, case.count) == ("backoff", 4)
+    case.dies(SHORT_S)
+    assert case.instance.state == "quarantined"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("up_s", "count"), [(SHORT_S - 5, 3), (LONG_S, 0)])
+async def test_who_lives_on_is_forgiven_before_the_next_death(case, up_s, count):
+    lane = SimpleNamespace(alive=True, ready=object(), since_s=time.monotonic() - up_s, shared=None)
+    lane.page = SimpleNamespace(began_ns=lambda: 0, read=CallStats)
+
+    for _ in range(3):
+        case.dies(SHORT_S)
+    case.generation.lanes.append(lane)
+    case.instance.watch()
+    assert case.count == count

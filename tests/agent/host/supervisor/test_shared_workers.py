@@ -1,0 +1,211 @@
+"""Several instances of one publisher in one lane: as apart as ever for those who call them, and told of each other."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import support
+from host_processes import children, ended, lanes_of
+
+from agent.host.ipc import host_api
+from fleet.protocol.codes import InstanceState
+from fleet.protocol.manifest import Grants, Limits
+from tests.eventually import eventually
+
+
+def share(host, guest, name, generation=1, **rest):
+    reply = host.start(guest, support.a_run(name, generation, share_lane=True, **rest))
+    assert isinstance(reply, host_api.Started), reply
+    return host.health(name).shared_lane
+
+
+def get(host, name, sock=None):
+    return support.http(host.port, f"GET /{name}/ HTTP/1.1\r\nhost: x\r\n\r\n", sock)
+
+
+def count(host, name):
+    """What the guest `counter` answers: how many requests this instance has had since it was made."""
+    status, _, body = get(host, name)
+    assert status == 200, body
+    return int(body)
+
+
+CLOCK = Grants(interfaces=("wasi:io", "wasi:clocks"))
+SLEEPS = {"grants": CLOCK, "limits": Limits(call_ms=100, idle_ms=300)}
+
+
+def test_instances_of_one_publisher_sit_in_one_lane_and_are_called_apart(host):
+    before = set(lanes_of(host))
+    lanes = {share(host, "counter", f"c{number}") for number in range(3)}
+    assert len(lanes) == 1
+    assert lanes != {""}
+    assert len(set(lanes_of(host)) - before) == 1
+    assert [count(host, f"c{number}") for number in (0, 1, 1, 2, 1)] == [1, 1, 2, 1, 3], "each has its own memory"
+    assert [sum(host.health(f"c{number}").calls.values()) for number in range(3)] == [1, 3, 1]
+    host.ask(host_api.Stop, instance="c1")
+    assert (count(host, "c0"), count(host, "c2")) == (2, 2), "one that is stopped takes nobody along"
+    assert get(host, "c1")[0] == 404
+
+
+def test_the_last_to_leave_ends_the_lane(host):
+    before = set(lanes_of(host))
+    for name in ("a", "b"):
+        share(host, "hello", name)
+    (lane,) = set(lanes_of(host)) - before
+    end = os.pidfd_open(lane)
+    for name in ("a", "b"):
+        host.ask(host_api.Stop, instance=name)
+    assert ended([end])
+    os.close(end)
+
+
+@pytest.mark.parametrize(
+    ("rest", "why"),
+    [
+        ({"namespace": "others"}, "a stranger's"),
+        ({"grants": Grants(interfaces=("wasi:filesystem",))}, "files"),
+        ({"grants": Grants(outbound=("https://example.com:443",))}, "connect to others"),
+        ({"limits": Limits(concurrency=2)}, "calls at once"),
+    ],
+)
+def test_who_does_not_share_though_the_operator_lets_it(host, rest, why):
+    ours = share(host, "hello", "a")
+    theirs = share(host, "hello", "b", **rest)
+    assert ours not in {"", theirs}
+    if why != "a stranger's":
+        assert theirs == ""
+        assert why in host.ask(host_api.Logs, instance="b").lines[0], "and the log says why"
+
+
+def test_without_the_operators_word_each_has_a_lane_of_its_own(host):
+    for name in ("a", "b"):
+        host.start("hello", support.a_run(name, 1))
+    assert {host.health(name).shared_lane for name in ("a", "b")} == {""}
+
+
+def test_a_trap_takes_the_store_of_its_own_instance_alone(host):
+    share(host, "counter", "good")
+    assert count(host, "good") == 1
+    share(host, "trap", "bad")
+    share(host, "counter", "good2")
+    for _ in range(3):
+        assert get(host, "bad")[0] == 500
+    assert count(host, "good") == 2, "its memory is as it was"
+    assert host.health("bad").calls == {"guest-trap": 3}
+    assert host.health("good").restarts == host.health("bad").restarts == 0
+
+
+def test_a_guest_that_hangs_is_ended_with_its_lane_and_the_others_are_told_on_whose_account(host):
+    shared = share(host, "sleep", "bad", **SLEEPS)
+    assert share(host, "sleep", "mate", **SLEEPS) == shared
+    post = "POST /bad/ HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"  # nothing that is asked for a second time
+    assert support.http(host.port, post)[0] == 502
+    told = host.event(lambda event: isinstance(event, host_api.Changed) and event.instance == "mate")
+    assert (told.state, "on account of bad" in told.message) == (InstanceState.BACKOFF, True)
+    back = set()
+    while back != {"bad", "mate"}:
+        back.add(host.event(lambda event: isinstance(event, host_api.Changed) and event.state == "running").instance)
+    assert (host.health("bad").restarts, host.health("mate").restarts) == (1, 0), "one is to blame, and only one"
+    assert any("on account of bad" in line for line in host.ask(host_api.Logs, instance="mate").lines)
+    # Whoever cost others their lane gets one of its own.
+    assert host.health("bad").shared_lane == ""
+    assert host.health("mate").shared_lane not in {"", shared}
+
+
+def test_a_lane_that_dies_between_calls_is_made_anew_for_all(host):
+    before = set(lanes_of(host))
+    for name in ("a", "b"):
+        share(host, "hello", name)
+    (lane,) = set(lanes_of(host)) - before
+    os.kill(lane, signal.SIGKILL)
+    back = set()
+    while back != {"a", "b"}:
+        back.add(host.event(lambda event: isinstance(event, host_api.Changed) and event.state == "running").instance)
+    assert {host.health(name).restarts for name in ("a", "b")} == {1}
+    assert len({host.health(name).shared_lane for name in ("a", "b")}) == 1
+    assert [get(host, name)[0] for name in ("a", "b")] == [200, 200]
+
+
+def test_a_swap_of_one_loses_nobody_and_leaves_the_others_alone(host):
+    for name in ("a", "b"):
+        share(host, "counter", name)
+    assert (count(host, "a"), count(host, "b")) == (1, 1)
+    with socket.create_connection(("127.0.0.1", host.port), timeout=30) as kept:
+        assert get(host, "a", kept)[0] == 200
+        share(host, "hello", "a", generation=2)
+        assert get(host, "a", kept)[0] == 200
+        assert isinstance(host.ask(host_api.Revert, instance="a", generation=2), host_api.Started)
+        assert int(get(host, "a", kept)[2]) == 3, "the old one was kept as it was"
+    assert count(host, "b") == 2
+
+
+def test_state_is_carried_in_a_shared_lane_as_in_one_of_its_own(host):
+    shared = share(host, "remembers", "a")
+    assert share(host, "remembers", "b") == shared
+    assert [count(host, "a"), count(host, "a"), count(host, "b")] == [1, 2, 1]
+    assert share(host, "remembers", "a", generation=2) == shared
+    assert [count(host, "a"), count(host, "b")] == [3, 2]
+    assert host.ask(host_api.Revert, instance="a", generation=2).generation == 1
+    assert [count(host, "a"), count(host, "b")] == [4, 3]
+    assert host.lines_of("a") == ()
+
+
+@pytest.mark.parametrize(
+    ("guest", "words"), [("hostage", "used up its time"), ("trap-in-save", "unreachable"), ("loses-state", "no state")]
+)
+def test_who_does_not_save_its_state_costs_those_who_share_its_lane_nothing(host, guest, words):
+    limits = Limits(start_ms=300)
+    shared = share(host, guest, "bad", limits=limits)
+    assert share(host, guest, "mate", limits=limits) == shared
+    assert [count(host, "mate"), count(host, "bad")] == [1, 1]
+    reply = host.start("remembers", support.a_run("bad", 2, share_lane=True, limits=limits))
+    assert (type(reply), reply.code) == (host_api.Failed, "state-failed")
+    assert words in reply.message
+    assert count(host, "mate") == 2
+    assert (host.health("mate").restarts, host.health("mate").shared_lane) == (0, shared)
+    assert count(host, "bad") >= 1, "and it goes on itself"
+
+
+def test_whose_save_stands_still_is_ended_and_named_and_shares_no_more(host):
+    limits = Limits(start_ms=300, idle_ms=300)
+    shared = share(host, "hostage-asleep", "bad", grants=CLOCK, limits=limits)
+    assert share(host, "hostage-asleep", "mate", grants=CLOCK, limits=limits) == shared
+    reply = host.start("remembers", support.a_run("bad", 2, share_lane=True, limits=limits))
+    assert (type(reply), reply.code) == (host_api.Failed, "state-failed")
+    assert "blocked" in reply.message
+    host.event(
+        lambda event: isinstance(event, host_api.Changed) and (event.instance, event.state) == ("bad", "running")
+    )
+    assert host.health("bad").shared_lane == ""
+    assert get(host, "mate")[0] == 200
+    assert host.health("mate").restarts == 0
+
+
+def test_a_zygote_of_shared_lanes_has_one_thread_too(host):
+    for number in range(3):
+        share(host, "hello", f"i{number}", namespace="crowd")
+        get(host, f"i{number}")
+    share(host, "trap", "bad", namespace="crowd")
+    get(host, "bad")
+    host.ask(host_api.Stop, instance="i0")
+    host.ask(host_api.Restart, instance="i1")
+    zygotes = [pid for pid, command in children(host.process.pid).items() if b"--shared" in command]
+    top = [pid for pid in zygotes if Path(f"/proc/{pid}/stat").read_text().split()[3] == str(host.process.pid)]
+    assert [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in top] == [1] * len(top)
+    assert top
+
+
+def test_seats_with_different_images_come_together_in_a_quiet_moment(host):
+    """Each new image opens a lane, since none can be mapped later; the newest has them all, and the others empty."""
+    for guest in ("hello", "counter", "trap"):
+        share(host, guest, guest, namespace="mixed")
+    with socket.create_connection(("127.0.0.1", host.port), timeout=30) as kept:
+
+        def together():
+            assert get(host, "hello", kept)[0] == 200
+            return len({host.health(name).shared_lane for name in ("hello", "counter", "trap")}) == 1
+
+        eventually(together, "all three are in one lane")
+    assert count(host, "counter") == 1

@@ -1,0 +1,110 @@
+"""What the supervisor bears of a lane in which somebody else speaks: a guest that got out of its sandbox."""
+
+import asyncio
+import contextlib
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent.host.ipc import framing, stats_page, worker_api
+from agent.host.supervisor.worker_handle import WorkerHandle
+from agent.host.supervisor.worker_pool import SharedWorkerHandle, Wanted
+from fleet.protocol.manifest import Limits
+
+
+class Played(WorkerHandle):
+    """The supervisor's handle of a lane, which says when it listens no more."""
+
+    over = None
+
+    def _unplug(self):
+        super()._unplug()
+        self.over.set()
+
+
+async def as_a_lane(speak):
+    """Play a lane before the supervisor's handle of it: (the handle, what it passed on).
+
+    `speak(socket)` says what it likes; behind the handle is a process that waits to be ended.
+    """
+    process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])  # noqa: ASYNC220 - a plain child
+    heard = []
+
+    ours, theirs = framing.socket_pair()
+    lane = Played("web/1", ours, lambda _, message: heard.append(message))
+    lane.pid, lane.pidfd, lane.over = process.pid, os.pidfd_open(process.pid), asyncio.Event()
+    with theirs:
+        await asyncio.to_thread(speak, theirs)
+    await lane.over.wait()
+    process.kill()
+    lane.has_ended(process.wait())
+    return lane, heard
+
+
+@pytest.mark.asyncio
+async def test_a_lane_that_tells_more_than_any_lane_has_to_is_ended():
+    def flood(sock):
+        with contextlib.suppress(framing.GoneError):
+            for number in range(20_000):
+                worker_api.send(sock, worker_api.Fault(message=f"fault {number}"))
+
+    lane, heard = await as_a_lane(flood)
+    assert "more than any lane has to say" in lane.describe_end()
+    # What it may say, and what it earned while it was read.
+    assert len(heard) < 10_000
+    lane.close()
+
+
+def open_here():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.asyncio
+async def test_descriptors_that_nobody_asked_for_are_closed():
+    def send_many(sock):
+        read, write = os.pipe()
+        for _ in range(100):
+            worker_api.send(sock, worker_api.Ready(kinds=(), layers={}), read)
+        os.close(read)
+        os.close(write)
+
+    before = open_here()
+    lane, _ = await as_a_lane(send_many)
+    lane.close()
+    assert open_here() <= before + 1
+
+
+@pytest.mark.asyncio
+async def test_the_control_group_of_shared_lanes_goes_with_them():
+    dismissed = []
+
+    ours, theirs = framing.socket_pair()
+    process = WorkerHandle("main-1", ours, lambda *_: None)
+    wanted = Wanted(
+        namespace="main",
+        image="i",
+        image_fd=-1,
+        limits=Limits(),
+        fuel=False,
+        uid=None,
+        admit=lambda _: None,
+        dismiss=lambda: dismissed.append("main"),
+    )
+    SharedWorkerHandle(1, process, wanted, frozenset({"i"}))
+    process.has_ended(0)
+    await asyncio.sleep(0)
+    theirs.close()
+    assert dismissed == ["main"]
+
+
+def test_figures_that_cannot_be_are_cut_to_what_can_be_kept():
+    fd = stats_page.create_page("bad")
+    os.pwrite(fd, b"\xff" * stats_page.SIZE, 0)
+    figures = stats_page.StatsPage(fd).read()
+    os.close(fd)
+    for value in (figures.errors, figures.denials, figures.cpu_ns, *figures.calls.values()):
+        assert struct.pack("=q", 64 * value), "the sum over as many lanes as there may be fits into what stores keep"

@@ -1,0 +1,256 @@
+"""Joining a fleet: the secret goes to the fleet that the token names and to nobody else, and nothing is half done."""
+
+import base64
+import hashlib
+import ssl
+import threading
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import msgspec
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from agent.identity import enrolment, identity
+from agent.identity.enrolment import EnrolError
+from fleet.ca import CertificateAuthority
+from fleet.protocol import names, wire
+from fleet.protocol.messages import Enrolled, EnrolRequest, Token
+from signing import sealing
+
+ROOT = '{"signed": {}}'
+
+
+class Fleet:
+    """A server that enrols, as its author wishes."""
+
+    def __init__(self, directory, *, shows_ca=True):
+        self.now = datetime.now(UTC)
+        directory.mkdir(parents=True)
+        self.ca = CertificateAuthority.create(directory, fleet="harbour", now=self.now)
+        pair = self.ca.server(["127.0.0.1"], now=self.now)
+        (directory / "cert.pem").write_bytes(pair.certificate_pem)
+        (directory / "key.pem").write_bytes(pair.key_pem)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+        if shows_ca:
+            context.load_verify_locations(directory / "ca.pem")
+        self.heard, self.status, self.change = [], 200, lambda enrolled: enrolled
+        fleet = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                request = wire.decode(EnrolRequest, body)
+                fleet.heard.append(request)
+                answer = fleet.answer(request)
+                self.send_response(fleet.status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.server.handle_error = lambda *_: None
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, request):
+        if self.status != 200:
+            return b'{"type": "token-used", "title": "this token was used", "status": 403, "action": "make another"}'
+        csr = x509.load_pem_x509_csr(request.csr_pem.encode())
+        der = csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        device = names.device_id(request.name, der)
+        enrolled = Enrolled(
+            device=device,
+            fleet="harbour",
+            group="edge",
+            certificate_pem=self.ca.device(csr.public_key(), device, now=self.now).pem,
+            ca_pem=self.ca.pem,
+            root=ROOT,
+            devices_url="https://127.0.0.1:1",
+            mqtt=("mqtts://127.0.0.1:2",),
+            production=False,
+        )
+        return wire.encode(self.change(enrolled))
+
+    def token(self, **more):
+        facts = {
+            "url": f"https://127.0.0.1:{self.server.server_port}",
+            "fleet": "harbour",
+            "ca_sha256": self.ca.sha256,
+            "root_sha256": hashlib.sha256(ROOT.encode()).hexdigest(),
+            "floor": self.now - timedelta(minutes=1),
+            "expires": self.now + timedelta(hours=1),
+            "secret": "hush",
+        }
+        return Token(**(facts | more)).encode()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    made = Fleet(tmp_path / "fleet")
+    yield made
+    made.close()
+
+
+def join(token, tmp_path, **more):
+    return enrolment.enrol(token, state=tmp_path / "state", name="crane", **({"production": False} | more))
+
+
+def test_a_board_joins(fleet, tmp_path):
+    joined = join(fleet.token(), tmp_path, machine="serial-1")
+    assert joined == identity.load(tmp_path / "state" / "identity")
+    assert joined.device.startswith("crane-")
+    assert (joined.fleet, joined.group, joined.machine) == ("harbour", "edge", "serial-1")
+    (heard,) = fleet.heard
+    assert heard.secret == "hush"
+    assert len(base64.b64decode(heard.sealing_key)) == 32
+    certificate = (tmp_path / "state" / "identity" / "device.pem").read_bytes()
+    again = enrolment.sealing_proof(tmp_path / "state" / "identity", "harbour").encode()
+    for proof in (heard.sealing_proof.encode(), again):
+        proved, _ = sealing.proved(proof, certificate=certificate, fleet="harbour", device=joined.device)
+        assert proved == heard.sealing_key
+    directory = tmp_path / "state" / "identity"
+    assert {path.name for path in directory.iterdir()} == {
+        "device.key", "device.pem", "ca.pem", "sealing.key", "mac.key", "root.json", "enrolled.json",
+    }  # fmt: skip
+    assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert not (tmp_path / "state" / enrolment.NEW).exists()
+
+
+def test_the_secret_is_not_told_to_another_ca(fleet, tmp_path):
+    other = Fleet(tmp_path / "other")
+    try:
+        token = fleet.token(url=f"https://127.0.0.1:{other.server.server_port}")
+        with pytest.raises(EnrolError, match="does not show the CA"):
+            join(token, tmp_path)
+        assert other.heard == []
+        assert not (tmp_path / "state" / "identity").exists()
+    finally:
+        other.close()
+
+
+def test_showing_the_right_ca_is_not_enough(fleet, tmp_path, monkeypatch):
+    """Whoever is in between may show the fleet's CA, but has no certificate of it."""
+    other = Fleet(tmp_path / "other")
+    try:
+        monkeypatch.setattr(enrolment, "presented_ca", lambda _url, _sha256: fleet.ca.pem)
+        with pytest.raises(EnrolError, match="TLS"):
+            join(fleet.token(url=f"https://127.0.0.1:{other.server.server_port}"), tmp_path)
+        assert other.heard == []
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"root": '{"signed": "mine"}'}, "another trust root"),
+        ({"fleet": "pirates"}, "of the fleet 'pirates'"),
+        ({"device": "crane-00000000"}, "another key or another device"),
+        ({"certificate_pem": "nonsense"}, "not usable"),
+    ],
+)
+def test_what_the_server_gives_is_held_against_the_token(fleet, tmp_path, change, sentence):
+    fleet.change = lambda enrolled: msgspec.structs.replace(enrolled, **change)
+    with pytest.raises(EnrolError, match=sentence):
+        join(fleet.token(), tmp_path)
+    assert not (tmp_path / "state" / "identity").exists()
+
+
+def test_a_production_board_refuses_a_development_fleet(fleet, tmp_path):
+    with pytest.raises(EnrolError, match="development"):
+        join(fleet.token(), tmp_path, production=True)
+
+
+def test_an_enrolled_board_keeps_its_identity_unless_forced(fleet, tmp_path):
+    first = join(fleet.token(), tmp_path)
+    with pytest.raises(EnrolError, match="--force"):
+        join(fleet.token(secret="second"), tmp_path)
+    (tmp_path / "state" / "store.db").write_bytes(b"of the old fleet")
+    second = join(fleet.token(secret="second"), tmp_path, force=True)
+    assert second.device != first.device
+    assert not (tmp_path / "state" / "store.db").exists(), "another fleet's memory means nothing here"
+
+
+def test_a_lost_answer_is_asked_for_again_with_the_same_key(fleet, tmp_path):
+    fleet.change = lambda enrolled: msgspec.structs.replace(enrolled, fleet="garbled")
+    with pytest.raises(EnrolError):
+        join(fleet.token(), tmp_path)
+    fleet.change = lambda enrolled: enrolled
+    join(fleet.token(), tmp_path)
+    assert fleet.heard[0].csr_pem.split()[1] is not None
+    keys = {x509.load_pem_x509_csr(each.csr_pem.encode()).public_key().public_numbers() for each in fleet.heard}
+    assert len(keys) == 1
+    # Another token is another attempt, with a key of its own.
+    join(fleet.token(secret="other"), tmp_path, force=True)
+    assert fleet.heard[-1].sealing_key != fleet.heard[0].sealing_key
+
+
+def test_the_servers_refusal_is_told_in_its_words(fleet, tmp_path):
+    fleet.status = 403
+    with pytest.raises(EnrolError, match=r"this token was used.*make another"):
+        join(fleet.token(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("token", "sentence"),
+    [("", "not an enrolment token"), ("wf1.%%%", "damaged"), ("wf1.e30", "damaged")],
+)
+def test_what_is_no_token_is_said_to_be_none(tmp_path, token, sentence):
+    with pytest.raises(EnrolError, match=sentence):
+        join(token, tmp_path)
+
+
+def test_an_expired_token_is_not_even_sent(fleet, tmp_path):
+    token = fleet.token(expires=fleet.now - timedelta(seconds=1))
+    with pytest.raises(EnrolError, match="expired"):
+        join(token, tmp_path)
+    assert fleet.heard == []
+
+
+def test_a_board_without_a_clock_enrols_by_the_tokens_floor(fleet, tmp_path):
+    """The wall clock is far behind the token: TLS is held against the floor, which the certificate outlives."""
+    floor = fleet.now + timedelta(days=10)
+    joined = join(fleet.token(floor=floor, expires=floor + timedelta(hours=1)), tmp_path)
+    assert joined.floor == floor.replace(tzinfo=UTC)
+
+
+def test_a_host_name_becomes_a_valid_name(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "Kran_Süd.local")
+    assert enrolment.board_name() == "kran-s-d"
+    assert enrolment.board_name("Lift 7") == "lift-7"
+
+
+@pytest.mark.parametrize("devices", [True, False])
+def test_the_servers_own_listeners_show_the_ca(tmp_path, devices):
+    """Without it no board can enrol: the token holds the CA's hash only."""
+    from types import SimpleNamespace
+
+    from fleet.server.listener import Certificates
+
+    for name in ("ca", "tls"):
+        (tmp_path / name).mkdir()
+    now = datetime.now(UTC)
+    ca = CertificateAuthority.create(tmp_path / "ca", fleet="harbour", now=now)
+    home = SimpleNamespace(tls=tmp_path / "tls", ca=tmp_path / "ca")
+    context = Certificates(home, ca, "127.0.0.1", lambda: now).context(devices=devices)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: None
+    thread = threading.Thread(target=server.handle_request, daemon=True)
+    thread.start()
+    try:
+        assert enrolment.presented_ca(f"https://127.0.0.1:{server.server_port}", ca.sha256) == ca.pem
+    finally:
+        thread.join(5)
+        server.server_close()

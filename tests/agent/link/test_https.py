@@ -1,0 +1,364 @@
+"""HTTPS on the board against a real server: ceilings, deadlines, resuming, and a CA of the fleet's own."""
+
+import hashlib
+import os
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from agent.link import https as https_module
+from agent.link.https import CancelledError, FetchError, FixedTls, HttpsClient
+from fleet.ca import CertificateAuthority
+from fleet.protocol.codes import RejectCode
+
+DATA = os.urandom(300_000)
+SHA = hashlib.sha256(DATA).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.seen.append((self.path, self.headers.get("Range")))
+        self.server.answer(self)
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, status, body, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def send_file(self, data, *, stop_after=None):
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        rest = data[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(rest if stop_after is None else rest[:stop_after])
+        if stop_after is not None:
+            self.wfile.flush()
+            self.close_connection = True
+
+
+@pytest.fixture(scope="module")
+def ca(tmp_path_factory):
+    return CertificateAuthority.create(tmp_path_factory.mktemp("ca"), fleet="f", now=datetime.now(UTC))
+
+
+def serve(ca, directory, *, hosts=("127.0.0.1",), now=None):
+    pair = ca.server(hosts, now=now or datetime.now(UTC))
+    (directory / "cert.pem").write_bytes(pair.certificate_pem)
+    (directory / "key.pem").write_bytes(pair.key_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.daemon_threads = True
+    server.handle_error = lambda *_: None
+    server.seen = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture
+def server(ca, tmp_path):
+    made = serve(ca, tmp_path)
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture
+def https(ca, server):
+    return HttpsClient(
+        f"https://127.0.0.1:{server.server_port}", FixedTls(https_module.context(ca.pem)), request_s=5, download_s=5
+    )
+
+
+def download(https, into, **more):
+    https.download("/a", into, length=len(DATA), sha256=SHA, **more)
+
+
+def test_a_download_arrives_whole_and_read_only(https, server, tmp_path):
+    server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert (tmp_path / "a.wasm").read_bytes() == DATA
+    assert (tmp_path / "a.wasm").stat().st_mode & 0o777 == 0o444
+    assert not (tmp_path / "a.wasm.part").exists()
+
+
+def test_a_download_resumes_where_it_ended(https, server, tmp_path):
+    server.answer = lambda handler: handler.send_file(DATA, stop_after=100_000)
+    with pytest.raises(FetchError) as caught:
+        download(https, tmp_path / "a.wasm")
+    assert caught.value.code is RejectCode.UNREACHABLE
+    # The agent is started anew, so this is another client.
+    server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert server.seen[1][1] == "bytes=100000-"
+    assert (tmp_path / "a.wasm").read_bytes() == DATA
+
+
+def test_a_server_that_cannot_resume_sends_it_whole(https, server, tmp_path):
+    (tmp_path / "a.wasm.part").write_bytes(DATA[:5000])
+    server.answer = lambda handler: handler.send(200, DATA)
+    download(https, tmp_path / "a.wasm")
+    assert (tmp_path / "a.wasm").read_bytes() == DATA
+
+
+def test_other_bytes_are_refused_and_not_kept(https, server, tmp_path):
+    server.answer = lambda handler: handler.send_file(DATA[:-1] + b"?")
+    with pytest.raises(FetchError) as caught:
+        download(https, tmp_path / "a.wasm")
+    assert caught.value.code is RejectCode.HASH_MISMATCH
+    assert not caught.value.retryable
+    assert not list(tmp_path.glob("a.wasm*"))
+
+
+def test_a_planted_part_is_found_out(https, server, tmp_path):
+    (tmp_path / "a.wasm.part").write_bytes(b"x" * 1000)
+    server.answer = lambda handler: handler.send_file(DATA)
+    with pytest.raises(FetchError) as caught:
+        download(https, tmp_path / "a.wasm")
+    assert caught.value.code is RejectCode.HASH_MISMATCH
+    download(https, tmp_path / "a.wasm")
+
+
+def test_endless_data_is_cut_at_the_signed_length(https, server, tmp_path):
+    server.answer = lambda handler: handler.send(200, DATA + b"more")
+    with pytest.raises(FetchError) as caught:
+        download(https, tmp_path / "a.wasm")
+    assert caught.value.code is RejectCode.LENGTH_MISMATCH
+
+
+def test_a_404_is_final(https, server, tmp_path):
+    server.answer = lambda handler: handler.send(404, b"no")
+    with pytest.raises(FetchError) as caught:
+        download(https, tmp_path / "a.wasm")
+    assert (caught.value.code, caught.value.retryable) == (RejectCode.NOT_FOUND, False)
+
+
+def test_a_server_error_may_pass(https, server):
+    server.answer = lambda handler: handler.send(503, b"later")
+    with pytest.raises(FetchError) as caught:
+        https.request("GET", "/v1/desired", max_bytes=100)
+    assert (caught.value.retryable, caught.value.status) == (True, 503)
+
+
+def test_an_answer_larger_than_its_ceiling_is_refused(https, server):
+    server.answer = lambda handler: handler.send(200, b"x" * 101)
+    with pytest.raises(FetchError) as caught:
+        https.request("GET", "/v1/tuf/timestamp.json", max_bytes=100)
+    assert caught.value.code is RejectCode.TOO_LARGE
+
+
+def test_no_space_is_said_before_anything_is_fetched(ca, server, tmp_path):
+    wants_all = HttpsClient(
+        f"https://127.0.0.1:{server.server_port}", FixedTls(https_module.context(ca.pem)), reserve_bytes=1 << 60
+    )
+    with pytest.raises(FetchError) as caught:
+        download(wants_all, tmp_path / "a.wasm")
+    assert caught.value.code is RejectCode.NO_SPACE
+    assert server.seen == []
+
+
+def test_a_slow_drip_is_given_up(ca, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(https_module, "RATE_WINDOW_S", 0.2)
+
+    def drip(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(DATA)))
+        handler.end_headers()
+        for byte in DATA:
+            try:
+                handler.wfile.write(bytes([byte]))
+            except OSError:
+                return
+            time.sleep(0.05)
+
+    server.answer = drip
+    fussy = HttpsClient(
+        f"https://127.0.0.1:{server.server_port}", FixedTls(https_module.context(ca.pem)), min_rate_bytes_s=10_000
+    )
+    with pytest.raises(FetchError) as caught:
+        download(fussy, tmp_path / "a.wasm")
+    assert caught.value.code is RejectCode.TOO_SLOW
+    assert (tmp_path / "a.wasm.part").stat().st_size > 0
+
+
+def test_the_total_deadline_holds_however_alive_the_server_looks(ca, server):
+    def tease(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        try:
+            while True:
+                handler.wfile.write(b"x")
+                time.sleep(0.02)
+        except OSError:
+            pass
+
+    server.answer = tease
+    hasty = HttpsClient(
+        f"https://127.0.0.1:{server.server_port}", FixedTls(https_module.context(ca.pem)), request_s=0.3
+    )
+    with pytest.raises(FetchError) as caught:
+        hasty.request("GET", "/", max_bytes=1 << 20)
+    assert caught.value.code is RejectCode.TOO_SLOW
+
+
+def test_a_download_that_is_not_wanted_any_more_stops(https, server, tmp_path):
+    server.answer = lambda handler: handler.send_file(DATA)
+    cancelled = threading.Event()
+    cancelled.set()
+    with pytest.raises(CancelledError):
+        download(https, tmp_path / "a.wasm", cancelled=cancelled)
+
+
+def test_another_ca_is_not_trusted(server, tmp_path_factory):
+    other = CertificateAuthority.create(tmp_path_factory.mktemp("other"), fleet="f", now=datetime.now(UTC))
+    stranger = HttpsClient(f"https://127.0.0.1:{server.server_port}", FixedTls(https_module.context(other.pem)))
+    with pytest.raises(FetchError) as caught:
+        stranger.request("GET", "/", max_bytes=10)
+    assert caught.value.code is RejectCode.UNREACHABLE
+    assert "TLS" in caught.value.message
+    assert server.seen == []
+
+
+def test_nobody_there_is_said_in_one_sentence(ca, free_port):
+    nobody = HttpsClient(f"https://127.0.0.1:{free_port}", FixedTls(https_module.context(ca.pem)))
+    with pytest.raises(FetchError) as caught:
+        nobody.request("GET", "/", max_bytes=10)
+    assert "refused" in caught.value.message.lower()
+
+
+class BehindTls:
+    """A board that woke up in 1970 and knows that it is at least `floor`."""
+
+    def __init__(self, pem, floor):
+        self.made, self.floor = https_module.context(pem, clock_behind=True), floor
+
+    def context(self):
+        return self.made
+
+    def check(self, connection):
+        https_module.check_not_after(connection, self.floor)
+
+
+@pytest.mark.parametrize(("days_after_its_end", "accepted"), [(-10, True), (10, False)])
+def test_without_a_clock_the_certificate_is_held_against_the_floor(ca, tmp_path, days_after_its_end, accepted):
+    # The server's certificate is of the future as well as, in the second row, past what the board knows for certain.
+    issued = datetime.now(UTC) + timedelta(days=400)
+    server = serve(ca, tmp_path, now=issued)
+    server.answer = lambda handler: handler.send(200, b"ok")
+    floor = issued + timedelta(days=90 + days_after_its_end)
+    https = HttpsClient(f"https://127.0.0.1:{server.server_port}", BehindTls(ca.pem, floor))
+    try:
+        if accepted:
+            assert https.request("GET", "/", max_bytes=10) == b"ok"
+        else:
+            with pytest.raises(FetchError, match="ended on"):
+                https.request("GET", "/", max_bytes=10)
+            assert server.seen == []
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_device_context_is_made_anew_when_the_certificate_was_renewed(ca, tmp_path):
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from agent.identity import enrolment
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    (tmp_path / "device.key").write_bytes(enrolment._private_pem(key))
+    (tmp_path / "ca.pem").write_text(ca.pem)
+    now = datetime.now(UTC)
+    (tmp_path / "device.pem").write_text(ca.device(key.public_key(), "b-01234567", now=now).pem)
+    device = https_module.DeviceTls(tmp_path, lambda: datetime(2020, 1, 1, tzinfo=UTC))
+    first = device.context()
+    assert device.context() is first
+    enrolment.install_certificate(tmp_path, ca.device(key.public_key(), "b-01234567", now=now).pem)
+    assert device.context() is not first
+    # Not for another key, whoever sends it.
+    other = ec.generate_private_key(ec.SECP256R1())
+    with pytest.raises(enrolment.EnrolError, match="another key"):
+        enrolment.install_certificate(tmp_path, ca.device(other.public_key(), "b-01234567", now=now).pem)
+
+
+def test_a_certificate_is_renewed_at_two_thirds(ca, tmp_path):
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from agent.identity import enrolment
+
+    now = datetime.now(UTC).replace(microsecond=0)
+    key = ec.generate_private_key(ec.SECP256R1())
+    (tmp_path / "device.pem").write_text(ca.device(key.public_key(), "b-01234567", now=now).pem)
+    assert timedelta(days=55) < enrolment.renew_at(tmp_path) - now < timedelta(days=65)
+
+
+class Proxy(threading.Thread):
+    """An HTTP proxy that tunnels (RFC 9110, section 9.3.6), one connection after another."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.asked = self.listener.getsockname()[1], []
+        self.start()
+
+    def run(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += client.recv(4096)
+            target = head.split()[1].decode()
+            self.asked.append(target)
+            host, _, port = target.partition(":")
+            server = socket.create_connection((host, int(port)))
+            client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            back = threading.Thread(target=self.pump, args=(server, client), daemon=True)
+            back.start()
+            self.pump(client, server)
+
+    @staticmethod
+    def pump(source, sink):
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+
+def test_a_proxy_is_honoured_and_sees_nothing(ca, server, tmp_path, monkeypatch):
+    server.answer = lambda handler: handler.send_file(DATA)
+    proxy = Proxy()
+    where = f"https://127.0.0.1:{server.server_port}"
+    configured = HttpsClient(where, FixedTls(https_module.context(ca.pem)), proxy=f"http://127.0.0.1:{proxy.port}")
+    download(configured, tmp_path / "a.wasm")
+    assert (tmp_path / "a.wasm").read_bytes() == DATA
+    assert proxy.asked == [f"127.0.0.1:{server.server_port}"]
+    # The environment's counts too, unless it says that this host is reached directly.
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setenv("no_proxy", "")
+    assert https_module.proxy_for(urllib.parse.urlsplit(where), "") is not None
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert https_module.proxy_for(urllib.parse.urlsplit(where), "") is None
+    proxy.listener.close()

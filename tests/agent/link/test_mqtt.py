@@ -1,0 +1,415 @@
+"""The board on its broker: a small broker of the test's own that says what it likes, over plain TCP on loopback."""
+
+import asyncio
+import os
+import signal
+import ssl
+import struct
+import sys
+from datetime import UTC, datetime
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from agent.config import Paths, Settings
+from agent.identity.identity import Identity
+from agent.link import https
+from agent.link import mqtt as bus_module
+from agent.link.https import FixedTls
+from agent.link.mqtt import BusError, MqttClient
+from agent.service import Service
+from agent.update.store import Store
+from fleet.ca import CertificateAuthority
+from fleet.protocol import wire
+from fleet.protocol.messages import Ack, Report
+from fleet.protocol.topics import POKE, Down, Topic, Up, board_subscriptions
+from signing import dsse, repository
+from signing.keys import generate
+
+DEVICE = "crane-0a1b2c3d"
+
+
+class Broker:
+    """Speaks as much MQTT 3.1.1 as one client needs, and remembers what it heard."""
+
+    def __init__(self):
+        self.connects, self.subscribed, self.published, self.writers, self.pings = [], [], [], [], 0
+        self.accept = 0
+        self.changed = asyncio.Event()
+
+    async def start(self, ssl=None):
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=ssl)
+        self.port = self.server.sockets[0].getsockname()[1]
+
+    async def _serve(self, reader, writer):
+        self.writers.append(writer)
+        try:
+            while True:
+                kind = (await reader.readexactly(1))[0]
+                length = shift = 0
+                while True:
+                    byte = (await reader.readexactly(1))[0]
+                    length |= (byte & 127) << shift
+                    shift += 7
+                    if not byte & 128:
+                        break
+                self._packet(kind, await reader.readexactly(length), writer)
+                self.changed.set()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+            self.changed.set()
+
+    def _packet(self, kind, body, writer):
+        match kind >> 4:
+            case 1:
+                self.connects.append(body)
+                writer.write(bytes([0x20, 2, 0, self.accept]))
+            case 3:
+                size = struct.unpack(">H", body[:2])[0]
+                topic, rest = body[2 : 2 + size].decode(), body[2 + size :]
+                writer.write(b"\x40\x02" + rest[:2])
+                self.published.append((topic, rest[2:], bool(kind & 1)))
+            case 8:
+                self.subscribed.append(body)
+                writer.write(b"\x90\x04" + body[:2] + b"\x01\x01")
+            case 12:
+                self.pings += 1
+                writer.write(b"\xd0\x00")
+
+    def say(self, topic, payload):
+        self.writers[-1].write(self.packet(topic, payload))
+
+    @staticmethod
+    def packet(topic, payload):
+        name = str(topic).encode()
+        body = struct.pack(">H", len(name)) + name + struct.pack(">H", 7) + payload
+        assert len(body) < 128
+        return bytes([0x32, len(body)]) + body
+
+    async def until(self, condition):
+        async with asyncio.timeout(60):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    def drop(self):
+        for writer in self.writers:
+            writer.transport.abort()
+
+    async def stop(self):
+        self.drop()
+        self.server.close()
+
+
+class Board:
+    def __init__(self, *addresses, tls=None):
+        self.heard, self.told, self.event = [], [], asyncio.Event()
+        self.bus = MqttClient(
+            device=DEVICE,
+            addresses=addresses,
+            tls=tls,
+            will=b"gone",
+            keepalive_s=60,
+            on_connected=lambda: self._note("connected"),
+            on_disconnected=lambda reason: self._note("disconnected"),
+            on_message=lambda topic, payload: self._note((topic, payload)),
+        )
+        self.task = asyncio.ensure_future(self.bus.run())
+
+    def _note(self, what):
+        self.told.append(what)
+        self.event.set()
+
+    async def until(self, condition):
+        async with asyncio.timeout(60):
+            while not condition():
+                self.event.clear()
+                await self.event.wait()
+
+    async def stop(self):
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+@pytest.fixture(autouse=True)
+def _quick_retries(monkeypatch):
+    monkeypatch.setattr(bus_module, "RETRY_FIRST_S", 0.01)
+
+
+@pytest.mark.asyncio
+async def test_a_session_that_the_broker_keeps_with_a_will(free_port):
+    broker = Broker()
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    await board.until(lambda: "connected" in board.told)
+    (connect,) = broker.connects
+    assert connect.startswith(b"\x00\x04MQTT\x04"), "MQTT 3.1.1"
+    flags = connect[7]
+    assert not flags & 2, "the session is kept"
+    assert flags & 4, "there is a will"
+    assert flags & 32, "which is retained"
+    assert str(Topic(DEVICE, Up.STATE)).encode() in connect
+    assert b"gone" in connect
+    await broker.until(lambda: broker.subscribed)
+    assert all(topic.encode() in broker.subscribed[0] for topic in board_subscriptions(DEVICE))
+    await board.stop()
+    await broker.stop()
+
+
+@pytest.mark.asyncio
+async def test_messages_go_both_ways():
+    broker = Broker()
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    assert not board.bus.publish(Up.HEALTH, b"too early")
+    await board.until(lambda: "connected" in board.told)
+    assert board.bus.publish(Up.REPORT, b"a report")
+    await broker.until(lambda: broker.published)
+    assert broker.published == [(str(Topic(DEVICE, Up.REPORT)), b"a report", False)]
+    broker.say(Topic(DEVICE, Down.ACK), b"yes")
+    broker.say(POKE, b"{}")
+    await board.until(lambda: (POKE, b"{}") in board.told)
+    assert (str(Topic(DEVICE, Down.ACK)), b"yes") in board.told
+    await board.stop()
+    await broker.stop()
+
+
+@pytest.mark.asyncio
+async def test_a_lost_connection_comes_back():
+    broker = Broker()
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    await board.until(lambda: "connected" in board.told)
+    broker.drop()
+    await board.until(lambda: board.told.count("connected") == 2)
+    assert board.told[:3] == ["connected", "disconnected", "connected"]
+    await board.stop()
+    await broker.stop()
+
+
+@pytest.mark.asyncio
+async def test_a_broker_that_refuses_is_no_connection(caplog):
+    broker = Broker()
+    broker.accept = 5  # not authorised
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    await broker.until(lambda: len(broker.connects) >= 2)
+    assert board.told == []
+    broker.accept = 0
+    await board.until(lambda: "connected" in board.told)
+    await board.stop()
+    await broker.stop()
+
+
+@pytest.mark.asyncio
+async def test_a_board_that_was_refused_comes_at_once_when_it_has_another_certificate(monkeypatch):
+    """Not minutes later, when its patience with a broker that refuses it has grown."""
+    monkeypatch.setattr(bus_module, "RETRY_FIRST_S", 100_000.0)
+    monkeypatch.setattr(bus_module, "RETRY_MAX_S", 100_000.0)
+
+    broker = Broker()
+    broker.accept = 5  # not authorised
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    await broker.until(lambda: broker.connects)
+    broker.accept = 0
+    board.bus.retry()
+    await board.until(lambda: "connected" in board.told)
+    await board.stop()
+    await broker.stop()
+
+
+@pytest.mark.asyncio
+async def test_addresses_are_tried_in_turn(free_port):
+    broker = Broker()
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{free_port}", f"mqtt://127.0.0.1:{broker.port}")
+    await board.until(lambda: "connected" in board.told)
+    await board.stop()
+    await broker.stop()
+
+
+@pytest.mark.asyncio
+async def test_a_handler_that_fails_does_not_end_the_connection():
+    broker = Broker()
+    await broker.start()
+    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    await board.until(lambda: "connected" in board.told)
+
+    def broken(_topic, _payload):
+        board.bus._on_message = lambda topic, payload: board._note((topic, payload))
+        raise RuntimeError("a bug")
+
+    board.bus._on_message = broken
+    broker.say(POKE, b"1")
+    broker.say(POKE, b"2")
+    await board.until(lambda: (POKE, b"2") in board.told)
+    assert "disconnected" not in board.told
+    await board.stop()
+    await broker.stop()
+
+
+@pytest.mark.parametrize("addresses", [(), ("http://a:1",), ("mqtts://",)])
+@pytest.mark.asyncio
+async def test_an_address_that_cannot_be_meant_is_refused(addresses):
+    with pytest.raises(BusError, match="mqtts://host:port"):
+        Board(*addresses)
+
+
+@pytest.mark.asyncio
+async def test_several_messages_in_one_tls_record_are_all_heard(tmp_path):
+    """The socket becomes readable once; what is left in the TLS layer must not wait for the next ping."""
+    ca = CertificateAuthority.create(tmp_path, fleet="f", now=datetime.now(UTC))
+    pair = ca.server(["127.0.0.1"], now=datetime.now(UTC))
+    (tmp_path / "both.pem").write_bytes(pair.certificate_pem + pair.key_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+
+    broker = Broker()
+    await broker.start(ssl=context)
+    board = Board(f"mqtts://127.0.0.1:{broker.port}", tls=FixedTls(https.context(ca.pem)))
+    await board.until(lambda: "connected" in board.told)
+    broker.writers[-1].write(b"".join(broker.packet(POKE, b"%d" % number) for number in range(50)))
+    await board.until(lambda: (POKE, b"49") in board.told)
+    assert [payload for _, payload in board.told[1:]] == [b"%d" % number for number in range(50)]
+    await board.stop()
+    await broker.stop()
+
+
+# The whole agent on a broker that says what it likes
+
+NOW = datetime.now(UTC).replace(microsecond=0)
+BAD = [
+    (Topic(DEVICE, Down.ACK), b'{"sequence": 9223372036854775808}'),
+    (Topic(DEVICE, Down.ACK), b'{"sequence": 9223372036854775808, "again": true}'),
+    (Topic(DEVICE, Down.ACK), b'{"sequence": -9223372036854775809}'),
+    (Topic(DEVICE, Down.ACK), b'{"sequence": 1' + b"0" * 40 + b"}"),
+    (Topic(DEVICE, Down.ACK), b'{"v": 9223372036854775808, "sequence": 1}'),
+    (Topic(DEVICE, Down.ACK), b"\xff"),
+    (Topic(DEVICE, Down.DESIRED), b"{"),
+    (Topic(DEVICE, Down.FRESH), b"[" * 20),
+    (Topic(DEVICE, Down.COMMAND), b"\x00"),
+    (POKE, b'{"jitter_s": 9223372036854775808}'),
+    (POKE, b'{"jitter_s": -1}'),
+]
+
+
+def enrolled(directory, port):
+    """The state of a board that is enrolled at a broker on this port, with one report that nobody has acknowledged."""
+    places = Paths(directory / "state", directory / "run")
+    (places.identity).mkdir(parents=True)
+    places.runtime.mkdir()
+    names = ("root", "targets", "snapshot", "timestamp", "director", "main")
+    keys = {name: generate(directory / f"{name}.pem") for name in names}
+    main = keys.pop("main")
+    files = repository.create(fleet="f", namespaces={"main": main}, now=NOW, dev=True, ceilings=None, **keys)
+    ca = CertificateAuthority.create(directory, fleet="f", now=NOW)
+    key, plain = ec.generate_private_key(ec.SECP256R1()), (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    who = Identity(
+        device=DEVICE,
+        fleet="f",
+        group="",
+        devices_url="https://127.0.0.1:1",
+        mqtt=(f"mqtt://127.0.0.1:{port}",),
+        production=False,
+        floor=NOW,
+    )
+    for name, content in {
+        "enrolled.json": msgspec.json.encode(who),
+        "root.json": files["1.root.json"],
+        "ca.pem": ca.pem.encode(),
+        "device.key": key.private_bytes(*plain),
+        "device.pem": ca.device(key.public_key(), DEVICE, now=NOW).pem.encode(),
+        "sealing.key": X25519PrivateKey.generate().private_bytes(*plain),
+        "mac.key": b"k" * 32,
+    }.items():
+        (places.identity / name).write_bytes(content)
+        (places.identity / name).chmod(0o600)
+    store = Store(places.database)
+    store.save(report=Report(device=DEVICE, boot_id="b", sequence=0, at=NOW, assignment=0))
+    return places, who, store
+
+
+def reported(broker):
+    """Sequences of the reports that the board has sent, each time it sent them."""
+    bodies = [body for topic, body, _ in broker.published if topic == str(Topic(DEVICE, Up.REPORT))]
+    return [wire.decode(Report, dsse.parse(body).payload).sequence for body in bodies]
+
+
+async def still_obeys(broker):
+    """The board still hears its broker: what is acknowledged and asked for again comes again."""
+    await broker.until(lambda: reported(broker))
+    broker.say(Topic(DEVICE, Down.ACK), wire.encode(Ack(sequence=1)))
+    broker.say(Topic(DEVICE, Down.ACK), wire.encode(Ack(sequence=0, again=True)))
+    await broker.until(lambda: len(reported(broker)) >= 2)
+
+
+@pytest.mark.asyncio
+async def test_an_agent_outlives_whatever_its_broker_says(tmp_path):
+    """In a process of its own, as a device runs it."""
+
+    broker = Broker()
+    await broker.start()
+    _, _, store = enrolled(tmp_path, broker.port)
+    store.close()
+    agent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "import sys; from agent.cli import main; sys.exit(main())"),
+        *("run", "--state", tmp_path / "state", "--runtime", tmp_path / "run"),
+    )
+    ended = asyncio.ensure_future(agent.wait())
+    try:
+        for turn in (1, 2):  # retained messages come at each connection
+            await broker.until(lambda turn=turn: len(broker.subscribed) == turn)
+            for topic, payload in BAD:
+                broker.say(topic, payload)
+            talk = asyncio.ensure_future(still_obeys(broker))
+            await asyncio.wait({ended, talk}, return_when=asyncio.FIRST_COMPLETED)
+            assert not ended.done(), "the agent ended by what it was told"
+            await talk
+            if turn == 1:
+                broker.published.clear()
+                broker.drop()
+    finally:
+        if not ended.done():
+            agent.terminate()
+        assert await ended == 0
+        await broker.stop()
+
+
+@pytest.mark.parametrize("handler", ["acknowledge", "unacknowledge", "facts"])
+@pytest.mark.asyncio
+async def test_a_fault_while_a_message_is_handled_drops_that_message_alone(tmp_path, monkeypatch, caplog, handler):
+    broker = Broker()
+    await broker.start()
+    places, who, store = enrolled(tmp_path, broker.port)
+    root = (places.identity / "root.json").read_bytes()
+    daemon = Service(identity=who, root=root, mac_key=b"k" * 32, places=places, settings=Settings(), store=store)
+    running = asyncio.ensure_future(daemon.run())
+    await broker.until(lambda: reported(broker))
+    sound, failed = getattr(store, handler), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def broken(*arguments):
+        if not failed.is_set():
+            loop.call_soon_threadsafe(failed.set)
+            raise ValueError("a fault of our own")
+        return sound(*arguments)
+
+    monkeypatch.setattr(store, handler, broken)
+    broker.say(Topic(DEVICE, Down.ACK), wire.encode(Ack(sequence=1)))
+    broker.say(Topic(DEVICE, Down.ACK), wire.encode(Ack(sequence=0, again=True)))
+    broker.say(Topic(DEVICE, Down.FRESH), b"{}")
+    await failed.wait()
+    broker.drop()  # it is asked to send again once a connection
+    await broker.until(lambda: running.done() or len(broker.subscribed) == 2)
+    talk = asyncio.ensure_future(still_obeys(broker))
+    await asyncio.wait({running, talk}, return_when=asyncio.FIRST_COMPLETED)
+    assert not running.done()
+    await talk
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 0
+    await broker.stop()
+    assert "dropped a message on down/" in caplog.text

@@ -1,0 +1,243 @@
+"""`fleet-agent check`, with one thing broken at a time: that one is named, and all before it were tried."""
+
+import shlex
+import socket
+import ssl
+import sys
+import threading
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from agent.config import Disk, Network, Paths, Settings
+from agent.host.ipc import host_api
+from agent.identity.identity import Identity
+from agent.report import check
+from fleet.ca import CertificateAuthority
+
+ORDER = ["machine", "identity", "DNS", "TCP", "proxy", "TLS", "clock", "MQTT", "HTTP", "engine", "cell", "disk"]
+DEVICE = "crane-0a1b2c3d"
+HOST = "127.0.0.1"
+ENGINE = '{"engine": "50.0.1", "triple": "aarch64-unknown-linux-gnu"}'
+
+
+class Answers(BaseHTTPRequestHandler):
+    """The server's doors: nothing is wanted of this board, or it is a stranger. As a proxy it lets nobody through."""
+
+    def do_GET(self):
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_CONNECT(self):
+        self.send_error(403)
+
+    def log_message(self, *_):
+        pass
+
+
+def served(context=None):
+    server = ThreadingHTTPServer((HOST, 0), Answers)
+    if context is not None:
+        # the handshake belongs to the connection's own thread: a client that gives up must not take this one along
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    server.daemon_threads, server.status = True, 404
+    server.handle_error = lambda *_: None
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    return server
+
+
+@pytest.fixture(scope="module")
+def ca(tmp_path_factory):
+    return CertificateAuthority.create(tmp_path_factory.mktemp("ca"), fleet="harbour", now=datetime.now(UTC))
+
+
+@pytest.fixture
+def server(ca, tmp_path):
+    pair = ca.server((HOST,), now=datetime.now(UTC))
+    (tmp_path / "server.pem").write_bytes(pair.certificate_pem + pair.key_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    context.load_verify_locations(cadata=ca.pem)
+    context.verify_mode = ssl.CERT_REQUIRED
+    made = served(context)
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture
+def proxy():
+    made = served()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture
+def closed_port():
+    with closing(socket.socket()) as taken:
+        taken.bind((HOST, 0))  # bound and not listening: nobody answers, and nobody else gets it
+        yield taken.getsockname()[1]
+
+
+class Board:
+    """A board where all is well, until something is broken."""
+
+    def __init__(self, place, ca, server, monkeypatch):
+        self.places, self.settings = Paths(place / "state", place / "run"), Settings(disk=Disk(reserve_bytes=0))
+        self.places.identity.mkdir(parents=True)
+        self.places.runtime.mkdir()
+        key = Ed25519PrivateKey.generate()
+        issued = ca.device(key.public_key(), DEVICE, now=datetime.now(UTC))
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (self.places.identity / "device.key").write_bytes(pem)
+        (self.places.identity / "device.pem").write_text(issued.pem)
+        (self.places.identity / "ca.pem").write_text(ca.pem)
+        self.url = f"https://{HOST}:{server.server_port}"
+        self.write()
+        self.engine(monkeypatch, f"print({ENGINE!r})")
+
+    def write(self, **changes):
+        who = Identity(
+            device=DEVICE,
+            fleet="harbour",
+            group="edge",
+            devices_url=self.url,
+            mqtt=(self.url.replace("https", "mqtts"),),
+            production=False,
+            floor=datetime(2026, 1, 1, tzinfo=UTC),
+        )
+        who = msgspec.structs.replace(who, **changes)
+        (self.places.identity / "enrolled.json").write_bytes(msgspec.json.encode(who))
+
+    def engine(self, monkeypatch, code):
+        monkeypatch.setenv("WASMFLEET_COMPILER", shlex.join([sys.executable, "-c", code]))
+
+    def check(self, **machine):
+        return check.run_checks(self.places, self.settings, **({"machine": "aarch64", "bits": 64} | machine))
+
+
+@pytest.fixture
+def board(tmp_path, ca, server, monkeypatch):
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return Board(tmp_path, ca, server, monkeypatch)
+
+
+@pytest.fixture
+def host(board):
+    """A host that says what walls there are here."""
+    listener = host_api.new_socket()
+    listener.bind(str(board.places.host_socket))
+    listener.listen()
+
+    def serve():
+        with closing(listener.accept()[0]) as peer:
+            request, _ = host_api.receive_request(peer)
+            walls = {"user": True, "landlock": False}
+            host_api.send(
+                peer,
+                host_api.Welcome(
+                    id=request.id, session="s", version="1", engine="50", containment=walls, ingress="", running=()
+                ),
+            )
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    yield
+    listener.close()
+
+
+def test_on_a_board_where_all_is_well_everything_is_tried_in_order(board, host):
+    results = board.check()
+    assert [(each.name, each.ok) for each in results] == [(name, True) for name in ORDER], results[-1]
+    said = {each.name: each.text for each in results}
+    assert said["engine"] == "wasmtime 50.0.1 for aarch64-unknown-linux-gnu"
+    assert said["cell"] == "fleet-host 1, walls: user; lacks landlock"
+
+
+def first_failure(results, name):
+    """The sentence of what failed, which is the last that was tried, after all that comes before it."""
+    assert [each.name for each in results] == ORDER[: ORDER.index(name) + 1], results[-1]
+    assert [each.ok for each in results] == [True] * (len(results) - 1) + [False]
+    assert "\n" not in results[-1].text
+    return results[-1].text
+
+
+@pytest.mark.parametrize("machine", ["armv7l", "armv6l", "i686"])
+def test_a_32_bit_processor_is_refused_in_one_sentence(board, machine):
+    assert first_failure(board.check(machine=machine, bits=32), "machine") == (
+        f"{machine} is not supported: install a 64-bit system (x86_64, aarch64 or riscv64)"
+    )
+
+
+def test_a_32_bit_system_under_a_64_bit_kernel_is_one_too(board):
+    assert first_failure(board.check(machine="aarch64", bits=32), "machine") == (
+        "aarch64 with a 32-bit system is not supported: install a 64-bit system (x86_64, aarch64 or riscv64)"
+    )
+
+
+def test_this_machine_is_what_is_asked_about(board):
+    assert check.run_checks(board.places, board.settings)[0].ok
+
+
+def test_a_name_without_an_address(board):
+    board.write(devices_url="https://fleet.invalid:8744")
+    assert "fleet.invalid has no address" in first_failure(board.check(), "DNS")
+
+
+def test_nobody_behind_the_port(board, closed_port):
+    board.write(devices_url=f"https://{HOST}:{closed_port}")
+    assert f"{HOST}:{closed_port}" in first_failure(board.check(), "TCP")
+
+
+def test_a_proxy_that_does_not_let_it_through(board, proxy):
+    board.settings = Settings(network=Network(proxy=f"http://{HOST}:{proxy.server_port}"))
+    assert "does not connect to" in first_failure(board.check(), "proxy")
+
+
+def test_somebody_in_between(board, tmp_path_factory):
+    other = CertificateAuthority.create(tmp_path_factory.mktemp("other"), fleet="harbour", now=datetime.now(UTC))
+    (board.places.identity / "ca.pem").write_text(other.pem)
+    assert "somebody in between" in first_failure(board.check(), "TLS")
+
+
+def test_a_clock_that_is_behind_stops_nothing_and_is_said(board, host):
+    board.write(floor=datetime.now(UTC) + timedelta(days=1))
+    results = board.check()
+    assert all(each.ok for each in results), results[-1]
+    assert "is behind" in next(each.text for each in results if each.name == "clock")
+
+
+def test_a_broker_that_is_not_there(board, closed_port):
+    board.write(mqtt=(f"mqtts://{HOST}:{closed_port}",))
+    assert "without MQTT" in first_failure(board.check(), "MQTT")
+
+
+def test_a_server_that_does_not_know_this_board(board, server):
+    server.status = 403
+    assert "403" in first_failure(board.check(), "HTTP")
+
+
+def test_a_board_without_an_engine(board, monkeypatch):
+    board.engine(monkeypatch, "import sys; sys.exit('unsupported architecture')")
+    said = first_failure(board.check(), "engine")
+    assert said == "no WebAssembly engine on this board: unsupported architecture"
+
+
+def test_a_host_that_is_not_there(board):
+    assert "start fleet-host" in first_failure(board.check(), "cell")
+    board.places.runtime.mkdir(exist_ok=True)
+    (board.places.runtime / host_api.WHY_NOT).write_text("this board lacks seccomp\n")
+    assert first_failure(board.check(), "cell") == "the host does not start: this board lacks seccomp"
+
+
+def test_a_disk_with_less_than_the_reserve(board, host):
+    board.settings = Settings(disk=Disk(reserve_bytes=1 << 60))
+    assert "kept in reserve" in first_failure(board.check(), "disk")

@@ -1,0 +1,45 @@
+"""What the board says of itself while its host does not run."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from agent.config import Paths
+from agent.host.ipc import host_api
+from agent.link.host_client import HostClient
+from agent.report.uplink import Vitals
+from agent.update.store import Store
+
+
+async def at_once(function, *arguments):
+    return function(*arguments)
+
+
+async def problems(places):
+    """The sentences in the board's health."""
+    store = Store(places.database)
+    vitals = Vitals(
+        board=SimpleNamespace(device="crane-0a1b2c3d", boot_id="b", places=places),
+        store=store,
+        worker=at_once,
+        deployer=SimpleNamespace(standing=SimpleNamespace(flights={}, committed={})),
+        link=HostClient(places.host_socket),
+        problems=lambda: ["another"],
+        publish=lambda _: True,
+    )
+    try:
+        return (await vitals.health()).problems
+    finally:
+        store.close()
+
+
+@pytest.mark.asyncio
+async def test_a_host_that_does_not_start_is_told_in_its_own_words_and_first(tmp_path):
+    places = Paths(state=tmp_path, runtime=tmp_path / "run")
+    assert await problems(places) == ("the host does not run: no instance answers", "another")
+    places.runtime.mkdir()
+    (places.runtime / host_api.WHY_NOT).write_text("this board lacks seccomp around components,\nas a root service\n")
+    assert (await problems(places))[0] == (
+        "the host does not run: no instance answers; it did not start, and says: "
+        "this board lacks seccomp around components, as a root service"
+    )

@@ -1,0 +1,84 @@
+"""Reports lie on the board until the server has stored them, and are sent again until it says so."""
+
+import asyncio
+import contextlib
+from datetime import UTC, datetime
+
+import pytest
+
+from agent.report import uplink as outbox_module
+from agent.report.uplink import Outbox
+from agent.update.store import Database, Store
+from fleet.protocol import wire
+from fleet.protocol.messages import Report
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+
+
+@contextlib.asynccontextmanager
+async def outbox(tmp_path):
+    store, worker = Store(tmp_path / "store.db"), Database("test")
+    sent, event = [], asyncio.Event()
+    link = {"up": True}
+
+    def publish(body):
+        if link["up"]:
+            sent.append(wire.decode(Report, body).sequence)
+            event.set()
+        return link["up"]
+
+    box = Outbox(store=store, worker=worker, publish=publish)
+
+    def post():
+        store.save(report=Report(device="b-01234567", boot_id="x", sequence=0, at=NOW, assignment=1))
+        box.wake()
+
+    async def until(expected):
+        async with asyncio.timeout(60):
+            while sent != expected:
+                event.clear()
+                await event.wait()
+
+    task = asyncio.ensure_future(box.run())
+    yield box, post, until, link, sent
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    worker.close()
+    store.close()
+
+
+@pytest.mark.asyncio
+async def test_each_is_sent_once_while_the_connection_holds(tmp_path):
+    async with outbox(tmp_path) as (box, post, until, _link, _sent):
+        post()
+        await until([1])
+        post()
+        await until([1, 2])
+        await box.acknowledge(2)
+        post()
+        await until([1, 2, 3])
+
+
+@pytest.mark.asyncio
+async def test_what_was_made_offline_is_sent_on_reconnecting(tmp_path):
+    async with outbox(tmp_path) as (box, post, until, link, sent):
+        link["up"] = False
+        for _ in range(3):
+            post()
+        await asyncio.sleep(0)
+        assert sent == []
+        link["up"] = True
+        box.reconnected()
+        await until([1, 2, 3])
+
+
+@pytest.mark.asyncio
+async def test_what_is_not_acknowledged_is_sent_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(outbox_module, "RESEND_FIRST_S", 0.05)
+
+    async with outbox(tmp_path) as (box, post, until, _link, _sent):
+        post()
+        post()
+        await until([1, 2, 1, 2])
+        await box.acknowledge(1)
+        await until([1, 2, 1, 2, 2])

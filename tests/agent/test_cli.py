@@ -1,0 +1,371 @@
+"""`fleet-agent` as its users meet it: one line for each mistake, and a process that loads nothing it does not need."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from agent.config import Paths, Settings
+from agent.host.ipc import host_api
+from agent.identity import identity
+from agent.identity.identity import Identity
+from agent.service import Service
+from agent.update.state import Committed, FailedItem
+from agent.update.store import NotAloneError, Store, alone
+from fleet.protocol.assignment import Item
+from fleet.protocol.codes import Phase, RejectCode
+from fleet.protocol.manifest import Http, Manifest
+from fleet.protocol.messages import Report
+from tests.simulator.repository import Repository
+
+NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
+
+
+def agent(tmp_path, *arguments, stdin=""):
+    places = ("--state", tmp_path / "state", "--runtime", tmp_path / "run", "--config", tmp_path / "agent.toml")
+    command, *rest = arguments
+    return subprocess.run(
+        [sys.executable, "-m", "agent.cli", command, *map(str, places), *rest],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def enrolled(tmp_path):
+    directory = tmp_path / "state" / "identity"
+    directory.mkdir(parents=True)
+    who = Identity(
+        device="crane-0a1b2c3d",
+        fleet="harbour",
+        group="edge",
+        devices_url="https://127.0.0.1:1",
+        mqtt=("mqtts://127.0.0.1:2",),
+        production=False,
+        floor=NOW,
+    )
+    (directory / "enrolled.json").write_bytes(msgspec.json.encode(who))
+    (directory / "mac.key").write_bytes(b"k" * 32)
+    return Store(tmp_path / "state" / "store.db")
+
+
+@pytest.mark.parametrize("command", ["run", "status", "why"])
+def test_a_board_that_is_not_enrolled_is_told_what_to_do(tmp_path, command):
+    done = agent(tmp_path, command)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "fleet-agent enroll" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "words"), [("nonsense\n", "not an enrolment token"), ("wf1.AAAA\n", "damaged"), ("", "not an enrolment")]
+)
+def test_a_bad_token_is_one_line(tmp_path, token, words):
+    done = agent(tmp_path, "enroll", stdin=token)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["file", "standard input"])
+def test_bytes_that_are_no_text_are_no_token(tmp_path, where):
+    noise = tmp_path / "noise"
+    noise.write_bytes(bytes(range(128, 256)) * 2000)
+    words = ["--token-file", str(noise)] if where == "file" else []
+    places = ["--state", str(tmp_path / "state"), "--config", str(tmp_path / "agent.toml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "agent.cli", "enroll", *places, *words],
+        input=noise.read_bytes(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert b"not an enrolment token" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_second_agent_on_one_state_directory_is_refused(tmp_path):
+    # or the two would take the connection to the broker from each other for ever
+    lock = tmp_path / "lock"
+    with alone(lock), pytest.raises(NotAloneError, match="another agent runs"), alone(lock):
+        pass
+    with alone(lock):
+        pass
+
+
+def test_why_of_an_instance_that_is_not_there_names_those_that_are(tmp_path):
+    store = enrolled(tmp_path)
+    store.save(committed=committed())
+    store.close()
+    done = agent(tmp_path, "why", "wbe")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "'wbe'" in done.stderr
+    assert "there are web" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_of_ones_own_that_may_not_be_written_is_not_somebody_elses(tmp_path):
+    enrolled(tmp_path).close()
+    (tmp_path / "state").chmod(0o500)
+    done = agent(tmp_path, "status")
+    (tmp_path / "state").chmod(0o700)
+    assert done.returncode == 1
+    assert "may not be written" in done.stderr
+    assert "another user" not in done.stderr
+
+
+def test_a_database_that_is_none_says_what_to_do(tmp_path):
+    enrolled(tmp_path).close()
+    (tmp_path / "state" / "store.db").write_text("not a database, for long enough that it is no empty one either")
+    done = agent(tmp_path, "status")
+    assert done.returncode == 1
+    assert "move it away" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_host_that_did_not_start_is_told_with_its_own_words(tmp_path):
+    enrolled(tmp_path).close()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / host_api.WHY_NOT).write_text("this board lacks seccomp around components\n")
+    for command in ("status", "why"):
+        done = agent(tmp_path, command)
+        assert "the host did not start, and says: this board lacks seccomp around components" in done.stdout
+
+
+def test_a_token_is_never_an_argument(tmp_path):
+    done = agent(tmp_path, "enroll", "wf1.abc")
+    assert done.returncode == 2
+    assert "unrecognized" in done.stderr
+
+
+def test_a_mistake_in_the_configuration_is_named(tmp_path):
+    (tmp_path / "agent.toml").write_text("[policy]\nlog = 'all'\n")
+    enrolled(tmp_path).close()
+    done = agent(tmp_path, "run")
+    assert done.returncode == 1
+    assert "`log`" in done.stderr
+
+
+def test_a_state_directory_of_a_newer_agent_is_refused_in_one_line(tmp_path):
+    store = enrolled(tmp_path)
+    store._db.execute("PRAGMA user_version=99")
+    store.close()
+    done = agent(tmp_path, "status")
+    assert done.returncode == 1
+    assert "newer agent" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_to_restore_is_no_error(tmp_path):
+    assert agent(tmp_path, "restore").returncode == 0
+
+
+def test_restore_without_a_host_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("agent.cli.HOST_WAIT_S", 0.1)
+    store = enrolled(tmp_path)
+    store.save(committed=committed())
+    store.close()
+    from agent.cli import main
+
+    assert main(["restore", "--state", str(tmp_path / "state"), "--runtime", str(tmp_path)]) == 1
+
+
+def committed():
+    item = Item(instance="web", target="components/a/web/1.0.0.wasm", length=1, sha256="0" * 64, manifest_sha256="")
+    manifest = Manifest(name="web", version="1.0.0", trigger=Http())
+    return Committed(item=item, manifest=manifest, generation=3, assignment=4, at=NOW)
+
+
+def test_status_and_why_tell_the_story(tmp_path):
+    store = enrolled(tmp_path)
+    store.save(
+        committed=committed(),
+        failure=FailedItem(
+            instance="web",
+            key="k",
+            attempt=0,
+            target="components/a/web/2.0.0.wasm",
+            code=RejectCode.HASH_MISMATCH,
+            message="other bytes",
+            at=NOW,
+        ),
+        report=Report(
+            device="crane-0a1b2c3d",
+            boot_id="b",
+            sequence=0,
+            at=NOW,
+            assignment=5,
+            instance="web",
+            target="components/a/web/2.0.0.wasm",
+            phase=Phase.FAILED,
+            code=RejectCode.HASH_MISMATCH,
+            message="other bytes",
+            log=("last words",),
+        ),
+    )
+    store.close()
+    status = agent(tmp_path, "status")
+    assert status.returncode == 0
+    assert "runs components/a/web/1.0.0.wasm since 2026-05-01 12:00:00 UTC" in status.stdout
+    why = agent(tmp_path, "why", "web").stdout
+    assert "[hash-mismatch] other bytes" in why
+    assert "| last words" in why
+    assert "not tried again by itself" in why
+    assert "what to do" in why
+    facts = json.loads(agent(tmp_path, "why", "--json").stdout)
+    assert facts["failed"][0]["code"] == "hash-mismatch"
+    assert facts["unsent_reports"] == 1
+
+
+def test_check_names_the_first_thing_that_fails(tmp_path):
+    done = agent(tmp_path, "check", "--json")
+    results = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert [each["ok"] for each in results][:-1] == [True] * (len(results) - 1)
+    assert results[-1]["name"] == "identity"
+    assert "fleet-agent enroll" in results[-1]["text"]
+
+
+def enrolled_to_the_full(tmp_path):
+    """A board with keys, certificate and root, whose server and broker do not answer; its store."""
+    store = enrolled(tmp_path)
+    directory = tmp_path / "state" / "identity"
+    device = ec.generate_private_key(ec.SECP256R1())
+    for file, key in (("device.key", device), ("sealing.key", X25519PrivateKey.generate())):
+        (directory / file).write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    name, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "crane-0a1b2c3d")]), datetime.now(UTC)
+    certificate = x509.CertificateBuilder(name, name, device.public_key(), 1, now, now + timedelta(days=365))
+    for file in ("device.pem", "ca.pem"):
+        (directory / file).write_bytes(certificate.sign(device, hashes.SHA256()).public_bytes(Encoding.PEM))
+    (directory / "root.json").write_bytes(Repository().files["1.root.json"])
+    return store
+
+
+@pytest.fixture
+def systemd(tmp_path):
+    """The socket that programs tell systemd on that they are ready."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        sock.settimeout(60)
+        yield sock
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_agent_that_is_stopped_ends_whatever_it_was_doing(tmp_path, systemd, number):
+    """Here no host, no server and no broker answers: it is in the middle of waiting for each of them."""
+    enrolled_to_the_full(tmp_path).close()
+    places = ("--state", tmp_path / "state", "--runtime", tmp_path / "run", "--config", tmp_path / "agent.toml")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agent.cli", "run", *map(str, places)],
+        env={**os.environ, "NOTIFY_SOCKET": systemd.getsockname()},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert b"READY=1" in systemd.recv(4096)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    with alone(tmp_path / "state" / "lock"):
+        pass
+
+
+@pytest.mark.asyncio
+async def test_when_an_agent_closes_its_store_nothing_of_it_is_at_work_any_more(tmp_path, systemd, monkeypatch):
+    """In one process, since afterwards Python itself would cancel what is left, after the store that it works with."""
+    monkeypatch.setenv("NOTIFY_SOCKET", systemd.getsockname())
+    store = enrolled_to_the_full(tmp_path)
+    places = Paths(tmp_path / "state", tmp_path / "run")
+    close, test, at_work = store.close, asyncio.current_task(), []
+
+    def closing():
+        at_work.append(asyncio.all_tasks() - {asyncio.current_task(), test})
+        close()
+
+    monkeypatch.setattr(store, "close", closing)
+
+    daemon = Service(
+        identity=identity.load(places.identity),
+        root=(places.identity / "root.json").read_bytes(),
+        mac_key=b"k" * 32,
+        places=places,
+        settings=Settings(),
+        store=store,
+    )
+    running = asyncio.ensure_future(daemon.run())
+    systemd.setblocking(False)
+    async with asyncio.timeout(60):
+        assert b"READY=1" in await asyncio.get_running_loop().sock_recv(systemd, 4096)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await running == 0
+    assert at_work == [set()]
+
+
+def test_every_command_explains_itself():
+    for command in ("enroll", "run", "restore", "status", "why", "check"):
+        done = subprocess.run(
+            [sys.executable, "-m", "agent.cli", command, "--help"], capture_output=True, text=True, check=True
+        )
+        assert "--state" in done.stdout
+
+
+LOADED = "import sys; import {module}; print('\\n'.join(sorted(sys.modules)))"
+
+
+@pytest.mark.parametrize("module", ["agent.cli", "agent.service"])
+def test_the_agent_loads_neither_wasmtime_nor_what_is_heavy(module):
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED.format(module=module)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""},
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.splitlines()}
+    assert "agent" in loaded
+    assert not loaded & {"wasmtime", "httpx", "rich", "click", "urllib3", "requests", "starlette", "sqlite_utils"}
+    # Of the host's package the agent knows the protocol, and nothing else.
+    host = {name for name in done.stdout.splitlines() if name.startswith("agent.host.")}
+    assert host == {"agent.host.ipc", "agent.host.ipc.host_api"}
+
+
+def test_showing_what_runs_loads_neither_mqtt_nor_tuf():
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED.format(module="agent.cli")], capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.splitlines()}
+    assert not loaded & {"paho", "tuf", "securesystemslib"}
+
+
+@pytest.mark.root
+def test_root_asks_as_the_agents_user_and_leaves_nothing_of_its_own(tmp_path):
+    """What root writes into the state directory, the agent could not read: so root does not."""
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    enrolled(tmp_path).close()
+    for path in [tmp_path / "state", *(tmp_path / "state").rglob("*")]:
+        os.chown(path, 23456, 23456)
+    done = agent(tmp_path, "status")
+    assert done.returncode == 0, done.stderr
+    assert {path.stat().st_uid for path in (tmp_path / "state").rglob("*")} == {23456}

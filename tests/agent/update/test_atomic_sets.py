@@ -1,0 +1,131 @@
+"""An atomic set on a board: all of it is committed, or none of it, whatever fails and whenever the power goes."""
+
+import contextlib
+
+import msgspec
+import pytest
+
+from agent.host.ipc import host_api
+from fleet.protocol.codes import RejectCode
+from signing.errors import Rejected
+
+V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
+
+
+@contextlib.asynccontextmanager
+async def on_a_board(kit):
+    await kit.boot()
+    try:
+        yield
+    finally:
+        await kit.pull_plug()
+
+
+@pytest.mark.asyncio
+async def test_an_atomic_set_is_swapped_as_one_or_not_at_all(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
+        kit.host.refuse[V3] = RejectCode.START_FAILED
+        front = kit.publish("2.0.0", instance="front", atomic="pair", probation_ms=60_000)
+        back = kit.publish("3.0.0", instance="back", atomic="pair")
+        await kit.run(kit.assignment(2, front, back))
+        assert kit.host.targets() == {"front": V1, "back": V1}
+        assert kit.reports()[-1].phase == "rolled-back"
+        codes = {report.instance: report.code for report in kit.reports() if report.phase in {"failed", "rolled-back"}}
+        assert codes == {"front": RejectCode.SET_FAILED, "back": RejectCode.START_FAILED}
+        # Without the fault, both.
+        kit.host.refuse.clear()
+        front = kit.publish("2.0.0", instance="front", atomic="pair", attempt=1)
+        back = kit.publish("3.0.0", instance="back", atomic="pair", attempt=1)
+        await kit.run(kit.assignment(3, front, back))
+        assert kit.host.targets() == {"front": V2, "back": V3}
+
+
+@pytest.mark.asyncio
+async def test_one_members_refusal_before_the_swap_stops_its_set(kit):
+    async with on_a_board(kit):
+        front = kit.publish("2.0.0", instance="front", atomic="pair")
+        back = kit.publish("3.0.0", instance="back", atomic="pair")
+        kit.trust.trouble[V3] = [Rejected(RejectCode.REVOKED, "revoked")]
+        await kit.run(kit.assignment(1, front, back))
+        assert kit.host.targets() == {}
+        assert {failure.code for failure in kit.store.failed()} == {RejectCode.SET_FAILED, RejectCode.REVOKED}
+
+
+@pytest.mark.parametrize("instance", ["front", "back"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("phase", ["staged", "swapping", "probation", "committed", "rolling-back"])
+@pytest.mark.parametrize("good", [True, False])
+@pytest.mark.asyncio
+async def test_a_power_cut_never_leaves_half_a_set(kit, instance, moment, phase, good):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
+        if not good:
+            kit.host.faults[V3] = 5
+        wanted = kit.assignment(
+            2,
+            kit.publish("2.0.0", instance="front", atomic="pair"),
+            kit.publish("3.0.0", instance="back", atomic="pair"),
+        )
+        kit.store.cut = (instance, phase, moment)
+        await kit.deployer.desire(wanted)
+        await kit.until(lambda: kit.store.dead or not kit.deployer.standing.flights)
+        await kit.pull_plug()
+        await kit.boot()
+        await kit.until(kit.seen.ready.is_set)
+        await kit.run(wanted)
+        both = {"front": V2, "back": V3}
+        assert kit.host.targets() in ([both] if good else [{"front": V1, "back": V1}])
+        assert {each.item.target for each in kit.store.committed()} == set(kit.host.targets().values())
+
+
+@pytest.mark.asyncio
+async def test_a_member_that_was_well_when_the_set_was_decided_is_not_judged_again(kit):
+    """Between two commits the power goes, and then the second member turns bad: it is committed all the same."""
+
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
+        wanted = kit.assignment(
+            2,
+            kit.publish("2.0.0", instance="front", atomic="pair"),
+            kit.publish("3.0.0", instance="back", atomic="pair"),
+        )
+        kit.store.cut = ("back", "committed", "before")
+        await kit.deployer.desire(wanted)
+        await kit.until(lambda: kit.store.dead)
+        await kit.pull_plug()
+        kit.host.faults[V3] = 5
+        await kit.boot()
+        await kit.run(wanted)
+        # Both had been found well before the first of them was committed.
+        assert kit.host.targets() == {"front": V2, "back": V3}
+
+
+@pytest.mark.asyncio
+async def test_a_set_waits_for_what_is_under_way_with_a_member_and_leaves_what_runs_already(kit):
+    async with on_a_board(kit):
+        slow = kit.publish("1.0.0", instance="back", probation_ms=60_000)
+        await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", instance="front"), slow))
+        await kit.until(lambda: kit.chain("back")[-1:] == ["probation"])
+        front = kit.publish("2.0.0", instance="front", atomic="pair")
+        back = kit.publish("3.0.0", instance="back", atomic="pair")
+        await kit.run(kit.assignment(2, front, back))
+        assert kit.host.targets() == {"front": V2, "back": V3}
+        # Of the next set one member runs already: nothing happens to it, and the other is swapped.
+        starts = sum(isinstance(each, host_api.Start) for each in kit.host.requests)
+        front = kit.publish("1.0.0", instance="front", atomic="other")
+        await kit.run(kit.assignment(3, front, msgspec.structs.replace(back, atomic="other", rollout="r3")))
+        assert kit.host.targets() == {"front": V1, "back": V3}
+        assert sum(isinstance(each, host_api.Start) for each in kit.host.requests) == starts + 1
+
+
+@pytest.mark.asyncio
+async def test_the_members_of_a_set_name_each_other_to_the_host(kit):
+    async with on_a_board(kit):
+        front = kit.publish("2.0.0", instance="front", atomic="pair")
+        back = kit.publish("3.0.0", instance="back", atomic="pair")
+        await kit.run(kit.assignment(1, front, back, kit.publish("1.0.0", instance="alone")))
+        named = {each.run.instance: each.together for each in kit.host.requests if isinstance(each, host_api.Start)}
+        # This host lets nobody wait: the second has gone on when the first asks. A real one makes them wait.
+        assert {named.pop("front"), named.pop("back")} & {("front",), ("back",)}
+        assert named == {"alone": ()}

@@ -1,0 +1,245 @@
+"""Images: made by the real compiler, and never used when anything about them was changed on the disk."""
+
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from wasmtime import wat2wasm
+
+from agent.update import images
+from agent.update.images import SEALS, ImageError, ImageStore
+from fleet.protocol.codes import RejectCode
+
+DEMO = Path(__file__).parents[3] / "components" / "demo" / "v1.wasm"
+MANIFEST = "0" * 64
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    data = DEMO.read_bytes()
+    path = tmp_path / "v1.wasm"
+    path.write_bytes(data)
+    return path, hashlib.sha256(data).hexdigest()
+
+
+def board(tmp_path, key=b"k" * 32, **more):
+    return ImageStore(tmp_path / "images", key, memory_bytes=2 << 30, seconds=60, **more)
+
+
+def quick(tmp_path, monkeypatch, key=b"k" * 32, engine=b"50.0.1", **more):
+    """A board whose compiler answers at once, where compiling is not what is told."""
+
+    async def run(self, arguments, data, seconds):
+        if "--describe" in arguments:
+            return b'{"engine": "%s"}' % engine, b"", 0
+        return b"image of " + data, b"", 0
+
+    made = board(tmp_path, key, **more)
+    monkeypatch.setattr(made, "_run", run.__get__(made))
+    return made
+
+
+async def make(made, artifact):
+    path, sha256 = artifact
+    await made.make(path, sha256=sha256, manifest_sha256=MANIFEST)
+
+
+async def opened(made, artifact):
+    descriptor = await made.open(sha256=artifact[1], manifest_sha256=MANIFEST)
+    try:
+        return os.pread(descriptor, 1 << 24, 0), fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.asyncio
+async def test_the_real_compiler_makes_an_image_for_this_board(tmp_path, artifact):
+    made = board(tmp_path)
+    await make(made, artifact)
+    image, seals = await opened(made, artifact)
+    assert image.startswith(b"\x7fELF")
+    assert seals == SEALS, "nobody can change it after the check"
+    (file,) = (tmp_path / "images").glob("*.cwasm")
+    assert file.stat().st_mode & 0o777 == 0o444
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", RejectCode.NOT_A_COMPONENT),
+        (os.urandom(300), RejectCode.NOT_A_COMPONENT),
+        (b"\0asm\x01\0\0\0", RejectCode.COMPILE_FAILED),
+    ],
+)
+async def test_what_the_real_compiler_refuses_has_a_code_and_a_sentence(tmp_path, data, code):
+    path = tmp_path / "bad.wasm"
+    path.write_bytes(data)
+    sha256 = __import__("hashlib").sha256(data).hexdigest()
+    with pytest.raises(ImageError) as caught:
+        await board(tmp_path).make(path, sha256=sha256, manifest_sha256=MANIFEST)
+    assert caught.value.code is code
+    assert "ended with" not in caught.value.message, "it says why, in the compiler's own words"
+
+
+NEWER = """(component
+    (import "wasi:http/types@0.3.0" (instance $types (export "request" (type (sub resource)))))
+    (alias export $types "request" (type $request))
+    (core module $guest (func (export "handle") (param i32)))
+    (core instance $made (instantiate $guest))
+    (func $handle (param "request" (own $request)) (canon lift (core func $made "handle")))
+    (instance $handler (export "handle" (func $handle)))
+    (export "wasi:http/handler@0.3.0" (instance $handler)))"""
+
+
+@pytest.mark.asyncio
+async def test_a_component_for_wasi_0_3_is_refused_with_what_to_build_instead(tmp_path):
+    """The engine would compile it, and nobody could start it."""
+    data = bytes(wat2wasm(NEWER))
+    path = tmp_path / "newer.wasm"
+    path.write_bytes(data)
+    with pytest.raises(ImageError) as caught:
+        await board(tmp_path).make(path, sha256=hashlib.sha256(data).hexdigest(), manifest_sha256=MANIFEST)
+    assert caught.value.code is RejectCode.NOT_A_COMPONENT
+    assert "wasi:http/types@0.3.0" in caught.value.message
+    assert "wasm32-wasip2" in caught.value.message
+
+
+@pytest.mark.asyncio
+async def test_a_compiler_that_hangs_is_ended(tmp_path, artifact, monkeypatch):
+    monkeypatch.setenv("WASMFLEET_COMPILER", "sh -c 'exec sleep 60'")
+    monkeypatch.setattr(images, "DESCRIBE_MAX_S", 0.2)
+    with pytest.raises(ImageError) as caught:
+        await make(board(tmp_path), artifact)
+    assert caught.value.code is RejectCode.COMPILE_LIMIT
+
+
+@pytest.mark.asyncio
+async def test_a_compiler_that_dies_of_a_signal_is_a_refusal(tmp_path, artifact, monkeypatch):
+    made = quick(tmp_path, monkeypatch)
+
+    async def dies(self, arguments, data, seconds):
+        return (b'{"engine": "1"}', b"", 0) if "--describe" in arguments else (b"", b"thread panicked\n", -6)
+
+    monkeypatch.setattr(made, "_run", dies.__get__(made))
+    with pytest.raises(ImageError, match="panicked") as caught:
+        await make(made, artifact)
+    assert caught.value.code in {RejectCode.COMPILE_LIMIT, RejectCode.COMPILE_FAILED}
+
+
+@pytest.mark.asyncio
+async def test_a_board_without_an_engine_says_so(tmp_path, artifact, monkeypatch):
+    monkeypatch.setenv("WASMFLEET_COMPILER", "false")
+    with pytest.raises(ImageError) as caught:
+        await make(board(tmp_path), artifact)
+    assert caught.value.code is RejectCode.NO_ENGINE
+
+
+def flip(path, offset=3):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("what", ["*.cwasm", "*.json"])
+@pytest.mark.asyncio
+async def test_a_changed_file_is_refused_reported_and_made_anew(tmp_path, artifact, monkeypatch, what):
+    told = []
+    made = quick(tmp_path, monkeypatch, on_damaged=lambda artifact, message: told.append((artifact, message)))
+
+    await make(made, artifact)
+    (file,) = (tmp_path / "images").glob(what)
+    flip(file)
+    with pytest.raises(ImageError) as caught:
+        await opened(made, artifact)
+    assert caught.value.code is RejectCode.IMAGE_DAMAGED
+    assert [sha256 for sha256, _ in told] == [artifact[1]]
+    await make(made, artifact)
+    assert (await opened(made, artifact))[0].startswith(b"image of")
+
+
+@pytest.mark.asyncio
+async def test_every_byte_of_the_note_counts(tmp_path, artifact, monkeypatch):
+    """No field of what lies beside an image can be changed, whatever is changed to what."""
+    made = quick(tmp_path, monkeypatch)
+
+    await make(made, artifact)
+    (note,) = (tmp_path / "images").glob("*.json")
+    (image,) = (tmp_path / "images").glob("*.cwasm")
+    good, native = note.read_bytes(), image.read_bytes()
+    for offset in range(0, len(good), 7):
+        for path, data in ((note, good), (image, native)):
+            path.unlink(missing_ok=True)
+            path.write_bytes(data)
+        flip(note, offset)
+        with pytest.raises(ImageError):
+            await opened(made, artifact)
+
+
+@pytest.mark.asyncio
+async def test_an_image_of_another_board_is_not_accepted(tmp_path, artifact, monkeypatch):
+    await make(quick(tmp_path, monkeypatch, key=b"a" * 32), artifact)
+    with pytest.raises(ImageError) as caught:
+        await opened(quick(tmp_path, monkeypatch, key=b"b" * 32), artifact)
+    assert caught.value.code is RejectCode.IMAGE_DAMAGED
+
+
+@pytest.mark.asyncio
+async def test_an_image_of_another_manifest_or_engine_is_another_image(tmp_path, artifact, monkeypatch):
+    made = quick(tmp_path, monkeypatch)
+    await make(made, artifact)
+    with pytest.raises(ImageError) as caught:
+        await made.open(sha256=artifact[1], manifest_sha256="1" * 64)
+    assert caught.value.code is RejectCode.NOT_FOUND
+    with pytest.raises(ImageError) as caught:
+        await opened(quick(tmp_path, monkeypatch, engine=b"51.0.0"), artifact)
+    assert caught.value.code is RejectCode.NOT_FOUND
+
+
+@pytest.mark.asyncio
+async def test_a_file_that_changes_after_the_check_changes_nothing(tmp_path, artifact, monkeypatch):
+    made = quick(tmp_path, monkeypatch)
+
+    await make(made, artifact)
+    descriptor = await made.open(sha256=artifact[1], manifest_sha256=MANIFEST)
+    (file,) = (tmp_path / "images").glob("*.cwasm")
+    flip(file)
+    assert os.pread(descriptor, 8, 0) == b"image of"
+    with pytest.raises(OSError, match="not permitted"):
+        os.pwrite(descriptor, b"x", 0)
+    os.close(descriptor)
+
+
+@pytest.mark.asyncio
+async def test_an_artifact_changed_on_the_disk_is_not_compiled(tmp_path, artifact, monkeypatch):
+    artifact[0].write_bytes(b"other")
+    with pytest.raises(ImageError) as caught:
+        await make(quick(tmp_path, monkeypatch), artifact)
+    assert caught.value.code is RejectCode.HASH_MISMATCH
+
+
+def test_least_recently_used_files_go_first_and_what_runs_never(tmp_path):
+    for directory in ("images", "artifacts"):
+        (tmp_path / directory).mkdir()
+    for age, name in enumerate(["images/new.cwasm", "images/runs.cwasm", "artifacts/old.wasm", "artifacts/older.wasm"]):
+        (tmp_path / name).write_bytes(b"x" * 100)
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    freed = images.evict(tmp_path / "images", tmp_path / "artifacts", keep={"runs"}, budget_bytes=250)
+    assert freed == 200
+    assert sorted(path.name for path in tmp_path.rglob("*.*wasm")) == ["new.cwasm", "runs.cwasm"]
+    images.evict(tmp_path / "images", tmp_path / "artifacts", keep={"runs"}, budget_bytes=0)
+    assert [path.name for path in tmp_path.rglob("*.*wasm")] == ["runs.cwasm"]
+
+
+def test_the_mac_key_is_made_once_and_private(tmp_path):
+    path = tmp_path / "mac.key"
+    key = images.load_key(path)
+    assert len(key) == 32
+    assert images.load_key(path) == key
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_bytes(b"short")
+    with pytest.raises(ImageError, match="damaged"):
+        images.load_key(path)

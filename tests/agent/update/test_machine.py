@@ -1,0 +1,132 @@
+"""The update machine: every state knows its way out, illegal events change nothing, and no walk goes on for ever."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.update import machine
+from agent.update.machine import LIMITS, TABLE, Effect, Event, Happened, IllegalEventError, Phase, State, advance
+from fleet.protocol import codes
+
+NOW = 1000.0
+DOCS = Path(__file__).parents[3] / "docs" / "update-machine.md"
+
+
+def walk(*events, state=None):
+    state, effects = state or State(), []
+    for event in events:
+        state, effect = advance(state, event if isinstance(event, Happened) else Happened(event), NOW)
+        effects.append(effect)
+    return state, effects
+
+
+def test_the_words_are_those_of_the_protocol():
+    assert [phase.value for phase in Phase] == [phase.value for phase in codes.Phase]
+
+
+def test_an_update_that_goes_well():
+    state, effects = walk(Event.BEGIN, *[Event.DONE] * 5)
+    assert state.phase is Phase.PROBATION
+    assert effects == [Effect.FETCH, Effect.VERIFY, Effect.COMPILE, Effect.STAGE, Effect.SWAP, Effect.WATCH]
+    state, effects = walk(Happened(Event.WELL, exercised=False), Event.DONE, state=state)
+    assert effects == [Effect.COMMIT, Effect.CLOSE]
+    assert not state.exercised
+
+
+@pytest.mark.parametrize("phase", [Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED])
+def test_a_refusal_before_the_swap_changes_nothing_that_runs(phase):
+    state, effect = advance(State(phase=phase), Happened(Event.REFUSED, "hash-mismatch", "why"), NOW)
+    assert (state.phase, effect) == (Phase.FAILED, Effect.REMEMBER)
+    assert (state.code, state.message) == ("hash-mismatch", "why")
+
+
+@pytest.mark.parametrize(("phase", "event"), [(Phase.SWAPPING, Event.REFUSED), (Phase.PROBATION, Event.UNWELL)])
+def test_from_the_swap_on_there_is_a_way_back(phase, event):
+    state, effects = walk(Happened(event, "trapped", "it trapped"), Event.DONE, Event.DONE, state=State(phase=phase))
+    assert effects == [Effect.REVERT, Effect.REMEMBER, Effect.CLOSE]
+    assert state.code == "trapped"
+
+
+def test_every_stored_state_names_its_recovery():
+    assert {row.phase for row in TABLE if row.event is Event.INTERRUPTED} == set(Phase)
+
+
+def test_a_stored_name_that_nobody_knows_rolls_back():
+    assert machine.phase_of("teleporting") is Phase.ROLLING_BACK
+    assert machine.phase_of("fetching") is Phase.FETCHING
+
+
+LEGAL = {(row.phase, row.event) for row in TABLE}
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_an_illegal_event_raises_and_changes_nothing(phase):
+    state = State(phase=phase, delays=2)
+    for event in set(Event) - {event for there, event in LEGAL if there is phase}:
+        with pytest.raises(IllegalEventError):
+            advance(state, Happened(event), NOW)
+    assert state == State(phase=phase, delays=2)
+
+
+def test_each_pair_stands_once_in_the_table():
+    assert len(LEGAL) == len(TABLE)
+
+
+def test_every_row_that_leads_back_counts():
+    order = list(Phase)
+    back = [row for row in TABLE if order.index(row.to) <= order.index(row.phase) and row.phase is not Phase.IDLE]
+    ends = {Phase.IDLE}
+    assert all(row.counter is not None or row.to in ends for row in back)
+
+
+@given(st.lists(st.sampled_from(list(Event)), max_size=400), st.booleans())
+def test_no_walk_goes_on_for_ever(events, removal):
+    """Whatever happens, in whatever order: a change that has begun ends after a bounded number of events."""
+    state, _ = walk(Event.REMOVE if removal else Event.BEGIN)
+    steps = 0
+    for event in events:
+        try:
+            state, effect = advance(state, Happened(event), NOW)
+        except IllegalEventError:
+            continue
+        steps += 1
+        if effect is Effect.CLOSE:
+            break
+        assert not (state.removal and effect in {Effect.SWAP, Effect.REVERT, Effect.FETCH})
+    assert steps <= len(Phase) * 2 + sum(LIMITS.values()) * len(Phase)
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.counter], ids=lambda row: f"{row.phase}-{row.event}")
+def test_each_counter_ends(row):
+    full = State(phase=row.phase, **{str(row.counter): LIMITS[row.counter]})
+    state, effect = advance(full, Happened(row.event), NOW)
+    assert state.phase is row.beyond
+    if row.beyond is not Phase.IDLE:
+        assert state.code in set(codes.RejectCode)
+        assert state.message
+    assert effect is not row.effect or row.effect is Effect.REMEMBER
+
+
+def test_what_was_wrong_before_does_not_stay_in_the_report():
+    state, _ = walk(Event.BEGIN, Happened(Event.DELAYED, "unreachable", "no network"))
+    assert state.code == "unreachable"
+    state, _ = walk(Event.DONE, state=state)
+    assert (state.code, state.message) == ("", "")
+
+
+def test_retries_wait_longer_and_longer_up_to_five_minutes():
+    delays = [machine.retry_delay_s(State(delays=count)) for count in range(1, 15)]
+    assert delays == sorted(delays)
+    assert (delays[0], delays[-1]) == (2.0, 300.0)
+
+
+def test_the_page_in_the_docs_is_the_table():
+    _, _, generated = DOCS.read_text().partition("<!-- generated -->\n")
+    assert generated.strip() == machine.markdown().strip(), "put the output of python -m agent.update.machine there"
+
+
+def test_the_diagram_names_every_phase():
+    assert set(re.findall(r"--> (\w+)", machine.mermaid())) == {phase.value.replace("-", "_") for phase in Phase}

@@ -1,0 +1,255 @@
+"""What a board believes: assignments with real signatures, refusals reported once, freshness without a clock."""
+
+import asyncio
+import hashlib
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from agent.config import Policy
+from agent.report import status
+from agent.update import receiver as desired_module
+from fleet.protocol.codes import RejectCode
+from tests.agent.desired_case import NOW, Case
+from tests.eventually import eventually_async
+
+
+@pytest.fixture
+def case(tmp_path):
+    return Case(tmp_path)
+
+
+@pytest.mark.asyncio
+async def test_an_assignment_is_persisted_before_anything_is_done_about_it(case):
+    seen = []
+
+    async def desire(assignment):
+        seen.append((assignment.version, case.store.counter("accepted")))
+
+    case.deployer.desire = desire
+    await case.judge(case.server.assignment(3))
+    assert seen == [(3, 3)]
+
+
+@pytest.mark.asyncio
+async def test_hearing_it_by_both_ways_is_hearing_it_once(case):
+    envelope = case.server.assignment(3)
+    await case.judge(envelope, envelope)
+    assert case.deployer.versions == [3]
+
+
+REFUSED = [
+    ("another board's", {"device": "lift-0a1b2c3d"}, RejectCode.WRONG_DEVICE),
+    ("another fleet's", {"fleet": "pirates"}, RejectCode.WRONG_FLEET),
+    ("an older one", {"version": 2}, RejectCode.ROLLBACK),
+    ("the same version with other words", {"version": 5, "keep_data": ("x",)}, RejectCode.EQUIVOCATION),
+    (
+        "one past its date",
+        {"issued": NOW - timedelta(hours=2), "expires": NOW - timedelta(hours=1)},
+        RejectCode.EXPIRED,
+    ),
+    ("one that its publisher signed, and not the director", {"signer": "main"}, RejectCode.UNSIGNED),
+]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("what", "change", "code"), REFUSED, ids=[row[0] for row in REFUSED])
+async def test_what_is_refused_is_reported_once_and_changes_nothing(case, what, change, code):
+    await case.judge(case.server.assignment(5))
+    bad = case.server.assignment(**({"version": 6} | change))
+    await case.judge(bad, bad)
+    assert case.deployer.versions == [5]
+    assert case.store.counter("accepted") == 5
+    assert case.codes() == [code]
+    assert case.desired.problems["assignment"]
+    # What is right again ends the trouble.
+    await case.judge(case.server.assignment(7))
+    assert case.deployer.versions == [5, 7]
+    assert "assignment" not in case.desired.problems
+
+
+@pytest.mark.asyncio
+async def test_bytes_that_are_no_envelope_at_all(case):
+    await case.judge(b"", b"{}", b"x" * 300_000)
+    assert case.codes() == [RejectCode.MALFORMED, RejectCode.MALFORMED, RejectCode.TOO_LARGE]
+
+
+@pytest.mark.asyncio
+async def test_metadata_with_a_bad_signature_is_refused_with_its_code(case):
+    await case.judge(case.server.assignment(1))
+    case.server.files["timestamp.json"] = case.server.files["timestamp.json"].replace(b'"version":1', b'"version":2')
+    second = case.server.assignment(2)
+    await case.judge(second)
+    assert case.codes() == [RejectCode.UNSIGNED]
+    assert case.deployer.versions == [1]
+    # The server learns which one that was: nobody's word is taken for it, but it can be compared.
+    [report] = case.store.history()
+    assert (report.assignment, report.refused) == (1, 2)
+    assert report.refused_sha256 == hashlib.sha256(second).hexdigest()
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_cannot_be_reached_is_no_refusal(case):
+    case.server.reachable = False
+    await case.judge(case.server.assignment(1))
+    assert case.codes() == []
+    assert "cannot be fetched" in case.desired.problems["assignment"]
+
+
+@pytest.mark.asyncio
+async def test_without_a_clock_somebody_has_to_vouch_for_it(tmp_path):
+    case = Case(tmp_path, clock_set=False)
+    envelope = case.server.assignment(4)
+    case.answer = lambda nonce: case.server.fresh(nonce, envelope)
+    await case.judge(envelope)
+    assert case.deployer.versions == [4]
+    assert len(case.nonces) == 1
+
+
+@pytest.mark.asyncio
+async def test_a_silent_broker_cannot_freeze_a_board_unnoticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(desired_module, "FRESH_S", 0.05)
+    case = Case(tmp_path, clock_set=False)
+    await case.judge(case.server.assignment(4))
+    assert case.deployer.versions == [], "it is accepted, and not acted on"
+    assert case.store.counter("accepted") == 4
+    assert "nobody vouched" in case.desired.problems["fresh"]
+
+
+@pytest.mark.asyncio
+async def test_a_development_board_acts_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(desired_module, "FRESH_S", 0.05)
+    case = Case(tmp_path, clock_set=False, strict=False)
+    await case.judge(case.server.assignment(4))
+    assert case.deployer.versions == [4]
+    assert "fresh" in case.desired.problems
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("what", ["replayed", "about another"])
+async def test_a_freshness_statement_counts_for_one_nonce_and_one_assignment(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(desired_module, "FRESH_S", 0.2)
+    case = Case(tmp_path, clock_set=False)
+    old, newer = case.server.assignment(4), case.server.assignment(5)
+    case.answer = lambda nonce: (
+        case.server.fresh("0" * 32, old) if what == "replayed" else case.server.fresh(nonce, newer)
+    )
+    await case.judge(old)
+    assert case.deployer.versions == []
+
+
+@pytest.mark.asyncio
+async def test_the_floor_of_time_rises_with_what_is_accepted_and_never_falls(case):
+    await case.judge(case.server.assignment(1))
+    assert case.trust.floor == NOW
+    assert case.store.facts().floor == NOW
+    assert case.trust.now() >= NOW
+
+
+@pytest.mark.asyncio
+async def test_what_was_accepted_is_carried_on_with_after_a_restart(case, tmp_path):
+    await case.judge(case.server.assignment(4))
+    await case.desired.resume()
+    assert case.deployer.versions == [4, 4]
+
+
+@pytest.mark.asyncio
+async def test_a_release_that_was_revoked_is_held_against_what_runs_with_whatever_assignment_comes(case):
+    committed = case.server.publish(b"bytes")
+    case.store.save(committed=committed)
+    await case.judge(case.server.assignment(1))
+    assert case.deployer.doubts == ()
+
+    # The publisher revokes it; the server has no new assignment to give, and shows a forged one.
+    case.server.revoke()
+    await case.judge(case.server.assignment(2, signer="main"))
+    [doubt] = case.deployer.doubts
+    assert (doubt.instance, doubt.code) == ("web", RejectCode.REVOKED)
+
+
+@pytest.mark.asyncio
+async def test_the_owners_policy_counts_without_a_network(case):
+    case.store.save(committed=case.server.publish(b"bytes"))
+    case.server.reachable, case.policy = False, Policy(interfaces=())
+    await case.desired.resume()
+    [doubt] = case.deployer.doubts
+    assert (doubt.code, "wasi:clocks" in doubt.message) == (RejectCode.GRANT_DENIED, True)
+
+
+@pytest.mark.asyncio
+async def test_an_expired_repository_stops_updates_and_nothing_that_runs_and_why_says_so(case, monkeypatch):
+    case.store.save(committed=case.server.publish(b"bytes"))
+    await case.judge(case.server.assignment(1))
+    # A year later nobody has renewed anything.
+    monkeypatch.setattr(case.trust, "now", lambda: NOW + timedelta(days=800))
+    await case.judge(case.server.assignment(2, expires=NOW + timedelta(days=900)))
+    assert case.deployer.versions == [1]
+    assert case.deployer.doubts == ()
+    assert case.codes() == [RejectCode.EXPIRED]
+    told = "\n".join(status.tell(status.standing(case.identity, case.store)))
+    assert "nothing is updated until it is renewed, and what runs goes on" in told
+    assert "web: runs" in told
+
+
+@pytest.mark.parametrize("replay", ["", "0" * 32], ids=["honest", "replayed"])
+@pytest.mark.asyncio
+async def test_a_board_without_mqtt_and_without_a_clock_is_vouched_for_over_https(tmp_path, monkeypatch, replay):
+    monkeypatch.setattr(desired_module, "FRESH_S", 0.05)
+    case = Case(tmp_path, clock_set=False)
+    monkeypatch.setattr(case.desired, "_ask_fresh", lambda _nonce: False)  # the broker cannot be reached
+    case.server.envelope, case.server.replay = case.server.assignment(4), replay
+
+    asking = asyncio.ensure_future(case.desired.run(lambda: 3600.0))
+    await eventually_async(
+        lambda: case.store.counter("accepted") == 4 and (case.deployer.versions or case.desired.problems), "a verdict"
+    )
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    assert case.deployer.versions == ([] if replay else [4])
+    assert ("nobody vouched" in case.desired.problems.get("fresh", "")) == bool(replay)
+
+
+@pytest.mark.asyncio
+async def test_a_broker_that_keeps_assignments_back_is_noticed_by_the_board(case):
+    """It answers, it pings, it brings nothing: freeze by a silent broker."""
+
+    async def asked(version, **ago):
+        case.server.envelope = case.server.assignment(version, issued=datetime.now(UTC) - timedelta(**ago))
+        await case.desired._ask()
+
+    case.desired._on_bus = lambda: True
+    await asked(1, seconds=5)
+    assert "broker" not in case.desired.problems, "it may be a moment late"
+    await asked(2, minutes=10)
+    assert "the broker kept assignment 2" in case.desired.problems["broker"]
+    assert case.deployer.versions == [1, 2], "and it is carried out all the same"
+    await case.desired._ask()
+    assert "broker" in case.desired.problems
+    await case.desired.heard(case.server.assignment(3))
+    assert "broker" not in case.desired.problems
+    case.desired._on_bus = lambda: False
+    await asked(4, minutes=10)
+    assert "broker" not in case.desired.problems, "one that is away keeps nothing back"
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_is_away_is_asked_again_soon_and_then_less_often(case, monkeypatch):
+    """Boards come back to a server that was made anew within seconds, not at their next regular question."""
+    waits = []
+
+    case.server.reachable = False
+    ask = case.desired._ask
+
+    async def counted():
+        waits.append(1)
+        if len(waits) == 4:
+            case.server.reachable = True
+            case.server.envelope = case.server.assignment(1)
+        return await ask()
+
+    monkeypatch.setattr(case.desired, "_ask", counted)
+    monkeypatch.setattr(desired_module, "AWAY_FIRST_S", 0.001)
+    task = asyncio.create_task(case.desired.run(lambda: 3600.0))
+    await eventually_async(lambda: case.deployer.versions, "an assignment is carried out")
+    task.cancel()
+    assert case.deployer.versions == [1]

@@ -1,0 +1,404 @@
+"""Deployments on a board with the real machine, store, effects and host link: who wins, who waits, who is told what."""
+
+import contextlib
+import threading
+
+import msgspec
+import pytest
+
+from agent.link.https import FetchError
+from agent.update import effects
+from agent.update.state import lost
+from agent.update.store import StoreError
+from fleet.protocol.codes import RejectCode
+from signing.errors import Rejected
+from tests.eventually import eventually_async
+
+V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
+
+
+@contextlib.asynccontextmanager
+async def on_a_board(kit):
+    await kit.boot()
+    try:
+        yield
+    finally:
+        await kit.pull_plug()
+
+
+@pytest.mark.asyncio
+async def test_a_first_deployment_and_its_reports(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
+        assert kit.chain() == ["fetching", "compiling", "swapping", "probation", "committed"]
+        running = [(report.phase.value, report.running) for report in kit.reports()]
+        # What answers is said truly: nothing before the swap, the new version from probation on.
+        assert running[:3] == [("fetching", ""), ("compiling", ""), ("swapping", "")]
+        assert running[3:] == [("probation", V1), ("committed", V1)]
+        assert {report.rollout for report in kit.reports()} == {"r1"}
+        assert {"fetching", "compiling", "swapping", "probation"} <= kit.reports()[-1].timings_ms.keys()
+        assert kit.store.counter("committed") == 1
+
+
+@pytest.mark.asyncio
+async def test_a_bad_version_goes_back_and_says_why_with_its_last_lines(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        kit.host.faults[V2] = 2
+        await kit.run(kit.assignment(2, kit.publish("2.0.0", rollout="r2")))
+        last = kit.reports()[-1]
+        assert (last.phase, last.code, last.running) == ("rolled-back", RejectCode.TRAPPED, V1)
+        assert last.log == ("a line",)
+        assert kit.host.targets() == {"web": V1}
+        # Another rollout that asks for the same is told at once, and nothing is tried.
+        fetched = len(kit.server.fetched)
+        await kit.run(kit.assignment(3, kit.publish("2.0.0", rollout="r3")))
+        last = kit.reports()[-1]
+        assert (last.phase, last.code, last.rollout) == ("failed", RejectCode.TRAPPED, "r3")
+        assert len(kit.server.fetched) == fetched
+
+
+@pytest.mark.asyncio
+async def test_a_version_that_does_not_start_leaves_the_old_one_answering(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        kit.host.refuse[V2] = RejectCode.HEALTH_FAILED
+        await kit.run(kit.assignment(2, kit.publish("2.0.0")))
+        last = kit.reports()[-1]
+        assert (last.phase, last.code, last.running) == ("rolled-back", RejectCode.HEALTH_FAILED, V1)
+        assert last.log == ("last words",)
+        assert kit.host.targets() == {"web": V1}
+
+
+@pytest.mark.parametrize("code", [RejectCode.SECURITY_EPOCH, RejectCode.UNKNOWN_TARGET, RejectCode.GRANT_DENIED])
+@pytest.mark.asyncio
+async def test_what_publishers_did_not_sign_is_refused_with_its_code(kit, code):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        item = kit.publish("2.0.0")
+        kit.trust.trouble[V2] = [Rejected(code, "no")]
+        await kit.run(kit.assignment(2, item))
+        last = kit.reports()[-1]
+        assert (last.phase, last.code, last.running) == ("failed", code, V1)
+        assert kit.host.targets() == {"web": V1}
+
+
+@pytest.mark.asyncio
+async def test_a_tampered_artifact_is_refused_and_never_tried_again(kit):
+    async with on_a_board(kit):
+        kit.server.trouble = [FetchError(RejectCode.HASH_MISMATCH, "other bytes")]
+        item = kit.publish("1.0.0")
+        await kit.run(kit.assignment(1, item))
+        assert kit.chain() == ["fetching", "failed"]
+        await kit.run(kit.assignment(2, item))
+        assert kit.chain() == ["fetching", "failed"]
+
+
+@pytest.mark.asyncio
+async def test_a_passing_trouble_is_tried_again_and_said_meanwhile(kit):
+    async with on_a_board(kit):
+        gone = FetchError(RejectCode.UNREACHABLE, "no route")
+        kit.server.trouble = [gone]
+        from agent.update import machine
+
+        machine_first, machine.RETRY_FIRST_S = machine.RETRY_FIRST_S, 0.01
+        try:
+            await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        finally:
+            machine.RETRY_FIRST_S = machine_first
+        assert kit.chain() == ["fetching", "fetching", "compiling", "swapping", "probation", "committed"]
+        assert [report.code for report in kit.reports()][:3] == [None, RejectCode.UNREACHABLE, None]
+
+
+@pytest.mark.asyncio
+async def test_no_space_is_a_clean_refusal(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        (kit.places.artifacts / kit.publish("2.0.0").sha256).with_suffix(".wasm").unlink()
+        kit.server.trouble = [FetchError(RejectCode.NO_SPACE, "full")]
+        await kit.run(kit.assignment(2, kit.publish("2.0.0")))
+        assert (kit.reports()[-1].phase, kit.reports()[-1].code) == ("failed", RejectCode.NO_SPACE)
+        assert kit.host.targets() == {"web": V1}
+        # It may pass, so it is tried again by itself, later.
+        (failure,) = kit.store.failed()
+        assert failure.retry_at is not None
+
+
+@pytest.mark.asyncio
+async def test_an_artifact_changed_on_the_disk_is_fetched_anew(kit):
+    async with on_a_board(kit):
+        item = kit.publish("1.0.0")
+        path = kit.places.artifacts / f"{item.sha256}.wasm"
+        path.parent.mkdir()
+        path.write_bytes(b"something else")
+        await kit.run(kit.assignment(1, item))
+        assert kit.server.fetched == [item.sha256]
+        assert kit.host.targets() == {"web": V1}
+
+
+@pytest.mark.asyncio
+async def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
+    looked, both_have_looked = [], threading.Event()
+    plain_sound, plain_download = effects._sound, kit.server.download
+
+    def sound(*artifact):
+        found = plain_sound(*artifact)
+        if not threading.current_thread().name.startswith("download"):
+            looked.append(found)
+            if len(looked) == 2:
+                both_have_looked.set()
+        return found
+
+    def download(*what, **how):
+        assert both_have_looked.wait(20)
+        plain_download(*what, **how)
+
+    monkeypatch.setattr(effects, "_sound", sound)
+    monkeypatch.setattr(kit.server, "download", download)
+    async with on_a_board(kit):
+        first, second = (kit.publish("1.0.0", instance=name) for name in ("first", "second"))
+        assert first.sha256 == second.sha256
+        await kit.run(kit.assignment(1, first, second))
+        assert looked == [False, False]
+        assert kit.host.targets() == {"first": V1, "second": V1}
+        assert kit.server.fetched == [first.sha256]
+
+
+@pytest.mark.asyncio
+async def test_something_newer_supersedes_a_version_on_probation(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", probation_ms=60_000)))
+        await kit.until(lambda: kit.chain()[-1:] == ["probation"])
+        await kit.run(kit.assignment(3, kit.publish("3.0.0")))
+        assert kit.host.targets() == {"web": V3}
+        assert [report.code for report in kit.reports() if report.phase == "rolled-back"] == [RejectCode.SUPERSEDED]
+        assert kit.store.failed() == ()
+
+
+def ends_while_planned(kit, monkeypatch):
+    """From now on a change of `web` comes to its end between the next plan and what is done by it."""
+    plain = kit.deployer._worker
+
+    async def late(call, *args, **more):
+        if call == kit.store.set_counter and "web" in kit.deployer.standing.flights:
+            await kit.until(lambda: "web" not in kit.deployer.standing.flights)
+        return await plain(call, *args, **more)
+
+    monkeypatch.setattr(kit.deployer, "_worker", late)
+
+
+@pytest.mark.parametrize("next_version", ["2.0.0", "1.0.0"])
+@pytest.mark.asyncio
+async def test_a_change_that_ends_while_the_next_is_planned_holds_nothing_up(kit, monkeypatch, next_version):
+    async with on_a_board(kit):
+        first = kit.publish("1.0.0", probation_ms=300)
+        await kit.deployer.desire(kit.assignment(1, first))
+        flight = kit.deployer.standing.flights["web"]
+        await kit.until(lambda: kit.chain()[-1:] == ["probation"] and flight.work is not None)
+        ends_while_planned(kit, monkeypatch)
+        # the same version for another rollout, or another one
+        wanted = first if next_version == "1.0.0" else kit.publish(next_version)
+        await kit.run(kit.assignment(2, msgspec.structs.replace(wanted, rollout="r2")))
+        assert kit.host.targets() == {"web": wanted.target}
+        assert kit.deployer.standing.committed["web"].item.rollout == "r2"
+        assert kit.store.changes() == ()
+
+
+@pytest.mark.asyncio
+async def test_going_back_while_on_probation_needs_no_new_start(kit):
+    """A rollout that halts takes back what it offered: the warm old version answers again at once."""
+
+    async with on_a_board(kit):
+        first = kit.publish("1.0.0")
+        await kit.run(kit.assignment(1, first))
+        await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", probation_ms=60_000)))
+        await kit.until(lambda: kit.chain()[-1:] == ["probation"])
+        starts = sum(type(request).__name__ == "Start" for request in kit.host.requests)
+        await kit.run(kit.assignment(3, first))
+        assert kit.host.targets() == {"web": V1}
+        assert sum(type(request).__name__ == "Start" for request in kit.host.requests) == starts
+        assert kit.store.counter("committed") == 3
+
+
+@pytest.mark.asyncio
+async def test_a_download_that_is_not_wanted_any_more_holds_up_nothing(kit):
+    async with on_a_board(kit):
+        kit.server.trouble = [FetchError(RejectCode.UNREACHABLE, "no route")] * 3
+        await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
+        await kit.until(lambda: len(kit.chain()) >= 2)
+        kit.server.trouble = []
+        await kit.run(kit.assignment(2, kit.publish("2.0.0")))
+        assert kit.host.targets() == {"web": V2}
+        superseded = [report for report in kit.reports() if report.code is RejectCode.SUPERSEDED]
+        assert [(report.phase.value, report.rollout) for report in superseded] == [("failed", "r1")]
+
+
+@pytest.mark.asyncio
+async def test_a_removal_is_held_up_by_nothing(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")))
+        # The other instance hangs in a download; the host is gone, too.
+        stuck = kit.publish("2.0.0", instance="other")
+        kit.trust.trouble[V2] = [Rejected(RejectCode.UNREACHABLE, "no route")] * 20
+        kit.host.kill()
+        await kit.deployer.desire(kit.assignment(2, stuck))
+        web = lambda: [report for report in kit.reports() if report.instance == "web"][-1]  # noqa: E731
+        await kit.until(lambda: (web().assignment, web().phase, web().running) == (2, "committed", ""))
+        await kit.until(lambda: [each.item.instance for each in kit.committed()] == ["other"])
+        # When the host is back, what was removed is not started again.
+        kit.host.start()
+        await kit.until(lambda: kit.host.targets() == {"other": V1})
+
+
+@pytest.mark.asyncio
+async def test_the_host_dies_in_the_middle_of_a_swap(kit):
+    async with on_a_board(kit):
+        from agent.host.ipc import host_api
+
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        kit.host.die_on = host_api.Start
+        await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0")))
+        await kit.until(lambda: kit.host.die_on is None)
+        kit.host.start()
+        await kit.settled()
+        assert kit.host.targets() == {"web": V2}
+        assert kit.chain()[-1] == "committed"
+
+
+@pytest.mark.asyncio
+async def test_a_new_host_gets_what_is_committed_before_anything_else(kit):
+    """Else the old version, started late, would take over from the new one."""
+
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        kit.host.kill()
+        kit.host.requests.clear()
+        await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0")))
+        kit.host.start()
+        await kit.settled()
+        starts = [request.run.target for request in kit.host.requests if type(request).__name__ == "Start"]
+        assert starts == [V1, V2]
+        assert kit.host.targets() == {"web": V2}
+
+
+@pytest.mark.asyncio
+async def test_a_component_that_keeps_killing_the_host_is_taken_back(kit):
+    async with on_a_board(kit):
+        from agent.host.ipc import host_api
+
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", probation_ms=60_000)))
+        deaths = 0
+
+        def over():
+            nonlocal deaths
+            if not kit.deployer.standing.flights:
+                return True
+            if kit.host.targets() == {"web": V2}:
+                deaths += 1
+                assert deaths < 10, "it never ends"
+                kit.host.kill()
+                kit.host.start()
+            return False
+
+        await eventually_async(over, "the change is taken back", pause_s=0.01)
+        last = kit.reports()[-1]
+        assert (last.phase, last.code, last.running) == ("rolled-back", RejectCode.HOST_GONE, V1)
+        assert kit.host.targets() == {"web": V1}
+        assert isinstance(kit.host.requests[0], host_api.Hello)
+
+
+@pytest.mark.asyncio
+async def test_restarting_the_agent_touches_no_instance(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        before = len(kit.host.requests)
+        await kit.stop_agent()
+        await kit.start_agent()
+        await kit.until(lambda: len(kit.host.requests) > before)
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        assert {type(request).__name__ for request in kit.host.requests[before:]} == {"Hello"}
+
+
+@pytest.mark.asyncio
+async def test_an_agent_restarted_during_probation_goes_on_with_it(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        item = kit.publish("2.0.0", probation_ms=300)
+        await kit.deployer.desire(kit.assignment(2, item))
+        await kit.until(lambda: kit.chain()[-1:] == ["probation"])
+        starts = sum(type(request).__name__ == "Start" for request in kit.host.requests)
+        await kit.stop_agent()
+        assert kit.host.targets() == {"web": V2}, "the new version answers while the agent is away"
+        await kit.start_agent()
+        await kit.run(kit.assignment(2, item))
+        assert kit.chain()[-1] == "committed"
+        assert sum(type(request).__name__ == "Start" for request in kit.host.requests) == starts
+
+
+@pytest.mark.asyncio
+async def test_what_runs_already_is_told_to_the_rollout_that_asks(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
+        await kit.run(kit.assignment(2, kit.publish("1.0.0", rollout="r2")))
+        last = kit.reports()[-1]
+        assert (last.phase, last.rollout, last.running) == ("committed", "r2", V1)
+        assert kit.store.counter("committed") == 2
+
+
+@pytest.mark.asyncio
+async def test_a_fault_of_our_own_is_a_failed_deployment_and_not_a_stuck_one(kit, monkeypatch):
+    async with on_a_board(kit):
+
+        async def broken(_change):
+            raise RuntimeError("a bug")
+
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        monkeypatch.setattr(kit.carrier, "watch", broken)
+        await kit.run(kit.assignment(2, kit.publish("2.0.0")))
+        last = kit.reports()[-1]
+        assert (last.phase, last.code) == ("rolled-back", RejectCode.INTERNAL)
+        assert kit.host.targets() == {"web": V1}
+
+
+@pytest.mark.asyncio
+async def test_a_disk_that_is_full_stops_nothing_that_runs_and_is_waited_for(kit, monkeypatch):
+    async with on_a_board(kit):
+        monkeypatch.setattr("agent.update.reconciler.STORE_AGAIN_S", 0.01)
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        real, failures = kit.store.save, []
+
+        def full(*arguments, **more):
+            if len(failures) < 5:
+                failures.append(arguments)
+                raise StoreError("database or disk is full")
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(kit.store, "save", full)
+        await kit.run(kit.assignment(2, kit.publish("2.0.0")))
+        assert len(failures) == 5
+        assert kit.host.targets() == {"web": V2}
+        assert kit.chain()[-5:] == ["fetching", "compiling", "swapping", "probation", "committed"]
+
+
+@pytest.mark.asyncio
+async def test_the_security_epoch_is_raised_at_the_commit_and_not_before(kit):
+    async with on_a_board(kit):
+        item = kit.publish("1.0.0", probation_ms=200)
+        kit.manifests[V1] = type(kit.manifests[V1])(
+            name="web",
+            version="1.0.0",
+            trigger=kit.manifests[V1].trigger,
+            health=kit.manifests[V1].health,
+            security_epoch=7,
+        )
+        await kit.deployer.desire(kit.assignment(1, item))
+        await kit.until(lambda: kit.chain()[-1:] == ["probation"])
+        assert kit.store.facts().epochs == {}
+        await kit.settled()
+        assert kit.store.facts().epochs == {"acme/web": 7}
+
+
+def test_lost_names_its_code():
+    assert lost("gone").happened.code == RejectCode.HOST_GONE

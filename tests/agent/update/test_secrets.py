@@ -1,0 +1,218 @@
+"""Secrets on a board: fetched in boxes, at rest in boxes, opened on the way into the lanes, and taken back."""
+
+import contextlib
+import sqlite3
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from agent.identity import enrolment
+from agent.update import restore
+from agent.update.store import Store
+from fleet.protocol.codes import RejectCode
+
+PASSWORD = "correct horse battery staple"
+NEWER = "a password of today"
+
+
+def with_secret(kit, version, *refs, **more):
+    return msgspec.structs.replace(kit.publish(version, **more), secrets=refs)
+
+
+def given(kit, instance="web"):
+    """What the generation that runs was given."""
+    return kit.host.entrusted[instance, kit.host.running[instance].generation]
+
+
+@contextlib.asynccontextmanager
+async def a_board(kit):
+    await kit.boot()
+    yield
+    await kit.pull_plug()
+
+
+def files(directory: Path):
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+def everything_at_rest(kit):
+    """All that lies on the board's disk, the database's rows and its log of changes included."""
+    with sqlite3.connect(kit.places.database) as database:
+        dump = "\n".join(database.iterdump()).encode()
+    return dump + b"".join(path.read_bytes() for path in files(kit.places.state))
+
+
+@pytest.mark.asyncio
+async def test_a_component_is_given_its_secret_and_the_disk_has_it_only_sealed(kit):
+    async with a_board(kit):
+        await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
+        assert given(kit) == {"key": PASSWORD}
+        assert PASSWORD.encode() not in everything_at_rest(kit)
+        assert PASSWORD not in str(kit.reports())
+        (box,) = kit.places.secrets.iterdir()
+        assert box.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.asyncio
+async def test_a_rotated_secret_is_a_swap_like_any_other_and_the_former_box_goes(kit):
+    async with a_board(kit):
+        await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
+        await kit.run(kit.assignment(2, with_secret(kit, "1.0.0", kit.seal(NEWER, version=2))))
+        assert given(kit) == {"key": NEWER}
+        assert kit.chain()[-1] == "committed"
+        assert len(files(kit.places.secrets)) == 2
+        kit.sealed.evict(each.item for each in kit.deployer.standing.committed.values())
+        assert len(files(kit.places.secrets)) == 1
+        assert kit.store.facts().secrets == {"web/key": 2}
+
+
+@pytest.mark.asyncio
+async def test_one_that_does_worse_with_the_new_secret_goes_back_to_the_former(kit):
+    async with a_board(kit):
+        await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
+        kit.host.faults["components/acme/web/1.0.1.wasm"] = 3
+        await kit.run(kit.assignment(2, with_secret(kit, "1.0.1", kit.seal(NEWER, version=2))))
+        assert kit.chain()[-1] == "rolled-back"
+        assert given(kit) == {"key": PASSWORD}
+        assert kit.store.facts().secrets == {"web/key": 1}, "what was not committed is not remembered"
+
+
+@pytest.mark.asyncio
+async def test_it_goes_back_to_the_former_secret_also_from_the_disk(kit):
+    # The host dies in probation, and with it the generation kept warm: the former box is opened again.
+    async with a_board(kit):
+        await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
+        item = with_secret(kit, "1.0.1", kit.seal(NEWER, version=2), probation_ms=60_000)
+        await kit.deployer.desire(kit.assignment(2, item))
+        await kit.until(lambda: kit.chain()[-1] == "probation", "probation")
+        kit.host.kill()
+        kit.host.refuse[item.target] = RejectCode.START_FAILED
+        kit.host.start()
+        await kit.settled()
+        assert kit.chain()[-1] == "rolled-back"
+        assert given(kit) == {"key": PASSWORD}
+
+
+@pytest.mark.asyncio
+async def test_a_boot_without_agent_and_network_gives_it_its_secret(kit):
+    async with a_board(kit):
+        await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
+        await kit.pull_plug()
+        kit.server.boxes.clear()
+        kit.server.fetched.clear()
+        await kit.boot()
+        await kit.until(lambda: kit.host.running, "restored")
+        assert given(kit) == {"key": PASSWORD}
+        assert not kit.server.fetched
+
+
+@pytest.mark.asyncio
+async def test_a_boot_with_a_lost_database_gives_it_its_secret_too(kit):
+    async with a_board(kit):
+        await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
+        assert PASSWORD.encode() not in kit.places.runset.read_bytes()
+        await kit.pull_plug()
+        for name in ("store.db", "store.db-wal", "store.db-shm"):
+            (kit.places.state / name).unlink(missing_ok=True)
+        store = Store(kit.places.database)
+        assert restore.take_over(store, kit.places.runset, b"k" * 32) == 1
+        store.close()
+        await kit.boot()
+        await kit.until(lambda: kit.host.running, "restored")
+        assert given(kit) == {"key": PASSWORD}
+
+
+@pytest.mark.asyncio
+async def test_a_box_that_was_changed_on_the_disk_is_said_so_and_fetched_again(kit):
+    async with a_board(kit):
+        item = with_secret(kit, "1.0.0", kit.seal(PASSWORD))
+        await kit.run(kit.assignment(1, item))
+        (box,) = kit.places.secrets.iterdir()
+        box.write_bytes(box.read_bytes()[:-1] + b"\0")
+        await kit.pull_plug()
+        await kit.boot()
+        await kit.until(lambda: getattr(kit, "restored", None), "an attempt to restore")
+        assert "key is not on this board's disk" in kit.restored[0].problem
+        kit.sealed.fetch(item, kit.server)
+        assert kit.sealed.descriptor(item) >= 0
+
+
+def server_swaps_two_boards_boxes(kit):
+    # It is sealed to this board's key, for the other board's id: the best a server can do that seals itself.
+    return kit.seal(PASSWORD, device="other-76543210")
+
+
+def server_gives_a_siblings_secret(kit):
+    return kit.seal(PASSWORD, instance="sibling")
+
+
+def server_replays_an_old_version_under_a_new_number(kit):
+    old = kit.seal(PASSWORD, version=1)
+    return msgspec.structs.replace(old, version=2)
+
+
+def server_gives_another_secret_under_this_name(kit):
+    other = kit.seal(PASSWORD, name="other")
+    return msgspec.structs.replace(other, name="key")
+
+
+def network_changes_the_box(kit):
+    ref = kit.seal(PASSWORD)
+    path = f"/v1/secrets/{ref.sha256}"
+    kit.server.boxes[path] = kit.server.boxes[path][:-1] + b"\0"
+    return ref
+
+
+def network_shows_an_older_box(kit):
+    old, new = kit.seal(PASSWORD, version=1), kit.seal(NEWER, version=2)
+    kit.server.boxes[f"/v1/secrets/{new.sha256}"] = kit.server.boxes[f"/v1/secrets/{old.sha256}"]
+    return new
+
+
+def server_sends_an_endless_box(kit):
+    ref = kit.seal(PASSWORD)
+    kit.server.boxes[f"/v1/secrets/{ref.sha256}"] += bytes(1 << 20)
+    return ref
+
+
+def server_has_no_box(kit):
+    ref = kit.seal(PASSWORD)
+    kit.server.boxes.clear()
+    return ref
+
+
+@pytest.mark.parametrize(
+    ("attack", "code"),
+    [
+        (server_swaps_two_boards_boxes, RejectCode.SECRET_UNOPENED),
+        (server_gives_a_siblings_secret, RejectCode.SECRET_UNOPENED),
+        (server_replays_an_old_version_under_a_new_number, RejectCode.SECRET_UNOPENED),
+        (server_gives_another_secret_under_this_name, RejectCode.SECRET_UNOPENED),
+        (network_changes_the_box, RejectCode.HASH_MISMATCH),
+        (network_shows_an_older_box, RejectCode.HASH_MISMATCH),
+        (server_sends_an_endless_box, RejectCode.TOO_LARGE),
+        (server_has_no_box, RejectCode.NOT_FOUND),
+    ],
+)
+@pytest.mark.asyncio
+async def test_what_is_no_box_for_this_is_refused_before_anything_changes(kit, attack, code):
+    async with a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        before = kit.host.running["web"].generation
+        await kit.run(kit.assignment(2, with_secret(kit, "1.0.1", attack(kit))))
+        report = kit.reports()[-1]
+        assert (report.phase, report.code) == ("failed", code)
+        assert "key" in report.message
+        assert PASSWORD not in report.message
+        assert kit.host.running["web"].generation == before
+        assert not kit.host.entrusted
+
+
+@pytest.mark.asyncio
+async def test_giving_up_an_identity_leaves_no_box(kit):
+    async with a_board(kit):
+        await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
+        assert files(kit.places.secrets)
+    enrolment.give_up(kit.places.state)
+    assert not kit.places.secrets.exists()

@@ -1,0 +1,171 @@
+"""The board's memory: what it returned from is there, its numbers never fall, and foreign directories are refused."""
+
+import os
+import sqlite3
+from datetime import UTC, datetime
+
+import pytest
+
+from agent.update import restore
+from agent.update.machine import Phase, State
+from agent.update.state import Change, Committed, FailedItem
+from agent.update.store import HISTORY_ROWS, UNACKED_ROWS_MAX, Store, StoreError
+from fleet.protocol import wire
+from fleet.protocol.assignment import Item
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Http, Manifest
+from fleet.protocol.messages import Report
+from signing.state import VerifierState
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+ITEM = Item(instance="web", target="components/a/web/1.0.0.wasm", length=1, sha256="0" * 64, manifest_sha256="1" * 64)
+MANIFEST = Manifest(name="web", version="1.0.0", trigger=Http())
+COMMITTED = Committed(item=ITEM, manifest=MANIFEST, generation=3, assignment=1, at=NOW)
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = Store(tmp_path / "store.db")
+    yield made
+    made.close()
+
+
+def report(instance="web", **more):
+    return Report(device="b-01234567", boot_id="x", sequence=0, at=NOW, assignment=1, instance=instance, **more)
+
+
+def test_it_is_on_the_medium_when_it_returns(store):
+    mode = store._db.execute("PRAGMA journal_mode").fetchone()[0]
+    synchronous = store._db.execute("PRAGMA synchronous").fetchone()[0]
+    assert (mode, synchronous) == ("wal", 2)
+
+
+def test_a_step_is_one_transaction(store, monkeypatch):
+    change = Change(instance="web", assignment=1, state=State(phase=Phase.COMMITTED), item=ITEM)
+    monkeypatch.setattr(store, "_post", lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("disk I/O error")))
+    with pytest.raises(StoreError, match="disk I/O"):
+        store.save(change, committed=COMMITTED, report=report())
+    assert store.changes() == ()
+    assert store.committed() == ()
+
+
+def test_sequences_never_fall_even_when_all_reports_are_gone(store, tmp_path):
+    sequences = [store.save(report=report()) for _ in range(HISTORY_ROWS + 10)]
+    assert sequences == list(range(1, HISTORY_ROWS + 11))
+    assert store.acknowledge(sequences[-1])
+    assert len(store.history()) == HISTORY_ROWS
+    store._db.execute("DELETE FROM outbox")
+    store.close()
+    again = Store(tmp_path / "store.db")
+    assert again.save(report=report()) == sequences[-1] + 1
+    again.close()
+
+
+def test_reports_wait_until_they_are_acknowledged(store):
+    for _ in range(3):
+        store.save(report=report())
+    assert [sequence for sequence, _ in store.unacked()] == [1, 2, 3]
+    assert store.acknowledge(2)
+    assert not store.acknowledge(2), "hearing it twice changes nothing"
+    ((sequence, body),) = store.unacked()
+    assert wire.decode(Report, body).sequence == sequence == 3
+
+
+def test_of_progress_only_the_newest_is_kept(store):
+    for percent in (10, 20, 30):
+        store.save(report=report(progress=percent))
+    store.save(report=report("other", progress=5))
+    assert [wire.decode(Report, body).progress for _, body in store.unacked()] == [30, 5]
+    store.save(report=report(phase="compiling"))
+    assert len(store.unacked()) == 2
+
+
+def test_a_board_that_is_offline_for_months_does_not_fill_its_disk(store, monkeypatch):
+    monkeypatch.setattr("agent.update.store.UNACKED_ROWS_MAX", 20)
+    for _ in range(50):
+        store.save(report=report())
+    waiting = [sequence for sequence, _ in store.unacked(limit=UNACKED_ROWS_MAX)]
+    assert waiting == list(range(31, 51))
+
+
+def test_failures_are_remembered_within_bounds(store, monkeypatch):
+    monkeypatch.setattr("agent.update.store.FAILED_ROWS_MAX", 5)
+    for number in range(9):
+        at = NOW.replace(minute=number)
+        store.save(
+            failure=FailedItem(
+                instance="web", key=str(number), attempt=0, target="t", code=RejectCode.TRAPPED, message="", at=at
+            )
+        )
+    assert [each.key for each in store.failed()] == ["4", "5", "6", "7", "8"]
+
+
+def test_a_change_of_another_version_of_the_agent_rolls_back(store):
+    change = Change(instance="web", assignment=1, state=State(phase=Phase.STAGED), item=ITEM)
+    data = change.encode().replace(b'"staged"', b'"levitating"').replace(b'"removal"', b'"something_new":1,"removal"')
+    store._db.execute("INSERT INTO changes VALUES ('web', ?)", (data,))
+    (found,) = store.changes()
+    assert found.phase is Phase.ROLLING_BACK
+
+
+def test_facts_and_the_accepted_assignment_survive(store, tmp_path):
+    facts = VerifierState().with_committed("a/web", 4)
+    store.accept(b"envelope", 7, facts)
+    store.close()
+    again = Store(tmp_path / "store.db", read_only=True)
+    assert (again.envelope(), again.facts(), again.counter("accepted")) == (b"envelope", facts, 7)
+    again.close()
+
+
+def test_a_state_directory_of_a_newer_agent_is_left_alone(tmp_path):
+    store = Store(tmp_path / "store.db")
+    store._db.execute("PRAGMA user_version=99")
+    store.close()
+    with pytest.raises(StoreError, match="install the newer agent"):
+        Store(tmp_path / "store.db")
+
+
+def test_what_is_no_database_is_said_to_be_none(tmp_path):
+    (tmp_path / "store.db").write_bytes(b"not a database at all, but long enough" * 10)
+    with pytest.raises(StoreError, match=r"cannot open .*store\.db"):
+        Store(tmp_path / "store.db")
+
+
+@pytest.mark.root
+def test_a_state_directory_of_another_owner_is_refused(tmp_path):
+    os.chown(tmp_path, 12345, 12345)
+    pid = os.fork()
+    if pid == 0:
+        os.setuid(23456)
+        try:
+            Store(tmp_path / "store.db")
+        except StoreError as error:
+            os._exit(0 if "belongs to another user" in str(error) or "cannot open" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_damaged_database_does_not_keep_components_from_running(store, tmp_path):
+    """What is committed stands a second time in a file, under the board's MAC."""
+    key, runset = b"k" * 32, tmp_path / "runset.json"
+    store.save(committed=COMMITTED)
+    restore.write_runset(runset, store.committed(), key)
+    store.close()
+    for suffix in ("-wal", "-shm"):
+        (tmp_path / f"store.db{suffix}").unlink(missing_ok=True)
+    (tmp_path / "store.db").write_bytes(b"rotten" * 1000)
+    assert restore.committed(tmp_path / "store.db", runset, key) == (COMMITTED,)
+    # A store that is made anew takes it over, so that what runs is not taken for a stranger.
+    (tmp_path / "store.db").unlink()
+    assert restore.committed(tmp_path / "store.db", runset, key) == (COMMITTED,)
+    anew = Store(tmp_path / "store.db")
+    assert restore.take_over(anew, runset, key) == 1
+    assert anew.committed() == (COMMITTED,)
+    assert anew.next_generation() == COMMITTED.generation + 1, "a generation never falls"
+    assert restore.take_over(anew, runset, key) == 0, "once"
+    anew.close()
+    (tmp_path / "store.db").write_bytes(b"rotten" * 1000)
+    # But not when somebody wrote it who does not know the key.
+    runset.write_bytes(runset.read_bytes().replace(b"1.0.0.wasm", b"6.6.6.wasm"))
+    with pytest.raises(restore.RunsetError, match="MAC"):
+        restore.committed(tmp_path / "store.db", runset, key)

@@ -1,0 +1,395 @@
+"""component.toml: what is read, what is told from the component, and what people hear when it is wrong."""
+
+import contextlib
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fleet.component import component_toml, reader, toml_fields
+from fleet.component.component_toml import NeedsTomlError
+from fleet.component.reader import Component
+from fleet.protocol.manifest import (
+    BadManifestError,
+    ConfigKey,
+    Grants,
+    Health,
+    Http,
+    Limits,
+    Manifest,
+    OnMessage,
+    Schedule,
+    SecretKey,
+    Service,
+)
+from fleet.protocol.manifest import convert as manifest_of
+
+DEMO = Path(__file__).resolve().parents[3] / "components/demo"
+
+
+def made(*, imports=(), exports=("wasmfleet:http/handler@0.1.0",)):
+    return Component(size_bytes=1000, imports=tuple(imports), exports=tuple(exports))
+
+
+V1 = made(exports=("wasmfleet:http/handler@0.1.0", "wasmfleet:http/health@0.1.0"))
+TASK = made(exports=("wasmfleet:schedule/task@0.1.0",))
+
+
+def refusal(text, **kwargs):
+    with pytest.raises(BadManifestError) as caught:
+        component_toml.load(text, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Reading
+
+
+def test_a_whole_text():
+    manifest = component_toml.load("""
+        name = "greeter"
+        version = "1.2.3-rc.1"
+        description = "says hello"
+        trigger = { type = "schedule", every = "1.5s" }
+        security_epoch = 2
+        data_schema = 3
+        arch = ["aarch64", "riscv64"]
+
+        [grants]
+        interfaces = ["wasi:logging", "wasi:cli/stdout"]
+        outbound = ["https://api.example.com:443", "http://*.example.com:8080"]
+        instances = ["store"]
+
+        [limits]
+        memory = "2MiB"
+        call = "500ms"
+        start = "2s"
+        concurrency = 4
+        request = "64KB"
+        response = "128KiB"
+        log_lines_per_minute = 60
+        fuel = 1000
+        storage = "1MiB"
+
+        [health]
+        check = false
+        interval = "10s"
+        probation = "1m"
+        min_calls = 5
+        max_faults = 1
+        max_error_percent = 2
+
+        [config.greeting]
+        description = "what it says"
+        default = "hello"
+        [config.name]
+        [secrets.db-password]
+        description = "of the database"
+        [secrets.proxy_key]
+        required = false
+    """)
+    assert manifest == Manifest(
+        name="greeter",
+        version="1.2.3-rc.1",
+        description="says hello",
+        trigger=Schedule(every_ms=1500),
+        security_epoch=2,
+        data_schema=3,
+        arch=("aarch64", "riscv64"),
+        grants=Grants(
+            interfaces=("wasi:logging", "wasi:cli/stdout"),
+            outbound=("https://api.example.com:443", "http://*.example.com:8080"),
+            instances=("store",),
+        ),
+        limits=Limits(
+            memory_bytes=2 << 20,
+            call_ms=500,
+            start_ms=2000,
+            concurrency=4,
+            request_bytes=64_000,
+            response_bytes=128 << 10,
+            log_lines_per_minute=60,
+            fuel=1000,
+            storage_bytes=1 << 20,
+        ),
+        health=Health(interval_ms=10_000, probation_ms=60_000, min_calls=5, max_faults=1, max_error_percent=2),
+        config={"greeting": ConfigKey(description="what it says", default="hello"), "name": ConfigKey()},
+        secrets={"db-password": SecretKey(description="of the database"), "proxy_key": SecretKey(required=False)},
+    )
+
+
+def test_the_least_text_takes_the_rest_from_the_component():
+    manifest = component_toml.load("", component=V1, file_name="build/Hello_World.component.wasm")
+    assert manifest.name == "hello-world"
+    assert manifest.version == component_toml.DEV_VERSION
+    assert (manifest.trigger, manifest.world) == (Http(), "wasmfleet:http")
+    assert manifest.health.check
+
+
+def test_an_exported_health_check_may_be_left_unasked():
+    assert not component_toml.load("[health]\ncheck = false", component=V1).health.check
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "v3", "ticker"])
+def test_the_demo_s_own_texts(name):
+    seen = reader.read((DEMO / f"{name}.wasm").read_bytes())
+    manifest = component_toml.describe(seen, (DEMO / f"{name}.toml").read_text(), file_name=f"{name}.wasm")
+    assert manifest.version == ("1.0.0" if name == "ticker" else f"{name[1]}.0.0")
+    assert manifest.health.check is (name != "ticker")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name = ", "component.toml is not TOML: Invalid value (at end of document)"),
+        ("a = 1\nb = = 2", "line 2, column 5"),
+        ('name = "x"\nname = "y"', "not TOML"),
+        ("[limits]\nmemmory = '1MiB'", "limits.memmory: there is no such field; did you mean memory?"),
+        ("colour = 'red'", "component.toml: colour: there is no such field; known are "),
+        ("[health]\nsomething = 1", "health.something: there is no such field"),
+        ("[grants]\nnetwork = true", "grants.network: there is no such field"),
+        ("[config.x]\nsecret = true", "config.x.secret: there is no such field"),
+        ("trigger = { type = 'http', every = '1s' }", "trigger.every: there is no such field"),
+        ("limits = 3", "limits: a table is wanted, not a number"),
+        ("[limits]\nmemory = 16", 'limits.memory: a size with its unit, such as "16MiB", is wanted, not a number'),
+        ("[limits]\nmemory = '16 parsec'", "limits.memory: '16 parsec' is not understood: write \"16MiB\""),
+        ("[limits]\nmemory = '1B'", "limits.memory: 1 is not between 65536 and"),
+        ("[limits]\ncall = '0ms'", "limits.call: 0 is not between 1 and"),
+        ("[limits]\ncall = '1.5ms'", "limits.call: '1.5ms' is not a whole number of ms"),
+        ("[limits]\nconcurrency = '2'", "limits.concurrency: a whole number is wanted, not a text"),
+        ("[limits]\nconcurrency = true", "limits.concurrency: a whole number is wanted, not a switch"),
+        ("[limits]\nconcurrency = 65", "limits.concurrency: 65 is not between 1 and 64"),
+        ("[health]\ncheck = 'yes'", "health.check: true or false is wanted, not a text"),
+        ("[health]\nmax_error_percent = 101", "health.max_error_percent: 101 is not between 0 and 100"),
+        ("security_epoch = -1", "security_epoch: -1 is not between 0 and"),
+        ("version = '1'", "version: version '1' is not SemVer"),
+        ("version = 1979-05-27", "version: a text is wanted, not a date or time"),
+        ("name = 'Hello'", "name: component 'Hello' is not a name"),
+        ("arch = ['m68k']", "arch: 'm68k': the known ones are x86_64, aarch64, riscv64"),
+        ("[grants]\ninterfaces = 'wasi:cli'", "grants.interfaces: a list of texts is wanted, not a text"),
+        ("[grants]\ninterfaces = [1]", "grants.interfaces: a list of texts is wanted, not a number"),
+        ("[grants]\ninterfaces = ['wasi:cli/stdout@0.2.0']", "without the version: 'wasi:cli/stdout'"),
+        ("[grants]\ninterfaces = ['*']", "grants.interfaces: '*': an interface or a package is wanted"),
+        ("[grants]\noutbound = ['example.com']", "grants.outbound: 'example.com': scheme, host and port"),
+        ("[grants]\noutbound = ['https://example.com:70000']", "grants.outbound"),
+        ("[grants]\ninstances = ['A b']", "grants.instances"),
+        ("trigger = 'often'", "trigger.type 'often': one of http, schedule, message, service"),
+        ("trigger = ['http']", "trigger.type: a text is wanted, not a list"),
+        ("trigger = { type = 'schedule', every = '99ms' }", "trigger.every: 99 is not between 100 and"),
+        ("trigger = { type = 'schedule' }", "trigger: a schedule has either every"),
+        ("trigger = { type = 'schedule', every = '1s', cron = '* * * * *' }", "trigger: a schedule has either every"),
+        ("trigger = { type = 'schedule', cron = '* * *' }", "trigger.cron: '* * *' has 3 fields"),
+        ("trigger = { type = 'schedule', cron = 5 }", "trigger.cron: a text"),
+        ("trigger = { type = 'message' }", "trigger.topics is missing"),
+        ("trigger = 'schedule'", "trigger: a schedule has either every"),
+        ("trigger = 'service'", "trigger does not fit: component.wasm exports no wasi:cli/run"),
+        ("world = 'wasi:http'", "world is 'wasi:http', but component.wasm exports wasmfleet:http/handler"),
+        ("[config.'a b']", "config: 'a b' is not a key"),
+        ("[secrets.'a b']", "secrets: secret 'a b' is not a name"),
+        ("[secrets.key]\nvalue = 'hunter2'", "secrets.key.value: there is no such field"),
+        ("[secrets.key]\nrequired = 'yes'", "secrets.key.required: true or false is wanted, not a text"),
+        ("[config.key]\n[secrets.key]", "secrets.key: there is a configuration key of that name too"),
+        ("\n".join(f"[secrets.s{n}]" for n in range(17)), "secrets: 17 are too many, at most 16 fit"),
+        ("[secrets.key]", "imports none of wasi:cli/environment, wasi:config/store"),
+        (f"[config.x]\ndefault = '{'y' * 9000}'", "config.x.default: at most 8192 bytes"),
+        (f"description = '{'y' * 5000}'", "at most 4096 are signed"),
+        ("#" * 70_000, "at most 65536 are read"),
+        ("x = " + "[" * 10_000, "is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_named(text, says):
+    assert says in refusal(text, component=V1)
+
+
+def test_a_secret_is_for_a_component_that_can_read_it():
+    reader = made(imports=["wasi:config/store@0.2.0-rc.1"], exports=["wasmfleet:http/handler@0.1.0"])
+    manifest = component_toml.load("[secrets.key]", component=reader, file_name="reader.wasm")
+    assert manifest.secrets == {"key": SecretKey(required=True)}
+
+
+def test_a_manifest_without_secrets_is_signed_as_before_there_were_any():
+    plain = Manifest(name="x", version="1.0.0", trigger=Http())
+    assert "secrets" not in plain.plain()
+    assert manifest_of(plain.plain()) == plain
+    with_one = msgspec.structs.replace(plain, secrets={"key": SecretKey()})
+    assert manifest_of(with_one.plain()) == with_one
+    assert with_one.digest() != plain.digest()
+
+
+def test_a_check_that_is_not_exported():
+    assert "exports no wasmfleet:http/health" in refusal("[health]\ncheck = true", component=made())
+
+
+def test_without_the_component_name_and_trigger_must_be_written():
+    assert "name is missing" in refusal('trigger = "http"')
+    assert "trigger is missing" in refusal('name = "x"')
+
+
+# Inferring
+
+
+@pytest.mark.parametrize(
+    ("export", "trigger", "world"),
+    [
+        ("wasmfleet:http/handler@0.1.0", Http(), "wasmfleet:http"),
+        ("wasi:http/incoming-handler@0.2.3", Http(), "wasi:http"),
+        ("wasi:cli/run@0.2.0", Service(), "wasi:cli"),
+    ],
+)
+def test_the_trigger_follows_from_the_exports(export, trigger, world):
+    manifest = component_toml.infer("thing.wasm", made(exports=[export]), version="0.0.0-dev.7")
+    expected = Manifest(name="thing", version="0.0.0-dev.7", trigger=trigger, world=world)
+    assert manifest == expected
+
+
+def test_a_schedule_cannot_be_guessed_but_the_file_to_save_is_shown():
+    with pytest.raises(NeedsTomlError, match="must say when it runs") as caught:
+        component_toml.infer("ticker.wasm", TASK)
+    read_back = component_toml.load(caught.value.suggestion, component=TASK)
+    assert (read_back.name, read_back.trigger) == ("ticker", Schedule(every_ms=60_000))
+
+
+def test_a_component_that_no_board_can_call():
+    with pytest.raises(BadManifestError, match=r"exports nothing; a board can call one of wasmfleet:http/handler"):
+        component_toml.infer("x.wasm", made(exports=[]))
+    with pytest.raises(BadManifestError, match=r"exports only my:own/thing@1\.0\.0; a board can call"):
+        component_toml.infer("x.wasm", made(exports=["my:own/thing@1.0.0"]))
+
+
+@pytest.mark.parametrize("file_name", ["...wasm", ".wasm", "x" * 64 + ".wasm", "日本.wasm"])
+def test_a_file_name_that_gives_no_name(file_name):
+    with pytest.raises(BadManifestError, match="gives the component no name"):
+        component_toml.infer(file_name, V1)
+
+
+# Grants
+
+
+def test_missing_grants_come_with_the_exact_file_to_save():
+    wanting = made(
+        imports=["wasi:clocks/wall-clock@0.2.3", "wasi:clocks/monotonic-clock@0.2.3", "wasi:random/random@0.2.0"]
+    )
+    with pytest.raises(NeedsTomlError, match=r"imports wasi:clocks/wall-clock@0\.2\.3, ") as caught:
+        component_toml.describe(wanting, '[grants]\ninterfaces = ["wasi:random"]', file_name="x.wasm")
+    granted = component_toml.describe(wanting, caught.value.suggestion, file_name="y.wasm")
+    assert granted.name == "x"
+    assert granted.grants.interfaces == ("wasi:random", "wasi:clocks/wall-clock", "wasi:clocks/monotonic-clock")
+    assert component_toml.check_grants(wanting, granted) == []
+
+
+def test_a_component_that_wants_nothing_needs_no_file():
+    assert component_toml.describe(V1, None, file_name="hello.wasm").grants == Grants()
+
+
+# There and back
+
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40)
+labels = st.from_regex(r"\A[a-z0-9-]{1,20}\Z")
+interfaces = st.from_regex(r"\A[a-z][a-z0-9-]{0,8}:[a-z][a-z0-9-]{0,8}(/[a-z][a-z0-9-]{0,8})?\Z")
+triggers = st.one_of(
+    st.just(Http()),
+    st.just(Service()),
+    st.builds(Schedule, every_ms=st.integers(100, 10**9)),
+    st.builds(Schedule, cron=st.sampled_from(["*/5 * * * *", "0 3 * * 1-5"])),
+    st.builds(OnMessage, topics=st.lists(texts.filter(bool), min_size=1, max_size=3, unique=True).map(tuple)),
+)
+small = st.integers(1, 10**9)
+manifests = st.builds(
+    Manifest,
+    name=labels,
+    version=st.sampled_from(["1.2.3", "0.0.0-dev.0", "2.0.0-rc.1+build.5"]),
+    trigger=triggers,
+    world=st.sampled_from(["", "wasi:http"]),
+    description=texts,
+    grants=st.builds(
+        Grants,
+        interfaces=st.lists(interfaces, max_size=3, unique=True).map(tuple),
+        outbound=st.lists(st.just("https://a.example:443"), max_size=1).map(tuple),
+        instances=st.lists(labels, max_size=2, unique=True).map(tuple),
+    ),
+    limits=st.builds(
+        Limits, memory_bytes=st.integers(1 << 16, 1 << 32), call_ms=small, concurrency=st.integers(1, 64), fuel=small
+    ),
+    health=st.builds(Health, check=st.booleans(), probation_ms=small, max_error_percent=st.integers(0, 100)),
+    config=st.dictionaries(
+        st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,9}\Z"),
+        st.builds(ConfigKey, description=texts, default=st.none() | texts),
+        max_size=3,
+    ),
+    secrets=st.dictionaries(
+        st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,9}\Z"),
+        st.builds(SecretKey, description=texts, required=st.booleans()),
+        max_size=3,
+    ),
+    security_epoch=st.integers(0, 9),
+    arch=st.sampled_from([(), ("aarch64",)]),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])  # of the machine, when it has much else to do
+@given(manifests.filter(lambda each: not each.config.keys() & each.secrets.keys()))
+def test_what_is_suggested_reads_back_to_the_same_manifest(manifest):
+    assert component_toml.load(component_toml.suggest_toml(made(), manifest)) == manifest
+
+
+def test_only_what_differs_from_the_defaults_is_suggested():
+    manifest = Manifest(name="hello", version=component_toml.DEV_VERSION, trigger=Http(), limits=Limits(call_ms=250))
+    assert component_toml.suggest_toml(made(imports=["wasi:logging/logging@0.1.0-draft"]), manifest) == (
+        'name = "hello"\ntrigger = "http"\n\n[grants]\ninterfaces = ["wasi:logging/logging"]\n\n'
+        '[limits]\ncall = "250ms"\n\n[health]\ncheck = false\n'
+    )
+
+
+@given(st.text(max_size=300))
+def test_whatever_the_text_only_its_own_error_comes_out(text):
+    with contextlib.suppress(BadManifestError):
+        component_toml.load(text, component=V1)
+
+
+# Documentation
+
+DOCS = (Path(__file__).resolve().parents[3] / "docs/component-toml.md").read_text()
+
+
+def documented(path):
+    rows = [line for line in DOCS.splitlines() if line.startswith(f"| `{path}` |")]
+    assert len(rows) == 1, f"{path} has {len(rows)} rows in docs/component-toml.md"
+    return rows[0]
+
+
+def test_the_docs_list_every_field_with_its_default():
+    for table, struct in (("limits", Limits), ("health", Health)):
+        for field in toml_fields.fields(struct):
+            default = component_toml.quantity(field, getattr(struct(), field.name)).strip('"')
+            assert f"`{default}`" in documented(f"{table}.{field.key}")
+    for field in msgspec.structs.fields(Manifest):
+        if field.name not in {"limits", "health", "grants", "config", "secrets"}:
+            documented(field.name)
+    for field in msgspec.structs.fields(Grants):
+        documented(f"grants.{field.name}")
+    for field in msgspec.structs.fields(ConfigKey):
+        documented(f"config.KEY.{field.name}")
+    for field in msgspec.structs.fields(SecretKey):
+        documented(f"secrets.NAME.{field.name}")
+
+
+def test_the_docs_list_no_field_that_is_not_there():
+    known = {"trigger.every", "trigger.cron", "trigger.topics", "trigger.type"}
+    known |= {field.name for field in msgspec.structs.fields(Manifest)}
+    known |= {f"grants.{field.name}" for field in msgspec.structs.fields(Grants)}
+    known |= {f"config.KEY.{field.name}" for field in msgspec.structs.fields(ConfigKey)}
+    known |= {f"secrets.NAME.{field.name}" for field in msgspec.structs.fields(SecretKey)}
+    for table, struct in (("limits", Limits), ("health", Health)):
+        known |= {f"{table}.{field.key}" for field in toml_fields.fields(struct)}
+    paths = [line.split("`")[1] for line in DOCS.splitlines() if line.startswith("| `")]
+    assert set(paths) <= known
+
+
+def test_the_docs_examples_are_read():
+    blocks = [part.split("```")[0] for part in DOCS.split("```toml\n")[1:]]
+    assert blocks
+    for block in blocks:
+        component_toml.load(block)
