@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,12 @@ ALL_S = 1800.0  # beside the roots and kernels that are made before, once: ten m
 ON_BOTH = list(ARCHITECTURES)
 RISCV64_NIGHTLY = ["arm64", pytest.param("riscv64", marks=pytest.mark.nightly)]
 ARM64_NIGHTLY = [pytest.param("arm64", marks=pytest.mark.nightly), "riscv64"]
-NIGHTLY = [pytest.param(each, marks=pytest.mark.nightly) for each in ARCHITECTURES]
+
+
+def rows(what: Sequence[object], *, each_change: Sequence[tuple[str, object]]) -> list[object]:
+    """Make parameters of each architecture with each of `what`: nightly ones, but for those named."""
+    pairs = [(architecture, each) for architecture in ARCHITECTURES for each in what]
+    return [pytest.param(*pair, marks=() if pair in each_change else pytest.mark.nightly) for pair in pairs]
 
 
 @contextlib.contextmanager

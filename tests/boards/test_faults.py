@@ -95,7 +95,6 @@ def test_too_little_room_is_a_refusal_and_nothing_else(running: Joined) -> None:
         )
     running.answers(before)
     running.board.ok("rm -f /fill && sync")
-    running.operator.finished(group=running.group)
 
 
 def test_a_full_disk_stops_nothing_and_is_caught_up_with(running: Joined) -> None:

@@ -7,40 +7,55 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import stages
 from conftest import Joined
 from operator_side import Update
 from stages import budget
 
 SEED = int(os.environ.get("SEED", "0")) or random.SystemRandom().randrange(1 << 30)
-# Steps of an update that the agent's journal names as it takes them; the two around the swap are the most telling.
-BY_STEP = [
-    "swapping",
-    "probation",
-    *(pytest.param(each, marks=pytest.mark.nightly) for each in ("fetching", "compiling", "committed")),
-]
+# Steps of an update: the first is the operator's, the others are named in the agent's journal as it takes them.
+OFFERED = "offered"
+STEPS = (OFFERED, "fetching", "compiling", "swapping", "probation", "committed")
+# Two of each kind on arm64, the two steps on either side of the swap being the most telling; one on RISC-V.
+EACH_CHANGE = (("arm64", "swapping"), ("arm64", "probation"), ("riscv64", "swapping"))
+EACH_CHANGE_RANDOM = (("arm64", 1), ("arm64", 2), ("riscv64", 1))
 
 
-@pytest.mark.parametrize("step", BY_STEP)
+@pytest.mark.parametrize(
+    ("architecture", "step"), stages.rows(STEPS, each_change=EACH_CHANGE), indirect=["architecture"]
+)
 def test_the_plug_is_pulled_at_a_step_of_an_update(running: Joined, step: str) -> None:
-    board, update = running.board, running.next()
+    update = running.next()
+    with budget(f"plug pulled when {step}", 100):
+        if step == OFFERED:
+            running.offered(update)
+            running.board.pull_the_plug()
+        else:
+            pull_the_plug_when(running, step, update)
+        goes_on(running, update)
+
+
+def pull_the_plug_when(running: Joined, step: str, update: Update) -> None:
+    """Push an update, and pull the plug as soon as the board's journal says that it takes this step of it."""
+    board = running.board
     cursor = board.ok("journalctl --sync; journalctl --no-pager --lines=1 --show-cursor | sed -n 's/^-- cursor: //p'")
     said = f"journalctl --follow --lines=all --after-cursor='{cursor}' WASMFLEET_INSTANCE=hello WASMFLEET_PHASE={step}"
 
-    def pull_the_plug() -> None:
+    def wait_and_pull() -> None:
         # a pipe with a name, since `journalctl | head` ends only when the journal has a second line
         board.ok(f"mkfifo /run/step; {said} >/run/step & read -r line </run/step", timeout_s=300)
         board.pull_the_plug()
 
-    with budget(f"plug pulled while {step}", 100):
-        with ThreadPoolExecutor(1) as beside:
-            pulled = beside.submit(pull_the_plug)
-            running.offered(update)
-            pulled.result()
-        goes_on(running, update)
+    with ThreadPoolExecutor(1) as beside:
+        pulled = beside.submit(wait_and_pull)
+        running.offered(update)
+        pulled.result()
 
 
 # one name for a moment that each run chooses: the workers must collect the same tests
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    ("architecture", "number"), stages.rows((1, 2), each_change=EACH_CHANGE_RANDOM), indirect=["architecture"]
+)
 def test_the_plug_is_pulled_at_a_random_moment_of_an_update(running: Joined, number: int) -> None:
     update, moment_s = running.next(), random.Random(SEED + number).uniform(0.5, 20.0)
     with budget(f"plug pulled {moment_s:.1f} s into an update, SEED={SEED}", 100):
