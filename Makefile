@@ -32,10 +32,17 @@ install: $(STAMP) ## make the virtual environment and install everything into it
 demo: $(STAMP) ## the whole main job on this machine: three boards, three pushes, a rollback (ONCE=1: exit when done; BROKER=embedded|mosquitto)
 	$(BIN)/fleet demo $(if $(ONCE),--once) $(if $(BROKER),--broker $(BROKER))
 
-check: $(STAMP) ## lint, format, types
+check: $(STAMP) docs ## lint, format, types, prose, and every link of the pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.house.baseline
+
+docs: $(STAMP) ## check every link and anchor of the pages, and build them as a site into build/docs
+	$(BIN)/mkdocs build --strict --config-file tests/house/mkdocs.yml --site-dir $(abspath build/docs)
+
+baseline: $(STAMP) ## record the counts of faults in prose and shape, which may only fall (FORCE=1: raise them)
+	$(BIN)/python -m tests.house.baseline record $(if $(FORCE),--force)
 
 test: check ## lint, types and every test that needs neither root nor QEMU
 	$(BIN)/python -m pytest $(PARALLEL) -m "$(EVERYWHERE)"
@@ -94,5 +101,5 @@ nightly: $(STAMP) ## what takes too long for each change, hours (root): long fuz
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
 
-.PHONY: help install demo check test test-unit test-root test-density fuzz golden bench conformance clean \
+.PHONY: help install demo check docs baseline test test-unit test-root test-density fuzz golden bench conformance clean \
 	packages release riscv64-wheel wasmtime-serve test-guests test-boards test-nightly nightly
