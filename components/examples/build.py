@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build one example: the same HTTP component in five languages, each by its own toolchain.
+"""Build one example: the same HTTP component in several languages, each by its own toolchain.
 
 Usage: components/examples/build.py LANGUAGE -o FILE [--preview1-adapter FILE]
 
@@ -9,6 +9,7 @@ Usage: components/examples/build.py LANGUAGE -o FILE [--preview1-adapter FILE]
     go       go, wasm-tools, and wasi_snapshot_preview1.reactor.wasm from wasmtime's releases
     js       componentize-qjs (npm)
     python   componentize-py (PyPI)
+    wat      wasmtime (PyPI; `make install` brings it)
 
 Exit code 2 says that a tool is missing, and which.
 """
@@ -100,6 +101,15 @@ def build_python(scratch: Path, out: Path, _adapter: Path | None) -> None:
     run(compiler, "-d", WIT, "-w", WORLD, "componentize", "--stub-wasi", "app", "-o", out, cwd=scratch)
 
 
+def build_wat(_scratch: Path, out: Path, _adapter: Path | None) -> None:
+    """WebAssembly text: assembled by the engine's own library."""
+    if importlib.util.find_spec("wasmtime") is None:
+        raise MissingToolError("wasmtime is not installed: make install, then run this with .venv/bin/python")
+    import wasmtime  # noqa: PLC0415 - other languages build without it
+
+    out.write_bytes(wasmtime.wat2wasm((HERE / "wat/hello.wat").read_text(encoding="utf-8")))
+
+
 BUILDERS: dict[str, Callable[[Path, Path, Path | None], None]] = {
     "c": build_c,
     "zig": build_zig,
@@ -107,6 +117,7 @@ BUILDERS: dict[str, Callable[[Path, Path, Path | None], None]] = {
     "go": build_go,
     "js": build_js,
     "python": build_python,
+    "wat": build_wat,
 }
 
 

@@ -15,7 +15,15 @@ from wasmtime import component as wc
 from fleet.component import component_toml, reader
 
 BUILD = Path(__file__).resolve().parents[2] / "components/examples/build.py"
-SAYS = {"c": "v1", "zig": "Zig", "rust": "Rust", "go": "Go", "js": "JavaScript", "python": "Python"}
+SAYS = {
+    "c": "v1",
+    "zig": "Zig",
+    "rust": "Rust",
+    "go": "Go",
+    "js": "JavaScript",
+    "python": "Python",
+    "wat": "WebAssembly text",
+}
 
 
 @pytest.fixture(params=SAYS)
