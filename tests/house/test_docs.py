@@ -1,5 +1,7 @@
 """`make docs` sees links that lead nowhere: to pages, to anchors, to other files."""
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -43,3 +45,26 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, link: str, named: st
     done = build(tmp_path)
     assert (done.returncode != 0) == bool(named), done.stderr
     assert named in done.stderr
+
+
+ROOT = HERE.parents[1]
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "file", sorted(set(re.findall(r"`((?:agent|fleet|signing|tests|deploy)/[\w./]+)`", ARCHITECTURE)))
+)
+def test_files_of_the_architecture_page_exist(file: str) -> None:
+    assert (ROOT / file).exists()
+
+
+@pytest.mark.parametrize(("title", "hops"), [("Route 1", 9), ("Route 2", 17)])
+def test_each_hop_of_a_route_names_a_class_of_its_file(title: str, hops: int) -> None:
+    section = ARCHITECTURE.partition(f"## {title}")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| [^|]+ \| `([^`]+)` \| `(\w+)` \|", section, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, hops + 1))
+    for number, file, name in rows:
+        classes = {
+            node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.ClassDef)
+        }
+        assert name in classes, f"hop {number}: {file} has no class {name}"

@@ -13,6 +13,7 @@ from fleet.cli.main import SECTIONS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "components").glob("*.md")]
 PROGRAMS = ("fleet", "fleet-agent", "fleet-host")
 GROUPS = {"rollout", "keys", "sign", "component", "audit", "ca", "operators", "server", "publisher", "image", "sbom"}
@@ -56,7 +57,7 @@ def help_of(line: str) -> str:
 
 def in_the_tables() -> Iterator[str]:
     """Every command of the tables: `a b`, `c` in one cell are `program a b` and `program c` (or `program a c`)."""
-    for cell in re.findall(r"^\| (`fleet.*?) \| ", README, re.MULTILINE):
+    for cell in re.findall(r"^\| (`fleet.*?) \| ", COMMANDS, re.MULTILINE):
         first, *others = re.findall(r"`([^`]+)`", cell)
         yield first
         program, *words = first.split()
@@ -80,7 +81,7 @@ TABLE = list(in_the_tables())
 
 
 @pytest.mark.parametrize("line", [*TABLE, *in_the_blocks()])
-def test_a_command_of_the_readme_exists_with_its_options(line):
+def test_a_command_of_the_pages_exists_with_its_options(line):
     told = help_of(line)
     for option in re.findall(r"(?<= )--[a-z-]+", line):
         assert option in told, f"{line}: there is no {option}"
