@@ -1,6 +1,7 @@
 """The pages are held to the programs: commands and options that they name exist, links lead somewhere."""
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,3 +130,13 @@ def test_targets_of_make_exist(page):
 def test_files_that_the_readme_pushes_exist():
     for file in re.findall(r"(?:components|deploy|docs)/[\w./-]*\w/?", README):
         assert (ROOT / file).exists(), file
+
+
+def test_packages_are_named_by_the_version_of_now():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    named = {
+        found
+        for page in PAGES
+        for found in re.findall(r"wasmfleet-agent_(\d[\w.]*)_", page.read_text(encoding="utf-8"))
+    }
+    assert named == {version}
