@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml
 
 install: $(STAMP) ## make the virtual environment and install everything into it
 
-demo: $(STAMP) ## the whole main job on this machine: three boards, three pushes, a rollback (ONCE=1: exit when done; BROKER=embedded|mosquitto)
+demo: $(STAMP) ## a fleet of three devices on this machine: three pushes, a rollback, an undo (ONCE=1: exit when done; BROKER=embedded|mosquitto)
 	$(BIN)/fleet demo $(if $(ONCE),--once) $(if $(BROKER),--broker $(BROKER))
 
 check: $(STAMP) docs ## lint, format, types, prose, and every link of the pages
@@ -50,13 +50,13 @@ test: check ## lint, types and every test that needs neither root nor QEMU
 test-unit: $(STAMP) ## the quick tests only
 	$(BIN)/python -m pytest $(PARALLEL) -m "$(EVERYWHERE) and not e2e"
 
-golden: $(STAMP) ## record anew what leaves a process (messages, tables, routes, commands): read the difference before it is committed
+golden: $(STAMP) ## record again what leaves a process (messages, tables, routes, commands): read the difference before committing it
 	$(BIN)/python -m pytest tests/golden tests/fleet/server/test_golden_answers.py --record-golden
 
-test-root: $(STAMP) ## tests of the walls that only root can build
+test-root: $(STAMP) ## tests of isolation layers that only root can create
 	$(BIN)/python -m pytest -m root
 
-fuzz: $(STAMP) ## throw bytes at all that reads strangers' (FUZZ: times the mutants of HTTP, 0: none; RUNS: of each parser; HARNESS: only that)
+fuzz: $(STAMP) ## fuzz every parser of external input (FUZZ: times the HTTP mutants, 0: none; RUNS: of each parser; HARNESS: only that)
 	$(if $(or $(HARNESS),$(filter 0,$(FUZZ))),,FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest tests/agent -m "$(EVERYWHERE)" -k fuzz --timeout 3600)
 	$(BIN)/python -m tests.fuzz.run $(HARNESS) $(if $(RUNS),--runs $(RUNS))
 
@@ -66,12 +66,12 @@ test-density: $(STAMP) ## three thousand idle instances on one host, in a gibiby
 bench: $(STAMP) ## print the ratios and counts of the budget table
 	$(BIN)/python -m pytest -m bench -s
 
-conformance: $(STAMP) ## judge the board's TUF client by the public suite: TUF_CONFORMANCE=its checkout
+conformance: $(STAMP) ## run the public TUF suite against the device's client: TUF_CONFORMANCE=its checkout
 	@test -x "$(TUF_CONFORMANCE)/env/bin/pytest" || { echo "set TUF_CONFORMANCE to a checkout of theupdateframework/tuf-conformance after 'make dev' in it"; exit 2; }
 	@command -v faketime >/dev/null || { echo "the suite moves the clock: install faketime"; exit 2; }
 	cd "$(TUF_CONFORMANCE)" && env/bin/pytest tuf_conformance --entrypoint "$(abspath $(BIN))/fleet-tuf-conformance"
 
-packages: $(STAMP) ## the Debian packages for boards (arm64, riscv64, amd64) and for the server, into dist/
+packages: $(STAMP) ## the Debian packages for devices (arm64, riscv64, amd64) and for the server, into dist/
 	$(BIN)/python -m deploy.packages.build
 
 release: $(STAMP) ## wheel, packages, checksums, third-party notices and SBOM, into dist/
@@ -80,10 +80,10 @@ release: $(STAMP) ## wheel, packages, checksums, third-party notices and SBOM, i
 riscv64-wheel: $(STAMP) ## wasmtime for riscv64, into $$WASMFLEET_WHEELHOUSE (half an hour, once)
 	$(BIN)/python -m deploy.riscv64.build
 
-wasmtime-serve: $(STAMP) ## the wasmtime command that the tests compare boards with, into $$WASMFLEET_CACHE (half an hour, once)
+wasmtime-serve: $(STAMP) ## the wasmtime command that tests compare with, into $$WASMFLEET_CACHE (half an hour, once)
 	$(BIN)/python -m deploy.wasmtime_cli
 
-test-guests: $(STAMP) ## build guests in Rust, Go, JavaScript and Python with toolchains of their own, and test what they do
+test-guests: $(STAMP) ## build guests in Rust, Go, JavaScript and Python with toolchains of their own, and test them
 	$(BIN)/python -m deploy.guests $(BIN)/python -m pytest -rs $(GUEST_TESTS)
 
 test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them (root; FULL=1: what is left to `make nightly` too)
