@@ -38,17 +38,17 @@ PACKAGE_OF = {
 
 
 class BuildError(Exception):
-    """What a person has to hear when a build cannot go on: one sentence, with what to do next."""
+    """Failure of a build: one sentence for the person at the terminal, with the next step."""
 
 
 def say(sentence: str) -> None:
-    """Tell the person at the terminal what happens now."""
+    """Print progress to the terminal."""
     sys.stderr.write(f"{sentence}\n")
     sys.stderr.flush()
 
 
 def cache_dir() -> Path:
-    """Where roots and other slow results are kept: `$WASMFLEET_CACHE`, else `wasmfleet` in the user's cache."""
+    """Return the cache of slow results: `$WASMFLEET_CACHE`, else `wasmfleet` in the user's cache."""
     named = os.environ.get("WASMFLEET_CACHE")
     base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wasmfleet"
     base.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def cache_dir() -> Path:
 
 
 def need(*programs: str) -> None:
-    """Make sure that every program is there.
+    """Check that every program is installed.
 
     Raises:
         BuildError: naming the Debian packages to install.
@@ -68,7 +68,7 @@ def need(*programs: str) -> None:
 
 
 def mirror() -> str:
-    """The URL of the Debian archive that this machine's apt already uses.
+    """Return the URL of the Debian archive that this machine's apt uses.
 
     Raises:
         BuildError: if apt knows none and `$WASMFLEET_DEBIAN_MIRROR` is not set.
@@ -85,17 +85,17 @@ def mirror() -> str:
 
 
 def key(*parts: object) -> str:
-    """A short name for a cached result, from everything that it was made of."""
+    """Return a short name for a cached result: a hash of its inputs."""
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def native() -> str:
-    """Debian's name of this machine's architecture."""
+    """Return Debian's name of this machine's architecture."""
     return _output(["dpkg", "--print-architecture"]).strip()
 
 
 def is_root() -> bool:
-    """Whether this process may build roots without a user namespace."""
+    """Check for the right to build roots without a user namespace."""
     return os.geteuid() == 0
 
 
@@ -108,7 +108,7 @@ def bootstrap(
     variant: str = "minbase",
     options: Sequence[str] = (),
 ) -> Path:
-    """Make a Debian root at `place` unless it is there already; return `place`.
+    """Create a Debian root at `place` unless it exists; return `place`.
 
     Raises:
         BuildError: when mmdebstrap is missing or fails (its output was shown).
@@ -148,7 +148,7 @@ def bootstrap(
 def enter(
     root: Path, command: Sequence[str], *, binds: Mapping[Path, str] | None = None, env: Mapping[str, str] | None = None
 ) -> list[str]:
-    """The command line that runs a command inside a root, with host directories bound in.
+    """Return the command line that runs a command inside a root, with host directories bound in.
 
     Args:
         root: the directory of the root.

@@ -20,7 +20,7 @@ PREVIEW1_ADAPTER = "node_modules/@bytecodealliance/jco/lib/wasi_snapshot_preview
 
 
 def javascript() -> Path:
-    """Where npm put jco and componentize-qjs; made on first use.
+    """Return the directory of jco and componentize-qjs, installed by npm on first use.
 
     Raises:
         debian.BuildError: if npm is missing or fails.
@@ -33,7 +33,7 @@ def javascript() -> Path:
 
 
 def python() -> Path:
-    """A virtual environment with componentize-py; made on first use.
+    """Return a virtual environment with componentize-py, created on first use.
 
     Raises:
         debian.BuildError: if pip fails.
@@ -45,7 +45,7 @@ def python() -> Path:
 
 
 def commands() -> Path:
-    """A directory for PATH with wasm-tools and componentize-py alone, not the Python that came with it.
+    """Return a directory for PATH with wasm-tools and componentize-py only, without the Python beside it.
 
     wasm-tools is the toolchain root's, started with the libraries that it was built for.
     """
@@ -64,7 +64,7 @@ def commands() -> Path:
 
 
 def environment() -> Mapping[str, str]:
-    """This process's variables with every toolchain on PATH.
+    """Return this process's environment with every toolchain on PATH.
 
     Raises:
         debian.BuildError: if one of them cannot be made.
@@ -75,7 +75,7 @@ def environment() -> Mapping[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code."""
+    """Run the command; return its exit code."""
     command = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return subprocess.run(command, env=environment(), check=False).returncode
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _once(place: Path, commands: Sequence[Sequence[str]]) -> None:
-    """Let commands fill a directory unless they did so before; a half-filled one is made again."""
+    """Fill a directory by commands, once; one left half-filled is created again."""
     done = place / ".complete"
     if done.exists():
         return

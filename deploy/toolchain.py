@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def toolchain() -> Path:
-    """The root, made on first use (about two minutes and 2 GB)."""
+    """Return the root, created on first use (about two minutes and 2 GB)."""
     root = debian.bootstrap(
         debian.cache_dir() / SUITE,
         suite=SUITE,

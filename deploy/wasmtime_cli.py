@@ -23,12 +23,12 @@ FEATURES = "serve,run,component-model-async,cranelift,pooling-allocator,parallel
 
 
 def place() -> Path:
-    """Where the finished command is put."""
+    """Return the place of the finished command."""
     return debian.cache_dir() / f"wasmtime-{VERSION}" / "bin" / "wasmtime"
 
 
 def finished() -> Path | None:
-    """The command, if it was named, built before or installed, and serves components; None if there is none."""
+    """Find the command, if it was named, built before or installed, and serves components."""
     named = os.environ.get("WASMFLEET_WASMTIME")
     found = shutil.which("wasmtime")
     for each in (Path(named) if named else None, place(), Path(found) if found else None):
@@ -38,13 +38,13 @@ def finished() -> Path | None:
 
 
 def _serves(command: Path) -> bool:
-    # This build has no --help. Without its sub-command, `serve` would be the name of a file to run.
+    # No --help in this build. Without its sub-command, `serve` would be the name of a file to run.
     said = subprocess.run([command, "serve"], check=False, capture_output=True).stderr
     return b"required arguments" in said
 
 
 def build() -> Path:
-    """Build it in the toolchain root; return its path. Half an hour on two cores.
+    """Build the command in the toolchain root; return its path. Half an hour on two cores.
 
     Raises:
         debian.BuildError: if a step fails; its output was shown.
@@ -70,7 +70,7 @@ def build() -> Path:
 
 
 def main() -> int:
-    """Build it unless it is there, and print where."""
+    """Build the command unless it exists, and print its path."""
     started = time.monotonic()
     try:
         done = finished()

@@ -43,7 +43,7 @@ exec busybox switch_root /root /sbin/init
 
 
 def version(kernel: Path) -> str:
-    """The version of an unpacked kernel.
+    """Return the version of an unpacked kernel.
 
     Raises:
         debian.BuildError: there is none.
@@ -55,12 +55,12 @@ def version(kernel: Path) -> str:
 
 
 def bootable(kernel: Path) -> Path:
-    """The file that QEMU boots: Debian calls it vmlinuz on Arm and vmlinux on RISC-V."""
+    """Return the file that QEMU boots: Debian calls it vmlinuz on Arm and vmlinux on RISC-V."""
     return next(iter(sorted((kernel / "boot").glob("vmlinu[xz]-*"))))
 
 
 def dependencies(kernel: Path, names: Iterable[str]) -> list[Path]:
-    """The files of these modules and of what they need, in the order in which they are loaded."""
+    """List the files of these modules and of their dependencies, in loading order."""
     debian.need("depmod")
     release = version(kernel)
     base = kernel / "usr/lib/modules" / release
@@ -122,7 +122,7 @@ def make_initrd(kernel: Path, out: Path) -> Path:
 
 
 def install_modules(kernel: Path, root: Path, names: Iterable[str]) -> None:
-    """Put these modules, with what they need, into a root, so that `modprobe` finds them there."""
+    """Copy these modules and their dependencies into a root, where `modprobe` finds them."""
     release = version(kernel)
     base = kernel / "usr/lib/modules" / release
     target = root / "usr/lib/modules" / release
@@ -156,7 +156,7 @@ def make_disk(root: Path, out: Path, *, size_mb: int) -> Path:
 
 
 def _partition_table(*partitions: tuple[int, int, int]) -> bytes:
-    """A master boot record; a partition is its type, its start and its size, in MiB."""
+    """Return a master boot record; a partition is its type, its start and its size, in MiB."""
     sectors = (1 << 20) // _SECTOR
     beyond = b"\xfe\xff\xff"  # cylinders, heads and sectors say nothing any more
     entries = [

@@ -1,4 +1,4 @@
-"""Make this machine able to emulate boards: `python -m deploy.image.ready`, part of `make test-boards`.
+"""Prepare this machine to emulate boards: `python -m deploy.image.ready`, part of `make test-boards`.
 
 As root it installs what is missing, from this machine's own Debian archive; otherwise it says what to install. Then it
 makes what boards are made of and what changes rarely, both architectures at the same time: a root, a kernel.
@@ -19,7 +19,7 @@ PROGRAMS = (
     *("qemu-img", "mke2fs", "mkfs.fat", "mcopy", "dpkg-deb", "cpio", "depmod", "unshare", "mosquitto"),
 )
 BUDGET_S = 600  # from nothing, on two cores; nothing when it is there
-# what has no program of its own
+# packages without a program of their own
 BESIDES = ("arch-test", "binfmt-support", "opensbi")
 
 
@@ -42,7 +42,7 @@ def install() -> None:
 
 
 def make(architecture: str) -> None:
-    """The root and the kernel of a board, unless they are there; prints how long it took."""
+    """Create the root and the kernel of a board unless they exist; print how long it took."""
     started = time.monotonic()
     root.root(architecture)
     root.kernel(architecture)
@@ -50,7 +50,7 @@ def make(architecture: str) -> None:
 
 
 def main() -> int:
-    """Install and make what is missing; 1 when something still is."""
+    """Install and create whatever is missing; return 1 if that fails."""
     try:
         install()
         for architecture in root.ARCHITECTURES:

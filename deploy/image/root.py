@@ -1,4 +1,4 @@
-"""A board's root: Debian 13 for arm64 or riscv64, made on this machine, cached by what it was made of.
+"""Root file system of a board: Debian 13 for arm64 or riscv64, created on this machine, cached by its inputs.
 
     python -m deploy.image.root arm64        make it (minutes, once) and print where it is
 
@@ -17,7 +17,7 @@ from deploy import debian
 SUITE = "trixie"
 ARCHITECTURES = {"arm64": "aarch64", "riscv64": "riscv64"}
 
-# What Debian's packages of the agent depend on, and what a small board has anyway.
+# Dependencies of the agent's package, and what a small board has anyway.
 BASE = (
     "systemd systemd-sysv udev kmod iproute2 procps login passwd "
     "python3 python3-cryptography python3-paho-mqtt python3-systemd python3-msgspec libseccomp2"
@@ -32,7 +32,7 @@ _UNSTUB = 'rm "$1"{0}; chroot "$1" dpkg-divert --quiet --local --rename --remove
 
 
 def ready(architecture: str) -> None:
-    """Make sure that programs of the architecture run here.
+    """Check that programs of the architecture run here.
 
     Raises:
         debian.BuildError: naming what to install or to run.
@@ -52,7 +52,7 @@ def ready(architecture: str) -> None:
 
 
 def root(architecture: str) -> Path:
-    """The board's root directory; treat it as read-only."""
+    """Return the board's root directory; treat it as read-only."""
     ready(architecture)
     hooks = [f"--essential-hook={_STUB.format(path)}" for path in _STUBBED]
     hooks += [f"--customize-hook={_UNSTUB.format(path)}" for path in _STUBBED]
@@ -67,7 +67,7 @@ def root(architecture: str) -> Path:
 
 
 def kernel(architecture: str) -> Path:
-    """Debian's kernel with its modules, and a static busybox, unpacked and not configured."""
+    """Return Debian's kernel with its modules, and a static busybox, unpacked and not configured."""
     packages = (f"linux-image-{architecture}", "busybox-static")
     return debian.bootstrap(
         debian.cache_dir() / f"kernel-{architecture}-{debian.key(SUITE, packages)}",
@@ -79,7 +79,7 @@ def kernel(architecture: str) -> Path:
 
 
 def native_python() -> Path:
-    """A root of this machine's own architecture with the Python that boards have."""
+    """Return a root of this machine's own architecture with the boards' Python."""
     packages = ("python3",)
     return debian.bootstrap(
         debian.cache_dir() / f"python-{debian.key(SUITE, packages)}",
@@ -103,13 +103,13 @@ def byte_compile(tree: Path) -> None:
 
 
 def without_byte_compiling(tree: Path) -> list[str]:
-    """Shell commands that keep packages from byte-compiling inside `tree`, and let them again."""
+    """Return shell commands that keep packages from byte-compiling inside `tree`, and let them again."""
     stub = _STUB.format("/usr/bin/py3compile").replace('"$1"', str(tree))
     return [stub, _UNSTUB.format("/usr/bin/py3compile").replace('"$1"', str(tree))]
 
 
 def main() -> int:
-    """Make the roots of the architectures named on the command line."""
+    """Create the roots of the architectures named on the command line."""
     for architecture in sys.argv[1:] or ARCHITECTURES:
         try:
             print(root(architecture), kernel(architecture))

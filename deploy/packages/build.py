@@ -32,7 +32,7 @@ PLATFORMS = {
     "riscv64": ("manylinux_2_31_riscv64", "manylinux_2_34_riscv64", "manylinux_2_39_riscv64"),
     "amd64": ("manylinux1_x86_64", "manylinux2014_x86_64", "manylinux_2_28_x86_64"),
 }
-# What of the wheel each side carries; the demo's components stay with the server.
+# Parts of the wheel in each package; the demo's components stay with the server.
 PARTS = {
     "wasmfleet-agent": ("agent", "signing", "fleet/__init__.py", "fleet/protocol", "fleet/component"),
     "wasmfleet-server": ("fleet", "signing"),
@@ -56,13 +56,13 @@ UNITS = {
 
 
 def version() -> str:
-    """The product's version, from pyproject.toml; `$WASMFLEET_VERSION` names another (a rebuild, a test)."""
+    """Return the product's version, from pyproject.toml; `$WASMFLEET_VERSION` names another (a rebuild, a test)."""
     project = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]
     return os.environ.get("WASMFLEET_VERSION") or str(project["version"])
 
 
 def epoch() -> int:
-    """The date of every file: SOURCE_DATE_EPOCH, else that of the last commit, else now."""
+    """Return the date of every file: SOURCE_DATE_EPOCH, else that of the last commit, else now."""
     named = os.environ.get("SOURCE_DATE_EPOCH")
     if named:
         return int(named)
@@ -77,10 +77,10 @@ def epoch() -> int:
 
 
 def own_wheel(place: Path) -> Path:
-    """The product's wheel.
+    """Build the product's wheel; return its path.
 
     Raises:
-        debian.BuildError: it cannot be built.
+        debian.BuildError: pip fails.
     """
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(place), str(SOURCE)]
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch())}
@@ -142,7 +142,7 @@ def stage(package: str, architecture: str, wheel: Path, tree: Path) -> None:
 
 
 def _settings(package: str, tree: Path) -> None:
-    """What systemd, the board's owner and lintian read."""
+    """Copy the files for systemd, the device's owner and lintian."""
     systemd = SOURCE / "deploy/systemd"
     files = {systemd / unit: f"usr/lib/systemd/system/{unit}" for unit in UNITS[package]}
     for kind in ("sysusers", "tmpfiles"):
@@ -212,7 +212,7 @@ def _documents(package: str, site: Path, place: Path) -> None:
 
 
 def copyright_text(site: Path) -> str:
-    """Debian's copyright file: our licence, and that of everything that is carried along."""
+    """Return Debian's copyright file: our licence, and those of the bundled packages."""
     head = (
         "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\n"
         "Upstream-Name: wasmfleet\n\n"
@@ -241,7 +241,7 @@ def copyright_text(site: Path) -> str:
 
 
 def _without_apache(text: str) -> str:
-    """A licence's text with the Apache License itself named instead of quoted, as Debian wants it; exceptions stay."""
+    """Return a licence's text with the Apache License named instead of quoted, as Debian requires; exceptions stay."""
     if "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" not in text:
         return text
     named = "On Debian systems, the Apache License 2.0 is in /usr/share/common-licenses/Apache-2.0."
@@ -250,7 +250,7 @@ def _without_apache(text: str) -> str:
 
 
 def describe(info: Path) -> tuple[str, str]:
-    """Name and licence of a carried package, from its metadata."""
+    """Return name and licence of a bundled package, from its metadata."""
     text = (info / "METADATA").read_text(errors="replace").split("\n\n", 1)[0]
     name = re.search(r"^Name: (.+)$", text, re.MULTILINE)
     licence = re.search(r"^License-Expression: (.+)$", text, re.MULTILINE)

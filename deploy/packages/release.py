@@ -1,4 +1,4 @@
-"""Everything that a release is made of, into dist/: `python -m deploy.packages.release` (or `make release`).
+"""Build a whole release into dist/: `python -m deploy.packages.release` (or `make release`).
 
 The wheel, the Debian packages, what of others they carry (`THIRD-PARTY.txt`, and `wasmfleet.cdx.json`: an SBOM in
 CycloneDX 1.5), and `SHA256SUMS` over all of it.
@@ -29,7 +29,7 @@ PINS = ("wasmfleet-agent/vendored.txt", "wasmfleet-agent/engine.txt", "wasmfleet
 
 @dataclass(frozen=True, order=True)
 class Part:
-    """Something of others' that a release carries."""
+    """Third-party part of a release."""
 
     kind: str  # of its package URL: pypi, cargo
     name: str
@@ -40,12 +40,12 @@ class Part:
 
     @property
     def url(self) -> str:
-        """Its package URL."""
+        """Return the package URL."""
         return f"pkg:{self.kind}/{self.name}@{self.version}"
 
 
 def pinned() -> Iterator[Part]:
-    """The Python packages that are carried along, from their pins."""
+    """List the bundled Python packages, from their pins."""
     for pins in PINS:
         text = (build.HERE / pins).read_text().replace("\\\n", " ")
         for line in text.splitlines():
@@ -56,14 +56,14 @@ def pinned() -> Iterator[Part]:
 
 
 def crates() -> Iterator[Part]:
-    """The Rust crates that libwasmtime.so for riscv64 is linked from."""
+    """List the Rust crates that libwasmtime.so for riscv64 is linked from."""
     entry = re.compile(r'name = "(.+)"\nversion = "(.+)"\nsource = .*\nchecksum = "(.+)"')
     for name, version, digest in entry.findall((riscv64.HERE / "Cargo.lock").read_text()):
         yield Part("cargo", name, version, (digest,), "wasmtime's riscv64 wheel")
 
 
 def licensed(parts: Iterable[Part], site: Path) -> list[Part]:
-    """The Python parts with their licences, read from what was installed."""
+    """Return the Python parts with their licences, read from the installed packages."""
     licences = {}
     for info in site.rglob("*.dist-info"):
         name, licence = build.describe(info)
@@ -75,7 +75,7 @@ def licensed(parts: Iterable[Part], site: Path) -> list[Part]:
 
 
 def sbom(parts: Iterable[Part], version: str, when: datetime) -> dict[str, Any]:
-    """A CycloneDX document; the same parts and date make the same document."""
+    """Return a CycloneDX document; the same parts and date make the same document."""
     components: list[dict[str, Any]] = []
     for part in sorted(set(parts)):
         entry: dict[str, Any] = {
@@ -115,7 +115,7 @@ def sbom(parts: Iterable[Part], version: str, when: datetime) -> dict[str, Any]:
 
 
 def notices(site: Path, crate_list: Iterable[Part]) -> str:
-    """The licences of everything carried along, in full."""
+    """Return the licences of all third-party parts, in full."""
     sections = ["Third-party software carried by wasmfleet's packages. Each section is that software's own notice.\n"]
     for info in sorted(site.rglob("*.dist-info")):
         name, licence = build.describe(info)
@@ -133,19 +133,19 @@ def notices(site: Path, crate_list: Iterable[Part]) -> str:
 
 
 def checksums(directory: Path) -> str:
-    """SHA256SUMS, as sha256sum(1) reads it."""
+    """Return SHA256SUMS, as sha256sum(1) reads it."""
     files = [path for path in sorted(directory.iterdir()) if path.is_file() and path.name != "SHA256SUMS"]
     return "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
 
 
 def unpack(debs: Iterable[Path], place: Path) -> None:
-    """The carried Python packages, as they lie in the Debian packages."""
+    """Unpack the bundled Python packages from the Debian packages."""
     for deb in debs:
         subprocess.run(["dpkg-deb", "--extract", str(deb), str(place)], check=True)
 
 
 def complete(out: Path, debs: Iterable[Path], engine: Path | None) -> None:
-    """Put beside the wheel and the packages in `out` what belongs to a release of them.
+    """Add the other files of a release beside the wheel and the packages in `out`.
 
     Args:
         out: where the wheel and the packages lie.
@@ -165,7 +165,7 @@ def complete(out: Path, debs: Iterable[Path], engine: Path | None) -> None:
 
 
 def main() -> int:
-    """Make a release in dist/."""
+    """Build a release into dist/."""
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     try:

@@ -34,20 +34,20 @@ EPOCH = 1767225600  # 2026-01-01; every date inside the wheel, unless SOURCE_DAT
 
 
 def wheelhouses() -> tuple[Path, ...]:
-    """Where the finished wheel is looked for, and put into the first: `$WASMFLEET_WHEELHOUSE`, then the cache."""
+    """List the places of the finished wheel: `$WASMFLEET_WHEELHOUSE`, then the cache. The first is written to."""
     named = os.environ.get("WASMFLEET_WHEELHOUSE")
     cache = debian.cache_dir() / "wheels"
     return (Path(named), cache) if named else (cache,)
 
 
 def finished() -> Path | None:
-    """The wheel, if it was built before."""
+    """Find the wheel, if it was built before."""
     found = (path for place in wheelhouses() for path in sorted(place.glob(f"wasmtime-{VERSION}-*riscv64.whl")))
     return next(found, None)
 
 
 def sysroot() -> Path:
-    """Debian 13's C library for riscv64: what the board has, so what the linker may promise."""
+    """Return Debian 13's C library for riscv64: the board has this one, so the library must link against it."""
     root = debian.bootstrap(
         debian.cache_dir() / "sysroot-riscv64-trixie",
         suite="trixie",
@@ -97,12 +97,12 @@ def compile_library() -> Path:
 
 
 def epoch() -> int:
-    """The date of everything in the wheel, seconds since 1970."""
+    """Return the date of all files in the wheel, in seconds since 1970."""
     return int(os.environ.get("SOURCE_DATE_EPOCH", EPOCH))
 
 
 def glibc_needed(library: Path) -> tuple[int, int]:
-    """The newest glibc version that the library asks for.
+    """Return the newest glibc version that the library requires.
 
     Raises:
         debian.BuildError: if the board's glibc is older than that.
@@ -118,7 +118,7 @@ def glibc_needed(library: Path) -> tuple[int, int]:
 
 
 def upstream_wheel() -> Path:
-    """Upstream's wheel, fetched by pip and checked against the pinned hash.
+    """Fetch upstream's wheel by pip, checked against the pinned hash.
 
     Raises:
         debian.BuildError: if pip cannot fetch it or the hash differs.
@@ -132,7 +132,7 @@ def upstream_wheel() -> Path:
 
 
 def loader(source: str) -> str:
-    """Upstream's `wasmtime/_ffi.py`, taught that riscv64 exists: the one place where upstream's code is changed.
+    """Return upstream's `wasmtime/_ffi.py` with riscv64 added: the only change to upstream's code.
 
     The loader looks for `linux-<machine>/_libwasmtime.so`, and refuses any machine but two by name.
 
@@ -150,7 +150,7 @@ def loader(source: str) -> str:
 
 
 def repack(upstream: Path, library: Path, tag: str, place: Path) -> Path:
-    """Put the library into upstream's wheel under a new tag; return the new wheel. Same input, same bytes."""
+    """Repack upstream's wheel with the library under a new tag; return the new wheel. Same input, same bytes."""
     info = f"wasmtime-{VERSION}.dist-info"
     files: dict[str, bytes] = {}
     with zipfile.ZipFile(upstream) as wheel:
@@ -178,7 +178,7 @@ def repack(upstream: Path, library: Path, tag: str, place: Path) -> Path:
 
 
 def record(files: Mapping[str, bytes], own_name: str) -> str:
-    """The wheel's RECORD: each file with its hash and size."""
+    """Return the wheel's RECORD: each file with its hash and size."""
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     for name, data in sorted(files.items()):
@@ -189,7 +189,7 @@ def record(files: Mapping[str, bytes], own_name: str) -> str:
 
 
 def crates() -> str:
-    """The crates that are locked for the library, by name, version and hash: what its licences are looked up by."""
+    """List the crates locked for the library, by name, version and hash, to look up their licences."""
     entry = re.compile(r'name = "(.+)"\nversion = "(.+)"\nsource = .*\nchecksum = "(.+)"')
     rows = entry.findall((HERE / "Cargo.lock").read_text())
     head = "libwasmtime.so was built from these published Rust crates (name, version, sha256 of the crate):\n\n"
@@ -197,7 +197,7 @@ def crates() -> str:
 
 
 def main() -> int:
-    """Build, repack, and print what came out."""
+    """Build, repack, and print the wheel's path."""
     started = time.monotonic()
     try:
         done = finished()
