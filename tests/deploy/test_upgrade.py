@@ -52,8 +52,15 @@ def version(deb: Path) -> str:
 STAND_INS = ("systemd-sysusers", "systemd-tmpfiles", "py3compile", "deb-systemd-helper", "systemctl", "userdel")
 
 
-def invoked(deb: Path, tmp_path: Path, *arguments: str) -> list[str]:
-    """Run a package's postinst with stand-ins for what it calls; return what it had systemd do with which units."""
+class Configured(NamedTuple):
+    """What a postinst had systemd do with which units, and what it said."""
+
+    invoked: list[str]
+    said: str
+
+
+def configure(deb: Path, tmp_path: Path, *arguments: str) -> Configured:
+    """Run a package's postinst with stand-ins for what it calls."""
     subprocess.run(["dpkg-deb", "--control", str(deb), str(tmp_path / "control")], check=True)
     commands, log, running = tmp_path / "bin", tmp_path / "invoked", tmp_path / "systemd"
     commands.mkdir()
@@ -76,7 +83,7 @@ def invoked(deb: Path, tmp_path: Path, *arguments: str) -> list[str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return log.read_text().splitlines()
+    return Configured(log.read_text().splitlines(), done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -86,16 +93,18 @@ def invoked(deb: Path, tmp_path: Path, *arguments: str) -> list[str]:
 def test_only_an_upgrade_from_before_the_move_restarts_the_host(
     packages: Packages, tmp_path: Path, upgraded_from: str | None, restarts: bool
 ) -> None:
-    done = invoked(packages.new, tmp_path, *([upgraded_from] if upgraded_from else []))
+    done, said = configure(packages.new, tmp_path, *([upgraded_from] if upgraded_from else []))
     assert ("try-restart fleet-host.service" in done) == restarts
     assert ("try-restart fleet-agent.service" in done) == (upgraded_from is not None)
     if restarts:
         host, agent = (done.index(f"try-restart fleet-{name}.service") for name in ("host", "agent"))
         assert host < agent, "the new agent meets the new host"
+    assert ("restarting fleet-host once" in said) == restarts
+    assert ("until 'systemctl restart fleet-host'" in said) == (upgraded_from is not None and not restarts)
 
 
 def test_the_versions_of_both_packages_lead_to_the_restart(packages: Packages, tmp_path: Path) -> None:
-    assert "try-restart fleet-host.service" in invoked(packages.new, tmp_path, version(packages.old))
+    assert "try-restart fleet-host.service" in configure(packages.new, tmp_path, version(packages.old)).invoked
 
 
 # -- what becomes of a device
