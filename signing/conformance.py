@@ -1,13 +1,13 @@
-"""`fleet-tuf-conformance`: the board's TUF client behind the command line of the public TUF conformance suite.
+"""`fleet-tuf-conformance`: the device's TUF client behind the command line of the public TUF conformance suite.
 
     fleet-tuf-conformance --metadata-dir DIR [--metadata-url URL] init ROOT
     fleet-tuf-conformance --metadata-dir DIR --metadata-url URL refresh
     fleet-tuf-conformance --metadata-dir DIR --metadata-url URL --target-name NAME --target-base-url URL
         --target-dir DIR download
 
-It is the same `Workflow`, `Facts` and `DirectoryCache` that the agent runs; only fetching is the plainest HTTP there
-is. Exit code 0 for success, 1 for a verdict against the repository. After a refresh the trusted metadata lies
-unversioned in DIR, and beside it, hidden, what is remembered apart from it.
+`Updater`, `TrustedMetadata`, `VerifierState` and `DirectoryCache` are those that the agent runs; only fetching is plain
+HTTP. Exit code 0 for success, 1 for a refusal. After a refresh the trusted metadata lies unversioned in DIR, and beside
+it, hidden, what is remembered apart from it.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
 from signing import metadata
 from signing.errors import FetchNotFound, Rejected
-from signing.state import VerifierState
-from signing.trusted_metadata import Workflow
-from signing.updater import DirectoryCache
+from signing.updater import DirectoryCache, FileState, Updater
 
 TIMEOUT_S: Final = 30
 
 PINNED: Final = ".pinned-root"
 
-FACTS: Final = ".facts"
+STATE: Final = ".facts"
+
+LOCK: Final = ".lock"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "init":
             _init(directory, Path(options.root))
         else:
-            workflow = _refresh(directory, options.metadata_url)
+            updater = _refresh(directory, options.metadata_url)
             if options.command == "download":
-                _download(workflow, options.target_name, options.target_base_url, Path(options.target_dir))
+                _download(updater, options.target_name, options.target_base_url, Path(options.target_dir))
     except (Rejected, OSError, *wire.JSON_ERRORS) as error:
         print(f"fleet-tuf-conformance: {error}", file=sys.stderr)  # noqa: T201 - a command
         return 1
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fleet-tuf-conformance", description="The board's TUF client, to be tested.")
+    parser = argparse.ArgumentParser(prog="fleet-tuf-conformance", description="The device's TUF client, to be tested.")
     parser.add_argument("--metadata-dir", required=True)
     parser.add_argument("--metadata-url", default="")
     parser.add_argument("--target-name", default="")
@@ -72,35 +72,33 @@ def _init(directory: Path, root: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / PINNED).write_bytes(data)
     (directory / "root.json").write_bytes(data)
-    (directory / FACTS).unlink(missing_ok=True)
+    (directory / STATE).unlink(missing_ok=True)
 
 
-def _refresh(directory: Path, url: str) -> Workflow:
-    facts_file = directory / FACTS
-    facts = VerifierState.decode(facts_file.read_bytes()) if facts_file.exists() else VerifierState()
+def _refresh(directory: Path, url: str) -> Updater:
+    states = FileState(directory / STATE, lock=directory / LOCK)
 
     def fetch(name: str, max_bytes: int) -> bytes:
-        # A role may be named in any way: `Workflow` asks for a file name that is quoted already.
+        # A role may have any name: `TrustedMetadata` asks for a file name that is quoted already.
         return _get(f"{url.rstrip('/')}/{name}", max_bytes)
 
-    workflow = Workflow(root=(directory / PINNED).read_bytes(), fetch=fetch, cache=DirectoryCache(directory))
-    try:
-        workflow.refresh(facts=facts, now=facts.time(datetime.now(UTC)))
-    finally:
-        facts_file.write_bytes(workflow.facts.encode())
-    return workflow
+    root = (directory / PINNED).read_bytes()
+    updater = Updater(pinned_root=root, fetch=fetch, states=states, cache=DirectoryCache(directory))
+    updater.refresh(states.load().time(datetime.now(UTC)))
+    return updater
 
 
-def _download(workflow: Workflow, name: str, base_url: str, directory: Path) -> None:
-    """Fetch a target, or leave the one that is there already; it is taken only with the length and hashes signed."""
-    target = workflow.target(name)
-    if target is None:
+def _download(updater: Updater, name: str, base_url: str, directory: Path) -> None:
+    """Fetch a target unless it is there already, and keep it only with the length and hashes that were signed."""
+    found = updater.find(name)
+    if found is None or found.revoked or found.target is None:
         raise Rejected(RejectCode.UNKNOWN_TARGET, f"nobody has published {name!r}")
+    target = found.target
     path = directory / quote(name, safe="")
     if path.exists() and metadata.sha256(path.read_bytes()) == target.hashes.get("sha256"):
         return
     head, _, tail = name.rpartition("/")
-    prefix = f"{next(iter(target.hashes.values()))}." if workflow.loaded()[0].consistent_snapshot else ""
+    prefix = f"{next(iter(target.hashes.values()))}." if updater.trusted.root.consistent_snapshot else ""
     remote = f"{head}/{prefix}{tail}" if head else f"{prefix}{tail}"
     data = _get(f"{base_url.rstrip('/')}/{quote(remote)}", target.length)
     metadata.check_file(target, data, name)

@@ -1,14 +1,11 @@
-"""Director documents: sign and verify assignments, freshness statements, commands.
-
-What the director says, signed: assignments, freshness statements and commands.
+"""Director documents: sign and verify assignments, freshness statements and commands.
 
 The director chooses among what publishers have signed; it cannot make code. Its key is a delegation in the TUF targets
-role. `signing.verifier` verifies what is made here.
+role. `signing.verifier` holds these documents against the rest of the repository.
 
-What the director signed, judged by the board that it is for. Pure: envelope, facts and time in, a verdict out.
-
-The order of the checks is fixed: size, signature, addressee, version, expiry. What is replayed is found out by what the
-board remembers (`Facts`), scoped to the director's current keys: rotating them ends what a thief did to the numbers.
+Verification is pure: envelope, state and time go in, the document and the new state come out. The order of the checks
+is fixed: size, signature, addressee, version, expiry. Replays are found by `VerifierState`, scoped to the director's
+current keys: rotating them ends what was done to the version numbers with stolen ones.
 """
 
 from dataclasses import dataclass
@@ -96,17 +93,17 @@ class Director:
 
 
 def assignment(
-    director: Director, data: bytes, *, fleet: str, device: str, facts: VerifierState, now: datetime, clamp: datetime
+    director: Director, data: bytes, *, fleet: str, device: str, state: VerifierState, now: datetime, clamp: datetime
 ) -> tuple[Assignment, str, VerifierState]:
-    """Judge an assignment; returns it with its payload's sha256 and the facts to store.
+    """Judge an assignment; returns it with its payload's sha256 and the state to store.
 
     Raises:
-        Rejected: see `TrustedSet.accept`.
+        Rejected: see `verifier.accept_assignment`.
     """
     message, envelope = _open(director, data, ASSIGNMENT_TYPE, Assignment)
     _check_addressee(message, fleet, device)
     _check_version("the assignment", message.version)
-    known = _scoped(facts.assignment, director)
+    known = _scoped(state.assignment, director)
     if known is not None and message.version < known.version:
         raise Rejected(RejectCode.ROLLBACK, f"assignment {message.version} is older than {known.version}")
     if known is not None and message.version == known.version and envelope.sha256 != known.sha256:
@@ -116,8 +113,8 @@ def assignment(
         raise Rejected(RejectCode.EMPTY, "an empty list counts only with stop_all")
     check_items(message)
     remembered = Remembered(message.version, envelope.sha256, director.keys)
-    facts = msgspec.structs.replace(facts, assignment=remembered)
-    return message, envelope.sha256, facts.with_floor(min(message.issued, message.expires, clamp))
+    state = msgspec.structs.replace(state, assignment=remembered)
+    return message, envelope.sha256, state.with_floor(min(message.issued, message.expires, clamp))
 
 
 def check_items(message: Assignment) -> None:
@@ -152,14 +149,14 @@ def fresh(
     device: str,
     nonce: str,
     sha256: str,
-    facts: VerifierState,
+    state: VerifierState,
     now: datetime,
     clamp: datetime,
 ) -> tuple[Fresh, VerifierState]:
-    """Judge a freshness statement; returns it with the facts to store (a raised floor).
+    """Judge a freshness statement; returns it with the state to store (a raised floor).
 
     Raises:
-        Rejected: see `TrustedSet.fresh`.
+        Rejected: see `verifier.accept_freshness`.
     """
     message, _ = _open(director, data, FRESH_TYPE, Fresh)
     _check_addressee(message, fleet, device)
@@ -168,28 +165,28 @@ def fresh(
     _check_times(message, now, "the freshness statement")
     if message.assignment_sha256 != sha256:
         raise Rejected(RejectCode.FREEZE, "the director has another assignment for this board than was delivered")
-    return message, facts.with_floor(min(message.issued, message.expires, clamp))
+    return message, state.with_floor(min(message.issued, message.expires, clamp))
 
 
 def command(
-    director: Director, data: bytes, *, fleet: str, device: str, facts: VerifierState, now: datetime
+    director: Director, data: bytes, *, fleet: str, device: str, state: VerifierState, now: datetime
 ) -> tuple[Command, VerifierState]:
-    """Judge a command; returns it with the facts to store before it is obeyed.
+    """Judge a command; returns it with the state to store before it is obeyed.
 
     Raises:
-        Rejected: see `TrustedSet.command`.
+        Rejected: see `verifier.accept_command`.
     """
     message, envelope = _open(director, data, COMMAND_TYPE, Command)
     _check_addressee(message, fleet, device)
     _check_version("the command", message.sequence)
-    known = _scoped(facts.command, director)
+    known = _scoped(state.command, director)
     if known is not None and message.sequence <= known.version:
         raise Rejected(RejectCode.REPLAY, f"command {message.sequence} is not newer than {known.version}")
     _check_times(message, now, "the command")
     if message.expires - message.issued > COMMAND_LIFE_MAX:
         raise Rejected(RejectCode.MALFORMED, "a command is valid for minutes, this one is for longer")
     remembered = Remembered(message.sequence, envelope.sha256, director.keys)
-    return message, msgspec.structs.replace(facts, command=remembered)
+    return message, msgspec.structs.replace(state, command=remembered)
 
 
 def _open(director: Director, data: bytes, payload_type: str, kind: type[M]) -> tuple[M, dsse.Envelope]:

@@ -146,16 +146,17 @@ def key_set(delegator: Root | Targets, roles: Iterable[str]) -> str:
             role = delegator.get_delegated_role(name)
         except ValueError as error:
             raise Rejected(RejectCode.UNSIGNED, f"nobody is trusted to sign {name}") from error
-        values = sorted({identity(key).hex() for key in _keys(delegator, role.keyids)})
+        values = sorted({identity(key).hex() for key in keys_by_id(delegator, role.keyids).values()})
         digest.update(f"{name} {role.threshold} {' '.join(values)}\n".encode())
     return digest.hexdigest()
 
 
-def _keys(delegator: Root | Targets, keyids: Iterable[str]) -> list[Key]:
+def keys_by_id(delegator: Root | Targets, keyids: Iterable[str]) -> dict[str, Key]:
+    """Return the keys of these ids; ids without a key are left out."""
     known = (
         delegator.keys if isinstance(delegator, Root) else delegator.delegations.keys if delegator.delegations else {}
     )
-    return [known[keyid] for keyid in keyids if keyid in known]
+    return {keyid: known[keyid] for keyid in keyids if keyid in known}
 
 
 def check_duplicates(delegator: Root | Targets, role: str) -> None:
@@ -164,7 +165,7 @@ def check_duplicates(delegator: Root | Targets, role: str) -> None:
     Raises:
         Rejected: MALFORMED.
     """
-    keys = _keys(delegator, delegator.get_delegated_role(role).keyids)
+    keys = keys_by_id(delegator, delegator.get_delegated_role(role).keyids).values()
     if len({identity(key) for key in keys}) != len(keys):
         raise Rejected(RejectCode.MALFORMED, f"{role} lists one public key under several ids")
 

@@ -109,14 +109,14 @@ def check_same(item: Item, release: Release) -> None:
 
 
 def check_allowed(
-    item: Item, release: Release, *, facts: VerifierState, ceilings: Iterable[Grants], local: Grants | None, arch: str
+    item: Item, release: Release, *, state: VerifierState, ceilings: Iterable[Grants], local: Grants | None, arch: str
 ) -> Grants:
     """Refuse what this board must not run, and return the grants that the instance gets.
 
     Args:
         item: as assigned.
         release: the publisher's word on it, equal to the item.
-        facts: for the security epochs.
+        state: for the security epochs.
         ceilings: of the namespaces on the way to the target.
         local: the board owner's policy, None for no limit.
         arch: the board's CPU (`x86_64`, `aarch64`, `riscv64`), empty to leave it open.
@@ -129,7 +129,7 @@ def check_allowed(
         raise Rejected(
             RejectCode.WRONG_ARCH, f"{release.name} is for {', '.join(asked.arch)}, and this board is {arch}"
         )
-    remembered = facts.epochs.get(release.name.component, 0)
+    remembered = state.epochs.get(release.name.component, 0)
     if asked.security_epoch < remembered:
         raise Rejected(
             RejectCode.SECURITY_EPOCH,
@@ -140,7 +140,7 @@ def check_allowed(
         raise Rejected(RejectCode.MALFORMED, f"{release.name} has no configuration key {unknown[0]!r}")
     if any(len(value.encode()) > bounds.CONFIG_VALUE_MAX_BYTES for value in item.config.values()):
         raise Rejected(RejectCode.TOO_LARGE, f"{release.name}: a configuration value is too long")
-    check_secrets(item, release, facts)
+    check_secrets(item, release, state)
     grants = asked.grants if item.grants is None else item.grants
     limits = [("manifest", asked.grants), *(("namespace ceiling", ceiling) for ceiling in ceilings)]
     if local is not None:
@@ -150,7 +150,7 @@ def check_allowed(
     return grants
 
 
-def check_secrets(item: Item, release: Release, facts: VerifierState) -> None:
+def check_secrets(item: Item, release: Release, state: VerifierState) -> None:
     """Refuse secrets that the manifest does not declare, or older ones than this board has committed.
 
     Raises:
@@ -170,7 +170,7 @@ def check_secrets(item: Item, release: Release, facts: VerifierState) -> None:
             names.check_sha256(ref.sha256)
         except names.BadNameError as error:
             raise Rejected(RejectCode.MALFORMED, f"secret {name}: {error}") from error
-        known = facts.secrets.get(f"{item.instance}/{name}", 0)
+        known = state.secrets.get(f"{item.instance}/{name}", 0)
         if ref.version < known:
             raise Rejected(
                 RejectCode.ROLLBACK,

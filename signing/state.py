@@ -108,20 +108,6 @@ class VerifierState(msgspec.Struct, frozen=True, kw_only=True):
         newer = {key: max(version, self.secrets.get(key, 0)) for key, version in newer.items()}
         return msgspec.structs.replace(self, secrets={**self.secrets, **newer}) if newer else self
 
-    def together(self, other: "VerifierState") -> "VerifierState":
-        """With the newer of what both remember of roles: whoever forgot to store one has not lost it."""
-        if other.online != self.online:
-            return self
-        newer = {name: each for name, each in other.roles.items() if self._is_news(name, each)}
-        meta = {name: version for name, version in other.meta.items() if version > self.meta.get(name, 0)}
-        if not newer and not meta:
-            return self
-        return msgspec.structs.replace(self, roles={**self.roles, **newer}, meta={**self.meta, **meta})
-
-    def _is_news(self, name: str, each: Remembered) -> bool:
-        known = self.roles.get(name)
-        return known is None or (known.keys == each.keys and known.version < each.version)
-
     def role(self, name: str, keys: str) -> Remembered | None:
         """What is remembered of a role under these keys."""
         known = self.roles.get(name)

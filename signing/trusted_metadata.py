@@ -1,62 +1,58 @@
-"""TUF client workflow (specification section 5): bytes in, trusted roles out, no I/O.
+"""TUF client workflow (TUF specification, section 5): bytes in, trusted roles out, no I/O.
 
-What exists: the client workflow of the TUF specification, section 5, with its step numbers in the comments.
+`TrustedMetadata` says which file it needs next, takes that file, and either trusts it or raises `Rejected`. Fetching,
+caching and storing belong to `signing.updater`, the only loop around this object:
 
-Pure over bytes: files come from a `Fetch` function and a `Cache`, both taken for hostile; the time is given. Against
-rollback stands `Facts`, which the caller stores apart from the cache: after each call, also one that raised `Rejected`,
-`Workflow.facts` is what is to be stored.
+    trusted = TrustedMetadata(pinned_root=pinned, state=state, now=state.time(wall_clock))
+    while (request := trusted.next()) is not None:
+        trusted.accept(request, fetch(request.name, request.max_bytes))
+    found = trusted.find("components/main/hello/1.0.0.wasm")
+
+Every file is taken for hostile, whether it was fetched or cached. `VerifierState` is what makes a rollback visible;
+`TrustedMetadata.state` is current after each call, also after one that raised.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import quote
 
+from securesystemslib.signer import Key
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants
 from signing import metadata
-from signing.errors import FetchNotFound, Rejected
+from signing.errors import Rejected
 from signing.metadata import ceiling, is_revoked, profile, rollback_rejection, verify_root
 from signing.state import Remembered, VerifierState
 
-
-class Cache(Protocol):
-    """Files by name, such as `timestamp.json`."""
-
-    def load(self, name: str) -> bytes | None:
-        """The file, or None where there is none."""
-
-    def store(self, name: str, data: bytes) -> None:
-        """Keep a verified file."""
-
-
-class MemoryCache:
-    """For as long as the process lives; a mapping given seeds it."""
-
-    def __init__(self, files: dict[str, bytes] | None = None) -> None:
-        self.files = {} if files is None else files
-
-    def load(self, name: str) -> bytes | None:
-        """See `Cache`."""
-        return self.files.get(name)
-
-    def store(self, name: str, data: bytes) -> None:
-        """See `Cache`."""
-        self.files[name] = data
-
-
-Fetch = Callable[[str, int], bytes]
-"""Fetch a repository file by name (`7.root.json`, `timestamp.json`), at most so many bytes.
-
-Raises `FetchNotFound` for a 404, and `Rejected` with UNREACHABLE, TOO_SLOW or TOO_LARGE for the rest.
-"""
+S = TypeVar("S", Timestamp, Snapshot, Targets)
 
 DELEGATIONS_MAX: Final = 32
 """Roles visited in search of one target (TUF specification, 5.6.7.1)."""
+
+ROOT_HISTORY: Final = "root_history/"
+"""Where the cache keeps every root after the pinned one, under the names by which the repository serves them."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRequest:
+    """A repository file that `TrustedMetadata` needs.
+
+    Attributes:
+        name: as the repository serves it: `7.root.json`, `timestamp.json`, `12.main.json`.
+        max_bytes: a longer file is refused.
+        cache_name: under which a verified file is kept, without its version: `timestamp.json`, `main.json`.
+        may_be_missing: a file that is not there ends the walk of roots, and is no failure.
+    """
+
+    name: str
+    max_bytes: int
+    cache_name: str
+    may_be_missing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,360 +70,410 @@ class Found:
     revoked: bool
 
 
-class Workflow:
-    """What one verifier trusts of one repository.
+class RoleFile(NamedTuple):
+    """A verified role's file: its versioned name (`12.main.json`) and its bytes."""
+
+    name: str
+    data: bytes
+
+
+class _Role(NamedTuple):
+    """A trusted targets role with the bytes that it was read from."""
+
+    signed: Targets
+    data: bytes
+
+
+class _Wanted(NamedTuple):
+    """A targets role that was asked for, with what it is verified against."""
+
+    role: str
+    parent: str
+    delegator: Root | Targets
+    promise: MetaFile
+    expired_too: bool
+
+
+class _Verified(NamedTuple):
+    """A file whose signatures were counted, and against which keys."""
+
+    data: bytes
+    signers: tuple[int, Mapping[str, Key]]
+    metadata: Metadata[Any]
+
+
+class TrustedMetadata:
+    """Trusted roles of one repository, built file by file, at one reference time.
 
     Args:
-        root: the root metadata pinned at enrolment, as served.
-        fetch: see `Fetch`.
-        cache: where verified files are kept; None for memory.
+        pinned_root: the root pinned at enrolment, as served.
+        state: as stored by the caller.
+        now: the reference time of everything that is verified here: `state.time(wall_clock)`.
         production: refuse repositories made for development.
+        allow_expired_online: take timestamp and snapshot past their expiry; every other check stays.
+        reuse: an earlier set; signatures of the same bytes under the same keys are not verified again.
+
+    Raises:
+        Rejected: the pinned root is malformed or does not verify.
 
     Attributes:
-        facts: what is to be remembered; current after each call.
+        state: what is to be stored; current after each call, also after one that raised.
+        root_file: bytes of the newest root that was verified.
     """
 
-    def __init__(self, *, root: bytes, fetch: Fetch, cache: Cache | None = None, production: bool = False) -> None:
-        self._pinned = root
-        self._fetch = fetch
-        self._cache: Cache = MemoryCache() if cache is None else cache
+    def __init__(
+        self,
+        *,
+        pinned_root: bytes,
+        state: VerifierState,
+        now: datetime,
+        production: bool = False,
+        allow_expired_online: bool = False,
+        reuse: "TrustedMetadata | None" = None,
+    ) -> None:
+        self.state = state
+        self._now = now
         self._production = production
-        self._root: Root | None = None
-        self._root_file = root
+        self._allow_expired_online = allow_expired_online
+        self._verified: dict[str, _Verified] = {} if reuse is None else dict(reuse._verified)  # noqa: SLF001 - of its own class
+        self._cached_timestamp: tuple[Metadata[Timestamp], bytes] | None = None
+        self._rotations = 0
+        self._root_is_final = False
         self._timestamp: Timestamp | None = None
         self._snapshot: Snapshot | None = None
-        self._roles: dict[tuple[str, str], tuple[Targets, bytes]] = {}  # (delegator, role)
-        self._parsed: dict[str, tuple[tuple[str, bytes], Targets]] = {}  # what was verified last of each role
-        self._now: datetime | None = None
-        self._late = False
-        self.facts = VerifierState()
+        self._roles: dict[tuple[str, str], _Role] = {}  # (delegator, role)
+        self._wanted: dict[FileRequest, _Wanted] = {}
+        # 5.2: the update begins with the root that was shipped.
+        pinned = metadata.parse(Root, pinned_root, "the pinned root")
+        metadata.verify_metadata(pinned.signed, "root", pinned)
+        self._root, self.root_file = pinned.signed, pinned_root
 
-    def refresh(self, *, facts: VerifierState, now: datetime, late: bool = False) -> VerifierState:
-        """Bring root, timestamp, snapshot and the top-level targets up to date.
+    # -- the update, file by file -----------------------------------------------------------------------------------
 
-        Args:
-            facts: as stored by the caller.
-            now: the reference time of this refresh and all that is resolved after it: `facts.time(wall clock)`.
-            late: take timestamp and snapshot past their expiry; everything else about them is asked as always.
-
-        Returns:
-            The facts to store (`self.facts`).
+    def next(self) -> FileRequest | None:
+        """Name the file that is needed next; None when root, timestamp, snapshot and targets are trusted.
 
         Raises:
-            Rejected: with the code of what was found. What was trusted before stays trusted, until it expires or root
-                changes: a network that is away does not take the director's word from a board.
+            Rejected: TOO_LARGE for a file that is announced beyond its limit, MALFORMED for one that is not announced.
         """
-        before = self._root, self._timestamp, self._snapshot, self._roles
-        self.facts, self._now, self._late = facts.together(self.facts), now, late
-        try:
-            root = self._update_root(now)
-            timestamp = self._update_timestamp(root, now)
-            self._root, self._timestamp = root, timestamp
-            self._snapshot = self._update_snapshot(root, timestamp, now)
-            self._roles = {}
-            self.load("targets", root)
-        except BaseException:
-            stands = before[0] is not None and before[0].version == self.facts.root
-            self._root, self._timestamp, self._snapshot, self._roles = before if stands else (None, None, None, {})
-            raise
-        return self.facts
+        if not self._root_is_final:  # 5.3.3
+            name = f"{self._root.version + 1}.root.json"
+            return FileRequest(name, bounds.ROOT_MAX_BYTES, f"{ROOT_HISTORY}{name}", may_be_missing=True)
+        if self._timestamp is None:  # 5.4.1
+            return FileRequest("timestamp.json", bounds.TIMESTAMP_MAX_BYTES, "timestamp.json")
+        if self._snapshot is None:  # 5.5.1
+            return self._request("snapshot", self._timestamp.snapshot_meta, bounds.SNAPSHOT_MAX_BYTES)
+        top = self._role("targets", "root", self._root)  # 5.6.1
+        return top if isinstance(top, FileRequest) else None
 
-    def _update_root(self, now: datetime) -> Root:
-        """TUF specification, 5.3."""
-        pinned = metadata.parse(Root, self._pinned, "the pinned root")
-        metadata.verify_metadata(pinned.signed, "root", pinned)
-        root, data = pinned.signed, self._pinned
+    def learn(self, request: FileRequest, cached: bytes) -> bool:
+        """Take a cached file for what was requested, if it verifies as that.
+
+        A cached timestamp or snapshot also counts as seen, in case the state was lost.
+
+        Args:
+            request: from `next` or a question.
+            cached: of `request.cache_name`; damaged and planted files are passed over.
+
+        Returns:
+            True if the file was accepted and needs no fetching.
+
+        Raises:
+            Rejected: the file is the requested one, and is refused as `accept` would.
+        """
+        wanted = self._wanted.get(request)
+        if wanted is not None:
+            promised = self._is_promised(Targets, wanted.role, wanted.delegator, wanted.promise, cached)
+        elif not self._root_is_final:
+            return self._learn_root(cached)
+        elif self._timestamp is None:
+            self._learn_timestamp(cached)
+            return False
+        else:
+            self._learn_snapshot(cached)
+            promised = self._is_promised(Snapshot, "snapshot", self._root, self._timestamp.snapshot_meta, cached)
+        if promised:
+            self.accept(request, cached)
+        return promised
+
+    def accept(self, request: FileRequest, data: bytes | None) -> bytes | None:
+        """Verify a file and trust it.
+
+        Args:
+            request: from `next` or a question.
+            data: the file; None where the repository has none of that name.
+
+        Returns:
+            The file to keep under `request.cache_name`; None for none. The bytes differ from `data` for a timestamp of
+            the version that is trusted already: the one seen first stays.
+
+        Raises:
+            Rejected: with the code of what was found.
+            ValueError: nothing of that name was asked for.
+        """
+        if request not in self._wanted and request != self.next():
+            raise ValueError(f"{request.name} was not asked for")
+        wanted = self._wanted.get(request)
+        if data is not None and len(data) > request.max_bytes:
+            raise Rejected(RejectCode.TOO_LARGE, f"{request.name} has more than {request.max_bytes} bytes")
+        if data is None and not request.may_be_missing:
+            raise Rejected(RejectCode.NOT_FOUND, f"the repository has no {request.name}")
+        if data is None:
+            self._finish_roots()
+            return None
+        if wanted is not None:
+            self._accept_targets(wanted, data)
+            del self._wanted[request]
+        elif not self._root_is_final:
+            self._accept_root(verify_root(self._root, data), data)
+        elif self._timestamp is None:
+            return self._accept_timestamp(data)
+        else:
+            self._accept_snapshot(self._timestamp.snapshot_meta, data)
+        return data
+
+    # -- root (TUF specification, 5.3) ------------------------------------------------------------------------------
+
+    def _learn_root(self, cached: bytes) -> bool:
         try:
-            for _ in range(bounds.ROOT_ROTATIONS_MAX):
-                following = self._next_root(root)
-                if following is None:
-                    break
-                root, data = following
-                self._cache.store(f"root_history/{root.version}.root.json", data)
-        finally:
-            self._cache.store("root.json", data)
+            root = verify_root(self._root, cached)
+        except Rejected:
+            return False  # torn or planted: the repository has a good one
+        self._accept_root(root, cached)
+        return True
+
+    def _accept_root(self, root: Root, data: bytes) -> None:
+        self._root, self.root_file = root, data  # 5.3.4 to 5.3.8
+        self._rotations += 1
+        if self._rotations >= bounds.ROOT_ROTATIONS_MAX:
+            self._finish_roots()
+
+    def _finish_roots(self) -> None:
+        """End the walk: the newest root must not be older than the one seen before, and must be valid now."""
+        root = self._root
         # 5.3.11 comes before the expiry, so that a rotation is noticed in any case.
-        if root.version < self.facts.root:
-            raise Rejected(RejectCode.ROLLBACK, f"root has version {root.version}, {self.facts.root} was seen before")
-        online = metadata.key_set(root, ("timestamp", "snapshot"))
-        self.facts = self.facts.with_root(root.version, online)
-        self._root_file = data
-        metadata.check_expiry(root, now, "root")  # 5.3.10
+        if root.version < self.state.root:
+            raise Rejected(RejectCode.ROLLBACK, f"root has version {root.version}, {self.state.root} was seen before")
+        self.state = self.state.with_root(root.version, metadata.key_set(root, ("timestamp", "snapshot")))
+        metadata.check_expiry(root, self._now, "root")  # 5.3.10
         if self._production and profile(root).get("size") == "dev":
             raise Rejected(
-                RejectCode.DEVELOPMENT, "this repository was made for development, and the board is in production"
+                RejectCode.DEVELOPMENT, "this repository was made for development, and the device is in production"
             )
-        return root
+        self._root_is_final = True
 
-    def _next_root(self, root: Root) -> tuple[Root, bytes] | None:
-        version = root.version + 1
-        cached = self._cache.load(f"root_history/{version}.root.json")
-        if cached is not None:
-            try:
-                return verify_root(root, cached), cached
-            except Rejected:
-                pass  # torn or planted: the repository has a good one
+    # -- timestamp (TUF specification, 5.4) -------------------------------------------------------------------------
+
+    def _learn_timestamp(self, cached: bytes) -> None:
         try:
-            data = self._get(f"{version}.root.json", bounds.ROOT_MAX_BYTES)  # 5.3.3
-        except FetchNotFound:
-            return None
-        return verify_root(root, data), data
+            seen = self._verify(Timestamp, "timestamp", self._root, cached)
+        except Rejected:
+            return
+        self._cached_timestamp = seen, cached
+        known = self.state.role("timestamp", self.state.online)
+        if known is None or known.version < seen.signed.version:
+            self._remember("timestamp", seen.signed.version, cached, self.state.online)
+            promised = max(seen.signed.snapshot_meta.version, self.state.meta.get("snapshot.json", 0))
+            self.state = self.state.with_meta({"snapshot.json": promised})
 
-    def _update_timestamp(self, root: Root, now: datetime) -> Timestamp:
-        """TUF specification, 5.4."""
-        cached = self._cached_timestamp(root)
-        data = self._get_or_reject("timestamp.json", bounds.TIMESTAMP_MAX_BYTES)  # 5.4.1
-        new = metadata.parse(Timestamp, data, "timestamp")
-        metadata.verify_metadata(root, "timestamp", new)  # 5.4.2
-        known = self.facts.role("timestamp", self.facts.online)
+    def _accept_timestamp(self, data: bytes) -> bytes:
+        new = self._verify(Timestamp, "timestamp", self._root, data)  # 5.4.2
+        known = self.state.role("timestamp", self.state.online)
         if known is not None:  # 5.4.3
             if new.signed.version < known.version:
                 raise rollback_rejection("timestamp", new.signed.version, known.version)
             if new.signed.version == known.version and metadata.sha256(data) != known.sha256:
                 # 5.4.3.1: the one that was trusted first stays. Where it is lost, neither is believed.
+                cached = self._cached_timestamp
                 if cached is None or metadata.sha256(cached[1]) != known.sha256:
                     raise _equivocation("timestamp", known.version)
                 new, data = cached
         promised = new.signed.snapshot_meta.version
-        if promised < self.facts.meta.get("snapshot.json", 0):  # 5.4.3.2
-            raise rollback_rejection("snapshot", promised, self.facts.meta["snapshot.json"])
-        if not self._late:
-            metadata.check_expiry(new.signed, now, "timestamp")  # 5.4.4
-        self._remember("timestamp", new.signed.version, data, self.facts.online)
-        self.facts = self.facts.with_meta({"snapshot.json": promised})
-        self._cache.store("timestamp.json", data)
-        return new.signed
+        if promised < self.state.meta.get("snapshot.json", 0):  # 5.4.3.2
+            raise rollback_rejection("snapshot", promised, self.state.meta["snapshot.json"])
+        if not self._allow_expired_online:
+            metadata.check_expiry(new.signed, self._now, "timestamp")  # 5.4.4
+        self._remember("timestamp", new.signed.version, data, self.state.online)
+        self.state = self.state.with_meta({"snapshot.json": promised})
+        self._timestamp = new.signed
+        return data
 
-    def _cached_timestamp(self, root: Root) -> tuple[Metadata[Timestamp], bytes] | None:
-        """The cached timestamp if it verifies. It counts as seen, should the facts have been lost."""
-        data = self._cache.load("timestamp.json")
-        if data is None:
-            return None
+    # -- snapshot (TUF specification, 5.5) --------------------------------------------------------------------------
+
+    def _learn_snapshot(self, cached: bytes) -> None:
+        if self.state.role("snapshot", self.state.online) is not None:
+            return
         try:
-            cached = metadata.parse(Timestamp, data, "timestamp")
-            metadata.verify_metadata(root, "timestamp", cached)
+            seen = self._verify(Snapshot, "snapshot", self._root, cached).signed
         except Rejected:
-            return None
-        known = self.facts.role("timestamp", self.facts.online)
-        if known is None or known.version < cached.signed.version:
-            self._remember("timestamp", cached.signed.version, data, self.facts.online)
-            promised = max(cached.signed.snapshot_meta.version, self.facts.meta.get("snapshot.json", 0))
-            self.facts = self.facts.with_meta({"snapshot.json": promised})
-        return cached, data
+            return
+        newest = {name: max(each.version, self.state.meta.get(name, 0)) for name, each in seen.meta.items()}
+        self.state = self.state.with_meta(newest)
 
-    def _update_snapshot(self, root: Root, timestamp: Timestamp, now: datetime) -> Snapshot:
-        """TUF specification, 5.5."""
-        promise = timestamp.snapshot_meta
-        self._learn_cached_snapshot(root)
-        data = self._cached_or_fetched("snapshot", promise, root, bounds.SNAPSHOT_MAX_BYTES)
+    def _accept_snapshot(self, promise: MetaFile, data: bytes) -> None:
         metadata.check_file(promise, data, "snapshot")  # 5.5.2
-        new = metadata.parse(Snapshot, data, "snapshot")
-        metadata.verify_metadata(root, "snapshot", new)  # 5.5.3
-        if new.signed.version != promise.version:  # 5.5.4
-            raise rollback_rejection("snapshot", new.signed.version, promise.version)
-        self._check_memory("snapshot", new.signed.version, data, self.facts.online)
-        for name, version in self.facts.meta.items():  # 5.5.5
+        new = self._verify(Snapshot, "snapshot", self._root, data).signed  # 5.5.3
+        if new.version != promise.version:  # 5.5.4
+            raise rollback_rejection("snapshot", new.version, promise.version)
+        self._check_seen("snapshot", new.version, data, self.state.online)
+        for name, version in self.state.meta.items():  # 5.5.5
             if name == "snapshot.json":
                 continue
-            listed = new.signed.meta.get(name)
+            listed = new.meta.get(name)
             if listed is None or listed.version < version:
                 raise rollback_rejection(name, 0 if listed is None else listed.version, version)
-        if not self._late:
-            metadata.check_expiry(new.signed, now, "snapshot")  # 5.5.6
-        self._remember("snapshot", new.signed.version, data, self.facts.online)
-        self.facts = self.facts.with_meta({name: each.version for name, each in new.signed.meta.items()})
-        self._cache.store("snapshot.json", data)
-        return new.signed
+        if not self._allow_expired_online:
+            metadata.check_expiry(new, self._now, "snapshot")  # 5.5.6
+        self._remember("snapshot", new.version, data, self.state.online)
+        self.state = self.state.with_meta({name: each.version for name, each in new.meta.items()})
+        self._snapshot = new
 
-    def _learn_cached_snapshot(self, root: Root) -> None:
-        """What a cached snapshot promised still counts, should the facts have been lost."""
-        data = self._cache.load("snapshot.json")
-        if data is None or self.facts.role("snapshot", self.facts.online) is not None:
-            return
-        try:
-            cached = metadata.parse(Snapshot, data, "snapshot")
-            metadata.verify_metadata(root, "snapshot", cached)
-        except Rejected:
-            return
-        listed = {name: each.version for name, each in cached.signed.meta.items()}
-        self.facts = self.facts.with_meta({n: max(v, self.facts.meta.get(n, 0)) for n, v in listed.items()})
+    # -- targets and delegated roles (TUF specification, 5.6) -------------------------------------------------------
 
-    def load(self, role: str, delegator: Root | Targets, *, parent: str = "root", late: bool = False) -> Targets:
-        """A targets role, verified against its delegator (TUF specification, 5.6).
+    def _role(
+        self, role: str, parent: str, delegator: Root | Targets, *, expired_too: bool = False
+    ) -> Targets | FileRequest:
+        """Return a trusted targets role, or the request for its file.
 
         Args:
             role: its name.
-            delegator: who says which keys sign it.
             parent: the delegator's name.
-            late: take it past its expiry too (to look for revocations, never to allow something).
+            delegator: says which keys sign the role.
+            expired_too: take it past its expiry (to look for revocations or renew it, never to allow something).
         """
-        assert self._snapshot is not None
-        assert self._now is not None
         known = self._roles.get((parent, role))
         if known is not None:
-            if not late:
-                metadata.check_expiry(known[0], self._now, role)
-            return known[0]
+            if not expired_too:
+                metadata.check_expiry(known.signed, self._now, role)
+            return known.signed
+        assert self._snapshot is not None
         promise = self._snapshot.meta.get(f"{role}.json")
         if promise is None:
             raise Rejected(RejectCode.MALFORMED, f"snapshot does not list the role {role}")
-        keys = self.facts.online + metadata.key_set(delegator, (role,))
-        data = self._cached_or_fetched(role, promise, delegator, bounds.TARGETS_MAX_BYTES)  # 5.6.1
-        metadata.check_file(promise, data, role)  # 5.6.2
-        new = self._verified(role, delegator, data, keys)  # 5.6.3
-        if new.version != promise.version:  # 5.6.4
-            raise rollback_rejection(role, new.version, promise.version)
-        self._check_memory(role, new.version, data, keys)
-        if not late:
-            metadata.check_expiry(new, self._now, role)  # 5.6.5
-        self._remember(role, new.version, data, keys)
-        self._cache.store(f"{_file_name(role)}.json", data)
-        self._roles[parent, role] = new, data
-        return new
+        request = self._request(role, promise, bounds.TARGETS_MAX_BYTES)  # 5.6.1
+        self._wanted = {request: _Wanted(role, parent, delegator, promise, expired_too)}
+        return request
 
-    def _verified(self, role: str, delegator: Root | Targets, data: bytes, keys: str) -> Targets:
-        """The role in `data`, verified; the same bytes under the same keys are not verified a second time."""
-        known = self._parsed.get(role)
-        if known is not None and known[0] == (keys, data):
-            return known[1]
-        new = metadata.parse(Targets, data, role)
-        metadata.verify_metadata(delegator, role, new)
+    def _accept_targets(self, wanted: _Wanted, data: bytes) -> None:
+        role, delegator = wanted.role, wanted.delegator
+        metadata.check_file(wanted.promise, data, role)  # 5.6.2
+        new = self._verify(Targets, role, delegator, data)  # 5.6.3
         metadata.check_lives(delegator, role, new)
-        self._parsed[role] = (keys, data), new.signed
-        return new.signed
+        signed = new.signed
+        if signed.version != wanted.promise.version:  # 5.6.4
+            raise rollback_rejection(role, signed.version, wanted.promise.version)
+        keys = self.state.online + metadata.key_set(delegator, (role,))
+        self._check_seen(role, signed.version, data, keys)
+        if not wanted.expired_too:
+            metadata.check_expiry(signed, self._now, role)  # 5.6.5
+        self._remember(role, signed.version, data, keys)
+        self._roles[wanted.parent, role] = _Role(signed, data)
 
-    def _cached_or_fetched(self, role: str, promise: MetaFile, delegator: Root | Targets, cap: int) -> bytes:
-        """The cached file when it is the promised one, else the repository's; the caller verifies it either way."""
-        cached = self._cache.load(f"{_file_name(role)}.json")
-        if cached is not None:
-            try:
-                metadata.check_file(promise, cached, role)
-                if promise.hashes:
-                    return cached
-                # Only its version was promised: it must verify to be taken for it.
-                kind = Snapshot if role == "snapshot" else Targets
-                parsed: Metadata[Any] = metadata.parse(kind, cached, role)
-                metadata.verify_metadata(delegator, role, parsed)
-            except Rejected:
-                pass
-            else:
-                if parsed.signed.version == promise.version:
-                    return cached
-        limit = promise.length if promise.length is not None else cap
+    # -- steps that roles share -------------------------------------------------------------------------------------
+
+    def _request(self, role: str, promise: MetaFile, cap: int) -> FileRequest:
+        limit = cap if promise.length is None else promise.length
         if limit > cap:
             raise Rejected(RejectCode.TOO_LARGE, f"{role} is announced with {limit} bytes, at most {cap} are accepted")
-        assert self._root is not None or isinstance(delegator, Root)
-        root = delegator if isinstance(delegator, Root) else self._root
-        assert root is not None
-        prefix = f"{promise.version}." if root.consistent_snapshot else ""
-        return self._get_or_reject(f"{prefix}{_file_name(role)}.json", limit)
+        file = f"{quote(role, safe='')}.json"
+        return FileRequest(f"{promise.version}.{file}" if self._root.consistent_snapshot else file, limit, file)
 
-    def _get(self, name: str, max_bytes: int) -> bytes:
-        data = self._fetch(name, max_bytes)
-        if len(data) > max_bytes:
-            raise Rejected(RejectCode.TOO_LARGE, f"{name} has more than {max_bytes} bytes")
-        return data
+    def _verify(self, kind: type[S], role: str, delegator: Root | Targets, data: bytes) -> Metadata[S]:
+        """Parse a file and count its signatures, unless the same bytes were verified against the same keys before."""
+        signers = _signers(delegator, role)
+        known = self._verified.get(role)
+        if known is not None and known.data == data and known.signers == signers:
+            return known.metadata
+        new = metadata.parse(kind, data, role)
+        metadata.verify_metadata(delegator, role, new)
+        self._verified[role] = _Verified(data, signers, new)
+        return new
 
-    def _get_or_reject(self, name: str, max_bytes: int) -> bytes:
+    def _is_promised(
+        self, kind: type[S], role: str, delegator: Root | Targets, promise: MetaFile, cached: bytes
+    ) -> bool:
         try:
-            return self._get(name, max_bytes)
-        except FetchNotFound as error:
-            raise Rejected(RejectCode.NOT_FOUND, f"the repository has no {name}") from error
+            metadata.check_file(promise, cached, role)
+            if promise.hashes:
+                return True
+            # Only the version was promised: the file must verify to be taken for it.
+            return self._verify(kind, role, delegator, cached).signed.version == promise.version
+        except Rejected:
+            return False
 
-    def _check_memory(self, role: str, version: int, data: bytes, keys: str) -> None:
-        known = self.facts.role(role, keys)
+    def _check_seen(self, role: str, version: int, data: bytes, keys: str) -> None:
+        known = self.state.role(role, keys)
         if known is not None and version < known.version:
             raise rollback_rejection(role, version, known.version)
         if known is not None and version == known.version and known.sha256 != metadata.sha256(data):
             raise _equivocation(role, version)
 
     def _remember(self, role: str, version: int, data: bytes, keys: str) -> None:
-        self.facts = self.facts.with_role(role, Remembered(version, metadata.sha256(data), keys))
+        self.state = self.state.with_role(role, Remembered(version, metadata.sha256(data), keys))
 
-    # -- asking what exists ---------------------------------------------------------------------------------------
+    # -- what is trusted --------------------------------------------------------------------------------------------
 
-    def target(self, path: str) -> TargetFile | None:
-        """The signed length and hashes of any target path, None where nobody has published it."""
-        found = self.search(path)
-        return None if found is None or found.revoked else found.target
+    @property
+    def root(self) -> Root:
+        """The verified root; raises `Rejected` (UNREACHABLE) before the update is complete."""
+        self.targets  # noqa: B018 - raises
+        return self._root
 
-    def role(self, namespace: str) -> bytes:
-        """The verified file of a namespace's role, to publish its next version from.
+    @property
+    def timestamp(self) -> Timestamp:
+        """The verified timestamp; raises like `root`."""
+        if self._timestamp is None:
+            raise _incomplete()
+        return self._timestamp
 
-        Raises:
-            Rejected: as `refresh` for that role.
-        """
-        _, targets = self.loaded()
-        self.load(namespace, targets, parent="targets", late=True)
-        return self._roles["targets", namespace][1]
+    @property
+    def snapshot(self) -> Snapshot:
+        """The verified snapshot; raises like `root`."""
+        if self._snapshot is None:
+            raise _incomplete()
+        return self._snapshot
 
-    def files(self, *, bins: bool = True) -> dict[str, bytes]:
-        """Root, targets and every namespace that has a role, as verified: name -> file, for `signing.events`.
-
-        With `bins` their hash bins too, which may be many files. Expired ones as well: they are to be looked at and
-        renewed, not run.
-
-        Raises:
-            Rejected: as `refresh` for those roles.
-        """
-        root, targets = self.loaded()
-        assert self._snapshot is not None
-        found = {
-            f"{root.version}.root.json": self._root_file,
-            f"{targets.version}.targets.json": self._roles["root", "targets"][1],
-        }
-        delegated = targets.delegations.roles if targets.delegations is not None else None
-        for name in delegated or ():
-            if f"{name}.json" in self._snapshot.meta:
-                role = self.load(name, targets, parent="targets", late=True)
-                found[f"{role.version}.{name}.json"] = self._roles["targets", name][1]
-                for each in _bins(role) if bins else ():
-                    found |= dict([self._bin(name, role, each)])
-        return found
-
-    def holder(self, namespace: str, path: str) -> tuple[str, bytes]:
-        """The file name and bytes of the role of a namespace that holds, or will hold, a target path.
-
-        Raises:
-            Rejected: as `refresh` for that role.
-        """
-        _, targets = self.loaded()
-        head = self.load(namespace, targets, parent="targets", late=True)
-        for name, _ in head.delegations.get_roles_for_target(path) if head.delegations is not None else ():
-            return self._bin(namespace, head, name)
-        return f"{head.version}.{namespace}.json", self._roles["targets", namespace][1]
-
-    def _bin(self, namespace: str, head: Targets, name: str) -> tuple[str, bytes]:
-        role = self.load(name, head, parent=namespace, late=True)
-        return f"{role.version}.{name}.json", self._roles[namespace, name][1]
+    @property
+    def targets(self) -> Targets:
+        """The verified top-level targets; raises like `root`."""
+        found = self._roles.get(("root", "targets"))
+        if found is None:
+            raise _incomplete()
+        return found.signed
 
     def expiries(self) -> dict[str, datetime]:
-        """When root, targets, snapshot and timestamp expire, after a refresh."""
-        root, targets = self.loaded()
-        assert self._snapshot is not None
-        assert self._timestamp is not None
-        signed = {"root": root, "targets": targets, "snapshot": self._snapshot, "timestamp": self._timestamp}
+        """Return when root, targets, snapshot and timestamp expire."""
+        signed = {"root": self.root, "targets": self.targets, "snapshot": self.snapshot, "timestamp": self.timestamp}
         return {role: each.expires for role, each in signed.items()}
 
-    def search(self, path: str) -> Found | None:
-        """Pre-order, depth-first through the delegations (TUF specification, 5.6.7)."""
-        root, _ = self.loaded()
-        todo: list[tuple[str, str, Root | Targets, tuple[Grants, ...]]] = [("targets", "root", root, ())]
+    # -- questions: each returns its answer, or the request for a role that it needs first ----------------------------
+
+    def find(self, path: str) -> Found | FileRequest | None:
+        """Search a target, pre-order and depth-first through the delegations (TUF specification, 5.6.7).
+
+        Returns:
+            The target; None where nobody has published it.
+
+        Raises:
+            Rejected: EXPIRED, MALFORMED or TOO_LARGE of a role on the way.
+        """
+        todo: list[tuple[str, str, Root | Targets, tuple[Grants, ...]]] = [("targets", "root", self.root, ())]
         visited: set[tuple[str, str]] = set()
-        while todo and len(visited) <= DELEGATIONS_MAX:
+        while todo and len(visited) <= DELEGATIONS_MAX:  # 5.6.7.1
             name, parent, delegator, ceilings = todo.pop()
             if (parent, name) in visited:
                 continue
-            role = self.load(name, delegator, parent=parent)
+            role = self._role(name, parent, delegator)
+            if isinstance(role, FileRequest):
+                return role
             visited.add((parent, name))
-            target = role.targets.get(path)
-            revoked = is_revoked(role, path)
+            target, revoked = role.targets.get(path), is_revoked(role, path)
             if target is not None or revoked:
                 return Found(target, ceilings, revoked)
             if role.delegations is None:
                 continue
             following = []
-            for child, terminating in role.delegations.get_roles_for_target(path):
+            for child, terminating in role.delegations.get_roles_for_target(path):  # 5.6.7.2
                 following.append((child, name, role, (*ceilings, *ceiling(role, child))))
                 if terminating:
                     todo.clear()
@@ -435,12 +481,77 @@ class Workflow:
             todo.extend(reversed(following))
         return None
 
-    def loaded(self) -> tuple[Root, Targets]:
-        """The verified root and top-level targets; raises `Rejected` (UNREACHABLE) before the first refresh."""
-        found = self._roles.get(("root", "targets"))
-        if self._root is None or found is None:
-            raise Rejected(RejectCode.UNREACHABLE, "the repository has not been refreshed yet")
-        return self._root, found[0]
+    def namespaces_of(self, path: str) -> tuple[str, ...]:
+        """Return the names of the roles to which the top-level targets delegate a path."""
+        delegations = self.targets.delegations
+        return () if delegations is None else tuple(name for name, _ in delegations.get_roles_for_target(path))
+
+    def role(self, namespace: str) -> RoleFile | FileRequest:
+        """Return the file of a namespace's role, expired or not: to renew it or read revocations, never to run it.
+
+        Raises:
+            Rejected: MALFORMED or TOO_LARGE of that role.
+        """
+        head = self._role(namespace, "targets", self.targets, expired_too=True)
+        return head if isinstance(head, FileRequest) else self._file("targets", namespace)
+
+    def is_revoked(self, path: str) -> bool:
+        """Return whether a namespace's role revokes a path, as far as roles were fetched (see `role`)."""
+        heads = (self._roles.get(("targets", name)) for name in self.namespaces_of(path))
+        return any(is_revoked(head.signed, path) for head in heads if head is not None)
+
+    def files(self, *, bins: bool = True) -> dict[str, bytes] | FileRequest:
+        """Return root, targets and every namespace that has a role, expired or not: name -> file.
+
+        Args:
+            bins: with the hash bins of the namespaces, which may be many files.
+
+        Raises:
+            Rejected: MALFORMED or TOO_LARGE of one of those roles.
+        """
+        top = self.targets
+        files = [RoleFile(f"{self._root.version}.root.json", self.root_file), self._file("root", "targets")]
+        delegated = None if top.delegations is None else top.delegations.roles
+        for name in delegated or ():
+            if f"{name}.json" not in self.snapshot.meta:
+                continue
+            head = self._role(name, "targets", top, expired_too=True)
+            if isinstance(head, FileRequest):
+                return head
+            files.append(self._file("targets", name))
+            for each in _bins(head) if bins else ():
+                role = self._role(each, name, head, expired_too=True)
+                if isinstance(role, FileRequest):
+                    return role
+                files.append(self._file(name, each))
+        return dict(files)
+
+    def holder(self, namespace: str, path: str) -> RoleFile | FileRequest:
+        """Return the role of a namespace, or its hash bin, that holds or will hold a target path.
+
+        Raises:
+            Rejected: MALFORMED or TOO_LARGE of that role.
+        """
+        head = self._role(namespace, "targets", self.targets, expired_too=True)
+        if isinstance(head, FileRequest):
+            return head
+        for name, _ in () if head.delegations is None else head.delegations.get_roles_for_target(path):
+            role = self._role(name, namespace, head, expired_too=True)
+            return role if isinstance(role, FileRequest) else self._file(namespace, name)
+        return self._file("targets", namespace)
+
+    def _file(self, parent: str, role: str) -> RoleFile:
+        found = self._roles[parent, role]
+        return RoleFile(f"{found.signed.version}.{role}.json", found.data)
+
+
+def _signers(delegator: Root | Targets, role: str) -> tuple[int, Mapping[str, Key]]:
+    """The threshold and keys of a role, to compare with those of an earlier verification."""
+    try:
+        named = delegator.get_delegated_role(role)
+    except ValueError as error:
+        raise Rejected(RejectCode.UNSIGNED, f"nobody is trusted to sign {role}") from error
+    return named.threshold, metadata.keys_by_id(delegator, named.keyids)
 
 
 def _bins(role: Targets) -> Iterable[str]:
@@ -448,9 +559,9 @@ def _bins(role: Targets) -> Iterable[str]:
     return () if succinct is None else succinct.get_roles()
 
 
-def _file_name(role: str) -> str:
-    return quote(role, safe="")
-
-
 def _equivocation(what: str, version: int) -> Rejected:
     return Rejected(RejectCode.EQUIVOCATION, f"{what} version {version} was seen with other bytes before")
+
+
+def _incomplete() -> Rejected:
+    return Rejected(RejectCode.UNREACHABLE, "the repository has not been refreshed yet")

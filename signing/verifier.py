@@ -1,23 +1,22 @@
-"""The verifier: from the root pinned at enrolment to one item that may run, over bytes, a reference time and facts.
+"""Verifier: whether one device may act on what the director and publishers signed.
 
-`refresh` is the client workflow of the TUF specification (`signing.trusted_metadata`), `accept` judges what the
-director signed, `resolve` what publishers signed, each in the order in which an attacker would least like it. Nothing
-here opens a file, a socket or a clock.
+Functions over values: trusted metadata (`signing.trusted_metadata`), what is remembered (`VerifierState`) and the time
+go in; what was accepted and the state to store come out, or `Rejected` is raised. Nothing here opens a file, a socket
+or a clock, and a refusal changes no state.
 
-    trusted = TrustedSet(root=pinned, fetch=fetch, cache=DirectoryCache(path), production=True)
-    facts = trusted.refresh(facts=facts, now=facts.time(wall_clock))
-    accepted = trusted.accept(envelope, fleet=..., device=..., facts=facts, now=...)  # then store accepted.facts
-    resolved = trusted.resolve(item, local=policy, arch="aarch64", committed=before)
+    trusted = updater.refresh(state.time(wall_clock))
+    accepted = accept_assignment(trusted, envelope, fleet=..., device=..., state=states.load(), now=...)
+    states.save(accepted.state)                                         # before anything of it is fetched
+    resolved = resolve(updater.find(item.target), item, state=accepted.state, arch="aarch64")
 
-The two together are what the Uptane Standard calls full verification (it asks to be cited by section names): first the
+Together they are what the Uptane Standard calls full verification (it asks to be cited by section names): first the
 time, then what the director says, then what publishers say, and last that both mean the same bytes, the same manifest
-and no older security epoch. One TUF repository serves both: the director's word is an envelope under a delegation.
-
-After each call, also one that raised `Rejected`, `trusted.facts` is what is to be stored.
+and no older security epoch. One TUF repository serves both: the director signs envelopes under a delegation.
 """
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from fleet.protocol.assignment import Assignment, Command, Fresh, Item
 from fleet.protocol.codes import RejectCode
@@ -25,221 +24,235 @@ from fleet.protocol.manifest import Grants, Manifest
 from fleet.protocol.names import TargetName
 from signing import director, metadata, policy
 from signing.errors import Rejected
-from signing.metadata import DIRECTOR, ceiling, is_revoked, profile
+from signing.metadata import DIRECTOR, ceiling, profile
 from signing.policy import Release, Resolved
 from signing.state import VerifierState
-from signing.trusted_metadata import Workflow
+from signing.trusted_metadata import Found, TrustedMetadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """An assignment that stands: persist `facts` before doing anything about it.
+    """Accepted assignment: store `state` before doing anything about it.
 
     Attributes:
         assignment: complete desired state.
         sha256: of the payload, in hex; freshness statements and reports name it.
-        facts: with the accepted version and a raised floor.
+        state: with the accepted version and a raised floor.
     """
 
     assignment: Assignment
     sha256: str
-    facts: VerifierState
+    state: VerifierState
 
 
-class Verifier(Workflow):
-    """What one verifier trusts of one repository and its director. See `Workflow` for how it is made."""
+class AcceptedFreshness(NamedTuple):
+    """Accepted freshness statement, and the state to store."""
 
-    # -- the director: what this board should run ------------------------------------------------------------------
+    statement: Fresh
+    state: VerifierState
 
-    def accept(
-        self, envelope: bytes, *, fleet: str, device: str, facts: VerifierState, now: datetime, late: bool = False
-    ) -> Accepted:
-        """Judge an assignment, after a refresh.
 
-        In this order: size, signature, fleet and device, version (an equal one must be the same payload), expiry, the
-        oldest acceptable snapshot, emptiness.
+class AcceptedCommand(NamedTuple):
+    """Accepted command, and the state to store before it is carried out."""
 
-        Args:
-            envelope: as received.
-            fleet: the board's own.
-            device: the board's own id.
-            facts: as stored by the caller, `refresh`'s included.
-            now: the reference time; a freshness statement may have raised it since the refresh.
-            late: timestamp and snapshot may have expired, as in the `refresh` before.
+    command: Command
+    state: VerifierState
 
-        Raises:
-            Rejected: TOO_LARGE, MALFORMED, UNSIGNED, WRONG_FLEET, WRONG_DEVICE, ROLLBACK, EQUIVOCATION, EXPIRED,
-                FREEZE, EMPTY.
-        """
-        self.facts = facts = facts.together(self.facts)
-        self._check_current(fleet, now, late=late)
-        accepted, sha256, self.facts = director.assignment(
-            self._director(), envelope, fleet=fleet, device=device, facts=facts, now=now, clamp=self._clamp()
+
+# -- the director: what this device should run ------------------------------------------------------------------------
+
+
+def accept_assignment(
+    trusted: TrustedMetadata,
+    envelope: bytes,
+    *,
+    fleet: str,
+    device: str,
+    state: VerifierState,
+    now: datetime,
+    allow_expired_online: bool = False,
+) -> Accepted:
+    """Verify an assignment.
+
+    In this order: the signed roles are still valid, size, signature, fleet and device, version (an equal one must be
+    the same payload), expiry, emptiness, the oldest acceptable snapshot.
+
+    Args:
+        trusted: after a refresh.
+        envelope: as received.
+        fleet: the device's own.
+        device: the device's own id.
+        state: as stored, with what the refresh remembered.
+        now: the reference time; a freshness statement may have raised it since the refresh.
+        allow_expired_online: timestamp and snapshot may have expired, as in the refresh before.
+
+    Raises:
+        Rejected: TOO_LARGE, MALFORMED, UNSIGNED, WRONG_FLEET, WRONG_DEVICE, ROLLBACK, EQUIVOCATION, EXPIRED, FREEZE,
+            EMPTY; UNREACHABLE before the first refresh.
+    """
+    _check_current(trusted, fleet, now, allow_expired_online=allow_expired_online)
+    accepted, sha256, state = director.assignment(
+        _director(trusted), envelope, fleet=fleet, device=device, state=state, now=now, clamp=_clamp(trusted)
+    )
+    if trusted.snapshot.version < accepted.snapshot:
+        raise Rejected(
+            RejectCode.FREEZE,
+            f"the repository shows snapshot {trusted.snapshot.version}, the director knows {accepted.snapshot}",
         )
-        assert self._snapshot is not None
-        if self._snapshot.version < accepted.snapshot:
-            raise Rejected(
-                RejectCode.FREEZE,
-                f"the repository shows snapshot {self._snapshot.version}, the director knows {accepted.snapshot}",
-            )
-        return Accepted(assignment=accepted, sha256=sha256, facts=self.facts)
+    return Accepted(assignment=accepted, sha256=sha256, state=state)
 
-    def fresh(
-        self, envelope: bytes, *, fleet: str, device: str, nonce: str, sha256: str, facts: VerifierState, now: datetime
-    ) -> tuple[Fresh, VerifierState]:
-        """Judge a freshness statement for the nonce of this connection and the accepted assignment's sha256.
 
-        Raises:
-            Rejected: as `accept`; REPLAY for another nonce, FREEZE when the director means another assignment.
-        """
-        self.facts = facts = facts.together(self.facts)
-        self._check_current(fleet, None)
-        statement, self.facts = director.fresh(
-            self._director(),
-            envelope,
-            fleet=fleet,
-            device=device,
-            nonce=nonce,
-            sha256=sha256,
-            facts=facts,
-            now=now,
-            clamp=self._clamp(),
-        )
-        return statement, self.facts
+def accept_freshness(
+    trusted: TrustedMetadata,
+    envelope: bytes,
+    *,
+    fleet: str,
+    device: str,
+    nonce: str,
+    sha256: str,
+    state: VerifierState,
+    now: datetime,
+) -> AcceptedFreshness:
+    """Verify a freshness statement.
 
-    def command(
-        self, envelope: bytes, *, fleet: str, device: str, facts: VerifierState, now: datetime
-    ) -> tuple[Command, VerifierState]:
-        """Judge a command. Store the facts before obeying: a command is obeyed at most once.
+    The expiry of the signed roles is not checked: a device without a clock learns the time from this statement.
 
-        Raises:
-            Rejected: as `accept`; REPLAY for a sequence that is not higher than the last.
-        """
-        self.facts = facts = facts.together(self.facts)
-        self._check_current(fleet, now)
-        command, self.facts = director.command(
-            self._director(), envelope, fleet=fleet, device=device, facts=facts, now=now
-        )
-        return command, self.facts
+    Args:
+        trusted: after a refresh.
+        envelope: as received.
+        fleet: the device's own.
+        device: the device's own id.
+        nonce: of this connection.
+        sha256: of the accepted assignment's payload.
+        state: as stored.
+        now: the reference time.
 
-    def _check_current(self, fleet: str, now: datetime | None, *, late: bool = False) -> None:
-        """The signed roles are still valid at `now` (None: not asked), and of this fleet."""
-        root, targets = self.loaded()
-        assert self._timestamp is not None
-        assert self._snapshot is not None
-        whose = profile(root).get("fleet", fleet)
-        if whose != fleet:
-            raise Rejected(RejectCode.WRONG_FLEET, f"the repository is of the fleet {whose!r}, not {fleet!r}")
-        if now is not None:
-            signed = (
-                ("root", root),
-                ("timestamp", self._timestamp),
-                ("snapshot", self._snapshot),
-                ("targets", targets),
-            )
-            for what, each in signed:
-                if not late or what in {"root", "targets"}:
-                    metadata.check_expiry(each, now, what)
+    Raises:
+        Rejected: as `accept_assignment`; REPLAY for another nonce, FREEZE when the director means another assignment.
+    """
+    _check_current(trusted, fleet, None)
+    statement, state = director.fresh(
+        _director(trusted),
+        envelope,
+        fleet=fleet,
+        device=device,
+        nonce=nonce,
+        sha256=sha256,
+        state=state,
+        now=now,
+        clamp=_clamp(trusted),
+    )
+    return AcceptedFreshness(statement, state)
 
-    def _clamp(self) -> datetime:
-        """No document raises the floor beyond the first expiry of what vouches for it."""
-        root, targets = self.loaded()
-        assert self._timestamp is not None
-        assert self._snapshot is not None
-        return min(root.expires, targets.expires, self._timestamp.expires, self._snapshot.expires)
 
-    def _director(self) -> director.Director:
-        _, targets = self.loaded()
-        return director.Director(targets=targets, role=DIRECTOR, keys=metadata.key_set(targets, (DIRECTOR,)))
+def accept_command(
+    trusted: TrustedMetadata, envelope: bytes, *, fleet: str, device: str, state: VerifierState, now: datetime
+) -> AcceptedCommand:
+    """Verify a command. Store the state before carrying it out: a command is carried out at most once.
 
-    # -- publishers: what an item is -------------------------------------------------------------------------------
+    Raises:
+        Rejected: as `accept_assignment`; REPLAY for a sequence that is not higher than the last.
+    """
+    _check_current(trusted, fleet, now)
+    command, state = director.command(_director(trusted), envelope, fleet=fleet, device=device, state=state, now=now)
+    return AcceptedCommand(command, state)
 
-    def resolve(
-        self,
-        item: Item,
-        *,
-        facts: VerifierState | None = None,
-        local: Grants | None = None,
-        arch: str = "",
-        committed: Resolved | None = None,
-    ) -> Resolved:
-        """Find an item's target in the image repository and judge it for this board, after a refresh.
 
-        An item that is the same as the committed one is not looked up again: it is held against revocations as far as
-        the namespace can be read, its ceiling, the board's policy and epoch, so that another namespace's expiry or
-        a missing file holds up nothing.
+def _check_current(
+    trusted: TrustedMetadata, fleet: str, now: datetime | None, *, allow_expired_online: bool = False
+) -> None:
+    """Refuse signed roles of another fleet, or that have expired at `now` (None: do not check)."""
+    whose = profile(trusted.root).get("fleet", fleet)
+    if whose != fleet:
+        raise Rejected(RejectCode.WRONG_FLEET, f"the repository is of the fleet {whose!r}, not {fleet!r}")
+    if now is None:
+        return
+    metadata.check_expiry(trusted.root, now, "root")
+    if not allow_expired_online:
+        metadata.check_expiry(trusted.timestamp, now, "timestamp")
+        metadata.check_expiry(trusted.snapshot, now, "snapshot")
+    metadata.check_expiry(trusted.targets, now, "targets")
 
-        Args:
-            item: from an accepted assignment.
-            facts: for the security epochs; None for those of the last call.
-            local: the board owner's policy.
-            arch: the board's CPU, see `policy.check_allowed`.
-            committed: what the board runs under this instance name.
 
-        Raises:
-            Rejected: UNKNOWN_TARGET, REVOKED, TARGET_MISMATCH, WRONG_ARCH, SECURITY_EPOCH, GRANT_DENIED, MALFORMED,
-                and those of `refresh` for the namespace's role.
-        """
-        self.facts = self.facts if facts is None else facts.together(self.facts)
-        if committed is not None and item.same_as(committed.item):
-            return self.reconfirm(item, committed.manifest, local=local, arch=arch)
-        found = self.search(item.target)
-        if found is None:
-            raise Rejected(RejectCode.UNKNOWN_TARGET, f"nobody has published {item.target[:200]!r}")
-        if found.revoked or found.target is None:
-            raise Rejected(RejectCode.REVOKED, f"{item.target} was revoked by its publisher")
-        release = policy.release_of(item.target, found.target)
-        policy.check_same(item, release)
-        grants = policy.check_allowed(item, release, facts=self.facts, ceilings=found.ceilings, local=local, arch=arch)
-        return Resolved(item=item, release=release, grants=grants)
+def _clamp(trusted: TrustedMetadata) -> datetime:
+    """No document raises the time floor beyond the first expiry of what vouches for it."""
+    return min(trusted.expiries().values())
 
-    def reconfirm(
-        self,
-        item: Item,
-        manifest: Manifest,
-        *,
-        facts: VerifierState | None = None,
-        local: Grants | None = None,
-        arch: str = "",
-    ) -> Resolved:
-        """Hold what a board committed before against what has changed since, without looking it up again.
 
-        Args:
-            item: the same as the committed one, but for attempt and rollout.
-            manifest: the publisher's, as it was resolved then.
-            facts: see `resolve`.
-            local: see `resolve`.
-            arch: see `resolve`.
+def _director(trusted: TrustedMetadata) -> director.Director:
+    targets = trusted.targets
+    return director.Director(targets=targets, role=DIRECTOR, keys=metadata.key_set(targets, (DIRECTOR,)))
 
-        Raises:
-            Rejected: REVOKED, GRANT_DENIED, SECURITY_EPOCH; nothing of a namespace that expired or cannot be fetched.
-        """
-        self.facts = self.facts if facts is None else facts.together(self.facts)
-        _, targets = self.loaded()
-        release = Release(
-            name=TargetName.from_path(item.target), manifest=manifest, length=item.length, sha256=item.sha256
-        )
-        ceilings: list[Grants] = []
-        for name, _ in targets.delegations.get_roles_for_target(item.target) if targets.delegations else ():
-            ceilings += ceiling(targets, name)
-            try:
-                role = self.load(name, targets, parent="targets", late=True)
-            except Rejected:
-                continue
-            if is_revoked(role, item.target):
-                raise Rejected(RejectCode.REVOKED, f"{item.target} was revoked by its publisher")
-        grants = policy.check_allowed(item, release, facts=self.facts, ceilings=ceilings, local=local, arch=arch)
-        return Resolved(item=item, release=release, grants=grants)
 
-    def lookup(self, path: str) -> Release:
-        """What publishers signed under a target path, whether or not this board may run it.
+# -- publishers: what an item is --------------------------------------------------------------------------------------
 
-        Raises:
-            Rejected: UNKNOWN_TARGET, REVOKED, MALFORMED, and those of `refresh` for the namespace's role.
-        """
-        found = self.search(path)
-        if found is None:
-            raise Rejected(RejectCode.UNKNOWN_TARGET, f"nobody has published {path[:200]!r}")
-        if found.revoked or found.target is None:
-            raise Rejected(RejectCode.REVOKED, f"{path} was revoked by its publisher")
-        return policy.release_of(path, found.target)
+
+def published(found: Found | None, path: str) -> Release:
+    """Read what publishers signed under a target path, whether or not this device may run it.
+
+    Args:
+        found: of `Updater.find(path)`.
+        path: the target's.
+
+    Raises:
+        Rejected: UNKNOWN_TARGET, REVOKED, MALFORMED.
+    """
+    if found is None:
+        raise Rejected(RejectCode.UNKNOWN_TARGET, f"nobody has published {path[:200]!r}")
+    if found.revoked or found.target is None:
+        raise Rejected(RejectCode.REVOKED, f"{path} was revoked by its publisher")
+    return policy.release_of(path, found.target)
+
+
+def resolve(
+    found: Found | None, item: Item, *, state: VerifierState, local: Grants | None = None, arch: str = ""
+) -> Resolved:
+    """Hold an item of an accepted assignment against what publishers signed, for this device.
+
+    Args:
+        found: of `Updater.find(item.target)`.
+        item: from an accepted assignment.
+        state: for the security epochs and versions of secrets.
+        local: the device owner's policy; None for no limit.
+        arch: the device's CPU, see `policy.check_allowed`.
+
+    Raises:
+        Rejected: UNKNOWN_TARGET, REVOKED, TARGET_MISMATCH, WRONG_ARCH, SECURITY_EPOCH, GRANT_DENIED, MALFORMED.
+    """
+    release = published(found, item.target)
+    assert found is not None
+    policy.check_same(item, release)
+    grants = policy.check_allowed(item, release, state=state, ceilings=found.ceilings, local=local, arch=arch)
+    return Resolved(item=item, release=release, grants=grants)
+
+
+def reconfirm(
+    trusted: TrustedMetadata,
+    item: Item,
+    manifest: Manifest,
+    *,
+    state: VerifierState,
+    local: Grants | None = None,
+    arch: str = "",
+) -> Resolved:
+    """Hold a committed item against what has changed since, without looking it up again.
+
+    A namespace that expired or cannot be fetched is no violation, so that it stops nothing that runs.
+
+    Args:
+        trusted: of `Updater.look_for_revocations(item.target)`.
+        item: the same as the committed one, but for attempt and rollout.
+        manifest: the publisher's, as it was resolved then.
+        state: see `resolve`.
+        local: see `resolve`.
+        arch: see `resolve`.
+
+    Raises:
+        Rejected: REVOKED, GRANT_DENIED, SECURITY_EPOCH.
+    """
+    release = Release(name=TargetName.from_path(item.target), manifest=manifest, length=item.length, sha256=item.sha256)
+    if trusted.is_revoked(item.target):
+        raise Rejected(RejectCode.REVOKED, f"{item.target} was revoked by its publisher")
+    ceilings = [limit for name in trusted.namespaces_of(item.target) for limit in ceiling(trusted.targets, name)]
+    grants = policy.check_allowed(item, release, state=state, ceilings=ceilings, local=local, arch=arch)
+    return Resolved(item=item, release=release, grants=grants)

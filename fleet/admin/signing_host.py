@@ -27,8 +27,8 @@ from fleet.protocol.trust_api import NONE, OnlineRequest, OnlineView
 from fleet.server.tuf_repository import ONLINE, OnlineKeys, TufRepository
 from signing import keys, repository
 from signing.errors import ConflictError, FetchNotFound, Rejected, SigningError
-from signing.state import VerifierState
-from signing.trusted_metadata import MemoryCache, Workflow
+from signing.trusted_metadata import ROOT_HISTORY
+from signing.updater import MemoryCache, MemoryState, StateStore, Updater
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class SigningHost:
         return own
 
     def _begin(self) -> None:
-        """Take over what the server shows, verified from the pinned root by the same client as on a board."""
+        """Take over what the server shows, verified from the pinned root by the same client as on a device."""
 
         def fetch(name: str, _max_bytes: int) -> bytes:
             data = self._client.tuf(name)
@@ -148,23 +148,23 @@ class SigningHost:
             return data
 
         cache = MemoryCache()
-        workflow = Workflow(root=self._root, fetch=fetch, cache=cache)
-        workflow.refresh(facts=self._facts(), now=self._clock())
-        files = workflow.files()
+        updater = Updater(pinned_root=self._root, fetch=fetch, states=self._remembered(), cache=cache)
+        snapshot = updater.refresh(self._clock()).snapshot
+        files = updater.ask(lambda trusted: trusted.files())
         for name, data in cache.files.items():
-            if name.startswith("root_history/"):
-                files[name.removeprefix("root_history/")] = data
-        snapshot = cache.files["snapshot.json"]
-        version = msgspec.json.decode(snapshot, type=_Head).signed.version
-        files |= {f"{version}.snapshot.json": snapshot, "timestamp.json": cache.files["timestamp.json"]}
+            if name.startswith(ROOT_HISTORY):
+                files[name.removeprefix(ROOT_HISTORY)] = data
+        files[f"{snapshot.version}.snapshot.json"] = cache.files["snapshot.json"]
+        files["timestamp.json"] = cache.files["timestamp.json"]
         self._place.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, data in files.items():
             TufRepository.write(self._place / name, data)
 
-    def _facts(self) -> VerifierState:
-        """What this host has verified before counts: the server cannot set it back."""
+    def _remembered(self) -> StateStore:
+        """Remember what this host has verified before, out of its own directory: the server cannot set it back."""
+        states = MemoryState()
         if not (self._place / "timestamp.json").exists():
-            return VerifierState()
+            return states
         known = {path.name: path.read_bytes() for path in self._place.glob("*.json")}
         cache = MemoryCache(
             {
@@ -180,8 +180,8 @@ class SigningHost:
             return known[name]
 
         long_ago = datetime(2000, 1, 1, tzinfo=UTC)  # before anything can have expired
-        workflow = Workflow(root=self._root, fetch=own, cache=cache)
-        return workflow.refresh(facts=VerifierState(), now=long_ago)
+        Updater(pinned_root=self._root, fetch=own, states=states, cache=cache).refresh(long_ago)
+        return states
 
 
 class _Version(msgspec.Struct):

@@ -35,7 +35,8 @@ from fleet.protocol.messages import BadTokenError, Token
 from fleet.protocol.operator_api import DeviceRow
 from signing.errors import FetchNotFound, Rejected
 from signing.state import VerifierState
-from signing.verifier import Verifier
+from signing.updater import MemoryState, Updater
+from signing.verifier import accept_assignment, published
 
 
 @click.group("bundle", short_help="Carry updates to boards that no network reaches")
@@ -104,22 +105,24 @@ def _collect(
         files[names.metadata(name)] = data
         return data
 
-    trusted = Verifier(root=read_file(who.root, bounds.ROOT_MAX_BYTES), fetch=fetch)
+    # Nothing is remembered: the bundle must verify on a device that has seen nothing since its enrolment.
+    root = read_file(who.root, bounds.ROOT_MAX_BYTES)
+    updater = Updater(pinned_root=root, fetch=fetch, states=MemoryState())
     now, fleet = datetime.now(UTC), client.status().fleet
     offline: list[datetime] = []
     boards: list[str] = []
     left: list[str] = []
     try:
-        trusted.refresh(facts=VerifierState(), now=now)
+        trusted = updater.refresh(now)
         for row in _rows(client, group, named):
             envelope = client.desired(row.id)
             if envelope is None:
                 left.append(row.id)
                 continue
-            accepted = trusted.accept(envelope, fleet=fleet, device=row.id, facts=VerifierState(), now=now)
+            accepted = accept_assignment(trusted, envelope, fleet=fleet, device=row.id, state=VerifierState(), now=now)
             offline.append(accepted.assignment.expires)
             for item in accepted.assignment.items:
-                trusted.lookup(item.target)
+                published(updater.find(item.target), item.target)
                 if names.artifact(item.sha256) not in files:
                     files[names.artifact(item.sha256)] = _artifact(client, item.sha256)
                 for ref in item.secrets if row.id in named else ():

@@ -5,8 +5,8 @@ What this operator believes of the repository, verified from the root pinned on 
 What this machine remembers of boards from first sight, held against what a server shows of them.
 """
 
-import os
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
@@ -18,6 +18,7 @@ from fleet.cli.base import Exit, Fault, read_file
 from fleet.cli.operator import Operator
 from fleet.client import Client
 from fleet.protocol import bounds, wire
+from fleet.protocol.files import atomic_write
 from signing import hash_bins, metadata, policy, repository, rotation
 from signing.device_statements import Seen
 from signing.errors import FetchNotFound, Rejected, RepositoryError
@@ -25,8 +26,8 @@ from signing.metadata import is_revoked, profile
 from signing.policy import Release
 from signing.rotation import RoleKeys
 from signing.state import VerifierState
-from signing.trusted_metadata import Workflow
-from signing.updater import DirectoryCache
+from signing.trusted_metadata import FileRequest, TrustedMetadata
+from signing.updater import DirectoryCache, FileState, Updater
 
 T = TypeVar("T")
 
@@ -61,48 +62,41 @@ class TrustStore:
         self._who = who
         self._expired = expired
         self._client = client
-        self._facts_file = who.trust / "facts.json"
-        pinned = read_file(who.root, bounds.ROOT_MAX_BYTES)
-        self._workflow = Workflow(root=pinned, fetch=self._fetch, cache=DirectoryCache(who.trust / "cache"))
+        self._states = _OperatorState(who.trust / "facts.json", lock=who.trust / "cache" / ".lock")
+        self._updater = Updater(
+            pinned_root=read_file(who.root, bounds.ROOT_MAX_BYTES),
+            fetch=self._fetch,
+            states=self._states,
+            cache=DirectoryCache(who.trust / "cache"),
+        )
         self.refresh()
 
     def refresh(self) -> None:
         """Bring everything up to date with the server."""
-        facts = self._load_facts()
-        self._asked(lambda: self._bring_up(facts))
+        now = _LONG_AGO if self._expired else self._states.load().time(datetime.now(UTC))
+        with _verifying():
+            self._updater.refresh(now)
+        self._files = self._ask(lambda trusted: trusted.files(bins=False))
 
-    def _bring_up(self, facts: VerifierState) -> None:
-        self._workflow.refresh(facts=facts, now=_LONG_AGO if self._expired else facts.time(datetime.now(UTC)))
-        self._files = self._workflow.files(bins=False)
-
-    def _asked(self, question: Callable[[], T]) -> T:
-        """An answer out of the verified repository; what was seen on the way is remembered in any case."""
-        try:
-            return question()
-        except Rejected as error:
-            raise Fault(
-                "the fleet's repository does not verify",
-                error.message,
-                "nothing was signed; find out who changed it before anything else",
-                code=Exit.REFUSED,
-            ) from None
-        finally:
-            self._store_facts(self._workflow.facts)
+    def _ask(self, question: Callable[[TrustedMetadata], T | FileRequest]) -> T:
+        """Answer a question out of the verified repository."""
+        with _verifying():
+            return self._updater.ask(question)
 
     @property
     def development(self) -> bool:
         """Whether the repository was made for development, by its signed root."""
-        return profile(self._workflow.loaded()[0]).get("size") == "dev"
+        return profile(self._updater.trusted.root).get("size") == "dev"
 
     @property
     def files(self) -> dict[str, bytes]:
         """Root, targets and the namespaces' roles with all their hash bins, as verified."""
-        return self._asked(self._workflow.files)
+        return self._ask(lambda trusted: trusted.files())
 
     def expired(self) -> list[str]:
         """What of root, targets, snapshot and timestamp has expired, in words."""
         now = datetime.now(UTC)
-        roles = self._asked(self._workflow.expiries).items()
+        roles = self._updater.trusted.expiries().items()
         return [f"{role} expired on {at:%Y-%m-%d}" for role, at in roles if at <= now]
 
     @property
@@ -112,22 +106,22 @@ class TrustStore:
 
     def holder(self, path: str) -> tuple[str, bytes]:
         """The role that holds or will hold a target of this namespace: the namespace's, or a hash bin's."""
-        name, data = self._asked(lambda: self._workflow.holder(self._who.namespace, path))
-        return name.partition(".")[2].removesuffix(".json"), data
+        file = self._ask(lambda trusted: trusted.holder(self._who.namespace, path))
+        return file.name.partition(".")[2].removesuffix(".json"), file.data
 
     def release(self, path: str) -> Release | None:
         """What is published under a target path; None for nothing, or what was revoked."""
-        target = self._asked(lambda: self._workflow.target(path))
-        return None if target is None else policy.release_of(path, target)
+        with _verifying():
+            found = self._updater.find(path)
+            if found is None or found.revoked or found.target is None:
+                return None
+            return policy.release_of(path, found.target)
 
     def published(self, path: str) -> Release | None:
         """What was signed under a target path, whether it was revoked since or not; None for nothing."""
-
-        def signed() -> Release | None:
-            found = self._workflow.search(path)
+        with _verifying():
+            found = self._updater.find(path)
             return None if found is None or found.target is None else policy.release_of(path, found.target)
-
-        return self._asked(signed)
 
     def is_revoked(self, path: str) -> bool:
         """Whether this namespace has taken a target back."""
@@ -173,26 +167,38 @@ class TrustStore:
             raise FetchNotFound(name)
         return data
 
-    def _load_facts(self) -> VerifierState:
+
+class _OperatorState(FileState):
+    """`operator/trust/facts.json`, shared by all commands on this machine."""
+
+    def __init__(self, path: Path, *, lock: Path) -> None:
+        super().__init__(path, lock=lock)
+        self._file = path
+
+    def load(self) -> VerifierState:
+        """See `StateStore`. Raises `Fault` for a damaged file."""
         try:
-            return VerifierState.decode(self._facts_file.read_bytes())
-        except FileNotFoundError:
-            return VerifierState()
+            return super().load()
         except wire.JSON_ERRORS as error:
             raise Fault(
-                f"{self._facts_file} is damaged",
+                f"{self._file} is damaged",
                 str(error),
                 "restore it, or delete it if nobody else writes there",
             ) from None
 
-    def _store_facts(self, facts: VerifierState) -> None:
-        fresh = self._facts_file.with_suffix(".new")
-        fresh.parent.mkdir(parents=True, exist_ok=True)
-        with fresh.open("wb") as file:
-            file.write(facts.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self._facts_file)
+
+@contextlib.contextmanager
+def _verifying() -> Iterator[None]:
+    """Turn a refusal of what the server shows into a `Fault`."""
+    try:
+        yield
+    except Rejected as error:
+        raise Fault(
+            "the fleet's repository does not verify",
+            error.message,
+            "nothing was signed; find out who changed it before anything else",
+            code=Exit.REFUSED,
+        ) from None
 
 
 DEVICES_FILE: Final = "boards.json"
@@ -228,14 +234,9 @@ def remembered(path: Path) -> DeviceMemory:
 
 def save_devices(path: Path, memory: DeviceMemory) -> None:
     """Remember it; raises `Fault` when it cannot be written."""
-    beside = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(memory)))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        atomic_write(path, msgspec.json.format(msgspec.json.encode(memory)), mode=0o644)
     except OSError as error:
         raise Fault(f"{path} cannot be written", error.strerror or str(error)) from None
 

@@ -12,6 +12,7 @@ from agent.host.ipc import host_api
 from fleet.protocol.assignment import CheckIn, Command, FollowLogs
 from fleet.protocol.messages import LogAnswer, LogChunk
 from signing import director
+from signing.verifier import accept_command
 from tests.simulator.repository import BOARD, Board, Repository, signer
 
 LINES = ("info starting", "error no connection", "host: it trapped", "critical on fire", "debug 42")
@@ -118,8 +119,8 @@ async def test_a_hostile_broker_asks_for_logs_and_is_counted():
     asked, refused = [], []
 
     async def judge(envelope):
-        command, board.facts = board.trusted.command(
-            envelope, fleet=repo.fleet, device=BOARD, facts=board.facts, now=repo.now
+        command, board.state = accept_command(
+            board.trusted, envelope, fleet=repo.fleet, device=BOARD, state=board.state, now=repo.now
         )
         return command
 

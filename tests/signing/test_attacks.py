@@ -126,7 +126,7 @@ def _(scene: Scene) -> bytes:
     old = scene.repo.files["timestamp.json"]
     scene.repo.publish("1.1.0")
     scene.board.refresh()
-    scene.board = Board(scene.repo, facts=scene.board.facts)  # a new cache, the same memory
+    scene.board = Board(scene.repo, state=scene.board.state)  # a new cache, the same memory
     scene.repo.files["timestamp.json"] = old
     return scene.assign()
 
@@ -230,7 +230,7 @@ def _(scene: Scene) -> bytes:
     scene.repo.rotate("timestamp")
     scene.repo.online()
     scene.board.refresh()
-    scene.board = Board(scene.repo, facts=scene.board.facts)
+    scene.board = Board(scene.repo, state=scene.board.state)
     del scene.repo.files["2.root.json"]
     return scene.assign()
 
@@ -293,7 +293,7 @@ def _(scene: Scene) -> bytes:
 def _(scene: Scene) -> bytes:
     # the password was rotated because it had leaked; whoever has the director's key would like the old one back
     item = scene.repo.publish("1.1.0", grants=CLOCKS, secrets={"key": SecretKey()})
-    scene.board.facts = scene.board.facts.with_secrets("hello", {"key": 2})
+    scene.board.state = scene.board.state.with_secrets("hello", {"key": 2})
     old = SecretRef(name="key", sha256="0" * 64, version=1)
     return scene.repo.assign(msgspec.structs.replace(item, secrets=(old,)))
 

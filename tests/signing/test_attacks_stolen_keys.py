@@ -142,7 +142,7 @@ def _(scene: Scene) -> bytes:
 
 @attack("the server signs two timestamps of one version", RejectCode.EQUIVOCATION)
 def _(scene: Scene) -> bytes:
-    scene.board = Board(scene.repo, facts=scene.board.facts)  # the trusted one is lost from the cache
+    scene.board = Board(scene.repo, state=scene.board.state)  # the trusted one is lost from the cache
     scene.repo.rewrite("timestamp", lambda new: new.unrecognized_fields.update(more="x"), bump=False)
     return scene.assign()
 

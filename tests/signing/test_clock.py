@@ -14,7 +14,7 @@ def test_a_clock_set_forward_stops_updates_and_poisons_nothing(days: int) -> Non
     repo = Repository()
     board = Board(repo)
     board.accept(repo.assign(repo.publish()))
-    before = board.facts
+    before = board.state
 
     next_one = repo.assign(repo.publish("1.0.1"))
 
@@ -23,9 +23,9 @@ def test_a_clock_set_forward_stops_updates_and_poisons_nothing(days: int) -> Non
     with pytest.raises(Rejected) as verdict:
         board.accept(next_one)
     assert verdict.value.code is RejectCode.EXPIRED
-    assert board.facts.floor == before.floor, "the floor rises with what is accepted, and not with a clock"
+    assert board.state.floor == before.floor, "the floor rises with what is accepted, and not with a clock"
 
     # The right time comes back: the same documents count, and the board is where it was.
     repo.now = START + timedelta(hours=1)
     board.accept(next_one)
-    assert board.facts.floor < START + timedelta(days=1)
+    assert board.state.floor < START + timedelta(days=1)

@@ -175,7 +175,7 @@ def test_a_thief_of_an_ended_key_gains_nothing_by_a_false_date() -> None:
     board = Board(repo)
     board.refresh()
     with pytest.raises(Rejected) as verdict:
-        board.trusted.lookup("components/main/hello/1.0.0.wasm")
+        board.lookup("components/main/hello/1.0.0.wasm")
     assert verdict.value.code is RejectCode.EXPIRED
 
 

@@ -19,7 +19,7 @@ def test_a_foreign_namespace_that_expired_or_is_withheld_holds_up_no_fix_and_no_
     before = board.run(repo.assign(foreign, bad))
     if how == "missing":
         repo.on_fetch = lambda name, data: None if name.endswith(".other.json") else data
-        board = Board(repo, facts=board.facts)  # a new process, whose cache was lost besides
+        board = Board(repo, state=board.state)  # a new process, whose cache was lost besides
     else:
         repo.now += timedelta(days=364)
         for role in ("targets", "main"):
@@ -29,13 +29,13 @@ def test_a_foreign_namespace_that_expired_or_is_withheld_holds_up_no_fix_and_no_
     # A fix beside it; a stop of the foreign one, of its own, and of everything; a revocation of what runs.
     fix = repo.publish("1.0.1", name="fix")
     accepted = board.accept(repo.assign(foreign, fix))
-    assert board.trusted.resolve(fix).release.name.version == "1.0.1"
-    assert board.trusted.resolve(foreign, committed=before[0]).release == before[0].release
+    assert board.resolve(fix).release.name.version == "1.0.1"
+    assert board.resolve(foreign, committed=before[0]).release == before[0].release
     assert [item.instance for item in accepted.assignment.items] == ["stale", "fix"]
     assert [item.instance for item in board.accept(repo.assign(fix)).assignment.items] == ["fix"]
     assert board.accept(repo.assign(stop_all=True)).assignment.items == ()
     repo.revoke("1.0.0", name="fix")
     board.accept(repo.assign(foreign, bad))
     with pytest.raises(Rejected) as verdict:
-        board.trusted.resolve(bad, committed=before[1])
+        board.resolve(bad, committed=before[1])
     assert code_of(verdict) is RejectCode.REVOKED

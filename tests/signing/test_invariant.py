@@ -17,7 +17,7 @@ from fleet.protocol.assignment import Item
 from signing import director
 from signing.errors import Rejected
 from signing.state import VerifierState
-from signing.trusted_metadata import MemoryCache
+from signing.updater import MemoryCache
 from tests.simulator.repository import Board, Repository, signer
 
 
@@ -91,7 +91,7 @@ class Fleet(RuleBasedStateMachine):
         if self.repo.assignments + 1 < self.accepted:
             item = self.published[data.draw(st.sampled_from(sorted(self.published)))]
             assert not self._offer(self.repo.assign(item))
-        known = self.board.facts.assignment
+        known = self.board.state.assignment
         self.repo.assignments = max(self.repo.assignments, 0 if known is None else known.version)
 
     def _deploy(self, item: Item) -> None:
@@ -153,20 +153,20 @@ class Fleet(RuleBasedStateMachine):
 
     @rule()
     def restart_the_board(self) -> None:
-        self.board = Board(self.repo, facts=VerifierState.decode(self.board.facts.encode()), cache=self.cache)
+        self.board = Board(self.repo, state=VerifierState.decode(self.board.state.encode()), cache=self.cache)
 
     # -- what must hold
 
     def _offer(self, envelope: bytes, *, meddled: bool = False) -> bool:
         if not meddled:
             self.heard = set(self.revoked)
-        before = self.board.facts
+        before = self.board.state
         try:
             resolved: list[Any] = self.board.run(envelope)
         except Rejected:
             return False
         finally:
-            after = self.board.facts
+            after = self.board.state
             assert after.root >= before.root
             assert after.floor >= before.floor
         assert after.assignment is not None
@@ -186,7 +186,7 @@ class Fleet(RuleBasedStateMachine):
     def the_committed_epoch_is_remembered(self) -> None:
         if hasattr(self, "epochs"):
             for space, epoch in self.epochs.items():
-                assert self.board.facts.epochs.get(f"{space}/hello", 0) == epoch
+                assert self.board.state.epochs.get(f"{space}/hello", 0) == epoch
 
     def _keep(self) -> None:
         """The attacker keeps a copy of everything that was ever served."""

@@ -156,8 +156,8 @@ def test_a_publisher_signs_what_was_verified_from_root() -> None:
     repo.publish("1.0.0")
     board = Board(repo)
     board.refresh()
-    assert board.trusted.role("main") == repo.files["2.main.json"]
-    assert str(board.trusted.lookup("components/main/hello/1.0.0.wasm").name) == "main/hello@1.0.0"
+    assert board.updater.role("main").data == repo.files["2.main.json"]
+    assert str(board.lookup("components/main/hello/1.0.0.wasm").name) == "main/hello@1.0.0"
 
 
 def test_a_renewal_changes_nothing_but_the_expiry() -> None:

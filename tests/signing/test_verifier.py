@@ -14,7 +14,9 @@ from fleet.protocol.manifest import Grants
 from signing import director
 from signing.errors import Rejected
 from signing.state import VerifierState
+from signing.trusted_metadata import TrustedMetadata
 from signing.updater import DirectoryCache
+from signing.verifier import accept_assignment, accept_command, accept_freshness
 from tests.signing.verdicts import code_of
 from tests.simulator.repository import BOARD, FLEET, START, Board, Repository, signer
 
@@ -98,10 +100,10 @@ def test_a_foreign_namespace_that_expired_holds_up_no_fix() -> None:
     accepted = board.accept(repo.assign(foreign, fix))
 
     assert [item.instance for item in accepted.assignment.items] == ["stale", "fix"]
-    assert board.trusted.resolve(fix).release.name.version == "1.0.1"
-    assert board.trusted.resolve(foreign, committed=committed).release == committed.release
+    assert board.resolve(fix).release.name.version == "1.0.1"
+    assert board.resolve(foreign, committed=committed).release == committed.release
     with pytest.raises(Rejected) as verdict:
-        board.trusted.resolve(foreign)
+        board.resolve(foreign)
     assert code_of(verdict) is RejectCode.EXPIRED
 
 
@@ -160,11 +162,11 @@ def test_an_equal_assignment_is_accepted_again() -> None:
     assert board.accept(envelope).sha256 == board.accept(envelope).sha256 == director.payload_sha256(envelope)
 
 
-def test_facts_are_plain_values_that_survive_storing() -> None:
+def test_state_is_a_plain_value_that_survives_storing() -> None:
     repo = Repository()
     board = Board(repo)
     board.run(repo.assign(repo.publish()))
-    assert VerifierState.decode(board.facts.encode()) == board.facts
+    assert VerifierState.decode(board.state.encode()) == board.state
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def test_a_damaged_cache_costs_a_download_and_nothing_else(tmp_path: Path, name:
     assert file.read_bytes() == whole
 
 
-def test_a_cache_still_counts_when_the_facts_are_lost() -> None:
+def test_a_cache_still_counts_when_the_state_is_lost() -> None:
     repo = Repository()
     board = Board(repo)
     board.refresh()
@@ -195,7 +197,7 @@ def test_a_cache_still_counts_when_the_facts_are_lost() -> None:
     repo.publish()
     board.refresh()
 
-    board.facts = VerifierState()
+    board.state = VerifierState()
     repo.files["timestamp.json"] = old
 
     with pytest.raises(Rejected) as verdict:
@@ -212,7 +214,7 @@ def test_what_was_learned_before_a_failure_is_remembered() -> None:
     with pytest.raises(Rejected):
         board.refresh()
 
-    assert board.facts.roles["timestamp"].version == 2
+    assert board.state.roles["timestamp"].version == 2
     repo.files["2.snapshot.json"] = lost
     board.refresh()
 
@@ -287,7 +289,7 @@ def test_a_role_signed_again_by_its_new_key_need_not_grow() -> None:
     repo.rewrite("targets", lambda signed: None, bump=False)
     repo.online()
     board.refresh()
-    assert board.facts.roles["targets"].version == 1
+    assert board.state.roles["targets"].version == 1
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -298,7 +300,7 @@ def test_a_clock_set_back_does_not_make_expired_metadata_valid() -> None:
     board = Board(repo)
     repo.now = START + timedelta(days=1)
     board.accept(repo.assign(repo.publish()))
-    assert board.facts.floor == START + timedelta(days=1)
+    assert board.state.floor == START + timedelta(days=1)
 
     old = repo.files["timestamp.json"]
     repo.now = START + timedelta(days=4)
@@ -309,7 +311,7 @@ def test_a_clock_set_back_does_not_make_expired_metadata_valid() -> None:
 
     with pytest.raises(Rejected):
         board.refresh()
-    assert board.facts.floor == START + timedelta(days=4)
+    assert board.state.floor == START + timedelta(days=4)
 
 
 def test_no_document_pushes_the_floor_past_what_vouches_for_it() -> None:
@@ -319,7 +321,7 @@ def test_no_document_pushes_the_floor_past_what_vouches_for_it() -> None:
     board = Board(repo)
     far = START + timedelta(days=4000)
     board.accept(repo.assign(item, issued=far, expires=far + timedelta(days=1)))
-    assert board.facts.floor == START + timedelta(days=2), "the timestamp's expiry"
+    assert board.state.floor == START + timedelta(days=2), "the timestamp's expiry"
 
 
 def test_a_fresh_statement_tells_a_board_without_a_clock_the_time() -> None:
@@ -328,10 +330,17 @@ def test_a_fresh_statement_tells_a_board_without_a_clock_the_time() -> None:
     board = Board(repo)
     sha256 = board.accept(envelope).sha256
     repo.now += timedelta(days=1)
-    statement, facts = board.trusted.fresh(
-        fresh(repo, envelope), fleet=FLEET, device=BOARD, nonce="n-1", sha256=sha256, facts=board.facts, now=START
+    statement, state = accept_freshness(
+        board.trusted,
+        fresh(repo, envelope),
+        fleet=FLEET,
+        device=BOARD,
+        nonce="n-1",
+        sha256=sha256,
+        state=board.state,
+        now=START,
     )
-    assert facts.time(START) == repo.now == statement.issued
+    assert state.time(START) == repo.now == statement.issued
 
 
 def test_metadata_that_expired_by_the_time_a_fresh_statement_tells_is_noticed() -> None:
@@ -341,8 +350,13 @@ def test_metadata_that_expired_by_the_time_a_fresh_statement_tells_is_noticed() 
     board = Board(repo)
     board.refresh()
     with pytest.raises(Rejected) as verdict:
-        board.trusted.accept(
-            envelope, fleet=FLEET, device=BOARD, facts=board.facts, now=START + timedelta(days=7, hours=-1)
+        accept_assignment(
+            board.trusted,
+            envelope,
+            fleet=FLEET,
+            device=BOARD,
+            state=board.state,
+            now=START + timedelta(days=7, hours=-1),
         )
     assert code_of(verdict) is RejectCode.EXPIRED
 
@@ -363,13 +377,14 @@ def test_a_fresh_statement_that_is_not_for_now_and_here_is_refused(fields: dict[
     board = Board(repo)
     sha256 = board.accept(envelope).sha256
     with pytest.raises(Rejected) as verdict:
-        board.trusted.fresh(
+        accept_freshness(
+            board.trusted,
             fresh(repo, envelope, **fields),
             fleet=FLEET,
             device=BOARD,
             nonce="n-1",
             sha256=sha256,
-            facts=board.facts,
+            state=board.state,
             now=repo.now,
         )
     assert code_of(verdict) is code
@@ -382,11 +397,13 @@ def test_a_command_is_obeyed_once() -> None:
     repo = Repository()
     board = Board(repo)
     board.refresh()
-    order, facts = board.trusted.command(command(repo, 5), fleet=FLEET, device=BOARD, facts=board.facts, now=repo.now)
+    order, state = accept_command(
+        board.trusted, command(repo, 5), fleet=FLEET, device=BOARD, state=board.state, now=repo.now
+    )
     assert order.verb == CheckIn()
     for sequence in (5, 4):
         with pytest.raises(Rejected) as verdict:
-            board.trusted.command(command(repo, sequence), fleet=FLEET, device=BOARD, facts=facts, now=repo.now)
+            accept_command(board.trusted, command(repo, sequence), fleet=FLEET, device=BOARD, state=state, now=repo.now)
         assert code_of(verdict) is RejectCode.REPLAY
 
 
@@ -403,7 +420,9 @@ def test_a_command_that_is_not_for_now_and_here_is_refused(fields: dict[str, Any
     board = Board(repo)
     board.refresh()
     with pytest.raises(Rejected) as verdict:
-        board.trusted.command(command(repo, 1, **fields), fleet=FLEET, device=BOARD, facts=board.facts, now=repo.now)
+        accept_command(
+            board.trusted, command(repo, 1, **fields), fleet=FLEET, device=BOARD, state=board.state, now=repo.now
+        )
     assert code_of(verdict) is code
 
 
@@ -413,7 +432,7 @@ def test_an_assignment_is_no_command() -> None:
     board.refresh()
     envelope = repo.assign(repo.publish())
     with pytest.raises(Rejected) as verdict:
-        board.trusted.command(envelope, fleet=FLEET, device=BOARD, facts=board.facts, now=repo.now)
+        accept_command(board.trusted, envelope, fleet=FLEET, device=BOARD, state=board.state, now=repo.now)
     assert code_of(verdict) is RejectCode.UNSIGNED
 
 
@@ -425,20 +444,22 @@ def test_a_network_that_is_away_does_not_take_the_directors_word_from_a_board() 
     with pytest.raises(Rejected):
         board.refresh()
 
-    _, board.facts = board.trusted.command(command(repo, 1), fleet=FLEET, device=BOARD, facts=board.facts, now=repo.now)
+    _, board.state = accept_command(
+        board.trusted, command(repo, 1), fleet=FLEET, device=BOARD, state=board.state, now=repo.now
+    )
 
     # Root changes: whatever was trusted before may have been replaced, so nothing is until a refresh succeeds.
     repo.rotate("timestamp")
     with pytest.raises(Rejected):
         board.refresh()
     with pytest.raises(Rejected) as verdict:
-        board.trusted.command(command(repo, 2), fleet=FLEET, device=BOARD, facts=board.facts, now=repo.now)
+        accept_command(board.trusted, command(repo, 2), fleet=FLEET, device=BOARD, state=board.state, now=repo.now)
     assert code_of(verdict) is RejectCode.UNREACHABLE
 
     repo.files["timestamp.json"] = lost
     repo.online()
     board.refresh()
-    board.trusted.command(command(repo, 2), fleet=FLEET, device=BOARD, facts=board.facts, now=repo.now)
+    accept_command(board.trusted, command(repo, 2), fleet=FLEET, device=BOARD, state=board.state, now=repo.now)
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
@@ -456,11 +477,16 @@ def test_a_board_in_production_refuses_a_repository_made_for_development() -> No
 def test_nothing_is_accepted_before_a_refresh() -> None:
     repo = Repository()
     item = repo.publish()
-    trusted = repo.trusted()
+    board = Board(repo)
+    unfinished = TrustedMetadata(pinned_root=repo.pinned, state=VerifierState(), now=START)
+    for trusted in (lambda: board.trusted, lambda: unfinished):
+        with pytest.raises(Rejected) as verdict:
+            accept_assignment(trusted(), repo.assign(item), fleet=FLEET, device=BOARD, state=VerifierState(), now=START)
+        assert code_of(verdict) is RejectCode.UNREACHABLE
     with pytest.raises(Rejected):
-        trusted.accept(repo.assign(item), fleet=FLEET, device=BOARD, facts=VerifierState(), now=START)
+        board.resolve(item)
     with pytest.raises(Rejected):
-        trusted.resolve(item)
+        unfinished.find(item.target)
 
 
 def test_a_repository_of_another_fleet_is_refused() -> None:
@@ -469,7 +495,7 @@ def test_a_repository_of_another_fleet_is_refused() -> None:
     board.refresh()
     envelope = director.sign_assignment(repo.assignment(repo.publish(), fleet=FLEET), repo.keys["director"])
     with pytest.raises(Rejected) as verdict:
-        board.trusted.accept(envelope, fleet=FLEET, device=BOARD, facts=board.facts, now=repo.now)
+        accept_assignment(board.trusted, envelope, fleet=FLEET, device=BOARD, state=board.state, now=repo.now)
     assert code_of(verdict) is RejectCode.WRONG_FLEET
 
 

@@ -66,13 +66,13 @@ def refuses(code: RejectCode, story: Story) -> None:
     """Play a story: the board refuses with this code, and forgets nothing that protects it."""
     scene = Scene()
     envelope = story(scene)
-    before = scene.board.facts
+    before = scene.board.state
 
     with pytest.raises(Rejected) as verdict:
         scene.board.run(envelope)
 
     assert verdict.value.code is code, verdict.value
-    after = scene.board.facts
+    after = scene.board.state
     assert after.root >= before.root
     assert after.epochs == before.epochs
     assert after.floor >= before.floor

@@ -1,6 +1,6 @@
 """A repository in memory that behaves as its author wishes: honest by default, hostile on demand.
 
-It implements the fetch interface of `signing.trusted_metadata`, signs on demand, and counts what was asked for, so
+It implements the fetch interface of `signing.updater`, signs on demand, and counts what was asked for, so
 that a test can also prove what was *not* fetched.
 """
 
@@ -19,8 +19,11 @@ from fleet.protocol.manifest import Grants, Http, Manifest
 from fleet.protocol.names import TargetName
 from signing import director, repository
 from signing.errors import FetchNotFound
+from signing.policy import Release, Resolved
 from signing.state import VerifierState
-from signing.verifier import Verifier
+from signing.trusted_metadata import TrustedMetadata
+from signing.updater import MemoryState, Updater
+from signing.verifier import Accepted, accept_assignment, published, reconfirm, resolve
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 FLEET = "harbour"
@@ -67,9 +70,6 @@ class Repository:
         if data is None:
             raise FetchNotFound(name)
         return data
-
-    def trusted(self, **options: Any) -> Verifier:
-        return Verifier(root=self.pinned, fetch=self.fetch, **options)
 
     # -- the honest publisher, server and director
 
@@ -185,42 +185,60 @@ def promise_role(snapshot: Snapshot, role: str, data: bytes, version: int) -> No
 
 
 class Board:
-    """A board's verifier with its memory: remembers facts as an agent does, whatever happens."""
+    """Device's verifier with its memory: what an agent does, over a simulated repository."""
 
     def __init__(
-        self, repo: Repository, *, device: str = BOARD, facts: VerifierState | None = None, **options: Any
+        self, repo: Repository, *, device: str = BOARD, state: VerifierState | None = None, **options: Any
     ) -> None:
         self.repo = repo
         self.device = device
-        self.facts = VerifierState() if facts is None else facts
-        self.trusted = repo.trusted(**options)
+        self.states = MemoryState(state)
+        self.updater = Updater(pinned_root=repo.pinned, fetch=repo.fetch, states=self.states, **options)
+
+    @property
+    def state(self) -> VerifierState:
+        return self.states.load()
+
+    @state.setter
+    def state(self, state: VerifierState) -> None:
+        self.states.save(state)
+
+    @property
+    def trusted(self) -> TrustedMetadata:
+        return self.updater.trusted
 
     @property
     def now(self) -> datetime:
-        return self.facts.time(self.repo.now)
+        return self.state.time(self.repo.now)
 
     def refresh(self) -> None:
-        try:
-            self.trusted.refresh(facts=self.facts, now=self.now)
-        finally:
-            self.facts = self.trusted.facts
+        self.updater.refresh(self.now)
 
-    def accept(self, envelope: bytes) -> Any:
+    def accept(self, envelope: bytes) -> Accepted:
         self.refresh()
-        try:
-            return self.trusted.accept(
-                envelope, fleet=self.repo.fleet, device=self.device, facts=self.facts, now=self.now
-            )
-        finally:
-            self.facts = self.trusted.facts
+        accepted = accept_assignment(
+            self.trusted, envelope, fleet=self.repo.fleet, device=self.device, state=self.state, now=self.now
+        )
+        self.state = accepted.state
+        return accepted
 
-    def run(self, envelope: bytes, **options: Any) -> list[Any]:
+    def resolve(self, item: Item, *, committed: Resolved | None = None, **options: Any) -> Resolved:
+        """A committed item is held against revocations, any other is looked up."""
+        if committed is not None and item.same_as(committed.item):
+            trusted = self.updater.look_for_revocations(item.target)
+            return reconfirm(trusted, item, committed.manifest, state=self.state, **options)
+        return resolve(self.updater.find(item.target), item, state=self.state, **options)
+
+    def lookup(self, path: str) -> Release:
+        return published(self.updater.find(path), path)
+
+    def run(self, envelope: bytes, **options: Any) -> list[Resolved]:
         """Accept and resolve everything: what an honest board does before it fetches bytes."""
         accepted = self.accept(envelope)
-        return [self.trusted.resolve(item, **options) for item in accepted.assignment.items]
+        return [self.resolve(item, **options) for item in accepted.assignment.items]
 
     def commit(self, name: str, epoch: int) -> None:
-        self.facts = self.facts.with_committed(name, epoch)
+        self.state = self.state.with_committed(name, epoch)
 
 
 def tampered(data: bytes, path: list[str], value: Any) -> bytes:

@@ -16,8 +16,7 @@ from fleet.store.store import Store
 from signing import events, keys, repository
 from signing.errors import FetchNotFound, Rejected
 from signing.keyring import Keyring
-from signing.state import VerifierState
-from signing.verifier import Verifier
+from signing.updater import MemoryState, Updater
 
 PASSPHRASE = b"correct horse"
 NOW = datetime.now(UTC)
@@ -32,7 +31,7 @@ class Place:
         bootstrap.init(self.path, fleet="acme", size="solo", passphrase=PASSPHRASE, broker="mqtts://127.0.0.1:8883")
         self.home = ServerPaths(self.path)
         self.first = self.files()["1.root.json"]
-        self.facts = VerifierState()
+        self.states = MemoryState()
 
     def files(self):
         return {path.name: path.read_bytes() for path in self.home.repository.glob("*.json")}
@@ -45,8 +44,7 @@ class Place:
                 raise FetchNotFound(name)
             return files[name]
 
-        trusted = Verifier(root=self.first, fetch=fetch, production=True)
-        self.facts = trusted.refresh(facts=self.facts, now=now)
+        Updater(pinned_root=self.first, fetch=fetch, states=self.states, production=True).refresh(now)
 
     def publish(self, count=1):
         main = keys.load(self.home.operator / "keys/main.pem", passphrase=PASSPHRASE)

@@ -10,8 +10,8 @@ from fleet.cli.main import main
 from fleet.protocol.assignment import Assignment, Item
 from signing import director, keys
 from signing.errors import FetchNotFound
-from signing.state import VerifierState
-from signing.verifier import Verifier
+from signing.updater import MemoryState, Updater
+from signing.verifier import accept_assignment, published, resolve
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
 BOARD = "gate-0a1b2c3d"
@@ -21,8 +21,9 @@ class Board:
     """Accepts assignments and resolves what they name, as an agent does."""
 
     def __init__(self, desk, *, production: bool = False) -> None:
-        self.desk, self.facts, self.version = desk, VerifierState(), 0
-        self.trusted = Verifier(root=desk.files["1.root.json"], fetch=self._fetch, production=production)
+        self.desk, self.states, self.version = desk, MemoryState(), 0
+        root = desk.files["1.root.json"]
+        self.updater = Updater(pinned_root=root, fetch=self._fetch, states=self.states, production=production)
 
     def _fetch(self, name: str, _max_bytes: int) -> bytes:
         if name not in self.desk.files:
@@ -31,8 +32,9 @@ class Board:
 
     def runs(self, version: str) -> bool:
         now = datetime.now(UTC)
-        self.facts = self.trusted.refresh(facts=self.facts, now=now)
-        release = self.trusted.lookup(f"components/main/hello/{version}.wasm")
+        trusted = self.updater.refresh(now)
+        path = f"components/main/hello/{version}.wasm"
+        release = published(self.updater.find(path), path)
         self.version += 1
         assignment = Assignment(
             fleet="fleet",
@@ -51,9 +53,11 @@ class Board:
             ),
         )
         envelope = director.sign_assignment(assignment, keys.load(self.desk.home / "server/keys/director.pem"))
-        accepted = self.trusted.accept(envelope, fleet="fleet", device=BOARD, facts=self.facts, now=now)
-        self.facts = accepted.facts
-        return bool(self.trusted.resolve(accepted.assignment.items[0]))
+        state = self.states.load()
+        accepted = accept_assignment(trusted, envelope, fleet="fleet", device=BOARD, state=state, now=now)
+        self.states.save(accepted.state)
+        [item] = accepted.assignment.items
+        return bool(resolve(self.updater.find(item.target), item, state=accepted.state))
 
 
 def hello(work: Path) -> Path:

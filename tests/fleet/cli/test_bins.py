@@ -12,8 +12,8 @@ from fleet.protocol.manifest import Http, Manifest
 from fleet.protocol.names import TargetName
 from signing import hash_bins, keys, repository
 from signing.errors import FetchNotFound
-from signing.state import VerifierState
-from signing.verifier import Verifier
+from signing.updater import MemoryState, Updater
+from signing.verifier import published
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
 MANY = 1100
@@ -53,9 +53,9 @@ def test_a_large_namespace_moves_over_and_goes_on_as_before(fleet, large, tmp_pa
             raise FetchNotFound(name)
         return large.files[name]
 
-    board = Verifier(root=large.files["1.root.json"], fetch=fetch)
-    facts = board.refresh(facts=VerifierState(), now=datetime.now(UTC))
-    assert board.lookup("components/main/sensor/1.7.0.wasm")
+    board = Updater(pinned_root=large.files["1.root.json"], fetch=fetch, states=MemoryState())
+    board.refresh(datetime.now(UTC))
+    assert published(board.find(path := "components/main/sensor/1.7.0.wasm"), path)
     whole = len(repository.latest(large.files, "main")[1])
 
     moved = fleet("sign", "bins", "--bits", "6", "--yes")
@@ -66,8 +66,8 @@ def test_a_large_namespace_moves_over_and_goes_on_as_before(fleet, large, tmp_pa
 
     # The board of before follows, and fetches a small part.
     fetched.clear()
-    facts = board.refresh(facts=facts, now=datetime.now(UTC))
-    assert board.lookup("components/main/sensor/1.7.0.wasm")
+    board.refresh(datetime.now(UTC))
+    assert published(board.find(path := "components/main/sensor/1.7.0.wasm"), path)
     part = [name for name in fetched if ".bins-" in name]
     assert len(part) == 1
     assert len(large.files[part[0]]) < whole / 20
@@ -75,14 +75,14 @@ def test_a_large_namespace_moves_over_and_goes_on_as_before(fleet, large, tmp_pa
     # Publishing goes on with the same commands, and touches one bin.
     file = shutil.copy(DEMO / "v1.wasm", tmp_path / "hello.wasm")
     before = repository.newest(large.files)
-    published = fleet("publish", file, "--version", "2.0.0")
-    assert published.exit_code == 0, published.output
+    done = fleet("publish", file, "--version", "2.0.0")
+    assert done.exit_code == 0, done.output
     after = repository.newest(large.files)
     changed = {role for role in after if after[role] != before.get(role)} - {"snapshot"}
     assert changed == {hash_bins.holder(large.files, "main", "components/main/hello/2.0.0.wasm")}
     assert "published already" in fleet("publish", file, "--version", "2.0.0").stdout
-    board.refresh(facts=facts, now=datetime.now(UTC))
-    assert board.lookup("components/main/hello/2.0.0.wasm")
+    board.refresh(datetime.now(UTC))
+    assert published(board.find(path := "components/main/hello/2.0.0.wasm"), path)
 
     # So does taking back, renewing, and giving the namespace another key.
     assert fleet("withdraw", "hello@2.0.0", "--yes").exit_code == 0

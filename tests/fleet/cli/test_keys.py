@@ -6,12 +6,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from tuf.api.metadata import Metadata
 
 from signing import keys, repository, rotation
 from signing.errors import FetchNotFound, Rejected
 from signing.keyring import Keyring, recovery_key
-from signing.state import VerifierState
-from signing.verifier import Verifier
+from signing.updater import MemoryState, Updater
+from signing.verifier import published
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
 SECRET = "correct horse"
@@ -34,8 +35,9 @@ class Board:
     """A production board's verifier that lives through the whole story, from the root of its enrolment."""
 
     def __init__(self, desk) -> None:
-        self.desk, self.facts = desk, VerifierState()
-        self.trusted = Verifier(root=desk.files["1.root.json"], fetch=self.fetch, production=True)
+        self.desk, self.states = desk, MemoryState()
+        root = desk.files["1.root.json"]
+        self.updater = Updater(pinned_root=root, fetch=self.fetch, states=self.states, production=True)
 
     def fetch(self, name: str, _max_bytes: int) -> bytes:
         if name not in self.desk.files:
@@ -43,8 +45,8 @@ class Board:
         return self.desk.files[name]
 
     def sees(self, path: str):
-        self.facts = self.trusted.refresh(facts=self.facts, now=datetime.now(UTC))
-        return self.trusted.lookup(path)
+        self.updater.refresh(datetime.now(UTC))
+        return published(self.updater.find(path), path)
 
 
 def hello(directory: Path, name: str = "hello.wasm") -> Path:
@@ -185,7 +187,8 @@ def test_a_pipeline_publishes_in_its_namespace_below_its_ceiling(fleet, desk, ho
 
     assert fleet("publish", hello(elsewhere), "--version", "1.0.0").exit_code == 0
     assert board.sees("components/edge/hello/1.0.0.wasm")
-    life = board.trusted.load("edge", board.trusted.loaded()[1], parent="targets").expires - datetime.now(UTC)
+    role = Metadata.from_bytes(board.updater.role("edge").data)
+    life = role.signed.expires - datetime.now(UTC)
     assert life.days <= 90, "nothing that the key signs outlives it"
 
     # Beyond its ceiling it gets nowhere, and top-level roles are not for it.

@@ -1,6 +1,6 @@
 """dev, solo, team: how a fleet begins, moves on with boards that never enrol again, and outlives a lost machine.
 
-The board is the real verifier, `TrustedSet`, with its memory, from the root that was pinned when the fleet was made.
+The device is the real verifier with its memory, from the root that was pinned when the fleet was made.
 """
 
 import functools

@@ -38,8 +38,8 @@ from fleet.server.config import Address, ServerConfig, ServerPaths
 from fleet.server.service import Server
 from signing import dsse, keys, repository
 from signing.errors import FetchNotFound
-from signing.state import VerifierState
-from signing.verifier import Verifier
+from signing.updater import MemoryState, Updater
+from signing.verifier import accept_assignment, resolve
 from tests.eventually import eventually_async
 
 T = TypeVar("T")
@@ -170,7 +170,7 @@ class Board:
         self.acked = 0
         self.nonce = ""
         self.sequence = 0
-        self.facts = VerifierState()
+        self.states = MemoryState()
         self.items: dict[str, Item] = {}
         self.news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -180,7 +180,7 @@ class Board:
         self._secret = secret
         self.hold(enrolled.certificate_pem)
         self._files[1].write_text(enrolled.ca_pem)
-        self._trusted = Verifier(root=enrolled.root.encode(), fetch=self._fetch)
+        self.updater = Updater(pinned_root=enrolled.root.encode(), fetch=self._fetch, states=self.states)
 
     def hold(self, certificate_pem: str) -> None:
         """Put a certificate for its key in place."""
@@ -278,12 +278,13 @@ class Board:
 
     async def _accept(self, envelope: bytes) -> None:
         now = datetime.now(UTC)
-        self.facts = await _patiently(lambda: self._trusted.refresh(facts=self.facts, now=now))
-        accepted = self._trusted.accept(
-            envelope, fleet=self.enrolled.fleet, device=self.device, facts=self.facts, now=now
+        trusted = await _patiently(lambda: self.updater.refresh(now))
+        state = self.states.load()
+        accepted = accept_assignment(
+            trusted, envelope, fleet=self.enrolled.fleet, device=self.device, state=state, now=now
         )
         again = bool(self.accepted) and self.accepted[-1].version == accepted.assignment.version
-        self.facts = accepted.facts
+        self.states.save(accepted.state)
         if again:
             return
         self.accepted.append(accepted.assignment)
@@ -293,7 +294,8 @@ class Board:
             self._say(msgspec.structs.replace(removed, target="", rollout="", attempt=0), accepted.assignment)
         for instance, item in wanted.items():
             if self.items.get(instance) != item:
-                await _patiently(functools.partial(self._trusted.resolve, item))
+                found = await _patiently(functools.partial(self.updater.find, item.target))
+                resolve(found, item, state=accepted.state)
                 for report in self.behaviour(item):
                     self._say(report, accepted.assignment)
         self.items = wanted

@@ -20,6 +20,7 @@ from fleet.protocol import operator_api, wire
 from fleet.protocol.messages import DesiredReply, EnrolRequest, RenewRequest, Token
 from fleet.server.service import Server
 from signing import dsse
+from signing.verifier import accept_freshness
 
 
 async def try_enrol(fleet, secret, *, name="board", key=None, csr=None):
@@ -179,13 +180,14 @@ async def test_boards_fetch_their_own_desired_state_without_the_broker(new_fleet
             assert (await asyncio.to_thread(http.get, "/v1/desired", params={"nonce": "../x"})).status_code == 400
         both = wire.decode(DesiredReply, vouched.content)
         assert both.assignment.encode() == reply.content
-        statement, _ = away._trusted.fresh(
+        statement, _ = accept_freshness(
+            away.updater.trusted,
             both.fresh.encode(),
             fleet=away.enrolled.fleet,
             device=away.device,
             nonce=nonce,
             sha256=dsse.parse(reply.content).sha256,
-            facts=away.facts,
+            state=away.states.load(),
             now=datetime.now(UTC),
         )
         assert statement.nonce == nonce

@@ -5,6 +5,7 @@ import pytest
 from fleet.protocol import operator_api
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.operator_api import Outcome, RolloutState
+from signing.state import VerifierState
 
 
 def outcomes(view: operator_api.RolloutView) -> dict[int, list[Outcome]]:
@@ -121,7 +122,8 @@ async def test_a_server_that_is_restarted_in_mid_rollout_goes_on(new_fleet, brok
         view = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}")
         assert view.state is RolloutState.RUNNING
         for board in boards:
-            board.behaviour, board.items, board.facts = behaviours["good"], {}, type(board.facts)()
+            board.behaviour, board.items = behaviours["good"], {}
+            board.states.save(VerifierState())
             board.accepted.clear()
             await board.connect()
         assert (await fleet.operator.decided(view)).state is RolloutState.SUCCEEDED
