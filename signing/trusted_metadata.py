@@ -307,8 +307,8 @@ class TrustedMetadata:
             seen = self._verify(Snapshot, "snapshot", self._root, cached).signed
         except Rejected:
             return
-        newest = {name: max(each.version, self.state.meta.get(name, 0)) for name, each in seen.meta.items()}
-        self.state = self.state.with_meta(newest)
+        listed = _listed(seen)
+        self.state = self.state.with_meta({name: max(v, self.state.meta.get(name, 0)) for name, v in listed.items()})
 
     def _accept_snapshot(self, promise: MetaFile, data: bytes) -> None:
         metadata.check_file(promise, data, "snapshot")  # 5.5.2
@@ -325,7 +325,7 @@ class TrustedMetadata:
         if not self._allow_expired_online:
             metadata.check_expiry(new, self._now, "snapshot")  # 5.5.6
         self._remember("snapshot", new.version, data, self.state.online)
-        self.state = self.state.with_meta({name: each.version for name, each in new.meta.items()})
+        self.state = self.state.with_meta(_listed(new))
         self._snapshot = new
 
     # -- targets and delegated roles (TUF specification, 5.6) -------------------------------------------------------
@@ -552,6 +552,11 @@ def _signers(delegator: Root | Targets, role: str) -> tuple[int, Mapping[str, Ke
     except ValueError as error:
         raise Rejected(RejectCode.UNSIGNED, f"nobody is trusted to sign {role}") from error
     return named.threshold, metadata.keys_by_id(delegator, named.keyids)
+
+
+def _listed(snapshot: Snapshot) -> dict[str, int]:
+    """Versions of the roles in a snapshot; of the snapshot itself only the timestamp decides."""
+    return {name: each.version for name, each in snapshot.meta.items() if name != "snapshot.json"}
 
 
 def _bins(role: Targets) -> Iterable[str]:

@@ -113,7 +113,16 @@ ROOMS: dict[str, tuple[tuple[str, ...], frozenset[str] | None]] = {
     ),
     "fleet": (("signing",), None),
 }
-PURE = ("fleet.rollout", "agent.update.machine", "agent.update.plan", "agent.update.probation")
+PURE = (
+    "fleet.rollout",
+    "agent.update.machine",
+    "agent.update.plan",
+    "agent.update.probation",
+    *(
+        f"signing.{name}"
+        for name in ("state", "metadata", "dsse", "policy", "trusted_metadata", "director", "verifier")
+    ),
+)
 IMPURE = ("asyncio", "logging", "os", "pathlib", "random", "socket", "sqlite3", "subprocess", "threading", "time")
 
 
@@ -180,7 +189,8 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
             "signing.sealing",
             "signing.keys",
         ),
-        ("signing.updater", "signing.verifier", "signing.repository", "signing.keyring"),
+        ("signing.verifier", "signing.repository", "signing.keyring"),
+        ("signing.updater",),
         ("signing.hash_bins", "signing.rotation"),
         ("signing.events",),
         ("signing.event_diff", "signing.conformance"),

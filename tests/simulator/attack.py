@@ -6,15 +6,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from fleet.protocol.assignment import ASSIGNMENT_TYPE, Item
+from fleet.protocol.assignment import ASSIGNMENT_TYPE, Assignment, Item
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants
 from signing import dsse
 from signing.errors import Rejected
-from tests.simulator.repository import (
-    Board,
-    Repository,
-)
+from signing.state import VerifierState
+from signing.trusted_metadata import TrustedMetadata
+from tests.simulator.repository import Board, Repository
+from tests.simulator.script import check_grown, record, replay
 
 CLOCKS = Grants(interfaces=("wasi:clocks",))
 NETWORK = Grants(outbound=("https://evil.example:443",))
@@ -76,3 +76,22 @@ def refuses(code: RejectCode, story: Story) -> None:
     assert after.root >= before.root
     assert after.epochs == before.epochs
     assert after.floor >= before.floor
+    _replay(scene, before, envelope, verdict.value)
+
+
+def _replay(scene: Scene, before: VerifierState, envelope: bytes, verdict: Rejected) -> None:
+    """The attack as a list of files: the same code, and nothing is forgotten when it is cut after any of them."""
+    repo, now = scene.repo, before.time(scene.repo.now)
+    try:
+        paths = [item.target for item in msgspec.json.decode(dsse.parse(envelope).payload, type=Assignment).items]
+    except (Rejected, msgspec.DecodeError):
+        paths = []
+
+    def begin() -> TrustedMetadata:
+        return TrustedMetadata(pinned_root=repo.pinned, state=before, now=now)
+
+    pairs, refusal = record(repo, begin(), paths)
+    if refusal is not None:
+        assert refusal.code is verdict.code, refusal
+    for cut in range(len(pairs) + 1):
+        check_grown(before, replay(pairs[:cut], begin(), paths))
