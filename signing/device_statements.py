@@ -1,18 +1,13 @@
-"""DeviceSigner, DeviceVerifier; audit of a device's report chain.
+"""Statements of a device, signed by its device key; audit of a device's report chain.
 
-What a board says about itself, signed by its device key: who has that key on record cannot be told otherwise.
+A report travels in a DSSE envelope under the key of the device's certificate (P-256, or Ed25519), so neither a broker
+nor a server can invent what a device runs. The payload is the report's own JSON; nothing of it is trusted before
+`DeviceVerifier.verify` returned it.
 
-A report travels in a DSSE envelope under the key of the board's certificate (P-256, or Ed25519), so neither a broker
-nor a server can invent what a board runs. What is inside is the report's own JSON; nothing of it is trusted before
-`verify` returned it.
-
-Whether a board's history, as a server shows it, is the board's own word, whole and in order.
-
-Each report is signed by the device key and names the sha256 of the one before it, so a server that leaves one out,
-changes one or invents one is found out by whoever remembers the board's key and the newest report that was seen. Pure:
-what the server shows and what is remembered go in, findings and what is to be remembered come out.
-
-A progress report ("40 %") may be overtaken on the board before it was ever sent; it is signed, and no link.
+Each report names the sha256 of the one before it, so a server that leaves one out, changes one or invents one is found
+out by whoever remembers the device's key and the newest report that was seen. The audit is pure: what the server shows
+and what is remembered go in, findings and what is to be remembered come out. A progress report ("40 %") may be
+overtaken on the device before it was ever sent; it is signed, and no link of the chain.
 """
 
 import functools
@@ -50,36 +45,36 @@ _START: Final = b'{"payloadType"'
 
 
 class DeviceSigner:
-    """A board's own: signs what it says."""
+    """Signer of a device's statements, with its device key."""
 
     def __init__(self, pem: bytes) -> None:
-        """From the device key's file.
+        """Read the device key's file.
 
         Raises:
-            KeyFileError: no private key, or one of a kind that no board has.
+            KeyFileError: no private key, or one of a kind that no device has.
         """
         try:
             key = load_pem_private_key(pem, password=None)
         except (ValueError, TypeError) as error:
             raise KeyFileError(f"the device key cannot be read: {error}") from error
         if not isinstance(key, EllipticCurvePrivateKey | Ed25519PrivateKey):
-            raise KeyFileError("the device key is neither of P-256 nor of Ed25519: enrol the board anew")
+            raise KeyFileError("the device key is neither of P-256 nor of Ed25519: enrol the device anew")
         self._signer = CryptoSigner(key)
 
     def sign(self, said: bytes, payload_type: str = REPORT_TYPE) -> bytes:
-        """The envelope of a report's JSON, or of something else that the board says."""
+        """Sign a report's JSON, or another statement, and return the envelope."""
         return dsse.sign(payload_type, said, [self._signer])
 
 
 class DeviceVerifier:
-    """Hears one board: checks that it was that board's key that spoke.
+    """Verifier of one device's statements.
 
     Attributes:
-        fingerprint: sha256 of the public key (SubjectPublicKeyInfo, DER) in hex: what is compared from first sight on.
+        fingerprint: sha256 of the public key (SubjectPublicKeyInfo, DER) in hex, compared from first sight on.
     """
 
     def __init__(self, certificate: bytes) -> None:
-        """From the board's certificate, PEM.
+        """Read the device's certificate, PEM.
 
         Raises:
             Rejected: MALFORMED: no certificate, or a key of another kind.
@@ -87,18 +82,18 @@ class DeviceVerifier:
         try:
             key = x509.load_pem_x509_certificate(certificate).public_key()
         except ValueError as error:
-            raise Rejected(RejectCode.MALFORMED, f"the board's certificate cannot be read: {error}") from error
+            raise Rejected(RejectCode.MALFORMED, f"the device's certificate cannot be read: {error}") from error
         if isinstance(key, EllipticCurvePublicKey) and key.key_size == _P256_BITS:
             self._verify: Callable[[bytes, bytes], None] = functools.partial(_ecdsa, key)
         elif isinstance(key, Ed25519PublicKey):
             self._verify = key.verify
         else:
-            raise Rejected(RejectCode.MALFORMED, "the board's key is neither of P-256 nor of Ed25519")
+            raise Rejected(RejectCode.MALFORMED, "the device's key is neither of P-256 nor of Ed25519")
         der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         self.fingerprint = hashlib.sha256(der).hexdigest()
 
     def verify(self, data: bytes, payload_type: str = REPORT_TYPE) -> bytes:
-        """The report's JSON (or what else is asked for) in an envelope that this board signed.
+        """Return the report's JSON, or another statement, in an envelope that this device signed.
 
         Raises:
             Rejected: TOO_LARGE, MALFORMED; UNSIGNED for what another key signed, or signed as something else.
@@ -112,21 +107,21 @@ class DeviceVerifier:
             except InvalidSignature:
                 continue
             return envelope.payload
-        raise Rejected(RejectCode.UNSIGNED, "it is not signed by this board's key")
+        raise Rejected(RejectCode.UNSIGNED, "it is not signed by this device's key")
 
 
 def _ecdsa(key: EllipticCurvePublicKey, signature: bytes, data: bytes) -> None:
-    """With the key as it was read once: parsing it for each report costs as much as half of the verification."""
+    """Verify with a key that was parsed once: parsing costs as much as half of the verification."""
     key.verify(signature, data, _ECDSA)
 
 
 def is_signed(data: bytes) -> bool:
-    """Whether it looks like an envelope; it may still be anybody's."""
+    """Return whether data look like an envelope; the signature may still be anybody's."""
     return data.startswith(_START)
 
 
 def unverified(data: bytes) -> bytes:
-    """The report's JSON, in an envelope or not, from bytes that were judged before they were stored.
+    """Return the report's JSON, in an envelope or not, from bytes that were verified before they were stored.
 
     Raises:
         Rejected: MALFORMED.
@@ -135,7 +130,7 @@ def unverified(data: bytes) -> bytes:
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operator remembers of one board.
+    """Memory of one device on an operator's machine.
 
     Attributes:
         key: fingerprint of its key, from first sight on.
@@ -149,10 +144,10 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What an audit found.
+    """Result of an audit.
 
     Attributes:
-        findings: what does not hold, as sentences; none when the history is the board's own.
+        findings: what does not hold, as sentences; none when the history is the device's own.
         notes: what is worth knowing and proves nothing.
         reports: those that hold, in the order of the chain.
         seen: what is to be remembered.
@@ -164,7 +159,7 @@ class Verdict:
     seen: Seen
 
     def ran(self) -> tuple[Report, ...]:
-        """What the board says that it ran, and from when on: commits, removals, and ways back."""
+        """Return what the device ran, and from when on: commits, removals and rollbacks."""
         ends = (Phase.COMMITTED, Phase.ROLLED_BACK)
         return tuple(each for each in self.reports if each.phase in ends or (each.instance and each.code is not None))
 
@@ -176,11 +171,11 @@ class _Link:
 
 
 def audit(device: str, certificate: bytes, shown: Iterable[bytes], seen: Seen | None) -> Verdict:
-    """Check one board's history.
+    """Check one device's history.
 
     Args:
         device: its id.
-        certificate: of the board, PEM, as the server shows it.
+        certificate: of the device, PEM, as the server shows it.
         shown: its reports as the server stored them, in any order.
         seen: what is remembered of it; None at first sight.
 
@@ -206,8 +201,8 @@ def _links(device: str, ear: DeviceVerifier, shown: Iterable[bytes]) -> tuple[li
     """Sort out what was shown.
 
     Returns:
-        The reports that are this board's, without those of mere progress; the sha256 of those that it signed and nobody
-        can read; what is wrong with the others.
+        The reports that are this device's, without those of mere progress; the sha256 of those that it signed and
+        nobody can read; what is wrong with the others.
     """
     links: dict[str, _Link] = {}
     unread: set[str] = set()
@@ -219,16 +214,16 @@ def _links(device: str, ear: DeviceVerifier, shown: Iterable[bytes]) -> tuple[li
         try:
             said = ear.verify(data)
         except Rejected:
-            wrong["that this board did not sign"] += 1
+            wrong["that this device did not sign"] += 1
             continue
         try:
             report = wire.decode(Report, said)
         except wire.WireError:
-            wrong["that this board signed and nobody can read"] += 1
+            wrong["that this device signed and nobody can read"] += 1
             unread.add(hashlib.sha256(said).hexdigest())
             continue
         if report.device != device:
-            wrong["about another board"] += 1
+            wrong["about another device"] += 1
         elif report.progress is None:
             sha256 = parse(data, max_bytes=ENVELOPE_MAX_BYTES).sha256
             links[sha256] = _Link(report, sha256)
@@ -246,7 +241,7 @@ def _chain(links: Sequence[_Link], known: Seen, unread: set[str]) -> tuple[list[
     for link in links:
         previous = link.report.previous
         if previous == "" and (link.report.sequence > 1 or not oldest):
-            notes.append(f"the board began a new history on {link.report.at:%Y-%m-%d %H:%M} UTC: its store was lost")
+            notes.append(f"the device began a new history on {link.report.at:%Y-%m-%d %H:%M} UTC: its store was lost")
         elif previous and previous not in shown and previous != known.sha256:
             if not oldest or 0 < known.sequence < link.report.sequence:
                 findings.append(f"reports before number {link.report.sequence} are left out")

@@ -25,14 +25,14 @@ from signing.state import VERSION_MAX, Remembered, VerifierState
 
 
 def sign_assignment(assignment: Assignment, signer: Signer) -> bytes:
-    """The assignment in its envelope.
+    """Sign an assignment and return its envelope.
 
-    The board judges an equal version by the payload's sha256 (`dsse.parse(...).sha256`), which is also what a freshness
-    statement names; signing the same assignment again, with a rotated key for example, keeps it.
+    The device recognizes an equal version by the payload's sha256 (`dsse.parse(...).sha256`), which a freshness
+    statement names too; signing the same assignment again, with a rotated key for example, keeps it.
 
     Raises:
-        SigningError: what no board would accept: too large, too many items, an instance twice or with a bad name, empty
-            without `stop_all`, expired at birth.
+        SigningError: what no device would accept: too large, too many items, an instance twice or with a bad name,
+            empty without `stop_all`, expired at birth.
     """
     check_items(assignment)
     if not assignment.items and not assignment.stop_all:
@@ -45,12 +45,12 @@ def sign_assignment(assignment: Assignment, signer: Signer) -> bytes:
 
 
 def sign_fresh(fresh: Fresh, signer: Signer) -> bytes:
-    """The freshness statement in its envelope; raises `SigningError` when it is too large or expired at birth."""
+    """Sign a freshness statement; raises `SigningError` when it is too large or would expire before it is issued."""
     return _sign(FRESH_TYPE, fresh, signer, fresh.MAX_BYTES)
 
 
 def sign_command(command: Command, signer: Signer) -> bytes:
-    """The command in its envelope; raises `SigningError` when it is too large or expired at birth."""
+    """Sign a command; raises `SigningError` when it is too large or would expire before it is issued."""
     return _sign(COMMAND_TYPE, command, signer, command.MAX_BYTES)
 
 
@@ -61,12 +61,12 @@ def _sign(payload_type: str, message: Assignment | Fresh | Command, signer: Sign
         raise SigningError("it would expire before it is issued")
     envelope = dsse.sign(payload_type, wire.encode(message), [signer])
     if len(envelope) > max_bytes:
-        raise SigningError(f"{len(envelope)} bytes are too many for one board, at most {max_bytes} fit in a message")
+        raise SigningError(f"{len(envelope)} bytes are too many for one device, at most {max_bytes} fit in a message")
     return envelope
 
 
 def payload_sha256(envelope: bytes) -> str:
-    """The sha256 that a freshness statement for this envelope names, and that boards report."""
+    """Return the sha256 that a freshness statement for this envelope names, and that devices report."""
     return dsse.parse(envelope).sha256
 
 
@@ -79,7 +79,7 @@ M = TypeVar("M", Assignment, Fresh, Command)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Director:
-    """Who may give orders now.
+    """Current director.
 
     Attributes:
         targets: the verified top-level targets, which delegate to it.
@@ -95,7 +95,7 @@ class Director:
 def assignment(
     director: Director, data: bytes, *, fleet: str, device: str, state: VerifierState, now: datetime, clamp: datetime
 ) -> tuple[Assignment, str, VerifierState]:
-    """Judge an assignment; returns it with its payload's sha256 and the state to store.
+    """Verify an assignment; returns it with its payload's sha256 and the state to store.
 
     Raises:
         Rejected: see `verifier.accept_assignment`.
@@ -118,7 +118,7 @@ def assignment(
 
 
 def check_items(message: Assignment) -> None:
-    """Refuse a list that no board can carry out: instance names become directories, routes and ports.
+    """Refuse a list that no device can carry out: instance names become directories, routes and ports.
 
     Raises:
         Rejected: TOO_LARGE: too many instances; MALFORMED: a bad or doubled name, a port or an attempt that is none.
@@ -153,7 +153,7 @@ def fresh(
     now: datetime,
     clamp: datetime,
 ) -> tuple[Fresh, VerifierState]:
-    """Judge a freshness statement; returns it with the state to store (a raised floor).
+    """Verify a freshness statement; returns it with the state to store (a raised floor).
 
     Raises:
         Rejected: see `verifier.accept_freshness`.
@@ -164,14 +164,14 @@ def fresh(
         raise Rejected(RejectCode.REPLAY, "the freshness statement answers another nonce")
     _check_times(message, now, "the freshness statement")
     if message.assignment_sha256 != sha256:
-        raise Rejected(RejectCode.FREEZE, "the director has another assignment for this board than was delivered")
+        raise Rejected(RejectCode.FREEZE, "the director has another assignment for this device than was delivered")
     return message, state.with_floor(min(message.issued, message.expires, clamp))
 
 
 def command(
     director: Director, data: bytes, *, fleet: str, device: str, state: VerifierState, now: datetime
 ) -> tuple[Command, VerifierState]:
-    """Judge a command; returns it with the state to store before it is obeyed.
+    """Verify a command; returns it with the state to store before it is obeyed.
 
     Raises:
         Rejected: see `verifier.accept_command`.

@@ -50,7 +50,7 @@ class Envelope:
 
     @property
     def pae(self) -> bytes:
-        """What the signatures cover."""
+        """Bytes that the signatures cover."""
         return pae(self.payload_type, self.payload)
 
     @property
@@ -60,13 +60,13 @@ class Envelope:
 
 
 def pae(payload_type: str, payload: bytes) -> bytes:
-    """The pre-authentication encoding (DSSE protocol, section 'Signature definition')."""
+    """Return the pre-authentication encoding (DSSE protocol, section 'Signature definition')."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
 def sign(payload_type: str, payload: bytes, signers: Sequence[Signer]) -> bytes:
-    """The envelope as JSON, signed by each of `signers`."""
+    """Return the envelope as JSON, signed by each of `signers`."""
     message = pae(payload_type, payload)
     signatures = [signer.sign(message) for signer in signers]
     return msgspec.json.encode(
@@ -82,7 +82,7 @@ def sign(payload_type: str, payload: bytes, signers: Sequence[Signer]) -> bytes:
 
 
 def parse(data: bytes, *, max_bytes: int = MAX_BYTES) -> Envelope:
-    """Read an envelope without judging it.
+    """Read an envelope without verifying it.
 
     Raises:
         Rejected: TOO_LARGE; MALFORMED for anything that is not an envelope, or names a key twice.

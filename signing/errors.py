@@ -1,13 +1,11 @@
-"""What can go wrong with trust, and whose fault it is.
-
-The tree:
+"""Errors of trust, by whose fault they are.
 
 - SigningError
-    - Rejected: the peer's data: unsigned, older, foreign, too large... with a code that travels in reports
+    - Rejected: the peer's data is unsigned, older, foreign, too large...; its code travels in reports
     - KeyFileError: the operator's key file or passphrase
-    - RepositoryError: the operator's act does not fit the repository as it is
+    - RepositoryError: the operator's request does not fit the repository as it is
         - ConflictError: someone else published in between: fetch, look, sign again
-- FetchNotFound: not an error of trust: the repository has no file of that name
+- FetchNotFound: no error of trust: the repository has no file of that name
 """
 
 from fleet.protocol.codes import RejectCode
@@ -35,7 +33,7 @@ class KeyFileError(SigningError):
 
 
 class RepositoryError(SigningError):
-    """What the operator asks for does not fit the repository."""
+    """The operator's request does not fit the repository."""
 
 
 class ConflictError(RepositoryError):

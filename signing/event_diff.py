@@ -1,6 +1,6 @@
-"""What a signing event changes, in words: who comes, who goes, what may newly be reached. Read before signing.
+"""Differences that a signing event makes, for people to read before they sign: keys, reach, releases, revocations.
 
-Compared with what is published, never with what the event says of itself.
+An event is compared with what is published, never with what it says of itself.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +23,7 @@ Namer = Callable[[str], str]
 
 
 def describe(current: Mapping[str, bytes], event: Event, *, called: Namer = lambda keyid: keyid[:12]) -> list[str]:
-    """One paragraph of lines per document.
+    """Describe an event, one paragraph of lines per document.
 
     Raises:
         RepositoryError: a document that is no metadata.
@@ -134,11 +134,11 @@ def _space(old: Targets | None, new: Targets, before: bytes | None, data: bytes)
         if release.name.path not in known:
             yield from policy.describe(release, before=_previous(release, known.values())).split("\n")
     gone = set(_revoked(new)) - set(() if old is None else _revoked(old))
-    yield from (f"{path} is revoked: boards stop it and nothing brings it back" for path in sorted(gone))
+    yield from (f"{path} is revoked: devices stop it and nothing brings it back" for path in sorted(gone))
 
 
 def _bin(known: Mapping[str, Release], document: Document) -> Iterable[str]:
-    """What a hash bin holds that the namespace as published does not."""
+    """Describe what a hash bin holds that the namespace as published does not."""
     for release in repository.releases(document.data):
         before = known.get(release.name.path)
         if before == release:

@@ -1,22 +1,19 @@
 """Signing events: propose, cosign, merge, apply.
 
-A signing event: changes that are proposed together, signed by several people, and published together or not at all.
-
-An event is a file that can be mailed. It holds the proposed documents (`signing.rotation`, `signing.repository`) in the
-order in which they take effect, each with the signatures it has so far:
+A signing event holds changes that are proposed together, signed by several people, and published together or not at
+all: a file that can be mailed, with the proposed documents (`signing.rotation`, `signing.repository`) in the order in
+which they take effect, each with the signatures it has so far:
 
     event = Event(fleet="acme", note="...", documents=(Document("root", draft), Document("targets", draft)))
     event = sign(files, event, signer)    # wherever this key counts
     event = merge(event, the_copy_that_bob_signed)
     missing(files, event)                 # [] when enough have signed
-    files |= apply(files, event)          # on the server: everything is judged, then everything is added
+    files |= apply(files, event)          # on the server: everything is verified, then everything is added
+
+A change of root's targets key needs targets signed again, and a change of a namespace's keys its role. `propose` puts
+all of it into one event, so that no device ever sees half of a change.
 
 Pure: no file, no network, no clock.
-
-What has to change with what: one signing event for a change of keys, ceilings, size or expiry.
-
-Whoever changes root's targets key must have targets signed again, and whoever changes a namespace's keys its role; an
-event holds all of it, so that no board ever sees half of a change.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -163,7 +160,7 @@ def missing(current: Mapping[str, bytes], event: Event) -> list[Wanted]:
 
 
 def merge(first: Event, *others: Event) -> Event:
-    """One event with the signatures of all copies.
+    """Merge copies of an event: the result has the signatures of all.
 
     Raises:
         RepositoryError: they are not copies of one event.
@@ -211,7 +208,7 @@ def apply(current: Mapping[str, bytes], event: Event) -> dict[str, bytes]:
 
 
 def _in_bins(files: Mapping[str, bytes], document: Document) -> bool:
-    """Whether a document is of a namespace with bins: of one of them, or the namespace's role itself, now or before."""
+    """Return whether a document is of a namespace that has, or had, bins: a bin or the namespace's role itself."""
     if hash_bins.is_bin(document.role):
         return True
     if document.role in {"root", "targets"}:
@@ -362,7 +359,7 @@ def propose(
 def _space(
     files: Mapping[str, bytes], top: Targets, name: str, *, fresh: bool, now: datetime
 ) -> Iterator[tuple[str, Targets]]:
-    """What must be signed again of a namespace: all of it, or what its keys of now have not signed."""
+    """Return what must be signed again of a namespace: all of it, or what its current keys have not signed."""
     ends, role = until(top, name, now), _newest(Targets, files, name)
     if fresh or not _stands(top, name, role) or not _bins_stand(top, name, role.signed):
         if (found := hash_bins.delegation(role.signed)) is not None:
@@ -404,7 +401,7 @@ def propose_bins(current: Mapping[str, bytes], namespace: str, *, now: datetime,
 
 
 def _bins_stand(top: Targets, name: str, head: Targets) -> bool:
-    """Whether a namespace's bins, if it has any, are delegated to its keys of now."""
+    """Return whether a namespace's bins, if it has any, are delegated to its current keys."""
     found = hash_bins.delegation(head)
     if found is None or head.delegations is None:
         return True

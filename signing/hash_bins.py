@@ -1,7 +1,7 @@
-"""Hash bins under a namespace: many small roles in place of one that every board would fetch whole (TAP 15).
+"""Hash bins under a namespace: many small roles in place of one that every device would fetch whole (TAP 15).
 
 A namespace's own role then holds no targets: it delegates to `<namespace>.bins-00` and so on, by the sha256 of a
-target's path, with the very keys of the namespace, and keeps the revocations. Publishing changes one bin, and a board
+target's path, with the very keys of the namespace, and keeps the revocations. Publishing changes one bin, and a device
 fetches the one that its target is in. The dot cannot occur in a namespace's name, so no namespace is taken for a bin.
 """
 
@@ -28,12 +28,12 @@ def namespace_of(role: str) -> str:
 
 
 def is_bin(role: str) -> bool:
-    """Whether a role's name is a bin's."""
+    """Return whether a role's name is a bin's."""
     return MARK + "-" in role
 
 
 def delegation(head: Targets) -> SuccinctRoles | None:
-    """How a namespace's role delegates to bins; None where it holds its targets itself."""
+    """Return how a namespace's role delegates to bins; None where it holds its targets itself."""
     return None if head.delegations is None else head.delegations.succinct_roles
 
 
@@ -53,7 +53,7 @@ def attach(head: Targets, top: Targets, namespace: str, bits: int) -> None:
 
 
 def releases(files: Mapping[str, bytes], namespace: str) -> tuple[Release, ...]:
-    """What a namespace publishes and has not revoked, in its own role or in bins."""
+    """Return what a namespace publishes and has not revoked, in its own role or in bins."""
     _, data = repository.latest(files, namespace)
     head = _newest(files, namespace).signed
     found = delegation(head)

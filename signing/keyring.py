@@ -63,7 +63,7 @@ class Entry:
 
     @property
     def ours(self) -> bool:
-        """Whether its private half can be used from here."""
+        """Return whether the private half can be used from here."""
         return self.where != ELSEWHERE
 
 
@@ -94,7 +94,7 @@ class Keyring:
         return next((each for each in self.entries() if each.key.keyid == keyid), None)
 
     def called(self, keyid: str) -> str:
-        """What this person calls a key; the beginning of its id for an unknown one."""
+        """Return this person's name for a key; the beginning of its id for an unknown one."""
         entry = self.by_id(keyid)
         return keyid[:12] if entry is None else f"{entry.name} ({keyid[:12]})"
 

@@ -1,16 +1,13 @@
-"""Key files; keys in an ssh-agent.
+"""Key files, and keys in an ssh-agent.
 
-Signing keys in files: made, written so that nobody else can read them, and opened again.
+Signing keys are Ed25519. Key files are created exclusively, readable by their owner alone, and never overwritten.
+Without a passphrase a key is PKCS#8 in the clear: for development, and for the online roles on a server. With one it is
+PKCS#12 with 600,000 rounds, or OpenSSH's format with bcrypt (`ssh-keygen -p` can change that passphrase; it needs the
+bcrypt package). Plain encrypted PKCS#8 is read and never written: its 2,048 rounds are guessed too quickly.
 
-Ed25519 throughout. Without a passphrase a key is PKCS#8 in the clear: for development, and for the online roles on a
-server. With one it is PKCS#12 with 600,000 rounds, or OpenSSH's format with bcrypt (`ssh-keygen -p` can change that
-passphrase; it needs the bcrypt package). Plain encrypted PKCS#8 is read and never written: its 2,048 rounds are guessed
-too quickly.
-
-Signing with an Ed25519 key that stays in an ssh-agent (draft-miller-ssh-agent, sections 4.4 and 4.5).
-
-The agent signs the very bytes that it is given, so that its signature is one of TUF. What unlocks the key (a
-passphrase, a touch, a confirmation) is between the agent and its user.
+An ssh-agent signs with an Ed25519 key that never leaves it (draft-miller-ssh-agent, sections 4.4 and 4.5), over the
+very bytes that it is given, so its signature is one of TUF. What unlocks the key (a passphrase, a touch, a
+confirmation) is between the ssh-agent and its user.
 """
 
 import contextlib
@@ -35,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from securesystemslib.signer import CryptoSigner, Key, SecretsHandler, Signature, Signer, SSlibKey
 
+from fleet.protocol import files
 from signing.errors import KeyFileError
 
 MAX_BYTES: Final = 64 * 1024
@@ -53,7 +51,7 @@ class EncryptedError(KeyFileError):
 
 
 class Format(StrEnum):
-    """How an encrypted key lies in its file."""
+    """Format of an encrypted key file."""
 
     OPENSSH = "openssh"
     PKCS12 = "pkcs12"
@@ -167,6 +165,7 @@ def _write(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        files.sync_directory(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()

@@ -1,8 +1,6 @@
-"""Parsing and verification of one role; signed fields of our own (ceiling, revoked, profile, DIRECTOR).
+"""Metadata of one role: parse and verify it; signed fields of our own (ceiling, revoked, profile, key ends).
 
-One role's metadata: from bytes to something verified, or `Rejected`.
-
-The small steps that every verifier of TUF metadata takes, on a board or at a desk, with python-tuf's data model and
+The small steps that every verifier of TUF metadata takes, on a device or at a desk, with python-tuf's data model and
 none of its client. Pure: no file, no network, no clock.
 """
 
@@ -68,7 +66,7 @@ def parse(kind: type[S], data: bytes, what: str) -> Metadata[S]:
 
 
 def verify(delegator: Root | Targets, role: str, payload: bytes, signatures: Mapping[str, Signature]) -> None:
-    """Whether enough of the role's keys signed (TUF specification, 5.3.4 and alike).
+    """Refuse what too few of the role's keys signed (TUF specification, 5.3.4 and alike).
 
     Signatures are counted by the *value* of their keys: one key under two ids is one signer.
 
@@ -139,7 +137,7 @@ def identity(key: Key) -> bytes:
 
 
 def key_set(delegator: Root | Targets, roles: Iterable[str]) -> str:
-    """A digest of the keys and thresholds that these roles have now: the scope of what is remembered of them."""
+    """Return a digest of the keys and thresholds that these roles have now: the scope of what is remembered of them."""
     digest = hashlib.sha256()
     for name in roles:
         try:
@@ -206,7 +204,13 @@ PROFILE: Final = "wasmfleet"
 
 
 def verify_root(trusted: Root, data: bytes) -> Root:
-    """TUF specification, 5.3.4 and 5.3.5: signed by the old root's keys and by its own, and the very next version."""
+    """Verify the root that follows a trusted one (TUF specification, 5.3.4 and 5.3.5).
+
+    The keys of both must have signed it, and its version must be the very next.
+
+    Raises:
+        Rejected: TOO_LARGE, MALFORMED, UNSIGNED, ROLLBACK.
+    """
     new = parse(Root, data, "root")
     verify_metadata(trusted, "root", new)
     verify_metadata(new.signed, "root", new)
@@ -216,7 +220,7 @@ def verify_root(trusted: Root, data: bytes) -> Root:
 
 
 def profile(root: Root) -> dict[str, Any]:
-    """What a root says of its fleet: `fleet` and `size`; empty where it says nothing."""
+    """Return what a root says of its fleet: `fleet` and `size`; empty where it says nothing."""
     said = root.unrecognized_fields.get(PROFILE, {})
     return said if isinstance(said, dict) else {}
 
@@ -233,7 +237,7 @@ def ceiling(delegator: Targets, name: str) -> list[Grants]:
 
 
 def is_revoked(role: Targets, path: str) -> bool:
-    """Whether a role's publisher has revoked the target."""
+    """Return whether a role's publisher has revoked the target."""
     revoked = role.unrecognized_fields.get(REVOKED, [])
     return isinstance(revoked, list) and path in revoked
 

@@ -1,7 +1,7 @@
-"""Whether a board may run what an assignment asks for: one item against what publishers signed and the board remembers.
+"""Policy of one item: may this device run it, given what publishers signed and what the device remembers?
 
-Pure. The director chooses, and these rules hold whatever it chooses: the bytes and the manifest are a publisher's, the
-grants stay within manifest, namespace ceiling and the board's own policy, and a security epoch never falls.
+Pure. The director chooses, and these rules hold whatever it chooses: bytes and manifest are a publisher's, grants stay
+within the manifest, the ceiling of the namespace and the device owner's policy, and a security epoch never falls.
 """
 
 from collections.abc import Iterable
@@ -111,29 +111,29 @@ def check_same(item: Item, release: Release) -> None:
 def check_allowed(
     item: Item, release: Release, *, state: VerifierState, ceilings: Iterable[Grants], local: Grants | None, arch: str
 ) -> Grants:
-    """Refuse what this board must not run, and return the grants that the instance gets.
+    """Refuse what this device must not run, and return the grants that the instance gets.
 
     Args:
         item: as assigned.
-        release: the publisher's word on it, equal to the item.
+        release: as the publisher signed it, equal to the item.
         state: for the security epochs.
         ceilings: of the namespaces on the way to the target.
-        local: the board owner's policy, None for no limit.
-        arch: the board's CPU (`x86_64`, `aarch64`, `riscv64`), empty to leave it open.
+        local: the device owner's policy, None for no limit.
+        arch: the device's CPU (`x86_64`, `aarch64`, `riscv64`), empty to leave it open.
 
     Raises:
-        Rejected: WRONG_ARCH, SECURITY_EPOCH, GRANT_DENIED; MALFORMED for configuration that the manifest has not.
+        Rejected: WRONG_ARCH, SECURITY_EPOCH, GRANT_DENIED; MALFORMED for configuration that is not declared.
     """
     asked = release.manifest
     if asked.arch and arch and arch not in asked.arch:
         raise Rejected(
-            RejectCode.WRONG_ARCH, f"{release.name} is for {', '.join(asked.arch)}, and this board is {arch}"
+            RejectCode.WRONG_ARCH, f"{release.name} is for {', '.join(asked.arch)}, and this device is {arch}"
         )
     remembered = state.epochs.get(release.name.component, 0)
     if asked.security_epoch < remembered:
         raise Rejected(
             RejectCode.SECURITY_EPOCH,
-            f"{release.name} has security epoch {asked.security_epoch}, this board has committed {remembered}",
+            f"{release.name} has security epoch {asked.security_epoch}, this device has committed {remembered}",
         )
     unknown = sorted(set(item.config) - set(asked.config))
     if unknown:
@@ -144,14 +144,14 @@ def check_allowed(
     grants = asked.grants if item.grants is None else item.grants
     limits = [("manifest", asked.grants), *(("namespace ceiling", ceiling) for ceiling in ceilings)]
     if local is not None:
-        limits.append(("board's policy", local))
+        limits.append(("device's policy", local))
     for whose, limit in limits:
         _check_within(release, grants, whose, limit)
     return grants
 
 
 def check_secrets(item: Item, release: Release, state: VerifierState) -> None:
-    """Refuse secrets that the manifest does not declare, or older ones than this board has committed.
+    """Refuse secrets that the manifest does not declare, or older ones than this device has committed.
 
     Raises:
         Rejected: MALFORMED, SECRET_MISSING, ROLLBACK.
@@ -174,7 +174,7 @@ def check_secrets(item: Item, release: Release, state: VerifierState) -> None:
         if ref.version < known:
             raise Rejected(
                 RejectCode.ROLLBACK,
-                f"secret {name} of {item.instance} has version {ref.version}, this board has had {known}: set it again",
+                f"secret {name} of {item.instance} has version {ref.version}, {known} was committed here: set it again",
             )
 
 
@@ -199,7 +199,7 @@ def _beyond(grants: Grants, limit: Grants) -> list[str]:
 
 
 def describe(release: Release, *, before: Release | None = None) -> str:
-    """What is about to be signed or run, in words, with the grants that it newly wants.
+    """Describe what is about to be signed or run, with the grants that it newly wants.
 
     Args:
         release: the new one.
@@ -218,7 +218,7 @@ def describe(release: Release, *, before: Release | None = None) -> str:
         lines.append(f"  newly wants {', '.join(newly)}")
     epoch = release.manifest.security_epoch
     if epoch > (0 if before is None else before.manifest.security_epoch):
-        lines.append(f"  raises the security epoch to {epoch}: boards that commit it never go back")
+        lines.append(f"  raises the security epoch to {epoch}: devices that commit it never go back")
     return "\n".join(lines)
 
 

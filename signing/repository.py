@@ -1,19 +1,15 @@
-"""Making metadata: create, delegate, add a target, revoke; snapshot and timestamp made here or elsewhere.
+"""Repository metadata: create, delegate, add a target, revoke; sign snapshot and timestamp, here or on another host.
 
-The image repository, as the operator and the server make it: pure functions from metadata files to metadata files.
-
-A repository is a mapping of file names to bytes, `7.targets.json` and so on with `timestamp.json` as its head
-(consistent snapshots). A file once published never changes, so what is published is added, in the order returned,
-`timestamp.json` last. Roles: root and targets with people; one delegation per namespace with its publisher; snapshot
-and timestamp online; `director`, a delegation without paths, whose key signs assignments.
+Pure functions from metadata files to metadata files. A repository is a mapping of file names to bytes, `7.targets.json`
+and so on with `timestamp.json` as its head (consistent snapshots). A file once published never changes: new files are
+added in the order returned, `timestamp.json` last. People sign root and targets; each namespace is a delegation to its
+publisher; snapshot and timestamp are signed online; `director`, a delegation without paths, signs assignments.
 
 Publishing is compare-and-swap on a namespace's version: `check_role` refuses all but the next one, and the loser
 fetches, verifies from root, and signs again.
 
-Snapshot and timestamp that were signed elsewhere, judged before a server shows them.
-
-A server that does not hold their keys takes them from a publisher host. It adds nothing to them and cannot: what it may
-show is what that host has verified and signed. Pure over bytes.
+A server that does not hold the online keys takes snapshot and timestamp from a signing host, and checks them before it
+shows them. The server cannot add anything: what it may show is what the signing host has verified and signed.
 """
 
 import re
@@ -57,7 +53,7 @@ LIFE: Final[Mapping[str, timedelta]] = {
     "snapshot": timedelta(days=14),
     "timestamp": timedelta(days=2),
 }
-"""How long each role's metadata is valid once signed."""
+"""Validity of each role's metadata once signed."""
 
 _FILE: Final = re.compile(r"(\d+)\.(.+)\.json")
 
@@ -79,7 +75,7 @@ def create(
     """A new repository: the first version of every role, each signed by one key.
 
     Args:
-        fleet: whose it is; a signed field of root, boards of other fleets refuse it.
+        fleet: whose it is; a signed field of root, devices of other fleets refuse it.
         namespaces: name -> its publisher's key.
         root: its key; one key may hold several roles.
         targets: the key of the top-level targets.
@@ -87,7 +83,7 @@ def create(
         timestamp: its key, online.
         director: the key that will sign assignments, online.
         now: UTC.
-        dev: mark it as made for development: boards in production refuse it.
+        dev: mark it as made for development: devices in production refuse it.
         ceilings: namespace -> the grants that its components may have at the most; absent for no limit.
         recovery: a second key that may sign root, kept on paper.
 
@@ -197,7 +193,7 @@ def add_target(
     """The next version of a namespace's role with one more target, signed.
 
     Args:
-        role: the namespace's role as verified from root (`TrustedSet.role`).
+        role: the namespace's role as verified from root (`Updater.role`).
         name: what is published; the manifest must say the same.
         length: of the artifact in bytes.
         sha256: of the artifact in hex.
@@ -263,7 +259,7 @@ def renew(role: bytes, *, signer: Signer, now: datetime, ends: datetime | None =
 
 
 def releases(role: bytes) -> tuple[Release, ...]:
-    """What a namespace's role publishes and has not revoked, by name and precedence of versions."""
+    """Return what a namespace's role publishes and has not revoked, by name and precedence of versions."""
     signed = _parse(Targets, role, "the role")
     revoked = signed.unrecognized_fields.get(REVOKED, [])
     found = [policy.release_of(path, target) for path, target in signed.targets.items() if path not in revoked]
@@ -365,7 +361,7 @@ def online(
 
 
 def promised(current: Mapping[str, bytes]) -> dict[str, MetaFile]:
-    """What the next snapshot lists: every role's newest version, with its hash."""
+    """Return what the next snapshot lists: every role's newest version, with its hash."""
     root, top = _verified_top(current)
     _, old, _ = _newest_snapshot(current, root)
     meta = {} if old is None else dict(old.meta)
@@ -376,13 +372,13 @@ def promised(current: Mapping[str, bytes]) -> dict[str, MetaFile]:
 
 
 def online_due(current: Mapping[str, bytes], now: datetime) -> bool:
-    """Whether the timestamp has used up half of its life: sign it again (`online`)."""
+    """Return whether the timestamp has used up half of its life: sign it again (`online`)."""
     data = current.get("timestamp.json")
     return data is None or _half_gone(_parse(Timestamp, data, "timestamp"), now, "timestamp")
 
 
 def _shown(current: Mapping[str, bytes], top: Targets) -> Iterator[tuple[str, int]]:
-    """What a snapshot lists: targets, each namespace that has begun, and its bins, with their newest versions."""
+    """Return what a snapshot lists: targets, the namespaces that have begun and their bins, with newest versions."""
     index = newest(current)
     yield "targets", index["targets"]
     for name in _delegated(top):
@@ -397,7 +393,7 @@ def _shown(current: Mapping[str, bytes], top: Targets) -> Iterator[tuple[str, in
 
 
 def online_stands(current: Mapping[str, bytes]) -> bool:
-    """Whether snapshot and timestamp are signed by the keys of now and show every role's newest version."""
+    """Return whether snapshot and timestamp are signed by the current keys and show every role's newest version."""
     root, top = _verified_top(current)
     version, snapshot, stands = _newest_snapshot(current, root)
     head = current.get("timestamp.json")
@@ -418,7 +414,7 @@ def _half_gone(signed: Signed, now: datetime, role: str) -> bool:
 
 
 def _newest_snapshot(current: Mapping[str, bytes], root: Root) -> tuple[int, Snapshot | None, bool]:
-    """Its version, itself, and whether the keys that root names now have signed it."""
+    """Return its version, the role itself, and whether root's current keys have signed it."""
     try:
         version, data = latest(current, "snapshot")
     except RepositoryError:
@@ -475,7 +471,7 @@ def until(now: datetime, role: str) -> datetime:
 
 
 SLACK: Final = timedelta(hours=1)
-"""How far two hosts' clocks may be apart."""
+"""Tolerated difference between two hosts' clocks."""
 
 
 def check(current: Mapping[str, bytes], *, snapshot: bytes | None, timestamp: bytes, now: datetime) -> dict[str, bytes]:

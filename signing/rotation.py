@@ -7,9 +7,9 @@ A change is a document that is proposed, signed by enough people, checked and pu
     missing(files, draft)                # {} when enough have signed
     files[f"{check_root(files, draft)}.root.json"] = draft
 
-Boards follow by the ordinary walk of roots, without being enrolled again, however long they slept. The three sizes:
+Devices follow by the ordinary walk of roots, without being enrolled again, however long they slept. The three sizes:
 
-- dev: one key for each role, all in the clear; boards in production refuse it
+- dev: one key for each role, all in the clear; devices in production refuse it
 - solo: one encrypted root key and one publisher's on the operator's machine; the online keys on the server
 - team: root needs two of three people or more
 """
@@ -38,7 +38,7 @@ OFFLINE = ("root", "targets")
 
 
 class Size(StrEnum):
-    """How many people and machines a fleet's trust is spread over."""
+    """Number of people and machines over which a fleet's trust is spread."""
 
     DEV = "dev"
     SOLO = "solo"
@@ -47,7 +47,7 @@ class Size(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RoleKeys:
-    """Who signs a role: `threshold` of these public keys.
+    """Signers of a role: `threshold` of these public keys.
 
     Raises:
         RepositoryError: one key under several ids, or fewer keys than the threshold.
@@ -130,7 +130,7 @@ def propose_targets(
         now: UTC.
         director: None to keep its keys.
         namespaces: those that are new or change.
-        remove: those that end; boards keep what they run of them until they are told otherwise.
+        remove: those that end; devices keep what they run of them until they are told otherwise.
 
     Raises:
         RepositoryError: a bad or reserved name, or an unknown one to remove.
@@ -158,7 +158,7 @@ def propose_targets(
 
 
 def keys_of(current: Mapping[str, bytes], role: str) -> RoleKeys:
-    """Who signs a role now: one of root's, the director's, or a namespace's.
+    """Return who signs a role now: one of root's, the director's, or a namespace's.
 
     Raises:
         RepositoryError: there is no such role.
@@ -197,7 +197,7 @@ def cosign(draft: bytes, signer: Signer) -> bytes:
 
 
 def missing(current: Mapping[str, bytes], draft: bytes) -> dict[str, int]:
-    """How many signatures a draft still needs: role -> number; empty when it can be published.
+    """Count the signatures that a draft still needs: role -> number; empty when it can be published.
 
     A root needs those of the old root's keys (`root`) and of its own (`new root`).
     """
@@ -244,7 +244,7 @@ def check_root(current: Mapping[str, bytes], data: bytes) -> int:
     trusted = metadata.parse(Root, before, "root").signed
     verify_root(trusted, data)
     if profile(new).get("fleet") != profile(trusted).get("fleet"):
-        raise RepositoryError("a root cannot move to another fleet: its boards would refuse it")
+        raise RepositoryError("a root cannot move to another fleet: its devices would refuse it")
     if not new.consistent_snapshot:
         raise RepositoryError("root must keep consistent snapshots")
     _check_size(new)

@@ -1,25 +1,20 @@
 """Sealed secrets, and the proof that binds a sealing key to a device.
 
-Secrets in boxes that one board alone can open, and each for one purpose only. Pure: bytes in, bytes out.
-
-A box, version 1:
+A box can be opened by one device alone, and for one purpose only. Pure: bytes in, bytes out. A box, version 1:
 
     offset  bytes
     0       1     1, the format's version
     1       32    an X25519 public key made for this box alone
     33      16+n  ChaCha20-Poly1305 of the padded value, tag last
 
-The key is HKDF-SHA256 (RFC 5869) over the X25519 agreement (RFC 7748) of the box's key and the board's sealing key,
+The key is HKDF-SHA256 (RFC 5869) over the X25519 agreement (RFC 7748) of the box's key and the device's sealing key,
 with both public keys as salt. Since no two boxes have the same key, the nonce (RFC 8439) is zero. Associated data are
-fleet, device, instance, name and version, so that a box which is moved to another board, instance or name, or shown in
+fleet, device, instance, name and version, so that a box which is moved to another device, instance or name, or shown in
 place of a newer one, does not open. The value is preceded by its length in two bytes and followed by zeros up to a
 multiple of 256, so that a box tells little of the value's length.
 
-Whose a sealing key is, `signing.sealing` tells.
-
-Whose a sealing key is: a board's own word on it, signed by its device key.
-
-Who remembers the device key from first sight need not believe a server about the key that secrets are sealed to.
+The proof is a statement signed by the device key: whoever remembers that key from first sight need not believe a server
+about the key to which secrets are sealed.
 """
 
 import base64
@@ -60,7 +55,7 @@ _INFO: Final = b"wasmfleet sealed secret 1"
 
 
 class Purpose(msgspec.Struct, frozen=True, kw_only=True):
-    """What a box is for: it opens for nothing else."""
+    """Purpose of a box, which opens for no other."""
 
     fleet: str
     device: str
@@ -73,11 +68,11 @@ class Purpose(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def seal(value: str, *, recipient: str, purpose: Purpose) -> bytes:
-    """Put a value into a box for one board.
+    """Put a value into a box for one device.
 
     Args:
         value: text, since guests read it as text.
-        recipient: the board's public sealing key, base64.
+        recipient: the device's public sealing key, base64.
         purpose: what the box shall open for.
 
     Raises:
@@ -92,17 +87,17 @@ def seal(value: str, *, recipient: str, purpose: Purpose) -> bytes:
     try:
         shared = ours.exchange(theirs)
     except ValueError as error:  # a point of small order: anybody could open the box
-        raise SigningError("the board's sealing key is none") from error
+        raise SigningError("the device's sealing key is no X25519 key") from error
     cipher = ChaCha20Poly1305(_key(shared, shown + theirs.public_bytes_raw()))
     return bytes([FORMAT]) + shown + cipher.encrypt(_NONCE, padded, wire.canonical(purpose))
 
 
 def open_box(box: bytes, *, key: X25519PrivateKey, purpose: Purpose) -> str:
-    """The value in a box.
+    """Open a box and return its value.
 
     Args:
         box: as it was sealed.
-        key: the board's.
+        key: the device's.
         purpose: what the assignment says it is for.
 
     Raises:
@@ -118,7 +113,7 @@ def open_box(box: bytes, *, key: X25519PrivateKey, purpose: Purpose) -> str:
         return padded[_LENGTH_BYTES:][:length].decode()
     except (InvalidTag, ValueError) as error:
         raise Rejected(
-            RejectCode.SECRET_UNOPENED, f"the box of {purpose} was changed, or is not for this board and purpose"
+            RejectCode.SECRET_UNOPENED, f"the box of {purpose} was changed, or is not for this device and purpose"
         ) from error
 
 
@@ -159,13 +154,13 @@ def check_value(value: str) -> bytes:
 
 
 def load(pem: bytes) -> X25519PrivateKey:
-    """A board's sealing key from its file; raises `KeyFileError`."""
+    """A device's sealing key from its file; raises `KeyFileError`."""
     try:
         key = load_pem_private_key(pem, password=None)
     except (ValueError, TypeError) as error:
         raise KeyFileError(f"the sealing key cannot be read: {error}") from error
     if not isinstance(key, X25519PrivateKey):
-        raise KeyFileError("the sealing key is not of X25519: enrol the board anew")
+        raise KeyFileError("the sealing key is not of X25519: enrol the device anew")
     return key
 
 
@@ -175,11 +170,11 @@ def public_key(key: X25519PrivateKey) -> str:
 
 
 def check_key(text: str) -> X25519PublicKey:
-    """A board's public sealing key from base64; raises `SigningError`."""
+    """A device's public sealing key from base64; raises `SigningError`."""
     try:
         return X25519PublicKey.from_public_bytes(base64.b64decode(text, validate=True))
     except (ValueError, binascii.Error) as error:
-        raise SigningError("the board's sealing key is none") from error
+        raise SigningError("the device's sealing key is no X25519 key") from error
 
 
 def _key(shared: bytes, salt: bytes) -> bytes:
@@ -190,7 +185,7 @@ SEALING_TYPE: Final = "application/vnd.wasmfleet.sealing.v1+json"
 
 
 class SealingKey(wire.Message, frozen=True, kw_only=True):
-    """What a board signs about its sealing key (X25519, base64)."""
+    """Statement of a device about its sealing key (X25519, base64)."""
 
     MAX_BYTES: ClassVar[int] = bounds.KIB
     fleet: str
@@ -198,21 +193,21 @@ class SealingKey(wire.Message, frozen=True, kw_only=True):
 
 
 def prove(voice: "DeviceSigner", *, fleet: str, sealing_key: str) -> bytes:
-    """The board's signed word that this sealing key is its own."""
+    """Sign, as the device, that this sealing key is its own."""
     return voice.sign(wire.encode(SealingKey(fleet=fleet, sealing_key=sealing_key)), SEALING_TYPE)
 
 
 def proved(proof: bytes, *, certificate: bytes, fleet: str, device: str) -> tuple[str, str]:
-    """A board's sealing key by its own word, and the fingerprint of the key that signed it.
+    """Read a device's sealing key from its own statement, with the fingerprint of the key that signed it.
 
     Args:
         proof: what `prove` made.
-        certificate: the board's, PEM.
-        fleet: which fleet's board it is.
+        certificate: the device's, PEM.
+        fleet: of the device.
         device: its id, which ends in the beginning of the fingerprint.
 
     Raises:
-        Rejected: MALFORMED, TOO_LARGE; UNSIGNED by this key; WRONG_DEVICE: another board's certificate; WRONG_FLEET.
+        Rejected: MALFORMED, TOO_LARGE; UNSIGNED by this key; WRONG_DEVICE: another device's certificate; WRONG_FLEET.
     """
     from signing.device_statements import DeviceVerifier  # noqa: PLC0415 - loads what only a verifier of proofs needs
 

@@ -1,12 +1,12 @@
-"""What a verifier remembers: the facts that make a rollback visible.
+"""Verifier state: remembered versions that make a rollback visible.
 
-They are plain values. Whoever verifies (the agent, the operator's client) keeps them where a torn write cannot reach
-(SQLite with synchronous=FULL), apart from the cache of metadata files, and stores the new ones *before* it acts on what
-was accepted.
+A plain value. `StateStore` (`signing.updater`) keeps it where a torn write cannot reach (SQLite with synchronous=FULL,
+or a file replaced atomically), apart from the cache of metadata files, and stores a new one *before* anything is done
+about what was accepted.
 
 Every remembered version belongs to the keys that signed it. When root gives a role other keys, what was remembered of
-the old ones is dropped: a thief who signed version 2^31 has not locked the fleet for ever (TUF specification, 5.3.11:
-recovery from fast-forward attacks).
+the old ones is dropped: someone who signed version 2^31 with a stolen key has not locked the fleet for ever (TUF
+specification, 5.3.11: recovery from fast-forward attacks).
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ class VerifierState(msgspec.Struct, frozen=True, kw_only=True):
     floor: datetime = _EPOCH
 
     def encode(self) -> bytes:
-        """As JSON, for the caller's store."""
+        """Encode as JSON, for a `StateStore`."""
         return msgspec.json.encode(self)
 
     @classmethod
@@ -75,7 +75,7 @@ class VerifierState(msgspec.Struct, frozen=True, kw_only=True):
             raise msgspec.DecodeError(str(error)) from error
 
     def time(self, wall_clock: datetime) -> datetime:
-        """The reference time: the wall clock, or the floor where the clock is behind it."""
+        """Return the reference time: the wall clock, or the floor where the clock is behind it."""
         return max(wall_clock, self.floor)
 
     def with_floor(self, floor: datetime) -> "VerifierState":
@@ -109,6 +109,6 @@ class VerifierState(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, secrets={**self.secrets, **newer}) if newer else self
 
     def role(self, name: str, keys: str) -> Remembered | None:
-        """What is remembered of a role under these keys."""
+        """Return what is remembered of a role under these keys; None for nothing."""
         known = self.roles.get(name)
         return known if known is not None and known.keys == keys else None

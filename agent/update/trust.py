@@ -121,7 +121,7 @@ class DeviceTrust:
         self._state = _DatabaseState(store, identity.floor)
         self._updater = Updater(
             pinned_root=root,
-            fetch=_fetch_from(https),
+            fetch=self._fetch,
             states=self._state,
             cache=DirectoryCache(cache),
             production=production,
@@ -129,6 +129,9 @@ class DeviceTrust:
         self._refreshed = False
         self._late, self._on_production = late, on_production
         self._known_production = identity.production
+
+    def _fetch(self, name: str, max_bytes: int) -> bytes:
+        return _fetch_from(self._https)(name, max_bytes)
 
     @property
     def floor(self) -> datetime:

@@ -213,5 +213,5 @@ def test_a_report_that_nobody_can_read_is_named_and_the_audit_goes_on(board, fie
     board.say(**{field: value})
     board.say()
     verdict = board.audit()
-    assert verdict.findings == ("1 reports that this board signed and nobody can read",)
+    assert verdict.findings == ("1 reports that this device signed and nobody can read",)
     assert verdict.reports[:-1] == before.reports

@@ -272,15 +272,15 @@ class HeldVerdict:
     """The judgement of a bundle on the worker thread, standing still once it has read the bundle's metadata."""
 
     def __init__(self, stick):
-        self._accept, self.begun, self.go_on = stick.case.trust._set.accept, threading.Event(), threading.Event()
-        stick.case.trust._set.accept = self.accept  # no event tells of the middle of a judgement
+        self._envelope, self.begun, self.go_on = stick.case.store.envelope, threading.Event(), threading.Event()
+        stick.case.store.envelope = self.envelope  # the last question of a judgement before it is stored
         self.outcome = None
         self.thread = threading.Thread(target=self._judge, args=(stick,))
 
-    def accept(self, *arguments, **more):
+    def envelope(self):
         self.begun.set()
         assert self.go_on.wait(60)
-        return self._accept(*arguments, **more)
+        return self._envelope()
 
     def _judge(self, stick):
         with asyncio.Runner() as runner:  # of a thread of its own
