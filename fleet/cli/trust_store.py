@@ -47,7 +47,7 @@ class Cached:
 
 
 class TrustStore:
-    """What this operator believes of the repository: verified from the pinned root, remembered between commands.
+    """Repository as this operator's machine verified it, from the pinned root; remembered between commands.
 
     Args:
         who: whose memory and namespace.
@@ -85,7 +85,7 @@ class TrustStore:
 
     @property
     def development(self) -> bool:
-        """Whether the repository was made for development, by its signed root."""
+        """Return whether the repository was made for development, by its signed root."""
         return profile(self._updater.trusted.root).get("size") == "dev"
 
     @property
@@ -94,23 +94,23 @@ class TrustStore:
         return self._ask(lambda trusted: trusted.files())
 
     def expired(self) -> list[str]:
-        """What of root, targets, snapshot and timestamp has expired, in words."""
+        """Describe what of root, targets, snapshot and timestamp has expired."""
         now = datetime.now(UTC)
         roles = self._updater.trusted.expiries().items()
         return [f"{role} expired on {at:%Y-%m-%d}" for role, at in roles if at <= now]
 
     @property
     def heads(self) -> dict[str, bytes]:
-        """The same without hash bins, which are many files."""
+        """Root, targets and the namespaces' roles without hash bins, which are many files."""
         return dict(self._files)
 
     def holder(self, path: str) -> tuple[str, bytes]:
-        """The role that holds or will hold a target of this namespace: the namespace's, or a hash bin's."""
+        """Return the role that holds or will hold a target of this namespace: the namespace's, or a hash bin's."""
         file = self._ask(lambda trusted: trusted.holder(self._who.namespace, path))
         return file.name.partition(".")[2].removesuffix(".json"), file.data
 
     def release(self, path: str) -> Release | None:
-        """What is published under a target path; None for nothing, or what was revoked."""
+        """Return what is published under a target path; None for nothing, or what was revoked."""
         with _verifying():
             found = self._updater.find(path)
             if found is None or found.revoked or found.target is None:
@@ -118,20 +118,20 @@ class TrustStore:
             return policy.release_of(path, found.target)
 
     def published(self, path: str) -> Release | None:
-        """What was signed under a target path, whether it was revoked since or not; None for nothing."""
+        """Return what was signed under a target path, revoked since or not; None for nothing."""
         with _verifying():
             found = self._updater.find(path)
             return None if found is None or found.target is None else policy.release_of(path, found.target)
 
     def is_revoked(self, path: str) -> bool:
-        """Whether this namespace has taken a target back."""
+        """Return whether this namespace has revoked a target."""
         if self.role is None:
             return False
         return is_revoked(metadata.parse(Targets, self.role, self._who.namespace).signed, path)
 
     @property
     def role(self) -> bytes | None:
-        """The verified role of this operator's namespace; None for a new namespace that has none yet."""
+        """Verified role of this operator's namespace; None for a new namespace that has none yet."""
         try:
             return repository.latest(self._files, self._who.namespace)[1]
         except RepositoryError:
@@ -139,7 +139,7 @@ class TrustStore:
 
     @property
     def publishers(self) -> RoleKeys:
-        """Who signs for this operator's namespace.
+        """Signers of this operator's namespace.
 
         Raises:
             Fault: there is no such namespace.
@@ -153,12 +153,12 @@ class TrustStore:
         return rotation.keys_of(self._files, self._who.namespace)
 
     def ends(self, keyid: str) -> datetime | None:
-        """When a key of this operator's namespace ends; None for never."""
+        """Return when a key of this operator's namespace ends; None for never."""
         return rotation.namespace_of(self._files, self._who.namespace).ends.get(keyid)
 
     @property
     def releases(self) -> tuple[Release, ...]:
-        """What the namespace has published."""
+        """Published releases of the namespace."""
         return () if self.role is None else hash_bins.releases(self.files, self._who.namespace)
 
     def _fetch(self, name: str, _max_bytes: int) -> bytes:
