@@ -45,6 +45,18 @@ class Accepted:
     state: VerifierState
 
 
+class Challenge(NamedTuple):
+    """Expected content of a freshness statement.
+
+    Attributes:
+        nonce: of this connection.
+        sha256: of the accepted assignment's payload.
+    """
+
+    nonce: str
+    sha256: str
+
+
 class AcceptedFreshness(NamedTuple):
     """Accepted freshness statement, and the state to store."""
 
@@ -108,8 +120,7 @@ def accept_freshness(
     *,
     fleet: str,
     device: str,
-    nonce: str,
-    sha256: str,
+    challenge: Challenge,
     state: VerifierState,
     now: datetime,
 ) -> AcceptedFreshness:
@@ -122,8 +133,7 @@ def accept_freshness(
         envelope: as received.
         fleet: the device's own.
         device: the device's own id.
-        nonce: of this connection.
-        sha256: of the accepted assignment's payload.
+        challenge: what the statement must answer.
         state: as stored.
         now: the reference time.
 
@@ -136,8 +146,8 @@ def accept_freshness(
         envelope,
         fleet=fleet,
         device=device,
-        nonce=nonce,
-        sha256=sha256,
+        nonce=challenge.nonce,
+        sha256=challenge.sha256,
         state=state,
         now=now,
         clamp=_clamp(trusted),

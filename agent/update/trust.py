@@ -237,8 +237,7 @@ class DeviceTrust:
             envelope,
             fleet=self._identity.fleet,
             device=self._identity.device,
-            nonce=nonce,
-            sha256=sha256,
+            challenge=verifier.Challenge(nonce, sha256),
             state=state,
             now=self.now(),
         )

@@ -16,7 +16,7 @@ from signing.errors import Rejected
 from signing.state import VerifierState
 from signing.trusted_metadata import TrustedMetadata
 from signing.updater import DirectoryCache
-from signing.verifier import accept_assignment, accept_command, accept_freshness
+from signing.verifier import Challenge, accept_assignment, accept_command, accept_freshness
 from tests.signing.verdicts import code_of
 from tests.simulator.repository import BOARD, FLEET, START, Board, Repository, signer
 
@@ -335,8 +335,7 @@ def test_a_fresh_statement_tells_a_board_without_a_clock_the_time() -> None:
         fresh(repo, envelope),
         fleet=FLEET,
         device=BOARD,
-        nonce="n-1",
-        sha256=sha256,
+        challenge=Challenge(nonce="n-1", sha256=sha256),
         state=board.state,
         now=START,
     )
@@ -382,8 +381,7 @@ def test_a_fresh_statement_that_is_not_for_now_and_here_is_refused(fields: dict[
             fresh(repo, envelope, **fields),
             fleet=FLEET,
             device=BOARD,
-            nonce="n-1",
-            sha256=sha256,
+            challenge=Challenge(nonce="n-1", sha256=sha256),
             state=board.state,
             now=repo.now,
         )

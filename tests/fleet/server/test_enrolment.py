@@ -20,7 +20,7 @@ from fleet.protocol import operator_api, wire
 from fleet.protocol.messages import DesiredReply, EnrolRequest, RenewRequest, Token
 from fleet.server.service import Server
 from signing import dsse
-from signing.verifier import accept_freshness
+from signing.verifier import Challenge, accept_freshness
 
 
 async def try_enrol(fleet, secret, *, name="board", key=None, csr=None):
@@ -185,8 +185,7 @@ async def test_boards_fetch_their_own_desired_state_without_the_broker(new_fleet
             both.fresh.encode(),
             fleet=away.enrolled.fleet,
             device=away.device,
-            nonce=nonce,
-            sha256=dsse.parse(reply.content).sha256,
+            challenge=Challenge(nonce=nonce, sha256=dsse.parse(reply.content).sha256),
             state=away.states.load(),
             now=datetime.now(UTC),
         )
