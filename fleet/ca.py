@@ -27,7 +27,6 @@ it counts for nothing, except that a board may renew with a key that is enrolled
 """
 
 import ipaddress
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -47,6 +46,8 @@ from cryptography.hazmat.primitives.serialization import (
     pkcs12,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fleet.protocol.files import atomic_write, create_exclusive, move_into_place
 
 CA_LIFE: Final = timedelta(days=3650)
 
@@ -102,8 +103,8 @@ class CertificateAuthority:
     def create(cls, directory: Path, *, fleet: str, now: datetime) -> "CertificateAuthority":
         """Make a root and write `ca.pem` and `ca.key` (0600) into a directory: it issues by itself."""
         key, certificate = make_root(fleet, now=now)
-        write_secret(directory / "ca.key", private_pem(key))
-        (directory / "ca.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+        atomic_write(directory / "ca.key", private_pem(key), mode=0o600)
+        atomic_write(directory / "ca.pem", certificate.public_bytes(Encoding.PEM), mode=0o644)
         return cls(directory)
 
     @classmethod
@@ -119,6 +120,8 @@ class CertificateAuthority:
         """Read the directory anew: another issuing CA, or one that is accepted no more. Raises `CaError`."""
         issuing = self.directory / "issuing.pem"
         pem, key = ("issuing.pem", "issuing.key") if issuing.exists() else ("ca.pem", "ca.key")
+        if issuing.exists():
+            _finish_install(self.directory)
         if pem == "ca.pem" and not (self.directory / key).exists():
             raise CaError(
                 f"the CA in {self.directory} has neither an issuing CA nor its root's key: "
@@ -325,14 +328,6 @@ def due(pem: bytes, *, now: datetime) -> bool:
     return now >= certificate.not_valid_before_utc + life * 2 / 3
 
 
-def write_secret(path: Path, data: bytes) -> None:
-    """Write a file that only its owner may read, from its first byte on."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        os.fchmod(handle, 0o600)
-        file.write(data)
-
-
 def builder(
     subject: x509.Name, issuer: x509.Name, key: DeviceKey, now: datetime, life: timedelta
 ) -> x509.CertificateBuilder:
@@ -403,8 +398,6 @@ def create(fleet: str, *, now: datetime) -> Root:
 
 def store(path: Path, key: ec.EllipticCurvePrivateKey, passphrase: bytes) -> None:
     """Write the root's key, encrypted (PKCS#12, 600,000 rounds), to a new file of mode 0600."""
-    if path.exists():
-        raise CaError(f"{path} exists: a key is never overwritten")
     strong = (
         PrivateFormat.PKCS12.encryption_builder()
         .kdf_rounds(_ROUNDS)
@@ -412,7 +405,12 @@ def store(path: Path, key: ec.EllipticCurvePrivateKey, passphrase: bytes) -> Non
         .hmac_hash(hashes.SHA256())
         .build(passphrase)
     )
-    write_secret(path, pkcs12.serialize_key_and_certificates(b"wasmfleet CA", key, None, None, strong))
+    try:
+        create_exclusive(
+            path, pkcs12.serialize_key_and_certificates(b"wasmfleet CA", key, None, None, strong), mode=0o600
+        )
+    except FileExistsError:
+        raise CaError(f"{path} exists: a key is never overwritten") from None
 
 
 def open_root(path: Path, certificate: Path, passphrase: bytes | None) -> Root:
@@ -444,7 +442,7 @@ def request(directory: Path, hosts: Iterable[str]) -> str:
         key = load_pem_private_key(path.read_bytes(), password=None)
     else:
         key = ec.generate_private_key(ec.SECP256R1())
-        write_secret(path, private_pem(key))
+        atomic_write(path, private_pem(key), mode=0o600)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise CaError(f"{path} is no key of a CA: remove it")
     names = [san(host) for host in dict.fromkeys((*hosts, *_LOOPBACK))]
@@ -521,10 +519,19 @@ def install(directory: Path, pem: str, *, now: datetime) -> x509.Certificate:
         raise CaError("this issuing CA is for another request: run fleet ca renew again")
     accept(directory, made, key, until=made.not_valid_after_utc, now=now)
     forget_ended(directory, now=now)
-    write_secret(directory / "issuing.key", private_pem(key))
-    (directory / "issuing.pem").write_bytes(made.public_bytes(Encoding.PEM))
-    (directory / "next.key").unlink()
+    atomic_write(directory / "issuing.pem", made.public_bytes(Encoding.PEM), mode=0o644)
+    _finish_install(directory)
     return made
+
+
+def _finish_install(directory: Path) -> None:
+    """Move `next.key` to `issuing.key` when it belongs to `issuing.pem`, also after a power cut in `install`."""
+    waiting = directory / "next.key"
+    if not waiting.exists():
+        return
+    key = load_pem_private_key(waiting.read_bytes(), password=None)
+    if key.public_key() == read_certificate(directory / "issuing.pem").public_key():
+        move_into_place(waiting, directory / "issuing.key")
 
 
 def accept(
@@ -543,8 +550,8 @@ def accept(
         .add_extension(x509.CRLNumber(int(now.timestamp())), critical=False)
         .sign(key, hashes.SHA256())
     )
-    (place / f"{serial(issuer)}.crl").write_bytes(crl.public_bytes(Encoding.PEM))
-    (place / f"{serial(issuer)}.pem").write_bytes(issuer.public_bytes(Encoding.PEM))
+    atomic_write(place / f"{serial(issuer)}.crl", crl.public_bytes(Encoding.PEM), mode=0o644)
+    atomic_write(place / f"{serial(issuer)}.pem", issuer.public_bytes(Encoding.PEM), mode=0o644)
 
 
 def revoke(directory: Path, number: str) -> None:

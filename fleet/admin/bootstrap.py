@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fleet import ca
-from fleet.ca import CaError, CertificateAuthority, write_secret
+from fleet.ca import CaError, CertificateAuthority
 from fleet.protocol import names
+from fleet.protocol.files import atomic_write, move_into_place
 from fleet.server.config import Address, HomeError, ServerConfig, ServerPaths, is_loopback
 from fleet.store.sqlite import StoreError
 from fleet.store.store import Store
@@ -102,8 +103,8 @@ def init(
         raise SetupError(f"cannot write {home}: {error.strerror}; choose another --home") from error
     try:
         recovery = _make(ServerPaths(draft), config, passphrase if size != "dev" else None, when)
-        (draft / "server").rename(place.server)
-        (draft / "operator").rename(place.operator)
+        move_into_place(draft / "server", place.server)
+        move_into_place(draft / "operator", place.operator)
     except (SigningError, StoreError, HomeError, CaError, OSError) as error:
         raise SetupError(f"cannot make a fleet in {home}: {error}") from error
     finally:
@@ -180,8 +181,8 @@ def _make(draft: ServerPaths, config: ServerConfig, passphrase: bytes | None, no
         recovery=None if recovery is None else recovery.public_key,
     )
     for name, data in files.items():
-        (draft.repository / name).write_bytes(data)
-    draft.config.write_text(config.dump(), encoding="utf-8")
+        atomic_write(draft.repository / name, data, mode=0o644)
+    atomic_write(draft.config, config.dump(), mode=0o644)
     _make_operator(draft, config, ca, files["1.root.json"], now)
     return words
 
@@ -192,7 +193,7 @@ def make_ca(place: ServerPaths, config: ServerConfig, passphrase: bytes | None, 
         return CertificateAuthority.create(place.ca, fleet=config.fleet, now=now)
     root = ca.create(config.fleet, now=now)
     ca.store(place.ca_root, root.key, passphrase)
-    (place.ca / "ca.pem").write_bytes(root.certificate.public_bytes(Encoding.PEM))
+    atomic_write(place.ca / "ca.pem", root.certificate.public_bytes(Encoding.PEM), mode=0o644)
     issue(place.ca, root, config, now)
     return CertificateAuthority.load(place.ca)
 
@@ -211,12 +212,12 @@ def _make_operator(
     store.access.add_operator("admin", token, role="admin", now=now.timestamp())
     store.access.audit(actor="init", act="create-fleet", subject=config.fleet, detail=config.size, now=now.timestamp())
     store.close()
-    write_secret(draft.operator / "token", token.encode() + b"\n")
-    (draft.operator / "ca.pem").write_text(ca.pem, encoding="ascii")
-    (draft.operator / "trust" / "1.root.json").write_bytes(root)
+    atomic_write(draft.operator / "token", f"{token}\n", mode=0o600)
+    atomic_write(draft.operator / "ca.pem", ca.pem, mode=0o644)
+    atomic_write(draft.operator / "trust" / "1.root.json", root, mode=0o644)
     lines = (
         f'url = "{config.operators_url}"',
         f'fleet = "{config.fleet}"',
         f'namespace = "{config.namespace}"',
     )
-    (draft.operator / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    atomic_write(draft.operator / "config.toml", "\n".join(lines) + "\n", mode=0o644)

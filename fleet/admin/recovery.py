@@ -40,8 +40,9 @@ from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
 from fleet import ca
 from fleet.admin.bootstrap import issue
-from fleet.ca import CaError, write_secret
+from fleet.ca import CaError
 from fleet.protocol import bounds
+from fleet.protocol.files import atomic_write, move_into_place
 from fleet.server.config import HomeError, ServerConfig, ServerPaths
 from fleet.store.sqlite import StoreError
 from fleet.store.store import Store
@@ -92,10 +93,8 @@ def backup(home: Path, output: Path) -> int:
                 with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
                     for name, path in _members(place, copy):
                         tar.add(path, arcname=name, recursive=False)
-                file.flush()
-                os.fsync(file.fileno())
                 size = file.tell()
-        beside.replace(output)
+        move_into_place(beside, output)
     except (HomeError, StoreError) as error:
         raise BackupError(str(error)) from error
     except OSError as error:
@@ -233,8 +232,8 @@ def begin(home: Path, *, kept: Path | None, config: ServerConfig | None, now: da
         found = ServerConfig.load(draft.config) if config is None else config
         root = metadata.parse(Root, repository.latest(files, "root")[1], "root").signed
         found = replace(found, fleet=event.fleet, size=str(profile(root).get("size", "solo")))
-        draft.config.write_text(found.dump(), encoding="utf-8")
-        (draft.server / EVENT).write_bytes(event.encode())
+        atomic_write(draft.config, found.dump(), mode=0o644)
+        atomic_write(draft.server / EVENT, event.encode(), mode=0o644)
     except (SigningError, HomeError, BackupError, OSError) as error:
         shutil.rmtree(draft.server, ignore_errors=True)
         raise RebuildError(str(error)) from error
@@ -285,13 +284,13 @@ def finish(home: Path, event: Event, root: ca.Root, *, boards: Mapping[str, Know
             raise RebuildError("this event does not name the keys that this server was begun with")
         _write_files(draft.repository, files | online)
         config = ServerConfig.load(draft.config)
-        (draft.ca / "ca.pem").write_bytes(root.certificate.public_bytes(Encoding.PEM))
+        atomic_write(draft.ca / "ca.pem", root.certificate.public_bytes(Encoding.PEM), mode=0o644)
         issue(draft.ca, root, config, now)
         token = secrets.token_urlsafe(32)
         admitted, count = _people_and_boards(draft, config, token, boards, now)
         (draft.server / EVENT).unlink()
-        draft.server.rename(place.server)
-        write_secret(place.operator / "token", token.encode() + b"\n")
+        move_into_place(draft.server, place.server)
+        atomic_write(place.operator / "token", f"{token}\n", mode=0o600)
     except (SigningError, StoreError, HomeError, CaError, OSError) as error:
         raise RebuildError(str(error)) from error
     have = {path.name for path in place.artifacts.iterdir()}
@@ -344,10 +343,7 @@ def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         if path.name not in files:
             path.unlink()
     for name, data in files.items():
-        with (directory / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        atomic_write(directory / name, data, mode=0o644)
 
 
 def _seen(place: ServerPaths) -> dict[str, int]:

@@ -23,6 +23,7 @@ from securesystemslib.signer import Key
 from fleet.client import Client, ProblemError, UnreachableError
 from fleet.protocol import bounds
 from fleet.protocol.bounds import Count
+from fleet.protocol.files import atomic_write
 from fleet.protocol.trust_api import NONE, OnlineRequest, OnlineView
 from fleet.server.tuf_repository import ONLINE, OnlineKeys, TufRepository
 from signing import keys, repository
@@ -158,7 +159,7 @@ class SigningHost:
         files["timestamp.json"] = cache.files["timestamp.json"]
         self._place.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, data in files.items():
-            TufRepository.write(self._place / name, data)
+            atomic_write(self._place / name, data, mode=0o644)
 
     def _remembered(self) -> StateStore:
         """Remember what this host has verified before, out of its own directory: the server cannot set it back."""

@@ -22,7 +22,8 @@ import uvicorn
 from cryptography import x509
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fleet.ca import CertificateAuthority, due, write_secret
+from fleet.ca import CertificateAuthority, due
+from fleet.protocol.files import atomic_write
 from fleet.server.config import Address, ServerPaths
 
 log = logging.getLogger(__name__)
@@ -84,10 +85,13 @@ class Certificates:
                 continue
             server = name == "server"
             pair = self._ca.server([self._host], now=now) if server else self._ca.server_client(now=now)
-            write_secret(self._tls / f"{name}.key", pair.key_pem)
-            path.write_bytes(pair.certificate_pem)
+            # without its certificate a key is made anew: a power cut between the two leaves no pair that does not match
+            path.unlink(missing_ok=True)
+            atomic_write(self._tls / f"{name}.key", pair.key_pem, mode=0o600)
+            atomic_write(path, pair.certificate_pem, mode=0o644)
             changed = True
-        write_secret(self.client, (self._tls / "mqtt.pem").read_bytes() + (self._tls / "mqtt.key").read_bytes())
+        both = (self._tls / "mqtt.pem").read_bytes() + (self._tls / "mqtt.key").read_bytes()
+        atomic_write(self.client, both, mode=0o600)
         if changed:
             for context in self._contexts:
                 self._load(context)

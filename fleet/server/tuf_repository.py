@@ -15,7 +15,6 @@ made first, then root or targets name it, and from then on it signs.
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -28,6 +27,7 @@ from tuf.api.metadata import Root
 
 from fleet.protocol import bounds
 from fleet.protocol.bounds import Count, Utc
+from fleet.protocol.files import atomic_write
 from fleet.protocol.operator_api import Published, RoleReply
 from signing import events, hash_bins, keys, metadata, repository, rotation
 from signing.errors import KeyFileError, RepositoryError, SigningError
@@ -211,7 +211,7 @@ class TufRepository:
         if not self._signs_online:
             self._signer(DIRECTOR, files)
             if self._held_elsewhere(files):
-                self.write(self._parked, event.encode())
+                atomic_write(self._parked, event.encode(), mode=0o644)
                 self._waiting = event.encode()
                 raise WaitingError
         for role in ONLINE:
@@ -296,19 +296,9 @@ class TufRepository:
 
     def _add(self, files: dict[str, bytes]) -> None:
         for name, data in files.items():
-            self.write(self._directory / name, data)
+            atomic_write(self._directory / name, data, mode=0o644)
             self._files[name] = data
         self._read()
-
-    @staticmethod
-    def write(path: Path, data: bytes) -> None:
-        """Put a file in place, whole or not at all."""
-        beside = path.with_name(f".{path.name}.new")
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
 
     def _read(self) -> None:
         self._chosen = {}

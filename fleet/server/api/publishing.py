@@ -6,7 +6,6 @@ Artifacts: files named by the sha256 of their bytes. An upload becomes a file on
 """
 
 import hashlib
-import os
 import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from fleet.protocol import bounds, names, operator_api
+from fleet.protocol.files import move_into_place
 from fleet.protocol.operator_api import Refusal
 from fleet.server.api import http
 from fleet.server.api.http import answer, param
@@ -75,13 +75,12 @@ class Artifacts:
                             f"more than {bounds.ARTIFACT_MAX_BYTES >> 20} MiB: a component of that size fits no board"
                         )
                     await run_in_threadpool(_take, file, digest, block)
-                await run_in_threadpool(_flush, file)
             if digest.hexdigest() != sha256:
                 raise ArtifactError(
                     f"the {length} bytes that came have the sha256 {digest.hexdigest()}, not {sha256}: send them again"
                 )
             new = not path.exists()
-            beside.replace(path)
+            await run_in_threadpool(move_into_place, beside, path)
         finally:
             beside.unlink(missing_ok=True)
         return Stored(sha256, length, new)
@@ -103,11 +102,6 @@ async def _blocks(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 def _take(file: Any, digest: Any, block: bytes) -> None:
     file.write(block)
     digest.update(block)
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class Publishing:

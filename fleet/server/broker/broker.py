@@ -24,6 +24,7 @@ from typing import Final
 
 from fleet.ca import SERVER_CN
 from fleet.protocol import bounds, topics
+from fleet.protocol.files import atomic_write
 from fleet.server.config import Address, ServerConfig, ServerPaths
 
 LISTS: Final = "issuers.crl"
@@ -121,11 +122,11 @@ class Broker:
 
     def _write(self, revoked: Iterable[str]) -> None:
         names = sorted(revoked)
-        (self._home.broker / LISTS).write_bytes(self._lists())
+        atomic_write(self._home.broker / LISTS, self._lists(), mode=0o644)
         if self.name == "mosquitto":
             write_acl(self._home.broker, names)
         else:
-            (self._home.broker / "revoked").write_text("\n".join(names), encoding="utf-8")
+            atomic_write(self._home.broker / "revoked", "\n".join(names), mode=0o644)
 
 
 log = logging.getLogger(__name__)
@@ -304,7 +305,7 @@ def configure(
     if os.geteuid() == 0:
         lines.append("user root")  # else it would become a user who cannot read these files
     path = directory / FILE
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    atomic_write(path, "\n".join(lines) + "\n", mode=0o644)
     return path
 
 
@@ -323,6 +324,4 @@ def write_acl(directory: Path, revoked: Iterable[str]) -> None:
         f"pattern read {topics.PREFIX}/+/%u/down/#",
         f"pattern read {topics.POKE}",
     ]
-    path = directory / "acl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    path.chmod(0o600)
+    atomic_write(directory / "acl", "\n".join(lines) + "\n", mode=0o600)

@@ -1,0 +1,45 @@
+"""Files are replaced by `fleet.protocol.files` alone: a variant made by hand forgets a step of it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BY_HAND = frozenset({"write_bytes", "write_text", "rename", "mkstemp", "NamedTemporaryFile"})
+COVERED = (
+    "fleet/protocol",
+    "fleet/component",
+    "fleet/rollout",
+    "fleet/store",
+    "fleet/server",
+    "fleet/admin",
+    "fleet/ca.py",
+)
+OWNER = ROOT / "fleet" / "protocol" / "files.py"
+
+
+def written_by_hand(tree):
+    """Lines of calls that write or rename a file."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name, of_os = node.func.attr, isinstance(node.func.value, ast.Name) and node.func.value.id == "os"
+        # str.replace takes two arguments, Path.replace one
+        renames = name == "replace" and (of_os or (len(node.args) == 1 and not node.keywords))
+        if name in BY_HAND or renames:
+            yield node.lineno
+
+
+@pytest.mark.parametrize("place", COVERED)
+def test_files_are_replaced_in_one_way(place):
+    path = ROOT / place
+    files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    assert files
+    found = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for file in files
+        if file != OWNER
+        for line in written_by_hand(ast.parse(file.read_text()))
+    ]
+    assert not found, f"use atomic_write, create_exclusive or move_into_place of fleet.protocol.files: {found}"
