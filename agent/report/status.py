@@ -9,25 +9,10 @@ import msgspec
 from agent.identity.identity import Identity
 from agent.update.state import Violation
 from agent.update.store import Store
-from fleet.protocol.codes import Phase, RejectCode
+from fleet.protocol.codes import Phase, RejectCode, remediation
 from fleet.protocol.messages import Report
 
 TIMELINE_ROWS: Final = 20
-
-ACTIONS: Final = {
-    RejectCode.HASH_MISMATCH: "publish it again; if it recurs, somebody changes bytes at the server or on the way",
-    RejectCode.NO_SPACE: "free space on this board, or lower [disk] budget_bytes",
-    RejectCode.UNREACHABLE: "'fleet-agent check' names what cannot be reached",
-    RejectCode.TOO_SLOW: "nothing: the download resumes where it ended",
-    RejectCode.GRANT_DENIED: "grant it in component.toml and publish again, or relax [policy] in agent.toml",
-    RejectCode.NO_ENGINE: "'fleet-host check' says what the board lacks",
-    RejectCode.IMAGE_DAMAGED: "check this board's disk; the image is made anew by itself",
-    RejectCode.TRAPPED: "'fleet why' shows the last lines of its log; publish a version that does not trap",
-    RejectCode.EXPIRED: "renew the repository's metadata ('fleet sign renew'); what runs goes on",
-    RejectCode.REVOKED: "publish a version that its publisher stands by, and push it",
-    RejectCode.ROLLBACK: "the server offers older state than this board has seen: find out why",
-    RejectCode.HOST_GONE: "'systemctl status fleet-host' says why the host does not run",
-}
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,7 +109,7 @@ def standing(identity: Identity, store: Store, instance: str = "") -> StatusRepo
                 message=each.message,
                 at=each.at,
                 retry_at=None if each.retry_at is None else datetime.fromtimestamp(each.retry_at, UTC),
-                action=ACTIONS.get(each.code, ""),
+                action=remediation(each.code),
             )
             for each in store.failed()
             if about(each.instance)

@@ -20,7 +20,8 @@ from fleet.client import Client
 from fleet.evidence import query
 from fleet.evidence.query import Answer, Query
 from fleet.evidence.sbom import DocumentError, Package
-from fleet.protocol.operator_api import OPEN_STATES, Devices
+from fleet.protocol.codes import OPEN_STATES
+from fleet.protocol.operator_api import Devices
 
 RUNS: Final = "runs"
 

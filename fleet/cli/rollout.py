@@ -26,8 +26,8 @@ from fleet.cli.base import Command, Exit, Fault, Options, command
 from fleet.cli.operator import connect
 from fleet.client import Client, UnreachableError
 from fleet.protocol import operator_api
-from fleet.protocol.codes import Phase
-from fleet.protocol.operator_api import OPEN_STATES, BoardView, Outcome, RolloutState, RolloutView
+from fleet.protocol.codes import OPEN_STATES, Outcome, Phase, RolloutState
+from fleet.protocol.operator_api import BoardView, RolloutView
 
 
 @command("rollouts", examples="fleet rollouts\nfleet rollouts --group edge-eu --limit 5 --json")

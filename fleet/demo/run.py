@@ -23,7 +23,7 @@ from fleet.client import ClientError
 from fleet.demo.environment import ChildDiedError, DemoError, Environment, program
 from fleet.demo.load import LoadResult
 from fleet.demo.scenario import GROUP, INSTANCE, NoFixtureError, Scenario, fixture, play
-from fleet.protocol.operator_api import RolloutState
+from fleet.protocol.codes import RolloutState
 
 if TYPE_CHECKING:
     from fleet.demo.environment import DemoDevice

@@ -18,8 +18,7 @@ from fleet.client import Client
 from fleet.demo.environment import DemoDevice, Environment
 from fleet.demo.load import Load, LoadResult, first_answer
 from fleet.protocol import operator_api
-from fleet.protocol.codes import Phase
-from fleet.protocol.operator_api import Outcome, RolloutState
+from fleet.protocol.codes import Outcome, Phase, RolloutState
 
 GROUP: Final = "edge-eu"
 

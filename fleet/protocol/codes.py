@@ -1,10 +1,7 @@
 """Closed vocabularies: reject codes, phases, call outcomes, instance and rollout states; remediation texts.
 
-The closed vocabularies that travel in reports: why something was refused, and how a deployment stands.
-
-An operator reads these words; a program switches on them. A word is never renamed, only added.
-
-What to do about each thing that a board may refuse: one sentence per code, for timelines and `fleet why`.
+Operators read these words and programs switch on them: words are added, never renamed. Each vocabulary is declared here
+once, for the device, the server and the operator alike.
 """
 
 from enum import StrEnum
@@ -12,7 +9,7 @@ from typing import Final
 
 
 class RejectCode(StrEnum):
-    """Why a board refused something. Each is final unless `retryable` says otherwise."""
+    """Why a device refused something. Final, unless the code is in `RETRYABLE`."""
 
     TOO_LARGE = "too-large"
     MALFORMED = "malformed"
@@ -33,7 +30,7 @@ class RejectCode(StrEnum):
     REVOKED = "revoked"
     REPLAY = "replay"
     RATE_LIMITED = "rate-limited"
-    DEVELOPMENT = "development"  # a repository made for development, on a board in production
+    DEVELOPMENT = "development"  # a repository made for development, on a device in production
 
     NOT_FOUND = "not-found"
     HASH_MISMATCH = "hash-mismatch"
@@ -59,7 +56,7 @@ class RejectCode(StrEnum):
     ERROR_RATE = "error-rate"
     TOO_LATE = "too-late"  # latency against the replaced version
     TOO_MUCH_MEMORY = "too-much-memory"  # against the replaced version
-    CONTAINMENT = "containment"  # the board's policy demands a layer that it does not have
+    CONTAINMENT = "containment"  # the device requires an isolation layer that its kernel does not provide
     PORT_IN_USE = "port-in-use"
     HOST_GONE = "host-gone"
     SUPERSEDED = "superseded"
@@ -79,11 +76,11 @@ RETRYABLE = frozenset(
         RejectCode.FREEZE,  # the repository may catch up
     }
 )
-"""What the board tries again by itself; all else is final until the operator raises the attempt."""
+"""Codes after which the device retries by itself; every other code is final until the operator raises the attempt."""
 
 
 class Phase(StrEnum):
-    """Where a deployment of one instance stands on the board (DESIGN: the board's update machine)."""
+    """Progress of one instance's deployment on a device (states of `agent.update.machine`)."""
 
     IDLE = "idle"
     FETCHING = "fetching"
@@ -99,7 +96,7 @@ class Phase(StrEnum):
 
 
 class CallOutcome(StrEnum):
-    """How one call of a guest ended. Only the guest's own outcomes count against it."""
+    """End of one call of a guest. Only outcomes in `GUEST_FAULTS` count against the guest."""
 
     OK = "ok"
     GUEST_TRAP = "guest-trap"
@@ -113,7 +110,7 @@ GUEST_FAULTS = frozenset({CallOutcome.GUEST_TRAP, CallOutcome.GUEST_TIMEOUT})
 
 
 class InstanceState(StrEnum):
-    """What an instance is doing in the host."""
+    """State of an instance in the host."""
 
     RUNNING = "running"
     BACKOFF = "backoff"
@@ -121,61 +118,96 @@ class InstanceState(StrEnum):
     STOPPED = "stopped"
 
 
+class Outcome(StrEnum):
+    """State of a rollout on one device."""
+
+    PENDING = "pending"  # its wave has not come
+    WAITING = "waiting"  # offered; the device is offline or has not answered
+    DEFERRED = "deferred"  # the device's own window or policy says later
+    IN_PROGRESS = "in-progress"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"  # tried, and the device rolled back or never started it
+    REFUSED = "refused"  # verification or policy forbids it
+    SKIPPED = "skipped"  # the rollout ended before, or the device left the group
+
+
+class RolloutState(StrEnum):
+    """State of a rollout as a whole."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    HALTED = "halted"  # a gate failed: devices are offered their previous state again
+    ABORTED = "aborted"  # by an operator, with the same consequence
+    SUPERSEDED = "superseded"  # a newer rollout of the same instance and devices took over
+
+
+OPEN_STATES: Final = frozenset({RolloutState.RUNNING, RolloutState.PAUSED})
+"""States of a rollout that still changes devices."""
+
 _ATTACK: Final = "if nobody in the team did this, treat the server or the network as hostile: see SECURITY.md"
 
-ADVICE: Final[dict[RejectCode, str]] = {
+REMEDIATION: Final[dict[RejectCode, str]] = {
     RejectCode.TOO_LARGE: "make it smaller, or split it over several instances",
     RejectCode.MALFORMED: _ATTACK,
-    RejectCode.UNSUPPORTED_VERSION: "upgrade the agent on the board",
+    RejectCode.UNSUPPORTED_VERSION: "upgrade the agent on the device",
     RejectCode.UNSIGNED: _ATTACK,
-    RejectCode.ROLLBACK: "the server's database or repository was set back: restore the newest backup; " + _ATTACK,
-    RejectCode.FREEZE: "let the server sign its timestamp anew (fleet status names the roles); check the board's clock",
-    RejectCode.EXPIRED: "sign the expired role again (fleet status names it); the board tries again by itself",
+    RejectCode.ROLLBACK: "the server offers older state than this device has seen: restore the newest backup of the "
+    "server; " + _ATTACK,
+    RejectCode.FREEZE: "sign the timestamp again (fleet status names the roles); check the device's clock",
+    RejectCode.EXPIRED: "sign the expired role again (fleet sign renew; fleet status names it); what runs goes on, and "
+    "the device retries by itself",
     RejectCode.EQUIVOCATION: _ATTACK,
     RejectCode.WRONG_FLEET: _ATTACK,
     RejectCode.WRONG_DEVICE: _ATTACK,
     RejectCode.UNKNOWN_TARGET: "publish the component, then deploy again",
     RejectCode.TARGET_MISMATCH: _ATTACK,
-    RejectCode.SECURITY_EPOCH: "the board has run a version with a higher security epoch: deploy one not below it",
-    RejectCode.GRANT_DENIED: "the board's owner or the namespace's ceiling does not allow these grants: ask for fewer",
-    RejectCode.WRONG_ARCH: "publish a version for this CPU, or keep the board out of the group",
+    RejectCode.SECURITY_EPOCH: "the device has run a version with a higher security epoch: deploy one not below it",
+    RejectCode.GRANT_DENIED: "ask for fewer grants in component.toml, or have them allowed by the device's owner "
+    "([policy] in agent.toml) and the namespace's ceiling",
+    RejectCode.WRONG_ARCH: "publish a version for this CPU, or keep the device out of the group",
     RejectCode.EMPTY: _ATTACK,
     RejectCode.REVOKED: "this release was revoked: deploy another version",
     RejectCode.REPLAY: _ATTACK,
-    RejectCode.RATE_LIMITED: "wait: the board does this only so often",
+    RejectCode.RATE_LIMITED: "wait: the device limits how often it does this",
     RejectCode.NOT_FOUND: "upload the artifact again: fleet publish FILE",
     RejectCode.HASH_MISMATCH: "the artifact on the server or a cache was changed: upload it again; " + _ATTACK,
     RejectCode.LENGTH_MISMATCH: "the artifact on the server or a cache was changed: upload it again; " + _ATTACK,
-    RejectCode.SECRET_MISSING: "give it the secret: fleet secret set NAME; fleet secret list says who lacks one",
+    RejectCode.SECRET_MISSING: "set the secret: fleet secret set NAME; fleet secret list names devices that lack one",
     RejectCode.SECRET_UNOPENED: "set the secret again: fleet secret set NAME; " + _ATTACK,
-    RejectCode.UNREACHABLE: "check the way from the board to the devices' port (fleet-agent check); it tries again",
-    RejectCode.TOO_SLOW: "the network is too slow for this artifact; the board tries again",
-    RejectCode.NO_SPACE: "free space on the board, or remove an instance; the board tries again",
+    RejectCode.UNREACHABLE: "check the connection from the device to the server's port for devices: fleet-agent check "
+    "names what cannot be reached; the device retries by itself",
+    RejectCode.TOO_SLOW: "wait: the device resumes the download where it ended; its network is slow",
+    RejectCode.NO_SPACE: "free space on the device, remove an instance or lower [disk] budget_bytes; the device "
+    "retries by itself",
     RejectCode.NOT_A_COMPONENT: "build a WASI 0.2 component",
-    RejectCode.COMPILE_FAILED: "the engine on this board cannot compile it: see the message, deploy another build",
-    RejectCode.COMPILE_LIMIT: "compiling took more memory or time than this board allows: make the component smaller",
-    RejectCode.NO_ENGINE: "this board has no wasm engine: keep it out of the group",
-    RejectCode.IMAGE_DAMAGED: "the compiled image was changed on disk: check the board's storage, then fleet retry",
+    RejectCode.COMPILE_FAILED: "the engine on this device cannot compile it: see the message, deploy another build",
+    RejectCode.COMPILE_LIMIT: "compiling needs more memory or time than this device allows: make the component smaller",
+    RejectCode.NO_ENGINE: "the device has no wasm engine (fleet-host check): keep it out of the group",
+    RejectCode.IMAGE_DAMAGED: "the compiled image was changed on disk: check the device's storage, then fleet retry",
     RejectCode.START_FAILED: "see the message and the log; deploy a corrected version",
     RejectCode.HEALTH_FAILED: "the version's own health check failed: see the log, deploy a corrected version",
-    RejectCode.TRAPPED: "the version trapped: see the log, deploy a corrected version",
+    RejectCode.TRAPPED: "the version trapped: see the last lines of its log (fleet why), deploy a corrected version",
     RejectCode.RESTARTED: "the version did not stay up: see the log, deploy a corrected version",
     RejectCode.ERROR_RATE: "the version answered too many calls with errors: see the log, deploy a corrected version",
-    RejectCode.TOO_LATE: "the version is slower than what it replaced: deploy a corrected version",
-    RejectCode.TOO_MUCH_MEMORY: "the version needs far more memory than what it replaced: deploy a corrected version",
+    RejectCode.TOO_LATE: "the version is slower than the one it replaced: deploy a corrected version",
+    RejectCode.TOO_MUCH_MEMORY: "the version needs far more memory than the replaced one: deploy a corrected version",
     RejectCode.STATE_FAILED: "the old version's memory was not carried over, see the message: correct save-state or "
     "load-state, or deploy a version without them, which starts empty",
     RejectCode.SET_FAILED: "an instance that is swapped together with this one failed: see that one",
-    RejectCode.DEVELOPMENT: "the board is in production and this fleet is for development: enrol it in a real one",
-    RejectCode.CONTAINMENT: "the board's policy asks for walls that it does not have: see fleet-host check there",
-    RejectCode.PORT_IN_USE: "another program has that port: deploy with another --port",
-    RejectCode.HOST_GONE: "fleet-host does not run on the board: systemctl status fleet-host; it tries again",
+    RejectCode.DEVELOPMENT: "the device is in production and this fleet is for development: enrol it in a real one",
+    RejectCode.CONTAINMENT: "the device's policy requires isolation layers that its kernel does not provide: see "
+    "fleet-host check on the device",
+    RejectCode.PORT_IN_USE: "another program uses that port: deploy with another --port",
+    RejectCode.HOST_GONE: "fleet-host does not run on the device: see systemctl status fleet-host; the device retries "
+    "by itself",
     RejectCode.SUPERSEDED: "",
-    RejectCode.INTERRUPTED: "power or process was lost too often: check the board's supply, then fleet retry",
-    RejectCode.INTERNAL: "a fault of the agent: report it with the log, then fleet retry",
+    RejectCode.INTERRUPTED: "power was lost too often: check the device's power supply, then fleet retry",
+    RejectCode.INTERNAL: "report this fault of the agent with its log, then fleet retry",
 }
+"""What an operator or a device's owner can do about each code: one sentence, the same on the server and the device."""
 
 
-def advice(code: RejectCode | str | None) -> str:
-    """What to do; empty for nothing, or for a code of a later version."""
-    return ADVICE.get(code, "") if isinstance(code, RejectCode) else ""
+def remediation(code: RejectCode | str | None) -> str:
+    """Return what to do about a code; empty for nothing, or for a code of a later version."""
+    return REMEDIATION.get(code, "") if isinstance(code, RejectCode) else ""

@@ -12,13 +12,11 @@ The routes with what each takes and gives are a table, `fleet.server.api.routes.
 What the operator API shows of a board's own words, beside `fleet.protocol.operator_api`.
 """
 
-from enum import StrEnum
-
 import msgspec
 
 from fleet.protocol.assignment import CheckIn, FollowLogs, Restart
 from fleet.protocol.bounds import Count, Port, Priority, Seconds, Stored, Utc
-from fleet.protocol.codes import Phase, RejectCode
+from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Health, InstanceHealth, Versions
 
@@ -45,33 +43,6 @@ class Problem(View, frozen=True, kw_only=True):
     status: Stored
     detail: str = ""
     action: str = ""
-
-
-class Outcome(StrEnum):
-    """How a rollout stands on one board."""
-
-    PENDING = "pending"  # its wave has not come
-    WAITING = "waiting"  # offered; the board is offline or has not answered
-    DEFERRED = "deferred"  # the board's own window or policy says later
-    IN_PROGRESS = "in-progress"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"  # tried, and the board went back or never started it
-    REFUSED = "refused"  # verification or policy said no
-    SKIPPED = "skipped"  # the rollout ended before, or the board left the group
-
-
-class RolloutState(StrEnum):
-    """How a rollout stands."""
-
-    RUNNING = "running"
-    PAUSED = "paused"
-    SUCCEEDED = "succeeded"
-    HALTED = "halted"  # a gate was breached: boards are offered their previous state again
-    ABORTED = "aborted"  # by an operator, with the same consequence
-    SUPERSEDED = "superseded"  # a newer rollout of the same instance and boards took over
-
-
-OPEN_STATES = frozenset({RolloutState.RUNNING, RolloutState.PAUSED})
 
 
 class Published(View, frozen=True, kw_only=True):

@@ -16,7 +16,8 @@ every member has, and has failed as soon as one did.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fleet.rollout.model import BREACHES, COMPLETED, DECIDED, OPEN, DeviceProgress, Outcome, Rollout, State
+from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
+from fleet.rollout.model import BREACHES, COMPLETED, DECIDED, DeviceProgress, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ Action = Offer | Expire | Halt | Complete | Wait
 
 def decide(rollout: Rollout, boards: Sequence[DeviceProgress], now: float) -> tuple[Action, ...]:
     """What to do now, in this order. Calling again after carrying it out leads on; it always comes to rest."""
-    if rollout.state not in OPEN:
+    if rollout.state not in OPEN_STATES:
         return ()
     offered = [board for board in boards if board.wave <= rollout.wave]
     return _judge(rollout, offered, now) or _proceed(rollout, boards, offered, now)
@@ -83,7 +84,7 @@ def _proceed(
     rollout: Rollout, boards: Sequence[DeviceProgress], offered: Sequence[DeviceProgress], now: float
 ) -> tuple[Action, ...]:
     """The next wave, the end, or why neither."""
-    if rollout.state is State.PAUSED:
+    if rollout.state is RolloutState.PAUSED:
         return (Wait("paused by an operator", _next_timeout(rollout, offered)),)
     if rollout.wave == 0:
         return (_offer(rollout, boards, 1),)

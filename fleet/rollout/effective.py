@@ -11,7 +11,8 @@ Which rollout an undo takes back, and to what: the history of one scope read as 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fleet.rollout.model import State, Value
+from fleet.protocol.codes import RolloutState
+from fleet.rollout.model import Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +120,12 @@ class Past:
 
     id: str
     number: int
-    state: State
+    state: RolloutState
     before: Value | None
     undoes: str = ""
 
 
-_UNDOABLE = frozenset({State.RUNNING, State.PAUSED, State.SUCCEEDED})
+_UNDOABLE = frozenset({RolloutState.RUNNING, RolloutState.PAUSED, RolloutState.SUCCEEDED})
 
 
 def choose_undo(history: Sequence[Past]) -> Past:

@@ -17,7 +17,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
+
+from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
 
 _WAVE = re.compile(r"(\d{1,7})(%?)")
 
@@ -120,26 +121,6 @@ class Value:
         return replace(self, attempt=0, atomic="") == replace(other, attempt=0, atomic="")
 
 
-COMMITTED = "committed"
-
-ROLLED_BACK = "rolled-back"
-
-FAILED = "failed"
-
-
-class Outcome(StrEnum):
-    """How a rollout stands on one board."""
-
-    PENDING = "pending"  # its wave has not come
-    WAITING = "waiting"  # offered; the board is offline or has not answered
-    DEFERRED = "deferred"  # the board's own window or policy says later
-    IN_PROGRESS = "in-progress"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    REFUSED = "refused"
-    SKIPPED = "skipped"
-
-
 DECIDED = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED, Outcome.SKIPPED})
 
 BREACHES = frozenset({Outcome.FAILED, Outcome.REFUSED})
@@ -176,23 +157,6 @@ class DeviceProgress:
     retrying: bool = False
 
 
-SUPERSEDED = "superseded"
-
-
-class State(StrEnum):
-    """How a rollout stands."""
-
-    RUNNING = "running"
-    PAUSED = "paused"
-    SUCCEEDED = "succeeded"
-    HALTED = "halted"
-    ABORTED = "aborted"
-    SUPERSEDED = "superseded"
-
-
-OPEN = frozenset({State.RUNNING, State.PAUSED})
-
-
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A change on its way.
@@ -208,7 +172,7 @@ class Rollout:
     """
 
     id: str
-    state: State
+    state: RolloutState
     sizes: tuple[int, ...]
     wave: int = 0
     failures: int = 0
@@ -218,16 +182,29 @@ class Rollout:
     minimum: int = 1
 
 
-DEFERRALS = frozenset({"rate-limited"})
+DEFERRALS = frozenset({RejectCode.RATE_LIMITED})
 """Codes with which a board says later, not no."""
 
 TRIED = frozenset(
     {
-        "start-failed", "health-failed", "trapped", "restarted", "error-rate", "too-late", "port-in-use", "host-gone",
-        "interrupted", "internal", "too-much-memory", "set-failed", "compile-failed", "compile-limit", "image-damaged",
-        "state-failed",
+        RejectCode.START_FAILED,
+        RejectCode.HEALTH_FAILED,
+        RejectCode.TRAPPED,
+        RejectCode.RESTARTED,
+        RejectCode.ERROR_RATE,
+        RejectCode.TOO_LATE,
+        RejectCode.PORT_IN_USE,
+        RejectCode.HOST_GONE,
+        RejectCode.INTERRUPTED,
+        RejectCode.INTERNAL,
+        RejectCode.TOO_MUCH_MEMORY,
+        RejectCode.SET_FAILED,
+        RejectCode.COMPILE_FAILED,
+        RejectCode.COMPILE_LIMIT,
+        RejectCode.IMAGE_DAMAGED,
+        RejectCode.STATE_FAILED,
     }
-)  # fmt: skip
+)
 """Codes of something that was tried and did not do well; every other code is a refusal before anything was tried."""
 
 
@@ -270,22 +247,22 @@ def apply_report(board: DeviceProgress, word: Observation) -> DeviceProgress:
         running=word.running or board.running,
         retrying=False,
     )
-    if word.phase == COMMITTED:
+    if word.phase == Phase.COMMITTED:
         return replace(heard, outcome=Outcome.SUCCEEDED, ended_at=board.ended_at or word.at, exercised=word.exercised)
     if board.outcome in DECIDED and not again:
         return board
     outcome = _outcome(word)
-    retrying = outcome is Outcome.IN_PROGRESS and word.phase == FAILED
+    retrying = outcome is Outcome.IN_PROGRESS and word.phase == Phase.FAILED
     return replace(heard, outcome=outcome, retrying=retrying, ended_at=word.at if outcome in DECIDED else None)
 
 
 def _outcome(word: Observation) -> Outcome:
     """What a report other than a commit means."""
-    if word.phase == ROLLED_BACK:
+    if word.phase == Phase.ROLLED_BACK:
         return Outcome.FAILED
-    if word.phase != FAILED or word.retryable:
+    if word.phase != Phase.FAILED or word.retryable:
         return Outcome.IN_PROGRESS
-    if word.code == SUPERSEDED:
+    if word.code == RejectCode.SUPERSEDED:
         return Outcome.SKIPPED
     if word.code in DEFERRALS:
         return Outcome.DEFERRED
@@ -296,7 +273,7 @@ def relapse(board: DeviceProgress, *, at: float, message: str) -> DeviceProgress
     """The board said later, while the rollout is still open, that what it had committed does not stay up."""
     if board.outcome is not Outcome.SUCCEEDED:
         return board
-    return replace(board, outcome=Outcome.FAILED, code="restarted", message=message, ended_at=at)
+    return replace(board, outcome=Outcome.FAILED, code=RejectCode.RESTARTED, message=message, ended_at=at)
 
 
 def confirm(board: DeviceProgress, *, at: float, running: str) -> DeviceProgress:
@@ -311,7 +288,7 @@ def confirm(board: DeviceProgress, *, at: float, running: str) -> DeviceProgress
         outcome=Outcome.SUCCEEDED,
         acked_at=board.acked_at or at,
         ended_at=at,
-        phase=COMMITTED,
+        phase=Phase.COMMITTED,
         progress=None,
         code="",
         message="",

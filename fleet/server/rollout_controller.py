@@ -13,8 +13,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Final, assert_never
 
+from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
 from fleet.rollout.decide import Action, Complete, Expire, Halt, Offer, Wait, decide, merge_set
-from fleet.rollout.model import OPEN, Outcome, Rollout, State, confirm
+from fleet.rollout.model import Rollout, confirm
 from fleet.server.director import Director
 from fleet.store.rows import AssignmentRow, RolloutRow
 from fleet.store.store import ChangeSignal, Store
@@ -81,7 +82,7 @@ class RolloutController:
     async def _advance(self, number: int) -> None:
         for _ in range(_MAX_STEPS):
             row = self._store.rollouts.get(str(number))
-            if row is None or row.state not in OPEN:
+            if row is None or row.state not in OPEN_STATES:
                 return
             members = self._open_set(row)
             if members[0].number != number:
@@ -92,7 +93,7 @@ class RolloutController:
         log.error("rollout %s does not come to rest", number)
 
     def _open_set(self, row: RolloutRow) -> list[RolloutRow]:
-        return [each for each in self._store.rollouts.together(row) if each.state in OPEN]
+        return [each for each in self._store.rollouts.together(row) if each.state in OPEN_STATES]
 
     async def _carry_out(self, row: RolloutRow, actions: Iterable[Action]) -> bool:
         """Carry out actions; false when the rollout waits now."""
@@ -106,7 +107,7 @@ class RolloutController:
                     self._expire(row, device, message)
                     moved = True
                 case Halt(reason):
-                    self.end(row, State.HALTED, reason)
+                    self.end(row, RolloutState.HALTED, reason)
                 case Complete():
                     self._complete(row)
                 case Wait(reason, until):
@@ -124,7 +125,7 @@ class RolloutController:
                     self._note_previous(row, device)
             await asyncio.sleep(0)
         now = self._store.rollouts.get(row.id)
-        if now is None or now.state is not State.RUNNING:
+        if now is None or now.state is not RolloutState.RUNNING:
             return  # an operator was quicker
         with self._store.atomic():  # a board is never asked for a part of a set
             for each in self._open_set(now):
@@ -148,7 +149,7 @@ class RolloutController:
                 late = replace(board, outcome=Outcome.FAILED, message=message, ended_at=self._now())
                 self._store.rollouts.set_board(each.number, late, extra)
 
-    def end(self, row: RolloutRow, state: State, reason: str) -> None:
+    def end(self, row: RolloutRow, state: RolloutState, reason: str) -> None:
         """End a rollout, and its whole set, without its aim: its boards are offered what they had before."""
         log.warning("rollout %s %s: %s", row.number, state, reason)
         with self._store.atomic():
@@ -171,7 +172,7 @@ class RolloutController:
                     rollout=each.id,
                     now=self._now(),
                 )
-                self._store.rollouts.set_state(each.number, State.SUCCEEDED, now=self._now())
+                self._store.rollouts.set_state(each.number, RolloutState.SUCCEEDED, now=self._now())
                 self._store.access.audit(actor="server", act="rollout-succeeded", subject=each.id, now=self._now())
         self._touch_scope(row)
 
@@ -182,7 +183,7 @@ class RolloutController:
         self._watch.changed()
 
     def _wait(self, row: RolloutRow, reason: str, until: float | None) -> None:
-        if row.state is State.RUNNING:
+        if row.state is RolloutState.RUNNING:
             for each in self._open_set(row):
                 self._store.rollouts.set_reason(each.number, reason)
         if until is not None:

@@ -16,11 +16,12 @@ from typing import Final
 import msgspec
 
 from fleet.protocol import bounds, names, outbound, wire
+from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
 from fleet.protocol.manifest import Grants
 from fleet.protocol.operator_api import Excluded, Preflight, Refusal, RemovalRequest, RolloutRequest, UndoRequest
 from fleet.rollout import effective, model
 from fleet.rollout.effective import Group, SettledValue
-from fleet.rollout.model import BREACHES, OPEN, DeviceProgress, Outcome, State, Value
+from fleet.rollout.model import BREACHES, DeviceProgress, Value
 from fleet.server.director import Director, lacks, unfit
 from fleet.server.rollout_controller import RolloutController
 from fleet.server.tuf_repository import TufRepository
@@ -277,7 +278,7 @@ class RolloutPlanner:
                     group=request.group, device=request.device, instance=request.instance
                 )
                 for each in self._store.rollouts.together(old)
-                if each.state in OPEN
+                if each.state in OPEN_STATES
             ]
             row = self._store.rollouts.create(
                 id=f"r{secrets.token_hex(6)}",
@@ -300,7 +301,7 @@ class RolloutPlanner:
             for old in superseded:
                 self._store.rollouts.set_state(
                     old.number,
-                    State.SUPERSEDED,
+                    RolloutState.SUPERSEDED,
                     reason=f"rollout {row.number} took over",
                     superseded_by=row.number,
                     now=now,
@@ -404,7 +405,9 @@ class RolloutPlanner:
             raise Refusal(409, "not-pinned", f"{instance} is not pinned on {device.id}")
         with self._store.atomic():
             for row in under_way:
-                self._store.rollouts.set_state(row.number, State.ABORTED, reason="the pin was taken off", now=now)
+                self._store.rollouts.set_state(
+                    row.number, RolloutState.ABORTED, reason="the pin was taken off", now=now
+                )
             self._store.rollouts.settle(group="", device=device.id, instance=instance, value=None, rollout="", now=now)
             self._store.access.audit(actor=by, act="unpin", subject=device.id, detail=instance, now=now)
         self._conductor.touch([device.id])
@@ -436,24 +439,24 @@ class RolloutPlanner:
         Raises:
             Refusal: the rollout is over.
         """
-        if row.state not in OPEN:
+        if row.state not in OPEN_STATES:
             raise Refusal(409, "rollout-over", f"rollout {row.number} is over: it {_was(row.state)}")
         now = self._clock().timestamp()
         self._store.access.audit(actor=by, act=f"rollout-{verb}", subject=row.id, now=now)
         if verb == "abort":
-            self._conductor.end(row, State.ABORTED, f"aborted by {by}")
+            self._conductor.end(row, RolloutState.ABORTED, f"aborted by {by}")
             return
-        state = State.PAUSED if verb == "pause" else State.RUNNING
+        state = RolloutState.PAUSED if verb == "pause" else RolloutState.RUNNING
         if state is not row.state:
-            reason = f"paused by {by}" if state is State.PAUSED else ""
+            reason = f"paused by {by}" if state is RolloutState.PAUSED else ""
             for each in self._store.rollouts.together(row):
-                if each.state in OPEN:
+                if each.state in OPEN_STATES:
                     self._store.rollouts.set_state(each.number, state, reason=reason)
         self._conductor.wake()
 
 
-def _was(state: State) -> str:
-    return "succeeded" if state is State.SUCCEEDED else f"was {state}"
+def _was(state: RolloutState) -> str:
+    return "succeeded" if state is RolloutState.SUCCEEDED else f"was {state}"
 
 
 def _past(row: RolloutRow) -> effective.Past:

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 import msgspec
 
 from fleet.protocol import bounds
-from fleet.rollout.model import OPEN, DeviceProgress, Outcome, State, Value
+from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
+from fleet.rollout.model import DeviceProgress, Value
 from fleet.store.rows import Extra, RolloutRow, SettledRow, read
 from fleet.store.sqlite import Database, text
 
-_OPEN = tuple(sorted(OPEN))
+_OPEN = tuple(sorted(OPEN_STATES))
 
 _BOARD = tuple(name for name in DeviceProgress.__dataclass_fields__ if name != "online")
 
@@ -53,7 +54,7 @@ class Rollouts:
                     "instance": instance,
                     "value": text(value),
                     "before": text(before),
-                    "state": State.RUNNING,
+                    "state": RolloutState.RUNNING,
                     "waves": waves,
                     "sizes": text(sizes),
                     "failures": failures,
@@ -135,7 +136,7 @@ class Rollouts:
             self._db.run("UPDATE rollouts SET wave = ?, revision = revision + 1 WHERE number = ?", wave, number)
 
     def set_state(
-        self, number: int, state: State, *, reason: str = "", superseded_by: int = 0, now: float | None = None
+        self, number: int, state: RolloutState, *, reason: str = "", superseded_by: int = 0, now: float | None = None
     ) -> None:
         """The rollout goes on, pauses, or ends (then `now` is when)."""
         self._db.run(
@@ -143,7 +144,7 @@ class Rollouts:
             "WHERE number = ?",
             *(state, reason, superseded_by, now, number),
         )
-        if state not in OPEN and state is not State.SUCCEEDED:
+        if state not in OPEN_STATES and state is not RolloutState.SUCCEEDED:
             self._db.run(
                 "UPDATE boards SET outcome = 'skipped' WHERE rollout = ? "
                 "AND outcome IN ('pending', 'waiting', 'deferred')",

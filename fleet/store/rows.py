@@ -4,8 +4,9 @@ from typing import TypeVar
 
 import msgspec
 
+from fleet.protocol.codes import RolloutState
 from fleet.protocol.messages import Versions
-from fleet.rollout.model import State, Value
+from fleet.rollout.model import Value
 from fleet.store.sqlite import Row
 
 _JSON = frozenset({"selector", "labels", "versions", "value", "before", "sizes", "timings_ms", "log"})
@@ -98,7 +99,7 @@ class RolloutRow(msgspec.Struct, frozen=True, kw_only=True):
     instance: str
     value: Value
     before: Value | None
-    state: State
+    state: RolloutState
     waves: str
     sizes: tuple[int, ...]
     wave: int

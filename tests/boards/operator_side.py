@@ -26,7 +26,7 @@ from fleet.demo import load
 from fleet.demo.environment import Environment, free_ports, python_environment
 from fleet.demo.load import Load, LoadResult
 from fleet.demo.scenario import fixture
-from fleet.protocol import operator_api
+from fleet.protocol import codes, operator_api
 
 GROUP = "boards"
 HELLO = "hello"
@@ -189,14 +189,14 @@ class OperatorSide:
 
         def ended() -> operator_api.RolloutView | None:
             newest = self.scene.client.rollouts(group=group, limit=1).rollouts[0]
-            return None if newest.state in operator_api.OPEN_STATES else newest
+            return None if newest.state in codes.OPEN_STATES else newest
 
         return self.until(f"the newest rollout to {group} has ended", ended, timeout_s=timeout_s)
 
     def succeeded(self, *, group: str, timeout_s: float = 300.0) -> None:
         """Wait until the group's newest rollout has succeeded."""
         ended = self.finished(group=group, timeout_s=timeout_s)
-        assert ended.state is operator_api.RolloutState.SUCCEEDED, f"{ended.state}: {ended.reason}"
+        assert ended.state is codes.RolloutState.SUCCEEDED, f"{ended.state}: {ended.reason}"
 
     def wat(self, source: Path, manifest: str) -> Path:
         """A component from its text, with a manifest beside it."""

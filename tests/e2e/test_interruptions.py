@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from fleet.demo.scenario import fixture
-from fleet.protocol.codes import Phase
-from fleet.protocol.operator_api import RolloutState
+from fleet.protocol.codes import Phase, RolloutState
 from tests.e2e.stage import alive, descendants
 from tests.eventually import eventually_async
 

@@ -14,7 +14,7 @@ import msgspec
 
 from fleet.protocol import operator_api, wire
 from fleet.protocol.bounds import NUMBER_MAX
-from fleet.protocol.codes import RETRYABLE, Phase, RejectCode, advice
+from fleet.protocol.codes import RETRYABLE, Phase, RejectCode, remediation
 from fleet.protocol.messages import Health, Report
 from fleet.protocol.names import BadNameError, TargetName
 from fleet.protocol.operator_api import History
@@ -161,7 +161,7 @@ class Views:
             id=row.id,
             number=row.number,
             revision=row.revision,
-            state=operator_api.RolloutState(row.state),
+            state=row.state,
             instance=row.instance,
             target=row.value.target or "",
             previous="" if row.before is None else row.before.target or "",
@@ -242,7 +242,7 @@ def _board(board: DeviceProgress, extra: Extra) -> operator_api.BoardView:
     return operator_api.BoardView(
         device=board.device,
         wave=board.wave,
-        outcome=operator_api.Outcome(board.outcome),
+        outcome=board.outcome,
         online=board.online,
         previous=extra.previous,
         running=board.running,
@@ -290,7 +290,7 @@ def _reported(row: ReportRow) -> operator_api.TimelineEntry:
         phase=report.phase,
         code=report.code,
         message=report.message,
-        action=advice(report.code),
+        action=remediation(report.code),
         retryable=report.code in RETRYABLE,
         rollout=report.rollout,
         assignment=report.assignment,

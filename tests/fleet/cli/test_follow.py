@@ -11,8 +11,8 @@ from rich.console import Console
 from fleet.cli import output, rollout
 from fleet.cli.base import Exit, Fault, Options
 from fleet.client import Client, UnreachableError
-from fleet.protocol.codes import Phase, RejectCode
-from fleet.protocol.operator_api import BoardView, Outcome, RolloutState, RolloutView, WaveView
+from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
+from fleet.protocol.operator_api import BoardView, RolloutView, WaveView
 
 START = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 A, B = "berlin-0a0a0a0a", "paris-1b1b1b1b"

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import pytest
 
-from fleet.protocol import operator_api
+from fleet.protocol import codes, operator_api
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 from fleet.protocol.messages import Board, Health, InstanceHealth, Versions
 
@@ -75,7 +75,7 @@ ROLLOUT = operator_api.RolloutView(
     id="r7",
     number=7,
     revision=3,
-    state=operator_api.RolloutState.HALTED,
+    state=codes.RolloutState.HALTED,
     instance="hello",
     target=HELLO.target,
     group="edge-eu",

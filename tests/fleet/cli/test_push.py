@@ -9,7 +9,8 @@ import msgspec
 import pytest
 from wasmtime import wat2wasm
 
-from fleet.protocol.operator_api import BoardView, Outcome, RolloutState, RolloutView, WaveView
+from fleet.protocol.codes import Outcome, RolloutState
+from fleet.protocol.operator_api import BoardView, RolloutView, WaveView
 from signing import keys, repository
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"

@@ -14,8 +14,8 @@ from fleet.demo import scenario
 from fleet.demo.load import LoadResult
 from fleet.demo.run import ConsoleReporter
 from fleet.demo.scenario import Scenario, Step, judge
-from fleet.protocol.codes import Phase, RejectCode
-from fleet.protocol.operator_api import BoardView, Outcome, RolloutState, RolloutView
+from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
+from fleet.protocol.operator_api import BoardView, RolloutView
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 BERLIN, PARIS, BOSTON = "berlin-0a0a0a0a", "paris-1b1b1b1b", "boston-2c2c2c2c"

@@ -2,8 +2,9 @@
 
 import pytest
 
+from fleet.protocol.codes import Outcome
 from fleet.rollout.decide import merge_set
-from fleet.rollout.model import DeviceProgress, Outcome
+from fleet.rollout.model import DeviceProgress
 
 
 def standing(outcome, device="b1", **more):

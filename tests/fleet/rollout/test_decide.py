@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleet.protocol.codes import Outcome
 from fleet.rollout import model
 from fleet.rollout.decide import Complete, Expire, Halt, Offer, Wait, decide
 from fleet.rollout.model import (
     BREACHES,
     DeviceProgress,
     Observation,
-    Outcome,
     Rollout,
-    State,
+    RolloutState,
     apply_report,
     confirm,
     relapse,
@@ -24,7 +24,7 @@ NOW = 1000.0
 
 
 def rollout(**more):
-    return Rollout(**{"id": "r", "state": State.RUNNING, "sizes": (1, 3), **more})
+    return Rollout(**{"id": "r", "state": RolloutState.RUNNING, "sizes": (1, 3), **more})
 
 
 def board(name, wave, outcome=Outcome.PENDING, **more):
@@ -77,13 +77,13 @@ def test_a_rollout_that_no_board_took_never_counts_as_done():
 
 
 def test_a_paused_rollout_offers_nothing_but_still_halts():
-    paused = rollout(wave=1, state=State.PAUSED)
+    paused = rollout(wave=1, state=RolloutState.PAUSED)
     assert isinstance(decide(paused, fleet(GOOD, PENDING, PENDING), NOW)[0], Wait)
     assert isinstance(decide(paused, fleet(BAD, PENDING, PENDING), NOW)[0], Halt)
 
 
 def test_what_is_over_stays_over():
-    for state in (State.HALTED, State.ABORTED, State.SUCCEEDED, State.SUPERSEDED):
+    for state in (RolloutState.HALTED, RolloutState.ABORTED, RolloutState.SUCCEEDED, RolloutState.SUPERSEDED):
         assert decide(rollout(state=state, wave=2), fleet(BAD, GOOD, GOOD), NOW) == ()
 
 
@@ -168,9 +168,9 @@ class Simulation:
             case Expire(device, _):
                 self.boards[device] = replace(self.boards[device], outcome=BAD, ended_at=self.now)
             case Halt(_):
-                self.rollout = replace(self.rollout, state=State.HALTED)
+                self.rollout = replace(self.rollout, state=RolloutState.HALTED)
             case Complete():
-                self.rollout = replace(self.rollout, state=State.SUCCEEDED)
+                self.rollout = replace(self.rollout, state=RolloutState.SUCCEEDED)
             case Wait(_, until):
                 assert until is None or until > self.now
                 self.now = until
@@ -204,9 +204,9 @@ def test_every_rollout_comes_to_rest_and_never_passes_a_breach(behaviours, away,
     it.run()
     breached, succeeded = it.count(*BREACHES), it.count(GOOD)
     match it.rollout.state:
-        case State.HALTED:
+        case RolloutState.HALTED:
             assert breached > failures or (breached and not succeeded)
-        case State.SUCCEEDED:
+        case RolloutState.SUCCEEDED:
             assert breached <= failures
             assert succeeded or not names
             assert it.offered == set(names)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fleet.rollout import effective
 from fleet.rollout.effective import Conflict, Group, NothingToUndoError, Overlay, Past, SettledValue
-from fleet.rollout.model import State, Value
+from fleet.rollout.model import RolloutState, Value
 
 V1, V2, V3 = (SettledValue(Value(f"v{number}"), f"r{number}") for number in (1, 2, 3))
 
@@ -80,7 +80,7 @@ def test_a_conflict_names_both_groups():
 # Undo
 
 
-def past(number, state=State.SUCCEEDED, undoes=""):
+def past(number, state=RolloutState.SUCCEEDED, undoes=""):
     return Past(f"r{number}", number, state, Value(f"v{number - 1}") if number > 1 else None, undoes)
 
 
@@ -94,13 +94,13 @@ def test_undo_after_undo_walks_back_through_history():
 
 
 def test_a_rollout_that_was_halted_is_not_what_an_undo_takes_back():
-    assert effective.choose_undo([past(1), past(2), past(3, State.HALTED)]) == past(2)
+    assert effective.choose_undo([past(1), past(2), past(3, RolloutState.HALTED)]) == past(2)
     with pytest.raises(NothingToUndoError, match="rollout 3 was halted"):
-        effective.target_of(past(3, State.HALTED))
+        effective.target_of(past(3, RolloutState.HALTED))
 
 
 def test_an_undo_that_was_halted_itself_may_be_asked_again():
-    assert effective.choose_undo([past(1), past(2), past(3, State.HALTED, undoes="r2")]) == past(2)
+    assert effective.choose_undo([past(1), past(2), past(3, RolloutState.HALTED, undoes="r2")]) == past(2)
 
 
 def test_undoing_the_first_takes_the_instance_off():

@@ -25,7 +25,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from fleet.admin.bootstrap import init
 from fleet.demo.environment import free_ports
-from fleet.protocol import operator_api, wire
+from fleet.protocol import codes, operator_api, wire
 from fleet.protocol.assignment import Assignment, Command, Fresh, Item
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.manifest import ConfigKey, Http, Manifest
@@ -130,7 +130,7 @@ class Operator:
         return view
 
     async def decided(self, rollout: operator_api.RolloutView) -> operator_api.RolloutView:
-        return await self.follow(rollout, lambda view: view.state not in operator_api.OPEN_STATES)
+        return await self.follow(rollout, lambda view: view.state not in codes.OPEN_STATES)
 
 
 def good(item: Item) -> list[Report]:

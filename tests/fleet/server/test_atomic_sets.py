@@ -3,8 +3,7 @@
 import pytest
 
 from fleet.protocol import operator_api
-from fleet.protocol.codes import RejectCode
-from fleet.protocol.operator_api import Outcome, RolloutState
+from fleet.protocol.codes import Outcome, RejectCode, RolloutState
 
 
 def deploy_both(fleet, target, **more):

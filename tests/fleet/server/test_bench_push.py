@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from fleet.protocol import operator_api, wire
+from fleet.protocol import codes, operator_api, wire
 from fleet.protocol.codes import InstanceState, Phase
 from fleet.protocol.messages import Health, InstanceHealth, Report, State
 from fleet.protocol.topics import Down, Topic, Up
@@ -75,7 +75,7 @@ async def test_a_push_to_a_thousand_boards(new_fleet):
         view = await fleet.operator.deploy(target)
         answers = asyncio.create_task(crowd.answer(view))
         async with asyncio.timeout(200):
-            while view.state in operator_api.OPEN_STATES:
+            while view.state in codes.OPEN_STATES:
                 path = f"/v1/rollouts/{view.id}"
                 view = await fleet.operator.get(operator_api.RolloutView, path, wait=10, since=view.revision)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

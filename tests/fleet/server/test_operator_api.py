@@ -10,10 +10,9 @@ import pytest
 
 from fleet.protocol import operator_api
 from fleet.protocol.assignment import CheckIn, Restart
-from fleet.protocol.codes import InstanceState
+from fleet.protocol.codes import InstanceState, RolloutState
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Health, InstanceHealth
-from fleet.protocol.operator_api import RolloutState
 from fleet.protocol.topics import Up
 from signing import keys, repository
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.protocol import operator_api
+from fleet.protocol import codes, operator_api
 
 PROGRAM = """
 import asyncio, sys
@@ -86,5 +86,5 @@ async def test_a_server_killed_at_any_moment_of_a_push_finishes_it_after_the_nex
             view = await fleet.operator.decided(
                 await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}")
             )
-            assert view.state is operator_api.RolloutState.SUCCEEDED
+            assert view.state is codes.RolloutState.SUCCEEDED
             assert board.items["hello"].target == target

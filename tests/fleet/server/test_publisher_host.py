@@ -12,7 +12,7 @@ from tuf.api.metadata import Metadata
 
 from fleet.admin.signing_host import PublisherError, SigningHost, make_keys
 from fleet.client import Client, ProblemError
-from fleet.protocol import operator_api
+from fleet.protocol import codes, operator_api
 from fleet.protocol.trust_api import NONE, OnlineRequest, OnlineView
 from fleet.server.api import trust
 from fleet.server.config import ServerPaths
@@ -87,7 +87,7 @@ async def test_publishing_and_rollouts_go_on_with_the_keys_elsewhere(story):
         running = asyncio.create_task(asyncio.to_thread(host.publisher().run, stop=ending.is_set))
         board = await fleet.board("gate")
         done = await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
-        assert done.state is operator_api.RolloutState.SUCCEEDED
+        assert done.state is codes.RolloutState.SUCCEEDED
         assert board.items["hello"].target.endswith("1.0.0.wasm")
         ending.set()
         await fleet.operator.publish("1.0.1")  # wakes it for the last time

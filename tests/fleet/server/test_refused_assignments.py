@@ -5,8 +5,7 @@ import hashlib
 import msgspec
 import pytest
 
-from fleet.protocol.codes import Phase, RejectCode
-from fleet.protocol.operator_api import Outcome, RolloutState
+from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
 
 
 def refusal(board, item, envelope, code=RejectCode.UNSIGNED):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.protocol import operator_api
+from fleet.protocol import codes
 from fleet.server.config import ServerPaths
 from signing import events, keys, repository, rotation
 from signing.events import Document, Event
@@ -52,7 +52,7 @@ async def test_an_online_key_is_replaced_under_a_connected_board(new_fleet, role
         else:
             (ServerPaths(fleet.home).keys / f"{role}.pem").unlink()
         view = await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("2.0.0")))
-        assert view.state is operator_api.RolloutState.SUCCEEDED
+        assert view.state is codes.RolloutState.SUCCEEDED
         # and it comes up again with what it has now
         await fleet.stop()
         await fleet.start()
@@ -86,7 +86,7 @@ async def test_a_namespace_moves_into_hash_bins_under_a_connected_board(new_flee
         reply = await fleet.operator.http.post("/v1/signing-events", content=event.encode())
         assert reply.status_code == 201, reply.text
         view = await fleet.operator.decided(await fleet.operator.deploy(first))
-        assert view.state is operator_api.RolloutState.SUCCEEDED
+        assert view.state is codes.RolloutState.SUCCEEDED
         # and the server reads its bins when it comes up again
         await fleet.stop()
         await fleet.start()

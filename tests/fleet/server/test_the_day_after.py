@@ -12,9 +12,8 @@ from cryptography import x509
 from fleet import ca
 from fleet.protocol import operator_api, wire
 from fleet.protocol.assignment import Assignment
-from fleet.protocol.codes import Phase
+from fleet.protocol.codes import Outcome, Phase, RolloutState
 from fleet.protocol.messages import Ack, Hello
-from fleet.protocol.operator_api import Outcome, RolloutState
 from fleet.protocol.topics import Up
 from fleet.protocol.trust_api import OperatorReply, OperatorRequest, Operators, Role
 from fleet.server import director

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 
 import pytest
 
+from fleet.protocol.codes import Outcome, RolloutState
 from fleet.protocol.messages import Health, Hello, State, Versions
-from fleet.rollout.model import DeviceProgress, Outcome, Value
-from fleet.rollout.model import State as RolloutState
+from fleet.rollout.model import DeviceProgress, Value
 from fleet.store import sqlite
 from fleet.store.rows import AssignmentRow, Extra, ReportRow
 from fleet.store.sqlite import DamagedError, OtherFleetError, OtherOwnerError, OtherVersionError, RolledBackError
