@@ -6,6 +6,7 @@ version is reported (`UnknownSchemaError`), never guessed.
 """
 
 import hashlib
+import re
 from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
@@ -61,6 +62,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
+def plain_name(kind: type) -> str:
+    """Return a message's name for people: `log chunk` for `LogChunk`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
+
+
 def decode(kind: type[M], data: bytes) -> M:
     """Read a message of type `kind`.
 
@@ -70,11 +76,11 @@ def decode(kind: type[M], data: bytes) -> M:
         WireError: not JSON, or a field of another type.
     """
     if len(data) > kind.MAX_BYTES:
-        raise TooLargeError(f"{kind.__name__}: {len(data)} bytes, at most {kind.MAX_BYTES} are accepted")
+        raise TooLargeError(f"{plain_name(kind)}: {len(data)} bytes, at most {kind.MAX_BYTES} are accepted")
     try:
         version = msgspec.json.decode(data, type=_Version).v
         if version != 1:
-            raise UnknownSchemaError(f"{kind.__name__}: schema version {version}, this program speaks 1")
+            raise UnknownSchemaError(f"{plain_name(kind)}: schema version {version}, this program speaks 1")
         return msgspec.json.decode(data, type=kind)
     except JSON_ERRORS as error:
-        raise WireError(f"{kind.__name__}: {error}") from error
+        raise WireError(f"{plain_name(kind)}: {error}") from error

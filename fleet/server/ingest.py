@@ -207,10 +207,10 @@ class Ingest:
             if isinstance(message, Health):
                 newest[message.device] = (message, raw)
                 continue
-            with self._alone(_speaker(message), type(message).__name__):
+            with self._alone(_speaker(message), f"a {wire.plain_name(type(message))}"):
                 self._write_one(message, raw, answers, now)
         for health, raw in newest.values():
-            with self._alone(health.device, "Health"):
+            with self._alone(health.device, "a health"):
                 self._hear_health(health, raw, now)
 
     def _write_one(self, message: Message, raw: bytes, answers: dict[str, int | None], now: float) -> None:
@@ -338,7 +338,7 @@ class Ingest:
             if self._store.devices.online([hello.device]):
                 self._greet(hello)
         except Exception as error:  # noqa: BLE001 - logged with its traceback; the other boards are answered
-            self._drop("failed", hello.device, "a Hello, which was stored and cannot be answered", error)
+            self._drop("failed", hello.device, "a hello, which was stored and cannot be answered", error)
 
     def _greet(self, hello: Hello) -> None:
         """Answer a board that connected: its assignment where it is behind or ahead, and that this is current."""

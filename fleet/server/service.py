@@ -23,10 +23,13 @@ from fleet.ca import CaError, CertificateAuthority
 from fleet.protocol import operator_api, wire
 from fleet.protocol.messages import Poke
 from fleet.protocol.topics import POKE, RETAINED, Topic
+from fleet.server.api import routes
 from fleet.server.api.devices import DeviceApi, LogRelay
-from fleet.server.api.operators import Operators, Services
-from fleet.server.api.publishing import Artifacts
-from fleet.server.api.trust import CaHandlers, OnlineRoles
+from fleet.server.api.operators import DeviceHandlers, FleetHandlers, GroupHandlers, RolloutHandlers
+from fleet.server.api.publishing import Artifacts, PublishingHandlers
+from fleet.server.api.routes import Handlers
+from fleet.server.api.secrets import SecretHandlers
+from fleet.server.api.trust import CaHandlers, OnlineRoles, OperatorAccounts
 from fleet.server.api.views import Metrics, Views
 from fleet.server.broker.broker import Broker, BrokerError
 from fleet.server.config import HomeError, ServerConfig, ServerPaths
@@ -39,7 +42,7 @@ from fleet.server.rollout_controller import RolloutController
 from fleet.server.rollout_planner import RolloutPlanner
 from fleet.server.tuf_repository import OnlineKeys, TrustedSigner, TufRepository
 from fleet.store.sqlite import StoreError, check_owner
-from fleet.store.store import ChangeSignal, Store
+from fleet.store.store import AuditLog, ChangeSignal, Store
 from signing.errors import SigningError
 
 log = logging.getLogger(__name__)
@@ -124,7 +127,7 @@ class Server:
         self._broker = await self._start_broker()
         self._compose()
         for application, sock, context in (
-            (self._operators.application(), operators, self._certificates.context(devices=False)),
+            (routes.application(self._operators, self._store), operators, self._certificates.context(devices=False)),
             (self._devices.application(), devices, self._certificates.context(devices=True)),
         ):
             listener = Listener(application, sock, context)
@@ -175,6 +178,7 @@ class Server:
 
     def _compose(self) -> None:
         store, repository, clock = self._store, self._repository, self._clock
+        audit = AuditLog(store, clock)
         watch = ChangeSignal()
         self._artifacts = Artifacts(self._home.artifacts)
         _ = repository.director  # without it, or with one that others can read, no server starts
@@ -205,31 +209,51 @@ class Server:
         )
         self._stack.push_async_callback(self._bus.close)
         self._stack.callback(ingest.flush)
-        self._online = OnlineRoles(store=store, repository=repository, shown=self._touch_all, clock=clock)
+        self._online = OnlineRoles(repository=repository, shown=self._touch_all, audit=audit, clock=clock)
         enrolment = Enrolment(store=store, ca=self._ca, repository=repository, config=self._config, clock=clock)
         planner = RolloutPlanner(
             store=store, repository=repository, director=self._director, conductor=self._conductor, clock=clock
         )
         logs = LogRelay(clock)
-        self._operators = Operators(
-            Services(
+        views = Views(store=store, director=self._director, clock=clock)
+        metrics = Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected)
+        self._operators = Handlers(
+            fleet=FleetHandlers(views=views, metrics=metrics, status=self.status),
+            devices=DeviceHandlers(
+                store=store,
+                enrolment=enrolment,
+                director=self._director,
+                controller=self._conductor,
+                planner=planner,
+                views=views,
+                logs=logs,
+                update_revoked=lambda: self._broker.shut_out(self._revoked()),
+                audit=audit,
+                clock=clock,
+            ),
+            groups=GroupHandlers(store=store, controller=self._conductor, views=views, audit=audit, clock=clock),
+            rollouts=RolloutHandlers(store=store, planner=planner, views=views, changes=watch),
+            publishing=PublishingHandlers(
                 store=store,
                 repository=repository,
                 artifacts=self._artifacts,
-                enrolment=enrolment,
-                director=self._director,
-                conductor=self._conductor,
-                planner=planner,
-                views=Views(store=store, director=self._director, clock=clock),
-                logs=logs,
-                watch=watch,
-                metrics=Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected),
-                status=self.status,
-                shut_out=lambda: self._broker.shut_out(self._revoked()),
+                controller=self._conductor,
                 online=self._online,
-                authority=CaHandlers(ca=self._ca, store=store, hosts=self._hosts, changed=self._on_issuer, clock=clock),
+                audit=audit,
                 clock=clock,
-            )
+            ),
+            secrets=SecretHandlers(
+                store=store,
+                repository=repository,
+                director=self._director,
+                controller=self._conductor,
+                audit=audit,
+                clock=clock,
+            ),
+            accounts=OperatorAccounts(store=store, audit=audit, clock=clock),
+            ca=CaHandlers(ca=self._ca, hosts=self._hosts, changed=self._on_issuer, audit=audit, clock=clock),
+            online=self._online,
+            logs=logs,
         )
         self._devices = DeviceApi(
             store=store,

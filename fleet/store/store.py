@@ -13,6 +13,7 @@ import hashlib
 import sqlite3
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -165,25 +166,37 @@ class Access:
 T = TypeVar("T")
 
 
+class AuditLog:
+    """Record of acts, with the server's time."""
+
+    def __init__(self, store: Store, clock: Callable[[], datetime]) -> None:
+        self._store, self._clock = store, clock
+
+    def record(self, actor: str, act: str, subject: str, detail: str = "") -> None:
+        """Write down that an operator did something."""
+        now = self._clock().timestamp()
+        self._store.access.audit(actor=actor, act=act, subject=subject, detail=detail, now=now)
+
+
 class ChangeSignal:
-    """One bell for everybody: it rings, and each looks for itself whether it is meant."""
+    """Signal that something changed: every waiter then looks whether the change concerns it."""
 
     def __init__(self) -> None:
-        self._bell = asyncio.Event()
+        self._event = asyncio.Event()
 
     def changed(self) -> None:
-        """Ring."""
-        self._bell.set()
-        self._bell = asyncio.Event()
+        """Wake every waiter."""
+        self._event.set()
+        self._event = asyncio.Event()
 
     async def until(self, look: Callable[[], T | None], *, timeout_s: float) -> T | None:
-        """What `look` finds, as soon as it finds something; None when the time is over."""
+        """Return what `look` finds, as soon as it finds something; None after `timeout_s`."""
         found = look()
         if found is not None or timeout_s <= 0:
             return found
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while found is None:
-                    await self._bell.wait()
+                    await self._event.wait()
                     found = look()
         return found

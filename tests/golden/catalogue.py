@@ -31,6 +31,7 @@ from fleet.protocol import names as bundle_layout
 from fleet.rollout import model
 from fleet.server import director as server_director
 from fleet.server import tuf_repository as server_repository
+from fleet.server.api import routes
 from fleet.store import delivery, rows
 from signing import device_statements, dsse, events, keyring, keys, metadata, rotation, sealing
 from signing import state as verifier_state
@@ -248,7 +249,7 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
 }
 
 # Words between functions of one process.
-INTERNAL: frozenset[type] = frozenset({machine.Event, machine.Effect, probation.Verdict, plan.Act})
+INTERNAL: frozenset[type] = frozenset({routes.Access, machine.Event, machine.Effect, probation.Verdict, plan.Act})
 
 # stable name -> words that are constants
 CONSTANTS: dict[str, object] = {

@@ -1,7 +1,7 @@
-"""What every route shares: strict bodies, answers, problems for people, and who is asking.
+"""Shared by all routes: strict request bodies, replies, problems (RFC 9457), bearer tokens.
 
-A route is a coroutine from request to response. What goes wrong is raised as `Refusal` and answered as
-`application/problem+json` (RFC 9457); nothing that a client sends ends in a traceback.
+A route is a coroutine from request to response. Errors are raised as `Refusal` and answered as
+`application/problem+json`; nothing that a client sends ends in a traceback.
 """
 
 import logging
@@ -25,52 +25,59 @@ Route = Callable[[Request], Awaitable[Response]]
 
 
 def answer(value: msgspec.Struct, status: int = 200) -> Response:
-    """A struct as JSON."""
+    """Return a reply with a struct as JSON."""
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
 def problem(value: Problem) -> Response:
-    """A problem as its media type."""
+    """Return a problem as `application/problem+json`."""
     headers = {"www-authenticate": "Bearer"} if value.status == 401 else None  # noqa: PLR2004 - RFC 9110, 15.5.2
     return Response(msgspec.json.encode(value), value.status, headers, media_type="application/problem+json")
 
 
 async def read(request: Request, max_bytes: int = bounds.API_BODY_MAX_BYTES) -> bytes:
-    """The whole body.
+    """Read the whole request body.
 
     Raises:
-        Refusal: more than `max_bytes`.
+        Refusal: it is larger than `max_bytes`.
     """
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
-            raise Refusal(413, "too-large", f"more than {max_bytes} bytes were sent")
+            raise Refusal(413, "too-large", f"the request is larger than {max_bytes} bytes")
     return bytes(body)
 
 
 async def body(request: Request, kind: type[B]) -> B:
-    """The body as a struct.
+    """Read the request body as a struct.
 
     Raises:
-        Refusal: too large, not JSON, or a field that is unknown or of another type; it is named.
+        Refusal: too large, not JSON, or a field that is missing, unknown or of another type; the detail names it.
     """
     return decoded(await read(request), kind)
 
 
 def decoded(data: bytes, kind: type[B]) -> B:
-    """Bytes as a struct; raises `Refusal` as `body`."""
+    """Decode bytes as a struct; raises `Refusal` as `body` does."""
     try:
         return msgspec.json.decode(data or b"{}", type=kind)
+    except msgspec.ValidationError as error:
+        raise Refusal(
+            400,
+            "bad-request",
+            "a field of the request is missing, unknown or of another type",
+            str(error),
+        ) from error
     except wire.JSON_ERRORS as error:
-        raise Refusal(400, "bad-request", f"the request is not a {kind.__name__}", str(error)) from error
+        raise Refusal(400, "bad-request", "the request is not valid JSON", str(error)) from error
 
 
 def number(request: Request, name: str, default: int, largest: int) -> int:
-    """A number from the query, capped.
+    """Return a number from the query, at most `largest`.
 
     Raises:
-        Refusal: it is not a number.
+        Refusal: not a number.
     """
     text = request.query_params.get(name)
     if text is None:
@@ -81,12 +88,12 @@ def number(request: Request, name: str, default: int, largest: int) -> int:
 
 
 def guarded(route: Route) -> Route:
-    """The route, with everything that it raises answered as a problem."""
+    """Wrap a route: answer every exception with a problem."""
 
     async def serve(request: Request) -> Response:
         try:
             return await route(request)
-        except Exception as error:  # noqa: BLE001 - the boundary: a client sees a problem, the log the rest
+        except Exception as error:  # noqa: BLE001 - outermost: the client gets a problem, the log the traceback
             if isinstance(error, ClientDisconnect):
                 return Response(status_code=499)
             return problem(explain(error))
@@ -95,7 +102,7 @@ def guarded(route: Route) -> Route:
 
 
 def explain(error: Exception) -> Problem:
-    """What a client is told about an error."""
+    """Return the problem that tells a client about an error."""
     match error:
         case Refusal():
             return error.problem
@@ -113,21 +120,21 @@ def explain(error: Exception) -> Problem:
             log.error("a request failed", exc_info=error)
             return Problem(
                 type="internal",
-                title="the server made a mistake",
+                title="internal error of the server",
                 status=500,
                 detail=type(error).__name__,
-                action="the server's log has the details",
+                action="see the server's log for the traceback",
             )
 
 
 def bearer(request: Request) -> str:
-    """The bearer token of a request; empty for none."""
+    """Return the bearer token of a request; empty for none."""
     kind, _, token = request.headers.get("authorization", "").partition(" ")
     return token.strip() if kind.lower() == "bearer" else ""
 
 
 def param(request: Request, name: str) -> str:
-    """A part of the path."""
+    """Return a named part of the path."""
     found: Any = request.path_params[name]
     return str(found)
 
@@ -137,9 +144,9 @@ async def _not_found(request: Request, _error: Exception) -> Response:
 
 
 async def _not_allowed(request: Request, _error: Exception) -> Response:
-    title = f"{request.method} is not for {request.url.path[:200]}"
+    title = f"{request.url.path[:200]} does not support {request.method}"
     return problem(Problem(type="method-not-allowed", title=title, status=405))
 
 
 HANDLERS: Final[Mapping[Any, Any]] = {404: _not_found, 405: _not_allowed}
-"""What Starlette's router answers by itself, as problems."""
+"""Replies of Starlette's router itself, as problems."""

@@ -25,7 +25,7 @@ from fleet.server.api.http import answer, param
 from fleet.server.api.trust import OnlineRoles
 from fleet.server.rollout_controller import RolloutController
 from fleet.server.tuf_repository import TufRepository
-from fleet.store.store import Store
+from fleet.store.store import AuditLog, Store
 from signing import events
 
 _BLOCK_BYTES: Final = 1 << 20
@@ -104,20 +104,23 @@ def _take(file: Any, digest: Any, block: bytes) -> None:
     digest.update(block)
 
 
-class Publishing:
-    """The operators' routes for components, metadata and artifacts."""
+class PublishingHandlers:
+    """Handlers of the operator API for components, metadata and artifacts."""
 
     def __init__(
         self,
+        *,
         store: Store,
         repository: TufRepository,
         artifacts: Artifacts,
-        conductor: RolloutController,
+        controller: RolloutController,
         online: OnlineRoles,
+        audit: AuditLog,
         clock: Callable[[], datetime],
     ) -> None:
         self._store, self._repository, self._artifacts = store, repository, artifacts
-        self._conductor, self._online, self._clock = conductor, online, clock
+        self._controller, self._online = controller, online
+        self._audit, self._clock = audit, clock
 
     async def components(self, _request: Request, _by: str) -> Response:
         """GET /v1/components."""
@@ -150,7 +153,7 @@ class Publishing:
             raise Refusal(422, "hash-mismatch", str(error)) from error
         with self._store.atomic():
             if self._store.delivery.add_artifact(sha256, stored.length, by=by, now=self._now()):
-                self._audit(by, "upload", sha256, f"{stored.length} bytes")
+                self._audit.record(by, "upload", sha256, f"{stored.length} bytes")
         return answer(
             operator_api.ArtifactReply(sha256=sha256, length=stored.length, new=stored.new), 201 if stored.new else 200
         )
@@ -165,23 +168,20 @@ class Publishing:
         data = await http.read(request, bounds.TARGETS_MAX_BYTES)
         before = {release.name.path for release in self._repository.releases()}
         reply = await self._online.published(lambda: self._repository.publish(namespace, data, now=self._clock()))
-        self._audit(by, "publish-role", namespace, f"version {reply.version}")
+        self._audit.record(by, "publish-role", namespace, f"version {reply.version}")
         if before - {release.name.path for release in self._repository.releases()}:
             # something was revoked: it comes off every board that runs it
-            self._conductor.touch(row.id for row in self._store.devices.all())
+            self._controller.touch(row.id for row in self._store.devices.all())
         return answer(reply, 201)
 
     async def event(self, request: Request, by: str) -> Response:
         """POST /v1/signing-events: changes of root, targets and namespaces, published together or not at all."""
         data = await http.read(request, events.MAX_BYTES)
         reply = await self._online.published(lambda: self._repository.publish_event(data, now=self._clock()))
-        self._audit(by, "publish-event", events.decode(data).name, events.decode(data).note[:200])
+        self._audit.record(by, "publish-event", events.decode(data).name, events.decode(data).note[:200])
         # keys and namespaces may have come and gone: every board's assignment is held against what is trusted now
-        self._conductor.touch(row.id for row in self._store.devices.all())
+        self._controller.touch(row.id for row in self._store.devices.all())
         return answer(reply, 201)
-
-    def _audit(self, by: str, act: str, subject: str, detail: str = "") -> None:
-        self._store.access.audit(actor=by, act=act, subject=subject, detail=detail, now=self._now())
 
     def _now(self) -> float:
         return self._clock().timestamp()

@@ -1,160 +1,469 @@
-"""ONE route table: Starlette routes and OpenAPI.
+"""Route table of the operator API: Starlette's routes and the OpenAPI document are made from it.
 
-The OpenAPI document, generated from the structs of `fleet.protocol.operator_api` and the table of routes below.
+A row names the path, the handler, what the handler takes and returns, and who may call it. The document describes the
+structs of `fleet.protocol.operator_api` and `fleet.protocol.trust_api`.
 """
 
 import functools
 import re
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final, assert_never
 
 import msgspec
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route as StarletteRoute
 
-from fleet.protocol import operator_api, trust_api
+from fleet.protocol import operator_api as api
+from fleet.protocol import trust_api as trust
 from fleet.protocol.messages import Enrolled, EnrolRequest, LogView
-from fleet.protocol.operator_api import History
-from fleet.protocol.trust_api import OperatorReply, OperatorRequest, Operators
+from fleet.protocol.operator_api import Refusal
+from fleet.protocol.trust_api import Role
+from fleet.server.api import http
+from fleet.server.api.devices import LogRelay
+from fleet.server.api.operators import DeviceHandlers, FleetHandlers, GroupHandlers, RolloutHandlers
+from fleet.server.api.publishing import PublishingHandlers
+from fleet.server.api.secrets import SecretHandlers
+from fleet.server.api.trust import CaHandlers, OnlineRoles, OperatorAccounts
+from fleet.store.store import Store
 
 Struct = type[msgspec.Struct]
 
 Schemas = dict[Any, dict[str, Any]]
 
-ROUTES: Final[tuple[tuple[str, str, Struct | str | None, Struct | str, str], ...]] = (
-    ("get", "/v1/status", None, operator_api.Status, "The fleet at a glance"),
-    ("get", "/v1/devices", None, operator_api.Devices, "Every board"),
-    ("get", "/v1/devices/{id}", None, operator_api.DeviceDetail, "One board"),
-    ("get", "/v1/devices/{id}/timeline", None, operator_api.Timeline, "What happened to a board"),
-    ("get", "/v1/devices/{id}/reports", None, History, "What a board said, as it signed it"),
-    ("get", "/v1/devices/{id}/desired", None, "application/json", "A board's newest assignment, signed"),
-    ("put", "/v1/devices/{id}/labels", operator_api.LabelsRequest, operator_api.DeviceDetail, "Set or remove labels"),
-    (
-        "put",
-        "/v1/devices/{id}/pin",
-        operator_api.RolloutRequest,
-        operator_api.RolloutView,
-        "Give one board a value of its own",
-    ),
-    (
-        "post",
-        "/v1/devices/{id}/unpin",
-        operator_api.InstanceRequest,
-        operator_api.DeviceDetail,
-        "Let a board follow its groups again",
-    ),
-    (
-        "post",
-        "/v1/devices/{id}/retry",
-        operator_api.InstanceRequest,
-        operator_api.DeviceDetail,
-        "Try again what failed",
-    ),
-    (
-        "post",
-        "/v1/devices/{id}/command",
-        operator_api.CommandRequest,
-        operator_api.CommandReply,
-        "Send a signed command",
-    ),
-    ("get", "/v1/devices/{id}/logs", None, LogView, "Log lines that a command asked for, while they come"),
-    ("post", "/v1/devices/{id}/revoke", None, operator_api.DeviceDetail, "Shut a board out"),
-    ("get", "/v1/groups", None, operator_api.Groups, "Every group"),
-    ("put", "/v1/groups/{name}", operator_api.GroupRequest, operator_api.GroupRow, "Make or change a group"),
-    (
-        "post",
-        "/v1/enroll-tokens",
-        operator_api.EnrollTokenRequest,
-        operator_api.EnrollTokenReply,
-        "A one-time token for a board",
-    ),
-    ("post", "/v1/enrol", EnrolRequest, Enrolled, "Enrol a board with its token"),
-    ("get", "/v1/components", None, operator_api.Components, "Everything published"),
-    ("get", "/v1/tuf/{file}", None, "application/json", "A TUF metadata file"),
-    ("put", "/v1/artifacts/{sha256}", "application/wasm", operator_api.ArtifactReply, "Upload an artifact"),
-    ("get", "/v1/artifacts/{sha256}", None, "application/wasm", "An artifact, whole or by Range"),
-    ("post", "/v1/roles/{namespace}", "application/json", operator_api.RoleReply, "Publish a namespace's next role"),
-    (
-        "post",
-        "/v1/signing-events",
-        "application/json",
-        operator_api.RoleReply,
-        "Publish changes of root, targets, namespaces",
-    ),
-    ("get", "/v1/secrets", None, trust_api.Secrets, "Every secret, without its value"),
-    (
-        "put",
-        "/v1/secrets/{name}",
-        trust_api.SecretRequest,
-        trust_api.SecretReply,
-        "Give boards the next version of a secret",
-    ),
-    ("get", "/v1/secrets/{name}/keys", None, trust_api.SealingKeys, "Boards' sealing keys, proved by their own word"),
-    ("post", "/v1/secrets/{name}/remove", trust_api.SecretScope, trust_api.Secrets, "Take a secret from boards"),
-    ("get", "/v1/devices/{id}/secrets/{sha256}", None, "application/octet-stream", "A board's sealed box"),
-    ("post", "/v1/rollouts", operator_api.RolloutRequest, operator_api.RolloutView, "Begin a rollout"),
-    ("get", "/v1/rollouts", None, operator_api.Rollouts, "Rollouts, newest first"),
-    ("get", "/v1/rollouts/{id}", None, operator_api.RolloutView, "One rollout; wait and since make it a long poll"),
-    ("post", "/v1/rollouts/{id}/pause", None, operator_api.RolloutView, "Pause a rollout"),
-    ("post", "/v1/rollouts/{id}/resume", None, operator_api.RolloutView, "Go on with a rollout"),
-    ("post", "/v1/rollouts/{id}/abort", None, operator_api.RolloutView, "End a rollout and go back"),
-    ("post", "/v1/preflight", operator_api.RolloutRequest, operator_api.Preflight, "What a rollout would do"),
-    ("post", "/v1/undo", operator_api.UndoRequest, operator_api.RolloutView, "Offer the previous state again"),
-    ("post", "/v1/removals", operator_api.RemovalRequest, operator_api.RolloutView, "Take an instance off"),
-    ("get", "/v1/audit", None, operator_api.Audit, "Who did what"),
-    ("get", "/v1/online", None, trust_api.OnlineView, "Where snapshot and timestamp are signed, and what waits for it"),
-    ("post", "/v1/online", "application/json", trust_api.OnlineView, "Show what the publisher host has signed"),
-    ("post", "/v1/online/discard", None, trust_api.OnlineView, "Forget what waits for the publisher host"),
-    ("get", "/v1/ca", None, trust_api.CaView, "The fleet's CA, and a request for the next issuing CA"),
-    ("put", "/v1/ca/issuing", trust_api.IssuingRequest, trust_api.CaView, "Put a signed issuing CA in place"),
-    ("post", "/v1/ca/issuers/{serial}/revoke", None, trust_api.CaView, "Accept an issuing CA no more"),
-    ("get", "/v1/operators", None, Operators, "Who may come in"),
-    ("put", "/v1/operators/{name}", OperatorRequest, OperatorReply, "Let an operator in"),
-    ("post", "/v1/operators/{name}/remove", None, Operators, "Shut an operator out"),
-)
+Handler = Callable[[Request, str], Awaitable[Response]]
+"""Coroutine from a request and the name of the operator who sent it ("" where the route is open) to a response."""
 
-_QUERY: Final = {
-    "/v1/devices/{id}/timeline": ("limit",),
-    "/v1/devices/{id}/reports": ("boot_id", "after"),
-    "/v1/devices/{id}/logs": ("command", "after", "wait"),
-    "/v1/secrets/{name}/keys": ("group", "device", "instance"),
-    "/v1/rollouts": ("limit", "group"),
-    "/v1/rollouts/{id}": ("wait", "since"),
-    "/v1/audit": ("limit",),
-    "/v1/online": ("wait",),
-}
+
+class Access(Enum):
+    """Who may call a route, least first."""
+
+    OPEN = 0  # no token
+    VIEWER = 1
+    OPERATOR = 2
+    ADMIN = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handlers:
+    """Handlers of the operator API, by subject."""
+
+    fleet: FleetHandlers
+    devices: DeviceHandlers
+    groups: GroupHandlers
+    rollouts: RolloutHandlers
+    publishing: PublishingHandlers
+    secrets: SecretHandlers
+    accounts: OperatorAccounts
+    ca: CaHandlers
+    online: OnlineRoles
+    logs: LogRelay
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One route of the operator API.
+
+    Attributes:
+        method: in lower case, as OpenAPI writes it.
+        path: with the names of its parts in braces.
+        handler: chooses the handler.
+        reply: struct of the reply, or its media type.
+        summary: one line, imperative.
+        access: who may call it.
+        request: struct of the request's body, or its media type; None for no body.
+        query: names of query parameters.
+    """
+
+    method: str
+    path: str
+    handler: Callable[[Handlers], Handler]
+    reply: Struct | str
+    summary: str
+    access: Access
+    request: Struct | str | None = None
+    query: tuple[str, ...] = ()
+
+
+def _get(
+    path: str,
+    handler: Callable[[Handlers], Handler],
+    reply: Struct | str,
+    summary: str,
+    *,
+    query: tuple[str, ...] = (),
+    access: Access = Access.VIEWER,
+) -> Route:
+    return Route("get", path, handler, reply, summary, access, query=query)
+
+
+def _put(
+    path: str,
+    handler: Callable[[Handlers], Handler],
+    reply: Struct | str,
+    summary: str,
+    *,
+    request: Struct | str | None = None,
+    access: Access = Access.OPERATOR,
+) -> Route:
+    return Route("put", path, handler, reply, summary, access, request=request)
+
+
+def _post(
+    path: str,
+    handler: Callable[[Handlers], Handler],
+    reply: Struct | str,
+    summary: str,
+    *,
+    request: Struct | str | None = None,
+    access: Access = Access.OPERATOR,
+) -> Route:
+    return Route("post", path, handler, reply, summary, access, request=request)
+
+
+ROUTES: Final[tuple[Route, ...]] = (
+    _get("/v1/status", lambda on: on.fleet.status, api.Status, "Show the state of the fleet"),
+    _get("/v1/devices", lambda on: on.devices.list, api.Devices, "List devices"),
+    _get("/v1/devices/{id}", lambda on: on.devices.show, api.DeviceDetail, "Show a device"),
+    _get(
+        "/v1/devices/{id}/timeline",
+        lambda on: on.devices.timeline,
+        api.Timeline,
+        "List what happened to a device",
+        query=("limit",),
+    ),
+    _get(
+        "/v1/devices/{id}/reports",
+        lambda on: on.devices.reports,
+        api.History,
+        "List a device's reports as the device signed them",
+        query=("boot_id", "after"),
+    ),
+    _get(
+        "/v1/devices/{id}/desired",
+        lambda on: on.devices.desired,
+        "application/json",
+        "Get a device's newest signed assignment",
+    ),
+    _put(
+        "/v1/devices/{id}/labels",
+        lambda on: on.devices.labels,
+        api.DeviceDetail,
+        "Set or remove labels",
+        request=api.LabelsRequest,
+    ),
+    _put(
+        "/v1/devices/{id}/pin",
+        lambda on: on.devices.pin,
+        api.RolloutView,
+        "Pin a value to one device",
+        request=api.RolloutRequest,
+    ),
+    _post(
+        "/v1/devices/{id}/unpin",
+        lambda on: on.devices.unpin,
+        api.DeviceDetail,
+        "Remove a pin: the device follows its groups again",
+        request=api.InstanceRequest,
+    ),
+    _post(
+        "/v1/devices/{id}/retry",
+        lambda on: on.devices.retry,
+        api.DeviceDetail,
+        "Retry a failed deployment",
+        request=api.InstanceRequest,
+    ),
+    _post(
+        "/v1/devices/{id}/command",
+        lambda on: on.devices.command,
+        api.CommandReply,
+        "Send a signed command",
+        request=api.CommandRequest,
+    ),
+    _get(
+        "/v1/devices/{id}/logs",
+        lambda on: on.logs.read,
+        LogView,
+        "Read the log lines that a command asked for; wait makes it a long poll",
+        query=("command", "after", "wait"),
+    ),
+    _post("/v1/devices/{id}/revoke", lambda on: on.devices.revoke, api.DeviceDetail, "Revoke a device"),
+    _get("/v1/groups", lambda on: on.groups.list, api.Groups, "List groups"),
+    _put(
+        "/v1/groups/{name}",
+        lambda on: on.groups.change,
+        api.GroupRow,
+        "Create or change a group",
+        request=api.GroupRequest,
+    ),
+    _post(
+        "/v1/enroll-tokens",
+        lambda on: on.devices.make_token,
+        api.EnrollTokenReply,
+        "Create a one-time enrolment token",
+        request=api.EnrollTokenRequest,
+    ),
+    _post(
+        "/v1/enrol",
+        lambda on: on.devices.enrol,
+        Enrolled,
+        "Enrol a device with its token",
+        request=EnrolRequest,
+        access=Access.OPEN,
+    ),
+    _get("/v1/components", lambda on: on.publishing.components, api.Components, "List published components"),
+    _get("/v1/tuf/{file}", lambda on: on.publishing.tuf, "application/json", "Get a TUF metadata file"),
+    _put(
+        "/v1/artifacts/{sha256}",
+        lambda on: on.publishing.put_artifact,
+        api.ArtifactReply,
+        "Upload an artifact",
+        request="application/wasm",
+    ),
+    _get(
+        "/v1/artifacts/{sha256}",
+        lambda on: on.publishing.get_artifact,
+        "application/wasm",
+        "Get an artifact, whole or by Range",
+    ),
+    _post(
+        "/v1/roles/{namespace}",
+        lambda on: on.publishing.role,
+        api.RoleReply,
+        "Publish a namespace's next role",
+        request="application/json",
+    ),
+    _post(
+        "/v1/signing-events",
+        lambda on: on.publishing.event,
+        api.RoleReply,
+        "Publish changes of root, targets and namespaces",
+        request="application/json",
+    ),
+    _get("/v1/secrets", lambda on: on.secrets.list, trust.Secrets, "List secrets, without values"),
+    _put(
+        "/v1/secrets/{name}",
+        lambda on: on.secrets.set,
+        trust.SecretReply,
+        "Set the next version of a secret",
+        request=trust.SecretRequest,
+    ),
+    _get(
+        "/v1/secrets/{name}/keys",
+        lambda on: on.secrets.keys,
+        trust.SealingKeys,
+        "List devices' sealing keys, each signed by its device",
+        query=("group", "device", "instance"),
+    ),
+    _post(
+        "/v1/secrets/{name}/remove",
+        lambda on: on.secrets.remove,
+        trust.Secrets,
+        "Remove a secret from devices",
+        request=trust.SecretScope,
+    ),
+    _get(
+        "/v1/devices/{id}/secrets/{sha256}",
+        lambda on: on.secrets.box,
+        "application/octet-stream",
+        "Get a device's sealed box",
+    ),
+    _post(
+        "/v1/rollouts", lambda on: on.rollouts.deploy, api.RolloutView, "Start a rollout", request=api.RolloutRequest
+    ),
+    _get(
+        "/v1/rollouts",
+        lambda on: on.rollouts.list,
+        api.Rollouts,
+        "List rollouts, newest first",
+        query=("limit", "group"),
+    ),
+    _get(
+        "/v1/rollouts/{id}",
+        lambda on: on.rollouts.show,
+        api.RolloutView,
+        "Show a rollout; wait and since make it a long poll",
+        query=("wait", "since"),
+    ),
+    _post("/v1/rollouts/{id}/pause", lambda on: on.rollouts.pause, api.RolloutView, "Pause a rollout"),
+    _post("/v1/rollouts/{id}/resume", lambda on: on.rollouts.resume, api.RolloutView, "Resume a rollout"),
+    _post("/v1/rollouts/{id}/abort", lambda on: on.rollouts.abort, api.RolloutView, "Abort a rollout and roll back"),
+    _post(
+        "/v1/preflight",
+        lambda on: on.rollouts.preflight,
+        api.Preflight,
+        "Show what a rollout would do",
+        request=api.RolloutRequest,
+    ),
+    _post(
+        "/v1/undo",
+        lambda on: on.rollouts.undo,
+        api.RolloutView,
+        "Start a rollout of the previous state",
+        request=api.UndoRequest,
+    ),
+    _post(
+        "/v1/removals", lambda on: on.rollouts.remove, api.RolloutView, "Remove an instance", request=api.RemovalRequest
+    ),
+    _get("/v1/audit", lambda on: on.fleet.audit, api.Audit, "List operators' acts", query=("limit",)),
+    _get(
+        "/v1/online",
+        lambda on: on.online.show,
+        trust.OnlineView,
+        "Show which host signs snapshot and timestamp, and what waits for it",
+        query=("wait",),
+    ),
+    _post(
+        "/v1/online",
+        lambda on: on.online.bring,
+        trust.OnlineView,
+        "Bring what the signing host has signed",
+        request="application/json",
+        access=Access.VIEWER,
+    ),
+    _post(
+        "/v1/online/discard",
+        lambda on: on.online.discard,
+        trust.OnlineView,
+        "Discard what waits for the signing host",
+        access=Access.ADMIN,
+    ),
+    _get("/v1/ca", lambda on: on.ca.show, trust.CaView, "Show the fleet's CA, and a request for the next issuing CA"),
+    _put(
+        "/v1/ca/issuing",
+        lambda on: on.ca.install,
+        trust.CaView,
+        "Install a signed issuing CA",
+        request=trust.IssuingRequest,
+        access=Access.ADMIN,
+    ),
+    _post(
+        "/v1/ca/issuers/{serial}/revoke",
+        lambda on: on.ca.revoke,
+        trust.CaView,
+        "Revoke an issuing CA",
+        access=Access.ADMIN,
+    ),
+    _get("/v1/operators", lambda on: on.accounts.list, trust.Operators, "List operators"),
+    _put(
+        "/v1/operators/{name}",
+        lambda on: on.accounts.put,
+        trust.OperatorReply,
+        "Add or change an operator",
+        request=trust.OperatorRequest,
+        access=Access.ADMIN,
+    ),
+    _post(
+        "/v1/operators/{name}/remove",
+        lambda on: on.accounts.delete,
+        trust.Operators,
+        "Remove an operator",
+        access=Access.ADMIN,
+    ),
+)
+"""The documented routes."""
+
+
+async def _health(_request: Request, _by: str) -> Response:
+    return Response("ok\n", media_type="text/plain")
+
+
+async def _openapi(_request: Request, _by: str) -> Response:
+    return Response(document(), media_type="application/json")
+
+
+UNDOCUMENTED: Final[tuple[Route, ...]] = (
+    _get("/healthz", lambda _: _health, "text/plain", "Answer while the server runs", access=Access.OPEN),
+    _get("/metrics", lambda on: on.fleet.metrics, "text/plain", "Show figures for Prometheus"),
+    _get("/openapi.json", lambda _: _openapi, "application/json", "Show this document"),
+)
+"""Routes for machines that do not read the OpenAPI document."""
+
+
+def application(handlers: Handlers, store: Store) -> Starlette:
+    """Return the ASGI application of the operator API."""
+    return Starlette(
+        routes=[
+            StarletteRoute(
+                route.path, _guarded(route.handler(handlers), route.access, store), methods=[route.method.upper()]
+            )
+            for route in (*ROUTES, *UNDOCUMENTED)
+        ],
+        exception_handlers=http.HANDLERS,
+    )
+
+
+def _guarded(handler: Handler, needs: Access, store: Store) -> http.Route:
+    async def route(request: Request) -> Response:
+        return await handler(request, "" if needs is Access.OPEN else _authorise(request, needs, store))
+
+    return http.guarded(route)
+
+
+def _authorise(request: Request, needs: Access, store: Store) -> str:
+    """Return the name of the operator who sent a request.
+
+    Raises:
+        Refusal: no valid token, or the operator's role does not suffice.
+    """
+    operator = store.access.operator(http.bearer(request))
+    if operator is None:
+        raise Refusal(
+            401,
+            "unauthorised",
+            "an operator's token is required",
+            action="send the token that fleet init wrote to operator/token",
+        )
+    name, role = operator
+    match needs:
+        case Access.OPEN | Access.VIEWER:
+            pass
+        case Access.OPERATOR:
+            if role == Role.VIEWER:
+                raise Refusal(403, "forbidden", f"{name} is a viewer and may not change anything")
+        case Access.ADMIN:
+            if role != Role.ADMIN:
+                raise Refusal(403, "forbidden", f"{name} is not an admin", action="ask an admin to do it")
+        case _:
+            assert_never(needs)
+    return name
+
 
 _REF: Final = "#/components/schemas/{name}"
 
 
 @functools.cache
 def document() -> bytes:
-    """OpenAPI 3.1, as JSON."""
-    bodies = [each for _, _, request, reply, _ in ROUTES for each in (request, reply) if isinstance(each, type)]
-    kinds = [*dict.fromkeys(bodies), operator_api.Problem]
+    """Return the OpenAPI 3.1 document as JSON."""
+    bodies = [each for route in ROUTES for each in (route.request, route.reply) if isinstance(each, type)]
+    kinds = [*dict.fromkeys(bodies), api.Problem]
     references, schemas = msgspec.json.schema_components(kinds, ref_template=_REF)
     by_kind: Schemas = dict(zip(kinds, references, strict=True))
     paths: dict[str, dict[str, Any]] = {}
-    for method, path, request, reply, summary in ROUTES:
+    for route in ROUTES:
         operation: dict[str, Any] = {
-            "summary": summary,
-            "parameters": _parameters(path, method),
+            "summary": route.summary,
+            "parameters": _parameters(route),
             "responses": {
-                "2XX": {"description": "done", "content": _content(reply, by_kind)},
+                "2XX": {"description": "success", "content": _content(route.reply, by_kind)},
                 "default": {
-                    "description": "why not",
-                    "content": {"application/problem+json": {"schema": by_kind[operator_api.Problem]}},
+                    "description": "the reason why the request was refused",
+                    "content": {"application/problem+json": {"schema": by_kind[api.Problem]}},
                 },
             },
         }
-        if request is not None:
-            operation["requestBody"] = {"required": True, "content": _content(request, by_kind)}
-        if path == "/v1/enrol":
+        if route.request is not None:
+            operation["requestBody"] = {"required": True, "content": _content(route.request, by_kind)}
+        if route.access is Access.OPEN:
             operation["security"] = []
-        paths.setdefault(path, {})[method] = operation
+        paths.setdefault(route.path, {})[route.method] = operation
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",
-            "info": {"title": "wasmfleet", "version": "1", "summary": "The operator API of a fleet"},
+            "info": {"title": "wasmfleet", "version": "1", "summary": "Operator API of a fleet"},
             "security": [{"operator": []}],
             "paths": paths,
             "components": {
@@ -171,14 +480,9 @@ def _content(kind: Struct | str, by_kind: Schemas) -> dict[str, Any]:
     return {"application/json": {"schema": by_kind[kind]}}
 
 
-def _parameters(path: str, method: str) -> list[dict[str, Any]]:
-    inside = re.findall(r"{(\w+)}", path)
-    asked = _QUERY.get(path, ()) if method == "get" else ()
+def _parameters(route: Route) -> list[dict[str, Any]]:
+    inside = re.findall(r"{(\w+)}", route.path)
     return [
         *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in inside),
-        *({"name": name, "in": "query", "schema": {"type": "string"}} for name in asked),
+        *({"name": name, "in": "query", "schema": {"type": "string"}} for name in route.query),
     ]
-
-
-async def _healthy(_request: Request) -> Response:
-    return Response("ok\n", media_type="text/plain")

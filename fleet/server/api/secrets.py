@@ -34,7 +34,7 @@ from fleet.server.rollout_controller import RolloutController
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow
 from fleet.store.sqlite import utc
-from fleet.store.store import Store
+from fleet.store.store import AuditLog, Store
 from signing import sealing
 from signing.errors import SigningError
 from signing.policy import Release
@@ -48,14 +48,16 @@ class SecretHandlers:
 
     def __init__(
         self,
+        *,
         store: Store,
         repository: TufRepository,
         director: Director,
-        conductor: RolloutController,
+        controller: RolloutController,
+        audit: AuditLog,
         clock: Callable[[], datetime],
     ) -> None:
         self._store, self._repository, self._director = store, repository, director
-        self._conductor, self._clock = conductor, clock
+        self._controller, self._audit, self._clock = controller, audit, clock
 
     # -- routes ------------------------------------------------------------------------------------------------------
 
@@ -102,8 +104,8 @@ class SecretHandlers:
         had = [board.id for board in boards if self._store.boxes.remove(board.id, instance, name)]
         if not had:
             raise Refusal(404, "unknown-secret", f"no board there has a secret {name} of {instance}")
-        self._audit(by, "remove-secret", f"{instance}/{name}", wish.group or wish.device)
-        self._conductor.touch(had)
+        self._audit.record(by, "remove-secret", f"{instance}/{name}", wish.group or wish.device)
+        self._controller.touch(had)
         return answer(self.listing())
 
     async def box(self, request: Request, _by: str) -> Response:
@@ -140,9 +142,11 @@ class SecretHandlers:
         now = self._clock().timestamp()
         with self._store.atomic():
             self._store.boxes.put(instance=instance, name=name, version=version, boxes=sealed, by=by, now=now)
-            self._audit(by, "set-secret", f"{instance}/{name}", f"version {version} on {wish.group or wish.device}")
+            self._audit.record(
+                by, "set-secret", f"{instance}/{name}", f"version {version} on {wish.group or wish.device}"
+            )
         done = {each.device for each in sealed}
-        self._conductor.touch(sorted(done))
+        self._controller.touch(sorted(done))
         return SecretReply(
             name=name,
             instance=instance,
@@ -271,9 +275,6 @@ class SecretHandlers:
             proof=self._store.devices.sealing_proof(board.id),
             certificate_pem="" if certificate is None else certificate.pem,
         )
-
-    def _audit(self, by: str, act: str, subject: str, detail: str) -> None:
-        self._store.access.audit(actor=by, act=act, subject=subject, detail=detail, now=self._clock().timestamp())
 
 
 def box_of(store: Store, device: str, sha256: str) -> Response:

@@ -434,7 +434,7 @@ class Fleet:
         async with asyncio.timeout(PATIENCE_S):
             for board in boards:
                 while not self.server._store.devices.online([board.device]).get(board.device):
-                    await self.server._conductor._watch._bell.wait()
+                    await self.server._conductor._watch._event.wait()
 
 
 BROKERS = [

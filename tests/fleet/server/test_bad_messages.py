@@ -9,13 +9,17 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 
-from fleet.protocol import bounds, operator_api, wire
+from fleet.protocol import bounds, messages, operator_api, trust_api, wire
 from fleet.protocol.codes import InstanceState, Phase
 from fleet.protocol.messages import Health, Hello, InstanceHealth, LogChunk, Report, State
 from fleet.protocol.topics import Topic, Up
 from fleet.server.api.routes import ROUTES
 
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
+CLASSES = {
+    kind.__name__ for module in (messages, operator_api, trust_api) for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and re.fullmatch("([A-Z][a-z]+){2,}", kind.__name__)
+}  # fmt: skip
 HUGE = (2**63, 2**64, 10**400, -(2**63) - 1)
 
 
@@ -280,10 +284,12 @@ async def test_no_path_and_no_body_of_any_route_ends_in_a_fault_of_the_server(ne
     async with new_fleet() as fleet:
         board = await fleet.board("a")
         http = fleet.operator.http
-        for method, path, request, _, _ in ROUTES:
+        for route in ROUTES:
+            method, path, request = route.method, route.path, route.request
             for value in ODD if "{" in path else ("",):
                 reply = await http.request(method.upper(), re.sub(r"{\w+}", value, path), content=b"{}")
                 assert reply.status_code < 500, (method, path, value, reply.text)
+                assert not CLASSES & set(re.findall(r"\w+", reply.text)), (method, path)
             if not isinstance(request, type):
                 continue
             where = path.replace("{id}", board.device).replace("{name}", "edge")
@@ -292,6 +298,7 @@ async def test_no_path_and_no_body_of_any_route_ends_in_a_fault_of_the_server(ne
                 problem = msgspec.json.decode(reply.content, type=operator_api.Problem)
                 assert reply.status_code == 400, (path, name, number, reply.text)
                 assert f"$.{name}" in problem.detail, problem
+                assert not CLASSES & set(re.findall(r"\w+", f"{problem.title} {problem.detail}")), problem
 
 
 @pytest.mark.asyncio

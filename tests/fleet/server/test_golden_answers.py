@@ -92,7 +92,7 @@ class Clerk:
 
     def __init__(self, *, table):
         self.rows = {}
-        self.left = {f"{method.upper()} {path}" for method, path, *_ in table}
+        self.left = {f"{route.method.upper()} {route.path}" for route in table}
 
     def note(self, asked, reply, *, body=None):
         kind = reply.headers.get("content-type", "")
