@@ -2,10 +2,10 @@
 
 The fleet's certificate authority: who may connect. It says nothing about what may run; that is `signing`'s.
 
-One root a fleet, EC P-256, made once, which boards and operators pin. In a fleet for production its key is with the
+One root a fleet, EC P-256, made once, which devices and operators pin. In a fleet for production its key is with the
 operator, and the server issues with an issuing CA below it (`fleet.ca`); a development fleet's server issues with
 the root itself. Certificates go to the server's listeners (names in SAN), to the server itself as a client of its
-broker, and to boards: a board's CN is its id, and nothing of its request but the key is used.
+broker, and to devices: a device's CN is its id, and nothing of its request but the key is used.
 Certificates carry what strict verification asks for (RFC 5280, sections 4.2.1.1 to 4.2.1.3 and 4.2.1.9).
 
     ca.pem        the root's certificate
@@ -16,14 +16,14 @@ Certificates carry what strict verification asks for (RFC 5280, sections 4.2.1.1
 The issuing CA: what a server issues certificates with, while the root's key stays with the operator.
 
 Its key is made on the server and never leaves it; the operator signs its request with the root, for at most 90 days,
-for the server's own names, and for nothing below it. Boards pin the root, so another issuing CA needs no enrolment.
+for the server's own names, and for nothing below it. Devices pin the root, so another issuing CA needs no enrolment.
 
     pem = request(server_directory, hosts)              # on the server
     signed = sign(root, pem, now=now)                   # where the root's key is
     install(server_directory, signed, now=now)          # on the server again
 
 What is accepted is a list (`issuers/`): an issuing CA that was stolen is taken off it, and every certificate made with
-it counts for nothing, except that a board may renew with a key that is enrolled.
+it counts for nothing, except that a device may renew with a key that is enrolled.
 """
 
 import ipaddress
@@ -134,7 +134,7 @@ class CertificateAuthority:
 
     @property
     def pem(self) -> str:
-        """The root's certificate: what boards and operators pin."""
+        """The root's certificate: what devices and operators pin."""
         return self._root.public_bytes(Encoding.PEM).decode()
 
     @property
@@ -188,7 +188,7 @@ class CertificateAuthority:
             SERVER_LIFE,
             [san(name) for name in names],
         )
-        # The root too: OpenSSL adds none by itself where an issuing CA is given, and a board that enrols compares it.
+        # The root too: OpenSSL adds none by itself where an issuing CA is given, and a device that enrols compares it.
         chain = certificate.public_bytes(Encoding.PEM) + self._chain + (b"" if self.is_root else self.pem.encode())
         return Pair(chain, private_pem(key))
 
@@ -199,7 +199,7 @@ class CertificateAuthority:
         return Pair(certificate.public_bytes(Encoding.PEM) + self._chain, private_pem(key))
 
     def device(self, key: DeviceKey, device: str, *, now: datetime) -> Issued:
-        """A certificate for a board's key; CN is its id. The issuing CA follows it."""
+        """A certificate for a device's key; CN is its id. The issuing CA follows it."""
         certificate = self._leaf(key, device, ExtendedKeyUsageOID.CLIENT_AUTH, now, DEVICE_LIFE)
         pem = (certificate.public_bytes(Encoding.PEM) + self._chain).decode()
         return Issued(serial(certificate), certificate.not_valid_after_utc, pem)
@@ -308,7 +308,7 @@ def read_request(pem: str) -> DeviceKey:
         isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)
     ):
         return key
-    raise BadRequestError("a board's key must be EC P-256 or Ed25519")
+    raise BadRequestError("a device's key must be EC P-256 or Ed25519")
 
 
 def key_der(key: DeviceKey) -> bytes:
@@ -583,7 +583,7 @@ def warnings(ca: CertificateAuthority, *, now: datetime) -> list[str]:
     if ca.is_root or ends - now > WARN:
         return []
     if ends <= now:
-        return [f"the issuing CA ended on {ends:%Y-%m-%d}: no board can connect until 'fleet ca renew'"]
+        return [f"the issuing CA ended on {ends:%Y-%m-%d}: no device can connect until 'fleet ca renew'"]
     return [f"the issuing CA ends on {ends:%Y-%m-%d}: sign the next one with 'fleet ca renew'"]
 
 

@@ -74,12 +74,12 @@ def init(
 
     Args:
         home: made when there is none; may hold other files, but no fleet.
-        fleet: its name; boards refuse what is signed for another.
-        size: `dev` (keys in the clear, boards in production refuse it) or `solo`.
-        url: `https://HOST[:PORT]` under which boards reach this machine; loopback when None.
+        fleet: its name; devices refuse what is signed for another.
+        size: `dev` (keys in the clear, devices in production refuse it) or `solo`.
+        url: `https://HOST[:PORT]` under which devices reach this machine; loopback when None.
         namespace: of the components that are published with the key made here.
         operators_port: of the API for operators and enrolment; the url's, or 8743.
-        devices_port: of the API for boards.
+        devices_port: of the API for devices.
         mqtt_port: of the broker.
         broker: as in `fleet.server.config.ServerConfig`.
         passphrase: for the offline keys; needed for `solo`.
@@ -135,7 +135,7 @@ def configure(
             raise SetupError(f"the url {url!r} must be https://HOST or https://HOST:PORT")
     if size == "team":
         raise SetupError("a team's fleet begins as a solo one: run fleet init --solo, then move it over")
-    bind = "127.0.0.1" if is_loopback(host) else "0.0.0.0"  # noqa: S104 - boards elsewhere must reach it
+    bind = "127.0.0.1" if is_loopback(host) else "0.0.0.0"  # noqa: S104 - devices elsewhere must reach it
     config = ServerConfig(
         fleet=fleet,
         size=size,
@@ -148,7 +148,7 @@ def configure(
     )
     ports = [Address.parse(bound, "listener").port for bound in (config.operators, config.devices, config.mqtt)]
     if len(set(ports)) < len(ports):
-        raise SetupError(f"the ports {', '.join(map(str, ports))} of operators, boards and broker must differ")
+        raise SetupError(f"the ports {', '.join(map(str, ports))} of operators, devices and broker must differ")
     try:
         config.check()
     except HomeError as error:

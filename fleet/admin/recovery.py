@@ -1,26 +1,21 @@
-"""Backup, and a server made anew from what is signed.
+"""Backups, and servers rebuilt on another machine.
 
-A server's backup: what it knows, and none of its keys. Whoever finds one can read what boards run, and sign nothing.
+A backup is one tar with the configuration, a consistent copy of the database, the TUF metadata, the artifacts and the
+root certificate of the CA. A backup holds no key: whoever finds one can read what devices run, and sign nothing.
 
-One tar: the configuration, a consistent copy of the database, the TUF metadata, the artifacts, and the root certificate
-of the CA. `fleet.admin.recovery` makes a server of it on another machine.
-
-A server made anew on another machine, from what an operator has: boards come back, and none enrols again.
-
-What an operator has: the keys that people hold, the CA's root, the metadata that this machine verified last, what it
-remembers of each board, and a backup if there is one. What a thief of the old server has counts for nothing afterwards:
+A rebuilt server starts from what an operator has: the keys that people hold, the root of the CA, the metadata that this
+machine verified last, what this machine remembers of each device, and a backup if there is one. Devices reconnect
+without enrolling again, and keys stolen from the old server are worth nothing afterwards:
 
     begin    new director, snapshot and timestamp keys, and the signing event that names them, in `server.new/`
     (people sign the event)
-    finish   the event applied, a new issuing CA, nobody let in but the admin with a new token; `server/` is in place
+    finish   the event applied, a new issuing CA, no operator but the admin with a new token; `server/` is in place
 
 Nothing of an old `server/` directory is used, and nothing is overwritten.
 
-What is left of a TUF repository whose server is lost: taken from anywhere, believed only as far as it is signed.
-
-An operator's cache, a backup, a copy of the lost disk: each is a heap of files. Of each role the newest version counts
-that verifies from the root pinned on this machine, through the delegations of now. Snapshot and timestamp were signed
-by keys that the thief has, so they are looked at for their numbers only. Pure over bytes.
+`salvage_metadata` finds the TUF repository in heaps of files (an operator's cache, a backup, a copy of the lost disk):
+of each role the newest version that verifies from the root pinned on this machine, through the delegations valid now.
+Snapshot and timestamp were signed by keys that may be stolen, so only their version numbers are used.
 """
 
 import io
@@ -158,7 +153,7 @@ class RebuildError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """A board as this operator remembers it.
+    """A device as this operator remembers it.
 
     Attributes:
         key: fingerprint of its key, from first sight.
@@ -177,7 +172,7 @@ class Rebuilt:
 
     Attributes:
         url: of the API for operators.
-        boards: how many are known to the new server.
+        devices: number of devices that the new server knows.
         admitted: those that only this operator remembered.
         lost: artifacts of published releases that are not there: target paths.
     """
@@ -216,7 +211,7 @@ def begin(home: Path, *, kept: Path | None, config: ServerConfig | None, now: da
         raise RebuildError(f"{place.server} exists: move it away first; nothing of it is used")
     if not place.ca_root.exists():
         raise RebuildError(
-            f"the root of the fleet's CA is not here ({place.ca_root}): without it boards must enrol in a new fleet"
+            f"the root of the fleet's CA is not here ({place.ca_root}): without it devices must enrol in a new fleet"
         )
     shutil.rmtree(draft.server, ignore_errors=True)
     try:
@@ -264,7 +259,7 @@ def finish(home: Path, event: Event, root: ca.Root, *, boards: Mapping[str, Know
         home: see `begin`.
         event: signed by enough people.
         root: of the CA.
-        boards: what this operator remembers, by device id.
+        devices: what this operator remembers, by device id.
         now: UTC.
 
     Raises:
@@ -302,13 +297,13 @@ def finish(home: Path, event: Event, root: ca.Root, *, boards: Mapping[str, Know
 def _people_and_boards(
     draft: ServerPaths, config: ServerConfig, token: str, boards: Mapping[str, Known], now: datetime
 ) -> tuple[tuple[str, ...], int]:
-    """Nobody is let in but the admin; the boards that only this operator remembers are added."""
+    """Nobody is let in but the admin; the devices that only this operator remembers are added."""
     store = Store.open(draft.database, fleet=config.fleet)
     admitted = []
     try:
         with store.atomic():
             store.access.start_over("admin", token, now=now.timestamp())
-            # boards take no older version of a secret than they had: seconds grow faster than anybody counts
+            # devices take no older version of a secret than they had: seconds grow faster than anybody counts
             store.boxes.count_on_from(int(now.timestamp()))
             for device, known in sorted(boards.items()):
                 if store.devices.get(device) is None and not known.revoked:
@@ -358,7 +353,7 @@ def _seen(place: ServerPaths) -> dict[str, int]:
 Files = Mapping[str, bytes]
 
 _PLAUSIBLE: Final = 2**40
-"""A version beyond it was driven up by a thief: numbering begins anew, as boards forget it with the stolen keys."""
+"""A version beyond it was driven up by a thief: numbering begins anew, as devices forget it with the stolen keys."""
 
 _KINDS: Final[dict[str, Any]] = {"snapshot.json": Snapshot, "timestamp.json": Timestamp, "root.json": Root}
 
@@ -414,7 +409,7 @@ def salvage_metadata(pinned: bytes, sources: Sequence[Files]) -> dict[str, bytes
 
 
 def _older_roots(version: int, sources: Sequence[Files]) -> dict[str, bytes]:
-    """Those before the pinned one, for boards that enrolled earlier; they verify them themselves."""
+    """Those before the pinned one, for devices that enrolled earlier; they verify them themselves."""
     names = (f"{number}.root.json" for number in range(1, version))
     return {name: source[name] for name in names for source in reversed(sources) if name in source}
 

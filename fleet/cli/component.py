@@ -8,7 +8,7 @@ import msgspec
 from fleet.cli import output
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.publish import beside, read_component
-from fleet.component import component_toml, reader
+from fleet.component import component_toml, reader, wasi
 from fleet.component import compose as composer
 from fleet.component.toml_fields import FILE_NAME
 from fleet.protocol.manifest import BadManifestError
@@ -80,9 +80,7 @@ def compose(options: Options, *, file: Path, target: Path) -> Exit:
     try:
         shape = reader.read(data, file_name=file.name)
         if not composer.needs_adapter(shape):
-            raise Fault(
-                f"{file.name} needs no adapter", f"it does not export {reader.WASI_HTTP_HANDLER}", "push it as it is"
-            )
+            raise Fault(f"{file.name} needs no adapter", f"it does not export {wasi.HTTP_HANDLER}", "push it as it is")
         whole = composer.compose(composer.load_adapter(), data)
         target.write_bytes(whole)
     except (reader.NotAComponentError, composer.ComposeError) as error:

@@ -19,14 +19,11 @@ from typing import Final
 
 import msgspec
 
-from fleet.component import toml_fields
+from fleet.component import toml_fields, wasi
 from fleet.component.reader import (
     HTTP_HANDLER,
     HTTP_HEALTH,
     SCHEDULE_TASK,
-    WASI_HTTP_HANDLER,
-    WASI_MESSAGING_HANDLER,
-    WASI_RUN,
     Component,
     bare,
 )
@@ -57,15 +54,15 @@ TOML_MAX_CHARS: Final = 64 * 1024
 # What a component may export for the host to call: interface, trigger, world. The first that it exports counts.
 _ENTRIES: Final[tuple[tuple[str, type[Trigger], str], ...]] = (
     (HTTP_HANDLER, Http, "wasmfleet:http"),
-    (WASI_HTTP_HANDLER, Http, "wasi:http"),
+    (wasi.HTTP_HANDLER, Http, "wasi:http"),
     (SCHEDULE_TASK, Schedule, "wasmfleet:schedule"),
-    (WASI_MESSAGING_HANDLER, OnMessage, "wasi:messaging"),
-    (WASI_RUN, Service, "wasi:cli"),
+    (wasi.MESSAGING_HANDLER, OnMessage, "wasi:messaging"),
+    (wasi.RUN, Service, "wasi:cli"),
 )
 
 _INTERFACE: Final = re.compile(r"[a-z][a-z0-9-]*:[a-z][a-z0-9-]*(/[a-z][a-z0-9-]*)?")
 
-_SECRET_READERS: Final = ("wasi:cli/environment", "wasi:config/store", "wasi:config/runtime")
+_SECRET_READERS: Final = (wasi.ENVIRONMENT, *wasi.CONFIG)
 
 _DOTS_MAX: Final = 500
 """In one line: what tomllib keeps of a dotted key grows with the square of its parts."""
@@ -145,7 +142,7 @@ def infer(file_name: str, component: Component, *, version: str = DEV_VERSION) -
 
     Raises:
         NeedsTomlError: it must be said when it runs.
-        BadManifestError: its file name gives no name, or it exports nothing that a board can call.
+        BadManifestError: its file name gives no name, or it exports nothing that a device can call.
     """
     entry = _entry(component, None)
     if entry is None:
@@ -231,7 +228,7 @@ def _entry(component: Component, kind: type[Trigger] | None) -> tuple[str, type[
 def _nothing_to_call(component: Component, file_name: str) -> str:
     what = f"only {', '.join(component.exports[:5])}" if component.exports else "nothing"
     known = ", ".join(interface for interface, _, _ in _ENTRIES)
-    return f"{file_name} exports {what}; a board can call one of {known}"
+    return f"{file_name} exports {what}; a device can call one of {known}"
 
 
 def _trigger(table: Table, component: Component | None) -> Trigger:

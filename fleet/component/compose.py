@@ -48,7 +48,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Final
 
-from fleet.component import binary, reader, types
+from fleet.component import binary, reader, types, wasi
 from fleet.component.reader import Alias, ComponentIndex
 
 BRIDGE: Final = "wasmfleet:adapter/bridge"
@@ -71,9 +71,9 @@ _SORT_TYPE: Final = b"\x03"
 _SORT_INSTANCE: Final = b"\x05"
 
 # Interfaces by `_key`
-_HANDLER: Final = f"{reader.WASI_HTTP_HANDLER}@0.2"
+_HANDLER: Final = f"{wasi.HTTP_HANDLER}@0.2"
 
-_TYPES: Final = "wasi:http/types@0.2"
+_TYPES: Final = f"{wasi.HTTP_TYPES}@0.2"
 
 _IO: Final = "wasi:io/"
 
@@ -121,8 +121,8 @@ class ComposeError(ValueError):
 
 
 def needs_adapter(found: reader.Component) -> bool:
-    """Whether a board runs this component inside the adapter."""
-    return bool(found.exported(reader.WASI_HTTP_HANDLER)) and not found.exported(reader.HTTP_HANDLER)
+    """Whether a device runs this component inside the adapter."""
+    return bool(found.exported(wasi.HTTP_HANDLER)) and not found.exported(reader.HTTP_HANDLER)
 
 
 def compose(adapter: bytes, guest: bytes) -> bytes:
@@ -222,7 +222,7 @@ class _Imports:
         """The engine's instance with a shim's functions for those that have to do with wasi:io."""
         name = self._inner.instances[at]
         if _key(name) not in _SHIMS:
-            raise ComposeError(f"the component imports {name}, which hands out streams that no board can serve")
+            raise ComposeError(f"the component imports {name}, which hands out streams that no device can serve")
         shims = _SHIMS[_key(name)]
         made = encode_shim(self._inner, at, _IO, shims)
         given = {

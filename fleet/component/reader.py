@@ -2,7 +2,7 @@
 
 What a component is, read from its bytes alone: what it imports, what it exports, what it is made of.
 
-No engine is asked, so the operator's side can say what is wrong with a file before it is signed, and a board before it
+No engine is asked, so the operator's side can say what is wrong with a file before it is signed, and a device before it
 is compiled. This is not a validator (the engine is): it answers questions, and names a file that cannot be right in a
 sentence with what to do next. Whatever the bytes, nothing but `NotAComponentError` comes out.
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from fleet.component import binary, types
+from fleet.component import binary, types, wasi
 from fleet.component.binary import extern_name, extern_type
 from fleet.protocol import bounds
 from fleet.protocol.manifest import Grants
@@ -46,19 +46,10 @@ HTTP_HEALTH: Final = "wasmfleet:http/health"
 
 SCHEDULE_TASK: Final = "wasmfleet:schedule/task"
 
-WASI_HTTP_HANDLER: Final = "wasi:http/incoming-handler"
-
-WASI_RUN: Final = "wasi:cli/run"
-
-WASI_MESSAGING_HANDLER: Final = "wasi:messaging/incoming-handler"
-
 _BY_WORLD: Final = {
     # The adapter answers wasi:http/types; wasi:io is the streams of a body; what a guest prints goes to its log, and
     # its standard input is the request's body. None of it reaches anything outside.
-    "wasi:http": frozenset(
-        {"wasi:http/types", "wasi:io/error", "wasi:io/poll", "wasi:io/streams"}
-        | {"wasi:cli/stdin", "wasi:cli/stdout", "wasi:cli/stderr"}
-    ),
+    "wasi:http": frozenset({wasi.HTTP_TYPES} | wasi.IO | wasi.STDIO),
 }
 """Interfaces that come with a world and need no grant."""
 
@@ -179,7 +170,7 @@ def _check_kind(data: bytes, file_name: str) -> None:
             Fault.TEXT, f"{file_name} is WebAssembly text: wasm-tools parse {file_name} -o {stem}.wasm"
         )
     if data.startswith(b"\x7fELF"):
-        what = "a native program or an image compiled ahead of time; boards take the component itself"
+        what = "a native program or an image compiled ahead of time; devices take the component itself"
     else:
         what = f"not WebAssembly: it begins with {data[:4].hex(' ')} instead of 00 61 73 6d"
     raise NotAComponentError(Fault.NOT_WASM, f"{file_name} is {what}")
@@ -190,7 +181,7 @@ def _check_wasi(component: Component, file_name: str) -> None:
     if newer:
         raise NotAComponentError(
             Fault.WASI_0_3,
-            f"{file_name} is built for WASI 0.3 ({newer[0]}), and boards serve WASI 0.2: build it for target "
+            f"{file_name} is built for WASI 0.3 ({newer[0]}), and devices serve WASI 0.2: build it for target "
             "wasm32-wasip2, or with your toolchain's option for WASI 0.2",
         )
 

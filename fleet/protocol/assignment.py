@@ -24,7 +24,7 @@ class SecretRef(msgspec.Struct, frozen=True, kw_only=True):
     """A secret by name and the sha256 of its sealed box, never its value.
 
     Attributes:
-        version: which the box is sealed for; a board that has committed one never takes an older one.
+        version: which the box is sealed for; a device that has committed one never takes an older one.
     """
 
     name: str
@@ -33,16 +33,16 @@ class SecretRef(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance that a board should run.
+    """One instance that a device should run.
 
     Attributes:
-        instance: its name on the board.
+        instance: its name on the device.
         target: TUF target path.
         length, sha256: of the artifact.
         manifest_sha256: of the manifest in the target's `custom`.
         grants: narrowed by the operator; None for all that the manifest asks.
         config: values for the manifest's configuration keys.
-        port: a port of its own on the board's ingress address; None for the shared one.
+        port: a port of its own on the device's ingress address; None for the shared one.
         share_lane: whether it may share a lane with other instances of its publisher.
         atomic: instances with the same word here are swapped as one; empty for alone.
         attempt: a failed item is tried again only when this is raised.
@@ -71,12 +71,12 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Assignment(Message, frozen=True, kw_only=True):
-    """One board's full desired state.
+    """One device's full desired state.
 
     Attributes:
         fleet, device: for whom; others refuse it (`wrong-fleet`, `wrong-device`).
         version: grows with each change and never falls; an equal version is byte-identical.
-        issued, expires: UTC. An expired assignment changes nothing on the board and stops nothing.
+        issued, expires: UTC. An expired assignment changes nothing on the device and stops nothing.
         snapshot: the oldest acceptable version of TUF's snapshot role.
         items: the complete desired list, at most 64.
         stop_all: an empty list counts only with this.
@@ -116,7 +116,7 @@ class CheckIn(Verb, frozen=True, kw_only=True, tag="check-in"):
 
 
 class Restart(Verb, frozen=True, kw_only=True, tag="restart"):
-    """Restart one instance; rate-limited by the board."""
+    """Restart one instance; rate-limited by the device."""
 
     instance: str
 
@@ -129,7 +129,7 @@ class FollowLogs(Verb, frozen=True, kw_only=True, tag="follow-logs"):
 
 
 class Command(Message, frozen=True, kw_only=True):
-    """One signed command, for one board, valid for minutes, never twice."""
+    """One signed command, for one device, valid for minutes, never twice."""
 
     MAX_BYTES: ClassVar[int] = bounds.COMMAND_MAX_BYTES
     fleet: str

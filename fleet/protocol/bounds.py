@@ -27,7 +27,7 @@ HEALTH_MAX_BYTES: Final = 64 * KIB
 
 REPORT_MAX_BYTES: Final = 64 * KIB
 
-# TUF metadata: what a board fetches of one role at the most
+# TUF metadata: what a device fetches of one role at the most
 ROOT_MAX_BYTES: Final = 512 * KIB
 
 TIMESTAMP_MAX_BYTES: Final = 16 * KIB

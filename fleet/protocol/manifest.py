@@ -4,18 +4,18 @@ The manifest: what an author declares beside a component, and what a publisher's
 
 This is the normalised form: integers with units in their names, nothing optional left open. It is inlined in the
 target's signed metadata (`custom.manifest`) and its sha256 is bound again in the assignment, the image's key and the
-board's report. `fleet.component.component_toml` reads the form that people write, `component.toml`.
+device's report. `fleet.component.component_toml` reads the form that people write, `component.toml`.
 
 What a publisher may bind beside a component: where it came from and what is in it.
 
-A signed target names each such file by kind, sha256 and length (`custom.evidence`). Boards read none of them: they are
-for people who ask later which boards run a package, and who built it.
+A signed target names each such file by kind, sha256 and length (`custom.evidence`). Devices read none of them: they are
+for people who ask later which devices run a package, and who built it.
 
 Cron lines of five fields, as POSIX crontab(5) has them: read once, then asked for the next minute that fits.
 
 Fields: minute 0-59, hour 0-23, day of month 1-31, month 1-12, day of week 0-7 (0 and 7 are Sunday). A field is `*`, a
 number, a range `a-b`, a step `*/n` or `a-b/n`, or several of these with commas. When both days are restricted, either
-fits. Times here are naive: wall-clock times of the board's zone; the caller knows the zone.
+fits. Times here are naive: wall-clock times of the device's zone; the caller knows the zone.
 """
 
 from dataclasses import dataclass
@@ -163,14 +163,14 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="schedule"):
-    """Called by the clock: `every_ms` after the last start, or by `cron` (five fields, the board's zone)."""
+    """Called by the clock: `every_ms` after the last start, or by `cron` (five fields, the device's zone)."""
 
     every_ms: Count | None = None
     cron: str | None = None
 
 
 class OnMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="message"):
-    """Called for each message on the board's bus."""
+    """Called for each message on the device's bus."""
 
     topics: tuple[str, ...] = ()
 
@@ -188,7 +188,7 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Attributes:
         interfaces: interfaces or whole packages it may import, without version: `wasi:clocks`, `wasi:cli/stdout`.
         outbound: where it may send requests, as `https://api.example.com:443` (`fleet.protocol.outbound`).
-        instances: neighbours on the board it may call over `http://<instance>.internal/`.
+        instances: neighbours on the device it may call over `http://<instance>.internal/`.
     """
 
     interfaces: tuple[str, ...] = ()
@@ -227,7 +227,7 @@ MAY_BE_NONE: Final = frozenset(
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the component may use. The board's policy caps each.
+    """What the component may use. The device's policy caps each.
 
     Attributes:
         memory_bytes: linear memory of one instance.
@@ -280,7 +280,7 @@ class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Attributes:
         check: whether it exports the health check, asked before traffic, every `interval_ms` and, on probation, more
             often.
-        probation_ms: how long after a swap the board may still go back by itself.
+        probation_ms: how long after a swap the device may still go back by itself.
         min_calls: calls below which probation ends `committed-unexercised`.
         max_faults: guest faults (traps and time-outs) tolerated in probation.
         max_error_percent: share of answers of 500 and above in probation, from `min_calls` calls on.
@@ -318,7 +318,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     Attributes:
         name, version: of the component; the namespace is the signing key's.
         world: which contract it exports: `wasmfleet:http` (small native world) or `wasi:http`, and so on.
-        security_epoch: a board that ran epoch N never runs an older one again.
+        security_epoch: a device that ran epoch N never runs an older one again.
         data_schema: version of the instance's data; a change copies it before the swap.
         arch: CPUs it may run on (`x86_64`, `aarch64`, `riscv64`); empty for any.
         secrets: names of the secrets it may be given; no other reaches it.
@@ -355,7 +355,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 LATER: Final = ("secrets", "limits.table_elements", "limits.core_instances")
 """Fields that came after the first form, as `secrets` or `limits.name`: left out at their default, so that a new one
-changes no manifest's digest and boards of before go on reading what does not use it. Their defaults never change."""
+changes no manifest's digest and devices of before go on reading what does not use it. Their defaults never change."""
 
 
 def _default(struct: msgspec.Struct, name: str) -> object:

@@ -2,15 +2,15 @@
 
 The messages that travel over MQTT, beside what the director signs (`fleet.protocol.assignment`).
 
-`up/*` goes from a board to the server, `down/*` the other way. Times are UTC. Every handler is idempotent: a report is
+`up/*` goes from a device to the server, `down/*` the other way. Times are UTC. Every handler is idempotent: a report is
 known by (device, boot id, sequence), and the server acknowledges what it has stored.
 
-How log lines come from a board to an operator who asked for them: over HTTPS, for minutes, stored nowhere.
+How log lines come from a device to an operator who asked for them: over HTTPS, for minutes, stored nowhere.
 
-A board posts `LogChunk`s to `/v1/logs` on the boards' listener, with its certificate, as long as it is told that there
-is somebody to read them.
+A device posts `LogChunk`s to `/v1/logs` on the devices' listener, with its certificate, as long as the reply says that
+somebody reads them.
 
-How a board joins a fleet: the one-time token, what it asks, and what it is given.
+How a device joins a fleet: the one-time token, what it asks, and what it is given.
 
 A token is one line of text, `wf1.<base64url of JSON>`. It travels on standard input, in a file or a systemd credential,
 never as an argument. It is sent to the server only after TLS verified against the CA whose hash the token holds.
@@ -29,7 +29,7 @@ from fleet.protocol.wire import Message
 
 
 class Versions(msgspec.Struct, frozen=True, kw_only=True):
-    """What software a board runs. `engine` is wasmtime's version, empty where the board has none."""
+    """What software a device runs. `engine` is wasmtime's version, empty where the device has none."""
 
     agent: str = ""
     host: str = ""
@@ -41,10 +41,10 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """`up/hello`, after each connect: a nonce to answer, and where the board stands.
+    """`up/hello`, after each connect: a nonce to answer, and where the device stands.
 
     Attributes:
-        accepted, deployed, committed: the board's three assignment versions (0 for none): persisted as soon as the
+        accepted, deployed, committed: the device's three assignment versions (0 for none): persisted as soon as the
             envelope verifies; being carried out; fully committed.
         acked: up to which report a server has said that it stored them; 0 for none.
     """
@@ -71,7 +71,7 @@ class State(Message, frozen=True, kw_only=True):
 
 
 class Board(msgspec.Struct, frozen=True, kw_only=True):
-    """The board's own figures; None where it has no such sensor.
+    """The device's own figures; None where it has no such sensor.
 
     Attributes:
         load: the one-minute load average.
@@ -150,7 +150,7 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Health(Message, frozen=True, kw_only=True):
-    """`up/health`: how the board is. Only the newest matters.
+    """`up/health`: how the device is. Only the newest matters.
 
     Attributes:
         containment: layer -> whether the host has it (`seccomp`, `network`, `mount`, `user`, `landlock`, `cgroup`).
@@ -188,7 +188,7 @@ class Report(Message, frozen=True, kw_only=True):
         timings_ms: how long each phase took, by name.
         refused, refused_sha256: of an assignment that was refused as a whole: the version that it claims, which nobody
             has verified (0 where it cannot be read), and the sha256 of the envelope as it came.
-        nonce: of the board's newest hello, which a freshness statement answers.
+        nonce: of the device's newest hello, which a freshness statement answers.
         assignment_sha256: of the accepted assignment's payload; empty for none.
         previous: sha256 of the report before this one, those of mere progress left out; empty for the first.
     """
@@ -220,7 +220,7 @@ class Report(Message, frozen=True, kw_only=True):
 
 
 class DesiredReply(Message, frozen=True, kw_only=True):
-    """The answer to `GET /v1/desired?nonce=N`: what `down/desired` and `down/fresh` say, for a board without MQTT.
+    """The answer to `GET /v1/desired?nonce=N`: what `down/desired` and `down/fresh` say, for a device without MQTT.
 
     Attributes:
         assignment: the envelope, as published.
@@ -235,7 +235,7 @@ class DesiredReply(Message, frozen=True, kw_only=True):
 class Ack(Message, frozen=True, kw_only=True):
     """`down/ack`: the server has stored every report up to and including `sequence`.
 
-    With `again` it has lost, or was never shown, what came after: the board sends what it still has of that.
+    With `again` it has lost, or was never shown, what came after: the device sends what it still has of that.
     """
 
     MAX_BYTES: ClassVar[int] = bounds.ACK_MAX_BYTES
@@ -244,7 +244,7 @@ class Ack(Message, frozen=True, kw_only=True):
 
 
 class Poke(Message, frozen=True, kw_only=True):
-    """`all/poke`: check in within `jitter_s` seconds. Unsigned: it only makes boards ask."""
+    """`all/poke`: check in within `jitter_s` seconds. Unsigned: it only makes devices ask."""
 
     MAX_BYTES: ClassVar[int] = bounds.ACK_MAX_BYTES
     jitter_s: Count = 60
@@ -255,7 +255,7 @@ class LogChunk(Message, frozen=True, kw_only=True):
 
     Attributes:
         command: sequence of the signed command that asked for them.
-        left_out: lines since the last chunk that this board's policy keeps, or that came too fast.
+        left_out: lines since the last chunk that this device's policy keeps, or that came too fast.
         refused: why there are none, as a sentence; empty when there are.
         ended: nothing follows.
     """
@@ -279,7 +279,7 @@ class LogView(msgspec.Struct, frozen=True, kw_only=True):
     """`GET /v1/devices/{id}/logs?command=N&after=K&wait=S`: the lines behind a place, and the next place.
 
     Attributes:
-        heard: whether the board has answered the command at all.
+        heard: whether the device has answered the command at all.
     """
 
     lines: tuple[str, ...] = ()
@@ -303,13 +303,13 @@ class BadTokenError(ValueError):
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """What a one-time token tells a board before it has talked to anyone.
+    """What a one-time token tells a device before it has talked to anyone.
 
     Attributes:
         url: of the enrolment API, `https://host:port`.
         ca_sha256: of the fleet CA's certificate, DER.
         root_sha256: of TUF's root metadata to pin, as served.
-        floor: no earlier than this is it now (boards without a clock).
+        floor: no earlier than this is it now (devices without a clock).
         secret: known to the server only as a hash; good once.
     """
 
@@ -344,7 +344,7 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EnrolRequest(Message, frozen=True, kw_only=True):
-    """`POST /v1/enrol`: what a board asks with. The token's secret authenticates it.
+    """`POST /v1/enrol`: what a device asks with. The token's secret authenticates it.
 
     Attributes:
         csr_pem: PKCS#10; its key is the device key, its subject is ignored.
@@ -362,7 +362,7 @@ class EnrolRequest(Message, frozen=True, kw_only=True):
 
 
 class Enrolled(Message, frozen=True, kw_only=True):
-    """What an enrolled board is given.
+    """What an enrolled device is given.
 
     Attributes:
         device: its id, also the CN of the certificate.
@@ -385,10 +385,10 @@ class Enrolled(Message, frozen=True, kw_only=True):
 
 
 class RenewRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/renew` on the boards' listener: a PKCS#10 request for the enrolled key; its subject is ignored.
+    """`POST /v1/renew` on the devices' listener: a PKCS#10 request for the enrolled key; its subject is ignored.
 
     Attributes:
-        sealing_proof: as at enrolment, from a board that enrolled before there was one.
+        sealing_proof: as at enrolment, from a device that enrolled before there was one.
     """
 
     csr_pem: str

@@ -5,16 +5,16 @@ The names of this system: what may be called what, and how names are put togethe
 Pure functions over strings. Every name that crosses the wire, a file system or a signature is checked here and
 nowhere else, so that no other module has to think about slashes, dots or case.
 
-The layout of an offline bundle: a plain tar that carries to a board what the network would have.
+The layout of an offline bundle: a plain tar that carries to a device what the network would have.
 
 Nothing in it is trusted for being in it. The metadata, the assignments and the artifacts are the same bytes that the
-server gives, and the board judges them in the same way.
+server gives, and the device judges them in the same way.
 
     bundle.json             version of this layout
-    desired/<device>.json   one assignment envelope a board
+    desired/<device>.json   one assignment envelope a device
     tuf/<file>              metadata, named as in the repository
     artifacts/<sha256>      components
-    secrets/<sha256>        secrets of boards that were named, each in a box that its board alone can open
+    secrets/<sha256>        secrets of devices that were named, each in a box that its device alone can open
 """
 
 import hashlib
@@ -174,7 +174,7 @@ def device_id(name: str, public_key_der: bytes) -> str:
     """The id of a device: its name and the first 8 hex digits of the sha256 of its public key.
 
     Args:
-        name: what the owner calls the board (its host name by default).
+        name: what the owner calls the device (its host name by default).
         public_key_der: the key as SubjectPublicKeyInfo, DER (RFC 5280, section 4.1.2.7).
     """
     return check_device(f"{name}-{hashlib.sha256(public_key_der).hexdigest()[:8]}")
@@ -195,7 +195,7 @@ _NAME: Final = re.compile(
 
 
 def desired(device: str) -> str:
-    """Where a board's assignment lies."""
+    """Where a device's assignment lies."""
     return f"desired/{device}.json"
 
 

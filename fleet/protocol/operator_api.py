@@ -9,7 +9,7 @@ The routes with what each takes and gives are a table, `fleet.server.api.routes.
 `/v1/artifacts/{sha256}`, `/v1/desired` (the envelope as published, 404 for none; with `?nonce=` a `DesiredReply`) and
 `POST /v1/renew` (`fleet.protocol.messages`).
 
-What the operator API shows of a board's own words, beside `fleet.protocol.operator_api`.
+What the operator API shows of a device's own words, beside `fleet.protocol.operator_api`.
 """
 
 import msgspec
@@ -82,11 +82,11 @@ class Status(View, frozen=True, kw_only=True):
 
 
 class DeviceRow(View, frozen=True, kw_only=True):
-    """One board in a listing.
+    """One device in a listing.
 
     Attributes:
-        assigned, accepted, committed: assignment versions: the newest published; the board's word, 0 for none.
-        instances: what runs, by the board's newest health.
+        assigned, accepted, committed: assignment versions: the newest published; the device's word, 0 for none.
+        instances: what runs, by the device's newest health.
         problem: the most urgent sentence of its health, empty for none.
     """
 
@@ -108,13 +108,13 @@ class DeviceRow(View, frozen=True, kw_only=True):
 
 
 class Devices(View, frozen=True, kw_only=True):
-    """Every board."""
+    """Every device."""
 
     devices: tuple[DeviceRow, ...] = ()
 
 
 class Effective(View, frozen=True, kw_only=True):
-    """What a board should run as one instance, and who says so.
+    """What a device should run as one instance, and who says so.
 
     Attributes:
         source: `pin`, `group edge-eu`, or `rollout 7 (group edge-eu)` while it is being offered.
@@ -131,7 +131,7 @@ class Effective(View, frozen=True, kw_only=True):
 
 
 class DeviceDetail(View, frozen=True, kw_only=True):
-    """All that the server knows of one board.
+    """All that the server knows of one device.
 
     Attributes:
         health: its newest health message as it came, with its figures; None before the first.
@@ -150,7 +150,7 @@ class DeviceDetail(View, frozen=True, kw_only=True):
 
 
 class TimelineEntry(View, frozen=True, kw_only=True):
-    """One thing that happened to a board, newest first in a `Timeline`.
+    """One thing that happened to a device, newest first in a `Timeline`.
 
     Attributes:
         kind: `enrolled`, `renewed`, `online`, `offline`, `assigned`, `report`, `command`, `revoked`.
@@ -175,7 +175,7 @@ class TimelineEntry(View, frozen=True, kw_only=True):
 
 
 class Timeline(View, frozen=True, kw_only=True):
-    """What happened to a board, newest first."""
+    """What happened to a device, newest first."""
 
     device: str
     entries: tuple[TimelineEntry, ...] = ()
@@ -188,19 +188,19 @@ class LabelsRequest(Body, frozen=True, kw_only=True):
 
 
 class InstanceRequest(Body, frozen=True, kw_only=True):
-    """Which instance of the board in the path."""
+    """Which instance of the device in the path."""
 
     instance: str
 
 
 class CommandRequest(Body, frozen=True, kw_only=True):
-    """A command to sign and send to the board in the path."""
+    """A command to sign and send to the device in the path."""
 
     verb: CheckIn | Restart | FollowLogs
 
 
 class CommandReply(View, frozen=True, kw_only=True):
-    """The command is on its way; `sequence` is its number for this board."""
+    """The command is on its way; `sequence` is its number for this device."""
 
     sequence: Stored
     expires: Utc
@@ -220,7 +220,7 @@ class GroupRow(View, frozen=True, kw_only=True):
 
     Attributes:
         priority: of two groups that both set an instance, the higher wins.
-        selector: labels that a board must have to belong; empty for a listed group.
+        selector: labels that a device must have to belong; empty for a listed group.
         rollout: the number of the open rollout, 0 for none.
     """
 
@@ -243,7 +243,7 @@ class GroupRequest(Body, frozen=True, kw_only=True):
     """Make or change a group; None leaves what is.
 
     Attributes:
-        selector: a group with a selector lists no boards, and the other way round.
+        selector: a group with a selector lists no devices, and the other way round.
         add, remove: device ids.
     """
 
@@ -254,7 +254,7 @@ class GroupRequest(Body, frozen=True, kw_only=True):
 
 
 class EnrollTokenRequest(Body, frozen=True, kw_only=True):
-    """A one-time token for one board; the group is made when there is none."""
+    """A one-time token for one device; the group is made when there is none."""
 
     group: str = ""
     valid_s: Seconds = 3600
@@ -303,18 +303,18 @@ class RoleReply(View, frozen=True, kw_only=True):
 
 
 class RolloutRequest(Body, frozen=True, kw_only=True):
-    """Offer a change to a group or to one board.
+    """Offer a change to a group or to one device.
 
     Attributes:
-        instance: the name on the board.
+        instance: the name on the device.
         target: TUF target path; None removes the instance.
         group, device: exactly one of them (for a pin: the device in the path).
-        waves: sizes, each of all boards from the first on: `1, 5%, 100%`. The last must reach all.
+        waves: sizes, each of all devices from the first on: `1, 5%, 100%`. The last must reach all.
         config, port, grants, share_lane: None keeps what the instance has there; port 0 goes back to the shared port.
-        keep_data: with a removal, whether the instance's data stays on the board.
+        keep_data: with a removal, whether the instance's data stays on the device.
         soak_s: how long a wave must have been well before the next.
-        failures: boards of the offered waves that may fail before the rollout halts.
-        timeout_s: how long a board may take after it acknowledged.
+        failures: devices of the offered waves that may fail before the rollout halts.
+        timeout_s: how long a device may take after it acknowledged.
     """
 
     instance: str
@@ -336,7 +336,7 @@ class RolloutRequest(Body, frozen=True, kw_only=True):
 
 
 class RemovalRequest(Body, frozen=True, kw_only=True):
-    """Take an instance off a group or a board."""
+    """Take an instance off a group or a device."""
 
     instance: str
     group: str = ""
@@ -358,15 +358,15 @@ class UndoRequest(Body, frozen=True, kw_only=True):
 
 
 class BoardView(View, frozen=True, kw_only=True):
-    """One board in a rollout.
+    """One device in a rollout.
 
     Attributes:
         wave: from 1.
         progress: percent of the current phase, None where it has none.
-        running: target path that answers now, by the board's word; empty for none or unknown.
-        offered_at, acked_at, ended_at: offered by the server, first word of the board, decided.
+        running: target path that answers now, by the device's word; empty for none or unknown.
+        offered_at, acked_at, ended_at: offered by the server, first word of the device, decided.
         exercised: false when it was committed after fewer calls than its manifest asks.
-        retrying: the board tries again by itself.
+        retrying: the device tries again by itself.
     """
 
     device: str
@@ -389,7 +389,7 @@ class BoardView(View, frozen=True, kw_only=True):
 
 
 class WaveView(View, frozen=True, kw_only=True):
-    """One wave: how it was written, how many boards it brings, whether it has been offered."""
+    """One wave: how it was written, how many devices it brings, whether it has been offered."""
 
     text: str
     boards: Stored
@@ -397,10 +397,10 @@ class WaveView(View, frozen=True, kw_only=True):
 
 
 class RolloutView(View, frozen=True, kw_only=True):
-    """A rollout and its boards.
+    """A rollout and its devices.
 
     Attributes:
-        id, number: the id is echoed by boards; the number is for people.
+        id, number: the id is echoed by devices; the number is for people.
         revision: grows with every change; pass it as `since` to wait for the next.
         target: what is offered, empty for a removal; `previous` is the group's settled target before, empty for none.
         reason: why it halted, or waits; a sentence, empty while all is well.
@@ -430,13 +430,13 @@ class RolloutView(View, frozen=True, kw_only=True):
 
 
 class Rollouts(View, frozen=True, kw_only=True):
-    """Rollouts, newest first, without their boards."""
+    """Rollouts, newest first, without their devices."""
 
     rollouts: tuple[RolloutView, ...] = ()
 
 
 class Excluded(View, frozen=True, kw_only=True):
-    """A board that could not run the change, and why."""
+    """A device that could not run the change, and why."""
 
     device: str
     reason: str
@@ -458,7 +458,7 @@ class Preflight(View, frozen=True, kw_only=True):
 
 
 class AuditEntry(View, frozen=True, kw_only=True):
-    """One act of an operator, a board or the server itself."""
+    """One act of an operator, a device or the server itself."""
 
     number: Stored
     at: Utc
@@ -475,7 +475,7 @@ class Audit(View, frozen=True, kw_only=True):
 
 
 class History(View, frozen=True, kw_only=True):
-    """A page of a board's reports, as it signed them: the way to prove what it ran (`signing.device_statements`).
+    """A page of a device's reports, as it signed them: the way to prove what it ran (`signing.device_statements`).
 
     Attributes:
         certificate_pem: its newest certificate; the key in it never changes.

@@ -28,7 +28,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 PORTS: Final = {"http": 80, "https": 443}
 
 INTERNAL: Final = ".internal"
-"""How the name of a neighbour on the board ends: granted by `instances`, never by `outbound`."""
+"""How the name of a neighbour on the device ends: granted by `instances`, never by `outbound`."""
 
 _PORT_END: Final = 1 << 16
 
@@ -158,7 +158,7 @@ def _split(rest: str) -> tuple[Network | None, str, str]:
     if host.endswith("/") and not colon:
         host = host[:-1]
     if host in {"self", "internal"} or host.endswith(INTERNAL):
-        raise BadOutboundError('neighbours on the board are granted by name: instances = ["their-name"]')
+        raise BadOutboundError('neighbours on the device are granted by name: instances = ["their-name"]')
     if host == "*":
         return None, host, port
     if "*" in host.removeprefix("*."):
@@ -314,7 +314,7 @@ def describe(text: str) -> str:
     elif entry.host.startswith("*."):
         said.append(f"any name below {entry.host[2:]}")
     elif entry.host == "localhost":
-        said.append("this board itself")
+        said.append("this device itself")
     elif entry.network is not None:
         one = entry.network.num_addresses == 1
         what = kind(entry.network[0]) or kind(entry.network[-1])

@@ -1,8 +1,8 @@
 """Every MQTT topic of the protocol, built and parsed by one table.
 
-    fleet/v1/<shard>/<device>/down/<channel>     from the server to one board
-    fleet/v1/<shard>/<device>/up/<channel>       from one board to the server
-    fleet/v1/all/poke                            to every board: check in, with jitter
+    fleet/v1/<shard>/<device>/down/<channel>     from the server to one device
+    fleet/v1/<shard>/<device>/up/<channel>       from one device to the server
+    fleet/v1/all/poke                            to every device: check in, with jitter
 
 Only what MQTT 3.1.1 guarantees everywhere is used: no shared subscriptions, no retained bytes beyond the newest.
 """
@@ -19,7 +19,7 @@ POKE: Final = f"{PREFIX}/all/poke"
 
 
 class Down(StrEnum):
-    """What the server says to a board."""
+    """What the server says to a device."""
 
     DESIRED = "desired"  # retained: the assignment envelope
     FRESH = "fresh"  # the answer to a nonce
@@ -28,12 +28,12 @@ class Down(StrEnum):
 
 
 class Up(StrEnum):
-    """What a board says to the server."""
+    """What a device says to the server."""
 
     HELLO = "hello"  # a nonce, after each connect
     STATE = "state"  # retained, with a will
     HEALTH = "health"  # periodic; only the newest matters
-    REPORT = "report"  # deployment progress; kept on the board until acknowledged
+    REPORT = "report"  # deployment progress; kept on the device until acknowledged
 
 
 RETAINED: Final[frozenset[Down | Up]] = frozenset({Down.DESIRED, Up.STATE})
@@ -45,7 +45,7 @@ class BadTopicError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One board's channel."""
+    """One device's channel."""
 
     device: str
     channel: Down | Up
@@ -74,10 +74,10 @@ class Topic:
 
 
 def board_subscriptions(device: str) -> tuple[str, ...]:
-    """What a board subscribes to."""
+    """What a device subscribes to."""
     return (f"{PREFIX}/{names.shard(device)}/{device}/down/+", POKE)
 
 
 def server_subscriptions(shards: tuple[str, ...] = ("+",)) -> tuple[str, ...]:
-    """What a server process subscribes to: all boards, or those of its shards."""
+    """What a server process subscribes to: all devices, or those of its shards."""
     return tuple(f"{PREFIX}/{shard}/+/up/+" for shard in shards)

@@ -22,7 +22,7 @@ class Role(StrEnum):
     """What an operator may do."""
 
     VIEWER = "viewer"  # look
-    OPERATOR = "operator"  # and change what boards run
+    OPERATOR = "operator"  # and change what devices run
     ADMIN = "admin"  # and say who else may
 
 
@@ -67,7 +67,7 @@ class CaView(View, frozen=True, kw_only=True):
     """The fleet's CA as its server has it.
 
     Attributes:
-        root_sha256: of the root's certificate, DER, in hex: what boards pin.
+        root_sha256: of the root's certificate, DER, in hex: what devices pin.
         root_on_server: a development fleet's server issues with the root itself.
         issuers: what is accepted, the one in use first.
         request: for the next issuing CA, PKCS#10 in PEM; the operator signs it with the root.
@@ -94,7 +94,7 @@ class OnlineView(View, frozen=True, kw_only=True):
 
     Attributes:
         elsewhere: the server does not hold their keys: a publisher host signs.
-        snapshot, timestamp: the versions that boards see.
+        snapshot, timestamp: the versions that devices see.
         waiting: the signing event that is published as soon as both are signed over it; empty for none.
         problems: sentences for people.
     """
@@ -114,20 +114,20 @@ class OnlineRequest(Body, frozen=True, kw_only=True):
 
 
 class Box(Body, frozen=True, kw_only=True):
-    """A box that was sealed for one board on the operator's machine; base64 (`signing.sealing`)."""
+    """A box that was sealed for one device on the operator's machine; base64 (`signing.sealing`)."""
 
     device: str
     box: str
 
 
 class SecretRequest(Body, frozen=True, kw_only=True):
-    """`PUT /v1/secrets/{name}`: the next version of a secret, for the boards that belong to a group now, or for one.
+    """`PUT /v1/secrets/{name}`: the next version of a secret, for the devices that belong to a group now, or for one.
 
     Attributes:
-        instance: whose secret; empty where one instance of these boards alone declares a secret of that name.
+        instance: whose secret; empty where one instance of these devices alone declares a secret of that name.
         group, device: exactly one of them.
         value: to be sealed by the server, which forgets it; empty with `boxes`.
-        boxes: sealed already, one for each board; of the version that `SealingKeys` told.
+        boxes: sealed already, one for each device; of the version that `SealingKeys` told.
         rotate: refuse unless there is a version that this one replaces.
         ahead: keep it although what runs declares no such secret: for a version that is still to be deployed.
     """
@@ -147,10 +147,10 @@ class SecretRequest(Body, frozen=True, kw_only=True):
 
 
 class SecretReply(View, frozen=True, kw_only=True):
-    """Which boards have it now.
+    """Which devices have it now.
 
     Attributes:
-        boards: that it was sealed for.
+        devices: ids of the devices that it was sealed for.
         unsealable: that have no sealing key: enrolled by an agent of before.
     """
 
@@ -162,7 +162,7 @@ class SecretReply(View, frozen=True, kw_only=True):
 
 
 class SecretScope(Body, frozen=True, kw_only=True):
-    """`POST /v1/secrets/{name}/remove`: whose secret, on which boards."""
+    """`POST /v1/secrets/{name}/remove`: whose secret, on which devices."""
 
     instance: str = ""
     group: str = ""
@@ -170,7 +170,7 @@ class SecretScope(Body, frozen=True, kw_only=True):
 
 
 class BoardKey(View, frozen=True, kw_only=True):
-    """A board's sealing key by its own word: `proof` is signed by the key of the certificate."""
+    """A device's sealing key by its own word: `proof` is signed by the key of the certificate."""
 
     device: str
     proof: str
@@ -188,7 +188,7 @@ class SealingKeys(View, frozen=True, kw_only=True):
 
 
 class Holding(View, frozen=True, kw_only=True):
-    """A board that has a box.
+    """A device that has a box.
 
     Attributes:
         sealed: `server`, which saw the value then, or `operator`, and it did not.
@@ -202,7 +202,7 @@ class Holding(View, frozen=True, kw_only=True):
 
 
 class SecretRow(View, frozen=True, kw_only=True):
-    """One secret of one instance; `lacking` boards should run the instance and have no box of it."""
+    """One secret of one instance; `lacking` devices should run the instance and have no box of it."""
 
     instance: str
     name: str

@@ -1,15 +1,15 @@
 """Next step of a rollout; atomic sets decided as one.
 
-What a rollout does next: a pure function of the rollout, its boards and the time.
+What a rollout does next: a pure function of the rollout, its devices and the time.
 
-A wave is offered; its boards succeed, fail or refuse. A breach (more failures than allowed) halts everything at once,
-in whichever wave it happens. The next wave comes when no board of the offered ones is under way, enough of them have
-completed, and the last of those has soaked. Boards that are offline or deferred are in no denominator: they pass the
+A wave is offered; its devices succeed, fail or refuse. A breach (more failures than allowed) halts everything at once,
+in whichever wave it happens. The next wave comes when no device of the offered ones is under way, enough of them have
+completed, and the last of those has soaked. Devices that are offline or deferred are in no denominator: they pass the
 gates later, by the same reports.
 
-An atomic set: rollouts of several instances that boards swap as one, decided as one.
+An atomic set: rollouts of several instances that devices swap as one, decided as one.
 
-Each member keeps its own standing on each board. What is decided is decided over their sum: a board has succeeded when
+Each member keeps its own standing on each device. What is decided is decided over their sum: a device has succeeded when
 every member has, and has failed as soon as one did.
 """
 
@@ -22,7 +22,7 @@ from fleet.rollout.model import BREACHES, COMPLETED, DECIDED, DeviceProgress, Ro
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Offer wave `wave` (from 1) to its boards."""
+    """Offer wave `wave` (from 1) to its devices."""
 
     wave: int
     devices: tuple[str, ...]
@@ -30,7 +30,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Expire:
-    """This board took too long: it has failed."""
+    """This device took too long: it has failed."""
 
     device: str
     message: str
@@ -38,7 +38,7 @@ class Expire:
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """Stop, and offer every board its previous state again."""
+    """Stop, and offer every device its previous state again."""
 
     reason: str
 
@@ -50,7 +50,7 @@ class Complete:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing to do: why (empty while boards are at it), and when to look again (None: when something is reported)."""
+    """Nothing to do: why (empty while devices are at it), and when to look again (None: when something is reported)."""
 
     reason: str
     until: float | None = None
@@ -68,7 +68,7 @@ def decide(rollout: Rollout, boards: Sequence[DeviceProgress], now: float) -> tu
 
 
 def _judge(rollout: Rollout, offered: Sequence[DeviceProgress], now: float) -> tuple[Action, ...]:
-    """What must happen at once, paused or not: a breach, or boards that took too long."""
+    """What must happen at once, paused or not: a breach, or devices that took too long."""
     breached = [board for board in offered if board.outcome in BREACHES]
     if len(breached) > rollout.failures:
         return (Halt(_blame(breached)),)
@@ -117,18 +117,18 @@ def _held_up(rollout: Rollout, offered: Sequence[DeviceProgress], now: float) ->
     present = [board for board in offered if board.outcome is not Outcome.SKIPPED]
     completed = [board for board in present if board.outcome in COMPLETED]
     if len(completed) < min(rollout.minimum, len(present)):
-        return Wait(f"wave {rollout.wave} waits for a board that answers: {_names(present)}")
+        return Wait(f"wave {rollout.wave} waits for a device that answers: {_names(present)}")
     ready = max((board.ended_at or 0) for board in completed) + rollout.soak_s if completed else now
     return Wait(f"wave {rollout.wave} soaks for {rollout.soak_s:g} s", ready) if now < ready else None
 
 
 def _unproven(offered: Sequence[DeviceProgress]) -> Wait | Halt | None:
-    """A rollout that no board has taken is not done: it waits for the absent, or ends when there are none."""
+    """A rollout that no device has taken is not done: it waits for the absent, or ends when there are none."""
     if any(board.outcome is Outcome.SUCCEEDED for board in offered):
         return None
     absent = [board for board in offered if board.outcome not in DECIDED]
     if absent:
-        return Wait(f"no board has it yet; not heard of: {_names(absent)}")
+        return Wait(f"no device has it yet; not heard of: {_names(absent)}")
     breached = [board for board in offered if board.outcome in BREACHES]
     return Halt(_blame(breached)) if breached else None
 
@@ -160,7 +160,7 @@ _ORDER = (Outcome.IN_PROGRESS, Outcome.DEFERRED, Outcome.WAITING, Outcome.PENDIN
 
 
 def merge_set(members: Sequence[Sequence[DeviceProgress]]) -> list[DeviceProgress]:
-    """How the boards stand in a set, from how they stand in each of its members; of one member, as they are."""
+    """How the devices stand in a set, from how they stand in each of its members; of one member, as they are."""
     first, *rest = members
     if not rest:
         return list(first)

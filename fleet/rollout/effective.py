@@ -1,9 +1,9 @@
 """Effective state of a device and its sources; choice of what an undo takes back.
 
-What one board should run, and who says so: device pin over group, the group with the higher priority over the rest.
+What one device should run, and who says so: device pin over group, the group with the higher priority over the rest.
 
-An open rollout overlays the boards of its offered waves. A newer rollout takes the place of an older one on the same
-instance and scope; the older one's boards keep what they were offered until the newer one's waves reach them.
+An open rollout overlays the devices of its offered waves. A newer rollout takes the place of an older one on the same
+instance and scope; the older one's devices keep what they were offered until the newer one's waves reach them.
 
 Which rollout an undo takes back, and to what: the history of one scope read as a stack.
 """
@@ -25,7 +25,7 @@ class SettledValue:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A group that the board belongs to, with its settled values by instance."""
+    """A group that the device belongs to, with its settled values by instance."""
 
     name: str
     priority: int
@@ -34,10 +34,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Overlay:
-    """A rollout that has been offered to this board.
+    """A rollout that has been offered to this device.
 
     Attributes:
-        group: its scope; empty for the board itself.
+        group: its scope; empty for the device itself.
     """
 
     rollout: str
@@ -49,7 +49,7 @@ class Overlay:
 
 @dataclass(frozen=True, slots=True)
 class Effective:
-    """The value of one instance on one board; `source` in words, `rollout` the id of the one that brought it."""
+    """The value of one instance on one device; `source` in words, `rollout` the id of the one that brought it."""
 
     value: Value
     source: str
@@ -68,7 +68,7 @@ class Conflict:
 def effective(
     groups: Iterable[Group], pins: Mapping[str, SettledValue], overlays: Iterable[Overlay] = ()
 ) -> dict[str, Effective]:
-    """Every instance's value on a board, absent ones (target None) included, by instance."""
+    """Every instance's value on a device, absent ones (target None) included, by instance."""
     newest: dict[tuple[str, str], Overlay] = {}
     for overlay in sorted(overlays, key=lambda overlay: overlay.number):
         newest[overlay.group, overlay.instance] = overlay
@@ -85,7 +85,7 @@ def effective(
         result[instance] = Effective(held.value, "pin", held.rollout)
     for (scope, instance), overlay in newest.items():
         if not scope:
-            result[instance] = Effective(overlay.value, f"rollout {overlay.number} (this board)", overlay.rollout)
+            result[instance] = Effective(overlay.value, f"rollout {overlay.number} (this device)", overlay.rollout)
     return result
 
 
@@ -144,13 +144,13 @@ def choose_undo(history: Sequence[Past]) -> Past:
 
 
 def target_of(past: Past) -> Value:
-    """What boards are offered when `past` is taken back.
+    """What devices are offered when `past` is taken back.
 
     Raises:
         NothingToUndoError: it ended without lasting effect.
     """
     if past.state not in _UNDOABLE:
         raise NothingToUndoError(
-            f"rollout {past.number} was {past.state}: its boards have their previous state already"
+            f"rollout {past.number} was {past.state}: its devices have their previous state already"
         )
     return past.before if past.before is not None else Value(None)

@@ -1,16 +1,16 @@
 """Rollout, waves, a device's place in it, and how a report changes that.
 
-What a rollout is, as frozen data: the values that boards should run, the waves, and how each board stands.
+What a rollout is, as frozen data: the values that devices should run, the waves, and how each device stands.
 
 Nothing here knows of a clock, a database or a message; times are seconds on whatever clock the caller uses, and every
 decision over this data (`decide`, `effective`, `judge`, `plan`) is a pure function of it.
 
-Waves as people write them: `1, 5%, 100%` is one board, then five in a hundred, then all.
+Waves as people write them: `1, 5%, 100%` is one device, then five in a hundred, then all.
 
-Each size counts boards from the first on, so sizes only grow. Which boards come first: those that are online, since
+Each size counts devices from the first on, so sizes only grow. Which devices come first: those that are online, since
 a canary that cannot answer tells nothing; among those the order of their names, so that a rollout is repeatable.
 
-How a board's word changes its standing in a rollout: pure, and the same whether heard once or three times.
+How a device's word changes its standing in a rollout: pure, and the same whether heard once or three times.
 """
 
 import math
@@ -33,7 +33,7 @@ class BadWavesError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """A size, in boards or in percent of all."""
+    """A size, in devices or in percent of all."""
 
     size: int
     percent: bool
@@ -57,11 +57,11 @@ def parse(text: str) -> tuple[Wave, ...]:
         match = _WAVE.fullmatch(part.strip())
         if match is None:
             raise BadWavesError(
-                f"{part.strip()!r} is not a wave: write numbers of boards or percents, such as '1, 100%'"
+                f"{part.strip()!r} is not a wave: write numbers of devices or percents, such as '1, 100%'"
             )
         wave = Wave(int(match[1]), match[2] == "%")
         if wave.size == 0 or (wave.percent and wave.size > _ALL):
-            raise BadWavesError(f"a wave of {wave} means nothing: sizes go from 1 board to 100%")
+            raise BadWavesError(f"a wave of {wave} means nothing: sizes go from 1 device to 100%")
         if any(earlier.percent == wave.percent and earlier.size >= wave.size for earlier in waves):
             raise BadWavesError(f"the wave {wave} is not larger than the one before it in {text!r}")
         waves.append(wave)
@@ -73,7 +73,7 @@ def parse(text: str) -> tuple[Wave, ...]:
 
 
 def sizes(waves: Iterable[Wave], boards: int) -> tuple[int, ...]:
-    """The number of boards reached after each wave; waves that would bring no board are kept, and pass at once."""
+    """The number of devices reached after each wave; waves that would bring no device are kept, and pass at once."""
     reached = 0
     result = []
     for wave in waves:
@@ -88,7 +88,7 @@ def order(online: Mapping[str, bool]) -> tuple[str, ...]:
 
 
 def wave_of(index: int, reached: tuple[int, ...]) -> int:
-    """The wave, from 1, of the board at `index` in the order."""
+    """The wave, from 1, of the device at `index` in the order."""
     return next(number for number, size in enumerate(reached, 1) if index < size)
 
 
@@ -102,8 +102,8 @@ class Value:
         grants: narrowed grants as canonical JSON, empty for all that the manifest asks.
         port: a port of its own, None for the shared one.
         share_lane: whether it may share a lane with other instances of its publisher.
-        keep_data: of an absent instance, whether its data stays on the board.
-        attempt: raised to make a board try again what failed there.
+        keep_data: of an absent instance, whether its data stays on the device.
+        attempt: raised to make a device try again what failed there.
         atomic: the word that it shares with what is swapped together with it; empty for what is swapped alone.
     """
 
@@ -117,7 +117,7 @@ class Value:
     atomic: str = ""
 
     def same(self, other: "Value") -> bool:
-        """Whether a board would run the same by both."""
+        """Whether a device would run the same by both."""
         return replace(self, attempt=0, atomic="") == replace(other, attempt=0, atomic="")
 
 
@@ -130,14 +130,14 @@ COMPLETED = BREACHES | {Outcome.SUCCEEDED}
 
 @dataclass(frozen=True, slots=True)
 class DeviceProgress:
-    """One board in a rollout.
+    """One device in a rollout.
 
     Attributes:
         wave: from 1.
         online: as far as the server knows.
         offered_at, acked_at, ended_at: seconds; None until it happened. The clock of a time-out starts at `acked_at`.
         attempt: of the item as offered; older reports do not count.
-        retrying: its last failure is one that the board tries again by itself.
+        retrying: its last failure is one that the device tries again by itself.
     """
 
     device: str
@@ -162,13 +162,13 @@ class Rollout:
     """A change on its way.
 
     Attributes:
-        sizes: how many boards have been reached when each wave is out, ascending; the last is all of them.
+        sizes: how many devices have been reached when each wave is out, ascending; the last is all of them.
         wave: how many waves have been offered.
-        failures: boards that may fail or refuse before it halts.
-        soak_s: how long the boards of a wave must have run well before the next is offered.
-        timeout_s: how long a board may take from its first word on.
-        answer_s: how long an online board that says nothing holds up the next wave.
-        minimum: boards that must have completed, well or not, before the next wave.
+        failures: devices that may fail or refuse before it halts.
+        soak_s: how long the devices of a wave must have run well before the next is offered.
+        timeout_s: how long a device may take from its first word on.
+        answer_s: how long an online device that says nothing holds up the next wave.
+        minimum: devices that must have completed, well or not, before the next wave.
     """
 
     id: str
@@ -183,7 +183,7 @@ class Rollout:
 
 
 DEFERRALS = frozenset({RejectCode.RATE_LIMITED})
-"""Codes with which a board says later, not no."""
+"""Codes with which a device says later, not no."""
 
 TRIED = frozenset(
     {
@@ -210,11 +210,11 @@ TRIED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One report of a board about the instance of a rollout.
+    """One report of a device about the instance of a rollout.
 
     Attributes:
         at: when the server heard it, seconds.
-        retryable: whether the board tries again by itself after `code`.
+        retryable: whether the device tries again by itself after `code`.
     """
 
     at: float
@@ -229,9 +229,9 @@ class Observation:
 
 
 def apply_report(board: DeviceProgress, word: Observation) -> DeviceProgress:
-    """The board's standing after a report. A decided board stays decided, unless by a later attempt or success.
+    """The device's standing after a report. A decided device stays decided, unless by a later attempt or success.
 
-    A report of an older attempt changes nothing. A failure that the board retries by itself decides nothing.
+    A report of an older attempt changes nothing. A failure that the device retries by itself decides nothing.
     """
     if word.attempt < board.attempt or board.outcome is Outcome.PENDING:
         return board
@@ -270,16 +270,16 @@ def _outcome(word: Observation) -> Outcome:
 
 
 def relapse(board: DeviceProgress, *, at: float, message: str) -> DeviceProgress:
-    """The board said later, while the rollout is still open, that what it had committed does not stay up."""
+    """The device said later, while the rollout is still open, that what it had committed does not stay up."""
     if board.outcome is not Outcome.SUCCEEDED:
         return board
     return replace(board, outcome=Outcome.FAILED, code=RejectCode.RESTARTED, message=message, ended_at=at)
 
 
 def confirm(board: DeviceProgress, *, at: float, running: str) -> DeviceProgress:
-    """The board said that it has committed the whole assignment that offered this: it has succeeded.
+    """The device said that it has committed the whole assignment that offered this: it has succeeded.
 
-    This is the way for a board that had nothing to do, or whose reports were lost.
+    This is the way for a device that had nothing to do, or whose reports were lost.
     """
     if board.outcome in DECIDED or board.outcome is Outcome.PENDING:
         return board

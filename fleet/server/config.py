@@ -64,7 +64,7 @@ class ServerConfig:
 
     Attributes:
         size: `dev`, `solo` or `team`.
-        host: the name or address under which boards reach this machine.
+        host: the name or address under which devices reach this machine.
         operators, devices, mqtt: where the listeners bind, `host:port`.
         broker: `auto` (Mosquitto when it is on PATH, else the embedded one in a development fleet), `mosquitto`,
             `embedded`, or `mqtts://host:port` of one that somebody else runs.
@@ -84,17 +84,17 @@ class ServerConfig:
 
     @property
     def production(self) -> bool:
-        """Whether boards in production accept this fleet."""
+        """Whether devices in production accept this fleet."""
         return self.size != "dev"
 
     @property
     def operators_url(self) -> str:
-        """The API for operators and enrolment, as boards and operators reach it."""
+        """The API for operators and enrolment, as devices and operators reach it."""
         return f"https://{self._reach(self.operators, 'operators')}"
 
     @property
     def devices_url(self) -> str:
-        """The API for enrolled boards."""
+        """The API for enrolled devices."""
         return f"https://{self._reach(self.devices, 'devices')}"
 
     @property
@@ -167,7 +167,7 @@ class ServerConfig:
             Address.parse(getattr(self, what), what)
         assert self.external_broker is None or self.external_broker.port
         if not self.production and not is_loopback(self.host) and self.broker == "embedded":
-            raise HomeError("the embedded broker serves this machine only: install mosquitto for boards elsewhere")
+            raise HomeError("the embedded broker serves this machine only: install mosquitto for devices elsewhere")
 
 
 @dataclass(frozen=True, slots=True)

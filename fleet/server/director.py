@@ -1,8 +1,8 @@
-"""What each board should run, signed: the director's assignments, freshness statements and commands.
+"""What each device should run, signed: the director's assignments, freshness statements and commands.
 
-An assignment is a function of the store: settled values, pins and the rollouts offered to the board. It is signed anew
+An assignment is a function of the store: settled values, pins and the rollouts offered to the device. It is signed anew
 only when what it asks for changes, or before it expires. Its version is one more than the larger of what is stored here
-and what the board says it accepted, so that a restored database never falls behind its boards.
+and what the device says it accepted, so that a restored database never falls behind its devices.
 """
 
 import logging
@@ -48,7 +48,7 @@ class _Wanted(msgspec.Struct):
 
 
 class Director:
-    """Signs what boards are told.
+    """Signs what devices are told.
 
     Args:
         publish: hands a message to the broker; false when it is away. Retained topics are kept by the broker.
@@ -69,7 +69,7 @@ class Director:
         self._publish, self._clock = publish, clock
 
     def effective(self, device: DeviceRow) -> dict[str, Effective]:
-        """Every instance that the board should or should no longer run, with the source of each value."""
+        """Every instance that the device should or should no longer run, with the source of each value."""
         rollouts = self._store.rollouts
         groups = [
             Group(
@@ -86,10 +86,10 @@ class Director:
         return effective(groups, pins, overlays)
 
     def reconcile(self, device: str, *, renew: bool = False) -> AssignmentRow | None:
-        """Bring the board's assignment up to what it should be, and publish it where it changed.
+        """Bring the device's assignment up to what it should be, and publish it where it changed.
 
         Returns:
-            The assignment in force; None for a board that never had anything to run.
+            The assignment in force; None for a device that never had anything to run.
         """
         row, changed = self.prepare(device, renew=renew)
         if row is not None and changed:
@@ -105,7 +105,7 @@ class Director:
         wanted = self._wanted(row)
         if current is None and not wanted.items:
             return None, False
-        # A thief of the director's key may have driven it up. Boards forget that with the key, and so does this.
+        # A thief of the director's key may have driven it up. Devices forget that with the key, and so does this.
         accepted = row.accepted if row.accepted <= _PLAUSIBLE else 0
         stands = current is not None and current.wanted == _asked(wanted) and current.version >= accepted
         if stands and not renew and current is not None and self._is_signed(current.envelope):
@@ -136,16 +136,16 @@ class Director:
         return self._signer.public_key.keyid in dsse.parse(envelope).signatures
 
     def publish_assignment(self, row: AssignmentRow) -> bool:
-        """Put an assignment on the board's retained topic."""
+        """Put an assignment on the device's retained topic."""
         return self._publish(Topic(row.device, Down.DESIRED), row.envelope)
 
     def answer_nonce(self, device: str, nonce: str) -> bool:
-        """Say which assignment is current, for this nonce; false when the board has none."""
+        """Say which assignment is current, for this nonce; false when the device has none."""
         row = self._store.delivery.assignment(device)
         return row is not None and self._publish(Topic(device, Down.FRESH), self.vouch(row, nonce))
 
     def vouch(self, row: AssignmentRow, nonce: str) -> bytes:
-        """The signed statement that this assignment is its board's current one, for this nonce."""
+        """The signed statement that this assignment is its device's current one, for this nonce."""
         now = self._clock()
         fresh = Fresh(
             fleet=self._fleet,
@@ -183,7 +183,7 @@ class Director:
         return [item for item in items if item.instance == instance]
 
     def _wanted(self, device: DeviceRow) -> Assignment:
-        """What the board should run, without version and times."""
+        """What the device should run, without version and times."""
         attempts = self._store.delivery.attempts(device.id)
         boxes = self._store.boxes.newest(device.id)
         items: list[Item] = []
@@ -234,7 +234,7 @@ class Director:
 
 
 def lacks(release: Release | None, instance: str, boxes: Mapping[tuple[str, str], BoxRow]) -> tuple[str, ...]:
-    """The secrets that a release requires and a board has no box of."""
+    """The secrets that a release requires and a device has no box of."""
     declared = {} if release is None else release.manifest.secrets
     return tuple(name for name, key in sorted(declared.items()) if key.required and (instance, name) not in boxes)
 
@@ -246,7 +246,7 @@ def _refs(release: Release, instance: str, boxes: Mapping[tuple[str, str], BoxRo
 
 
 def unfit(release: Release, device: DeviceRow) -> str:
-    """Why a board can never run a release, in words; empty when nothing stands against it."""
+    """Why a device can never run a release, in words; empty when nothing stands against it."""
     machine = device.versions.machine or device.machine
     if release.manifest.arch and machine and machine not in release.manifest.arch:
         return f"its CPU is {machine}, the manifest allows {', '.join(release.manifest.arch)}"

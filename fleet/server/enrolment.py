@@ -1,4 +1,4 @@
-"""How boards join and stay: one-time tokens, certificates for their keys, renewal, revocation."""
+"""How devices join and stay: one-time tokens, certificates for their keys, renewal, revocation."""
 
 import hashlib
 import secrets
@@ -31,7 +31,7 @@ _ANOTHER: Final = "make another with fleet enroll-token"
 
 
 class Enrolment:
-    """Takes boards in and renews their certificates."""
+    """Takes devices in and renews their certificates."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Enrolment:
         self._store, self._ca, self._repository, self._config, self._clock = store, ca, repository, config, clock
 
     def make_token(self, request: EnrollTokenRequest, *, by: str) -> EnrollTokenReply:
-        """A one-time token for one board.
+        """A one-time token for one device.
 
         Raises:
             Refusal: a validity that cannot be meant.
@@ -62,7 +62,7 @@ class Enrolment:
             group = self._store.devices.group(request.group)
             if group is not None and group.selector:
                 raise Refusal(
-                    409, "selector-group", f"{group.name} chooses its boards by labels", action="label the board"
+                    409, "selector-group", f"{group.name} chooses its devices by labels", action="label the device"
                 )
         with self._store.atomic():
             if request.group:
@@ -89,7 +89,7 @@ class Enrolment:
         return EnrollTokenReply(token=token.encode(), group=request.group, expires=expires)
 
     def enrol(self, request: EnrolRequest) -> Enrolled:
-        """Take a board in. A board that did not hear the answer may ask again with the same token and key.
+        """Take a device in. A device that did not hear the answer may ask again with the same token and key.
 
         Raises:
             Refusal: an unknown, used or expired token, a bad request, or a key that is enrolled already.
@@ -155,7 +155,7 @@ class Enrolment:
                 409,
                 "device-exists",
                 f"{device} is enrolled already",
-                "another board has the same key: a copied image, or the same state directory",
+                "another device has the same key: a copied image, or the same state directory",
                 "remove the identity of one of them, and enrol it anew",
             )
         self._store.devices.set_sealing_proof(device, request.sealing_proof[:PROOF_MAX_CHARS])
@@ -164,7 +164,7 @@ class Enrolment:
         self._store.access.audit(actor=device, act="enrol", subject=device, detail=token.group, now=now)
 
     def authenticate(self, certificate: x509.Certificate | None, *, renewing: bool = False) -> DeviceRow:
-        """Which board presents this certificate, verified by TLS against the CA (its dates are checked here).
+        """Which device presents this certificate, verified by TLS against the CA (its dates are checked here).
 
         Raises:
             Refusal: none, unknown, revoked, or expired (which is enough to renew).
@@ -174,7 +174,9 @@ class Enrolment:
         known = self._store.access.certificate(serial(certificate))
         device = self._by_key(certificate)
         if device is None or (known is not None and known.device != device.id):
-            raise Refusal(403, "unknown-device", "this certificate is of no board here", action="enrol the board again")
+            raise Refusal(
+                403, "unknown-device", "this certificate belongs to no device", action="enrol the device again"
+            )
         if device.revoked or (known is not None and known.revoked):
             raise Refusal(403, "revoked", f"{device.id} was shut out of the fleet")
         if known is None or not self._ca.accepts(certificate):
@@ -186,7 +188,7 @@ class Enrolment:
         return device
 
     def _by_key(self, certificate: x509.Certificate) -> DeviceRow | None:
-        """The board whose key a client has, as TLS proved; None where its name and key are not one board's."""
+        """The device whose key a client has, as TLS proved; None where its name and key are not one device's."""
         called = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
         device = self._store.devices.get(str(called[0].value)) if len(called) == 1 else None
         key = certificate.public_key()
@@ -195,7 +197,7 @@ class Enrolment:
         return device if hashlib.sha256(key_der(key)).hexdigest() == device.key_sha256 else None
 
     def renew(self, device: DeviceRow, csr_pem: str, sealing_proof: str = "") -> RenewReply:
-        """A new certificate for the board's own key.
+        """A new certificate for the device's own key.
 
         Raises:
             Refusal: the request is for another key.

@@ -1,9 +1,9 @@
-"""What boards say, taken in: decoded strictly, written in batches, acknowledged only when it is on disk.
+"""What devices say, taken in: decoded strictly, written in batches, acknowledged only when it is on disk.
 
 Every handler is idempotent: a report is known by device, boot and sequence; of health only the newest counts; hello and
-state overwrite. A message that is not of the protocol, or speaks for another board than its topic, is counted and
+state overwrite. A message that is not of the protocol, or speaks for another device than its topic, is counted and
 dropped: the broker binds topics to certificates, and here it is checked again. A bad message loses itself alone: what
-fails while one is decoded or written is undone, counted for its board and logged once, and the rest of its batch is
+fails while one is decoded or written is undone, counted for its device and logged once, and the rest of its batch is
 kept.
 """
 
@@ -39,7 +39,7 @@ BATCH_MAX: Final = 2000
 EARS_MAX: Final = 10_000
 
 BAD_S: Final = 3600.0
-"""How long the status names a board after its last bad message."""
+"""How long the status names a device after its last bad message."""
 
 _NAMED_MAX: Final = 5
 
@@ -49,11 +49,11 @@ _KINDS: Final[dict[Up, type[Message]]] = {Up.HELLO: Hello, Up.STATE: State, Up.H
 
 
 class Ingest:
-    """Takes in the messages of boards. All methods run on the loop.
+    """Takes in the messages of devices. All methods run on the loop.
 
     Attributes:
         counts: messages by kind, and those that were dropped by reason.
-        bad: dropped messages by board.
+        bad: dropped messages by device.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Ingest:
         self._timer: asyncio.TimerHandle | None = None
         self._ears: dict[
             str, DeviceVerifier
-        ] = {}  # a board's key never changes: renewing keeps it, and another is another board
+        ] = {}  # a device's key never changes: renewing keeps it, and another is another device
         self._signing: set[str] = set()
         self.counts: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
@@ -98,7 +98,7 @@ class Ingest:
             self._drop("failed", device, f"a message on {topic[:200]!r}", error)
             return
         if _speaker(message) != device:
-            self._drop("foreign", device, f"a message on {topic[:200]!r} that speaks for another board")
+            self._drop("foreign", device, f"a message on {topic[:200]!r} that speaks for another device")
             return
         self.counts[str(parsed.channel)] += 1
         self._pending.append((message, payload))
@@ -108,16 +108,16 @@ class Ingest:
             self._timer = asyncio.get_running_loop().call_later(BATCH_S, self.flush)
 
     def problems(self) -> list[str]:
-        """Boards whose messages were dropped within the last hour, in one sentence."""
+        """Devices whose messages were dropped within the last hour, in one sentence."""
         since = self._clock().timestamp() - BAD_S
         recent = sorted(device for device, at in self._bad_at.items() if at > since)
         if not recent:
             return []
         some = ", ".join(f"{device} ({self.bad[device]})" for device in recent[:_NAMED_MAX])
-        return [f"messages of {len(recent)} boards cannot be taken and are dropped, the server's log says why: {some}"]
+        return [f"messages of {len(recent)} devices cannot be taken and are dropped, the server's log says why: {some}"]
 
     def _drop(self, reason: str, device: str, what: str, error: Exception | None = None) -> None:
-        """Count a dropped message for its board, and log the first of a kind: no board fills the log."""
+        """Count a dropped message for its device, and log the first of a kind: no device fills the log."""
         self.counts[reason] += 1
         if len(self.bad) >= EARS_MAX and device not in self.bad:
             self.bad.clear()
@@ -147,16 +147,16 @@ class Ingest:
             self._drop("failed", device, what, error)
 
     def _heard(self, device: str, payload: bytes) -> bytes:
-        """The report that this board signed; raises `Rejected` for anybody else's."""
+        """The report that this device signed; raises `Rejected` for anybody else's."""
         if not is_signed(payload):
             if self._store.devices.signs(device):
-                raise Rejected(RejectCode.UNSIGNED, "this board signs its reports, and this one is not signed")
+                raise Rejected(RejectCode.UNSIGNED, "this device signs its reports, and this one is not signed")
             return payload
         ear = self._ears.get(device)
         if ear is None:
             certificate = self._store.access.newest_certificate(device)
             if certificate is None:
-                raise Rejected(RejectCode.UNSIGNED, "no certificate was ever given to this board")
+                raise Rejected(RejectCode.UNSIGNED, "no certificate was ever given to this device")
             if len(self._ears) >= EARS_MAX:
                 self._ears.clear()
                 self._signing.clear()
@@ -184,7 +184,7 @@ class Ingest:
                     with self._alone(device, "an acknowledgement"):
                         acks[device] = self._store.delivery.acknowledge(device, again=again)
         except Exception:
-            # nothing was acknowledged: boards keep their reports and send them again
+            # nothing was acknowledged: devices keep their reports and send them again
             log.exception("%d messages could not be stored", len(batch))
             self.counts["failed"] += len(batch)
             return
@@ -299,8 +299,8 @@ class Ingest:
     def _refused(self, report: Report) -> int:
         """The version of the assignment that was refused as a whole; 0 where that concerns no rollout.
 
-        What a board refuses may be anybody's: only the newest envelope that this server signed, byte for byte, counts.
-        A refusal for being too old says that the server is behind its boards, which `_greet` mends.
+        What a device refuses may be anybody's: only the newest envelope that this server signed, byte for byte, counts.
+        A refusal for being too old says that the server is behind its devices, which `_greet` mends.
         """
         if not report.refused_sha256:
             return report.assignment  # an agent that does not say what it refused
@@ -325,7 +325,7 @@ class Ingest:
                     self._store.rollouts.set_board(rollout.number, fallen, extra)
 
     def _confirm(self, device: str, committed: int) -> None:
-        """What the board has committed as a whole has succeeded, whatever reports were lost."""
+        """What the device has committed as a whole has succeeded, whatever reports were lost."""
         if committed == 0:
             return
         for rollout in self._store.rollouts.offered(device, undecided=True):
@@ -337,11 +337,11 @@ class Ingest:
         try:
             if self._store.devices.online([hello.device]):
                 self._greet(hello)
-        except Exception as error:  # noqa: BLE001 - logged with its traceback; the other boards are answered
+        except Exception as error:  # noqa: BLE001 - logged with its traceback; the other devices are answered
             self._drop("failed", hello.device, "a hello, which was stored and cannot be answered", error)
 
     def _greet(self, hello: Hello) -> None:
-        """Answer a board that connected: its assignment where it is behind or ahead, and that this is current."""
+        """Answer a device that connected: its assignment where it is behind or ahead, and that this is current."""
         device = self._store.devices.get(hello.device)
         if device is not None and hello.acked > device.acked:
             log.warning("%s sent reports up to %s, %s are stored here", hello.device, hello.acked, device.acked)

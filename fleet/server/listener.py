@@ -29,7 +29,7 @@ from fleet.server.config import Address, ServerPaths
 log = logging.getLogger(__name__)
 
 _NO_CHECK_TIME: Final = 0x200000
-"""X509_V_FLAG_NO_CHECK_TIME: a board with an expired certificate may still renew; the routes check the dates."""
+"""X509_V_FLAG_NO_CHECK_TIME: a device with an expired certificate may still renew; the routes check the dates."""
 
 _END_S: Final = 5.0
 
@@ -103,12 +103,12 @@ class Certificates:
         return leaf.issuer != self._ca.issuer.subject or not self._ca.accepts(leaf) or due(pem, now=now)
 
     def context(self, *, devices: bool) -> ssl.SSLContext:
-        """For one listener; the one for boards asks for a certificate of the fleet's CA."""
+        """For one listener; the one for devices asks for a certificate of the fleet's CA."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._load(context)
-        # With the CA in its store, OpenSSL shows it in the chain: a board that enrols compares it with its token's hash
-        # before it says anything (`agent.identity.enrolment.presented_ca`).
+        # With the CA in its store, OpenSSL sends it in the chain: a device that enrols compares it with the hash in its
+        # token before sending anything (`agent.identity.enrolment.presented_ca`).
         context.load_verify_locations(self._authority)
         if devices:
             context.verify_mode = ssl.CERT_REQUIRED

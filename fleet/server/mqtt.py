@@ -212,5 +212,5 @@ class MqttClient:
         try:
             self._on_message(message.topic, bytes(message.payload))
         except Exception:
-            # paho would lose its place in the stream, and with it every board
+            # paho would lose its place in the stream, and with it every device
             log.exception("a message was not handled")

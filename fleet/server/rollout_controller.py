@@ -1,7 +1,7 @@
-"""The rollout loop: it carries out what `fleet.rollout` decides, and keeps every board's assignment in step.
+"""Rollout loop: carry out what `fleet.rollout` decides, and keep every device's assignment in step.
 
-One task. It is woken when a board said something, when an operator did something, and when a decision named a time. All
-that it knows is in the store, so that it can end at any instant and begin again where it was.
+A single task, woken by messages of devices, acts of operators and the times that decisions name. Everything it knows is
+in the store, so that it may end at any instant and resume where it was.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from signing.errors import SigningError
 log = logging.getLogger(__name__)
 
 _BATCH: Final = 25
-"""After so many boards the loop lets others run."""
+"""After so many devices the loop lets others run."""
 
 _MAX_STEPS: Final = 100
 
@@ -51,7 +51,7 @@ class RolloutController:
         self._wake.set()
 
     def touch(self, devices: Iterable[str]) -> None:
-        """What these boards should run may have changed."""
+        """What these devices should run may have changed."""
         self._dirty.update(dict.fromkeys(devices))
         self._wake.set()
 
@@ -65,14 +65,14 @@ class RolloutController:
             except Exception:
                 log.exception("a round of the rollout loop failed; it is tried again")
                 self._next = self._now() + 5
-            # a round over thousands of boards costs something: never more than a fifth of the time goes there
+            # a round over thousands of devices costs something: never more than a fifth of the time goes there
             await asyncio.sleep(min(_REST_MAX_S, _REST * (time.perf_counter() - began)))
             pause = None if self._next is None else max(0.05, self._next - self._now())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause)
 
     async def step(self) -> None:
-        """One round: every open rollout until it waits, then every board whose desired state may have changed."""
+        """One round: every open rollout until it waits, then every device whose desired state may have changed."""
         self._next = None
         for row in self._store.rollouts.open():
             await self._advance(row.number)
@@ -127,7 +127,7 @@ class RolloutController:
         now = self._store.rollouts.get(row.id)
         if now is None or now.state is not RolloutState.RUNNING:
             return  # an operator was quicker
-        with self._store.atomic():  # a board is never asked for a part of a set
+        with self._store.atomic():  # a device is never asked for a part of a set
             for each in self._open_set(now):
                 self._store.rollouts.offer(each.number, wave, now=self._now())
         self._watch.changed()
@@ -150,7 +150,7 @@ class RolloutController:
                 self._store.rollouts.set_board(each.number, late, extra)
 
     def end(self, row: RolloutRow, state: RolloutState, reason: str) -> None:
-        """End a rollout, and its whole set, without its aim: its boards are offered what they had before."""
+        """End a rollout, and its whole set, without its aim: its devices are offered what they had before."""
         log.warning("rollout %s %s: %s", row.number, state, reason)
         with self._store.atomic():
             for each in self._open_set(row):
@@ -190,7 +190,7 @@ class RolloutController:
             self._next = until if self._next is None else min(self._next, until)
 
     async def _settle_dirty(self) -> None:
-        """Bring assignments into step, a batch in a transaction; boards with nothing left to do are counted at once."""
+        """Renew assignments, one transaction per batch; confirm devices that have nothing left to do at once."""
         while self._dirty:
             batch = list(self._dirty)[:_BATCH]
             for device in batch:
@@ -218,7 +218,7 @@ class RolloutController:
                 self.confirm(rollout, device)
 
     def confirm(self, rollout: RolloutRow, device: str) -> None:
-        """The board has committed the assignment that offered this."""
+        """The device has committed the assignment that offered this."""
         found = self._store.rollouts.board(rollout.number, device)
         if found is None:
             return

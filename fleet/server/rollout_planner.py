@@ -2,7 +2,7 @@
 
 From what an operator asks to a rollout: checked against what is published, who is there, and what runs.
 
-Deploy, removal, pin, undo and retry all end in a rollout or a raised attempt; nothing else changes what boards run.
+Deploy, removal, pin, undo and retry all end in a rollout or a raised attempt; nothing else changes what devices run.
 
 What an operator wishes for an instance, held against what its publisher signed: configuration, grants, port.
 """
@@ -86,7 +86,7 @@ class RolloutPlanner:
             excluded=tuple(Excluded(device=each, reason=reason) for each, reason in sorted(left_out.items())),
             new_grants=new_grants(release, old),
             previous="" if before is None else before.target or "",
-            warnings=() if boards else ("the group has no boards yet: it is settled at once",),
+            warnings=() if boards else ("the group has no devices yet: it is settled at once",),
         )
 
     def _check(self, request: RolloutRequest) -> tuple[Value, GroupRow | None]:
@@ -106,7 +106,7 @@ class RolloutPlanner:
         return value, group
 
     def _check_secrets(self, request: RolloutRequest, group: GroupRow | None, value: Value) -> None:
-        """What nobody there could start is refused; single boards that lack a secret are left out."""
+        """What nobody there could start is refused; single devices that lack a secret are left out."""
         release = None if value.target is None else self._repository.release(value.target)
         rows = [] if release is None else self._store.devices.some(self._members(request, group))
         missing = [self._lacks(row, release, request.instance) for row in rows if not row.revoked]
@@ -115,7 +115,7 @@ class RolloutPlanner:
             raise Refusal(
                 422,
                 "missing-secret",
-                f"{release.name} needs the secret {', '.join(missing[0])}, which no board there has",
+                f"{release.name} needs the secret {', '.join(missing[0])}, which no device there has",
                 action=f"give it first: fleet secret set {missing[0][0]} {where} --instance {request.instance}",
             )
 
@@ -128,7 +128,7 @@ class RolloutPlanner:
         return [request.device] if group is None else self._store.devices.members(group)
 
     def _left_out(self, release: Release, row: DeviceRow, instance: str) -> str:
-        """Why a board cannot run a release, in words; empty for no reason."""
+        """Why a device cannot run a release, in words; empty for no reason."""
         missing = self._lacks(row, release, instance)
         secret = f"it lacks the secret {missing[0]}: fleet secret set {missing[0]} --device {row.id}" if missing else ""
         return unfit(release, row) or _engineless(row) or secret
@@ -182,7 +182,7 @@ class RolloutPlanner:
         return self._store.rollouts.settled_value(group=request.group, device=request.device, instance=request.instance)
 
     def _check_room(self, group: GroupRow, instance: str) -> None:
-        """A board runs so many instances and no more."""
+        """A device runs so many instances and no more."""
         here = {row.instance for row in self._store.rollouts.settled(group=group.name) if row.value.target is not None}
         if instance not in here and len(here) >= bounds.ITEMS_MAX:
             raise Refusal(
@@ -190,7 +190,7 @@ class RolloutPlanner:
             )
 
     def _check_conflict(self, group: GroupRow, instance: str, value: Value) -> None:
-        """Two groups of one priority must not want different things on one board."""
+        """Two groups of one priority must not want different things on one device."""
         held: dict[str, Group] = {group.name: Group(group.name, group.priority, {instance: SettledValue(value)})}
         for each in self._store.devices.groups():
             settled = self._store.rollouts.settled_value(group=each.name, device="", instance=instance)
@@ -209,12 +209,12 @@ class RolloutPlanner:
                     action=f"give one a higher priority: fleet group {group.name} --priority 10",
                 )
 
-    # -- boards ------------------------------------------------------------------------------------------------------
+    # -- devices ------------------------------------------------------------------------------------------------------
 
     def _boards(
         self, request: RolloutRequest, group: GroupRow | None, value: Value
     ) -> tuple[tuple[str, ...], dict[str, str]]:
-        """The boards in the order in which they are offered it, and those that are left out, with the reason."""
+        """The devices in the order in which they are offered it, and those that are left out, with the reason."""
         rows = self._store.devices.some(self._members(request, group))
         release = None if value.target is None else self._repository.release(value.target)
         reasons = {} if release is None else {row.id: self._left_out(release, row, request.instance) for row in rows}
@@ -232,7 +232,7 @@ class RolloutPlanner:
     ) -> RolloutRow:
         """Begin the rollouts of an atomic set; the first of them, which leads it.
 
-        A board that cannot run one of the members is left out of all.
+        A device that cannot run one of the members is left out of all.
         """
         word = f"s{secrets.token_hex(6)}"
         left_out: dict[str, str] = {}
@@ -337,7 +337,7 @@ class RolloutPlanner:
         return self._begin(asked, self._value(asked), group, by=by)
 
     def _runs(self, request: RemovalRequest) -> bool:
-        """Whether a single board runs it by the word of a group."""
+        """Whether a single device runs it by the word of a group."""
         row = self._store.devices.get(request.device) if request.device else None
         held = None if row is None else self._director.effective(row).get(request.instance)
         return held is not None and held.value.target is not None
@@ -393,7 +393,7 @@ class RolloutPlanner:
         return rows[chosen.id]
 
     def unpin(self, device: DeviceRow, instance: str, *, by: str) -> None:
-        """Let a board follow its groups again.
+        """Let a device follow its groups again.
 
         Raises:
             Refusal: it is not pinned.
@@ -413,10 +413,10 @@ class RolloutPlanner:
         self._conductor.touch([device.id])
 
     def retry(self, device: DeviceRow, instance: str, *, by: str) -> None:
-        """Have a board try again what failed there.
+        """Have a device try again what failed there.
 
         Raises:
-            Refusal: the board is not to run such an instance.
+            Refusal: the device is not to run such an instance.
         """
         held = self._director.effective(device).get(instance)
         if held is None or held.value.target is None:

@@ -91,7 +91,7 @@ class Server:
         self._started_at = clock()
 
     async def start(self) -> Ready:
-        """Start everything and return when boards and operators can come.
+        """Start everything and return when devices and operators can come.
 
         Raises:
             ServeError: it cannot run, and everything that was started is stopped.
@@ -122,7 +122,7 @@ class Server:
         self._certificates = Certificates(self._home, self._ca, self._config.host, self._clock)
         operators = bind(self._config.operators, "the API for operators")
         self._stack.callback(operators.close)
-        devices = bind(self._config.devices, "the API for boards")
+        devices = bind(self._config.devices, "the API for devices")
         self._stack.callback(devices.close)
         self._broker = await self._start_broker()
         self._compose()
@@ -282,7 +282,7 @@ class Server:
         return self._bus.publish(str(topic), payload, retain=topic.channel in RETAINED)
 
     def _on_connected(self) -> None:
-        """The broker is there (again): give it what boards may have missed, and have them check in."""
+        """The broker is there (again): give it what devices may have missed, and have them check in."""
         for device in self._store.delivery.behind():
             row = self._store.delivery.assignment(device)
             if row is not None:
@@ -374,7 +374,7 @@ async def run(
     Args:
         home: made by `fleet.admin.bootstrap.init`.
         broker: overrides the configuration's: `auto`, `mosquitto`, `embedded` or `mqtts://host:port`.
-        on_ready: called once when boards and operators can come.
+        on_ready: called once when devices and operators can come.
         stop: set it to end the server.
 
     Raises:

@@ -173,7 +173,7 @@ class TufRepository:
             WaitingError: the publisher host must sign first.
         """
         if len(data) > bounds.TARGETS_MAX_BYTES:
-            raise RepositoryError(f"the role has {len(data)} bytes, boards accept {bounds.TARGETS_MAX_BYTES} at most")
+            raise RepositoryError(f"the role has {len(data)} bytes, devices accept {bounds.TARGETS_MAX_BYTES} at most")
         self._take(Event(self.fleet, (Document(namespace, data),)), now)
         version = _published(namespace, data).version
         timestamp = _published("timestamp", self._files["timestamp.json"])

@@ -1,6 +1,6 @@
 """Assignments, reports, artifacts, secret boxes.
 
-What goes to boards and what comes back: artifacts, assignments, attempts, reports.
+What goes to devices and what comes back: artifacts, assignments, attempts, reports.
 
 Secrets in their boxes: what the server keeps of them, none of which it can open.
 """
@@ -18,7 +18,7 @@ KEPT_ASSIGNMENTS = 20
 
 
 class Delivery:
-    """Everything on its way to a board, and every report of one."""
+    """Everything on its way to a device, and every report of one."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -56,18 +56,18 @@ class Delivery:
             self._db.run(sql, row.device, row.version - KEPT_ASSIGNMENTS)
 
     def assignment(self, device: str) -> AssignmentRow | None:
-        """The newest assignment of a board."""
+        """The newest assignment of a device."""
         sql = "SELECT * FROM assignments WHERE device = ? ORDER BY version DESC LIMIT 1"
         row = self._db.row(sql, device)
         return None if row is None else read(AssignmentRow, row)
 
     def versions(self) -> dict[str, int]:
-        """By board, the version of its newest assignment."""
+        """By device, the version of its newest assignment."""
         rows = self._db.rows("SELECT device, max(version) AS version FROM assignments GROUP BY device")
         return {row["device"]: row["version"] for row in rows}
 
     def expiring(self, before: float) -> list[str]:
-        """Boards whose newest assignment expires before a time."""
+        """Devices whose newest assignment expires before a time."""
         sql = """
             SELECT a.device FROM assignments a JOIN devices d ON d.id = a.device WHERE NOT d.revoked
             GROUP BY a.device HAVING max(a.version) AND max(a.expires) < ?
@@ -75,7 +75,7 @@ class Delivery:
         return [row["device"] for row in self._db.rows(sql, before)]
 
     def behind(self) -> list[str]:
-        """Boards that have not accepted their newest assignment, as far as they said."""
+        """Devices that have not accepted their newest assignment, as far as they said."""
         sql = """
             SELECT d.id FROM devices d JOIN assignments a ON a.device = d.id
             WHERE NOT d.revoked GROUP BY d.id HAVING max(a.version) > d.accepted
@@ -85,12 +85,12 @@ class Delivery:
     # -- attempts ----------------------------------------------------------------------------------------------------
 
     def attempts(self, device: str) -> dict[str, int]:
-        """By instance, the attempt that `retry` asked for on this board."""
+        """By instance, the attempt that `retry` asked for on this device."""
         rows = self._db.rows("SELECT instance, attempt FROM attempts WHERE device = ?", device)
         return {row["instance"]: row["attempt"] for row in rows}
 
     def set_attempt(self, device: str, instance: str, attempt: int) -> None:
-        """Make a board try again what failed there."""
+        """Make a device try again what failed there."""
         sql = (
             "INSERT INTO attempts (device, instance, attempt) VALUES (?, ?, ?) "
             "ON CONFLICT DO UPDATE SET attempt = excluded.attempt"
@@ -109,12 +109,12 @@ class Delivery:
         return self._db.run(sql, *values, row.device) == 1
 
     def acknowledge(self, device: str, *, again: int | None) -> int:
-        """Up to which report all are stored, and so may be forgotten by the board.
+        """Up to which report all are stored, and so may be forgotten by the device.
 
         Args:
             device: whose reports.
-            again: the sequence of a report that came again. Boards send what is not acknowledged from the oldest on, so
-                what is missing below it exists nowhere any more (the store was restored from a backup, for example).
+            again: the sequence of a report that came again. Devices resend from the oldest report that is not
+                acknowledged, so what is missing below it is lost (the store was restored from a backup, for example).
         """
         acked = int(self._db.value("SELECT acked FROM devices WHERE id = ?", device) or 0)
         start = acked if again is None else max(acked, again)
@@ -131,12 +131,12 @@ class Delivery:
         return start
 
     def reports(self, device: str, limit: int) -> list[ReportRow]:
-        """A board's reports, newest first."""
+        """A device's reports, newest first."""
         sql = "SELECT * FROM reports WHERE device = ? ORDER BY at DESC, sequence DESC LIMIT ?"
         return [read(ReportRow, row) for row in self._db.rows(sql, device, limit)]
 
     def history(self, device: str, *, after: tuple[str, int], limit: int) -> list[ReportRow]:
-        """A board's reports in the order of boot id and sequence, behind a place in it."""
+        """A device's reports in the order of boot id and sequence, behind a place in it."""
         sql = (
             "SELECT * FROM reports WHERE device = ? AND (boot_id, sequence) > (?, ?) ORDER BY boot_id, sequence LIMIT ?"
         )
@@ -179,7 +179,7 @@ class Boxes:
         return int(self._db.value(sql, instance, name) or 0) + 1
 
     def count_on_from(self, version: int) -> None:
-        """No secret's next version is at or below this: boards may remember some that this database never knew."""
+        """No secret's next version is at or below this: devices may remember some that this database never knew."""
         self._db.run(
             "INSERT INTO secret_versions (instance, name, version) VALUES ('', '', ?) "
             "ON CONFLICT DO UPDATE SET version = max(version, excluded.version)",
@@ -214,26 +214,26 @@ class Boxes:
                 )
 
     def newest(self, device: str) -> dict[tuple[str, str], BoxRow]:
-        """A board's newest boxes by instance and name."""
+        """A device's newest boxes by instance and name."""
         sql = f"SELECT {_COLUMNS} FROM boxes WHERE device = ? GROUP BY instance, name"  # noqa: S608 - our own words
         rows = [read(BoxRow, row) for row in self._db.rows(sql, device)]
         return {(row.instance, row.name): row for row in rows}
 
     def all(self) -> list[BoxRow]:
-        """Every board's newest boxes."""
+        """Every device's newest boxes."""
         sql = f"SELECT {_COLUMNS} FROM boxes GROUP BY instance, name, device ORDER BY instance, name, device"  # noqa: S608 - ours
         return [read(BoxRow, row) for row in self._db.rows(sql)]
 
     def box(self, device: str, sha256: str) -> bytes | None:
-        """A box of this board, and of no other."""
+        """A box of this device, and of no other."""
         found = self._db.value("SELECT box FROM boxes WHERE device = ? AND sha256 = ? LIMIT 1", device, sha256)
         return None if found is None else bytes(found)
 
     def remove(self, device: str, instance: str, name: str) -> bool:
-        """Take a secret from a board; false when it had none."""
+        """Take a secret from a device; false when it had none."""
         sql = "DELETE FROM boxes WHERE device = ? AND instance = ? AND name = ?"
         return self._db.run(sql, device, instance, name) > 0
 
     def forget(self, device: str) -> None:
-        """A board that was shut out needs none any more."""
+        """A device that was shut out needs none any more."""
         self._db.run("DELETE FROM boxes WHERE device = ?", device)

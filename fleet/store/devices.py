@@ -1,4 +1,4 @@
-"""Boards and groups: who is there, what they last said, and who belongs where."""
+"""Devices and groups: who is there, what they last said, and who belongs where."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,17 +10,17 @@ from fleet.store.sqlite import Database, text
 
 
 class Devices:
-    """Every board of the fleet and every group."""
+    """Every device of the fleet and every group."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    # -- boards ------------------------------------------------------------------------------------------------------
+    # -- devices ------------------------------------------------------------------------------------------------------
 
     def add(
         self, *, device: str, name: str, machine: str, sealing_key: str, key_sha256: str, group: str, now: float
     ) -> bool:
-        """Take a board in; false when its key, and so its id, is known already."""
+        """Take a device in; false when its key, and so its id, is known already."""
         with self._db.atomic():
             if self._db.value("SELECT 1 FROM devices WHERE id = ? OR key_sha256 = ?", device, key_sha256):
                 return False
@@ -41,21 +41,21 @@ class Devices:
         return True
 
     def get(self, device: str) -> DeviceRow | None:
-        """One board."""
+        """One device."""
         row = self._db.row("SELECT * FROM devices WHERE id = ?", device)
         return None if row is None else read(DeviceRow, row)
 
     def some(self, devices: Iterable[str]) -> list[DeviceRow]:
-        """These boards, by id."""
+        """These devices, by id."""
         sql = "SELECT * FROM devices WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id"
         return [read(DeviceRow, row) for row in self._db.rows(sql, text(sorted(devices)))]
 
     def all(self) -> list[DeviceRow]:
-        """Every board, by id."""
+        """Every device, by id."""
         return [read(DeviceRow, row) for row in self._db.rows("SELECT * FROM devices ORDER BY id")]
 
     def online(self, devices: Iterable[str]) -> dict[str, bool]:
-        """Which of these boards are online, revoked ones left out."""
+        """Which of these devices are online, revoked ones left out."""
         rows = self._db.rows(
             "SELECT id, online FROM devices WHERE NOT revoked AND id IN (SELECT value FROM json_each(?))",
             text(sorted(devices)),
@@ -63,13 +63,13 @@ class Devices:
         return {row["id"]: bool(row["online"]) for row in rows}
 
     def count(self) -> tuple[int, int]:
-        """How many boards there are, and how many are online."""
+        """How many devices there are, and how many are online."""
         row = self._db.row("SELECT count(*) AS n, coalesce(sum(online), 0) AS up FROM devices WHERE NOT revoked")
         assert row is not None
         return row["n"], row["up"]
 
     def hear_hello(self, hello: Hello, now: float) -> None:
-        """A board connected."""
+        """A device connected."""
         self._db.run(
             "UPDATE devices SET online = 1, seen_at = ?, boot_id = ?, accepted = ?, deployed = ?, committed = ?, "
             "versions = ? WHERE id = ?",
@@ -78,7 +78,7 @@ class Devices:
         )
 
     def hear_state(self, state: State, now: float) -> bool:
-        """A board came or went; true when that is news."""
+        """A device came or went; true when that is news."""
         was = self._db.value("SELECT online FROM devices WHERE id = ?", state.device)
         if was is None:
             return False
@@ -91,7 +91,7 @@ class Devices:
         return bool(was) != state.online
 
     def hear_health(self, messages: Iterable[tuple[Health, bytes]], now: float) -> None:
-        """The newest health of some boards, with the bytes as they came."""
+        """The newest health of some devices, with the bytes as they came."""
         self._db.many(
             "UPDATE devices SET health_at = ?, health = ?, seen_at = ?, accepted = max(accepted, ?), "
             "committed = ?, versions = ? WHERE id = ?",
@@ -102,7 +102,7 @@ class Devices:
         )
 
     def signs(self, device: str) -> bool:
-        """Whether a board has ever signed a report."""
+        """Whether a device has ever signed a report."""
         return bool(self._db.value("SELECT signs FROM devices WHERE id = ?", device))
 
     def set_signs(self, device: str) -> None:
@@ -110,7 +110,7 @@ class Devices:
         self._db.run("UPDATE devices SET signs = 1 WHERE id = ? AND NOT signs", device)
 
     def sealing_proof(self, device: str) -> str:
-        """The board's signed word on its sealing key; empty where it never gave one."""
+        """The device's signed word on its sealing key; empty where it never gave one."""
         return str(self._db.value("SELECT sealing_proof FROM devices WHERE id = ?", device) or "")
 
     def set_sealing_proof(self, device: str, proof: str) -> None:
@@ -118,7 +118,7 @@ class Devices:
         self._db.run("UPDATE devices SET sealing_proof = ? WHERE id = ?", proof, device)
 
     def touch(self, device: str, now: float) -> None:
-        """The board said something."""
+        """The device said something."""
         self._db.run("UPDATE devices SET seen_at = ? WHERE id = ?", now, device)
 
     def set_labels(self, device: str, labels: dict[str, str]) -> None:
@@ -132,7 +132,7 @@ class Devices:
             self._db.run("UPDATE certificates SET revoked = 1 WHERE device = ?", device)
 
     def next_command(self, device: str, *, at_least: int = 1) -> int:
-        """The next command's sequence number for this board; `at_least` keeps a restored store from repeating."""
+        """The next command's sequence number for this device; `at_least` keeps a restored store from repeating."""
         with self._db.atomic():
             self._db.run("UPDATE devices SET commands = max(commands + 1, ?) WHERE id = ?", at_least, device)
             return int(self._db.value("SELECT commands FROM devices WHERE id = ?", device))
@@ -160,11 +160,11 @@ class Devices:
         return [read(GroupRow, row) for row in self._db.rows("SELECT * FROM groups ORDER BY name")]
 
     def join(self, group: str, devices: Iterable[str]) -> None:
-        """List boards in a group."""
+        """List devices in a group."""
         self._db.many('INSERT OR IGNORE INTO members ("group", device) VALUES (?, ?)', ((group, d) for d in devices))
 
     def leave(self, group: str, devices: Iterable[str]) -> None:
-        """Take boards off a group's list."""
+        """Take devices off a group's list."""
         self._db.many('DELETE FROM members WHERE "group" = ? AND device = ?', ((group, d) for d in devices))
 
     def listed(self, group: str) -> list[str]:
@@ -172,7 +172,7 @@ class Devices:
         return [row["device"] for row in self._db.rows('SELECT device FROM members WHERE "group" = ?', group)]
 
     def members(self, group: GroupRow) -> list[str]:
-        """The boards that belong to a group, revoked ones left out."""
+        """The devices that belong to a group, revoked ones left out."""
         if group.selector:
             rows = self._db.rows("SELECT id, labels FROM devices WHERE NOT revoked ORDER BY id")
             return [row["id"] for row in rows if _chosen(group.selector, msgspec.json.decode(row["labels"]))]
@@ -183,11 +183,11 @@ class Devices:
         return [row["id"] for row in rows]
 
     def groups_of(self, device: DeviceRow) -> list[GroupRow]:
-        """The groups that a board belongs to, by name."""
+        """The groups that a device belongs to, by name."""
         return self.groups_of_each([device])[device.id]
 
     def groups_of_each(self, devices: Sequence[DeviceRow]) -> dict[str, list[GroupRow]]:
-        """The same for many boards at once."""
+        """The same for many devices at once."""
         groups = self.groups()
         listed: dict[str, set[str]] = {}
         rows = (
@@ -213,7 +213,7 @@ class Devices:
     # -- what happened -----------------------------------------------------------------------------------------------
 
     def note(self, device: str, kind: str, words: str, *, now: float, rollout: str = "", assignment: int = 0) -> None:
-        """Write an event into the board's timeline."""
+        """Write an event into the device's timeline."""
         self._db.insert(
             "events",
             {
@@ -227,7 +227,7 @@ class Devices:
         )
 
     def events(self, device: str, limit: int) -> list[EventRow]:
-        """What happened to a board, newest first."""
+        """What happened to a device, newest first."""
         sql = "SELECT * FROM events WHERE device = ? ORDER BY at DESC, id DESC LIMIT ?"
         return [read(EventRow, row) for row in self._db.rows(sql, device, limit)]
 

@@ -1,4 +1,4 @@
-"""Rollouts, how each board stands in them, and the settled values that they leave behind."""
+"""Rollouts, how each device stands in them, and the settled values that they leave behind."""
 
 from collections.abc import Iterable
 
@@ -111,7 +111,7 @@ class Rollouts:
         return [read(RolloutRow, row) for row in self._db.rows(sql, *params, limit)]
 
     def overlays(self, device: str) -> list[RolloutRow]:
-        """The rollouts that this board has been offered and that are still in force, oldest first.
+        """The rollouts that this device has been offered and that are still in force, oldest first.
 
         Those are the open ones, and the superseded ones whose successor, or its successor, is open.
         """
@@ -158,10 +158,10 @@ class Rollouts:
             *(reason, number, reason),
         )
 
-    # -- boards in a rollout -----------------------------------------------------------------------------------------
+    # -- devices in a rollout -----------------------------------------------------------------------------------------
 
     def boards(self, number: int) -> list[tuple[DeviceProgress, Extra]]:
-        """Every board of a rollout, in the order in which they are offered."""
+        """Every device of a rollout, in the order in which they are offered."""
         sql = (
             "SELECT b.*, coalesce(d.online, 0) AS online FROM boards b LEFT JOIN devices d ON d.id = b.device "
             "WHERE rollout = ? ORDER BY wave, b.device"
@@ -169,7 +169,7 @@ class Rollouts:
         return [(read(DeviceProgress, row), read(Extra, row)) for row in self._db.rows(sql, number)]
 
     def standing(self, number: int) -> list[DeviceProgress]:
-        """The same boards with only what decisions need; a rollout may have thousands, and is decided often."""
+        """The same devices with only what decisions need; a rollout may have thousands, and is decided often."""
         rows = self._db.tuples(
             "SELECT b.device, b.wave, b.outcome, coalesce(d.online, 0), b.offered_at, b.acked_at, b.ended_at, "
             "b.attempt, '', NULL, b.code, b.message FROM boards b LEFT JOIN devices d ON d.id = b.device "
@@ -183,7 +183,7 @@ class Rollouts:
         ]
 
     def board(self, number: int, device: str) -> tuple[DeviceProgress, Extra] | None:
-        """One board of a rollout."""
+        """One device of a rollout."""
         sql = (
             "SELECT b.*, coalesce(d.online, 0) AS online FROM boards b LEFT JOIN devices d ON d.id = b.device "
             "WHERE rollout = ? AND device = ?"
@@ -192,7 +192,7 @@ class Rollouts:
         return None if row is None else (read(DeviceProgress, row), read(Extra, row))
 
     def counts(self, number: int) -> dict[str, int]:
-        """How many boards stand how."""
+        """How many devices stand how."""
         sql = "SELECT outcome, count(*) AS n FROM boards WHERE rollout = ? GROUP BY outcome"
         return {row["outcome"]: row["n"] for row in self._db.rows(sql, number)}
 
@@ -202,7 +202,7 @@ class Rollouts:
         return {row["state"]: row["n"] for row in rows}
 
     def set_board(self, number: int, board: DeviceProgress, extra: Extra) -> None:
-        """Write a board's standing, and let those who watch the rollout know."""
+        """Write a device's standing, and let those who watch the rollout know."""
         values = {**_columns(board), **_extra(extra)}
         assignments = ", ".join(f"{name} = ?" for name in values)
         sql = f"UPDATE boards SET {assignments} WHERE rollout = ? AND device = ?"  # noqa: S608 - names are ours
@@ -210,16 +210,16 @@ class Rollouts:
         self._db.run("UPDATE rollouts SET revision = revision + 1 WHERE number = ?", number)
 
     def set_previous(self, number: int, device: str, target: str) -> None:
-        """What the board should have run before it was offered this."""
+        """What the device should have run before it was offered this."""
         self._db.run("UPDATE boards SET previous = ? WHERE rollout = ? AND device = ?", target, number, device)
 
     def set_version(self, number: int, device: str, version: int) -> None:
-        """Which assignment offered it to this board first."""
+        """Which assignment offered it to this device first."""
         sql = "UPDATE boards SET version = ? WHERE rollout = ? AND device = ? AND version = 0"
         self._db.run(sql, version, number, device)
 
     def offered(self, device: str, *, undecided: bool) -> list[RolloutRow]:
-        """Rollouts that this board was offered; with `undecided` those whose outcome here is open."""
+        """Rollouts that this device was offered; with `undecided` those whose outcome here is open."""
         extra = "AND b.outcome IN ('waiting', 'deferred', 'in-progress')" if undecided else ""
         sql = (
             "SELECT r.* FROM rollouts r JOIN boards b ON b.rollout = r.number "  # noqa: S608 - one of two constants
@@ -230,12 +230,12 @@ class Rollouts:
     # -- settled values ----------------------------------------------------------------------------------------------
 
     def settled(self, *, group: str = "", device: str = "") -> list[SettledRow]:
-        """What a group (or, with `device`, a board by its pins) runs when every rollout is over."""
+        """What a group (or, with `device`, a device by its pins) runs when every rollout is over."""
         sql = 'SELECT * FROM settled WHERE "group" = ? AND device = ? ORDER BY instance'
         return [read(SettledRow, row) for row in self._db.rows(sql, group, device)]
 
     def pins(self) -> dict[str, list[str]]:
-        """By board, the instances that are pinned there."""
+        """By device, the instances that are pinned there."""
         found: dict[str, list[str]] = {}
         for row in self._db.rows("SELECT device, instance FROM settled WHERE device != '' ORDER BY device, instance"):
             found.setdefault(row["device"], []).append(row["instance"])

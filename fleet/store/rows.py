@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A board. `health` is the newest health message as it came; every report up to `acked` is stored."""
+    """A device. `health` is the newest health message as it came; every report up to `acked` is stored."""
 
     id: str
     name: str
@@ -68,7 +68,7 @@ class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CertificateRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A certificate that the CA gave to a board."""
+    """A certificate that the CA gave to a device."""
 
     serial: str
     device: str
@@ -79,7 +79,7 @@ class CertificateRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SettledRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What a group or a board runs as one instance when every rollout is over."""
+    """What a group or a device runs as one instance when every rollout is over."""
 
     group: str
     device: str
@@ -117,7 +117,7 @@ class RolloutRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Extra(msgspec.Struct, frozen=True, kw_only=True):
-    """What is kept of a board in a rollout beside its standing.
+    """What is kept of a device in a rollout beside its standing.
 
     Attributes:
         previous: target path that it should have run before, empty for none.
@@ -154,7 +154,7 @@ class ReportRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a board beside its reports."""
+    """Something that happened to a device beside its reports."""
 
     device: str
     at: float

@@ -3,7 +3,7 @@
 One SQLite file behind one connection, opened with the care that a server's memory deserves.
 
 WAL, so that a reader never waits for a writer, and `synchronous=FULL`, since a report is acknowledged when it is
-stored and the board then forgets it. Used from one thread: the server's loop. Transactions are short, and what comes
+stored and the device then forgets it. Used from one thread: the server's loop. Transactions are short, and what comes
 in by the thousand is written in batches.
 
 The schema, as the functions that lead to it. `PRAGMA user_version` counts those that ran; none is ever changed.
@@ -208,7 +208,7 @@ def migration(function: Migration) -> Migration:
 
 @migration
 def boards_and_groups(db: sqlite_utils.Database) -> None:
-    """Boards, groups, what each may do, and who did what."""
+    """Devices, groups, what each may do, and who did what."""
     db.executescript("""
         CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
         CREATE TABLE groups (
@@ -260,7 +260,7 @@ def boards_and_groups(db: sqlite_utils.Database) -> None:
 
 @migration
 def rollouts_and_delivery(db: sqlite_utils.Database) -> None:
-    """What boards should run, how it gets there, and what they say."""
+    """What devices should run, how it gets there, and what they say."""
     db.executescript("""
         CREATE TABLE artifacts (
             sha256 TEXT PRIMARY KEY, length INTEGER NOT NULL, stored_at REAL NOT NULL, by TEXT NOT NULL
@@ -309,13 +309,13 @@ def rollouts_and_delivery(db: sqlite_utils.Database) -> None:
 
 @migration
 def signed_reports(db: sqlite_utils.Database) -> None:
-    """Whether a board has signed a report: from then on it is not heard without."""
+    """Whether a device has signed a report: from then on it is not heard without."""
     db.executescript("ALTER TABLE devices ADD COLUMN signs INTEGER NOT NULL DEFAULT 0;")
 
 
 @migration
 def sealed_secrets(db: sqlite_utils.Database) -> None:
-    """Secrets in boxes, each for one board; and each board's own word on its sealing key."""
+    """Secrets in boxes, each for one device; and each device's own word on its sealing key."""
     db.executescript("""
         ALTER TABLE devices ADD COLUMN sealing_proof TEXT NOT NULL DEFAULT '';
         CREATE TABLE secret_versions (

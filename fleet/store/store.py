@@ -25,7 +25,7 @@ from fleet.store.sqlite import Database
 
 
 class Store:
-    """Boards, access, rollouts, delivery and secrets over one database."""
+    """Devices, access, rollouts, delivery and secrets over one database."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -85,7 +85,7 @@ class Access:
         return None if row is None else read(TokenRow, row)
 
     def use_token(self, secret: str, *, device: str, now: float) -> bool:
-        """Spend a token; false when it was spent before. Within the transaction that adds the board."""
+        """Spend a token; false when it was spent before. Within the transaction that adds the device."""
         sql = "UPDATE tokens SET used_at = ?, device = ? WHERE secret_sha256 = ? AND used_at IS NULL"
         return self._db.run(sql, now, device, hashed(secret)) == 1
 
@@ -142,7 +142,7 @@ class Access:
         return None if row is None else read(CertificateRow, row)
 
     def newest_certificate(self, device: str) -> CertificateRow | None:
-        """The one that a board was given last."""
+        """The one that a device was given last."""
         sql = "SELECT * FROM certificates WHERE device = ? ORDER BY issued_at DESC LIMIT 1"
         row = self._db.row(sql, device)
         return None if row is None else read(CertificateRow, row)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.host.engine import runtime
-from fleet.component import reader
+from fleet.component import reader, wasi
 
 WIT = Path(__file__).resolve().parents[2] / "components/wit"
 VERSIONS = tomllib.loads((WIT / "versions.toml").read_text())
@@ -25,10 +25,10 @@ def test_every_interface_of_the_packages_is_listed_in_its_version():
 
 
 def test_what_the_reader_and_the_host_know_is_listed():
-    for known in (reader.HTTP_HANDLER, reader.HTTP_HEALTH, reader.SCHEDULE_TASK, reader.WASI_HTTP_HANDLER):
+    for known in (reader.HTTP_HANDLER, reader.HTTP_HEALTH, reader.SCHEDULE_TASK, wasi.HTTP_HANDLER):
         assert known in VERSIONS["exports"]
     assert {runtime.HANDLER, runtime.HEALTH, runtime.TASK} <= set(VERSIONS["exports"])
-    assert {runtime.LOGGING, *runtime.CONFIG} <= set(VERSIONS["imports"])
+    assert {wasi.LOGGING, *wasi.CONFIG} <= set(VERSIONS["imports"])
 
 
 def test_the_packages_are_valid_wit():

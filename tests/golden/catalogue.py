@@ -24,7 +24,7 @@ from fleet.admin import signing_host
 from fleet.cli import audit as cli_audit
 from fleet.cli import trust_store
 from fleet.cli.base import Exit
-from fleet.component import reader
+from fleet.component import reader, wasi
 from fleet.evidence import provenance, query, sbom
 from fleet.protocol import assignment, codes, manifest, messages, names, operator_api, topics, trust_api, wire
 from fleet.protocol import names as bundle_layout
@@ -281,7 +281,7 @@ CONSTANTS: dict[str, object] = {
     "layers of containment": list(sandbox.LAYERS),
     "ways to run a host": list(sandbox.WAYS),
     "exports and imports with a meaning": sorted(
-        [runtime.HANDLER, runtime.HEALTH, runtime.TASK, runtime.STATE, runtime.LOGGING, *runtime.CONFIG]
+        [runtime.HANDLER, runtime.HEALTH, runtime.TASK, runtime.STATE, wasi.LOGGING, *wasi.CONFIG]
     ),
     "header that counts hops": routing.HOPS_HEADER.decode(),
     "file with the reason why the host did not start": host_api.WHY_NOT,

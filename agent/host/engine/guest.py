@@ -22,10 +22,8 @@ from agent.host.engine import adapter_abi
 from agent.host.engine.adapter_abi import DenyOutgoing, Requests, utf8
 from agent.host.engine.codec import Answer, StockCodec, exchange, give_bytes, set_stdin, take_bytes
 from agent.host.engine.runtime import (
-    CONFIG,
     HANDLER,
     HEALTH,
-    LOGGING,
     OPTIONAL,
     STATE,
     TASK,
@@ -40,6 +38,7 @@ from agent.host.engine.runtime import (
 from fleet.component import compose
 from fleet.component.compose import BRIDGE
 from fleet.component.reader import bare
+from fleet.component.wasi import CONFIG, ENVIRONMENT, LOGGING
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
@@ -144,7 +143,7 @@ class Guest:
             wasi.inherit_stdout()
             if stdin:
                 set_stdin(wasi, stdin)
-        if any(name.startswith("wasi:cli/environment") for name in self._image.imports):
+        if any(name.startswith(ENVIRONMENT) for name in self._image.imports):
             wasi.env = list(self._config.items())
         if self._data:
             wasi.preopen_dir(self._data, DATA)

@@ -36,7 +36,7 @@ from wasmtime import component as wc
 
 from agent.host.engine import codec
 from agent.host.engine.codec import Codec, FastCodec, Signature
-from fleet.component import compose
+from fleet.component import compose, wasi
 from fleet.component.reader import Fault, NotAComponentError, bare, read
 from fleet.protocol.bounds import MIB
 from fleet.protocol.codes import CallOutcome, RejectCode
@@ -100,10 +100,6 @@ TASK: Final = "wasmfleet:schedule/task"
 
 STATE: Final = "wasmfleet:state/state"
 
-LOGGING: Final = "wasi:logging/logging"
-
-CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
-
 # What the host calls, and what it serves by functions of its own; `agent.host.engine.codec` lays values out by these
 # types.
 SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
@@ -114,18 +110,15 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (STATE, "load-state"): codec.LOAD_STATE,
     (compose.BRIDGE, "handle"): codec.EXCHANGE,
     (compose.BRIDGE, "flush"): codec.FLUSH,
-    (LOGGING, "log"): codec.LOG,
-    **{(config, "get"): codec.GET for config in CONFIG},
-    **{(config, "get-all"): codec.GET_ALL for config in CONFIG},
+    (wasi.LOGGING, "log"): codec.LOG,
+    **{(config, "get"): codec.GET for config in wasi.CONFIG},
+    **{(config, "get-all"): codec.GET_ALL for config in wasi.CONFIG},
 }
 
 OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state"))
 
 # What the adapter itself imports: it comes with wasi:http and needs no grant.
-_ADAPTERS_OWN: Final = frozenset(
-    {compose.HOST, "wasi:io/error", "wasi:io/poll", "wasi:io/streams"}
-    | {"wasi:cli/stdin", "wasi:cli/stdout", "wasi:cli/stderr"}
-)
+_ADAPTERS_OWN: Final = frozenset({compose.HOST} | wasi.IO | wasi.STDIO)
 
 _ADAPTER: Final = compose.load_adapter()  # read now: the compiler cannot open it from inside its cell
 

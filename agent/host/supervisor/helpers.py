@@ -28,6 +28,7 @@ from agent.host.http import router
 from agent.host.http.router import run_router
 from agent.host.ipc import framing, helper_api, host_api
 from agent.host.sandbox import sandbox
+from fleet.component.wasi import OUTGOING_HANDLER
 from fleet.protocol import wire
 from fleet.protocol.manifest import Grants
 
@@ -149,12 +150,9 @@ class RouterHandle:
             self._ended()
 
 
-HANDLER: Final = "wasi:http/outgoing-handler"
-
-
 def wanted(grants: Grants) -> bool:
     """Whether an instance with these grants may send requests anywhere."""
-    return grants.allows(HANDLER) and bool(grants.outbound or grants.instances)
+    return grants.allows(OUTGOING_HANDLER) and bool(grants.outbound or grants.instances)
 
 
 class EgressHandle:

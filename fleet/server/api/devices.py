@@ -1,10 +1,10 @@
 """Handlers for enrolled devices; log relay.
 
-The routes for enrolled boards. TLS has asked each for a certificate of the fleet's CA before a request is read.
+The routes for enrolled devices. TLS has asked each for a certificate of the fleet's CA before a request is read.
 
-Log lines on their way from a board to the operator who asked: in memory, for minutes, and never stored.
+Log lines on their way from a device to the operator who asked: in memory, for minutes, and never stored.
 
-A board is listened to only where an operator's command asked it for lines, and for as long as somebody reads them.
+A device is listened to only where an operator's command asked it for lines, and for as long as somebody reads them.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ class LogRelay:
         self._follows: dict[tuple[str, int], _Follow] = {}
 
     def expect(self, device: str, command: int, instance: str, *, minutes: int) -> None:
-        """An operator's signed command has asked this board for lines."""
+        """An operator's signed command has asked this device for lines."""
         now = self._now()
         self._follows = {key: each for key, each in self._follows.items() if each.until > now}
         while len(self._follows) >= FOLLOWS_MAX:
@@ -73,7 +73,7 @@ class LogRelay:
         self._follows[device, command] = _Follow(instance, now + 60.0 * (minutes + 1), now)
 
     async def take(self, request: Request, device: DeviceRow) -> Response:
-        """POST /v1/logs, from a board."""
+        """POST /v1/logs, from a device."""
         try:
             chunk = wire.decode(LogChunk, await http.read(request, LogChunk.MAX_BYTES))
         except wire.WireError as error:
@@ -81,7 +81,7 @@ class LogRelay:
         follow = self._follows.get((device.id, chunk.command))
         now = self._now()
         if follow is None or follow.instance != chunk.instance or follow.until < now:
-            raise Refusal(409, "not-asked", "nobody asked this board for these lines")
+            raise Refusal(409, "not-asked", "nobody asked this device for these lines")
         follow.heard, follow.refused = True, chunk.refused[:500]
         follow.lines += chunk.lines
         follow.left_out += max(0, chunk.left_out) + max(0, len(follow.lines) - LINES_MAX)
@@ -96,7 +96,7 @@ class LogRelay:
         command, after = number(request, "command", 0, VERSION_MAX), number(request, "after", 0, LINES_MAX)
         follow = self._follows.get((param(request, "id"), command))
         if follow is None:
-            raise Refusal(404, "not-found", "nobody asked that board for lines, or that is over", action="fleet logs")
+            raise Refusal(404, "not-found", "nobody asked that device for lines, or that is over", action="fleet logs")
         wait_s = number(request, "wait", 0, WAIT_MAX_S)
         follow.read_at = self._now()
         if len(follow.lines) <= after and not follow.ended and wait_s:
@@ -120,7 +120,7 @@ class LogRelay:
 
 
 BROKER_SLACK_S: Final = 120.0
-"""How long the broker may take to bring an assignment before a board that asks here for it tells something."""
+"""How long the broker may take to bring an assignment before a device that asks here for it tells something."""
 
 _NAMED_MAX: Final = 5
 
@@ -130,7 +130,7 @@ Handler = Callable[[Request, DeviceRow], Awaitable[Response]]
 
 
 class DeviceApi:
-    """The API for boards: metadata, artifacts, the desired state, renewal."""
+    """The API for devices: metadata, artifacts, the desired state, renewal."""
 
     def __init__(
         self,
@@ -178,15 +178,15 @@ class DeviceApi:
         return artifact_file(self._artifacts, request)
 
     async def secret(self, request: Request, device: DeviceRow) -> Response:
-        """GET /v1/secrets/{sha256}: a box of this board's own, and of no other's."""
+        """GET /v1/secrets/{sha256}: a box of this device's own, and of no other's."""
         return box_of(self._store, device.id, param(request, "sha256"))
 
     async def desired(self, request: Request, device: DeviceRow) -> Response:
-        """GET /v1/desired: the way for a board that cannot reach the broker; with a nonce, vouched for."""
+        """GET /v1/desired: the way for a device that cannot reach the broker; with a nonce, vouched for."""
         self._doubt_broker(device)
         row = self._director.reconcile(device.id)  # what another director's key signed is nobody's word any more
         if row is None:
-            raise Refusal(404, "not-found", "nothing was ever assigned to this board")
+            raise Refusal(404, "not-found", "nothing was ever assigned to this device")
         body, nonce = row.envelope, request.query_params.get("nonce")
         if nonce is not None:
             if not _NONCE.fullmatch(nonce):
@@ -196,7 +196,7 @@ class DeviceApi:
         return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
 
     def _doubt_broker(self, device: DeviceRow) -> None:
-        """A board asks here for what the broker should have brought: noted until the broker brings its word."""
+        """A device asks here for what the broker should have brought: noted until the broker brings its word."""
         newest = self._store.delivery.assignment(device.id)
         now = self._clock()
         if newest is None or newest.version <= device.accepted or now.timestamp() - newest.issued < BROKER_SLACK_S:
@@ -207,7 +207,7 @@ class DeviceApi:
         self._unheard[device.id] = now.timestamp()
 
     def problems(self) -> list[str]:
-        """Boards that the broker does not reach, or keeps from their newest assignment, in one sentence."""
+        """Devices that the broker does not reach, or keeps from their newest assignment, in one sentence."""
         rows = {row.id: row for row in self._store.devices.some(self._unheard)}
         for device, since in list(self._unheard.items()):
             row = rows.get(device)
@@ -216,7 +216,7 @@ class DeviceApi:
         if not self._unheard:
             return []
         some = ", ".join(sorted(self._unheard)[:_NAMED_MAX])
-        return [f"the broker keeps assignments from {len(self._unheard)} boards, which ask over HTTPS: {some}"]
+        return [f"the broker keeps assignments from {len(self._unheard)} devices, which ask over HTTPS: {some}"]
 
     async def renew(self, request: Request, device: DeviceRow) -> Response:
         """POST /v1/renew."""

@@ -1,6 +1,6 @@
 """Handlers: metadata and artifacts.
 
-What publishers bring and boards fetch: TUF metadata and artifacts, on both listeners.
+What publishers bring and devices fetch: TUF metadata and artifacts, on both listeners.
 
 Artifacts: files named by the sha256 of their bytes. An upload becomes a file only when its hash is its name.
 """
@@ -72,7 +72,7 @@ class Artifacts:
                     length += len(block)
                     if length > bounds.ARTIFACT_MAX_BYTES:
                         raise ArtifactError(
-                            f"more than {bounds.ARTIFACT_MAX_BYTES >> 20} MiB: a component of that size fits no board"
+                            f"more than {bounds.ARTIFACT_MAX_BYTES >> 20} MiB: a component of that size fits no device"
                         )
                     await run_in_threadpool(_take, file, digest, block)
             if digest.hexdigest() != sha256:
@@ -170,7 +170,7 @@ class PublishingHandlers:
         reply = await self._online.published(lambda: self._repository.publish(namespace, data, now=self._clock()))
         self._audit.record(by, "publish-role", namespace, f"version {reply.version}")
         if before - {release.name.path for release in self._repository.releases()}:
-            # something was revoked: it comes off every board that runs it
+            # something was revoked: it comes off every device that runs it
             self._controller.touch(row.id for row in self._store.devices.all())
         return answer(reply, 201)
 
@@ -179,7 +179,7 @@ class PublishingHandlers:
         data = await http.read(request, events.MAX_BYTES)
         reply = await self._online.published(lambda: self._repository.publish_event(data, now=self._clock()))
         self._audit.record(by, "publish-event", events.decode(data).name, events.decode(data).note[:200])
-        # keys and namespaces may have come and gone: every board's assignment is held against what is trusted now
+        # keys and namespaces may have come and gone: every device's assignment is held against what is trusted now
         self._controller.touch(row.id for row in self._store.devices.all())
         return answer(reply, 201)
 

@@ -1,8 +1,8 @@
-"""Secrets on the server: sealed as they come in, kept as boxes, given to the board that each is for.
+"""Handlers for secrets: seal values when they arrive, store boxes, give each device its own.
 
-A value is in this process from the request to the last board's box; it is stored nowhere, logged nowhere and part of no
-answer. With boxes that an operator sealed the server never sees it. Since no value is kept, a board that joins later
-lacks the secret until somebody sets it again; which one does, is listed.
+A value is in this process from the request to the last device's box: never stored, logged or part of a reply. A value
+that an operator sealed is never seen by the server. Since no value is stored, a device that joins later lacks the
+secret until somebody sets it again; the listing names such devices.
 """
 
 import base64
@@ -103,13 +103,13 @@ class SecretHandlers:
                 )
         had = [board.id for board in boards if self._store.boxes.remove(board.id, instance, name)]
         if not had:
-            raise Refusal(404, "unknown-secret", f"no board there has a secret {name} of {instance}")
+            raise Refusal(404, "unknown-secret", f"no device there has a secret {name} of {instance}")
         self._audit.record(by, "remove-secret", f"{instance}/{name}", wish.group or wish.device)
         self._controller.touch(had)
         return answer(self.listing())
 
     async def box(self, request: Request, _by: str) -> Response:
-        """GET /v1/devices/{id}/secrets/{sha256}: the box of one board, for a bundle."""
+        """GET /v1/devices/{id}/secrets/{sha256}: the box of one device, for a bundle."""
         return box_of(self._store, param(request, "id"), param(request, "sha256"))
 
     # -- what they do ------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class SecretHandlers:
         sealed = self._taken(wish, boards) if wish.boxes else self._sealed(name, wish.value, instance, version, boards)
         if boards and not sealed:
             raise Refusal(
-                409, "no-sealing-key", "no board there has a sealing key", action="enrol them anew: fleet-agent enroll"
+                409, "no-sealing-key", "no device there has a sealing key", action="enrol them anew: fleet-agent enroll"
             )
         now = self._clock().timestamp()
         with self._store.atomic():
@@ -167,7 +167,7 @@ class SecretHandlers:
             purpose = Purpose(
                 fleet=self._director.fleet, device=board.id, instance=instance, name=name, version=version
             )
-            with contextlib.suppress(SigningError):  # one board without a key does not keep the others from theirs
+            with contextlib.suppress(SigningError):  # one device without a key does not keep the others from theirs
                 box = sealing.seal(value, recipient=board.sealing_key, purpose=purpose)
                 found.append(SealedBox(device=board.id, box=box, sealed="server"))
         return found
@@ -178,7 +178,7 @@ class SecretHandlers:
         found: list[SealedBox] = []
         for each in wish.boxes:
             if each.device not in known or any(each.device == other.device for other in found):
-                raise Refusal(400, "bad-request", f"{each.device} is not among these boards, or there twice")
+                raise Refusal(400, "bad-request", f"{each.device} is not among these devices, or there twice")
             try:
                 box = base64.b64decode(each.box, validate=True)
             except (binascii.Error, ValueError):
@@ -188,7 +188,7 @@ class SecretHandlers:
         return found
 
     def listing(self) -> Secrets:
-        """Every secret that some board has or lacks."""
+        """Every secret that some device has or lacks."""
         rows: dict[tuple[str, str], list[Holding]] = {}
         for box in self._store.boxes.all():
             holding = Holding(
@@ -219,7 +219,7 @@ class SecretHandlers:
     # -- who and what ------------------------------------------------------------------------------------------------
 
     def _boards(self, group: str, device: str) -> Sequence[DeviceRow]:
-        """The boards that belong there now, by labels that operators set and by nothing that a board says of itself."""
+        """Return a group's members, by labels that operators set and by nothing that a device says of itself."""
         if bool(group) == bool(device):
             raise Refusal(400, "bad-request", "name either a group or a device")
         if device:
@@ -232,7 +232,7 @@ class SecretHandlers:
             raise Refusal(404, "unknown-group", f"there is no group {group!r}", action="fleet groups lists them")
         members = self._store.devices.members(found)
         if len(members) > BOARDS_MAX:
-            raise Refusal(413, "too-large", f"{group} has {len(members)} boards, at most {BOARDS_MAX} at once")
+            raise Refusal(413, "too-large", f"{group} has {len(members)} devices, at most {BOARDS_MAX} at once")
         return self._store.devices.some(members)
 
     def _runs(self, board: DeviceRow, instance: str) -> Release | None:
@@ -278,7 +278,7 @@ class SecretHandlers:
 
 
 def box_of(store: Store, device: str, sha256: str) -> Response:
-    """A board's own box.
+    """A device's own box.
 
     Raises:
         Refusal: it has no such box.
@@ -286,5 +286,5 @@ def box_of(store: Store, device: str, sha256: str) -> Response:
     """
     found = store.boxes.box(device, names.check_sha256(sha256))
     if found is None:
-        raise Refusal(404, "not-found", "this board has no such box")
+        raise Refusal(404, "not-found", "this device has no such box")
     return Response(found, media_type="application/octet-stream", headers={"cache-control": "no-store"})

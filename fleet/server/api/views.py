@@ -35,10 +35,10 @@ class Views:
     def __init__(self, *, store: Store, director: Director, clock: Callable[[], datetime]) -> None:
         self._store, self._director, self._clock = store, director, clock
 
-    # -- boards ------------------------------------------------------------------------------------------------------
+    # -- devices ------------------------------------------------------------------------------------------------------
 
     def devices(self) -> operator_api.Devices:
-        """Every board."""
+        """Every device."""
         rows = self._store.devices.all()
         groups = self._store.devices.groups_of_each(rows)
         pins, versions = self._store.rollouts.pins(), self._store.delivery.versions()
@@ -49,7 +49,7 @@ class Views:
         )
 
     def row(self, row: DeviceRow) -> operator_api.DeviceRow:
-        """One board as in a listing."""
+        """One device as in a listing."""
         assignment = self._store.delivery.assignment(row.id)
         return _row(
             row,
@@ -59,7 +59,7 @@ class Views:
         )
 
     def detail(self, row: DeviceRow) -> operator_api.DeviceDetail:
-        """All about one board."""
+        """All about one device."""
         certificate = self._store.access.newest_certificate(row.id)
         effective = self._director.effective(row)
         attempts = self._store.delivery.attempts(row.id)
@@ -99,14 +99,14 @@ class Views:
         return tuple(entry for entry in newest.values() if entry.phase is not Phase.COMMITTED)
 
     def timeline(self, device: str, limit: int) -> operator_api.Timeline:
-        """What happened to a board, newest first."""
+        """What happened to a device, newest first."""
         reports = [_reported(row) for row in self._store.delivery.reports(device, limit)]
         events = [_happened(row) for row in self._store.devices.events(device, limit)]
         entries = sorted([*reports, *events], key=lambda entry: entry.at, reverse=True)
         return operator_api.Timeline(device=device, entries=tuple(entries[:limit]))
 
     def history(self, row: DeviceRow, *, after: tuple[str, int]) -> History:
-        """A board's reports as it signed them, with its certificate, page by page."""
+        """A device's reports as it signed them, with its certificate, page by page."""
         certificate = self._store.access.newest_certificate(row.id)
         rows = self._store.delivery.history(row.id, after=after, limit=HISTORY_PAGE)
         return History(
@@ -146,7 +146,7 @@ class Views:
     # -- rollouts ----------------------------------------------------------------------------------------------------
 
     def rollouts(self, rows: Iterable[RolloutRow]) -> operator_api.Rollouts:
-        """Rollouts without their boards."""
+        """Rollouts without their devices."""
         return operator_api.Rollouts(rollouts=tuple(self.rollout(row, boards=False) for row in rows))
 
     def rollout(self, row: RolloutRow, *, boards: bool = True) -> operator_api.RolloutView:
@@ -219,7 +219,7 @@ def _row(row: DeviceRow, groups: Iterable[GroupRow], *, pins: Iterable[str], ass
 
 
 def health_of(row: DeviceRow) -> Health | None:
-    """A board's newest health; None where there is none, or one that a server of before took and nobody can read."""
+    """A device's newest health; None where there is none, or one that a server of before took and nobody can read."""
     if row.health is None:
         return None
     try:
@@ -332,7 +332,7 @@ class Metrics:
     """The server's figures.
 
     Args:
-        messages: what came from boards, by kind.
+        messages: what came from devices, by kind.
         connected: whether the server is on its broker.
     """
 
@@ -343,12 +343,12 @@ class Metrics:
         """The exposition."""
         devices, online = self._store.devices.count()
         lines = [
-            *_metric("wasmfleet_devices", "gauge", "Boards that are enrolled.", [("", devices)]),
-            *_metric("wasmfleet_devices_online", "gauge", "Boards that are online.", [("", online)]),
+            *_metric("wasmfleet_devices", "gauge", "Devices that are enrolled.", [("", devices)]),
+            *_metric("wasmfleet_devices_online", "gauge", "Devices that are online.", [("", online)]),
             *_metric(
                 "wasmfleet_devices_behind",
                 "gauge",
-                "Boards that have not accepted their newest assignment.",
+                "Devices that have not accepted their newest assignment.",
                 [("", len(self._store.delivery.behind()))],
             ),
             *_metric(
@@ -360,7 +360,7 @@ class Metrics:
             *_metric(
                 "wasmfleet_messages_total",
                 "counter",
-                "Messages from boards by kind.",
+                "Messages from devices by kind.",
                 [(f'{{kind="{kind}"}}', count) for kind, count in sorted(self._messages.items())],
             ),
             *_metric(

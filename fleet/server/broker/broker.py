@@ -6,9 +6,9 @@ A broker as a child process: started, watched, started again, stopped. Its words
 
 Mosquitto with a generated configuration: who may connect is the CA's word, who may say what is the topic's.
 
-Each client shows a certificate; its CN becomes user name and client id, so that no board can take another's place. A
-board writes below its own `up/`, reads below its own `down/` and the common poke; the server reads and writes
-everything. Boards that were shut out get a deny line, which silences even a live connection at the next SIGHUP.
+Each client shows a certificate; its CN becomes user name and client id, so that no device can take another's place. A
+device writes below its own `up/`, reads below its own `down/` and the common poke; the server reads and writes
+everything. Devices that were shut out get a deny line, which silences even a live connection at the next SIGHUP.
 """
 
 import asyncio
@@ -94,7 +94,7 @@ class Broker:
             await self._child.start()
 
     def shut_out(self, revoked: Iterable[str]) -> None:
-        """These boards may not speak any more; certificates on disk are read again too."""
+        """These devices may not speak any more; certificates on disk are read again too."""
         if self._child is not None:
             self._write(revoked)
             self._child.reload()

@@ -7,7 +7,7 @@ belong to the certificate's CN; then the plugin below holds each session to its 
 subscriptions to `$share` that it never serves, forgets everything when it ends, and is slow: a fleet that matters runs
 Mosquitto.
 
-SIGHUP reads the certificate and the list of boards that were shut out anew.
+SIGHUP reads the certificate and the list of devices that were shut out anew.
 
     python -m fleet.server.broker.embedded HOST PORT CA CERTIFICATE KEY REVOKED LISTS
 """

@@ -253,9 +253,9 @@ def test_a_schedule_cannot_be_guessed_but_the_file_to_save_is_shown():
 
 
 def test_a_component_that_no_board_can_call():
-    with pytest.raises(BadManifestError, match=r"exports nothing; a board can call one of wasmfleet:http/handler"):
+    with pytest.raises(BadManifestError, match=r"exports nothing; a device can call one of wasmfleet:http/handler"):
         component_toml.infer("x.wasm", made(exports=[]))
-    with pytest.raises(BadManifestError, match=r"exports only my:own/thing@1\.0\.0; a board can call"):
+    with pytest.raises(BadManifestError, match=r"exports only my:own/thing@1\.0\.0; a device can call"):
         component_toml.infer("x.wasm", made(exports=["my:own/thing@1.0.0"]))
 
 

@@ -116,7 +116,7 @@ PREVIEW1 = '(module (import "wasi_snapshot_preview1" "fd_write" (func (param i32
         (b"\x93\x01\x55\xaa" * 40, Fault.NOT_WASM, "begins with 93 01 55 aa"),
         (b"\0as", Fault.NOT_WASM, "not WebAssembly"),
         (b"\0asm\x0d", Fault.DAMAGED, "ends in its first 5 bytes"),
-        (b"\x7fELF\x02\x01\x01", Fault.NOT_WASM, "boards take the component itself"),
+        (b"\x7fELF\x02\x01\x01", Fault.NOT_WASM, "devices take the component itself"),
         (b"\0asm\x0c\0\1\0", Fault.OTHER_VERSION, "0c 00 01 00"),
         (b";; a remark\n(component\n", Fault.TEXT, "wasm-tools parse thing.wasm -o thing.wasm"),
         (wat2wasm("(module)"), Fault.CORE_MODULE, "wasm-tools component embed"),

@@ -29,7 +29,7 @@ def test_an_open_rollout_overlays_its_own_scope_only():
     assert what(groups, overlays=[low])["a"] == ("v2", "group high")
     assert what(groups, overlays=[high])["a"] == ("v8", "rollout 8 (group high)")
     board = Overlay("r9", 9, "", "a", Value("v9"))
-    assert what(groups, {"a": V3}, [low, high, board])["a"] == ("v9", "rollout 9 (this board)")
+    assert what(groups, {"a": V3}, [low, high, board])["a"] == ("v9", "rollout 9 (this device)")
 
 
 def test_the_newer_of_two_rollouts_in_one_scope_counts():

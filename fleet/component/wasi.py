@@ -1,0 +1,17 @@
+"""Names of WASI interfaces, without their versions."""
+
+from typing import Final
+
+HTTP_HANDLER: Final = "wasi:http/incoming-handler"
+HTTP_TYPES: Final = "wasi:http/types"
+OUTGOING_HANDLER: Final = "wasi:http/outgoing-handler"
+RUN: Final = "wasi:cli/run"
+ENVIRONMENT: Final = "wasi:cli/environment"
+MESSAGING_HANDLER: Final = "wasi:messaging/incoming-handler"
+LOGGING: Final = "wasi:logging/logging"
+
+IO: Final = frozenset({"wasi:io/error", "wasi:io/poll", "wasi:io/streams"})
+STDIO: Final = frozenset({"wasi:cli/stdin", "wasi:cli/stdout", "wasi:cli/stderr"})
+
+CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
+"""The interface and the name that an earlier draft gave it."""
