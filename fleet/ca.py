@@ -1,29 +1,29 @@
-"""Root and issuing CA.
+"""Certificate authority of a fleet: root and issuing CA.
 
-The fleet's certificate authority: who may connect. It says nothing about what may run; that is `signing`'s.
+Certificates say who may connect; `signing` says what may run.
 
-One root a fleet, EC P-256, made once, which devices and operators pin. In a fleet for production its key is with the
-operator, and the server issues with an issuing CA below it (`fleet.ca`); a development fleet's server issues with
-the root itself. Certificates go to the server's listeners (names in SAN), to the server itself as a client of its
-broker, and to devices: a device's CN is its id, and nothing of its request but the key is used.
-Certificates carry what strict verification asks for (RFC 5280, sections 4.2.1.1 to 4.2.1.3 and 4.2.1.9).
+Each fleet has one root, EC P-256, made once, which devices and operators pin. In production the root's key stays with
+the operator, and the server issues with an issuing CA below it; in a development fleet the server issues with the
+root. Certificates go to the server's listeners (names in SAN), to the server itself as a client of its broker, and to
+devices: a device's CN is its id, and of its request only the key is used. Certificates carry what strict verification
+asks for (RFC 5280, sections 4.2.1.1 to 4.2.1.3 and 4.2.1.9).
 
     ca.pem        the root's certificate
     ca.key        its key, in a development fleet
-    issuing.pem   the issuing CA, with issuing.key; in a fleet for production
+    issuing.pem   the issuing CA, with issuing.key; in production
+    next.key      the key of a request for the next issuing CA
     issuers/      the issuing CAs whose certificates are accepted, each with its revocation list
 
-The issuing CA: what a server issues certificates with, while the root's key stays with the operator.
-
-Its key is made on the server and never leaves it; the operator signs its request with the root, for at most 90 days,
-for the server's own names, and for nothing below it. Devices pin the root, so another issuing CA needs no enrolment.
+The issuing CA's key is made on the server and never leaves it; the operator signs its request with the root, for at
+most 90 days, for the server's own names, and for no CA below it. Devices pin the root, so a new issuing CA needs no
+enrolment.
 
     pem = request(server_directory, hosts)              # on the server
     signed = sign(root, pem, now=now)                   # where the root's key is
     install(server_directory, signed, now=now)          # on the server again
 
-What is accepted is a list (`issuers/`): an issuing CA that was stolen is taken off it, and every certificate made with
-it counts for nothing, except that a device may renew with a key that is enrolled.
+A stolen issuing CA is removed from `issuers/`: certificates made with it are no longer accepted, except that a device
+may renew with a key that is enrolled.
 """
 
 import ipaddress
@@ -56,7 +56,7 @@ SERVER_LIFE: Final = timedelta(days=90)
 DEVICE_LIFE: Final = timedelta(days=90)
 
 BACKDATED: Final = timedelta(hours=1)
-"""How far a certificate's start lies back, so that a clock that is a little slow accepts it."""
+"""Time that a certificate's start lies back, so that a clock that is a little slow accepts it."""
 
 SERVER_CN: Final = "fleet-server"
 """The server's own name on its broker; no device id looks like this."""
@@ -92,7 +92,7 @@ class Pair:
 
 
 class CertificateAuthority:
-    """What a server issues certificates with, and whose certificates it accepts."""
+    """CA of a server: issues certificates, and says whose certificates count."""
 
     def __init__(self, directory: Path) -> None:
         """Read the CA's directory; see `load`."""
@@ -149,7 +149,7 @@ class CertificateAuthority:
 
     @property
     def issuer(self) -> x509.Certificate:
-        """What certificates are issued with now: an issuing CA, or the root itself."""
+        """Certificate that issues now: an issuing CA, or the root itself."""
         return self._certificate
 
     @property
@@ -159,16 +159,16 @@ class CertificateAuthority:
 
     @property
     def is_root(self) -> bool:
-        """Whether the root itself issues: its key lies on this server."""
+        """Tell whether the root itself issues: its key lies on this server."""
         return self._certificate == self._root
 
     def accepts(self, leaf: x509.Certificate) -> bool:
-        """Whether a certificate was issued by one of the accepted issuers, whatever its dates."""
+        """Tell whether one of the accepted issuers issued a certificate, whatever its dates."""
         return any(_issued_by(leaf, issuer) for issuer in self._accepted)
 
     @property
     def revocation_lists(self) -> bytes:
-        """One for each accepted issuer, PEM; empty where the root issues.
+        """Revocation list of each accepted issuer, PEM; empty where the root issues.
 
         A broker that demands a list of every issuer accepts no certificate of any other issuer.
         """
@@ -322,7 +322,7 @@ def serial(certificate: x509.Certificate) -> str:
 
 
 def due(pem: bytes, *, now: datetime) -> bool:
-    """Whether a certificate has used up two thirds of its life."""
+    """Tell whether a certificate has used up two thirds of its life."""
     certificate = x509.load_pem_x509_certificate(pem)
     life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
     return now >= certificate.not_valid_before_utc + life * 2 / 3
@@ -331,7 +331,7 @@ def due(pem: bytes, *, now: datetime) -> bool:
 def builder(
     subject: x509.Name, issuer: x509.Name, key: DeviceKey, now: datetime, life: timedelta
 ) -> x509.CertificateBuilder:
-    """What every certificate here begins with."""
+    """Return a builder with the fields of every certificate."""
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -344,7 +344,7 @@ def builder(
 
 
 def usage(*, sign_certificates: bool) -> x509.KeyUsage:
-    """What a CA, or anybody else, may do with a key."""
+    """Return the key usage of a CA, or of any other certificate."""
     return x509.KeyUsage(
         digital_signature=not sign_certificates,
         key_cert_sign=sign_certificates,
@@ -374,7 +374,7 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 LIFE: Final = timedelta(days=90)
 
 WARN: Final = timedelta(days=30)
-"""How long before its end the operator is told to renew it."""
+"""Time before an issuing CA's end from which the status asks to renew it."""
 
 _ROUNDS: Final = 600_000
 
@@ -578,7 +578,7 @@ def forget_ended(directory: Path, *, now: datetime) -> None:
 
 
 def warnings(ca: CertificateAuthority, *, now: datetime) -> list[str]:
-    """What an operator should know of a server's issuing CA: that it ends soon, or has ended."""
+    """Return sentences for the status: the issuing CA ends soon, or has ended."""
     ends = ca.issuer.not_valid_after_utc
     if ca.is_root or ends - now > WARN:
         return []

@@ -1,7 +1,7 @@
-"""Making a fleet: keys, TUF repository, certificates, the server's configuration and the first operator's token.
+"""Create a fleet: keys, TUF repository, certificates, the server's configuration and the first operator's token.
 
-Everything is made aside and moved into place at the end, so that there is a whole fleet or none. Nothing that exists is
-ever overwritten.
+Everything is made aside and moved into place at the end, so that there is a whole fleet or none. Files that exist are
+never overwritten.
 """
 
 import secrets
@@ -39,7 +39,7 @@ class SetupError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What was made.
+    """Result of `init`.
 
     Attributes:
         url: of the API for operators and enrolment.

@@ -59,7 +59,7 @@ _LIMITS: Final = {
     "repository/": bounds.TARGETS_MAX_BYTES,
     "artifacts/": bounds.ARTIFACT_MAX_BYTES,
 }
-"""What a backup may hold, and how large: names, and directories of plain files."""
+"""Largest sizes of a backup's members, bytes: names, and directories of plain files."""
 
 
 class BackupError(Exception):
@@ -168,11 +168,11 @@ class Known:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebuilt:
-    """What was made.
+    """Result of `finish`.
 
     Attributes:
         url: of the API for operators.
-        devices: number of devices that the new server knows.
+        boards: number of devices that the new server knows.
         admitted: those that only this operator remembered.
         lost: artifacts of published releases that are not there: target paths.
     """
@@ -184,7 +184,7 @@ class Rebuilt:
 
 
 def draft_of(home: Path) -> ServerPaths:
-    """Where the new server lies until it is complete: `<home>/server.new`, as if it were a home's `server`."""
+    """Return the paths of a server until it is complete: `<home>/server.new` in place of `server`."""
     return _Draft(home)
 
 
@@ -259,7 +259,7 @@ def finish(home: Path, event: Event, root: ca.Root, *, boards: Mapping[str, Know
         home: see `begin`.
         event: signed by enough people.
         root: of the CA.
-        devices: what this operator remembers, by device id.
+        boards: what this operator remembers, by device id.
         now: UTC.
 
     Raises:
@@ -297,7 +297,7 @@ def finish(home: Path, event: Event, root: ca.Root, *, boards: Mapping[str, Know
 def _people_and_boards(
     draft: ServerPaths, config: ServerConfig, token: str, boards: Mapping[str, Known], now: datetime
 ) -> tuple[tuple[str, ...], int]:
-    """Nobody is let in but the admin; the devices that only this operator remembers are added."""
+    """Remove every operator but the admin, and add devices that only this operator remembers."""
     store = Store.open(draft.database, fleet=config.fleet)
     admitted = []
     try:
@@ -314,7 +314,7 @@ def _people_and_boards(
             store.access.audit(
                 actor="rebuild", act="rebuild-server", subject=config.fleet, detail="", now=now.timestamp()
             )
-        return tuple(admitted), store.devices.count()[0]
+        return tuple(admitted), store.devices.count().total
     finally:
         store.close()
 
@@ -409,7 +409,7 @@ def salvage_metadata(pinned: bytes, sources: Sequence[Files]) -> dict[str, bytes
 
 
 def _older_roots(version: int, sources: Sequence[Files]) -> dict[str, bytes]:
-    """Those before the pinned one, for devices that enrolled earlier; they verify them themselves."""
+    """Return roots before the pinned one, for devices that enrolled earlier; devices verify them themselves."""
     names = (f"{number}.root.json" for number in range(1, version))
     return {name: source[name] for name in names for source in reversed(sources) if name in source}
 

@@ -1,10 +1,10 @@
-"""The publisher host: it holds the keys of snapshot and timestamp, apart from the server, and signs what it verified.
+"""Signing host (`fleet publisher`): holds the keys of snapshot and timestamp, apart from the server.
 
-It keeps a repository of its own, which began with what the server showed, verified from the pinned root. From then on
-it believes itself: each change that waits on the server is judged against its own files as the server judges it (the
-signatures of the delegations, ceilings, versions one above), snapshot and timestamp are signed over that and kept,
-and only then brought to the server. Whoever owns the server can withhold what it brings, and have nothing signed that
-publishers did not sign, no mixture, and nothing older.
+A signing host keeps a repository of its own, which began with what the server showed, verified from the pinned root.
+From then on each change that waits on the server is checked against these files as the server checks it (signatures
+of the delegations, ceilings, versions one above); snapshot and timestamp are signed over the result and stored, and
+only then sent to the server. An attacker who controls the server can withhold what the signing host sends, and cannot
+have signed what publishers did not sign, a mixture, or anything older.
 
     <home>/publisher/keys/          snapshot.pem, timestamp.pem
     <home>/publisher/repository/    what was verified and signed
@@ -56,7 +56,7 @@ def make_keys(directory: Path) -> dict[str, Key]:
 
 
 class SigningHost:
-    """One publisher host of one fleet.
+    """Signing host of one fleet.
 
     Args:
         directory: `<home>/publisher`.
@@ -86,7 +86,7 @@ class SigningHost:
                 time.sleep(AWAY_S)
 
     def step(self, *, wait_s: int = 0) -> bool:
-        """One round: look what waits, verify it, sign, bring it. True when something was brought.
+        """Run one round: fetch what waits, verify it, sign, send it. Return whether something was sent.
 
         Raises:
             PublisherError: what the server shows does not verify, or the keys are not here.

@@ -1,11 +1,8 @@
-"""WebAssembly binary format within bounds; core modules explained.
+"""WebAssembly binary format: numbers, names, imports and sections, read within bounds; core modules explained.
 
-The bytes of WebAssembly's binary format: numbers, names, imports and sections, read within bounds.
-
-Shared by `fleet.component.reader`, which reads, and `fleet.component.compose`, which also writes. Whatever the bytes
-are, only `DamagedError` comes out, and no work is done beyond what the bytes pay for.
-
-Core modules, which many toolchains still give: not components, but one command away. This names the command.
+Used by `fleet.component.reader`, which reads, and `fleet.component.compose`, which also writes. Whatever the input,
+`DamagedError` is the only error, and the work is bounded by the input's size. Many toolchains still produce core
+modules: `how_to_componentize` names the command that makes a component of one.
 """
 
 from collections.abc import Iterator
@@ -44,7 +41,7 @@ class Cursor:
         self.end = len(data) if end is None else end
 
     def __bool__(self) -> bool:
-        """Whether anything is left."""
+        """Tell whether anything is left."""
         return self.at < self.end
 
     def byte(self) -> int:
@@ -99,7 +96,7 @@ class Cursor:
         raise DamagedError(f"a number of more than 33 bits at offset {self.at}")
 
     def count(self) -> int:
-        """How many entries follow; each of them takes a byte at least."""
+        """Read the number of entries that follow; each of them takes a byte at least."""
         value = self.u32()
         if value > COUNT_MAX:
             raise DamagedError(f"{value} entries in one list at offset {self.at}, at most {COUNT_MAX} are read")
@@ -149,7 +146,7 @@ def extern_type(cursor: Cursor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section: its id and where its contents lie in the whole."""
+    """Section: its id and the place of its contents in the whole."""
 
     id: int
     start: int
@@ -214,7 +211,7 @@ _EXPORT: Final = 7
 
 
 def how_to_componentize(data: bytes, file_name: str) -> str:
-    """What `file_name`, a core module, is, and the command that makes a component of it: one line for people."""
+    """Say what `file_name`, a core module, is, and which command makes a component of it, in one line."""
     stem = file_name.removesuffix(".wasm")
     out = f"-o {stem}.component.wasm"
     try:

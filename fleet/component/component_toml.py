@@ -1,14 +1,12 @@
 """component.toml: read, infer, suggest, render.
 
-`component.toml`, the form in which authors write a manifest, and what can be told from the component itself.
+`component.toml` is the form in which authors write a manifest; `fleet.protocol.manifest.Manifest` is the normalised
+form that is signed. Sizes and durations carry their units (`"16MiB"`, `"500ms"`), everything has a default, and what
+the component's exports show (trigger, world, health check) need not be written. `docs/component-toml.md` lists every
+field.
 
-Sizes and durations carry their units there (`"16MiB"`, `"500ms"`); everything has a default; what the component shows
-by its exports (trigger, world, health check) need not be written. `docs/component-toml.md` lists every field. The
-normalised form that is signed is `fleet.protocol.manifest.Manifest`.
-
-Whatever is wrong with the text comes out as `BadManifestError`, one line that names the field by its path.
-
-A manifest written as `component.toml`: only what differs from the defaults, units as people read them.
+Every error in the text is a `BadManifestError`, one line that names the field by its path. Rendering writes only what
+differs from the defaults, in units for people.
 """
 
 import json

@@ -1,11 +1,9 @@
 """Nest a guest in the wasi:http adapter; interface shims; the adapter's bytes.
 
-Puts the wasi:http adapter around a guest: encodes one component that nests both.
-
 The adapter's file (components/adapter) is a component that imports what the engine serves to every guest of wasi:http
 and nests others: the first defines `wasi:io`, the standard streams, `wasi:http/types` and the handler of outgoing
-requests, the second calls the guest, and the rest are shims. What is encoded here is that file, byte for byte,
-followed by what joins a guest to it:
+requests, the second calls the guest, and the rest are shims. The composed component is that file, byte for byte,
+followed by the joints with a guest:
 
     adapter's file   imports of wasi:io, of wasi:cli's streams and of the host's part; component 0, component 1, shims
     imports          the guest's own, where the adapter does not define the same (wasi:clocks and so on)
@@ -14,30 +12,21 @@ followed by what joins a guest to it:
                      0 and the guest
     exports          the adapter's bridge; the guest's own `wasmfleet:` interfaces
 
-Since `wasi:io` is the adapter's, what else gives or takes its resources (`wasi:filesystem/types` opens streams) has to
-be translated: of such an interface the guest gets the functions named in `_SHIMS` from a shim, which is instantiated
-for it, and all others from the engine.
-
-A guest may have been built for any 0.2 release of WASI: within 0.2 a name without its patch version says the same.
-Types are rewritten as far as they name other types, since indices differ; nothing is validated (the engine does). Pure:
-bytes in, bytes or `ComposeError` out. The format is the Component Model's Binary.md.
-
-Puts shims into an interface of WASI: encodes a component that exports what the guest imports of it.
-
-Where some functions of an interface must come from elsewhere than the rest, the Component Model wants a component
-around them: an instance cannot simply be made of methods. The sleeve is that component. It imports the interface as
-the engine has it and the functions that replace some of it, and exports them all under their own names:
+Since `wasi:io` is the adapter's, other interfaces that give or take its resources (`wasi:filesystem/types` opens
+streams) are translated: the guest gets the functions named in `_SHIMS` from a shim, which is instantiated for it, and
+all others from the engine. The Component Model wants a component around such a mixture, since an instance cannot be
+made of methods alone. `encode_shim` builds that component:
 
     imports   the interfaces whose types it names, the engine's and, of wasi:io, the adapter's too; the interface
               itself; each function that is replaced, under its shim's name
     exports   the interface, item by item in the order of the guest's import, with the adapter's resources of wasi:io
 
-Pure: bytes in, bytes out. The format is the Component Model's Binary.md.
+A guest may have been built for any 0.2 release of WASI: within 0.2 a name without its patch version means the same.
+Types are rewritten as far as they name other types, since indices differ; the engine validates the result. Pure:
+bytes in, bytes or `ComposeError` out. The format is the Component Model's Binary.md.
 
-The wasi:http adapter as it is shipped: its bytes, and the digest that goes into an image's key.
-
-Built from components/adapter, where its source, its WIT and a rebuild that compares stand. The file is packed, as the
-repository keeps what it carries of binaries small.
+The adapter's bytes are shipped compressed, to keep binaries in the repository small; their digest goes into an
+image's key. components/adapter has the source, the WIT and a rebuild that compares.
 """
 
 import functools
@@ -56,7 +45,7 @@ BRIDGE: Final = "wasmfleet:adapter/bridge"
 HOST: Final = "wasmfleet:adapter/host"
 
 PARTS: Final = 2
-"""What the adapter's file nests before its shims."""
+"""Components that the adapter's file nests before its shims."""
 
 _INSTANCE: Final = 5
 
@@ -117,11 +106,11 @@ _ENGINE: Final = {
 
 
 class ComposeError(ValueError):
-    """These two cannot be put together. The message is for people."""
+    """Adapter and guest cannot be composed. The message is for people."""
 
 
 def needs_adapter(found: reader.Component) -> bool:
-    """Whether a device runs this component inside the adapter."""
+    """Tell whether a device runs a component inside the adapter."""
     return bool(found.exported(wasi.HTTP_HANDLER)) and not found.exported(reader.HTTP_HANDLER)
 
 
@@ -269,7 +258,7 @@ class _Imports:
 
 
 def _key(name: str) -> str:
-    """What two names have in common that mean the same interface: `wasi:io/poll@0.2` of `wasi:io/poll@0.2.3`."""
+    """Return what names of the same interface have in common: `wasi:io/poll@0.2` of `wasi:io/poll@0.2.3`."""
     return re.sub(r"(@(?:0\.)?[0-9]+)(?:\.[0-9]+)*$", r"\1", name)
 
 
@@ -436,7 +425,7 @@ class _Encoder:
         return self.known[number, own]
 
     def _interface(self, at: int, *, own: bool) -> int:
-        """One of the guest's imports, imported here too."""
+        """Import one of the guest's imports here too."""
         if (at, own) not in self.imported:
             cursor = binary.Cursor(self.guest.data, *self.guest.kind(at))
             kind = self._define(types.rewrite(cursor, lambda number: self._outer(number, own=own)))

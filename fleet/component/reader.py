@@ -1,17 +1,13 @@
 """Component: imports, exports, producers; index of its items.
 
-What a component is, read from its bytes alone: what it imports, what it exports, what it is made of.
+Reads a component's bytes without an engine, so that the operator's side can say what is wrong with a file before it
+is signed, and a device before it is compiled. The engine validates; this module answers questions, and explains in
+one sentence, with what to do next, why a file cannot be a component. Whatever the input, `NotAComponentError` is the
+only error.
 
-No engine is asked, so the operator's side can say what is wrong with a file before it is signed, and a device before it
-is compiled. This is not a validator (the engine is): it answers questions, and names a file that cannot be right in a
-sentence with what to do next. Whatever the bytes, nothing but `NotAComponentError` comes out.
-
-The format is the Component Model's Binary.md: a preamble, then sections. Top-level import and export sections are read,
-nested modules and components are counted.
-
-What `fleet.component.compose` needs to know of a component: its imports, as far as its types go, and what it exports.
-
-Pure: bytes in, an `Outline` or an error out. The format is the Component Model's Binary.md.
+The format is the Component Model's Binary.md: a preamble, then sections. Top-level import and export sections are
+read, nested modules and components are counted. `ComponentIndex` holds what `fleet.component.compose` needs: the
+imports, as far as their types go, and the exports. Pure.
 """
 
 import re
@@ -68,7 +64,7 @@ class Fault(StrEnum):
 
 
 class NotAComponentError(ValueError):
-    """These bytes are no component that can run here. The message is for people: what, why, what to do next.
+    """Not a component that can run here. The message is for people: what, why, what to do next.
 
     Attributes:
         fault: the same in one word.
@@ -81,7 +77,7 @@ class NotAComponentError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """What a component says of itself.
+    """Description of a component, from its own bytes.
 
     Attributes:
         size_bytes: of the whole.
@@ -288,7 +284,7 @@ class Alias:
 
 @dataclass(slots=True)
 class ComponentIndex:
-    """What joining needs to know of a component.
+    """Index of a component's items, as far as composing needs it.
 
     Attributes:
         instances, kinds: the name and the type's index of each imported instance, in order.
@@ -308,7 +304,7 @@ class ComponentIndex:
     types: list[tuple[int, int] | Alias] = field(default_factory=list)
 
     def kind(self, instance: int) -> tuple[int, int]:
-        """Where the type of an imported instance stands."""
+        """Return the place of an imported instance's type."""
         found = self.types[self.kinds[instance]]
         if isinstance(found, Alias):
             raise types.ForeignTypeError(f"{self.instances[instance]} has a type of another's")

@@ -1,10 +1,8 @@
 """TOML fields with types, bounds and units.
 
-The tables of a TOML text, read field by field: each value checked for its type and its bounds, none left over.
-
-Every error is a `BadManifestError` of one line that begins with the file and the field's path.
-
-Sizes and durations as people write them, `16MiB` and `500ms`, and as programs count them: bytes, milliseconds.
+Tables are read field by field: each value is checked for its type and its bounds, and unknown fields are errors.
+Every error is a `BadManifestError` of one line that begins with the file and the field's path. Sizes and durations
+are written for people (`16MiB`, `500ms`) and counted in bytes and milliseconds.
 """
 
 import difflib
@@ -78,7 +76,7 @@ def fields(struct: type[Limits] | type[Health]) -> tuple[Field, ...]:
 
 
 class Table:
-    """One table of the text: hands out its fields by type, and knows which were not asked for."""
+    """Table of a TOML text: returns fields by type, and remembers which were not read."""
 
     def __init__(self, path: str, raw: dict[str, Any]) -> None:
         self.path = path

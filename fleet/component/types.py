@@ -1,16 +1,13 @@
-"""Component-model types: copy with other indices; imports of types alone.
+"""Component-model types: copied with other indices; imports that bring types alone.
 
-Types of the Component Model, copied with other indices: what `fleet.component.compose` needs to move an import.
+A type names others by their index in its component. Moved into another component (`fleet.component.compose`), only
+those indices change. Inside an instance or component type, indices are local, and only `alias outer` refers to the
+outside. The grammar is Binary.md's "Type Definitions".
 
-A type names others by their index in the component that it stands in. Moved into another component, those indices
-change, and nothing else does. Inside an instance or component type indices are its own; it reaches out only by `alias
-outer`. The grammar is Binary.md's "Type Definitions".
-
-Which imports of a component bring types alone: nothing can be reached through them, so they need no grant.
-
-A `use` in WIT makes a component import the interface that the type is from, even if it calls nothing of it: who knows
-`wasi:clocks/monotonic-clock` only for its `duration` does not read the clock. Where an import's form is one that the
-toolchains of WASI 0.2 do not make, it counts as reaching something.
+An import that brings types alone needs no grant, since nothing can be reached through it. A `use` in WIT makes a
+component import the interface that the type is from, even if it calls nothing of that interface:
+`wasi:clocks/monotonic-clock` imported for `duration` alone does not read the clock. An import in a form that the
+toolchains of WASI 0.2 do not produce counts as reaching something.
 """
 
 from collections.abc import Callable
@@ -68,7 +65,7 @@ class Outer:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What it exports: a function of the type `number`, a type equal to it, or (None) a resource."""
+    """Export: a function of the type `number`, a type equal to it, or (None) a resource."""
 
     name: str
     function: bool
@@ -76,7 +73,7 @@ class Export:
 
 
 def declarations(cursor: binary.Cursor) -> list[Definition | Outer | Export]:
-    """What the instance type under the cursor is made of, in order. All but functions take an index of a type.
+    """Read the items of the instance type under the cursor, in order. Every item but a function takes a type index.
 
     Raises:
         wasm.DamagedError: it is not well-formed.
@@ -309,7 +306,7 @@ def _alias(cursor: binary.Cursor) -> int:
 
 
 def _plain(data: bytes, types: list[int | None], index: int) -> bool:
-    """Whether type `index` is an instance type that exports nothing but types it defines itself."""
+    """Tell whether type `index` is an instance type that exports only types defined inside it."""
     at = types[index] if index < len(types) else None
     if at is None or data[at] != _INSTANCE_TYPE:
         return False

@@ -1,7 +1,7 @@
-"""What the director signs: assignments, freshness statements and commands, as the bytes inside a DSSE envelope.
+"""Signed by the director: assignments, freshness statements and commands, as the bytes inside a DSSE envelope.
 
-The envelope itself (payload type, pre-authentication encoding, signatures) is `signing.dsse`'s; here stands only what
-is inside. The director is a delegation in the TUF targets role, so its keys rotate as TUF's do.
+The envelope itself (payload type, pre-authentication encoding, signatures) is in `signing.dsse`. The director is a
+delegation in the TUF targets role, so its keys rotate as TUF's do.
 """
 
 from typing import ClassVar, Final
@@ -33,7 +33,7 @@ class SecretRef(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance that a device should run.
+    """Instance that a device should run.
 
     Attributes:
         instance: its name on the device.
@@ -64,14 +64,14 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     rollout: str = ""
 
     def same_as(self, other: "Item") -> bool:
-        """Whether both ask for the same thing to run; the attempt and the rollout do not matter."""
+        """Tell whether both ask to run the same; the attempt and the rollout do not matter."""
         return msgspec.structs.replace(self, attempt=0, rollout="") == msgspec.structs.replace(
             other, attempt=0, rollout=""
         )
 
 
 class Assignment(Message, frozen=True, kw_only=True):
-    """One device's full desired state.
+    """Desired state of one device, complete.
 
     Attributes:
         fleet, device: for whom; others refuse it (`wrong-fleet`, `wrong-device`).
@@ -129,7 +129,7 @@ class FollowLogs(Verb, frozen=True, kw_only=True, tag="follow-logs"):
 
 
 class Command(Message, frozen=True, kw_only=True):
-    """One signed command, for one device, valid for minutes, never twice."""
+    """Signed command: for one device, valid for minutes, obeyed once."""
 
     MAX_BYTES: ClassVar[int] = bounds.COMMAND_MAX_BYTES
     fleet: str

@@ -1,7 +1,4 @@
-"""Upper bound of everything that crosses a boundary.
-
-A limit on everything that crosses a boundary, in one place. Sizes in bytes unless the name says otherwise.
-"""
+"""Upper bounds of everything that crosses a boundary, in bytes unless the name says otherwise."""
 
 from datetime import datetime
 from typing import Annotated, Final

@@ -205,7 +205,7 @@ REMEDIATION: Final[dict[RejectCode, str]] = {
     RejectCode.INTERRUPTED: "power was lost too often: check the device's power supply, then fleet retry",
     RejectCode.INTERNAL: "report this fault of the agent with its log, then fleet retry",
 }
-"""What an operator or a device's owner can do about each code: one sentence, the same on the server and the device."""
+"""Remedy for each code, for operators and devices' owners: one sentence, the same on the server and the device."""
 
 
 def remediation(code: RejectCode | str | None) -> str:

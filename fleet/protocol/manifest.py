@@ -1,21 +1,17 @@
 """Signed form of a component's declaration: trigger, grants, limits, health, config, evidence; cron lines.
 
-The manifest: what an author declares beside a component, and what a publisher's signature covers.
+A manifest is what an author declares beside a component and a publisher's signature covers, in normalised form:
+integers with units in their names, nothing optional left open. The target's signed metadata holds it
+(`custom.manifest`); its sha256 is bound again in the assignment, the image's key and the device's report.
+`fleet.component.component_toml` reads `component.toml`, the form that people write.
 
-This is the normalised form: integers with units in their names, nothing optional left open. It is inlined in the
-target's signed metadata (`custom.manifest`) and its sha256 is bound again in the assignment, the image's key and the
-device's report. `fleet.component.component_toml` reads the form that people write, `component.toml`.
+Evidence is what a publisher binds beside a component: provenance and bills of materials, each named by kind, sha256
+and length (`custom.evidence`). Devices read none of it; operators ask it which devices run a package, and who built
+it.
 
-What a publisher may bind beside a component: where it came from and what is in it.
-
-A signed target names each such file by kind, sha256 and length (`custom.evidence`). Devices read none of them: they are
-for people who ask later which devices run a package, and who built it.
-
-Cron lines of five fields, as POSIX crontab(5) has them: read once, then asked for the next minute that fits.
-
-Fields: minute 0-59, hour 0-23, day of month 1-31, month 1-12, day of week 0-7 (0 and 7 are Sunday). A field is `*`, a
-number, a range `a-b`, a step `*/n` or `a-b/n`, or several of these with commas. When both days are restricted, either
-fits. Times here are naive: wall-clock times of the device's zone; the caller knows the zone.
+Cron lines have the five fields of POSIX crontab(5): minute 0-59, hour 0-23, day of month 1-31, month 1-12, day of
+week 0-7 (0 and 7 are Sunday). A field is `*`, a number, a range `a-b`, a step `*/n` or `a-b/n`, or a list of these
+with commas. When both days are restricted, either fits. Times are naive: wall-clock times of the device's zone.
 """
 
 from dataclasses import dataclass
@@ -43,7 +39,7 @@ FILES_MAX: Final = 8
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """One file: `kind` is a label (`cyclonedx`, `spdx`, `slsa-provenance`, or a later one that is only passed on)."""
+    """Reference to a file: `kind` is `cyclonedx`, `spdx`, `slsa-provenance`, or a later label, only passed on."""
 
     kind: str
     sha256: str
@@ -51,7 +47,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BadEvidenceError(ValueError):
-    """What is bound beside a target cannot be read."""
+    """Evidence bound beside a target cannot be read."""
 
 
 def convert_evidence(value: object) -> tuple[Evidence, ...]:
@@ -183,7 +179,7 @@ Trigger = Http | Schedule | OnMessage | Service
 
 
 class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the component may reach. Empty means nothing: deny by default.
+    """Grants: what the component may reach. Empty means nothing: deny by default.
 
     Attributes:
         interfaces: interfaces or whole packages it may import, without version: `wasi:clocks`, `wasi:cli/stdout`.
@@ -196,13 +192,13 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     instances: tuple[str, ...] = ()
 
     def allows(self, interface: str) -> bool:
-        """Whether an import, such as `wasi:clocks/wall-clock@0.2.3`, is granted."""
+        """Tell whether an import, such as `wasi:clocks/wall-clock@0.2.3`, is granted."""
         bare = interface.partition("@")[0]
         package = bare.partition("/")[0]
         return bare in self.interfaces or package in self.interfaces
 
     def within(self, ceiling: "Grants") -> bool:
-        """Whether everything granted here is granted by `ceiling` too."""
+        """Tell whether `ceiling` grants everything that is granted here."""
         return (
             all(ceiling.allows(interface) for interface in self.interfaces)
             and all(outbound.covered(each, ceiling.outbound) for each in self.outbound)
@@ -227,7 +223,7 @@ MAY_BE_NONE: Final = frozenset(
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the component may use. The device's policy caps each.
+    """Limits on what the component may use. The device's policy caps each.
 
     Attributes:
         memory_bytes: linear memory of one instance.
@@ -275,7 +271,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How a version shows that it is well.
+    """Health check of a version.
 
     Attributes:
         check: whether it exports the health check, asked before traffic, every `interval_ms` and, on probation, more
@@ -313,7 +309,7 @@ class SecretKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a component is and needs.
+    """Declaration of a component: what it is and needs.
 
     Attributes:
         name, version: of the component; the namespace is the signing key's.

@@ -1,19 +1,15 @@
 """Messages between device and server: reports, health, hello, acknowledgements, logs, enrolment.
 
-The messages that travel over MQTT, beside what the director signs (`fleet.protocol.assignment`).
+MQTT carries them, except for enrolment, renewal and logs (HTTPS): `up/*` from a device to the server, `down/*` the
+other way; `fleet.protocol.assignment` has what the director signs. Times are UTC. Every handler is idempotent: a
+report is identified by (device, boot id, sequence), and the server acknowledges what it has stored.
 
-`up/*` goes from a device to the server, `down/*` the other way. Times are UTC. Every handler is idempotent: a report is
-known by (device, boot id, sequence), and the server acknowledges what it has stored.
+Logs: a device posts `LogChunk`s to `/v1/logs` on the devices' listener, with its certificate, as long as the reply
+says that an operator reads them. The server stores none of them.
 
-How log lines come from a device to an operator who asked for them: over HTTPS, for minutes, stored nowhere.
-
-A device posts `LogChunk`s to `/v1/logs` on the devices' listener, with its certificate, as long as the reply says that
-somebody reads them.
-
-How a device joins a fleet: the one-time token, what it asks, and what it is given.
-
-A token is one line of text, `wf1.<base64url of JSON>`. It travels on standard input, in a file or a systemd credential,
-never as an argument. It is sent to the server only after TLS verified against the CA whose hash the token holds.
+Enrolment: a one-time token is one line of text, `wf1.<base64url of JSON>`. The token travels on standard input, in a
+file or a systemd credential, never as an argument, and is sent to the server only after TLS verified against the CA
+whose hash it holds.
 """
 
 import base64
@@ -29,7 +25,7 @@ from fleet.protocol.wire import Message
 
 
 class Versions(msgspec.Struct, frozen=True, kw_only=True):
-    """What software a device runs. `engine` is wasmtime's version, empty where the device has none."""
+    """Versions of a device's software. `engine` is wasmtime's version, empty where the device has none."""
 
     agent: str = ""
     host: str = ""
@@ -108,7 +104,7 @@ class HealthChecks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance's figures since it started; `calls` counts by outcome (`fleet.protocol.codes.CallOutcome`).
+    """Figures of an instance since it started; `calls` counts by outcome (`fleet.protocol.codes.CallOutcome`).
 
     Attributes:
         errors: answers with status 500 and above.
@@ -270,7 +266,7 @@ class LogChunk(Message, frozen=True, kw_only=True):
 
 
 class LogAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether anybody still reads."""
+    """Reply to a `LogChunk`: tells whether anybody still reads."""
 
     more: bool
 
@@ -303,7 +299,7 @@ class BadTokenError(ValueError):
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """What a one-time token tells a device before it has talked to anyone.
+    """Content of a one-time token: what a device knows before it has connected.
 
     Attributes:
         url: of the enrolment API, `https://host:port`.
@@ -362,7 +358,7 @@ class EnrolRequest(Message, frozen=True, kw_only=True):
 
 
 class Enrolled(Message, frozen=True, kw_only=True):
-    """What an enrolled device is given.
+    """Reply to an enrolment: the device's identity and addresses.
 
     Attributes:
         device: its id, also the CN of the certificate.

@@ -1,20 +1,17 @@
 """Names and members of a bundle: built, checked, parsed.
 
-The names of this system: what may be called what, and how names are put together and taken apart.
-
 Pure functions over strings. Every name that crosses the wire, a file system or a signature is checked here and
 nowhere else, so that no other module has to think about slashes, dots or case.
 
-The layout of an offline bundle: a plain tar that carries to a device what the network would have.
-
-Nothing in it is trusted for being in it. The metadata, the assignments and the artifacts are the same bytes that the
-server gives, and the device judges them in the same way.
+An offline bundle is a plain tar that carries to a device what the network would have. The device trusts nothing for
+being in a bundle: metadata, assignments and artifacts are the same bytes that the server gives, judged in the same
+way.
 
     bundle.json             version of this layout
-    desired/<device>.json   one assignment envelope a device
+    desired/<device>.json   one assignment envelope per device
     tuf/<file>              metadata, named as in the repository
     artifacts/<sha256>      components
-    secrets/<sha256>        secrets of devices that were named, each in a box that its device alone can open
+    secrets/<sha256>        sealed boxes, each of which only its own device can open
 """
 
 import hashlib
@@ -195,27 +192,27 @@ _NAME: Final = re.compile(
 
 
 def desired(device: str) -> str:
-    """Where a device's assignment lies."""
+    """Return the member with a device's assignment."""
     return f"desired/{device}.json"
 
 
 def metadata(file: str) -> str:
-    """Where a metadata file lies."""
+    """Return the member with a metadata file."""
     return f"tuf/{file}"
 
 
 def artifact(sha256: str) -> str:
-    """Where a component lies."""
+    """Return the member with a component."""
     return f"artifacts/{sha256}"
 
 
 def secret(sha256: str) -> str:
-    """Where a sealed secret lies."""
+    """Return the member with a sealed secret."""
     return f"secrets/{sha256}"
 
 
 def max_bytes(name: str) -> int:
-    """How large a member of this name may be; 0 for a name that no bundle has."""
+    """Return the largest size of a member, bytes; 0 for a name that no bundle has."""
     if not _NAME.fullmatch(name):
         return 0
     match name.partition("/")[0]:

@@ -1,15 +1,12 @@
 """Operator API: status, devices, groups, components, rollouts, audit; Problem and its exception.
 
-The operator API: every request and every answer of `/v1`, as one set of structs.
+Requests and replies of `/v1` as structs, for the server and the command line alike; the OpenAPI document is generated
+from them and from the route table, `fleet.server.api.routes.ROUTES`. Times are UTC, durations say their unit. Every
+error is a `Problem`. `{id}` of a rollout is its id or its number.
 
-The server encodes and decodes these, the command line too, and the OpenAPI document is generated from them. All times
-are UTC, durations say their unit. An error of any route is a `Problem`.
-The routes with what each takes and gives are a table, `fleet.server.api.routes.ROUTES`; it comes out as
-`/openapi.json`. `{id}` of a rollout is its id or its number. On the listener for devices: `/v1/tuf/{file}`,
-`/v1/artifacts/{sha256}`, `/v1/desired` (the envelope as published, 404 for none; with `?nonce=` a `DesiredReply`) and
-`POST /v1/renew` (`fleet.protocol.messages`).
-
-What the operator API shows of a device's own words, beside `fleet.protocol.operator_api`.
+The listener for devices has routes of its own: `/v1/tuf/{file}`, `/v1/artifacts/{sha256}`, `/v1/secrets/{sha256}`,
+`/v1/desired` (the envelope as published, 404 for none; with `?nonce=` a `DesiredReply`), `POST /v1/logs` and `POST
+/v1/renew` (`fleet.protocol.messages`).
 """
 
 import msgspec
@@ -46,7 +43,7 @@ class Problem(View, frozen=True, kw_only=True):
 
 
 class Published(View, frozen=True, kw_only=True):
-    """One TUF role as the server has it."""
+    """TUF role as the server has it."""
 
     role: str
     version: Stored
@@ -82,7 +79,7 @@ class Status(View, frozen=True, kw_only=True):
 
 
 class DeviceRow(View, frozen=True, kw_only=True):
-    """One device in a listing.
+    """Device in a listing.
 
     Attributes:
         assigned, accepted, committed: assignment versions: the newest published; the device's word, 0 for none.
@@ -114,7 +111,7 @@ class Devices(View, frozen=True, kw_only=True):
 
 
 class Effective(View, frozen=True, kw_only=True):
-    """What a device should run as one instance, and who says so.
+    """Desired state of one instance on a device, and its source.
 
     Attributes:
         source: `pin`, `group edge-eu`, or `rollout 7 (group edge-eu)` while it is being offered.
@@ -131,7 +128,7 @@ class Effective(View, frozen=True, kw_only=True):
 
 
 class DeviceDetail(View, frozen=True, kw_only=True):
-    """All that the server knows of one device.
+    """Everything that the server knows of one device.
 
     Attributes:
         health: its newest health message as it came, with its figures; None before the first.
@@ -150,7 +147,7 @@ class DeviceDetail(View, frozen=True, kw_only=True):
 
 
 class TimelineEntry(View, frozen=True, kw_only=True):
-    """One thing that happened to a device, newest first in a `Timeline`.
+    """Entry of a `Timeline`: something that happened to a device.
 
     Attributes:
         kind: `enrolled`, `renewed`, `online`, `offline`, `assigned`, `report`, `command`, `revoked`.
@@ -175,7 +172,7 @@ class TimelineEntry(View, frozen=True, kw_only=True):
 
 
 class Timeline(View, frozen=True, kw_only=True):
-    """What happened to a device, newest first."""
+    """Timeline of a device, newest first."""
 
     device: str
     entries: tuple[TimelineEntry, ...] = ()
@@ -188,7 +185,7 @@ class LabelsRequest(Body, frozen=True, kw_only=True):
 
 
 class InstanceRequest(Body, frozen=True, kw_only=True):
-    """Which instance of the device in the path."""
+    """Names an instance of the device in the path."""
 
     instance: str
 
@@ -207,7 +204,7 @@ class CommandReply(View, frozen=True, kw_only=True):
 
 
 class Settled(View, frozen=True, kw_only=True):
-    """What a group runs as one instance once every rollout is over."""
+    """Settled state of one instance in a group, once every rollout is over."""
 
     instance: str
     target: str
@@ -216,7 +213,7 @@ class Settled(View, frozen=True, kw_only=True):
 
 
 class GroupRow(View, frozen=True, kw_only=True):
-    """One group.
+    """Group of devices.
 
     Attributes:
         priority: of two groups that both set an instance, the higher wins.
@@ -269,7 +266,7 @@ class EnrollTokenReply(View, frozen=True, kw_only=True):
 
 
 class ComponentRow(View, frozen=True, kw_only=True):
-    """One published target."""
+    """Published target."""
 
     target: str
     namespace: str
@@ -358,7 +355,7 @@ class UndoRequest(Body, frozen=True, kw_only=True):
 
 
 class BoardView(View, frozen=True, kw_only=True):
-    """One device in a rollout.
+    """Device in a rollout.
 
     Attributes:
         wave: from 1.
@@ -389,7 +386,7 @@ class BoardView(View, frozen=True, kw_only=True):
 
 
 class WaveView(View, frozen=True, kw_only=True):
-    """One wave: how it was written, how many devices it brings, whether it has been offered."""
+    """Wave: how it was written, how many devices it adds, whether it has been offered."""
 
     text: str
     boards: Stored
@@ -443,7 +440,7 @@ class Excluded(View, frozen=True, kw_only=True):
 
 
 class Preflight(View, frozen=True, kw_only=True):
-    """What a rollout would do.
+    """Effect that a rollout would have.
 
     Attributes:
         waves: device ids, wave by wave.
@@ -458,7 +455,7 @@ class Preflight(View, frozen=True, kw_only=True):
 
 
 class AuditEntry(View, frozen=True, kw_only=True):
-    """One act of an operator, a device or the server itself."""
+    """Entry of the audit log: an act of an operator, a device or the server itself."""
 
     number: Stored
     at: Utc

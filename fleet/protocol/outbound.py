@@ -1,4 +1,4 @@
-"""Where a component may send requests: the entries of a manifest's `outbound` grant, read and matched.
+"""Outbound grants: the entries of a manifest's `outbound`, where a component may send requests, read and matched.
 
     scheme://host[:port]      https://api.example.com      http://10.1.0.0/16:8000..8010      https://*.example.com:*
 
@@ -28,7 +28,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 PORTS: Final = {"http": 80, "https": 443}
 
 INTERNAL: Final = ".internal"
-"""How the name of a neighbour on the device ends: granted by `instances`, never by `outbound`."""
+"""Suffix of names of neighbours on the device: granted by `instances`, never by `outbound`."""
 
 _PORT_END: Final = 1 << 16
 
@@ -54,7 +54,7 @@ class BadOutboundError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry.
+    """Entry of an `outbound` grant.
 
     Attributes:
         scheme: `http`, `https` or `*`.
@@ -73,7 +73,7 @@ class Entry:
         return f"{self.scheme}://{self.host or _network_text(self.network)}:{port}"
 
     def allows(self, scheme: str, host: str, port: int) -> bool:
-        """Whether it means this place, as `place` gives it."""
+        """Tell whether it means a place, as `place` gives it."""
         if not self._door(scheme, port):
             return False
         address = _address(host)
@@ -82,7 +82,7 @@ class Entry:
         return self._names(host)
 
     def names(self, scheme: str, address: Address, port: int) -> bool:
-        """Whether it means an address that is not public, by naming it or its network."""
+        """Tell whether it means an address that is not public, by naming it or its network."""
         if not self._door(scheme, port):
             return False
         meant = unwrapped(address)
@@ -91,7 +91,7 @@ class Entry:
         return self.network is not None and self._means(address)
 
     def covers(self, other: "Entry") -> bool:
-        """Whether everything that `other` means is meant by this one."""
+        """Tell whether everything that `other` means is meant by this entry."""
         inner = self.ports[0] <= other.ports[0] and other.ports[1] <= self.ports[1]
         if not inner or self.scheme not in {"*", other.scheme}:
             return False
@@ -254,7 +254,7 @@ def unwrapped(address: Address) -> Address:
 
 
 def kind(address: Address) -> str:
-    """What an address is that is not public, in a word; empty for a public one."""
+    """Return the class of an address that is not public, in a word; empty for a public one."""
     meant = unwrapped(address)
     for word, holds in (
         ("unspecified", meant.is_unspecified),
@@ -285,7 +285,7 @@ def _network_text(network: Network | None) -> str:
 
 
 def covered(text: str, ceiling: Iterable[str]) -> bool:
-    """Whether an entry is within one of `ceiling`'s. One that cannot be read is within its equal alone."""
+    """Tell whether an entry is within one of `ceiling`'s. An entry that cannot be read is within its equal alone."""
     above = tuple(ceiling)
     if text in above:
         return True

@@ -19,7 +19,7 @@ POKE: Final = f"{PREFIX}/all/poke"
 
 
 class Down(StrEnum):
-    """What the server says to a device."""
+    """Channels from the server to a device."""
 
     DESIRED = "desired"  # retained: the assignment envelope
     FRESH = "fresh"  # the answer to a nonce
@@ -28,7 +28,7 @@ class Down(StrEnum):
 
 
 class Up(StrEnum):
-    """What a device says to the server."""
+    """Channels from a device to the server."""
 
     HELLO = "hello"  # a nonce, after each connect
     STATE = "state"  # retained, with a will
@@ -45,7 +45,7 @@ class BadTopicError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One device's channel."""
+    """Channel of one device."""
 
     device: str
     channel: Down | Up
@@ -74,10 +74,10 @@ class Topic:
 
 
 def board_subscriptions(device: str) -> tuple[str, ...]:
-    """What a device subscribes to."""
+    """Return the topics that a device subscribes to."""
     return (f"{PREFIX}/{names.shard(device)}/{device}/down/+", POKE)
 
 
 def server_subscriptions(shards: tuple[str, ...] = ("+",)) -> tuple[str, ...]:
-    """What a server process subscribes to: all devices, or those of its shards."""
+    """Return the topics that a server process subscribes to: all devices, or those of its shards."""
     return tuple(f"{PREFIX}/{shard}/+/up/+" for shard in shards)

@@ -1,12 +1,7 @@
 """Operator API: operators, CA, online roles, secrets.
 
-The part of the operator API that is about operators themselves.
-
-The part of the operator API that is about the fleet's CA.
-
-The part of the operator API that is about snapshot and timestamp signed on another host than the server.
-
-The part of the operator API that is about secrets. A value goes in by `SecretRequest` alone and never comes out.
+A secret's value goes in by `SecretRequest` alone and never comes out. Online roles are snapshot and timestamp, which
+may be signed on another host than the server, the signing host.
 """
 
 from enum import StrEnum
@@ -19,7 +14,7 @@ from fleet.protocol.operator_api import Body, View
 
 
 class Role(StrEnum):
-    """What an operator may do."""
+    """Role of an operator."""
 
     VIEWER = "viewer"  # look
     OPERATOR = "operator"  # and change what devices run
@@ -90,7 +85,7 @@ NONE: Final = msgspec.Raw(b"null")
 
 
 class OnlineView(View, frozen=True, kw_only=True):
-    """Where snapshot and timestamp are signed, and what waits for it.
+    """Host that signs snapshot and timestamp, and what waits for it.
 
     Attributes:
         elsewhere: the server does not hold their keys: a publisher host signs.
@@ -147,10 +142,10 @@ class SecretRequest(Body, frozen=True, kw_only=True):
 
 
 class SecretReply(View, frozen=True, kw_only=True):
-    """Which devices have it now.
+    """Devices that have a secret now.
 
     Attributes:
-        devices: ids of the devices that it was sealed for.
+        boards: ids of the devices that it was sealed for.
         unsealable: that have no sealing key: enrolled by an agent of before.
     """
 
@@ -202,7 +197,7 @@ class Holding(View, frozen=True, kw_only=True):
 
 
 class SecretRow(View, frozen=True, kw_only=True):
-    """One secret of one instance; `lacking` devices should run the instance and have no box of it."""
+    """Secret of one instance; `lacking` devices should run the instance and have no box of it."""
 
     instance: str
     name: str

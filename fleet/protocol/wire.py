@@ -1,8 +1,8 @@
-"""How a message becomes bytes and back: one strict codec for everything that crosses the wire.
+"""Strict codec for everything that crosses the wire: JSON by msgspec.
 
-JSON by msgspec. A message is a frozen struct with its schema version in `v`; decoding checks the size first, then the
-version, then every type. Unknown fields are ignored by the decoder and kept by whoever stores the raw bytes; an unknown
-version is reported (`UnknownSchemaError`), never guessed.
+A message is a frozen struct with its schema version in `v`. Decoding checks the size first, then the version, then
+every type. Unknown fields are ignored by the decoder and kept by whoever stores the raw bytes; an unknown version is
+reported (`UnknownSchemaError`), never guessed.
 """
 
 import hashlib

@@ -1,16 +1,13 @@
-"""Next step of a rollout; atomic sets decided as one.
+"""Next step of a rollout: a pure function of the rollout, its devices and the time; atomic sets decided as one.
 
-What a rollout does next: a pure function of the rollout, its devices and the time.
+A wave is offered; its devices succeed, fail or refuse. A breach (more failures than allowed) halts everything at
+once, in whichever wave it happens. The next wave is offered when no device of the offered ones is under way, enough
+of them have completed, and the last of those has soaked. Devices that are offline or deferred are in no denominator:
+they pass the gates later, by the same reports.
 
-A wave is offered; its devices succeed, fail or refuse. A breach (more failures than allowed) halts everything at once,
-in whichever wave it happens. The next wave comes when no device of the offered ones is under way, enough of them have
-completed, and the last of those has soaked. Devices that are offline or deferred are in no denominator: they pass the
-gates later, by the same reports.
-
-An atomic set: rollouts of several instances that devices swap as one, decided as one.
-
-Each member keeps its own standing on each device. What is decided is decided over their sum: a device has succeeded when
-every member has, and has failed as soon as one did.
+An atomic set is several rollouts, of instances that devices swap together. Each member keeps its own outcome on each
+device; decisions are made over their sum: a device has succeeded when every member has, and has failed as soon as one
+has.
 """
 
 from collections.abc import Sequence
@@ -50,7 +47,7 @@ class Complete:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing to do: why (empty while devices are at it), and when to look again (None: when something is reported)."""
+    """Nothing to do now: why (empty while devices are under way), and when to look again (None: at the next report)."""
 
     reason: str
     until: float | None = None
@@ -60,7 +57,7 @@ Action = Offer | Expire | Halt | Complete | Wait
 
 
 def decide(rollout: Rollout, boards: Sequence[DeviceProgress], now: float) -> tuple[Action, ...]:
-    """What to do now, in this order. Calling again after carrying it out leads on; it always comes to rest."""
+    """Return the next step. Carry it out and call again: the sequence always ends in a `Wait` or an end state."""
     if rollout.state not in OPEN_STATES:
         return ()
     offered = [board for board in boards if board.wave <= rollout.wave]
@@ -68,7 +65,7 @@ def decide(rollout: Rollout, boards: Sequence[DeviceProgress], now: float) -> tu
 
 
 def _judge(rollout: Rollout, offered: Sequence[DeviceProgress], now: float) -> tuple[Action, ...]:
-    """What must happen at once, paused or not: a breach, or devices that took too long."""
+    """Return what must happen at once, paused or not: a breach, or devices that took too long."""
     breached = [board for board in offered if board.outcome in BREACHES]
     if len(breached) > rollout.failures:
         return (Halt(_blame(breached)),)
@@ -160,7 +157,7 @@ _ORDER = (Outcome.IN_PROGRESS, Outcome.DEFERRED, Outcome.WAITING, Outcome.PENDIN
 
 
 def merge_set(members: Sequence[Sequence[DeviceProgress]]) -> list[DeviceProgress]:
-    """How the devices stand in a set, from how they stand in each of its members; of one member, as they are."""
+    """Merge the devices' progress in the members of a set; a single member is returned unchanged."""
     first, *rest = members
     if not rest:
         return list(first)

@@ -144,7 +144,7 @@ def choose_undo(history: Sequence[Past]) -> Past:
 
 
 def target_of(past: Past) -> Value:
-    """What devices are offered when `past` is taken back.
+    """Return what devices are offered when `past` is undone.
 
     Raises:
         NothingToUndoError: it ended without lasting effect.

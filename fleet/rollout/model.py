@@ -1,16 +1,12 @@
-"""Rollout, waves, a device's place in it, and how a report changes that.
+"""Rollout, waves, a device's place in it, and the effect of a report on that place, as frozen data and pure functions.
 
-What a rollout is, as frozen data: the values that devices should run, the waves, and how each device stands.
+No clock, no database, no message: times are seconds on the caller's clock, and every decision over this data
+(`decide`, `effective`) is a pure function of it.
 
-Nothing here knows of a clock, a database or a message; times are seconds on whatever clock the caller uses, and every
-decision over this data (`decide`, `effective`, `judge`, `plan`) is a pure function of it.
-
-Waves as people write them: `1, 5%, 100%` is one device, then five in a hundred, then all.
-
-Each size counts devices from the first on, so sizes only grow. Which devices come first: those that are online, since
-a canary that cannot answer tells nothing; among those the order of their names, so that a rollout is repeatable.
-
-How a device's word changes its standing in a rollout: pure, and the same whether heard once or three times.
+Waves are written as `1, 5%, 100%`: one device, then five in a hundred, then all. Each size counts devices from the
+first on, so sizes only grow. Online devices come first, since a canary that cannot answer tells nothing; among those
+the order of their names, so that a rollout is repeatable. A report has the same effect whether it arrives once or
+three times.
 """
 
 import math
@@ -39,7 +35,7 @@ class Wave:
     percent: bool
 
     def reach(self, boards: int) -> int:
-        """How many of `boards` boards have been reached when this wave is out."""
+        """Return how many of `boards` devices have been reached when this wave is out."""
         return math.ceil(boards * self.size / _ALL) if self.percent else min(self.size, boards)
 
     def __str__(self) -> str:
@@ -94,7 +90,7 @@ def wave_of(index: int, reached: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What an instance should be.
+    """Desired state of an instance.
 
     Attributes:
         target: TUF target path; None for "not there", which a removal leaves behind.
@@ -117,7 +113,7 @@ class Value:
     atomic: str = ""
 
     def same(self, other: "Value") -> bool:
-        """Whether a device would run the same by both."""
+        """Tell whether a device would run the same by both."""
         return replace(self, attempt=0, atomic="") == replace(other, attempt=0, atomic="")
 
 
@@ -130,7 +126,7 @@ COMPLETED = BREACHES | {Outcome.SUCCEEDED}
 
 @dataclass(frozen=True, slots=True)
 class DeviceProgress:
-    """One device in a rollout.
+    """Progress of one device in a rollout.
 
     Attributes:
         wave: from 1.
@@ -210,7 +206,7 @@ TRIED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One report of a device about the instance of a rollout.
+    """Report of a device about the instance of a rollout.
 
     Attributes:
         at: when the server heard it, seconds.
@@ -257,7 +253,7 @@ def apply_report(board: DeviceProgress, word: Observation) -> DeviceProgress:
 
 
 def _outcome(word: Observation) -> Outcome:
-    """What a report other than a commit means."""
+    """Return the outcome after a report other than a commit."""
     if word.phase == Phase.ROLLED_BACK:
         return Outcome.FAILED
     if word.phase != Phase.FAILED or word.retryable:

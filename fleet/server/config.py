@@ -1,10 +1,10 @@
-"""Where a server keeps things, and how it is configured: `<home>/server` and its `server.toml`.
+"""Files of a server, `<home>/server`, and its configuration, `server.toml`.
 
 server.toml   this configuration
 ca/           the fleet's CA: the root's certificate and the issuing CA (in a development fleet, the root's key)
 tls/          the listeners' certificate, and the server's own for its broker
 keys/         director, snapshot, timestamp
-repository/   TUF metadata, one file a version; timestamp.json is the head
+repository/   TUF metadata, one file per version; timestamp.json is the head
 artifacts/    components by sha256
 broker/       the broker's configuration and persistence
 fleet.db      everything else
@@ -31,7 +31,7 @@ class HomeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where something listens or is reached."""
+    """Address that something listens on or is reached at."""
 
     host: str
     port: int
@@ -51,7 +51,7 @@ class Address:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Tell whether only this machine reaches it."""
         return is_loopback(self.host)
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ class ServerConfig:
 
     @property
     def production(self) -> bool:
-        """Whether devices in production accept this fleet."""
+        """Tell whether devices in production accept this fleet."""
         return self.size != "dev"
 
     @property
@@ -178,12 +178,12 @@ class ServerPaths:
 
     @property
     def operator(self) -> Path:
-        """What operators have: configuration, token, keys."""
+        """Operator's directory: configuration, token, keys."""
         return self.root / "operator"
 
     @property
     def server(self) -> Path:
-        """What the server has."""
+        """Server's directory."""
         return self.root / "server"
 
     @property
@@ -233,7 +233,7 @@ class ServerPaths:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's loopback."""
+    """Tell whether a host name or address is this machine's loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,14 +1,15 @@
-"""What each device should run, signed: the director's assignments, freshness statements and commands.
+"""Director: signs each device's assignment, freshness statements and commands.
 
-An assignment is a function of the store: settled values, pins and the rollouts offered to the device. It is signed anew
-only when what it asks for changes, or before it expires. Its version is one more than the larger of what is stored here
-and what the device says it accepted, so that a restored database never falls behind its devices.
+An assignment is a function of the store: settled values, pins and the rollouts offered to the device. The director
+signs again only when the content changes, or before the assignment expires. Its version is one more than the larger
+of what is stored here and what the device says it accepted, so that a restored database never falls behind its
+devices.
 """
 
 import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from securesystemslib.signer import Signer
@@ -42,9 +43,17 @@ Publish = Callable[[Topic, bytes], bool]
 
 
 class _Wanted(msgspec.Struct):
-    """What `_asked` keeps of an assignment, as far as it is read again."""
+    """Part of an assignment that `_asked` keeps."""
 
     items: tuple[Item, ...] = ()
+
+
+class SentCommand(NamedTuple):
+    """Command as it was signed; `sent` tells whether the broker took it."""
+
+    sequence: int
+    expires: datetime
+    sent: bool
 
 
 class Director:
@@ -132,7 +141,7 @@ class Director:
         return signed, True
 
     def _is_signed(self, envelope: bytes) -> bool:
-        """Whether the key that is the director's now signed it: after a rotation every assignment is signed anew."""
+        """Tell whether the director's present key signed it: after a rotation every assignment is signed again."""
         return self._signer.public_key.keyid in dsse.parse(envelope).signatures
 
     def publish_assignment(self, row: AssignmentRow) -> bool:
@@ -157,8 +166,8 @@ class Director:
         )
         return director.sign_fresh(fresh, self._signer)
 
-    def command(self, device: str, verb: CheckIn | Restart | FollowLogs) -> tuple[int, datetime, bool]:
-        """Sign and send a command: its sequence, its expiry, and whether the broker took it."""
+    def command(self, device: str, verb: CheckIn | Restart | FollowLogs) -> SentCommand:
+        """Sign and send a command."""
         now = self._clock()
         command = Command(
             fleet=self._fleet,
@@ -169,21 +178,21 @@ class Director:
             verb=verb,
         )
         sent = self._publish(Topic(device, Down.COMMAND), director.sign_command(command, self._signer))
-        return command.sequence, command.expires, sent
+        return SentCommand(command.sequence, command.expires, sent)
 
     @property
     def fleet(self) -> str:
-        """Whose director it is."""
+        """Name of the fleet."""
         return self._fleet
 
     def _assigned(self, device: str, instance: str) -> list[Item]:
-        """What the newest assignment has under this name: one item or none."""
+        """Return the item of this name in the newest assignment; None for none."""
         row = self._store.delivery.assignment(device)
         items = [] if row is None else msgspec.json.decode(row.wanted, type=_Wanted).items
         return [item for item in items if item.instance == instance]
 
     def _wanted(self, device: DeviceRow) -> Assignment:
-        """What the device should run, without version and times."""
+        """Return what the device should run, without version and times."""
         attempts = self._store.delivery.attempts(device.id)
         boxes = self._store.boxes.newest(device.id)
         items: list[Item] = []
@@ -254,6 +263,6 @@ def unfit(release: Release, device: DeviceRow) -> str:
 
 
 def _asked(wanted: Assignment) -> str:
-    """What tells whether two assignments ask for the same."""
+    """Return what is equal for two assignments that ask for the same."""
     asked: dict[str, Any] = {"items": wanted.items, "stop_all": wanted.stop_all, "keep_data": wanted.keep_data}
     return wire.canonical(asked).decode()

@@ -1,4 +1,4 @@
-"""How devices join and stay: one-time tokens, certificates for their keys, renewal, revocation."""
+"""Enrolment of devices: one-time tokens, certificates for their keys, renewal, revocation."""
 
 import hashlib
 import secrets
@@ -164,7 +164,7 @@ class Enrolment:
         self._store.access.audit(actor=device, act="enrol", subject=device, detail=token.group, now=now)
 
     def authenticate(self, certificate: x509.Certificate | None, *, renewing: bool = False) -> DeviceRow:
-        """Which device presents this certificate, verified by TLS against the CA (its dates are checked here).
+        """Return the device that presents a certificate, verified by TLS against the CA (its dates are checked here).
 
         Raises:
             Refusal: none, unknown, revoked, or expired (which is enough to renew).
@@ -178,7 +178,7 @@ class Enrolment:
                 403, "unknown-device", "this certificate belongs to no device", action="enrol the device again"
             )
         if device.revoked or (known is not None and known.revoked):
-            raise Refusal(403, "revoked", f"{device.id} was shut out of the fleet")
+            raise Refusal(403, "revoked", f"{device.id} is revoked")
         if known is None or not self._ca.accepts(certificate):
             if renewing:  # its own key is enough: whoever stole an issuing CA has not stolen that
                 return device

@@ -1,10 +1,10 @@
-"""What devices say, taken in: decoded strictly, written in batches, acknowledged only when it is on disk.
+"""Messages from devices: decoded strictly, written in batches, acknowledged only when on disk.
 
-Every handler is idempotent: a report is known by device, boot and sequence; of health only the newest counts; hello and
-state overwrite. A message that is not of the protocol, or speaks for another device than its topic, is counted and
-dropped: the broker binds topics to certificates, and here it is checked again. A bad message loses itself alone: what
-fails while one is decoded or written is undone, counted for its device and logged once, and the rest of its batch is
-kept.
+Every handler is idempotent: a report is identified by device, boot and sequence; of health only the newest counts;
+hello and state overwrite. A message that is not of the protocol, or speaks for another device than its topic, is
+counted and dropped: the broker binds topics to certificates, and the sender is checked again here. A bad message
+loses itself alone: when decoding or writing it fails, its changes are undone, it is counted for its device and logged
+once, and the rest of its batch is kept.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ BATCH_MAX: Final = 2000
 EARS_MAX: Final = 10_000
 
 BAD_S: Final = 3600.0
-"""How long the status names a device after its last bad message."""
+"""Time after its last bad message during which the status names a device."""
 
 _NAMED_MAX: Final = 5
 
@@ -325,7 +325,7 @@ class Ingest:
                     self._store.rollouts.set_board(rollout.number, fallen, extra)
 
     def _confirm(self, device: str, committed: int) -> None:
-        """What the device has committed as a whole has succeeded, whatever reports were lost."""
+        """Count a whole assignment that the device has committed as succeeded, whatever reports were lost."""
         if committed == 0:
             return
         for rollout in self._store.rollouts.offered(device, undecided=True):
@@ -361,7 +361,7 @@ class Ingest:
 
 
 def _timings(report: Report) -> dict[str, int]:
-    """How long each phase took; a row that every report adds to has room for the names of phases only."""
+    """Return how long each phase took, ms, under names of phases only: every report adds to the same row."""
     return {name: spent for name, spent in report.timings_ms.items() if name in _PHASES}
 
 

@@ -1,12 +1,9 @@
-"""Ports, TLS, uvicorn, client certificates.
+"""Listeners: ports bound early, TLS with certificates that renew themselves, uvicorn, client certificates.
 
-The listeners: ports taken early, TLS of the fleet's CA with certificates that renew themselves, uvicorn on top.
-
-The one place that looks into uvicorn: it puts the verified certificate of a TLS client into the ASGI scope.
-
-uvicorn has the certificate and does not pass it on. The ASGI TLS extension names where it belongs:
-`scope["extensions"]["tls"]["client_cert_chain"]`, PEM, leaf first. TLS has verified it against the listener's CA before
-a byte of the request is read. A test with real TLS guards this against a change in uvicorn.
+No other module uses uvicorn's internals. uvicorn has a TLS client's certificate and does not pass it on, so its
+protocol class is extended to put the certificate into the ASGI scope, where the ASGI TLS extension has it:
+`scope["extensions"]["tls"]["client_cert_chain"]`, PEM, leaf first. TLS has verified it against the listener's CA
+before a byte of the request is read. A test with real TLS guards this against a change in uvicorn.
 """
 
 import asyncio
@@ -98,7 +95,7 @@ class Certificates:
         return changed
 
     def _outdated(self, pem: bytes, now: datetime) -> bool:
-        """Whether a certificate is due, or of an issuing CA that is not the newest."""
+        """Tell whether a certificate is due, or of an issuing CA that is not the newest."""
         leaf = x509.load_pem_x509_certificate(pem)
         return leaf.issuer != self._ca.issuer.subject or not self._ca.accepts(leaf) or due(pem, now=now)
 
@@ -121,7 +118,7 @@ class Certificates:
 
 
 class Listener:
-    """One application on one socket."""
+    """Application on one socket."""
 
     def __init__(self, application: Any, sock: socket.socket, context: ssl.SSLContext) -> None:
         config = uvicorn.Config(

@@ -1,8 +1,8 @@
-"""The server's door to MQTT: the only module that knows paho.
+"""MQTT client of the server; no other module of the server uses paho.
 
-paho runs on the server's asyncio loop through its external-loop callbacks; there is no paho thread. Connecting (DNS,
-TCP, TLS) happens in a worker thread, since paho does it blocking. What is published while the broker is away is not
-queued: on each connect `on_connected` is called, and whoever has something to say says it again.
+paho runs on the server's event loop through its external-loop callbacks; there is no paho thread. Connecting (DNS,
+TCP, TLS) happens in a worker thread, since paho does it blocking. Messages published while the broker is away are not
+queued: `on_connected` is called on each connect, and publishes again what devices may have missed.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ Handler = Callable[[str, bytes], None]
 
 
 class MqttClient:
-    """One connection to the broker, kept up until `close`.
+    """Connection to the broker, kept up until `close`.
 
     Args:
         address: of the broker.
@@ -70,7 +70,7 @@ class MqttClient:
 
     @property
     def connected(self) -> bool:
-        """Whether messages go out now."""
+        """Tell whether messages can be sent now."""
         return self._up.is_set()
 
     async def wait_connected(self) -> None:

@@ -51,7 +51,7 @@ class RolloutController:
         self._wake.set()
 
     def touch(self, devices: Iterable[str]) -> None:
-        """What these devices should run may have changed."""
+        """Look again at devices whose desired state may have changed."""
         self._dirty.update(dict.fromkeys(devices))
         self._wake.set()
 
@@ -72,7 +72,7 @@ class RolloutController:
                 await asyncio.wait_for(self._wake.wait(), pause)
 
     async def step(self) -> None:
-        """One round: every open rollout until it waits, then every device whose desired state may have changed."""
+        """Run one round: every open rollout until it waits, then every device whose desired state may have changed."""
         self._next = None
         for row in self._store.rollouts.open():
             await self._advance(row.number)

@@ -1,10 +1,7 @@
-"""From an operator's request to a rollout.
-
-From what an operator asks to a rollout: checked against what is published, who is there, and what runs.
+"""Plans a rollout from an operator's request: checked against published components, devices and what runs.
 
 Deploy, removal, pin, undo and retry all end in a rollout or a raised attempt; nothing else changes what devices run.
-
-What an operator wishes for an instance, held against what its publisher signed: configuration, grants, port.
+`value_of` checks the requested configuration, grants and port against what the publisher signed.
 """
 
 import secrets
@@ -73,7 +70,7 @@ class RolloutPlanner:
         return found
 
     def preflight(self, request: RolloutRequest) -> Preflight:
-        """What a rollout would do, without doing it; raises as `deploy`."""
+        """Return what a rollout would do, without doing it; raises as `deploy`."""
         value, group = self._check(request)
         before = self._before(request)
         boards, left_out = self._boards(request, group, value)
@@ -106,7 +103,7 @@ class RolloutPlanner:
         return value, group
 
     def _check_secrets(self, request: RolloutRequest, group: GroupRow | None, value: Value) -> None:
-        """What nobody there could start is refused; single devices that lack a secret are left out."""
+        """Refuse a rollout that no device could start; single devices that lack a secret are left out."""
         release = None if value.target is None else self._repository.release(value.target)
         rows = [] if release is None else self._store.devices.some(self._members(request, group))
         missing = [self._lacks(row, release, request.instance) for row in rows if not row.revoked]
@@ -337,7 +334,7 @@ class RolloutPlanner:
         return self._begin(asked, self._value(asked), group, by=by)
 
     def _runs(self, request: RemovalRequest) -> bool:
-        """Whether a single device runs it by the word of a group."""
+        """Tell whether a device runs an instance because of a group."""
         row = self._store.devices.get(request.device) if request.device else None
         held = None if row is None else self._director.effective(row).get(request.instance)
         return held is not None and held.value.target is not None
@@ -357,7 +354,7 @@ class RolloutPlanner:
         return self._begin_set(asked, group, by=by, undoes=tuple(each.id for each in members))
 
     def _taken_back(self, past: RolloutRow, sizes: str) -> tuple[RolloutRequest, Value]:
-        """What is asked for when a rollout is taken back; raises as `undo`."""
+        """Return the request that takes a rollout back; raises as `undo`."""
         try:
             value = replace(effective.target_of(_past(past)), atomic="")
             model.parse(sizes)
@@ -529,7 +526,7 @@ def _grants(asked: Grants | None, kept: Value | None, release: Release) -> str:
 
 
 def new_grants(release: Release | None, old: Release | None) -> tuple[str, ...]:
-    """What the new version may reach and the old one may not."""
+    """Return grants of the new version that the old one does not have."""
     if release is None:
         return ()
     new, before = release.manifest.grants, old.manifest.grants if old is not None else Grants()

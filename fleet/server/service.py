@@ -1,8 +1,8 @@
-"""`fleet serve`: everything of the server in one process and one loop, but the broker, which is a child of its own.
+"""Server process of `fleet serve`: everything in one event loop, except for the broker, which is a child process.
 
-What starts here, in this order: the store, the TUF repository, the ports (so that a port in use is said at once), the
-broker, the connection to it, the rollout loop, the two listeners. Everything that matters is in the store: a server
-that is killed at any instant goes on where it was.
+Started in this order: the store, the TUF repository, the ports (so that a port in use is reported at once), the
+broker, the connection to it, the rollout loop, the two listeners. All state is in the store: a server that is killed
+at any instant resumes where it was.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ def now() -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What the server says when it runs."""
+    """Addresses of a server that is ready."""
 
     fleet: str
     operators_url: str
@@ -75,7 +75,7 @@ class Ready:
 
 
 class Server:
-    """One fleet's server.
+    """Server of one fleet.
 
     Args:
         home: made by `fleet.admin.bootstrap.init`.
@@ -287,7 +287,7 @@ class Server:
             row = self._store.delivery.assignment(device)
             if row is not None:
                 self._director.publish_assignment(row)
-        devices, _ = self._store.devices.count()
+        devices = self._store.devices.count().total
         jitter_s = min(60, int(devices * POKE_JITTER_PER_BOARD_S))
         self._bus.publish(POKE, wire.encode(Poke(jitter_s=jitter_s)))
         self._conductor.wake()
@@ -305,7 +305,7 @@ class Server:
         self._stack.push_async_callback(end)
 
     async def _upkeep(self) -> None:
-        """What must be done now and then: online roles, assignments before they expire, certificates, old reports."""
+        """Periodic housekeeping: online roles, assignments before they expire, certificates, old reports."""
         while True:
             await asyncio.sleep(UPKEEP_S)
             try:
@@ -314,7 +314,7 @@ class Server:
                 log.exception("upkeep failed; it is tried again")
 
     def keep_up(self) -> None:
-        """One round of upkeep."""
+        """Run one round of housekeeping."""
         when = self._clock()
         self._repository.keep_fresh(now=when)
         if self._certificates.renew():

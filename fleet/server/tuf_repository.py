@@ -1,16 +1,13 @@
-"""TUF metadata as the server keeps it; online keys.
+"""TUF repository of the server: metadata files that are only added, `timestamp.json` as their head; online keys.
 
-TUF metadata as the server keeps it: files that are only ever added, and `timestamp.json` as their head.
+The server holds the snapshot and timestamp keys of the small sizes, never a publisher's. Publishing a namespace's
+role is compare-and-swap, judged by `signing.repository.check_role`, and so are signing events, which change root and
+targets too (`signing.events.apply`); then snapshot and timestamp follow. Files are replaced whole, the head last, so
+that a reader or a power cut sees the old state or the new one.
 
-The server holds the snapshot and timestamp keys of the small sizes, never a publisher's. Publishing a namespace's role
-is compare-and-swap, judged by `signing.repository.check_role`, and so are signing events, which change root and targets
-too (`signing.events.apply`); then snapshot and timestamp follow. Files are written
-whole, the head last, so that a reader or a power cut sees the old state or the new one.
-
-The online keys that this server holds: `<role>.pem`, and after a rotation `<role>-2.pem` and so on.
-
-Which of them counts is what signed metadata says, asked each time, so that a rotation needs no restart: the new key is
-made first, then root or targets name it, and from then on it signs.
+Online keys are `<role>.pem`, and after a rotation `<role>-2.pem` and so on. Signed metadata says which of them
+counts, looked up each time, so that a rotation needs no restart: the new key is made first, then root or targets name
+it, and from then on it signs.
 """
 
 import hashlib
@@ -102,7 +99,7 @@ ONLINE: Final = ("snapshot", "timestamp")
 
 
 class WaitingError(Exception):
-    """What was sent is kept, and published when the publisher host has signed snapshot and timestamp over it."""
+    """Changes are kept, and published when the signing host has signed snapshot and timestamp over them."""
 
 
 class TufRepository:
@@ -141,7 +138,7 @@ class TufRepository:
         return next((data for data in roots if hashlib.sha256(data).hexdigest() == sha256), None)
 
     def release(self, path: str) -> Release | None:
-        """What is published under a target path; None for nothing, or when it was revoked."""
+        """Return the release under a target path; None for nothing, or when it was revoked."""
         return self._releases.get(path)
 
     def releases(self) -> tuple[Release, ...]:
@@ -221,12 +218,12 @@ class TufRepository:
 
     @property
     def fleet(self) -> str:
-        """Whose repository it is, as root says."""
+        """Name of the fleet, from root."""
         return str(profile(metadata.parse(Root, self.newest_root, "root").signed).get("fleet", ""))
 
     @property
     def elsewhere(self) -> bool:
-        """Whether another host signs snapshot and timestamp."""
+        """Tell whether another host signs snapshot and timestamp."""
         return self._held_elsewhere(self._files)
 
     def _held_elsewhere(self, files: Mapping[str, bytes]) -> bool:

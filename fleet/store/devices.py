@@ -1,12 +1,20 @@
 """Devices and groups: who is there, what they last said, and who belongs where."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from fleet.protocol.messages import Health, Hello, State, Versions
 from fleet.store.rows import DeviceRow, EventRow, GroupRow, read
 from fleet.store.sqlite import Database, text
+
+
+class DeviceCount(NamedTuple):
+    """Number of devices that are not revoked, and of those online."""
+
+    total: int
+    online: int
 
 
 class Devices:
@@ -41,12 +49,12 @@ class Devices:
         return True
 
     def get(self, device: str) -> DeviceRow | None:
-        """One device."""
+        """Return a device."""
         row = self._db.row("SELECT * FROM devices WHERE id = ?", device)
         return None if row is None else read(DeviceRow, row)
 
     def some(self, devices: Iterable[str]) -> list[DeviceRow]:
-        """These devices, by id."""
+        """Return devices by id."""
         sql = "SELECT * FROM devices WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id"
         return [read(DeviceRow, row) for row in self._db.rows(sql, text(sorted(devices)))]
 
@@ -55,18 +63,18 @@ class Devices:
         return [read(DeviceRow, row) for row in self._db.rows("SELECT * FROM devices ORDER BY id")]
 
     def online(self, devices: Iterable[str]) -> dict[str, bool]:
-        """Which of these devices are online, revoked ones left out."""
+        """Return which of the devices are online, without revoked ones."""
         rows = self._db.rows(
             "SELECT id, online FROM devices WHERE NOT revoked AND id IN (SELECT value FROM json_each(?))",
             text(sorted(devices)),
         )
         return {row["id"]: bool(row["online"]) for row in rows}
 
-    def count(self) -> tuple[int, int]:
-        """How many devices there are, and how many are online."""
+    def count(self) -> DeviceCount:
+        """Return the number of devices, and of those online."""
         row = self._db.row("SELECT count(*) AS n, coalesce(sum(online), 0) AS up FROM devices WHERE NOT revoked")
         assert row is not None
-        return row["n"], row["up"]
+        return DeviceCount(row["n"], row["up"])
 
     def hear_hello(self, hello: Hello, now: float) -> None:
         """A device connected."""
@@ -102,11 +110,11 @@ class Devices:
         )
 
     def signs(self, device: str) -> bool:
-        """Whether a device has ever signed a report."""
+        """Tell whether a device has ever signed a report."""
         return bool(self._db.value("SELECT signs FROM devices WHERE id = ?", device))
 
     def set_signs(self, device: str) -> None:
-        """It has: from now on what is not signed is not its own."""
+        """Remember that a device signs its reports: unsigned ones are refused from now on."""
         self._db.run("UPDATE devices SET signs = 1 WHERE id = ? AND NOT signs", device)
 
     def sealing_proof(self, device: str) -> str:
@@ -151,7 +159,7 @@ class Devices:
             self._db.run("UPDATE groups SET selector = ? WHERE name = ?", text(selector), name)
 
     def group(self, name: str) -> GroupRow | None:
-        """One group."""
+        """Return a group."""
         row = self._db.row("SELECT * FROM groups WHERE name = ?", name)
         return None if row is None else read(GroupRow, row)
 
@@ -227,7 +235,7 @@ class Devices:
         )
 
     def events(self, device: str, limit: int) -> list[EventRow]:
-        """What happened to a device, newest first."""
+        """Return what happened to a device, newest first."""
         sql = "SELECT * FROM events WHERE device = ? ORDER BY at DESC, id DESC LIMIT ?"
         return [read(EventRow, row) for row in self._db.rows(sql, device, limit)]
 

@@ -79,7 +79,7 @@ class Rollouts:
         return None if row is None else read(RolloutRow, row)
 
     def open(self) -> list[RolloutRow]:
-        """Those that run or are paused, oldest first."""
+        """Return rollouts that run or are paused, oldest first."""
         sql = "SELECT * FROM rollouts WHERE state IN (?, ?) ORDER BY number"
         return [read(RolloutRow, row) for row in self._db.rows(sql, *_OPEN)]
 
@@ -183,7 +183,7 @@ class Rollouts:
         ]
 
     def board(self, number: int, device: str) -> tuple[DeviceProgress, Extra] | None:
-        """One device of a rollout."""
+        """Return a device of a rollout."""
         sql = (
             "SELECT b.*, coalesce(d.online, 0) AS online FROM boards b LEFT JOIN devices d ON d.id = b.device "
             "WHERE rollout = ? AND device = ?"
@@ -192,12 +192,12 @@ class Rollouts:
         return None if row is None else (read(DeviceProgress, row), read(Extra, row))
 
     def counts(self, number: int) -> dict[str, int]:
-        """How many devices stand how."""
+        """Count a rollout's devices by outcome."""
         sql = "SELECT outcome, count(*) AS n FROM boards WHERE rollout = ? GROUP BY outcome"
         return {row["outcome"]: row["n"] for row in self._db.rows(sql, number)}
 
     def states(self) -> dict[str, int]:
-        """How many rollouts stand how."""
+        """Count rollouts by state."""
         rows = self._db.rows("SELECT state, count(*) AS n FROM rollouts GROUP BY state ORDER BY state")
         return {row["state"]: row["n"] for row in rows}
 
@@ -210,11 +210,11 @@ class Rollouts:
         self._db.run("UPDATE rollouts SET revision = revision + 1 WHERE number = ?", number)
 
     def set_previous(self, number: int, device: str, target: str) -> None:
-        """What the device should have run before it was offered this."""
+        """Remember what the device should have run before it was offered this."""
         self._db.run("UPDATE boards SET previous = ? WHERE rollout = ? AND device = ?", target, number, device)
 
     def set_version(self, number: int, device: str, version: int) -> None:
-        """Which assignment offered it to this device first."""
+        """Remember which assignment offered it to a device first."""
         sql = "UPDATE boards SET version = ? WHERE rollout = ? AND device = ? AND version = 0"
         self._db.run(sql, version, number, device)
 
@@ -230,7 +230,7 @@ class Rollouts:
     # -- settled values ----------------------------------------------------------------------------------------------
 
     def settled(self, *, group: str = "", device: str = "") -> list[SettledRow]:
-        """What a group (or, with `device`, a device by its pins) runs when every rollout is over."""
+        """Return what a group (or, with `device`, a device by its pins) runs when every rollout is over."""
         sql = 'SELECT * FROM settled WHERE "group" = ? AND device = ? ORDER BY instance'
         return [read(SettledRow, row) for row in self._db.rows(sql, group, device)]
 
@@ -242,7 +242,7 @@ class Rollouts:
         return found
 
     def settled_value(self, *, group: str, device: str, instance: str) -> Value | None:
-        """One settled value; None when the instance was never there."""
+        """Return a settled value; None when the instance was never there."""
         sql = 'SELECT value FROM settled WHERE "group" = ? AND device = ? AND instance = ?'
         found = self._db.value(sql, group, device, instance)
         return None if found is None else msgspec.json.decode(found, type=Value)

@@ -79,7 +79,7 @@ class CertificateRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SettledRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What a group or a device runs as one instance when every rollout is over."""
+    """Settled value: what a group or a device runs as one instance when every rollout is over."""
 
     group: str
     device: str
@@ -117,7 +117,7 @@ class RolloutRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Extra(msgspec.Struct, frozen=True, kw_only=True):
-    """What is kept of a device in a rollout beside its standing.
+    """Stored facts of a device in a rollout, beside its progress.
 
     Attributes:
         previous: target path that it should have run before, empty for none.
@@ -165,7 +165,7 @@ class EventRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AuditRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One act."""
+    """Entry of the audit log."""
 
     number: int
     at: float

@@ -1,20 +1,17 @@
-"""The connection, its care, migrations, errors.
-
-One SQLite file behind one connection, opened with the care that a server's memory deserves.
+"""SQLite connection, migrations, errors of the server's store.
 
 WAL, so that a reader never waits for a writer, and `synchronous=FULL`, since a report is acknowledged when it is
-stored and the device then forgets it. Used from one thread: the server's loop. Transactions are short, and what comes
-in by the thousand is written in batches.
+stored and the device then forgets it. Used from one thread, the server's event loop. Transactions are short, and
+messages that arrive by the thousand are written in batches.
 
-The schema, as the functions that lead to it. `PRAGMA user_version` counts those that ran; none is ever changed.
+The schema is the list of migrations that lead to it. `PRAGMA user_version` counts those that ran; a migration never
+changes once released.
 
-What can be wrong with a server's database, each a sentence for people.
-
-StoreError
-  OtherVersionError   written by a newer program
-  OtherOwnerError     belongs to another user, or may not be written
-  OtherFleetError     holds another fleet
-  DamagedError        not a database, or damaged
+    StoreError
+      OtherVersionError   written by a newer program
+      OtherOwnerError     belongs to another user, or may not be written
+      OtherFleetError     holds another fleet
+      DamagedError        not a database, or damaged
 """
 
 import os
@@ -102,7 +99,7 @@ class Database:
 
     @contextmanager
     def atomic(self) -> Iterator[None]:
-        """All or nothing; may be nested."""
+        """Run a block in one transaction, all or nothing; may be nested."""
         if self._db.conn.in_transaction:
             yield
             return
@@ -260,7 +257,7 @@ def boards_and_groups(db: sqlite_utils.Database) -> None:
 
 @migration
 def rollouts_and_delivery(db: sqlite_utils.Database) -> None:
-    """What devices should run, how it gets there, and what they say."""
+    """Create the tables of assignments, their delivery, and reports."""
     db.executescript("""
         CREATE TABLE artifacts (
             sha256 TEXT PRIMARY KEY, length INTEGER NOT NULL, stored_at REAL NOT NULL, by TEXT NOT NULL
@@ -309,7 +306,7 @@ def rollouts_and_delivery(db: sqlite_utils.Database) -> None:
 
 @migration
 def signed_reports(db: sqlite_utils.Database) -> None:
-    """Whether a device has signed a report: from then on it is not heard without."""
+    """Add the mark of devices that have signed a report: unsigned ones are refused from then on."""
     db.executescript("ALTER TABLE devices ADD COLUMN signs INTEGER NOT NULL DEFAULT 0;")
 
 

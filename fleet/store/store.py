@@ -1,10 +1,7 @@
-"""The store as one object; its change signal; tokens, operators, certificates, audit log.
+"""Store as one object: five views of one database, audit log, change signal.
 
-The server's memory: one database, five views of it. Nothing outside this package knows that it is SQL.
-
-Who may come in, and who did what: enrolment tokens and operators (hashed), certificates, the audit log.
-
-Waiting for news: long polls sleep here until something was written that they may want to see.
+No module outside this package knows that it is SQL. `Access` keeps enrolment tokens and operators (hashed),
+certificates and the audit log. Long polls wait at the `ChangeSignal` until something was written.
 """
 
 import asyncio
@@ -41,7 +38,7 @@ class Store:
         return cls(Database.open(path, fleet=fleet))
 
     def atomic(self) -> AbstractContextManager[None]:
-        """All or nothing."""
+        """Run a block in one transaction, all or nothing."""
         return self._db.atomic()
 
     def savepoint(self) -> AbstractContextManager[None]:
@@ -62,7 +59,7 @@ class Store:
 
 
 def hashed(secret: str) -> str:
-    """How a secret lies in the store. It has 256 random bits, so one round of sha256 is enough."""
+    """Hash a token for the store. Tokens have 256 random bits, so one round of sha256 is enough."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -113,7 +110,7 @@ class Access:
         return self._db.run("DELETE FROM operators WHERE name = ?", name) == 1
 
     def start_over(self, name: str, token: str, *, now: float) -> None:
-        """Nobody may come in any more but one admin with a new token, and no enrolment token counts."""
+        """Remove every operator and enrolment token, and add one admin with a new token."""
         with self._db.atomic():
             self._db.run("DELETE FROM operators")
             self._db.run("DELETE FROM tokens WHERE used_at IS NULL")

@@ -1,10 +1,9 @@
 """Handlers for enrolled devices; log relay.
 
-The routes for enrolled devices. TLS has asked each for a certificate of the fleet's CA before a request is read.
+TLS has verified each client's certificate against the fleet's CA before a request is read.
 
-Log lines on their way from a device to the operator who asked: in memory, for minutes, and never stored.
-
-A device is listened to only where an operator's command asked it for lines, and for as long as somebody reads them.
+The log relay passes lines from a device to the operator who asked for them: in memory, for minutes, never stored. A
+device's lines are taken only where an operator's command asked for them, and only while somebody reads them.
 """
 
 import asyncio
@@ -58,7 +57,7 @@ class _Follow:
 
 
 class LogRelay:
-    """What is being followed."""
+    """Followed logs: which device sends lines for which command."""
 
     def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
@@ -120,7 +119,7 @@ class LogRelay:
 
 
 BROKER_SLACK_S: Final = 120.0
-"""How long the broker may take to bring an assignment before a device that asks here for it tells something."""
+"""Time for the broker to deliver an assignment; a device that asks here for it later shows that the broker does not."""
 
 _NAMED_MAX: Final = 5
 

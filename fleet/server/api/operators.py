@@ -164,17 +164,17 @@ class DeviceHandlers:
                 f"{wanted.verb.instance!r} is not assigned to {row.id}",
                 action=f"fleet device {row.id} shows what it should run",
             )
-        sequence, expires, sent = self._director.command(row.id, wanted.verb)
-        if not sent:
+        sent = self._director.command(row.id, wanted.verb)
+        if not sent.sent:
             raise Refusal(
                 503, "no-broker", "the broker is not connected, and commands are not kept", action="try again"
             )
         if isinstance(wanted.verb, FollowLogs):
-            self._logs.expect(row.id, sequence, wanted.verb.instance, minutes=wanted.verb.minutes)
+            self._logs.expect(row.id, sent.sequence, wanted.verb.instance, minutes=wanted.verb.minutes)
         words = wire.canonical(wanted.verb).decode()
         self._audit.record(by, "command", row.id, words)
         self._store.devices.note(row.id, "command", f"{by} sent {words}", now=self._now())
-        return answer(operator_api.CommandReply(sequence=sequence, expires=expires), 202)
+        return answer(operator_api.CommandReply(sequence=sent.sequence, expires=sent.expires), 202)
 
     async def revoke(self, request: Request, by: str) -> Response:
         """POST /v1/devices/{id}/revoke."""

@@ -1,8 +1,6 @@
-"""Handlers: metadata and artifacts.
+"""Handlers for TUF metadata and artifacts, on both listeners.
 
-What publishers bring and devices fetch: TUF metadata and artifacts, on both listeners.
-
-Artifacts: files named by the sha256 of their bytes. An upload becomes a file only when its hash is its name.
+Artifacts are files named by the sha256 of their bytes; an upload becomes such a file only when its hash matches.
 """
 
 import hashlib

@@ -39,7 +39,7 @@ Handler = Callable[[Request, str], Awaitable[Response]]
 
 
 class Access(Enum):
-    """Who may call a route, least first."""
+    """Role that a route requires, least first."""
 
     OPEN = 0  # no token
     VIEWER = 1
@@ -65,7 +65,7 @@ class Handlers:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One route of the operator API.
+    """Row of the route table.
 
     Attributes:
         method: in lower case, as OpenAPI writes it.

@@ -1,11 +1,4 @@
-"""Handlers: operator accounts, CA, online roles.
-
-The routes about operators themselves: who may come in, and as what. Only an admin changes that.
-
-The routes about the CA: what it issues with, a successor for it, and what counts no more. An admin changes it.
-
-Snapshot and timestamp that a publisher host signs: what waits for it, what it brings, what is late.
-"""
+"""Handlers for operator accounts, the CA, and online roles (snapshot and timestamp signed on a signing host)."""
 
 import asyncio
 import secrets
@@ -155,7 +148,7 @@ class CaHandlers:
 
 
 PATIENCE_S: Final = 20.0
-"""How long whoever publishes waits for the publisher host: less than a client waits for an answer."""
+"""Time that a publishing request waits for the signing host: less than a client waits for a reply."""
 
 WAIT_MAX_S: Final = 60
 
@@ -232,7 +225,7 @@ class OnlineRoles:
         return answer(self._view())
 
     def problems(self) -> list[str]:
-        """What an operator should know: nobody signs, and something waits or is about to expire."""
+        """Return sentences for the status: nothing signs, and something waits or is about to expire."""
         if not self._repository.elsewhere and not self._repository.waiting:
             return []
         now, found = self._clock(), []

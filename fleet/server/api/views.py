@@ -1,9 +1,4 @@
-"""From rows to what the API shows; Prometheus text.
-
-From rows to what the API shows. Reads, never writes.
-
-Figures for Prometheus, in its text format. Counted from the store when asked; nothing is kept for it.
-"""
+"""Views: replies of the operator API from rows of the store; Prometheus text. Reads, never writes."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -30,7 +25,7 @@ HISTORY_PAGE: Final = 200
 
 
 class Views:
-    """What operators see."""
+    """Replies of the operator API, made from the store."""
 
     def __init__(self, *, store: Store, director: Director, clock: Callable[[], datetime]) -> None:
         self._store, self._director, self._clock = store, director, clock
@@ -49,7 +44,7 @@ class Views:
         )
 
     def row(self, row: DeviceRow) -> operator_api.DeviceRow:
-        """One device as in a listing."""
+        """Return a device as in a listing."""
         assignment = self._store.delivery.assignment(row.id)
         return _row(
             row,
@@ -59,7 +54,7 @@ class Views:
         )
 
     def detail(self, row: DeviceRow) -> operator_api.DeviceDetail:
-        """All about one device."""
+        """Return everything about one device."""
         certificate = self._store.access.newest_certificate(row.id)
         effective = self._director.effective(row)
         attempts = self._store.delivery.attempts(row.id)
@@ -99,7 +94,7 @@ class Views:
         return tuple(entry for entry in newest.values() if entry.phase is not Phase.COMMITTED)
 
     def timeline(self, device: str, limit: int) -> operator_api.Timeline:
-        """What happened to a device, newest first."""
+        """Return what happened to a device, newest first."""
         reports = [_reported(row) for row in self._store.delivery.reports(device, limit)]
         events = [_happened(row) for row in self._store.devices.events(device, limit)]
         entries = sorted([*reports, *events], key=lambda entry: entry.at, reverse=True)
@@ -124,7 +119,7 @@ class Views:
         return operator_api.Groups(groups=tuple(self.group(row) for row in self._store.devices.groups()))
 
     def group(self, row: GroupRow) -> operator_api.GroupRow:
-        """One group."""
+        """Return a group."""
         online = self._store.devices.online(self._store.devices.members(row))
         open_here = [each.number for each in self._store.rollouts.open() if each.group == row.name]
         return operator_api.GroupRow(
@@ -150,7 +145,7 @@ class Views:
         return operator_api.Rollouts(rollouts=tuple(self.rollout(row, boards=False) for row in rows))
 
     def rollout(self, row: RolloutRow, *, boards: bool = True) -> operator_api.RolloutView:
-        """One rollout."""
+        """Return a rollout."""
         starts = (0, *row.sizes[:-1])
         texts = [text.strip() for text in row.waves.split(",")]
         waves = tuple(
@@ -230,9 +225,9 @@ def health_of(row: DeviceRow) -> Health | None:
 
 def _problem(row: DeviceRow, health: Health | None) -> str:
     if row.revoked:
-        return "shut out of the fleet"
+        return "revoked"
     if row.seen_at is None:
-        return "enrolled, and never heard of since"
+        return "enrolled, and not seen since"
     if health is None:
         return ""
     return next(iter((*health.problems, *(each.error for each in health.instances if each.error))), "")

@@ -1,14 +1,12 @@
-"""Choice, start, supervision and revocation list of the broker; Mosquitto.
+"""Choice, start, supervision and revocation list of the broker; configuration of Mosquitto.
 
-Which broker a fleet has: somebody else's, Mosquitto, or the embedded one; how it is started, told and stopped.
+The broker is external, Mosquitto, or the embedded one. A broker started here is a child process, restarted when it
+ends; its output goes to the server's log.
 
-A broker as a child process: started, watched, started again, stopped. Its words go to the server's log.
-
-Mosquitto with a generated configuration: who may connect is the CA's word, who may say what is the topic's.
-
-Each client shows a certificate; its CN becomes user name and client id, so that no device can take another's place. A
-device writes below its own `up/`, reads below its own `down/` and the common poke; the server reads and writes
-everything. Devices that were shut out get a deny line, which silences even a live connection at the next SIGHUP.
+Mosquitto gets a generated configuration. Each client shows a certificate of the fleet's CA, whose CN becomes user
+name and client id, so that no device can take another's place. A device writes below its own `up/`, reads below its
+own `down/` and the common poke; the server reads and writes everything. Revoked devices get a deny line, which
+silences even a live connection at the next SIGHUP.
 """
 
 import asyncio
@@ -94,7 +92,7 @@ class Broker:
             await self._child.start()
 
     def shut_out(self, revoked: Iterable[str]) -> None:
-        """These devices may not speak any more; certificates on disk are read again too."""
+        """Revoke devices at the broker, and let it reload certificates from disk."""
         if self._child is not None:
             self._write(revoked)
             self._child.reload()
@@ -143,7 +141,7 @@ class BrokerError(Exception):
 
 
 class Child:
-    """One broker process, kept running until `stop`.
+    """Broker process, kept running until `stop`.
 
     Args:
         name: for the log.

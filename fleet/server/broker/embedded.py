@@ -1,13 +1,13 @@
-"""The embedded broker: amqtt behind a gate, in a process of its own. For development, on loopback.
+"""Embedded broker: amqtt behind a gate, in a process of its own. For development, on loopback.
 
-amqtt alone does not bind a client to its certificate (it looks up a persistent session before it authenticates, accepts
-anybody's will, and keeps the old connection when a client id is taken over). So TLS ends here, with a certificate
-demanded; the gate reads the CONNECT packet before the broker sees it, and lets it pass only when client id and will
-belong to the certificate's CN; then the plugin below holds each session to its own topics. amqtt still takes
-subscriptions to `$share` that it never serves, forgets everything when it ends, and is slow: a fleet that matters runs
-Mosquitto.
+amqtt alone does not bind a client to its certificate (it looks up a persistent session before it authenticates,
+accepts anybody's will, and keeps the old connection when a client id is taken over). So TLS ends here, with a
+certificate required; the gate reads the CONNECT packet before the broker sees it, and lets it pass only when client
+id and will belong to the certificate's CN; then the plugin below holds each session to its own topics. amqtt still
+takes subscriptions to `$share` that it never serves, forgets everything when it ends, and is slow: use Mosquitto in
+production.
 
-SIGHUP reads the certificate and the list of devices that were shut out anew.
+SIGHUP reloads the certificate and the list of revoked devices.
 
     python -m fleet.server.broker.embedded HOST PORT CA CERTIFICATE KEY REVOKED LISTS
 """
@@ -54,7 +54,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """What a CONNECT packet claims (MQTT 3.1.1, section 3.1); `packet` is the whole of it."""
+    """Claims of a CONNECT packet (MQTT 3.1.1, section 3.1); `packet` is the whole of it."""
 
     client_id: str
     will_topic: str
@@ -108,7 +108,7 @@ def common_name(certificate: dict[str, Any] | None) -> str:
 
 
 def may(client: str, topic: str, *, publish: bool) -> bool:
-    """Whether a client may publish to a topic, or be given what is on it."""
+    """Tell whether a client may publish to a topic, or receive from it."""
     if client == SERVER_CN:
         return topic.startswith(f"{topics.PREFIX}/")
     if not publish and (topic == topics.POKE or topic in topics.board_subscriptions(client)):
@@ -123,7 +123,7 @@ def may(client: str, topic: str, *, publish: bool) -> bool:
 def check(name: str, connect: Connect, revoked: frozenset[str]) -> None:
     """Hold a CONNECT packet against the certificate's name; raises `RefusedError`."""
     if name in revoked:
-        raise RefusedError(f"{name} was shut out of the fleet")
+        raise RefusedError(f"{name} is revoked")
     if not name or connect.client_id != name:
         raise RefusedError(f"{name or 'nobody'} came as {connect.client_id!r}")
     if connect.will_topic and not may(name, connect.will_topic, publish=True):
@@ -144,7 +144,7 @@ class OwnTopics(BaseTopicPlugin):  # type: ignore[misc]
     async def topic_filtering(
         self, *, session: Session | None = None, topic: str | None = None, action: Action | None = None
     ) -> bool | None:
-        """Whether it does."""
+        """Tell whether the packet is a CONNECT."""
         if session is None or not session.client_id or not topic:
             return False
         return may(session.client_id, topic, publish=action is Action.PUBLISH)

@@ -1,7 +1,7 @@
-"""Runs a program that ends with its parent: `python -m fleet.server.broker.tether PARENT PROGRAM ARGS...`.
+"""Run a program that ends with its parent: `python -m fleet.server.broker.tether PARENT PROGRAM ARGS...`.
 
-The kernel is asked to send SIGTERM when the parent dies (`prctl(PR_SET_PDEATHSIG)`, kept over exec), so that no broker
-is left behind by a server that was killed.
+The kernel sends SIGTERM when the parent dies (`prctl(PR_SET_PDEATHSIG)`, kept over exec), so that a server that was
+killed leaves no broker behind.
 """
 
 import ctypes
