@@ -1,23 +1,26 @@
-"""What is to be changed: the desired state against what is committed, what is in flight and what failed before.
+"""Plan of changes and barriers of atomic sets: pure functions over plain values.
 
-Pure. Removals come first and nothing blocks them; one change per instance is in flight; a failed item is not tried
-again until its attempt is raised, whoever asks.
+The plan compares the desired state with what is committed, under way and failed before. Removals come first and nothing
+blocks them; one change per instance is in flight; a failed item waits until its attempt is raised or its retry is due.
+
+An atomic set is committed as a whole or not at all. Every member walks the update machine by itself; `set_gate` holds
+it back before its swap until all members are staged, and before its commit until all members are well.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from agent.update.machine import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Want:
-    """One desired, committed or in-flight item, as far as a plan has to know it.
+    """A desired, committed or in-flight item, as far as the plan needs it.
 
     Attributes:
-        key: a digest of everything that makes it what it is (target, manifest, configuration, grants, port);
+        key: digest of everything that makes the item what it is (target, manifest, configuration, grants, port);
             neither attempt nor rollout.
     """
 
@@ -43,7 +46,7 @@ class Failure:
     """An item that failed before.
 
     Attributes:
-        retry_at: when it may be tried again by itself, in the plan's clock; None for never.
+        retry_at: time of the next try without an operator, on the plan's clock; None for never.
     """
 
     instance: str
@@ -54,19 +57,19 @@ class Failure:
 
 
 class Act(StrEnum):
-    """What to do with an instance."""
+    """Action on an instance, in the order in which a plan lists them."""
 
     REMOVE = "remove"
-    SUPERSEDE = "supersede"  # what is in flight is not wanted any more
+    SUPERSEDE = "supersede"  # end the change in flight: its item is no longer desired
     START = "start"
-    ADOPT = "adopt"  # it runs already: only say so to whoever asks now
-    REFUSE = "refuse"  # it failed before: only say so to whoever asks now
-    RELABEL = "relabel"  # it is under way already, for another rollout
+    ADOPT = "adopt"  # runs already: report that to the rollout that asks now
+    REFUSE = "refuse"  # failed before: report that to the rollout that asks now
+    RELABEL = "relabel"  # under way already: report from now on to another rollout
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One line of a plan."""
+    """Line of a plan."""
 
     act: Act
     instance: str
@@ -86,14 +89,14 @@ def plan(
     failed: Mapping[tuple[str, str, int], Failure],
     now: float,
 ) -> tuple[Step, ...]:
-    """The steps to take now, removals first. It is asked again whenever a change ends.
+    """List the steps to take now, removals first.
 
     Args:
-        desired: by instance: the complete desired list.
-        committed: by instance: what runs and is to run again after a boot.
-        in_flight: by instance: what is being changed.
-        failed: by (instance, key, attempt).
-        now: of the clock that `Failure.retry_at` is in.
+        desired: complete desired list, by instance.
+        committed: items that run and start again after a boot, by instance.
+        in_flight: changes under way, by instance.
+        failed: remembered failures, by (instance, key, attempt).
+        now: time on the clock of `Failure.retry_at`.
     """
     steps = [
         step
@@ -136,8 +139,99 @@ def _beside_flight(instance: str, want: Want | None, flight: InFlight) -> Step |
         return None
     if flight.key and flight.phase in _SUPERSEDABLE:
         return Step(Act.SUPERSEDE, instance)
-    return None  # it ends by itself within moments, and then the plan is made anew
+    return None  # ends by itself within moments, and the next plan sees the result
 
 
 def _asked_anew(want: Want, have: Want) -> bool:
     return want.rollout not in {"", have.rollout} or want.attempt != have.attempt
+
+
+def may_report_committed(
+    desired: Mapping[str, Want], committed: Mapping[str, Want], in_flight: Mapping[str, InFlight]
+) -> bool:
+    """Tell whether the assignment counts as committed: nothing in flight, and every desired item, no other, committed.
+
+    The server counts a device as done by the version that is reported after this answer.
+    """
+    keys = {instance: want.key for instance, want in desired.items()}
+    return not in_flight and keys == {instance: have.key for instance, have in committed.items()}
+
+
+# Atomic sets
+
+_PREPARING: Final = frozenset({Phase.IDLE, Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING})
+
+_SWITCHING: Final = frozenset({Phase.STAGED, Phase.SWAPPING})
+
+_GOING_BACK: Final = frozenset({Phase.FAILED, Phase.ROLLING_BACK, Phase.ROLLED_BACK})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """Another member of an atomic set.
+
+    Attributes:
+        phase: of its change towards this set; None while it has none, or none any more.
+        well: its change has passed its own probation.
+        is_busy: a change that does not belong to this set is under way for its instance.
+        is_committed: its desired item is the committed one.
+        has_failed: its desired item was tried and failed.
+    """
+
+    instance: str
+    phase: Phase | None = None
+    well: bool = False
+    is_busy: bool = False
+    is_committed: bool = False
+    has_failed: bool = False
+
+
+class Gate(StrEnum):
+    """State of a barrier of an atomic set."""
+
+    READY = "ready"
+    WAITING = "waiting"
+    FAILED = "failed"
+
+
+class GateState(NamedTuple):
+    """Barrier with the member that failed; empty unless `gate` is FAILED."""
+
+    gate: Gate
+    sibling: str = ""
+
+
+def set_gate(phase: Phase, members: Iterable[Member]) -> GateState:
+    """Decide whether a change may pass the barrier of its atomic set.
+
+    Args:
+        phase: of the change that asks: STAGED for the barrier before the swap, PROBATION for the one before the commit.
+        members: the other members of the set; none for an instance that is swapped alone.
+    """
+    others = tuple(members)
+    failed = next((each.instance for each in others if _member_failed(each)), "")
+    if failed:
+        return GateState(Gate.FAILED, failed)
+    passes = _is_staged if phase is Phase.STAGED else _is_well
+    return GateState(Gate.READY if all(passes(each) for each in others) else Gate.WAITING)
+
+
+def _member_failed(member: Member) -> bool:
+    return member.has_failed if member.phase is None else member.phase in _GOING_BACK
+
+
+def _is_staged(member: Member) -> bool:
+    if member.phase is None:
+        return member.is_committed and not member.is_busy
+    return member.phase not in _PREPARING
+
+
+def _is_well(member: Member) -> bool:
+    if member.phase is None:
+        return member.is_committed
+    return member.well or member.phase is Phase.COMMITTED
+
+
+def swap_set(members: Iterable[Member]) -> tuple[str, ...]:
+    """Name the members that switch in the same moment as the change that asks."""
+    return tuple(each.instance for each in members if each.phase in _SWITCHING)

@@ -31,7 +31,7 @@ import msgspec
 from agent.update import restore, state
 from agent.update.effects import EffectRunner
 from agent.update.machine import Effect, Event, Happened, Phase, State, advance
-from agent.update.plan import Act, plan
+from agent.update.plan import Act, may_report_committed, plan
 from agent.update.state import (
     ActiveChange,
     Change,
@@ -43,9 +43,7 @@ from agent.update.state import (
     Violation,
     failed_item,
     failure_of,
-    in_flight_of,
     item_key,
-    want_of,
 )
 from agent.update.store import Database, Store, StoreError
 from fleet.protocol.assignment import Assignment, Item
@@ -147,9 +145,7 @@ class Reconciler:
         failures = await self._worker(self._store.failed)
         self.standing.failed = {(each.instance, each.key, each.attempt) for each in failures}
         steps = plan(
-            {name: want_of(item) for name, item in self.standing.wanted().items()},
-            {name: want_of(each.item) for name, each in self.standing.committed.items()},
-            {name: in_flight_of(flight.change) for name, flight in self.standing.flights.items()},
+            *self.standing.planned(),
             {(each.instance, each.key, each.attempt): failure_of(each) for each in failures},
             datetime.now(UTC).timestamp(),
         )
@@ -158,7 +154,7 @@ class Reconciler:
         for step in steps:
             await self._take(step.act, step.instance, assignment, failures)
         self._replan_later(failures)
-        if not self.standing.flights and self.standing.all_committed():
+        if may_report_committed(*self.standing.planned()):
             await self._worker(self._store.set_counter, "committed", assignment.version)
 
     def _replan_later(self, failures: tuple[FailedItem, ...]) -> None:

@@ -369,10 +369,13 @@ class DeploymentState:
         item = self.wanted().get(instance)
         return item is not None and (instance, item_key(item), item.attempt) in self.failed
 
-    def all_committed(self) -> bool:
-        """Whether the board is exactly as wanted."""
-        have = {name: item_key(each.item) for name, each in self.committed.items()}
-        return have == {name: item_key(item) for name, item in self.wanted().items()}
+    def planned(self) -> tuple[dict[str, Want], dict[str, Want], dict[str, InFlight]]:
+        """What is wanted, committed and under way, as a plan has to know it."""
+        return (
+            {name: want_of(item) for name, item in self.wanted().items()},
+            {name: want_of(each.item) for name, each in self.committed.items()},
+            {name: in_flight_of(flight.change) for name, flight in self.flights.items()},
+        )
 
 
 DONE: Final = EffectResult(Happened(Event.DONE))

@@ -249,7 +249,9 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
 }
 
 # Words between functions of one process.
-INTERNAL: frozenset[type] = frozenset({routes.Access, machine.Event, machine.Effect, probation.Verdict, plan.Act})
+INTERNAL: frozenset[type] = frozenset(
+    {routes.Access, machine.Event, machine.Effect, probation.Verdict, plan.Act, plan.Gate}
+)
 
 # stable name -> words that are constants
 CONSTANTS: dict[str, object] = {

@@ -1,7 +1,21 @@
 """What is to be changed: removals first, one change per instance, and nothing is tried twice by itself."""
 
+import pytest
+
 from agent.update.machine import Phase
-from agent.update.plan import Act, Failure, InFlight, Step, Want, plan
+from agent.update.plan import (
+    Act,
+    Failure,
+    Gate,
+    InFlight,
+    Member,
+    Step,
+    Want,
+    may_report_committed,
+    plan,
+    set_gate,
+    swap_set,
+)
 
 NOW = 100.0
 
@@ -72,3 +86,82 @@ def test_a_removal_supersedes_too_and_is_not_begun_twice():
 def test_what_is_under_way_is_only_relabelled():
     assert steps([want(key="v2", rollout="r2")], in_flight=[flying(rollout="r1")]) == (Step(Act.RELABEL, "web"),)
     assert steps([want(key="v2", rollout="r1")], in_flight=[flying(rollout="r1")]) == ()
+
+
+def items(**keys):
+    return {instance: Want(instance=instance, key=key) for instance, key in keys.items()}
+
+
+@pytest.mark.parametrize(
+    ("desired", "committed", "changing", "may"),
+    [
+        (items(web="v2"), items(web="v2"), (), True),
+        (items(), items(), (), True),
+        (items(web="v2"), items(web="v2"), ("web",), False),  # under way again
+        (items(web="v2"), items(web="v2"), ("other",), False),  # still being removed
+        (items(web="v2"), items(web="v1"), (), False),  # went back
+        (items(web="v2", other="v3"), items(other="v3"), (), False),  # failed, and nothing ran before
+        (items(web="v2"), items(web="v2", other="v1"), (), False),  # not removed yet
+        (items(), items(web="v1"), (), False),
+    ],
+)
+def test_an_assignment_counts_as_committed_when_nothing_changes_and_everything_is_as_wanted(
+    desired, committed, changing, may
+):
+    in_flight = {name: InFlight(instance=name, key="", phase=Phase.SWAPPING) for name in changing}
+    assert may_report_committed(desired, committed, in_flight) is may
+
+
+def member(phase=None, **more):
+    return Member(instance="back", phase=phase, **more)
+
+
+READY, WAITING, FAILED = Gate.READY, Gate.WAITING, Gate.FAILED
+
+
+@pytest.mark.parametrize(
+    ("phase", "other", "gate"),
+    [
+        (Phase.STAGED, member(), WAITING),  # not begun
+        (Phase.STAGED, member(is_committed=True), READY),  # runs already
+        (Phase.STAGED, member(is_committed=True, is_busy=True), WAITING),  # something else is still under way there
+        (Phase.STAGED, member(has_failed=True), FAILED),
+        (Phase.STAGED, member(Phase.IDLE), WAITING),
+        (Phase.STAGED, member(Phase.FETCHING), WAITING),
+        (Phase.STAGED, member(Phase.FETCHING, has_failed=True), WAITING),  # failed before, and is tried again
+        (Phase.STAGED, member(Phase.VERIFYING), WAITING),
+        (Phase.STAGED, member(Phase.COMPILING), WAITING),
+        (Phase.STAGED, member(Phase.STAGED), READY),
+        (Phase.STAGED, member(Phase.SWAPPING), READY),
+        (Phase.STAGED, member(Phase.PROBATION), READY),
+        (Phase.STAGED, member(Phase.COMMITTED), READY),
+        (Phase.STAGED, member(Phase.FAILED), FAILED),
+        (Phase.STAGED, member(Phase.ROLLING_BACK), FAILED),
+        (Phase.STAGED, member(Phase.ROLLED_BACK), FAILED),
+        (Phase.PROBATION, member(), WAITING),
+        (Phase.PROBATION, member(is_committed=True, is_busy=True), READY),
+        (Phase.PROBATION, member(has_failed=True), FAILED),
+        (Phase.PROBATION, member(Phase.STAGED), WAITING),
+        (Phase.PROBATION, member(Phase.SWAPPING), WAITING),
+        (Phase.PROBATION, member(Phase.PROBATION), WAITING),
+        (Phase.PROBATION, member(Phase.PROBATION, well=True), READY),
+        (Phase.PROBATION, member(Phase.SWAPPING, well=True), READY),  # found well before the host was lost
+        (Phase.PROBATION, member(Phase.COMMITTED), READY),
+        (Phase.PROBATION, member(Phase.ROLLING_BACK, well=True), FAILED),
+    ],
+)
+def test_the_barrier_of_an_atomic_set(phase, other, gate):
+    sibling = "back" if gate is FAILED else ""
+    assert set_gate(phase, [other]) == (gate, sibling)
+    passed = Member(instance="side", phase=Phase.PROBATION, well=True)
+    assert set_gate(phase, [passed, other]) == (gate, sibling), "one that passed changes nothing"
+    assert set_gate(phase, [other, member(Phase.FAILED)]).gate is FAILED
+
+
+def test_an_instance_alone_waits_for_nobody():
+    assert set_gate(Phase.STAGED, []) == set_gate(Phase.PROBATION, []) == (Gate.READY, "")
+
+
+def test_members_that_are_staged_or_swapping_switch_in_the_same_moment():
+    members = [Member(instance=phase.value, phase=phase) for phase in Phase] + [member()]
+    assert swap_set(members) == ("staged", "swapping")
