@@ -1,18 +1,14 @@
-"""Table of transitions (pure); prints its diagram.
+"""Update machine: a table of transitions and a pure function that walks it.
 
-The board's update machine: one table of transitions, and a pure function that walks it.
+One machine carries out one change of one instance. The machine decides nothing about bytes, sockets or clocks: an
+`Event` comes in, an `Effect` goes out, and between them stands the state that is persisted *before* the effect is
+carried out. Power may fail at any instant: the `INTERRUPTED` rows name the recovery of every stored state. Everything
+before `SWAPPING` changes nothing that runs, and everything from `SWAPPING` on has a way back, so the old or the new
+component answers. Every row that leads back to its own phase, or to an earlier one, counts, and every counter ends.
 
-One machine carries out one change of one instance. It decides nothing about bytes, sockets or clocks: what happened
-comes in as an `Event`, what is to be done goes out as an `Effect`, and in between stands the state that is persisted
-*before* the effect is carried out. So power may go at any instant: what is found afterwards names its own recovery (the
-`INTERRUPTED` rows), and since everything before `SWAPPING` changes nothing that runs, and everything from it on has a
-way back, either the old or the new component answers.
+A bug of the agent's own is the event `FAULT`: retried like a delayed download, and never a verdict on the component.
 
-Every row that leads back to its own phase, or to an earlier one, counts, and every counter has an end.
-
-The update machine's table as Markdown and as a Mermaid diagram, made from the table and from nothing else.
-
-`python -m agent.update.machine`: print the update machine's table and diagram as Markdown.
+`python -m agent.update.machine` prints the table and its diagram as Markdown for docs/update-machine.md.
 """
 
 import sys
@@ -22,7 +18,7 @@ from typing import Final, NamedTuple
 
 
 class Phase(StrEnum):
-    """Where a change stands; the same words as `fleet.protocol.codes.Phase`, which this package may not import."""
+    """Phase of a change, in the words of `fleet.protocol.codes.Phase`."""
 
     IDLE = "idle"
     FETCHING = "fetching"
@@ -38,23 +34,24 @@ class Phase(StrEnum):
 
 
 class Event(StrEnum):
-    """What can happen to a change."""
+    """Event of a change."""
 
-    BEGIN = "begin"  # run this
-    REMOVE = "remove"  # stop this
+    BEGIN = "begin"  # run an item
+    REMOVE = "remove"  # stop an instance
     DONE = "done"  # the effect succeeded
-    STOPPED = "stopped"  # the instance to be removed runs no more
-    DELAYED = "delayed"  # it could not be done now and may be later
-    REFUSED = "refused"  # it can never be done
+    STOPPED = "stopped"  # the instance to be removed no longer runs
+    DELAYED = "delayed"  # the effect failed for a reason that may pass
+    REFUSED = "refused"  # the effect failed permanently
     WELL = "well"  # probation ended well
-    UNWELL = "unwell"  # it does worse than what it replaced
-    HOST_LOST = "host-lost"  # the host went away, or no longer runs what it was told
+    UNWELL = "unwell"  # the new version does worse than the replaced one
+    HOST_LOST = "host-lost"  # the host connection was lost, or the host no longer runs the new version
+    FAULT = "fault"  # the effect failed by a bug of the agent's own
     SUPERSEDED = "superseded"  # something else is wanted now
     INTERRUPTED = "interrupted"  # the agent starts and finds this state
 
 
 class Effect(StrEnum):
-    """What the rim has to carry out, after the new state is on disk."""
+    """Action to carry out once the new state is on disk."""
 
     FETCH = "fetch"
     VERIFY = "verify"
@@ -66,24 +63,31 @@ class Effect(StrEnum):
     COMMIT = "commit"
     REVERT = "revert"
     RETRY = "retry"  # fetch again, later
-    REMEMBER = "remember"  # never try this item again by itself
+    REMEMBER = "remember"  # the failure is stored with the state; nothing else is left to do
     CLOSE = "close"
 
 
 class Counter(StrEnum):
-    """What is counted, over the whole life of a change."""
+    """Counter over the whole life of a change."""
 
     DELAYS = "delays"
-    RESUMPTIONS = "resumptions"  # found while nothing had changed yet: harmless
-    INTERRUPTIONS = "interruptions"  # found while compiling or later: maybe its own doing
+    RESUMPTIONS = "resumptions"  # restarts of the agent before anything had changed: harmless
+    INTERRUPTIONS = "interruptions"  # restarts while compiling or later: maybe caused by the component
     LOSSES = "losses"  # of the host
+    FAULTS = "faults"  # bugs of the agent's own in an effect
 
 
-LIMITS: Final = {Counter.DELAYS: 12, Counter.RESUMPTIONS: 100, Counter.INTERRUPTIONS: 3, Counter.LOSSES: 3}
+LIMITS: Final = {
+    Counter.DELAYS: 12,
+    Counter.RESUMPTIONS: 100,
+    Counter.INTERRUPTIONS: 3,
+    Counter.LOSSES: 3,
+    Counter.FAULTS: 12,  # as delays: about half an hour with the same back-off
+}
 
 
 class Row(NamedTuple):
-    """One line of the table. Beyond the counter's limit the change goes to `beyond` instead."""
+    """Line of the table. Beyond the counter's limit the change goes to `beyond` instead of `to`."""
 
     phase: Phase
     event: Event
@@ -103,27 +107,32 @@ TABLE: Final = (
     Row(Phase.FETCHING,     Event.DELAYED,     Phase.FETCHING,     Effect.RETRY, Counter.DELAYS, Phase.FAILED),
     Row(Phase.FETCHING,     Event.REFUSED,     Phase.FAILED,       Effect.REMEMBER),
     Row(Phase.FETCHING,     Event.SUPERSEDED,  Phase.FAILED,       Effect.CLOSE),
+    Row(Phase.FETCHING,     Event.FAULT,       Phase.FETCHING,     Effect.RETRY, Counter.FAULTS, Phase.FAILED),
     Row(Phase.FETCHING,     Event.INTERRUPTED, Phase.FETCHING,     Effect.FETCH, Counter.RESUMPTIONS, Phase.FAILED),
 
     Row(Phase.VERIFYING,    Event.DONE,        Phase.COMPILING,    Effect.COMPILE),
     Row(Phase.VERIFYING,    Event.REFUSED,     Phase.FAILED,       Effect.REMEMBER),
     Row(Phase.VERIFYING,    Event.SUPERSEDED,  Phase.FAILED,       Effect.CLOSE),
+    Row(Phase.VERIFYING,    Event.FAULT,       Phase.FETCHING,     Effect.RETRY, Counter.FAULTS, Phase.FAILED),
     Row(Phase.VERIFYING,    Event.INTERRUPTED, Phase.FETCHING,     Effect.FETCH, Counter.RESUMPTIONS, Phase.FAILED),
 
     Row(Phase.COMPILING,    Event.DONE,        Phase.STAGED,       Effect.STAGE),
     Row(Phase.COMPILING,    Event.REFUSED,     Phase.FAILED,       Effect.REMEMBER),
     Row(Phase.COMPILING,    Event.SUPERSEDED,  Phase.FAILED,       Effect.CLOSE),
+    Row(Phase.COMPILING,    Event.FAULT,       Phase.FETCHING,     Effect.RETRY, Counter.FAULTS, Phase.FAILED),
     Row(Phase.COMPILING,    Event.INTERRUPTED, Phase.FETCHING,     Effect.FETCH, Counter.INTERRUPTIONS, Phase.FAILED),
 
     Row(Phase.STAGED,       Event.DONE,        Phase.SWAPPING,     Effect.SWAP),
     Row(Phase.STAGED,       Event.REFUSED,     Phase.FAILED,       Effect.REMEMBER),
     Row(Phase.STAGED,       Event.SUPERSEDED,  Phase.FAILED,       Effect.CLOSE),
+    Row(Phase.STAGED,       Event.FAULT,       Phase.FETCHING,     Effect.RETRY, Counter.FAULTS, Phase.FAILED),
     Row(Phase.STAGED,       Event.INTERRUPTED, Phase.FETCHING,     Effect.FETCH, Counter.RESUMPTIONS, Phase.FAILED),
 
     Row(Phase.SWAPPING,     Event.DONE,        Phase.PROBATION,    Effect.WATCH),
     Row(Phase.SWAPPING,     Event.STOPPED,     Phase.COMMITTED,    Effect.COMMIT),
     Row(Phase.SWAPPING,     Event.REFUSED,     Phase.ROLLING_BACK, Effect.REVERT),
     Row(Phase.SWAPPING,     Event.HOST_LOST,   Phase.SWAPPING,     Effect.SWAP, Counter.LOSSES, Phase.ROLLING_BACK),
+    Row(Phase.SWAPPING,     Event.FAULT,       Phase.ROLLING_BACK, Effect.REVERT),
     Row(Phase.SWAPPING,     Event.INTERRUPTED, Phase.SWAPPING,     Effect.SWAP, Counter.INTERRUPTIONS,
         Phase.ROLLING_BACK),
 
@@ -131,25 +140,35 @@ TABLE: Final = (
     Row(Phase.PROBATION,    Event.UNWELL,      Phase.ROLLING_BACK, Effect.REVERT),
     Row(Phase.PROBATION,    Event.SUPERSEDED,  Phase.ROLLING_BACK, Effect.REVERT),
     Row(Phase.PROBATION,    Event.HOST_LOST,   Phase.SWAPPING,     Effect.SWAP, Counter.LOSSES, Phase.ROLLING_BACK),
+    Row(Phase.PROBATION,    Event.FAULT,       Phase.PROBATION,    Effect.WATCH, Counter.FAULTS, Phase.ROLLING_BACK),
     Row(Phase.PROBATION,    Event.INTERRUPTED, Phase.PROBATION,    Effect.WATCH, Counter.INTERRUPTIONS,
         Phase.ROLLING_BACK),
 
     Row(Phase.ROLLING_BACK, Event.DONE,        Phase.ROLLED_BACK,  Effect.REMEMBER),
     Row(Phase.ROLLING_BACK, Event.HOST_LOST,   Phase.ROLLING_BACK, Effect.REVERT, Counter.LOSSES, Phase.ROLLED_BACK),
+    Row(Phase.ROLLING_BACK, Event.FAULT,       Phase.ROLLING_BACK, Effect.REVERT, Counter.FAULTS, Phase.ROLLED_BACK),
     Row(Phase.ROLLING_BACK, Event.INTERRUPTED, Phase.ROLLING_BACK, Effect.REVERT, Counter.INTERRUPTIONS,
         Phase.ROLLED_BACK),
 
     Row(Phase.COMMITTED,    Event.DONE,        Phase.IDLE,         Effect.CLOSE),
+    Row(Phase.COMMITTED,    Event.FAULT,       Phase.IDLE,         Effect.CLOSE),
     Row(Phase.COMMITTED,    Event.INTERRUPTED, Phase.COMMITTED,    Effect.COMMIT, Counter.RESUMPTIONS, Phase.IDLE),
     Row(Phase.FAILED,       Event.DONE,        Phase.IDLE,         Effect.CLOSE),
+    Row(Phase.FAILED,       Event.FAULT,       Phase.IDLE,         Effect.CLOSE),
     Row(Phase.FAILED,       Event.INTERRUPTED, Phase.FAILED,       Effect.REMEMBER, Counter.RESUMPTIONS, Phase.IDLE),
     Row(Phase.ROLLED_BACK,  Event.DONE,        Phase.IDLE,         Effect.CLOSE),
+    Row(Phase.ROLLED_BACK,  Event.FAULT,       Phase.IDLE,         Effect.CLOSE),
     Row(Phase.ROLLED_BACK,  Event.INTERRUPTED, Phase.ROLLED_BACK,  Effect.REMEMBER, Counter.RESUMPTIONS, Phase.IDLE),
 )
 
 # fmt: on
 
 _ROWS: Final = {(row.phase, row.event): row for row in TABLE}
+
+_FAULT_IN_REMOVAL: Final = Row(
+    Phase.SWAPPING, Event.FAULT, Phase.SWAPPING, Effect.STOP, Counter.FAULTS, Phase.COMMITTED
+)
+"""A removal has no way back: the stop is repeated."""
 
 _BEYOND: Final = {
     Phase.FAILED: Effect.REMEMBER,
@@ -164,27 +183,35 @@ RETRY_FIRST_S: Final = 2.0
 RETRY_MAX_S: Final = 300.0
 
 _ENDED: Final = {
-    Counter.DELAYS: "the download did not succeed in the allowed number of attempts",
-    Counter.RESUMPTIONS: "the agent was restarted too often during this deployment",
-    Counter.INTERRUPTIONS: "power or the agent was lost too often while this was compiled, started or on probation",
-    Counter.LOSSES: "the host was lost too often while this was started or on probation",
+    Counter.DELAYS: ("unreachable", "the download did not succeed in the allowed number of attempts"),
+    Counter.RESUMPTIONS: ("interrupted", "the agent was restarted too often during this deployment"),
+    Counter.INTERRUPTIONS: (
+        "interrupted",
+        "power or the agent was lost too often while this was compiled, started or on probation",
+    ),
+    Counter.LOSSES: ("host-gone", "the host was lost too often while this was started or on probation"),
+    Counter.FAULTS: ("internal", "the agent failed too often by a bug of its own; see its journal"),
 }
+"""Code and message of a change whose counter has ended, where the last event brings none of its own."""
 
-_ALL_IS_WELL: Final = frozenset({Phase.VERIFYING, Phase.PROBATION, Phase.COMMITTED})
-"""Entering one of these ends whatever was wrong before: a delayed download, a lost host."""
+_CLEARS: Final = frozenset({Phase.VERIFYING, Phase.PROBATION, Phase.COMMITTED})
+"""Entering one of these phases ends an earlier trouble: a delayed download, a lost host."""
+
+_DECIDED: Final = frozenset({Phase.FAILED, Phase.ROLLING_BACK, Phase.ROLLED_BACK})
+"""Phases whose code is the reason for going back; a trouble on the way back does not replace that reason."""
 
 
 class IllegalEventError(Exception):
-    """An event that the table does not know in this phase: our own fault, and nothing has changed."""
+    """The table has no row for this event in this phase: a bug of the agent's own. Nothing has changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What is persisted of a change.
+    """Persisted state of a change.
 
     Attributes:
-        entered: when the phase was entered, in seconds of the clock that `advance` was given.
-        code, message: why it failed or goes back, as in a report; empty while all is well.
+        entered: time at which the phase was entered, in seconds of the clock given to `advance`.
+        code, message: reason of a failure or of going back, as in a report; empty while all is well.
         exercised: whether probation saw enough calls to mean something.
     """
 
@@ -195,6 +222,7 @@ class State:
     resumptions: int = 0
     interruptions: int = 0
     losses: int = 0
+    faults: int = 0
     code: str = ""
     message: str = ""
     exercised: bool = True
@@ -202,7 +230,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """An event and what is known of it."""
+    """Event with its code and message where it tells of a failure."""
 
     event: Event
     code: str = ""
@@ -211,15 +239,20 @@ class Happened:
 
 
 def phase_of(stored: str) -> Phase:
-    """The phase by its stored name; a name that this version does not know rolls back."""
+    """Return the phase by its stored name; a name that this version does not know rolls back."""
     try:
         return Phase(stored)
     except ValueError:
         return Phase.ROLLING_BACK
 
 
+def is_legal(phase: Phase, event: Event) -> bool:
+    """Tell whether the table has a row for this event in this phase."""
+    return (phase, event) in _ROWS
+
+
 def advance(state: State, happened: Happened, now: float) -> tuple[State, Effect]:
-    """One step.
+    """Take one step.
 
     Args:
         state: as persisted.
@@ -232,18 +265,17 @@ def advance(state: State, happened: Happened, now: float) -> tuple[State, Effect
     Raises:
         IllegalEventError: the table has no such row; the state stays as it is.
     """
-    row = _ROWS.get((state.phase, happened.event))
-    if row is None:
-        raise IllegalEventError(f"{happened.event} cannot happen in {state.phase}")
-    resumed = row.event is Event.INTERRUPTED and row.to is state.phase
-    well = row.to in _ALL_IS_WELL
+    row = _row(state, happened.event)
+    stays = row.event in {Event.INTERRUPTED, Event.FAULT} and row.to is state.phase
+    clears = row.to in _CLEARS and row.event is not Event.FAULT
+    code, message = _reason(state, happened)
     following = replace(
         state,
         phase=row.to,
-        entered=state.entered if resumed else now,
+        entered=state.entered if stays else now,
         removal=state.removal or row.event is Event.REMOVE,
-        code="" if well else happened.code or state.code,
-        message="" if well else happened.message or state.message,
+        code="" if clears else code,
+        message="" if clears else message,
         exercised=happened.exercised if row.event is Event.WELL else state.exercised,
     )
     effect = row.effect
@@ -251,11 +283,26 @@ def advance(state: State, happened: Happened, now: float) -> tuple[State, Effect
         count = int(getattr(state, row.counter)) + 1
         following = _counted(following, row.counter, count)
         if count > LIMITS[row.counter]:
-            following = _give_up(following, happened, row.counter, row.beyond, now)
+            following = _give_up(state, following, happened, row, now)
             effect = _BEYOND[following.phase]
     if following.removal and effect in {Effect.SWAP, Effect.REVERT}:
-        effect = Effect.STOP
+        return replace(following, phase=Phase.SWAPPING), Effect.STOP
     return following, effect
+
+
+def _row(state: State, event: Event) -> Row:
+    if state.removal and (state.phase, event) == (Phase.SWAPPING, Event.FAULT):
+        return _FAULT_IN_REMOVAL
+    row = _ROWS.get((state.phase, event))
+    if row is None:
+        raise IllegalEventError(f"{event} cannot happen in {state.phase}")
+    return row
+
+
+def _reason(state: State, happened: Happened) -> tuple[str, str]:
+    if state.phase in _DECIDED and state.code:
+        return state.code, state.message
+    return happened.code or state.code, happened.message or state.message
 
 
 def _counted(state: State, counter: Counter, count: int) -> State:
@@ -268,24 +315,27 @@ def _counted(state: State, counter: Counter, count: int) -> State:
             return replace(state, interruptions=count)
         case Counter.LOSSES:
             return replace(state, losses=count)
+        case Counter.FAULTS:
+            return replace(state, faults=count)
 
 
-def _give_up(state: State, happened: Happened, counter: Counter, beyond: Phase, now: float) -> State:
-    """The counter has ended. A removal is then done: what is to be removed is not started again by anyone."""
-    if state.removal:
-        return replace(state, phase=Phase.COMMITTED, entered=now, code="", message="")
-    return replace(
-        state,
-        phase=beyond,
-        entered=now,
-        code=happened.code or state.code or ("host-gone" if counter is Counter.LOSSES else "interrupted"),
-        message=happened.message or state.message or _ENDED[counter],
-    )
+def _give_up(state: State, following: State, happened: Happened, row: Row, now: float) -> State:
+    """End a change whose counter has ended. A removal counts as done: nobody starts the instance again."""
+    assert row.counter is not None
+    assert row.beyond is not None
+    if following.removal:
+        return replace(following, phase=Phase.COMMITTED, entered=now, code="", message="")
+    code, message = _ENDED[row.counter]
+    if state.phase in _DECIDED:
+        code, message = following.code or code, following.message or message
+    else:
+        code, message = happened.code or code, happened.message or message
+    return replace(following, phase=row.beyond, entered=now, code=code, message=message)
 
 
 def retry_delay_s(state: State) -> float:
-    """How long to wait, at the most, before a delayed download is tried again: doubling, up to five minutes."""
-    return float(min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** max(0, state.delays - 1)))
+    """Return the longest wait before a delayed or faulty effect is repeated: doubling, up to five minutes."""
+    return float(min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** max(0, state.delays + state.faults - 1)))
 
 
 def _name(phase: Phase) -> str:
@@ -293,16 +343,16 @@ def _name(phase: Phase) -> str:
 
 
 def mermaid() -> str:
-    """The way forward and the ways back; recoveries stand in the table."""
+    """Draw the way forward and the ways back; recoveries and faults stand in the table."""
     lines = ["stateDiagram-v2", "    [*] --> idle"]
     lines += [
         f"    {_name(row.phase)} --> {_name(row.to)}: {row.event}"
         for row in TABLE
-        if row.event is not Event.INTERRUPTED
+        if row.event not in {Event.INTERRUPTED, Event.FAULT}
     ]
     seen: set[tuple[Phase, Phase]] = set()
     for row in TABLE:
-        if row.beyond is None or row.event is Event.INTERRUPTED or (row.phase, row.beyond) in seen:
+        if row.beyond is None or row.event in {Event.INTERRUPTED, Event.FAULT} or (row.phase, row.beyond) in seen:
             continue
         seen.add((row.phase, row.beyond))
         lines.append(f"    {_name(row.phase)} --> {_name(row.beyond)}: {row.counter} used up")
@@ -310,7 +360,7 @@ def mermaid() -> str:
 
 
 def table() -> str:
-    """Every row of the table, as Markdown."""
+    """Print every row of the table as Markdown."""
     lines = ["| in | when | goes to | and does | at most | then |", "|---|---|---|---|---|---|"]
     for row in TABLE:
         limit = f"{LIMITS[row.counter]} {row.counter}" if row.counter else ""
@@ -320,7 +370,7 @@ def table() -> str:
 
 
 def markdown() -> str:
-    """The generated part of docs/update-machine.md."""
+    """Return the generated part of docs/update-machine.md."""
     return f"```mermaid\n{mermaid()}\n```\n\n{table()}\n"
 
 

@@ -281,10 +281,8 @@ class Reconciler:
             return await self._dispatch(flight, effect)
         except Exception:
             log.exception("%s: %s failed by a fault of the agent's own", change.instance, effect)
-            event = {Phase.PROBATION: Event.UNWELL}.get(change.phase, Event.REFUSED)
-            if change.phase in {Phase.COMMITTED, Phase.FAILED, Phase.ROLLED_BACK, Phase.ROLLING_BACK}:
-                event = Event.DONE
-            return EffectResult(Happened(event, RejectCode.INTERNAL.value, f"{effect} failed: see the agent's journal"))
+            message = f"{effect} failed by a fault of the agent's own: see its journal"
+            return EffectResult(Happened(Event.FAULT, RejectCode.INTERNAL.value, message))
 
     def _dispatch(  # noqa: C901, PLR0911 - one case for each effect, and nothing in any
         self, flight: ActiveChange, effect: Effect
@@ -361,7 +359,7 @@ class Reconciler:
             try:
                 if effect is Effect.CLOSE:
                     await self._close(flight, before)
-                elif state.phase is before.phase and outcome.happened.event is not Event.DELAYED:
+                elif state.phase is before.phase and outcome.happened.event not in {Event.DELAYED, Event.FAULT}:
                     await self._save(change)
                 else:
                     await self._persist(flight, before.phase)

@@ -74,6 +74,7 @@ RETRYABLE = frozenset(
         RejectCode.HOST_GONE,
         RejectCode.EXPIRED,
         RejectCode.FREEZE,  # the repository may catch up
+        RejectCode.INTERNAL,  # a bug of the device's own software is no verdict on the component
     }
 )
 """Codes after which the device retries by itself; every other code is final until the operator raises the attempt."""

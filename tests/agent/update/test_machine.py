@@ -130,3 +130,62 @@ def test_the_page_in_the_docs_is_the_table():
 
 def test_the_diagram_names_every_phase():
     assert set(re.findall(r"--> (\w+)", machine.mermaid())) == {phase.value.replace("-", "_") for phase in Phase}
+
+
+FAULT = Happened(Event.FAULT, "internal", "a bug")
+
+
+@pytest.mark.parametrize("phase", [Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED])
+def test_a_fault_of_our_own_before_the_swap_is_tried_again_from_the_download(phase):
+    state, effect = advance(State(phase=phase), FAULT, NOW)
+    assert (state.phase, state.code, state.faults, effect) == (Phase.FETCHING, "internal", 1, Effect.RETRY)
+
+
+@pytest.mark.parametrize(
+    ("state", "phase", "effect"),
+    [
+        (State(phase=Phase.SWAPPING), Phase.ROLLING_BACK, Effect.REVERT),
+        (State(phase=Phase.PROBATION), Phase.PROBATION, Effect.WATCH),
+        (State(phase=Phase.PROBATION, faults=12), Phase.ROLLING_BACK, Effect.REVERT),
+        (State(phase=Phase.ROLLING_BACK), Phase.ROLLING_BACK, Effect.REVERT),
+        (State(phase=Phase.ROLLING_BACK, faults=12), Phase.ROLLED_BACK, Effect.REMEMBER),
+        (State(phase=Phase.COMMITTED), Phase.IDLE, Effect.CLOSE),
+        (State(phase=Phase.SWAPPING, removal=True), Phase.SWAPPING, Effect.STOP),
+        (State(phase=Phase.SWAPPING, removal=True, faults=12), Phase.COMMITTED, Effect.COMMIT),
+    ],
+)
+def test_a_fault_of_our_own_from_the_swap_on(state, phase, effect):
+    following, to_do = advance(state, FAULT, NOW)
+    assert (following.phase, to_do) == (phase, effect)
+
+
+def test_a_fault_of_our_own_does_not_start_probation_anew():
+    state, _ = advance(State(phase=Phase.PROBATION, entered=7.0), FAULT, NOW)
+    assert (state.entered, state.code) == (7.0, "internal")
+
+
+def test_retries_after_faults_wait_longer_and_longer():
+    assert [machine.retry_delay_s(State(faults=count)) for count in (1, 2, 12)] == [2.0, 4.0, 300.0]
+
+
+@pytest.mark.parametrize("event", [Event.HOST_LOST, Event.FAULT, Event.INTERRUPTED, Event.DONE])
+@pytest.mark.parametrize("used", [0, 100])
+def test_the_reason_for_going_back_stays_whatever_happens_on_the_way(event, used):
+    state = State(
+        phase=Phase.ROLLING_BACK, code="trapped", message="it trapped", losses=used, faults=used, interruptions=used
+    )
+    state, _ = advance(state, Happened(event, "other", "another trouble"), NOW)
+    assert (state.code, state.message) == ("trapped", "it trapped")
+
+
+@pytest.mark.parametrize("phase", [Phase.SWAPPING, Phase.FETCHING])
+def test_a_counter_that_ends_says_its_own_reason_and_not_that_of_a_trouble_that_passed(phase):
+    state = State(phase=phase, interruptions=3, resumptions=100, code="host-gone", message="the host was lost")
+    state, _ = advance(state, Happened(Event.INTERRUPTED), NOW)
+    assert state.code == "interrupted"
+    assert "host" not in state.message
+
+
+def test_a_removal_found_in_a_phase_that_nobody_knows_is_stopped_and_ends():
+    state, effects = walk(Event.INTERRUPTED, Event.STOPPED, state=State(phase=Phase.ROLLING_BACK, removal=True))
+    assert (state.phase, effects) == (Phase.COMMITTED, [Effect.STOP, Effect.COMMIT])

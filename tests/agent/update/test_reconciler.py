@@ -347,19 +347,85 @@ async def test_what_runs_already_is_told_to_the_rollout_that_asks(kit):
         assert kit.store.counter("committed") == 2
 
 
-@pytest.mark.asyncio
-async def test_a_fault_of_our_own_is_a_failed_deployment_and_not_a_stuck_one(kit, monkeypatch):
-    async with on_a_board(kit):
+def broken(times, effect):
+    """An effect with a bug, which shows so many times."""
+    left = [None] * times
 
-        async def broken(_change):
+    async def shows(*arguments):
+        if left:
+            left.pop()
             raise RuntimeError("a bug")
+        return await effect(*arguments)
 
+    return shows
+
+
+EFFECTS = ["fetch", "verify", "compile", "swap", "watch", "commit"]
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+@pytest.mark.asyncio
+async def test_a_bug_of_our_own_that_passes_is_tried_again_and_costs_at_most_a_way_back(kit, monkeypatch, effect):
+    monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
+    async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
-        monkeypatch.setattr(kit.carrier, "watch", broken)
+        monkeypatch.setattr(kit.carrier, effect, broken(1, getattr(kit.carrier, effect)))
         await kit.run(kit.assignment(2, kit.publish("2.0.0")))
+        said = {report.code for report in kit.reports()}
+        if effect == "swap":  # the way back is the safe one; it is tried again later
+            assert (kit.host.targets(), said) == ({"web": V1}, {None, RejectCode.INTERNAL})
+            assert [failure.retry_at is not None for failure in kit.store.failed()] == [True]
+            return
+        assert kit.host.targets() == {"web": V2}
+        assert kit.chain()[-1] == "committed"
+        assert said == ({None} if effect == "commit" else {None, RejectCode.INTERNAL})
+        assert kit.store.failed() == ()
+
+
+@pytest.mark.parametrize("effect", EFFECTS[:-1])
+@pytest.mark.asyncio
+async def test_a_bug_of_our_own_that_stays_ends_as_internal_and_is_no_verdict(kit, monkeypatch, effect):
+    monkeypatch.setattr("agent.update.machine.RETRY_MAX_S", 0.01)
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        plain = getattr(kit.carrier, effect)
+        monkeypatch.setattr(kit.carrier, effect, broken(100, plain))
+        item = kit.publish("2.0.0")
+        await kit.run(kit.assignment(2, item))
         last = kit.reports()[-1]
-        assert (last.phase, last.code) == ("rolled-back", RejectCode.INTERNAL)
+        assert (last.phase, last.code) == (
+            "failed" if effect in EFFECTS[:3] else "rolled-back",
+            RejectCode.INTERNAL,
+        )
         assert kit.host.targets() == {"web": V1}
+        (failure,) = kit.store.failed()
+        assert failure.retry_at is not None, "tried again by itself"
+
+
+@pytest.mark.asyncio
+async def test_a_bug_of_our_own_in_a_removal_is_tried_again(kit, monkeypatch):
+    monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        monkeypatch.setattr(kit.carrier, "stop", broken(2, kit.carrier.stop))
+        await kit.run(kit.assignment(2))
+        assert kit.host.targets() == {}
+        assert kit.chain()[-1] == "committed"
+        assert kit.store.changes() == ()
+
+
+@pytest.mark.asyncio
+async def test_a_bug_of_our_own_on_the_way_back_leaves_the_reason_for_it(kit, monkeypatch):
+    monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        kit.host.faults[V2] = 2
+        monkeypatch.setattr(kit.carrier, "revert", broken(2, kit.carrier.revert))
+        await kit.run(kit.assignment(2, kit.publish("2.0.0")))
+        assert kit.host.targets() == {"web": V1}
+        last = kit.reports()[-1]
+        assert (last.phase, last.code) == ("rolled-back", RejectCode.TRAPPED)
+        assert kit.store.failed()[0].retry_at is None, "a verdict on the component"
 
 
 @pytest.mark.asyncio
