@@ -31,15 +31,15 @@ from agent.update import effects, restore, state, trust
 from agent.update.effects import EffectRunner
 from agent.update.images import ImageStore
 from agent.update.receiver import AssignmentReceiver
-from agent.update.reconciler import Reconciler
+from agent.update.reconciler import ImageDamaged, Reconciler
 from agent.update.secrets import SecretStore
 from agent.update.state import DeviceContext
 from agent.update.store import Database, Store, StoreError
 from agent.update.trust import DeviceTrust
 from fleet.protocol import wire
 from fleet.protocol.assignment import Command, FollowLogs
-from fleet.protocol.codes import Phase, RejectCode
-from fleet.protocol.messages import Ack, Hello, Poke, State
+from fleet.protocol.codes import Phase
+from fleet.protocol.messages import Ack, Hello, Poke, Report, State
 from fleet.protocol.topics import POKE, BadTopicError, Down, Topic, Up
 from signing.device_statements import DeviceSigner
 from signing.errors import Rejected
@@ -128,7 +128,7 @@ class Service:
             store=store,
             worker=self._worker,
             carrier=self._carrier,
-            on_report=self._on_report,
+            sink=self,
             on_revoked=policy.on_revoked,
         )
         self._desired = AssignmentReceiver(
@@ -173,7 +173,7 @@ class Service:
             problems=lambda: [
                 *self._broken.values(),
                 *filter(None, [self._commands.problem]),
-                *self._deployer.withdrawals.problems,
+                *self._deployer.problems,
                 *self._desired.problems.values(),
             ],
             publish=lambda body: self._bus.publish(Up.HEALTH, body),
@@ -195,6 +195,7 @@ class Service:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._desired.refresh)
         await self._deployer.recover()
+        self._spawn(self._deployer.run())
         await self._desired.resume()
         self._spawn(self._link.stay_connected(self._on_welcome))
         self._listen_for_bundles(loop)
@@ -264,8 +265,8 @@ class Service:
         self._store.close()
 
     def _status_line(self) -> str:
-        running = len(self._deployer.standing.committed)
-        changing = len(self._deployer.standing.flights)
+        running = len(self._deployer.state.committed)
+        changing = len(self._deployer.state.active)
         where = "connected" if self._bus.connected else "not connected to the broker"
         return f"{where}; {systemd.instances(running)}" + (f", {changing} changing" if changing else "")
 
@@ -310,23 +311,7 @@ class Service:
         """An image was changed on the disk. It is not used, and said so; called on the thread that found it."""
         log.error("%s", message)
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(lambda: self._spawn(self._say_damaged(artifact, message)))
-
-    async def _say_damaged(self, artifact: str, message: str) -> None:
-        for each in await self._worker(self._store.committed):
-            if each.item.sha256 == artifact:
-                report = state.about(
-                    self._board,
-                    assignment=each.assignment,
-                    phase=Phase.IDLE,
-                    item=each.item,
-                    running=each.item.target,
-                    code=RejectCode.IMAGE_DAMAGED,
-                    message=message,
-                )
-                with contextlib.suppress(StoreError):
-                    await self._worker(self._store.save, report=report)
-        self._outbox.wake()
+            self._loop.call_soon_threadsafe(self._deployer.post, ImageDamaged(artifact, message))
 
     # The bus
 
@@ -424,12 +409,16 @@ class Service:
             # A server that was away pokes when it is back, and may have missed what was sent meanwhile.
             asyncio.get_running_loop().call_later(delay, self._outbox.reconnected)
 
+    def saved(self, _report: Report, /) -> None:
+        """Take note of a stored report of the reconciler's."""
+        self._on_report()
+
     def _on_report(self) -> None:
         self._outbox.wake()
         self._vitals.changed_soon()
-        if not self._deployer.standing.flights:
+        if not self._deployer.state.active:
             self._spawn(
-                effects.make_room(self._places, self._settings, self._images, self._deployer.standing, self._sealed)
+                effects.make_room(self._places, self._settings, self._images, self._deployer.state, self._sealed)
             )
 
     # Commands

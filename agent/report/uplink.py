@@ -112,8 +112,8 @@ class Vitals:
 
     def _with_phase(self, figure: InstanceHealth) -> InstanceHealth:
         """A figure of the host's with what only the agent knows of the instance."""
-        standing = self._deployer.standing
-        flight = standing.flights.get(figure.instance)
+        standing = self._deployer.state
+        flight = standing.active.get(figure.instance)
         committed = standing.committed.get(figure.instance)
         manifest = committed.item.manifest_sha256 if committed is not None else ""
         phase = Phase.IDLE

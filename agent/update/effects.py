@@ -1,23 +1,20 @@
-"""Fetch, verify, compile, swap, watch, commit, revert, evict.
+"""Effects of the update machine: fetch, verify, compile, swap, watch, commit, revert, stop; and eviction.
 
-Carries out what the update machine decided: each effect is one coroutine here, and ends in an event.
-
-Nothing here decides and nothing here remembers. Whatever goes wrong becomes an `Outcome` with a typed code; an
-exception that leaves this module is our own bug. Every effect may be repeated from its start: after a power cut it is.
-
-What has to be done now and then: renew the certificate, make room on the disk, pet the watchdog.
+Each effect is one coroutine that ends in an `EffectResult`. Nothing here decides or remembers. An expected
+failure is a result with a typed code; an exception that leaves this module is a bug of the agent's own. Every effect
+may be repeated from its start: after a power cut it is.
 """
 
 import asyncio
 import contextlib
 import hashlib
-import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -28,7 +25,7 @@ from agent.link.host_client import Host, HostGoneError, HostRefusedError
 from agent.link.https import CancelledError, FetchError
 from agent.update import images
 from agent.update.images import ImageError, ImageStore
-from agent.update.machine import Event, Happened, retry_delay_s
+from agent.update.machine import Effect, Event, retry_delay_s
 from agent.update.probation import Judgement, ProbationSample, Terms, Verdict, confirm, judge
 from agent.update.restore import run_of, start
 from agent.update.secrets import SecretStore
@@ -40,17 +37,16 @@ from fleet.protocol.codes import RETRYABLE, InstanceState, RejectCode
 from signing.errors import Rejected
 
 WATCH_S: Final = 1.0
-
 PROGRESS_BYTES: Final = 1 << 20
 
 
 def _delayed(code: RejectCode, message: str) -> EffectResult:
     event = Event.DELAYED if code in RETRYABLE and code is not RejectCode.NO_SPACE else Event.REFUSED
-    return EffectResult(Happened(event, code.value, message))
+    return EffectResult(event=event, code=code, message=message)
 
 
 def _sound(path: Path, length: int, sha256: str) -> bool:
-    """Whether an artifact lies there as signed; one that was changed on the disk is removed, to be fetched anew."""
+    """Tell whether an artifact lies there as signed; one that was changed on the disk is removed."""
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
@@ -62,8 +58,27 @@ def _sound(path: Path, length: int, sha256: str) -> bool:
     return False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffectContext:
+    """Everything that an effect needs beside its change.
+
+    Attributes:
+        progress: takes the percentage of a download, on the event loop.
+        together: instances that switch in the same moment as this one.
+        committed: committed item of the instance; None for none.
+        renew: gives the committed item a generation under which it may be started beside a newer one.
+        after_fault: the effect failed by a bug before, so that it waits as a delayed download does.
+    """
+
+    progress: Callable[[int], None]
+    together: tuple[str, ...] = ()
+    committed: Committed | None = None
+    renew: Callable[[Committed], Awaitable[Committed]]
+    after_fault: bool = False
+
+
 class EffectRunner:
-    """The effects of the update machine, on this board."""
+    """Runs the effects of the update machine on this device."""
 
     def __init__(
         self,
@@ -79,10 +94,19 @@ class EffectRunner:
         clock: Callable[[], float],
         jitter: Callable[[], float],
     ) -> None:
-        """The effects, on what this board has.
+        """Make a runner.
 
-        `worker` is the thread for TUF and SQLite, `clock` gives seconds that do not jump (boot time), `jitter` a number
-        from 0 to 1.
+        Args:
+            places: directories of the agent.
+            settings: of the device's owner.
+            worker: the thread for TUF and SQLite.
+            trust: resolves items.
+            https: source of artifacts and sealed secrets.
+            images: compiles artifacts.
+            sealed: sealed secrets.
+            host: runs instances.
+            clock: seconds that do not jump (boot time).
+            jitter: gives a number from 0 to 1.
         """
         self._places = places
         self._settings = settings
@@ -100,8 +124,37 @@ class EffectRunner:
     def _artifact(self, sha256: str) -> Path:
         return self._places.artifacts / f"{sha256}.wasm"
 
+    async def run(self, effect: Effect, change: Change, context: EffectContext) -> EffectResult:  # noqa: C901, PLR0911 - a case for each effect
+        """Carry out one effect of a change.
+
+        STAGE, REMEMBER and CLOSE have nothing to carry out.
+        """
+        if context.after_fault and effect is not Effect.RETRY:
+            await self._back_off(change)
+        match effect:
+            case Effect.FETCH:
+                return await self.fetch(change, context.progress)
+            case Effect.RETRY:
+                return await self.retry(change, context.progress)
+            case Effect.VERIFY:
+                return await self.verify(change)
+            case Effect.COMPILE:
+                return await self.compile(change)
+            case Effect.SWAP:
+                return await self.swap(change, context.together)
+            case Effect.STOP:
+                return await self.stop(change)
+            case Effect.WATCH:
+                return await (self.runs(change) if change.well else self.watch(change))
+            case Effect.COMMIT:
+                return await self.commit(change)
+            case Effect.REVERT:
+                return await self.revert(change, context.committed, context.renew)
+            case Effect.STAGE | Effect.REMEMBER | Effect.CLOSE:
+                return DONE
+
     async def fetch(self, change: Change, progress: Callable[[int], None]) -> EffectResult:
-        """Find the target in the signed metadata, judge it, and download it unless it is here."""
+        """Find the target in the signed metadata, judge it, and download its artifact unless it is here."""
         assert change.item is not None
         item = change.item
         try:
@@ -123,7 +176,7 @@ class EffectRunner:
             return _delayed(error.code, error.message)
         except OSError as error:
             return _delayed(RejectCode.NO_SPACE, f"a sealed secret cannot be written: {error.strerror}")
-        return EffectResult(Happened(Event.DONE), {"manifest": resolved.manifest})
+        return EffectResult(event=Event.DONE, manifest=resolved.manifest)
 
     async def _download(self, path: str, into: Path, length: int, sha256: str, progress: Callable[[int], None]) -> None:
         cancelled = threading.Event()
@@ -149,12 +202,15 @@ class EffectRunner:
             raise
 
     async def retry(self, change: Change, progress: Callable[[int], None]) -> EffectResult:
-        """Wait, with full jitter, and fetch again."""
-        await asyncio.sleep(retry_delay_s(change.state) * (0.1 + 0.9 * self._jitter()))
+        """Wait with jitter and fetch again."""
+        await self._back_off(change)
         return await self.fetch(change, progress)
 
+    async def _back_off(self, change: Change) -> None:
+        await asyncio.sleep(retry_delay_s(change.state) * (0.1 + 0.9 * self._jitter()))
+
     async def verify(self, change: Change) -> EffectResult:
-        """Hash what lies on the disk, and read it as a component."""
+        """Hash the artifact on the disk, and read it as a component."""
         assert change.item is not None
         path, sha256 = self._artifact(change.item.sha256), change.item.sha256
         try:
@@ -176,7 +232,7 @@ class EffectRunner:
         return DONE
 
     async def compile(self, change: Change) -> EffectResult:
-        """Make the image, one at a time."""
+        """Compile the artifact to an image; one at a time."""
         item, manifest = change.item, change.manifest
         assert item is not None
         assert manifest is not None
@@ -197,11 +253,11 @@ class EffectRunner:
         item, manifest = change.item, change.manifest
         assert item is not None
         assert manifest is not None
-        fields: dict[str, Any] = {}
+        replaced = None
         try:
             before = next((each for each in await self._host.figures() if each.instance == change.instance), None)
             if before is not None and before.generation != change.generation:
-                fields["replaced"] = ProbationSample.of(before)
+                replaced = ProbationSample.of(before)
             run = run_of(item, manifest, change.generation, self._settings.policy)
             link, places = self._host.link, self._places
             await start(link, item, run, self._images, places.artifacts, self._sealed, together, probation=True)
@@ -212,10 +268,10 @@ class EffectRunner:
         except HostGoneError as error:
             await self._settle()
             return lost(str(error))
-        return EffectResult(Happened(Event.DONE), fields)
+        return EffectResult(event=Event.DONE, replaced=replaced)
 
     async def _settle(self) -> None:
-        """After the host was lost: give the link a moment to notice, so that losses are not counted in a spin."""
+        """Close the lost link, so that the next effect waits for a host instead of counting losses in a spin."""
         self._host.link.close()
         await asyncio.sleep(0)
 
@@ -246,14 +302,14 @@ class EffectRunner:
             self._host.nudges.pop(change.instance, None)
 
     async def runs(self, change: Change) -> EffectResult:
-        """Whether the new version, which has been found well before, is there."""
+        """Look whether a new version that was found well before still runs."""
         try:
             figures = await self._host.figures()
         except HostGoneError as error:
             await self._settle()
             return lost(str(error))
         if any((each.instance, each.generation) == (change.instance, change.generation) for each in figures):
-            return EffectResult(Happened(Event.WELL))
+            return EffectResult(event=Event.WELL)
         return lost("the host was restarted and no longer runs the new version")
 
     async def _judged(self, change: Change, terms: Terms, elapsed_s: float) -> EffectResult | None:
@@ -268,16 +324,16 @@ class EffectRunner:
             case Verdict.CONTINUE:
                 return None
             case Verdict.COMMIT:
-                return EffectResult(Happened(Event.WELL, exercised=judgement.exercised))
+                return EffectResult(event=Event.WELL, exercised=judgement.exercised)
             case Verdict.ROLL_BACK:
                 trouble = self._host.trapped.get((change.instance, change.generation))
                 log = trouble.log if trouble is not None and trouble.log else await self._log(change.instance)
                 detail = f": {trouble.message}" if trouble is not None and trouble.message else ""
                 message = judgement.message if judgement.message.endswith(detail) else judgement.message + detail
-                return EffectResult(Happened(Event.UNWELL, judgement.code, message), log=log)
+                return EffectResult(event=Event.UNWELL, code=RejectCode(judgement.code), message=message, log=log)
 
     async def _judgement(self, change: Change, terms: Terms, elapsed_s: float) -> Judgement | None:
-        """Judge the figures, before a commit those after one more health check; None where it runs no more."""
+        """Judge the figures, before a commit those after one more health check; None if the version no longer runs."""
         facts = await self._facts(change)
         if facts is None:
             return None
@@ -298,7 +354,7 @@ class EffectRunner:
         return ()
 
     async def commit(self, change: Change) -> EffectResult:
-        """Let the host drop the previous generation. A host that is gone has none."""
+        """Let the host drop the previous generation; a host that was lost has none."""
         if change.item is not None:
             with contextlib.suppress(HostGoneError, HostRefusedError):
                 await self._host.link.ask(
@@ -307,20 +363,20 @@ class EffectRunner:
         return DONE
 
     async def stop(self, change: Change) -> EffectResult:
-        """Stop an instance. A host that is gone runs nothing, and is not told to start it again."""
+        """Stop an instance; a host that was lost runs nothing, and is not asked to start the instance again."""
         with contextlib.suppress(HostGoneError, HostRefusedError):
             await self._host.link.ask(host_api.Stop, host_api.Done, instance=change.instance)
-        return EffectResult(Happened(Event.STOPPED))
+        return EffectResult(event=Event.STOPPED)
 
     async def revert(
         self, change: Change, before: Committed | None, renew: Callable[[Committed], Awaitable[Committed]]
     ) -> EffectResult:
-        """Go back to what is committed: the warm previous generation if there is one, else from its image.
+        """Go back to the committed item: to the warm previous generation if there is one, else from its image.
 
         Args:
-            change: what is taken back.
-            before: what is committed; None if nothing is.
-            renew: gives what is committed a generation under which it may be started beside a newer one.
+            change: the change that is taken back.
+            before: the committed item; None for none.
+            renew: gives the committed item a generation under which it may be started beside a newer one.
         """
         if change.generation == 0:
             return DONE
@@ -362,11 +418,8 @@ class EffectRunner:
         )
 
     def close(self) -> None:
-        """End the download thread once its transfer noticed."""
+        """End the download thread once its transfer has noticed."""
         self._downloads.shutdown(wait=False, cancel_futures=True)
-
-
-log = logging.getLogger("agent.update.effects")
 
 
 async def make_room(
@@ -374,16 +427,16 @@ async def make_room(
 ) -> int:
     """Evict least recently used artifacts and images beyond the budget; returns bytes freed.
 
-    What is committed, and what is being changed, stays, and so does what a change would go back to.
+    Everything stays that is committed, under way, or that a change would go back to.
     """
     items = [(each.item, each.manifest) for each in standing.committed.values()]
     keep = {item.sha256 for item, _ in items}
-    for flight in standing.flights.values():
+    for flight in standing.active.values():
         if flight.change.item is not None:
             keep.add(flight.change.item.sha256)
             if flight.change.manifest is not None:
                 items.append((flight.change.item, flight.change.manifest))
-    wanted = [flight.change.item for flight in standing.flights.values() if flight.change.item is not None]
+    wanted = [flight.change.item for flight in standing.active.values() if flight.change.item is not None]
     await asyncio.to_thread(sealed.evict, [*(item for item, _ in items), *wanted])
     try:
         for item, manifest in items:

@@ -1,38 +1,39 @@
-"""Reconciler: single inbox, single owner of deployment state; violations; atomic sets.
+"""Reconciler: brings the device to its desired state; the only writer of `DeploymentState`.
 
-Brings the board to its desired state: makes the plan, and walks each change through the update machine.
+One task takes typed inputs from one queue. Every input leads to steps (`agent.update.state.transition`). A step is
+persisted in one transaction together with the report about it; then memory follows, then the report is handed on, and
+only then the effect of the step is started. An effect is a task of its own, so that nothing holds up a removal or a
+security stop; its result comes back through the queue, with the serial of the step that started it. After each input
+the reconciler settles: violations are enforced, the plan is carried out, and barriers of atomic sets are opened.
 
-Persist, then act: every step is one transaction with the report that tells of it, and only then is its effect carried
-out (`agent.update.effects`). One change per instance is in flight; each has a task of its own, so that nothing holds
-up a removal. The plan is made anew whenever something ended.
+Persist, then act: a change that is found after a power cut is taken up as by any other event (INTERRUPTED). A step that
+cannot be persisted is not taken; on a full disk it is repeated until there is room again.
 
-Takes what may not run any more off the board, or lets it run on, as the board's owner decided.
-
-It needs no network and waits for nothing: a download or a compilation of the version that shall replace it goes on
-beside it. That it is not committed any more is persisted first, with the report that says so; then the host is told. If
-power goes in between, nothing starts it again, and a host that still runs it is told to stop what belongs to nothing.
-
-Atomic sets: instances that the operator declared to be swapped as one. All of a set is committed, or none of it.
-
-Each member walks the update machine by itself; here it is held back before the swap until all are staged, and before
-the commit until all are well, and it goes back when one of them does. That a member is well is persisted before any of
-them commits: whoever is found with all others well or committed after a power cut commits too, and is not judged again.
+A committed item that violates what publishers or the device's owner allow is stopped, or kept where the owner says so.
+No network is needed for that: first the item is no longer committed, then the host is asked to stop the instance. If
+power fails in between, nothing starts the instance again, and a host that still runs it is asked to stop everything
+that belongs to nothing.
 """
 
 import asyncio
+import functools
+import itertools
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Final, Literal, Protocol
 
 import msgspec
 
 from agent.update import restore, state
-from agent.update.effects import EffectRunner
-from agent.update.machine import Effect, Event, Happened, Phase, State, advance
-from agent.update.plan import Act, may_report_committed, plan
+from agent.update.effects import EffectContext, EffectRunner
+from agent.update.machine import Effect, Event, Phase, State, is_legal
+from agent.update.plan import Act, Gate, GateState, Step, may_report_committed, plan, set_gate, swap_set
 from agent.update.state import (
+    CANCELLED,
+    DONE,
+    SUPERSEDED,
     ActiveChange,
     Change,
     Committed,
@@ -40,32 +41,109 @@ from agent.update.state import (
     DeviceContext,
     EffectResult,
     FailedItem,
+    Transition,
     Violation,
-    failed_item,
     failure_of,
-    item_key,
+    fault,
+    set_failed,
+    transition,
 )
 from agent.update.store import Database, Store, StoreError
 from fleet.protocol.assignment import Assignment, Item
 from fleet.protocol.codes import Phase as WirePhase
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.messages import Report
-from fleet.protocol.names import TargetName
 
 log = logging.getLogger("agent.update.reconciler")
 
 PROGRESS_S: Final = 5.0
-
 STORE_AGAIN_S: Final = 30.0
 
 _SUPERSEDABLE: Final = frozenset({Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED, Phase.PROBATION})
 
-_QUIET: Final = frozenset({Phase.IDLE, Phase.VERIFYING, Phase.STAGED, Phase.ROLLING_BACK})
-"""Phases that pass at once: no report of their own."""
+_GATED: Final = frozenset({(Phase.STAGED, Event.DONE), (Phase.PROBATION, Event.WELL)})
+"""Results that wait at the barrier of an atomic set."""
+
+_NEW_VERSION_RUNS: Final = frozenset({Phase.SWAPPING, Phase.PROBATION, Phase.COMMITTED})
+"""Phases in which a stop would end the next version too: going back then stops both."""
+
+
+# Inputs
+
+
+@dataclass(frozen=True, slots=True)
+class AssignmentAccepted:
+    """An assignment was verified, accepted and persisted."""
+
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class ViolationsFound:
+    """Committed items were checked; the violations replace those found before."""
+
+    violations: tuple[Violation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EffectFinished:
+    """The effect that the step `serial` of an instance's change started has ended."""
+
+    instance: str
+    serial: int
+    result: EffectResult
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadProgress:
+    """A download went on."""
+
+    instance: str
+    serial: int
+    percent: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationWanted:
+    """An effect on its way back has to start the committed item under a new generation; `answer` takes the item."""
+
+    committed: Committed
+    answer: asyncio.Future[Committed]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDamaged:
+    """The image of an artifact was found changed on the disk; it is not used."""
+
+    artifact: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """Time to settle again: a failed item may be tried again, or the disk may have room."""
+
+
+Input = (
+    AssignmentAccepted
+    | ViolationsFound
+    | EffectFinished
+    | DownloadProgress
+    | GenerationWanted
+    | ImageDamaged
+    | TimerFired
+)
+
+
+class ReportSink(Protocol):
+    """Takes note of reports that are stored and wait to be sent."""
+
+    def saved(self, report: Report, /) -> None:
+        """Take note of one; called on the event loop, and must not wait."""
 
 
 class Reconciler:
-    """Carries out assignments."""
+    """Owner of the deployment state; `post` gives it inputs, `run` is its task."""
 
     def __init__(
         self,
@@ -74,638 +152,532 @@ class Reconciler:
         store: Store,
         worker: Database,
         carrier: EffectRunner,
-        on_report: Callable[[], None],
+        sink: ReportSink,
         on_revoked: Literal["stop", "keep"] = "stop",
     ) -> None:
-        """A deployer; call `recover` once, then `desire` for each accepted assignment.
+        """Make a reconciler.
 
         Args:
-            board: the board.
+            board: the device.
             store: used on `worker` only.
             worker: the thread for SQLite.
             carrier: carries out effects.
-            on_report: called when there is a new report to send.
-            on_revoked: what becomes of a committed item that something speaks against.
+            sink: is told of stored reports.
+            on_revoked: the owner's policy for a committed item with a violation.
         """
         self._board = board
         self._store = store
         self._worker = worker
         self._carrier = carrier
-        self._on_report = on_report
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._planning = asyncio.Lock()
-        self._later: asyncio.TimerHandle | None = None
-        self.standing = DeploymentState()
-        self._sets = Sets(self.standing, self._keep_well)
-        self.withdrawals = Withdrawals(
-            board=board,
-            store=store,
-            worker=worker,
-            carrier=carrier,
-            standing=self.standing,
-            policy=on_revoked,
-            on_report=on_report,
-            write_runset=self._write_runset,
-        )
+        self._sink = sink
+        self._on_revoked = on_revoked
+        self.inbox: asyncio.Queue[Input] = asyncio.Queue()
+        self.state = DeploymentState()
+        self._recovered = False
+        self._is_handling = False
+        self._serials = itertools.count(1)
+        self._steps = 0
+        self._noted_version = 0
+        self._reported_violations: tuple[Violation, ...] = ()
+        self._stops: dict[str, asyncio.Task[EffectResult]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._delayed: set[asyncio.TimerHandle] = set()
 
-    async def recover(self) -> None:
-        """Take up what the last run of the agent left: each stored state names its recovery."""
-        self.standing.committed = {each.item.instance: each for each in await self._worker(self._store.committed)}
-        for change in await self._worker(self._store.changes):
-            found = change
-            if found.boot_id != self._board.boot_id:
-                state = replace(found.state, entered=self._board.clock())
-                found = msgspec.structs.replace(found, state=state, boot_id=self._board.boot_id)
-            log.info("%s: found %s", found.instance, found.phase)
-            self._launch(ActiveChange(found), Happened(Event.INTERRUPTED))
+    # For others
+
+    def post(self, item: Input) -> None:
+        """Hand over an input; on the event loop's thread."""
+        self.inbox.put_nowait(item)
 
     async def desire(self, assignment: Assignment) -> None:
-        """Bring the board to this state; it has been verified, accepted and persisted."""
-        self.standing.assignment = assignment
-        await self._sets.moved()
-        await self.replan()
+        """Bring the device to this state; the assignment has been verified, accepted and persisted."""
+        self.post(AssignmentAccepted(assignment))
 
-    async def hold(self, doubts: Iterable[Violation]) -> None:
-        """Something speaks against these committed items: nothing holds up that they are stopped."""
-        self.withdrawals.hold(doubts)
-        await self.replan()
+    async def hold(self, violations: Iterable[Violation]) -> None:
+        """Enforce these violations, in place of those found before."""
+        self.post(ViolationsFound(tuple(violations)))
 
-    async def replan(self) -> None:
-        """Compare what is wanted with what is, and start what is missing."""
+    @property
+    def problems(self) -> list[str]:
+        """Items that go on running in spite of a violation, as sentences."""
+        return [
+            f"{each.instance} goes on running, as this board's policy says ({each.code}): {each.message}"
+            for each in self.state.violations
+            if self.state.violated(each) is not None
+        ]
+
+    @property
+    def is_idle(self) -> bool:
+        """No input waits, no change is under way, and no instance is being stopped."""
+        return self.inbox.empty() and not self._is_handling and not self.state.active and not self._stops
+
+    # Life
+
+    async def recover(self) -> None:
+        """Take up the state that the last run of the agent left; `run` does so unless it has been done."""
+        self._recovered = True
+        self.state.committed = {each.item.instance: each for each in await self._worker(self._store.committed)}
+        self.state.failed = {each.failure_key: each for each in await self._worker(self._store.failed)}
+        self._reported_violations = await self._worker(self._store.doubts)
+        for stored in await self._worker(self._store.changes):
+            change = stored
+            if change.boot_id != self._board.boot_id:
+                entered = replace(change.state, entered=self._board.clock())
+                change = msgspec.structs.replace(change, state=entered, boot_id=self._board.boot_id)
+            log.info("%s: found %s", change.instance, change.phase)
+            self._add(change, Event.INTERRUPTED)
+
+    async def run(self) -> None:
+        """Handle inputs until cancelled; everything then stays as it stands, for `recover`."""
         try:
-            async with self._planning:
-                await self.withdrawals.carry_out()
-                if self.standing.assignment is not None:
-                    await self._plan_and_start(self.standing.assignment)
+            if not self._recovered:
+                await self.recover()
+            while True:
+                item = await self.inbox.get()
+                self._is_handling = True
+                await self._handle(item)
+                if not isinstance(item, DownloadProgress):
+                    await self._settle()
+                self._is_handling = False
+                self.inbox.task_done()
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Cancel effects and timers, and wait for the effects."""
+        for timer in [*self._delayed, *filter(None, [self._timer])]:
+            timer.cancel()
+        active = [each.task for each in self.state.active.values() if each.task is not None]
+        tasks = [*active, *self._stops.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _handle(self, item: Input) -> None:
+        try:
+            await self._dispatch(item)
+        except StoreError as error:
+            log.error("%s; it waits", error)  # noqa: TRY400 - said in the message
+            if not isinstance(item, DownloadProgress | ImageDamaged):
+                self._post_later(item)
+
+    async def _dispatch(self, item: Input) -> None:
+        match item:
+            case AssignmentAccepted(assignment):
+                self.state.desired = assignment
+            case ViolationsFound(violations):
+                self.state.violations = violations
+            case EffectFinished(instance, serial, result):
+                active = self.state.active.get(instance)
+                if active is not None and active.serial == serial:
+                    await self._finish(active, result)
+            case DownloadProgress():
+                await self._report_progress(item)
+            case GenerationWanted(committed, answer):
+                await self._renew(committed, answer)
+            case ImageDamaged(artifact, message):
+                await self._report_damage(artifact, message)
+            case TimerFired():
+                pass  # settling follows every input
+
+    def _post_later(self, item: Input) -> None:
+        """Repeat an input that could not be persisted."""
+
+        def due() -> None:
+            self._delayed.discard(timer)
+            self.post(item)
+
+        timer = asyncio.get_running_loop().call_later(STORE_AGAIN_S, due)
+        self._delayed.add(timer)
+
+    # One change
+
+    def _add(self, change: Change, event: Event) -> None:
+        """Begin or take up a change."""
+        active = self.state.active[change.instance] = ActiveChange(change, serial=next(self._serials))
+        self.post(EffectFinished(change.instance, active.serial, EffectResult(event=event)))
+
+    async def _finish(self, active: ActiveChange, result: EffectResult) -> None:
+        """Go on with a change whose effect has ended."""
+        active.task = None
+        phase = active.change.phase
+        if result.event is None:
+            reason = self._reason_of_cancel(active)
+            if reason is None:  # whatever spoke against the effect no longer does
+                assert active.effect is not None
+                self._start(active, active.effect)
+                return
+            result = reason
+        elif not is_legal(phase, result.event):
+            log.error("%s: %s cannot happen in %s", active.change.instance, result.event, phase)
+            result = fault(f"{result.event} cannot happen in {phase}: see the agent's journal")
+        if (phase, result.event) in _GATED:
+            await self._hold_at_gate(active, result)
+        else:
+            await self._advance(active, result)
+
+    def _reason_of_cancel(self, active: ActiveChange) -> EffectResult | None:
+        phase = active.change.phase
+        if active.superseded and phase in _SUPERSEDABLE:
+            return SUPERSEDED
+        gate = self._gate(active.change)
+        return set_failed(phase, gate.sibling) if phase is Phase.PROBATION and gate.gate is Gate.FAILED else None
+
+    async def _hold_at_gate(self, active: ActiveChange, result: EffectResult) -> None:
+        """Keep a result until the atomic set is decided.
+
+        That a member is well is persisted before any member commits: a member found after a power cut with all others
+        well or committed commits too, and is not judged again.
+        """
+        change = active.change
+        if change.phase is Phase.PROBATION and change.atomic and not change.well:
+            await self._apply(Transition(change=msgspec.structs.replace(change, well=True)))
+        active.held = result
+
+    async def _advance(self, active: ActiveChange, result: EffectResult) -> None:
+        """Take steps until an effect runs, a barrier is reached, or the change is over."""
+        instance = active.change.instance
+        while True:
+            active.log = result.log or active.log
+            step = transition(
+                active.change,
+                replace(result, log=active.log),
+                device=self._board,
+                now=self._board.clock(),
+                at=datetime.now(UTC),
+                committed=self.state.committed.get(instance),
+                known=self.state.known_failure(active.change.item),
+            )
+            try:
+                step = await self._apply(step)
+            except StoreError as error:
+                log.error("%s: %s; it waits", instance, error)  # noqa: TRY400 - said in the message
+                self._post_later(EffectFinished(instance, active.serial, result))
+                return
+            active.serial, active.effect = next(self._serials), step.effect
+            if step.removed or step.effect is Effect.COMMIT:
+                await self._write_runset()
+            if step.effect is Effect.CLOSE:
+                return
+            if active.superseded and active.change.phase in _SUPERSEDABLE:
+                result = SUPERSEDED
+            elif step.effect is Effect.REMEMBER:
+                result = DONE
+            elif step.effect is Effect.STAGE:
+                active.held = DONE
+                return
+            else:
+                assert step.effect is not None
+                self._start(active, step.effect, after_fault=result.event is Event.FAULT)
+                return
+
+    def _start(self, active: ActiveChange, effect: Effect, *, after_fault: bool = False) -> None:
+        change, serial = active.change, active.serial
+        context = EffectContext(
+            progress=lambda percent: self.post(DownloadProgress(change.instance, serial, percent)),
+            together=swap_set(self.state.members(change)),
+            committed=self.state.committed.get(change.instance),
+            renew=self._ask_for_generation,
+            after_fault=after_fault,
+        )
+        active.task = asyncio.get_running_loop().create_task(self._carrier.run(effect, change, context))
+        active.task.add_done_callback(functools.partial(self._effect_ended, change.instance, serial, effect))
+
+    def _effect_ended(self, instance: str, serial: int, effect: Effect, task: asyncio.Task[EffectResult]) -> None:
+        self.post(EffectFinished(instance, serial, _result_of(instance, effect, task)))
+
+    async def _ask_for_generation(self, committed: Committed) -> Committed:
+        answer: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
+        self.post(GenerationWanted(committed, answer))
+        return await answer
+
+    async def _renew(self, committed: Committed, answer: asyncio.Future[Committed]) -> None:
+        if answer.done():
+            return  # the effect that asked has been cancelled
+        step = await self._apply(Transition(committed=committed, new_generation=True))
+        assert step.committed is not None
+        if not answer.done():
+            answer.set_result(step.committed)
+
+    # Persisting
+
+    async def _apply(self, step: Transition) -> Transition:
+        """Persist a step, then take it over in memory, then hand on its report.
+
+        Raises:
+            StoreError: nothing has changed.
+        """
+        stored, _, forgotten = await self._worker(self._store.apply, step)
+        self.state.apply(stored)
+        if forgotten is not None:
+            self.state.failed.pop(forgotten, None)
+        self._steps += 1
+        if stored.report is not None:
+            if stored.report.progress is None:
+                state.tell(stored.report)
+            self._sink.saved(stored.report)
+        return stored
+
+    async def _write_runset(self) -> None:
+        items = [self.state.committed[instance] for instance in sorted(self.state.committed)]
+        try:
+            await self._worker(restore.write_runset, self._board.places.runset, items, self._board.mac_key)
+        except OSError as error:
+            log.warning("cannot write the second record of what runs: %s", error)
+
+    async def _report_progress(self, item: DownloadProgress) -> None:
+        """Report a download's progress, at most every few seconds; the store keeps the newest only."""
+        active, now = self.state.active.get(item.instance), self._board.clock()
+        if active is None or active.serial != item.serial or now - active.progress_at < PROGRESS_S:
+            return
+        active.progress_at = now
+        report = msgspec.structs.replace(self._report(active), progress=item.percent)
+        await self._apply(Transition(report=report))
+
+    async def _report_damage(self, artifact: str, message: str) -> None:
+        for each in list(self.state.committed.values()):
+            if each.item.sha256 == artifact:
+                report = state.about(
+                    self._board,
+                    assignment=each.assignment,
+                    phase=WirePhase.IDLE,
+                    item=each.item,
+                    running=each.item.target,
+                    code=RejectCode.IMAGE_DAMAGED,
+                    message=message,
+                )
+                await self._apply(Transition(report=report))
+
+    def _running(self, instance: str) -> str:
+        have = self.state.committed.get(instance)
+        return have.item.target if have is not None else ""
+
+    def _report(self, active: ActiveChange) -> Report:
+        change = active.change
+        return state.of_change(self._board, change, before=self._running(change.instance), log=active.log)
+
+    # Settling
+
+    async def _settle(self) -> None:
+        """Enforce violations, carry out the plan and open barriers, until none of them leads to a further step."""
+        try:
+            steps = -1
+            while steps != self._steps:
+                steps = self._steps
+                await self._enforce_violations()
+                await self._carry_out_plan()
+                await self._open_gates()
+            await self._note_committed()
         except StoreError as error:
             log.error("what is wanted cannot be begun now: %s", error)  # noqa: TRY400 - said in the message
-            self._call_later(STORE_AGAIN_S)
+            self._settle_later(STORE_AGAIN_S)
+        else:
+            self._settle_when_due()
 
-    async def _plan_and_start(self, assignment: Assignment) -> None:
-        failures = await self._worker(self._store.failed)
-        self.standing.failed = {(each.instance, each.key, each.attempt) for each in failures}
+    def _settle_when_due(self) -> None:
+        """Settle again when a failed item may be tried again."""
+        now = datetime.now(UTC).timestamp()
+        times = [each.retry_at - now for each in self.state.failed.values() if each.retry_at is not None]
+        due = min((seconds for seconds in times if seconds > 0), default=None)
+        if due is not None:
+            self._settle_later(due + 1)
+
+    def _settle_later(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.post, TimerFired())
+
+    async def _note_committed(self) -> None:
+        desired = self.state.desired
+        if desired is None or desired.version == self._noted_version:
+            return
+        if may_report_committed(*self.state.planned()):
+            await self._worker(self._store.set_counter, "committed", desired.version)
+            self._noted_version = desired.version
+
+    async def _open_gates(self) -> None:
+        for active in list(self.state.active.values()):
+            if active.held is not None:
+                await self._open_gate(active, active.held)
+            elif active.change.phase is Phase.PROBATION and self._gate(active.change).gate is Gate.FAILED:
+                _cancel(active)
+
+    async def _open_gate(self, active: ActiveChange, held: EffectResult) -> None:
+        phase, (gate, sibling) = active.change.phase, self._gate(active.change)
+        if gate is Gate.FAILED:
+            held = set_failed(phase, sibling)
+        elif gate is Gate.WAITING and active.superseded and phase in _SUPERSEDABLE:
+            held = SUPERSEDED
+        elif gate is Gate.WAITING:
+            return
+        active.held = None
+        await self._advance(active, held)
+
+    def _gate(self, change: Change) -> GateState:
+        """Look at the barrier of a change; until an assignment names the members of its set, it waits."""
+        if change.atomic and self.state.desired is None:
+            return GateState(Gate.WAITING)
+        return set_gate(change.phase, self.state.members(change))
+
+    # The plan
+
+    async def _carry_out_plan(self) -> None:
+        desired = self.state.desired
+        if desired is None:
+            return
         steps = plan(
-            *self.standing.planned(),
-            {(each.instance, each.key, each.attempt): failure_of(each) for each in failures},
+            *self.state.planned(),
+            {key: failure_of(each) for key, each in self.state.failed.items()},
             datetime.now(UTC).timestamp(),
         )
         if steps:
-            await self._worker(self._store.set_counter, "deployed", assignment.version)
+            await self._worker(self._store.set_counter, "deployed", desired.version)
         for step in steps:
-            await self._take(step.act, step.instance, assignment, failures)
-        self._replan_later(failures)
-        if may_report_committed(*self.standing.planned()):
-            await self._worker(self._store.set_counter, "committed", assignment.version)
+            await self._take(step, desired.version, self.state.wanted().get(step.instance))
 
-    def _replan_later(self, failures: tuple[FailedItem, ...]) -> None:
-        """When what failed in passing may be tried again, the plan is made anew."""
-        times = [each.retry_at for each in failures if each.retry_at is not None]
-        wait_s = [at - datetime.now(UTC).timestamp() for at in times]
-        due = min((seconds for seconds in wait_s if seconds > 0), default=None)
-        if due is not None:
-            self._call_later(due + 1)
-
-    def _call_later(self, seconds: float) -> None:
-        if self._later is not None:
-            self._later.cancel()
-        self._later = asyncio.get_running_loop().call_later(seconds, self._replan_now)
-
-    def _replan_now(self) -> None:
-        task = asyncio.get_running_loop().create_task(self.replan())
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    async def _take(
-        self,
-        act: Act,
-        instance: str,
-        assignment: Assignment,
-        failures: tuple[FailedItem, ...],
-    ) -> None:
-        items = self.standing.wanted()
-        flight = self.standing.flights.get(instance)
-        match act:
-            case Act.REMOVE:
-                change = Change(instance=instance, assignment=assignment.version, state=State())
-                self._launch(ActiveChange(change), Happened(Event.REMOVE))
-            case Act.START:
-                change = Change(instance=instance, assignment=assignment.version, state=State(), item=items[instance])
-                self._launch(ActiveChange(change), Happened(Event.BEGIN))
-            case Act.SUPERSEDE | Act.RELABEL if flight is None:
-                pass  # it came to its end while the plan was made, and plans anew itself
-            case Act.SUPERSEDE if flight is not None:
-                flight.superseded = True
-                if flight.work is not None and flight.change.phase in _SUPERSEDABLE:
-                    flight.work.cancel()
-            case Act.RELABEL if flight is not None:
-                await self._relabel(flight, items[instance], assignment.version)
+    async def _take(self, step: Step, version: int, item: Item | None) -> None:
+        """Take a step of the plan; `item` is the desired one of its instance."""
+        active = self.state.active.get(step.instance)
+        match step.act:
+            case Act.REMOVE | Act.START if step.instance in self._stops:
+                pass  # the plan is made again once the instance has been stopped
+            case Act.REMOVE | Act.START:
+                event = Event.REMOVE if item is None else Event.BEGIN
+                self._add(Change(instance=step.instance, assignment=version, state=State(), item=item), event)
+            case Act.SUPERSEDE:
+                assert active is not None
+                await self._supersede(active)
+            case Act.RELABEL:
+                assert active is not None
+                change = msgspec.structs.replace(active.change, item=item, assignment=version)
+                relabelled = state.of_change(self._board, change, before=self._running(step.instance), log=active.log)
+                await self._apply(Transition(change=change, report=relabelled))
             case Act.ADOPT:
-                await self._adopt(items[instance], assignment.version)
+                assert item is not None
+                await self._adopt(item, version)
             case Act.REFUSE:
-                key, attempt = item_key(items[instance]), items[instance].attempt
-                known = next(e for e in failures if (e.instance, e.key, e.attempt) == (instance, key, attempt))
-                await self._refuse_again(items[instance], known, assignment.version)
+                assert item is not None
+                await self._refuse_again(item, version)
 
-    async def _relabel(self, flight: ActiveChange, item: Item, version: int) -> None:
-        """It is under way already, and somebody else asks for it now."""
-        async with flight.lock:
-            if flight.over:
-                return  # what is planned after its end says so
-            flight.change = msgspec.structs.replace(flight.change, item=item, assignment=version)
-            await self._save(flight.change, report=self._report(flight))
+    async def _supersede(self, active: ActiveChange) -> None:
+        """End a change as soon as it may; one whose effect runs ends when the effect has been cancelled."""
+        active.superseded = True
+        if active.change.phase not in _SUPERSEDABLE:
+            return
+        if active.held is not None:
+            active.held = None
+            await self._advance(active, SUPERSEDED)
+        else:
+            _cancel(active)
 
     async def _adopt(self, item: Item, version: int) -> None:
-        """It runs already: keep the new label, and say so to whoever asks now."""
-        before = self.standing.committed[item.instance]
-        now = msgspec.structs.replace(before, item=item, assignment=version)
-        self.standing.committed[item.instance] = now
+        """Keep the new label of an item that is committed, and report it to the rollout that asks now."""
+        before = self.state.committed[item.instance]
         report = state.about(self._board, assignment=version, phase=WirePhase.COMMITTED, item=item, running=item.target)
-        await self._worker(self._store.save, committed=now, report=report)
-        self._on_report()
+        committed = msgspec.structs.replace(before, item=item, assignment=version)
+        await self._apply(Transition(committed=committed, report=report))
 
-    async def _refuse_again(self, item: Item, known: FailedItem, version: int) -> None:
-        """It failed before and is not tried again: say so to whoever asks now."""
+    async def _refuse_again(self, item: Item, version: int) -> None:
+        """Report to the rollout that asks now that the item failed before and is not tried again."""
+        known = self.state.known_failure(item)
+        assert known is not None
         report = state.about(
             self._board,
             assignment=version,
             phase=WirePhase.FAILED,
             item=item,
-            running=self._before(item.instance),
+            running=self._running(item.instance),
             code=known.code,
             message=f"it failed before and is not tried again until it is told to (fleet retry): {known.message}",
         )
         relabelled = msgspec.structs.replace(known, rollout=item.rollout)
-        await self._worker(self._store.save, failure=relabelled, report=report)
-        self._on_report()
+        await self._apply(Transition(failure=relabelled, report=report))
 
-    # One change
+    # Violations
 
-    def _launch(self, flight: ActiveChange, happened: Happened) -> None:
-        self.standing.flights[flight.change.instance] = flight
-        task = asyncio.get_running_loop().create_task(self._drive(flight, happened))
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a deployment stopped by a fault of the agent's own", exc_info=error)
-
-    async def _drive(self, flight: ActiveChange, happened: Happened) -> None:
-        outcome = EffectResult(happened)
-        while (effect := await self._step_when_possible(flight, outcome)) is not Effect.CLOSE:
-            if effect is Effect.WATCH:
-                await self.replan()  # something newer may have been wanted during the swap
-            outcome = await self._carry_out(flight, effect)
-        del self.standing.flights[flight.change.instance]
-        await self._sets.moved()
-        await self.replan()
-
-    async def _carry_out(self, flight: ActiveChange, effect: Effect) -> EffectResult:
-        if flight.superseded and flight.change.phase in _SUPERSEDABLE:
-            return _superseded()
-        flight.work = asyncio.get_running_loop().create_task(self._effect(flight, effect))
-        try:
-            return await asyncio.shield(flight.work)
-        except asyncio.CancelledError:
-            if flight.superseded and flight.work.cancelled() and flight.change.phase in _SUPERSEDABLE:
-                return _superseded()
-            flight.work.cancel()
-            raise
-        finally:
-            flight.work = None
-
-    async def _effect(self, flight: ActiveChange, effect: Effect) -> EffectResult:
-        change = flight.change
-        try:
-            return await self._dispatch(flight, effect)
-        except Exception:
-            log.exception("%s: %s failed by a fault of the agent's own", change.instance, effect)
-            message = f"{effect} failed by a fault of the agent's own: see its journal"
-            return EffectResult(Happened(Event.FAULT, RejectCode.INTERNAL.value, message))
-
-    def _dispatch(  # noqa: C901, PLR0911 - one case for each effect, and nothing in any
-        self, flight: ActiveChange, effect: Effect
-    ) -> Awaitable[EffectResult]:
-        change, carrier = flight.change, self._carrier
-        match effect:
-            case Effect.FETCH:
-                return carrier.fetch(change, lambda percent: self._progress(flight, percent))
-            case Effect.RETRY:
-                return carrier.retry(change, lambda percent: self._progress(flight, percent))
-            case Effect.VERIFY:
-                return carrier.verify(change)
-            case Effect.COMPILE:
-                return carrier.compile(change)
-            case Effect.STAGE:
-                return self._sets.staged(flight)
-            case Effect.SWAP:
-                return carrier.swap(change, self._sets.together(change))
-            case Effect.STOP:
-                return carrier.stop(change)
-            case Effect.WATCH:
-                return self._sets.watched(flight, lambda: carrier.watch(change), lambda: carrier.runs(change))
-            case Effect.COMMIT:
-                return self._commit(change)
-            case Effect.REVERT:
-                return carrier.revert(change, self.standing.committed.get(change.instance), self._renew)
-            case Effect.REMEMBER | Effect.CLOSE:
-                return _done()
-
-    async def _commit(self, change: Change) -> EffectResult:
-        await self._write_runset()
-        return await self._carrier.commit(change)
-
-    async def _write_runset(self) -> None:
-        try:
-            items = await self._worker(self._store.committed)
-            await self._worker(restore.write_runset, self._board.places.runset, items, self._board.mac_key)
-        except OSError as error:
-            log.warning("cannot write the second record of what runs: %s", error)
-
-    async def _renew(self, before: Committed) -> Committed:
-        generation = await self._worker(self._store.next_generation)
-        renewed = msgspec.structs.replace(before, generation=generation)
-        await self._worker(self._store.save, committed=renewed)
-        self.standing.committed[before.item.instance] = renewed
-        return renewed
-
-    # Persisting
-
-    async def _step_when_possible(self, flight: ActiveChange, outcome: EffectResult) -> Effect:
-        """A step that cannot be persisted is not taken; on a disk that is full it waits until there is room again."""
-        while True:
-            try:
-                return await self._step(flight, outcome)
-            except StoreError as error:
-                log.error("%s: %s; it waits", flight.change.instance, error)  # noqa: TRY400 - said in the message
-            await asyncio.sleep(STORE_AGAIN_S)
-
-    async def _step(self, flight: ActiveChange, outcome: EffectResult) -> Effect:
-        """Advance, persist the new state with its report, and only then return what is to be done."""
-        async with flight.lock:
-            before, now = flight.change, self._board.clock()
-            state, effect = advance(before.state, outcome.happened, now)
-            change = msgspec.structs.replace(
-                before,
-                state=state,
-                timings_ms=_timed(before, state.phase, now),
-                boot_id=self._board.boot_id,
-                **outcome.fields,
-            )
-            if state.phase is Phase.SWAPPING and change.generation == 0 and change.item is not None:
-                change = msgspec.structs.replace(change, generation=await self._worker(self._store.next_generation))
-            flight.change, flight.log = change, outcome.log or flight.log
-            try:
-                if effect is Effect.CLOSE:
-                    await self._close(flight, before)
-                elif state.phase is before.phase and outcome.happened.event not in {Event.DELAYED, Event.FAULT}:
-                    await self._save(change)
-                else:
-                    await self._persist(flight, before.phase)
-            except StoreError:
-                flight.change = before
-                raise
-        await self._sets.moved()
-        return effect
-
-    async def _close(self, flight: ActiveChange, before: Change) -> None:
-        """It is over. A superseded change ends in FAILED without having been anything else: that is reported."""
-        change = flight.change
-        report = None
-        if change.phase is Phase.FAILED and before.phase is not Phase.FAILED:
-            report = self._report(flight)
-        await self._worker(self._store.save, closed=change.instance, report=report)
-        flight.over = True
-        if report is not None:
-            self._told(report)
-
-    async def _persist(self, flight: ActiveChange, left: Phase) -> None:
-        change = flight.change
-        committed, removed, failure, facts = None, "", None, None
-        if change.phase is Phase.COMMITTED and change.item is not None:
-            assert change.manifest is not None
-            committed = Committed(
-                item=change.item,
-                manifest=change.manifest,
-                generation=change.generation,
-                assignment=change.assignment,
-                at=datetime.now(UTC),
-            )
-            facts = (await self._worker(self._store.facts)).with_committed(
-                TargetName.from_path(change.item.target).component, change.manifest.security_epoch
-            )
-            facts = facts.with_secrets(change.instance, {ref.name: ref.version for ref in change.item.secrets})
-        elif change.item is None and left is Phase.IDLE:
-            removed = change.instance
-        elif change.phase in {Phase.FAILED, Phase.ROLLED_BACK}:
-            failure = await self._failed_item(change)
-            if failure is not None:
-                self.standing.failed.add((failure.instance, failure.key, failure.attempt))
-        quiet = change.phase in _QUIET
-        report = None if quiet else self._report(flight)
-        await self._save(change, report=report, committed=committed, removed=removed, failure=failure, facts=facts)
-        if committed is not None:
-            self.standing.committed[change.instance] = committed
-        if removed:
-            self.standing.committed.pop(removed, None)
-            await self._write_runset()
-
-    async def _save(self, change: Change, *, report: Report | None = None, **also: object) -> None:
-        await self._worker(self._store.save, change, report=report, **also)  # type: ignore[arg-type]
-        if report is not None:
-            self._told(report)
-
-    def _told(self, report: Report) -> None:
-        state.tell(report)
-        self._on_report()
-
-    async def _keep_well(self, flight: ActiveChange) -> None:
-        async with flight.lock:
-            flight.change = msgspec.structs.replace(flight.change, well=True)
-            await self._save(flight.change)
-
-    async def _failed_item(self, change: Change) -> FailedItem | None:
-        return failed_item(change, await self._worker(self._store.failed), datetime.now(UTC))
-
-    def _progress(self, flight: ActiveChange, percent: int) -> None:
-        """A download went on: said at most every few seconds, and only the newest is kept."""
-        now = self._board.clock()
-        if now - flight.progress_at < PROGRESS_S:
-            return
-        flight.progress_at = now
-        report = msgspec.structs.replace(self._report(flight), progress=percent)
-        task = asyncio.get_running_loop().create_task(self._post(report))
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    async def _post(self, report: Report) -> None:
-        await self._worker(self._store.save, report=report)
-        self._on_report()
-
-    def _before(self, instance: str) -> str:
-        have = self.standing.committed.get(instance)
-        return have.item.target if have is not None else ""
-
-    def _report(self, flight: ActiveChange) -> Report:
-        change = flight.change
-        return state.of_change(self._board, change, before=self._before(change.instance), log=flight.log)
-
-    async def close(self) -> None:
-        """Leave everything as it stands, for `recover`."""
-        if self._later is not None:
-            self._later.cancel()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _timed(change: Change, entered: Phase, now: float) -> dict[str, int]:
-    """How long each phase took, the one that is being left included."""
-    left = change.phase
-    if left in {entered, Phase.IDLE}:
-        return change.timings_ms
-    spent_ms = int(1000 * max(0.0, now - change.state.entered))
-    return {**change.timings_ms, left.value: change.timings_ms.get(left.value, 0) + spent_ms}
-
-
-async def _done() -> EffectResult:
-    return EffectResult(Happened(Event.DONE))
-
-
-def _superseded() -> EffectResult:
-    return EffectResult(Happened(Event.SUPERSEDED, RejectCode.SUPERSEDED.value, "something else is wanted now"))
-
-
-_NEW_ONE_THERE: Final = frozenset({Phase.SWAPPING, Phase.PROBATION, Phase.COMMITTED})
-"""Phases in which the host has the next version too, which a stop would take along: going back then stops both."""
-
-
-class Withdrawals:
-    """What was found to speak against committed items, and what becomes of them."""
-
-    def __init__(
-        self,
-        *,
-        board: DeviceContext,
-        store: Store,
-        worker: Database,
-        carrier: EffectRunner,
-        standing: DeploymentState,
-        policy: Literal["stop", "keep"],
-        on_report: Callable[[], None],
-        write_runset: Callable[[], Awaitable[None]],
-    ) -> None:
-        """On what this board has; `policy` is its owner's word, `write_runset` records what is committed."""
-        self._board, self._store, self._worker, self._carrier = board, store, worker, carrier
-        self._standing, self._policy = standing, policy
-        self._on_report, self._write_runset = on_report, write_runset
-        self._doubts: tuple[Violation, ...] = ()
-
-    def hold(self, doubts: Iterable[Violation]) -> None:
-        """What was found now, in place of what was found before."""
-        self._doubts = tuple(doubts)
-
-    @property
-    def problems(self) -> list[str]:
-        """What runs on although something speaks against it, as sentences."""
-        return [
-            f"{each.instance} goes on running, as this board's policy says ({each.code}): {each.message}"
-            for each in self._doubts
-            if self._concerned(each) is not None
-        ]
-
-    async def carry_out(self) -> None:
-        """Stop what is in doubt, or say that it goes on; raises `StoreError` where that cannot be persisted."""
-        known = await self._worker(self._store.doubts)
-        if not known and not self._doubts:
-            return
-        for doubt in self._doubts:
-            committed = self._concerned(doubt)
+    async def _enforce_violations(self) -> None:
+        """Stop every item with a violation, or report once that it goes on running."""
+        for each in self.state.violations:
+            committed = self.state.violated(each)
             if committed is None:
                 continue
-            if self._policy == "stop":
-                await self._stop(doubt, committed)
-            elif doubt not in known:
-                await self._say_kept(doubt, committed)
-        kept = [each for each in self._doubts if self._concerned(each) is not None]
-        await self._worker(self._store.set_doubts, kept)
+            if self._on_revoked == "stop":
+                await self._stop(each, committed)
+            elif each not in self._reported_violations:
+                await self._report_kept(each, committed)
+        kept = tuple(each for each in self.state.violations if self.state.violated(each) is not None)
+        if kept != self._reported_violations:
+            await self._worker(self._store.set_doubts, kept)
+            self._reported_violations = kept
 
-    def _concerned(self, doubt: Violation) -> Committed | None:
-        """What is committed under that name, unless it is something else by now."""
-        committed = self._standing.committed.get(doubt.instance)
-        return committed if committed is not None and item_key(committed.item) == doubt.key else None
-
-    async def _stop(self, doubt: Violation, committed: Committed) -> None:
-        flight = self._standing.flights.get(doubt.instance)
-        phase = Phase.IDLE if flight is None else flight.change.phase
-        if phase is Phase.ROLLING_BACK or (flight is not None and doubt.code is RejectCode.SECURITY_EPOCH):
-            return  # it is looked at again when that has ended
+    async def _stop(self, violation: Violation, committed: Committed) -> None:
+        active = self.state.active.get(violation.instance)
+        phase = Phase.IDLE if active is None else active.change.phase
+        if phase is Phase.ROLLING_BACK or (active is not None and violation.code is RejectCode.SECURITY_EPOCH):
+            return  # looked at again when that change has ended
         item = committed.item
         report = state.about(
             self._board,
             assignment=committed.assignment,
             phase=WirePhase.FAILED,
             item=item,
-            code=doubt.code,
-            message=f"it was stopped: {doubt.message}",
+            code=violation.code,
+            message=f"it was stopped: {violation.message}",
         )
         failure = FailedItem(
-            instance=doubt.instance,
-            key=doubt.key,
+            instance=violation.instance,
+            key=violation.key,
             attempt=item.attempt,
             target=item.target,
-            code=doubt.code,
-            message=f"it ran and was stopped: {doubt.message}",
+            code=violation.code,
+            message=f"it ran and was stopped: {violation.message}",
             at=datetime.now(UTC),
             rollout=item.rollout,
         )
-        state.tell(report)
-        await self._worker(self._store.save, removed=doubt.instance, failure=failure, report=report)
-        self._standing.committed.pop(doubt.instance, None)
+        await self._apply(Transition(removed=violation.instance, failure=failure, report=report))
         await self._write_runset()
-        self._on_report()
-        if phase not in _NEW_ONE_THERE:
-            await self._carrier.stop(Change(instance=doubt.instance, assignment=committed.assignment, state=State()))
+        if phase not in _NEW_VERSION_RUNS:
+            self._stop_instance(violation.instance, committed.assignment)
 
-    async def _say_kept(self, doubt: Violation, committed: Committed) -> None:
+    def _stop_instance(self, instance: str, assignment: int) -> None:
+        """Have the host stop an instance, beside everything else."""
+        change = Change(instance=instance, assignment=assignment, state=State())
+        task = self._stops[instance] = asyncio.get_running_loop().create_task(self._carrier.stop(change))
+        task.add_done_callback(functools.partial(self._stopped, instance))
+
+    def _stopped(self, instance: str, task: asyncio.Task[EffectResult]) -> None:
+        _result_of(instance, Effect.STOP, task)
+        self._stops.pop(instance, None)
+        self.post(TimerFired())
+
+    async def _report_kept(self, violation: Violation, committed: Committed) -> None:
         report = state.about(
             self._board,
             assignment=committed.assignment,
             phase=WirePhase.IDLE,
             item=committed.item,
             running=committed.item.target,
-            code=doubt.code,
-            message=f"it goes on running, as this board's policy says: {doubt.message}",
+            code=violation.code,
+            message=f"it goes on running, as this board's policy says: {violation.message}",
         )
-        state.tell(report)
-        await self._worker(self._store.save, report=report)
-        self._on_report()
+        await self._apply(Transition(report=report))
 
 
-_PREPARING: Final = frozenset({Phase.IDLE, Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING})
-
-_SWAPPING: Final = frozenset({Phase.STAGED, Phase.SWAPPING})
-
-_FAILED: Final = frozenset({Phase.FAILED, Phase.ROLLING_BACK, Phase.ROLLED_BACK})
-
-Watch = Callable[[], Coroutine[Any, Any, EffectResult]]
+def _cancel(active: ActiveChange) -> None:
+    """Cancel the effect that runs, once: its result then goes on with the change."""
+    if active.task is not None and not active.task.cancelling():
+        active.task.cancel()
 
 
-class Sets:
-    """The atomic sets among the changes under way."""
-
-    def __init__(self, standing: DeploymentState, keep_well: Callable[[ActiveChange], Awaitable[None]]) -> None:
-        """`keep_well(flight)` persists that its change has passed its own probation."""
-        self._standing = standing
-        self._keep_well = keep_well
-        self._moved = asyncio.Condition()
-
-    async def moved(self) -> None:
-        """Some change went on: whoever waits for it looks again."""
-        async with self._moved:
-            self._moved.notify_all()
-
-    def _siblings(self, change: Change) -> list[str]:
-        if change.item is None or not change.item.atomic:
-            return []
-        return [
-            name
-            for name, item in self._standing.wanted().items()
-            if item.atomic == change.item.atomic and name != change.instance
-        ]
-
-    async def _known(self, change: Change) -> None:
-        """A change found at the start belongs to a set whose other members the assignment names: wait for that."""
-        if change.item is not None and change.item.atomic:
-            async with self._moved:
-                await self._moved.wait_for(lambda: self._standing.assignment is not None)
-
-    def _flight(self, name: str, change: Change) -> ActiveChange | None:
-        """The flight by which a sibling becomes what this set wants; None where there is none (yet, or any more)."""
-        flight = self._standing.flights.get(name)
-        mine = change.item.atomic if change.item is not None else ""
-        ours = flight is not None and flight.change.item is not None and flight.change.item.atomic == mine
-        return flight if ours else None
-
-    def _trouble(self, change: Change) -> str:
-        """A sibling that failed or went back; empty if none did."""
-        for name in self._siblings(change):
-            flight = self._flight(name, change)
-            if flight.change.phase in _FAILED if flight is not None else self._standing.has_failed(name):
-                return name
-        return ""
-
-    def _is_ready(self, name: str, change: Change) -> bool:
-        flight = self._flight(name, change)
-        if flight is None:  # it runs already, or has not begun: what is under way there ends first
-            return self._standing.is_committed(name) and name not in self._standing.flights
-        return flight.change.phase not in _PREPARING
-
-    def _is_well(self, name: str, change: Change) -> bool:
-        flight = self._flight(name, change)
-        if flight is None:
-            return self._standing.is_committed(name)
-        return flight.change.well or flight.change.phase is Phase.COMMITTED
-
-    def together(self, change: Change) -> tuple[str, ...]:
-        """The instances that are to be swapped in the same moment as this one."""
-        flights = {name: self._flight(name, change) for name in self._siblings(change)}
-        return tuple(name for name, each in flights.items() if each is not None and each.change.phase in _SWAPPING)
-
-    async def staged(self, flight: ActiveChange) -> EffectResult:
-        """At once for what is swapped alone, else when every change of its set is ready."""
-        await self._known(flight.change)
-        return await self._all(flight, self._is_ready, EffectResult(Happened(Event.DONE)), Event.REFUSED)
-
-    async def watched(self, flight: ActiveChange, watch: Watch, runs: Watch) -> EffectResult:
-        """The outcome of probation: of one alone, or of its whole set.
-
-        `watch` is its own probation, `runs` only whether it runs, for one that has been well before.
-        """
-        await self._known(flight.change)
-        if not self._siblings(flight.change):
-            return await watch()
-        outcome = await self._watched_beside(flight, runs if flight.change.well else watch)
-        if outcome.happened.event is not Event.WELL:
-            return outcome
-        if not flight.change.well:
-            await self._keep_well(flight)
-            await self.moved()
-        return await self._all(flight, self._is_well, outcome, Event.UNWELL)
-
-    async def _watched_beside(self, flight: ActiveChange, watch: Watch) -> EffectResult:
-        """The outcome of its own probation, unless a sibling fails first."""
-        watching = asyncio.ensure_future(watch())
-        failing = asyncio.ensure_future(self._until_trouble(flight))
-        try:
-            await asyncio.wait({watching, failing}, return_when=asyncio.FIRST_COMPLETED)
-            return watching.result() if watching.done() else _failed(Event.UNWELL, failing.result())
-        finally:
-            watching.cancel()
-            failing.cancel()
-
-    async def _until_trouble(self, flight: ActiveChange) -> str:
-        async with self._moved:
-            while not (trouble := self._trouble(flight.change)):
-                await self._moved.wait()
-            return trouble
-
-    async def _all(
-        self, flight: ActiveChange, holds: Callable[[str, Change], bool], outcome: EffectResult, otherwise: Event
-    ) -> EffectResult:
-        """`outcome` when it holds of every sibling, or that one of them failed."""
-        async with self._moved:
-            while True:
-                trouble = self._trouble(flight.change)
-                if trouble:
-                    return _failed(otherwise, trouble)
-                if all(holds(name, flight.change) for name in self._siblings(flight.change)):
-                    return outcome
-                await self._moved.wait()
-
-
-def _failed(event: Event, sibling: str) -> EffectResult:
-    message = f"it is to be swapped together with {sibling}, which failed"
-    return EffectResult(Happened(event, RejectCode.SET_FAILED.value, message))
+def _result_of(instance: str, effect: Effect, task: asyncio.Task[EffectResult]) -> EffectResult:
+    """Return the result of an ended task; an exception is a bug of the agent's own, and is written to the journal."""
+    if task.cancelled():
+        return CANCELLED
+    error = task.exception()
+    if error is None:
+        return task.result()
+    if isinstance(error, StoreError):
+        log.error("%s: %s: %s", instance, effect, error)
+        return fault(str(error))
+    log.error("%s: %s failed by a fault of the agent's own", instance, effect, exc_info=error)
+    return fault(f"{effect} failed by a fault of the agent's own: see its journal")

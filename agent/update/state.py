@@ -1,15 +1,13 @@
-"""Change, Committed, FailedItem, Violation, DeploymentState; reports about them.
+"""Deployment state: stored values, results of effects, one step of a change as a value, and reports about them.
 
-What the agent keeps about components: plain values, as they are stored and as the agent speaks of them.
-
-Where the board stands: what is wanted, what is committed, and what is being changed.
-
-What is reported of changes and refusals, to the fleet and in the journal: from what is known to the message.
+`transition` is the pure core of the reconciler: from a change and the result of its effect to everything that one step
+persists (`Transition`), with the report about it and the effect that follows. `Store.apply` writes a transition in one
+database transaction, `DeploymentState.apply` then takes it over in memory.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -18,8 +16,8 @@ import msgspec
 
 from agent import systemd
 from agent.config import Paths
-from agent.update.machine import Event, Happened, Phase, State, phase_of
-from agent.update.plan import Failure, InFlight, Want
+from agent.update.machine import Effect, Event, Happened, Phase, State, advance, phase_of
+from agent.update.plan import Failure, InFlight, Member, Want
 from agent.update.probation import ProbationSample
 from fleet.protocol import bounds, wire
 from fleet.protocol.assignment import Assignment, Item
@@ -27,25 +25,32 @@ from fleet.protocol.codes import RETRYABLE, RejectCode
 from fleet.protocol.codes import Phase as WirePhase
 from fleet.protocol.manifest import Manifest
 from fleet.protocol.messages import Report
+from fleet.protocol.names import TargetName
+
+log = logging.getLogger("agent.update.state")
 
 RETRY_FIRST_S: Final = 3600.0
-
 RETRY_MAX_S: Final = 86_400.0
-
 RETRY_TRIES_MAX: Final = 10
+
+FailureKey = tuple[str, str, int]
+"""Instance, item key and attempt of something that failed."""
+
+
+# Stored values
 
 
 def item_key(item: Item) -> str:
-    """A digest of all that makes an item what it is; attempt, rollout and what it is swapped with are no part of it."""
+    """Digest everything that makes an item what it is: not its attempt, its rollout, nor its atomic set."""
     return wire.digest(msgspec.structs.replace(item, attempt=0, rollout="", atomic=""))
 
 
 class Committed(msgspec.Struct, frozen=True, kw_only=True):
-    """What runs, and is to run again after a boot.
+    """Item that runs and starts again after a boot.
 
     Attributes:
         generation: of the instance in the host.
-        assignment: version of the assignment that brought it.
+        assignment: version of the assignment that brought the item.
     """
 
     item: Item
@@ -56,16 +61,16 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance being changed.
+    """Change of one instance.
 
     Attributes:
-        item: what is to run; None for a removal.
+        item: the new item; None for a removal.
         manifest: known once the target was found in the signed metadata.
         generation: in the host, given when the swap begins; 0 before.
-        replaced: figures of what it replaces, taken before the swap.
+        replaced: figures of the replaced generation, taken before the swap.
         boot_id: of the boot in which `state.entered` counts.
-        timings_ms: phase -> how long it took.
-        well: it has passed its own probation, and waits for the rest of its atomic set.
+        timings_ms: duration of each phase.
+        well: the new version has passed its own probation, and waits for the rest of its atomic set.
     """
 
     instance: str
@@ -81,16 +86,21 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def phase(self) -> Phase:
-        """Where it stands."""
+        """Phase of the update machine."""
         return self.state.phase
 
+    @property
+    def atomic(self) -> str:
+        """Name of the atomic set; empty for an instance that is swapped alone."""
+        return "" if self.item is None else self.item.atomic
+
     def encode(self) -> bytes:
-        """As JSON, for the store."""
+        """Return the change as JSON, for the store."""
         return msgspec.json.encode(self)
 
     @classmethod
     def decode(cls, data: bytes) -> "Change":
-        """Read what `encode` of this or another version made: an unknown phase rolls back, unknown fields are left.
+        """Read the result of `encode` of this or another version: an unknown phase rolls back, unknown fields are left.
 
         Raises:
             msgspec.DecodeError: damaged, in whichever way.
@@ -104,10 +114,10 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FailedItem(msgspec.Struct, frozen=True, kw_only=True):
-    """An item that failed: not tried again by itself until its attempt is raised.
+    """Item that failed: not tried again before `retry_at`, or before its attempt is raised.
 
     Attributes:
-        tries: how often it has been tried in all, where the failure is of a kind that may pass.
+        tries: number of tries in all, where the failure is of a kind that may pass.
         retry_at: unix seconds; None for never.
     """
 
@@ -122,9 +132,14 @@ class FailedItem(msgspec.Struct, frozen=True, kw_only=True):
     tries: int = 1
     retry_at: float | None = None
 
+    @property
+    def failure_key(self) -> FailureKey:
+        """Key under which the failure is remembered."""
+        return self.instance, self.key, self.attempt
+
 
 class Violation(msgspec.Struct, frozen=True, kw_only=True):
-    """What speaks by now against an item that is committed (`agent.update.trust`).
+    """Reason why a committed item may no longer run (`agent.update.trust`).
 
     Attributes:
         key: of the item (`item_key`).
@@ -138,65 +153,9 @@ class Violation(msgspec.Struct, frozen=True, kw_only=True):
     message: str
 
 
-def want_of(item: Item) -> Want:
-    """An item, as a plan has to know it."""
-    return Want(instance=item.instance, key=item_key(item), attempt=item.attempt, rollout=item.rollout)
-
-
-def in_flight_of(change: Change) -> InFlight:
-    """A change under way, as a plan has to know it."""
-    item = change.item
-    if item is None:
-        return InFlight(instance=change.instance, key="", phase=change.phase)
-    want = want_of(item)
-    return InFlight(
-        instance=change.instance, key=want.key, phase=change.phase, attempt=want.attempt, rollout=want.rollout
-    )
-
-
-def failure_of(failed: FailedItem) -> Failure:
-    """A remembered failure, as a plan has to know it."""
-    return Failure(
-        instance=failed.instance,
-        key=failed.key,
-        attempt=failed.attempt,
-        rollout=failed.rollout,
-        retry_at=failed.retry_at,
-    )
-
-
-def failed_item(change: Change, known: Iterable[FailedItem], now: datetime) -> FailedItem | None:
-    """What is to be remembered of a change that failed; None for one that was only superseded.
-
-    A failure of a kind that passes may be tried again by itself: after an hour, then doubling up to a day, ten times.
-    """
-    code = RejectCode(change.state.code or RejectCode.INTERNAL)
-    if change.item is None or code is RejectCode.SUPERSEDED:
-        return None
-    key, attempt = item_key(change.item), change.item.attempt
-    earlier = [
-        each.tries for each in known if (each.instance, each.key, each.attempt) == (change.instance, key, attempt)
-    ]
-    tries = 1 + max(earlier, default=0)
-    delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** (tries - 1))
-    again = code in RETRYABLE and tries <= RETRY_TRIES_MAX
-    return FailedItem(
-        instance=change.instance,
-        key=key,
-        attempt=attempt,
-        target=change.item.target,
-        code=code,
-        message=change.state.message,
-        at=now,
-        rollout=change.item.rollout,
-        tries=tries,
-        retry_at=now.timestamp() + delay_s if again else None,
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceContext:
-    """What a deployment has to know of the board it runs on.
+    """Facts about the device on which a deployment runs.
 
     Attributes:
         clock: seconds that do not jump (boot time).
@@ -209,14 +168,365 @@ class DeviceContext:
     clock: Callable[[], float]
 
 
-log = logging.getLogger("agent.update.state")
+# Results of effects
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffectResult:
+    """Result of an effect, made by `agent.update.effects` and the reconciler.
+
+    Attributes:
+        event: for the update machine; None if the effect was cancelled.
+        manifest: known after FETCH.
+        replaced: figures of the replaced generation, known after SWAP.
+        exercised: whether probation saw enough calls to mean something.
+        log: last lines of the instance, for the report.
+    """
+
+    event: Event | None
+    code: RejectCode | None = None
+    message: str = ""
+    manifest: Manifest | None = None
+    replaced: ProbationSample | None = None
+    exercised: bool = True
+    log: tuple[str, ...] = ()
+
+    @property
+    def happened(self) -> Happened:
+        """The result as the update machine takes it."""
+        assert self.event is not None, "a cancelled effect is no event"
+        return Happened(self.event, self.code.value if self.code else "", self.message, exercised=self.exercised)
+
+
+DONE: Final = EffectResult(event=Event.DONE)
+
+CANCELLED: Final = EffectResult(event=None)
+
+SUPERSEDED: Final = EffectResult(
+    event=Event.SUPERSEDED, code=RejectCode.SUPERSEDED, message="something else is wanted now"
+)
+
+
+def refused(code: RejectCode, message: str, log: tuple[str, ...] = ()) -> EffectResult:
+    """Make the result of a permanent failure: no retry."""
+    return EffectResult(event=Event.REFUSED, code=code, message=message, log=log)
+
+
+def lost(message: str) -> EffectResult:
+    """Make the result of an effect whose host connection was lost."""
+    return EffectResult(event=Event.HOST_LOST, code=RejectCode.HOST_GONE, message=message)
+
+
+def fault(message: str) -> EffectResult:
+    """Make the result of an effect that failed by a bug of the agent's own: no verdict on the component."""
+    return EffectResult(event=Event.FAULT, code=RejectCode.INTERNAL, message=message)
+
+
+def set_failed(phase: Phase, sibling: str) -> EffectResult:
+    """Make the result of a change in `phase` whose atomic set failed by `sibling`."""
+    return EffectResult(
+        event=Event.REFUSED if phase is Phase.STAGED else Event.UNWELL,
+        code=RejectCode.SET_FAILED,
+        message=f"it is to be swapped together with {sibling}, which failed",
+    )
+
+
+# One step of a change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transition:
+    """Everything that one step persists, and the effect that follows once it is persisted.
+
+    Attributes:
+        change: new state of the change under way.
+        closed: instance whose change is over.
+        new_generation: give `change`, or `committed` where there is no change, a generation never used before.
+        committed: item that runs from now on, also after a boot.
+        removed: instance that no longer runs.
+        failure: to be remembered.
+        epochs: security epoch by component, raised at a commit; epochs never fall.
+        secrets: version by name of the secrets that the committed item uses; versions never fall.
+        report: to be sent; its sequence is given when it is stored.
+        effect: None for a step after which the change goes on as before.
+    """
+
+    change: Change | None = None
+    closed: str = ""
+    new_generation: bool = False
+    committed: Committed | None = None
+    removed: str = ""
+    failure: FailedItem | None = None
+    epochs: Mapping[str, int] = field(default_factory=dict)
+    secrets: Mapping[str, int] = field(default_factory=dict)
+    report: Report | None = None
+    effect: Effect | None = None
+
+
+_QUIET: Final = frozenset({Phase.IDLE, Phase.VERIFYING, Phase.STAGED, Phase.ROLLING_BACK})
+"""Phases without a report of their own: they pass within moments."""
+
+_REPORTED_AGAIN: Final = frozenset({Event.DELAYED, Event.FAULT})
+"""Events that are reported although the phase stays as it is."""
+
+
+def transition(
+    change: Change,
+    result: EffectResult,
+    *,
+    device: DeviceContext,
+    now: float,
+    at: datetime,
+    committed: Committed | None = None,
+    known: FailedItem | None = None,
+) -> Transition:
+    """Compute one step of a change (pure).
+
+    Args:
+        change: as persisted.
+        result: of its effect.
+        device: named in the report.
+        now: seconds of the device's boot clock.
+        at: wall clock, for the report and for what is stored.
+        committed: committed item of the same instance.
+        known: earlier failure of the same item and attempt.
+
+    Raises:
+        IllegalEventError: the update machine has no row for the event; nothing has changed.
+    """
+    state, effect = advance(change.state, result.happened, now)
+    following = msgspec.structs.replace(
+        change,
+        state=state,
+        timings_ms=_timed(change, state.phase, now),
+        boot_id=device.boot_id,
+        manifest=result.manifest or change.manifest,
+        replaced=result.replaced or change.replaced,
+    )
+    running = committed.item.target if committed is not None else ""
+    report = of_change(device, following, before=running, log=result.log, at=at)
+    left, phase = change.phase, state.phase
+    if effect is Effect.CLOSE:
+        # A superseded change ends in FAILED without ever being stored so: that is reported.
+        is_news = phase is Phase.FAILED and left is not Phase.FAILED
+        return Transition(closed=change.instance, report=report if is_news else None, effect=effect)
+    new_generation = phase is Phase.SWAPPING and following.generation == 0 and following.item is not None
+    if phase is left:
+        said = report if result.event in _REPORTED_AGAIN and phase not in _QUIET else None
+        return Transition(change=following, new_generation=new_generation, report=said, effect=effect)
+    commits = phase is Phase.COMMITTED and following.item is not None
+    return Transition(
+        change=following,
+        new_generation=new_generation,
+        committed=_committed(following, at) if commits else None,
+        removed=change.instance if following.item is None and left is Phase.IDLE else "",
+        failure=failed_item(following, known, at) if phase in {Phase.FAILED, Phase.ROLLED_BACK} else None,
+        epochs=_epochs(following) if commits else {},
+        secrets=_secrets(following) if commits else {},
+        report=None if phase in _QUIET else report,
+        effect=effect,
+    )
+
+
+def _timed(change: Change, entered: Phase, now: float) -> dict[str, int]:
+    """Add the time spent in the phase that is being left."""
+    left = change.phase
+    if left in {entered, Phase.IDLE}:
+        return change.timings_ms
+    spent_ms = int(1000 * max(0.0, now - change.state.entered))
+    return {**change.timings_ms, left.value: change.timings_ms.get(left.value, 0) + spent_ms}
+
+
+def _committed(change: Change, at: datetime) -> Committed:
+    assert change.item is not None
+    assert change.manifest is not None
+    return Committed(
+        item=change.item,
+        manifest=change.manifest,
+        generation=change.generation,
+        assignment=change.assignment,
+        at=at,
+    )
+
+
+def _epochs(change: Change) -> dict[str, int]:
+    assert change.item is not None
+    assert change.manifest is not None
+    return {TargetName.from_path(change.item.target).component: change.manifest.security_epoch}
+
+
+def _secrets(change: Change) -> dict[str, int]:
+    assert change.item is not None
+    return {ref.name: ref.version for ref in change.item.secrets}
+
+
+def failed_item(change: Change, known: FailedItem | None, now: datetime) -> FailedItem | None:
+    """Make the record of a change that failed; None for one that was only superseded.
+
+    A failure of a kind that may pass is tried again without an operator: after an hour, then doubling up to a day, ten
+    times.
+    """
+    code = RejectCode(change.state.code or RejectCode.INTERNAL)
+    if change.item is None or code is RejectCode.SUPERSEDED:
+        return None
+    tries = 1 + (known.tries if known is not None else 0)
+    delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** (tries - 1))
+    again = code in RETRYABLE and tries <= RETRY_TRIES_MAX
+    return FailedItem(
+        instance=change.instance,
+        key=item_key(change.item),
+        attempt=change.item.attempt,
+        target=change.item.target,
+        code=code,
+        message=change.state.message,
+        at=now,
+        rollout=change.item.rollout,
+        tries=tries,
+        retry_at=now.timestamp() + delay_s if again else None,
+    )
+
+
+# State in memory
+
+
+@dataclass(slots=True)
+class ActiveChange:
+    """Change under way.
+
+    Attributes:
+        serial: of the newest step; a result or progress with another serial is out of date.
+        task: runs the effect of the newest step; None while none runs.
+        effect: of the newest step.
+        superseded: another item is desired; the change ends as soon as the update machine allows.
+        held: result that waits at the barrier of the atomic set.
+        log: last lines of the instance, for the next report of a failure.
+        progress_at: time of the last report of a download's progress.
+    """
+
+    change: Change
+    serial: int = 0
+    task: asyncio.Task[EffectResult] | None = None
+    effect: Effect | None = None
+    superseded: bool = False
+    held: EffectResult | None = None
+    log: tuple[str, ...] = ()
+    progress_at: float = float("-inf")
+
+
+@dataclass(slots=True)
+class DeploymentState:
+    """Desired, committed, active and failed items. Written by the reconciler's task only; others read.
+
+    Attributes:
+        committed: by instance.
+        active: changes under way, by instance.
+        failed: remembered failures.
+        violations: reasons found at the last check why committed items may no longer run.
+    """
+
+    desired: Assignment | None = None
+    committed: dict[str, Committed] = field(default_factory=dict)
+    active: dict[str, ActiveChange] = field(default_factory=dict)
+    failed: dict[FailureKey, FailedItem] = field(default_factory=dict)
+    violations: tuple[Violation, ...] = ()
+
+    @property
+    def flights(self) -> dict[str, ActiveChange]:
+        """Earlier name of `active`."""
+        return self.active
+
+    def apply(self, step: Transition) -> None:
+        """Take over a step that has been persisted."""
+        if step.change is not None and step.change.instance in self.active:
+            self.active[step.change.instance].change = step.change
+        if step.closed:
+            self.active.pop(step.closed, None)
+        if step.committed is not None:
+            self.committed[step.committed.item.instance] = step.committed
+        if step.removed:
+            self.committed.pop(step.removed, None)
+        if step.failure is not None:
+            self.failed[step.failure.failure_key] = step.failure
+
+    def wanted(self) -> dict[str, Item]:
+        """Return the desired items by instance."""
+        return {} if self.desired is None else {item.instance: item for item in self.desired.items}
+
+    def planned(self) -> tuple[dict[str, Want], dict[str, Want], dict[str, InFlight]]:
+        """Return the desired, committed and active items as `plan` and `may_report_committed` take them."""
+        return (
+            {name: want_of(item) for name, item in self.wanted().items()},
+            {name: want_of(each.item) for name, each in self.committed.items()},
+            {name: in_flight_of(active.change) for name, active in self.active.items()},
+        )
+
+    def known_failure(self, item: Item | None) -> FailedItem | None:
+        """Return the remembered failure of this item and attempt."""
+        return None if item is None else self.failed.get((item.instance, item_key(item), item.attempt))
+
+    def violated(self, violation: Violation) -> Committed | None:
+        """Return the committed item that a violation means, unless another item is committed by now."""
+        have = self.committed.get(violation.instance)
+        return have if have is not None and item_key(have.item) == violation.key else None
+
+    def members(self, change: Change) -> tuple[Member, ...]:
+        """Return the other members of a change's atomic set; none for an instance that is swapped alone."""
+        if not change.atomic:
+            return ()
+        return tuple(
+            self._member(name, item)
+            for name, item in self.wanted().items()
+            if item.atomic == change.atomic and name != change.instance
+        )
+
+    def _member(self, name: str, item: Item) -> Member:
+        active, have = self.active.get(name), self.committed.get(name)
+        in_set = active is not None and active.change.atomic == item.atomic
+        return Member(
+            instance=name,
+            phase=active.change.phase if active is not None and in_set else None,
+            well=active is not None and in_set and active.change.well,
+            is_busy=active is not None and not in_set,
+            is_committed=have is not None and item_key(have.item) == item_key(item),
+            has_failed=self.known_failure(item) is not None,
+        )
+
+
+def want_of(item: Item) -> Want:
+    """Reduce an item to what the plan needs."""
+    return Want(instance=item.instance, key=item_key(item), attempt=item.attempt, rollout=item.rollout)
+
+
+def in_flight_of(change: Change) -> InFlight:
+    """Reduce a change under way to what the plan needs."""
+    item = change.item
+    if item is None:
+        return InFlight(instance=change.instance, key="", phase=change.phase)
+    want = want_of(item)
+    return InFlight(
+        instance=change.instance, key=want.key, phase=change.phase, attempt=want.attempt, rollout=want.rollout
+    )
+
+
+def failure_of(failed: FailedItem) -> Failure:
+    """Reduce a remembered failure to what the plan needs."""
+    return Failure(
+        instance=failed.instance,
+        key=failed.key,
+        attempt=failed.attempt,
+        rollout=failed.rollout,
+        retry_at=failed.retry_at,
+    )
+
+
+# Reports
 
 ANSWERS: Final = frozenset({Phase.PROBATION, Phase.COMMITTED})
-"""Phases in which the new version is the one that answers."""
+"""Phases in which the new version answers."""
 
 
 def about(
-    board: DeviceContext,
+    device: DeviceContext,
     *,
     assignment: int,
     phase: WirePhase,
@@ -225,13 +535,14 @@ def about(
     running: str = "",
     code: RejectCode | None = None,
     message: str = "",
+    at: datetime | None = None,
 ) -> Report:
-    """A report in general: of an item, of a bare instance, or of an assignment as a whole."""
+    """Make a report of an item, of a bare instance, or of an assignment as a whole; `at` is now by default."""
     report = Report(
-        device=board.device,
-        boot_id=board.boot_id,
+        device=device.device,
+        boot_id=device.boot_id,
         sequence=0,
-        at=datetime.now(UTC),
+        at=at or datetime.now(UTC),
         assignment=assignment,
         instance=instance,
         phase=phase,
@@ -251,18 +562,21 @@ def about(
     )
 
 
-def of_change(board: DeviceContext, change: Change, *, before: str, log: tuple[str, ...] = ()) -> Report:
-    """How a change stands.
+def of_change(
+    device: DeviceContext, change: Change, *, before: str, log: tuple[str, ...] = (), at: datetime | None = None
+) -> Report:
+    """Make the report of a change.
 
     Args:
-        board: this board.
+        device: this device.
         change: in its newest state.
-        before: target path of what is committed, empty for nothing.
-        log: the instance's last lines, for failures.
+        before: target path of the committed item, empty for none.
+        log: last lines of the instance, for failures.
+        at: now by default.
     """
     item, state = change.item, change.state
     report = about(
-        board,
+        device,
         assignment=change.assignment,
         phase=WirePhase(change.phase.value),
         item=item,
@@ -270,6 +584,7 @@ def of_change(board: DeviceContext, change: Change, *, before: str, log: tuple[s
         running=item.target if item is not None and change.phase in ANSWERS else before,
         code=RejectCode(state.code) if state.code else None,
         message=state.message,
+        at=at,
     )
     return msgspec.structs.replace(
         report,
@@ -280,8 +595,8 @@ def of_change(board: DeviceContext, change: Change, *, before: str, log: tuple[s
 
 
 def tell(report: Report) -> None:
-    """Put into the journal what a report says, with what it is about as fields, to be asked for by them."""
-    about_it = systemd.fields(
+    """Write a report into the journal, with its subject as fields to search by."""
+    subject = systemd.fields(
         instance=report.instance,
         target=report.target,
         phase=report.phase,
@@ -290,12 +605,12 @@ def tell(report: Report) -> None:
         assignment=report.assignment,
     )
     name = report.instance or f"assignment {report.assignment}"
-    said = ": ".join(filter(None, [name, f"{report.phase} {report.target}".rstrip(), report.code, report.message]))
-    log.log(logging.WARNING if report.code else logging.INFO, "%s", said.partition("\n")[0], extra=about_it)
+    text = ": ".join(filter(None, [name, f"{report.phase} {report.target}".rstrip(), report.code, report.message]))
+    log.log(logging.WARNING if report.code else logging.INFO, "%s", text.partition("\n")[0], extra=subject)
 
 
 def capped(lines: tuple[str, ...]) -> tuple[str, ...]:
-    """The last lines, at most 50 and 16 KiB."""
+    """Return the last lines, at most 50 and 16 KiB."""
     kept: list[str] = []
     size = 0
     for line in reversed(lines[-bounds.LOG_LINES :]):
@@ -304,88 +619,3 @@ def capped(lines: tuple[str, ...]) -> tuple[str, ...]:
             break
         kept.append(line)
     return tuple(reversed(kept))
-
-
-@dataclass(frozen=True, slots=True)
-class EffectResult:
-    """How an effect ended.
-
-    Attributes:
-        fields: of the change that are known now (`manifest`, `replaced`).
-        log: the instance's last lines, for the report.
-    """
-
-    happened: Happened
-    fields: dict[str, Any] = field(default_factory=dict)
-    log: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class ActiveChange:
-    """A change under way.
-
-    Attributes:
-        superseded: something else is wanted, and it shall end as soon as it may.
-        over: nothing of it is kept any more.
-        work: the effect being carried out.
-        log: the instance's last lines, for the next report of a failure.
-        progress_at: when a download's progress was last said.
-        lock: held while the change is advanced or relabelled, and persisted.
-    """
-
-    change: Change
-    superseded: bool = False
-    over: bool = False
-    work: asyncio.Task[EffectResult] | None = None
-    log: tuple[str, ...] = ()
-    progress_at: float = 0.0
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-
-@dataclass(slots=True)
-class DeploymentState:
-    """Everything that is wanted, committed, under way, and failed for good; by instance.
-
-    Attributes:
-        failed: (instance, key, attempt) of what was tried and failed.
-    """
-
-    assignment: Assignment | None = None
-    committed: dict[str, Committed] = field(default_factory=dict)
-    flights: dict[str, ActiveChange] = field(default_factory=dict)
-    failed: set[tuple[str, str, int]] = field(default_factory=set)
-
-    def wanted(self) -> dict[str, Item]:
-        """The desired items by instance."""
-        return {} if self.assignment is None else {item.instance: item for item in self.assignment.items}
-
-    def is_committed(self, instance: str) -> bool:
-        """Whether what is wanted under this name is what is committed."""
-        item, have = self.wanted().get(instance), self.committed.get(instance)
-        return item is not None and have is not None and item_key(have.item) == item_key(item)
-
-    def has_failed(self, instance: str) -> bool:
-        """Whether what is wanted under this name was tried and failed."""
-        item = self.wanted().get(instance)
-        return item is not None and (instance, item_key(item), item.attempt) in self.failed
-
-    def planned(self) -> tuple[dict[str, Want], dict[str, Want], dict[str, InFlight]]:
-        """What is wanted, committed and under way, as a plan has to know it."""
-        return (
-            {name: want_of(item) for name, item in self.wanted().items()},
-            {name: want_of(each.item) for name, each in self.committed.items()},
-            {name: in_flight_of(flight.change) for name, flight in self.flights.items()},
-        )
-
-
-DONE: Final = EffectResult(Happened(Event.DONE))
-
-
-def refused(code: RejectCode, message: str, log: tuple[str, ...] = ()) -> EffectResult:
-    """It can never be done."""
-    return EffectResult(Happened(Event.REFUSED, code.value, message), log=log)
-
-
-def lost(message: str) -> EffectResult:
-    """The host went away."""
-    return EffectResult(Happened(Event.HOST_LOST, RejectCode.HOST_GONE.value, message))

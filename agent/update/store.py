@@ -1,14 +1,9 @@
-"""The only SQL; its thread; the state directory's lock.
+"""Database of the agent: the only SQL, the thread on which it runs, and the lock of the state directory.
 
-The board's memory: the only SQL of the agent.
-
-One SQLite file in WAL mode with synchronous=FULL: what a method has returned from is on the medium. Each step of the
-update machine is one transaction (`save`), together with the report that tells of it, so that a power cut leaves a
-state and its report, or neither. All methods block and belong to the agent's one worker thread.
-
-The agent's one worker thread: TUF, SQLite and fsync happen there, one after another, off the asyncio loop.
-
-One agent for one state directory: a second would take the first one's place at the broker, again and again.
+One SQLite file in WAL mode with synchronous=FULL: whatever a method has returned from is on the medium. Every step of a
+change is one transaction (`Store.apply`), together with the report about it, so that a power cut leaves a state and its
+report, or neither. All methods of `Store` block and belong to the agent's one database thread (`Database`), where TUF
+and fsync happen too, one call after another, off the asyncio loop.
 """
 
 import asyncio
@@ -19,12 +14,13 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Final, ParamSpec, TypeVar
+from typing import Final, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 
-from agent.update.state import Change, Committed, FailedItem, Violation
+from agent.update.state import Change, Committed, FailedItem, FailureKey, Transition, Violation
 from fleet.protocol import wire
 from fleet.protocol.messages import Report
 from signing.state import VerifierState
@@ -44,14 +40,26 @@ MIGRATIONS: Final = (
 """Each entry brings the schema from the version of its index to the next; entries are never changed, only added."""
 
 HISTORY_ROWS: Final = 200
-
 UNACKED_ROWS_MAX: Final = 2000
-
 FAILED_ROWS_MAX: Final = 256
 
 
 class StoreError(Exception):
     """The state directory cannot be used; the message says why and what to do."""
+
+
+class Applied(NamedTuple):
+    """A step as it was stored.
+
+    Attributes:
+        step: with the generation that it was given.
+        sequence: of the report; 0 without one.
+        forgotten: oldest failure, dropped to keep the number of remembered failures within its limit.
+    """
+
+    step: Transition
+    sequence: int
+    forgotten: FailureKey | None
 
 
 def _check_owner(directory: Path) -> None:
@@ -64,7 +72,7 @@ class Store:
     """The agent's database in its state directory.
 
     Attributes:
-        nonce: of the newest hello, for the reports from then on.
+        nonce: of the newest hello, named in the reports after it.
     """
 
     nonce = ""
@@ -130,68 +138,96 @@ class Store:
                 ) from error
             raise
 
-    # The update machine
+    # Changes
+
+    def apply(self, step: Transition) -> Applied:
+        """Store everything that one step persists, in one transaction.
+
+        Epochs and secret versions are merged into the stored verifier state here, so that nobody reads that row before
+        the transaction and writes it afterwards.
+
+        Raises:
+            StoreError: the database cannot be written; nothing of the step is stored.
+        """
+        with self._transaction() as db:
+            step = self._with_generation(db, step)
+            if step.change is not None:
+                db.execute("REPLACE INTO changes VALUES (?, ?)", (step.change.instance, step.change.encode()))
+            if step.committed is not None:
+                self._commit(db, step.committed)
+                self._raise_versions(db, step, step.committed.item.instance)
+            if step.removed:
+                db.execute("DELETE FROM committed WHERE instance = ?", (step.removed,))
+            forgotten = None if step.failure is None else self._remember(db, step.failure)
+            if step.closed:
+                db.execute("DELETE FROM changes WHERE instance = ?", (step.closed,))
+            sequence = 0 if step.report is None else self._post(db, step.report)
+        return Applied(step, sequence, forgotten)
 
     def save(
         self,
-        change: Change | None = None,
         *,
         report: Report | None = None,
         committed: Committed | None = None,
-        removed: str = "",
-        failure: FailedItem | None = None,
-        closed: str = "",
         facts: VerifierState | None = None,
     ) -> int:
-        """One step of the machine, in one transaction.
-
-        Args:
-            change: its new state.
-            report: to send; its sequence is given here.
-            committed: what its instance runs from now on, also after a boot.
-            removed: an instance that runs no more.
-            failure: to be remembered.
-            closed: an instance whose change is over.
-            facts: what is to be remembered of trust.
+        """Store a report, a committed item or a verifier state that belongs to no change, in one transaction.
 
         Returns:
             The report's sequence, 0 without one.
         """
         sequence = 0
         with self._transaction() as db:
-            if change is not None:
-                db.execute("REPLACE INTO changes VALUES (?, ?)", (change.instance, change.encode()))
             if committed is not None:
-                row = (committed.item.instance, msgspec.json.encode(committed))
-                db.execute("REPLACE INTO committed VALUES (?, ?)", row)
-            if removed:
-                db.execute("DELETE FROM committed WHERE instance = ?", (removed,))
-            if failure is not None:
-                self._remember(db, failure)
-            if closed:
-                db.execute("DELETE FROM changes WHERE instance = ?", (closed,))
+                self._commit(db, committed)
             if facts is not None:
-                db.execute("REPLACE INTO meta VALUES ('facts', ?)", (facts.encode(),))
+                self._set_facts(db, facts)
             if report is not None:
                 sequence = self._post(db, report)
         return sequence
 
-    def _remember(self, db: sqlite3.Connection, failure: FailedItem) -> None:
-        row = (failure.instance, failure.key, failure.attempt, msgspec.json.encode(failure))
+    def _with_generation(self, db: sqlite3.Connection, step: Transition) -> Transition:
+        if not step.new_generation:
+            return step
+        generation = self._next_generation(db)
+        if step.change is not None:
+            return replace(step, change=msgspec.structs.replace(step.change, generation=generation))
+        assert step.committed is not None
+        return replace(step, committed=msgspec.structs.replace(step.committed, generation=generation))
+
+    def _commit(self, db: sqlite3.Connection, committed: Committed) -> None:
+        row = (committed.item.instance, msgspec.json.encode(committed))
+        db.execute("REPLACE INTO committed VALUES (?, ?)", row)
+
+    def _raise_versions(self, db: sqlite3.Connection, step: Transition, instance: str) -> None:
+        before = facts = self.facts()
+        for component, epoch in step.epochs.items():
+            facts = facts.with_committed(component, epoch)
+        facts = facts.with_secrets(instance, step.secrets)
+        if facts != before:
+            self._set_facts(db, facts)
+
+    def _set_facts(self, db: sqlite3.Connection, facts: VerifierState) -> None:
+        db.execute("REPLACE INTO meta VALUES ('facts', ?)", (facts.encode(),))
+
+    def _remember(self, db: sqlite3.Connection, failure: FailedItem) -> FailureKey | None:
+        """Store a failure; return the key of the oldest one if that had to make room."""
+        row = (*failure.failure_key, msgspec.json.encode(failure))
         db.execute("REPLACE INTO failed VALUES (?, ?, ?, ?)", row)
         (count,) = db.execute("SELECT count(*) FROM failed").fetchone()
-        if count > FAILED_ROWS_MAX:
-            oldest = min(self.failed(), key=lambda each: each.at)
-            key = (oldest.instance, oldest.key, oldest.attempt)
-            db.execute("DELETE FROM failed WHERE instance = ? AND key = ? AND attempt = ?", key)
+        if count <= FAILED_ROWS_MAX:
+            return None
+        oldest = min(self.failed(), key=lambda each: each.at).failure_key
+        db.execute("DELETE FROM failed WHERE instance = ? AND key = ? AND attempt = ?", oldest)
+        return oldest
 
     def changes(self) -> tuple[Change, ...]:
-        """What is under way."""
+        """Return the changes under way."""
         rows = self._db.execute("SELECT body FROM changes ORDER BY instance")
         return tuple(Change.decode(body) for (body,) in rows)
 
     def committed(self) -> tuple[Committed, ...]:
-        """What runs, and is to run after a boot.
+        """Return the items that run and start again after a boot.
 
         Raises:
             StoreError: the database is damaged.
@@ -203,14 +239,14 @@ class Store:
             raise StoreError(f"{self._path} is damaged: {error}") from error
 
     def failed(self) -> tuple[FailedItem, ...]:
-        """What failed and is remembered."""
+        """Return the remembered failures."""
         rows = self._db.execute("SELECT body FROM failed ORDER BY instance")
         return tuple(msgspec.json.decode(body, type=FailedItem) for (body,) in rows)
 
     # Trust
 
     def facts(self) -> VerifierState:
-        """What is remembered of signed metadata and assignments."""
+        """Return what the verifier remembers of signed metadata and assignments."""
         body = self._meta("facts")
         return VerifierState() if body is None else VerifierState.decode(body)
 
@@ -218,17 +254,17 @@ class Store:
         """Persist an assignment whose envelope has been verified, before anything of it is fetched."""
         with self._transaction() as db:
             db.execute("REPLACE INTO meta VALUES ('envelope', ?)", (envelope,))
-            db.execute("REPLACE INTO meta VALUES ('facts', ?)", (facts.encode(),))
+            self._set_facts(db, facts)
             db.execute("REPLACE INTO counters VALUES ('accepted', ?)", (version,))
 
     def envelope(self) -> bytes | None:
-        """The accepted assignment, as it came."""
+        """Return the accepted assignment as it was received; None before the first."""
         return self._meta("envelope")
 
-    # What stands against what runs or is wanted, for `fleet-agent why`
+    # Violations and problems, for `fleet-agent why`
 
     def set_doubts(self, doubts: Iterable[Violation]) -> None:
-        """What speaks against committed items, and was reported."""
+        """Store the violations of committed items that were reported."""
         self._set_meta("doubts", msgspec.json.encode(tuple(doubts)))
 
     def doubts(self) -> tuple[Violation, ...]:
@@ -237,7 +273,7 @@ class Store:
         return () if body is None else msgspec.json.decode(body, type=tuple[Violation, ...])
 
     def set_problems(self, problems: Iterable[str]) -> None:
-        """What keeps this board from its newest assignment, as sentences for people."""
+        """Store sentences for people: the reasons that keep this device from its newest assignment."""
         self._set_meta("problems", msgspec.json.encode(tuple(problems)))
 
     def problems(self) -> tuple[str, ...]:
@@ -257,23 +293,20 @@ class Store:
     # Numbers
 
     def counter(self, name: str) -> int:
-        """A stored number, 0 if it was never set."""
+        """Return a stored number, 0 if it was never set."""
         row = self._db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
         return 0 if row is None else int(row[0])
 
     def set_counter(self, name: str, value: int) -> None:
-        """Store a number, if it is another than before."""
+        """Store a number if it differs from the stored one."""
         if self.counter(name) != value:
             with self._transaction() as db:
                 db.execute("REPLACE INTO counters VALUES (?, ?)", (name, value))
 
-    def next_generation(self) -> int:
-        """A generation that this board has never used."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO counters VALUES ('generation', 1) ON CONFLICT (name) DO UPDATE SET value = value + 1"
-            )
-            return int(db.execute("SELECT value FROM counters WHERE name = 'generation'").fetchone()[0])
+    def _next_generation(self, db: sqlite3.Connection) -> int:
+        """Return a generation that this device has never used."""
+        db.execute("INSERT INTO counters VALUES ('generation', 1) ON CONFLICT (name) DO UPDATE SET value = value + 1")
+        return int(db.execute("SELECT value FROM counters WHERE name = 'generation'").fetchone()[0])
 
     # Reports
 
@@ -305,7 +338,7 @@ class Store:
         return sequence
 
     def unacked(self, limit: int = 64, after: int = 0) -> tuple[tuple[int, bytes], ...]:
-        """Reports that the server has not stored yet, oldest first, with their sequence."""
+        """Return the reports that the server has not stored yet, oldest first, with their sequence."""
         rows = self._db.execute(
             "SELECT sequence, body FROM outbox WHERE acked = 0 AND sequence > ? ORDER BY sequence LIMIT ?",
             (after, limit),
@@ -313,7 +346,7 @@ class Store:
         return tuple((int(sequence), bytes(body)) for sequence, body in rows)
 
     def acknowledge(self, sequence: int) -> bool:
-        """Every report up to `sequence` is stored by the server. Returns whether that was news."""
+        """Mark every report up to `sequence` as stored by the server; return whether any was not marked before."""
         pending = self._db.execute(
             "SELECT 1 FROM outbox WHERE acked = 0 AND sequence <= ? LIMIT 1", (sequence,)
         ).fetchone()
@@ -329,16 +362,16 @@ class Store:
         return True
 
     def unacknowledge(self, sequence: int) -> bool:
-        """A server lost what came after `sequence`: what is still here is sent again. Returns whether there is any."""
+        """Send the reports after `sequence`, which the server lost, again; return whether there are any left here."""
         with self._transaction() as db:
             return db.execute("UPDATE outbox SET acked = 0 WHERE acked = 1 AND sequence > ?", (sequence,)).rowcount > 0
 
     def acked(self) -> int:
-        """The newest report that a server has stored; 0 for none."""
+        """Return the sequence of the newest report that a server has stored; 0 for none."""
         return int(self._db.execute("SELECT coalesce(max(sequence), 0) FROM outbox WHERE acked = 1").fetchone()[0])
 
     def history(self) -> tuple[Report, ...]:
-        """The newest reports, oldest first, whether acknowledged or not."""
+        """Return the newest reports, oldest first, acknowledged or not."""
         rows = self._db.execute("SELECT body FROM outbox ORDER BY sequence DESC LIMIT ?", (HISTORY_ROWS,)).fetchall()
         return tuple(wire.decode(Report, bytes(body)) for (body,) in reversed(rows))
 
@@ -349,17 +382,17 @@ R = TypeVar("R")
 
 
 class Database:
-    """Runs blocking calls in order on a thread of its own."""
+    """Thread on which blocking calls run one after another."""
 
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     async def __call__(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run `call` after everything that was asked before; a cancelled caller does not stop a call that runs."""
+        """Run `call` after all earlier calls; a cancelled caller does not stop a call that runs."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: call(*args, **kwargs))
 
     def close(self) -> None:
-        """Wait for what was asked, then end the thread."""
+        """Wait for the calls already made, then end the thread."""
         self._pool.shutdown(wait=True)
 
 
@@ -369,11 +402,11 @@ class NotAloneError(Exception):
 
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
-    """Hold a state directory's lock; the kernel lets go of it when the process ends, however it ends.
+    """Hold a state directory's lock; the kernel releases it when the process ends, however it ends.
 
     Raises:
         NotAloneError: another process holds it.
-        OSError: it cannot be written.
+        OSError: the lock file cannot be written.
     """
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

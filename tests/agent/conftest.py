@@ -269,18 +269,15 @@ class CutStore(Store):
         self.cut = None
         self.dead = False
 
-    def save(self, change=None, **more):
+    def apply(self, step):
         self._power()
+        change = step.change
         if self.cut is None or change is None or (self.cut[0], self.cut[1]) != (change.instance, change.phase.value):
-            return super().save(change, **more)
+            return super().apply(step)
         if self.cut[2] == "after":
-            super().save(change, **more)
+            super().apply(step)
         self.dead = True
         raise PowerCut
-
-    def next_generation(self):
-        self._power()
-        return super().next_generation()
 
     def set_counter(self, name, value):
         self._power()
@@ -388,11 +385,15 @@ class BoardKit:
             store=self.store,
             worker=self.worker,
             carrier=self.carrier,
-            on_report=lambda: None,
+            sink=self,
             on_revoked=self.settings.policy.on_revoked,
         )
         self.linking = asyncio.ensure_future(self.link.stay_connected(self._restore))
         await self.deployer.recover()
+        self.reconciling = asyncio.ensure_future(self.deployer.run())
+
+    def saved(self, report):
+        """Nobody sends it."""
 
     async def _restore(self, welcome):
         items = await self.worker(self.store.committed)
@@ -403,9 +404,10 @@ class BoardKit:
 
     async def stop_agent(self):
         """SIGKILL of the agent, as far as one process can do it to itself."""
-        self.linking.cancel()
-        await asyncio.gather(self.linking, return_exceptions=True)
-        await self.deployer.close()
+        # first whoever would hear that the host is lost: who is killed hears nothing
+        for task in (self.reconciling, self.linking):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         self.link.close()
         self.carrier.close()
         self.worker.close()
@@ -419,8 +421,14 @@ class BoardKit:
         await eventually_async(condition, what, within_s=seconds, pause_s=0.005)
 
     async def settled(self, *, seconds=60):
-        still = lambda: not self.deployer.standing.flights and not self.deployer._tasks  # noqa: E731
-        await self.until(still, "settled", seconds=seconds)
+        """Until every input is handled, no effect runs, and no change is under way."""
+        await self.until(lambda: self.reconciling.done() or self.deployer.is_idle, "settled", seconds=seconds)
+        if self.reconciling.done() and not self.store.dead:
+            self.reconciling.result()
+
+    async def handled(self):
+        """Until every input so far is handled."""
+        await self.deployer.inbox.join()
 
     async def run(self, assignment, *, seconds=60):
         await self.deployer.desire(assignment)

@@ -22,7 +22,7 @@ from agent.host.ipc import host_api
 from agent.identity import identity
 from agent.identity.identity import Identity
 from agent.service import Service
-from agent.update.state import Committed, FailedItem
+from agent.update.state import Committed, FailedItem, Transition
 from agent.update.store import NotAloneError, Store, alone
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import Phase, RejectCode
@@ -194,7 +194,7 @@ def committed():
 
 def test_status_and_why_tell_the_story(tmp_path):
     store = enrolled(tmp_path)
-    store.save(
+    step = Transition(
         committed=committed(),
         failure=FailedItem(
             instance="web",
@@ -219,6 +219,7 @@ def test_status_and_why_tell_the_story(tmp_path):
             log=("last words",),
         ),
     )
+    store.apply(step)
     store.close()
     status = agent(tmp_path, "status")
     assert status.returncode == 0

@@ -98,7 +98,7 @@ async def test_an_assignment_is_not_told_as_committed_while_a_change_is_under_wa
         kit.carrier.stop = late
         await kit.deployer.desire(kit.assignment(2, web))
         await kit.until(lambda: [each.item.instance for each in kit.committed()] == ["web"])
-        await kit.deployer.replan()
+        await kit.handled()
         assert kit.store.counter("committed") == 1
         let.set()
         await kit.settled()

@@ -139,7 +139,7 @@ async def test_room_is_made_and_neither_what_runs_nor_what_comes_is_lost(board):
         instance="web", assignment=2, state=State(phase=Phase.COMPILING), item=item("comes"), manifest=manifest
     )
     standing = DeploymentState(committed={"web": running})
-    standing.flights["web"] = SimpleNamespace(change=coming)
+    standing.active["web"] = SimpleNamespace(change=coming)
     for directory, suffix in ((places.artifacts, "wasm"), (places.images, "cwasm")):
         directory.mkdir()
         for name in ("runs", "comes", "old"):

@@ -26,6 +26,7 @@ import fleet
 import signing
 from agent import cli as agent_cli
 from agent.host import cli as host_cli
+from agent.update import state as agent_state
 from agent.update import store as agent_store
 from fleet.admin.bootstrap import init
 from fleet.cli.main import main as fleet_command
@@ -202,13 +203,14 @@ def test_rows_of_the_agent_are_what_was_recorded(golden, tmp_path):
     kinds = catalogue.MESSAGES["kept-by-the-agent"]
     made = {name: support.full(kinds[name]) for name in ("change", "committed", "failed", "verifier-state", "doubt")}
     store = agent_store.Store(tmp_path / "agent.db")
-    store.save(made["change"], committed=made["committed"], failure=made["failed"], facts=made["verifier-state"])
+    store.apply(agent_state.Transition(change=made["change"], committed=made["committed"], failure=made["failed"]))
+    store.save(facts=made["verifier-state"])
     store.save(report=support.full(catalogue.MESSAGES["device"]["report"]))
     store.save(report=support.minimal(catalogue.MESSAGES["device"]["report"]))
     store.accept(b"{}", 7, made["verifier-state"])
     store.set_doubts([made["doubt"]])
     store.set_problems(["a problem"])
-    store.next_generation()
+    store.set_counter("generation", 1)
     store.acknowledge(1)
     store.close()
     rows = {}

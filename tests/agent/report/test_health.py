@@ -22,7 +22,7 @@ async def problems(places):
         board=SimpleNamespace(device="crane-0a1b2c3d", boot_id="b", places=places),
         store=store,
         worker=at_once,
-        deployer=SimpleNamespace(standing=SimpleNamespace(flights={}, committed={})),
+        deployer=SimpleNamespace(state=SimpleNamespace(active={}, committed={})),
         link=HostClient(places.host_socket),
         problems=lambda: ["another"],
         publish=lambda _: True,

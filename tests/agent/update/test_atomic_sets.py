@@ -69,7 +69,7 @@ async def test_a_power_cut_never_leaves_half_a_set(kit, instance, moment, phase,
         )
         kit.store.cut = (instance, phase, moment)
         await kit.deployer.desire(wanted)
-        await kit.until(lambda: kit.store.dead or not kit.deployer.standing.flights)
+        await kit.until(lambda: kit.store.dead or kit.deployer.is_idle)
         await kit.pull_plug()
         await kit.boot()
         await kit.until(kit.seen.ready.is_set)

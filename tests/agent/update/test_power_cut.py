@@ -129,8 +129,8 @@ async def test_a_board_that_dies_whenever_it_swaps_ends_with_the_old_version(kit
     await kit.deployer.desire(kit.assignment(2, deadly))
     boots = 0
     while True:
-        await kit.until(lambda: "web" not in kit.deployer.standing.flights or V2 in kit.host.targets().values())
-        if "web" not in kit.deployer.standing.flights:
+        await kit.until(lambda: kit.deployer.is_idle or V2 in kit.host.targets().values())
+        if kit.deployer.is_idle:
             break
         boots += 1
         assert boots < 10, "it never ends"

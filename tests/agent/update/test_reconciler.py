@@ -1,5 +1,6 @@
 """Deployments on a board with the real machine, store, effects and host link: who wins, who waits, who is told what."""
 
+import asyncio
 import contextlib
 import threading
 
@@ -176,32 +177,35 @@ async def test_something_newer_supersedes_a_version_on_probation(kit):
         assert kit.store.failed() == ()
 
 
-def ends_while_planned(kit, monkeypatch):
-    """From now on a change of `web` comes to its end between the next plan and what is done by it."""
-    plain = kit.deployer._worker
-
-    async def late(call, *args, **more):
-        if call == kit.store.set_counter and "web" in kit.deployer.standing.flights:
-            await kit.until(lambda: "web" not in kit.deployer.standing.flights)
-        return await plain(call, *args, **more)
-
-    monkeypatch.setattr(kit.deployer, "_worker", late)
-
-
+@pytest.mark.parametrize("first_heard", ["the end", "the assignment"])
 @pytest.mark.parametrize("next_version", ["2.0.0", "1.0.0"])
 @pytest.mark.asyncio
-async def test_a_change_that_ends_while_the_next_is_planned_holds_nothing_up(kit, monkeypatch, next_version):
+async def test_a_change_that_ends_while_something_newer_arrives_holds_nothing_up(
+    kit, monkeypatch, next_version, first_heard
+):
+    ended, goes_on = asyncio.Event(), asyncio.Event()
     async with on_a_board(kit):
-        first = kit.publish("1.0.0", probation_ms=300)
+        plain = kit.carrier.watch
+
+        async def watched(change):
+            result = await plain(change)
+            ended.set()
+            await goes_on.wait()
+            return result
+
+        monkeypatch.setattr(kit.carrier, "watch", watched)
+        first = kit.publish("1.0.0")
         await kit.deployer.desire(kit.assignment(1, first))
-        flight = kit.deployer.standing.flights["web"]
-        await kit.until(lambda: kit.chain()[-1:] == ["probation"] and flight.work is not None)
-        ends_while_planned(kit, monkeypatch)
+        await ended.wait()
         # the same version for another rollout, or another one
         wanted = first if next_version == "1.0.0" else kit.publish(next_version)
-        await kit.run(kit.assignment(2, msgspec.structs.replace(wanted, rollout="r2")))
+        newer = kit.assignment(2, msgspec.structs.replace(wanted, rollout="r2"))
+        goes_on.set()
+        if first_heard == "the end":
+            await kit.until(lambda: kit.deployer.state.committed)
+        await kit.run(newer)
         assert kit.host.targets() == {"web": wanted.target}
-        assert kit.deployer.standing.committed["web"].item.rollout == "r2"
+        assert kit.deployer.state.committed["web"].item.rollout == "r2"
         assert kit.store.changes() == ()
 
 
@@ -293,7 +297,7 @@ async def test_a_component_that_keeps_killing_the_host_is_taken_back(kit):
 
         def over():
             nonlocal deaths
-            if not kit.deployer.standing.flights:
+            if kit.deployer.is_idle:
                 return True
             if kit.host.targets() == {"web": V2}:
                 deaths += 1
@@ -433,15 +437,15 @@ async def test_a_disk_that_is_full_stops_nothing_that_runs_and_is_waited_for(kit
     async with on_a_board(kit):
         monkeypatch.setattr("agent.update.reconciler.STORE_AGAIN_S", 0.01)
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
-        real, failures = kit.store.save, []
+        real, failures = kit.store.apply, []
 
-        def full(*arguments, **more):
+        def full(step):
             if len(failures) < 5:
-                failures.append(arguments)
+                failures.append(step)
                 raise StoreError("database or disk is full")
-            return real(*arguments, **more)
+            return real(step)
 
-        monkeypatch.setattr(kit.store, "save", full)
+        monkeypatch.setattr(kit.store, "apply", full)
         await kit.run(kit.assignment(2, kit.publish("2.0.0")))
         assert len(failures) == 5
         assert kit.host.targets() == {"web": V2}

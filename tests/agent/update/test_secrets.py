@@ -62,7 +62,7 @@ async def test_a_rotated_secret_is_a_swap_like_any_other_and_the_former_box_goes
         assert given(kit) == {"key": NEWER}
         assert kit.chain()[-1] == "committed"
         assert len(files(kit.places.secrets)) == 2
-        kit.sealed.evict(each.item for each in kit.deployer.standing.committed.values())
+        kit.sealed.evict(each.item for each in kit.deployer.state.committed.values())
         assert len(files(kit.places.secrets)) == 1
         assert kit.store.facts().secrets == {"web/key": 2}
 

@@ -1,5 +1,6 @@
 """The board's memory: what it returned from is there, its numbers never fall, and foreign directories are refused."""
 
+import dataclasses
 import os
 import sqlite3
 from datetime import UTC, datetime
@@ -8,7 +9,7 @@ import pytest
 
 from agent.update import restore
 from agent.update.machine import Phase, State
-from agent.update.state import Change, Committed, FailedItem
+from agent.update.state import Change, Committed, FailedItem, Transition
 from agent.update.store import HISTORY_ROWS, UNACKED_ROWS_MAX, Store, StoreError
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
@@ -44,7 +45,7 @@ def test_a_step_is_one_transaction(store, monkeypatch):
     change = Change(instance="web", assignment=1, state=State(phase=Phase.COMMITTED), item=ITEM)
     monkeypatch.setattr(store, "_post", lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("disk I/O error")))
     with pytest.raises(StoreError, match="disk I/O"):
-        store.save(change, committed=COMMITTED, report=report())
+        store.apply(Transition(change=change, committed=COMMITTED, report=report()))
     assert store.changes() == ()
     assert store.committed() == ()
 
@@ -92,11 +93,11 @@ def test_failures_are_remembered_within_bounds(store, monkeypatch):
     monkeypatch.setattr("agent.update.store.FAILED_ROWS_MAX", 5)
     for number in range(9):
         at = NOW.replace(minute=number)
-        store.save(
-            failure=FailedItem(
-                instance="web", key=str(number), attempt=0, target="t", code=RejectCode.TRAPPED, message="", at=at
-            )
+        failure = FailedItem(
+            instance="web", key=str(number), attempt=0, target="t", code=RejectCode.TRAPPED, message="", at=at
         )
+        forgotten = store.apply(Transition(failure=failure)).forgotten
+        assert forgotten == (None if number < 5 else ("web", str(number - 5), 0))
     assert [each.key for each in store.failed()] == ["4", "5", "6", "7", "8"]
 
 
@@ -161,7 +162,10 @@ def test_a_damaged_database_does_not_keep_components_from_running(store, tmp_pat
     anew = Store(tmp_path / "store.db")
     assert restore.take_over(anew, runset, key) == 1
     assert anew.committed() == (COMMITTED,)
-    assert anew.next_generation() == COMMITTED.generation + 1, "a generation never falls"
+    change = Change(instance="web", assignment=1, state=State(phase=Phase.SWAPPING), item=ITEM)
+    stored = anew.apply(Transition(change=change, new_generation=True)).step.change
+    assert stored.generation == COMMITTED.generation + 1, "a generation never falls"
+    assert anew.changes() == (stored,)
     assert restore.take_over(anew, runset, key) == 0, "once"
     anew.close()
     (tmp_path / "store.db").write_bytes(b"rotten" * 1000)
@@ -169,3 +173,26 @@ def test_a_damaged_database_does_not_keep_components_from_running(store, tmp_pat
     runset.write_bytes(runset.read_bytes().replace(b"1.0.0.wasm", b"6.6.6.wasm"))
     with pytest.raises(restore.RunsetError, match="MAC"):
         restore.committed(tmp_path / "store.db", runset, key)
+
+
+def test_a_commit_raises_epochs_and_secrets_in_its_own_transaction(store, monkeypatch):
+    before = VerifierState().with_committed("a/web", 4).with_secrets("web", {"key": 7}).with_root(3, "keys")
+    store.save(facts=before)
+    step = Transition(committed=COMMITTED, epochs={"a/web": 3, "a/new": 2}, secrets={"key": 6, "other": 1})
+    with monkeypatch.context() as disk:
+        disk.setattr(store, "_post", lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("disk I/O error")))
+        with pytest.raises(StoreError, match="disk I/O"):
+            store.apply(dataclasses.replace(step, report=report()))
+    assert (store.facts(), store.committed()) == (before, ())
+    store.apply(step)
+    after = store.facts()
+    assert after.epochs == {"a/web": 4, "a/new": 2}, "none falls"
+    assert after.secrets == {"web/key": 7, "web/other": 1}
+    assert after.root == 3, "and the rest stays"
+
+
+def test_a_committed_item_that_is_started_anew_gets_a_generation_never_used(store):
+    first = store.apply(Transition(committed=COMMITTED, new_generation=True)).step.committed
+    again = store.apply(Transition(committed=first, new_generation=True)).step.committed
+    assert (first.generation, again.generation) == (1, 2)
+    assert store.committed() == (again,)

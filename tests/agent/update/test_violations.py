@@ -56,14 +56,15 @@ async def test_the_owner_may_keep_what_was_revoked_and_it_is_said_once(kit):
     await kit.run(kit.assignment(1, item))
     for _ in range(3):
         await kit.deployer.hold([doubt(item)])
+        await kit.settled()
     assert kit.host.targets() == {"web": item.target}
     said = [report for report in kit.reports() if report.code is RejectCode.REVOKED]
     assert [(report.phase, report.running) for report in said] == [("idle", item.target)]
-    assert kit.deployer.withdrawals.problems
+    assert kit.deployer.problems
     assert "goes on running" in told(kit)
     # What is replaced is in doubt no more.
     await kit.run(kit.assignment(2, kit.publish("2.0.0")))
-    assert kit.deployer.withdrawals.problems == []
+    assert kit.deployer.problems == []
     assert kit.store.doubts() == ()
     await kit.stop_agent()
 
@@ -82,9 +83,10 @@ async def test_a_slow_download_of_the_replacement_does_not_hold_up_the_stop(kit)
     fetch, kit.carrier.fetch = kit.carrier.fetch, slow
     newer = kit.publish("2.0.0")
     await kit.deployer.desire(kit.assignment(2, newer))
-    await kit.until(lambda: kit.deployer.standing.flights)
+    await kit.until(lambda: kit.deployer.state.active)
     await kit.deployer.hold([doubt(item)])
-    assert kit.host.targets() == {}
+    await kit.until(lambda: kit.host.targets() == {})
+    assert kit.deployer.state.active["web"].change.phase == "fetching"
     arrives.set()
     await kit.settled()
     assert kit.host.targets() == {"web": newer.target}
@@ -100,6 +102,7 @@ async def test_going_back_from_probation_does_not_lead_to_what_was_revoked_meanw
     await kit.deployer.desire(kit.assignment(2, bad))
     await kit.until(lambda: kit.host.targets() == {"web": bad.target})
     await kit.deployer.hold([doubt(item)])
+    await kit.handled()
     assert kit.host.targets() == {"web": bad.target}, "what is on probation is not what was revoked"
     kit.host.faults[bad.target] = 50
     await kit.settled()
@@ -114,10 +117,9 @@ async def test_power_cut_between_the_record_and_the_stop(kit, host):
     item = kit.publish("1.0.0")
     await kit.run(kit.assignment(1, item))
     kit.host.hang_on = {host_api.Stop}
-    stopping = asyncio.ensure_future(kit.deployer.hold([doubt(item)]))
-    await kit.until(lambda: kit.committed() == ())
-    stopping.cancel()
-    await asyncio.gather(stopping, return_exceptions=True)
+    await kit.deployer.hold([doubt(item)])
+    await kit.until(lambda: any(isinstance(each, host_api.Stop) for each in kit.host.requests))
+    assert kit.committed() == ()
     assert kit.reports()[-1].code is RejectCode.REVOKED
     kit.host.hang_on = set()
     if host == "dies":
