@@ -9,7 +9,9 @@ import pytest
 
 from agent.link.https import FetchError
 from agent.update import effects
-from agent.update.state import lost
+from agent.update.machine import Event
+from agent.update.reconciler import DownloadProgress, EffectFinished, ImageDamaged
+from agent.update.state import EffectResult, lost
 from agent.update.store import StoreError
 from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
@@ -430,6 +432,91 @@ async def test_a_bug_of_our_own_on_the_way_back_leaves_the_reason_for_it(kit, mo
         last = kit.reports()[-1]
         assert (last.phase, last.code) == ("rolled-back", RejectCode.TRAPPED)
         assert kit.store.failed()[0].retry_at is None, "a verdict on the component"
+
+
+@pytest.mark.asyncio
+async def test_an_event_that_cannot_happen_is_a_bug_of_our_own_too(kit, monkeypatch):
+    monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
+    async with on_a_board(kit):
+        verify, answers = kit.carrier.verify, [EffectResult(event=Event.WELL)]
+
+        async def strange(change):
+            return answers.pop() if answers else await verify(change)
+
+        monkeypatch.setattr(kit.carrier, "verify", strange)
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        assert kit.host.targets() == {"web": V1}
+        assert [report.code for report in kit.reports()][:2] == [None, RejectCode.INTERNAL]
+
+
+@pytest.mark.asyncio
+async def test_the_end_of_an_earlier_step_changes_nothing(kit):
+    async with on_a_board(kit):
+        await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", probation_ms=60_000)))
+        await kit.until(lambda: kit.chain()[-1:] == ["probation"])
+        active = kit.deployer.state.active["web"]
+        late = EffectResult(event=Event.UNWELL, code=RejectCode.TRAPPED)
+        for serial in range(active.serial):
+            kit.deployer.post(EffectFinished("web", serial, late))
+            kit.deployer.post(DownloadProgress("web", serial, 50))
+        await kit.handled()
+        assert active.change.phase == "probation"
+        assert len(kit.reports()) == len(kit.chain())
+
+
+@pytest.mark.asyncio
+async def test_the_next_version_is_not_fetched_before_the_fetch_of_the_last_one_has_ended(kit, monkeypatch):
+    async with on_a_board(kit):
+        events, may_end, fetch = [], asyncio.Event(), kit.carrier.fetch
+
+        async def fetched(change, progress):
+            events.append(f"fetch {change.item.target}")
+            try:
+                if change.item.target == V1:
+                    await asyncio.Event().wait()
+                return await fetch(change, progress)
+            finally:
+                if change.item.target == V1:
+                    await may_end.wait()  # it has files open
+                events.append(f"end {change.item.target}")
+
+        monkeypatch.setattr(kit.carrier, "fetch", fetched)
+        await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0")))
+        await kit.until(lambda: events)
+        await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0")))
+        await kit.deployer.desire(kit.assignment(3, kit.publish("3.0.0")))
+        await kit.handled()
+        assert events == [f"fetch {V1}"]
+        may_end.set()
+        await kit.settled()
+        assert events == [f"fetch {V1}", f"end {V1}", f"fetch {V3}", f"end {V3}"]
+        assert kit.host.targets() == {"web": V3}
+
+
+@pytest.mark.asyncio
+async def test_an_image_that_was_changed_on_the_disk_is_reported_for_each_instance_of_it(kit):
+    async with on_a_board(kit):
+        item = kit.publish("1.0.0")
+        await kit.run(kit.assignment(1, item))
+        kit.deployer.post(ImageDamaged(item.sha256, "it was changed"))
+        kit.deployer.post(ImageDamaged("0" * 64, "nobody's"))
+        await kit.handled()
+        last = kit.reports()[-1]
+        assert (last.phase, last.code, last.running) == ("idle", RejectCode.IMAGE_DAMAGED, V1)
+        assert [report.code for report in kit.reports()].count(RejectCode.IMAGE_DAMAGED) == 1
+
+
+@pytest.mark.asyncio
+async def test_a_report_is_handed_on_once_it_is_stored(kit, monkeypatch):
+    async with on_a_board(kit):
+        handed = []
+
+        def saved(report):
+            handed.append((report.phase, kit.chain()[-1]))
+
+        monkeypatch.setattr(kit, "saved", saved)
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        assert handed == [(phase, phase) for phase in ("fetching", "compiling", "swapping", "probation", "committed")]
 
 
 @pytest.mark.asyncio

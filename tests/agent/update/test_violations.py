@@ -141,3 +141,17 @@ async def test_an_epoch_is_no_reason_to_stop_what_is_just_being_replaced(kit):
     assert kit.host.targets() == {"web": newer.target}
     assert RejectCode.SECURITY_EPOCH not in [report.code for report in kit.reports()]
     await kit.stop_agent()
+
+
+@pytest.mark.asyncio
+async def test_a_host_that_does_not_answer_a_stop_holds_up_nobody_else(kit):
+    await kit.boot()
+    item = kit.publish("1.0.0")
+    await kit.run(kit.assignment(1, item))
+    kit.host.hang_on = {host_api.Stop}
+    await kit.deployer.hold([doubt(item)])
+    other = kit.publish("1.0.0", instance="other")
+    await kit.deployer.desire(kit.assignment(2, other, kit.publish("2.0.0")))
+    await kit.until(lambda: kit.chain("other")[-1:] == ["committed"])
+    assert kit.chain("web")[-1] == "failed", "started again once it has been stopped, and not beside the stop"
+    await kit.stop_agent()

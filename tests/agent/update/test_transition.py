@@ -1,0 +1,185 @@
+"""One step of a change as a value: everything that it persists, the report about it, and the effect that follows."""
+
+from datetime import UTC, datetime
+
+import pytest
+
+from agent.update.machine import LIMITS, TABLE, Counter, Effect, Event, Phase, State
+from agent.update.probation import ProbationSample
+from agent.update.state import (
+    DONE,
+    SUPERSEDED,
+    Change,
+    Committed,
+    DeviceContext,
+    EffectResult,
+    FailedItem,
+    Transition,
+    fault,
+    item_key,
+    lost,
+    refused,
+    transition,
+)
+from fleet.protocol.assignment import Item, SecretRef
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Http, Manifest
+
+AT = datetime(2026, 5, 1, tzinfo=UTC)
+DEVICE = DeviceContext(device="d-01234567", boot_id="b", places=None, mac_key=b"", clock=None)
+OLD, NEW = (
+    Item(
+        instance="web",
+        target=f"components/acme/web/{version}.0.0.wasm",
+        length=1,
+        sha256=str(version) * 64,
+        manifest_sha256=str(version) * 64,
+        secrets=(SecretRef(name="key", sha256="3" * 64, version=version),),
+    )
+    for version in (1, 2)
+)
+MANIFEST = Manifest(name="web", version="2.0.0", trigger=Http(), security_epoch=7)
+RUNS = Committed(item=OLD, manifest=MANIFEST, generation=3, assignment=1, at=AT)
+
+
+def change(phase, *, item=NEW, generation=0, **state):
+    return Change(
+        instance="web",
+        assignment=2,
+        state=State(phase=phase, entered=10.0, **state),
+        item=item,
+        manifest=MANIFEST,
+        generation=generation,
+        boot_id="b",
+    )
+
+
+def step(before, result, **more):
+    return transition(before, result, device=DEVICE, now=12.5, at=AT, **{"committed": RUNS, **more})
+
+
+WELL, STOPPED, UNWELL = (EffectResult(event=event) for event in (Event.WELL, Event.STOPPED, Event.UNWELL))
+DELAYED = EffectResult(event=Event.DELAYED, code=RejectCode.UNREACHABLE, message="no route")
+BEGIN, REMOVE, FOUND = (EffectResult(event=event) for event in (Event.BEGIN, Event.REMOVE, Event.INTERRUPTED))
+NO = refused(RejectCode.REVOKED, "revoked")
+
+P, E = Phase, Effect
+
+
+@pytest.mark.parametrize(
+    ("phase", "result", "to", "effect", "reported"),
+    [
+        (P.IDLE, BEGIN, P.FETCHING, E.FETCH, True),
+        (P.FETCHING, DONE, P.VERIFYING, E.VERIFY, False),
+        (P.FETCHING, DELAYED, P.FETCHING, E.RETRY, True),
+        (P.FETCHING, fault("bug"), P.FETCHING, E.RETRY, True),
+        (P.FETCHING, FOUND, P.FETCHING, E.FETCH, False),
+        (P.FETCHING, NO, P.FAILED, E.REMEMBER, True),
+        (P.VERIFYING, DONE, P.COMPILING, E.COMPILE, True),
+        (P.VERIFYING, fault("bug"), P.FETCHING, E.RETRY, True),
+        (P.COMPILING, DONE, P.STAGED, E.STAGE, False),
+        (P.STAGED, DONE, P.SWAPPING, E.SWAP, True),
+        (P.SWAPPING, DONE, P.PROBATION, E.WATCH, True),
+        (P.SWAPPING, lost("gone"), P.SWAPPING, E.SWAP, False),
+        (P.SWAPPING, fault("bug"), P.ROLLING_BACK, E.REVERT, False),
+        (P.PROBATION, WELL, P.COMMITTED, E.COMMIT, True),
+        (P.PROBATION, UNWELL, P.ROLLING_BACK, E.REVERT, False),
+        (P.PROBATION, SUPERSEDED, P.ROLLING_BACK, E.REVERT, False),
+        (P.PROBATION, fault("bug"), P.PROBATION, E.WATCH, True),
+        (P.PROBATION, FOUND, P.PROBATION, E.WATCH, False),
+        (P.PROBATION, lost("gone"), P.SWAPPING, E.SWAP, True),
+        (P.ROLLING_BACK, DONE, P.ROLLED_BACK, E.REMEMBER, True),
+        (P.ROLLING_BACK, fault("bug"), P.ROLLING_BACK, E.REVERT, False),
+    ],
+)
+def test_a_step_stores_the_change_and_reports_where_something_is_to_be_said(phase, result, to, effect, reported):
+    done = step(change(phase, generation=4), result)
+    assert (done.change.phase, done.effect, done.report is not None) == (to, effect, reported)
+    assert (done.closed, done.removed, done.new_generation) == ("", "", False)
+    if reported:
+        assert (done.report.phase, done.report.at, done.report.code) == (to.value, AT, result.code)
+        assert done.report.running == (NEW if to in {P.PROBATION, P.COMMITTED} else OLD).target
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.phase}-{row.event}")
+def test_committed_failed_and_removed_are_stored_on_entering_a_phase_and_never_else(row):
+    done = step(change(row.phase, generation=4), EffectResult(event=row.event))
+    enters = row.to is not row.phase and row.effect is not Effect.CLOSE
+    assert (done.committed is not None) == (enters and row.to is Phase.COMMITTED)
+    assert (done.failure is not None) == (enters and row.to in {Phase.FAILED, Phase.ROLLED_BACK})
+    assert bool(done.epochs) == bool(done.secrets) == (done.committed is not None)
+    assert (done.closed == "web") == (done.change is None) == (row.effect is Effect.CLOSE)
+    assert done.removed == ""
+
+
+def test_a_commit_carries_epochs_and_secrets_with_it():
+    done = step(change(P.PROBATION, generation=4), WELL)
+    assert done.committed == Committed(item=NEW, manifest=MANIFEST, generation=4, assignment=2, at=AT)
+    assert (done.epochs, done.secrets) == ({"acme/web": 7}, {"key": 2})
+
+
+def test_a_generation_is_wanted_once_when_the_swap_begins():
+    assert step(change(P.STAGED), DONE).new_generation
+    assert not step(change(P.STAGED, generation=4), DONE).new_generation
+    assert not step(change(P.PROBATION, generation=4), lost("gone")).new_generation
+    assert not step(change(P.IDLE, item=None), REMOVE).new_generation
+
+
+def test_a_removal_is_stored_before_the_host_is_asked_and_ends_as_committed():
+    done = step(change(P.IDLE, item=None), REMOVE)
+    assert (done.removed, done.effect, done.report.running) == ("web", Effect.STOP, OLD.target)
+    done = step(done.change, STOPPED, committed=None)
+    assert (done.removed, done.committed, done.effect, done.report.running) == ("", None, Effect.COMMIT, "")
+    assert step(done.change, DONE, committed=None) == Transition(closed="web", effect=Effect.CLOSE)
+
+
+def test_a_change_that_was_superseded_is_closed_with_a_report_and_no_failure():
+    done = step(change(P.COMPILING), SUPERSEDED)
+    assert (done.closed, done.change, done.failure) == ("web", None, None)
+    assert (done.report.phase, done.report.code) == ("failed", RejectCode.SUPERSEDED)
+    rolled_back = step(change(P.ROLLING_BACK, code="superseded", generation=4), DONE)
+    assert (rolled_back.failure, rolled_back.report.phase) == (None, "rolled-back")
+
+
+@pytest.mark.parametrize(
+    ("code", "known_tries", "retry_s"),
+    [
+        (RejectCode.INTERNAL, 0, 3600),
+        (RejectCode.INTERNAL, 1, 7200),
+        (RejectCode.HOST_GONE, 9, 86_400),
+        (RejectCode.INTERNAL, 10, None),
+        (RejectCode.TRAPPED, 0, None),
+    ],
+)
+def test_a_failure_is_remembered_with_its_next_try(code, known_tries, retry_s):
+    known = FailedItem(
+        instance="web", key=item_key(NEW), attempt=0, target=NEW.target, code=code, message="", at=AT, tries=known_tries
+    )
+    before = change(P.ROLLING_BACK, code=code.value, message="why", generation=4)
+    done = step(before, DONE, known=known if known_tries else None)
+    assert (done.failure.code, done.failure.message, done.failure.tries) == (code, "why", known_tries + 1)
+    assert done.failure.retry_at == (None if retry_s is None else AT.timestamp() + retry_s)
+
+
+def test_faults_without_end_are_a_failure_of_ours_that_is_tried_again():
+    done = step(change(P.FETCHING, faults=LIMITS[Counter.FAULTS]), fault("a bug"))
+    assert (done.failure.code, done.failure.message) == (RejectCode.INTERNAL, "a bug")
+    assert done.failure.retry_at is not None
+
+
+def test_what_an_effect_has_found_is_kept_and_the_last_lines_are_said_of_failures_only():
+    found = EffectResult(event=Event.DONE, replaced=ProbationSample(calls=3), log=("a line",))
+    done = step(change(P.SWAPPING, generation=4), found)
+    assert (done.change.replaced, done.change.manifest) == (ProbationSample(calls=3), MANIFEST)
+    assert done.report.log == ()
+    done = step(done.change, EffectResult(event=Event.UNWELL, code=RejectCode.TRAPPED))
+    assert done.change.replaced == ProbationSample(calls=3)
+    done = step(done.change, EffectResult(event=Event.DONE, log=("a line",)))
+    assert done.report.log == ("a line",)
+
+
+def test_each_phase_is_timed_and_a_repeated_one_is_summed():
+    before = change(P.COMPILING)
+    done = step(before, fault("a bug"))
+    assert done.change.timings_ms == {"compiling": 2500}
+    assert step(done.change, DONE).change.timings_ms == {"compiling": 2500, "fetching": 0}
