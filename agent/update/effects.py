@@ -163,7 +163,7 @@ class EffectRunner:
             return _delayed(error.code, error.message)
         denied = self._settings.policy.denied(resolved.grants)
         if denied:
-            return refused(RejectCode.GRANT_DENIED, f"this board's own policy does not allow {', '.join(denied)}")
+            return refused(RejectCode.GRANT_DENIED, f"this device's own policy does not allow {', '.join(denied)}")
         into = self._artifact(item.sha256)
         if not await asyncio.to_thread(_sound, into, item.length, item.sha256):
             try:
@@ -219,7 +219,7 @@ class EffectRunner:
             return refused(RejectCode.NOT_FOUND, f"cannot read {path}: {error.strerror}")
         if len(data) != change.item.length or hashlib.sha256(data).hexdigest() != sha256:
             path.unlink(missing_ok=True)
-            return refused(RejectCode.HASH_MISMATCH, "the artifact was changed on this board's disk; it is removed")
+            return refused(RejectCode.HASH_MISMATCH, "the artifact was changed on this device's disk, and is removed")
         try:
             read = reader.read(data, file_name=change.item.target)
         except reader.NotAComponentError as error:
@@ -228,7 +228,7 @@ class EffectRunner:
         grants = change.manifest.grants if change.item.grants is None else change.item.grants
         missing = read.missing(grants, world=change.manifest.world)
         if missing:
-            return refused(RejectCode.GRANT_DENIED, f"it imports {', '.join(missing)}, which nobody granted")
+            return refused(RejectCode.GRANT_DENIED, f"imports without a grant: {', '.join(missing)}")
         return DONE
 
     async def compile(self, change: Change) -> EffectResult:

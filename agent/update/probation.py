@@ -1,6 +1,6 @@
-"""Judge whether a new version does worse than what it replaced: a pure function of facts.
+"""Judgement of a new version against the replaced one: a pure function of their figures.
 
-Only the guest's own faults count: a client that hangs up or reads slowly has never rolled anything back.
+Only the guest's own faults count: a client that hangs up or reads slowly never causes a rollback.
 """
 
 from dataclasses import dataclass
@@ -11,22 +11,17 @@ from fleet.protocol.codes import GUEST_FAULTS, CallOutcome, InstanceState
 from fleet.protocol.messages import HealthChecks, InstanceHealth
 
 LATENCY_FACTOR: Final = 5
-
-LATENCY_FLOOR_US: Final = 20_000
-
+LATENCY_FLOOR_US: Final = 20_000  # a slower median below this is noise of a busy device
 MEMORY_FACTOR: Final = 4
-
 MEMORY_FLOOR_BYTES: Final = 64 * 1024 * 1024
-
 RESTARTS_MAX: Final = 1
-
 MISSES_MAX: Final = 1
-"""Bad answers of the health check that are forgiven: a single one may be the peripheral's or the board's."""
+"""Bad answers of the health check that are forgiven: a single one may be caused by a peripheral or by the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What the manifest asks of its own probation (times in seconds)."""
+    """Terms of probation in the manifest (times in seconds)."""
 
     probation_s: float
     min_calls: int = 20
@@ -36,15 +31,15 @@ class Terms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbationSample:
-    """What is known of one generation of an instance.
+    """Figures of one generation of an instance.
 
     Attributes:
-        calls: that ended, those aside that a client broke off or held up.
+        calls: calls that ended, except those that a client broke off or held up.
         faults: traps and time-outs of the guest.
         errors: answers with status 500 and above.
-        p50_us: guest time of the median call, microseconds. The slowest tell of the board, not of it.
-        quarantined: the host has given up on it.
-        checks: answers of its health check; None where it has none, or its host does not count them.
+        p50_us: guest time of the median call, microseconds. The slowest calls depend on the device, not on the version.
+        quarantined: the host no longer restarts the instance.
+        checks: answers of the health check; None without a check, or from a host that does not count them.
     """
 
     calls: int = 0
@@ -59,7 +54,7 @@ class ProbationSample:
 
     @classmethod
     def of(cls, figure: InstanceHealth) -> Self:
-        """Build the facts from what the host reports of an instance."""
+        """Take the sample from the host's figures of an instance."""
         unheard = figure.calls.get(CallOutcome.CLIENT_GONE, 0) + figure.calls.get(CallOutcome.CLIENT_SLOW, 0)
         return cls(
             calls=sum(figure.calls.values()) - unheard,
@@ -75,7 +70,7 @@ class ProbationSample:
 
 
 class Verdict(StrEnum):
-    """How probation stands."""
+    """Result of a judgement."""
 
     CONTINUE = "continue"
     COMMIT = "commit"
@@ -84,7 +79,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A verdict with its reason: `code` is a word of `fleet.protocol.codes.RejectCode`."""
+    """Verdict with its reason: `code` is a word of `fleet.protocol.codes.RejectCode`."""
 
     verdict: Verdict
     code: str = ""
@@ -99,10 +94,10 @@ def judge(terms: Terms, facts: ProbationSample, replaced: ProbationSample | None
         terms: of its manifest.
         facts: its figures since it was started.
         replaced: figures of the generation it replaced; None if it is the first.
-        elapsed_s: since it took over; a jump of the wall clock must not be in it.
+        elapsed_s: time since the new generation took over, on a clock that does not jump.
 
     Returns:
-        `COMMIT` not before its last health check was answered well, however long that takes.
+        `COMMIT` only once the last health check was answered well, however long that takes.
     """
     worse = _worse(terms, facts, replaced)
     if worse is not None:
@@ -115,14 +110,14 @@ def judge(terms: Terms, facts: ProbationSample, replaced: ProbationSample | None
 def confirm(
     terms: Terms, before: ProbationSample, facts: ProbationSample, replaced: ProbationSample | None, elapsed_s: float
 ) -> Judgement:
-    """Judge once more at the end, with facts that were taken after the health check was asked for the last time.
+    """Judge once more at the end, by figures taken after the last health check.
 
-    A question that was not answered yet, or that no running lane was there to answer, leaves the judgement open.
+    A check that was not answered yet, or for which no worker was running, leaves the judgement open.
 
     Args:
         terms: of its manifest.
-        before: the facts by which it would be committed.
-        facts: those after the question.
+        before: the figures by which the version would be committed.
+        facts: the figures after the check.
         replaced: as for `judge`.
         elapsed_s: as for `judge`.
     """

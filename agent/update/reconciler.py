@@ -26,7 +26,8 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
-from agent.update import restore, state
+from agent.update import restore
+from agent.update import state as reports
 from agent.update.effects import EffectContext, EffectRunner
 from agent.update.machine import Effect, Event, Phase, State, is_legal
 from agent.update.plan import Act, Gate, GateState, Step, may_report_committed, plan, set_gate, swap_set
@@ -154,6 +155,7 @@ class Reconciler:
         carrier: EffectRunner,
         sink: ReportSink,
         on_revoked: Literal["stop", "keep"] = "stop",
+        state: DeploymentState | None = None,
     ) -> None:
         """Make a reconciler.
 
@@ -164,15 +166,16 @@ class Reconciler:
             carrier: carries out effects.
             sink: is told of stored reports.
             on_revoked: the owner's policy for a committed item with a violation.
+            state: filled by `recover`, and written by this object only; others may read it.
         """
-        self._board = board
+        self._device = board
         self._store = store
-        self._worker = worker
-        self._carrier = carrier
+        self._db = worker
+        self._effects = carrier
         self._sink = sink
         self._on_revoked = on_revoked
         self.inbox: asyncio.Queue[Input] = asyncio.Queue()
-        self.state = DeploymentState()
+        self.state = DeploymentState() if state is None else state
         self._recovered = False
         self._is_handling = False
         self._serials = itertools.count(1)
@@ -201,9 +204,9 @@ class Reconciler:
     def problems(self) -> list[str]:
         """Items that go on running in spite of a violation, as sentences."""
         return [
-            f"{each.instance} goes on running, as this board's policy says ({each.code}): {each.message}"
+            f"{each.instance} goes on running, as this device's policy says ({each.code}): {each.message}"
             for each in self.state.violations
-            if self.state.violated(each) is not None
+            if self.state.in_force(each) is not None
         ]
 
     @property
@@ -216,14 +219,14 @@ class Reconciler:
     async def recover(self) -> None:
         """Take up the state that the last run of the agent left; `run` does so unless it has been done."""
         self._recovered = True
-        self.state.committed = {each.item.instance: each for each in await self._worker(self._store.committed)}
-        self.state.failed = {each.failure_key: each for each in await self._worker(self._store.failed)}
-        self._reported_violations = await self._worker(self._store.doubts)
-        for stored in await self._worker(self._store.changes):
+        self.state.committed = {each.item.instance: each for each in await self._db(self._store.committed)}
+        self.state.failed = {each.failure_key: each for each in await self._db(self._store.failed)}
+        self._reported_violations = await self._db(self._store.doubts)
+        for stored in await self._db(self._store.changes):
             change = stored
-            if change.boot_id != self._board.boot_id:
-                entered = replace(change.state, entered=self._board.clock())
-                change = msgspec.structs.replace(change, state=entered, boot_id=self._board.boot_id)
+            if change.boot_id != self._device.boot_id:
+                entered = replace(change.state, entered=self._device.clock())
+                change = msgspec.structs.replace(change, state=entered, boot_id=self._device.boot_id)
             log.info("%s: found %s", change.instance, change.phase)
             self._add(change, Event.INTERRUPTED)
 
@@ -257,7 +260,7 @@ class Reconciler:
         try:
             await self._dispatch(item)
         except StoreError as error:
-            log.error("%s; it waits", error)  # noqa: TRY400 - said in the message
+            log.error("retry in %.0f s: %s", STORE_AGAIN_S, error)  # noqa: TRY400 - said in the message
             if not isinstance(item, DownloadProgress | ImageDamaged):
                 self._post_later(item)
 
@@ -342,8 +345,8 @@ class Reconciler:
             step = transition(
                 active.change,
                 replace(result, log=active.log),
-                device=self._board,
-                now=self._board.clock(),
+                device=self._device,
+                now=self._device.clock(),
                 at=datetime.now(UTC),
                 committed=self.state.committed.get(instance),
                 known=self.state.known_failure(active.change.item),
@@ -351,7 +354,7 @@ class Reconciler:
             try:
                 step = await self._apply(step)
             except StoreError as error:
-                log.error("%s: %s; it waits", instance, error)  # noqa: TRY400 - said in the message
+                log.error("%s: retry in %.0f s: %s", instance, STORE_AGAIN_S, error)  # noqa: TRY400 - said in the message
                 self._post_later(EffectFinished(instance, active.serial, result))
                 return
             active.serial, active.effect = next(self._serials), step.effect
@@ -380,7 +383,7 @@ class Reconciler:
             renew=self._ask_for_generation,
             after_fault=after_fault,
         )
-        active.task = asyncio.get_running_loop().create_task(self._carrier.run(effect, change, context))
+        active.task = asyncio.get_running_loop().create_task(self._effects.run(effect, change, context))
         active.task.add_done_callback(functools.partial(self._effect_ended, change.instance, serial, effect))
 
     def _effect_ended(self, instance: str, serial: int, effect: Effect, task: asyncio.Task[EffectResult]) -> None:
@@ -407,27 +410,27 @@ class Reconciler:
         Raises:
             StoreError: nothing has changed.
         """
-        stored, _, forgotten = await self._worker(self._store.apply, step)
+        stored, _, forgotten = await self._db(self._store.apply, step)
         self.state.apply(stored)
         if forgotten is not None:
             self.state.failed.pop(forgotten, None)
         self._steps += 1
         if stored.report is not None:
             if stored.report.progress is None:
-                state.tell(stored.report)
+                reports.tell(stored.report)
             self._sink.saved(stored.report)
         return stored
 
     async def _write_runset(self) -> None:
         items = [self.state.committed[instance] for instance in sorted(self.state.committed)]
         try:
-            await self._worker(restore.write_runset, self._board.places.runset, items, self._board.mac_key)
+            await self._db(restore.write_runset, self._device.places.runset, items, self._device.mac_key)
         except OSError as error:
-            log.warning("cannot write the second record of what runs: %s", error)
+            log.warning("cannot write the second record of the committed items: %s", error)
 
     async def _report_progress(self, item: DownloadProgress) -> None:
         """Report a download's progress, at most every few seconds; the store keeps the newest only."""
-        active, now = self.state.active.get(item.instance), self._board.clock()
+        active, now = self.state.active.get(item.instance), self._device.clock()
         if active is None or active.serial != item.serial or now - active.progress_at < PROGRESS_S:
             return
         active.progress_at = now
@@ -437,8 +440,8 @@ class Reconciler:
     async def _report_damage(self, artifact: str, message: str) -> None:
         for each in list(self.state.committed.values()):
             if each.item.sha256 == artifact:
-                report = state.about(
-                    self._board,
+                report = reports.about(
+                    self._device,
                     assignment=each.assignment,
                     phase=WirePhase.IDLE,
                     item=each.item,
@@ -454,7 +457,7 @@ class Reconciler:
 
     def _report(self, active: ActiveChange) -> Report:
         change = active.change
-        return state.of_change(self._board, change, before=self._running(change.instance), log=active.log)
+        return reports.of_change(self._device, change, before=self._running(change.instance), log=active.log)
 
     # Settling
 
@@ -469,7 +472,7 @@ class Reconciler:
                 await self._open_gates()
             await self._note_committed()
         except StoreError as error:
-            log.error("what is wanted cannot be begun now: %s", error)  # noqa: TRY400 - said in the message
+            log.error("cannot begin a change now, retry in %.0f s: %s", STORE_AGAIN_S, error)  # noqa: TRY400 - said in the message
             self._settle_later(STORE_AGAIN_S)
         else:
             self._settle_when_due()
@@ -492,7 +495,7 @@ class Reconciler:
         if desired is None or desired.version == self._noted_version:
             return
         if may_report_committed(*self.state.planned()):
-            await self._worker(self._store.set_counter, "committed", desired.version)
+            await self._db(self._store.set_counter, "committed", desired.version)
             self._noted_version = desired.version
 
     async def _open_gates(self) -> None:
@@ -531,7 +534,7 @@ class Reconciler:
             datetime.now(UTC).timestamp(),
         )
         if steps:
-            await self._worker(self._store.set_counter, "deployed", desired.version)
+            await self._db(self._store.set_counter, "deployed", desired.version)
         for step in steps:
             await self._take(step, desired.version, self.state.wanted().get(step.instance))
 
@@ -550,7 +553,9 @@ class Reconciler:
             case Act.RELABEL:
                 assert active is not None
                 change = msgspec.structs.replace(active.change, item=item, assignment=version)
-                relabelled = state.of_change(self._board, change, before=self._running(step.instance), log=active.log)
+                relabelled = reports.of_change(
+                    self._device, change, before=self._running(step.instance), log=active.log
+                )
                 await self._apply(Transition(change=change, report=relabelled))
             case Act.ADOPT:
                 assert item is not None
@@ -573,7 +578,9 @@ class Reconciler:
     async def _adopt(self, item: Item, version: int) -> None:
         """Keep the new label of an item that is committed, and report it to the rollout that asks now."""
         before = self.state.committed[item.instance]
-        report = state.about(self._board, assignment=version, phase=WirePhase.COMMITTED, item=item, running=item.target)
+        report = reports.about(
+            self._device, assignment=version, phase=WirePhase.COMMITTED, item=item, running=item.target
+        )
         committed = msgspec.structs.replace(before, item=item, assignment=version)
         await self._apply(Transition(committed=committed, report=report))
 
@@ -581,14 +588,14 @@ class Reconciler:
         """Report to the rollout that asks now that the item failed before and is not tried again."""
         known = self.state.known_failure(item)
         assert known is not None
-        report = state.about(
-            self._board,
+        report = reports.about(
+            self._device,
             assignment=version,
             phase=WirePhase.FAILED,
             item=item,
             running=self._running(item.instance),
             code=known.code,
-            message=f"it failed before and is not tried again until it is told to (fleet retry): {known.message}",
+            message=f"failed before, and is not tried again without `fleet retry`: {known.message}",
         )
         relabelled = msgspec.structs.replace(known, rollout=item.rollout)
         await self._apply(Transition(failure=relabelled, report=report))
@@ -598,16 +605,16 @@ class Reconciler:
     async def _enforce_violations(self) -> None:
         """Stop every item with a violation, or report once that it goes on running."""
         for each in self.state.violations:
-            committed = self.state.violated(each)
+            committed = self.state.in_force(each)
             if committed is None:
                 continue
             if self._on_revoked == "stop":
                 await self._stop(each, committed)
             elif each not in self._reported_violations:
                 await self._report_kept(each, committed)
-        kept = tuple(each for each in self.state.violations if self.state.violated(each) is not None)
+        kept = tuple(each for each in self.state.violations if self.state.in_force(each) is not None)
         if kept != self._reported_violations:
-            await self._worker(self._store.set_doubts, kept)
+            await self._db(self._store.set_doubts, kept)
             self._reported_violations = kept
 
     async def _stop(self, violation: Violation, committed: Committed) -> None:
@@ -616,13 +623,13 @@ class Reconciler:
         if phase is Phase.ROLLING_BACK or (active is not None and violation.code is RejectCode.SECURITY_EPOCH):
             return  # looked at again when that change has ended
         item = committed.item
-        report = state.about(
-            self._board,
+        report = reports.about(
+            self._device,
             assignment=committed.assignment,
             phase=WirePhase.FAILED,
             item=item,
             code=violation.code,
-            message=f"it was stopped: {violation.message}",
+            message=f"stopped: {violation.message}",
         )
         failure = FailedItem(
             instance=violation.instance,
@@ -630,7 +637,7 @@ class Reconciler:
             attempt=item.attempt,
             target=item.target,
             code=violation.code,
-            message=f"it ran and was stopped: {violation.message}",
+            message=f"ran and was stopped: {violation.message}",
             at=datetime.now(UTC),
             rollout=item.rollout,
         )
@@ -642,7 +649,7 @@ class Reconciler:
     def _stop_instance(self, instance: str, assignment: int) -> None:
         """Have the host stop an instance, beside everything else."""
         change = Change(instance=instance, assignment=assignment, state=State())
-        task = self._stops[instance] = asyncio.get_running_loop().create_task(self._carrier.stop(change))
+        task = self._stops[instance] = asyncio.get_running_loop().create_task(self._effects.stop(change))
         task.add_done_callback(functools.partial(self._stopped, instance))
 
     def _stopped(self, instance: str, task: asyncio.Task[EffectResult]) -> None:
@@ -651,14 +658,14 @@ class Reconciler:
         self.post(TimerFired())
 
     async def _report_kept(self, violation: Violation, committed: Committed) -> None:
-        report = state.about(
-            self._board,
+        report = reports.about(
+            self._device,
             assignment=committed.assignment,
             phase=WirePhase.IDLE,
             item=committed.item,
             running=committed.item.target,
             code=violation.code,
-            message=f"it goes on running, as this board's policy says: {violation.message}",
+            message=f"goes on running, as this device's policy says: {violation.message}",
         )
         await self._apply(Transition(report=report))
 

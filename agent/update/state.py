@@ -203,7 +203,7 @@ DONE: Final = EffectResult(event=Event.DONE)
 CANCELLED: Final = EffectResult(event=None)
 
 SUPERSEDED: Final = EffectResult(
-    event=Event.SUPERSEDED, code=RejectCode.SUPERSEDED, message="something else is wanted now"
+    event=Event.SUPERSEDED, code=RejectCode.SUPERSEDED, message="another version is desired now"
 )
 
 
@@ -227,7 +227,7 @@ def set_failed(phase: Phase, sibling: str) -> EffectResult:
     return EffectResult(
         event=Event.REFUSED if phase is Phase.STAGED else Event.UNWELL,
         code=RejectCode.SET_FAILED,
-        message=f"it is to be swapped together with {sibling}, which failed",
+        message=f"not swapped without {sibling} of the same atomic set, which failed",
     )
 
 
@@ -464,8 +464,8 @@ class DeploymentState:
         """Return the remembered failure of this item and attempt."""
         return None if item is None else self.failed.get((item.instance, item_key(item), item.attempt))
 
-    def violated(self, violation: Violation) -> Committed | None:
-        """Return the committed item that a violation means, unless another item is committed by now."""
+    def in_force(self, violation: Violation) -> Committed | None:
+        """Return the committed item that a violation is about; None if another one is committed by now."""
         have = self.committed.get(violation.instance)
         return have if have is not None and item_key(have.item) == violation.key else None
 

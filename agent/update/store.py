@@ -134,7 +134,7 @@ class Store:
                 self._db.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
                 raise StoreError(
-                    f"cannot write {self._path}: {error}; free space on this board, or mend its disk"
+                    f"cannot write {self._path}: {error}; free space on this device, or repair its disk"
                 ) from error
             raise
 
