@@ -464,22 +464,21 @@ class Reconciler:
     async def _settle(self) -> None:
         """Enforce violations, carry out the plan and open barriers, until none of them leads to a further step."""
         try:
-            steps = -1
+            steps, now = -1, datetime.now(UTC).timestamp()
             while steps != self._steps:
                 steps = self._steps
                 await self._enforce_violations()
-                await self._carry_out_plan()
+                await self._carry_out_plan(now)
                 await self._open_gates()
             await self._note_committed()
         except StoreError as error:
             log.error("cannot begin a change now, retry in %.0f s: %s", STORE_AGAIN_S, error)  # noqa: TRY400 - said in the message
             self._settle_later(STORE_AGAIN_S)
         else:
-            self._settle_when_due()
+            self._settle_when_due(now)
 
-    def _settle_when_due(self) -> None:
-        """Settle again when a failed item may be tried again."""
-        now = datetime.now(UTC).timestamp()
+    def _settle_when_due(self, now: float) -> None:
+        """Settle again when a failed item may be tried again that the plan of `now` had to leave."""
         times = [each.retry_at - now for each in self.state.failed.values() if each.retry_at is not None]
         due = min((seconds for seconds in times if seconds > 0), default=None)
         if due is not None:
@@ -524,14 +523,14 @@ class Reconciler:
 
     # The plan
 
-    async def _carry_out_plan(self) -> None:
+    async def _carry_out_plan(self, now: float) -> None:
         desired = self.state.desired
         if desired is None:
             return
         steps = plan(
             *self.state.planned(),
             {key: failure_of(each) for key, each in self.state.failed.items()},
-            datetime.now(UTC).timestamp(),
+            now,
         )
         if steps:
             await self._db(self._store.set_counter, "deployed", desired.version)

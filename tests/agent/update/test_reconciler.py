@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 from agent.link.https import FetchError
-from agent.update import effects
+from agent.update import effects, restore
 from agent.update.machine import Event
 from agent.update.reconciler import DownloadProgress, EffectFinished, ImageDamaged
-from agent.update.state import EffectResult, lost
+from agent.update.state import EffectResult, Violation, item_key, lost
 from agent.update.store import StoreError
 from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
@@ -344,6 +344,66 @@ async def test_an_agent_restarted_during_probation_goes_on_with_it(kit):
 
 
 @pytest.mark.asyncio
+async def test_failures_are_forgotten_in_memory_as_they_are_in_the_store(kit, monkeypatch):
+    monkeypatch.setattr("agent.update.store.FAILED_ROWS_MAX", 2)
+    async with on_a_board(kit):
+        for number, instance in enumerate(("a", "b", "c"), start=1):
+            kit.trust.trouble[V1] = [Rejected(RejectCode.REVOKED, "revoked")]
+            await kit.run(kit.assignment(number, kit.publish("1.0.0", instance=instance)))
+        remembered = {failure.failure_key for failure in kit.store.failed()}
+        assert {instance for instance, _, _ in remembered} == {"b", "c"}
+        assert kit.deployer.state.failed.keys() == remembered
+
+
+def second_record(kit):
+    return restore.read_runset(kit.places.runset, b"k" * 32)
+
+
+@pytest.mark.asyncio
+async def test_what_is_committed_stands_in_a_second_record_at_once(kit):
+    async with on_a_board(kit):
+        first, other = kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")
+        await kit.run(kit.assignment(1, first, other))
+        assert second_record(kit) == kit.committed() != ()
+        kit.carrier.stop, stop, let = held(kit.carrier.stop)
+        await kit.deployer.desire(kit.assignment(2, first))
+        await stop.wait()
+        assert [each.item.instance for each in second_record(kit)] == ["web"], "before the host is asked to stop it"
+        let.set()
+        await kit.settled()
+        reason = {"key": item_key(first), "target": first.target, "code": RejectCode.REVOKED, "message": "revoked"}
+        await kit.deployer.hold([Violation(instance="web", **reason)])
+        await kit.settled()
+        assert second_record(kit) == kit.committed() == ()
+
+
+@pytest.mark.asyncio
+async def test_the_second_record_is_made_up_for_after_a_power_cut(kit):
+    await kit.boot()
+    await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+    kit.store.cut = ("web", "committed", "after")
+    await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0")))
+    await kit.until(lambda: kit.store.dead)
+    await kit.pull_plug()
+    assert [each.item.target for each in second_record(kit)] == [V1]
+    async with on_a_board(kit):
+        await kit.settled()
+        assert [each.item.target for each in second_record(kit)] == [V2]
+
+
+def held(effect):
+    """An effect that waits: the effect, the event that it has begun, and the event that lets it go on."""
+    begun, let = asyncio.Event(), asyncio.Event()
+
+    async def waits(*arguments):
+        begun.set()
+        await let.wait()
+        return await effect(*arguments)
+
+    return waits, begun, let
+
+
+@pytest.mark.asyncio
 async def test_what_runs_already_is_told_to_the_rollout_that_asks(kit):
     async with on_a_board(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
@@ -406,6 +466,32 @@ async def test_a_bug_of_our_own_that_stays_ends_as_internal_and_is_no_verdict(ki
         assert kit.host.targets() == {"web": V1}
         (failure,) = kit.store.failed()
         assert failure.retry_at is not None, "tried again by itself"
+
+
+@pytest.mark.asyncio
+async def test_a_deployment_that_failed_by_a_bug_of_our_own_is_tried_again_later_by_itself(kit, monkeypatch):
+    monkeypatch.setattr("agent.update.machine.RETRY_MAX_S", 0.01)
+    monkeypatch.setattr("agent.update.state.RETRY_FIRST_S", 0.05)
+    async with on_a_board(kit):
+        monkeypatch.setattr(kit.carrier, "verify", broken(13, kit.carrier.verify))
+        await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0")))
+        await kit.until(lambda: kit.chain()[-1:] == ["committed"])
+        assert [(each.phase, each.code) for each in kit.reports() if each.phase == "failed"] == [
+            ("failed", RejectCode.INTERNAL)
+        ]
+        await kit.settled()
+        assert kit.store.counter("committed") == 1
+
+
+@pytest.mark.asyncio
+async def test_an_effect_is_repeated_after_a_bug_of_our_own_as_slowly_as_a_download(kit, monkeypatch):
+    asked = []
+    monkeypatch.setattr(effects, "retry_delay_s", lambda state: asked.append(state.faults) or 0.0)
+    async with on_a_board(kit):
+        monkeypatch.setattr(kit.carrier, "watch", broken(3, kit.carrier.watch))
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        assert asked == [1, 2, 3]
+        assert kit.host.targets() == {"web": V1}
 
 
 @pytest.mark.asyncio
