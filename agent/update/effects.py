@@ -124,34 +124,25 @@ class EffectRunner:
     def _artifact(self, sha256: str) -> Path:
         return self._places.artifacts / f"{sha256}.wasm"
 
-    async def run(self, effect: Effect, change: Change, context: EffectContext) -> EffectResult:  # noqa: C901, PLR0911 - a case for each effect
+    async def run(self, effect: Effect, change: Change, context: EffectContext) -> EffectResult:
         """Carry out one effect of a change.
 
-        STAGE, REMEMBER and CLOSE have nothing to carry out.
+        STAGE, REMEMBER and CLOSE have nothing to carry out, and are not asked for.
         """
         if context.after_fault and effect is not Effect.RETRY:
             await self._back_off(change)
-        match effect:
-            case Effect.FETCH:
-                return await self.fetch(change, context.progress)
-            case Effect.RETRY:
-                return await self.retry(change, context.progress)
-            case Effect.VERIFY:
-                return await self.verify(change)
-            case Effect.COMPILE:
-                return await self.compile(change)
-            case Effect.SWAP:
-                return await self.swap(change, context.together)
-            case Effect.STOP:
-                return await self.stop(change)
-            case Effect.WATCH:
-                return await (self.runs(change) if change.well else self.watch(change))
-            case Effect.COMMIT:
-                return await self.commit(change)
-            case Effect.REVERT:
-                return await self.revert(change, context.committed, context.renew)
-            case Effect.STAGE | Effect.REMEMBER | Effect.CLOSE:
-                return DONE
+        carry_out: dict[Effect, Callable[[], Awaitable[EffectResult]]] = {
+            Effect.FETCH: lambda: self.fetch(change, context.progress),
+            Effect.RETRY: lambda: self.retry(change, context.progress),
+            Effect.VERIFY: lambda: self.verify(change),
+            Effect.COMPILE: lambda: self.compile(change),
+            Effect.SWAP: lambda: self.swap(change, context.together),
+            Effect.STOP: lambda: self.stop(change),
+            Effect.WATCH: lambda: self.runs(change) if change.well else self.watch(change),
+            Effect.COMMIT: lambda: self.commit(change),
+            Effect.REVERT: lambda: self.revert(change, context.committed, context.renew),
+        }
+        return await carry_out[effect]()
 
     async def fetch(self, change: Change, progress: Callable[[int], None]) -> EffectResult:
         """Find the target in the signed metadata, judge it, and download its artifact unless it is here."""

@@ -287,7 +287,7 @@ def transition(
         result: of its effect.
         device: named in the report.
         now: seconds of the device's boot clock.
-        at: wall clock, for the report and for what is stored.
+        at: time of day, for the report and the stored values.
         committed: committed item of the same instance.
         known: earlier failure of the same item and attempt.
 
