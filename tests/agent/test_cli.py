@@ -347,7 +347,7 @@ def test_the_agent_loads_neither_wasmtime_nor_what_is_heavy(module):
     assert not loaded & {"wasmtime", "httpx", "rich", "click", "urllib3", "requests", "starlette", "sqlite_utils"}
     # Of the host's package the agent knows the protocol, and nothing else.
     host = {name for name in done.stdout.splitlines() if name.startswith("agent.host.")}
-    assert host == {"agent.host.ipc", "agent.host.ipc.host_api"}
+    assert host == {"agent.host.ipc", "agent.host.ipc.framing", "agent.host.ipc.host_api"}
 
 
 def test_showing_what_runs_loads_neither_mqtt_nor_tuf():

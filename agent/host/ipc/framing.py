@@ -1,8 +1,10 @@
-"""SEQPACKET packets with descriptors; socket pairs."""
+"""SEQPACKET packets with descriptors; socket pairs; sealed memory that is passed along."""
 
 import array
+import fcntl
 import os
 import socket
+from collections.abc import Iterable
 from typing import Final
 
 PACKET_MAX_BYTES: Final = 160 * 1024
@@ -11,12 +13,36 @@ FDS_MAX: Final = 36
 
 
 class GoneError(Exception):
-    """The other side closed, or sent what is no message."""
+    """The other side closed, or sent something that is no message."""
+
+
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def sealed_memfd(name: str, size: int) -> int:
+    """Return a memfd of this size, sealed so that nobody who gets it can pull its pages from under another's mapping.
+
+    Its content stays writable.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """A socket pair of the type this protocol speaks."""
+    """Return a socket pair of the type that packets need."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that came with a packet and that nobody wants."""
+    for fd in fds:
+        os.close(fd)
 
 
 def send_packet(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
@@ -25,26 +51,27 @@ def send_packet(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> 
     sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
 
 
-def receive_packet(sock: socket.socket) -> tuple[bytes, tuple[int, ...]]:
-    """One packet and its descriptors, which the caller owns.
+def receive_packet(
+    sock: socket.socket, *, max_bytes: int = PACKET_MAX_BYTES, max_fds: int = FDS_MAX
+) -> tuple[bytes, tuple[int, ...]]:
+    """Receive one packet and its descriptors, which the caller owns.
 
     Raises:
         GoneError: closed, or cut short.
         BlockingIOError: nothing there on a non-blocking socket.
     """
-    space = socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)
+    space = socket.CMSG_SPACE(max_fds * array.array("i").itemsize)
     try:
-        data, rights, flags, _ = sock.recvmsg(PACKET_MAX_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+        data, rights, flags, _ = sock.recvmsg(max_bytes, space, socket.MSG_CMSG_CLOEXEC)
     except BlockingIOError:
         raise
     except OSError as error:
-        raise GoneError(str(error)) from error
+        raise GoneError(f"cannot reach the other side: {error.strerror}") from error
     fds = array.array("i")
     for level, kind, payload in rights:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or (not data and not fds):
-        for fd in fds:
-            os.close(fd)
+        close_all(fds)
         raise GoneError("the other side closed the connection" if not data else "a packet larger than is allowed")
     return data, tuple(fds)

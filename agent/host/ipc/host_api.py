@@ -10,7 +10,6 @@ Requests are idempotent by (instance, generation): the generation grows with eve
 instance, and asking for what already is answers at once. Secrets stand in no packet: they come in a descriptor.
 """
 
-import array
 import asyncio
 import os
 import socket
@@ -22,6 +21,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from agent.host.ipc import framing
 from fleet.protocol import wire
 from fleet.protocol.bounds import Count, Port
 from fleet.protocol.codes import InstanceState, RejectCode
@@ -387,8 +387,7 @@ def _close(packet: Packet) -> None:
 
 
 def _send(sock: socket.socket, data: bytes, fd: int | None) -> None:
-    rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-    sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+    framing.send_packet(sock, data, () if fd is None else (fd,))
 
 
 def encode(message: Request | FromHost) -> bytes:
@@ -417,23 +416,11 @@ def send(sock: socket.socket, message: Request | FromHost, fd: int | None = None
 
 def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
     try:
-        data, rights, flags, _ = sock.recvmsg(PACKET_MAX_BYTES + 1, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        raise IpcError(f"cannot reach the other side: {error.strerror}") from error
-    fds = array.array("i")
-    for level, kind, payload in rights:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    for extra in fds[1:]:
-        os.close(extra)
-    fd = fds[0] if fds else None
-    if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        if fd is not None:
-            os.close(fd)
-        raise IpcError("the other side closed the connection" if not data else "a packet larger than is allowed")
-    return data, fd
+        data, fds = framing.receive_packet(sock, max_bytes=PACKET_MAX_BYTES, max_fds=1)
+    except framing.GoneError as error:
+        raise IpcError(str(error)) from error
+    framing.close_all(fds[1:])  # there is room for a second one, by alignment
+    return data, fds[0] if fds else None
 
 
 def receive_request(sock: socket.socket) -> tuple[Request, int | None]:

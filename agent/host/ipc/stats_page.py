@@ -5,14 +5,13 @@ Single writer; a reader may see a call half counted, which figures bear.
 """
 
 import bisect
-import fcntl
 import itertools
 import mmap
-import os
 import struct
 from dataclasses import dataclass, field
 from typing import Final
 
+from agent.host.ipc.framing import sealed_memfd
 from fleet.protocol.bounds import NUMBER_MAX
 from fleet.protocol.codes import CallOutcome
 from fleet.protocol.messages import LATENCY_BOUNDS_MS
@@ -39,8 +38,6 @@ _U64: Final = struct.Struct("=Q")
 
 _U32: Final = struct.Struct("=I")
 
-_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
 
 def count_of(value: int) -> int:
     """A figure as a message may hold it: the largest that one can stands for all beyond it."""
@@ -49,10 +46,7 @@ def count_of(value: int) -> int:
 
 def create_page(name: str) -> int:
     """The descriptor of a new page, all zero."""
-    fd = os.memfd_create(f"figures-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, SIZE)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    return fd
+    return sealed_memfd(f"figures-{name}", SIZE)
 
 
 @dataclass(frozen=True, slots=True)
