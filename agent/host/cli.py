@@ -1,4 +1,4 @@
-"""`fleet-host`: run the board's wasm host, or say what this board can contain."""
+"""`fleet-host`: run the device's wasm host, or check its engine and isolation layers."""
 
 import argparse
 import asyncio
@@ -15,7 +15,7 @@ from typing import Final
 from agent.host.ipc import host_api
 from agent.host.sandbox import sandbox
 from agent.host.supervisor import worker_pool
-from agent.host.supervisor.supervisor import VERSION, HostError, HostSettings, Supervisor, TakenError, WallsError
+from agent.host.supervisor.supervisor import VERSION, HostError, HostSettings, IsolationError, Supervisor, TakenError
 from fleet.protocol.bounds import MIB
 
 _DEFAULT_RUNTIME: Final = "/run/wasmfleet"
@@ -37,15 +37,15 @@ def _address(text: str) -> tuple[str, int] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fleet-host", description="The wasm host of a board.")
+    parser = argparse.ArgumentParser(prog="fleet-host", description="The wasm host of a device.")
     parser.add_argument("--version", action="version", version=f"fleet-host {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="run components, as the agent says")
+    run = commands.add_parser("run", help="run components, as the agent commands")
     run.add_argument(
         "--runtime", type=Path, default=_DEFAULT_RUNTIME, metavar="DIR", help="sockets; default %(default)s"
     )
     run.add_argument(
-        "--state", type=Path, default=_DEFAULT_STATE, metavar="DIR", help="what it keeps; default %(default)s"
+        "--state", type=Path, default=_DEFAULT_STATE, metavar="DIR", help="files that it keeps; default %(default)s"
     )
     run.add_argument(
         "--ingress",
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_layers,
         default=frozenset(),
         metavar="LAYERS",
-        help="run no component unless these layers hold: baseline (all but landlock and cgroup), all, none, "
+        help="run no component unless these isolation layers hold: baseline (all but landlock and cgroup), all, none, "
         "or names joined by commas (see fleet-host check)",
     )
     run.add_argument(
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_layers,
         default=frozenset(),
         metavar="LAYERS",
-        help=f"do not start unless these hold, but end with status {_STATUS_BELOW_MINIMUM}; named as for --require",
+        help=f"do not start unless these hold: exit with status {_STATUS_BELOW_MINIMUM}; named as for --require",
     )
     run.add_argument(
         "--agent-group",
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GROUP",
         help="a group whose members may command this host, beside root and its own user",
     )
-    commands.add_parser("check", help="say what engine and what containment this board has")
+    commands.add_parser("check", help="show the engine and the isolation layers of this device")
     return parser
 
 
@@ -113,7 +113,7 @@ def _own_directory(path: Path, what: str, mode: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Run the command; return its exit status."""
     options = _parser().parse_args(arguments)
     if options.command == "check":
         return check()
@@ -133,13 +133,13 @@ def main(arguments: list[str] | None = None) -> int:
     except HostError as error:
         sys.stderr.write(f"fleet-host: {error}\n")
         if not isinstance(error, TakenError):
-            _leave_word(options.runtime, str(error))
-        return _STATUS_BELOW_MINIMUM if isinstance(error, WallsError) else 1
+            _write_reason(options.runtime, str(error))
+        return _STATUS_BELOW_MINIMUM if isinstance(error, IsolationError) else 1
     return 0
 
 
-def _leave_word(runtime: Path, why: str) -> None:
-    """For the agent, which has nobody to ask as long as no host runs."""
+def _write_reason(runtime: Path, why: str) -> None:
+    """Write down why the host does not start, for the agent, which has nobody to ask as long as no host runs."""
     with contextlib.suppress(OSError):
         path = runtime / host_api.WHY_NOT
         path.write_text(why + "\n", encoding="utf-8")
@@ -147,7 +147,7 @@ def _leave_word(runtime: Path, why: str) -> None:
 
 
 def check() -> int:
-    """Print the engine and the containment of this board; 1 where components cannot run at all."""
+    """Print the engine and the isolation layers of this device; return 1 where components cannot run at all."""
     describe = [*worker_pool.python_argv("agent.host.compiler"), "--describe"]
     done = subprocess.run(describe, capture_output=True, text=True, check=False, timeout=120)
     facts = json.loads(done.stdout) if done.returncode == 0 else {}
@@ -156,10 +156,10 @@ def check() -> int:
         reserved, guard = (int(part) for part in facts["memory"].split("+"))
         print(f"memories     {reserved // MIB} MiB reserved and {guard // MIB} MiB guarded for each")
     else:
-        print("engine       none for this board: components are refused")
+        print("engine       none for this device: components are refused")
     layers = sandbox.probe()
     here = sandbox.way(os.geteuid(), layers)
-    print(f"containment  of lanes, by how the host is run; tried here, as a {here}:")
+    print(f"isolation    of workers, by how the host is run; tried here, as a {here}:")
     print("\n".join(sandbox.isolation_report(here, layers)))
     return 0 if facts else 1
 

@@ -12,9 +12,9 @@ from fleet.protocol.manifest import Grants
 
 
 class RouteUpdate(msgspec.Struct, frozen=True, tag="set"):
-    """An instance is there, and answers or not. Answered with `Ack`.
+    """Add or change a route: the instance answers or not. Answered with `RouteAcknowledged`.
 
-    `spread`: it may have several lanes, so each request asks anew for one that is free.
+    `spread`: the instance may have several workers, so each request asks anew for one that is free.
     """
 
     instance: str
@@ -24,14 +24,14 @@ class RouteUpdate(msgspec.Struct, frozen=True, tag="set"):
 
 
 class RouteRemove(msgspec.Struct, frozen=True, tag="unset"):
-    """An instance is gone. Answered with `Ack`."""
+    """Remove the route of an instance. Answered with `RouteAcknowledged`."""
 
     instance: str
     id: Count = 0
 
 
 class RouteAcknowledged(msgspec.Struct, frozen=True):
-    """The message with this id is heeded from now on."""
+    """Reply to the message with this id: it is in effect."""
 
     id: Count
 
@@ -44,7 +44,7 @@ CONNECT_MAX_S: Final = 30.0
 
 
 class RegisterWorker(msgspec.Struct, frozen=True, tag="admit"):
-    """The socket that comes along is a lane's, of this instance with these grants."""
+    """Admit a worker of this instance with these grants; it asks on the socket that comes along."""
 
     instance: str
     outbound: tuple[str, ...]
@@ -52,7 +52,7 @@ class RegisterWorker(msgspec.Struct, frozen=True, tag="admit"):
 
 
 class ConnectRequest(msgspec.Struct, frozen=True):
-    """A lane's question: a connection to this place, within `timeout_ms`. Answered by `Told`, with a socket if `ok`."""
+    """Worker's request for a connection to this place, within `timeout_ms`. Answered with `ConnectReply`."""
 
     id: Count
     scheme: str
@@ -61,7 +61,7 @@ class ConnectRequest(msgspec.Struct, frozen=True):
 
 
 class ConnectReply(msgspec.Struct, frozen=True):
-    """The answer.
+    """Reply to `ConnectRequest`; the connected socket comes along unless there is an error.
 
     Attributes:
         error: a case of `wasi:http/types.error-code` by its name, empty when the socket comes along.
@@ -74,7 +74,7 @@ class ConnectReply(msgspec.Struct, frozen=True):
 
 
 class RefusedError(Exception):
-    """There is no connection; `error` names a case of `wasi:http/types.error-code`."""
+    """Connection refused; `error` names a case of `wasi:http/types.error-code`."""
 
     def __init__(self, error: str, why: str) -> None:
         super().__init__(why)
@@ -87,10 +87,10 @@ PROHIBITED: Final = "destination-IP-prohibited"
 
 
 def check_grant(grants: Grants, scheme: str, authority: str) -> tuple[str, int]:
-    """The host and port to connect to; a neighbour on the board as `<name>.internal` and port 80.
+    """Return the host and port to connect to; a neighbour on the device is `<name>.internal`, port 80.
 
     Raises:
-        RefusedError: it is no place, or not granted.
+        RefusedError: the authority is malformed, or not granted.
     """
     try:
         host, port = outbound.place(scheme, authority)
@@ -107,7 +107,7 @@ def check_grant(grants: Grants, scheme: str, authority: str) -> tuple[str, int]:
 
 
 def filter_addresses(grants: Grants, scheme: str, host: str, port: int, addresses: list[str]) -> list[str]:
-    """Those of the addresses that may be connected to, in order.
+    """Return those of the addresses that may be connected to, in order.
 
     Raises:
         RefusedError: there are none.

@@ -1,6 +1,4 @@
-"""Agent and host: requests, replies, events; StartError; text fit for reports.
-
-What the agent and the host say to each other, and how: this module is all that either knows of the other.
+"""Protocol of agent and host: requests, replies, events. All that either knows of the other.
 
 A Unix socket of type SOCK_SEQPACKET: one packet is one message, JSON by msgspec, with the descriptor that belongs to
 it, if any (SCM_RIGHTS). The host listens; the agent, or `fleet-agent restore`, connects. Each request carries an `id`
@@ -33,30 +31,30 @@ PACKET_MAX_BYTES: Final = 160 * 1024
 _ENTRIES_MAX_BYTES: Final = 128 * 1024
 
 WHY_NOT: Final = "host.why"
-"""Beside the host's socket: why it did not start the last time, in one sentence; not there once it has."""
+"""File beside the host's socket: why it did not start the last time, in one sentence; removed once it has."""
 
 _WHY_NOT_MAX_CHARS: Final = 500
 
 CHECK_WAIT_S: Final = 60.0
-"""How long `Status` waits for a health check: half of what the agent waits for any answer (`hostlink.REQUEST_S`)."""
+"""Longest wait of `Status` for a health check: half of what the agent waits for any answer."""
 
 T = TypeVar("T")
 
 
 class IpcError(Exception):
-    """The other side is gone, or sent what this program does not understand."""
+    """The other side is gone, or sent something that this program does not understand."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run: everything the host needs to know of an instance.
+    """Order to run an instance: everything the host needs to know of it.
 
     Attributes:
         target: TUF target path, for people and reports.
-        grants, limits: already narrowed by operator and board policy.
+        grants, limits: already narrowed by operator and device policy.
         port: own port on the ingress address, None for the shared port under `/<instance>/`.
         data: the instance's own directory, empty for none.
-        share_lane: whether the operator lets it share a lane with other instances of its publisher.
-        secrets: names of its secrets, whose values were entrusted to the host before.
+        share_lane: whether the operator lets it share a worker with other instances of its publisher.
+        secrets: names of its secrets, whose values came with `PutSecrets` before.
     """
 
     instance: str
@@ -73,7 +71,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """Who is there, and what runs, from the instance after this one on. Answered with `Welcome`."""
+    """Ask for the host's state and what runs, from the instance after `after` on. Answered with `Welcome`."""
 
     id: Count
     after: str = ""
@@ -100,8 +98,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 class PutSecrets(msgspec.Struct, frozen=True, kw_only=True, tag="entrust"):
     """Hold secrets for the start of this generation, which follows. Answered with `Done`.
 
-    A sealed memfd comes along, with the values by name as a JSON object. The host hands it to the generation's lanes
-    and never reads it: no process that it forks has a value in its memory but the lanes that it is for.
+    A sealed memfd comes along, with the values by name as a JSON object. The host hands it to the generation's
+    workers and never reads it: no process that it forks has a value in its memory but the workers that it is for.
     """
 
     id: Count
@@ -126,7 +124,7 @@ class Revert(msgspec.Struct, frozen=True, kw_only=True, tag="revert"):
 
 
 class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
-    """Stop the instance: drain, then end its lanes. Answered with `Done`, also when it does not run."""
+    """Stop the instance: drain, then end its workers. Answered with `Done`, also when it does not run."""
 
     id: Count
     instance: str
@@ -140,11 +138,11 @@ class Restart(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
-    """The figures of every instance, from the one after this one on. Answered with `Figures`.
+    """Ask for the figures of every instance, from the one after `after` on. Answered with `HostStats`.
 
     Attributes:
         check: an instance whose health check is asked first, so that its figures have the answer; empty for none.
-            An instance without a lane that runs, or that does not answer within `CHECK_WAIT_S`, counts no question.
+            An instance without a worker that runs, or that does not answer within `CHECK_WAIT_S`, counts no question.
     """
 
     id: Count
@@ -153,7 +151,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
 
 
 class Logs(msgspec.Struct, frozen=True, kw_only=True, tag="logs"):
-    """The last log lines of an instance. Answered with `Lines`."""
+    """Ask for the last log lines of an instance. Answered with `Lines`."""
 
     id: Count
     instance: str
@@ -163,7 +161,7 @@ Request = Hello | PutSecrets | Start | Commit | Revert | Stop | Restart | Status
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance as the host has it; `previous` is the generation kept warm, None for none."""
+    """Instance that runs; `previous` is the generation kept warm, None for none."""
 
     instance: str
     generation: Count
@@ -173,12 +171,12 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
-    """The host's own state.
+    """Reply to `Hello`: the host's own state.
 
     Attributes:
         session: differs after each start of the host.
         engine: wasmtime's version, empty where the host has no engine.
-        containment: layer -> whether it holds.
+        containment: isolation layer -> whether it holds.
         runs_as: which of the ways of running a host this is, as `fleet-host check` names them.
         ingress: address of the shared HTTP port, `127.0.0.1:8080`; empty while no router runs.
         more: whether there are more instances than fit; ask again, after the last of these.
@@ -196,7 +194,12 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
-    """It takes calls; `replaced` is the generation now kept warm, `swap_ms` how long the handover took."""
+    """Reply to `Start` and `Revert`: calls go to this generation.
+
+    Attributes:
+        replaced: the generation now kept warm, None for none.
+        swap_ms: duration of the handover.
+    """
 
     id: Count
     instance: str
@@ -206,7 +209,7 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """It could not be done, and nothing changed."""
+    """Failure reply: nothing changed."""
 
     id: Count
     code: RejectCode
@@ -215,13 +218,13 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
-    """It is so."""
+    """Generic success reply."""
 
     id: Count
 
 
 class HostStats(msgspec.Struct, frozen=True, kw_only=True, tag="figures"):
-    """Every instance's health; `written_bytes` to disk by the host, `more` as in `Welcome`."""
+    """Reply to `Status`: health by instance; `written_bytes` by the host itself, `more` as in `Welcome`."""
 
     id: Count
     instances: tuple[InstanceHealth, ...]
@@ -230,7 +233,7 @@ class HostStats(msgspec.Struct, frozen=True, kw_only=True, tag="figures"):
 
 
 class Lines(msgspec.Struct, frozen=True, kw_only=True, tag="lines"):
-    """The last log lines, oldest first, at most 50 and 16 KiB; `count` of the instance since it began here."""
+    """Reply to `Logs`: the last lines, oldest first, at most 50 and 16 KiB; `count` of all since the instance began."""
 
     id: Count
     lines: tuple[str, ...] = ()
@@ -276,7 +279,7 @@ _from_host: Final[msgspec.json.Decoder[FromHost]] = msgspec.json.Decoder(FromHos
 
 
 def why_not(runtime: Path) -> str:
-    """Why no host runs here, in its own words; empty where it has not said."""
+    """Return why no host runs here, in its own words; empty where it has not said."""
     try:
         text = (runtime / WHY_NOT).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -285,7 +288,7 @@ def why_not(runtime: Path) -> str:
 
 
 def page(entries: Iterable[T]) -> tuple[tuple[T, ...], bool]:
-    """The first entries, as many as fit in a message, and whether there are more."""
+    """Return the first entries, as many as fit in a message, and whether there are more."""
     kept: list[T] = []
     size = 0
     for entry in entries:
@@ -424,7 +427,7 @@ def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
 
 
 def receive_request(sock: socket.socket) -> tuple[Request, int | None]:
-    """The next request and its descriptor, which the caller owns.
+    """Receive the next request and its descriptor, which the caller owns.
 
     Raises:
         IpcError: closed, or not a request.
@@ -440,7 +443,7 @@ def receive_request(sock: socket.socket) -> tuple[Request, int | None]:
 
 
 def receive_from_host(sock: socket.socket) -> FromHost:
-    """The host's next reply or event.
+    """Receive the host's next reply or event.
 
     Raises:
         IpcError: closed, or not a message of the host's.
@@ -456,12 +459,12 @@ def receive_from_host(sock: socket.socket) -> FromHost:
 
 
 def new_socket() -> socket.socket:
-    """A new socket of the type this protocol speaks."""
+    """Return a new socket of the type that this protocol needs."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
 
 
 class StartError(Exception):
-    """It could not be started, and nothing changed."""
+    """Exception form of `Failed`: nothing changed."""
 
     def __init__(self, code: RejectCode, message: str) -> None:
         super().__init__(message)
@@ -470,10 +473,10 @@ class StartError(Exception):
 
 _MESSAGE_MAX_CHARS: Final = 4096
 
-# What moves a terminal's cursor, and grows sixfold in JSON: a report of it would be too large to be taken.
+# Characters that move a terminal's cursor, and grow sixfold in JSON: a report of it would be too large to be taken.
 _CONTROLS: Final = dict.fromkeys({*range(32), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")}, "\N{REPLACEMENT CHARACTER}")
 
 
 def plain(text: str, most_chars: int = _MESSAGE_MAX_CHARS) -> str:
-    """What a guest or its engine says, fit for reports and terminals: no control characters, and not more than that."""
+    """Return text of a guest or its engine fit for reports and terminals: shortened, without control characters."""
     return text[:most_chars].translate(_CONTROLS)

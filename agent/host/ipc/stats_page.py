@@ -1,6 +1,6 @@
-"""A lane's figures in one shared page: the lane writes, the supervisor reads without waking it.
+"""Page of a worker's figures in shared memory: the worker writes, the supervisor reads without waking it.
 
-A page is a memfd of fixed size (sealed against resizing, so that no lane can pull it from under the supervisor).
+A page is a memfd of fixed size (sealed against resizing, so that no worker can pull it from under the supervisor).
 Single writer; a reader may see a call half counted, which figures bear.
 """
 
@@ -40,18 +40,18 @@ _U32: Final = struct.Struct("=I")
 
 
 def count_of(value: int) -> int:
-    """A figure as a message may hold it: the largest that one can stands for all beyond it."""
+    """Return a figure as a message may hold it: the largest one stands for all beyond it."""
     return min(value, NUMBER_MAX)
 
 
 def create_page(name: str) -> int:
-    """The descriptor of a new page, all zero."""
+    """Return the descriptor of a new page, all zero."""
     return sealed_memfd(f"figures-{name}", SIZE)
 
 
 @dataclass(frozen=True, slots=True)
 class CallStats:
-    """What a page says: calls by outcome, answers of 500 and above, the last latencies in microseconds."""
+    """Figures of a page: calls by outcome, answers of 500 and above, the last latencies in microseconds."""
 
     calls: dict[str, int] = field(default_factory=dict)
     errors: int = 0
@@ -63,7 +63,7 @@ class CallStats:
     cpu_ns: int = 0
 
     def plus(self, other: "CallStats") -> "CallStats":
-        """Both together; the newer latencies are `other`'s."""
+        """Return the sum of both; the newer latencies are `other`'s."""
         calls = dict(self.calls)
         for outcome, count in other.calls.items():
             calls[outcome] = count_of(calls.get(outcome, 0) + count)
@@ -78,12 +78,12 @@ class CallStats:
         )
 
     def percentile_us(self, share: float) -> int:
-        """The latency that `share` of the last calls stayed within; 0 without calls."""
+        """Return the latency that `share` of the last calls stayed within; 0 without calls."""
         ordered = sorted(self.latencies_us)
         return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0
 
     def spread(self) -> tuple[int, ...]:
-        """How many of the last calls took up to each of `LATENCY_BOUNDS_MS`, and longer; nothing without calls."""
+        """Return how many of the last calls took up to each of `LATENCY_BOUNDS_MS`, and longer; empty without calls."""
         ordered = sorted(self.latencies_us)
         upto = [bisect.bisect_right(ordered, bound_ms * 1000) for bound_ms in LATENCY_BOUNDS_MS]
         counts = (after - before for before, after in itertools.pairwise((0, *upto, len(ordered))))
@@ -112,7 +112,7 @@ class StatsPage:
         _U64.pack_into(self._map, _NUMBER, 0)
 
     def end(self, outcome: CallOutcome, us: int | None = None, *, error: bool = False) -> None:
-        """A call has ended after `us` microseconds of guest time (None: the guest was not entered)."""
+        """Count a call that ended after `us` microseconds of guest time (None: the guest was not entered)."""
         _U64.pack_into(self._map, _BEGAN, 0)
         self._add(_COUNTS + 8 * _OUTCOMES.index(outcome))
         if error:
@@ -122,33 +122,33 @@ class StatsPage:
             _U32.pack_into(self._map, _LATENCIES + 4 * ((calls - 1) % _RING), min(us, 0xFFFFFFFF))
 
     def sent(self, denied: bool) -> None:  # noqa: FBT001 - which of two it counts
-        """A request that the guest wanted to send: sent or tried, or `denied`."""
+        """Count a request that the guest wanted to send: sent or tried, or `denied`."""
         self._add(_DENIED if denied else _OUTGOING)
 
     def dropped(self, lines: int) -> None:
-        """So many log lines went over the limit."""
+        """Count log lines over the limit."""
         self._add(_DROPPED, lines)
 
     def denied(self) -> None:
-        """Something that the guest asked of the host was refused."""
+        """Count a call of the guest to the host that was denied."""
         self._add(_DENIED)
 
     def spent(self, cpu_ns: int) -> None:
-        """The guest has had so much more of the processor's time."""
+        """Add processor time of the guest."""
         self._add(_CPU, cpu_ns)
 
     def began_ns(self) -> int:
-        """When the call in flight began, by the monotonic clock; 0 for none."""
+        """Return when the call in flight began, by the monotonic clock; 0 for none."""
         value: int = _U64.unpack_from(self._map, _BEGAN)[0]
         return value
 
     def number(self) -> int:
-        """Give the number of the call in flight; 0 for none."""
+        """Return the number of the call in flight; 0 for none."""
         value: int = _U64.unpack_from(self._map, _NUMBER)[0]
         return value
 
     def _count(self, at: int) -> int:
-        """A figure, as far as one can be: who is beyond its sandbox may write there whatever it likes."""
+        """Return a figure within its bounds: code that broke out of its sandbox may write anything there."""
         return count_of(self._raw(at))
 
     def _raw(self, at: int) -> int:
@@ -156,7 +156,7 @@ class StatsPage:
         return value
 
     def read(self) -> CallStats:
-        """The figures now."""
+        """Return the figures now."""
         counts = [self._count(_COUNTS + 8 * number) for number in range(len(_OUTCOMES))]
         calls = self._count(_CALLS)
         return CallStats(
@@ -171,5 +171,5 @@ class StatsPage:
         )
 
     def close(self) -> None:
-        """Unmap it."""
+        """Unmap the page."""
         self._map.close()

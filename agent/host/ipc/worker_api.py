@@ -1,57 +1,51 @@
-"""Supervisor, zygote and worker: messages; token bucket for both ends.
+"""Messages between supervisor, zygote and worker: one packet, one message, with the descriptors that belong to it.
 
-What the supervisor and a lane say to each other: one packet, one message, with the descriptors that belong to it.
-
-The lane's end of this socket is all that it has of the world, beside the connections of its clients. A lane trusts the
-supervisor; the supervisor trusts nothing a lane says further than that lane's own figures and log.
+The worker's end of this socket is all that it has of the world, beside the connections of its clients. A worker trusts
+the supervisor; the supervisor trusts nothing a worker says further than that worker's own figures and log.
 
 Each `Request` carries an `id`, and its `Reply` echoes it. The field has a default and unknown fields are ignored: after
-an upgrade, a supervisor from before it gives no ids to the lanes of a new zygote, and reads none. A reply without an id
-belongs to the request that has waited longest for one of its type.
-
-So many a minute, saved up for at most a minute: what a lane may log and tell, kept on both sides of its socket.
+an upgrade, a supervisor from before it gives no ids to the workers of a new zygote, and reads none. A reply without an
+id belongs to the request that has waited longest for one of its type.
 """
 
-import os
 import socket
 import time
 from typing import Final
 
 import msgspec
 
-from agent.host.ipc.framing import GoneError, receive_packet, send_packet
+from agent.host.ipc.framing import GoneError, close_all, receive_packet, send_packet
 from fleet.protocol import wire
 from fleet.protocol.bounds import Count
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
 FAULTS_A_MINUTE: Final = 300
-"""How many faults a lane tells one by one; all are counted."""
+"""Faults that a worker reports one by one; all are counted."""
 
 _OTHERS_A_MINUTE: Final = 2500
 
 ABANDONED: Final = 75
-"""Exit status of a lane with a call past a limit whose supervisor has closed the socket: EX_TEMPFAIL of sysexits.h."""
+"""Exit status of a worker whose call went past a limit after its slot had left: EX_TEMPFAIL of sysexits.h."""
 
 IMAGES_MAX: Final = 32
-"""How many different images one shared lane may have open."""
+"""Images that one shared worker may have open."""
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
-    """First of all, with two descriptors: the image's memfd and the figures' page.
+    """First message: set the instance up. Answered with `Ready` or `Refused`.
 
-    Then, as far as there are such: the page of what is written to its data, the socket on which the egress is asked,
-    the memfd of its secrets.
-
-    To a seat of a shared lane the figures' page comes alone, since the image was opened before the cell was shut.
+    Descriptors, in this order: memfd of the image, page of figures; then, as far as there are such: quota page, socket
+    to the egress, memfd of the secrets. A slot in a shared worker gets no image, since that was opened before the
+    sandbox was shut.
 
     Attributes:
-        uid: what to become, None to stay.
-        data: its data directory, empty for none.
-        place: where to count what is written there.
-        image: in a shared lane, which of its images.
-        egress: whether it may ask the egress.
-        secrets: whether it has secrets: a JSON object of values by name. Not in a shared lane.
+        uid: user to become, None to stay.
+        data: data directory, empty for none.
+        place: the worker's place in the quota page.
+        image: in a shared worker, which of its images.
+        egress: whether the socket to the egress comes along.
+        secrets: whether secrets come along: a JSON object of values by name. Not in a shared worker.
     """
 
     instance: str
@@ -68,34 +62,34 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
 
 
 class OpenShared(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
-    """First of all, for a lane that several instances share: shut the cell, with these images mapped before.
+    """First message to a shared worker: map these images, then shut the sandbox. Answered with `Opened` or `Refused`.
 
-    The images' memfds come along. Answered with `Opened`; from then on each `Seat` is an instance more.
+    The images' memfds come along. From then on each `AddSlot` is a further instance.
 
     Attributes:
-        images: what each image is called in a `Setup`.
+        images: name of each image in a `Setup`.
         limits: the largest of any instance in it.
-        seats: how many instances at most.
+        slots: instances at most.
     """
 
     images: tuple[str, ...]
     limits: Limits
-    seats: Count
+    slots: Count = msgspec.field(name="seats")
     uid: Count | None = None
     id: Count = 0
 
 
 class AddSlot(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
-    """An instance more in a shared lane: the control socket that comes along is its own, and speaks like a lane's.
+    """Add an instance to a shared worker: the control socket that comes along is its own, and speaks like a worker's.
 
-    When it closes, that instance is ended, and nothing else.
+    Its end ends that instance, and nothing else.
     """
 
 
 class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
     """Accept connections from the listener that comes along.
 
-    Behind it come, where there may be several lanes, both ends of the queue for clients that wait behind a long call.
+    Behind it come, where there may be several workers, both ends of the queue for clients that wait behind a long call.
     """
 
 
@@ -127,9 +121,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
 
 
 class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag="save-state"):
-    """Have the guest save its state into the memfd that comes along, and answer nobody until `HandOver` or `Resume`.
+    """Have the guest save its state into the memfd that comes along, and answer nobody until `Drain` or `Resume`.
 
-    Answered with `StateSaved`; with a problem in it, the lane goes on by itself.
+    Answered with `StateSaved`; with a problem in it, the worker goes on by itself.
     """
 
     id: Count = 0
@@ -147,7 +141,7 @@ class Resume(msgspec.Struct, frozen=True, kw_only=True, tag="resume"):
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
-    """Answer with `Probed`: whether the lane still listens."""
+    """Answer with `Probed`, in turn: calls and tasks before it have ended then."""
 
     id: Count = 0
 
@@ -158,11 +152,11 @@ ToWorker = Request | AddSlot | Serve | AcceptConnections | Resume
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The guest is instantiated in its cell. A descriptor of the lane's own memory figures comes along if there is one.
+    """The guest is instantiated in its sandbox. A descriptor of the worker's memory figures comes along if it has one.
 
     Attributes:
-        kinds: what it exports (`agent.host.engine.runtime.HANDLER` and so on).
-        layers: containment layer -> whether it holds in this lane.
+        kinds: exports of the guest (`agent.host.engine.runtime.HANDLER` and so on).
+        layers: isolation layer -> whether it holds in this worker.
     """
 
     kinds: tuple[str, ...]
@@ -171,14 +165,14 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
-    """The shared lane's cell is shut. A descriptor of its memory figures comes along if there is one."""
+    """The shared worker's sandbox is shut. A descriptor of its memory figures comes along if there is one."""
 
     layers: dict[str, bool]
     id: Count = 0
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
-    """It could not be set up; the lane ends."""
+    """The worker could not be set up, and ends."""
 
     code: RejectCode
     message: str
@@ -186,7 +180,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
 
 
 class HandedOver(msgspec.Struct, frozen=True, kw_only=True, tag="handed-over"):
-    """Nothing is left with this lane; `cut` connections were closed at the deadline."""
+    """Connections handed over: none is left; `cut` of them were closed at the deadline."""
 
     passed: Count
     cut: Count = 0
@@ -208,7 +202,7 @@ class Ran(msgspec.Struct, frozen=True, kw_only=True, tag="ran"):
 
 
 class StateSaved(msgspec.Struct, frozen=True, kw_only=True, tag="state-saved"):
-    """How many bytes the state has, or why there is none."""
+    """Length of the state in bytes, or why there is none."""
 
     length: Count = 0
     problem: str | None = None
@@ -216,14 +210,14 @@ class StateSaved(msgspec.Struct, frozen=True, kw_only=True, tag="state-saved"):
 
 
 class StateLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="state-loaded"):
-    """None for loaded."""
+    """Outcome of a load: None for loaded."""
 
     problem: str | None = None
     id: Count = 0
 
 
 class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
-    """It listens."""
+    """Reply to `Probe`."""
 
     id: Count = 0
 
@@ -242,14 +236,14 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag="fault"):
 
 
 class Busy(msgspec.Struct, frozen=True, kw_only=True, tag="busy"):
-    """A call has been in flight for a while: another lane would be of use."""
+    """A call has been in flight for a while: another worker would be of use."""
 
 
 class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
-    """A call is past a limit and stands still in the host: only ending the lane helps, if it is still in flight.
+    """A call is past a limit and stands still in the host: only ending the worker helps, if it is still in flight.
 
     Attributes:
-        call: its number, as the page of figures has it while it is in flight.
+        call: number of the call, as the page of figures has it while it is in flight.
     """
 
     call: Count
@@ -260,18 +254,18 @@ Reply = Ready | Opened | Refused | HandedOver | Checked | Ran | Probed | StateSa
 
 FromWorker = Reply | Line | Fault | Busy | Overdue
 
-_to_lane: Final[msgspec.json.Decoder[ToWorker]] = msgspec.json.Decoder(ToWorker)
+_to_worker: Final[msgspec.json.Decoder[ToWorker]] = msgspec.json.Decoder(ToWorker)
 
-_from_lane: Final[msgspec.json.Decoder[FromWorker]] = msgspec.json.Decoder(FromWorker)
+_from_worker: Final[msgspec.json.Decoder[FromWorker]] = msgspec.json.Decoder(FromWorker)
 
 
 def most_a_minute(log_lines: int) -> int:
-    """What a sound lane tells unasked in a minute, and as much again: its log, its faults, that it is busy."""
+    """Return how many messages a worker may send unasked in a minute: twice what a sound one has reason to."""
     return 2 * (log_lines + FAULTS_A_MINUTE) + _OTHERS_A_MINUTE
 
 
 def encode(message: ToWorker | FromWorker) -> bytes:
-    """The packet of a message."""
+    """Return the packet of a message."""
     return msgspec.json.encode(message)
 
 
@@ -291,27 +285,26 @@ def send(sock: socket.socket, message: ToWorker | FromWorker, *fds: int) -> None
 
 
 def receive_to_worker(sock: socket.socket) -> tuple[ToWorker, tuple[int, ...]]:
-    """The supervisor's next message; raises as `receive_packet`."""
+    """Receive the supervisor's next message and its descriptors; raises as `receive_packet`."""
     data, fds = receive_packet(sock)
     try:
-        return _to_lane.decode(data), fds
+        return _to_worker.decode(data), fds
     except wire.JSON_ERRORS as error:
-        raise GoneError(f"not a message of the supervisor's: {error}") from error
+        raise GoneError(f"not a message of the supervisor: {error}") from error
 
 
 def receive_from_worker(sock: socket.socket) -> tuple[FromWorker, tuple[int, ...]]:
-    """A lane's next message; raises as `receive_packet`, and `GoneError` for what is none."""
+    """Receive a worker's next message and its descriptors; raises as `receive_packet`."""
     data, fds = receive_packet(sock)
     try:
-        return _from_lane.decode(data), fds
+        return _from_worker.decode(data), fds
     except wire.JSON_ERRORS as error:
-        for fd in fds:
-            os.close(fd)
-        raise GoneError(f"not a message of a lane's: {error}") from error
+        close_all(fds)
+        raise GoneError(f"not a message of a worker: {error}") from error
 
 
 class TokenBucket:
-    """So many a minute, saved up for at most a minute."""
+    """Token bucket: `per_minute` tokens, burst of one minute. Both ends of a control socket keep one."""
 
     def __init__(self, per_minute: int) -> None:
         self._per_minute = per_minute
@@ -319,7 +312,7 @@ class TokenBucket:
         self._at = time.monotonic()
 
     def take(self) -> bool:
-        """Whether there is one left; takes it."""
+        """Take a token; False if none is left."""
         now = time.monotonic()
         self._left = min(self._per_minute, self._left + (now - self._at) * self._per_minute / 60)
         self._at = now

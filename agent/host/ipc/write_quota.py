@@ -1,25 +1,17 @@
-"""Daily write quota: stored, shared page, per-worker meter.
+"""Daily write quota: what an instance has written to its data today (UTC), over restarts of workers and host.
 
-How much each instance has written today (UTC), over restarts of lanes and host: kept in a file, and not too often.
+`QuotaStore` keeps the sums in a file, and not too often: a host that is killed has lost a mebibyte of each instance at
+most. `QuotaPage` is one page of shared memory for all workers of an instance. Each has a place of its own there and
+writes no other; the sum of the places is the instance's, so however many workers there are, and of whichever
+generation, they have one quota together. The first place is the supervisor's: what was written before, and by workers
+that have ended. A place of another day counts for nothing.
 
-What a host that is killed has not saved yet is at most a mebibyte of each instance.
-
-What all lanes of one instance have written to its data today (UTC), in one page that each of them sees.
-
-Each has a place of its own there and writes no other; the sum of the places is the instance's. So however many lanes
-there are, and of whichever generation, they have one share together. The first place is the supervisor's: what was
-written before, and by lanes that have ended. A place of another day counts for nothing.
-
-What a lane's guest writes to its data in a day: counted, and refused beyond the share of its instance.
-
-The kernel counts what this process writes (`/proc/self/io`, opened before the cell was shut); sockets and shared memory
-are not in it. The count goes into a page that all lanes of the instance see (`agent.host.ipc.write_quota`). Beyond the
-share no file may grow or be written any more (`RLIMIT_FSIZE`), until the day (UTC) is over. Only lanes with data have
-one of these.
+`WriteMeter` is the worker's side. The kernel counts what its process writes (`/proc/self/io`, opened before the sandbox
+was shut); sockets and shared memory are not in it. Beyond the quota no file may grow or be written any more
+(`RLIMIT_FSIZE`), until the day is over. Only workers with data have one.
 """
 
 import contextlib
-import fcntl
 import json
 import mmap
 import os
@@ -29,17 +21,19 @@ import time
 from pathlib import Path
 from typing import Final
 
+from agent.host.ipc.framing import sealed_memfd
 from fleet.protocol.bounds import MIB
+from fleet.protocol.files import atomic_write
 
 _DAY_S: Final = 86_400
 
 
 class QuotaStore:
-    """The bytes of today, by instance."""
+    """Bytes written today, by instance."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._day = _today()
+        self._day = day()
         self._written: dict[str, int] = {}
         self._unsaved = 0
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
@@ -49,12 +43,12 @@ class QuotaStore:
         self.written_bytes = 0
 
     def of(self, instance: str) -> int:
-        """What it has written today."""
+        """Return what an instance has written today."""
         self._turn()
         return self._written.get(instance, 0)
 
     def note(self, instance: str, count: int) -> None:
-        """It has written so much more."""
+        """Add what an instance has written, and save once a mebibyte is new."""
         self._turn()
         self._written[instance] = self._written.get(instance, 0) + count
         self._unsaved += count
@@ -62,28 +56,19 @@ class QuotaStore:
             self.save()
 
     def save(self) -> None:
-        """Keep what is known, if there is anything new."""
+        """Write the file, if there is anything new."""
         if not self._unsaved:
             return
         data = json.dumps({"day": self._day, "written": self._written}).encode()
-        part = self._path.with_suffix(".part")
-        with contextlib.suppress(OSError):  # a disk that is full: it is known here, and kept later
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self._path)
+        with contextlib.suppress(OSError):  # a full disk: the count is known here, and saved later
+            atomic_write(self._path, data, mode=0o600)
             self._unsaved = 0
             self.written_bytes += len(data)
 
     def _turn(self) -> None:
-        day = _today()
-        if day != self._day:
-            self._day, self._written = day, {}
-
-
-def _today() -> int:
-    return int(time.time() // _DAY_S)
+        today = day()
+        if today != self._day:
+            self._day, self._written = today, {}
 
 
 _SIZE: Final = 4096
@@ -92,42 +77,40 @@ _PLACE: Final = struct.Struct("=QQ")  # bytes, day
 
 _PLACES: Final = _SIZE // _PLACE.size
 
-_COUNT_MAX: Final = 2**48  # more than that nobody writes in a day, whatever stands there
-
-_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_COUNT_MAX: Final = 2**48  # nobody writes more in a day, whatever a worker puts there
 
 
 def day() -> int:
-    """Which day it is (UTC), counted from 1970."""
+    """Return the day (UTC), counted from 1970."""
     return int(time.time() // _DAY_S)
 
 
 class QuotaPage:
-    """The mapped page."""
+    """Quota page of one instance, mapped."""
 
     def __init__(self, fd: int) -> None:
         self._map = mmap.mmap(fd, _SIZE)
 
     def sum(self, of_day: int) -> int:
-        """The bytes of that day, over all places."""
+        """Return the bytes of that day, over all places."""
         return sum(min(count, _COUNT_MAX) for count, on in _PLACE.iter_unpack(self._map) if on == of_day)
 
     def at(self, place: int, of_day: int) -> int:
-        """The bytes of that day in one place."""
+        """Return the bytes of that day in one place."""
         count, on = _PLACE.unpack_from(self._map, place * _PLACE.size)
         return min(count, _COUNT_MAX) if on == of_day else 0
 
     def put(self, place: int, count: int, of_day: int) -> None:
-        """What stands in a place from now on."""
+        """Set one place."""
         _PLACE.pack_into(self._map, place * _PLACE.size, max(0, count), of_day)
 
     def close(self) -> None:
-        """Unmap it."""
+        """Unmap the page."""
         self._map.close()
 
 
 class QuotaLedger:
-    """The supervisor's side of one instance's page: gives out places and carries the sum over to what is kept."""
+    """Supervisor's side of one instance's page: gives out places, and adds to the store what is new."""
 
     def __init__(self, name: str, daily: QuotaStore) -> None:
         self._name = name
@@ -137,17 +120,15 @@ class QuotaLedger:
         self.fd = -1
 
     def take(self) -> int:
-        """A place for a lane more; the page is there while anybody has one."""
+        """Take a place for a worker; the page is there while anybody has one."""
         if self._tally is None:
-            self.fd = os.memfd_create(f"written-{self._name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(self.fd, _SIZE)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            self.fd = sealed_memfd(f"written-{self._name}", _SIZE)
             self._tally = QuotaPage(self.fd)
             self._tally.put(0, self._daily.of(self._name), day())
         return self._free.pop(0)
 
     def give_back(self, place: int) -> None:
-        """The lane has ended; what it wrote stays counted."""
+        """Give a place back whose worker has ended; what it wrote stays counted."""
         if self._tally is not None:
             today = day()
             self._tally.put(0, self._tally.at(0, today) + self._tally.at(place, today), today)
@@ -160,7 +141,7 @@ class QuotaLedger:
             self._tally, self.fd = None, -1
 
     def written(self) -> int:
-        """What the instance has written today; what is new of it is kept."""
+        """Return what the instance has written today; what is new of it goes into the store."""
         known = self._daily.of(self._name)
         total = known if self._tally is None else self._tally.sum(day())
         if total > known:
@@ -169,7 +150,7 @@ class QuotaLedger:
 
 
 def open_counter() -> int | None:
-    """The kernel's account of this process; None where it keeps none."""
+    """Open the kernel's count of what this process writes; None where it keeps none."""
     try:
         return os.open("/proc/self/io", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -177,10 +158,10 @@ def open_counter() -> int | None:
 
 
 class WriteMeter:
-    """One lane's part in the share."""
+    """Worker's side: counts what its process writes, and stops it at the quota."""
 
     def __init__(self, fd: int | None, *, most: int, tally: QuotaPage, place: int) -> None:
-        """`fd`: from `open_counter`; `most`: bytes in a day, of all lanes together."""
+        """`fd`: from `open_counter`; `most`: bytes in a day, of all workers together."""
         self._fd, self._most = fd, most
         self._tally, self._place = tally, place
         self._soft, self._hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -204,7 +185,8 @@ class WriteMeter:
     def look(self, *, answered: int = 0) -> bool:
         """Count what was written since the last look, but `answered` bytes, which were an answer and no file.
 
-        Whether it is too much now, and was not before.
+        Returns:
+            Whether the quota has been reached since the last look.
         """
         seen, now = self._read(), day()
         if now != self._day:
@@ -219,5 +201,5 @@ class WriteMeter:
         return self.spent and not before
 
     def why(self) -> str:
-        """That it may write no more, for people."""
+        """Return that it may write no more, for people."""
         return f"it has written {self.today} bytes today, {self._most} are allowed: no more until 00:00 UTC"

@@ -1,7 +1,7 @@
-"""The kernel's isolation calls that Python has no word for: namespaces, mounts, capabilities, Landlock, prctl.
+"""Isolation calls of the kernel that Python has no function for: namespaces, mounts, capabilities, Landlock, prctl.
 
-Thin and unopinionated: each function makes one call and raises OSError as the kernel says. What to build of them is
-`agent.host.sandbox.sandbox`'s business.
+Each function makes one call and raises OSError as the kernel says; `agent.host.sandbox.sandbox` decides what to make
+of them.
 """
 
 import contextlib
@@ -94,7 +94,7 @@ def unshare(flags: int) -> None:
 
 
 def enter_user_namespace(flags: int) -> None:
-    """Unshare a user namespace together with `flags`, mapped to oneself."""
+    """Unshare a user namespace together with `flags`, in which this user has its own id."""
     uid, gid = os.getuid(), os.getgid()
     unshare(CLONE_NEWUSER | flags)
     _write("/proc/self/setgroups", "deny")
@@ -133,17 +133,17 @@ def drop_capabilities() -> None:
 
 
 def no_new_privileges() -> None:
-    """Whatever is executed from here on gains nothing by it."""
+    """Gain no rights by executing from here on."""
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
 
 
 def undumpable() -> None:
-    """No core, and no tracing by others of the same user."""
+    """Forbid core files, and tracing by others of the same user."""
     _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
 
 
 def signal_at_parents_death(number: int) -> None:
-    """Be sent this signal when the parent ends. Changing user forgets it."""
+    """Ask for this signal when the parent ends. A change of user forgets it."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0), "pdeathsig")
 
 
@@ -158,7 +158,7 @@ def filter_calls(program: bytes) -> None:
 
 
 def landlock_version() -> int:
-    """Landlock's ABI version; 0 where the kernel has none."""
+    """Return Landlock's ABI version; 0 where the kernel has none."""
     found = _libc.syscall(ctypes.c_long(_LANDLOCK_CREATE), None, ctypes.c_size_t(0), ctypes.c_uint32(_LANDLOCK_VERSION))
     return max(0, int(found))
 

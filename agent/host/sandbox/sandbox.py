@@ -1,6 +1,4 @@
-"""Apply a SandboxSpec; report of isolation layers.
-
-The cell around every process that runs or reads what strangers made: what it may still do once it is inside.
+"""Sandbox around every process that runs or reads what strangers made: apply a `SandboxSpec`; report of its layers.
 
     layer       what it keeps a process that is no longer ours from
     limits      taking all memory, processes, descriptors
@@ -11,14 +9,13 @@ The cell around every process that runs or reads what strangers made: what it ma
     landlock    opening files, and reaching abstract sockets and processes, where namespaces are not to be had
     seccomp     new sockets, processes, executable memory, tracing, signals to others
 
-Layers are independent; each is put up where the kernel and the host's own rights allow, and reported: none relies on
-another. Whoever enters has one thread and has closed what was open for others (`close_all_but`). Afterwards not even
-an `import` works: what the standard library would import at its first use is named in the process's plan, and imported
-by `enter` while files can still be read.
+Isolation layers are independent; each is applied where the kernel and the host's own rights allow, and reported: none
+relies on another. A process that enters has one thread and has closed what was open for others (`close_all_but`).
+Afterwards not even an `import` works: what the standard library would import at its first use is named in the
+process's spec, and imported by `apply` while files can still be read.
 
-The walls as people read them: each layer, in each of the ways in which a host may be run, and which way this one is.
-
-A layer that the kernel lacks holds in none of the ways; one that takes namespaces never holds for a user without them.
+The report shows each layer in each of the ways in which a host may be run, and which way this one is. A layer that the
+kernel lacks holds in none of the ways; one that takes namespaces never holds for a user without them.
 """
 
 import contextlib
@@ -28,14 +25,14 @@ import resource
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from agent.host.sandbox import kernel, seccomp
 from fleet.protocol.bounds import MIB
 
 LAYERS: Final = ("limits", "user", "network", "mount", "privileges", "landlock", "seccomp")
 
-BASELINE: Final = tuple(layer for layer in LAYERS if layer != "landlock")  # what needs no recent kernel
+BASELINE: Final = tuple(layer for layer in LAYERS if layer != "landlock")  # all that needs no recent kernel
 
 DATA: Final = "/data"
 
@@ -43,15 +40,15 @@ _WORDS_BYTES: Final = 64 * 1024
 
 _SLACK_BYTES: Final = 48 * MIB
 
-_VALUE_BYTES: Final = 100  # what one byte of a body costs while it crosses: a value of 32 bytes, and its copies
+_VALUE_BYTES: Final = 100  # of memory for each byte of a body while it crosses: a value of 32 bytes, and its copies
 
-_THREADS_A_LANE: Final = 16
+_THREADS_PER_WORKER: Final = 16
 
 _FILES_MAX: Final = 1024
 
-_SHARED_LANES: Final = 256  # of one publisher on one board
+_SHARED_WORKERS: Final = 256  # of one publisher on one device
 
-_FILES_A_SEAT: Final = 8  # its socket, its epoll set, its listener, and those of a swap
+_FILES_PER_SLOT: Final = 8  # its socket, its epoll set, its listener, and those of a swap
 
 _DESCRIPTORS_MAX: Final = 1 << 31
 
@@ -83,10 +80,10 @@ class SandboxError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
-    """What a cell leaves its process.
+    """Sandbox of one kind of process: what it is left with.
 
     Attributes:
-        uid: what to become, None to stay who one is.
+        uid: user to become, None to stay.
         data_bytes: private memory beyond what it has, None for no limit.
         file_bytes: the largest file it may write.
         data: its data directory, empty for none; afterwards it is `DATA` if the mount layer holds.
@@ -106,7 +103,7 @@ class SandboxSpec:
     file_bytes: int = 0
     data: str = ""
     root: str = ""
-    threads: int = _THREADS_A_LANE
+    threads: int = _THREADS_PER_WORKER
     descriptors: int = _FILES_MAX
     network: bool = False
     neighbours: str = ""
@@ -115,7 +112,7 @@ class SandboxSpec:
 
 
 def worker_bytes(*, memory_bytes: int, body_bytes: int) -> int:
-    """The private memory that a lane may take beyond what it has when it starts."""
+    """Return the private memory that a worker may take beyond what it has when it starts."""
     return memory_bytes + body_bytes * _VALUE_BYTES + _SLACK_BYTES
 
 
@@ -126,12 +123,12 @@ def worker_spec(
     body_bytes: int,
     storage_bytes: int,
     data: str,
-    lanes: int = 1,
+    workers: int = 1,
     connects: bool = False,
 ) -> SandboxSpec:
-    """The cell of a lane whose guest has `memory_bytes`, and whose calls carry at most `body_bytes` both ways.
+    """Return the sandbox of a worker whose guest has `memory_bytes`, and whose calls carry `body_bytes` both ways.
 
-    `lanes` of them may run at once. `connects`: it may send requests, over TLS too.
+    `workers` of them may run at once. `connects`: it may send requests, over TLS too.
     """
     return SandboxSpec(
         uid=uid,
@@ -139,27 +136,27 @@ def worker_spec(
         file_bytes=storage_bytes if data else 0,
         data=data,
         filter=lambda: seccomp.worker(files=bool(data)),
-        threads=2 * lanes * _THREADS_A_LANE,  # two generations at a swap
+        threads=2 * workers * _THREADS_PER_WORKER,  # two generations at a swap
         modules=_NAMES if connects else (),
     )
 
 
-def shared_worker_spec(*, uid: int | None, seats: int, clients: int, memory_bytes: int, body_bytes: int) -> SandboxSpec:
-    """The cell of a lane that `seats` instances share, each of at most `memory_bytes` and `clients`; none has files.
+def shared_worker_spec(*, uid: int | None, slots: int, clients: int, memory_bytes: int, body_bytes: int) -> SandboxSpec:
+    """Return the sandbox of a shared worker: `slots` instances, each of `memory_bytes` and `clients` at most, no files.
 
-    They are called one at a time, so bodies count once.
+    Instances are called one at a time, so bodies count once.
     """
     return SandboxSpec(
         uid=uid,
-        data_bytes=worker_bytes(memory_bytes=seats * memory_bytes, body_bytes=body_bytes),
+        data_bytes=worker_bytes(memory_bytes=slots * memory_bytes, body_bytes=body_bytes),
         filter=lambda: seccomp.worker(files=False),
-        threads=_THREADS_A_LANE * _SHARED_LANES,
-        descriptors=_FILES_MAX + seats * (clients + _FILES_A_SEAT),
+        threads=_THREADS_PER_WORKER * _SHARED_WORKERS,
+        descriptors=_FILES_MAX + slots * (clients + _FILES_PER_SLOT),
     )
 
 
 def router_spec(directory: str) -> SandboxSpec:
-    """The cell of the router, which sees the directory of the instances' sockets and nothing else."""
+    """Return the sandbox of the router, which sees the directory of the instances' sockets and nothing else."""
     return SandboxSpec(
         uid=_ROUTER_UID if os.geteuid() == 0 else None,
         root=directory,
@@ -169,7 +166,7 @@ def router_spec(directory: str) -> SandboxSpec:
 
 
 def egress_spec(directory: str) -> SandboxSpec:
-    """The cell of the egress: it keeps the network, and reads what resolving names takes.
+    """Return the sandbox of the egress, which keeps the network and reads what resolving names takes.
 
     The directory of the instances' sockets is at `NEIGHBOURS` where the mount layer holds.
     """
@@ -185,7 +182,7 @@ def egress_spec(directory: str) -> SandboxSpec:
 
 
 def compiler_spec() -> SandboxSpec:
-    """The cell of the compiler: its own limits are set already, and three descriptors are all it has.
+    """Return the sandbox of the compiler, which has set its own limits already and has three descriptors.
 
     Whoever starts it may have put a file behind standard error, and is to read there why a component was refused.
     """
@@ -200,7 +197,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def memory_figures() -> int | None:
-    """A descriptor by which another process can read this one's memory figures; None without /proc."""
+    """Return a descriptor by which another process can read this one's memory figures; None without /proc."""
     try:
         return os.open("/proc/self/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -208,7 +205,7 @@ def memory_figures() -> int | None:
 
 
 def scheduling() -> int | None:
-    """A descriptor that tells whether the calling thread runs, may run or waits; None without /proc."""
+    """Return a descriptor that tells whether the calling thread runs, may run or waits; None without /proc."""
     try:
         return os.open("/proc/thread-self/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -216,7 +213,7 @@ def scheduling() -> int | None:
 
 
 def waits(scheduling_fd: int | None) -> bool:
-    """Whether the thread waits for something other than the processor (proc(5), `/proc/pid/stat`: its state)."""
+    """Return whether the thread waits for something other than the processor (proc(5), `/proc/pid/stat`: state)."""
     if scheduling_fd is None:
         return True
     try:
@@ -225,85 +222,90 @@ def waits(scheduling_fd: int | None) -> bool:
         return True
 
 
-def apply(plan: SandboxSpec) -> dict[str, bool]:
-    """Put up every layer that can be; layer -> whether it holds.
+def apply(spec: SandboxSpec) -> dict[str, bool]:
+    """Apply every layer that can be; return layer -> whether it holds.
 
     Raises:
-        CellError: a layer failed halfway.
+        SandboxError: a layer failed halfway.
     """
     holds: dict[str, bool] = {}
-    for module in plan.modules:
+    for module in spec.modules:
         importlib.import_module(module)
-    program = plan.filter() if seccomp.AVAILABLE else None
+    program = spec.filter() if seccomp.AVAILABLE else None
     parent = os.getppid()
     used = _data_bytes()
-    user, network, mount = _namespaces(network=plan.network)
-    holds["network"] = network
+    own = _namespaces(network=spec.network)
+    holds["network"] = own.network
     try:
-        holds["mount"] = mount and _holds(lambda: _new_root(plan))
-        if plan.uid is not None:
+        holds["mount"] = own.mount and _holds(lambda: _new_root(spec))
+        if spec.uid is not None:
             os.setgroups([])
-            os.setresgid(plan.uid, plan.uid, plan.uid)
-            os.setresuid(plan.uid, plan.uid, plan.uid)
-        holds["limits"] = _limit(plan, used)
-        if user or os.geteuid() != 0:
+            os.setresgid(spec.uid, spec.uid, spec.uid)
+            os.setresuid(spec.uid, spec.uid, spec.uid)
+        holds["limits"] = _limit(spec, used)
+        if own.user or os.geteuid() != 0:
             with contextlib.suppress(OSError):
                 kernel.drop_capabilities()
-        holds["user"] = plan.uid is not None or user
+        holds["user"] = spec.uid is not None or own.user
         kernel.undumpable()
         die_with_parent(parent)  # a change of user forgets it
         holds["privileges"] = _holds(kernel.no_new_privileges)
-        holds["landlock"] = _holds(lambda: _landlock(plan, mounted=holds["mount"]))
+        holds["landlock"] = _holds(lambda: _landlock(spec, mounted=holds["mount"]))
         holds["seccomp"] = program is not None and _holds(lambda: kernel.filter_calls(program))
     except OSError as error:
-        raise SandboxError(f"cannot shut the cell: {error}") from error
+        raise SandboxError(f"cannot shut the sandbox: {error}") from error
     return {layer: holds[layer] for layer in LAYERS}
 
 
-def _holds(put_up: Callable[[], None]) -> bool:
+def _holds(apply_layer: Callable[[], None]) -> bool:
     try:
-        put_up()
+        apply_layer()
     except (OSError, ValueError):
         return False
     return True
 
 
-def _namespaces(*, network: bool) -> tuple[bool, bool, bool]:
-    """Leave for namespaces of one's own; whether there are now a user, a network and a mount namespace.
+class _Namespaces(NamedTuple):
+    """Namespaces of its own that the process has now."""
 
-    `network`: stay where the network is.
-    """
+    user: bool
+    network: bool
+    mount: bool
+
+
+def _namespaces(*, network: bool) -> _Namespaces:
+    """Enter namespaces of its own. `network`: stay where the network is."""
     apart = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | (0 if network else kernel.CLONE_NEWNET)
     if _holds(lambda: kernel.unshare(apart)):
-        return False, not network, True
+        return _Namespaces(user=False, network=not network, mount=True)
     if _holds(lambda: kernel.enter_user_namespace(apart)):
-        return True, not network, True
+        return _Namespaces(user=True, network=not network, mount=True)
     if network:
-        return False, False, _holds(lambda: kernel.unshare(kernel.CLONE_NEWNS))
+        return _Namespaces(user=False, network=False, mount=_holds(lambda: kernel.unshare(kernel.CLONE_NEWNS)))
     network = _holds(lambda: kernel.unshare(kernel.CLONE_NEWNET))
-    return False, network, _holds(lambda: kernel.unshare(kernel.CLONE_NEWNS))
+    return _Namespaces(user=False, network=network, mount=_holds(lambda: kernel.unshare(kernel.CLONE_NEWNS)))
 
 
-def _new_root(plan: SandboxSpec) -> None:
-    """An empty root, or the directory that the plan names, and the data beneath it if there is any."""
+def _new_root(spec: SandboxSpec) -> None:
+    """Mount an empty root, or the directory that the spec names, and the data beneath it if there is any."""
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    if plan.neighbours:
-        kernel.mount(plan.neighbours, NEIGHBOURS, None, kernel.MS_BIND)
+    if spec.neighbours:
+        kernel.mount(spec.neighbours, NEIGHBOURS, None, kernel.MS_BIND)
         return
     plain = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     # Opened in this namespace, and before the empty root hides what may lie beneath it.
-    data_fd = os.open(plan.data, os.O_PATH | os.O_CLOEXEC) if plan.data else -1
-    if plan.root:
-        kernel.mount(plan.root, _ROOT, None, kernel.MS_BIND)
+    data_fd = os.open(spec.data, os.O_PATH | os.O_CLOEXEC) if spec.data else -1
+    if spec.root:
+        kernel.mount(spec.root, _ROOT, None, kernel.MS_BIND)
     else:
         kernel.mount("none", _ROOT, "tmpfs", plain, "size=64k,nr_inodes=8,mode=0755")
-    if plan.data:
+    if spec.data:
         os.mkdir(_ROOT + DATA, 0o755)  # noqa: PTH102 - as little machinery as possible from here on
         kernel.mount(f"/proc/self/fd/{data_fd}", _ROOT + DATA, None, kernel.MS_BIND)
         os.close(data_fd)
     os.chdir(_ROOT)
     kernel.pivot_here()
-    if not plan.root:
+    if not spec.root:
         kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | plain)
 
 
@@ -317,19 +319,19 @@ def _data_bytes() -> int:
     return 0
 
 
-def _limit(plan: SandboxSpec, used_bytes: int) -> bool:
+def _limit(spec: SandboxSpec, used_bytes: int) -> bool:
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NOFILE, plan.descriptors),
-        (resource.RLIMIT_FSIZE, plan.file_bytes),
+        (resource.RLIMIT_NOFILE, spec.descriptors),
+        (resource.RLIMIT_FSIZE, spec.file_bytes),
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
     ):
         _lower(kind, most)
-    if plan.data_bytes is not None:
-        _lower(resource.RLIMIT_DATA, used_bytes + plan.data_bytes)
-    if plan.uid is not None:
-        _lower(resource.RLIMIT_NPROC, plan.threads)  # of this uid alone; elsewhere all of a user's would count
+    if spec.data_bytes is not None:
+        _lower(resource.RLIMIT_DATA, used_bytes + spec.data_bytes)
+    if spec.uid is not None:
+        _lower(resource.RLIMIT_NPROC, spec.threads)  # of this uid alone; elsewhere all of a user's would count
     return True
 
 
@@ -339,20 +341,20 @@ def _lower(kind: int, most: int) -> None:
     resource.setrlimit(kind, (limit, limit))
 
 
-def _landlock(plan: SandboxSpec, *, mounted: bool) -> None:
+def _landlock(spec: SandboxSpec, *, mounted: bool) -> None:
     allowed: dict[int, int] = {}
     opened = []
     try:
-        for outside, inside in ((plan.data, DATA), (plan.root, "/"), (plan.neighbours, NEIGHBOURS)):
+        for outside, inside in ((spec.data, DATA), (spec.root, "/"), (spec.neighbours, NEIGHBOURS)):
             if outside:
                 here = os.open(inside if mounted else outside, os.O_PATH | os.O_CLOEXEC)
                 opened.append(here)
                 allowed[here] = _ALL_RIGHTS
-        for path in plan.readable:
-            with contextlib.suppress(OSError):  # not every board has each of them
+        for path in spec.readable:
+            with contextlib.suppress(OSError):  # not every device has each of them
                 opened.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
                 allowed[opened[-1]] = _READ_RIGHTS
-        kernel.landlock(allowed, network=plan.network)
+        kernel.landlock(allowed, network=spec.network)
     finally:
         for fd in opened:
             os.close(fd)
@@ -367,7 +369,7 @@ def close_all_but(keep: set[int]) -> None:
 
 
 def probe() -> dict[str, bool]:
-    """Which layers hold for lanes on this board, tried in a child; none if that failed."""
+    """Return which layers hold for workers on this device, tried in a child; none if that failed."""
     read, write = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
@@ -398,43 +400,43 @@ _BY_NAMESPACES: Final = frozenset({"user", "network", "mount"})
 
 _MEANING: Final = {
     "limits": "memory, descriptors and threads are limited",
-    "user": "lanes are another user, or have no rights in a user namespace",
-    "network": "lanes have an empty network",
-    "mount": "lanes see an empty file system",
+    "user": "workers are another user, or have no rights in a user namespace",
+    "network": "workers have an empty network",
+    "mount": "workers see an empty file system",
     "privileges": "nothing executed gains rights",
     "landlock": "files, ports and abstract sockets are refused a second time",
     "seccomp": "no process, socket, executable memory, tracing or signal to others",
 }
 
 _SHARED: Final = (
-    "a lane that several share is no wall between them: who breaks out of one has the memory of the others; "
-    "only instances of one publisher, where the operator lets them, and none with files, secrets or leave to connect"
+    "a shared worker isolates nothing between its instances: code that breaks out of one has the memory of the others; "
+    "only instances of one publisher, where the operator allows it, and none with files, secrets or leave to connect"
 )
 
-_CGROUP: Final = ("Delegate=", "if given", "if given", "lanes of an instance share one limit of memory")
+_CGROUP: Final = ("Delegate=", "if given", "if given", "workers of an instance share one limit of memory")
 
 
 def way(euid: int, layers: Mapping[str, bool]) -> str:
-    """In which of the ways a host of this user is run, whose lanes have these layers."""
+    """Return in which of the ways a host of this user is run, whose workers have these layers."""
     if euid == 0:
         return ROOT
     return USER if layers.get("user") else BARE
 
 
 def holds(layer: str, in_way: str, here: str, layers: Mapping[str, bool]) -> bool:
-    """Whether a layer holds in one of the ways, as far as can be said where `layers` were tried in the way `here`."""
+    """Return whether a layer holds in one of the ways, judged from `layers`, which were tried in the way `here`."""
     if in_way == here or layer not in _BY_NAMESPACES:
         return layers[layer]
     return in_way != BARE
 
 
 def isolation_report(here: str, layers: Mapping[str, bool]) -> list[str]:
-    """The lines of the table, the column of `here` in brackets."""
+    """Return the lines of the table, the column of `here` in brackets."""
     heads = [f"[{each}]" if each == here else each for each in WAYS]
     lines = ["  " + " " * 11 + "".join(f"{head:<26}" for head in heads).rstrip()]
     for layer in layers:
-        cells = ["yes" if holds(layer, each, here, layers) else "NO" for each in WAYS]
-        lines.append(f"  {layer:<11}" + "".join(f"{cell:<26}" for cell in cells) + _MEANING[layer])
-    lines.append(f"  {'cgroup':<11}" + "".join(f"{cell:<26}" for cell in _CGROUP[:3]) + _CGROUP[3])
+        columns = ["yes" if holds(layer, each, here, layers) else "NO" for each in WAYS]
+        lines.append(f"  {layer:<11}" + "".join(f"{column:<26}" for column in columns) + _MEANING[layer])
+    lines.append(f"  {'cgroup':<11}" + "".join(f"{column:<26}" for column in _CGROUP[:3]) + _CGROUP[3])
     lines.append(f"  {'shared':<11}" + "".join(f"{'NO':<26}" for _ in WAYS) + _SHARED)
     return lines

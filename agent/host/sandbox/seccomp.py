@@ -1,10 +1,10 @@
-"""Which system calls a cell leaves: allow-lists, by what the process is for.
+"""System calls that a sandbox leaves: allow-lists, by what the process is for.
 
-Seccomp cannot look into clone3's arguments, so clone3 is said not to exist and `clone` may only make threads: the WASI
-implementation's runtime threads start, a fork does not. Everything else that is not named fails with EPERM. What a
-process aborts by (`tgkill`) is refused too: it ends by the illegal instruction that follows.
+Seccomp cannot look into clone3's arguments, so clone3 fails as if it did not exist, and `clone` may only make threads:
+the WASI implementation's runtime threads start, a fork does not. Everything else that is not named fails with EPERM.
+`tgkill`, by which a process aborts, is refused too: it ends by the illegal instruction that follows.
 
-A filter is made once, as a program for the kernel; `agent.host.sandbox.kernel.filter_calls` puts it up.
+A filter is made once, as a program for the kernel; `agent.host.sandbox.kernel.filter_calls` applies it.
 """
 
 import errno
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 try:
     import pyseccomp
-except (ImportError, RuntimeError, OSError):  # no libseccomp on this board: the layer is reported as missing
+except (ImportError, RuntimeError, OSError):  # no libseccomp on this device: the layer is reported as missing
     pyseccomp = None
 
 AVAILABLE: Final = pyseccomp is not None
@@ -32,7 +32,7 @@ _AF_INET6: Final = 10
 
 _AF_NETLINK: Final = 16
 
-# Of these calls only some values: the others reach other processes (owners of signals, limits) or undo the cell.
+# Of these calls only some values: the others reach other processes (owners of signals, limits) or undo the sandbox.
 _FCNTL: Final = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1034)  # not F_SETOWN, F_SETSIG
 
 _IOCTL: Final = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
@@ -41,7 +41,7 @@ _PRCTL: Final = (15, 16, 0x53564D41)  # PR_SET_NAME, PR_GET_NAME, PR_SET_VMA
 
 _BASE: Final = (
     # memory
-    # (RISC-V: who makes or maps machine code has to say so to the instruction cache)
+    # (RISC-V: code that makes or maps machine code has to tell the instruction cache)
     "brk mmap munmap mremap madvise mprotect mincore membarrier riscv_flush_icache riscv_hwprobe",
     # time, threads, the process itself
     "clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time futex rt_sigaction rt_sigprocmask",
@@ -101,7 +101,7 @@ def _program(rules: Any) -> bytes:
 
 @cache
 def worker(*, files: bool) -> bytes:
-    """For a lane: no new socket, no process, no executable memory; no file unless `files` (its data)."""
+    """Return the filter of a worker: no new socket, process or executable memory; no file unless `files` (its data)."""
     rules = _filter(_names(_BASE, _SOCKETS, _FILES if files else ()), executable_memory=False)
     if files:  # its own limit on what a file may have, within the one that stands
         own, files_size = pyseccomp.Arg(0, pyseccomp.EQ, 0), pyseccomp.Arg(1, pyseccomp.EQ, resource.RLIMIT_FSIZE)
@@ -112,7 +112,7 @@ def worker(*, files: bool) -> bytes:
 
 @cache
 def router() -> bytes:
-    """For the router: sockets of the Unix family may be made and connected, nothing else."""
+    """Return the filter of the router: sockets of the Unix family may be made and connected, nothing else."""
     rules = _filter(_names(_BASE, _SOCKETS), executable_memory=False)
     _allow(rules, "socket", pyseccomp.Arg(0, pyseccomp.EQ, _AF_UNIX))
     _allow(rules, "connect")
@@ -121,7 +121,7 @@ def router() -> bytes:
 
 @cache
 def egress() -> bytes:
-    """For the egress: connecting, over the Internet and to the board's own sockets, and what resolving a name takes."""
+    """Return the filter of the egress: connections to the Internet and the device's own sockets, resolving names."""
     rules = _filter(_names(_BASE, _SOCKETS, _READING), executable_memory=True)  # the resolver loads its parts
     for family in (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK):
         _allow(rules, "socket", pyseccomp.Arg(0, pyseccomp.EQ, family))
@@ -131,12 +131,12 @@ def egress() -> bytes:
 
 @cache
 def compiler() -> bytes:
-    """For the compiler: memory, executable too, and the descriptors it was given."""
+    """Return the filter of the compiler: memory, executable too, and the descriptors it was given."""
     return _program(_filter(_names(_BASE), executable_memory=True))
 
 
 def prepare() -> None:
-    """Make the lanes' filters now, so that a forked lane finds them made: it takes milliseconds and half a megabyte."""
+    """Make the workers' filters before the fork: each takes milliseconds and half a megabyte."""
     if AVAILABLE:
         worker(files=False)
         worker(files=True)

@@ -1,17 +1,49 @@
-"""Socket for the agent: peers, dispatch, replies."""
+"""Socket for the agent: who may connect, requests and replies, events for every connection.
 
+The agent and `fleet-agent restore` connect to `<runtime>/host.sock`. Requests are handled at once, each in a task of
+its own; whoever handles them serialises the changes of one instance.
+"""
+
+import array
 import asyncio
+import contextlib
+import os
 import socket
+import struct
+import sys
 from collections.abc import Callable
-from typing import Final
+from pathlib import Path
+from typing import Final, Protocol
 
 from agent.host.ipc import host_api
+from agent.host.supervisor.instance_log import EventQueue
+from fleet.protocol.codes import RejectCode
 
-_QUEUE_MAX: Final = 256
+SOCKET_NAME: Final = "host.sock"
+
+_CONNECTIONS_MAX: Final = 8
+
+_QUEUE_MAX: Final = 256  # packets that a connection may leave unread
+
+_UCRED: Final = struct.Struct("=iII")
+
+_SO_PEERGROUPS: Final = 59
+
+_GROUPS_MAX_BYTES: Final = 4096
+
+
+class RequestHandler(Protocol):
+    """Receiver of the agent's requests."""
+
+    async def handle(self, request: host_api.Request, fd: int | None) -> host_api.Reply:
+        """Do what is asked, and return the reply. The descriptor becomes the handler's."""
+
+    def agent_gone(self) -> None:
+        """Take note that nobody is connected any more."""
 
 
 class AgentConnection:
-    """One connection of the agent's (or of `fleet-agent restore`); `on_closed` is called once, however it ends."""
+    """One connection; `on_closed` is called once, however it ends."""
 
     def __init__(self, sock: socket.socket, on_closed: Callable[["AgentConnection"], None]) -> None:
         sock.setblocking(False)
@@ -19,8 +51,8 @@ class AgentConnection:
         self._on_closed = on_closed
         self._writer = host_api.Writer(sock, lambda _: self.close())
 
-    def say(self, message: host_api.FromHost) -> None:
-        """Send, or keep until there is room; a peer that never reads is dropped."""
+    def send(self, message: host_api.FromHost) -> None:
+        """Send, or keep until there is room; a connection whose peer never reads is closed."""
         try:
             self._writer.send(host_api.encode(message))
         except host_api.IpcError:
@@ -35,3 +67,144 @@ class AgentConnection:
             asyncio.get_running_loop().remove_reader(self.sock)
             self.sock.close()
             self._on_closed(self)
+
+
+class AgentServer:
+    """Listening socket and connections; `events` are sent to every connection."""
+
+    def __init__(
+        self, listener: socket.socket, handler: RequestHandler, events: EventQueue, *, agent_group: int | None
+    ) -> None:
+        self._listener = listener
+        self._handler = handler
+        self._events = events
+        self._agent_group = agent_group
+        self._connections: set[AgentConnection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._broadcaster: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Accept connections from now on."""
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        self._broadcaster = asyncio.ensure_future(self._broadcast())
+
+    def stop_accepting(self) -> None:
+        """Close the listening socket; connections stay, to receive the last events and replies."""
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._listener.close()
+
+    def close(self) -> None:
+        """Send what is left of the events, and hang up."""
+        if self._broadcaster is not None:
+            self._broadcaster.cancel()
+        self._flush_events()
+        for connection in list(self._connections):
+            connection.close()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        if not may_command(sock, self._agent_group) or len(self._connections) >= _CONNECTIONS_MAX:
+            sock.close()
+            return
+        connection = AgentConnection(sock, self._closed)
+        self._connections.add(connection)
+        asyncio.get_running_loop().add_reader(sock, self._readable, connection)
+
+    def _closed(self, connection: AgentConnection) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._handler.agent_gone()
+
+    def _readable(self, connection: AgentConnection) -> None:
+        try:
+            request, fd = host_api.receive_request(connection.sock)
+        except BlockingIOError:
+            return
+        except host_api.IpcError:
+            connection.close()
+            return
+        task = asyncio.ensure_future(self._serve(connection, request, fd))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, connection: AgentConnection, request: host_api.Request, fd: int | None) -> None:
+        try:
+            reply = await self._handler.handle(request, fd)
+        except Exception as error:  # noqa: BLE001 - a bug of ours: say so, and go on serving
+            sys.stderr.write(f"host: {type(request).__name__}: {type(error).__name__}: {error}\n")
+            reply = host_api.Failed(id=request.id, code=RejectCode.INTERNAL, message=f"the host failed: {error!r}")
+        self._flush_events()  # what happened before the reply is told before it
+        connection.send(reply)
+
+    async def _broadcast(self) -> None:
+        while True:
+            self._send_event(await self._events.get())
+
+    def _flush_events(self) -> None:
+        while not self._events.empty():
+            self._send_event(self._events.get_nowait())
+
+    def _send_event(self, event: host_api.Event) -> None:
+        for connection in list(self._connections):
+            connection.send(event)
+
+
+def may_command(sock: socket.socket, agent_group: int | None) -> bool:
+    """Return whether the peer is root, this user, or a member of the agent's group."""
+    _, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    if uid in {0, os.geteuid()}:
+        return True
+    if agent_group is None:
+        return False
+    if gid == agent_group:
+        return True
+    groups = array.array("i")
+    with contextlib.suppress(OSError):
+        groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX_BYTES))
+    return agent_group in groups
+
+
+class ListenError(Exception):
+    """The socket for the agent cannot be opened, for the reason given."""
+
+
+class InUseError(ListenError):
+    """Another host listens on it."""
+
+
+def open_listener(runtime: Path, agent_group: int | None) -> socket.socket:
+    """Open the socket in a runtime directory, for this user and the agent's group.
+
+    Raises:
+        InUseError: another host runs there.
+        ListenError: anything else that is in the way.
+    """
+    path = runtime / SOCKET_NAME
+    with host_api.new_socket() as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+        else:
+            raise InUseError(f"another host already runs here: {path} is in use")
+    listener = host_api.new_socket()
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    except OSError as error:
+        why = error.strerror or f"{error} (of {len(str(path))} characters); give a shorter --runtime"
+        raise ListenError(f"cannot listen on {path}: {why}") from error
+    finally:
+        os.umask(mask)
+    if agent_group is not None:
+        try:
+            os.chown(path, -1, agent_group)
+            path.chmod(0o660)
+        except OSError as error:
+            raise ListenError(f"cannot give {path} to the agent's group: {error.strerror}") from error
+    listener.listen(_CONNECTIONS_MAX)
+    listener.setblocking(False)
+    return listener

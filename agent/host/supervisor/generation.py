@@ -1,4 +1,4 @@
-"""One generation of an instance: what to run, the lanes that run it, and its figures over all of them."""
+"""Generation of an instance: what to run, the workers that run it, its figures over all of them, its data directory."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from agent.host.ipc import host_api
 from agent.host.ipc.host_api import StartError
@@ -26,13 +26,13 @@ _ENTRY_BYTES: Final = 4096
 
 
 async def data_directory(run: host_api.Run, uid: int | None, parent: Path, old: "Generation | None") -> str:
-    """The directory of this generation's data, made and given to its user, if it may have files; else empty.
+    """Make the data directory of a generation and give it to its user; empty for one that may have no files.
 
-    One directory for each `data_schema`: a generation with another schema than the `old` one gets a copy, so that going
-    back finds the data as they were.
+    Each `data_schema` has a directory of its own: a generation with another schema than the `old` one gets a copy, so
+    that going back finds the data as they were.
 
     Raises:
-        StartError: it cannot be made, or not copied.
+        StartError: the directory cannot be made, or not copied.
     """
     if not any(name.startswith("wasi:filesystem") for name in run.grants.interfaces):
         return ""
@@ -60,47 +60,54 @@ async def _copy(old: str, new: Path) -> None:
 
 
 async def _remove(path: Path) -> None:
-    """By `rm`, as copying is by `cp`: a guest may have made more directories within each other than Python follows."""
+    """Remove a tree by `rm`, as it is copied by `cp`: guests can nest directories deeper than Python follows."""
     process = await asyncio.create_subprocess_exec("rm", "-rf", "--", str(path), stderr=subprocess.DEVNULL)
     await process.wait()
 
 
 async def forget_other_schemas(data: str) -> None:
-    """Remove what generations with another schema left beside this directory."""
+    """Remove the directories that generations with another schema left beside this one."""
     if data:
         for other in Path(data).parent.iterdir():
             if other.name != Path(data).name:
                 await _remove(other)
 
 
-def too_much(directory: str, most_bytes: int) -> str:
-    """Why a data directory is too much for a board that allows `most_bytes` of disk; empty where it is not.
+def storage_problem(directory: str, max_bytes: int) -> str:
+    """Return why a data directory is over its limit of `max_bytes` of disk; empty where it is not.
 
-    An entry counts as a block even when it holds nothing, since a disk runs out of those too. What is counted ends
-    where it is too much, so that no guest can make the counting long; links are not followed. An eighth more is let
-    pass: blocks and directories are not the guest's doing.
+    An entry counts as a block even when it holds nothing, since a disk runs out of those too. The walk ends where the
+    limit is exceeded, so that no guest can make it long; links are not followed. An eighth more is tolerated: blocks
+    and directories are not the guest's doing.
     """
-    total, todo, most = 0, [directory], most_bytes + most_bytes // 8
+    total, todo, most = 0, [directory], max_bytes + max_bytes // 8
     while todo:
         try:
-            for path, blocks, within in _listed(todo.pop()):
-                total += max(blocks * 512, _ENTRY_BYTES)
+            for entry in _entries(todo.pop()):
+                total += max(entry.blocks * 512, _ENTRY_BYTES)
                 if total > most:
-                    return f"its data takes {total} bytes of disk and more, {most_bytes} are allowed"
-                if within:
-                    todo.append(path)
+                    return f"its data takes {total} bytes of disk and more, {max_bytes} are allowed"
+                if entry.is_directory:
+                    todo.append(entry.path)
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 return "its data lies deeper than the kernel takes a path"
     return ""
 
 
-def _listed(directory: str) -> Iterator[tuple[str, int, bool]]:
-    """What lies in a directory: path, blocks of 512 bytes, whether it is a directory. Not what goes meanwhile."""
+class _Entry(NamedTuple):
+    path: str
+    blocks: int
+    is_directory: bool
+
+
+def _entries(directory: str) -> Iterator[_Entry]:
+    """Yield the entries of a directory, but those that vanish meanwhile; a block has 512 bytes."""
     with os.scandir(directory) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
-                yield entry.path, entry.stat(follow_symlinks=False).st_blocks, entry.is_dir(follow_symlinks=False)
+                blocks = entry.stat(follow_symlinks=False).st_blocks
+                yield _Entry(entry.path, blocks, entry.is_dir(follow_symlinks=False))
 
 
 def _digest(fd: int) -> str:
@@ -112,92 +119,127 @@ def _digest(fd: int) -> str:
 
 
 @dataclass(slots=True)
-class Saved:
-    """A state: a memfd of fixed size, and how much of it counts."""
+class SavedState:
+    """State of a guest: a memfd of fixed size, and how many bytes of it count."""
 
     fd: int
     length: int
 
     def close(self) -> None:
-        """Let it go."""
+        """Close the memfd."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
-@dataclass(slots=True)
+class ConnectionQueue(NamedTuple):
+    """Both ends of the queue in which clients wait for whichever worker is idle."""
+
+    put: socket.socket
+    take: socket.socket
+
+    def close(self) -> None:
+        """Close both ends."""
+        self.put.close()
+        self.take.close()
+
+
+@dataclass(slots=True, eq=False)
 class Generation:
-    """One generation: what to run, and the lanes that run it.
+    """One generation: what to run, and the workers that run it.
 
     Attributes:
-        alone: why it has a lane of its own although it may share one; empty for no such reason.
-        lost: how its last lane ended that ended while another generation ran.
-        image, image_bytes: of one that may share: its image's sha256 and size.
-        queue: of one that may have several lanes: where clients wait for whichever is idle, to put in and to take out.
-        secrets_fd: a memfd with its secrets, which is handed to its lanes and never read here; -1 for none.
+        secrets_fd: memfd with its secrets, which is handed to its workers and never read here; -1 for none.
         probation: the agent has not committed it yet, and may still go back.
-        asked, missed, unwell: questions of its health check, those without a good answer, and of these the last in a
-            row.
+        is_serving: calls go to it.
+        dropped: it is over for good.
+        past: figures of workers that have ended.
+        unshared_reason: why it has a worker of its own although it may share one; empty for no such reason.
+        lost: how its last worker ended that ended while another generation ran.
+        image_sha256, image_bytes: of one that may share: name and size of its image.
+        queue: of one that may have several workers.
+        checks_asked, checks_missed, checks_failing: questions of its health check, those without a good answer, and of
+            these the last in a row.
     """
 
     run: host_api.Run
     image_fd: int
     secrets_fd: int = -1
+    probation: bool = False
+    is_serving: bool = False
+    dropped: bool = False
     listener: Listener | None = None
-    lanes: list[WorkerHandle] = field(default_factory=list)
+    workers: list[WorkerHandle] = field(default_factory=list)
     past: CallStats = field(default_factory=CallStats)
     faults: int = 0
     kinds: frozenset[str] = frozenset()
     layers: dict[str, bool] = field(default_factory=dict)
     data: str = ""
-    dropped: bool = False
-    saved: Saved | None = None
-    alone: str = ""
+    saved: SavedState | None = None
+    unshared_reason: str = ""
     lost: str = ""
-    image: str = ""
+    image_sha256: str = ""
     image_bytes: int = 0
-    queue: tuple[socket.socket, socket.socket] | None = None
-    probation: bool = False
-    asked: int = 0
-    missed: int = 0
-    unwell: int = 0
+    queue: ConnectionQueue | None = None
+    checks_asked: int = 0
+    checks_missed: int = 0
+    checks_failing: int = 0
 
     def __post_init__(self) -> None:
-        """Name the image by what is in it, where others may use the same."""
+        """Name the image by its content, where other instances may use the same one."""
         if self.run.share_lane:
             self.image_bytes = os.fstat(self.image_fd).st_size
-            self.image = _digest(self.image_fd)
+            self.image_sha256 = _digest(self.image_fd)
 
     @property
-    def shares(self) -> bool:
-        """Whether it takes a seat in a lane that it shares: the operator lets it, and nothing speaks against it."""
-        return self.run.share_lane and not self.alone
+    def may_share(self) -> bool:
+        """Whether it takes a slot in a shared worker: the operator allows it, and nothing speaks against it."""
+        return self.run.share_lane and not self.unshared_reason
 
     @property
     def number(self) -> int:
-        """The agent's number for it."""
+        """Number that the agent gave it."""
         return self.run.generation
 
     @property
     def alive(self) -> list[WorkerHandle]:
-        """Its lanes that run."""
-        return [lane for lane in self.lanes if lane.alive and lane.ready is not None]
+        """Workers that are ready and have not ended."""
+        return [worker for worker in self.workers if worker.alive and worker.ready is not None]
 
     def count_check(self, *, well: bool) -> None:
         """Count an answer of its health check."""
-        self.asked += 1
-        self.missed += not well
-        self.unwell = 0 if well else self.unwell + 1
+        self.checks_asked += 1
+        self.checks_missed += not well
+        self.checks_failing = 0 if well else self.checks_failing + 1
 
     def checks(self) -> HealthChecks | None:
-        """The answers of its health check; None where its manifest promises none."""
+        """Return the answers of its health check; None where its manifest promises none."""
         if not self.run.manifest.health.check:
             return None
-        return HealthChecks(asked=self.asked, missed=self.missed, well=not self.unwell and bool(self.alive))
+        well = not self.checks_failing and bool(self.alive)
+        return HealthChecks(asked=self.checks_asked, missed=self.checks_missed, well=well)
 
     def figures(self) -> CallStats:
-        """The sum over its lanes, dead ones too."""
+        """Return the sum over its workers, those that have ended included."""
         total = self.past
-        for lane in self.lanes:
-            total = total.plus(lane.page.read())
+        for worker in self.workers:
+            total = total.plus(worker.page.read())
         return total
+
+    def keep_state(self, saved: SavedState) -> None:
+        """Keep what it saved, in place of what it had saved before."""
+        if self.saved is not None:
+            self.saved.close()
+        self.saved = saved
+
+    def close(self) -> None:
+        """Close its descriptors."""
+        if self.saved is not None:
+            self.saved.close()
+        if self.queue is not None:
+            self.queue.close()
+            self.queue = None
+        for fd in (self.image_fd, self.secrets_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.image_fd = self.secrets_fd = -1

@@ -1,13 +1,8 @@
-"""RouterHandle, EgressHandle: forked helper processes.
+"""Forked helper processes, kept alive by the supervisor: the router on the shared port, and the egress.
 
-The supervisor's side of the router: keeps one alive on the shared port, and tells it what there is.
-
-The supervisor holds the listening socket too, so a router that dies takes no waiting client with it.
-
-The supervisor's side of the egress: keeps one alive while a lane needs it, and says who each lane is.
-
-The supervisor keeps the egress's end of every lane's socket too, so that an egress that dies is replaced and lanes
-notice nothing but that a question stayed unanswered.
+A helper that ends is replaced after a short pause, and told everything again. The supervisor holds what clients and
+workers wait on: the listening socket, so that a router that dies takes no client along that waits to be accepted, and
+the egress's end of every worker's socket, so that workers notice nothing but a question that stays unanswered.
 """
 
 import asyncio
@@ -18,8 +13,9 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -34,52 +30,161 @@ from fleet.protocol.manifest import Grants
 
 _ACK_S: Final = 5.0
 
-_PAUSE_S: Final = 0.5
+_PAUSE_S: Final = 0.5  # before a helper is replaced: one that dies at once shall not take the processor
 
-_DRAIN_S: Final = 6.0
+_DRAIN_S: Final = 6.0  # a second more than the router gives its clients
+
 
 _ack: Final[msgspec.json.Decoder[helper_api.RouteAcknowledged]] = msgspec.json.Decoder(helper_api.RouteAcknowledged)
 
 
-class RouterHandle:
-    """The router's handle."""
+class HelperProcess:
+    """A forked process with a socket to the supervisor. Subclasses say how it is forked and what it has to know."""
 
-    def __init__(self, ingress: socket.socket, directory: Path) -> None:
-        self._ingress = ingress
-        self._directory = directory
-        self._up: dict[str, tuple[bool, bool]] = {}
-        self._ids = itertools.count(1)
-        self._acks: dict[int, asyncio.Future[None]] = {}
+    def __init__(self, name: str) -> None:
+        self.pid = 0
+        self._name = name
+        self._sock: socket.socket | None = None
+        self._writer: host_api.Writer | None = None
+        self._pidfd = -1
         self._closing = False
-        self._fork()
+        self._gone = asyncio.get_running_loop().create_future()
+        self._gone.set_result(None)
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a process."""
+        return self._pidfd >= 0
+
+    def _spawn(self) -> tuple[int, socket.socket]:
+        """Fork the process; return its pid and the supervisor's end of its socket."""
+        raise NotImplementedError
+
+    def _tell_everything(self) -> None:
+        """Tell a new process all that it has to know."""
+        raise NotImplementedError
+
+    def _is_needed(self) -> bool:
+        """Return whether a process that has ended is to be replaced."""
+        raise NotImplementedError
+
+    def _closed(self) -> str:
+        """Close what belonged to a process that has ended; return what was lost with it, for people."""
+        return ""
+
+    def _readable(self) -> None:
+        """Stop reading: a helper that sends nothing is readable only at its end, which its pidfd reports."""
+        if self._sock is not None:
+            asyncio.get_running_loop().remove_reader(self._sock)
 
     def _fork(self) -> None:
-        self._pid, self._sock, self._page = fork_router(self._ingress, self._directory)
-        self._pidfd = os.pidfd_open(self._pid)
+        self.pid, self._sock = self._spawn()
         self._sock.setblocking(False)
-        self._writer = host_api.Writer(self._sock, lambda _: None)  # its pidfd tells of its end
-        self._gone = asyncio.get_running_loop().create_future()
+        self._pidfd = os.pidfd_open(self.pid)
+        self._writer = host_api.Writer(self._sock, lambda _: None)  # its pidfd reports its end
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._sock, self._readable)
+        self._gone = loop.create_future()
         loop.add_reader(self._pidfd, self._ended)
-        for instance, (up, spread) in self._up.items():
-            self._tell(helper_api.RouteUpdate(instance, up, spread))
+        loop.add_reader(self._sock, self._readable)
+        self._tell_everything()
 
-    def _tell(self, message: helper_api.RouteUpdate | helper_api.RouteRemove | helper_api.DrainRouter) -> None:
-        self._writer.send(msgspec.json.encode(message))  # a router that is gone is replaced, and told everything again
+    def _tell(self, message: msgspec.Struct, fd: int | None = None) -> None:
+        """Send a message; a process that is gone is replaced, and told everything again."""
+        if self._writer is not None:
+            self._writer.send(msgspec.json.encode(message), fd)
 
-    async def route(self, instance: str, *, up: bool | None, spread: bool) -> None:
-        """Say whether an instance answers (None: it is gone), and wait until the router knows; `spread` as in `Set`."""
-        if self._up.get(instance) == (None if up is None else (up, spread)):
+    def _hang_up(self) -> None:
+        """Close its socket; a process without one ends."""
+        if self._sock is not None and self._writer is not None:
+            self._writer.close()
+            asyncio.get_running_loop().remove_reader(self._sock)
+            self._sock.close()
+            self._sock = self._writer = None
+
+    def _ended(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        self._hang_up()
+        _, status = os.waitpid(self.pid, 0)
+        lost = self._closed()
+        self._gone.set_result(None)
+        if self._is_needed() and not self._closing:
+            sys.stderr.write(
+                f"host: the {self._name} ended ({os.waitstatus_to_exitcode(status)}{lost}), starting another\n"
+            )
+            sys.stderr.flush()
+            loop.call_later(_PAUSE_S, self._again)
+
+    def _again(self) -> None:
+        if self._is_needed() and not self.running and not self._closing:
+            self._fork()
+
+    def _kill(self) -> None:
+        """End the process now, and start no other."""
+        self._closing = True
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._ended()
+
+
+class _Route(NamedTuple):
+    up: bool
+    spread: bool
+
+
+class RouterHandle(HelperProcess):
+    """Handle of the router, which is there from the start."""
+
+    def __init__(self, ingress: socket.socket, directory: Path) -> None:
+        """`ingress` is the shared port's listening socket; `directory` holds the sockets of the device's instances."""
+        super().__init__("router")
+        self._ingress = ingress
+        self._directory = directory
+        self._routes: dict[str, _Route] = {}
+        self._ids = itertools.count(1)
+        self._acks: dict[int, asyncio.Future[None]] = {}
+        self._page: mmap.mmap
+        self._fork()
+
+    def _spawn(self) -> tuple[int, socket.socket]:
+        forked = fork_router(self._ingress, self._directory)
+        self._page = forked.page
+        return forked.pid, forked.sock
+
+    def _tell_everything(self) -> None:
+        for instance, route in self._routes.items():
+            self._tell(helper_api.RouteUpdate(instance, route.up, route.spread))
+
+    def _is_needed(self) -> bool:
+        return True
+
+    def _closed(self) -> str:
+        lost = router.clients_of(self._page)
+        self._page.close()
+        for future in self._acks.values():
+            if not future.done():
+                future.set_result(None)
+        return f"; client connections lost with it: {lost}"
+
+    async def update(self, instance: str, *, up: bool | None, spread: bool) -> None:
+        """Tell the router whether an instance answers (None: it is gone), and wait until the router knows.
+
+        `spread` as in `RouteUpdate`.
+        """
+        route = None if up is None else _Route(up, spread)
+        if self._routes.get(instance) == route:
             return
         number = next(self._ids)
-        if up is None:
-            del self._up[instance]
+        if route is None:
+            del self._routes[instance]
             self._tell(helper_api.RouteRemove(instance, number))
         else:
-            self._up[instance] = up, spread
-            self._tell(helper_api.RouteUpdate(instance, up, spread, number))
-        if self._gone.done():
+            self._routes[instance] = route
+            self._tell(helper_api.RouteUpdate(instance, route.up, route.spread, number))
+        if not self.running:
             return
         future = self._acks[number] = asyncio.get_running_loop().create_future()
         try:
@@ -90,6 +195,7 @@ class RouterHandle:
             self._acks.pop(number, None)
 
     def _readable(self) -> None:
+        assert self._sock is not None
         try:
             data, fds = framing.receive_packet(self._sock)
         except BlockingIOError:
@@ -97,8 +203,7 @@ class RouterHandle:
         except framing.GoneError:
             asyncio.get_running_loop().remove_reader(self._sock)
             return
-        for fd in fds:
-            os.close(fd)
+        framing.close_all(fds)
         try:
             future = self._acks.get(_ack.decode(data).id)
         except wire.JSON_ERRORS:  # a router that somebody broke into
@@ -106,169 +211,115 @@ class RouterHandle:
         if future is not None and not future.done():
             future.set_result(None)
 
-    def _ended(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._pidfd)
-        loop.remove_reader(self._sock)
-        os.close(self._pidfd)
-        self._writer.close()
-        self._sock.close()
-        lost = router.clients_of(self._page)
-        self._page.close()
-        _, status = os.waitpid(self._pid, 0)
-        for future in self._acks.values():
-            if not future.done():
-                future.set_result(None)
-        if not self._gone.done():
-            self._gone.set_result(None)
-        if not self._closing:
-            why = f"{os.waitstatus_to_exitcode(status)}; client connections lost with it: {lost}"
-            sys.stderr.write(f"host: the router ended ({why}), starting another\n")
-            sys.stderr.flush()
-            loop.call_later(_PAUSE_S, self._again)
-
-    def _again(self) -> None:
-        if not self._closing:
-            self._fork()
-
     async def drain(self) -> None:
         """Accept no more on the shared port, answer what was asked, and end the router."""
         self._closing = True
         self._ingress.close()
-        if self._gone.done():
-            return
-        self._tell(helper_api.DrainRouter())
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._gone), _DRAIN_S)
+        if self.running:
+            self._tell(helper_api.DrainRouter())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._gone), _DRAIN_S)
 
     def close(self) -> None:
         """End the router now."""
-        self._closing = True
-        if not self._gone.done():
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            self._ended()
+        self._kill()
 
 
-def wanted(grants: Grants) -> bool:
-    """Whether an instance with these grants may send requests anywhere."""
+def needs_egress(grants: Grants) -> bool:
+    """Return whether an instance with these grants may send requests anywhere."""
     return grants.allows(OUTGOING_HANDLER) and bool(grants.outbound or grants.instances)
 
 
-class EgressHandle:
-    """The egress's handle; there is a process behind it only while there are lanes."""
+class EgressTicket(NamedTuple):
+    """Admission of a worker: its number, for `release`, and its end of the socket on which it asks."""
+
+    number: int
+    worker_end: socket.socket
+
+
+class _Admitted(NamedTuple):
+    sock: socket.socket
+    message: helper_api.RegisterWorker
+
+
+class EgressHandle(HelperProcess):
+    """Handle of the egress; there is a process behind it only while there are workers that may use it."""
 
     def __init__(self, directory: Path) -> None:
-        """`directory` holds the sockets of the board's instances."""
+        """`directory` holds the sockets of the device's instances."""
+        super().__init__("egress")
         self._directory = directory
-        self._lanes: dict[int, tuple[socket.socket, helper_api.RegisterWorker]] = {}
-        self._sock: socket.socket | None = None
-        self._pidfd = -1
-        self._pid = 0
-        self._next = 0
-        self._closing = False
+        self._workers: dict[int, _Admitted] = {}
+        self._numbers = itertools.count(1)
 
-    @property
-    def running(self) -> bool:
-        """Whether there is a process."""
-        return self._sock is not None
+    def _spawn(self) -> tuple[int, socket.socket]:
+        return fork_egress(self._directory)
 
-    def admit(self, instance: str, grants: Grants) -> tuple[int, socket.socket]:
-        """A lane more: what to call it here, and its end of the socket on which it asks."""
+    def _tell_everything(self) -> None:
+        for worker in self._workers.values():
+            self._admit(worker)
+
+    def _is_needed(self) -> bool:
+        return bool(self._workers)
+
+    def admit(self, instance: str, grants: Grants) -> EgressTicket:
+        """Admit a worker of this instance."""
         ours, theirs = framing.socket_pair()
-        self._next += 1
-        admit = helper_api.RegisterWorker(instance=instance, outbound=grants.outbound, instances=grants.instances)
-        self._lanes[self._next] = (ours, admit)
-        if self._sock is None:
+        number = next(self._numbers)
+        message = helper_api.RegisterWorker(instance=instance, outbound=grants.outbound, instances=grants.instances)
+        worker = self._workers[number] = _Admitted(ours, message)
+        if self._sock is not None:
+            self._admit(worker)
+        elif not self.running:
             self._fork()
-        else:
-            self._tell(ours, admit)
-        return self._next, theirs
+        # Else the last one was told to end: its own end brings the next.
+        return EgressTicket(number, theirs)
+
+    def _admit(self, worker: _Admitted) -> None:
+        with contextlib.suppress(OSError):  # out of descriptors: this worker's questions stay unanswered
+            self._tell(worker.message, worker.sock.fileno())
 
     def release(self, number: int) -> None:
-        """A lane is gone; with the last of them the process."""
-        found = self._lanes.pop(number, None)
-        if found is not None:
-            found[0].close()
-        if not self._lanes and self._sock is not None:
-            self._writer.close()
-            self._sock.close()  # and it ends
-
-    def _fork(self) -> None:
-        self._pid, self._sock = fork_egress(self._directory)
-        self._sock.setblocking(False)
-        self._writer = host_api.Writer(self._sock, lambda _: None)  # its pidfd tells of its end
-        self._pidfd = os.pidfd_open(self._pid)
-        asyncio.get_running_loop().add_reader(self._pidfd, self._ended)
-        for ours, admit in self._lanes.values():
-            self._tell(ours, admit)
-
-    def _tell(self, ours: socket.socket, admit: helper_api.RegisterWorker) -> None:
-        # An egress that is gone is replaced, and told everything again.
-        with contextlib.suppress(OSError):  # out of descriptors: this lane's questions stay unanswered
-            self._writer.send(msgspec.json.encode(admit), ours.fileno())
-
-    def _ended(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        self._pidfd = -1
-        _, status = os.waitpid(self._pid, 0)
-        if self._sock is not None:
-            self._writer.close()
-            self._sock.close()
-            self._sock = None
-        if self._lanes and not self._closing:
-            sys.stderr.write(f"host: the egress ended ({os.waitstatus_to_exitcode(status)}), starting another\n")
-            loop.call_later(_PAUSE_S, self._again)
-
-    def _again(self) -> None:
-        if self._lanes and self._sock is None and not self._closing:
-            self._fork()
+        """Forget a worker that has ended; with the last of them the process ends."""
+        worker = self._workers.pop(number, None)
+        if worker is not None:
+            worker.sock.close()
+        if not self._workers:
+            self._hang_up()
 
     def close(self) -> None:
-        """End it now."""
+        """End the egress now."""
         self._closing = True
-        for number in list(self._lanes):
+        for number in list(self._workers):
             self.release(number)
-        if self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            self._ended()
+        self._kill()
 
 
-def fork_router(
-    listener: socket.socket, directory: Path, keep: tuple[int, ...] = ()
-) -> tuple[int, socket.socket, mmap.mmap]:
-    """Fork a router on this listener; (its pid, the supervisor's end of its socket, its page for `clients_of`).
+class ForkedRouter(NamedTuple):
+    """A router: its pid, the supervisor's end of its socket, and its page for `clients_of`."""
 
-    `keep`: further descriptors that the child may hold; every other one is closed.
-    """
-    ours, theirs = framing.socket_pair()
+    pid: int
+    sock: socket.socket
+    page: mmap.mmap
+
+
+def fork_router(listener: socket.socket, directory: Path, keep: tuple[int, ...] = ()) -> ForkedRouter:
+    """Fork a router on this listener; `keep`: the further descriptors that the child may hold."""
     page = mmap.mmap(-1, mmap.PAGESIZE)
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            sandbox.die_with_parent(parent)
-            ours.close()
-            run_router(listener, theirs, directory, keep, page)
-            status = 0
-        except BaseException as error:  # noqa: BLE001 - this process was forked, nobody above could handle it
-            sys.stderr.write(f"router: {type(error).__name__}: {error}\n")
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
-    theirs.close()
-    return pid, ours, page
+    pid, sock = _fork_child("router", lambda theirs: run_router(listener, theirs, directory, keep, page))
+    return ForkedRouter(pid, sock, page)
 
 
 def fork_egress(directory: Path, keep: tuple[int, ...] = ()) -> tuple[int, socket.socket]:
-    """Fork an egress; (its pid, the supervisor's end of its socket).
+    """Fork an egress; return its pid and the supervisor's end of its socket.
 
     `directory` holds the instances' sockets. `keep`: further descriptors that the child may hold.
     """
+    return _fork_child("egress", lambda theirs: run_egress(theirs, directory, keep))
+
+
+def _fork_child(name: str, run: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:
+    """Fork a process that runs `run` on its end of a socket pair and dies with this one."""
     ours, theirs = framing.socket_pair()
     parent = os.getpid()
     pid = os.fork()
@@ -277,10 +328,10 @@ def fork_egress(directory: Path, keep: tuple[int, ...] = ()) -> tuple[int, socke
         try:
             sandbox.die_with_parent(parent)
             ours.close()
-            run_egress(theirs, directory, keep)
+            run(theirs)
             status = 0
         except BaseException as error:  # noqa: BLE001 - this process was forked, nobody above could handle it
-            sys.stderr.write(f"egress: {type(error).__name__}: {error}\n")
+            sys.stderr.write(f"{name}: {type(error).__name__}: {error}\n")
             sys.stderr.flush()
         finally:
             os._exit(status)

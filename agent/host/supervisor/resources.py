@@ -1,31 +1,23 @@
-"""Resources that the host holds for instances: listeners, uids, control groups, crash counters, pending secrets.
+"""Resources that the host holds for instances: one `HostResources`, given to each of them.
 
-The sockets on which instances are called: a Unix socket behind the router, or a port of the instance's own.
+Listeners: a Unix socket behind the router, or a port of the instance's own. The supervisor owns each for the instance's
+life and lends it to workers, so that a swap or a crash closes nothing and loses no client that waits to be accepted.
 
-The supervisor owns each for the instance's life and lends it to lanes, so that a swap or a crash closes nothing and
-loses no client that waits to be accepted.
+Users: a uid from a reserved range, the same after a restart, never another's. Only a host that runs as root can give
+users away. The range is one that no account, container or dynamic user has (systemd, "Users, Groups, UIDs and GIDs":
+above the container range). A uid is not given again while the range lasts, so nobody inherits files; then those of
+instances that no longer run are, the longest unused first. A device has one host, in the packaged place. Where there
+are more (tests, a demonstration), each has a range of its own, by where its state is: the kernel counts processes by
+user, so hosts that shared users would share their limits.
 
-Which user each instance's lanes become: a uid from a reserved range, the same after a restart, never another's.
+Crash counts: crashes in a row, remembered over restarts of host and device. A component that brings its workers (or the
+whole device) down gets no fresh set of chances from each reboot: it starts again with the count that it had, so that
+one more crash is a quarantine. Written only when something crashes or has recovered.
 
-Only a host that runs as root can give users away. The range is one that no account, container or dynamic user has
-(systemd, "Users, Groups, UIDs and GIDs": above the container range). A uid is not given again while the range lasts, so
-nobody inherits files; then those of instances that no longer run are, the longest unused first.
-
-A board has one host, in the packaged place. Where there are more (tests, a demonstration), each has a range of its own,
-by where its state is: the kernel counts processes by user, so hosts that shared users would share their limits.
-
-How often each instance's lanes have died in a row: remembered over restarts of host and board.
-
-A component that brings its lanes (or the whole board) down gets no fresh set of chances from each reboot: it starts
-again with the count it had, so that one more death is a quarantine. Written only when something dies or has recovered.
-
-Secrets between their arrival and the start of the generation that they are for: descriptors, held and never read.
-
-A share of memory and processes for each instance, where systemd gives this host control groups of its own.
-
-Only cgroup v2, and only a part of the tree that was delegated to this host alone (`Delegate=` in its unit): the
-supervisor moves into a leaf of its own first, since groups with members cannot have limited children. On top of the
-limits that each lane has: it bounds what an instance's lanes take together, kernel memory and page cache included.
+Control groups: a share of memory and processes for each instance, where systemd gives this host groups of its own. Only
+cgroup v2, and only a part of the tree that was delegated to this host alone (`Delegate=` in its unit): the supervisor
+moves into a leaf of its own first, since groups with members cannot have limited children. On top of the limits of each
+worker, a group bounds what an instance's workers take together, kernel memory and page cache included.
 """
 
 import contextlib
@@ -35,12 +27,14 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from agent.host.ipc import host_api
 from agent.host.ipc.host_api import StartError
+from agent.host.ipc.write_quota import QuotaStore
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.files import atomic_write
 
 BACKLOG: Final = 1024
 
@@ -64,13 +58,27 @@ class Listeners:
         self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
 
     def open(self, instance: str, port: int | None) -> Listener:
-        """The instance's listener on `port` (None: behind the router), opened if it is not. Raises OSError."""
+        """Return the instance's listener on `port` (None: behind the router), opened if it is not. Raises `OSError`."""
         found = self._open.get((instance, port))
         if found is not None and found.sock.fileno() >= 0:
             return found
         listener = Listener(self._unix(instance) if port is None else self._tcp(port), port)
         self._open[instance, port] = listener
         return listener
+
+    def is_open(self, instance: str, port: int | None) -> bool:
+        """Return whether the instance has a listener on `port`."""
+        found = self._open.get((instance, port))
+        return found is not None and found.sock.fileno() >= 0
+
+    def close_port(self, instance: str, port: int | None) -> None:
+        """Close one listener of an instance."""
+        listener = self._open.pop((instance, port), None)
+        if listener is not None:
+            listener.sock.close()
+            if port is None:
+                with contextlib.suppress(OSError):
+                    (self._directory / instance).unlink()
 
     def _unix(self, instance: str) -> socket.socket:
         path = self._directory / instance
@@ -95,13 +103,9 @@ class Listeners:
 
     def close(self, instance: str) -> None:
         """Close every listener of an instance."""
-        for (name, port), listener in list(self._open.items()):
+        for name, port in list(self._open):
             if name == instance:
-                listener.sock.close()
-                del self._open[name, port]
-                if port is None:
-                    with contextlib.suppress(OSError):
-                        (self._directory / instance).unlink()
+                self.close_port(name, port)
 
 
 FIRST: Final = 1_879_048_192
@@ -162,16 +166,11 @@ class UidAllocator:
         return self._given.pop(oldest)
 
     def _save(self) -> None:
-        part = self._path.with_suffix(".part")
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(self._given, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._path)
+        atomic_write(self._path, json.dumps(self._given).encode(), mode=0o600)
 
 
 class CrashCounter:
-    """The counts, by instance and target, in a file of the host's state directory."""
+    """Crashes in a row by instance and target, in a file of the host's state directory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -180,7 +179,7 @@ class CrashCounter:
             kept = json.loads(path.read_text(encoding="utf-8"))
             self._counts = {str(key): int(count) for key, count in kept.items()}
         except (OSError, ValueError, AttributeError):
-            self._counts = {}  # none yet, or not ours: everybody starts anew
+            self._counts = {}  # none yet, or not ours: every count starts at zero
         self.written_bytes = 0
 
     @staticmethod
@@ -188,7 +187,7 @@ class CrashCounter:
         return f"{instance} {target}"
 
     def of(self, instance: str, target: str) -> int:
-        """Deaths in a row of this target as this instance."""
+        """Return the crashes in a row of this target as this instance."""
         return self._counts.get(self._key(instance, target), 0)
 
     def note(self, instance: str, target: str, count: int) -> None:
@@ -203,59 +202,59 @@ class CrashCounter:
 
     def _save(self) -> None:
         data = json.dumps(self._counts).encode()
-        part = self._path.with_suffix(".part")
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._path)
+        atomic_write(self._path, data, mode=0o600)
         self.written_bytes += len(data)
 
 
+class _HeldSecrets(NamedTuple):
+    generation: int
+    fd: int
+
+
 class PendingSecrets:
-    """What the agent has entrusted to this host and not yet started, one descriptor an instance."""
+    """Secrets between their arrival and the start of the generation that they are for: held, and never read here."""
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[int, int]] = {}
+        self._held: dict[str, _HeldSecrets] = {}
 
     def hold(self, request: host_api.PutSecrets, fd: int | None) -> None:
-        """Hold a descriptor, in place of an earlier one of the instance; raises `StartError`."""
+        """Hold a descriptor, in place of an earlier one of the instance. Raises `StartError`."""
         if fd is None:
             raise StartError(RejectCode.MALFORMED, f"{request.instance}: no secrets came with the request to hold them")
         if len(self._held) >= bounds.ITEMS_MAX and request.instance not in self._held:
             os.close(fd)
             raise StartError(RejectCode.TOO_LARGE, f"secrets of {bounds.ITEMS_MAX} instances wait for their start")
-        self._close(self._held.pop(request.instance, None))
-        self._held[request.instance] = request.generation, fd
+        self._close(request.instance)
+        self._held[request.instance] = _HeldSecrets(request.generation, fd)
 
     def take(self, run: host_api.Run) -> int:
-        """The descriptor for a generation, the caller's from now on; -1 where it has no secrets.
+        """Return the descriptor for a generation, the caller's from now on; -1 where it has no secrets.
 
         Raises:
             StartError: it has some, and they did not come.
         """
-        held = self._held.pop(run.instance, None)
-        if run.secrets and held is not None and held[0] == run.generation:
-            return held[1]
-        self._close(held)
+        held = self._held.get(run.instance)
+        if run.secrets and held is not None and held.generation == run.generation:
+            return self._held.pop(run.instance).fd
+        self._close(run.instance)
         if run.secrets:
             raise StartError(RejectCode.START_FAILED, f"{run.instance}: its secrets did not come before it")
         return -1
 
     def drop(self, run: host_api.Run) -> None:
-        """It was not started after all."""
-        if (held := self._held.get(run.instance)) is not None and held[0] <= run.generation:
-            self._close(self._held.pop(run.instance))
+        """Close the secrets of a generation that was not started after all."""
+        held = self._held.get(run.instance)
+        if held is not None and held.generation <= run.generation:
+            self._close(run.instance)
 
     def clear(self) -> None:
-        """Nobody is left who could start anything."""
+        """Close all of them: nobody is left who could start anything."""
         for instance in list(self._held):
-            self._close(self._held.pop(instance))
+            self._close(instance)
 
-    @staticmethod
-    def _close(held: tuple[int, int] | None) -> None:
-        if held is not None:
-            os.close(held[1])
+    def _close(self, instance: str) -> None:
+        if (held := self._held.pop(instance, None)) is not None:
+            os.close(held.fd)
 
 
 _MOUNT: Final = Path("/sys/fs/cgroup")
@@ -264,11 +263,11 @@ _WANTED: Final = ("memory", "pids")
 
 _OWN: Final = "supervisor"
 
-_THREADS_A_LANE: Final = 32
+_THREADS_PER_WORKER: Final = 32
 
 
 class Cgroups:
-    """The host's part of the tree; `available` False where there is none, and then nothing is done."""
+    """Control groups of this host; where it has none, `available` is False and nothing is done."""
 
     def __init__(self, root: Path | None = None, *, pid: int | None = None) -> None:
         """Take the host's own group (or `root`) over; `pid` is the supervisor's."""
@@ -298,17 +297,17 @@ class Cgroups:
             return False
         return True
 
-    def admit(self, instance: str, pid: int, *, lanes: int, lane_bytes: int) -> bool:
-        """Put a lane into its instance's group, which may have `lanes` of `lane_bytes` each; whether that worked."""
+    def admit(self, instance: str, pid: int, *, workers: int, worker_bytes: int) -> bool:
+        """Move a process into its group, which may have `workers` of `worker_bytes` each; return whether it worked."""
         if not self.available or self._root is None:
             return False
         group = self._root / f"i-{instance}"
         try:
             group.mkdir(exist_ok=True)
-            _write(group / "memory.max", str(lanes * lane_bytes))
+            _write(group / "memory.max", str(workers * worker_bytes))
             with contextlib.suppress(OSError):  # a kernel without swap accounting
                 _write(group / "memory.swap.max", "0")
-            _write(group / "pids.max", str(lanes * _THREADS_A_LANE))
+            _write(group / "pids.max", str(workers * _THREADS_PER_WORKER))
             _write(group / "cgroup.procs", str(pid))
         except OSError:
             return False
@@ -334,3 +333,38 @@ def _own_group() -> Path | None:
                 if os.access(group / "cgroup.subtree_control", os.W_OK):
                     return group
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class HostResources:
+    """Everything that the host holds for its instances.
+
+    Attributes:
+        data: parent of the instances' data directories.
+    """
+
+    data: Path
+    listeners: Listeners
+    uids: UidAllocator
+    crashes: CrashCounter
+    quotas: QuotaStore
+    cgroups: Cgroups
+    secrets: PendingSecrets
+
+    @classmethod
+    def open(cls, *, state: Path, sockets: Path, address: str) -> "HostResources":
+        """Read what is kept in `state`; `sockets` holds the Unix sockets, own ports are opened at `address`."""
+        return cls(
+            data=state / "data",
+            listeners=Listeners(sockets, address),
+            uids=UidAllocator(state / "uids.json"),
+            crashes=CrashCounter(state / "deaths.json"),
+            quotas=QuotaStore(state / "written.json"),
+            cgroups=Cgroups(),
+            secrets=PendingSecrets(),
+        )
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the host's own files written since it started."""
+        return self.crashes.written_bytes + self.quotas.written_bytes

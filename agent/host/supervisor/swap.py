@@ -1,141 +1,151 @@
-"""Swap barrier; state transfer.
+"""Swap: one generation takes over from another, step by step; barrier of an atomic set; transfer of state.
 
-Where the new generations of an atomic set wait for each other: none takes over before all are ready to.
+`take_over` is the sequence of a start, `go_back` that of a revert. Until the new generation serves, each step has its
+undo, and a failure leaves the old one answering; after that nothing can fail.
 
-Each start names the others. Who is ready waits here; the last one lets all go, in one turn of the loop. Who fails
-before that takes the others with it, and who does not come in time has failed.
+Barrier: the starts of an atomic set wait for each other, and no member serves before all could. The last one that is
+ready lets all go, in one turn of the loop; a member that fails first, or does not come in time, takes the others along.
 
-Memory carried from one generation to the next: saved by the old one, loaded by the new, before that one serves.
-
-    held     the old generation answers nobody from the moment it saved until it hands over or goes on
-    kept     what it saved stays with it while it is warm: should it have to come back, and its successor has nothing
-             sound to give, it finds what it had itself
-
-Both must export `wasmfleet:state/state`; a fix that does not load state needs nothing of a version that will not save.
-The state travels in a memfd, and neither this process nor the other lane reads it further than its length.
+State: saved by the old generation, loaded by the new, before that one serves. From the moment it saved, the old one is
+held: it answers nobody until it hands over or resumes. It keeps what it saved while it is warm: should it have to come
+back, and its successor has nothing sound to give, it finds what it had itself. Both must export
+`wasmfleet:state/state`; a fix that does not load state needs nothing of a version that will not save. State travels in
+a memfd, and neither this process nor the other worker reads it further than its length.
 """
 
 import asyncio
 import contextlib
-import fcntl
-import os
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Final
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
-from agent.host.ipc import worker_api
+from agent.host.ipc import framing, worker_api
 from agent.host.ipc.host_api import StartError
-from agent.host.supervisor.generation import Generation, Saved
-from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
+from agent.host.supervisor.generation import Generation, SavedState
+from agent.host.supervisor.instance_log import InstanceLog
+from agent.host.supervisor.resources import Listeners
+from agent.host.supervisor.timers import InstanceTimers, ScheduleTimer, ask_health
+from agent.host.supervisor.worker_handle import R, WorkerGoneError, WorkerHandle
+from agent.host.supervisor.worker_set import WorkerSet
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import BadCronError, Http, Schedule
 
-_GRACE_S: Final = 15.0
+HANDLER: Final = "wasmfleet:http/handler"
 
-_REMEMBERED_S: Final = 30.0
-
-
-class _Meeting:
-    """One set that is being swapped."""
-
-    def __init__(self) -> None:
-        self.met: set[str] = set()
-        self.ready: set[str] = set()
-        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.inside = 0
-
-    def fail(self, instance: str) -> None:
-        """This one failed: whoever waits here hears of it, and that may be nobody."""
-        self.over.set_exception(StartError(RejectCode.SET_FAILED, instance))
-        self.over.exception()
-
-
-class SwapBarrier:
-    """Every set that is being swapped now."""
-
-    def __init__(self) -> None:
-        self._meetings: dict[frozenset[str], _Meeting] = {}
-        self._untold: dict[frozenset[str], tuple[str, set[str]]] = {}  # who failed, and who has not come yet to hear it
-
-    @asynccontextmanager
-    async def joined(self, instance: str, together: tuple[str, ...]) -> AsyncIterator["Place"]:
-        """Begin a start that is one of a set; an exception in here is the whole set's, as long as it waits."""
-        members = frozenset({instance, *together})
-        meeting = self._meetings.get(members)
-        if meeting is None or meeting.over.done():
-            meeting = self._meetings[members] = _Meeting()
-        failed, untold = self._untold.get(members, ("", set()))
-        if instance in untold:
-            untold.discard(instance)
-            meeting.fail(failed)
-        meeting.met.add(instance)
-        meeting.inside += 1
-        try:
-            yield Place(meeting, instance, members)
-        except BaseException:
-            if not meeting.over.done():
-                meeting.fail(instance)
-                self._untold[members] = (instance, set(members - meeting.met))
-                asyncio.get_running_loop().call_later(_REMEMBERED_S, self._untold.pop, members, None)
-            raise
-        finally:
-            meeting.inside -= 1
-            if not meeting.inside and self._meetings.get(members) is meeting:
-                del self._meetings[members]
-
-
-class Place:
-    """One member's place among the others."""
-
-    def __init__(self, meeting: _Meeting, instance: str, members: frozenset[str]) -> None:
-        self._meeting, self._instance, self._members = meeting, instance, members
-
-    async def ready(self, longest_s: float) -> None:
-        """Wait until all are ready. Raises `StartError` (SET_FAILED) when one is not, or does not come."""
-        meeting = self._meeting
-        meeting.ready.add(self._instance)
-        if meeting.ready >= self._members and not meeting.over.done():
-            meeting.over.set_result(None)
-        try:
-            await asyncio.wait_for(asyncio.shield(meeting.over), longest_s + _GRACE_S)
-        except TimeoutError as error:
-            missing = ", ".join(sorted(self._members - meeting.ready))
-            raise failure(self._instance, f"{missing}, which did not come") from error
-        except StartError as error:
-            raise failure(self._instance, f"{error}, which failed") from error
-
-
-def failure(instance: str, whom: str) -> StartError:
-    """That a member is not started because of another."""
-    return StartError(
-        RejectCode.SET_FAILED, f"{instance}: it is to be swapped together with {whom}; nothing is changed"
-    )
-
+TASK: Final = "wasmfleet:schedule/task"
 
 STATE: Final = "wasmfleet:state/state"
 
+_BARRIER_GRACE_S: Final = 15.0  # on top of the longest start: members come one after the other
+
+_FAILURE_REMEMBERED_S: Final = 30.0
+
 _TRANSFER_GRACE_S: Final = 5.0
 
-_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+@dataclass(frozen=True, slots=True)
+class SwapParts:
+    """Parts of the instance that is swapped."""
+
+    name: str
+    workers: WorkerSet
+    timers: InstanceTimers
+    listeners: Listeners
+    log: InstanceLog
 
 
-def carries(old: Generation | None, new: Generation) -> bool:
-    """Whether there is memory to carry: both say so, and it is one lane's, kept from request to request."""
-    return (
-        old is not None
-        and STATE in old.kinds
-        and STATE in new.kinds
-        and len(old.alive) == 1
-        and old.run.limits.requests_per_instance == new.run.limits.requests_per_instance == 0
-    )
+async def take_over(
+    parts: SwapParts, old: Generation | None, new: Generation, place: "BarrierPlace | None" = None
+) -> float:
+    """Bring `new` up beside `old` until it serves, and return when the handover began, on the monotonic clock.
+
+    Raises:
+        StartError: `new` is dropped, and `old` serves as before.
+    """
+    async with AsyncExitStack() as undo:
+        undo.callback(parts.workers.drop, new)
+        check_schedule(new)
+        await parts.workers.prepare_data(new, old)
+        if new.unshared_reason:
+            parts.log.note(f"host: it has a worker of its own: {new.unshared_reason}")
+        worker = await parts.workers.start_worker(new, serve=False)
+        check_exports(new)
+        await check_health(new, worker)
+        check_state(new)
+        open_listener(parts, new, undo)
+        if place is not None:
+            await place.ready(new.run.limits.start_ms / 1000)
+        began_s = time.monotonic()
+        if old is not None:
+            undo.callback(parts.timers.start, old)
+            parts.timers.stop()
+            await finish_task(parts, old)
+            if transfers_state(old, new):
+                await transfer_state(old, new)
+                undo.callback(resume, old)
+        let_serve(parts, new)
+        undo.pop_all()  # from here on calls go to the new generation
+    return began_s
 
 
-def check(generation: Generation) -> None:
-    """Raise `StartError` for a generation whose state could not be carried by what else its manifest says."""
+async def go_back(parts: SwapParts, current: Generation, warm: Generation) -> float:
+    """Bring the generation that was kept `warm` back in place of `current`; returns as `take_over`.
+
+    Raises:
+        StartError: `current` serves as before.
+    """
+    began_s = time.monotonic()
+    async with AsyncExitStack() as undo:
+        open_listener(parts, warm, undo)
+        if not warm.alive:
+            await parts.workers.start_worker(warm, serve=False)
+        undo.callback(parts.timers.start, current)
+        parts.timers.stop()
+        await finish_task(parts, current)
+        undo.callback(resume, current)
+        if problem := await transfer_back(current, warm):
+            parts.log.note(f"host: {problem}")
+        let_serve(parts, warm)
+        undo.pop_all()
+    return began_s
+
+
+def check_schedule(generation: Generation) -> None:
+    """Raise `StartError` for a schedule that is malformed or never due."""
+    trigger = generation.run.manifest.trigger
+    if isinstance(trigger, Schedule):
+        try:
+            ScheduleTimer(trigger)
+        except BadCronError as error:
+            raise StartError(RejectCode.START_FAILED, f"{generation.run.instance}: {error}") from error
+
+
+def check_exports(generation: Generation) -> None:
+    """Raise `StartError` for a guest that does not export what its trigger calls."""
+    trigger = generation.run.manifest.trigger
+    needed = HANDLER if isinstance(trigger, Http) else TASK if isinstance(trigger, Schedule) else ""
+    if needed not in generation.kinds:
+        what = f"it exports no {needed}" if needed else f"this host has no {type(trigger).__name__} trigger"
+        raise StartError(RejectCode.START_FAILED, f"{generation.run.instance}: {what}")
+
+
+async def check_health(generation: Generation, worker: WorkerHandle) -> None:
+    """Raise `StartError` (HEALTH_FAILED) for a guest whose health check, if it has one, says that it is not well."""
+    if generation.run.manifest.health.check:
+        problem = await ask_health(generation, worker)
+        if problem is not None:
+            raise StartError(RejectCode.HEALTH_FAILED, f"{generation.run.instance} is not well: {problem}")
+
+
+def check_state(generation: Generation) -> None:
+    """Raise `StartError` for a guest that exports state which its own manifest makes impossible to transfer."""
     limits = generation.run.limits
     if STATE not in generation.kinds:
         return
     if limits.concurrency > 1:
-        why = f"limits.concurrency is {limits.concurrency}, and the memory of several lanes is not one state"
+        why = f"limits.concurrency is {limits.concurrency}, and the memory of several workers is not one state"
     elif limits.requests_per_instance:
         why = f"limits.requests_per_instance is {limits.requests_per_instance}: there is no memory to carry"
     else:
@@ -143,33 +153,181 @@ def check(generation: Generation) -> None:
     raise StartError(RejectCode.START_FAILED, f"{generation.run.instance}: it exports {STATE}, but {why}")
 
 
+def open_listener(parts: SwapParts, generation: Generation, undo: AsyncExitStack) -> None:
+    """Give a generation the listener of its port: open still, or opened now, and then closed again by `undo`.
+
+    Raises:
+        StartError: PORT_IN_USE.
+    """
+    if not isinstance(generation.run.manifest.trigger, Http):
+        return
+    port = generation.run.port
+    was_open = parts.listeners.is_open(parts.name, port)
+    try:
+        generation.listener = parts.listeners.open(parts.name, port)
+    except OSError as error:
+        raise StartError(
+            RejectCode.PORT_IN_USE, f"{parts.name}: cannot listen on port {port}: {error.strerror}"
+        ) from error
+    if not was_open:
+        undo.callback(parts.listeners.close_port, parts.name, port)
+
+
+async def finish_task(parts: SwapParts, generation: Generation) -> None:
+    """Wait for a scheduled task in flight: two generations never run one at once. Its timers are stopped."""
+    if isinstance(generation.run.manifest.trigger, Schedule):
+        await parts.workers.finish_task(generation)
+
+
+def let_serve(parts: SwapParts, generation: Generation) -> None:
+    """Let a generation accept connections. Raises `StartError`."""
+    try:
+        parts.workers.serve_all(generation)
+    except WorkerGoneError as error:
+        raise StartError(RejectCode.START_FAILED, str(error)) from error
+
+
+# The barrier of an atomic set.
+
+
+class _Meeting:
+    """One set that is being swapped."""
+
+    def __init__(self) -> None:
+        self.came: set[str] = set()
+        self.ready: set[str] = set()
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.inside = 0
+
+    def fail(self, instance: str) -> None:
+        """Fail every member that waits here, of which there may be none, because of this one."""
+        self.over.set_exception(StartError(RejectCode.SET_FAILED, instance))
+        self.over.exception()
+
+
+class _Failure(NamedTuple):
+    """A set that failed: because of whom, and which members have not come yet to be told."""
+
+    instance: str
+    untold: set[str]
+
+
+class SwapBarrier:
+    """Every atomic set that is being swapped now."""
+
+    def __init__(self) -> None:
+        self._meetings: dict[frozenset[str], _Meeting] = {}
+        self._failures: dict[frozenset[str], _Failure] = {}
+
+    @asynccontextmanager
+    async def joined(self, instance: str, together: tuple[str, ...]) -> AsyncIterator["BarrierPlace"]:
+        """Begin a start that is one of a set; an exception in here fails the whole set, as long as that waits."""
+        members = frozenset({instance, *together})
+        meeting = self._meetings.get(members)
+        if meeting is None or meeting.over.done():
+            meeting = self._meetings[members] = _Meeting()
+        failure = self._failures.get(members)
+        if failure is not None and instance in failure.untold:
+            failure.untold.discard(instance)
+            meeting.fail(failure.instance)
+        meeting.came.add(instance)
+        meeting.inside += 1
+        try:
+            yield BarrierPlace(meeting, instance, members)
+        except BaseException:
+            if not meeting.over.done():
+                meeting.fail(instance)
+                self._failures[members] = _Failure(instance, set(members - meeting.came))
+                asyncio.get_running_loop().call_later(_FAILURE_REMEMBERED_S, self._failures.pop, members, None)
+            raise
+        finally:
+            meeting.inside -= 1
+            if not meeting.inside and self._meetings.get(members) is meeting:
+                del self._meetings[members]
+
+
+class BarrierPlace:
+    """Place of one member at the barrier."""
+
+    def __init__(self, meeting: _Meeting, instance: str, members: frozenset[str]) -> None:
+        self._meeting, self._instance, self._members = meeting, instance, members
+
+    async def ready(self, start_s: float) -> None:
+        """Wait until all members are ready, each of which may take `start_s` to start.
+
+        Raises:
+            StartError: SET_FAILED: a member failed, or did not come.
+        """
+        meeting = self._meeting
+        meeting.ready.add(self._instance)
+        if meeting.ready >= self._members and not meeting.over.done():
+            meeting.over.set_result(None)
+        try:
+            await asyncio.wait_for(asyncio.shield(meeting.over), start_s + _BARRIER_GRACE_S)
+        except TimeoutError as error:
+            missing = ", ".join(sorted(self._members - meeting.ready))
+            raise self._failed(f"{missing}, which did not come") from error
+        except StartError as error:
+            raise self._failed(f"{error}, which failed") from error
+
+    def _failed(self, other: str) -> StartError:
+        return StartError(
+            RejectCode.SET_FAILED,
+            f"{self._instance}: it is to be swapped together with {other}; nothing is changed",
+        )
+
+
+# Transfer of state.
+
+
+class StateError(Exception):
+    """A state could not be saved or loaded, for the reason given."""
+
+
+def transfers_state(old: Generation, new: Generation) -> bool:
+    """Return whether there is state to transfer: both export it, and one worker keeps it from request to request."""
+    return (
+        STATE in old.kinds
+        and STATE in new.kinds
+        and len(old.alive) == 1
+        and old.run.limits.requests_per_instance == new.run.limits.requests_per_instance == 0
+    )
+
+
 async def transfer_state(old: Generation, new: Generation) -> None:
     """Have `old` save and `new` load; then `old` is held, and keeps what it saved.
 
     Raises:
-        StartError: STATE_FAILED; `old` goes on.
+        StartError: STATE_FAILED; `old` is not held.
     """
     try:
-        saved = await save(old, _lane(old))
+        saved = await save(old)
     except StateError as error:
         raise _failed(old, f"{_version(old)} did not save its state: {error}") from error
     try:
-        await load(new, _lane(new), saved)
+        await load(new, saved)
     except StateError as error:
         saved.close()
-        go_on(old)
+        resume(old)
         raise _failed(old, f"{_version(new)} did not load the state of {_version(old)}: {error}") from error
-    _keep(old, saved)
+    except BaseException:
+        saved.close()
+        resume(old)
+        raise
+    old.keep_state(saved)
 
 
-async def carry_back(current: Generation, warm: Generation) -> str:
-    """Give `warm` what `current` knows, or else what it knew itself; what went wrong, as a sentence. Never raises."""
+async def transfer_back(current: Generation, warm: Generation) -> str:
+    """Give `warm` the state of `current`, or else what it had saved itself. Return what went wrong; empty for nothing.
+
+    Failures are no reason to stay with a generation that is to be left.
+    """
     problem = ""
-    if carries(current, warm):
+    if transfers_state(current, warm):
         try:
-            saved = await save(current, _lane(current))
+            saved = await save(current)
             try:
-                await load(warm, _lane(warm), saved)
+                await load(warm, saved)
             finally:
                 saved.close()
         except StateError as error:
@@ -178,83 +336,68 @@ async def carry_back(current: Generation, warm: Generation) -> str:
             return ""
     if warm.saved is not None and warm.alive:
         try:
-            await load(warm, _lane(warm), warm.saved)
+            await load(warm, warm.saved)
         except StateError as error:
             problem = f"{_version(warm)} starts without its state: {error}"
     return problem
 
 
-def go_on(generation: Generation) -> None:
-    """End the hold on its lanes."""
-    for lane in generation.alive:
+def resume(generation: Generation) -> None:
+    """End the hold on a generation's workers."""
+    for worker in generation.alive:
         with contextlib.suppress(WorkerGoneError):
-            lane.send(worker_api.Resume())
+            worker.notify(worker_api.Resume())
 
 
-class StateError(Exception):
-    """A state could not be saved or loaded; one sentence."""
-
-
-def _lane(generation: Generation) -> WorkerHandle:
-    """Its one lane. Raises `StateError`: it may end at any time."""
+def _only_worker(generation: Generation) -> WorkerHandle:
+    """Return the generation's one worker. Raises `StateError`: it may have ended meanwhile."""
     if not generation.alive:
-        raise StateError(generation.lost or "its lane has ended")
+        raise StateError(generation.lost or "its worker has ended")
     return generation.alive[0]
 
 
-async def save(generation: Generation, lane: WorkerHandle) -> Saved:
-    """The lane's state; from now on it is held. Raises `StateError`, and then it is not."""
-    limits = generation.run.limits
-    saved = Saved(os.memfd_create("state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), 0)
+async def save(generation: Generation) -> SavedState:
+    """Return the state of a generation, which is held from now on. Raises `StateError`, and then it is not held."""
+    worker, max_bytes = _only_worker(generation), generation.run.limits.state_bytes
+    saved = SavedState(framing.sealed_memfd("state", max_bytes), 0)
     try:
-        os.ftruncate(saved.fd, limits.state_bytes)
-        fcntl.fcntl(saved.fd, fcntl.F_ADD_SEALS, _SEALS)
-        answer = await _ask(lane, worker_api.SaveState(), saved.fd, worker_api.StateSaved, generation)
-        saved.length = _length(answer, limits.state_bytes)
+        answer = await _ask(generation, worker, worker_api.SaveState(), saved.fd, worker_api.StateSaved)
+        saved.length = _length(answer, max_bytes)
     except BaseException:
         saved.close()
         raise
     return saved
 
 
-def _length(answer: worker_api.FromWorker, most: int) -> int:
-    assert isinstance(answer, worker_api.StateSaved)
+def _length(answer: worker_api.StateSaved, max_bytes: int) -> int:
     if answer.problem is not None:
         raise StateError(answer.problem)
-    if not 0 <= answer.length <= most:
-        raise StateError("its lane tells a length that cannot be")
+    if not 0 <= answer.length <= max_bytes:
+        raise StateError("its worker reports a length that cannot be")
     return answer.length
 
 
-async def load(generation: Generation, lane: WorkerHandle, saved: Saved) -> None:
-    """Give a lane a state. Raises `StateError`."""
-    most = generation.run.limits.state_bytes
-    if saved.length > most:
-        raise StateError(f"it has {saved.length} bytes, {most} are allowed (limits.state)")
-    answer = await _ask(lane, worker_api.LoadState(length=saved.length), saved.fd, worker_api.StateLoaded, generation)
-    assert isinstance(answer, worker_api.StateLoaded)
+async def load(generation: Generation, saved: SavedState) -> None:
+    """Give a generation a state. Raises `StateError`."""
+    worker, max_bytes = _only_worker(generation), generation.run.limits.state_bytes
+    if saved.length > max_bytes:
+        raise StateError(f"it has {saved.length} bytes, {max_bytes} are allowed (limits.state)")
+    message = worker_api.LoadState(length=saved.length)
+    answer = await _ask(generation, worker, message, saved.fd, worker_api.StateLoaded)
     if answer.problem is not None:
         raise StateError(answer.problem)
 
 
-async def _ask(
-    lane: WorkerHandle, message: worker_api.Request, fd: int, answer: type[worker_api.Reply], generation: Generation
-) -> worker_api.FromWorker:
-    # A call of before is ended first, and the lane's own watch ends both: this is for a lane that is none any more.
+async def _ask(generation: Generation, worker: WorkerHandle, message: worker_api.Request, fd: int, reply: type[R]) -> R:
+    # A call before it is ended first, and the worker's own watchdog ends both: this is for a worker that has none left.
     timeout_s = 2 * generation.run.limits.total_ms / 1000 + _TRANSFER_GRACE_S
     try:
-        return await lane.ask(message, fd, answer=answer, timeout_s=timeout_s)
+        return await worker.request(message, fd, reply=reply, timeout_s=timeout_s)
     except WorkerGoneError as error:
         raise StateError(str(error)) from error
     except TimeoutError as error:
-        lane.kill("it did not answer for its state")
+        worker.kill("it did not answer for its state")
         raise StateError("it did not answer in time") from error
-
-
-def _keep(generation: Generation, saved: Saved) -> None:
-    if generation.saved is not None:
-        generation.saved.close()
-    generation.saved = saved
 
 
 def _version(generation: Generation) -> str:

@@ -1,21 +1,18 @@
-"""Schedules and health probes.
+"""Timers of an instance: its scheduled task, and the questions of its health check.
 
-What happens to a running generation by the clock: its scheduled task, and the question how it is.
-
-When a scheduled task is due: `every_ms` after the last start, or by a cron line in the board's own time zone.
-
-A time that the clock skips is not made up, and a time that comes twice is run once.
+A task is due `every_ms` after its last start, or by a cron line in the device's own time zone. A time that the clock
+skips is not made up, and a time that comes twice is run once.
 """
 
 import asyncio
 import time
-from collections.abc import Callable
 from datetime import datetime
-from typing import Final
+from typing import Final, Protocol
 
 from agent.host.ipc import worker_api
 from agent.host.ipc.host_api import plain
 from agent.host.supervisor.generation import Generation
+from agent.host.supervisor.instance_log import InstanceLog
 from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
 from agent.host.supervisor.worker_set import GRACE_S
 from fleet.protocol import manifest
@@ -27,22 +24,22 @@ _LONGEST_SLEEP_S: Final = 60.0
 
 
 class ScheduleTimer:
-    """Waits for the next time a schedule is due."""
+    """Timer of one schedule."""
 
     def __init__(self, schedule: Schedule) -> None:
-        """Raises `cron.BadCronError` for a cron line that is none, or never comes due."""
+        """Raise `BadCronError` for a malformed cron line, or one that never comes due."""
         self._cron = None if schedule.cron is None else manifest.parse(manifest.check(schedule.cron))
         self._every_s = max(schedule.every_ms or 60_000, MIN_EVERY_MS) / 1000
         self._next_s = time.monotonic() + self._every_s
 
     async def next(self) -> int:
-        """Wait until it is due; when it was due, in milliseconds since 1970 (UTC)."""
+        """Wait until the schedule is due; return when that was, in milliseconds since 1970 (UTC)."""
         if self._cron is None:
             await asyncio.sleep(self._next_s - time.monotonic())
             late_s = time.monotonic() - self._next_s
             self._next_s = max(self._next_s, time.monotonic() - self._every_s) + self._every_s
             return int((time.time() - max(0.0, late_s)) * 1000)
-        coming = self._cron.next_after(datetime.now())  # noqa: DTZ005 - the board's own zone is meant
+        coming = self._cron.next_after(datetime.now())  # noqa: DTZ005 - the device's own zone is meant
         assert coming is not None, "checked when it was read"
         due = coming.timestamp()
         # In short sleeps, since the clock may be set meanwhile.
@@ -56,11 +53,11 @@ HEALTH: Final = "wasmfleet:http/health"
 QUESTIONS: Final = 5
 """Questions in a probation, at least: enough for a second bad answer long before its end."""
 
-_PROBLEM_MAX_CHARS: Final = 300  # it goes into the health of the board, beside that of every other instance
+_PROBLEM_MAX_CHARS: Final = 300  # part of the device's health report, beside every other instance
 
 
 def pace_s(health: Health, *, probation: bool) -> float | None:
-    """Seconds between two questions of the health check; None for no more questions."""
+    """Return the seconds between two questions of the health check; None for no more questions."""
     paces_ms: list[float] = [health.interval_ms]
     if probation:
         paces_ms.append(health.probation_ms / QUESTIONS)
@@ -68,82 +65,89 @@ def pace_s(health: Health, *, probation: bool) -> float | None:
     return None if shortest_ms is None or not health.check else max(shortest_ms, MIN_EVERY_MS) / 1000
 
 
+class HealthEvents(Protocol):
+    """Receiver of health checks."""
+
+    def health_answered(self, worker: WorkerHandle, problem: str | None) -> None:
+        """Take an answer of the serving generation's health check: None for well."""
+
+
 class InstanceTimers:
-    """The clocks of one generation, from `__init__` to `end`.
+    """Timers of the generation that serves."""
 
-    `note(text)` takes a line for the log; `health(lane, problem)` what the guest said of itself.
-    """
-
-    def __init__(
-        self, generation: Generation, *, note: Callable[[str], None], health: Callable[[WorkerHandle, str | None], None]
-    ) -> None:
-        self._generation = generation
-        self._note = note
-        self._health = health
+    def __init__(self, log: InstanceLog, events: HealthEvents) -> None:
+        self._log = log
+        self._events = events
+        self._generation: Generation | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._question: asyncio.Task[None] | None = None
+
+    def start(self, generation: Generation) -> None:
+        """Start the timers of a generation, in place of those that run."""
+        self.stop()
+        self._generation = generation
         manifest = generation.run.manifest
         if isinstance(manifest.trigger, Schedule):
-            self._tasks.append(asyncio.ensure_future(self._tick(ScheduleTimer(manifest.trigger))))
+            self._tasks.append(asyncio.ensure_future(self._run_tasks(generation, ScheduleTimer(manifest.trigger))))
         if manifest.health.check:
-            self._tasks.append(asyncio.ensure_future(self._visit()))
+            self._tasks.append(asyncio.ensure_future(self._check_health(generation)))
 
-    def end(self) -> None:
-        """Stop them."""
+    def stop(self) -> None:
+        """Stop the timers that run."""
         for task in (*self._tasks, *filter(None, [self._question])):
             if task is not asyncio.current_task():
                 task.cancel()
-
-    async def _tick(self, clock: ScheduleTimer) -> None:
-        generation = self._generation
-        timeout_s = generation.run.limits.total_ms / 1000 + GRACE_S
-        while True:
-            due_ms = await clock.next()
-            if not generation.alive:
-                continue
-            lane = generation.alive[0]
-            try:
-                ran = await lane.ask(worker_api.Task(scheduled_ms=due_ms), answer=worker_api.Ran, timeout_s=timeout_s)
-            except WorkerGoneError:
-                continue
-            except TimeoutError:
-                lane.kill("its task did not end in time")
-                continue
-            if isinstance(ran, worker_api.Ran) and ran.problem is not None:
-                self._note(f"host: its task failed: {ran.problem}")
+        self._generation, self._tasks, self._question = None, [], None
 
     async def ask(self, wait_s: float | None = None) -> None:
         """Ask the health check, or join whoever is asking it; return after `wait_s` seconds without an answer."""
-        if not self._generation.run.manifest.health.check:
+        generation = self._generation
+        if generation is None or not generation.run.manifest.health.check:
             return
         if self._question is None or self._question.done():
-            self._question = asyncio.ensure_future(self._put_question())
-        # Not awaited itself: whoever waits goes on when the question ends with these clocks.
+            self._question = asyncio.ensure_future(self._ask(generation))
+        # Not awaited itself: whoever waits goes on when the question ends with these timers.
         await asyncio.wait([self._question], timeout=wait_s)
 
-    async def _put_question(self) -> None:
-        lanes = self._generation.alive
-        if lanes:
-            self._health(lanes[0], await ask_health(self._generation, lanes[0]))
+    async def _ask(self, generation: Generation) -> None:
+        if workers := generation.alive:
+            self._events.health_answered(workers[0], await ask_health(generation, workers[0]))
 
-    async def _visit(self) -> None:
+    async def _run_tasks(self, generation: Generation, timer: ScheduleTimer) -> None:
+        timeout_s = generation.run.limits.total_ms / 1000 + GRACE_S
+        while True:
+            task = worker_api.Task(scheduled_ms=await timer.next())
+            if not generation.alive:
+                continue
+            worker = generation.alive[0]
+            try:
+                ran = await worker.request(task, reply=worker_api.Ran, timeout_s=timeout_s)
+            except WorkerGoneError:
+                continue
+            except TimeoutError:
+                worker.kill("its task did not end in time")
+                continue
+            if ran.problem is not None:
+                self._log.note(f"host: its task failed: {ran.problem}")
+
+    async def _check_health(self, generation: Generation) -> None:
         # Looked up anew each time: a commit ends the shorter pace.
-        while pause_s := pace_s(self._generation.run.manifest.health, probation=self._generation.probation):
+        while pause_s := pace_s(generation.run.manifest.health, probation=generation.probation):
             await asyncio.sleep(pause_s)
             await self.ask()
 
 
-async def ask_health(generation: Generation, lane: WorkerHandle) -> str | None:
-    """The guest's own word on its health: None for well, else a sentence."""
+async def ask_health(generation: Generation, worker: WorkerHandle) -> str | None:
+    """Ask the guest's health check: None for well, else a sentence."""
     if HEALTH not in generation.kinds:
         return f"it exports no {HEALTH}, which its manifest promises"
     timeout_s = generation.run.limits.total_ms / 1000 + GRACE_S
     try:
-        answer = await lane.ask(worker_api.Check(), answer=worker_api.Checked, timeout_s=timeout_s)
+        answer = await worker.request(worker_api.Check(), reply=worker_api.Checked, timeout_s=timeout_s)
     except WorkerGoneError as error:
         return str(error)
     except TimeoutError:
         return "it does not answer its health check"
-    if not isinstance(answer, worker_api.Checked) or answer.problem is None:
+    if answer.problem is None:
         return None
     return plain(answer.problem, _PROBLEM_MAX_CHARS).replace("\n", " ")

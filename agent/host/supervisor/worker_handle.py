@@ -1,7 +1,16 @@
-"""The supervisor's handles of lanes: talking to them, reading their figures, ending them.
+"""Handles of worker processes and of their slots.
 
-Ending a process is a signal through its pidfd, which cannot hit another one; how it ended arrives from its zygote. A
-seat in a shared lane has the same handle: what it does otherwise is asked of `Shared`.
+Every worker process has slots, one for each instance that it runs: a worker of its own is a process with one slot, a
+shared worker has up to `MAX_SLOTS`. Whoever raises, swaps and retires workers holds a slot (`WorkerHandle`) and need
+not know how many neighbours it has. What differs is how slots end:
+
+    the slot leaves          its socket is closed; the process and the other slots go on; the last slot ends the process
+    its call must end        only ending the process helps: that slot is to blame, the others are bystanders
+    the process dies         the slot in a call is to blame; if none was, each has lost its worker as it would its own
+    a call outlives its slot the process ends itself once that call is past a limit, and the others are bystanders
+
+A process is ended by a signal through its pidfd, which cannot hit another one; its exit status comes from its zygote.
+Everything here belongs to the supervisor's event loop.
 """
 
 import asyncio
@@ -11,122 +20,169 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
 from agent.host.ipc import framing, stats_page, worker_api
 from agent.host.ipc.worker_api import TokenBucket
 
-_GONE_S: Final = 1.0
+_EXIT_GRACE_S: Final = 1.0  # from the end of its socket to the end of the process
 
-_WEIGHED_S: Final = 0.5  # many seats ask for one process's figures at once
+_MEMORY_FRESH_S: Final = 0.5  # the slots of a process ask for its memory figures at once
+
+R = TypeVar("R", bound=worker_api.Reply)
 
 
 class WorkerGoneError(Exception):
-    """The lane ended before it answered."""
+    """The worker ended before it answered."""
 
 
-class SharedProcess(Protocol):
-    """What a seat asks of the lane it is in."""
+class WorkerRefusedError(WorkerGoneError):
+    """The worker answered `Refused`: it cannot be set up, for the reason given."""
 
-    name: str
+    def __init__(self, refusal: worker_api.Refused) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
-    def kill(self, asked: "WorkerHandle", because: str, *, at_fault: bool) -> None:
-        """End the process; `at_fault`: for what the one that asks has done itself."""
 
-    def leave(self, seat: "WorkerHandle") -> None:
-        """End the seat."""
+class WorkerEvents(Protocol):
+    """Receiver of what workers report. Both methods are synchronous and never wait."""
 
-    def private_bytes(self) -> int:
-        """The seat's part of the process's memory."""
+    def worker_message(self, worker: "WorkerHandle", message: worker_api.FromWorker) -> None:
+        """Take a message that answers no request: a log line, a fault, a call that is overdue."""
+
+    def worker_exited(self, worker: "WorkerHandle", uptime_s: float) -> None:
+        """Take note that a worker that was ready has ended, `uptime_s` after it had become so."""
+
+
+class ControlOwner(Protocol):
+    """Owner of a control socket: a slot, or a shared process."""
+
+    @property
+    def name(self) -> str:
+        """Name for errors and figures."""
+
+    def on_message(self, message: worker_api.FromWorker) -> None:
+        """Take a message that answers no request."""
+
+    def kill(self, reason: str) -> None:
+        """End the process at the other end now."""
+
+    def end(self, reason: str) -> None:
+        """End what this socket belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
-    """A request that is not answered yet."""
+class _Pending:
+    """A request without its answer."""
 
-    answer: type[worker_api.Reply]
+    reply: type[msgspec.Struct]
     future: asyncio.Future[worker_api.Reply]
 
-    def fits(self, message: worker_api.Reply) -> bool:
-        """Return whether this is its answer, or the refusal of it."""
-        refusable = self.answer in {worker_api.Ready, worker_api.Opened}
-        return isinstance(message, self.answer) or (refusable and isinstance(message, worker_api.Refused))
+    def accepts(self, message: worker_api.Reply) -> bool:
+        """Return whether `message` answers this request, or refuses it."""
+        refusable = self.reply in {worker_api.Ready, worker_api.Opened}
+        return isinstance(message, self.reply) or (refusable and isinstance(message, worker_api.Refused))
 
 
-class WorkerHandle:
-    """The supervisor's handle of a lane, or of one instance's seat in a lane that several share.
+class ControlSocket:
+    """Supervisor's end of a control socket: requests, replies matched by id, and a limit on everything else.
 
     Attributes:
-        shared: of a seat: the lane it is in, None for a lane of its own.
-        blamed: of a seat that has ended: whether its whole lane was ended on its account.
-        bystander_of: the same, of the others: the instance on whose account.
+        memory_fd: the process's own memory figures, which come with `Ready` or `Opened`; -1 for none.
+        drained: from a `Drain` on: done once the worker has handed its connections over.
+        closed: set once nothing is read any more.
     """
 
-    def __init__(
-        self, name: str, sock: socket.socket, on_message: Callable[["WorkerHandle", worker_api.FromWorker], None]
-    ) -> None:
-        self.name = name
-        self.pid = 0
-        self.since_s = time.monotonic()
-        self.pidfd = -1
-        self.page_fd = stats_page.create_page(name)
-        self.page = stats_page.StatsPage(self.page_fd)
+    def __init__(self, owner: ControlOwner, sock: socket.socket) -> None:
+        self.owner = owner
         self.memory_fd = -1
-        self.ready: worker_api.Ready | None = None
-        self.exit_status: int | None = None
-        self.killed_because = ""
-        self.shared: SharedProcess | None = None
-        self.blamed = False
-        self.bystander_of = ""
-        self.drained: asyncio.Future[None] | None = None  # while it hands its connections over
-        self.ended = asyncio.get_running_loop().create_future()
+        self.drained: asyncio.Future[None] | None = None
+        self.closed = asyncio.Event()
         self._sock = sock
-        self._on_message = on_message
-        self._weighed = (0.0, 0)
-        self._may_say = TokenBucket(worker_api.most_a_minute(0))
+        self._budget = TokenBucket(worker_api.most_a_minute(0))
         self._ids = itertools.count(1)
-        self._waiting: dict[int, _Waiting] = {}
-        self._leaving = 0  # the id of the last `HandOver`
+        self._pending: dict[int, _Pending] = {}
+        self._drain_id = 0
         sock.setblocking(False)
         asyncio.get_running_loop().add_reader(sock, self._readable)
 
-    @property
-    def alive(self) -> bool:
-        """Whether it has not ended."""
-        return not self.ended.done()
+    def allow(self, *, log_lines_a_minute: int) -> None:
+        """Allow as many messages as a worker with this log limit has reason to send."""
+        self._budget = TokenBucket(worker_api.most_a_minute(log_lines_a_minute))
 
     def send(self, message: worker_api.ToWorker, *fds: int) -> None:
-        """Tell it something. Raises `LaneGoneError`; a lane that reads nothing is ended."""
+        """Send a message with descriptors, which stay open here.
+
+        Raises:
+            WorkerGoneError: the worker is gone, or reads nothing; in that case it is killed.
+        """
         try:
             worker_api.send(self._sock, message, *fds)
         except BlockingIOError:
-            self.kill("it reads no messages")
-            raise WorkerGoneError(f"{self.name}: it reads no messages") from None
+            self.owner.kill("it reads no messages")
+            raise WorkerGoneError(f"{self.owner.name}: it reads no messages") from None
         except framing.GoneError as error:
-            raise WorkerGoneError(f"{self.name}: {error}") from error
+            raise WorkerGoneError(f"{self.owner.name}: {error}") from error
 
-    async def ask(
-        self, message: worker_api.Request, *fds: int, answer: type[worker_api.Reply], timeout_s: float
-    ) -> worker_api.Reply:
-        """Send a request, with an id given here, and wait for its `answer` (or `Refused`).
+    async def request(self, message: worker_api.Request, *fds: int, reply: type[R], timeout_s: float) -> R:
+        """Send a request, under an id given here, and return the worker's `reply`.
 
         Raises:
-            LaneGoneError: it ended first.
-            TimeoutError: it did not answer in time.
+            WorkerRefusedError: the worker refused to be set up.
+            WorkerGoneError: the worker ended first.
+            TimeoutError: no answer within `timeout_s`.
         """
         number = next(self._ids)
-        waiting = self._waiting[number] = _Waiting(answer, asyncio.get_running_loop().create_future())
+        pending = self._pending[number] = _Pending(reply, asyncio.get_running_loop().create_future())
         if isinstance(message, worker_api.Drain):
-            self._leaving, self.drained = number, asyncio.get_running_loop().create_future()
+            self._drain_id, self.drained = number, asyncio.get_running_loop().create_future()
         try:
             self.send(msgspec.structs.replace(message, id=number), *fds)
-            return await asyncio.wait_for(waiting.future, timeout_s)
+            answer = await asyncio.wait_for(pending.future, timeout_s)
         finally:
-            self._waiting.pop(number, None)
+            self._pending.pop(number, None)
+        if isinstance(answer, worker_api.Refused):
+            raise WorkerRefusedError(answer)
+        assert isinstance(answer, reply)  # `accepts` has looked
+        return answer
+
+    def fail_requests(self, error: WorkerGoneError) -> None:
+        """Let every request without an answer raise `error`."""
+        for pending in self._pending.values():
+            if not pending.future.done():
+                pending.future.set_exception(error)
+
+    def read_rest(self) -> None:
+        """Read what the worker sent last: often why it ended."""
+        while self._sock.fileno() >= 0:
+            try:
+                message, fds = worker_api.receive_from_worker(self._sock)
+            except (BlockingIOError, framing.GoneError):
+                return
+            framing.close_all(fds)
+            if not self._take_reply(message):
+                self.owner.on_message(message)
+
+    def _set_drained(self) -> None:
+        if self.drained is not None and not self.drained.done():
+            self.drained.set_result(None)
+
+    def unplug(self) -> None:
+        """Close the socket."""
+        if self._sock.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._sock)
+            self._sock.close()
+            self.closed.set()
+
+    def close(self) -> None:
+        """Close the socket and the descriptor of the memory figures."""
+        self.unplug()
+        if self.memory_fd >= 0:
+            os.close(self.memory_fd)
+            self.memory_fd = -1
 
     def _readable(self) -> None:
         try:
@@ -134,143 +190,319 @@ class WorkerHandle:
         except BlockingIOError:
             return
         except framing.GoneError:
-            self._unplug()
-            asyncio.get_running_loop().call_later(_GONE_S, self.end, "it closed its socket and did not end")
+            self.unplug()
+            loop = asyncio.get_running_loop()
+            loop.call_later(_EXIT_GRACE_S, self.owner.end, "it closed its socket and did not end")
             return
-        if isinstance(message, worker_api.Ready) and self.ready is None:
-            self.ready = message
         if isinstance(message, worker_api.Ready | worker_api.Opened) and fds and self.memory_fd < 0:
-            self.memory_fd, *fds = fds  # type: ignore[assignment]
-        for fd in fds:
-            os.close(fd)
-        if self._take(message):
+            self.memory_fd, fds = fds[0], fds[1:]
+        framing.close_all(fds)
+        if self._take_reply(message):
             return
-        if self._may_say.take():
-            self._on_message(self, message)
+        if self._budget.take():
+            self.owner.on_message(message)
         else:
-            self.kill("it told its supervisor more than any lane has to say")
-            self._unplug()
+            self.owner.kill("it sent its supervisor more messages than any worker has reason to")
+            self.unplug()
 
-    def _take(self, message: worker_api.FromWorker) -> bool:
-        """Give a reply to whoever waits for it; False for anything that nobody waits for."""
+    def _take_reply(self, message: worker_api.FromWorker) -> bool:
+        """Give a reply to the request with its id; False for a message that nobody waits for.
+
+        An id of 0 comes from a worker of a version without ids: such a reply is matched by its type.
+        """
         if not isinstance(message, worker_api.Reply):
             return False
-        if isinstance(message, worker_api.HandedOver) and message.id in {0, self._leaving}:
-            self._have_drained()
-        found = list(self._waiting.values()) if message.id == 0 else [self._waiting.get(message.id)]
-        for waiting in found:
-            if waiting is not None and waiting.fits(message) and not waiting.future.done():
-                waiting.future.set_result(message)
+        if isinstance(message, worker_api.HandedOver) and message.id in {0, self._drain_id}:
+            self._set_drained()
+        found = list(self._pending.values()) if message.id == 0 else [self._pending.get(message.id)]
+        for pending in found:
+            if pending is not None and pending.accepts(message) and not pending.future.done():
+                pending.future.set_result(message)
                 return True
         return False
 
-    def _have_drained(self) -> None:
-        if self.drained is not None and not self.drained.done():
-            self.drained.set_result(None)
 
-    def _unplug(self) -> None:
-        if self._sock.fileno() >= 0:
-            asyncio.get_running_loop().remove_reader(self._sock)
-            self._sock.close()
+class WorkerProcess:
+    """A forked worker process and its slots.
 
-    def kill(self, because: str, *, at_fault: bool = False) -> None:
-        """End its process now; of a seat: with all that share it.
+    Attributes:
+        pidfd: -1 until the zygote has forked it.
+        slots: the instances that it runs; the only one of a process that is not shared.
+        images: sha256 of each image that a shared process has open.
+        is_ending: no further slot is given out.
+        ended: done with the exit status.
+    """
 
-        `at_fault`: it was in a call that has to end. Else whoever is in a call when the process is ended is to blame.
+    def __init__(self, name: str, sock: socket.socket) -> None:
+        """`sock` is the supervisor's end of the control socket that the process is forked with."""
+        self.name = name
+        self.pid = 0
+        self.pidfd = -1
+        self.slots: list[WorkerHandle] = []
+        self.is_shared = False
+        self.images: frozenset[str] = frozenset()
+        self.is_ending = False
+        self.killed_because = ""
+        self.exit_status: int | None = None
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._control = ControlSocket(self, sock)
+        self._blamed: WorkerHandle | None = None
+        self._has_left = False
+        self._memory = (0.0, 0)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process has not ended."""
+        return not self.ended.done()
+
+    def only_slot(self, name: str, events: WorkerEvents) -> "WorkerHandle":
+        """Return the slot of a process of one instance, which speaks on the process's own control socket."""
+        slot = WorkerHandle(name, self, self._control, events)
+        self.slots.append(slot)
+        return slot
+
+    async def open_shared(self, order: worker_api.OpenShared, *fds: int, timeout_s: float) -> None:
+        """Make the process a shared one: it opens the images (`fds`), shuts its sandbox and waits for slots.
+
+        Raises:
+            WorkerGoneError: the process ended or refused.
+            TimeoutError: no answer within `timeout_s`.
         """
-        if self.shared is not None:
-            self.shared.kill(self, because, at_fault=at_fault)
-        elif self.pidfd >= 0 and self.alive:
-            self.killed_because = self.killed_because or because
+        self.is_shared, self.images = True, frozenset(order.images)
+        try:
+            await self._control.request(order, *fds, reply=worker_api.Opened, timeout_s=timeout_s)
+        except WorkerRefusedError as error:
+            self.kill(str(error))
+            raise
+        except BaseException:
+            self.kill("it did not open in time")
+            raise
+
+    def add_slot(self, name: str, events: WorkerEvents) -> "WorkerHandle":
+        """Add a slot to a shared process. Raises `WorkerGoneError`."""
+        ours, theirs = framing.socket_pair()
+        with theirs:
+            slot = WorkerHandle(name, self, ours, events)
+            try:
+                self._control.send(worker_api.AddSlot(), theirs.fileno())
+            except WorkerGoneError:
+                slot.close()
+                raise
+        self.slots.append(slot)
+        return slot
+
+    def kill(self, reason: str, blame: "WorkerHandle | None" = None) -> None:
+        """End the process now, and with it every slot; `blame`: the slot that is the cause."""
+        self._blamed = self._blamed or blame
+        self.is_ending = True
+        if self.pidfd >= 0 and self.alive:
+            self.killed_because = self.killed_because or reason
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
-    def end(self, because: str) -> None:
-        """End it now; of a seat: it alone."""
-        if self.shared is None:
-            self.kill(because)
-        elif self.alive:
-            self.killed_because = self.killed_because or because
-            self.shared.leave(self)
+    def end(self, reason: str) -> None:
+        """End the process, as the owner of a control socket."""
+        self.kill(reason)
 
-    async def end_when_drained(self, because: str, timeout_s: float) -> None:
-        """End it as soon as its connections are handed over, or after `timeout_s`, or when this is cancelled."""
-        try:
-            if self.drained is not None and self.alive:
-                await asyncio.wait([self.drained, self.ended], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self.end(because)
+    def leave(self, slot: "WorkerHandle", reason: str) -> None:
+        """End one slot alone; the last one ends the process."""
+        slot.killed_because = slot.killed_because or reason
+        if len(self.slots) > 1:
+            self.slots.remove(slot)
+            slot.has_ended(0)
+        else:
+            self._has_left = True
+            self.kill(reason)
 
-    def has_ended(self, status: int) -> None:
-        """Its zygote says that it has ended."""
-        if self.ended.done():
-            return
-        self._drain()
-        self.exit_status = status
-        self._unplug()
-        for waiting in self._waiting.values():
-            if not waiting.future.done():
-                waiting.future.set_exception(WorkerGoneError(f"{self.name}: {self.describe_end()}"))
-        self.ended.set_result(status)
+    def slot_in_call(self) -> "WorkerHandle | None":
+        """Return the slot that is in a call now; None for none."""
+        return next((slot for slot in self.slots if slot.page.began_ns()), None)
 
-    def _drain(self) -> None:
-        """Read what it said last: often why it ended."""
-        while self._sock.fileno() >= 0:
-            before = self._sock
-            try:
-                message, fds = worker_api.receive_from_worker(before)
-            except (BlockingIOError, framing.GoneError):
-                return
-            for fd in fds:
-                os.close(fd)
-            if not self._take(message):
-                self._on_message(self, message)
+    def private_bytes_per_slot(self) -> int:
+        """Return a slot's share of the process's own memory; 0 where the kernel does not tell it.
 
-    def describe_end(self) -> str:
-        """How it ended, for people."""
-        if self.bystander_of:
-            return f"its lane was ended on account of {self.bystander_of}, which shared it: {self.killed_because}"
-        if self.killed_because:
-            return self.killed_because
-        status = self.exit_status
-        if status is None:
-            return "it is gone"
-        return (
-            f"its process was ended by {signal.Signals(-status).name}"
-            if status < 0
-            else f"its process ended ({status})"
-        )
-
-    def private_bytes(self) -> int:
-        """Its own memory, 0 where that cannot be told: not the pages of program files, which the kernel can drop."""
-        if self.shared is not None:
-            return self.shared.private_bytes()
-        if self.memory_fd < 0 or not self.alive:
+        Pages of program files do not count, since the kernel can drop them.
+        """
+        if self._control.memory_fd < 0 or not self.alive:
             return 0
-        if time.monotonic() - self._weighed[0] > _WEIGHED_S:
-            self._weighed = time.monotonic(), self._weigh()
-        return self._weighed[1]
+        if time.monotonic() - self._memory[0] > _MEMORY_FRESH_S:
+            self._memory = time.monotonic(), self._read_memory()
+        return self._memory[1] // max(1, len(self.slots))
 
-    def _weigh(self) -> int:
+    def _read_memory(self) -> int:
         try:
-            text = os.pread(self.memory_fd, 4096, 0)
+            text = os.pread(self._control.memory_fd, 4096, 0)
         except OSError:
             return 0
         return 1024 * sum(
             int(line.split()[1]) for line in text.splitlines() if line.startswith((b"Private_Dirty", b"Swap:"))
         )
 
-    def is_set_up(self, *, log_lines_a_minute: int) -> None:
-        """It has its page of figures: nobody else needs the descriptor."""
-        self._may_say = TokenBucket(worker_api.most_a_minute(log_lines_a_minute))
+    def on_message(self, message: worker_api.FromWorker) -> None:
+        """Ignore what a shared process sends on its own account: its slots speak for themselves."""
+
+    def has_ended(self, status: int) -> None:
+        """Take note of the exit status that the zygote reports, and end the slots."""
+        if self.ended.done():
+            return
+        self._control.read_rest()
+        self.exit_status = status
+        culprit = None if self._has_left else self._blamed or self.slot_in_call()
+        slots, self.slots = self.slots, []
+        for slot in slots:
+            if self.is_shared:
+                self._assign_blame(slot, culprit)
+            slot.has_ended(status)
+        self._control.fail_requests(WorkerGoneError(f"{self.name}: {self.describe_end()}"))
+        self.ended.set_result(status)
+        self.close()
+
+    def _assign_blame(self, slot: "WorkerHandle", culprit: "WorkerHandle | None") -> None:
+        slot.blamed = slot is culprit
+        if culprit is not None and not slot.blamed:
+            slot.bystander_of = culprit.name.partition("/")[0]
+        elif culprit is None and self.exit_status == worker_api.ABANDONED:
+            slot.bystander_of = "one that had left it"
+
+    def describe_end(self) -> str:
+        """Return how the process ended, for people."""
+        if self.killed_because:
+            return self.killed_because
+        if self.exit_status is None:
+            return "it is gone"
+        if self.exit_status < 0:
+            return f"its process was ended by {signal.Signals(-self.exit_status).name}"
+        return f"its process ended ({self.exit_status})"
+
+    def close(self) -> None:
+        """Close the descriptors of a process that has ended, or was never forked."""
+        self._control.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class WorkerHandle:
+    """A slot of a worker process: where one instance runs.
+
+    Attributes:
+        page: figures of its calls, in memory shared with the worker.
+        ready: the worker's `Ready`; None until it is set up.
+        since_s: when it became ready, on the monotonic clock.
+        blamed: after the end of a shared process: whether this slot was the cause.
+        bystander_of: the same, of the other slots: the instance that was the cause.
+        ended: done with the exit status; a slot that left a shared process has 0.
+    """
+
+    def __init__(
+        self, name: str, process: WorkerProcess, control: ControlSocket | socket.socket, events: WorkerEvents
+    ) -> None:
+        """`control` is the process's own control socket, or of a slot in a shared process a socket of its own."""
+        self.name = name
+        self.process = process
+        self.page_fd = stats_page.create_page(name)
+        self.page = stats_page.StatsPage(self.page_fd)
+        self.ready: worker_api.Ready | None = None
+        self.since_s = time.monotonic()
+        self.killed_because = ""
+        self.blamed = False
+        self.bystander_of = ""
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.control = control if isinstance(control, ControlSocket) else ControlSocket(self, control)
+        self.control.owner = self
+        self._events = events
+
+    @property
+    def pid(self) -> int:
+        """Process id of its process."""
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return not self.ended.done()
+
+    @property
+    def shared_name(self) -> str:
+        """Name of the shared process that it is in; empty for a process of its own."""
+        return self.process.name if self.process.is_shared else ""
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it is handing its connections over."""
+        return self.control.drained is not None and not self.control.drained.done()
+
+    def notify(self, message: worker_api.ToWorker, *fds: int) -> None:
+        """Send a message that has no answer. Raises `WorkerGoneError`; a worker that reads nothing is killed."""
+        self.control.send(message, *fds)
+
+    async def request(self, message: worker_api.Request, *fds: int, reply: type[R], timeout_s: float) -> R:
+        """Send a request and return its reply; see `ControlSocket.request`."""
+        return await self.control.request(message, *fds, reply=reply, timeout_s=timeout_s)
+
+    def set_ready(self, ready: worker_api.Ready, *, log_lines_a_minute: int) -> None:
+        """Take note that the worker is set up: it has its page of figures, and from now on its end is reported."""
+        self.ready = ready
+        self.since_s = time.monotonic()
+        self.control.allow(log_lines_a_minute=log_lines_a_minute)
         os.close(self.page_fd)
         self.page_fd = -1
 
+    def on_message(self, message: worker_api.FromWorker) -> None:
+        """Pass a message on."""
+        self._events.worker_message(self, message)
+
+    def kill(self, reason: str, *, at_fault: bool = False) -> None:
+        """End its process now, with every slot in it.
+
+        `at_fault`: a call of this slot has to end. Else the slot that is in a call when this happens is to blame.
+        """
+        self.process.kill(reason, blame=self if at_fault else self.process.slot_in_call() or self)
+
+    def end(self, reason: str) -> None:
+        """End this slot alone."""
+        if self.alive:
+            self.process.leave(self, reason)
+
+    async def end_when_drained(self, reason: str, timeout_s: float) -> None:
+        """End it as soon as its connections are handed over, or after `timeout_s`, or when this is cancelled."""
+        try:
+            if self.control.drained is not None and self.alive:
+                waits: list[asyncio.Future[Any]] = [self.control.drained, self.ended]
+                await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.end(reason)
+
+    def has_ended(self, status: int) -> None:
+        """Take note of the end, and report it if the worker had been ready."""
+        if self.ended.done():
+            return
+        self.control.read_rest()
+        self.control.unplug()
+        self.control.fail_requests(WorkerGoneError(f"{self.name}: {self.describe_end()}"))
+        self.ended.set_result(status)
+        if self.ready is not None:
+            # In a turn of the loop of its own: whoever ended the worker is in the middle of something.
+            uptime_s = time.monotonic() - self.since_s
+            asyncio.get_running_loop().call_soon(self._events.worker_exited, self, uptime_s)
+
+    def describe_end(self) -> str:
+        """Return how it ended, for people."""
+        why = self.killed_because or self.process.describe_end()
+        if self.bystander_of:
+            return f"its worker was ended on account of {self.bystander_of}, which shared it: {why}"
+        return why
+
+    def private_bytes(self) -> int:
+        """Return its share of the process's own memory."""
+        return self.process.private_bytes_per_slot()
+
     def close(self) -> None:
-        """Give its descriptors back, once it has ended."""
-        self._unplug()
+        """Close its descriptors, once it has ended."""
+        self.control.unplug()
         self.page.close()
-        for fd in (self.page_fd, self.memory_fd, self.pidfd):
-            if fd >= 0:
-                os.close(fd)
-        self.page_fd = self.memory_fd = self.pidfd = -1
+        if self.page_fd >= 0:
+            os.close(self.page_fd)
+            self.page_fd = -1
+        if self.process.is_shared:
+            self.control.close()

@@ -1,21 +1,10 @@
-"""Zygotes, workers from them, shared workers.
+"""Worker processes: forked by zygotes, one for each instance or shared by several of one publisher.
 
-The supervisor's side of zygotes: starting them, and having lanes forked by them.
+`WorkerPool.acquire` gives an instance a slot: in a shared worker where the operator allows it and nothing speaks
+against it, else in a process of its own.
 
-Lanes that several instances of one publisher share, where the operator allows it: the supervisor's side.
-
-Each instance in one has a *seat*: a `Lane` handle with a control socket and figures of its own, so that whoever raises,
-swaps and ends lanes need not know the difference. What differs is how seats end:
-
-    ended for itself     its socket is closed; the process and the others go on
-    its call must end    only ending the process helps: it is to blame, the others are bystanders and are told its name
-    the process dies     whoever was in a call is to blame; if nobody was, each has lost its lane as it would its own
-    one left in a call   the process ends itself once that call is past a limit, and the others are bystanders
-
-An image can only be mapped before the cell is shut. So an instance takes a seat where its image is already open, and
-else a lane is opened for it, with the images of its whole set, that seats of emptier lanes can move to later.
-
-How this host starts its own programs: the same Python, finding modules the same way.
+An image can only be mapped before the sandbox is shut. So an instance takes a slot where its image is already open, and
+else a shared worker is opened with the images of its whole set, so that the slots of emptier workers can move there.
 """
 
 import asyncio
@@ -25,28 +14,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from agent.host.ipc import framing, host_api, worker_api
-from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
+from agent.host.sandbox import sandbox
+from agent.host.supervisor.resources import Cgroups, UidAllocator
+from agent.host.supervisor.worker_handle import WorkerEvents, WorkerGoneError, WorkerHandle, WorkerProcess
 from fleet.protocol.bounds import MIB
 from fleet.protocol.manifest import Grants, Limits
 
-SEATS: Final = 64
+MAX_SLOTS: Final = 64
+"""Slots of a shared worker."""
 
 _OPEN_S: Final = 20.0
 
-_IMAGE_MAX_BYTES: Final = 4 * MIB
-
-OnMessage = Callable[[WorkerHandle, worker_api.FromWorker], None]
+_SHARED_IMAGE_MAX_BYTES: Final = 4 * MIB
 
 
-def why_alone(grants: Grants, limits: Limits, image_bytes: int, *, files: bool, secrets: bool) -> str:
-    """Why an instance that may share a lane has one of its own all the same, as a sentence; empty where it shares.
+def why_not_shared(grants: Grants, limits: Limits, image_bytes: int, *, files: bool, secrets: bool) -> str:
+    """Return why an instance that may share a worker has one of its own all the same; empty where it shares.
 
-    Whoever breaks out of one instance has what its process has: so what is worth taking stays out of shared lanes.
+    Code that breaks out of one instance has what its process has: so what is worth taking stays out of shared workers.
     """
     if files:
         return "it has files, which no neighbour may come near"
@@ -55,201 +46,184 @@ def why_alone(grants: Grants, limits: Limits, image_bytes: int, *, files: bool, 
     if grants.outbound or grants.instances:
         return "it may connect to others, which no neighbour may do in its name"
     if limits.concurrency > 1:
-        return f"it may have {limits.concurrency} calls at once, and a shared lane has one"
-    if image_bytes > _IMAGE_MAX_BYTES:
-        return f"its image has {image_bytes} bytes, and small ones share: at most {_IMAGE_MAX_BYTES}"
+        return f"it may have {limits.concurrency} calls at once, and a shared worker has one"
+    if image_bytes > _SHARED_IMAGE_MAX_BYTES:
+        return f"its image has {image_bytes} bytes, and small ones share: at most {_SHARED_IMAGE_MAX_BYTES}"
     return ""
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A seat that is wanted.
+class WorkerSpec:
+    """A worker that an instance needs.
 
     Attributes:
-        namespace: the publisher's: only its instances share.
-        image, image_fd: the image's name and its memfd.
-        limits: of the instance.
-        fuel: whether its images count instructions.
-        uid: what all lanes of the namespace that are shared become; None to stay.
-        admit: puts a new process into its control group.
-        dismiss: removes that group, when none is left in it.
+        name: of the slot, for errors: the instance and its generation.
+        namespace: the publisher; only its instances share a worker.
+        fuel: whether the image counts instructions.
+        image_fd: memfd of the image.
+        image_sha256: name of the image among those that a shared worker has open.
+        may_share: take a slot in a shared worker.
     """
 
+    instance: str
+    name: str
     namespace: str
-    image: str
-    image_fd: int
-    limits: Limits
     fuel: bool
-    uid: int | None
-    admit: Callable[[int], None]
-    dismiss: Callable[[], None]
+    limits: Limits
+    image_fd: int
+    image_sha256: str
+    may_share: bool
 
     @property
     def needs(self) -> tuple[int, int, int]:
-        """What the process is limited by: the largest of each of its instances."""
+        """Limits of a process that runs it: a shared worker has the largest of each of its instances."""
         return self.limits.memory_bytes, self.limits.request_bytes, self.limits.response_bytes
 
+    @property
+    def process_bytes(self) -> int:
+        """Address space and body memory of a process with these limits."""
+        return sandbox.worker_bytes(
+            memory_bytes=self.limits.memory_bytes, body_bytes=self.limits.request_bytes + self.limits.response_bytes
+        )
 
-class SharedWorkerHandle:
-    """One process and its seats."""
 
-    def __init__(self, number: int, process: WorkerHandle, wanted: Wanted, images: frozenset[str]) -> None:
-        self.name = process.name
-        self._number = number
+class _PublisherKey(NamedTuple):
+    namespace: str
+    fuel: bool
+
+
+class _SharedWorker:
+    """A shared worker process, and what its slots may need at most."""
+
+    def __init__(self, number: int, process: WorkerProcess, spec: WorkerSpec) -> None:
         self.process = process
-        self.seats: list[WorkerHandle] = []
-        self.images = images
-        self._needs = wanted.needs
-        self._blamed: WorkerHandle | None = None
-        self._ending = False
-        process.ended.add_done_callback(lambda _: self._ended())
-        process.ended.add_done_callback(lambda _: wanted.dismiss())
+        self._number = number
+        self._needs = spec.needs
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The higher, the better a place for one more."""
-        return len(self.seats), self._number
+        """The higher, the better a place for a further slot.
 
-    def takes(self, wanted: Wanted) -> bool:
-        """Whether there is a seat for this one."""
+        Of two that are equally full the newer ranks higher: it has more images open. So slots only ever move up.
+        """
+        return len(self.process.slots), self._number
+
+    def fits(self, spec: WorkerSpec) -> bool:
+        """Return whether there is a slot for this instance."""
         return (
             self.process.alive
-            and not self._ending
-            and len(self.seats) < SEATS
-            and wanted.image in self.images
-            and all(need <= most for need, most in zip(wanted.needs, self._needs, strict=True))
+            and not self.process.is_ending
+            and len(self.process.slots) < MAX_SLOTS
+            and spec.image_sha256 in self.process.images
+            and all(need <= most for need, most in zip(spec.needs, self._needs, strict=True))
         )
 
-    def seat(self, name: str, on_message: OnMessage) -> WorkerHandle:
-        """An instance more. Raises `LaneGoneError`."""
-        ours, theirs = framing.socket_pair()
-        with theirs:
-            seat = WorkerHandle(name, ours, on_message)
-            seat.pid, seat.shared = self.process.pid, self
-            try:
-                self.process.send(worker_api.AddSlot(), theirs.fileno())
-            except WorkerGoneError:
-                seat.close()
-                raise
-        self.seats.append(seat)
-        return seat
 
-    def private_bytes(self) -> int:
-        """A seat's part of the process's own memory."""
-        return self.process.private_bytes() // max(1, len(self.seats))
+class _Publisher:
+    """Shared workers of one publisher, and the images that they have open."""
 
-    def kill(self, asked: WorkerHandle, because: str, *, at_fault: bool = False) -> None:
-        """End the process, for what `asked` did (`at_fault`), or rather for whoever is in a call."""
-        if self._blamed is None:
-            self._blamed = asked if at_fault else self._in_call() or asked
-        self._ending = True
-        self.process.kill(because)
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()  # one worker is opened at a time: the next instance may fit into it
+        self.workers: list[_SharedWorker] = []
+        self._images: dict[str, int] = {}
 
-    def _in_call(self) -> WorkerHandle | None:
-        return next((seat for seat in self.seats if seat.page.began_ns()), None)
+    def best_for(self, spec: WorkerSpec) -> _SharedWorker | None:
+        """Return the fullest worker with a slot for this instance."""
+        fitting = [worker for worker in self.workers if worker.fits(spec)]
+        return max(fitting, key=lambda worker: worker.rank, default=None)
 
-    def leave(self, seat: WorkerHandle) -> None:
-        """End one seat alone, and the process if it was the last."""
-        if seat in self.seats:
-            self.seats.remove(seat)
-            seat.has_ended(0)
-        if not self.seats:
-            self._ending = True
-            self.process.kill("nobody is left in it")
+    def forget_ended(self, image_sha256: str) -> None:
+        """Forget workers that have ended, and close the images that no other one has open, except the one named."""
+        self.workers = [worker for worker in self.workers if worker.process.alive]
+        used = frozenset[str]().union(*(each.process.images for each in self.workers if each.process.slots))
+        for image in [image for image in self._images if image != image_sha256 and image not in used]:
+            os.close(self._images.pop(image))
 
-    def _ended(self) -> None:
-        blamed = self._blamed or self._in_call()
-        seats, self.seats = self.seats, []
-        for seat in seats:
-            seat.killed_because = seat.killed_because or self.process.describe_end()
-            seat.blamed = seat is blamed
-            if blamed is not None and not seat.blamed:
-                seat.bystander_of = blamed.name.partition("/")[0]
-            elif blamed is None and self.process.exit_status == worker_api.ABANDONED:
-                seat.bystander_of = "one that had left it"
-            seat.has_ended(self.process.exit_status or 0)
-        self.process.close()
-
-
-class SharedWorkerPool:
-    """Every shared lane, by namespace."""
-
-    def __init__(self, fork: Callable[[Wanted, str, OnMessage], Awaitable[WorkerHandle]]) -> None:
-        """`fork(wanted, name, on_message)` gives a new process; raises `LaneGoneError`."""
-        self._fork = fork
-        self._lanes: dict[tuple[str, bool], list[SharedWorkerHandle]] = {}
-        self._images: dict[tuple[str, bool], dict[str, int]] = {}
-        self._locks: dict[tuple[str, bool], asyncio.Lock] = {}
-        self._opened = 0
-
-    async def seat(self, wanted: Wanted, name: str, on_message: OnMessage) -> WorkerHandle:
-        """A seat for an instance, in a lane that has its image, or in a new one.
-
-        Raises:
-            LaneGoneError: there is none to be had.
-            TimeoutError: the new lane did not open in time.
-        """
-        key = wanted.namespace, wanted.fuel
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            lanes = self._lanes[key] = [lane for lane in self._lanes.get(key, []) if lane.process.alive]
-            self._forget(key, wanted.image)
-            fitting = [lane for lane in lanes if lane.takes(wanted)]
-            if not fitting:
-                fitting = [await self._open(key, wanted)]
-                lanes += fitting
-            return max(fitting, key=lambda lane: lane.rank).seat(name, on_message)
-
-    def better(self, seat: WorkerHandle, wanted: Wanted) -> bool:
-        """Whether a fuller lane would take this one too: then its own may become empty, and end.
-
-        Of two that are equally full the newer is the fuller: it has the more images open. So seats only ever move up.
-        """
-        lanes = self._lanes.get((wanted.namespace, wanted.fuel), [])
-        mine = next((lane.rank for lane in lanes if lane is seat.shared), (SEATS, 0))
-        return mine[0] < SEATS and any(lane.rank > mine and lane.takes(wanted) for lane in lanes)
-
-    def _forget(self, key: tuple[str, bool], but: str) -> None:
-        """Close the images that no seat's lane has open."""
-        kept = self._images.setdefault(key, {})
-        used = frozenset[str]().union(*(lane.images for lane in self._lanes[key] if lane.seats))
-        for image in [image for image in kept if image != but and image not in used]:
-            os.close(kept.pop(image))
-
-    async def _open(self, key: tuple[str, bool], wanted: Wanted) -> SharedWorkerHandle:
-        kept = self._images[key]
-        if wanted.image not in kept:
-            kept[wanted.image] = os.dup(wanted.image_fd)
-        chosen = list(kept)[-worker_api.IMAGES_MAX :]
-        if wanted.image not in chosen:
-            chosen[0] = wanted.image
-        self._opened += 1
-        name = f"{wanted.namespace}-{self._opened}"
-        process = await self._fork(wanted, name, _unheard)
-        wanted.admit(process.pid)
-        order = worker_api.OpenShared(images=tuple(chosen), limits=wanted.limits, seats=SEATS, uid=wanted.uid)
-        try:
-            answer = await process.ask(
-                order, *(kept[image] for image in chosen), answer=worker_api.Opened, timeout_s=_OPEN_S
-            )
-        except (WorkerGoneError, TimeoutError):
-            process.kill("it did not open in time")
-            raise
-        if isinstance(answer, worker_api.Refused):
-            process.kill(answer.message)
-            raise WorkerGoneError(answer.message)
-        return SharedWorkerHandle(self._opened, process, wanted, frozenset(chosen))
+    def images_with(self, spec: WorkerSpec) -> Mapping[str, int]:
+        """Return the newest images of this publisher, as many as a worker may open, the one of `spec` among them."""
+        if spec.image_sha256 not in self._images:
+            self._images[spec.image_sha256] = os.dup(spec.image_fd)
+        chosen = list(self._images)[-worker_api.IMAGES_MAX :]
+        if spec.image_sha256 not in chosen:
+            chosen[0] = spec.image_sha256
+        return {image: self._images[image] for image in chosen}
 
     def close(self) -> None:
-        """Let go of the images."""
-        for images in self._images.values():
-            for fd in images.values():
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+        """Close the images."""
+        for fd in self._images.values():
+            with contextlib.suppress(OSError):
+                os.close(fd)
         self._images.clear()
 
 
-def _unheard(_lane: WorkerHandle, _message: worker_api.FromWorker) -> None:
-    """A shared lane's process says nothing of itself."""
+class WorkerPool:
+    """Every worker process: gives out slots, and admits processes to control groups."""
+
+    def __init__(self, zygotes: "ZygotePool", cgroups: Cgroups, uids: UidAllocator) -> None:
+        self._zygotes = zygotes
+        self._cgroups = cgroups
+        self._uids = uids
+        self._publishers: dict[_PublisherKey, _Publisher] = {}
+        self._opened = 0
+
+    async def acquire(self, spec: WorkerSpec, events: WorkerEvents) -> WorkerHandle:
+        """Return a slot for an instance: where its image is open, in a new shared worker, or in one of its own.
+
+        Raises:
+            WorkerGoneError: there is none to be had.
+            TimeoutError: a new shared worker did not open in time.
+        """
+        if not spec.may_share:
+            process = await self._zygotes.fork(spec.namespace, spec.name, fuel=spec.fuel)
+            # Two generations at a swap, each with as many workers as it may have calls at once.
+            self._admit(process, spec.instance, spec, workers=2 * spec.limits.concurrency)
+            return process.only_slot(spec.name, events)
+        publisher = self._publishers.setdefault(_PublisherKey(spec.namespace, spec.fuel), _Publisher())
+        async with publisher.lock:
+            publisher.forget_ended(spec.image_sha256)
+            worker = publisher.best_for(spec)
+            if worker is None:
+                worker = await self._open(publisher, spec)
+            return worker.process.add_slot(spec.name, events)
+
+    def has_fuller(self, worker: WorkerHandle, spec: WorkerSpec) -> bool:
+        """Return whether a fuller shared worker has a slot for this one: then its own may become empty, and end."""
+        publisher = self._publishers.get(_PublisherKey(spec.namespace, spec.fuel))
+        if publisher is None or not spec.may_share:
+            return False
+        own = next((each for each in publisher.workers if each.process is worker.process), None)
+        best = publisher.best_for(spec)
+        return own is not None and best is not None and best.rank > own.rank
+
+    async def _open(self, publisher: _Publisher, spec: WorkerSpec) -> _SharedWorker:
+        images = publisher.images_with(spec)
+        group = f"+{spec.namespace}"  # no instance has such a name
+        self._opened += 1
+        name = f"{spec.namespace}-{self._opened}"
+        process = await self._zygotes.fork(spec.namespace, name, fuel=spec.fuel, shared=True)
+        self._admit(process, group, spec, workers=MAX_SLOTS)
+        process.ended.add_done_callback(lambda _: self._cgroups.dismiss(group))
+        order = worker_api.OpenShared(
+            images=tuple(images), limits=spec.limits, slots=MAX_SLOTS, uid=self._uids.of(group)
+        )
+        await process.open_shared(order, *images.values(), timeout_s=_OPEN_S)
+        worker = _SharedWorker(self._opened, process, spec)
+        publisher.workers.append(worker)
+        return worker
+
+    def _admit(self, process: WorkerProcess, group: str, spec: WorkerSpec, *, workers: int) -> None:
+        self._cgroups.admit(group, process.pid, workers=workers, worker_bytes=spec.process_bytes)
+
+    def retire_idle(self) -> None:
+        """End the zygotes that have had no workers for a while."""
+        self._zygotes.retire_idle()
+
+    def close(self) -> None:
+        """End every process."""
+        self._zygotes.close()
+        for publisher in self._publishers.values():
+            publisher.close()
+        self._publishers.clear()
 
 
 FORK: Final = b"F"
@@ -266,26 +240,34 @@ _IDLE_S: Final = 60.0
 
 
 def _environment() -> dict[str, str]:
-    """What a zygote, and so every lane, may know of this host's environment: how to find Python, and nothing else.
+    """Return the environment of a zygote, and so of every worker: how to find Python, and nothing else.
 
-    The WASI implementation would start a thread for each processor of the board; one does.
+    The WASI implementation would start a thread for each processor of the device; one does.
     """
     kept = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT or name.startswith("PYTHON")}
     return {**kept, "TOKIO_WORKER_THREADS": "1"}
 
 
 class ZygoteGoneError(WorkerGoneError):
-    """It has ended, by itself or by somebody's hand; another can be started."""
+    """The zygote has ended, by itself or killed; another can be started."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fork:
+    """A fork that the zygote was asked for."""
+
+    process: WorkerProcess
+    done: asyncio.Future[None]
 
 
 class ZygoteHandle:
-    """The supervisor's handle of one namespace's zygote, started when it is first needed."""
+    """Handle of a zygote process, and the registry of the workers that it forked."""
 
     def __init__(self, namespace: str, *, fuel: bool, shared: bool) -> None:
         self.namespace = namespace
         self.idle_since_s: float | None = None
-        self.lanes: dict[int, WorkerHandle] = {}
-        self._forking: list[tuple[WorkerHandle, asyncio.Future[None]]] = []
+        self.workers: dict[int, WorkerProcess] = {}
+        self._forks: deque[_Fork] = deque()
         ours, theirs = framing.socket_pair()
         with theirs:
             self.process = subprocess.Popen(
@@ -310,31 +292,30 @@ class ZygoteHandle:
         """Whether it still serves."""
         return self._sock.fileno() >= 0
 
-    async def lane(self, name: str, on_message: Callable[[WorkerHandle, worker_api.FromWorker], None]) -> WorkerHandle:
-        """Fork a lane. Raises `ZygoteGoneError`, or `LaneGoneError` if the zygote does not answer."""
+    async def fork(self, name: str) -> WorkerProcess:
+        """Fork a worker process. Raises `ZygoteGoneError`, or `WorkerGoneError` if the zygote does not answer."""
         if not self.alive:
             raise ZygoteGoneError(f"the zygote of {self.namespace} is gone")
         ours, theirs = framing.socket_pair()
-        lane = WorkerHandle(name, ours, on_message)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._forking.append((lane, future))
+        fork = _Fork(WorkerProcess(name, ours), asyncio.get_running_loop().create_future())
+        self._forks.append(fork)
         with theirs:
             try:
                 self._writer.send(FORK + bytes(_MESSAGE_BYTES - 1), theirs.fileno())
             except OSError as error:
-                self._forking.remove((lane, future))
-                lane.close()
+                self._forks.remove(fork)
+                fork.process.close()
                 raise WorkerGoneError(f"the zygote of {self.namespace} cannot be asked: {error.strerror}") from error
         try:
-            await asyncio.wait_for(future, _FORK_TIMEOUT_S)
+            await asyncio.wait_for(fork.done, _FORK_TIMEOUT_S)
         except ZygoteGoneError:
-            lane.close()
+            fork.process.close()
             raise
         except TimeoutError as error:
-            lane.close()
+            fork.process.close()
             self.close()
             raise WorkerGoneError(f"the zygote of {self.namespace} does not answer") from error
-        return lane
+        return fork.process
 
     def _readable(self) -> None:
         try:
@@ -347,16 +328,18 @@ class ZygoteHandle:
         pid = int.from_bytes(data[4:8], sys.byteorder, signed=True)
         status = int.from_bytes(data[8:12], sys.byteorder, signed=True)
         if data.startswith(FORK):
-            lane, future = self._forking.pop(0)
-            lane.pid, lane.pidfd = pid, fds[0]
-            self.lanes[pid] = lane
-            if not future.done():
-                future.set_result(None)
-        elif (ended := self.lanes.pop(pid, None)) is not None:
+            fork = self._forks.popleft()
+            fork.process.pid, fork.process.pidfd = pid, fds[0]
+            self.workers[pid] = fork.process
+            if fork.done.done():  # whoever asked for it was cancelled
+                fork.process.kill("nobody waits for it any more")
+            else:
+                fork.done.set_result(None)
+        elif (ended := self.workers.pop(pid, None)) is not None:
             ended.has_ended(status)
 
     def close(self) -> None:
-        """End it and every lane of it."""
+        """End the zygote and every worker of it."""
         if self._sock.fileno() >= 0:
             self._writer.close()
             asyncio.get_running_loop().remove_reader(self._sock)
@@ -364,54 +347,47 @@ class ZygoteHandle:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        for _, future in self._forking:
-            if not future.done():
-                future.set_exception(ZygoteGoneError(f"the zygote of {self.namespace} is gone"))
-        self._forking.clear()
-        for lane in list(self.lanes.values()):
-            lane.has_ended(-signal.SIGKILL)
-        self.lanes.clear()
+        for fork in self._forks:
+            if not fork.done.done():
+                fork.done.set_exception(ZygoteGoneError(f"the zygote of {self.namespace} is gone"))
+        self._forks.clear()
+        for worker in list(self.workers.values()):
+            worker.has_ended(-signal.SIGKILL)
+        self.workers.clear()
+
+
+class _ZygoteKey(NamedTuple):
+    namespace: str
+    fuel: bool
+    shared: bool
 
 
 class ZygotePool:
     """Every zygote: one for each namespace, and others for its components with a fuel limit and those that share."""
 
     def __init__(self) -> None:
-        self._zygotes: dict[tuple[str, bool, bool], ZygoteHandle] = {}
-        self.sharing = SharedWorkerPool(self._fork_shared)
+        self._zygotes: dict[_ZygoteKey, ZygoteHandle] = {}
 
-    async def lane(
-        self,
-        namespace: str,
-        name: str,
-        on_message: Callable[[WorkerHandle, worker_api.FromWorker], None],
-        *,
-        fuel: bool,
-        shared: bool = False,
-    ) -> WorkerHandle:
-        """Fork a lane of a namespace, starting its zygote if there is none. Raises `LaneGoneError`."""
+    async def fork(self, namespace: str, name: str, *, fuel: bool, shared: bool = False) -> WorkerProcess:
+        """Fork a worker process of a namespace, starting its zygote if there is none. Raises `WorkerGoneError`."""
+        key = _ZygoteKey(namespace, fuel, shared)
         try:
-            return await self._zygote(namespace, fuel=fuel, shared=shared).lane(name, on_message)
+            return await self._zygote(key).fork(name)
         except ZygoteGoneError:  # it had ended, and nobody had noticed yet
-            return await self._zygote(namespace, fuel=fuel, shared=shared).lane(name, on_message)
+            return await self._zygote(key).fork(name)
 
-    def _zygote(self, namespace: str, *, fuel: bool, shared: bool) -> ZygoteHandle:
-        zygote = self._zygotes.get((namespace, fuel, shared))
+    def _zygote(self, key: _ZygoteKey) -> ZygoteHandle:
+        zygote = self._zygotes.get(key)
         if zygote is None or not zygote.alive:
-            zygote = self._zygotes[namespace, fuel, shared] = ZygoteHandle(namespace, fuel=fuel, shared=shared)
+            zygote = self._zygotes[key] = ZygoteHandle(key.namespace, fuel=key.fuel, shared=key.shared)
         zygote.idle_since_s = None
         return zygote
 
-    async def _fork_shared(
-        self, wanted: Wanted, name: str, on_message: Callable[[WorkerHandle, worker_api.FromWorker], None]
-    ) -> WorkerHandle:
-        return await self.lane(wanted.namespace, name, on_message, fuel=wanted.fuel, shared=True)
-
-    def retire(self) -> None:
-        """End the zygotes that have had no lanes for a while."""
+    def retire_idle(self) -> None:
+        """End the zygotes that have had no workers for a while."""
         now_s = time.monotonic()
         for key, zygote in list(self._zygotes.items()):
-            if zygote.lanes:
+            if zygote.workers:
                 zygote.idle_since_s = None
             elif zygote.idle_since_s is None:
                 zygote.idle_since_s = now_s
@@ -420,13 +396,12 @@ class ZygotePool:
                 del self._zygotes[key]
 
     def close(self) -> None:
-        """End everything."""
+        """End every zygote and every worker."""
         for zygote in self._zygotes.values():
             zygote.close()
         self._zygotes.clear()
-        self.sharing.close()
 
 
 def python_argv(module: str) -> list[str]:
-    """The command line of one of our modules; it looks into the current directory for modules only if this one does."""
+    """Return the command line of a module of ours: the same Python, which finds modules the same way as this one."""
     return [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", module]

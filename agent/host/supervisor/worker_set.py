@@ -1,108 +1,92 @@
-"""Workers of a generation; autoscaler.
+"""Workers of one instance: start them, give them traffic, move connections between them, retire them; autoscaler.
 
-The lanes of an instance: raising them, giving them traffic, moving connections between them, ending them.
-
-Mechanics without policy: when to do which is `agent.host.supervisor.instance`'s to say.
-
-How many lanes an instance has, and where: one more while calls wait, one fewer when they no longer do.
-
-One that shares moves to a fuller lane when it can, so that its own may become empty and end. Whatever is moved, the
-clients' connections go along, and nobody is lost. What an instance keeps in its memory is not moved.
+`WorkerSet` is mechanics without policy: when to do which is for `Instance` to say. Whatever is moved, the clients'
+connections go along, and nobody is lost; what an instance keeps in its memory is not moved.
 """
 
 import asyncio
 import contextlib
-import os
-import socket
 import time
-from collections.abc import Callable, Coroutine
-from pathlib import Path
-from typing import Final
+from collections.abc import Coroutine, Iterator
+from typing import Final, NamedTuple
+from weakref import WeakKeyDictionary
 
-from agent.host.ipc import framing, host_api, worker_api
+from agent.host.ipc import framing, worker_api
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaLedger
-from agent.host.sandbox import sandbox
-from agent.host.supervisor.generation import Generation, data_directory
-from agent.host.supervisor.helpers import EgressHandle, wanted
-from agent.host.supervisor.resources import Cgroups
-from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
-from agent.host.supervisor.worker_pool import SEATS, Wanted, ZygotePool, why_alone
+from agent.host.supervisor.generation import ConnectionQueue, Generation, data_directory
+from agent.host.supervisor.helpers import EgressHandle, needs_egress
+from agent.host.supervisor.instance_log import InstanceLog
+from agent.host.supervisor.resources import HostResources
+from agent.host.supervisor.worker_handle import WorkerEvents, WorkerGoneError, WorkerHandle, WorkerRefusedError
+from agent.host.supervisor.worker_pool import WorkerPool, WorkerSpec, why_not_shared
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.manifest import Limits
 from fleet.protocol.names import BadNameError, TargetName
 
 DRAIN_MS: Final = 10_000
-
-HANDOVER_WAIT_S: Final = 1.0
+"""How long a worker that is replaced may take to hand its connections over."""
 
 GRACE_S: Final = 5.0
+"""On top of what a worker itself allows a call: for one whose own watchdog has failed."""
 
+_HANDOVER_WAIT_S: Final = 1.0  # how long a swap waits for connections; the rest follow while the new worker serves
 
-def _namespace(run: host_api.Run) -> str:
-    try:
-        return TargetName.from_path(run.target).namespace
-    except BadNameError:
-        return ""
+_SPARE_S: Final = 60.0
 
 
 class Tasks:
-    """Work in the background, that ends with its owner."""
+    """Background tasks that end with their owner."""
 
     def __init__(self) -> None:
         self._running: set[asyncio.Task[None]] = set()
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Begin it."""
+        """Start a task."""
         task = asyncio.ensure_future(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
     def cancel(self) -> None:
-        """End all of it."""
+        """Cancel every task."""
         for task in list(self._running):
             task.cancel()
 
 
-class WorkerSet:
-    """How one instance's lanes are handled.
+class _SetupPacket(NamedTuple):
+    message: worker_api.Setup
+    fds: tuple[int, ...]
 
-    `on_said(generation, lane, message)` hears what lanes say of themselves, and `on_end(generation, lane, uptime_s)`
-    that one has ended.
-    """
+
+class WorkerSet:
+    """Workers of one instance, over all of its generations. `events` receives what they report."""
 
     def __init__(
-        self,
-        name: str,
-        *,
-        nursery: ZygotePool,
-        uid: Callable[[str], int | None],
-        data: Path,
-        cgroups: Cgroups,
-        tasks: Tasks,
-        account: QuotaLedger,
-        on_said: Callable[[Generation, WorkerHandle, worker_api.FromWorker], None],
-        on_end: Callable[[Generation, WorkerHandle, float], None],
-        outlet: EgressHandle,
+        self, name: str, resources: HostResources, pool: WorkerPool, egress: EgressHandle, events: WorkerEvents
     ) -> None:
+        self.tasks = Tasks()
         self._name = name
-        self._nursery = nursery
-        self._uid = uid
-        self._data = data
-        self._cgroups = cgroups
-        self._tasks = tasks
-        self._account = account
+        self._resources = resources
+        self._pool = pool
+        self._egress = egress
+        self._events = events
+        self._ledger = QuotaLedger(name, resources.quotas)
         self._ending: set[asyncio.Future[int]] = set()
-        self._on_said = on_said
-        self._on_end = on_end
-        self._outlet = outlet
+        self._generations: WeakKeyDictionary[WorkerHandle, Generation] = WeakKeyDictionary()
+
+    def generation_of(self, worker: WorkerHandle) -> Generation:
+        """Return the generation that a worker of this set runs, or ran."""
+        return self._generations[worker]
+
+    def written_bytes(self) -> int:
+        """Return what the instance has written to its data today, and save what is new of it."""
+        return self._ledger.written()
 
     async def prepare_data(self, generation: Generation, old: Generation | None) -> None:
         """Make the generation's data directory. Raises `StartError`."""
-        run = generation.run
-        generation.data = await data_directory(run, self._uid(self._name), self._data, old)
+        run, uid = generation.run, self._resources.uids.of(self._name)
+        generation.data = await data_directory(run, uid, self._resources.data, old)
         if run.share_lane:
-            generation.alone = why_alone(
+            generation.unshared_reason = why_not_shared(
                 run.grants,
                 run.limits,
                 generation.image_bytes,
@@ -110,158 +94,144 @@ class WorkerSet:
                 secrets=generation.secrets_fd >= 0,
             )
 
-    async def raise_lane(self, generation: Generation, *, serve: bool = True) -> WorkerHandle:
-        """A lane more for a generation, in its cell, with the guest instantiated; it accepts at once if `serve`.
+    async def start_worker(self, generation: Generation, *, serve: bool = True) -> WorkerHandle:
+        """Start one more worker of a generation: sandboxed, its guest instantiated; with `serve`, let it accept.
 
         Raises:
-            StartError: it could not be raised.
+            StartError: it could not be started.
         """
-        run = generation.run
-        lane: WorkerHandle | None = None
-        asks: socket.socket | None = None
+        limits = generation.run.limits
+        worker: WorkerHandle | None = None
         try:
-            lane = await self._fork(generation)
-            generation.lanes.append(lane)
-            if wanted(run.grants) and lane.shared is None:
-                number, asks = self._outlet.admit(self._name, run.grants)
-                lane.ended.add_done_callback(lambda _: self._outlet.release(number))
+            worker = await self._pool.acquire(self._spec(generation), self._events)
+            self._generations[worker] = generation
+            generation.workers.append(worker)
+            with self._setup(worker, generation) as setup:
+                ready = await worker.request(
+                    setup.message, *setup.fds, reply=worker_api.Ready, timeout_s=limits.start_ms / 1000 + GRACE_S
+                )
+            worker.set_ready(ready, log_lines_a_minute=limits.log_lines_per_minute)
+        except WorkerRefusedError as error:
+            raise StartError(error.refusal.code, f"{self._name}: {error}") from error
+        except WorkerGoneError as error:
+            raise StartError(RejectCode.START_FAILED, str(error)) from error
+        except TimeoutError as error:
+            if worker is not None:
+                worker.end("it did not start in time")
+            raise StartError(RejectCode.START_FAILED, f"{self._name}: it did not start in time") from error
+        finally:
+            if worker is not None and worker.ready is None:
+                generation.workers.remove(worker)
+                worker.end("it did not start")
+                self._close_when_ended(worker)
+        generation.kinds, generation.layers = frozenset(ready.kinds), ready.layers
+        if serve and generation.listener is not None:
+            self.serve(generation, worker)
+        return worker
+
+    @contextlib.contextmanager
+    def _setup(self, worker: WorkerHandle, generation: Generation) -> Iterator[_SetupPacket]:
+        """Yield the worker's `Setup` and its descriptors, in the order that `Setup` documents.
+
+        A slot in a shared worker gets no image, since that was opened before the sandbox was shut, and no egress.
+        """
+        run, shared = generation.run, worker.process.is_shared
+        fds = [worker.page_fd] if shared else [generation.image_fd, worker.page_fd]
+        with contextlib.ExitStack() as stack:
             place = 0
             if generation.data:
-                place = self._account.take()
-                lane.ended.add_done_callback(lambda _: self._account.give_back(place))
-            setup = worker_api.Setup(
+                place = self._ledger.take()
+                worker.ended.add_done_callback(lambda _: self._ledger.give_back(place))
+                fds.append(self._ledger.fd)
+            egress = needs_egress(run.grants) and not shared
+            if egress:
+                ticket = self._egress.admit(self._name, run.grants)
+                worker.ended.add_done_callback(lambda _: self._egress.release(ticket.number))
+                fds.append(stack.enter_context(ticket.worker_end).fileno())
+            if generation.secrets_fd >= 0:
+                fds.append(generation.secrets_fd)
+            message = worker_api.Setup(
                 instance=self._name,
                 grants=run.grants,
                 limits=run.limits,
                 config=run.config,
-                uid=self._uid(self._name),
+                uid=self._resources.uids.of(self._name),
                 data=generation.data,
                 place=place,
-                image=generation.image if lane.shared is not None else "",
+                image=generation.image_sha256 if shared else "",
                 secrets=generation.secrets_fd >= 0,
-                egress=asks is not None,
+                egress=egress,
             )
-            answer = await lane.ask(
-                setup,
-                *(() if lane.shared is not None else (generation.image_fd,)),
-                lane.page_fd,
-                *((self._account.fd,) if generation.data else ()),
-                *(() if asks is None else (asks.fileno(),)),
-                *((generation.secrets_fd,) if generation.secrets_fd >= 0 else ()),
-                answer=worker_api.Ready,
-                timeout_s=run.limits.start_ms / 1000 + GRACE_S,
-            )
-        except WorkerGoneError as error:
-            raise StartError(RejectCode.START_FAILED, str(error)) from error
-        except TimeoutError as error:
-            assert lane is not None
-            lane.end("it did not start in time")
-            raise StartError(RejectCode.START_FAILED, f"{self._name}: it did not start in time") from error
-        finally:
-            if asks is not None:
-                asks.close()
-            if lane is not None and lane.ready is None:
-                generation.lanes.remove(lane)
-                lane.end("it did not start")
-                self._see_off(lane)
-        if isinstance(answer, worker_api.Refused):
-            raise StartError(answer.code, f"{self._name}: {answer.message}")
-        assert isinstance(answer, worker_api.Ready)
-        lane.is_set_up(log_lines_a_minute=run.limits.log_lines_per_minute)
-        generation.kinds, generation.layers = frozenset(answer.kinds), answer.layers
-        began_s = time.monotonic()
-        lane.ended.add_done_callback(lambda _: self._on_end(generation, lane, time.monotonic() - began_s))
-        if serve and generation.listener is not None:
-            self.serve(generation, lane)
-        return lane
+            yield _SetupPacket(message, tuple(fds))
 
-    async def _fork(self, generation: Generation) -> WorkerHandle:
-        """A lane, or a seat in one that is shared. Raises `LaneGoneError`."""
+    def _spec(self, generation: Generation) -> WorkerSpec:
         run = generation.run
-        name = f"{self._name}/{run.generation}"
-        namespace, fuel = _namespace(run), run.manifest.limits.fuel > 0
-
-        def said(who: WorkerHandle, message: worker_api.FromWorker) -> None:
-            self._on_said(generation, who, message)
-
-        if not generation.shares:
-            lane = await self._nursery.lane(namespace, name, said, fuel=fuel)
-            self._admit(self._name, lane.pid, run.limits, lanes=2 * run.limits.concurrency)  # two generations at a swap
-            return lane
-        return await self._nursery.sharing.seat(self._wanted(generation, namespace), name, said)
-
-    def fuller(self, generation: Generation) -> bool:
-        """Whether there is a shared lane with more seats taken that would take this one too, and it is at rest."""
-        lanes = generation.alive
-        if not generation.shares or len(lanes) != 1 or lanes[0].page.began_ns():
-            return False
-        return self._nursery.sharing.better(lanes[0], self._wanted(generation, _namespace(generation.run)))
-
-    def _wanted(self, generation: Generation, namespace: str) -> Wanted:
-        limits = generation.run.limits
-        common = f"+{namespace}"  # no instance has such a name
-        return Wanted(
+        try:
+            namespace = TargetName.from_path(run.target).namespace
+        except BadNameError:
+            namespace = ""
+        return WorkerSpec(
+            instance=self._name,
+            name=f"{self._name}/{run.generation}",
             namespace=namespace,
-            image=generation.image,
+            fuel=run.manifest.limits.fuel > 0,
+            limits=run.limits,
             image_fd=generation.image_fd,
-            limits=limits,
-            fuel=generation.run.manifest.limits.fuel > 0,
-            uid=self._uid(common),
-            admit=lambda pid: self._admit(common, pid, limits, lanes=SEATS),
-            dismiss=lambda: self._cgroups.dismiss(common),
+            image_sha256=generation.image_sha256,
+            may_share=generation.may_share,
         )
 
-    def _admit(self, group: str, pid: int, limits: Limits, *, lanes: int) -> None:
-        """Into its control group, which may have `lanes` of these limits."""
-        each = sandbox.worker_bytes(
-            memory_bytes=limits.memory_bytes, body_bytes=limits.request_bytes + limits.response_bytes
-        )
-        self._cgroups.admit(group, pid, lanes=lanes, lane_bytes=each)
+    def can_move(self, generation: Generation) -> bool:
+        """Return whether its one worker is idle and a fuller shared worker has a slot for it."""
+        workers = generation.alive
+        if not generation.may_share or len(workers) != 1 or workers[0].page.began_ns():
+            return False
+        return self._pool.has_fuller(workers[0], self._spec(generation))
 
-    def serve(self, generation: Generation, lane: WorkerHandle) -> None:
-        """Let a lane accept. Raises `LaneGoneError`."""
+    def serve(self, generation: Generation, worker: WorkerHandle) -> None:
+        """Let a worker accept connections. Raises `WorkerGoneError`."""
         assert generation.listener is not None
         if generation.queue is None and generation.run.limits.concurrency > 1:
-            generation.queue = framing.socket_pair()
-        lane.send(
+            generation.queue = ConnectionQueue(*framing.socket_pair())
+        worker.notify(
             worker_api.Serve(), generation.listener.sock.fileno(), *(end.fileno() for end in generation.queue or ())
         )
 
-    def offer(self, generation: Generation) -> None:
-        """Let all lanes of a generation accept. Raises `LaneGoneError`: it has none any more."""
+    def serve_all(self, generation: Generation) -> None:
+        """Let all workers of a generation accept connections. Raises `WorkerGoneError`: there is none any more."""
         if not generation.alive:
-            raise WorkerGoneError(f"{self._name}: {generation.lost or 'its lane has ended'}")
+            raise WorkerGoneError(f"{self._name}: {generation.lost or 'its worker has ended'}")
         if generation.listener is not None:
-            for lane in generation.alive:
-                self.serve(generation, lane)
+            for worker in generation.alive:
+                self.serve(generation, worker)
 
-    async def settle(self, old: Generation) -> None:
-        """Wait until a task in flight has ended: two generations never run at once."""
-        timeout_s = old.run.limits.total_ms / 1000 + GRACE_S
-        for lane in old.alive:
+    async def finish_task(self, generation: Generation) -> None:
+        """Wait until a task in flight has ended: two generations never run one at once."""
+        timeout_s = generation.run.limits.total_ms / 1000 + GRACE_S
+        for worker in generation.alive:
             with contextlib.suppress(WorkerGoneError, TimeoutError):
-                await lane.ask(worker_api.Probe(), answer=worker_api.Probed, timeout_s=timeout_s)
+                await worker.request(worker_api.Probe(), reply=worker_api.Probed, timeout_s=timeout_s)
 
     async def hand_over(
-        self, old: list[WorkerHandle], new: list[WorkerHandle], *, wait_s: float = HANDOVER_WAIT_S
+        self, old: list[WorkerHandle], new: list[WorkerHandle], *, wait_s: float = _HANDOVER_WAIT_S
     ) -> None:
-        """Let `old` lanes accept no more, and pass their connections to `new` ones (or, without any, end them)."""
+        """Let `old` workers accept no more and pass their connections to `new` ones; without any, they end."""
         waits = []
-        for number, lane in enumerate(old):
-            if not lane.alive:
+        for number, worker in enumerate(old):
+            if not worker.alive:
                 continue
-            order = worker_api.Drain(deadline_ms=DRAIN_MS)
             fds: tuple[int, ...] = ()
             pair = None
             try:
                 if new:
                     pair = framing.socket_pair()
-                    new[number % len(new)].send(worker_api.AcceptConnections(), pair[1].fileno())
+                    new[number % len(new)].notify(worker_api.AcceptConnections(), pair[1].fileno())
                     fds = (pair[0].fileno(),)
-                waits.append(
-                    asyncio.ensure_future(lane.ask(order, *fds, answer=worker_api.HandedOver, timeout_s=wait_s))
+                drain = worker.request(
+                    worker_api.Drain(deadline_ms=DRAIN_MS), *fds, reply=worker_api.HandedOver, timeout_s=wait_s
                 )
-                await asyncio.sleep(0)  # let it send before its descriptor is closed here
+                waits.append(asyncio.ensure_future(drain))
+                await asyncio.sleep(0)  # the request is sent before its descriptor is closed here
             except WorkerGoneError:
                 pass
             finally:
@@ -269,114 +239,96 @@ class WorkerSet:
                     sock.close()
         await asyncio.gather(*waits, return_exceptions=True)
 
+    async def replace(self, generation: Generation, old: list[WorkerHandle], new: list[WorkerHandle]) -> None:
+        """Hand the connections of `old` workers over to `new` ones, and retire the old."""
+        await self.hand_over(old, new)
+        for worker in old:
+            self.retire(generation, worker)
+
     def drop(self, generation: Generation, *, drained: bool = False) -> None:
-        """End a generation for good."""
-        generation.dropped = True
-        for lane in list(generation.lanes):
-            self.retire(generation, lane, drained=drained)
-        if generation.saved is not None:
-            generation.saved.close()
-        for end in generation.queue or ():
-            end.close()
-        generation.queue = None
-        for fd in (generation.image_fd, generation.secrets_fd):
-            if fd >= 0:
-                os.close(fd)
-        generation.image_fd = generation.secrets_fd = -1
+        """End a generation for good; `drained`: its connections are gone already."""
+        generation.dropped, generation.is_serving = True, False
+        for worker in list(generation.workers):
+            self.retire(generation, worker, drained=drained)
+        generation.close()
 
-    def _see_off(self, lane: WorkerHandle) -> None:
-        """Close what is left of it here once it has ended."""
-        lane.ended.add_done_callback(lambda _: lane.close())
-        self._ending.add(lane.ended)
-        lane.ended.add_done_callback(self._ending.discard)
+    def retire(self, generation: Generation, worker: WorkerHandle, *, drained: bool = False) -> None:
+        """End a worker on purpose and keep its figures: now if `drained`, else when its connections are handed over."""
+        if worker in generation.workers:
+            generation.workers.remove(worker)
+            generation.past = generation.past.plus(worker.page.read())
+        self._close_when_ended(worker)
+        if worker.is_draining and not drained:
+            self.tasks.spawn(worker.end_when_drained("it was replaced", DRAIN_MS / 1000))
+        else:
+            worker.end("it was replaced")
 
-    async def gone(self) -> None:
-        """Wait until the processes of all lanes that were retired have ended; it is a matter of milliseconds."""
+    def _close_when_ended(self, worker: WorkerHandle) -> None:
+        worker.ended.add_done_callback(lambda _: worker.close())
+        self._ending.add(worker.ended)
+        worker.ended.add_done_callback(self._ending.discard)
+
+    async def wait_ended(self) -> None:
+        """Wait until every retired worker has ended: a matter of milliseconds."""
         if self._ending:
             await asyncio.wait(set(self._ending), timeout=GRACE_S)
 
-    def retire(self, generation: Generation, lane: WorkerHandle, *, drained: bool = False) -> None:
-        """End a lane on purpose and keep its figures; if it is handing over still (not `drained`), when it has."""
-        if lane in generation.lanes:
-            generation.lanes.remove(lane)
-            generation.past = generation.past.plus(lane.page.read())
-        self._see_off(lane)
-        if not drained and lane.drained is not None and not lane.drained.done():
-            self._tasks.spawn(lane.end_when_drained("it was replaced", DRAIN_MS / 1000))
-        else:
-            lane.end("it was replaced")
-
-
-_SPARE_S: Final = 60.0
-
 
 class Autoscaler:
-    """The lanes of one instance, by what there is to do."""
+    """Number and place of an instance's workers: one more while calls wait, one fewer when they no longer do.
 
-    def __init__(
-        self,
-        crew: WorkerSet,
-        tasks: Tasks,
-        lock: asyncio.Lock,
-        *,
-        note: Callable[[str], None],
-        is_current: Callable[[Generation], bool],
-    ) -> None:
-        """`lock` is the instance's, `note(text)` takes a line for its log."""
-        self._crew = crew
-        self._tasks = tasks
+    An instance that shares moves to a fuller worker when it can, so that its own may become empty and end.
+    """
+
+    def __init__(self, workers: WorkerSet, lock: asyncio.Lock, log: InstanceLog) -> None:
+        """`lock` is the instance's: nothing is scaled while a change is under way."""
+        self._workers = workers
         self._lock = lock
-        self._note = note
-        self._is_current = is_current
-        self._raising = False
+        self._log = log
+        self._starting = False
         self._busy_s = 0.0
 
     def busy(self, generation: Generation) -> None:
-        """A call of the current generation takes its time: another lane would be of use, if it may have one."""
+        """Start a further worker, if the instance may have one: a call of the serving generation takes its time."""
         self._busy_s = time.monotonic()
-        few = len(generation.lanes) < generation.run.limits.concurrency
-        if few and not self._raising and not self._lock.locked():
-            self._raising = True
-            self._tasks.spawn(self._raise_another(generation))
+        few = len(generation.workers) < generation.run.limits.concurrency
+        if few and not self._starting and not self._lock.locked():
+            self._starting = True
+            self._workers.tasks.spawn(self._start_another(generation))
 
-    def watch(self, generation: Generation) -> None:
-        """Look after the current generation, from time to time."""
+    def tick(self, generation: Generation) -> None:
+        """Retire or move a worker of the serving generation, if there is reason to."""
         if self._lock.locked():
             return
         if len(generation.alive) > 1 and time.monotonic() - self._busy_s > _SPARE_S:
-            self._tasks.spawn(self._fewer(generation))
-        elif self._crew.fuller(generation):
-            self._tasks.spawn(self._move(generation))
+            self._workers.tasks.spawn(self._retire_youngest(generation))
+        elif self._workers.can_move(generation):
+            self._workers.tasks.spawn(self._move(generation))
 
-    async def _raise_another(self, generation: Generation) -> None:
+    async def _start_another(self, generation: Generation) -> None:
         try:
             async with self._lock:
-                if self._is_current(generation) and not generation.dropped:
-                    await self._crew.raise_lane(generation)
+                if generation.is_serving:
+                    await self._workers.start_worker(generation)
         except (StartError, WorkerGoneError) as error:
-            self._note(f"host: no further lane: {error}")
+            self._log.note(f"host: no further worker: {error}")
         finally:
-            self._raising = False
+            self._starting = False
 
-    async def _fewer(self, generation: Generation) -> None:
-        """Let the youngest lane go; its connections move to another."""
+    async def _retire_youngest(self, generation: Generation) -> None:
         async with self._lock:
             alive = generation.alive
-            if self._is_current(generation) and len(alive) > 1:
-                await self._crew.hand_over([alive[-1]], alive[:-1])
-                self._crew.retire(generation, alive[-1])
+            if generation.is_serving and len(alive) > 1:
+                await self._workers.replace(generation, alive[-1:], alive[:-1])
 
     async def _move(self, generation: Generation) -> None:
-        """To a shared lane with more seats taken."""
         async with self._lock:
             old = generation.alive
-            if not self._is_current(generation) or not self._crew.fuller(generation):
+            if not generation.is_serving or not self._workers.can_move(generation):
                 return
             try:
-                lane = await self._crew.raise_lane(generation)
+                worker = await self._workers.start_worker(generation)
             except (StartError, WorkerGoneError) as error:
-                self._note(f"host: it stays in its lane: {error}")
+                self._log.note(f"host: it stays in its worker: {error}")
                 return
-            await self._crew.hand_over(old, [lane])
-            for each in old:
-                self._crew.retire(generation, each)
+            await self._workers.replace(generation, old, [worker])

@@ -103,7 +103,7 @@ class Worker:
                     body_bytes=setup.limits.request_bytes + min(setup.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),
                     storage_bytes=setup.limits.storage_bytes,
                     data=setup.data,
-                    lanes=setup.limits.concurrency,
+                    workers=setup.limits.concurrency,
                     connects=setup.egress,
                 )
             )
@@ -315,7 +315,7 @@ class SharedWorker:
             self._layers = sandbox.apply(
                 sandbox.shared_worker_spec(
                     uid=order.uid,
-                    seats=order.seats,
+                    slots=order.slots,
                     clients=_CLIENTS_A_SEAT,
                     memory_bytes=order.limits.memory_bytes,
                     body_bytes=order.limits.request_bytes + min(order.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),

@@ -180,7 +180,7 @@ def test_a_host_does_not_start_below_its_minimum(tmp_path):
     done = subprocess.run(command, cwd=support.ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 78
     assert done.stderr.count("\n") == 1
-    assert "this board lacks seccomp around components" in done.stderr
+    assert "isolation layers missing around components" in done.stderr
     assert not (tmp_path / "run" / "host.sock").exists()
     # The agent finds it said there, for the operator who does not read this board's journal.
     assert done.stderr == f"fleet-host: {host_api.why_not(tmp_path / 'run')}\n"
@@ -211,4 +211,4 @@ def test_check_prints_the_table_with_this_hosts_column_marked():
     assert "cgroup" in rows
     # What no layer is for is said too: `test_who_escapes_in_a_shared_lane...` below shows it.
     assert rows["shared"] == ["NO"] * 3
-    assert "who breaks out of one has the memory of the others" in done.stdout
+    assert "code that breaks out of one has the memory of the others" in done.stdout

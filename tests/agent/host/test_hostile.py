@@ -12,7 +12,7 @@ from host_processes import lanes_of
 from support import Grants, Health, Limits
 
 from agent.host.ipc import host_api
-from agent.host.supervisor.generation import too_much
+from agent.host.supervisor.generation import storage_problem
 from agent.update.probation import ProbationSample, Terms, Verdict, judge
 from fleet.protocol import bounds
 
@@ -109,10 +109,10 @@ def test_a_disk_littered_with_empty_files_ends_in_quarantine(host, neighbour):
 
 def test_what_a_guest_hides_in_its_data_is_found_and_the_counting_ends_where_it_is_too_much(tmp_path):
     (tmp_path / "small").write_text("x")
-    assert too_much(str(tmp_path), 1 << 20) == ""
+    assert storage_problem(str(tmp_path), 1 << 20) == ""
     for number in range(300):
         (tmp_path / f"empty-{number}").touch()
-    assert "are allowed" in too_much(str(tmp_path), 1 << 20)
+    assert "are allowed" in storage_problem(str(tmp_path), 1 << 20)
     # Deeper than any path reaches: made step by step, as a guest can.
     deep = tmp_path / "deep"
     deep.mkdir()
@@ -123,8 +123,8 @@ def test_what_a_guest_hides_in_its_data_is_found_and_the_counting_ends_where_it_
         os.close(fd)
         fd = below
     os.close(fd)
-    assert "deeper" in too_much(str(deep), 1 << 30)
-    assert too_much(str(tmp_path / "gone"), 1) == ""
+    assert "deeper" in storage_problem(str(deep), 1 << 30)
+    assert storage_problem(str(tmp_path / "gone"), 1) == ""
 
 
 def test_a_trap_report_carries_the_last_fifty_lines_in_sixteen_kib_whatever_they_are_made_of(host, neighbour):

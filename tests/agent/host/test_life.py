@@ -84,7 +84,7 @@ def test_a_loop_of_deaths_ends_in_quarantine_and_a_new_generation_ends_that(host
         host.ask(host_api.Status)
         gone = [e for e in host.events if getattr(e, "state", "") == "quarantined"]
         quarantined = next((e for e in gone if e.instance == "web"), None)
-    assert "deaths in a row" in quarantined.message
+    assert "crashes in a row" in quarantined.message
     assert host.health("web").state == "quarantined"
     status, _, body = support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")
     assert status == 503, body
@@ -173,7 +173,7 @@ def test_a_crash_loop_is_remembered_over_a_restart_of_the_host(tmp_path):
             again.ask(host_api.Status)
             deaths = sum(isinstance(e, host_api.Trapped) for e in again.events)
             quarantined = next((e for e in again.events if getattr(e, "state", "") == "quarantined"), None)
-        assert "5 deaths in a row" in quarantined.message
+        assert "5 crashes in a row" in quarantined.message
         assert deaths <= 3, "two of the five were before the restart"
     finally:
         again.close()
@@ -195,7 +195,7 @@ def test_the_agents_group_may_command_where_it_is_named(tmp_path):
     os.chown(host.runtime, -1, group)
     host.runtime.chmod(0o750)
     code = (
-        "import sys; from agent.host import ipc; s = ipc.new_socket(); s.connect(sys.argv[1]);"
+        "import sys; from agent.host.ipc import host_api as ipc; s = ipc.new_socket(); s.connect(sys.argv[1]);"
         "ipc.send(s, ipc.Hello(id=1)); print(ipc.receive_from_host(s).id)"
     )
 

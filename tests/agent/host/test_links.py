@@ -216,12 +216,12 @@ async def test_a_router_that_is_replaced_knows_every_instance_however_many(tmp_p
         front = RouterHandle(ingress, tmp_path)
         try:
             for name in names:
-                await front.route(name, up=False, spread=False)
+                await front.update(name, up=False, spread=False)
             fork, again = front._fork, asyncio.Event()
             front._fork = lambda: (fork(), again.set())  # nothing public tells of another router
-            os.kill(front._pid, signal.SIGKILL)
+            os.kill(front.pid, signal.SIGKILL)
             await again.wait()
-            await front.route("last", up=False, spread=False)
+            await front.update("last", up=False, spread=False)
             found = await asyncio.to_thread(lambda: [status_of(port, name) for name in ("nobody", *names, "last")])
         finally:
             front.close()
@@ -233,11 +233,11 @@ async def test_a_router_that_is_replaced_knows_every_instance_however_many(tmp_p
 async def test_a_zygote_that_is_slow_to_read_forks_every_lane_in_the_end():
     nursery = ZygotePool()
     try:
-        await nursery.lane("main", "first", lambda *_: None, fuel=False)
+        await nursery.fork("main", "first", fuel=False)
         (zygote,) = nursery._zygotes.values()
         zygote._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least: a few packets, not hundreds
         zygote.process.send_signal(signal.SIGSTOP)
-        asked = await begun(nursery.lane("main", f"l{n}", lambda *_: None, fuel=False) for n in range(MANY))
+        asked = await begun(nursery.fork("main", f"l{n}", fuel=False) for n in range(MANY))
         zygote.process.send_signal(signal.SIGCONT)
         lanes = await asyncio.gather(*asked)
         assert list(nursery._zygotes.values()) == [zygote], "it was not taken for dead"
@@ -260,10 +260,10 @@ async def test_an_egress_that_is_replaced_knows_every_lane_however_many(tmp_path
 
     outlet = EgressHandle(tmp_path)
     try:
-        lanes = [outlet.admit("web", Grants(outbound=("http://127.0.0.1:1",)))[1] for _ in range(MANY)]
+        lanes = [outlet.admit("web", Grants(outbound=("http://127.0.0.1:1",))).worker_end for _ in range(MANY)]
         fork_again, again = outlet._fork, asyncio.Event()
         outlet._fork = lambda: (fork_again(), again.set())  # nothing public tells of another egress
-        os.kill(outlet._pid, signal.SIGKILL)
+        os.kill(outlet.pid, signal.SIGKILL)
         await again.wait()
         told = await asyncio.gather(*(asyncio.to_thread(refused, lane) for lane in lanes))
         assert set(told) == {"HTTP-request-denied"}

@@ -312,7 +312,7 @@ def test_an_instance_gets_a_share_where_the_host_has_control_groups(tmp_path):
     # The supervisor left first: a group with members cannot have limited children.
     assert (root / "supervisor" / "cgroup.procs").read_text() == "100"
     assert (root / "cgroup.subtree_control").read_text() == "+memory +pids"
-    assert groups.admit("web", 200, lanes=2, lane_bytes=1000)
+    assert groups.admit("web", 200, workers=2, worker_bytes=1000)
     share = root / "i-web"
     assert [(share / name).read_text() for name in ("memory.max", "pids.max", "cgroup.procs")] == ["2000", "64", "200"]
 
@@ -326,4 +326,4 @@ def test_without_the_memory_controller_or_the_right_to_it_nothing_is_done(tmp_pa
     groups = Cgroups(shared, pid=100)
     assert not groups.available
     assert (shared / "cgroup.procs").read_text() == "100", "it went back to where it was"
-    assert not groups.admit("web", 200, lanes=1, lane_bytes=1)
+    assert not groups.admit("web", 200, workers=1, worker_bytes=1)

@@ -11,7 +11,7 @@ import support
 from support import Grants, Limits
 
 from agent.host.ipc import framing, stats_page, worker_api
-from agent.host.supervisor.worker_handle import WorkerHandle
+from agent.host.supervisor.worker_handle import WorkerProcess, WorkerRefusedError
 from agent.host.supervisor.worker_pool import ZygotePool
 
 LIMIT_S = 60.0
@@ -22,14 +22,28 @@ async def played():
     """Yield the supervisor's handle of a lane, the socket on which the lane is played by hand, and what was heard."""
     heard = []
     ours, theirs = framing.socket_pair()
-    lane = WorkerHandle("web/1", ours, lambda _, message: heard.append(message))
+    process = WorkerProcess("web/1", ours)
+    lane = process.only_slot("web/1", Heard(heard))
     theirs.setblocking(False)
     try:
         yield lane, Played(theirs), heard
     finally:
         theirs.close()
-        lane.has_ended(0)
+        process.has_ended(0)
         lane.close()
+
+
+class Heard:
+    """Keeps what a worker reports."""
+
+    def __init__(self, messages):
+        self.messages = messages
+
+    def worker_message(self, _worker, message):
+        self.messages.append(message)
+
+    def worker_exited(self, _worker, _uptime_s):
+        pass
 
 
 class Played:
@@ -65,11 +79,11 @@ async def begun(*asks):
 
 
 def check(lane, number=1):
-    return lane.ask(worker_api.Check(id=number), answer=worker_api.Checked, timeout_s=LIMIT_S)
+    return lane.request(worker_api.Check(id=number), reply=worker_api.Checked, timeout_s=LIMIT_S)
 
 
 def probe(lane):
-    return lane.ask(worker_api.Probe(id=1), answer=worker_api.Probed, timeout_s=LIMIT_S)
+    return lane.request(worker_api.Probe(id=1), reply=worker_api.Probed, timeout_s=LIMIT_S)
 
 
 @pytest.mark.asyncio
@@ -116,7 +130,7 @@ async def test_an_answer_of_another_type_than_was_asked_for_is_none():
 @pytest.mark.asyncio
 async def test_what_an_earlier_order_left_behind_does_not_end_the_wait_of_a_later_one():
     def hand_over(lane):
-        return lane.ask(worker_api.Drain(), answer=worker_api.HandedOver, timeout_s=LIMIT_S)
+        return lane.request(worker_api.Drain(), reply=worker_api.HandedOver, timeout_s=LIMIT_S)
 
     async with played() as (lane, peer, _heard):
         (first,) = await begun(hand_over(lane))
@@ -129,10 +143,10 @@ async def test_what_an_earlier_order_left_behind_does_not_end_the_wait_of_a_late
         peer.say("handed-over", id=earlier["id"], passed=1)
         peer.say("probed", id=marker["id"])
         await after
-        assert not lane.drained.done()
+        assert not lane.control.drained.done()
         peer.say("handed-over", id=later["id"], passed=7)
         assert (await second).passed == 7
-        assert lane.drained.done()
+        assert lane.control.drained.done()
 
 
 # What a lane of a version without ids in most messages says, request by request.
@@ -143,8 +157,8 @@ OLD_ANSWERS = [
         "refused",
         {"code": "internal", "message": "m"},
     ),
-    (worker_api.OpenShared(images=(), limits=Limits(), seats=1), "opened", {"layers": {}}),
-    (worker_api.OpenShared(images=(), limits=Limits(), seats=1), "refused", {"code": "internal", "message": "m"}),
+    (worker_api.OpenShared(images=(), limits=Limits(), slots=1), "opened", {"layers": {}}),
+    (worker_api.OpenShared(images=(), limits=Limits(), slots=1), "refused", {"code": "internal", "message": "m"}),
     (worker_api.Drain(), "handed-over", {"passed": 3, "cut": 0}),
     (worker_api.Check(), "checked", {"id": ..., "problem": None}),
     (worker_api.Task(scheduled_ms=1), "ran", {"id": ..., "problem": None}),
@@ -177,13 +191,14 @@ async def test_a_lane_that_echoes_no_ids_is_understood_by_the_type_of_its_answer
         kind = ANSWER_OF[type(request_)]
         other = check(lane) if kind is not worker_api.Checked else probe(lane)
         (waits,) = await begun(other)
-        tasks = await begun(*(lane.ask(request_, answer=kind, timeout_s=LIMIT_S) for _ in range(2)))
+        tasks = await begun(*(lane.request(request_, reply=kind, timeout_s=LIMIT_S) for _ in range(2)))
         _, *asked = await peer.packets(3)
         for one in asked:
             assert one["id"] > 0
             peer.say(said, **{name: one["id"] if value is ... else value for name, value in fields.items()})
-        for answer in await asyncio.gather(*tasks):
-            assert msgspec.to_builtins(answer)["type"] == said
+        for answer in await asyncio.gather(*tasks, return_exceptions=True):
+            reply = answer.refusal if isinstance(answer, WorkerRefusedError) else answer
+            assert msgspec.to_builtins(reply)["type"] == said
         assert not waits.done()
         waits.cancel()
 
@@ -213,15 +228,16 @@ def without_id(message):
 async def with_a_real_lane(*, shared=False):
     nursery = ZygotePool()
     try:
-        yield await nursery.lane("main", "web/1", lambda *_: None, fuel=False, shared=shared)
+        process = await nursery.fork("main", "web/1", fuel=False, shared=shared)
+        yield process.only_slot("web/1", Heard([]))
     finally:
         nursery.close()
 
 
 def by_hand(lane):
     """The control socket of a lane, taken from its handle: what is spoken on it is not of this version."""
-    asyncio.get_running_loop().remove_reader(lane._sock)
-    return Played(lane._sock)
+    asyncio.get_running_loop().remove_reader(lane.control._sock)
+    return Played(lane.control._sock)
 
 
 class OldSupervisor:
@@ -278,7 +294,7 @@ async def test_a_supervisor_that_gives_no_ids_opens_shared_lanes_and_hears_refus
     async with with_a_real_lane(shared=True) as lane:
         peer = by_hand(lane)
         with image_of("hello") as (image, page_fd):
-            type_, fields = without_id(worker_api.OpenShared(images=("i",), limits=Limits(), seats=2))
+            type_, fields = without_id(worker_api.OpenShared(images=("i",), limits=Limits(), slots=2))
             peer.say(type_, image, **fields)
             opened, received = await peer.packet()
             assert (opened["type"], opened["id"]) == ("opened", 0)
@@ -302,7 +318,9 @@ async def test_a_real_lane_answers_everybody_who_asks_at_once():
     async with with_a_real_lane() as lane:
         with image_of("hello") as fds:
             setup = worker_api.Setup(instance="web", grants=Grants(), limits=Limits())
-            assert isinstance(await lane.ask(setup, *fds, answer=worker_api.Ready, timeout_s=LIMIT_S), worker_api.Ready)
+            assert isinstance(
+                await lane.request(setup, *fds, reply=worker_api.Ready, timeout_s=LIMIT_S), worker_api.Ready
+            )
         tasks = await begun(*(check(lane, number) for number in range(1, 6)), *(probe(lane) for _ in range(5)))
         answers = await asyncio.gather(*tasks)
         assert [type(answer) for answer in answers] == [worker_api.Checked] * 5 + [worker_api.Probed] * 5

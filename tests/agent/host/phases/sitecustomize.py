@@ -11,11 +11,11 @@ if "agent.host.cli" in sys.orig_argv:
     import signal
     from pathlib import Path
 
-    from agent.host.supervisor.worker_handle import WorkerHandle
+    from agent.host.supervisor.worker_handle import ControlSocket
 
     plan = Path(os.environ["WASMFLEET_TEST_KILL"])
     lanes = {}
-    send = WorkerHandle.send
+    send = ControlSocket.send
 
     def parent(pid):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -42,13 +42,13 @@ if "agent.host.cli" in sys.orig_argv:
                 return router()
         return os.getpid()
 
-    def send_and_kill(lane, message, *fds):
-        send(lane, message, *fds)
-        lanes[lane.name] = lane
+    def send_and_kill(control, message, *fds):
+        send(control, message, *fds)
+        lanes[control.owner.name] = control.owner
         if plan.exists():
             instance, phase, who = plan.read_text().split()
             if type(message).__name__ == phase and f"{instance}/2" in lanes:
                 plan.unlink()
                 os.kill(victim(who, instance), signal.SIGKILL)
 
-    WorkerHandle.send = send_and_kill
+    ControlSocket.send = send_and_kill

@@ -1,6 +1,7 @@
 """An atomic set on the host: the new generations take over in one moment, or none does."""
 
 import os
+import socket
 
 import pytest
 import support
@@ -59,3 +60,17 @@ def test_when_one_cannot_start_the_other_is_not_swapped_in_whoever_comes_first(p
     # Corrected, both go.
     numbers = [send(pair, "hello", support.a_run(name, 3), others[name]) for name in order]
     assert [type(answer) for answer in answers(pair, *numbers)] == [host_api.Started, host_api.Started]
+
+
+@pytest.mark.parametrize("before", [None, "another port"])
+def test_a_start_that_fails_at_the_barrier_leaves_no_port_open(host, before):
+    """Else clients would connect and wait for ever: nobody accepts there."""
+    port = support.free_port()
+    assert isinstance(host.start("hello", support.a_run("back", 1)), host_api.Started)
+    if before:
+        assert isinstance(host.start("hello", support.a_run("front", 1, port=support.free_port())), host_api.Started)
+    front = send(host, "hello", support.a_run("front", 2, port=port), ("back",))
+    back = send(host, "trap-in-start", support.a_run("back", 2), ("front",))
+    assert [answer.code for answer in answers(host, front, back)] == ["set-failed", "start-failed"]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=30)

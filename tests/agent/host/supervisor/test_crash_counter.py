@@ -1,5 +1,6 @@
 """Deaths in a row end in quarantine; half a minute of life in between forgives those before, on disk too."""
 
+import asyncio
 import time
 from types import SimpleNamespace
 
@@ -7,10 +8,10 @@ import pytest
 import support
 
 from agent.host.ipc.stats_page import CallStats
-from agent.host.ipc.write_quota import QuotaStore
 from agent.host.supervisor.generation import Generation
 from agent.host.supervisor.instance import Instance
-from agent.host.supervisor.resources import CrashCounter
+from agent.host.supervisor.resources import CrashCounter, HostResources
+from fleet.protocol.codes import InstanceState
 
 LONG_S, SHORT_S = 31.0, 29.0
 
@@ -19,30 +20,18 @@ class Case:
     """An instance whose lanes die as the test says, and are replaced by nobody."""
 
     def __init__(self, tmp_path):
-        self.deaths = CrashCounter(tmp_path / "deaths.json")
         self.kept = tmp_path / "deaths.json"
-        self.events = []
-        self.instance = Instance(
-            "web",
-            nursery=None,
-            listeners=None,
-            uid=lambda _: None,
-            deaths=self.deaths,
-            daily=QuotaStore(tmp_path / "written.json"),
-            data=tmp_path,
-            cgroups=None,
-            emit=self.events.append,
-            route=self._route,
-            outlet=None,
-        )
-        self.instance._replace = self._route
-        self.instance.current = self.generation = Generation(support.a_run("web", 1), -1)
+        resources = HostResources.open(state=tmp_path, sockets=tmp_path / "in", address="127.0.0.1")
+        self.instance = Instance("web", resources, pool=None, egress=None, router=None, events=asyncio.Queue())
+        self.instance._start_after = self._nobody
+        self.instance.state = InstanceState.RUNNING
+        self.instance.current = self.generation = Generation(support.a_run("web", 1), -1, is_serving=True)
 
-    async def _route(self, *_, **__):
+    async def _nobody(self, *_):
         pass
 
     def dies(self, uptime_s):
-        self.instance._died(self.generation, "it crashed", uptime_s)
+        self.instance._crashed(self.generation, "it crashed", uptime_s)
 
     @property
     def count(self):
@@ -62,7 +51,7 @@ async def test_five_short_lives_in_a_row_are_a_quarantine(case):
         assert case.instance.state == "backoff"
     case.dies(SHORT_S)
     assert case.instance.state == "quarantined"
-    assert "5 deaths in a row; the last: it crashed" in case.instance.error
+    assert "5 crashes in a row; the last: it crashed" in case.instance.error
 
 
 @pytest.mark.asyncio
@@ -77,11 +66,11 @@ async def test_a_life_of_some_length_begins_the_count_anew(case):
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("up_s", "count"), [(SHORT_S - 5, 3), (LONG_S, 0)])
 async def test_who_lives_on_is_forgiven_before_the_next_death(case, up_s, count):
-    lane = SimpleNamespace(alive=True, ready=object(), since_s=time.monotonic() - up_s, shared=None)
+    lane = SimpleNamespace(alive=True, ready=object(), since_s=time.monotonic() - up_s)
     lane.page = SimpleNamespace(began_ns=lambda: 0, read=CallStats)
 
     for _ in range(3):
         case.dies(SHORT_S)
-    case.generation.lanes.append(lane)
-    case.instance.watch()
+    case.generation.workers.append(lane)
+    case.instance.tick()
     assert case.count == count

@@ -11,19 +11,20 @@ from pathlib import Path
 import pytest
 
 from agent.host.ipc import framing, stats_page, worker_api
-from agent.host.supervisor.worker_handle import WorkerHandle
-from agent.host.supervisor.worker_pool import SharedWorkerHandle, Wanted
-from fleet.protocol.manifest import Limits
+from agent.host.supervisor.worker_handle import WorkerProcess
 
 
-class Played(WorkerHandle):
-    """The supervisor's handle of a lane, which says when it listens no more."""
+class Heard:
+    """Keeps what a worker reports."""
 
-    over = None
+    def __init__(self):
+        self.messages = []
 
-    def _unplug(self):
-        super()._unplug()
-        self.over.set()
+    def worker_message(self, _worker, message):
+        self.messages.append(message)
+
+    def worker_exited(self, _worker, _uptime_s):
+        pass
 
 
 async def as_a_lane(speak):
@@ -32,17 +33,18 @@ async def as_a_lane(speak):
     `speak(socket)` says what it likes; behind the handle is a process that waits to be ended.
     """
     process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])  # noqa: ASYNC220 - a plain child
-    heard = []
+    heard = Heard()
 
     ours, theirs = framing.socket_pair()
-    lane = Played("web/1", ours, lambda _, message: heard.append(message))
-    lane.pid, lane.pidfd, lane.over = process.pid, os.pidfd_open(process.pid), asyncio.Event()
+    worker = WorkerProcess("web/1", ours)
+    worker.pid, worker.pidfd = process.pid, os.pidfd_open(process.pid)
+    lane = worker.only_slot("web/1", heard)
     with theirs:
         await asyncio.to_thread(speak, theirs)
-    await lane.over.wait()
+    await lane.control.closed.wait()
     process.kill()
-    lane.has_ended(process.wait())
-    return lane, heard
+    worker.has_ended(process.wait())
+    return lane, heard.messages
 
 
 @pytest.mark.asyncio
@@ -53,7 +55,7 @@ async def test_a_lane_that_tells_more_than_any_lane_has_to_is_ended():
                 worker_api.send(sock, worker_api.Fault(message=f"fault {number}"))
 
     lane, heard = await as_a_lane(flood)
-    assert "more than any lane has to say" in lane.describe_end()
+    assert "more messages than any worker" in lane.describe_end()
     # What it may say, and what it earned while it was read.
     assert len(heard) < 10_000
     lane.close()
@@ -76,29 +78,6 @@ async def test_descriptors_that_nobody_asked_for_are_closed():
     lane, _ = await as_a_lane(send_many)
     lane.close()
     assert open_here() <= before + 1
-
-
-@pytest.mark.asyncio
-async def test_the_control_group_of_shared_lanes_goes_with_them():
-    dismissed = []
-
-    ours, theirs = framing.socket_pair()
-    process = WorkerHandle("main-1", ours, lambda *_: None)
-    wanted = Wanted(
-        namespace="main",
-        image="i",
-        image_fd=-1,
-        limits=Limits(),
-        fuel=False,
-        uid=None,
-        admit=lambda _: None,
-        dismiss=lambda: dismissed.append("main"),
-    )
-    SharedWorkerHandle(1, process, wanted, frozenset({"i"}))
-    process.has_ended(0)
-    await asyncio.sleep(0)
-    theirs.close()
-    assert dismissed == ["main"]
 
 
 def test_figures_that_cannot_be_are_cut_to_what_can_be_kept():

@@ -1,23 +1,106 @@
-"""Zygotes come and go, and who asks for a lane need not know."""
+"""Zygotes come and go, and who asks for a worker need not know; slots of shared workers, and their control group."""
 
+import os
 import signal
 
 import pytest
+import support
 
-from agent.host.supervisor.worker_pool import ZygotePool
+from agent.host.supervisor.resources import Cgroups, UidAllocator
+from agent.host.supervisor.worker_pool import WorkerPool, WorkerSpec, ZygotePool
+from fleet.protocol.manifest import Limits
 
 
 @pytest.mark.asyncio
 async def test_a_zygote_that_has_just_ended_is_replaced_for_whoever_asks_next():
     nursery = ZygotePool()
     try:
-        first = await nursery.lane("main", "a", lambda *_: None, fuel=False)
+        first = await nursery.fork("main", "a", fuel=False)
         (zygote,) = nursery._zygotes.values()
         zygote.process.send_signal(signal.SIGKILL)
         zygote.process.wait()  # and the loop, which this keeps, has not heard of it
         assert zygote.alive
-        second = await nursery.lane("main", "b", lambda *_: None, fuel=False)
+        second = await nursery.fork("main", "b", fuel=False)
         assert second.pid not in {0, first.pid}
         assert first.ended.done(), "what it had forked has ended with it"
     finally:
         nursery.close()
+
+
+class Groups(Cgroups):
+    """Control groups as the pool uses them."""
+
+    def __init__(self):
+        self.available = False
+        self.members = {}
+        self.dismissed = []
+
+    def admit(self, instance, pid, *, workers, worker_bytes):
+        self.members.setdefault(instance, set()).add(pid)
+        return True
+
+    def dismiss(self, instance):
+        self.dismissed.append(instance)
+
+
+class Exits:
+    """Keeps which workers have ended."""
+
+    def __init__(self):
+        self.ended = []
+
+    def worker_message(self, _worker, _message):
+        pass
+
+    def worker_exited(self, worker, _uptime_s):
+        self.ended.append(worker)
+
+
+@pytest.fixture
+def groups():
+    return Groups()
+
+
+@pytest.fixture
+def image():
+    fd = support.sealed(support.compiled("hello"))
+    yield fd
+    os.close(fd)
+
+
+def spec(image, instance, *, may_share):
+    return WorkerSpec(
+        instance=instance,
+        name=f"{instance}/1",
+        namespace="main",
+        fuel=False,
+        limits=Limits(),
+        image_fd=image,
+        image_sha256="hello",
+        may_share=may_share,
+    )
+
+
+@pytest.mark.asyncio
+async def test_instances_that_share_have_slots_of_one_process_and_the_last_one_ends_it(groups, image, tmp_path):
+    pool, exits = WorkerPool(ZygotePool(), groups, UidAllocator(tmp_path / "uids.json")), Exits()
+    try:
+        a, b = [await pool.acquire(spec(image, name, may_share=True), exits) for name in "ab"]
+        alone = await pool.acquire(spec(image, "c", may_share=False), exits)
+        assert a.process is b.process is not alone.process
+        assert (a.process.slots, alone.process.slots) == ([a, b], [alone])
+        assert (a.shared_name, alone.shared_name) == ("main-1", "")
+        # Every process is in a group: shared ones in that of their namespace, which no instance can be called.
+        assert groups.members == {"+main": {a.pid}, "c": {alone.pid}}
+        a.end("it was replaced")
+        assert (a.alive, b.alive, a.process.slots) == (False, True, [b])
+        assert groups.dismissed == []
+        b.end("it was replaced")
+        await b.process.ended
+        assert not b.alive
+        assert groups.dismissed == ["+main"], "the group of shared workers goes with them"
+        alone.end("it was replaced")
+        await alone.process.ended
+        assert alone.describe_end() == "it was replaced"
+    finally:
+        pool.close()
