@@ -1,12 +1,12 @@
-"""The egress: the one process on a board that connects for components. A fork of the supervisor, with network.
+"""Egress: the one process on a device that connects for components. A fork of the supervisor, with network.
 
-It exists while some lane may send requests. For each such lane it has one end of a socket pair, which the supervisor
-gave it together with what that lane's instance was granted: who asks is told by the socket on which the question
-comes, and nothing in the question. A question names scheme, host and port; the answer is a connected socket or the
-reason why there is none. Names are resolved here and each address is judged after that; what is connected to is the
-address that was judged, never the name again. TLS is the lane's: this process sees no request and no answer.
+The egress exists while some worker may send requests. For each such worker it has one end of a socket pair, which the
+supervisor gave it together with the grants of that worker's instance: the socket on which a request comes tells who
+asks, and nothing in the request does. A request names scheme, host and port; the reply is a connected socket or the
+reason why there is none. Names are resolved here and each address is judged after that; the connection goes to the
+address that was judged, never to the name again. TLS is the worker's: this process sees no HTTP at all.
 
-Lanes have no network, so what an escaped guest can reach is what its grant names, over sockets that are connected.
+Workers have no network, so an escaped guest can reach what its grant names, over sockets that are connected.
 """
 
 import asyncio
@@ -49,23 +49,23 @@ _asks: Final[msgspec.json.Decoder[ConnectRequest]] = msgspec.json.Decoder(Connec
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a name, as this board's resolver has them. Raises OSError."""
+    """Return the addresses of a name, as this device's resolver has them. Raises `OSError`."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(each[4][0]) for each in found))
 
 
 async def connect(grants: Grants, ask: ConnectRequest, *, directory: str, resolver: Resolve = resolve) -> socket.socket:
-    """A connected socket for this question.
+    """Return a connected socket for this request.
 
     Args:
-        grants: what the one who asks was granted.
-        ask: the question.
-        directory: where the sockets of the board's instances are.
+        grants: of the instance that asks.
+        ask: the request.
+        directory: holds the sockets of the device's instances.
         resolver: gives the addresses of a name.
 
     Raises:
-        RefusedError: there is none.
+        RefusedError: not granted, or nobody answers.
     """
     host, port = check_grant(grants, ask.scheme, ask.authority)
     timeout_s = min(CONNECT_MAX_S, max(ask.timeout_ms, 1) / 1000)
@@ -92,7 +92,7 @@ async def _addresses(host: str, port: int, resolver: Resolve) -> list[str]:
 
 
 async def _first(addresses: list[str], port: int) -> socket.socket:
-    """Connected to the first address that answers."""
+    """Connect to the first address that answers."""
     last = RefusedError("destination-unavailable", "there is nobody to connect to")
     for address in addresses:
         meant = str(outbound.unwrapped(ipaddress.ip_address(address))) if address.startswith("::ffff:") else address
@@ -122,7 +122,7 @@ async def _neighbour(name: str, directory: str) -> socket.socket:
         await asyncio.get_running_loop().sock_connect(sock, f"{directory}/{name}")
     except OSError as error:
         sock.close()
-        raise RefusedError("destination-unavailable", f"no instance {name} answers on this board") from error
+        raise RefusedError("destination-unavailable", f"no instance {name} answers on this device") from error
     except BaseException:
         sock.close()
         raise
@@ -138,7 +138,7 @@ def run_egress(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> N
     gc.freeze()
     sandbox.close_all_but({0, 1, 2, sock.fileno(), *keep})
     with contextlib.suppress(OSError):
-        socket.getaddrinfo("localhost", 80)  # whatever the resolver loads, it loads now
+        socket.getaddrinfo("localhost", 80)  # the resolver loads its parts now
     loop = asyncio.SelectorEventLoop()
     asyncio.set_event_loop(loop)
     layers = sandbox.apply(sandbox.egress_spec(str(directory)))
@@ -146,7 +146,7 @@ def run_egress(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> N
 
 
 class Egress:
-    """The process: the supervisor's socket, and one for each lane."""
+    """Egress process: the supervisor's socket, and one for each worker."""
 
     def __init__(self, sock: socket.socket, directory: str, resolver: Resolve = resolve) -> None:
         self._sock = sock
@@ -174,26 +174,28 @@ class Egress:
             self._ended.set()
             return
         admitted = _admits.decode(data)
-        lane = socket.socket(fileno=fds[0])
-        lane.setblocking(False)
+        worker = socket.socket(fileno=fds[0])
+        worker.setblocking(False)
         grants = Grants(outbound=admitted.outbound, instances=admitted.instances)
-        asyncio.get_running_loop().add_reader(lane, self._asked, lane, grants, asyncio.Semaphore(_AT_ONCE))
+        asyncio.get_running_loop().add_reader(worker, self._asked, worker, grants, asyncio.Semaphore(_AT_ONCE))
 
-    def _asked(self, lane: socket.socket, grants: Grants, room: asyncio.Semaphore) -> None:
+    def _asked(self, worker: socket.socket, grants: Grants, room: asyncio.Semaphore) -> None:
         try:
-            data = lane.recv(_PACKET)
+            data = worker.recv(_PACKET)
             ask = _asks.decode(data)
         except BlockingIOError:
             return
-        except (OSError, *wire.JSON_ERRORS):  # gone, or no lane of ours any more: it is not heard again
-            asyncio.get_running_loop().remove_reader(lane)
-            lane.close()
+        except (OSError, *wire.JSON_ERRORS):  # gone, or no worker of ours any more: not read again
+            asyncio.get_running_loop().remove_reader(worker)
+            worker.close()
             return
-        task = asyncio.ensure_future(self._answer(lane, grants, ask, room))
+        task = asyncio.ensure_future(self._answer(worker, grants, ask, room))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, lane: socket.socket, grants: Grants, ask: ConnectRequest, room: asyncio.Semaphore) -> None:
+    async def _answer(
+        self, worker: socket.socket, grants: Grants, ask: ConnectRequest, room: asyncio.Semaphore
+    ) -> None:
         told, found = ConnectReply(id=ask.id), None
         if room.locked():
             told = ConnectReply(
@@ -205,7 +207,7 @@ class Egress:
                     found = await connect(grants, ask, directory=self._directory, resolver=self._resolve)
                 except RefusedError as error:
                     told = ConnectReply(id=ask.id, error=error.error, why=str(error))
-        with contextlib.suppress(OSError):  # a lane that is gone, or reads nothing, has no use for it
-            framing.send_packet(lane, msgspec.json.encode(told), () if found is None else (found.fileno(),))
+        with contextlib.suppress(OSError):  # a worker that is gone, or reads nothing, has no use for it
+            framing.send_packet(worker, msgspec.json.encode(told), () if found is None else (found.fileno(),))
         if found is not None:
             found.close()

@@ -1,13 +1,13 @@
-"""The compiler: a fresh program that reads a component on stdin and writes the image for this board on stdout.
+"""Compiler: a fresh program that reads a component on stdin and writes the image for this device on stdout.
 
     python -m agent.host.compiler [--fuel] < component.wasm | cat > image.cwasm
     python -m agent.host.compiler --describe [--fuel]      what an image is compiled for, as JSON
 
-It is niced and lives under limits on address space and CPU time, so that a component which eats memory or drives the
-compiler mad ends as a refusal while the old version keeps serving. It may not write to files: the image goes out by a
-pipe. Exit status: 0 done; 2 not a component; 3 the
-compiler refused or failed; 4 a limit was hit; 5 no engine for this board. On failure, one JSON line on stderr:
-`{"code": ..., "message": ...}`. A panic (SIGABRT), a SIGKILL or SIGXCPU is for the caller to name, see `failure`.
+The program is niced and lives under limits on address space and CPU time, so that a component which eats memory or
+makes the compiler run for ever ends as a refusal while the old version keeps serving. It may not write to files: the
+image goes out by a pipe. Exit status: 0 done; 2 not a component; 3 the compiler refused or failed; 4 a limit was hit;
+5 no engine for this device. On failure, one JSON line on stderr: `{"code": ..., "message": ...}`. A panic (SIGABRT), a
+SIGKILL or SIGXCPU is for the caller to name, see `failure`.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _EXIT: Final = {
 
 
 def failure(status: int, stderr: bytes) -> tuple[RejectCode, str]:
-    """Why a compiler ended with `status` (negative: the signal that ended it), for whoever started it."""
+    """Return why a compiler ended with `status` (negative: the signal that ended it), for whoever started it."""
     if status < 0:
         name = signal.Signals(-status).name
         if -status in {signal.SIGKILL, signal.SIGXCPU, signal.SIGSEGV}:
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from agent.host.engine import runtime  # noqa: PLC0415 - where there is no engine, this says so
     except (ImportError, OSError, RuntimeError) as error:
-        _fail(RejectCode.NO_ENGINE, f"there is no WebAssembly engine for this board: {error}")
+        _fail(RejectCode.NO_ENGINE, f"there is no WebAssembly engine for this device: {error}")
     if options.describe:
         sys.stdout.write(json.dumps(runtime.describe(fuel=options.fuel)) + "\n")
         return 0

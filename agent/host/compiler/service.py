@@ -1,8 +1,7 @@
-"""The compiler behind a socket, for an agent that may not have executable memory, nor start who has.
+"""Compiler behind a socket, for an agent that may not have executable memory, nor start a process that has.
 
-    python -m agent.host.compiler.service ARGUMENTS...  the agent's side: stands in for `python -m
-    agent.host.compiler` python -m agent.host.compiler.service --serve       the service's side: a connection
-    on stdin (systemd, Accept=yes)
+    python -m agent.host.compiler.service ARGUMENTS...  client: stands in for `python -m agent.host.compiler`
+    python -m agent.host.compiler.service --serve       service: a connection on stdin (systemd, Accept=yes)
 
 Under `MemoryDenyWriteExecute=` compiling fails, and every child inherits that filter. So the client passes its own
 stdin, stdout and stderr over a Unix socket, with its arguments and resource limits, to a unit outside the filter, which
@@ -30,7 +29,7 @@ _STREAMS: Final = 3
 
 _LIMITS: Final = ("RLIMIT_DATA", "RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_CORE")
 
-# what a client may ask for: it is the agent, and still nothing else can be started through here
+# a client may ask for no more: it is the agent, and still nothing else can be started through here
 _ARGUMENTS: Final = frozenset({"--describe", "--fuel"})
 
 # exit statuses of the compiler's own, see `agent.host.compiler`
