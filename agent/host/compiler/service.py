@@ -9,7 +9,6 @@ runs the real compiler on them. To whoever started it the client is the compiler
 the same signal where one ended it. Nothing is parsed on the way but this module's own two packets.
 """
 
-import array
 import contextlib
 import json
 import os
@@ -20,6 +19,8 @@ import socket
 import subprocess
 import sys
 from typing import Final
+
+from agent.host.ipc import framing
 
 SOCKET: Final = "/run/wasmfleet/compiler.sock"
 
@@ -56,8 +57,7 @@ def client(arguments: list[str]) -> int:
             select.select([0], [], [])
         limits = {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS}
         packet = json.dumps({"arguments": arguments, "limits": limits}).encode()
-        streams = array.array("i", range(_STREAMS))
-        sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+        framing.send_packet(sock, packet, tuple(range(_STREAMS)))
         # The streams are the compiler's now: its reader must see their end when the compiler closes them.
         for number in (0, 1):
             os.close(number)
@@ -75,13 +75,10 @@ def client(arguments: list[str]) -> int:
 
 def serve(sock: socket.socket) -> int:
     """Run the compiler once, for the client on `sock`; end it when the client is gone."""
-    packet, ancillary, _, _ = sock.recvmsg(_PACKET_MAX_BYTES, socket.CMSG_SPACE(_STREAMS * 4))
-    if not packet:
+    try:
+        packet, streams = framing.receive_packet(sock, max_bytes=_PACKET_MAX_BYTES, max_fds=_STREAMS)
+    except framing.GoneError:
         return 0  # the client ended before it asked
-    streams = array.array("i")
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            streams.frombytes(data[: len(data) - len(data) % streams.itemsize])
     try:
         asked = json.loads(packet)
         arguments = [str(each) for each in asked["arguments"]]
@@ -124,7 +121,7 @@ def main() -> int:
             return serve(sock)
     status = client(sys.argv[1:])
     sys.stderr.flush()
-    os._exit(status)  # its streams are given away: nothing of this process may touch them, not even on its way out
+    os._exit(status)  # the streams are given away: this process may not touch them, not even on its way out
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, tag="line"):
-    """One log line of the guest; `dropped` lines before it went over the limit."""
+    """Log line of the guest; `dropped` lines before it went over the limit."""
 
     text: str
     dropped: Count = 0

@@ -32,7 +32,7 @@ from fleet.protocol.bounds import MIB
 
 LAYERS: Final = ("limits", "user", "network", "mount", "privileges", "landlock", "seccomp")
 
-BASELINE: Final = tuple(layer for layer in LAYERS if layer != "landlock")  # all that needs no recent kernel
+BASELINE: Final = tuple(layer for layer in LAYERS if layer != "landlock")  # landlock needs a recent kernel
 
 DATA: Final = "/data"
 
@@ -48,7 +48,7 @@ _FILES_MAX: Final = 1024
 
 _SHARED_WORKERS: Final = 256  # of one publisher on one device
 
-_FILES_PER_SLOT: Final = 8  # its socket, its epoll set, its listener, and those of a swap
+_FILES_PER_SLOT: Final = 8  # socket, epoll set and listener, and those of a swap
 
 _DESCRIPTORS_MAX: Final = 1 << 31
 

@@ -103,7 +103,7 @@ def _program(rules: Any) -> bytes:
 def worker(*, files: bool) -> bytes:
     """Return the filter of a worker: no new socket, process or executable memory; no file unless `files` (its data)."""
     rules = _filter(_names(_BASE, _SOCKETS, _FILES if files else ()), executable_memory=False)
-    if files:  # its own limit on what a file may have, within the one that stands
+    if files:  # a process may lower its own limit of file sizes
         own, files_size = pyseccomp.Arg(0, pyseccomp.EQ, 0), pyseccomp.Arg(1, pyseccomp.EQ, resource.RLIMIT_FSIZE)
         _allow(rules, "prlimit64", own, files_size)
         _allow(rules, "setrlimit", pyseccomp.Arg(0, pyseccomp.EQ, resource.RLIMIT_FSIZE))

@@ -43,7 +43,7 @@ class RequestHandler(Protocol):
 
 
 class AgentConnection:
-    """One connection; `on_closed` is called once, however it ends."""
+    """Connection of the agent; `on_closed` is called once, however it ends."""
 
     def __init__(self, sock: socket.socket, on_closed: Callable[["AgentConnection"], None]) -> None:
         sock.setblocking(False)
@@ -136,7 +136,7 @@ class AgentServer:
         except Exception as error:  # noqa: BLE001 - a bug of ours: say so, and go on serving
             sys.stderr.write(f"host: {type(request).__name__}: {type(error).__name__}: {error}\n")
             reply = host_api.Failed(id=request.id, code=RejectCode.INTERNAL, message=f"the host failed: {error!r}")
-        self._flush_events()  # what happened before the reply is told before it
+        self._flush_events()  # events before the reply, as they happened
         connection.send(reply)
 
     async def _broadcast(self) -> None:

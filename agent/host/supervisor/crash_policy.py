@@ -73,7 +73,7 @@ class CrashPolicy:
 
     @property
     def is_first(self) -> bool:
-        """Whether the next worker comes so soon that clients can wait for it."""
+        """True if the next worker comes so soon that clients can wait for it."""
         return self.count <= 1
 
     def _pause_s(self) -> float:

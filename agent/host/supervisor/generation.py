@@ -146,7 +146,7 @@ class ConnectionQueue(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """One generation: what to run, and the workers that run it.
+    """Generation of an instance: what to run, and the workers that run it.
 
     Attributes:
         secrets_fd: memfd with its secrets, which is handed to its workers and never read here; -1 for none.
@@ -193,7 +193,7 @@ class Generation:
 
     @property
     def may_share(self) -> bool:
-        """Whether it takes a slot in a shared worker: the operator allows it, and nothing speaks against it."""
+        """True if it takes a slot in a shared worker: the operator allows it, and nothing speaks against it."""
         return self.run.share_lane and not self.unshared_reason
 
     @property

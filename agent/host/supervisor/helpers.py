@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -38,8 +39,8 @@ _DRAIN_S: Final = 6.0  # a second more than the router gives its clients
 _ack: Final[msgspec.json.Decoder[helper_api.RouteAcknowledged]] = msgspec.json.Decoder(helper_api.RouteAcknowledged)
 
 
-class HelperProcess:
-    """A forked process with a socket to the supervisor. Subclasses say how it is forked and what it has to know."""
+class HelperProcess(ABC):
+    """Forked process with a socket to the supervisor. Subclasses say how it is forked and what it has to know."""
 
     def __init__(self, name: str) -> None:
         self.pid = 0
@@ -53,20 +54,20 @@ class HelperProcess:
 
     @property
     def running(self) -> bool:
-        """Whether there is a process."""
+        """True while there is a process."""
         return self._pidfd >= 0
 
+    @abstractmethod
     def _spawn(self) -> tuple[int, socket.socket]:
         """Fork the process; return its pid and the supervisor's end of its socket."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tell_everything(self) -> None:
         """Tell a new process all that it has to know."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _is_needed(self) -> bool:
         """Return whether a process that has ended is to be replaced."""
-        raise NotImplementedError
 
     def _closed(self) -> str:
         """Close what belonged to a process that has ended; return what was lost with it, for people."""
@@ -81,7 +82,7 @@ class HelperProcess:
         self.pid, self._sock = self._spawn()
         self._sock.setblocking(False)
         self._pidfd = os.pidfd_open(self.pid)
-        self._writer = host_api.Writer(self._sock, lambda _: None)  # its pidfd reports its end
+        self._writer = host_api.Writer(self._sock, lambda _: None)  # the pidfd reports the end
         loop = asyncio.get_running_loop()
         self._gone = loop.create_future()
         loop.add_reader(self._pidfd, self._ended)

@@ -71,7 +71,7 @@ class _Reverted(NamedTuple):
 
 
 class Instance:
-    """One instance: its generations, and how one takes over from another. Receives what its workers report."""
+    """Instance: its generations, and how one takes over from another. Receives what its workers report."""
 
     def __init__(
         self,

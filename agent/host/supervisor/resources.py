@@ -41,14 +41,14 @@ BACKLOG: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A listening socket; `port` None for the Unix socket behind the router."""
+    """Listening socket; `port` None for the Unix socket behind the router."""
 
     sock: socket.socket
     port: int | None
 
 
 class Listeners:
-    """Every instance's listeners, by instance and port."""
+    """Listeners of every instance, by instance and port."""
 
     def __init__(self, directory: Path, address: str) -> None:
         """`directory` holds the Unix sockets; `address` is where own ports are opened."""
@@ -122,7 +122,7 @@ _PACKAGED: Final = Path("/var/lib/wasmfleet-host")
 
 
 def first_of(state: Path) -> int:
-    """Where the range of the host begins whose state directory this is."""
+    """Return the first uid of the host with this state directory."""
     if state == _PACKAGED:
         return FIRST
     digest = hashlib.sha256(os.fsencode(state.resolve())).digest()
@@ -130,7 +130,7 @@ def first_of(state: Path) -> int:
 
 
 class UidAllocator:
-    """The uids given, kept in a file of the host's state directory."""
+    """Uids that were given to instances, in a file of the host's state directory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -145,7 +145,7 @@ class UidAllocator:
             path.unlink(missing_ok=True)  # written whole or not at all, so this is not ours
 
     def of(self, instance: str) -> int | None:
-        """The uid of an instance, given now if it has none; None where this host cannot give any."""
+        """Return the uid of an instance, given now if it has none; None where this host cannot give any."""
         if os.geteuid() != 0:
             return None
         found = self._given.pop(instance, None)
@@ -154,7 +154,7 @@ class UidAllocator:
             self._given[instance] = found
             self._save()
         else:
-            self._given[instance] = found  # the longest unused stands first
+            self._given[instance] = found  # in the order of use: the longest unused stands first
         return found
 
     def _free(self) -> int:
@@ -325,7 +325,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _own_group() -> Path | None:
-    """This process's own cgroup v2, if it is not the root of the tree."""
+    """Return this process's own cgroup v2, if it is not the root of the tree."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
             if line.startswith("0::/") and line != "0::/":

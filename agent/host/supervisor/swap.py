@@ -191,7 +191,7 @@ def let_serve(parts: SwapParts, generation: Generation) -> None:
 
 
 class _Meeting:
-    """One set that is being swapped."""
+    """Atomic set that is being swapped."""
 
     def __init__(self) -> None:
         self.came: set[str] = set()

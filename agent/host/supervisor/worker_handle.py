@@ -252,7 +252,7 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process has not ended."""
+        """True until the process has ended."""
         return not self.ended.done()
 
     def only_slot(self, name: str, events: WorkerEvents) -> "WorkerHandle":
@@ -419,7 +419,7 @@ class WorkerHandle:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
+        """True until the slot has ended."""
         return not self.ended.done()
 
     @property
@@ -429,7 +429,7 @@ class WorkerHandle:
 
     @property
     def is_draining(self) -> bool:
-        """Whether it is handing its connections over."""
+        """True while it hands its connections over."""
         return self.control.drained is not None and not self.control.drained.done()
 
     def notify(self, message: worker_api.ToWorker, *fds: int) -> None:

@@ -102,7 +102,7 @@ class _SharedWorker:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The higher, the better a place for a further slot.
+        """Rank: the higher, the better a place for a further slot.
 
         Of two that are equally full the newer ranks higher: it has more images open. So slots only ever move up.
         """
@@ -289,7 +289,7 @@ class ZygoteHandle:
 
     @property
     def alive(self) -> bool:
-        """Whether it still serves."""
+        """True while it serves."""
         return self._sock.fileno() >= 0
 
     async def fork(self, name: str) -> WorkerProcess:
@@ -373,7 +373,7 @@ class ZygotePool:
         key = _ZygoteKey(namespace, fuel, shared)
         try:
             return await self._zygote(key).fork(name)
-        except ZygoteGoneError:  # it had ended, and nobody had noticed yet
+        except ZygoteGoneError:  # ended already, and nobody had noticed yet
             return await self._zygote(key).fork(name)
 
     def _zygote(self, key: _ZygoteKey) -> ZygoteHandle:

@@ -24,12 +24,12 @@ from fleet.protocol.codes import RejectCode
 from fleet.protocol.names import BadNameError, TargetName
 
 DRAIN_MS: Final = 10_000
-"""How long a worker that is replaced may take to hand its connections over."""
+"""Time for a worker that is replaced to hand its connections over."""
 
 GRACE_S: Final = 5.0
 """On top of what a worker itself allows a call: for one whose own watchdog has failed."""
 
-_HANDOVER_WAIT_S: Final = 1.0  # how long a swap waits for connections; the rest follow while the new worker serves
+_HANDOVER_WAIT_S: Final = 1.0  # a swap waits no longer for connections; the rest follow while the new worker serves
 
 _SPARE_S: Final = 60.0
 
