@@ -122,6 +122,7 @@ PURE = (
         f"signing.{name}"
         for name in ("state", "metadata", "dsse", "policy", "trusted_metadata", "director", "verifier")
     ),
+    "agent.host.supervisor.crash_policy",
 )
 IMPURE = ("asyncio", "logging", "os", "pathlib", "random", "socket", "sqlite3", "subprocess", "threading", "time")
 

@@ -1,5 +1,6 @@
 """Zygotes come and go, and who asks for a worker need not know; slots of shared workers, and their control group."""
 
+import asyncio
 import os
 import signal
 
@@ -25,6 +26,26 @@ async def test_a_zygote_that_has_just_ended_is_replaced_for_whoever_asks_next():
         assert first.ended.done(), "what it had forked has ended with it"
     finally:
         nursery.close()
+
+
+@pytest.mark.asyncio
+async def test_a_fork_that_nobody_waits_for_any_more_is_ended():
+    pool = ZygotePool()
+    try:
+        await pool.fork("main", "first", fuel=False)
+        (zygote,) = pool._zygotes.values()
+        zygote.process.send_signal(signal.SIGSTOP)
+        task = asyncio.ensure_future(pool.fork("main", "late", fuel=False))
+        await asyncio.sleep(0)  # one step: it asks
+        process = zygote._forks[0].process
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        zygote.process.send_signal(signal.SIGCONT)
+        assert await process.ended == -signal.SIGKILL
+        assert process.describe_end() == "nobody waits for it any more"
+    finally:
+        pool.close()
 
 
 class Groups(Cgroups):
