@@ -1,4 +1,4 @@
-"""A lane's replies belong to the requests they answer; a supervisor and a lane of different versions agree too."""
+"""A worker's replies belong to the requests they answer; a supervisor and a worker of different versions agree too."""
 
 import asyncio
 import contextlib
@@ -19,18 +19,18 @@ LIMIT_S = 60.0
 
 @contextlib.asynccontextmanager
 async def played():
-    """Yield the supervisor's handle of a lane, the socket on which the lane is played by hand, and what was heard."""
+    """Yield the supervisor's handle of a worker, the socket on which it is played by hand, and what was heard."""
     heard = []
     ours, theirs = framing.socket_pair()
     process = WorkerProcess("web/1", ours)
-    lane = process.only_slot("web/1", Heard(heard))
+    worker = process.only_slot("web/1", Heard(heard))
     theirs.setblocking(False)
     try:
-        yield lane, Played(theirs), heard
+        yield worker, Played(theirs), heard
     finally:
         theirs.close()
         process.has_ended(0)
-        lane.close()
+        worker.close()
 
 
 class Heard:
@@ -78,18 +78,18 @@ async def begun(*asks):
     return tasks
 
 
-def check(lane, number=1):
-    return lane.request(worker_api.Check(id=number), reply=worker_api.Checked, timeout_s=LIMIT_S)
+def check(worker, number=1):
+    return worker.request(worker_api.Check(id=number), reply=worker_api.Checked, timeout_s=LIMIT_S)
 
 
-def probe(lane):
-    return lane.request(worker_api.Probe(id=1), reply=worker_api.Probed, timeout_s=LIMIT_S)
+def probe(worker):
+    return worker.request(worker_api.Probe(id=1), reply=worker_api.Probed, timeout_s=LIMIT_S)
 
 
 @pytest.mark.asyncio
 async def test_two_who_ask_the_same_have_each_their_own_answer():
-    async with played() as (lane, peer, _heard):
-        tasks = await begun(check(lane, 1), check(lane, 2))
+    async with played() as (worker, peer, _heard):
+        tasks = await begun(check(worker, 1), check(worker, 2))
         first, second = await peer.packets(2)
         peer.say("checked", id=second["id"], problem="the second's")
         peer.say("checked", id=first["id"], problem="the first's")
@@ -98,13 +98,13 @@ async def test_two_who_ask_the_same_have_each_their_own_answer():
 
 @pytest.mark.asyncio
 async def test_a_late_answer_is_not_taken_for_another():
-    async with played() as (lane, peer, heard):
-        (given_up,) = await begun(check(lane, 1))
+    async with played() as (worker, peer, heard):
+        (given_up,) = await begun(check(worker, 1))
         (late,) = await peer.packets(1)
         given_up.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await given_up
-        (task,) = await begun(check(lane, 2))
+        (task,) = await begun(check(worker, 2))
         (current,) = await peer.packets(1)
         peer.say("checked", id=late["id"], problem="of a question that nobody asks any more")
         peer.say("checked", id=current["id"])
@@ -114,10 +114,10 @@ async def test_a_late_answer_is_not_taken_for_another():
 
 @pytest.mark.asyncio
 async def test_an_answer_of_another_type_than_was_asked_for_is_none():
-    """A lane in which a guest speaks may say anything under any id."""
+    """A worker in which a guest speaks may say anything under any id."""
 
-    async with played() as (lane, peer, heard):
-        (task,) = await begun(check(lane))
+    async with played() as (worker, peer, heard):
+        (task,) = await begun(check(worker))
         (asked,) = await peer.packets(1)
         peer.say("ran", id=asked["id"])
         peer.say("refused", id=asked["id"], code="internal", message="no")
@@ -129,27 +129,27 @@ async def test_an_answer_of_another_type_than_was_asked_for_is_none():
 
 @pytest.mark.asyncio
 async def test_what_an_earlier_order_left_behind_does_not_end_the_wait_of_a_later_one():
-    def hand_over(lane):
-        return lane.request(worker_api.Drain(), reply=worker_api.HandedOver, timeout_s=LIMIT_S)
+    def hand_over(worker):
+        return worker.request(worker_api.Drain(), reply=worker_api.HandedOver, timeout_s=LIMIT_S)
 
-    async with played() as (lane, peer, _heard):
-        (first,) = await begun(hand_over(lane))
+    async with played() as (worker, peer, _heard):
+        (first,) = await begun(hand_over(worker))
         (earlier,) = await peer.packets(1)
         first.cancel()
-        (second,) = await begun(hand_over(lane))
+        (second,) = await begun(hand_over(worker))
         (later,) = await peer.packets(1)
-        (after,) = await begun(probe(lane))
+        (after,) = await begun(probe(worker))
         (marker,) = await peer.packets(1)
         peer.say("handed-over", id=earlier["id"], passed=1)
         peer.say("probed", id=marker["id"])
         await after
-        assert not lane.control.drained.done()
+        assert not worker.control.drained.done()
         peer.say("handed-over", id=later["id"], passed=7)
         assert (await second).passed == 7
-        assert lane.control.drained.done()
+        assert worker.control.drained.done()
 
 
-# What a lane of a version without ids in most messages says, request by request.
+# What a worker of a version without ids in most messages says, request by request.
 OLD_ANSWERS = [
     (worker_api.Setup(instance="web", grants=Grants(), limits=Limits()), "ready", {"kinds": [], "layers": {}}),
     (
@@ -186,12 +186,12 @@ def test_every_request_and_every_reply_has_an_id_that_may_be_missing():
 
 @pytest.mark.parametrize(("request_", "said", "fields"), OLD_ANSWERS)
 @pytest.mark.asyncio
-async def test_a_lane_that_echoes_no_ids_is_understood_by_the_type_of_its_answers(request_, said, fields):
-    async with played() as (lane, peer, _heard):
+async def test_a_worker_that_echoes_no_ids_is_understood_by_the_type_of_its_answers(request_, said, fields):
+    async with played() as (worker, peer, _heard):
         kind = ANSWER_OF[type(request_)]
-        other = check(lane) if kind is not worker_api.Checked else probe(lane)
+        other = check(worker) if kind is not worker_api.Checked else probe(worker)
         (waits,) = await begun(other)
-        tasks = await begun(*(lane.request(request_, reply=kind, timeout_s=LIMIT_S) for _ in range(2)))
+        tasks = await begun(*(worker.request(request_, reply=kind, timeout_s=LIMIT_S) for _ in range(2)))
         _, *asked = await peer.packets(3)
         for one in asked:
             assert one["id"] > 0
@@ -203,7 +203,7 @@ async def test_a_lane_that_echoes_no_ids_is_understood_by_the_type_of_its_answer
         waits.cancel()
 
 
-# An old supervisor, played by hand before real lanes of a real zygote.
+# An old supervisor, played by hand before real workers of a real zygote.
 
 
 @contextlib.contextmanager
@@ -225,26 +225,26 @@ def without_id(message):
 
 
 @contextlib.asynccontextmanager
-async def with_a_real_lane(*, shared=False):
-    nursery = ZygotePool()
+async def with_a_real_worker(*, shared=False):
+    pool = ZygotePool()
     try:
-        process = await nursery.fork("main", "web/1", fuel=False, shared=shared)
+        process = await pool.fork("main", "web/1", fuel=False, shared=shared)
         yield process.only_slot("web/1", Heard([]))
     finally:
-        nursery.close()
+        pool.close()
 
 
-def by_hand(lane):
-    """The control socket of a lane, taken from its handle: what is spoken on it is not of this version."""
-    asyncio.get_running_loop().remove_reader(lane.control._sock)
-    return Played(lane.control._sock)
+def by_hand(worker):
+    """The control socket of a worker, taken from its handle: what is spoken on it is not of this version."""
+    asyncio.get_running_loop().remove_reader(worker.control._sock)
+    return Played(worker.control._sock)
 
 
 class OldSupervisor:
-    """Speaks as a supervisor from before the ids, to a lane with this guest."""
+    """Speaks as a supervisor from before the ids, to a worker with this guest."""
 
-    def __init__(self, lane):
-        self.peer = by_hand(lane)
+    def __init__(self, worker):
+        self.peer = by_hand(worker)
 
     async def set_up(self, guest):
         with image_of(guest) as fds:
@@ -264,8 +264,8 @@ class OldSupervisor:
 async def test_a_supervisor_that_gives_no_ids_is_answered_without():
     """The numbers it did give come back, and all else has the id 0, for which it has no name."""
 
-    async with with_a_real_lane() as lane:
-        old = OldSupervisor(lane)
+    async with with_a_real_worker() as worker:
+        old = OldSupervisor(worker)
         await old.set_up("remembers")
         assert await old.ask("check", id=7) == {"type": "checked", "id": 7, "problem": None}
         assert await old.ask("probe", id=8) == {"type": "probed", "id": 8}
@@ -283,16 +283,16 @@ async def test_a_supervisor_that_gives_no_ids_is_answered_without():
 
 @pytest.mark.asyncio
 async def test_a_supervisor_that_gives_no_ids_has_tasks_run():
-    async with with_a_real_lane() as lane:
-        old = OldSupervisor(lane)
+    async with with_a_real_worker() as worker:
+        old = OldSupervisor(worker)
         await old.set_up("task")
         assert await old.ask("task", id=9, scheduled_ms=1) == {"type": "ran", "id": 9, "problem": None}
 
 
 @pytest.mark.asyncio
-async def test_a_supervisor_that_gives_no_ids_opens_shared_lanes_and_hears_refusals():
-    async with with_a_real_lane(shared=True) as lane:
-        peer = by_hand(lane)
+async def test_a_supervisor_that_gives_no_ids_opens_shared_workers_and_hears_refusals():
+    async with with_a_real_worker(shared=True) as worker:
+        peer = by_hand(worker)
         with image_of("hello") as (image, page_fd):
             type_, fields = without_id(worker_api.OpenShared(images=("i",), limits=Limits(), slots=2))
             peer.say(type_, image, **fields)
@@ -302,25 +302,25 @@ async def test_a_supervisor_that_gives_no_ids_opens_shared_lanes_and_hears_refus
             ours.setblocking(False)
             with ours, theirs:
                 peer.say("seat", theirs.fileno())
-                seat = Played(ours)
+                slot = Played(ours)
                 # no guest has so little memory
                 limits = Limits(memory_bytes=1)
                 type_, fields = without_id(worker_api.Setup(instance="a", grants=Grants(), limits=limits, image="i"))
-                seat.say(type_, page_fd, **fields)
-                refused, _ = await seat.packet()
+                slot.say(type_, page_fd, **fields)
+                refused, _ = await slot.packet()
                 assert (refused["type"], refused["id"]) == ("refused", 0)
         for fd in received:
             os.close(fd)
 
 
 @pytest.mark.asyncio
-async def test_a_real_lane_answers_everybody_who_asks_at_once():
-    async with with_a_real_lane() as lane:
+async def test_a_real_worker_answers_everybody_who_asks_at_once():
+    async with with_a_real_worker() as worker:
         with image_of("hello") as fds:
             setup = worker_api.Setup(instance="web", grants=Grants(), limits=Limits())
             assert isinstance(
-                await lane.request(setup, *fds, reply=worker_api.Ready, timeout_s=LIMIT_S), worker_api.Ready
+                await worker.request(setup, *fds, reply=worker_api.Ready, timeout_s=LIMIT_S), worker_api.Ready
             )
-        tasks = await begun(*(check(lane, number) for number in range(1, 6)), *(probe(lane) for _ in range(5)))
+        tasks = await begun(*(check(worker, number) for number in range(1, 6)), *(probe(worker) for _ in range(5)))
         answers = await asyncio.gather(*tasks)
         assert [type(answer) for answer in answers] == [worker_api.Checked] * 5 + [worker_api.Probed] * 5

@@ -1,4 +1,4 @@
-"""What an instance may write in a day is one share, however many lanes it has, and whenever they come and go."""
+"""What an instance may write in a day is one share, however many workers it has, and whenever they come and go."""
 
 import os
 import subprocess
@@ -71,7 +71,7 @@ def account(tmp_path):
     return QuotaLedger("keeper", QuotaStore(tmp_path / "written.json"))
 
 
-def test_two_lanes_have_one_share_between_them(tmp_path):
+def test_two_workers_have_one_share_between_them(tmp_path):
     fd = os.memfd_create("written")
     os.ftruncate(fd, 4096)
     done = subprocess.run(
@@ -91,7 +91,7 @@ def test_two_lanes_have_one_share_between_them(tmp_path):
     ], done.stderr
 
 
-def test_what_a_lane_wrote_stays_counted_when_it_has_ended(account, tmp_path):
+def test_what_a_worker_wrote_stays_counted_when_it_has_ended(account, tmp_path):
     first, second = account.take(), account.take()
     page = QuotaPage(account.fd)
     page.put(first, 100 * KIB, write_quota.day())
@@ -105,7 +105,7 @@ def test_what_a_lane_wrote_stays_counted_when_it_has_ended(account, tmp_path):
     assert account.written() == 111 * KIB
     for place in [second, *places]:
         account.give_back(place)
-    assert account.fd == -1, "with the last lane the page goes"
+    assert account.fd == -1, "with the last worker the page goes"
     # What comes later goes on from there, in this host and in the next.
     account.take()
     assert QuotaPage(account.fd).sum(write_quota.day()) == 111 * KIB

@@ -17,7 +17,7 @@ LONG_S, SHORT_S = 31.0, 29.0
 
 
 class Case:
-    """An instance whose lanes die as the test says, and are replaced by nobody."""
+    """An instance whose workers die as the test says, and are replaced by nobody."""
 
     def __init__(self, tmp_path):
         self.kept = tmp_path / "deaths.json"
@@ -66,11 +66,11 @@ async def test_a_life_of_some_length_begins_the_count_anew(case):
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("up_s", "count"), [(SHORT_S - 5, 3), (LONG_S, 0)])
 async def test_who_lives_on_is_forgiven_before_the_next_death(case, up_s, count):
-    lane = SimpleNamespace(alive=True, ready=object(), since_s=time.monotonic() - up_s)
-    lane.page = SimpleNamespace(began_ns=lambda: 0, read=CallStats)
+    worker = SimpleNamespace(alive=True, ready=object(), since_s=time.monotonic() - up_s)
+    worker.page = SimpleNamespace(began_ns=lambda: 0, read=CallStats)
 
     for _ in range(3):
         case.dies(SHORT_S)
-    case.generation.workers.append(lane)
+    case.generation.workers.append(worker)
     case.instance.tick()
     assert case.count == count

@@ -67,7 +67,7 @@ TELLS = Grants(interfaces=("wasi:logging", "wasi:io", "wasi:clocks"))
 def tells(version):
     """The guest that logs when its task begins and ends, as this version of itself."""
     text = support.wasm("task-tells").decode().partition("\n")[2].replace('"v1 ', f'"v{version} ')
-    # Longer than a lane is given to hand its connections over.
+    # Longer than a worker is given to hand its connections over.
     return text.replace("250000000", "1600000000")
 
 

@@ -1,4 +1,4 @@
-"""An instance with several lanes: nobody waits behind a call that takes its time while another lane is idle."""
+"""An instance with several workers: nobody waits behind a call that takes its time while another worker is idle."""
 
 import socket
 from contextlib import ExitStack
@@ -41,12 +41,12 @@ def start(host, **limits):
     return port
 
 
-def test_a_client_whose_lane_is_in_a_long_call_is_answered_by_another_lane(host, kept):
+def test_a_client_whose_worker_is_in_a_long_call_is_answered_by_another_worker(host, kept):
     port = start(host, concurrency=2)
     clients = [kept(port) for _ in range(5)]
     for client in clients:
-        assert support.http(port, GET, client)[0] == 200  # all of them are the only lane's
-    # One has begun its next request already when another's takes the lane away.
+        assert support.http(port, GET, client)[0] == 200  # all of them are the only worker's
+    # One has begun its next request already when another's takes the worker away.
     clients[1].sendall(GET[:20])
     support.await_read(clients[1])
     clients[0].sendall(POST)
@@ -59,15 +59,15 @@ def test_a_client_whose_lane_is_in_a_long_call_is_answered_by_another_lane(host,
     assert (health.lanes, health.restarts, health.errors) == (2, 0, 0)
 
 
-def test_who_waits_while_all_lanes_are_busy_is_answered_by_the_first_that_is_not(host, kept):
+def test_who_waits_while_all_workers_are_busy_is_answered_by_the_first_that_is_not(host, kept):
     port = start(host, concurrency=2, idle_ms=400)
     waiting, first, second = kept(port), kept(port), kept(port)
     for client in (waiting, first, second):
         assert support.http(port, GET, client)[0] == 200
     first.sendall(POST)
-    assert support.http(port, GET, second)[0] == 200  # by the second lane
+    assert support.http(port, GET, second)[0] == 200  # by the second worker
     second.sendall(POST)
-    # Both lanes are ended for their calls, as they are past their limits; who was not asking loses nothing by that.
+    # Both workers are ended for their calls, as they are past their limits; who was not asking loses nothing by that.
     waiting.sendall(GET)
     assert support.read_answer(waiting)[0] == 200
     host.event(lambda event: isinstance(event, host_api.Trapped) and "blocked" in event.message)

@@ -1,4 +1,4 @@
-"""Several instances of one publisher in one lane: as apart as ever for those who call them, and told of each other."""
+"""Instances of one publisher in a shared worker: as apart as ever for those who call them, and told of each other."""
 
 import os
 import signal
@@ -36,11 +36,11 @@ CLOCK = Grants(interfaces=("wasi:io", "wasi:clocks"))
 SLEEPS = {"grants": CLOCK, "limits": Limits(call_ms=100, idle_ms=300)}
 
 
-def test_instances_of_one_publisher_sit_in_one_lane_and_are_called_apart(host):
+def test_instances_of_one_publisher_sit_in_one_worker_and_are_called_apart(host):
     before = set(lanes_of(host))
-    lanes = {share(host, "counter", f"c{number}") for number in range(3)}
-    assert len(lanes) == 1
-    assert lanes != {""}
+    workers = {share(host, "counter", f"c{number}") for number in range(3)}
+    assert len(workers) == 1
+    assert workers != {""}
     assert len(set(lanes_of(host)) - before) == 1
     assert [count(host, f"c{number}") for number in (0, 1, 1, 2, 1)] == [1, 1, 2, 1, 3], "each has its own memory"
     assert [sum(host.health(f"c{number}").calls.values()) for number in range(3)] == [1, 3, 1]
@@ -49,12 +49,12 @@ def test_instances_of_one_publisher_sit_in_one_lane_and_are_called_apart(host):
     assert get(host, "c1")[0] == 404
 
 
-def test_the_last_to_leave_ends_the_lane(host):
+def test_the_last_to_leave_ends_the_worker(host):
     before = set(lanes_of(host))
     for name in ("a", "b"):
         share(host, "hello", name)
-    (lane,) = set(lanes_of(host)) - before
-    end = os.pidfd_open(lane)
+    (worker,) = set(lanes_of(host)) - before
+    end = os.pidfd_open(worker)
     for name in ("a", "b"):
         host.ask(host_api.Stop, instance=name)
     assert ended([end])
@@ -79,7 +79,7 @@ def test_who_does_not_share_though_the_operator_lets_it(host, rest, why):
         assert why in host.ask(host_api.Logs, instance="b").lines[0], "and the log says why"
 
 
-def test_without_the_operators_word_each_has_a_lane_of_its_own(host):
+def test_without_the_operators_word_each_has_a_worker_of_its_own(host):
     for name in ("a", "b"):
         host.start("hello", support.a_run(name, 1))
     assert {host.health(name).shared_lane for name in ("a", "b")} == {""}
@@ -97,7 +97,7 @@ def test_a_trap_takes_the_store_of_its_own_instance_alone(host):
     assert host.health("good").restarts == host.health("bad").restarts == 0
 
 
-def test_a_guest_that_hangs_is_ended_with_its_lane_and_the_others_are_told_on_whose_account(host):
+def test_a_guest_that_hangs_is_ended_with_its_worker_and_the_others_are_told_on_whose_account(host):
     shared = share(host, "sleep", "bad", **SLEEPS)
     assert share(host, "sleep", "mate", **SLEEPS) == shared
     post = "POST /bad/ HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"  # nothing that is asked for a second time
@@ -109,17 +109,17 @@ def test_a_guest_that_hangs_is_ended_with_its_lane_and_the_others_are_told_on_wh
         back.add(host.event(lambda event: isinstance(event, host_api.Changed) and event.state == "running").instance)
     assert (host.health("bad").restarts, host.health("mate").restarts) == (1, 0), "one is to blame, and only one"
     assert any("on account of bad" in line for line in host.ask(host_api.Logs, instance="mate").lines)
-    # Whoever cost others their lane gets one of its own.
+    # Whoever cost others their worker gets one of its own.
     assert host.health("bad").shared_lane == ""
     assert host.health("mate").shared_lane not in {"", shared}
 
 
-def test_a_lane_that_dies_between_calls_is_made_anew_for_all(host):
+def test_a_worker_that_dies_between_calls_is_made_anew_for_all(host):
     before = set(lanes_of(host))
     for name in ("a", "b"):
         share(host, "hello", name)
-    (lane,) = set(lanes_of(host)) - before
-    os.kill(lane, signal.SIGKILL)
+    (worker,) = set(lanes_of(host)) - before
+    os.kill(worker, signal.SIGKILL)
     back = set()
     while back != {"a", "b"}:
         back.add(host.event(lambda event: isinstance(event, host_api.Changed) and event.state == "running").instance)
@@ -141,7 +141,7 @@ def test_a_swap_of_one_loses_nobody_and_leaves_the_others_alone(host):
     assert count(host, "b") == 2
 
 
-def test_state_is_carried_in_a_shared_lane_as_in_one_of_its_own(host):
+def test_state_is_carried_in_a_shared_worker_as_in_one_of_its_own(host):
     shared = share(host, "remembers", "a")
     assert share(host, "remembers", "b") == shared
     assert [count(host, "a"), count(host, "a"), count(host, "b")] == [1, 2, 1]
@@ -155,7 +155,7 @@ def test_state_is_carried_in_a_shared_lane_as_in_one_of_its_own(host):
 @pytest.mark.parametrize(
     ("guest", "words"), [("hostage", "used up its time"), ("trap-in-save", "unreachable"), ("loses-state", "no state")]
 )
-def test_who_does_not_save_its_state_costs_those_who_share_its_lane_nothing(host, guest, words):
+def test_who_does_not_save_its_state_costs_those_who_share_its_worker_nothing(host, guest, words):
     limits = Limits(start_ms=300)
     shared = share(host, guest, "bad", limits=limits)
     assert share(host, guest, "mate", limits=limits) == shared
@@ -183,7 +183,7 @@ def test_whose_save_stands_still_is_ended_and_named_and_shares_no_more(host):
     assert host.health("mate").restarts == 0
 
 
-def test_a_zygote_of_shared_lanes_has_one_thread_too(host):
+def test_a_zygote_of_shared_workers_has_one_thread_too(host):
     for number in range(3):
         share(host, "hello", f"i{number}", namespace="crowd")
         get(host, f"i{number}")
@@ -197,8 +197,8 @@ def test_a_zygote_of_shared_lanes_has_one_thread_too(host):
     assert top
 
 
-def test_seats_with_different_images_come_together_in_a_quiet_moment(host):
-    """Each new image opens a lane, since none can be mapped later; the newest has them all, and the others empty."""
+def test_slots_with_different_images_come_together_in_a_quiet_moment(host):
+    """Each new image opens a worker, since none can be mapped later; the newest has them all, and the others empty."""
     for guest in ("hello", "counter", "trap"):
         share(host, guest, guest, namespace="mixed")
     with socket.create_connection(("127.0.0.1", host.port), timeout=30) as kept:
@@ -207,5 +207,5 @@ def test_seats_with_different_images_come_together_in_a_quiet_moment(host):
             assert get(host, "hello", kept)[0] == 200
             return len({host.health(name).shared_lane for name in ("hello", "counter", "trap")}) == 1
 
-        eventually(together, "all three are in one lane")
+        eventually(together, "all three are in one worker")
     assert count(host, "counter") == 1

@@ -63,9 +63,9 @@ def test_a_new_generation_that_is_unwell_never_sees_traffic(host):
 def test_the_same_start_twice_is_answered_at_once(host):
     port = support.free_port()
     host.start("hello", support.a_run("web", 1, port=port))
-    lanes = host.health("web").since
+    workers = host.health("web").since
     assert host.start("hello", support.a_run("web", 1, port=port)).generation == 1
-    assert host.health("web").since == lanes
+    assert host.health("web").since == workers
 
 
 def test_a_port_in_use_fails_the_start_and_names_the_port(host):

@@ -1,4 +1,4 @@
-"""What the supervisor bears of a lane in which somebody else speaks: a guest that got out of its sandbox."""
+"""What the supervisor bears of a worker in which somebody else speaks: a guest that got out of its sandbox."""
 
 import asyncio
 import contextlib
@@ -27,8 +27,8 @@ class Heard:
         pass
 
 
-async def as_a_lane(speak):
-    """Play a lane before the supervisor's handle of it: (the handle, what it passed on).
+async def as_a_worker(speak):
+    """Play a worker before the supervisor's handle of it: (the handle, what it passed on).
 
     `speak(socket)` says what it likes; behind the handle is a process that waits to be ended.
     """
@@ -38,27 +38,27 @@ async def as_a_lane(speak):
     ours, theirs = framing.socket_pair()
     worker = WorkerProcess("web/1", ours)
     worker.pid, worker.pidfd = process.pid, os.pidfd_open(process.pid)
-    lane = worker.only_slot("web/1", heard)
+    slot = worker.only_slot("web/1", heard)
     with theirs:
         await asyncio.to_thread(speak, theirs)
-    await lane.control.closed.wait()
+    await slot.control.closed.wait()
     process.kill()
     worker.has_ended(process.wait())
-    return lane, heard.messages
+    return slot, heard.messages
 
 
 @pytest.mark.asyncio
-async def test_a_lane_that_tells_more_than_any_lane_has_to_is_ended():
+async def test_a_worker_that_tells_more_than_any_worker_has_to_is_ended():
     def flood(sock):
         with contextlib.suppress(framing.GoneError):
             for number in range(20_000):
                 worker_api.send(sock, worker_api.Fault(message=f"fault {number}"))
 
-    lane, heard = await as_a_lane(flood)
-    assert "more messages than any worker" in lane.describe_end()
+    slot, heard = await as_a_worker(flood)
+    assert "more messages than any worker" in slot.describe_end()
     # What it may say, and what it earned while it was read.
     assert len(heard) < 10_000
-    lane.close()
+    slot.close()
 
 
 def open_here():
@@ -75,8 +75,8 @@ async def test_descriptors_that_nobody_asked_for_are_closed():
         os.close(write)
 
     before = open_here()
-    lane, _ = await as_a_lane(send_many)
-    lane.close()
+    slot, _ = await as_a_worker(send_many)
+    slot.close()
     assert open_here() <= before + 1
 
 
@@ -86,4 +86,4 @@ def test_figures_that_cannot_be_are_cut_to_what_can_be_kept():
     figures = stats_page.StatsPage(fd).read()
     os.close(fd)
     for value in (figures.errors, figures.denials, figures.cpu_ns, *figures.calls.values()):
-        assert struct.pack("=q", 64 * value), "the sum over as many lanes as there may be fits into what stores keep"
+        assert struct.pack("=q", 64 * value), "the sum over as many workers as there may be fits into what stores keep"

@@ -14,18 +14,18 @@ from fleet.protocol.manifest import Limits
 
 @pytest.mark.asyncio
 async def test_a_zygote_that_has_just_ended_is_replaced_for_whoever_asks_next():
-    nursery = ZygotePool()
+    pool = ZygotePool()
     try:
-        first = await nursery.fork("main", "a", fuel=False)
-        (zygote,) = nursery._zygotes.values()
+        first = await pool.fork("main", "a", fuel=False)
+        (zygote,) = pool._zygotes.values()
         zygote.process.send_signal(signal.SIGKILL)
         zygote.process.wait()  # and the loop, which this keeps, has not heard of it
         assert zygote.alive
-        second = await nursery.fork("main", "b", fuel=False)
+        second = await pool.fork("main", "b", fuel=False)
         assert second.pid not in {0, first.pid}
         assert first.ended.done(), "what it had forked has ended with it"
     finally:
-        nursery.close()
+        pool.close()
 
 
 @pytest.mark.asyncio
