@@ -42,12 +42,12 @@ class QuotaStore:
                 self._written = {str(name): int(count) for name, count in kept["written"].items()}
         self.written_bytes = 0
 
-    def of(self, instance: str) -> int:
+    def bytes_today(self, instance: str) -> int:
         """Return what an instance has written today."""
         self._turn()
         return self._written.get(instance, 0)
 
-    def note(self, instance: str, count: int) -> None:
+    def add(self, instance: str, count: int) -> None:
         """Add what an instance has written, and save once a mebibyte is new."""
         self._turn()
         self._written[instance] = self._written.get(instance, 0) + count
@@ -124,7 +124,7 @@ class QuotaLedger:
         if self._tally is None:
             self.fd = sealed_memfd(f"written-{self._name}", _SIZE)
             self._tally = QuotaPage(self.fd)
-            self._tally.put(0, self._daily.of(self._name), day())
+            self._tally.put(0, self._daily.bytes_today(self._name), day())
         return self._free.pop(0)
 
     def give_back(self, place: int) -> None:
@@ -133,19 +133,19 @@ class QuotaLedger:
             today = day()
             self._tally.put(0, self._tally.at(0, today) + self._tally.at(place, today), today)
             self._tally.put(place, 0, 0)
-            self.written()
+            self.bytes_today()
         self._free.append(place)
         if self._tally is not None and len(self._free) == _PLACES - 1:
             self._tally.close()
             os.close(self.fd)
             self._tally, self.fd = None, -1
 
-    def written(self) -> int:
+    def bytes_today(self) -> int:
         """Return what the instance has written today; what is new of it goes into the store."""
-        known = self._daily.of(self._name)
+        known = self._daily.bytes_today(self._name)
         total = known if self._tally is None else self._tally.sum(day())
         if total > known:
-            self._daily.note(self._name, total - known)
+            self._daily.add(self._name, total - known)
         return max(total, known)
 
 

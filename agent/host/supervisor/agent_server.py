@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from agent.host.ipc import host_api
-from agent.host.supervisor.instance_log import EventQueue
 from fleet.protocol.codes import RejectCode
 
 SOCKET_NAME: Final = "host.sock"
@@ -30,6 +29,10 @@ _UCRED: Final = struct.Struct("=iII")
 _SO_PEERGROUPS: Final = 59
 
 _GROUPS_MAX_BYTES: Final = 4096
+
+
+EventQueue = asyncio.Queue[host_api.Event]
+"""Events for the agent, which go to every connection."""
 
 
 class RequestHandler(Protocol):

@@ -21,16 +21,17 @@ from agent.host.ipc import host_api, worker_api
 from agent.host.ipc.host_api import StartError, plain
 from agent.host.ipc.stats_page import CallStats, count_of
 from agent.host.supervisor import swap
+from agent.host.supervisor.agent_server import EventQueue
 from agent.host.supervisor.crash_policy import CrashPolicy, Quarantine, Replace, Restart
 from agent.host.supervisor.generation import Generation, forget_other_schemas, storage_problem
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
-from agent.host.supervisor.instance_log import EventQueue, InstanceLog
+from agent.host.supervisor.instance_log import InstanceLog
 from agent.host.supervisor.resources import HostResources
 from agent.host.supervisor.timers import InstanceTimers
 from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
 from agent.host.supervisor.worker_pool import WorkerPool
 from agent.host.supervisor.worker_set import DRAIN_MS, Autoscaler, WorkerSet
-from fleet.protocol.codes import CallOutcome, InstanceState, RejectCode
+from fleet.protocol.codes import GUEST_FAULTS, CallOutcome, InstanceState, RejectCode
 from fleet.protocol.messages import InstanceHealth
 
 _FAILED_CHECKS_MAX: Final = 3
@@ -93,7 +94,8 @@ class Instance:
         self.lock = asyncio.Lock()
         self._resources = resources
         self._router = router
-        self._log = InstanceLog(name, events)
+        self._events = events
+        self._log = InstanceLog()
         self._crashes = CrashPolicy()
         self._workers = WorkerSet(name, resources, pool, egress, self)
         self._timers = InstanceTimers(self._log, self)
@@ -190,7 +192,7 @@ class Instance:
         self._workers.tasks.cancel()
         self._resources.listeners.close(self.name)
         await self._workers.wait_ended()
-        self._workers.written_bytes()
+        self._workers.bytes_today()
         self.state = InstanceState.STOPPED
 
     # Figures.
@@ -230,7 +232,7 @@ class Instance:
             errors=figures.errors,
             denials=figures.denials,
             dropped_lines=figures.dropped_lines,
-            written_bytes=count_of(self._workers.written_bytes()),
+            written_bytes=count_of(self._workers.bytes_today()),
             outgoing=figures.outgoing,
             latencies=figures.spread(),
             cpu_ms=figures.cpu_ns // 1_000_000,
@@ -254,10 +256,10 @@ class Instance:
         if current is not None and current.alive:
             now_s = time.monotonic()
             if self._crashes.on_steady(now_s - max(worker.since_s for worker in current.alive)):
-                self._resources.crashes.note(self.name, current.run.target, 0)
+                self._resources.crashes.remember(self.name, current.run.target, 0)
             if current.data and (reason := storage_problem(current.data, current.run.limits.storage_bytes)):
                 self._quarantine(current, reason)
-            self._workers.written_bytes()
+            self._workers.bytes_today()
             self._autoscaler.tick(current)
         for generation in (self.current, self.previous):
             if generation is not None:
@@ -284,7 +286,7 @@ class Instance:
         self.current = new
         new.is_serving = True
         new.checks_failing = 0
-        self._crashes.on_start(self._resources.crashes.of(self.name, new.run.target))
+        self._crashes.on_start(self._resources.crashes.count(self.name, new.run.target))
         self.since = datetime.now(UTC)
         self._set_state(InstanceState.RUNNING)
         self._timers.start(new)
@@ -303,7 +305,7 @@ class Instance:
                     self._log.note(f"host: {dropped} lines were dropped: it logs too much")
                 self._log.note(text)
             case worker_api.Fault(message=text):
-                self._log.fault(generation, RejectCode.TRAPPED, text)
+                self._report_fault(generation, RejectCode.TRAPPED, text)
             case worker_api.Refused(message=text):
                 self._log.note(f"host: {text}")
             case worker_api.Overdue(call=call, why=reason):
@@ -343,9 +345,27 @@ class Instance:
             self.error = "" if self.state is InstanceState.RUNNING else self.error
             return
         self.error = f"it is not well: {problem}"
-        self._log.fault(generation, RejectCode.HEALTH_FAILED, self.error)
+        self._report_fault(generation, RejectCode.HEALTH_FAILED, self.error)
         if generation.checks_failing % _FAILED_CHECKS_MAX == 0 and worker.alive:
             worker.end(f"{self.error}, {_FAILED_CHECKS_MAX} times in a row")
+
+    def _report_fault(self, generation: Generation, code: RejectCode, message: str) -> None:
+        """Count a fault of the guest, note it in the log, and tell the agent."""
+        generation.faults += 1
+        first = message.splitlines()[0] if message else ""
+        self._log.note(f"host: {first}")
+        if generation.dropped:
+            return
+        counted = sum(generation.figures().calls.get(outcome, 0) for outcome in GUEST_FAULTS)
+        trapped = host_api.Trapped(
+            instance=self.name,
+            generation=generation.number,
+            code=code,
+            message=plain(message),
+            faults=count_of(max(generation.faults, counted)),
+            log=self.lines(),
+        )
+        self._events.put_nowait(trapped)
 
     def _kill_for_call(self, generation: Generation, worker: WorkerHandle, reason: str) -> None:
         timed_out = CallStats(calls={CallOutcome.GUEST_TIMEOUT.value: 1}, errors=1)
@@ -357,12 +377,12 @@ class Instance:
     def _crashed(self, generation: Generation, reason: str, uptime_s: float) -> None:
         """Take note that the serving generation has lost a worker by its own doing."""
         self.restarts += 1
-        self._log.fault(generation, RejectCode.RESTARTED, reason)
+        self._report_fault(generation, RejectCode.RESTARTED, reason)
         self._decide(generation, reason, uptime_s)
 
     def _decide(self, generation: Generation, reason: str, uptime_s: float) -> None:
         decision = self._crashes.on_exit(uptime_s, at_fault=True)
-        self._resources.crashes.note(self.name, generation.run.target, self._crashes.count)
+        self._resources.crashes.remember(self.name, generation.run.target, self._crashes.count)
         self.error = reason
         self._carry_out(generation, decision, reason)
 
@@ -404,7 +424,14 @@ class Instance:
         if state is InstanceState.RUNNING:
             self.error = ""
         if {before, state} & {InstanceState.BACKOFF, InstanceState.QUARANTINED} and self.current is not None:
-            self._log.changed(self.current, state, message)
+            changed = host_api.Changed(
+                instance=self.name,
+                generation=self.current.number,
+                state=state,
+                message=plain(message),
+                log=self.lines(),
+            )
+            self._events.put_nowait(changed)
             self._workers.tasks.spawn(self._update_router())
 
     async def _update_router(self) -> None:

@@ -144,7 +144,7 @@ class UidAllocator:
         except (OSError, ValueError, AttributeError):
             path.unlink(missing_ok=True)  # written whole or not at all, so this is not ours
 
-    def of(self, instance: str) -> int | None:
+    def allocate(self, instance: str) -> int | None:
         """Return the uid of an instance, given now if it has none; None where this host cannot give any."""
         if os.geteuid() != 0:
             return None
@@ -186,11 +186,11 @@ class CrashCounter:
     def _key(instance: str, target: str) -> str:
         return f"{instance} {target}"
 
-    def of(self, instance: str, target: str) -> int:
+    def count(self, instance: str, target: str) -> int:
         """Return the crashes in a row of this target as this instance."""
         return self._counts.get(self._key(instance, target), 0)
 
-    def note(self, instance: str, target: str, count: int) -> None:
+    def remember(self, instance: str, target: str, count: int) -> None:
         """Remember the count; 0 forgets it, and what other targets of this instance had."""
         key = self._key(instance, target)
         if self._counts.get(key, 0) == count:

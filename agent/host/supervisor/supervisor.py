@@ -24,10 +24,9 @@ from agent.host.ipc.host_api import StartError, plain
 from agent.host.ipc.stats_page import count_of
 from agent.host.sandbox import sandbox
 from agent.host.supervisor import agent_server, worker_pool
-from agent.host.supervisor.agent_server import AgentServer
+from agent.host.supervisor.agent_server import AgentServer, EventQueue
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance import Instance, Swapped
-from agent.host.supervisor.instance_log import EventQueue
 from agent.host.supervisor.resources import BACKLOG, HostResources
 from agent.host.supervisor.swap import SwapBarrier
 from agent.host.supervisor.worker_handle import WorkerGoneError

@@ -204,7 +204,7 @@ class WorkerPool:
         self._admit(process, group, spec, workers=MAX_SLOTS)
         process.ended.add_done_callback(lambda _: self._cgroups.dismiss(group))
         order = worker_api.OpenShared(
-            images=tuple(images), limits=spec.limits, slots=MAX_SLOTS, uid=self._uids.of(group)
+            images=tuple(images), limits=spec.limits, slots=MAX_SLOTS, uid=self._uids.allocate(group)
         )
         await process.open_shared(order, *images.values(), timeout_s=_OPEN_S)
         worker = _SharedWorker(self._opened, process, spec)

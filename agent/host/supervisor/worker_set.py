@@ -77,13 +77,13 @@ class WorkerSet:
         """Return the generation that a worker of this set runs, or ran."""
         return self._generations[worker]
 
-    def written_bytes(self) -> int:
+    def bytes_today(self) -> int:
         """Return what the instance has written to its data today, and save what is new of it."""
-        return self._ledger.written()
+        return self._ledger.bytes_today()
 
     async def prepare_data(self, generation: Generation, old: Generation | None) -> None:
         """Make the generation's data directory. Raises `StartError`."""
-        run, uid = generation.run, self._resources.uids.of(self._name)
+        run, uid = generation.run, self._resources.uids.allocate(self._name)
         generation.data = await data_directory(run, uid, self._resources.data, old)
         if run.share_lane:
             generation.unshared_reason = why_not_shared(
@@ -155,7 +155,7 @@ class WorkerSet:
                 grants=run.grants,
                 limits=run.limits,
                 config=run.config,
-                uid=self._resources.uids.of(self._name),
+                uid=self._resources.uids.allocate(self._name),
                 data=generation.data,
                 place=place,
                 image=generation.image_sha256 if shared else "",

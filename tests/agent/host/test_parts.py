@@ -195,22 +195,22 @@ def test_whatever_lanes_write_into_their_pages_fits_into_a_message():
 def test_a_user_belongs_to_one_instance_for_good(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     given = resources.UidAllocator(tmp_path / "uids.json")
-    first, second = given.of("a"), given.of("b")
-    assert len({first, second, given.of("a")}) == 2
+    first, second = given.allocate("a"), given.allocate("b")
+    assert len({first, second, given.allocate("a")}) == 2
     assert min(first, second) >= resources.FIRST
     again = resources.UidAllocator(tmp_path / "uids.json")
-    assert (again.of("a"), again.of("b")) == (first, second)
-    assert again.of("c") not in {first, second}
+    assert (again.allocate("a"), again.allocate("b")) == (first, second)
+    assert again.allocate("c") not in {first, second}
     (tmp_path / "uids.json").write_text("torn")
-    assert resources.UidAllocator(tmp_path / "uids.json").of("z") == first
+    assert resources.UidAllocator(tmp_path / "uids.json").allocate("z") == first
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert again.of("a") is None
+    assert again.allocate("a") is None
 
 
 def test_hosts_beside_each_other_give_away_users_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert abs(resources.first_of(Path("/srv/one")) - resources.first_of(Path("/srv/other"))) >= resources.COUNT
-    one = resources.UidAllocator(tmp_path / "uids.json").of("web")
+    one = resources.UidAllocator(tmp_path / "uids.json").allocate("web")
     assert one == resources.first_of(tmp_path)
     # The packaged place has the first range, which no other has.
     assert resources.first_of(Path("/var/lib/wasmfleet-host")) == resources.FIRST
@@ -220,7 +220,7 @@ def test_hosts_beside_each_other_give_away_users_of_their_own(tmp_path, monkeypa
     # What was given before hosts had ranges of their own stays as it is.
     (tmp_path / "uids.json").write_text(f'{{"old": {resources.FIRST + 3}}}')
     again = resources.UidAllocator(tmp_path / "uids.json")
-    assert (again.of("old"), again.of("new")) == (resources.FIRST + 3, one)
+    assert (again.allocate("old"), again.allocate("new")) == (resources.FIRST + 3, one)
 
 
 @pytest.mark.parametrize(

@@ -97,12 +97,12 @@ def test_what_a_worker_wrote_stays_counted_when_it_has_ended(account, tmp_path):
     page.put(first, 100 * KIB, write_quota.day())
     page.put(second, 10 * KIB, write_quota.day())
     account.give_back(first)
-    assert account.written() == 110 * KIB
+    assert account.bytes_today() == 110 * KIB
     # Its place goes to another, and counts from nothing there.
     places = [account.take() for _ in range(254)]
     assert first in places
     page.put(first, 1 * KIB, write_quota.day())
-    assert account.written() == 111 * KIB
+    assert account.bytes_today() == 111 * KIB
     for place in [second, *places]:
         account.give_back(place)
     assert account.fd == -1, "with the last worker the page goes"
@@ -116,11 +116,11 @@ def test_the_next_host_goes_on_from_what_was_kept(tmp_path):
     before = QuotaLedger("keeper", daily)
     place = before.take()
     QuotaPage(before.fd).put(place, 5 * KIB, write_quota.day())
-    assert before.written() == 5 * KIB
+    assert before.bytes_today() == 5 * KIB
     daily.save()
     again = QuotaLedger("keeper", QuotaStore(tmp_path / "written.json"))
     again.take()
-    assert (again.written(), QuotaPage(again.fd).sum(write_quota.day())) == (5 * KIB, 5 * KIB)
+    assert (again.bytes_today(), QuotaPage(again.fd).sum(write_quota.day())) == (5 * KIB, 5 * KIB)
 
 
 def test_what_was_written_yesterday_counts_no_more(account):
@@ -128,7 +128,7 @@ def test_what_was_written_yesterday_counts_no_more(account):
     page = QuotaPage(account.fd)
     page.put(place, 9 * KIB, write_quota.day() - 1)
     page.put(0, 7 * KIB, write_quota.day() - 1)
-    assert account.written() == 0
+    assert account.bytes_today() == 0
 
 
 def test_a_page_full_of_nonsense_adds_up_to_a_number_that_can_be_kept(account):
@@ -137,4 +137,4 @@ def test_a_page_full_of_nonsense_adds_up_to_a_number_that_can_be_kept(account):
     for place in range(1, 256):
         page._map[place * 16 : place * 16 + 8] = b"\xff" * 8
         page._map[place * 16 + 8 : place * 16 + 16] = write_quota.day().to_bytes(8, sys.byteorder)
-    assert account.written() < 1 << 62
+    assert account.bytes_today() < 1 << 62

@@ -36,7 +36,7 @@ class Case:
     @property
     def count(self):
         """Of the deaths in a row, as another host would find it."""
-        return CrashCounter(self.kept).of("web", self.generation.run.target)
+        return CrashCounter(self.kept).count("web", self.generation.run.target)
 
 
 @pytest.fixture

@@ -10,17 +10,17 @@ from agent.host.supervisor.resources import CrashCounter, UidAllocator
 
 
 def crash(path):
-    CrashCounter(path).note("web", "target", 3)
+    CrashCounter(path).remember("web", "target", 3)
 
 
 def quota(path):
     store = QuotaStore(path)
-    store.note("web", 5)
+    store.add("web", 5)
     store.save()
 
 
 def uid(path):
-    UidAllocator(path).of("web")
+    UidAllocator(path).allocate("web")
 
 
 @pytest.mark.parametrize("write", [crash, quota, uid])
