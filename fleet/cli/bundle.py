@@ -19,7 +19,7 @@ import tarfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, TYPE_CHECKING, Final
 from uuid import UUID
 
 import click
@@ -28,15 +28,14 @@ import msgspec
 from fleet.cli import operator, output
 from fleet.cli.base import Exit, Fault, Options, command, read_file
 from fleet.cli.operator import Operator, load_operator
-from fleet.client import Client
 from fleet.protocol import bounds, names
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.messages import BadTokenError, Token
 from fleet.protocol.operator_api import DeviceRow
 from signing.errors import FetchNotFound, Rejected
-from signing.state import VerifierState
-from signing.updater import MemoryState, Updater
-from signing.verifier import accept_assignment, published
+
+if TYPE_CHECKING:
+    from fleet.client import Client
 
 
 @click.group("bundle", short_help="Carry updates to boards that no network reaches")
@@ -93,9 +92,13 @@ def create(options: Options, *, group: str, named: tuple[str, ...], target: Path
 
 
 def _collect(
-    who: Operator, client: Client, group: str, named: tuple[str, ...]
+    who: Operator, client: "Client", group: str, named: tuple[str, ...]
 ) -> tuple[dict[str, bytes], list[str], list[str], dict[str, datetime]]:
     """The members of the bundle, the boards in it, those that have nothing to run, and until when it is good."""
+    from signing.state import VerifierState  # noqa: PLC0415 - tuf is not for --help, nor for images
+    from signing.updater import MemoryState, Updater  # noqa: PLC0415 - the same
+    from signing.verifier import accept_assignment, published  # noqa: PLC0415 - the same
+
     files: dict[str, bytes] = {names.HEAD: msgspec.json.encode({"v": names.VERSION})}
 
     def fetch(name: str, _max_bytes: int) -> bytes:
@@ -136,21 +139,21 @@ def _collect(
     return files, boards, left, {"bundles": min((*ends.values(), *offline)), "late_bundles": people}
 
 
-def _artifact(client: Client, sha256: str) -> bytes:
+def _artifact(client: "Client", sha256: str) -> bytes:
     data = client.artifact(sha256)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise Rejected(RejectCode.HASH_MISMATCH, f"the server has other bytes than the artifact {sha256[:16]}")
     return data
 
 
-def _rows(client: Client, group: str, named: tuple[str, ...]) -> list[DeviceRow]:
+def _rows(client: "Client", group: str, named: tuple[str, ...]) -> list[DeviceRow]:
     """The boards of the group, and those that are named; an unknown name is the server's to refuse."""
     alone = [client.device(device).row for device in named]
     members = [row for row in client.devices().devices if group in row.groups] if group else []
     return [row for row in {row.id: row for row in (*alone, *members)}.values() if not row.revoked]
 
 
-def _box(client: Client, device: str, sha256: str) -> bytes:
+def _box(client: "Client", device: str, sha256: str) -> bytes:
     box = client.box(device, sha256)
     if hashlib.sha256(box).hexdigest() != sha256:
         raise Rejected(RejectCode.HASH_MISMATCH, f"the server has another box for {device} than it assigned")

@@ -6,11 +6,11 @@ import click
 import msgspec
 
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, command
-from fleet.cli.publish import beside, read_component
+from fleet.cli.base import Exit, Fault, Options, command, read_file
 from fleet.component import component_toml, reader, wasi
 from fleet.component import compose as composer
 from fleet.component.toml_fields import FILE_NAME
+from fleet.protocol import bounds
 from fleet.protocol.manifest import BadManifestError
 
 
@@ -103,6 +103,15 @@ def compose(options: Options, *, file: Path, target: Path) -> Exit:
     return Exit.OK
 
 
-component.add_command(inspect)
+def read_component(file: Path) -> bytes:
+    """A component's bytes; raises `Fault`."""
+    return read_file(file, bounds.ARTIFACT_MAX_BYTES)
 
-component.add_command(compose)
+
+def beside(file: Path) -> Path | None:
+    """The manifest that lies beside a component, if any."""
+    return next((path for name in component_toml.beside(file.name) if (path := file.with_name(name)).is_file()), None)
+
+
+for _each in (inspect, compose):
+    component.add_command(_each)

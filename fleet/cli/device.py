@@ -10,7 +10,7 @@
 import json
 import re
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 from rich.text import Text
@@ -19,13 +19,15 @@ from fleet.cli import operator, output
 from fleet.cli.base import Exit, Fault, Options, command, config_values, label_values
 from fleet.cli.operator import connect, load_operator
 from fleet.cli.rollout import finish
-from fleet.client import Client
 from fleet.protocol import bounds, operator_api
 from fleet.protocol.assignment import FollowLogs, Restart
 from fleet.protocol.codes import InstanceState, Phase
 from fleet.protocol.messages import LATENCY_BOUNDS_MS, InstanceHealth, LogView
 from fleet.protocol.names import BadNameError, TargetName
 from fleet.protocol.operator_api import DeviceRow, GroupRow
+
+if TYPE_CHECKING:
+    from fleet.client import Client
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -521,7 +523,7 @@ def logs(options: Options, *, instance: str, device: str, follow: bool, minutes:
         return _show(options, client, device, asked.sequence, follow=follow)
 
 
-def _show(options: Options, client: Client, device: str, sequence: int, *, follow: bool) -> Exit:
+def _show(options: Options, client: "Client", device: str, sequence: int, *, follow: bool) -> Exit:
     after, left_out, patience = 0, 0, time.monotonic() + ANSWER_S
     while True:
         view = client.logs(device, command=sequence, after=after, wait_s=LOOK_S)

@@ -79,7 +79,7 @@ SECTIONS: Final[Sections] = {
         "sign": Entry("fleet.cli.sign:sign", "Sign together what changes trust; see and renew what expires"),
     },
     "Shell": {
-        "completion": Entry("fleet.cli.server:completion", "Print a completion script for bash, zsh or fish"),
+        "completion": Entry("fleet.cli.main:completion", "Print a completion script for bash, zsh or fish"),
     },
 }
 
@@ -154,6 +154,17 @@ def demo(_options: Options, *, once: bool, directory: Path | None, broker: str) 
     from fleet.demo.run import run  # noqa: PLC0415 - not for --help
 
     return Exit(code) if (code := run(directory=directory, once=once, broker=broker)) in set(Exit) else code
+
+
+@command("completion", json=False, examples='eval "$(fleet completion bash)"\nfleet completion fish | source')
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(_options: Options, *, shell: str) -> None:
+    """Print the completion script for SHELL; put it into the shell's start-up file."""
+    from click.shell_completion import get_completion_class  # noqa: PLC0415 - not for --help
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "fleet", "_FLEET_COMPLETE").source())
 
 
 if __name__ == "__main__":

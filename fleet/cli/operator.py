@@ -11,13 +11,15 @@ import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 from click.shell_completion import CompletionItem
 
 from fleet.cli.base import Exit, Fault, Options
-from fleet.client import Client
+
+if TYPE_CHECKING:
+    from fleet.client import Client
 
 TOKEN_VARIABLE: Final = "FLEET_TOKEN"  # noqa: S105 - the name of a variable
 
@@ -59,11 +61,13 @@ class Operator:
         """The namespace's signing key."""
         return self.directory / "keys" / f"{self.namespace}.pem"
 
-    def client(self, *, late: bool = False) -> Client:
+    def client(self, *, late: bool = False) -> "Client":
         """A connection to the server; raises `Fault` when the token is missing or open to others.
 
         A pipeline gives its token in $FLEET_TOKEN. `late` as in `Client`.
         """
+        from fleet.client import Client  # noqa: PLC0415 - httpx is not for --help
+
         token = os.environ.get(TOKEN_VARIABLE, "").strip() or _secret(self.directory / "token")
         return Client(url=self.url, ca=self.ca, token=token, late=late)
 
@@ -98,7 +102,7 @@ def load_operator(options: Options) -> Operator:
     return Operator(directory=directory, url=values["url"], fleet=values["fleet"], namespace=values["namespace"])
 
 
-def connect(options: Options) -> Client:
+def connect(options: Options) -> "Client":
     """A connection to the server of the fleet that the options name."""
     return load_operator(options).client()
 
@@ -144,7 +148,7 @@ def rollouts(context: click.Context, _parameter: click.Parameter, begun: str) ->
 def _offer(
     context: click.Context, begun: str, ask: "Callable[[Client], Iterable[tuple[str, str]]]"
 ) -> list[CompletionItem]:
-    from fleet.client import ClientError  # noqa: PLC0415 - the same
+    from fleet.client import ClientError  # noqa: PLC0415 - httpx is not for --help
 
     home = context.find_root().params.get("home") or os.environ.get("WASMFLEET_HOME")
     try:

@@ -24,6 +24,7 @@ from securesystemslib.signer import Signer
 
 from fleet.cli import output
 from fleet.cli.base import Exit, Fault, Options, command, read_file
+from fleet.cli.component import beside, read_component
 from fleet.cli.evidence import Attached, attached
 from fleet.cli.operator import Operator, load_operator
 from fleet.cli.signing_event import SUFFIX, save
@@ -33,7 +34,7 @@ from fleet.client import Client, ProblemError
 from fleet.component import component_toml, reader
 from fleet.component.reader import Component
 from fleet.component.toml_fields import FILE_NAME
-from fleet.protocol import bounds, names
+from fleet.protocol import names
 from fleet.protocol.manifest import MAX_BYTES, BadManifestError, Manifest
 from fleet.protocol.names import BadNameError, TargetName
 from signing import events, hash_bins, repository
@@ -102,11 +103,6 @@ def prepare(file: Path, *, manifest_file: Path | None = None, name: str = "", ve
     return Prepared(file, data, shape, msgspec.structs.replace(manifest, **changes), found)
 
 
-def read_component(file: Path) -> bytes:
-    """A component's bytes; raises `Fault`."""
-    return read_file(file, bounds.ARTIFACT_MAX_BYTES)
-
-
 def attach(prepared: Prepared, *, sbom: Path | None, provenance: Path | None) -> Prepared:
     """With a bill of materials and build provenance beside it.
 
@@ -121,11 +117,6 @@ def attach(prepared: Prepared, *, sbom: Path | None, provenance: Path | None) ->
         component=prepared.file.name,
     )
     return replace(prepared, attached=found)
-
-
-def beside(file: Path) -> Path | None:
-    """The manifest that lies beside a component, if any."""
-    return next((path for name in component_toml.beside(file.name) if (path := file.with_name(name)).is_file()), None)
 
 
 def _to_save(file: Path, suggestion: str) -> str:

@@ -12,7 +12,7 @@ The end of every command that starts a rollout: follow it, or say how to.
 
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 from rich.console import Group
@@ -24,10 +24,12 @@ from rich.text import Text
 from fleet.cli import operator, output
 from fleet.cli.base import Command, Exit, Fault, Options, command
 from fleet.cli.operator import connect
-from fleet.client import Client, UnreachableError
 from fleet.protocol import operator_api
 from fleet.protocol.codes import OPEN_STATES, Outcome, Phase, RolloutState
 from fleet.protocol.operator_api import BoardView, RolloutView
+
+if TYPE_CHECKING:
+    from fleet.client import Client
 
 
 @command("rollouts", examples="fleet rollouts\nfleet rollouts --group edge-eu --limit 5 --json")
@@ -199,7 +201,7 @@ _TOLD_MAX: Final = 5
 _DECIDED: Final = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED})
 
 
-def follow(client: Client, view: RolloutView, options: Options) -> Exit:
+def follow(client: "Client", view: RolloutView, options: Options) -> Exit:
     """Show the rollout until it is decided, and say how it went.
 
     Raises:
@@ -252,7 +254,7 @@ def _told(board: BoardView) -> list[str]:
     return [*(message or ["it gave no reason"]), *(f"| {line}" for line in board.log)]
 
 
-def revisions(client: Client, view: RolloutView) -> Iterator[RolloutView]:
+def revisions(client: "Client", view: RolloutView) -> Iterator[RolloutView]:
     """The rollout as it is, then each change, up to the one that decides it."""
     yield view
     while view.state in OPEN_STATES:
@@ -262,8 +264,10 @@ def revisions(client: Client, view: RolloutView) -> Iterator[RolloutView]:
             yield view
 
 
-def _next_revision(client: Client, view: RolloutView) -> RolloutView:
+def _next_revision(client: "Client", view: RolloutView) -> RolloutView:
     """Wait for a change; a server that is away may come back."""
+    from fleet.client import UnreachableError  # noqa: PLC0415 - httpx is not for --help
+
     until = time.monotonic() + GONE_S
     while True:
         try:
@@ -274,7 +278,7 @@ def _next_revision(client: Client, view: RolloutView) -> RolloutView:
             time.sleep(0.5)
 
 
-def _lines(client: Client, view: RolloutView) -> RolloutView:
+def _lines(client: "Client", view: RolloutView) -> RolloutView:
     click.echo(title(view))
     seen: dict[str, str] = {}
     states = {view.state}
@@ -291,7 +295,7 @@ def _lines(client: Client, view: RolloutView) -> RolloutView:
     return view
 
 
-def _live(client: Client, view: RolloutView) -> RolloutView:
+def _live(client: "Client", view: RolloutView) -> RolloutView:
     with Live(picture(view), console=output.console(), auto_refresh=False, transient=False) as live:
         for latest in revisions(client, view):
             view = latest
@@ -397,7 +401,7 @@ def _next_step(view: RolloutView) -> str:
     return f"run 'fleet rollout {view.number}'"
 
 
-def finish(client: Client, view: RolloutView, options: Options, *, detach: bool) -> Exit:
+def finish(client: "Client", view: RolloutView, options: Options, *, detach: bool) -> Exit:
     """Follow a rollout that was just started, or say how to."""
     if not detach:
         return follow(client, view, options)

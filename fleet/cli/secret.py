@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 from rich.text import Text
 
-from fleet.cli import operator, output, trust_store
+from fleet.cli import operator, output
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.operator import Operator, connect, load_operator
 from fleet.client import Client
@@ -163,6 +163,8 @@ def _value(file: Path | None) -> str:
 
 def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
     """A box for each board whose sealing key is proved by the device key that this machine remembers."""
+    from fleet.cli import trust_store  # noqa: PLC0415 - tuf is not for --help, nor for boxes that the server seals
+
     if keys.fleet != who.fleet:
         raise Fault(f"the server is of the fleet {keys.fleet!r}, this is {who.fleet!r}", code=Exit.REFUSED)
     memory = trust_store.load(who.trust)

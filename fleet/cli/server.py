@@ -7,7 +7,6 @@
 `fleet publisher`: snapshot and timestamp signed on a host of their own: a stolen server shows nothing new.
 """
 
-import asyncio
 import fcntl
 import logging
 import os
@@ -20,7 +19,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 import click
-from click.shell_completion import get_completion_class
 
 from fleet.cli import output
 from fleet.cli.base import Exit, Fault, Options, command, read_file
@@ -361,6 +359,8 @@ def serve(options: Options, *, broker: str | None, verbose: bool) -> None:
     Where it listens stands in server/server.toml under the fleet's directory.
     """
     try:
+        import asyncio  # noqa: PLC0415 - not for --help
+
         from fleet.server import service  # noqa: PLC0415 - the server's parts may not be installed
     except ImportError as error:
         raise Fault("the server cannot run here", f"{error.name} is not installed", _SERVER_PARTS) from None
@@ -381,17 +381,6 @@ def serve(options: Options, *, broker: str | None, verbose: bool) -> None:
         asyncio.run(service.run(home(options), broker=broker, on_ready=ready))
     except service.ServeError as error:
         raise Fault(str(error), code=Exit.FAILED) from None
-
-
-@command("completion", json=False, examples='eval "$(fleet completion bash)"\nfleet completion fish | source')
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(_options: Options, *, shell: str) -> None:
-    """Print the completion script for SHELL; put it into the shell's start-up file."""
-    from fleet.cli.main import main  # noqa: PLC0415 - it names this module
-
-    kind = get_completion_class(shell)
-    assert kind is not None
-    click.echo(kind(main, {}, "fleet", "_FLEET_COMPLETE").source())
 
 
 _PUBLISHER_PARTS = "install them: pip install 'wasmfleet[server]'"

@@ -141,7 +141,7 @@ def home(tmp_path, monkeypatch, size) -> Path:
 @pytest.fixture
 def desk(home, monkeypatch) -> Desk:
     made = Desk(home)
-    monkeypatch.setattr("fleet.cli.operator.Client", functools.partial(Client, transport=made))
+    monkeypatch.setattr(Client, "__init__", functools.partialmethod(Client.__init__, transport=made))
     return made
 
 

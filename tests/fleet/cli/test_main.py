@@ -50,17 +50,53 @@ def test_the_help_lists_every_command_and_exit_code():
         assert meaning in result.output
 
 
-def test_the_help_is_fast_because_it_imports_next_to_nothing():
+def loaded_by(*arguments: str) -> set[str]:
+    """Names of the modules that a process has loaded when `fleet ...` ends in it."""
     script = (
         "import sys\n"
         "from fleet.cli.main import main\n"
-        "try: main(['--help'])\n"
+        "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "heavy = {'rich', 'httpx', 'msgspec', 'tuf', 'cryptography', 'asyncio', 'ssl'} & set(sys.modules)\n"
-        "print('HEAVY', sorted(heavy))\n"
+        "print('LOADED', *sorted(sys.modules))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def test_the_help_is_fast_because_it_imports_next_to_nothing():
+    loaded = loaded_by("--help")
+    assert {name for name in loaded if name.split(".")[0] in {"agent", "fleet", "signing"}} == {
+        "fleet",
+        "fleet.cli",
+        "fleet.cli.base",
+        "fleet.cli.main",
+    }
+    heavy = {"rich", "httpx", "msgspec", "tuf", "cryptography", "asyncio", "ssl"}
+    assert not heavy & loaded
+    installed = {top for name in loaded if (top := name.split(".")[0]) not in sys.stdlib_module_names}
+    assert {top for top in installed if not top.startswith("_")} <= {"agent", "click", "fleet", "signing"}
+
+
+HTTP = {"httpx", "ssl"}
+TRUST = {"tuf", "securesystemslib", "cryptography"}
+QUERY = {"univers"}
+
+
+@pytest.mark.parametrize(
+    ("command", "without"),
+    [
+        *((f"{name} --help", HTTP | TRUST | QUERY) for name in ("status", "rollout", "component", "bundle", "demo")),
+        ("completion bash", HTTP | TRUST | QUERY | {"msgspec", "rich"}),
+        ("secret --help", {"tuf"} | QUERY),
+        ("operators --help", TRUST | QUERY),
+        *((f"{name} --help", QUERY | {"sqlite3", "starlette"}) for name in ("push", "keys", "server")),
+    ],
+)
+def test_a_commands_help_loads_no_library_that_only_its_work_needs(command, without):
+    loaded = loaded_by(*command.split())
+    assert "fleet.cli.base" in loaded
+    assert not (without | {"asyncio"}) & loaded
 
 
 @pytest.mark.parametrize(

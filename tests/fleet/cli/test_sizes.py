@@ -111,7 +111,7 @@ def begin(tmp_path, monkeypatch, work):
         if result.exit_code:
             return result, None
         desk = Desk(tmp_path / "home")
-        monkeypatch.setattr("fleet.cli.operator.Client", functools.partial(Client, transport=desk))
+        monkeypatch.setattr(Client, "__init__", functools.partialmethod(Client.__init__, transport=desk))
         return result, desk
 
     return run
