@@ -9,7 +9,7 @@ from rich.text import Text
 from fleet.cli import operator, output
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.operator import load_operator
-from fleet.cli.trust_store import DEVICES_FILE, Place, remembered, save_devices
+from fleet.cli.trust_store import Place, load_devices, save_devices
 from fleet.client import Client
 from fleet.protocol.codes import Phase
 from fleet.protocol.messages import Report
@@ -53,8 +53,7 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
     who = load_operator(options)
     if forget and not device:
         raise Fault("--forget needs the name of a board")
-    path = who.trust / DEVICES_FILE
-    memory = remembered(path)
+    memory = load_devices(who.trust)
     shown = []
     with who.client() as client:
         rows = client.devices().devices
@@ -78,7 +77,7 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
             shown += [
                 _Shown(device=each, key=memory.boards[each].key, findings=(_GONE,), notes=(), ran=()) for each in gone
             ]
-    save_devices(path, memory)
+    save_devices(who.trust, memory)
     if options.json:
         output.show_json({"boards": shown})
     else:

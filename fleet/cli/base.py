@@ -84,6 +84,17 @@ QUIET: Final = click.Option(["--quiet", "-q"], is_flag=True, help="Print results
 DEBUG: Final = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error")
 
 
+SIGN_YES: Final = click.option("--yes", is_flag=True, help="Sign without asking")
+
+SAVE_EVENT: Final = click.option(
+    "--out",
+    "to",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Save the signing event in this file; publish nothing",
+)
+
+
 class Command(click.Command):
     """A command with the common options, also after its name, and examples at the end of its help."""
 
@@ -235,7 +246,7 @@ def _by_library(error: Exception) -> tuple[str, Exit]:
             return str(error), Exit.FAILED
         case OSError() if error.strerror:
             name = f"{error.filename}: " if error.filename else ""
-            return f"{name}{error.strerror.lower()}; check the path and its permissions", Exit.USAGE
+            return f"{name}{reason(error)}; check the path and its permissions", Exit.USAGE
         case _:
             kind = type(error).__name__
             return f"{kind}: {error}; this is a bug in wasmfleet; run again with --debug and report it", Exit.BUG
@@ -294,6 +305,41 @@ def days(text: str) -> timedelta:
     return timedelta(days=int(found[1]))
 
 
+def write_file(file: Path, data: bytes | str, action: str = "check the path") -> None:
+    """Write a file that a person named: whole or not at all; a device or pipe, such as /dev/stdout, as it stands.
+
+    Args:
+        file: where to; what it links to is replaced.
+        data: its content; text is written as UTF-8.
+        action: what to do when it cannot be written.
+
+    Raises:
+        Fault: it cannot be written.
+    """
+    from fleet.protocol.files import move_into_place  # noqa: PLC0415 - keeps the start fast
+
+    data = data.encode() if isinstance(data, str) else data
+    try:
+        if file.exists() and not file.is_file():
+            file.write_bytes(data)
+            return
+        target = file.resolve()
+        beside = target.with_name(f".{target.name}.new")
+        try:
+            beside.write_bytes(data)
+            move_into_place(beside, target)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise Fault(f"cannot write {file}", reason(error), action) from None
+
+
+def reason(error: OSError) -> str:
+    """The system's reason for an error, within a sentence: `no space left on device`."""
+    return (error.strerror or str(error)).lower()
+
+
 def read_file(file: Path, most: int) -> bytes:
     """At most `most` bytes of a file, and one more where it has more; raises `Fault`."""
     try:
@@ -304,4 +350,4 @@ def read_file(file: Path, most: int) -> bytes:
     except IsADirectoryError:
         raise Fault(f"{file} is a directory", "one file is wanted", f"name a file in {file}") from None
     except OSError as error:
-        raise Fault(f"cannot read {file}", (error.strerror or str(error)).lower(), "check its permissions") from None
+        raise Fault(f"cannot read {file}", reason(error), "check its permissions") from None

@@ -10,7 +10,6 @@ writes the one file into its FAT.
 
 import hashlib
 import io
-import os
 import shutil
 import struct
 import subprocess
@@ -26,10 +25,11 @@ import click
 import msgspec
 
 from fleet.cli import operator, output
-from fleet.cli.base import Exit, Fault, Options, command, read_file
+from fleet.cli.base import Exit, Fault, Options, command, read_file, reason
 from fleet.cli.operator import Operator, load_operator
 from fleet.protocol import bounds, names
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.files import move_into_place
 from fleet.protocol.messages import BadTokenError, Token
 from fleet.protocol.operator_api import DeviceRow
 from signing.errors import FetchNotFound, Rejected
@@ -170,13 +170,11 @@ def _write(target: Path, files: dict[str, bytes]) -> int:
                     member = tarfile.TarInfo(name)
                     member.size, member.mode = len(data), 0o644
                     tar.addfile(member, io.BytesIO(data))
-            file.flush()
-            os.fsync(file.fileno())
             size = file.tell()
-        beside.replace(target)
+        move_into_place(beside, target)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise Fault(f"{target} cannot be written", error.strerror or str(error)) from None
+        raise Fault(f"cannot write {target}", reason(error), "check the path, and the space left there") from None
     return size
 
 
@@ -255,7 +253,7 @@ def boot_partition(img: Path) -> int:
                 if _is_fat(file.read(_SECTOR)):
                     return start * _SECTOR
     except OSError as error:
-        raise Fault(f"cannot read {img}", error.strerror or str(error), "check the path and its permissions") from None
+        raise Fault(f"cannot read {img}", reason(error), "check the path and its permissions") from None
     raise Fault(f"{img} has no FAT partition", "that is where a board looks for its token")
 
 

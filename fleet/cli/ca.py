@@ -8,13 +8,11 @@ import click
 from fleet import ca
 from fleet.ca import CaError, Root, read_pair
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, command
+from fleet.cli.base import SIGN_YES, Exit, Fault, Options, command
 from fleet.cli.operator import Operator, home, load_operator
 from fleet.cli.unlock import ask, new_passphrase
 from fleet.client import Client, ProblemError
 from fleet.protocol.trust_api import CaView, Issuer, IssuingRequest
-
-_YES = click.option("--yes", is_flag=True, help="Do not ask before signing")
 
 
 @click.group("ca", short_help="The CA by which boards and servers know each other")
@@ -51,7 +49,7 @@ def status(options: Options) -> Exit:
 
 @command("renew", examples="fleet ca renew")
 @click.option("--days", default=ca.LIFE.days, show_default=True, type=click.IntRange(1, ca.LIFE.days))
-@_YES
+@SIGN_YES
 def renew(options: Options, *, days: int, yes: bool) -> None:
     """Sign the server's next issuing CA with the root's key of this machine, and put it in place.
 
@@ -80,7 +78,7 @@ def revoke(options: Options, *, serial: str) -> None:
 
 
 @command("offline", examples="fleet ca offline", json=False)
-@_YES
+@SIGN_YES
 def offline(options: Options, *, yes: bool) -> None:
     """Take the root's key off the server of this home, encrypt it here, and give the server an issuing CA.
 

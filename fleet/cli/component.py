@@ -6,7 +6,7 @@ import click
 import msgspec
 
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, command, read_file
+from fleet.cli.base import Exit, Fault, Options, command, read_file, write_file
 from fleet.component import component_toml, reader, wasi
 from fleet.component import compose as composer
 from fleet.component.toml_fields import FILE_NAME
@@ -82,11 +82,9 @@ def compose(options: Options, *, file: Path, target: Path) -> Exit:
         if not composer.needs_adapter(shape):
             raise Fault(f"{file.name} needs no adapter", f"it does not export {wasi.HTTP_HANDLER}", "push it as it is")
         whole = composer.compose(composer.load_adapter(), data)
-        target.write_bytes(whole)
     except (reader.NotAComponentError, composer.ComposeError) as error:
         raise Fault(str(error)) from None
-    except OSError as error:
-        raise Fault(f"cannot write {target}", error.strerror or str(error)) from None
+    write_file(target, whole)
     names = reader.read(whole).imports
     if options.json:
         output.show_json(

@@ -23,7 +23,6 @@ from fleet.protocol import bounds, operator_api
 from fleet.protocol.assignment import FollowLogs, Restart
 from fleet.protocol.codes import InstanceState, Phase
 from fleet.protocol.messages import LATENCY_BOUNDS_MS, InstanceHealth, LogView
-from fleet.protocol.names import BadNameError, TargetName
 from fleet.protocol.operator_api import DeviceRow, GroupRow
 
 if TYPE_CHECKING:
@@ -287,10 +286,7 @@ def pin(
 ) -> Exit:
     """Give one board a published version of its own, whatever its groups say."""
     who = load_operator(options)
-    try:
-        name = TargetName.parse(target, namespace=who.namespace)
-    except BadNameError as error:
-        raise Fault(str(error)) from None
+    name = who.target(target)
     request = operator_api.RolloutRequest(
         instance=instance or name.name,
         target=name.path,

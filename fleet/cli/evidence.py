@@ -8,7 +8,6 @@ Read from disk and held against the component before anybody signs; fetched and 
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,15 +15,15 @@ from typing import Final
 import click
 
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, command
+from fleet.cli.base import Exit, Fault, Options, command, write_file
 from fleet.cli.operator import load_operator
 from fleet.cli.trust_store import TrustStore
 from fleet.client import Client, ProblemError
 from fleet.evidence import provenance, sbom
 from fleet.evidence.provenance import Provenance
 from fleet.evidence.sbom import DocumentError, Package
+from fleet.protocol import files
 from fleet.protocol.manifest import PROVENANCE, SBOMS, Evidence
-from fleet.protocol.names import BadNameError, TargetName
 from signing.policy import Release
 
 _NOT_FOUND: Final = 404
@@ -168,9 +167,7 @@ class Shelf:
                 code=Exit.REFUSED,
             )
         self._directory.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_suffix(".new")
-        fresh.write_bytes(fetched)
-        os.replace(fresh, kept)  # noqa: PTH105 - the atomic one, by name
+        files.atomic_write(kept, fetched, mode=0o644)
         return fetched
 
 
@@ -199,10 +196,7 @@ def show(options: Options, *, target: str, save: Path | None, save_provenance: P
     Everything is held against the hashes that the publisher signed. Who signed the provenance itself is not judged.
     """
     who = load_operator(options)
-    try:
-        name = TargetName.parse(target, namespace=who.namespace)
-    except BadNameError as error:
-        raise Fault(str(error)) from None
+    name = who.target(target)
     with who.client() as client:
         release = TrustStore(who, client, expired=True).published(name.path)
         if release is None:
@@ -224,10 +218,7 @@ def _save(shelf: Shelf, release: Release, kinds: frozenset[str], path: Path) -> 
         what = "provenance" if PROVENANCE in kinds else "SBOM"
         raise Fault(f"{release.name} was published without {what}", "", code=Exit.REFUSED)
     data = shelf.fetch(bound.sha256, bound.length)
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise Fault(f"cannot write {path}", (error.strerror or str(error)).lower(), "check the path") from None
+    write_file(path, data)
 
 
 def _tell(options: Options, release: Release, contents: Contents, built: Provenance | None) -> None:

@@ -1,8 +1,6 @@
 """`fleet keys`: the keys of a person and of a pipeline, and who is trusted with what."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,35 +9,19 @@ import click
 from securesystemslib.signer import CryptoSigner
 
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, command, days, read_file
+from fleet.cli.base import SAVE_EVENT, SIGN_YES, Fault, Options, command, days, read_file, reason
 from fleet.cli.operator import Operator, home, load_operator
-from fleet.cli.signing_event import Ceremony, Change, for_pipeline, replaced, without
+from fleet.cli.signing_event import Ceremony, Change, for_pipeline, replaced, signing_faults, without
 from fleet.cli.trust_store import TrustStore
-from fleet.cli.unlock import ask, keyring, new_passphrase
+from fleet.cli.unlock import ask, free_key_file, keyring, new_passphrase
 from fleet.client import ClientError
 from fleet.protocol.manifest import Grants
 from signing import events, rotation
 from signing import keyring as keyrings
 from signing import keys as key_files
-from signing.errors import KeyFileError, RepositoryError
+from signing.errors import KeyFileError
 
 ONLINE = ("snapshot", "timestamp", "director")
-
-_OUT = click.option(
-    "--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Save the signing event here; publish nothing"
-)
-
-_YES = click.option("--yes", is_flag=True, help="Do not ask before signing")
-
-
-@contextmanager
-def _faults() -> Iterator[None]:
-    try:
-        yield
-    except KeyFileError as error:
-        raise Fault(str(error)) from None
-    except RepositoryError as error:
-        raise Fault(str(error), code=Exit.REFUSED) from None
 
 
 @click.group("keys")
@@ -70,8 +52,8 @@ def keys() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Write what a pipeline needs and may be public into this new directory, its --home",
 )
-@_OUT
-@_YES
+@SAVE_EVENT
+@SIGN_YES
 def new(options: Options, *, name: str, form: str, ci: bool, **how: Any) -> None:
     """Make the key NAME, in an encrypted file; it may do nothing before a role is given to it.
 
@@ -82,7 +64,7 @@ def new(options: Options, *, name: str, form: str, ci: bool, **how: Any) -> None
     if ci:
         _new_for_pipeline(options, name, **how)
         return
-    with _faults():
+    with signing_faults():
         entry, _ = keyring(who).generate(name, passphrase=new_passphrase(name), form=key_files.Format(form))
     if options.json:
         output.show_json({"name": name, "keyid": entry.key.keyid, "file": str(keyring(who).file(name))})
@@ -106,7 +88,7 @@ def _new_for_pipeline(
     path = Path(f"{name}.ci.pem")
     limit = Grants(interfaces=ceiling, outbound=outbound) if ceiling or outbound else None
     signer = CryptoSigner.generate_ed25519()
-    with who.client() as client, _faults():
+    with who.client() as client, signing_faults():
         ceremony = Ceremony(options, who, client)
         now = datetime.now(UTC)
         space = namespace or who.namespace
@@ -144,7 +126,7 @@ def write_public(who: Operator, directory: Path, namespace: str) -> None:
         (place / "trust" / who.root.name).write_bytes(who.root.read_bytes())
         (place / ".gitignore").write_text("/token\n/keys/\n/trust/cache/\n/trust/facts.json\n", encoding="utf-8")
     except OSError as error:
-        raise Fault(f"cannot write {directory}", (error.strerror or str(error)).lower(), "name another") from None
+        raise Fault(f"cannot write {directory}", reason(error), "name another") from None
 
 
 @command(
@@ -168,7 +150,7 @@ def import_(
     if sum(bool(each) for each in (file, agent, token, recovery)) != 1:
         raise click.UsageError("Give one of FILE, --ssh-agent, --token and --recovery.")
     ring = keyring(load_operator(options))
-    with _faults():
+    with signing_faults():
         if agent:
             known = key_files.identities()
             if agent not in known:
@@ -211,7 +193,7 @@ def list_(options: Options) -> None:
             roles = _roles(TrustStore(who, client, expired=True).files)
     except (ClientError, Fault) as error:
         click.echo(f"what each may sign is not known: {error}", err=True)
-    with _faults():
+    with signing_faults():
         entries = ring.entries()
     rows = [
         (each.name, each.key.keyid, _where(each), ", ".join((roles or {}).get(each.key.keyid, []))) for each in entries
@@ -244,7 +226,7 @@ def _where(entry: keyrings.Entry) -> str:
 @click.argument("name")
 def show(options: Options, *, name: str) -> None:
     """Print the public half of the key NAME, for others to import."""
-    with _faults():
+    with signing_faults():
         entry = keyring(load_operator(options)).get(name)
     if options.json:
         public = keyrings.public_pem(entry.key)
@@ -264,8 +246,8 @@ def show(options: Options, *, name: str) -> None:
     "--to", "names", multiple=True, metavar="KEY", help="Who signs from now on  [a new key in place of yours]"
 )
 @click.option("--threshold", type=click.IntRange(1), help="How many of them must sign  [as before]")
-@_OUT
-@_YES
+@SAVE_EVENT
+@SIGN_YES
 def rotate(
     options: Options, *, role: str, names: tuple[str, ...], threshold: int | None, to: Path | None, yes: bool
 ) -> None:
@@ -275,7 +257,7 @@ def rotate(
     snapshot, timestamp and director are made in the server's directory of this home.
     """
     who = load_operator(options)
-    with who.client() as client, _faults():
+    with who.client() as client, signing_faults():
         ceremony = Ceremony(options, who, client)
         made = _Made(options, ceremony, role)
         try:
@@ -296,12 +278,12 @@ def rotate(
 
 @command("revoke", examples="fleet keys revoke bob")
 @click.argument("name")
-@_OUT
-@_YES
+@SAVE_EVENT
+@SIGN_YES
 def revoke(options: Options, *, name: str, to: Path | None, yes: bool) -> None:
     """Take the key NAME out of every role that it may sign. NAME may be the beginning of its id."""
     who = load_operator(options)
-    with who.client() as client, _faults():
+    with who.client() as client, signing_faults():
         ceremony = Ceremony(options, who, client)
         keyid = next((each for each in _roles(ceremony.files) if len(name) >= 8 and each.startswith(name)), None)  # noqa: PLR2004 - shorter ids are guesses
         change = without(ceremony.files, keyid or ceremony.ring.get(name).key.keyid)
@@ -348,9 +330,7 @@ class _Made:
                 f"{directory} is not here",
                 f"run fleet keys rotate {self._role} on the server's machine",
             )
-        number = 2
-        while (path := directory / f"{self._role}-{number}.pem").exists():
-            number += 1
+        path = free_key_file(directory, self._role)
         self._paths.append(path)
         return key_files.generate(path).public_key
 

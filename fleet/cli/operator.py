@@ -17,6 +17,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from fleet.cli.base import Exit, Fault, Options
+from fleet.protocol.names import BadNameError, TargetName
 
 if TYPE_CHECKING:
     from fleet.client import Client
@@ -60,6 +61,17 @@ class Operator:
     def key(self) -> Path:
         """The namespace's signing key."""
         return self.directory / "keys" / f"{self.namespace}.pem"
+
+    def target(self, text: str) -> TargetName:
+        """Read NAME@VERSION or NAMESPACE/NAME@VERSION, of this operator's namespace where none is given.
+
+        Raises:
+            Fault: not a target's name.
+        """
+        try:
+            return TargetName.parse(text, namespace=self.namespace)
+        except BadNameError as error:
+            raise Fault(str(error)) from None
 
     def client(self, *, late: bool = False) -> "Client":
         """A connection to the server; raises `Fault` when the token is missing or open to others.

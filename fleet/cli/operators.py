@@ -6,9 +6,10 @@ from pathlib import Path
 import click
 
 from fleet.cli import output
-from fleet.cli.base import Fault, Options, check_choice, command
+from fleet.cli.base import Fault, Options, check_choice, command, reason
 from fleet.cli.operator import TOKEN_VARIABLE, load_operator
 from fleet.client import Client, ProblemError
+from fleet.protocol import files
 from fleet.protocol.trust_api import OperatorReply, Role
 
 _ROLE = click.option(
@@ -75,10 +76,7 @@ def rotate(options: Options, *, name: str, role: str | None, save: Path | None) 
         reply = client.let_in(name, Role(role) if role else known[name])
         own = who.directory / "token"
         if save is None and _was_mine(client) and not os.environ.get(TOKEN_VARIABLE):
-            beside = own.with_name(".token.new")
-            beside.unlink(missing_ok=True)
-            _write(beside, reply.token)
-            beside.replace(own)
+            _write(own, reply.token, replace=True)
             _say(options, reply, f"{name} has another token; it is in {own}.", token=False)
             return
     _hand_over(options, reply, save)
@@ -133,15 +131,12 @@ def _check_free(path: Path | None) -> None:
         raise Fault(f"{path} exists", "a token is never overwritten", "choose another --save")
 
 
-def _write(path: Path, token: str) -> None:
+def _write(path: Path, token: str, *, replace: bool = False) -> None:
+    write = files.atomic_write if replace else files.create_exclusive
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(token + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write(path, token + "\n", mode=0o600)
     except OSError as error:
-        raise Fault(f"cannot write {path}", (error.strerror or str(error)).lower(), "rotate the token again") from None
+        raise Fault(f"cannot write {path}", reason(error), "rotate the token again") from None
 
 
 for each in (list_, add, rotate, revoke):

@@ -36,7 +36,7 @@ from fleet.component.reader import Component
 from fleet.component.toml_fields import FILE_NAME
 from fleet.protocol import names
 from fleet.protocol.manifest import MAX_BYTES, BadManifestError, Manifest
-from fleet.protocol.names import BadNameError, TargetName
+from fleet.protocol.names import TargetName
 from signing import events, hash_bins, repository
 from signing.errors import RepositoryError
 from signing.events import Document, Event
@@ -329,10 +329,7 @@ def withdraw(options: Options, *, target: str, yes: bool) -> None:
     back to another version first, deploy that.
     """
     who = load_operator(options)
-    try:
-        name = TargetName.parse(target, namespace=who.namespace)
-    except BadNameError as error:
-        raise Fault(str(error)) from None
+    name = who.target(target)
     if name.namespace != who.namespace:
         raise Fault(f"{name} is not of the namespace {who.namespace}", "only its own publisher can take it back")
     with who.client() as client:

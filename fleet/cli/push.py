@@ -241,10 +241,7 @@ def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, **how: A
     _check_where(how)
     _check_set(targets, how, atomic=atomic)
     who = load_operator(options)
-    try:
-        first, *others = (TargetName.parse(target, namespace=who.namespace) for target in targets)
-    except BadNameError as error:
-        raise Fault(str(error)) from None
+    first, *others = (who.target(target) for target in targets)
     also = {name.name: name.path for name in others}
     if len({first.name, *also}) < len(targets):
         raise click.UsageError("Name each component of a set once.")

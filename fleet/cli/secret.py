@@ -167,7 +167,7 @@ def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
 
     if keys.fleet != who.fleet:
         raise Fault(f"the server is of the fleet {keys.fleet!r}, this is {who.fleet!r}", code=Exit.REFUSED)
-    memory = trust_store.load(who.trust)
+    memory = trust_store.load_devices(who.trust)
     boxes = []
     for board in keys.boards:
         try:
@@ -181,13 +181,13 @@ def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
                 "if it enrolled with an older agent, enrol it anew; else do not trust this server",
                 code=Exit.REFUSED,
             ) from None
-        trust_store.check(memory, board.device, fingerprint)
+        trust_store.check_device_key(memory, board.device, fingerprint)
         purpose = Purpose(
             fleet=who.fleet, device=board.device, instance=keys.instance, name=keys.name, version=keys.version
         )
         box = sealing.seal(value, recipient=key, purpose=purpose)
         boxes.append(Box(device=board.device, box=base64.b64encode(box).decode()))
-    trust_store.save(who.trust, memory)
+    trust_store.save_devices(who.trust, memory)
     if not boxes:
         raise Fault("there is no board to seal for", "boards are sealed for one by one", "fleet secret set again later")
     return tuple(boxes)

@@ -7,12 +7,13 @@
 `fleet publisher`: snapshot and timestamp signed on a host of their own: a stolen server shows nothing new.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -21,20 +22,19 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, command, read_file
+from fleet.cli.base import SIGN_YES, Exit, Fault, Options, command, read_file, write_file
 from fleet.cli.ca import open_root
 from fleet.cli.keys import write_public
 from fleet.cli.operator import Operator, home, load_operator
 from fleet.cli.signing_event import SUFFIX, hand_over, merged, printable, read_team, save, show_recovery
-from fleet.cli.trust_store import DEVICES_FILE, remembered
-from fleet.cli.unlock import keyring, new_passphrase, open_key
+from fleet.cli.trust_store import load_devices
+from fleet.cli.unlock import free_key_file, keyring, new_passphrase, open_key
 from fleet.protocol import bounds
 from signing import event_diff, events
 from signing import keyring as keyrings
 from signing import keys as key_files
 from signing.errors import SigningError
 from signing.events import Event
-from signing.keyring import public_pem
 
 if TYPE_CHECKING:
     from fleet.admin.bootstrap import Made
@@ -42,9 +42,18 @@ if TYPE_CHECKING:
     from fleet.server.service import Ready
 
 
-_PARTS = "install them: pip install 'wasmfleet[server]'"
-
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def _server_parts(what: str) -> Iterator[None]:
+    """Around imports of the server's parts, which an operator's machine may lack; raises `Fault`."""
+    try:
+        yield
+    except ImportError as error:
+        raise Fault(
+            f"cannot {what} here", f"{error.name} is not installed", "run pip install 'wasmfleet[server]'"
+        ) from None
 
 
 @click.group("server", short_help="A server's backup and keys, and a server made anew")
@@ -63,10 +72,8 @@ def backup(options: Options, *, target: Path) -> None:
     """
     if not target.name:
         raise Fault("--output names no file", "", "give it one: -o fleet.tar")
-    try:
+    with _server_parts("make a backup"):
         from fleet.admin import recovery as backups  # noqa: PLC0415 - the server's parts may not be installed
-    except ImportError as error:
-        raise Fault("no backup can be made here", f"{error.name} is not installed", _PARTS) from None
     try:
         size = backups.backup(home(options), target)
     except backups.BackupError as error:
@@ -111,9 +118,7 @@ def key(options: Options, *, role: str) -> None:
     directory = home(options) / "server" / "keys"
     if not directory.is_dir():
         raise Fault("no server lies here", f"{directory} does not exist", "run this on the server's machine")
-    number = 2
-    while (path := directory / f"{role}-{number}.pem").exists():
-        number += 1
+    path = free_key_file(directory, role)
     try:
         made = key_files.generate(path)
     except SigningError as error:
@@ -143,7 +148,7 @@ def key(options: Options, *, role: str) -> None:
 @click.option("--devices-port", type=click.IntRange(1, 65535), help="Without a backup: of the API for boards  [8744]")
 @click.option("--mqtt-port", type=click.IntRange(1, 65535), help="Without a backup: of the broker  [8883]")
 @click.option("--broker", default="auto", show_default=True, help="Without a backup: as 'fleet init' has it")
-@click.option("--yes", is_flag=True, help="Do not ask before signing")
+@SIGN_YES
 def rebuild(
     options: Options,
     *,
@@ -160,11 +165,9 @@ def rebuild(
     else's token ends, and this machine gets a new one. Boards come back by themselves, under the name that they know.
     Without a backup the boards are those that 'fleet audit verify' has seen; deploy again what they should run.
     """
-    try:
+    with _server_parts("rebuild a server"):
         from fleet.admin import bootstrap  # noqa: PLC0415 - the same
         from fleet.admin import recovery as rebuilding  # noqa: PLC0415 - the server's parts may not be installed
-    except ImportError as error:
-        raise Fault("no server can be made here", f"{error.name} is not installed", _PARTS) from None
     who, place = load_operator(options), home(options)
     now = datetime.now(UTC)
 
@@ -207,7 +210,7 @@ def rebuild(
             f"'fleet server rebuild --event {path.name}' completes it."
         )
         return Exit.FAILED
-    memory = remembered(who.trust / DEVICES_FILE)
+    memory = load_devices(who.trust)
     boards = {
         device: rebuilding.Known(
             key=seen.key,
@@ -247,8 +250,6 @@ def _sign(who: Operator, files: dict[str, bytes], event: Event, *, yes: bool) ->
 
 for each in (backup, scrub, key, rebuild):
     server.add_command(each)
-
-_SERVER_PARTS = "install them: pip install 'wasmfleet[server]'"
 
 
 @command(
@@ -301,10 +302,8 @@ def init(
         raise click.UsageError(
             "--team and --root belong together: fleet init --team --root alice.pub --root bob.pub ..."
         )
-    try:
+    with _server_parts("create a fleet"):
         from fleet.admin import bootstrap  # noqa: PLC0415 - the server's parts may not be installed
-    except ImportError as error:
-        raise Fault("a fleet cannot be made here", f"{error.name} is not installed", _SERVER_PARTS) from None
     try:
         team = read_team(people, threshold) if size == "team" else None
         passphrase = None if size == "dev" else new_passphrase("the keys of root, targets and the publisher")
@@ -358,12 +357,10 @@ def serve(options: Options, *, broker: str | None, verbose: bool) -> None:
 
     Where it listens stands in server/server.toml under the fleet's directory.
     """
-    try:
+    with _server_parts("run the server"):
         import asyncio  # noqa: PLC0415 - not for --help
 
         from fleet.server import service  # noqa: PLC0415 - the server's parts may not be installed
-    except ImportError as error:
-        raise Fault("the server cannot run here", f"{error.name} is not installed", _SERVER_PARTS) from None
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO if verbose else logging.WARNING
     )
@@ -381,9 +378,6 @@ def serve(options: Options, *, broker: str | None, verbose: bool) -> None:
         asyncio.run(service.run(home(options), broker=broker, on_ready=ready))
     except service.ServeError as error:
         raise Fault(str(error), code=Exit.FAILED) from None
-
-
-_PUBLISHER_PARTS = "install them: pip install 'wasmfleet[server]'"
 
 
 @click.group("publisher", short_help="Sign snapshot and timestamp on another host than the server")
@@ -429,7 +423,7 @@ def keys(options: Options, *, to: Path) -> None:
     paths = {}
     for role, key in made.items():
         paths[role] = to / f"{role}.pub"
-        paths[role].write_text(public_pem(key), encoding="ascii")
+        write_file(paths[role], keyrings.public_pem(key), "name another --out")
     if options.json:
         output.show_json({role: str(path) for role, path in paths.items()})
     else:
@@ -479,11 +473,9 @@ def _end(_number: int, _frame: object) -> None:
 
 
 def _module() -> ModuleType:
-    try:
-        from fleet.admin import signing_host as module  # noqa: PLC0415 - the server's parts may not be installed
-    except ImportError as error:
-        raise Fault("a publisher host cannot run here", f"{error.name} is not installed", _PUBLISHER_PARTS) from None
-    return module
+    with _server_parts("run a signing host"):
+        from fleet.admin import signing_host  # noqa: PLC0415 - the server's parts may not be installed
+    return signing_host
 
 
 for each in (publisher_init, keys, run, discard):

@@ -17,15 +17,15 @@ from securesystemslib.signer import Key
 from fleet import ca
 from fleet.cli import ca as ca_commands
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, command, days, read_file
+from fleet.cli.base import SAVE_EVENT, SIGN_YES, Exit, Fault, Options, command, days, read_file
 from fleet.cli.operator import load_operator
-from fleet.cli.signing_event import Ceremony, Change, load, merged, save, show_recovery, team_keys
+from fleet.cli.signing_event import Ceremony, Change, load, merged, save, show_recovery, signing_faults, team_keys
 from fleet.cli.trust_store import Cached
 from fleet.cli.unlock import new_passphrase
 from fleet.client import Client, ProblemError
 from fleet.protocol.trust_api import OnlineView
 from signing import events, hash_bins, keys, repository, rotation
-from signing.errors import RepositoryError, SigningError
+from signing.errors import RepositoryError
 from signing.keyring import read_public, recovery_key
 from signing.rotation import RoleKeys, Size
 
@@ -41,10 +41,8 @@ _PUBLIC = click.Path(path_type=Path, dir_okay=False, exists=True)
 @click.argument("size", metavar="solo|team|publisher", type=click.Choice(["solo", "team", "publisher"]))
 @click.option("--root", "people", multiple=True, metavar="KEY", help="Who holds root from now on (fleet keys list)")
 @click.option("--threshold", default=2, show_default=True, help="How many of them must sign")
-@click.option(
-    "--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Save the signing event here; publish nothing"
-)
-@click.option("--yes", is_flag=True, help="Do not ask before signing")
+@SAVE_EVENT
+@SIGN_YES
 @click.option("--snapshot", type=_PUBLIC, help="With 'publisher': the key of snapshot from now on")
 @click.option("--timestamp", type=_PUBLIC, help="With 'publisher': the key of timestamp from now on")
 def move(
@@ -76,19 +74,17 @@ def move(
         ceremony = Ceremony(options, who, client)
         mover = _Mover(ceremony)
         try:
-            change, words = mover.change(size, people, threshold)
-            event = events.propose(
-                ceremony.files,
-                size=Size(size),
-                roles=change.roles,
-                namespaces=change.namespaces,
-                now=datetime.now(UTC),
-                note=f"the fleet becomes a {size} fleet",
-            )
+            with signing_faults():
+                change, words = mover.change(size, people, threshold)
+                event = events.propose(
+                    ceremony.files,
+                    size=Size(size),
+                    roles=change.roles,
+                    namespaces=change.namespaces,
+                    now=datetime.now(UTC),
+                    note=f"the fleet becomes a {size} fleet",
+                )
             published = ceremony.carry_through(event, yes=yes, to=to)
-        except SigningError as error:
-            mover.undo()
-            raise Fault(str(error), code=Exit.REFUSED) from None
         except BaseException:
             mover.undo()
             raise
@@ -106,21 +102,17 @@ def move(
 def _move_online(options: Options, files: Mapping[str, Path], *, to: Path | None, yes: bool) -> None:
     """One root that names other keys for snapshot and timestamp."""
     who = load_operator(options)
-    try:
+    with signing_faults():
         roles = {
             role: RoleKeys((read_public(read_file(path, keys.MAX_BYTES), what=str(path)),))
             for role, path in files.items()
         }
-    except SigningError as error:
-        raise Fault(str(error)) from None
     with who.client() as client:
         ceremony = Ceremony(options, who, client)
-        try:
+        with signing_faults():
             event = events.propose(
                 ceremony.files, roles=roles, now=datetime.now(UTC), note="other keys for snapshot and timestamp"
             )
-        except SigningError as error:
-            raise Fault(str(error), code=Exit.REFUSED) from None
         if ceremony.carry_through(event, yes=yes, to=to):
             output.say(options, "They count. Delete the old keys of snapshot and timestamp where they lay.")
 
@@ -178,8 +170,6 @@ DUE: Final = "60d"
 _FILES = click.argument(
     "files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, dir_okay=False)
 )
-
-_YES = click.option("--yes", is_flag=True, help="Do not ask before signing")
 
 
 @click.group("sign")
@@ -291,7 +281,7 @@ def diff(options: Options, *, files: Sequence[Path]) -> Exit:
 @click.option("--key", default="", metavar="NAME", help="Sign with this key only  [every key here that counts]")
 @click.option("--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Where to write it  [FILE]")
 @click.option("--offline", is_flag=True, help="The server is gone: compare with what this machine verified last")
-@_YES
+@SIGN_YES
 def approve(options: Options, *, file: Path, key: str, to: Path | None, offline: bool, yes: bool) -> None:
     """Say what the event in FILE changes, and add this machine's signature to it."""
     event = load(file)
@@ -336,10 +326,8 @@ def publish(options: Options, *, files: Sequence[Path]) -> Exit:
 @click.option(
     "--within", default=DUE, show_default=True, metavar="DAYS", help="Without ROLE: what expires in this time"
 )
-@click.option(
-    "--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Save the signing event here; publish nothing"
-)
-@_YES
+@SAVE_EVENT
+@SIGN_YES
 def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | None, yes: bool) -> None:
     """Sign roles anew before they expire: root, targets, namespaces; nothing in them changes but their expiry."""
     who = load_operator(options)
@@ -354,22 +342,17 @@ def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | N
         if not wanted:
             output.say(options, f"Nothing expires within {days(within).days} days.")
             return
-        try:
-            event = events.propose(
-                ceremony.files, renew=wanted, now=datetime.now(UTC), note=f"renews {', '.join(wanted)}"
-            )
-        except RepositoryError as error:
-            raise Fault(str(error), code=Exit.REFUSED) from None
+        with signing_faults():
+            note = f"renews {', '.join(wanted)}"
+            event = events.propose(ceremony.files, renew=wanted, now=datetime.now(UTC), note=note)
         ceremony.carry_through(event, yes=yes, to=to)
 
 
 @command("bins", json=False, examples="fleet sign bins\nfleet sign bins edge")
 @click.argument("namespace", required=False)
 @click.option("--bits", type=click.IntRange(1, 10), default=hash_bins.BITS, show_default=True, help="2^BITS hash bins")
-@click.option(
-    "--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Save the signing event here; publish nothing"
-)
-@_YES
+@SAVE_EVENT
+@SIGN_YES
 def move_to_bins(options: Options, *, namespace: str | None, bits: int, to: Path | None, yes: bool) -> None:
     """Move the targets of NAMESPACE into hash bins, for good: worth it from about a thousand targets on.
 
@@ -379,10 +362,8 @@ def move_to_bins(options: Options, *, namespace: str | None, bits: int, to: Path
     who = load_operator(options)
     with who.client() as client:
         ceremony = Ceremony(options, who, client)
-        try:
+        with signing_faults():
             event = events.propose_bins(ceremony.files, namespace or who.namespace, now=datetime.now(UTC), bits=bits)
-        except RepositoryError as error:
-            raise Fault(str(error), code=Exit.REFUSED) from None
         ceremony.carry_through(event, yes=yes, to=to)
 
 

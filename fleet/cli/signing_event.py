@@ -7,17 +7,18 @@ From what a person asks for to the keys that each role has afterwards. Pure: no 
 Handing root to several people, and the key on paper: what `fleet init` and `fleet sign move` share.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import click
 from securesystemslib.signer import Key, Signer
 
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, read_file
+from fleet.cli.base import Exit, Fault, Options, read_file, write_file
 from fleet.cli.operator import Operator
 from fleet.cli.trust_store import Cached, TrustStore
 from fleet.cli.unlock import keyring, open_key
@@ -32,8 +33,6 @@ from signing.metadata import DIRECTOR
 from signing.rotation import TEAM_KEYS, TEAM_THRESHOLD, Namespace, RoleKeys, Size
 
 SUFFIX: Final = ".signing.json"
-
-T = TypeVar("T")
 
 
 class Ceremony:
@@ -55,7 +54,8 @@ class Ceremony:
         """What the event changes, in words, against what is published."""
         if event.fleet != self.who.fleet:
             raise Fault(f"this event is of the fleet {event.fleet!r}", f"this machine's is {self.who.fleet!r}")
-        lines = _checked(lambda: event_diff.describe(self.files, event, called=self.ring.called))
+        with signing_faults():
+            lines = event_diff.describe(self.files, event, called=self.ring.called)
         if event.note:
             click.echo(f"note: {printable(event.note)}", err=True)
         for line in lines:
@@ -63,7 +63,8 @@ class Ceremony:
 
     def missing(self, event: Event) -> list[Wanted]:
         """The signatures that it lacks."""
-        return _checked(lambda: events.missing(self.files, event))
+        with signing_faults():
+            return events.missing(self.files, event)
 
     def sign(self, event: Event, *, extra: Sequence[Signer] = (), yes: bool = False, using: str = "") -> Event:
         """The event, signed with every key of this keyring that counts; it was shown before.
@@ -142,31 +143,35 @@ class Ceremony:
         return [entry for entry in self.ring.entries() if entry.ours and entry.key.keyid in wanted]
 
     def _signed(self, event: Event, signer: Signer) -> Event:
-        return _checked(lambda: events.sign(self.files, event, signer))
+        with signing_faults():
+            return events.sign(self.files, event, signer)
 
 
 def load(path: Path) -> Event:
     """An event from a file; raises `Fault`."""
-    return _checked(lambda: events.decode(read_file(path, events.MAX_BYTES)))
+    with signing_faults():
+        return events.decode(read_file(path, events.MAX_BYTES))
 
 
 def merged(paths: Sequence[Path]) -> Event:
     """One event from copies that different people signed; raises `Fault`."""
-    return _checked(lambda: events.merge(*(load(path) for path in paths)))
+    with signing_faults():
+        return events.merge(*(load(path) for path in paths))
 
 
 def save(path: Path, event: Event) -> None:
     """Write an event's file; raises `Fault`."""
-    try:
-        path.write_bytes(event.encode())
-    except OSError as error:
-        raise Fault(f"cannot write {path}", (error.strerror or str(error)).lower(), "choose another --out") from None
+    write_file(path, event.encode(), "choose another --out")
 
 
-def _checked(act: Callable[[], T]) -> T:
+@contextlib.contextmanager
+def signing_faults() -> Iterator[None]:
+    """Turn errors of keys and of the repository into faults for people."""
     try:
-        return act()
-    except RepositoryError as error:
+        yield
+    except KeyFileError as error:
+        raise Fault(str(error)) from None
+    except SigningError as error:
         raise Fault(str(error), code=Exit.REFUSED) from None
 
 

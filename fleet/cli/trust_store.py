@@ -14,11 +14,10 @@ from typing import Final, TypeVar
 import msgspec
 from tuf.api.metadata import Targets
 
-from fleet.cli.base import Exit, Fault, read_file
+from fleet.cli.base import Exit, Fault, read_file, reason
 from fleet.cli.operator import Operator
 from fleet.client import Client
-from fleet.protocol import bounds, wire
-from fleet.protocol.files import atomic_write
+from fleet.protocol import bounds, files, wire
 from signing import hash_bins, metadata, policy, repository, rotation
 from signing.device_statements import Seen
 from signing.errors import FetchNotFound, Rejected, RepositoryError
@@ -218,40 +217,40 @@ class DeviceMemory(msgspec.Struct):
     places: dict[str, Place] = {}
 
 
-def remembered(path: Path) -> DeviceMemory:
-    """What this machine remembers of the boards; raises `Fault` when it cannot be read."""
+def load_devices(trust: Path) -> DeviceMemory:
+    """Read what this machine remembers of the devices, from the operator's directory `trust`.
+
+    Raises:
+        Fault: the file cannot be read.
+    """
+    path = trust / DEVICES_FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=DeviceMemory)
     except FileNotFoundError:
         return DeviceMemory()
     except (OSError, *wire.JSON_ERRORS) as error:
         raise Fault(
-            f"{path} cannot be read",
+            f"cannot read {path}",
             str(error),
             "restore it from a backup: without it every board's key is taken as the server shows it",
         ) from None
 
 
-def save_devices(path: Path, memory: DeviceMemory) -> None:
-    """Remember it; raises `Fault` when it cannot be written."""
+def save_devices(trust: Path, memory: DeviceMemory) -> None:
+    """Write what `load_devices` reads back.
+
+    Raises:
+        Fault: the file cannot be written.
+    """
+    path = trust / DEVICES_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, msgspec.json.format(msgspec.json.encode(memory)), mode=0o644)
+        files.atomic_write(path, msgspec.json.format(msgspec.json.encode(memory)), mode=0o644)
     except OSError as error:
-        raise Fault(f"{path} cannot be written", error.strerror or str(error)) from None
+        raise Fault(f"cannot write {path}", reason(error), "check its owner, and the space left there") from None
 
 
-def load(trust: Path) -> DeviceMemory:
-    """Read it back; raises `Fault`."""
-    return remembered(trust / DEVICES_FILE)
-
-
-def save(trust: Path, memory: DeviceMemory) -> None:
-    """Write it; raises `Fault`."""
-    save_devices(trust / DEVICES_FILE, memory)
-
-
-def check(memory: DeviceMemory, device: str, fingerprint: str) -> None:
+def check_device_key(memory: DeviceMemory, device: str, fingerprint: str) -> None:
     """Hold a board's key against the one that was first seen, or remember it from now on.
 
     Raises:

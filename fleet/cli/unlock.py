@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final
 
 import click
@@ -50,6 +51,14 @@ def new_passphrase(what: str) -> bytes:
         raise Fault(f"{what} needs a passphrase", "there is no terminal to ask on", f"set {PASSPHRASE_VARIABLE}")
     answer: str = click.prompt(f"Passphrase for {what}", hide_input=True, confirmation_prompt=True, err=True)
     return answer.encode()
+
+
+def free_key_file(directory: Path, role: str) -> Path:
+    """A file for another key of `role` in a server's key directory: `<role>-2.pem` or the next that is free."""
+    number = 2
+    while (path := directory / f"{role}-{number}.pem").exists():
+        number += 1
+    return path
 
 
 def open_key(ring: Keyring, entry: Entry) -> Signer:

@@ -1,6 +1,9 @@
 """`fleet component compose`: what a board makes of a guest of wasi:http, as a file to look into."""
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ from click.testing import CliRunner
 from fleet.cli.main import main
 from fleet.component import compose, reader
 
-COMPONENTS = Path(__file__).resolve().parents[3] / "components"
+ROOT = Path(__file__).resolve().parents[3]
+COMPONENTS = ROOT / "components"
 PROBE = COMPONENTS / "adapter" / "probe.wasm"
 
 
@@ -52,3 +56,39 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     done = run(PROBE, "-o", tmp_path / "no" / "whole.wasm")
     assert done.exit_code != 0
     assert "cannot write" in done.stderr
+
+
+def in_a_process(*arguments: object, at_most_bytes: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[bytes]:
+    """Compose in a process of its own, whose files may become no larger than `at_most_bytes`, as on a full disk."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (at_most_bytes, at_most_bytes))
+
+    command = [sys.executable, "-P", "-m", "fleet.cli.main", "component", "compose", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, cwd=ROOT, check=False, preexec_fn=limit)
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path):
+    out = tmp_path / "whole.wasm"
+    out.write_bytes(b"of yesterday")
+    done = in_a_process(PROBE, "-o", out, at_most_bytes=1000)
+    assert done.returncode == 2
+    assert b"cannot write" in done.stderr
+    assert b"file too large" in done.stderr
+    assert out.read_bytes() == b"of yesterday"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    done = in_a_process(PROBE, "-o", "/dev/stdout", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(compose.compose(compose.load_adapter(), PROBE.read_bytes()))
+
+
+def test_a_link_keeps_pointing_to_the_file_that_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.wasm").symlink_to("real/whole.wasm")
+    (tmp_path / "real" / "whole.wasm").write_bytes(b"of yesterday")
+    assert run(PROBE, "-o", tmp_path / "link.wasm").exit_code == 0
+    assert (tmp_path / "link.wasm").is_symlink()
+    assert (tmp_path / "real" / "whole.wasm").read_bytes().startswith(b"\0asm")
