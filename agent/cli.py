@@ -1,4 +1,4 @@
-"""`fleet-agent`: the board's own command. Errors are one line: what, why, what to do next."""
+"""`fleet-agent`: the command on a device. Errors are one line: what failed, why, what to do."""
 
 import argparse
 import asyncio
@@ -34,11 +34,11 @@ APPLY_LOOK_S: Final = 0.1
 Command = Callable[[argparse.Namespace], int]
 
 EXAMPLES: Final = """examples:
-  fleet enroll-token --group edge-eu | ssh board sudo fleet-agent enroll
+  fleet enroll-token --group edge-eu | ssh DEVICE sudo fleet-agent enroll
   fleet-agent enroll --token-file /run/credentials/enroll-token
   fleet-agent status                 what runs here
   fleet-agent why                    what happened here, and what to do about it
-  fleet-agent check                  what this board can reach and do, in order
+  fleet-agent check                  what this device can reach and do, in order
 """
 
 
@@ -62,7 +62,7 @@ ERRORS: Final = (
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fleet-agent",
-        description="The board's agent: takes signed assignments, and has components run as they say.",
+        description="Run and inspect the agent of a device, which carries out signed assignments.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -70,18 +70,24 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"fleet-agent {device_info.agent_version() or '(from a tree)'}"
     )
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--state", type=Path, default=STATE_DIR, metavar="DIR", help=f"state directory ({STATE_DIR})")
     common.add_argument(
-        "--runtime", type=Path, default=RUNTIME_DIR, metavar="DIR", help=f"where the host's socket lies ({RUNTIME_DIR})"
+        "--state", type=Path, default=STATE_DIR, metavar="DIR", help=f"state directory (default: {STATE_DIR})"
+    )
+    common.add_argument(
+        "--runtime",
+        type=Path,
+        default=RUNTIME_DIR,
+        metavar="DIR",
+        help=f"directory of the host's socket (default: {RUNTIME_DIR})",
     )
     common.add_argument(
         "--config",
         type=Path,
         default=CONFIG_FILE,
         metavar="FILE",
-        help=f"configuration ({CONFIG_FILE})",
+        help=f"configuration file (default: {CONFIG_FILE})",
     )
-    common.add_argument("-v", "--verbose", action="store_true", help="log more")
+    common.add_argument("-v", "--verbose", action="store_true", help="log at level DEBUG")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
@@ -89,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[common], help=text, description=text[0].upper() + text[1:] + ".")
         if json:
-            command.add_argument("--json", action="store_true", help="for programs")
+            command.add_argument("--json", action="store_true", help="print JSON for programs")
         command.set_defaults(run=run)
         return command
 
@@ -102,17 +108,19 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="take the token from the boot partition or the kernel's command line, and erase it",
     )
-    join.add_argument("--name", default="", help="what to call this board (its host name)")
-    join.add_argument("--force", action="store_true", help="give up the identity and state that are there")
-    apply = add("apply", _apply, "take in a bundle that 'fleet bundle create' made, without a network")
-    apply.add_argument("file", type=Path, metavar="FILE", help="the bundle")
-    apply.add_argument("--wait", type=float, default=60.0, metavar="S", help="seconds to wait for the verdict (60)")
+    join.add_argument("--name", default="", help="name of this device (default: its host name)")
+    join.add_argument("--force", action="store_true", help="discard an existing identity and state")
+    apply = add("apply", _apply, "apply a bundle that 'fleet bundle create' made, without a network")
+    apply.add_argument("file", type=Path, metavar="FILE", help="bundle to apply")
+    apply.add_argument(
+        "--wait", type=float, default=60.0, metavar="S", help="seconds to wait for the verdict (default: 60)"
+    )
     add("run", _run, "run the agent")
-    add("restore", _restore, "start what is committed on the host, without a network")
-    add("status", _status, "say what runs here", json=True)
-    reason = add("why", _why, "tell what happened here, why, and what to do", json=True)
+    add("restore", _restore, "start the committed instances on the host, without a network")
+    add("status", _status, "show what runs here", json=True)
+    reason = add("why", _why, "show what happened here, why, and what to do", json=True)
     reason.add_argument("instance", nargs="?", default="", help="only this instance")
-    add("check", _check, "test what the agent needs, in order, and name the first that fails", json=True)
+    add("check", _check, "test what the agent needs, in order; exit with 1 when something is missing", json=True)
     return parser
 
 

@@ -1,12 +1,12 @@
-"""The operator's side of the HTTP API: one small synchronous client with the fleet's own CA pinned.
+"""The operator's side of the HTTP API: a small synchronous client with the fleet's own CA pinned.
 
-Each method is one route of `fleet.protocol.operator_api`. Nothing is retried here: who calls knows whether a second
-try is right. What goes wrong comes out as one of four errors, by whose fault it is:
+Each method is one route of `fleet.protocol.operator_api`. Nothing is retried here: the caller knows whether a second
+attempt is right. Four errors say whose fault it is:
 
     ClientError
     ├── UnreachableError   the network, the address, the certificate: the server was not asked
-    ├── RequestError       the question itself: a name that no route has room for
-    ├── ProblemError       the server understood and said no; `.problem` tells what, why and what to do
+    ├── RequestError       the request itself: a name that no route has room for
+    ├── ProblemError       the server understood and refused; `.problem` says what, why and what to do
     └── AnswerError        the server answered something that this client does not understand
 """
 
@@ -47,12 +47,20 @@ _NO_CHECK_TIME: Final = 0x200000
 
 V = TypeVar("V", bound=msgspec.Struct)
 
+_CHECK_SERVER: Final = "start it with 'fleet serve', or look at its log"
+
+_CHECK_NETWORK: Final = "check the address in operator/config.toml and the network between"
+
+_LISTINGS: Final = "'fleet devices', 'fleet groups' and 'fleet rollouts' list them"
+
+_CHECK_HOME: Final = "use the --home of this fleet, or check that the address is right"
+
 
 class ClientError(Exception):
-    """Base: something between this machine and the server went wrong.
+    """Base of the errors between this machine and the server.
 
     Attributes:
-        what, why, action: for people: what could not be done, the reason, what to do next.
+        what, why, action: for people: what failed, why, and what to do.
     """
 
     def __init__(self, what: str, why: str, action: str) -> None:
@@ -61,15 +69,15 @@ class ClientError(Exception):
 
 
 class UnreachableError(ClientError):
-    """The server could not be asked at all."""
+    """The server could not be asked."""
 
 
 class RequestError(ClientError):
-    """What was to be asked for cannot be the name of anything."""
+    """The request is malformed: no route has room for such a name."""
 
 
 class AnswerError(ClientError):
-    """The answer is not of this API, or of a later version of it."""
+    """The answer does not follow this API, or follows a later version of it."""
 
 
 class ProblemError(ClientError):
@@ -81,13 +89,13 @@ class ProblemError(ClientError):
 
 
 class Client:
-    """A connection to one fleet's server.
+    """Connection to one fleet's server.
 
     Args:
         url: of the operators' listener, `https://host:port`.
         ca: PEM file with the fleet's CA; nothing else is trusted.
         token: the operator's bearer token.
-        late: talk to a server whose certificate has ended too, to renew what it ended with.
+        late: also accept a server certificate that has expired, to renew the CA behind it.
 
     Raises:
         UnreachableError: `ca` cannot be read as a certificate.
@@ -127,11 +135,11 @@ class Client:
     # the fleet
 
     def status(self) -> operator_api.Status:
-        """The fleet at a glance."""
+        """Fetch the state of the fleet."""
         return self._get(operator_api.Status, "/v1/status")
 
     def groups(self) -> operator_api.Groups:
-        """Every group."""
+        """List the groups."""
         return self._get(operator_api.Groups, "/v1/groups")
 
     def set_group(self, name: str, request: operator_api.GroupRequest) -> operator_api.GroupRow:
@@ -139,68 +147,68 @@ class Client:
         return self._send(operator_api.GroupRow, "PUT", f"/v1/groups/{_quoted(name)}", request)
 
     def enroll_token(self, request: operator_api.EnrollTokenRequest) -> operator_api.EnrollTokenReply:
-        """A one-time token for one board."""
+        """Create a one-time token for one device."""
         return self._send(operator_api.EnrollTokenReply, "POST", "/v1/enroll-tokens", request)
 
     def audit(self, *, limit: int) -> operator_api.Audit:
-        """The newest acts."""
+        """List the newest entries of the audit log."""
         return self._get(operator_api.Audit, "/v1/audit", {"limit": limit})
 
     # the CA and operators
 
     def ca(self) -> CaView:
-        """The fleet's CA."""
+        """Fetch the fleet's CA."""
         return self._get(CaView, "/v1/ca")
 
     def install_issuing(self, request: IssuingRequest) -> CaView:
-        """Put an issuing CA in place that the root has signed."""
+        """Install an issuing CA that the root has signed."""
         return self._send(CaView, "PUT", "/v1/ca/issuing", request)
 
     def revoke_issuer(self, serial: str) -> CaView:
-        """Accept an issuing CA no more."""
+        """Stop accepting an issuing CA."""
         return self._send(CaView, "POST", f"/v1/ca/issuers/{_quoted(serial)}/revoke", None)
 
     def online(self, *, wait_s: int = 0) -> OnlineView:
-        """Where snapshot and timestamp are signed; with `wait_s`, as soon as something waits for it."""
+        """Fetch where snapshot and timestamp are signed; with `wait_s`, wait up to that long for a change to sign."""
         query = {"wait": wait_s} if wait_s else {}
         return self._get(OnlineView, "/v1/online", query, timeout_s=READ_TIMEOUT_S + wait_s)
 
     def countersign(self, request: OnlineRequest) -> OnlineView:
-        """Bring snapshot and timestamp, signed."""
+        """Upload signed snapshot and timestamp."""
         return self._send(OnlineView, "POST", "/v1/online", request)
 
     def discard_waiting(self) -> OnlineView:
-        """Have the server forget what waits for the publisher host."""
+        """Discard the change that waits for the signing host."""
         return self._send(OnlineView, "POST", "/v1/online/discard", None)
 
     def operators(self) -> Operators:
-        """Who may come in."""
+        """List the operators."""
         return self._get(Operators, "/v1/operators")
 
-    def let_in(self, name: str, role: Role) -> OperatorReply:
-        """Let an operator in, or give one another role and token."""
+    def set_operator(self, name: str, role: Role) -> OperatorReply:
+        """Add an operator, or give one another role and token."""
         return self._send(OperatorReply, "PUT", f"/v1/operators/{_quoted(name)}", OperatorRequest(role=role))
 
-    def shut_out(self, name: str) -> Operators:
-        """Shut an operator out."""
+    def remove_operator(self, name: str) -> Operators:
+        """Remove an operator."""
         return self._send(Operators, "POST", f"/v1/operators/{_quoted(name)}/remove", None)
 
-    # boards
+    # devices
 
     def devices(self) -> operator_api.Devices:
-        """Every board."""
+        """List the devices."""
         return self._get(operator_api.Devices, "/v1/devices")
 
     def device(self, device: str) -> operator_api.DeviceDetail:
-        """One board in full."""
+        """Fetch one device in full."""
         return self._get(operator_api.DeviceDetail, f"/v1/devices/{_quoted(device)}")
 
     def timeline(self, device: str, *, limit: int) -> operator_api.Timeline:
-        """What happened to a board, newest first."""
+        """Fetch what happened to a device, newest first."""
         return self._get(operator_api.Timeline, f"/v1/devices/{_quoted(device)}/timeline", {"limit": limit})
 
     def history(self, device: str, *, boot_id: str = "", after: int = 0) -> History:
-        """A page of a board's reports as it signed them, behind a place in them."""
+        """Fetch a page of a device's reports as it signed them, after a position in them."""
         return self._get(History, f"/v1/devices/{_quoted(device)}/reports", {"boot_id": boot_id, "after": after})
 
     def label(self, device: str, request: operator_api.LabelsRequest) -> operator_api.DeviceDetail:
@@ -208,11 +216,11 @@ class Client:
         return self._send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{_quoted(device)}/labels", request)
 
     def pin(self, device: str, request: operator_api.RolloutRequest) -> operator_api.RolloutView:
-        """Give one board a target of its own."""
+        """Give one device a target of its own."""
         return self._send(operator_api.RolloutView, "PUT", f"/v1/devices/{_quoted(device)}/pin", request)
 
     def unpin(self, device: str, instance: str) -> operator_api.DeviceDetail:
-        """Let the board follow its groups again."""
+        """Let a device follow its groups again."""
         return self._send(
             operator_api.DeviceDetail,
             "POST",
@@ -221,7 +229,7 @@ class Client:
         )
 
     def retry(self, device: str, instance: str) -> operator_api.DeviceDetail:
-        """Have a failed instance tried again."""
+        """Retry a failed instance."""
         return self._send(
             operator_api.DeviceDetail,
             "POST",
@@ -234,49 +242,47 @@ class Client:
         return self._send(operator_api.CommandReply, "POST", f"/v1/devices/{_quoted(device)}/command", request)
 
     def logs(self, device: str, *, command: int, after: int, wait_s: int) -> LogView:
-        """Log lines that a command asked for, behind a place in them; waits for the next."""
+        """Fetch log lines that a command asked for, after a position in them; waits up to `wait_s` for more."""
         query = {"command": command, "after": after, "wait": wait_s}
         return self._get(LogView, f"/v1/devices/{_quoted(device)}/logs", query, timeout_s=READ_TIMEOUT_S + wait_s)
 
     def revoke(self, device: str) -> operator_api.DeviceDetail:
-        """Shut a board out."""
+        """Remove a device from the fleet."""
         return self._send(operator_api.DeviceDetail, "POST", f"/v1/devices/{_quoted(device)}/revoke", None)
 
     # publishing
 
     def components(self) -> operator_api.Components:
-        """Every published target."""
+        """List the published targets."""
         return self._get(operator_api.Components, "/v1/components")
 
     def tuf(self, file: str) -> bytes | None:
-        """One file of the TUF repository; None when there is none of that name."""
+        """Fetch one file of the TUF repository; None when there is none of that name."""
         response = self._request("GET", f"/v1/tuf/{_quoted(file)}")
         if response.status_code == httpx.codes.NOT_FOUND:
             return None
         return self._checked(response).content
 
     def desired(self, device: str) -> bytes | None:
-        """A board's newest assignment in its envelope; None when nothing was ever assigned to it."""
+        """Fetch a device's newest assignment in its envelope; None when nothing was ever assigned to it."""
         response = self._request("GET", f"/v1/devices/{_quoted(device)}/desired")
         return None if response.status_code == httpx.codes.NOT_FOUND else self._checked(response).content
 
     def has_artifact(self, sha256: str) -> bool:
-        """Whether the server has these bytes."""
+        """Tell whether the server has these bytes."""
         response = self._request("HEAD", f"/v1/artifacts/{_quoted(sha256)}")
         if response.is_success or response.status_code == httpx.codes.NOT_FOUND:
             return response.is_success
-        raise AnswerError(
-            f"{self.url} answered {response.status_code}", "to the question for an artifact", _CHECK_SERVER
-        )
+        raise AnswerError(f"{self.url} answered {response.status_code}", "when asked for an artifact", _CHECK_SERVER)
 
     def artifact(self, sha256: str) -> bytes:
-        """A component's bytes, as the server has them: check the hash."""
+        """Fetch a component's bytes, unverified: check the hash."""
         return self._checked(self._request("GET", f"/v1/artifacts/{_quoted(sha256)}")).content
 
     def upload(
         self, sha256: str, data: bytes, *, progress: Callable[[int], None] | None = None
     ) -> operator_api.ArtifactReply:
-        """Store an artifact; `progress` is told the number of bytes of each chunk as it is sent."""
+        """Store an artifact; `progress` gets the size of each chunk in bytes as it is sent."""
 
         def chunks() -> Iterator[bytes]:
             for start in range(0, len(data), CHUNK_BYTES):
@@ -305,30 +311,30 @@ class Client:
     # secrets
 
     def secrets(self) -> trust_api.Secrets:
-        """Every secret, without its value."""
+        """List the secrets, without their values."""
         return self._get(trust_api.Secrets, "/v1/secrets")
 
     def sealing_keys(self, name: str, scope: trust_api.SecretScope) -> trust_api.SealingKeys:
-        """What is needed to seal the next version of a secret here."""
+        """Fetch what is needed to seal the next version of a secret on this machine."""
         query = {"group": scope.group, "device": scope.device, "instance": scope.instance}
         return self._get(trust_api.SealingKeys, f"/v1/secrets/{_quoted(name)}/keys", query)
 
     def set_secret(self, name: str, request: trust_api.SecretRequest) -> trust_api.SecretReply:
-        """Give boards the next version of a secret."""
+        """Give devices the next version of a secret."""
         return self._send(trust_api.SecretReply, "PUT", f"/v1/secrets/{_quoted(name)}", request)
 
     def remove_secret(self, name: str, scope: trust_api.SecretScope) -> trust_api.Secrets:
-        """Take a secret from boards."""
+        """Take a secret from devices."""
         return self._send(trust_api.Secrets, "POST", f"/v1/secrets/{_quoted(name)}/remove", scope)
 
     def box(self, device: str, sha256: str) -> bytes:
-        """A board's sealed box, as the server has it: check the hash."""
+        """Fetch a device's sealed box, unverified: check the hash."""
         return self._checked(self._request("GET", f"/v1/devices/{_quoted(device)}/secrets/{_quoted(sha256)}")).content
 
     # rollouts
 
     def preflight(self, request: operator_api.RolloutRequest) -> operator_api.Preflight:
-        """What a rollout would do."""
+        """Ask what a rollout would do."""
         return self._send(operator_api.Preflight, "POST", "/v1/preflight", request)
 
     def deploy(self, request: operator_api.RolloutRequest) -> operator_api.RolloutView:
@@ -336,19 +342,19 @@ class Client:
         return self._send(operator_api.RolloutView, "POST", "/v1/rollouts", request)
 
     def rollouts(self, *, group: str = "", limit: int = 50) -> operator_api.Rollouts:
-        """The newest rollouts."""
+        """List the newest rollouts."""
         query: dict[str, str | int] = {"group": group, "limit": limit} if group else {"limit": limit}
         return self._get(operator_api.Rollouts, "/v1/rollouts", query)
 
     def rollout(self, rollout: str, *, wait_s: int = 0, since: int = 0) -> operator_api.RolloutView:
-        """One rollout; with `wait_s`, returns when its revision is above `since`, or after that time."""
+        """Fetch one rollout; with `wait_s`, return when its revision is above `since`, or after that time."""
         query = {"wait": wait_s, "since": since} if wait_s else {}
         return self._get(
             operator_api.RolloutView, f"/v1/rollouts/{_quoted(rollout)}", query, timeout_s=READ_TIMEOUT_S + wait_s
         )
 
     def act(self, rollout: str, verb: str) -> operator_api.RolloutView:
-        """`pause`, `resume` or `abort` a rollout."""
+        """Pause, resume or abort a rollout."""
         return self._send(operator_api.RolloutView, "POST", f"/v1/rollouts/{_quoted(rollout)}/{verb}", None)
 
     def undo(self, request: operator_api.UndoRequest) -> operator_api.RolloutView:
@@ -356,7 +362,7 @@ class Client:
         return self._send(operator_api.RolloutView, "POST", "/v1/undo", request)
 
     def remove(self, request: operator_api.RemovalRequest) -> operator_api.RolloutView:
-        """Take an instance off."""
+        """Remove an instance from a group or a device."""
         return self._send(operator_api.RolloutView, "POST", "/v1/removals", request)
 
     # how
@@ -386,7 +392,7 @@ class Client:
         except wire.JSON_ERRORS as error:
             raise AnswerError(
                 f"{self.url} answered {response.status_code} {response.reason_phrase}",
-                "which is not an answer of a wasmfleet server",
+                "which no wasmfleet server sends",
                 "check the url in operator/config.toml and what listens there",
             ) from error
         raise ProblemError(problem)
@@ -396,7 +402,7 @@ class Client:
             return msgspec.json.decode(self._checked(response).content, type=kind)
         except wire.JSON_ERRORS as error:
             raise AnswerError(
-                f"the answer of {self.url} is not understood",
+                f"cannot understand the answer of {self.url}",
                 str(error),
                 "the server may be another version: compare 'fleet --version' on both machines",
             ) from error
@@ -409,7 +415,7 @@ def _unreachable(url: str, error: Exception) -> UnreachableError:
         case httpx.ConnectTimeout():
             why, action = f"no connection within {CONNECT_TIMEOUT_S:g} s", _CHECK_NETWORK
         case httpx.TimeoutException():
-            why, action = "it accepted the connection and did not answer in time", _CHECK_SERVER
+            why, action = "the server accepted the connection and did not answer in time", _CHECK_SERVER
         case httpx.InvalidURL() | httpx.UnsupportedProtocol() | ValueError():
             why, action = text, 'write url = "https://HOST:PORT" in operator/config.toml'
         case _ if "CERTIFICATE_VERIFY_FAILED" in text:
@@ -424,17 +430,8 @@ def _unreachable(url: str, error: Exception) -> UnreachableError:
     return UnreachableError(f"cannot reach the server at {url}", why, action)
 
 
-_CHECK_SERVER: Final = "start it with 'fleet serve', or look at its log"
-
-_CHECK_NETWORK: Final = "check the address in operator/config.toml and the network between"
-
-_LISTINGS: Final = "'fleet devices', 'fleet groups' and 'fleet rollouts' list them"
-
-_CHECK_HOME: Final = "use the --home of this fleet, or check that the address is right"
-
-
 def _is_loopback(url: str) -> bool:
-    """Whether a URL is of this machine; a proxy from the environment is never asked for those."""
+    """Tell whether a URL is on this machine; such requests never go through a proxy of the environment."""
     with contextlib.suppress(ValueError):
         host = urlsplit(url).hostname or ""
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -442,7 +439,7 @@ def _is_loopback(url: str) -> bool:
 
 
 def _quoted(part: str) -> str:
-    """One segment of a path: what people type may hold anything; raises `RequestError` for what no path can hold."""
+    """Quote one segment of a path; raises `RequestError` for what no path can hold."""
     if part in {"", ".", ".."} or "/" in part:
-        raise RequestError(f"{part[:80]!r} is no name", "names are made of a-z, 0-9 and '-'", _LISTINGS)
+        raise RequestError(f"{part[:80]!r} is not a name", "names are made of a-z, 0-9 and '-'", _LISTINGS)
     return quote(part, safe="")

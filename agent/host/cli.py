@@ -1,4 +1,4 @@
-"""`fleet-host`: run the device's wasm host, or check its engine and isolation layers."""
+"""`fleet-host`: run the WebAssembly host of a device, or report its engine and isolation layers."""
 
 import argparse
 import asyncio
@@ -37,22 +37,32 @@ def _address(text: str) -> tuple[str, int] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fleet-host", description="The wasm host of a device.")
+    parser = argparse.ArgumentParser(
+        prog="fleet-host", description="Run the WebAssembly host of a device, or check what the device supports."
+    )
     parser.add_argument("--version", action="version", version=f"fleet-host {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="run components, as the agent commands")
+    run = commands.add_parser("run", help="run components as the agent directs")
     run.add_argument(
-        "--runtime", type=Path, default=_DEFAULT_RUNTIME, metavar="DIR", help="sockets; default %(default)s"
+        "--runtime",
+        type=Path,
+        default=_DEFAULT_RUNTIME,
+        metavar="DIR",
+        help="directory of the sockets (default: %(default)s)",
     )
     run.add_argument(
-        "--state", type=Path, default=_DEFAULT_STATE, metavar="DIR", help="files that it keeps; default %(default)s"
+        "--state",
+        type=Path,
+        default=_DEFAULT_STATE,
+        metavar="DIR",
+        help="directory of what the host keeps (default: %(default)s)",
     )
     run.add_argument(
         "--ingress",
         type=_address,
         default=_DEFAULT_INGRESS,
         metavar="ADDRESS:PORT",
-        help="the shared HTTP port, or none; default %(default)s",
+        help="shared HTTP port, or none (default: %(default)s)",
     )
     run.add_argument(
         "--require",
@@ -67,15 +77,15 @@ def _parser() -> argparse.ArgumentParser:
         type=_layers,
         default=frozenset(),
         metavar="LAYERS",
-        help=f"do not start unless these hold: exit with status {_STATUS_BELOW_MINIMUM}; named as for --require",
+        help=f"exit with status {_STATUS_BELOW_MINIMUM} unless these isolation layers hold; named as for --require",
     )
     run.add_argument(
         "--agent-group",
         type=_group,
         metavar="GROUP",
-        help="a group whose members may command this host, beside root and its own user",
+        help="let members of this group command the host, besides root and its own user",
     )
-    commands.add_parser("check", help="show the engine and the isolation layers of this device")
+    commands.add_parser("check", help="report the engine and the isolation layers of this device")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""`fleet affected`: which boards run a package, by what publishers signed, not by what the server says of it.
+"""`fleet affected`: which devices run a package, judged by what publishers signed.
 
-The server tells which target runs where. What is in a target stands in a bill of materials that its publisher bound to
-it, or in the component's own bytes; both are taken only with the hash in verified metadata. A target that says nothing
-is named, never passed over.
+The server says which target runs where. The packages of a target stand in a bill of materials that its publisher bound
+to it, or in the component's own bytes; both are accepted only with the hash in verified metadata. Targets without
+either are named as unknown, never passed over.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,7 +32,7 @@ PUBLISHED: Final = "published"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Use:
-    """A target in use: `state` is `runs` (by the board's own word), `assigned` (to a group or a board), `published`."""
+    """Target in use. `state` is `runs` (as the device reports), `assigned` (to a group or a device) or `published`."""
 
     target: str
     where: str = "-"
@@ -43,7 +43,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A use of a target that has the package; `packages` with whether each is meant for sure."""
+    """Use of a target that contains the package; each package with the certainty of the match."""
 
     use: Use
     packages: tuple[tuple[Package, Answer], ...]
@@ -57,13 +57,13 @@ class Hit:
     "fleet affected 'log4j-core<2.17' --strict || mail -s affected admin",
 )
 @click.argument("question", metavar="PACKAGE[<VERSION]")
-@click.option("--published", is_flag=True, help="Also what is published and in use nowhere")
-@click.option("--strict", is_flag=True, help="Exit with 1 also when it is not known of something what is in it")
+@click.option("--published", is_flag=True, help="Include what is published and in use nowhere")
+@click.option("--strict", is_flag=True, help="Exit with 1 also when the packages of something in use are unknown")
 def affected(options: Options, *, question: str, published: bool, strict: bool) -> Exit:
-    """List the boards that run a package, by name or package URL, with conditions on its version.
+    """List the devices that run a package, by name or package URL, with conditions on its version.
 
-    Read from the SBOM that was published with each component, else from what its toolchain built into it. What has
-    neither is named as unknown. Exits with 1 when something in use is affected, or may be.
+    Packages are read from the SBOM published with each component, else from what its toolchain built into it.
+    Components with neither are listed as unknown. Exits with 1 when something in use is affected, or may be.
     """
     try:
         asked = query.parse(question)
@@ -86,7 +86,7 @@ def affected(options: Options, *, question: str, published: bool, strict: bool) 
 
 
 def _uses(client: Client, *, published: bool) -> Iterator[Use]:
-    """Where which target runs, is to run, or could."""
+    """Yield each target that runs, is assigned, or (with `published`) could be deployed."""
     devices = client.devices()
     yield from _running(devices)
     for group in client.groups().groups:
@@ -129,10 +129,10 @@ def _tell(options: Options, asked: Query, hits: list[Hit], unknown: list[Use], c
     output.table(
         ("WHERE", "INSTANCE", "TARGET", "STATE", "PACKAGE"),
         [_row(hit) for hit in hits],
-        empty=f"Nothing in use is known to have {asked.text}.",
+        empty=f"Nothing in use is known to contain {asked.text}.",
     )
     if unknown and not options.quiet:
-        click.echo("\nNot known what is in:\n")
+        click.echo("\nPackages unknown:\n")
         output.table(
             ("WHERE", "INSTANCE", "TARGET", "STATE", "WHY"),
             [(*_place(use), contents[use.target].source) for use in unknown],

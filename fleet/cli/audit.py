@@ -1,4 +1,4 @@
-"""`fleet audit verify`: what boards ran, proved by their own signatures and not by the server's word."""
+"""`fleet audit verify`: what devices ran, proved by their own signatures without trusting the server."""
 
 from typing import Final
 
@@ -17,15 +17,15 @@ from signing.device_statements import Seen, Verdict, audit
 from signing.errors import Rejected
 
 REPORTS_MAX: Final = 200_000
-"""Of one board: no server keeps the operator busy for ever."""
+"""Reports read of one device, so that a server cannot keep the command busy for ever."""
 
-_AWAY: Final = "the server shows no key of this board: it has not come back to it yet"
+_AWAY: Final = "the server shows no key of this device: it has not come back to it yet"
 
-_GONE: Final = "the server does not know this board any more"
+_GONE: Final = "the server does not know this device any more"
 
 
 class _Shown(msgspec.Struct, frozen=True, kw_only=True):
-    """One board's verdict, for programs."""
+    """Verdict on one device, for programs."""
 
     device: str
     key: str
@@ -34,25 +34,25 @@ class _Shown(msgspec.Struct, frozen=True, kw_only=True):
     ran: tuple[Report, ...]
 
 
-@click.group("audit", short_help="Prove what boards ran, without believing the server")
+@click.group("audit", short_help="Prove what devices ran, without trusting the server")
 def audits() -> None:
-    """Prove what boards ran, without believing the server."""
+    """Prove what devices ran, without trusting the server."""
 
 
 @command("verify", examples="fleet audit verify\nfleet audit verify gate-7-1f2e3d4c --json")
 @click.argument("device", required=False, default="", shell_complete=operator.devices)
 @click.option(
-    "--forget", is_flag=True, help="Take the board's key as it is now: it was enrolled anew, and you know why"
+    "--forget", is_flag=True, help="Accept the device's present key, when it was enrolled anew for a known reason"
 )
 def verify(options: Options, *, device: str, forget: bool) -> Exit:
-    """Check that what the server shows of boards is what they signed, whole and in order, and say what they ran.
+    """Check that devices signed what the server shows of them, whole and in order, and list what they ran.
 
-    Each board's key is remembered from first sight in `operator/trust`, and so is its newest report: a server that
-    changes, invents, leaves out or takes back a report is found out. Ends with 1 where something does not hold.
+    Each device's key is remembered from first sight in `operator/trust`, and so is its newest report: a server that
+    changes, invents, omits or withdraws a report is detected. Exits with 1 when something does not hold.
     """
     who = load_operator(options)
     if forget and not device:
-        raise Fault("--forget needs the name of a board")
+        raise Fault("--forget names no device", action="add the device: fleet audit verify DEVICE --forget")
     memory = load_devices(who.trust)
     shown = []
     with who.client() as client:
@@ -116,14 +116,14 @@ def _tell(shown: list[_Shown]) -> None:
         for each in shown
         for report in each.ran
     ]
-    output.table(("DEVICE", "WHEN (UTC)", "INSTANCE", "WHAT", "RUNS THEN"), rows, empty="No board has reported yet.")
+    output.table(("DEVICE", "WHEN (UTC)", "INSTANCE", "WHAT", "RUNS THEN"), rows, empty="No device has reported yet.")
     for each in shown:
         for note in each.notes:
             click.echo(f"{each.device}: {note}")
         for finding in each.findings:
             click.echo(click.style("does not hold: ", fg="red", bold=True) + f"{each.device}: {finding}")
     broken = sum(bool(each.findings) for each in shown)
-    click.echo(f"{len(shown) - broken} of {len(shown)} boards' histories are their own, whole and in order.")
+    click.echo(f"{len(shown) - broken} of {len(shown)} devices' histories are authentic, whole and in order.")
 
 
 def _said(report: Report) -> str:

@@ -1,10 +1,6 @@
-"""Options, errors, exit codes, lazy groups, typed values, bounded file reading.
+"""Shared by all `fleet` commands: options, errors for people, exit codes, lazily loaded groups, typed values, files.
 
-What every `fleet` command shares: the common options, errors for people, exit codes and the lazily loaded groups.
-
-This module is imported for each `fleet --help` and each completion, so it imports click and nothing heavier.
-
-Values that people type as `key=value`.
+Every `fleet --help` and every completion imports this module, so at load time it imports click and nothing heavier.
 """
 
 import importlib
@@ -35,7 +31,7 @@ class Exit(IntEnum):
 
 EXIT_CODES: Final = (
     (Exit.OK, "done, or the rollout succeeded"),
-    (Exit.FAILED, "it was tried and failed: a rollout halted, aborted or rolled back"),
+    (Exit.FAILED, "tried and failed: a rollout halted, aborted or rolled back"),
     (Exit.USAGE, "wrong options or bad input: nothing was changed"),
     (Exit.UNREACHABLE, "the server cannot be reached"),
     (Exit.REFUSED, "the server refused: unknown, conflicting or not allowed"),
@@ -44,7 +40,7 @@ EXIT_CODES: Final = (
 
 
 class Fault(Exception):  # noqa: N818 - an error for people, raised by commands as a sentence
-    """An error for people, in one line: what happened; why; what to do next.
+    """Error for people, in one line: what failed; why; what to do next.
 
     Attributes:
         extra: text to print below on standard output, such as a file to save.
@@ -57,7 +53,7 @@ class Fault(Exception):  # noqa: N818 - an error for people, raised by commands 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The common options. `home` is None when neither --home nor WASMFLEET_HOME names one."""
+    """Common options. `home` is None when neither --home nor WASMFLEET_HOME names one."""
 
     home: Path | None = None
     json: bool = False
@@ -66,7 +62,7 @@ class Options:
 
 
 def _merge(context: click.Context, **given: Any) -> Options:
-    """The options given before the command's name, overridden by those after it."""
+    """Merge the options before a command's name with those after it, which win."""
     base = context.obj if isinstance(context.obj, Options) else Options()
     return replace(base, **{name: value for name, value in given.items() if value})
 
@@ -79,7 +75,7 @@ HOME: Final = click.Option(
 
 JSON: Final = click.Option(["--json"], is_flag=True, help="Print JSON for programs")
 
-QUIET: Final = click.Option(["--quiet", "-q"], is_flag=True, help="Print results and errors only")
+QUIET: Final = click.Option(["--quiet", "-q"], is_flag=True, help="Print only results and errors")
 
 DEBUG: Final = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error")
 
@@ -96,7 +92,7 @@ SAVE_EVENT: Final = click.option(
 
 
 class Command(click.Command):
-    """A command with the common options, also after its name, and examples at the end of its help."""
+    """Command with the common options, also after its name, and examples at the end of its help."""
 
     def __init__(self, *args: Any, examples: str = "", json: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,7 +108,7 @@ class Command(click.Command):
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The command's own options, then the common ones."""
+        """Write the command's own options, then the common ones."""
         own = [record for option in self.own if (record := option.get_help_record(ctx)) is not None]
         if own:
             with formatter.section("Options"):
@@ -122,7 +118,7 @@ class Command(click.Command):
             formatter.write_dl([*common, ("--help", "Show this message and exit")])
 
     def format_epilog(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The examples, as they stand."""
+        """Write the examples without wrapping."""
         write_examples(formatter, self.examples)
 
 
@@ -147,7 +143,7 @@ def command(name: str, *, examples: str = "", json: bool = True) -> Callable[[Ca
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a command lives and what its one line in the help says, known without importing it."""
+    """Place and one-line help of a command, known without importing it."""
 
     where: str
     short: str
@@ -157,7 +153,7 @@ Sections = Mapping[str, Mapping[str, Entry]]
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called, listed in sections."""
+    """Group whose commands are listed in sections and imported only when called."""
 
     def __init__(self, *args: Any, sections: Sections, examples: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -166,7 +162,7 @@ class LazyGroup(click.Group):
         self.examples = examples
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        """The names, in the order of the sections."""
+        """Return the names in the order of the sections."""
         return list(self.entries)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -181,21 +177,21 @@ class LazyGroup(click.Group):
         return loaded
 
     def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The sections; nothing is imported for it."""
+        """Write the sections without importing any command."""
         width = max(len(name) for name in self.entries)
         for title, section in self.sections.items():
             with formatter.section(title):
                 formatter.write_dl([(name.ljust(width), entry.short) for name, entry in section.items()])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The examples, and on the outermost group the exit codes."""
+        """Write the examples; on the outermost group, the exit codes too."""
         write_examples(formatter, self.examples)
         if ctx.parent is None:
             with formatter.section("Exit codes"):
                 formatter.write_dl([(str(int(code)), meaning) for code, meaning in EXIT_CODES])
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run, and turn whatever is raised into one line and an exit code."""
+        """Run, and turn every exception into one line and an exit code."""
         kwargs["standalone_mode"] = False
         argv = kwargs.get("args") or (args[0] if args else None) or sys.argv[1:]
         debug = "--debug" in argv
@@ -232,7 +228,7 @@ def explain(error: Exception) -> int:
 
 
 def _by_library(error: Exception) -> tuple[str, Exit]:
-    """The line and code for errors of this project's own modules, imported only now that one was raised."""
+    """Give the line and code for an error of this project's own modules, imported only now that one was raised."""
     from fleet.client import ClientError, ProblemError, RequestError, UnreachableError  # noqa: PLC0415 - keeps the start fast
 
     match error:
@@ -253,7 +249,7 @@ def _by_library(error: Exception) -> tuple[str, Exit]:
 
 
 def _one_line(text: str) -> str:
-    """The text without line breaks and without a final full stop."""
+    """Remove line breaks and a final full stop."""
     return " ".join(text.split()).rstrip(".")
 
 
@@ -265,7 +261,7 @@ def check_choice(value: str, known: Sequence[str], what: str) -> str:
 
 
 def config_values(pairs: Sequence[str]) -> dict[str, str] | None:
-    """Configuration from `--config key=value`; None when there is none, so that the instance keeps its own.
+    """Read configuration from `--config key=value`; None when there is none, so that the instance keeps its own.
 
     Raises:
         Fault: no '=', an empty key, or a key given twice.
@@ -274,15 +270,15 @@ def config_values(pairs: Sequence[str]) -> dict[str, str] | None:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise Fault(f"--config {pair!r} is no setting", "it has no '='", "write --config key=value")
+            raise Fault(f"--config {pair!r} is not a setting", "it has no '='", "write --config key=value")
         if key in values:
-            raise Fault(f"--config {key} is given twice", "only one value can hold", "give it once")
+            raise Fault(f"--config {key} is given twice", "one value can apply", "give it once")
         values[key] = value
     return values or None
 
 
 def label_values(words: Sequence[str]) -> dict[str, str | None]:
-    """Labels from `key=value`, or `key-` to remove one (None); raises `Fault`."""
+    """Read labels from `key=value`, or `key-` to remove one (None); raises `Fault`."""
     values: dict[str, str | None] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -292,24 +288,24 @@ def label_values(words: Sequence[str]) -> dict[str, str | None]:
             values[word[:-1]] = None
         else:
             raise Fault(
-                f"{word!r} is no label", "a label has a name and a value", "write name=value, or name- to remove it"
+                f"{word!r} is not a label", "a label has a name and a value", "write name=value, or name- to remove it"
             )
     return values
 
 
 def days(text: str) -> timedelta:
-    """A time in days, as `30d`; raises `Fault`."""
+    """Read a time in days, such as `30d`; raises `Fault`."""
     found = re.fullmatch(r"([1-9][0-9]{0,3})d?", text.strip())
     if found is None:
-        raise Fault(f"{text!r} is no number of days", "1 to 9999 are possible", "write it as 30d")
+        raise Fault(f"{text!r} is not a number of days", "1 to 9999 days are possible", "write 30d")
     return timedelta(days=int(found[1]))
 
 
 def write_file(file: Path, data: bytes | str, action: str = "check the path") -> None:
-    """Write a file that a person named: whole or not at all; a device or pipe, such as /dev/stdout, as it stands.
+    """Write a file that a person named, whole or not at all; write into a device or pipe such as /dev/stdout.
 
     Args:
-        file: where to; what it links to is replaced.
+        file: path; of a symbolic link, the file that it points to is replaced.
         data: its content; text is written as UTF-8.
         action: what to do when it cannot be written.
 
@@ -336,18 +332,18 @@ def write_file(file: Path, data: bytes | str, action: str = "check the path") ->
 
 
 def reason(error: OSError) -> str:
-    """The system's reason for an error, within a sentence: `no space left on device`."""
+    """Return the system's reason for an error as part of a sentence: `no space left on device`."""
     return (error.strerror or str(error)).lower()
 
 
 def read_file(file: Path, most: int) -> bytes:
-    """At most `most` bytes of a file, and one more where it has more; raises `Fault`."""
+    """Read at most `most` bytes of a file, plus one where the file is longer; raises `Fault`."""
     try:
         with file.open("rb") as stream:
             return stream.read(most + 1)
     except FileNotFoundError:
         raise Fault(f"{file} does not exist", "", "check the path") from None
     except IsADirectoryError:
-        raise Fault(f"{file} is a directory", "one file is wanted", f"name a file in {file}") from None
+        raise Fault(f"{file} is a directory", "the command needs a file", f"name a file in {file}") from None
     except OSError as error:
         raise Fault(f"cannot read {file}", reason(error), "check its permissions") from None

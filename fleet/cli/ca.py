@@ -1,4 +1,4 @@
-"""`fleet ca`: the CA by which boards and servers know each other. Its root is with the operator, offline."""
+"""`fleet ca`: the CA by which devices and servers know each other. The operator keeps its root offline."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,12 +15,12 @@ from fleet.client import Client, ProblemError
 from fleet.protocol.trust_api import CaView, Issuer, IssuingRequest
 
 
-@click.group("ca", short_help="The CA by which boards and servers know each other")
+@click.group("ca", short_help="Manage the CA by which devices and servers know each other")
 def authority() -> None:
-    """The CA by which boards and servers know each other.
+    """Manage the CA by which devices and servers know each other.
 
-    Boards pin its root, whose key lies encrypted with the operator. The server issues with an issuing CA below it, for
-    90 days at the most; another one needs no board enrolled again.
+    Devices pin its root, whose key the operator keeps encrypted. The server issues certificates with an issuing CA
+    below it, valid for at most 90 days; replacing the issuing CA needs no device enrolled again.
     """
 
 
@@ -33,7 +33,8 @@ def status(options: Options) -> Exit:
         output.show_json(view)
     elif view.root_on_server:
         output.say(
-            options, "A development fleet: the root of its CA lies on the server, in the clear, and issues by itself."
+            options,
+            "A development fleet: the root key of its CA is unencrypted on the server and signs certificates itself.",
         )
     else:
         rows = [
@@ -48,19 +49,21 @@ def status(options: Options) -> Exit:
 
 
 @command("renew", examples="fleet ca renew")
-@click.option("--days", default=ca.LIFE.days, show_default=True, type=click.IntRange(1, ca.LIFE.days))
+@click.option(
+    "--days", default=ca.LIFE.days, show_default=True, type=click.IntRange(1, ca.LIFE.days), help="Days until it ends"
+)
 @SIGN_YES
 def renew(options: Options, *, days: int, yes: bool) -> None:
     """Sign the server's next issuing CA with the root's key of this machine, and put it in place.
 
-    The server makes the key and keeps it. Boards notice nothing; the issuing CA before stays accepted until it ends.
+    The server makes the key and keeps it. Devices notice nothing; the issuing CA before stays accepted until it ends.
     """
     who = load_operator(options)
     with who.client(late=True) as client:
         view = client.ca()
         if view.root_on_server:
             raise Fault(
-                "the root of this CA lies on its server", "there is no issuing CA", "fleet ca offline makes one"
+                "the root of this CA lies on its server", "there is no issuing CA", "make one with fleet ca offline"
             )
         _install(client, view, open_root(who), options, life=timedelta(days=days), yes=yes)
 
@@ -68,13 +71,13 @@ def renew(options: Options, *, days: int, yes: bool) -> None:
 @command("revoke", examples="fleet ca revoke 4f1c...    (fleet ca status shows them)")
 @click.argument("serial")
 def revoke(options: Options, *, serial: str) -> None:
-    """Accept no certificate more that the issuing CA SERIAL made: it was stolen.
+    """Stop accepting certificates that the issuing CA SERIAL signed, because its key was stolen.
 
-    Boards that have one renew it by themselves, with the key that is enrolled; whoever else has one is shut out.
+    Devices with such a certificate renew it by themselves, with their enrolled key; anybody else with one is refused.
     """
     with load_operator(options).client(late=True) as client:
         client.revoke_issuer(serial)
-    output.say(options, f"Certificates of {serial} count for nothing; boards renew theirs by themselves.")
+    output.say(options, f"Certificates signed by {serial} are refused from now on; devices renew theirs by themselves.")
 
 
 @command("offline", examples="fleet ca offline", json=False)
@@ -82,21 +85,27 @@ def revoke(options: Options, *, serial: str) -> None:
 def offline(options: Options, *, yes: bool) -> None:
     """Take the root's key off the server of this home, encrypt it here, and give the server an issuing CA.
 
-    For a fleet that began as a development fleet. Its root lay in the clear: whoever copied it before has the CA.
+    For a fleet that began as a development fleet. Its root key was unencrypted: whoever copied it holds the CA.
     """
     who = load_operator(options)
     directory = home(options) / "server" / "ca"
     if not (directory / "ca.key").exists():
-        raise Fault("no root of a CA lies on a server here", f"{directory / 'ca.key'} does not exist")
+        raise Fault(
+            "cannot take the root of the CA off the server",
+            f"{directory / 'ca.key'} does not exist",
+            "run this in the server's home",
+        )
     if root_key(who).exists():
-        raise Fault(f"{root_key(who)} exists", "a key is never overwritten", "the root of another CA? move it away")
+        raise Fault(
+            f"{root_key(who)} exists", "a key is never overwritten", "move it away if it is the root of another CA"
+        )
     try:
         root = Root(*read_pair(directory / "ca.pem", directory / "ca.key"))
         with who.client() as client:
             view, now = client.ca(), datetime.now(UTC)
-            ca.sign(root, view.request, now=now)  # says now if this root allows none below it
+            ca.sign(root, view.request, now=now)  # fails now if this root allows no CA below it
             ca.store(root_key(who), root.key, new_passphrase("the root of the CA"))
-            # What the root itself has issued ends within the life of a certificate.
+            # Certificates issued by the root itself end within the life of a certificate.
             ca.accept(directory, root.certificate, root.key, until=now + ca.LIFE, now=now)
             _install(client, view, root, options, life=ca.LIFE, yes=yes)
     except CaError as error:
@@ -105,16 +114,16 @@ def offline(options: Options, *, yes: bool) -> None:
         root_key(who).unlink(missing_ok=True)
         raise
     (directory / "ca.key").unlink()
-    output.say(options, f"The root's key lies encrypted in {root_key(who)} now, and no more on the server.")
+    output.say(options, f"The root key is now encrypted in {root_key(who)}, and no longer on the server.")
 
 
 def root_key(who: Operator) -> Path:
-    """Where the root's key lies, encrypted."""
+    """Return the path of the root's encrypted key."""
     return who.directory / "ca.key"
 
 
 def open_root(who: Operator) -> Root:
-    """The root of the CA; raises `Fault` where it is not here, or the passphrase is wrong."""
+    """Open the root of the CA; raises `Fault` when its key is not here or the passphrase is wrong."""
     path = root_key(who)
     try:
         return ca.open_root(path, who.ca, ask(str(path)) if path.exists() else b"")
@@ -123,15 +132,15 @@ def open_root(who: Operator) -> Root:
 
 
 def due(view: CaView, *, within: timedelta) -> Issuer | None:
-    """The issuing CA in use, where it ends within a time."""
+    """Return the issuing CA in use if its certificate ends within a time, else None."""
     current = next((each for each in view.issuers if each.current), None)
     if view.root_on_server or current is None or current.ends - datetime.now(UTC) > within:
         return None
     return current
 
 
-def known(client: Client) -> CaView | None:
-    """The CA as the server has it; None of a server that does not say."""
+def view_or_none(client: Client) -> CaView | None:
+    """Fetch the server's view of the CA; None from a server that has no such route."""
     try:
         return client.ca()
     except ProblemError:
@@ -141,7 +150,9 @@ def known(client: Client) -> CaView | None:
 def _install(client: Client, view: CaView, root: Root, options: Options, *, life: timedelta, yes: bool) -> None:
     try:
         names = ", ".join(ca.asked(view.request))
-        click.echo(f"an issuing CA for {life.days} days, which may name servers {names} and boards", err=True)
+        click.echo(
+            f"an issuing CA for {life.days} days, for certificates of the servers {names} and of devices", err=True
+        )
         if not yes and not click.confirm("Sign it with the root of the CA?", err=True):
             raise click.Abort
         made = ca.sign(root, view.request, now=datetime.now(UTC), life=life)
@@ -151,7 +162,7 @@ def _install(client: Client, view: CaView, root: Root, options: Options, *, life
     if options.json:
         output.show_json(after)
     else:
-        output.say(options, f"The server issues with it now, until {after.issuers[0].ends:%Y-%m-%d}.")
+        output.say(options, f"The server issues certificates with it now, until {after.issuers[0].ends:%Y-%m-%d}.")
 
 
 for each in (status, renew, revoke, offline):

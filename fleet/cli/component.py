@@ -1,4 +1,4 @@
-"""`fleet component`: what a component file is, before anybody signs it, and what a board makes of it."""
+"""`fleet component`: inspect a component file before anybody signs it, and see what a device makes of it."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from fleet.protocol.manifest import BadManifestError
 
 @click.group("component")
 def component() -> None:
-    """Look into a component file, or put it into its adapter."""
+    """Inspect a component file, or put it into its adapter."""
 
 
 @command(
@@ -24,7 +24,7 @@ def component() -> None:
     examples="fleet component inspect hello.wasm\nfleet component inspect hello.wasm --toml > component.toml",
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--toml", is_flag=True, help="Print only the component.toml that grants all its imports")
+@click.option("--toml", is_flag=True, help="Print only a component.toml that grants all its imports")
 def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
     """Show what FILE imports and exports, and the manifest it has or would need."""
     data = read_component(file)
@@ -62,7 +62,7 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
             ("problem", problem),
         ]
     )
-    click.echo("\nA component.toml that would do:\n" if missing else "\nAs component.toml:\n")
+    click.echo("\nA sufficient component.toml:\n" if missing else "\nAs component.toml:\n")
     for line in suggestion.rstrip().splitlines():
         click.echo(f"    {line}".rstrip())
     return Exit.OK
@@ -70,11 +70,19 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
 
 @command("compose", examples="fleet component compose server.wasm -o whole.wasm && wasm-tools validate whole.wasm")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="The file to write")
+@click.option(
+    "-o",
+    "--output",
+    "target",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="OUTPUT",
+    help="Write the composed component to this file",
+)
 def compose(options: Options, *, file: Path, target: Path) -> Exit:
-    """Put FILE, a guest of wasi:http, into the adapter that boards run it in.
+    """Put FILE, a guest of wasi:http, into the adapter that devices run it in.
 
-    Boards do this themselves when they compile: push FILE, not what comes out of this.
+    Devices do this themselves when they compile: push FILE itself, not the result.
     """
     data = read_component(file)
     try:
@@ -102,12 +110,12 @@ def compose(options: Options, *, file: Path, target: Path) -> Exit:
 
 
 def read_component(file: Path) -> bytes:
-    """A component's bytes; raises `Fault`."""
+    """Read a component's bytes; raises `Fault`."""
     return read_file(file, bounds.ARTIFACT_MAX_BYTES)
 
 
 def beside(file: Path) -> Path | None:
-    """The manifest that lies beside a component, if any."""
+    """Find the manifest beside a component; None when there is none."""
     return next((path for name in component_toml.beside(file.name) if (path := file.with_name(name)).is_file()), None)
 
 

@@ -1,11 +1,4 @@
-"""device, devices, why, logs, pin, retry, restart, label, revoke, enroll-token, group, groups, status.
-
-`fleet device`, `why`, `group`, `enroll-token`, `pin`, `unpin`, `retry`, `restart`, `label` and `revoke`.
-
-`fleet status`, `devices` and `groups`: what there is.
-
-`fleet logs`: an instance's log lines from a board, as the board's owner allows, while somebody looks.
-"""
+"""`fleet status`, `devices`, `device`, `why`, `group`, `groups`, `logs` and the commands that act on one device."""
 
 import json
 import re
@@ -30,12 +23,16 @@ if TYPE_CHECKING:
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
+ANSWER_S: Final = 30
+
+LOOK_S: Final = 10
+
 
 @command("device", examples="fleet device gate-7-1f2e3d4c\nfleet device gate-7-1f2e3d4c --json")
 @click.argument("device", shell_complete=operator.devices)
-@click.option("--effective", is_flag=True, help="Only what it should run, and who says so")
+@click.option("--effective", is_flag=True, help="Show only what it should run, and why")
 def device(options: Options, *, device: str, effective: bool) -> Exit:
-    """One board: what it runs, what it should run and who says so, and how it is."""
+    """Show one device: what it runs, what it should run and why, and its health."""
     with connect(options) as client:
         detail = client.device(device)
     if options.json:
@@ -47,7 +44,7 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
         reaching = any(instance.outgoing or instance.denials for instance in detail.row.instances)
         output.table(
             (
-                *("INSTANCE", "RUNS", "STATE", "CALLS", "FAULTS", "P99", "MEMORY", "RESTARTS", "LANE"),
+                *("INSTANCE", "RUNS", "STATE", "CALLS", "FAULTS", "P99", "MEMORY", "RESTARTS", "WORKER"),
                 *(("SENT", "DENIED") if reaching else ()),
             ),
             [
@@ -60,18 +57,18 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
                     f"{instance.p99_us / 1000:.1f} ms",
                     output.size(instance.memory_bytes),
                     str(instance.restarts),
-                    lane_of(instance, detail.row.instances),
+                    worker_of(instance, detail.row.instances),
                     *((str(instance.outgoing), str(instance.denials)) if reaching else ()),
                 )
                 for instance in detail.row.instances
             ],
-            empty="It runs nothing.",
+            empty="The device runs nothing.",
         )
         output.console().print()
         output.table(
             ("INSTANCE", "CPU", "P50", "LATENCIES", "ERRORS", "WRITTEN TODAY", "LINES DROPPED"),
             [statistics(instance) for instance in detail.row.instances if instance.calls],
-            empty="Nothing has been asked of it yet.",
+            empty="No instance has been called yet.",
         )
         output.console().print()
     output.table(
@@ -86,7 +83,7 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
             )
             for item in detail.effective
         ],
-        empty="Nothing is assigned to it.",
+        empty="Nothing is assigned to the device.",
     )
     for entry in detail.failed:
         click.echo(click.style("problem: ", fg="yellow", bold=True) + " ".join(entry.text.split()))
@@ -95,8 +92,8 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
     return Exit.OK
 
 
-def lane_of(instance: InstanceHealth, everyone: tuple[InstanceHealth, ...]) -> str:
-    """Where it runs: lanes of its own, or one that it shares, and with how many."""
+def worker_of(instance: InstanceHealth, everyone: tuple[InstanceHealth, ...]) -> str:
+    """Say where an instance runs: in workers of its own, or in a shared one, and with how many others."""
     if not instance.shared_lane:
         return "own"
     others = sum(other.shared_lane == instance.shared_lane for other in everyone) - 1
@@ -104,7 +101,7 @@ def lane_of(instance: InstanceHealth, everyone: tuple[InstanceHealth, ...]) -> s
 
 
 def statistics(instance: InstanceHealth) -> tuple[str, ...]:
-    """What it has done since its generation started; latencies of the last calls as `UP TO:COUNT`."""
+    """Summarise an instance since its generation started; latencies of the last calls as `UP TO:COUNT`."""
     bounds = (*(f"{bound} ms" for bound in LATENCY_BOUNDS_MS), "more")
     spread = zip(bounds, instance.latencies, strict=False)
     return (
@@ -146,20 +143,22 @@ def _device_facts(detail: operator_api.DeviceDetail) -> list[tuple[str, str]]:
         layers = ", ".join(name if holds else f"NO {name}" for name, holds in detail.health.containment.items())
         runs_as = f"{detail.health.host_runs_as}: " if detail.health.host_runs_as else ""
         pairs += [
-            ("board", f"up {output.span(board.uptime_s)}, load {board.load:.2f} on {board.cpus} CPUs{heat}"),
+            ("hardware", f"up {output.span(board.uptime_s)}, load {board.load:.2f} on {board.cpus} CPUs{heat}"),
             ("memory", memory),
             ("disk", f"{output.size(board.disk_free_bytes)} of {output.size(board.disk_total_bytes)} free"),
-            ("walls", runs_as + layers),
+            ("isolation", runs_as + layers),
         ]
     return pairs
 
 
 @command("why", examples="fleet why gate-7-1f2e3d4c\nfleet why gate-7-1f2e3d4c --limit 50 --log")
 @click.argument("device", shell_complete=operator.devices)
-@click.option("--limit", default=15, show_default=True, type=click.IntRange(1, 1000), help="So many entries at most")
-@click.option("--log", is_flag=True, help="With the log lines that came with a failure")
+@click.option(
+    "--limit", default=15, show_default=True, type=click.IntRange(1, 1000), help="Show at most this many entries"
+)
+@click.option("--log", is_flag=True, help="Add the log lines that came with a failure")
 def why(options: Options, *, device: str, limit: int, log: bool) -> Exit:
-    """What happened to a board, newest first; what is retried, and what to do."""
+    """Show what happened to a device, newest first, what it retries and what to do."""
     with connect(options) as client:
         timeline = client.timeline(device, limit=limit)
     if options.json:
@@ -169,7 +168,7 @@ def why(options: Options, *, device: str, limit: int, log: bool) -> Exit:
         when = f"{entry.at.astimezone():%Y-%m-%d %H:%M:%S}"
         click.echo(f"{click.style(when, dim=True)}  {_coloured(entry)}")
         if entry.retryable:
-            click.echo("                     the board tries this again by itself")
+            click.echo("                     the device retries this by itself")
         if entry.action:
             click.echo(f"                     {click.style('do:', bold=True)} {entry.action}")
         for line in entry.log if log else ():
@@ -192,20 +191,22 @@ def _coloured(entry: operator_api.TimelineEntry) -> str:
     shell_complete=operator.devices,
     multiple=True,
     metavar="DEVICE",
-    help="Add a board; may be given more than once",
+    help="Add a device; repeatable",
 )
 @click.option(
     "--drop",
     shell_complete=operator.devices,
     multiple=True,
     metavar="DEVICE",
-    help="Take a board out; may be given more than once",
+    help="Take a device out; repeatable",
 )
 @click.option(
-    "--select", multiple=True, metavar="LABEL=VALUE", help="Choose the boards by label instead of listing them"
+    "--select", multiple=True, metavar="LABEL=VALUE", help="Select devices by label instead of listing them; repeatable"
 )
 @click.option(
-    "--priority", type=click.IntRange(-1_000_000, 1_000_000), help="Of two groups that set an instance, the higher wins"
+    "--priority",
+    type=click.IntRange(-1_000_000, 1_000_000),
+    help="Where two groups set the same instance, the higher number wins",
 )
 def group(
     options: Options,
@@ -216,7 +217,7 @@ def group(
     select: tuple[str, ...],
     priority: int | None,
 ) -> None:
-    """Make the group NAME, or change who belongs to it."""
+    """Create the group NAME, or change its members."""
     labels = {key: value for key, value in label_values(select).items() if value is not None} if select else None
     with connect(options) as client:
         row = client.set_group(
@@ -225,7 +226,7 @@ def group(
     if options.json:
         output.show_json(row)
     else:
-        output.say(options, f"Group {row.name}: {row.boards} board{'' if row.boards == 1 else 's'}.")
+        output.say(options, f"Group {row.name}: {row.boards} device{'' if row.boards == 1 else 's'}.")
 
 
 @command(
@@ -234,13 +235,21 @@ def group(
         "fleet enroll-token --group edge-eu\nfleet enroll-token --group edge-eu -q | ssh gate-7 sudo fleet-agent enroll"
     ),
 )
-@click.option("--group", default="", shell_complete=operator.groups, help="The board's group; made when there is none")
-@click.option("--valid", default="1h", show_default=True, help="How long it can be used: 30m, 12h, 7d")
+@click.option(
+    "--group",
+    default="",
+    shell_complete=operator.groups,
+    metavar="NAME",
+    help="Put the device into this group, created if need be",
+)
+@click.option(
+    "--valid", default="1h", show_default=True, metavar="TIME", help="Validity of the token: 90s, 30m, 12h, 7d"
+)
 def enroll_token(options: Options, *, group: str, valid: str) -> None:
-    """Make a one-time token with which one board joins.
+    """Create a one-time token with which one device joins.
 
-    The token is a secret: it goes to standard output and is shown only now. Pipe it into
-    `fleet-agent enroll` on the board; it is never an argument.
+    The token is a secret, printed to standard output and shown only now. Pipe it into `fleet-agent enroll` on the
+    device, where it is never an argument.
     """
     with connect(options) as client:
         reply = client.enroll_token(operator_api.EnrollTokenRequest(group=group, valid_s=seconds(valid)))
@@ -250,14 +259,16 @@ def enroll_token(options: Options, *, group: str, valid: str) -> None:
     click.echo(reply.token)
     if not options.quiet:
         where = f" into group {reply.group}" if reply.group else ""
-        click.echo(f"For one board{where}, until {reply.expires.astimezone():%Y-%m-%d %H:%M}.", err=True)
+        click.echo(f"For one device{where}, until {reply.expires.astimezone():%Y-%m-%d %H:%M}.", err=True)
 
 
 def seconds(text: str) -> int:
-    """A duration as people write it, in seconds; raises `Fault`."""
+    """Read a duration such as `90s`, `30m`, `12h` or `7d`, in seconds; raises `Fault`."""
     match = re.fullmatch(r"(\d{1,6})([smhd])", text.strip())
     if match is None or int(match[1]) == 0:
-        raise Fault(f"{text!r} is no duration", "it is a whole number and a unit", "write 90s, 30m, 12h or 7d")
+        raise Fault(
+            f"{text!r} is not a duration", "a duration is a whole number and a unit", "write 90s, 30m, 12h or 7d"
+        )
     return int(match[1]) * _UNITS[match[2]]
 
 
@@ -266,13 +277,15 @@ def seconds(text: str) -> int:
 )
 @click.argument("device", shell_complete=operator.devices)
 @click.argument("target", metavar="NAME@VERSION")
-@click.option("--as", "instance", default="", help="Name of the instance  [the component's name]")
-@click.option("--config", multiple=True, metavar="KEY=VALUE", help="A configuration value; may be given more than once")
-@click.option("--port", type=click.IntRange(0, 65535), help="A port of its own; 0 for the shared one")
+@click.option("--as", "instance", default="", metavar="NAME", help="Name of the instance  [the component's name]")
+@click.option("--config", multiple=True, metavar="KEY=VALUE", help="Set a configuration value; repeatable")
+@click.option("--port", type=click.IntRange(0, 65535), help="Give the instance a port of its own; 0 for the shared one")
 @click.option(
-    "--share-lane/--own-lane", default=None, help="Whether it may share a process with its publisher's others"
+    "--share-lane/--own-lane",
+    default=None,
+    help="Allow or forbid a worker shared with other instances of its publisher  [as before; at first its own]",
 )
-@click.option("--detach", is_flag=True, help="Return at once instead of following")
+@click.option("--detach", is_flag=True, help="Return at once instead of following the rollout")
 def pin(
     options: Options,
     *,
@@ -284,7 +297,7 @@ def pin(
     share_lane: bool | None,
     detach: bool,
 ) -> Exit:
-    """Give one board a published version of its own, whatever its groups say."""
+    """Give one device a published version of its own, whatever its groups say."""
     who = load_operator(options)
     name = who.target(target)
     request = operator_api.RolloutRequest(
@@ -304,7 +317,7 @@ def pin(
 @click.argument("device", shell_complete=operator.devices)
 @click.argument("instance")
 def unpin(options: Options, *, device: str, instance: str) -> None:
-    """Let a board follow its groups again for one instance."""
+    """Let a device follow its groups again for one instance."""
     with connect(options) as client:
         detail = client.unpin(device, instance)
     _show_effective(options, detail, instance)
@@ -314,7 +327,7 @@ def unpin(options: Options, *, device: str, instance: str) -> None:
 @click.argument("device", shell_complete=operator.devices)
 @click.argument("instance")
 def retry(options: Options, *, device: str, instance: str) -> None:
-    """Have an instance that failed on a board tried again."""
+    """Retry an instance that failed on a device."""
     with connect(options) as client:
         detail = client.retry(device, instance)
     _show_effective(options, detail, instance)
@@ -336,14 +349,14 @@ def _show_effective(options: Options, detail: operator_api.DeviceDetail, instanc
 @click.argument("device", shell_complete=operator.devices)
 @click.argument("instance")
 def restart(options: Options, *, device: str, instance: str) -> None:
-    """Restart an instance on a board, by a signed command."""
+    """Restart an instance on a device, by a signed command."""
     with connect(options) as client:
         reply = client.command(device, operator_api.CommandRequest(verb=Restart(instance=instance)))
     if options.json:
         output.show_json(reply)
     else:
         output.say(
-            options, f"Command {reply.sequence} is on its way; it is good until {reply.expires.astimezone():%H:%M:%S}."
+            options, f"Command {reply.sequence} is on its way, valid until {reply.expires.astimezone():%H:%M:%S}."
         )
 
 
@@ -351,7 +364,7 @@ def restart(options: Options, *, device: str, instance: str) -> None:
 @click.argument("device", shell_complete=operator.devices)
 @click.argument("labels", nargs=-1, required=True, metavar="LABEL=VALUE|LABEL-...")
 def label(options: Options, *, device: str, labels: tuple[str, ...]) -> None:
-    """Set labels of a board, or remove one with a trailing '-'."""
+    """Set labels of a device, or remove one with a trailing '-'."""
     with connect(options) as client:
         detail = client.label(device, operator_api.LabelsRequest(labels=label_values(labels)))
     if options.json:
@@ -363,11 +376,13 @@ def label(options: Options, *, device: str, labels: tuple[str, ...]) -> None:
 
 @command("revoke", examples="fleet revoke gate-7-1f2e3d4c")
 @click.argument("device", shell_complete=operator.devices)
-@click.option("--yes", is_flag=True, help="Do not ask")
+@click.option("--yes", is_flag=True, help="Revoke without asking")
 def revoke(options: Options, *, device: str, yes: bool) -> None:
-    """Shut a board out of the fleet: its certificate is refused from now on. It keeps running what it runs."""
-    if not yes and not _confirmed(f"Shut {device} out? It can come back only by enrolling anew."):
-        raise Fault("nothing was changed", "nobody said yes", "--yes says it", code=Exit.INTERRUPTED)
+    """Remove a device from the fleet: the server refuses its certificate from now on."""
+    if not yes and not _confirmed(f"Remove {device} from the fleet? It can come back only by enrolling anew."):
+        raise Fault(
+            f"{device} was not revoked", "the question was not answered with yes", "add --yes", code=Exit.INTERRUPTED
+        )
     with connect(options) as client:
         detail = client.revoke(device)
     if options.json:
@@ -377,7 +392,7 @@ def revoke(options: Options, *, device: str, yes: bool) -> None:
 
 
 def _confirmed(question: str) -> bool:
-    """Whether somebody at the terminal says yes."""
+    """Ask at the terminal; true for yes."""
     try:
         return click.confirm(question, err=True)
     except click.Abort:
@@ -387,7 +402,7 @@ def _confirmed(question: str) -> bool:
 
 @command("status", examples="fleet status\nfleet status --json")
 def status(options: Options) -> Exit:
-    """The fleet at a glance: what is up, what expires, what is wrong."""
+    """Show the state of the fleet: what is up, what expires, what is wrong."""
     with connect(options) as client:
         answer = client.status()
     if options.json:
@@ -399,9 +414,9 @@ def status(options: Options) -> Exit:
         [
             ("fleet", f"{answer.fleet} ({kind})"),
             ("server", f"{answer.operators_url}, version {answer.version}, up {output.ago(answer.started_at)[:-4]}"),
-            ("boards meet it at", ", ".join([answer.devices_url, *answer.mqtt])),
+            ("device address", ", ".join([answer.devices_url, *answer.mqtt])),
             ("broker", broker),
-            ("boards", f"{answer.devices}, {answer.online} online"),
+            ("devices", f"{answer.devices}, {answer.online} online"),
             ("groups", str(answer.groups)),
             ("rollouts", f"{answer.open_rollouts} under way" if answer.open_rollouts else "none under way"),
         ]
@@ -419,9 +434,11 @@ def status(options: Options) -> Exit:
 
 
 @command("devices", examples="fleet devices\nfleet devices --group edge-eu\nfleet devices --json")
-@click.option("--group", default="", shell_complete=operator.groups, help="Of this group only")
+@click.option(
+    "--group", default="", shell_complete=operator.groups, metavar="NAME", help="List only the devices of this group"
+)
 def devices(options: Options, *, group: str) -> None:
-    """List the boards."""
+    """List the devices."""
     with connect(options) as client:
         answer = client.devices()
     rows = tuple(row for row in answer.devices if not group or group in row.groups)
@@ -431,7 +448,7 @@ def devices(options: Options, *, group: str) -> None:
     output.table(
         ("DEVICE", "STATE", "GROUPS", "RUNS", "MACHINE", "SEEN", ""),
         [_device_row(row) for row in rows],
-        empty="No board yet: 'fleet enroll-token --group G' makes a token for one.",
+        empty="No device yet: 'fleet enroll-token --group G' creates a token for one.",
     )
 
 
@@ -449,7 +466,7 @@ def _device_row(row: DeviceRow) -> tuple[str | Text, ...]:
 
 
 def running(instance: InstanceHealth) -> str:
-    """One instance in a listing: its name, what runs as it, and its state where that is not simply `running`."""
+    """Describe an instance in a listing: name, target, and its state unless that is simply `running`."""
     name, _, version = output.target(instance.target).partition("/")[2].partition("@")
     what = f"{name}@{version}" if instance.instance == name else f"{instance.instance}={name}@{version}"
     states = [] if instance.state is InstanceState.RUNNING else [str(instance.state)]
@@ -460,16 +477,16 @@ def running(instance: InstanceHealth) -> str:
 
 @command("groups", examples="fleet groups\nfleet groups --json")
 def groups(options: Options) -> None:
-    """List the groups and what each settled on."""
+    """List the groups and what each of them runs."""
     with connect(options) as client:
         answer = client.groups()
     if options.json:
         output.show_json(answer)
         return
     output.table(
-        ("GROUP", "BOARDS", "ONLINE", "RUNS", "ROLLOUT", "MEMBERS"),
+        ("GROUP", "DEVICES", "ONLINE", "RUNS", "ROLLOUT", "MEMBERS"),
         [_group_row(row) for row in answer.groups],
-        empty="No group yet: 'fleet enroll-token --group G' makes one.",
+        empty="No group yet: 'fleet enroll-token --group G' creates one.",
     )
 
 
@@ -486,63 +503,58 @@ def _group_row(row: GroupRow) -> tuple[str, ...]:
     )
 
 
-ANSWER_S: Final = 30
-
-LOOK_S: Final = 10
-
-
 @command(
     "logs",
     examples="fleet logs hello --device gate-7-1f2e3d4c\n"
     "fleet logs hello --device gate-7-1f2e3d4c --follow --minutes 15",
 )
 @click.argument("instance")
-@click.option("--device", required=True, shell_complete=operator.devices, metavar="ID", help="The board")
-@click.option("--follow", is_flag=True, help="Go on, until --minutes are over or Ctrl-C")
+@click.option("--device", required=True, shell_complete=operator.devices, metavar="ID", help="Read from this device")
+@click.option("--follow", is_flag=True, help="Keep printing new lines until --minutes are over or Ctrl-C")
 @click.option(
     "--minutes",
     default=5,
     show_default=True,
     type=click.IntRange(1, bounds.LOGS_MINUTES_MAX),
-    help="How long the board sends at most",
+    help="Minutes that the device sends at most, with --follow",
 )
 def logs(options: Options, *, instance: str, device: str, follow: bool, minutes: int) -> Exit:
-    """Show the last log lines of INSTANCE on a board, asked for by a signed command.
+    """Show the last log lines of INSTANCE on a device, requested by a signed command.
 
-    The board's owner decides what may leave it ([policy] logs: off, errors or all; errors is the default). Values of
-    secrets are replaced on the board. Who asked is in the audit log, what was sent in the board's own history.
+    The device's owner decides what may leave it ([policy] logs: off, errors or all; errors is the default). The device
+    masks values of secrets. The audit log records who asked, the device's own history what was sent.
     """
     with connect(options) as client:
         asked = client.command(
             device, operator_api.CommandRequest(verb=FollowLogs(instance=instance, minutes=minutes if follow else 1))
         )
-        return _show(options, client, device, asked.sequence, follow=follow)
+        return _show_logs(options, client, device, asked.sequence, follow=follow)
 
 
-def _show(options: Options, client: "Client", device: str, sequence: int, *, follow: bool) -> Exit:
+def _show_logs(options: Options, client: "Client", device: str, sequence: int, *, follow: bool) -> Exit:
     after, left_out, patience = 0, 0, time.monotonic() + ANSWER_S
     while True:
         view = client.logs(device, command=sequence, after=after, wait_s=LOOK_S)
         after = view.next
-        _print(options, view)
+        _print_lines(options, view)
         if view.refused:
-            raise Fault(f"{device} refused", view.refused, code=Exit.REFUSED)
+            raise Fault(f"{device} refused to send logs", view.refused, code=Exit.REFUSED)
         if not view.heard and time.monotonic() >= patience:
             raise Fault(
                 f"{device} does not answer",
-                "it is offline, or cannot reach the devices' port",
+                "the device is offline, or cannot reach the devices' port",
                 "fleet device shows when it was last seen",
                 code=Exit.FAILED,
             )
         if view.left_out > left_out and not options.json:
             count = view.left_out - left_out
-            click.echo(f"({count} lines left out: the board's policy, or faster than they are sent)", err=True)
+            click.echo(f"({count} lines left out, by the device's policy or because they came too fast)", err=True)
         left_out = view.left_out
         if view.ended or (view.heard and not follow):
             return Exit.OK
 
 
-def _print(options: Options, view: LogView) -> None:
+def _print_lines(options: Options, view: LogView) -> None:
     for line in view.lines:
         if options.json:
             click.echo(json.dumps({"line": line}, ensure_ascii=False))  # one object a line, as lines come

@@ -1,10 +1,7 @@
-"""sbom; what is bound beside a component.
+"""Bills of materials and build provenance bound to a component; `fleet sbom show`.
 
-What is bound beside a component: bills of materials and build provenance.
-
-Read from disk and held against the component before anybody signs; fetched and held against what was signed, later.
-
-`fleet sbom show`: what is in a published component, and who built it, as its publisher signed it.
+Before publishing, files are read and compared with the component. Later they are fetched and compared with the hashes
+that the publisher signed.
 """
 
 import hashlib
@@ -28,10 +25,12 @@ from signing.policy import Release
 
 _NOT_FOUND: Final = 404
 
+_SHOWN: Final = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """One file to be bound to a component: what is signed of it, its bytes, and what it is in a few words."""
+    """File bound to a component: its signed description, its bytes, and a summary in a few words."""
 
     evidence: Evidence
     data: bytes
@@ -41,7 +40,7 @@ class Attached:
 def attached(
     *, sbom: tuple[str, bytes] | None, provenance: tuple[str, bytes] | None, sha256: str, component: str
 ) -> tuple[Attached, ...]:
-    """Judge files that are given as a bill of materials and as provenance of a component.
+    """Check files given as a bill of materials and as provenance of a component.
 
     Args:
         sbom: file name and bytes.
@@ -81,7 +80,7 @@ def _built(name: str, data: bytes, sha256: str, component: str) -> Attached:
         raise Fault(
             f"{name} is the provenance of other bytes",
             f"it is about {named}, and {component} is sha256 {sha256[:12]}",
-            "publish the very file that was built",
+            "publish exactly the file that was built",
         )
     return Attached(_evidence(PROVENANCE, data), data, f"provenance by {built.builder}")
 
@@ -92,7 +91,7 @@ def _evidence(kind: str, data: bytes) -> Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The packages of a release.
+    """Packages of a release.
 
     Attributes:
         packages: None where nobody says what is in it.
@@ -104,7 +103,7 @@ class Contents:
 
 
 class Shelf:
-    """Evidence of releases, fetched once, and believed only with the length and hash that was signed.
+    """Evidence of releases, fetched once and believed only with the signed length and hash.
 
     Args:
         client: a connection to the server.
@@ -116,7 +115,7 @@ class Shelf:
         self._contents: dict[str, Contents] = {}
 
     def contents(self, release: Release) -> Contents:
-        """What is in a release: by its bill of materials, else by what its toolchain built into it."""
+        """List the packages of a release, from its bill of materials, else from what its toolchain built into it."""
         known = self._contents.get(release.name.path)
         if known is None:
             known = self._contents[release.name.path] = self._read(release)
@@ -134,7 +133,7 @@ class Shelf:
         return Contents(None, "no SBOM") if crates is None else Contents(crates, f"built in ({sbom.SECTION})")
 
     def provenance(self, release: Release) -> Provenance | None:
-        """Who built a release, as its publisher bound it; None where nobody says. Raises `Fault`."""
+        """Read a release's provenance as its publisher bound it; None when there is none. Raises `Fault`."""
         bound = next((each for each in release.evidence if each.kind == PROVENANCE), None)
         if bound is None:
             return None
@@ -144,7 +143,7 @@ class Shelf:
             raise Fault(str(error), code=Exit.REFUSED) from None
 
     def fetch(self, sha256: str, length: int) -> bytes:
-        """A file by its signed hash and length; raises `Fault` where the server has it not, or another one."""
+        """Fetch a file by its signed hash and length; raises `Fault` when the server has lost or changed it."""
         kept = self._directory / sha256
         try:
             data = kept.read_bytes()
@@ -158,10 +157,12 @@ class Shelf:
         except ProblemError as error:
             if error.problem.status != _NOT_FOUND:
                 raise
-            raise Fault("the server has lost it", f"there is no artifact {sha256[:12]}", code=Exit.REFUSED) from None
+            raise Fault(
+                "the server has lost a published file", f"it has no artifact {sha256[:12]}", code=Exit.REFUSED
+            ) from None
         if len(fetched) != length or hashlib.sha256(fetched).hexdigest() != sha256:
             raise Fault(
-                "the server shows other bytes than were signed",
+                "the server sent other bytes than were signed",
                 f"artifact {sha256[:12]} has {len(fetched)} bytes with another hash",
                 "find out who changed them",
                 code=Exit.REFUSED,
@@ -171,12 +172,9 @@ class Shelf:
         return fetched
 
 
-_SHOWN: Final = 20
-
-
 @click.group("sbom")
 def boms() -> None:
-    """See what is in a published component, and who built it."""
+    """Show what a published component contains, and who built it."""
 
 
 @command(
@@ -186,14 +184,18 @@ def boms() -> None:
     "fleet sbom show hello@1.4.0 --save hello.cdx.json",
 )
 @click.argument("target", metavar="NAME@VERSION")
-@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the SBOM as it was published")
+@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the published SBOM to this file")
 @click.option(
-    "--save-provenance", type=click.Path(path_type=Path), metavar="FILE", help="Write the provenance as published"
+    "--save-provenance",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the published provenance to this file",
 )
 def show(options: Options, *, target: str, save: Path | None, save_provenance: Path | None) -> None:
     """Show the packages in a published component and the provenance bound to it.
 
-    Everything is held against the hashes that the publisher signed. Who signed the provenance itself is not judged.
+    Everything is checked against the hashes that the publisher signed. The signature of the provenance itself is not
+    verified.
     """
     who = load_operator(options)
     name = who.target(target)
@@ -232,7 +234,7 @@ def _tell(options: Options, release: Release, contents: Contents, built: Provena
             ("component", f"{release.name}, {output.size(release.length)}, sha256 {release.sha256}"),
             ("packages", contents.source if packages is None else f"{len(packages)}, by {contents.source}"),
             ("", "\n".join([*map(str, shown), *([f"and {more} more: --json lists all"] if more else [])])),
-            ("built by", "nobody says: published without provenance" if built is None else built.builder),
+            ("built by", "unknown: published without provenance" if built is None else built.builder),
             ("how", "" if built is None else built.build_type),
             ("from", "" if built is None else "\n".join(built.sources)),
             (

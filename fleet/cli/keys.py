@@ -1,4 +1,4 @@
-"""`fleet keys`: the keys of a person and of a pipeline, and who is trusted with what."""
+"""`fleet keys`: the keys of a person and of a pipeline, and the roles that trust them."""
 
 import sys
 from datetime import UTC, datetime
@@ -28,8 +28,8 @@ ONLINE = ("snapshot", "timestamp", "director")
 def keys() -> None:
     """Make, list, rotate and revoke signing keys.
 
-    A key that a person holds lies encrypted in a file, in an ssh-agent or on a PKCS#11 token; 'fleet keys list' knows
-    them and other people's by names.
+    A person's key is kept in an encrypted file, in an ssh-agent or on a PKCS#11 token. 'fleet keys list' shows these
+    and other people's keys by name.
     """
 
 
@@ -40,25 +40,41 @@ def keys() -> None:
 )
 @click.argument("name")
 @click.option(
-    "--form", type=click.Choice(["pkcs12", "openssh"]), default="pkcs12", show_default=True, help="Of the file"
+    "--form", type=click.Choice(["pkcs12", "openssh"]), default="pkcs12", show_default=True, help="Format of the file"
 )
-@click.option("--ci", is_flag=True, help="For a pipeline: publishes in one namespace, below its ceiling, for a time")
-@click.option("--namespace", metavar="NAME", help="Of the pipeline's components; made when there is none  [this one]")
-@click.option("--expires", default="180d", show_default=True, metavar="DAYS", help="How long the pipeline's key counts")
-@click.option("--ceiling", multiple=True, metavar="INTERFACE", help="What the namespace's components may import")
-@click.option("--outbound", multiple=True, metavar="URL", help="Where the namespace's components may connect")
+@click.option(
+    "--ci",
+    is_flag=True,
+    help="Make a key for a pipeline: it may publish in one namespace, below its ceiling, for a time",
+)
+@click.option(
+    "--namespace", metavar="NAME", help="With --ci: namespace of its components, created if need be  [this operator's]"
+)
+@click.option("--expires", default="180d", show_default=True, metavar="DAYS", help="With --ci: validity of the key")
+@click.option(
+    "--ceiling",
+    multiple=True,
+    metavar="INTERFACE",
+    help="With --ci: what the namespace's components may import; repeatable",
+)
+@click.option(
+    "--outbound",
+    multiple=True,
+    metavar="URL",
+    help="With --ci: where the namespace's components may connect; repeatable",
+)
 @click.option(
     "--pipeline",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write what a pipeline needs and may be public into this new directory, its --home",
+    help="With --ci: write the public files that a pipeline needs into this new directory, its --home",
 )
 @SAVE_EVENT
 @SIGN_YES
 def new(options: Options, *, name: str, form: str, ci: bool, **how: Any) -> None:
-    """Make the key NAME, in an encrypted file; it may do nothing before a role is given to it.
+    """Create the key NAME in an encrypted file; it may sign nothing until a role names it.
 
-    With --ci it may publish in one namespace, and is written in the clear to NAME.ci.pem: for the pipeline's secret
-    FLEET_SIGNING_KEY, and then to be deleted.
+    With --ci the key may publish in one namespace and is written unencrypted to NAME.ci.pem. Copy its text into the
+    pipeline's secret FLEET_SIGNING_KEY, then delete the file.
     """
     who = load_operator(options)
     if ci:
@@ -116,7 +132,7 @@ def _new_for_pipeline(
 
 
 def write_public(who: Operator, directory: Path, namespace: str) -> None:
-    """What lets a pipeline or a publisher host find the server and verify the repository; nothing of it is secret."""
+    """Write the public files with which a pipeline or signing host finds the server and verifies the repository."""
     place = directory / "operator"
     config = f'url = "{who.url}"\nfleet = "{who.fleet}"\nnamespace = "{namespace}"\n'
     try:
@@ -139,14 +155,16 @@ def write_public(who: Operator, directory: Path, namespace: str) -> None:
 )
 @click.argument("name")
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@click.option("--ssh-agent", "agent", metavar="COMMENT", help="An Ed25519 key that an ssh-agent holds")
-@click.option("--token", metavar="LABEL", help="A P-256 or P-384 key on a PKCS#11 token; PYKCS11LIB is its driver")
-@click.option("--number", default=2, show_default=True, help="Of the key on the token (CKA_ID)")
-@click.option("--recovery", is_flag=True, help="The recovery key that was printed, typed in")
+@click.option("--ssh-agent", "agent", metavar="COMMENT", help="Use an Ed25519 key that an ssh-agent holds")
+@click.option(
+    "--token", metavar="LABEL", help="Use a P-256 or P-384 key on a PKCS#11 token; PYKCS11LIB names its driver"
+)
+@click.option("--number", default=2, show_default=True, help="Number of the key on the token (CKA_ID)")
+@click.option("--recovery", is_flag=True, help="Type in, or pipe in, the recovery key that was printed")
 def import_(
     options: Options, *, name: str, file: Path | None, agent: str | None, token: str | None, number: int, recovery: bool
 ) -> None:
-    """Know a key by NAME: somebody's public key, or a private one of yours, which is encrypted anew."""
+    """Add a key under NAME: somebody's public key, or a private key of yours, which is encrypted anew."""
     if sum(bool(each) for each in (file, agent, token, recovery)) != 1:
         raise click.UsageError("Give one of FILE, --ssh-agent, --token and --recovery.")
     ring = keyring(load_operator(options))
@@ -177,14 +195,14 @@ def _import_file(ring: keyrings.Keyring, name: str, file: Path) -> keyrings.Entr
     try:
         public = keyrings.read_public(data, what=str(file))
     except KeyFileError:
-        signer = keyrings.open_file(file, ask)  # says what is wrong if it is no private key either
+        signer = keyrings.open_file(file, ask)  # raises if the file is not a private key either
         return ring.adopt(name, signer, passphrase=new_passphrase(name))
     return ring.add(name, public)
 
 
 @command("list", examples="fleet keys list\nfleet keys list --json")
 def list_(options: Options) -> None:
-    """List the keys known here, and what each may sign."""
+    """List the keys known here, and what each of them may sign."""
     who = load_operator(options)
     ring = keyring(who)
     roles: dict[str, list[str]] | None = None
@@ -192,7 +210,7 @@ def list_(options: Options) -> None:
         with who.client() as client:
             roles = _roles(TrustStore(who, client, expired=True).files)
     except (ClientError, Fault) as error:
-        click.echo(f"what each may sign is not known: {error}", err=True)
+        click.echo(f"cannot tell what each key may sign: {error}", err=True)
     with signing_faults():
         entries = ring.entries()
     rows = [
@@ -243,23 +261,27 @@ def show(options: Options, *, name: str) -> None:
 )
 @click.argument("role")
 @click.option(
-    "--to", "names", multiple=True, metavar="KEY", help="Who signs from now on  [a new key in place of yours]"
+    "--to",
+    "names",
+    multiple=True,
+    metavar="KEY",
+    help="Let this key sign from now on; repeatable  [a new key in place of yours]",
 )
-@click.option("--threshold", type=click.IntRange(1), help="How many of them must sign  [as before]")
+@click.option("--threshold", type=click.IntRange(1), help="Number of keys that must sign  [as before]")
 @SAVE_EVENT
 @SIGN_YES
 def rotate(
     options: Options, *, role: str, names: tuple[str, ...], threshold: int | None, to: Path | None, yes: bool
 ) -> None:
-    """Give ROLE other keys: root, targets, a namespace, snapshot, timestamp or director.
+    """Replace the keys of ROLE: root, targets, a namespace, snapshot, timestamp or director.
 
-    A namespace that does not exist yet is made. What the new keys must sign anew is in the same event. The keys of
-    snapshot, timestamp and director are made in the server's directory of this home.
+    A namespace that does not exist yet is created. The same event contains what the new keys must sign anew. Keys of
+    snapshot, timestamp and director are made in the server directory of this home.
     """
     who = load_operator(options)
     with who.client() as client, signing_faults():
         ceremony = Ceremony(options, who, client)
-        made = _Made(options, ceremony, role)
+        made = _NewKey(options, ceremony, role)
         try:
             change = replaced(
                 ceremony.files,
@@ -281,13 +303,13 @@ def rotate(
 @SAVE_EVENT
 @SIGN_YES
 def revoke(options: Options, *, name: str, to: Path | None, yes: bool) -> None:
-    """Take the key NAME out of every role that it may sign. NAME may be the beginning of its id."""
+    """Take the key NAME out of every role. NAME may be the beginning of the key id."""
     who = load_operator(options)
     with who.client() as client, signing_faults():
         ceremony = Ceremony(options, who, client)
         keyid = next((each for each in _roles(ceremony.files) if len(name) >= 8 and each.startswith(name)), None)  # noqa: PLR2004 - shorter ids are guesses
         change = without(ceremony.files, keyid or ceremony.ring.get(name).key.keyid)
-        ceremony.carry_through(_propose(ceremony, change, f"{name} signs nothing any more"), yes=yes, to=to)
+        ceremony.carry_through(_propose(ceremony, change, f"{name} no longer signs anything"), yes=yes, to=to)
 
 
 def _propose(ceremony: Ceremony, change: Change, note: str) -> Any:
@@ -301,8 +323,8 @@ def _propose(ceremony: Ceremony, change: Change, note: str) -> Any:
     )
 
 
-class _Made:
-    """The key that a rotation makes, and its undoing when the rotation does not come about."""
+class _NewKey:
+    """Key made by a rotation, removed again when the rotation fails."""
 
     def __init__(self, options: Options, ceremony: Ceremony, role: str) -> None:
         self._options, self._ceremony, self._role = options, ceremony, role
@@ -310,7 +332,7 @@ class _Made:
         self._names: list[str] = []
 
     def make(self) -> Any:
-        """Its public half."""
+        """Make the key; returns its public half."""
         if self._role in ONLINE:
             return self._make_online()
         ring = self._ceremony.ring
@@ -335,7 +357,7 @@ class _Made:
         return key_files.generate(path).public_key
 
     def undo(self) -> None:
-        """Nothing was published or saved: the key is worth nothing."""
+        """Remove the key: nothing was published or saved, so it is worth nothing."""
         for path in self._paths:
             path.unlink(missing_ok=True)
         for name in self._names:

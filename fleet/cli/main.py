@@ -1,10 +1,6 @@
-"""Command table; demo.
+"""`fleet`, the operator's command: the table of its commands, and `demo` and `completion`.
 
-`fleet`: the operator's command.
-
-Only the names and one-line helps of the verbs stand here; each is imported when it is called.
-
-`fleet demo`.
+Only names and one-line helps stand in the table; a command's module is imported when the command is called.
 """
 
 import importlib.util
@@ -33,50 +29,50 @@ SECTIONS: Final[Sections] = {
     "A fleet": {
         "init": Entry("fleet.cli.server:init", "Create a fleet: keys, repository, certificates, admin token"),
         "serve": Entry("fleet.cli.server:serve", "Run the server: API, artifacts, rollouts, broker"),
-        "operators": Entry("fleet.cli.operators:operators", "Who may come in to the server, and as what"),
-        "server": Entry("fleet.cli.server:server", "A server's backup and keys, and a server made anew"),
-        "status": Entry("fleet.cli.device:status", "The fleet at a glance"),
-        "demo": Entry("fleet.cli.main:demo", "The whole main job on this machine, with three boards"),
+        "operators": Entry("fleet.cli.operators:operators", "Manage who may use the server, and in which role"),
+        "server": Entry("fleet.cli.server:server", "Back up a server, make its keys, rebuild it"),
+        "status": Entry("fleet.cli.device:status", "Show the state of the fleet"),
+        "demo": Entry("fleet.cli.main:demo", "Play the whole main job on this machine, with three devices"),
     },
     "Components": {
         "push": Entry("fleet.cli.push:push", "Publish a component and deploy it to a group, in one go"),
         "publish": Entry("fleet.cli.push:publish", "Sign a component and upload it"),
-        "deploy": Entry("fleet.cli.push:deploy", "Offer a published component to a group or a board"),
+        "deploy": Entry("fleet.cli.push:deploy", "Offer a published component to a group or a device"),
         "withdraw": Entry("fleet.cli.publish:withdraw", "Revoke a published release for good"),
-        "sbom": Entry("fleet.cli.evidence:boms", "See what is in a published component, and who built it"),
-        "component": Entry("fleet.cli.component:component", "Look into a component file, or put it into its adapter"),
+        "sbom": Entry("fleet.cli.evidence:boms", "Show what a published component contains, and who built it"),
+        "component": Entry("fleet.cli.component:component", "Inspect a component file, or put it into its adapter"),
     },
     "Rollouts": {
         "rollouts": Entry("fleet.cli.rollout:rollouts", "List the rollouts, newest first"),
         "rollout": Entry("fleet.cli.rollout:rollout", "Show, follow, pause, resume or abort a rollout"),
-        "bundle": Entry("fleet.cli.bundle:bundles", "Carry updates to boards that no network reaches"),
+        "bundle": Entry("fleet.cli.bundle:bundles", "Carry updates to devices that no network reaches"),
         "undo": Entry("fleet.cli.rollout:undo", "Offer the previous state again"),
-        "remove": Entry("fleet.cli.rollout:remove", "Take an instance off a group or a board"),
+        "remove": Entry("fleet.cli.rollout:remove", "Remove an instance from a group or a device"),
     },
-    "Boards": {
-        "devices": Entry("fleet.cli.device:devices", "List the boards"),
-        "device": Entry("fleet.cli.device:device", "One board: what it runs, and why"),
+    "Devices": {
+        "devices": Entry("fleet.cli.device:devices", "List the devices"),
+        "device": Entry("fleet.cli.device:device", "Show one device: what it runs, and why"),
         "groups": Entry("fleet.cli.device:groups", "List the groups"),
-        "group": Entry("fleet.cli.device:group", "Make a group, or change who belongs to it"),
-        "why": Entry("fleet.cli.device:why", "What happened to a board, and what to do about it"),
-        "enroll-token": Entry("fleet.cli.device:enroll_token", "Make a one-time token with which a board joins"),
-        "image": Entry("fleet.cli.bundle:image", "Make a card's image ready: its board joins by itself"),
-        "pin": Entry("fleet.cli.device:pin", "Give one board a version of its own"),
-        "unpin": Entry("fleet.cli.device:unpin", "Let a board follow its groups again"),
-        "retry": Entry("fleet.cli.device:retry", "Have a failed instance tried again"),
-        "logs": Entry("fleet.cli.device:logs", "An instance's log from a board, as its owner allows"),
-        "restart": Entry("fleet.cli.device:restart", "Restart an instance on a board"),
-        "label": Entry("fleet.cli.device:label", "Set or remove labels of a board"),
-        "revoke": Entry("fleet.cli.device:revoke", "Shut a board out of the fleet"),
+        "group": Entry("fleet.cli.device:group", "Create a group, or change its members"),
+        "why": Entry("fleet.cli.device:why", "Show what happened to a device, and what to do about it"),
+        "enroll-token": Entry("fleet.cli.device:enroll_token", "Create a one-time token with which a device joins"),
+        "image": Entry("fleet.cli.bundle:image", "Prepare a card's image, so that its device joins by itself"),
+        "pin": Entry("fleet.cli.device:pin", "Give one device a version of its own"),
+        "unpin": Entry("fleet.cli.device:unpin", "Let a device follow its groups again"),
+        "retry": Entry("fleet.cli.device:retry", "Retry a failed instance"),
+        "logs": Entry("fleet.cli.device:logs", "Show an instance's log from a device, as its owner allows"),
+        "restart": Entry("fleet.cli.device:restart", "Restart an instance on a device"),
+        "label": Entry("fleet.cli.device:label", "Set or remove labels of a device"),
+        "revoke": Entry("fleet.cli.device:revoke", "Remove a device from the fleet"),
     },
     "Trust": {
-        "secret": Entry("fleet.cli.secret:secrets", "Give components secrets that only their boards can read"),
-        "keys": Entry("fleet.cli.keys:keys", "Make, list, rotate and revoke signing keys"),
-        "publisher": Entry("fleet.cli.server:publisher", "Sign snapshot and timestamp on another host"),
-        "ca": Entry("fleet.cli.ca:authority", "The CA by which boards and servers know each other"),
-        "affected": Entry("fleet.cli.affected:affected", "List the boards that run a package"),
-        "audit": Entry("fleet.cli.audit:audits", "Prove what boards ran, without believing the server"),
-        "sign": Entry("fleet.cli.sign:sign", "Sign together what changes trust; see and renew what expires"),
+        "secret": Entry("fleet.cli.secret:secrets", "Give components secrets that only their devices can read"),
+        "keys": Entry("fleet.cli.keys:keys", "Create, list, rotate and revoke signing keys"),
+        "publisher": Entry("fleet.cli.server:publisher", "Sign snapshot and timestamp on a signing host"),
+        "ca": Entry("fleet.cli.ca:authority", "Manage the CA by which devices and servers know each other"),
+        "affected": Entry("fleet.cli.affected:affected", "List the devices that run a package"),
+        "audit": Entry("fleet.cli.audit:audits", "Prove what devices ran, without trusting the server"),
+        "sign": Entry("fleet.cli.sign:sign", "Sign changes of trust together; show and renew what expires"),
     },
     "Shell": {
         "completion": Entry("fleet.cli.main:completion", "Print a completion script for bash, zsh or fish"),
@@ -86,7 +82,7 @@ SECTIONS: Final[Sections] = {
 EXAMPLES: Final = """
 fleet init --dev                                a fleet on this machine
 fleet serve                                     its server
-fleet enroll-token --group edge-eu              a token for one board
+fleet enroll-token --group edge-eu              a token for one device
 fleet push component.wasm --group edge-eu       sign, upload, roll out, follow
 fleet undo                                      and back again
 """
@@ -105,7 +101,7 @@ def _version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None
 
 
 class Fleet(LazyGroup):
-    """The outermost group: the common options hold for whatever command follows."""
+    """Outermost group: the common options hold for every command."""
 
     def invoke(self, ctx: click.Context) -> object:
         """Put the common options where commands find them."""
@@ -127,7 +123,7 @@ class Fleet(LazyGroup):
 def main() -> None:
     """Push signed WebAssembly components to fleets of ARM and RISC-V boards.
 
-    Every command knows --help, with examples. A listing with --json prints what programs want.
+    Every command has --help with examples. Listings print JSON for programs with --json.
     """
 
 
@@ -135,22 +131,31 @@ _PARTS: Final = {"wasmtime": "agent", "paho": "agent", "uvicorn": "server", "sta
 
 
 @command("demo", json=False, examples="fleet demo\nfleet demo --once\nfleet demo --directory ./try")
-@click.option("--once", is_flag=True, help="End after the last act; the exit code says whether all of it held")
-@click.option("--directory", type=click.Path(path_type=Path, file_okay=False), help="For all it makes  [temporary]")
-@click.option("--broker", default="auto", show_default=True, help="auto (Mosquitto where there is one) or embedded")
+@click.option("--once", is_flag=True, help="End after the last act; exit with 1 unless everything held")
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep everything in this directory  [a temporary one]",
+)
+@click.option(
+    "--broker",
+    default="auto",
+    show_default=True,
+    help="Broker: auto (mosquitto if installed, else embedded), mosquitto or embedded",
+)
 def demo(_options: Options, *, once: bool, directory: Path | None, broker: str) -> int:
-    """The whole main job on this machine, as an ordinary user.
+    """Play the whole main job on this machine, as an ordinary user.
 
-    Makes a development fleet, starts its server and three boards as real processes, pushes v1, pushes v2 while clients
-    send requests without a pause, pushes a v3 that traps and is rolled back, and takes the group back with 'fleet
-    undo'. Then it stays up until Ctrl-C. It leaves no process behind.
+    Create a development fleet, start its server and three devices as real processes, push v1, push v2 while clients
+    send requests without a pause, push a v3 that traps and is rolled back, and return the group to v1 with 'fleet
+    undo'. The fleet then stays up until Ctrl-C, and no process is left behind.
     """
     check_choice(broker, ("auto", "mosquitto", "embedded"), "broker")
     missing = [name for name in _PARTS if importlib.util.find_spec(name) is None]
     if missing:
-        raise Fault("the demo needs every part", f"{missing[0]} is not installed", "pip install 'wasmfleet[all]'")
+        raise Fault("cannot play the demo", f"{missing[0]} is not installed", "run pip install 'wasmfleet[all]'")
     if directory is not None and directory.exists() and any(directory.iterdir()):
-        raise Fault(f"{directory} is not empty", "the demo makes everything anew", "name another --directory")
+        raise Fault(f"cannot play the demo in {directory}", "the directory is not empty", "name another --directory")
     from fleet.demo.run import run  # noqa: PLC0415 - not for --help
 
     return Exit(code) if (code := run(directory=directory, once=once, broker=broker)) in set(Exit) else code
@@ -159,7 +164,7 @@ def demo(_options: Options, *, once: bool, directory: Path | None, broker: str) 
 @command("completion", json=False, examples='eval "$(fleet completion bash)"\nfleet completion fish | source')
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(_options: Options, *, shell: str) -> None:
-    """Print the completion script for SHELL; put it into the shell's start-up file."""
+    """Print the completion script for SHELL, for the shell's start-up file."""
     from click.shell_completion import get_completion_class  # noqa: PLC0415 - not for --help
 
     kind = get_completion_class(shell)

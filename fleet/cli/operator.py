@@ -1,8 +1,7 @@
-"""The operator's directory and connection; shell completion.
+"""The operator's directory `<home>/operator` and the connection it describes; shell completion from the server.
 
-The operator's own directory, `<home>/operator`: where the server is, which CA to trust, the token and the keys.
-
-What the shell offers for a group, a board or a rollout: asked of the server, silently nothing where it is away.
+The directory names the server and holds the fleet's CA, the token and the keys. Completion of groups, devices and
+rollouts asks the server, and offers nothing while the server cannot be reached.
 """
 
 import os
@@ -29,7 +28,7 @@ _INIT: Final = "run 'fleet init --dev' here first, or name the fleet's directory
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """What an operator needs to talk to a fleet and to sign for it.
+    """Everything an operator needs to talk to a fleet and to sign for it.
 
     Attributes:
         directory: `<home>/operator`.
@@ -63,7 +62,7 @@ class Operator:
         return self.directory / "keys" / f"{self.namespace}.pem"
 
     def target(self, text: str) -> TargetName:
-        """Read NAME@VERSION or NAMESPACE/NAME@VERSION, of this operator's namespace where none is given.
+        """Read NAME@VERSION or NAMESPACE/NAME@VERSION; without a namespace, this operator's.
 
         Raises:
             Fault: not a target's name.
@@ -74,7 +73,7 @@ class Operator:
             raise Fault(str(error)) from None
 
     def client(self, *, late: bool = False) -> "Client":
-        """A connection to the server; raises `Fault` when the token is missing or open to others.
+        """Connect to the server; raises `Fault` when the token is missing or readable by others.
 
         A pipeline gives its token in $FLEET_TOKEN. `late` as in `Client`.
         """
@@ -85,7 +84,7 @@ class Operator:
 
 
 def home(options: Options) -> Path:
-    """The fleet's directory: --home, $WASMFLEET_HOME or the user's data directory."""
+    """Return the fleet's directory: --home, $WASMFLEET_HOME or the user's data directory."""
     if options.home is not None:
         return options.home.expanduser().absolute()
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
@@ -96,7 +95,7 @@ def load_operator(options: Options) -> Operator:
     """Read the operator's configuration.
 
     Raises:
-        Fault: there is none, or it is damaged.
+        Fault: the configuration is missing or damaged.
     """
     directory = home(options) / "operator"
     path = directory / "config.toml"
@@ -105,9 +104,11 @@ def load_operator(options: Options) -> Operator:
     except FileNotFoundError:
         raise Fault(f"no fleet in {directory.parent}", f"{path} does not exist", _INIT) from None
     except PermissionError:
-        raise Fault(f"cannot read {path}", "it belongs to another user", "use a --home of your own") from None
+        raise Fault(
+            f"cannot read {path}", "it belongs to another user", "name a directory of your own with --home"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Fault(f"{path} is not TOML", str(error), "correct that line") from None
+        raise Fault(f"cannot read {path}", f"it is not TOML: {error}", "correct that line") from None
     for name in ("url", "fleet", "namespace"):
         if not isinstance(values.get(name), str) or not values[name]:
             raise Fault(f"{path} has no {name}", "it must be a string", f'add {name} = "..."')
@@ -115,7 +116,7 @@ def load_operator(options: Options) -> Operator:
 
 
 def connect(options: Options) -> "Client":
-    """A connection to the server of the fleet that the options name."""
+    """Connect to the server of the fleet that the options name."""
     return load_operator(options).client()
 
 
@@ -124,23 +125,27 @@ def _secret(path: Path) -> str:
         mode = path.stat().st_mode
         text = path.read_text(encoding="ascii").strip()
     except FileNotFoundError:
-        raise Fault(f"no token in {path}", "the server lets nobody in without one", _INIT) from None
+        raise Fault(f"no token in {path}", "the server refuses requests without one", _INIT) from None
     except (OSError, UnicodeDecodeError) as error:
         raise Fault(f"cannot read the token {path}", str(error), "check its owner and content") from None
     if stat.S_IMODE(mode) & 0o077:
-        raise Fault(f"the token {path} can be read by others", "it opens the whole fleet", f"chmod 600 {path}")
+        raise Fault(
+            f"the token {path} can be read by others", "it gives access to the whole fleet", f"chmod 600 {path}"
+        )
     if not text:
-        raise Fault(f"the token {path} is empty", "the server lets nobody in", _INIT, code=Exit.USAGE)
+        raise Fault(f"the token {path} is empty", "the server refuses requests without one", _INIT, code=Exit.USAGE)
     return text
 
 
 def groups(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Names of groups."""
-    return _offer(context, begun, lambda client: ((row.name, f"{row.boards} boards") for row in client.groups().groups))
+    """Complete names of groups."""
+    return _offer(
+        context, begun, lambda client: ((row.name, f"{row.boards} devices") for row in client.groups().groups)
+    )
 
 
 def devices(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Ids of boards."""
+    """Complete ids of devices."""
     return _offer(
         context,
         begun,
@@ -149,7 +154,7 @@ def devices(context: click.Context, _parameter: click.Parameter, begun: str) -> 
 
 
 def rollouts(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Numbers of rollouts."""
+    """Complete numbers of rollouts."""
     return _offer(
         context,
         begun,

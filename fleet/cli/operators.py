@@ -1,4 +1,4 @@
-"""`fleet operators`: who may come in to the server, and as what. Tokens are shown once: the server keeps hashes."""
+"""`fleet operators`: who may use the server, and in which role. Tokens are shown once: the server keeps hashes."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from fleet.protocol.trust_api import OperatorReply, Role
 _ROLE = click.option(
     "--role",
     type=click.Choice([str(each) for each in Role]),
-    help="viewer looks; operator changes what boards run, too; admin also says who comes in",
+    help="viewer reads, operator also changes what devices run, admin also manages operators  [operator, or as before]",
 )
 
 _SAVE = click.option(
@@ -26,11 +26,11 @@ _SAVE = click.option(
 )
 
 
-@click.group("operators", short_help="Who may come in to the server, and as what")
+@click.group("operators", short_help="Manage who may use the server, and in which role")
 def operators() -> None:
-    """Say who may come in to the server, and as what.
+    """Manage who may use the server, and in which role.
 
-    A token opens the server's API. It signs nothing: what boards run is decided by keys ('fleet keys').
+    A token gives access to the server's API and signs nothing: keys decide what devices run ('fleet keys').
     """
 
 
@@ -51,12 +51,14 @@ def list_(options: Options) -> None:
 @_ROLE
 @_SAVE
 def add(options: Options, *, name: str, role: str | None, save: Path | None) -> None:
-    """Let NAME in with a token of its own, which is shown once."""
+    """Add an operator NAME and show the new token once."""
     _check_free(save)
     with load_operator(options).client() as client:
         if any(each.name == name for each in client.operators().operators):
-            raise Fault(f"{name} may come in already", action=f"'fleet operators rotate {name}' gives it another token")
-        _hand_over(options, client.let_in(name, Role(role or Role.OPERATOR)), save)
+            raise Fault(
+                f"{name} is an operator already", action=f"replace the token with 'fleet operators rotate {name}'"
+            )
+        _hand_over(options, client.set_operator(name, Role(role or Role.OPERATOR)), save)
 
 
 @command("rotate", examples="fleet operators rotate bob\nfleet operators rotate admin    (this machine's own token)")
@@ -64,20 +66,20 @@ def add(options: Options, *, name: str, role: str | None, save: Path | None) -> 
 @_ROLE
 @_SAVE
 def rotate(options: Options, *, name: str, role: str | None, save: Path | None) -> None:
-    """Give NAME another token in place of the one before, and with --role another role.
+    """Replace the token of NAME and, with --role, the role.
 
-    The token of this machine is written to operator/token by itself, unless --save says where else.
+    A new token for this machine goes to operator/token, unless --save names another file.
     """
     _check_free(save)
     who = load_operator(options)
     with who.client() as client:
         known = {each.name: each.role for each in client.operators().operators}
         check_choice(name, list(known), "operator")
-        reply = client.let_in(name, Role(role) if role else known[name])
+        reply = client.set_operator(name, Role(role) if role else known[name])
         own = who.directory / "token"
         if save is None and _was_mine(client) and not os.environ.get(TOKEN_VARIABLE):
             _write(own, reply.token, replace=True)
-            _say(options, reply, f"{name} has another token; it is in {own}.", token=False)
+            _say(options, reply, f"{name} has a new token, in {own}.", token=False)
             return
     _hand_over(options, reply, save)
 
@@ -85,18 +87,18 @@ def rotate(options: Options, *, name: str, role: str | None, save: Path | None) 
 @command("revoke", examples="fleet operators revoke bob")
 @click.argument("name")
 def revoke(options: Options, *, name: str) -> None:
-    """Let NAME in no more."""
+    """Remove the operator NAME."""
     with load_operator(options).client() as client:
         known = [each.name for each in client.operators().operators]
-        left = client.shut_out(check_choice(name, known, "operator"))
+        left = client.remove_operator(check_choice(name, known, "operator"))
     if options.json:
         output.show_json(left)
     else:
-        output.say(options, f"{name} may not come in any more.")
+        output.say(options, f"{name} is removed; the token is refused from now on.")
 
 
 def _was_mine(client: Client) -> bool:
-    """Whether the token that this machine has stopped counting: it was the one that was replaced."""
+    """Tell whether this machine's own token was the one replaced: the server refuses it now."""
     try:
         client.status()
     except ProblemError as error:
@@ -119,7 +121,7 @@ def _say(options: Options, reply: OperatorReply, words: str, *, token: bool) -> 
         facts: dict[str, object] = {"name": reply.name, "role": reply.role.value}
         output.show_json(facts | ({"token": reply.token} if token else {}))
     elif token:
-        output.say(options, f"{reply.name} may come in as {reply.role}, with this token in operator/token (mode 0600)")
+        output.say(options, f"{reply.name} has the role {reply.role}. Put this token into operator/token (mode 0600)")
         output.say(options, f"or in {TOKEN_VARIABLE}. It is not shown again:\n")
         click.echo(reply.token)
     else:

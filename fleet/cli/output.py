@@ -1,6 +1,6 @@
-"""How things are printed: tables for people, JSON for programs, and words for times, sizes and states.
+"""Printing: tables for people, JSON for programs, and words for times, sizes and states.
 
-A terminal gets colours and its own width; anything else gets plain lines that are never cut.
+A terminal gets colours and its own width; everything else gets plain lines that are never cut.
 """
 
 import sys
@@ -18,6 +18,9 @@ from rich.text import Text
 from fleet.cli.base import Options
 
 _PLAIN_WIDTH: Final = 2000
+
+_WHOLE_CHARS: Final = 16
+"""Columns with longer cells wrap on a narrow terminal; 16 leaves room for `rolled back` and `namespace/name@1.0`."""
 
 _STYLES: Final = {
     "succeeded": "green",
@@ -48,14 +51,14 @@ _STYLES: Final = {
 
 @cache
 def console() -> Console:
-    """The console on standard output."""
+    """Return the console on standard output."""
     if sys.stdout.isatty():
         return Console(highlight=False)
     return Console(highlight=False, width=_PLAIN_WIDTH, force_terminal=False, color_system=None)
 
 
 def say(options: Options, text: str = "") -> None:
-    """Tell a person something that no program wants: nothing with --quiet or --json."""
+    """Print a message for people; nothing with --quiet or --json."""
     if not options.quiet and not options.json:
         click.echo(text)
 
@@ -66,18 +69,21 @@ def show_json(value: msgspec.Struct | Sequence[object] | dict[str, object]) -> N
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, empty: str) -> None:
-    """Print rows under headers, without lines; `empty` is said when there are none."""
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in columns:
-        grid.add_column(name, overflow="ellipsis", no_wrap=True)
-    count = 0
-    for row in rows:
-        grid.add_row(*(state(cell) if isinstance(cell, str) else cell for cell in row))
-        count += 1
-    if count:
-        show(grid)
-    else:
+    """Print rows under headers, without lines; print `empty` when there are none.
+
+    On a narrow terminal, long cells wrap. Short cells and the first column, which people copy, stay whole.
+    """
+    cells = [[state(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    if not cells:
         click.echo(empty)
+        return
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for number, name in enumerate(columns):
+        longest = max(len(row[number]) for row in cells)
+        grid.add_column(name, overflow="fold", no_wrap=number == 0 or longest <= _WHOLE_CHARS)
+    for row in cells:
+        grid.add_row(*row)
+    show(grid)
 
 
 def facts(pairs: Iterable[tuple[str, str | Text]]) -> None:
@@ -92,7 +98,7 @@ def facts(pairs: Iterable[tuple[str, str | Text]]) -> None:
 
 
 def show(grid: Table) -> None:
-    """Print a table: plain lines carry no spaces at their ends."""
+    """Print a table, without spaces at the ends of plain lines."""
     if console().is_terminal:
         console().print(grid)
         return
@@ -102,26 +108,26 @@ def show(grid: Table) -> None:
 
 
 def state(word: str) -> Text:
-    """A word in the colour of what it says; other words as they are."""
+    """Colour a word by the state it names; leave other words plain."""
     return Text(
         word, style=_STYLES.get("rolled-back" if word.startswith("rolled back") else word.partition(" ")[0], "")
     )
 
 
 def first_line(text: str) -> str:
-    """What a listing has room for of a text that may have several lines, such as a trap's backtrace."""
+    """Return the first line of a text such as a trap's backtrace, for a listing."""
     return text.strip().partition("\n")[0].rstrip()
 
 
 def ago(then: datetime | None, now: datetime | None = None) -> str:
-    """How long ago, in one unit: `12 s ago`; `never` for None."""
+    """Format the time since `then` in one unit: `12 s ago`; `never` for None."""
     if then is None:
         return "never"
     return span(((now or datetime.now(UTC)) - then).total_seconds()) + " ago"
 
 
 def span(seconds: float) -> str:
-    """A duration in one unit that people read at a glance."""
+    """Format a duration in one unit that people read at a glance."""
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -129,7 +135,7 @@ def span(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes, as `3.4 KiB`."""
+    """Format a number of bytes: `3.4 KiB`."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":  # noqa: PLR2004 - the step between the units
@@ -139,7 +145,7 @@ def size(count: int) -> str:
 
 
 def target(path: str) -> str:
-    """A TUF target path as people write it, `namespace/name@version`; `-` for none."""
+    """Format a TUF target path as `namespace/name@version`; `-` for none."""
     parts = path.removesuffix(".wasm").split("/")
     if len(parts) == 4 and parts[0] == "components":  # noqa: PLR2004 - components/<namespace>/<name>/<version>
         return f"{parts[1]}/{parts[2]}@{parts[3]}"

@@ -1,14 +1,8 @@
-"""From a file to a signed target; withdraw.
+"""From a component's file to a signed target on the server; `fleet withdraw`.
 
-From a prepared component to a published target: signed against verified metadata, and uploaded.
-
-Nothing that the server says is signed unseen. The namespace's role is verified from the root pinned on this machine,
-the new target is added to exactly that, and the server takes it only if nobody published in between; then all of it is
-done again with what is there now.
-
-A component and its manifest, read from disk and held against each other, before anybody is asked anything.
-
-`fleet withdraw`: take back a release that must not run any more, on whatever board.
+Nothing that the server shows is signed unseen. The namespace's role is verified from the root pinned on this machine,
+and the new target is added to exactly that. The server refuses it when somebody published in between; then everything
+is verified and signed again. Component and manifest are read and compared before any server is asked.
 """
 
 import hashlib
@@ -42,10 +36,14 @@ from signing.errors import RepositoryError
 from signing.events import Document, Event
 from signing.policy import Release
 
+CONFLICTS_MAX: Final = 5
+
+_CONFLICT: Final = 409
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A component that may be published: read, and every import granted by its manifest.
+    """Component ready to be published: read, and every import granted by its manifest.
 
     Attributes:
         file: the component's.
@@ -65,7 +63,7 @@ class Prepared:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes, in hex."""
+        """Hash of the bytes, in hex."""
         return hashlib.sha256(self.data).hexdigest()
 
 
@@ -104,7 +102,7 @@ def prepare(file: Path, *, manifest_file: Path | None = None, name: str = "", ve
 
 
 def attach(prepared: Prepared, *, sbom: Path | None, provenance: Path | None) -> Prepared:
-    """With a bill of materials and build provenance beside it.
+    """Bind a bill of materials and build provenance to a prepared component.
 
     Raises:
         Fault: unreadable, not what it is given as, or about other bytes.
@@ -124,20 +122,15 @@ def _to_save(file: Path, suggestion: str) -> str:
 
 
 def _named(message: str, found: Path | None) -> str:
-    """The message with the path of the manifest that was read in place of its usual name."""
+    """Put the path of the manifest that was read in place of its usual name."""
     if found is None or not message.startswith(FILE_NAME):
         return message
     return f"{found}{message.removeprefix(FILE_NAME)}"
 
 
-CONFLICTS_MAX: Final = 5
-
-_CONFLICT: Final = 409
-
-
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What came of publishing; `new` is false when exactly this was published before."""
+    """Result of publishing; `new` is false when exactly this was published before."""
 
     target: TargetName
     release: Release
@@ -158,8 +151,8 @@ def publish(
         who: whose key and namespace.
         client: a connection to the server.
         prepared: from `prepare`.
-        progress: told the size of each chunk as it is sent.
-        say: told what takes a second try.
+        progress: called with the size of each chunk in bytes as it is sent.
+        say: called with a message when something takes a second attempt.
 
     Raises:
         Fault: no key, a version that exists with other content, or a repository that does not verify.
@@ -175,7 +168,7 @@ def publish(
         target = TargetName(who.namespace, manifest.name, manifest.version)
         holder, base = trust.holder(target.path)
         if trust.is_revoked(target.path):
-            raise Fault(f"{target} was revoked", "a revocation is for good", "publish it under another version")
+            raise Fault(f"{target} was revoked", "a revocation is permanent", "publish it under another version")
         try:
             role = repository.add_target(
                 base,
@@ -220,17 +213,17 @@ def publish(
 
 
 def _bring_back(client: Client, prepared: Prepared, say: Callable[[str], None]) -> None:
-    """What is published and the server has lost, as one that was made anew has, is uploaded again."""
+    """Upload again what is published and lost by the server, as by one that was rebuilt."""
     kept = [(prepared.sha256, prepared.data), *((each.evidence.sha256, each.data) for each in prepared.attached)]
     lost = [(sha256, data) for sha256, data in kept if not client.has_artifact(sha256)]
     for sha256, data in lost:
         client.upload(sha256, data)
     if lost:
-        say("The server had lost its bytes; they are there again.")
+        say("The server had lost the bytes; they are uploaded again.")
 
 
 def publisher(who: Operator, trust: TrustStore) -> tuple[Signer, datetime | None]:
-    """The key that publishes here, and when it ends.
+    """Open the key that publishes here; returns it with its end.
 
     Raises:
         Fault: there is none, it is not trusted, or its life is over.
@@ -240,14 +233,14 @@ def publisher(who: Operator, trust: TrustStore) -> tuple[Signer, datetime | None
     if ends is not None and ends <= datetime.now(UTC):
         raise Fault(
             f"the key {signer.public_key.keyid[:12]} ended on {ends:%Y-%m-%d}",
-            "nothing that it signs is valid any more",
-            "fleet keys new --ci makes the next one",
+            "what it signs is not valid any more",
+            "make the next one with fleet keys new --ci",
         )
     return signer, ends
 
 
 def _begin(who: Operator, client: Client, trust: TrustStore, signer: Signer, ends: datetime | None) -> None:
-    """The first, empty role of a new namespace."""
+    """Publish the first, empty role of a new namespace."""
     client.publish_role(who.namespace, repository.new_role(signer=signer, now=datetime.now(UTC), ends=ends))
     trust.refresh()
 
@@ -262,7 +255,7 @@ def _send(client: Client, event: Event) -> None:
 
 
 def _need_others(trust: TrustStore, event: Event, target: TargetName) -> None:
-    """Where the namespace wants several people: save what this one signed, for the others; raises `Fault`."""
+    """Save what this person signed when the namespace requires several people; raises `Fault` then."""
     lacking = events.missing(trust.heads, event)
     if not lacking:
         return
@@ -270,26 +263,26 @@ def _need_others(trust: TrustStore, event: Event, target: TargetName) -> None:
     save(path, event)
     raise Fault(
         f"{target} is not published yet",
-        f"the namespace {target.namespace} wants {lacking[0].count} signatures more; yours is in {path}",
+        f"the namespace {target.namespace} requires {lacking[0].count} more signatures; yours is in {path}",
         f"have it signed with 'fleet sign approve {path}', then 'fleet sign publish {path}'",
         code=Exit.FAILED,
     )
 
 
 def _look_again(trust: TrustStore, release: Release) -> None:
-    """Remember what was published: from now on nobody can show this machine a repository without it."""
+    """Remember what was published, so that nobody can show this machine a repository without it."""
     trust.refresh()
     if trust.release(release.name.path) != release:
         raise Fault(
-            f"the server took {release.name} and does not show it",
-            "its repository is without what it accepted",
-            "look at the server's log",
+            f"the server accepted {release.name} and does not show it",
+            "its repository lacks what it accepted",
+            "read the server's log",
             code=Exit.REFUSED,
         )
 
 
 def versioned(prepared: Prepared, trust: TrustStore) -> Manifest:
-    """The manifest with a version: its own, or in development the next `0.0.0-dev.N`.
+    """Return the manifest with a version: its own, or in development the next `0.0.0-dev.N`.
 
     The newest development version is taken again when nothing has changed since.
 
@@ -321,22 +314,22 @@ def versioned(prepared: Prepared, trust: TrustStore) -> Manifest:
 
 @command("withdraw", examples="fleet withdraw hello@1.4.0\nfleet withdraw hello@1.4.0 --yes")
 @click.argument("target", metavar="NAME@VERSION")
-@click.option("--yes", is_flag=True, help="Do not ask")
+@click.option("--yes", is_flag=True, help="Revoke without asking")
 def withdraw(options: Options, *, target: str, yes: bool) -> None:
     """Revoke a published release, with this namespace's key and for good.
 
-    Every board that runs it stops it, nothing can deploy it again, and its version is never published again. To go
+    Every device that runs it stops it, nothing can deploy it again, and its version is never published again. To go
     back to another version first, deploy that.
     """
     who = load_operator(options)
     name = who.target(target)
     if name.namespace != who.namespace:
-        raise Fault(f"{name} is not of the namespace {who.namespace}", "only its own publisher can take it back")
+        raise Fault(f"{name} is not of the namespace {who.namespace}", "only its own publisher can revoke it")
     with who.client() as client:
         trust = TrustStore(who, client)
-        running = _running(client, name)
-        boards = f"{len(running)} boards run it and stop it" if running else "no board runs it"
-        if not yes and not click.confirm(f"Revoke {name} for good? By what boards report, {boards}.", err=True):
+        running = _devices_running(client, name)
+        boards = f"{len(running)} devices run it and stop it" if running else "no device runs it"
+        if not yes and not click.confirm(f"Revoke {name} for good? By what devices report, {boards}.", err=True):
             raise click.Abort
         new = _revoke(who, client, trust, name)
     if options.json:
@@ -355,24 +348,24 @@ def _revoke(who: Operator, client: Client, trust: TrustStore, name: TargetName) 
         if role is None:
             raise Fault(f"{name} is not published", "the namespace is empty", code=Exit.REFUSED)
         if not trust.is_revoked(name.path) and trust.release(name.path) is None:
-            raise Fault(f"{name} is not published", "there is nothing to take back", code=Exit.REFUSED)
+            raise Fault(f"{name} is not published", "there is nothing to revoke", code=Exit.REFUSED)
         try:
             new = repository.revoke(role, name=name, signer=signer, now=datetime.now(UTC), ends=ends)
         except RepositoryError as error:
             raise Fault(str(error), code=Exit.REFUSED) from None
         if new == role:
             return False
-        shown = _published(client, who.namespace, new)
+        shown = _publish_revocation(client, who.namespace, new)
         trust.refresh()
         if shown and trust.release(name.path) is not None:
-            raise Fault(f"the server took the revocation of {name} and does not show it", code=Exit.REFUSED)
+            raise Fault(f"the server accepted the revocation of {name} and does not show it", code=Exit.REFUSED)
         if shown:
             return True
     raise Fault(f"could not revoke {name}", "others published in between", "try again", code=Exit.FAILED)
 
 
-def _published(client: Client, namespace: str, role: bytes) -> bool:
-    """False when somebody else published in between."""
+def _publish_revocation(client: Client, namespace: str, role: bytes) -> bool:
+    """Upload the role; false when somebody else published in between."""
     try:
         client.publish_role(namespace, role)
     except ProblemError as error:
@@ -382,5 +375,5 @@ def _published(client: Client, namespace: str, role: bytes) -> bool:
     return True
 
 
-def _running(client: Client, name: TargetName) -> list[str]:
+def _devices_running(client: Client, name: TargetName) -> list[str]:
     return [row.id for row in client.devices().devices if any(each.target == name.path for each in row.instances)]

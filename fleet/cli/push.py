@@ -1,11 +1,7 @@
-"""push, publish, deploy; dry run.
+"""`fleet push`, `publish` and `deploy`; the dry run.
 
-`fleet push`, `publish` and `deploy`.
-
-`fleet push --dry-run`: what a push would do, without publishing anything.
-
-The component may not be published yet, so the server cannot judge it; what it needs is read from the file, and what
-the boards are from their own reports.
+In a dry run the component may not be published yet, so the server cannot judge it: requirements are read from the file,
+and the devices' properties from their own reports.
 """
 
 import contextlib
@@ -40,26 +36,28 @@ _FILE: Final = click.argument("file", type=click.Path(path_type=Path))
 _MANIFEST: Final = click.option(
     "--manifest",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The component.toml  [beside FILE, else inferred]",
+    help="Read this component.toml  [the one beside FILE, else inferred]",
 )
 
-_VERSION: Final = click.option("--version", default="", metavar="VERSION", help="Version, in place of the manifest's")
+_VERSION: Final = click.option(
+    "--version", default="", metavar="VERSION", help="Publish under this version  [the manifest's]"
+)
 
 _SBOM: Final = click.option(
     "--sbom",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Bind this bill of materials to it: CycloneDX or SPDX, as JSON",
+    help="Bind this bill of materials: CycloneDX or SPDX, as JSON",
 )
 
 _PROVENANCE: Final = click.option(
     "--provenance",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Bind this build provenance to it: SLSA v1, as JSON",
+    help="Bind this build provenance: SLSA v1, as JSON",
 )
 
-_NAME: Final = click.option("--name", default="", metavar="NAME", help="Component's name, in place of the manifest's")
+_NAME: Final = click.option("--name", default="", metavar="NAME", help="Publish under this name  [the manifest's]")
 
 _DEPLOY: Final = (
     click.option("--group", default="", shell_complete=operator.groups, metavar="NAME", help="Offer it to this group"),
@@ -68,24 +66,29 @@ _DEPLOY: Final = (
         default="",
         shell_complete=operator.devices,
         metavar="ID",
-        help="Pin it on this one board, until 'fleet unpin'",
+        help="Pin it to this one device, until 'fleet unpin'",
     ),
     click.option(
         "--as",
         "instance",
         default="",
         metavar="NAME",
-        help="Name of the instance on the boards  [the component's name]",
+        help="Name of the instance on the devices  [the component's name]",
     ),
     click.option(
-        "--waves", default="1, 100%", metavar="SIZES", show_default=True, help="Boards of each wave, from the first on"
+        "--waves",
+        default="1, 100%",
+        metavar="SIZES",
+        show_default=True,
+        help="Size of each wave, as a number or share of the devices",
     ),
     click.option(
         "--soak",
         default=0,
         type=click.IntRange(0),
         metavar="SECONDS",
-        help="How long a wave must be well before the next",
+        show_default=True,
+        help="Seconds that a wave must be healthy before the next",
     ),
     click.option(
         "--failures",
@@ -93,7 +96,7 @@ _DEPLOY: Final = (
         type=click.IntRange(0),
         metavar="N",
         show_default=True,
-        help="Boards that may fail before the rollout halts",
+        help="Number of devices that may fail before the rollout halts",
     ),
     click.option(
         "--timeout",
@@ -101,22 +104,22 @@ _DEPLOY: Final = (
         type=click.IntRange(10),
         metavar="SECONDS",
         show_default=True,
-        help="How long a board may take",
+        help="Seconds that a device may take",
     ),
-    click.option("--config", multiple=True, metavar="KEY=VALUE", help="A configuration value; may be given repeatedly"),
+    click.option("--config", multiple=True, metavar="KEY=VALUE", help="Set a configuration value; repeatable"),
     click.option(
         "--port",
         metavar="PORT",
         type=click.IntRange(0, 65535),
-        help="A port of its own on the boards; 0 for the shared one",
+        help="Give the instance a port of its own; 0 for the shared one",
     ),
     click.option(
         "--share-lane/--own-lane",
         default=None,
-        help="Whether it may share a process with its publisher's other instances  [as before; at first its own]",
+        help="Allow or forbid a worker shared with other instances of its publisher  [as before; at first its own]",
     ),
-    click.option("--note", default="", metavar="TEXT", help="A line for the history"),
-    click.option("--detach", is_flag=True, help="Return at once instead of following"),
+    click.option("--note", default="", metavar="TEXT", help="Record this line in the history"),
+    click.option("--detach", is_flag=True, help="Return at once instead of following the rollout"),
 )
 
 
@@ -140,7 +143,9 @@ def _deploy_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @_VERSION
 @_SBOM
 @_PROVENANCE
-@click.option("--dry-run", "dry", is_flag=True, help="Change nothing: say what it needs, which boards would get it")
+@click.option(
+    "--dry-run", "dry", is_flag=True, help="Change nothing: show what it needs and which devices would get it"
+)
 def push(
     options: Options,
     *,
@@ -155,8 +160,8 @@ def push(
 ) -> Exit:
     """Publish the component FILE and deploy it, in one go.
 
-    Signs it with this namespace's key, uploads it, offers it to the boards in waves and follows until that is
-    decided; the exit code says how it went. Ctrl-C stops following, not the rollout.
+    Sign it with this namespace's key, upload it, offer it to the devices in waves, and follow until the outcome is
+    known, which the exit code reports. Ctrl-C stops following, not the rollout.
     """
     _check_where(how)
     prepared = prepare(file, manifest_file=manifest, name=name, version=version)
@@ -197,8 +202,8 @@ def publish(
 ) -> None:
     """Sign the component FILE and upload it.
 
-    It runs nowhere before it is deployed: what was tested on one group goes to the next with the same bytes and
-    signature. A version never changes once it is published.
+    Nothing runs before it is deployed: the bytes tested on one group go to the next with the same signature. A version
+    never changes once it is published.
     """
     prepared = prepare(file, manifest_file=manifest, name=name, version=version)
     prepared = attach(prepared, sbom=sbom, provenance=provenance)
@@ -231,12 +236,12 @@ def publish(
 )
 @click.argument("targets", metavar="NAME@VERSION...", nargs=-1, required=True)
 @_deploy_options
-@click.option("--atomic", is_flag=True, help="Several components as one: each board swaps all of them, or none")
+@click.option("--atomic", is_flag=True, help="Swap several components as one: each device swaps all of them, or none")
 def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, **how: Any) -> Exit:
-    """Offer a published component to a group or a board, and follow until that is decided.
+    """Offer a published component to a group or a device, and follow until the outcome is known.
 
-    With --atomic several: every board swaps all of them as one, watches them as one, and goes back with all when one of
-    them does worse than before.
+    With --atomic, several components: every device swaps all of them as one, watches them as one, and rolls all back
+    when one of them does worse than before.
     """
     _check_where(how)
     _check_set(targets, how, atomic=atomic)
@@ -250,11 +255,11 @@ def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, **how: A
 
 
 def _check_set(targets: tuple[str, ...], how: dict[str, Any], *, atomic: bool) -> None:
-    """Raises `click.UsageError`."""
+    """Check the options for several targets; raises `click.UsageError`."""
     if len(targets) == 1:
         return
     if not atomic:
-        raise click.UsageError("Name one component, or say --atomic for several that are swapped as one.")
+        raise click.UsageError("Name one component, or add --atomic for several that are swapped as one.")
     if how["instance"] or how["config"] or how["port"] is not None:
         raise click.UsageError("--as, --config and --port are for one component: give them in a deploy of its own.")
 
@@ -274,7 +279,7 @@ def _publish(who: Operator, client: Client, prepared: Prepared, options: Options
 
 @contextlib.contextmanager
 def _upload_bar(prepared: Prepared, options: Options) -> Iterator[Callable[[int], None] | None]:
-    """A bar while a larger component goes up, on a terminal."""
+    """Show a bar on a terminal while a larger component is uploaded."""
     if options.quiet or options.json or len(prepared.data) < _PROGRESS_FROM_BYTES or not output.console().is_terminal:
         yield None
         return
@@ -310,7 +315,7 @@ def _request(component: str, target: str, how: dict[str, Any]) -> operator_api.R
 
 
 def _check_where(how: dict[str, Any]) -> None:
-    """What can be wrong with the options themselves is said before anything is published; raises `Fault`."""
+    """Check the options before anything is published; raises `Fault`."""
     if bool(how["group"]) == bool(how["device"]):
         raise click.UsageError("Name either --group or --device.")
     try:
@@ -322,7 +327,7 @@ def _check_where(how: dict[str, Any]) -> None:
 
 
 def _check_there(client: Client, group: str, device: str) -> None:
-    """Nothing is published for a group or a board that does not exist; raises `Fault` or `ProblemError`."""
+    """Check that the group or device exists before anything is published; raises `Fault` or `ProblemError`."""
     if device:
         client.device(device)
         return
@@ -338,7 +343,7 @@ def _check_there(client: Client, group: str, device: str) -> None:
 
 
 def _check_secrets(client: Client, manifest: Manifest, how: dict[str, Any]) -> None:
-    """Nothing is published for boards of which none could start it; raises `Fault`."""
+    """Check that some device there has the required secrets before anything is published; raises `Fault`."""
     needed = tuple(name for name, key in manifest.secrets.items() if key.required)
     instance = how["instance"] or manifest.name
     check_needed(client, instance=instance, required=needed, group=how["group"], device=how["device"])
@@ -356,11 +361,11 @@ def _check_config(manifest: Manifest, config: dict[str, str] | None) -> None:
 
 
 def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutRequest, options: Options) -> Exit:
-    """Print what pushing `prepared` would do; FAILED when no board could run it."""
+    """Print what pushing `prepared` would do; FAILED when no device could run it."""
     trust = TrustStore(who, client)
     manifest = versioned(prepared, trust)
     devices = client.devices().devices
-    boards = _boards(client, devices, request)
+    boards = _offered_devices(client, devices, request)
     previous = _previous(client, boards, request)
     before = next((release for release in trust.releases if release.name.path == previous), None)
     lacking = _lacking(client, boards, manifest, request.instance)
@@ -377,11 +382,11 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
     if options.json:
         output.show_json(flight)
     else:
-        _show(prepared, manifest, who, flight)
+        _show_preflight(prepared, manifest, who, flight)
     return Exit.OK if any(flight.waves) or not boards else Exit.FAILED
 
 
-def _boards(client: Client, devices: Sequence[DeviceRow], request: RolloutRequest) -> list[DeviceRow]:
+def _offered_devices(client: Client, devices: Sequence[DeviceRow], request: RolloutRequest) -> list[DeviceRow]:
     if request.device:
         return [client.device(request.device).row]
     return [row for row in devices if request.group in row.groups]
@@ -398,7 +403,7 @@ def _previous(client: Client, boards: Sequence[DeviceRow], request: RolloutReque
 
 
 def unfit(board: DeviceRow, manifest: Manifest) -> Excluded | None:
-    """Why a board could not run it, None when it could as far as anyone knows."""
+    """Explain why a device could not run the component; None when it could as far as is known."""
     if board.revoked:
         return Excluded(device=board.id, reason="it is revoked")
     if manifest.arch and board.machine and board.machine not in manifest.arch:
@@ -411,7 +416,7 @@ def unfit(board: DeviceRow, manifest: Manifest) -> Excluded | None:
 
 
 def _lacking(client: Client, boards: Sequence[DeviceRow], manifest: Manifest, instance: str) -> dict[str, Excluded]:
-    """The boards that have not every secret which the component requires."""
+    """Find the devices that lack a secret which the component requires."""
     needed = [name for name, key in manifest.secrets.items() if key.required]
     if not needed:
         return {}
@@ -427,7 +432,7 @@ def _lacking(client: Client, boards: Sequence[DeviceRow], manifest: Manifest, in
 
 
 def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:
-    """What this version may reach and the one before may not."""
+    """List what this version may reach and the one before may not."""
     known = before or Grants()
     return (
         *(f"interface {name}" for name in wanted.interfaces if not known.allows(name)),
@@ -450,7 +455,7 @@ def _waves(text: str, boards: Sequence[DeviceRow]) -> tuple[tuple[str, ...], ...
     return tuple(order[start:end] for start, end in zip((0, *reached), reached, strict=False))
 
 
-def _show(prepared: Prepared, manifest: Manifest, who: Operator, flight: Preflight) -> None:
+def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, flight: Preflight) -> None:
     shape = prepared.component
     kind = type(manifest.trigger).__name__.lower()
     now = (

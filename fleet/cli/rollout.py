@@ -1,13 +1,8 @@
-"""rollout, rollouts, undo, remove; following.
+"""`fleet rollouts`, `rollout`, `undo` and `remove`; following a rollout until its outcome is known.
 
-`fleet rollouts`, `rollout`, `undo` and `remove`.
-
-Following a rollout until it is decided: live bars on a terminal, one line for each change elsewhere.
-
-The server is asked by long poll, so nothing is drawn or printed without a change. A server that restarts in the
-middle is waited for: the rollout lives in its database, and on the boards.
-
-The end of every command that starts a rollout: follow it, or say how to.
+Following draws live bars on a terminal, and prints one line for each change elsewhere. The server is asked by long
+poll, so nothing is drawn without a change. A restart of the server is waited out: the rollout lives in its database and
+on the devices.
 """
 
 import time
@@ -31,10 +26,35 @@ from fleet.protocol.operator_api import BoardView, RolloutView
 if TYPE_CHECKING:
     from fleet.client import Client
 
+POLL_S: Final = 25
+
+GONE_S: Final = 60.0
+"""Time that the server may be unreachable while a rollout is followed."""
+
+_STEPS: Final = {
+    Phase.FETCHING: 1,
+    Phase.VERIFYING: 2,
+    Phase.COMPILING: 3,
+    Phase.STAGED: 4,
+    Phase.SWAPPING: 5,
+    Phase.PROBATION: 6,
+    Phase.COMMITTED: 7,
+}
+
+_ALL_STEPS: Final = 7
+
+_TOLD_MAX: Final = 5
+
+_DECIDED: Final = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED})
+
 
 @command("rollouts", examples="fleet rollouts\nfleet rollouts --group edge-eu --limit 5 --json")
-@click.option("--group", default="", shell_complete=operator.groups, help="Of this group only")
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 1000), help="So many at most")
+@click.option(
+    "--group", default="", shell_complete=operator.groups, metavar="NAME", help="List only rollouts of this group"
+)
+@click.option(
+    "--limit", default=20, show_default=True, type=click.IntRange(1, 1000), metavar="N", help="List at most this many"
+)
 def rollouts(options: Options, *, group: str, limit: int) -> None:
     """List the rollouts, newest first."""
     with connect(options) as client:
@@ -55,12 +75,12 @@ def rollouts(options: Options, *, group: str, limit: int) -> None:
         )
         for row in answer.rollouts
     ]
-    columns = ("NO", "STATE", "INSTANCE", "TARGET", "TO", "BOARDS", "STARTED", "")
+    columns = ("NO", "STATE", "INSTANCE", "TARGET", "TO", "DEVICES", "STARTED", "")
     output.table(columns, rows, empty="No rollout yet: 'fleet push FILE --group G' starts one.")
 
 
 class _RolloutGroup(click.Group):
-    """`fleet rollout 7` is `fleet rollout show 7`."""
+    """Group in which `fleet rollout 7` means `fleet rollout show 7`."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -78,9 +98,11 @@ def rollout() -> None:
 
 @command("show", examples="fleet rollout 7\nfleet rollout 7 --follow")
 @click.argument("number", shell_complete=operator.rollouts)
-@click.option("--follow", "-f", "following", is_flag=True, help="Stay until it is decided; the exit code says how")
+@click.option(
+    "--follow", "-f", "following", is_flag=True, help="Follow until the outcome is known; the exit code reports it"
+)
 def show(options: Options, *, number: str, following: bool) -> Exit:
-    """Show a rollout and each of its boards."""
+    """Show a rollout and each of its devices."""
     with connect(options) as client:
         view = client.rollout(number)
         if following:
@@ -93,7 +115,7 @@ def show(options: Options, *, number: str, following: bool) -> Exit:
     else:
         click.echo(title(view))
         rows = [(f"  {board.device}", f"wave {board.wave}", standing(board)) for board in view.boards]
-        output.table(("  BOARD", "WAVE", "STATE"), rows, empty="  no boards")
+        output.table(("  DEVICE", "WAVE", "STATE"), rows, empty="  no devices")
     click.echo()
     reason = output.first_line(view.reason)
     output.facts([("state", str(view.state)), ("reason", reason), ("by", view.by), ("note", view.note)])
@@ -123,10 +145,14 @@ rollout.add_command(
     _verb("pause", "is paused: no further wave is offered", "Offer no further wave until it is resumed.")
 )
 
-rollout.add_command(_verb("resume", "goes on", "Go on with a paused rollout."))
+rollout.add_command(_verb("resume", "goes on", "Continue a paused rollout."))
 
 rollout.add_command(
-    _verb("abort", "is aborted: its boards are offered what they had before", "End a rollout and take its boards back.")
+    _verb(
+        "abort",
+        "is aborted: its devices are offered what they had before",
+        "End a rollout and return its devices to what they had before.",
+    )
 )
 
 
@@ -136,14 +162,21 @@ rollout.add_command(
     "--group",
     default="",
     shell_complete=operator.groups,
-    help="The newest rollout of this group, where no number is given",
+    metavar="NAME",
+    help="Without NUMBER: the newest rollout of this group",
 )
-@click.option("--waves", default="1, 100%", show_default=True, help="Boards of each wave, from the first on")
-@click.option("--detach", is_flag=True, help="Return at once instead of following")
+@click.option(
+    "--waves",
+    default="1, 100%",
+    show_default=True,
+    metavar="SIZES",
+    help="Size of each wave, as a number or share of the devices",
+)
+@click.option("--detach", is_flag=True, help="Return at once instead of following the rollout")
 def undo(options: Options, *, number: str, group: str, waves: str, detach: bool) -> Exit:
     """Offer the previous state again, through the same gates.
 
-    Takes back the rollout NUMBER, or the newest one.
+    Undo the rollout NUMBER, or the newest one.
     """
     with connect(options) as client:
         view = client.undo(operator_api.UndoRequest(rollout=number, group=group, waves=waves))
@@ -154,11 +187,17 @@ def undo(options: Options, *, number: str, group: str, waves: str, detach: bool)
     "remove", examples="fleet remove hello --group edge-eu\nfleet remove hello --device gate-7-1f2e3d4c --keep-data"
 )
 @click.argument("instance")
-@click.option("--group", default="", shell_complete=operator.groups, help="Of this group")
-@click.option("--device", default="", shell_complete=operator.devices, help="Of this board")
-@click.option("--keep-data", is_flag=True, help="Leave the instance's own data on the boards")
-@click.option("--waves", default="100%", show_default=True, help="Boards of each wave, from the first on")
-@click.option("--detach", is_flag=True, help="Return at once instead of following")
+@click.option("--group", default="", shell_complete=operator.groups, metavar="NAME", help="Remove it from this group")
+@click.option("--device", default="", shell_complete=operator.devices, metavar="ID", help="Remove it from this device")
+@click.option("--keep-data", is_flag=True, help="Keep the instance's own data on the devices")
+@click.option(
+    "--waves",
+    default="100%",
+    show_default=True,
+    metavar="SIZES",
+    help="Size of each wave, as a number or share of the devices",
+)
+@click.option("--detach", is_flag=True, help="Return at once instead of following the rollout")
 def remove(
     options: Options,
     *,
@@ -169,7 +208,7 @@ def remove(
     waves: str,
     detach: bool,
 ) -> Exit:
-    """Take INSTANCE off a group or a board."""
+    """Remove INSTANCE from a group or a device."""
     if bool(group) == bool(device):
         raise click.UsageError("Name either --group or --device.")
     request = operator_api.RemovalRequest(
@@ -179,33 +218,11 @@ def remove(
         return finish(client, client.remove(request), options, detach=detach)
 
 
-POLL_S: Final = 25
-
-GONE_S: Final = 60.0
-"""How long a server may be away while a rollout is followed."""
-
-_STEPS: Final = {
-    Phase.FETCHING: 1,
-    Phase.VERIFYING: 2,
-    Phase.COMPILING: 3,
-    Phase.STAGED: 4,
-    Phase.SWAPPING: 5,
-    Phase.PROBATION: 6,
-    Phase.COMMITTED: 7,
-}
-
-_ALL_STEPS: Final = 7
-
-_TOLD_MAX: Final = 5
-
-_DECIDED: Final = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED})
-
-
 def follow(client: "Client", view: RolloutView, options: Options) -> Exit:
     """Show the rollout until it is decided, and say how it went.
 
     Raises:
-        UnreachableError: the server was away for more than a minute.
+        UnreachableError: the server stayed unreachable for more than a minute.
     """
     try:
         if options.json or options.quiet:
@@ -219,7 +236,7 @@ def follow(client: "Client", view: RolloutView, options: Options) -> Exit:
         click.echo(
             f"\nRollout {view.number} goes on without you.\n"
             f"  fleet rollout {view.number} --follow    watch it again\n"
-            f"  fleet rollout abort {view.number}       stop it and take the boards back",
+            f"  fleet rollout abort {view.number}       end it and return the devices to what they had",
             err=True,
         )
         return Exit.INTERRUPTED
@@ -227,7 +244,7 @@ def follow(client: "Client", view: RolloutView, options: Options) -> Exit:
 
 
 def conclude(view: RolloutView, options: Options) -> Exit:
-    """Print how a decided rollout went; its exit code."""
+    """Print how a decided rollout went; returns its exit code."""
     if options.json:
         output.show_json(view)
         return Exit.OK if view.state is RolloutState.SUCCEEDED else Exit.FAILED
@@ -242,20 +259,20 @@ def conclude(view: RolloutView, options: Options) -> Exit:
     reason = "; ".join(f"{board.device} {standing(board)}" for board in bad[:1]) or view.reason
     raise Fault(
         f"rollout {view.number} {view.state}",
-        reason or "it did not reach every board",
+        reason or "the rollout did not reach every device",
         _next_step(view),
         code=Exit.FAILED,
     )
 
 
 def _told(board: BoardView) -> list[str]:
-    """What a board said of its failure, and the instance's last words."""
+    """Return a device's message about its failure, and the last log lines of the instance."""
     message = [line.rstrip() for line in board.message.splitlines() if line.strip()]
-    return [*(message or ["it gave no reason"]), *(f"| {line}" for line in board.log)]
+    return [*(message or ["the device gave no reason"]), *(f"| {line}" for line in board.log)]
 
 
 def revisions(client: "Client", view: RolloutView) -> Iterator[RolloutView]:
-    """The rollout as it is, then each change, up to the one that decides it."""
+    """Yield the rollout as it is, then each change, up to the one that decides it."""
     yield view
     while view.state in OPEN_STATES:
         latest = _next_revision(client, view)
@@ -304,7 +321,7 @@ def _live(client: "Client", view: RolloutView) -> RolloutView:
 
 
 def picture(view: RolloutView, *, boards_max: int = 24) -> Group:
-    """The rollout as one drawing: a title and a bar for each board, the undecided ones first when there are many."""
+    """Draw a title and a bar for each device; with many devices, the undecided ones first."""
     boards = view.boards
     if len(boards) > boards_max:
         boards = tuple(sorted(boards, key=lambda board: board.outcome in {Outcome.SUCCEEDED, Outcome.PENDING}))
@@ -322,7 +339,7 @@ def picture(view: RolloutView, *, boards_max: int = 24) -> Group:
 
 
 def bar(board: BoardView) -> ProgressBar:
-    """How far a board is, in the steps of its update machine."""
+    """Draw a device's progress through the steps of an update."""
     match board.outcome:
         case Outcome.SUCCEEDED:
             done, style = float(_ALL_STEPS), "green"
@@ -336,7 +353,7 @@ def bar(board: BoardView) -> ProgressBar:
 
 
 def steps(board: BoardView) -> float:
-    """The steps done, with the percentage of the current one."""
+    """Count the steps done, with the percentage of the current one as a fraction."""
     reached = _STEPS.get(board.phase, 0) if board.phase is not None else 0
     if not reached:
         return 0.0
@@ -344,16 +361,16 @@ def steps(board: BoardView) -> float:
 
 
 def title(view: RolloutView) -> str:
-    """What is offered to whom, in one line."""
+    """Describe the rollout in one line: what is offered to whom."""
     where = f"group {view.group}" if view.group else f"device {view.device}"
     what = f"{output.target(view.target)} as {view.instance}" if view.target else f"removal of {view.instance}"
     waves = f", waves {', '.join(wave.text for wave in view.waves)}" if len(view.waves) > 1 else ""
     boards = len(view.boards)
-    return f"Rollout {view.number}: {what} to {where} ({boards} board{'' if boards == 1 else 's'}{waves})"
+    return f"Rollout {view.number}: {what} to {where} ({boards} device{'' if boards == 1 else 's'}{waves})"
 
 
 def standing(board: BoardView) -> str:
-    """How a board stands, in a few words."""
+    """Describe a device's progress in a few words."""
     match board.outcome:
         case Outcome.SUCCEEDED:
             took = f" in {_seconds(board)}" if _seconds(board) else ""
@@ -364,10 +381,10 @@ def standing(board: BoardView) -> str:
             return f"rolled back{code}" if board.phase is Phase.ROLLED_BACK else f"{board.outcome}{code}"
         case Outcome.IN_PROGRESS if board.phase is not None:
             percent = f" {board.progress} %" if board.progress is not None else ""
-            retry = f", tries again: {board.message}" if board.retrying and board.message else ""
+            retry = f", retrying: {board.message}" if board.retrying and board.message else ""
             return f"{board.phase}{percent}{retry}"
         case Outcome.WAITING:
-            return "waiting" if board.online else "waiting: it is offline"
+            return "waiting" if board.online else "waiting: the device is offline"
         case Outcome.DEFERRED:
             return f"deferred: {board.message}" if board.message else "deferred"
         case _:
@@ -375,15 +392,15 @@ def standing(board: BoardView) -> str:
 
 
 def summary(view: RolloutView) -> str:
-    """A succeeded rollout in one line."""
+    """Describe a succeeded rollout in one line."""
     done = [board for board in view.boards if board.outcome is Outcome.SUCCEEDED]
     stragglers = [board.device for board in view.boards if board.outcome not in _DECIDED]
     took = ""
     if view.ended_at is not None:
         took = f" after {(view.ended_at - view.created_at).total_seconds():.1f} s"
-    verb = f"run {output.target(view.target)}" if view.target else f"run {view.instance} no more"
+    verb = f"run {output.target(view.target)}" if view.target else f"no longer run {view.instance}"
     rest = f"; not yet: {', '.join(stragglers)}" if stragglers else ""
-    return f"Rollout {view.number} succeeded{took}: {len(done)} of {len(view.boards)} boards {verb}{rest}"
+    return f"Rollout {view.number} succeeded{took}: {len(done)} of {len(view.boards)} devices {verb}{rest}"
 
 
 def _seconds(board: BoardView) -> str:
@@ -397,12 +414,12 @@ def _next_step(view: RolloutView) -> str:
     if failed:
         return f"run 'fleet why {failed[0]}'"
     if view.state is RolloutState.SUPERSEDED:
-        return "see 'fleet rollouts' for the one that took over"
+        return "see 'fleet rollouts' for the rollout that replaced it"
     return f"run 'fleet rollout {view.number}'"
 
 
 def finish(client: "Client", view: RolloutView, options: Options, *, detach: bool) -> Exit:
-    """Follow a rollout that was just started, or say how to."""
+    """Follow a rollout that was just started, or print how to follow it."""
     if not detach:
         return follow(client, view, options)
     if view.state not in OPEN_STATES:

@@ -1,7 +1,7 @@
-"""`fleet secret`: give boards what nobody else shall know, see who has it, take it away.
+"""`fleet secret`: give devices secrets, see which device has which, take them away.
 
-A value is read from standard input, a file, or typed; it is never an argument, where every process of the machine could
-read it. With `--seal-here` it does not leave this machine but in boxes that only the boards can open.
+A value is read from standard input, a file, or typed; it is never an argument, which every process of the machine could
+read. With `--seal-here` it leaves this machine only in boxes that single devices can open.
 """
 
 import base64
@@ -28,11 +28,11 @@ _NAME: Final = click.argument("name", metavar="NAME")
 
 _WHERE: Final = (
     click.option(
-        "--group", default="", shell_complete=operator.groups, metavar="NAME", help="The boards of this group"
+        "--group", default="", shell_complete=operator.groups, metavar="NAME", help="Act on the devices of this group"
     ),
-    click.option("--device", default="", shell_complete=operator.devices, metavar="ID", help="This one board"),
+    click.option("--device", default="", shell_complete=operator.devices, metavar="ID", help="Act on this one device"),
     click.option(
-        "--instance", default="", metavar="NAME", help="Whose secret  [the one instance there that declares it]"
+        "--instance", default="", metavar="NAME", help="Instance that uses the secret  [the one there that declares it]"
     ),
 )
 
@@ -40,10 +40,11 @@ _VALUE: Final = (
     click.option(
         "--file",
         type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
         help="Read the value from a file  [standard input, or typed]",
     ),
     click.option("--seal-here", is_flag=True, help="Seal on this machine: the server never sees the value"),
-    click.option("--ahead", is_flag=True, help="Also where what runs declares no such secret: for a version to come"),
+    click.option("--ahead", is_flag=True, help="Set it also where no running version declares it yet"),
 )
 
 
@@ -56,12 +57,12 @@ def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
     return add
 
 
-@click.group("secret", short_help="Give components passwords and keys that only their boards can read")
+@click.group("secret", short_help="Give components passwords and keys that only their devices can read")
 def secrets() -> None:
-    """Give components passwords and keys that only their boards can read.
+    """Give components passwords and keys that only their devices can read.
 
-    A component declares the names of its secrets in component.toml. A value lies and travels in boxes, one for each
-    board, which that board alone can open. A board that joins later lacks it: set it again.
+    A component declares the names of its secrets in component.toml. A value is stored and sent in sealed boxes, one for
+    each device, which that device alone can open. A device that joins later lacks it: set it again.
     """
 
 
@@ -74,10 +75,10 @@ def secrets() -> None:
 @_NAME
 @_options(*_WHERE, *_VALUE)
 def set_(options: Options, *, name: str, **how: Any) -> None:
-    """Give boards a secret, or the next version of one; it is never an argument.
+    """Give devices a secret, or its next version.
 
-    What runs and declares it is restarted with it at once, on probation like every change: a board whose component
-    does worse goes back to the former value by itself.
+    The value is never an argument. Instances that declare it restart with it at once, on probation like every change: a
+    device whose component does worse returns to the former value by itself.
     """
     _give(options, name, how, rotate=False)
 
@@ -90,7 +91,7 @@ def set_(options: Options, *, name: str, **how: Any) -> None:
 @_NAME
 @_options(*_WHERE, *_VALUE)
 def rotate(options: Options, *, name: str, **how: Any) -> None:
-    """Replace a secret that is there by its next version; a board never takes an older one again."""
+    """Replace an existing secret by its next version; a device never takes an older one again."""
     _give(options, name, how, rotate=True)
 
 
@@ -119,12 +120,14 @@ def _tell(options: Options, reply: SecretReply, *, here: bool) -> None:
         return
     count = len(reply.boards)
     where = "here; the server has not seen it" if here else "by the server, which has forgotten it"
-    boards = f"{count} board{'' if count == 1 else 's'}"
+    boards = f"{count} device{'' if count == 1 else 's'}"
     output.say(options, f"{reply.instance}/{reply.name} version {reply.version} for {boards}, sealed {where}.")
     for device in reply.unsealable:
-        click.echo(f"  {device} has no sealing key and lacks it: enrol it anew, with 'fleet-agent enroll --force'")
+        click.echo(
+            f"  {device} has no sealing key, so it lacks the secret: enrol it anew, with 'fleet-agent enroll --force'"
+        )
     if not count:
-        click.echo("  No board is there yet: each that joins lacks it until you set it again.")
+        click.echo("  No device is there yet; each one that joins lacks the secret until you set it again.")
 
 
 def _scope(name: str, how: dict[str, Any]) -> SecretScope:
@@ -140,7 +143,7 @@ def _scope(name: str, how: dict[str, Any]) -> SecretScope:
 
 
 def _value(file: Path | None) -> str:
-    """The value: one line end after it is not part of it."""
+    """Read the value; one line end after it is not part of it."""
     most = bounds.SECRET_VALUE_MAX_BYTES + 2
     if file is not None:
         with file.open("rb") as source:
@@ -155,18 +158,22 @@ def _value(file: Path | None) -> str:
         value = value.removesuffix("\n").removesuffix("\r") if value.count("\n") <= 1 else value
         sealing.check_value(value)
     except UnicodeDecodeError:
-        raise Fault("the value is not text in UTF-8", "guests read text", "encode bytes, as base64") from None
+        raise Fault(
+            "the value is not text in UTF-8", "components read text", "encode bytes, for example in base64"
+        ) from None
     except SigningError as error:
         raise Fault(str(error)) from None
     return value
 
 
 def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
-    """A box for each board whose sealing key is proved by the device key that this machine remembers."""
+    """Seal a box for each device whose sealing key is proved by the device key that this machine remembers."""
     from fleet.cli import trust_store  # noqa: PLC0415 - tuf is not for --help, nor for boxes that the server seals
 
     if keys.fleet != who.fleet:
-        raise Fault(f"the server is of the fleet {keys.fleet!r}, this is {who.fleet!r}", code=Exit.REFUSED)
+        raise Fault(
+            f"the server serves the fleet {keys.fleet!r}, this machine belongs to {who.fleet!r}", code=Exit.REFUSED
+        )
     memory = trust_store.load_devices(who.trust)
     boxes = []
     for board in keys.boards:
@@ -176,9 +183,9 @@ def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
             )
         except Rejected as error:
             raise Fault(
-                f"the sealing key of {board.device} is not proved",
+                f"cannot seal for {board.device}: its sealing key is not proved",
                 error.message,
-                "if it enrolled with an older agent, enrol it anew; else do not trust this server",
+                "enrol it anew if it enrolled with an older agent; otherwise do not trust this server",
                 code=Exit.REFUSED,
             ) from None
         trust_store.check_device_key(memory, board.device, fingerprint)
@@ -189,13 +196,13 @@ def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
         boxes.append(Box(device=board.device, box=base64.b64encode(box).decode()))
     trust_store.save_devices(who.trust, memory)
     if not boxes:
-        raise Fault("there is no board to seal for", "boards are sealed for one by one", "fleet secret set again later")
+        raise Fault("cannot seal the secret", "no device is there yet", "run fleet secret set once one has joined")
     return tuple(boxes)
 
 
 @command("list", examples="fleet secret list\nfleet secret list --json")
 def list_(options: Options) -> Exit:
-    """Who has which secret, in which version, and who lacks one that it needs. No value is ever shown."""
+    """List who has which version of which secret, and who lacks one. Values are never shown."""
     with connect(options) as client:
         found = client.secrets()
     if options.json:
@@ -212,8 +219,8 @@ def list_(options: Options) -> Exit:
         )
         for row in found.secrets
     ]
-    header = ("INSTANCE", "SECRET", "VERSION", "BOARDS", "SEALED BY", "SET BY")
-    output.table(header, rows, empty="No board has a secret, and none lacks one.")
+    header = ("INSTANCE", "SECRET", "VERSION", "DEVICES", "SEALED BY", "SET BY")
+    output.table(header, rows, empty="No device has a secret, and none lacks one.")
     for row in found.secrets:
         _tell_lacking(row)
     return Exit.OK
@@ -234,18 +241,18 @@ def _tell_lacking(row: SecretRow) -> None:
 @_NAME
 @_options(*_WHERE)
 def remove(options: Options, *, name: str, **how: Any) -> None:
-    """Take a secret from boards. Refused while what runs there does not start without it."""
+    """Take a secret from devices; refused while an instance there needs it to start."""
     scope = _scope(name, how)
     with connect(options) as client:
         found = client.remove_secret(name, scope)
     if options.json:
         output.show_json(found)
     else:
-        output.say(options, f"{name} is taken from {scope.group or scope.device}.")
+        output.say(options, f"{name} is removed from {scope.group or scope.device}.")
 
 
 def check_needed(client: Client, *, instance: str, required: tuple[str, ...], group: str, device: str) -> None:
-    """Before anything is published: whether some board there has every secret that is required; raises `Fault`."""
+    """Check that some device there has every required secret; raises `Fault`."""
     if not required:
         return
     rows = {row.name: row for row in client.secrets().secrets if row.instance == instance}
@@ -257,7 +264,7 @@ def check_needed(client: Client, *, instance: str, required: tuple[str, ...], gr
             where = f"--device {device}" if device else f"--group {group}"
             raise Fault(
                 f"{instance} needs the secret {name}",
-                "no board there has it",
+                "no device there has it",
                 f"give it first: fleet secret set {name} {where} --instance {instance}",
                 code=Exit.REFUSED,
             )

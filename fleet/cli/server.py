@@ -1,11 +1,4 @@
-"""init, serve, completion, server, publisher.
-
-`fleet server`: a server's backup, and a server made anew on the day after.
-
-`fleet init`, `serve` and `completion`.
-
-`fleet publisher`: snapshot and timestamp signed on a host of their own: a stolen server shows nothing new.
-"""
+"""`fleet init`, `serve`, `server` and `publisher`: create, run, back up and rebuild a server; the signing host."""
 
 import contextlib
 import fcntl
@@ -47,7 +40,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def _server_parts(what: str) -> Iterator[None]:
-    """Around imports of the server's parts, which an operator's machine may lack; raises `Fault`."""
+    """Guard imports of the server's parts, which an operator's machine may lack; raises `Fault`."""
     try:
         yield
     except ImportError as error:
@@ -56,22 +49,166 @@ def _server_parts(what: str) -> Iterator[None]:
         ) from None
 
 
-@click.group("server", short_help="A server's backup and keys, and a server made anew")
+@command(
+    "init",
+    examples="fleet init --dev\n"
+    "fleet init --solo --fleet acme --url https://fleet.example.com\n"
+    "fleet init --team --root alice.pub --root bob.pub --root carol.pub --fleet acme\n"
+    "fleet --home ./try init --dev",
+)
+@click.option(
+    "--dev", "size", flag_value="dev", help="For development: unencrypted keys, refused by production devices"
+)
+@click.option("--solo", "size", flag_value="solo", help="For one operator: the offline keys are encrypted")
+@click.option(
+    "--team", "size", flag_value="team", help="For several people: as --solo, and root passes to them (--root)"
+)
+@click.option(
+    "--root",
+    "people",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="With --team: public key of a person who holds root; three or more",
+)
+@click.option("--threshold", default=2, show_default=True, help="With --team: number of people who must sign")
+@click.option(
+    "--fleet", default="fleet", show_default=True, help="Name of the fleet; devices refuse what is signed for another"
+)
+@click.option("--namespace", default="main", show_default=True, help="Namespace of the components published from here")
+@click.option("--url", help="Address https://HOST[:PORT] under which devices reach this machine  [loopback]")
+@click.option("--operators-port", type=click.IntRange(1, 65535), help="Port of the API for operators  [8743]")
+@click.option("--devices-port", type=click.IntRange(1, 65535), help="Port of the API for devices  [8744]")
+@click.option("--mqtt-port", type=click.IntRange(1, 65535), help="Port of the broker  [8883]")
+@click.option(
+    "--broker", default="auto", show_default=True, help="Broker: auto, mosquitto, embedded, or mqtts://HOST:PORT"
+)
+def init(
+    options: Options,
+    *,
+    size: str | None,
+    people: tuple[Path, ...],
+    threshold: int,
+    fleet: str,
+    namespace: str,
+    url: str | None,
+    operators_port: int | None,
+    devices_port: int | None,
+    mqtt_port: int | None,
+    broker: str,
+) -> None:
+    """Create a fleet on this machine: keys, repository, certificates and the admin's token.
+
+    Existing files are never overwritten.
+    """
+    if size is None:
+        raise click.UsageError("Choose --dev (for trying out), --solo or --team.")
+    if (size == "team") != bool(people):
+        raise click.UsageError(
+            "--team and --root belong together: fleet init --team --root alice.pub --root bob.pub ..."
+        )
+    with _server_parts("create a fleet"):
+        from fleet.admin import bootstrap  # noqa: PLC0415 - the server's parts may not be installed
+    try:
+        team = read_team(people, threshold) if size == "team" else None
+        passphrase = None if size == "dev" else new_passphrase("the keys of root, targets and the publisher")
+        made = bootstrap.init(
+            home(options),
+            fleet=fleet,
+            size="dev" if size == "dev" else "solo",
+            url=url,
+            namespace=namespace,
+            operators_port=operators_port,
+            devices_port=devices_port or bootstrap.DEVICES_PORT,
+            mqtt_port=mqtt_port or bootstrap.MQTT_PORT,
+            broker=broker,
+            passphrase=passphrase,
+        )
+    except bootstrap.SetupError as error:
+        raise Fault(str(error)) from None
+    event = None if team is None else hand_over(home(options), team, passphrase)
+    _show_new_fleet(options, made, event)
+
+
+def _show_new_fleet(options: Options, made: "Made", event: Path | None) -> None:
+    if options.json:
+        facts = {"home": str(made.home), "fleet": made.fleet, "size": made.size, "namespace": made.namespace}
+        more = {"recovery": made.recovery, "event": None if event is None else str(event)}
+        output.show_json({**facts, "url": made.url, "warnings": list(made.warnings), **more})
+        return
+    output.say(options, f"Created the fleet {made.fleet} in {made.home}.")
+    for warning in made.warnings:
+        click.echo(click.style("note: ", fg="yellow", bold=True) + warning, err=True)
+    if made.recovery:
+        show_recovery(made.recovery)
+    if event is not None:
+        click.echo(
+            f"Root passes to the team when enough of them have signed: mail {event} to them,\n"
+            f"'fleet sign approve {event.name}', then, with the server running, 'fleet sign publish {event.name}'."
+        )
+    output.say(
+        options,
+        "Next:\n"
+        "  fleet serve                              run its server\n"
+        "  fleet enroll-token --group edge-eu --quiet | ssh DEVICE sudo fleet-agent enroll",
+    )
+
+
+@command("serve", json=False, examples="fleet serve\nfleet --home /srv/fleet serve --broker mosquitto")
+@click.option(
+    "--broker", metavar="WHICH", help="Use this broker: auto, mosquitto, embedded, mqtts://HOST:PORT  [as configured]"
+)
+@click.option("--verbose", "-v", is_flag=True, help="Log at level INFO")
+def serve(options: Options, *, broker: str | None, verbose: bool) -> None:
+    """Run the fleet's server: API, artifacts, rollouts, ingest and the broker.
+
+    The addresses it listens on are set in server/server.toml under the fleet's directory.
+    """
+    with _server_parts("run the server"):
+        import asyncio  # noqa: PLC0415 - not for --help
+
+        from fleet.server import service  # noqa: PLC0415 - the server's parts may not be installed
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO if verbose else logging.WARNING
+    )
+
+    def ready(up: "Ready") -> None:
+        output.say(
+            options,
+            f"The fleet {up.fleet} is up; Ctrl-C stops the server, devices keep running.\n"
+            f"  operators  {up.operators_url}\n"
+            f"  devices     {', '.join([up.devices_url, *up.mqtt])}\n"
+            f"  broker     {up.broker}",
+        )
+
+    try:
+        asyncio.run(service.run(home(options), broker=broker, on_ready=ready))
+    except service.ServeError as error:
+        raise Fault(str(error), code=Exit.FAILED) from None
+
+
+@click.group("server", short_help="Back up a server, make its keys, rebuild it")
 def server() -> None:
-    """Back a server up, make its keys, and make it anew on another machine."""
+    """Back a server up, make its keys, and rebuild it on another machine."""
 
 
 @command("backup", examples="fleet server backup -o fleet.tar")
 @click.option(
-    "-o", "--output", "target", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write"
+    "-o",
+    "--output",
+    "target",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the backup to this file",
 )
 def backup(options: Options, *, target: Path) -> None:
-    """Write what the server of this home knows into one file, without its keys; it may run meanwhile.
+    """Write what the server of this home knows into one file, without its keys; the server may run meanwhile.
 
-    Configuration, database, metadata and components. Keep it on another machine, and make one every day.
+    The backup holds configuration, database, metadata and components. Keep it on another machine; make one every day.
     """
     if not target.name:
-        raise Fault("--output names no file", "", "give it one: -o fleet.tar")
+        raise Fault("--output names no file", action="name one: -o fleet.tar")
     with _server_parts("make a backup"):
         from fleet.admin import recovery as backups  # noqa: PLC0415 - the server's parts may not be installed
     try:
@@ -86,14 +223,14 @@ def backup(options: Options, *, target: Path) -> None:
 
 @command("scrub", examples="fleet server scrub", json=False)
 def scrub(options: Options) -> None:
-    """Throw away what the broker kept, and the server's TLS keys; both are made anew at its next start.
+    """Delete the broker's stored messages and the server's TLS keys; the next start makes new ones.
 
-    For the day after somebody got at the broker. Stop the server first. What the old keys open ends with the issuing CA
-    that vouched for them: 'fleet ca renew', then 'fleet ca revoke' the one before.
+    Use it after an intrusion into the broker. Stop the server first. Certificates of the old TLS keys end with the
+    issuing CA that signed them: run 'fleet ca renew', then 'fleet ca revoke' for the one before.
     """
     place = home(options) / "server"
     if not place.is_dir():
-        raise Fault("no server lies here", f"{place} does not exist", "run this on the server's machine")
+        raise Fault("there is no server in this home", f"{place} does not exist", "run this on the server's machine")
     handle = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,23 +238,25 @@ def scrub(options: Options) -> None:
             shutil.rmtree(place / name, ignore_errors=True)
             (place / name).mkdir(mode=0o700)
     except BlockingIOError:
-        raise Fault("the server runs", "its broker would go on with the old files", "stop it first") from None
+        raise Fault("the server is running", "its broker would keep the old files", "stop it first") from None
     finally:
         os.close(handle)
-    output.say(options, "The broker's memory and the TLS keys are gone; the next start makes them anew.")
+    output.say(options, "The broker's stored messages and the TLS keys are deleted; the next start makes new ones.")
 
 
 @command("key", examples="fleet server key director > director.pub")
 @click.argument("role", type=click.Choice(["director", "snapshot", "timestamp"]))
 def key(options: Options, *, role: str) -> None:
-    """Make another key for ROLE in the server's directory of this home, and print its public half.
+    """Make another key for ROLE in the server directory of this home, and print its public half.
 
-    It counts from the moment at which root or targets name it: 'fleet keys import NAME FILE' and
+    The key counts once root or targets name it: 'fleet keys import NAME FILE' and
     'fleet keys rotate ROLE --to NAME' on the operator's machine.
     """
     directory = home(options) / "server" / "keys"
     if not directory.is_dir():
-        raise Fault("no server lies here", f"{directory} does not exist", "run this on the server's machine")
+        raise Fault(
+            "there is no server in this home", f"{directory} does not exist", "run this on the server's machine"
+        )
     path = free_key_file(directory, role)
     try:
         made = key_files.generate(path)
@@ -136,18 +275,25 @@ def key(options: Options, *, role: str) -> None:
     "fleet server rebuild --backup fleet.tar --event from-alice.json --event from-bob.json",
 )
 @click.option(
-    "--backup", "kept", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Of the old server"
+    "--backup",
+    "kept",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    metavar="FILE",
+    help="Use this backup of the old server",
 )
 @click.option(
     "--event",
     "signed",
     multiple=True,
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="The signing event as others have signed it",
+    metavar="FILE",
+    help="Add a copy of the signing event as others signed it; repeatable",
 )
-@click.option("--devices-port", type=click.IntRange(1, 65535), help="Without a backup: of the API for boards  [8744]")
-@click.option("--mqtt-port", type=click.IntRange(1, 65535), help="Without a backup: of the broker  [8883]")
-@click.option("--broker", default="auto", show_default=True, help="Without a backup: as 'fleet init' has it")
+@click.option(
+    "--devices-port", type=click.IntRange(1, 65535), help="Without a backup: port of the API for devices  [8744]"
+)
+@click.option("--mqtt-port", type=click.IntRange(1, 65535), help="Without a backup: port of the broker  [8883]")
+@click.option("--broker", default="auto", show_default=True, help="Without a backup: broker, as for 'fleet init'")
 @SIGN_YES
 def rebuild(
     options: Options,
@@ -159,14 +305,14 @@ def rebuild(
     broker: str,
     yes: bool,
 ) -> Exit:
-    """Make the fleet's server anew in this home, from the operator's directory and a backup.
+    """Rebuild the fleet's server in this home, from the operator's directory and a backup.
 
-    Director, snapshot, timestamp and issuing CA get new keys, so that what was stolen counts for nothing; everybody
-    else's token ends, and this machine gets a new one. Boards come back by themselves, under the name that they know.
-    Without a backup the boards are those that 'fleet audit verify' has seen; deploy again what they should run.
+    Director, snapshot, timestamp and issuing CA get new keys, so that stolen ones are worthless. All tokens end, and
+    this machine gets a new one. Devices come back by themselves, under the name that they know. Without a backup the
+    devices are those that 'fleet audit verify' has seen; deploy again what they should run.
     """
     with _server_parts("rebuild a server"):
-        from fleet.admin import bootstrap  # noqa: PLC0415 - the same
+        from fleet.admin import bootstrap  # noqa: PLC0415 - a part of the server
         from fleet.admin import recovery as rebuilding  # noqa: PLC0415 - the server's parts may not be installed
     who, place = load_operator(options), home(options)
     now = datetime.now(UTC)
@@ -205,7 +351,7 @@ def rebuild(
         save(path, event)
         names = ", ".join(sorted({each.whose for each in lacking}))
         click.echo(
-            f"The new server waits in {rebuilding.draft_of(place).server}: it lacks signatures of {names}.\n"
+            f"The new server waits in {rebuilding.draft_of(place).server} for signatures of {names}.\n"
             f"Mail {path} to them: 'fleet sign approve --offline {path.name}'; then\n"
             f"'fleet server rebuild --event {path.name}' completes it."
         )
@@ -224,17 +370,15 @@ def rebuild(
     if options.json:
         output.show_json({"url": made.url, "boards": made.boards, "admitted": made.admitted, "lost": made.lost})
         return Exit.OK
-    output.say(
-        options, f"The server of {who.fleet} is made anew in {place / 'server'}: {made.boards} boards are known."
-    )
+    output.say(options, f"The server of {who.fleet} is rebuilt in {place / 'server'}: {made.boards} devices are known.")
     for path_ in made.lost:
-        output.say(options, f"  its bytes are lost: {path_}; 'fleet publish FILE' with the same file brings them back")
+        output.say(options, f"  lost: the bytes of {path_}; 'fleet publish FILE' with the same file restores them")
     output.say(options, "Move the directory to its machine if that is another one, and start 'fleet serve' there.")
     return Exit.OK
 
 
 def _sign(who: Operator, files: dict[str, bytes], event: Event, *, yes: bool) -> Event:
-    """The event with every signature that this machine can give, after it was said in words what it changes."""
+    """Describe the event in words and add every signature that this machine can give."""
     ring = keyring(who)
     for line in event_diff.describe(files, event, called=ring.called):
         click.echo(printable(line), err=True)
@@ -252,155 +396,27 @@ for each in (backup, scrub, key, rebuild):
     server.add_command(each)
 
 
-@command(
-    "init",
-    examples="fleet init --dev\n"
-    "fleet init --solo --fleet acme --url https://fleet.example.com\n"
-    "fleet init --team --root alice.pub --root bob.pub --root carol.pub --fleet acme\n"
-    "fleet --home ./try init --dev",
-)
-@click.option("--dev", "size", flag_value="dev", help="For trying out: keys in the clear, refused by production boards")
-@click.option("--solo", "size", flag_value="solo", help="One operator; the offline keys are encrypted")
-@click.option("--team", "size", flag_value="team", help="As --solo, and root passes to several people (--root)")
-@click.option(
-    "--root",
-    "people",
-    multiple=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Public key of a person who holds root; three or more, with --team",
-)
-@click.option("--threshold", default=2, show_default=True, help="How many of them must sign, with --team")
-@click.option("--fleet", default="fleet", show_default=True, help="Its name; boards refuse what is signed for another")
-@click.option("--namespace", default="main", show_default=True, help="Namespace of the components published from here")
-@click.option("--url", help="https://HOST[:PORT] under which boards reach this machine  [loopback]")
-@click.option("--operators-port", type=click.IntRange(1, 65535), help="Of the API for operators  [8743]")
-@click.option("--devices-port", type=click.IntRange(1, 65535), help="Of the API for boards  [8744]")
-@click.option("--mqtt-port", type=click.IntRange(1, 65535), help="Of the broker  [8883]")
-@click.option("--broker", default="auto", show_default=True, help="auto, mosquitto, embedded, or mqtts://HOST:PORT")
-def init(
-    options: Options,
-    *,
-    size: str | None,
-    people: tuple[Path, ...],
-    threshold: int,
-    fleet: str,
-    namespace: str,
-    url: str | None,
-    operators_port: int | None,
-    devices_port: int | None,
-    mqtt_port: int | None,
-    broker: str,
-) -> None:
-    """Create a fleet on this machine: keys, repository, certificates and the admin's token.
-
-    Nothing that exists is overwritten.
-    """
-    if size is None:
-        raise click.UsageError("Choose --dev (for trying out), --solo or --team.")
-    if (size == "team") != bool(people):
-        raise click.UsageError(
-            "--team and --root belong together: fleet init --team --root alice.pub --root bob.pub ..."
-        )
-    with _server_parts("create a fleet"):
-        from fleet.admin import bootstrap  # noqa: PLC0415 - the server's parts may not be installed
-    try:
-        team = read_team(people, threshold) if size == "team" else None
-        passphrase = None if size == "dev" else new_passphrase("the keys of root, targets and the publisher")
-        made = bootstrap.init(
-            home(options),
-            fleet=fleet,
-            size="dev" if size == "dev" else "solo",
-            url=url,
-            namespace=namespace,
-            operators_port=operators_port,
-            devices_port=devices_port or bootstrap.DEVICES_PORT,
-            mqtt_port=mqtt_port or bootstrap.MQTT_PORT,
-            broker=broker,
-            passphrase=passphrase,
-        )
-    except bootstrap.SetupError as error:
-        raise Fault(str(error)) from None
-    event = None if team is None else hand_over(home(options), team, passphrase)
-    _show_made(options, made, event)
-
-
-def _show_made(options: Options, made: "Made", event: Path | None) -> None:
-    if options.json:
-        facts = {"home": str(made.home), "fleet": made.fleet, "size": made.size, "namespace": made.namespace}
-        more = {"recovery": made.recovery, "event": None if event is None else str(event)}
-        output.show_json({**facts, "url": made.url, "warnings": list(made.warnings), **more})
-        return
-    output.say(options, f"Made the fleet {made.fleet} in {made.home}.")
-    for warning in made.warnings:
-        click.echo(click.style("note: ", fg="yellow", bold=True) + warning, err=True)
-    if made.recovery:
-        show_recovery(made.recovery)
-    if event is not None:
-        click.echo(
-            f"Root passes to the team when enough of them have signed: mail {event} to them,\n"
-            f"'fleet sign approve {event.name}', then, with the server running, 'fleet sign publish {event.name}'."
-        )
-    output.say(
-        options,
-        "Next:\n"
-        "  fleet serve                              run its server\n"
-        "  fleet enroll-token --group edge-eu --quiet | ssh BOARD sudo fleet-agent enroll",
-    )
-
-
-@command("serve", json=False, examples="fleet serve\nfleet --home /srv/fleet serve --broker mosquitto")
-@click.option("--broker", metavar="WHICH", help="In place of the configured one: auto, mosquitto, embedded, mqtts://…")
-@click.option("--verbose", "-v", is_flag=True, help="Log more")
-def serve(options: Options, *, broker: str | None, verbose: bool) -> None:
-    """Run the fleet's server until it is told to stop: API, artifacts, rollouts, ingest and the broker.
-
-    Where it listens stands in server/server.toml under the fleet's directory.
-    """
-    with _server_parts("run the server"):
-        import asyncio  # noqa: PLC0415 - not for --help
-
-        from fleet.server import service  # noqa: PLC0415 - the server's parts may not be installed
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO if verbose else logging.WARNING
-    )
-
-    def ready(up: "Ready") -> None:
-        output.say(
-            options,
-            f"The fleet {up.fleet} is up; Ctrl-C stops the server, boards go on.\n"
-            f"  operators  {up.operators_url}\n"
-            f"  boards     {', '.join([up.devices_url, *up.mqtt])}\n"
-            f"  broker     {up.broker}",
-        )
-
-    try:
-        asyncio.run(service.run(home(options), broker=broker, on_ready=ready))
-    except service.ServeError as error:
-        raise Fault(str(error), code=Exit.FAILED) from None
-
-
-@click.group("publisher", short_help="Sign snapshot and timestamp on another host than the server")
+@click.group("publisher", short_help="Sign snapshot and timestamp on a signing host")
 def publisher() -> None:
-    """Sign snapshot and timestamp on another host than the server.
+    """Sign snapshot and timestamp on a signing host, apart from the server.
 
-    That host verifies each change as the server does, and signs what it has verified. Whoever steals the server, with
-    the director, can then publish nothing and mix nothing. While the host is down, publishing waits.
+    The signing host verifies each change as the server does, and signs what it has verified. An attacker who holds the
+    server and the director can then neither publish nor mix releases. While the host is down, publishing waits.
     """
 
 
 @command("init", examples="fleet publisher init ./publisher-host", json=False)
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 def publisher_init(options: Options, *, directory: Path) -> None:
-    """On the operator's machine: write what a publisher host needs into the new DIRECTORY, which becomes its --home.
+    """Write what a signing host needs into the new DIRECTORY, which becomes its --home; run by the operator.
 
-    The server's address, the fleet's CA and the root to verify everything from; nothing of it is secret.
+    The directory holds the server's address, the fleet's CA and the TUF root; none of them is secret.
     """
     who = load_operator(options)
     write_public(who, directory, who.namespace)
     output.say(
         options,
-        f"Copy {directory} to the publisher host, where it is the --home, and there:\n"
+        f"Copy {directory} to the signing host, where it is the --home, and there:\n"
         "  fleet publisher keys\n"
         f"Its token: 'fleet operators add publisher --role viewer --save {directory}/operator/token'.",
     )
@@ -408,14 +424,18 @@ def publisher_init(options: Options, *, directory: Path) -> None:
 
 @command("keys", examples="fleet publisher keys --out .")
 @click.option(
-    "--out", "to", default=Path(), type=click.Path(path_type=Path, file_okay=False), help="For the public ones"
+    "--out",
+    "to",
+    default=Path(),
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write the public keys into this directory  [.]",
 )
-def keys(options: Options, *, to: Path) -> None:
-    """On the publisher host: make keys for snapshot and timestamp, and write their public halves to *.pub.
+def publisher_keys(options: Options, *, to: Path) -> None:
+    """Make keys for snapshot and timestamp on the signing host, and write their public halves to *.pub.
 
-    They count when root names them: 'fleet sign move publisher' on the operator's machine.
+    The keys count once root names them: run 'fleet sign move publisher' on the operator's machine.
     """
-    module = _module()
+    module = _signing_host()
     try:
         made = module.make_keys(home(options) / "publisher" / "keys")
     except SigningError as error:
@@ -429,17 +449,17 @@ def keys(options: Options, *, to: Path) -> None:
     else:
         output.say(
             options,
-            f"Made them. On the operator's machine: fleet sign move publisher --snapshot {paths['snapshot']} "
+            f"Made both. On the operator's machine: fleet sign move publisher --snapshot {paths['snapshot']} "
             f"--timestamp {paths['timestamp']}",
         )
 
 
 @command("run", examples="fleet publisher run\nfleet publisher run --once    (from cron)", json=False)
-@click.option("--once", is_flag=True, help="Look once, sign what is due, and end")
-@click.option("--verbose", "-v", is_flag=True, help="Log more")
-def run(options: Options, *, once: bool, verbose: bool) -> Exit:
-    """On the publisher host: verify what waits, sign snapshot and timestamp over it, renew them in time."""
-    module = _module()
+@click.option("--once", is_flag=True, help="Sign what is due now, then end")
+@click.option("--verbose", "-v", is_flag=True, help="Log at level INFO")
+def publisher_run(options: Options, *, once: bool, verbose: bool) -> Exit:
+    """Verify waiting changes on the signing host, sign snapshot and timestamp over them, renew both in time."""
+    module = _signing_host()
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if verbose else logging.WARNING
     )
@@ -461,22 +481,22 @@ def run(options: Options, *, once: bool, verbose: bool) -> Exit:
 
 
 @command("discard", examples="fleet publisher discard", json=False)
-def discard(options: Options) -> None:
-    """Have the server forget what waits for the publisher host: a change to keys that nobody has, for example."""
+def publisher_discard(options: Options) -> None:
+    """Discard the change that waits for the signing host, such as one with keys that nobody has."""
     with load_operator(options).client() as client:
         client.discard_waiting()
-    output.say(options, "Forgotten; nothing of it was published.")
+    output.say(options, "Discarded; none of it was published.")
 
 
 def _end(_number: int, _frame: object) -> None:
     raise SystemExit(Exit.OK)
 
 
-def _module() -> ModuleType:
+def _signing_host() -> ModuleType:
     with _server_parts("run a signing host"):
         from fleet.admin import signing_host  # noqa: PLC0415 - the server's parts may not be installed
     return signing_host
 
 
-for each in (publisher_init, keys, run, discard):
+for each in (publisher_init, publisher_keys, publisher_run, publisher_discard):
     publisher.add_command(each)

@@ -1,9 +1,4 @@
-"""sign; sign move.
-
-`fleet sign`: what several people sign together, and what expires unless somebody signs it anew.
-
-`fleet sign move`: from one size of fleet to the next, without a board enrolled again.
-"""
+"""`fleet sign`: changes of trust that several people sign, roles that expire, moves between sizes of fleet."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +26,12 @@ from signing.rotation import RoleKeys, Size
 
 _PUBLIC = click.Path(path_type=Path, dir_okay=False, exists=True)
 
+DUE: Final = "60d"
+
+_FILES = click.argument(
+    "files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, dir_okay=False)
+)
+
 
 @command(
     "move",
@@ -39,12 +40,18 @@ _PUBLIC = click.Path(path_type=Path, dir_okay=False, exists=True)
     "fleet sign move publisher --snapshot snapshot.pub --timestamp timestamp.pub",
 )
 @click.argument("size", metavar="solo|team|publisher", type=click.Choice(["solo", "team", "publisher"]))
-@click.option("--root", "people", multiple=True, metavar="KEY", help="Who holds root from now on (fleet keys list)")
-@click.option("--threshold", default=2, show_default=True, help="How many of them must sign")
+@click.option(
+    "--root",
+    "people",
+    multiple=True,
+    metavar="KEY",
+    help="With team: a key that holds root from now on (fleet keys list); repeatable",
+)
+@click.option("--threshold", default=2, show_default=True, help="With team: number of keys that must sign")
 @SAVE_EVENT
 @SIGN_YES
-@click.option("--snapshot", type=_PUBLIC, help="With 'publisher': the key of snapshot from now on")
-@click.option("--timestamp", type=_PUBLIC, help="With 'publisher': the key of timestamp from now on")
+@click.option("--snapshot", type=_PUBLIC, metavar="FILE", help="With publisher: public key of snapshot from now on")
+@click.option("--timestamp", type=_PUBLIC, metavar="FILE", help="With publisher: public key of timestamp from now on")
 def move(
     options: Options,
     *,
@@ -56,11 +63,11 @@ def move(
     to: Path | None,
     yes: bool,
 ) -> None:
-    """Move the fleet to another size: from dev to solo, from either to team; or two keys to a publisher host.
+    """Move the fleet to another size, or its online keys to a signing host.
 
-    The keys of a development fleet lay in the clear: root, targets and the namespaces get new, encrypted ones. With
-    'publisher' root names the keys of snapshot and timestamp that 'fleet publisher keys' (or, back on the server,
-    'fleet server key') made; what is published then waits until they sign.
+    solo and team: root, targets and the namespaces of a development fleet get new keys, since the old ones were
+    unencrypted. publisher: root names the keys of snapshot and timestamp that 'fleet publisher keys' (or, to move back
+    to the server, 'fleet server key') made; what is published then waits until they sign.
     """
     if (size == "publisher") != bool(snapshot and timestamp):
         raise click.UsageError("'fleet sign move publisher' needs --snapshot and --timestamp, and only that.")
@@ -93,14 +100,14 @@ def move(
     if published and mover.made:
         output.say(
             options,
-            "Restart 'fleet serve': it serves a fleet in production now. The keys of before count for nothing;\n"
+            "Restart 'fleet serve': it serves a production fleet now. The old keys are worthless;\n"
             f"delete them: {', '.join(mover.replaced)}\n"
-            "The root of the CA lay in the clear, too: 'fleet ca offline' takes it off the server.",
+            "The root key of the CA was unencrypted, too: take it off the server with 'fleet ca offline'.",
         )
 
 
 def _move_online(options: Options, files: Mapping[str, Path], *, to: Path | None, yes: bool) -> None:
-    """One root that names other keys for snapshot and timestamp."""
+    """Publish a root that names other keys for snapshot and timestamp."""
     who = load_operator(options)
     with signing_faults():
         roles = {
@@ -114,7 +121,7 @@ def _move_online(options: Options, files: Mapping[str, Path], *, to: Path | None
                 ceremony.files, roles=roles, now=datetime.now(UTC), note="other keys for snapshot and timestamp"
             )
         if ceremony.carry_through(event, yes=yes, to=to):
-            output.say(options, "They count. Delete the old keys of snapshot and timestamp where they lay.")
+            output.say(options, "The new keys count. Delete the old keys of snapshot and timestamp where they were.")
 
 
 class _Mover:
@@ -124,7 +131,7 @@ class _Mover:
         self.replaced: list[str] = []
 
     def change(self, size: str, people: tuple[str, ...], threshold: int) -> tuple[Change, str]:
-        """The roles that get other keys, and the words of a recovery key where one was made."""
+        """Return the new keys of each role, and the words of a recovery key if one was made."""
         ring, files = self._ceremony.ring, self._ceremony.files
         change, words = Change(), ""
         if self._ceremony.trust.development:
@@ -159,37 +166,34 @@ class _Mover:
         return entry.key
 
     def undo(self) -> None:
-        """Nothing came of it: the keys that were made are worth nothing."""
+        """Remove the keys that were made: nothing was published."""
         for name in self.made:
             self._ceremony.ring.file(name).unlink(missing_ok=True)
             self._ceremony.ring.forget(name)
 
 
-DUE: Final = "60d"
-
-_FILES = click.argument(
-    "files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, dir_okay=False)
-)
-
-
 @click.group("sign")
 def sign() -> None:
-    """Look at signing events, sign them, publish them; see what expires.
+    """Show, sign and publish signing events; show and renew what expires.
 
-    An event is a file that is mailed to those who must sign. It says what changes, and it is said in words, compared
-    with what is published, before a signature is asked for.
+    An event is a file, mailed to those who must sign. Its changes are described in words, compared with what is
+    published, before a signature is asked for.
     """
 
 
-@command("status", examples="fleet sign status\nfleet sign status --fail-within 30d    for a cron job")
-@click.option("--fail-within", metavar="DAYS", help="Exit with 1 when a role that people sign expires within this time")
+@command("status", examples="fleet sign status\nfleet sign status --fail-within 30d    (for a cron job)")
+@click.option(
+    "--fail-within",
+    metavar="DAYS",
+    help="Exit with 1 when a role that people sign expires within this time, such as 30d",
+)
 def status(options: Options, *, fail_within: str | None) -> Exit:
     """Show every role: version, expiry, how many must sign, and who."""
     limit = days(fail_within) if fail_within else timedelta(0)
     who = load_operator(options)
     with who.client() as client:
         ceremony = Ceremony(options, who, client)
-        view, signed = ca_commands.known(client), known(client)
+        view, signed = ca_commands.view_or_none(client), online_or_none(client)
     now = datetime.now(UTC)
     rows = list(_rows(ceremony))
     issuer = None if view is None else ca_commands.due(view, within=limit or ca.WARN)
@@ -222,8 +226,8 @@ def status(options: Options, *, fail_within: str | None) -> Exit:
     return Exit.FAILED
 
 
-def known(client: Client) -> OnlineView | None:
-    """Where snapshot and timestamp are signed; None of a server that does not say."""
+def online_or_none(client: Client) -> OnlineView | None:
+    """Fetch where snapshot and timestamp are signed; None from a server that has no such route."""
     try:
         return client.online()
     except ProblemError:
@@ -236,7 +240,7 @@ def _rows(ceremony: Ceremony) -> Any:
         try:
             version, data = repository.latest(files, role)
         except RepositoryError:
-            continue  # a namespace whose publisher has not begun it
+            continue  # a namespace whose publisher has signed nothing yet
         keys = rotation.keys_of(files, role)
         yield {
             "role": role,
@@ -248,7 +252,7 @@ def _rows(ceremony: Ceremony) -> Any:
 
 
 def _bins(files: Mapping[str, bytes], namespace: str, data: bytes) -> Iterator[bytes]:
-    """The hash bins under a namespace, if it has any."""
+    """Yield the hash bins of a namespace."""
     if namespace in {"root", "targets"} or b'"bit_length"' not in data:
         return
     index = repository.newest(files)
@@ -265,7 +269,7 @@ def _when(expires: datetime, now: datetime) -> str:
 @command("diff", json=False, examples="fleet sign diff acme-root-2.signing.json")
 @_FILES
 def diff(options: Options, *, files: Sequence[Path]) -> Exit:
-    """Say in words what an event changes, and whose signatures it lacks; exit with 1 when it lacks some."""
+    """Describe in words what an event changes and whose signatures it lacks; exit with 1 when it lacks some."""
     event = merged(files)
     who = load_operator(options)
     with who.client() as client:
@@ -278,12 +282,18 @@ def diff(options: Options, *, files: Sequence[Path]) -> Exit:
 
 @command("approve", examples="fleet sign approve acme-root-2.signing.json\nfleet sign approve event.json --key alice")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--key", default="", metavar="NAME", help="Sign with this key only  [every key here that counts]")
-@click.option("--out", "to", type=click.Path(path_type=Path, dir_okay=False), help="Where to write it  [FILE]")
-@click.option("--offline", is_flag=True, help="The server is gone: compare with what this machine verified last")
+@click.option("--key", default="", metavar="NAME", help="Sign only with this key  [every key here that counts]")
+@click.option(
+    "--out",
+    "to",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="OUTPUT",
+    help="Write the signed event to this file  [FILE]",
+)
+@click.option("--offline", is_flag=True, help="Compare with what this machine verified last, when the server is lost")
 @SIGN_YES
 def approve(options: Options, *, file: Path, key: str, to: Path | None, offline: bool, yes: bool) -> None:
-    """Say what the event in FILE changes, and add this machine's signature to it."""
+    """Describe in words what the event in FILE changes, and add this machine's signature to it."""
     event = load(file)
     who = load_operator(options)
     with contextlib.nullcontext(Cached(who)) if offline else who.client() as client:
@@ -293,9 +303,9 @@ def approve(options: Options, *, file: Path, key: str, to: Path | None, offline:
         lacking = ceremony.missing(signed)
         if signed == event and lacking:
             raise Fault(
-                "no key here counts for it",
+                "cannot sign: no key here counts for this event",
                 f"it lacks {', '.join(sorted({each.whose for each in lacking}))}",
-                "fleet keys list shows what is here",
+                "see the keys here with fleet keys list",
                 code=Exit.REFUSED,
             )
         save(to or file, signed)
@@ -307,7 +317,7 @@ def approve(options: Options, *, file: Path, key: str, to: Path | None, offline:
 )
 @_FILES
 def publish(options: Options, *, files: Sequence[Path]) -> Exit:
-    """Publish an event that enough have signed; several FILEs are copies that were signed apart."""
+    """Publish an event with enough signatures; several FILEs are copies signed by different people."""
     event = merged(files)
     who = load_operator(options)
     with who.client() as client:
@@ -324,12 +334,12 @@ def publish(options: Options, *, files: Sequence[Path]) -> Exit:
 @command("renew", examples="fleet sign renew\nfleet sign renew root targets")
 @click.argument("roles", nargs=-1, metavar="[ROLE...]")
 @click.option(
-    "--within", default=DUE, show_default=True, metavar="DAYS", help="Without ROLE: what expires in this time"
+    "--within", default=DUE, show_default=True, metavar="DAYS", help="Without ROLE: renew what expires within this time"
 )
 @SAVE_EVENT
 @SIGN_YES
 def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | None, yes: bool) -> None:
-    """Sign roles anew before they expire: root, targets, namespaces; nothing in them changes but their expiry."""
+    """Sign roles anew before they expire: root, targets, namespaces. Nothing but their expiry changes."""
     who = load_operator(options)
     soon = datetime.now(UTC) + days(within)
     with who.client() as client:
@@ -350,14 +360,16 @@ def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | N
 
 @command("bins", json=False, examples="fleet sign bins\nfleet sign bins edge")
 @click.argument("namespace", required=False)
-@click.option("--bits", type=click.IntRange(1, 10), default=hash_bins.BITS, show_default=True, help="2^BITS hash bins")
+@click.option(
+    "--bits", type=click.IntRange(1, 10), default=hash_bins.BITS, show_default=True, help="Make 2^BITS hash bins"
+)
 @SAVE_EVENT
 @SIGN_YES
 def move_to_bins(options: Options, *, namespace: str | None, bits: int, to: Path | None, yes: bool) -> None:
-    """Move the targets of NAMESPACE into hash bins, for good: worth it from about a thousand targets on.
+    """Move the targets of NAMESPACE into hash bins, for good; worth it from about a thousand targets.
 
-    Publishing then signs one small role, and a board fetches the one that its target is in. Boards follow by
-    themselves; what is published, revoked and running stays as it is.
+    Publishing then signs one small role, and a device fetches only the bin of its target. Devices follow by themselves;
+    what is published, revoked and running stays as it is.
     """
     who = load_operator(options)
     with who.client() as client:

@@ -1,10 +1,8 @@
-"""Show, sign, publish or mail a change of trust; key changes; team keys.
+"""Changes of trust: shown in words, signed with the keys of this machine, published or mailed on.
 
-How a change of trust comes about: shown in words, signed with the keys that are here, published or mailed on.
-
-From what a person asks for to the keys that each role has afterwards. Pure: no file, no server, no question.
-
-Handing root to several people, and the key on paper: what `fleet init` and `fleet sign move` share.
+`Ceremony` carries an event through. `Change` and the functions after it turn what a person asks for into the keys that
+each role has afterwards: pure, without files, server or questions. `read_team` to `show_recovery` hand root to several
+people, for `fleet init` and `fleet sign move`.
 """
 
 import contextlib
@@ -12,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import click
 from securesystemslib.signer import Key, Signer
@@ -34,16 +32,18 @@ from signing.rotation import TEAM_KEYS, TEAM_THRESHOLD, Namespace, RoleKeys, Siz
 
 SUFFIX: Final = ".signing.json"
 
+TOP = ("root", "targets", "snapshot", "timestamp")
+
 
 class Ceremony:
-    """One operator, one fleet, and the events that change what it trusts."""
+    """Signing of events that change what one fleet trusts, by one operator."""
 
     def __init__(self, options: Options, who: Operator, client: Client | Cached) -> None:
         self.options, self.who, self.client = options, who, client
         self.trust = TrustStore(who, client, expired=True)
         self.ring: Keyring = keyring(who)
         for what in self.trust.expired():
-            click.echo(f"note: {what}; a repository that somebody holds back looks like this, too", err=True)
+            click.echo(f"note: {what}; a repository that somebody holds back looks the same", err=True)
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -51,9 +51,11 @@ class Ceremony:
         return self.trust.files
 
     def show(self, event: Event) -> None:
-        """What the event changes, in words, against what is published."""
+        """Describe in words what the event changes, compared with what is published."""
         if event.fleet != self.who.fleet:
-            raise Fault(f"this event is of the fleet {event.fleet!r}", f"this machine's is {self.who.fleet!r}")
+            raise Fault(
+                f"this event belongs to the fleet {event.fleet!r}", f"this machine belongs to {self.who.fleet!r}"
+            )
         with signing_faults():
             lines = event_diff.describe(self.files, event, called=self.ring.called)
         if event.note:
@@ -62,12 +64,12 @@ class Ceremony:
             click.echo(printable(line), err=True)
 
     def missing(self, event: Event) -> list[Wanted]:
-        """The signatures that it lacks."""
+        """List the signatures that the event lacks."""
         with signing_faults():
             return events.missing(self.files, event)
 
     def sign(self, event: Event, *, extra: Sequence[Signer] = (), yes: bool = False, using: str = "") -> Event:
-        """The event, signed with every key of this keyring that counts; it was shown before.
+        """Sign the event, shown before, with every key of this keyring that counts.
 
         Args:
             event: as proposed, or signed by others already.
@@ -97,7 +99,7 @@ class Ceremony:
     def carry_through(
         self, event: Event, *, extra: Sequence[Signer] = (), yes: bool = False, to: Path | None = None
     ) -> bool:
-        """Show, sign with what is here, and publish; or save it for the others to sign. True when published."""
+        """Show and sign an event, then publish it, or save it for others to sign. True when published."""
         self.show(event)
         event = self.sign(event, extra=extra, yes=yes)
         lacking = self.missing(event)
@@ -118,10 +120,10 @@ class Ceremony:
         if self.options.json:
             output.show_json({"published": True, "event": event.name, "snapshot": reply.snapshot})
         else:
-            output.say(self.options, f"Published: {roles}. Boards follow by themselves.")
+            output.say(self.options, f"Published: {roles}. Devices follow by themselves.")
 
     def say_missing(self, path: Path, lacking: Sequence[Wanted], *, offline: bool = False) -> None:
-        """Say who must still sign, and how; `offline`, for a server that is made anew."""
+        """Say who must still sign, and how; `offline` for a server that is being rebuilt."""
         if self.options.json:
             rows = [{"role": w.role, "whose": w.whose, "count": w.count, "keys": list(w.keyids)} for w in lacking]
             output.show_json({"published": False, "file": str(path), "missing": rows})
@@ -134,7 +136,7 @@ class Ceremony:
         if lacking:
             click.echo(f"Mail {path} to them: '{approve}', then '{finish}'.")
         elif offline:
-            click.echo(f"{path} is signed by enough: mail it to whoever makes the server anew, for '{finish}'.")
+            click.echo(f"{path} is signed by enough: mail it to whoever rebuilds the server, for '{finish}'.")
         else:
             click.echo(f"{path} is signed by enough: '{finish}' publishes it.")
 
@@ -148,13 +150,13 @@ class Ceremony:
 
 
 def load(path: Path) -> Event:
-    """An event from a file; raises `Fault`."""
+    """Read an event from a file; raises `Fault`."""
     with signing_faults():
         return events.decode(read_file(path, events.MAX_BYTES))
 
 
 def merged(paths: Sequence[Path]) -> Event:
-    """One event from copies that different people signed; raises `Fault`."""
+    """Merge copies of an event that different people signed; raises `Fault`."""
     with signing_faults():
         return events.merge(*(load(path) for path in paths))
 
@@ -176,23 +178,20 @@ def signing_faults() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Without what could move a terminal's cursor: an event comes by mail."""
+    """Replace characters that could move a terminal's cursor: an event comes by mail."""
     return "".join(each if each.isprintable() else "?" for each in text)
-
-
-TOP = ("root", "targets", "snapshot", "timestamp")
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The roles that get other keys."""
+    """Roles that get other keys."""
 
     roles: Mapping[str, RoleKeys] = field(default_factory=dict)
     director: RoleKeys | None = None
     namespaces: Mapping[str, Namespace] = field(default_factory=dict)
 
     def with_keys(self, files: Mapping[str, bytes], role: str, keys: RoleKeys) -> "Change":
-        """And these for one role more."""
+        """Add the keys of one more role."""
         if role in TOP:
             return replace(self, roles={**self.roles, role: keys})
         if role == DIRECTOR:
@@ -214,7 +213,7 @@ def replaced(
     make: Callable[[], Key],
     threshold: int | None,
 ) -> Change:
-    """Other keys for a role.
+    """Give a role other keys.
 
     Args:
         files: the repository's.
@@ -238,7 +237,7 @@ def replaced(
         kept = () if online else tuple(key for key in before.keys if key.keyid not in mine)
         if len(kept) == len(before.keys):
             raise Fault(
-                f"none of the keys of {role} is yours", "so none can be replaced", "name who signs it with --to"
+                f"none of the keys of {role} is yours", "so none can be replaced", "name the new keys with --to"
             )
         keys = (*kept, make())
     least = before.threshold if before is not None else 1
@@ -246,7 +245,7 @@ def replaced(
 
 
 def without(files: Mapping[str, bytes], keyid: str) -> Change:
-    """Every role without this key.
+    """Take a key out of every role.
 
     Raises:
         Fault: it signs nothing, or a role would be left with too few.
@@ -262,19 +261,19 @@ def without(files: Mapping[str, bytes], keyid: str) -> Change:
             raise Fault(
                 f"{role} would be left with {len(left)} keys",
                 f"it needs {keys.threshold}",
-                f"give it others: fleet keys rotate {role}",
+                f"replace its keys first: fleet keys rotate {role}",
                 code=Exit.REFUSED,
             )
         change = change.with_keys(files, role, RoleKeys(left, keys.threshold))
     if not found:
-        raise Fault(f"the key {keyid[:12]} signs nothing", "no role has it", "fleet keys list shows who signs what")
+        raise Fault(f"the key {keyid[:12]} signs nothing", "no role has it", "see who signs what with fleet keys list")
     return change
 
 
 def for_pipeline(
     files: Mapping[str, bytes], name: str, key: Key, *, now: datetime, ends: datetime, ceiling: Grants | None
 ) -> Namespace:
-    """A namespace with one more key, a pipeline's, that ends; made when there is none. Keys that have ended go.
+    """Add a pipeline's key with an end to a namespace, made if need be; drop keys that have ended.
 
     Raises:
         Fault: it has no ceiling, and none was given.
@@ -292,14 +291,21 @@ def for_pipeline(
     if space.ceiling is None:
         raise Fault(
             f"the namespace {name} has no ceiling",
-            "whoever steals the pipeline's key could grant anything in it",
-            "say what it may reach: --ceiling wasi:http, or --namespace with another name",
+            "a stolen pipeline key could then grant anything in it",
+            "set one with --ceiling wasi:http, or name another --namespace",
         )
     return space
 
 
-def read_team(files: Sequence[Path], threshold: int) -> tuple[Mapping[str, Key], RoleKeys]:
-    """People's public keys by their files' names, and what they are together.
+class Team(NamedTuple):
+    """People who hold root together: their public keys by name, and the keys of the role."""
+
+    people: Mapping[str, Key]
+    root: RoleKeys
+
+
+def read_team(files: Sequence[Path], threshold: int) -> Team:
+    """Read people's public keys.
 
     Raises:
         Fault: a file that is no public key, too few people, or one of them twice.
@@ -308,16 +314,16 @@ def read_team(files: Sequence[Path], threshold: int) -> tuple[Mapping[str, Key],
         people = {file.stem: keyrings.read_public(read_file(file, keys.MAX_BYTES), what=str(file)) for file in files}
     except KeyFileError as error:
         raise Fault(str(error), action="each of them prints it with 'fleet keys show NAME'") from None
-    return people, team_keys(tuple(people.values()), threshold)
+    return Team(people, team_keys(tuple(people.values()), threshold))
 
 
 def team_keys(people: tuple[Key, ...], threshold: int) -> RoleKeys:
-    """Root in the hands of several; raises `Fault` when they are too few."""
+    """Put root into the hands of several people; raises `Fault` when they are too few."""
     if len(people) < TEAM_KEYS or threshold < TEAM_THRESHOLD:
         raise Fault(
             f"a team's root needs {TEAM_THRESHOLD} of {TEAM_KEYS} people or more",
             f"{threshold} of {len(people)} were given",
-            "so that one key may be lost and one stolen",
+            "add people with --root, so that one key may be lost and one stolen",
         )
     try:
         return RoleKeys(people, threshold)
@@ -325,20 +331,19 @@ def team_keys(people: tuple[Key, ...], threshold: int) -> RoleKeys:
         raise Fault(str(error)) from None
 
 
-def hand_over(home: Path, team: tuple[Mapping[str, Key], RoleKeys], passphrase: bytes | None) -> Path:
-    """A new fleet's event that gives root to a team, signed by the root key made with the fleet; returns its file.
+def hand_over(home: Path, team: Team, passphrase: bytes | None) -> Path:
+    """Write a new fleet's event that gives root to a team, signed by the root key made with the fleet.
 
     Raises:
         Fault: it cannot be signed or written.
     """
-    people, signers = team
     ring = keyrings.Keyring(home / "operator" / "keys")
     files = {path.name: path.read_bytes() for path in (home / "server" / "repository").iterdir()}
     try:
-        for name, key in people.items():
+        for name, key in team.people.items():
             ring.add(name, key)
         event = events.propose(
-            files, size=Size.TEAM, roles={"root": signers}, now=datetime.now(UTC), note="root passes to the team"
+            files, size=Size.TEAM, roles={"root": team.root}, now=datetime.now(UTC), note="root passes to the team"
         )
         event = events.sign(files, event, ring.open(ring.get("root"), lambda _what: passphrase))
     except SigningError as error:
@@ -349,9 +354,9 @@ def hand_over(home: Path, team: tuple[Mapping[str, Key], RoleKeys], passphrase: 
 
 
 def show_recovery(words: str) -> None:
-    """Print the key on paper, once."""
+    """Print the recovery key, once."""
     click.echo(
-        "The recovery key. Write it down or print it, lock it away, and keep it on no disk; it is not shown again.\n"
-        "With it root can be taken back when this machine is lost: 'fleet keys import recovery --recovery'.\n"
+        "The recovery key. Write it down or print it, lock it away, and store it on no disk; it is not shown again.\n"
+        "It restores root when this machine is lost: 'fleet keys import recovery --recovery'.\n"
         f"\n    {words[:42]}\n    {words[42:]}\n"
     )

@@ -1,8 +1,7 @@
-"""Verified state that an operator's machine keeps of the repository and of devices.
+"""Memory of an operator's machine: the verified repository, and the key first seen of each device.
 
-What this operator believes of the repository, verified from the root pinned on this machine.
-
-What this machine remembers of boards from first sight, held against what a server shows of them.
+`TrustStore` verifies the repository from the root pinned on this machine. `DeviceMemory` holds what a server shows of
+devices against what it showed before.
 """
 
 import contextlib
@@ -31,17 +30,19 @@ from signing.updater import DirectoryCache, FileState, Updater
 T = TypeVar("T")
 
 _LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
-"""Before anything can have expired."""
+"""Reference time before any expiry, to read metadata that has expired."""
+
+DEVICES_FILE: Final = "boards.json"
 
 
 class Cached:
-    """In place of a server that is gone: the head of the repository as this machine verified it last."""
+    """Stand-in for a lost server: the head of the repository as this machine verified it last."""
 
     def __init__(self, who: Operator) -> None:
         self._cache = DirectoryCache(who.trust / "cache")
 
     def tuf(self, file: str) -> bytes | None:
-        """The timestamp; everything else is in the cache itself."""
+        """Return the timestamp; the cache itself holds everything else."""
         return self._cache.load(file) if file == "timestamp.json" else None
 
 
@@ -51,7 +52,7 @@ class TrustStore:
     Args:
         who: whose memory and namespace.
         client: a connection to the server.
-        expired: look at what has expired too: to say so and to sign it anew, never to publish into it.
+        expired: accept expired metadata: to report it and to sign it anew, never to publish into it.
 
     Raises:
         Fault: the root is missing, or what the server shows does not verify.
@@ -147,7 +148,7 @@ class TrustStore:
             raise Fault(
                 f"the fleet has no namespace {self._who.namespace!r}",
                 f"there are {', '.join(repository.namespaces(self._files))}",
-                "fleet keys rotate makes one; the namespace of this machine stands in operator/config.toml",
+                "create it with fleet keys rotate, or correct the namespace in operator/config.toml",
             )
         return rotation.keys_of(self._files, self._who.namespace)
 
@@ -180,8 +181,8 @@ class _OperatorState(FileState):
             return super().load()
         except wire.JSON_ERRORS as error:
             raise Fault(
-                f"{self._file} is damaged",
-                str(error),
+                f"cannot read {self._file}",
+                f"it is damaged: {error}",
                 "restore it, or delete it if nobody else writes there",
             ) from None
 
@@ -195,23 +196,20 @@ def _verifying() -> Iterator[None]:
         raise Fault(
             "the fleet's repository does not verify",
             error.message,
-            "nothing was signed; find out who changed it before anything else",
+            "nothing was signed; find out who changed the repository before anything else",
             code=Exit.REFUSED,
         ) from None
 
 
-DEVICES_FILE: Final = "boards.json"
-
-
 class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a board belongs, as the server said when it was looked at last."""
+    """Groups and state of a device, as the server last showed them."""
 
     groups: tuple[str, ...] = ()
     revoked: bool = False
 
 
 class DeviceMemory(msgspec.Struct):
-    """`operator/trust/boards.json`: what was seen of each board, by device id."""
+    """Content of `operator/trust/boards.json`: what was seen of each device, by device id."""
 
     boards: dict[str, Seen] = {}
     places: dict[str, Place] = {}
@@ -232,7 +230,7 @@ def load_devices(trust: Path) -> DeviceMemory:
         raise Fault(
             f"cannot read {path}",
             str(error),
-            "restore it from a backup: without it every board's key is taken as the server shows it",
+            "restore it from a backup: without it every device's key is taken as the server shows it",
         ) from None
 
 
@@ -251,7 +249,7 @@ def save_devices(trust: Path, memory: DeviceMemory) -> None:
 
 
 def check_device_key(memory: DeviceMemory, device: str, fingerprint: str) -> None:
-    """Hold a board's key against the one that was first seen, or remember it from now on.
+    """Compare a device's key with the one first seen, or remember it from now on.
 
     Raises:
         Fault: it is another.
@@ -261,7 +259,7 @@ def check_device_key(memory: DeviceMemory, device: str, fingerprint: str) -> Non
         raise Fault(
             f"the server shows another key for {device}",
             f"{fingerprint[:16]} and not {seen.key[:16]}, which was first seen",
-            f"nothing was sealed; if the board was enrolled anew, 'fleet audit verify {device} --forget' takes its key",
+            f"nothing was sealed; if it was enrolled anew, run 'fleet audit verify {device} --forget'",
             code=Exit.REFUSED,
         )
     if seen is None or not seen.key:

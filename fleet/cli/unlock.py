@@ -1,4 +1,4 @@
-"""Opening this person's keys: the keyring's directory, and passphrases from the environment or the terminal."""
+"""Private keys of the person at this machine: the keyring, and passphrases from the environment or the terminal."""
 
 import os
 import sys
@@ -23,12 +23,12 @@ KEY_VARIABLE: Final = "FLEET_SIGNING_KEY"
 
 
 def keyring(who: Operator) -> Keyring:
-    """This person's keys."""
+    """Open this person's keyring."""
     return Keyring(who.directory / "keys")
 
 
 def ask(what: str) -> bytes | None:
-    """The passphrase of a key file or the PIN of a token; None when there is nobody to ask."""
+    """Ask for the passphrase of a key file or the PIN of a token; None when there is nobody to ask."""
     given = os.environ.get(PIN_VARIABLE if what.startswith("the token") else PASSPHRASE_VARIABLE)
     if given:
         return given.encode()
@@ -39,7 +39,7 @@ def ask(what: str) -> bytes | None:
 
 
 def new_passphrase(what: str) -> bytes:
-    """A passphrase for new keys, from the environment, or typed twice.
+    """Get a passphrase for new keys from the environment, or have it typed twice.
 
     Raises:
         Fault: there is no terminal to ask on.
@@ -54,7 +54,7 @@ def new_passphrase(what: str) -> bytes:
 
 
 def free_key_file(directory: Path, role: str) -> Path:
-    """A file for another key of `role` in a server's key directory: `<role>-2.pem` or the next that is free."""
+    """Find a free name for another key of `role` in a server's key directory, from `<role>-2.pem` on."""
     number = 2
     while (path := directory / f"{role}-{number}.pem").exists():
         number += 1
@@ -62,7 +62,7 @@ def free_key_file(directory: Path, role: str) -> Path:
 
 
 def open_key(ring: Keyring, entry: Entry) -> Signer:
-    """A signer for a key of ours; raises `Fault`."""
+    """Open a private key of this person's; raises `Fault`."""
     try:
         return ring.open(entry, ask)
     except KeyFileError as error:
@@ -70,7 +70,7 @@ def open_key(ring: Keyring, entry: Entry) -> Signer:
 
 
 def publishing_key(who: Operator, trusted: Iterable[str]) -> Signer:
-    """The key that publishes in this operator's namespace.
+    """Open the key that publishes in this operator's namespace.
 
     From $FLEET_SIGNING_KEY where it is set (a pipeline), else the first key of the keyring that the namespace trusts,
     else `keys/<namespace>.pem`.
@@ -97,8 +97,8 @@ def publishing_key(who: Operator, trusted: Iterable[str]) -> Signer:
     if signer.public_key.keyid not in known:
         raise Fault(
             f"the key {signer.public_key.keyid[:12]} is not trusted with the namespace {who.namespace}",
-            "it was rotated away, or never added",
-            "fleet keys list shows which are",
+            "it was replaced, or never added",
+            "see the trusted keys with fleet keys list",
         )
     return signer
 

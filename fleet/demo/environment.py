@@ -1,15 +1,8 @@
-"""Processes, ports, server and devices of the demo.
+"""The demo's fleet, server and devices, started by this project's own commands, and the processes below them.
 
-The demo's children: started in groups of their own, with a log each, and all of them gone afterwards.
-
-Three nets, since a demo that leaves processes behind is worse than none. A child is told to end when this process dies
-(PR_SET_PDEATHSIG). It leads a process group, so that its own children can be ended with it. And this
-process is made the reaper of orphans (PR_SET_CHILD_SUBREAPER), so that a grandchild whose parent died is still
-found below us, and ended, however it regrouped itself.
-
-The demo's stage: a fleet, its server and its boards, started as a person would, by this project's commands.
-
-Loopback ports for servers that are started soon.
+Three safeguards keep the demo from leaving processes behind. Each child ends when this process dies (PR_SET_PDEATHSIG).
+Each child leads a process group, so that its own children end with it. And this process adopts orphans
+(PR_SET_CHILD_SUBREAPER), so that a grandchild whose parent died is found and ended whatever its group.
 """
 
 import asyncio
@@ -26,7 +19,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from fleet.client import Client, ClientError
 from fleet.protocol import operator_api
@@ -39,14 +32,34 @@ _GRACE_S: Final = 10.0
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
+READY_S: Final = 60.0
+
+_POLL_S: Final = 0.1
+
+_SHORT_CHARS: Final = 48
+
+FLEET: Final = "fleet.cli.main"
+
+AGENT: Final = "agent.cli"
+
+HOST: Final = "agent.host.cli"
+
+T = TypeVar("T")
+
+_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+_LOWEST: Final = 10_000
+
+_TRIES: Final = 1000
+
 
 class ChildDiedError(Exception):
-    """A process that should run has ended; the message has its exit code and last lines."""
+    """Unexpected end of a process; the message has its exit code and last lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process that runs until it is stopped, and how it was started."""
+    """Process that runs until it is stopped, and how it was started."""
 
     name: str
     command: tuple[str, ...]
@@ -61,8 +74,16 @@ class Child:
             )
 
 
+class Finished(NamedTuple):
+    """Result of a process: exit code, standard output, standard error."""
+
+    code: int
+    output: str
+    errors: str
+
+
 class Processes:
-    """Starts processes and answers for them.
+    """Owner of the child processes.
 
     Args:
         logs: directory for one log file a process.
@@ -78,7 +99,7 @@ class Processes:
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     async def start(self, name: str, command: Sequence[str]) -> Child:
-        """Start a process that is to run until `stop_all`; its output goes to `<name>.log`."""
+        """Start a process that runs until `stop_all`; its output goes to `<name>.log`."""
         log = self._logs / f"{name}.log"
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
@@ -94,10 +115,8 @@ class Processes:
         self._children.append(child)
         return child
 
-    async def run(
-        self, command: Sequence[str], *, stdin: bytes | None = None, show: bool = False
-    ) -> tuple[int, str, str]:
-        """Run a process to its end: exit code, standard output, standard error.
+    async def run(self, command: Sequence[str], *, stdin: bytes | None = None, show: bool = False) -> Finished:
+        """Run a process to its end.
 
         Args:
             command: what to run.
@@ -120,7 +139,9 @@ class Processes:
             await _end(process)
             raise
         assert process.returncode is not None
-        return process.returncode, (out or b"").decode(errors="replace"), (err or b"").decode(errors="replace")
+        return Finished(
+            process.returncode, (out or b"").decode(errors="replace"), (err or b"").decode(errors="replace")
+        )
 
     async def stop_all(self) -> None:
         """End every child, the last one started first, then whatever any of them left."""
@@ -133,7 +154,7 @@ class Processes:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """SIGTERM, time to end in order, SIGKILL for the whole group."""
+    """End a process: SIGTERM, time to end in order, SIGKILL for the whole group."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
@@ -152,7 +173,7 @@ def _kill_and_reap(pid: int) -> None:
 
 
 def _children_of(pid: int) -> list[int]:
-    """Direct children, of every thread."""
+    """List the direct children of every thread."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):
@@ -161,7 +182,7 @@ def _children_of(pid: int) -> list[int]:
 
 
 def _die_with(parent: int) -> Callable[[], None]:
-    """For the child, between fork and exec: end when `parent` ends, also when it already has."""
+    """Make the child, between fork and exec, end with `parent`, also if that has ended already."""
 
     def prepare() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -172,7 +193,7 @@ def _die_with(parent: int) -> Callable[[], None]:
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log, indented."""
+    """Return the last lines of a log, indented."""
     try:
         text = log.read_text(errors="replace").splitlines()[-lines:]
     except OSError as error:
@@ -181,39 +202,24 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def python_environment(**more: str) -> dict[str, str]:
-    """This process's environment, in which a child imports the same packages as this process did."""
+    """Return an environment in which a child imports the same packages as this process."""
     own = str(Path(__file__).resolve().parents[2])
     rest = os.environ.get("PYTHONPATH", "")
     return {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in (own, rest) if part), **more}
 
 
 def module(name: str, *arguments: str) -> list[str]:
-    """The command line that runs one of this project's command modules with this Python."""
+    """Return the command line that runs one of this project's command modules with this Python."""
     return [sys.executable, "-P", "-m", name, *arguments]
 
 
-READY_S: Final = 60.0
-
-_POLL_S: Final = 0.1
-
-_SHORT_CHARS: Final = 48
-
-FLEET: Final = "fleet.cli.main"
-
-AGENT: Final = "agent.cli"
-
-HOST: Final = "agent.host.cli"
-
-T = TypeVar("T")
-
-
 class DemoError(Exception):
-    """The demo cannot go on; the message says at which command, and what it said."""
+    """Failure that ends the demo; the message names the command and has its output."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoDevice:
-    """One board: an agent and a host with directories of their own.
+    """Device of the demo: an agent and a host with directories of their own.
 
     Attributes:
         device: its id in the fleet.
@@ -228,7 +234,7 @@ class DemoDevice:
     host: Child
 
     def url(self, instance: str = "") -> str:
-        """The board's ingress, or where an instance answers on it."""
+        """Return the URL of the device's ingress, or of an instance on it."""
         return f"http://127.0.0.1:{self.port}/{instance + '/' if instance else ''}"
 
 
@@ -236,13 +242,13 @@ class Environment:
     """Everything the demo has started.
 
     Args:
-        directory: for the fleet, the boards and the logs.
+        directory: for the fleet, the devices and the logs.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.home = directory / "fleet"
-        # Socket paths are short by law (108 bytes), and the directory given may not be.
+        # A socket path has at most 108 bytes; the directory given may be longer.
         short = len(str(directory)) <= _SHORT_CHARS
         self._runtime = directory / "run" if short else Path(tempfile.mkdtemp(prefix="wf-"))
         self.processes = Processes(
@@ -268,9 +274,8 @@ class Environment:
         return await self._checked(FLEET, arguments, stdin)
 
     async def shown(self, *arguments: str) -> int:
-        """Run `fleet ...` on this process's own terminal; its exit code."""
-        code, _, _ = await self.processes.run(module(FLEET, *arguments), show=True)
-        return code
+        """Run `fleet ...` on this process's own terminal; returns its exit code."""
+        return (await self.processes.run(module(FLEET, *arguments), show=True)).code
 
     async def _checked(self, what: str, arguments: tuple[str, ...], stdin: bytes | None = None) -> str:
         code, output, errors = await self.processes.run(module(what, *arguments), stdin=stdin)
@@ -280,13 +285,13 @@ class Environment:
         return output
 
     async def make_fleet(self, *, broker: str = "auto") -> None:
-        """`fleet init --dev`, on ports that are free."""
+        """Run `fleet init --dev` on free ports."""
         operators, devices, mqtt = free_ports(3)
         ports = ["--operators-port", str(operators), "--devices-port", str(devices), "--mqtt-port", str(mqtt)]
         await self.command("init", "--dev", "--fleet", "demo", "--broker", broker, *ports)
 
     async def serve(self) -> operator_api.Status:
-        """`fleet serve`, up to its first answer with the broker connected."""
+        """Start `fleet serve` and wait for its first answer with the broker connected."""
         self._server = await self.processes.start("server", module(FLEET, "serve"))
         await asyncio.to_thread(self._connect)
         return await self.eventually("the server answers, with its broker", lambda: self._ready(self.client.status()))
@@ -302,8 +307,8 @@ class Environment:
 
     @property
     def client(self) -> Client:
-        """A connection to the demo's server."""
-        assert self._client is not None, "serve first"
+        """Connection to the demo's server."""
+        assert self._client is not None, "call serve() first"
         return self._client
 
     async def ask(self, question: Callable[[Client], T]) -> T:
@@ -311,7 +316,7 @@ class Environment:
         return await asyncio.to_thread(question, self.client)
 
     async def eventually(self, what: str, question: Callable[[], T | None]) -> T:
-        """Ask until the answer is not None.
+        """Repeat a question until the answer is not None.
 
         Raises:
             DemoError: not within a minute.
@@ -327,7 +332,7 @@ class Environment:
             except ClientError as failure:
                 answer, error = None, str(failure)
             else:
-                error = "not so"
+                error = "not yet"
             if answer is not None:
                 return answer
             await asyncio.sleep(_POLL_S)
@@ -374,22 +379,15 @@ def _make_board(here: Path, runtime: Path, name: str) -> None:
 
 
 def program(name: str) -> str:
-    """How a person on this machine starts a command of this project: its name, or its path where PATH has none."""
+    """Return how a person here starts a command of this project: its name, or its path outside PATH."""
     if shutil.which(name):
         return name
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else f"{sys.executable} -m {FLEET}"
 
 
-_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
-
-_LOWEST: Final = 10_000
-
-_TRIES: Final = 1000
-
-
 def free_ports(count: int) -> list[int]:
-    """Loopback ports that nobody has now, and that no connection is given by chance before somebody listens there.
+    """Find loopback ports that are free, and that the kernel gives to no connection by chance meanwhile.
 
     The kernel takes the near ends of connections from a range of its own (`ip_local_port_range`): these lie below it.
 
@@ -397,7 +395,7 @@ def free_ports(count: int) -> list[int]:
         OSError: there are none.
     """
     below = int(_RANGE.read_text(encoding="ascii").split()[0])
-    # where the kernel's range leaves no room, it chooses
+    # where its range leaves no room below, the kernel chooses
     ports = random.SystemRandom().sample(range(_LOWEST, below), k=_TRIES) if below > 2 * _LOWEST else [0] * count
     found: list[int] = []
     with contextlib.ExitStack() as stack:
@@ -409,5 +407,5 @@ def free_ports(count: int) -> list[int]:
                 sock.bind(("127.0.0.1", port))
                 found.append(int(sock.getsockname()[1]))
     if len(found) < count:
-        raise OSError("no free port on the loopback")
+        raise OSError("no free port on the loopback interface")
     return found

@@ -30,12 +30,12 @@ _LOSSES_KEPT: Final = 20
 
 
 class _LostError(Exception):
-    """What a client saw instead of a whole response."""
+    """Anything that a client saw instead of a whole response."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What became of the requests of some span of time; `later - earlier` is what happened between the two.
+    """Counts of requests over a span of time; `later - earlier` counts those between the two.
 
     Attributes:
         answered: complete responses with a status below 500.
@@ -88,7 +88,7 @@ class LoadResult:
 
 
 class Load:
-    """A steady load on one HTTP address, from `__aenter__` to `stop` or `__aexit__`.
+    """Steady load on one HTTP address, from `__aenter__` to `stop` or `__aexit__`.
 
     Args:
         port: of `host`.
@@ -139,7 +139,7 @@ class Load:
         await self.stop()
 
     def count(self) -> LoadResult:
-        """What has become of the requests so far."""
+        """Return the counts so far."""
         return LoadResult(
             answered=self._answered,
             lost=self._lost,
@@ -167,7 +167,7 @@ class Load:
         await self._until(lambda: self._answered + self._lost >= goal)
 
     def first_answer(self, version: str) -> float | None:
-        """When `version` first answered, by the monotonic clock; None when it has not."""
+        """Return when `version` first answered, by the monotonic clock; None when it has not."""
         return self._first.get(version)
 
     async def _until(self, reached: Callable[[], bool]) -> None:
@@ -229,7 +229,7 @@ class Load:
 
 
 class _Connection:
-    """One HTTP/1.1 client connection: a request out, a whole response in."""
+    """HTTP/1.1 client connection: a request out, a whole response in."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -271,7 +271,7 @@ class _Connection:
 async def first_answer(
     *, port: int, version: str, host: str = "127.0.0.1", path: str = "/", every_s: float = 0.05
 ) -> float:
-    """Ask until `version` answers, and return when it did, by the monotonic clock. Cancel it to give up."""
+    """Ask until `version` answers; returns when it did, by the monotonic clock. Cancel to give up."""
     while True:
         try:
             connection = await _Connection.open(host, port)

@@ -1,9 +1,4 @@
-"""Play, show, stay up, clean up.
-
-The demo from its first process to its last: play, show, stay up if asked to, and leave nothing behind.
-
-How the demo is told: a transcript of real commands, and a table at the end.
-"""
+"""The demo from its first process to its last: play, report, stay up if asked to, clean up."""
 
 import asyncio
 import contextlib
@@ -34,9 +29,11 @@ _PLAIN_WIDTH: Final = 120
 
 _SERVER_ERROR: Final = 500
 
+OK, FAILED, INTERRUPTED = 0, 1, 130
+
 
 class ConsoleReporter:
-    """Tells the story on a console: live where it is a terminal, plain lines elsewhere."""
+    """Report on a console: live where it is a terminal, plain lines elsewhere."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -44,13 +41,13 @@ class ConsoleReporter:
             self.console = Console(highlight=False, width=_PLAIN_WIDTH, color_system=None, file=self.console.file)
 
     def act(self, title: str) -> None:
-        """A new act begins."""
+        """Begin a new act."""
         self.console.print()
         self.console.print(Text(title, style="bold"))
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Show that something is going on; nothing of it stays."""
+        """Show on a terminal that something is going on, and remove it afterwards."""
         if self.console.is_terminal:
             with self.console.status(Text(what, style="dim"), spinner="dots"):
                 yield
@@ -58,17 +55,17 @@ class ConsoleReporter:
             yield
 
     def did(self, command: str, result: str) -> None:
-        """A command was carried out."""
+        """Print a command that was carried out, and its result."""
         self.console.print(Text.assemble(("  $ ", "dim"), command))
         self.console.print(Text.assemble("    ", (result, "green")))
 
     def runs(self, arguments: Sequence[str]) -> None:
-        """A `fleet` command is about to print for itself."""
+        """Print the `fleet` command that is about to print for itself."""
         words = [Path(word).name if word.endswith(".wasm") else word for word in arguments]
         self.console.print(Text.assemble(("  $ ", "dim"), f"fleet {shlex.join(words)}"))
 
     def came_of(self, load: LoadResult | None) -> None:
-        """What the clients saw meanwhile."""
+        """Print what the clients saw meanwhile."""
         if load is None:
             return
         style = "green" if load.lost == 0 else "yellow"
@@ -83,18 +80,18 @@ class ConsoleReporter:
         )
 
     def end(self, story: "Scenario", boards: Sequence["DemoDevice"]) -> None:
-        """The tables, and which claims held."""
+        """Print the tables, and which claims held."""
         self.act("What happened")
         self._table(acts_table(story.acts))
         self.console.print()
-        self._table(boards_table(story, boards))
+        self._table(devices_table(story, boards))
         self.console.print()
         for claim, held in story.checks:
             mark = Text("  yes ", style="green") if held else Text("  NO  ", style="bold red")
             self.console.print(mark + Text(claim))
 
     def _table(self, grid: Table) -> None:
-        """Plain lines carry no spaces at their ends."""
+        """Print a table, without spaces at the ends of plain lines."""
         if self.console.is_terminal:
             self.console.print(grid)
             return
@@ -105,11 +102,11 @@ class ConsoleReporter:
 
 
 def acts_table(acts: Sequence["Step"]) -> Table:
-    """A row for each push: how it ended, how long it took, what its clients saw."""
+    """Build a row for each push: how it ended, how long it took, what its clients saw."""
     grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for name in ("  PUSH", "RESULT"):
         grid.add_column(name)
-    for name in ("FIRST BOARD", "BOTH BOARDS", "ANSWERED", "LOST"):
+    for name in ("FIRST DEVICE", "BOTH DEVICES", "ANSWERED", "LOST"):
         grid.add_column(name, justify="right")
     for act in acts:
         total = act.total
@@ -127,18 +124,18 @@ def acts_table(acts: Sequence["Step"]) -> Table:
 
 
 def result_of(act: "Step") -> str:
-    """How a push ended, in words."""
+    """Describe in words how a push ended."""
     if act.rollout.state is not RolloutState.HALTED:
         return str(act.rollout.state)
     back = [board for board in act.rollout.boards if board.phase is not None and board.phase.value == "rolled-back"]
     if back:
         code = f" ({back[0].code})" if back[0].code is not None else ""
-        return f"rolled back{code}, halted before the 2nd board"
+        return f"rolled back{code}, halted before the 2nd device"
     return "halted"
 
 
 def lost_of(act: "Step") -> str:
-    """The requests lost; those that the pushed version itself trapped on are named so."""
+    """Count the requests lost; name those on which the pushed version itself trapped."""
     if not act.load:
         return "-"
     total = act.total
@@ -147,10 +144,10 @@ def lost_of(act: "Step") -> str:
     return f"{total.lost:,} by its trap" if own else f"{total.lost:,}"
 
 
-def boards_table(story: "Scenario", boards: Sequence["DemoDevice"]) -> Table:
-    """A row for each board: what answers there now."""
+def devices_table(story: "Scenario", boards: Sequence["DemoDevice"]) -> Table:
+    """Build a row for each device: what answers there now."""
     grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    for name in ("  BOARD", "GROUP", "RUNS NOW", "INGRESS"):
+    for name in ("  DEVICE", "GROUP", "RUNS NOW", "INGRESS"):
         grid.add_column(name)
     for board in boards:
         version = story.ends.get(board.device, "")
@@ -159,15 +156,12 @@ def boards_table(story: "Scenario", boards: Sequence["DemoDevice"]) -> Table:
 
 
 def seconds(value: float | None) -> str:
-    """A duration from the start of the command, `-` for never."""
+    """Format a duration from the start of the command; `-` for never."""
     return "-" if value is None else f"{value:.1f} s"
 
 
-OK, FAILED, INTERRUPTED = 0, 1, 130
-
-
 def run(*, directory: Path | None, once: bool, broker: str = "auto") -> int:
-    """Play the demo; the exit code: 0 when all of it held, 1 when not, 130 when interrupted before its end.
+    """Play the demo; returns 0 when everything held, 1 when not, 130 when interrupted before its end.
 
     Args:
         directory: for everything it makes, which then stays; None for a temporary one.
@@ -200,7 +194,7 @@ async def _run(place: Path, broker: str, *, keep: bool, once: bool) -> int:
 
 
 async def _until_stopped(whole: Coroutine[Any, Any, int], stop: asyncio.Event) -> int:
-    """The result of `whole`, or INTERRUPTED when `stop` comes before it has one."""
+    """Return the result of `whole`, or INTERRUPTED when `stop` comes first."""
     playing = asyncio.ensure_future(whole)
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({playing, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -234,7 +228,7 @@ async def _whole(scene: Environment, teller: ConsoleReporter, stop: asyncio.Even
 
 
 def _next_steps(scene: Environment, teller: ConsoleReporter, story: Scenario) -> None:
-    """What a person may try on the fleet that is still up."""
+    """Print what a person may try on the fleet that is still up."""
     board = scene.boards[0]
     fleet = program("fleet")
     file = shlex.quote(str(fixture("v2.wasm")))

@@ -1,8 +1,6 @@
-"""The steps and what must hold.
+"""The acts of the demo, and the claims that must hold at its end.
 
-What happens in the demo, act by act, and what must have held at the end.
-
-Where the demo's components lie: beside this file in an installed package, in `components/demo` of a source tree.
+The demo's components lie beside this file in an installed package, and in `components/demo` in a source tree.
 """
 
 import asyncio
@@ -31,25 +29,36 @@ PATH: Final = f"/{INSTANCE}/"
 CLIENTS: Final = 4
 
 REQUESTS_AROUND: Final = 100
-"""Requests to each board before a command starts, and after it has ended."""
+"""Requests to each device before a command starts, and after it has ended."""
 
 PAUSE_S: Final = 0.01
 
 ACT_S: Final = 300.0
-"""An act that takes longer has failed."""
+"""Time after which an act has failed."""
 
 _SERVER_ERROR: Final = 500
+
+TITLES: Final = {
+    "v1": "Push v1 to the two devices of edge-eu",
+    "v2": f"Push v2 while {2 * CLIENTS} clients send requests; no client retries, half keep their connection",
+    "v3": "Push v3, which passes its checks and then traps under traffic",
+    "undo": "Take the group back from v2 to v1, still under load",
+}
+
+HERE: Final = Path(__file__).resolve().parent
+
+_PLACES: Final = (HERE / "components", HERE.parents[1] / "components" / "demo")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One push or undo, and what came of it.
+    """Push or undo, and its result.
 
     Attributes:
         command: as a person types it.
         exit_code: of that command.
         first_s, last_s: from the start of the command to the first answer of the new version, on the first and on the
-            last board; None where it never answered, or had answered before.
+            last device; None where it never answered, or had answered before.
         load: by device, what became of the requests meanwhile; empty without load.
         rollout: as the server has it afterwards.
     """
@@ -64,13 +73,13 @@ class Step:
 
     @property
     def total(self) -> LoadResult:
-        """Over all boards."""
+        """Sum over all devices."""
         return sum(self.load.values(), LoadResult())
 
 
 @dataclass(slots=True)
 class Scenario:
-    """The demo's result: acts, where every board ended, and which claims held."""
+    """Result of the demo: acts, what every device runs at the end, and which claims held."""
 
     acts: list[Step] = field(default_factory=list)
     ends: dict[str, str] = field(default_factory=dict)
@@ -78,12 +87,12 @@ class Scenario:
 
     @property
     def held(self) -> bool:
-        """Whether everything that was to be shown was seen."""
+        """True when everything that was to be shown was seen."""
         return bool(self.checks) and all(good for _, good in self.checks)
 
 
 class Reporter(Protocol):
-    """Where the scenario reports to: a console, or nothing in a test."""
+    """Receiver of the story: a console, or nothing in a test."""
 
     def act(self, title: str) -> None:
         """Begin a new step."""
@@ -127,14 +136,6 @@ async def play(scene: Environment, teller: Reporter, *, broker: str = "auto") ->
     return story
 
 
-TITLES: Final = {
-    "v1": "Push v1 to the two boards of edge-eu",
-    "v2": f"Push v2 while {2 * CLIENTS} clients send requests; no client retries, half keep their connection",
-    "v3": "Push v3, which passes its checks and then traps under traffic",
-    "undo": "Take the group back from v2 to v1, still under load",
-}
-
-
 async def _set_up(scene: Environment, teller: Reporter, broker: str) -> None:
     teller.act("A development fleet")
     with teller.waiting("fleet init --dev"):
@@ -143,7 +144,7 @@ async def _set_up(scene: Environment, teller: Reporter, broker: str) -> None:
     with teller.waiting("fleet serve"):
         status = await scene.serve()
     teller.did("fleet serve", f"{status.operators_url}, broker: {status.broker}")
-    teller.act("Three boards, each a fleet-agent and a fleet-host with directories of their own")
+    teller.act("Three devices, each a fleet-agent and a fleet-host with directories of their own")
     for name, group in BOARDS:
         with teller.waiting(f"{name}: fleet-host run, fleet-agent enroll, fleet-agent run"):
             board = await scene.add_board(name, group)
@@ -205,7 +206,7 @@ async def _all(watches: Mapping[str, asyncio.Task[float]]) -> list[float | BaseE
 
 
 async def _traffic(loads: Mapping[str, Load]) -> None:
-    """Let every board answer some requests."""
+    """Let every device answer some requests."""
     for load in loads.values():
         await load.sent(REQUESTS_AROUND)
 
@@ -215,14 +216,14 @@ def _newest(client: Client) -> operator_api.RolloutView:
 
 
 async def _answers(board: DemoDevice) -> str:
-    """Which version answers on a board now; empty for none."""
+    """Return which version answers on a device now; empty for none."""
     async with Load(port=board.port, path=PATH, kept_alive=0, fresh=1) as load:
         await load.sent(1)
         return next(iter((await load.stop()).by_version), "")
 
 
 def judge(story: Scenario, boards: Sequence[DemoDevice]) -> list[tuple[str, bool]]:
-    """What the demo claims, and whether it was so."""
+    """Compare what the demo claims with what happened."""
     acts = {act.name: act for act in story.acts}
     v1, v2, v3, undo = (acts[name] for name in TITLES)
     bad = [board for board in v3.rollout.boards if board.outcome is Outcome.FAILED]
@@ -231,24 +232,24 @@ def judge(story: Scenario, boards: Sequence[DemoDevice]) -> list[tuple[str, bool
     first = LoadResult() if not bad else v3.load.get(bad[0].device, LoadResult())
     outside = [board.device for board in boards if board.group != GROUP]
     return [
-        ("v1 runs on both boards of edge-eu", v1.exit_code == 0 and v1.last_s is not None),
+        ("v1 runs on both devices of edge-eu", v1.exit_code == 0 and v1.last_s is not None),
         ("v2 replaced it on both", v2.exit_code == 0 and v2.total.by_version["2"] > 0 and v2.last_s is not None),
         (f"0 of {v2.total.sent:,} requests lost in the swap", v2.total.sent > 0 and v2.total.lost == 0),
-        ("v3 was rolled back on the first board", len(bad) == 1 and bad[0].phase is Phase.ROLLED_BACK),
+        ("v3 was rolled back on the first device", len(bad) == 1 and bad[0].phase is Phase.ROLLED_BACK),
         ("only requests that v3 itself trapped on saw an error", _only_server_errors(first)),
         (
-            "v3 was halted before the second board",
+            "v3 was halted before the second device",
             v3.exit_code == 1
             and v3.rollout.state is RolloutState.HALTED
             and len(spared) == 1
             and all(board.offered_at is None for board in spared)
             and all(v3.load[board.device].by_version["3"] == 0 for board in spared),
         ),
-        ("the second board lost nothing meanwhile", all(v3.load[board.device].lost == 0 for board in spared)),
+        ("the second device lost nothing meanwhile", all(v3.load[board.device].lost == 0 for board in spared)),
         ("fleet undo brought v1 back to both", undo.exit_code == 0 and undo.last_s is not None),
         (f"0 of {undo.total.sent:,} requests lost on the way back", undo.total.sent > 0 and undo.total.lost == 0),
         (
-            "every board runs what it should",
+            "every device runs what it should",
             all(version == ("" if device in outside else "1") for device, version in story.ends.items())
             and len(story.ends) == len(boards),
         ),
@@ -256,22 +257,17 @@ def judge(story: Scenario, boards: Sequence[DemoDevice]) -> list[tuple[str, bool
 
 
 def _only_server_errors(load: LoadResult) -> bool:
-    """Whether requests were lost, and all of them to a status of 500 and above."""
+    """Tell whether requests were lost, and all of them to a status of 500 or above."""
     answered_badly = sum(count for status, count in load.by_status.items() if status >= _SERVER_ERROR)
     return load.lost > 0 and load.lost == answered_badly
 
 
-HERE: Final = Path(__file__).resolve().parent
-
-_PLACES: Final = (HERE / "components", HERE.parents[1] / "components" / "demo")
-
-
 class NoFixtureError(Exception):
-    """The demo's components are not there; the message says where they were looked for."""
+    """The demo's components are missing; the message says where they were looked for."""
 
 
 def fixture(name: str) -> Path:
-    """The path of one component, such as `v1.wasm`; its manifest lies beside it as `v1.toml`.
+    """Return the path of one component, such as `v1.wasm`; its manifest lies beside it as `v1.toml`.
 
     Raises:
         NoFixtureError: neither place has it.

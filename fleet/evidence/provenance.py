@@ -1,8 +1,7 @@
 """Build provenance: an in-toto statement (v1) whose predicate is SLSA provenance v1.
 
-It comes bare, in a DSSE envelope, or in a Sigstore bundle. The envelope's signature is not judged here: whose key it
-would have to be is not known to a fleet. What counts is that the publisher bound these very bytes to the component,
-under the publisher's own signature.
+The statement comes bare, in a DSSE envelope, or in a Sigstore bundle. The envelope's signature is not verified: a fleet
+does not know whose key it would have to be. The publisher's signature binds exactly these bytes to the component.
 """
 
 import base64
@@ -26,7 +25,7 @@ SUBJECTS_MAX: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Who says that they built what, and from what.
+    """Claim of a builder: what was built, and from what.
 
     Attributes:
         subjects: the sha256 in hex of each thing built, with its name.
@@ -84,7 +83,7 @@ def read(data: bytes, *, file_name: str = "the provenance") -> Provenance:
     if "bomFormat" in value or "spdxVersion" in value:
         raise DocumentError(f"{file_name} is an SBOM, not provenance: give it as --sbom")
     if value.get("_type") != STATEMENT:
-        raise DocumentError(f"{file_name} is no in-toto statement: its _type must be {STATEMENT}")
+        raise DocumentError(f"{file_name} is not an in-toto statement: its _type must be {STATEMENT}")
     if value.get("predicateType") != PREDICATE:
         found = str(value.get("predicateType", ""))[:100]
         raise DocumentError(f"{file_name} says something else ({found or 'no predicateType'}): {PREDICATE} is read")
@@ -104,7 +103,7 @@ def read(data: bytes, *, file_name: str = "the provenance") -> Provenance:
 
 
 def _opened(envelope: dict[str, Any], file_name: str) -> dict[str, Any]:
-    """The statement in a DSSE envelope."""
+    """Unpack the statement in a DSSE envelope."""
     if envelope.get("payloadType") != PAYLOAD_TYPE:
         found = str(envelope.get("payloadType", ""))[:100]
         raise DocumentError(f"{file_name} is an envelope around {found or 'nothing'}: {PAYLOAD_TYPE} is read")

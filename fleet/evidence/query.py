@@ -1,8 +1,8 @@
-"""`serde<1.0.200`: which packages are meant, and whether one of a list is among them.
+"""Queries such as `serde<1.0.200`: which packages are meant, and whether a package of a list is one of them.
 
-A query is a name or a package URL, and conditions on the version with a comma between them. Versions are compared as
-the package's own ecosystem does it. What cannot be decided (no version in the list, or one that does not compare) is
-`MAYBE`, never silently `NO`.
+A query is a name or a package URL, and conditions on the version separated by commas. Versions are compared by the
+rules of the package's own ecosystem. Where a comparison is impossible (no version in the list, or one that does not
+parse) the answer is `MAYBE`, never silently `NO`.
 """
 
 import operator
@@ -34,13 +34,13 @@ _CONDITION: Final = re.compile(r"\s*(<=|>=|==|!=|<|>|=)\s*([^<>=!,\s]+)\s*")
 _TEXT_MAX: Final = 500
 
 _VERSION_MAX: Final = 100
-"""Longer ones are no versions, and the libraries that compare them take time that grows with its square."""
+"""Longer texts are not versions, and the libraries that compare them take time that grows with its square."""
 
 _EXAMPLES: Final = "write serde, 'serde<1.0.200', 'openssl>=3.0,<3.0.15', pkg:npm/lodash or 'pkg:npm/%40scope/name<2'"
 
 
 class Answer(StrEnum):
-    """Whether a package is meant."""
+    """Match of a package with a query."""
 
     YES = "yes"
     MAYBE = "maybe"  # the name is, and nothing can be said of the version
@@ -49,14 +49,14 @@ class Answer(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What is asked for. `conditions` are pairs of a comparison and a version; all must hold."""
+    """Package asked for. `conditions` are pairs of a comparison and a version; all must hold."""
 
     text: str
     package: Package
     conditions: tuple[tuple[str, str], ...]
 
     def matches(self, found: Package) -> Answer:
-        """Whether a package of a list is meant."""
+        """Compare a package of a list with the query."""
         wanted = self.package
         kind = found.type or wanted.type
         if wanted.type and found.type and wanted.type != found.type:
@@ -81,14 +81,14 @@ def parse(text: str) -> Query:
     """
     found = _QUERY.fullmatch(text) if len(text) <= _TEXT_MAX else None
     if found is None:
-        raise DocumentError(f"{text[:100]!r} is no question about a package: {_EXAMPLES}")
+        raise DocumentError(f"{text[:100]!r} is not a query for packages: {_EXAMPLES}")
     what, rest = found["what"], found["conditions"] or ""
     package = from_purl(what) if what.startswith("pkg:") else Package(what, "")
     conditions = []
     for part in rest.split(",") if rest else ():
         condition = _CONDITION.fullmatch(part)
         if condition is None:
-            raise DocumentError(f"{part.strip()[:50]!r} is no condition on a version: {_EXAMPLES}")
+            raise DocumentError(f"{part.strip()[:50]!r} is not a condition on a version: {_EXAMPLES}")
         conditions.append((condition[1], condition[2]))
     if package.version:
         conditions.append(("==", package.version))

@@ -1,16 +1,11 @@
-"""Bills of materials (CycloneDX, SPDX, built in); packages by purl; bounded documents.
+"""Packages of a component: from bills of materials, and from lists that a toolchain built in.
 
-Files that somebody's build tools wrote, taken for hostile: bounded JSON, and one error type for all of them.
+Bills of materials are CycloneDX 1.x and SPDX (2.2, 2.3, 3.0) as JSON. Built-in lists are cargo-auditable's `.dep-v0`
+custom sections: zlib-compressed JSON in the component or in any module or component nested in it, covered by the
+component's own hash. Packages are named by package URL (purl) where there is one.
 
-Packages as lists of them name them, by package URL (purl) where there is one.
-
-Bills of materials: CycloneDX 1.x and SPDX (2.2, 2.3, 3.0) as JSON, read for the packages that they list.
-
-Package lists that a toolchain built into the component itself: cargo-auditable's `.dep-v0` custom sections.
-
-Such a section is zlib-compressed JSON; it may stand in the component or in any module or component nested in it. The
-component's own hash covers it, so it needs no file beside it. Whatever the bytes, only `DocumentError` comes out, and
-no more than a fixed amount is inflated.
+Every document is taken for hostile: sizes are bounded, no more than a fixed amount is inflated, and every failure is a
+`DocumentError`.
 """
 
 import re
@@ -28,13 +23,27 @@ from fleet.protocol.manifest import CYCLONEDX, MAX_BYTES, SPDX
 
 T = TypeVar("T")
 
+_NOTHING = frozenset({"", "NOASSERTION", "NONE", "unknown", "UNKNOWN"})
+
+PACKAGES_MAX: Final = 200_000
+
+_NOT_PACKAGES: Final = frozenset({"file", "data", "machine-learning-model", "cryptographic-asset"})
+
+SECTION: Final = ".dep-v0"
+
+INFLATED_MAX_BYTES: Final = 8 * 1024 * 1024
+
+_DEPTH_MAX: Final = 32
+
+_CUSTOM, _CORE_MODULE, _NESTED = 0, 1, 4
+
 
 class DocumentError(ValueError):
-    """A file that is not what it was said to be. The message is for people: what, and what to do."""
+    """Document that is not what it was given as. The message says what is wrong and what to do."""
 
 
 def load(data: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `data`.
+    """Parse the JSON object in `data`.
 
     Args:
         data: the whole file.
@@ -57,24 +66,21 @@ def load(data: bytes, what: str) -> dict[str, Any]:
     except wire.JSON_ERRORS as error:
         raise DocumentError(f"{what} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise DocumentError(f"{what} is JSON, but no object")
+        raise DocumentError(f"{what} is JSON, but not an object")
     return value
 
 
 def convert(value: object, kind: type[T], what: str) -> T:
-    """A part of it as `kind`; raises `DocumentError` that names the field."""
+    """Convert a part of a document to `kind`; raises `DocumentError` that names the field."""
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         raise DocumentError(f"{what}: {error}") from error
 
 
-_NOTHING = frozenset({"", "NOASSERTION", "NONE", "unknown", "UNKNOWN"})
-
-
 @dataclass(frozen=True, slots=True, order=True)
 class Package:
-    """One package in a component.
+    """Package in a component.
 
     Attributes:
         name: without its namespace.
@@ -94,7 +100,7 @@ class Package:
 
 
 def package(name: object, version: object, purl: object = None, group: object = None) -> Package | None:
-    """A package from the fields of a list; None where they name nothing. A purl that cannot be read is left aside."""
+    """Read a package from the fields of a list; None where they name nothing. A malformed purl is ignored."""
     if isinstance(purl, str) and purl:
         try:
             found = from_purl(purl)
@@ -108,36 +114,31 @@ def package(name: object, version: object, purl: object = None, group: object = 
 
 
 def from_purl(purl: str) -> Package:
-    """A package URL, such as `pkg:cargo/serde@1.0.200`; raises `DocumentError`."""
+    """Parse a package URL, such as `pkg:cargo/serde@1.0.200`; raises `DocumentError`."""
     try:
         found = PackageURL.from_string(purl)
     except (ValueError, TypeError) as error:
-        raise DocumentError(f"{purl[:100]!r} is no package URL: {error}") from error
+        raise DocumentError(f"{purl[:100]!r} is not a package URL: {error}") from error
     return Package(found.name, text(found.version), found.type, found.namespace or "")
 
 
 def text(value: object) -> str:
-    """A field as text; empty for what says nothing."""
+    """Return a field as text; empty where it is missing or means nothing."""
     found = value.strip() if isinstance(value, str) else ""
     return "" if found in _NOTHING else found
 
 
 def folded(name: str, kind: str) -> str:
-    """A name as its ecosystem compares it: no case; `-`, `_` and `.` alike for pypi, `-` and `_` for cargo."""
+    """Fold a name as its ecosystem compares it: no case; `-`, `_` and `.` alike for pypi, `-` and `_` for cargo."""
     name = name.casefold()
     if kind == "pypi":
         return re.sub(r"[-_.]+", "-", name)
     return name.replace("_", "-") if kind in {"cargo", ""} else name
 
 
-PACKAGES_MAX: Final = 200_000
-
-_NOT_PACKAGES: Final = frozenset({"file", "data", "machine-learning-model", "cryptographic-asset"})
-
-
 @dataclass(frozen=True, slots=True)
 class Sbom:
-    """A bill of materials.
+    """Bill of materials.
 
     Attributes:
         kind: `cyclonedx` or `spdx`.
@@ -193,7 +194,7 @@ def _cyclonedx(value: dict[str, Any], file_name: str) -> Sbom:
 
 
 def _nested(tree: list[Any]) -> Iterator[Package | None]:
-    """Every component at any depth: a library may list what is built into it."""
+    """Yield components at any depth: a library may list what is built into it."""
     todo = list(tree)
     while todo:
         each = todo.pop()
@@ -245,22 +246,13 @@ def _unique(packages: Iterator[Package | None], file_name: str) -> tuple[Package
     return tuple(sorted(found))
 
 
-SECTION: Final = ".dep-v0"
-
-INFLATED_MAX_BYTES: Final = 8 * 1024 * 1024
-
-_DEPTH_MAX: Final = 32
-
-_CUSTOM, _CORE_MODULE, _NESTED = 0, 1, 4
-
-
 class _Crate(msgspec.Struct):
     name: str
     version: str
 
 
 def read_embedded(data: bytes) -> tuple[Package, ...] | None:
-    """The packages that a component says are built into it; None where it says nothing.
+    """Read the packages that a component says are built into it; None where it says nothing.
 
     Raises:
         DocumentError: a section that cannot be read.
@@ -288,7 +280,7 @@ def _crates(section: bytes) -> list[Package]:
 
 
 def _sections(data: bytes) -> list[bytes]:
-    """The contents of every such section, at any depth."""
+    """Return the contents of all `.dep-v0` sections, at any depth."""
     found = []
     todo = [(0, len(data), 0)]
     seen = 0

@@ -109,13 +109,13 @@ def test_the_whole_main_job_then_it_stays_up_and_ctrl_c_leaves_nothing(tmp_path)
     assert all(claim.startswith("  yes ") for claim in claims), text
     acts = {line.split()[0]: line for line in demo.lines if line.startswith(("  v1 ", "  v2 ", "  v3 ", "  undo "))}
     assert acts["v2"].split()[-1] == acts["undo"].split()[-1] == "0"
-    assert "rolled back (trapped), halted before the 2nd board" in acts["v3"]
+    assert "rolled back (trapped), halted before the 2nd device" in acts["v3"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_it_can_be_ended_in_the_middle(how, tmp_path):
     with running("--once", "--directory", str(tmp_path / "demo")) as demo:
-        demo.until("Three boards")
+        demo.until("Three devices")
         demo.until("fleet-agent enroll")
         known = family(demo.process.pid)
         demo.process.send_signal(how)
@@ -125,7 +125,7 @@ def test_it_can_be_ended_in_the_middle(how, tmp_path):
 
 def test_a_demo_that_is_killed_takes_its_processes_with_it(tmp_path):
     with running("--once", "--directory", str(tmp_path / "demo")) as demo:
-        demo.until("Three boards")
+        demo.until("Three devices")
         demo.until("fleet-agent enroll")
         known = family(demo.process.pid)
         ends = {pid: os.pidfd_open(pid) for pid in known if started_at(pid) is not None}

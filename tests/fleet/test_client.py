@@ -190,7 +190,7 @@ def test_a_name_that_no_path_can_hold_is_not_sent(name, certificate):
     transport = httpx.MockTransport(lambda request: pytest.fail(f"asked for {request.url}"))
     with (
         Client(url="https://localhost:1", ca=certificate, token="s", transport=transport) as api,
-        pytest.raises(RequestError, match="no name"),
+        pytest.raises(RequestError, match="is not a name"),
     ):
         api.device(name)
 

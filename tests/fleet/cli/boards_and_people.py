@@ -1,4 +1,4 @@
-"""Board that judges with the real verifier, what it runs, and people of a fleet at machines of their own."""
+"""Device that judges with the real verifier, what it runs, and people of a fleet at machines of their own."""
 
 import shutil
 from datetime import UTC, datetime, timedelta

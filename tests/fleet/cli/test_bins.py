@@ -64,7 +64,7 @@ def test_a_large_namespace_moves_over_and_goes_on_as_before(fleet, large, tmp_pa
     assert len(hash_bins.releases(large.files, "main")) == MANY
     assert fleet("sign", "bins", "--yes").exit_code == 4, "it has bins already"
 
-    # The board of before follows, and fetches a small part.
+    # The device of before follows, and fetches a small part.
     fetched.clear()
     board.refresh(datetime.now(UTC))
     assert published(board.find(path := "components/main/sensor/1.7.0.wasm"), path)

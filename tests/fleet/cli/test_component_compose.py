@@ -1,4 +1,4 @@
-"""`fleet component compose`: what a board makes of a guest of wasi:http, as a file to look into."""
+"""`fleet component compose`: what a device makes of a guest of wasi:http, as a file to look into."""
 
 import json
 import resource

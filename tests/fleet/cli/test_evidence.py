@@ -155,7 +155,7 @@ def test_boards_that_run_a_package_are_listed_and_what_is_not_known_is_named(fle
 
     result = fleet("affected", "serde<1.0.200")
     assert result.exit_code == 1
-    hits, _, unknown = result.stdout.partition("Not known")
+    hits, _, unknown = result.stdout.partition("Packages unknown")
     assert [line.split()[0] for line in hits.splitlines()[1:] if line] == ["gate-00000000", "group"]
     assert "gate-11111111" in unknown
     assert "no SBOM" in unknown
@@ -206,7 +206,7 @@ def test_a_server_cannot_hide_a_package_by_showing_another_bill(fleet, desk, com
     stage(desk, running(told))
     result = fleet("affected", "serde", "--strict")
     assert result.exit_code == 1
-    assert "the server shows other bytes than were signed" in result.stdout
+    assert "the server sent other bytes than were signed" in result.stdout
 
 
 def test_a_withdrawn_release_that_still_runs_counts(fleet, desk, component, bill) -> None:

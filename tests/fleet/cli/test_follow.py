@@ -80,7 +80,7 @@ BAD = [
         ),
         board(B, Outcome.SKIPPED),
         revision=2,
-        reason="1 of 1 boards failed",
+        reason="1 of 1 devices failed",
     ),
 ]
 
@@ -105,14 +105,14 @@ def test_each_change_is_a_line_and_success_is_exit_code_0(capsys):
     script = Script(*GOOD[1:])
     assert rollout.follow(script, GOOD[0], Options()) is Exit.OK
     assert capsys.readouterr().out == (
-        "Rollout 7: main/hello@2.0.0 as hello to group edge-eu (2 boards, waves 1, 100%)\n"
+        "Rollout 7: main/hello@2.0.0 as hello to group edge-eu (2 devices, waves 1, 100%)\n"
         "  berlin-0a0a0a0a  waiting\n"
         "  berlin-0a0a0a0a  fetching 40 %\n"
         "  berlin-0a0a0a0a  probation\n"
         "  berlin-0a0a0a0a  succeeded in 1.5 s\n"
-        "  paris-1b1b1b1b  waiting: it is offline\n"
+        "  paris-1b1b1b1b  waiting: the device is offline\n"
         "  paris-1b1b1b1b  succeeded in 1.5 s, with few calls so far\n"
-        "Rollout 7 succeeded after 9.0 s: 2 of 2 boards run main/hello@2.0.0\n"
+        "Rollout 7 succeeded after 9.0 s: 2 of 2 devices run main/hello@2.0.0\n"
     )
     # always waited for what is newer than what was shown
     assert script.asked == [1, 2, 3, 4]
@@ -125,7 +125,7 @@ def test_a_rollback_is_told_with_its_reason_and_log_and_is_exit_code_1(capsys):
     assert str(caught.value) == f"rollout 7 halted; {A} rolled back (trapped); run 'fleet why {A}'"
     told = capsys.readouterr()
     assert f"  {A}  rolled back (trapped)\n" in told.out
-    # the board's own words stand once, line by line
+    # the device's own words stand once, line by line
     assert told.err == f"\n{A}:\n  unreachable executed\n  in handle\n  | counting\n"
 
 
@@ -175,7 +175,7 @@ def test_quiet_says_nothing_of_success(capsys):
 
 
 def test_the_bars_of_a_terminal(monkeypatch):
-    # A bar for each board, in step with its update machine; drawn as text here.
+    # A bar for each device, in step with its update machine; drawn as text here.
     screen = Console(file=io.StringIO(), width=100, force_terminal=False, color_system=None)
     screen.print(rollout.picture(GOOD[2]))
     lines = screen.file.getvalue().splitlines()

@@ -1,4 +1,4 @@
-"""`fleet image prepare`: the token lies where the board will look for it, and whatever is not an image is named."""
+"""`fleet image prepare`: the token lies where the device will look for it, and whatever is not an image is named."""
 
 import shutil
 import struct
@@ -112,7 +112,7 @@ def test_nothing_else_of_the_image_is_touched(raspios):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\xfd7zXZ\0" + b"x" * 600, "packed with xz; unpack it first"),
+        (b"\xfd7zXZ\0" + b"x" * 600, "compressed with xz; unpack it first"),
         (b"no image at all", "has no partition table"),
         (master_boot_record((0x83, 1, 2)).ljust(4 * MIB, b"\0"), "has no FAT partition"),
         (master_boot_record((0x0C, 1, 2)).ljust(4 * MIB, b"\0"), "has no FAT partition"),  # never formatted

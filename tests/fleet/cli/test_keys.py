@@ -1,4 +1,4 @@
-"""`fleet keys`: made encrypted, listed with what they may sign, rotated and revoked by what the boards verify."""
+"""`fleet keys`: made encrypted, listed with what they may sign, rotated and revoked by what the devices verify."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 class Board:
-    """A production board's verifier that lives through the whole story, from the root of its enrolment."""
+    """A production device's verifier that lives through the whole story, from the root of its enrolment."""
 
     def __init__(self, desk) -> None:
         self.desk, self.states = desk, MemoryState()

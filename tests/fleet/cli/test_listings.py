@@ -1,11 +1,14 @@
-"""What listings print, for people and for programs, and what acts on boards and rollouts send."""
+"""What listings print, for people and for programs, and what acts on devices and rollouts send."""
 
+import io
 import json
 from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
+from rich.console import Console
 
+from fleet.cli import output
 from fleet.protocol import codes, operator_api
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 from fleet.protocol.messages import Board, Health, InstanceHealth, Versions
@@ -67,7 +70,7 @@ DETAIL = operator_api.DeviceDetail(
     ),
     failed=(
         operator_api.TimelineEntry(
-            at=NOW, kind="report", text="blue was refused: grant-denied", action="raise this board's policy"
+            at=NOW, kind="report", text="blue was refused: grant-denied", action="raise this device's policy"
         ),
     ),
 )
@@ -80,7 +83,7 @@ ROLLOUT = operator_api.RolloutView(
     target=HELLO.target,
     group="edge-eu",
     counts={"failed": 1, "skipped": 1, "pending": 0},
-    reason="1 of 1 boards failed",
+    reason="1 of 1 devices failed",
     created_at=NOW - timedelta(minutes=3),
 )
 
@@ -141,13 +144,13 @@ def test_the_options_may_stand_before_the_command_too(fleet, fleet_of_two):
 
 def test_no_devices_yet(fleet, desk):
     desk.routes["GET", "/v1/devices"] = operator_api.Devices()
-    assert fleet("devices").stdout == "No board yet: 'fleet enroll-token --group G' makes a token for one.\n"
+    assert fleet("devices").stdout == "No device yet: 'fleet enroll-token --group G' creates a token for one.\n"
     assert json.loads(fleet("devices", "--json").stdout) == {"devices": []}
 
 
 def test_groups(fleet, fleet_of_two):
     assert words(fleet("groups").stdout) == [
-        ["GROUP", "BOARDS", "ONLINE", "RUNS", "ROLLOUT", "MEMBERS"],
+        ["GROUP", "DEVICES", "ONLINE", "RUNS", "ROLLOUT", "MEMBERS"],
         ["edge-eu", "1", "1", "hello@1.0.0", "7", "listed"],
         ["spares", "0", "0", "-", "-", "by label site=berlin, priority 2"],
     ]
@@ -163,7 +166,7 @@ def test_rollouts(fleet, fleet_of_two):
         "main/hello@1.0.0",
         "edge-eu",
         "1 failed 1 skipped",
-        "1 of 1 boards failed",
+        "1 of 1 devices failed",
     ]
 
 
@@ -173,14 +176,14 @@ def test_one_device_in_full(fleet, fleet_of_two, desk):
     )
     text = fleet("device", ROW.id).stdout
     for line in (
-        ["board", "up 2 h, load 0.25 on 4 CPUs, 42 °C"],
-        ["walls", "root service: seccomp, NO landlock"],
+        ["hardware", "up 2 h, load 0.25 on 4 CPUs, 42 °C"],
+        ["isolation", "root service: seccomp, NO landlock"],
         ["hello", "hello@1.0.0", "running", "92", "2", "1.5 ms", "4.0 MiB", "1", "own"],
         ["red", "red@1.0.0", "running", "92", "2", "1.5 ms", "4.0 MiB", "1", "main-3, with 1 more"],
         ["hello", "12.3 s", "0.8 ms", "1 ms:89, 3 ms:2, more:1", "3", "6.0 KiB", "7"],
         ["hello", "main/hello@1.0.0", "rollout 7 (group edge-eu)", "8081", "level=info"],
         ["problem: blue was refused: grant-denied"],
-        ["raise this board's policy"],
+        ["raise this device's policy"],
     ):
         assert line in words(text)
 
@@ -213,7 +216,7 @@ def test_why_says_what_to_do(fleet, desk):
     assert "hello 3.0.0 was rolled back: trapped" in text
     assert "do: mend it and push again" in text
     assert "| unreachable" in text
-    assert "the board tries this again by itself" in text
+    assert "the device retries this by itself" in text
     assert json.loads(fleet("why", ROW.id, "--json").stdout)["device"] == ROW.id
 
 
@@ -248,7 +251,7 @@ def test_a_token_is_alone_on_standard_output_so_that_it_can_be_piped(fleet, desk
     )
     result = fleet("enroll-token", "--group", "edge-eu", "--valid", "30m")
     assert result.stdout == "wf1.abc\n"
-    assert "For one board into group edge-eu" in result.stderr
+    assert "For one device into group edge-eu" in result.stderr
     assert desk.sent("/v1/enroll-tokens") == {"group": "edge-eu", "valid_s": 1800}
     quiet = fleet("enroll-token", "--group", "edge-eu", "--quiet")
     assert (quiet.stdout, quiet.stderr) == ("wf1.abc\n", "")
@@ -290,7 +293,7 @@ def test_a_number_alone_shows_the_rollout(fleet, desk):
     desk.routes["GET", "/v1/rollouts/7"] = ROLLOUT
     text = fleet("rollout", "7").stdout
     assert text.startswith("Rollout 7: main/hello@1.0.0 as hello to group edge-eu")
-    assert ["reason", "1 of 1 boards failed"] in words(text)
+    assert ["reason", "1 of 1 devices failed"] in words(text)
 
 
 def test_undo_and_remove_say_what_they_mean(fleet, desk):
@@ -402,3 +405,36 @@ def test_the_shell_is_offered_nothing_where_nobody_answers(home):
     completing = ShellComplete(main, {}, "fleet", "_FLEET_COMPLETE")
     assert completing.get_completions(["--home", str(home), "why"], "") == []
     assert completing.get_completions(["--home", "/nowhere", "why"], "") == []
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A terminal of 80 columns; returns its screen."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, highlight=False, color_system=None)
+    monkeypatch.setattr(output, "console", lambda: console)
+    return screen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "whole"),
+    [
+        (("devices",), [ROW.id, DARK.id, "online", "edge-eu", "aarch64", "5 d ago", "hello@1.0.0,", "(backoff)"]),
+        (
+            ("device", ROW.id),
+            [ROW.id, "hello@1.0.0", "running", "1.5 ms", "4.0 MiB", "WORKER", "LINES DROPPED", "6.0 KiB"],
+        ),
+        (
+            ("rollouts",),
+            ["7", "halted", "main/hello@1.0.0", "edge-eu", "1 failed", "3 min ago", "1 of 1", "devices", "failed"],
+        ),
+        (("groups",), ["edge-eu", "hello@1.0.0", "spares", "label", "site=berlin,", "priority"]),
+    ],
+)
+def test_a_narrow_terminal_wraps_long_cells_and_cuts_nothing(fleet, fleet_of_two, narrow, arguments, whole):
+    assert fleet(*arguments).exit_code == 0
+    lines = narrow.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in narrow.getvalue()
+    for text in whole:
+        assert any(text in line for line in lines), text

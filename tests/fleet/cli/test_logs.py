@@ -1,4 +1,4 @@
-"""`fleet logs`: one look, or following until the board, the clock or the reader ends it."""
+"""`fleet logs`: one look, or following until the device, the clock or the reader ends it."""
 
 import json
 from datetime import UTC, datetime
@@ -30,7 +30,7 @@ def looks(monkeypatch):
 
 @pytest.fixture
 def board(desk):
-    """What the board answers, look by look."""
+    """What the device answers, look by look."""
 
     def answers(*views):
         desk.routes[ASK] = operator_api.CommandReply(sequence=7, expires=datetime.now(UTC))
@@ -51,7 +51,7 @@ def test_following_asks_behind_what_it_has_until_the_board_ends_it(fleet, desk, 
     done = fleet("logs", "hello", "--device", GATE, "--follow", "--minutes", "15")
     assert done.exit_code == 0, done.output
     assert done.stdout == "one\ntwo\nthree\n"
-    assert done.stderr == "(4 lines left out: the board's policy, or faster than they are sent)\n"
+    assert done.stderr == "(4 lines left out, by the device's policy or because they came too fast)\n"
     assert [after for _, after, _ in looks] == [0, 0, 2, 2, 3], "no line twice"
     assert {command for command, _, _ in looks} == {7}
     assert {wait for _, _, wait in looks} == {device.LOOK_S}, "the server is asked to wait: no busy loop"

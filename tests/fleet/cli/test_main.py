@@ -113,8 +113,8 @@ def test_a_commands_help_loads_no_library_that_only_its_work_needs(command, with
         (["deploy", "hello@one", "--group", "edge-eu"], "not SemVer"),
         (["deploy", "hello@1.0.0", "--group", "edge-eu", "--config", "level"], "--config key=value"),
         (["deploy", "hello@1.0.0", "--group", "edge-eu", "--as", "No Name"], "is not a name"),
-        (["enroll-token", "--valid", "soon"], "is no duration"),
-        (["label", "gate-00000000", "colour"], "is no label"),
+        (["enroll-token", "--valid", "soon"], "is not a duration"),
+        (["label", "gate-00000000", "colour"], "is not a label"),
         (["completion", "tcsh"], "tcsh"),
     ],
 )

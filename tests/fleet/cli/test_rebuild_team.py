@@ -79,7 +79,7 @@ def test_a_teams_server_is_made_anew_with_signatures_given_offline(fleet, people
     made = {path.name: path.read_bytes() for path in (home / "server/repository").glob("*.json")}
     assert rotation.keys_of(made, "root").threshold == 2
     assert repository.latest(made, "root")[0] == repository.latest(desk.files, "root")[0] + 1
-    # The board that slept through all of it follows, and takes the new director's word.
+    # The device that slept through all of it follows, and takes the new director's word.
     desk.files = made
     assert board.runs("1.0.0")
 
@@ -100,5 +100,5 @@ def test_an_event_of_another_fleet_gets_no_signature_offline_either(fleet, peopl
 
     refused = approve(fleet="other")
     assert refused.exit_code == 2, refused.output
-    assert "this event is of the fleet 'other'" in refused.stderr
+    assert "this event belongs to the fleet 'other'" in refused.stderr
     assert approve().exit_code == 0

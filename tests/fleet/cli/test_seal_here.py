@@ -16,7 +16,7 @@ WORDS = ("secret", "set", "db-password", "--group", "edge-eu", "--instance", "re
 
 
 class Board(Device):
-    """A board's two keys, as a server may show them under any name."""
+    """A device's two keys, as a server may show them under any name."""
 
     def shown(self, *, fleet="fleet"):
         proof = self.prove(fleet=fleet).decode()
@@ -78,7 +78,7 @@ def test_a_sealing_key_that_the_device_key_did_not_sign_gets_no_box(seal, desk, 
     for certificate in (board.shown().certificate_pem, proof.certificate_pem):
         refused = seal(BoardKey(device=board.id, proof=proof.proof, certificate_pem=certificate))
         assert refused.exit_code == 4
-        assert f"the sealing key of {board.id} is not proved" in refused.stderr
+        assert f"cannot seal for {board.id}: its sealing key is not proved" in refused.stderr
     refused = seal(board.shown(fleet="airport"))
     assert refused.exit_code == 4
     assert "PUT" not in [method for method, _, _ in desk.seen]
@@ -93,8 +93,8 @@ def test_one_liar_among_honest_boards_stops_all(seal, desk, board):
 def test_a_server_of_another_fleet_and_one_without_boards_get_nothing(seal, desk, board):
     refused = seal(board.shown(), of="airport")
     assert refused.exit_code == 4
-    assert "this is 'fleet'" in refused.stderr
+    assert "this machine belongs to 'fleet'" in refused.stderr
     refused = seal()
     assert refused.exit_code == 2
-    assert "no board to seal for" in refused.stderr
+    assert "cannot seal the secret; no device is there yet" in refused.stderr
     assert "PUT" not in [method for method, _, _ in desk.seen]

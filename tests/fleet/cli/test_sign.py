@@ -116,7 +116,7 @@ def test_what_has_no_part_in_it_signs_nothing(fleet, team, work):
     before = Path("event.json").read_bytes()
     refused = team["alice"]("sign", "approve", "event.json", "--yes")
     assert refused.exit_code == 4
-    assert "no key here counts for it" in refused.stderr
+    assert "no key here counts for this event" in refused.stderr
     assert Path("event.json").read_bytes() == before
     assert fleet("sign", "diff", "event.json").exit_code == 1
     # Who reads and says no leaves it as it was, too.
@@ -132,7 +132,7 @@ def test_a_mail_that_is_no_event_or_of_another_fleet_is_one_line(fleet, team, de
     fleet("keys", "rotate", "main", "--to", "bob", "--yes", "--out", "event.json")
     text = Path("event.json").read_text()
     Path("event.json").write_text(text.replace('"fleet": "fleet"', '"fleet": "other"', 1))
-    assert "is of the fleet 'other'" in fleet("sign", "approve", "event.json").stderr
+    assert "belongs to the fleet 'other'" in fleet("sign", "approve", "event.json").stderr
 
 
 def test_a_note_from_outside_cannot_paint_the_terminal(fleet, desk, work):

@@ -1,4 +1,4 @@
-"""dev, solo, team: how a fleet begins, moves on with boards that never enrol again, and outlives a lost machine.
+"""dev, solo, team: how a fleet begins, moves on with devices that never enrol again, and outlives a lost machine.
 
 The device is the real verifier with its memory, from the root that was pinned when the fleet was made.
 """
@@ -49,7 +49,7 @@ def test_from_dev_to_solo_to_team_with_the_boards_of_the_first_day(fleet, desk, 
     for name in ("root", "targets", "main"):
         (home / f"operator/keys/{name}.pem").unlink()
     assert awake.runs("1.0.0")
-    assert production.runs("1.0.0"), "a board in production takes it from now on"
+    assert production.runs("1.0.0"), "a device in production takes it from now on"
     assert fleet("publish", work / "hello.wasm", "--version", "1.1.0").exit_code == 0
     assert awake.runs("1.1.0")
 

@@ -39,7 +39,7 @@ def test_a_release_is_taken_back_for_good(fleet, published, tmp_path):
 def test_it_asks_first(fleet, published):
     asked = fleet("withdraw", "hello@1.0.0", stdin="n\n")
     assert asked.exit_code == 130
-    assert "no board runs it" in asked.stderr
+    assert "no device runs it" in asked.stderr
     assert versions(published) == ["1.0.0", "1.1.0"]
 
 

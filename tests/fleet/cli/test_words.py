@@ -58,7 +58,7 @@ def test_durations(text, value):
 
 @pytest.mark.parametrize("text", ["", "0s", "5", "1w", "-1h", "1.5h"])
 def test_no_durations(text):
-    with pytest.raises(Fault, match="is no duration"):
+    with pytest.raises(Fault, match="is not a duration"):
         seconds(text)
 
 

@@ -101,14 +101,14 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path):
 async def test_a_child_that_died_is_reported_with_its_last_words(tmp_path):
     async def go() -> None:
         processes = Processes(logs=tmp_path, environment=python_environment())
-        child = await processes.start("broken", [sys.executable, "-c", "print('no such board'); raise SystemExit(3)"])
+        child = await processes.start("broken", [sys.executable, "-c", "print('no such device'); raise SystemExit(3)"])
         await child.process.wait()
         try:
             child.check()
         finally:
             await processes.stop_all()
 
-    with pytest.raises(ChildDiedError, match=r"broken ended with exit code 3(?s:.*)no such board"):
+    with pytest.raises(ChildDiedError, match=r"broken ended with exit code 3(?s:.*)no such device"):
         await go()
 
 

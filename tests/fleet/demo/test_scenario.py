@@ -124,7 +124,7 @@ def test_a_good_story_holds():
         ),
         (
             {"v3": change("v3", load={BERLIN: TRAPPED, PARIS: answered("2", lost=1)})},
-            "the second board lost nothing",
+            "the second device lost nothing",
         ),
         (
             {"v3": change("v3", load={BERLIN: dataclasses.replace(TRAPPED, lost=3), PARIS: answered("2")})},
@@ -135,9 +135,9 @@ def test_a_good_story_holds():
             {"undo": change("undo", load={BERLIN: answered("1"), PARIS: answered("1", lost=2)})},
             "0 of 1,002 requests lost on the way back",
         ),
-        ({"ends": ENDS | {PARIS: "2"}}, "every board runs what it should"),
-        ({"ends": ENDS | {BOSTON: "1"}}, "every board runs what it should"),
-        ({"ends": {BERLIN: "1", PARIS: "1"}}, "every board runs what it should"),
+        ({"ends": ENDS | {PARIS: "2"}}, "every device runs what it should"),
+        ({"ends": ENDS | {BOSTON: "1"}}, "every device runs what it should"),
+        ({"ends": {BERLIN: "1", PARIS: "1"}}, "every device runs what it should"),
     ],
 )
 def test_each_claim_fails_when_it_is_not_so(changed, claim):
@@ -157,13 +157,13 @@ def test_the_end_is_a_table_with_times_and_losses():
     assert printed == [line.rstrip() for line in printed]
     lines = [" ".join(line.split()) for line in printed]
     for line in (
-        "PUSH RESULT FIRST BOARD BOTH BOARDS ANSWERED LOST",
+        "PUSH RESULT FIRST DEVICE BOTH DEVICES ANSWERED LOST",
         "v1 succeeded 1.0 s 2.0 s - -",
         "v2 succeeded 1.0 s 2.0 s 1,000 0",
-        "v3 rolled back (trapped), halted before the 2nd board 1.0 s - 590 2 by its trap",
+        "v3 rolled back (trapped), halted before the 2nd device 1.0 s - 590 2 by its trap",
         "berlin-0a0a0a0a edge-eu hello v1 http://127.0.0.1:1/",
         "boston-2c2c2c2c edge-us nothing http://127.0.0.1:1/",
-        "yes v3 was rolled back on the first board",
+        "yes v3 was rolled back on the first device",
     ):
         assert line in lines
 

@@ -45,7 +45,7 @@ def test_a_component_that_says_nothing() -> None:
         (section(b"plain"), "not compressed"),
         (section(zlib.compress(b" " * (9 << 20))), "inflates to more"),
         (section(zlib.compress(b"{}")[:-3]), "cut off"),
-        (listed([]), "no object"),
+        (listed([]), "not an object"),
         (listed({"packages": 1}), "packages"),
         (b"\0\xff", "damaged"),
     ],

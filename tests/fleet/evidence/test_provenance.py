@@ -51,9 +51,9 @@ def test_a_statement_however_it_is_wrapped(value: object, signed: bool) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ({}, "no in-toto statement"),
+        ({}, "not an in-toto statement"),
         ({"bomFormat": "CycloneDX"}, "give it as --sbom"),
-        (STATEMENT | {"_type": "https://in-toto.io/Statement/v0.1"}, "no in-toto statement"),
+        (STATEMENT | {"_type": "https://in-toto.io/Statement/v0.1"}, "not an in-toto statement"),
         (STATEMENT | {"predicateType": "https://slsa.dev/provenance/v0.2"}, "something else"),
         (STATEMENT | {"subject": []}, "no subject by sha256"),
         (STATEMENT | {"subject": [{"digest": {"sha512": "00"}}]}, "no subject by sha256"),
@@ -62,7 +62,7 @@ def test_a_statement_however_it_is_wrapped(value: object, signed: bool) -> None:
         (enveloped(STATEMENT, "text/plain"), "an envelope around text/plain"),
         ({"payloadType": "application/vnd.in-toto+json", "payload": "*"}, "not base64"),
         ({"payloadType": "application/vnd.in-toto+json", "payload": 7}, "not base64"),
-        (enveloped([1]), "no object"),
+        (enveloped([1]), "not an object"),
     ],
 )
 def test_what_is_no_provenance_is_named(value: object, words: str) -> None:

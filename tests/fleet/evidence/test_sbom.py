@@ -88,7 +88,7 @@ def test_a_package_url_that_cannot_be_read_leaves_the_name() -> None:
         (b"SPDXVersion: SPDX-2.3", "tag-value"),
         (b"{", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
-        (b"[]", "no object"),
+        (b"[]", "not an object"),
         (b"{}", "neither CycloneDX"),
         (b'{"predicateType": "https://slsa.dev/provenance/v1"}', "give it as --provenance"),
         (b'{"bomFormat": "CycloneDX", "specVersion": "2.0"}', "1.x is read"),

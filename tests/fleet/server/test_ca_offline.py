@@ -40,7 +40,7 @@ async def test_the_root_is_taken_off_a_server_that_runs_and_its_boards_notice_no
 
         done = await command(fleet, "ca", "offline", "--yes")
         assert done.exit_code == 0, done.output
-        assert f"lies encrypted in {place.ca_root} now" in done.stdout
+        assert f"is now encrypted in {place.ca_root}" in done.stdout
         assert not (place.ca / "ca.key").exists()
         for path in (each for each in fleet.home.rglob("*") if each.is_file()):
             assert key not in path.read_bytes(), path
@@ -62,7 +62,7 @@ async def test_the_root_is_taken_off_a_server_that_runs_and_its_boards_notice_no
         # Once is enough, and a server that starts again has nothing to look for.
         again = await command(fleet, "ca", "offline", "--yes")
         assert again.exit_code == 2
-        assert "no root of a CA lies on a server here" in again.stderr
+        assert "cannot take the root of the CA off the server" in again.stderr
         await fleet.stop()
         await fleet.start()
         assert (await ask(board)).status_code == 200
