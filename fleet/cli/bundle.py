@@ -258,14 +258,12 @@ def prepare(options: Options, *, img: Path, given: str) -> Exit:
         )
     offset = boot_partition(img)
     _write_image(img, offset, text)
-    if options.json:
-        output.show_json({"image": str(img), "file": NAME, "offset_bytes": offset, "fleet": token.fleet})
-    else:
-        output.say(
-            options,
-            f"{img}: the device that boots from it joins the fleet {token.fleet}; "
-            f"the token is valid until {token.expires:%Y-%m-%d %H:%M} UTC.",
-        )
+    output.result(
+        options,
+        {"image": str(img), "file": NAME, "offset_bytes": offset, "fleet": token.fleet},
+        f"{img}: the device that boots from it joins the fleet {token.fleet}; "
+        f"the token is valid until {token.expires:%Y-%m-%d %H:%M} UTC.",
+    )
     return Exit.OK
 
 

@@ -159,10 +159,9 @@ def _install(client: Client, view: CaView, root: Root, options: Options, *, life
     except CaError as error:
         raise Fault(str(error), code=Exit.REFUSED) from None
     after = client.install_issuing(IssuingRequest(issuing_pem=made))
-    if options.json:
-        output.show_json(after)
-    else:
-        output.say(options, f"The server issues certificates with it now, until {after.issuers[0].ends:%Y-%m-%d}.")
+    output.result(
+        options, after, f"The server issues certificates with it now, until {after.issuers[0].ends:%Y-%m-%d}."
+    )
 
 
 for each in (status, renew, revoke, offline):

@@ -223,10 +223,7 @@ def group(
         row = client.set_group(
             name, operator_api.GroupRequest(priority=priority, selector=labels, add=add, remove=drop)
         )
-    if options.json:
-        output.show_json(row)
-    else:
-        output.say(options, f"Group {row.name}: {row.boards} device{'' if row.boards == 1 else 's'}.")
+    output.result(options, row, f"Group {row.name}: {row.boards} device{'' if row.boards == 1 else 's'}.")
 
 
 @command(
@@ -352,12 +349,9 @@ def restart(options: Options, *, device: str, instance: str) -> None:
     """Restart an instance on a device, by a signed command."""
     with connect(options) as client:
         reply = client.command(device, operator_api.CommandRequest(verb=Restart(instance=instance)))
-    if options.json:
-        output.show_json(reply)
-    else:
-        output.say(
-            options, f"Command {reply.sequence} is on its way, valid until {reply.expires.astimezone():%H:%M:%S}."
-        )
+    output.result(
+        options, reply, f"Command {reply.sequence} is on its way, valid until {reply.expires.astimezone():%H:%M:%S}."
+    )
 
 
 @command("label", examples="fleet label gate-7-1f2e3d4c site=berlin\nfleet label gate-7-1f2e3d4c site-")
@@ -385,10 +379,7 @@ def revoke(options: Options, *, device: str, yes: bool) -> None:
         )
     with connect(options) as client:
         detail = client.revoke(device)
-    if options.json:
-        output.show_json(detail)
-    else:
-        output.say(options, f"{detail.row.id} is revoked.")
+    output.result(options, detail, f"{detail.row.id} is revoked.")
 
 
 def _confirmed(question: str) -> bool:

@@ -82,10 +82,11 @@ def new(options: Options, *, name: str, form: str, ci: bool, **how: Any) -> None
         return
     with signing_faults():
         entry, _ = keyring(who).generate(name, passphrase=new_passphrase(name), form=key_files.Format(form))
-    if options.json:
-        output.show_json({"name": name, "keyid": entry.key.keyid, "file": str(keyring(who).file(name))})
-    else:
-        output.say(options, f"Made {name} ({entry.key.keyid[:12]}). 'fleet keys show {name}' prints its public half.")
+    output.result(
+        options,
+        {"name": name, "keyid": entry.key.keyid, "file": str(keyring(who).file(name))},
+        f"Made {name} ({entry.key.keyid[:12]}). 'fleet keys show {name}' prints its public half.",
+    )
 
 
 def _new_for_pipeline(

@@ -91,10 +91,7 @@ def revoke(options: Options, *, name: str) -> None:
     with load_operator(options).client() as client:
         known = [each.name for each in client.operators().operators]
         left = client.remove_operator(check_choice(name, known, "operator"))
-    if options.json:
-        output.show_json(left)
-    else:
-        output.say(options, f"{name} is removed; the token is refused from now on.")
+    output.result(options, left, f"{name} is removed; the token is refused from now on.")
 
 
 def _was_mine(client: Client) -> bool:

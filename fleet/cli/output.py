@@ -68,6 +68,14 @@ def show_json(value: msgspec.Struct | Sequence[object] | dict[str, object]) -> N
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
+def result(options: Options, value: msgspec.Struct | dict[str, object], text: str) -> None:
+    """Print what a command did: `value` as JSON for programs, `text` for people."""
+    if options.json:
+        show_json(value)
+    else:
+        say(options, text)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, empty: str) -> None:
     """Print rows under headers, without lines; print `empty` when there are none.
 

@@ -130,10 +130,7 @@ def _verb(name: str, done: str, text: str) -> Command:
     def act(options: Options, *, number: str) -> None:
         with connect(options) as client:
             view = client.act(number, name)
-        if options.json:
-            output.show_json(view)
-        else:
-            output.say(options, f"Rollout {view.number} {done}.")
+        output.result(options, view, f"Rollout {view.number} {done}.")
 
     act.help = text
     return act
@@ -424,8 +421,5 @@ def finish(client: "Client", view: RolloutView, options: Options, *, detach: boo
         return follow(client, view, options)
     if view.state not in OPEN_STATES:
         return conclude(view, options)
-    if options.json:
-        output.show_json(view)
-    else:
-        output.say(options, f"{title(view)}\nFollow it with 'fleet rollout {view.number} --follow'.")
+    output.result(options, view, f"{title(view)}\nFollow it with 'fleet rollout {view.number} --follow'.")
     return Exit.OK

@@ -245,10 +245,7 @@ def remove(options: Options, *, name: str, **how: Any) -> None:
     scope = _scope(name, how)
     with connect(options) as client:
         found = client.remove_secret(name, scope)
-    if options.json:
-        output.show_json(found)
-    else:
-        output.say(options, f"{name} is removed from {scope.group or scope.device}.")
+    output.result(options, found, f"{name} is removed from {scope.group or scope.device}.")
 
 
 def check_needed(client: Client, *, instance: str, required: tuple[str, ...], group: str, device: str) -> None:

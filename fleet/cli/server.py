@@ -215,10 +215,7 @@ def backup(options: Options, *, target: Path) -> None:
         size = backups.backup(home(options), target)
     except backups.BackupError as error:
         raise Fault(str(error)) from None
-    if options.json:
-        output.show_json({"file": str(target), "bytes": size})
-    else:
-        output.say(options, f"{target}: {output.size(size)}; it holds no keys.")
+    output.result(options, {"file": str(target), "bytes": size}, f"{target}: {output.size(size)}; it holds no keys.")
 
 
 @command("scrub", examples="fleet server scrub", json=False)
@@ -444,14 +441,12 @@ def publisher_keys(options: Options, *, to: Path) -> None:
     for role, key in made.items():
         paths[role] = to / f"{role}.pub"
         write_file(paths[role], keyrings.public_pem(key), "name another --out")
-    if options.json:
-        output.show_json({role: str(path) for role, path in paths.items()})
-    else:
-        output.say(
-            options,
-            f"Made both. On the operator's machine: fleet sign move publisher --snapshot {paths['snapshot']} "
-            f"--timestamp {paths['timestamp']}",
-        )
+    output.result(
+        options,
+        {role: str(path) for role, path in paths.items()},
+        f"Made both. On the operator's machine: fleet sign move publisher --snapshot {paths['snapshot']} "
+        f"--timestamp {paths['timestamp']}",
+    )
 
 
 @command("run", examples="fleet publisher run\nfleet publisher run --once    (from cron)", json=False)

@@ -176,7 +176,7 @@ def test_what_has_expired_already_is_renewed_all_the_same(fleet, desk, home):
     assert "expired" in refused.stderr
     late = fleet("sign", "status")
     assert late.exit_code == 1
-    assert "looks like this, too" in late.stderr
+    assert "looks the same" in late.stderr
     assert "expired 24 h ago" in late.stdout or "expired 1 d ago" in late.stdout
     assert fleet("sign", "renew", "targets", "--yes").exit_code == 0
     assert fleet("publish", home.parent / "hello.wasm", "--version", "1.0.0").exit_code == 0
