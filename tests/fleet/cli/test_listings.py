@@ -426,7 +426,7 @@ def narrow(monkeypatch):
         ),
         (
             ("rollouts",),
-            ["7", "halted", "main/hello@1.0.0", "edge-eu", "1 failed", "3 min ago", "1 of 1", "devices", "failed"],
+            ["7", "halted", "main/hello@1.0.0", "edge-eu", "1 failed", "min ago", "1 of 1", "devices", "failed"],
         ),
         (("groups",), ["edge-eu", "hello@1.0.0", "spares", "label", "site=berlin,", "priority"]),
     ],
