@@ -1,8 +1,10 @@
-"""Boot clock, boot id, is the clock set; reference time with its floor."""
+"""Boot clock, boot id, synchronisation of the wall clock, and the reference time with its floor."""
 
 import contextlib
 import ctypes
+import threading
 import time
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -13,14 +15,14 @@ _TIME_ERROR: Final = 5
 
 
 def boot_id() -> str:
-    """The kernel's id of this boot."""
+    """Return the kernel's id of this boot; empty where there is none."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 def boot_clock() -> float:
-    """Seconds since boot, suspended time included; it never jumps."""
+    """Return the seconds since boot, suspended time included; this clock never jumps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -42,10 +44,45 @@ def _libc() -> ctypes.CDLL:
 
 
 def clock_synchronised() -> bool | None:
-    """Whether the kernel's clock is disciplined by something (adjtimex); None where that cannot be asked."""
+    """Return whether something disciplines the kernel's clock (adjtimex); None where the kernel cannot be asked."""
     try:
         timex = _Timex()
         answer = int(_libc().adjtimex(ctypes.byref(timex)))
     except (OSError, AttributeError):
         return None
     return None if answer < 0 else answer != _TIME_ERROR and not timex.status & _STA_UNSYNC
+
+
+class ReferenceClock:
+    """Reference time for certificates, metadata and assignments: the wall clock, but never earlier than the floor.
+
+    A device without a battery-backed clock wakes up in 1970. The floor is the newest time that anything signed has
+    proved so far; it only rises. Every method may be called from any thread.
+    """
+
+    def __init__(self, floor: datetime) -> None:
+        self._floor = floor
+        self._lock = threading.Lock()
+
+    @property
+    def floor(self) -> datetime:
+        """Earliest time that it can be now."""
+        return self._floor
+
+    def raise_floor(self, to: datetime) -> None:
+        """Remember a proven time; an earlier one than the present floor changes nothing."""
+        with self._lock:
+            self._floor = max(self._floor, to)
+
+    def now(self) -> datetime:
+        """Return the reference time."""
+        return max(datetime.now(UTC), self._floor)
+
+    @property
+    def behind(self) -> bool:
+        """Whether the wall clock shows a time before the floor."""
+        return datetime.now(UTC) < self._floor
+
+    def is_trustworthy(self) -> bool:
+        """Return whether the wall clock can be relied on: not behind, and not known to be unsynchronised."""
+        return not self.behind and clock_synchronised() is not False

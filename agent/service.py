@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from agent import clock, systemd
+from agent.clock import ReferenceClock
 from agent.commands import Commands, LogFollower
 from agent.config import Paths, Settings
 from agent.host.ipc import host_api
@@ -80,7 +81,8 @@ class Service:
             clock=clock.boot_clock,
         )
         network, policy = settings.network, settings.policy
-        tls = DeviceTls(places.identity, lambda: self._trust.floor)
+        reference = ReferenceClock(identity.floor)
+        tls = DeviceTls(places.identity, reference)
         self._https = HttpsClient(
             identity.devices_url,
             tls,
@@ -97,6 +99,7 @@ class Service:
             cache=places.trust,
             https=self._source,
             store=store,
+            clock=reference,
             production=settings.production,
             late=policy.bundles and policy.late_bundles,
             on_production=lambda: note_production(places.identity),
@@ -138,7 +141,7 @@ class Service:
             store=store,
             worker=self._worker,
             deployer=self._deployer,
-            clock_set=lambda: not tls.clock_behind and clock.clock_synchronised() is not False,
+            clock_set=reference.is_trustworthy,
             ask_fresh=self._ask_fresh,
             on_report=self._on_report,
             doubts=lambda: trust.find_violations(self._trust, policy, store.committed()),

@@ -36,6 +36,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from agent.clock import ReferenceClock
 from agent.config import Paths
 from agent.identity.identity import Identity
 from agent.link import https
@@ -191,8 +192,8 @@ def _ask(
     token: Token, key: ec.EllipticCurvePrivateKey, sealing: X25519PrivateKey, name: str, machine: str
 ) -> tuple[Enrolled, str]:
     ca_pem = presented_ca(token.url, token.ca_sha256)
-    behind = datetime.now(UTC) < token.floor
-    client = HttpsClient(token.url, _EnrolTls(ca_pem, token.floor) if behind else FixedTls(https.context(ca_pem)))
+    floor = token.floor if ReferenceClock(token.floor).behind else None
+    client = HttpsClient(token.url, FixedTls(https.context(ca_pem, clock_behind=floor is not None), floor))
     sealing_key = public_key(sealing)
     request = EnrolRequest(
         secret=token.secret,
@@ -215,20 +216,6 @@ def _ask(
         raise EnrolError(_refusal(error, token)) from error
     except wire.WireError as error:
         raise EnrolError(f"the server's answer is not understood: {error}") from error
-
-
-class _EnrolTls:
-    """For a clock that is behind the token: it is not asked, and the certificate's end is held against the floor."""
-
-    def __init__(self, ca_pem: str, floor: datetime) -> None:
-        self._made = https.context(ca_pem, clock_behind=True)
-        self._floor = floor
-
-    def context(self) -> ssl.SSLContext:
-        return self._made
-
-    def check(self, connection: ssl.SSLSocket) -> None:
-        https.check_not_after(connection, self._floor)
 
 
 class _Problem(msgspec.Struct):

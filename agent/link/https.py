@@ -1,16 +1,12 @@
-"""HTTPS client, downloads with resume, TLS contexts.
+"""HTTPS client of the device, on the standard library alone: small answers, downloads that survive a reboot, TLS.
 
-HTTPS for the board, on the standard library alone: small answers, and downloads that survive a reboot.
+Every exchange has a byte limit and a total deadline; a download also has a minimum rate, and resumes with a Range
+request where the last attempt ended. Nothing that arrives is trusted: a file takes its final name only after its
+length and sha256 were checked. All functions block and run on worker threads.
 
-Every exchange has a ceiling of bytes and a total deadline; a download has a minimum rate besides, and resumes with a
-Range request where the last attempt ended. Nothing that arrives is trusted: a file takes its final name only after its
-length and sha256 were found right. All functions block and run on worker threads.
-
-TLS contexts for the board: the fleet's own CA and nothing else, with the device certificate where there is one.
-
-A board without a battery-backed clock wakes up in 1970. So the time of verification is `max(wall clock, floor)`: where
-the wall clock is behind the floor, OpenSSL is told not to look at the clock, and `check_not_after` compares the peer's
-certificate with the floor instead.
+TLS trusts the fleet's own CA and nothing else, and presents the device certificate where there is one. The time of
+verification is the reference time (`agent.clock.ReferenceClock`): where the wall clock is behind the floor, OpenSSL
+does not look at the clock, and `check_not_after` compares the peer's certificate with the floor instead.
 """
 
 import contextlib
@@ -20,6 +16,7 @@ import http.client
 import os
 import socket
 import ssl
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -27,9 +24,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Event
 from typing import Final, Protocol
 
+from agent.clock import ReferenceClock
 from fleet.protocol.codes import RETRYABLE, RejectCode
 from fleet.protocol.files import sync_directory
 
@@ -72,28 +69,41 @@ class Source(Protocol):
         """Return the body of an answer; raises `FetchError`."""
 
 
-class Tls(Protocol):
-    """Where contexts come from (`agent.link.https.DeviceTls`)."""
+@dataclass(frozen=True, slots=True)
+class ConnectionTls:
+    """TLS settings of one connection.
 
-    def context(self) -> ssl.SSLContext:
-        """The context for the next connection."""
+    Attributes:
+        context: for the handshake.
+        floor: earliest time that it can be now, where the context does not look at the wall clock; None where it does.
+    """
+
+    context: ssl.SSLContext
+    floor: datetime | None = None
 
     def check(self, connection: ssl.SSLSocket) -> None:
-        """What is to be looked at after a handshake."""
+        """Check after the handshake what the context was told to leave out. Raises `StaleCertificateError`."""
+        if self.floor is not None:
+            check_not_after(connection, self.floor)
+
+
+class Tls(Protocol):
+    """Source of TLS settings (`agent.link.https.DeviceTls`)."""
+
+    def for_connection(self) -> ConnectionTls:
+        """Return the settings of the next connection; raises `OSError` where a file of theirs cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class FixedTls:
-    """One context, nothing to check beyond it: for enrolment and tests."""
+    """The same context for every connection: for enrolment and tests."""
 
-    made: ssl.SSLContext
+    context: ssl.SSLContext
+    floor: datetime | None = None
 
-    def context(self) -> ssl.SSLContext:
-        """The context."""
-        return self.made
-
-    def check(self, connection: ssl.SSLSocket) -> None:
-        """Nothing beyond what OpenSSL checks."""
+    def for_connection(self) -> ConnectionTls:
+        """Return the settings of the next connection."""
+        return ConnectionTls(self.context, self.floor)
 
 
 def proxy_for(url: urllib.parse.SplitResult, configured: str) -> urllib.parse.SplitResult | None:
@@ -144,18 +154,19 @@ class HttpsClient:
         host, port = self._url.hostname or "", self._url.port or 443
         where = f"{host}:{port}"
         via = self._proxy
+        tls = self._tls.for_connection()
         connection = http.client.HTTPSConnection(
             via.hostname or "" if via else host,
             (via.port or 3128) if via else port,
             timeout=max(0.1, deadline - time.monotonic()),
-            context=self._tls.context(),
+            context=tls.context,
         )
         if via:
             connection.set_tunnel(host, port)
         try:
             connection.connect()
             assert isinstance(connection.sock, ssl.SSLSocket)
-            self._tls.check(connection.sock)
+            tls.check(connection.sock)
             base = self._url.path.rstrip("/")
             connection.request(method, base + path, body, {"User-Agent": USER_AGENT, **headers})
             yield connection.getresponse(), connection
@@ -220,7 +231,7 @@ class HttpsClient:
         length: int,
         sha256: str,
         progress: Callable[[int], None] = lambda _received: None,
-        cancelled: Event | None = None,
+        cancelled: threading.Event | None = None,
     ) -> None:
         """Fetch a file of known length and hash to `into`, resuming `<into>.part` if an earlier attempt left one.
 
@@ -259,7 +270,7 @@ class HttpsClient:
         have: int,
         length: int,
         progress: Callable[[int], None],
-        cancelled: Event | None,
+        cancelled: threading.Event | None,
     ) -> None:
         deadline = time.monotonic() + self._download_s
         headers = {"Range": f"bytes={have}-"} if have else {}
@@ -380,32 +391,32 @@ def why(error: ssl.SSLError) -> str:
 
 
 class DeviceTls:
-    """Contexts with the device certificate, made anew when its files changed (renewal)."""
+    """TLS settings with the device certificate, read again when its file changed (renewal).
 
-    def __init__(self, identity: Path, floor: Callable[[], datetime]) -> None:
+    Used by several threads.
+    """
+
+    def __init__(self, identity: Path, clock: ReferenceClock) -> None:
         self._identity = identity
-        self._floor = floor
-        self._made: tuple[tuple[int, bool], ssl.SSLContext] | None = None
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._contexts: dict[bool, tuple[int, ssl.SSLContext]] = {}
 
-    @property
-    def clock_behind(self) -> bool:
-        """Whether the wall clock is earlier than it can be."""
-        return datetime.now(UTC) < self._floor()
-
-    def context(self) -> ssl.SSLContext:
-        """The context for the next connection.
+    def for_connection(self) -> ConnectionTls:
+        """Return the settings of the next connection; they hold for all of it, also when the clock is set meanwhile.
 
         Raises:
             OSError, ssl.SSLError: an identity file is missing or damaged.
         """
-        stamp = ((self._identity / "device.pem").stat().st_mtime_ns, self.clock_behind)
-        if self._made is None or self._made[0] != stamp:
-            made = context((self._identity / "ca.pem").read_text(), clock_behind=stamp[1])
-            made.load_cert_chain(self._identity / "device.pem", self._identity / "device.key")
-            self._made = (stamp, made)
-        return self._made[1]
+        floor = self._clock.floor if self._clock.behind else None
+        return ConnectionTls(self._context(clock_behind=floor is not None), floor)
 
-    def check(self, connection: ssl.SSLSocket) -> None:
-        """After a handshake: what OpenSSL was told not to look at. Raises `StaleCertificateError`."""
-        if self.clock_behind:
-            check_not_after(connection, self._floor())
+    def _context(self, *, clock_behind: bool) -> ssl.SSLContext:
+        with self._lock:
+            changed = (self._identity / "device.pem").stat().st_mtime_ns
+            kept = self._contexts.get(clock_behind)
+            if kept is None or kept[0] != changed:
+                made = context((self._identity / "ca.pem").read_text(), clock_behind=clock_behind)
+                made.load_cert_chain(self._identity / "device.pem", self._identity / "device.key")
+                self._contexts[clock_behind] = kept = (changed, made)
+            return kept[1]

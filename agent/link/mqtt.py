@@ -21,7 +21,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from agent.link.https import Tls, why
+from agent.link.https import ConnectionTls, Tls, why
 from fleet.protocol.topics import Topic, Up, board_subscriptions
 
 log = logging.getLogger("agent.link.mqtt")
@@ -141,6 +141,7 @@ class _Connection:
         self._over: asyncio.Future[str] = loop.create_future()
         self._misc: asyncio.TimerHandle | None = None
         self._sock: Any = None
+        self._tls: ConnectionTls | None = None
         self.established = False
         self._client = mqtt.Client(
             CallbackAPIVersion.VERSION2,
@@ -167,7 +168,8 @@ class _Connection:
         client.on_socket_unregister_write = self._no_write
         try:
             if self._address.scheme != "mqtt":
-                client.tls_set_context(bus._tls.context())  # noqa: SLF001
+                self._tls = bus._tls.for_connection()  # noqa: SLF001
+                client.tls_set_context(self._tls.context)
             async with asyncio.timeout(CONNECT_S):
                 await self._loop.run_in_executor(None, self._connect)
             self._attach()
@@ -185,8 +187,8 @@ class _Connection:
         self._client.connect_timeout = CONNECT_S / 2
         self._client.connect(self._address.hostname or "", port, self._bus._keepalive_s)  # noqa: SLF001
         sock = self._client.socket()
-        if isinstance(sock, ssl.SSLSocket):
-            self._bus._tls.check(sock)  # noqa: SLF001
+        if isinstance(sock, ssl.SSLSocket) and self._tls is not None:
+            self._tls.check(sock)
 
     def close(self) -> None:
         """Say goodbye where there is somebody to hear it, and let go of the socket."""

@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from agent.clock import ReferenceClock
 from agent.config import Paths, Settings
 from agent.identity import enrolment, identity
 from agent.link.https import DeviceTls, FetchError, HttpsClient, proxy_for, why
@@ -172,13 +173,14 @@ def _proxy(proxy: urllib.parse.SplitResult | None, url: urllib.parse.SplitResult
 def _handshake(
     places: Paths, who: identity.Identity, target: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None
 ) -> str:
-    tls = DeviceTls(places.identity, lambda: who.floor)
+    tls = DeviceTls(places.identity, ReferenceClock(who.floor))
     try:
+        settings = tls.for_connection()
         with (
             closing(_connect(target, proxy)) as plain,
-            tls.context().wrap_socket(plain, server_hostname=target.hostname) as connection,
+            settings.context.wrap_socket(plain, server_hostname=target.hostname) as connection,
         ):
-            tls.check(connection)
+            settings.check(connection)
             return str(connection.version())
     except ssl.SSLError as error:
         raise _FailedError(
@@ -208,7 +210,9 @@ def _mqtt(places: Paths, who: identity.Identity) -> str:
 
 
 def _http(places: Paths, settings: Settings, who: identity.Identity) -> str:
-    https = HttpsClient(who.devices_url, DeviceTls(places.identity, lambda: who.floor), proxy=settings.network.proxy)
+    https = HttpsClient(
+        who.devices_url, DeviceTls(places.identity, ReferenceClock(who.floor)), proxy=settings.network.proxy
+    )
     try:
         https.request("GET", "/v1/desired", max_bytes=bounds.DESIRED_MAX_BYTES)
     except FetchError as error:

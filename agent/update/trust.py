@@ -15,10 +15,11 @@ import contextlib
 import platform
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Final, Protocol
 
+from agent.clock import ReferenceClock
 from agent.config import Policy
 from agent.identity.identity import Identity
 from agent.link.bundle import BundleSource
@@ -57,9 +58,8 @@ def remembered_assignment(envelope: bytes) -> Assignment | None:
 class _DatabaseState:
     """State of the verifier in the agent's database, never below the time floor of the enrolment."""
 
-    def __init__(self, store: Store, floor: datetime) -> None:
-        self._store, self._enrolled = store, floor
-        self.floor = floor
+    def __init__(self, store: Store, floor: datetime, clock: ReferenceClock) -> None:
+        self._store, self._enrolled, self._clock = store, floor, clock
 
     def lock(self) -> AbstractContextManager[object]:
         """See `StateStore`; the database thread does one thing after another."""
@@ -68,13 +68,13 @@ class _DatabaseState:
     def load(self) -> VerifierState:
         """See `StateStore`."""
         state = self._store.facts().with_floor(self._enrolled)
-        self.floor = max(self.floor, state.floor)
+        self._clock.raise_floor(state.floor)
         return state
 
     def save(self, state: VerifierState) -> None:
         """See `StateStore`. Raises `StoreError`."""
         self._store.save(facts=state)
-        self.floor = max(self.floor, state.floor)
+        self._clock.raise_floor(state.floor)
 
 
 def _fetch_from(source: Source) -> Fetch:
@@ -98,6 +98,7 @@ class DeviceTrust:
         cache: directory for verified metadata.
         https: the network together with a bundle, if there is one; `https.bundle` is the bundle alone.
         store: home of what is remembered.
+        clock: reference time; its floor rises with what is verified.
         production: refuse repositories made for development.
         late: metadata out of a bundle may be past the expiry of timestamp and snapshot.
         on_production: called once, when a fleet that was for development at enrolment is found to be none any more.
@@ -111,6 +112,7 @@ class DeviceTrust:
         cache: Path,
         https: BundleSource,
         store: Store,
+        clock: ReferenceClock,
         production: bool,
         late: bool = False,
         on_production: Callable[[], None] = lambda: None,
@@ -118,7 +120,7 @@ class DeviceTrust:
         self._identity = identity
         self._https = https
         self._store = store
-        self._state = _DatabaseState(store, identity.floor)
+        self._state = _DatabaseState(store, identity.floor, clock)
         self._updater = Updater(
             pinned_root=root,
             fetch=self._fetch,
@@ -129,18 +131,14 @@ class DeviceTrust:
         self._refreshed = False
         self._late, self._on_production = late, on_production
         self._known_production = identity.production
+        self._clock = clock
 
     def _fetch(self, name: str, max_bytes: int) -> bytes:
         return _fetch_from(self._https)(name, max_bytes)
 
-    @property
-    def floor(self) -> datetime:
-        """Time that is certainly past, whatever the clock says; never falls. Any thread may read it."""
-        return self._state.floor
-
     def now(self) -> datetime:
-        """Return the reference time: the wall clock, or the floor where the clock is behind it."""
-        return max(datetime.now(UTC), self.floor)
+        """Return the reference time: the system clock, or the floor where that is behind."""
+        return self._clock.now()
 
     def refresh(self, *, source: Source | None = None, late: bool = False) -> TrustedMetadata:
         """Bring the metadata up to date.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.clock import ReferenceClock
 from agent.config import Policy
 from agent.identity.identity import Identity
 from agent.link.https import FetchError
@@ -134,12 +135,14 @@ class Case:
             production=False,
             floor=NOW - timedelta(days=1),
         )
+        self.clock = ReferenceClock(identity.floor)
         self.trust = DeviceTrust(
             identity=identity,
             root=self.server.root,
             cache=tmp_path / "trust",
             https=self.server,
             store=self.store,
+            clock=self.clock,
             production=False,
         )
         self.desired = AssignmentReceiver(

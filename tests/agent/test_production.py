@@ -44,6 +44,7 @@ class Board(Case):
             cache=tmp_path / "trust",
             https=self.server,
             store=self.store,
+            clock=self.clock,
             production=production,
             on_production=lambda: identity.note_production(self.places),
         )

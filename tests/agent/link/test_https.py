@@ -11,7 +11,10 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from agent.clock import ReferenceClock
+from agent.identity import enrolment
 from agent.link import https as https_module
 from agent.link.https import CancelledError, FetchError, FixedTls, HttpsClient
 from fleet.ca import CertificateAuthority
@@ -245,17 +248,9 @@ def test_nobody_there_is_said_in_one_sentence(ca, free_port):
     assert "refused" in caught.value.message.lower()
 
 
-class BehindTls:
-    """A board that woke up in 1970 and knows that it is at least `floor`."""
-
-    def __init__(self, pem, floor):
-        self.made, self.floor = https_module.context(pem, clock_behind=True), floor
-
-    def context(self):
-        return self.made
-
-    def check(self, connection):
-        https_module.check_not_after(connection, self.floor)
+def without_a_clock(ca, floor):
+    """TLS of a device that woke up in 1970 and knows that it is at least `floor`."""
+    return FixedTls(https_module.context(ca.pem, clock_behind=True), floor)
 
 
 @pytest.mark.parametrize(("days_after_its_end", "accepted"), [(-10, True), (10, False)])
@@ -265,7 +260,7 @@ def test_without_a_clock_the_certificate_is_held_against_the_floor(ca, tmp_path,
     server = serve(ca, tmp_path, now=issued)
     server.answer = lambda handler: handler.send(200, b"ok")
     floor = issued + timedelta(days=90 + days_after_its_end)
-    https = HttpsClient(f"https://127.0.0.1:{server.server_port}", BehindTls(ca.pem, floor))
+    https = HttpsClient(f"https://127.0.0.1:{server.server_port}", without_a_clock(ca, floor))
     try:
         if accepted:
             assert https.request("GET", "/", max_bytes=10) == b"ok"
@@ -278,32 +273,61 @@ def test_without_a_clock_the_certificate_is_held_against_the_floor(ca, tmp_path,
         server.server_close()
 
 
-def test_the_device_context_is_made_anew_when_the_certificate_was_renewed(ca, tmp_path):
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    from agent.identity import enrolment
-
+@pytest.fixture
+def device(ca, tmp_path):
+    """Key and certificate of a device, as enrolment leaves them."""
     key = ec.generate_private_key(ec.SECP256R1())
     (tmp_path / "device.key").write_bytes(enrolment._private_pem(key))
     (tmp_path / "ca.pem").write_text(ca.pem)
+    (tmp_path / "device.pem").write_text(ca.device(key.public_key(), "b-01234567", now=datetime.now(UTC)).pem)
+    return key
+
+
+def test_the_device_context_is_made_anew_when_the_certificate_was_renewed(ca, device, tmp_path):
     now = datetime.now(UTC)
-    (tmp_path / "device.pem").write_text(ca.device(key.public_key(), "b-01234567", now=now).pem)
-    device = https_module.DeviceTls(tmp_path, lambda: datetime(2020, 1, 1, tzinfo=UTC))
-    first = device.context()
-    assert device.context() is first
-    enrolment.install_certificate(tmp_path, ca.device(key.public_key(), "b-01234567", now=now).pem)
-    assert device.context() is not first
+    tls = https_module.DeviceTls(tmp_path, ReferenceClock(datetime(2020, 1, 1, tzinfo=UTC)))
+    first = tls.for_connection()
+    assert first.floor is None
+    assert tls.for_connection().context is first.context
+    enrolment.install_certificate(tmp_path, ca.device(device.public_key(), "b-01234567", now=now).pem)
+    assert tls.for_connection().context is not first.context
     # Not for another key, whoever sends it.
     other = ec.generate_private_key(ec.SECP256R1())
     with pytest.raises(enrolment.EnrolError, match="another key"):
         enrolment.install_certificate(tmp_path, ca.device(other.public_key(), "b-01234567", now=now).pem)
 
 
+class ClockThatIsSet(ReferenceClock):
+    """Behind when it is asked for the first time; somebody sets it right afterwards."""
+
+    asked = 0
+
+    @property
+    def behind(self):
+        self.asked += 1
+        return self.asked == 1
+
+
+@pytest.mark.parametrize("ended_days_ago", [10, 400])
+def test_a_clock_that_is_set_during_the_handshake_lets_no_ended_certificate_pass(ca, device, tmp_path, ended_days_ago):
+    """One decision for each connection: either OpenSSL looks at the certificate's end, or the floor does."""
+    now = datetime.now(UTC)
+    server = serve(ca, tmp_path, now=now - timedelta(days=90 + ended_days_ago))
+    server.answer = lambda handler: handler.send(200, b"ok")
+    tls = https_module.DeviceTls(tmp_path, ClockThatIsSet(now))
+    https = HttpsClient(f"https://127.0.0.1:{server.server_port}", tls)
+    try:
+        with pytest.raises(FetchError, match="ended on"):
+            https.request("GET", "/", max_bytes=10)
+        with pytest.raises(FetchError, match="expired"):
+            https.request("GET", "/", max_bytes=10)
+        assert server.seen == []
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_a_certificate_is_renewed_at_two_thirds(ca, tmp_path):
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    from agent.identity import enrolment
-
     now = datetime.now(UTC).replace(microsecond=0)
     key = ec.generate_private_key(ec.SECP256R1())
     (tmp_path / "device.pem").write_text(ca.device(key.public_key(), "b-01234567", now=now).pem)

@@ -141,7 +141,7 @@ async def test_a_freshness_statement_counts_for_one_nonce_and_one_assignment(tmp
 @pytest.mark.asyncio
 async def test_the_floor_of_time_rises_with_what_is_accepted_and_never_falls(case):
     await case.judge(case.server.assignment(1))
-    assert case.trust.floor == NOW
+    assert case.clock.floor == NOW
     assert case.store.facts().floor == NOW
     assert case.trust.now() >= NOW
 
