@@ -22,7 +22,7 @@ from agent.link.host_client import HostClient, HostGoneError
 from agent.report import check, device_info, status
 from agent.update import images, restore
 from agent.update.secrets import SecretStore
-from agent.update.store import NotAloneError, Store, StoreError, alone
+from agent.update.store import Database, NotAloneError, Store, StoreError, alone
 from fleet.protocol.names import BadNameError
 
 TOKEN_MAX_BYTES: Final = 8192
@@ -225,7 +225,8 @@ def _identity(places: Paths) -> identity.Identity:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from agent.service import Service  # noqa: PLC0415 - MQTT and TUF are for the daemon alone
+    from agent.clock import ReferenceClock  # noqa: PLC0415
+    from agent.service import Enrolled, Links, build  # noqa: PLC0415 - MQTT and TUF are for the service alone
 
     places, settings = _places(options), config.load(options.config)
     who = _identity(places)
@@ -244,15 +245,15 @@ def _run(options: argparse.Namespace) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # keys do not go into core files
 
+    enrolled = Enrolled(identity=who, root=root, mac_key=mac_key, places=places, settings=settings)
+
     async def main() -> int:
         with alone(places.lock):
-            return await serve(Store(places.database))
-
-    async def serve(store: Store) -> int:
-        if taken := restore.take_over(store, places.runset, mac_key):
-            logging.getLogger("agent").warning("the store was lost; %d instances are known from runset.json", taken)
-        daemon = Service(identity=who, root=root, mac_key=mac_key, places=places, settings=settings, store=store)
-        return await daemon.run()
+            db = Database(Store(places.database))
+            if taken := await db(restore.take_over, places.runset, mac_key):
+                logging.getLogger("agent").warning("the store was lost; %d instances are known from runset.json", taken)
+            reference = ReferenceClock(who.floor)
+            return await build(enrolled, db, reference, Links.of(enrolled, reference)).run()
 
     return asyncio.run(main())
 
@@ -294,13 +295,7 @@ def _restore(options: argparse.Namespace) -> int:
         return 0
     policy = settings.policy
     sealed = SecretStore(places.secrets, places.identity / "sealing.key", identity.load(places.identity))
-    made = images.ImageStore(
-        places.images,
-        key,
-        memory_bytes=policy.compile_memory_bytes,
-        seconds=policy.compile_s,
-        on_damaged=lambda _artifact, message: print(message, file=sys.stderr),
-    )
+    made = images.ImageStore(places.images, key, memory_bytes=policy.compile_memory_bytes, seconds=policy.compile_s)
 
     async def main() -> list[restore.Restored]:
         link = HostClient(places.host_socket)
@@ -314,6 +309,8 @@ def _restore(options: argparse.Namespace) -> int:
         restored = asyncio.run(main())
     except HostGoneError as error:
         raise UsageError(f"{error}: start fleet-host first") from error
+    while not made.damaged.empty():
+        print(made.damaged.get_nowait().message, file=sys.stderr)
     for each in restored:
         print(f"{each.instance}: {each.problem or 'runs'}", file=sys.stderr if each.problem else sys.stdout)
     return int(any(each.problem for each in restored))

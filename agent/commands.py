@@ -1,79 +1,135 @@
-"""Signed commands: check in, restart, follow logs.
+"""Signed commands from the fleet: check in, restart, follow logs.
 
-Commands from the fleet: judged, remembered, and only then obeyed; what was refused is counted and said.
-
-Sends an instance's log lines to an operator who asked by a signed command: as the board's owner allows, for minutes.
-
-The lines are as the host has them, so without any secret. They go over HTTPS with the board's certificate, to the
-fleet's own server, and only as long as that says that somebody reads them. Nothing is polled while nobody follows.
+Each command is verified, remembered, and only then carried out; refused ones are counted. Log lines go to an operator
+who asked by a signed command, as far as the device's owner allows, for minutes: over HTTPS with the device certificate,
+as the host has them (so without any secret), and only while the server says that somebody reads them. Nothing is polled
+while nobody follows.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, Literal, Protocol
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
 
 import msgspec
 
 from agent.host.ipc import host_api
 from agent.link.host_client import HostClient, HostGoneError, HostRefusedError
 from agent.link.https import FetchError
+from agent.update import state
+from agent.update.problems import Problems, ReportSink
+from agent.update.state import DeviceContext
+from agent.update.store import Database, Store, StoreError
+from agent.update.trust import DeviceTrust
 from fleet.protocol import bounds, wire
-from fleet.protocol.assignment import CheckIn, Command, FollowLogs, Restart
+from fleet.protocol.assignment import CheckIn, FollowLogs, Restart
+from fleet.protocol.codes import Phase
 from fleet.protocol.messages import LogAnswer, LogChunk
+from fleet.protocol.topics import Down
 from signing.errors import Rejected
 
 log = logging.getLogger("agent.commands")
 
+RESTARTS_PER_HOUR: Final = 6
+
+COMMANDS_MAX: Final = 16
+"""Commands that wait; a director sends one at a time."""
+
+
+class Refreshes(Protocol):
+    """Poller of the assignment (`agent.update.receiver.AssignmentReceiver`)."""
+
+    def refresh(self) -> None:
+        """Poll now."""
+
 
 class Commands:
-    """The closed vocabulary, and what each word does here.
+    """The closed vocabulary of commands, carried out one after another.
 
     Attributes:
-        refused: how many were refused since the agent started.
-        problem: a sentence about them; empty for none.
+        inbox: envelopes as they were received.
+        refused: count of refused commands since the agent started.
     """
+
+    name = "commands"
 
     def __init__(
         self,
         *,
-        judge: Callable[[bytes], Awaitable[Command]],
-        check_in: Callable[[], None],
-        restart: Callable[[str], Awaitable[None]],
-        follow: Callable[[FollowLogs, int], None],
-        on_refused: Callable[[], None],
+        trust: DeviceTrust,
+        db: Database,
+        host: HostClient,
+        receiver: Refreshes,
+        follower: "LogFollower",
+        problems: Problems,
+        sink: ReportSink,
     ) -> None:
-        """`judge` raises `Rejected`, and has remembered what it returns; `follow` gets the command's sequence too."""
-        self._judge = judge
-        self._check_in = check_in
-        self._restart = restart
-        self._follow = follow
-        self._on_refused = on_refused
+        """Prepare; `trust` is called on the database thread, and remembers a command before it returns it."""
+        self._trust = trust
+        self._db = db
+        self._host = host
+        self._receiver = receiver
+        self._follower = follower
+        self._problems = problems
+        self._sink = sink
+        self._restarts: list[float] = []
+        self.inbox: asyncio.Queue[bytes] = asyncio.Queue()
         self.refused = 0
-        self.problem = ""
 
-    async def obey(self, envelope: bytes) -> None:
-        """Carry out a command, if it is one."""
+    def post(self, envelope: bytes) -> None:
+        """Put a command into the inbox; never waits. Commands beyond COMMANDS_MAX are dropped."""
+        if self.inbox.qsize() >= COMMANDS_MAX:
+            log.warning("dropped a command: %d wait already", COMMANDS_MAX)
+            return
+        self.inbox.put_nowait(envelope)
+
+    async def run(self) -> None:
+        """Carry out commands, for ever; one that cannot be handled is dropped, and does not end the agent."""
+        while True:
+            envelope = await self.inbox.get()
+            try:
+                await self.carry_out(envelope)
+            except Exception:
+                log.exception("dropped a message on down/%s", Down.COMMAND)
+            finally:
+                self.inbox.task_done()
+
+    async def carry_out(self, envelope: bytes) -> None:
+        """Verify a command, and do what it says; a refused one is counted and shown."""
         try:
-            command = await self._judge(envelope)
+            command = await self._db.run(self._trust.command, envelope)
         except Rejected as error:
             log.warning("command refused: %s", error)
             self.refused += 1
-            self.problem = (
+            text = (
                 f"{self.refused} commands were refused since the agent started, the last as {error.code}: "
-                "the fleet's director did not sign it for this board and for now"
+                "the fleet's director did not sign it for this device and for now"
             )
-            self._on_refused()
+            self._problems.set("commands", text)
+            self._sink.changed()
             return
         match command.verb:
             case CheckIn():
-                self._check_in()
+                self._receiver.refresh()
+                self._sink.changed()
             case Restart(instance=instance):
                 await self._restart(instance)
-            case FollowLogs():
-                log.info("command %d asks for the log of %s", command.sequence, command.verb.instance)
-                self._follow(command.verb, command.sequence)
+            case FollowLogs(instance=instance, minutes=minutes):
+                log.info("command %d asks for the log of %s", command.sequence, instance)
+                self._follower.follow(instance, minutes=minutes, command=command.sequence)
+
+    async def _restart(self, instance: str) -> None:
+        now = asyncio.get_running_loop().time()
+        self._restarts = [at for at in self._restarts if now - at < 3600]  # noqa: PLR2004 - an hour
+        if len(self._restarts) >= RESTARTS_PER_HOUR:
+            log.warning("%s is not restarted: at most %d restarts an hour", instance, RESTARTS_PER_HOUR)
+            return
+        self._restarts.append(now)
+        try:
+            await self._host.ask(host_api.Restart, host_api.Done, instance=instance)
+        except (HostGoneError, HostRefusedError) as error:
+            log.warning("%s could not be restarted: %s", instance, error)
 
 
 LOOK_S: Final = 0.5
@@ -88,7 +144,7 @@ _ERRORS: Final = ("error", "critical", "host:")
 
 
 class Poster(Protocol):
-    """What posts a chunk (`agent.link.https.HttpsClient`)."""
+    """Client that posts a chunk (`agent.link.https.HttpsClient`)."""
 
     def request(
         self,
@@ -99,59 +155,91 @@ class Poster(Protocol):
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> bytes:
-        """The body of the answer; raises `FetchError`."""
+        """Return the body of the answer; raises `FetchError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Follow:
+    """A verified wish for an instance's log."""
+
+    instance: str
+    minutes: int
+    command: int
 
 
 class LogFollower:
-    """The board's end of `fleet logs`."""
+    """Device end of `fleet logs`.
+
+    Attributes:
+        following: instance -> sequence of the command that asked last.
+    """
+
+    name = "logs"
 
     def __init__(
         self,
         *,
-        link: HostClient,
+        device: DeviceContext,
+        host: HostClient,
         https: Poster,
         policy: Literal["off", "errors", "all"],
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
-        told: Callable[[str], Coroutine[Any, Any, None]],
+        db: Database,
+        sink: ReportSink,
     ) -> None:
-        """`policy` is the owner's; `told` writes what was sent into this board's signed history."""
-        self._link = link
+        """Prepare; `policy` is the owner's. Whatever leaves the device is noted in its own signed history."""
+        self._device = device
+        self._host = host
         self._https = https
         self._policy = policy
-        self._spawn = spawn
-        self._told = told
-        self._following: dict[str, int] = {}
+        self._db = db
+        self._sink = sink
+        self._wishes: asyncio.Queue[_Follow] = asyncio.Queue()
+        self.following: dict[str, int] = {}
+
+    async def run(self) -> None:
+        """Send the logs that are followed, for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                wish = await self._wishes.get()
+                tasks.create_task(self._run(wish.instance, wish.minutes, wish.command))
 
     def follow(self, instance: str, *, minutes: int, command: int) -> None:
-        """A verified command asks for lines; a newer one of the same instance takes over."""
-        if instance not in self._following and len(self._following) >= FOLLOWS_MAX:
+        """Begin to send an instance's log; a newer command for the same instance takes over."""
+        if instance not in self.following and len(self.following) >= FOLLOWS_MAX:
             log.warning("the log of %s is not sent: %d are followed already", instance, FOLLOWS_MAX)
             return
-        self._following[instance] = command
-        self._spawn(self._run(instance, min(max(1, minutes), bounds.LOGS_MINUTES_MAX), command))
+        self.following[instance] = command
+        self._wishes.put_nowait(_Follow(instance, min(max(1, minutes), bounds.LOGS_MINUTES_MAX), command))
+
+    async def _note(self, text: str) -> None:
+        version = await self._db(Store.counter, "accepted")
+        with contextlib.suppress(StoreError):
+            report = state.about(self._device, assignment=version, phase=Phase.IDLE, message=text)
+            await self._db(Store.save, report=report)
+        self._sink.saved()
 
     async def _run(self, instance: str, minutes: int, command: int) -> None:
         try:
             if self._policy == "off":
-                why = "this board's owner lets no log leave it: [policy] logs in agent.toml"
+                why = "this device's owner lets no log leave it: [policy] logs in agent.toml"
                 await self._post(LogChunk(instance=instance, command=command, refused=why, ended=True))
-                await self._told(f"command {command} asked for the log of {instance}: refused, by [policy] logs")
+                await self._note(f"command {command} asked for the log of {instance}: refused, by [policy] logs")
                 return
             what = "errors of the log" if self._policy == "errors" else "log"
-            await self._told(f"the {what} of {instance} goes to the fleet for {minutes} minutes: command {command}")
+            await self._note(f"the {what} of {instance} goes to the fleet for {minutes} minutes: command {command}")
             await self._send(instance, minutes, command)
         except (FetchError, HostGoneError, HostRefusedError, wire.WireError, *wire.JSON_ERRORS) as error:
             log.warning("the log of %s is not sent any more: %s", instance, error)
         finally:
-            if self._following.get(instance) == command:
-                del self._following[instance]
+            if self.following.get(instance) == command:
+                del self.following[instance]
 
     async def _send(self, instance: str, minutes: int, command: int) -> None:
         loop = asyncio.get_running_loop()
         end, posted_at, seen = loop.time() + 60.0 * minutes, -KEEP_ALIVE_S, 0
         failures = 0
-        while loop.time() < end and self._following.get(instance) == command:
-            answer = await self._link.ask(host_api.Logs, host_api.Lines, instance=instance)
+        while loop.time() < end and self.following.get(instance) == command:
+            answer = await self._host.ask(host_api.Logs, host_api.Lines, instance=instance)
             fresh, lost = _fresh(answer, seen)
             kept = [line for line in fresh if self._policy == "all" or line.startswith(_ERRORS)]
             if kept or loop.time() - posted_at >= KEEP_ALIVE_S:
@@ -186,7 +274,7 @@ class LogFollower:
 
 
 def _fresh(answer: host_api.Lines, seen: int) -> tuple[tuple[str, ...], int]:
-    """The lines that were not seen yet, and how many went by unseen. A host that was restarted counts anew."""
+    """Return the lines not seen yet, and how many went by unseen. A host that was restarted counts anew."""
     new = answer.count - seen if answer.count >= seen else answer.count
     lines = answer.lines[-new:] if new else ()
     return lines, new - len(lines)

@@ -1,466 +1,372 @@
-"""Composition, task group, start and stop.
+"""Composition of the agent: which parts there are, in which order they are made, how they run and stop.
 
-`fleet-agent run`: the one asyncio loop that connects the board's parts.
-
-It decides nothing itself: assignments are judged by `signing`, changes by `agent.update`, and instances are the host's.
-That the agent stops, starts or is upgraded touches no instance.
+`build` makes every part from those made before it. The parts decide nothing here: assignments are judged by `signing`,
+changes by `agent.update`, and instances belong to the host. A stop, start or upgrade of the agent touches no instance.
 """
 
 import asyncio
-import contextlib
 import logging
-import os
 import random
 import signal
-from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 from agent import clock, systemd
 from agent.clock import ReferenceClock
 from agent.commands import Commands, LogFollower
 from agent.config import Paths, Settings
-from agent.host.ipc import host_api
-from agent.identity import enrolment
+from agent.identity.enrolment import CertificateRenewal
 from agent.identity.identity import Identity, note_production
-from agent.link import bundle
 from agent.link.bundle import BundleSource
-from agent.link.host_client import Host, HostClient, HostGoneError, HostRefusedError
-from agent.link.https import DeviceTls, FetchError, HttpsClient
+from agent.link.host_client import Host, HostClient
+from agent.link.https import DeviceTls, HttpsClient
 from agent.link.mqtt import MqttClient
-from agent.report.uplink import Outbox, Vitals
-from agent.update import effects, restore, state, trust
+from agent.report.uplink import Uplink
+from agent.session import FleetSession, Presence
+from agent.update import effects
 from agent.update.effects import EffectRunner
 from agent.update.images import ImageStore
-from agent.update.receiver import AssignmentReceiver
-from agent.update.reconciler import ImageDamaged, Reconciler
+from agent.update.problems import Problems, ReportSink
+from agent.update.receiver import AssignmentReceiver, BundleListener
+from agent.update.reconciler import Reconciler
+from agent.update.restore import DamageReporter, HostRestorer
 from agent.update.secrets import SecretStore
-from agent.update.state import DeviceContext
-from agent.update.store import Database, Store, StoreError
+from agent.update.state import DeploymentState, DeviceContext
+from agent.update.store import Database, Store
 from agent.update.trust import DeviceTrust
 from fleet.protocol import wire
-from fleet.protocol.assignment import Command, FollowLogs
-from fleet.protocol.codes import Phase
-from fleet.protocol.messages import Ack, Hello, Poke, Report, State
-from fleet.protocol.topics import POKE, BadTopicError, Down, Topic, Up
+from fleet.protocol.messages import Report, State
 from signing.device_statements import DeviceSigner
-from signing.errors import Rejected
 
 log = logging.getLogger("agent")
 
-RESTARTS_PER_HOUR: Final = 6
 
-POKES_MIN_S: Final = 30.0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enrolled:
+    """An enrolled device: what lies in `identity/`, and its owner's settings.
 
-POKE_JITTER_MAX_S: Final = 3600
+    Attributes:
+        root: TUF root that was pinned at enrolment.
+        mac_key: key of this device's images and run set.
+    """
 
-GOODBYE_S: Final = 0.05
+    identity: Identity
+    root: bytes
+    mac_key: bytes
+    places: Paths
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """Connections of the agent: to the server, to the broker, and to the host."""
+
+    https: HttpsClient
+    mqtt: MqttClient
+    host: HostClient
+
+    @classmethod
+    def of(cls, enrolled: Enrolled, reference: ReferenceClock) -> "Links":
+        """Prepare the connections of a device; none is opened yet."""
+        identity, places, settings = enrolled.identity, enrolled.places, enrolled.settings
+        network = settings.network
+        tls = DeviceTls(places.identity, reference)
+        return cls(
+            https=HttpsClient(
+                identity.devices_url,
+                tls,
+                proxy=network.proxy,
+                request_s=network.request_s,
+                download_s=network.download_s,
+                min_rate_bytes_s=network.min_rate_bytes_s,
+                reserve_bytes=settings.disk.reserve_bytes,
+            ),
+            mqtt=MqttClient(
+                device=identity.device,
+                addresses=identity.mqtt,
+                tls=tls,
+                will=wire.encode(State(device=identity.device, online=False)),
+                keepalive_s=network.keepalive_s,
+            ),
+            host=HostClient(places.host_socket),
+        )
+
+
+class Part(Protocol):
+    """Part of the agent with something to do for as long as the agent runs."""
+
+    name: Final[str]  # type: ignore[misc]
+
+    async def run(self) -> None:
+        """Work until cancelled; an exception ends the agent."""
 
 
 class Service:
-    """The agent of one enrolled board."""
+    """Agent of one enrolled device: runs its parts, and stops them in order."""
 
     def __init__(
-        self, *, identity: Identity, root: bytes, mac_key: bytes, places: Paths, settings: Settings, store: Store
+        self,
+        *,
+        parts: Sequence[Part],
+        receiver: AssignmentReceiver,
+        reconciler: Reconciler,
+        presence: Presence,
+        host: HostClient,
+        effects: EffectRunner,
+        db: Database,
     ) -> None:
-        """An agent with what lies in `identity/`; the opened `store` belongs to its worker from now on."""
-        self._identity, self._places, self._settings, self._store = identity, places, settings, store
-        self._worker = Database("store")
-        self._loop: asyncio.AbstractEventLoop | None = None
+        """Prepare a service of `parts`; see `build`."""
+        self._parts = parts
+        self._receiver = receiver
+        self._reconciler = reconciler
+        self._presence = presence
+        self._host = host
+        self._effects = effects
+        self._db = db
         self._stop = asyncio.Event()
-        self._outdated = asyncio.Event()
-        self._faulty = False
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._restarts: list[float] = []
-        self._poked_at = -POKES_MIN_S
-        self._broken: dict[str, str] = {}
-        self._board = DeviceContext(
-            device=identity.device,
-            boot_id=clock.boot_id(),
-            places=places,
-            mac_key=mac_key,
-            clock=clock.boot_clock,
-        )
-        network, policy = settings.network, settings.policy
-        reference = ReferenceClock(identity.floor)
-        tls = DeviceTls(places.identity, reference)
-        self._https = HttpsClient(
-            identity.devices_url,
-            tls,
-            proxy=network.proxy,
-            request_s=network.request_s,
-            download_s=network.download_s,
-            min_rate_bytes_s=network.min_rate_bytes_s,
-            reserve_bytes=settings.disk.reserve_bytes,
-        )
-        self._source = BundleSource(self._https, places.bundle)
-        self._trust = DeviceTrust(
-            identity=identity,
-            root=root,
-            cache=places.trust,
-            https=self._source,
-            store=store,
-            clock=reference,
-            production=settings.production,
-            late=policy.bundles and policy.late_bundles,
-            on_production=lambda: note_production(places.identity),
-        )
-        self._images = ImageStore(
-            places.images,
-            mac_key,
-            memory_bytes=policy.compile_memory_bytes,
-            seconds=policy.compile_s,
-            on_damaged=self._on_damaged,
-        )
-        self._sealed = SecretStore(places.secrets, places.identity / "sealing.key", identity)
-        self._link = HostClient(places.host_socket, on_event=self._on_host_event)
-        self._host = Host(self._link)
-        self._carrier = EffectRunner(
-            places=places,
-            settings=settings,
-            worker=self._worker,
-            trust=self._trust,
-            https=self._source,
-            images=self._images,
-            sealed=self._sealed,
-            host=self._host,
-            clock=clock.boot_clock,
-            jitter=random.random,
-        )
-        self._deployer = Reconciler(
-            board=self._board,
-            store=store,
-            worker=self._worker,
-            carrier=self._carrier,
-            sink=self,
-            on_revoked=policy.on_revoked,
-        )
-        self._desired = AssignmentReceiver(
-            board=self._board,
-            trust=self._trust,
-            https=self._source,
-            store=store,
-            worker=self._worker,
-            deployer=self._deployer,
-            clock_set=reference.is_trustworthy,
-            ask_fresh=self._ask_fresh,
-            on_report=self._on_report,
-            doubts=lambda: trust.find_violations(self._trust, policy, store.committed()),
-            on_outdated=self._outdated.set,
-            on_bus=lambda: self._bus.connected,
-            strict=settings.production,
-            bundles=policy.bundles,
-        )
-        voice = DeviceSigner((places.identity / "device.key").read_bytes())
-        self._outbox = Outbox(
-            store=store, worker=self._worker, publish=lambda body: self._bus.publish(Up.REPORT, voice.sign(body))
-        )
-        self._bus = MqttClient(
-            device=identity.device,
-            addresses=identity.mqtt,
-            tls=tls,
-            will=wire.encode(State(device=identity.device, online=False)),
-            keepalive_s=network.keepalive_s,
-            on_connected=self._on_connected,
-            on_disconnected=self._on_disconnected,
-            on_message=self._on_message,
-        )
-        self._follower = LogFollower(
-            link=self._link, https=self._https, policy=policy.logs, spawn=self._spawn, told=self._note_logs
-        )
-        self._vitals = Vitals(
-            board=self._board,
-            store=store,
-            worker=self._worker,
-            deployer=self._deployer,
-            link=self._link,
-            problems=lambda: [
-                *self._broken.values(),
-                *filter(None, [self._commands.problem]),
-                *self._deployer.problems,
-                *self._desired.problems.values(),
-            ],
-            publish=lambda body: self._bus.publish(Up.HEALTH, body),
-        )
-        self._commands = Commands(
-            judge=self._judge,
-            check_in=self._check_in,
-            restart=self._restart,
-            follow=self._follow,
-            on_refused=self._vitals.changed,
-        )
-
-    # Life
 
     async def run(self) -> int:
-        """Until SIGTERM or SIGINT; returns the exit code, 1 after a fault of the agent's own."""
-        loop = self._loop = asyncio.get_running_loop()
+        """Run until SIGTERM or SIGINT; return the exit code, 1 after a fault of the agent's own."""
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self._desired.refresh)
-        await self._deployer.recover()
-        self._spawn(self._deployer.run())
-        await self._desired.resume()
-        self._spawn(self._link.stay_connected(self._on_welcome))
-        self._listen_for_bundles(loop)
-        self._spawn(self._bus.run())
-        self._spawn(self._outbox.run())
-        self._spawn(self._vitals.run(self._settings.health_s))
-        self._spawn(self._desired.run(self._interval_s))
-        self._spawn(
-            enrolment.renew(
-                self._places,
-                self._https,
-                self._identity,
-                self._trust.now,
-                outdated=self._outdated,
-                renewed=self._renewed,
-            )
-        )
-        self._spawn(watchdog(self._worker, self._status_line))
-        systemd.notify(READY="1", STATUS="running; connecting to the fleet")
-        log.info("%s of the fleet %s: running", self._identity.device, self._identity.fleet)
-        await self._stop.wait()
-        systemd.notify(STOPPING="1", STATUS="stopping; instances go on")
-        await self._close()
-        return int(self._faulty)
-
-    def _listen_for_bundles(self, loop: asyncio.AbstractEventLoop) -> None:
-        """One that was applied while no agent ran is taken up now, others when `fleet-agent apply` says so."""
-        self._spawn(self._desired.judge_bundle())
+        loop.add_signal_handler(signal.SIGHUP, self._receiver.refresh)
+        status = 0
         try:
-            self._wake = bundle.listen(self._places.wake)
-        except OSError as error:
-            log.warning("cannot be told of bundles: %s", error)
-            return
-        loop.add_reader(self._wake, self._on_wake)
+            await self._reconciler.recover()  # before anything arrives
+            async with asyncio.TaskGroup() as tasks:
+                for part in self._parts:
+                    tasks.create_task(part.run(), name=part.name)
+                systemd.notify(READY="1", STATUS="running; connecting to the fleet")
+                log.info("running")
+                await self._stop.wait()
+                systemd.notify(STOPPING="1", STATUS="stopping; instances go on")
+                await self._presence.goodbye()
+                raise _Stopped  # noqa: TRY301 - the group cancels every part, and waits for it
+        except* _Stopped:
+            pass
+        except* Exception as faults:
+            log.exception("a part of the agent stopped by its own fault", exc_info=faults)
+            status = 1  # systemd, or whoever started the agent, starts it again
+        finally:
+            await self._close()
+        return status
 
-    def _on_wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake, 4096)
-        self._spawn(self._desired.judge_bundle())
-
-    def _interval_s(self) -> float:
-        return self._settings.recheck_s if self._bus.connected else self._settings.refresh_s
-
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a part of the agent stopped by its own fault", exc_info=error)
-            self._faulty = True
-            self._stop.set()  # systemd, or whoever started it, starts it anew
+    def stop(self) -> None:
+        """Stop, as at SIGTERM."""
+        self._stop.set()
 
     async def _close(self) -> None:
-        if self._bus.publish(Up.STATE, wire.encode(self._state(online=False)), retain=True):
-            await asyncio.sleep(GOODBYE_S)
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._deployer.close()
-        self._link.close()
-        self._carrier.close()
-        self._worker.close()
-        self._store.close()
-
-    def _status_line(self) -> str:
-        running = len(self._deployer.state.committed)
-        changing = len(self._deployer.state.active)
-        where = "connected" if self._bus.connected else "not connected to the broker"
-        return f"{where}; {systemd.instances(running)}" + (f", {changing} changing" if changing else "")
-
-    # The host
-
-    async def _on_welcome(self, welcome: host_api.Welcome) -> None:
-        """A host is there: what is committed is started where it does not run, and only then may anyone else talk."""
-        self._vitals.welcome = welcome
-        items = await self._worker(self._store.committed)
-        changing = {each.instance for each in await self._worker(self._store.changes)}
-        known = {each.item.instance for each in items} | changing
-        for running in welcome.running:
-            if running.instance not in known:
-                log.warning("%s runs on the host and belongs to nothing: stopped", running.instance)
-                with contextlib.suppress(HostRefusedError):
-                    await self._link.ask(host_api.Stop, host_api.Done, instance=running.instance)
-        for each in items:
-            with contextlib.suppress(FetchError, Rejected, OSError):  # a box that was damaged on the disk comes again
-                await asyncio.to_thread(self._sealed.fetch, each.item, self._source)
-        for restored in await restore.restore(
-            self._link, welcome, items, self._images, self._places.artifacts, self._settings.policy, self._sealed
-        ):
-            if restored.problem:
-                self._broken[restored.instance] = f"{restored.instance} could not be started: {restored.problem}"
-                log.error("%s", self._broken[restored.instance])
-            else:
-                self._broken.pop(restored.instance, None)
-                log.info("%s runs again", restored.instance)
-        self._host.ready.set()
-        self._vitals.changed()
-
-    def _on_host_event(self, event: host_api.Event) -> None:
-        if isinstance(event, host_api.Trapped):
-            said = f"{event.instance}: {event.code}: {event.message}".partition("\n")[0]
-            log.warning("%s", said, extra=systemd.fields(instance=event.instance, code=event.code))
-        else:
-            log.info("%s: %s %s", event.instance, event.state, event.message)
-            self._vitals.changed()
-        self._host.on_event(event)
-
-    def _on_damaged(self, artifact: str, message: str) -> None:
-        """An image was changed on the disk. It is not used, and said so; called on the thread that found it."""
-        log.error("%s", message)
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._deployer.post, ImageDamaged(artifact, message))
-
-    # The bus
-
-    def _on_connected(self) -> None:
-        log.info("connected to the broker")
-        self._bus.publish(Up.STATE, wire.encode(self._state(online=True)), retain=True)
-        self._ask_fresh(self._desired.new_nonce())
-        self._outbox.reconnected()
-        self._vitals.changed()
-
-    def _on_disconnected(self, reason: str) -> None:
-        log.info("the connection to the broker ended: %s", reason)
-        self._desired.refresh_later(random.uniform(1, 10))  # noqa: S311 - jitter, not a secret
-
-    def _renewed(self) -> None:
-        """Whoever refused the certificate of before, the server or the broker, is asked again at once."""
-        self._desired.refresh()
-        self._bus.retry()
-
-    def _state(self, *, online: bool) -> State:
-        versions = self._vitals.versions()
-        return State(device=self._identity.device, online=online, boot_id=self._board.boot_id, versions=versions)
-
-    def _ask_fresh(self, nonce: str) -> bool:
-        if not self._bus.connected:
-            return False
-        self._spawn(self._say_hello(nonce))
-        return True
-
-    async def _say_hello(self, nonce: str) -> None:
-        names = ("accepted", "deployed", "committed")
-        accepted, deployed, committed = [await self._worker(self._store.counter, name) for name in names]
-        hello = Hello(
-            device=self._identity.device,
-            nonce=nonce,
-            boot_id=self._board.boot_id,
-            accepted=accepted,
-            deployed=deployed,
-            committed=committed,
-            versions=self._vitals.versions(),
-            acked=await self._worker(self._store.acked),
-        )
-        self._bus.publish(Up.HELLO, wire.encode(hello))
-
-    def _on_message(self, topic: str, payload: bytes) -> None:
-        if topic == POKE:
-            self._on_poke(payload)
-            return
-        try:
-            channel = Topic.parse(topic).channel
-        except BadTopicError:
-            return
-        match channel:
-            case Down.DESIRED if payload:
-                self._take(channel, self._desired.heard(payload))
-            case Down.FRESH:
-                self._take(channel, self._desired.fresh(payload))
-            case Down.COMMAND:
-                self._take(channel, self._commands.obey(payload))
-            case Down.ACK:
-                try:
-                    ack = wire.decode(Ack, payload)
-                except wire.WireError as error:
-                    log.warning("dropped an acknowledgement: %s", error)
-                    return
-                heard = self._outbox.again if ack.again else self._outbox.acknowledge
-                self._take(channel, heard(ack.sequence))
-            case _:
-                return
-
-    def _take(self, channel: Down | Up, work: Coroutine[Any, Any, None]) -> None:
-        """Handle a message of the broker's; one that cannot be handled is dropped, and does not end the agent.
-
-        Messages may be unsigned and retained: one that ended the agent would end it again at each start.
-        """
-
-        async def handled() -> None:
-            try:
-                await work
-            except Exception:
-                log.exception("dropped a message on down/%s", channel)
-
-        self._spawn(handled())
-
-    def _on_poke(self, payload: bytes) -> None:
-        """Unsigned, so it may only make the board ask, with jitter, and not often."""
-        now = asyncio.get_running_loop().time()
-        if now - self._poked_at < POKES_MIN_S:
-            return
-        with contextlib.suppress(wire.WireError):
-            jitter_s = min(POKE_JITTER_MAX_S, wire.decode(Poke, payload).jitter_s)
-            self._poked_at = now
-            delay = random.uniform(0, jitter_s)  # noqa: S311 - jitter, not a secret
-            self._desired.refresh_later(delay)
-            # A server that was away pokes when it is back, and may have missed what was sent meanwhile.
-            asyncio.get_running_loop().call_later(delay, self._outbox.reconnected)
-
-    def saved(self, _report: Report, /) -> None:
-        """Take note of a stored report of the reconciler's."""
-        self._on_report()
-
-    def _on_report(self) -> None:
-        self._outbox.wake()
-        self._vitals.changed_soon()
-        if not self._deployer.state.active:
-            self._spawn(
-                effects.make_room(self._places, self._settings, self._images, self._deployer.state, self._sealed)
-            )
-
-    # Commands
-
-    async def _judge(self, envelope: bytes) -> Command:
-        return await self._worker(self._trust.command, envelope)
-
-    def _check_in(self) -> None:
-        self._desired.refresh()
-        self._vitals.changed()
-
-    def _follow(self, verb: FollowLogs, sequence: int) -> None:
-        self._follower.follow(verb.instance, minutes=verb.minutes, command=sequence)
-
-    async def _note_logs(self, text: str) -> None:
-        """What left this board stands in its own signed history."""
-        version = await self._worker(self._store.counter, "accepted")
-        with contextlib.suppress(StoreError):
-            report = state.about(self._board, assignment=version, phase=Phase.IDLE, message=text)
-            await self._worker(self._store.save, report=report)
-        self._on_report()
-
-    async def _restart(self, instance: str) -> None:
-        now = asyncio.get_running_loop().time()
-        self._restarts = [at for at in self._restarts if now - at < 3600]  # noqa: PLR2004 - an hour
-        if len(self._restarts) >= RESTARTS_PER_HOUR:
-            log.warning("%s is not restarted: at most %d restarts an hour", instance, RESTARTS_PER_HOUR)
-            return
-        self._restarts.append(now)
-        try:
-            await self._link.ask(host_api.Restart, host_api.Done, instance=instance)
-        except (HostGoneError, HostRefusedError) as error:
-            log.warning("%s could not be restarted: %s", instance, error)
+        await self._reconciler.close()
+        self._host.close()
+        self._effects.close()
+        self._db.close()
 
 
-async def watchdog(worker: Database, status: Callable[[], str]) -> None:
-    """Pet systemd's watchdog, where there is one, as long as the loop and the worker get work done."""
-    interval = systemd.watchdog_s()
-    while interval is not None:
-        await worker(lambda: None)
-        systemd.notify(WATCHDOG="1", STATUS=status())
-        await asyncio.sleep(interval)
+class _Stopped(Exception):  # noqa: N818 - no error: ends the task group
+    """The service was asked to stop."""
+
+
+def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Links) -> Service:
+    """Compose the agent; every object uses only those made before it.
+
+    Args:
+        enrolled: the device.
+        db: its store; closed by the service when it ends.
+        reference: clock that `links` use too.
+        links: connections of the device.
+    """
+    identity, places, settings = enrolled.identity, enrolled.places, enrolled.settings
+    policy = settings.policy
+    device = DeviceContext(
+        device=identity.device,
+        boot_id=clock.boot_id(),
+        places=places,
+        mac_key=enrolled.mac_key,
+        clock=clock.boot_clock,
+    )
+    source = BundleSource(links.https, places.bundle)
+    trust = DeviceTrust(
+        identity=identity,
+        root=enrolled.root,
+        cache=places.trust,
+        https=source,
+        store=db.store,
+        clock=reference,
+        production=settings.production,
+        late=policy.bundles and policy.late_bundles,
+        on_production=lambda: note_production(places.identity),
+    )
+    images = ImageStore(
+        places.images, enrolled.mac_key, memory_bytes=policy.compile_memory_bytes, seconds=policy.compile_s
+    )
+    secrets = SecretStore(places.secrets, places.identity / "sealing.key", identity)
+    problems = Problems(db)
+    state = DeploymentState()
+    uplink = Uplink(
+        device=device,
+        mqtt=links.mqtt,
+        host=links.host,
+        db=db,
+        state=state,
+        problems=problems,
+        signer=DeviceSigner((places.identity / "device.key").read_bytes()),
+        health_s=settings.health_s,
+    )
+    eviction = Eviction(places=places, settings=settings, images=images, state=state, secrets=secrets)
+    sink = Sinks(uplink, eviction)
+    host = Host(links.host)
+    runner = EffectRunner(
+        places=places,
+        settings=settings,
+        worker=db.run,
+        trust=trust,
+        https=source,
+        images=images,
+        sealed=secrets,
+        host=host,
+        clock=clock.boot_clock,
+        jitter=random.random,
+    )
+    reconciler = Reconciler(
+        board=device,
+        store=db.store,
+        worker=db.run,
+        carrier=runner,
+        sink=sink,
+        on_revoked=policy.on_revoked,
+        state=state,
+    )
+    restorer = HostRestorer(
+        host=links.host,
+        effects=host,
+        db=db,
+        images=images,
+        artifacts=places.artifacts,
+        source=source,
+        policy=policy,
+        secrets=secrets,
+        problems=problems,
+        sink=sink,
+    )
+    presence = Presence(device=device, mqtt=links.mqtt, db=db, software=uplink)
+    renewal = CertificateRenewal(places=places, identity=identity, https=links.https, clock=reference, mqtt=links.mqtt)
+    receiver = AssignmentReceiver(
+        device=device,
+        settings=settings,
+        clock=reference,
+        trust=trust,
+        source=source,
+        db=db,
+        reconciler=reconciler,
+        presence=presence,
+        renewal=renewal,
+        problems=problems,
+        sink=sink,
+    )
+    follower = LogFollower(device=device, host=links.host, https=links.https, policy=policy.logs, db=db, sink=sink)
+    commands = Commands(
+        trust=trust, db=db, host=links.host, receiver=receiver, follower=follower, problems=problems, sink=sink
+    )
+    session = FleetSession(mqtt=links.mqtt, receiver=receiver, commands=commands, uplink=uplink, presence=presence)
+    parts: tuple[Part, ...] = (
+        receiver,
+        links.host,
+        restorer,
+        DamageReporter(device=device, images=images, db=db, sink=sink),
+        eviction,
+        BundleListener(places.wake, receiver),
+        links.mqtt,
+        session,
+        commands,
+        follower,
+        uplink,
+        problems,
+        renewal,
+        Watchdog(db=db, state=state, presence=presence),
+    )
+    log.info("agent of %s in the fleet %s", identity.device, identity.fleet)
+    return Service(
+        parts=parts,
+        receiver=receiver,
+        reconciler=reconciler,
+        presence=presence,
+        host=links.host,
+        effects=runner,
+        db=db,
+    )
+
+
+class Eviction:
+    """Keeper of the disk budget: evicts artifacts and images once no change needs them any more."""
+
+    name = "eviction"
+
+    def __init__(
+        self, *, places: Paths, settings: Settings, images: ImageStore, state: DeploymentState, secrets: SecretStore
+    ) -> None:
+        self._places = places
+        self._settings = settings
+        self._images = images
+        self._state = state
+        self._secrets = secrets
+        self._due = asyncio.Event()
+
+    def saved(self) -> None:
+        """Look at the budget soon: a report was stored, so that a change may have ended."""
+        self._due.set()
+
+    async def run(self) -> None:
+        """Evict whenever a change has ended, for ever."""
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            if not self._state.active:
+                await effects.make_room(self._places, self._settings, self._images, self._state, self._secrets)
+
+
+class Sinks:
+    """Distributor of what was reported: to the uplink, and to the keeper of the disk budget."""
+
+    def __init__(self, uplink: ReportSink, eviction: Eviction) -> None:
+        self._uplink = uplink
+        self._eviction = eviction
+
+    def saved(self, report: Report | None = None) -> None:
+        """Note that a report was stored."""
+        self._uplink.saved(report)
+        self._eviction.saved()
+
+    def changed(self) -> None:
+        """Note that the device's health changed."""
+        self._uplink.changed()
+
+
+class Watchdog:
+    """Pets systemd's watchdog, where there is one, while both the loop and the database thread get work done."""
+
+    name = "watchdog"
+
+    def __init__(self, *, db: Database, state: DeploymentState, presence: Presence) -> None:
+        self._db = db
+        self._state = state
+        self._presence = presence
+
+    async def run(self) -> None:
+        """Pet the watchdog, for ever; return at once where there is none."""
+        interval = systemd.watchdog_s()
+        while interval is not None:
+            await self._db(_nothing)
+            systemd.notify(WATCHDOG="1", STATUS=self._status())
+            await asyncio.sleep(interval)
+
+    def _status(self) -> str:
+        where = "connected" if self._presence.connected else "not connected to the broker"
+        changing = len(self._state.active)
+        text = f"{where}; {systemd.instances(len(self._state.committed))}"
+        return f"{text}, {changing} changing" if changing else text
+
+
+def _nothing(_store: Store) -> None:
+    """Answer, as the proof that the database thread is alive."""

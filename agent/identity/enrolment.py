@@ -1,10 +1,8 @@
-"""Join with a token; renew the certificate.
+"""Enrolment of a device in the fleet that its token names, once, and renewal of its certificate.
 
-How this board joins a fleet: once, with a token, and only with the fleet that the token names.
-
-The token's secret leaves the board only after TLS was verified against the CA whose hash the token holds: a first
-connection, in which nothing is said, shows the CA; its hash is compared; a second connection is verified with it. Keys
-are made here and never leave; the directory `identity/` appears whole or not at all.
+The token's secret leaves the device only after TLS was verified against the CA whose hash the token holds: a first
+connection, which carries no request, shows the CA; its hash is compared; a second connection is verified with it. Keys
+are made here and never leave the device; the directory `identity/` appears whole or not at all.
 """
 
 import asyncio
@@ -18,10 +16,9 @@ import shutil
 import socket
 import ssl
 import urllib.parse
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 from cryptography import x509
@@ -367,29 +364,55 @@ renewal_log = logging.getLogger("agent.identity.identity.enrolment")
 RENEW_CHECK_S: Final = 6 * 3600.0
 
 
-async def renew(
-    places: Paths,
-    https: HttpsClient,
-    who: Identity,
-    now: Callable[[], datetime],
-    *,
-    outdated: asyncio.Event,
-    renewed: Callable[[], None],
-) -> None:
-    """Renew the device certificate at two thirds of its life, or when the server says that it is outdated; for ever."""
-    while True:
-        told = outdated.is_set()
-        outdated.clear()
-        try:
-            if told or now() >= await asyncio.to_thread(renew_at, places.identity):
-                await asyncio.to_thread(renew_now, places, https, who)
-                renewal_log.info("the device certificate was renewed")
-                renewed()
-        except (FetchError, EnrolError, OSError, ValueError, wire.WireError, msgspec.MsgspecError) as error:
-            renewal_log.warning("the device certificate could not be renewed: %s", error)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RENEW_CHECK_S * random.uniform(0.8, 1.2)):  # noqa: S311 - jitter, not a secret
-                await outdated.wait()
+class Retries(Protocol):
+    """Connection that may have been refused with the certificate of before (`agent.link.mqtt.MqttClient`)."""
+
+    def retry(self) -> None:
+        """Connect again now."""
+
+
+class CertificateRenewal:
+    """Renewal of the device certificate: at two thirds of its life, and when the server demands it.
+
+    Attributes:
+        renewed: set after each renewal; its reader clears it.
+    """
+
+    name = "certificate renewal"
+
+    def __init__(
+        self, *, places: Paths, identity: Identity, https: HttpsClient, clock: ReferenceClock, mqtt: Retries
+    ) -> None:
+        """Prepare a renewal over `https`; after each one the broker is connected again."""
+        self._places = places
+        self._identity = identity
+        self._https = https
+        self._clock = clock
+        self._mqtt = mqtt
+        self._requested = asyncio.Event()
+        self.renewed = asyncio.Event()
+
+    def request(self) -> None:
+        """Renew now: the server calls the certificate outdated."""
+        self._requested.set()
+
+    async def run(self) -> None:
+        """Renew whenever it is time, for ever."""
+        while True:
+            requested = self._requested.is_set()
+            self._requested.clear()
+            try:
+                if requested or self._clock.now() >= await asyncio.to_thread(renew_at, self._places.identity):
+                    await asyncio.to_thread(renew_now, self._places, self._https, self._identity)
+                    renewal_log.info("the device certificate was renewed")
+                    self._mqtt.retry()
+                    self.renewed.set()
+            except (FetchError, EnrolError, OSError, ValueError, wire.WireError, msgspec.MsgspecError) as error:
+                renewal_log.warning("the device certificate could not be renewed: %s", error)
+            with contextlib.suppress(TimeoutError):
+                jitter = random.uniform(0.8, 1.2)  # noqa: S311 - jitter, not a secret
+                async with asyncio.timeout(RENEW_CHECK_S * jitter):
+                    await self._requested.wait()
 
 
 def renew_now(places: Paths, https: HttpsClient, who: Identity) -> None:

@@ -24,6 +24,7 @@ from fleet.protocol import names, wire
 from fleet.protocol.assignment import Assignment
 from fleet.protocol.bounds import Count
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.files import atomic_write
 from signing import dsse
 from signing.errors import Rejected
 
@@ -158,7 +159,7 @@ class Bundle:
 
     def done(self, outcome: BundleVerdict) -> None:
         """Note the verdict, and remove the assignment, so that it is not judged again."""
-        (self.directory / "outcome.json").write_bytes(msgspec.json.encode(outcome))
+        atomic_write(self.directory / "outcome.json", msgspec.json.encode(outcome), mode=0o600)
         shutil.rmtree(self.directory / "desired", ignore_errors=True)
 
     def request(self, method: str, path: str, *, max_bytes: int) -> bytes:

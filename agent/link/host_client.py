@@ -1,17 +1,15 @@
-"""Connection to the host; requests matched by id.
+"""Agent's end of the socket to the host: requests matched by id, events, and a connection that comes back.
 
-The agent's end of the socket to the host: requests and answers on the loop, and a connection that comes back.
-
-The host may die at any time. Then every request that waits for its answer fails with `HostGoneError`, and the link
-tries again, unhurried, until somebody listens. Nothing is remembered across connections: what the host has is what it
-says in its `Welcome`.
+The host may die at any time. Every request that waits for its reply then fails with `HostGoneError`, and `run` connects
+again until the host listens. Nothing is remembered across connections: the host says in its `Welcome` what it runs.
 """
 
 import asyncio
 import contextlib
 import itertools
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -32,34 +30,58 @@ R = TypeVar("R", bound=msgspec.Struct)
 
 
 class HostGoneError(Exception):
-    """There is no host, or it went away before it answered."""
+    """The host connection was lost before the reply, or there is none."""
 
 
 class HostRefusedError(Exception):
-    """The host answered that it could not be done; nothing changed."""
+    """The host refused a request; nothing changed."""
 
     def __init__(self, failed: host_api.Failed) -> None:
         super().__init__(failed.message)
         self.failed = failed
 
 
+@dataclass(frozen=True, slots=True)
+class HostConnected:
+    """A host answered on a new connection; `welcome` says what it runs."""
+
+    welcome: host_api.Welcome
+
+
+@dataclass(frozen=True, slots=True)
+class HostLost:
+    """The connection to the host ended."""
+
+
+HostEvent = HostConnected | HostLost | host_api.Event
+
+
 class HostClient:
-    """A connection to the host.
+    """Client of the host.
 
     Attributes:
-        on_event: told what the host says by itself.
-        on_lost: called the moment a connection is over.
+        ready: set by the restorer once everything committed runs on this host; cleared when the connection ends.
+            Whoever asks earlier would be overtaken by the restoration.
+        welcome: of the newest connection, also after its end; None before the first.
     """
 
-    def __init__(self, path: Path, *, on_event: Callable[[host_api.Event], None] = lambda _event: None) -> None:
+    name = "host connection"
+
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self.on_event = on_event
-        self.on_lost: Callable[[], None] = lambda: None
+        self.ready = asyncio.Event()
+        self.welcome: host_api.Welcome | None = None
+        self._events: asyncio.Queue[HostEvent] = asyncio.Queue()
         self._sock: socket.socket | None = None
         self._writer: host_api.Writer | None = None
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[host_api.Reply]] = {}
         self._lost = asyncio.Event()
+
+    async def events(self) -> AsyncIterator[HostEvent]:
+        """Yield the events of the host and of the connection that `run` holds, in order, for ever. One reader."""
+        while True:
+            yield await self._events.get()
 
     @property
     def connected(self) -> bool:
@@ -67,10 +89,10 @@ class HostClient:
         return self._sock is not None
 
     async def connect(self) -> host_api.Welcome:
-        """Connect once and ask who is there.
+        """Connect once, and return the host's welcome.
 
         Raises:
-            HostGoneError: nobody listens, or it does not speak this protocol.
+            HostGoneError: nothing listens, or something that does not speak this protocol.
         """
         self.close()
         sock = host_api.new_socket()
@@ -83,15 +105,15 @@ class HostClient:
         self._sock, self._writer = sock, host_api.Writer(sock, lambda _: self.close())
         self._lost.clear()
         asyncio.get_running_loop().add_reader(sock, self._readable)
-        return await self.ask(host_api.Hello, host_api.Welcome)
+        self.welcome = await self.ask(host_api.Hello, host_api.Welcome)
+        return self.welcome
 
-    async def stay_connected(self, on_welcome: Callable[[host_api.Welcome], Awaitable[None]]) -> None:
-        """Connect, tell `on_welcome`, wait for the end, and again; for ever."""
+    async def run(self) -> None:
+        """Connect, wait for the end of the connection, and connect again, for ever."""
         delay = RETRY_FIRST_S
         while True:
             try:
-                welcome = await self.connect()
-                await on_welcome(welcome)
+                self._events.put_nowait(HostConnected(await self.connect()))
                 delay = RETRY_FIRST_S
                 await self._lost.wait()
             except HostGoneError:
@@ -100,7 +122,7 @@ class HostClient:
             delay = min(RETRY_MAX_S, delay * 2)
 
     def close(self) -> None:
-        """End the connection; whoever waits for an answer gets `HostGoneError`."""
+        """End the connection; every request that waits for its reply fails with `HostGoneError`."""
         sock, self._sock = self._sock, None
         writer, self._writer = self._writer, None
         if writer is not None:
@@ -109,7 +131,8 @@ class HostClient:
             with contextlib.suppress(RuntimeError):
                 asyncio.get_running_loop().remove_reader(sock)
             sock.close()
-            self.on_lost()
+            self.ready.clear()
+            self._events.put_nowait(HostLost())
         waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             if not future.done():
@@ -126,7 +149,7 @@ class HostClient:
                 self.close()
                 return
             if isinstance(message, host_api.Trapped | host_api.Changed):
-                self.on_event(message)
+                self._events.put_nowait(message)
                 continue
             future = self._waiting.pop(message.id, None)
             if future is not None and not future.done():
@@ -182,18 +205,20 @@ HOST_WAIT_S: Final = 60.0
 
 
 class Host:
-    """The host as the effects see it: a link, and whether what is committed has been restored on it."""
+    """Host as the effects use it: requests once everything committed runs there, and the newest fault of an instance.
+
+    Attributes:
+        nudges: by instance, set when something happened to it.
+        trapped: by instance and generation, the newest event that tells of a fault.
+    """
 
     def __init__(self, link: HostClient) -> None:
         self.link = link
-        self.ready = asyncio.Event()
         self.nudges: dict[str, asyncio.Event] = {}
         self.trapped: dict[tuple[str, int], host_api.Trapped | host_api.Changed] = {}
-        # Whoever asks before what is committed runs again would be overtaken by it.
-        link.on_lost = self.ready.clear
 
     def on_event(self, event: host_api.Event) -> None:
-        """Remember the newest trouble of an instance, and wake whoever watches it."""
+        """Remember the newest fault of an instance, and wake the effect that watches it."""
         if isinstance(event, host_api.Trapped) or event.message:
             self.trapped[event.instance, event.generation] = event
             while len(self.trapped) > 2 * bounds.ITEMS_MAX:
@@ -203,17 +228,18 @@ class Host:
             nudge.set()
 
     async def wait(self) -> None:
-        """Until there is a host with everything committed on it; raises `HostGoneError` after a minute."""
+        """Wait until everything committed runs on a host; raises `HostGoneError` after a minute."""
         try:
             async with asyncio.timeout(HOST_WAIT_S):
-                await self.ready.wait()
+                await self.link.ready.wait()
         except TimeoutError as error:
             raise HostGoneError(f"there was no host for {HOST_WAIT_S:.0f} s") from error
 
     async def figures(self, *, check: str = "") -> tuple[InstanceHealth, ...]:
-        """Every instance's figures, once what is committed has been restored; raises `HostGoneError`.
+        """Return the health of every instance, once everything committed was restored; raises `HostGoneError`.
 
-        `check` names an instance whose health check is asked first.
+        Args:
+            check: instance whose health check is asked first; empty for none.
         """
         await self.wait()
         return (await self.link.ask(host_api.Status, host_api.HostStats, check=check)).instances

@@ -1,9 +1,9 @@
-"""The board's connection to its broker: paho on the asyncio loop, without a thread and without polling.
+"""Connection of the device to its broker: paho on the asyncio loop, without a thread and without polling.
 
-paho tells by callbacks which socket it has and when it wants to write; the loop does the waiting. MQTT 3.1.1, QoS 1, a
-session that the broker keeps (`clean_session=False`), and a will on `up/state`. paho's own queue is not relied on: a
-new client is made for each connection, and what must not be lost waits in the outbox. Addresses are tried in turn;
-between attempts the delay doubles, with full jitter.
+The caller pulls `MqttClient.events()`; paho's callbacks end here. MQTT 3.1.1, QoS 1, a session that the broker keeps
+(`clean_session=False`), and a will on `up/state`. paho's own queue is not relied on: each connection gets a new client,
+and what must not be lost waits in the outbox. Addresses are tried in turn; between attempts the delay doubles, with
+full jitter.
 """
 
 import asyncio
@@ -13,7 +13,8 @@ import random
 import socket
 import ssl
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import paho.mqtt.client as mqtt
@@ -39,12 +40,42 @@ PORTS: Final = {"mqtt": 1883, "mqtts": 8883, "wss": 443}
 QOS: Final = 1
 
 
-class BusError(Exception):
-    """An address that this program cannot use."""
+MESSAGES_MAX: Final = 256
+"""Messages that wait for their reader. A broker may send faster than anything can be verified; what it sends beyond
+this is dropped, and asked for again over HTTPS."""
+
+
+class BrokerAddressError(Exception):
+    """A broker address that this program cannot use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The broker accepted the connection; messages can be published."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The connection ended."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message from the broker, which nobody has verified yet."""
+
+    topic: str
+    payload: bytes
+
+
+Event = Connected | Disconnected | Message
 
 
 class MqttClient:
-    """One board on its broker."""
+    """MQTT client of one device."""
+
+    name = "mqtt"
 
     def __init__(
         self,
@@ -54,36 +85,43 @@ class MqttClient:
         tls: Tls,
         will: bytes,
         keepalive_s: int,
-        on_connected: Callable[[], None],
-        on_disconnected: Callable[[str], None],
-        on_message: Callable[[str, bytes], None],
     ) -> None:
-        """A bus; `run` connects and stays connected.
+        """Prepare a client; `run` connects and stays connected.
 
         Args:
-            device: id of this board, also the client id.
+            device: id of this device, also the client id.
             addresses: `mqtts://host:8883`, `wss://host:443/mqtt`, or `mqtt://127.0.0.1:1883`; tried in this order.
-            tls: where contexts come from.
-            will: what the broker says on `up/state` when the connection is lost.
+            tls: source of TLS settings.
+            will: published by the broker on `up/state` when the connection is lost.
             keepalive_s: seconds of silence after which a ping is sent.
-            on_connected: called on the loop, like the others.
-            on_disconnected: told why.
-            on_message: told topic and payload.
+
+        Raises:
+            BrokerAddressError: an address is not of these forms, or there is none.
         """
         self._device = device
         self._addresses = [urllib.parse.urlsplit(address) for address in addresses]
         if not self._addresses or any(each.scheme not in PORTS or not each.hostname for each in self._addresses):
-            raise BusError(
+            raise BrokerAddressError(
                 f"broker addresses {', '.join(addresses) or '(none)'}: mqtts://host:port is what is understood"
             )
         self._tls = tls
         self._will = will
         self._keepalive_s = keepalive_s
-        self._on_connected = on_connected
-        self._on_disconnected = on_disconnected
-        self._on_message = on_message
         self._client: mqtt.Client | None = None
         self._again = asyncio.Event()
+        self._leaving = False
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield what happens on the connection, in order, for ever. One reader."""
+        while True:
+            yield await self._events.get()
+
+    def _happened(self, event: Event) -> None:
+        if isinstance(event, Message) and self._events.qsize() >= MESSAGES_MAX:
+            log.warning("dropped a message on %s: %d wait already", event.topic, MESSAGES_MAX)
+            return
+        self._events.put_nowait(event)
 
     @property
     def connected(self) -> bool:
@@ -91,18 +129,25 @@ class MqttClient:
         return self._client is not None
 
     def publish(self, channel: Up, payload: bytes, *, retain: bool = False) -> bool:
-        """Hand a message to the broker with QoS 1; false when there is no connection."""
+        """Hand a message to the broker with QoS 1; return false when there is no connection."""
         if self._client is None:
             return False
         info = self._client.publish(str(Topic(self._device, channel)), payload, qos=QOS, retain=retain)
         return info.rc == mqtt.MQTT_ERR_SUCCESS
 
+    def leave(self) -> None:
+        """Disconnect in good order when the connection is closed: the broker then does not publish the will.
+
+        Without it, as when another part of the agent failed, the will tells that the device is gone.
+        """
+        self._leaving = True
+
     def retry(self) -> None:
-        """Try again now where there is no connection: what it was refused for may have passed."""
+        """Connect again now where there is no connection: the reason for the broker's refusal may have passed."""
         self._again.set()
 
     async def run(self) -> None:
-        """Connect, stay, and connect again; until cancelled, and then say goodbye."""
+        """Connect, stay connected, and connect again; when cancelled, disconnect."""
         loop = asyncio.get_running_loop()
         delay, turn = RETRY_FIRST_S, 0
         while True:
@@ -116,7 +161,7 @@ class MqttClient:
                 self._client = None
                 connection.close()
             if connection.established:
-                self._on_disconnected(reason)
+                self._happened(Disconnected(reason))
                 self._again.clear()
             else:
                 log.info("no broker at %s: %s", address.netloc, reason)
@@ -134,8 +179,8 @@ class MqttClient:
 class _Connection:
     """One connection from its first packet to its end."""
 
-    def __init__(self, bus: MqttClient, address: urllib.parse.SplitResult, loop: asyncio.AbstractEventLoop) -> None:
-        self._bus = bus
+    def __init__(self, owner: MqttClient, address: urllib.parse.SplitResult, loop: asyncio.AbstractEventLoop) -> None:
+        self._owner = owner
         self._address = address
         self._loop = loop
         self._over: asyncio.Future[str] = loop.create_future()
@@ -145,7 +190,7 @@ class _Connection:
         self.established = False
         self._client = mqtt.Client(
             CallbackAPIVersion.VERSION2,
-            client_id=bus._device,  # noqa: SLF001 - one class in two parts
+            client_id=owner._device,  # noqa: SLF001 - one class in two parts
             clean_session=False,
             protocol=mqtt.MQTTv311,
             transport="websockets" if address.scheme == "wss" else "tcp",
@@ -156,10 +201,10 @@ class _Connection:
             self._client.ws_set_options(path=address.path or "/mqtt")
 
     async def live(self) -> str:
-        """Connect and serve until it ends; returns why it ended."""
-        bus, client = self._bus, self._client
-        client.username_pw_set(bus._device)  # noqa: SLF001
-        client.will_set(str(Topic(bus._device, Up.STATE)), bus._will, qos=QOS, retain=True)  # noqa: SLF001
+        """Connect and serve until the connection ends; return the reason."""
+        owner, client = self._owner, self._client
+        client.username_pw_set(owner._device)  # noqa: SLF001
+        client.will_set(str(Topic(owner._device, Up.STATE)), owner._will, qos=QOS, retain=True)  # noqa: SLF001
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
         client.on_message = self._message
@@ -168,7 +213,7 @@ class _Connection:
         client.on_socket_unregister_write = self._no_write
         try:
             if self._address.scheme != "mqtt":
-                self._tls = bus._tls.for_connection()  # noqa: SLF001
+                self._tls = owner._tls.for_connection()  # noqa: SLF001
                 client.tls_set_context(self._tls.context)
             async with asyncio.timeout(CONNECT_S):
                 await self._loop.run_in_executor(None, self._connect)
@@ -185,17 +230,17 @@ class _Connection:
     def _connect(self) -> None:
         port = self._address.port or PORTS[self._address.scheme]
         self._client.connect_timeout = CONNECT_S / 2
-        self._client.connect(self._address.hostname or "", port, self._bus._keepalive_s)  # noqa: SLF001
+        self._client.connect(self._address.hostname or "", port, self._owner._keepalive_s)  # noqa: SLF001
         sock = self._client.socket()
         if isinstance(sock, ssl.SSLSocket) and self._tls is not None:
             self._tls.check(sock)
 
     def close(self) -> None:
-        """Say goodbye where there is somebody to hear it, and let go of the socket."""
+        """Close the socket, after a disconnect where the device leaves in good order."""
         if self._misc is not None:
             self._misc.cancel()
         with contextlib.suppress(OSError, ValueError):
-            if self.established and not self._over.done():
+            if self.established and not self._over.done() and self._owner._leaving:  # noqa: SLF001
                 self._client.disconnect()
                 self._client.loop_write()
         self._client.on_socket_close = None
@@ -206,7 +251,7 @@ class _Connection:
             with contextlib.suppress(OSError):
                 sock.close()
 
-    # What paho asks of the loop. While `connect` runs on a thread nothing is registered; later all is on the loop.
+    # Requests of paho to the loop. While `connect` runs on a thread nothing is registered; later all is on the loop.
 
     def _attach(self) -> None:
         sock: Any = self._client.socket()
@@ -221,7 +266,7 @@ class _Connection:
             self._loop.add_writer(sock, self._writable)
 
     def _detach(self) -> None:
-        """Before paho closes the socket: a number that is reused must not be ours any more."""
+        """Stop watching the socket before paho closes it: its number may be reused at once."""
         sock, self._sock = self._sock, None
         if sock is not None and sock.fileno() >= 0:
             self._loop.remove_reader(sock)
@@ -244,7 +289,7 @@ class _Connection:
         except OSError as error:
             self._end(error.strerror or str(error))
         except Exception as error:
-            log.exception("the bus stopped by a fault of the agent's own")
+            log.exception("the MQTT connection ended by a fault of the agent's own")
             self._end(f"{type(error).__name__}: {error}")
 
     def _readable(self) -> None:
@@ -263,9 +308,9 @@ class _Connection:
     def _tick(self) -> None:
         self._guarded(self._client.loop_misc)
         if not self._over.done():
-            self._misc = self._loop.call_later(max(1.0, self._bus._keepalive_s / 4), self._tick)  # noqa: SLF001
+            self._misc = self._loop.call_later(max(1.0, self._owner._keepalive_s / 4), self._tick)  # noqa: SLF001
 
-    # What paho tells.
+    # Callbacks of paho.
 
     def _connected(
         self, client: mqtt.Client, _data: object, _flags: object, reason: ReasonCode, _properties: Properties | None
@@ -273,10 +318,10 @@ class _Connection:
         if reason.is_failure:
             self._end(f"the broker refused: {reason}")
             return
-        client.subscribe([(topic, QOS) for topic in board_subscriptions(self._bus._device)])  # noqa: SLF001
+        client.subscribe([(topic, QOS) for topic in board_subscriptions(self._owner._device)])  # noqa: SLF001
         self.established = True
-        self._bus._client = client  # noqa: SLF001
-        self._bus._on_connected()  # noqa: SLF001
+        self._owner._client = client  # noqa: SLF001
+        self._owner._happened(Connected())  # noqa: SLF001
 
     def _disconnected(
         self, _client: mqtt.Client, _data: object, _flags: object, reason: ReasonCode, _properties: Properties | None
@@ -285,9 +330,9 @@ class _Connection:
 
     def _message(self, _client: mqtt.Client, _data: object, message: mqtt.MQTTMessage) -> None:
         try:
-            self._bus._on_message(message.topic, bytes(message.payload))  # noqa: SLF001
-        except Exception:
-            log.exception("a message was not handled")  # its topic may be what cannot be read
+            self._owner._happened(Message(message.topic, bytes(message.payload)))  # noqa: SLF001
+        except UnicodeDecodeError as error:  # paho decodes the topic when it is read
+            log.warning("dropped a message: its topic is not UTF-8: %s", error)
 
     def _end(self, reason: str) -> None:
         if not self._over.done():

@@ -1,196 +1,210 @@
-"""Health messages and the outbox of reports.
+"""Messages of the device about itself: reports until the server has stored them, and health now and then.
 
-Says how the board and its instances are: health now and then, and soon after something changed.
-
-Sends what the server has to know and has not stored yet: reports lie in the store until they are acknowledged.
-
-A report is sent when it is made, again after each reconnect, and again when it stays unacknowledged for a while; the
-server knows it by its sequence, so that nothing counts twice.
+Reports lie in the store. Each is sent when it is made, again after each reconnect, and again while it stays
+unacknowledged; the server knows it by its sequence, so that nothing counts twice.
 """
 
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
 from agent.host.ipc import host_api
 from agent.link.host_client import HostClient, HostGoneError, HostRefusedError
 from agent.report import device_info
-from agent.update.reconciler import Reconciler
-from agent.update.state import DeviceContext
+from agent.update.problems import Problems
+from agent.update.state import DeploymentState, DeviceContext
 from agent.update.store import Database, Store
 from fleet.protocol import wire
 from fleet.protocol.codes import Phase
-from fleet.protocol.messages import Health, InstanceHealth, Versions
+from fleet.protocol.messages import Health, InstanceHealth, Report, Versions
+from fleet.protocol.topics import Up
 
 AFTER_CHANGE_S: Final = 1.0
-
-
-class Vitals:
-    """The board's health messages."""
-
-    def __init__(
-        self,
-        *,
-        board: DeviceContext,
-        store: Store,
-        worker: Database,
-        deployer: Reconciler,
-        link: HostClient,
-        problems: Callable[[], list[str]],
-        publish: Callable[[bytes], bool],
-    ) -> None:
-        """Messages about `board`; `problems` gives sentences for people, `publish` hands a message to the bus."""
-        self._board = board
-        self._store = store
-        self._worker = worker
-        self._deployer = deployer
-        self._link = link
-        self._problems = problems
-        self._publish = publish
-        self._due = asyncio.Event()
-        self.welcome: host_api.Welcome | None = None
-
-    def changed(self) -> None:
-        """Something changed: say so soon, once for all that changes meanwhile."""
-        self._due.set()
-
-    def changed_soon(self) -> None:
-        """As `changed`, after figures had time to follow."""
-        asyncio.get_running_loop().call_later(AFTER_CHANGE_S, self._due.set)
-
-    async def run(self, interval_s: float) -> None:
-        """Send health every `interval_s` seconds, and after changes."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                jitter = random.uniform(0.9, 1.1)  # noqa: S311 - jitter, not a secret
-                async with asyncio.timeout(interval_s * jitter):
-                    await self._due.wait()
-                    await asyncio.sleep(AFTER_CHANGE_S)
-            self._due.clear()
-            self._publish(wire.encode(await self.health()))
-
-    def versions(self) -> Versions:
-        """What software the board runs."""
-        welcome = self.welcome
-        if welcome is None:
-            return device_info.versions()
-        return device_info.versions(host=welcome.version, engine=welcome.engine)
-
-    async def health(self) -> Health:
-        """How everything is now."""
-        figures: tuple[InstanceHealth, ...] = ()
-        problems = self._problems()
-        written = 0
-        try:
-            answer = await self._link.ask(host_api.Status, host_api.HostStats)
-            figures, written = answer.instances, answer.written_bytes
-        except (HostGoneError, HostRefusedError):
-            why = await asyncio.to_thread(host_api.why_not, self._board.places.runtime)
-            said = f"; it did not start, and says: {why}" if why else ""
-            problems.insert(0, f"the host does not run: no instance answers{said}")
-        board = await asyncio.to_thread(
-            device_info.device_resources, self._board.places.state, host_written_bytes=written
-        )
-        return Health(
-            device=self._board.device,
-            boot_id=self._board.boot_id,
-            at=datetime.now(UTC),
-            accepted=await self._worker(self._store.counter, "accepted"),
-            committed=await self._worker(self._store.counter, "committed"),
-            versions=self.versions(),
-            board=board,
-            instances=tuple(self._with_phase(each) for each in figures),
-            containment=self.welcome.containment if self.welcome is not None else {},
-            host_runs_as=self.welcome.runs_as if self.welcome is not None else "",
-            problems=tuple(problems),
-        )
-
-    def _with_phase(self, figure: InstanceHealth) -> InstanceHealth:
-        """A figure of the host's with what only the agent knows of the instance."""
-        standing = self._deployer.state
-        flight = standing.active.get(figure.instance)
-        committed = standing.committed.get(figure.instance)
-        manifest = committed.item.manifest_sha256 if committed is not None else ""
-        phase = Phase.IDLE
-        if flight is not None:
-            phase = Phase(flight.change.phase.value)
-            if flight.change.item is not None and flight.change.generation == figure.generation:
-                manifest = flight.change.item.manifest_sha256
-        return msgspec.structs.replace(figure, phase=phase, manifest_sha256=manifest)
-
+"""How long health waits after a change: for figures that follow, and for more changes."""
 
 RESEND_FIRST_S: Final = 30.0
 
 RESEND_MAX_S: Final = 900.0
 
 WINDOW: Final = 64
+"""Reports under way at once."""
 
 
-class Outbox:
-    """The way of reports to the server."""
+class Publisher(Protocol):
+    """Connection to the broker (`agent.link.mqtt.MqttClient`)."""
 
-    def __init__(self, *, store: Store, worker: Database, publish: Callable[[bytes], bool]) -> None:
-        """An outbox.
+    def publish(self, channel: Up, payload: bytes, *, retain: bool = False) -> bool:
+        """Hand over a message; return false when there is no connection."""
 
-        Args:
-            store: where reports lie; used on `worker` only.
-            worker: the thread for SQLite.
-            publish: hands one report to the bus; false when there is no connection.
-        """
-        self._store = store
-        self._worker = worker
-        self._publish = publish
+
+class Signer(Protocol):
+    """Signer of reports (`signing.device_statements.DeviceSigner`)."""
+
+    def sign(self, payload: bytes) -> bytes:
+        """Return the payload in a signed envelope."""
+
+
+class Uplink:
+    """Sender of reports and health."""
+
+    name = "uplink"
+
+    def __init__(
+        self,
+        *,
+        device: DeviceContext,
+        mqtt: Publisher,
+        host: HostClient,
+        db: Database,
+        state: DeploymentState,
+        problems: Problems,
+        signer: Signer,
+        health_s: float,
+    ) -> None:
+        """Prepare an uplink; `state` is only read, health is sent every `health_s` seconds and after changes."""
+        self._device = device
+        self._mqtt = mqtt
+        self._host = host
+        self._db = db
+        self._state = state
+        self._problems = problems
+        self._signer = signer
+        self._health_s = health_s
+        self._health_due = asyncio.Event()
+        self._reports_due = asyncio.Event()
         self._sent = 0
         self._asked_again = False
-        self._wake = asyncio.Event()
 
-    def wake(self) -> None:
-        """There is a new report."""
-        self._wake.set()
+    async def run(self) -> None:
+        """Send reports and health, for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._send_reports())
+            tasks.create_task(self._send_health())
+
+    # Reports
+
+    def saved(self, _report: Report | None = None) -> None:
+        """Send a report that was just stored, and health once its figures had time to follow."""
+        self._reports_due.set()
+        asyncio.get_running_loop().call_later(AFTER_CHANGE_S, self._health_due.set)
 
     def reconnected(self) -> None:
-        """Nothing that was sent before is taken for received."""
+        """Send every unacknowledged report again: what was sent on an earlier connection may be lost."""
         self._sent = 0
         self._asked_again = False
-        self._wake.set()
+        self._reports_due.set()
 
     async def acknowledge(self, sequence: int) -> None:
-        """The server has stored every report up to `sequence`."""
-        if await self._worker(self._store.acknowledge, sequence):
-            self._wake.set()
+        """Note that the server has stored every report up to `sequence`."""
+        if await self._db(Store.acknowledge, sequence):
+            self._reports_due.set()
 
     async def again(self, sequence: int) -> None:
-        """A server that lost reports asks for what came after `sequence`. Nobody signs this, so once a connection."""
+        """Send the reports after `sequence` again, for a server that lost them.
+
+        The request is not signed, so it is followed once for each connection.
+        """
         if self._asked_again:
             return
         self._asked_again = True
-        if await self._worker(self._store.unacknowledge, sequence):
+        if await self._db(Store.unacknowledge, sequence):
             self._sent = 0
-            self._wake.set()
+            self._reports_due.set()
 
-    async def run(self) -> None:
-        """Send, for ever."""
+    async def _send_reports(self) -> None:
         delay = RESEND_FIRST_S
         while True:
-            self._wake.clear()
-            pending = await self._worker(self._store.unacked, WINDOW)
+            self._reports_due.clear()
+            pending = await self._db(Store.unacked, WINDOW)
             sent = self._sent
             for sequence, body in pending:
-                if sequence > sent and self._publish(body):
+                if sequence > sent and self._mqtt.publish(Up.REPORT, self._signer.sign(body)):
                     self._sent = sequence
             if self._sent > sent:
                 delay = RESEND_FIRST_S
             if not pending:
-                await self._wake.wait()
+                await self._reports_due.wait()
                 continue
             try:
                 async with asyncio.timeout(delay):
-                    await self._wake.wait()
+                    await self._reports_due.wait()
             except TimeoutError:
                 self._sent = 0
                 delay = min(RESEND_MAX_S, delay * 2)
+
+    # Health
+
+    def changed(self) -> None:
+        """Send health soon, once for everything that changes meanwhile."""
+        self._health_due.set()
+
+    async def _send_health(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                jitter = random.uniform(0.9, 1.1)  # noqa: S311 - jitter, not a secret
+                async with asyncio.timeout(self._health_s * jitter):
+                    await self._health_due.wait()
+                    await asyncio.sleep(AFTER_CHANGE_S)
+            self._health_due.clear()
+            self._mqtt.publish(Up.HEALTH, wire.encode(await self.health()))
+
+    def versions(self) -> Versions:
+        """Return the versions of the software on this device; of the host, as it said last."""
+        welcome = self._host.welcome
+        if welcome is None:
+            return device_info.versions()
+        return device_info.versions(host=welcome.version, engine=welcome.engine)
+
+    async def health(self) -> Health:
+        """Return the health of device and instances as it is now."""
+        figures: tuple[InstanceHealth, ...] = ()
+        problems = [*self._problems.texts(), *self._kept()]
+        written = 0
+        try:
+            answer = await self._host.ask(host_api.Status, host_api.HostStats)
+            figures, written = answer.instances, answer.written_bytes
+        except (HostGoneError, HostRefusedError):
+            why = await asyncio.to_thread(host_api.why_not, self._device.places.runtime)
+            said = f"; it did not start, and says: {why}" if why else ""
+            problems.insert(0, f"the host does not run: no instance answers{said}")
+        resources = await asyncio.to_thread(
+            device_info.device_resources, self._device.places.state, host_written_bytes=written
+        )
+        welcome = self._host.welcome
+        return Health(
+            device=self._device.device,
+            boot_id=self._device.boot_id,
+            at=datetime.now(UTC),
+            accepted=await self._db(Store.counter, "accepted"),
+            committed=await self._db(Store.counter, "committed"),
+            versions=self.versions(),
+            board=resources,
+            instances=tuple(self._with_phase(each) for each in figures),
+            containment=welcome.containment if welcome is not None else {},
+            host_runs_as=welcome.runs_as if welcome is not None else "",
+            problems=tuple(problems),
+        )
+
+    def _kept(self) -> list[str]:
+        """Sentences about items that run on, by the owner's policy, although something speaks against them."""
+        return [
+            f"{each.instance} goes on running, as this device's policy says ({each.code}): {each.message}"
+            for each in self._state.violations
+            if self._state.in_force(each) is not None
+        ]
+
+    def _with_phase(self, figure: InstanceHealth) -> InstanceHealth:
+        """Add to the host's figure what only the agent knows: the phase, and the manifest of that generation."""
+        active = self._state.active.get(figure.instance)
+        committed = self._state.committed.get(figure.instance)
+        manifest = committed.item.manifest_sha256 if committed is not None else ""
+        phase = Phase.IDLE
+        if active is not None:
+            phase = Phase(active.change.phase.value)
+            if active.change.item is not None and active.change.generation == figure.generation:
+                manifest = active.change.item.manifest_sha256
+        return msgspec.structs.replace(figure, phase=phase, manifest_sha256=manifest)

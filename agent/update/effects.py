@@ -30,7 +30,7 @@ from agent.update.probation import Judgement, ProbationSample, Terms, Verdict, c
 from agent.update.restore import run_of, start
 from agent.update.secrets import SecretStore
 from agent.update.state import DONE, Change, Committed, DeploymentState, EffectResult, lost, refused
-from agent.update.store import Database
+from agent.update.store import Run
 from agent.update.trust import DeviceTrust
 from fleet.component import reader
 from fleet.protocol.codes import RETRYABLE, InstanceState, RejectCode
@@ -85,7 +85,7 @@ class EffectRunner:
         *,
         places: Paths,
         settings: Settings,
-        worker: Database,
+        worker: Run,
         trust: DeviceTrust,
         https: BundleSource,
         images: ImageStore,

@@ -17,7 +17,6 @@ import secrets
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -118,8 +117,20 @@ def load_key(path: Path) -> bytes:
     return key
 
 
+@dataclass(frozen=True, slots=True)
+class DamagedImage:
+    """An image that was found changed on the disk, and removed: of which artifact (sha256), and why."""
+
+    artifact: str
+    message: str
+
+
 class ImageStore:
-    """The images of one board."""
+    """The images of one board.
+
+    Attributes:
+        damaged: every damaged image that was found; read by whoever reports them.
+    """
 
     def __init__(
         self,
@@ -128,7 +139,6 @@ class ImageStore:
         *,
         memory_bytes: int,
         seconds: int,
-        on_damaged: Callable[[str, str], None] = lambda _artifact, _message: None,
     ) -> None:
         """Images in `directory`, under the MAC `key`.
 
@@ -137,14 +147,13 @@ class ImageStore:
             key: known to this board only.
             memory_bytes: of the compiler's data.
             seconds: of the compiler, CPU and wall-clock.
-            on_damaged: told the artifact's sha256 and a sentence, on a worker thread, when an image is found changed.
         """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
         self._key = key
         self._memory_bytes = memory_bytes
         self._seconds = seconds
-        self._on_damaged = on_damaged
+        self.damaged: asyncio.Queue[DamagedImage] = asyncio.Queue()
         self._engines: dict[bool, Engine] = {}
 
     async def engine(self, *, fuel: bool = False) -> Engine:
@@ -255,7 +264,12 @@ class ImageStore:
                 image is then removed, so that it is made anew); NO_ENGINE.
         """
         name = self._key_of(sha256, manifest_sha256, await self.engine(fuel=fuel))
-        return await asyncio.to_thread(self._open, name, sha256, manifest_sha256)
+        try:
+            return await asyncio.to_thread(self._open, name, sha256, manifest_sha256)
+        except ImageError as error:
+            if error.code is RejectCode.IMAGE_DAMAGED:
+                self.damaged.put_nowait(DamagedImage(sha256, error.message))
+            raise
 
     def _open(self, name: str, artifact: str, manifest: str) -> int:
         image, beside = self._directory / f"{name}.cwasm", self._directory / f"{name}.json"
@@ -265,7 +279,7 @@ class ImageStore:
         except FileNotFoundError as error:
             raise ImageError(RejectCode.NOT_FOUND, "there is no image of this component for this engine") from error
         except (OSError, *wire.JSON_ERRORS) as error:
-            raise self._damaged(name, artifact, f"the image cannot be read: {error}") from error
+            raise self._remove(name, f"the image cannot be read: {error}") from error
         sound = (
             hmac.compare_digest(self._mac(note), note.mac)
             and (note.artifact, note.manifest) == (artifact, manifest)
@@ -273,14 +287,13 @@ class ImageStore:
         )
         if not sound:
             os.close(descriptor)
-            raise self._damaged(name, artifact, "the image was changed on this board's disk: its MAC does not hold")
+            raise self._remove(name, "the image was changed on this board's disk: its MAC does not hold")
         with contextlib.suppress(OSError):
             os.utime(image)  # for the least-recently-used eviction
         return descriptor
 
-    def _damaged(self, name: str, artifact: str, message: str) -> ImageError:
-        """It is removed, so that it is made anew, and never used."""
-        self._on_damaged(artifact, message)
+    def _remove(self, name: str, message: str) -> ImageError:
+        """Remove a damaged image, so that it is never used and made anew; return the error to raise."""
         for suffix in (".json", ".cwasm"):
             with contextlib.suppress(OSError):
                 (self._directory / f"{name}{suffix}").unlink()

@@ -1,34 +1,42 @@
-"""What this board should run, as far as it can be believed: assignments are judged here, wherever they came from.
+"""Receiver of assignments: judges each one, wherever it came from, and hands accepted ones to the reconciler.
 
-They come over MQTT (`down/desired`) and over HTTPS (`/v1/desired`), and both ways are only a postman's. What is refused
-is reported once, with its typed code, and what runs goes on. A board whose clock nobody set cannot see that it is kept
-from what is new; so it asks the director with a nonce, and does not act on an assignment until that was answered.
+Assignments come over MQTT (`down/desired`), over HTTPS (`/v1/desired`) and in offline bundles, and none of these ways
+is trusted. A refusal is reported once, with its typed code, and running components go on. A device whose clock is not
+set cannot see that somebody keeps newer assignments from it: it asks the director with a nonce, and acts on an
+assignment only once a freshness statement for that nonce has come.
 """
 
 import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import random
 import secrets
-from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from pathlib import Path
+from typing import Final, Protocol
 
 import msgspec
 
-from agent.identity.enrolment import wants_renewal
+from agent.clock import ReferenceClock
+from agent.config import Policy, Settings
+from agent.identity.enrolment import CertificateRenewal, wants_renewal
+from agent.link import bundle
 from agent.link.bundle import BundleSource, BundleVerdict
 from agent.link.https import FetchError
 from agent.update import state
+from agent.update.problems import Problems, ReportSink
 from agent.update.reconciler import Reconciler
 from agent.update.state import DeviceContext, Violation
 from agent.update.store import Database, Store, StoreError
-from agent.update.trust import DeviceTrust, remembered_assignment
+from agent.update.trust import DeviceTrust, find_violations, remembered_assignment
 from fleet.protocol import wire
 from fleet.protocol.assignment import Assignment
 from fleet.protocol.codes import Phase, RejectCode
-from fleet.protocol.messages import DesiredReply
+from fleet.protocol.messages import DesiredReply, Report
+from fleet.protocol.topics import Down
 from signing.errors import Rejected
 from signing.state import VERSION_MAX
 from signing.verifier import Accepted
@@ -36,18 +44,23 @@ from signing.verifier import Accepted
 log = logging.getLogger("agent.update.receiver")
 
 FRESH_S: Final = 20.0
+"""How long an accepted assignment waits for its freshness statement: a hello and its reply, with a slow link."""
 
 SAME_S: Final = 30.0
+"""How long the same envelope by another way (MQTT and HTTPS) is not judged again."""
 
 RETRY_S: Final = (5.0, 30.0)
 
 BROKER_SLACK: Final = timedelta(minutes=2)
-"""How long the broker may take to bring what HTTPS has brought."""
+"""How much later than HTTPS the broker may bring an assignment before it is suspected."""
 
 AWAY_FIRST_S: Final = 5.0
-"""How soon a server that did not answer is asked again, doubled each time."""
+"""Delay before the first retry at a server that did not answer, doubled each time."""
 
 REFUSALS_MAX: Final = 256
+
+ARRIVALS_MAX: Final = 64
+"""Messages of the broker that wait to be judged; one more is dropped, and HTTPS is asked instead."""
 
 _NOT_THE_DIRECTORS: Final = frozenset(
     {
@@ -62,11 +75,61 @@ _NOT_THE_DIRECTORS: Final = frozenset(
     }
 )
 
+_NO_BUNDLES: Final = "this device's owner allows no bundles: [policy] bundles = true in agent.toml does"
 
-_NO_BUNDLES: Final = "this board's owner allows no bundles: [policy] bundles = true in agent.toml does"
+
+@dataclass(frozen=True, slots=True)
+class AssignmentArrived:
+    """The broker brought an assignment."""
+
+    envelope: bytes
 
 
-def _outcome(accepted: Accepted | None, refusal: Rejected | StoreError | None) -> BundleVerdict:
+@dataclass(frozen=True, slots=True)
+class FreshnessArrived:
+    """The broker brought a freshness statement for a nonce of this device."""
+
+    envelope: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PollAnswered:
+    """HTTPS brought an assignment, with a freshness statement for the nonce of that request."""
+
+    envelope: bytes
+    statement: bytes
+    nonce: str
+
+
+@dataclass(frozen=True, slots=True)
+class BundleArrived:
+    """An offline bundle may have been laid out."""
+
+
+Input = AssignmentArrived | FreshnessArrived | PollAnswered | BundleArrived
+
+
+@dataclass(frozen=True, slots=True)
+class _Unvouched:
+    """An accepted assignment that waits for its freshness statement until `until` (loop time)."""
+
+    accepted: Accepted
+    envelope: bytes
+    until: float
+
+
+class Presence(Protocol):
+    """Connection to the fleet, as far as freshness is concerned (`agent.session.Presence`)."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker is connected."""
+
+    async def hello(self, nonce: str) -> bool:
+        """Ask for a freshness statement; return false when there is no connection."""
+
+
+def _verdict(accepted: Accepted | None, refusal: Rejected | StoreError | None) -> BundleVerdict:
     if accepted is not None:
         return BundleVerdict(version=accepted.assignment.version)
     if isinstance(refusal, Rejected):
@@ -74,283 +137,351 @@ def _outcome(accepted: Accepted | None, refusal: Rejected | StoreError | None) -
     return BundleVerdict(code=RejectCode.INTERNAL, message=str(refusal))
 
 
+def _violations(store: Store, trust: DeviceTrust, policy: Policy) -> tuple[Violation, ...]:
+    return find_violations(trust, policy, store.committed())
+
+
+def _use_nonce(store: Store, nonce: str) -> None:
+    store.nonce = nonce  # part of each report from now on
+
+
 class AssignmentReceiver:
-    """Judges assignments and hands them to the deployer."""
+    """Judge of assignments, one after another."""
+
+    name = "assignments"
 
     def __init__(
         self,
         *,
-        board: DeviceContext,
+        device: DeviceContext,
+        settings: Settings,
+        clock: ReferenceClock,
         trust: DeviceTrust,
-        https: BundleSource,
-        store: Store,
-        worker: Database,
-        deployer: Reconciler,
-        clock_set: Callable[[], bool],
-        ask_fresh: Callable[[str], bool],
-        on_report: Callable[[], None],
-        doubts: Callable[[], tuple[Violation, ...]],
-        strict: bool,
-        bundles: bool = False,
-        on_outdated: Callable[[], None] = lambda: None,
-        on_bus: Callable[[], bool] = lambda: False,
+        source: BundleSource,
+        db: Database,
+        reconciler: Reconciler,
+        presence: Presence,
+        renewal: CertificateRenewal,
+        problems: Problems,
+        sink: ReportSink,
     ) -> None:
-        """A judge.
+        """Prepare a receiver; `run` works through what `post` puts in, and polls over HTTPS.
 
-        `clock_set` says whether somebody sets the clock, `ask_fresh` sends a nonce (false where there is no
-        connection), `on_report` tells of a new report, `doubts` holds what is committed against what is known by now
-        (called on the worker), `on_outdated` hears that the server wants another certificate of this board, `on_bus`
-        says whether the broker is connected. With
-        `strict`, an assignment that nobody vouches for in time is not acted on; with `bundles`, one that came in a
-        bundle is.
+        Args:
+            device: this device.
+            settings: the owner's; in production mode an assignment without a freshness statement is not acted on.
+            clock: reference time; where it is trustworthy, no freshness statement is needed.
+            trust: verifier, called on the database thread.
+            source: HTTPS and the bundle.
+            db: the store.
+            reconciler: given what is to run, and violations of what runs.
+            presence: sends nonces.
+            renewal: told when the server demands another certificate.
+            problems: shows what keeps this device from its newest assignment.
+            sink: told of each report.
         """
-        self._board = board
+        self._device = device
+        self._settings = settings
+        self._clock = clock
         self._trust = trust
-        self._https = https
-        self._store = store
-        self._worker = worker
-        self._deployer = deployer
-        self._clock_set = clock_set
-        self._ask_fresh = ask_fresh
-        self._on_report = on_report
-        self._doubts = doubts
-        self._on_outdated = on_outdated
-        self._on_bus = on_bus
-        self._strict = strict
-        self._bundles = bundles
+        self._source = source
+        self._db = db
+        self._reconciler = reconciler
+        self._presence = presence
+        self._renewal = renewal
+        self._problems = problems
+        self._sink = sink
+        self.inbox: asyncio.Queue[Input] = asyncio.Queue()
         self._due = asyncio.Event()
         self._nonce = ""
-        self._vouched: asyncio.Future[None] | None = None
-        self._judging = asyncio.Lock()
-        self._judged = (b"", 0.0)
+        self._unvouched: _Unvouched | None = None
+        self._acted_on = (b"", 0.0)
         self._refusals: set[tuple[str, str]] = set()
-        self.problems: dict[str, str] = {}
 
-    def new_nonce(self) -> str:
-        """A nonce for the next hello; only the newest is answered."""
-        self._nonce = self._store.nonce = secrets.token_hex(16)
-        return self._nonce
+    def post(self, item: Input) -> None:
+        """Put something into the inbox; never waits. Messages of the broker beyond ARRIVALS_MAX are dropped."""
+        if isinstance(item, AssignmentArrived | FreshnessArrived) and self.inbox.qsize() >= ARRIVALS_MAX:
+            log.warning("dropped a message of the broker: %d wait to be judged already", ARRIVALS_MAX)
+            self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311 - jitter, not a secret
+            return
+        self.inbox.put_nowait(item)
 
     def refresh(self) -> None:
-        """Ask for the desired state over HTTPS now."""
+        """Poll over HTTPS now."""
         self._due.set()
 
     def refresh_later(self, seconds: float) -> None:
-        """Ask for it after a while."""
+        """Poll over HTTPS after a while."""
         asyncio.get_running_loop().call_later(seconds, self._due.set)
 
+    async def new_nonce(self) -> str:
+        """Return a nonce for the next hello; only the newest counts."""
+        self._nonce = secrets.token_hex(16)
+        await self._db(_use_nonce, self._nonce)
+        return self._nonce
+
+    async def run(self) -> None:
+        """Go on with what was accepted earlier, then judge and poll, for ever."""
+        await self.resume()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._poll_regularly())
+            tasks.create_task(self._poll_after_renewals())
+            tasks.create_task(self.work())
+
     async def resume(self) -> None:
-        """What was accepted before is carried on with, network or none."""
-        await self._hold()
-        envelope = await self._worker(self._store.envelope)
+        """Carry on with the assignment that was accepted before this start; needs no network."""
+        await self._look_for_violations()
+        envelope = await self._db(Store.envelope)
         assignment = None if envelope is None else remembered_assignment(envelope)
         if assignment is not None:
-            await self._deployer.desire(assignment)
+            await self._reconciler.desire(assignment)
 
-    async def run(self, interval_s: Callable[[], float]) -> None:
-        """Ask over HTTPS at the start, when told to, and each `interval_s()` seconds; sooner where nobody answered."""
+    @property
+    def awaits_freshness(self) -> bool:
+        """Whether an accepted assignment waits for its freshness statement."""
+        return self._unvouched is not None
+
+    async def work(self) -> None:
+        """Handle the inbox, for ever."""
+        while True:
+            item = await self._next()
+            if item is None:
+                await self._nobody_vouched()
+                continue
+            try:
+                await self._handle(item)
+            except Exception:
+                # The broker's may be unsigned and retained: one that ended the agent would end it at each start.
+                if isinstance(item, PollAnswered | BundleArrived):
+                    raise
+                channel = Down.DESIRED if isinstance(item, AssignmentArrived) else Down.FRESH
+                log.exception("dropped a message on down/%s", channel)
+            finally:
+                self.inbox.task_done()
+
+    async def _next(self) -> Input | None:
+        """Return the next input; None once the assignment that waits has waited long enough."""
+        try:
+            async with asyncio.timeout_at(None if self._unvouched is None else self._unvouched.until):
+                return await self.inbox.get()
+        except TimeoutError:
+            return None
+
+    async def _handle(self, item: Input) -> None:
+        match item:
+            case AssignmentArrived(envelope):
+                self._problems.clear("broker")  # whatever becomes of this one, the broker is not silent
+                await self._judge(envelope)
+            case FreshnessArrived(envelope):
+                await self._judge_freshness(envelope)
+            case PollAnswered(envelope, statement, nonce):
+                before = await self._db(Store.envelope)
+                await self._judge(envelope, statement=statement, nonce=nonce)
+                if envelope != before and envelope == await self._db(Store.envelope):
+                    self._suspect_broker(envelope)
+            case BundleArrived():
+                await self._judge_bundle()
+
+    # HTTPS
+
+    async def _poll_regularly(self) -> None:
+        """Poll at the start, when told to, and at intervals; sooner where nobody answered."""
         backoff_s = AWAY_FIRST_S
         while True:
             self._due.clear()
-            reached = await self._ask()
+            reached = await self.poll()
             backoff_s = AWAY_FIRST_S if reached else backoff_s * 2
-            seconds = interval_s() if reached else min(interval_s(), backoff_s)
+            regular_s = self._settings.recheck_s if self._presence.connected else self._settings.refresh_s
+            seconds = regular_s if reached else min(regular_s, backoff_s)
             with contextlib.suppress(TimeoutError):
                 jitter = random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
                 async with asyncio.timeout(seconds * jitter):
                     await self._due.wait()
 
-    async def judge_bundle(self) -> None:
-        """Judge the assignment of an offline bundle that was laid out; nobody vouches that it is current."""
-        envelope = await self._worker(self._https.bundle.envelope)
-        if envelope is None:
-            return
-        async with self._judging:
-            accepted, refusal = None, None
-            try:
-                if not self._bundles:
-                    raise Rejected(RejectCode.FREEZE, _NO_BUNDLES)  # noqa: TRY301 - refused like everything else
-                accepted = await self._worker(self._trust.accept, envelope, bundle=True)
-            except (Rejected, StoreError) as error:
-                refusal = error
-                log.error("the bundle was refused: %s", error)  # noqa: TRY400 - said in the message
-            await self._hold()
-            if accepted is not None:
-                version = accepted.assignment.version
-                ended = await self._worker(self._trust.ended)
-                past = "" if ended is None else f" whose metadata ended on {ended:%Y-%m-%d %H:%M} UTC"
-                text = f"assignment {version} came in a bundle{past}: nobody vouched that it is current"
-                log.warning("%s", text)
-                report = state.about(self._board, assignment=version, phase=Phase.IDLE, message=text)
-                with contextlib.suppress(StoreError):
-                    await self._worker(self._store.save, report=report)
-                self._on_report()
-                await self._deployer.desire(accepted.assignment)
-            with contextlib.suppress(OSError):  # it is judged again at the next start then
-                await self._worker(self._https.bundle.done, _outcome(accepted, refusal))
+    async def _poll_after_renewals(self) -> None:
+        """Poll at once with a new certificate: the server may have refused the earlier one."""
+        while True:
+            await self._renewal.renewed.wait()
+            self._renewal.renewed.clear()
+            self.refresh()
 
-    async def _ask(self) -> bool:
-        """Ask once; false when nobody answered."""
+    async def poll(self) -> bool:
+        """Fetch the assignment over HTTPS once, into the inbox; return false when nobody answered."""
         nonce = secrets.token_hex(16)
         path = f"/v1/desired?nonce={nonce}"
         try:
-            answer = await asyncio.to_thread(self._https.request, "GET", path, max_bytes=DesiredReply.MAX_BYTES)
+            answer = await asyncio.to_thread(self._source.request, "GET", path, max_bytes=DesiredReply.MAX_BYTES)
             reply = wire.decode(DesiredReply, answer)
         except FetchError as error:
             if wants_renewal(error):
-                self._on_outdated()
+                self._renewal.request()
             if error.code is not RejectCode.NOT_FOUND:
-                log.info("the desired state cannot be fetched: %s", error.message)
+                log.info("cannot fetch the assignment: %s", error.message)
             return error.status != 0
         except wire.WireError as error:
-            log.warning("the desired state cannot be read: %s", error)
+            log.warning("cannot read the server's reply: %s", error)
         else:
-            envelope = reply.assignment.encode()
-            before = await self._worker(self._store.envelope)
-            await self.judge(envelope, statement=reply.fresh.encode(), nonce=nonce)
-            if envelope != before and envelope == await self._worker(self._store.envelope):
-                self._doubt_broker(envelope)
-                await self._note_problems()
+            self.post(PollAnswered(reply.assignment.encode(), reply.fresh.encode(), nonce))
         return True
 
-    def _doubt_broker(self, envelope: bytes) -> None:
-        """What is signed and current came over HTTPS first: did the broker, which is connected, keep it back?"""
+    def _suspect_broker(self, envelope: bytes) -> None:
+        """Say so where the broker, which is connected, should have brought this assignment long before HTTPS did."""
         found = remembered_assignment(envelope)
-        if found is None or not self._on_bus() or self._trust.now() - found.issued < BROKER_SLACK:
+        if found is None or not self._presence.connected or self._clock.now() - found.issued < BROKER_SLACK:
             return
         text = (
-            f"the broker kept assignment {found.version} of {found.issued:%Y-%m-%d %H:%M} UTC from this board: "
+            f"the broker kept assignment {found.version} of {found.issued:%Y-%m-%d %H:%M} UTC from this device: "
             "HTTPS brought it"
         )
-        if "broker" not in self.problems:
+        if not self._problems.text("broker"):
             log.warning("%s", text)
-        self.problems["broker"] = text
+        self._problems.set("broker", text)
 
-    async def heard(self, envelope: bytes) -> None:
-        """The broker brought an assignment: whatever becomes of it, it is not silent."""
-        self.problems.pop("broker", None)
-        await self.judge(envelope)
+    # Judging
 
-    async def judge(self, envelope: bytes, *, statement: bytes = b"", nonce: str = "") -> None:
-        """Judge an assignment, persist it, and have it carried out; a refusal is reported once.
+    async def _judge(self, envelope: bytes, *, statement: bytes = b"", nonce: str = "") -> None:
+        """Judge an assignment, persist it, and act on it once it is known to be current; report a refusal once.
 
-        A freshness statement for `nonce` may have come along with it.
+        Args:
+            envelope: as it was received.
+            statement: freshness statement that came along; empty for none.
+            nonce: that the statement must be for.
         """
-        async with self._judging:
-            now = asyncio.get_running_loop().time()
-            if envelope == self._judged[0] and now - self._judged[1] < SAME_S:
-                return  # the same by another way
-            accepted = await self._accept(envelope)
-            await self._hold()
-            if accepted is not None and await self._may_act(accepted, statement, nonce):
-                log.info("assignment %d accepted", accepted.assignment.version)
-                self._judged = (envelope, now)
-                await self._deployer.desire(accepted.assignment)
-            await self._note_problems()
+        now = asyncio.get_running_loop().time()
+        if envelope == self._acted_on[0] and now - self._acted_on[1] < SAME_S:
+            return
+        if self._unvouched is not None and envelope == self._unvouched.envelope and not statement:
+            return  # repeating it does not make it wait longer
+        accepted = await self._accept(envelope)
+        await self._look_for_violations()
+        if accepted is None:
+            return
+        self._unvouched = None  # this one has taken its place
+        if (statement and await self._is_fresh(statement, nonce, accepted.sha256)) or self._clock.is_trustworthy():
+            await self._act(accepted, envelope)
+        elif await self._presence.hello(await self.new_nonce()):
+            self._unvouched = _Unvouched(accepted, envelope, asyncio.get_running_loop().time() + FRESH_S)
+        else:
+            await self._not_vouched_for(accepted, envelope)
 
     async def _accept(self, envelope: bytes) -> Accepted | None:
         try:
-            accepted = await self._worker(self._trust.accept, envelope)
+            accepted = await self._db.run(self._trust.accept, envelope)
         except Rejected as error:
             await self._refused(envelope, error)
             return None
         except StoreError as error:
-            # What cannot be remembered is not accepted: what runs goes on, and it is asked for again.
-            self.problems["assignment"] = str(error)
+            # Nothing is accepted that cannot be remembered: running components go on, and HTTPS is asked again.
+            self._problems.set("assignment", str(error))
             log.error("%s", error)  # noqa: TRY400 - said in the message
-            self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311
+            self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311 - jitter, not a secret
             return None
-        self.problems.pop("assignment", None)
+        self._problems.clear("assignment")
         return accepted
 
-    async def _may_act(self, accepted: Accepted, statement: bytes, nonce: str) -> bool:
-        """Whether an accepted assignment is acted on now: somebody must vouch for it where no clock is set."""
-        version = accepted.assignment.version
-        if statement and await self._is_fresh(statement, nonce, accepted.sha256):
-            return True
-        if self._clock_set() or await self._vouch():
-            return True
-        text = f"assignment {version}: nobody vouched that it is current, and this board's clock is not set"
-        self.problems["fresh"] = text
-        log.warning("%s", text)
-        if self._strict:
-            self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311
-        return not self._strict
+    async def _act(self, accepted: Accepted, envelope: bytes) -> None:
+        log.info("assignment %d accepted", accepted.assignment.version)
+        self._acted_on = (envelope, asyncio.get_running_loop().time())
+        await self._reconciler.desire(accepted.assignment)
 
-    async def _hold(self) -> None:
-        """Hold what runs against what is known by now; nothing waits for a new assignment to be stopped."""
+    async def _look_for_violations(self) -> None:
+        """Compare what runs with what is known by now; no stop waits for a new assignment."""
         try:
-            await self._deployer.hold(await self._worker(self._doubts))
+            await self._reconciler.hold(await self._db(_violations, self._trust, self._settings.policy))
         except StoreError as error:
-            log.error("what runs cannot be held against revocations: %s", error)  # noqa: TRY400 - said in the message
+            log.error("cannot check what runs against revocations: %s", error)  # noqa: TRY400 - said in the message
 
-    async def _note_problems(self) -> None:
-        """What keeps this board from its newest assignment, for `fleet-agent why`."""
-        with contextlib.suppress(StoreError):
-            await self._worker(self._store.set_problems, list(self.problems.values()))
+    # Freshness
 
-    async def _vouch(self) -> bool:
-        """Have the director say, for a new nonce, that the accepted assignment is the current one."""
-        self._vouched = asyncio.get_running_loop().create_future()
-        try:
-            if not self._ask_fresh(self.new_nonce()):
-                return False
-            async with asyncio.timeout(FRESH_S):
-                await self._vouched
-        except TimeoutError:
-            return False
-        finally:
-            self._vouched = None
-        self.problems.pop("fresh", None)
-        return True
-
-    async def fresh(self, envelope: bytes) -> None:
-        """The director's answer to a nonce."""
-        facts = await self._worker(self._store.facts)
+    async def _judge_freshness(self, envelope: bytes) -> None:
+        facts = await self._db(Store.facts)
         if facts.assignment is None or not await self._is_fresh(envelope, self._nonce, facts.assignment.sha256):
             return
-        if self._vouched is not None and not self._vouched.done():
-            self._vouched.set_result(None)
+        waiting = self._unvouched
+        if waiting is not None and waiting.accepted.sha256 == facts.assignment.sha256:
+            self._unvouched = None
+            await self._act(waiting.accepted, waiting.envelope)
 
     async def _is_fresh(self, envelope: bytes, nonce: str, sha256: str) -> bool:
         try:
-            await self._worker(self._trust.fresh, envelope, nonce=nonce, sha256=sha256)
+            await self._db.run(self._trust.fresh, envelope, nonce=nonce, sha256=sha256)
         except Rejected as error:
-            # An answer to an older nonce of this board's own is nothing unusual.
+            # A reply to an earlier nonce of this device is normal.
             log.log(logging.DEBUG if error.code is RejectCode.REPLAY else logging.INFO, "not fresh: %s", error)
             if error.code is RejectCode.FREEZE:
-                # Either a newer one is on its way, or somebody keeps it from this board: asking over HTTPS tells.
-                self.problems["fresh"] = f"this board may be kept from its newest assignment: {error.message}"
-                self.refresh_later(random.uniform(1, 3))  # noqa: S311
+                # Either a newer assignment is on its way, or somebody keeps it from this device: HTTPS tells.
+                text = f"this device may be kept from its newest assignment: {error.message}"
+                self._problems.set("fresh", text)
+                self.refresh_later(random.uniform(1, 3))  # noqa: S311 - jitter, not a secret
             return False
-        self.problems.pop("fresh", None)
+        self._problems.clear("fresh")
         return True
 
-    async def _meant(self, claimed: Assignment | None, code: RejectCode) -> int:
-        """The version that was refused; of what the director did not sign, nobody's word counts."""
-        if claimed is None or code in _NOT_THE_DIRECTORS:
-            return await self._worker(self._store.counter, "accepted")
-        return claimed.version
+    async def _nobody_vouched(self) -> None:
+        waiting, self._unvouched = self._unvouched, None
+        if waiting is not None:
+            await self._not_vouched_for(waiting.accepted, waiting.envelope)
+
+    async def _not_vouched_for(self, accepted: Accepted, envelope: bytes) -> None:
+        version = accepted.assignment.version
+        text = f"assignment {version}: nobody vouched that it is current, and this device's clock is not set"
+        self._problems.set("fresh", text)
+        log.warning("%s", text)
+        if self._settings.production:
+            self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311 - jitter, not a secret
+        else:
+            await self._act(accepted, envelope)
+
+    # Bundles
+
+    async def _judge_bundle(self) -> None:
+        """Judge the assignment of an offline bundle that was laid out; nobody vouches that it is current."""
+        envelope = await self._db.run(self._source.bundle.envelope)
+        if envelope is None:
+            return
+        accepted, refusal = None, None
+        try:
+            if not self._settings.policy.bundles:
+                raise Rejected(RejectCode.FREEZE, _NO_BUNDLES)  # noqa: TRY301 - refused like everything else
+            accepted = await self._db.run(self._trust.accept, envelope, bundle=True)
+        except (Rejected, StoreError) as error:
+            refusal = error
+            log.error("the bundle was refused: %s", error)  # noqa: TRY400 - said in the message
+        await self._look_for_violations()
+        if accepted is not None:
+            version = accepted.assignment.version
+            ended = await self._db.run(self._trust.ended)
+            past = "" if ended is None else f" whose metadata ended on {ended:%Y-%m-%d %H:%M} UTC"
+            text = f"assignment {version} came in a bundle{past}: nobody vouched that it is current"
+            log.warning("%s", text)
+            await self._report(state.about(self._device, assignment=version, phase=Phase.IDLE, message=text))
+            await self._reconciler.desire(accepted.assignment)
+        with contextlib.suppress(OSError):  # the bundle is then judged again at the next start
+            await self._db.run(self._source.bundle.done, _verdict(accepted, refusal))
+
+    # Reports
 
     async def _refused(self, envelope: bytes, error: Rejected) -> None:
         if error.code in {RejectCode.UNREACHABLE, RejectCode.TOO_SLOW}:
             log.warning("the assignment cannot be judged now: %s", error.message)
-            self.problems["assignment"] = f"the fleet's metadata cannot be fetched: {error.message}"
-            self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311
+            self._problems.set("assignment", f"the fleet's metadata cannot be fetched: {error.message}")
+            self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311 - jitter, not a secret
             return
-        self.problems["assignment"] = (
+        self._problems.set(
+            "assignment",
             f"nothing is updated until it is renewed, and what runs goes on: {error.message}"
             if error.code is RejectCode.EXPIRED
-            else f"an assignment was refused ({error.code}): {error.message}"
+            else f"an assignment was refused ({error.code}): {error.message}",
         )
-        key = (hashlib.sha256(envelope).hexdigest(), error.code.value)
+        sha256 = hashlib.sha256(envelope).hexdigest()
+        key = (sha256, error.code.value)
         if key in self._refusals or len(self._refusals) >= REFUSALS_MAX:
             return
         self._refusals.add(key)
         claimed = remembered_assignment(envelope)
         report = state.about(
-            self._board,
-            assignment=await self._meant(claimed, error.code),
+            self._device,
+            assignment=await self._version_meant(claimed, error.code),
             phase=Phase.FAILED,
             code=error.code,
             message=error.message,
@@ -358,9 +489,50 @@ class AssignmentReceiver:
         report = msgspec.structs.replace(
             report,
             refused=claimed.version if claimed is not None and 0 < claimed.version <= VERSION_MAX else 0,
-            refused_sha256=hashlib.sha256(envelope).hexdigest(),
+            refused_sha256=sha256,
         )
         state.tell(report)
+        await self._report(report)
+
+    async def _version_meant(self, claimed: Assignment | None, code: RejectCode) -> int:
+        """Return the version that was refused; what the director did not sign counts for nothing."""
+        if claimed is None or code in _NOT_THE_DIRECTORS:
+            return await self._db(Store.counter, "accepted")
+        return claimed.version
+
+    async def _report(self, report: Report) -> None:
         with contextlib.suppress(StoreError):
-            await self._worker(self._store.save, report=report)
-        self._on_report()
+            await self._db(Store.save, report=report)
+        self._sink.saved(report)
+
+
+class BundleListener:
+    """Listener for offline bundles: one that was applied while no agent ran, and those of `fleet-agent apply`."""
+
+    name = "bundles"
+
+    def __init__(self, wake: Path, receiver: AssignmentReceiver) -> None:
+        """`wake` is where the FIFO is made by which `fleet-agent apply` wakes the agent."""
+        self._wake = wake
+        self._receiver = receiver
+
+    async def run(self) -> None:
+        """Have the receiver judge bundles, for ever."""
+        self._receiver.post(BundleArrived())
+        try:
+            descriptor = bundle.listen(self._wake)
+        except OSError as error:
+            log.warning("cannot be told of bundles: %s", error)
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            loop.add_reader(descriptor, self._woken, descriptor)
+            await loop.create_future()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+
+    def _woken(self, descriptor: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(descriptor, 4096)
+        self._receiver.post(BundleArrived())

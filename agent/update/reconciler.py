@@ -49,7 +49,7 @@ from agent.update.state import (
     set_failed,
     transition,
 )
-from agent.update.store import Database, Store, StoreError
+from agent.update.store import Run, Store, StoreError
 from fleet.protocol.assignment import Assignment, Item
 from fleet.protocol.codes import Phase as WirePhase
 from fleet.protocol.codes import RejectCode
@@ -151,7 +151,7 @@ class Reconciler:
         *,
         board: DeviceContext,
         store: Store,
-        worker: Database,
+        worker: Run,
         carrier: EffectRunner,
         sink: ReportSink,
         on_revoked: Literal["stop", "keep"] = "stop",

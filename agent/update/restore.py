@@ -1,13 +1,15 @@
-"""Start again what is committed: after a boot, or after a host that died; without network, TUF or a running agent.
+"""Restoration of everything committed, after a boot or a host that died: without network, TUF or a running agent.
 
-What is committed stands in the store and once more in `runset.json` under the board's MAC, so that a damaged database
-does not keep the components from running. An image that is missing or damaged is made anew from its artifact, whose
-sha256 is known.
+Committed items stand in the store and once more in `runset.json` under the device's MAC, so that a damaged database
+does not keep components from running. A missing or damaged image is compiled again from its artifact, whose sha256 is
+known.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,19 +18,33 @@ from typing import Final
 
 import msgspec
 
+from agent import systemd
 from agent.config import Policy
 from agent.host.ipc import host_api
-from agent.link.host_client import HostClient, HostGoneError, HostRefusedError
+from agent.link.host_client import (
+    Host,
+    HostClient,
+    HostConnected,
+    HostEvent,
+    HostGoneError,
+    HostLost,
+    HostRefusedError,
+)
+from agent.link.https import FetchError, Source
+from agent.update import state
 from agent.update.images import ImageError, ImageStore
+from agent.update.problems import Problems, ReportSink
 from agent.update.secrets import SecretStore
-from agent.update.state import Committed
-from agent.update.store import Store, StoreError
+from agent.update.state import Committed, DeviceContext
+from agent.update.store import Database, Store, StoreError
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
-from fleet.protocol.codes import InstanceState
+from fleet.protocol.codes import InstanceState, Phase, RejectCode
 from fleet.protocol.files import atomic_write
 from fleet.protocol.manifest import Manifest
 from signing.errors import Rejected
+
+log = logging.getLogger("agent.update.restore")
 
 CONNECT_AGAIN_S: Final = 0.2
 
@@ -234,3 +250,143 @@ async def checked_image(item: Item, manifest: Manifest, images: ImageStore, arti
         artifact = artifacts / f"{item.sha256}.wasm"
         await images.make(artifact, sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)
         return await images.open(sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)
+
+
+class HostRestorer:
+    """Reader of the host's events: restores everything committed on each new host, and only then lets others ask."""
+
+    name = "host events"
+
+    def __init__(
+        self,
+        *,
+        host: HostClient,
+        effects: Host,
+        db: Database,
+        images: ImageStore,
+        artifacts: Path,
+        source: Source,
+        policy: Policy,
+        secrets: SecretStore,
+        problems: Problems,
+        sink: ReportSink,
+    ) -> None:
+        """Prepare a restorer.
+
+        Args:
+            host: whose events are read, here alone.
+            effects: told of what happens to instances.
+            db: the store.
+            images: of this device.
+            artifacts: where artifacts lie, for images that have to be compiled again.
+            source: of boxes that were damaged on the disk.
+            policy: the device owner's.
+            secrets: of this device.
+            problems: shows which instance could not be started.
+            sink: told that health changed.
+        """
+        self._host = host
+        self._effects = effects
+        self._db = db
+        self._images = images
+        self._artifacts = artifacts
+        self._source = source
+        self._policy = policy
+        self._secrets = secrets
+        self._problems = problems
+        self._sink = sink
+
+    async def run(self) -> None:
+        """Handle the host's events, for ever. A restoration ends with the connection that it was begun on."""
+        restoring: asyncio.Task[None] | None = None
+        async with asyncio.TaskGroup() as tasks:
+            async for event in self._host.events():
+                if isinstance(event, HostConnected | HostLost) and restoring is not None:
+                    restoring.cancel()
+                    await asyncio.wait({restoring})
+                    restoring = None
+                if isinstance(event, HostConnected):
+                    restoring = tasks.create_task(self._restore_all(event.welcome))
+                self._tell(event)
+
+    def _tell(self, event: HostEvent) -> None:
+        match event:
+            case host_api.Trapped():
+                said = f"{event.instance}: {event.code}: {event.message}".partition("\n")[0]
+                log.warning("%s", said, extra=systemd.fields(instance=event.instance, code=event.code))
+                self._effects.on_event(event)
+            case host_api.Changed():
+                log.info("%s: %s %s", event.instance, event.state, event.message)
+                self._effects.on_event(event)
+                self._sink.changed()
+            case _:
+                pass
+
+    async def _restore_all(self, welcome: host_api.Welcome) -> None:
+        try:
+            await self._restore(welcome)
+        except HostGoneError:
+            if self._host.welcome is welcome:  # else this is another connection already
+                self._host.close()
+
+    async def _restore(self, welcome: host_api.Welcome) -> None:
+        items = await self._db(Store.committed)
+        await self._stop_unknown(welcome, items)
+        for each in items:
+            with contextlib.suppress(FetchError, Rejected, OSError):  # starting the instance says what is wrong
+                await asyncio.to_thread(self._secrets.fetch, each.item, self._source)
+        restored = await restore(self._host, welcome, items, self._images, self._artifacts, self._policy, self._secrets)
+        for one in restored:
+            source = f"restore {one.instance}"
+            if one.problem:
+                self._problems.set(source, f"{one.instance} could not be started: {one.problem}")
+                log.error("%s", self._problems.text(source))
+            else:
+                self._problems.clear(source)
+                log.info("%s runs again", one.instance)
+        if self._host.connected and self._host.welcome is welcome:  # else another host follows, with its own welcome
+            self._host.ready.set()
+        self._sink.changed()
+
+    async def _stop_unknown(self, welcome: host_api.Welcome, items: Iterable[Committed]) -> None:
+        """Stop instances that are neither committed nor being changed."""
+        changing = {each.instance for each in await self._db(Store.changes)}
+        known = {each.item.instance for each in items} | changing
+        for running in welcome.running:
+            if running.instance not in known:
+                log.warning("%s runs on the host and belongs to nothing: stopped", running.instance)
+                with contextlib.suppress(HostRefusedError):
+                    await self._host.ask(host_api.Stop, host_api.Done, instance=running.instance)
+
+
+class DamageReporter:
+    """Reporter of damaged images: one report for each committed item that they belonged to."""
+
+    name = "damaged images"
+
+    def __init__(self, *, device: DeviceContext, images: ImageStore, db: Database, sink: ReportSink) -> None:
+        """Prepare a reporter that reads `images.damaged`."""
+        self._device = device
+        self._images = images
+        self._db = db
+        self._sink = sink
+
+    async def run(self) -> None:
+        """Report damaged images, for ever."""
+        while True:
+            damaged = await self._images.damaged.get()
+            log.error("%s", damaged.message)
+            for each in await self._db(Store.committed):
+                if each.item.sha256 == damaged.artifact:
+                    report = state.about(
+                        self._device,
+                        assignment=each.assignment,
+                        phase=Phase.IDLE,
+                        item=each.item,
+                        running=each.item.target,
+                        code=RejectCode.IMAGE_DAMAGED,
+                        message=damaged.message,
+                    )
+                    with contextlib.suppress(StoreError):
+                        await self._db(Store.save, report=report)
+            self._sink.saved()

@@ -1,9 +1,11 @@
-"""Database of the agent: the only SQL, the thread on which it runs, and the lock of the state directory.
+"""Device state on disk: the only SQL of the agent, the thread it runs on, and the lock of the state directory.
 
-One SQLite file in WAL mode with synchronous=FULL: whatever a method has returned from is on the medium. Every step of a
-change is one transaction (`Store.apply`), together with the report about it, so that a power cut leaves a state and its
-report, or neither. All methods of `Store` block and belong to the agent's one database thread (`Database`), where TUF
-and fsync happen too, one call after another, off the asyncio loop.
+One SQLite file in WAL mode with synchronous=FULL: what a method has returned from is on the medium. Each step of the
+update machine is one transaction (`Store.apply`), together with the report that tells of it, so that a power cut leaves a
+state and its report, or neither. All methods of `Store` block; `Database` owns the store and runs them, one after
+another, on its thread, where TUF and fsync happen too.
+
+The lock admits one agent to a state directory: a second would displace the first at the broker, again and again.
 """
 
 import asyncio
@@ -16,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, NamedTuple, ParamSpec, TypeVar
+from typing import Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
@@ -381,19 +383,37 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Database:
-    """Thread on which blocking calls run one after another."""
-
-    def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+class Run(Protocol):
+    """Runner of blocking calls, one after another, on a thread of its own (`Database.run`)."""
 
     async def __call__(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run `call` after all earlier calls; a cancelled caller does not stop a call that runs."""
+        """Run `call` after everything that was asked before, and return its result."""
+
+
+class Database:
+    """Owner of the store and of the one thread on which it is used: `await db(Store.counter, "accepted")`.
+
+    Attributes:
+        store: for what still works with the store itself; to be used on this thread only (`run`).
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Take over an opened store: from now on only this thread uses it."""
+        self.store = store
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="store")
+
+    async def __call__(self, method: Callable[Concatenate[Store, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a method of the store, or another function that takes the store first."""
+        return await self.run(method, self.store, *args, **kwargs)
+
+    async def run(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run `call` after everything that was asked before; a cancelled caller does not stop a call that runs."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: call(*args, **kwargs))
 
     def close(self) -> None:
-        """Wait for the calls already made, then end the thread."""
+        """Finish the calls that wait, end the thread, and close the store."""
         self._pool.shutdown(wait=True)
+        self.store.close()
 
 
 class NotAloneError(Exception):

@@ -23,6 +23,7 @@ from agent.link.https import FetchError
 from agent.update import restore
 from agent.update.effects import EffectRunner
 from agent.update.images import SEALS, ImageStore
+from agent.update.problems import Problems
 from agent.update.reconciler import Reconciler
 from agent.update.secrets import SecretStore
 from agent.update.state import DeviceContext
@@ -353,7 +354,7 @@ class BoardKit:
 
     async def start_agent(self):
         self.store = CutStore(self.places.database)
-        self.worker = Database("test")
+        self.worker = Database(self.store)
         self.images = self.images_kind(self.places.images, b"k" * 32, memory_bytes=1 << 30, seconds=self.compile_s)
         identity = Identity(
             device="board-01234567", fleet="f", group="", devices_url="", mqtt=(), production=False, floor=NOW
@@ -364,7 +365,7 @@ class BoardKit:
         self.carrier = EffectRunner(
             places=self.places,
             settings=self.settings,
-            worker=self.worker,
+            worker=self.worker.run,
             trust=self.trust,
             https=self.server,
             images=self.images,
@@ -383,24 +384,30 @@ class BoardKit:
         self.deployer = Reconciler(
             board=board,
             store=self.store,
-            worker=self.worker,
+            worker=self.worker.run,
             carrier=self.carrier,
             sink=self,
             on_revoked=self.settings.policy.on_revoked,
         )
-        self.linking = asyncio.ensure_future(self.link.stay_connected(self._restore))
+        self.problems = Problems(self.worker)
+        self.restorer = restore.HostRestorer(
+            host=self.link,
+            effects=self.seen,
+            db=self.worker,
+            images=self.images,
+            artifacts=self.places.artifacts,
+            source=self.server,
+            policy=self.settings.policy,
+            secrets=self.sealed,
+            problems=self.problems,
+            sink=SimpleNamespace(changed=lambda: None),
+        )
+        self.linking = asyncio.gather(self.link.run(), self.restorer.run())
         await self.deployer.recover()
         self.reconciling = asyncio.ensure_future(self.deployer.run())
 
     def saved(self, report):
         """Nobody sends it."""
-
-    async def _restore(self, welcome):
-        items = await self.worker(self.store.committed)
-        self.restored = await restore.restore(
-            self.link, welcome, items, self.images, self.places.artifacts, self.settings.policy, self.sealed
-        )
-        self.seen.ready.set()
 
     async def stop_agent(self):
         """SIGKILL of the agent, as far as one process can do it to itself."""
@@ -411,7 +418,6 @@ class BoardKit:
         self.link.close()
         self.carrier.close()
         self.worker.close()
-        self.store.close()
 
     async def pull_plug(self):
         await self.stop_agent()

@@ -5,15 +5,16 @@ import hashlib
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 
 from agent.clock import ReferenceClock
-from agent.config import Policy
+from agent.config import Policy, Settings
 from agent.identity.identity import Identity
 from agent.link.https import FetchError
-from agent.update import trust
-from agent.update.receiver import AssignmentReceiver
+from agent.update.problems import Problems
+from agent.update.receiver import AssignmentArrived, AssignmentReceiver, FreshnessArrived
 from agent.update.state import Committed, DeviceContext
 from agent.update.store import Database, Store
 from agent.update.trust import DeviceTrust
@@ -25,6 +26,7 @@ from fleet.protocol.messages import DesiredReply
 from fleet.protocol.names import TargetName
 from signing import director, repository
 from signing.keys import generate
+from tests.eventually import eventually_async
 
 FLEET, DEVICE = "harbour", "crane-0a1b2c3d"
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -122,11 +124,50 @@ class Deployed:
         self.doubts = doubts
 
 
+class SetClock(ReferenceClock):
+    """A clock of which the test says whether somebody sets it."""
+
+    def __init__(self, floor, *, trustworthy):
+        super().__init__(floor)
+        self.trustworthy = trustworthy
+
+    def is_trustworthy(self):
+        return self.trustworthy
+
+
+class Sink:
+    """Nobody has to be told."""
+
+    def saved(self, report=None):
+        pass
+
+    def changed(self):
+        pass
+
+
+class Hello:
+    """The way to the director: nonces go out, and what the case answers comes back as the broker brings it."""
+
+    def __init__(self, case):
+        self.case, self.connected, self.reachable = case, False, True
+
+    async def hello(self, nonce):
+        if not self.reachable:
+            return False
+        self.case.nonces.append(nonce)
+        reply = self.case.answer(nonce)
+        if reply is not None:
+            self.case.desired.post(FreshnessArrived(reply))
+        return True
+
+
 class Case:
-    def __init__(self, tmp_path, *, clock_set=True, strict=True):
+    def __init__(self, tmp_path, *, clock_set=True, strict=True, policy=None):
         self.server, self.deployer, self.nonces = Server(tmp_path), Deployed(), []
-        self.store, self.worker = Store(tmp_path / "store.db"), Database("test")
-        self.identity = identity = Identity(
+        self.directory = tmp_path
+        self.store = Store(tmp_path / "store.db")
+        self.worker = Database(self.store)
+        self.identity = Identity(
             device=DEVICE,
             fleet=FLEET,
             group="",
@@ -135,42 +176,68 @@ class Case:
             production=False,
             floor=NOW - timedelta(days=1),
         )
-        self.clock = ReferenceClock(identity.floor)
+        self.clock = SetClock(self.identity.floor, trustworthy=clock_set)
+        self.presence = Hello(self)
+        self.renewal = SimpleNamespace(renewed=asyncio.Event(), request=lambda: None)
+        self.problems = Problems(self.worker)
+        self.settings = Settings(production=strict, policy=policy or Policy())
+        self.answer = lambda nonce: None
+        self.start(self.server)
+
+    def start(self, source, **trust):
+        """Begin anew with what is stored: another process, another source, or other demands of the owner."""
+        fields = {"identity": self.identity, "production": False} | trust
         self.trust = DeviceTrust(
-            identity=identity,
             root=self.server.root,
-            cache=tmp_path / "trust",
-            https=self.server,
+            cache=self.directory / "trust",
+            https=source,
             store=self.store,
             clock=self.clock,
-            production=False,
+            **fields,
         )
         self.desired = AssignmentReceiver(
-            board=DeviceContext(device=DEVICE, boot_id="b", places=None, mac_key=b"", clock=lambda: 0.0),
+            device=DeviceContext(device=DEVICE, boot_id="b", places=None, mac_key=b"", clock=lambda: 0.0),
+            settings=self.settings,
+            clock=self.clock,
             trust=self.trust,
-            https=self.server,
-            store=self.store,
-            worker=self.worker,
-            deployer=self.deployer,
-            clock_set=lambda: clock_set,
-            ask_fresh=self.ask,
-            on_report=lambda: None,
-            doubts=lambda: trust.find_violations(self.trust, self.policy, self.store.committed()),
-            strict=strict,
+            source=source,
+            db=self.worker,
+            reconciler=self.deployer,
+            presence=self.presence,
+            renewal=self.renewal,
+            problems=self.problems,
+            sink=Sink(),
         )
-        self.answer = lambda nonce: None
-        self.policy = Policy()
-
-    def ask(self, nonce):
-        self.nonces.append(nonce)
-        reply = self.answer(nonce)
-        if reply is not None:
-            asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self.desired.fresh(reply)))
-        return True
 
     async def judge(self, *envelopes):
+        """The broker brings these, one after another."""
         for envelope in envelopes:
-            await self.desired.judge(envelope)
+            await self.work(AssignmentArrived(envelope))
+
+    async def poll(self):
+        """HTTPS is asked once."""
+        await self.desired.poll()
+        await self.work()
+
+    async def work(self, *inputs):
+        """Everything in the inbox is dealt with, and so is what follows from it."""
+        for each in inputs:
+            self.desired.post(each)
+        working = asyncio.ensure_future(self.desired.work())
+        settled = asyncio.ensure_future(self._settled())
+        await asyncio.wait({working, settled}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (working, settled):
+            task.cancel()
+        await asyncio.gather(working, settled, return_exceptions=True)
+        for task in (working, settled):
+            if not task.cancelled():
+                task.result()  # a fault of its own, or that it never settled
+        await self.problems.save()
+
+    async def _settled(self):
+        await self.desired.inbox.join()
+        await eventually_async(lambda: not self.desired.awaits_freshness, "freshness is known, or given up")
+        await self.desired.inbox.join()
 
     def codes(self):
         return [report.code for report in self.store.history()]

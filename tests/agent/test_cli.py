@@ -17,13 +17,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from agent.clock import ReferenceClock
 from agent.config import Paths, Settings
 from agent.host.ipc import host_api
 from agent.identity import identity
 from agent.identity.identity import Identity
-from agent.service import Service
 from agent.update.state import Committed, FailedItem, Transition
 from agent.update.store import NotAloneError, Store, alone
+from agent.service import Enrolled, Links, build
+from agent.update.state import Committed, FailedItem
+from agent.update.store import Database, NotAloneError, Store, alone
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.manifest import Http, Manifest
@@ -305,14 +308,15 @@ async def test_when_an_agent_closes_its_store_nothing_of_it_is_at_work_any_more(
 
     monkeypatch.setattr(store, "close", closing)
 
-    daemon = Service(
+    enrolled = Enrolled(
         identity=identity.load(places.identity),
         root=(places.identity / "root.json").read_bytes(),
         mac_key=b"k" * 32,
         places=places,
         settings=Settings(),
-        store=store,
     )
+    reference = ReferenceClock(enrolled.identity.floor)
+    daemon = build(enrolled, Database(store), reference, Links.of(enrolled, reference))
     running = asyncio.ensure_future(daemon.run())
     systemd.setblocking(False)
     async with asyncio.timeout(60):

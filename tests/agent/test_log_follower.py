@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import timedelta
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -9,12 +10,18 @@ import pytest
 from agent import commands
 from agent.commands import Commands, LogFollower
 from agent.host.ipc import host_api
+from agent.update.problems import Problems
+from agent.update.state import DeviceContext
+from agent.update.store import Database, Store
 from fleet.protocol.assignment import CheckIn, Command, FollowLogs
 from fleet.protocol.messages import LogAnswer, LogChunk
 from signing import director
 from signing.verifier import accept_command
+from tests.agent.desired_case import Sink
+from tests.eventually import eventually_async
 from tests.simulator.repository import BOARD, Board, Repository, signer
 
+DEVICE = DeviceContext(device="crane-0a1b2c3d", boot_id="b", places=None, mac_key=b"", clock=lambda: 0.0)
 LINES = ("info starting", "error no connection", "host: it trapped", "critical on fire", "debug 42")
 
 
@@ -42,25 +49,18 @@ class Server:
         return msgspec.json.encode(LogAnswer(more=len(self.chunks) < self.more))
 
 
-async def followed(policy, host, server, monkeypatch):
+async def followed(policy, host, server, monkeypatch, tmp_path):
     """Follow until it ends; what the board wrote into its own history."""
     monkeypatch.setattr(commands, "LOOK_S", 0.001)
-    history = []
-
-    async def told(text):
-        history.append(text)
-
-    tasks = []
-    follower = LogFollower(
-        link=host,
-        https=server,
-        policy=policy,
-        spawn=lambda work: tasks.append(asyncio.ensure_future(work)),
-        told=told,
-    )
+    db = Database(Store(tmp_path / "store.db"))
+    follower = LogFollower(device=DEVICE, host=host, https=server, policy=policy, db=db, sink=Sink())
+    running = asyncio.ensure_future(follower.run())
     follower.follow("hello", minutes=5, command=7)
-    async with asyncio.timeout(60):
-        await asyncio.gather(*tasks)
+    await eventually_async(lambda: not follower.following, "nothing is followed any more")
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    history = [report.message for report in await db(Store.history)]
+    db.close()
     return history
 
 
@@ -72,18 +72,18 @@ async def followed(policy, host, server, monkeypatch):
         ("errors", ("error no connection", "host: it trapped", "critical on fire"), 2),
     ],
 )
-async def test_the_boards_owner_decides_what_leaves(policy, lines, left_out, monkeypatch):
+async def test_the_boards_owner_decides_what_leaves(policy, lines, left_out, monkeypatch, tmp_path):
     server = Server()
-    history = await followed(policy, Host(host_api.Lines(id=1, lines=LINES, count=5)), server, monkeypatch)
+    history = await followed(policy, Host(host_api.Lines(id=1, lines=LINES, count=5)), server, monkeypatch, tmp_path)
     (chunk,) = server.chunks
     assert (chunk.lines, chunk.left_out, chunk.command) == (lines, left_out, 7)
     assert "goes to the fleet for 5 minutes: command 7" in history[0]
 
 
 @pytest.mark.asyncio
-async def test_an_owner_who_lets_nothing_out_says_so_and_no_line_leaves(monkeypatch):
+async def test_an_owner_who_lets_nothing_out_says_so_and_no_line_leaves(monkeypatch, tmp_path):
     server = Server()
-    history = await followed("off", Host(host_api.Lines(id=1, lines=LINES, count=5)), server, monkeypatch)
+    history = await followed("off", Host(host_api.Lines(id=1, lines=LINES, count=5)), server, monkeypatch, tmp_path)
     (chunk,) = server.chunks
     assert chunk.lines == ()
     assert "lets no log leave" in chunk.refused
@@ -91,45 +91,56 @@ async def test_an_owner_who_lets_nothing_out_says_so_and_no_line_leaves(monkeypa
 
 
 @pytest.mark.asyncio
-async def test_only_what_is_new_is_sent_and_what_was_missed_is_counted(monkeypatch):
+async def test_only_what_is_new_is_sent_and_what_was_missed_is_counted(monkeypatch, tmp_path):
     server = Server(more=3)
     host = Host(
         host_api.Lines(id=1, lines=("a", "b"), count=2),
         host_api.Lines(id=2, lines=("b", "c"), count=3),
         host_api.Lines(id=3, lines=("y", "z"), count=99),
     )
-    await followed("all", host, server, monkeypatch)
+    await followed("all", host, server, monkeypatch, tmp_path)
     assert [chunk.lines for chunk in server.chunks] == [("a", "b"), ("c",), ("y", "z")]
     assert [chunk.left_out for chunk in server.chunks] == [0, 0, 94]
 
 
 @pytest.mark.asyncio
-async def test_a_host_that_was_restarted_counts_anew(monkeypatch):
+async def test_a_host_that_was_restarted_counts_anew(monkeypatch, tmp_path):
     server = Server(more=2)
     host = Host(host_api.Lines(id=1, lines=("a", "b"), count=2), host_api.Lines(id=2, lines=("fresh",), count=1))
-    await followed("all", host, server, monkeypatch)
+    await followed("all", host, server, monkeypatch, tmp_path)
     assert [chunk.lines for chunk in server.chunks] == [("a", "b"), ("fresh",)]
 
 
 @pytest.mark.asyncio
-async def test_a_hostile_broker_asks_for_logs_and_is_counted():
+async def test_a_hostile_broker_asks_for_logs_and_is_counted(tmp_path):
     repo = Repository()
     board = Board(repo)
     board.run(repo.assign(repo.publish()))
-    asked, refused = [], []
+    asked, changed = [], []
 
-    async def judge(envelope):
+    def judge(envelope):
         command, board.state = accept_command(
             board.trusted, envelope, fleet=repo.fleet, device=BOARD, state=board.state, now=repo.now
         )
         return command
 
+    sink = Sink()
+    sink.changed = lambda: changed.append(True)
+    db = Database(Store(tmp_path / "store.db"))
+    problems = Problems(db)
+
+    class Trust:
+        def command(self, envelope):
+            return judge(envelope)
+
     commands = Commands(
-        judge=judge,
-        check_in=lambda: asked.append("check-in"),
-        restart=None,
-        follow=lambda verb, sequence: asked.append((verb.instance, sequence)),
-        on_refused=lambda: refused.append(True),
+        trust=Trust(),
+        db=db,
+        host=None,
+        receiver=SimpleNamespace(refresh=lambda: asked.append("check-in")),
+        follower=SimpleNamespace(follow=lambda instance, *, minutes, command: asked.append((instance, command))),
+        problems=problems,
+        sink=sink,
     )
 
     def order(verb, sequence=1, **more):
@@ -144,13 +155,14 @@ async def test_a_hostile_broker_asks_for_logs_and_is_counted():
         b'{"verb": "follow-logs", "instance": "hello"}',
         b"",
     ):
-        await commands.obey(envelope)
+        await commands.carry_out(envelope)
     assert asked == []
-    assert commands.refused == len(refused) == 4
-    assert "4 commands were refused" in commands.problem
-    await commands.obey(good)
-    await commands.obey(good)  # the broker plays it again
+    assert commands.refused == len(changed) == 4
+    assert "4 commands were refused" in problems.text("commands")
+    await commands.carry_out(good)
+    await commands.carry_out(good)  # the broker plays it again
     assert asked == [("hello", 1)]
     assert commands.refused == 5
-    await commands.obey(director.sign_command(order(CheckIn(), 2), repo.keys["director"]))
+    await commands.carry_out(director.sign_command(order(CheckIn(), 2), repo.keys["director"]))
     assert asked[-1] == "check-in"
+    db.close()

@@ -4,7 +4,6 @@ import msgspec
 import pytest
 
 from agent.identity import identity
-from agent.update.trust import DeviceTrust
 from fleet.protocol.codes import RejectCode
 from signing import events, repository
 from signing.errors import Rejected
@@ -35,16 +34,12 @@ class Board(Case):
         self.places = tmp_path / "identity"
         self.places.mkdir()
         (self.places / "enrolled.json").write_bytes(msgspec.json.encode(self.identity))
-        self.restart(tmp_path, production=production)
+        self.restart(production=production)
 
-    def restart(self, tmp_path, *, production):
-        self.trust = self.desired._trust = DeviceTrust(
+    def restart(self, *, production):
+        self.start(
+            self.server,
             identity=identity.load(self.places),
-            root=self.server.root,
-            cache=tmp_path / "trust",
-            https=self.server,
-            store=self.store,
-            clock=self.clock,
             production=production,
             on_production=lambda: identity.note_production(self.places),
         )
@@ -57,7 +52,7 @@ async def test_a_board_of_the_first_day_becomes_one_for_production_with_its_flee
     assert board.deployer.versions == [1]
 
     # Its owner demands production: nothing of the development fleet is taken any more, and what runs goes on.
-    board.restart(tmp_path, production=True)
+    board.restart(production=True)
     await board.judge(board.server.assignment(2))
     assert board.deployer.versions == [1]
     assert board.codes() == [RejectCode.DEVELOPMENT]
@@ -68,7 +63,7 @@ async def test_a_board_of_the_first_day_becomes_one_for_production_with_its_flee
     await board.judge(board.server.assignment(3))
     assert board.deployer.versions == [1, 3]
     assert identity.load(board.places).production
-    board.restart(tmp_path, production=True)
+    board.restart(production=True)
     await board.judge(board.server.assignment(4))
     assert board.deployer.versions == [1, 3, 4]
 
@@ -94,5 +89,5 @@ async def test_a_board_in_production_that_slept_through_the_move_refuses_the_old
 async def test_a_board_that_demands_nothing_follows_too_and_remembers(tmp_path):
     board = Board(tmp_path, production=False)
     move(board.server, tmp_path)
-    await board.desired.judge(board.server.assignment(1))
+    await board.judge(board.server.assignment(1))
     assert identity.load(board.places).production

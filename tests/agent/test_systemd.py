@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from agent import service, systemd
+from agent import systemd
 from agent.host.supervisor import supervisor
-from agent.update import state
-from agent.update.store import Database
+from agent.service import Watchdog
+from agent.update import state as reports
+from agent.update.state import DeploymentState
+from agent.update.store import Database, Store
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import Report
 
@@ -64,19 +66,20 @@ def test_the_watchdog_is_fed_three_times_within_its_patience(monkeypatch):
 
 
 @pytest.mark.asyncio
-async def test_an_agent_whose_work_stands_still_does_not_feed_the_watchdog(manager, monkeypatch):
+async def test_an_agent_whose_work_stands_still_does_not_feed_the_watchdog(manager, monkeypatch, tmp_path):
     monkeypatch.setenv("WATCHDOG_USEC", "3000")
 
-    worker, stands_still, go_on = Database("work"), asyncio.Event(), asyncio.Event()
+    db, stands_still, go_on = Database(Store(tmp_path / "store.db")), asyncio.Event(), asyncio.Event()
     turns = iter(range(1, 1000))
 
     async def work(call):
         if next(turns) == 2:
             stands_still.set()
             await go_on.wait()
-        await worker(call)
+        await db(call)
 
-    dog = asyncio.ensure_future(service.watchdog(work, lambda: "connected; 1 instance"))
+    state, presence = DeploymentState(committed={"web": None}), SimpleNamespace(connected=True)
+    dog = asyncio.ensure_future(Watchdog(db=work, state=state, presence=presence).run())
     async with asyncio.timeout(20):
         await stands_still.wait()
         assert told(manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instance"}
@@ -84,7 +87,7 @@ async def test_an_agent_whose_work_stands_still_does_not_feed_the_watchdog(manag
         go_on.set()
         assert await asyncio.to_thread(told, manager) == {"WATCHDOG": "1", "STATUS": "connected; 1 instance"}
     dog.cancel()
-    worker.close()
+    db.close()
 
 
 @pytest.mark.asyncio
@@ -137,7 +140,7 @@ def test_what_is_reported_is_in_the_journal_with_fields_to_ask_by(journal):
         code=RejectCode.TRAPPED,
         message="unreachable\nsecond line",
     )
-    state.tell(report)
+    reports.tell(report)
     assert journal == [
         {
             "MESSAGE": f"hello: rolled-back components/main/hello/3.0.0.wasm: {RejectCode.TRAPPED}: unreachable",
@@ -155,7 +158,7 @@ def test_what_is_reported_is_in_the_journal_with_fields_to_ask_by(journal):
 
 
 def test_a_refused_assignment_is_called_one(journal):
-    state.tell(
+    reports.tell(
         Report(
             device="crane-0a1b2c3d",
             boot_id="b",

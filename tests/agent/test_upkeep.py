@@ -10,9 +10,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from agent.clock import ReferenceClock
 from agent.config import Disk, Paths, Settings
 from agent.identity import enrolment
-from agent.identity.enrolment import EnrolError
+from agent.identity.enrolment import CertificateRenewal, EnrolError
 from agent.identity.identity import Identity
 from agent.link.https import FetchError
 from agent.update import effects
@@ -94,15 +95,22 @@ async def test_a_certificate_is_renewed_at_once_when_the_server_calls_it_outdate
     places, server = board
     before = (places.identity / "device.pem").read_text()
 
-    outdated, renewed = asyncio.Event(), asyncio.Event()
-    loop = enrolment.renew(places, server, who(), lambda: NOW, outdated=outdated, renewed=renewed.set)
-    task = asyncio.create_task(loop)
+    retried = []
+    renewal = CertificateRenewal(
+        places=places,
+        identity=who(),
+        https=server,
+        clock=ReferenceClock(NOW),
+        mqtt=SimpleNamespace(retry=lambda: retried.append(True)),
+    )
+    task = asyncio.create_task(renewal.run())
     await asyncio.sleep(0)
     assert not server.asked
-    outdated.set()
+    renewal.request()
     async with asyncio.timeout(60):
-        await renewed.wait()
+        await renewal.renewed.wait()
     task.cancel()
+    assert retried == [True], "the broker may have refused the certificate of before"
     assert (places.identity / "device.pem").read_text() != before
 
 

@@ -12,9 +12,11 @@ from datetime import timedelta
 import msgspec
 import pytest
 
+from agent.config import Policy
 from agent.link import bundle
 from agent.link.bundle import BundleError, BundleSource, BundleVerdict
 from agent.link.https import FetchError
+from agent.update.receiver import BundleArrived
 from fleet.protocol import names as bundle_layout
 from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
@@ -40,11 +42,10 @@ class Stick:
     """A board without a network, into which a stick is put."""
 
     def __init__(self, tmp_path, *, allowed=True):
-        self.case = Case(tmp_path)
+        self.case = Case(tmp_path, policy=Policy(bundles=allowed))
         self.directory = tmp_path / "bundle"
         self.offline = BundleSource(self.case.server, self.directory)
-        self.case.trust._https = self.case.desired._https = self.offline
-        self.case.desired._bundles = allowed
+        self.case.start(self.offline)
 
     def files(self, envelope):
         return {**HEAD, MINE: envelope, **{f"tuf/{name}": data for name, data in self.case.server.files.items()}}
@@ -52,7 +53,7 @@ class Stick:
     async def put_in(self, files):
         bundle.stage(tar(files), self.directory, device=DEVICE)
         self.case.server.reachable = False
-        await self.case.desired.judge_bundle()
+        await self.case.work(BundleArrived())
         return msgspec.json.decode((self.directory / "outcome.json").read_bytes(), type=BundleVerdict)
 
 
@@ -70,7 +71,7 @@ async def test_a_bundle_is_accepted_without_a_network_and_the_report_says_so(sti
     [report] = stick.case.store.history()
     assert "came in a bundle: nobody vouched" in report.message
     # It is judged once: the next start of the agent does not find it again.
-    await stick.case.desired.judge_bundle()
+    await stick.case.work(BundleArrived())
     assert stick.case.deployer.versions == [3]
 
 

@@ -7,30 +7,31 @@ import pytest
 from agent.config import Paths
 from agent.host.ipc import host_api
 from agent.link.host_client import HostClient
-from agent.report.uplink import Vitals
-from agent.update.store import Store
-
-
-async def at_once(function, *arguments):
-    return function(*arguments)
+from agent.report.uplink import Uplink
+from agent.update.problems import Problems
+from agent.update.state import DeploymentState, DeviceContext
+from agent.update.store import Database, Store
 
 
 async def problems(places):
     """The sentences in the board's health."""
-    store = Store(places.database)
-    vitals = Vitals(
-        board=SimpleNamespace(device="crane-0a1b2c3d", boot_id="b", places=places),
-        store=store,
-        worker=at_once,
-        deployer=SimpleNamespace(state=SimpleNamespace(active={}, committed={})),
-        link=HostClient(places.host_socket),
-        problems=lambda: ["another"],
-        publish=lambda _: True,
+    db = Database(Store(places.database))
+    problems = Problems(db)
+    problems.set("somebody", "another")
+    uplink = Uplink(
+        device=DeviceContext(device="crane-0a1b2c3d", boot_id="b", places=places, mac_key=b"", clock=lambda: 0.0),
+        mqtt=SimpleNamespace(publish=lambda *_: True),
+        host=HostClient(places.host_socket),
+        db=db,
+        state=DeploymentState(),
+        problems=problems,
+        signer=None,
+        health_s=3600,
     )
     try:
-        return (await vitals.health()).problems
+        return (await uplink.health()).problems
     finally:
-        store.close()
+        db.close()
 
 
 @pytest.mark.asyncio

@@ -3,35 +3,53 @@
 import asyncio
 import contextlib
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 
+from agent.config import Paths
+from agent.link.host_client import HostClient
 from agent.report import uplink as outbox_module
-from agent.report.uplink import Outbox
+from agent.report.uplink import Uplink
+from agent.update.problems import Problems
+from agent.update.state import DeploymentState, DeviceContext
 from agent.update.store import Database, Store
 from fleet.protocol import wire
 from fleet.protocol.messages import Report
+from fleet.protocol.topics import Up
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
 
 @contextlib.asynccontextmanager
 async def outbox(tmp_path):
-    store, worker = Store(tmp_path / "store.db"), Database("test")
+    store = Store(tmp_path / "store.db")
+    db = Database(store)
     sent, event = [], asyncio.Event()
     link = {"up": True}
 
-    def publish(body):
-        if link["up"]:
+    def publish(channel, body):
+        if link["up"] and channel is Up.REPORT:
             sent.append(wire.decode(Report, body).sequence)
             event.set()
         return link["up"]
 
-    box = Outbox(store=store, worker=worker, publish=publish)
+    box = Uplink(
+        device=DeviceContext(
+            device="b-01234567", boot_id="x", places=Paths(tmp_path, tmp_path), mac_key=b"", clock=lambda: 0.0
+        ),
+        mqtt=SimpleNamespace(publish=publish),
+        host=HostClient(tmp_path / "host.sock"),
+        db=db,
+        state=DeploymentState(),
+        problems=Problems(db),
+        signer=SimpleNamespace(sign=lambda body: body),
+        health_s=3600,
+    )
 
     def post():
         store.save(report=Report(device="b-01234567", boot_id="x", sequence=0, at=NOW, assignment=1))
-        box.wake()
+        box.saved()
 
     async def until(expected):
         async with asyncio.timeout(60):
@@ -43,8 +61,7 @@ async def outbox(tmp_path):
     yield box, post, until, link, sent
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    worker.close()
-    store.close()
+    db.close()
 
 
 @pytest.mark.asyncio

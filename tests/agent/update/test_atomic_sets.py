@@ -72,7 +72,7 @@ async def test_a_power_cut_never_leaves_half_a_set(kit, instance, moment, phase,
         await kit.until(lambda: kit.store.dead or kit.deployer.is_idle)
         await kit.pull_plug()
         await kit.boot()
-        await kit.until(kit.seen.ready.is_set)
+        await kit.until(kit.link.ready.is_set)
         await kit.run(wanted)
         both = {"front": V2, "back": V3}
         assert kit.host.targets() in ([both] if good else [{"front": V1, "back": V1}])

@@ -147,8 +147,7 @@ def flip(path, offset=3):
 @pytest.mark.parametrize("what", ["*.cwasm", "*.json"])
 @pytest.mark.asyncio
 async def test_a_changed_file_is_refused_reported_and_made_anew(tmp_path, artifact, monkeypatch, what):
-    told = []
-    made = quick(tmp_path, monkeypatch, on_damaged=lambda artifact, message: told.append((artifact, message)))
+    made = quick(tmp_path, monkeypatch)
 
     await make(made, artifact)
     (file,) = (tmp_path / "images").glob(what)
@@ -156,7 +155,8 @@ async def test_a_changed_file_is_refused_reported_and_made_anew(tmp_path, artifa
     with pytest.raises(ImageError) as caught:
         await opened(made, artifact)
     assert caught.value.code is RejectCode.IMAGE_DAMAGED
-    assert [sha256 for sha256, _ in told] == [artifact[1]]
+    assert made.damaged.get_nowait().artifact == artifact[1]
+    assert made.damaged.empty(), "it is said once"
     await make(made, artifact)
     assert (await opened(made, artifact))[0].startswith(b"image of")
 

@@ -85,6 +85,7 @@ async def test_power_is_cut_in_a_rollback(kit, phase, when):
     await kit.pull_plug()
 
     await kit.boot()
+    await kit.until(kit.link.ready.is_set, "everything committed was restored")
     await kit.run(kit.assignment(2, bad))
     assert kit.host.targets() == {"web": V1}
     assert kit.chain()[-1] == "rolled-back"

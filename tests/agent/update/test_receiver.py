@@ -61,11 +61,11 @@ async def test_what_is_refused_is_reported_once_and_changes_nothing(case, what, 
     assert case.deployer.versions == [5]
     assert case.store.counter("accepted") == 5
     assert case.codes() == [code]
-    assert case.desired.problems["assignment"]
+    assert case.problems.text("assignment")
     # What is right again ends the trouble.
     await case.judge(case.server.assignment(7))
     assert case.deployer.versions == [5, 7]
-    assert "assignment" not in case.desired.problems
+    assert not case.problems.text("assignment")
 
 
 @pytest.mark.asyncio
@@ -93,7 +93,7 @@ async def test_a_server_that_cannot_be_reached_is_no_refusal(case):
     case.server.reachable = False
     await case.judge(case.server.assignment(1))
     assert case.codes() == []
-    assert "cannot be fetched" in case.desired.problems["assignment"]
+    assert "cannot be fetched" in case.problems.text("assignment")
 
 
 @pytest.mark.asyncio
@@ -113,7 +113,7 @@ async def test_a_silent_broker_cannot_freeze_a_board_unnoticed(tmp_path, monkeyp
     await case.judge(case.server.assignment(4))
     assert case.deployer.versions == [], "it is accepted, and not acted on"
     assert case.store.counter("accepted") == 4
-    assert "nobody vouched" in case.desired.problems["fresh"]
+    assert "nobody vouched" in case.problems.text("fresh")
 
 
 @pytest.mark.asyncio
@@ -122,7 +122,7 @@ async def test_a_development_board_acts_and_says_so(tmp_path, monkeypatch):
     case = Case(tmp_path, clock_set=False, strict=False)
     await case.judge(case.server.assignment(4))
     assert case.deployer.versions == [4]
-    assert "fresh" in case.desired.problems
+    assert case.problems.text("fresh")
 
 
 @pytest.mark.asyncio
@@ -168,9 +168,10 @@ async def test_a_release_that_was_revoked_is_held_against_what_runs_with_whateve
 
 
 @pytest.mark.asyncio
-async def test_the_owners_policy_counts_without_a_network(case):
+async def test_the_owners_policy_counts_without_a_network(tmp_path):
+    case = Case(tmp_path, policy=Policy(interfaces=()))
     case.store.save(committed=case.server.publish(b"bytes"))
-    case.server.reachable, case.policy = False, Policy(interfaces=())
+    case.server.reachable = False
     await case.desired.resume()
     [doubt] = case.deployer.doubts
     assert (doubt.code, "wasi:clocks" in doubt.message) == (RejectCode.GRANT_DENIED, True)
@@ -196,17 +197,12 @@ async def test_an_expired_repository_stops_updates_and_nothing_that_runs_and_why
 async def test_a_board_without_mqtt_and_without_a_clock_is_vouched_for_over_https(tmp_path, monkeypatch, replay):
     monkeypatch.setattr(desired_module, "FRESH_S", 0.05)
     case = Case(tmp_path, clock_set=False)
-    monkeypatch.setattr(case.desired, "_ask_fresh", lambda _nonce: False)  # the broker cannot be reached
+    case.presence.reachable = False  # the broker is not there
     case.server.envelope, case.server.replay = case.server.assignment(4), replay
-
-    asking = asyncio.ensure_future(case.desired.run(lambda: 3600.0))
-    await eventually_async(
-        lambda: case.store.counter("accepted") == 4 and (case.deployer.versions or case.desired.problems), "a verdict"
-    )
-    asking.cancel()
-    await asyncio.gather(asking, return_exceptions=True)
+    await case.poll()
+    assert case.store.counter("accepted") == 4
     assert case.deployer.versions == ([] if replay else [4])
-    assert ("nobody vouched" in case.desired.problems.get("fresh", "")) == bool(replay)
+    assert ("nobody vouched" in case.problems.text("fresh")) == bool(replay)
 
 
 @pytest.mark.asyncio
@@ -215,21 +211,21 @@ async def test_a_broker_that_keeps_assignments_back_is_noticed_by_the_board(case
 
     async def asked(version, **ago):
         case.server.envelope = case.server.assignment(version, issued=datetime.now(UTC) - timedelta(**ago))
-        await case.desired._ask()
+        await case.poll()
 
-    case.desired._on_bus = lambda: True
+    case.presence.connected = True
     await asked(1, seconds=5)
-    assert "broker" not in case.desired.problems, "it may be a moment late"
+    assert not case.problems.text("broker"), "it may be a moment late"
     await asked(2, minutes=10)
-    assert "the broker kept assignment 2" in case.desired.problems["broker"]
+    assert "the broker kept assignment 2" in case.problems.text("broker")
     assert case.deployer.versions == [1, 2], "and it is carried out all the same"
-    await case.desired._ask()
-    assert "broker" in case.desired.problems
-    await case.desired.heard(case.server.assignment(3))
-    assert "broker" not in case.desired.problems
-    case.desired._on_bus = lambda: False
+    await case.poll()
+    assert case.problems.text("broker")
+    await case.judge(case.server.assignment(3))
+    assert not case.problems.text("broker")
+    case.presence.connected = False
     await asked(4, minutes=10)
-    assert "broker" not in case.desired.problems, "one that is away keeps nothing back"
+    assert not case.problems.text("broker"), "one that is away keeps nothing back"
 
 
 @pytest.mark.asyncio
@@ -238,7 +234,7 @@ async def test_a_server_that_is_away_is_asked_again_soon_and_then_less_often(cas
     waits = []
 
     case.server.reachable = False
-    ask = case.desired._ask
+    ask = case.desired.poll
 
     async def counted():
         waits.append(1)
@@ -247,9 +243,9 @@ async def test_a_server_that_is_away_is_asked_again_soon_and_then_less_often(cas
             case.server.envelope = case.server.assignment(1)
         return await ask()
 
-    monkeypatch.setattr(case.desired, "_ask", counted)
+    monkeypatch.setattr(case.desired, "poll", counted)
     monkeypatch.setattr(desired_module, "AWAY_FIRST_S", 0.001)
-    task = asyncio.create_task(case.desired.run(lambda: 3600.0))
+    task = asyncio.create_task(case.desired.run())
     await eventually_async(lambda: case.deployer.versions, "an assignment is carried out")
     task.cancel()
     assert case.deployer.versions == [1]

@@ -131,11 +131,19 @@ async def test_a_box_that_was_changed_on_the_disk_is_said_so_and_fetched_again(k
         (box,) = kit.places.secrets.iterdir()
         box.write_bytes(box.read_bytes()[:-1] + b"\0")
         await kit.pull_plug()
+        boxes, kit.server.boxes = kit.server.boxes, {}
         await kit.boot()
-        await kit.until(lambda: getattr(kit, "restored", None), "an attempt to restore")
-        assert "key is not on this board's disk" in kit.restored[0].problem
-        kit.sealed.fetch(item, kit.server)
-        assert kit.sealed.descriptor(item) >= 0
+        await kit.until(kit.link.ready.is_set, "an attempt to restore")
+        assert "key is not on this board's disk" in kit.problems.text("restore web")
+        assert kit.host.running == {}
+        # The server has it again when the host comes back.
+        kit.server.boxes = boxes
+        kit.host.kill()
+        kit.host.start()
+        await kit.until(lambda: kit.host.running, "restored")
+        await kit.until(kit.link.ready.is_set, "everything is restored")
+        assert given(kit) == {"key": PASSWORD}
+        assert kit.problems.texts() == []
 
 
 def server_swaps_two_boards_boxes(kit):
