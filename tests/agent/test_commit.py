@@ -63,6 +63,29 @@ async def test_what_is_started_again_after_the_host_died_is_on_no_probation(kit)
         assert [request.probation for request in kit.host.requests if isinstance(request, host_api.Start)] == [False]
 
 
+@pytest.mark.asyncio
+async def test_a_restoration_ends_with_the_host_that_it_was_for(kit, monkeypatch):
+    """Else it would go on against the next host, beside that one's own."""
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        sound, asked, go_on = kit.images.open, [], asyncio.Event()
+
+        async def slow(**of):
+            asked.append(of)
+            await go_on.wait()
+            return await sound(**of)
+
+        monkeypatch.setattr(kit.images, "open", slow)
+        for turn in (1, 2):
+            kit.host.kill()
+            kit.host.requests.clear()
+            kit.host.start()
+            await kit.until(lambda turn=turn: len(asked) == turn)
+        go_on.set()
+        await kit.until(kit.link.ready.is_set, "everything is restored")
+        assert len([request for request in kit.host.requests if isinstance(request, host_api.Start)]) == 1
+
+
 @pytest.mark.parametrize("how", ["refused", "rolled-back"])
 @pytest.mark.asyncio
 async def test_an_assignment_of_which_one_item_failed_is_not_told_as_committed(kit, how):

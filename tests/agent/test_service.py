@@ -15,10 +15,14 @@ from agent.link.https import FetchError
 from agent.link.mqtt import Connected, Disconnected, Message
 from agent.service import Links, build
 from agent.session import FleetSession
+from agent.update.machine import Phase, State
+from agent.update.state import Change
 from agent.update.store import Database, Store
 from fleet.protocol import wire
+from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.messages import Ack, Hello, Poke, Report, State
+from fleet.protocol.messages import Ack, Hello, Poke, Report
+from fleet.protocol.messages import State as Online
 from fleet.protocol.topics import POKE, Down, Topic, Up
 from signing import dsse
 from tests.agent.enrolled_device import DEVICE, enrolled
@@ -112,6 +116,16 @@ def agent(tmp_path):
     return Agent(tmp_path)
 
 
+@pytest.fixture
+def host(agent):
+    """The socket of a host, which nobody answers at yet."""
+    with contextlib.closing(host_api.new_socket()) as listener:
+        listener.bind(str(agent.device.places.host_socket))
+        listener.listen()
+        listener.setblocking(False)
+        yield listener
+
+
 @contextlib.asynccontextmanager
 async def running(agent):
     others = asyncio.all_tasks()
@@ -136,7 +150,7 @@ async def test_a_stop_says_goodbye_cancels_every_part_and_closes_the_database(ag
         assert agent.broker.cancelled
         assert agent.broker.left, "in good order: the broker need not publish the will"
         _, payload, retain = [each for each in agent.broker.published if each[0] is Up.STATE][-1]
-        assert (wire.decode(State, payload).online, retain) == (False, True)
+        assert (wire.decode(Online, payload).online, retain) == (False, True)
         assert await agent.is_closed()
 
 
@@ -150,6 +164,21 @@ async def test_a_part_that_raises_ends_the_agent_with_1_and_closes_the_database(
         assert not agent.broker.left, "the will tells that it is gone"
         assert "a bug in this part" in caplog.text
         assert await agent.is_closed()
+
+
+@pytest.mark.asyncio
+async def test_a_stop_ends_a_change_under_way_and_the_connection_to_the_host(agent, host):
+    item = Item(instance="web", target="components/main/web/1.0.0.wasm", length=1, sha256="0" * 64, manifest_sha256="")
+    agent.db.store.save(Change(instance="web", assignment=1, state=State(phase=Phase.FETCHING), item=item))
+    async with running(agent) as task:
+        peer, _ = await asyncio.get_running_loop().sock_accept(host)
+        await asyncio.to_thread(_answer_hello, peer, 1)
+        async with asyncio.timeout(60):
+            await agent.host.ready.wait()
+        agent.service.stop()
+        assert await task == 0
+        assert not agent.host.connected
+        peer.close()
 
 
 @pytest.mark.asyncio
@@ -170,7 +199,7 @@ async def test_each_connection_is_announced_greeted_and_gets_the_reports_again(a
             agent.broker.connect()
             await agent.broker.until(lambda turn=turn: len(agent.broker.bodies(Up.HELLO)) == turn)
             await agent.broker.until(lambda sent=sent: len(agent.broker.bodies(Up.REPORT)) > sent)
-            states = [wire.decode(State, body) for body in agent.broker.bodies(Up.STATE)]
+            states = [wire.decode(Online, body) for body in agent.broker.bodies(Up.STATE)]
             assert [state.online for state in states] == [True] * turn
             assert len({wire.decode(Hello, body).nonce for body in agent.broker.bodies(Up.HELLO)}) == turn
             assert set(sequences(agent.broker.bodies(Up.REPORT))) == {1}
@@ -185,15 +214,11 @@ async def test_each_connection_is_announced_greeted_and_gets_the_reports_again(a
 
 
 @pytest.mark.asyncio
-async def test_a_host_that_comes_back_is_ready_only_once_everything_was_restored(agent):
-    listener = host_api.new_socket()
-    listener.bind(str(agent.device.places.host_socket))
-    listener.listen()
-    listener.setblocking(False)
+async def test_a_host_that_comes_back_is_ready_only_once_everything_was_restored(agent, host):
     async with running(agent):
         loop = asyncio.get_running_loop()
         for turn in (1, 2):
-            peer, _ = await loop.sock_accept(listener)
+            peer, _ = await loop.sock_accept(host)
             peer.setblocking(False)
             await asyncio.to_thread(_answer_hello, peer, turn)
             async with asyncio.timeout(60):
@@ -201,7 +226,6 @@ async def test_a_host_that_comes_back_is_ready_only_once_everything_was_restored
             assert agent.host.welcome.session == str(turn)
             peer.close()
             await eventually_async(lambda: not agent.host.ready.is_set(), "the host is missed")
-    listener.close()
 
 
 def _answer_hello(peer, turn):

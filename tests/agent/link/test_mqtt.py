@@ -30,6 +30,7 @@ class Broker:
 
     def __init__(self):
         self.connects, self.subscribed, self.published, self.writers, self.pings = [], [], [], [], 0
+        self.acknowledged = 0
         self.accept = 0
         self.changed = asyncio.Event()
 
@@ -65,6 +66,8 @@ class Broker:
                 topic, rest = body[2 : 2 + size].decode(), body[2 + size :]
                 writer.write(b"\x40\x02" + rest[:2])
                 self.published.append((topic, rest[2:], bool(kind & 1)))
+            case 4:
+                self.acknowledged += 1
             case 8:
                 self.subscribed.append(body)
                 writer.write(b"\x90\x04" + body[:2] + b"\x01\x01")
@@ -243,6 +246,29 @@ async def test_a_topic_that_cannot_be_read_is_dropped_alone():
     await board.until(lambda: (POKE, b"2") in board.told)
     assert board.told == ["connected", (POKE, b"2")]
     await board.stop()
+    await broker.stop()
+
+
+@pytest.mark.asyncio
+async def test_messages_that_nobody_reads_are_bounded_and_the_end_is_still_told(monkeypatch):
+    monkeypatch.setattr(bus_module, "MESSAGES_MAX", 3)
+    broker = Broker()
+    await broker.start()
+    client = MqttClient(
+        device=DEVICE, addresses=(f"mqtt://127.0.0.1:{broker.port}",), tls=None, will=b"gone", keepalive_s=60
+    )
+    task = asyncio.ensure_future(client.run())
+    events = client.events()
+    assert await anext(events) == Connected()
+    broker.writers[-1].write(b"".join(broker.packet(POKE, b"%d" % number) for number in range(10)))
+    await broker.until(lambda: broker.acknowledged == 10)
+    broker.drop()
+    await broker.until(lambda: len(broker.connects) == 2)
+    told = [await anext(events) for _ in range(4)]
+    assert told[:3] == [Message(POKE, b"%d" % number) for number in range(3)]
+    assert isinstance(told[3], Disconnected)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
     await broker.stop()
 
 

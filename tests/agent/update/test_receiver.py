@@ -9,6 +9,7 @@ import pytest
 from agent.config import Policy
 from agent.report import status
 from agent.update import receiver as desired_module
+from agent.update.receiver import ARRIVALS_MAX, AssignmentArrived, FreshnessArrived
 from fleet.protocol.codes import RejectCode
 from tests.agent.desired_case import NOW, Case
 from tests.eventually import eventually_async
@@ -97,6 +98,16 @@ async def test_a_server_that_cannot_be_reached_is_no_refusal(case):
 
 
 @pytest.mark.asyncio
+async def test_a_flood_from_the_broker_is_bounded_and_https_is_asked_instead(case, monkeypatch):
+    later = []
+    monkeypatch.setattr(case.desired, "refresh_later", later.append)
+    for _ in range(ARRIVALS_MAX + 3):
+        case.desired.post(FreshnessArrived(b"{}"))
+    assert case.desired.inbox.qsize() == ARRIVALS_MAX
+    assert len(later) == 3
+
+
+@pytest.mark.asyncio
 async def test_without_a_clock_somebody_has_to_vouch_for_it(tmp_path):
     case = Case(tmp_path, clock_set=False)
     envelope = case.server.assignment(4)
@@ -113,6 +124,17 @@ async def test_a_silent_broker_cannot_freeze_a_board_unnoticed(tmp_path, monkeyp
     await case.judge(case.server.assignment(4))
     assert case.deployer.versions == [], "it is accepted, and not acted on"
     assert case.store.counter("accepted") == 4
+    assert "nobody vouched" in case.problems.text("fresh")
+
+
+@pytest.mark.asyncio
+async def test_an_assignment_that_is_repeated_waits_no_longer_for_its_statement(tmp_path, monkeypatch):
+    """A broker that plays it again and again would else keep the board waiting, and from saying so."""
+    monkeypatch.setattr(desired_module, "FRESH_S", 0.2)
+    case = Case(tmp_path, clock_set=False)
+    envelope = case.server.assignment(4)
+    await case.work(*[AssignmentArrived(envelope)] * 5)
+    assert len(case.nonces) == 1
     assert "nobody vouched" in case.problems.text("fresh")
 
 
