@@ -1,4 +1,4 @@
-"""Boot clock, boot id, synchronisation of the wall clock, and the reference time with its floor."""
+"""Boot clock, boot id, synchronisation of the system clock, and the reference time with its floor."""
 
 import contextlib
 import ctypes
@@ -54,7 +54,7 @@ def clock_synchronised() -> bool | None:
 
 
 class ReferenceClock:
-    """Reference time for certificates, metadata and assignments: the wall clock, but never earlier than the floor.
+    """Reference time for certificates, metadata and assignments: the system clock, but never earlier than the floor.
 
     A device without a battery-backed clock wakes up in 1970. The floor is the newest time that anything signed has
     proved so far; it only rises. Every method may be called from any thread.
@@ -80,9 +80,9 @@ class ReferenceClock:
 
     @property
     def behind(self) -> bool:
-        """Whether the wall clock shows a time before the floor."""
+        """Whether the system clock shows a time before the floor."""
         return datetime.now(UTC) < self._floor
 
     def is_trustworthy(self) -> bool:
-        """Return whether the wall clock can be relied on: not behind, and not known to be unsynchronised."""
+        """Return whether the system clock can be relied on: not behind, and not known to be unsynchronised."""
         return not self.behind and clock_synchronised() is not False

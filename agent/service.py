@@ -22,7 +22,7 @@ from agent.link.bundle import BundleSource
 from agent.link.host_client import Host, HostClient
 from agent.link.https import DeviceTls, HttpsClient
 from agent.link.mqtt import MqttClient
-from agent.report.uplink import Uplink
+from agent.report.uplink import HealthSources, Uplink
 from agent.session import FleetSession, Presence
 from agent.update import effects
 from agent.update.effects import EffectRunner
@@ -30,7 +30,7 @@ from agent.update.images import ImageStore
 from agent.update.problems import Problems, ReportSink
 from agent.update.receiver import AssignmentReceiver, BundleListener
 from agent.update.reconciler import Reconciler
-from agent.update.restore import DamageReporter, HostRestorer
+from agent.update.restore import DamageReporter, HostRestorer, Materials
 from agent.update.secrets import SecretStore
 from agent.update.state import DeploymentState, DeviceContext
 from agent.update.store import Database, Store
@@ -207,10 +207,8 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     uplink = Uplink(
         device=device,
         mqtt=links.mqtt,
-        host=links.host,
         db=db,
-        state=state,
-        problems=problems,
+        sources=HealthSources(links.host, state, problems),
         signer=DeviceSigner((places.identity / "device.key").read_bytes()),
         health_s=settings.health_s,
     )
@@ -242,11 +240,8 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         host=links.host,
         effects=host,
         db=db,
-        images=images,
-        artifacts=places.artifacts,
+        materials=Materials(images, places.artifacts, policy, secrets),
         source=source,
-        policy=policy,
-        secrets=secrets,
         problems=problems,
         sink=sink,
     )

@@ -36,7 +36,7 @@ class Broker(Protocol):
 
     @property
     def connected(self) -> bool:
-        """Whether messages can be published now."""
+        """True while messages can be published."""
 
     def publish(self, channel: Up, payload: bytes, *, retain: bool = False) -> bool:
         """Hand over a message; return false when there is no connection."""
@@ -66,7 +66,7 @@ class Presence:
 
     @property
     def connected(self) -> bool:
-        """Whether the broker is connected."""
+        """True while the broker is connected."""
         return self._mqtt.connected
 
     def announce(self) -> bool:

@@ -7,6 +7,7 @@ unacknowledged; the server knows it by its sequence, so that nothing counts twic
 import asyncio
 import contextlib
 import random
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
@@ -48,6 +49,15 @@ class Signer(Protocol):
         """Return the payload in a signed envelope."""
 
 
+@dataclass(frozen=True, slots=True)
+class HealthSources:
+    """Objects that health is read from; none of them is changed."""
+
+    host: HostClient
+    state: DeploymentState
+    problems: Problems
+
+
 class Uplink:
     """Sender of reports and health."""
 
@@ -58,20 +68,18 @@ class Uplink:
         *,
         device: DeviceContext,
         mqtt: Publisher,
-        host: HostClient,
         db: Database,
-        state: DeploymentState,
-        problems: Problems,
         signer: Signer,
+        sources: HealthSources,
         health_s: float,
     ) -> None:
-        """Prepare an uplink; `state` is only read, health is sent every `health_s` seconds and after changes."""
+        """Prepare an uplink; health is sent every `health_s` seconds and after changes."""
         self._device = device
         self._mqtt = mqtt
-        self._host = host
         self._db = db
-        self._state = state
-        self._problems = problems
+        self._host = sources.host
+        self._state = sources.state
+        self._problems = sources.problems
         self._signer = signer
         self._health_s = health_s
         self._health_due = asyncio.Event()

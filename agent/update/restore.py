@@ -252,6 +252,21 @@ async def checked_image(item: Item, manifest: Manifest, images: ImageStore, arti
         return await images.open(sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)
 
 
+@dataclass(frozen=True, slots=True)
+class Materials:
+    """Everything that an instance is started from on this device.
+
+    Attributes:
+        artifacts: directory of artifacts, for images that have to be compiled again.
+        policy: the device owner's.
+    """
+
+    images: ImageStore
+    artifacts: Path
+    policy: Policy
+    secrets: SecretStore
+
+
 class HostRestorer:
     """Reader of the host's events: restores everything committed on each new host, and only then lets others ask."""
 
@@ -263,11 +278,8 @@ class HostRestorer:
         host: HostClient,
         effects: Host,
         db: Database,
-        images: ImageStore,
-        artifacts: Path,
+        materials: Materials,
         source: Source,
-        policy: Policy,
-        secrets: SecretStore,
         problems: Problems,
         sink: ReportSink,
     ) -> None:
@@ -277,22 +289,16 @@ class HostRestorer:
             host: whose events are read, here alone.
             effects: told of what happens to instances.
             db: the store.
-            images: of this device.
-            artifacts: where artifacts lie, for images that have to be compiled again.
+            materials: of this device.
             source: of boxes that were damaged on the disk.
-            policy: the device owner's.
-            secrets: of this device.
             problems: shows which instance could not be started.
             sink: told that health changed.
         """
         self._host = host
         self._effects = effects
         self._db = db
-        self._images = images
-        self._artifacts = artifacts
+        self._materials = materials
         self._source = source
-        self._policy = policy
-        self._secrets = secrets
         self._problems = problems
         self._sink = sink
 
@@ -334,8 +340,9 @@ class HostRestorer:
         await self._stop_unknown(welcome, items)
         for each in items:
             with contextlib.suppress(FetchError, Rejected, OSError):  # starting the instance says what is wrong
-                await asyncio.to_thread(self._secrets.fetch, each.item, self._source)
-        restored = await restore(self._host, welcome, items, self._images, self._artifacts, self._policy, self._secrets)
+                await asyncio.to_thread(self._materials.secrets.fetch, each.item, self._source)
+        of = self._materials
+        restored = await restore(self._host, welcome, items, of.images, of.artifacts, of.policy, of.secrets)
         for one in restored:
             source = f"restore {one.instance}"
             if one.problem:

@@ -394,11 +394,8 @@ class BoardKit:
             host=self.link,
             effects=self.seen,
             db=self.worker,
-            images=self.images,
-            artifacts=self.places.artifacts,
+            materials=restore.Materials(self.images, self.places.artifacts, self.settings.policy, self.sealed),
             source=self.server,
-            policy=self.settings.policy,
-            secrets=self.sealed,
             problems=self.problems,
             sink=SimpleNamespace(changed=lambda: None),
         )

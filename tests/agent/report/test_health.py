@@ -7,7 +7,7 @@ import pytest
 from agent.config import Paths
 from agent.host.ipc import host_api
 from agent.link.host_client import HostClient
-from agent.report.uplink import Uplink
+from agent.report.uplink import HealthSources, Uplink
 from agent.update.problems import Problems
 from agent.update.state import DeploymentState, DeviceContext
 from agent.update.store import Database, Store
@@ -21,10 +21,8 @@ async def problems(places):
     uplink = Uplink(
         device=DeviceContext(device="crane-0a1b2c3d", boot_id="b", places=places, mac_key=b"", clock=lambda: 0.0),
         mqtt=SimpleNamespace(publish=lambda *_: True),
-        host=HostClient(places.host_socket),
         db=db,
-        state=DeploymentState(),
-        problems=problems,
+        sources=HealthSources(HostClient(places.host_socket), DeploymentState(), problems),
         signer=None,
         health_s=3600,
     )

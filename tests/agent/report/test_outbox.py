@@ -10,7 +10,7 @@ import pytest
 from agent.config import Paths
 from agent.link.host_client import HostClient
 from agent.report import uplink as outbox_module
-from agent.report.uplink import Uplink
+from agent.report.uplink import HealthSources, Uplink
 from agent.update.problems import Problems
 from agent.update.state import DeploymentState, DeviceContext
 from agent.update.store import Database, Store
@@ -39,10 +39,8 @@ async def outbox(tmp_path):
             device="b-01234567", boot_id="x", places=Paths(tmp_path, tmp_path), mac_key=b"", clock=lambda: 0.0
         ),
         mqtt=SimpleNamespace(publish=publish),
-        host=HostClient(tmp_path / "host.sock"),
         db=db,
-        state=DeploymentState(),
-        problems=Problems(db),
+        sources=HealthSources(HostClient(tmp_path / "host.sock"), DeploymentState(), Problems(db)),
         signer=SimpleNamespace(sign=lambda body: body),
         health_s=3600,
     )
