@@ -29,8 +29,8 @@ from agent.update.effects import EffectRunner
 from agent.update.images import ImageStore
 from agent.update.problems import Problems, ReportSink
 from agent.update.receiver import AssignmentReceiver, BundleListener
-from agent.update.reconciler import Reconciler
-from agent.update.restore import DamageReporter, HostRestorer, Materials
+from agent.update.reconciler import ImageDamaged, Reconciler
+from agent.update.restore import HostRestorer, Materials
 from agent.update.secrets import SecretStore
 from agent.update.state import DeploymentState, DeviceContext
 from agent.update.store import Database, Store
@@ -266,10 +266,11 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     )
     session = FleetSession(mqtt=links.mqtt, receiver=receiver, commands=commands, uplink=uplink, presence=presence)
     parts: tuple[Part, ...] = (
+        reconciler,
         receiver,
         links.host,
         restorer,
-        DamageReporter(device=device, images=images, db=db, sink=sink),
+        DamagedImages(images, reconciler),
         eviction,
         BundleListener(places.wake, receiver),
         links.mqtt,
@@ -291,6 +292,23 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         effects=runner,
         db=db,
     )
+
+
+class DamagedImages:
+    """Forwarder of images that were found damaged, by whichever thread, to the reconciler."""
+
+    name = "damaged images"
+
+    def __init__(self, images: ImageStore, reconciler: Reconciler) -> None:
+        self._images = images
+        self._reconciler = reconciler
+
+    async def run(self) -> None:
+        """Forward damaged images, for ever."""
+        while True:
+            damaged = await self._images.damaged.get()
+            log.error("%s", damaged.message)
+            self._reconciler.post(ImageDamaged(damaged.artifact, damaged.message))
 
 
 class Eviction:

@@ -22,7 +22,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 import msgspec
 
@@ -31,6 +31,7 @@ from agent.update import state as reports
 from agent.update.effects import EffectContext, EffectRunner
 from agent.update.machine import Effect, Event, Phase, State, is_legal
 from agent.update.plan import Act, Gate, GateState, Step, may_report_committed, plan, set_gate, swap_set
+from agent.update.problems import ReportSink
 from agent.update.state import (
     CANCELLED,
     DONE,
@@ -136,15 +137,10 @@ Input = (
 )
 
 
-class ReportSink(Protocol):
-    """Takes note of reports that are stored and wait to be sent."""
-
-    def saved(self, report: Report, /) -> None:
-        """Take note of one; called on the event loop, and must not wait."""
-
-
 class Reconciler:
     """Owner of the deployment state; `post` gives it inputs, `run` is its task."""
+
+    name = "reconciler"
 
     def __init__(
         self,

@@ -31,15 +31,14 @@ from agent.link.host_client import (
     HostRefusedError,
 )
 from agent.link.https import FetchError, Source
-from agent.update import state
 from agent.update.images import ImageError, ImageStore
 from agent.update.problems import Problems, ReportSink
 from agent.update.secrets import SecretStore
-from agent.update.state import Committed, DeviceContext
+from agent.update.state import Committed
 from agent.update.store import Database, Store, StoreError
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
-from fleet.protocol.codes import InstanceState, Phase, RejectCode
+from fleet.protocol.codes import InstanceState
 from fleet.protocol.files import atomic_write
 from fleet.protocol.manifest import Manifest
 from signing.errors import Rejected
@@ -364,36 +363,3 @@ class HostRestorer:
                 log.warning("%s runs on the host and belongs to nothing: stopped", running.instance)
                 with contextlib.suppress(HostRefusedError):
                     await self._host.ask(host_api.Stop, host_api.Done, instance=running.instance)
-
-
-class DamageReporter:
-    """Reporter of damaged images: one report for each committed item that they belonged to."""
-
-    name = "damaged images"
-
-    def __init__(self, *, device: DeviceContext, images: ImageStore, db: Database, sink: ReportSink) -> None:
-        """Prepare a reporter that reads `images.damaged`."""
-        self._device = device
-        self._images = images
-        self._db = db
-        self._sink = sink
-
-    async def run(self) -> None:
-        """Report damaged images, for ever."""
-        while True:
-            damaged = await self._images.damaged.get()
-            log.error("%s", damaged.message)
-            for each in await self._db(Store.committed):
-                if each.item.sha256 == damaged.artifact:
-                    report = state.about(
-                        self._device,
-                        assignment=each.assignment,
-                        phase=Phase.IDLE,
-                        item=each.item,
-                        running=each.item.target,
-                        code=RejectCode.IMAGE_DAMAGED,
-                        message=damaged.message,
-                    )
-                    with contextlib.suppress(StoreError):
-                        await self._db(Store.save, report=report)
-            self._sink.saved()

@@ -22,10 +22,8 @@ from agent.config import Paths, Settings
 from agent.host.ipc import host_api
 from agent.identity import identity
 from agent.identity.identity import Identity
-from agent.update.state import Committed, FailedItem, Transition
-from agent.update.store import NotAloneError, Store, alone
 from agent.service import Enrolled, Links, build
-from agent.update.state import Committed, FailedItem
+from agent.update.state import Committed, FailedItem, Transition
 from agent.update.store import Database, NotAloneError, Store, alone
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import Phase, RejectCode

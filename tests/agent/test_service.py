@@ -16,7 +16,7 @@ from agent.link.mqtt import Connected, Disconnected, Message
 from agent.service import Links, build
 from agent.session import FleetSession
 from agent.update.machine import Phase, State
-from agent.update.state import Change
+from agent.update.state import Change, Transition
 from agent.update.store import Database, Store
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
@@ -169,7 +169,8 @@ async def test_a_part_that_raises_ends_the_agent_with_1_and_closes_the_database(
 @pytest.mark.asyncio
 async def test_a_stop_ends_a_change_under_way_and_the_connection_to_the_host(agent, host):
     item = Item(instance="web", target="components/main/web/1.0.0.wasm", length=1, sha256="0" * 64, manifest_sha256="")
-    agent.db.store.save(Change(instance="web", assignment=1, state=State(phase=Phase.FETCHING), item=item))
+    change = Change(instance="web", assignment=1, state=State(phase=Phase.FETCHING), item=item)
+    agent.db.store.apply(Transition(change=change))
     async with running(agent) as task:
         peer, _ = await asyncio.get_running_loop().sock_accept(host)
         await asyncio.to_thread(_answer_hello, peer, 1)
