@@ -26,11 +26,8 @@ from agent.update.store import Database, NotAloneError, Store, StoreError, alone
 from fleet.protocol.names import BadNameError
 
 TOKEN_MAX_BYTES: Final = 8192
-
 HOST_WAIT_S: Final = 30.0
-
 APPLY_LOOK_S: Final = 0.1
-
 Command = Callable[[argparse.Namespace], int]
 
 EXAMPLES: Final = """examples:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 _STA_UNSYNC: Final = 0x0040
-
 _TIME_ERROR: Final = 5
 
 

@@ -133,13 +133,9 @@ class Commands:
 
 
 LOOK_S: Final = 0.5
-
 KEEP_ALIVE_S: Final = 10.0
-
 FOLLOWS_MAX: Final = 4
-
 FAILURES_MAX: Final = 5
-
 _ERRORS: Final = ("error", "critical", "host:")
 
 

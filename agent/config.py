@@ -17,9 +17,7 @@ from fleet.protocol import bounds, outbound
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEMENTS_MAX, Grants, Limits
 
 STATE_DIR: Final = Path("/var/lib/wasmfleet-agent")
-
 RUNTIME_DIR: Final = Path("/run/wasmfleet")
-
 CONFIG_FILE: Final = Path("/etc/wasmfleet/agent.toml")
 
 CAPPED: Final = (

@@ -11,7 +11,6 @@ import socket
 from typing import Final
 
 WATCHDOG_SHARE: Final = 3
-
 FIELD: Final = "WASMFLEET_"
 
 

@@ -50,11 +50,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fleet.protocol.files import atomic_write, create_exclusive, move_into_place
 
 CA_LIFE: Final = timedelta(days=3650)
-
 SERVER_LIFE: Final = timedelta(days=90)
-
 DEVICE_LIFE: Final = timedelta(days=90)
-
 BACKDATED: Final = timedelta(hours=1)
 """Time that a certificate's start lies back, so that a clock that is a little slow accepts it."""
 
@@ -372,14 +369,11 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 LIFE: Final = timedelta(days=90)
-
 WARN: Final = timedelta(days=30)
 """Time before an issuing CA's end from which the status asks to renew it."""
 
 _ROUNDS: Final = 600_000
-
 _REQUEST_MAX_BYTES: Final = 16 * 1024
-
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 

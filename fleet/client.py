@@ -37,22 +37,16 @@ from fleet.protocol.trust_api import (
 )
 
 CHUNK_BYTES: Final = 64 * 1024
-
 CONNECT_TIMEOUT_S: Final = 5.0
-
 READ_TIMEOUT_S: Final = 30.0
-
 _NO_CHECK_TIME: Final = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME of OpenSSL; the ssl module has no name for it."""
 
 V = TypeVar("V", bound=msgspec.Struct)
 
 _CHECK_SERVER: Final = "start it with 'fleet serve', or look at its log"
-
 _CHECK_NETWORK: Final = "check the address in operator/config.toml and the network between"
-
 _LISTINGS: Final = "'fleet devices', 'fleet groups' and 'fleet rollouts' list them"
-
 _CHECK_HOME: Final = "use the --home of this fleet, or check that the address is right"
 
 

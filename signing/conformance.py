@@ -27,7 +27,6 @@ from signing.errors import FetchNotFound, Rejected
 from signing.updater import DirectoryCache, FileState, Updater
 
 TIMEOUT_S: Final = 30
-
 PINNED: Final = ".pinned-root"
 
 STATE: Final = ".facts"

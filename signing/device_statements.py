@@ -34,13 +34,9 @@ from signing.dsse import parse
 from signing.errors import KeyFileError, Rejected
 
 REPORT_TYPE: Final = "application/vnd.wasmfleet.report.v1+json"
-
 ENVELOPE_MAX_BYTES: Final = bounds.REPORT_MAX_BYTES * 4 // 3 + bounds.KIB
-
 _P256_BITS: Final = 256
-
 _ECDSA: Final = ECDSA(SHA256())
-
 _START: Final = b'{"payloadType"'
 
 

@@ -71,9 +71,7 @@ def payload_sha256(envelope: bytes) -> str:
 
 
 COMMAND_LIFE_MAX: Final = timedelta(minutes=15)
-
 PORT_MAX: Final = 65535
-
 M = TypeVar("M", Assignment, Fresh, Command)
 
 

@@ -19,7 +19,6 @@ from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
 
 MAX_BYTES: Final = bounds.DESIRED_MAX_BYTES
-
 SIGNATURES_MAX: Final = 16
 
 

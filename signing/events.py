@@ -32,11 +32,8 @@ from signing.metadata import DIRECTOR, profile
 from signing.rotation import Namespace, RoleKeys, Size
 
 _NAMED_MAX: Final = 4
-
 KIND: Final = "wasmfleet-signing-event-1"
-
 MAX_BYTES: Final = bounds.ROOT_MAX_BYTES + 4 * bounds.TARGETS_MAX_BYTES
-
 DOCUMENTS_MAX: Final = 1100
 """A namespace with 1,024 bins, and what changes with it."""
 

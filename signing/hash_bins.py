@@ -18,7 +18,6 @@ from signing.metadata import REVOKED, ceiling
 from signing.policy import Release
 
 MARK: Final = ".bins"
-
 BITS: Final = 8
 
 

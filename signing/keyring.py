@@ -27,18 +27,13 @@ from signing import keys
 from signing.errors import KeyFileError
 
 FILE: Final = "file"
-
 ELSEWHERE: Final = ""
-
 Ask = Callable[[str], bytes | None]
 """Asks a person for the passphrase or PIN of what it is given; None when there is nobody to ask."""
 
 _ID_MIN: Final = 8
-
 _RECOVERY_PREFIX: Final = "WFRK1"
-
 _SEED_BYTES: Final = 32
-
 _CHECK_BYTES: Final = 3
 
 

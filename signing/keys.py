@@ -36,13 +36,9 @@ from fleet.protocol import files
 from signing.errors import KeyFileError
 
 MAX_BYTES: Final = 64 * 1024
-
 PKCS12_ROUNDS: Final = 600_000
-
 BCRYPT_ROUNDS: Final = 64
-
 MIN_PASSPHRASE_BYTES: Final = 8
-
 _PKCS12_NAME: Final = b"wasmfleet"
 
 
@@ -173,19 +169,12 @@ def _write(path: Path, data: bytes) -> None:
 
 
 SCHEME: Final = "ssh-agent"
-
 _REQUEST_IDENTITIES: Final = 11
-
 _IDENTITIES_ANSWER: Final = 12
-
 _SIGN_REQUEST: Final = 13
-
 _SIGN_RESPONSE: Final = 14
-
 _ED25519: Final = b"ssh-ed25519"
-
 _ANSWER_MAX: Final = 256 * 1024
-
 _TIMEOUT_S: Final = 60
 
 

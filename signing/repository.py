@@ -43,9 +43,7 @@ from signing.metadata import CEILING, DIRECTOR, PROFILE, REVOKED, ceiling
 from signing.policy import Release
 
 S = TypeVar("S", Root, Timestamp, Snapshot, Targets)
-
 RESERVED: Final = frozenset({"root", "targets", "snapshot", "timestamp", DIRECTOR})
-
 LIFE: Final[Mapping[str, timedelta]] = {
     "root": timedelta(days=730),
     "targets": timedelta(days=365),

@@ -31,9 +31,7 @@ from signing.errors import ConflictError, Rejected, RepositoryError
 from signing.metadata import CEILING, DIRECTOR, PROFILE, ceiling, profile, verify_root
 
 TEAM_KEYS = 3
-
 TEAM_THRESHOLD = 2
-
 OFFLINE = ("root", "targets")
 
 

@@ -38,19 +38,12 @@ if TYPE_CHECKING:
     from signing.device_statements import DeviceSigner
 
 FORMAT: Final = 1
-
 KEY_BYTES: Final = 32
-
 TAG_BYTES: Final = 16
-
 PAD_BYTES: Final = 256
-
 _LENGTH_BYTES: Final = 2
-
 _HEAD_BYTES: Final = 1 + KEY_BYTES
-
 _NONCE: Final = bytes(12)
-
 _INFO: Final = b"wasmfleet sealed secret 1"
 
 

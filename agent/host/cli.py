@@ -19,11 +19,8 @@ from agent.host.supervisor.supervisor import VERSION, HostError, HostSettings, I
 from fleet.protocol.bounds import MIB
 
 _DEFAULT_RUNTIME: Final = "/run/wasmfleet"
-
 _DEFAULT_STATE: Final = "/var/lib/wasmfleet-host"
-
 _DEFAULT_INGRESS: Final = "127.0.0.1:8080"
-
 _STATUS_BELOW_MINIMUM: Final = 78  # EX_CONFIG of sysexits.h: starting again changes nothing
 
 

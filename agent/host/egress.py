@@ -36,15 +36,12 @@ from fleet.protocol import outbound, wire
 from fleet.protocol.manifest import Grants
 
 _RESOLVE_S: Final = 10.0
-
 _AT_ONCE: Final = 16
-
 _PACKET: Final = 4096
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 _admits: Final[msgspec.json.Decoder[RegisterWorker]] = msgspec.json.Decoder(RegisterWorker)
-
 _asks: Final[msgspec.json.Decoder[ConnectRequest]] = msgspec.json.Decoder(ConnectRequest)
 
 

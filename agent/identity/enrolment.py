@@ -55,7 +55,6 @@ from signing.errors import KeyFileError
 from signing.sealing import load, public_key
 
 CONNECT_S: Final = 20.0
-
 NEW: Final = ".identity.new"
 """Where an identity is made ready, in the state directory."""
 

@@ -39,17 +39,11 @@ def note_production(directory: Path) -> None:
 
 
 NAME: Final = "wasmfleet.token"
-
 BOOT: Final = (Path("/boot/firmware"), Path("/boot/efi"), Path("/boot"))
-
 COMMAND_LINE: Final = Path("/proc/cmdline")
-
 TOKEN_MAX_BYTES: Final = 8192
-
 NAME_CHARS: Final = 54  # a device id is a name and nine characters more, and a DNS label
-
 SERIAL_CHARS: Final = 8
-
 MACHINE_SOURCES: Final = {
     "serial": Path("/sys/firmware/devicetree/base/serial-number"),
     "dmi": Path("/sys/class/dmi/id/product_uuid"),

@@ -29,11 +29,8 @@ from signing import dsse
 from signing.errors import Rejected
 
 _TUF: Final = "/v1/tuf/"
-
 _ARTIFACTS: Final = "/v1/artifacts/"
-
 _SECRETS: Final = "/v1/secrets/"
-
 _AWAY: Final = frozenset({RejectCode.UNREACHABLE, RejectCode.TOO_SLOW})
 
 

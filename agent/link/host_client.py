@@ -21,9 +21,7 @@ from fleet.protocol.codes import RejectCode
 from fleet.protocol.messages import InstanceHealth
 
 RETRY_FIRST_S: Final = 0.1
-
 RETRY_MAX_S: Final = 5.0
-
 REQUEST_S: Final = 120.0
 
 R = TypeVar("R", bound=msgspec.Struct)

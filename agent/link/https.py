@@ -31,9 +31,7 @@ from fleet.protocol.codes import RETRYABLE, RejectCode
 from fleet.protocol.files import sync_directory
 
 CHUNK_BYTES: Final = 64 * 1024
-
 RATE_WINDOW_S: Final = 30.0
-
 USER_AGENT: Final = "wasmfleet-agent"
 
 

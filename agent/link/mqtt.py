@@ -28,15 +28,10 @@ from fleet.protocol.topics import Topic, Up, board_subscriptions
 log = logging.getLogger("agent.link.mqtt")
 
 RETRY_FIRST_S: Final = 1.0
-
 RETRY_MAX_S: Final = 300.0
-
 CONNECT_S: Final = 20.0
-
 STABLE_S: Final = 60.0
-
 PORTS: Final = {"mqtt": 1883, "mqtts": 8883, "wss": 443}
-
 QOS: Final = 1
 
 

@@ -28,11 +28,8 @@ from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
 
 CONNECT_S: Final = 10.0
-
 COMPILER_S: Final = 60.0
-
 MACHINES: Final = frozenset({"x86_64", "aarch64", "riscv64"})
-
 BITS: Final = 64
 
 

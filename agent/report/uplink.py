@@ -28,9 +28,7 @@ AFTER_CHANGE_S: Final = 1.0
 """How long health waits after a change: for figures that follow, and for more changes."""
 
 RESEND_FIRST_S: Final = 30.0
-
 RESEND_MAX_S: Final = 900.0
-
 WINDOW: Final = 64
 """Reports under way at once."""
 

@@ -28,13 +28,9 @@ from fleet.protocol.codes import RejectCode
 from fleet.protocol.files import atomic_write
 
 CHUNK_BYTES: Final = 1 << 20
-
 SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-
 COMPILER_VARIABLE: Final = "WASMFLEET_COMPILER"
-
 DESCRIBE_MAX_S: Final = 60.0
-
 STDERR_MAX_BYTES: Final = 16 * 1024
 
 

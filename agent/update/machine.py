@@ -177,11 +177,8 @@ _BEYOND: Final = {
     Phase.COMMITTED: Effect.COMMIT,
     Phase.IDLE: Effect.CLOSE,
 }
-
 RETRY_FIRST_S: Final = 2.0
-
 RETRY_MAX_S: Final = 300.0
-
 _ENDED: Final = {
     Counter.DELAYS: ("unreachable", "the download did not succeed in the allowed number of attempts"),
     Counter.RESUMPTIONS: ("interrupted", "the agent was restarted too often during this deployment"),

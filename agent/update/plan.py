@@ -76,7 +76,6 @@ class Step:
 
 
 _ORDER: Final = {act: place for place, act in enumerate(Act)}
-
 _SUPERSEDABLE: Final = frozenset(
     {Phase.IDLE, Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED, Phase.PROBATION}
 )

@@ -50,7 +50,6 @@ SAME_S: Final = 30.0
 """How long the same envelope by another way (MQTT and HTTPS) is not judged again."""
 
 RETRY_S: Final = (5.0, 30.0)
-
 BROKER_SLACK: Final = timedelta(minutes=2)
 """How much later than HTTPS the broker may bring an assignment before it is suspected."""
 

@@ -60,7 +60,6 @@ log = logging.getLogger("agent.update.reconciler")
 
 PROGRESS_S: Final = 5.0
 STORE_AGAIN_S: Final = 30.0
-
 _SUPERSEDABLE: Final = frozenset({Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED, Phase.PROBATION})
 
 _GATED: Final = frozenset({(Phase.STAGED, Event.DONE), (Phase.PROBATION, Event.WELL)})

@@ -27,7 +27,6 @@ from signing.errors import KeyFileError, Rejected
 from signing.sealing import Purpose
 
 PATH: Final = "/v1/secrets/"
-
 _END: Final = ".box"
 
 

@@ -379,7 +379,6 @@ class Store:
 
 
 P = ParamSpec("P")
-
 R = TypeVar("R")
 
 

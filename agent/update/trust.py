@@ -40,7 +40,6 @@ from signing.updater import DirectoryCache, Fetch, Updater
 from signing.verifier import Accepted
 
 _NO_NEWS: Final = frozenset({RejectCode.UNREACHABLE, RejectCode.TOO_SLOW, RejectCode.EXPIRED})
-
 ARCH: Final = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine(), platform.machine())
 
 

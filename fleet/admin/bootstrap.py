@@ -27,9 +27,7 @@ from signing.errors import SigningError
 from signing.keyring import Keyring, recovery_key
 
 OPERATORS_PORT: Final = 8743
-
 DEVICES_PORT: Final = 8744
-
 MQTT_PORT: Final = 8883
 
 

@@ -49,9 +49,7 @@ from signing.rotation import RoleKeys
 from signing.state import VerifierState
 
 _FILES_MAX: Final = 1_000_000
-
 _DATABASE_MAX_BYTES: Final = 64 << 30
-
 _LIMITS: Final = {
     "server.toml": 64 * bounds.KIB,
     "fleet.db": _DATABASE_MAX_BYTES,
@@ -143,7 +141,6 @@ def _limit(name: str) -> int:
 
 
 ONLINE: Final = ("snapshot", "timestamp")
-
 EVENT: Final = "event.signing.json"
 
 
@@ -351,7 +348,6 @@ def _seen(place: ServerPaths) -> dict[str, int]:
 
 
 Files = Mapping[str, bytes]
-
 _PLAUSIBLE: Final = 2**40
 """A version beyond it was driven up by a thief: numbering begins anew, as devices forget it with the stolen keys."""
 

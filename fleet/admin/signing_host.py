@@ -32,9 +32,7 @@ from signing.trusted_metadata import ROOT_HISTORY
 from signing.updater import MemoryCache, MemoryState, StateStore, Updater
 
 log = logging.getLogger(__name__)
-
 WAIT_S: Final = 50
-
 AWAY_S: Final = 10.0
 
 

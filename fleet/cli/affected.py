@@ -24,9 +24,7 @@ from fleet.protocol.codes import OPEN_STATES
 from fleet.protocol.operator_api import Devices
 
 RUNS: Final = "runs"
-
 ASSIGNED: Final = "assigned"
-
 PUBLISHED: Final = "published"
 
 

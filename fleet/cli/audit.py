@@ -20,7 +20,6 @@ REPORTS_MAX: Final = 200_000
 """Reports read of one device, so that a server cannot keep the command busy for ever."""
 
 _AWAY: Final = "the server shows no key of this device: it has not come back to it yet"
-
 _GONE: Final = "the server does not know this device any more"
 
 

@@ -72,11 +72,8 @@ HOME: Final = click.Option(
     type=click.Path(path_type=Path, file_okay=False),
     help="The fleet's directory  [$WASMFLEET_HOME, else ~/.local/share/wasmfleet]",
 )
-
 JSON: Final = click.Option(["--json"], is_flag=True, help="Print JSON for programs")
-
 QUIET: Final = click.Option(["--quiet", "-q"], is_flag=True, help="Print only results and errors")
-
 DEBUG: Final = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error")
 
 

@@ -37,17 +37,12 @@ NAME: Final = "wasmfleet.token"
 """File that `fleet-agent enroll --first-boot` looks for."""
 
 _SECTOR: Final = 512
-
 _FAT_TYPES: Final = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E, 0xEF})
-
 _GPT: Final = 0xEE
-
 _GPT_FAT: Final = frozenset(
     {UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b"), UUID("ebd0a0a2-b9e5-4433-87c0-68b6b72699c7")}
 )
-
 _GPT_ENTRIES_MAX: Final = 128
-
 _PACKED: Final = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 ANSWER_S: Final = 30
-
 LOOK_S: Final = 10
 
 

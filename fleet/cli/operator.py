@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from fleet.client import Client
 
 TOKEN_VARIABLE: Final = "FLEET_TOKEN"  # noqa: S105 - the name of a variable
-
 _INIT: Final = "run 'fleet init --dev' here first, or name the fleet's directory with --home"
 
 

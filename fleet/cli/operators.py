@@ -17,7 +17,6 @@ _ROLE = click.option(
     type=click.Choice([str(each) for each in Role]),
     help="viewer reads, operator also changes what devices run, admin also manages operators  [operator, or as before]",
 )
-
 _SAVE = click.option(
     "--save",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -37,7 +37,6 @@ from signing.events import Document, Event
 from signing.policy import Release
 
 CONFLICTS_MAX: Final = 5
-
 _CONFLICT: Final = 409
 
 

@@ -32,31 +32,26 @@ from fleet.rollout import model
 _PROGRESS_FROM_BYTES: Final = 256 * 1024
 
 _FILE: Final = click.argument("file", type=click.Path(path_type=Path))
-
 _MANIFEST: Final = click.option(
     "--manifest",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Read this component.toml  [the one beside FILE, else inferred]",
 )
-
 _VERSION: Final = click.option(
     "--version", default="", metavar="VERSION", help="Publish under this version  [the manifest's]"
 )
-
 _SBOM: Final = click.option(
     "--sbom",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Bind this bill of materials: CycloneDX or SPDX, as JSON",
 )
-
 _PROVENANCE: Final = click.option(
     "--provenance",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Bind this build provenance: SLSA v1, as JSON",
 )
-
 _NAME: Final = click.option("--name", default="", metavar="NAME", help="Publish under this name  [the manifest's]")
 
 _DEPLOY: Final = (

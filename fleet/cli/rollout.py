@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fleet.client import Client
 
 POLL_S: Final = 25
-
 GONE_S: Final = 60.0
 """Time that the server may be unreachable while a rollout is followed."""
 
@@ -40,11 +39,8 @@ _STEPS: Final = {
     Phase.PROBATION: 6,
     Phase.COMMITTED: 7,
 }
-
 _ALL_STEPS: Final = 7
-
 _TOLD_MAX: Final = 5
-
 _DECIDED: Final = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED})
 
 

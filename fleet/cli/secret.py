@@ -25,7 +25,6 @@ from signing.errors import Rejected, SigningError
 from signing.sealing import Purpose, proved
 
 _NAME: Final = click.argument("name", metavar="NAME")
-
 _WHERE: Final = (
     click.option(
         "--group", default="", shell_complete=operator.groups, metavar="NAME", help="Act on the devices of this group"
@@ -35,7 +34,6 @@ _WHERE: Final = (
         "--instance", default="", metavar="NAME", help="Instance that uses the secret  [the one there that declares it]"
     ),
 )
-
 _VALUE: Final = (
     click.option(
         "--file",

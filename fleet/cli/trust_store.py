@@ -28,7 +28,6 @@ from signing.trusted_metadata import FileRequest, TrustedMetadata
 from signing.updater import DirectoryCache, FileState, Updater
 
 T = TypeVar("T")
-
 _LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Reference time before any expiry, to read metadata that has expired."""
 

@@ -16,9 +16,7 @@ from signing.errors import KeyFileError
 from signing.keyring import Entry, Keyring, open_file
 
 PASSPHRASE_VARIABLE: Final = "WASMFLEET_KEY_PASSPHRASE"  # noqa: S105 - the name of a variable
-
 PIN_VARIABLE: Final = "WASMFLEET_TOKEN_PIN"
-
 KEY_VARIABLE: Final = "FLEET_SIGNING_KEY"
 
 

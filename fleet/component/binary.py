@@ -10,19 +10,12 @@ from dataclasses import dataclass
 from typing import Final
 
 MAGIC: Final = b"\0asm"
-
 MODULE: Final = MAGIC + b"\x01\x00\x00\x00"
-
 COMPONENT: Final = MAGIC + b"\x0d\x00\x01\x00"
-
 PREAMBLE_BYTES: Final = 8
-
 NAME_MAX_BYTES: Final = 4096
-
 SECTIONS_MAX: Final = 100_000
-
 COUNT_MAX: Final = 10_000
-
 _CONTINUES: Final = 0x80
 
 
@@ -204,9 +197,7 @@ def section(kind: int, contents: bytes) -> bytes:
 
 # Section ids of a core module, Core Specification 5.5.2
 _CUSTOM: Final = 0
-
 _IMPORT: Final = 2
-
 _EXPORT: Final = 7
 
 

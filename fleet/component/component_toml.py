@@ -44,9 +44,7 @@ from fleet.protocol.manifest import (
 )
 
 DEV_VERSION: Final = "0.0.0-dev.0"
-
 ARCHES: Final = ("x86_64", "aarch64", "riscv64")
-
 TOML_MAX_CHARS: Final = 64 * 1024
 
 # What a component may export for the host to call: interface, trigger, world. The first that it exports counts.
@@ -57,11 +55,8 @@ _ENTRIES: Final[tuple[tuple[str, type[Trigger], str], ...]] = (
     (wasi.MESSAGING_HANDLER, OnMessage, "wasi:messaging"),
     (wasi.RUN, Service, "wasi:cli"),
 )
-
 _INTERFACE: Final = re.compile(r"[a-z][a-z0-9-]*:[a-z][a-z0-9-]*(/[a-z][a-z0-9-]*)?")
-
 _SECRET_READERS: Final = (wasi.ENVIRONMENT, *wasi.CONFIG)
-
 _DOTS_MAX: Final = 500
 """In one line: what tomllib keeps of a dotted key grows with the square of its parts."""
 

@@ -41,31 +41,20 @@ from fleet.component import binary, reader, types, wasi
 from fleet.component.reader import Alias, ComponentIndex
 
 BRIDGE: Final = "wasmfleet:adapter/bridge"
-
 HOST: Final = "wasmfleet:adapter/host"
-
 PARTS: Final = 2
 """Components that the adapter's file nests before its shims."""
 
 _INSTANCE: Final = 5
-
 _ALIAS: Final = 6
-
 _TYPE: Final = 7
-
 _SORT_FUNC: Final = b"\x01"
-
 _SORT_TYPE: Final = b"\x03"
-
 _SORT_INSTANCE: Final = b"\x05"
-
 # Interfaces by `_key`
 _HANDLER: Final = f"{wasi.HTTP_HANDLER}@0.2"
-
 _TYPES: Final = f"{wasi.HTTP_TYPES}@0.2"
-
 _IO: Final = "wasi:io/"
-
 # The functions that give or take resources of wasi:io, by interface: the shim that stands for each.
 _SHIMS: Final = {
     "wasi:clocks/monotonic-clock@0.2": {"subscribe-instant": "clock-instant", "subscribe-duration": "clock-duration"},
@@ -88,13 +77,11 @@ _SHIMS: Final = {
     },
     "wasi:sockets/ip-name-lookup@0.2": {"[method]resolve-address-stream.subscribe": "lookup-subscribe"},
 }
-
 _OF_IO: Final = {
     "pollable": "wasi:io/poll@0.2",
     "error": "wasi:io/error@0.2",
     **dict.fromkeys(("input-stream", "output-stream"), "wasi:io/streams@0.2"),
 }
-
 # What of WASI the parts of the adapter mean by the names under which they import it.
 _ENGINE: Final = {
     **{f"wasmfleet:engine/{name}@0.1": f"wasi:io/{name}@0.2" for name in ("error", "poll", "streams")},

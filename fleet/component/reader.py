@@ -23,23 +23,16 @@ from fleet.protocol.manifest import Grants
 
 # Section ids of a component, Binary.md "Component Definitions"
 CUSTOM: Final = 0
-
 CORE_MODULE: Final = 1
-
 NESTED: Final = 4
-
 IMPORT: Final = 10
-
 EXPORT: Final = 11
 
 _DEPTH_MAX: Final = 32
-
 _ITEMS_MAX: Final = 10_000
 
 HTTP_HANDLER: Final = "wasmfleet:http/handler"
-
 HTTP_HEALTH: Final = "wasmfleet:http/health"
-
 SCHEDULE_TASK: Final = "wasmfleet:schedule/task"
 
 _BY_WORLD: Final = {
@@ -262,15 +255,10 @@ def _nested(data: bytes) -> tuple[tuple[int, ...], int]:
 
 
 _INSTANCES: Final = 5
-
 _ALIAS: Final = 6
-
 _TYPE: Final = 7
-
 _FUNC: Final = 1
-
 _SORT_TYPE: Final = 3
-
 _INSTANCE: Final = 5
 
 

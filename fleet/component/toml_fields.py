@@ -19,23 +19,19 @@ from fleet.protocol.manifest import CORE_INSTANCES_MAX, TABLE_ELEMENTS_MAX, BadM
 FILE_NAME: Final = "component.toml"
 
 _NUMBER_MAX: Final = 1 << 40
-
 _ZERO_IS_FINE: Final = frozenset(
     {"fuel", "request", "log_lines_per_minute", "storage", "daily_written", "state", "requests_per_instance"}
     | {"probation", "min_calls", "max_faults", "max_error_percent"}
 )
-
 _AT_MOST: Final = {
     "max_error_percent": 100,
     "concurrency": 64,
     "table_elements": TABLE_ELEMENTS_MAX,
     "core_instances": CORE_INSTANCES_MAX,
 }
-
 _AT_LEAST: Final = {"memory": 64 * bounds.KIB, "every": 100}
 
 Checked = TypeVar("Checked")
-
 Struct = TypeVar("Struct", Limits, Health)
 
 
@@ -208,9 +204,7 @@ _SIZES: Final = {
     "MiB": 1024**2,
     "GiB": 1024**3,
 }
-
 _DURATIONS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-
 _NUMBER: Final = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,3}))? ?([A-Za-z]+)")
 
 

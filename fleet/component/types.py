@@ -19,13 +19,9 @@ from fleet.component import binary
 Index = Callable[[int], int]
 
 _DEPTH_MAX: Final = 16
-
 _SORT_FUNC: Final = 1
-
 _SORT_TYPE: Final = 3
-
 _OUTER: Final = 2
-
 _INSTANCE: Final = 0x42
 
 
@@ -230,15 +226,10 @@ class _Rewriter:
 
 
 _CUSTOM: Final = 0
-
 _CORE_MODULE: Final = 1
-
 _ALIAS: Final = 6
-
 _TYPE: Final = 7
-
 _IMPORT: Final = 10
-
 _INSTANCE_TYPE: Final = 0x42
 
 _SORT_INSTANCE: Final = 5

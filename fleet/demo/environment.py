@@ -25,31 +25,22 @@ from fleet.client import Client, ClientError
 from fleet.protocol import operator_api
 
 _PR_SET_PDEATHSIG: Final = 1
-
 _PR_SET_CHILD_SUBREAPER: Final = 36
-
 _GRACE_S: Final = 10.0
-
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 READY_S: Final = 60.0
-
 _POLL_S: Final = 0.1
-
 _SHORT_CHARS: Final = 48
 
 FLEET: Final = "fleet.cli.main"
-
 AGENT: Final = "agent.cli"
-
 HOST: Final = "agent.host.cli"
 
 T = TypeVar("T")
 
 _RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
-
 _LOWEST: Final = 10_000
-
 _TRIES: Final = 1000
 
 

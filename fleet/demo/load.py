@@ -23,9 +23,7 @@ from types import TracebackType
 from typing import Final, Self
 
 _HEAD_MAX_BYTES: Final = 64 * 1024
-
 _SERVER_ERROR: Final = 500
-
 _LOSSES_KEPT: Final = 20
 
 

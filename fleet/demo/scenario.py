@@ -19,20 +19,14 @@ from fleet.protocol import operator_api
 from fleet.protocol.codes import Outcome, Phase, RolloutState
 
 GROUP: Final = "edge-eu"
-
 BOARDS: Final = (("berlin", GROUP), ("paris", GROUP), ("boston", "edge-us"))
-
 INSTANCE: Final = "hello"
-
 PATH: Final = f"/{INSTANCE}/"
-
 CLIENTS: Final = 4
-
 REQUESTS_AROUND: Final = 100
 """Requests to each device before a command starts, and after it has ended."""
 
 PAUSE_S: Final = 0.01
-
 ACT_S: Final = 300.0
 """Time after which an act has failed."""
 
@@ -46,7 +40,6 @@ TITLES: Final = {
 }
 
 HERE: Final = Path(__file__).resolve().parent
-
 _PLACES: Final = (HERE / "components", HERE.parents[1] / "components" / "demo")
 
 

@@ -15,11 +15,8 @@ from fleet.evidence import sbom
 from fleet.evidence.sbom import DocumentError
 
 STATEMENT: Final = "https://in-toto.io/Statement/v1"
-
 PREDICATE: Final = "https://slsa.dev/provenance/v1"
-
 PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
-
 SUBJECTS_MAX: Final = 10_000
 
 

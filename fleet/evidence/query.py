@@ -26,13 +26,9 @@ _COMPARE: Final[dict[str, Callable[[Any, Any], bool]]] = {
     ">=": operator.ge,
     ">": operator.gt,
 }
-
 _QUERY: Final = re.compile(r"\s*(?P<what>[^<>=!,\s]+)\s*(?P<conditions>[<>=!].*)?\s*")
-
 _CONDITION: Final = re.compile(r"\s*(<=|>=|==|!=|<|>|=)\s*([^<>=!,\s]+)\s*")
-
 _TEXT_MAX: Final = 500
-
 _VERSION_MAX: Final = 100
 """Longer texts are not versions, and the libraries that compare them take time that grows with its square."""
 

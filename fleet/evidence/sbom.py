@@ -26,13 +26,10 @@ T = TypeVar("T")
 _NOTHING = frozenset({"", "NOASSERTION", "NONE", "unknown", "UNKNOWN"})
 
 PACKAGES_MAX: Final = 200_000
-
 _NOT_PACKAGES: Final = frozenset({"file", "data", "machine-learning-model", "cryptographic-asset"})
 
 SECTION: Final = ".dep-v0"
-
 INFLATED_MAX_BYTES: Final = 8 * 1024 * 1024
-
 _DEPTH_MAX: Final = 32
 
 _CUSTOM, _CORE_MODULE, _NESTED = 0, 1, 4

@@ -14,9 +14,7 @@ from fleet.protocol.manifest import Grants
 from fleet.protocol.wire import Message
 
 ASSIGNMENT_TYPE: Final = "application/vnd.wasmfleet.assignment.v1+json"
-
 FRESH_TYPE: Final = "application/vnd.wasmfleet.fresh.v1+json"
-
 COMMAND_TYPE: Final = "application/vnd.wasmfleet.command.v1+json"
 
 

@@ -6,63 +6,43 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 KIB: Final = 1024
-
 MIB: Final = 1024 * KIB
 
 # MQTT messages
 DESIRED_MAX_BYTES: Final = 256 * KIB
-
 COMMAND_MAX_BYTES: Final = 8 * KIB
-
 ACK_MAX_BYTES: Final = 1 * KIB
-
 HELLO_MAX_BYTES: Final = 4 * KIB
-
 STATE_MAX_BYTES: Final = 8 * KIB
-
 HEALTH_MAX_BYTES: Final = 64 * KIB
-
 REPORT_MAX_BYTES: Final = 64 * KIB
 
 # TUF metadata: what a device fetches of one role at the most
 ROOT_MAX_BYTES: Final = 512 * KIB
-
 TIMESTAMP_MAX_BYTES: Final = 16 * KIB
-
 SNAPSHOT_MAX_BYTES: Final = 2 * MIB
-
 TARGETS_MAX_BYTES: Final = 5 * MIB
-
 ROOT_ROTATIONS_MAX: Final = 256
 
 # Components
 MANIFEST_MAX_BYTES: Final = 4 * KIB
-
 ARTIFACT_MAX_BYTES: Final = 64 * MIB
-
 IMAGE_MAX_BYTES: Final = 512 * MIB
-
 ITEMS_MAX: Final = 64
-
 CONFIG_VALUE_MAX_BYTES: Final = 8 * KIB
 
 # Sealed secrets: values of one instance, each in a box of its own
 SECRETS_MAX: Final = 16
-
 SECRET_VALUE_MAX_BYTES: Final = 4 * KIB
-
 SECRET_VALUE_MIN_CHARS: Final = 4  # a shorter one could not be kept out of log lines
-
 SECRET_BOX_MAX_BYTES: Final = 8 * KIB
 
 # What a trap or rollback report carries of an instance's log
 LOG_LINES: Final = 50
-
 LOG_MAX_BYTES: Final = 16 * KIB
 
 # What is sent while an operator follows a log
 LOG_CHUNK_MAX_BYTES: Final = 128 * KIB
-
 LOGS_MINUTES_MAX: Final = 60
 
 # JSON that people and machines post to the HTTP API
@@ -73,7 +53,6 @@ NUMBER_MAX: Final = 2**53
 """The largest number that anyone accepts: beyond it JSON readers and databases disagree about numbers."""
 
 PRIORITY_MAX: Final = 1_000_000
-
 WAIT_MAX_S: Final = 10 * 366 * 86_400
 """Ten years, the longest soak, timeout or validity: added to any time of today it is still a time."""
 
@@ -84,12 +63,10 @@ Seconds = Annotated[int, Meta(ge=0, le=WAIT_MAX_S)]
 """A wait that an operator asks for."""
 
 Percent = Annotated[int, Meta(ge=0, le=100)]
-
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 """A TCP port; 0 where that means none."""
 
 Priority = Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
-
 Figure = Annotated[float, Meta(ge=-1e12, le=1e12)]
 """A measured value."""
 

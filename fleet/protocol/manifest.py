@@ -24,11 +24,8 @@ from fleet.protocol import bounds, names, outbound, wire
 from fleet.protocol.bounds import MIB, Count
 
 CYCLONEDX: Final = "cyclonedx"
-
 SPDX: Final = "spdx"
-
 PROVENANCE: Final = "slsa-provenance"
-
 SBOMS: Final = frozenset({CYCLONEDX, SPDX})
 
 MAX_BYTES: Final = 16 * MIB
@@ -71,11 +68,8 @@ def convert_evidence(value: object) -> tuple[Evidence, ...]:
 
 
 _FIELDS: Final = (("minute", 0, 59), ("hour", 0, 23), ("day of month", 1, 31), ("month", 1, 12), ("day of week", 0, 7))
-
 _SEARCH: Final = timedelta(days=366 * 8 + 2)
-
 _SUNDAY_TOO: Final = 7
-
 _TEXT_MAX: Final = 200
 
 
@@ -211,7 +205,6 @@ NATIVE_ANSWER_MAX_BYTES: Final = 128 * bounds.MIB // 48
 
 
 TABLE_ELEMENTS_MAX: Final = 100_000
-
 CORE_INSTANCES_MAX: Final = 128
 """The engine keeps room for so many: no manifest and no policy goes beyond."""
 

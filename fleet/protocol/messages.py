@@ -289,7 +289,6 @@ class LogView(msgspec.Struct, frozen=True, kw_only=True):
 TOKEN_PREFIX: Final = "wf1."  # noqa: S105 - a format's name, not a secret
 
 EXPIRED: Final = "certificate-expired"
-
 OUTDATED: Final = "certificate-outdated"
 """Types of the problems that a new certificate mends: the old one is over, or its issuing CA is accepted no more."""
 

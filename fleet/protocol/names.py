@@ -22,19 +22,14 @@ from typing import Final
 from fleet.protocol import bounds
 
 _LABEL: Final = re.compile(r"[a-z0-9-]{1,63}")
-
 _DEVICE: Final = re.compile(r"[a-z0-9-]{1,54}-[0-9a-f]{8}")
-
 _SEMVER: Final = re.compile(
     r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
     r"(?:-((?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(?:\.(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?"
     r"(?:\+([0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*))?"
 )
-
 _SECRET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-
 MAX_VERSION_CHARS: Final = 64
 
 
@@ -178,11 +173,8 @@ def device_id(name: str, public_key_der: bytes) -> str:
 
 
 HEAD: Final = "bundle.json"
-
 VERSION: Final = 1
-
 MEMBERS_MAX: Final = 20_000
-
 _NAME: Final = re.compile(
     r"bundle\.json"
     r"|desired/[a-z0-9][a-z0-9-]{0,80}\.json"

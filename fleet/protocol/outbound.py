@@ -22,26 +22,18 @@ from dataclasses import dataclass
 from typing import Final
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 PORTS: Final = {"http": 80, "https": 443}
-
 INTERNAL: Final = ".internal"
 """Suffix of names of neighbours on the device: granted by `instances`, never by `outbound`."""
 
 _PORT_END: Final = 1 << 16
-
 _NAME_MAX: Final = 253
-
 _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
-
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
-
 _METADATA: Final = frozenset(map(ipaddress.ip_address, ("169.254.169.254", "fd00:ec2::254", "100.100.100.200")))
-
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
-
 # Ranges that lead somewhere else than they say, or nowhere, and that the standard library calls global.
 _SPECIAL: Final = tuple(
     map(ipaddress.ip_network, ("192.88.99.0/24", "2002::/16", "2001::/23", "64:ff9b:1::/48", "::/96", "fec0::/10"))

@@ -14,7 +14,6 @@ from typing import Final
 from fleet.protocol import names
 
 PREFIX: Final = "fleet/v1"
-
 POKE: Final = f"{PREFIX}/all/poke"
 
 

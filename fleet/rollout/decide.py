@@ -152,7 +152,6 @@ def _blame(breached: Sequence[DeviceProgress]) -> str:
 
 
 SET_FAILED = "set-failed"
-
 _ORDER = (Outcome.IN_PROGRESS, Outcome.DEFERRED, Outcome.WAITING, Outcome.PENDING, Outcome.SKIPPED, Outcome.SUCCEEDED)
 
 

@@ -17,9 +17,7 @@ from dataclasses import dataclass, replace
 from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
 
 _WAVE = re.compile(r"(\d{1,7})(%?)")
-
 _MAX_WAVES = 20
-
 _ALL = 100
 
 
@@ -118,9 +116,7 @@ class Value:
 
 
 DECIDED = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED, Outcome.SKIPPED})
-
 BREACHES = frozenset({Outcome.FAILED, Outcome.REFUSED})
-
 COMPLETED = BREACHES | {Outcome.SUCCEEDED}
 
 

@@ -19,9 +19,7 @@ from typing import Any, Final
 from fleet.protocol import names
 
 FORMAT: Final = 1
-
 SIZES: Final = ("dev", "solo", "team")
-
 BROKERS: Final = ("auto", "mosquitto", "embedded")
 
 

@@ -27,15 +27,10 @@ from signing import director, dsse
 from signing.policy import Release
 
 log = logging.getLogger(__name__)
-
 LIFE: Final = timedelta(days=30)
-
 RENEW_BEFORE: Final = LIFE / 3
-
 FRESH_LIFE: Final = timedelta(minutes=10)
-
 COMMAND_LIFE: Final = timedelta(minutes=5)
-
 _PLAUSIBLE: Final = 2**40
 """No honest director gets beyond this version of an assignment: 30,000 a second for a year."""
 

@@ -18,15 +18,10 @@ from fleet.store.rows import DeviceRow, TokenRow
 from fleet.store.store import Store
 
 VALID_MIN_S: Final = 60
-
 VALID_MAX_S: Final = 30 * 86_400
-
 _SECRET_BYTES: Final = 32
-
 _RENEW: Final = "renew it: POST /v1/renew"
-
 PROOF_MAX_CHARS: Final = 2000
-
 _ANOTHER: Final = "make another with fleet enroll-token"
 
 

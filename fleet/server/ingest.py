@@ -31,20 +31,14 @@ from signing.device_statements import DeviceVerifier, is_signed
 from signing.errors import Rejected
 
 log = logging.getLogger(__name__)
-
 BATCH_S: Final = 0.02
-
 BATCH_MAX: Final = 2000
-
 EARS_MAX: Final = 10_000
-
 BAD_S: Final = 3600.0
 """Time after its last bad message during which the status names a device."""
 
 _NAMED_MAX: Final = 5
-
 _PHASES: Final = frozenset(phase.value for phase in Phase)
-
 _KINDS: Final[dict[Up, type[Message]]] = {Up.HELLO: Hello, Up.STATE: State, Up.HEALTH: Health, Up.REPORT: Report}
 
 

@@ -24,7 +24,6 @@ from fleet.protocol.files import atomic_write
 from fleet.server.config import Address, ServerPaths
 
 log = logging.getLogger(__name__)
-
 _NO_CHECK_TIME: Final = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME: a device with an expired certificate may still renew; the routes check the dates."""
 

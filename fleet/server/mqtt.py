@@ -22,13 +22,9 @@ from fleet.protocol import topics
 from fleet.server.config import Address
 
 log = logging.getLogger(__name__)
-
 KEEPALIVE_S: Final = 30
-
 _BACKOFF_MIN_S: Final = 0.2
-
 _BACKOFF_MAX_S: Final = 10.0
-
 _IN_FLIGHT: Final = 1000
 
 Handler = Callable[[str, bytes], None]

@@ -22,14 +22,11 @@ from fleet.store.store import ChangeSignal, Store
 from signing.errors import SigningError
 
 log = logging.getLogger(__name__)
-
 _BATCH: Final = 25
 """After so many devices the loop lets others run."""
 
 _MAX_STEPS: Final = 100
-
 _REST: Final = 4
-
 _REST_MAX_S: Final = 1.0
 
 

@@ -46,11 +46,8 @@ from fleet.store.store import AuditLog, ChangeSignal, Store
 from signing.errors import SigningError
 
 log = logging.getLogger(__name__)
-
 UPKEEP_S: Final = 600
-
 POKE_JITTER_PER_BOARD_S: Final = 0.01
-
 Clock = Callable[[], datetime]
 
 

@@ -92,9 +92,7 @@ class TrustedSigner(Signer):
 
 
 log = logging.getLogger(__name__)
-
 _FILE: Final = re.compile(r"timestamp\.json|[1-9][0-9]{0,8}\.[a-z0-9-]{1,63}(\.bins-[0-9a-f]{1,3})?\.json")
-
 ONLINE: Final = ("snapshot", "timestamp")
 
 

@@ -11,7 +11,6 @@ from fleet.store.rows import Extra, RolloutRow, SettledRow, read
 from fleet.store.sqlite import Database, text
 
 _OPEN = tuple(sorted(OPEN_STATES))
-
 _BOARD = tuple(name for name in DeviceProgress.__dataclass_fields__ if name != "online")
 
 

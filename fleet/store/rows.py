@@ -10,7 +10,6 @@ from fleet.rollout.model import Value
 from fleet.store.sqlite import Row
 
 _JSON = frozenset({"selector", "labels", "versions", "value", "before", "sizes", "timings_ms", "log"})
-
 T = TypeVar("T")
 
 

@@ -193,7 +193,6 @@ def _user(uid: int) -> str:
 
 
 Migration = Callable[[sqlite_utils.Database], None]
-
 MIGRATIONS: Final[list[Migration]] = []
 
 

@@ -24,11 +24,8 @@ from fleet.protocol.bounds import ARTIFACT_MAX_BYTES, MIB
 from fleet.protocol.codes import RejectCode
 
 CPU_S: Final = 120
-
 ADDRESS_SPACE_BYTES: Final = 2048 * MIB
-
 _NICE: Final = 10
-
 _PREAMBLE: Final = b"\0asm"
 
 _EXIT: Final = {

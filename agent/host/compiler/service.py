@@ -23,19 +23,13 @@ from typing import Final
 from agent.host.ipc import framing
 
 SOCKET: Final = "/run/wasmfleet/compiler.sock"
-
 _PACKET_MAX_BYTES: Final = 4096
-
 _STREAMS: Final = 3
-
 _LIMITS: Final = ("RLIMIT_DATA", "RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_CORE")
-
 # a client may ask for no more: it is the agent, and still nothing else can be started through here
 _ARGUMENTS: Final = frozenset({"--describe", "--fuel"})
-
 # exit statuses of the compiler's own, see `agent.host.compiler`
 _LIMIT_HIT: Final = 4
-
 _UNREACHABLE: Final = 5
 
 

@@ -31,7 +31,6 @@ ERRORS: Final = (
     *("HTTP-response-content-coding", "HTTP-response-timeout", "HTTP-upgrade-failed", "HTTP-protocol-error"),
     *("loop-detected", "configuration-error", "internal-error"),
 )
-
 REQUEST_DENIED: Final = ERRORS.index("HTTP-request-denied")
 
 
@@ -181,11 +180,9 @@ def _latin1(raw: bytes) -> bytes:
 
 
 PIPE_BYTES: Final = 1024 * 1024
-
 READ_BYTES: Final = 64 * 1024
 
 _OUT: Final = 1
-
 _SET_PIPE_SIZE: Final = 1031
 
 stdout_pipe: list[int] = []

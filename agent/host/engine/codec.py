@@ -23,26 +23,18 @@ from wasmtime import component as wc
 from wasmtime.component import Func, Record
 
 _VALUE: Final = ctypes.sizeof(ffi.wasmtime_component_val_t)
-
 _PAYLOAD: Final = ffi.wasmtime_component_val_t.of.offset
-
 _KIND: Final = ffi.wasmtime_component_val_t.kind.offset
-
 _FIELDS: Final = (b"method", b"target", b"headers", b"body")
-
 _KEEP_VALUES: Final = 64 * 1024  # a buffer for larger bodies is given back after the call
 
 Answer = tuple[int, bytes, bytes]
 
 # Bounds of the text that names a type: an expected one fits within, and a guest's may be of any size.
 _DEPTH_MAX: Final = 6
-
 _MEMBERS_MAX: Final = 16
-
 _SAID_MAX_CHARS: Final = 400
-
 _CUT: Final = "..."
-
 _PLAIN: Final[dict[type, str]] = {
     getattr(wc, name): name.lower()
     for name in ("Bool", "S8", "S16", "S32", "S64", "U8", "U16", "U32", "U64", "F32", "F64", "Char", "String")
@@ -85,32 +77,20 @@ class Signature:
 
 
 _OUTCOME: Final = "result<_, string>"
-
 HANDLE: Final = Signature(
     (("request", "record { method: string, target: string, headers: string, body: list<u8> }"),),
     "record { status: u16, headers: string, body: list<u8> }",
 )
-
 EXCHANGE: Final = Signature((("head", "string"),), "string")
-
 FLUSH: Final = Signature()
-
 CHECK: Final = Signature((), _OUTCOME)
-
 RUN: Final = Signature((("scheduled-ms", "u64"),), _OUTCOME)
-
 SAVE_STATE: Final = Signature((), "result<list<u8>, string>")
-
 LOAD_STATE: Final = Signature((("state", "list<u8>"),), _OUTCOME)
-
 _LEVEL: Final = "enum { trace, debug, info, warn, error, critical }"
-
 LOG: Final = Signature((("level", _LEVEL), ("context", "string"), ("message", "string")))
-
 _CONFIG_ERROR: Final = "variant { upstream(string), io(string) }"
-
 GET: Final = Signature((("key", "string"),), f"result<option<string>, {_CONFIG_ERROR}>")
-
 GET_ALL: Final = Signature((), f"result<list<tuple<string, string>>, {_CONFIG_ERROR}>")
 
 

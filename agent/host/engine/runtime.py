@@ -43,7 +43,6 @@ from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, NATIVE_ANSWER_MAX_BYTES, TABLE_ELEMENTS_MAX, Grants
 
 _GIB: Final = 1024 * MIB
-
 _GUARD_BYTES: Final = 64 * 1024
 
 
@@ -59,9 +58,7 @@ class MemoryPlan:
 
 
 FULL: Final = MemoryPlan(4 * _GIB, 2 * _GIB)
-
 SIZED: Final = MemoryPlan(64 * MIB, _GUARD_BYTES)
-
 NONE: Final = MemoryPlan(0, _GUARD_BYTES)
 
 
@@ -89,15 +86,11 @@ def memory_plan(reservable: int) -> MemoryPlan:
 TICK_MS: Final = 10
 
 _POOLED_MEMORIES: Final = 16
-
 _KEPT_BYTES: Final = 128 * 1024
 
 HANDLER: Final = "wasmfleet:http/handler"
-
 HEALTH: Final = "wasmfleet:http/health"
-
 TASK: Final = "wasmfleet:schedule/task"
-
 STATE: Final = "wasmfleet:state/state"
 
 # What the host calls, and what it serves by functions of its own; `agent.host.engine.codec` lays values out by these
@@ -114,12 +107,10 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     **{(config, "get"): codec.GET for config in wasi.CONFIG},
     **{(config, "get-all"): codec.GET_ALL for config in wasi.CONFIG},
 }
-
 OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state"))
 
 # What the adapter itself imports: it comes with wasi:http and needs no grant.
 _ADAPTERS_OWN: Final = frozenset({compose.HOST} | wasi.IO | wasi.STDIO)
-
 _ADAPTER: Final = compose.load_adapter()  # read now: the compiler cannot open it from inside its cell
 
 Log = Callable[[str], None]

@@ -15,15 +15,10 @@ from agent.host.http.parser import HEAD_MAX_BYTES, Fields, RequestHead, RequestP
 from fleet.protocol import bounds
 
 PREFIX_MAX_BYTES: Final = 96 * 1024
-
 _TOKEN: Final = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-
 _OURS: Final = frozenset({b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"upgrade", b"date"})
-
 _REASONS: Final = {status.value: status.phrase.encode() for status in http.HTTPStatus}
-
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-
 REFUSALS: Final = {
     400: "the request is not HTTP/1.1",
     413: "the request's body is larger than this component takes",

@@ -16,13 +16,9 @@ from typing import Any, Final, Protocol
 import httptools
 
 HEAD_MAX_BYTES: Final = 64 * 1024
-
 FIELDS_MAX: Final = 100
-
 _SPARE_FIELDS: Final = 4
-
 _SPARE_BYTES: Final = 512
-
 QUIET_MAX_BYTES: Final = 2 * HEAD_MAX_BYTES
 """How much may come that is nothing yet: a field, a target or a chunk's extension without an end."""
 
@@ -30,11 +26,8 @@ _OVERHEAD_MAX: Final = 16
 """Bytes of framing (chunk sizes, extensions) for a byte of body, where it is more than a head may have."""
 
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
-
 _ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)([^#]*)", re.IGNORECASE)
-
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding", b"expect"})
-
 _NOT_TRAILERS: Final = frozenset(
     b"authorization cache-control connection content-encoding content-length content-range content-type cookie expect"
     b" host keep-alive max-forwards proxy-authenticate proxy-authorization range set-cookie te trailer"

@@ -36,15 +36,10 @@ KEPT_MAX: Final = 4
 """Of one instance; few, since a seat in a shared lane takes few clients in all, and these must not be all of them."""
 
 KEPT_IN_ALL_MAX: Final = 256
-
 KEPT_S: Final = 60
-
 READ_BYTES: Final = 64 * 1024  # at once: beyond 128 KiB each read would map memory and give it back
-
 _HIGH_BYTES: Final = 256 * 1024
-
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
-
 _BODILESS: Final = frozenset({204, 304})
 
 
@@ -289,11 +284,8 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 _KNOWN_MAX: Final = 128
-
 _KNOWN_MAX_BYTES: Final = 2048
-
 _LINGER_S: Final = 5  # for so long it is read what a client sends after an answer that refused it
-
 _LINGER_MAX_BYTES: Final = 32 * 1024 * 1024
 
 

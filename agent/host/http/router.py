@@ -24,15 +24,10 @@ from agent.host.ipc.helper_api import DrainRouter, RouteAcknowledged, RouteRemov
 from agent.host.sandbox import sandbox
 
 IDLE_S: Final = 75
-
 STALL_S: Final = 60
-
 _SWEEP_S: Final = 15
-
 _DRAIN_S: Final = 5
-
 _CLIENTS_MAX: Final = 1024
-
 _COUNT: Final = struct.Struct("=I")
 
 

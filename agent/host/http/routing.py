@@ -15,7 +15,6 @@ from typing import Final
 from agent.host.http.parser import RequestHead, tokens
 
 _IPV4: Final = re.compile(rb"\d+\.\d+\.\d+\.\d+(:\d+)?")
-
 _LISTED_MAX: Final = 100
 
 

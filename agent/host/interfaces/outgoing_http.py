@@ -87,23 +87,15 @@ class DeadlineConnection(http.client.HTTPConnection):
 
 
 HOPS: Final = routing.HOPS_HEADER.decode()
-
 HOPS_MAX: Final = 4
-
 _KEPT: Final = 8
-
 _KEPT_S: Final = 10.0
-
 _AT_ONCE: Final = 16
-
 _MARGIN: Final = 0.8  # of the limit on waiting, so that the guest hears of it before the lane is ended for it
-
 _OURS: Final = frozenset(
     {"connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", HOPS}
 )
-
 _IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
-
 _told: Final[msgspec.json.Decoder[helper_api.ConnectReply]] = msgspec.json.Decoder(helper_api.ConnectReply)
 
 

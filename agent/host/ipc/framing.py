@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Final
 
 PACKET_MAX_BYTES: Final = 160 * 1024
-
 FDS_MAX: Final = 36
 
 

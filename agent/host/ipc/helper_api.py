@@ -82,7 +82,6 @@ class RefusedError(Exception):
 
 
 DENIED: Final = "HTTP-request-denied"
-
 PROHIBITED: Final = "destination-IP-prohibited"
 
 

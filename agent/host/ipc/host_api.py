@@ -27,14 +27,11 @@ from fleet.protocol.manifest import Grants, Limits, Manifest
 from fleet.protocol.messages import InstanceHealth
 
 PACKET_MAX_BYTES: Final = 160 * 1024
-
 _ENTRIES_MAX_BYTES: Final = 128 * 1024
-
 WHY_NOT: Final = "host.why"
 """File beside the host's socket: why it did not start the last time, in one sentence; removed once it has."""
 
 _WHY_NOT_MAX_CHARS: Final = 500
-
 CHECK_WAIT_S: Final = 60.0
 """Longest wait of `Status` for a health check: half of what the agent waits for any answer."""
 
@@ -268,13 +265,10 @@ class Changed(msgspec.Struct, frozen=True, kw_only=True, tag="changed"):
 
 
 Reply = Welcome | Started | Failed | Done | HostStats | Lines
-
 Event = Trapped | Changed
-
 FromHost = Reply | Event
 
 _requests: Final[msgspec.json.Decoder[Request]] = msgspec.json.Decoder(Request)
-
 _from_host: Final[msgspec.json.Decoder[FromHost]] = msgspec.json.Decoder(FromHost)
 
 
@@ -472,7 +466,6 @@ class StartError(Exception):
 
 
 _MESSAGE_MAX_CHARS: Final = 4096
-
 # Characters that move a terminal's cursor, and grow sixfold in JSON: a report of it would be too large to be taken.
 _CONTROLS: Final = dict.fromkeys({*range(32), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")}, "\N{REPLACEMENT CHARACTER}")
 

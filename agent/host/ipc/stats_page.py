@@ -17,9 +17,7 @@ from fleet.protocol.codes import CallOutcome
 from fleet.protocol.messages import LATENCY_BOUNDS_MS
 
 SIZE: Final = 4096
-
 _RING: Final = 512
-
 _OUTCOMES: Final = tuple(CallOutcome)
 
 # errors, calls, began (monotonic ns of the call in flight, 0 for none), log lines dropped, denials, requests sent,
@@ -27,15 +25,10 @@ _OUTCOMES: Final = tuple(CallOutcome)
 _ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _OUTGOING, _CPU, _NUMBER = 0, 8, 16, 24, 32, 40, 48, 56
 
 _COUNTS: Final = 64
-
 _CPU_MAX_NS: Final = 2**56  # of one page: two years
-
 _CPU_SUM_MAX_NS: Final = NUMBER_MAX * 1_000_000  # told in milliseconds
-
 _LATENCIES: Final = 1024
-
 _U64: Final = struct.Struct("=Q")
-
 _U32: Final = struct.Struct("=I")
 
 

@@ -24,7 +24,6 @@ FAULTS_A_MINUTE: Final = 300
 """Faults that a worker reports one by one; all are counted."""
 
 _OTHERS_A_MINUTE: Final = 2500
-
 ABANDONED: Final = 75
 """Exit status of a worker whose call went past a limit after its slot had left: EX_TEMPFAIL of sysexits.h."""
 
@@ -147,7 +146,6 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
 
 
 Request = Setup | OpenShared | Drain | Check | Task | Probe | SaveState | LoadState
-
 ToWorker = Request | AddSlot | Serve | AcceptConnections | Resume
 
 
@@ -251,7 +249,6 @@ class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
 
 
 Reply = Ready | Opened | Refused | HandedOver | Checked | Ran | Probed | StateSaved | StateLoaded
-
 FromWorker = Reply | Line | Fault | Busy | Overdue
 
 _to_worker: Final[msgspec.json.Decoder[ToWorker]] = msgspec.json.Decoder(ToWorker)

@@ -72,11 +72,8 @@ class QuotaStore:
 
 
 _SIZE: Final = 4096
-
 _PLACE: Final = struct.Struct("=QQ")  # bytes, day
-
 _PLACES: Final = _SIZE // _PLACE.size
-
 _COUNT_MAX: Final = 2**48  # nobody writes more in a day, whatever a worker puts there
 
 

@@ -12,55 +12,33 @@ import struct
 from typing import Final
 
 CLONE_NEWNS: Final = 0x00020000
-
 CLONE_NEWIPC: Final = 0x08000000
-
 CLONE_NEWUSER: Final = 0x10000000
-
 CLONE_NEWNET: Final = 0x40000000
 
 MS_RDONLY: Final = 1
-
 MS_NOSUID: Final = 2
-
 MS_NODEV: Final = 4
-
 MS_NOEXEC: Final = 8
-
 MS_REMOUNT: Final = 32
-
 MS_BIND: Final = 4096
-
 MS_REC: Final = 16384
-
 MS_PRIVATE: Final = 1 << 18
-
 _MNT_DETACH: Final = 2
 
 _PR_SET_PDEATHSIG: Final = 1
-
 _PR_SET_DUMPABLE: Final = 4
-
 _PR_SET_SECCOMP: Final = 22
-
 _PR_SET_NO_NEW_PRIVS: Final = 38
-
 _SECCOMP_MODE_FILTER: Final = 2
-
 _BPF_INSTRUCTION_BYTES: Final = 8
 
 _PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41, "riscv64": 41}
-
 _LANDLOCK_CREATE: Final = 444
-
 _LANDLOCK_ADD: Final = 445
-
 _LANDLOCK_RESTRICT: Final = 446
-
 _LANDLOCK_VERSION: Final = 1
-
 _LANDLOCK_PATH_BENEATH: Final = 1
-
 _CAPABILITY_VERSION_3: Final = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -31,15 +31,10 @@ from agent.host.sandbox import kernel, seccomp
 from fleet.protocol.bounds import MIB
 
 LAYERS: Final = ("limits", "user", "network", "mount", "privileges", "landlock", "seccomp")
-
 BASELINE: Final = tuple(layer for layer in LAYERS if layer != "landlock")  # landlock needs a recent kernel
-
 DATA: Final = "/data"
-
 _WORDS_BYTES: Final = 64 * 1024
-
 _SLACK_BYTES: Final = 48 * MIB
-
 _VALUE_BYTES: Final = 100  # of memory for each byte of a body while it crosses: a value of 32 bytes, and its copies
 
 _THREADS_PER_WORKER: Final = 16
@@ -51,26 +46,16 @@ _SHARED_WORKERS: Final = 256  # of one publisher on one device
 _FILES_PER_SLOT: Final = 8  # socket, epoll set and listener, and those of a swap
 
 _DESCRIPTORS_MAX: Final = 1 << 31
-
 _ROOT: Final = "/tmp"  # noqa: S108 - only a place to mount an empty root on, in a namespace of its own
-
 _ALL_RIGHTS: Final = (1 << 16) - 1
-
 _ROUTER_UID: Final = 1_879_113_727
-
 _EGRESS_UID: Final = 1_879_113_726
-
 _EGRESS_BYTES: Final = 64 * MIB
-
 NEIGHBOURS: Final = _ROOT
-
 _RESOLVER: Final = ("/etc", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/run/systemd/resolve", "/run/resolvconf")
-
 # Imported by the standard library at first use.
 _NAMES: Final = ("encodings.idna",)  # a host's name, given to TLS or to the resolver
-
 _RESOLVING: Final = ("concurrent.futures.thread",)  # asyncio resolves names on a thread
-
 _READ_RIGHTS: Final = 0b1101  # Landlock: execute (libraries are mapped so), read files and directories
 
 
@@ -389,15 +374,11 @@ def probe() -> dict[str, bool]:
 
 
 ROOT: Final = "root service"
-
 USER: Final = "user with namespaces"
-
 BARE: Final = "user without namespaces"
-
 WAYS: Final = (ROOT, USER, BARE)
 
 _BY_NAMESPACES: Final = frozenset({"user", "network", "mount"})
-
 _MEANING: Final = {
     "limits": "memory, descriptors and threads are limited",
     "user": "workers are another user, or have no rights in a user namespace",
@@ -407,12 +388,10 @@ _MEANING: Final = {
     "landlock": "files, ports and abstract sockets are refused a second time",
     "seccomp": "no process, socket, executable memory, tracing or signal to others",
 }
-
 _SHARED: Final = (
     "a shared worker isolates nothing between its instances: code that breaks out of one has the memory of the others; "
     "only instances of one publisher, where the operator allows it, and none with files, secrets or leave to connect"
 )
-
 _CGROUP: Final = ("Delegate=", "if given", "if given", "workers of an instance share one limit of memory")
 
 

@@ -21,22 +21,14 @@ except (ImportError, RuntimeError, OSError):  # no libseccomp on this device: th
 AVAILABLE: Final = pyseccomp is not None
 
 _CLONE_THREAD: Final = 0x00010000
-
 _PROT_EXEC: Final = 4
-
 _AF_UNIX: Final = 1
-
 _AF_INET: Final = 2
-
 _AF_INET6: Final = 10
-
 _AF_NETLINK: Final = 16
-
 # Of these calls only some values: the others reach other processes (owners of signals, limits) or undo the sandbox.
 _FCNTL: Final = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1034)  # not F_SETOWN, F_SETSIG
-
 _IOCTL: Final = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
-
 _PRCTL: Final = (15, 16, 0x53564D41)  # PR_SET_NAME, PR_GET_NAME, PR_SET_VMA
 
 _BASE: Final = (
@@ -53,16 +45,13 @@ _BASE: Final = (
     "epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd2 pipe2 ftruncate",
     "newfstatat fstatat64",
 )
-
 _SOCKETS: Final = (
     "recvfrom recvmsg sendto sendmsg shutdown accept accept4 getsockopt setsockopt getsockname getpeername",
 )
-
 _FILES: Final = (
     "openat openat2 statx mkdirat unlinkat renameat renameat2 linkat symlinkat readlinkat getdents64 fsync fdatasync",
     "faccessat faccessat2 utimensat fallocate fadvise64 fstatfs statfs flock futimesat copy_file_range sync_file_range",
 )
-
 _READING: Final = ("openat openat2 statx readlinkat getdents64 faccessat faccessat2 sendmmsg recvmmsg",)
 
 

@@ -25,9 +25,7 @@ _CONNECTIONS_MAX: Final = 8
 _QUEUE_MAX: Final = 256  # packets that a connection may leave unread
 
 _UCRED: Final = struct.Struct("=iII")
-
 _SO_PEERGROUPS: Final = 59
-
 _GROUPS_MAX_BYTES: Final = 4096
 
 

@@ -21,7 +21,6 @@ from fleet.protocol.codes import RejectCode
 from fleet.protocol.messages import HealthChecks
 
 _CHUNK_BYTES: Final = 1024 * 1024
-
 _ENTRY_BYTES: Final = 4096
 
 

@@ -30,9 +30,7 @@ from fleet.protocol import wire
 from fleet.protocol.manifest import Grants
 
 _ACK_S: Final = 5.0
-
 _PAUSE_S: Final = 0.5  # before a helper is replaced: one that dies at once shall not take the processor
-
 _DRAIN_S: Final = 6.0  # a second more than the router gives its clients
 
 

@@ -109,15 +109,10 @@ class Listeners:
 
 
 FIRST: Final = 1_879_048_192
-
 COUNT: Final = 65_000
-
 _RANGES: Final = 2048
-
 _RANGE: Final = 1 << 16
-
 _END: Final = FIRST + _RANGES * _RANGE
-
 _PACKAGED: Final = Path("/var/lib/wasmfleet-host")
 
 
@@ -258,9 +253,7 @@ class PendingSecrets:
 
 
 _MOUNT: Final = Path("/sys/fs/cgroup")
-
 _WANTED: Final = ("memory", "pids")
-
 _OWN: Final = "supervisor"
 
 _THREADS_PER_WORKER: Final = 32

@@ -38,7 +38,6 @@ VERSION: Final = "0.2.0"
 _TICK_S: Final = 10.0
 
 _STOP_S: Final = 15.0
-
 _DESCRIBE_S: Final = 60.0
 
 

@@ -35,7 +35,6 @@ from fleet.protocol.manifest import BadCronError, Http, Schedule
 HANDLER: Final = "wasmfleet:http/handler"
 
 TASK: Final = "wasmfleet:schedule/task"
-
 STATE: Final = "wasmfleet:state/state"
 
 _BARRIER_GRACE_S: Final = 15.0  # on top of the longest start: members come one after the other

@@ -19,7 +19,6 @@ from fleet.protocol import manifest
 from fleet.protocol.manifest import Health, Schedule
 
 MIN_EVERY_MS: Final = 100
-
 _LONGEST_SLEEP_S: Final = 60.0
 
 
@@ -49,7 +48,6 @@ class ScheduleTimer:
 
 
 HEALTH: Final = "wasmfleet:http/health"
-
 QUESTIONS: Final = 5
 """Questions in a probation, at least: enough for a second bad answer long before its end."""
 

@@ -227,15 +227,11 @@ class WorkerPool:
 
 
 FORK: Final = b"F"
-
 _MESSAGE_BYTES: Final = 12
-
 _FORK_TIMEOUT_S: Final = 60.0
-
 _ENVIRONMENT: Final = frozenset(
     {"PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"}
 )
-
 _IDLE_S: Final = 60.0
 
 

@@ -31,21 +31,13 @@ from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Limits
 
 IDLE_S: Final = 75  # a client may keep a quiet connection this long
-
 STALL_S: Final = 30  # and may be silent this long within a message, or leave an answer unread
-
 SWEEP_S: Final = 10
-
 CLIENTS_MAX: Final = 512
-
 _READ_BYTES: Final = 64 * 1024
-
 _PASSED: Final = b"C"
-
 _PASS_TIMEOUT_S: Final = 1.0
-
 _LINGER_S: Final = 5  # for so long it is read what a client sends after an answer that refused it
-
 _LINGER_MAX_BYTES: Final = 32 * 1024 * 1024
 
 
@@ -453,7 +445,6 @@ def _close(sock: socket.socket | None) -> None:
 
 
 _LEFT: Final = {"gone": CallOutcome.CLIENT_GONE, "slow": CallOutcome.CLIENT_SLOW}
-
 _SERVER_ERROR: Final = 500
 
 

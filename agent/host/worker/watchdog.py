@@ -16,9 +16,7 @@ from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Limits
 
 BUSY_MS: Final = 30
-
 GRACE_MS: Final = 1000
-
 TICK_MOST_MS: Final = 3 * TICK_MS
 """What one tick may count for: one that came later than this was kept waiting, and so was the call."""
 
@@ -29,7 +27,6 @@ WATCHDOG_FAILED_STATUS: Final = 70
 """Exit status of a process whose ticker failed: EX_SOFTWARE of sysexits.h."""
 
 LINE_MAX_CHARS: Final = 1024
-
 NS_PER_MS: Final = 1_000_000
 
 SendToSupervisor = Callable[[worker_api.FromWorker], None]

@@ -389,7 +389,6 @@ class SharedWorker:
 
 
 REDACTED: Final = "redacted"
-
 LINE_MIN_CHARS: Final = 8
 """A shorter line of a value of several lines is as good as any word."""
 

@@ -40,11 +40,8 @@ from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
 MESSAGE: Final = struct.Struct("=cxxxii")
-
 FORK: Final = b"F"
-
 EXITED: Final = b"X"
-
 _SELF_TEST_S: Final = 20
 
 

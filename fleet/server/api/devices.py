@@ -35,11 +35,8 @@ from fleet.store.store import Store
 from signing.state import VERSION_MAX
 
 FOLLOWS_MAX: Final = 64
-
 LINES_MAX: Final = 5000
-
 READER_GONE_S: Final = 45.0
-
 WAIT_MAX_S: Final = 20
 
 
@@ -122,9 +119,7 @@ BROKER_SLACK_S: Final = 120.0
 """Time for the broker to deliver an assignment; a device that asks here for it later shows that the broker does not."""
 
 _NAMED_MAX: Final = 5
-
 _NONCE: Final = re.compile(r"[0-9a-f]{16,64}")
-
 Handler = Callable[[Request, DeviceRow], Awaitable[Response]]
 
 

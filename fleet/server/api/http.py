@@ -18,9 +18,7 @@ from fleet.protocol.operator_api import Problem, Refusal
 from signing.errors import ConflictError, Rejected, RepositoryError, SigningError
 
 log = logging.getLogger(__name__)
-
 B = TypeVar("B", bound=msgspec.Struct)
-
 Route = Callable[[Request], Awaitable[Response]]
 
 

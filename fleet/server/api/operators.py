@@ -29,11 +29,8 @@ from fleet.store.store import AuditLog, ChangeSignal, Store
 from signing.state import VERSION_MAX
 
 WAIT_MAX_S: Final = 60
-
 _LIST_MAX: Final = 1000
-
 _BOOT_ID_MAX: Final = 64
-
 _GATHER_MAX_S: Final = 2.0
 
 _GATHER_DEVICES_PER_S: Final = 2000

@@ -31,7 +31,6 @@ from fleet.server.api.trust import CaHandlers, OnlineRoles, OperatorAccounts
 from fleet.store.store import Store
 
 Struct = type[msgspec.Struct]
-
 Schemas = dict[Any, dict[str, Any]]
 
 Handler = Callable[[Request, str], Awaitable[Response]]

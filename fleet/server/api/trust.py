@@ -151,7 +151,6 @@ PATIENCE_S: Final = 20.0
 """Time that a publishing request waits for the signing host: less than a client waits for a reply."""
 
 WAIT_MAX_S: Final = 60
-
 _LATE: Final = repositories.LIFE["timestamp"] / 4
 """A publisher host signs the timestamp anew at half of its life: with a quarter left it is late."""
 

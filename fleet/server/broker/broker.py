@@ -128,11 +128,8 @@ class Broker:
 
 
 log = logging.getLogger(__name__)
-
 _READY_S: Final = 60.0
-
 _STOP_S: Final = 5.0
-
 _BACKOFF_MAX_S: Final = 10.0
 
 
@@ -253,9 +250,7 @@ class Child:
 
 
 FILE: Final = "mosquitto.conf"
-
 _SBIN: Final = "/usr/sbin:/usr/local/sbin"
-
 MAX_PACKET_BYTES: Final = bounds.DESIRED_MAX_BYTES + 4 * bounds.KIB
 
 

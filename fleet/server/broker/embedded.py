@@ -33,17 +33,11 @@ from fleet.protocol import bounds, topics
 from fleet.protocol.topics import BadTopicError, Topic, Up
 
 log = logging.getLogger(__name__)
-
 _CONNECT_MAX_BYTES: Final = bounds.STATE_MAX_BYTES + 4 * bounds.KIB
-
 _CONNECT_S: Final = 10.0
-
 _TAKEOVER_S: Final = 5.0
-
 _LENGTH_BYTES: Final = 4
-
 _LISTENER: Final = "default"
-
 _HERE: Final = "fleet.server.broker.embedded"
 """This module by its own name, also when it is run as a program: plugins are found by it."""
 
