@@ -100,7 +100,7 @@ def test_the_page_of_the_first_board_is_true(
                 case "laptop":
                     said.append(typed(laptop, board, line))
     made = "\n".join(said)
-    assert "| ssh BOARD sudo fleet-agent enroll" in said[0], "fleet init says the one line for the board"
+    assert "| ssh DEVICE sudo fleet-agent enroll" in said[0], "fleet init says the one line for the device"
     assert re.search(r"gate-[0-9a-f]{8} has joined the fleet", made)
     assert re.search(r"gate-[0-9a-f]{8} +online", made)
     assert "hello from v1" in said, "curl from the laptop"

@@ -85,7 +85,7 @@ def test_the_boards_own_figures_arrive(running: Joined, architecture: str, opera
     assert "wasmtime 50.0.1" in text
     assert rig.MACHINES[architecture].machine in text
     assert re.search(rf"^hello +\S*hello@{re.escape(version)} (\(probation\) )? *running", text, re.MULTILINE), text
-    assert re.search(r"^board +up .* on 2 CPUs", text, re.MULTILINE), text
+    assert re.search(r"^hardware +up .* on 2 CPUs", text, re.MULTILINE), text
     assert re.search(r"^memory +[\d.]+ \w+ of [\d.]+ \w+ free", text, re.MULTILINE), text
 
 
