@@ -72,7 +72,9 @@ def test_a_minimum_that_does_not_hold_is_a_refusal_to_start_and_is_said_once(sce
             "NRestarts": "0",
         }
         said = scene.board.ok("journalctl --no-pager --output=cat --lines=20 --unit=fleet-host")
-        assert re.search(r"fleet-host: cannot start: isolation layers missing around components, as a .*: cgroup, landlock;", said), said
+        assert re.search(
+            r"fleet-host: cannot start: isolation layers missing around components, as a .*: cgroup, landlock;", said
+        ), said
         as_shipped(scene)
         scene.answers(before)
 
