@@ -51,13 +51,17 @@ def test_the_help_lists_every_command_and_exit_code():
 
 
 def loaded_by(*arguments: str) -> set[str]:
-    """Names of the modules that a process has loaded when `fleet ...` ends in it."""
+    """Names of the modules that `fleet ...` has loaded when it ends, without those of the interpreter's own start.
+
+    At its start an interpreter loads its site's hooks, too: Debian's has a `sitecustomize`.
+    """
     script = (
         "import sys\n"
+        "began = set(sys.modules)\n"
         "from fleet.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "print('LOADED', *sorted(sys.modules))\n"
+        "print('LOADED', *sorted(set(sys.modules) - began))\n"
     )
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
