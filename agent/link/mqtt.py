@@ -23,7 +23,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.link.https import ConnectionTls, Tls, why
-from fleet.protocol.topics import Topic, Up, board_subscriptions
+from fleet.protocol.topics import Topic, Up, device_subscriptions
 
 log = logging.getLogger("agent.link.mqtt")
 
@@ -313,7 +313,7 @@ class _Connection:
         if reason.is_failure:
             self._end(f"the broker refused: {reason}")
             return
-        client.subscribe([(topic, QOS) for topic in board_subscriptions(self._owner._device)])  # noqa: SLF001
+        client.subscribe([(topic, QOS) for topic in device_subscriptions(self._owner._device)])  # noqa: SLF001
         self.established = True
         self._owner._client = client  # noqa: SLF001
         self._owner._happened(Connected())  # noqa: SLF001

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agent.clock import boot_clock, clock_synchronised
 from fleet.protocol import bounds
-from fleet.protocol.messages import Board, Versions
+from fleet.protocol.messages import DeviceResources, Versions
 
 
 @cache
@@ -71,14 +71,14 @@ def written_bytes() -> int:
     return 0
 
 
-def device_resources(state: Path, *, host_written_bytes: int = 0) -> Board:
+def device_resources(state: Path, *, host_written_bytes: int = 0) -> DeviceResources:
     """The board's figures now; `state` names the file system that counts."""
     total, available = _memory()
     disk_total = disk_free = 0
     with contextlib.suppress(OSError):
         usage = shutil.disk_usage(state)
         disk_total, disk_free = usage.total, usage.free
-    return Board(
+    return DeviceResources(
         uptime_s=int(boot_clock()),
         load=round(os.getloadavg()[0], 2),
         cpus=os.cpu_count() or 0,

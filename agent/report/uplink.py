@@ -188,7 +188,7 @@ class Uplink:
             accepted=await self._db(Store.counter, "accepted"),
             committed=await self._db(Store.counter, "committed"),
             versions=self.versions(),
-            board=resources,
+            resources=resources,
             instances=tuple(self._with_phase(each) for each in figures),
             containment=welcome.containment if welcome is not None else {},
             host_runs_as=welcome.runs_as if welcome is not None else "",

@@ -169,13 +169,13 @@ class Rebuilt:
 
     Attributes:
         url: of the API for operators.
-        boards: number of devices that the new server knows.
+        devices: number of devices that the new server knows.
         admitted: those that only this operator remembered.
         lost: artifacts of published releases that are not there: target paths.
     """
 
     url: str
-    boards: int
+    devices: int
     admitted: tuple[str, ...]
     lost: tuple[str, ...]
 
@@ -249,14 +249,14 @@ def begun(home: Path) -> tuple[dict[str, bytes], Event]:
         raise RebuildError(f"no server was begun in {home}: run fleet server rebuild without --event first") from error
 
 
-def finish(home: Path, event: Event, root: ca.Root, *, boards: Mapping[str, Known], now: datetime) -> Rebuilt:
+def finish(home: Path, event: Event, root: ca.Root, *, devices: Mapping[str, Known], now: datetime) -> Rebuilt:
     """Complete what was begun with the signed event, and put it in place.
 
     Args:
         home: see `begin`.
         event: signed by enough people.
         root: of the CA.
-        boards: what this operator remembers, by device id.
+        devices: what this operator remembers, by device id.
         now: UTC.
 
     Raises:
@@ -279,7 +279,7 @@ def finish(home: Path, event: Event, root: ca.Root, *, boards: Mapping[str, Know
         atomic_write(draft.ca / "ca.pem", root.certificate.public_bytes(Encoding.PEM), mode=0o644)
         issue(draft.ca, root, config, now)
         token = secrets.token_urlsafe(32)
-        admitted, count = _people_and_boards(draft, config, token, boards, now)
+        admitted, count = _people_and_devices(draft, config, token, devices, now)
         (draft.server / EVENT).unlink()
         move_into_place(draft.server, place.server)
         atomic_write(place.operator / "token", f"{token}\n", mode=0o600)
@@ -288,11 +288,11 @@ def finish(home: Path, event: Event, root: ca.Root, *, boards: Mapping[str, Know
     have = {path.name for path in place.artifacts.iterdir()}
     spaces = repository.begun(files)
     lost = (each.name.path for space in spaces for each in hash_bins.releases(files, space) if each.sha256 not in have)
-    return Rebuilt(url=config.operators_url, boards=count, admitted=admitted, lost=tuple(lost))
+    return Rebuilt(url=config.operators_url, devices=count, admitted=admitted, lost=tuple(lost))
 
 
-def _people_and_boards(
-    draft: ServerPaths, config: ServerConfig, token: str, boards: Mapping[str, Known], now: datetime
+def _people_and_devices(
+    draft: ServerPaths, config: ServerConfig, token: str, devices: Mapping[str, Known], now: datetime
 ) -> tuple[tuple[str, ...], int]:
     """Remove every operator but the admin, and add devices that only this operator remembers."""
     store = Store.open(draft.database, fleet=config.fleet)
@@ -302,7 +302,7 @@ def _people_and_boards(
             store.access.start_over("admin", token, now=now.timestamp())
             # devices take no older version of a secret than they had: seconds grow faster than anybody counts
             store.boxes.count_on_from(int(now.timestamp()))
-            for device, known in sorted(boards.items()):
+            for device, known in sorted(devices.items()):
                 if store.devices.get(device) is None and not known.revoked:
                     _admit(store, device, known, now.timestamp())
                     admitted.append(device)

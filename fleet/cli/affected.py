@@ -171,7 +171,7 @@ def _as_json(asked: Query, hits: list[Hit], unknown: list[Use], contents: dict[s
 
     return {
         "question": asked.text,
-        "boards": sorted({hit.use.where for hit in hits if hit.use.state == RUNS}),
+        "devices": sorted({hit.use.where for hit in hits if hit.use.state == RUNS}),
         "targets": sorted({hit.use.target for hit in hits}),
         "affected": [place(hit.use) | {"packages": [named(*each) for each in hit.packages]} for hit in hits],
         "unknown": [place(use) for use in unknown],

@@ -59,10 +59,10 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
         memory.places |= {row.id: Place(groups=row.groups, revoked=row.revoked) for row in rows}
         devices = [device] if device else [row.id for row in rows]
         for each in devices:
-            seen = None if forget else memory.boards.get(each)
+            seen = None if forget else memory.devices.get(each)
             verdict = _examine(client, each, seen)
             if verdict.seen.key:
-                memory.boards[each] = verdict.seen
+                memory.devices[each] = verdict.seen
             found = _Shown(
                 device=each,
                 key=verdict.seen.key,
@@ -72,13 +72,13 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
             )
             shown.append(found)
         if not device:
-            gone = sorted(memory.boards.keys() - set(devices))
+            gone = sorted(memory.devices.keys() - set(devices))
             shown += [
-                _Shown(device=each, key=memory.boards[each].key, findings=(_GONE,), notes=(), ran=()) for each in gone
+                _Shown(device=each, key=memory.devices[each].key, findings=(_GONE,), notes=(), ran=()) for each in gone
             ]
     save_devices(who.trust, memory)
     if options.json:
-        output.show_json({"boards": shown})
+        output.show_json({"devices": shown})
     else:
         _tell(shown)
     return Exit.FAILED if any(each.findings for each in shown) else Exit.OK

@@ -105,7 +105,7 @@ def create(options: Options, *, group: str, named: tuple[str, ...], target: Path
             {
                 "file": str(target),
                 "bytes": size,
-                "boards": bundle.devices,
+                "devices": bundle.devices,
                 "left_out": bundle.left_out,
                 "good_until": good,
             }

@@ -136,15 +136,18 @@ def _device_facts(detail: operator_api.DeviceDetail) -> list[tuple[str, str]]:
         ("problem", row.problem),
     ]
     if detail.health is not None:
-        board = detail.health.board
-        memory = f"{output.size(board.memory_available_bytes)} of {output.size(board.memory_total_bytes)} free"
-        heat = f", {board.temperature_c:.0f} °C" if board.temperature_c is not None else ""
+        resources = detail.health.resources
+        memory = f"{output.size(resources.memory_available_bytes)} of {output.size(resources.memory_total_bytes)} free"
+        heat = f", {resources.temperature_c:.0f} °C" if resources.temperature_c is not None else ""
         layers = ", ".join(name if holds else f"NO {name}" for name, holds in detail.health.containment.items())
         runs_as = f"{detail.health.host_runs_as}: " if detail.health.host_runs_as else ""
         pairs += [
-            ("hardware", f"up {output.span(board.uptime_s)}, load {board.load:.2f} on {board.cpus} CPUs{heat}"),
+            (
+                "hardware",
+                f"up {output.span(resources.uptime_s)}, load {resources.load:.2f} on {resources.cpus} CPUs{heat}",
+            ),
             ("memory", memory),
-            ("disk", f"{output.size(board.disk_free_bytes)} of {output.size(board.disk_total_bytes)} free"),
+            ("disk", f"{output.size(resources.disk_free_bytes)} of {output.size(resources.disk_total_bytes)} free"),
             ("isolation", runs_as + layers),
         ]
     return pairs
@@ -222,7 +225,7 @@ def group(
         row = client.set_group(
             name, operator_api.GroupRequest(priority=priority, selector=labels, add=add, remove=drop)
         )
-    output.result(options, row, f"Group {row.name}: {row.boards} device{'' if row.boards == 1 else 's'}.")
+    output.result(options, row, f"Group {row.name}: {row.devices} device{'' if row.devices == 1 else 's'}.")
 
 
 @command(
@@ -485,7 +488,7 @@ def _group_row(row: GroupRow) -> tuple[str, ...]:
     members = f"by label {chosen}" if chosen else "listed"
     return (
         row.name,
-        str(row.boards),
+        str(row.devices),
         str(row.online),
         ", ".join(output.target(settled.target).partition("/")[2] for settled in row.settled) or "-",
         str(row.rollout) if row.rollout else "-",

@@ -139,7 +139,7 @@ def _secret(path: Path) -> str:
 def groups(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
     """Complete names of groups."""
     return _offer(
-        context, begun, lambda client: ((row.name, f"{row.boards} devices") for row in client.groups().groups)
+        context, begun, lambda client: ((row.name, f"{row.devices} devices") for row in client.groups().groups)
     )
 
 

@@ -418,7 +418,7 @@ def _lacking(client: Client, boards: Sequence[DeviceRow], manifest: Manifest, in
     rows = {row.name: row for row in client.secrets().secrets if row.instance == instance}
     found: dict[str, Excluded] = {}
     for name in needed:
-        have = {each.device for each in rows[name].boards} if name in rows else set()
+        have = {each.device for each in rows[name].devices} if name in rows else set()
         for board in boards:
             if board.id not in have:
                 remedy = f"fleet secret set {name} --device {board.id} --instance {instance}"

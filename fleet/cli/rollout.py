@@ -21,7 +21,7 @@ from fleet.cli.base import Command, Exit, Fault, Options, command
 from fleet.cli.operator import connect
 from fleet.protocol import operator_api
 from fleet.protocol.codes import OPEN_STATES, Outcome, Phase, RolloutState
-from fleet.protocol.operator_api import BoardView, RolloutView
+from fleet.protocol.operator_api import RolloutDevice, RolloutView
 
 if TYPE_CHECKING:
     from fleet.client import Client
@@ -110,7 +110,7 @@ def show(options: Options, *, number: str, following: bool) -> Exit:
         output.console().print(picture(view, boards_max=1000))
     else:
         click.echo(title(view))
-        rows = [(f"  {board.device}", f"wave {board.wave}", standing(board)) for board in view.boards]
+        rows = [(f"  {board.device}", f"wave {board.wave}", standing(board)) for board in view.devices]
         output.table(("  DEVICE", "WAVE", "STATE"), rows, empty="  no devices")
     click.echo()
     reason = output.first_line(view.reason)
@@ -244,7 +244,7 @@ def conclude(view: RolloutView, options: Options) -> Exit:
     if view.state is RolloutState.SUCCEEDED:
         output.say(options, summary(view))
         return Exit.OK
-    bad = [board for board in view.boards if board.outcome in {Outcome.FAILED, Outcome.REFUSED}]
+    bad = [board for board in view.devices if board.outcome in {Outcome.FAILED, Outcome.REFUSED}]
     for board in bad[:_TOLD_MAX]:
         click.echo(f"\n{board.device}:", err=True)
         for line in _told(board):
@@ -258,7 +258,7 @@ def conclude(view: RolloutView, options: Options) -> Exit:
     )
 
 
-def _told(board: BoardView) -> list[str]:
+def _told(board: RolloutDevice) -> list[str]:
     """Return a device's message about its failure, and the last log lines of the instance."""
     message = [line.rstrip() for line in board.message.splitlines() if line.strip()]
     return [*(message or ["the device gave no reason"]), *(f"| {line}" for line in board.log)]
@@ -294,7 +294,7 @@ def _lines(client: "Client", view: RolloutView) -> RolloutView:
     states = {view.state}
     for latest in revisions(client, view):
         view = latest
-        for board in view.boards:
+        for board in view.devices:
             line = f"{board.device}  {standing(board)}"
             if board.outcome is not Outcome.PENDING and seen.get(board.device) != line:
                 seen[board.device] = line
@@ -315,7 +315,7 @@ def _live(client: "Client", view: RolloutView) -> RolloutView:
 
 def picture(view: RolloutView, *, boards_max: int = 24) -> Group:
     """Draw a title and a bar for each device; with many devices, the undecided ones first."""
-    boards = view.boards
+    boards = view.devices
     if len(boards) > boards_max:
         boards = tuple(sorted(boards, key=lambda board: board.outcome in {Outcome.SUCCEEDED, Outcome.PENDING}))
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -331,7 +331,7 @@ def picture(view: RolloutView, *, boards_max: int = 24) -> Group:
     return Group(Text(title(view), style="bold"), grid, *foot)
 
 
-def bar(board: BoardView) -> ProgressBar:
+def bar(board: RolloutDevice) -> ProgressBar:
     """Draw a device's progress through the steps of an update."""
     match board.outcome:
         case Outcome.SUCCEEDED:
@@ -345,7 +345,7 @@ def bar(board: BoardView) -> ProgressBar:
     )
 
 
-def steps(board: BoardView) -> float:
+def steps(board: RolloutDevice) -> float:
     """Count the steps done, with the percentage of the current one as a fraction."""
     reached = _STEPS.get(board.phase, 0) if board.phase is not None else 0
     if not reached:
@@ -358,11 +358,11 @@ def title(view: RolloutView) -> str:
     where = f"group {view.group}" if view.group else f"device {view.device}"
     what = f"{output.target(view.target)} as {view.instance}" if view.target else f"removal of {view.instance}"
     waves = f", waves {', '.join(wave.text for wave in view.waves)}" if len(view.waves) > 1 else ""
-    boards = len(view.boards)
+    boards = len(view.devices)
     return f"Rollout {view.number}: {what} to {where} ({boards} device{'' if boards == 1 else 's'}{waves})"
 
 
-def standing(board: BoardView) -> str:
+def standing(board: RolloutDevice) -> str:
     """Describe a device's progress in a few words."""
     match board.outcome:
         case Outcome.SUCCEEDED:
@@ -386,24 +386,24 @@ def standing(board: BoardView) -> str:
 
 def summary(view: RolloutView) -> str:
     """Describe a succeeded rollout in one line."""
-    done = [board for board in view.boards if board.outcome is Outcome.SUCCEEDED]
-    stragglers = [board.device for board in view.boards if board.outcome not in _DECIDED]
+    done = [board for board in view.devices if board.outcome is Outcome.SUCCEEDED]
+    stragglers = [board.device for board in view.devices if board.outcome not in _DECIDED]
     took = ""
     if view.ended_at is not None:
         took = f" after {(view.ended_at - view.created_at).total_seconds():.1f} s"
     verb = f"run {output.target(view.target)}" if view.target else f"no longer run {view.instance}"
     rest = f"; not yet: {', '.join(stragglers)}" if stragglers else ""
-    return f"Rollout {view.number} succeeded{took}: {len(done)} of {len(view.boards)} devices {verb}{rest}"
+    return f"Rollout {view.number} succeeded{took}: {len(done)} of {len(view.devices)} devices {verb}{rest}"
 
 
-def _seconds(board: BoardView) -> str:
+def _seconds(board: RolloutDevice) -> str:
     if board.offered_at is None or board.ended_at is None:
         return ""
     return f"{(board.ended_at - board.offered_at).total_seconds():.1f} s"
 
 
 def _next_step(view: RolloutView) -> str:
-    failed = [board.device for board in view.boards if board.outcome in {Outcome.FAILED, Outcome.REFUSED}]
+    failed = [board.device for board in view.devices if board.outcome in {Outcome.FAILED, Outcome.REFUSED}]
     if failed:
         return f"run 'fleet why {failed[0]}'"
     if view.state is RolloutState.SUPERSEDED:

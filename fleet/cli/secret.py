@@ -116,7 +116,7 @@ def _tell(options: Options, reply: SecretReply, *, here: bool) -> None:
     if options.json:
         output.show_json(reply)
         return
-    count = len(reply.boards)
+    count = len(reply.devices)
     where = "here; the server has not seen it" if here else "by the server, which has forgotten it"
     boards = f"{count} device{'' if count == 1 else 's'}"
     output.say(options, f"{reply.instance}/{reply.name} version {reply.version} for {boards}, sealed {where}.")
@@ -174,7 +174,7 @@ def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
         )
     memory = trust_store.load_devices(who.trust)
     boxes = []
-    for board in keys.boards:
+    for board in keys.devices:
         try:
             key, fingerprint = proved(
                 board.proof.encode(), certificate=board.certificate_pem.encode(), fleet=who.fleet, device=board.device
@@ -211,9 +211,9 @@ def list_(options: Options) -> Exit:
             row.instance,
             row.name,
             str(row.version) if row.version else "-",
-            str(len(row.boards)),
-            ", ".join(sorted({each.sealed for each in row.boards})) or "-",
-            ", ".join(sorted({each.by for each in row.boards})) or "-",
+            str(len(row.devices)),
+            ", ".join(sorted({each.sealed for each in row.devices})) or "-",
+            ", ".join(sorted({each.by for each in row.devices})) or "-",
         )
         for row in found.secrets
     ]
@@ -225,7 +225,7 @@ def list_(options: Options) -> Exit:
 
 
 def _tell_lacking(row: SecretRow) -> None:
-    for holding in row.boards:
+    for holding in row.devices:
         if holding.version < row.version:
             click.echo(f"{holding.device} has version {holding.version} of {row.instance}/{row.name}")
     for device in row.lacking:
@@ -255,7 +255,7 @@ def check_needed(client: Client, *, instance: str, required: tuple[str, ...], gr
     boards = {device} if device else members
     for name in required:
         row = rows.get(name)
-        if boards and not (row is not None and boards & {each.device for each in row.boards}):
+        if boards and not (row is not None and boards & {each.device for each in row.devices}):
             where = f"--device {device}" if device else f"--group {group}"
             raise Fault(
                 f"{instance} needs the secret {name}",

@@ -360,14 +360,16 @@ def rebuild(
             groups=memory.places[device].groups if device in memory.places else (),
             revoked=device in memory.places and memory.places[device].revoked,
         )
-        for device, seen in memory.boards.items()
+        for device, seen in memory.devices.items()
     }
     root = open_root(who)
-    made = done(lambda: rebuilding.finish(place, event, root, boards=boards, now=now))
+    made = done(lambda: rebuilding.finish(place, event, root, devices=boards, now=now))
     if options.json:
-        output.show_json({"url": made.url, "boards": made.boards, "admitted": made.admitted, "lost": made.lost})
+        output.show_json({"url": made.url, "devices": made.devices, "admitted": made.admitted, "lost": made.lost})
         return Exit.OK
-    output.say(options, f"The server of {who.fleet} is rebuilt in {place / 'server'}: {made.boards} devices are known.")
+    output.say(
+        options, f"The server of {who.fleet} is rebuilt in {place / 'server'}: {made.devices} devices are known."
+    )
     for path_ in made.lost:
         output.say(options, f"  lost: the bytes of {path_}; 'fleet publish FILE' with the same file restores them")
     output.say(options, "Move the directory to its machine if that is another one, and start 'fleet serve' there.")

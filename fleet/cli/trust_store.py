@@ -31,7 +31,9 @@ T = TypeVar("T")
 _LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Reference time before any expiry, to read metadata that has expired."""
 
-DEVICES_FILE: Final = "boards.json"
+DEVICES_FILE: Final = "devices.json"
+_DEVICES_FILE_BEFORE: Final = "boards.json"
+"""Older name of that file: read where there is no newer one, removed after the next write."""
 
 
 class Cached:
@@ -208,7 +210,14 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceMemory(msgspec.Struct):
-    """Content of `operator/trust/boards.json`: what was seen of each device, by device id."""
+    """Content of `operator/trust/devices.json`: what was seen of each device, by device id."""
+
+    devices: dict[str, Seen] = {}
+    places: dict[str, Place] = {}
+
+
+class _DeviceMemoryBefore(msgspec.Struct):
+    """Content of `boards.json`, as older versions wrote it."""
 
     boards: dict[str, Seen] = {}
     places: dict[str, Place] = {}
@@ -222,7 +231,12 @@ def load_devices(trust: Path) -> DeviceMemory:
     """
     path = trust / DEVICES_FILE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=DeviceMemory)
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=DeviceMemory)
+        except FileNotFoundError:
+            path = trust / _DEVICES_FILE_BEFORE
+            older = msgspec.json.decode(path.read_bytes(), type=_DeviceMemoryBefore)
+            return DeviceMemory(devices=older.boards, places=older.places)
     except FileNotFoundError:
         return DeviceMemory()
     except (OSError, *wire.JSON_ERRORS) as error:
@@ -243,6 +257,7 @@ def save_devices(trust: Path, memory: DeviceMemory) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.atomic_write(path, msgspec.json.format(msgspec.json.encode(memory)), mode=0o644)
+        (trust / _DEVICES_FILE_BEFORE).unlink(missing_ok=True)
     except OSError as error:
         raise Fault(f"cannot write {path}", reason(error), "check its owner, and the space left there") from None
 
@@ -253,7 +268,7 @@ def check_device_key(memory: DeviceMemory, device: str, fingerprint: str) -> Non
     Raises:
         Fault: it is another.
     """
-    seen = memory.boards.get(device)
+    seen = memory.devices.get(device)
     if seen is not None and seen.key and seen.key != fingerprint:
         raise Fault(
             f"the server shows another key for {device}",
@@ -262,4 +277,4 @@ def check_device_key(memory: DeviceMemory, device: str, fingerprint: str) -> Non
             code=Exit.REFUSED,
         )
     if seen is None or not seen.key:
-        memory.boards[device] = Seen(key=fingerprint)
+        memory.devices[device] = Seen(key=fingerprint)

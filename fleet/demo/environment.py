@@ -245,7 +245,7 @@ class Environment:
         self.processes = Processes(
             logs=directory / "logs", environment=python_environment(WASMFLEET_HOME=str(self.home))
         )
-        self.boards: list[DemoDevice] = []
+        self.devices: list[DemoDevice] = []
         self._server: Child | None = None
         self._client: Client | None = None
 
@@ -331,15 +331,15 @@ class Environment:
 
     def check(self) -> None:
         """Raise `ChildDiedError` when a process that should run has ended."""
-        children = [child for board in self.boards for child in (board.agent, board.host)]
+        children = [child for board in self.devices for child in (board.agent, board.host)]
         for child in (*children, *([self._server] if self._server else [])):
             child.check()
 
-    async def add_board(self, name: str, group: str) -> DemoDevice:
+    async def add_device(self, name: str, group: str) -> DemoDevice:
         """Start a host, enrol with a one-time token on standard input, and start the agent."""
-        here = self.directory / "boards" / name
+        here = self.directory / "devices" / name
         state, runtime, config = here / "agent", self._runtime / name, here / "agent.toml"
-        await asyncio.to_thread(_make_board, here, runtime, name)
+        await asyncio.to_thread(_make_device, here, runtime, name)
         port = free_ports(1)[0]
         host = await self.processes.start(
             f"{name}-host",
@@ -354,7 +354,7 @@ class Environment:
         agent = await self.processes.start(f"{name}-agent", module(AGENT, "run", *places))
         row = await self.eventually(f"{name} is online", lambda: self._online(name, agent, host))
         board = DemoDevice(name=name, device=row.id, group=group, port=port, agent=agent, host=host)
-        self.boards.append(board)
+        self.devices.append(board)
         return board
 
     def _online(self, name: str, *children: Child) -> operator_api.DeviceRow | None:
@@ -363,7 +363,7 @@ class Environment:
         return next((row for row in self.client.devices().devices if row.name == name and row.online), None)
 
 
-def _make_board(here: Path, runtime: Path, name: str) -> None:
+def _make_device(here: Path, runtime: Path, name: str) -> None:
     for directory in (here / "agent", here / "host", runtime):
         directory.mkdir(mode=0o700, parents=True)
     (here / "agent.toml").write_text(f'name = "{name}"\nhealth_s = 5.0\n', encoding="utf-8")

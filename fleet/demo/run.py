@@ -126,7 +126,7 @@ def result_of(act: "Step") -> str:
     """Describe in words how a push ended."""
     if act.rollout.state is not RolloutState.HALTED:
         return str(act.rollout.state)
-    back = [board for board in act.rollout.boards if board.phase is not None and board.phase.value == "rolled-back"]
+    back = [board for board in act.rollout.devices if board.phase is not None and board.phase.value == "rolled-back"]
     if back:
         code = f" ({back[0].code})" if back[0].code is not None else ""
         return f"rolled back{code}, halted before the 2nd device"
@@ -218,7 +218,7 @@ async def _whole(scene: Environment, teller: ConsoleReporter, stop: asyncio.Even
     except TimeoutError:
         teller.console.print(Text.assemble(("error: ", "bold red"), "the act took too long; see the logs"))
         return FAILED
-    teller.end(story, scene.boards)
+    teller.end(story, scene.devices)
     code = OK if story.held else FAILED
     if not once:
         _next_steps(scene, teller, story)
@@ -228,7 +228,7 @@ async def _whole(scene: Environment, teller: ConsoleReporter, stop: asyncio.Even
 
 def _next_steps(scene: Environment, teller: ConsoleReporter, story: Scenario) -> None:
     """Print what a person may try on the fleet that is still up."""
-    board = scene.boards[0]
+    board = scene.devices[0]
     fleet = program("fleet")
     file = shlex.quote(str(fixture("v2.wasm")))
     teller.act("The fleet stays up until Ctrl-C. Try, in another terminal:")
@@ -239,7 +239,7 @@ def _next_steps(scene: Environment, teller: ConsoleReporter, story: Scenario) ->
         f"{fleet} devices",
         f"{fleet} why {board.device}",
         f"{fleet} push {file} --group {GROUP} --dry-run",
-        f"{fleet} push {file} --device {scene.boards[-1].device}",
+        f"{fleet} push {file} --device {scene.devices[-1].device}",
         f"{fleet} rollouts",
     ):
         teller.console.print(f"  {line}", soft_wrap=True, markup=False)

@@ -19,7 +19,7 @@ from fleet.protocol import operator_api
 from fleet.protocol.codes import Outcome, Phase, RolloutState
 
 GROUP: Final = "edge-eu"
-BOARDS: Final = (("berlin", GROUP), ("paris", GROUP), ("boston", "edge-us"))
+DEVICES: Final = (("berlin", GROUP), ("paris", GROUP), ("boston", "edge-us"))
 INSTANCE: Final = "hello"
 PATH: Final = f"/{INSTANCE}/"
 CLIENTS: Final = 4
@@ -111,7 +111,7 @@ async def play(scene: Environment, teller: Reporter, *, broker: str = "auto") ->
     """
     story = Scenario()
     await _set_up(scene, teller, broker)
-    members = [board for board in scene.boards if board.group == GROUP]
+    members = [board for board in scene.devices if board.group == GROUP]
     for name, command, version in (
         ("v1", ("push", str(fixture("v1.wasm")), "--group", GROUP, "--waves", "100%"), "1"),
         ("v2", ("push", str(fixture("v2.wasm")), "--group", GROUP), "2"),
@@ -123,9 +123,9 @@ async def play(scene: Environment, teller: Reporter, *, broker: str = "auto") ->
             act = await _perform(scene, teller, name, command, version, members)
         story.acts.append(act)
         teller.came_of(act.total if act.load else None)
-    for board in scene.boards:
+    for board in scene.devices:
         story.ends[board.device] = await _answers(board)
-    story.checks = judge(story, scene.boards)
+    story.checks = judge(story, scene.devices)
     return story
 
 
@@ -138,9 +138,9 @@ async def _set_up(scene: Environment, teller: Reporter, broker: str) -> None:
         status = await scene.serve()
     teller.did("fleet serve", f"{status.operators_url}, broker: {status.broker}")
     teller.act("Three devices, each a fleet-agent and a fleet-host with directories of their own")
-    for name, group in BOARDS:
+    for name, group in DEVICES:
         with teller.waiting(f"{name}: fleet-host run, fleet-agent enroll, fleet-agent run"):
-            board = await scene.add_board(name, group)
+            board = await scene.add_device(name, group)
         teller.did(f"fleet enroll-token --group {group} | fleet-agent enroll", f"{board.device}, {board.url('')}")
 
 
@@ -219,9 +219,9 @@ def judge(story: Scenario, boards: Sequence[DemoDevice]) -> list[tuple[str, bool
     """Compare what the demo claims with what happened."""
     acts = {act.name: act for act in story.acts}
     v1, v2, v3, undo = (acts[name] for name in TITLES)
-    bad = [board for board in v3.rollout.boards if board.outcome is Outcome.FAILED]
+    bad = [board for board in v3.rollout.devices if board.outcome is Outcome.FAILED]
     tried = {board.device for board in bad}
-    spared = [board for board in v3.rollout.boards if board.device not in tried]
+    spared = [board for board in v3.rollout.devices if board.device not in tried]
     first = LoadResult() if not bad else v3.load.get(bad[0].device, LoadResult())
     outside = [board.device for board in boards if board.group != GROUP]
     return [

@@ -66,7 +66,7 @@ class State(Message, frozen=True, kw_only=True):
     versions: Versions = Versions()
 
 
-class Board(msgspec.Struct, frozen=True, kw_only=True):
+class DeviceResources(msgspec.Struct, frozen=True, kw_only=True):
     """The device's own figures; None where it has no such sensor.
 
     Attributes:
@@ -152,6 +152,7 @@ class Health(Message, frozen=True, kw_only=True):
         containment: layer -> whether the host has it (`seccomp`, `network`, `mount`, `user`, `landlock`, `cgroup`).
         host_runs_as: how the host is run, which decides what walls there can be (`root service`).
         problems: sentences for people, most urgent first.
+        board: `resources` as older agents call it: read, and never written.
     """
 
     MAX_BYTES: ClassVar[int] = bounds.HEALTH_MAX_BYTES
@@ -161,11 +162,18 @@ class Health(Message, frozen=True, kw_only=True):
     accepted: Count = 0
     committed: Count = 0
     versions: Versions = Versions()
-    board: Board = Board()
+    resources: DeviceResources = DeviceResources()
     instances: tuple[InstanceHealth, ...] = ()
     containment: dict[str, bool] = {}  # noqa: RUF012 - msgspec copies it for each struct
     host_runs_as: str = ""
     problems: tuple[str, ...] = ()
+    board: DeviceResources | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        """Read the older name of `resources`."""
+        if self.board is not msgspec.UNSET:
+            msgspec.structs.force_setattr(self, "resources", self.board)
+            msgspec.structs.force_setattr(self, "board", msgspec.UNSET)
 
 
 class Report(Message, frozen=True, kw_only=True):

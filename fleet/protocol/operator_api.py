@@ -224,7 +224,7 @@ class GroupRow(View, frozen=True, kw_only=True):
     name: str
     priority: Stored = 0
     selector: dict[str, str] = {}
-    boards: Stored = 0
+    devices: Stored = 0
     online: Stored = 0
     settled: tuple[Settled, ...] = ()
     rollout: Stored = 0
@@ -354,7 +354,7 @@ class UndoRequest(Body, frozen=True, kw_only=True):
     waves: str = "1, 100%"
 
 
-class BoardView(View, frozen=True, kw_only=True):
+class RolloutDevice(View, frozen=True, kw_only=True):
     """Device in a rollout.
 
     Attributes:
@@ -389,7 +389,7 @@ class WaveView(View, frozen=True, kw_only=True):
     """Wave: how it was written, how many devices it adds, whether it has been offered."""
 
     text: str
-    boards: Stored
+    devices: Stored
     offered: bool = False
 
 
@@ -415,7 +415,7 @@ class RolloutView(View, frozen=True, kw_only=True):
     device: str = ""
     waves: tuple[WaveView, ...] = ()
     wave: Stored = 0
-    boards: tuple[BoardView, ...] = ()
+    devices: tuple[RolloutDevice, ...] = ()
     counts: dict[str, Stored] = {}
     reason: str = ""
     note: str = ""

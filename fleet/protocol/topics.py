@@ -72,7 +72,7 @@ class Topic:
         return topic
 
 
-def board_subscriptions(device: str) -> tuple[str, ...]:
+def device_subscriptions(device: str) -> tuple[str, ...]:
     """Return the topics that a device subscribes to."""
     return (f"{PREFIX}/{names.shard(device)}/{device}/down/+", POKE)
 

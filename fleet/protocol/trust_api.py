@@ -145,14 +145,14 @@ class SecretReply(View, frozen=True, kw_only=True):
     """Devices that have a secret now.
 
     Attributes:
-        boards: ids of the devices that it was sealed for.
+        devices: ids of the devices that it was sealed for.
         unsealable: that have no sealing key: enrolled by an agent of before.
     """
 
     name: str
     instance: str
     version: Stored
-    boards: tuple[str, ...] = ()
+    devices: tuple[str, ...]
     unsealable: tuple[str, ...] = ()
 
 
@@ -164,7 +164,7 @@ class SecretScope(Body, frozen=True, kw_only=True):
     device: str = ""
 
 
-class BoardKey(View, frozen=True, kw_only=True):
+class DeviceKey(View, frozen=True, kw_only=True):
     """A device's sealing key by its own word: `proof` is signed by the key of the certificate."""
 
     device: str
@@ -179,7 +179,7 @@ class SealingKeys(View, frozen=True, kw_only=True):
     name: str
     instance: str
     version: Stored
-    boards: tuple[BoardKey, ...] = ()
+    devices: tuple[DeviceKey, ...]
 
 
 class Holding(View, frozen=True, kw_only=True):
@@ -202,7 +202,7 @@ class SecretRow(View, frozen=True, kw_only=True):
     instance: str
     name: str
     version: Stored
-    boards: tuple[Holding, ...] = ()
+    devices: tuple[Holding, ...] = ()
     lacking: tuple[str, ...] = ()
 
 

@@ -66,7 +66,7 @@ class Rollouts:
                 },
             )
             for board in boards:
-                self._db.insert("boards", {"rollout": number, **_columns(board)})
+                self._db.insert("rollout_devices", {"rollout": number, **_columns(board)})
         row = self.get(str(number))
         assert row is not None
         return row
@@ -119,7 +119,7 @@ class Rollouts:
                 SELECT number FROM rollouts WHERE state IN (?, ?)
                 UNION SELECT r.number FROM rollouts r JOIN live ON r.superseded_by = live.number
             )
-            SELECT r.* FROM rollouts r JOIN live USING (number) JOIN boards b ON b.rollout = r.number
+            SELECT r.* FROM rollouts r JOIN live USING (number) JOIN rollout_devices b ON b.rollout = r.number
             WHERE b.device = ? AND b.offered_at IS NOT NULL ORDER BY r.number
         """
         return [read(RolloutRow, row) for row in self._db.rows(sql, *_OPEN, device)]
@@ -128,7 +128,7 @@ class Rollouts:
         """Wave `wave` is out."""
         with self._db.atomic():
             self._db.run(
-                "UPDATE boards SET outcome = 'waiting', offered_at = ? "
+                "UPDATE rollout_devices SET outcome = 'waiting', offered_at = ? "
                 "WHERE rollout = ? AND wave = ? AND outcome = 'pending'",
                 *(now, number, wave),
             )
@@ -145,7 +145,7 @@ class Rollouts:
         )
         if state not in OPEN_STATES and state is not RolloutState.SUCCEEDED:
             self._db.run(
-                "UPDATE boards SET outcome = 'skipped' WHERE rollout = ? "
+                "UPDATE rollout_devices SET outcome = 'skipped' WHERE rollout = ? "
                 "AND outcome IN ('pending', 'waiting', 'deferred')",
                 number,
             )
@@ -162,7 +162,7 @@ class Rollouts:
     def boards(self, number: int) -> list[tuple[DeviceProgress, Extra]]:
         """Every device of a rollout, in the order in which they are offered."""
         sql = (
-            "SELECT b.*, coalesce(d.online, 0) AS online FROM boards b LEFT JOIN devices d ON d.id = b.device "
+            "SELECT b.*, coalesce(d.online, 0) AS online FROM rollout_devices b LEFT JOIN devices d ON d.id = b.device "
             "WHERE rollout = ? ORDER BY wave, b.device"
         )
         return [(read(DeviceProgress, row), read(Extra, row)) for row in self._db.rows(sql, number)]
@@ -171,7 +171,7 @@ class Rollouts:
         """The same devices with only what decisions need; a rollout may have thousands, and is decided often."""
         rows = self._db.tuples(
             "SELECT b.device, b.wave, b.outcome, coalesce(d.online, 0), b.offered_at, b.acked_at, b.ended_at, "
-            "b.attempt, '', NULL, b.code, b.message FROM boards b LEFT JOIN devices d ON d.id = b.device "
+            "b.attempt, '', NULL, b.code, b.message FROM rollout_devices b LEFT JOIN devices d ON d.id = b.device "
             "WHERE b.rollout = ? ORDER BY wave, b.device",
             number,
         )
@@ -184,7 +184,7 @@ class Rollouts:
     def board(self, number: int, device: str) -> tuple[DeviceProgress, Extra] | None:
         """Return a device of a rollout."""
         sql = (
-            "SELECT b.*, coalesce(d.online, 0) AS online FROM boards b LEFT JOIN devices d ON d.id = b.device "
+            "SELECT b.*, coalesce(d.online, 0) AS online FROM rollout_devices b LEFT JOIN devices d ON d.id = b.device "
             "WHERE rollout = ? AND device = ?"
         )
         row = self._db.row(sql, number, device)
@@ -192,7 +192,7 @@ class Rollouts:
 
     def counts(self, number: int) -> dict[str, int]:
         """Count a rollout's devices by outcome."""
-        sql = "SELECT outcome, count(*) AS n FROM boards WHERE rollout = ? GROUP BY outcome"
+        sql = "SELECT outcome, count(*) AS n FROM rollout_devices WHERE rollout = ? GROUP BY outcome"
         return {row["outcome"]: row["n"] for row in self._db.rows(sql, number)}
 
     def states(self) -> dict[str, int]:
@@ -204,24 +204,24 @@ class Rollouts:
         """Write a device's standing, and let those who watch the rollout know."""
         values = {**_columns(board), **_extra(extra)}
         assignments = ", ".join(f"{name} = ?" for name in values)
-        sql = f"UPDATE boards SET {assignments} WHERE rollout = ? AND device = ?"  # noqa: S608 - names are ours
+        sql = f"UPDATE rollout_devices SET {assignments} WHERE rollout = ? AND device = ?"  # noqa: S608 - names are ours
         self._db.run(sql, *values.values(), number, board.device)
         self._db.run("UPDATE rollouts SET revision = revision + 1 WHERE number = ?", number)
 
     def set_previous(self, number: int, device: str, target: str) -> None:
         """Remember what the device should have run before it was offered this."""
-        self._db.run("UPDATE boards SET previous = ? WHERE rollout = ? AND device = ?", target, number, device)
+        self._db.run("UPDATE rollout_devices SET previous = ? WHERE rollout = ? AND device = ?", target, number, device)
 
     def set_version(self, number: int, device: str, version: int) -> None:
         """Remember which assignment offered it to a device first."""
-        sql = "UPDATE boards SET version = ? WHERE rollout = ? AND device = ? AND version = 0"
+        sql = "UPDATE rollout_devices SET version = ? WHERE rollout = ? AND device = ? AND version = 0"
         self._db.run(sql, version, number, device)
 
     def offered(self, device: str, *, undecided: bool) -> list[RolloutRow]:
         """Rollouts that this device was offered; with `undecided` those whose outcome here is open."""
         extra = "AND b.outcome IN ('waiting', 'deferred', 'in-progress')" if undecided else ""
         sql = (
-            "SELECT r.* FROM rollouts r JOIN boards b ON b.rollout = r.number "  # noqa: S608 - one of two constants
+            "SELECT r.* FROM rollouts r JOIN rollout_devices b ON b.rollout = r.number "  # noqa: S608 - one of two constants
             f"WHERE b.device = ? AND b.offered_at IS NOT NULL {extra} ORDER BY r.number DESC LIMIT 100"
         )
         return [read(RolloutRow, row) for row in self._db.rows(sql, device)]

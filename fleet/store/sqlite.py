@@ -203,7 +203,7 @@ def migration(function: Migration) -> Migration:
 
 
 @migration
-def boards_and_groups(db: sqlite_utils.Database) -> None:
+def devices_and_groups(db: sqlite_utils.Database) -> None:
     """Devices, groups, what each may do, and who did what."""
     db.executescript("""
         CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -322,6 +322,16 @@ def sealed_secrets(db: sqlite_utils.Database) -> None:
             sha256 TEXT NOT NULL, box BLOB NOT NULL, sealed TEXT NOT NULL, by TEXT NOT NULL, at REAL NOT NULL,
             PRIMARY KEY (device, instance, name, version)
         ) WITHOUT ROWID;
+    """)
+
+
+@migration
+def devices_of_rollouts(db: sqlite_utils.Database) -> None:
+    """Call the devices of a rollout by one word."""
+    db.executescript("""
+        ALTER TABLE boards RENAME TO rollout_devices;
+        DROP INDEX boards_device;
+        CREATE INDEX rollout_devices_device ON rollout_devices (device);
     """)
 
 

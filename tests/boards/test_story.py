@@ -35,7 +35,7 @@ def test_without_an_engine_a_board_says_so(enrolled: Joined, architecture: str, 
     operator.push(operator.fresh("1"), group=enrolled.group)
     # the server passes it over, knowing that from its health; and the board itself refuses what it cannot run
     rollout = operator.finished(group=enrolled.group)
-    (skipped,) = operator.scene.client.rollout(rollout.id).boards
+    (skipped,) = operator.scene.client.rollout(rollout.id).devices
     assert "no wasm engine" in skipped.message
     operator.until("its own word arrives", lambda: "no-engine" in operator.fleet("why", enrolled.device) or None)
     assert "engine" in enrolled.board.ok("fleet-agent why", timeout_s=120)

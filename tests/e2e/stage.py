@@ -119,7 +119,7 @@ class Stage:
 
     def state(self, board: DemoDevice) -> Path:
         """The agent's state directory."""
-        return self.scene.directory / "boards" / board.name / "agent"
+        return self.scene.directory / "devices" / board.name / "agent"
 
     # -- what breaks, and is mended --------------------------------------------------------------------------------
 
@@ -150,8 +150,8 @@ class Stage:
 
     def _now(self, board: DemoDevice, **changed: Child) -> DemoDevice:
         again = dataclasses.replace(board, **changed)
-        index = next(i for i, each in enumerate(self.scene.boards) if each.device == board.device)
-        self.scene.boards[index] = again
+        index = next(i for i, each in enumerate(self.scene.devices) if each.device == board.device)
+        self.scene.devices[index] = again
         return again
 
     async def restart_server(self, *, harm: Callable[[sqlite3.Connection], object] | None = None) -> None:

@@ -120,7 +120,7 @@ def test_a_token_is_good_once_and_for_a_board_without_an_identity(stage, board, 
 
 def test_a_second_agent_with_the_same_identity(stage, board):
     # on the same state directory: the first keeps its place at the broker
-    command = next(each for each in stage.scene.boards if each.device == board.device).agent.command
+    command = next(each for each in stage.scene.devices if each.device == board.device).agent.command
     one_line(stage.do(stage.scene.processes.run(command)), 1, "another agent runs on", "--state")
     assert stage.do(stage.version(board)) == "1"
 

@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
 def current(stage, board):
-    return next(each for each in stage.scene.boards if each.device == board.device)
+    return next(each for each in stage.scene.devices if each.device == board.device)
 
 
 def test_an_image_changed_on_disk_is_never_loaded(stage, board):
@@ -37,7 +37,7 @@ def test_a_full_disk_is_a_clean_refusal(stage, board):
     # the owner keeps more free than there is; what runs goes on
     async def story():
         here = current(stage, board)
-        config = stage.scene.directory / "boards" / here.name / "agent.toml"
+        config = stage.scene.directory / "devices" / here.name / "agent.toml"
         before = config.read_text()
         config.write_text(f"{before}\n[disk]\nreserve_bytes = {1 << 60}\n")
         await stage.stop(here.agent)

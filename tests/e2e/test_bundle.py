@@ -34,7 +34,7 @@ def said_so(stage, board):
 
 def test_an_update_without_a_network(stage, board, tmp_path):
     bundle = tmp_path / "update.tar"
-    config = stage.scene.directory / "boards" / board.name / "agent.toml"
+    config = stage.scene.directory / "devices" / board.name / "agent.toml"
 
     async def story():
         # The board cannot be reached while v2 is rolled out.
@@ -79,8 +79,8 @@ def test_a_rotated_secret_comes_on_a_stick(stage, tmp_path):
         assert code == 0, output + errors
 
     async def story():
-        board = await stage.scene.add_board("paris", "field")
-        config = stage.scene.directory / "boards" / board.name / "agent.toml"
+        board = await stage.scene.add_device("paris", "field")
+        config = stage.scene.directory / "devices" / board.name / "agent.toml"
         config.write_text(config.read_text() + "\n[policy]\nbundles = true\n")
         (port,) = free_ports(1)
         where = ("--device", board.device, "--instance", HELLO)

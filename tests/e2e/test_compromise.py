@@ -100,7 +100,7 @@ class SoloStage(Stage):
     async def ran_on(self, board) -> list[str]:
         """The versions that a board proves to have committed, in order; a page's own audit must hold."""
         _, output, _ = await self.fleet("audit", "verify", "--json")
-        found = next(each for each in json.loads(output)["boards"] if each["device"] == board.device)
+        found = next(each for each in json.loads(output)["devices"] if each["device"] == board.device)
         ran = (each["target"] for each in found["ran"] if each["phase"] == "committed" and each["target"])
         return [re.sub(r".*/(.*)\.wasm", r"\1", target) for target in ran]
 
@@ -124,7 +124,7 @@ def stage(tmp_path_factory):
 @pytest.fixture(scope="module")
 def board(stage):
     """A board of the group that runs v1, asked often; the operator has seen it."""
-    made = stage.do(stage.scene.add_board("berlin", GROUP))
+    made = stage.do(stage.scene.add_device("berlin", GROUP))
     stage.do(stage.pushed("v1.wasm", "--version", "1.0.0"))
     code, output, errors = stage.do(stage.fleet("publish", str(fixture("v2.wasm")), "--version", "2.0.0"))
     assert code == 0, output + errors
@@ -275,7 +275,7 @@ def test_the_whole_server_was_stolen_and_there_is_no_backup(stage, board, tmp_pa
         assert code == 0, output + errors
         await stage.stop_server()
         await stage.stop(board.agent)
-        stage.scene.boards.remove(board)
+        stage.scene.devices.remove(board)
         stage.place.server.rename(tmp_path / "evidence")
 
         await stage.page("bare", DEVICES_PORT=devices, MQTT_PORT=mqtt)
@@ -284,7 +284,7 @@ def test_the_whole_server_was_stolen_and_there_is_no_backup(stage, board, tmp_pa
             "bare-up", FILE=fixture("v2.wasm"), VERSION="2.0.0", GOOD="hello@2.0.0", INSTANCE=HELLO, GROUP=GROUP
         )
         assert await stage.version(board) == "1", "it goes on with what it runs"
-        stage.scene.boards.append(board)
+        stage.scene.devices.append(board)
         again = await stage.start_agent(board)
         await stage.answers(again, "2")
         await stage.eventually_ran(again, "2.0.0")

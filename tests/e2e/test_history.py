@@ -17,7 +17,7 @@ def test_a_server_that_changes_a_boards_history_is_found_out(stage, board):
     stage.do(stage.pushed("v2.wasm"))
     code, output = verify(stage, "--json")
     assert code == 0, output
-    [shown] = json.loads(output)["boards"]
+    [shown] = json.loads(output)["devices"]
     assert shown["device"] == board.device
     ran = [each["target"].rpartition("/")[2] for each in shown["ran"] if each["phase"] == "committed"]
     assert ran == ["1.0.0.wasm", "2.0.0.wasm"]

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 def current(stage, board):
     """The board as it is now; processes may have been started again."""
-    return next(each for each in stage.scene.boards if each.device == board.device)
+    return next(each for each in stage.scene.devices if each.device == board.device)
 
 
 def test_an_agent_that_restarts_touches_no_instance(stage, board):

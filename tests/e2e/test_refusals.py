@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 @pytest.fixture(scope="module")
 def other(stage, board):
     """A second board of the group."""
-    made = stage.do(stage.scene.add_board("paris", GROUP))
+    made = stage.do(stage.scene.add_device("paris", GROUP))
     stage.do(stage.answers(made, "1"))
     return made
 

@@ -21,7 +21,7 @@ def sought(stage):
     for path in stage.scene.directory.rglob("*"):
         if path.is_file():
             yield path, path.read_bytes()
-    for board in stage.scene.boards:
+    for board in stage.scene.devices:
         for child in (each for each in (board.host, board.agent) if alive(each.process.pid)):
             for pid in (child.process.pid, *descendants(child.process.pid)):
                 for name in ("environ", "cmdline"):
@@ -42,7 +42,7 @@ def test_a_secret_is_given_read_rotated_and_taken_back(stage, tmp_path):
         return output
 
     async def story():
-        board = await stage.scene.add_board("berlin", GROUP)
+        board = await stage.scene.add_device("berlin", GROUP)
         (port,) = free_ports(1)
         toml.write_text(TOML.format(version="1.0.0", probation="100ms"))
         push = ("push", str(component), "--as", HELLO, "--group", GROUP, "--port", str(port))

@@ -34,7 +34,7 @@ from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaStore
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import atomic_write
+from fleet.protocol.files import atomic_write, move_into_place
 
 BACKLOG: Final = 1024
 
@@ -328,6 +328,14 @@ def _own_group() -> Path | None:
     return None
 
 
+def _renamed(old: Path, new: Path) -> Path:
+    """Move a file of an older version to its present name, unless that is taken, and return that name."""
+    with contextlib.suppress(OSError):  # most often there is none
+        if not new.exists():
+            move_into_place(old, new)
+    return new
+
+
 @dataclass(frozen=True, slots=True)
 class HostResources:
     """Everything that the host holds for its instances.
@@ -351,7 +359,7 @@ class HostResources:
             data=state / "data",
             listeners=Listeners(sockets, address),
             uids=UidAllocator(state / "uids.json"),
-            crashes=CrashCounter(state / "deaths.json"),
+            crashes=CrashCounter(_renamed(state / "deaths.json", state / "crashes.json")),
             quotas=QuotaStore(state / "written.json"),
             cgroups=Cgroups(),
             secrets=PendingSecrets(),

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from fleet.protocol import names
 from fleet.protocol.operator_api import Refusal
 from fleet.protocol.trust_api import (
-    BoardKey,
+    DeviceKey,
     Holding,
     SealedBox,
     SealingKeys,
@@ -77,7 +77,7 @@ class SecretHandlers:
                 name=name,
                 instance=instance,
                 version=self._store.boxes.next_version(instance, name),
-                boards=tuple(self._key(board) for board in boards),
+                devices=tuple(self._key(board) for board in boards),
             )
         )
 
@@ -151,7 +151,7 @@ class SecretHandlers:
             name=name,
             instance=instance,
             version=version,
-            boards=tuple(sorted(done)),
+            devices=tuple(sorted(done)),
             unsealable=tuple(board.id for board in boards if board.id not in done),
         )
 
@@ -209,7 +209,7 @@ class SecretHandlers:
                     instance=instance,
                     name=name,
                     version=max((each.version for each in rows.get((instance, name), ())), default=0),
-                    boards=tuple(rows.get((instance, name), ())),
+                    devices=tuple(rows.get((instance, name), ())),
                     lacking=tuple(lacking.get((instance, name), ())),
                 )
                 for instance, name in sorted(rows.keys() | lacking.keys())
@@ -268,9 +268,9 @@ class SecretHandlers:
             "correct the name, or say --ahead for a version that is still to come",
         )
 
-    def _key(self, board: DeviceRow) -> BoardKey:
+    def _key(self, board: DeviceRow) -> DeviceKey:
         certificate = self._store.access.newest_certificate(board.id)
-        return BoardKey(
+        return DeviceKey(
             device=board.id,
             proof=self._store.devices.sealing_proof(board.id),
             certificate_pem="" if certificate is None else certificate.pem,

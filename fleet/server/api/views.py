@@ -126,7 +126,7 @@ class Views:
             name=row.name,
             priority=row.priority,
             selector=row.selector,
-            boards=len(online),
+            devices=len(online),
             online=sum(online.values()),
             settled=tuple(
                 operator_api.Settled(
@@ -142,14 +142,14 @@ class Views:
 
     def rollouts(self, rows: Iterable[RolloutRow]) -> operator_api.Rollouts:
         """Rollouts without their devices."""
-        return operator_api.Rollouts(rollouts=tuple(self.rollout(row, boards=False) for row in rows))
+        return operator_api.Rollouts(rollouts=tuple(self.rollout(row, devices=False) for row in rows))
 
-    def rollout(self, row: RolloutRow, *, boards: bool = True) -> operator_api.RolloutView:
+    def rollout(self, row: RolloutRow, *, devices: bool = True) -> operator_api.RolloutView:
         """Return a rollout."""
         starts = (0, *row.sizes[:-1])
         texts = [text.strip() for text in row.waves.split(",")]
         waves = tuple(
-            operator_api.WaveView(text=text, boards=end - start, offered=number <= row.wave)
+            operator_api.WaveView(text=text, devices=end - start, offered=number <= row.wave)
             for number, (text, start, end) in enumerate(zip(texts, starts, row.sizes, strict=True), 1)
         )
         return operator_api.RolloutView(
@@ -164,7 +164,9 @@ class Views:
             device=row.device,
             waves=waves,
             wave=row.wave,
-            boards=tuple(_board(*each) for each in self._store.rollouts.boards(row.number)) if boards else (),
+            devices=tuple(_rollout_device(*each) for each in self._store.rollouts.boards(row.number))
+            if devices
+            else (),
             counts=self._store.rollouts.counts(row.number),
             reason=row.reason,
             note=row.note,
@@ -233,8 +235,8 @@ def _problem(row: DeviceRow, health: Health | None) -> str:
     return next(iter((*health.problems, *(each.error for each in health.instances if each.error))), "")
 
 
-def _board(board: DeviceProgress, extra: Extra) -> operator_api.BoardView:
-    return operator_api.BoardView(
+def _rollout_device(board: DeviceProgress, extra: Extra) -> operator_api.RolloutDevice:
+    return operator_api.RolloutDevice(
         device=board.device,
         wave=board.wave,
         outcome=board.outcome,

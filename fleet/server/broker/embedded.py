@@ -105,7 +105,7 @@ def may(client: str, topic: str, *, publish: bool) -> bool:
     """Tell whether a client may publish to a topic, or receive from it."""
     if client == SERVER_CN:
         return topic.startswith(f"{topics.PREFIX}/")
-    if not publish and (topic == topics.POKE or topic in topics.board_subscriptions(client)):
+    if not publish and (topic == topics.POKE or topic in topics.device_subscriptions(client)):
         return True
     try:
         parsed = Topic.parse(topic)

@@ -20,7 +20,7 @@ from agent.update.store import Database, Store
 from fleet.ca import CertificateAuthority
 from fleet.protocol import wire
 from fleet.protocol.messages import Ack, Report
-from fleet.protocol.topics import POKE, Down, Topic, Up, board_subscriptions
+from fleet.protocol.topics import POKE, Down, Topic, Up, device_subscriptions
 from signing import dsse
 from tests.agent.enrolled_device import DEVICE, enrolled
 
@@ -157,7 +157,7 @@ async def test_a_session_that_the_broker_keeps_with_a_will(free_port):
     assert str(Topic(DEVICE, Up.STATE)).encode() in connect
     assert b"gone" in connect
     await broker.until(lambda: broker.subscribed)
-    assert all(topic.encode() in broker.subscribed[0] for topic in board_subscriptions(DEVICE))
+    assert all(topic.encode() in broker.subscribed[0] for topic in device_subscriptions(DEVICE))
     await board.stop()
     await broker.stop()
 

@@ -72,9 +72,9 @@ class Place:
     def root(self):
         return ca.open_root(self.home.ca_root, self.home.operator / "ca.pem", PASSPHRASE)
 
-    def rebuilt(self, *, kept=None, config=None, boards=None):
+    def rebuilt(self, *, kept=None, config=None, devices=None):
         event, gaps = recovery.begin(self.path, kept=kept, config=config, now=NOW)
-        made = recovery.finish(self.path, self.sign(event), self.root(), boards=boards or {}, now=NOW)
+        made = recovery.finish(self.path, self.sign(event), self.root(), devices=devices or {}, now=NOW)
         return made, gaps
 
 
@@ -176,7 +176,7 @@ def test_nobody_comes_in_with_an_old_token_and_revoked_boards_stay_out(place, tm
         "lift-01234567": Known(key="cd" * 32, groups=("edge", "north")),  # enrolled after it
         "door-01234567": Known(key="ef" * 32, revoked=True),
     }
-    made, _ = place.rebuilt(kept=tmp_path / "b.tar", boards=boards)
+    made, _ = place.rebuilt(kept=tmp_path / "b.tar", devices=boards)
     assert made.admitted == ("lift-01234567",)
     new = (place.home.operator / "token").read_text()
     assert new != old
@@ -215,8 +215,8 @@ def test_without_a_backup_the_metadata_of_this_machine_and_its_memory_are_enough
     cache(place)
     config = ServerConfig.load(place.home.config)
     shutil.rmtree(place.home.server)
-    made, _ = place.rebuilt(config=config, boards={"gate-01234567": Known(key=KEY)})
-    assert (made.boards, made.admitted) == (1, ("gate-01234567",))
+    made, _ = place.rebuilt(config=config, devices={"gate-01234567": Known(key=KEY)})
+    assert (made.devices, made.admitted) == (1, ("gate-01234567",))
     place.look(place.files())
 
 
@@ -282,13 +282,13 @@ def test_what_is_not_there_or_not_signed_makes_no_server(place, tmp_path):
     place.home.server.rename(tmp_path / "loot")
     event, _ = recovery.begin(place.path, kept=tmp_path / "b.tar", config=None, now=NOW)
     with pytest.raises(RebuildError):
-        recovery.finish(place.path, event, place.root(), boards={}, now=NOW)
+        recovery.finish(place.path, event, place.root(), devices={}, now=NOW)
     assert not place.home.server.exists()
     # beginning again makes other keys: an event of before does not fit them
     again, _ = recovery.begin(place.path, kept=tmp_path / "b.tar", config=None, now=NOW + timedelta(seconds=1))
     with pytest.raises(RebuildError, match="does not name the keys"):
-        recovery.finish(place.path, place.sign(event), place.root(), boards={}, now=NOW)
-    assert recovery.finish(place.path, place.sign(again), place.root(), boards={}, now=NOW).boards == 0
+        recovery.finish(place.path, place.sign(event), place.root(), devices={}, now=NOW)
+    assert recovery.finish(place.path, place.sign(again), place.root(), devices={}, now=NOW).devices == 0
     place.home.ca_root.unlink()
     place.home.server.rename(tmp_path / "again")
     with pytest.raises(RebuildError, match="root of the fleet's CA"):

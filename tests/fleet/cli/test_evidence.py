@@ -162,7 +162,7 @@ def test_boards_that_run_a_package_are_listed_and_what_is_not_known_is_named(fle
     assert "nobody has published it" in unknown
 
     facts = json.loads(fleet("affected", "serde<1.0.200", "--json").stdout)
-    assert facts["boards"] == ["gate-00000000"]
+    assert facts["devices"] == ["gate-00000000"]
     assert facts["targets"] == [told]
     assert {each["target"] for each in facts["unknown"]} == {silent, "components/x/y/1.0.0.wasm"}
 

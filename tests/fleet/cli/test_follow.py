@@ -12,17 +12,17 @@ from fleet.cli import output, rollout
 from fleet.cli.base import Exit, Fault, Options
 from fleet.client import Client, UnreachableError
 from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
-from fleet.protocol.operator_api import BoardView, RolloutView, WaveView
+from fleet.protocol.operator_api import RolloutDevice, RolloutView, WaveView
 
 START = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 A, B = "berlin-0a0a0a0a", "paris-1b1b1b1b"
 
 
-def board(name: str, outcome: Outcome, **more: object) -> BoardView:
-    return BoardView(device=name, wave=1 if name == A else 2, outcome=outcome, **({"online": True} | more))
+def board(name: str, outcome: Outcome, **more: object) -> RolloutDevice:
+    return RolloutDevice(device=name, wave=1 if name == A else 2, outcome=outcome, **({"online": True} | more))
 
 
-def view(state: RolloutState, *boards: BoardView, **more: object) -> RolloutView:
+def view(state: RolloutState, *boards: RolloutDevice, **more: object) -> RolloutView:
     return RolloutView(
         **{
             "id": "r7",
@@ -32,8 +32,8 @@ def view(state: RolloutState, *boards: BoardView, **more: object) -> RolloutView
             "instance": "hello",
             "target": "components/main/hello/2.0.0.wasm",
             "group": "edge-eu",
-            "waves": (WaveView(text="1", boards=1, offered=True), WaveView(text="100%", boards=1)),
-            "boards": boards,
+            "waves": (WaveView(text="1", devices=1, offered=True), WaveView(text="100%", devices=1)),
+            "devices": boards,
             "created_at": START,
             **more,
         }

@@ -11,7 +11,7 @@ from rich.console import Console
 from fleet.cli import output
 from fleet.protocol import codes, operator_api
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
-from fleet.protocol.messages import Board, Health, InstanceHealth, Versions
+from fleet.protocol.messages import DeviceResources, Health, InstanceHealth, Versions
 
 NOW = datetime.now(UTC)
 HELLO = InstanceHealth(
@@ -54,7 +54,7 @@ DETAIL = operator_api.DeviceDetail(
         device=ROW.id,
         boot_id="b",
         at=NOW,
-        board=Board(uptime_s=7200, load=0.25, cpus=4, temperature_c=41.5, memory_total_bytes=1 << 29),
+        resources=DeviceResources(uptime_s=7200, load=0.25, cpus=4, temperature_c=41.5, memory_total_bytes=1 << 29),
         containment={"seccomp": True, "landlock": False},
         host_runs_as="root service",
     ),
@@ -104,7 +104,7 @@ def fleet_of_two(desk):
         groups=(
             operator_api.GroupRow(
                 name="edge-eu",
-                boards=1,
+                devices=1,
                 online=1,
                 rollout=7,
                 settled=(operator_api.Settled(instance="hello", target=HELLO.target, since=NOW),),

@@ -10,7 +10,7 @@ import pytest
 from wasmtime import wat2wasm
 
 from fleet.protocol.codes import Outcome, RolloutState
-from fleet.protocol.operator_api import BoardView, RolloutView, WaveView
+from fleet.protocol.operator_api import RolloutDevice, RolloutView, WaveView
 from signing import keys, repository
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
@@ -26,8 +26,8 @@ def rollout(state: RolloutState, outcome: Outcome = Outcome.SUCCEEDED, **more: o
         instance="hello",
         target="components/main/hello/1.0.0.wasm",
         group="edge-eu",
-        waves=(WaveView(text="100%", boards=1, offered=True),),
-        boards=(BoardView(device="gate-00000000", wave=1, outcome=outcome, online=True),),
+        waves=(WaveView(text="100%", devices=1, offered=True),),
+        devices=(RolloutDevice(device="gate-00000000", wave=1, outcome=outcome, online=True),),
         created_at=datetime(2026, 5, 1, tzinfo=UTC),
         **more,
     )

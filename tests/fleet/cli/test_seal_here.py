@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fleet.protocol.trust_api import BoardKey, SealingKeys, SecretReply
+from fleet.protocol.trust_api import DeviceKey, SealingKeys, SecretReply
 from signing import sealing
 from signing.sealing import Purpose
 from tests.signing.sealing_device import KEY, Device
@@ -20,7 +20,7 @@ class Board(Device):
 
     def shown(self, *, fleet="fleet"):
         proof = self.prove(fleet=fleet).decode()
-        return BoardKey(device=self.id, proof=proof, certificate_pem=self.certificate.decode())
+        return DeviceKey(device=self.id, proof=proof, certificate_pem=self.certificate.decode())
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def seal(fleet, desk):
     """`fleet secret set --seal-here` against a server that shows these keys."""
 
     def run(*boards, of="fleet"):
-        desk.routes[KEYS] = SealingKeys(fleet=of, name="db-password", instance="report", version=1, boards=boards)
-        reply = SecretReply(name="db-password", instance="report", version=1, boards=tuple(b.device for b in boards))
+        desk.routes[KEYS] = SealingKeys(fleet=of, name="db-password", instance="report", version=1, devices=boards)
+        reply = SecretReply(name="db-password", instance="report", version=1, devices=tuple(b.device for b in boards))
         desk.routes[SET] = reply
         return fleet(*WORDS, stdin=VALUE + "\n")
 
@@ -53,7 +53,7 @@ def test_it_leaves_this_machine_only_in_boxes_that_the_board_opens(seal, desk, b
 
 
 def remembered(home):
-    return json.loads((home / "operator/trust/boards.json").read_text())
+    return json.loads((home / "operator/trust/devices.json").read_text())
 
 
 def test_another_device_key_than_first_seen_gets_no_box(seal, desk, board, home):
@@ -63,7 +63,7 @@ def test_another_device_key_than_first_seen_gets_no_box(seal, desk, board, home)
     # The id ends in the beginning of the key's fingerprint: a thief who found a key with the same beginning.
     twin = Board()
     memory = json.dumps(before).replace(board.id, twin.id)
-    (home / "operator/trust/boards.json").write_text(memory)
+    (home / "operator/trust/devices.json").write_text(memory)
     refused = seal(twin.shown())
     assert refused.exit_code == 4
     assert f"the server shows another key for {twin.id}" in refused.stderr
@@ -73,16 +73,31 @@ def test_another_device_key_than_first_seen_gets_no_box(seal, desk, board, home)
     assert json.dumps(remembered(home)) == memory, "what was first seen stays"
 
 
+def test_keys_that_an_older_version_saw_first_are_remembered_under_the_present_name(seal, board, home):
+    assert seal(board.shown()).exit_code == 0
+    memory = remembered(home)
+    memory["boards"] = memory.pop("devices")
+    twin = Board()
+    older, newer = home / "operator/trust/boards.json", home / "operator/trust/devices.json"
+    newer.unlink()
+    older.write_text(json.dumps(memory).replace(board.id, twin.id))
+    assert seal(twin.shown()).exit_code == 4, "the key is another than the older file says"
+    older.write_text(json.dumps(memory))
+    assert seal(board.shown()).exit_code == 0
+    assert remembered(home)["devices"] == memory["boards"]
+    assert not older.exists()
+
+
 def test_a_sealing_key_that_the_device_key_did_not_sign_gets_no_box(seal, desk, board, home):
     proof = Board().shown()
     for certificate in (board.shown().certificate_pem, proof.certificate_pem):
-        refused = seal(BoardKey(device=board.id, proof=proof.proof, certificate_pem=certificate))
+        refused = seal(DeviceKey(device=board.id, proof=proof.proof, certificate_pem=certificate))
         assert refused.exit_code == 4
         assert f"cannot seal for {board.id}: its sealing key is not proved" in refused.stderr
     refused = seal(board.shown(fleet="airport"))
     assert refused.exit_code == 4
     assert "PUT" not in [method for method, _, _ in desk.seen]
-    assert not (home / "operator/trust/boards.json").exists(), "nothing of a liar is remembered"
+    assert not (home / "operator/trust/devices.json").exists(), "nothing of a liar is remembered"
 
 
 def test_one_liar_among_honest_boards_stops_all(seal, desk, board):

@@ -15,7 +15,7 @@ from fleet.demo.load import LoadResult
 from fleet.demo.run import ConsoleReporter
 from fleet.demo.scenario import Scenario, Step, judge
 from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
-from fleet.protocol.operator_api import BoardView, RolloutView
+from fleet.protocol.operator_api import RolloutDevice, RolloutView
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 BERLIN, PARIS, BOSTON = "berlin-0a0a0a0a", "paris-1b1b1b1b", "boston-2c2c2c2c"
@@ -29,12 +29,12 @@ def answered(version: str, count: int = 500, lost: int = 0) -> LoadResult:
     return LoadResult(answered=count, lost=lost, by_version=Counter({version: count}), by_status=Counter({200: count}))
 
 
-def rollout(state: RolloutState, *boards: BoardView) -> RolloutView:
-    return RolloutView(id="r", number=1, revision=1, state=state, instance="hello", created_at=NOW, boards=boards)
+def rollout(state: RolloutState, *boards: RolloutDevice) -> RolloutView:
+    return RolloutView(id="r", number=1, revision=1, state=state, instance="hello", created_at=NOW, devices=boards)
 
 
-def on(device: str, outcome: Outcome = Outcome.SUCCEEDED, **more: object) -> BoardView:
-    return BoardView(device=device, wave=1, outcome=outcome, **({"offered_at": NOW} | more))
+def on(device: str, outcome: Outcome = Outcome.SUCCEEDED, **more: object) -> RolloutDevice:
+    return RolloutDevice(device=device, wave=1, outcome=outcome, **({"offered_at": NOW} | more))
 
 
 def act(name: str, **more: object) -> Step:

@@ -62,6 +62,15 @@ def test_a_newer_peers_field_does_no_harm(message):
     assert wire.decode(type(message), data) == message
 
 
+def test_figures_of_a_device_are_read_by_the_name_that_older_agents_send():
+    figures = messages.DeviceResources(uptime_s=7, cpus=4)
+    health = messages.Health(device="a-00000000", boot_id="b", at=NOW, resources=figures)
+    older = wire.encode(health).replace(b'"resources":', b'"board":')
+    read = wire.decode(messages.Health, older)
+    assert read == health
+    assert wire.encode(read) == wire.encode(health)
+
+
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"v":"1"}', b"[" * 100_000])
 def test_what_is_no_message_is_refused(data):
     with pytest.raises(wire.WireError):

@@ -23,7 +23,7 @@ def test_the_words_on_the_wire():
     device = "kitchen-00000000"
     shard = names.shard(device)
     assert str(Topic(device, Down.DESIRED)) == f"fleet/v1/{shard}/kitchen-00000000/down/desired"
-    assert topics.board_subscriptions(device) == (f"fleet/v1/{shard}/{device}/down/+", "fleet/v1/all/poke")
+    assert topics.device_subscriptions(device) == (f"fleet/v1/{shard}/{device}/down/+", "fleet/v1/all/poke")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.manifest import ConfigKey, Http, Manifest
 from fleet.protocol.messages import Ack, Enrolled, EnrolRequest, Hello, Report, State, Token, Versions
 from fleet.protocol.names import TargetName
-from fleet.protocol.topics import Down, Topic, Up, board_subscriptions
+from fleet.protocol.topics import Down, Topic, Up, device_subscriptions
 from fleet.server.broker import broker as brokers
 from fleet.server.broker.broker import Child
 from fleet.server.config import Address, ServerConfig, ServerPaths
@@ -214,7 +214,7 @@ class Board:
         ready = asyncio.Event()
 
         def connected(client: mqtt.Client, *_: Any) -> None:
-            client.subscribe([(topic, 1) for topic in board_subscriptions(self.device)])
+            client.subscribe([(topic, 1) for topic in device_subscriptions(self.device)])
 
         def message(_client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
             self._loop.call_soon_threadsafe(self._received, message.topic, message.payload)

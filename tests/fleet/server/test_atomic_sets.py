@@ -62,9 +62,9 @@ async def test_one_bad_member_halts_the_set_before_the_next_wave_and_takes_all_o
         assert view.state is RolloutState.HALTED
         other = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{max(view.together)}")
         assert (other.instance, other.state) == ("back", RolloutState.HALTED)
-        assert [each.code for each in other.boards if each.outcome is Outcome.FAILED] == [RejectCode.TRAPPED]
+        assert [each.code for each in other.devices if each.outcome is Outcome.FAILED] == [RejectCode.TRAPPED]
         assert "boom" in view.reason or "trapped" in view.reason
-        tried = {each.device for each in other.boards if each.outcome is Outcome.FAILED}
+        tried = {each.device for each in other.devices if each.outcome is Outcome.FAILED}
         for device, board in boards.items():
             await board.until(lambda board: {item.target for item in board.items.values()} == {good})
             asked = {item.target for each in board.accepted for item in each.items}

@@ -240,7 +240,7 @@ async def test_the_row_that_all_reports_of_a_rollout_add_to_does_not_grow_with_t
             )
             ingest.on_message(str(Topic(board.device, Up.REPORT)), wire.encode(report))
         ingest.flush()
-        (view,) = (await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{rollout.id}")).boards
+        (view,) = (await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{rollout.id}")).devices
         assert view.timings_ms == {"fetching": 2}
 
 

@@ -232,7 +232,7 @@ async def test_a_board_that_was_shut_out_is_heard_no_more(new_fleet, broker):
         status = await fleet.operator.get(operator_api.Status, "/v1/status")
         assert status.devices == 0
         (group,) = (await fleet.operator.get(operator_api.Groups, "/v1/groups")).groups
-        assert group.boards == 0
+        assert group.devices == 0
 
 
 def test_a_certificate_request_must_be_signed_by_its_own_key(tmp_path):

@@ -22,8 +22,8 @@ from fleet.protocol import operator_api, wire
 from fleet.protocol.assignment import CheckIn, FollowLogs
 from fleet.protocol.codes import InstanceState
 from fleet.protocol.manifest import ConfigKey, Grants, SecretKey
-from fleet.protocol.messages import Board as Figures
 from fleet.protocol.messages import (
+    DeviceResources,
     Enrolled,
     EnrolRequest,
     Health,
@@ -134,11 +134,11 @@ async def health_of(fleet, board, target):
         instance="hello", target=target, generation=2, state=InstanceState.RUNNING, calls={"ok": 5}, lanes=1
     )
     at = datetime.now(UTC)
-    figures = Figures(uptime_s=60, cpus=4)
+    figures = DeviceResources(uptime_s=60, cpus=4)
     versions = Versions(agent="1", engine="1")
     board.publish(
         Up.HEALTH,
-        Health(device=board.device, boot_id="boot", at=at, versions=versions, board=figures, instances=(figure,)),
+        Health(device=board.device, boot_id="boot", at=at, versions=versions, resources=figures, instances=(figure,)),
     )
     bell = fleet.server._conductor._watch
     await bell.until(lambda: fleet.server._store.devices.get(board.device).health, timeout_s=60)

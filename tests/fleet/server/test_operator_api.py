@@ -254,7 +254,7 @@ async def test_a_rollout_can_be_paused_resumed_and_aborted(new_fleet, behaviours
             board.behaviour = behaviours["silent"]
         view = await operator.deploy(two)
         view = await operator.follow(view, lambda view: view.wave == 1)
-        (first,) = [board for board in view.boards if board.wave == 1]
+        (first,) = [board for board in view.devices if board.wave == 1]
         paused = await operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.number}/pause")
         assert (paused.state, paused.reason) == (RolloutState.PAUSED, "paused by admin")
         resumed = await operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.id}/resume")
@@ -277,7 +277,7 @@ async def test_a_version_that_falls_while_it_soaks_goes_no_further(new_fleet):
         await operator.decided(await operator.deploy(one))
         view = await operator.deploy(two, soak_s=600)
         view = await operator.follow(view, lambda view: "soaks" in view.reason)
-        (first,) = [board for board in view.boards if board.wave == 1]
+        (first,) = [board for board in view.devices if board.wave == 1]
         canary = next(board for board in boards if board.device == first.device)
         figure = InstanceHealth(instance="hello", target=two, generation=2, state=InstanceState.QUARANTINED, restarts=5)
         now = datetime.now(UTC)
@@ -347,7 +347,7 @@ async def test_a_board_with_another_cpu_is_left_out_and_said_so(new_fleet):
         assert "x86_64" in plan.excluded[0].reason
         view = await operator.decided(await operator.deploy(target))
         assert view.counts == {"skipped": 1}
-        assert "x86_64" in view.boards[0].message
+        assert "x86_64" in view.devices[0].message
         assert not board.accepted
 
 

@@ -28,7 +28,7 @@ async def test_a_refused_assignment_halts_the_rollout_with_its_code(new_fleet):
         view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
         view = await fleet.operator.decided(view)
         assert view.state is RolloutState.HALTED
-        assert (view.boards[0].outcome, view.boards[0].code) == (Outcome.REFUSED, RejectCode.UNSIGNED)
+        assert (view.devices[0].outcome, view.devices[0].code) == (Outcome.REFUSED, RejectCode.UNSIGNED)
         assert "unsigned" in view.reason
 
 

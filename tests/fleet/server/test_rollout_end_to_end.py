@@ -9,7 +9,7 @@ from signing.state import VerifierState
 
 def outcomes(view: operator_api.RolloutView) -> dict[int, list[Outcome]]:
     waves: dict[int, list[Outcome]] = {}
-    for board in view.boards:
+    for board in view.devices:
         waves.setdefault(board.wave, []).append(board.outcome)
     return waves
 
@@ -47,7 +47,7 @@ async def test_a_version_that_traps_is_stopped_before_the_second_board_and_taken
 
         assert view.state is RolloutState.HALTED
         assert outcomes(view) == {1: [Outcome.FAILED], 2: [Outcome.SKIPPED]}
-        first = view.boards[0]
+        first = view.devices[0]
         assert (first.code, first.log) == (RejectCode.TRAPPED, ("boom",))
         assert first.device in view.reason
         # the first board is offered what it had; the second never heard of the bad one
@@ -94,7 +94,7 @@ async def test_a_board_that_is_offline_gets_it_when_it_comes_back(new_fleet, bro
         target = await fleet.operator.publish("1.0.0")
         view = await fleet.operator.decided(await fleet.operator.deploy(target))
         assert view.state is RolloutState.SUCCEEDED
-        assert {board.device: board.outcome for board in view.boards} == {
+        assert {board.device: board.outcome for board in view.devices} == {
             here.device: Outcome.SUCCEEDED,
             away.device: Outcome.WAITING,
         }

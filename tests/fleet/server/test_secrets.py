@@ -76,7 +76,7 @@ async def test_each_board_is_given_a_box_that_it_alone_can_fetch_and_open(new_fl
     async with new_fleet() as fleet:
         one, two = await joined(fleet, "one"), await joined(fleet, "two")
         said = await give(fleet)
-        assert (said.instance, said.version, set(said.boards)) == ("hello", 1, {one.device, two.device})
+        assert (said.instance, said.version, set(said.devices)) == ("hello", 1, {one.device, two.device})
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0", **NEEDS)))
         for board in (one, two):
             assert await opened(board) == {"db-password": PASSWORD}
@@ -174,7 +174,7 @@ async def test_a_board_that_joins_later_lacks_it_and_is_listed_with_what_to_do(n
         late = await joined(fleet, "late")
         (row,) = (await fleet.operator.get(Secrets, "/v1/secrets")).secrets
         assert (row.instance, row.name, row.version) == ("hello", "db-password", 1)
-        assert [(each.device, each.sealed) for each in row.boards] == [(one.device, "server")]
+        assert [(each.device, each.sealed) for each in row.devices] == [(one.device, "server")]
         assert row.lacking == (late.device,)
         assert not late.accepted, "it is not told to run what it could not start"
         await give(fleet, group="", device=late.device)
@@ -257,7 +257,7 @@ async def test_what_an_operator_sealed_the_server_passes_on_and_cannot_read(new_
     async with new_fleet() as fleet:
         board = await joined(fleet, "one")
         keys = await fleet.operator.get(SealingKeys, "/v1/secrets/db-password/keys", group="edge", instance="hello")
-        (shown,) = keys.boards
+        (shown,) = keys.devices
         key, _ = sealing.proved(
             shown.proof.encode(), certificate=shown.certificate_pem.encode(), fleet="test", device=board.device
         )
@@ -266,10 +266,10 @@ async def test_what_an_operator_sealed_the_server_passes_on_and_cannot_read(new_
         )
         box = base64.b64encode(sealing.seal(PASSWORD, recipient=key, purpose=purpose)).decode()
         said = await give(fleet, value="", boxes=(Box(device=board.device, box=box),), version=keys.version)
-        assert said.boards == (board.device,)
+        assert said.devices == (board.device,)
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0", **NEEDS)))
         assert await opened(board) == {"db-password": PASSWORD}
-        assert (await fleet.operator.get(Secrets, "/v1/secrets")).secrets[0].boards[0].sealed == "operator"
+        assert (await fleet.operator.get(Secrets, "/v1/secrets")).secrets[0].devices[0].sealed == "operator"
 
 
 @pytest.mark.asyncio
@@ -282,8 +282,8 @@ async def test_a_board_cannot_talk_itself_into_a_group_that_is_given_secrets(new
         labels = operator_api.LabelsRequest(labels={"site": "berlin"})
         await fleet.operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{good.device}/labels", labels)
         said = await give(fleet, group="vault")
-        assert said.boards == (good.device,)
-        assert liar.device not in said.boards
+        assert said.devices == (good.device,)
+        assert liar.device not in said.devices
 
 
 @pytest.mark.asyncio

@@ -169,7 +169,7 @@ async def test_what_boards_report_while_the_server_is_away_is_kept_by_a_broker_o
             board._say(board.report(board.items["hello"], Phase.COMMITTED), board.accepted[-1])
             await fleet.start()
             view = await fleet.operator.decided(view)
-            assert [each.outcome for each in view.boards] == [Outcome.SUCCEEDED]
+            assert [each.outcome for each in view.devices] == [Outcome.SUCCEEDED]
             status = await fleet.operator.get(operator_api.Status, "/v1/status")
             assert status.broker == "external"
         finally:

@@ -12,7 +12,14 @@ from fleet.protocol.messages import Health, Hello, State, Versions
 from fleet.rollout.model import DeviceProgress, Value
 from fleet.store import sqlite
 from fleet.store.rows import AssignmentRow, Extra, ReportRow
-from fleet.store.sqlite import DamagedError, OtherFleetError, OtherOwnerError, OtherVersionError, RolledBackError
+from fleet.store.sqlite import (
+    DamagedError,
+    Database,
+    OtherFleetError,
+    OtherOwnerError,
+    OtherVersionError,
+    RolledBackError,
+)
 from fleet.store.store import Store
 
 A, B = "a-00000001", "b-00000002"
@@ -88,7 +95,49 @@ def test_a_migration_that_fails_leaves_nothing_behind(path, monkeypatch):
     store.close()
 
 
-# Boards
+@pytest.mark.parametrize("number", range(1, len(sqlite.MIGRATIONS) + 1))
+def test_a_migration_that_is_interrupted_runs_again_from_its_beginning(path, monkeypatch, number):
+    *before, migrate = sqlite.MIGRATIONS[:number]
+
+    def interrupted(db):
+        migrate(db)
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(sqlite, "MIGRATIONS", [*before, interrupted])
+    with pytest.raises(RuntimeError, match="power cut"):
+        Store.open(path, fleet="test")
+    monkeypatch.undo()
+    with sqlite3.connect(path) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (number - 1,)
+    store = Store.open(path, fleet="test")
+    assert store.devices.all() == []
+    store.close()
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_a_rollout_of_an_older_database_keeps_its_devices(path, monkeypatch, version):
+    monkeypatch.setattr(sqlite, "MIGRATIONS", sqlite.MIGRATIONS[:version])
+    Database.open(path, fleet="test").close()
+    monkeypatch.undo()
+    with sqlite3.connect(path) as db:
+        db.execute(
+            'INSERT INTO rollouts (id, "group", device, instance, value, before, state, waves, sizes, failures, soak_s,'
+            " timeout_s, by, created_at) VALUES ('r1', 'edge', '', 'hello', '{\"target\":\"v1\"}', 'null', 'running',"
+            " '100%', '[1]', 0, 0, 60, 'admin', 1)"
+        )
+        db.execute(
+            "INSERT INTO boards (rollout, device, wave, outcome, offered_at, attempt, phase, code, message, running,"
+            " exercised, retrying, previous) VALUES (1, ?, 1, 'waiting', 2, 0, '', '', '', '', 1, 0, 'v0')",
+            (A,),
+        )
+    store = Store.open(path, fleet="test")
+    progress, extra = store.rollouts.board(1, A)
+    assert (progress.device, progress.outcome, progress.offered_at, extra.previous) == (A, Outcome.WAITING, 2.0, "v0")
+    assert [row.id for row in store.rollouts.overlays(A)] == ["r1"]
+    store.close()
+
+
+# Devices
 
 
 def test_a_second_board_with_the_same_key_or_id_is_not_taken_in(store):

@@ -20,7 +20,7 @@ class Case:
     """An instance whose workers die as the test says, and are replaced by nobody."""
 
     def __init__(self, tmp_path):
-        self.kept = tmp_path / "deaths.json"
+        self.kept = tmp_path / "crashes.json"
         resources = HostResources.open(state=tmp_path, sockets=tmp_path / "in", address="127.0.0.1")
         self.instance = Instance("web", resources, pool=None, egress=None, router=None, events=asyncio.Queue())
         self.instance._start_after = self._nobody

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from agent.host.ipc.write_quota import QuotaStore
-from agent.host.supervisor.resources import CrashCounter, UidAllocator
+from agent.host.supervisor.resources import CrashCounter, HostResources, UidAllocator
 
 
 def crash(path):
@@ -38,3 +38,15 @@ def test_a_file_is_on_the_medium_and_so_is_its_name(write, tmp_path, monkeypatch
     # The content before it has the name, and the directory once it has.
     assert synced == [(False, False), (True, True)]
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_crashes_that_an_older_version_counted_move_to_the_present_name(tmp_path):
+    def count():
+        resources = HostResources.open(state=tmp_path, sockets=tmp_path / "in", address="127.0.0.1")
+        return resources.crashes.count("web", "target")
+
+    CrashCounter(tmp_path / "deaths.json").remember("web", "target", 3)
+    assert count() == 3
+    assert [path.name for path in tmp_path.glob("*.json")] == ["crashes.json"]
+    CrashCounter(tmp_path / "deaths.json").remember("web", "target", 1)
+    assert count() == 3, "the newer file counts"
