@@ -174,7 +174,7 @@ class CertificateAuthority:
         return b"".join(path.read_bytes() for path in sorted((self.directory / "issuers").glob("*.crl")))
 
     def server(self, hosts: Iterable[str], *, now: datetime) -> Pair:
-        """A certificate for the server's listeners, valid for these host names and addresses and for loopback."""
+        """Issue a certificate for the server's listeners, valid for these host names and addresses and for loopback."""
         key = ec.generate_private_key(ec.SECP256R1())
         names = dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"])
         certificate = self._leaf(
@@ -190,13 +190,13 @@ class CertificateAuthority:
         return Pair(chain, private_pem(key))
 
     def server_client(self, *, now: datetime) -> Pair:
-        """A certificate with which the server connects to its broker."""
+        """Issue a certificate with which the server connects to its broker."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._leaf(key.public_key(), SERVER_CN, ExtendedKeyUsageOID.CLIENT_AUTH, now, SERVER_LIFE)
         return Pair(certificate.public_bytes(Encoding.PEM) + self._chain, private_pem(key))
 
     def device(self, key: DeviceKey, device: str, *, now: datetime) -> Issued:
-        """A certificate for a device's key; CN is its id. The issuing CA follows it."""
+        """Issue a certificate for a device's key; CN is the device's id. The issuing CA follows it in the chain."""
         certificate = self._leaf(key, device, ExtendedKeyUsageOID.CLIENT_AUTH, now, DEVICE_LIFE)
         pem = (certificate.public_bytes(Encoding.PEM) + self._chain).decode()
         return Issued(serial(certificate), certificate.not_valid_after_utc, pem)
@@ -233,7 +233,7 @@ class CertificateAuthority:
 
 
 def make_root(fleet: str, *, now: datetime) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """A new root: its key and its certificate. Issuing CAs may stand below it, and nothing below them."""
+    """Make a root: key and certificate. Issuing CAs may stand below it, and no CA below those."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name(
         [
@@ -254,7 +254,7 @@ def make_root(fleet: str, *, now: datetime) -> tuple[ec.EllipticCurvePrivateKey,
 
 
 def read_certificate(path: Path) -> x509.Certificate:
-    """A certificate from a file; raises `CaError`."""
+    """Read a certificate from a file. Raises `CaError`."""
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
@@ -264,7 +264,7 @@ def read_certificate(path: Path) -> x509.Certificate:
 
 
 def read_pair(pem: Path, key_file: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """A CA's key and certificate; raises `CaError` where they are missing, damaged or not each other's."""
+    """Read a CA's key and certificate. Raises `CaError` where they are missing, damaged or do not match."""
     certificate = read_certificate(pem)
     try:
         key = load_pem_private_key(key_file.read_bytes(), password=None)
@@ -286,7 +286,7 @@ def _issued_by(leaf: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 
 def read_request(pem: str) -> DeviceKey:
-    """The key of a PKCS#10 request (RFC 2986) that was signed with it.
+    """Read the key of a PKCS#10 request (RFC 2986), which must be signed with that key.
 
     Raises:
         BadRequestError: not a request, not signed by its own key, or a key other than P-256 and Ed25519.
@@ -309,12 +309,12 @@ def read_request(pem: str) -> DeviceKey:
 
 
 def key_der(key: DeviceKey) -> bytes:
-    """A public key as SubjectPublicKeyInfo, DER."""
+    """Encode a public key as SubjectPublicKeyInfo, DER."""
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def serial(certificate: x509.Certificate) -> str:
-    """A certificate's serial number in hex."""
+    """Return a certificate's serial number in hex."""
     return f"{certificate.serial_number:x}"
 
 
@@ -356,7 +356,7 @@ def usage(*, sign_certificates: bool) -> x509.KeyUsage:
 
 
 def san(name: str) -> x509.DNSName | x509.IPAddress:
-    """A host name or address as certificates name it."""
+    """Make the subject alternative name of a host name or address."""
     try:
         return x509.IPAddress(ipaddress.ip_address(name.strip("[]")))
     except ValueError:
@@ -364,7 +364,7 @@ def san(name: str) -> x509.DNSName | x509.IPAddress:
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A private key, PEM, in the clear."""
+    """Encode a private key as PEM, unencrypted."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
@@ -386,7 +386,7 @@ class Root:
 
 
 def create(fleet: str, *, now: datetime) -> Root:
-    """A new root."""
+    """Make a root."""
     return Root(*make_root(fleet, now=now))
 
 
@@ -408,7 +408,7 @@ def store(path: Path, key: ec.EllipticCurvePrivateKey, passphrase: bytes) -> Non
 
 
 def open_root(path: Path, certificate: Path, passphrase: bytes | None) -> Root:
-    """The root from the operator's files.
+    """Open the root from the operator's files.
 
     Raises:
         CaError: not there, another fleet's, or the passphrase is missing or wrong.
@@ -430,7 +430,7 @@ def open_root(path: Path, certificate: Path, passphrase: bytes | None) -> Root:
 
 
 def request(directory: Path, hosts: Iterable[str]) -> str:
-    """A request for the next issuing CA of a server; its key is made once and waits as `next.key`."""
+    """Make a request for a server's next issuing CA; its key is made once and kept as `next.key`."""
     path = directory / "next.key"
     if path.exists():
         key = load_pem_private_key(path.read_bytes(), password=None)
@@ -450,12 +450,12 @@ def request(directory: Path, hosts: Iterable[str]) -> str:
 
 
 def asked(pem: str) -> tuple[str, ...]:
-    """The names for which a request wants to issue server certificates; raises `CaError`."""
+    """Return the names for which a request wants to issue server certificates. Raises `CaError`."""
     return tuple(str(name.value) for name in _names(_read_request(pem)))
 
 
 def sign(root: Root, pem: str, *, now: datetime, life: timedelta = LIFE) -> str:
-    """The issuing CA that a request asks for, PEM: constrained in length, purpose and names.
+    """Sign the issuing CA that a request asks for, PEM: constrained in length, purpose and names.
 
     Raises:
         CaError: no sound request, a life beyond 90 days, or a root that allows none below it.

@@ -359,7 +359,7 @@ class Client:
         """Remove an instance from a group or a device."""
         return self._send(operator_api.RolloutView, "POST", "/v1/removals", request)
 
-    # how
+    # requests
 
     def _get(
         self, kind: type[V], path: str, query: Mapping[str, str | int] | None = None, *, timeout_s: float | None = None

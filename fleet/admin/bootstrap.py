@@ -121,7 +121,7 @@ def configure(
     mqtt_port: int,
     broker: str,
 ) -> ServerConfig:
-    """A server's configuration as `init` makes it; raises `SetupError`."""
+    """Make a server's configuration for `fleet init`. Raises `SetupError`."""
     host, port = "127.0.0.1", OPERATORS_PORT
     if url is not None:
         try:
@@ -186,7 +186,7 @@ def _make(draft: ServerPaths, config: ServerConfig, passphrase: bytes | None, no
 
 
 def make_ca(place: ServerPaths, config: ServerConfig, passphrase: bytes | None, now: datetime) -> CertificateAuthority:
-    """The fleet's CA: whole on the server for development, else with its root's key encrypted at the operator's."""
+    """Make the fleet's CA: whole on the server for development, else the root's key encrypted with the operator."""
     if passphrase is None:
         return CertificateAuthority.create(place.ca, fleet=config.fleet, now=now)
     root = ca.create(config.fleet, now=now)

@@ -241,7 +241,7 @@ def _propose(draft: ServerPaths, files: Mapping[str, bytes], now: datetime) -> E
 
 
 def begun(home: Path) -> tuple[dict[str, bytes], Event]:
-    """The files and the event of a server that was begun; raises `RebuildError` when there is none."""
+    """Read the files and the signing event of a rebuild that was begun. Raises `RebuildError` when there is none."""
     draft = draft_of(home)
     try:
         return _files(draft.repository), events.decode((draft.server / EVENT).read_bytes())
@@ -339,7 +339,7 @@ def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _seen(place: ServerPaths) -> dict[str, int]:
-    """The newest version of each role that this operator's machine has verified."""
+    """Return the newest version of each role that this operator's machine has verified."""
     try:
         facts = VerifierState.decode((place.operator / "trust" / "facts.json").read_bytes())
     except (OSError, ValueError):
@@ -355,7 +355,7 @@ _KINDS: Final[dict[str, Any]] = {"snapshot.json": Snapshot, "timestamp.json": Ti
 
 
 def from_cache(directory: Path) -> dict[str, bytes]:
-    """The files of an operator's cache, under the names that a repository gives them."""
+    """Read the files of an operator's cache, under their names in a repository."""
     found: dict[str, bytes] = {}
     for path in sorted((*directory.glob("*.json"), *directory.glob("root_history/*.json"))):
         data = path.read_bytes()
@@ -371,7 +371,7 @@ def from_cache(directory: Path) -> dict[str, bytes]:
 
 
 def salvage_metadata(pinned: bytes, sources: Sequence[Files]) -> dict[str, bytes]:
-    """The newest of everything that people signed: roots, targets, namespaces and their bins; and the newest numbers.
+    """Collect the newest of what people signed (roots, targets, namespaces, bins), and the newest online roles.
 
     Args:
         pinned: the root pinned on this machine.
@@ -449,7 +449,7 @@ def _bins(space: Targets) -> Iterator[str]:
 
 
 def _numbers(sources: Sequence[Files]) -> dict[str, bytes]:
-    """The newest snapshot and timestamp, so that numbering goes on above them: names are never used twice."""
+    """Collect the newest snapshot and timestamp: versions continue above them, so that no file name is used twice."""
     best: dict[str, tuple[int, bytes]] = {}
     rows: tuple[tuple[Any, str, Iterable[bytes]], ...] = (
         (Snapshot, "snapshot", _versions(sources, "snapshot")),

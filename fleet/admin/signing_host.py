@@ -41,7 +41,7 @@ class PublisherError(Exception):
 
 
 def make_keys(directory: Path) -> dict[str, Key]:
-    """New keys for snapshot and timestamp; their public halves by role. Raises `SigningError`."""
+    """Make keys for snapshot and timestamp and return their public halves by role. Raises `SigningError`."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     made: dict[str, Key] = {}
     for role in ONLINE:

@@ -38,7 +38,7 @@ class Cursor:
         return self.at < self.end
 
     def byte(self) -> int:
-        """The next byte."""
+        """Read the next byte."""
         if self.at >= self.end:
             raise DamagedError(f"it ends early, at offset {self.at}")
         value = self.data[self.at]
@@ -46,7 +46,7 @@ class Cursor:
         return value
 
     def peek(self) -> int:
-        """The next byte, which stays there."""
+        """Return the next byte without reading past it."""
         if self.at >= self.end:
             raise DamagedError(f"it ends early, at offset {self.at}")
         return self.data[self.at]
@@ -62,12 +62,12 @@ class Cursor:
         return start
 
     def take(self, size: int) -> bytes:
-        """The next `size` bytes."""
+        """Read the next `size` bytes."""
         start = self.skip(size)
         return self.data[start : self.at]
 
     def u32(self) -> int:
-        """An unsigned LEB128 number of at most 32 bits."""
+        """Read an unsigned LEB128 number of at most 32 bits."""
         value = 0
         for shift in range(0, 35, 7):
             byte = self.byte()
@@ -79,7 +79,7 @@ class Cursor:
         raise DamagedError(f"a number of more than 32 bits at offset {self.at}")
 
     def s33(self) -> int:
-        """A signed LEB128 number of at most 33 bits: a type index, or a negative code for a primitive type."""
+        """Read a signed LEB128 number of at most 33 bits: a type index, or a negative code for a primitive type."""
         value = 0
         for shift in range(0, 35, 7):
             byte = self.byte()
@@ -96,7 +96,7 @@ class Cursor:
         return value
 
     def name(self) -> str:
-        """A length and that many bytes of UTF-8."""
+        """Read a length and that many bytes of UTF-8."""
         size = self.u32()
         if size > NAME_MAX_BYTES:
             raise DamagedError(f"a name of {size} bytes at offset {self.at}")
@@ -108,7 +108,7 @@ class Cursor:
 
 
 def extern_name(cursor: Cursor) -> str:
-    """The name of an import or export, Binary.md `importname'`."""
+    """Read the name of an import or export, Binary.md `importname'`."""
     form = cursor.byte()
     if form > 2:  # noqa: PLR2004 - the forms are 0, 1 (older) and 2 (with a version suffix of its own)
         raise DamagedError(f"a name of unknown form {form} at offset {cursor.at}")
@@ -151,7 +151,7 @@ class Section:
 
 
 def sections(data: bytes, start: int, end: int) -> Iterator[Section]:
-    """The sections after the preamble of the module or component in `data[start:end]`; raises `DamagedError`."""
+    """Yield the sections after the preamble of the module or component in `data[start:end]`; raises `DamagedError`."""
     cursor = Cursor(data, start, end)
     cursor.skip(PREAMBLE_BYTES)
     for _ in range(SECTIONS_MAX):
@@ -191,7 +191,7 @@ def name(text: str) -> bytes:
 
 
 def section(kind: int, contents: bytes) -> bytes:
-    """A whole section."""
+    """Encode a whole section."""
     return bytes([kind]) + u32(len(contents)) + contents
 
 
@@ -229,7 +229,7 @@ def how_to_componentize(data: bytes, file_name: str) -> str:
 
 
 def _core_names(data: bytes) -> tuple[set[str], set[str], set[str]]:
-    """The modules that a core module imports from, its exports, its custom sections; Core Spec, section 5.5."""
+    """Return what a core module imports from, its exports and custom sections; Core Spec, section 5.5."""
     modules: set[str] = set()
     exports: set[str] = set()
     custom: set[str] = set()

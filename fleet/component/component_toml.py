@@ -47,7 +47,7 @@ DEV_VERSION: Final = "0.0.0-dev.0"
 ARCHES: Final = ("x86_64", "aarch64", "riscv64")
 TOML_MAX_CHARS: Final = 64 * 1024
 
-# What a component may export for the host to call: interface, trigger, world. The first that it exports counts.
+# Interfaces that a component may export for the host to call: interface, trigger, world. The first match counts.
 _ENTRIES: Final[tuple[tuple[str, type[Trigger], str], ...]] = (
     (HTTP_HANDLER, Http, "wasmfleet:http"),
     (wasi.HTTP_HANDLER, Http, "wasi:http"),
@@ -126,7 +126,7 @@ def load(
 
 
 def infer(file_name: str, component: Component, *, version: str = DEV_VERSION) -> Manifest:
-    """The manifest of a component without a `component.toml`: no grants, default limits.
+    """Infer the manifest of a component without a `component.toml`: no grants, default limits.
 
     Args:
         file_name: the component is named after it.
@@ -134,7 +134,7 @@ def infer(file_name: str, component: Component, *, version: str = DEV_VERSION) -
         version: the caller's; a name of its own for each push of a component in development.
 
     Raises:
-        NeedsTomlError: it must be said when it runs.
+        NeedsTomlError: the trigger cannot be inferred.
         BadManifestError: its file name gives no name, or it exports nothing that a device can call.
     """
     entry = _entry(component, None)
@@ -157,7 +157,7 @@ def infer(file_name: str, component: Component, *, version: str = DEV_VERSION) -
 def describe(
     component: Component, text: str | None, *, file_name: str = "component.wasm", version: str = DEV_VERSION
 ) -> Manifest:
-    """The manifest of a component that is to be published: read or inferred, with every import granted.
+    """Return the manifest of a component to be published: read or inferred, with every import granted.
 
     Args:
         component: as `fleet.component.reader.read` gives it.
@@ -183,12 +183,12 @@ def describe(
 
 
 def check_grants(component: Component, manifest: Manifest) -> list[str]:
-    """The interfaces, by their full names, that the component imports and the manifest does not grant."""
+    """Return the full names of the interfaces that the component imports and the manifest does not grant."""
     return list(component.missing(manifest.grants, world=manifest.world))
 
 
 def suggest_toml(component: Component, manifest: Manifest) -> str:
-    """The `component.toml` to save so that this component may run: what the manifest says, and all its imports granted.
+    """Write the `component.toml` with which this component may run: the manifest's values, every import granted.
 
     `load` reads it back to that manifest. A development version is left out, so that each push makes its own.
     """
@@ -198,12 +198,12 @@ def suggest_toml(component: Component, manifest: Manifest) -> str:
 
 
 def beside(file_name: str) -> tuple[str, str]:
-    """The names under which a component's manifest may lie beside it, the first that exists counts."""
+    """Return the names that a component's manifest may have beside it; the first that exists counts."""
     return (f"{file_name.removesuffix('.wasm')}.toml", FILE_NAME)
 
 
 def name_of(file_name: str) -> str:
-    """The component's name from its file's, without directories; raises `BadManifestError`."""
+    """Derive the component's name from its file name. Raises `BadManifestError`."""
     stem = re.split(r"[/\\]", file_name)[-1].removesuffix(".wasm").removesuffix(".component")
     try:
         return names.check_label(re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-"), "component")
@@ -360,7 +360,7 @@ def _secrets(table: Table, config: Container[str]) -> dict[str, SecretKey]:
 
 
 def _check_readable(component: Component, file_name: str) -> None:
-    """A secret that nothing can read is a mistake; raises `BadManifestError`."""
+    """Refuse secrets that no interface of the component can read. Raises `BadManifestError`."""
     if not any(bare(name) in _SECRET_READERS for name in component.imports):
         raise BadManifestError(
             f"{FILE_NAME}: secrets: {file_name} imports none of {', '.join(_SECRET_READERS)}, "
@@ -387,7 +387,7 @@ _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
-    """The text that `fleet.component.component_toml.load` reads back to `manifest`.
+    """Render a manifest as text that `load` reads back to an equal one.
 
     Args:
         manifest: what to write.
@@ -423,12 +423,12 @@ def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
 
 
 def text(value: str) -> str:
-    """A basic string; TOML 1.0, section "String"."""
+    """Quote a basic string; TOML 1.0, section "String"."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def texts(values: Iterable[str]) -> str:
-    """An array of basic strings."""
+    """Render an array of basic strings."""
     return f"[{', '.join(text(value) for value in values)}]"
 
 
@@ -437,7 +437,7 @@ def _table(name: str, lines: list[str], always: tuple[str, ...] = ()) -> list[st
 
 
 def _check(health: Health) -> tuple[str, ...]:
-    """Whether there is a check is always written: left out, it is told from the exports."""
+    """Always write the check: without it, the reader infers it from the exports."""
     return (f"check = {'true' if health.check else 'false'}",)
 
 
@@ -470,7 +470,7 @@ def _numbers(value: Limits | Health, default: Limits | Health) -> list[str]:
 
 
 def quantity(field: Field, value: int) -> str:
-    """A value as it is written for this field."""
+    """Format a value in the unit of its field."""
     match field.kind:
         case "size":
             return text(toml_fields.format_size(value))

@@ -82,7 +82,7 @@ _OF_IO: Final = {
     "error": "wasi:io/error@0.2",
     **dict.fromkeys(("input-stream", "output-stream"), "wasi:io/streams@0.2"),
 }
-# What of WASI the parts of the adapter mean by the names under which they import it.
+# WASI interfaces by the names under which the adapter's parts import them.
 _ENGINE: Final = {
     **{f"wasmfleet:engine/{name}@0.1": f"wasi:io/{name}@0.2" for name in ("error", "poll", "streams")},
     **{f"wasmfleet:engine/{name}@0.1": f"wasi:cli/{name}@0.2" for name in ("stdin", "stdout", "stderr")},
@@ -102,7 +102,7 @@ def needs_adapter(found: reader.Component) -> bool:
 
 
 def compose(adapter: bytes, guest: bytes) -> bytes:
-    """The component that nests both and exports the adapter's bridge.
+    """Compose a component that nests both and exports the adapter's bridge.
 
     Args:
         adapter: the adapter's file.
@@ -174,7 +174,7 @@ class _Imports:
         self._met_io = False
 
     def answers(self) -> dict[str, int]:
-        """An instance for each import; what nobody provides is imported by the whole."""
+        """Return an instance for each import; imports without a provider become imports of the outer component."""
         wanted = {}
         served = dict(self._engine)
         for at, (name, kind) in enumerate(zip(self._inner.instances, self._inner.kinds, strict=True)):
@@ -195,7 +195,7 @@ class _Imports:
         return wanted
 
     def _shimmed(self, at: int, instance: int, served: dict[str, int]) -> int:
-        """The engine's instance with a shim's functions for those that have to do with wasi:io."""
+        """Replace the functions of an engine's instance that concern wasi:io by those of a shim."""
         name = self._inner.instances[at]
         if _key(name) not in _SHIMS:
             raise ComposeError(f"the component imports {name}, which hands out streams that no device can serve")
@@ -209,7 +209,7 @@ class _Imports:
         return self._out.instantiate(self._out.component(made.data), given, functions=functions)
 
     def _shim(self, name: str, instance: int, served: dict[str, int]) -> int:
-        """The function of a shim, instantiated for it."""
+        """Instantiate a shim and return its function."""
         number, part = self._shims[name]
         given = {}
         for each in part.instances:
@@ -222,7 +222,7 @@ class _Imports:
         return self._out.function_of(self._out.instantiate(number, given, types), name)
 
     def _type(self, number: int) -> int:
-        """The whole's index of a type of the guest's."""
+        """Return the outer component's index of a type of the guest."""
         if number not in self._types:
             if number >= len(self._inner.types):
                 raise binary.DamagedError(f"type {number} of an import is not there")
@@ -275,19 +275,19 @@ class _Writer:
         return self._types - 1
 
     def type_of(self, instance: int, name: str) -> int:
-        """The type that an instance exports."""
+        """Alias the type that an instance exports."""
         self._put(_ALIAS, _SORT_TYPE + b"\x00" + binary.u32(instance) + binary.name(name))
         self._types += 1
         return self._types - 1
 
     def function_of(self, instance: int, name: str) -> int:
-        """The function that an instance exports."""
+        """Alias the function that an instance exports."""
         self._put(_ALIAS, _SORT_FUNC + b"\x00" + binary.u32(instance) + binary.name(name))
         self._functions += 1
         return self._functions - 1
 
     def export_of(self, instance: int, name: str) -> int:
-        """The instance that an instance exports."""
+        """Alias the instance that an instance exports."""
         self._put(_ALIAS, _SORT_INSTANCE + b"\x00" + binary.u32(instance) + binary.name(name))
         return self._instance()
 
@@ -310,7 +310,7 @@ class _Writer:
         return self._instance()
 
     def bundle(self, *, types: dict[str, int], functions: dict[str, int]) -> int:
-        """An instance made of types, each the export of that name of an instance, and of functions."""
+        """Bundle an instance of types, each the export of that name of an instance, and of functions."""
         items = [
             b"\x00" + binary.name(name) + _SORT_TYPE + binary.u32(self.type_of(at, name)) for name, at in types.items()
         ]
@@ -348,7 +348,7 @@ class InterfaceShim:
 
 
 def encode_shim(guest: ComponentIndex, at: int, own: str, shims: dict[str, str]) -> InterfaceShim:
-    """The sleeve of one of the guest's imports.
+    """Encode the shim around one of the guest's imports.
 
     Args:
         guest: the component.
@@ -377,7 +377,7 @@ class _Encoder:
     imported: dict[tuple[int, bool], int] = field(default_factory=dict)
 
     def encode(self) -> InterfaceShim:
-        """The whole of it. `inside` are types for what is imported, `outside` the same for what is exported."""
+        """Encode the component. `inside` holds the types of its imports, `outside` those of its exports."""
         engine = self._interface(self.at, own=False)
         inside: list[int] = []
         outside: list[int] = []
@@ -402,7 +402,7 @@ class _Encoder:
         return InterfaceShim(bytes(self.out), tuple(self.wanted), tuple(self.used))
 
     def _outer(self, number: int, *, own: bool) -> int:
-        """A type of the guest's type space: the adapter's (`own`, where it has one) or the engine's."""
+        """Rewrite a type of the guest: with `own` to the adapter's where it has one, else to the engine's."""
         found = self.guest.types[number]
         if not isinstance(found, Alias):
             raise types.ForeignTypeError(f"type {number} of an import is no interface's")
@@ -439,7 +439,7 @@ class _Encoder:
             self._put(reader.IMPORT, b"\x00" + binary.name(shim) + _FUNC + binary.u32(inside))
         item = b"\x00" + binary.name(name) + _FUNC + binary.u32(self.functions)
         self._put(reader.EXPORT, item + b"\x01" + _FUNC + binary.u32(outside))
-        self.functions += 2  # what is exported is a further one
+        self.functions += 2  # an export makes a further one
 
     def _define(self, body: bytes) -> int:
         self._put(_TYPE, body)
@@ -458,10 +458,10 @@ _FILE: Final = "adapter.wasm.gz"
 
 @functools.cache
 def load_adapter() -> bytes:
-    """The adapter."""
+    """Read the adapter."""
     return gzip.decompress(resources.files("fleet.component").joinpath(_FILE).read_bytes())
 
 
 def adapter_digest() -> str:
-    """The sha256 of the adapter, in hex."""
+    """Return the sha256 of the adapter, in hex."""
     return hashlib.sha256(load_adapter()).hexdigest()

@@ -92,23 +92,23 @@ class Component:
     plain: frozenset[str] = frozenset()
 
     def exported(self, interface: str) -> str | None:
-        """The export that is `interface` in any version, by its full name."""
+        """Return the full name of the export that is `interface` in any version, None for none."""
         return next((export for export in self.exports if bare(export) == interface), None)
 
     def missing(self, grants: Grants, *, world: str = "") -> tuple[str, ...]:
-        """The imports that are neither granted nor part of `world` nor plain, by their full names."""
+        """Return the full names of imports that are neither granted nor part of `world` nor plain."""
         free = _BY_WORLD.get(world, frozenset())
         asking = (wanted for wanted in self.imports if wanted not in self.plain and bare(wanted) not in free)
         return tuple(wanted for wanted in asking if not grants.allows(wanted))
 
 
 def bare(interface: str) -> str:
-    """An interface's name without its version."""
+    """Return an interface's name without its version."""
     return interface.partition("@")[0]
 
 
 def package(interface: str) -> str:
-    """The package of an interface, without version: `wasi:clocks` of `wasi:clocks/wall-clock@0.2.3`."""
+    """Return the package of an interface, without version: `wasi:clocks` of `wasi:clocks/wall-clock@0.2.3`."""
     return bare(interface).partition("/")[0]
 
 
@@ -218,7 +218,7 @@ def _export_rest(cursor: binary.Cursor) -> None:
 
 
 def _producers(cursor: binary.Cursor) -> list[str]:
-    """The producers section of the tool conventions: fields, each with names and versions."""
+    """Read the producers section of the tool conventions: fields, each with names and versions."""
     found = []
     for _ in range(cursor.count()):
         field = cursor.name()

@@ -59,7 +59,7 @@ class Field:
 
 
 def fields(struct: type[Limits] | type[Health]) -> tuple[Field, ...]:
-    """The fields of `limits` and `health`, whose units are in the normalised names: `memory_bytes` is `memory`."""
+    """List the fields of `limits` or `health`; their names carry no unit: `memory_bytes` is `memory`."""
     found = []
     for field in msgspec.structs.fields(struct):
         if field.name.endswith("_bytes"):
@@ -80,22 +80,22 @@ class Table:
         self.known: list[str] = []
 
     def at(self, key: str) -> str:
-        """The path of a field."""
+        """Return the path of a field."""
         return f"{self.path}.{key}" if self.path else key
 
     def wrong(self, key: str, wanted: str, value: object) -> BadManifestError:
-        """The error that says which type is wanted."""
+        """Make the error that says which type is wanted."""
         shown = {bool: "a switch", int: "a number", float: "a number", str: "a text", list: "a list", dict: "a table"}
         what = shown.get(type(value), "a date or time")
         return BadManifestError(f"{FILE_NAME}: {self.at(key)}: {wanted} is wanted, not {what}")
 
     def take(self, key: str) -> Any:
-        """The raw value, None where there is none; from now on the field is known."""
+        """Take the raw value, None where there is none, and mark the field as known."""
         self.known.append(key)
         return self.raw.get(key)
 
     def text(self, key: str, default: str) -> str:
-        """A text."""
+        """Take a text."""
         value = self.take(key)
         if value is None:
             return default
@@ -104,7 +104,7 @@ class Table:
         return value
 
     def texts(self, key: str, check: Callable[[str], str | None]) -> tuple[str, ...]:
-        """A list of texts, each of which `check` finds nothing to say about, without repetitions."""
+        """Take a list of different texts; `check` returns what is wrong with one, or None."""
         value = self.take(key)
         if value is None:
             return ()
@@ -118,7 +118,7 @@ class Table:
         return tuple(dict.fromkeys(value))
 
     def switch(self, key: str, default: bool) -> bool:  # noqa: FBT001 - a value, not an option
-        """True or false."""
+        """Take true or false."""
         value = self.take(key)
         if value is None:
             return default
@@ -127,7 +127,7 @@ class Table:
         return value
 
     def whole(self, key: str, default: int) -> int:
-        """A whole number within its bounds."""
+        """Take a whole number within its bounds."""
         value = self.take(key)
         if value is None:
             return default
@@ -162,7 +162,7 @@ class Table:
         return value
 
     def struct(self, struct: type[Struct]) -> Struct:
-        """A whole struct of numbers and switches, by `fields`."""
+        """Take every number and switch of a struct, by `fields`."""
         default = struct()
         values: dict[str, Any] = {}
         for field in fields(struct):
@@ -180,7 +180,7 @@ class Table:
         return struct(**values)
 
     def table(self, key: str) -> "Table":
-        """An inner table; empty where there is none."""
+        """Take an inner table; empty where there is none."""
         value = self.take(key)
         if value is not None and not isinstance(value, dict):
             raise self.wrong(key, "a table", value)
@@ -242,10 +242,10 @@ def _format(value: int, units: dict[str, int]) -> str:
 
 
 def format_size(value: int) -> str:
-    """The shortest exact form in 1024s, such as `16MiB`."""
+    """Format a size in its shortest exact form, in 1024s: `16MiB`."""
     return _format(value, {unit: factor for unit, factor in _SIZES.items() if unit == "B" or unit.endswith("iB")})
 
 
 def format_duration(value: int) -> str:
-    """The shortest exact form, such as `30s`."""
+    """Format a duration in its shortest exact form: `30s`."""
     return _format(value, _DURATIONS)

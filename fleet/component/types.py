@@ -30,12 +30,12 @@ class ForeignTypeError(Exception):
 
 
 def same(index: int) -> int:
-    """The index itself: for passing over a type."""
+    """Return the index itself: to pass over a type."""
     return index
 
 
 def rewrite(cursor: binary.Cursor, index: Index) -> bytes:
-    """The type definition under the cursor, with `index(i)` for every type i outside it.
+    """Rewrite the type definition under the cursor, with `index(i)` for every type i outside it.
 
     Raises:
         wasm.DamagedError: it is not well-formed.
@@ -236,7 +236,7 @@ _SORT_INSTANCE: Final = 5
 
 
 def types_only(data: bytes) -> frozenset[str]:
-    """The names of the imports of `data`, a whole component, that bring no function and no resource.
+    """Return the names of a component's imports that bring no function and no resource.
 
     Raises:
         wasm.DamagedError: the bytes are not well-formed.

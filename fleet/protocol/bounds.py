@@ -37,11 +37,11 @@ SECRET_VALUE_MAX_BYTES: Final = 4 * KIB
 SECRET_VALUE_MIN_CHARS: Final = 4  # a shorter one could not be kept out of log lines
 SECRET_BOX_MAX_BYTES: Final = 8 * KIB
 
-# What a trap or rollback report carries of an instance's log
+# Lines of an instance's log in a trap or rollback report
 LOG_LINES: Final = 50
 LOG_MAX_BYTES: Final = 16 * KIB
 
-# What is sent while an operator follows a log
+# Chunks that are sent while an operator follows a log
 LOG_CHUNK_MAX_BYTES: Final = 128 * KIB
 LOGS_MINUTES_MAX: Final = 60
 

@@ -122,7 +122,7 @@ class InstanceState(StrEnum):
 class Outcome(StrEnum):
     """State of a rollout on one device."""
 
-    PENDING = "pending"  # its wave has not come
+    PENDING = "pending"  # the device's wave has not come
     WAITING = "waiting"  # offered; the device is offline or has not answered
     DEFERRED = "deferred"  # the device's own window or policy says later
     IN_PROGRESS = "in-progress"

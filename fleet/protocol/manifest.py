@@ -89,7 +89,7 @@ class Cron:
     either_day: bool
 
     def next_after(self, moment: datetime) -> datetime | None:
-        """The first full minute after `moment` that fits; None for a line that never does, such as 30 February."""
+        """Return the first full minute after `moment` that fits, or None: 30 February never comes."""
         at = moment.replace(second=0, microsecond=0) + timedelta(minutes=1)
         end = at + _SEARCH
         while at < end:
@@ -256,7 +256,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     core_instances: Count = CORE_INSTANCES_MAX
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what bounds nothing: to the engine a number below 0 is no limit at all."""
+        """Refuse values below their minimum: the engine takes a negative number for no limit. Raises `ValueError`."""
         for name in self.__struct_fields__:
             value, least = getattr(self, name), 0 if name in MAY_BE_NONE else 1
             if value < least:
@@ -338,7 +338,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return value
 
     def digest(self) -> str:
-        """The manifest's sha256 over its canonical JSON, in hex."""
+        """Return the sha256 of the manifest's canonical JSON, in hex."""
         return wire.digest(self.plain())
 
 

@@ -150,7 +150,7 @@ class Health(Message, frozen=True, kw_only=True):
 
     Attributes:
         containment: layer -> whether the host has it (`seccomp`, `network`, `mount`, `user`, `landlock`, `cgroup`).
-        host_runs_as: how the host is run, which decides what walls there can be (`root service`).
+        host_runs_as: how the host is run, which decides what isolation layers are possible (`root service`).
         problems: sentences for people, most urgent first.
         board: `resources` as older agents call it: read, and never written.
     """
@@ -326,7 +326,7 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     group: str = ""
 
     def encode(self) -> str:
-        """The token as one line of text."""
+        """Return the token as one line of text."""
         return TOKEN_PREFIX + base64.urlsafe_b64encode(msgspec.json.encode(self)).decode().rstrip("=")
 
     @classmethod

@@ -96,7 +96,7 @@ VersionKey = tuple[int, int, int, int, tuple[tuple[int, int, str], ...]]
 
 
 def version_key(value: str) -> VersionKey:
-    """A key that sorts versions by precedence (Semantic Versioning 2.0.0, section 11).
+    """Return a key that sorts versions by precedence (Semantic Versioning 2.0.0, section 11).
 
     Raises:
         BadNameError: `value` is not SemVer.
@@ -153,17 +153,17 @@ class TargetName:
 
 
 def shard(device: str) -> str:
-    """The two hex digits by which server processes divide the fleet: the first of sha256(device id)."""
+    """Return the first two hex digits of sha256(device id), by which server processes divide the fleet."""
     return hashlib.sha256(device.encode()).hexdigest()[:2]
 
 
 def fingerprint_of(device: str) -> str:
-    """The beginning of the public key's sha256 that a device id ends in, 8 hex digits."""
+    """Return the end of a device id: the first 8 hex digits of the sha256 of its public key."""
     return check_device(device).rpartition("-")[2]
 
 
 def device_id(name: str, public_key_der: bytes) -> str:
-    """The id of a device: its name and the first 8 hex digits of the sha256 of its public key.
+    """Return the id of a device: its name and the first 8 hex digits of the sha256 of its public key.
 
     Args:
         name: what the owner calls the device (its host name by default).

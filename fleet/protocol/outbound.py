@@ -203,12 +203,12 @@ def _name(text: str) -> str:
 
 
 def place(scheme: str, authority: str) -> tuple[str, int]:
-    """The host and port that a request's authority names: a name in lower case, or an address in its usual form.
+    """Return the host and port of a request's authority: a name in lower case, or an address in its usual form.
 
     Forms that a resolver might take for an address (`127.1`, `0x7f000001`, `017700000001`) are refused.
 
     Raises:
-        BadOutboundError: it names none.
+        BadOutboundError: the authority or the scheme is not one that a request may have.
     """
     if scheme not in PORTS:
         raise BadOutboundError(f"the scheme {scheme!r} is not one of http and https")
@@ -236,7 +236,7 @@ def _address(text: str) -> Address | None:
 
 
 def unwrapped(address: Address) -> Address:
-    """The IPv4 address that an IPv6 one stands for (mapped, or through NAT64); else itself."""
+    """Return the IPv4 address that an IPv6 address stands for (mapped, or through NAT64), else the address itself."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return address.ipv4_mapped
@@ -295,7 +295,7 @@ def covered(text: str, ceiling: Iterable[str]) -> bool:
 
 
 def describe(text: str) -> str:
-    """An entry for people who decide: itself, and in words what it lets out further than it may seem."""
+    """Describe an entry to those who decide: its text, and what it allows beyond what it seems to."""
     try:
         entry = parse(text)
     except BadOutboundError:

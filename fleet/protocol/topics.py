@@ -22,7 +22,7 @@ class Down(StrEnum):
 
     DESIRED = "desired"  # retained: the assignment envelope
     FRESH = "fresh"  # the answer to a nonce
-    ACK = "ack"  # which report is stored
+    ACK = "ack"  # the newest report that is stored
     COMMAND = "command"  # signed
 
 

@@ -48,7 +48,7 @@ M = TypeVar("M", bound=Message)
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """The message as compact JSON with fields in the order of the struct."""
+    """Return the message as compact JSON with fields in the order of the struct."""
     return msgspec.json.encode(message)
 
 
