@@ -22,7 +22,7 @@ class SecretRef(msgspec.Struct, frozen=True, kw_only=True):
     """A secret by name and the sha256 of its sealed box, never its value.
 
     Attributes:
-        version: which the box is sealed for; a device that has committed one never takes an older one.
+        version: of the secret; after a device has committed one, it refuses older ones.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
         config: values for the manifest's configuration keys.
         port: a port of its own on the device's ingress address; None for the shared one.
         share_lane: whether it may share a lane with other instances of its publisher.
-        atomic: instances with the same word here are swapped as one; empty for alone.
-        attempt: a failed item is tried again only when this is raised.
-        rollout: the rollout that wants it, echoed in reports; not part of the item's identity.
+        atomic: items with the same text here are swapped as one; empty for an item of its own.
+        attempt: raised to make the device retry a failed item.
+        rollout: id of the rollout that offers it, echoed in reports; not part of the item's identity.
     """
 
     instance: str
@@ -62,7 +62,7 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     rollout: str = ""
 
     def same_as(self, other: "Item") -> bool:
-        """Tell whether both ask to run the same; the attempt and the rollout do not matter."""
+        """Tell whether both ask for the same instance, whatever their attempt and rollout."""
         return msgspec.structs.replace(self, attempt=0, rollout="") == msgspec.structs.replace(
             other, attempt=0, rollout=""
         )
@@ -72,13 +72,13 @@ class Assignment(Message, frozen=True, kw_only=True):
     """Desired state of one device, complete.
 
     Attributes:
-        fleet, device: for whom; others refuse it (`wrong-fleet`, `wrong-device`).
+        fleet, device: the addressee; other devices refuse it (`wrong-fleet`, `wrong-device`).
         version: grows with each change and never falls; an equal version is byte-identical.
         issued, expires: UTC. An expired assignment changes nothing on the device and stops nothing.
         snapshot: the oldest acceptable version of TUF's snapshot role.
         items: the complete desired list, at most 64.
-        stop_all: an empty list counts only with this.
-        keep_data: of instances that are no longer listed, whose data stays.
+        stop_all: required for an empty list of items.
+        keep_data: instances that are no longer listed, and whose data is kept.
     """
 
     MAX_BYTES: ClassVar[int] = bounds.DESIRED_MAX_BYTES
@@ -94,7 +94,7 @@ class Assignment(Message, frozen=True, kw_only=True):
 
 
 class Fresh(Message, frozen=True, kw_only=True):
-    """The director's word that an assignment is current, for one nonce."""
+    """Freshness statement: the director confirms for one nonce that an assignment is current."""
 
     MAX_BYTES: ClassVar[int] = bounds.COMMAND_MAX_BYTES
     fleet: str
@@ -127,7 +127,7 @@ class FollowLogs(Verb, frozen=True, kw_only=True, tag="follow-logs"):
 
 
 class Command(Message, frozen=True, kw_only=True):
-    """Signed command: for one device, valid for minutes, obeyed once."""
+    """Signed command for one device: valid for minutes, carried out once."""
 
     MAX_BYTES: ClassVar[int] = bounds.COMMAND_MAX_BYTES
     fleet: str

@@ -17,7 +17,7 @@ STATE_MAX_BYTES: Final = 8 * KIB
 HEALTH_MAX_BYTES: Final = 64 * KIB
 REPORT_MAX_BYTES: Final = 64 * KIB
 
-# TUF metadata: what a device fetches of one role at the most
+# TUF metadata: the largest file of a role that a device fetches
 ROOT_MAX_BYTES: Final = 512 * KIB
 TIMESTAMP_MAX_BYTES: Final = 16 * KIB
 SNAPSHOT_MAX_BYTES: Final = 2 * MIB
@@ -34,7 +34,7 @@ CONFIG_VALUE_MAX_BYTES: Final = 8 * KIB
 # Sealed secrets: values of one instance, each in a box of its own
 SECRETS_MAX: Final = 16
 SECRET_VALUE_MAX_BYTES: Final = 4 * KIB
-SECRET_VALUE_MIN_CHARS: Final = 4  # a shorter one could not be kept out of log lines
+SECRET_VALUE_MIN_CHARS: Final = 4  # a shorter value could not be recognised and removed from log lines
 SECRET_BOX_MAX_BYTES: Final = 8 * KIB
 
 # Lines of an instance's log in a trap or rollback report
@@ -48,33 +48,33 @@ LOGS_MINUTES_MAX: Final = 60
 # JSON that people and machines post to the HTTP API
 API_BODY_MAX_BYTES: Final = 1 * MIB
 
-# Numbers and times. Every field of a message has one of these types: none holds what a reader or a database refuses.
+# Numbers and times. Every field of a message has one of these types, whose values every reader and database accepts.
 NUMBER_MAX: Final = 2**53
-"""The largest number that anyone accepts: beyond it JSON readers and databases disagree about numbers."""
+"""Largest number that is accepted: JSON readers and databases disagree about larger ones."""
 
 PRIORITY_MAX: Final = 1_000_000
 WAIT_MAX_S: Final = 10 * 366 * 86_400
-"""Ten years, the longest soak, timeout or validity: added to any time of today it is still a time."""
+"""Ten years, the longest soak, timeout or validity: added to the present time, the sum is still a valid time."""
 
 Count = Annotated[int, Meta(ge=0, le=NUMBER_MAX)]
 """A version, a sequence, an attempt, a generation, a number of things, bytes, or a duration."""
 
 Seconds = Annotated[int, Meta(ge=0, le=WAIT_MAX_S)]
-"""A wait that an operator asks for."""
+"""A duration that an operator chooses, seconds."""
 
 Percent = Annotated[int, Meta(ge=0, le=100)]
 Port = Annotated[int, Meta(ge=0, le=65_535)]
-"""A TCP port; 0 where that means none."""
+"""A TCP port; 0 for none, where that is allowed."""
 
 Priority = Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
 Figure = Annotated[float, Meta(ge=-1e12, le=1e12)]
 """A measured value."""
 
 Stored = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-"""A number in an answer of the server's, as its database holds it: what was stored before `Count` stays readable."""
+"""A number in an answer of the server, as the database holds it: wider than `Count`, so that old rows stay readable."""
 
 Utc = Annotated[datetime, Meta(tz=True)]
-"""A time with its zone: times without one cannot be compared."""
+"""A time with its zone: a time without one cannot be compared with it."""
 
 
 _DIGITS_MAX: Final = 18

@@ -9,7 +9,7 @@ from typing import Final
 
 
 class RejectCode(StrEnum):
-    """Why a device refused something. Final, unless the code is in `RETRYABLE`."""
+    """Reason why a device refused something. Final, unless the code is in `RETRYABLE`."""
 
     TOO_LARGE = "too-large"
     MALFORMED = "malformed"
@@ -62,7 +62,7 @@ class RejectCode(StrEnum):
     SUPERSEDED = "superseded"
     STATE_FAILED = "state-failed"  # memory could not be carried from the old version to the new
     SET_FAILED = "set-failed"  # another instance of its atomic set failed
-    INTERRUPTED = "interrupted"  # power or process lost more often than the counter allows
+    INTERRUPTED = "interrupted"  # power cuts or crashes beyond the limit of the counter
     INTERNAL = "internal"
 
 
@@ -73,8 +73,8 @@ RETRYABLE = frozenset(
         RejectCode.NO_SPACE,
         RejectCode.HOST_GONE,
         RejectCode.EXPIRED,
-        RejectCode.FREEZE,  # the repository may catch up
-        RejectCode.INTERNAL,  # a bug of the device's own software is no verdict on the component
+        RejectCode.FREEZE,  # may be published a moment later
+        RejectCode.INTERNAL,  # a bug in the device's own software: no verdict on the component
     }
 )
 """Codes after which the device retries by itself; every other code is final until the operator raises the attempt."""

@@ -29,10 +29,10 @@ PROVENANCE: Final = "slsa-provenance"
 SBOMS: Final = frozenset({CYCLONEDX, SPDX})
 
 MAX_BYTES: Final = 16 * MIB
-"""Of one file."""
+"""Largest evidence file, bytes."""
 
 FILES_MAX: Final = 8
-"""Of one target."""
+"""Most evidence files of one target."""
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +48,7 @@ class BadEvidenceError(ValueError):
 
 
 def convert_evidence(value: object) -> tuple[Evidence, ...]:
-    """Read `custom.evidence` from decoded JSON; None for nothing.
+    """Read `custom.evidence` from decoded JSON, where None means no evidence.
 
     Raises:
         BadEvidenceError: not a list of files with kind, sha256 and length, or too many.
@@ -79,7 +79,7 @@ class BadCronError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Cron:
-    """The minutes, hours, days, months and weekdays (0 is Sunday) that fit."""
+    """Minutes, hours, days, months and weekdays (0 is Sunday) that match a cron line."""
 
     minutes: frozenset[int]
     hours: frozenset[int]
@@ -89,7 +89,7 @@ class Cron:
     either_day: bool
 
     def next_after(self, moment: datetime) -> datetime | None:
-        """Return the first full minute after `moment` that fits, or None: 30 February never comes."""
+        """Return the first full minute after `moment` that matches; None where none does, as on 30 February."""
         at = moment.replace(second=0, microsecond=0) + timedelta(minutes=1)
         end = at + _SEARCH
         while at < end:
@@ -109,7 +109,7 @@ class Cron:
 
 
 def parse(text: str) -> Cron:
-    """Read a cron line; raises `BadCronError`."""
+    """Parse a cron line. Raises `BadCronError`."""
     words = text.split()
     if len(words) != len(_FIELDS) or len(text) > _TEXT_MAX:
         raise BadCronError(f"{text[:80]!r} has {len(words)} fields, wanted are minute, hour, day, month, day of week")
@@ -120,7 +120,7 @@ def parse(text: str) -> Cron:
 
 
 def check(text: str) -> str:
-    """`text`, if it is a cron line whose time comes; raises `BadCronError`."""
+    """Return `text` if it is a cron line that matches some time. Raises `BadCronError`."""
     if parse(text).next_after(datetime(2000, 1, 1)) is None:  # noqa: DTZ001 - naive on purpose, see above
         raise BadCronError(f"{text!r} never comes: there is no such day")
     return text
@@ -173,7 +173,7 @@ Trigger = Http | Schedule | OnMessage | Service
 
 
 class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Grants: what the component may reach. Empty means nothing: deny by default.
+    """Interfaces, addresses and neighbours that a component may reach. Empty means none: deny by default.
 
     Attributes:
         interfaces: interfaces or whole packages it may import, without version: `wasi:clocks`, `wasi:cli/stdout`.
@@ -201,18 +201,18 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 NATIVE_ANSWER_MAX_BYTES: Final = 128 * bounds.MIB // 48
-"""The engine copies at most 128 MiB out of a guest in one call, and a byte of a body costs 48."""
+"""The engine copies at most 128 MiB out of a guest in one call, and each byte of a body takes 48."""
 
 
 TABLE_ELEMENTS_MAX: Final = 100_000
 CORE_INSTANCES_MAX: Final = 128
-"""The engine keeps room for so many: no manifest and no policy goes beyond."""
+"""Tables and instances for which the engine reserves space: no manifest and no policy exceeds them."""
 
 MAY_BE_NONE: Final = frozenset(
     {"fuel", "request_bytes", "log_lines_per_minute", "storage_bytes", "daily_written_bytes", "state_bytes"}
     | {"requests_per_instance"}
 )
-"""The limits of which 0 means something: none of it, or for `fuel` and `requests_per_instance` what is said there."""
+"""Limits that may be 0: nothing is allowed, or, for `fuel` and `requests_per_instance`, as `Limits` says."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -227,14 +227,14 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         concurrency: lanes at most.
         request_bytes, response_bytes: one HTTP body. In world `wasmfleet:http` an answer has at most
             `NATIVE_ANSWER_MAX_BYTES`, whatever stands here.
-        log_lines_per_minute: more are dropped and counted.
+        log_lines_per_minute: further lines are dropped and counted.
         fuel: instructions of one call (wasmtime's fuel), 0 for no such limit.
         storage_bytes: the instance's own data.
-        daily_written_bytes: what it may write to its data in one day (UTC).
-        state_bytes: the memory that it may hand to its successor at a swap.
-        requests_per_instance: how many requests one instance may answer before the next gets a fresh one; 0 for what
-            its world is built for: one in `wasi:http` (a request with a body always gets its own), any number else.
-        table_elements: of each of its tables (functions that are called through a table, references).
+        daily_written_bytes: bytes written to its data in one day (UTC).
+        state_bytes: memory that it may hand to its successor at a swap.
+        requests_per_instance: requests that one instance may answer before a fresh one replaces it; 0 for the default
+            of its world: one in `wasi:http` (a request with a body always gets its own), else any number.
+        table_elements: elements of each of its tables (functions that are called through a table, references).
         core_instances: core modules that may be instantiated in one instance, and its memories and tables, each.
     """
 
@@ -269,8 +269,8 @@ class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Attributes:
         check: whether it exports the health check, asked before traffic, every `interval_ms` and, on probation, more
             often.
-        probation_ms: how long after a swap the device may still go back by itself.
-        min_calls: calls below which probation ends `committed-unexercised`.
+        probation_ms: time after a swap in which the device rolls back by itself.
+        min_calls: with fewer calls in probation the report says that the version was not exercised.
         max_faults: guest faults (traps and time-outs) tolerated in probation.
         max_error_percent: share of answers of 500 and above in probation, from `min_calls` calls on.
     """
@@ -294,7 +294,7 @@ class SecretKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """A secret that the component reads, as it reads configuration.
 
     Attributes:
-        required: it does not start without.
+        required: the component does not start without it.
     """
 
     description: str = ""
@@ -302,15 +302,15 @@ class SecretKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Declaration of a component: what it is and needs.
+    """Declaration of a component: identity, trigger, grants, limits, health check, configuration.
 
     Attributes:
-        name, version: of the component; the namespace is the signing key's.
-        world: which contract it exports: `wasmfleet:http` (small native world) or `wasi:http`, and so on.
-        security_epoch: a device that ran epoch N never runs an older one again.
+        name, version: of the component; the signing key determines the namespace.
+        world: contract that it exports, such as `wasmfleet:http` (small native world) or `wasi:http`.
+        security_epoch: a device that has run epoch N refuses older ones.
         data_schema: version of the instance's data; a change copies it before the swap.
         arch: CPUs it may run on (`x86_64`, `aarch64`, `riscv64`); empty for any.
-        secrets: names of the secrets it may be given; no other reaches it.
+        secrets: names of the secrets that it receives; no other reaches it.
     """
 
     name: str
@@ -328,7 +328,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     secrets: dict[str, SecretKey] = {}
 
     def plain(self) -> dict[str, Any]:
-        """As JSON types, for signing: who does not use what is in `LATER` reads and hashes as before it was there."""
+        """Convert to JSON types for signing, without the fields of `LATER` that have their default."""
         value: dict[str, Any] = msgspec.to_builtins(self)
         for path in LATER:
             within, _, name = path.rpartition(".")
@@ -343,8 +343,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 LATER: Final = ("secrets", "limits.table_elements", "limits.core_instances")
-"""Fields that came after the first form, as `secrets` or `limits.name`: left out at their default, so that a new one
-changes no manifest's digest and devices of before go on reading what does not use it. Their defaults never change."""
+"""Fields added since the first schema, as `secrets` or `limits.name`: left out at their default, so that a new field
+changes no digest and older devices can read manifests that do not use it. Their defaults never change."""
 
 
 def _default(struct: msgspec.Struct, name: str) -> object:
@@ -371,5 +371,5 @@ def decode(data: bytes) -> Manifest:
 
 
 def convert(value: object) -> Manifest:
-    """Read a normalised manifest from decoded JSON, as TUF's `custom` holds it; raises `BadManifestError`."""
+    """Read a normalised manifest from decoded JSON, as TUF's `custom` holds it. Raises `BadManifestError`."""
     return decode(wire.canonical(value))

@@ -37,12 +37,12 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """`up/hello`, after each connect: a nonce to answer, and where the device stands.
+    """`up/hello`, after each connect: a nonce to answer, and the device's versions.
 
     Attributes:
         accepted, deployed, committed: the device's three assignment versions (0 for none): persisted as soon as the
             envelope verifies; being carried out; fully committed.
-        acked: up to which report a server has said that it stored them; 0 for none.
+        acked: newest report that a server has acknowledged; 0 for none.
     """
 
     MAX_BYTES: ClassVar[int] = bounds.HELLO_MAX_BYTES
@@ -67,7 +67,7 @@ class State(Message, frozen=True, kw_only=True):
 
 
 class DeviceResources(msgspec.Struct, frozen=True, kw_only=True):
-    """The device's own figures; None where it has no such sensor.
+    """Resources of the device; None where it has no such sensor.
 
     Attributes:
         load: the one-minute load average.
@@ -93,9 +93,9 @@ class HealthChecks(msgspec.Struct, frozen=True, kw_only=True):
     """Answers of an instance's health check since its generation took over.
 
     Attributes:
-        asked: questions that have been answered, or whose time is over.
-        missed: those of them without a good answer: the component says that it is not well, fails, or is silent.
-        well: the instance runs, and the last answer was good.
+        asked: checks that were answered or timed out.
+        missed: those without a good answer: the component reports that it is unhealthy, fails, or does not answer.
+        well: the instance runs and the last answer was good.
     """
 
     asked: Count = 0
@@ -109,15 +109,15 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         errors: answers with status 500 and above.
         p50_us, p99_us: guest time of a call, in microseconds, over the last calls.
-        latencies: how many of those calls took up to each of `LATENCY_BOUNDS_MS`, and longer; empty without calls.
-        cpu_ms: of the processor's time that its calls have taken, in milliseconds.
-        denials: what it asked for and was refused while it ran.
-        dropped_lines: of its log, over its limit.
-        written_bytes: to its data, today (UTC).
+        latencies: number of those calls up to each of `LATENCY_BOUNDS_MS`, and of longer ones; empty without calls.
+        cpu_ms: processor time of its calls, in milliseconds.
+        denials: requests of the running component that its grants did not allow.
+        dropped_lines: log lines over its limit.
+        written_bytes: written to its data today (UTC).
         memory_bytes: private memory of the instance's lanes; of a lane that is shared, its part.
-        outgoing: requests that it sent; those that it was not granted are among the denials.
+        outgoing: requests that it sent; those without a grant count as denials.
         shared_lane: the lane that it shares with other instances, which say the same; empty for lanes of its own.
-        checks: None where the manifest promises no health check, and from a host that does not count them.
+        checks: None where the manifest has no health check, or the host does not count them.
     """
 
     instance: str
@@ -146,13 +146,13 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Health(Message, frozen=True, kw_only=True):
-    """`up/health`: how the device is. Only the newest matters.
+    """`up/health`: condition of the device and its instances. Only the newest matters.
 
     Attributes:
         containment: layer -> whether the host has it (`seccomp`, `network`, `mount`, `user`, `landlock`, `cgroup`).
-        host_runs_as: how the host is run, which decides what isolation layers are possible (`root service`).
+        host_runs_as: the way in which the host is run (`root service`), which limits its isolation layers.
         problems: sentences for people, most urgent first.
-        board: `resources` as older agents call it: read, and never written.
+        board: older agents' name of `resources`: read, never written.
     """
 
     MAX_BYTES: ClassVar[int] = bounds.HEALTH_MAX_BYTES
@@ -170,7 +170,7 @@ class Health(Message, frozen=True, kw_only=True):
     board: DeviceResources | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
-        """Read the older name of `resources`."""
+        """Take `resources` by its older name."""
         if self.board is not msgspec.UNSET:
             msgspec.structs.force_setattr(self, "resources", self.board)
             msgspec.structs.force_setattr(self, "board", msgspec.UNSET)
@@ -182,17 +182,17 @@ class Report(Message, frozen=True, kw_only=True):
     It travels in a DSSE envelope under the device key (`signing.device_statements`).
 
     Attributes:
-        sequence: grows by one for each report of this device and never falls, over reboots too.
+        sequence: grows by one with each report of this device, over reboots too.
         assignment: the version that asked for it.
         attempt, rollout: as in the assignment's item.
         exercised: with COMMITTED, false when probation saw fewer than `min_calls` calls.
-        running: target path that answers now, empty for none.
-        code, message: why it failed or was refused, and a sentence for people with what to do next.
+        running: target path that serves now, empty for none.
+        code, message: reason of the failure or refusal, and a sentence for people with what to do next.
         log: the instance's last lines, at most 50 and 16 KiB.
-        timings_ms: how long each phase took, by name.
+        timings_ms: duration of each phase, by name.
         refused, refused_sha256: of an assignment that was refused as a whole: the version that it claims, which nobody
             has verified (0 where it cannot be read), and the sha256 of the envelope as it came.
-        nonce: of the device's newest hello, which a freshness statement answers.
+        nonce: of the device's newest hello, to be answered by a freshness statement.
         assignment_sha256: of the accepted assignment's payload; empty for none.
         previous: sha256 of the report before this one, those of mere progress left out; empty for the first.
     """
@@ -224,7 +224,7 @@ class Report(Message, frozen=True, kw_only=True):
 
 
 class DesiredReply(Message, frozen=True, kw_only=True):
-    """The answer to `GET /v1/desired?nonce=N`: what `down/desired` and `down/fresh` say, for a device without MQTT.
+    """Reply to `GET /v1/desired?nonce=N`: the content of `down/desired` and `down/fresh`, for a device without MQTT.
 
     Attributes:
         assignment: the envelope, as published.
@@ -239,7 +239,7 @@ class DesiredReply(Message, frozen=True, kw_only=True):
 class Ack(Message, frozen=True, kw_only=True):
     """`down/ack`: the server has stored every report up to and including `sequence`.
 
-    With `again` it has lost, or was never shown, what came after: the device sends what it still has of that.
+    With `again` the server lacks later reports: the device sends those that it still has.
     """
 
     MAX_BYTES: ClassVar[int] = bounds.ACK_MAX_BYTES
@@ -259,9 +259,9 @@ class LogChunk(Message, frozen=True, kw_only=True):
 
     Attributes:
         command: sequence of the signed command that asked for them.
-        left_out: lines since the last chunk that this device's policy keeps, or that came too fast.
-        refused: why there are none, as a sentence; empty when there are.
-        ended: nothing follows.
+        left_out: lines since the last chunk that the device's policy withholds, or that exceeded the rate limit.
+        refused: a sentence that says why there are no lines; empty when there are.
+        ended: no further chunk follows.
     """
 
     MAX_BYTES: ClassVar[int] = bounds.LOG_CHUNK_MAX_BYTES
@@ -274,16 +274,16 @@ class LogChunk(Message, frozen=True, kw_only=True):
 
 
 class LogAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """Reply to a `LogChunk`: tells whether anybody still reads."""
+    """Reply to a `LogChunk`: whether an operator still reads."""
 
     more: bool
 
 
 class LogView(msgspec.Struct, frozen=True, kw_only=True):
-    """`GET /v1/devices/{id}/logs?command=N&after=K&wait=S`: the lines behind a place, and the next place.
+    """`GET /v1/devices/{id}/logs?command=N&after=K&wait=S`: lines after a position, and the next position.
 
     Attributes:
-        heard: whether the device has answered the command at all.
+        heard: whether the device has answered the command.
     """
 
     lines: tuple[str, ...] = ()
@@ -298,22 +298,22 @@ TOKEN_PREFIX: Final = "wf1."  # noqa: S105 - a format's name, not a secret
 
 EXPIRED: Final = "certificate-expired"
 OUTDATED: Final = "certificate-outdated"
-"""Types of the problems that a new certificate mends: the old one is over, or its issuing CA is accepted no more."""
+"""Problem types that a new certificate solves: the old one has expired, or its issuing CA is no longer accepted."""
 
 
 class BadTokenError(ValueError):
-    """Not an enrolment token."""
+    """The text is no enrolment token."""
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """Content of a one-time token: what a device knows before it has connected.
+    """Content of a one-time token: everything that a device needs for its first connection.
 
     Attributes:
         url: of the enrolment API, `https://host:port`.
         ca_sha256: of the fleet CA's certificate, DER.
         root_sha256: of TUF's root metadata to pin, as served.
-        floor: no earlier than this is it now (devices without a clock).
-        secret: known to the server only as a hash; good once.
+        floor: lower bound of the present time, for devices without a clock.
+        secret: valid once; the server keeps only its hash.
     """
 
     url: str
@@ -334,7 +334,7 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
         """Read a token.
 
         Raises:
-            BadTokenError: not one, or damaged (a copied line that lost its end, for example).
+            BadTokenError: no token, or a damaged one (a copied line that lost its end, for example).
         """
         line = text.strip()
         if not line.startswith(TOKEN_PREFIX) or len(line) > 4096:  # noqa: PLR2004
@@ -347,7 +347,7 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EnrolRequest(Message, frozen=True, kw_only=True):
-    """`POST /v1/enrol`: what a device asks with. The token's secret authenticates it.
+    """`POST /v1/enrol`: request of a device, authenticated by the token's secret.
 
     Attributes:
         csr_pem: PKCS#10; its key is the device key, its subject is ignored.
@@ -391,7 +391,7 @@ class RenewRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """`POST /v1/renew` on the devices' listener: a PKCS#10 request for the enrolled key; its subject is ignored.
 
     Attributes:
-        sealing_proof: as at enrolment, from a device that enrolled before there was one.
+        sealing_proof: as at enrolment, from a device that enrolled without one.
     """
 
     csr_pem: str

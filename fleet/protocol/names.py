@@ -1,10 +1,10 @@
 """Names and members of a bundle: built, checked, parsed.
 
 Pure functions over strings. Every name that crosses the wire, a file system or a signature is checked here and
-nowhere else, so that no other module has to think about slashes, dots or case.
+nowhere else, so that other modules need not consider slashes, dots or case.
 
-An offline bundle is a plain tar that carries to a device what the network would have. The device trusts nothing for
-being in a bundle: metadata, assignments and artifacts are the same bytes that the server gives, judged in the same
+An offline bundle is a plain tar with everything that a device would fetch over the network. The device trusts nothing
+for being in a bundle: metadata, assignments and artifacts are the bytes that the server serves, verified in the same
 way.
 
     bundle.json             version of this layout
@@ -123,12 +123,12 @@ class TargetName:
 
     @property
     def path(self) -> str:
-        """The TUF target path."""
+        """TUF target path."""
         return f"components/{self.namespace}/{self.name}/{self.version}.wasm"
 
     @property
     def component(self) -> str:
-        """`namespace/name`: the component without a version, the scope of versions and security epochs."""
+        """Component without version, `namespace/name`: the scope of versions and security epochs."""
         return f"{self.namespace}/{self.name}"
 
     def __str__(self) -> str:
@@ -136,7 +136,7 @@ class TargetName:
 
     @classmethod
     def from_path(cls, path: str) -> "TargetName":
-        """Parse a TUF target path; raises `BadNameError`."""
+        """Parse a TUF target path. Raises `BadNameError`."""
         parts = path.split("/")
         if len(parts) != 4 or parts[0] != "components" or not parts[3].endswith(".wasm"):  # noqa: PLR2004
             raise BadNameError(f"target path {path[:200]!r} is not components/<namespace>/<name>/<version>.wasm")
@@ -144,7 +144,7 @@ class TargetName:
 
     @classmethod
     def parse(cls, text: str, *, namespace: str) -> "TargetName":
-        """Parse `name@version` or `namespace/name@version` as people write it; raises `BadNameError`."""
+        """Parse `name@version` or `namespace/name@version` as people write it. Raises `BadNameError`."""
         head, at, version = text.partition("@")
         if not at:
             raise BadNameError(f"{text!r} names no version: write NAME@VERSION, such as {text}@1.0.0")
@@ -204,7 +204,7 @@ def secret(sha256: str) -> str:
 
 
 def max_bytes(name: str) -> int:
-    """Return the largest size of a member, bytes; 0 for a name that no bundle has."""
+    """Return the largest size of a member in bytes; 0 for a name that no bundle has."""
     if not _NAME.fullmatch(name):
         return 0
     match name.partition("/")[0]:

@@ -19,20 +19,20 @@ from fleet.protocol.messages import Health, InstanceHealth, Versions
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of what a client sends: an unknown field is an error that names it."""
+    """Base of requests: an unknown field is an error that names it."""
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of what the server answers: a client ignores fields it does not know."""
+    """Base of replies: a client ignores fields that it does not know."""
 
 
 class Problem(View, frozen=True, kw_only=True):
-    """Why a request was not carried out (after RFC 9457, `application/problem+json`).
+    """Refusal of a request (RFC 9457, `application/problem+json`).
 
     Attributes:
         type: a word for programs: `unknown-group`, `conflict`, `unauthorised`, and so on.
-        title, detail: what happened, and why, for people.
-        action: what to do next; empty where nothing can be said.
+        title, detail: failure and reason, for people.
+        action: what to do next; may be empty.
     """
 
     type: str
@@ -43,7 +43,7 @@ class Problem(View, frozen=True, kw_only=True):
 
 
 class Published(View, frozen=True, kw_only=True):
-    """TUF role as the server has it."""
+    """TUF role as published by the server."""
 
     role: str
     version: Stored
@@ -51,7 +51,7 @@ class Published(View, frozen=True, kw_only=True):
 
 
 class Status(View, frozen=True, kw_only=True):
-    """The fleet at a glance.
+    """Summary of the fleet.
 
     Attributes:
         size: `dev`, `solo` or `team`; production is false for `dev`.
@@ -82,8 +82,8 @@ class DeviceRow(View, frozen=True, kw_only=True):
     """Device in a listing.
 
     Attributes:
-        assigned, accepted, committed: assignment versions: the newest published; the device's word, 0 for none.
-        instances: what runs, by the device's newest health.
+        assigned, accepted, committed: assignment versions: newest published, and as the device reports; 0 for none.
+        instances: running instances, by the device's newest health.
         problem: the most urgent sentence of its health, empty for none.
     """
 
@@ -151,8 +151,8 @@ class TimelineEntry(View, frozen=True, kw_only=True):
 
     Attributes:
         kind: `enrolled`, `renewed`, `online`, `offline`, `assigned`, `report`, `command`, `revoked`.
-        text: the whole thing in one sentence.
-        action: what to do about it; empty where nothing is wrong.
+        text: the event in one sentence.
+        action: what to do next; empty where nothing is wrong.
     """
 
     at: Utc
@@ -185,19 +185,19 @@ class LabelsRequest(Body, frozen=True, kw_only=True):
 
 
 class InstanceRequest(Body, frozen=True, kw_only=True):
-    """Names an instance of the device in the path."""
+    """Name an instance of the device in the path."""
 
     instance: str
 
 
 class CommandRequest(Body, frozen=True, kw_only=True):
-    """A command to sign and send to the device in the path."""
+    """Sign a command and send it to the device in the path."""
 
     verb: CheckIn | Restart | FollowLogs
 
 
 class CommandReply(View, frozen=True, kw_only=True):
-    """The command is on its way; `sequence` is its number for this device."""
+    """Reply to a command that was sent; `sequence` is its number for this device."""
 
     sequence: Stored
     expires: Utc
@@ -217,7 +217,7 @@ class GroupRow(View, frozen=True, kw_only=True):
 
     Attributes:
         priority: of two groups that both set an instance, the higher wins.
-        selector: labels that a device must have to belong; empty for a listed group.
+        selector: labels that members have; empty for a group with a list of members.
         rollout: the number of the open rollout, 0 for none.
     """
 
@@ -240,7 +240,7 @@ class GroupRequest(Body, frozen=True, kw_only=True):
     """Make or change a group; None leaves what is.
 
     Attributes:
-        selector: a group with a selector lists no devices, and the other way round.
+        selector: labels of members, instead of a list of devices.
         add, remove: device ids.
     """
 
@@ -251,14 +251,14 @@ class GroupRequest(Body, frozen=True, kw_only=True):
 
 
 class EnrollTokenRequest(Body, frozen=True, kw_only=True):
-    """A one-time token for one device; the group is made when there is none."""
+    """Create a one-time token for one device, and its group where there is none."""
 
     group: str = ""
     valid_s: Seconds = 3600
 
 
 class EnrollTokenReply(View, frozen=True, kw_only=True):
-    """The token, shown once: the server keeps its hash only."""
+    """Enrolment token, shown once: the server keeps only its hash."""
 
     token: str
     group: str
@@ -283,7 +283,7 @@ class Components(View, frozen=True, kw_only=True):
 
 
 class ArtifactReply(View, frozen=True, kw_only=True):
-    """The artifact is stored; `new` is false when it was before."""
+    """Reply to an upload; `new` is false where the artifact was there already."""
 
     sha256: str
     length: Stored
@@ -291,7 +291,7 @@ class ArtifactReply(View, frozen=True, kw_only=True):
 
 
 class RoleReply(View, frozen=True, kw_only=True):
-    """The role is published, and the online roles that name it."""
+    """Versions of a published role and of the online roles above it."""
 
     namespace: str
     version: Stored
@@ -472,12 +472,12 @@ class Audit(View, frozen=True, kw_only=True):
 
 
 class History(View, frozen=True, kw_only=True):
-    """A page of a device's reports, as it signed them: the way to prove what it ran (`signing.device_statements`).
+    """Page of a device's reports as it signed them, to prove what it ran (`signing.device_statements`).
 
     Attributes:
         certificate_pem: its newest certificate; the key in it never changes.
         reports: envelopes, byte for byte.
-        boot_id, sequence: of the last one, to ask for what is behind it; 0 where there was nothing more.
+        boot_id, sequence: of the last report, to request the next page; 0 at the end.
     """
 
     device: str
@@ -488,7 +488,7 @@ class History(View, frozen=True, kw_only=True):
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not a fault of ours
-    """The request is not carried out; says why and what to do."""
+    """The server refuses a request; `problem` says why and what to do."""
 
     def __init__(self, status: int, kind: str, title: str, detail: str = "", action: str = "") -> None:
         super().__init__(title)

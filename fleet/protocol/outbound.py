@@ -1,4 +1,4 @@
-"""Outbound grants: the entries of a manifest's `outbound`, where a component may send requests, read and matched.
+"""Outbound grants: the entries of a manifest's `outbound`, where a component may send requests.
 
     scheme://host[:port]      https://api.example.com      http://10.1.0.0/16:8000..8010      https://*.example.com:*
 
@@ -8,10 +8,10 @@
     port     a number; `a..b` for a up to, not including, b; `*` for any; left out: the scheme's own, 80 or 443
 
 The grammar is that of Spin's `allowed_outbound_hosts`, without its templates. Addresses that are not public (loopback,
-private, link-local and so on, also inside IPv6) are meant by an entry that is such an address or network, or by
-`localhost`, and by no name and no `*`; the address at which clouds give out credentials is meant only by itself.
+private, link-local and so on, also inside IPv6) are covered by an entry that is such an address or network, or by
+`localhost`, but by no name and no `*`; the address at which clouds serve credentials is covered only by itself.
 
-Pure; nothing is resolved here. Raises `BadOutboundError` with a sentence.
+Pure functions: no name is resolved here. Errors are `BadOutboundError` with one sentence.
 """
 
 import functools
@@ -34,14 +34,14 @@ _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _METADATA: Final = frozenset(map(ipaddress.ip_address, ("169.254.169.254", "fd00:ec2::254", "100.100.100.200")))
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
-# Ranges that lead somewhere else than they say, or nowhere, and that the standard library calls global.
+# Ranges that are translated, relayed or unused, and that the standard library calls global.
 _SPECIAL: Final = tuple(
     map(ipaddress.ip_network, ("192.88.99.0/24", "2002::/16", "2001::/23", "64:ff9b:1::/48", "::/96", "fec0::/10"))
 )
 
 
 class BadOutboundError(ValueError):
-    """Not an entry of the grant, or not a place that a request can go; the message is one sentence."""
+    """Not an entry of the grant, or no valid destination of a request; the message is one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Entry:
         return f"{self.scheme}://{self.host or _network_text(self.network)}:{port}"
 
     def allows(self, scheme: str, host: str, port: int) -> bool:
-        """Tell whether it means a place, as `place` gives it."""
+        """Tell whether the entry covers a destination, as `place` returns it."""
         if not self._door(scheme, port):
             return False
         address = _address(host)
@@ -74,7 +74,7 @@ class Entry:
         return self._names(host)
 
     def names(self, scheme: str, address: Address, port: int) -> bool:
-        """Tell whether it means an address that is not public, by naming it or its network."""
+        """Tell whether the entry covers an address that is not public, by naming the address or its network."""
         if not self._door(scheme, port):
             return False
         meant = unwrapped(address)
@@ -83,7 +83,7 @@ class Entry:
         return self.network is not None and self._means(address)
 
     def covers(self, other: "Entry") -> bool:
-        """Tell whether everything that `other` means is meant by this entry."""
+        """Tell whether this entry covers everything that `other` covers."""
         inner = self.ports[0] <= other.ports[0] and other.ports[1] <= self.ports[1]
         if not inner or self.scheme not in {"*", other.scheme}:
             return False
@@ -121,7 +121,7 @@ class Entry:
 
 @functools.lru_cache(maxsize=1024)
 def parse(text: str) -> Entry:
-    """Read one entry; raises `BadOutboundError`."""
+    """Parse one entry. Raises `BadOutboundError`."""
     scheme, separator, rest = text.partition("://")
     if not separator:
         raise BadOutboundError('scheme, host and port are wanted, such as "https://api.example.com:443"')
@@ -137,7 +137,7 @@ def parse(text: str) -> Entry:
 
 
 def _split(rest: str) -> tuple[Network | None, str, str]:
-    """Network or host, and port, of what stands behind the scheme."""
+    """Split the part after the scheme into network or host, and port."""
     bracketed = re.fullmatch(r"\[([^]]*)](/[0-9]+)?(?::(.*))?", rest)
     if bracketed:
         return _network(f"{bracketed[1]}{bracketed[2] or ''}", version=6), "", bracketed[3] or ""
@@ -246,7 +246,7 @@ def unwrapped(address: Address) -> Address:
 
 
 def kind(address: Address) -> str:
-    """Return the class of an address that is not public, in a word; empty for a public one."""
+    """Return one word for the class of an address that is not public; empty for a public one."""
     meant = unwrapped(address)
     for word, holds in (
         ("unspecified", meant.is_unspecified),

@@ -39,7 +39,7 @@ RETAINED: Final[frozenset[Down | Up]] = frozenset({Down.DESIRED, Up.STATE})
 
 
 class BadTopicError(ValueError):
-    """A topic that is not of this protocol."""
+    """The topic does not belong to this protocol."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Topic:
         """Read a topic.
 
         Raises:
-            BadTopicError: not of this protocol, an invalid device id, or a shard that is not the device's.
+            BadTopicError: a topic of another protocol, an invalid device id, or a shard that is not the device's.
         """
         parts = text.split("/")
         try:

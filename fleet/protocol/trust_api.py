@@ -17,8 +17,8 @@ class Role(StrEnum):
     """Role of an operator."""
 
     VIEWER = "viewer"  # look
-    OPERATOR = "operator"  # and change what devices run
-    ADMIN = "admin"  # and say who else may
+    OPERATOR = "operator"  # and change desired states
+    ADMIN = "admin"  # and manage operators
 
 
 class OperatorRow(View, frozen=True, kw_only=True):
@@ -36,7 +36,7 @@ class Operators(View, frozen=True, kw_only=True):
 
 
 class OperatorRequest(Body, frozen=True, kw_only=True):
-    """Let an operator in, or give one another role and a new token."""
+    """Add an operator, or give one another role and a new token."""
 
     role: Role = Role.OPERATOR
 
@@ -63,8 +63,8 @@ class CaView(View, frozen=True, kw_only=True):
 
     Attributes:
         root_sha256: of the root's certificate, DER, in hex: what devices pin.
-        root_on_server: a development fleet's server issues with the root itself.
-        issuers: what is accepted, the one in use first.
+        root_on_server: the server of a development fleet issues with the root itself.
+        issuers: accepted issuers, the one in use first.
         request: for the next issuing CA, PKCS#10 in PEM; the operator signs it with the root.
     """
 
@@ -81,15 +81,15 @@ class IssuingRequest(Body, frozen=True, kw_only=True):
 
 
 NONE: Final = msgspec.Raw(b"null")
-"""No snapshot: the newest one stays."""
+"""No snapshot: the newest one remains valid."""
 
 
 class OnlineView(View, frozen=True, kw_only=True):
-    """Host that signs snapshot and timestamp, and what waits for it.
+    """Host that signs snapshot and timestamp, and the event that waits for it.
 
     Attributes:
-        elsewhere: the server does not hold their keys: a publisher host signs.
-        snapshot, timestamp: the versions that devices see.
+        elsewhere: the server does not hold their keys; a signing host signs.
+        snapshot, timestamp: versions that devices see.
         waiting: the signing event that is published as soon as both are signed over it; empty for none.
         problems: sentences for people.
     """
@@ -102,7 +102,7 @@ class OnlineView(View, frozen=True, kw_only=True):
 
 
 class OnlineRequest(Body, frozen=True, kw_only=True):
-    """Snapshot (where it changed) and timestamp, signed. Their signatures say whether they count."""
+    """Snapshot (where it changed) and timestamp, signed. The server verifies their signatures."""
 
     timestamp: msgspec.Raw
     snapshot: msgspec.Raw = msgspec.field(default_factory=lambda: NONE)  # a schema cannot show a raw default
@@ -119,12 +119,12 @@ class SecretRequest(Body, frozen=True, kw_only=True):
     """`PUT /v1/secrets/{name}`: the next version of a secret, for the devices that belong to a group now, or for one.
 
     Attributes:
-        instance: whose secret; empty where one instance of these devices alone declares a secret of that name.
+        instance: its owner; may be empty where one instance on these devices declares a secret of that name.
         group, device: exactly one of them.
-        value: to be sealed by the server, which forgets it; empty with `boxes`.
-        boxes: sealed already, one for each device; of the version that `SealingKeys` told.
+        value: plain text, which the server seals and forgets; empty with `boxes`.
+        boxes: sealed by the operator, one for each device, for the version in `SealingKeys`.
         rotate: refuse unless there is a version that this one replaces.
-        ahead: keep it although what runs declares no such secret: for a version that is still to be deployed.
+        ahead: accept a secret that no running version declares, for one that is still to be deployed.
     """
 
     instance: str = ""
@@ -137,7 +137,7 @@ class SecretRequest(Body, frozen=True, kw_only=True):
     ahead: bool = False
 
     def __repr__(self) -> str:
-        """Without the value, wherever it is printed."""
+        """Leave out the value wherever the request is printed."""
         return f"SecretRequest(instance={self.instance!r}, group={self.group!r}, device={self.device!r})"
 
 
@@ -146,7 +146,7 @@ class SecretReply(View, frozen=True, kw_only=True):
 
     Attributes:
         devices: ids of the devices that it was sealed for.
-        unsealable: that have no sealing key: enrolled by an agent of before.
+        unsealable: ids of devices without a sealing key, enrolled with an older agent.
     """
 
     name: str
@@ -157,7 +157,7 @@ class SecretReply(View, frozen=True, kw_only=True):
 
 
 class SecretScope(Body, frozen=True, kw_only=True):
-    """`POST /v1/secrets/{name}/remove`: whose secret, on which devices."""
+    """`POST /v1/secrets/{name}/remove`: the secret of an instance, on a group or a device."""
 
     instance: str = ""
     group: str = ""
@@ -165,7 +165,7 @@ class SecretScope(Body, frozen=True, kw_only=True):
 
 
 class DeviceKey(View, frozen=True, kw_only=True):
-    """A device's sealing key by its own word: `proof` is signed by the key of the certificate."""
+    """Sealing key of a device: `proof` is signed by the key of its certificate."""
 
     device: str
     proof: str
@@ -173,7 +173,7 @@ class DeviceKey(View, frozen=True, kw_only=True):
 
 
 class SealingKeys(View, frozen=True, kw_only=True):
-    """`GET /v1/secrets/{name}/keys`: what is needed to seal the next version on the operator's machine."""
+    """`GET /v1/secrets/{name}/keys`: keys to seal the next version on the operator's machine."""
 
     fleet: str
     name: str
@@ -186,7 +186,7 @@ class Holding(View, frozen=True, kw_only=True):
     """A device that has a box.
 
     Attributes:
-        sealed: `server`, which saw the value then, or `operator`, and it did not.
+        sealed: `server` (which saw the value) or `operator` (the server never saw it).
     """
 
     device: str

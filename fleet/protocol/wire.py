@@ -1,8 +1,8 @@
 """Strict codec for everything that crosses the wire: JSON by msgspec.
 
 A message is a frozen struct with its schema version in `v`. Decoding checks the size first, then the version, then
-every type. Unknown fields are ignored by the decoder and kept by whoever stores the raw bytes; an unknown version is
-reported (`UnknownSchemaError`), never guessed.
+every type. The decoder ignores unknown fields, stores keep the raw bytes with them; an unknown version is an error
+(`UnknownSchemaError`).
 """
 
 import hashlib
@@ -14,11 +14,11 @@ import msgspec
 from fleet.protocol.bounds import Count
 
 JSON_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""Everything that decoding JSON of unknown origin raises: bytes that are no UTF-8 are no `MsgspecError`."""
+"""Every exception of decoding untrusted JSON; for bytes that are no UTF-8 it is no `MsgspecError`."""
 
 
 class WireError(Exception):
-    """The peer's data is not what the protocol says. Raised by `decode`; the message names what and why."""
+    """The peer's data violates the protocol; the message names the message and the reason."""
 
 
 class TooLargeError(WireError):
@@ -26,7 +26,7 @@ class TooLargeError(WireError):
 
 
 class UnknownSchemaError(WireError):
-    """A schema version this program does not know."""
+    """A schema version that this program does not know."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
@@ -53,12 +53,12 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 def canonical(value: Any) -> bytes:
-    """Deterministic JSON: keys sorted, no spaces. What is hashed or signed is these bytes."""
+    """Encode as deterministic JSON, keys sorted and no spaces, to be hashed or signed."""
     return msgspec.json.encode(value, order="deterministic")
 
 
 def digest(value: Any) -> str:
-    """sha256 of `canonical(value)` in hex."""
+    """Return the sha256 of `canonical(value)` in hex."""
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
