@@ -24,7 +24,7 @@ class DamagedError(Exception):
 
 
 class Cursor:
-    """A place in some bytes that only moves forward, and never past its end."""
+    """Position in some bytes that only moves forward, never past the end."""
 
     __slots__ = ("at", "data", "end")
 
@@ -34,7 +34,7 @@ class Cursor:
         self.end = len(data) if end is None else end
 
     def __bool__(self) -> bool:
-        """Tell whether anything is left."""
+        """Tell whether any bytes are left."""
         return self.at < self.end
 
     def byte(self) -> int:
@@ -89,7 +89,7 @@ class Cursor:
         raise DamagedError(f"a number of more than 33 bits at offset {self.at}")
 
     def count(self) -> int:
-        """Read the number of entries that follow; each of them takes a byte at least."""
+        """Read the number of entries that follow, at most `COUNT_MAX`."""
         value = self.u32()
         if value > COUNT_MAX:
             raise DamagedError(f"{value} entries in one list at offset {self.at}, at most {COUNT_MAX} are read")
@@ -139,19 +139,19 @@ def extern_type(cursor: Cursor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Section: its id and the place of its contents in the whole."""
+    """Section: its id and the position of its contents in the file."""
 
     id: int
     start: int
     end: int
 
     def cursor(self, data: bytes) -> Cursor:
-        """Over the contents."""
+        """Return a cursor over the contents."""
         return Cursor(data, self.start, self.end)
 
 
 def sections(data: bytes, start: int, end: int) -> Iterator[Section]:
-    """Yield the sections after the preamble of the module or component in `data[start:end]`; raises `DamagedError`."""
+    """Yield the sections after the preamble of the module or component in `data[start:end]`. Raises `DamagedError`."""
     cursor = Cursor(data, start, end)
     cursor.skip(PREAMBLE_BYTES)
     for _ in range(SECTIONS_MAX):
@@ -165,7 +165,7 @@ def sections(data: bytes, start: int, end: int) -> Iterator[Section]:
 
 
 def u32(value: int) -> bytes:
-    """`value` as unsigned LEB128."""
+    """Encode `value` as unsigned LEB128."""
     out = bytearray()
     while value >= _CONTINUES:
         out.append(value & 0x7F | _CONTINUES)
@@ -175,7 +175,7 @@ def u32(value: int) -> bytes:
 
 
 def s33(value: int) -> bytes:
-    """`value` as signed LEB128."""
+    """Encode `value` as signed LEB128."""
     out = bytearray()
     while not -0x40 <= value < 0x40:  # noqa: PLR2004 - what fits in the last byte beside the sign
         out.append(value & 0x7F | _CONTINUES)
@@ -185,7 +185,7 @@ def s33(value: int) -> bytes:
 
 
 def name(text: str) -> bytes:
-    """`text` as a length and UTF-8."""
+    """Encode `text` as a length and UTF-8."""
     raw = text.encode()
     return u32(len(raw)) + raw
 
@@ -202,7 +202,7 @@ _EXPORT: Final = 7
 
 
 def how_to_componentize(data: bytes, file_name: str) -> str:
-    """Say what `file_name`, a core module, is, and which command makes a component of it, in one line."""
+    """Say in one line what the core module `file_name` is and which command makes a component of it."""
     stem = file_name.removesuffix(".wasm")
     out = f"-o {stem}.component.wasm"
     try:

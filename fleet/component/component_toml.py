@@ -1,8 +1,8 @@
 """component.toml: read, infer, suggest, render.
 
 `component.toml` is the form in which authors write a manifest; `fleet.protocol.manifest.Manifest` is the normalised
-form that is signed. Sizes and durations carry their units (`"16MiB"`, `"500ms"`), everything has a default, and what
-the component's exports show (trigger, world, health check) need not be written. `docs/component-toml.md` lists every
+form that is signed. Sizes and durations carry their units (`"16MiB"`, `"500ms"`), every field has a default, and
+trigger, world and health check may be left out: the component's exports show them. `docs/component-toml.md` lists every
 field.
 
 Every error in the text is a `BadManifestError`, one line that names the field by its path. Rendering writes only what
@@ -58,16 +58,16 @@ _ENTRIES: Final[tuple[tuple[str, type[Trigger], str], ...]] = (
 _INTERFACE: Final = re.compile(r"[a-z][a-z0-9-]*:[a-z][a-z0-9-]*(/[a-z][a-z0-9-]*)?")
 _SECRET_READERS: Final = (wasi.ENVIRONMENT, *wasi.CONFIG)
 _DOTS_MAX: Final = 500
-"""In one line: what tomllib keeps of a dotted key grows with the square of its parts."""
+"""Most dots in one line: the memory that tomllib takes for a dotted key grows with the square of its parts."""
 
 _CONFIG_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class NeedsTomlError(BadManifestError):
-    """The component cannot go without a `component.toml`.
+    """The component needs a `component.toml`.
 
     Attributes:
-        suggestion: the exact file to save; a person fills in what it leaves open.
+        suggestion: the file to save; its author completes it where a value is left open.
     """
 
     def __init__(self, message: str, suggestion: str) -> None:
@@ -82,13 +82,13 @@ def load(
 
     Args:
         text: the file's contents.
-        component: what the component shows of itself. Without it, name and trigger must be written.
-        file_name: the component's file; its name is the component's where the text gives none.
+        component: the component as read from its bytes. Without it, name and trigger are required.
+        file_name: the component's file, from which the name is taken where the text gives none.
         version: where the text gives none.
 
     Raises:
         BadManifestError: a syntax error (with its line), an unknown or ill-typed field (with its path), or a text that
-            says of the component what is not so.
+            contradicts the component.
     """
     if len(text) > TOML_MAX_CHARS:
         raise BadManifestError(f"{FILE_NAME} has {len(text)} characters, at most {TOML_MAX_CHARS} are read")
@@ -129,13 +129,13 @@ def infer(file_name: str, component: Component, *, version: str = DEV_VERSION) -
     """Infer the manifest of a component without a `component.toml`: no grants, default limits.
 
     Args:
-        file_name: the component is named after it.
+        file_name: the component's file, from which its name is taken.
         component: trigger and health check follow from its exports.
-        version: the caller's; a name of its own for each push of a component in development.
+        version: chosen by the caller; each push of a component in development has a version of its own.
 
     Raises:
         NeedsTomlError: the trigger cannot be inferred.
-        BadManifestError: its file name gives no name, or it exports nothing that a device can call.
+        BadManifestError: no name follows from the file name, or the component exports nothing that a device can call.
     """
     entry = _entry(component, None)
     if entry is None:
@@ -167,7 +167,7 @@ def describe(
 
     Raises:
         NeedsTomlError: an import is not granted, or a `component.toml` is needed for another reason.
-        BadManifestError: anything else that is wrong.
+        BadManifestError: any other error.
     """
     if text is None:
         manifest = infer(file_name, component, version=version)
@@ -391,7 +391,7 @@ def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
 
     Args:
         manifest: what to write.
-        leave_out_version: a version that the reader fills in by itself.
+        leave_out_version: version that the reader fills in by itself.
     """
     lines = [f"name = {text(manifest.name)}"]
     if manifest.version != leave_out_version:

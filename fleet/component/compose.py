@@ -2,8 +2,8 @@
 
 The adapter's file (components/adapter) is a component that imports what the engine serves to every guest of wasi:http
 and nests others: the first defines `wasi:io`, the standard streams, `wasi:http/types` and the handler of outgoing
-requests, the second calls the guest, and the rest are shims. The composed component is that file, byte for byte,
-followed by the joints with a guest:
+requests, the second calls the guest, the others are shims. The composed component is that file, byte for byte,
+followed by sections that connect it with a guest:
 
     adapter's file   imports of wasi:io, of wasi:cli's streams and of the host's part; component 0, component 1, shims
     imports          the guest's own, where the adapter does not define the same (wasi:clocks and so on)
@@ -14,16 +14,16 @@ followed by the joints with a guest:
 
 Since `wasi:io` is the adapter's, other interfaces that give or take its resources (`wasi:filesystem/types` opens
 streams) are translated: the guest gets the functions named in `_SHIMS` from a shim, which is instantiated for it, and
-all others from the engine. The Component Model wants a component around such a mixture, since an instance cannot be
-made of methods alone. `encode_shim` builds that component:
+all others from the engine. Such a mixture needs a component around it, since the Component Model cannot make an
+instance of methods alone. `encode_shim` builds that component:
 
     imports   the interfaces whose types it names, the engine's and, of wasi:io, the adapter's too; the interface
               itself; each function that is replaced, under its shim's name
     exports   the interface, item by item in the order of the guest's import, with the adapter's resources of wasi:io
 
-A guest may have been built for any 0.2 release of WASI: within 0.2 a name without its patch version means the same.
-Types are rewritten as far as they name other types, since indices differ; the engine validates the result. Pure:
-bytes in, bytes or `ComposeError` out. The format is the Component Model's Binary.md.
+A guest may have been built for any 0.2 release of WASI: interfaces of different patch versions are the same. Types are
+rewritten as far as they name other types, since indices differ; the engine validates the result. Pure: bytes in, bytes
+or `ComposeError` out. The format is the Component Model's Binary.md.
 
 The adapter's bytes are shipped compressed, to keep binaries in the repository small; their digest goes into an
 image's key. components/adapter has the source, the WIT and a rebuild that compares.
@@ -55,7 +55,7 @@ _SORT_INSTANCE: Final = b"\x05"
 _HANDLER: Final = f"{wasi.HTTP_HANDLER}@0.2"
 _TYPES: Final = f"{wasi.HTTP_TYPES}@0.2"
 _IO: Final = "wasi:io/"
-# The functions that give or take resources of wasi:io, by interface: the shim that stands for each.
+# Shims of the functions that return or take resources of wasi:io, by interface.
 _SHIMS: Final = {
     "wasi:clocks/monotonic-clock@0.2": {"subscribe-instant": "clock-instant", "subscribe-duration": "clock-duration"},
     "wasi:filesystem/types@0.2": {
@@ -153,7 +153,7 @@ def _join(shell: ComponentIndex, inner: ComponentIndex, parts: list[ComponentInd
 
 
 class _Imports:
-    """The imports of the guest, and what each is answered with."""
+    """Imports of the guest, and the item that satisfies each."""
 
     def __init__(
         self,
@@ -168,9 +168,9 @@ class _Imports:
         self._engine = engine
         self._adapted = adapted
         self._shims = {part.functions[0]: (at, part) for at, part in enumerate(parts[PARTS:], PARTS)}
-        self._instances: list[int] = []  # of the guest's instance space, as the engine has them
-        self._types: dict[int, int] = {}  # of the guest's type space, in the whole's, as far as needed
-        self._of_io: set[int] = set()  # of these, the ones that are the engine's resources of wasi:io, or made of them
+        self._instances: list[int] = []  # by index of the guest's instances: as the engine provides them
+        self._types: dict[int, int] = {}  # by index of the guest's types: index in the outer one, if needed
+        self._of_io: set[int] = set()  # those of them that are the engine's resources of wasi:io, or contain some
         self._met_io = False
 
     def answers(self) -> dict[str, int]:
@@ -181,7 +181,7 @@ class _Imports:
             key = _key(name)
             own = self._adapted.get(key)
             if own is not None:
-                # Types that others take from here are the engine's, as far as it has them.
+                # Types that other imports take from here are the engine's where it has them.
                 self._instances.append(self._engine.get(key, own))
                 wanted[name] = own
                 continue
@@ -245,12 +245,12 @@ class _Imports:
 
 
 def _key(name: str) -> str:
-    """Return what names of the same interface have in common: `wasi:io/poll@0.2` of `wasi:io/poll@0.2.3`."""
+    """Return an interface's name without patch version: `wasi:io/poll@0.2` of `wasi:io/poll@0.2.3`."""
     return re.sub(r"(@(?:0\.)?[0-9]+)(?:\.[0-9]+)*$", r"\1", name)
 
 
 class _Writer:
-    """Appends sections, one item each, to the adapter's file, and counts the index spaces."""
+    """Append sections of one item to the adapter's file, and count the index spaces."""
 
     def __init__(self, shell: ComponentIndex) -> None:
         self.data = bytearray(shell.data)
@@ -303,7 +303,7 @@ class _Writer:
         types: dict[str, int] | None = None,
         functions: dict[str, int] | None = None,
     ) -> int:
-        """Instantiate a component with what it imports."""
+        """Instantiate a component with its imports."""
         sorts = ((_SORT_INSTANCE, instances), (_SORT_TYPE, types or {}), (_SORT_FUNC, functions or {}))
         given = [binary.name(name) + sort + binary.u32(at) for sort, each in sorts for name, at in each.items()]
         self._put(_INSTANCE, b"\x00" + binary.u32(number) + binary.u32(len(given)) + b"".join(given))
@@ -319,7 +319,7 @@ class _Writer:
         return self._instance()
 
     def export(self, name: str, instance: int) -> None:
-        """Export an instance; that gives it a further index."""
+        """Export an instance, which gives it a further index."""
         self._put(reader.EXPORT, b"\x00" + binary.name(name) + _SORT_INSTANCE + binary.u32(instance) + b"\x00")
         self._instance()
 
@@ -333,12 +333,12 @@ _FUNC: Final = b"\x01"
 
 @dataclass(frozen=True, slots=True)
 class InterfaceShim:
-    """An encoded sleeve, and what it wants.
+    """Encoded shim component and its imports.
 
     Attributes:
         data: the component.
-        wanted: its imports of interfaces: a name, the number of the guest's import that is meant, and whether the
-            adapter's own is meant (else the engine's).
+        wanted: its imports of interfaces: a name, the number of the guest's import, and whether the adapter's own
+            interface satisfies it (else the engine's).
         shims: the names of the functions that it imports.
     """
 
@@ -353,8 +353,8 @@ def encode_shim(guest: ComponentIndex, at: int, own: str, shims: dict[str, str])
     Args:
         guest: the component.
         at: the import's number.
-        own: how the names of the interfaces begin that the adapter defines itself.
-        shims: of the interface's functions, those that are replaced: by which shim.
+        own: prefix of the names of interfaces that the adapter defines itself.
+        shims: functions of the interface that are replaced, with their shims.
 
     Raises:
         wasm.DamagedError, deftype.ForeignTypeError: the import's type is not that of an interface.
@@ -396,7 +396,7 @@ class _Encoder:
                     inside.append(self._type_of(engine, name))
                     outside.append(self._export_type(name, inside[-1]))
                 case types.Export(name, _, int(number)):
-                    foreign = inside[number] in self.known.values()  # another interface's, passed on
+                    foreign = inside[number] in self.known.values()  # of another interface, passed on
                     inside.append(inside[number] if foreign else self._type_of(engine, name))
                     outside.append(self._export_type(name, outside[number]))
         return InterfaceShim(bytes(self.out), tuple(self.wanted), tuple(self.used))
@@ -412,7 +412,7 @@ class _Encoder:
         return self.known[number, own]
 
     def _interface(self, at: int, *, own: bool) -> int:
-        """Import one of the guest's imports here too."""
+        """Import an interface that the guest imports."""
         if (at, own) not in self.imported:
             cursor = binary.Cursor(self.guest.data, *self.guest.kind(at))
             kind = self._define(types.rewrite(cursor, lambda number: self._outer(number, own=own)))

@@ -1,9 +1,9 @@
 """Component: imports, exports, producers; index of its items.
 
 Reads a component's bytes without an engine, so that the operator's side can say what is wrong with a file before it
-is signed, and a device before it is compiled. The engine validates; this module answers questions, and explains in
-one sentence, with what to do next, why a file cannot be a component. Whatever the input, `NotAComponentError` is the
-only error.
+is signed, and a device before it is compiled. The engine validates; this module says what a component contains, and
+explains in one sentence, with what to do next, why a file cannot be one. Whatever the input, `NotAComponentError` is
+the only error.
 
 The format is the Component Model's Binary.md: a preamble, then sections. Top-level import and export sections are
 read, nested modules and components are counted. `ComponentIndex` holds what `fleet.component.compose` needs: the
@@ -36,15 +36,15 @@ HTTP_HEALTH: Final = "wasmfleet:http/health"
 SCHEDULE_TASK: Final = "wasmfleet:schedule/task"
 
 _BY_WORLD: Final = {
-    # The adapter answers wasi:http/types; wasi:io is the streams of a body; what a guest prints goes to its log, and
+    # The adapter provides wasi:http/types; wasi:io has the streams of a body; output of a guest goes to its log, and
     # its standard input is the request's body. None of it reaches anything outside.
     "wasi:http": frozenset({wasi.HTTP_TYPES} | wasi.IO | wasi.STDIO),
 }
-"""Interfaces that come with a world and need no grant."""
+"""Interfaces that are part of a world and need no grant."""
 
 
 class Fault(StrEnum):
-    """Why a file is not a component that can run here."""
+    """Reason why a file is not a component that can run here."""
 
     EMPTY = "empty"
     TOO_LARGE = "too-large"
@@ -57,10 +57,10 @@ class Fault(StrEnum):
 
 
 class NotAComponentError(ValueError):
-    """Not a component that can run here. The message is for people: what, why, what to do next.
+    """The file is not a component that can run here. The message says what, why and what to do next.
 
     Attributes:
-        fault: the same in one word.
+        fault: the reason in one word.
     """
 
     def __init__(self, fault: Fault, message: str) -> None:
@@ -73,13 +73,13 @@ class Component:
     """Description of a component, from its own bytes.
 
     Attributes:
-        size_bytes: of the whole.
-        imports, exports: names as they stand in it, in its order, such as `wasi:clocks/wall-clock@0.2.3`.
-        modules: the size in bytes of each core module in it, at any depth.
-        components: how many components are nested in it, at any depth.
-        producers: what made it, as `field name version`, from its own producers section.
+        size_bytes: of the file.
+        imports, exports: names as written, in order, such as `wasi:clocks/wall-clock@0.2.3`.
+        modules: size in bytes of each core module, at any depth.
+        components: number of nested components, at any depth.
+        producers: tools that made it, as `field name version`, from its own producers section.
         custom: the names of its own custom sections.
-        plain: those of `imports` that bring types alone, and so reach nothing.
+        plain: imports that bring types alone, and therefore reach nothing.
     """
 
     size_bytes: int
@@ -117,10 +117,10 @@ def read(data: bytes, *, file_name: str = "component.wasm") -> Component:
 
     Args:
         data: the whole file.
-        file_name: how messages and the commands in them call it.
+        file_name: name in messages and in the commands that they suggest.
 
     Raises:
-        NotAComponentError: it is none that can run here.
+        NotAComponentError: not a component that can run here.
     """
     _check_kind(data, file_name)
     try:
@@ -264,7 +264,7 @@ _INSTANCE: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A type that an imported instance exports."""
+    """Type that an imported instance exports."""
 
     instance: int
     name: str
@@ -278,8 +278,8 @@ class ComponentIndex:
         instances, kinds: the name and the type's index of each imported instance, in order.
         exports: of instances; functions: of functions.
         type_imports: the names of imported types, which no guest has.
-        components: what is nested.
-        types: for each index of the type space, up to the last import, where it is defined or what it is an alias of.
+        components: nested components.
+        types: by index of the type space, up to the last import: where the type is defined, or what it is an alias of.
     """
 
     data: bytes
@@ -292,7 +292,7 @@ class ComponentIndex:
     types: list[tuple[int, int] | Alias] = field(default_factory=list)
 
     def kind(self, instance: int) -> tuple[int, int]:
-        """Return the place of an imported instance's type."""
+        """Return where the type of an imported instance is defined."""
         found = self.types[self.kinds[instance]]
         if isinstance(found, Alias):
             raise types.ForeignTypeError(f"{self.instances[instance]} has a type of another's")

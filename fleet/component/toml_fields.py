@@ -36,7 +36,7 @@ Struct = TypeVar("Struct", Limits, Health)
 
 
 def checked(check: Callable[[str], Checked], text: str, path: str) -> Checked:
-    """`check(text)`, with `path` before what it says if it raises ValueError."""
+    """Call `check(text)`, and put `path` before the message of its ValueError."""
     try:
         return check(text)
     except ValueError as error:
@@ -48,9 +48,9 @@ class Field:
     """A field of a manifest's struct as authors write it.
 
     Attributes:
-        name: in the struct, unit included.
-        key: in the text, without the unit.
-        kind: how its value is written.
+        name: in the struct, with its unit.
+        key: in the text, without a unit.
+        kind: form of its value.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Table:
         return self.in_bounds(key, value)
 
     def size(self, key: str, default: int) -> int:
-        """Bytes."""
+        """Take a size, in bytes."""
         value = self.take(key)
         if value is None:
             return default
@@ -145,7 +145,7 @@ class Table:
         return self.in_bounds(key, checked(parse_size, value, self.at(key)))
 
     def duration(self, key: str, default: int | None) -> int | None:
-        """Milliseconds."""
+        """Take a duration, in milliseconds."""
         value = self.take(key)
         if value is None:
             return default
@@ -154,7 +154,7 @@ class Table:
         return self.in_bounds(key, checked(parse_duration, value, self.at(key)))
 
     def in_bounds(self, key: str, value: int) -> int:
-        """`value`, if it is within the bounds of its field."""
+        """Return `value` if it is within the bounds of its field."""
         least = _AT_LEAST.get(key, 0 if key in _ZERO_IS_FINE or not self.path else 1)
         most = _AT_MOST.get(key, _NUMBER_MAX)
         if not least <= value <= most:
@@ -162,7 +162,7 @@ class Table:
         return value
 
     def struct(self, struct: type[Struct]) -> Struct:
-        """Take every number and switch of a struct, by `fields`."""
+        """Take a struct of numbers and switches, listed by `fields`."""
         default = struct()
         values: dict[str, Any] = {}
         for field in fields(struct):
@@ -187,7 +187,7 @@ class Table:
         return Table(self.at(key), value or {})
 
     def finish(self) -> None:
-        """Refuse what nobody has asked for."""
+        """Refuse fields that were not taken."""
         for key in self.raw:
             if key not in self.known:
                 near = difflib.get_close_matches(key, self.known, 1)
@@ -225,12 +225,12 @@ def _parse(text: str, units: dict[str, int], example: str) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `16MiB` (1024s) or `16MB` (1000s); raises `BadUnitError`."""
+    """Parse `16MiB` (1024s) or `16MB` (1000s) to bytes. Raises `BadUnitError`."""
     return _parse(text, _SIZES, '"16MiB"')
 
 
 def parse_duration(text: str) -> int:
-    """Milliseconds of `500ms`, `1.5s`, `10m`, `2h`, `1d`; raises `BadUnitError`."""
+    """Parse `500ms`, `1.5s`, `10m`, `2h`, `1d` to milliseconds. Raises `BadUnitError`."""
     return _parse(text, _DURATIONS, '"500ms" or "30s"')
 
 

@@ -26,7 +26,7 @@ _INSTANCE: Final = 0x42
 
 
 class ForeignTypeError(Exception):
-    """A form of type that the imports of a component for WASI 0.2 do not have; the message says which."""
+    """The type has a form that no component for WASI 0.2 imports; the message says which."""
 
 
 def same(index: int) -> int:
@@ -46,7 +46,7 @@ def rewrite(cursor: binary.Cursor, index: Index) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """A type that an instance type defines for itself, at these offsets."""
+    """Type that an instance type defines itself, at these offsets."""
 
     start: int
     end: int
@@ -54,7 +54,7 @@ class Definition:
 
 @dataclass(frozen=True, slots=True)
 class Outer:
-    """A type of the component around the instance type."""
+    """Type of the component around the instance type."""
 
     number: int
 
@@ -98,14 +98,14 @@ def declarations(cursor: binary.Cursor) -> list[Definition | Outer | Export]:
 
 
 class _Rewriter:
-    """Copies one definition."""
+    """Copy one definition."""
 
     def __init__(self, cursor: binary.Cursor, index: Index) -> None:
         self._in = cursor
         self._index = index
 
     def deftype(self, depth: int) -> bytes:
-        """`deftype`, at `depth` instance or component types below the definition itself."""
+        """Copy a `deftype`, nested in `depth` instance or component types below the definition itself."""
         if depth > _DEPTH_MAX:
             raise binary.DamagedError(f"types nested deeper than {_DEPTH_MAX} at offset {self._in.at}")
         form = self._in.byte()
@@ -254,15 +254,15 @@ def types_only(data: bytes) -> frozenset[str]:
 
 
 class _Reader:
-    """Follows the type space of a component as far as its imports go."""
+    """Follow the type space of a component up to its last import."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self._types: list[int | None] = []  # where each type is defined, None for elsewhere
+        self._types: list[int | None] = []  # position of each type's definition, None for types of elsewhere
         self.plain: set[str] = set()
 
     def section(self, kind: int, cursor: binary.Cursor) -> None:
-        """Take in a section of types, aliases or imports."""
+        """Read a section of types, aliases or imports."""
         for _ in range(cursor.count()):
             if kind == _TYPE:
                 self._types.append(cursor.at)
@@ -283,7 +283,7 @@ class _Reader:
 
 
 def _alias(cursor: binary.Cursor) -> int:
-    """Pass over an alias; how many types it adds."""
+    """Pass over an alias and return the number of types that it adds."""
     sort = cursor.byte()
     if sort == 0:
         cursor.byte()
@@ -302,7 +302,7 @@ def _plain(data: bytes, types: list[int | None], index: int) -> bool:
     if at is None or data[at] != _INSTANCE_TYPE:
         return False
     cursor = binary.Cursor(data, at + 1)
-    own: list[bool] = []  # of each type in the instance's space: defined there, and no resource
+    own: list[bool] = []  # for each type of the instance: defined there, and no resource
     for _ in range(cursor.count()):
         match cursor.byte():
             case 0x01:

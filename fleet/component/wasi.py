@@ -14,4 +14,4 @@ IO: Final = frozenset({"wasi:io/error", "wasi:io/poll", "wasi:io/streams"})
 STDIO: Final = frozenset({"wasi:cli/stdin", "wasi:cli/stdout", "wasi:cli/stderr"})
 
 CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
-"""The interface and the name that an earlier draft gave it."""
+"""The interface, and its name in an earlier draft."""

@@ -1,7 +1,7 @@
 """Build provenance: an in-toto statement (v1) whose predicate is SLSA provenance v1.
 
-The statement comes bare, in a DSSE envelope, or in a Sigstore bundle. The envelope's signature is not verified: a fleet
-does not know whose key it would have to be. The publisher's signature binds exactly these bytes to the component.
+The statement comes bare, in a DSSE envelope, or in a Sigstore bundle. The envelope's signature is not verified, since
+a fleet has no key to trust for it. The publisher's signature binds exactly these bytes to the component.
 """
 
 import base64
@@ -22,14 +22,14 @@ SUBJECTS_MAX: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Claim of a builder: what was built, and from what.
+    """Claim of a builder about its inputs and outputs.
 
     Attributes:
-        subjects: the sha256 in hex of each thing built, with its name.
+        subjects: sha256 in hex of each output, with its name.
         builder: the builder's id, a URI.
         build_type: a URI.
-        sources: what went in, as URIs.
-        signed: whether it came in a signed envelope (which nobody has verified).
+        sources: inputs, as URIs.
+        signed: whether it came in a signed envelope, whose signature is not verified.
     """
 
     subjects: dict[str, str]
@@ -70,7 +70,7 @@ def read(data: bytes, *, file_name: str = "the provenance") -> Provenance:
     """Read build provenance.
 
     Raises:
-        DocumentError: another document, another statement or predicate type, or fields that it must have.
+        DocumentError: another document, another statement or predicate type, or required fields are missing.
     """
     value = sbom.load(data, file_name)
     envelope = value.get("dsseEnvelope", value)

@@ -1,4 +1,4 @@
-"""Queries such as `serde<1.0.200`: which packages are meant, and whether a package of a list is one of them.
+"""Queries such as `serde<1.0.200`, and their match with the packages of a list.
 
 A query is a name or a package URL, and conditions on the version separated by commas. Versions are compared by the
 rules of the package's own ecosystem. Where a comparison is impossible (no version in the list, or one that does not
@@ -30,7 +30,7 @@ _QUERY: Final = re.compile(r"\s*(?P<what>[^<>=!,\s]+)\s*(?P<conditions>[<>=!].*)
 _CONDITION: Final = re.compile(r"\s*(<=|>=|==|!=|<|>|=)\s*([^<>=!,\s]+)\s*")
 _TEXT_MAX: Final = 500
 _VERSION_MAX: Final = 100
-"""Longer texts are not versions, and the libraries that compare them take time that grows with its square."""
+"""Longest version: the time to compare versions grows with the square of their length."""
 
 _EXAMPLES: Final = "write serde, 'serde<1.0.200', 'openssl>=3.0,<3.0.15', pkg:npm/lodash or 'pkg:npm/%40scope/name<2'"
 
@@ -39,13 +39,13 @@ class Answer(StrEnum):
     """Match of a package with a query."""
 
     YES = "yes"
-    MAYBE = "maybe"  # the name is, and nothing can be said of the version
+    MAYBE = "maybe"  # same name; its version cannot be compared
     NO = "no"
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """Package asked for. `conditions` are pairs of a comparison and a version; all must hold."""
+    """Parsed query. `conditions` are pairs of a comparison and a version; all must hold."""
 
     text: str
     package: Package
@@ -73,7 +73,7 @@ def parse(text: str) -> Query:
     """Read a query.
 
     Raises:
-        DocumentError: not understood; the message has examples.
+        DocumentError: not a query; the message has examples.
     """
     found = _QUERY.fullmatch(text) if len(text) <= _TEXT_MAX else None
     if found is None:

@@ -1,11 +1,10 @@
-"""Packages of a component: from bills of materials, and from lists that a toolchain built in.
+"""Packages of a component: from bills of materials, and from lists that a toolchain embeds.
 
 Bills of materials are CycloneDX 1.x and SPDX (2.2, 2.3, 3.0) as JSON. Built-in lists are cargo-auditable's `.dep-v0`
 custom sections: zlib-compressed JSON in the component or in any module or component nested in it, covered by the
 component's own hash. Packages are named by package URL (purl) where there is one.
 
-Every document is taken for hostile: sizes are bounded, no more than a fixed amount is inflated, and every failure is a
-`DocumentError`.
+Documents are untrusted: sizes are bounded before and after decompression, and every failure is a `DocumentError`.
 """
 
 import re
@@ -36,7 +35,7 @@ _CUSTOM, _CORE_MODULE, _NESTED = 0, 1, 4
 
 
 class DocumentError(ValueError):
-    """Document that is not what it was given as. The message says what is wrong and what to do."""
+    """The document is of another kind, or damaged. The message says what is wrong and what to do."""
 
 
 def load(data: bytes, what: str) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def load(data: bytes, what: str) -> dict[str, Any]:
 
     Args:
         data: the whole file.
-        what: how messages call it.
+        what: name of the document in messages.
 
     Raises:
         DocumentError: empty, too large, not JSON, or no object.
@@ -68,7 +67,7 @@ def load(data: bytes, what: str) -> dict[str, Any]:
 
 
 def convert(value: object, kind: type[T], what: str) -> T:
-    """Convert a part of a document to `kind`; raises `DocumentError` that names the field."""
+    """Convert a part of a document to `kind`. Raises `DocumentError`, which names the field."""
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError) as error:
@@ -97,7 +96,7 @@ class Package:
 
 
 def package(name: object, version: object, purl: object = None, group: object = None) -> Package | None:
-    """Read a package from the fields of a list; None where they name nothing. A malformed purl is ignored."""
+    """Read a package from the fields of a list; None where they name none. A malformed purl is ignored."""
     if isinstance(purl, str) and purl:
         try:
             found = from_purl(purl)
@@ -111,7 +110,7 @@ def package(name: object, version: object, purl: object = None, group: object = 
 
 
 def from_purl(purl: str) -> Package:
-    """Parse a package URL, such as `pkg:cargo/serde@1.0.200`; raises `DocumentError`."""
+    """Parse a package URL, such as `pkg:cargo/serde@1.0.200`. Raises `DocumentError`."""
     try:
         found = PackageURL.from_string(purl)
     except (ValueError, TypeError) as error:
@@ -120,7 +119,7 @@ def from_purl(purl: str) -> Package:
 
 
 def text(value: object) -> str:
-    """Return a field as text; empty where it is missing or means nothing."""
+    """Return a field as text; empty where it is missing or says that nothing is known."""
     found = value.strip() if isinstance(value, str) else ""
     return "" if found in _NOTHING else found
 
@@ -139,9 +138,9 @@ class Sbom:
 
     Attributes:
         kind: `cyclonedx` or `spdx`.
-        format: as people call it, `CycloneDX 1.6`.
-        packages: sorted, each once; the described component itself included where it is listed.
-        described: the sha256 in hex of what it says it is about; empty where it does not say.
+        format: name and version, `CycloneDX 1.6`.
+        packages: sorted, each once, with the described component itself where it is listed.
+        described: sha256 in hex of the described file; empty where there is none.
     """
 
     kind: str
@@ -191,7 +190,7 @@ def _cyclonedx(value: dict[str, Any], file_name: str) -> Sbom:
 
 
 def _nested(tree: list[Any]) -> Iterator[Package | None]:
-    """Yield components at any depth: a library may list what is built into it."""
+    """Yield components at any depth: a library may list its own dependencies."""
     todo = list(tree)
     while todo:
         each = todo.pop()
@@ -249,7 +248,7 @@ class _Crate(msgspec.Struct):
 
 
 def read_embedded(data: bytes) -> tuple[Package, ...] | None:
-    """Read the packages that a component says are built into it; None where it says nothing.
+    """Read the packages in a component's embedded lists; None where it has no list.
 
     Raises:
         DocumentError: a section that cannot be read.
