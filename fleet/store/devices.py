@@ -1,4 +1,4 @@
-"""Devices and groups: who is there, what they last said, and who belongs where."""
+"""Devices, what they last reported, groups and their members, events."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class DeviceCount(NamedTuple):
 
 
 class Devices:
-    """Every device of the fleet and every group."""
+    """Devices, groups and events of the fleet."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -28,7 +28,7 @@ class Devices:
     def add(
         self, *, device: str, name: str, machine: str, sealing_key: str, key_sha256: str, group: str, now: float
     ) -> bool:
-        """Take a device in; false when its key, and so its id, is known already."""
+        """Add a device; return False where its key, and therefore its id, is known already."""
         with self._db.atomic():
             if self._db.value("SELECT 1 FROM devices WHERE id = ? OR key_sha256 = ?", device, key_sha256):
                 return False
@@ -59,7 +59,7 @@ class Devices:
         return [read(DeviceRow, row) for row in self._db.rows(sql, text(sorted(devices)))]
 
     def all(self) -> list[DeviceRow]:
-        """Every device, by id."""
+        """Return every device, sorted by id."""
         return [read(DeviceRow, row) for row in self._db.rows("SELECT * FROM devices ORDER BY id")]
 
     def online(self, devices: Iterable[str]) -> dict[str, bool]:
@@ -77,7 +77,7 @@ class Devices:
         return DeviceCount(row["n"], row["up"])
 
     def hear_hello(self, hello: Hello, now: float) -> None:
-        """A device connected."""
+        """Record a device's hello."""
         self._db.run(
             "UPDATE devices SET online = 1, seen_at = ?, boot_id = ?, accepted = ?, deployed = ?, committed = ?, "
             "versions = ? WHERE id = ?",
@@ -86,7 +86,7 @@ class Devices:
         )
 
     def hear_state(self, state: State, now: float) -> bool:
-        """A device came or went; true when that is news."""
+        """Record whether a device is online; return True where that changed."""
         was = self._db.value("SELECT online FROM devices WHERE id = ?", state.device)
         if was is None:
             return False
@@ -99,7 +99,7 @@ class Devices:
         return bool(was) != state.online
 
     def hear_health(self, messages: Iterable[tuple[Health, bytes]], now: float) -> None:
-        """The newest health of some devices, with the bytes as they came."""
+        """Record the newest health of some devices, with the bytes as received."""
         self._db.many(
             "UPDATE devices SET health_at = ?, health = ?, seen_at = ?, accepted = max(accepted, ?), "
             "committed = ?, versions = ? WHERE id = ?",
@@ -114,33 +114,33 @@ class Devices:
         return bool(self._db.value("SELECT signs FROM devices WHERE id = ?", device))
 
     def set_signs(self, device: str) -> None:
-        """Remember that a device signs its reports: unsigned ones are refused from now on."""
+        """Record that a device signs its reports: unsigned ones are refused from now on."""
         self._db.run("UPDATE devices SET signs = 1 WHERE id = ? AND NOT signs", device)
 
     def sealing_proof(self, device: str) -> str:
-        """The device's signed word on its sealing key; empty where it never gave one."""
+        """Return the device's proof of its sealing key; empty where it sent none."""
         return str(self._db.value("SELECT sealing_proof FROM devices WHERE id = ?", device) or "")
 
     def set_sealing_proof(self, device: str, proof: str) -> None:
-        """Keep it."""
+        """Record the device's proof of its sealing key."""
         self._db.run("UPDATE devices SET sealing_proof = ? WHERE id = ?", proof, device)
 
     def touch(self, device: str, now: float) -> None:
-        """The device said something."""
+        """Record the time at which a device was last heard from."""
         self._db.run("UPDATE devices SET seen_at = ? WHERE id = ?", now, device)
 
     def set_labels(self, device: str, labels: dict[str, str]) -> None:
-        """Replace the labels that operators gave."""
+        """Replace the labels of a device."""
         self._db.run("UPDATE devices SET labels = ? WHERE id = ?", text(labels), device)
 
     def revoke(self, device: str) -> None:
-        """Never trust its key again."""
+        """Revoke a device: its key is never trusted again."""
         with self._db.atomic():
             self._db.run("UPDATE devices SET revoked = 1, online = 0 WHERE id = ?", device)
             self._db.run("UPDATE certificates SET revoked = 1 WHERE device = ?", device)
 
     def next_command(self, device: str, *, at_least: int = 1) -> int:
-        """The next command's sequence number for this device; `at_least` keeps a restored store from repeating."""
+        """Return the sequence of a device's next command; `at_least` keeps a restored store from repeating some."""
         with self._db.atomic():
             self._db.run("UPDATE devices SET commands = max(commands + 1, ?) WHERE id = ?", at_least, device)
             return int(self._db.value("SELECT commands FROM devices WHERE id = ?", device))
@@ -148,11 +148,11 @@ class Devices:
     # -- groups ------------------------------------------------------------------------------------------------------
 
     def ensure_group(self, name: str, *, now: float) -> bool:
-        """Make a listed group if there is none of that name; true when made."""
+        """Create a group with a list of members unless the name is taken; return True where it was created."""
         return bool(self._db.run("INSERT OR IGNORE INTO groups (name, created_at) VALUES (?, ?)", name, now))
 
     def change_group(self, name: str, *, priority: int | None, selector: dict[str, str] | None) -> None:
-        """Set what is given."""
+        """Change priority and selector of a group; None leaves a value as it is."""
         if priority is not None:
             self._db.run("UPDATE groups SET priority = ? WHERE name = ?", priority, name)
         if selector is not None:
@@ -164,23 +164,23 @@ class Devices:
         return None if row is None else read(GroupRow, row)
 
     def groups(self) -> list[GroupRow]:
-        """Every group, by name."""
+        """Return every group, sorted by name."""
         return [read(GroupRow, row) for row in self._db.rows("SELECT * FROM groups ORDER BY name")]
 
     def join(self, group: str, devices: Iterable[str]) -> None:
-        """List devices in a group."""
+        """Add devices to a group's list."""
         self._db.many('INSERT OR IGNORE INTO members ("group", device) VALUES (?, ?)', ((group, d) for d in devices))
 
     def leave(self, group: str, devices: Iterable[str]) -> None:
-        """Take devices off a group's list."""
+        """Remove devices from a group's list."""
         self._db.many('DELETE FROM members WHERE "group" = ? AND device = ?', ((group, d) for d in devices))
 
     def listed(self, group: str) -> list[str]:
-        """The ids on a group's list."""
+        """Return the ids on a group's list."""
         return [row["device"] for row in self._db.rows('SELECT device FROM members WHERE "group" = ?', group)]
 
     def members(self, group: GroupRow) -> list[str]:
-        """The devices that belong to a group, revoked ones left out."""
+        """Return the members of a group, without revoked devices."""
         if group.selector:
             rows = self._db.rows("SELECT id, labels FROM devices WHERE NOT revoked ORDER BY id")
             return [row["id"] for row in rows if _chosen(group.selector, msgspec.json.decode(row["labels"]))]
@@ -191,11 +191,11 @@ class Devices:
         return [row["id"] for row in rows]
 
     def groups_of(self, device: DeviceRow) -> list[GroupRow]:
-        """The groups that a device belongs to, by name."""
+        """Return the groups of a device, sorted by name."""
         return self.groups_of_each([device])[device.id]
 
     def groups_of_each(self, devices: Sequence[DeviceRow]) -> dict[str, list[GroupRow]]:
-        """The same for many devices at once."""
+        """Return the groups of each device, sorted by name."""
         groups = self.groups()
         listed: dict[str, set[str]] = {}
         rows = (
@@ -218,7 +218,7 @@ class Devices:
             for device in devices
         }
 
-    # -- what happened -----------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------------------------
 
     def note(self, device: str, kind: str, words: str, *, now: float, rollout: str = "", assignment: int = 0) -> None:
         """Write an event into the device's timeline."""
@@ -235,7 +235,7 @@ class Devices:
         )
 
     def events(self, device: str, limit: int) -> list[EventRow]:
-        """Return what happened to a device, newest first."""
+        """Return the events of a device, newest first."""
         sql = "SELECT * FROM events WHERE device = ? ORDER BY at DESC, id DESC LIMIT ?"
         return [read(EventRow, row) for row in self._db.rows(sql, device, limit)]
 

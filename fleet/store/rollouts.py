@@ -1,4 +1,4 @@
-"""Rollouts, how each device stands in them, and the settled values that they leave behind."""
+"""Rollouts, the progress of each device in them, and the settled values that they leave behind."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ _BOARD = tuple(name for name in DeviceProgress.__dataclass_fields__ if name != "
 
 
 class Rollouts:
-    """Every rollout, open and past."""
+    """Rollouts, open and ended, and settled values."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -42,7 +42,7 @@ class Rollouts:
         undoes: str,
         now: float,
     ) -> RolloutRow:
-        """Begin a rollout."""
+        """Create a rollout that runs."""
         with self._db.atomic():
             number = self._db.insert(
                 "rollouts",
@@ -72,7 +72,7 @@ class Rollouts:
         return row
 
     def get(self, key: str) -> RolloutRow | None:
-        """A rollout by id or number."""
+        """Return a rollout by id or number."""
         sql = "SELECT * FROM rollouts WHERE id = ? OR (number = ? AND ? GLOB '[0-9]*')"
         row = self._db.row(sql, key, key, key)
         return None if row is None else read(RolloutRow, row)
@@ -83,7 +83,7 @@ class Rollouts:
         return [read(RolloutRow, row) for row in self._db.rows(sql, *_OPEN)]
 
     def open_on(self, *, group: str, device: str, instance: str) -> list[RolloutRow]:
-        """The open ones of one instance in one scope."""
+        """Return the open rollouts of an instance in one scope, oldest first."""
         sql = (
             'SELECT * FROM rollouts WHERE state IN (?, ?) AND "group" = ? AND device = ? AND instance = ? '
             "ORDER BY number"
@@ -91,7 +91,7 @@ class Rollouts:
         return [read(RolloutRow, row) for row in self._db.rows(sql, *_OPEN, group, device, instance)]
 
     def together(self, row: RolloutRow) -> list[RolloutRow]:
-        """The rollouts of an atomic set, by one of them, oldest first; of none, itself alone."""
+        """Return the rollouts of the atomic set that contains `row`, oldest first; outside of a set, `row` alone."""
         if not row.value.atomic:
             return [row]
         sql = (
@@ -103,16 +103,16 @@ class Rollouts:
         return [read(RolloutRow, each) for each in found]
 
     def newest(self, limit: int, *, group: str | None = None) -> list[RolloutRow]:
-        """The newest first, of one group or of all."""
+        """Return rollouts of a group or of all, newest first."""
         where = "" if group is None else 'WHERE "group" = ?'
         params = () if group is None else (group,)
         sql = f"SELECT * FROM rollouts {where} ORDER BY number DESC LIMIT ?"  # noqa: S608 - one of two constants
         return [read(RolloutRow, row) for row in self._db.rows(sql, *params, limit)]
 
     def overlays(self, device: str) -> list[RolloutRow]:
-        """The rollouts that this device has been offered and that are still in force, oldest first.
+        """Return the rollouts in force that were offered to a device, oldest first.
 
-        Those are the open ones, and the superseded ones whose successor, or its successor, is open.
+        In force are open rollouts, and superseded ones while the rollout that superseded them is in force.
         """
         sql = """
             WITH RECURSIVE live (number) AS (
@@ -125,7 +125,7 @@ class Rollouts:
         return [read(RolloutRow, row) for row in self._db.rows(sql, *_OPEN, device)]
 
     def offer(self, number: int, wave: int, *, now: float) -> None:
-        """Wave `wave` is out."""
+        """Record that a wave is offered to its devices."""
         with self._db.atomic():
             self._db.run(
                 "UPDATE rollout_devices SET outcome = 'waiting', offered_at = ? "
@@ -137,7 +137,7 @@ class Rollouts:
     def set_state(
         self, number: int, state: RolloutState, *, reason: str = "", superseded_by: int = 0, now: float | None = None
     ) -> None:
-        """The rollout goes on, pauses, or ends (then `now` is when)."""
+        """Set the state of a rollout; `now` is the time of its end, None while it is open."""
         self._db.run(
             "UPDATE rollouts SET state = ?, reason = ?, superseded_by = ?, ended_at = ?, revision = revision + 1 "
             "WHERE number = ?",
@@ -151,7 +151,7 @@ class Rollouts:
             )
 
     def set_reason(self, number: int, reason: str) -> None:
-        """Why it waits; nothing is written when that is known."""
+        """Set why a rollout waits; nothing is written where that does not change."""
         self._db.run(
             "UPDATE rollouts SET reason = ?, revision = revision + 1 WHERE number = ? AND reason != ?",
             *(reason, number, reason),
@@ -160,7 +160,7 @@ class Rollouts:
     # -- devices in a rollout -----------------------------------------------------------------------------------------
 
     def boards(self, number: int) -> list[tuple[DeviceProgress, Extra]]:
-        """Every device of a rollout, in the order in which they are offered."""
+        """Return the devices of a rollout, in the order in which it is offered to them."""
         sql = (
             "SELECT b.*, coalesce(d.online, 0) AS online FROM rollout_devices b LEFT JOIN devices d ON d.id = b.device "
             "WHERE rollout = ? ORDER BY wave, b.device"
@@ -168,7 +168,7 @@ class Rollouts:
         return [(read(DeviceProgress, row), read(Extra, row)) for row in self._db.rows(sql, number)]
 
     def standing(self, number: int) -> list[DeviceProgress]:
-        """The same devices with only what decisions need; a rollout may have thousands, and is decided often."""
+        """Return the devices with only what decisions need: there may be thousands, and decisions are frequent."""
         rows = self._db.tuples(
             "SELECT b.device, b.wave, b.outcome, coalesce(d.online, 0), b.offered_at, b.acked_at, b.ended_at, "
             "b.attempt, '', NULL, b.code, b.message FROM rollout_devices b LEFT JOIN devices d ON d.id = b.device "
@@ -201,7 +201,7 @@ class Rollouts:
         return {row["state"]: row["n"] for row in rows}
 
     def set_board(self, number: int, board: DeviceProgress, extra: Extra) -> None:
-        """Write a device's standing, and let those who watch the rollout know."""
+        """Set the progress of a device, and raise the revision of the rollout."""
         values = {**_columns(board), **_extra(extra)}
         assignments = ", ".join(f"{name} = ?" for name in values)
         sql = f"UPDATE rollout_devices SET {assignments} WHERE rollout = ? AND device = ?"  # noqa: S608 - names are ours
@@ -209,16 +209,16 @@ class Rollouts:
         self._db.run("UPDATE rollouts SET revision = revision + 1 WHERE number = ?", number)
 
     def set_previous(self, number: int, device: str, target: str) -> None:
-        """Remember what the device should have run before it was offered this."""
+        """Record what the device should have run before the offer."""
         self._db.run("UPDATE rollout_devices SET previous = ? WHERE rollout = ? AND device = ?", target, number, device)
 
     def set_version(self, number: int, device: str, version: int) -> None:
-        """Remember which assignment offered it to a device first."""
+        """Record which assignment first offered it to a device."""
         sql = "UPDATE rollout_devices SET version = ? WHERE rollout = ? AND device = ? AND version = 0"
         self._db.run(sql, version, number, device)
 
     def offered(self, device: str, *, undecided: bool) -> list[RolloutRow]:
-        """Rollouts that this device was offered; with `undecided` those whose outcome here is open."""
+        """Return rollouts offered to a device, newest first; with `undecided` those without an outcome on it."""
         extra = "AND b.outcome IN ('waiting', 'deferred', 'in-progress')" if undecided else ""
         sql = (
             "SELECT r.* FROM rollouts r JOIN rollout_devices b ON b.rollout = r.number "  # noqa: S608 - one of two constants
@@ -229,25 +229,25 @@ class Rollouts:
     # -- settled values ----------------------------------------------------------------------------------------------
 
     def settled(self, *, group: str = "", device: str = "") -> list[SettledRow]:
-        """Return what a group (or, with `device`, a device by its pins) runs when every rollout is over."""
+        """Return the settled values of a group, or with `device` the pins of a device."""
         sql = 'SELECT * FROM settled WHERE "group" = ? AND device = ? ORDER BY instance'
         return [read(SettledRow, row) for row in self._db.rows(sql, group, device)]
 
     def pins(self) -> dict[str, list[str]]:
-        """By device, the instances that are pinned there."""
+        """Return the pinned instances of each device."""
         found: dict[str, list[str]] = {}
         for row in self._db.rows("SELECT device, instance FROM settled WHERE device != '' ORDER BY device, instance"):
             found.setdefault(row["device"], []).append(row["instance"])
         return found
 
     def settled_value(self, *, group: str, device: str, instance: str) -> Value | None:
-        """Return a settled value; None when the instance was never there."""
+        """Return a settled value; None where there is none."""
         sql = 'SELECT value FROM settled WHERE "group" = ? AND device = ? AND instance = ?'
         found = self._db.value(sql, group, device, instance)
         return None if found is None else msgspec.json.decode(found, type=Value)
 
     def settle(self, *, group: str, device: str, instance: str, value: Value | None, rollout: str, now: float) -> None:
-        """Set a settled value (None takes it away); the one before goes to history."""
+        """Set a settled value, or remove it (None); the value before goes to the history."""
         with self._db.atomic():
             self._db.run(
                 'INSERT INTO settled_history ("group", device, instance, value, since, until, rollout) '

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A device. `health` is the newest health message as it came; every report up to `acked` is stored."""
+    """Device. `health` is its newest health message as received; every report up to `acked` is stored."""
 
     id: str
     name: str
@@ -38,7 +38,7 @@ class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GroupRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A group: listed, or chosen by labels where there is a selector."""
+    """Group with a list of members, or with a selector that chooses them by labels."""
 
     name: str
     priority: int
@@ -47,7 +47,7 @@ class GroupRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A one-time token, without its secret."""
+    """One-time token without its secret."""
 
     group: str
     root_sha256: str
@@ -59,7 +59,7 @@ class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
-    """An operator, without the token."""
+    """Operator without the token."""
 
     name: str
     role: str
@@ -67,7 +67,7 @@ class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CertificateRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A certificate that the CA gave to a device."""
+    """Certificate that the CA issued to a device."""
 
     serial: str
     device: str
@@ -78,7 +78,7 @@ class CertificateRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SettledRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Settled value: what a group or a device runs as one instance when every rollout is over."""
+    """Settled value: desired state of an instance in a group or on a device, once every rollout has ended."""
 
     group: str
     device: str
@@ -89,7 +89,7 @@ class SettledRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RolloutRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A rollout. Its scope is `group`, or `device` where that is empty."""
+    """Rollout. Its scope is `group`, or `device` where `group` is empty."""
 
     number: int
     id: str
@@ -119,8 +119,8 @@ class Extra(msgspec.Struct, frozen=True, kw_only=True):
     """Stored facts of a device in a rollout, beside its progress.
 
     Attributes:
-        previous: target path that it should have run before, empty for none.
-        version: of the assignment that offered it.
+        previous: target path that the device should have run before, empty for none.
+        version: of the assignment that first offered it.
     """
 
     previous: str = ""
@@ -130,7 +130,7 @@ class Extra(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AssignmentRow(msgspec.Struct, frozen=True, kw_only=True):
-    """An assignment as signed. `wanted` is what it asks for without version and times."""
+    """Signed assignment. `wanted` is its content without version and times."""
 
     device: str
     version: int
@@ -142,7 +142,7 @@ class AssignmentRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReportRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A report as it came; `at` is when the server had it."""
+    """Report as received at `at`."""
 
     device: str
     boot_id: str
@@ -153,7 +153,7 @@ class ReportRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a device beside its reports."""
+    """Event of a device beside its reports."""
 
     device: str
     at: float
@@ -175,7 +175,7 @@ class AuditRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read(kind: type[T], row: Row) -> T:
-    """A row as a struct: JSON columns decoded, integers as booleans where the struct says so."""
+    """Convert a row to a struct: JSON columns decoded, integers as booleans where the struct says so."""
     for name in _JSON & row.keys():
         if isinstance(row[name], str):
             row[name] = msgspec.json.decode(row[name])

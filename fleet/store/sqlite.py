@@ -1,8 +1,8 @@
 """SQLite connection, migrations, errors of the server's store.
 
-WAL, so that a reader never waits for a writer, and `synchronous=FULL`, since a report is acknowledged when it is
-stored and the device then forgets it. Used from one thread, the server's event loop. Transactions are short, and
-messages that arrive by the thousand are written in batches.
+WAL lets readers go on while a writer is at work. `synchronous=FULL`, since a device drops a report once the server has
+acknowledged it as stored. Used from one thread, the server's event loop. Transactions are short, and messages that
+arrive by the thousand are written in batches.
 
 The schema is the list of migrations that lead to it. `PRAGMA user_version` counts those that ran; a migration never
 changes once released.
@@ -30,22 +30,22 @@ Row = dict[str, Any]
 
 
 def utc(seconds: float) -> datetime:
-    """Seconds since 1970 as a time in UTC."""
+    """Convert seconds since 1970 to a time in UTC."""
     return datetime.fromtimestamp(seconds, UTC)
 
 
 def utc_or_none(seconds: float | None) -> datetime | None:
-    """The same, where there may be none."""
+    """Convert seconds since 1970 to a time in UTC, and None to None."""
     return None if seconds is None else utc(seconds)
 
 
 def text(value: Any) -> str:
-    """A value as JSON text, as columns that hold one have it."""
+    """Encode a value as the JSON text of a column."""
     return msgspec.json.encode(value, order="deterministic").decode()
 
 
 class Database:
-    """The few ways in which the store talks to SQLite."""
+    """Connection to a database file: queries, transactions, backup."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,10 +53,10 @@ class Database:
 
     @classmethod
     def open(cls, path: Path, *, fleet: str) -> "Database":
-        """Open the database of a fleet, made or brought up to date where needed.
+        """Open the database of a fleet; create it, or migrate it to the newest schema, where needed.
 
         Raises:
-            OtherOwnerError, OtherVersionError, OtherFleetError, DamagedError: as their names say.
+            OtherOwnerError, OtherVersionError, OtherFleetError, DamagedError: the file cannot be used.
         """
         check_owner(path if path.exists() else path.parent)
         try:
@@ -94,7 +94,7 @@ class Database:
             raise OtherFleetError(f"{self.path} holds the fleet {row['value']!r}, the configuration says {fleet!r}")
 
     def close(self) -> None:
-        """Close it; everything committed is on the disk."""
+        """Close the connection; everything committed is on the disk."""
         self._db.close()
 
     @contextmanager
@@ -113,7 +113,7 @@ class Database:
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """A part of a transaction that is undone alone when it raises; what came before it in the transaction stays.
+        """Run a part of a transaction that is rolled back alone when it raises.
 
         Raises:
             RolledBackError: the whole transaction is gone.
@@ -130,41 +130,41 @@ class Database:
         self._db.execute("RELEASE part")
 
     def rows(self, sql: str, *params: Any) -> list[Row]:
-        """Every row of a query."""
+        """Return every row of a query."""
         cursor = self._db.conn.execute(sql, params)
         keys = [column[0] for column in cursor.description]
         return [dict(zip(keys, values, strict=True)) for values in cursor]
 
     def tuples(self, sql: str, *params: Any) -> list[tuple[Any, ...]]:
-        """Every row of a query, without names."""
+        """Return every row of a query, without column names."""
         return self._db.conn.execute(sql, params).fetchall()
 
     def row(self, sql: str, *params: Any) -> Row | None:
-        """The first row of a query, None for none."""
+        """Return the first row of a query; None for none."""
         return next(iter(self.rows(sql, *params)), None)
 
     def value(self, sql: str, *params: Any) -> Any:
-        """The first column of the first row; None for none."""
+        """Return the first column of the first row; None for none."""
         row = self.row(sql, *params)
         return None if row is None else next(iter(row.values()))
 
     def run(self, sql: str, *params: Any) -> int:
-        """Carry out a statement; the number of rows it changed."""
+        """Execute a statement and return the number of changed rows."""
         return int(self._db.conn.execute(sql, params).rowcount)
 
     def many(self, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
-        """Carry out a statement for each row of parameters."""
+        """Execute a statement for each row of parameters."""
         self._db.conn.executemany(sql, rows)
 
     def insert(self, table: str, row: Row) -> int:
-        """Insert a row and return its rowid; a row that is there already raises `sqlite3.IntegrityError`."""
+        """Insert a row and return its rowid. Raises `sqlite3.IntegrityError` where it exists already."""
         columns = ", ".join(f'"{name}"' for name in row)
         marks = ", ".join("?" * len(row))
         sql = f'INSERT INTO "{table}" ({columns}) VALUES ({marks})'  # noqa: S608 - names are ours, values are bound
         return int(self._db.conn.execute(sql, tuple(row.values())).lastrowid or 0)
 
     def backup(self, path: Path) -> None:
-        """A consistent copy into a new file; raises `DamagedError` where it cannot be made."""
+        """Write a consistent copy to a new file. Raises `DamagedError`."""
         try:
             with sqlite3.connect(path) as copy:
                 self._db.conn.backup(copy)
@@ -173,10 +173,10 @@ class Database:
 
 
 def check_owner(path: Path) -> None:
-    """Refuse what belongs to another user.
+    """Refuse a path of another user.
 
     Raises:
-        OtherOwnerError: it does, or it may not be written.
+        OtherOwnerError: another user's, or not writable.
     """
     owner = path.stat().st_uid
     if owner != os.geteuid():
@@ -197,14 +197,14 @@ MIGRATIONS: Final[list[Migration]] = []
 
 
 def migration(function: Migration) -> Migration:
-    """Register a migration; they run in the order in which they stand here, each in a transaction of its own."""
+    """Register a migration. Migrations run in the order of this file, each in a transaction of its own."""
     MIGRATIONS.append(function)
     return function
 
 
 @migration
 def devices_and_groups(db: sqlite_utils.Database) -> None:
-    """Devices, groups, what each may do, and who did what."""
+    """Create the tables of devices, groups, access and the audit log."""
     db.executescript("""
         CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
         CREATE TABLE groups (
@@ -311,7 +311,7 @@ def signed_reports(db: sqlite_utils.Database) -> None:
 
 @migration
 def sealed_secrets(db: sqlite_utils.Database) -> None:
-    """Secrets in boxes, each for one device; and each device's own word on its sealing key."""
+    """Add sealed secrets, and each device's proof of its sealing key."""
     db.executescript("""
         ALTER TABLE devices ADD COLUMN sealing_proof TEXT NOT NULL DEFAULT '';
         CREATE TABLE secret_versions (
@@ -327,7 +327,7 @@ def sealed_secrets(db: sqlite_utils.Database) -> None:
 
 @migration
 def devices_of_rollouts(db: sqlite_utils.Database) -> None:
-    """Call the devices of a rollout by one word."""
+    """Rename the table `boards`: a board is hardware, a rollout has devices."""
     db.executescript("""
         ALTER TABLE boards RENAME TO rollout_devices;
         DROP INDEX boards_device;
@@ -340,20 +340,20 @@ class StoreError(Exception):
 
 
 class OtherVersionError(StoreError):
-    """Written by a newer program than this one."""
+    """The database was written by a newer program."""
 
 
 class OtherOwnerError(StoreError):
-    """Belongs to another user, or may not be written."""
+    """The database belongs to another user, or may not be written."""
 
 
 class OtherFleetError(StoreError):
-    """Holds another fleet than the configuration says."""
+    """The database holds another fleet than the configuration says."""
 
 
 class RolledBackError(StoreError):
-    """SQLite gave up a whole transaction by itself, as it does when the disk is full: nothing of it was kept."""
+    """SQLite rolled back the whole transaction by itself, as on a full disk: nothing of it was kept."""
 
 
 class DamagedError(StoreError):
-    """Not a database, or damaged."""
+    """The file is no database, or damaged."""

@@ -1,6 +1,6 @@
 """Store as one object: five views of one database, audit log, change signal.
 
-No module outside this package knows that it is SQL. `Access` keeps enrolment tokens and operators (hashed),
+No module outside this package sees SQL. `Access` holds enrolment tokens and operators (their tokens hashed),
 certificates and the audit log. Long polls wait at the `ChangeSignal` until something was written.
 """
 
@@ -22,7 +22,7 @@ from fleet.store.sqlite import Database
 
 
 class Store:
-    """Devices, access, rollouts, delivery and secrets over one database."""
+    """Devices, access, rollouts, delivery and secrets in one database."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -34,7 +34,7 @@ class Store:
 
     @classmethod
     def open(cls, path: Path, *, fleet: str) -> "Store":
-        """Open a fleet's store; raises the errors of `fleet.store.sqlite`."""
+        """Open a fleet's store. Raises the errors of `fleet.store.sqlite`."""
         return cls(Database.open(path, fleet=fleet))
 
     def atomic(self) -> AbstractContextManager[None]:
@@ -42,7 +42,7 @@ class Store:
         return self._db.atomic()
 
     def savepoint(self) -> AbstractContextManager[None]:
-        """A part of a transaction that is undone alone when it raises.
+        """Run a part of a transaction that is rolled back alone when it raises.
 
         Raises:
             RolledBackError: the whole transaction is gone.
@@ -50,16 +50,16 @@ class Store:
         return self._db.savepoint()
 
     def backup(self, path: Path) -> None:
-        """A consistent copy into a new file."""
+        """Write a consistent copy to a new file."""
         self._db.backup(path)
 
     def close(self) -> None:
-        """Close it."""
+        """Close the database."""
         self._db.close()
 
 
 def hashed(secret: str) -> str:
-    """Hash a token for the store. Tokens have 256 random bits, so one round of sha256 is enough."""
+    """Hash a token for the store; one round of sha256 is enough for 256 random bits."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -72,24 +72,24 @@ class Access:
     # -- enrolment tokens --------------------------------------------------------------------------------------------
 
     def add_token(self, secret: str, *, group: str, root_sha256: str, expires: float, by: str, now: float) -> None:
-        """Remember a token by its hash."""
+        """Add a token by its hash."""
         row = {"secret_sha256": hashed(secret), "group": group, "root_sha256": root_sha256}
         self._db.insert("tokens", {**row, "created_at": now, "expires": expires, "by": by})
 
     def token(self, secret: str) -> TokenRow | None:
-        """The token of this secret; None for none."""
+        """Return the token with this secret; None for none."""
         row = self._db.row("SELECT * FROM tokens WHERE secret_sha256 = ?", hashed(secret))
         return None if row is None else read(TokenRow, row)
 
     def use_token(self, secret: str, *, device: str, now: float) -> bool:
-        """Spend a token; false when it was spent before. Within the transaction that adds the device."""
+        """Use up a token; return False where it was used before. Part of the transaction that adds the device."""
         sql = "UPDATE tokens SET used_at = ?, device = ? WHERE secret_sha256 = ? AND used_at IS NULL"
         return self._db.run(sql, now, device, hashed(secret)) == 1
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
     def add_operator(self, name: str, token: str, *, role: str, now: float) -> bool:
-        """Let an operator in by a token; false when the name is taken."""
+        """Add an operator with a token; return False where the name is taken."""
         row = {"name": name, "token_sha256": hashed(token), "role": role, "created_at": now}
         try:
             self._db.insert("operators", row)
@@ -98,7 +98,7 @@ class Access:
         return True
 
     def set_operator(self, name: str, token: str, *, role: str, now: float) -> None:
-        """Let an operator in, or give one another token and role."""
+        """Add an operator, or give one another token and role."""
         self._db.run(
             "INSERT INTO operators (name, token_sha256, role, created_at) VALUES (?, ?, ?, ?) "
             "ON CONFLICT (name) DO UPDATE SET token_sha256 = excluded.token_sha256, role = excluded.role",
@@ -106,7 +106,7 @@ class Access:
         )
 
     def remove_operator(self, name: str) -> bool:
-        """Shut an operator out; false for nobody."""
+        """Remove an operator; return False where there is none."""
         return self._db.run("DELETE FROM operators WHERE name = ?", name) == 1
 
     def start_over(self, name: str, token: str, *, now: float) -> None:
@@ -117,46 +117,46 @@ class Access:
             self.set_operator(name, token, role="admin", now=now)
 
     def operators(self) -> list[OperatorRow]:
-        """Every operator, by name."""
+        """Return every operator, sorted by name."""
         rows = self._db.rows("SELECT name, role, created_at FROM operators ORDER BY name")
         return [read(OperatorRow, row) for row in rows]
 
     def operator(self, token: str) -> tuple[str, str] | None:
-        """Name and role of the operator with this token; None for nobody."""
+        """Return name and role of the operator with this token; None for none."""
         row = self._db.row("SELECT name, role FROM operators WHERE token_sha256 = ?", hashed(token))
         return None if row is None else (row["name"], row["role"])
 
     # -- certificates ------------------------------------------------------------------------------------------------
 
     def add_certificate(self, *, serial: str, device: str, not_after: float, pem: str, now: float) -> None:
-        """Remember a certificate that was given out."""
+        """Add a certificate that was issued."""
         row = {"serial": serial, "device": device, "not_after": not_after, "issued_at": now, "pem": pem}
         self._db.insert("certificates", row)
 
     def certificate(self, serial: str) -> CertificateRow | None:
-        """A certificate by its serial number in hex."""
+        """Return a certificate by its serial number in hex."""
         row = self._db.row("SELECT * FROM certificates WHERE serial = ?", serial)
         return None if row is None else read(CertificateRow, row)
 
     def newest_certificate(self, device: str) -> CertificateRow | None:
-        """The one that a device was given last."""
+        """Return the newest certificate of a device."""
         sql = "SELECT * FROM certificates WHERE device = ? ORDER BY issued_at DESC LIMIT 1"
         row = self._db.row(sql, device)
         return None if row is None else read(CertificateRow, row)
 
     def revoked(self) -> list[CertificateRow]:
-        """Every revoked certificate."""
+        """Return every revoked certificate."""
         return [read(CertificateRow, row) for row in self._db.rows("SELECT * FROM certificates WHERE revoked")]
 
     # -- audit -------------------------------------------------------------------------------------------------------
 
     def audit(self, *, actor: str, act: str, subject: str, detail: str = "", now: float) -> None:
-        """Write down an act. Nothing in the audit log is ever changed or removed."""
+        """Append an act to the audit log, whose entries are never changed or removed."""
         row = {"at": now, "actor": actor, "act": act, "subject": subject, "detail": detail[:1000]}
         self._db.insert("audit", row)
 
     def acts(self, limit: int) -> list[AuditRow]:
-        """The newest acts first."""
+        """Return acts, newest first."""
         return [read(AuditRow, row) for row in self._db.rows("SELECT * FROM audit ORDER BY number DESC LIMIT ?", limit)]
 
 
@@ -170,13 +170,13 @@ class AuditLog:
         self._store, self._clock = store, clock
 
     def record(self, actor: str, act: str, subject: str, detail: str = "") -> None:
-        """Write down that an operator did something."""
+        """Append an act of an operator."""
         now = self._clock().timestamp()
         self._store.access.audit(actor=actor, act=act, subject=subject, detail=detail, now=now)
 
 
 class ChangeSignal:
-    """Signal that something changed: every waiter then looks whether the change concerns it."""
+    """Signal that something changed: every waiter then checks whether the change concerns it."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
