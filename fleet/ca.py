@@ -5,8 +5,8 @@ Certificates say who may connect; `signing` says what may run.
 Each fleet has one root, EC P-256, made once, which devices and operators pin. In production the root's key stays with
 the operator, and the server issues with an issuing CA below it; in a development fleet the server issues with the
 root. Certificates go to the server's listeners (names in SAN), to the server itself as a client of its broker, and to
-devices: a device's CN is its id, and of its request only the key is used. Certificates carry what strict verification
-asks for (RFC 5280, sections 4.2.1.1 to 4.2.1.3 and 4.2.1.9).
+devices: a device's CN is its id, and of its request only the key is used. Certificates have the extensions that strict
+verification requires (RFC 5280, sections 4.2.1.1 to 4.2.1.3 and 4.2.1.9).
 
     ca.pem        the root's certificate
     ca.key        its key, in a development fleet
@@ -53,10 +53,10 @@ CA_LIFE: Final = timedelta(days=3650)
 SERVER_LIFE: Final = timedelta(days=90)
 DEVICE_LIFE: Final = timedelta(days=90)
 BACKDATED: Final = timedelta(hours=1)
-"""Time that a certificate's start lies back, so that a clock that is a little slow accepts it."""
+"""Time by which a certificate's start lies back, so that slow clocks accept it."""
 
 SERVER_CN: Final = "fleet-server"
-"""The server's own name on its broker; no device id looks like this."""
+"""Name of the server on its broker; no device id has this form."""
 
 _CSR_MAX_BYTES: Final = 16 * 1024
 
@@ -64,16 +64,16 @@ DeviceKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 
 
 class CaError(Exception):
-    """The CA's own files cannot be used."""
+    """The files of the CA cannot be used."""
 
 
 class BadRequestError(ValueError):
-    """A certificate request that cannot be accepted; one sentence for people."""
+    """The certificate request cannot be accepted; the message is one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """A certificate that was given out; `serial` in hex, times in UTC."""
+    """Issued certificate; `serial` in hex, times in UTC."""
 
     serial: str
     not_after: datetime
@@ -82,14 +82,14 @@ class Issued:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A certificate with its private key, both PEM."""
+    """Certificate with its private key, both PEM."""
 
     certificate_pem: bytes
     key_pem: bytes
 
 
 class CertificateAuthority:
-    """CA of a server: issues certificates, and says whose certificates count."""
+    """CA of a server: issues certificates, and knows whose certificates are accepted."""
 
     def __init__(self, directory: Path) -> None:
         """Read the CA's directory; see `load`."""
@@ -98,7 +98,7 @@ class CertificateAuthority:
 
     @classmethod
     def create(cls, directory: Path, *, fleet: str, now: datetime) -> "CertificateAuthority":
-        """Make a root and write `ca.pem` and `ca.key` (0600) into a directory: it issues by itself."""
+        """Make a root that issues by itself; write `ca.pem` and `ca.key` (0600) to a directory."""
         key, certificate = make_root(fleet, now=now)
         atomic_write(directory / "ca.key", private_pem(key), mode=0o600)
         atomic_write(directory / "ca.pem", certificate.public_bytes(Encoding.PEM), mode=0o644)
@@ -109,12 +109,12 @@ class CertificateAuthority:
         """Read the CA from its directory.
 
         Raises:
-            CaError: files missing, damaged, or not belonging to each other.
+            CaError: files are missing, damaged, or do not match.
         """
         return cls(directory)
 
     def load_again(self) -> None:
-        """Read the directory anew: another issuing CA, or one that is accepted no more. Raises `CaError`."""
+        """Read the directory again, after an issuing CA was installed or removed. Raises `CaError`."""
         issuing = self.directory / "issuing.pem"
         pem, key = ("issuing.pem", "issuing.key") if issuing.exists() else ("ca.pem", "ca.key")
         if issuing.exists():
@@ -131,32 +131,32 @@ class CertificateAuthority:
 
     @property
     def pem(self) -> str:
-        """The root's certificate: what devices and operators pin."""
+        """Certificate of the root in PEM, which devices and operators pin."""
         return self._root.public_bytes(Encoding.PEM).decode()
 
     @property
     def sha256(self) -> str:
-        """The sha256 of the root as DER, in hex: what enrolment tokens pin."""
+        """Sha256 of the root's certificate (DER) in hex, which enrolment tokens pin."""
         return self._root.fingerprint(hashes.SHA256()).hex()
 
     @property
     def root(self) -> x509.Certificate:
-        """The root's certificate."""
+        """Certificate of the root."""
         return self._root
 
     @property
     def issuer(self) -> x509.Certificate:
-        """Certificate that issues now: an issuing CA, or the root itself."""
+        """Certificate of the CA that issues now: an issuing CA, or the root itself."""
         return self._certificate
 
     @property
     def accepted(self) -> tuple[x509.Certificate, ...]:
-        """The issuers whose certificates count."""
+        """Issuers whose certificates are accepted."""
         return self._accepted
 
     @property
     def is_root(self) -> bool:
-        """Tell whether the root itself issues: its key lies on this server."""
+        """Tell whether the root itself issues, with its key on this server."""
         return self._certificate == self._root
 
     def accepts(self, leaf: x509.Certificate) -> bool:
@@ -165,9 +165,9 @@ class CertificateAuthority:
 
     @property
     def revocation_lists(self) -> bytes:
-        """Revocation list of each accepted issuer, PEM; empty where the root issues.
+        """Return the revocation list of each accepted issuer, PEM; empty where the root issues.
 
-        A broker that demands a list of every issuer accepts no certificate of any other issuer.
+        A broker that requires a list of every issuer accepts no certificate of other issuers.
         """
         if self.is_root:
             return b""
@@ -185,7 +185,7 @@ class CertificateAuthority:
             SERVER_LIFE,
             [san(name) for name in names],
         )
-        # The root too: OpenSSL adds none by itself where an issuing CA is given, and a device that enrols compares it.
+        # With the root: OpenSSL does not add it where an issuing CA is given, and devices compare its hash at enrolment.
         chain = certificate.public_bytes(Encoding.PEM) + self._chain + (b"" if self.is_root else self.pem.encode())
         return Pair(chain, private_pem(key))
 
@@ -370,7 +370,7 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 LIFE: Final = timedelta(days=90)
 WARN: Final = timedelta(days=30)
-"""Time before an issuing CA's end from which the status asks to renew it."""
+"""Time before the end of an issuing CA from which the status asks to renew it."""
 
 _ROUNDS: Final = 600_000
 _REQUEST_MAX_BYTES: Final = 16 * 1024
@@ -379,7 +379,7 @@ _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """The fleet's root with its key: on the operator's machine, encrypted."""
+    """Root of a fleet with its key, which the operator's machine stores encrypted."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
@@ -411,7 +411,7 @@ def open_root(path: Path, certificate: Path, passphrase: bytes | None) -> Root:
     """Open the root from the operator's files.
 
     Raises:
-        CaError: not there, another fleet's, or the passphrase is missing or wrong.
+        CaError: missing, of another fleet, or the passphrase is missing or wrong.
     """
     root = read_certificate(certificate)
     try:
@@ -458,7 +458,7 @@ def sign(root: Root, pem: str, *, now: datetime, life: timedelta = LIFE) -> str:
     """Sign the issuing CA that a request asks for, PEM: constrained in length, purpose and names.
 
     Raises:
-        CaError: no sound request, a life beyond 90 days, or a root that allows none below it.
+        CaError: the request is malformed, the life exceeds 90 days, or the root allows no CA below it.
     """
     constraints = root.certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
     if constraints.path_length == 0:
@@ -492,10 +492,10 @@ def sign(root: Root, pem: str, *, now: datetime, life: timedelta = LIFE) -> str:
 
 
 def install(directory: Path, pem: str, *, now: datetime) -> x509.Certificate:
-    """Put an issuing CA that was signed for this server's request in place; the ones before stay accepted.
+    """Install an issuing CA that was signed for this server's request; earlier ones stay accepted.
 
     Raises:
-        CaError: not below this fleet's root, not for the request that waits, or over already.
+        CaError: not below this fleet's root, not for the pending request, or expired.
     """
     try:
         made = x509.load_pem_x509_certificate(pem.encode())
@@ -531,7 +531,7 @@ def _finish_install(directory: Path) -> None:
 def accept(
     directory: Path, issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey, *, until: datetime, now: datetime
 ) -> None:
-    """Put an issuer on the list of those whose certificates count, with its revocation list, valid for as long."""
+    """Accept an issuer's certificates: store it with a revocation list of the same validity."""
     place = directory / "issuers"
     place.mkdir(mode=0o700, exist_ok=True)
     identifier = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
@@ -549,10 +549,10 @@ def accept(
 
 
 def revoke(directory: Path, number: str) -> None:
-    """Take an issuing CA off the list: certificates made with it count for nothing.
+    """Stop accepting an issuing CA and its certificates.
 
     Raises:
-        CaError: it is not on the list, or is the one in use.
+        CaError: not an accepted issuer, or the one in use.
     """
     if serial(read_certificate(directory / "issuing.pem")) == number:
         raise CaError("this issuing CA is in use: make its successor first (fleet ca renew), then revoke it")
@@ -564,7 +564,7 @@ def revoke(directory: Path, number: str) -> None:
 
 
 def forget_ended(directory: Path, *, now: datetime) -> None:
-    """Take what has ended off the list: nothing made with it is valid any more."""
+    """Remove issuers that have expired, and with them their certificates."""
     for path in (directory / "issuers").glob("*.crl"):
         if (x509.load_pem_x509_crl(path.read_bytes()).next_update_utc or now) <= now:
             path.with_suffix(".pem").unlink(missing_ok=True)
@@ -572,7 +572,7 @@ def forget_ended(directory: Path, *, now: datetime) -> None:
 
 
 def warnings(ca: CertificateAuthority, *, now: datetime) -> list[str]:
-    """Return sentences for the status: the issuing CA ends soon, or has ended."""
+    """Return sentences for the status, when the issuing CA expires soon or has expired."""
     ends = ca.issuer.not_valid_after_utc
     if ca.is_root or ends - now > WARN:
         return []

@@ -1,13 +1,13 @@
 """The operator's side of the HTTP API: a small synchronous client with the fleet's own CA pinned.
 
-Each method is one route of `fleet.protocol.operator_api`. Nothing is retried here: the caller knows whether a second
-attempt is right. Four errors say whose fault it is:
+Each method is one route of `fleet.protocol.operator_api`. Requests are not retried: the caller knows whether that is
+safe. Four errors say whose fault it is:
 
     ClientError
-    ├── UnreachableError   the network, the address, the certificate: the server was not asked
-    ├── RequestError       the request itself: a name that no route has room for
-    ├── ProblemError       the server understood and refused; `.problem` says what, why and what to do
-    └── AnswerError        the server answered something that this client does not understand
+    ├── UnreachableError   network, address or certificate: the request did not reach the server
+    ├── RequestError       the request itself: a name that fits no route
+    ├── ProblemError       the server refused; `.problem` says what, why and what to do
+    └── AnswerError        the client does not understand the server's answer
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class ClientError(Exception):
     """Base of the errors between this machine and the server.
 
     Attributes:
-        what, why, action: for people: what failed, why, and what to do.
+        what, why, action: failure, reason and what to do, for people.
     """
 
     def __init__(self, what: str, why: str, action: str) -> None:
@@ -63,11 +63,11 @@ class ClientError(Exception):
 
 
 class UnreachableError(ClientError):
-    """The server could not be asked."""
+    """The request did not reach the server."""
 
 
 class RequestError(ClientError):
-    """The request is malformed: no route has room for such a name."""
+    """The request is malformed: a name fits no route."""
 
 
 class AnswerError(ClientError):
@@ -163,7 +163,7 @@ class Client:
         return self._send(CaView, "POST", f"/v1/ca/issuers/{_quoted(serial)}/revoke", None)
 
     def online(self, *, wait_s: int = 0) -> OnlineView:
-        """Fetch where snapshot and timestamp are signed; with `wait_s`, wait up to that long for a change to sign."""
+        """Fetch the state of online signing; with `wait_s`, wait up to that long for a change to sign."""
         query = {"wait": wait_s} if wait_s else {}
         return self._get(OnlineView, "/v1/online", query, timeout_s=READ_TIMEOUT_S + wait_s)
 
@@ -198,11 +198,11 @@ class Client:
         return self._get(operator_api.DeviceDetail, f"/v1/devices/{_quoted(device)}")
 
     def timeline(self, device: str, *, limit: int) -> operator_api.Timeline:
-        """Fetch what happened to a device, newest first."""
+        """Fetch the events of a device, newest first."""
         return self._get(operator_api.Timeline, f"/v1/devices/{_quoted(device)}/timeline", {"limit": limit})
 
     def history(self, device: str, *, boot_id: str = "", after: int = 0) -> History:
-        """Fetch a page of a device's reports as it signed them, after a position in them."""
+        """Fetch a page of a device's signed reports, after a position in them."""
         return self._get(History, f"/v1/devices/{_quoted(device)}/reports", {"boot_id": boot_id, "after": after})
 
     def label(self, device: str, request: operator_api.LabelsRequest) -> operator_api.DeviceDetail:
@@ -236,7 +236,7 @@ class Client:
         return self._send(operator_api.CommandReply, "POST", f"/v1/devices/{_quoted(device)}/command", request)
 
     def logs(self, device: str, *, command: int, after: int, wait_s: int) -> LogView:
-        """Fetch log lines that a command asked for, after a position in them; waits up to `wait_s` for more."""
+        """Fetch the log lines of a command after a position in them; wait up to `wait_s` for more."""
         query = {"command": command, "after": after, "wait": wait_s}
         return self._get(LogView, f"/v1/devices/{_quoted(device)}/logs", query, timeout_s=READ_TIMEOUT_S + wait_s)
 
@@ -251,14 +251,14 @@ class Client:
         return self._get(operator_api.Components, "/v1/components")
 
     def tuf(self, file: str) -> bytes | None:
-        """Fetch one file of the TUF repository; None when there is none of that name."""
+        """Fetch a file of the TUF repository; None when there is none of that name."""
         response = self._request("GET", f"/v1/tuf/{_quoted(file)}")
         if response.status_code == httpx.codes.NOT_FOUND:
             return None
         return self._checked(response).content
 
     def desired(self, device: str) -> bytes | None:
-        """Fetch a device's newest assignment in its envelope; None when nothing was ever assigned to it."""
+        """Fetch a device's newest assignment in its envelope; None when there is none."""
         response = self._request("GET", f"/v1/devices/{_quoted(device)}/desired")
         return None if response.status_code == httpx.codes.NOT_FOUND else self._checked(response).content
 
@@ -309,12 +309,12 @@ class Client:
         return self._get(trust_api.Secrets, "/v1/secrets")
 
     def sealing_keys(self, name: str, scope: trust_api.SecretScope) -> trust_api.SealingKeys:
-        """Fetch what is needed to seal the next version of a secret on this machine."""
+        """Fetch the keys to seal the next version of a secret on this machine."""
         query = {"group": scope.group, "device": scope.device, "instance": scope.instance}
         return self._get(trust_api.SealingKeys, f"/v1/secrets/{_quoted(name)}/keys", query)
 
     def set_secret(self, name: str, request: trust_api.SecretRequest) -> trust_api.SecretReply:
-        """Give devices the next version of a secret."""
+        """Send the next version of a secret to devices."""
         return self._send(trust_api.SecretReply, "PUT", f"/v1/secrets/{_quoted(name)}", request)
 
     def remove_secret(self, name: str, scope: trust_api.SecretScope) -> trust_api.Secrets:
@@ -328,7 +328,7 @@ class Client:
     # rollouts
 
     def preflight(self, request: operator_api.RolloutRequest) -> operator_api.Preflight:
-        """Ask what a rollout would do."""
+        """Fetch the effect that a rollout would have."""
         return self._send(operator_api.Preflight, "POST", "/v1/preflight", request)
 
     def deploy(self, request: operator_api.RolloutRequest) -> operator_api.RolloutView:
@@ -403,7 +403,7 @@ class Client:
 
 
 def _unreachable(url: str, error: Exception) -> UnreachableError:
-    """Name the reason that a request never got an answer, and what to do about it."""
+    """Name the reason why a request got no answer, and what to do."""
     text = str(error) or type(error).__name__
     match error:
         case httpx.ConnectTimeout():
@@ -425,7 +425,7 @@ def _unreachable(url: str, error: Exception) -> UnreachableError:
 
 
 def _is_loopback(url: str) -> bool:
-    """Tell whether a URL is on this machine; such requests never go through a proxy of the environment."""
+    """Tell whether a URL is on this machine, which requests reach without a proxy."""
     with contextlib.suppress(ValueError):
         host = urlsplit(url).hostname or ""
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -433,7 +433,7 @@ def _is_loopback(url: str) -> bool:
 
 
 def _quoted(part: str) -> str:
-    """Quote one segment of a path; raises `RequestError` for what no path can hold."""
+    """Quote one segment of a path. Raises `RequestError` for text that no path can hold."""
     if part in {"", ".", ".."} or "/" in part:
         raise RequestError(f"{part[:80]!r} is not a name", "names are made of a-z, 0-9 and '-'", _LISTINGS)
     return quote(part, safe="")

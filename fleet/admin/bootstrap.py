@@ -1,7 +1,7 @@
 """Create a fleet: keys, TUF repository, certificates, the server's configuration and the first operator's token.
 
-Everything is made aside and moved into place at the end, so that there is a whole fleet or none. Files that exist are
-never overwritten.
+The files are made in a temporary directory and moved into place at the end, so that there is a whole fleet or none.
+Existing files are never overwritten.
 """
 
 import secrets
@@ -32,7 +32,7 @@ MQTT_PORT: Final = 8883
 
 
 class SetupError(Exception):
-    """A fleet cannot be made; one line: what, why, what to do."""
+    """The fleet cannot be created; one line says what, why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Made:
     Attributes:
         url: of the API for operators and enrolment.
         warnings: sentences that the operator should read.
-        recovery: the key on paper of a fleet for production, as text: shown once and kept nowhere.
+        recovery: recovery key of a production fleet, to be printed: shown once and stored nowhere.
     """
 
     home: Path
@@ -68,23 +68,23 @@ def init(
     passphrase: bytes | None = None,
     now: datetime | None = None,
 ) -> Made:
-    """Make a fleet in `home`.
+    """Create a fleet in `home`.
 
     Args:
-        home: made when there is none; may hold other files, but no fleet.
-        fleet: its name; devices refuse what is signed for another.
-        size: `dev` (keys in the clear, devices in production refuse it) or `solo`.
+        home: created when there is none; may hold other files, but no fleet.
+        fleet: name; devices refuse assignments of other fleets.
+        size: `dev` (keys unencrypted; refused by devices in production mode) or `solo`.
         url: `https://HOST[:PORT]` under which devices reach this machine; loopback when None.
         namespace: of the components that are published with the key made here.
-        operators_port: of the API for operators and enrolment; the url's, or 8743.
+        operators_port: of the API for operators and enrolment; by default that of `url`, or 8743.
         devices_port: of the API for devices.
         mqtt_port: of the broker.
         broker: as in `fleet.server.config.ServerConfig`.
-        passphrase: for the offline keys; needed for `solo`.
-        now: for the dates of certificates and metadata.
+        passphrase: for the offline keys; required for `solo`.
+        now: present time, for the dates of certificates and metadata; the clock's when None.
 
     Raises:
-        SetupError: there is a fleet already, the directory cannot be written, or an argument cannot be meant.
+        SetupError: there is a fleet already, the directory cannot be written, or an argument is invalid.
     """
     when = datetime.now(UTC) if now is None else now
     config = configure(fleet, size, url, namespace, operators_port, devices_port, mqtt_port, broker)
@@ -197,7 +197,7 @@ def make_ca(place: ServerPaths, config: ServerConfig, passphrase: bytes | None, 
 
 
 def issue(directory: Path, root: ca.Root, config: ServerConfig, now: datetime) -> None:
-    """Make a server's issuing CA where both its directory and the root's key are."""
+    """Issue a server's CA on the machine that has both its directory and the root's key."""
     hosts = (config.host, *(() if config.external_broker is None else (config.external_broker.host,)))
     ca.install(directory, ca.sign(root, ca.request(directory, hosts), now=now), now=now)
 

@@ -1,21 +1,21 @@
 """Backups, and servers rebuilt on another machine.
 
 A backup is one tar with the configuration, a consistent copy of the database, the TUF metadata, the artifacts and the
-root certificate of the CA. A backup holds no key: whoever finds one can read what devices run, and sign nothing.
+root certificate of the CA. A backup contains no key: whoever finds one can read what devices run, but sign nothing.
 
-A rebuilt server starts from what an operator has: the keys that people hold, the root of the CA, the metadata that this
-machine verified last, what this machine remembers of each device, and a backup if there is one. Devices reconnect
-without enrolling again, and keys stolen from the old server are worth nothing afterwards:
+A rebuilt server starts from what an operator has: people's keys, the root of the CA, the metadata that this machine
+verified last, its memory of each device, and a backup if there is one. Devices reconnect without enrolling again, and
+keys stolen from the old server become useless:
 
-    begin    new director, snapshot and timestamp keys, and the signing event that names them, in `server.new/`
+    begin    make new director, snapshot and timestamp keys, and the signing event that names them, in `server.new/`
     (people sign the event)
-    finish   the event applied, a new issuing CA, no operator but the admin with a new token; `server/` is in place
+    finish   apply the event, make a new issuing CA, keep only the admin, with a new token; move to `server/`
 
 Nothing of an old `server/` directory is used, and nothing is overwritten.
 
-`salvage_metadata` finds the TUF repository in heaps of files (an operator's cache, a backup, a copy of the lost disk):
-of each role the newest version that verifies from the root pinned on this machine, through the delegations valid now.
-Snapshot and timestamp were signed by keys that may be stolen, so only their version numbers are used.
+`salvage_metadata` finds the TUF repository in files from several sources (an operator's cache, a backup, a copy of the
+lost disk): of each role the newest version that verifies from the root pinned on this machine, through the delegations
+valid now. The keys of snapshot and timestamp may be stolen, so only their version numbers are used.
 """
 
 import io
@@ -61,11 +61,11 @@ _LIMITS: Final = {
 
 
 class BackupError(Exception):
-    """A backup cannot be made or read; one line: what, why, what to do."""
+    """The backup cannot be made or read; one line says what, why and what to do."""
 
 
 def backup(home: Path, output: Path) -> int:
-    """Write a server's backup, whether it runs or not; the bytes written.
+    """Write the backup of a server, which may be running, and return its size in bytes.
 
     Raises:
         BackupError: there is no server, or the file cannot be written.
@@ -106,10 +106,10 @@ def _members(place: ServerPaths, database: Path) -> Iterator[tuple[str, Path]]:
 
 
 def extract(backup: Path, into: Path) -> None:
-    """Lay a backup out in a new directory; nothing in it is believed, and no name leads elsewhere.
+    """Unpack a backup, which is untrusted, in a new directory.
 
     Raises:
-        BackupError: it is none, or cannot be read or written.
+        BackupError: not a backup, or it cannot be read or written.
     """
     try:
         with tarfile.open(backup, mode="r:") as tar:
@@ -145,17 +145,17 @@ EVENT: Final = "event.signing.json"
 
 
 class RebuildError(Exception):
-    """The server cannot be made anew; one line: what, why, what to do."""
+    """The server cannot be rebuilt; one line says what, why and what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """A device as this operator remembers it.
+    """Device as this operator's machine remembers it.
 
     Attributes:
         key: fingerprint of its key, from first sight.
-        groups: where it belonged.
-        revoked: it was shut out.
+        groups: its groups.
+        revoked: whether it was revoked.
     """
 
     key: str
@@ -170,8 +170,8 @@ class Rebuilt:
     Attributes:
         url: of the API for operators.
         devices: number of devices that the new server knows.
-        admitted: those that only this operator remembered.
-        lost: artifacts of published releases that are not there: target paths.
+        admitted: ids of devices that only this operator's machine remembered.
+        lost: target paths of published releases whose artifacts are missing.
     """
 
     url: str
@@ -181,7 +181,7 @@ class Rebuilt:
 
 
 def draft_of(home: Path) -> ServerPaths:
-    """Return the paths of a server until it is complete: `<home>/server.new` in place of `server`."""
+    """Return the paths of an unfinished server: `<home>/server.new` instead of `server`."""
     return _Draft(home)
 
 
@@ -192,16 +192,16 @@ class _Draft(ServerPaths):
 
 
 def begin(home: Path, *, kept: Path | None, config: ServerConfig | None, now: datetime) -> tuple[Event, list[str]]:
-    """Make `server.new/` with new online keys; the unsigned event that names them, and what may be missing.
+    """Make `server.new/` with new online keys; return the unsigned event that names them, and what may be missing.
 
     Args:
         home: with `operator/`, without `server/`.
-        kept: a backup.
-        config: of the server, where there is no backup.
+        kept: a backup, None for none.
+        config: of the server, needed without a backup.
         now: UTC.
 
     Raises:
-        RebuildError: there is a server already, or what is here is not enough.
+        RebuildError: there is a server already, or files that it needs are missing.
     """
     place, draft = ServerPaths(home), draft_of(home)
     if place.server.exists():
@@ -250,17 +250,17 @@ def begun(home: Path) -> tuple[dict[str, bytes], Event]:
 
 
 def finish(home: Path, event: Event, root: ca.Root, *, devices: Mapping[str, Known], now: datetime) -> Rebuilt:
-    """Complete what was begun with the signed event, and put it in place.
+    """Complete a rebuild with the signed event, and move the server into place.
 
     Args:
-        home: see `begin`.
+        home: as in `begin`.
         event: signed by enough people.
         root: of the CA.
-        devices: what this operator remembers, by device id.
+        devices: memory of this operator's machine, by device id.
         now: UTC.
 
     Raises:
-        RebuildError: the event is not signed by enough, or is another one.
+        RebuildError: the event lacks signatures, or belongs to another rebuild.
     """
     place, draft = ServerPaths(home), draft_of(home)
     files, begun_event = begun(home)
@@ -300,7 +300,7 @@ def _people_and_devices(
     try:
         with store.atomic():
             store.access.start_over("admin", token, now=now.timestamp())
-            # devices take no older version of a secret than they had: seconds grow faster than anybody counts
+            # devices refuse older versions of a secret: the time in seconds is above every version so far
             store.boxes.count_on_from(int(now.timestamp()))
             for device, known in sorted(devices.items()):
                 if store.devices.get(device) is None and not known.revoked:
@@ -330,7 +330,7 @@ def _files(directory: Path) -> dict[str, bytes]:
 
 
 def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Exactly these: what was found and does not count is not served."""
+    """Write exactly these files: other files that were found are not served."""
     for path in directory.glob("*.json"):
         if path.name not in files:
             path.unlink()
@@ -349,7 +349,7 @@ def _seen(place: ServerPaths) -> dict[str, int]:
 
 Files = Mapping[str, bytes]
 _PLAUSIBLE: Final = 2**40
-"""A version beyond it was driven up by a thief: numbering begins anew, as devices forget it with the stolen keys."""
+"""A version above it is an attacker's: numbering starts again, as devices forget versions with revoked keys."""
 
 _KINDS: Final[dict[str, Any]] = {"snapshot.json": Snapshot, "timestamp.json": Timestamp, "root.json": Root}
 
@@ -375,10 +375,10 @@ def salvage_metadata(pinned: bytes, sources: Sequence[Files]) -> dict[str, bytes
 
     Args:
         pinned: the root pinned on this machine.
-        sources: heaps of files; of the same version in several, the first that verifies counts.
+        sources: files by name; where several have the same version, the first that verifies counts.
 
     Raises:
-        RepositoryError: no targets, or the pinned root is none.
+        RepositoryError: no targets were found, or the pinned root is not valid.
     """
     try:
         root = metadata.parse(Root, pinned, "the pinned root")
@@ -405,7 +405,7 @@ def salvage_metadata(pinned: bytes, sources: Sequence[Files]) -> dict[str, bytes
 
 
 def _older_roots(version: int, sources: Sequence[Files]) -> dict[str, bytes]:
-    """Return roots before the pinned one, for devices that enrolled earlier; devices verify them themselves."""
+    """Return roots older than the pinned one, for devices that enrolled earlier; devices verify them."""
     names = (f"{number}.root.json" for number in range(1, version))
     return {name: source[name] for name in names for source in reversed(sources) if name in source}
 
@@ -468,7 +468,7 @@ def _numbers(sources: Sequence[Files]) -> dict[str, bytes]:
 
 
 def missing(files: Files, seen: Mapping[str, int]) -> list[str]:
-    """Roles of which this machine has seen a newer version than was found, in words."""
+    """Return a sentence for each role of which this machine has seen a newer version than was found."""
     index = repository.newest(files)
     return [
         f"{role} was seen at version {version}, the newest that was found is {index.get(role, 0)}"

@@ -1,13 +1,13 @@
 """Signing host (`fleet publisher`): holds the keys of snapshot and timestamp, apart from the server.
 
-A signing host keeps a repository of its own, which began with what the server showed, verified from the pinned root.
-From then on each change that waits on the server is checked against these files as the server checks it (signatures
-of the delegations, ceilings, versions one above); snapshot and timestamp are signed over the result and stored, and
-only then sent to the server. An attacker who controls the server can withhold what the signing host sends, and cannot
-have signed what publishers did not sign, a mixture, or anything older.
+A signing host keeps a repository of its own, first copied from the server and verified from the pinned root. Each
+change that waits on the server is checked against these files as the server checks it (signatures of the delegations,
+ceilings, versions one above); snapshot and timestamp are signed over the result and stored, and only then sent to the
+server. An attacker who controls the server can withhold files of the signing host, but cannot make it sign what
+publishers did not sign, a mixture of versions, or older ones.
 
     <home>/publisher/keys/          snapshot.pem, timestamp.pem
-    <home>/publisher/repository/    what was verified and signed
+    <home>/publisher/repository/    the verified and signed files
 """
 
 import logging
@@ -37,7 +37,7 @@ AWAY_S: Final = 10.0
 
 
 class PublisherError(Exception):
-    """The publisher host cannot do its work; one line: what, why, what to do."""
+    """The signing host cannot do its work; one line says what, why and what to do."""
 
 
 def make_keys(directory: Path) -> dict[str, Key]:
@@ -59,8 +59,8 @@ class SigningHost:
     Args:
         directory: `<home>/publisher`.
         root: the root pinned on this host.
-        client: to the server.
-        clock: the time, UTC.
+        client: connection to the server.
+        clock: returns the present time, UTC.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SigningHost:
         self._clock = clock or (lambda: datetime.now(UTC))
 
     def run(self, *, stop: Callable[[], bool] = lambda: False) -> None:
-        """Go on until `stop` says so. A server that is away is waited for; what does not verify is said and left."""
+        """Run rounds until `stop` returns True; after an error, log it and go on with the next round."""
         while not stop():
             try:
                 self.step(wait_s=WAIT_S)
@@ -84,11 +84,11 @@ class SigningHost:
                 time.sleep(AWAY_S)
 
     def step(self, *, wait_s: int = 0) -> bool:
-        """Run one round: fetch what waits, verify it, sign, send it. Return whether something was sent.
+        """Run one round: fetch the waiting change, verify, sign and send it. Return whether something was sent.
 
         Raises:
-            PublisherError: what the server shows does not verify, or the keys are not here.
-            ClientError: the server is away, or refuses.
+            PublisherError: files of the server do not verify, or the keys are not on this host.
+            ClientError: the server is unreachable, or refuses.
         """
         try:
             return self._step(self._client.online(wait_s=wait_s))
@@ -124,7 +124,7 @@ class SigningHost:
         return not own.elsewhere
 
     def _open(self, view: OnlineView) -> TufRepository:
-        """Our own repository; made, or brought up to the server's, where that has what our keys signed elsewhere."""
+        """Open the own repository: create it, or update it from the server where that has newer files of our keys."""
         if not (self._place / "timestamp.json").exists():
             self._begin()
         own = TufRepository(self._place, self._keys, signs_online=True)
@@ -138,7 +138,7 @@ class SigningHost:
         return own
 
     def _begin(self) -> None:
-        """Take over what the server shows, verified from the pinned root by the same client as on a device."""
+        """Copy the server's repository, verified from the pinned root by the same client as on a device."""
 
         def fetch(name: str, _max_bytes: int) -> bytes:
             data = self._client.tuf(name)
@@ -160,7 +160,7 @@ class SigningHost:
             atomic_write(self._place / name, data, mode=0o644)
 
     def _remembered(self) -> StateStore:
-        """Remember what this host has verified before, out of its own directory: the server cannot set it back."""
+        """Restore the verified state from the own directory, so that the server cannot roll this host back."""
         states = MemoryState()
         if not (self._place / "timestamp.json").exists():
             return states

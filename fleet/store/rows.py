@@ -47,7 +47,7 @@ class GroupRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One-time token without its secret."""
+    """Enrolment token without its secret."""
 
     group: str
     root_sha256: str
