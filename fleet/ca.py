@@ -185,7 +185,7 @@ class CertificateAuthority:
             SERVER_LIFE,
             [san(name) for name in names],
         )
-        # With the root: OpenSSL does not add it where an issuing CA is given, and devices compare its hash at enrolment.
+        # With the root, which OpenSSL does not add to an issuing CA, and whose hash devices compare at enrolment.
         chain = certificate.public_bytes(Encoding.PEM) + self._chain + (b"" if self.is_root else self.pem.encode())
         return Pair(chain, private_pem(key))
 

@@ -550,6 +550,6 @@ def _show_logs(options: Options, client: "Client", device: str, sequence: int, *
 def _print_lines(options: Options, view: LogView) -> None:
     for line in view.lines:
         if options.json:
-            click.echo(json.dumps({"line": line}, ensure_ascii=False))  # one object a line, as lines come
+            click.echo(json.dumps({"line": line}, ensure_ascii=False))  # a JSON object for each line, as it arrives
         else:
             click.echo(line)

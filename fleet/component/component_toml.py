@@ -437,7 +437,7 @@ def _table(name: str, lines: list[str], always: tuple[str, ...] = ()) -> list[st
 
 
 def _check(health: Health) -> tuple[str, ...]:
-    """Always write the check: without it, the reader infers it from the exports."""
+    """Render the check always: without it, the reader infers it from the exports."""
     return (f"check = {'true' if health.check else 'false'}",)
 
 

@@ -170,7 +170,7 @@ class _Imports:
         self._shims = {part.functions[0]: (at, part) for at, part in enumerate(parts[PARTS:], PARTS)}
         self._instances: list[int] = []  # by index of the guest's instances: as the engine provides them
         self._types: dict[int, int] = {}  # by index of the guest's types: index in the outer one, if needed
-        self._of_io: set[int] = set()  # those of them that are the engine's resources of wasi:io, or contain some
+        self._of_io: set[int] = set()  # subset: the engine's resources of wasi:io, or types that contain some
         self._met_io = False
 
     def answers(self) -> dict[str, int]:

@@ -1,8 +1,8 @@
-"""The demo's fleet, server and devices, started by this project's own commands, and the processes below them.
+"""Fleet, server and devices of the demo, started by the project's own commands, and their processes.
 
 Three safeguards keep the demo from leaving processes behind. Each child ends when this process dies (PR_SET_PDEATHSIG).
-Each child leads a process group, so that its own children end with it. And this process adopts orphans
-(PR_SET_CHILD_SUBREAPER), so that a grandchild whose parent died is found and ended whatever its group.
+Each child leads a process group, so that its own children end with it. This process adopts orphans
+(PR_SET_CHILD_SUBREAPER), so that a grandchild whose parent died is found and ended, whatever its group.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ class ChildDiedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """Process that runs until it is stopped, and how it was started."""
+    """Process that runs until it is stopped, and its command."""
 
     name: str
     command: tuple[str, ...]
@@ -110,9 +110,9 @@ class Processes:
         """Run a process to its end.
 
         Args:
-            command: what to run.
-            stdin: what it reads.
-            show: let it write to this process's own output instead (both texts are empty then).
+            command: program and arguments.
+            stdin: its standard input.
+            show: let the command write to this process's output; both texts are then empty.
         """
         pipe = None if show else asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
@@ -135,7 +135,7 @@ class Processes:
         )
 
     async def stop_all(self) -> None:
-        """End every child, the last one started first, then whatever any of them left."""
+        """End every child, the last one started first, then the processes that they left behind."""
         for child in reversed(self._children):
             await _end(child.process)
         self._children.clear()
@@ -230,7 +230,7 @@ class DemoDevice:
 
 
 class Environment:
-    """Everything the demo has started.
+    """Server and devices of the demo.
 
     Args:
         directory: for the fleet, the devices and the logs.
@@ -250,7 +250,7 @@ class Environment:
         self._client: Client | None = None
 
     async def close(self) -> None:
-        """End every process and remove what only they needed."""
+        """End every process and remove their runtime files."""
         if self._client is not None:
             self._client.__exit__(None, None, None)
         await self.processes.stop_all()
@@ -303,7 +303,7 @@ class Environment:
         return self._client
 
     async def ask(self, question: Callable[[Client], T]) -> T:
-        """Ask the server something, off the event loop."""
+        """Call the client in a thread, off the event loop."""
         return await asyncio.to_thread(question, self.client)
 
     async def eventually(self, what: str, question: Callable[[], T | None]) -> T:
@@ -331,7 +331,7 @@ class Environment:
 
     def check(self) -> None:
         """Raise `ChildDiedError` when a process that should run has ended."""
-        children = [child for board in self.devices for child in (board.agent, board.host)]
+        children = [child for device in self.devices for child in (device.agent, device.host)]
         for child in (*children, *([self._server] if self._server else [])):
             child.check()
 
@@ -353,9 +353,9 @@ class Environment:
         await self._checked(AGENT, ("restore", *places))
         agent = await self.processes.start(f"{name}-agent", module(AGENT, "run", *places))
         row = await self.eventually(f"{name} is online", lambda: self._online(name, agent, host))
-        board = DemoDevice(name=name, device=row.id, group=group, port=port, agent=agent, host=host)
-        self.devices.append(board)
-        return board
+        device = DemoDevice(name=name, device=row.id, group=group, port=port, agent=agent, host=host)
+        self.devices.append(device)
+        return device
 
     def _online(self, name: str, *children: Child) -> operator_api.DeviceRow | None:
         for child in children:
@@ -370,7 +370,7 @@ def _make_device(here: Path, runtime: Path, name: str) -> None:
 
 
 def program(name: str) -> str:
-    """Return how a person here starts a command of this project: its name, or its path outside PATH."""
+    """Return the name of a command of this project, or its path where it is not on PATH."""
     if shutil.which(name):
         return name
     beside = Path(sys.executable).parent / name
@@ -378,15 +378,15 @@ def program(name: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Find loopback ports that are free, and that the kernel gives to no connection by chance meanwhile.
+    """Find free loopback ports that the kernel does not assign to outgoing connections meanwhile.
 
-    The kernel takes the near ends of connections from a range of its own (`ip_local_port_range`): these lie below it.
+    Outgoing connections get ports of `ip_local_port_range`; these lie below that range.
 
     Raises:
-        OSError: there are none.
+        OSError: no port is free.
     """
     below = int(_RANGE.read_text(encoding="ascii").split()[0])
-    # where its range leaves no room below, the kernel chooses
+    # where the range leaves no room below it, the kernel chooses
     ports = random.SystemRandom().sample(range(_LOWEST, below), k=_TRIES) if below > 2 * _LOWEST else [0] * count
     found: list[int] = []
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Clients that send requests without a pause and never retry, and count exactly what became of each request.
+"""Clients that send requests continuously, never retry, and count the result of each request.
 
 Half of the clients keep their connection, half open one for each request; one request in `post_every` is a POST with a
 body. A request is *answered* when a complete response with a status below 500 arrived. It is *lost* when the
@@ -28,7 +28,7 @@ _LOSSES_KEPT: Final = 20
 
 
 class _LostError(Exception):
-    """Anything that a client saw instead of a whole response."""
+    """The client did not receive a whole response; the message says what it saw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,12 @@ class LoadResult:
     Attributes:
         answered: complete responses with a status below 500.
         lost: everything else.
-        posts: how many of the requests were POSTs.
+        posts: number of POST requests.
         connections: connections opened.
         by_version: answered responses by their `x-version` header ('' where it is missing).
         by_status: complete responses by status.
-        reasons: lost requests by what the client saw.
-        losses: the first few lost requests, in words.
+        reasons: lost requests by reason.
+        losses: descriptions of the first few lost requests.
     """
 
     answered: int = 0
@@ -57,7 +57,7 @@ class LoadResult:
 
     @property
     def sent(self) -> int:
-        """Requests that have come to an end, well or not."""
+        """Number of finished requests, answered or lost."""
         return self.answered + self.lost
 
     def __sub__(self, earlier: "LoadResult") -> "LoadResult":
@@ -89,7 +89,7 @@ class Load:
     """Steady load on one HTTP address, from `__aenter__` to `stop` or `__aexit__`.
 
     Args:
-        port: of `host`.
+        port: of the address.
         path: request target.
         kept_alive: clients that keep their connection.
         fresh: clients that open a connection for each request.
@@ -160,12 +160,12 @@ class Load:
         await self._until(lambda: self._by_version[version] >= times)
 
     async def sent(self, requests: int) -> None:
-        """Return when `requests` more requests have come to an end."""
+        """Return when `requests` more requests have finished."""
         goal = self._answered + self._lost + requests
         await self._until(lambda: self._answered + self._lost >= goal)
 
     def first_answer(self, version: str) -> float | None:
-        """Return when `version` first answered, by the monotonic clock; None when it has not."""
+        """Return the monotonic time of the first answer of `version`; None when there was none."""
         return self._first.get(version)
 
     async def _until(self, reached: Callable[[], bool]) -> None:
@@ -227,7 +227,7 @@ class Load:
 
 
 class _Connection:
-    """HTTP/1.1 client connection: a request out, a whole response in."""
+    """HTTP/1.1 client connection with one request at a time."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -239,7 +239,7 @@ class _Connection:
         return cls(reader, writer)
 
     async def request(self, data: bytes) -> tuple[int, str, bool]:
-        """Send one request and read its whole response: status, `x-version`, whether the peer will close."""
+        """Send a request and read its whole response: status, `x-version`, whether the peer will close."""
         self._writer.write(data)
         head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         start, *lines = head.rstrip("\r\n").split("\r\n")
@@ -269,7 +269,7 @@ class _Connection:
 async def first_answer(
     *, port: int, version: str, host: str = "127.0.0.1", path: str = "/", every_s: float = 0.05
 ) -> float:
-    """Ask until `version` answers; returns when it did, by the monotonic clock. Cancel to give up."""
+    """Send requests until `version` answers, and return the monotonic time of that. Cancel to give up."""
     while True:
         try:
             connection = await _Connection.open(host, port)
@@ -281,7 +281,7 @@ async def first_answer(
             if answered == version:
                 return time.monotonic()
         except (OSError, EOFError, _LostError, ValueError):
-            pass  # nothing listens there yet, or it is no whole answer: asked again
+            pass  # no listener yet, or no whole answer: try again
         await asyncio.sleep(every_s)
 
 

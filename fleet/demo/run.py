@@ -1,4 +1,4 @@
-"""The demo from its first process to its last: play, report, stay up if asked to, clean up."""
+"""Run the demo: play the scenario, report, stay up unless `once`, clean up."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from fleet.client import ClientError
 from fleet.demo.environment import ChildDiedError, DemoError, Environment, program
 from fleet.demo.load import LoadResult
 from fleet.demo.scenario import GROUP, INSTANCE, NoFixtureError, Scenario, fixture, play
-from fleet.protocol.codes import RolloutState
+from fleet.protocol.codes import Phase, RolloutState
 
 if TYPE_CHECKING:
     from fleet.demo.environment import DemoDevice
@@ -40,7 +40,7 @@ class ConsoleReporter:
             self.console = Console(highlight=False, width=_PLAIN_WIDTH, color_system=None, file=self.console.file)
 
     def act(self, title: str) -> None:
-        """Begin a new act."""
+        """Print the title of a step."""
         self.console.print()
         self.console.print(Text(title, style="bold"))
 
@@ -54,12 +54,12 @@ class ConsoleReporter:
             yield
 
     def did(self, command: str, result: str) -> None:
-        """Print a command that was carried out, and its result."""
+        """Print a command and its result."""
         self.console.print(Text.assemble(("  $ ", "dim"), command))
         self.console.print(Text.assemble("    ", (result, "green")))
 
     def runs(self, arguments: Sequence[str]) -> None:
-        """Print the `fleet` command that is about to print for itself."""
+        """Print a `fleet` command before its own output."""
         words = [Path(word).name if word.endswith(".wasm") else word for word in arguments]
         self.console.print(Text.assemble(("  $ ", "dim"), f"fleet {shlex.join(words)}"))
 
@@ -78,14 +78,14 @@ class ConsoleReporter:
             )
         )
 
-    def end(self, story: "Scenario", boards: Sequence["DemoDevice"]) -> None:
-        """Print the tables, and which claims held."""
+    def end(self, scenario: "Scenario", devices: Sequence["DemoDevice"]) -> None:
+        """Print the tables and which claims held."""
         self.act("What happened")
-        self._table(acts_table(story.acts))
+        self._table(acts_table(scenario.acts))
         self.console.print()
-        self._table(devices_table(story, boards))
+        self._table(devices_table(scenario, devices))
         self.console.print()
-        for claim, held in story.checks:
+        for claim, held in scenario.checks:
             mark = Text("  yes ", style="green") if held else Text("  NO  ", style="bold red")
             self.console.print(mark + Text(claim))
 
@@ -101,7 +101,7 @@ class ConsoleReporter:
 
 
 def acts_table(acts: Sequence["Step"]) -> Table:
-    """Build a row for each push: how it ended, how long it took, what its clients saw."""
+    """Build a table with result, duration and requests of each step."""
     grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for name in ("  PUSH", "RESULT"):
         grid.add_column(name)
@@ -123,10 +123,10 @@ def acts_table(acts: Sequence["Step"]) -> Table:
 
 
 def result_of(act: "Step") -> str:
-    """Describe in words how a push ended."""
+    """Describe the result of a step in words."""
     if act.rollout.state is not RolloutState.HALTED:
         return str(act.rollout.state)
-    back = [board for board in act.rollout.devices if board.phase is not None and board.phase.value == "rolled-back"]
+    back = [each for each in act.rollout.devices if each.phase is Phase.ROLLED_BACK]
     if back:
         code = f" ({back[0].code})" if back[0].code is not None else ""
         return f"rolled back{code}, halted before the 2nd device"
@@ -134,7 +134,7 @@ def result_of(act: "Step") -> str:
 
 
 def lost_of(act: "Step") -> str:
-    """Count the requests lost; name those on which the pushed version itself trapped."""
+    """Count the lost requests; say where the pushed version itself trapped on all of them."""
     if not act.load:
         return "-"
     total = act.total
@@ -143,14 +143,14 @@ def lost_of(act: "Step") -> str:
     return f"{total.lost:,} by its trap" if own else f"{total.lost:,}"
 
 
-def devices_table(story: "Scenario", boards: Sequence["DemoDevice"]) -> Table:
-    """Build a row for each device: what answers there now."""
+def devices_table(scenario: "Scenario", devices: Sequence["DemoDevice"]) -> Table:
+    """Build a table with the version that each device runs."""
     grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for name in ("  DEVICE", "GROUP", "RUNS NOW", "INGRESS"):
         grid.add_column(name)
-    for board in boards:
-        version = story.ends.get(board.device, "")
-        grid.add_row(f"  {board.device}", board.group, f"hello v{version}" if version else "nothing", board.url())
+    for device in devices:
+        version = scenario.ends.get(device.device, "")
+        grid.add_row(f"  {device.device}", device.group, f"hello v{version}" if version else "nothing", device.url())
     return grid
 
 
@@ -163,8 +163,8 @@ def run(*, directory: Path | None, once: bool, broker: str = "auto") -> int:
     """Play the demo; returns 0 when everything held, 1 when not, 130 when interrupted before its end.
 
     Args:
-        directory: for everything it makes, which then stays; None for a temporary one.
-        once: end after the last act instead of staying up.
+        directory: for all files of the demo, kept afterwards; None for a temporary one.
+        once: end after the last step instead of staying up.
         broker: as in `fleet init`.
     """
     place = directory.absolute() if directory is not None else Path(tempfile.mkdtemp(prefix="wasmfleet-demo-"))
@@ -172,23 +172,23 @@ def run(*, directory: Path | None, once: bool, broker: str = "auto") -> int:
 
 
 async def _run(place: Path, broker: str, *, keep: bool, once: bool) -> int:
-    teller = ConsoleReporter()
-    teller.console.print(Text.assemble(("wasmfleet demo", "bold"), (f"  in {place}", "dim")))
+    reporter = ConsoleReporter()
+    reporter.console.print(Text.assemble(("wasmfleet demo", "bold"), (f"  in {place}", "dim")))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
-    scene = Environment(place)
+    environment = Environment(place)
     code = FAILED
     try:
-        code = await _until_stopped(_whole(scene, teller, stop, broker, once=once), stop)
+        code = await _until_stopped(_whole(environment, reporter, stop, broker, once=once), stop)
     finally:
-        with teller.waiting("Ending every process"):
-            await scene.close()
+        with reporter.waiting("Ending every process"):
+            await environment.close()
         if not keep and code != FAILED:
             shutil.rmtree(place, ignore_errors=True)
         elif code == FAILED:
-            teller.console.print(f"What every process said is in {place / 'logs'}.", soft_wrap=True, markup=False)
+            reporter.console.print(f"What every process said is in {place / 'logs'}.", soft_wrap=True, markup=False)
     return code
 
 
@@ -198,7 +198,7 @@ async def _until_stopped(whole: Coroutine[Any, Any, int], stop: asyncio.Event) -
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({playing, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not playing.done():
-        # After the last act it ends by itself when it is told to stop.
+        # After the last step `whole` ends by itself on `stop`.
         await asyncio.wait({playing}, timeout=0.5)
     stopping.cancel()
     if playing.done():
@@ -209,39 +209,41 @@ async def _until_stopped(whole: Coroutine[Any, Any, int], stop: asyncio.Event) -
     return INTERRUPTED
 
 
-async def _whole(scene: Environment, teller: ConsoleReporter, stop: asyncio.Event, broker: str, *, once: bool) -> int:
+async def _whole(
+    environment: Environment, reporter: ConsoleReporter, stop: asyncio.Event, broker: str, *, once: bool
+) -> int:
     try:
-        story = await play(scene, teller, broker=broker)
+        scenario = await play(environment, reporter, broker=broker)
     except (DemoError, ChildDiedError, ClientError, NoFixtureError) as error:
-        teller.console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        reporter.console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         return FAILED
     except TimeoutError:
-        teller.console.print(Text.assemble(("error: ", "bold red"), "the act took too long; see the logs"))
+        reporter.console.print(Text.assemble(("error: ", "bold red"), "the act took too long; see the logs"))
         return FAILED
-    teller.end(story, scene.devices)
-    code = OK if story.held else FAILED
+    reporter.end(scenario, environment.devices)
+    code = OK if scenario.held else FAILED
     if not once:
-        _next_steps(scene, teller, story)
+        _next_steps(environment, reporter, scenario)
         await stop.wait()
     return code
 
 
-def _next_steps(scene: Environment, teller: ConsoleReporter, story: Scenario) -> None:
-    """Print what a person may try on the fleet that is still up."""
-    board = scene.devices[0]
+def _next_steps(environment: Environment, reporter: ConsoleReporter, scenario: Scenario) -> None:
+    """Print commands to try on the running fleet."""
+    device = environment.devices[0]
     fleet = program("fleet")
     file = shlex.quote(str(fixture("v2.wasm")))
-    teller.act("The fleet stays up until Ctrl-C. Try, in another terminal:")
+    reporter.act("The fleet stays up until Ctrl-C. Try, in another terminal:")
     for line in (
-        f"export WASMFLEET_HOME={shlex.quote(str(scene.home))}",
-        f"curl {board.url(INSTANCE)}",
-        f"curl -d 'a body' {board.url(INSTANCE)}echo",
+        f"export WASMFLEET_HOME={shlex.quote(str(environment.home))}",
+        f"curl {device.url(INSTANCE)}",
+        f"curl -d 'a body' {device.url(INSTANCE)}echo",
         f"{fleet} devices",
-        f"{fleet} why {board.device}",
+        f"{fleet} why {device.device}",
         f"{fleet} push {file} --group {GROUP} --dry-run",
-        f"{fleet} push {file} --device {scene.devices[-1].device}",
+        f"{fleet} push {file} --device {environment.devices[-1].device}",
         f"{fleet} rollouts",
     ):
-        teller.console.print(f"  {line}", soft_wrap=True, markup=False)
-    if not story.held:
-        teller.console.print(Text("\nNot everything held: see above.", style="bold red"))
+        reporter.console.print(f"  {line}", soft_wrap=True, markup=False)
+    if not scenario.held:
+        reporter.console.print(Text("\nNot everything held: see above.", style="bold red"))

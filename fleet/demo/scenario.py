@@ -1,4 +1,4 @@
-"""The acts of the demo, and the claims that must hold at its end.
+"""Steps of the demo, and the claims that must hold at its end.
 
 The demo's components lie beside this file in an installed package, and in `components/demo` in a source tree.
 """
@@ -28,7 +28,7 @@ REQUESTS_AROUND: Final = 100
 
 PAUSE_S: Final = 0.01
 ACT_S: Final = 300.0
-"""Time after which an act has failed."""
+"""Time after which a step has failed."""
 
 _SERVER_ERROR: Final = 500
 
@@ -52,8 +52,8 @@ class Step:
         exit_code: of that command.
         first_s, last_s: from the start of the command to the first answer of the new version, on the first and on the
             last device; None where it never answered, or had answered before.
-        load: by device, what became of the requests meanwhile; empty without load.
-        rollout: as the server has it afterwards.
+        load: results of the requests meanwhile, by device; empty without load.
+        rollout: as the server shows it afterwards.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Step:
 
 @dataclass(slots=True)
 class Scenario:
-    """Result of the demo: acts, what every device runs at the end, and which claims held."""
+    """Result of the demo: steps, the version on every device at the end, and which claims held."""
 
     acts: list[Step] = field(default_factory=list)
     ends: dict[str, str] = field(default_factory=dict)
@@ -80,12 +80,12 @@ class Scenario:
 
     @property
     def held(self) -> bool:
-        """True when everything that was to be shown was seen."""
+        """True when every claim held."""
         return bool(self.checks) and all(good for _, good in self.checks)
 
 
 class Reporter(Protocol):
-    """Receiver of the story: a console, or nothing in a test."""
+    """Receiver of progress: a console, or nothing in a test."""
 
     def act(self, title: str) -> None:
         """Begin a new step."""
@@ -94,7 +94,7 @@ class Reporter(Protocol):
         """Show that something is going on."""
 
     def did(self, command: str, result: str) -> None:
-        """Report a command that was carried out, and its result."""
+        """Report a command and its result."""
 
     def runs(self, arguments: Sequence[str]) -> None:
         """Announce a `fleet` command that prints for itself."""
@@ -103,77 +103,77 @@ class Reporter(Protocol):
         """Report what the clients of a step saw."""
 
 
-async def play(scene: Environment, teller: Reporter, *, broker: str = "auto") -> Scenario:
-    """Play all acts.
+async def play(environment: Environment, reporter: Reporter, *, broker: str = "auto") -> Scenario:
+    """Run all steps.
 
     Raises:
-        DemoError, ChildDiedError, ClientError, TimeoutError: it could not go on.
+        DemoError, ChildDiedError, ClientError, TimeoutError: the demo cannot continue.
     """
-    story = Scenario()
-    await _set_up(scene, teller, broker)
-    members = [board for board in scene.devices if board.group == GROUP]
+    scenario = Scenario()
+    await _set_up(environment, reporter, broker)
+    members = [device for device in environment.devices if device.group == GROUP]
     for name, command, version in (
         ("v1", ("push", str(fixture("v1.wasm")), "--group", GROUP, "--waves", "100%"), "1"),
         ("v2", ("push", str(fixture("v2.wasm")), "--group", GROUP), "2"),
         ("v3", ("push", str(fixture("v3.wasm")), "--group", GROUP), "3"),
         ("undo", ("undo", "--group", GROUP), "1"),
     ):
-        teller.act(TITLES[name])
+        reporter.act(TITLES[name])
         async with asyncio.timeout(ACT_S):
-            act = await _perform(scene, teller, name, command, version, members)
-        story.acts.append(act)
-        teller.came_of(act.total if act.load else None)
-    for board in scene.devices:
-        story.ends[board.device] = await _answers(board)
-    story.checks = judge(story, scene.devices)
-    return story
+            act = await _perform(environment, reporter, name, command, version, members)
+        scenario.acts.append(act)
+        reporter.came_of(act.total if act.load else None)
+    for device in environment.devices:
+        scenario.ends[device.device] = await _answers(device)
+    scenario.checks = judge(scenario, environment.devices)
+    return scenario
 
 
-async def _set_up(scene: Environment, teller: Reporter, broker: str) -> None:
-    teller.act("A development fleet")
-    with teller.waiting("fleet init --dev"):
-        await scene.make_fleet(broker=broker)
-    teller.did("fleet init --dev", "keys, TUF repository, certificates, admin token")
-    with teller.waiting("fleet serve"):
-        status = await scene.serve()
-    teller.did("fleet serve", f"{status.operators_url}, broker: {status.broker}")
-    teller.act("Three devices, each a fleet-agent and a fleet-host with directories of their own")
+async def _set_up(environment: Environment, reporter: Reporter, broker: str) -> None:
+    reporter.act("A development fleet")
+    with reporter.waiting("fleet init --dev"):
+        await environment.make_fleet(broker=broker)
+    reporter.did("fleet init --dev", "keys, TUF repository, certificates, admin token")
+    with reporter.waiting("fleet serve"):
+        status = await environment.serve()
+    reporter.did("fleet serve", f"{status.operators_url}, broker: {status.broker}")
+    reporter.act("Three devices, each a fleet-agent and a fleet-host with directories of their own")
     for name, group in DEVICES:
-        with teller.waiting(f"{name}: fleet-host run, fleet-agent enroll, fleet-agent run"):
-            board = await scene.add_device(name, group)
-        teller.did(f"fleet enroll-token --group {group} | fleet-agent enroll", f"{board.device}, {board.url('')}")
+        with reporter.waiting(f"{name}: fleet-host run, fleet-agent enroll, fleet-agent run"):
+            device = await environment.add_device(name, group)
+        reporter.did(f"fleet enroll-token --group {group} | fleet-agent enroll", f"{device.device}, {device.url('')}")
 
 
 async def _perform(
-    scene: Environment,
-    teller: Reporter,
+    environment: Environment,
+    reporter: Reporter,
     name: str,
     arguments: Sequence[str],
     version: str,
     members: Sequence[DemoDevice],
 ) -> Step:
-    """Run one command of the story and note when `version` first answers on each of `members`.
+    """Run one command of the demo and note when `version` first answers on each of `members`.
 
     Once the instance is there, clients send requests from before the command until after it.
     """
     loaded = name != "v1"
     async with contextlib.AsyncExitStack() as stack:
         loads = {
-            board.device: await stack.enter_async_context(_clients(board)) for board in (members if loaded else [])
+            device.device: await stack.enter_async_context(_clients(device)) for device in (members if loaded else [])
         }
-        watches = {} if loaded else {board.device: asyncio.create_task(_first(board, version)) for board in members}
+        first_answers = {} if loaded else {each.device: asyncio.create_task(_first(each, version)) for each in members}
         await _traffic(loads)
         began = time.monotonic()
-        teller.runs(arguments)
-        code = await scene.shown(*arguments)
-        rollout = await scene.ask(_newest)
+        reporter.runs(arguments)
+        code = await environment.shown(*arguments)
+        rollout = await environment.ask(_newest)
         await _traffic(loads)
         results = {device: await load.stop() for device, load in loads.items()}
     if rollout.state is not RolloutState.SUCCEEDED:
-        for watch in watches.values():
-            watch.cancel()
+        for task in first_answers.values():
+            task.cancel()
     seen = [load.first_answer(version) for load in loads.values()]
-    seen += [None if isinstance(each, BaseException) else each for each in await _all(watches)]
+    seen += [None if isinstance(each, BaseException) else each for each in await _all(first_answers)]
     when = [moment - began for moment in seen if moment is not None and moment >= began]
     return Step(
         name=name,
@@ -186,16 +186,16 @@ async def _perform(
     )
 
 
-def _clients(board: DemoDevice) -> Load:
-    return Load(port=board.port, path=PATH, kept_alive=CLIENTS // 2, fresh=CLIENTS // 2, pause_s=PAUSE_S)
+def _clients(device: DemoDevice) -> Load:
+    return Load(port=device.port, path=PATH, kept_alive=CLIENTS // 2, fresh=CLIENTS // 2, pause_s=PAUSE_S)
 
 
-async def _first(board: DemoDevice, version: str) -> float:
-    return await first_answer(port=board.port, path=PATH, version=version)
+async def _first(device: DemoDevice, version: str) -> float:
+    return await first_answer(port=device.port, path=PATH, version=version)
 
 
-async def _all(watches: Mapping[str, asyncio.Task[float]]) -> list[float | BaseException]:
-    return await asyncio.gather(*watches.values(), return_exceptions=True)
+async def _all(first_answers: Mapping[str, asyncio.Task[float]]) -> list[float | BaseException]:
+    return await asyncio.gather(*first_answers.values(), return_exceptions=True)
 
 
 async def _traffic(loads: Mapping[str, Load]) -> None:
@@ -208,22 +208,22 @@ def _newest(client: Client) -> operator_api.RolloutView:
     return client.rollout(client.rollouts(group=GROUP, limit=1).rollouts[0].id)
 
 
-async def _answers(board: DemoDevice) -> str:
-    """Return which version answers on a device now; empty for none."""
-    async with Load(port=board.port, path=PATH, kept_alive=0, fresh=1) as load:
+async def _answers(device: DemoDevice) -> str:
+    """Return the version that answers on a device; empty for none."""
+    async with Load(port=device.port, path=PATH, kept_alive=0, fresh=1) as load:
         await load.sent(1)
         return next(iter((await load.stop()).by_version), "")
 
 
-def judge(story: Scenario, boards: Sequence[DemoDevice]) -> list[tuple[str, bool]]:
-    """Compare what the demo claims with what happened."""
-    acts = {act.name: act for act in story.acts}
+def judge(scenario: Scenario, devices: Sequence[DemoDevice]) -> list[tuple[str, bool]]:
+    """Check each claim of the demo against the steps."""
+    acts = {act.name: act for act in scenario.acts}
     v1, v2, v3, undo = (acts[name] for name in TITLES)
-    bad = [board for board in v3.rollout.devices if board.outcome is Outcome.FAILED]
-    tried = {board.device for board in bad}
-    spared = [board for board in v3.rollout.devices if board.device not in tried]
+    bad = [device for device in v3.rollout.devices if device.outcome is Outcome.FAILED]
+    tried = {device.device for device in bad}
+    spared = [device for device in v3.rollout.devices if device.device not in tried]
     first = LoadResult() if not bad else v3.load.get(bad[0].device, LoadResult())
-    outside = [board.device for board in boards if board.group != GROUP]
+    outside = [device.device for device in devices if device.group != GROUP]
     return [
         ("v1 runs on both devices of edge-eu", v1.exit_code == 0 and v1.last_s is not None),
         ("v2 replaced it on both", v2.exit_code == 0 and v2.total.by_version["2"] > 0 and v2.last_s is not None),
@@ -235,28 +235,28 @@ def judge(story: Scenario, boards: Sequence[DemoDevice]) -> list[tuple[str, bool
             v3.exit_code == 1
             and v3.rollout.state is RolloutState.HALTED
             and len(spared) == 1
-            and all(board.offered_at is None for board in spared)
-            and all(v3.load[board.device].by_version["3"] == 0 for board in spared),
+            and all(device.offered_at is None for device in spared)
+            and all(v3.load[device.device].by_version["3"] == 0 for device in spared),
         ),
-        ("the second device lost nothing meanwhile", all(v3.load[board.device].lost == 0 for board in spared)),
+        ("the second device lost nothing meanwhile", all(v3.load[device.device].lost == 0 for device in spared)),
         ("fleet undo brought v1 back to both", undo.exit_code == 0 and undo.last_s is not None),
         (f"0 of {undo.total.sent:,} requests lost on the way back", undo.total.sent > 0 and undo.total.lost == 0),
         (
             "every device runs what it should",
-            all(version == ("" if device in outside else "1") for device, version in story.ends.items())
-            and len(story.ends) == len(boards),
+            all(version == ("" if device in outside else "1") for device, version in scenario.ends.items())
+            and len(scenario.ends) == len(devices),
         ),
     ]
 
 
 def _only_server_errors(load: LoadResult) -> bool:
-    """Tell whether requests were lost, and all of them to a status of 500 or above."""
+    """Tell whether requests were lost, and all of them by a status of 500 or above."""
     answered_badly = sum(count for status, count in load.by_status.items() if status >= _SERVER_ERROR)
     return load.lost > 0 and load.lost == answered_badly
 
 
 class NoFixtureError(Exception):
-    """The demo's components are missing; the message says where they were looked for."""
+    """The demo's components are missing; the message names the searched directories."""
 
 
 def fixture(name: str) -> Path:
