@@ -17,7 +17,7 @@ from securesystemslib.signer import Signer
 from tuf.api.metadata import Targets
 
 from fleet.protocol import bounds, names, wire
-from fleet.protocol.assignment import ASSIGNMENT_TYPE, COMMAND_TYPE, FRESH_TYPE, Assignment, Command, Fresh
+from fleet.protocol.assignment import ASSIGNMENT_TYPE, COMMAND_TYPE, FRESH_TYPE, Assignment, Command, Fresh, payload
 from fleet.protocol.codes import RejectCode
 from signing import dsse, metadata
 from signing.errors import Rejected, SigningError
@@ -41,27 +41,29 @@ def sign_assignment(assignment: Assignment, signer: Signer) -> bytes:
         names.check_device(assignment.device)
     except names.BadNameError as error:
         raise SigningError(str(error)) from error
-    return _sign(ASSIGNMENT_TYPE, assignment, signer, assignment.MAX_BYTES)
+    return _sign(ASSIGNMENT_TYPE, assignment, payload(assignment), signer)
 
 
 def sign_fresh(fresh: Fresh, signer: Signer) -> bytes:
     """Sign a freshness statement; raises `SigningError` when it is too large or would expire before it is issued."""
-    return _sign(FRESH_TYPE, fresh, signer, fresh.MAX_BYTES)
+    return _sign(FRESH_TYPE, fresh, wire.encode(fresh), signer)
 
 
 def sign_command(command: Command, signer: Signer) -> bytes:
     """Sign a command; raises `SigningError` when it is too large or would expire before it is issued."""
-    return _sign(COMMAND_TYPE, command, signer, command.MAX_BYTES)
+    return _sign(COMMAND_TYPE, command, wire.encode(command), signer)
 
 
-def _sign(payload_type: str, message: Assignment | Fresh | Command, signer: Signer, max_bytes: int) -> bytes:
+def _sign(payload_type: str, message: Assignment | Fresh | Command, encoded: bytes, signer: Signer) -> bytes:
     if message.issued.tzinfo is None or message.expires.tzinfo is None:
         raise SigningError("times are in UTC: give them a time zone")
     if message.expires <= message.issued:
         raise SigningError("it would expire before it is issued")
-    envelope = dsse.sign(payload_type, wire.encode(message), [signer])
-    if len(envelope) > max_bytes:
-        raise SigningError(f"{len(envelope)} bytes are too many for one device, at most {max_bytes} fit in a message")
+    envelope = dsse.sign(payload_type, encoded, [signer])
+    if len(envelope) > message.MAX_BYTES:
+        raise SigningError(
+            f"{len(envelope)} bytes are too many for one device, at most {message.MAX_BYTES} fit in a message"
+        )
     return envelope
 
 

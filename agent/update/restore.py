@@ -58,14 +58,21 @@ class _Runset(msgspec.Struct, frozen=True, kw_only=True):
     mac: str = ""
 
 
-def _mac(runset: _Runset, key: bytes) -> str:
-    return hmac.new(key, wire.canonical(msgspec.structs.replace(runset, mac="")), hashlib.sha256).hexdigest()
+def _mac(runset: bytes, key: bytes) -> str:
+    """Return the MAC of a record as it was written, by whichever version, with an empty `mac` in it.
+
+    Raises:
+        msgspec.MsgspecError: not a JSON object.
+    """
+    plain = msgspec.json.decode(runset, type=dict[str, msgspec.Raw])
+    return hmac.new(key, msgspec.json.encode({**plain, "mac": ""}), hashlib.sha256).hexdigest()
 
 
 def write_runset(path: Path, committed: Iterable[Committed], key: bytes) -> None:
     """Write what is committed beside the database; raises `OSError`."""
     runset = _Runset(items=tuple(committed))
-    atomic_write(path, wire.encode(msgspec.structs.replace(runset, mac=_mac(runset, key))), mode=0o600)
+    mac = _mac(wire.canonical(runset), key)
+    atomic_write(path, wire.canonical(msgspec.structs.replace(runset, mac=mac)), mode=0o600)
 
 
 def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:
@@ -75,10 +82,11 @@ def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:
         RunsetError: there is none, or its MAC does not hold.
     """
     try:
-        runset = msgspec.json.decode(path.read_bytes(), type=_Runset)
+        written = path.read_bytes()
+        runset, mac = msgspec.json.decode(written, type=_Runset), _mac(written, key)
     except (OSError, *wire.JSON_ERRORS) as error:
         raise RunsetError(f"cannot read {path}: {error}") from error
-    if not hmac.compare_digest(_mac(runset, key), runset.mac):
+    if not hmac.compare_digest(mac, runset.mac):
         raise RunsetError(f"{path} was changed: its MAC does not hold")
     return runset.items
 
@@ -113,7 +121,7 @@ def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> h
         limits=policy.limit(manifest.limits),
         config={**defaults, **item.config},
         port=item.port,
-        share_lane=item.share_lane,
+        share_worker=item.share_worker,
         secrets=tuple(ref.name for ref in item.secrets),
     )
 

@@ -6,6 +6,7 @@ database transaction, `DeploymentState.apply` then takes it over in memory.
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -39,10 +40,18 @@ FailureKey = tuple[str, str, int]
 
 # Stored values
 
+_KEY_NAMES: Final = {"share_worker": "share_lane"}
+
 
 def item_key(item: Item) -> str:
-    """Digest everything that makes an item what it is: not its attempt, its rollout, nor its atomic set."""
-    return wire.digest(msgspec.structs.replace(item, attempt=0, rollout="", atomic=""))
+    """Digest everything that makes an item what it is: not its attempt, its rollout, nor its atomic set.
+
+    Fields go in under the names that they had in 0.1, since the keys of remembered failures were made with these.
+    """
+    plain = msgspec.structs.asdict(msgspec.structs.replace(item, attempt=0, rollout="", atomic=""))
+    fields = {_KEY_NAMES.get(name, name): value for name, value in plain.items() if value is not msgspec.UNSET}
+    body = b",".join(b"%s:%s" % (wire.canonical(name), wire.canonical(value)) for name, value in fields.items())
+    return hashlib.sha256(b"{%s}" % body).hexdigest()
 
 
 class Committed(msgspec.Struct, frozen=True, kw_only=True):

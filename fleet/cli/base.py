@@ -3,6 +3,7 @@
 Every `fleet --help` and every completion imports this module, so at load time it imports click and nothing heavier.
 """
 
+import functools
 import importlib
 import re
 import sys
@@ -86,6 +87,22 @@ SAVE_EVENT: Final = click.option(
     metavar="FILE",
     help="Save the signing event in this file; publish nothing",
 )
+
+
+def share_worker_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command `--share-worker/--own-worker` as `share_worker`; the spelling before 0.2.0 is hidden."""
+
+    @functools.wraps(function)
+    def merged(*args: Any, share_worker: bool | None, share_lane: bool | None, **rest: Any) -> Any:
+        return function(*args, share_worker=share_lane if share_worker is None else share_worker, **rest)
+
+    earlier = click.option("--share-lane/--own-lane", default=None, hidden=True)
+    present = click.option(
+        "--share-worker/--own-worker",
+        default=None,
+        help="Allow or forbid a worker shared with other instances of its publisher  [as before; at first its own]",
+    )
+    return present(earlier(merged))
 
 
 class Command(click.Command):

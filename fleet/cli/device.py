@@ -9,7 +9,7 @@ import click
 from rich.text import Text
 
 from fleet.cli import operator, output
-from fleet.cli.base import Exit, Fault, Options, command, config_values, label_values
+from fleet.cli.base import Exit, Fault, Options, command, config_values, label_values, share_worker_option
 from fleet.cli.operator import connect, load_operator
 from fleet.cli.rollout import finish
 from fleet.protocol import bounds, operator_api
@@ -93,10 +93,10 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
 
 def worker_of(instance: InstanceHealth, everyone: tuple[InstanceHealth, ...]) -> str:
     """Say where an instance runs: in workers of its own, or in a shared one, and with how many others."""
-    if not instance.shared_lane:
+    if not instance.shared_worker:
         return "own"
-    others = sum(other.shared_lane == instance.shared_lane for other in everyone) - 1
-    return f"{instance.shared_lane}, with {others} more" if others else instance.shared_lane
+    others = sum(other.shared_worker == instance.shared_worker for other in everyone) - 1
+    return f"{instance.shared_worker}, with {others} more" if others else instance.shared_worker
 
 
 def statistics(instance: InstanceHealth) -> tuple[str, ...]:
@@ -279,11 +279,7 @@ def seconds(text: str) -> int:
 @click.option("--as", "instance", default="", metavar="NAME", help="Name of the instance  [the component's name]")
 @click.option("--config", multiple=True, metavar="KEY=VALUE", help="Set a configuration value; repeatable")
 @click.option("--port", type=click.IntRange(0, 65535), help="Give the instance a port of its own; 0 for the shared one")
-@click.option(
-    "--share-lane/--own-lane",
-    default=None,
-    help="Allow or forbid a worker shared with other instances of its publisher  [as before; at first its own]",
-)
+@share_worker_option
 @click.option("--detach", is_flag=True, help="Return at once instead of following the rollout")
 def pin(
     options: Options,
@@ -293,7 +289,7 @@ def pin(
     instance: str,
     config: tuple[str, ...],
     port: int | None,
-    share_lane: bool | None,
+    share_worker: bool | None,
     detach: bool,
 ) -> Exit:
     """Give one device a published version of its own, whatever its groups say."""
@@ -306,7 +302,7 @@ def pin(
         waves="100%",
         config=config_values(config),
         port=port,
-        share_lane=share_lane,
+        share_worker=share_worker,
     )
     with who.client() as client:
         return finish(client, client.pin(device, request), options, detach=detach)

@@ -15,7 +15,7 @@ import msgspec
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from fleet.cli import operator, output
-from fleet.cli.base import Exit, Fault, Options, command, config_values
+from fleet.cli.base import Exit, Fault, Options, command, config_values, share_worker_option
 from fleet.cli.operator import Operator, load_operator
 from fleet.cli.publish import Prepared, Publication, attach, prepare, versioned
 from fleet.cli.publish import publish as publish_prepared
@@ -108,11 +108,7 @@ _DEPLOY: Final = (
         type=click.IntRange(0, 65535),
         help="Give the instance a port of its own; 0 for the shared one",
     ),
-    click.option(
-        "--share-lane/--own-lane",
-        default=None,
-        help="Allow or forbid a worker shared with other instances of its publisher  [as before; at first its own]",
-    ),
+    share_worker_option,
     click.option("--note", default="", metavar="TEXT", help="Record this line in the history"),
     click.option("--detach", is_flag=True, help="Return at once instead of following the rollout"),
 )
@@ -301,7 +297,7 @@ def _request(component: str, target: str, how: dict[str, Any]) -> operator_api.R
         waves="100%" if how["device"] else how["waves"],
         config=config_values(how["config"]),
         port=how["port"],
-        share_lane=how["share_lane"],
+        share_worker=how["share_worker"],
         soak_s=how["soak"],
         failures=how["failures"],
         timeout_s=how["timeout"],

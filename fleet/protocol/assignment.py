@@ -8,7 +8,7 @@ from typing import ClassVar, Final
 
 import msgspec
 
-from fleet.protocol import bounds
+from fleet.protocol import bounds, wire
 from fleet.protocol.bounds import Count, Port, Utc
 from fleet.protocol.manifest import Grants
 from fleet.protocol.wire import Message
@@ -41,7 +41,8 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
         grants: narrowed by the operator; None for all that the manifest asks.
         config: values for the manifest's configuration keys.
         port: a port of its own on the device's ingress address; None for the shared one.
-        share_lane: whether it may share a lane with other instances of its publisher.
+        share_worker: whether it may share a worker with other instances of its publisher.
+        share_lane: earlier name of `share_worker`, in assignments from before 0.2.0: read and then unset.
         atomic: items with the same text here are swapped as one; empty for an item of its own.
         attempt: raised to make the device retry a failed item.
         rollout: id of the rollout that offers it, echoed in reports; not part of the item's identity.
@@ -56,10 +57,15 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, str] = {}
     secrets: tuple[SecretRef, ...] = ()
     port: Port | None = None
-    share_lane: bool = False
+    share_worker: bool = False
+    share_lane: bool | msgspec.UnsetType = msgspec.UNSET
     atomic: str = ""
     attempt: Count = 0
     rollout: str = ""
+
+    def __post_init__(self) -> None:
+        """Read the earlier names of fields."""
+        wire.take_earlier(self, share_worker="share_lane")
 
     def same_as(self, other: "Item") -> bool:
         """Tell whether both ask for the same instance, whatever their attempt and rollout."""
@@ -91,6 +97,18 @@ class Assignment(Message, frozen=True, kw_only=True):
     items: tuple[Item, ...] = ()
     stop_all: bool = False
     keep_data: tuple[str, ...] = ()
+
+
+def payload(assignment: Assignment) -> bytes:
+    """Return the JSON that the director signs.
+
+    An item that may share a worker says so under both names: agents before 0.2.0 know `share_lane` alone.
+    """
+    plain = msgspec.to_builtins(assignment)
+    for item in plain["items"]:
+        if item["share_worker"]:
+            item["share_lane"] = True
+    return msgspec.json.encode(plain)
 
 
 class Fresh(Message, frozen=True, kw_only=True):

@@ -224,7 +224,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         start_ms: guest time of instantiation and start, and of saving or loading state.
         idle_ms: how long a call may wait for others in one piece.
         total_ms: how long a call may take in all, waiting included.
-        concurrency: lanes at most.
+        concurrency: workers at most.
         request_bytes, response_bytes: one HTTP body. In world `wasmfleet:http` an answer has at most
             `NATIVE_ANSWER_MAX_BYTES`, whatever stands here.
         log_lines_per_minute: further lines are dropped and counted.

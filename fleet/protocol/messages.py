@@ -114,9 +114,10 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
         denials: requests of the running component that its grants did not allow.
         dropped_lines: log lines over its limit.
         written_bytes: written to its data today (UTC).
-        memory_bytes: private memory of the instance's lanes; of a lane that is shared, its part.
+        memory_bytes: private memory of the instance's workers; of a shared worker, its part.
         outgoing: requests that it sent; those without a grant count as denials.
-        shared_lane: the lane that it shares with other instances, which say the same; empty for lanes of its own.
+        shared_worker: the worker that it shares with other instances, which say the same; empty for workers of its own.
+        lanes, shared_lane: earlier names of `workers` and `shared_worker`, from devices before 0.2.0: only read.
         checks: None where the manifest has no health check, or the host does not count them.
     """
 
@@ -137,12 +138,18 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     latencies: tuple[Count, ...] = ()
     cpu_ms: Count = 0
     memory_bytes: Count = 0
-    lanes: Count = 0
-    shared_lane: str = ""
+    workers: Count = 0
+    lanes: Count | msgspec.UnsetType = msgspec.UNSET
+    shared_worker: str = ""
+    shared_lane: str | msgspec.UnsetType = msgspec.UNSET
     phase: Phase = Phase.IDLE
     manifest_sha256: str = ""
     error: str = ""
     checks: HealthChecks | None = None
+
+    def __post_init__(self) -> None:
+        """Read the earlier names of fields."""
+        wire.take_earlier(self, workers="lanes", shared_worker="shared_lane")
 
 
 class Health(Message, frozen=True, kw_only=True):

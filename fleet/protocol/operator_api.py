@@ -11,6 +11,7 @@ The listener for devices has routes of its own: `/v1/tuf/{file}`, `/v1/artifacts
 
 import msgspec
 
+from fleet.protocol import wire
 from fleet.protocol.assignment import CheckIn, FollowLogs, Restart
 from fleet.protocol.bounds import Count, Port, Priority, Seconds, Stored, Utc
 from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
@@ -122,7 +123,7 @@ class Effective(View, frozen=True, kw_only=True):
     source: str
     config: dict[str, str] = {}
     port: Stored | None = None
-    share_lane: bool = False
+    share_worker: bool = False
     attempt: Stored = 0
     rollout: str = ""
 
@@ -299,19 +300,22 @@ class RoleReply(View, frozen=True, kw_only=True):
     timestamp: Stored
 
 
-class RolloutRequest(Body, frozen=True, kw_only=True):
+class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
     """Offer a change to a group or to one device.
+
+    Fields at their default are not sent: a server from before a field takes the request.
 
     Attributes:
         instance: the name on the device.
         target: TUF target path; None removes the instance.
         group, device: exactly one of them (for a pin: the device in the path).
         waves: sizes, each of all devices from the first on: `1, 5%, 100%`. The last must reach all.
-        config, port, grants, share_lane: None keeps what the instance has there; port 0 goes back to the shared port.
+        config, port, grants, share_worker: None keeps what the instance has there; port 0 goes back to the shared port.
         keep_data: with a removal, whether the instance's data stays on the device.
         soak_s: how long a wave must have been well before the next.
         failures: devices of the offered waves that may fail before the rollout halts.
         timeout_s: how long a device may take after it acknowledged.
+        share_lane: earlier name of `share_worker`, from clients before 0.2.0: only read.
     """
 
     instance: str
@@ -323,13 +327,18 @@ class RolloutRequest(Body, frozen=True, kw_only=True):
     config: dict[str, str] | None = None
     port: Port | None = None
     grants: Grants | None = None
-    share_lane: bool | None = None
+    share_worker: bool | None = None
+    share_lane: bool | msgspec.UnsetType | None = msgspec.UNSET
     keep_data: bool = False
     attempt: Count | None = None
     soak_s: Seconds = 0
     failures: Count = 0
     timeout_s: Seconds = 900
     note: str = ""
+
+    def __post_init__(self) -> None:
+        """Read the earlier names of fields."""
+        wire.take_earlier(self, share_worker="share_lane")
 
 
 class RemovalRequest(Body, frozen=True, kw_only=True):

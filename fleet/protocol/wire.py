@@ -47,6 +47,24 @@ class _Version(msgspec.Struct, frozen=True):
 M = TypeVar("M", bound=Message)
 
 
+def take_earlier(message: msgspec.Struct, **earlier: str) -> None:
+    """Move what came under an earlier name of a field to the field. For `__post_init__`.
+
+    The field of the earlier name is only read: unset from here on, and so never written. Where a message has both
+    names, the present one counts, unless it says nothing (false, zero, empty).
+
+    Args:
+        message: just made or decoded.
+        earlier: by name of a field, the name of the field that reads its earlier name.
+    """
+    for name, before in earlier.items():
+        value = getattr(message, before)
+        if value is not msgspec.UNSET:
+            msgspec.structs.force_setattr(message, before, msgspec.UNSET)
+            if not getattr(message, name):
+                msgspec.structs.force_setattr(message, name, value)
+
+
 def encode(message: msgspec.Struct) -> bytes:
     """Return the message as compact JSON with fields in the order of the struct."""
     return msgspec.json.encode(message)

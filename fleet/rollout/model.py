@@ -95,7 +95,7 @@ class Value:
         config: pairs of key and value, sorted by key.
         grants: narrowed grants as canonical JSON, empty for all that the manifest asks.
         port: a port of its own, None for the shared one.
-        share_lane: whether it may share a lane with other instances of its publisher.
+        share_worker: whether it may share a worker with other instances of its publisher.
         keep_data: of an absent instance, whether its data stays on the device.
         attempt: raised to make a device try again what failed there.
         atomic: the word that it shares with what is swapped together with it; empty for what is swapped alone.
@@ -107,7 +107,7 @@ class Value:
     port: int | None = None
     keep_data: bool = False
     attempt: int = 0
-    share_lane: bool = False
+    share_worker: bool = False
     atomic: str = ""
 
     def same(self, other: "Value") -> bool:

@@ -218,7 +218,7 @@ class Director:
                     config=dict(each.value.config),
                     secrets=_refs(release, instance, boxes),
                     port=each.value.port,
-                    share_lane=each.value.share_lane,
+                    share_worker=each.value.share_worker,
                     attempt=max(each.value.attempt, attempts.get(instance, 0)),
                     rollout=each.rollout,
                     atomic=each.value.atomic,

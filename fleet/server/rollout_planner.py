@@ -485,8 +485,8 @@ def value_of(request: RolloutRequest, release: Release, before: Value | None, *,
     kept = before if before is not None and before.target is not None else None
     port = (kept.port if kept else None) if request.port is None else request.port or None
     grants = _grants(request.grants, kept, release)
-    share = (kept.share_lane if kept else False) if request.share_lane is None else request.share_lane
-    return Value(request.target, tuple(sorted(config.items())), grants, port, attempt=attempt, share_lane=share)
+    share = (kept.share_worker if kept else False) if request.share_worker is None else request.share_worker
+    return Value(request.target, tuple(sorted(config.items())), grants, port, attempt=attempt, share_worker=share)
 
 
 def _check_config(release: Release, config: dict[str, str], *, explicit: bool) -> None:

@@ -326,13 +326,35 @@ def sealed_secrets(db: sqlite_utils.Database) -> None:
 
 
 @migration
-def devices_of_rollouts(db: sqlite_utils.Database) -> None:
-    """Rename the table `boards`: a board is hardware, a rollout has devices."""
+def devices_of_rollouts_and_shared_workers(db: sqlite_utils.Database) -> None:
+    """Rename the table `boards`, since a board is hardware; rename `share_lane` to `share_worker` in values and assignments.
+
+    What an assignment asked for is compared as text: under the earlier name every device would get a new one.
+    """
     db.executescript("""
         ALTER TABLE boards RENAME TO rollout_devices;
         DROP INDEX boards_device;
         CREATE INDEX rollout_devices_device ON rollout_devices (device);
     """)
+    db.conn.create_function("renamed", 1, _share_worker, deterministic=True)
+    db.execute("UPDATE settled SET value = renamed(value)")
+    db.execute("UPDATE settled_history SET value = renamed(value)")
+    db.execute("UPDATE rollouts SET value = renamed(value), before = renamed(before)")
+    db.execute("UPDATE assignments SET wanted = renamed(wanted)")
+
+
+def _share_worker(column: str) -> str:
+    """Rename the field in a value, or in each item of an assignment; the order of fields stays."""
+    found = msgspec.json.decode(column)
+    if isinstance(found, dict):
+        found = _renamed(found)
+        if "items" in found:
+            found["items"] = [_renamed(item) for item in found["items"]]
+    return msgspec.json.encode(found).decode()
+
+
+def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"share_worker" if name == "share_lane" else name: value for name, value in fields.items()}
 
 
 class StoreError(Exception):

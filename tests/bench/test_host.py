@@ -151,9 +151,9 @@ def test_many_instances(host):
     each = (sum(map(pss_kb, family(host))) - base) / (count - 1)
     row(f"a further idle instance in a lane of its own (of {count}), PSS in KB", f"{each:.0f}")
     row("the instance's own linear memory beside the engine, KB", 64)
-    host.start("hello", support.a_run("s0", 1, share_lane=True))
+    host.start("hello", support.a_run("s0", 1, share_worker=True))
     base = sum(map(pss_kb, family(host)))
     for number in range(1, count):
-        assert isinstance(host.start("hello", support.a_run(f"s{number}", 1, share_lane=True)), host_api.Started)
+        assert isinstance(host.start("hello", support.a_run(f"s{number}", 1, share_worker=True)), host_api.Started)
     each = (sum(map(pss_kb, family(host))) - base) / (count - 1)
     row(f"the same in a shared lane, its part of the supervisor included (of {count}), PSS in KB", f"{each:.0f}")

@@ -148,10 +148,11 @@ MESSAGES: dict[str, dict[str, type]] = {
     },
     "host": {
         **_tagged(*get_args(host_api.Request), *get_args(host_api.FromHost)),
+        **_tagged(host_api.EarlierPutSecrets, host_api.EarlierHostStats),
         "what-to-run": host_api.Run,
         "what-runs": host_api.Running,
     },
-    "worker": _tagged(*get_args(worker_api.ToWorker), *get_args(worker_api.FromWorker)),
+    "worker": _tagged(*get_args(worker_api.ToWorker), *get_args(worker_api.FromWorker), *get_args(worker_api.Earlier)),
     "router-and-egress": {
         **_tagged(helper_api.RouteUpdate, helper_api.RouteRemove, helper_api.DrainRouter, helper_api.RegisterWorker),
         "route acknowledged": helper_api.RouteAcknowledged,

@@ -50,7 +50,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         grants, limits: already narrowed by operator and device policy.
         port: own port on the ingress address, None for the shared port under `/<instance>/`.
         data: the instance's own directory, empty for none.
-        share_lane: whether the operator lets it share a worker with other instances of its publisher.
+        share_worker: whether the operator lets it share a worker with other instances of its publisher.
+        share_lane: earlier name of `share_worker`, from agents before 0.2.0: only read.
         secrets: names of its secrets, whose values came with `PutSecrets` before.
     """
 
@@ -63,8 +64,13 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, str] = {}
     port: Port | None = None
     data: str = ""
-    share_lane: bool = False
+    share_worker: bool = False
+    share_lane: bool | msgspec.UnsetType = msgspec.UNSET
     secrets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Read the earlier names of fields."""
+        wire.take_earlier(self, share_worker="share_lane")
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
@@ -92,7 +98,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     probation: bool = False
 
 
-class PutSecrets(msgspec.Struct, frozen=True, kw_only=True, tag="entrust"):
+class PutSecrets(msgspec.Struct, frozen=True, kw_only=True, tag="put-secrets"):
     """Hold secrets for the start of this generation, which follows. Answered with `Done`.
 
     A sealed memfd comes along, with the values by name as a JSON object. The host hands it to the generation's
@@ -102,6 +108,10 @@ class PutSecrets(msgspec.Struct, frozen=True, kw_only=True, tag="entrust"):
     id: Count
     instance: str
     generation: Count
+
+
+class EarlierPutSecrets(PutSecrets, frozen=True, kw_only=True, tag="entrust"):
+    """`PutSecrets` as agents before 0.2.0 call it: only read."""
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
@@ -220,13 +230,17 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     id: Count
 
 
-class HostStats(msgspec.Struct, frozen=True, kw_only=True, tag="figures"):
+class HostStats(msgspec.Struct, frozen=True, kw_only=True, tag="host-stats"):
     """Reply to `Status`: health by instance; `written_bytes` by the host itself, `more` as in `Welcome`."""
 
     id: Count
     instances: tuple[InstanceHealth, ...]
     written_bytes: Count = 0
     more: bool = False
+
+
+class EarlierHostStats(HostStats, frozen=True, kw_only=True, tag="figures"):
+    """`HostStats` as hosts before 0.2.0 call them: only read."""
 
 
 class Lines(msgspec.Struct, frozen=True, kw_only=True, tag="lines"):
@@ -268,8 +282,8 @@ Reply = Welcome | Started | Failed | Done | HostStats | Lines
 Event = Trapped | Changed
 FromHost = Reply | Event
 
-_requests: Final[msgspec.json.Decoder[Request]] = msgspec.json.Decoder(Request)
-_from_host: Final[msgspec.json.Decoder[FromHost]] = msgspec.json.Decoder(FromHost)
+_requests: Final[msgspec.json.Decoder[Request]] = msgspec.json.Decoder(Request | EarlierPutSecrets)
+_from_host: Final[msgspec.json.Decoder[FromHost]] = msgspec.json.Decoder(FromHost | EarlierHostStats)
 
 
 def why_not(runtime: Path) -> str:

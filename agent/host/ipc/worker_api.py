@@ -60,7 +60,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     id: Count = 0
 
 
-class OpenShared(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
+class OpenShared(msgspec.Struct, frozen=True, kw_only=True, tag="open-shared"):
     """First message to a shared worker: map these images, then shut the sandbox. Answered with `Opened` or `Refused`.
 
     The images' memfds come along. From then on each `AddSlot` is a further instance.
@@ -73,12 +73,12 @@ class OpenShared(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
 
     images: tuple[str, ...]
     limits: Limits
-    slots: Count = msgspec.field(name="seats")
+    slots: Count
     uid: Count | None = None
     id: Count = 0
 
 
-class AddSlot(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
+class AddSlot(msgspec.Struct, frozen=True, kw_only=True, tag="add-slot"):
     """Add an instance to a shared worker: the control socket that comes along is its own, and speaks like a worker's.
 
     Its end ends that instance, and nothing else.
@@ -92,11 +92,11 @@ class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
     """
 
 
-class AcceptConnections(msgspec.Struct, frozen=True, kw_only=True, tag="adopt"):
+class AcceptConnections(msgspec.Struct, frozen=True, kw_only=True, tag="accept-connections"):
     """Take over the connections that arrive on the socket that comes along."""
 
 
-class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="hand-over"):
+class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
     """Accept no more; pass every connection on to the socket that comes along, each at a message boundary.
 
     Without a socket, connections end after their answer instead. Answered with `HandedOver` when none is left.
@@ -145,8 +145,27 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
     id: Count = 0
 
 
+class EarlierOpenShared(OpenShared, frozen=True, kw_only=True, tag="open"):
+    """`OpenShared` as supervisors before 0.2.0 send it: only read, as the other earlier forms."""
+
+    slots: Count = msgspec.field(name="seats")
+
+
+class EarlierAddSlot(AddSlot, frozen=True, kw_only=True, tag="seat"):
+    """`AddSlot` of supervisors before 0.2.0."""
+
+
+class EarlierAcceptConnections(AcceptConnections, frozen=True, kw_only=True, tag="adopt"):
+    """`AcceptConnections` of supervisors before 0.2.0."""
+
+
+class EarlierDrain(Drain, frozen=True, kw_only=True, tag="hand-over"):
+    """`Drain` of supervisors before 0.2.0."""
+
+
 Request = Setup | OpenShared | Drain | Check | Task | Probe | SaveState | LoadState
 ToWorker = Request | AddSlot | Serve | AcceptConnections | Resume
+Earlier = EarlierOpenShared | EarlierAddSlot | EarlierAcceptConnections | EarlierDrain
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -251,7 +270,7 @@ class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
 Reply = Ready | Opened | Refused | HandedOver | Checked | Ran | Probed | StateSaved | StateLoaded
 FromWorker = Reply | Line | Fault | Busy | Overdue
 
-_to_worker: Final[msgspec.json.Decoder[ToWorker]] = msgspec.json.Decoder(ToWorker)
+_to_worker: Final[msgspec.json.Decoder[ToWorker]] = msgspec.json.Decoder(ToWorker | Earlier)
 
 _from_worker: Final[msgspec.json.Decoder[FromWorker]] = msgspec.json.Decoder(FromWorker)
 

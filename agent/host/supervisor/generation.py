@@ -186,14 +186,14 @@ class Generation:
 
     def __post_init__(self) -> None:
         """Name the image by its content, where other instances may use the same one."""
-        if self.run.share_lane:
+        if self.run.share_worker:
             self.image_bytes = os.fstat(self.image_fd).st_size
             self.image_sha256 = _digest(self.image_fd)
 
     @property
     def may_share(self) -> bool:
         """True if it takes a slot in a shared worker: the operator allows it, and nothing speaks against it."""
-        return self.run.share_lane and not self.unshared_reason
+        return self.run.share_worker and not self.unshared_reason
 
     @property
     def number(self) -> int:

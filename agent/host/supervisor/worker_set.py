@@ -85,7 +85,7 @@ class WorkerSet:
         """Make the generation's data directory. Raises `StartError`."""
         run, uid = generation.run, self._resources.uids.allocate(self._name)
         generation.data = await data_directory(run, uid, self._resources.data, old)
-        if run.share_lane:
+        if run.share_worker:
             generation.unshared_reason = why_not_shared(
                 run.grants,
                 run.limits,

@@ -114,7 +114,7 @@ class CallWatchdog:
         except BaseException as error:  # noqa: BLE001 - whatever it is: without a ticker no limit holds
             call = self._call
             if call is not None:
-                why = f"the lane's ticker failed: {type(error).__name__}: {error}"
+                why = f"the worker's ticker failed: {type(error).__name__}: {error}"
                 with contextlib.suppress(Exception):
                     call.say(worker_api.Refused(code=RejectCode.INTERNAL, message=why[:LINE_MAX_CHARS]))
             os._exit(WATCHDOG_FAILED_STATUS)

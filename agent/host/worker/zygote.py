@@ -138,7 +138,7 @@ def worker_main(sock: socket.socket, engine: Engine) -> NoReturn:
     except framing.GoneError:
         status = 0
     except BaseException as error:  # noqa: BLE001 - nobody above could handle it: this process was forked
-        message = f"the lane failed: {type(error).__name__}: {error}"
+        message = f"the worker failed: {type(error).__name__}: {error}"
         with contextlib.suppress(OSError, framing.GoneError):
             worker_api.send(sock, worker_api.Refused(code=RejectCode.INTERNAL, message=message))
     finally:

@@ -71,7 +71,7 @@ class Views:
                     source=each.source,
                     config=dict(each.value.config),
                     port=each.value.port,
-                    share_lane=each.value.share_lane,
+                    share_worker=each.value.share_worker,
                     attempt=max(each.value.attempt, attempts.get(instance, 0)),
                     rollout=each.rollout,
                 )

@@ -224,7 +224,7 @@ def test_state_health_schedules_files_and_ends(confined, heard):
     started(confined, "config", "config", config={"greeting": "x"}, grants=Grants(interfaces=("wasi:config",)))
     ask(confined, "config")
     for name in ("a", "b"):
-        started(confined, "counter", name, share_lane=True)
+        started(confined, "counter", name, share_worker=True)
         ask(confined, name)
     assert heard.has("confined: shared_worker_spec")
     for name in ("state", "task", "files", "a"):

@@ -43,7 +43,7 @@ def test_three_thousand_idle_instances_fit_in_a_gibibyte(tmp_path):
         names = [f"i{number:04}" for number in range(COUNT)]
         image = support.sealed(support.compiled("hello"))
         for name in names:
-            reply = host.ask(host_api.Start, image, run=support.a_run(name, 1, share_lane=True))
+            reply = host.ask(host_api.Start, image, run=support.a_run(name, 1, share_worker=True))
             assert isinstance(reply, host_api.Started), reply
         health = everything(host, host_api.Status, lambda answer: answer.instances)
         assert [one.instance for one in health] == names

@@ -117,16 +117,18 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
     assert host.health("sibling").restarts == 0
 
 
-def test_who_escapes_in_a_shared_lane_has_its_mates_and_nothing_beyond(escaped):
+def test_who_escapes_in_a_shared_worker_has_its_mates_and_nothing_beyond(escaped):
     """One process is one address space: between mates there is no wall, and all others are as they were."""
     host = escaped
     host.start("hello", support.a_run("sibling", 1, config={"token": SECRET}))
     (sibling,) = lanes_of(host)
     for name, namespace in (("stranger", "others"), ("mate", "main"), ("bad", "main")):
         config = {"token": f"what {name} knows"}
-        run = support.a_run(name, 1, config=config, namespace=namespace, share_lane=True)
+        run = support.a_run(name, 1, config=config, namespace=namespace, share_worker=True)
         assert isinstance(host.start("hello", run), host_api.Started)
-    assert host.health("mate").shared_lane == host.health("bad").shared_lane != host.health("stranger").shared_lane
+    assert (
+        host.health("mate").shared_worker == host.health("bad").shared_worker != host.health("stranger").shared_worker
+    )
     key = host.directory / "device.key"
     key.write_text("secret")
     facts = {"host": host.process.pid, "sibling": sibling, "key": str(key), "other": str(host.state)}
@@ -209,6 +211,6 @@ def test_check_prints_the_table_with_this_hosts_column_marked():
             assert {layer for layer in layers if rows[layer][number] == "yes"} == COLUMNS[way] - LACKS
     assert {layer: rows[layer][sandbox.WAYS.index(here)] == "yes" for layer in layers} == layers
     assert "cgroup" in rows
-    # What no layer is for is said too: `test_who_escapes_in_a_shared_lane...` below shows it.
+    # What no layer is for is said too: `test_who_escapes_in_a_shared_worker...` below shows it.
     assert rows["shared"] == ["NO"] * 3
     assert "code that breaks out of one has the memory of the others" in done.stdout

@@ -36,7 +36,7 @@ def test_a_call_that_goes_wrong_costs_that_call_alone(host, neighbour, guest, st
     assert any(words in line for line in trapped.log)
     health = host.health("bad")
     assert health.calls == {outcome: 3}
-    assert (health.errors, health.restarts, health.lanes) == (3, 0, 1)
+    assert (health.errors, health.restarts, health.workers) == (3, 0, 1)
 
 
 def test_an_instance_tells_what_its_calls_took(host):
@@ -231,7 +231,7 @@ def test_lanes_are_added_while_calls_wait_and_connections_share_them(host):
     clients = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(3)]
     for client in clients:
         client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-    eventually(lambda: host.health("slow").lanes >= 2, "a lane is added")
+    eventually(lambda: host.health("slow").workers >= 2, "a lane is added")
     assert [support.read_answer(client)[0] for client in clients] == [504] * 3
     for client in clients:
         client.close()
@@ -338,14 +338,14 @@ def test_eight_lanes_of_a_component_with_wasi_run_as_one_user(host):
 
     def grown():
         health = host.health("slow")
-        return health if health.lanes > len(clients) or health.restarts else None
+        return health if health.workers > len(clients) or health.restarts else None
 
     for _ in range(7):
         # A lane in a call accepts nobody: the next client is another lane's, and once that is busy too, one is added.
         clients.append(socket.create_connection(("127.0.0.1", port), timeout=30))
         clients[-1].sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         health = eventually(grown, "a lane is added")
-        most = max(most, health.lanes)
+        most = max(most, health.workers)
     assert most >= 4
     for client in clients:
         client.close()

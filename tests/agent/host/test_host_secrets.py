@@ -105,12 +105,12 @@ def memfds(host):
     return sum("memfd:image" in str(fd.readlink()) for fd in found if fd.is_symlink())
 
 
-def test_it_shares_its_lane_with_nobody(host):
-    host.start("hello", support.a_run("neighbour", 1, share_lane=True))
+def test_it_shares_its_worker_with_nobody(host):
+    host.start("hello", support.a_run("neighbour", 1, share_worker=True))
     before = set(lanes_of(host))
-    port = started(host, share_lane=True)
+    port = started(host, share_worker=True)
     assert len(set(lanes_of(host)) - before) == 1, "a lane of its own"
-    host.start("hello", support.a_run("another", 1, share_lane=True))
+    host.start("hello", support.a_run("another", 1, share_worker=True))
     assert len(lanes_of(host)) == 2
     assert support.http(port)[2].decode() == fnv1a(PASSWORD)
 

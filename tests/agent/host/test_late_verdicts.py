@@ -29,8 +29,8 @@ def test_a_verdict_on_a_call_that_has_ended_ends_nobody(tmp_path):
     assert "300000000" in NAP
     host = support.Host(tmp_path, env={"PYTHONPATH": PATHS})
     for name in ("alone", "shared", "mate"):
-        started(host, "(" + NAP, name, grants=CLOCK, share_lane=name != "alone")
-    assert host.health("shared").shared_lane == host.health("mate").shared_lane != ""
+        started(host, "(" + NAP, name, grants=CLOCK, share_worker=name != "alone")
+    assert host.health("shared").shared_worker == host.health("mate").shared_worker != ""
     for name in ("alone", "shared", "mate") * 2:
         assert get(host, name) == 200
     for name in ("alone", "shared", "mate"):
@@ -47,8 +47,8 @@ def test_who_leaves_a_shared_worker_in_the_middle_of_a_call_does_not_hang_the_ot
     post_alone = guest.replace(sleeps, f"(if (i32.eq (local.get 1) (i32.const 4)) (then {sleeps}))")
     for name in ("leaves", "stays"):
         limits = Limits(call_ms=100, idle_ms=worker_set.DRAIN_MS + 1500)  # its place is gone before it is too late
-        started(host, "(" + post_alone, name, grants=CLOCK, limits=limits, share_lane=True)
-    assert host.health("leaves").shared_lane == host.health("stays").shared_lane != ""
+        started(host, "(" + post_alone, name, grants=CLOCK, limits=limits, share_worker=True)
+    assert host.health("leaves").shared_worker == host.health("stays").shared_worker != ""
     with socket.create_connection(("127.0.0.1", host.port), timeout=60) as client:
         client.sendall(b"POST /leaves/ HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
         support.await_read(client)

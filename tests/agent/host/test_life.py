@@ -71,7 +71,7 @@ def test_a_lane_that_dies_is_replaced_and_the_client_that_waits_is_answered(host
     event = host.event(lambda event: isinstance(event, host_api.Trapped))
     assert (event.code, "SIGKILL" in event.message) == ("restarted", True)
     health = host.health("web")
-    assert (health.restarts, health.lanes, health.state) == (1, 1, "running")
+    assert (health.restarts, health.workers, health.state) == (1, 1, "running")
 
 
 def test_a_loop_of_deaths_ends_in_quarantine_and_a_new_generation_ends_that(host):

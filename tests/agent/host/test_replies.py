@@ -294,7 +294,7 @@ async def test_a_supervisor_that_gives_no_ids_opens_shared_workers_and_hears_ref
     async with with_a_real_worker(shared=True) as worker:
         peer = by_hand(worker)
         with image_of("hello") as (image, page_fd):
-            type_, fields = without_id(worker_api.OpenShared(images=("i",), limits=Limits(), slots=2))
+            type_, fields = without_id(worker_api.EarlierOpenShared(images=("i",), limits=Limits(), slots=2))
             peer.say(type_, image, **fields)
             opened, received = await peer.packet()
             assert (opened["type"], opened["id"]) == ("opened", 0)

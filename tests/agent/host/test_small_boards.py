@@ -77,13 +77,13 @@ def test_instances_that_share_a_lane_fit_into_little_address_space(small):
     host, start = small
     for number in range(SEATS):
         limits = Limits(memory_bytes=4 * MIB)
-        reply = start("v1", support.a_run(f"seat-{number}", 1, limits=limits, share_lane=True))
+        reply = start("v1", support.a_run(f"seat-{number}", 1, limits=limits, share_worker=True))
         assert isinstance(reply, host_api.Started), reply
     for number in range(SEATS):
         assert asked(host, f"seat-{number}") == 200
     figures = host.ask(host_api.Status).instances
     assert {one.restarts for one in figures} == {0}
-    assert len({one.shared_lane for one in figures}) < SEATS
+    assert len({one.shared_worker for one in figures}) < SEATS
     assert lanes_of(host)
     for pid in children(host.process.pid):
         assert "Max address space         unlimited" not in Path(f"/proc/{pid}/limits").read_text()

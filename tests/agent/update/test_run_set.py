@@ -17,7 +17,7 @@ def test_what_the_operator_says_of_an_instance_reaches_the_host():
         port=8081,
     )
     told = run_of(item, manifest, 3, Policy())
-    assert (told.generation, told.port, told.share_lane) == (3, 8081, False)
-    sharing = Item(**{**{name: getattr(item, name) for name in item.__struct_fields__}, "share_lane": True})
-    assert run_of(sharing, manifest, 3, Policy()).share_lane
+    assert (told.generation, told.port, told.share_worker) == (3, 8081, False)
+    sharing = Item(**{**{name: getattr(item, name) for name in item.__struct_fields__}, "share_worker": True})
+    assert run_of(sharing, manifest, 3, Policy()).share_worker
     assert not item.same_as(sharing), "it is another thing to run: the board must act on it"

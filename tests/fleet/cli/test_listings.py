@@ -41,7 +41,7 @@ ROW = operator_api.DeviceRow(
     instances=(HELLO, msgspec.structs.replace(HELLO, instance="blue", state=InstanceState.BACKOFF)),
 )
 SHARING = tuple(
-    msgspec.structs.replace(HELLO, instance=name, target=f"components/main/{name}/1.0.0.wasm", shared_lane="main-3")
+    msgspec.structs.replace(HELLO, instance=name, target=f"components/main/{name}/1.0.0.wasm", shared_worker="main-3")
     for name in ("red", "green")
 )
 DARK = operator_api.DeviceRow(

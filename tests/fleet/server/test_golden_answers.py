@@ -131,7 +131,7 @@ async def come(fleet, board, behaviour=None):
 async def health_of(fleet, board, target):
     """The board says how it is, and the server has heard it."""
     figure = InstanceHealth(
-        instance="hello", target=target, generation=2, state=InstanceState.RUNNING, calls={"ok": 5}, lanes=1
+        instance="hello", target=target, generation=2, state=InstanceState.RUNNING, calls={"ok": 5}, workers=1
     )
     at = datetime.now(UTC)
     figures = DeviceResources(uptime_s=60, cpus=4)

@@ -319,13 +319,13 @@ async def test_configuration_and_grants_stay_over_versions_and_never_widen(new_f
         assert problem.type == "missing-config"
         assert "place" in problem.title
         narrowed = Grants(interfaces=("wasi:clocks",))
-        view = await operator.deploy(one, config={"place": "attic"}, grants=narrowed, port=8081, share_lane=True)
+        view = await operator.deploy(one, config={"place": "attic"}, grants=narrowed, port=8081, share_worker=True)
         assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
         two = await operator.publish("2.0.0", grants=grants, **manifest_with_key)
         assert (await operator.decided(await operator.deploy(two))).state is RolloutState.SUCCEEDED
         item = board.items["hello"]
         assert (item.target, item.config, item.grants, item.port) == (two, {"place": "attic"}, narrowed, 8081)
-        assert item.share_lane, "what the operator allowed stays allowed"
+        assert item.share_worker, "what the operator allowed stays allowed"
         plan = await operator.send(operator_api.Preflight, "POST", "/v1/preflight", operator_api.RolloutRequest(
             instance="hello", target=await operator.publish(
                 "3.0.0", grants=Grants(interfaces=("wasi:clocks", "wasi:cli")), **manifest_with_key),

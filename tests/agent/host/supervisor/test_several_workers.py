@@ -56,7 +56,7 @@ def test_a_client_whose_worker_is_in_a_long_call_is_answered_by_another_worker(h
         assert support.http(port, GET, client)[0] == 200
     assert support.http(port, GET, kept(port))[0] == 200, "new clients too"
     health = host.health("several")
-    assert (health.lanes, health.restarts, health.errors) == (2, 0, 0)
+    assert (health.workers, health.restarts, health.errors) == (2, 0, 0)
 
 
 def test_who_waits_while_all_workers_are_busy_is_answered_by_the_first_that_is_not(host, kept):

@@ -16,9 +16,9 @@ from tests.eventually import eventually
 
 
 def share(host, guest, name, generation=1, **rest):
-    reply = host.start(guest, support.a_run(name, generation, share_lane=True, **rest))
+    reply = host.start(guest, support.a_run(name, generation, share_worker=True, **rest))
     assert isinstance(reply, host_api.Started), reply
-    return host.health(name).shared_lane
+    return host.health(name).shared_worker
 
 
 def get(host, name, sock=None):
@@ -82,7 +82,7 @@ def test_who_does_not_share_though_the_operator_lets_it(host, rest, why):
 def test_without_the_operators_word_each_has_a_worker_of_its_own(host):
     for name in ("a", "b"):
         host.start("hello", support.a_run(name, 1))
-    assert {host.health(name).shared_lane for name in ("a", "b")} == {""}
+    assert {host.health(name).shared_worker for name in ("a", "b")} == {""}
 
 
 def test_a_trap_takes_the_store_of_its_own_instance_alone(host):
@@ -110,8 +110,8 @@ def test_a_guest_that_hangs_is_ended_with_its_worker_and_the_others_are_told_on_
     assert (host.health("bad").restarts, host.health("mate").restarts) == (1, 0), "one is to blame, and only one"
     assert any("on account of bad" in line for line in host.ask(host_api.Logs, instance="mate").lines)
     # Whoever cost others their worker gets one of its own.
-    assert host.health("bad").shared_lane == ""
-    assert host.health("mate").shared_lane not in {"", shared}
+    assert host.health("bad").shared_worker == ""
+    assert host.health("mate").shared_worker not in {"", shared}
 
 
 def test_a_worker_that_dies_between_calls_is_made_anew_for_all(host):
@@ -124,7 +124,7 @@ def test_a_worker_that_dies_between_calls_is_made_anew_for_all(host):
     while back != {"a", "b"}:
         back.add(host.event(lambda event: isinstance(event, host_api.Changed) and event.state == "running").instance)
     assert {host.health(name).restarts for name in ("a", "b")} == {1}
-    assert len({host.health(name).shared_lane for name in ("a", "b")}) == 1
+    assert len({host.health(name).shared_worker for name in ("a", "b")}) == 1
     assert [get(host, name)[0] for name in ("a", "b")] == [200, 200]
 
 
@@ -160,11 +160,11 @@ def test_who_does_not_save_its_state_costs_those_who_share_its_worker_nothing(ho
     shared = share(host, guest, "bad", limits=limits)
     assert share(host, guest, "mate", limits=limits) == shared
     assert [count(host, "mate"), count(host, "bad")] == [1, 1]
-    reply = host.start("remembers", support.a_run("bad", 2, share_lane=True, limits=limits))
+    reply = host.start("remembers", support.a_run("bad", 2, share_worker=True, limits=limits))
     assert (type(reply), reply.code) == (host_api.Failed, "state-failed")
     assert words in reply.message
     assert count(host, "mate") == 2
-    assert (host.health("mate").restarts, host.health("mate").shared_lane) == (0, shared)
+    assert (host.health("mate").restarts, host.health("mate").shared_worker) == (0, shared)
     assert count(host, "bad") >= 1, "and it goes on itself"
 
 
@@ -172,13 +172,13 @@ def test_whose_save_stands_still_is_ended_and_named_and_shares_no_more(host):
     limits = Limits(start_ms=300, idle_ms=300)
     shared = share(host, "hostage-asleep", "bad", grants=CLOCK, limits=limits)
     assert share(host, "hostage-asleep", "mate", grants=CLOCK, limits=limits) == shared
-    reply = host.start("remembers", support.a_run("bad", 2, share_lane=True, limits=limits))
+    reply = host.start("remembers", support.a_run("bad", 2, share_worker=True, limits=limits))
     assert (type(reply), reply.code) == (host_api.Failed, "state-failed")
     assert "blocked" in reply.message
     host.event(
         lambda event: isinstance(event, host_api.Changed) and (event.instance, event.state) == ("bad", "running")
     )
-    assert host.health("bad").shared_lane == ""
+    assert host.health("bad").shared_worker == ""
     assert get(host, "mate")[0] == 200
     assert host.health("mate").restarts == 0
 
@@ -205,7 +205,7 @@ def test_slots_with_different_images_come_together_in_a_quiet_moment(host):
 
         def together():
             assert get(host, "hello", kept)[0] == 200
-            return len({host.health(name).shared_lane for name in ("hello", "counter", "trap")}) == 1
+            return len({host.health(name).shared_worker for name in ("hello", "counter", "trap")}) == 1
 
         eventually(together, "all three are in one worker")
     assert count(host, "counter") == 1

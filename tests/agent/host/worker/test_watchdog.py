@@ -197,7 +197,7 @@ def test_a_ticker_that_fails_ends_its_process():
     done = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, cwd=support.ROOT, check=False)
     assert (done.returncode, done.stdout.strip()) == (
         WATCHDOG_FAILED_STATUS,
-        "the lane's ticker failed: RuntimeError: a bug of ours",
+        "the worker's ticker failed: RuntimeError: a bug of ours",
     )
 
 
