@@ -19,7 +19,7 @@ from agent.config import Paths, Settings
 from agent.identity.enrolment import CertificateRenewal
 from agent.identity.identity import Identity, note_production
 from agent.link.bundle import BundleSource
-from agent.link.host_client import Host, HostClient
+from agent.link.host_client import HostClient
 from agent.link.https import DeviceTls, HttpsClient
 from agent.link.mqtt import MqttClient
 from agent.report.uplink import HealthSources, Uplink
@@ -214,7 +214,6 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     )
     eviction = Eviction(places=places, settings=settings, images=images, state=state, secrets=secrets)
     sink = Sinks(uplink, eviction)
-    host = Host(links.host)
     runner = EffectRunner(
         places=places,
         settings=settings,
@@ -223,7 +222,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         https=source,
         images=images,
         sealed=secrets,
-        host=host,
+        host=links.host,
         clock=clock.boot_clock,
         jitter=random.random,
     )
@@ -238,7 +237,6 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     )
     restorer = HostRestorer(
         host=links.host,
-        effects=host,
         db=db,
         materials=Materials(images, places.artifacts, policy, secrets),
         source=source,

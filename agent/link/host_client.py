@@ -1,7 +1,8 @@
 """Agent's end of the socket to the host: requests matched by id, events, and a connection that comes back.
 
 The host may die at any time. Every request that waits for its reply then fails with `HostGoneError`, and `run` connects
-again until the host listens. Nothing is remembered across connections: the host says in its `Welcome` what it runs.
+again until the host listens. The host says in its `Welcome` what it runs; across connections only the newest fault of
+each generation is remembered.
 """
 
 import asyncio
@@ -18,11 +19,11 @@ import msgspec
 from agent.host.ipc import host_api
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.messages import InstanceHealth
 
 RETRY_FIRST_S: Final = 0.1
 RETRY_MAX_S: Final = 5.0
 REQUEST_S: Final = 120.0
+READY_S: Final = 60.0
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -61,6 +62,8 @@ class HostClient:
         ready: set by the restorer once everything committed runs on this host; cleared when the connection ends.
             Whoever asks earlier would be overtaken by the restoration.
         welcome: of the newest connection, also after its end; None before the first.
+        nudges: by instance, set when something happened to it.
+        faults: by instance and generation, the newest event that tells of a fault.
     """
 
     name = "host connection"
@@ -69,6 +72,8 @@ class HostClient:
         self._path = path
         self.ready = asyncio.Event()
         self.welcome: host_api.Welcome | None = None
+        self.nudges: dict[str, asyncio.Event] = {}
+        self.faults: dict[tuple[str, int], host_api.Event] = {}
         self._events: asyncio.Queue[HostEvent] = asyncio.Queue()
         self._sock: socket.socket | None = None
         self._writer: host_api.Writer | None = None
@@ -103,8 +108,45 @@ class HostClient:
         self._sock, self._writer = sock, host_api.Writer(sock, lambda _: self.close())
         self._lost.clear()
         asyncio.get_running_loop().add_reader(sock, self._readable)
-        self.welcome = await self.ask(host_api.Hello, host_api.Welcome)
+        self.welcome = await self.hello()
         return self.welcome
+
+    async def wait(self) -> None:
+        """Wait until everything committed runs on a host; raises `HostGoneError` after a minute."""
+        try:
+            async with asyncio.timeout(READY_S):
+                await self.ready.wait()
+        except TimeoutError as error:
+            raise HostGoneError(f"there was no host for {READY_S:.0f} s") from error
+
+    async def hello(self) -> host_api.Welcome:
+        """Ask for the host's own state and every instance that runs, in as many packets as it takes.
+
+        Raises:
+            HostGoneError, HostRefusedError: see `ask`.
+        """
+        welcome = await self.ask(host_api.Hello, host_api.Welcome)
+        while welcome.more and (last := welcome.running[-1:]):
+            page = await self.ask(host_api.Hello, host_api.Welcome, after=last[0].instance)
+            more = page.more and page.running != ()
+            welcome = msgspec.structs.replace(page, running=(*welcome.running, *page.running), more=more)
+        return welcome
+
+    async def stats(self, *, check: str = "") -> host_api.HostStats:
+        """Ask for the figures of every instance, in as many packets as it takes.
+
+        Args:
+            check: instance whose health check is asked first; empty for none.
+
+        Raises:
+            HostGoneError, HostRefusedError: see `ask`.
+        """
+        stats = await self.ask(host_api.Status, host_api.HostStats, check=check)
+        while stats.more and (last := stats.instances[-1:]):
+            page = await self.ask(host_api.Status, host_api.HostStats, after=last[0].instance)
+            more = page.more and page.instances != ()
+            stats = msgspec.structs.replace(page, instances=(*stats.instances, *page.instances), more=more)
+        return stats
 
     async def run(self) -> None:
         """Connect, wait for the end of the connection, and connect again, for ever."""
@@ -147,11 +189,22 @@ class HostClient:
                 self.close()
                 return
             if isinstance(message, host_api.Trapped | host_api.Changed):
+                self._note(message)
                 self._events.put_nowait(message)
                 continue
             future = self._waiting.pop(message.id, None)
             if future is not None and not future.done():
                 future.set_result(message)
+
+    def _note(self, event: host_api.Event) -> None:
+        """Remember the newest fault of a generation, and wake the effect that watches the instance."""
+        if isinstance(event, host_api.Trapped) or event.message:
+            self.faults[event.instance, event.generation] = event
+            while len(self.faults) > 2 * bounds.ITEMS_MAX:
+                del self.faults[next(iter(self.faults))]
+        nudge = self.nudges.get(event.instance)
+        if nudge is not None:
+            nudge.set()
 
     async def ask(
         self, kind: Callable[..., host_api.Request], answer: type[R], *, fd: int | None = None, **fields: Any
@@ -197,47 +250,3 @@ class HostClient:
         if not isinstance(reply, answer):
             raise HostGoneError(f"the host answered with {type(reply).__name__} instead of {answer.__name__}")
         return reply
-
-
-HOST_WAIT_S: Final = 60.0
-
-
-class Host:
-    """Host as the effects use it: requests once everything committed runs there, and the newest fault of an instance.
-
-    Attributes:
-        nudges: by instance, set when something happened to it.
-        trapped: by instance and generation, the newest event that tells of a fault.
-    """
-
-    def __init__(self, link: HostClient) -> None:
-        self.link = link
-        self.nudges: dict[str, asyncio.Event] = {}
-        self.trapped: dict[tuple[str, int], host_api.Trapped | host_api.Changed] = {}
-
-    def on_event(self, event: host_api.Event) -> None:
-        """Remember the newest fault of an instance, and wake the effect that watches it."""
-        if isinstance(event, host_api.Trapped) or event.message:
-            self.trapped[event.instance, event.generation] = event
-            while len(self.trapped) > 2 * bounds.ITEMS_MAX:
-                del self.trapped[next(iter(self.trapped))]
-        nudge = self.nudges.get(event.instance)
-        if nudge is not None:
-            nudge.set()
-
-    async def wait(self) -> None:
-        """Wait until everything committed runs on a host; raises `HostGoneError` after a minute."""
-        try:
-            async with asyncio.timeout(HOST_WAIT_S):
-                await self.link.ready.wait()
-        except TimeoutError as error:
-            raise HostGoneError(f"there was no host for {HOST_WAIT_S:.0f} s") from error
-
-    async def figures(self, *, check: str = "") -> tuple[InstanceHealth, ...]:
-        """Return the health of every instance, once everything committed was restored; raises `HostGoneError`.
-
-        Args:
-            check: instance whose health check is asked first; empty for none.
-        """
-        await self.wait()
-        return (await self.link.ask(host_api.Status, host_api.HostStats, check=check)).instances

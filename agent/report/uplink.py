@@ -171,7 +171,7 @@ class Uplink:
         problems = [*self._problems.texts(), *self._kept()]
         written = 0
         try:
-            answer = await self._host.ask(host_api.Status, host_api.HostStats)
+            answer = await self._host.stats()
             figures, written = answer.instances, answer.written_bytes
         except (HostGoneError, HostRefusedError):
             why = await asyncio.to_thread(host_api.why_not, self._device.places.runtime)

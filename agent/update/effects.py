@@ -21,7 +21,7 @@ import msgspec
 from agent.config import Paths, Settings
 from agent.host.ipc import host_api
 from agent.link.bundle import BundleSource
-from agent.link.host_client import Host, HostGoneError, HostRefusedError
+from agent.link.host_client import HostClient, HostGoneError, HostRefusedError
 from agent.link.https import CancelledError, FetchError
 from agent.update import images
 from agent.update.images import ImageError, ImageStore
@@ -34,6 +34,7 @@ from agent.update.store import Run
 from agent.update.trust import DeviceTrust
 from fleet.component import reader
 from fleet.protocol.codes import RETRYABLE, InstanceState, RejectCode
+from fleet.protocol.messages import InstanceHealth
 from signing.errors import Rejected
 
 WATCH_S: Final = 1.0
@@ -90,7 +91,7 @@ class EffectRunner:
         https: BundleSource,
         images: ImageStore,
         sealed: SecretStore,
-        host: Host,
+        host: HostClient,
         clock: Callable[[], float],
         jitter: Callable[[], float],
     ) -> None:
@@ -246,12 +247,12 @@ class EffectRunner:
         assert manifest is not None
         replaced = None
         try:
-            before = next((each for each in await self._host.figures() if each.instance == change.instance), None)
+            before = next((each for each in await self._figures() if each.instance == change.instance), None)
             if before is not None and before.generation != change.generation:
                 replaced = ProbationSample.of(before)
             run = run_of(item, manifest, change.generation, self._settings.policy)
-            link, places = self._host.link, self._places
-            await start(link, item, run, self._images, places.artifacts, self._sealed, together, probation=True)
+            artifacts = self._places.artifacts
+            await start(self._host, item, run, self._images, artifacts, self._sealed, together, probation=True)
         except (ImageError, Rejected) as error:
             return refused(error.code, error.message)
         except HostRefusedError as error:
@@ -263,7 +264,7 @@ class EffectRunner:
 
     async def _settle(self) -> None:
         """Close the lost link, so that the next effect waits for a host instead of counting losses in a spin."""
-        self._host.link.close()
+        self._host.close()
         await asyncio.sleep(0)
 
     async def watch(self, change: Change) -> EffectResult:
@@ -295,7 +296,7 @@ class EffectRunner:
     async def runs(self, change: Change) -> EffectResult:
         """Look whether a new version that was found well before still runs."""
         try:
-            figures = await self._host.figures()
+            figures = await self._figures()
         except HostGoneError as error:
             await self._settle()
             return lost(str(error))
@@ -317,7 +318,7 @@ class EffectRunner:
             case Verdict.COMMIT:
                 return EffectResult(event=Event.WELL, exercised=judgement.exercised)
             case Verdict.ROLL_BACK:
-                trouble = self._host.trapped.get((change.instance, change.generation))
+                trouble = self._host.faults.get((change.instance, change.generation))
                 log = trouble.log if trouble is not None and trouble.log else await self._log(change.instance)
                 detail = f": {trouble.message}" if trouble is not None and trouble.message else ""
                 message = judgement.message if judgement.message.endswith(detail) else judgement.message + detail
@@ -334,21 +335,26 @@ class EffectRunner:
         after = await self._facts(change, check=change.instance)
         return None if after is None else confirm(terms, facts, after, change.replaced, elapsed_s)
 
+    async def _figures(self, *, check: str = "") -> tuple[InstanceHealth, ...]:
+        """Return the figures of every instance, once everything committed was restored."""
+        await self._host.wait()
+        return (await self._host.stats(check=check)).instances
+
     async def _facts(self, change: Change, *, check: str = "") -> ProbationSample | None:
-        figures = await self._host.figures(check=check)
+        figures = await self._figures(check=check)
         mine = (change.instance, change.generation)
         return next((ProbationSample.of(each) for each in figures if (each.instance, each.generation) == mine), None)
 
     async def _log(self, instance: str) -> tuple[str, ...]:
         with contextlib.suppress(HostGoneError, HostRefusedError):
-            return (await self._host.link.ask(host_api.Logs, host_api.Lines, instance=instance)).lines
+            return (await self._host.ask(host_api.Logs, host_api.Lines, instance=instance)).lines
         return ()
 
     async def commit(self, change: Change) -> EffectResult:
         """Let the host drop the previous generation; a host that was lost has none."""
         if change.item is not None:
             with contextlib.suppress(HostGoneError, HostRefusedError):
-                await self._host.link.ask(
+                await self._host.ask(
                     host_api.Commit, host_api.Done, instance=change.instance, generation=change.generation
                 )
         return DONE
@@ -356,7 +362,7 @@ class EffectRunner:
     async def stop(self, change: Change) -> EffectResult:
         """Stop an instance; a host that was lost runs nothing, and is not asked to start the instance again."""
         with contextlib.suppress(HostGoneError, HostRefusedError):
-            await self._host.link.ask(host_api.Stop, host_api.Done, instance=change.instance)
+            await self._host.ask(host_api.Stop, host_api.Done, instance=change.instance)
         return EffectResult(event=Event.STOPPED)
 
     async def revert(
@@ -376,18 +382,18 @@ class EffectRunner:
             running = await self._running(change.instance)
             if before is None:
                 if running is not None:
-                    await self._host.link.ask(host_api.Stop, host_api.Done, instance=change.instance)
+                    await self._host.ask(host_api.Stop, host_api.Done, instance=change.instance)
                 return DONE
             if running is not None and running.generation == change.generation:
                 with contextlib.suppress(HostRefusedError):
-                    await self._host.link.ask(
+                    await self._host.ask(
                         host_api.Revert, msgspec.Struct, instance=change.instance, generation=change.generation
                     )
                 running = await self._running(change.instance)
             if running is None or running.generation == change.generation:
                 before = await renew(before)
                 await start(
-                    self._host.link,
+                    self._host,
                     before.item,
                     run_of(before.item, before.manifest, before.generation, self._settings.policy),
                     self._images,
@@ -402,7 +408,7 @@ class EffectRunner:
         return DONE
 
     async def _running(self, instance: str) -> host_api.Running | None:
-        welcome = await self._host.link.ask(host_api.Hello, host_api.Welcome)
+        welcome = await self._host.hello()
         return next(
             (each for each in welcome.running if each.instance == instance and each.state is not InstanceState.STOPPED),
             None,

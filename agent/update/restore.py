@@ -22,7 +22,6 @@ from agent import systemd
 from agent.config import Policy
 from agent.host.ipc import host_api
 from agent.link.host_client import (
-    Host,
     HostClient,
     HostConnected,
     HostEvent,
@@ -283,7 +282,6 @@ class HostRestorer:
         self,
         *,
         host: HostClient,
-        effects: Host,
         db: Database,
         materials: Materials,
         source: Source,
@@ -294,7 +292,6 @@ class HostRestorer:
 
         Args:
             host: whose events are read, here alone.
-            effects: told of what happens to instances.
             db: the store.
             materials: of this device.
             source: of boxes that were damaged on the disk.
@@ -302,7 +299,6 @@ class HostRestorer:
             sink: told that health changed.
         """
         self._host = host
-        self._effects = effects
         self._db = db
         self._materials = materials
         self._source = source
@@ -327,10 +323,8 @@ class HostRestorer:
             case host_api.Trapped():
                 said = f"{event.instance}: {event.code}: {event.message}".partition("\n")[0]
                 log.warning("%s", said, extra=systemd.fields(instance=event.instance, code=event.code))
-                self._effects.on_event(event)
             case host_api.Changed():
                 log.info("%s: %s %s", event.instance, event.state, event.message)
-                self._effects.on_event(event)
                 self._sink.changed()
             case _:
                 pass

@@ -327,7 +327,7 @@ def sealed_secrets(db: sqlite_utils.Database) -> None:
 
 @migration
 def devices_of_rollouts_and_shared_workers(db: sqlite_utils.Database) -> None:
-    """Rename the table `boards`, since a board is hardware; rename `share_lane` to `share_worker` in values and assignments.
+    """Rename the table `boards`, and `share_lane` to `share_worker` in values, assignments.
 
     What an assignment asked for is compared as text: under the earlier name every device would get a new one.
     """

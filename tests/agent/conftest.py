@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from agent.config import Paths, Settings
 from agent.host.ipc import host_api
 from agent.identity.identity import Identity
-from agent.link.host_client import Host, HostClient
+from agent.link.host_client import HostClient
 from agent.link.https import FetchError
 from agent.update import restore
 from agent.update.effects import EffectRunner
@@ -71,6 +71,7 @@ class SimHost:
         self.entrusted = {}  # (instance, generation) -> values by name
         self.hang_on = set()  # request types that are never answered
         self.die_on = None  # a request type at which the host is gone
+        self.page = 64  # instances that fit in one packet
         self._peers = []
         self._listener = None
 
@@ -124,7 +125,7 @@ class SimHost:
                     engine="50",
                     containment={},
                     ingress="",
-                    running=tuple(self._running(name) for name in self.running),
+                    **self._paged("running", request.after, self._running),
                 )
             case host_api.PutSecrets():
                 assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == SEALS
@@ -154,10 +155,15 @@ class SimHost:
                 return host_api.Done(id=request.id)
             case host_api.Status():
                 self._ask_health(request.check)
-                return host_api.HostStats(id=request.id, instances=tuple(map(self._figure, self.running.values())))
+                return host_api.HostStats(id=request.id, **self._paged("instances", request.after, self._figure))
             case host_api.Logs():
                 return host_api.Lines(id=request.id, lines=("a line",))
         raise AssertionError(request)
+
+    def _paged(self, field, after, entry):
+        """What fits in one packet of the instances after this one, and whether there are more."""
+        names = sorted(name for name in self.running if name > after)
+        return {field: tuple(map(entry, names[: self.page])), "more": len(names) > self.page}
 
     def _ask_health(self, wanted):
         """Ask one that is wanted to be asked, and by itself whoever was not well the last time."""
@@ -183,7 +189,8 @@ class SimHost:
             previous=None if warm is None else warm.generation,
         )
 
-    def _figure(self, run):
+    def _figure(self, name):
+        run = self.running[name]
         faults = self.faults.get(run.target, 0)
         return InstanceHealth(
             instance=run.instance,
@@ -361,7 +368,6 @@ class BoardKit:
         )
         self.sealed = SecretStore(self.places.secrets, self.places.identity / "sealing.key", identity)
         self.link = HostClient(self.places.host_socket)
-        self.seen = Host(self.link)
         self.carrier = EffectRunner(
             places=self.places,
             settings=self.settings,
@@ -370,11 +376,11 @@ class BoardKit:
             https=self.server,
             images=self.images,
             sealed=self.sealed,
-            host=self.seen,
+            host=self.link,
             clock=asyncio.get_running_loop().time,
             jitter=lambda: 0.0,
         )
-        board = DeviceContext(
+        self.device = DeviceContext(
             device="board-01234567",
             boot_id=f"boot-{self.boots}",
             places=self.places,
@@ -382,7 +388,7 @@ class BoardKit:
             clock=asyncio.get_running_loop().time,
         )
         self.deployer = Reconciler(
-            board=board,
+            board=self.device,
             store=self.store,
             worker=self.worker.run,
             carrier=self.carrier,
@@ -392,7 +398,6 @@ class BoardKit:
         self.problems = Problems(self.worker)
         self.restorer = restore.HostRestorer(
             host=self.link,
-            effects=self.seen,
             db=self.worker,
             materials=restore.Materials(self.images, self.places.artifacts, self.settings.policy, self.sealed),
             source=self.server,
