@@ -1,8 +1,8 @@
-"""`fleet affected`: which devices run a package, judged by what publishers signed.
+"""`fleet affected`: list the devices that run a package, by evidence that publishers signed.
 
-The server says which target runs where. The packages of a target stand in a bill of materials that its publisher bound
-to it, or in the component's own bytes; both are accepted only with the hash in verified metadata. Targets without
-either are named as unknown, never passed over.
+The server knows the targets of each device. The packages of a target are in a bill of materials that its publisher
+bound to it, or in the component's own bytes; both are accepted only with the hash in verified metadata. Targets
+without either are listed as unknown.
 """
 
 from collections.abc import Iterable, Iterator

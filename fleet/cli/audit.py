@@ -1,4 +1,4 @@
-"""`fleet audit verify`: what devices ran, proved by their own signatures without trusting the server."""
+"""`fleet audit verify`: prove what devices ran by their own signatures, without trusting the server."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""Shared by all `fleet` commands: options, errors for people, exit codes, lazily loaded groups, typed values, files.
+"""Parts of all `fleet` commands: options, errors for people, exit codes, lazily loaded groups, typed values, files.
 
 Every `fleet --help` and every completion imports this module, so at load time it imports click and nothing heavier.
 """
@@ -19,7 +19,7 @@ import click
 
 
 class Exit(IntEnum):
-    """Exit codes of every command, as the help documents them."""
+    """Exit codes of every command; the help lists them."""
 
     OK = 0
     FAILED = 1
@@ -268,7 +268,7 @@ def _one_line(text: str) -> str:
 
 
 def check_choice(value: str, known: Sequence[str], what: str) -> str:
-    """Return `value` if it is one of `known`; raises `Fault` with the nearest names."""
+    """Return `value` if it is one of `known`. Raises `Fault` with the nearest names."""
     if value in known:
         return value
     raise Fault(f"unknown {what} {value!r}", f"there are {', '.join(known) or 'none'}")
@@ -316,10 +316,10 @@ def days(text: str) -> timedelta:
 
 
 def write_file(file: Path, data: bytes | str, action: str = "check the path") -> None:
-    """Write a file that a person named, whole or not at all; write into a device or pipe such as /dev/stdout.
+    """Replace a file that a person named, as a whole; write into a device or pipe such as /dev/stdout.
 
     Args:
-        file: path; of a symbolic link, the file that it points to is replaced.
+        file: path; for a symbolic link, the file that it points to is replaced.
         data: its content; text is written as UTF-8.
         action: what to do when it cannot be written.
 

@@ -126,9 +126,9 @@ class _Bundle(NamedTuple):
 
     Attributes:
         files: the members by name.
-        devices: those in it.
-        left_out: those to which nothing was ever assigned.
-        good_until: `bundles`, and `late_bundles` where a device's owner allows late bundles.
+        devices: ids of its devices.
+        left_out: devices without any assignment.
+        good_until: end of validity: `bundles`, and `late_bundles` where a device's owner allows late bundles.
     """
 
     files: dict[str, bytes]
@@ -152,7 +152,7 @@ def _collect(who: Operator, client: "Client", group: str, named: tuple[str, ...]
         files[names.metadata(name)] = data
         return data
 
-    # Nothing is remembered: the bundle must verify on a device that has seen nothing since its enrolment.
+    # No state is kept: the bundle must verify on a device that has fetched nothing since its enrolment.
     root = read_file(who.root, bounds.ROOT_MAX_BYTES)
     updater = Updater(pinned_root=root, fetch=fetch, states=MemoryState())
     now, fleet = datetime.now(UTC), client.status().fleet
@@ -271,10 +271,10 @@ image.add_command(prepare)
 
 
 def boot_partition(img: Path) -> int:
-    """Find the first FAT partition of an image; returns its offset in bytes.
+    """Find the first FAT partition of an image, and return its offset in bytes.
 
     Raises:
-        Fault: it cannot be read, or has none; one line for people.
+        Fault: the image cannot be read, or has no such partition.
     """
     try:
         with img.open("rb") as file:

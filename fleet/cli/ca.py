@@ -103,7 +103,7 @@ def offline(options: Options, *, yes: bool) -> None:
         root = Root(*read_pair(directory / "ca.pem", directory / "ca.key"))
         with who.client() as client:
             view, now = client.ca(), datetime.now(UTC)
-            ca.sign(root, view.request, now=now)  # fails now if this root allows no CA below it
+            ca.sign(root, view.request, now=now)  # fails here, before any change, if this root allows no CA below it
             ca.store(root_key(who), root.key, new_passphrase("the root of the CA"))
             # Certificates issued by the root itself end within the life of a certificate.
             ca.accept(directory, root.certificate, root.key, until=now + ca.LIFE, now=now)
@@ -123,7 +123,7 @@ def root_key(who: Operator) -> Path:
 
 
 def open_root(who: Operator) -> Root:
-    """Open the root of the CA; raises `Fault` when its key is not here or the passphrase is wrong."""
+    """Open the root of the CA. Raises `Fault` when its key is missing or the passphrase is wrong."""
     path = root_key(who)
     try:
         return ca.open_root(path, who.ca, ask(str(path)) if path.exists() else b"")

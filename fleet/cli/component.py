@@ -1,4 +1,4 @@
-"""`fleet component`: inspect a component file before anybody signs it, and see what a device makes of it."""
+"""`fleet component`: inspect a component file before anybody signs it, and compose it as a device does."""
 
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def compose(options: Options, *, file: Path, target: Path) -> Exit:
 
 
 def read_component(file: Path) -> bytes:
-    """Read a component's bytes; raises `Fault`."""
+    """Read a component's bytes. Raises `Fault`."""
     return read_file(file, bounds.ARTIFACT_MAX_BYTES)
 
 

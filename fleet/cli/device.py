@@ -92,7 +92,7 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
 
 
 def worker_of(instance: InstanceHealth, everyone: tuple[InstanceHealth, ...]) -> str:
-    """Say where an instance runs: in workers of its own, or in a shared one, and with how many others."""
+    """Describe the workers of an instance: its own, or a shared one and with how many others."""
     if not instance.shared_worker:
         return "own"
     others = sum(other.shared_worker == instance.shared_worker for other in everyone) - 1
@@ -262,7 +262,7 @@ def enroll_token(options: Options, *, group: str, valid: str) -> None:
 
 
 def seconds(text: str) -> int:
-    """Read a duration such as `90s`, `30m`, `12h` or `7d`, in seconds; raises `Fault`."""
+    """Read a duration such as `90s`, `30m`, `12h` or `7d`, in seconds. Raises `Fault`."""
     match = re.fullmatch(r"(\d{1,6})([smhd])", text.strip())
     if match is None or int(match[1]) == 0:
         raise Fault(
@@ -381,11 +381,11 @@ def revoke(options: Options, *, device: str, yes: bool) -> None:
 
 
 def _confirmed(question: str) -> bool:
-    """Ask at the terminal; true for yes."""
+    """Ask at the terminal; return True for yes."""
     try:
         return click.confirm(question, err=True)
     except click.Abort:
-        click.echo(err=True)  # the question has no end of line
+        click.echo(err=True)  # the prompt has no line end of its own
         return False
 
 

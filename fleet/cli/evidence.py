@@ -44,12 +44,12 @@ def attached(
 
     Args:
         sbom: file name and bytes.
-        provenance: the same.
+        provenance: file name and bytes.
         sha256: of the component, in hex.
         component: its file name.
 
     Raises:
-        Fault: one is not what it is given as, or is about other bytes.
+        Fault: a file is of another kind, or describes other bytes.
     """
     try:
         found = []
@@ -94,8 +94,8 @@ class Contents:
     """Packages of a release.
 
     Attributes:
-        packages: None where nobody says what is in it.
-        source: where they stand: `CycloneDX 1.6`, `built in (.dep-v0)`; else why nothing is known.
+        packages: None where there is no list of them.
+        source: origin of the list: `CycloneDX 1.6`, `built in (.dep-v0)`; else the reason why there is none.
     """
 
     packages: tuple[Package, ...] | None
@@ -103,11 +103,11 @@ class Contents:
 
 
 class Shelf:
-    """Evidence of releases, fetched once and believed only with the signed length and hash.
+    """Evidence of releases, fetched once and accepted only with the signed length and hash.
 
     Args:
         client: a connection to the server.
-        directory: where it is kept; files are named by their hash.
+        directory: cache of files, named by their hash.
     """
 
     def __init__(self, client: Client, directory: Path) -> None:
@@ -133,7 +133,7 @@ class Shelf:
         return Contents(None, "no SBOM") if crates is None else Contents(crates, f"built in ({sbom.SECTION})")
 
     def provenance(self, release: Release) -> Provenance | None:
-        """Read a release's provenance as its publisher bound it; None when there is none. Raises `Fault`."""
+        """Read a release's provenance that its publisher bound; None when there is none. Raises `Fault`."""
         bound = next((each for each in release.evidence if each.kind == PROVENANCE), None)
         if bound is None:
             return None
@@ -143,7 +143,7 @@ class Shelf:
             raise Fault(str(error), code=Exit.REFUSED) from None
 
     def fetch(self, sha256: str, length: int) -> bytes:
-        """Fetch a file by its signed hash and length; raises `Fault` when the server has lost or changed it."""
+        """Fetch a file by its signed hash and length. Raises `Fault` when the server has lost or changed it."""
         kept = self._directory / sha256
         try:
             data = kept.read_bytes()

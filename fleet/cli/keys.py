@@ -1,4 +1,4 @@
-"""`fleet keys`: the keys of a person and of a pipeline, and the roles that trust them."""
+"""`fleet keys`: keys of people and pipelines, and the roles that trust them."""
 
 import sys
 from datetime import UTC, datetime
@@ -196,7 +196,7 @@ def _import_file(ring: keyrings.Keyring, name: str, file: Path) -> keyrings.Entr
     try:
         public = keyrings.read_public(data, what=str(file))
     except KeyFileError:
-        signer = keyrings.open_file(file, ask)  # raises if the file is not a private key either
+        signer = keyrings.open_file(file, ask)  # raises also for a file that is no private key
         return ring.adopt(name, signer, passphrase=new_passphrase(name))
     return ring.add(name, public)
 
@@ -325,7 +325,7 @@ def _propose(ceremony: Ceremony, change: Change, note: str) -> Any:
 
 
 class _NewKey:
-    """Key made by a rotation, removed again when the rotation fails."""
+    """Key of a rotation, removed again when the rotation fails."""
 
     def __init__(self, options: Options, ceremony: Ceremony, role: str) -> None:
         self._options, self._ceremony, self._role = options, ceremony, role
@@ -333,7 +333,7 @@ class _NewKey:
         self._names: list[str] = []
 
     def make(self) -> Any:
-        """Make the key; returns its public half."""
+        """Make the key and return its public half."""
         if self._role in ONLINE:
             return self._make_online()
         ring = self._ceremony.ring
@@ -358,7 +358,7 @@ class _NewKey:
         return key_files.generate(path).public_key
 
     def undo(self) -> None:
-        """Remove the key: nothing was published or saved, so it is worth nothing."""
+        """Remove the key, which no published or saved event names."""
         for path in self._paths:
             path.unlink(missing_ok=True)
         for name in self._names:

@@ -1,6 +1,6 @@
 """`fleet`, the operator's command: the table of its commands, and `demo` and `completion`.
 
-Only names and one-line helps stand in the table; a command's module is imported when the command is called.
+The table holds only names and one-line helps; a command's module is imported when the command is called.
 """
 
 import importlib.util
@@ -104,7 +104,7 @@ class Fleet(LazyGroup):
     """Outermost group: the common options hold for every command."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Put the common options where commands find them."""
+        """Store the common options for commands."""
         home = ctx.params.pop("home") or (Path(value) if (value := os.environ.get("WASMFLEET_HOME")) else None)
         ctx.obj = Options(
             home=home, json=ctx.params.pop("json"), quiet=ctx.params.pop("quiet"), debug=ctx.params.pop("debug")

@@ -1,7 +1,7 @@
 """The operator's directory `<home>/operator` and the connection it describes; shell completion from the server.
 
-The directory names the server and holds the fleet's CA, the token and the keys. Completion of groups, devices and
-rollouts asks the server, and offers nothing while the server cannot be reached.
+The directory holds the server's address, the fleet's CA, the token and the keys. Completion of groups, devices and
+rollouts asks the server, and offers nothing while the server is unreachable.
 """
 
 import os
@@ -27,12 +27,12 @@ _INIT: Final = "run 'fleet init --dev' here first, or name the fleet's directory
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """Everything an operator needs to talk to a fleet and to sign for it.
+    """Connection and keys of an operator of a fleet.
 
     Attributes:
         directory: `<home>/operator`.
         url: of the server's listener for operators.
-        namespace: whose key signs here.
+        namespace: of the components that this operator signs.
     """
 
     directory: Path
@@ -42,29 +42,29 @@ class Operator:
 
     @property
     def ca(self) -> Path:
-        """The fleet's CA, PEM."""
+        """Path of the fleet's CA certificate, PEM."""
         return self.directory / "ca.pem"
 
     @property
     def trust(self) -> Path:
-        """TUF metadata as last verified, from the pinned root on."""
+        """Directory of the TUF metadata as last verified, with the pinned root."""
         return self.directory / "trust"
 
     @property
     def root(self) -> Path:
-        """The TUF root that was pinned when the fleet was made, or handed over."""
+        """Path of the pinned TUF root, from `fleet init` or handed over."""
         return self.trust / "1.root.json"
 
     @property
     def key(self) -> Path:
-        """The namespace's signing key."""
+        """Path of the namespace's signing key."""
         return self.directory / "keys" / f"{self.namespace}.pem"
 
     def target(self, text: str) -> TargetName:
         """Read NAME@VERSION or NAMESPACE/NAME@VERSION; without a namespace, this operator's.
 
         Raises:
-            Fault: not a target's name.
+            Fault: not the name of a target.
         """
         try:
             return TargetName.parse(text, namespace=self.namespace)
@@ -72,7 +72,7 @@ class Operator:
             raise Fault(str(error)) from None
 
     def client(self, *, late: bool = False) -> "Client":
-        """Connect to the server; raises `Fault` when the token is missing or readable by others.
+        """Connect to the server. Raises `Fault` when the token is missing or readable by others.
 
         A pipeline gives its token in $FLEET_TOKEN. `late` as in `Client`.
         """

@@ -1,4 +1,4 @@
-"""`fleet operators`: who may use the server, and in which role. Tokens are shown once: the server keeps hashes."""
+"""`fleet operators`: people who may use the server, and their roles. Tokens are shown once: the server keeps hashes."""
 
 import os
 from pathlib import Path
@@ -94,7 +94,7 @@ def revoke(options: Options, *, name: str) -> None:
 
 
 def _was_mine(client: Client) -> bool:
-    """Tell whether this machine's own token was the one replaced: the server refuses it now."""
+    """Tell whether the replaced token was this machine's own: the server now refuses it."""
     try:
         client.status()
     except ProblemError as error:

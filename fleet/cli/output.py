@@ -1,6 +1,6 @@
-"""Printing: tables for people, JSON for programs, and words for times, sizes and states.
+"""Printing: tables for people, JSON for programs, texts for times, sizes and states.
 
-A terminal gets colours and its own width; everything else gets plain lines that are never cut.
+On a terminal, output has colours and fits its width; elsewhere lines are plain and never cut.
 """
 
 import sys
@@ -69,7 +69,7 @@ def show_json(value: msgspec.Struct | Sequence[object] | dict[str, object]) -> N
 
 
 def result(options: Options, value: msgspec.Struct | dict[str, object], text: str) -> None:
-    """Print what a command did: `value` as JSON for programs, `text` for people."""
+    """Print the result of a command: `value` as JSON for programs, `text` for people."""
     if options.json:
         show_json(value)
     else:
@@ -116,7 +116,7 @@ def show(grid: Table) -> None:
 
 
 def state(word: str) -> Text:
-    """Colour a word by the state it names; leave other words plain."""
+    """Colour the name of a state; leave other words plain."""
     return Text(
         word, style=_STYLES.get("rolled-back" if word.startswith("rolled back") else word.partition(" ")[0], "")
     )

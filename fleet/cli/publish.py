@@ -1,8 +1,8 @@
-"""From a component's file to a signed target on the server; `fleet withdraw`.
+"""Publish a component's file as a signed target; `fleet withdraw`.
 
-Nothing that the server shows is signed unseen. The namespace's role is verified from the root pinned on this machine,
-and the new target is added to exactly that. The server refuses it when somebody published in between; then everything
-is verified and signed again. Component and manifest are read and compared before any server is asked.
+Files of the server are verified before they are signed again: the namespace's role is verified from the root pinned on
+this machine, and the new target is added to exactly that role. The server refuses it when somebody else published in
+between; then everything is verified and signed again. Component and manifest are compared before any request.
 """
 
 import hashlib
@@ -45,12 +45,12 @@ class Prepared:
     """Component ready to be published: read, and every import granted by its manifest.
 
     Attributes:
-        file: the component's.
+        file: path of the component.
         data: its bytes.
-        component: what it says of itself.
+        component: description read from its bytes.
         manifest: as written or inferred; the version is `author.DEV_VERSION` when none was given.
-        manifest_file: where it was written, None for inferred.
-        attached: what is to be bound to it and kept beside it.
+        manifest_file: its file, None for an inferred manifest.
+        attached: evidence to publish with it.
     """
 
     file: Path
@@ -76,7 +76,7 @@ def prepare(file: Path, *, manifest_file: Path | None = None, name: str = "", ve
         version: replaces the manifest's.
 
     Raises:
-        Fault: unreadable, not a component, a bad manifest, or an import that it does not grant.
+        Fault: a file cannot be read, is no component, or the manifest is invalid or does not grant an import.
     """
     data = read_component(file)
     found = manifest_file or beside(file)
@@ -104,7 +104,7 @@ def attach(prepared: Prepared, *, sbom: Path | None, provenance: Path | None) ->
     """Bind a bill of materials and build provenance to a prepared component.
 
     Raises:
-        Fault: unreadable, not what it is given as, or about other bytes.
+        Fault: a file cannot be read, is of another kind, or describes other bytes.
     """
     files = {path: read_file(path, MAX_BYTES) for path in (sbom, provenance) if path is not None}
     found = attached(
@@ -121,7 +121,7 @@ def _to_save(file: Path, suggestion: str) -> str:
 
 
 def _named(message: str, found: Path | None) -> str:
-    """Put the path of the manifest that was read in place of its usual name."""
+    """Name the manifest's actual path in a message."""
     if found is None or not message.startswith(FILE_NAME):
         return message
     return f"{found}{message.removeprefix(FILE_NAME)}"
@@ -147,15 +147,15 @@ def publish(
     """Sign a prepared component and upload it, artifact first, role second.
 
     Args:
-        who: whose key and namespace.
+        who: the operator, whose key and namespace are used.
         client: a connection to the server.
-        prepared: from `prepare`.
+        prepared: result of `prepare`.
         progress: called with the size of each chunk in bytes as it is sent.
         say: called with a message when something takes a second attempt.
 
     Raises:
-        Fault: no key, a version that exists with other content, or a repository that does not verify.
-        ClientError: from the server.
+        Fault: there is no key, the version exists with other content, or the repository does not verify.
+        ClientError: the server is unreachable or refuses.
     """
     trust = TrustStore(who, client)
     signer, ends = publisher(who, trust)
@@ -212,7 +212,7 @@ def publish(
 
 
 def _bring_back(client: Client, prepared: Prepared, say: Callable[[str], None]) -> None:
-    """Upload again what is published and lost by the server, as by one that was rebuilt."""
+    """Upload published files again that the server has lost, as after a rebuild."""
     kept = [(prepared.sha256, prepared.data), *((each.evidence.sha256, each.data) for each in prepared.attached)]
     lost = [(sha256, data) for sha256, data in kept if not client.has_artifact(sha256)]
     for sha256, data in lost:
@@ -222,10 +222,10 @@ def _bring_back(client: Client, prepared: Prepared, say: Callable[[str], None]) 
 
 
 def publisher(who: Operator, trust: TrustStore) -> tuple[Signer, datetime | None]:
-    """Open the key that publishes here; returns it with its end.
+    """Open the key that publishes here, and return it with its end of validity.
 
     Raises:
-        Fault: there is none, it is not trusted, or its life is over.
+        Fault: there is no key, or it is not trusted or has expired.
     """
     signer = publishing_key(who, (key.keyid for key in trust.publishers.keys))
     ends = trust.ends(signer.public_key.keyid)
@@ -254,7 +254,7 @@ def _send(client: Client, event: Event) -> None:
 
 
 def _need_others(trust: TrustStore, event: Event, target: TargetName) -> None:
-    """Save what this person signed when the namespace requires several people; raises `Fault` then."""
+    """Save what this person signed when the namespace requires several people. Raises `Fault` then."""
     lacking = events.missing(trust.heads, event)
     if not lacking:
         return
@@ -269,7 +269,7 @@ def _need_others(trust: TrustStore, event: Event, target: TargetName) -> None:
 
 
 def _look_again(trust: TrustStore, release: Release) -> None:
-    """Remember what was published, so that nobody can show this machine a repository without it."""
+    """Refresh the verified state, so that this machine refuses a repository without the new target."""
     trust.refresh()
     if trust.release(release.name.path) != release:
         raise Fault(
@@ -283,7 +283,7 @@ def _look_again(trust: TrustStore, release: Release) -> None:
 def versioned(prepared: Prepared, trust: TrustStore) -> Manifest:
     """Return the manifest with a version: its own, or in development the next `0.0.0-dev.N`.
 
-    The newest development version is taken again when nothing has changed since.
+    The newest development version is reused when nothing has changed since.
 
     Raises:
         Fault: no version was given, and the fleet is not for development.
@@ -327,20 +327,20 @@ def withdraw(options: Options, *, target: str, yes: bool) -> None:
     with who.client() as client:
         trust = TrustStore(who, client)
         running = _devices_running(client, name)
-        boards = f"{len(running)} devices run it and stop it" if running else "no device runs it"
-        if not yes and not click.confirm(f"Revoke {name} for good? By what devices report, {boards}.", err=True):
+        users = f"{len(running)} devices run it and stop it" if running else "no device runs it"
+        if not yes and not click.confirm(f"Revoke {name} for good? By what devices report, {users}.", err=True):
             raise click.Abort
         new = _revoke(who, client, trust, name)
     if options.json:
         output.show_json({"target": name.path, "revoked": True, "new": new, "running": running})
     else:
         output.say(options, f"{name} is revoked." if new else f"{name} was revoked before.")
-        for board in running:
-            output.say(options, f"  {board} stops it")
+        for device in running:
+            output.say(options, f"  {device} stops it")
 
 
 def _revoke(who: Operator, client: Client, trust: TrustStore, name: TargetName) -> bool:
-    """Sign and publish the revocation; false when it was revoked before."""
+    """Sign and publish the revocation; return False when it was revoked before."""
     signer, ends = publisher(who, trust)
     for _ in range(CONFLICTS_MAX):
         role = trust.role
@@ -364,7 +364,7 @@ def _revoke(who: Operator, client: Client, trust: TrustStore, name: TargetName) 
 
 
 def _publish_revocation(client: Client, namespace: str, role: bytes) -> bool:
-    """Upload the role; false when somebody else published in between."""
+    """Upload the role; return False when somebody else published in between."""
     try:
         client.publish_role(namespace, role)
     except ProblemError as error:

@@ -1,7 +1,7 @@
 """`fleet push`, `publish` and `deploy`; the dry run.
 
-In a dry run the component may not be published yet, so the server cannot judge it: requirements are read from the file,
-and the devices' properties from their own reports.
+In a dry run the component may not be published yet, so that the server does not know it: requirements are read from the
+file, and the devices' properties from their reports.
 """
 
 import contextlib
@@ -246,7 +246,7 @@ def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, **how: A
 
 
 def _check_set(targets: tuple[str, ...], how: dict[str, Any], *, atomic: bool) -> None:
-    """Check the options for several targets; raises `click.UsageError`."""
+    """Check the options for several targets. Raises `click.UsageError`."""
     if len(targets) == 1:
         return
     if not atomic:
@@ -306,7 +306,7 @@ def _request(component: str, target: str, how: dict[str, Any]) -> operator_api.R
 
 
 def _check_where(how: dict[str, Any]) -> None:
-    """Check the options before anything is published; raises `Fault`."""
+    """Check the options before anything is published. Raises `Fault`."""
     if bool(how["group"]) == bool(how["device"]):
         raise click.UsageError("Name either --group or --device.")
     try:
@@ -318,7 +318,7 @@ def _check_where(how: dict[str, Any]) -> None:
 
 
 def _check_there(client: Client, group: str, device: str) -> None:
-    """Check that the group or device exists before anything is published; raises `Fault` or `ProblemError`."""
+    """Check before publishing that the group or device exists. Raises `Fault` or `ProblemError`."""
     if device:
         client.device(device)
         return
@@ -334,7 +334,7 @@ def _check_there(client: Client, group: str, device: str) -> None:
 
 
 def _check_secrets(client: Client, manifest: Manifest, how: dict[str, Any]) -> None:
-    """Check that some device there has the required secrets before anything is published; raises `Fault`."""
+    """Check before publishing that some device there has the required secrets. Raises `Fault`."""
     needed = tuple(name for name, key in manifest.secrets.items() if key.required)
     instance = how["instance"] or manifest.name
     check_needed(client, instance=instance, required=needed, group=how["group"], device=how["device"])
@@ -352,40 +352,43 @@ def _check_config(manifest: Manifest, config: dict[str, str] | None) -> None:
 
 
 def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutRequest, options: Options) -> Exit:
-    """Print what pushing `prepared` would do; FAILED when no device could run it."""
+    """Print the effect of pushing `prepared`; return FAILED when no device could run it."""
     trust = TrustStore(who, client)
     manifest = versioned(prepared, trust)
-    devices = client.devices().devices
-    boards = _offered_devices(client, devices, request)
-    previous = _previous(client, boards, request)
+    devices = _offered_devices(client, request)
+    previous = _previous(client, devices, request)
     before = next((release for release in trust.releases if release.name.path == previous), None)
-    lacking = _lacking(client, boards, manifest, request.instance)
+    lacking = _lacking(client, devices, manifest, request.instance)
     excluded = tuple(
-        entry for board in boards if (entry := unfit(board, manifest) or lacking.get(board.id)) is not None
+        entry for device in devices if (entry := unfit(device, manifest) or lacking.get(device.id)) is not None
     )
-    flight = Preflight(
-        waves=_waves(request.waves, [board for board in boards if board.id not in {each.device for each in excluded}]),
+    preflight = Preflight(
+        waves=_waves(
+            request.waves, [device for device in devices if device.id not in {each.device for each in excluded}]
+        ),
         excluded=excluded,
         new_grants=new_grants(manifest.grants, None if before is None else before.manifest.grants),
         previous=previous,
-        warnings=tuple(f"{board.id} is offline and gets it when it is back" for board in boards if not board.online),
+        warnings=tuple(
+            f"{device.id} is offline and gets it when it is back" for device in devices if not device.online
+        ),
     )
     if options.json:
-        output.show_json(flight)
+        output.show_json(preflight)
     else:
-        _show_preflight(prepared, manifest, who, flight)
-    return Exit.OK if any(flight.waves) or not boards else Exit.FAILED
+        _show_preflight(prepared, manifest, who, preflight)
+    return Exit.OK if any(preflight.waves) or not devices else Exit.FAILED
 
 
-def _offered_devices(client: Client, devices: Sequence[DeviceRow], request: RolloutRequest) -> list[DeviceRow]:
+def _offered_devices(client: Client, request: RolloutRequest) -> list[DeviceRow]:
     if request.device:
         return [client.device(request.device).row]
-    return [row for row in devices if request.group in row.groups]
+    return [row for row in client.devices().devices if request.group in row.groups]
 
 
-def _previous(client: Client, boards: Sequence[DeviceRow], request: RolloutRequest) -> str:
+def _previous(client: Client, devices: Sequence[DeviceRow], request: RolloutRequest) -> str:
     if request.device:
-        running = [instance for board in boards for instance in board.instances]
+        running = [instance for device in devices for instance in device.instances]
         return next((each.target for each in running if each.instance == request.instance), "")
     for group in client.groups().groups:
         if group.name == request.group:
@@ -393,20 +396,20 @@ def _previous(client: Client, boards: Sequence[DeviceRow], request: RolloutReque
     return ""
 
 
-def unfit(board: DeviceRow, manifest: Manifest) -> Excluded | None:
-    """Explain why a device could not run the component; None when it could as far as is known."""
-    if board.revoked:
-        return Excluded(device=board.id, reason="it is revoked")
-    if manifest.arch and board.machine and board.machine not in manifest.arch:
+def unfit(device: DeviceRow, manifest: Manifest) -> Excluded | None:
+    """Explain why a device could not run the component; None when nothing speaks against it."""
+    if device.revoked:
+        return Excluded(device=device.id, reason="it is revoked")
+    if manifest.arch and device.machine and device.machine not in manifest.arch:
         return Excluded(
-            device=board.id, reason=f"it is {board.machine}, the component is for {', '.join(manifest.arch)}"
+            device=device.id, reason=f"it is {device.machine}, the component is for {', '.join(manifest.arch)}"
         )
-    if board.versions.host and not board.versions.engine:
-        return Excluded(device=board.id, reason="it has no engine")
+    if device.versions.host and not device.versions.engine:
+        return Excluded(device=device.id, reason="it has no engine")
     return None
 
 
-def _lacking(client: Client, boards: Sequence[DeviceRow], manifest: Manifest, instance: str) -> dict[str, Excluded]:
+def _lacking(client: Client, devices: Sequence[DeviceRow], manifest: Manifest, instance: str) -> dict[str, Excluded]:
     """Find the devices that lack a secret which the component requires."""
     needed = [name for name, key in manifest.secrets.items() if key.required]
     if not needed:
@@ -415,15 +418,15 @@ def _lacking(client: Client, boards: Sequence[DeviceRow], manifest: Manifest, in
     found: dict[str, Excluded] = {}
     for name in needed:
         have = {each.device for each in rows[name].devices} if name in rows else set()
-        for board in boards:
-            if board.id not in have:
-                remedy = f"fleet secret set {name} --device {board.id} --instance {instance}"
-                found[board.id] = Excluded(device=board.id, reason=f"it lacks the secret {name}: {remedy}")
+        for device in devices:
+            if device.id not in have:
+                remedy = f"fleet secret set {name} --device {device.id} --instance {instance}"
+                found[device.id] = Excluded(device=device.id, reason=f"it lacks the secret {name}: {remedy}")
     return found
 
 
 def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:
-    """List what this version may reach and the one before may not."""
+    """List the grants of this version that the one before does not have."""
     known = before or Grants()
     return (
         *(f"interface {name}" for name in wanted.interfaces if not known.allows(name)),
@@ -436,21 +439,23 @@ def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:
     )
 
 
-def _waves(text: str, boards: Sequence[DeviceRow]) -> tuple[tuple[str, ...], ...]:
+def _waves(text: str, devices: Sequence[DeviceRow]) -> tuple[tuple[str, ...], ...]:
     try:
         parsed = model.parse(text)
     except model.BadWavesError as error:
         raise Fault(str(error)) from None
-    order = model.order({board.id: board.online for board in boards})
+    order = model.order({device.id: device.online for device in devices})
     reached = model.sizes(parsed, len(order))
     return tuple(order[start:end] for start, end in zip((0, *reached), reached, strict=False))
 
 
-def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, flight: Preflight) -> None:
+def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, preflight: Preflight) -> None:
     shape = prepared.component
     kind = type(manifest.trigger).__name__.lower()
     now = (
-        f"in place of {output.target(flight.previous)}" if flight.previous else "where nothing runs under that name yet"
+        f"in place of {output.target(preflight.previous)}"
+        if preflight.previous
+        else "where nothing runs under that name yet"
     )
     rows = [
         ("component", f"{prepared.file.name}, {output.size(shape.size_bytes)}, called by {kind} ({manifest.world})"),
@@ -458,9 +463,9 @@ def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, fligh
         ("manifest", str(prepared.manifest_file or "none: inferred, no grants")),
         ("would be", f"{who.namespace}/{manifest.name}@{manifest.version}, {now}"),
     ]
-    rows += [("new grant", grant) for grant in flight.new_grants]
-    rows += [(f"wave {number}", ", ".join(wave) or "nobody") for number, wave in enumerate(flight.waves, 1)]
-    rows += [("excluded", f"{each.device}: {each.reason}") for each in flight.excluded]
-    rows += [("note", warning) for warning in flight.warnings]
+    rows += [("new grant", grant) for grant in preflight.new_grants]
+    rows += [(f"wave {number}", ", ".join(wave) or "nobody") for number, wave in enumerate(preflight.waves, 1)]
+    rows += [("excluded", f"{each.device}: {each.reason}") for each in preflight.excluded]
+    rows += [("note", warning) for warning in preflight.warnings]
     output.facts(rows)
     click.echo("Nothing was changed.")

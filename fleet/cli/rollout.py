@@ -1,8 +1,7 @@
 """`fleet rollouts`, `rollout`, `undo` and `remove`; following a rollout until its outcome is known.
 
-Following draws live bars on a terminal, and prints one line for each change elsewhere. The server is asked by long
-poll, so nothing is drawn without a change. A restart of the server is waited out: the rollout lives in its database and
-on the devices.
+Following draws live bars on a terminal, and prints one line for each change elsewhere. Changes come by long polling.
+Following goes on after a restart of the server: the rollout is in its database and on the devices.
 """
 
 import time
@@ -40,7 +39,7 @@ _STEPS: Final = {
     Phase.COMMITTED: 7,
 }
 _ALL_STEPS: Final = 7
-_TOLD_MAX: Final = 5
+_DETAILS_MAX: Final = 5
 _DECIDED: Final = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED})
 
 
@@ -81,7 +80,7 @@ class _RolloutGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Take a word that is no command for the number of a rollout."""
+        """Take an argument that is no command as the number of a rollout."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             return super().resolve_command(ctx, ["show", *args])
         return super().resolve_command(ctx, args)
@@ -107,10 +106,10 @@ def show(options: Options, *, number: str, following: bool) -> Exit:
         output.show_json(view)
         return Exit.OK
     if output.console().is_terminal:
-        output.console().print(picture(view, boards_max=1000))
+        output.console().print(picture(view, devices_max=1000))
     else:
         click.echo(title(view))
-        rows = [(f"  {board.device}", f"wave {board.wave}", standing(board)) for board in view.devices]
+        rows = [(f"  {entry.device}", f"wave {entry.wave}", progress_of(entry)) for entry in view.devices]
         output.table(("  DEVICE", "WAVE", "STATE"), rows, empty="  no devices")
     click.echo()
     reason = output.first_line(view.reason)
@@ -212,7 +211,7 @@ def remove(
 
 
 def follow(client: "Client", view: RolloutView, options: Options) -> Exit:
-    """Show the rollout until it is decided, and say how it went.
+    """Show the rollout until it is decided, and print its outcome.
 
     Raises:
         UnreachableError: the server stayed unreachable for more than a minute.
@@ -237,19 +236,19 @@ def follow(client: "Client", view: RolloutView, options: Options) -> Exit:
 
 
 def conclude(view: RolloutView, options: Options) -> Exit:
-    """Print how a decided rollout went; returns its exit code."""
+    """Print the outcome of a decided rollout, and return its exit code."""
     if options.json:
         output.show_json(view)
         return Exit.OK if view.state is RolloutState.SUCCEEDED else Exit.FAILED
     if view.state is RolloutState.SUCCEEDED:
         output.say(options, summary(view))
         return Exit.OK
-    bad = [board for board in view.devices if board.outcome in {Outcome.FAILED, Outcome.REFUSED}]
-    for board in bad[:_TOLD_MAX]:
-        click.echo(f"\n{board.device}:", err=True)
-        for line in _told(board):
+    bad = [entry for entry in view.devices if entry.outcome in {Outcome.FAILED, Outcome.REFUSED}]
+    for entry in bad[:_DETAILS_MAX]:
+        click.echo(f"\n{entry.device}:", err=True)
+        for line in _details(entry):
             click.echo(f"  {line}", err=True)
-    reason = "; ".join(f"{board.device} {standing(board)}" for board in bad[:1]) or view.reason
+    reason = "; ".join(f"{entry.device} {progress_of(entry)}" for entry in bad[:1]) or view.reason
     raise Fault(
         f"rollout {view.number} {view.state}",
         reason or "the rollout did not reach every device",
@@ -258,14 +257,14 @@ def conclude(view: RolloutView, options: Options) -> Exit:
     )
 
 
-def _told(board: RolloutDevice) -> list[str]:
+def _details(entry: RolloutDevice) -> list[str]:
     """Return a device's message about its failure, and the last log lines of the instance."""
-    message = [line.rstrip() for line in board.message.splitlines() if line.strip()]
-    return [*(message or ["the device gave no reason"]), *(f"| {line}" for line in board.log)]
+    message = [line.rstrip() for line in entry.message.splitlines() if line.strip()]
+    return [*(message or ["the device gave no reason"]), *(f"| {line}" for line in entry.log)]
 
 
 def revisions(client: "Client", view: RolloutView) -> Iterator[RolloutView]:
-    """Yield the rollout as it is, then each change, up to the one that decides it."""
+    """Yield the rollout now and after each change, until it is decided."""
     yield view
     while view.state in OPEN_STATES:
         latest = _next_revision(client, view)
@@ -275,7 +274,7 @@ def revisions(client: "Client", view: RolloutView) -> Iterator[RolloutView]:
 
 
 def _next_revision(client: "Client", view: RolloutView) -> RolloutView:
-    """Wait for a change; a server that is away may come back."""
+    """Wait for a change; retry while the server is unreachable."""
     from fleet.client import UnreachableError  # noqa: PLC0415 - httpx is not for --help
 
     until = time.monotonic() + GONE_S
@@ -294,10 +293,10 @@ def _lines(client: "Client", view: RolloutView) -> RolloutView:
     states = {view.state}
     for latest in revisions(client, view):
         view = latest
-        for board in view.devices:
-            line = f"{board.device}  {standing(board)}"
-            if board.outcome is not Outcome.PENDING and seen.get(board.device) != line:
-                seen[board.device] = line
+        for entry in view.devices:
+            line = f"{entry.device}  {progress_of(entry)}"
+            if entry.outcome is not Outcome.PENDING and seen.get(entry.device) != line:
+                seen[entry.device] = line
                 click.echo(f"  {line}")
         if view.state not in states and view.state in OPEN_STATES:
             click.echo(f"  {view.state}{': ' + view.reason if view.reason else ''}")
@@ -313,81 +312,81 @@ def _live(client: "Client", view: RolloutView) -> RolloutView:
     return view
 
 
-def picture(view: RolloutView, *, boards_max: int = 24) -> Group:
+def picture(view: RolloutView, *, devices_max: int = 24) -> Group:
     """Draw a title and a bar for each device; with many devices, the undecided ones first."""
-    boards = view.devices
-    if len(boards) > boards_max:
-        boards = tuple(sorted(boards, key=lambda board: board.outcome in {Outcome.SUCCEEDED, Outcome.PENDING}))
+    devices = view.devices
+    if len(devices) > devices_max:
+        devices = tuple(sorted(devices, key=lambda entry: entry.outcome in {Outcome.SUCCEEDED, Outcome.PENDING}))
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(width=20)
     grid.add_column(overflow="fold")
-    for board in boards[:boards_max]:
-        grid.add_row(Text(f"  {board.device}"), bar(board), output.state(standing(board)))
-    hidden = len(boards) - boards_max
+    for entry in devices[:devices_max]:
+        grid.add_row(Text(f"  {entry.device}"), bar(entry), output.state(progress_of(entry)))
+    hidden = len(devices) - devices_max
     foot = [Text(f"  and {hidden} more", style="dim")] if hidden > 0 else []
     if view.state is RolloutState.PAUSED:
         foot.append(Text(f"  paused: 'fleet rollout resume {view.number}' goes on", style="yellow"))
     return Group(Text(title(view), style="bold"), grid, *foot)
 
 
-def bar(board: RolloutDevice) -> ProgressBar:
+def bar(entry: RolloutDevice) -> ProgressBar:
     """Draw a device's progress through the steps of an update."""
-    match board.outcome:
+    match entry.outcome:
         case Outcome.SUCCEEDED:
             done, style = float(_ALL_STEPS), "green"
         case Outcome.FAILED | Outcome.REFUSED:
             done, style = float(_ALL_STEPS), "red"
         case _:
-            done, style = steps(board), "cyan"
+            done, style = steps(entry), "cyan"
     return ProgressBar(
         total=_ALL_STEPS, completed=done, complete_style=style, finished_style=style, style="bright_black"
     )
 
 
-def steps(board: RolloutDevice) -> float:
+def steps(entry: RolloutDevice) -> float:
     """Count the steps done, with the percentage of the current one as a fraction."""
-    reached = _STEPS.get(board.phase, 0) if board.phase is not None else 0
+    reached = _STEPS.get(entry.phase, 0) if entry.phase is not None else 0
     if not reached:
         return 0.0
-    return reached - 1 + (board.progress or 0) / 100 if board.phase is not Phase.COMMITTED else float(_ALL_STEPS)
+    return reached - 1 + (entry.progress or 0) / 100 if entry.phase is not Phase.COMMITTED else float(_ALL_STEPS)
 
 
 def title(view: RolloutView) -> str:
-    """Describe the rollout in one line: what is offered to whom."""
+    """Describe the rollout in one line: change and devices."""
     where = f"group {view.group}" if view.group else f"device {view.device}"
     what = f"{output.target(view.target)} as {view.instance}" if view.target else f"removal of {view.instance}"
     waves = f", waves {', '.join(wave.text for wave in view.waves)}" if len(view.waves) > 1 else ""
-    boards = len(view.devices)
-    return f"Rollout {view.number}: {what} to {where} ({boards} device{'' if boards == 1 else 's'}{waves})"
+    count = len(view.devices)
+    return f"Rollout {view.number}: {what} to {where} ({count} device{'' if count == 1 else 's'}{waves})"
 
 
-def standing(board: RolloutDevice) -> str:
+def progress_of(entry: RolloutDevice) -> str:
     """Describe a device's progress in a few words."""
-    match board.outcome:
+    match entry.outcome:
         case Outcome.SUCCEEDED:
-            took = f" in {_seconds(board)}" if _seconds(board) else ""
-            unexercised = "" if board.exercised else ", with few calls so far"
+            took = f" in {_seconds(entry)}" if _seconds(entry) else ""
+            unexercised = "" if entry.exercised else ", with few calls so far"
             return f"succeeded{took}{unexercised}"
         case Outcome.FAILED | Outcome.REFUSED:
-            code = f" ({board.code})" if board.code is not None else ""
-            return f"rolled back{code}" if board.phase is Phase.ROLLED_BACK else f"{board.outcome}{code}"
-        case Outcome.IN_PROGRESS if board.phase is not None:
-            percent = f" {board.progress} %" if board.progress is not None else ""
-            retry = f", retrying: {board.message}" if board.retrying and board.message else ""
-            return f"{board.phase}{percent}{retry}"
+            code = f" ({entry.code})" if entry.code is not None else ""
+            return f"rolled back{code}" if entry.phase is Phase.ROLLED_BACK else f"{entry.outcome}{code}"
+        case Outcome.IN_PROGRESS if entry.phase is not None:
+            percent = f" {entry.progress} %" if entry.progress is not None else ""
+            retry = f", retrying: {entry.message}" if entry.retrying and entry.message else ""
+            return f"{entry.phase}{percent}{retry}"
         case Outcome.WAITING:
-            return "waiting" if board.online else "waiting: the device is offline"
+            return "waiting" if entry.online else "waiting: the device is offline"
         case Outcome.DEFERRED:
-            return f"deferred: {board.message}" if board.message else "deferred"
+            return f"deferred: {entry.message}" if entry.message else "deferred"
         case _:
-            return str(board.outcome)
+            return str(entry.outcome)
 
 
 def summary(view: RolloutView) -> str:
     """Describe a succeeded rollout in one line."""
-    done = [board for board in view.devices if board.outcome is Outcome.SUCCEEDED]
-    stragglers = [board.device for board in view.devices if board.outcome not in _DECIDED]
+    done = [entry for entry in view.devices if entry.outcome is Outcome.SUCCEEDED]
+    stragglers = [entry.device for entry in view.devices if entry.outcome not in _DECIDED]
     took = ""
     if view.ended_at is not None:
         took = f" after {(view.ended_at - view.created_at).total_seconds():.1f} s"
@@ -396,14 +395,14 @@ def summary(view: RolloutView) -> str:
     return f"Rollout {view.number} succeeded{took}: {len(done)} of {len(view.devices)} devices {verb}{rest}"
 
 
-def _seconds(board: RolloutDevice) -> str:
-    if board.offered_at is None or board.ended_at is None:
+def _seconds(entry: RolloutDevice) -> str:
+    if entry.offered_at is None or entry.ended_at is None:
         return ""
-    return f"{(board.ended_at - board.offered_at).total_seconds():.1f} s"
+    return f"{(entry.ended_at - entry.offered_at).total_seconds():.1f} s"
 
 
 def _next_step(view: RolloutView) -> str:
-    failed = [board.device for board in view.devices if board.outcome in {Outcome.FAILED, Outcome.REFUSED}]
+    failed = [entry.device for entry in view.devices if entry.outcome in {Outcome.FAILED, Outcome.REFUSED}]
     if failed:
         return f"run 'fleet why {failed[0]}'"
     if view.state is RolloutState.SUPERSEDED:

@@ -1,7 +1,7 @@
-"""`fleet secret`: give devices secrets, see which device has which, take them away.
+"""`fleet secret`: set, rotate, list and remove secrets of devices.
 
 A value is read from standard input, a file, or typed; it is never an argument, which every process of the machine could
-read. With `--seal-here` it leaves this machine only in boxes that single devices can open.
+read. With `--seal-here` it leaves this machine only in boxes, each of which a single device can open.
 """
 
 import base64
@@ -118,8 +118,8 @@ def _tell(options: Options, reply: SecretReply, *, here: bool) -> None:
         return
     count = len(reply.devices)
     where = "here; the server has not seen it" if here else "by the server, which has forgotten it"
-    boards = f"{count} device{'' if count == 1 else 's'}"
-    output.say(options, f"{reply.instance}/{reply.name} version {reply.version} for {boards}, sealed {where}.")
+    devices = f"{count} device{'' if count == 1 else 's'}"
+    output.say(options, f"{reply.instance}/{reply.name} version {reply.version} for {devices}, sealed {where}.")
     for device in reply.unsealable:
         click.echo(
             f"  {device} has no sealing key, so it lacks the secret: enrol it anew, with 'fleet-agent enroll --force'"
@@ -174,24 +174,24 @@ def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
         )
     memory = trust_store.load_devices(who.trust)
     boxes = []
-    for board in keys.devices:
+    for entry in keys.devices:
         try:
             key, fingerprint = proved(
-                board.proof.encode(), certificate=board.certificate_pem.encode(), fleet=who.fleet, device=board.device
+                entry.proof.encode(), certificate=entry.certificate_pem.encode(), fleet=who.fleet, device=entry.device
             )
         except Rejected as error:
             raise Fault(
-                f"cannot seal for {board.device}: its sealing key is not proved",
+                f"cannot seal for {entry.device}: its sealing key is not proved",
                 error.message,
                 "enrol it anew if it enrolled with an older agent; otherwise do not trust this server",
                 code=Exit.REFUSED,
             ) from None
-        trust_store.check_device_key(memory, board.device, fingerprint)
+        trust_store.check_device_key(memory, entry.device, fingerprint)
         purpose = Purpose(
-            fleet=who.fleet, device=board.device, instance=keys.instance, name=keys.name, version=keys.version
+            fleet=who.fleet, device=entry.device, instance=keys.instance, name=keys.name, version=keys.version
         )
         box = sealing.seal(value, recipient=key, purpose=purpose)
-        boxes.append(Box(device=board.device, box=base64.b64encode(box).decode()))
+        boxes.append(Box(device=entry.device, box=base64.b64encode(box).decode()))
     trust_store.save_devices(who.trust, memory)
     if not boxes:
         raise Fault("cannot seal the secret", "no device is there yet", "run fleet secret set once one has joined")
@@ -247,15 +247,15 @@ def remove(options: Options, *, name: str, **how: Any) -> None:
 
 
 def check_needed(client: Client, *, instance: str, required: tuple[str, ...], group: str, device: str) -> None:
-    """Check that some device there has every required secret; raises `Fault`."""
+    """Check that some device there has every required secret. Raises `Fault`."""
     if not required:
         return
     rows = {row.name: row for row in client.secrets().secrets if row.instance == instance}
     members = {row.id for row in client.devices().devices if not row.revoked and group in row.groups}
-    boards = {device} if device else members
+    owners = {device} if device else members
     for name in required:
         row = rows.get(name)
-        if boards and not (row is not None and boards & {each.device for each in row.devices}):
+        if owners and not (row is not None and owners & {each.device for each in row.devices}):
             where = f"--device {device}" if device else f"--group {group}"
             raise Fault(
                 f"{instance} needs the secret {name}",

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def _server_parts(what: str) -> Iterator[None]:
-    """Guard imports of the server's parts, which an operator's machine may lack; raises `Fault`."""
+    """Guard imports of the server's parts, which an operator's machine may lack. Raises `Fault`."""
     try:
         yield
     except ImportError as error:
@@ -354,7 +354,7 @@ def rebuild(
         )
         return Exit.FAILED
     memory = load_devices(who.trust)
-    boards = {
+    devices = {
         device: rebuilding.Known(
             key=seen.key,
             groups=memory.places[device].groups if device in memory.places else (),
@@ -363,7 +363,7 @@ def rebuild(
         for device, seen in memory.devices.items()
     }
     root = open_root(who)
-    made = done(lambda: rebuilding.finish(place, event, root, devices=boards, now=now))
+    made = done(lambda: rebuilding.finish(place, event, root, devices=devices, now=now))
     if options.json:
         output.show_json({"url": made.url, "devices": made.devices, "admitted": made.admitted, "lost": made.lost})
         return Exit.OK

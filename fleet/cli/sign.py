@@ -131,7 +131,7 @@ class _Mover:
         self.replaced: list[str] = []
 
     def change(self, size: str, people: tuple[str, ...], threshold: int) -> tuple[Change, str]:
-        """Return the new keys of each role, and the words of a recovery key if one was made."""
+        """Return the new keys of each role, and the text of a recovery key if one was made."""
         ring, files = self._ceremony.ring, self._ceremony.files
         change, words = Change(), ""
         if self._ceremony.trust.development:
@@ -166,7 +166,7 @@ class _Mover:
         return entry.key
 
     def undo(self) -> None:
-        """Remove the keys that were made: nothing was published."""
+        """Remove the new keys, as nothing was published."""
         for name in self.made:
             self._ceremony.ring.file(name).unlink(missing_ok=True)
             self._ceremony.ring.forget(name)
@@ -227,7 +227,7 @@ def status(options: Options, *, fail_within: str | None) -> Exit:
 
 
 def online_or_none(client: Client) -> OnlineView | None:
-    """Fetch where snapshot and timestamp are signed; None from a server that has no such route."""
+    """Fetch the state of online signing; None from a server without that route."""
     try:
         return client.online()
     except ProblemError:
@@ -240,7 +240,7 @@ def _rows(ceremony: Ceremony) -> Any:
         try:
             version, data = repository.latest(files, role)
         except RepositoryError:
-            continue  # a namespace whose publisher has signed nothing yet
+            continue  # the namespace's publisher has signed nothing yet
         keys = rotation.keys_of(files, role)
         yield {
             "role": role,

@@ -1,7 +1,7 @@
-"""Changes of trust: shown in words, signed with the keys of this machine, published or mailed on.
+"""Changes of trust: described, signed with the keys of this machine, published or saved for others.
 
-`Ceremony` carries an event through. `Change` and the functions after it turn what a person asks for into the keys that
-each role has afterwards: pure, without files, server or questions. `read_team` to `show_recovery` hand root to several
+`Ceremony` carries out an event. `Change` and the functions after it turn a request into the keys of each role: pure,
+without files, server or questions. `read_team` to `show_recovery` hand root to several
 people, for `fleet init` and `fleet sign move`.
 """
 
@@ -72,13 +72,13 @@ class Ceremony:
         """Sign the event, shown before, with every key of this keyring that counts.
 
         Args:
-            event: as proposed, or signed by others already.
+            event: as proposed, possibly signed by others.
             extra: keys that are not in the keyring.
             yes: do not ask.
-            using: the name of the one key to sign with, empty for all that count.
+            using: name of the only key to sign with, empty for every key that counts.
 
         Raises:
-            Fault: none of them counts.
+            Fault: no key of this keyring counts.
         """
         mine = [each for each in self._able(event) if not using or each.name == using]
         others = [each for each in extra if any(each.public_key.keyid in w.keyids for w in self.missing(event))]
@@ -99,7 +99,7 @@ class Ceremony:
     def carry_through(
         self, event: Event, *, extra: Sequence[Signer] = (), yes: bool = False, to: Path | None = None
     ) -> bool:
-        """Show and sign an event, then publish it, or save it for others to sign. True when published."""
+        """Show and sign an event, then publish it, or save it for others to sign; return True when published."""
         self.show(event)
         event = self.sign(event, extra=extra, yes=yes)
         lacking = self.missing(event)
@@ -112,7 +112,7 @@ class Ceremony:
         return True
 
     def publish(self, event: Event) -> None:
-        """Upload an event that enough have signed, and remember what it made."""
+        """Upload an event with enough signatures, and refresh the verified state."""
         assert isinstance(self.client, Client)
         reply = self.client.publish_event(event.encode())
         self.trust.refresh()
@@ -150,19 +150,19 @@ class Ceremony:
 
 
 def load(path: Path) -> Event:
-    """Read an event from a file; raises `Fault`."""
+    """Read an event from a file. Raises `Fault`."""
     with signing_faults():
         return events.decode(read_file(path, events.MAX_BYTES))
 
 
 def merged(paths: Sequence[Path]) -> Event:
-    """Merge copies of an event that different people signed; raises `Fault`."""
+    """Merge copies of an event that different people signed. Raises `Fault`."""
     with signing_faults():
         return events.merge(*(load(path) for path in paths))
 
 
 def save(path: Path, event: Event) -> None:
-    """Write an event's file; raises `Fault`."""
+    """Write an event's file. Raises `Fault`."""
     write_file(path, event.encode(), "choose another --out")
 
 
@@ -178,13 +178,13 @@ def signing_faults() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Replace characters that could move a terminal's cursor: an event comes by mail."""
+    """Replace characters that could move a terminal's cursor: events are untrusted files."""
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Roles that get other keys."""
+    """Roles with new keys, and these keys."""
 
     roles: Mapping[str, RoleKeys] = field(default_factory=dict)
     director: RoleKeys | None = None
@@ -218,10 +218,10 @@ def replaced(
     Args:
         files: the repository's.
         role: of root, the director, or a namespace, which may be new.
-        mine: ids of this person's keys: without `to`, those of the role are replaced by a new one.
-        to: exactly these, empty for none named.
-        make: makes the new key.
-        threshold: None to keep it.
+        mine: ids of this person's keys; without `to`, a new key replaces those of the role.
+        to: the keys to give it; empty for a new one.
+        make: function that makes the new key.
+        threshold: number of required signatures; None to keep it.
 
     Raises:
         Fault: none of the role's keys is this person's, and none was named.
@@ -248,7 +248,7 @@ def without(files: Mapping[str, bytes], keyid: str) -> Change:
     """Take a key out of every role.
 
     Raises:
-        Fault: it signs nothing, or a role would be left with too few.
+        Fault: no role has the key, or a role would have too few keys left.
     """
     change, found = Change(), False
     for role in (*TOP, DIRECTOR, *repository.namespaces(files)):
@@ -276,7 +276,7 @@ def for_pipeline(
     """Add a pipeline's key with an end to a namespace, made if need be; drop keys that have ended.
 
     Raises:
-        Fault: it has no ceiling, and none was given.
+        Fault: the namespace has no ceiling, and none was given.
     """
     if name in repository.namespaces(files):
         before = rotation.namespace_of(files, name)
@@ -318,7 +318,7 @@ def read_team(files: Sequence[Path], threshold: int) -> Team:
 
 
 def team_keys(people: tuple[Key, ...], threshold: int) -> RoleKeys:
-    """Put root into the hands of several people; raises `Fault` when they are too few."""
+    """Put root into the hands of several people. Raises `Fault` when they are too few."""
     if len(people) < TEAM_KEYS or threshold < TEAM_THRESHOLD:
         raise Fault(
             f"a team's root needs {TEAM_THRESHOLD} of {TEAM_KEYS} people or more",

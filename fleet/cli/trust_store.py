@@ -1,7 +1,7 @@
 """Memory of an operator's machine: the verified repository, and the key first seen of each device.
 
-`TrustStore` verifies the repository from the root pinned on this machine. `DeviceMemory` holds what a server shows of
-devices against what it showed before.
+`TrustStore` verifies the repository from the root pinned on this machine. `DeviceMemory` keeps the keys and states of
+devices as first and last seen, so that a server cannot change them unnoticed.
 """
 
 import contextlib
@@ -51,12 +51,12 @@ class TrustStore:
     """Repository as this operator's machine verified it, from the pinned root; remembered between commands.
 
     Args:
-        who: whose memory and namespace.
+        who: the operator, whose stored state and namespace are used.
         client: a connection to the server.
-        expired: accept expired metadata: to report it and to sign it anew, never to publish into it.
+        expired: accept expired metadata, to report it and to renew it, never to publish into it.
 
     Raises:
-        Fault: the root is missing, or what the server shows does not verify.
+        Fault: the root is missing, or the repository does not verify.
     """
 
     def __init__(self, who: Operator, client: Client | Cached, *, expired: bool = False) -> None:
@@ -73,14 +73,14 @@ class TrustStore:
         self.refresh()
 
     def refresh(self) -> None:
-        """Bring everything up to date with the server."""
+        """Update the verified state from the server."""
         now = _LONG_AGO if self._expired else self._states.load().time(datetime.now(UTC))
         with _verifying():
             self._updater.refresh(now)
         self._files = self._ask(lambda trusted: trusted.files(bins=False))
 
     def _ask(self, question: Callable[[TrustedMetadata], T | FileRequest]) -> T:
-        """Answer a question out of the verified repository."""
+        """Answer a query from the verified repository."""
         with _verifying():
             return self._updater.ask(question)
 
@@ -91,18 +91,18 @@ class TrustStore:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Root, targets and the namespaces' roles with all their hash bins, as verified."""
+        """Verified files of root, targets and namespaces, with all hash bins."""
         return self._ask(lambda trusted: trusted.files())
 
     def expired(self) -> list[str]:
-        """Describe what of root, targets, snapshot and timestamp has expired."""
+        """Return sentences about expired roles among root, targets, snapshot and timestamp."""
         now = datetime.now(UTC)
         roles = self._updater.trusted.expiries().items()
         return [f"{role} expired on {at:%Y-%m-%d}" for role, at in roles if at <= now]
 
     @property
     def heads(self) -> dict[str, bytes]:
-        """Root, targets and the namespaces' roles without hash bins, which are many files."""
+        """Verified files of root, targets and namespaces, without the many files of hash bins."""
         return dict(self._files)
 
     def holder(self, path: str) -> tuple[str, bytes]:
@@ -111,7 +111,7 @@ class TrustStore:
         return file.name.partition(".")[2].removesuffix(".json"), file.data
 
     def release(self, path: str) -> Release | None:
-        """Return what is published under a target path; None for nothing, or what was revoked."""
+        """Return the release under a target path; None for none, or a revoked one."""
         with _verifying():
             found = self._updater.find(path)
             if found is None or found.revoked or found.target is None:
@@ -119,7 +119,7 @@ class TrustStore:
             return policy.release_of(path, found.target)
 
     def published(self, path: str) -> Release | None:
-        """Return what was signed under a target path, revoked since or not; None for nothing."""
+        """Return the release that was signed under a target path, even if revoked since; None for none."""
         with _verifying():
             found = self._updater.find(path)
             return None if found is None or found.target is None else policy.release_of(path, found.target)
@@ -143,7 +143,7 @@ class TrustStore:
         """Signers of this operator's namespace.
 
         Raises:
-            Fault: there is no such namespace.
+            Fault: the namespace does not exist.
         """
         if self._who.namespace not in repository.namespaces(self._files):
             raise Fault(
@@ -170,14 +170,14 @@ class TrustStore:
 
 
 class _OperatorState(FileState):
-    """`operator/trust/facts.json`, shared by all commands on this machine."""
+    """Verifier state in `operator/trust/facts.json`, shared by all commands on this machine."""
 
     def __init__(self, path: Path, *, lock: Path) -> None:
         super().__init__(path, lock=lock)
         self._file = path
 
     def load(self) -> VerifierState:
-        """See `StateStore`. Raises `Fault` for a damaged file."""
+        """Load the state, see `StateStore`. Raises `Fault` for a damaged file."""
         try:
             return super().load()
         except wire.JSON_ERRORS as error:
@@ -190,7 +190,7 @@ class _OperatorState(FileState):
 
 @contextlib.contextmanager
 def _verifying() -> Iterator[None]:
-    """Turn a refusal of what the server shows into a `Fault`."""
+    """Turn a rejection of the server's files into a `Fault`."""
     try:
         yield
     except Rejected as error:
@@ -210,7 +210,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceMemory(msgspec.Struct):
-    """Content of `operator/trust/devices.json`: what was seen of each device, by device id."""
+    """Content of `operator/trust/devices.json`: first key and newest report of each device, by device id."""
 
     devices: dict[str, Seen] = {}
     places: dict[str, Place] = {}
@@ -224,7 +224,7 @@ class _DeviceMemoryBefore(msgspec.Struct):
 
 
 def load_devices(trust: Path) -> DeviceMemory:
-    """Read what this machine remembers of the devices, from the operator's directory `trust`.
+    """Read the memory of devices from the operator's directory `trust`.
 
     Raises:
         Fault: the file cannot be read.
@@ -248,7 +248,7 @@ def load_devices(trust: Path) -> DeviceMemory:
 
 
 def save_devices(trust: Path, memory: DeviceMemory) -> None:
-    """Write what `load_devices` reads back.
+    """Write the memory of devices.
 
     Raises:
         Fault: the file cannot be written.
@@ -266,7 +266,7 @@ def check_device_key(memory: DeviceMemory, device: str, fingerprint: str) -> Non
     """Compare a device's key with the one first seen, or remember it from now on.
 
     Raises:
-        Fault: it is another.
+        Fault: the key is another one.
     """
     seen = memory.devices.get(device)
     if seen is not None and seen.key and seen.key != fingerprint:

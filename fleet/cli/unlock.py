@@ -1,4 +1,4 @@
-"""Private keys of the person at this machine: the keyring, and passphrases from the environment or the terminal."""
+"""Private keys of an operator: keyring, passphrases from the environment or the terminal."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ def keyring(who: Operator) -> Keyring:
 
 
 def ask(what: str) -> bytes | None:
-    """Ask for the passphrase of a key file or the PIN of a token; None when there is nobody to ask."""
+    """Ask for the passphrase of a key file or the PIN of a token; None when there is no terminal."""
     given = os.environ.get(PIN_VARIABLE if what.startswith("the token") else PASSPHRASE_VARIABLE)
     if given:
         return given.encode()
@@ -60,7 +60,7 @@ def free_key_file(directory: Path, role: str) -> Path:
 
 
 def open_key(ring: Keyring, entry: Entry) -> Signer:
-    """Open a private key of this person's; raises `Fault`."""
+    """Open a private key of the operator. Raises `Fault`."""
     try:
         return ring.open(entry, ask)
     except KeyFileError as error:
@@ -74,11 +74,11 @@ def publishing_key(who: Operator, trusted: Iterable[str]) -> Signer:
     else `keys/<namespace>.pem`.
 
     Args:
-        who: whose keyring and namespace.
+        who: the operator, whose keyring and namespace are used.
         trusted: ids of the namespace's keys, as verified.
 
     Raises:
-        Fault: there is none, it is not trusted with the namespace, or its passphrase is wrong.
+        Fault: there is no key, the namespace does not trust it, or its passphrase is wrong.
     """
     known = set(trusted)
     why = f"only a key of the namespace {who.namespace} can publish in it"
