@@ -24,12 +24,12 @@ BROKERS: Final = ("auto", "mosquitto", "embedded")
 
 
 class HomeError(Exception):
-    """A home that cannot be used; one line: what, why, what to do."""
+    """The home cannot be used; one line says what, why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Address that something listens on or is reached at."""
+    """Address of a listener, or of a peer."""
 
     host: str
     port: int
@@ -39,7 +39,7 @@ class Address:
         """Read `host:port` or `[v6]:port`.
 
         Raises:
-            HomeError: it is neither.
+            HomeError: the text has neither form.
         """
         host, colon, port = text.rpartition(":")
         host = host.strip("[]")
@@ -49,7 +49,7 @@ class Address:
 
     @property
     def loopback(self) -> bool:
-        """Tell whether only this machine reaches it."""
+        """Tell whether the address is reachable only from this machine."""
         return is_loopback(self.host)
 
     def __str__(self) -> str:
@@ -62,11 +62,11 @@ class ServerConfig:
 
     Attributes:
         size: `dev`, `solo` or `team`.
-        host: the name or address under which devices reach this machine.
+        host: name or address under which devices reach this machine.
         operators, devices, mqtt: where the listeners bind, `host:port`.
         broker: `auto` (Mosquitto when it is on PATH, else the embedded one in a development fleet), `mosquitto`,
-            `embedded`, or `mqtts://host:port` of one that somebody else runs.
-        keep_days: how long reports and events are kept.
+            `embedded`, or `mqtts://host:port` of an external one.
+        keep_days: days for which reports and events are kept.
     """
 
     fleet: str
@@ -87,24 +87,24 @@ class ServerConfig:
 
     @property
     def operators_url(self) -> str:
-        """The API for operators and enrolment, as devices and operators reach it."""
+        """URL of the API for operators and enrolment."""
         return f"https://{self._reach(self.operators, 'operators')}"
 
     @property
     def devices_url(self) -> str:
-        """The API for enrolled devices."""
+        """URL of the API for enrolled devices."""
         return f"https://{self._reach(self.devices, 'devices')}"
 
     @property
     def mqtt_urls(self) -> tuple[str, ...]:
-        """The broker's addresses, in the order to try."""
+        """URLs of the broker, in the order to try."""
         if self.external_broker is not None:
             return (f"mqtts://{self.external_broker}",)
         return (f"mqtts://{self._reach(self.mqtt, 'mqtt')}",)
 
     @property
     def external_broker(self) -> Address | None:
-        """The broker that somebody else runs; None for one of our own."""
+        """Address of an external broker; None for the server's own."""
         if self.broker in BROKERS:
             return None
         return Address.parse(self.broker.removeprefix("mqtts://"), "broker")
@@ -113,7 +113,7 @@ class ServerConfig:
         return Address(self.host, Address.parse(bind, what).port)
 
     def dump(self) -> str:
-        """As TOML."""
+        """Render as TOML."""
         lines = (f"{name} = {_toml(value)}" for name, value in asdict(self).items())
         return "# How this server runs. Restart `fleet serve` after a change.\n" + "\n".join(lines) + "\n"
 
@@ -122,7 +122,7 @@ class ServerConfig:
         """Read `server.toml`.
 
         Raises:
-            HomeError: missing, not TOML, an unknown key, a value that cannot be meant, or of another version.
+            HomeError: missing, not TOML, of another version, or with an unknown key or an invalid value.
         """
         try:
             values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -153,7 +153,7 @@ class ServerConfig:
         return config
 
     def check(self) -> None:
-        """Refuse values that cannot be meant; raises `HomeError`."""
+        """Refuse invalid values. Raises `HomeError`."""
         try:
             names.check_label(self.fleet, "fleet")
             names.check_label(self.namespace, "namespace")
@@ -170,18 +170,18 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerPaths:
-    """The paths under one home."""
+    """Paths under one home."""
 
     root: Path
 
     @property
     def operator(self) -> Path:
-        """Operator's directory: configuration, token, keys."""
+        """Directory of the operator: configuration, token, keys."""
         return self.root / "operator"
 
     @property
     def server(self) -> Path:
-        """Server's directory."""
+        """Directory of the server."""
         return self.root / "server"
 
     @property
@@ -191,42 +191,42 @@ class ServerPaths:
 
     @property
     def ca(self) -> Path:
-        """The CA's directory."""
+        """Directory of the CA."""
         return self.server / "ca"
 
     @property
     def ca_root(self) -> Path:
-        """The CA's root key, encrypted: the operator's, never on a server of its own."""
+        """Encrypted root key of the CA, which the operator holds, never a separate server."""
         return self.operator / "ca.key"
 
     @property
     def tls(self) -> Path:
-        """The listeners' certificates."""
+        """Directory of the listeners' certificates."""
         return self.server / "tls"
 
     @property
     def keys(self) -> Path:
-        """Director, snapshot, timestamp."""
+        """Directory of the online keys: director, snapshot, timestamp."""
         return self.server / "keys"
 
     @property
     def repository(self) -> Path:
-        """TUF metadata."""
+        """Directory of TUF metadata."""
         return self.server / "repository"
 
     @property
     def artifacts(self) -> Path:
-        """Components by sha256."""
+        """Directory of components, by sha256."""
         return self.server / "artifacts"
 
     @property
     def broker(self) -> Path:
-        """The broker's files."""
+        """Directory of the broker."""
         return self.server / "broker"
 
     @property
     def database(self) -> Path:
-        """The store."""
+        """File of the store."""
         return self.server / "fleet.db"
 
 

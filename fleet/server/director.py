@@ -1,9 +1,8 @@
 """Director: signs each device's assignment, freshness statements and commands.
 
 An assignment is a function of the store: settled values, pins and the rollouts offered to the device. The director
-signs again only when the content changes, or before the assignment expires. Its version is one more than the larger
-of what is stored here and what the device says it accepted, so that a restored database never falls behind its
-devices.
+signs again only when the content changes, or before the assignment expires. The version is one above both the stored
+one and the one that the device reports as accepted, so that a restored database does not fall behind its devices.
 """
 
 import logging
@@ -32,19 +31,19 @@ RENEW_BEFORE: Final = LIFE / 3
 FRESH_LIFE: Final = timedelta(minutes=10)
 COMMAND_LIFE: Final = timedelta(minutes=5)
 _PLAUSIBLE: Final = 2**40
-"""No honest director gets beyond this version of an assignment: 30,000 a second for a year."""
+"""Largest plausible version of an assignment: 30,000 a second for a year."""
 
 Publish = Callable[[Topic, bytes], bool]
 
 
 class _Wanted(msgspec.Struct):
-    """Part of an assignment that `_asked` keeps."""
+    """Part of an assignment that `_asked` compares."""
 
     items: tuple[Item, ...] = ()
 
 
 class SentCommand(NamedTuple):
-    """Command as it was signed; `sent` tells whether the broker took it."""
+    """Signed command; `sent` tells whether the broker accepted it."""
 
     sequence: int
     expires: datetime
@@ -52,11 +51,11 @@ class SentCommand(NamedTuple):
 
 
 class Director:
-    """Signs what devices are told.
+    """Signer of assignments, freshness statements and commands.
 
     Args:
-        publish: hands a message to the broker; false when it is away. Retained topics are kept by the broker.
-        clock: the time, UTC.
+        publish: sends a message to the broker; returns False without a connection.
+        clock: returns the present time, UTC.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Director:
         self._publish, self._clock = publish, clock
 
     def effective(self, device: DeviceRow) -> dict[str, Effective]:
-        """Every instance that the device should or should no longer run, with the source of each value."""
+        """Return the desired value of each instance of a device, also of removed ones, with its source."""
         rollouts = self._store.rollouts
         groups = [
             Group(
@@ -90,10 +89,10 @@ class Director:
         return effective(groups, pins, overlays)
 
     def reconcile(self, device: str, *, renew: bool = False) -> AssignmentRow | None:
-        """Bring the device's assignment up to what it should be, and publish it where it changed.
+        """Sign a device's assignment where its content changed, and publish it.
 
         Returns:
-            The assignment in force; None for a device that never had anything to run.
+            The assignment in force; None for a device that never had one.
         """
         row, changed = self.prepare(device, renew=renew)
         if row is not None and changed:
@@ -101,7 +100,7 @@ class Director:
         return row
 
     def prepare(self, device: str, *, renew: bool = False) -> tuple[AssignmentRow | None, bool]:
-        """The same without publishing: sign and keep. The second value tells whether there is something to publish."""
+        """Sign and store a device's assignment; return it, and whether it must be published."""
         row = self._store.devices.get(device)
         current = self._store.delivery.assignment(device)
         if row is None or row.revoked:
@@ -109,7 +108,7 @@ class Director:
         wanted = self._wanted(row)
         if current is None and not wanted.items:
             return None, False
-        # A thief of the director's key may have driven it up. Devices forget that with the key, and so does this.
+        # A larger version came from a stolen key of the director: devices forget it with that key, and so does this.
         accepted = row.accepted if row.accepted <= _PLAUSIBLE else 0
         stands = current is not None and current.wanted == _asked(wanted) and current.version >= accepted
         if stands and not renew and current is not None and self._is_signed(current.envelope):
@@ -136,7 +135,7 @@ class Director:
         return signed, True
 
     def _is_signed(self, envelope: bytes) -> bool:
-        """Tell whether the director's present key signed it: after a rotation every assignment is signed again."""
+        """Tell whether the director's present key signed an assignment; after a rotation each is signed again."""
         return self._signer.public_key.keyid in dsse.parse(envelope).signatures
 
     def publish_assignment(self, row: AssignmentRow) -> bool:
@@ -144,12 +143,12 @@ class Director:
         return self._publish(Topic(row.device, Down.DESIRED), row.envelope)
 
     def answer_nonce(self, device: str, nonce: str) -> bool:
-        """Say which assignment is current, for this nonce; false when the device has none."""
+        """Publish the freshness statement for a nonce; return False when the device has no assignment."""
         row = self._store.delivery.assignment(device)
         return row is not None and self._publish(Topic(device, Down.FRESH), self.vouch(row, nonce))
 
     def vouch(self, row: AssignmentRow, nonce: str) -> bytes:
-        """The signed statement that this assignment is its device's current one, for this nonce."""
+        """Sign the freshness statement of an assignment for a nonce."""
         now = self._clock()
         fresh = Fresh(
             fleet=self._fleet,
@@ -187,7 +186,7 @@ class Director:
         return [item for item in items if item.instance == instance]
 
     def _wanted(self, device: DeviceRow) -> Assignment:
-        """Return what the device should run, without version and times."""
+        """Return the content of a device's assignment, without version and times."""
         attempts = self._store.delivery.attempts(device.id)
         boxes = self._store.boxes.newest(device.id)
         items: list[Item] = []
@@ -195,14 +194,16 @@ class Director:
         for instance, each in sorted(self.effective(device).items()):
             release = None if each.value.target is None else self._repository.release(each.value.target)
             if release is not None and unfit(release, device):
-                continue  # the preflight said so
+                continue  # the preflight reports it
             if release is None:
                 if each.value.target is not None:
                     log.warning("%s: %s is not published any more and is taken off", device.id, each.value.target)
                 if each.value.keep_data or each.value.target is not None:
                     kept.append(instance)
                 continue
-            if lacks(release, instance, boxes):  # the listing of secrets says so; it keeps what it had
+            if lacks(
+                release, instance, boxes
+            ):  # the listing of secrets reports it; the device keeps the version before
                 before = self._assigned(device.id, instance)
                 items += before
                 kept += [] if before else [instance]
@@ -238,19 +239,19 @@ class Director:
 
 
 def lacks(release: Release | None, instance: str, boxes: Mapping[tuple[str, str], BoxRow]) -> tuple[str, ...]:
-    """The secrets that a release requires and a device has no box of."""
+    """Return the secrets that a release requires and of which a device has no box."""
     declared = {} if release is None else release.manifest.secrets
     return tuple(name for name, key in sorted(declared.items()) if key.required and (instance, name) not in boxes)
 
 
 def _refs(release: Release, instance: str, boxes: Mapping[tuple[str, str], BoxRow]) -> tuple[SecretRef, ...]:
-    """The boxes of the secrets that a release declares; no other reaches it."""
+    """Return references to the boxes of the secrets that a release declares; it gets no others."""
     found = [boxes[instance, name] for name in sorted(release.manifest.secrets) if (instance, name) in boxes]
     return tuple(SecretRef(name=box.name, sha256=box.sha256, version=box.version) for box in found)
 
 
 def unfit(release: Release, device: DeviceRow) -> str:
-    """Why a device can never run a release, in words; empty when nothing stands against it."""
+    """Say why a device can never run a release; empty when it can."""
     machine = device.versions.machine or device.machine
     if release.manifest.arch and machine and machine not in release.manifest.arch:
         return f"its CPU is {machine}, the manifest allows {', '.join(release.manifest.arch)}"
@@ -258,6 +259,6 @@ def unfit(release: Release, device: DeviceRow) -> str:
 
 
 def _asked(wanted: Assignment) -> str:
-    """Return what is equal for two assignments that ask for the same."""
+    """Return the part of an assignment that is equal when two ask for the same."""
     asked: dict[str, Any] = {"items": wanted.items, "stop_all": wanted.stop_all, "keep_data": wanted.keep_data}
     return wire.canonical(asked).decode()

@@ -26,7 +26,7 @@ _ANOTHER: Final = "make another with fleet enroll-token"
 
 
 class Enrolment:
-    """Takes devices in and renews their certificates."""
+    """Enrolment of devices and renewal of their certificates."""
 
     def __init__(
         self,
@@ -40,10 +40,10 @@ class Enrolment:
         self._store, self._ca, self._repository, self._config, self._clock = store, ca, repository, config, clock
 
     def make_token(self, request: EnrollTokenRequest, *, by: str) -> EnrollTokenReply:
-        """A one-time token for one device.
+        """Create a one-time token for one device.
 
         Raises:
-            Refusal: a validity that cannot be meant.
+            Refusal: the validity is out of range.
             BadNameError: the group is not a name.
         """
         if not VALID_MIN_S <= request.valid_s <= VALID_MAX_S:
@@ -84,11 +84,11 @@ class Enrolment:
         return EnrollTokenReply(token=token.encode(), group=request.group, expires=expires)
 
     def enrol(self, request: EnrolRequest) -> Enrolled:
-        """Take a device in. A device that did not hear the answer may ask again with the same token and key.
+        """Enrol a device. A device that missed the reply may repeat the request with the same token and key.
 
         Raises:
             Refusal: an unknown, used or expired token, a bad request, or a key that is enrolled already.
-            BadNameError: its name cannot be one.
+            BadNameError: the name is invalid.
         """
         now = self._clock()
         token = self._check_token(request.secret, now)
@@ -162,7 +162,7 @@ class Enrolment:
         """Return the device that presents a certificate, verified by TLS against the CA (its dates are checked here).
 
         Raises:
-            Refusal: none, unknown, revoked, or expired (which is enough to renew).
+            Refusal: no certificate, or an unknown, revoked or expired one (expired ones may still renew).
         """
         if certificate is None:
             raise Refusal(401, "unauthorised", "a client certificate is needed")
@@ -175,7 +175,7 @@ class Enrolment:
         if device.revoked or (known is not None and known.revoked):
             raise Refusal(403, "revoked", f"{device.id} is revoked")
         if known is None or not self._ca.accepts(certificate):
-            if renewing:  # its own key is enough: whoever stole an issuing CA has not stolen that
+            if renewing:  # the enrolled key suffices: an attacker with a stolen issuing CA does not have it
                 return device
             raise Refusal(403, OUTDATED, "this certificate is of an issuing CA that is accepted no more", action=_RENEW)
         if certificate.not_valid_after_utc <= self._clock() and not renewing:
@@ -183,7 +183,7 @@ class Enrolment:
         return device
 
     def _by_key(self, certificate: x509.Certificate) -> DeviceRow | None:
-        """The device whose key a client has, as TLS proved; None where its name and key are not one device's."""
+        """Return the device of a client by its key, which TLS verified; None where name and key do not match."""
         called = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
         device = self._store.devices.get(str(called[0].value)) if len(called) == 1 else None
         key = certificate.public_key()
@@ -192,7 +192,7 @@ class Enrolment:
         return device if hashlib.sha256(key_der(key)).hexdigest() == device.key_sha256 else None
 
     def renew(self, device: DeviceRow, csr_pem: str, sealing_proof: str = "") -> RenewReply:
-        """A new certificate for the device's own key.
+        """Issue a new certificate for the device's enrolled key.
 
         Raises:
             Refusal: the request is for another key.

@@ -1,8 +1,8 @@
 """MQTT client of the server; no other module of the server uses paho.
 
 paho runs on the server's event loop through its external-loop callbacks; there is no paho thread. Connecting (DNS,
-TCP, TLS) happens in a worker thread, since paho does it blocking. Messages published while the broker is away are not
-queued: `on_connected` is called on each connect, and publishes again what devices may have missed.
+TCP, TLS) blocks in paho, and therefore happens in a thread. Messages are not queued without a connection:
+`on_connected` is called on each connect, and publishes again what devices may have missed.
 """
 
 import asyncio
@@ -31,15 +31,15 @@ Handler = Callable[[str, bytes], None]
 
 
 class MqttClient:
-    """Connection to the broker, kept up until `close`.
+    """Connection to the broker, restored until `close`.
 
     Args:
         address: of the broker.
         ca: PEM of the fleet's CA.
         certificate: PEM with the server's client certificate and key.
         on_message: called with topic and payload, on the loop; must not block and must not raise.
-        on_connected: called after each connect, when the subscriptions stand.
-        remembered: whether the broker keeps for the server what comes while it is away. Reports do not depend on it.
+        on_connected: called after each connect, once subscribed.
+        remembered: whether the broker queues messages for the server while it is disconnected. Reports do not need it.
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class MqttClient:
         return self._up.is_set()
 
     async def wait_connected(self) -> None:
-        """Return when the connection stands."""
+        """Wait until the client is connected."""
         await self._up.wait()
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
-        """Hand a message (QoS 1) to the broker; false when there is no connection, and then nothing is kept."""
+        """Send a message with QoS 1; return False, and drop it, without a connection."""
         if not self.connected:
             return False
         return self._client.publish(topic, payload, qos=1, retain=retain).rc == mqtt.MQTT_ERR_SUCCESS
 
     async def close(self) -> None:
-        """Say goodbye and stop."""
+        """Disconnect and stop."""
         self._closing = True
         if self.connected:
             self._client.disconnect()
@@ -124,14 +124,14 @@ class MqttClient:
                 if self._up.is_set():
                     backoff = _BACKOFF_MIN_S
                 self._up.clear()
-                # an own client for each connection: nothing half-sent is left over
+                # a new client for each connection, so that no partial message is left over
                 self._forget_sockets()
                 self._client = self._make_client()
             await asyncio.sleep(random.uniform(_BACKOFF_MIN_S / 2, backoff))  # noqa: S311 - jitter
             backoff = min(backoff * 2, _BACKOFF_MAX_S)
 
     async def _housekeeping(self) -> None:
-        """Let paho send its pings and notice a peer that is silent."""
+        """Let paho send pings and detect a silent peer."""
         while True:
             await asyncio.sleep(KEEPALIVE_S / 6)
             if self._client.loop_misc() != mqtt.MQTT_ERR_SUCCESS:
@@ -158,7 +158,7 @@ class MqttClient:
 
     def _socket_close(self, _client: mqtt.Client, _data: Any, sock: Any) -> None:
         if self._loop.is_closed():
-            return  # a client that is collected after everything is over
+            return  # a client that is garbage-collected after the loop has ended
         if sock.fileno() >= 0:
             handle = sock.fileno()
             self._loop.remove_reader(handle)
@@ -208,5 +208,5 @@ class MqttClient:
         try:
             self._on_message(message.topic, bytes(message.payload))
         except Exception:
-            # paho would lose its place in the stream, and with it every device
+            # paho would lose its position in the stream, and every later message
             log.exception("a message was not handled")

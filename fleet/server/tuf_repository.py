@@ -1,13 +1,13 @@
 """TUF repository of the server: metadata files that are only added, `timestamp.json` as their head; online keys.
 
 The server holds the snapshot and timestamp keys of the small sizes, never a publisher's. Publishing a namespace's
-role is compare-and-swap, judged by `signing.repository.check_role`, and so are signing events, which change root and
+role is compare-and-swap, checked by `signing.repository.check_role`, and so are signing events, which change root and
 targets too (`signing.events.apply`); then snapshot and timestamp follow. Files are replaced whole, the head last, so
-that a reader or a power cut sees the old state or the new one.
+that readers and power cuts see the old state or the new one.
 
-Online keys are `<role>.pem`, and after a rotation `<role>-2.pem` and so on. Signed metadata says which of them
-counts, looked up each time, so that a rotation needs no restart: the new key is made first, then root or targets name
-it, and from then on it signs.
+Online keys are `<role>.pem`, and after a rotation `<role>-2.pem` and so on. The key named in signed metadata is looked
+up for each signature, so that a rotation needs no restart: the new key is made first, then root or targets name it, and
+from then on it signs.
 """
 
 import hashlib
@@ -34,17 +34,17 @@ from signing.policy import Release
 
 
 class OnlineKeys:
-    """The directory of online keys."""
+    """Directory of online keys."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._opened: dict[Path, Signer] = {}
 
     def signer(self, role: str, trusted: Iterable[Key]) -> Signer:
-        """The key among `trusted` that this server holds for a role.
+        """Return the key among `trusted` that this server holds for a role.
 
         Raises:
-            SigningError: it holds none of them.
+            SigningError: the server holds none of them.
         """
         wanted = {key.keyid for key in trusted}
         first = self._directory / f"{role}.pem"
@@ -64,10 +64,10 @@ class OnlineKeys:
 
 
 class TrustedSigner(Signer):
-    """A signer that is always the key which metadata names now.
+    """Signer with the key that metadata names at the time of signing.
 
     Args:
-        choose: finds it; raises `SigningError` when this server holds none.
+        choose: returns that key; raises `SigningError` when this server does not hold it.
     """
 
     def __init__(self, choose: Callable[[], Signer]) -> None:
@@ -75,19 +75,19 @@ class TrustedSigner(Signer):
 
     @property
     def public_key(self) -> Key:
-        """Of the key that counts now."""
+        """Public half of the key that metadata names now."""
         return self._choose().public_key
 
     @classmethod
     def from_priv_key_uri(
         cls, priv_key_uri: str, public_key: Key, secrets_handler: SecretsHandler | None = None
     ) -> "TrustedSigner":
-        """Not how this one is made."""
+        """Refuse: this signer is not made from a URI."""
         del public_key, secrets_handler
         raise SigningError(f"{priv_key_uri} does not name a held key")
 
     def sign(self, payload: bytes) -> Signature:
-        """See `Signer`."""
+        """Sign, see `Signer`."""
         return self._choose().sign(payload)
 
 
@@ -97,16 +97,16 @@ ONLINE: Final = ("snapshot", "timestamp")
 
 
 class WaitingError(Exception):
-    """Changes are kept, and published when the signing host has signed snapshot and timestamp over them."""
+    """The change is stored, to be published once the signing host has signed snapshot and timestamp over it."""
 
 
 class TufRepository:
-    """The metadata directory and what it says.
+    """Directory of metadata files, and their content.
 
     Args:
         directory: of the metadata.
-        held: the online keys of this host.
-        signs_online: this is the publisher host: it holds snapshot and timestamp, and no director.
+        held: online keys of this host.
+        signs_online: whether this is the signing host, with the keys of snapshot and timestamp and no director.
 
     Raises:
         RepositoryError: files are missing.
@@ -122,40 +122,40 @@ class TufRepository:
         self._read()
 
     def file(self, name: str) -> bytes | None:
-        """A metadata file by its name; None for none."""
+        """Return a metadata file by its name; None for none."""
         return self._files.get(name)
 
     @property
     def newest_root(self) -> bytes:
-        """The root that new tokens pin: every later one can be verified from it."""
+        """Newest root, which new tokens pin: every later one can be verified from it."""
         return repository.latest(self._files, "root")[1]
 
     def root_by_hash(self, sha256: str) -> bytes | None:
-        """The root that a token pinned; None when it is not served."""
+        """Return the root with a hash that a token pinned; None when there is none."""
         roots = (data for name, data in self._files.items() if name.endswith(".root.json"))
         return next((data for data in roots if hashlib.sha256(data).hexdigest() == sha256), None)
 
     def release(self, path: str) -> Release | None:
-        """Return the release under a target path; None for nothing, or when it was revoked."""
+        """Return the release under a target path; None for none, or a revoked one."""
         return self._releases.get(path)
 
     def releases(self) -> tuple[Release, ...]:
-        """Everything published, by name and version."""
+        """Published releases, sorted by name and version."""
         return tuple(self._releases.values())
 
     @property
     def size(self) -> str:
-        """`dev`, `solo` or `team`, as the newest root says."""
+        """Size of the fleet in the newest root: `dev`, `solo` or `team`."""
         root = metadata.parse(Root, self.newest_root, "root").signed
         return str(profile(root).get("size", "solo"))
 
     @property
     def snapshot_version(self) -> int:
-        """The version of the newest snapshot."""
+        """Version of the newest snapshot."""
         return repository.latest(self._files, "snapshot")[0]
 
     def roles(self) -> tuple[Published, ...]:
-        """Every role with its newest version and expiry."""
+        """Return every role with its newest version and expiry."""
         names = ["root", "targets", *repository.begun(self._files), "snapshot"]
         found = [_published(role, repository.latest(self._files, role)[1]) for role in names]
         return (*found, _published("timestamp", self._files["timestamp.json"]))
@@ -165,7 +165,7 @@ class TufRepository:
 
         Raises:
             Rejected, ConflictError, RepositoryError: see `signing.events.apply`.
-            WaitingError: the publisher host must sign first.
+            WaitingError: the signing host must sign first.
         """
         if len(data) > bounds.TARGETS_MAX_BYTES:
             raise RepositoryError(f"the role has {len(data)} bytes, devices accept {bounds.TARGETS_MAX_BYTES} at most")
@@ -196,7 +196,7 @@ class TufRepository:
         )
 
     def _take(self, event: Event, now: datetime) -> None:
-        """Publish an event, or keep it until the publisher host has signed."""
+        """Publish an event, or store it until the signing host has signed."""
         if self._waiting:
             raise WaitingError
         new = events.apply(self._files, event)
@@ -225,7 +225,7 @@ class TufRepository:
         return self._held_elsewhere(self._files)
 
     def _held_elsewhere(self, files: Mapping[str, bytes]) -> bool:
-        """Neither key is here: one of them alone is a key that got lost, and the next signature says so."""
+        """Tell whether both keys are elsewhere; with one of them here, the other is lost, and signing fails."""
         missing = 0
         for role in ONLINE:
             try:
@@ -236,17 +236,17 @@ class TufRepository:
 
     @property
     def waiting(self) -> bytes:
-        """The event that waits for the publisher host; empty for none."""
+        """Event that waits for the signing host; empty for none."""
         return self._waiting
 
     def discard(self) -> bool:
-        """Forget what waits; false for nothing."""
+        """Discard the waiting event; return False when there is none."""
         found, self._waiting = bool(self._waiting), b""
         self._parked.unlink(missing_ok=True)
         return found
 
     def countersign(self, *, snapshot: bytes | None, timestamp: bytes, now: datetime) -> None:
-        """Show what the publisher host has signed, and with it what waited.
+        """Publish the files of the signing host, and with them the waiting event.
 
         Raises:
             Rejected, ConflictError, RepositoryError: see `signing.repository.check`.
@@ -257,7 +257,7 @@ class TufRepository:
         self.discard()
 
     def _signer(self, role: str, files: Mapping[str, bytes] | None = None) -> Signer:
-        """The key that is trusted with an online role now; raises `SigningError` when this server does not hold it."""
+        """Return the key that metadata names for an online role. Raises `SigningError` when it is not here."""
         if files is not None:
             return self._held.signer(role, rotation.keys_of(files, role).keys)
         if role not in self._chosen:
@@ -266,11 +266,11 @@ class TufRepository:
 
     @property
     def director(self) -> Signer:
-        """The director's key, as targets name it now."""
+        """Signer with the director's key that targets name."""
         return self._signer(DIRECTOR)
 
     def sign_online(self, *, now: datetime) -> None:
-        """Sign snapshot (where it must change) and timestamp anew."""
+        """Sign timestamp again, and snapshot where it must change."""
         self._add(
             repository.online(
                 self._files,
@@ -281,7 +281,7 @@ class TufRepository:
         )
 
     def keep_fresh(self, *, now: datetime) -> bool:
-        """Sign the online roles anew when half of their life is gone or they miss something; true when it did."""
+        """Renew the online roles after half of their life, or when they lack a role; return True where renewed."""
         if not repository.online_due(self._files, now) and repository.online_stands(self._files):
             return False
         if self.elsewhere and not self._signs_online:
