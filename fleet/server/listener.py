@@ -1,7 +1,7 @@
 """Listeners: ports bound early, TLS with certificates that renew themselves, uvicorn, client certificates.
 
-No other module uses uvicorn's internals. uvicorn has a TLS client's certificate and does not pass it on, so its
-protocol class is extended to put the certificate into the ASGI scope, where the ASGI TLS extension has it:
+No other module uses uvicorn's internals. uvicorn does not pass a TLS client's certificate on, so its protocol class is
+extended to put the certificate into the ASGI scope, at the place of the ASGI TLS extension:
 `scope["extensions"]["tls"]["client_cert_chain"]`, PEM, leaf first. TLS has verified it against the listener's CA
 before a byte of the request is read. A test with real TLS guards this against a change in uvicorn.
 """
@@ -31,14 +31,14 @@ _END_S: Final = 5.0
 
 
 class PortError(Exception):
-    """A port cannot be taken; one line: what, why, what to do."""
+    """The port cannot be bound; one line says what, why and what to do."""
 
 
 def bind(where: str, what: str) -> socket.socket:
-    """Take a port.
+    """Bind a port.
 
     Raises:
-        PortError: it is in use, or may not be taken.
+        PortError: the port is in use, or may not be bound.
     """
     address = Address.parse(where, what)
     sock = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
@@ -58,7 +58,7 @@ def bind(where: str, what: str) -> socket.socket:
 
 
 class Certificates:
-    """The listeners' certificate, and the server's own for its broker. Made anew when two thirds of a life are over."""
+    """Certificates of the listeners and of the broker's client, renewed after two thirds of their life."""
 
     def __init__(self, home: ServerPaths, ca: CertificateAuthority, host: str, clock: Callable[[], datetime]) -> None:
         self._tls = home.tls
@@ -69,7 +69,7 @@ class Certificates:
         self.renew()
 
     def renew(self) -> bool:
-        """Make anew what is due; connections from now on see it. True when something was."""
+        """Renew certificates that are due, for connections from now on; return True when some were."""
         now = self._clock()
         changed = False
         for name in ("server", "mqtt"):
@@ -81,7 +81,7 @@ class Certificates:
                 continue
             server = name == "server"
             pair = self._ca.server([self._host], now=now) if server else self._ca.server_client(now=now)
-            # without its certificate a key is made anew: a power cut between the two leaves no pair that does not match
+            # a key without its certificate is replaced: a power cut between the two writes leaves no mismatched pair
             path.unlink(missing_ok=True)
             atomic_write(self._tls / f"{name}.key", pair.key_pem, mode=0o600)
             atomic_write(path, pair.certificate_pem, mode=0o644)
@@ -94,12 +94,12 @@ class Certificates:
         return changed
 
     def _outdated(self, pem: bytes, now: datetime) -> bool:
-        """Tell whether a certificate is due, or of an issuing CA that is not the newest."""
+        """Tell whether a certificate is due, or issued by another CA than the current one."""
         leaf = x509.load_pem_x509_certificate(pem)
         return leaf.issuer != self._ca.issuer.subject or not self._ca.accepts(leaf) or due(pem, now=now)
 
     def context(self, *, devices: bool) -> ssl.SSLContext:
-        """For one listener; the one for devices asks for a certificate of the fleet's CA."""
+        """Make the TLS context of a listener; that for devices requires a certificate of the fleet's CA."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._load(context)
@@ -127,7 +127,7 @@ class Listener:
             lifespan="off",
             access_log=False,
             log_config=None,
-            log_level="critical",  # what a route raises is logged by the route itself
+            log_level="critical",  # errors of routes are logged by the routes
             server_header=False,
             ssl_context_factory=lambda _config, _default: context,
             timeout_keep_alive=30,
@@ -138,7 +138,7 @@ class Listener:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Return when it serves."""
+        """Start serving, and return once it does."""
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started:
             if self._task.done():
@@ -147,23 +147,23 @@ class Listener:
             await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
-        """Let requests end for a moment, then close."""
+        """Wait briefly for requests to finish, then close."""
         self._server.should_exit = True
         if self._task is not None:
             await asyncio.wait([self._task], timeout=_END_S)
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handlers: the process has its own."""
+    """Server of uvicorn without its signal handlers: the process has its own."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Any:
-        """Leave signals alone."""
+        """Install no signal handlers."""
         yield
 
 
 class PeerCertificateProtocol(H11Protocol):
-    """uvicorn's protocol, with the client's certificate in the scope of each request."""
+    """Protocol of uvicorn that puts the client's certificate into the scope of each request."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wrap the application of this connection."""
@@ -182,6 +182,6 @@ class PeerCertificateProtocol(H11Protocol):
 
 
 def peer_certificate(scope: Any) -> x509.Certificate | None:
-    """The verified certificate of the client of a request; None where TLS asked for none."""
+    """Return the verified certificate of a request's client; None where TLS requested none."""
     chain = scope.get("extensions", {}).get("tls", {}).get("client_cert_chain", [])
     return x509.load_pem_x509_certificate(chain[0].encode()) if chain else None

@@ -1,8 +1,8 @@
 """Server process of `fleet serve`: everything in one event loop, except for the broker, which is a child process.
 
-Started in this order: the store, the TUF repository, the ports (so that a port in use is reported at once), the
-broker, the connection to it, the rollout loop, the two listeners. All state is in the store: a server that is killed
-at any instant resumes where it was.
+Start in this order: store, TUF repository, ports (so that a port in use is reported at once), broker, connection to the
+broker, rollout loop, two listeners. All state is in the store: a server that is killed at any instant resumes where it
+was.
 """
 
 import asyncio
@@ -52,11 +52,11 @@ Clock = Callable[[], datetime]
 
 
 class ServeError(Exception):
-    """The server cannot run; one line: what, why, what to do."""
+    """The server cannot run; one line says what, why and what to do."""
 
 
 def now() -> datetime:
-    """The time, UTC."""
+    """Return the present time, UTC."""
     return datetime.now(UTC)
 
 
@@ -75,9 +75,9 @@ class Server:
     """Server of one fleet.
 
     Args:
-        home: made by `fleet.admin.bootstrap.init`.
+        home: created by `fleet.admin.bootstrap.init`.
         broker: overrides the configuration's.
-        clock: the time, UTC.
+        clock: returns the present time, UTC.
     """
 
     def __init__(self, home: Path, *, broker: str | None = None, clock: Clock = now) -> None:
@@ -88,10 +88,10 @@ class Server:
         self._started_at = clock()
 
     async def start(self) -> Ready:
-        """Start everything and return when devices and operators can come.
+        """Start every part, and return once devices and operators can connect.
 
         Raises:
-            ServeError: it cannot run, and everything that was started is stopped.
+            ServeError: the server cannot run; every started part is stopped again.
         """
         try:
             return await self._start()
@@ -103,7 +103,7 @@ class Server:
             raise
 
     async def stop(self) -> None:
-        """Stop everything, in the reverse order."""
+        """Stop every part, in reverse order."""
         await self._stack.aclose()
 
     async def _start(self) -> Ready:
@@ -113,7 +113,7 @@ class Server:
         self._stack.callback(self._store.close)
         self._repository = TufRepository(self._home.repository, OnlineKeys(self._home.keys))
         self._repository.keep_fresh(now=self._clock())
-        # a fleet may have moved to another size since server.toml was written: root says which it is
+        # a fleet may have moved to another size since server.toml was written: root has the present one
         self._config = replace(self._config, size=self._repository.size)
         self._ca = CertificateAuthority.load(self._home.ca)
         self._certificates = Certificates(self._home, self._ca, self._config.host, self._clock)
@@ -140,7 +140,7 @@ class Server:
             broker=self._broker.name,
         )
 
-    # -- the pieces --------------------------------------------------------------------------------------------------
+    # -- parts -------------------------------------------------------------------------------------------------------
 
     def _read_config(self) -> ServerConfig:
         config = ServerConfig.load(self._home.config)
@@ -271,7 +271,7 @@ class Server:
         return (self._config.host, *(() if external is None else (external.host,)))
 
     async def _on_issuer(self) -> None:
-        """Another issuing CA: certificates of the one before are replaced, and what is not accepted has to go."""
+        """Replace certificates after a change of the issuing CA, and end connections that are no longer accepted."""
         self._certificates.renew()
         await self._broker.start_again(self._revoked())
 
@@ -279,7 +279,7 @@ class Server:
         return self._bus.publish(str(topic), payload, retain=topic.channel in RETAINED)
 
     def _on_connected(self) -> None:
-        """The broker is there (again): give it what devices may have missed, and have them check in."""
+        """Publish what devices may have missed after a (re)connection to the broker, and make them check in."""
         for device in self._store.delivery.behind():
             row = self._store.delivery.assignment(device)
             if row is not None:
@@ -322,7 +322,7 @@ class Server:
         self._store.delivery.forget(before=(when - keep).timestamp())
 
     def status(self) -> operator_api.Status:
-        """The fleet at a glance."""
+        """Return a summary of the fleet."""
         devices, online = self._store.devices.count()
         roles = self._repository.roles()
         when = self._clock()
@@ -355,7 +355,7 @@ class Server:
 
     @property
     def broker_pid(self) -> int | None:
-        """The process id of the broker that was started here; None for none."""
+        """Process id of a broker that was started here; None for none."""
         return self._broker.pid
 
 
@@ -369,17 +369,17 @@ async def run(
     """Run a fleet's server until SIGTERM, SIGINT or `stop`.
 
     Args:
-        home: made by `fleet.admin.bootstrap.init`.
+        home: created by `fleet.admin.bootstrap.init`.
         broker: overrides the configuration's: `auto`, `mosquitto`, `embedded` or `mqtts://host:port`.
-        on_ready: called once when devices and operators can come.
-        stop: set it to end the server.
+        on_ready: called once, when devices and operators can connect.
+        stop: event that ends the server when set.
 
     Raises:
-        ServeError: it cannot run; one line for people.
+        ServeError: the server cannot run.
     """
     ending = asyncio.Event() if stop is None else stop
     loop = asyncio.get_running_loop()
-    with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: then `stop` is the only way
+    with contextlib.suppress(ValueError, RuntimeError):  # outside the main thread, `stop` is the only way to end
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ending.set)
     server = Server(home, broker=broker)

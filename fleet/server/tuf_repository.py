@@ -140,7 +140,7 @@ class TufRepository:
         return self._releases.get(path)
 
     def releases(self) -> tuple[Release, ...]:
-        """Published releases, sorted by name and version."""
+        """Return published releases, sorted by name and version."""
         return tuple(self._releases.values())
 
     @property

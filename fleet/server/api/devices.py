@@ -2,8 +2,8 @@
 
 TLS has verified each client's certificate against the fleet's CA before a request is read.
 
-The log relay passes lines from a device to the operator who asked for them: in memory, for minutes, never stored. A
-device's lines are taken only where an operator's command asked for them, and only while somebody reads them.
+The log relay passes lines from a device to the operator who requested them: in memory, for minutes, never stored. Lines
+are accepted only for an operator's command, and only while somebody reads them.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ class LogRelay:
         self._follows: dict[tuple[str, int], _Follow] = {}
 
     def expect(self, device: str, command: int, instance: str, *, minutes: int) -> None:
-        """An operator's signed command has asked this device for lines."""
+        """Expect lines from a device, for an operator's signed command."""
         now = self._now()
         self._follows = {key: each for key, each in self._follows.items() if each.until > now}
         while len(self._follows) >= FOLLOWS_MAX:
@@ -116,7 +116,7 @@ class LogRelay:
 
 
 BROKER_SLACK_S: Final = 120.0
-"""Time for the broker to deliver an assignment; a device that asks here for it later shows that the broker does not."""
+"""Time for the broker to deliver an assignment; a device that still fetches it here did not get it from the broker."""
 
 _NAMED_MAX: Final = 5
 _NONCE: Final = re.compile(r"[0-9a-f]{16,64}")
@@ -143,7 +143,7 @@ class DeviceApi:
         self._unheard: dict[str, float] = {}
 
     def application(self) -> Starlette:
-        """The ASGI application."""
+        """Return the ASGI application."""
         return Starlette(
             routes=[
                 Route("/v1/tuf/{file}", self._known(self.tuf), methods=["GET"]),
@@ -178,7 +178,7 @@ class DeviceApi:
     async def desired(self, request: Request, device: DeviceRow) -> Response:
         """GET /v1/desired: the way for a device that cannot reach the broker; with a nonce, vouched for."""
         self._doubt_broker(device)
-        row = self._director.reconcile(device.id)  # what another director's key signed is nobody's word any more
+        row = self._director.reconcile(device.id)  # an assignment that an earlier director's key signed is signed again
         if row is None:
             raise Refusal(404, "not-found", "nothing was ever assigned to this device")
         body, nonce = row.envelope, request.query_params.get("nonce")
@@ -190,7 +190,7 @@ class DeviceApi:
         return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
 
     def _doubt_broker(self, device: DeviceRow) -> None:
-        """A device asks here for what the broker should have brought: noted until the broker brings its word."""
+        """Note that the broker did not deliver an assignment to a device, until the device is heard over the broker."""
         newest = self._store.delivery.assignment(device.id)
         now = self._clock()
         if newest is None or newest.version <= device.accepted or now.timestamp() - newest.issued < BROKER_SLACK_S:
@@ -201,7 +201,7 @@ class DeviceApi:
         self._unheard[device.id] = now.timestamp()
 
     def problems(self) -> list[str]:
-        """Devices that the broker does not reach, or keeps from their newest assignment, in one sentence."""
+        """Return a sentence that names devices to which the broker does not deliver."""
         rows = {row.id: row for row in self._store.devices.some(self._unheard)}
         for device, since in list(self._unheard.items()):
             row = rows.get(device)

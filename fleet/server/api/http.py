@@ -1,7 +1,7 @@
-"""Shared by all routes: strict request bodies, replies, problems (RFC 9457), bearer tokens.
+"""Parts of all routes: strict request bodies, replies, problems (RFC 9457), bearer tokens.
 
 A route is a coroutine from request to response. Errors are raised as `Refusal` and answered as
-`application/problem+json`; nothing that a client sends ends in a traceback.
+`application/problem+json`; no request ends in a traceback.
 """
 
 import logging
@@ -57,7 +57,7 @@ async def body(request: Request, kind: type[B]) -> B:
 
 
 def decoded(data: bytes, kind: type[B]) -> B:
-    """Decode bytes as a struct; raises `Refusal` as `body` does."""
+    """Decode bytes as a struct. Raises `Refusal` as `body` does."""
     try:
         return msgspec.json.decode(data or b"{}", type=kind)
     except msgspec.ValidationError as error:
@@ -147,4 +147,4 @@ async def _not_allowed(request: Request, _error: Exception) -> Response:
 
 
 HANDLERS: Final[Mapping[Any, Any]] = {404: _not_found, 405: _not_allowed}
-"""Replies of Starlette's router itself, as problems."""
+"""Problems in place of the replies of Starlette's router."""

@@ -36,7 +36,7 @@ _GATHER_MAX_S: Final = 2.0
 _GATHER_DEVICES_PER_S: Final = 2000
 
 _SMALL: Final = 50
-"""Devices of a rollout up to which a long poll is answered at once; for more it gathers changes for up to 2 s."""
+"""Devices of a rollout up to which a long poll returns at once; with more it collects changes for up to 2 s."""
 
 
 class FleetHandlers:
@@ -191,7 +191,7 @@ class DeviceHandlers:
         return answer(self._enrolment.make_token(wanted, by=by), 201)
 
     async def enrol(self, request: Request, _by: str) -> Response:
-        """POST /v1/enrol: open to everyone, since the token in the body is all that a device has yet."""
+        """POST /v1/enrol: open to everyone; the token in the body authenticates the device."""
         try:
             wanted = wire.decode(EnrolRequest, await http.read(request))
         except wire.WireError as error:
@@ -262,7 +262,7 @@ class GroupHandlers:
 
 
 class RolloutHandlers:
-    """Handlers for rollouts, and for what begins one: deploy, undo, remove."""
+    """Handlers for rollouts, and for the requests that start one: deploy, undo, remove."""
 
     def __init__(self, *, store: Store, planner: RolloutPlanner, views: Views, changes: ChangeSignal) -> None:
         self._store, self._planner, self._views, self._changes = store, planner, views, changes
@@ -290,7 +290,7 @@ class RolloutHandlers:
 
         newer = await self._changes.until(later, timeout_s=wait_s)
         if newer is not None and wait_s:
-            # a large rollout changes all the time: gather what follows at once into one reply
+            # a large rollout changes all the time: collect changes into one reply
             await asyncio.sleep(max(0.0, min(_GATHER_MAX_S, (newer.sizes[-1] - _SMALL) / _GATHER_DEVICES_PER_S)))
         return answer(self._views.rollout(self._store.rollouts.get(row.id) or row))
 

@@ -30,12 +30,12 @@ _BLOCK_BYTES: Final = 1 << 20
 
 
 class ArtifactError(Exception):
-    """An upload that cannot be kept; one sentence for people."""
+    """The upload is refused; the message is one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An artifact on disk; `new` is false when it was there before."""
+    """Stored artifact; `new` is false when it was there before."""
 
     sha256: str
     length: int
@@ -43,7 +43,7 @@ class Stored:
 
 
 class Artifacts:
-    """The directory of artifacts."""
+    """Directory of artifacts."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -51,12 +51,12 @@ class Artifacts:
             left_over.unlink(missing_ok=True)
 
     def path(self, sha256: str) -> Path | None:
-        """The file of an artifact; None for none."""
+        """Return the file of an artifact; None for an unknown one."""
         path = self._directory / names.check_sha256(sha256)
         return path if path.is_file() else None
 
     async def store(self, sha256: str, chunks: AsyncIterator[bytes]) -> Stored:
-        """Keep what comes, if it is what its name says. Written as it comes, flushed to disk before it counts.
+        """Store an upload whose bytes have the named hash, flushed to disk before it gets its name.
 
         Raises:
             ArtifactError: too large, or the bytes have another hash.
@@ -168,7 +168,7 @@ class PublishingHandlers:
         reply = await self._online.published(lambda: self._repository.publish(namespace, data, now=self._clock()))
         self._audit.record(by, "publish-role", namespace, f"version {reply.version}")
         if before - {release.name.path for release in self._repository.releases()}:
-            # something was revoked: it comes off every device that runs it
+            # a release was revoked: remove it from every device that runs it
             self._controller.touch(row.id for row in self._store.devices.all())
         return answer(reply, 201)
 
@@ -177,7 +177,7 @@ class PublishingHandlers:
         data = await http.read(request, events.MAX_BYTES)
         reply = await self._online.published(lambda: self._repository.publish_event(data, now=self._clock()))
         self._audit.record(by, "publish-event", events.decode(data).name, events.decode(data).note[:200])
-        # keys and namespaces may have come and gone: every device's assignment is held against what is trusted now
+        # keys and namespaces may have changed: check every device's assignment against those trusted now
         self._controller.touch(row.id for row in self._store.devices.all())
         return answer(reply, 201)
 
@@ -186,7 +186,7 @@ class PublishingHandlers:
 
 
 def tuf_file(repository: TufRepository, name: str) -> Response:
-    """A metadata file. All but the head never change, so caches may keep them."""
+    """Serve a metadata file. Caches may keep all but the head, which never change."""
     data = repository.file(name)
     if data is None:
         raise Refusal(404, "not-found", f"the repository has no {name[:100]}")
@@ -195,7 +195,7 @@ def tuf_file(repository: TufRepository, name: str) -> Response:
 
 
 def artifact_file(artifacts: Artifacts, request: Request) -> Response:
-    """An artifact, whole or by Range (RFC 9110, section 14); its hash is its entity tag."""
+    """Serve an artifact, whole or by Range (RFC 9110, section 14); its hash is its entity tag."""
     sha256 = param(request, "sha256")
     path = artifacts.path(sha256)
     if path is None:

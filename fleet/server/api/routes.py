@@ -1,6 +1,6 @@
 """Route table of the operator API: Starlette's routes and the OpenAPI document are made from it.
 
-A row names the path, the handler, what the handler takes and returns, and who may call it. The document describes the
+A row holds the path, the handler, its request and reply, and the required role. The document describes the
 structs of `fleet.protocol.operator_api` and `fleet.protocol.trust_api`.
 """
 
@@ -68,11 +68,11 @@ class Route:
 
     Attributes:
         method: in lower case, as OpenAPI writes it.
-        path: with the names of its parts in braces.
-        handler: chooses the handler.
+        path: with names of its variable parts in braces.
+        handler: selects the handler from `Handlers`.
         reply: struct of the reply, or its media type.
         summary: one line, imperative.
-        access: who may call it.
+        access: required role.
         request: struct of the request's body, or its media type; None for no body.
         query: names of query parameters.
     """
@@ -379,7 +379,7 @@ UNDOCUMENTED: Final[tuple[Route, ...]] = (
     _get("/metrics", lambda on: on.fleet.metrics, "text/plain", "Show figures for Prometheus"),
     _get("/openapi.json", lambda _: _openapi, "application/json", "Show this document"),
 )
-"""Routes for machines that do not read the OpenAPI document."""
+"""Routes outside of the OpenAPI document, for machines."""
 
 
 def application(handlers: Handlers, store: Store) -> Starlette:

@@ -1,7 +1,7 @@
 """Handlers for secrets: seal values when they arrive, store boxes, give each device its own.
 
-A value is in this process from the request to the last device's box: never stored, logged or part of a reply. A value
-that an operator sealed is never seen by the server. Since no value is stored, a device that joins later lacks the
+A value is in memory from the request until the last device's box is sealed: never stored, logged or part of a reply.
+The server never sees a value that an operator sealed. Since no value is stored, a device that joins later lacks the
 secret until somebody sets it again; the listing names such devices.
 """
 
@@ -44,7 +44,7 @@ BOARDS_MAX: Final = 10_000
 
 
 class SecretHandlers:
-    """The routes for secrets."""
+    """Handlers for secrets."""
 
     def __init__(
         self,
@@ -112,13 +112,13 @@ class SecretHandlers:
         """GET /v1/devices/{id}/secrets/{sha256}: the box of one device, for a bundle."""
         return box_of(self._store, param(request, "id"), param(request, "sha256"))
 
-    # -- what they do ------------------------------------------------------------------------------------------------
+    # -- storing secrets ---------------------------------------------------------------------------------------------
 
     def keep(self, name: str, wish: SecretRequest, *, by: str) -> SecretReply:
         """Seal a value, or take boxes that were sealed already, as the next version.
 
         Raises:
-            Refusal: what is asked cannot be meant; nothing is kept then.
+            Refusal: the request is invalid; nothing is stored.
         """
         if bool(wish.value) == bool(wish.boxes):
             raise Refusal(400, "bad-request", "give either a value or boxes that are sealed")
@@ -167,13 +167,13 @@ class SecretHandlers:
             purpose = Purpose(
                 fleet=self._director.fleet, device=board.id, instance=instance, name=name, version=version
             )
-            with contextlib.suppress(SigningError):  # one device without a key does not keep the others from theirs
+            with contextlib.suppress(SigningError):  # the other devices get their boxes although this one has no key
                 box = sealing.seal(value, recipient=board.sealing_key, purpose=purpose)
                 found.append(SealedBox(device=board.id, box=box, sealed="server"))
         return found
 
     def _taken(self, wish: SecretRequest, boards: Sequence[DeviceRow]) -> Sequence[SealedBox]:
-        """Boxes from an operator's machine, which nobody here can look into."""
+        """Check boxes from an operator's machine, which the server cannot open."""
         known = {board.id for board in boards}
         found: list[SealedBox] = []
         for each in wish.boxes:
@@ -188,7 +188,7 @@ class SecretHandlers:
         return found
 
     def listing(self) -> Secrets:
-        """Every secret that some device has or lacks."""
+        """Return every secret that some device has or lacks."""
         rows: dict[tuple[str, str], list[Holding]] = {}
         for box in self._store.boxes.all():
             holding = Holding(
@@ -219,7 +219,7 @@ class SecretHandlers:
     # -- who and what ------------------------------------------------------------------------------------------------
 
     def _boards(self, group: str, device: str) -> Sequence[DeviceRow]:
-        """Return a group's members, by labels that operators set and by nothing that a device says of itself."""
+        """Return the members of a group, by labels that operators set and no claim of a device, or one device."""
         if bool(group) == bool(device):
             raise Refusal(400, "bad-request", "name either a group or a device")
         if device:
@@ -278,11 +278,11 @@ class SecretHandlers:
 
 
 def box_of(store: Store, device: str, sha256: str) -> Response:
-    """A device's own box.
+    """Serve a device's own box.
 
     Raises:
-        Refusal: it has no such box.
-        BadNameError: that is no sha256.
+        Refusal: the device has no such box.
+        BadNameError: the name is no sha256.
     """
     found = store.boxes.box(device, names.check_sha256(sha256))
     if found is None:

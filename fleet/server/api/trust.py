@@ -148,29 +148,29 @@ class CaHandlers:
 
 
 PATIENCE_S: Final = 20.0
-"""Time that a publishing request waits for the signing host: less than a client waits for a reply."""
+"""Time that a publishing request waits for the signing host, below the time-out of clients."""
 
 WAIT_MAX_S: Final = 60
 _LATE: Final = repositories.LIFE["timestamp"] / 4
-"""A publisher host signs the timestamp anew at half of its life: with a quarter left it is late."""
+"""Part of a timestamp's life at which its signing host, which renews at half of it, is late."""
 
 
 class OnlineRoles:
-    """The way between a server and its publisher host."""
+    """Exchange between a server and its signing host."""
 
     def __init__(
         self, *, repository: TufRepository, shown: Callable[[], None], audit: AuditLog, clock: Callable[[], datetime]
     ) -> None:
-        """`shown` is called when something that waited became visible."""
+        """Create the exchange; `shown` is called when a waiting change was published."""
         self._repository, self._shown, self._audit, self._clock = repository, shown, audit, clock
         self._watch = ChangeSignal()
         self._since: datetime | None = None
 
     async def published(self, act: Callable[[], RoleReply]) -> RoleReply:
-        """Carry out `act`, which publishes; where the publisher host must sign first, as soon as it has.
+        """Carry out `act`, which publishes, and wait where the signing host must sign first.
 
         Raises:
-            Refusal: it did not in time; what was sent is kept, or something else was waiting.
+            Refusal: not signed in time (the change is stored), or another change was waiting.
         """
         until = asyncio.get_running_loop().time() + PATIENCE_S
         kept = b""
@@ -198,7 +198,7 @@ class OnlineRoles:
         return answer(self._view())
 
     async def bring(self, request: Request, by: str) -> Response:
-        """POST /v1/online: open to every operator, since signatures say whether it counts."""
+        """POST /v1/online: open to every operator, since signatures authenticate it."""
         data = await http.read(request, bounds.SNAPSHOT_MAX_BYTES + bounds.TIMESTAMP_MAX_BYTES + bounds.KIB)
         wish = http.decoded(data, OnlineRequest)
         waited = bool(self._repository.waiting)
@@ -215,7 +215,7 @@ class OnlineRoles:
         return answer(self._view())
 
     async def discard(self, _request: Request, by: str) -> Response:
-        """POST /v1/online/discard: forget what waits, such as a change to keys that nobody has."""
+        """POST /v1/online/discard: discard the waiting change, such as one to lost keys."""
         if not self._repository.discard():
             raise Refusal(409, "conflict", "nothing waits for the publisher host")
         self._since = None
@@ -224,7 +224,7 @@ class OnlineRoles:
         return answer(self._view())
 
     def problems(self) -> list[str]:
-        """Return sentences for the status: nothing signs, and something waits or is about to expire."""
+        """Return sentences for the status: a change waits, or the timestamp is about to expire, and no host signs."""
         if not self._repository.elsewhere and not self._repository.waiting:
             return []
         now, found = self._clock(), []

@@ -1,4 +1,4 @@
-"""Views: replies of the operator API from rows of the store; Prometheus text. Reads, never writes."""
+"""Views: replies of the operator API from rows of the store, and Prometheus text. Views never write."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -33,7 +33,7 @@ class Views:
     # -- devices ------------------------------------------------------------------------------------------------------
 
     def devices(self) -> operator_api.Devices:
-        """Every device."""
+        """Return every device."""
         rows = self._store.devices.all()
         groups = self._store.devices.groups_of_each(rows)
         pins, versions = self._store.rollouts.pins(), self._store.delivery.versions()
@@ -84,7 +84,7 @@ class Views:
         )
 
     def _failed(self, device: str) -> tuple[operator_api.TimelineEntry, ...]:
-        """Instances whose newest deployment ended badly."""
+        """Return the newest report of each instance whose last deployment failed."""
         newest: dict[str, operator_api.TimelineEntry] = {}
         for report in self._store.delivery.reports(device, 500):
             entry = _reported(report)
@@ -101,7 +101,7 @@ class Views:
         return operator_api.Timeline(device=device, entries=tuple(entries[:limit]))
 
     def history(self, row: DeviceRow, *, after: tuple[str, int]) -> History:
-        """A device's reports as it signed them, with its certificate, page by page."""
+        """Return a page of a device's signed reports, with its certificate."""
         certificate = self._store.access.newest_certificate(row.id)
         rows = self._store.delivery.history(row.id, after=after, limit=HISTORY_PAGE)
         return History(
@@ -115,7 +115,7 @@ class Views:
     # -- groups ------------------------------------------------------------------------------------------------------
 
     def groups(self) -> operator_api.Groups:
-        """Every group."""
+        """Return every group."""
         return operator_api.Groups(groups=tuple(self.group(row) for row in self._store.devices.groups()))
 
     def group(self, row: GroupRow) -> operator_api.GroupRow:
@@ -141,7 +141,7 @@ class Views:
     # -- rollouts ----------------------------------------------------------------------------------------------------
 
     def rollouts(self, rows: Iterable[RolloutRow]) -> operator_api.Rollouts:
-        """Rollouts without their devices."""
+        """Return rollouts without their devices."""
         return operator_api.Rollouts(rollouts=tuple(self.rollout(row, devices=False) for row in rows))
 
     def rollout(self, row: RolloutRow, *, devices: bool = True) -> operator_api.RolloutView:
@@ -178,7 +178,7 @@ class Views:
         )
 
     def audit(self, limit: int) -> operator_api.Audit:
-        """Acts, newest first."""
+        """Return acts, newest first."""
         return operator_api.Audit(
             entries=tuple(
                 operator_api.AuditEntry(
@@ -216,7 +216,7 @@ def _row(row: DeviceRow, groups: Iterable[GroupRow], *, pins: Iterable[str], ass
 
 
 def health_of(row: DeviceRow) -> Health | None:
-    """A device's newest health; None where there is none, or one that a server of before took and nobody can read."""
+    """Return a device's newest health; None for none, or one that is no longer valid (stored by an older server)."""
     if row.health is None:
         return None
     try:
@@ -274,7 +274,7 @@ def _happened(row: EventRow) -> operator_api.TimelineEntry:
 def _reported(row: ReportRow) -> operator_api.TimelineEntry:
     try:
         report = wire.decode(Report, unverified(row.raw))
-    except (Rejected, wire.WireError) as error:  # taken by a server of before, which had no bounds
+    except (Rejected, wire.WireError) as error:  # stored by an older server, which had no bounds
         return operator_api.TimelineEntry(
             at=utc(row.at), kind="report", text="a report that cannot be read", message=str(error), rollout=row.rollout
         )
@@ -326,10 +326,10 @@ def _shown(target: str) -> str:
 
 
 class Metrics:
-    """The server's figures.
+    """Figures of the server.
 
     Args:
-        messages: what came from devices, by kind.
+        messages: number of messages from devices, by kind.
         connected: whether the server is on its broker.
     """
 
@@ -337,7 +337,7 @@ class Metrics:
         self._store, self._messages, self._connected = store, messages, connected
 
     def text(self) -> str:
-        """The exposition."""
+        """Render the figures in Prometheus' text format."""
         devices, online = self._store.devices.count()
         lines = [
             *_metric("wasmfleet_devices", "gauge", "Devices that are enrolled.", [("", devices)]),

@@ -4,9 +4,9 @@ The broker is external, Mosquitto, or the embedded one. A broker started here is
 ends; its output goes to the server's log.
 
 Mosquitto gets a generated configuration. Each client shows a certificate of the fleet's CA, whose CN becomes user
-name and client id, so that no device can take another's place. A device writes below its own `up/`, reads below its
-own `down/` and the common poke; the server reads and writes everything. Revoked devices get a deny line, which
-silences even a live connection at the next SIGHUP.
+name and client id, so that no device can impersonate another. A device writes below its own `up/`, reads below its own
+`down/` and the common poke; the server reads and writes everything. Revoked devices get a deny line, which from the
+next SIGHUP on also blocks an open connection.
 """
 
 import asyncio
@@ -29,18 +29,18 @@ LISTS: Final = "issuers.crl"
 
 
 class Broker:
-    """The fleet's broker.
+    """Broker of the fleet.
 
     Attributes:
         name: `mosquitto`, `embedded` or `external`.
-        address: where the server reaches it.
-        remembers: whether it keeps messages and sessions over its own restart.
+        address: address for the server's connection.
+        remembers: whether it keeps messages and sessions over a restart.
     """
 
     def __init__(
         self, name: str, bind: Address, program: list[str] | None, home: ServerPaths, lists: Callable[[], bytes]
     ) -> None:
-        """A broker at `bind`; `program` is what is run for it, None where somebody else does."""
+        """Create a broker at `bind`; `program` is its command, None for an external broker."""
         here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind.host, bind.host)  # noqa: S104 - where it is asked, not bound
         self.name = name
         self.address = bind if program is None else Address(here, bind.port)
@@ -52,12 +52,12 @@ class Broker:
 
     @classmethod
     def choose(cls, config: ServerConfig, home: ServerPaths, lists: Callable[[], bytes]) -> "Broker":
-        """The broker that the configuration and this machine allow.
+        """Choose the broker that the configuration and this machine allow.
 
         `lists` gives the revocation lists of the accepted issuers: certificates of others are refused.
 
         Raises:
-            BrokerError: the embedded one would serve more than development on one machine, or Mosquitto is missing.
+            BrokerError: Mosquitto is missing, and the embedded broker is only for development on one machine.
         """
         external = config.external_broker
         if external is not None:
@@ -80,11 +80,11 @@ class Broker:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that was started here; None for none."""
+        """Process id of a broker that was started here; None for none."""
         return None if self._child is None else self._child.pid
 
     async def start(self, revoked: Iterable[str]) -> None:
-        """Start it and return when it listens; raises `BrokerError`."""
+        """Start the broker and return when it listens. Raises `BrokerError`."""
         if self._child is not None:
             self._write(revoked)
             if self.name == "mosquitto":
@@ -98,12 +98,12 @@ class Broker:
             self._child.reload()
 
     async def start_again(self, revoked: Iterable[str]) -> None:
-        """End it and start it anew, so that connections which count no more end; raises `BrokerError`."""
+        """Restart the broker, to end connections that are no longer accepted. Raises `BrokerError`."""
         await self.stop()
         await self.start(revoked)
 
     async def stop(self) -> None:
-        """End it."""
+        """Stop the broker."""
         if self._child is not None:
             await self._child.stop()
 
@@ -134,16 +134,16 @@ _BACKOFF_MAX_S: Final = 10.0
 
 
 class BrokerError(Exception):
-    """The broker cannot be run; one line for people."""
+    """The broker cannot run; the message is one line."""
 
 
 class Child:
     """Broker process, kept running until `stop`.
 
     Args:
-        name: for the log.
+        name: name in the log.
         command: program (absolute path) and arguments.
-        address: where it will listen.
+        address: address on which it will listen.
     """
 
     def __init__(self, name: str, command: Sequence[str], address: Address) -> None:
@@ -156,11 +156,11 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """Of the running process; None while there is none."""
+        """Process id; None while it does not run."""
         return None if self._process is None or self._process.returncode is not None else self._process.pid
 
     async def start(self) -> None:
-        """Start it and return when it listens.
+        """Start the process and return when it listens.
 
         Raises:
             BrokerError: it ended, or did not listen in time.
@@ -175,7 +175,7 @@ class Child:
         self._task = asyncio.create_task(self._watch(), name=f"{self.name} watch")
 
     async def stop(self) -> None:
-        """End it: SIGTERM, and SIGKILL when that is not enough."""
+        """Stop the process: SIGTERM, then SIGKILL."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -193,7 +193,7 @@ class Child:
                 await process.wait()
 
     def reload(self) -> None:
-        """Have it read its configuration again (SIGHUP)."""
+        """Reload its configuration (SIGHUP)."""
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGHUP)
 
@@ -205,7 +205,7 @@ class Child:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the server; it ends its broker in order
+            start_new_session=True,  # Ctrl-C is for the server, which then stops its broker
         )
         self._reader = asyncio.create_task(self._listen_to(self._process))
 
@@ -255,7 +255,7 @@ MAX_PACKET_BYTES: Final = bounds.DESIRED_MAX_BYTES + 4 * bounds.KIB
 
 
 def find() -> Path | None:
-    """The program, when it is installed."""
+    """Find the program; None where it is not installed."""
     found = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:{_SBIN}")
     return None if found is None else Path(found)
 
@@ -296,14 +296,14 @@ def configure(
         "connection_messages false",
     ]
     if os.geteuid() == 0:
-        lines.append("user root")  # else it would become a user who cannot read these files
+        lines.append("user root")  # else Mosquitto would switch to a user who cannot read these files
     path = directory / FILE
     atomic_write(path, "\n".join(lines) + "\n", mode=0o644)
     return path
 
 
 def write_acl(directory: Path, revoked: Iterable[str]) -> None:
-    """Write who may say what. A Mosquitto that runs reads it at SIGHUP."""
+    """Write the access list. A running Mosquitto reads it at SIGHUP."""
     lines = [
         "# Generated by `fleet serve`: changes are lost.",
         f"user {SERVER_CN}",

@@ -1,11 +1,10 @@
 """Embedded broker: amqtt behind a gate, in a process of its own. For development, on loopback.
 
-amqtt alone does not bind a client to its certificate (it looks up a persistent session before it authenticates,
-accepts anybody's will, and keeps the old connection when a client id is taken over). So TLS ends here, with a
-certificate required; the gate reads the CONNECT packet before the broker sees it, and lets it pass only when client
-id and will belong to the certificate's CN; then the plugin below holds each session to its own topics. amqtt still
-takes subscriptions to `$share` that it never serves, forgets everything when it ends, and is slow: use Mosquitto in
-production.
+amqtt alone does not bind a client to its certificate: it looks up a persistent session before it authenticates, accepts
+any will, and keeps the old connection when a client id is taken over. Therefore the gate terminates TLS and requires a
+certificate, reads the CONNECT packet before the broker sees it, and passes it on only when client id and will belong to
+the certificate's CN; a plugin restricts each session to its own topics. amqtt still accepts subscriptions to `$share`
+that it never serves, keeps nothing over a restart, and is slow: use Mosquitto in production.
 
 SIGHUP reloads the certificate and the list of revoked devices.
 
@@ -39,16 +38,16 @@ _TAKEOVER_S: Final = 5.0
 _LENGTH_BYTES: Final = 4
 _LISTENER: Final = "default"
 _HERE: Final = "fleet.server.broker.embedded"
-"""This module by its own name, also when it is run as a program: plugins are found by it."""
+"""Name of this module, also when it runs as a program; amqtt finds the plugins by it."""
 
 
 class RefusedError(Exception):
-    """A connection that does not pass the gate."""
+    """The gate refuses a connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """Claims of a CONNECT packet (MQTT 3.1.1, section 3.1); `packet` is the whole of it."""
+    """Claims of a CONNECT packet (MQTT 3.1.1, section 3.1); `packet` is the whole packet."""
 
     client_id: str
     will_topic: str
@@ -96,7 +95,7 @@ def _parse(data: bytes) -> tuple[str, str]:
 
 
 def common_name(certificate: dict[str, Any] | None) -> str:
-    """The CN of a certificate as `ssl` gives it; empty for none."""
+    """Return the CN of a certificate in the form of `ssl`; empty for none."""
     subject = () if certificate is None else certificate.get("subject", ())
     return next((str(value) for part in subject for key, value in part if key == "commonName"), "")
 
@@ -115,7 +114,7 @@ def may(client: str, topic: str, *, publish: bool) -> bool:
 
 
 def check(name: str, connect: Connect, revoked: frozenset[str]) -> None:
-    """Hold a CONNECT packet against the certificate's name; raises `RefusedError`."""
+    """Hold a CONNECT packet against the certificate's name. Raises `RefusedError`."""
     if name in revoked:
         raise RefusedError(f"{name} is revoked")
     if not name or connect.client_id != name:
@@ -125,27 +124,27 @@ def check(name: str, connect: Connect, revoked: frozenset[str]) -> None:
 
 
 class Certificates(BaseAuthPlugin):  # type: ignore[misc]
-    """Everybody who reaches the broker has passed the gate."""
+    """Authentication plugin: every client of the broker has passed the gate."""
 
     async def authenticate(self, *, session: Session) -> bool | None:
-        """Yes."""
+        """Accept every client."""
         return bool(session.client_id)
 
 
 class OwnTopics(BaseTopicPlugin):  # type: ignore[misc]
-    """Each client keeps to its own topics."""
+    """Topic plugin: restricts each client to its own topics."""
 
     async def topic_filtering(
         self, *, session: Session | None = None, topic: str | None = None, action: Action | None = None
     ) -> bool | None:
-        """Tell whether the packet is a CONNECT."""
+        """Tell whether a client may publish to a topic, or receive from it."""
         if session is None or not session.client_id or not topic:
             return False
         return may(session.client_id, topic, publish=action is Action.PUBLISH)
 
 
 class _Replay(StreamReaderAdapter):  # type: ignore[misc]
-    """A reader that gives the CONNECT packet once more."""
+    """Reader that returns the CONNECT packet again."""
 
     def __init__(self, first: bytes, reader: asyncio.StreamReader) -> None:
         super().__init__(reader)
@@ -162,7 +161,7 @@ class _Replay(StreamReaderAdapter):  # type: ignore[misc]
 
 
 class Gate:
-    """Accepts TLS connections and hands those that may come in to the broker."""
+    """Accept TLS connections, and pass those that are allowed on to the broker."""
 
     def __init__(self, broker: Broker, revoked: Path) -> None:
         self._broker = broker
@@ -171,7 +170,7 @@ class Gate:
         self._live: dict[str, tuple[asyncio.StreamWriter, asyncio.Task[None]]] = {}
 
     def reload(self) -> None:
-        """Read who was shut out, and end the connections of those."""
+        """Read the list of revoked devices, and end their connections."""
         with contextlib.suppress(FileNotFoundError):
             self._revoked = frozenset(self._file.read_text(encoding="utf-8").split())
         for name in self._revoked & self._live.keys():
@@ -205,7 +204,7 @@ class Gate:
             writer.close()
 
     async def _take_over(self, name: str) -> None:
-        """End the client's older connection first, so that its will comes before the new one's word."""
+        """End the client's older connection first, so that its will is sent before messages of the new one."""
         old = self._live.pop(name, None)
         if old is not None:
             writer, task = old
@@ -214,7 +213,7 @@ class Gate:
 
 
 async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path, revoked: Path, lists: Path) -> None:
-    """Run until SIGTERM. `lists`: revocation lists of the accepted issuers; empty where any below the root is."""
+    """Serve until SIGTERM. `lists` holds revocation lists of accepted issuers; empty to accept any below the root."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
@@ -246,14 +245,14 @@ async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path,
 
 
 def _accept_only(context: ssl.SSLContext, lists: Path) -> None:
-    """Clients of the issuers whose revocation lists these are; of any below the root where there is none."""
+    """Accept clients of the issuers with these revocation lists; without any, of every issuer below the root."""
     if lists.exists() and lists.stat().st_size:
         context.load_verify_locations(lists)
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 
 
 def main(arguments: list[str]) -> None:
-    """HOST PORT CA CERTIFICATE KEY REVOKED LISTS."""
+    """Run as a program: HOST PORT CA CERTIFICATE KEY REVOKED LISTS."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     host, port = arguments[:2]
     ca, certificate, key, revoked, lists = (Path(each) for each in arguments[2:])
