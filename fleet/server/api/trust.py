@@ -152,7 +152,7 @@ PATIENCE_S: Final = 20.0
 
 WAIT_MAX_S: Final = 60
 _LATE: Final = repositories.LIFE["timestamp"] / 4
-"""Part of a timestamp's life at which its signing host, which renews at half of it, is late."""
+"""Rest of a timestamp's life at which its signing host is late: it renews at half of the life."""
 
 
 class OnlineRoles:
