@@ -122,7 +122,7 @@ class CertificateAuthority:
         if pem == "ca.pem" and not (self.directory / key).exists():
             raise CaError(
                 f"the CA in {self.directory} has neither an issuing CA nor its root's key: "
-                "make the server's directory anew with 'fleet server rebuild'"
+                "rebuild the server's directory with 'fleet server rebuild'"
             )
         self._key, self._certificate = read_pair(self.directory / pem, self.directory / key)
         self._root = self._certificate if pem == "ca.pem" else read_certificate(self.directory / "ca.pem")
@@ -273,7 +273,7 @@ def read_pair(pem: Path, key_file: Path) -> tuple[ec.EllipticCurvePrivateKey, x5
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise CaError(f"the CA's {key_file} is damaged: {error}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise CaError(f"{key_file.name} and {pem.name} in {pem.parent} do not belong to each other")
+        raise CaError(f"{key_file.name} and {pem.name} in {pem.parent} do not match")
     return key, certificate
 
 
@@ -423,7 +423,7 @@ def open_root(path: Path, certificate: Path, passphrase: bytes | None) -> Root:
     try:
         key = pkcs12.load_key_and_certificates(data, passphrase)[0]
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise CaError(f"{path} is no key of a CA, or the passphrase is wrong") from error
+        raise CaError(f"{path} is not the key of a CA, or the passphrase is wrong") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != root.public_key():
         raise CaError(f"{path} is not the key of {certificate}")
     return Root(key, root)
@@ -438,7 +438,7 @@ def request(directory: Path, hosts: Iterable[str]) -> str:
         key = ec.generate_private_key(ec.SECP256R1())
         atomic_write(path, private_pem(key), mode=0o600)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise CaError(f"{path} is no key of a CA: remove it")
+        raise CaError(f"{path} is not the key of a CA: remove it")
     names = [san(host) for host in dict.fromkeys((*hosts, *_LOOPBACK))]
     made = (
         x509.CertificateSigningRequestBuilder()
@@ -464,7 +464,7 @@ def sign(root: Root, pem: str, *, now: datetime, life: timedelta = LIFE) -> str:
     if constraints.path_length == 0:
         raise CaError("this fleet's root allows no issuing CA below it: it was made by an earlier wasmfleet")
     if life > LIFE:
-        raise CaError(f"an issuing CA lives {LIFE.days} days at the most")
+        raise CaError(f"an issuing CA is valid for at most {LIFE.days} days")
     wanted = _read_request(pem)
     key = wanted.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
@@ -501,10 +501,12 @@ def install(directory: Path, pem: str, *, now: datetime) -> x509.Certificate:
         made = x509.load_pem_x509_certificate(pem.encode())
         made.verify_directly_issued_by(read_certificate(directory / "ca.pem"))
     except (ValueError, TypeError, InvalidSignature) as error:
-        raise CaError("this is no issuing CA below this fleet's root") from error
+        raise CaError("this is not an issuing CA below this fleet's root") from error
     constraints = made.extensions.get_extension_for_class(x509.BasicConstraints).value
     if not constraints.ca or made.not_valid_after_utc <= now:
-        raise CaError(f"this certificate cannot issue: it ended on {made.not_valid_after_utc:%Y-%m-%d}, or is no CA")
+        raise CaError(
+            f"this certificate cannot issue: it expired on {made.not_valid_after_utc:%Y-%m-%d}, or is not a CA"
+        )
     try:
         key = load_pem_private_key((directory / "next.key").read_bytes(), password=None)
     except OSError as error:
@@ -555,7 +557,7 @@ def revoke(directory: Path, number: str) -> None:
         CaError: not an accepted issuer, or the one in use.
     """
     if serial(read_certificate(directory / "issuing.pem")) == number:
-        raise CaError("this issuing CA is in use: make its successor first (fleet ca renew), then revoke it")
+        raise CaError("this issuing CA is in use: replace it first (fleet ca renew), then revoke it")
     path = directory / "issuers" / f"{number}.pem"
     if not number.isalnum() or not path.exists():
         raise CaError(f"no issuing CA {number[:40]!r} is accepted: fleet ca status lists them")
@@ -586,7 +588,7 @@ def _read_request(pem: str) -> x509.CertificateSigningRequest:
         found = x509.load_pem_x509_csr(pem[:_REQUEST_MAX_BYTES].encode())
         sound = found.is_signature_valid
     except (ValueError, UnsupportedAlgorithm, InvalidSignature) as error:
-        raise CaError(f"this is no request of a server: {error}") from error
+        raise CaError(f"this is not the request of a server: {error}") from error
     if not sound:
         raise CaError("the request is not signed by its own key")
     return found

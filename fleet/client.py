@@ -386,7 +386,7 @@ class Client:
         except wire.JSON_ERRORS as error:
             raise AnswerError(
                 f"{self.url} answered {response.status_code} {response.reason_phrase}",
-                "which no wasmfleet server sends",
+                "which is not an answer of a wasmfleet server",
                 "check the url in operator/config.toml and what listens there",
             ) from error
         raise ProblemError(problem)

@@ -104,10 +104,10 @@ def init(
         move_into_place(draft / "server", place.server)
         move_into_place(draft / "operator", place.operator)
     except (SigningError, StoreError, HomeError, CaError, OSError) as error:
-        raise SetupError(f"cannot make a fleet in {home}: {error}") from error
+        raise SetupError(f"cannot create a fleet in {home}: {error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    warnings = () if config.production else ("development fleet: every key lies in the clear under this home",)
+    warnings = () if config.production else ("development fleet: every key is stored unencrypted in this home",)
     return Made(home, fleet, size, namespace, config.operators_url, warnings, recovery)
 
 
@@ -128,11 +128,11 @@ def configure(
             parts = urlsplit(url)
             host, port = parts.hostname or "", parts.port or OPERATORS_PORT
         except ValueError as error:
-            raise SetupError(f"the url {url!r} cannot be read: {error}") from error
+            raise SetupError(f"the url {url!r} is invalid: {error}") from error
         if parts.scheme != "https" or not host or parts.path not in {"", "/"}:
             raise SetupError(f"the url {url!r} must be https://HOST or https://HOST:PORT")
     if size == "team":
-        raise SetupError("a team's fleet begins as a solo one: run fleet init --solo, then move it over")
+        raise SetupError("a team's fleet starts as a solo fleet: run fleet init --solo, then fleet sign move team")
     bind = "127.0.0.1" if is_loopback(host) else "0.0.0.0"  # noqa: S104 - devices elsewhere must reach it
     config = ServerConfig(
         fleet=fleet,
@@ -152,7 +152,7 @@ def configure(
     except HomeError as error:
         raise SetupError(str(error)) from error
     if namespace in repository.RESERVED:
-        raise SetupError(f"{namespace!r} is a role of its own and cannot be a namespace")
+        raise SetupError(f"{namespace!r} is the name of a role and cannot be a namespace")
     return config
 
 

@@ -115,7 +115,7 @@ def extract(backup: Path, into: Path) -> None:
         with tarfile.open(backup, mode="r:") as tar:
             for number, member in enumerate(tar):
                 if number >= _FILES_MAX or not member.isreg() or member.size > _limit(member.name):
-                    raise BackupError(f"{backup} is no backup of a server: {member.name[:100]!r} has no place in one")
+                    raise BackupError(f"{backup} is not a server backup: it contains {member.name[:100]!r}")
                 path = into / member.name
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 source = tar.extractfile(member)
@@ -124,12 +124,12 @@ def extract(backup: Path, into: Path) -> None:
                     while block := source.read(io.DEFAULT_BUFFER_SIZE * 16):
                         file.write(block)
     except tarfile.TarError as error:
-        raise BackupError(f"{backup} is no backup of a server: {error}") from error
+        raise BackupError(f"{backup} is not a server backup: {error}") from error
     except OSError as error:
         raise BackupError(f"cannot read the backup {backup}: {error}") from error
     for name in ("server.toml", "fleet.db", "repository/1.root.json"):
         if not (into / name).is_file():
-            raise BackupError(f"{backup} is no whole backup of a server: {name} is not in it")
+            raise BackupError(f"{backup} is an incomplete server backup: {name} is missing")
 
 
 def _limit(name: str) -> int:
@@ -205,7 +205,7 @@ def begin(home: Path, *, kept: Path | None, config: ServerConfig | None, now: da
     """
     place, draft = ServerPaths(home), draft_of(home)
     if place.server.exists():
-        raise RebuildError(f"{place.server} exists: move it away first; nothing of it is used")
+        raise RebuildError(f"{place.server} exists: move it away first; the rebuild uses no file of it")
     if not place.ca_root.exists():
         raise RebuildError(
             f"the root of the fleet's CA is not here ({place.ca_root}): without it devices must enrol in a new fleet"
@@ -246,7 +246,9 @@ def begun(home: Path) -> tuple[dict[str, bytes], Event]:
     try:
         return _files(draft.repository), events.decode((draft.server / EVENT).read_bytes())
     except (OSError, SigningError) as error:
-        raise RebuildError(f"no server was begun in {home}: run fleet server rebuild without --event first") from error
+        raise RebuildError(
+            f"no rebuild was started in {home}: run fleet server rebuild without --event first"
+        ) from error
 
 
 def finish(home: Path, event: Event, root: ca.Root, *, devices: Mapping[str, Known], now: datetime) -> Rebuilt:
@@ -265,7 +267,7 @@ def finish(home: Path, event: Event, root: ca.Root, *, devices: Mapping[str, Kno
     place, draft = ServerPaths(home), draft_of(home)
     files, begun_event = begun(home)
     if [each.role for each in event.documents] != [each.role for each in begun_event.documents]:
-        raise RebuildError("this event is not the one that this server was begun with")
+        raise RebuildError("this event belongs to another rebuild")
     try:
         files |= events.apply(files, event)
         signers = {role: keys.load(draft.keys / f"{role}.pem") for role in ONLINE}
@@ -273,7 +275,7 @@ def finish(home: Path, event: Event, root: ca.Root, *, devices: Mapping[str, Kno
             files, snapshot_signer=signers["snapshot"], timestamp_signer=signers["timestamp"], now=now
         )
         if not repository.online_stands(files | online):
-            raise RebuildError("this event does not name the keys that this server was begun with")
+            raise RebuildError("this event does not name the new keys of this rebuild")
         _write_files(draft.repository, files | online)
         config = ServerConfig.load(draft.config)
         atomic_write(draft.ca / "ca.pem", root.certificate.public_bytes(Encoding.PEM), mode=0o644)
@@ -392,7 +394,7 @@ def salvage_metadata(pinned: bytes, sources: Sequence[Files]) -> dict[str, bytes
         files[f"{newest.version}.root.json"] = data
     top = _newest(sources, "targets", newest)
     if top is None:
-        raise RepositoryError("no targets role that this fleet's root vouches for was found: is there a backup?")
+        raise RepositoryError("no targets role that this fleet's root trusts was found: add a backup with --backup")
     files |= {f"{top[0].version}.targets.json": top[1]}
     for name in top[0].delegations.roles or {} if top[0].delegations is not None else ():
         if name == DIRECTOR or (space := _newest(sources, name, top[0])) is None:
@@ -471,7 +473,7 @@ def missing(files: Files, seen: Mapping[str, int]) -> list[str]:
     """Return a sentence for each role of which this machine has seen a newer version than was found."""
     index = repository.newest(files)
     return [
-        f"{role} was seen at version {version}, the newest that was found is {index.get(role, 0)}"
+        f"{role} was seen at version {version}, the newest version found is {index.get(role, 0)}"
         for role, version in sorted(seen.items())
         if version > index.get(role, 0) and role not in {"snapshot", "timestamp"}
     ]

@@ -93,7 +93,7 @@ class SigningHost:
         try:
             return self._step(self._client.online(wait_s=wait_s))
         except Rejected as error:
-            raise PublisherError(f"nothing was signed, the server's view does not verify: {error.message}") from error
+            raise PublisherError(f"nothing was signed: the server's files do not verify: {error.message}") from error
         except ConflictError as error:
             raise PublisherError(f"nothing was signed: {error}") from error
         except (SigningError, OSError) as error:
@@ -105,7 +105,7 @@ class SigningHost:
             own.publish_event(view.waiting.encode(), now=self._clock())
         if not self._named(own):
             if view.waiting:
-                raise PublisherError("root does not name the keys of this host: fleet sign move publisher")
+                raise PublisherError("root does not name the keys of this host: run fleet sign move publisher")
             return False
         own.keep_fresh(now=self._clock())
         head = own.file("timestamp.json")
@@ -132,7 +132,9 @@ class SigningHost:
         behind = msgspec.json.decode(head, type=_Head).signed.version < view.timestamp
         if behind:
             if self._named(own):
-                log.warning("the server shows a newer timestamp than this host has signed: was this host set back?")
+                log.warning(
+                    "the server has a newer timestamp than this host has signed: was this host restored from a backup?"
+                )
             self._begin()
             own = TufRepository(self._place, self._keys, signs_online=True)
         return own

@@ -19,8 +19,8 @@ from signing.errors import Rejected
 REPORTS_MAX: Final = 200_000
 """Reports read of one device, so that a server cannot keep the command busy for ever."""
 
-_AWAY: Final = "the server shows no key of this device: it has not come back to it yet"
-_GONE: Final = "the server does not know this device any more"
+_AWAY: Final = "the server has no key of this device: the device has not connected to it yet"
+_GONE: Final = "the server no longer knows this device"
 
 
 class _Shown(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +122,7 @@ def _tell(shown: list[_Shown]) -> None:
         for finding in each.findings:
             click.echo(click.style("does not hold: ", fg="red", bold=True) + f"{each.device}: {finding}")
     broken = sum(bool(each.findings) for each in shown)
-    click.echo(f"{len(shown) - broken} of {len(shown)} devices' histories are authentic, whole and in order.")
+    click.echo(f"{len(shown) - broken} of {len(shown)} devices' histories are authentic, complete and in order.")
 
 
 def _said(report: Report) -> str:

@@ -95,7 +95,7 @@ def create(options: Options, *, group: str, named: tuple[str, ...], target: Path
         bundle = _collect(who, client, group, named)
     if not bundle.devices:
         raise Fault(
-            f"nothing was ever assigned to {group or ', '.join(named)}",
+            f"nothing is assigned to {group or ', '.join(named)}",
             action="assign something first: fleet deploy",
             code=Exit.REFUSED,
         )
@@ -118,7 +118,7 @@ def create(options: Options, *, group: str, named: tuple[str, ...], target: Path
         f"until {good['late_bundles']:%Y-%m-%d} where the device's owner allows late bundles",
     )
     for device in bundle.left_out:
-        output.say(options, f"  left out: {device}, to which nothing was ever assigned")
+        output.say(options, f"  left out: {device}, which has no assignment")
 
 
 class _Bundle(NamedTuple):
@@ -179,7 +179,7 @@ def _collect(who: Operator, client: "Client", group: str, named: tuple[str, ...]
         ends = trusted.expiries()
     except Rejected as error:
         raise Fault(
-            "cannot make the bundle: what the server shows does not verify", error.message, code=Exit.REFUSED
+            "cannot make the bundle: the server's files do not verify", error.message, code=Exit.REFUSED
         ) from None
     late = min((*offline, ends["root"], ends["targets"]))
     return _Bundle(files, devices, left, {"bundles": min((*ends.values(), *offline)), "late_bundles": late})

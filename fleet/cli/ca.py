@@ -63,7 +63,7 @@ def renew(options: Options, *, days: int, yes: bool) -> None:
         view = client.ca()
         if view.root_on_server:
             raise Fault(
-                "the root of this CA lies on its server", "there is no issuing CA", "make one with fleet ca offline"
+                "the root of this CA is on its server", "there is no issuing CA", "make one with fleet ca offline"
             )
         _install(client, view, open_root(who), options, life=timedelta(days=days), yes=yes)
 

@@ -218,7 +218,7 @@ def _bring_back(client: Client, prepared: Prepared, say: Callable[[str], None]) 
     for sha256, data in lost:
         client.upload(sha256, data)
     if lost:
-        say("The server had lost the bytes; they are uploaded again.")
+        say("The server had lost the artifact; it is uploaded again.")
 
 
 def publisher(who: Operator, trust: TrustStore) -> tuple[Signer, datetime | None]:
@@ -232,7 +232,7 @@ def publisher(who: Operator, trust: TrustStore) -> tuple[Signer, datetime | None
     if ends is not None and ends <= datetime.now(UTC):
         raise Fault(
             f"the key {signer.public_key.keyid[:12]} ended on {ends:%Y-%m-%d}",
-            "what it signs is not valid any more",
+            "its signatures are no longer valid",
             "make the next one with fleet keys new --ci",
         )
     return signer, ends
@@ -273,8 +273,8 @@ def _look_again(trust: TrustStore, release: Release) -> None:
     trust.refresh()
     if trust.release(release.name.path) != release:
         raise Fault(
-            f"the server accepted {release.name} and does not show it",
-            "its repository lacks what it accepted",
+            f"the server accepted {release.name}, but does not serve it",
+            "its repository lacks the new target",
             "read the server's log",
             code=Exit.REFUSED,
         )
@@ -357,7 +357,7 @@ def _revoke(who: Operator, client: Client, trust: TrustStore, name: TargetName) 
         shown = _publish_revocation(client, who.namespace, new)
         trust.refresh()
         if shown and trust.release(name.path) is not None:
-            raise Fault(f"the server accepted the revocation of {name} and does not show it", code=Exit.REFUSED)
+            raise Fault(f"the server accepted the revocation of {name}, but does not serve it", code=Exit.REFUSED)
         if shown:
             return True
     raise Fault(f"could not revoke {name}", "others published in between", "try again", code=Exit.FAILED)

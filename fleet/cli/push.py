@@ -370,7 +370,7 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
         new_grants=new_grants(manifest.grants, None if before is None else before.manifest.grants),
         previous=previous,
         warnings=tuple(
-            f"{device.id} is offline and gets it when it is back" for device in devices if not device.online
+            f"{device.id} is offline and gets it when it reconnects" for device in devices if not device.online
         ),
     )
     if options.json:
@@ -452,11 +452,7 @@ def _waves(text: str, devices: Sequence[DeviceRow]) -> tuple[tuple[str, ...], ..
 def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, preflight: Preflight) -> None:
     shape = prepared.component
     kind = type(manifest.trigger).__name__.lower()
-    now = (
-        f"in place of {output.target(preflight.previous)}"
-        if preflight.previous
-        else "where nothing runs under that name yet"
-    )
+    now = f"in place of {output.target(preflight.previous)}" if preflight.previous else "as a new instance"
     rows = [
         ("component", f"{prepared.file.name}, {output.size(shape.size_bytes)}, called by {kind} ({manifest.world})"),
         ("imports", ", ".join(shape.imports) or "nothing"),

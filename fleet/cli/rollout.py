@@ -226,7 +226,7 @@ def follow(client: "Client", view: RolloutView, options: Options) -> Exit:
             view = _lines(client, view)
     except KeyboardInterrupt:
         click.echo(
-            f"\nRollout {view.number} goes on without you.\n"
+            f"\nRollout {view.number} continues.\n"
             f"  fleet rollout {view.number} --follow    watch it again\n"
             f"  fleet rollout abort {view.number}       end it and return the devices to what they had",
             err=True,

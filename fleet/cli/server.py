@@ -215,7 +215,7 @@ def backup(options: Options, *, target: Path) -> None:
         size = backups.backup(home(options), target)
     except backups.BackupError as error:
         raise Fault(str(error)) from None
-    output.result(options, {"file": str(target), "bytes": size}, f"{target}: {output.size(size)}; it holds no keys.")
+    output.result(options, {"file": str(target), "bytes": size}, f"{target}: {output.size(size)}; it contains no keys.")
 
 
 @command("scrub", examples="fleet server scrub", json=False)
@@ -348,7 +348,7 @@ def rebuild(
         save(path, event)
         names = ", ".join(sorted({each.whose for each in lacking}))
         click.echo(
-            f"The new server waits in {rebuilding.draft_of(place).server} for signatures of {names}.\n"
+            f"The new server is in {rebuilding.draft_of(place).server} and waits for signatures of {names}.\n"
             f"Mail {path} to them: 'fleet sign approve --offline {path.name}'; then\n"
             f"'fleet server rebuild --event {path.name}' completes it."
         )

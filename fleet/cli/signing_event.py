@@ -43,7 +43,7 @@ class Ceremony:
         self.trust = TrustStore(who, client, expired=True)
         self.ring: Keyring = keyring(who)
         for what in self.trust.expired():
-            click.echo(f"note: {what}; a repository that somebody holds back looks the same", err=True)
+            click.echo(f"note: {what}; an attacker who withholds updates causes the same", err=True)
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -136,9 +136,9 @@ class Ceremony:
         if lacking:
             click.echo(f"Mail {path} to them: '{approve}', then '{finish}'.")
         elif offline:
-            click.echo(f"{path} is signed by enough: mail it to whoever rebuilds the server, for '{finish}'.")
+            click.echo(f"{path} has enough signatures: mail it to the person who rebuilds the server, for '{finish}'.")
         else:
-            click.echo(f"{path} is signed by enough: '{finish}' publishes it.")
+            click.echo(f"{path} has enough signatures: '{finish}' publishes it.")
 
     def _able(self, event: Event) -> list[Entry]:
         wanted = {keyid for each in self.missing(event) for keyid in each.keyids}

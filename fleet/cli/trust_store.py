@@ -243,7 +243,7 @@ def load_devices(trust: Path) -> DeviceMemory:
         raise Fault(
             f"cannot read {path}",
             str(error),
-            "restore it from a backup: without it every device's key is taken as the server shows it",
+            "restore it from a backup: without it every device's key is accepted as the server shows it",
         ) from None
 
 

@@ -145,7 +145,7 @@ def infer(file_name: str, component: Component, *, version: str = DEV_VERSION) -
     example = Manifest(name=name_of(file_name), version=version, trigger=Http(), world=world, health=health)
     if kind in {Schedule, OnMessage}:
         trigger: Trigger = Schedule(every_ms=60_000) if kind is Schedule else OnMessage(topics=("topic",))
-        what = "when it runs" if kind is Schedule else "which topics it hears"
+        what = "when it runs" if kind is Schedule else "which topics it receives"
         example = msgspec.structs.replace(example, trigger=trigger)
         raise NeedsTomlError(
             f"{file_name} exports {entry[0]}, so a {FILE_NAME} beside it must say {what}",
@@ -176,7 +176,7 @@ def describe(
     if missing := check_grants(component, manifest):
         raise NeedsTomlError(
             f"{file_name} imports {', '.join(missing)}, which its manifest does not grant: "
-            f"save the suggested {FILE_NAME} if it may have that",
+            f"save the suggested {FILE_NAME} to allow them",
             suggest_toml(component, manifest),
         )
     return manifest
@@ -208,7 +208,9 @@ def name_of(file_name: str) -> str:
     try:
         return names.check_label(re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-"), "component")
     except names.BadNameError as error:
-        raise BadManifestError(f"{file_name!r} gives the component no name: write name = ... in {FILE_NAME}") from error
+        raise BadManifestError(
+            f"{file_name!r} gives no valid name for the component: write name = ... in {FILE_NAME}"
+        ) from error
 
 
 def _entry(component: Component, kind: type[Trigger] | None) -> tuple[str, type[Trigger], str] | None:
@@ -247,7 +249,7 @@ def _trigger(table: Table, component: Component | None) -> Trigger:
         case "message":
             trigger = OnMessage(topics=inner.texts("topics", lambda topic: None if topic else "a topic has a name"))
             if not trigger.topics:
-                raise BadManifestError(f"{FILE_NAME}: trigger.topics is missing: the topics it hears")
+                raise BadManifestError(f"{FILE_NAME}: trigger.topics is missing: list the topics that it receives")
         case _:
             raise BadManifestError(f"{FILE_NAME}: trigger.type {kind!r}: one of http, schedule, message, service")
     inner.finish()
@@ -312,7 +314,7 @@ def _check_interface(text: str) -> str | None:
         return None
     if "@" in text:
         return f"without the version: {bare(text)!r}"
-    return 'an interface or a package is wanted, such as "wasi:clocks" or "wasi:cli/stdout"'
+    return 'expected an interface or a package, such as "wasi:clocks" or "wasi:cli/stdout"'
 
 
 def _check_outbound(text: str) -> str | None:
@@ -350,12 +352,12 @@ def _secrets(table: Table, config: Container[str]) -> dict[str, SecretKey]:
     for key in list(table.raw):
         checked(names.check_secret, key, "secrets")
         if key in config:
-            raise BadManifestError(f"{FILE_NAME}: secrets.{key}: there is a configuration key of that name too")
+            raise BadManifestError(f"{FILE_NAME}: secrets.{key}: a configuration key has the same name")
         inner = table.table(key)
         keys[key] = SecretKey(description=inner.text("description", ""), required=inner.switch("required", True))
         inner.finish()
     if len(keys) > bounds.SECRETS_MAX:
-        raise BadManifestError(f"{FILE_NAME}: secrets: {len(keys)} are too many, at most {bounds.SECRETS_MAX} fit")
+        raise BadManifestError(f"{FILE_NAME}: secrets: {len(keys)} secrets, at most {bounds.SECRETS_MAX} are allowed")
     return keys
 
 
@@ -363,8 +365,7 @@ def _check_readable(component: Component, file_name: str) -> None:
     """Refuse secrets that no interface of the component can read. Raises `BadManifestError`."""
     if not any(bare(name) in _SECRET_READERS for name in component.imports):
         raise BadManifestError(
-            f"{FILE_NAME}: secrets: {file_name} imports none of {', '.join(_SECRET_READERS)}, "
-            "so it could never read one"
+            f"{FILE_NAME}: secrets: {file_name} imports none of {', '.join(_SECRET_READERS)}, so it cannot read secrets"
         )
 
 

@@ -198,7 +198,7 @@ class _Imports:
         """Replace the functions of an engine's instance that concern wasi:io by those of a shim."""
         name = self._inner.instances[at]
         if _key(name) not in _SHIMS:
-            raise ComposeError(f"the component imports {name}, which hands out streams that no device can serve")
+            raise ComposeError(f"the component imports {name}, whose streams no device can serve")
         shims = _SHIMS[_key(name)]
         made = encode_shim(self._inner, at, _IO, shims)
         given = {

@@ -87,7 +87,7 @@ class Table:
         """Make the error that says which type is wanted."""
         shown = {bool: "a switch", int: "a number", float: "a number", str: "a text", list: "a list", dict: "a table"}
         what = shown.get(type(value), "a date or time")
-        return BadManifestError(f"{FILE_NAME}: {self.at(key)}: {wanted} is wanted, not {what}")
+        return BadManifestError(f"{FILE_NAME}: {self.at(key)}: expected {wanted}, not {what}")
 
     def take(self, key: str) -> Any:
         """Take the raw value, None where there is none, and mark the field as known."""
@@ -141,7 +141,7 @@ class Table:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise self.wrong(key, 'a size with its unit, such as "16MiB",', value)
+            raise self.wrong(key, 'a size with its unit, such as "16MiB"', value)
         return self.in_bounds(key, checked(parse_size, value, self.at(key)))
 
     def duration(self, key: str, default: int | None) -> int | None:
@@ -150,7 +150,7 @@ class Table:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise self.wrong(key, 'a duration with its unit, such as "500ms",', value)
+            raise self.wrong(key, 'a duration with its unit, such as "500ms"', value)
         return self.in_bounds(key, checked(parse_duration, value, self.at(key)))
 
     def in_bounds(self, key: str, value: int) -> int:
@@ -192,7 +192,7 @@ class Table:
             if key not in self.known:
                 near = difflib.get_close_matches(key, self.known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(self.known)}"
-                raise BadManifestError(f"{FILE_NAME}: {self.at(key[:80])}: there is no such field; {hint}")
+                raise BadManifestError(f"{FILE_NAME}: {self.at(key[:80])}: unknown field; {hint}")
 
 
 _SIZES: Final = {
@@ -215,7 +215,7 @@ class BadUnitError(ValueError):
 def _parse(text: str, units: dict[str, int], example: str) -> int:
     match = _NUMBER.fullmatch(text.strip())
     if match is None or match[3] not in units:
-        raise BadUnitError(f"{text[:40]!r} is not understood: write {example} (units: {', '.join(units)})")
+        raise BadUnitError(f"{text[:40]!r} is not valid: write {example} (units: {', '.join(units)})")
     fraction = match[2] or ""
     scale: int = 10 ** len(fraction)
     value, rest = divmod(int(match[1] + fraction) * units[match[3]], scale)

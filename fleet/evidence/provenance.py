@@ -83,12 +83,12 @@ def read(data: bytes, *, file_name: str = "the provenance") -> Provenance:
         raise DocumentError(f"{file_name} is not an in-toto statement: its _type must be {STATEMENT}")
     if value.get("predicateType") != PREDICATE:
         found = str(value.get("predicateType", ""))[:100]
-        raise DocumentError(f"{file_name} says something else ({found or 'no predicateType'}): {PREDICATE} is read")
+        raise DocumentError(f"{file_name} has the predicate {found or 'none'}: only {PREDICATE} is supported")
     subjects = sbom.convert(value.get("subject"), list[_Subject], f"{file_name}: subject")
     predicate = sbom.convert(value.get("predicate"), _Predicate, f"{file_name}: predicate")
     digests = {each.digest["sha256"].lower(): each.name for each in subjects[:SUBJECTS_MAX] if "sha256" in each.digest}
     if not digests:
-        raise DocumentError(f"{file_name} names no subject by sha256: whose provenance is it?")
+        raise DocumentError(f"{file_name} names no subject by sha256: write provenance with the component's sha256")
     sources = (each.uri for each in predicate.buildDefinition.resolvedDependencies)
     return Provenance(
         digests,
@@ -103,9 +103,9 @@ def _opened(envelope: dict[str, Any], file_name: str) -> dict[str, Any]:
     """Unpack the statement in a DSSE envelope."""
     if envelope.get("payloadType") != PAYLOAD_TYPE:
         found = str(envelope.get("payloadType", ""))[:100]
-        raise DocumentError(f"{file_name} is an envelope around {found or 'nothing'}: {PAYLOAD_TYPE} is read")
+        raise DocumentError(f"{file_name} is an envelope of {found or 'nothing'}: only {PAYLOAD_TYPE} is supported")
     try:
         payload = base64.b64decode(envelope["payload"], validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise DocumentError(f"{file_name}: the envelope's payload is not base64: {error}") from error
-    return sbom.load(payload, f"{file_name}: what is in its envelope")
+    return sbom.load(payload, f"{file_name}: the content of its envelope")

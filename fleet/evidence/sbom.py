@@ -172,7 +172,7 @@ def read(data: bytes, *, file_name: str = "the SBOM") -> Sbom:
 def _cyclonedx(value: dict[str, Any], file_name: str) -> Sbom:
     version = value.get("specVersion")
     if not isinstance(version, str) or not re.fullmatch(r"1\.\d{1,2}", version):
-        raise DocumentError(f"{file_name} is CycloneDX of specVersion {str(version)[:20]!r}: 1.x is read")
+        raise DocumentError(f"{file_name} is CycloneDX of specVersion {str(version)[:20]!r}: only 1.x is supported")
     metadata = value.get("metadata")
     about = metadata.get("component") if isinstance(metadata, dict) else None
     components = convert(value.get("components", []), list[dict[str, Any]], f"{file_name}: components")
@@ -206,7 +206,7 @@ def _nested(tree: list[Any]) -> Iterator[Package | None]:
 def _spdx(value: dict[str, Any], file_name: str) -> Sbom:
     version = value["spdxVersion"]
     if not re.fullmatch(r"SPDX-2\.[23]", version):
-        raise DocumentError(f"{file_name} is {version[:20]!r}: SPDX-2.2, SPDX-2.3 and 3.0 are read")
+        raise DocumentError(f"{file_name} is {version[:20]!r}: only SPDX-2.2, SPDX-2.3 and 3.0 are supported")
     listed = convert(value.get("packages", []), list[dict[str, Any]], f"{file_name}: packages")
 
     def found() -> Iterator[Package | None]:

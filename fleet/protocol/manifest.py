@@ -112,7 +112,7 @@ def parse(text: str) -> Cron:
     """Parse a cron line. Raises `BadCronError`."""
     words = text.split()
     if len(words) != len(_FIELDS) or len(text) > _TEXT_MAX:
-        raise BadCronError(f"{text[:80]!r} has {len(words)} fields, wanted are minute, hour, day, month, day of week")
+        raise BadCronError(f"{text[:80]!r} has {len(words)} fields, expected are minute, hour, day, month, day of week")
     values = [_field(word, *field) for word, field in zip(words, _FIELDS, strict=True)]
     weekdays = frozenset(day % _SUNDAY_TOO for day in values[4])
     either = not words[2].startswith("*") and not words[4].startswith("*")
@@ -122,7 +122,7 @@ def parse(text: str) -> Cron:
 def check(text: str) -> str:
     """Return `text` if it is a cron line that matches some time. Raises `BadCronError`."""
     if parse(text).next_after(datetime(2000, 1, 1)) is None:  # noqa: DTZ001 - naive on purpose, see above
-        raise BadCronError(f"{text!r} never comes: there is no such day")
+        raise BadCronError(f"{text!r} never matches: there is no such day")
     return text
 
 

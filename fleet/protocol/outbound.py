@@ -124,15 +124,15 @@ def parse(text: str) -> Entry:
     """Parse one entry. Raises `BadOutboundError`."""
     scheme, separator, rest = text.partition("://")
     if not separator:
-        raise BadOutboundError('scheme, host and port are wanted, such as "https://api.example.com:443"')
+        raise BadOutboundError('expected scheme, host and port, such as "https://api.example.com:443"')
     scheme = scheme.lower()
     if scheme not in {*PORTS, "*"}:
         raise BadOutboundError(f"the scheme is http, https or *, not {scheme!r}")
     if "@" in rest:
-        raise BadOutboundError("user names and passwords have no place here")
+        raise BadOutboundError("user names and passwords are not allowed here")
     network, host, port = _split(rest.lower())
     if any(c in port or c in host for c in "/?#"):
-        raise BadOutboundError("a path or query has no place here: the grant is for a whole host")
+        raise BadOutboundError("a path or query is not allowed here: the grant is for a whole host")
     return Entry(scheme, host, network, _ports(port, scheme))
 
 
@@ -156,7 +156,7 @@ def _split(rest: str) -> tuple[Network | None, str, str]:
     if "*" in host.removeprefix("*."):
         raise BadOutboundError("* stands for a whole host, or before the first dot: *.example.com")
     if any(c in host for c in "/?#"):
-        raise BadOutboundError("a path or query has no place here: the grant is for a whole host")
+        raise BadOutboundError("a path or query is not allowed here: the grant is for a whole host")
     return None, ("*." if host.startswith("*.") else "") + _name(host.removeprefix("*.")), port
 
 
@@ -187,14 +187,16 @@ def _ports(text: str, scheme: str) -> tuple[int, int]:
         raise BadOutboundError(f"{text!r} is no port: a number, a range such as 8000..8010, or *")
     found = (int(first), int(end) if dots else int(first) + 1)
     if not 0 < found[0] < found[1] <= _PORT_END:
-        raise BadOutboundError(f"{text!r} holds no port: they go from 1 to 65535, and a range ends before its second")
+        raise BadOutboundError(
+            f"{text!r} contains no port: ports are 1 to 65535, and the end of a range is not included"
+        )
     return found
 
 
 def _name(text: str) -> str:
     name = text.lower().removesuffix(".")
     if not name.isascii():
-        raise BadOutboundError(f"{text!r} is not as it goes over the wire: write its xn-- form")
+        raise BadOutboundError(f"{text!r} is not ASCII: write its xn-- form")
     if not 0 < len(name) <= _NAME_MAX or not all(_LABEL.fullmatch(label) for label in name.split(".")):
         raise BadOutboundError(f"{text[:80]!r} is no host name")
     if _NUMBER.fullmatch(name.rpartition(".")[2]):
@@ -213,7 +215,7 @@ def place(scheme: str, authority: str) -> tuple[str, int]:
     if scheme not in PORTS:
         raise BadOutboundError(f"the scheme {scheme!r} is not one of http and https")
     if "@" in authority:
-        raise BadOutboundError("user names and passwords have no place in an authority")
+        raise BadOutboundError("user names and passwords are not allowed in an authority")
     bracketed = re.fullmatch(r"\[([^]]*)](?::([0-9]*))?", authority)
     host, port = (bracketed[1], bracketed[2] or "") if bracketed else authority.partition(":")[::2]
     if bracketed:

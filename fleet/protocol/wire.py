@@ -98,7 +98,7 @@ def decode(kind: type[M], data: bytes) -> M:
     try:
         version = msgspec.json.decode(data, type=_Version).v
         if version != 1:
-            raise UnknownSchemaError(f"{plain_name(kind)}: schema version {version}, this program speaks 1")
+            raise UnknownSchemaError(f"{plain_name(kind)}: schema version {version}, this program supports 1")
         return msgspec.json.decode(data, type=kind)
     except JSON_ERRORS as error:
         raise WireError(f"{plain_name(kind)}: {error}") from error

@@ -276,7 +276,7 @@ def test_versions_that_a_thief_drove_up_are_not_carried_on(place, tmp_path):
 def test_what_is_not_there_or_not_signed_makes_no_server(place, tmp_path):
     with pytest.raises(RebuildError, match="move it away"):
         recovery.begin(place.path, kept=None, config=None, now=NOW)
-    with pytest.raises(RebuildError, match="no server was begun"):
+    with pytest.raises(RebuildError, match="no rebuild was started"):
         recovery.begun(place.path)
     recovery.backup(place.path, tmp_path / "b.tar")
     place.home.server.rename(tmp_path / "loot")
@@ -286,7 +286,7 @@ def test_what_is_not_there_or_not_signed_makes_no_server(place, tmp_path):
     assert not place.home.server.exists()
     # beginning again makes other keys: an event of before does not fit them
     again, _ = recovery.begin(place.path, kept=tmp_path / "b.tar", config=None, now=NOW + timedelta(seconds=1))
-    with pytest.raises(RebuildError, match="does not name the keys"):
+    with pytest.raises(RebuildError, match="does not name the new keys"):
         recovery.finish(place.path, place.sign(event), place.root(), devices={}, now=NOW)
     assert recovery.finish(place.path, place.sign(again), place.root(), devices={}, now=NOW).devices == 0
     place.home.ca_root.unlink()

@@ -65,7 +65,7 @@ def test_it_names_waves_exclusions_and_new_grants_and_changes_nothing(fleet, des
         ],
         "new_grants": ["interface wasi:logging"],
         "previous": "components/main/ticker/1.0.0.wasm",
-        "warnings": ["b-00000000 is offline and gets it when it is back"],
+        "warnings": ["b-00000000 is offline and gets it when it reconnects"],
     }
     assert (desk.paths("PUT"), desk.paths("POST")) == ([], [])
 
@@ -83,7 +83,7 @@ def test_people_read_it_line_by_line(fleet, file):
         "excluded c-00000000: it is riscv64, the component is for aarch64",
         "excluded d-00000000: it is revoked",
         "excluded e-00000000: it has no engine",
-        "note b-00000000 is offline and gets it when it is back",
+        "note b-00000000 is offline and gets it when it reconnects",
         "Nothing was changed.",
     ]
 

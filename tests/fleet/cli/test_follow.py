@@ -158,7 +158,7 @@ def test_a_server_that_stays_away_is_given_up(monkeypatch):
 def test_an_interrupt_says_that_the_rollout_goes_on(capsys):
     assert rollout.follow(Script(KeyboardInterrupt()), GOOD[0], Options()) is Exit.INTERRUPTED
     told = capsys.readouterr().err
-    assert "Rollout 7 goes on without you." in told
+    assert "Rollout 7 continues." in told
     assert "fleet rollout 7 --follow" in told
     assert "fleet rollout abort 7" in told
 

@@ -91,7 +91,7 @@ def test_a_package_url_that_cannot_be_read_leaves_the_name() -> None:
         (b"[]", "not an object"),
         (b"{}", "neither CycloneDX"),
         (b'{"predicateType": "https://slsa.dev/provenance/v1"}', "give it as --provenance"),
-        (b'{"bomFormat": "CycloneDX", "specVersion": "2.0"}', "1.x is read"),
+        (b'{"bomFormat": "CycloneDX", "specVersion": "2.0"}', "only 1.x is supported"),
         (b'{"bomFormat": "CycloneDX", "specVersion": "1.6", "components": 1}', "components"),
         (b'{"spdxVersion": "SPDX-1.0"}', "SPDX-2.2"),
         (b'{"spdxVersion": "SPDX-2.3", "packages": [1]}', "packages"),

@@ -57,7 +57,7 @@ def test_the_next_minute(line, expected):
         ("*/ * * * *", "is no minute"),
         ("*5 * * * *", "is no minute"),
         ("² * * * *", "is no minute"),
-        ("0 0 30 2 *", "never comes"),
+        ("0 0 30 2 *", "never matches"),
     ],
 )
 def test_what_is_refused(line, says):
