@@ -173,7 +173,7 @@ class CertificateAuthority:
             return b""
         return b"".join(path.read_bytes() for path in sorted((self.directory / "issuers").glob("*.crl")))
 
-    def server(self, hosts: Iterable[str], *, now: datetime) -> Pair:
+    def server(self, hosts: Iterable[str], *, now: datetime, life: timedelta = SERVER_LIFE) -> Pair:
         """Issue a certificate for the server's listeners, valid for these host names and addresses and for loopback."""
         key = ec.generate_private_key(ec.SECP256R1())
         names = dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"])
@@ -182,17 +182,17 @@ class CertificateAuthority:
             SERVER_CN,
             ExtendedKeyUsageOID.SERVER_AUTH,
             now,
-            SERVER_LIFE,
+            life,
             [san(name) for name in names],
         )
         # With the root, which OpenSSL does not add to an issuing CA, and whose hash devices compare at enrolment.
         chain = certificate.public_bytes(Encoding.PEM) + self._chain + (b"" if self.is_root else self.pem.encode())
         return Pair(chain, private_pem(key))
 
-    def server_client(self, *, now: datetime) -> Pair:
+    def server_client(self, *, now: datetime, life: timedelta = SERVER_LIFE) -> Pair:
         """Issue a certificate with which the server connects to its broker."""
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._leaf(key.public_key(), SERVER_CN, ExtendedKeyUsageOID.CLIENT_AUTH, now, SERVER_LIFE)
+        certificate = self._leaf(key.public_key(), SERVER_CN, ExtendedKeyUsageOID.CLIENT_AUTH, now, life)
         return Pair(certificate.public_bytes(Encoding.PEM) + self._chain, private_pem(key))
 
     def device(self, key: DeviceKey, device: str, *, now: datetime) -> Issued:
@@ -318,11 +318,19 @@ def serial(certificate: x509.Certificate) -> str:
     return f"{certificate.serial_number:x}"
 
 
-def due(pem: bytes, *, now: datetime) -> bool:
-    """Tell whether a certificate has used up two thirds of its life."""
+def due(pem: bytes, *, now: datetime, life: timedelta = SERVER_LIFE) -> bool:
+    """Tell whether a certificate has to be made anew: two thirds of its life are over, or a wrong clock dated it.
+
+    Args:
+        pem: any certificate; the first of several counts.
+        now: UTC.
+        life: that such a certificate has at the most.
+    """
     certificate = x509.load_pem_x509_certificate(pem)
-    life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
-    return now >= certificate.not_valid_before_utc + life * 2 / 3
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if begins > now or ends - now > life + BACKDATED:
+        return True
+    return now >= begins + (ends - begins) * 2 / 3
 
 
 def builder(

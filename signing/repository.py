@@ -343,7 +343,7 @@ def online(
     version, old, stands = _newest_snapshot(current, root)
     meta = promised(current)
     files: dict[str, bytes] = {}
-    if old is None or not stands or old.meta != meta or _half_gone(old, now, "snapshot"):
+    if old is None or not stands or old.meta != meta or _is_due(old, now, "snapshot"):
         version += 1
         files[f"{version}.snapshot.json"] = _signed(
             Snapshot(version, expires=until(now, "snapshot"), meta=meta), [snapshot_signer]
@@ -370,9 +370,12 @@ def promised(current: Mapping[str, bytes]) -> dict[str, MetaFile]:
 
 
 def online_due(current: Mapping[str, bytes], now: datetime) -> bool:
-    """Return whether the timestamp has used up half of its life: sign it again (`online`)."""
+    """Return whether to sign again (`online`): half of the timestamp's life is gone, or a wrong clock dated either."""
     data = current.get("timestamp.json")
-    return data is None or _half_gone(_parse(Timestamp, data, "timestamp"), now, "timestamp")
+    if data is None or _is_due(_parse(Timestamp, data, "timestamp"), now, "timestamp"):
+        return True
+    _, snapshot = latest(current, "snapshot")
+    return _outlives(_parse(Snapshot, snapshot, "snapshot"), now, "snapshot")
 
 
 def _shown(current: Mapping[str, bytes], top: Targets) -> Iterator[tuple[str, int]]:
@@ -407,8 +410,13 @@ def online_stands(current: Mapping[str, bytes]) -> bool:
     return whole and timestamp.signed.snapshot_meta.version == version
 
 
-def _half_gone(signed: Signed, now: datetime, role: str) -> bool:
-    return signed.expires - now < LIFE[role] / 2
+def _is_due(signed: Signed, now: datetime, role: str) -> bool:
+    return signed.expires - now < LIFE[role] / 2 or _outlives(signed, now, role)
+
+
+def _outlives(signed: Signed, now: datetime, role: str) -> bool:
+    """Return whether metadata are valid for longer than their role allows: whoever signed them had a wrong clock."""
+    return signed.expires - now > LIFE[role] + SLACK
 
 
 def _newest_snapshot(current: Mapping[str, bytes], root: Root) -> tuple[int, Snapshot | None, bool]:

@@ -159,7 +159,10 @@ def _show_new_fleet(options: Options, made: "Made", event: Path | None) -> None:
     "--broker", metavar="WHICH", help="Use this broker: auto, mosquitto, embedded, mqtts://HOST:PORT  [as configured]"
 )
 @click.option("--verbose", "-v", is_flag=True, help="Log at level INFO")
-def serve(options: Options, *, broker: str | None, verbose: bool) -> None:
+@click.option(
+    "--trust-clock", is_flag=True, help="Believe this machine's clock, far as it may be from the last time known here"
+)
+def serve(options: Options, *, broker: str | None, verbose: bool, trust_clock: bool) -> None:
     """Run the fleet's server: API, artifacts, rollouts, ingest and the broker.
 
     The addresses it listens on are set in server/server.toml under the fleet's directory.
@@ -182,7 +185,7 @@ def serve(options: Options, *, broker: str | None, verbose: bool) -> None:
         )
 
     try:
-        asyncio.run(service.run(home(options), broker=broker, on_ready=ready))
+        asyncio.run(service.run(home(options), broker=broker, trust_clock=trust_clock, on_ready=ready))
     except service.ServeError as error:
         raise Fault(str(error), code=Exit.FAILED) from None
 

@@ -11,16 +11,16 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Callable
-from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 import uvicorn
 from cryptography import x509
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fleet.ca import CertificateAuthority, due
+from fleet.ca import SERVER_LIFE, CaError, CertificateAuthority, due, read_pair
 from fleet.protocol.files import atomic_write
+from fleet.server.clock import ServerClock
 from fleet.server.config import Address, ServerPaths
 
 log = logging.getLogger(__name__)
@@ -58,9 +58,13 @@ def bind(where: str, what: str) -> socket.socket:
 
 
 class Certificates:
-    """Certificates of the listeners and of the broker's client, renewed after two thirds of their life."""
+    """The listeners' certificate, and the server's own for its broker.
 
-    def __init__(self, home: ServerPaths, ca: CertificateAuthority, host: str, clock: Callable[[], datetime]) -> None:
+    Made anew when two thirds of a life are over, when a wrong clock dated them, and when they or their keys are
+    damaged. While the clocks disagree a certificate is valid by both.
+    """
+
+    def __init__(self, home: ServerPaths, ca: CertificateAuthority, host: str, clock: ServerClock) -> None:
         self._tls = home.tls
         self._authority = home.ca / "ca.pem"
         self._ca, self._host, self._clock = ca, host, clock
@@ -70,18 +74,19 @@ class Certificates:
 
     def renew(self) -> bool:
         """Renew certificates that are due, for connections from now on; return True when some were."""
-        now = self._clock()
+        earliest, latest = self._clock.earliest, self._clock.latest
         changed = False
         for name in ("server", "mqtt"):
             path = self._tls / f"{name}.pem"
-            if path.exists() and not self._outdated(path.read_bytes(), now):
+            usable = self._is_usable(name)
+            if usable and not self._outdated(path.read_bytes()):
                 continue
-            if self._ca.issuer.not_valid_after_utc <= now and path.exists():
+            if self._ca.issuer.not_valid_after_utc <= earliest and usable:
                 log.error("the issuing CA has ended: fleet ca renew")
                 continue
-            server = name == "server"
-            pair = self._ca.server([self._host], now=now) if server else self._ca.server_client(now=now)
-            # a key without its certificate is replaced: a power cut between the two writes leaves no mismatched pair
+            make = partial(self._ca.server, [self._host]) if name == "server" else self._ca.server_client
+            pair = make(now=earliest, life=SERVER_LIFE + (latest - earliest))
+            # without its certificate a key is made anew: a power cut between the two leaves no pair that does not match
             path.unlink(missing_ok=True)
             atomic_write(self._tls / f"{name}.key", pair.key_pem, mode=0o600)
             atomic_write(path, pair.certificate_pem, mode=0o644)
@@ -93,10 +98,26 @@ class Certificates:
                 self._load(context)
         return changed
 
-    def _outdated(self, pem: bytes, now: datetime) -> bool:
-        """Tell whether a certificate is due, or issued by another CA than the current one."""
+    def _is_usable(self, name: str) -> bool:
+        """Tell whether a certificate and its key are there and belong to each other; note damage in the log."""
+        path, key = self._tls / f"{name}.pem", self._tls / f"{name}.key"
+        if not path.exists():
+            return False
+        try:
+            read_pair(path, key)
+        except CaError as error:
+            log.warning("%s is made anew: %s", path.name, error)
+            return False
+        return True
+
+    def _outdated(self, pem: bytes) -> bool:
+        """Tell whether a certificate is due by either clock, or of an issuing CA that is not the newest."""
         leaf = x509.load_pem_x509_certificate(pem)
-        return leaf.issuer != self._ca.issuer.subject or not self._ca.accepts(leaf) or due(pem, now=now)
+        if leaf.issuer != self._ca.issuer.subject or not self._ca.accepts(leaf):
+            return True
+        earliest, latest = self._clock.earliest, self._clock.latest
+        life = SERVER_LIFE + (latest - earliest)
+        return due(pem, now=earliest, life=life) or due(pem, now=latest, life=life)
 
     def context(self, *, devices: bool) -> ssl.SSLContext:
         """Make the TLS context of a listener; that for devices requires a certificate of the fleet's CA."""

@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -32,8 +32,9 @@ from fleet.server.api.secrets import SecretHandlers
 from fleet.server.api.trust import CaHandlers, OnlineRoles, OperatorAccounts
 from fleet.server.api.views import Metrics, Views
 from fleet.server.broker.broker import Broker, BrokerError
+from fleet.server.clock import BEHIND_MAX, ServerClock
 from fleet.server.config import HomeError, ServerConfig, ServerPaths
-from fleet.server.director import RENEW_BEFORE, Director
+from fleet.server.director import LIFE, RENEW_BEFORE, Director
 from fleet.server.enrolment import Enrolment
 from fleet.server.ingest import Ingest
 from fleet.server.listener import Certificates, Listener, PortError, bind
@@ -41,23 +42,17 @@ from fleet.server.mqtt import MqttClient
 from fleet.server.rollout_controller import RolloutController
 from fleet.server.rollout_planner import RolloutPlanner
 from fleet.server.tuf_repository import OnlineKeys, TrustedSigner, TufRepository
-from fleet.store.sqlite import StoreError, check_owner
+from fleet.store.sqlite import StoreError, check_owner, utc
 from fleet.store.store import AuditLog, ChangeSignal, Store
 from signing.errors import SigningError
 
 log = logging.getLogger(__name__)
 UPKEEP_S: Final = 600
 POKE_JITTER_PER_BOARD_S: Final = 0.01
-Clock = Callable[[], datetime]
 
 
 class ServeError(Exception):
     """The server cannot run; one line says what, why and what to do."""
-
-
-def now() -> datetime:
-    """Return the present time, UTC."""
-    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +72,26 @@ class Server:
     Args:
         home: created by `fleet.admin.bootstrap.init`.
         broker: overrides the configuration's.
-        clock: returns the present time, UTC.
+        clock: the time, UTC: a clock of its own, or a function by which time passes.
+        trust_clock: believe the system clock, however far it is from the last time that the server knows of.
     """
 
-    def __init__(self, home: Path, *, broker: str | None = None, clock: Clock = now) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *,
+        broker: str | None = None,
+        clock: ServerClock | Callable[[], datetime] | None = None,
+        trust_clock: bool = False,
+    ) -> None:
         self._home = ServerPaths(home)
-        self._clock = clock
+        self._time = (
+            ServerClock() if clock is None else clock if isinstance(clock, ServerClock) else ServerClock.of(clock)
+        )
+        self._clock = self._time.now
+        self._trust_clock = trust_clock
         self._broker_wish = broker
         self._stack = contextlib.AsyncExitStack()
-        self._started_at = clock()
 
     async def start(self) -> Ready:
         """Start every part, and return once devices and operators can connect.
@@ -111,12 +117,13 @@ class Server:
         self._lock()
         self._store = Store.open(self._home.database, fleet=self._config.fleet)
         self._stack.callback(self._store.close)
+        self._start_clock()
         self._repository = TufRepository(self._home.repository, OnlineKeys(self._home.keys))
         self._repository.keep_fresh(now=self._clock())
         # a fleet may have moved to another size since server.toml was written: root has the present one
         self._config = replace(self._config, size=self._repository.size)
         self._ca = CertificateAuthority.load(self._home.ca)
-        self._certificates = Certificates(self._home, self._ca, self._config.host, self._clock)
+        self._certificates = Certificates(self._home, self._ca, self._config.host, self._time)
         operators = bind(self._config.operators, "the API for operators")
         self._stack.callback(operators.close)
         devices = bind(self._config.devices, "the API for devices")
@@ -141,6 +148,20 @@ class Server:
         )
 
     # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _start_clock(self) -> None:
+        """Compare the clock with the last time that the server knows of, and store that time from now on."""
+        witness = self._store.witness(before=self._time.now().timestamp())
+        if witness is not None and not self._trust_clock:
+            self._time.start_from(utc(witness))
+        for problem in self._time.problems():
+            log.error("%s", problem)
+        self._stack.callback(self._store_witness)
+        self._store_witness()
+        self._started_at = self._clock()
+
+    def _store_witness(self) -> None:
+        self._store.set_witness(self._time.settle().timestamp())
 
     def _read_config(self) -> ServerConfig:
         config = ServerConfig.load(self._home.config)
@@ -312,14 +333,18 @@ class Server:
 
     def keep_up(self) -> None:
         """Run one round of housekeeping."""
+        self._store_witness()
         when = self._clock()
         self._repository.keep_fresh(now=when)
         if self._certificates.renew():
             self._broker.shut_out(self._revoked())
-        for device in self._store.delivery.expiring((when + RENEW_BEFORE).timestamp()):
+        unfit = self._store.delivery.expiring(
+            (when + RENEW_BEFORE).timestamp(), after=(when + LIFE + BEHIND_MAX).timestamp()
+        )
+        for device in unfit:
             self._director.reconcile(device, renew=True)
         keep = timedelta(days=self._config.keep_days)
-        self._store.delivery.forget(before=(when - keep).timestamp())
+        self._store.delivery.forget(before=(self._time.earliest - keep).timestamp())
 
     def status(self) -> operator_api.Status:
         """Return a summary of the fleet."""
@@ -331,6 +356,7 @@ class Server:
         problems += [
             f"the role {role.role} expired on {role.expires:%Y-%m-%d}" for role in roles if role.expires <= when
         ]
+        problems[:0] = self._time.problems()
         if not self._bus.connected:
             problems.insert(0, f"the server is not connected to its broker at {self._broker.address}")
         return operator_api.Status(
@@ -363,6 +389,7 @@ async def run(
     home: Path,
     *,
     broker: str | None = None,
+    trust_clock: bool = False,
     on_ready: Callable[[Ready], None] | None = None,
     stop: asyncio.Event | None = None,
 ) -> None:
@@ -371,8 +398,9 @@ async def run(
     Args:
         home: created by `fleet.admin.bootstrap.init`.
         broker: overrides the configuration's: `auto`, `mosquitto`, `embedded` or `mqtts://host:port`.
-        on_ready: called once, when devices and operators can connect.
-        stop: event that ends the server when set.
+        trust_clock: as for `Server`.
+        on_ready: called once when devices and operators can come.
+        stop: set it to end the server.
 
     Raises:
         ServeError: the server cannot run.
@@ -382,7 +410,7 @@ async def run(
     with contextlib.suppress(ValueError, RuntimeError):  # outside the main thread, `stop` is the only way to end
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ending.set)
-    server = Server(home, broker=broker)
+    server = Server(home, broker=broker, trust_clock=trust_clock)
     ready = await server.start()
     try:
         if on_ready is not None:

@@ -4,6 +4,7 @@ The server cannot open the boxes of secrets that it stores.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
 
 import msgspec
@@ -64,13 +65,15 @@ class Delivery:
         rows = self._db.rows("SELECT device, max(version) AS version FROM assignments GROUP BY device")
         return {row["device"]: row["version"] for row in rows}
 
-    def expiring(self, before: float) -> list[str]:
-        """Return the devices whose newest assignment expires before a time."""
+    def expiring(self, before: float, *, after: float = math.inf) -> list[str]:
+        """Return the devices whose newest assignment expires before a time, or after one: a wrong clock dated it."""
         sql = """
-            SELECT a.device FROM assignments a JOIN devices d ON d.id = a.device WHERE NOT d.revoked
-            GROUP BY a.device HAVING max(a.version) AND max(a.expires) < ?
+            SELECT device FROM (
+                SELECT a.device AS device, a.expires AS expires, max(a.version) FROM assignments a
+                JOIN devices d ON d.id = a.device WHERE NOT d.revoked GROUP BY a.device
+            ) WHERE expires NOT BETWEEN ? AND ?
         """
-        return [row["device"] for row in self._db.rows(sql, before)]
+        return [row["device"] for row in self._db.rows(sql, before, after)]
 
     def behind(self) -> list[str]:
         """Return the devices that have not reported acceptance of their newest assignment."""

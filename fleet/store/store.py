@@ -49,6 +49,29 @@ class Store:
         """
         return self._db.savepoint()
 
+    def witness(self, *, before: float) -> float | None:
+        """Newest time that is known to be past, unix seconds; None for none.
+
+        Until one was stored, the newest certificate, report or act stamped before `before`: what a wrong clock stamped
+        later than now proves nothing.
+        """
+        stored = self._db.value("SELECT value FROM meta WHERE key = 'witness'")
+        if stored is not None:
+            return float(stored)
+        sql = (
+            "SELECT max(at) FROM (SELECT max(issued_at) AS at FROM certificates WHERE issued_at <= ?1 UNION ALL "
+            "SELECT max(at) FROM reports WHERE at <= ?1 UNION ALL SELECT max(at) FROM audit WHERE at <= ?1)"
+        )
+        found = self._db.value(sql, before)
+        return None if found is None else float(found)
+
+    def set_witness(self, at: float) -> None:
+        """Store a time that is known to be past."""
+        sql = (
+            "INSERT INTO meta (key, value) VALUES ('witness', ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+        )
+        self._db.run(sql, str(at))
+
     def backup(self, path: Path) -> None:
         """Write a consistent copy to a new file."""
         self._db.backup(path)

@@ -236,6 +236,7 @@ def test_the_servers_own_listeners_show_the_ca(tmp_path, devices):
     """Without it no board can enrol: the token holds the CA's hash only."""
     from types import SimpleNamespace
 
+    from fleet.server.clock import ServerClock
     from fleet.server.listener import Certificates
 
     for name in ("ca", "tls"):
@@ -243,7 +244,7 @@ def test_the_servers_own_listeners_show_the_ca(tmp_path, devices):
     now = datetime.now(UTC)
     ca = CertificateAuthority.create(tmp_path / "ca", fleet="harbour", now=now)
     home = SimpleNamespace(tls=tmp_path / "tls", ca=tmp_path / "ca")
-    context = Certificates(home, ca, "127.0.0.1", lambda: now).context(devices=devices)
+    context = Certificates(home, ca, "127.0.0.1", ServerClock(lambda: now)).context(devices=devices)
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     server.handle_error = lambda *_: None

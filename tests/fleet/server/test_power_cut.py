@@ -12,6 +12,7 @@ from fleet.admin.recovery import backup
 from fleet.ca import CertificateAuthority
 from fleet.server import listener
 from fleet.server.api.publishing import Artifacts
+from fleet.server.clock import ServerClock
 from fleet.server.config import ServerPaths
 from fleet.server.listener import Certificates
 from fleet.server.tuf_repository import OnlineKeys, TufRepository
@@ -59,7 +60,7 @@ def test_an_issuing_ca_that_was_installed(solo, medium):
 
 def test_certificates_of_the_listeners(solo, medium):
     issuing = CertificateAuthority.load(solo.ca)
-    Certificates(solo, issuing, "localhost", lambda: NOW + timedelta(minutes=1))
+    Certificates(solo, issuing, "localhost", ServerClock(lambda: NOW + timedelta(minutes=1)))
     assert (solo.tls / "server.pem").exists()
     assert_survives(medium)
 
@@ -117,10 +118,10 @@ def test_an_issuing_ca_whose_installation_was_cut_short(solo, monkeypatch, funct
 
 def test_a_certificate_of_a_listener_whose_renewal_was_cut_short(solo, monkeypatch):
     issuing = CertificateAuthority.load(solo.ca)
-    Certificates(solo, issuing, "localhost", lambda: NOW + timedelta(minutes=1))
+    Certificates(solo, issuing, "localhost", ServerClock(lambda: NOW + timedelta(minutes=1)))
     later = NOW + timedelta(days=80)
     with monkeypatch.context() as power:
         cut_at(power, listener, "atomic_write", "server.pem")
         with pytest.raises(PowerCutError):
-            Certificates(solo, issuing, "localhost", lambda: later)
-    Certificates(solo, issuing, "localhost", lambda: later).context(devices=False)
+            Certificates(solo, issuing, "localhost", ServerClock(lambda: later))
+    Certificates(solo, issuing, "localhost", ServerClock(lambda: later)).context(devices=False)
