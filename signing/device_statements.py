@@ -12,10 +12,10 @@ overtaken on the device before it was ever sent; it is signed, and no link of th
 
 import functools
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from cryptography import x509
@@ -30,12 +30,14 @@ from fleet.protocol import bounds, wire
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import Report
 from signing import dsse
-from signing.dsse import parse
 from signing.errors import KeyFileError, Rejected
 
 REPORT_TYPE: Final = "application/vnd.wasmfleet.report.v1+json"
 ENVELOPE_MAX_BYTES: Final = bounds.REPORT_MAX_BYTES * 4 // 3 + bounds.KIB
 _P256_BITS: Final = 256
+_NAMED_MAX: Final = 10
+_NAME_CHARS: Final = 40
+_WORDS_CHARS: Final = 120
 _ECDSA: Final = ECDSA(SHA256())
 _START: Final = b'{"payloadType"'
 
@@ -144,6 +146,7 @@ class Verdict:
 
     Attributes:
         findings: what does not hold, as sentences; none when the history is the device's own.
+        bad: number of reports that do not hold.
         notes: what is worth knowing and proves nothing.
         reports: those that hold, in the order of the chain.
         seen: what is to be remembered.
@@ -153,6 +156,7 @@ class Verdict:
     notes: tuple[str, ...]
     reports: tuple[Report, ...]
     seen: Seen
+    bad: int = 0
 
     def ran(self) -> tuple[Report, ...]:
         """Return what the device ran, and from when on: commits, removals and rollbacks."""
@@ -182,7 +186,7 @@ def audit(device: str, certificate: bytes, shown: Iterable[bytes], seen: Seen | 
     if seen is not None and seen.key != ear.fingerprint:
         words = f"the server shows another key ({ear.fingerprint[:16]}) than was first seen ({seen.key[:16]})"
         return Verdict(findings=(words,), notes=(), reports=(), seen=seen)
-    links, unread, findings = _links(device, ear, shown)
+    links, unread, wrong = _links(device, ear, shown)
     links.sort(key=lambda link: (link.report.sequence, link.report.at))
     known = seen or Seen(key=ear.fingerprint)
     more, notes = _chain(links, known, unread)
@@ -190,40 +194,72 @@ def audit(device: str, certificate: bytes, shown: Iterable[bytes], seen: Seen | 
     if last is not None and not more:
         known = msgspec.structs.replace(known, sequence=last.report.sequence, sha256=last.sha256)
     reports = tuple(link.report for link in links)
-    return Verdict(findings=(*findings, *more), notes=tuple(notes), reports=reports, seen=known)
+    findings = [f"{len(named)} reports {what}: {_some(named)}" for what, named in sorted(wrong.items())]
+    bad = sum(map(len, wrong.values()))
+    return Verdict(findings=(*findings, *more), notes=tuple(notes), reports=reports, seen=known, bad=bad)
 
 
-def _links(device: str, ear: DeviceVerifier, shown: Iterable[bytes]) -> tuple[list[_Link], set[str], list[str]]:
-    """Sort out what was shown.
+def _links(
+    device: str, ear: DeviceVerifier, shown: Iterable[bytes]
+) -> tuple[list[_Link], set[str], dict[str, list[str]]]:
+    """Sort out what was shown; no record, whatever it holds, keeps the others from being judged.
 
     Returns:
         The reports that are this device's, without those of mere progress; the sha256 of those that it signed and
-        nobody can read; what is wrong with the others.
+        nobody can read; by what is wrong with them, the names of the others.
     """
     links: dict[str, _Link] = {}
     unread: set[str] = set()
-    wrong: Counter[str] = Counter()
+    wrong: defaultdict[str, list[str]] = defaultdict(list)
     for data in shown:
-        if not is_signed(data):
-            wrong["without a signature"] += 1
-            continue
         try:
-            said = ear.verify(data)
-        except Rejected:
-            wrong["that this device did not sign"] += 1
-            continue
-        try:
-            report = wire.decode(Report, said)
-        except wire.WireError:
-            wrong["that this device signed and nobody can read"] += 1
-            unread.add(hashlib.sha256(said).hexdigest())
-            continue
-        if report.device != device:
-            wrong["about another device"] += 1
-        elif report.progress is None:
-            sha256 = parse(data, max_bytes=ENVELOPE_MAX_BYTES).sha256
+            fault, report, sha256 = _judge(device, ear, data)
+        except Exception as error:  # noqa: BLE001 - a fault of ours, or of a library: named, and the next is judged
+            fault, report, sha256 = f"that cannot be judged ({type(error).__name__})", None, ""
+        if fault:
+            wrong[fault].append(_name(data))
+        if fault == _UNREADABLE:
+            unread.add(sha256)
+        elif not fault and report is not None and report.progress is None:
             links[sha256] = _Link(report, sha256)
-    return list(links.values()), unread, [f"{count} reports {what}" for what, count in sorted(wrong.items())]
+    return list(links.values()), unread, wrong
+
+
+_UNREADABLE: Final = "that this device signed and nobody can read"
+
+
+def _judge(device: str, ear: DeviceVerifier, data: bytes) -> tuple[str, Report | None, str]:
+    """Return what is wrong with a record (empty for nothing), the report, and the sha256 of what was signed."""
+    if not is_signed(data):
+        return "without a signature", None, ""
+    try:
+        said = ear.verify(data)
+    except Rejected:
+        return "that this device did not sign", None, ""
+    sha256 = hashlib.sha256(said).hexdigest()
+    try:
+        report = wire.decode(Report, said)
+    except wire.WireError:
+        return _UNREADABLE, None, sha256
+    return ("" if report.device == device else "about another device"), report, sha256
+
+
+def _name(data: bytes) -> str:
+    """Return the name of a record for people: its number, the server's words, or else its hash."""
+    try:
+        said = msgspec.json.decode(unverified(data), type=dict[str, Any] | str)
+    except (Rejected, *wire.JSON_ERRORS):
+        said = {}
+    if isinstance(said, str):
+        return repr(said[:_WORDS_CHARS])
+    number = said.get("sequence")
+    if not isinstance(number, int | float):
+        return f"sha256 {hashlib.sha256(data).hexdigest()[:16]}"
+    return f"number {str(number)[:_NAME_CHARS]} of boot {str(said.get('boot_id', ''))[:_NAME_CHARS]!r}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED_MAX]) + (", ..." if len(names) > _NAMED_MAX else "")
 
 
 def _chain(links: Sequence[_Link], known: Seen, unread: set[str]) -> tuple[list[str], list[str]]:

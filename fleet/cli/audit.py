@@ -10,7 +10,8 @@ from fleet.cli import operator, output
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.operator import load_operator
 from fleet.cli.trust_store import Place, load_devices, save_devices
-from fleet.client import Client
+from fleet.client import Client, ClientError, UnreachableError
+from fleet.protocol.bounds import Count
 from fleet.protocol.codes import Phase
 from fleet.protocol.messages import Report
 from signing.device_statements import Seen, Verdict, audit
@@ -31,6 +32,8 @@ class _Shown(msgspec.Struct, frozen=True, kw_only=True):
     findings: tuple[str, ...]
     notes: tuple[str, ...]
     ran: tuple[Report, ...]
+    good: Count = 0
+    bad: Count = 0
 
 
 @click.group("audit", short_help="Prove what devices ran, without trusting the server")
@@ -47,7 +50,8 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
     """Check that devices signed what the server shows of them, whole and in order, and list what they ran.
 
     Each device's key is remembered from first sight in `operator/trust`, and so is its newest report: a server that
-    changes, invents, omits or withdraws a report is detected. Exits with 1 when something does not hold.
+    changes, invents, omits or withdraws a report is detected. A record that cannot be read is named, and the others are
+    judged. Exits with 1 when something does not hold.
     """
     who = load_operator(options)
     if forget and not device:
@@ -69,6 +73,8 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
                 findings=verdict.findings,
                 notes=verdict.notes,
                 ran=verdict.ran(),
+                good=len(verdict.reports),
+                bad=verdict.bad,
             )
             shown.append(found)
         if not device:
@@ -85,6 +91,28 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
 
 
 def _examine(client: Client, device: str, seen: Seen | None) -> Verdict:
+    """Judge one device; an answer or a record that is not as it should be never keeps the others from being judged."""
+    try:
+        certificate, reports = _shown_by(client, device)
+        if not certificate:
+            return _unproven(_AWAY, seen)
+        return audit(device, certificate.encode(), reports, seen)
+    except UnreachableError:
+        raise
+    except Rejected as error:
+        return _unproven(error.message, seen)
+    except ClientError as error:
+        return _unproven(f"the server's answer cannot be used: {error}", seen)
+    except Exception as error:  # noqa: BLE001 - named for this device; the next one is judged
+        return _unproven(f"its history cannot be judged: {type(error).__name__}: {error}", seen)
+
+
+def _unproven(finding: str, seen: Seen | None) -> Verdict:
+    return Verdict(findings=(finding,), notes=(), reports=(), seen=seen or Seen(key=""))
+
+
+def _shown_by(client: Client, device: str) -> tuple[str, list[bytes]]:
+    """Fetch what the server shows of a device: its certificate, and its reports as it signed them."""
     certificate = ""
     reports: list[bytes] = []
     place = ("", 0)
@@ -95,12 +123,7 @@ def _examine(client: Client, device: str, seen: Seen | None) -> Verdict:
         if not page.sequence or (page.boot_id, page.sequence) <= place:
             break
         place = (page.boot_id, page.sequence)
-    if not certificate:
-        return Verdict(findings=(_AWAY,), notes=(), reports=(), seen=seen or Seen(key=""))
-    try:
-        return audit(device, certificate.encode(), reports, seen)
-    except Rejected as error:
-        return Verdict(findings=(error.message,), notes=(), reports=(), seen=seen or Seen(key=""))
+    return certificate, reports
 
 
 def _tell(shown: list[_Shown]) -> None:
@@ -122,6 +145,8 @@ def _tell(shown: list[_Shown]) -> None:
         for finding in each.findings:
             click.echo(click.style("does not hold: ", fg="red", bold=True) + f"{each.device}: {finding}")
     broken = sum(bool(each.findings) for each in shown)
+    good, bad = sum(each.good for each in shown), sum(each.bad for each in shown)
+    click.echo(f"Reports: {good} good, {bad} bad.")
     click.echo(f"{len(shown) - broken} of {len(shown)} devices' histories are authentic, complete and in order.")
 
 

@@ -211,7 +211,28 @@ def test_a_report_that_nobody_can_read_is_named_and_the_audit_goes_on(board, fie
     """Servers of before took what had no bounds, and times without a zone."""
     before = board.audit()
     board.say(**{field: value})
+    number = value if field == "sequence" else board.sequence
     board.say()
     verdict = board.audit()
-    assert verdict.findings == ("1 reports that this device signed and nobody can read",)
+    (finding,) = verdict.findings
+    assert finding.startswith("1 reports that this device signed and nobody can read: ")
+    assert finding.endswith(f"number {number} of boot 'b'")
+    assert verdict.bad == 1
     assert verdict.reports[:-1] == before.reports
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, OverflowError, RecursionError, KeyError, AttributeError])
+def test_a_record_that_raises_whatever_error_is_named_and_the_audit_goes_on(board, monkeypatch, error):
+    before = board.audit()
+    bad = board.say()
+    real = DeviceVerifier.verify
+
+    def verify(self, data, *more):
+        if data == bad:
+            raise error("boom")
+        return real(self, data, *more)
+
+    monkeypatch.setattr(DeviceVerifier, "verify", verify)
+    verdict = board.audit()
+    assert verdict.reports == before.reports
+    assert verdict.findings == (f"1 reports that cannot be judged ({error.__name__}): number 5 of boot 'b'",)

@@ -107,7 +107,7 @@ class Views:
         return History(
             device=row.id,
             certificate_pem="" if certificate is None else certificate.pem,
-            reports=tuple(msgspec.Raw(each.raw) for each in rows),
+            reports=tuple(_whole(each) for each in rows),
             boot_id=rows[-1].boot_id if rows else "",
             sequence=rows[-1].sequence if rows else 0,
         )
@@ -269,6 +269,15 @@ def _happened(row: EventRow) -> operator_api.TimelineEntry:
     return operator_api.TimelineEntry(
         at=utc(row.at), kind=row.kind, text=row.text, rollout=row.rollout, assignment=row.assignment
     )
+
+
+def _whole(row: ReportRow) -> msgspec.Raw:
+    """Return a report byte for byte; one that is damaged in the database in words, so that the others are shown."""
+    try:
+        return msgspec.json.decode(row.raw, type=msgspec.Raw)
+    except wire.JSON_ERRORS:
+        words = f"number {row.sequence} of boot {row.boot_id!r} is damaged in the server's database"
+        return msgspec.Raw(msgspec.json.encode(words))
 
 
 def _reported(row: ReportRow) -> operator_api.TimelineEntry:

@@ -1,5 +1,8 @@
 """What a board says counts when its own key signed it: nobody on the bus, and no server, speaks for a board."""
 
+import asyncio
+import base64
+import sys
 from datetime import UTC, datetime
 
 import msgspec
@@ -73,3 +76,49 @@ async def test_reports_are_heard_from_the_boards_own_key_only(new_fleet):
         assert verdict.seen.sha256 == dsse.parse(first).sha256
         timeline = await fleet.operator.get(operator_api.Timeline, f"/v1/devices/{crane.device}/timeline")
         assert "hello: main/hello@1.0.0 is committed" in [entry.text for entry in timeline.entries]
+
+
+async def audit_verify(fleet, *arguments):
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "fleet.cli.main", "--home", str(fleet.home), "audit", "verify", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    output, errors = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode, " ".join(output.decode().split()), errors.decode()
+
+
+@pytest.mark.asyncio
+async def test_records_that_an_earlier_server_stored_are_named_and_everything_else_is_judged(new_fleet):
+    """A time without a zone, numbers beyond 64 bits, and rows that a power cut filled with zeros."""
+    async with new_fleet() as fleet:
+        crane, lift = await fleet.board("crane"), await fleet.board("lift")
+        ingest = fleet.server._bus._on_message.__self__
+        for board in (crane, lift):
+            ingest.on_message(str(Topic(board.device, Up.REPORT)), voice(board).sign(report(board, 1)))
+        no_zone = report(crane, 2).replace(b'Z"', b'"')
+        assert b"+00:00" not in no_zone
+        ingest.on_message(str(Topic(crane.device, Up.REPORT)), voice(crane).sign(no_zone))
+        ingest.flush()
+        assert ingest.counts["malformed"] == 1, "refused now"
+        rows = (
+            voice(crane).sign(no_zone),
+            voice(crane).sign(report(crane, 3).replace(b'"sequence":3', b'"sequence":' + b"9" * 40)),
+            voice(crane).sign(b"[" * 5000),
+            b"\0" * 400,
+            b"",
+            b'{"payloadType": "' + base64.b64encode(b"\xff" * 20),
+        )
+        with fleet.server._store.atomic():
+            for number, raw in enumerate(rows, 2):
+                sql = (
+                    "INSERT INTO reports (device, boot_id, sequence, at, rollout, raw) VALUES (?, 'boot', ?, 1, '', ?)"
+                )
+                fleet.server._store._db.run(sql, crane.device, number, raw)
+        code, output, errors = await audit_verify(fleet)
+        assert (code, errors) == (1, "")
+        assert "Reports: 2 good, 6 bad." in output
+        assert "1 of 2 devices' histories are authentic" in output
+        assert "3 reports that this device signed and nobody can read: number 2 of boot 'boot'" in output
+        assert "number 5 of boot 'boot' is damaged in the server's database" in output
+        assert output.count("hello committed nothing") == 2, "the good report of each device is listed"
