@@ -47,7 +47,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fleet.protocol.files import atomic_write, create_exclusive, move_into_place
+from fleet.protocol.files import RESTORE, atomic_write, create_exclusive, damage, move_into_place, set_aside
 
 CA_LIFE: Final = timedelta(days=3650)
 SERVER_LIFE: Final = timedelta(days=90)
@@ -526,6 +526,36 @@ def install(directory: Path, pem: str, *, now: datetime) -> x509.Certificate:
     atomic_write(directory / "issuing.pem", made.public_bytes(Encoding.PEM), mode=0o644)
     _finish_install(directory)
     return made
+
+
+def mend(directory: Path, *, now: datetime) -> list[str]:
+    """Replace the damaged files of a server's CA that can be made anew; return a note on each.
+
+    Raises:
+        CaError: one cannot be made anew.
+    """
+    for name in ("ca.pem", "ca.key", "issuing.pem", "issuing.key"):
+        path = directory / name
+        if path.exists() and (words := damage(path)):
+            raise CaError(f"{path} is {words}: {RESTORE}")
+    waiting = directory / "next.key"
+    notes = []
+    if waiting.exists() and damage(waiting):
+        notes.append(f"{set_aside(waiting)} was the key of a request: run 'fleet ca renew' again")
+    issuers = directory / "issuers"
+    for path in sorted((*issuers.glob("*.pem"), *issuers.glob("*.crl"))):
+        if path.exists() and damage(path):
+            for each in {path.with_suffix(".pem"), path.with_suffix(".crl")}:
+                if each.exists():
+                    set_aside(each)
+            notes.append(f"{path} was damaged: devices renew certificates of that issuer, unless it issues now")
+    if (directory / "issuing.pem").exists():
+        _finish_install(directory)
+        key, issuing = read_pair(directory / "issuing.pem", directory / "issuing.key")
+        listed = issuers / f"{serial(issuing)}.pem"
+        if not listed.exists() or not listed.with_suffix(".crl").exists():
+            accept(directory, issuing, key, until=issuing.not_valid_after_utc, now=now)
+    return notes
 
 
 def _finish_install(directory: Path) -> None:

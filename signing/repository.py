@@ -328,9 +328,16 @@ def _check_growth(before: Targets, after: Targets, namespace: str) -> None:
 
 
 def online(
-    current: Mapping[str, bytes], *, snapshot_signer: Signer, timestamp_signer: Signer, now: datetime
+    current: Mapping[str, bytes],
+    *,
+    snapshot_signer: Signer,
+    timestamp_signer: Signer,
+    now: datetime,
+    above: Mapping[str, int] | None = None,
 ) -> dict[str, bytes]:
     """The files that make what was published visible: a new timestamp, and a new snapshot where it must change.
+
+    `above`: role -> version that was signed before and is not among the files: a damaged one is made anew.
 
     Returns:
         File name -> bytes, to be written in this order.
@@ -340,17 +347,18 @@ def online(
         Rejected: the repository's own files do not verify from their newest root.
     """
     root, _ = _verified_top(current)
+    lost = {} if above is None else above
     version, old, stands = _newest_snapshot(current, root)
     meta = promised(current)
     files: dict[str, bytes] = {}
-    if old is None or not stands or old.meta != meta or _is_due(old, now, "snapshot"):
-        version += 1
+    if old is None or not stands or old.meta != meta or _is_due(old, now, "snapshot") or "snapshot" in lost:
+        version = max(version, lost.get("snapshot", 0)) + 1
         files[f"{version}.snapshot.json"] = _signed(
             Snapshot(version, expires=until(now, "snapshot"), meta=meta), [snapshot_signer]
         )
     snapshot = files.get(f"{version}.snapshot.json") or current[f"{version}.snapshot.json"]
     before = current.get("timestamp.json")
-    number = 0 if before is None else _parse(Timestamp, before, "timestamp").version
+    number = lost.get("timestamp", 0) if before is None else _parse(Timestamp, before, "timestamp").version
     promise = MetaFile(version, len(snapshot), {"sha256": metadata.sha256(snapshot)})
     files["timestamp.json"] = _signed(
         Timestamp(number + 1, expires=until(now, "timestamp"), snapshot_meta=promise), [timestamp_signer]
@@ -373,6 +381,8 @@ def online_due(current: Mapping[str, bytes], now: datetime) -> bool:
     """Return whether to sign again (`online`): half of the timestamp's life is gone, or a wrong clock dated either."""
     data = current.get("timestamp.json")
     if data is None or _is_due(_parse(Timestamp, data, "timestamp"), now, "timestamp"):
+        return True
+    if "snapshot" not in newest(current):
         return True
     _, snapshot = latest(current, "snapshot")
     return _outlives(_parse(Snapshot, snapshot, "snapshot"), now, "snapshot")

@@ -5,9 +5,24 @@ may undo a rename although later writes to other files are kept. All functions r
 """
 
 import contextlib
+import errno
 import os
 import tempfile
 from pathlib import Path
+from typing import Final
+
+RESTORE: Final = (
+    "restore this file from a copy, or the whole server from a backup (fleet server backup) with "
+    "'fleet server rebuild --backup FILE'"
+)
+"""What to do about a damaged file of a server that cannot be made anew."""
+
+_TEMPORARY: Final = ".new-"
+_ENDS: Final = {".json": b"}", ".pem": b"-----", ".key": b"-----", ".crl": b"-----"}
+"""How a whole text file of ours ends, by suffix."""
+
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_NO_MODES: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 def atomic_write(path: Path, data: bytes | str, *, mode: int) -> None:
@@ -42,9 +57,23 @@ def create_exclusive(path: Path, data: bytes | str, *, mode: int) -> None:
     try:
         # link() fails where the name is taken, and rename() would replace what has it
         os.link(temporary, path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _take_name(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def _take_name(source: Path, path: Path) -> None:
+    """Give a file a free name where the file system has no links (FAT): take the name first, then replace it."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    try:
+        source.replace(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def move_into_place(source: Path, target: Path) -> None:
@@ -69,18 +98,58 @@ def sync_directory(directory: Path) -> None:
 
 
 def _write_beside(path: Path, data: bytes | str, mode: int) -> Path:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fchmod(file.fileno(), mode)
+            _set_mode(file.fileno(), mode)
             os.fsync(file.fileno())
     except BaseException:
         with contextlib.suppress(OSError):
             Path(name).unlink()
         raise
     return Path(name)
+
+
+def _set_mode(descriptor: int, mode: int) -> None:
+    """Set a file's mode; a file system without modes (FAT) has those of its mount."""
+    try:
+        os.fchmod(descriptor, mode)
+    except OSError as error:
+        if error.errno not in _NO_MODES:
+            raise
+
+
+def damage(path: Path) -> str:
+    """Return how a text file of ours is damaged, as after a power cut: `empty`, `full of zeros` ...; empty for whole.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    if not data.strip():
+        return "empty"
+    if b"\0" in data:
+        return "full of zeros"
+    end = _ENDS.get(path.suffix, b"")
+    return "" if data.rstrip().endswith(end) else "cut off"
+
+
+def set_aside(path: Path) -> Path:
+    """Move a damaged file out of the way, beside where it was, and return where it is now."""
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    sync_directory(path.parent)
+    return aside
+
+
+def remove_leftovers(directory: Path) -> int:
+    """Remove files that were being written when the power went, in a directory tree; the number of them."""
+    found = [path for path in directory.rglob(f"{_TEMPORARY}*") if path.is_file() and not path.is_symlink()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
 
 
 def _sync_file(path: Path) -> None:

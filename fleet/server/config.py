@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fleet.protocol import names
+from fleet.protocol.files import RESTORE, damage
 
 FORMAT: Final = 1
 SIZES: Final = ("dev", "solo", "team")
@@ -125,6 +126,8 @@ class ServerConfig:
             HomeError: missing, not TOML, of another version, or with an unknown key or an invalid value.
         """
         try:
+            if words := damage(path):
+                raise HomeError(f"{path} is {words}: {RESTORE}")
             values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise HomeError(
@@ -133,7 +136,7 @@ class ServerConfig:
         except PermissionError:
             raise HomeError(f"cannot read {path}: it belongs to another user; use a home of your own") from None
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise HomeError(f"cannot read {path}: {error}") from error
+            raise HomeError(f"cannot read {path}: {error}; correct it, or {RESTORE}") from error
         found = values.get("format", FORMAT)
         if found != FORMAT:
             raise HomeError(
@@ -147,7 +150,7 @@ class ServerConfig:
                 raise HomeError(f"{path}: {name} must be {'text' if known[name] is str else 'a number'}")
         missing = [name for name in ("fleet", "size", "host", "operators", "devices", "mqtt") if name not in values]
         if missing:
-            raise HomeError(f"{path}: {missing[0]} is missing")
+            raise HomeError(f"{path}: {missing[0]} is missing; add it, or {RESTORE}")
         config = cls(**values)
         config.check()
         return config

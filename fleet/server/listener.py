@@ -18,7 +18,7 @@ import uvicorn
 from cryptography import x509
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fleet.ca import SERVER_LIFE, CaError, CertificateAuthority, due, read_pair
+from fleet.ca import SERVER_LIFE, CertificateAuthority, due
 from fleet.protocol.files import atomic_write
 from fleet.server.clock import ServerClock
 from fleet.server.config import Address, ServerPaths
@@ -104,9 +104,10 @@ class Certificates:
         if not path.exists():
             return False
         try:
-            read_pair(path, key)
-        except CaError as error:
-            log.warning("%s is made anew: %s", path.name, error)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, key)
+            x509.load_pem_x509_certificate(path.read_bytes())
+        except (OSError, ValueError):
+            log.warning("%s or its key is damaged: both are made anew", path)
             return False
         return True
 

@@ -11,7 +11,7 @@ import fcntl
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from importlib import metadata
@@ -21,6 +21,7 @@ from typing import Any, Final
 from fleet import ca
 from fleet.ca import CaError, CertificateAuthority
 from fleet.protocol import operator_api, wire
+from fleet.protocol.files import remove_leftovers
 from fleet.protocol.messages import Poke
 from fleet.protocol.topics import POKE, RETAINED, Topic
 from fleet.server.api import routes
@@ -115,13 +116,18 @@ class Server:
     async def _start(self) -> Ready:
         self._config = self._read_config()
         self._lock()
-        self._store = Store.open(self._home.database, fleet=self._config.fleet)
+        if found := remove_leftovers(self._home.server):
+            log.warning("%d files that were being written when the power went are removed", found)
+        self._store = Store.open(self._home.database, fleet=self._config.fleet, create=False)
         self._stack.callback(self._store.close)
         self._start_clock()
         self._repository = TufRepository(self._home.repository, OnlineKeys(self._home.keys))
+        self._repository.check_keys()
         self._repository.keep_fresh(now=self._clock())
         # a fleet may have moved to another size since server.toml was written: root has the present one
         self._config = replace(self._config, size=self._repository.size)
+        for note in ca.mend(self._home.ca, now=self._clock()):
+            log.warning("%s", note)
         self._ca = CertificateAuthority.load(self._home.ca)
         self._certificates = Certificates(self._home, self._ca, self._config.host, self._time)
         operators = bind(self._config.operators, "the API for operators")
@@ -301,7 +307,8 @@ class Server:
 
     def _on_connected(self) -> None:
         """Publish what devices may have missed after a (re)connection to the broker, and make them check in."""
-        for device in self._store.delivery.behind():
+        lost = self._broker.has_forgotten()
+        for device in [row.id for row in self._store.devices.all()] if lost else self._store.delivery.behind():
             row = self._store.delivery.assignment(device)
             if row is not None:
                 self._director.publish_assignment(row)
@@ -327,24 +334,33 @@ class Server:
         while True:
             await asyncio.sleep(UPKEEP_S)
             try:
-                self.keep_up()
+                for _ in self._round():
+                    await asyncio.sleep(0)
             except Exception:
                 log.exception("upkeep failed; it is tried again")
 
     def keep_up(self) -> None:
-        """Run one round of housekeeping."""
+        """Run one round of housekeeping at once."""
+        for _ in self._round():
+            pass
+
+    def _round(self) -> Iterator[None]:
+        """Run one round of housekeeping, piece by piece: between two of them others have the loop and the database."""
         self._store_witness()
         when = self._clock()
         self._repository.keep_fresh(now=when)
         if self._certificates.renew():
             self._broker.shut_out(self._revoked())
+        yield
         unfit = self._store.delivery.expiring(
             (when + RENEW_BEFORE).timestamp(), after=(when + LIFE + BEHIND_MAX).timestamp()
         )
         for device in unfit:
             self._director.reconcile(device, renew=True)
+            yield
         keep = timedelta(days=self._config.keep_days)
-        self._store.delivery.forget(before=(self._time.earliest - keep).timestamp())
+        for _ in self._store.delivery.forgetting(before=(self._time.earliest - keep).timestamp()):
+            yield
 
     def status(self) -> operator_api.Status:
         """Return a summary of the fleet."""

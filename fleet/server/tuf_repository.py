@@ -24,13 +24,17 @@ from tuf.api.metadata import Root
 
 from fleet.protocol import bounds
 from fleet.protocol.bounds import Count, Utc
-from fleet.protocol.files import atomic_write
+from fleet.protocol.files import RESTORE, atomic_write, damage, set_aside
 from fleet.protocol.operator_api import Published, RoleReply
 from signing import events, hash_bins, keys, metadata, repository, rotation
 from signing.errors import KeyFileError, RepositoryError, SigningError
 from signing.events import Document, Event
 from signing.metadata import DIRECTOR, profile
 from signing.policy import Release
+
+
+class DamagedKeyError(SigningError):
+    """A key file of this host is empty or torn, as after a power cut, and no other is trusted with the role."""
 
 
 class OnlineKeys:
@@ -49,10 +53,19 @@ class OnlineKeys:
         wanted = {key.keyid for key in trusted}
         first = self._directory / f"{role}.pem"
         others = sorted(self._directory.glob(f"{role}-*.pem"))
+        damaged = None
         for path in others if others and not first.exists() else (first, *others):
-            signer = self._open(path)
+            try:
+                signer = self._open(path)
+            except KeyFileError as error:
+                if not path.exists() or not damage(path):
+                    raise
+                damaged = error
+                continue
             if signer.public_key.keyid in wanted:
                 return signer
+        if damaged is not None:
+            raise DamagedKeyError(f"{damaged}: {RESTORE}") from damaged
         raise KeyFileError(
             f"the {role} key that is trusted now is not on this server: make one there with fleet keys rotate {role}"
         )
@@ -115,11 +128,70 @@ class TufRepository:
     def __init__(self, directory: Path, held: OnlineKeys, *, signs_online: bool = False) -> None:
         self._directory, self._held, self._signs_online = directory, held, signs_online
         self._parked = directory / "waiting.json"
-        self._waiting = self._parked.read_bytes() if self._parked.exists() else b""
-        self._files = {path.name: path.read_bytes() for path in directory.iterdir() if _FILE.fullmatch(path.name)}
+        self._waiting = self._read_waiting()
         self._releases: dict[str, Release] = {}
         self._chosen: dict[str, Signer] = {}
+        self._lost: dict[str, int] = {}
+        self._files = self._load()
         self._read()
+        if self._lost and self.elsewhere and not signs_online:
+            raise RepositoryError(f"{directory} has a damaged {' and '.join(self._lost)}: {RESTORE}")
+        self._forget_published()
+
+    def _read_waiting(self) -> bytes:
+        """Return what waits; a damaged file is moved aside: whoever published it does so again."""
+        if not self._parked.exists():
+            return b""
+        if words := damage(self._parked):
+            log.warning("what waited for the publisher host is lost (%s), publish it again: %s", self._parked, words)
+            set_aside(self._parked)
+            return b""
+        return self._parked.read_bytes()
+
+    def _load(self) -> dict[str, bytes]:
+        """Read the directory.
+
+        A power cut or a worn disk may leave files empty or torn. Snapshot and timestamp are signed anew above the
+        version that they had; old versions of other roles are not needed; for the rest somebody has to help.
+
+        Raises:
+            RepositoryError: a damaged file that cannot be made anew.
+        """
+        paths = [path for path in sorted(self._directory.iterdir()) if _FILE.fullmatch(path.name)]
+        torn = {path.name: words for path in paths if (words := damage(path))}
+        newest = repository.newest({path.name: b"" for path in paths})
+        for name, words in torn.items():
+            path = self._directory / name
+            version, _, role = name.removesuffix(".json").partition(".")
+            if name == "timestamp.json":
+                # more than any server has signed in all its minutes, and below every bound of devices
+                self._lost["timestamp"] = int(path.stat().st_mtime // 60)
+            elif role == "snapshot":
+                self._lost["snapshot"] = newest[role]
+            elif role == "root" or int(version) == newest[role]:
+                raise RepositoryError(f"{path} is {words}: {RESTORE}")
+            log.warning("%s is %s: it is moved aside, and made anew where it is needed", path, words)
+            set_aside(path)
+        return {path.name: path.read_bytes() for path in paths if path.name not in torn}
+
+    def _forget_published(self) -> None:
+        """Discard an event that was published already: a power cut came between its publication and that."""
+        if not self._waiting:
+            return
+        try:
+            left = events.apply(self._files, events.decode(self._waiting))
+        except SigningError as error:
+            log.warning("what waits for the publisher host does not fit any more: %s", error)
+            return
+        if not left and repository.online_stands(self._files):
+            log.warning("what waited for the publisher host was published before a power cut")
+            self.discard()
+
+    def check_keys(self) -> None:
+        """Open the keys that this host signs with now; raises `SigningError` when one is missing or damaged."""
+        for role in () if self.elsewhere else ONLINE:
+            self._signer(role)
+        _ = self.director
 
     def file(self, name: str) -> bytes | None:
         """Return a metadata file by its name; None for none."""
@@ -277,8 +349,10 @@ class TufRepository:
                 snapshot_signer=self._signer("snapshot"),
                 timestamp_signer=self._signer("timestamp"),
                 now=now,
+                above=self._lost,
             )
         )
+        self._lost = {}
 
     def keep_fresh(self, *, now: datetime) -> bool:
         """Renew the online roles after half of their life, or when they lack a role; return True where renewed."""

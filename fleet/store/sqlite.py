@@ -52,13 +52,20 @@ class Database:
         self._db = sqlite_utils.Database(sqlite3.connect(path, isolation_level=None))
 
     @classmethod
-    def open(cls, path: Path, *, fleet: str) -> "Database":
+    def open(cls, path: Path, *, fleet: str, create: bool = True) -> "Database":
         """Open the database of a fleet; create it, or migrate it to the newest schema, where needed.
+
+        Args:
+            path: its file.
+            fleet: whose it must be.
+            create: false for one that must be there: an empty one would be a fleet without devices and operators.
 
         Raises:
             OtherOwnerError, OtherVersionError, OtherFleetError, DamagedError: the file cannot be used.
         """
         check_owner(path if path.exists() else path.parent)
+        if words := _lacking(path, create=create):
+            raise DamagedError(f"{path} {words}: {_RESTORE}")
         try:
             db = cls(path)
             db._prepare()
@@ -66,7 +73,7 @@ class Database:
         except sqlite3.DatabaseError as error:
             if "readonly" in str(error) or "unable to open" in str(error):
                 raise OtherOwnerError(f"cannot write {path}: {error}") from error
-            raise DamagedError(f"{path} is not a sound database ({error}): restore it from a backup") from error
+            raise DamagedError(f"{path} is not a sound database ({error}): {_RESTORE}") from error
         path.chmod(0o600)
         return db
 
@@ -170,6 +177,30 @@ class Database:
                 self._db.conn.backup(copy)
         except sqlite3.Error as error:
             raise DamagedError(f"{self.path} cannot be copied to {path}: {error}") from error
+
+
+_RESTORE: Final = "restore it from a backup (fleet server backup), with 'fleet server rebuild --backup FILE'"
+_PAGE_SIZE_AT: Final = slice(16, 18)
+_PAGES_AT: Final = slice(28, 32)
+"""Size of a page, and number of pages, in the header of a database (SQLite's file format, section 1.3)."""
+
+
+def _lacking(path: Path, *, create: bool) -> str:
+    """Return what is wrong with a file before SQLite opens it: missing, empty, or shorter than its header says."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = file.read(100)
+    except OSError:
+        return "" if create or path.exists() else "is missing"
+    log_path = path.with_name(f"{path.name}-wal")
+    if log_path.exists() and log_path.stat().st_size:
+        return ""  # pages may stand in the log
+    if not size:
+        return "" if create else "is empty"
+    page = int.from_bytes(header[_PAGE_SIZE_AT], "big")
+    pages = int.from_bytes(header[_PAGES_AT], "big")
+    return "is cut off" if header.startswith(b"SQLite") and size < (65_536 if page == 1 else page) * pages else ""
 
 
 def check_owner(path: Path) -> None:

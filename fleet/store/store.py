@@ -33,9 +33,9 @@ class Store:
         self.boxes = Boxes(db)
 
     @classmethod
-    def open(cls, path: Path, *, fleet: str) -> "Store":
+    def open(cls, path: Path, *, fleet: str, create: bool = True) -> "Store":
         """Open a fleet's store. Raises the errors of `fleet.store.sqlite`."""
-        return cls(Database.open(path, fleet=fleet))
+        return cls(Database.open(path, fleet=fleet, create=create))
 
     def atomic(self) -> AbstractContextManager[None]:
         """Run a block in one transaction, all or nothing."""

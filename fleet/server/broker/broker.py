@@ -22,7 +22,7 @@ from typing import Final
 
 from fleet.ca import SERVER_CN
 from fleet.protocol import bounds, topics
-from fleet.protocol.files import atomic_write
+from fleet.protocol.files import atomic_write, set_aside
 from fleet.server.config import Address, ServerConfig, ServerPaths
 
 LISTS: Final = "issuers.crl"
@@ -46,7 +46,8 @@ class Broker:
         self.address = bind if program is None else Address(here, bind.port)
         self.remembers = name != "embedded"
         self._bind = bind
-        self._child = None if program is None else Child(name, program, self.address)
+        self._child = None if program is None else Child(name, program, self.address, self._set_database_aside)
+        self._forgotten = False
         self._home = home
         self._lists = lists
 
@@ -90,6 +91,21 @@ class Broker:
             if self.name == "mosquitto":
                 self._configure()
             await self._child.start()
+
+    def has_forgotten(self) -> bool:
+        """Tell, once, whether the broker's stored messages were lost, and have to be published again."""
+        forgotten, self._forgotten = self._forgotten, False
+        return forgotten
+
+    def _set_database_aside(self) -> bool:
+        """Move Mosquitto's database out of its way, where there is one; true when it may start now."""
+        path = self._home.broker / "data" / "mosquitto.db"
+        if self.name != "mosquitto" or not path.exists():
+            return False
+        aside = set_aside(path)
+        self._forgotten = True
+        log.warning("the broker cannot read its database: moved to %s, its messages are published again", aside)
+        return True
 
     def shut_out(self, revoked: Iterable[str]) -> None:
         """Revoke devices at the broker, and let it reload certificates from disk."""
@@ -144,10 +160,14 @@ class Child:
         name: name in the log.
         command: program (absolute path) and arguments.
         address: address on which it will listen.
+        mend: called when the broker cannot read its stored state; returns True when another start may succeed.
     """
 
-    def __init__(self, name: str, command: Sequence[str], address: Address) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], address: Address, mend: Callable[[], bool] = lambda: False
+    ) -> None:
         self.name = name
+        self._mend = mend
         self._command = command
         self._address = address
         self._process: asyncio.subprocess.Process | None = None
@@ -165,6 +185,15 @@ class Child:
         Raises:
             BrokerError: it ended, or did not listen in time.
         """
+        try:
+            await self._come_up()
+        except BrokerError:
+            if not self._can_mend():
+                raise
+            await self._come_up()
+        self._task = asyncio.create_task(self._watch(), name=f"{self.name} watch")
+
+    async def _come_up(self) -> None:
         await self._spawn()
         try:
             async with asyncio.timeout(_READY_S):
@@ -172,7 +201,10 @@ class Child:
         except TimeoutError:
             await self.stop()
             raise BrokerError(f"{self.name} does not listen at {self._address}: {self._last_words}") from None
-        self._task = asyncio.create_task(self._watch(), name=f"{self.name} watch")
+
+    def _can_mend(self) -> bool:
+        """Tell whether it ended at its stored state, and that is out of its way now."""
+        return ("database" in self._last_words or not self._last_words) and self._mend()
 
     async def stop(self) -> None:
         """Stop the process: SIGTERM, then SIGKILL."""
@@ -242,9 +274,14 @@ class Child:
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, _BACKOFF_MAX_S)
             started = asyncio.get_running_loop().time()
+            self._last_words = ""
             await self._spawn()
             with contextlib.suppress(BrokerError, TimeoutError):
-                await asyncio.wait_for(self._listening(), _READY_S)
+                try:
+                    await asyncio.wait_for(self._listening(), _READY_S)
+                except BrokerError:
+                    self._can_mend()
+                    raise
                 if asyncio.get_running_loop().time() - started < _READY_S:
                     backoff = 0.2
 

@@ -1,11 +1,12 @@
 """Files that survive a power cut: whole content, on the medium before its name, and the name on the medium too."""
 
+import errno
 import os
 import stat
 
 import pytest
 
-from fleet.protocol.files import atomic_write, create_exclusive, move_into_place
+from fleet.protocol.files import atomic_write, create_exclusive, damage, move_into_place, remove_leftovers
 from tests.fleet.disk import Medium
 
 
@@ -76,3 +77,65 @@ def test_a_finished_tree_is_moved_into_place_with_everything_in_it(medium, monke
     assert inodes <= synced
     assert (target / "inner" / "two").read_bytes() == b"content"
     assert_survives(medium)
+
+
+@pytest.fixture
+def fat(monkeypatch):
+    """A file system that has neither links nor modes, as the boot partition of a device and most USB sticks."""
+
+    def refuse(*_args, **_more):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "fchmod", refuse)
+
+
+def test_files_on_a_file_system_without_links_and_modes(fat, medium, tmp_path):
+    atomic_write(tmp_path / "replaced", "old", mode=0o600)
+    atomic_write(tmp_path / "replaced", "new", mode=0o600)
+    create_exclusive(tmp_path / "created", b"first", mode=0o600)
+    with pytest.raises(FileExistsError):
+        create_exclusive(tmp_path / "created", b"second", mode=0o600)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        create_exclusive(tmp_path / "link", b"third", mode=0o600)
+    assert {path.name for path in tmp_path.iterdir()} == {"replaced", "created", "link"}
+    assert ((tmp_path / "replaced").read_bytes(), (tmp_path / "created").read_bytes()) == (b"new", b"first")
+    assert_survives(medium)
+
+
+@pytest.mark.parametrize("name", ["link", "fchmod"])
+def test_other_errors_of_the_file_system_are_not_passed_over(monkeypatch, tmp_path, name):
+    def fail(*_args, **_more):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(OSError, match="Input/output"):
+        create_exclusive(tmp_path / "file", b"", mode=0o600)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.json", b"", "empty"),
+        ("a.json", b" \n", "empty"),
+        ("a.json", b"\0\0", "full of zeros"),
+        ("a.json", b'{"a": 1', "cut off"),
+        ("a.json", b'{"a": 1}\n', ""),
+        ("a.pem", b"-----BEGIN X-----\nabc", "cut off"),
+        ("a.pem", b"-----BEGIN X-----\nabc\n-----END X-----\n", ""),
+        ("a.toml", b"a = 1", ""),
+    ],
+)
+def test_damage_that_a_power_cut_leaves(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    assert damage(tmp_path / name) == words
+
+
+def test_what_was_being_written_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "inner").mkdir()
+    for name in (".new-abc", "inner/.new-def", "inner/.newer", "new-ghi"):
+        (tmp_path / name).write_bytes(b"")
+    assert remove_leftovers(tmp_path) == 2
+    assert {path.name for path in tmp_path.rglob("*")} == {"inner", ".newer", "new-ghi"}

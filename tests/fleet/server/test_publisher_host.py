@@ -258,3 +258,24 @@ async def test_keys_that_nobody_has_are_forgotten_by_an_admins_word(story, monke
         assert (await host.fleet.operator.problem("POST", "/v1/online/discard")).status == 409
         shutil.rmtree(host.place / "repository")  # a host that lost its memory begins from the pinned root again
         assert not await host.step()
+
+
+@pytest.mark.asyncio
+async def test_an_event_that_was_published_when_the_power_went_waits_no_more(story, monkeypatch):
+    """The power goes between the publication of what waited and the removal of `waiting.json`."""
+    async with story() as host:
+        fleet = host.fleet
+        monkeypatch.setattr(trust, "PATIENCE_S", 0.1)
+        key = keys.load(fleet.home / "operator/keys/main.pem")
+        role = repository.renew(repository.latest(host.files(), "main")[1], signer=key, now=datetime.now(UTC))
+        assert (await fleet.operator.problem("POST", "/v1/roles/main", role)).type == "publisher-away"
+        waiting = ServerPaths(fleet.home).repository / "waiting.json"
+        left = waiting.read_bytes()
+        assert await host.step()
+        await fleet.stop()
+        waiting.write_bytes(left)
+        await fleet.start()
+        assert (await host.view()).waiting == ""
+        assert not waiting.exists()
+        status = await fleet.operator.get(operator_api.Status, "/v1/status")
+        assert not any("publisher host" in each for each in status.problems)

@@ -349,3 +349,17 @@ def test_a_backup_is_a_whole_store(store, tmp_path):
     copy = Store.open(tmp_path / "copy.db", fleet="test")
     assert [row.id for row in copy.devices.all()] == [A, B]
     copy.close()
+
+
+def test_old_reports_are_deleted_a_few_at_a_time_and_the_database_is_free_in_between(store, tmp_path):
+    for number in range(1, 1201):
+        at = 10.0 if number <= 1100 else 1000.0
+        store.delivery.add_report(ReportRow(device=A, boot_id="b", sequence=number, at=at, rollout="", raw=b"{}"))
+    store.devices.note(A, "online", "came online", now=10.0)
+    steps = []
+    for deleted in store.delivery.forgetting(before=100.0):
+        steps.append(deleted)
+        store.devices.note(A, "online", "others write meanwhile", now=1000.0)
+    assert steps == [500, 500, 100, 1]
+    assert len(store.delivery.reports(A, 2000)) == 100
+    assert store.delivery.forget(before=100.0) == 0
