@@ -537,7 +537,7 @@ def mend(directory: Path, *, now: datetime) -> list[str]:
     for name in ("ca.pem", "ca.key", "issuing.pem", "issuing.key"):
         path = directory / name
         if path.exists() and (words := damage(path)):
-            raise CaError(f"{path} is {words}: {RESTORE}")
+            raise CaError(f"{path} is damaged ({words}): {RESTORE}")
     waiting = directory / "next.key"
     notes = []
     if waiting.exists() and damage(waiting):

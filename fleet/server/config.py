@@ -127,7 +127,7 @@ class ServerConfig:
         """
         try:
             if words := damage(path):
-                raise HomeError(f"{path} is {words}: {RESTORE}")
+                raise HomeError(f"{path} is damaged ({words}): {RESTORE}")
             values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise HomeError(

@@ -169,7 +169,7 @@ class TufRepository:
             elif role == "snapshot":
                 self._lost["snapshot"] = newest[role]
             elif role == "root" or int(version) == newest[role]:
-                raise RepositoryError(f"{path} is {words}: {RESTORE}")
+                raise RepositoryError(f"{path} is damaged ({words}): {RESTORE}")
             log.warning("%s is %s: it is moved aside, and made anew where it is needed", path, words)
             set_aside(path)
         return {path.name: path.read_bytes() for path in paths if path.name not in torn}
