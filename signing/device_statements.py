@@ -225,7 +225,7 @@ def _links(
     return list(links.values()), unread, wrong
 
 
-_UNREADABLE: Final = "that this device signed and nobody can read"
+_UNREADABLE: Final = "that this device signed and that cannot be read"
 
 
 def _judge(device: str, ear: DeviceVerifier, data: bytes) -> tuple[str, Report | None, str]:

@@ -358,7 +358,7 @@ def sealed_secrets(db: sqlite_utils.Database) -> None:
 
 @migration
 def devices_of_rollouts_and_shared_workers(db: sqlite_utils.Database) -> None:
-    """Rename the table `boards`, and `share_lane` to `share_worker` in values, assignments.
+    """Rename the table `boards`, and the key `share_lane` of values and assignments to `share_worker`.
 
     What an assignment asked for is compared as text: under the earlier name every device would get a new one.
     """

@@ -215,7 +215,7 @@ def test_a_report_that_nobody_can_read_is_named_and_the_audit_goes_on(board, fie
     board.say()
     verdict = board.audit()
     (finding,) = verdict.findings
-    assert finding.startswith("1 reports that this device signed and nobody can read: ")
+    assert finding.startswith("1 reports that this device signed and that cannot be read: ")
     assert finding.endswith(f"number {number} of boot 'b'")
     assert verdict.bad == 1
     assert verdict.reports[:-1] == before.reports

@@ -119,6 +119,6 @@ async def test_records_that_an_earlier_server_stored_are_named_and_everything_el
         assert (code, errors) == (1, "")
         assert "Reports: 2 good, 6 bad." in output
         assert "1 of 2 devices' histories are authentic" in output
-        assert "3 reports that this device signed and nobody can read: number 2 of boot 'boot'" in output
+        assert "3 reports that this device signed and that cannot be read: number 2 of boot 'boot'" in output
         assert "number 5 of boot 'boot' is damaged in the server's database" in output
         assert output.count("hello committed nothing") == 2, "the good report of each device is listed"
