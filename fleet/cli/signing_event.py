@@ -43,7 +43,7 @@ class Ceremony:
         self.trust = TrustStore(who, client, expired=True)
         self.ring: Keyring = keyring(who)
         for what in self.trust.expired():
-            click.echo(f"note: {what}; an attacker who withholds updates causes the same", err=True)
+            click.echo(f"note: {what}; an outdated copy of the repository looks the same", err=True)
 
     @property
     def files(self) -> dict[str, bytes]:
