@@ -40,7 +40,7 @@ from signing.errors import SigningError
 from signing.policy import Release
 from signing.sealing import Purpose
 
-BOARDS_MAX: Final = 10_000
+DEVICES_MAX: Final = 10_000
 
 
 class SecretHandlers:
@@ -90,18 +90,18 @@ class SecretHandlers:
         """POST /v1/secrets/{name}/remove."""
         name = names.check_secret(param(request, "name"))
         wish = await body(request, SecretScope)
-        boards = self._boards(wish.group, wish.device)
-        instance = self._instance(wish.instance, name, boards)
-        for board in boards:
-            release = self._runs(board, instance)
+        devices = self._boards(wish.group, wish.device)
+        instance = self._instance(wish.instance, name, devices)
+        for device in devices:
+            release = self._runs(device, instance)
             if release is not None and (key := release.manifest.secrets.get(name)) is not None and key.required:
                 raise Refusal(
                     409,
                     "needed",
-                    f"{instance} on {board.id} runs {release.name}, which does not start without {name}",
+                    f"{instance} on {device.id} runs {release.name}, which does not start without {name}",
                     action=f"set another value, or remove the instance first: fleet remove {instance}",
                 )
-        had = [board.id for board in boards if self._store.boxes.remove(board.id, instance, name)]
+        had = [device.id for device in devices if self._store.boxes.remove(device.id, instance, name)]
         if not had:
             raise Refusal(404, "unknown-secret", f"no device there has a secret {name} of {instance}")
         self._audit.record(by, "remove-secret", f"{instance}/{name}", wish.group or wish.device)
@@ -122,9 +122,9 @@ class SecretHandlers:
         """
         if bool(wish.value) == bool(wish.boxes):
             raise Refusal(400, "bad-request", "give either a value or boxes that are sealed")
-        boards = self._boards(wish.group, wish.device)
-        instance = self._instance(wish.instance, name, boards)
-        self._check_declared(instance, name, boards, ahead=wish.ahead)
+        devices = self._boards(wish.group, wish.device)
+        instance = self._instance(wish.instance, name, devices)
+        self._check_declared(instance, name, devices, ahead=wish.ahead)
         version = self._store.boxes.next_version(instance, name)
         if wish.rotate and version == 1:
             raise Refusal(
@@ -134,8 +134,10 @@ class SecretHandlers:
             raise Refusal(
                 409, "conflict", f"version {version} of {name} is next, not {wish.version}", action="seal it again"
             )
-        sealed = self._taken(wish, boards) if wish.boxes else self._sealed(name, wish.value, instance, version, boards)
-        if boards and not sealed:
+        sealed = (
+            self._taken(wish, devices) if wish.boxes else self._sealed(name, wish.value, instance, version, devices)
+        )
+        if devices and not sealed:
             raise Refusal(
                 409, "no-sealing-key", "no device there has a sealing key", action="enrol them anew: fleet-agent enroll"
             )
@@ -152,29 +154,29 @@ class SecretHandlers:
             instance=instance,
             version=version,
             devices=tuple(sorted(done)),
-            unsealable=tuple(board.id for board in boards if board.id not in done),
+            unsealable=tuple(device.id for device in devices if device.id not in done),
         )
 
     def _sealed(
-        self, name: str, value: str, instance: str, version: int, boards: Sequence[DeviceRow]
+        self, name: str, value: str, instance: str, version: int, devices: Sequence[DeviceRow]
     ) -> Sequence[SealedBox]:
         try:
             sealing.check_value(value)
         except SigningError as error:
             raise Refusal(400, "bad-secret", str(error)) from None
         found: list[SealedBox] = []
-        for board in boards:
+        for device in devices:
             purpose = Purpose(
-                fleet=self._director.fleet, device=board.id, instance=instance, name=name, version=version
+                fleet=self._director.fleet, device=device.id, instance=instance, name=name, version=version
             )
             with contextlib.suppress(SigningError):  # the other devices get their boxes although this one has no key
-                box = sealing.seal(value, recipient=board.sealing_key, purpose=purpose)
-                found.append(SealedBox(device=board.id, box=box, sealed="server"))
+                box = sealing.seal(value, recipient=device.sealing_key, purpose=purpose)
+                found.append(SealedBox(device=device.id, box=box, sealed="server"))
         return found
 
-    def _taken(self, wish: SecretRequest, boards: Sequence[DeviceRow]) -> Sequence[SealedBox]:
+    def _taken(self, wish: SecretRequest, devices: Sequence[DeviceRow]) -> Sequence[SealedBox]:
         """Check boxes from an operator's machine, which the server cannot open."""
-        known = {board.id for board in boards}
+        known = {device.id for device in devices}
         found: list[SealedBox] = []
         for each in wish.boxes:
             if each.device not in known or any(each.device == other.device for other in found):
@@ -196,13 +198,13 @@ class SecretHandlers:
             )
             rows.setdefault((box.instance, box.name), []).append(holding)
         lacking: dict[tuple[str, str], list[str]] = {}
-        for board in self._store.devices.all():
-            if board.revoked:
+        for device in self._store.devices.all():
+            if device.revoked:
                 continue
-            have = self._store.boxes.newest(board.id)
-            for instance in self._director.effective(board):
-                for name in lacks(self._runs(board, instance), instance, have):
-                    lacking.setdefault((instance, name), []).append(board.id)
+            have = self._store.boxes.newest(device.id)
+            for instance in self._director.effective(device):
+                for name in lacks(self._runs(device, instance), instance, have):
+                    lacking.setdefault((instance, name), []).append(device.id)
         return Secrets(
             secrets=tuple(
                 SecretRow(
@@ -231,32 +233,32 @@ class SecretHandlers:
         if found is None:
             raise Refusal(404, "unknown-group", f"there is no group {group!r}", action="fleet groups lists them")
         members = self._store.devices.members(found)
-        if len(members) > BOARDS_MAX:
-            raise Refusal(413, "too-large", f"{group} has {len(members)} devices, at most {BOARDS_MAX} at once")
+        if len(members) > DEVICES_MAX:
+            raise Refusal(413, "too-large", f"{group} has {len(members)} devices, at most {DEVICES_MAX} at once")
         return self._store.devices.some(members)
 
-    def _runs(self, board: DeviceRow, instance: str) -> Release | None:
-        held = self._director.effective(board).get(instance)
+    def _runs(self, device: DeviceRow, instance: str) -> Release | None:
+        held = self._director.effective(device).get(instance)
         if held is None or held.value.target is None:
             return None
         return self._repository.release(held.value.target)
 
-    def _instance(self, instance: str, name: str, boards: Sequence[DeviceRow]) -> str:
+    def _instance(self, instance: str, name: str, devices: Sequence[DeviceRow]) -> str:
         if instance:
             return names.check_label(instance, "instance")
         declared = {
             each
-            for board in boards
-            for each in self._director.effective(board)
-            if (release := self._runs(board, each)) is not None and name in release.manifest.secrets
+            for device in devices
+            for each in self._director.effective(device)
+            if (release := self._runs(device, each)) is not None and name in release.manifest.secrets
         }
         if len(declared) == 1:
             return declared.pop()
         which = f"{', '.join(sorted(declared))} declare one" if declared else "no instance there declares one"
         raise Refusal(400, "which-instance", f"whose secret is {name}? {which}", action="say it: --instance NAME")
 
-    def _check_declared(self, instance: str, name: str, boards: Sequence[DeviceRow], *, ahead: bool) -> None:
-        releases = [release for board in boards if (release := self._runs(board, instance)) is not None]
+    def _check_declared(self, instance: str, name: str, devices: Sequence[DeviceRow], *, ahead: bool) -> None:
+        releases = [release for device in devices if (release := self._runs(device, instance)) is not None]
         if ahead or not releases or any(name in release.manifest.secrets for release in releases):
             return
         known = ", ".join(sorted({key for release in releases for key in release.manifest.secrets})) or "none"
@@ -268,11 +270,11 @@ class SecretHandlers:
             "correct the name, or say --ahead for a version that is still to come",
         )
 
-    def _key(self, board: DeviceRow) -> DeviceKey:
-        certificate = self._store.access.newest_certificate(board.id)
+    def _key(self, device: DeviceRow) -> DeviceKey:
+        certificate = self._store.access.newest_certificate(device.id)
         return DeviceKey(
-            device=board.id,
-            proof=self._store.devices.sealing_proof(board.id),
+            device=device.id,
+            proof=self._store.devices.sealing_proof(device.id),
             certificate_pem="" if certificate is None else certificate.pem,
         )
 

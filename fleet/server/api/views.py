@@ -235,23 +235,23 @@ def _problem(row: DeviceRow, health: Health | None) -> str:
     return next(iter((*health.problems, *(each.error for each in health.instances if each.error))), "")
 
 
-def _rollout_device(board: DeviceProgress, extra: Extra) -> operator_api.RolloutDevice:
+def _rollout_device(progress: DeviceProgress, extra: Extra) -> operator_api.RolloutDevice:
     return operator_api.RolloutDevice(
-        device=board.device,
-        wave=board.wave,
-        outcome=board.outcome,
-        online=board.online,
+        device=progress.device,
+        wave=progress.wave,
+        outcome=progress.outcome,
+        online=progress.online,
         previous=extra.previous,
-        running=board.running,
-        phase=_phase(board.phase),
-        progress=board.progress,
-        code=_code(board.code),
-        message=board.message,
-        exercised=board.exercised,
-        retrying=board.retrying,
-        offered_at=utc_or_none(board.offered_at),
-        acked_at=utc_or_none(board.acked_at),
-        ended_at=utc_or_none(board.ended_at),
+        running=progress.running,
+        phase=_phase(progress.phase),
+        progress=progress.progress,
+        code=_code(progress.code),
+        message=progress.message,
+        exercised=progress.exercised,
+        retrying=progress.retrying,
+        offered_at=utc_or_none(progress.offered_at),
+        acked_at=utc_or_none(progress.acked_at),
+        ended_at=utc_or_none(progress.ended_at),
         timings_ms={name: min(spent, NUMBER_MAX) for name, spent in extra.timings_ms.items()},
         log=extra.log,
     )
