@@ -117,8 +117,8 @@ def lines_of(page: str) -> Iterator[tuple[str, str]]:
 def typed(laptop: OperatorSide, board: rig.Board, line: str) -> str:
     """A line typed on the laptop; what goes through ssh runs on the board, as root."""
     line = line.replace("--url https://LAPTOP:8743", " ".join(laptop.init_options()))
-    line = line.replace("http://BOARD:8080", f"--silent http://127.0.0.1:{board.port}")
-    here, _, there = line.partition(" | ssh BOARD sudo ")
+    line = line.replace("http://DEVICE:8080", f"--silent http://127.0.0.1:{board.port}")
+    here, _, there = line.partition(" | ssh DEVICE sudo ")
     printed = laptop.shell(here)
     if not there:
         return printed.strip()

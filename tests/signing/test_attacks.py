@@ -61,7 +61,7 @@ def _(scene: Scene) -> bytes:
     return scene.assign(version=1, keep_data=("hello",))
 
 
-@attack("another board's assignment", RejectCode.WRONG_DEVICE)
+@attack("another device's assignment", RejectCode.WRONG_DEVICE)
 def _(scene: Scene) -> bytes:
     return scene.assign(device="winch-99887766")
 
@@ -332,7 +332,7 @@ def _(scene: Scene) -> bytes:
     return by_director(scene, msgspec.structs.replace(scene.item, port=70_000))
 
 
-@attack("more instances than a board runs", RejectCode.TOO_LARGE)
+@attack("more instances than a device runs", RejectCode.TOO_LARGE)
 def _(scene: Scene) -> bytes:
     return by_director(scene, *(msgspec.structs.replace(scene.item, instance=f"i{n}") for n in range(65)))
 

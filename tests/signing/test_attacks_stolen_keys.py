@@ -38,7 +38,7 @@ def _(scene: Scene) -> bytes:
     return scene.assign()
 
 
-@attack("the server takes back a role that this board never looked at", RejectCode.ROLLBACK)
+@attack("the server takes back a role that this device never looked at", RejectCode.ROLLBACK)
 def _(scene: Scene) -> bytes:
     old = scene.repo.files["1.other.json"]
     scene.repo.publish("1.0.0", space="other")
@@ -48,7 +48,7 @@ def _(scene: Scene) -> bytes:
     return scene.assign()
 
 
-@attack("the server takes back a snapshot that this board could not fetch", RejectCode.ROLLBACK)
+@attack("the server takes back a snapshot that this device could not fetch", RejectCode.ROLLBACK)
 def _(scene: Scene) -> bytes:
     old = scene.repo.files["2.snapshot.json"]
     scene.repo.publish("1.1.0")
