@@ -22,12 +22,14 @@ class Want:
     Attributes:
         key: digest of everything that makes the item what it is (target, manifest, configuration, grants, port);
             neither attempt nor rollout.
+        atomic: name of its atomic set; empty for an instance that is swapped alone.
     """
 
     instance: str
     key: str
     attempt: int = 0
     rollout: str = ""
+    atomic: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class Failure:
 
     Attributes:
         retry_at: time of the next try without an operator, on the plan's clock; None for never.
+        by_set: no failure of its own: another member of its atomic set failed.
     """
 
     instance: str
@@ -54,6 +57,11 @@ class Failure:
     attempt: int
     rollout: str = ""
     retry_at: float | None = None
+    by_set: bool = False
+
+    def is_in_force(self, now: float) -> bool:
+        """Tell whether the item is not to be tried at this time."""
+        return self.retry_at is None or self.retry_at > now
 
 
 class Act(StrEnum):
@@ -97,12 +105,18 @@ def plan(
         failed: remembered failures, by (instance, key, attempt).
         now: time on the clock of `Failure.retry_at`.
     """
+    held = {
+        instance: failure
+        for instance, want in desired.items()
+        if (failure := failed.get((instance, want.key, want.attempt))) is not None
+        and _is_held(failure, _mates(want, desired, committed, in_flight, failed), now)
+    }
     steps = [
         step
         for instance in sorted({*desired, *committed, *in_flight})
         if (
             step := _step(
-                instance, desired.get(instance), committed.get(instance), in_flight.get(instance), failed, now
+                instance, desired.get(instance), committed.get(instance), in_flight.get(instance), held.get(instance)
             )
         )
         is not None
@@ -115,8 +129,7 @@ def _step(
     want: Want | None,
     have: Want | None,
     flight: InFlight | None,
-    failed: Mapping[tuple[str, str, int], Failure],
-    now: float,
+    failure: Failure | None,
 ) -> Step | None:
     if flight is not None:
         return _beside_flight(instance, want, flight)
@@ -124,10 +137,51 @@ def _step(
         return Step(Act.REMOVE, instance) if have is not None else None
     if have is not None and have.key == want.key:
         return Step(Act.ADOPT, instance) if _asked_anew(want, have) else None
-    failure = failed.get((instance, want.key, want.attempt))
-    if failure is not None and (failure.retry_at is None or failure.retry_at > now):
+    if failure is not None:
         return Step(Act.REFUSE, instance) if want.rollout not in {"", failure.rollout} else None
     return Step(Act.START, instance)
+
+
+class _Mate(NamedTuple):
+    """Another desired member of an atomic set."""
+
+    failure: Failure | None
+    is_committed: bool
+    is_going_back: bool
+
+
+def _mates(
+    want: Want,
+    desired: Mapping[str, Want],
+    committed: Mapping[str, Want],
+    in_flight: Mapping[str, InFlight],
+    failed: Mapping[tuple[str, str, int], Failure],
+) -> tuple[_Mate, ...]:
+    others = [each for each in desired.values() if want.atomic and each.atomic == want.atomic and each is not want]
+    return tuple(
+        _Mate(
+            failed.get((each.instance, each.key, each.attempt)),
+            each.instance in committed and committed[each.instance].key == each.key,
+            each.instance in in_flight and in_flight[each.instance].phase in _GOING_BACK,
+        )
+        for each in others
+    )
+
+
+def _is_held(failure: Failure, mates: tuple[_Mate, ...], now: float) -> bool:
+    """Tell whether an item that failed is not tried now.
+
+    A member of an atomic set waits for all of them: it is tried again when each that failed by itself may be. Whoever
+    failed for another's sake alone starts with that one, and never before that one has ended.
+    """
+    failures = [failure, *(mate.failure for mate in mates if mate.failure is not None)]
+    if any(each.is_in_force(now) for each in failures if not each.by_set):
+        return True
+    if not failure.by_set or not mates:
+        return False
+    if any(mate.is_going_back for mate in mates):
+        return True
+    return all(mate.is_committed or (mate.failure is not None and mate.failure.by_set) for mate in mates)
 
 
 def _beside_flight(instance: str, want: Want | None, flight: InFlight) -> Step | None:

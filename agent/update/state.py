@@ -503,7 +503,13 @@ class DeploymentState:
 
 def want_of(item: Item) -> Want:
     """Reduce an item to what the plan needs."""
-    return Want(instance=item.instance, key=item_key(item), attempt=item.attempt, rollout=item.rollout)
+    return Want(
+        instance=item.instance,
+        key=item_key(item),
+        attempt=item.attempt,
+        rollout=item.rollout,
+        atomic=item.atomic,
+    )
 
 
 def in_flight_of(change: Change) -> InFlight:
@@ -525,6 +531,7 @@ def failure_of(failed: FailedItem) -> Failure:
         attempt=failed.attempt,
         rollout=failed.rollout,
         retry_at=failed.retry_at,
+        by_set=failed.code is RejectCode.SET_FAILED,
     )
 
 

@@ -129,3 +129,43 @@ async def test_the_members_of_a_set_name_each_other_to_the_host(kit):
         # This host lets nobody wait: the second has gone on when the first asks. A real one makes them wait.
         assert {named.pop("front"), named.pop("back")} & {("front",), ("back",)}
         assert named == {"alone": ()}
+
+
+@pytest.mark.parametrize("effect", ["fetch", "verify", "swap", "watch"])
+@pytest.mark.asyncio
+async def test_a_set_whose_member_failed_in_passing_is_tried_again_as_a_whole(kit, monkeypatch, effect):
+    monkeypatch.setattr("agent.update.machine.RETRY_MAX_S", 0.01)
+    monkeypatch.setattr("agent.update.state.RETRY_FIRST_S", 0.05)
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
+        whole, faults = getattr(kit.carrier, effect), {"back": 1 if effect == "swap" else 13}
+
+        async def sometimes(change, *rest):
+            if faults.get(change.instance, 0):
+                faults[change.instance] -= 1
+                raise RuntimeError("a passing trouble")
+            return await whole(change, *rest)
+
+        monkeypatch.setattr(kit.carrier, effect, sometimes)
+        front = kit.publish("2.0.0", instance="front", atomic="pair")
+        back = kit.publish("3.0.0", instance="back", atomic="pair")
+        await kit.deployer.desire(kit.assignment(2, front, back))
+        await kit.until(
+            lambda: kit.chain("front")[-1:] == kit.chain("back")[-1:] == ["committed"] and not faults["back"]
+        )
+        await kit.settled()
+        assert kit.host.targets() == {"front": V2, "back": V3}
+        failed = [(each.instance, each.code) for each in kit.reports() if each.phase in {"failed", "rolled-back"}]
+        assert sorted(failed) == [("back", RejectCode.INTERNAL), ("front", RejectCode.SET_FAILED)], "each of them once"
+
+
+@pytest.mark.asyncio
+async def test_a_set_whose_bad_member_is_replaced_is_tried_as_a_whole(kit):
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
+        kit.host.refuse[V2] = RejectCode.START_FAILED
+        front = kit.publish("3.0.0", instance="front", atomic="pair")
+        await kit.run(kit.assignment(2, front, kit.publish("2.0.0", instance="back", atomic="pair")))
+        assert kit.host.targets() == {"front": V1, "back": V1}
+        await kit.run(kit.assignment(3, front, kit.publish("3.0.0", instance="back", atomic="pair")))
+        assert kit.host.targets() == {"front": V3, "back": V3}

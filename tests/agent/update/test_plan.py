@@ -68,6 +68,43 @@ def test_a_passing_trouble_is_tried_again_when_its_time_has_come():
     assert steps([want(key="v2")], failed=[due]) == (Step(Act.START, "web"),)
 
 
+def of_a_set(instance, **failure):
+    return Failure(instance=instance, key="v2", attempt=0, **failure)
+
+
+IN_FORCE, DUE, FOR_ANOTHER = {"retry_at": NOW + 1}, {"retry_at": NOW}, {"by_set": True}
+FINAL = {}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "in_flight", "started"),
+    [
+        (DUE, FOR_ANOTHER, (), {"a", "b"}),
+        (IN_FORCE, FOR_ANOTHER, (), set()),
+        (FINAL, FOR_ANOTHER, (), set()),
+        (DUE, IN_FORCE, (), set()),  # else the one would fail for the other's sake, in turns
+        (DUE, DUE, (), {"a", "b"}),
+        (DUE, FINAL, (), set()),
+        (FOR_ANOTHER, FOR_ANOTHER, (), set()),  # nobody knows for whose
+        (None, FOR_ANOTHER, (), {"a", "b"}),  # the bad one was replaced
+        (None, FOR_ANOTHER, (flying(instance="a", phase=Phase.FETCHING),), {"b"}),
+        (None, FOR_ANOTHER, (flying(instance="a", phase=Phase.ROLLING_BACK),), set()),  # its failure is not stored yet
+    ],
+)
+def test_a_set_that_failed_is_tried_again_as_a_whole(a, b, in_flight, started):
+    failed = [of_a_set(name, **each) for name, each in (("a", a), ("b", b)) if each is not None]
+    desired = [want(name, "v2", atomic="pair") for name in ("a", "b")]
+    found = steps(desired, [want("a"), want("b")], in_flight, failed)
+    assert {step.instance for step in found if step.act is Act.START} == started
+
+
+def test_who_failed_for_another_and_stands_alone_now_is_tried():
+    assert steps([want("b", "v2")], failed=[of_a_set("b", **FOR_ANOTHER)]) == (Step(Act.START, "b"),)
+    runs = [want("a", "v2")]
+    pair = [want(name, "v2", atomic="pair") for name in ("a", "b")]
+    assert steps(pair, runs, failed=[of_a_set("b", **FOR_ANOTHER)]) == ()
+
+
 def test_something_newer_supersedes_what_has_not_been_swapped_yet():
     for phase in (Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED, Phase.PROBATION):
         assert steps([want(key="v3")], in_flight=[flying(phase=phase)]) == (Step(Act.SUPERSEDE, "web"),)
