@@ -23,6 +23,7 @@ from agent.report import check, device_info, status
 from agent.update import images, restore
 from agent.update.secrets import SecretStore
 from agent.update.store import Database, NotAloneError, Store, StoreError, alone
+from fleet.protocol.files import remove_leftovers
 from fleet.protocol.names import BadNameError
 
 TOKEN_MAX_BYTES: Final = 8192
@@ -246,6 +247,7 @@ def _run(options: argparse.Namespace) -> int:
 
     async def main() -> int:
         with alone(places.lock):
+            remove_leftovers(places.state)
             db = Database(Store(places.database))
             if taken := await db(restore.take_over, places.runset, mac_key):
                 logging.getLogger("agent").warning("the store was lost; %d instances are known from runset.json", taken)

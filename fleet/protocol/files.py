@@ -2,10 +2,14 @@
 
 Order of every function: write, fsync the file, give it its name, fsync the directory. Without the last step a power cut
 may undo a rename although later writes to other files are kept. All functions raise `OSError`.
+
+A file has a temporary name until it is whole, and a power cut leaves it there. That name says in which boot it was
+given, so that `remove_leftovers` knows what nobody writes any more, whoever else writes in the same directory.
 """
 
 import contextlib
 import errno
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -92,13 +96,41 @@ def move_into_place(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
+def remove_leftovers(directory: Path, *, recursive: bool = True) -> int:
+    """Remove files that a power cut kept from getting their name; return how many.
+
+    Args:
+        directory: whose files are written by these functions; one that does not exist has no leftovers.
+        recursive: look into the directories below too; links are not followed.
+    """
+    here = f"{_TEMPORARY}{_boot()}-"
+    removed = 0
+    for place, below, names in os.walk(directory):
+        if not recursive:
+            below.clear()
+        for name in names:
+            if name.startswith(_TEMPORARY) and not name.startswith(here):
+                with contextlib.suppress(OSError):  # tidying up is no reason not to start
+                    Path(place, name).unlink()
+                    removed += 1
+    return removed
+
+
+@functools.cache
+def _boot() -> str:
+    """Return a word for this boot of the kernel; the same for every boot where the kernel has none."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
+    return "0"
+
+
 def sync_directory(directory: Path) -> None:
     """Bring the names in a directory (files created, renamed, removed) onto the medium."""
     _sync(directory, os.O_DIRECTORY)
 
 
 def _write_beside(path: Path, data: bytes | str, mode: int) -> Path:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_TEMPORARY}{_boot()}-")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -142,14 +174,6 @@ def set_aside(path: Path) -> Path:
     path.replace(aside)
     sync_directory(path.parent)
     return aside
-
-
-def remove_leftovers(directory: Path) -> int:
-    """Remove files that were being written when the power went, in a directory tree; the number of them."""
-    found = [path for path in directory.rglob(f"{_TEMPORARY}*") if path.is_file() and not path.is_symlink()]
-    for path in found:
-        path.unlink(missing_ok=True)
-    return len(found)
 
 
 def _sync_file(path: Path) -> None:

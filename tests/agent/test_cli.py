@@ -273,6 +273,10 @@ def test_an_agent_that_is_stopped_ends_whatever_it_was_doing(tmp_path, systemd, 
     """Here no host, no server and no broker answers: it is in the middle of waiting for each of them."""
     enrolled_to_the_full(tmp_path).close()
     places = ("--state", tmp_path / "state", "--runtime", tmp_path / "run", "--config", tmp_path / "agent.toml")
+    left = [tmp_path / "state" / place / ".new-00000000-x" for place in ("", "identity", "images")]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("what a power cut left half")
     process = subprocess.Popen(
         [sys.executable, "-m", "agent.cli", "run", *map(str, places)],
         env={**os.environ, "NOTIFY_SOCKET": systemd.getsockname()},
@@ -281,6 +285,7 @@ def test_an_agent_that_is_stopped_ends_whatever_it_was_doing(tmp_path, systemd, 
     )
     try:
         assert b"READY=1" in systemd.recv(4096)
+        assert not any(path.exists() for path in left)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     finally:

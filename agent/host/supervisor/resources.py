@@ -34,7 +34,7 @@ from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaStore
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import atomic_write, move_into_place
+from fleet.protocol.files import atomic_write, move_into_place, remove_leftovers
 
 BACKLOG: Final = 1024
 
@@ -355,6 +355,7 @@ class HostResources:
     @classmethod
     def open(cls, *, state: Path, sockets: Path, address: str) -> "HostResources":
         """Read what is kept in `state`; `sockets` holds the Unix sockets, own ports are opened at `address`."""
+        remove_leftovers(state, recursive=False)  # below it are the instances' own files
         return cls(
             data=state / "data",
             listeners=Listeners(sockets, address),

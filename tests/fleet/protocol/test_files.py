@@ -2,7 +2,10 @@
 
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -133,9 +136,46 @@ def test_damage_that_a_power_cut_leaves(tmp_path, name, data, words):
     assert damage(tmp_path / name) == words
 
 
-def test_what_was_being_written_is_removed_and_nothing_else(tmp_path):
-    (tmp_path / "inner").mkdir()
-    for name in (".new-abc", "inner/.new-def", "inner/.newer", "new-ghi"):
-        (tmp_path / name).write_bytes(b"")
-    assert remove_leftovers(tmp_path) == 2
-    assert {path.name for path in tmp_path.rglob("*")} == {"inner", ".newer", "new-ghi"}
+CUT = """
+import os, pathlib, signal, sys
+from fleet.protocol.files import atomic_write
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+atomic_write(pathlib.Path(sys.argv[1]), b"half", mode=0o600)
+"""
+
+
+def cut_off(directory):
+    """What a process leaves that ends in the middle of writing a file."""
+    directory.mkdir(exist_ok=True)
+    done = subprocess.run([sys.executable, "-c", CUT, str(directory / "file")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = (path for path in directory.iterdir() if path.name.startswith(".new-"))
+    return left
+
+
+def after_a_boot(left):
+    """The same file, as it was left in the boot before."""
+    _, boot, rest = left.name.removeprefix(".").split("-", 2)
+    return left.rename(left.with_name(f".new-{'0' * len(boot)}-{rest}"))
+
+
+def test_what_a_power_cut_left_half_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / ".newer").write_text("kept")
+    deep = tmp_path / "deep"
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
+    for directory in (tmp_path, deep, elsewhere):
+        after_a_boot(cut_off(directory))
+    (tmp_path / "link").symlink_to(elsewhere)
+    assert remove_leftovers(tmp_path, recursive=False) == 1
+    assert remove_leftovers(tmp_path) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".newer", "deep", "file", "link"]
+    assert list(deep.iterdir()) == []
+    assert len(list(elsewhere.iterdir())) == 1
+    assert remove_leftovers(tmp_path / "nowhere") == 0
+
+
+def test_what_another_process_may_be_writing_stays(tmp_path):
+    left = cut_off(tmp_path)
+    assert remove_leftovers(tmp_path) == 0
+    assert left.exists()

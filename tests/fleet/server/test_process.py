@@ -66,8 +66,12 @@ async def test_a_server_that_is_killed_leaves_no_broker_and_starts_again(new_hom
     process.kill()
     await process.wait()
     await gone(broker_process)
+    left = [home / "server" / place / ".new-00000000-x" for place in ("", "repository", "tls")]
+    for path in left:
+        path.write_text("what a power cut left half")
     again, said = await serve(home)
     assert said == broker
+    assert not any(path.exists() for path in left)
     again.terminate()
     assert await asyncio.wait_for(again.wait(), 20) == 0
 

@@ -40,6 +40,15 @@ def test_a_file_is_on_the_medium_and_so_is_its_name(write, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 
 
+def test_what_a_power_cut_left_half_is_removed_at_the_start_and_no_guests_file(tmp_path):
+    left, of_a_guest = tmp_path / ".new-00000000-x", tmp_path / "data/web/.new-00000000-x"
+    of_a_guest.parent.mkdir(parents=True)
+    for path in (left, of_a_guest):
+        path.write_text("half")
+    HostResources.open(state=tmp_path, sockets=tmp_path / "in", address="127.0.0.1")
+    assert (left.exists(), of_a_guest.exists()) == (False, True)
+
+
 def test_crashes_that_an_older_version_counted_move_to_the_present_name(tmp_path):
     def count():
         resources = HostResources.open(state=tmp_path, sockets=tmp_path / "in", address="127.0.0.1")
