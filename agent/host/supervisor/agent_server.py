@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from agent.host.ipc import host_api
+from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
 
 SOCKET_NAME: Final = "host.sock"
@@ -23,6 +24,9 @@ SOCKET_NAME: Final = "host.sock"
 _CONNECTIONS_MAX: Final = 8
 
 _QUEUE_MAX: Final = 256  # packets that a connection may leave unread
+_SERVED_MAX: Final = 2 * bounds.ITEMS_MAX
+"""Requests of a connection that are served at once: the starts of the largest atomic set wait for each other, and what
+else the agent asks meanwhile has its place. More wait in the socket."""
 
 _UCRED: Final = struct.Struct("=iII")
 _SO_PEERGROUPS: Final = 59
@@ -51,6 +55,24 @@ class AgentConnection:
         self.sock = sock
         self._on_closed = on_closed
         self._writer = host_api.Writer(sock, lambda _: self.close())
+        self._served = 0
+
+    def read_by(self, readable: Callable[["AgentConnection"], None]) -> None:
+        """Call `readable` whenever there is a request, as long as few enough are served."""
+        self._readable = readable
+        asyncio.get_running_loop().add_reader(self.sock, readable, self)
+
+    def begin(self) -> None:
+        """Count a request that is served from now on, and read no more where there are many."""
+        self._served += 1
+        if self._served == _SERVED_MAX:
+            asyncio.get_running_loop().remove_reader(self.sock)
+
+    def end(self) -> None:
+        """Count a request that was served, and read on."""
+        self._served -= 1
+        if self._served == _SERVED_MAX - 1 and self.sock.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(self.sock, self._readable, self)
 
     def send(self, message: host_api.FromHost) -> None:
         """Send, or keep until there is room; a connection whose peer never reads is closed."""
@@ -112,7 +134,7 @@ class AgentServer:
             return
         connection = AgentConnection(sock, self._closed)
         self._connections.add(connection)
-        asyncio.get_running_loop().add_reader(sock, self._readable, connection)
+        connection.read_by(self._readable)
 
     def _closed(self, connection: AgentConnection) -> None:
         self._connections.discard(connection)
@@ -127,6 +149,7 @@ class AgentServer:
         except host_api.IpcError:
             connection.close()
             return
+        connection.begin()
         task = asyncio.ensure_future(self._serve(connection, request, fd))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -137,6 +160,8 @@ class AgentServer:
         except Exception as error:  # noqa: BLE001 - a bug of ours: say so, and go on serving
             sys.stderr.write(f"host: {type(request).__name__}: {type(error).__name__}: {error}\n")
             reply = host_api.Failed(id=request.id, code=RejectCode.INTERNAL, message=f"the host failed: {error!r}")
+        finally:
+            connection.end()
         self._flush_events()  # events before the reply, as they happened
         connection.send(reply)
 

@@ -53,6 +53,11 @@ async def served(tmp_path):
         sock.close()
 
 
+def send_many(sock, count):
+    for number in range(count):
+        host_api.send(sock, host_api.Stop(id=number, instance="slow"))
+
+
 async def received(sock, count):
     return [await asyncio.to_thread(host_api.receive_from_host, sock) for _ in range(count)]
 
@@ -97,4 +102,51 @@ async def test_the_handler_is_told_when_nobody_is_connected_any_more(served):
     await received(second, 3)
     assert not handler.gone.is_set()
     second.shutdown(socket.SHUT_RDWR)
+    await handler.gone.wait()
+
+
+@pytest.mark.asyncio
+async def test_a_connection_has_so_many_requests_served_at_once_and_the_others_wait(served):
+    handler, connect = served
+    most, more = agent_server._SERVED_MAX, 20
+    begun, all_begun, go_on = [], asyncio.Event(), asyncio.Event()
+
+    async def handle(request, _fd):
+        if request.instance == "slow":
+            begun.append(request.id)
+            if len(begun) == most:
+                all_begun.set()
+            await go_on.wait()
+        return host_api.Done(id=request.id)
+
+    handler.handle = handle
+    asks, other = connect(), connect()
+    sending = asyncio.ensure_future(asyncio.to_thread(send_many, asks, most + more))
+    await all_begun.wait()
+    for number in (1, 2):  # another connection is served, and the loop has had its turns
+        host_api.send(other, host_api.Stop(id=number, instance="web"))
+        assert await received(other, 1) == [host_api.Done(id=number)]
+    assert len(begun) == most
+    go_on.set()
+    await sending
+    assert sorted(reply.id for reply in await received(asks, most + more)) == list(range(most + more))
+
+
+@pytest.mark.asyncio
+async def test_a_connection_that_ends_while_many_requests_are_served_is_noticed(served):
+    handler, connect = served
+    all_begun, go_on, begun = asyncio.Event(), asyncio.Event(), []
+
+    async def handle(request, _fd):
+        begun.append(request.id)
+        if len(begun) == agent_server._SERVED_MAX:
+            all_begun.set()
+        await go_on.wait()
+        return host_api.Done(id=request.id)
+
+    handler.handle = handle
+    sock = connect()
+    await asyncio.gather(all_begun.wait(), asyncio.to_thread(send_many, sock, agent_server._SERVED_MAX))
+    sock.shutdown(socket.SHUT_RDWR)
+    go_on.set()
     await handler.gone.wait()
