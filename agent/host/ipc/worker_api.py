@@ -9,8 +9,9 @@ id belongs to the request that has waited longest for one of its type.
 """
 
 import socket
+import struct
 import time
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -29,6 +30,40 @@ ABANDONED: Final = 75
 
 IMAGES_MAX: Final = 32
 """Images that one shared worker may have open."""
+
+
+FORKED: Final = b"F"
+EXITED: Final = b"X"
+_ZYGOTE_MESSAGE: Final = struct.Struct("=cxxxii")
+
+
+class ZygoteMessage(NamedTuple):
+    """Message between supervisor and zygote, of fixed size: the zygote shares its memory with every worker.
+
+    Attributes:
+        kind: FORKED, also for the order to fork; EXITED when a worker has ended.
+        status: exit status as `os.waitstatus_to_exitcode` has it.
+    """
+
+    kind: bytes
+    pid: int = 0
+    status: int = 0
+
+    @classmethod
+    def fork(cls) -> "ZygoteMessage":
+        """Return the order to fork a worker; its end of the control socket comes along."""
+        return cls(FORKED)
+
+    def encode(self) -> bytes:
+        """Return the packet."""
+        return _ZYGOTE_MESSAGE.pack(*self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> "ZygoteMessage":
+        """Read a packet. Raises `GoneError`: of another size."""
+        if len(data) != _ZYGOTE_MESSAGE.size:
+            raise GoneError(f"{len(data)} bytes are no message of a zygote")
+        return cls(*_ZYGOTE_MESSAGE.unpack(data))
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):

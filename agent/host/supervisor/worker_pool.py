@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from agent.host.ipc import framing, host_api, worker_api
+from agent.host.ipc.worker_api import ZygoteMessage
 from agent.host.sandbox import sandbox
 from agent.host.supervisor.resources import Cgroups, UidAllocator
 from agent.host.supervisor.worker_handle import WorkerEvents, WorkerGoneError, WorkerHandle, WorkerProcess
@@ -226,8 +227,6 @@ class WorkerPool:
         self._publishers.clear()
 
 
-FORK: Final = b"F"
-_MESSAGE_BYTES: Final = 12
 _FORK_TIMEOUT_S: Final = 60.0
 _ENVIRONMENT: Final = frozenset(
     {"PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"}
@@ -297,42 +296,45 @@ class ZygoteHandle:
         self._forks.append(fork)
         with theirs:
             try:
-                self._writer.send(FORK + bytes(_MESSAGE_BYTES - 1), theirs.fileno())
+                self._writer.send(ZygoteMessage.fork().encode(), theirs.fileno())
             except OSError as error:
                 self._forks.remove(fork)
                 fork.process.close()
                 raise WorkerGoneError(f"the zygote of {self.namespace} cannot be asked: {error.strerror}") from error
         try:
-            await asyncio.wait_for(fork.done, _FORK_TIMEOUT_S)
+            async with asyncio.timeout(_FORK_TIMEOUT_S):
+                await fork.done
         except ZygoteGoneError:
             fork.process.close()
             raise
         except TimeoutError as error:
-            fork.process.close()
             self.close()
             raise WorkerGoneError(f"the zygote of {self.namespace} does not answer") from error
+        except asyncio.CancelledError:
+            # Forked in the same turn of the loop. What is forked later is ended by `_readable`.
+            fork.process.kill("nobody waits for it any more")
+            raise
         return fork.process
 
     def _readable(self) -> None:
         try:
             data, fds = framing.receive_packet(self._sock)
+            message = ZygoteMessage.decode(data)
         except BlockingIOError:
             return
         except framing.GoneError:
             self.close()
             return
-        pid = int.from_bytes(data[4:8], sys.byteorder, signed=True)
-        status = int.from_bytes(data[8:12], sys.byteorder, signed=True)
-        if data.startswith(FORK):
+        if message.kind == worker_api.FORKED:
             fork = self._forks.popleft()
-            fork.process.pid, fork.process.pidfd = pid, fds[0]
-            self.workers[pid] = fork.process
+            fork.process.pid, fork.process.pidfd = message.pid, fds[0]
+            self.workers[message.pid] = fork.process
             if fork.done.done():  # whoever asked for it was cancelled
                 fork.process.kill("nobody waits for it any more")
             else:
                 fork.done.set_result(None)
-        elif (ended := self.workers.pop(pid, None)) is not None:
-            ended.has_ended(status)
+        elif (ended := self.workers.pop(message.pid, None)) is not None:
+            ended.has_ended(message.status)
 
     def close(self) -> None:
         """End the zygote and every worker of it."""
@@ -344,7 +346,9 @@ class ZygoteHandle:
             self.process.kill()
         self.process.wait()
         for fork in self._forks:
-            if not fork.done.done():
+            if fork.done.done():  # whoever asked for it was cancelled, and does not close it
+                fork.process.close()
+            else:
                 fork.done.set_exception(ZygoteGoneError(f"the zygote of {self.namespace} is gone"))
         self._forks.clear()
         for worker in list(self.workers.values()):

@@ -9,8 +9,8 @@ hang for ever; the self-test does, in a child of its own. It sees no configurati
 its own after the fork, over a socket that passes through here unread. One zygote for each signing namespace, so that
 strangers do not share an address layout.
 
-    supervisor -> zygote    b"F" + 7 zero bytes, with the lane's end of its control socket
-    zygote -> supervisor    b"F" + pid (i32) + 0, with a pidfd;  b"X" + pid + status when a lane has ended
+    supervisor -> zygote    `ZygoteMessage.fork()`, with the worker's end of its control socket
+    zygote -> supervisor    FORKED, with a pidfd; EXITED when a worker has ended
 
 Where a forked process becomes a lane: of one instance alone, or one that several share. It never returns.
 
@@ -26,7 +26,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 from typing import Final, NoReturn
 
@@ -34,14 +33,12 @@ from agent.host.engine import guest, runtime
 from agent.host.engine.guest import Guest
 from agent.host.engine.runtime import Engine
 from agent.host.ipc import framing, worker_api
+from agent.host.ipc.worker_api import ZygoteMessage
 from agent.host.sandbox import sandbox, seccomp
 from agent.host.worker.worker import SharedWorker, Worker
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
-MESSAGE: Final = struct.Struct("=cxxxii")
-FORK: Final = b"F"
-EXITED: Final = b"X"
 _SELF_TEST_S: Final = 20
 
 
@@ -93,7 +90,11 @@ def _obey(sock: socket.socket, the_engine: runtime.Engine, own: tuple[int, ...])
         data, fds = framing.receive_packet(sock)
     except framing.GoneError:
         os._exit(0)  # and the kernel ends the lanes with it
-    if len(data) != MESSAGE.size or not data.startswith(FORK) or len(fds) != 1:
+    try:
+        order = ZygoteMessage.decode(data)
+    except framing.GoneError:
+        os._exit(2)
+    if order.kind != worker_api.FORKED or len(fds) != 1:
         os._exit(2)
     parent = os.getpid()
     pid = os.fork()
@@ -107,7 +108,7 @@ def _obey(sock: socket.socket, the_engine: runtime.Engine, own: tuple[int, ...])
         worker_main(socket.socket(fileno=fds[0]), the_engine)
     os.close(fds[0])
     pidfd = os.pidfd_open(pid)
-    _send(sock, MESSAGE.pack(FORK, pid, 0), (pidfd,))
+    _send(sock, ZygoteMessage(worker_api.FORKED, pid).encode(), (pidfd,))
     os.close(pidfd)
 
 
@@ -119,7 +120,7 @@ def _reap(sock: socket.socket) -> None:
             return
         if pid == 0:
             return
-        _send(sock, MESSAGE.pack(EXITED, pid, os.waitstatus_to_exitcode(status)), ())
+        _send(sock, ZygoteMessage(worker_api.EXITED, pid, os.waitstatus_to_exitcode(status)).encode(), ())
 
 
 def _send(sock: socket.socket, data: bytes, fds: tuple[int, ...]) -> None:

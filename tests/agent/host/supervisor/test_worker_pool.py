@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 import signal
 
 import pytest
@@ -46,6 +47,45 @@ async def test_a_fork_that_nobody_waits_for_any_more_is_ended():
         assert process.describe_end() == "nobody waits for it any more"
     finally:
         pool.close()
+
+
+@pytest.mark.asyncio
+async def test_a_fork_that_is_answered_while_its_caller_is_cancelled_is_ended():
+    pool = ZygotePool()
+    try:
+        await pool.fork("main", "first", fuel=False)
+        (zygote,) = pool._zygotes.values()
+        task = asyncio.ensure_future(pool.fork("main", "late", fuel=False))
+        await asyncio.sleep(0)  # one step: it asks
+        process = zygote._forks[0].process
+        select.select([zygote._sock], [], [])  # the loop has no turn, so that both happen in one
+        zygote._readable()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await process.ended == -signal.SIGKILL
+    finally:
+        pool.close()
+
+
+@pytest.mark.asyncio
+async def test_a_zygote_that_ends_closes_what_nobody_waits_for_any_more():
+    pool = ZygotePool()
+    try:
+        await pool.fork("main", "first", fuel=False)
+        (zygote,) = pool._zygotes.values()
+        zygote.process.send_signal(signal.SIGSTOP)
+        tasks = [asyncio.ensure_future(pool.fork("main", f"late {number}", fuel=False)) for number in range(5)]
+        await asyncio.sleep(0)  # one step of each: it asks
+        sockets = [fork.process._control._sock for fork in zygote._forks]
+        for task in tasks:
+            task.cancel()
+        assert all(
+            isinstance(each, asyncio.CancelledError) for each in await asyncio.gather(*tasks, return_exceptions=True)
+        )
+    finally:
+        pool.close()
+    assert [sock.fileno() for sock in sockets] == [-1] * 5
 
 
 class Groups(Cgroups):
