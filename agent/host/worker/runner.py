@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from agent.host.engine.adapter_abi import DenyOutgoing, Requests
 from agent.host.engine.guest import Guest, start
-from agent.host.engine.runtime import EngineError, GuestError, Image
+from agent.host.engine.runtime import STATE, TASK, EngineError, GuestError, Image
 from agent.host.http import routing
 from agent.host.http.connection import Request
 from agent.host.ipc import worker_api
@@ -81,6 +81,7 @@ class GuestRunner:
         self._faults = TokenBucket(worker_api.FAULTS_A_MINUTE)
         self._dropped = 0
         self._guest: Guest | None = None
+        self._kinds: frozenset[str] = frozenset()
         self._outgoing = DenyOutgoing(self.log, lambda: page.sent(True)) if outgoing is None else outgoing(self.log)
         self._counting = threading.Lock()
         self._way: StreamingResponse | None = None
@@ -107,7 +108,12 @@ class GuestRunner:
         finally:
             self._ticker.end()
             self._page.rest()
-        return self._guest.kinds
+        self._kinds = self._guest.kinds
+        return self._kinds
+
+    def _lacks(self, kind: str) -> str | None:
+        """Return a sentence for a call to what the guest does not export; None where it does."""
+        return None if kind in self._kinds else f"it exports no {kind}"
 
     def handle(self, request: Request, way: StreamingResponse | None) -> tuple[int, bytes, bytes]:
         """One HTTP exchange; raises `GuestError`. The caller counts it: the answer may still be bad.
@@ -127,6 +133,8 @@ class GuestRunner:
 
     def run(self, scheduled_ms: int) -> str | None:
         """Run the task, counted; None for done, else a sentence."""
+        if (lacking := self._lacks(TASK)) is not None:
+            return lacking
         began_ns = time.monotonic_ns()
         try:
             problem = _sentence(self._call(lambda guest: guest.run(scheduled_ms)))
@@ -138,6 +146,8 @@ class GuestRunner:
 
     def save_state(self, most: int) -> tuple[bytes, str | None]:
         """The guest's state of at most `most` bytes, or empty and why there is none."""
+        if (lacking := self._lacks(STATE)) is not None:
+            return b"", lacking
         try:
             state, problem = self._call(Guest.save_state, self.limits.start_ms)
         except GuestError as error:
@@ -148,6 +158,8 @@ class GuestRunner:
 
     def load_state(self, state: bytes) -> str | None:
         """Give the guest a state: None for loaded, else a sentence."""
+        if (lacking := self._lacks(STATE)) is not None:
+            return lacking
         try:
             return _sentence(self._call(lambda guest: guest.load_state(state), self.limits.start_ms))
         except GuestError as error:

@@ -282,6 +282,28 @@ async def test_a_supervisor_that_gives_no_ids_is_answered_without():
 
 
 @pytest.mark.asyncio
+async def test_a_worker_outlives_requests_for_what_its_guest_does_not_export():
+    async with with_a_real_worker() as worker:
+        with image_of("hello") as fds:
+            setup = worker_api.Setup(instance="web", grants=Grants(), limits=Limits())
+            await worker.request(setup, *fds, reply=worker_api.Ready, timeout_s=LIMIT_S)
+        task = worker_api.Task(scheduled_ms=1)
+        ran = await worker.request(task, reply=worker_api.Ran, timeout_s=LIMIT_S)
+        assert ran.problem == "it exports no wasmfleet:schedule/task"
+        room = os.memfd_create("state")
+        os.ftruncate(room, 4096)
+        for message, reply in (
+            (worker_api.SaveState(), worker_api.StateSaved),
+            (worker_api.LoadState(length=7), worker_api.StateLoaded),
+        ):
+            answer = await worker.request(message, room, reply=reply, timeout_s=LIMIT_S)
+            assert answer.problem == "it exports no wasmfleet:state/state"
+        os.close(room)
+        assert (await check(worker)).problem is None
+        assert await probe(worker)
+
+
+@pytest.mark.asyncio
 async def test_a_supervisor_that_gives_no_ids_has_tasks_run():
     async with with_a_real_worker() as worker:
         old = OldSupervisor(worker)
