@@ -97,7 +97,8 @@ async def test_a_rotated_secret_comes_on_a_stick_without_a_network(kit, stick):
 
 
 def changed(stick, ref):
-    return stick.boxes() | {ref.sha256: stick.boxes()[ref.sha256][:-1] + b"\0"}
+    box = stick.boxes()[ref.sha256]
+    return stick.boxes() | {ref.sha256: box[:-1] + bytes([box[-1] ^ 1])}
 
 
 def exchanged(stick, ref):
