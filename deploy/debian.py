@@ -8,6 +8,7 @@ beside its place and renamed. Nothing here starts a build by itself; `deploy/ris
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -156,13 +157,13 @@ def enter(
         binds: host directory -> mount point inside, made if it is missing.
         env: the whole environment inside, beside PATH and HOME.
     """
-    mounts = [
-        f"mkdir -p {root}{inside} && mount --rbind {outside} {root}{inside}"
-        for outside, inside in {Path("/dev"): "/dev", Path("/proc"): "/proc", **(binds or {})}.items()
-    ]
+    place = shlex.quote(str(root))
+    sources = {Path("/dev"): "/dev", Path("/proc"): "/proc", **(binds or {})}
+    points = [(shlex.quote(str(outside)), f"{place}{shlex.quote(inside)}") for outside, inside in sources.items()]
+    mounts = [f"mkdir -p {point} && mount --rbind {source} {point}" for source, point in points]
     outer = [] if is_root() else ["--map-root-user", "--map-auto"]
     inside_env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8", **(env or {})}
-    script = " && ".join([*mounts, f'exec chroot {root} env -i "$@"'])
+    script = " && ".join([*mounts, f'exec chroot {place} env -i "$@"'])
     variables = [f"{name}={value}" for name, value in inside_env.items()]
     return ["unshare", *outer, "--mount", "--propagation=private", "sh", "-c", script, "sh", *variables, *command]
 
