@@ -17,7 +17,7 @@ from agent.clock import ReferenceClock
 from agent.commands import Commands, LogFollower
 from agent.config import Paths, Settings
 from agent.identity.enrolment import CertificateRenewal
-from agent.identity.identity import Identity, note_production
+from agent.identity.identity import Identity
 from agent.link.bundle import BundleSource
 from agent.link.host_client import HostClient
 from agent.link.https import DeviceTls, HttpsClient
@@ -189,6 +189,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     source = BundleSource(links.https, places.bundle)
     trust = DeviceTrust(
         identity=identity,
+        home=places.identity,
         root=enrolled.root,
         cache=places.trust,
         https=source,
@@ -196,7 +197,6 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         clock=reference,
         production=settings.production,
         late=policy.bundles and policy.late_bundles,
-        on_production=lambda: note_production(places.identity),
     )
     images = ImageStore(
         places.images, enrolled.mac_key, memory_bytes=policy.compile_memory_bytes, seconds=policy.compile_s

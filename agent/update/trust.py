@@ -13,15 +13,15 @@ that has not expired. Missing or expired metadata is no violation: expiry ends u
 
 import contextlib
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from agent.clock import ReferenceClock
 from agent.config import Policy
-from agent.identity.identity import Identity
+from agent.identity.identity import Identity, note_production
 from agent.link.bundle import BundleSource
 from agent.link.https import FetchError, Source
 from agent.update.state import Committed, Violation, item_key
@@ -88,11 +88,23 @@ def _fetch_from(source: Source) -> Fetch:
     return fetch
 
 
+class Refreshed(NamedTuple):
+    """Result of a refresh.
+
+    Attributes:
+        became_production: a fleet that was for development so far is none any more.
+    """
+
+    trusted: TrustedMetadata
+    became_production: bool
+
+
 class DeviceTrust:
     """Verifier of this device.
 
     Args:
         identity: of the enrolment.
+        home: directory of the identity, where it is remembered that the fleet is in production now.
         root: the root metadata pinned at enrolment.
         cache: directory for verified metadata.
         https: the network together with a bundle, if there is one; `https.bundle` is the bundle alone.
@@ -100,13 +112,13 @@ class DeviceTrust:
         clock: reference time; its floor rises with what is verified.
         production: refuse repositories made for development.
         late: metadata out of a bundle may be past the expiry of timestamp and snapshot.
-        on_production: called once, when a fleet that was for development at enrolment is found to be none any more.
     """
 
     def __init__(
         self,
         *,
         identity: Identity,
+        home: Path,
         root: bytes,
         cache: Path,
         https: BundleSource,
@@ -114,9 +126,9 @@ class DeviceTrust:
         clock: ReferenceClock,
         production: bool,
         late: bool = False,
-        on_production: Callable[[], None] = lambda: None,
     ) -> None:
         self._identity = identity
+        self._home = home
         self._https = https
         self._store = store
         self._state = _DatabaseState(store, identity.floor, clock)
@@ -128,7 +140,7 @@ class DeviceTrust:
             production=production,
         )
         self._refreshed = False
-        self._late, self._on_production = late, on_production
+        self._late = late
         self._known_production = identity.production
         self._clock = clock
 
@@ -139,8 +151,8 @@ class DeviceTrust:
         """Return the reference time: the system clock, or the floor where that is behind."""
         return self._clock.now()
 
-    def refresh(self, *, source: Source | None = None, late: bool = False) -> TrustedMetadata:
-        """Bring the metadata up to date.
+    def refresh(self, *, source: Source | None = None, late: bool = False) -> Refreshed:
+        """Bring the metadata up to date, and remember it when the fleet has become one for production.
 
         Args:
             source: the bundle alone; None for the network together with a bundle.
@@ -148,19 +160,21 @@ class DeviceTrust:
 
         Raises:
             Rejected: see `Updater.refresh`.
+            OSError: that the fleet is in production now cannot be stored.
         """
         self._state.load()  # the floor of the stored state counts for the reference time
         fetch = None if source is None else _fetch_from(source)
         trusted = self._updater.refresh(self.now(), fetch=fetch, allow_expired_online=late)
         self._refreshed = True
-        if not self._known_production and profile(trusted.root).get("size") != "dev":
+        became_production = not self._known_production and profile(trusted.root).get("size") != "dev"
+        if became_production:
             self._known_production = True
-            self._on_production()
-        return trusted
+            note_production(self._home)
+        return Refreshed(trusted, became_production)
 
     def _trusted(self) -> TrustedMetadata:
         """Return what is trusted, after a first refresh in this process."""
-        return self._updater.trusted if self._refreshed else self.refresh()
+        return self._updater.trusted if self._refreshed else self.refresh().trusted
 
     def accept(self, envelope: bytes, *, bundle: bool = False) -> Accepted:
         """Verify an assignment after a refresh, and store it before anything of it is fetched.
@@ -173,7 +187,7 @@ class DeviceTrust:
             Rejected: why not; nothing has changed but what is remembered.
         """
         late = bundle and self._late
-        trusted = self.refresh(source=self._https.bundle if bundle else None, late=late)
+        trusted, _ = self.refresh(source=self._https.bundle if bundle else None, late=late)
         state = self._state.load()
         accepted = verifier.accept_assignment(
             trusted,

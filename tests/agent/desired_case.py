@@ -176,6 +176,7 @@ class Case:
             production=False,
             floor=NOW - timedelta(days=1),
         )
+        (tmp_path / "enrolled.json").write_bytes(msgspec.json.encode(self.identity))
         self.clock = SetClock(self.identity.floor, trustworthy=clock_set)
         self.presence = Hello(self)
         self.renewal = SimpleNamespace(renewed=asyncio.Event(), request=lambda: None)
@@ -186,7 +187,7 @@ class Case:
 
     def start(self, source, **trust):
         """Begin anew with what is stored: another process, another source, or other demands of the owner."""
-        fields = {"identity": self.identity, "production": False} | trust
+        fields = {"identity": self.identity, "home": self.directory, "production": False} | trust
         self.trust = DeviceTrust(
             root=self.server.root,
             cache=self.directory / "trust",

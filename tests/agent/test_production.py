@@ -41,7 +41,7 @@ class Board(Case):
             self.server,
             identity=identity.load(self.places),
             production=production,
-            on_production=lambda: identity.note_production(self.places),
+            home=self.places,
         )
 
 
@@ -88,6 +88,9 @@ async def test_a_board_in_production_that_slept_through_the_move_refuses_the_old
 @pytest.mark.asyncio
 async def test_a_board_that_demands_nothing_follows_too_and_remembers(tmp_path):
     board = Board(tmp_path, production=False)
+    assert not board.trust.refresh().became_production
     move(board.server, tmp_path)
+    assert board.trust.refresh().became_production
+    assert not board.trust.refresh().became_production, "once"
     await board.judge(board.server.assignment(1))
     assert identity.load(board.places).production
