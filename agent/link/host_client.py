@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from agent.host.ipc import host_api
+from agent.host.ipc.packet_writer import PacketWriter
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
 
@@ -76,7 +77,7 @@ class HostClient:
         self.faults: dict[tuple[str, int], host_api.Event] = {}
         self._events: asyncio.Queue[HostEvent] = asyncio.Queue()
         self._sock: socket.socket | None = None
-        self._writer: host_api.Writer | None = None
+        self._writer: PacketWriter | None = None
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[host_api.Reply]] = {}
         self._lost = asyncio.Event()
@@ -105,7 +106,7 @@ class HostClient:
         except OSError as error:
             sock.close()
             raise HostGoneError(f"no host at {self._path}: {error.strerror}") from error
-        self._sock, self._writer = sock, host_api.Writer(sock, lambda _: self.close())
+        self._sock, self._writer = sock, PacketWriter(sock, lambda _: self.close())
         self._lost.clear()
         asyncio.get_running_loop().add_reader(sock, self._readable)
         self.welcome = await self.hello()

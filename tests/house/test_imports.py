@@ -80,6 +80,7 @@ def within(name: str, *rooms: str) -> bool:
 
 
 # The rules, most specific room first: what of ours the room may import beside itself, and which libraries (None: any).
+LINK_TO_THE_HOST = tuple(f"agent.host.ipc.{name}" for name in ("framing", "host_api", "packet_writer"))
 SIGNING_ON_A_DEVICE = tuple(
     f"signing.{name}"
     for name in (
@@ -108,7 +109,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], frozenset[str] | None]] = {
         frozenset({"msgspec", "wasmtime", "httptools", "pyseccomp"}),
     ),
     "agent": (
-        ("fleet.protocol", "fleet.component", "agent.host.ipc.host_api", *SIGNING_ON_A_DEVICE),
+        ("fleet.protocol", "fleet.component", *LINK_TO_THE_HOST, *SIGNING_ON_A_DEVICE),
         frozenset({"msgspec", "cryptography", "paho", "systemd", "securesystemslib", "tuf"}),
     ),
     "fleet": (("signing",), None),

@@ -19,8 +19,9 @@ import msgspec
 
 from agent.host.http.proxy import ClientConnection, UpstreamPool
 from agent.host.http.routing import RouteTable
-from agent.host.ipc import framing, host_api
+from agent.host.ipc import framing
 from agent.host.ipc.helper_api import DrainRouter, RouteAcknowledged, RouteRemove, RouteUpdate
+from agent.host.ipc.packet_writer import PacketWriter
 from agent.host.sandbox import sandbox
 
 IDLE_S: Final = 75
@@ -91,7 +92,7 @@ class Router:
         self._clients = clients
         self._accepting = False
         self._ended = asyncio.Event()
-        self._writer = host_api.Writer(sock, lambda _: self._ended.set())
+        self._writer = PacketWriter(sock, lambda _: self._ended.set())
 
     async def run(self) -> None:
         """Serve until the supervisor closes its end of the socket."""

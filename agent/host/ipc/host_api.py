@@ -8,12 +8,9 @@ Requests are idempotent by (instance, generation): the generation grows with eve
 instance, and asking for what already is answers at once. Secrets stand in no packet: they come in a descriptor.
 """
 
-import asyncio
 import os
 import socket
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -307,100 +304,6 @@ def page(entries: Iterable[T]) -> tuple[tuple[T, ...], bool]:
     return tuple(kept), False
 
 
-@dataclass(slots=True, eq=False)
-class Packet:
-    """A packet that waits for room in its socket; `fd` is a copy, which belongs to it."""
-
-    data: bytes
-    fd: int | None
-
-
-class Writer:
-    """The only writer of a non-blocking packet socket: packets leave in the order in which they were given.
-
-    An event loop knows one writer for each socket, so senders that wait for it themselves displace each other. Here
-    nobody waits: a packet that finds no room is kept until there is some. Belongs to the loop's thread.
-    """
-
-    def __init__(self, sock: socket.socket, on_broken: Callable[[OSError], None]) -> None:
-        """Write to `sock`, which stays its owner's to close, after `close`.
-
-        `on_broken` is called once, when the socket takes nothing any more; the writer is closed by then.
-        """
-        self._sock = sock
-        self._on_broken = on_broken
-        self._kept: deque[Packet] = deque()
-        self._closed = False
-
-    def __len__(self) -> int:
-        """Return how many packets wait for room."""
-        return len(self._kept)
-
-    def send(self, data: bytes, fd: int | None = None) -> Packet | None:
-        """Send a packet, with a descriptor if there is one (it stays open here), or keep it until there is room.
-
-        Returns:
-            The packet while it is kept, for `withdraw`; None where it was sent, or the socket is broken or closed.
-
-        Raises:
-            OSError: the descriptor cannot be copied.
-        """
-        if self._closed or (not self._kept and self._try(data, fd)):
-            return None
-        packet = Packet(data, None if fd is None else os.dup(fd))
-        if not self._kept:
-            asyncio.get_running_loop().add_writer(self._sock, self._flush)
-        self._kept.append(packet)
-        return packet
-
-    def withdraw(self, packet: Packet | None) -> None:
-        """Forget a packet that was not sent yet."""
-        if packet is not None and packet in self._kept:
-            self._kept.remove(packet)
-            _close(packet)
-            self._rest()
-
-    def close(self) -> None:
-        """Forget what is kept, and send no more."""
-        self._closed = True
-        if self._kept:
-            for packet in self._kept:
-                _close(packet)
-            self._kept.clear()
-            self._rest()
-
-    def _flush(self) -> None:
-        while self._kept and self._try(self._kept[0].data, self._kept[0].fd):
-            if self._kept:  # else it broke, and everything is forgotten
-                _close(self._kept.popleft())
-                self._rest()
-
-    def _rest(self) -> None:
-        """Watch the socket no longer than something waits for it."""
-        if not self._kept:
-            asyncio.get_running_loop().remove_writer(self._sock)
-
-    def _try(self, data: bytes, fd: int | None) -> bool:
-        """Return False where there is no room."""
-        try:
-            _send(self._sock, data, fd)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            self.close()
-            self._on_broken(error)
-        return True
-
-
-def _close(packet: Packet) -> None:
-    if packet.fd is not None:
-        os.close(packet.fd)
-
-
-def _send(sock: socket.socket, data: bytes, fd: int | None) -> None:
-    framing.send_packet(sock, data, () if fd is None else (fd,))
-
-
 def encode(message: Request | FromHost) -> bytes:
     """Return the packet of a message. Raises `IpcError`: larger than a packet may be."""
     data = msgspec.json.encode(message)
@@ -418,7 +321,7 @@ def send(sock: socket.socket, message: Request | FromHost, fd: int | None = None
     """
     data = encode(message)
     try:
-        _send(sock, data, fd)
+        framing.send_packet(sock, data, () if fd is None else (fd,))
     except BlockingIOError:
         raise
     except OSError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from agent.host.ipc import host_api
+from agent.host.ipc.packet_writer import PacketWriter
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
 
@@ -54,7 +55,7 @@ class AgentConnection:
         sock.setblocking(False)
         self.sock = sock
         self._on_closed = on_closed
-        self._writer = host_api.Writer(sock, lambda _: self.close())
+        self._writer = PacketWriter(sock, lambda _: self.close())
         self._served = 0
 
     def read_by(self, readable: Callable[["AgentConnection"], None]) -> None:

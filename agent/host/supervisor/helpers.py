@@ -23,7 +23,8 @@ import msgspec
 from agent.host.egress import run_egress
 from agent.host.http import router
 from agent.host.http.router import run_router
-from agent.host.ipc import framing, helper_api, host_api
+from agent.host.ipc import framing, helper_api
+from agent.host.ipc.packet_writer import PacketWriter
 from agent.host.sandbox import sandbox
 from fleet.component.wasi import OUTGOING_HANDLER
 from fleet.protocol import wire
@@ -44,7 +45,7 @@ class HelperProcess(ABC):
         self.pid = 0
         self._name = name
         self._sock: socket.socket | None = None
-        self._writer: host_api.Writer | None = None
+        self._writer: PacketWriter | None = None
         self._pidfd = -1
         self._closing = False
         self._gone = asyncio.get_running_loop().create_future()
@@ -80,7 +81,7 @@ class HelperProcess(ABC):
         self.pid, self._sock = self._spawn()
         self._sock.setblocking(False)
         self._pidfd = os.pidfd_open(self.pid)
-        self._writer = host_api.Writer(self._sock, lambda _: None)  # the pidfd reports the end
+        self._writer = PacketWriter(self._sock, lambda _: None)  # the pidfd reports the end
         loop = asyncio.get_running_loop()
         self._gone = loop.create_future()
         loop.add_reader(self._pidfd, self._ended)

@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from agent.host.ipc import framing, host_api, worker_api
+from agent.host.ipc import framing, worker_api
+from agent.host.ipc.packet_writer import PacketWriter
 from agent.host.ipc.worker_api import ZygoteMessage
 from agent.host.sandbox import sandbox
 from agent.host.supervisor.resources import Cgroups, UidAllocator
@@ -279,7 +280,7 @@ class ZygoteHandle:
             )
         self._sock = ours
         ours.setblocking(False)
-        self._writer = host_api.Writer(ours, lambda _: self.close())
+        self._writer = PacketWriter(ours, lambda _: self.close())
         asyncio.get_running_loop().add_reader(ours, self._readable)
 
     @property

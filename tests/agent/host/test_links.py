@@ -12,6 +12,7 @@ import pytest
 import support
 
 from agent.host.ipc import framing, helper_api, host_api
+from agent.host.ipc.packet_writer import PacketWriter
 from agent.host.supervisor import helpers
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.worker_pool import ZygotePool
@@ -130,7 +131,7 @@ async def test_a_descriptor_is_sent_as_it_was_given_however_long_it_waits():
     ours, theirs = framing.socket_pair()
     ours.setblocking(False)
     theirs.setblocking(False)
-    writer = host_api.Writer(ours, lambda error: pytest.fail(str(error)))
+    writer = PacketWriter(ours, lambda error: pytest.fail(str(error)))
     while not len(writer):
         writer.send(b"x" * 100_000)
     read, write = os.pipe()
