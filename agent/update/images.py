@@ -8,7 +8,6 @@ program of its own under limits: one that panics or eats memory is a refused upd
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import os
@@ -19,16 +18,16 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from agent.host.ipc import framing
 from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.files import atomic_write
 
 CHUNK_BYTES: Final = 1 << 20
-SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 COMPILER_VARIABLE: Final = "WASMFLEET_COMPILER"
 DESCRIBE_MAX_S: Final = 60.0
 STDERR_MAX_BYTES: Final = 16 * 1024
@@ -119,6 +118,13 @@ class DamagedImage:
 
     artifact: str
     message: str
+
+
+class OpenImage(NamedTuple):
+    """Checked image in a memfd that nobody can change; `sha256` is that of its bytes."""
+
+    descriptor: int
+    sha256: str
 
 
 class ImageStore:
@@ -221,7 +227,8 @@ class ImageStore:
         """
         engine = await self.engine(fuel=fuel)
         with contextlib.suppress(ImageError):
-            os.close(await self.open(sha256=sha256, manifest_sha256=manifest_sha256, fuel=fuel))
+            found = await self.open(sha256=sha256, manifest_sha256=manifest_sha256, fuel=fuel)
+            os.close(found.descriptor)
             return
         try:
             data = await asyncio.to_thread(artifact.read_bytes)
@@ -252,8 +259,8 @@ class ImageStore:
         for suffix, data in ((".cwasm", image), (".json", note)):
             atomic_write(self._directory / f"{name}{suffix}", data, mode=0o444)
 
-    async def open(self, *, sha256: str, manifest_sha256: str, fuel: bool = False) -> int:
-        """A sealed memfd of the image, checked; the caller closes it.
+    async def open(self, *, sha256: str, manifest_sha256: str, fuel: bool = False) -> OpenImage:
+        """Open the image as a sealed memfd, checked; the caller closes it.
 
         Raises:
             ImageError: NOT_FOUND when there is none for this engine; IMAGE_DAMAGED when its MAC does not hold (the
@@ -267,11 +274,11 @@ class ImageStore:
                 self.damaged.put_nowait(DamagedImage(sha256, error.message))
             raise
 
-    def _open(self, name: str, artifact: str, manifest: str) -> int:
+    def _open(self, name: str, artifact: str, manifest: str) -> OpenImage:
         image, beside = self._directory / f"{name}.cwasm", self._directory / f"{name}.json"
         try:
             note = msgspec.json.decode(beside.read_bytes(), type=_Note)
-            descriptor, found = _seal(image, note.length)
+            opened = _seal(image, note.length)
         except FileNotFoundError as error:
             raise ImageError(RejectCode.NOT_FOUND, "there is no image of this component for this engine") from error
         except (OSError, *wire.JSON_ERRORS) as error:
@@ -279,14 +286,14 @@ class ImageStore:
         sound = (
             hmac.compare_digest(self._mac(note), note.mac)
             and (note.artifact, note.manifest) == (artifact, manifest)
-            and found == note.image
+            and opened.sha256 == note.image
         )
         if not sound:
-            os.close(descriptor)
+            os.close(opened.descriptor)
             raise self._remove(name, "the image was changed on this board's disk: its MAC does not hold")
         with contextlib.suppress(OSError):
             os.utime(image)  # for the least-recently-used eviction
-        return descriptor
+        return opened
 
     def _remove(self, name: str, message: str) -> ImageError:
         """Remove a damaged image, so that it is never used and made anew; return the error to raise."""
@@ -330,15 +337,17 @@ def evict(images: Path, artifacts: Path, *, keep: set[str], budget_bytes: int) -
     return freed
 
 
-def _seal(image: Path, length: int) -> tuple[int, str]:
+def _seal(image: Path, length: int) -> OpenImage:
     """Copy the image into a memfd, seal it, and hash what is in there."""
-    descriptor = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
+
+    def copy(descriptor: int) -> None:
         with image.open("rb") as file:
             offset = 0
             while offset <= length and (sent := os.sendfile(descriptor, file.fileno(), offset, CHUNK_BYTES)):
                 offset += sent
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+
+    descriptor = framing.constant_memfd("image", copy)
+    try:
         digest = hashlib.sha256()
         position = 0
         while chunk := os.pread(descriptor, CHUNK_BYTES, position):
@@ -348,7 +357,7 @@ def _seal(image: Path, length: int) -> tuple[int, str]:
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor, digest.hexdigest()
+    return OpenImage(descriptor, digest.hexdigest())
 
 
 def _fuel(wanted: bool) -> tuple[str, ...]:  # noqa: FBT001 - turns a flag into an argument

@@ -30,7 +30,7 @@ from agent.link.host_client import (
     HostRefusedError,
 )
 from agent.link.https import FetchError, Source
-from agent.update.images import ImageError, ImageStore
+from agent.update.images import ImageError, ImageStore, OpenImage
 from agent.update.problems import Problems, ReportSink
 from agent.update.secrets import SecretStore
 from agent.update.state import Committed
@@ -230,8 +230,9 @@ async def start(
         HostRefusedError: the host could not start it; what ran before still runs.
         HostGoneError: no host.
     """
-    descriptor = await checked_image(item, run.manifest, images, artifacts)
+    image = await checked_image(item, run.manifest, images, artifacts)
     try:
+        run = msgspec.structs.replace(run, image_sha256=image.sha256)
         secrets = sealed.descriptor(item)
         if secrets >= 0:
             try:
@@ -241,14 +242,14 @@ async def start(
             finally:
                 os.close(secrets)
         return await link.ask(
-            host_api.Start, host_api.Started, fd=descriptor, run=run, together=together, probation=probation
+            host_api.Start, host_api.Started, fd=image.descriptor, run=run, together=together, probation=probation
         )
     finally:
-        os.close(descriptor)
+        os.close(image.descriptor)
 
 
-async def checked_image(item: Item, manifest: Manifest, images: ImageStore, artifacts: Path) -> int:
-    """A sealed, checked image; made anew when there is none or it is damaged. Raises `ImageError`."""
+async def checked_image(item: Item, manifest: Manifest, images: ImageStore, artifacts: Path) -> OpenImage:
+    """Open the checked image; made anew when there is none or it is damaged. Raises `ImageError`."""
     fuel = manifest.limits.fuel > 0
     try:
         return await images.open(sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)

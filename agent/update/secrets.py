@@ -6,7 +6,6 @@ hands on unread. Nothing here remembers a value, and none is ever part of a mess
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterable
@@ -15,9 +14,9 @@ from typing import Final
 
 import msgspec
 
+from agent.host.ipc import framing
 from agent.identity.identity import Identity
 from agent.link.https import FetchError, Source
-from agent.update.images import SEALS
 from fleet.protocol import bounds
 from fleet.protocol.assignment import Item, SecretRef
 from fleet.protocol.codes import RejectCode
@@ -62,14 +61,14 @@ class SecretStore:
         """
         if not item.secrets:
             return -1
-        fd = os.memfd_create("secrets", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.write(fd, msgspec.json.encode(self._values(item)))
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        values = memoryview(msgspec.json.encode(self._values(item)))
+
+        def write(fd: int) -> None:
+            written = 0
+            while written < len(values):
+                written += os.write(fd, values[written:])
+
+        return framing.constant_memfd("secrets", write)
 
     def evict(self, keep: Iterable[Item]) -> None:
         """Remove the boxes that none of these items names."""

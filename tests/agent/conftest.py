@@ -17,12 +17,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from agent.config import Paths, Settings
 from agent.host.ipc import host_api
+from agent.host.ipc.framing import CONSTANT_SEALS
 from agent.identity.identity import Identity
 from agent.link.host_client import HostClient
 from agent.link.https import FetchError
 from agent.update import restore
 from agent.update.effects import EffectRunner
-from agent.update.images import SEALS, ImageStore
+from agent.update.images import ImageStore
 from agent.update.problems import Problems
 from agent.update.reconciler import Reconciler
 from agent.update.secrets import SecretStore
@@ -128,12 +129,12 @@ class SimHost:
                     **self._paged("running", request.after, self._running),
                 )
             case host_api.PutSecrets():
-                assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == SEALS
+                assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == CONSTANT_SEALS
                 values = msgspec.json.decode(os.pread(fd, 1 << 20, 0))
                 self.entrusted[request.instance, request.generation] = values
                 return host_api.Done(id=request.id)
             case host_api.Start(run=run):
-                assert fd is not None
+                assert hashlib.sha256(os.pread(fd, 1 << 20, 0)).hexdigest() == run.image_sha256
                 assert set(run.secrets) == set(self.entrusted.get((run.instance, run.generation), ()))
                 if run.target in self.refuse:
                     return host_api.Failed(

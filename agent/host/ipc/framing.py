@@ -4,7 +4,7 @@ import array
 import fcntl
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 PACKET_MAX_BYTES: Final = 160 * 1024
@@ -15,7 +15,8 @@ class GoneError(Exception):
     """The other side closed, or sent something that is no message."""
 
 
-_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_SIZE_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+CONSTANT_SEALS: Final = _SIZE_SEALS | fcntl.F_SEAL_WRITE
 
 
 def sealed_memfd(name: str, size: int) -> int:
@@ -23,11 +24,24 @@ def sealed_memfd(name: str, size: int) -> int:
 
     Its content stays writable.
     """
+    return _sealed(name, lambda fd: os.ftruncate(fd, size), _SIZE_SEALS)
+
+
+def constant_memfd(name: str, fill: Callable[[int], None]) -> int:
+    """Return a memfd that `fill` has written and nobody can change any more.
+
+    Raises:
+        OSError: there is no memory for it; and whatever `fill` raises.
+    """
+    return _sealed(name, fill, CONSTANT_SEALS)
+
+
+def _sealed(name: str, fill: Callable[[int], None], seals: int) -> int:
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError:
+        fill(fd)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
         os.close(fd)
         raise
     return fd

@@ -50,6 +50,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         share_worker: whether the operator lets it share a worker with other instances of its publisher.
         share_lane: earlier name of `share_worker`, from agents before 0.2.0: only read.
         secrets: names of its secrets, whose values came with `PutSecrets` before.
+        image_sha256: of the image that comes along; empty where the agent does not say, and the host hashes it.
     """
 
     instance: str
@@ -64,6 +65,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     share_worker: bool = False
     share_lane: bool | msgspec.UnsetType = msgspec.UNSET
     secrets: tuple[str, ...] = ()
+    image_sha256: str = ""
 
     def __post_init__(self) -> None:
         """Read the earlier names of fields."""

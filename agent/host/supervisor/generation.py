@@ -188,7 +188,7 @@ class Generation:
         """Name the image by its content, where other instances may use the same one."""
         if self.run.share_worker:
             self.image_bytes = os.fstat(self.image_fd).st_size
-            self.image_sha256 = _digest(self.image_fd)
+            self.image_sha256 = self.run.image_sha256 or _digest(self.image_fd)
 
     @property
     def may_share(self) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from wasmtime import wat2wasm
 
+from agent.host.ipc.framing import CONSTANT_SEALS
 from agent.update import images
-from agent.update.images import SEALS, ImageError, ImageStore
+from agent.update.images import ImageError, ImageStore
 from fleet.protocol.codes import RejectCode
 
 DEMO = Path(__file__).parents[3] / "components" / "demo" / "v1.wasm"
@@ -47,8 +48,9 @@ async def make(made, artifact):
 
 
 async def opened(made, artifact):
-    descriptor = await made.open(sha256=artifact[1], manifest_sha256=MANIFEST)
+    descriptor, sha256 = await made.open(sha256=artifact[1], manifest_sha256=MANIFEST)
     try:
+        assert hashlib.sha256(os.pread(descriptor, 1 << 24, 0)).hexdigest() == sha256
         return os.pread(descriptor, 1 << 24, 0), fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     finally:
         os.close(descriptor)
@@ -60,7 +62,7 @@ async def test_the_real_compiler_makes_an_image_for_this_board(tmp_path, artifac
     await make(made, artifact)
     image, seals = await opened(made, artifact)
     assert image.startswith(b"\x7fELF")
-    assert seals == SEALS, "nobody can change it after the check"
+    assert seals == CONSTANT_SEALS, "nobody can change it after the check"
     (file,) = (tmp_path / "images").glob("*.cwasm")
     assert file.stat().st_mode & 0o777 == 0o444
 
@@ -204,7 +206,7 @@ async def test_a_file_that_changes_after_the_check_changes_nothing(tmp_path, art
     made = quick(tmp_path, monkeypatch)
 
     await make(made, artifact)
-    descriptor = await made.open(sha256=artifact[1], manifest_sha256=MANIFEST)
+    descriptor, _ = await made.open(sha256=artifact[1], manifest_sha256=MANIFEST)
     (file,) = (tmp_path / "images").glob("*.cwasm")
     flip(file)
     assert os.pread(descriptor, 8, 0) == b"image of"
