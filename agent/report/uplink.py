@@ -210,7 +210,7 @@ class Uplink:
         manifest = committed.item.manifest_sha256 if committed is not None else ""
         phase = Phase.IDLE
         if active is not None:
-            phase = Phase(active.change.phase.value)
+            phase = active.change.phase
             if active.change.item is not None and active.change.generation == figure.generation:
                 manifest = active.change.item.manifest_sha256
         return msgspec.structs.replace(figure, phase=phase, manifest_sha256=manifest)

@@ -12,25 +12,12 @@ A bug of the agent's own is the event `FAULT`: retried like a delayed download, 
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-
-class Phase(StrEnum):
-    """Phase of a change, in the words of `fleet.protocol.codes.Phase`."""
-
-    IDLE = "idle"
-    FETCHING = "fetching"
-    VERIFYING = "verifying"
-    COMPILING = "compiling"
-    STAGED = "staged"
-    SWAPPING = "swapping"
-    PROBATION = "probation"
-    COMMITTED = "committed"
-    FAILED = "failed"
-    ROLLING_BACK = "rolling-back"
-    ROLLED_BACK = "rolled-back"
+from fleet.protocol.codes import Phase, RejectCode
 
 
 class Event(StrEnum):
@@ -179,15 +166,15 @@ _BEYOND: Final = {
 }
 RETRY_FIRST_S: Final = 2.0
 RETRY_MAX_S: Final = 300.0
-_ENDED: Final = {
-    Counter.DELAYS: ("unreachable", "the download did not succeed in the allowed number of attempts"),
-    Counter.RESUMPTIONS: ("interrupted", "the agent was restarted too often during this deployment"),
+_ENDED: Final[Mapping[Counter, tuple[str, str]]] = {
+    Counter.DELAYS: (RejectCode.UNREACHABLE, "the download did not succeed in the allowed number of attempts"),
+    Counter.RESUMPTIONS: (RejectCode.INTERRUPTED, "the agent was restarted too often during this deployment"),
     Counter.INTERRUPTIONS: (
-        "interrupted",
+        RejectCode.INTERRUPTED,
         "power or the agent was lost too often while this was compiled, started or on probation",
     ),
-    Counter.LOSSES: ("host-gone", "the host was lost too often while this was started or on probation"),
-    Counter.FAULTS: ("internal", "the agent failed too often by a bug of its own; see its journal"),
+    Counter.LOSSES: (RejectCode.HOST_GONE, "the host was lost too often while this was started or on probation"),
+    Counter.FAULTS: (RejectCode.INTERNAL, "the agent failed too often by a bug of its own; see its journal"),
 }
 """Code and message of a change whose counter has ended, where the last event brings none of its own."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-from agent.update.machine import Phase
+from fleet.protocol.codes import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

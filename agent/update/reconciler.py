@@ -29,7 +29,7 @@ import msgspec
 from agent.update import restore
 from agent.update import state as reports
 from agent.update.effects import EffectContext, EffectRunner
-from agent.update.machine import Effect, Event, Phase, State, is_legal
+from agent.update.machine import Effect, Event, State, is_legal
 from agent.update.plan import Act, Gate, GateState, Step, may_report_committed, plan, set_gate, swap_set
 from agent.update.problems import ReportSink
 from agent.update.state import (
@@ -52,8 +52,7 @@ from agent.update.state import (
 )
 from agent.update.store import Run, Store, StoreError
 from fleet.protocol.assignment import Assignment, Item
-from fleet.protocol.codes import Phase as WirePhase
-from fleet.protocol.codes import RejectCode
+from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import Report
 
 log = logging.getLogger("agent.update.reconciler")
@@ -438,7 +437,7 @@ class Reconciler:
                 report = reports.about(
                     self._device,
                     assignment=each.assignment,
-                    phase=WirePhase.IDLE,
+                    phase=Phase.IDLE,
                     item=each.item,
                     running=each.item.target,
                     code=RejectCode.IMAGE_DAMAGED,
@@ -572,9 +571,7 @@ class Reconciler:
     async def _adopt(self, item: Item, version: int) -> None:
         """Keep the new label of an item that is committed, and report it to the rollout that asks now."""
         before = self.state.committed[item.instance]
-        report = reports.about(
-            self._device, assignment=version, phase=WirePhase.COMMITTED, item=item, running=item.target
-        )
+        report = reports.about(self._device, assignment=version, phase=Phase.COMMITTED, item=item, running=item.target)
         committed = msgspec.structs.replace(before, item=item, assignment=version)
         await self._apply(Transition(committed=committed, report=report))
 
@@ -585,7 +582,7 @@ class Reconciler:
         report = reports.about(
             self._device,
             assignment=version,
-            phase=WirePhase.FAILED,
+            phase=Phase.FAILED,
             item=item,
             running=self._running(item.instance),
             code=known.code,
@@ -620,7 +617,7 @@ class Reconciler:
         report = reports.about(
             self._device,
             assignment=committed.assignment,
-            phase=WirePhase.FAILED,
+            phase=Phase.FAILED,
             item=item,
             code=violation.code,
             message=f"stopped: {violation.message}",
@@ -655,7 +652,7 @@ class Reconciler:
         report = reports.about(
             self._device,
             assignment=committed.assignment,
-            phase=WirePhase.IDLE,
+            phase=Phase.IDLE,
             item=committed.item,
             running=committed.item.target,
             code=violation.code,

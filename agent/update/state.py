@@ -17,13 +17,12 @@ import msgspec
 
 from agent import systemd
 from agent.config import Paths
-from agent.update.machine import Effect, Event, Happened, Phase, State, advance, phase_of
+from agent.update.machine import Effect, Event, Happened, State, advance, phase_of
 from agent.update.plan import Failure, InFlight, Member, Want
 from agent.update.probation import ProbationSample
 from fleet.protocol import bounds, wire
 from fleet.protocol.assignment import Assignment, Item
-from fleet.protocol.codes import RETRYABLE, RejectCode
-from fleet.protocol.codes import Phase as WirePhase
+from fleet.protocol.codes import RETRYABLE, Phase, RejectCode
 from fleet.protocol.manifest import Manifest
 from fleet.protocol.messages import Report
 from fleet.protocol.names import TargetName
@@ -545,7 +544,7 @@ def about(
     device: DeviceContext,
     *,
     assignment: int,
-    phase: WirePhase,
+    phase: Phase,
     item: Item | None = None,
     instance: str = "",
     running: str = "",
@@ -594,7 +593,7 @@ def of_change(
     report = about(
         device,
         assignment=change.assignment,
-        phase=WirePhase(change.phase.value),
+        phase=change.phase,
         item=item,
         instance=change.instance,
         running=item.target if item is not None and change.phase in ANSWERS else before,

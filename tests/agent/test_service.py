@@ -15,12 +15,12 @@ from agent.link.https import FetchError
 from agent.link.mqtt import Connected, Disconnected, Message
 from agent.service import Links, build
 from agent.session import FleetSession
-from agent.update.machine import Phase, State
+from agent.update.machine import State
 from agent.update.state import Change, Transition
 from agent.update.store import Database, Store
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
-from fleet.protocol.codes import RejectCode
+from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import Ack, Hello, Poke, Report
 from fleet.protocol.messages import State as Online
 from fleet.protocol.topics import POKE, Down, Topic, Up

@@ -17,12 +17,12 @@ from agent.identity.enrolment import CertificateRenewal, EnrolError
 from agent.identity.identity import Identity
 from agent.link.https import FetchError
 from agent.update import effects
-from agent.update.machine import Phase, State
+from agent.update.machine import State
 from agent.update.secrets import SecretStore
 from agent.update.state import Change, Committed, DeploymentState
 from fleet.ca import CertificateAuthority
 from fleet.protocol.assignment import Item
-from fleet.protocol.codes import RejectCode
+from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.manifest import Http, Manifest
 from fleet.protocol.messages import RenewReply, RenewRequest
 

@@ -234,7 +234,7 @@ BASES: frozenset[type] = frozenset({wire.Message, assignment.Verb, operator_api.
 # stable name -> classes that hold the same words
 VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
     "reject-code": (codes.RejectCode,),
-    "phase": (codes.Phase, machine.Phase),
+    "phase": (codes.Phase,),
     "call-outcome": (codes.CallOutcome,),
     "instance-state": (codes.InstanceState,),
     "rollout-outcome": (codes.Outcome,),

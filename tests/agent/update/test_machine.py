@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.update import machine
-from agent.update.machine import LIMITS, TABLE, Effect, Event, Happened, IllegalEventError, Phase, State, advance
+from agent.update.machine import LIMITS, TABLE, Effect, Event, Happened, IllegalEventError, State, advance
 from fleet.protocol import codes
+from fleet.protocol.codes import Phase
 
 NOW = 1000.0
 DOCS = Path(__file__).parents[3] / "docs" / "update-machine.md"

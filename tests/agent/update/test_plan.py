@@ -2,7 +2,6 @@
 
 import pytest
 
-from agent.update.machine import Phase
 from agent.update.plan import (
     Act,
     Failure,
@@ -16,6 +15,7 @@ from agent.update.plan import (
     set_gate,
     swap_set,
 )
+from fleet.protocol.codes import Phase
 
 NOW = 100.0
 

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 import pytest
 
 from agent.update import restore
-from agent.update.machine import Phase, State
+from agent.update.machine import State
 from agent.update.state import Change, Committed, FailedItem, Transition
 from agent.update.store import HISTORY_ROWS, UNACKED_ROWS_MAX, Store, StoreError
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
-from fleet.protocol.codes import RejectCode
+from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.manifest import Http, Manifest
 from fleet.protocol.messages import Report
 from signing.state import VerifierState

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from agent.update.machine import LIMITS, TABLE, Counter, Effect, Event, Phase, State
+from agent.update.machine import LIMITS, TABLE, Counter, Effect, Event, State
 from agent.update.probation import ProbationSample
 from agent.update.state import (
     DONE,
@@ -22,7 +22,7 @@ from agent.update.state import (
     transition,
 )
 from fleet.protocol.assignment import Item, SecretRef
-from fleet.protocol.codes import RejectCode
+from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.manifest import Http, Manifest
 
 AT = datetime(2026, 5, 1, tzinfo=UTC)
