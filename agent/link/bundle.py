@@ -24,7 +24,7 @@ from fleet.protocol import names, wire
 from fleet.protocol.assignment import Assignment
 from fleet.protocol.bounds import Count
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import atomic_write
+from fleet.protocol.files import atomic_write, move_into_place
 from signing import dsse
 from signing.errors import Rejected
 
@@ -80,7 +80,7 @@ def stage(file: IO[bytes], directory: Path, *, device: str) -> None:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     shutil.rmtree(directory, ignore_errors=True)
-    beside.rename(directory)
+    move_into_place(beside, directory)
 
 
 def _members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
@@ -135,8 +135,6 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> None:
     assert source is not None
     with into.open("wb") as file:
         shutil.copyfileobj(source, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ import msgspec
 from agent.host.ipc import framing
 from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import atomic_write
+from fleet.protocol.files import atomic_write, create_exclusive
 
 CHUNK_BYTES: Final = 1 << 20
 COMPILER_VARIABLE: Final = "WASMFLEET_COMPILER"
@@ -98,12 +98,9 @@ def load_key(path: Path) -> bytes:
         ImageError: it cannot be read or written.
     """
     try:
-        with contextlib.suppress(FileExistsError):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(32))
-                file.flush()
-                os.fsync(file.fileno())
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):  # made by another process meanwhile
+                create_exclusive(path, secrets.token_bytes(32), mode=0o600)
         key = path.read_bytes()
     except OSError as error:
         raise ImageError(RejectCode.INTERNAL, f"cannot use {path}: {error.strerror}") from error

@@ -21,6 +21,7 @@ from fleet.protocol import names as bundle_layout
 from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
 from tests.agent.desired_case import DEVICE, NOW, Case
+from tests.fleet.disk import Medium
 
 HEAD = {"bundle.json": b'{"v":1}'}
 MINE = f"desired/{DEVICE}.json"
@@ -223,6 +224,13 @@ def test_a_file_that_is_no_bundle_changes_nothing(tmp_path, what, files, words):
         bundle.stage(tar(files), directory, device=DEVICE)
     assert (directory / "kept").exists(), what
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
+
+
+def test_a_bundle_is_on_the_medium_and_so_are_its_names(stick, tmp_path, monkeypatch):
+    whole = tar(stick.files(stick.case.server.assignment(3)))
+    medium = Medium(monkeypatch, tree=tmp_path / "new")
+    bundle.stage(whole, tmp_path / "new", device=DEVICE)
+    assert (medium.torn, medium.at_risk, medium.unsynced) == ([], [], [])
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 2000, json.dumps(HEAD, default=str).encode()])

@@ -3,6 +3,9 @@
 import fcntl
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -245,3 +248,17 @@ def test_the_mac_key_is_made_once_and_private(tmp_path):
     path.write_bytes(b"short")
     with pytest.raises(ImageError, match="damaged"):
         images.load_key(path)
+
+
+CUT = """
+import os, pathlib, secrets, signal, sys
+from agent.update.images import load_key
+secrets.token_bytes = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+load_key(pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_a_power_cut_while_the_mac_key_is_made_leaves_a_device_that_starts(tmp_path):
+    path = tmp_path / "mac.key"
+    assert subprocess.run([sys.executable, "-c", CUT, str(path)], check=False).returncode == -signal.SIGKILL
+    assert len(images.load_key(path)) == 32
