@@ -434,16 +434,21 @@ class Reconciler:
     async def _report_damage(self, artifact: str, message: str) -> None:
         for each in list(self.state.committed.values()):
             if each.item.sha256 == artifact:
-                report = reports.about(
-                    self._device,
-                    assignment=each.assignment,
-                    phase=Phase.IDLE,
-                    item=each.item,
-                    running=each.item.target,
-                    code=RejectCode.IMAGE_DAMAGED,
-                    message=message,
-                )
-                await self._apply(Transition(report=report))
+                await self._report_running(each, RejectCode.IMAGE_DAMAGED, message)
+
+    async def _report_running(self, committed: Committed, code: RejectCode, message: str) -> None:
+        """Report what is wrong with a committed item that goes on running."""
+        item = committed.item
+        report = reports.about(
+            self._device,
+            assignment=committed.assignment,
+            phase=Phase.IDLE,
+            item=item,
+            running=item.target,
+            code=code,
+            message=message,
+        )
+        await self._apply(Transition(report=report))
 
     def _running(self, instance: str) -> str:
         have = self.state.committed.get(instance)
@@ -602,7 +607,8 @@ class Reconciler:
             if self._on_revoked == "stop":
                 await self._stop(each, committed)
             elif each not in self._reported_violations:
-                await self._report_kept(each, committed)
+                message = f"goes on running, as this device's policy says: {each.message}"
+                await self._report_running(committed, each.code, message)
         kept = tuple(each for each in self.state.violations if self.state.in_force(each) is not None)
         if kept != self._reported_violations:
             await self._db(self._store.set_doubts, kept)
@@ -647,18 +653,6 @@ class Reconciler:
         _result_of(instance, Effect.STOP, task)
         self._stops.pop(instance, None)
         self.post(TimerFired())
-
-    async def _report_kept(self, violation: Violation, committed: Committed) -> None:
-        report = reports.about(
-            self._device,
-            assignment=committed.assignment,
-            phase=Phase.IDLE,
-            item=committed.item,
-            running=committed.item.target,
-            code=violation.code,
-            message=f"goes on running, as this device's policy says: {violation.message}",
-        )
-        await self._apply(Transition(report=report))
 
 
 def _cancel(active: ActiveChange) -> None:
