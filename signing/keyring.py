@@ -175,7 +175,9 @@ class Keyring:
         try:
             card = msgspec.json.decode(path.read_bytes(), type=_Card)
         except (OSError, *wire.JSON_ERRORS) as error:
-            raise KeyFileError(f"{path} is no card of a key: {error}") from error
+            raise KeyFileError(
+                f"{path} is no card of a key ({error}): restore it from a copy, or remove it if the key is not needed"
+            ) from error
         return Entry(path.stem, read_public(card.public.encode(), what=str(path)), card.where)
 
 

@@ -244,22 +244,24 @@ def explain(error: Exception) -> int:
 def _by_library(error: Exception) -> tuple[str, Exit]:
     """Give the line and code for an error of this project's own modules, imported only now that one was raised."""
     from fleet.client import ClientError, ProblemError, RequestError, UnreachableError  # noqa: PLC0415 - keeps the start fast
+    from signing.errors import KeyFileError, SigningError  # noqa: PLC0415 - keeps the start fast
 
-    match error:
-        case UnreachableError():
-            return str(error), Exit.UNREACHABLE
-        case ProblemError():
-            return str(error), Exit.REFUSED
-        case RequestError():
-            return str(error), Exit.USAGE
-        case ClientError():
-            return str(error), Exit.FAILED
-        case OSError() if error.strerror:
-            name = f"{error.filename}: " if error.filename else ""
-            return f"{name}{reason(error)}; check the path and its permissions", Exit.USAGE
-        case _:
-            kind = type(error).__name__
-            return f"{kind}: {error}; this is a bug in wasmfleet; run again with --debug and report it", Exit.BUG
+    codes = (
+        (UnreachableError, Exit.UNREACHABLE),
+        (ProblemError, Exit.REFUSED),
+        (RequestError, Exit.USAGE),
+        (ClientError, Exit.FAILED),
+        (KeyFileError, Exit.USAGE),
+        (SigningError, Exit.REFUSED),
+    )
+    for kind, code in codes:
+        if isinstance(error, kind):
+            return str(error), code
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{reason(error)}; check the path and its permissions", Exit.USAGE
+    words = f"{type(error).__name__}: {error}; this is a bug in wasmfleet; run again with --debug and report it"
+    return words, Exit.BUG
 
 
 def _one_line(text: str) -> str:

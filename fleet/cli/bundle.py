@@ -21,9 +21,9 @@ import click
 import msgspec
 
 from fleet.cli import operator, output
-from fleet.cli.base import Exit, Fault, Options, command, read_file, reason
+from fleet.cli.base import Exit, Fault, Options, command, reason
 from fleet.cli.operator import Operator, load_operator
-from fleet.protocol import bounds, names
+from fleet.protocol import names
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.files import move_into_place
 from fleet.protocol.messages import BadTokenError, Token
@@ -153,7 +153,7 @@ def _collect(who: Operator, client: "Client", group: str, named: tuple[str, ...]
         return data
 
     # No state is kept: the bundle must verify on a device that has fetched nothing since its enrolment.
-    root = read_file(who.root, bounds.ROOT_MAX_BYTES)
+    root = who.pinned_root()
     updater = Updater(pinned_root=root, fetch=fetch, states=MemoryState())
     now, fleet = datetime.now(UTC), client.status().fleet
     offline: list[datetime] = []

@@ -15,13 +15,18 @@ from typing import TYPE_CHECKING, Final
 import click
 from click.shell_completion import CompletionItem
 
-from fleet.cli.base import Exit, Fault, Options
+from fleet.cli.base import Fault, Options, read_file
+from fleet.protocol import bounds
+from fleet.protocol.files import damage
 from fleet.protocol.names import BadNameError, TargetName
 
 if TYPE_CHECKING:
     from fleet.client import Client
 
 TOKEN_VARIABLE: Final = "FLEET_TOKEN"  # noqa: S105 - the name of a variable
+_COPY: Final = "restore it from a copy: another operator's, or repository/1.root.json of the server"
+_ASK: Final = "restore it from a copy, or have an admin run 'fleet operators add' for a new one"
+_TOKEN_MAX_CHARS: Final = 1000
 _INIT: Final = "run 'fleet init --dev' here first, or name the fleet's directory with --home"
 
 
@@ -54,6 +59,17 @@ class Operator:
     def root(self) -> Path:
         """Path of the pinned TUF root, from `fleet init` or handed over."""
         return self.trust / "1.root.json"
+
+    def pinned_root(self) -> bytes:
+        """Read the pinned root.
+
+        Raises:
+            Fault: the file is missing or damaged.
+        """
+        found = read_file(self.root, bounds.ROOT_MAX_BYTES)
+        if words := damage(self.root):
+            raise Fault(f"{self.root} is damaged ({words})", "nothing can be verified without it", _COPY)
+        return found
 
     @property
     def key(self) -> Path:
@@ -131,8 +147,9 @@ def _secret(path: Path) -> str:
         raise Fault(
             f"the token {path} can be read by others", "it gives access to the whole fleet", f"chmod 600 {path}"
         )
-    if not text:
-        raise Fault(f"the token {path} is empty", "the server refuses requests without one", _INIT, code=Exit.USAGE)
+    if not text or not text.isprintable() or len(text) > _TOKEN_MAX_CHARS:
+        how = "damaged" if text else "empty"
+        raise Fault(f"the token {path} is {how}", "the server refuses requests without one", _ASK)
     return text
 
 

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from fleet.cli import output
-from fleet.cli.base import SIGN_YES, Exit, Fault, Options, command, read_file, write_file
+from fleet.cli.base import SIGN_YES, Exit, Fault, Options, command, write_file
 from fleet.cli.ca import open_root
 from fleet.cli.keys import write_public
 from fleet.cli.operator import Operator, home, load_operator
 from fleet.cli.signing_event import SUFFIX, hand_over, merged, printable, read_team, save, show_recovery
 from fleet.cli.trust_store import load_devices
 from fleet.cli.unlock import free_key_file, keyring, new_passphrase, open_key
-from fleet.protocol import bounds
 from signing import event_diff, events
 from signing import keyring as keyrings
 from signing import keys as key_files
@@ -464,7 +463,7 @@ def publisher_run(options: Options, *, once: bool, verbose: bool) -> Exit:
         format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if verbose else logging.WARNING
     )
     who = load_operator(options)
-    root = read_file(who.root, bounds.ROOT_MAX_BYTES)
+    root = who.pinned_root()
     with who.client() as client:
         host = module.Publisher(home(options) / "publisher", root=root, client=client)
         if once:

@@ -13,10 +13,10 @@ from typing import Final, TypeVar
 import msgspec
 from tuf.api.metadata import Targets
 
-from fleet.cli.base import Exit, Fault, read_file, reason
+from fleet.cli.base import Exit, Fault, reason
 from fleet.cli.operator import Operator
 from fleet.client import Client
-from fleet.protocol import bounds, files, wire
+from fleet.protocol import files, wire
 from signing import hash_bins, metadata, policy, repository, rotation
 from signing.device_statements import Seen
 from signing.errors import FetchNotFound, Rejected, RepositoryError
@@ -65,7 +65,7 @@ class TrustStore:
         self._client = client
         self._states = _OperatorState(who.trust / "facts.json", lock=who.trust / "cache" / ".lock")
         self._updater = Updater(
-            pinned_root=read_file(who.root, bounds.ROOT_MAX_BYTES),
+            pinned_root=who.pinned_root(),
             fetch=self._fetch,
             states=self._states,
             cache=DirectoryCache(who.trust / "cache"),
