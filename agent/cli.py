@@ -238,6 +238,8 @@ def _run(options: argparse.Namespace) -> int:
         logging.getLogger("agent").warning(
             "the fleet is for development and this board is in production mode: nothing is taken until it has moved"
         )
+    for problem in identity.damaged_files(places.identity):
+        logging.getLogger("agent").error("%s", problem)
     root = (places.identity / "root.json").read_bytes()
     mac_key = images.load_key(places.identity / "mac.key")
     with contextlib.suppress(ValueError, OSError):
@@ -248,7 +250,7 @@ def _run(options: argparse.Namespace) -> int:
     async def main() -> int:
         with alone(places.lock):
             remove_leftovers(places.state)
-            db = Database(Store(places.database))
+            db = Database(Store.renewed(places.database))
             if taken := await db(restore.take_over, places.runset, mac_key):
                 logging.getLogger("agent").warning("the store was lost; %d instances are known from runset.json", taken)
             reference = ReferenceClock(who.floor)

@@ -16,7 +16,7 @@ import shutil
 import socket
 import ssl
 import urllib.parse
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -333,6 +333,24 @@ def renew_at(identity: Path) -> datetime:
     return certificate.not_valid_before_utc + life * 2 / 3
 
 
+LIFE_MAX: Final = timedelta(days=91)
+"""No server gives a device a certificate for longer, but one whose clock is ahead."""
+
+
+def renewal_due(identity: Path, clock: ReferenceClock) -> bool:
+    """Return whether to renew: two thirds of a life are over, or the server had a wrong clock when it issued.
+
+    Raises:
+        OSError, ValueError: the certificate cannot be read.
+    """
+    now = clock.now()
+    if now >= renew_at(identity):
+        return True
+    certificate = x509.load_pem_x509_certificate((identity / "device.pem").read_bytes())
+    wrong = certificate.not_valid_before_utc > now or certificate.not_valid_after_utc - now > LIFE_MAX
+    return wrong and clock.is_trustworthy()
+
+
 def wants_renewal(error: FetchError) -> bool:
     """Whether the server refused this board's certificate for what a new one mends."""
     if error.status != http.client.FORBIDDEN:
@@ -401,7 +419,7 @@ class CertificateRenewal:
             requested = self._requested.is_set()
             self._requested.clear()
             try:
-                if requested or self._clock.now() >= await asyncio.to_thread(renew_at, self._places.identity):
+                if requested or await asyncio.to_thread(renewal_due, self._places.identity, self._clock):
                     await asyncio.to_thread(renew_now, self._places, self._https, self._identity)
                     renewal_log.info("the device certificate was renewed")
                     self._mqtt.retry()

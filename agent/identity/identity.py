@@ -22,13 +22,16 @@ from typing import Final
 import msgspec
 
 from fleet.protocol import wire
-from fleet.protocol.files import atomic_write
+from fleet.protocol.files import atomic_write, damage
 
 log = logging.getLogger("agent.identity.identity")
 
 
 class IdentityError(Exception):
     """The board is not enrolled, or its identity is damaged; the message says what to do."""
+
+
+_ENROL_ANEW: Final = "restore it from a copy, or enrol anew with 'fleet-agent enroll --force'"
 
 
 def note_production(directory: Path) -> None:
@@ -108,7 +111,30 @@ def load(directory: Path) -> Identity:
     except OSError as error:
         raise IdentityError(f"cannot read {path}: {error.strerror}") from error
     except wire.JSON_ERRORS as error:
-        raise IdentityError(f"{path} is damaged ({error}): enrol anew with 'fleet-agent enroll --force'") from error
+        raise IdentityError(f"{path} is damaged ({error}): {_ENROL_ANEW}") from error
+
+
+_NEEDED: Final = {
+    "ca.pem": "the fleet's server cannot be verified",
+    "device.pem": "no server lets this device in",
+    "root.json": "nothing that is signed can be verified",
+    "sealing.key": "no secret can be opened",
+}
+"""Files of an identity without which components run on, and what is missing then."""
+
+
+def damaged_files(directory: Path) -> list[str]:
+    """Find files that a power cut left empty, full of zeros or cut off; return a sentence on each.
+
+    Raises:
+        IdentityError: the device's key is one of them, without which there is no device.
+    """
+    key = directory / "device.key"
+    if key.exists() and (words := damage(key)):
+        raise IdentityError(f"{key} is damaged ({words}): {_ENROL_ANEW}")
+    paths = [path for name in _NEEDED if (path := directory / name).exists()]
+    found = [(path, words) for path in paths if (words := damage(path))]
+    return [f"{path} is damaged ({words}): {_NEEDED[path.name]}; {_ENROL_ANEW}" for path, words in found]
 
 
 def name_of(host: str, machine: str) -> str:

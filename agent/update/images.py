@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import logging
 import os
 import resource
 import secrets
@@ -25,8 +26,10 @@ import msgspec
 from agent.host.ipc import framing
 from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import atomic_write, create_exclusive
+from fleet.protocol.files import atomic_write, create_exclusive, set_aside
 
+log = logging.getLogger("agent.update.images")
+KEY_BYTES: Final = 32
 CHUNK_BYTES: Final = 1 << 20
 COMPILER_VARIABLE: Final = "WASMFLEET_COMPILER"
 DESCRIBE_MAX_S: Final = 60.0
@@ -92,21 +95,24 @@ class Engine:
 
 
 def load_key(path: Path) -> bytes:
-    """The board's MAC key; made when there is none yet.
+    """The board's MAC key; made when there is none yet, or a damaged one.
 
     Raises:
         ImageError: it cannot be read or written.
     """
     try:
-        if not path.exists():
-            with contextlib.suppress(FileExistsError):  # made by another process meanwhile
-                create_exclusive(path, secrets.token_bytes(32), mode=0o600)
-        key = path.read_bytes()
+        if path.exists() and not _is_key(path.read_bytes()):
+            log.warning("%s was damaged: every image is made anew with another key", set_aside(path))
+        with contextlib.suppress(FileExistsError):
+            create_exclusive(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
+        return path.read_bytes()
     except OSError as error:
         raise ImageError(RejectCode.INTERNAL, f"cannot use {path}: {error.strerror}") from error
-    if len(key) != 32:  # noqa: PLR2004 - the key's size, as written above
-        raise ImageError(RejectCode.INTERNAL, f"{path} is damaged: remove it, every image is then made anew")
-    return key
+
+
+def _is_key(data: bytes) -> bool:
+    """Tell whether a file holds a key: zeros are what a power cut leaves, and everybody knows them."""
+    return len(data) == KEY_BYTES and any(data)
 
 
 @dataclass(frozen=True, slots=True)

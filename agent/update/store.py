@@ -11,6 +11,7 @@ The lock admits one agent to a state directory: a second would displace the firs
 import asyncio
 import fcntl
 import hashlib
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ import msgspec
 
 from agent.update.state import Change, Committed, FailedItem, FailureKey, Transition, Violation
 from fleet.protocol import wire
+from fleet.protocol.files import set_aside
 from fleet.protocol.messages import Report
 from signing.state import VerifierState
 
@@ -46,8 +48,15 @@ UNACKED_ROWS_MAX: Final = 2000
 FAILED_ROWS_MAX: Final = 256
 
 
+log = logging.getLogger("agent.update.store")
+
+
 class StoreError(Exception):
     """The state directory cannot be used; the message says why and what to do."""
+
+
+class DamagedStoreError(StoreError):
+    """Not a database, or a damaged one."""
 
 
 class Applied(NamedTuple):
@@ -101,10 +110,27 @@ class Store:
                 self._db.execute("PRAGMA synchronous=FULL")
             self._migrate(read_only=read_only)
         except (sqlite3.Error, OSError) as error:
-            remedy = "check its mode and the space on its file system"
             if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-                remedy = "move it away: what runs is known from runset.json, and the rest is learned anew"
-            raise StoreError(f"cannot open {path}: {error}; {remedy}") from error
+                raise DamagedStoreError(
+                    f"cannot open {path}: {error}; move it away, as the agent does when it starts: what runs is known "
+                    "from runset.json, and the rest is learned anew"
+                ) from error
+            raise StoreError(f"cannot open {path}: {error}; check its mode and the space on its file system") from error
+
+    @classmethod
+    def renewed(cls, path: Path) -> "Store":
+        """Open the database; move a damaged one aside, as a power cut on a worn disk leaves it, and make another.
+
+        Raises:
+            StoreError: see the constructor.
+        """
+        try:
+            return cls(path)
+        except DamagedStoreError as error:
+            for suffix in ("-wal", "-shm"):  # of the damaged one
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            log.error("%s: moved to %s", error, set_aside(path))  # noqa: TRY400 - a sentence for people
+            return cls(path)
 
     def _migrate(self, *, read_only: bool) -> None:
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])

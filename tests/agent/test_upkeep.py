@@ -1,7 +1,7 @@
 """What has to be done now and then: the certificate, and room on the disk."""
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import msgspec
@@ -10,6 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from agent import clock
 from agent.clock import ReferenceClock
 from agent.config import Disk, Paths, Settings
 from agent.identity import enrolment
@@ -20,6 +21,7 @@ from agent.update import effects
 from agent.update.machine import State
 from agent.update.secrets import SecretStore
 from agent.update.state import Change, Committed, DeploymentState
+from fleet import ca
 from fleet.ca import CertificateAuthority
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import Phase, RejectCode
@@ -159,3 +161,32 @@ async def test_room_is_made_and_neither_what_runs_nor_what_comes_is_lost(board):
     assert freed == 2000
     kept = {path.stem for directory in (places.artifacts, places.images) for path in directory.iterdir()}
     assert kept == {"runs", "comes", "image-of-runs", "image-of-comes"}
+
+
+@pytest.mark.parametrize(
+    ("ahead", "life", "due"),
+    [
+        (timedelta(), timedelta(days=90), False),
+        (timedelta(days=-61), timedelta(days=90), True),
+        (timedelta(days=730), timedelta(days=90), True),
+        (timedelta(), timedelta(days=820), True),
+    ],
+    ids=["fresh", "two thirds over", "not valid yet", "valid for years"],
+)
+def test_a_certificate_that_a_wrong_clock_dated_is_renewed(board, monkeypatch, ahead, life, due):
+    places, server = board
+    monkeypatch.setattr(ca, "DEVICE_LIFE", life)
+    monkeypatch.setattr(clock, "clock_synchronised", lambda: True)
+    key = enrolment._load_key(places.identity).public_key()
+    now = datetime.now(UTC)
+    (places.identity / "device.pem").write_text(server.ca.device(key, "crane-0a1b2c3d", now=now + ahead).pem)
+    assert enrolment.renewal_due(places.identity, ReferenceClock(now)) is due
+
+
+def test_a_device_whose_own_clock_is_wrong_does_not_renew_for_it(board, monkeypatch):
+    places, server = board
+    monkeypatch.setattr(clock, "clock_synchronised", lambda: False)
+    key = enrolment._load_key(places.identity).public_key()
+    later = datetime.now(UTC) + timedelta(days=730)
+    (places.identity / "device.pem").write_text(server.ca.device(key, "crane-0a1b2c3d", now=later).pem)
+    assert not enrolment.renewal_due(places.identity, ReferenceClock(NOW))
