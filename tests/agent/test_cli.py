@@ -352,9 +352,10 @@ def test_the_agent_loads_neither_wasmtime_nor_what_is_heavy(module):
     loaded = {name.partition(".")[0] for name in done.stdout.splitlines()}
     assert "agent" in loaded
     assert not loaded & {"wasmtime", "httpx", "rich", "click", "urllib3", "requests", "starlette", "sqlite_utils"}
-    # Of the host's package the agent knows the protocol, and nothing else.
+    # Of the host's package the agent knows the protocol and who writes its packets, and nothing else.
     host = {name for name in done.stdout.splitlines() if name.startswith("agent.host.")}
-    assert host == {"agent.host.ipc", "agent.host.ipc.framing", "agent.host.ipc.host_api"}
+    ipc = {"agent.host.ipc", "agent.host.ipc.framing", "agent.host.ipc.host_api", "agent.host.ipc.packet_writer"}
+    assert host == ipc
 
 
 def test_showing_what_runs_loads_neither_mqtt_nor_tuf():

@@ -12,7 +12,7 @@ from tests.eventually import eventually
 
 
 @pytest.mark.parametrize(
-    ("line", "said"), [("", "0 fields"), ("60 * * * *", "'60' is no minute"), ("0 0 30 2 *", "never comes")]
+    ("line", "said"), [("", "0 fields"), ("60 * * * *", "'60' is no minute"), ("0 0 30 2 *", "never matches")]
 )
 def test_a_cron_line_that_never_comes_due_does_not_start(host, line, said):
     # the reader of such lines is the protocol's, the same one that refuses them at push
