@@ -136,6 +136,14 @@ def test_damage_that_a_power_cut_leaves(tmp_path, name, data, words):
     assert damage(tmp_path / name) == words
 
 
+def test_what_an_earlier_version_left_half_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "inner").mkdir()
+    for name in (".new-abc", "inner/.new-def", "inner/.newer", "new-ghi"):
+        (tmp_path / name).write_bytes(b"")
+    assert remove_leftovers(tmp_path) == 2
+    assert {path.name for path in tmp_path.rglob("*")} == {"inner", ".newer", "new-ghi"}
+
+
 CUT = """
 import os, pathlib, signal, sys
 from fleet.protocol.files import atomic_write
