@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from fleet.demo.environment import AGENT, HOST, Child, DemoDevice, free_ports
+from fleet.protocol.messages import InstanceHealth
 from tests.deploy import before_the_move
 from tests.e2e.stage import GROUP, Stage, descendants
 
@@ -175,6 +176,12 @@ def runtime() -> Iterator[Path]:
         yield Path(place)
 
 
+def sharing(stage: Stage, *, after: int = 0) -> InstanceHealth | None:
+    """Return what the device's health says of its instance, once that is a later generation in a shared worker."""
+    (row,) = stage.scene.client.devices().devices
+    return next((each for each in row.instances if each.shared_worker and each.generation > after), None)
+
+
 def zygotes(host: Child) -> set[str]:
     """The module of each zygote below a host."""
     lines = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in descendants(host.process.pid)]
@@ -195,11 +202,13 @@ def test_a_component_outlives_the_upgrade_and_is_updated_after_it(
             "the device is online", lambda: any(row.online for row in stage.scene.client.devices().devices) or None
         )
         made = await asyncio.to_thread(device.in_the_fleet, host, agent)
-        await stage.pushed("v1.wasm")
+        # an agent that knows shared workers by another name, and says them by another name
+        await stage.pushed("v1.wasm", "--share-worker")
         await stage.answers(made, "1")
         return made
 
     made = stage.do(before())
+    shared = stage.do(stage.until("the old host lets it share a worker", lambda: sharing(stage)))
     assert zygotes(made.host) == {"agent.host.zygote"}
 
     async def upgrade() -> DemoDevice:
@@ -219,3 +228,4 @@ def test_a_component_outlives_the_upgrade_and_is_updated_after_it(
     # and the new agent goes on from where the old one was
     stage.do(stage.pushed("v2.wasm"))
     stage.do(stage.answers(upgraded, "2"))
+    stage.do(stage.until("so does the new one", lambda: sharing(stage, after=shared.generation)))
