@@ -145,6 +145,7 @@ class Broker:
 
 log = logging.getLogger(__name__)
 _READY_S: Final = 60.0
+_CRASHES: Final = frozenset({-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS})
 _STOP_S: Final = 5.0
 _BACKOFF_MAX_S: Final = 10.0
 
@@ -204,7 +205,8 @@ class Child:
 
     def _can_mend(self) -> bool:
         """Tell whether it ended at its stored state, and that is out of its way now."""
-        return ("database" in self._last_words or not self._last_words) and self._mend()
+        crashed = self._process is not None and self._process.returncode in _CRASHES
+        return ("database" in self._last_words or crashed) and self._mend()
 
     async def stop(self) -> None:
         """Stop the process: SIGTERM, then SIGKILL."""

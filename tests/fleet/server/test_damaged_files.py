@@ -3,7 +3,9 @@
 Two outcomes are right: what can be made anew is, and the server works; or one line names the file and says what to do.
 """
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -130,6 +132,22 @@ async def test_a_broker_that_lost_its_database_gets_every_assignment_again(new_f
         await fleet.start()
         await board.connect()
         await board.until(lambda board: len(board.envelopes) > seen)
+        assert database.with_name("mosquitto.db.damaged").exists()
+
+
+@pytest.mark.asyncio
+async def test_a_broker_that_dies_and_cannot_read_its_database_comes_back(new_fleet, broker):
+    if broker == "embedded":
+        pytest.skip("it stores nothing")
+    async with new_fleet(broker) as fleet:
+        await fleet.stop()
+        await fleet.start()
+        board = await fleet.board("a")
+        database = ServerPaths(fleet.home).broker / "data" / "mosquitto.db"
+        database.write_bytes(b"\0" * database.stat().st_size)
+        os.kill(fleet.server.broker_pid, signal.SIGKILL)
+        await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
+        assert board.items["hello"].target.endswith("1.0.0.wasm")
         assert database.with_name("mosquitto.db.damaged").exists()
 
 
