@@ -367,7 +367,12 @@ class Server:
         devices, online = self._store.devices.count()
         roles = self._repository.roles()
         when = self._clock()
-        problems = [*ca.warnings(self._ca, now=when), *self._online.problems(), *self._devices.problems()]
+        problems = [
+            *ca.warnings(self._ca, now=when),
+            *self._online.problems(),
+            *self._devices.problems(),
+            *self._artifacts.problems(),
+        ]
         problems += self._ingest.problems()
         problems += [
             f"the role {role.role} expired on {role.expires:%Y-%m-%d}" for role in roles if role.expires <= when

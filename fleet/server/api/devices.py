@@ -169,7 +169,7 @@ class DeviceApi:
 
     async def artifact(self, request: Request, _device: DeviceRow) -> Response:
         """GET /v1/artifacts/{sha256}."""
-        return artifact_file(self._artifacts, request)
+        return artifact_file(self._artifacts, self._store, request)
 
     async def secret(self, request: Request, device: DeviceRow) -> Response:
         """GET /v1/secrets/{sha256}: a box of this device's own, and of no other's."""

@@ -4,6 +4,7 @@ Artifacts are files named by the sha256 of their bytes; an upload becomes such a
 """
 
 import hashlib
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from fleet.protocol import bounds, names, operator_api
-from fleet.protocol.files import move_into_place
+from fleet.protocol.files import move_into_place, set_aside
 from fleet.protocol.operator_api import Refusal
 from fleet.server.api import http
 from fleet.server.api.http import answer, param
@@ -26,7 +27,10 @@ from fleet.server.tuf_repository import TufRepository
 from fleet.store.store import AuditLog, Store
 from signing import events
 
+log = logging.getLogger(__name__)
 _BLOCK_BYTES: Final = 1 << 20
+_HEAD_BYTES: Final = 4096
+"""Block of most file systems: what was not written before a power cut is zeros from there on."""
 
 
 class ArtifactError(Exception):
@@ -47,13 +51,37 @@ class Artifacts:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._damaged: set[str] = set()
         for left_over in directory.glob(".upload-*"):
             left_over.unlink(missing_ok=True)
 
-    def path(self, sha256: str) -> Path | None:
-        """Return the file of an artifact; None for an unknown one."""
+    def path(self, sha256: str, length: int | None) -> Path | None:
+        """Return the file of an artifact; None for an unknown one.
+
+        A file that a power cut left cut off or full of zeros is moved aside: devices would hold it against the version,
+        and an upload of the same bytes replaces it. The bytes themselves are for devices to judge, by their hash.
+
+        Args:
+            sha256: of the artifact.
+            length: as it was uploaded; None where that is not known.
+        """
         path = self._directory / names.check_sha256(sha256)
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            whole = any(file.read(_HEAD_BYTES)) and length in {None, path.stat().st_size}
+        if not whole:
+            self._damaged.add(sha256)
+            log.error("the artifact %s is damaged and was moved aside", set_aside(path))
+            return None
+        return path
+
+    def problems(self) -> list[str]:
+        """Return sentences for the status: artifacts that were found damaged, and not uploaded again."""
+        return [
+            f"the artifact {sha256[:16]} is damaged on this server: publish its version again with the same file"
+            for sha256 in sorted(self._damaged)
+        ]
 
     async def store(self, sha256: str, chunks: AsyncIterator[bytes]) -> Stored:
         """Store an upload whose bytes have the named hash, flushed to disk before it gets its name.
@@ -79,6 +107,7 @@ class Artifacts:
                 )
             new = not path.exists()
             await run_in_threadpool(move_into_place, beside, path)
+            self._damaged.discard(sha256)
         finally:
             beside.unlink(missing_ok=True)
         return Stored(sha256, length, new)
@@ -158,7 +187,7 @@ class PublishingHandlers:
 
     async def get_artifact(self, request: Request, _by: str) -> Response:
         """GET /v1/artifacts/{sha256}."""
-        return artifact_file(self._artifacts, request)
+        return artifact_file(self._artifacts, self._store, request)
 
     async def role(self, request: Request, by: str) -> Response:
         """POST /v1/roles/{namespace}."""
@@ -194,10 +223,10 @@ def tuf_file(repository: TufRepository, name: str) -> Response:
     return Response(data, media_type="application/json", headers={"cache-control": caching})
 
 
-def artifact_file(artifacts: Artifacts, request: Request) -> Response:
+def artifact_file(artifacts: Artifacts, store: Store, request: Request) -> Response:
     """Serve an artifact, whole or by Range (RFC 9110, section 14); its hash is its entity tag."""
     sha256 = param(request, "sha256")
-    path = artifacts.path(sha256)
+    path = artifacts.path(sha256, store.delivery.artifact(sha256))
     if path is None:
         raise Refusal(404, "not-found", f"there is no artifact {sha256}", action="upload it: fleet publish FILE")
     tag = f'"{sha256}"'

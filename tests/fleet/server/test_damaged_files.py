@@ -3,6 +3,8 @@
 Two outcomes are right: what can be made anew is, and the server works; or one line names the file and says what to do.
 """
 
+import asyncio
+import hashlib
 import os
 import shutil
 import signal
@@ -160,3 +162,24 @@ async def test_files_that_were_being_written_when_the_power_went_are_removed(hom
         path.write_bytes(b"half a ke")
     assert await outcome(home) == ""
     assert not [path for path in left if path.exists()]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_a_damaged_artifact_is_not_served_and_the_same_file_replaces_it(new_fleet, damage):
+    async with new_fleet() as fleet:
+        operator, artifact = fleet.operator, b"hello 1.0.0"
+        await operator.publish("1.0.0")
+        sha256 = hashlib.sha256(artifact).hexdigest()
+        path = ServerPaths(fleet.home).artifacts / sha256
+        assert (await operator.http.get(f"/v1/artifacts/{sha256}")).content == artifact
+        path.write_bytes(DAMAGES[damage](artifact))
+        board = await fleet.board("a")
+        with board.http() as http:
+            assert (await asyncio.to_thread(http.get, f"/v1/artifacts/{sha256}")).status_code == 404
+        assert (await operator.http.head(f"/v1/artifacts/{sha256}")).status_code == 404
+        (problem,) = (await operator.get(operator_api.Status, "/v1/status")).problems
+        assert f"the artifact {sha256[:16]} is damaged" in problem
+        assert (await operator.http.put(f"/v1/artifacts/{sha256}", content=artifact)).is_success
+        assert (await operator.http.get(f"/v1/artifacts/{sha256}")).content == artifact
+        assert (await operator.get(operator_api.Status, "/v1/status")).problems == ()
