@@ -10,7 +10,9 @@ broker/       the broker's configuration and persistence
 fleet.db      everything else
 """
 
+import functools
 import ipaddress
+import socket
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +24,10 @@ from fleet.protocol.files import RESTORE, damage
 FORMAT: Final = 1
 SIZES: Final = ("dev", "solo", "team")
 BROKERS: Final = ("auto", "mosquitto", "embedded")
+_PORT_MAX: Final = 65_535
+_PORT_DIGITS: Final = 5
+EVERYWHERE: Final = "::"
+"""Every address of the machine, those of IPv4 too; `0.0.0.0` is those of IPv4 alone."""
 
 
 class HomeError(Exception):
@@ -44,14 +50,21 @@ class Address:
         """
         host, colon, port = text.rpartition(":")
         host = host.strip("[]")
-        if not colon or not host or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - ports end there
+        number = int(port) if port.isascii() and port.isdigit() and len(port) <= _PORT_DIGITS else _PORT_MAX + 1
+        if not colon or not host or number > _PORT_MAX:
             raise HomeError(f"{what} {text!r} is not an address: write host:port")
-        return cls(host, int(port))
+        return cls(host, number)
 
     @property
     def loopback(self) -> bool:
         """Tell whether the address is reachable only from this machine."""
         return is_loopback(self.host)
+
+    @property
+    def here(self) -> "Address":
+        """Where this machine reaches what listens at this address."""
+        any_of_ours = {"0.0.0.0": "127.0.0.1", EVERYWHERE: "::1" if has_ipv6() else "127.0.0.1"}  # noqa: S104 - asked
+        return Address(any_of_ours.get(self.host, self.host), self.port)
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -239,6 +252,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+@functools.cache
+def has_ipv6() -> bool:
+    """Tell whether this machine's kernel has IPv6."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 def _toml(value: str | int) -> str:

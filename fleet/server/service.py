@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -24,6 +25,7 @@ from fleet.protocol import operator_api, wire
 from fleet.protocol.files import remove_leftovers
 from fleet.protocol.messages import Poke
 from fleet.protocol.topics import POKE, RETAINED, Topic
+from fleet.server import listener as listeners
 from fleet.server.api import routes
 from fleet.server.api.devices import DeviceApi, LogRelay
 from fleet.server.api.operators import DeviceHandlers, FleetHandlers, GroupHandlers, RolloutHandlers
@@ -130,17 +132,21 @@ class Server:
             log.warning("%s", note)
         self._ca = CertificateAuthority.load(self._home.ca)
         self._certificates = Certificates(self._home, self._ca, self._config.host, self._time)
-        operators = bind(self._config.operators, "the API for operators")
-        self._stack.callback(operators.close)
-        devices = bind(self._config.devices, "the API for devices")
-        self._stack.callback(devices.close)
+        operators = self._bind(self._config.operators, "the API for operators")
+        devices = self._bind(self._config.devices, "the API for devices")
         self._broker = await self._start_broker()
         self._compose()
-        for application, sock, context in (
-            (routes.application(self._operators, self._store), operators, self._certificates.context(devices=False)),
-            (self._devices.application(), devices, self._certificates.context(devices=True)),
+        files = listeners.files_for_each(2)
+        for application, sockets, context, limits in (
+            (
+                routes.application(self._operators, self._store),
+                operators,
+                self._certificates.context(devices=False),
+                listeners.OPERATORS,
+            ),
+            (self._devices.application(), devices, self._certificates.context(devices=True), listeners.DEVICES),
         ):
-            listener = Listener(application, sock, context)
+            listener = Listener(application, sockets, context, limits.within(files))
             self._stack.push_async_callback(listener.stop)
             await listener.start()
         self._run(self._conductor.run(), "rollouts")
@@ -152,6 +158,12 @@ class Server:
             mqtt=self._config.mqtt_urls,
             broker=self._broker.name,
         )
+
+    def _bind(self, where: str, what: str) -> list[socket.socket]:
+        sockets = bind(where, what)
+        for sock in sockets:
+            self._stack.callback(sock.close)
+        return sockets
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -192,7 +204,8 @@ class Server:
     async def _start_broker(self) -> Broker:
         broker = Broker.choose(self._config, self._home, lambda: self._ca.revocation_lists)
         if broker.name != "external":
-            bind(self._config.mqtt, "the broker").close()
+            for sock in bind(self._config.mqtt, "the broker"):
+                sock.close()
         self._stack.push_async_callback(broker.stop)
         await broker.start(self._revoked())
         return broker
@@ -431,6 +444,7 @@ async def run(
     with contextlib.suppress(ValueError, RuntimeError):  # outside the main thread, `stop` is the only way to end
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ending.set)
+    listeners.allow_files()
     server = Server(home, broker=broker, trust_clock=trust_clock)
     ready = await server.start()
     try:

@@ -30,6 +30,7 @@ from amqtt.session import Session
 from fleet.ca import SERVER_CN
 from fleet.protocol import bounds, topics
 from fleet.protocol.topics import BadTopicError, Topic, Up
+from fleet.server.config import Address
 
 log = logging.getLogger(__name__)
 _CONNECT_MAX_BYTES: Final = bounds.STATE_MAX_BYTES + 4 * bounds.KIB
@@ -222,7 +223,7 @@ async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path,
     _accept_only(context, lists)
     broker = Broker(
         BrokerConfig(
-            listeners={_LISTENER: ListenerConfig(type=ListenerType.EXTERNAL, bind=f"{host}:{port}")},
+            listeners={_LISTENER: ListenerConfig(type=ListenerType.EXTERNAL, bind=str(Address(host, port)))},
             plugins={f"{_HERE}.{plugin.__name__}": {} for plugin in (Certificates, OwnTopics)},
         )
     )

@@ -1,0 +1,130 @@
+"""Clients that hold connections and say nothing, or half of something, take neither memory nor the others' turn.
+
+`fleet serve` as a process, real TLS, more connections than one address may have. Counted is what the server closes by
+itself, and that others are answered meanwhile.
+"""
+
+import asyncio
+import json
+import ssl
+
+import httpx
+import pytest
+
+from fleet.server.listener import DEVICES, OPERATORS
+from tests.eventually import eventually_async
+from tests.fleet.server.server_process import Crowd, serving
+
+MORE = 150
+"""Connections beyond what one address may have."""
+
+
+def client(server):
+    token = (server.home / "operator" / "token").read_text().strip()
+    return httpx.AsyncClient(
+        base_url=f"https://{server.operators}",
+        verify=server.tls(),
+        headers={"authorization": f"Bearer {token}"},
+        timeout=60,
+    )
+
+
+async def answered(server):
+    """Ask as an operator, on a connection of its own."""
+    async with client(server) as http:
+        return (await http.get("/v1/status")).status_code
+
+
+def without_check():
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(300)
+async def test_bare_connections_to_the_devices_port_end_and_take_no_memory(new_home):
+    async with serving(new_home("embedded")) as server:
+        assert await answered(server) == 200
+        files, memory = server.files(), server.memory_mib()
+        crowd = await Crowd().join(server.devices, DEVICES.per_address + MORE)
+        await eventually_async(lambda: crowd.open <= DEVICES.per_address, "the oldest of too many end")
+        assert server.files() <= files + DEVICES.per_address
+        # the operators' port has limits of its own, and on the devices' port there is room for who speaks
+        assert await answered(server) == 200
+        _, writer = await asyncio.open_connection(
+            server.devices.host, server.devices.port, ssl=without_check(), server_hostname="anything"
+        )
+        writer.transport.abort()
+        await crowd.closed()
+        await eventually_async(lambda: server.files() <= files, "their files are closed")
+        assert server.memory_mib() <= memory * 1.2
+        assert await answered(server) == 200
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(300)
+async def test_idle_tls_on_the_operators_port_ends_for_those_who_ask(new_home):
+    async with serving(new_home("embedded")) as server, client(server) as http:
+        assert await answered(server) == 200
+        files = server.files()
+        # a request that is being answered never ends for a newer connection: nothing in this fleet waits for a
+        # signature, so this one takes as long as it says
+        poll = asyncio.create_task(http.get("/v1/online", params={"wait": 25}))
+        crowd = await Crowd().join(server.operators, OPERATORS.per_address + MORE // 3, tls=server.tls())
+        await eventually_async(lambda: crowd.open < OPERATORS.per_address, "the oldest of too many end")
+        assert server.files() <= files + OPERATORS.per_address
+        assert await answered(server) == 200
+        await crowd.closed()
+        crowd.hang_up()
+        assert (await poll).status_code == 200
+        await http.aclose()
+        await eventually_async(lambda: server.files() <= files, "their files are closed")
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(300)
+async def test_whoever_sends_half_of_something_is_closed(new_home):
+    halves = [
+        b"GET /v1/status HTTP/1.1\r\nhost: a\r\nx-half: ",
+        b"POST /v1/enrol HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\n{",
+        b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\nGET /hea",
+    ]
+    async with serving(new_home("embedded")) as server:
+        assert await answered(server) == 200
+        files = server.files()
+        crowds = [await Crowd().join(server.operators, 20, tls=server.tls(), says=half) for half in halves]
+        # a record of 248 bytes begins a handshake, and no more of it comes
+        crowds.append(await Crowd().join(server.devices, 20, says=bytes.fromhex("16030100f8010000f4")))
+        assert await answered(server) == 200
+        for crowd in crowds:
+            await crowd.closed()
+            crowd.hang_up()
+        assert all(b"200 OK" in said for said in crowds[2].said)
+        await eventually_async(lambda: server.files() <= files, "their files are closed")
+        assert await answered(server) == 200
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(300)
+async def test_a_server_told_to_end_ends_with_connections_of_every_kind_and_never_answers_500(new_home):
+    async with serving(new_home("embedded")) as server:
+        token = (server.home / "operator" / "token").read_text().strip()
+        poll = f"GET /v1/online?wait=60 HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {token}\r\n\r\n".encode()
+        half = b"POST /v1/enrol HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\n{"
+        crowd = await Crowd().join(server.devices, 50)
+        for says in (b"", half, poll):
+            await crowd.join(server.operators, 20, tls=server.tls(), says=says)
+        assert await answered(server) == 200
+        assert await server.ended() == 0
+        await crowd.closed()
+        assert not [said for said in crowd.said if b" 500 " in said]
+        crowd.hang_up()
+
+
+@pytest.mark.asyncio
+async def test_the_answer_of_a_server_carries_its_date(new_home):
+    async with serving(new_home("embedded")) as server, client(server) as http:
+        reply = await http.get("/v1/status")
+        assert reply.headers["date"].endswith("GMT")
+        assert json.loads(reply.content)["fleet"] == "test"
