@@ -4,6 +4,8 @@ The files are made in a temporary directory and moved into place at the end, so 
 Existing files are never overwritten.
 """
 
+import contextlib
+import ipaddress
 import secrets
 import shutil
 import tempfile
@@ -19,7 +21,7 @@ from fleet import ca
 from fleet.ca import CaError, CertificateAuthority
 from fleet.protocol import names
 from fleet.protocol.files import atomic_write, move_into_place
-from fleet.server.config import Address, HomeError, ServerConfig, ServerPaths, is_loopback
+from fleet.server.config import EVERYWHERE, Address, HomeError, ServerConfig, ServerPaths, is_loopback
 from fleet.store.sqlite import StoreError
 from fleet.store.store import Store
 from signing import keys, repository
@@ -122,18 +124,10 @@ def configure(
     broker: str,
 ) -> ServerConfig:
     """Make a server's configuration for `fleet init`. Raises `SetupError`."""
-    host, port = "127.0.0.1", OPERATORS_PORT
-    if url is not None:
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname or "", parts.port or OPERATORS_PORT
-        except ValueError as error:
-            raise SetupError(f"the url {url!r} is invalid: {error}") from error
-        if parts.scheme != "https" or not host or parts.path not in {"", "/"}:
-            raise SetupError(f"the url {url!r} must be https://HOST or https://HOST:PORT")
+    host, port = ("127.0.0.1", OPERATORS_PORT) if url is None else _asked(url)
     if size == "team":
         raise SetupError("a team's fleet starts as a solo fleet: run fleet init --solo, then fleet sign move team")
-    bind = "127.0.0.1" if is_loopback(host) else "0.0.0.0"  # noqa: S104 - devices elsewhere must reach it
+    bind = _listening_for(host)
     config = ServerConfig(
         fleet=fleet,
         size=size,
@@ -154,6 +148,35 @@ def configure(
     if namespace in repository.RESERVED:
         raise SetupError(f"{namespace!r} is the name of a role and cannot be a namespace")
     return config
+
+
+def _asked(url: str) -> tuple[str, int]:
+    """Return the host and port of a url; raises `SetupError`."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", OPERATORS_PORT if parts.port is None else parts.port
+    except ValueError as error:
+        raise SetupError(f"the url {url!r} is invalid: {error}") from error
+    more = parts.path.rstrip("/") or parts.query or parts.fragment or parts.username or parts.password
+    if parts.scheme != "https" or not host or not port or more or "%" in host:
+        raise SetupError(f"the url {url!r} must be https://HOST or https://HOST:PORT")
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_unspecified:
+            raise SetupError(
+                f"the url {url!r} is what devices connect to, and nobody connects to {host}: give a name or an address "
+                "of this machine; server/server.toml says where the server listens"
+            )
+    return host, port
+
+
+def _listening_for(host: str) -> str:
+    """Return where to listen so that devices reach `host`: a loopback address itself, else every address."""
+    if is_loopback(host):
+        return host
+    with contextlib.suppress(ValueError):
+        if isinstance(ipaddress.ip_address(host), ipaddress.IPv4Address):
+            return "0.0.0.0"  # noqa: S104 - devices elsewhere must reach it
+    return EVERYWHERE  # a name may have addresses of both families, and may get others
 
 
 def _make(draft: ServerPaths, config: ServerConfig, passphrase: bytes | None, now: datetime) -> str:
