@@ -28,7 +28,14 @@ from fleet.protocol.topics import POKE, RETAINED, Topic
 from fleet.server import listener as listeners
 from fleet.server.api import routes
 from fleet.server.api.devices import DeviceApi, LogRelay
-from fleet.server.api.operators import DeviceHandlers, FleetHandlers, GroupHandlers, RolloutHandlers
+from fleet.server.api.operators import (
+    CommandHandlers,
+    DeviceHandlers,
+    EnrolmentHandlers,
+    FleetHandlers,
+    GroupHandlers,
+    RolloutHandlers,
+)
 from fleet.server.api.publishing import Artifacts, PublishingHandlers
 from fleet.server.api.routes import Handlers
 from fleet.server.api.secrets import SecretHandlers
@@ -136,15 +143,12 @@ class Server:
         devices = self._bind(self._config.devices, "the API for devices")
         self._broker = await self._start_broker()
         self._compose()
-        files = listeners.files_for_each(2)
+        files, certificates = listeners.files_for_each(2), self._certificates
+        for_operators = routes.application(self._operators, self._store)
+        for_devices = routes.device_application(self._devices)
         for application, sockets, context, limits in (
-            (
-                routes.application(self._operators, self._store),
-                operators,
-                self._certificates.context(devices=False),
-                listeners.OPERATORS,
-            ),
-            (self._devices.application(), devices, self._certificates.context(devices=True), listeners.DEVICES),
+            (for_operators, operators, certificates.context(devices=False), listeners.OPERATORS),
+            (for_devices, devices, certificates.context(devices=True), listeners.DEVICES),
         ):
             listener = Listener(application, sockets, context, limits.within(files))
             self._stack.push_async_callback(listener.stop)
@@ -256,14 +260,13 @@ class Server:
         metrics = Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected)
         self._operators = Handlers(
             fleet=FleetHandlers(views=views, metrics=metrics, status=self.status),
-            devices=DeviceHandlers(
+            devices=DeviceHandlers(store=store, controller=self._conductor, planner=planner, views=views, audit=audit),
+            commands=CommandHandlers(store=store, director=self._director, logs=logs, audit=audit, clock=clock),
+            enrolment=EnrolmentHandlers(
                 store=store,
                 enrolment=enrolment,
-                director=self._director,
                 controller=self._conductor,
-                planner=planner,
                 views=views,
-                logs=logs,
                 update_revoked=lambda: self._broker.shut_out(self._revoked()),
                 audit=audit,
                 clock=clock,

@@ -8,23 +8,21 @@ are accepted only for an operator's command, and only while somebody reads them.
 
 import asyncio
 import contextlib
-import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from fleet.protocol import wire
 from fleet.protocol.messages import DesiredReply, LogAnswer, LogChunk, LogView, RenewRequest
 from fleet.protocol.operator_api import Refusal
 from fleet.server.api import http
-from fleet.server.api.http import answer, body, number, param
+from fleet.server.api.http import answer, body, param
 from fleet.server.api.publishing import Artifacts, artifact_file, tuf_file
+from fleet.server.api.query import Number, Word
 from fleet.server.api.secrets import box_of
 from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
@@ -37,7 +35,10 @@ from signing.state import VERSION_MAX
 FOLLOWS_MAX: Final = 64
 LINES_MAX: Final = 5000
 READER_GONE_S: Final = 45.0
-WAIT_MAX_S: Final = 20
+LOGS_COMMAND: Final = Number(name="command", most=VERSION_MAX)
+LOGS_AFTER: Final = Number(name="after", most=LINES_MAX)
+LOGS_WAIT: Final = Number(name="wait", most=20)
+NONCE: Final = Word(name="nonce", pattern="[0-9a-f]{16,64}", what="a nonce of 16 to 64 hexadecimal digits")
 
 
 @dataclass(slots=True)
@@ -89,11 +90,11 @@ class LogRelay:
 
     async def read(self, request: Request, _by: str) -> Response:
         """GET /v1/devices/{id}/logs."""
-        command, after = number(request, "command", 0, VERSION_MAX), number(request, "after", 0, LINES_MAX)
+        command, after = LOGS_COMMAND.of(request), LOGS_AFTER.of(request)
         follow = self._follows.get((param(request, "id"), command))
         if follow is None:
             raise Refusal(404, "not-found", "nobody asked that device for lines, or that is over", action="fleet logs")
-        wait_s = number(request, "wait", 0, WAIT_MAX_S)
+        wait_s = LOGS_WAIT.of(request)
         follow.read_at = self._now()
         if len(follow.lines) <= after and not follow.ended and wait_s:
             follow.news.clear()
@@ -119,12 +120,10 @@ BROKER_SLACK_S: Final = 120.0
 """Time for the broker to deliver an assignment; a device that still fetches it here did not get it from the broker."""
 
 _NAMED_MAX: Final = 5
-_NONCE: Final = re.compile(r"[0-9a-f]{16,64}")
-Handler = Callable[[Request, DeviceRow], Awaitable[Response]]
 
 
 class DeviceApi:
-    """The API for devices: metadata, artifacts, the desired state, renewal."""
+    """Handlers of the API for devices: metadata, artifacts, the desired state, renewal."""
 
     def __init__(
         self,
@@ -137,31 +136,14 @@ class DeviceApi:
         clock: Callable[[], datetime],
         logs: LogRelay,
     ) -> None:
-        self._logs = logs
+        self.logs = logs
         self._store, self._repository, self._artifacts = store, repository, artifacts
         self._enrolment, self._director, self._clock = enrolment, director, clock
         self._unheard: dict[str, float] = {}
 
-    def application(self) -> Starlette:
-        """Return the ASGI application."""
-        return Starlette(
-            routes=[
-                Route("/v1/tuf/{file}", self._known(self.tuf), methods=["GET"]),
-                Route("/v1/artifacts/{sha256}", self._known(self.artifact), methods=["GET"]),
-                Route("/v1/secrets/{sha256}", self._known(self.secret), methods=["GET"]),
-                Route("/v1/desired", self._known(self.desired), methods=["GET"]),
-                Route("/v1/logs", self._known(self._logs.take), methods=["POST"]),
-                Route("/v1/renew", self._known(self.renew, renewing=True), methods=["POST"]),
-            ],
-            exception_handlers=http.HANDLERS,
-        )
-
-    def _known(self, handler: Handler, *, renewing: bool = False) -> http.Route:
-        async def route(request: Request) -> Response:
-            device = self._enrolment.authenticate(peer_certificate(request.scope), renewing=renewing)
-            return await handler(request, device)
-
-        return http.guarded(route)
+    def caller(self, request: Request, *, renewing: bool) -> DeviceRow:
+        """Return the enrolled device that sent a request; raises `Refusal`. `renewing`: also after its certificate."""
+        return self._enrolment.authenticate(peer_certificate(request.scope), renewing=renewing)
 
     async def tuf(self, request: Request, _device: DeviceRow) -> Response:
         """GET /v1/tuf/{file}."""
@@ -181,10 +163,8 @@ class DeviceApi:
         row = self._director.reconcile(device.id)  # an assignment that an earlier director's key signed is signed again
         if row is None:
             raise Refusal(404, "not-found", "nothing was ever assigned to this device")
-        body, nonce = row.envelope, request.query_params.get("nonce")
-        if nonce is not None:
-            if not _NONCE.fullmatch(nonce):
-                raise Refusal(400, "bad-request", "a nonce is 16 to 64 hexadecimal digits")
+        body, nonce = row.envelope, NONCE.of(request)
+        if nonce:
             vouched = self._director.vouch(row, nonce)
             body = wire.encode(DesiredReply(assignment=row.envelope.decode(), fresh=vouched.decode()))
         return Response(body, media_type="application/json", headers={"cache-control": "no-store"})

@@ -71,20 +71,6 @@ def decoded(data: bytes, kind: type[B]) -> B:
         raise Refusal(400, "bad-request", "the request is not valid JSON", str(error)) from error
 
 
-def number(request: Request, name: str, default: int, largest: int) -> int:
-    """Return a number from the query, at most `largest`.
-
-    Raises:
-        Refusal: not a number.
-    """
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit()) or len(text) > 18:  # noqa: PLR2004 - fits 64 bits
-        raise Refusal(400, "bad-request", f"{name}={text[:50]!r} is not a number")
-    return min(int(text), largest)
-
-
 def guarded(route: Route) -> Route:
     """Wrap a route: answer every exception with a problem."""
 

@@ -14,11 +14,13 @@ from starlette.responses import Response
 
 from fleet.protocol import names, operator_api, wire
 from fleet.protocol.assignment import FollowLogs, Restart
+from fleet.protocol.bounds import NUMBER_MAX
 from fleet.protocol.messages import EnrolRequest
 from fleet.protocol.operator_api import Refusal
 from fleet.server.api import http
 from fleet.server.api.devices import LogRelay
-from fleet.server.api.http import answer, body, number, param
+from fleet.server.api.http import answer, body, param
+from fleet.server.api.query import LABEL, Number, Word
 from fleet.server.api.views import Metrics, Views
 from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
@@ -28,9 +30,15 @@ from fleet.store.rows import DeviceRow, RolloutRow
 from fleet.store.store import AuditLog, ChangeSignal, Store
 from signing.state import VERSION_MAX
 
-WAIT_MAX_S: Final = 60
 _LIST_MAX: Final = 1000
-_BOOT_ID_MAX: Final = 64
+AUDIT_LIMIT: Final = Number(name="limit", default=100, most=_LIST_MAX)
+TIMELINE_LIMIT: Final = Number(name="limit", default=100, most=_LIST_MAX)
+ROLLOUTS_LIMIT: Final = Number(name="limit", default=50, most=_LIST_MAX)
+ROLLOUTS_GROUP: Final = Word(name="group", pattern=LABEL, what="the name of a group")
+ROLLOUT_WAIT: Final = Number(name="wait", most=60)
+ROLLOUT_SINCE: Final = Number(name="since", most=NUMBER_MAX)
+REPORTS_BOOT: Final = Word(name="boot_id", pattern=".{1,64}", what="a boot id")
+REPORTS_AFTER: Final = Number(name="after", most=VERSION_MAX)
 _GATHER_MAX_S: Final = 2.0
 
 _GATHER_DEVICES_PER_S: Final = 2000
@@ -51,7 +59,7 @@ class FleetHandlers:
 
     async def audit(self, request: Request, _by: str) -> Response:
         """GET /v1/audit."""
-        return answer(self._views.audit(number(request, "limit", 100, _LIST_MAX)))
+        return answer(self._views.audit(AUDIT_LIMIT.of(request)))
 
     async def metrics(self, _request: Request, _by: str) -> Response:
         """GET /metrics."""
@@ -59,30 +67,19 @@ class FleetHandlers:
 
 
 class DeviceHandlers:
-    """Handlers for devices: listing, enrolment, labels, pins, commands, revocation.
-
-    Args:
-        update_revoked: called when a device was revoked, so that the broker ends its connection.
-    """
+    """Handlers for devices: listing, labels, pins, retries."""
 
     def __init__(
         self,
         *,
         store: Store,
-        enrolment: Enrolment,
-        director: Director,
         controller: RolloutController,
         planner: RolloutPlanner,
         views: Views,
-        logs: LogRelay,
-        update_revoked: Callable[[], None],
         audit: AuditLog,
-        clock: Callable[[], datetime],
     ) -> None:
-        self._store, self._enrolment, self._director = store, enrolment, director
-        self._controller, self._planner, self._views = controller, planner, views
-        self._logs, self._update_revoked = logs, update_revoked
-        self._audit, self._clock = audit, clock
+        self._store, self._controller, self._planner = store, controller, planner
+        self._views, self._audit = views, audit
 
     async def list(self, _request: Request, _by: str) -> Response:
         """GET /v1/devices."""
@@ -90,28 +87,28 @@ class DeviceHandlers:
 
     async def show(self, request: Request, _by: str) -> Response:
         """GET /v1/devices/{id}."""
-        return answer(self._views.detail(self._device(request)))
+        return answer(self._views.detail(_device(self._store, request)))
 
     async def timeline(self, request: Request, _by: str) -> Response:
         """GET /v1/devices/{id}/timeline."""
-        limit = number(request, "limit", 100, _LIST_MAX)
-        return answer(self._views.timeline(self._device(request).id, limit))
+        limit = TIMELINE_LIMIT.of(request)
+        return answer(self._views.timeline(_device(self._store, request).id, limit))
 
     async def reports(self, request: Request, _by: str) -> Response:
         """GET /v1/devices/{id}/reports."""
-        after = request.query_params.get("boot_id", "")[:_BOOT_ID_MAX], number(request, "after", 0, VERSION_MAX)
-        return answer(self._views.history(self._device(request), after=after))
+        after = REPORTS_BOOT.of(request), REPORTS_AFTER.of(request)
+        return answer(self._views.history(_device(self._store, request), after=after))
 
     async def desired(self, request: Request, _by: str) -> Response:
         """GET /v1/devices/{id}/desired."""
-        row = self._store.delivery.assignment(self._device(request).id)
+        row = self._store.delivery.assignment(_device(self._store, request).id)
         if row is None:
             raise Refusal(404, "not-found", "nothing is assigned to this device yet")
         return Response(row.envelope, media_type="application/json", headers={"cache-control": "no-store"})
 
     async def labels(self, request: Request, by: str) -> Response:
         """PUT /v1/devices/{id}/labels."""
-        row = self._device(request)
+        row = _device(self._store, request)
         wanted = await body(request, operator_api.LabelsRequest)
         labels = dict(row.labels)
         for key, value in wanted.labels.items():
@@ -123,11 +120,11 @@ class DeviceHandlers:
         self._store.devices.set_labels(row.id, labels)
         self._audit.record(by, "label", row.id, " ".join(f"{key}={value}" for key, value in sorted(labels.items())))
         self._controller.touch([row.id])
-        return answer(self._views.detail(self._device(request)))
+        return answer(self._views.detail(_device(self._store, request)))
 
     async def pin(self, request: Request, by: str) -> Response:
         """PUT /v1/devices/{id}/pin."""
-        row = self._device(request)
+        row = _device(self._store, request)
         wanted = await body(request, operator_api.RolloutRequest)
         if wanted.group or wanted.device not in {"", row.id}:
             raise Refusal(400, "bad-request", "a pin is for the device in the path: leave out group and device")
@@ -141,18 +138,34 @@ class DeviceHandlers:
     async def unpin(self, request: Request, by: str) -> Response:
         """POST /v1/devices/{id}/unpin."""
         wanted = await body(request, operator_api.InstanceRequest)
-        self._planner.unpin(self._device(request), wanted.instance, by=by)
-        return answer(self._views.detail(self._device(request)))
+        self._planner.unpin(_device(self._store, request), wanted.instance, by=by)
+        return answer(self._views.detail(_device(self._store, request)))
 
     async def retry(self, request: Request, by: str) -> Response:
         """POST /v1/devices/{id}/retry."""
         wanted = await body(request, operator_api.InstanceRequest)
-        self._planner.retry(self._device(request), wanted.instance, by=by)
-        return answer(self._views.detail(self._device(request)))
+        self._planner.retry(_device(self._store, request), wanted.instance, by=by)
+        return answer(self._views.detail(_device(self._store, request)))
 
-    async def command(self, request: Request, by: str) -> Response:
+
+class CommandHandlers:
+    """Handler for commands that the server signs."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        director: Director,
+        logs: LogRelay,
+        audit: AuditLog,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._store, self._director, self._logs = store, director, logs
+        self._audit, self._clock = audit, clock
+
+    async def send(self, request: Request, by: str) -> Response:
         """POST /v1/devices/{id}/command."""
-        row = self._device(request)
+        row = _device(self._store, request)
         wanted = await body(request, operator_api.CommandRequest)
         if isinstance(wanted.verb, Restart | FollowLogs) and wanted.verb.instance not in self._director.effective(row):
             raise Refusal(
@@ -173,9 +186,35 @@ class DeviceHandlers:
         self._store.devices.note(row.id, "command", f"{by} sent {words}", now=self._now())
         return answer(operator_api.CommandReply(sequence=sent.sequence, expires=sent.expires), 202)
 
+    def _now(self) -> float:
+        return self._clock().timestamp()
+
+
+class EnrolmentHandlers:
+    """Handlers for a device's place in the fleet: tokens, enrolment, revocation.
+
+    Args:
+        update_revoked: called when a device was revoked, so that the broker ends its connection.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        enrolment: Enrolment,
+        controller: RolloutController,
+        views: Views,
+        update_revoked: Callable[[], None],
+        audit: AuditLog,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._store, self._enrolment, self._controller = store, enrolment, controller
+        self._views, self._update_revoked = views, update_revoked
+        self._audit, self._clock = audit, clock
+
     async def revoke(self, request: Request, by: str) -> Response:
         """POST /v1/devices/{id}/revoke."""
-        row = self._device(request)
+        row = _device(self._store, request)
         with self._store.atomic():
             self._store.devices.revoke(row.id)
             self._store.boxes.forget(row.id)
@@ -183,7 +222,7 @@ class DeviceHandlers:
             self._audit.record(by, "revoke", row.id)
         self._update_revoked()
         self._controller.wake()
-        return answer(self._views.detail(self._device(request)))
+        return answer(self._views.detail(_device(self._store, request)))
 
     async def make_token(self, request: Request, by: str) -> Response:
         """POST /v1/enroll-tokens."""
@@ -198,15 +237,16 @@ class DeviceHandlers:
             raise Refusal(400, "bad-request", "the enrolment request cannot be read", str(error)) from error
         return answer(self._enrolment.enrol(wanted), 201)
 
-    def _device(self, request: Request) -> DeviceRow:
-        device = param(request, "id")
-        row = self._store.devices.get(device)
-        if row is None:
-            raise Refusal(404, "unknown-device", f"there is no device {device}", action="fleet devices lists them")
-        return row
-
     def _now(self) -> float:
         return self._clock().timestamp()
+
+
+def _device(store: Store, request: Request) -> DeviceRow:
+    device = param(request, "id")
+    row = store.devices.get(device)
+    if row is None:
+        raise Refusal(404, "unknown-device", f"there is no device {device}", action="fleet devices lists them")
+    return row
 
 
 class GroupHandlers:
@@ -274,15 +314,14 @@ class RolloutHandlers:
 
     async def list(self, request: Request, _by: str) -> Response:
         """GET /v1/rollouts."""
-        group = request.query_params.get("group")
-        rows = self._store.rollouts.newest(number(request, "limit", 50, _LIST_MAX), group=group or None)
+        rows = self._store.rollouts.newest(ROLLOUTS_LIMIT.of(request), group=ROLLOUTS_GROUP.of(request) or None)
         return answer(self._views.rollouts(rows))
 
     async def show(self, request: Request, _by: str) -> Response:
         """GET /v1/rollouts/{id}; a long poll with `wait` (seconds) and `since` (revision)."""
         row = self._rollout(request)
-        since = number(request, "since", 0, 1 << 60)
-        wait_s = number(request, "wait", 0, WAIT_MAX_S)
+        since = ROLLOUT_SINCE.of(request)
+        wait_s = ROLLOUT_WAIT.of(request)
 
         def later() -> RolloutRow | None:
             found = self._store.rollouts.get(row.id)

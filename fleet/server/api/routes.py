@@ -1,4 +1,4 @@
-"""Route table of the operator API: Starlette's routes and the OpenAPI document are made from it.
+"""Route tables of both listeners: Starlette's routes, and for operators the OpenAPI document, are made from them.
 
 A row holds the path, the handler, its request and reply, and the required role. The document describes the
 structs of `fleet.protocol.operator_api` and `fleet.protocol.trust_api`.
@@ -6,7 +6,7 @@ structs of `fleet.protocol.operator_api` and `fleet.protocol.trust_api`.
 
 import functools
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, assert_never
@@ -19,15 +19,25 @@ from starlette.routing import Route as StarletteRoute
 
 from fleet.protocol import operator_api as api
 from fleet.protocol import trust_api as trust
-from fleet.protocol.messages import Enrolled, EnrolRequest, LogView
+from fleet.protocol.messages import DesiredReply, Enrolled, EnrolRequest, LogAnswer, LogChunk, LogView, RenewRequest
 from fleet.protocol.operator_api import Refusal
 from fleet.protocol.trust_api import Role
-from fleet.server.api import http
-from fleet.server.api.devices import LogRelay
-from fleet.server.api.operators import DeviceHandlers, FleetHandlers, GroupHandlers, RolloutHandlers
+from fleet.server.api import devices, http, operators, query, secrets
+from fleet.server.api import trust as trust_handlers
+from fleet.server.api.devices import DeviceApi, LogRelay
+from fleet.server.api.operators import (
+    CommandHandlers,
+    DeviceHandlers,
+    EnrolmentHandlers,
+    FleetHandlers,
+    GroupHandlers,
+    RolloutHandlers,
+)
 from fleet.server.api.publishing import PublishingHandlers
+from fleet.server.api.query import Parameter
 from fleet.server.api.secrets import SecretHandlers
 from fleet.server.api.trust import CaHandlers, OnlineRoles, OperatorAccounts
+from fleet.store.rows import DeviceRow
 from fleet.store.store import Store
 
 Struct = type[msgspec.Struct]
@@ -35,6 +45,9 @@ Schemas = dict[Any, dict[str, Any]]
 
 Handler = Callable[[Request, str], Awaitable[Response]]
 """Coroutine from a request and the name of the operator who sent it ("" where the route is open) to a response."""
+
+DeviceHandler = Callable[[Request, DeviceRow], Awaitable[Response]]
+"""Coroutine from a request and the device that sent it to a response."""
 
 
 class Access(Enum):
@@ -52,6 +65,8 @@ class Handlers:
 
     fleet: FleetHandlers
     devices: DeviceHandlers
+    commands: CommandHandlers
+    enrolment: EnrolmentHandlers
     groups: GroupHandlers
     rollouts: RolloutHandlers
     publishing: PublishingHandlers
@@ -62,29 +77,51 @@ class Handlers:
     logs: LogRelay
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Row of the route table.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Row of a route table.
 
     Attributes:
         method: in lower case, as OpenAPI writes it.
         path: with names of its variable parts in braces.
-        handler: selects the handler from `Handlers`.
         reply: struct of the reply, or its media type.
         summary: one line, imperative.
-        access: required role.
         request: struct of the request's body, or its media type; None for no body.
-        query: names of query parameters.
+        query: parameters.
     """
 
     method: str
     path: str
-    handler: Callable[[Handlers], Handler]
     reply: Struct | str
     summary: str
-    access: Access
     request: Struct | str | None = None
-    query: tuple[str, ...] = ()
+    query: tuple[Parameter, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route(Row):
+    """Route of the operator API.
+
+    Attributes:
+        handler: chooses the handler.
+        access: who may call it.
+    """
+
+    handler: Callable[[Handlers], Handler]
+    access: Access
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRoute(Row):
+    """Route of the API for enrolled devices, which show their certificate.
+
+    Attributes:
+        handler: chooses the handler.
+        renewing: whether an expired certificate is accepted.
+    """
+
+    handler: Callable[[DeviceApi], DeviceHandler]
+    renewing: bool = False
 
 
 def _get(
@@ -93,10 +130,10 @@ def _get(
     reply: Struct | str,
     summary: str,
     *,
-    query: tuple[str, ...] = (),
+    query: tuple[Parameter, ...] = (),
     access: Access = Access.VIEWER,
 ) -> Route:
-    return Route("get", path, handler, reply, summary, access, query=query)
+    return Route(method="get", path=path, handler=handler, reply=reply, summary=summary, access=access, query=query)
 
 
 def _put(
@@ -108,7 +145,7 @@ def _put(
     request: Struct | str | None = None,
     access: Access = Access.OPERATOR,
 ) -> Route:
-    return Route("put", path, handler, reply, summary, access, request=request)
+    return Route(method="put", path=path, handler=handler, reply=reply, summary=summary, access=access, request=request)
 
 
 def _post(
@@ -120,7 +157,9 @@ def _post(
     request: Struct | str | None = None,
     access: Access = Access.OPERATOR,
 ) -> Route:
-    return Route("post", path, handler, reply, summary, access, request=request)
+    return Route(
+        method="post", path=path, handler=handler, reply=reply, summary=summary, access=access, request=request
+    )
 
 
 ROUTES: Final[tuple[Route, ...]] = (
@@ -132,14 +171,14 @@ ROUTES: Final[tuple[Route, ...]] = (
         lambda on: on.devices.timeline,
         api.Timeline,
         "List what happened to a device",
-        query=("limit",),
+        query=(operators.TIMELINE_LIMIT,),
     ),
     _get(
         "/v1/devices/{id}/reports",
         lambda on: on.devices.reports,
         api.History,
         "List a device's reports as the device signed them",
-        query=("boot_id", "after"),
+        query=(operators.REPORTS_BOOT, operators.REPORTS_AFTER),
     ),
     _get(
         "/v1/devices/{id}/desired",
@@ -177,7 +216,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     ),
     _post(
         "/v1/devices/{id}/command",
-        lambda on: on.devices.command,
+        lambda on: on.commands.send,
         api.CommandReply,
         "Send a signed command",
         request=api.CommandRequest,
@@ -187,9 +226,9 @@ ROUTES: Final[tuple[Route, ...]] = (
         lambda on: on.logs.read,
         LogView,
         "Read the log lines that a command asked for; wait makes it a long poll",
-        query=("command", "after", "wait"),
+        query=(devices.LOGS_COMMAND, devices.LOGS_AFTER, devices.LOGS_WAIT),
     ),
-    _post("/v1/devices/{id}/revoke", lambda on: on.devices.revoke, api.DeviceDetail, "Revoke a device"),
+    _post("/v1/devices/{id}/revoke", lambda on: on.enrolment.revoke, api.DeviceDetail, "Revoke a device"),
     _get("/v1/groups", lambda on: on.groups.list, api.Groups, "List groups"),
     _put(
         "/v1/groups/{name}",
@@ -200,14 +239,14 @@ ROUTES: Final[tuple[Route, ...]] = (
     ),
     _post(
         "/v1/enroll-tokens",
-        lambda on: on.devices.make_token,
+        lambda on: on.enrolment.make_token,
         api.EnrollTokenReply,
         "Create a one-time enrolment token",
         request=api.EnrollTokenRequest,
     ),
     _post(
         "/v1/enrol",
-        lambda on: on.devices.enrol,
+        lambda on: on.enrolment.enrol,
         Enrolled,
         "Enrol a device with its token",
         request=EnrolRequest,
@@ -255,7 +294,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         lambda on: on.secrets.keys,
         trust.SealingKeys,
         "List devices' sealing keys, each signed by its device",
-        query=("group", "device", "instance"),
+        query=(secrets.KEYS_GROUP, secrets.KEYS_DEVICE, secrets.KEYS_INSTANCE),
     ),
     _post(
         "/v1/secrets/{name}/remove",
@@ -278,14 +317,14 @@ ROUTES: Final[tuple[Route, ...]] = (
         lambda on: on.rollouts.list,
         api.Rollouts,
         "List rollouts, newest first",
-        query=("limit", "group"),
+        query=(operators.ROLLOUTS_LIMIT, operators.ROLLOUTS_GROUP),
     ),
     _get(
         "/v1/rollouts/{id}",
         lambda on: on.rollouts.show,
         api.RolloutView,
         "Show a rollout; wait and since make it a long poll",
-        query=("wait", "since"),
+        query=(operators.ROLLOUT_WAIT, operators.ROLLOUT_SINCE),
     ),
     _post("/v1/rollouts/{id}/pause", lambda on: on.rollouts.pause, api.RolloutView, "Pause a rollout"),
     _post("/v1/rollouts/{id}/resume", lambda on: on.rollouts.resume, api.RolloutView, "Resume a rollout"),
@@ -307,13 +346,13 @@ ROUTES: Final[tuple[Route, ...]] = (
     _post(
         "/v1/removals", lambda on: on.rollouts.remove, api.RolloutView, "Remove an instance", request=api.RemovalRequest
     ),
-    _get("/v1/audit", lambda on: on.fleet.audit, api.Audit, "List operators' acts", query=("limit",)),
+    _get("/v1/audit", lambda on: on.fleet.audit, api.Audit, "List operators' acts", query=(operators.AUDIT_LIMIT,)),
     _get(
         "/v1/online",
         lambda on: on.online.show,
         trust.OnlineView,
         "Show which host signs snapshot and timestamp, and what waits for it",
-        query=("wait",),
+        query=(trust_handlers.ONLINE_WAIT,),
     ),
     _post(
         "/v1/online",
@@ -382,24 +421,93 @@ UNDOCUMENTED: Final[tuple[Route, ...]] = (
 """Routes outside of the OpenAPI document, for machines."""
 
 
+DEVICE_ROUTES: Final[tuple[DeviceRoute, ...]] = (
+    DeviceRoute(
+        method="get",
+        path="/v1/tuf/{file}",
+        handler=lambda on: on.tuf,
+        reply="application/json",
+        summary="Get a TUF metadata file",
+    ),
+    DeviceRoute(
+        method="get",
+        path="/v1/artifacts/{sha256}",
+        handler=lambda on: on.artifact,
+        reply="application/wasm",
+        summary="Get an artifact, whole or by Range",
+    ),
+    DeviceRoute(
+        method="get",
+        path="/v1/secrets/{sha256}",
+        handler=lambda on: on.secret,
+        reply="application/octet-stream",
+        summary="Get a sealed box of its own",
+    ),
+    DeviceRoute(
+        method="get",
+        path="/v1/desired",
+        handler=lambda on: on.desired,
+        reply=DesiredReply,
+        summary="Get the newest assignment; the envelope alone without a nonce",
+        query=(devices.NONCE,),
+    ),
+    DeviceRoute(
+        method="post",
+        path="/v1/logs",
+        handler=lambda on: on.logs.take,
+        reply=LogAnswer,
+        summary="Send log lines that a command asked for",
+        request=LogChunk,
+    ),
+    DeviceRoute(
+        method="post",
+        path="/v1/renew",
+        handler=lambda on: on.renew,
+        reply=Enrolled,
+        summary="Renew its certificate",
+        request=RenewRequest,
+        renewing=True,
+    ),
+)
+"""Routes of the listener for devices. A later agent may send query parameters that this server does not know."""
+
+
 def application(handlers: Handlers, store: Store) -> Starlette:
     """Return the ASGI application of the operator API."""
+    return _application((route, _guarded(route, handlers, store)) for route in (*ROUTES, *UNDOCUMENTED))
+
+
+def device_application(api: DeviceApi) -> Starlette:
+    """Return the ASGI application of the API for devices."""
+    return _application((route, _known(route, api)) for route in DEVICE_ROUTES)
+
+
+def _application(routes: Iterable[tuple[Row, http.Route]]) -> Starlette:
     return Starlette(
-        routes=[
-            StarletteRoute(
-                route.path, _guarded(route.handler(handlers), route.access, store), methods=[route.method.upper()]
-            )
-            for route in (*ROUTES, *UNDOCUMENTED)
-        ],
+        routes=[StarletteRoute(row.path, http.guarded(route), methods=[row.method.upper()]) for row, route in routes],
         exception_handlers=http.HANDLERS,
     )
 
 
-def _guarded(handler: Handler, needs: Access, store: Store) -> http.Route:
-    async def route(request: Request) -> Response:
-        return await handler(request, "" if needs is Access.OPEN else _authorise(request, needs, store))
+def _guarded(route: Route, handlers: Handlers, store: Store) -> http.Route:
+    handler, needs = route.handler(handlers), route.access
 
-    return http.guarded(route)
+    async def serve(request: Request) -> Response:
+        by = "" if needs is Access.OPEN else _authorise(request, needs, store)
+        if route not in UNDOCUMENTED:  # machines add parameters of their own
+            query.check(request, route.query)
+        return await handler(request, by)
+
+    return serve
+
+
+def _known(route: DeviceRoute, api: DeviceApi) -> http.Route:
+    handler = route.handler(api)
+
+    async def serve(request: Request) -> Response:
+        return await handler(request, api.caller(request, renewing=route.renewing))
+
+    return serve
 
 
 def _authorise(request: Request, needs: Access, store: Store) -> str:
@@ -430,6 +538,15 @@ def _authorise(request: Request, needs: Access, store: Store) -> str:
             assert_never(needs)
     return name
 
+
+_PATH_PARTS: Final[dict[str, str]] = {
+    "sha256": "[0-9a-f]{64}",
+    "namespace": query.LABEL,
+    "file": r"[A-Za-z0-9._-]{1,100}",
+    "serial": r"[0-9A-Za-z]{1,64}",
+    "id": r"[a-z0-9-]{1,63}",
+}
+"""Patterns of the parts of paths; what does not match is refused, or found nowhere."""
 
 _REF: Final = "#/components/schemas/{name}"
 
@@ -482,6 +599,12 @@ def _content(kind: Struct | str, by_kind: Schemas) -> dict[str, Any]:
 def _parameters(route: Route) -> list[dict[str, Any]]:
     inside = re.findall(r"{(\w+)}", route.path)
     return [
-        *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in inside),
-        *({"name": name, "in": "query", "schema": {"type": "string"}} for name in route.query),
+        *({"name": name, "in": "path", "required": True, "schema": _part(route, name)} for name in inside),
+        *({"name": each.name, "in": "query", "schema": each.schema} for each in route.query),
     ]
+
+
+def _part(route: Route, name: str) -> dict[str, Any]:
+    of_a_secret = route.path.startswith("/v1/secrets/")
+    pattern = _PATH_PARTS.get(name) or ("[A-Za-z0-9][A-Za-z0-9._-]{0,63}" if of_a_secret else query.LABEL)
+    return {"type": "string", "pattern": f"^{pattern}$"}

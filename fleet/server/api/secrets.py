@@ -29,6 +29,7 @@ from fleet.protocol.trust_api import (
     SecretScope,
 )
 from fleet.server.api.http import answer, body, param
+from fleet.server.api.query import LABEL, Word
 from fleet.server.director import Director, lacks
 from fleet.server.rollout_controller import RolloutController
 from fleet.server.tuf_repository import TufRepository
@@ -41,6 +42,9 @@ from signing.policy import Release
 from signing.sealing import Purpose
 
 DEVICES_MAX: Final = 10_000
+KEYS_GROUP: Final = Word(name="group", pattern=LABEL, what="the name of a group")
+KEYS_DEVICE: Final = Word(name="device", pattern="[a-z0-9-]{1,63}", what="a device's id")
+KEYS_INSTANCE: Final = Word(name="instance", pattern=LABEL, what="the name of an instance")
 
 
 class SecretHandlers:
@@ -68,9 +72,8 @@ class SecretHandlers:
     async def keys(self, request: Request, _by: str) -> Response:
         """GET /v1/secrets/{name}/keys?group=&device=&instance=."""
         name = names.check_secret(param(request, "name"))
-        query = request.query_params
-        boards = self._boards(query.get("group", ""), query.get("device", ""))
-        instance = self._instance(query.get("instance", ""), name, boards)
+        boards = self._boards(KEYS_GROUP.of(request), KEYS_DEVICE.of(request))
+        instance = self._instance(KEYS_INSTANCE.of(request), name, boards)
         return answer(
             SealingKeys(
                 fleet=self._director.fleet,

@@ -27,7 +27,8 @@ from fleet.protocol.trust_api import (
     Role,
 )
 from fleet.server.api import http
-from fleet.server.api.http import answer, body, number, param
+from fleet.server.api.http import answer, body, param
+from fleet.server.api.query import Number
 from fleet.server.tuf_repository import TufRepository, WaitingError
 from fleet.store.sqlite import utc
 from fleet.store.store import AuditLog, ChangeSignal, Store
@@ -150,7 +151,7 @@ class CaHandlers:
 PATIENCE_S: Final = 20.0
 """Time that a publishing request waits for the signing host, below the time-out of clients."""
 
-WAIT_MAX_S: Final = 60
+ONLINE_WAIT: Final = Number(name="wait", most=60)
 _LATE: Final = repositories.LIFE["timestamp"] / 4
 """Rest of a timestamp's life at which its signing host is late: it renews at half of the life."""
 
@@ -193,8 +194,7 @@ class OnlineRoles:
 
     async def show(self, request: Request, _by: str) -> Response:
         """GET /v1/online; with `wait`, as soon as something waits for a signature."""
-        wait = min(number(request, "wait", 0, WAIT_MAX_S), WAIT_MAX_S)
-        await self._watch.until(lambda: self._repository.waiting or None, timeout_s=wait)
+        await self._watch.until(lambda: self._repository.waiting or None, timeout_s=ONLINE_WAIT.of(request))
         return answer(self._view())
 
     async def bring(self, request: Request, by: str) -> Response:
