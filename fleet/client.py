@@ -44,6 +44,9 @@ _NO_CHECK_TIME: Final = 0x200000
 
 V = TypeVar("V", bound=msgspec.Struct)
 
+_GATEWAY: Final = frozenset({502, 503, 504})
+"""Statuses with which a proxy says that the server behind it does not answer (RFC 9110, section 15.6)."""
+
 _CHECK_SERVER: Final = "start it with 'fleet serve', or look at its log"
 _CHECK_NETWORK: Final = "check the address in operator/config.toml and the network between"
 _LISTINGS: Final = "'fleet devices', 'fleet groups' and 'fleet rollouts' list them"
@@ -384,6 +387,12 @@ class Client:
         try:
             problem = msgspec.json.decode(response.content, type=operator_api.Problem)
         except wire.JSON_ERRORS as error:
+            if response.status_code in _GATEWAY:
+                raise UnreachableError(
+                    f"cannot reach the server at {self.url}",
+                    f"a proxy in between answered {response.status_code} {response.reason_phrase}",
+                    _CHECK_SERVER,
+                ) from error
             raise AnswerError(
                 f"{self.url} answered {response.status_code} {response.reason_phrase}",
                 "which is not an answer of a wasmfleet server",

@@ -1,6 +1,8 @@
 """`fleet status`, `devices`, `device`, `why`, `group`, `groups`, `logs` and the commands that act on one device."""
 
+import functools
 import json
+import math
 import re
 import time
 from typing import TYPE_CHECKING, Final
@@ -514,16 +516,27 @@ def logs(options: Options, *, instance: str, device: str, follow: bool, minutes:
     masks values of secrets. The audit log records who asked, the device's own history what was sent.
     """
     with connect(options) as client:
-        asked = client.command(
-            device, operator_api.CommandRequest(verb=FollowLogs(instance=instance, minutes=minutes if follow else 1))
-        )
-        return _show_logs(options, client, device, asked.sequence, follow=follow)
+        return _show_logs(options, client, device, instance, minutes=minutes if follow else 0)
 
 
-def _show_logs(options: Options, client: "Client", device: str, sequence: int, *, follow: bool) -> Exit:
+def _show_logs(options: Options, client: "Client", device: str, instance: str, *, minutes: int) -> Exit:
+    """Show lines for some minutes, or one look with 0."""
+    follow, until = minutes > 0, time.monotonic() + 60 * minutes
+    sequence = _ask_for_lines(client, device, instance, minutes=max(1, minutes))
     after, left_out, patience = 0, 0, time.monotonic() + ANSWER_S
     while True:
-        view = client.logs(device, command=sequence, after=after, wait_s=LOOK_S)
+        look = functools.partial(_look, client, device, sequence, after)
+        view = operator.patiently(look) if follow else client.logs(device, command=sequence, after=after, wait_s=LOOK_S)
+        if view is None:
+            # a server that was started again does not know who follows what
+            left = math.ceil((until - time.monotonic()) / 60)
+            if left <= 0:
+                return Exit.OK
+            again = functools.partial(_ask_for_lines, client, device, instance, minutes=left)
+            sequence, after, left_out = operator.patiently(again), 0, 0
+            patience = time.monotonic() + ANSWER_S
+            click.echo("(the server was started again: lines may be missing, or be shown twice)", err=True)
+            continue
         after = view.next
         _print_lines(options, view)
         if view.refused:
@@ -541,6 +554,24 @@ def _show_logs(options: Options, client: "Client", device: str, sequence: int, *
         left_out = view.left_out
         if view.ended or (view.heard and not follow):
             return Exit.OK
+
+
+def _ask_for_lines(client: "Client", device: str, instance: str, *, minutes: int) -> int:
+    """Have the device send lines; returns the number of the command."""
+    verb = FollowLogs(instance=instance, minutes=minutes)
+    return client.command(device, operator_api.CommandRequest(verb=verb)).sequence
+
+
+def _look(client: "Client", device: str, sequence: int, after: int) -> LogView | None:
+    """Fetch lines; None when the server knows nothing of that command."""
+    from fleet.client import ProblemError  # noqa: PLC0415 - httpx is not for --help
+
+    try:
+        return client.logs(device, command=sequence, after=after, wait_s=LOOK_S)
+    except ProblemError as error:
+        if error.problem.type != "not-found":
+            raise
+        return None
 
 
 def _print_lines(options: Options, view: LogView) -> None:

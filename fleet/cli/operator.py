@@ -6,11 +6,12 @@ rollouts asks the server, and offers nothing while the server is unreachable.
 
 import os
 import stat
+import time
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -23,7 +24,13 @@ from fleet.protocol.names import BadNameError, TargetName
 if TYPE_CHECKING:
     from fleet.client import Client
 
+T = TypeVar("T")
+
 TOKEN_VARIABLE: Final = "FLEET_TOKEN"  # noqa: S105 - the name of a variable
+GONE_S: Final = 60.0
+"""Time that the server may be unreachable while something is followed: longer than a restart takes."""
+
+_PAUSE_S: Final = 0.5
 _COPY: Final = "restore it from a copy: another operator's, or repository/1.root.json of the server"
 _ASK: Final = "restore it from a copy, or have an admin run 'fleet operators add' for a new one"
 _TOKEN_MAX_CHARS: Final = 1000
@@ -128,6 +135,28 @@ def load_operator(options: Options) -> Operator:
         if not isinstance(values.get(name), str) or not values[name]:
             raise Fault(f"{path} has no {name}", "it must be a string", f'add {name} = "..."')
     return Operator(directory=directory, url=values["url"], fleet=values["fleet"], namespace=values["namespace"])
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """Ask a server that may be away for a while, as it is when it is started again.
+
+    Raises:
+        UnreachableError: it stayed away for `GONE_S`.
+    """
+    from fleet.client import ProblemError, UnreachableError  # noqa: PLC0415 - httpx is not for --help
+
+    until = time.monotonic() + GONE_S
+    while True:
+        try:
+            return ask()
+        except UnreachableError:
+            if time.monotonic() > until:
+                raise
+        except ProblemError as error:
+            # its broker takes a moment longer than itself
+            if error.problem.type != "no-broker" or time.monotonic() > until:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 def connect(options: Options) -> "Client":

@@ -4,7 +4,7 @@ Following draws live bars on a terminal, and prints one line for each change els
 Following goes on after a restart of the server: the rollout is in its database and on the devices.
 """
 
-import time
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from fleet.client import Client
 
 POLL_S: Final = 25
-GONE_S: Final = 60.0
-"""Time that the server may be unreachable while a rollout is followed."""
 
 _STEPS: Final = {
     Phase.FETCHING: 1,
@@ -267,24 +265,10 @@ def revisions(client: "Client", view: RolloutView) -> Iterator[RolloutView]:
     """Yield the rollout now and after each change, until it is decided."""
     yield view
     while view.state in OPEN_STATES:
-        latest = _next_revision(client, view)
+        latest = operator.patiently(functools.partial(client.rollout, view.id, wait_s=POLL_S, since=view.revision))
         if latest.revision > view.revision:
             view = latest
             yield view
-
-
-def _next_revision(client: "Client", view: RolloutView) -> RolloutView:
-    """Wait for a change; retry while the server is unreachable."""
-    from fleet.client import UnreachableError  # noqa: PLC0415 - httpx is not for --help
-
-    until = time.monotonic() + GONE_S
-    while True:
-        try:
-            return client.rollout(view.id, wait_s=POLL_S, since=view.revision)
-        except UnreachableError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.5)
 
 
 def _lines(client: "Client", view: RolloutView) -> RolloutView:

@@ -153,6 +153,7 @@ class Server:
             listener = Listener(application, sockets, context, limits.within(files))
             self._stack.push_async_callback(listener.stop)
             await listener.start()
+        self._stack.callback(self._end_polls)
         self._run(self._conductor.run(), "rollouts")
         self._run(self._upkeep(), "upkeep")
         return Ready(
@@ -220,7 +221,7 @@ class Server:
     def _compose(self) -> None:
         store, repository, clock = self._store, self._repository, self._clock
         audit = AuditLog(store, clock)
-        watch = ChangeSignal()
+        watch = self._changes = ChangeSignal()
         self._artifacts = Artifacts(self._home.artifacts)
         _ = repository.director  # without it, or with one that others can read, no server starts
         self._director = Director(
@@ -255,7 +256,7 @@ class Server:
         planner = RolloutPlanner(
             store=store, repository=repository, director=self._director, conductor=self._conductor, clock=clock
         )
-        logs = LogRelay(clock)
+        logs = self._logs = LogRelay(clock)
         views = Views(store=store, director=self._director, clock=clock)
         metrics = Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected)
         self._operators = Handlers(
@@ -304,6 +305,11 @@ class Server:
             clock=clock,
             logs=logs,
         )
+
+    def _end_polls(self) -> None:
+        """Answer long polls with what there is, so that followers ask again, and find the next server."""
+        self._changes.close()
+        self._logs.close()
 
     def _touch_all(self) -> None:
         self._conductor.touch(row.id for row in self._store.devices.all())

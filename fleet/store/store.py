@@ -203,6 +203,12 @@ class ChangeSignal:
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self._over = False
+
+    def close(self) -> None:
+        """End every wait, now and from now on: the server is about to stop."""
+        self._over = True
+        self.changed()
 
     def changed(self) -> None:
         """Wake every waiter."""
@@ -210,13 +216,13 @@ class ChangeSignal:
         self._event = asyncio.Event()
 
     async def until(self, look: Callable[[], T | None], *, timeout_s: float) -> T | None:
-        """Return what `look` finds, as soon as it finds something; None after `timeout_s`."""
+        """Return what `look` finds, as soon as it finds something; None after `timeout_s`, or `close`."""
         found = look()
-        if found is not None or timeout_s <= 0:
+        if found is not None or timeout_s <= 0 or self._over:
             return found
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while found is None:
+                while found is None and not self._over:
                     await self._event.wait()
                     found = look()
         return found

@@ -60,6 +60,13 @@ class LogRelay:
     def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
         self._follows: dict[tuple[str, int], _Follow] = {}
+        self._over = False
+
+    def close(self) -> None:
+        """End every wait for lines: the server is about to stop."""
+        self._over = True
+        for follow in self._follows.values():
+            follow.news.set()
 
     def expect(self, device: str, command: int, instance: str, *, minutes: int) -> None:
         """Expect lines from a device, for an operator's signed command."""
@@ -96,7 +103,7 @@ class LogRelay:
             raise Refusal(404, "not-found", "nobody asked that device for lines, or that is over", action="fleet logs")
         wait_s = LOGS_WAIT.of(request)
         follow.read_at = self._now()
-        if len(follow.lines) <= after and not follow.ended and wait_s:
+        if len(follow.lines) <= after and not follow.ended and wait_s and not self._over:
             follow.news.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(follow.news.wait(), wait_s)

@@ -28,7 +28,8 @@ class Desk(httpx.BaseTransport):
     Attributes:
         files: the TUF repository.
         views: what following a rollout sees, one after the other.
-        routes: (method, path) -> answer, for everything else; a list gives its answers one after another.
+        routes: (method, path) -> answer, for everything else; a list gives its answers one after another;
+            an exception is raised.
         before_role: called before each role is judged (someone else may publish there).
         seen: every request, with its body.
     """
@@ -71,6 +72,10 @@ class Desk(httpx.BaseTransport):
     def _answer(self, answer: object) -> httpx.Response:
         if isinstance(answer, list):
             answer = answer.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, httpx.Response):
+            return answer
         status = answer.status if isinstance(answer, operator_api.Problem) else 200
         return httpx.Response(status, content=msgspec.json.encode(answer))
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from rich.console import Console
 
-from fleet.cli import output, rollout
+from fleet.cli import operator, output, rollout
 from fleet.cli.base import Exit, Fault, Options
 from fleet.client import Client, UnreachableError
 from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
@@ -143,14 +143,14 @@ def test_a_paused_rollout_is_followed_on(capsys):
 
 
 def test_a_server_that_restarts_is_waited_for(monkeypatch, capsys):
-    monkeypatch.setattr(rollout.time, "sleep", lambda _: None)
+    monkeypatch.setattr(operator.time, "sleep", lambda _: None)
     gone = UnreachableError("cannot reach it", "refused", "start it")
     assert rollout.follow(Script(gone, gone, GOOD[4]), GOOD[0], Options(quiet=True)) is Exit.OK
 
 
 def test_a_server_that_stays_away_is_given_up(monkeypatch):
-    monkeypatch.setattr(rollout.time, "sleep", lambda _: None)
-    monkeypatch.setattr(rollout, "GONE_S", -1.0)
+    monkeypatch.setattr(operator.time, "sleep", lambda _: None)
+    monkeypatch.setattr(operator, "GONE_S", -1.0)
     with pytest.raises(UnreachableError):
         rollout.follow(Script(UnreachableError("cannot reach it", "refused", "start it")), GOOD[0], Options())
 

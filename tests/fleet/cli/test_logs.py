@@ -3,12 +3,14 @@
 import json
 from datetime import UTC, datetime
 
+import httpx
 import pytest
 
-from fleet.cli import device
+from fleet.cli import device, operator
 from fleet.client import Client
 from fleet.protocol import operator_api
 from fleet.protocol.messages import LogView
+from tests.fleet.cli.conftest import problem
 
 GATE = "gate-0a1b2c3d"
 ASK, LOOK = ("POST", f"/v1/devices/{GATE}/command"), ("GET", f"/v1/devices/{GATE}/logs")
@@ -95,4 +97,30 @@ def test_a_board_that_does_not_answer_is_given_up_and_one_that_did_is_not(fleet,
     assert f"{GATE} does not answer" in done.stderr
     # Silence after an answer is a component that has nothing to say.
     board(LogView(heard=True), LogView(heard=True), LogView(heard=True, ended=True))
+    assert fleet("logs", "hello", "--device", GATE, "--follow").exit_code == 0
+
+
+def test_a_server_that_was_started_again_is_asked_anew_for_the_minutes_that_are_left(fleet, desk, board, monkeypatch):
+    monkeypatch.setattr(operator.time, "sleep", lambda _: None)
+    board(
+        LogView(lines=("one",), next=1, heard=True),
+        httpx.ConnectError("connection refused"),
+        problem("not-found", "nobody asked that device for lines, or that is over", 404),
+        LogView(lines=("one", "two"), next=2, heard=True),
+        LogView(next=2, heard=True, ended=True),
+    )
+    done = fleet("logs", "hello", "--device", GATE, "--follow", "--minutes", "15")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "one\none\ntwo\n"
+    assert "started again" in done.stderr
+    assert len([path for path in desk.paths("POST") if path == ASK[1]]) == 2
+    assert desk.sent(ASK[1])["verb"]["minutes"] == 15
+    # one look is not repeated
+    board(httpx.ConnectError("connection refused"))
+    assert fleet("logs", "hello", "--device", GATE).exit_code == 3
+
+
+def test_a_proxy_whose_server_is_away_is_no_other_program(fleet, desk, board, monkeypatch):
+    monkeypatch.setattr(operator.time, "sleep", lambda _: None)
+    board(httpx.Response(502, html="<h1>Bad Gateway</h1>"), LogView(heard=True, ended=True))
     assert fleet("logs", "hello", "--device", GATE, "--follow").exit_code == 0
