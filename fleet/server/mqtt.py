@@ -80,8 +80,9 @@ class MqttClient:
         return self._client.publish(topic, payload, qos=1, retain=retain).rc == mqtt.MQTT_ERR_SUCCESS
 
     async def close(self) -> None:
-        """Disconnect and stop."""
+        """Disconnect and stop; messages that come from now on stay with the broker."""
         self._closing = True
+        self._stop_reading()
         if self.connected:
             self._client.disconnect()
             with contextlib.suppress(TimeoutError):
@@ -90,6 +91,11 @@ class MqttClient:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         self._forget_sockets()
+
+    def _stop_reading(self) -> None:
+        sock: Any = self._client.socket()
+        if sock is not None and sock.fileno() >= 0:
+            self._loop.remove_reader(sock)
 
     def _make_client(self) -> mqtt.Client:
         client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=SERVER_CN, clean_session=not self._remembered)
@@ -147,10 +153,13 @@ class MqttClient:
             self._loop.add_reader(sock, self._readable, sock)
 
     def _readable(self, sock: Any) -> None:
+        if self._closing:
+            return
         self._client.loop_read(_IN_FLIGHT)
-        # TLS may hold decrypted bytes that no longer make the socket readable
-        while self._current(sock) and sock.pending() and self._client.loop_read(_IN_FLIGHT) == mqtt.MQTT_ERR_SUCCESS:
-            pass
+        # TLS may hold decrypted bytes that no longer make the socket readable. Others have their turn in between:
+        # a broker that always has more would else keep the loop from everything, also from the end.
+        if self._current(sock) and sock.pending():
+            self._loop.call_soon(self._readable, sock)
 
     def _current(self, sock: object) -> bool:
         mine: Any = self._client.socket()

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -58,6 +59,9 @@ from signing.errors import SigningError
 
 log = logging.getLogger(__name__)
 UPKEEP_S: Final = 600
+END_S: Final = 30.0
+"""Longest end after SIGTERM: below the 90 s of systemd, above the waits for requests and the broker."""
+
 POKE_JITTER_PER_BOARD_S: Final = 0.01
 
 
@@ -452,7 +456,7 @@ async def run(
     loop = asyncio.get_running_loop()
     with contextlib.suppress(ValueError, RuntimeError):  # outside the main thread, `stop` is the only way to end
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, ending.set)
+            loop.add_signal_handler(number, _end, ending)
     listeners.allow_files()
     server = Server(home, broker=broker, trust_clock=trust_clock)
     ready = await server.start()
@@ -462,6 +466,20 @@ async def run(
         await ending.wait()
     finally:
         await server.stop()
+
+
+def _end(ending: asyncio.Event) -> None:
+    """End in order, and in any case after `END_S`: the store is whole at any instant, and the broker is tethered."""
+    if not ending.is_set():
+        last = threading.Timer(END_S, _end_now)
+        last.daemon = True
+        last.start()
+    ending.set()
+
+
+def _end_now() -> None:
+    log.error("the server has not ended in %s s: it ends at once, and goes on from its store at the next start", END_S)
+    os._exit(1)
 
 
 def _version() -> str:

@@ -4,11 +4,16 @@ import asyncio
 import os
 import signal
 import sys
+import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from fleet.protocol import codes, operator_api
+from fleet.protocol.messages import Health
+from fleet.protocol.topics import Up
+from tests.fleet.server.server_process import serving
 
 PROGRAM = """
 import asyncio, sys
@@ -21,9 +26,9 @@ except ServeError as error:
 """
 
 
-async def serve(home):
+async def serve(home, program=PROGRAM):
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", PROGRAM, str(home), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        sys.executable, "-c", program, str(home), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     line = await asyncio.wait_for(process.stdout.readline(), 30)
     return process, line.decode().strip()
@@ -92,3 +97,52 @@ async def test_a_server_killed_at_any_moment_of_a_push_finishes_it_after_the_nex
             )
             assert view.state is codes.RolloutState.SUCCEEDED
             assert board.items["hello"].target == target
+
+
+@pytest.mark.asyncio
+async def test_a_server_told_to_end_ends_while_a_device_sends_without_pause(new_fleet):
+    async with new_fleet() as fleet:
+        device = await fleet.board("a")
+        await fleet.stop()
+        async with serving(fleet.home) as server:
+            health = Health(device=device.device, boot_id="boot", at=datetime.now(UTC))
+            storm = asyncio.create_task(asyncio.to_thread(send_often, device, health))
+            try:
+                assert await server.ended() == 0
+            finally:
+                device.silent.set()
+                await storm
+        await fleet.start()
+
+
+def send_often(device, message):
+    device.silent = threading.Event()
+    for _ in range(50_000):
+        if device.silent.is_set():
+            break
+        device.publish(Up.HEALTH, message)
+
+
+STUCK = """
+import asyncio, sys
+from pathlib import Path
+from fleet.server import service
+async def never(self): await asyncio.Event().wait()
+service.Server.stop = never
+service.END_S = 0.1
+asyncio.run(service.run(Path(sys.argv[1]), on_ready=lambda ready: print(ready.broker, flush=True)))
+"""
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_cannot_end_in_order_ends_all_the_same(new_home):
+    process, _ = await serve(new_home("embedded"), STUCK)
+    (child,) = children(process.pid)
+    broker_process = os.pidfd_open(child)
+    process.terminate()
+    try:
+        assert await asyncio.wait_for(process.wait(), 60) == 1
+    finally:
+        if process.returncode is None:
+            process.kill()
+    await gone(broker_process)
