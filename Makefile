@@ -66,6 +66,9 @@ test-density: $(STAMP) ## three thousand idle instances on one host, in a gibiby
 bench: $(STAMP) ## print the ratios and counts of the budget table
 	$(BIN)/python -m pytest -m bench -s
 
+test-bounds: $(STAMP) ## the server's and commands' tests with the lowest and newest versions of dependencies (BOUNDS="--python 3.11 --set lowest")
+	$(BIN)/python -m deploy.dependency_bounds $(BOUNDS)
+
 conformance: $(STAMP) ## run the public TUF suite against the device's client: TUF_CONFORMANCE=its checkout
 	@test -x "$(TUF_CONFORMANCE)/env/bin/pytest" || { echo "set TUF_CONFORMANCE to a checkout of theupdateframework/tuf-conformance after 'make dev' in it"; exit 2; }
 	@command -v faketime >/dev/null || { echo "the suite moves the clock: install faketime"; exit 2; }
@@ -94,12 +97,12 @@ test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them
 test-nightly: $(STAMP)
 	$(BIN)/python -m pytest -m "nightly and not board and not bench and not density" || [ $$? -eq 5 ]
 
-nightly: $(STAMP) ## what takes too long for each change, hours (root): long fuzzing, all boards, toolchains, density, benches
-	$(MAKE) --keep-going test-nightly test-boards FULL=1 test-guests test-density bench fuzz RUNS=$(or $(RUNS),200000) \
+nightly: $(STAMP) ## what takes too long for each change, hours (root): long fuzzing, all boards, dependencies' bounds, toolchains, density, benches
+	$(MAKE) --keep-going test-nightly test-bounds test-boards FULL=1 test-guests test-density bench fuzz RUNS=$(or $(RUNS),200000) \
 	    $(if $(TUF_CONFORMANCE),conformance)
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
 
-.PHONY: help install demo check docs baseline test test-unit test-root test-density fuzz golden bench conformance clean \
+.PHONY: help install demo check docs baseline test test-bounds test-unit test-root test-density fuzz golden bench conformance clean \
 	packages release riscv64-wheel wasmtime-serve test-guests test-boards test-nightly nightly

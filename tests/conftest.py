@@ -1,5 +1,7 @@
 """What holds for every test."""
 
+import functools
+import inspect
 import os
 
 import pytest
@@ -15,6 +17,15 @@ else:
         "wasmfleet", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI"))
     )
     settings.load_profile("wasmfleet")
+
+try:
+    from click.testing import CliRunner, Result
+except ModuleNotFoundError:
+    pass
+else:
+    if "mix_stderr" in inspect.signature(CliRunner).parameters:  # click 8.1, Debian's: as 8.2 does without being asked
+        CliRunner.__init__ = functools.partialmethod(CliRunner.__init__, mix_stderr=False)
+        Result.output = property(lambda result: result.stdout + result.stderr)
 
 
 def pytest_addoption(parser):

@@ -227,7 +227,7 @@ def explain(error: Exception) -> int:
                 click.echo(error.extra)
         case click.exceptions.Abort():
             line, code = "interrupted", Exit.INTERRUPTED
-        case click.exceptions.NoArgsIsHelpError():
+        case click.UsageError() if type(error).__name__ == "NoArgsIsHelpError":  # click 8.1 has no such class
             click.echo(error.format_message())
             return Exit.USAGE
         case click.UsageError():

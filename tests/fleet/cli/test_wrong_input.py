@@ -41,7 +41,7 @@ def judge(result, tried: object) -> None:
     if result.exit_code not in {0, 1}:
         # notes and questions may stand before it
         *before, last = result.stderr.strip().splitlines()
-        assert last.startswith("error: ") or "error: " in last.partition("]: ")[2], (tried, result.stderr)
+        assert last.startswith("error: ") or "error: " in last.partition("]:")[2], (tried, result.stderr)
         assert not [each for each in before if each.startswith("error: ")], tried
 
 
