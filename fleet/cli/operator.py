@@ -153,7 +153,7 @@ def patiently(ask: Callable[[], T]) -> T:
             if time.monotonic() > until:
                 raise
         except ProblemError as error:
-            # its broker takes a moment longer than itself
+            # the server's broker starts a moment later
             if error.problem.type != "no-broker" or time.monotonic() > until:
                 raise
         time.sleep(_PAUSE_S)
