@@ -300,3 +300,23 @@ def test_a_database_that_is_damaged_makes_no_backup(place, tmp_path):
     with pytest.raises(BackupError, match="restore it"):
         recovery.backup(place.path, tmp_path / "b.tar")
     assert not (tmp_path / "b.tar").exists()
+
+
+def test_a_server_that_was_made_anew_from_an_old_backup_believes_the_clock(place, tmp_path):
+    kept = tmp_path / "fleet.tar"
+    store = Store.open(place.home.database, fleet="acme")
+    store.set_witness((NOW - timedelta(days=400)).timestamp())
+    store.close()
+    recovery.backup(place.path, kept)
+    shutil.rmtree(place.home.server)
+    place.rebuilt(kept=kept)
+    store = Store.open(place.home.database, fleet="acme")
+    assert store.witness(before=NOW.timestamp()) == NOW.timestamp()
+    store.close()
+
+
+def test_a_database_that_is_missing_makes_no_backup_and_no_empty_one(place, tmp_path):
+    place.home.database.unlink()
+    with pytest.raises(BackupError, match="is missing"):
+        recovery.backup(place.path, tmp_path / "fleet.tar")
+    assert not place.home.database.exists()

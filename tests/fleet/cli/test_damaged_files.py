@@ -17,7 +17,7 @@ DAMAGES = {
     "zeros": lambda data: b"\0" * len(data),
     "cut off": lambda data: data[: len(data) // 2],
 }
-COMMANDS = (("status",), ("audit", "verify"), ("keys", "list"), ("sign", "status"))
+COMMANDS = (("status",), ("audit", "verify"), ("keys", "list"), ("sign", "status"), ("ca", "status"))
 BUG = 70
 
 
@@ -49,7 +49,8 @@ def play(home, place):
 
 
 @pytest.mark.asyncio
-async def test_every_file_of_an_operator_in_turn(tmp_path):
-    async with Fleet(tmp_path, "embedded") as fleet:
+@pytest.mark.parametrize("size", ["dev", "solo"])
+async def test_every_file_of_an_operator_in_turn(tmp_path, size):
+    async with Fleet(tmp_path, "auto", size) as fleet:
         await fleet.enrol("a")
         assert await asyncio.to_thread(play, fleet.home, tmp_path / "other") == []
