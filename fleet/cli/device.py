@@ -136,6 +136,8 @@ def _device_facts(detail: operator_api.DeviceDetail) -> list[tuple[str, str]]:
         ("certificate", f"until {detail.certificate_expires:%Y-%m-%d}" if detail.certificate_expires else ""),
         ("enrolled", output.ago(detail.enrolled_at)),
         ("problem", row.problem),
+        ("security", "; ".join(f"{alert.kind}: {alert.text}" for alert in detail.alerts)),
+        ("dropped", f"{detail.dropped} messages since the server started" if detail.dropped else ""),
     ]
     if detail.health is not None:
         resources = detail.health.resources

@@ -73,6 +73,16 @@ Figure = Annotated[float, Meta(ge=-1e12, le=1e12)]
 Stored = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 """A number in an answer of the server, as the database holds it: wider than `Count`, so that old rows stay readable."""
 
+NAMES_MAX: Final = 64
+"""Members of a dictionary whose names are of a closed vocabulary: several times the longest of them."""
+
+PROBLEMS_MAX: Final = 1000
+INSTANCES_MAX: Final = 1000
+"""Far more than an assignment has (`ITEMS_MAX`): a bound for readers, not for devices."""
+
+Counts = Annotated[dict[str, Count], Meta(max_length=NAMES_MAX)]
+"""Numbers by a name of a closed vocabulary."""
+
 Utc = Annotated[datetime, Meta(tz=True)]
 """A time with its zone: a time without one cannot be compared with it."""
 

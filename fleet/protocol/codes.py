@@ -119,6 +119,14 @@ class InstanceState(StrEnum):
     STOPPED = "stopped"
 
 
+class AlertKind(StrEnum):
+    """Security events of a device that are shown for a time."""
+
+    THROTTLED = "throttled"  # over its budget: what is over is dropped
+    SUSPENDED = "suspended"  # the broker refuses its messages for a time
+    CLONED = "cloned"  # two machines seem to use its certificate
+
+
 class Outcome(StrEnum):
     """State of a rollout on one device."""
 

@@ -14,12 +14,13 @@ whose hash it holds.
 
 import base64
 import binascii
-from typing import ClassVar, Final
+from typing import Annotated, ClassVar, Final
 
 import msgspec
+from msgspec import Meta
 
 from fleet.protocol import bounds, wire
-from fleet.protocol.bounds import Count, Figure, Percent, Stored, Utc
+from fleet.protocol.bounds import Count, Counts, Figure, Percent, Stored, Utc
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 from fleet.protocol.wire import Message
 
@@ -127,7 +128,7 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     state: InstanceState
     since: Utc | None = None
     restarts: Count = 0
-    calls: dict[str, Count] = {}
+    calls: Counts = {}
     errors: Count = 0
     denials: Count = 0
     dropped_lines: Count = 0
@@ -170,10 +171,10 @@ class Health(Message, frozen=True, kw_only=True):
     committed: Count = 0
     versions: Versions = Versions()
     resources: DeviceResources = DeviceResources()
-    instances: tuple[InstanceHealth, ...] = ()
-    containment: dict[str, bool] = {}  # noqa: RUF012 - msgspec copies it for each struct
+    instances: Annotated[tuple[InstanceHealth, ...], Meta(max_length=bounds.INSTANCES_MAX)] = ()
+    containment: Annotated[dict[str, bool], Meta(max_length=bounds.NAMES_MAX)] = {}  # noqa: RUF012 - msgspec copies it for each struct
     host_runs_as: str = ""
-    problems: tuple[str, ...] = ()
+    problems: Annotated[tuple[str, ...], Meta(max_length=bounds.PROBLEMS_MAX)] = ()
     board: DeviceResources | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
@@ -222,7 +223,7 @@ class Report(Message, frozen=True, kw_only=True):
     message: str = ""
     progress: Percent | None = None
     log: tuple[str, ...] = ()
-    timings_ms: dict[str, Count] = {}  # noqa: RUF012 - msgspec copies it for each struct
+    timings_ms: Counts = {}  # noqa: RUF012 - msgspec copies it for each struct
     refused: Count = 0
     refused_sha256: str = ""
     nonce: str = ""

@@ -59,6 +59,11 @@ def check_device(value: str) -> str:
     return value
 
 
+def is_device(value: str) -> bool:
+    """Tell whether `value` is a device id."""
+    return _DEVICE.fullmatch(value) is not None
+
+
 def check_secret(value: str) -> str:
     """Return `value` if it is the name of a secret, which a guest reads like a configuration key.
 

@@ -14,7 +14,7 @@ import msgspec
 from fleet.protocol import wire
 from fleet.protocol.assignment import CheckIn, FollowLogs, Restart
 from fleet.protocol.bounds import Count, Port, Priority, Seconds, Stored, Utc
-from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
+from fleet.protocol.codes import AlertKind, Outcome, Phase, RejectCode, RolloutState
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Health, InstanceHealth, Versions
 
@@ -128,12 +128,27 @@ class Effective(View, frozen=True, kw_only=True):
     rollout: str = ""
 
 
+class Alert(View, frozen=True, kw_only=True):
+    """Security event of a device that is shown for a time.
+
+    Attributes:
+        until: shown until then; of a suspension, its end.
+    """
+
+    kind: AlertKind
+    since: Utc
+    until: Utc
+    text: str
+
+
 class DeviceDetail(View, frozen=True, kw_only=True):
     """Everything that the server knows of one device.
 
     Attributes:
         health: its newest health message as it came, with its figures; None before the first.
         failed: instances whose last deployment failed, with the newest report of each.
+        alerts: security events, newest first.
+        dropped: its messages that were dropped since the server started: unreadable, or over its budget.
     """
 
     row: DeviceRow
@@ -145,13 +160,15 @@ class DeviceDetail(View, frozen=True, kw_only=True):
     certificate_serial: str = ""
     certificate_expires: Utc | None = None
     failed: tuple["TimelineEntry", ...] = ()
+    alerts: tuple[Alert, ...] = ()
+    dropped: Stored = 0
 
 
 class TimelineEntry(View, frozen=True, kw_only=True):
     """Entry of a `Timeline`: something that happened to a device.
 
     Attributes:
-        kind: `enrolled`, `renewed`, `online`, `offline`, `assigned`, `report`, `command`, `revoked`.
+        kind: `enrolled`, `renewed`, `online`, `offline`, `assigned`, `report`, `command`, `revoked`, `security`.
         text: the event in one sentence.
         action: what to do next; empty where nothing is wrong.
     """

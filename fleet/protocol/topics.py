@@ -15,6 +15,7 @@ from fleet.protocol import names
 
 PREFIX: Final = "fleet/v1"
 POKE: Final = f"{PREFIX}/all/poke"
+_PARTS: Final = 6
 
 
 class Down(StrEnum):
@@ -75,6 +76,30 @@ class Topic:
 def device_subscriptions(device: str) -> tuple[str, ...]:
     """Return the topics that a device subscribes to."""
     return (f"{PREFIX}/{names.shard(device)}/{device}/down/+", POKE)
+
+
+def device_rights(user: str) -> tuple[tuple[str, str], ...]:
+    """Return what a device may do as pairs of `read` or `write` and a topic; `user` stands for its id.
+
+    The channels are named one by one, so that a device cannot fill a broker with topics that nobody reads. The shard
+    stays open, because no broker computes it: a message in another shard than the device's is refused by `Topic.parse`.
+    """
+    return (
+        *(("write", f"{PREFIX}/+/{user}/up/{channel}") for channel in Up),
+        *(("read", f"{PREFIX}/+/{user}/down/{channel}") for channel in Down),
+        ("read", POKE),
+    )
+
+
+def sender(topic: str) -> str:
+    """Return the device whose certificate let it write to a topic, also where that is none of the protocol; or empty.
+
+    The broker binds this part of a topic to the certificate, and no other.
+    """
+    parts = topic.split("/")
+    if len(parts) != _PARTS or "/".join(parts[:2]) != PREFIX or parts[4] != "up":
+        return ""
+    return parts[3] if names.is_device(parts[3]) else ""
 
 
 def server_subscriptions(shards: tuple[str, ...] = ("+",)) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from fleet.protocol import names
 from fleet.protocol.messages import EXPIRED, OUTDATED, Enrolled, EnrolRequest, RenewReply, Token
 from fleet.protocol.operator_api import EnrollTokenReply, EnrollTokenRequest, Refusal
 from fleet.server.config import ServerConfig
+from fleet.server.device_budget import CertificateBudget
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow, TokenRow
 from fleet.store.store import Store
@@ -36,7 +37,9 @@ class Enrolment:
         repository: TufRepository,
         config: ServerConfig,
         clock: Callable[[], datetime],
+        budget: CertificateBudget,
     ) -> None:
+        self._budget = budget
         self._store, self._ca, self._repository, self._config, self._clock = store, ca, repository, config, clock
 
     def make_token(self, request: EnrollTokenRequest, *, by: str) -> EnrollTokenReply:
@@ -102,6 +105,7 @@ class Enrolment:
         root = self._repository.root_by_hash(token.root_sha256)
         if root is None:
             raise Refusal(410, "token-outdated", "the token pins a root that is not served any more", action=_ANOTHER)
+        self._budget.check(device)
         issued = self._ca.device(key, device, now=now)
         with self._store.atomic():
             if token.used_at is None:
@@ -195,7 +199,7 @@ class Enrolment:
         """Issue a new certificate for the device's enrolled key.
 
         Raises:
-            Refusal: the request is for another key.
+            Refusal: the request is for another key, or the device was given too many certificates.
         """
         now = self._clock()
         try:
@@ -204,6 +208,7 @@ class Enrolment:
             raise Refusal(400, "bad-request", str(error)) from error
         if hashlib.sha256(key_der(key)).hexdigest() != device.key_sha256:
             raise Refusal(403, "other-key", "a renewal is for the key that was enrolled", action="enrol a new key anew")
+        self._budget.check(device.id)
         issued = self._ca.device(key, device.id, now=now)
         with self._store.atomic():
             if sealing_proof:

@@ -2,9 +2,10 @@
 
 Every handler is idempotent: a report is identified by device, boot and sequence; of health only the newest counts;
 hello and state overwrite. A message that is not of the protocol, or speaks for another device than its topic, is
-counted and dropped: the broker binds topics to certificates, and the sender is checked again here. A bad message
-loses itself alone: when decoding or writing it fails, its changes are undone, it is counted for its device and logged
-once, and the rest of its batch is kept.
+counted and dropped: the broker binds topics to certificates, and the sender is checked again here. What goes over a
+device's budget is dropped before it is decoded (`fleet.server.device_budget`). A bad message loses itself alone: when
+decoding or writing it fails, its changes are undone, it is counted for its device and logged once, and the rest of its
+batch is kept.
 """
 
 import asyncio
@@ -16,12 +17,13 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Final
 
-from fleet.protocol import wire
+from fleet.protocol import bounds, topics, wire
 from fleet.protocol.codes import RETRYABLE, InstanceState, Phase, RejectCode
 from fleet.protocol.messages import Ack, Health, Hello, InstanceHealth, Report, State
 from fleet.protocol.topics import Down, Topic, Up
 from fleet.protocol.wire import Message
 from fleet.rollout.model import Observation, apply_report, relapse
+from fleet.server.device_budget import DeviceBudget
 from fleet.server.director import Director, Publish
 from fleet.server.rollout_controller import RolloutController
 from fleet.store.rows import Extra, ReportRow, RolloutRow
@@ -33,11 +35,15 @@ from signing.errors import Rejected
 log = logging.getLogger(__name__)
 BATCH_S: Final = 0.02
 BATCH_MAX: Final = 2000
+BATCH_MAX_BYTES: Final = 8 * bounds.MIB
 EARS_MAX: Final = 10_000
 BAD_S: Final = 3600.0
 """Time after its last bad message during which the status names a device."""
 
 _NAMED_MAX: Final = 5
+_ITS_OWN: Final = frozenset({"forged", "malformed", "foreign"})
+"""Reasons that are a device's own fault and count against it; a fault of the server's does not."""
+
 _PHASES: Final = frozenset(phase.value for phase in Phase)
 _KINDS: Final[dict[Up, type[Message]]] = {Up.HELLO: Hello, Up.STATE: State, Up.HEALTH: Health, Up.REPORT: Report}
 
@@ -47,7 +53,8 @@ class Ingest:
 
     Attributes:
         counts: messages by kind, and those that were dropped by reason.
-        bad: dropped messages by device.
+        bad: messages that are none of the protocol, by device.
+        dropped: those and what went over the budget, by device.
     """
 
     def __init__(
@@ -58,11 +65,14 @@ class Ingest:
         conductor: RolloutController,
         watch: ChangeSignal,
         publish: Publish,
+        budget: DeviceBudget,
         clock: Callable[[], datetime],
     ) -> None:
+        self._budget = budget
         self._store, self._director, self._conductor, self._watch = store, director, conductor, watch
         self._publish, self._clock = publish, clock
         self._pending: list[tuple[Message, bytes]] = []
+        self._pending_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._ears: dict[
             str, DeviceVerifier
@@ -70,33 +80,51 @@ class Ingest:
         self._signing: set[str] = set()
         self.counts: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
         self._bad_at: dict[str, float] = {}
         self._logged: set[tuple[str, str]] = set()
 
     def on_message(self, topic: str, payload: bytes) -> None:
         """Take one message; it is written with the next batch. Raise nothing, whatever came."""
-        device = ""
+        device = topics.sender(topic)
         try:
-            parsed = Topic.parse(topic)
-            device = parsed.device
-            kind = _KINDS[Up(parsed.channel)]
-            body = self._heard(device, payload) if kind is Report else payload
-            message = wire.decode(kind, body)
+            channel = _channel(topic)
+            if channel is None:
+                self._stray(topic, device, payload)
+            elif self._budget.admit(device, channel, len(payload)):
+                self._take(device, channel, payload)
+            else:
+                self.counts["throttled"] += 1
+                self.dropped[device] += 1
         except Rejected as error:
             self._drop("forged", device, f"a report: {error}")
-            return
         except (ValueError, wire.WireError) as error:
             self._drop("malformed", device, f"a message on {topic[:200]!r}: {error}")
-            return
         except Exception as error:  # noqa: BLE001 - logged with its traceback; no message stops the others
             self._drop("failed", device, f"a message on {topic[:200]!r}", error)
+
+    def _stray(self, topic: str, device: str, payload: bytes) -> None:
+        """Drop a message on a topic that the protocol does not have."""
+        if device and not payload:  # nothing is retained: an echo of the clearing, most likely
+            self._budget.admit(device, Up.STATE, 0)
             return
+        if device:
+            self._budget.stray(device, topic)
+        self._drop("malformed", device, f"a message on {topic[:200]!r}, which is not a topic of this protocol")
+
+    def _take(self, device: str, channel: Up, payload: bytes) -> None:
+        kind = _KINDS[channel]
+        body = self._heard(device, payload) if kind is Report else payload
+        message = wire.decode(kind, body)
         if _speaker(message) != device:
-            self._drop("foreign", device, f"a message on {topic[:200]!r} that speaks for another device")
+            self._drop("foreign", device, f"a {channel} that speaks for another device")
             return
-        self.counts[str(parsed.channel)] += 1
+        if isinstance(message, Hello):
+            self._budget.greet(message)
+        self.counts[str(channel)] += 1
         self._pending.append((message, payload))
-        if len(self._pending) >= BATCH_MAX:
+        self._pending_bytes += len(payload)
+        if len(self._pending) >= BATCH_MAX or self._pending_bytes >= BATCH_MAX_BYTES:
             self.flush()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(BATCH_S, self.flush)
@@ -115,9 +143,13 @@ class Ingest:
         self.counts[reason] += 1
         if len(self.bad) >= EARS_MAX and device not in self.bad:
             self.bad.clear()
+            self.dropped.clear()
             self._bad_at.clear()
             self._logged.clear()
         self.bad[device] += 1
+        self.dropped[device] += 1
+        if reason in _ITS_OWN:
+            self._budget.reject(device)
         if device:
             self._bad_at[device] = self._clock().timestamp()
         first = (device, reason) not in self._logged
@@ -166,7 +198,7 @@ class Ingest:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        batch, self._pending = self._pending, []
+        batch, self._pending, self._pending_bytes = self._pending, [], 0
         if not batch:
             return
         answers: dict[str, int | None] = {}
@@ -357,6 +389,14 @@ class Ingest:
 def _timings(report: Report) -> dict[str, int]:
     """Return how long each phase took, ms, under names of phases only: every report adds to the same row."""
     return {name: spent for name, spent in report.timings_ms.items() if name in _PHASES}
+
+
+def _channel(topic: str) -> Up | None:
+    """Return the channel that a device wrote to; None where that is none of the protocol."""
+    try:
+        return Up(Topic.parse(topic).channel)
+    except ValueError:
+        return None
 
 
 def _speaker(message: Message) -> str:

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -42,9 +43,10 @@ from fleet.server.api.routes import Handlers
 from fleet.server.api.secrets import SecretHandlers
 from fleet.server.api.trust import CaHandlers, OnlineRoles, OperatorAccounts
 from fleet.server.api.views import Metrics, Views
-from fleet.server.broker.broker import Broker, BrokerError
+from fleet.server.broker.broker import Broker, BrokerError, Denied
 from fleet.server.clock import BEHIND_MAX, ServerClock
 from fleet.server.config import HomeError, ServerConfig, ServerPaths
+from fleet.server.device_budget import CertificateBudget, DeviceBudget
 from fleet.server.director import LIFE, RENEW_BEFORE, Director
 from fleet.server.enrolment import Enrolment
 from fleet.server.ingest import Ingest
@@ -61,6 +63,9 @@ log = logging.getLogger(__name__)
 UPKEEP_S: Final = 600
 END_S: Final = 30.0
 """Longest end after SIGTERM: below the 90 s of systemd, above the waits for requests and the broker."""
+
+ROWS_OF_DEVICE_MAX: Final = 10_000
+"""Reports, and events, kept of one device: a hundred deployments a month for as long as they are kept by default."""
 
 POKE_JITTER_PER_BOARD_S: Final = 0.01
 
@@ -216,11 +221,12 @@ class Server:
             for sock in bind(self._config.mqtt, "the broker"):
                 sock.close()
         self._stack.push_async_callback(broker.stop)
-        await broker.start(self._revoked())
+        await broker.start(self._denied())
         return broker
 
-    def _revoked(self) -> list[str]:
-        return [row.id for row in self._store.devices.all() if row.revoked]
+    def _denied(self) -> Denied:
+        revoked = [row.id for row in self._store.devices.all() if row.revoked]
+        return Denied(revoked=revoked, suspended=self._store.devices.suspended())
 
     def _compose(self) -> None:
         store, repository, clock = self._store, self._repository, self._clock
@@ -237,12 +243,20 @@ class Server:
             clock=clock,
         )
         self._conductor = RolloutController(store=store, director=self._director, watch=watch, clock=clock)
+        self._budget = DeviceBudget(
+            store=store,
+            clock=clock,
+            monotonic=time.monotonic,
+            silence=lambda: self._broker.shut_out(self._denied()),
+            clear=lambda topic: self._bus.publish(topic, b"", retain=True),
+        )
         ingest = self._ingest = Ingest(
             store=store,
             director=self._director,
             conductor=self._conductor,
             watch=watch,
             publish=self._publish,
+            budget=self._budget,
             clock=clock,
         )
         self._bus = MqttClient(
@@ -256,12 +270,19 @@ class Server:
         self._stack.push_async_callback(self._bus.close)
         self._stack.callback(ingest.flush)
         self._online = OnlineRoles(repository=repository, shown=self._touch_all, audit=audit, clock=clock)
-        enrolment = Enrolment(store=store, ca=self._ca, repository=repository, config=self._config, clock=clock)
+        enrolment = Enrolment(
+            store=store,
+            ca=self._ca,
+            repository=repository,
+            config=self._config,
+            clock=clock,
+            budget=CertificateBudget(time.monotonic),
+        )
         planner = RolloutPlanner(
             store=store, repository=repository, director=self._director, conductor=self._conductor, clock=clock
         )
         logs = self._logs = LogRelay(clock)
-        views = Views(store=store, director=self._director, clock=clock)
+        views = Views(store=store, director=self._director, dropped=ingest.dropped, clock=clock)
         metrics = Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected)
         self._operators = Handlers(
             fleet=FleetHandlers(views=views, metrics=metrics, status=self.status),
@@ -272,7 +293,7 @@ class Server:
                 enrolment=enrolment,
                 controller=self._conductor,
                 views=views,
-                update_revoked=lambda: self._broker.shut_out(self._revoked()),
+                update_revoked=lambda: self._broker.shut_out(self._denied()),
                 audit=audit,
                 clock=clock,
             ),
@@ -326,7 +347,7 @@ class Server:
     async def _on_issuer(self) -> None:
         """Replace certificates after a change of the issuing CA, and end connections that are no longer accepted."""
         self._certificates.renew()
-        await self._broker.start_again(self._revoked())
+        await self._broker.start_again(self._denied())
 
     def _publish(self, topic: Topic, payload: bytes) -> bool:
         return self._bus.publish(str(topic), payload, retain=topic.channel in RETAINED)
@@ -375,8 +396,9 @@ class Server:
         self._store_witness()
         when = self._clock()
         self._repository.keep_fresh(now=when)
+        self._budget.lift()
         if self._certificates.renew():
-            self._broker.shut_out(self._revoked())
+            self._broker.shut_out(self._denied())
         yield
         unfit = self._store.delivery.expiring(
             (when + RENEW_BEFORE).timestamp(), after=(when + LIFE + BEHIND_MAX).timestamp()
@@ -387,6 +409,7 @@ class Server:
         keep = timedelta(days=self._config.keep_days)
         for _ in self._store.delivery.forgetting(before=(self._time.earliest - keep).timestamp()):
             yield
+        self._store.delivery.trim(ROWS_OF_DEVICE_MAX)
 
     def status(self) -> operator_api.Status:
         """Return a summary of the fleet."""
@@ -399,7 +422,7 @@ class Server:
             *self._devices.problems(),
             *self._artifacts.problems(),
         ]
-        problems += self._ingest.problems()
+        problems += [*self._budget.problems(), *self._ingest.problems()]
         problems += [
             f"the role {role.role} expired on {role.expires:%Y-%m-%d}" for role in roles if role.expires <= when
         ]

@@ -164,6 +164,20 @@ class Delivery:
         """Delete reports and events older than a time; return how many."""
         return sum(self.forgetting(before=before))
 
+    def trim(self, rows_max: int) -> int:
+        """Drop the oldest reports and events of each device that has more than `rows_max`; the number dropped."""
+        dropped = 0
+        for table, key in (("reports", "boot_id, sequence"), ("events", "id")):
+            count = f"SELECT device FROM {table} GROUP BY device HAVING count(*) > ?"  # noqa: S608 - ours
+            newest = ", ".join(f"{column} DESC" for column in ("at", *key.split(", ")[::-1]))
+            drop = (
+                f"DELETE FROM {table} WHERE device = ? AND ({key}) IN "  # noqa: S608 - ours
+                f"(SELECT {key} FROM {table} WHERE device = ? ORDER BY {newest} LIMIT -1 OFFSET ?)"
+            )
+            for row in self._db.rows(count, rows_max):
+                dropped += self._db.run(drop, row["device"], row["device"], rows_max)
+        return dropped
+
 
 KEPT_VERSIONS = 3
 """Versions kept of each box: an assignment on its way to a device may still name the version before."""

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from fleet.protocol.codes import AlertKind
 from fleet.protocol.messages import Health, Hello, State, Versions
-from fleet.store.rows import DeviceRow, EventRow, GroupRow, read
+from fleet.store.rows import AlertRow, DeviceRow, EventRow, GroupRow, read
 from fleet.store.sqlite import Database, text
 
 
@@ -238,6 +239,33 @@ class Devices:
         """Return the events of a device, newest first."""
         sql = "SELECT * FROM events WHERE device = ? ORDER BY at DESC, id DESC LIMIT ?"
         return [read(EventRow, row) for row in self._db.rows(sql, device, limit)]
+
+    # -- alerts ------------------------------------------------------------------------------------------------------
+
+    def alert(self, device: str, kind: AlertKind, words: str, *, now: float, until: float) -> bool:
+        """Raise an alert, or show one for longer; true for a new one."""
+        shown = self._db.value("SELECT 1 FROM alerts WHERE device = ? AND kind = ? AND until > ?", device, kind, now)
+        since = "since" if shown else "excluded.since"
+        self._db.run(
+            "INSERT INTO alerts (device, kind, since, until, text) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "  # noqa: S608 - ours
+            f"since = {since}, until = excluded.until, text = excluded.text",
+            *(device, kind, now, until, words),
+        )
+        return not shown
+
+    def alerts(self, device: str = "", *, now: float = 0.0) -> list[AlertRow]:
+        """Return the alerts that are shown at a time, of one device or of all, newest first."""
+        sql = "SELECT * FROM alerts WHERE until > ? AND ? IN ('', device) ORDER BY since DESC, device"
+        return [read(AlertRow, row) for row in self._db.rows(sql, now, device)]
+
+    def suspended(self) -> list[str]:
+        """Return the devices whose messages the broker refuses."""
+        sql = "SELECT device FROM alerts WHERE kind = ? ORDER BY device"
+        return [row["device"] for row in self._db.rows(sql, AlertKind.SUSPENDED)]
+
+    def forget_alerts(self, *, before: float) -> None:
+        """Drop the alerts whose time is over."""
+        self._db.run("DELETE FROM alerts WHERE until <= ?", before)
 
 
 def _chosen(selector: dict[str, str], labels: dict[str, str]) -> bool:

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 import msgspec
 
-from fleet.protocol.codes import RolloutState
+from fleet.protocol.codes import AlertKind, RolloutState
 from fleet.protocol.messages import Versions
 from fleet.rollout.model import Value
 from fleet.store.sqlite import Row
@@ -35,6 +35,16 @@ class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
     acked: int
     health_at: float | None
     health: bytes | None
+
+
+class AlertRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A security event of a device that is shown until its time is over."""
+
+    device: str
+    kind: AlertKind
+    since: float
+    until: float
+    text: str
 
 
 class GroupRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -388,6 +388,17 @@ def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
     return {"share_worker" if name == "share_lane" else name: value for name, value in fields.items()}
 
 
+@migration
+def device_alerts(db: sqlite_utils.Database) -> None:
+    """Create the table of security events that are shown for a time, suspensions among them."""
+    db.executescript("""
+        CREATE TABLE alerts (
+            device TEXT NOT NULL, kind TEXT NOT NULL, since REAL NOT NULL, until REAL NOT NULL, text TEXT NOT NULL,
+            PRIMARY KEY (device, kind)
+        ) WITHOUT ROWID;
+    """)
+
+
 class StoreError(Exception):
     """The database cannot be used."""
 

@@ -99,6 +99,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "effective": operator_api.Effective,
         "device-detail": operator_api.DeviceDetail,
         "timeline-entry": operator_api.TimelineEntry,
+        "device-alert": operator_api.Alert,
         "timeline": operator_api.Timeline,
         "labels-request": operator_api.LabelsRequest,
         "instance-request": operator_api.InstanceRequest,
@@ -187,6 +188,7 @@ MESSAGES: dict[str, dict[str, type]] = {
     },
     "kept-by-the-server": {
         "device": rows.DeviceRow,
+        "alert": rows.AlertRow,
         "group": rows.GroupRow,
         "token": rows.TokenRow,
         "operator": rows.OperatorRow,
@@ -237,6 +239,7 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
     "phase": (codes.Phase,),
     "call-outcome": (codes.CallOutcome,),
     "instance-state": (codes.InstanceState,),
+    "alert-kind": (codes.AlertKind,),
     "rollout-outcome": (codes.Outcome,),
     "rollout-state": (codes.RolloutState,),
     "role-of-an-operator": (trust_api.Role,),

@@ -9,7 +9,7 @@ import msgspec
 
 from fleet.protocol import operator_api, wire
 from fleet.protocol.bounds import NUMBER_MAX
-from fleet.protocol.codes import RETRYABLE, Phase, RejectCode, remediation
+from fleet.protocol.codes import RETRYABLE, AlertKind, Phase, RejectCode, remediation
 from fleet.protocol.messages import Health, Report
 from fleet.protocol.names import BadNameError, TargetName
 from fleet.protocol.operator_api import History
@@ -27,8 +27,11 @@ HISTORY_PAGE: Final = 200
 class Views:
     """Replies of the operator API, made from the store."""
 
-    def __init__(self, *, store: Store, director: Director, clock: Callable[[], datetime]) -> None:
-        self._store, self._director, self._clock = store, director, clock
+    def __init__(
+        self, *, store: Store, director: Director, dropped: Counter[str], clock: Callable[[], datetime]
+    ) -> None:
+        """Prepare; `dropped` counts messages that the server dropped, by device."""
+        self._store, self._director, self._dropped, self._clock = store, director, dropped, clock
 
     # -- devices ------------------------------------------------------------------------------------------------------
 
@@ -81,6 +84,11 @@ class Views:
             certificate_serial="" if certificate is None else certificate.serial,
             certificate_expires=None if certificate is None else utc(certificate.not_after),
             failed=self._failed(row.id),
+            alerts=tuple(
+                operator_api.Alert(kind=each.kind, since=utc(each.since), until=utc(each.until), text=each.text)
+                for each in self._store.devices.alerts(row.id, now=self._clock().timestamp())
+            ),
+            dropped=self._dropped[row.id],
         )
 
     def _failed(self, device: str) -> tuple[operator_api.TimelineEntry, ...]:
@@ -348,6 +356,7 @@ class Metrics:
     def text(self) -> str:
         """Render the figures in Prometheus' text format."""
         devices, online = self._store.devices.count()
+        alerts = Counter(each.kind for each in self._store.devices.alerts())
         lines = [
             *_metric("wasmfleet_devices", "gauge", "Devices that are enrolled.", [("", devices)]),
             *_metric("wasmfleet_devices_online", "gauge", "Devices that are online.", [("", online)]),
@@ -368,6 +377,12 @@ class Metrics:
                 "counter",
                 "Messages from devices by kind.",
                 [(f'{{kind="{kind}"}}', count) for kind, count in sorted(self._messages.items())],
+            ),
+            *_metric(
+                "wasmfleet_device_alerts",
+                "gauge",
+                "Devices with a security event, by kind.",
+                [(f'{{kind="{kind}"}}', alerts[kind]) for kind in AlertKind],
             ),
             *_metric(
                 "wasmfleet_broker_connected",

@@ -4,9 +4,10 @@ The broker is external, Mosquitto, or the embedded one. A broker started here is
 ends; its output goes to the server's log.
 
 Mosquitto gets a generated configuration. Each client shows a certificate of the fleet's CA, whose CN becomes user
-name and client id, so that no device can impersonate another. A device writes below its own `up/`, reads below its own
-`down/` and the common poke; the server reads and writes everything. Revoked devices get a deny line, which from the
-next SIGHUP on also blocks an open connection.
+name and client id, so that no device can impersonate another. A device writes the channels of its own `up/`, reads
+those of its own `down/` and the common poke, and nothing else; the server reads and writes everything. Devices that are
+revoked or suspended get a deny line, which from the next SIGHUP on also blocks an open connection. Memory for each
+client is bounded; what Mosquitto cannot limit for each client is limited by `fleet.server.device_budget`.
 """
 
 import asyncio
@@ -16,9 +17,9 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from fleet.ca import SERVER_CN
 from fleet.protocol import bounds, topics
@@ -26,6 +27,13 @@ from fleet.protocol.files import atomic_write, set_aside
 from fleet.server.config import EVERYWHERE, Address, ServerConfig, ServerPaths
 
 LISTS: Final = "issuers.crl"
+
+
+class Denied(NamedTuple):
+    """Devices that the broker refuses: revoked ones altogether, of suspended ones what they write."""
+
+    revoked: Sequence[str] = ()
+    suspended: Sequence[str] = ()
 
 
 class Broker:
@@ -75,7 +83,9 @@ class Broker:
             return cls("mosquitto", bind, [str(program), "-c", str(home.broker / FILE)], home, lists)
         files = (home.ca / "ca.pem", home.tls / "server.pem", home.tls / "server.key")
         command = [sys.executable, "-m", "fleet.server.broker.embedded", bind.host, str(bind.port)]
-        command += [str(path) for path in (*files, home.broker / "revoked", home.broker / LISTS)]
+        command += [
+            str(path) for path in (*files, home.broker / "revoked", home.broker / "suspended", home.broker / LISTS)
+        ]
         return cls("embedded", bind, command, home, lists)
 
     @property
@@ -83,10 +93,10 @@ class Broker:
         """Process id of a broker that was started here; None for none."""
         return None if self._child is None else self._child.pid
 
-    async def start(self, revoked: Iterable[str]) -> None:
+    async def start(self, denied: Denied) -> None:
         """Start the broker and return when it listens. Raises `BrokerError`."""
         if self._child is not None:
-            self._write(revoked)
+            self._write(denied)
             if self.name == "mosquitto":
                 self._configure()
             await self._child.start()
@@ -106,16 +116,16 @@ class Broker:
         log.warning("the broker cannot read its database: moved to %s, its messages are published again", aside)
         return True
 
-    def shut_out(self, revoked: Iterable[str]) -> None:
-        """Revoke devices at the broker, and let it reload certificates from disk."""
+    def shut_out(self, denied: Denied) -> None:
+        """Revoke and suspend devices at the broker, and let it reload certificates from disk."""
         if self._child is not None:
-            self._write(revoked)
+            self._write(denied)
             self._child.reload()
 
-    async def start_again(self, revoked: Iterable[str]) -> None:
+    async def start_again(self, denied: Denied) -> None:
         """Restart the broker, to end connections that are no longer accepted. Raises `BrokerError`."""
         await self.stop()
-        await self.start(revoked)
+        await self.start(denied)
 
     async def stop(self) -> None:
         """Stop the broker."""
@@ -133,13 +143,13 @@ class Broker:
             lists=lists if lists.stat().st_size else None,
         )
 
-    def _write(self, revoked: Iterable[str]) -> None:
-        names = sorted(revoked)
+    def _write(self, denied: Denied) -> None:
         atomic_write(self._home.broker / LISTS, self._lists(), mode=0o644)
         if self.name == "mosquitto":
-            write_acl(self._home.broker, names)
+            write_acl(self._home.broker, denied)
         else:
-            atomic_write(self._home.broker / "revoked", "\n".join(names), mode=0o644)
+            atomic_write(self._home.broker / "revoked", "\n".join(sorted(denied.revoked)), mode=0o644)
+            atomic_write(self._home.broker / "suspended", "\n".join(sorted(denied.suspended)), mode=0o644)
 
 
 log = logging.getLogger(__name__)
@@ -289,6 +299,10 @@ class Child:
 FILE: Final = "mosquitto.conf"
 _SBIN: Final = "/usr/sbin:/usr/local/sbin"
 MAX_PACKET_BYTES: Final = bounds.DESIRED_MAX_BYTES + 4 * bounds.KIB
+IN_FLIGHT_MAX_BYTES: Final = 16 * bounds.MIB
+QUEUED_MAX_BYTES: Final = 64 * bounds.MIB
+"""Kept for one client that is away or slow: 10,000 reports of the usual size for the server. The rest comes again,
+since devices keep reports until they are acknowledged."""
 
 
 def find() -> Path | None:
@@ -326,8 +340,11 @@ def configure(
         "autosave_interval 300",
         "persistent_client_expiration 14d",
         "max_inflight_messages 1000",
+        f"max_inflight_bytes {IN_FLIGHT_MAX_BYTES}",
         "max_queued_messages 10000",
+        f"max_queued_bytes {QUEUED_MAX_BYTES}",
         f"max_packet_size {MAX_PACKET_BYTES}",
+        f"message_size_limit {bounds.DESIRED_MAX_BYTES}",
         "log_dest stdout",
         "log_type error",
         "log_type warning",
@@ -340,7 +357,7 @@ def configure(
     return path
 
 
-def write_acl(directory: Path, revoked: Iterable[str]) -> None:
+def write_acl(directory: Path, denied: Denied) -> None:
     """Write the access list. A running Mosquitto reads it at SIGHUP."""
     lines = [
         "# Generated by `fleet serve`: changes are lost.",
@@ -348,11 +365,9 @@ def write_acl(directory: Path, revoked: Iterable[str]) -> None:
         f"topic readwrite {topics.PREFIX}/#",
         "",
     ]
-    for device in sorted(revoked):
+    for device in sorted(denied.revoked):
         lines += [f"user {device}", "topic deny #", ""]
-    lines += [
-        f"pattern write {topics.PREFIX}/+/%u/up/#",
-        f"pattern read {topics.PREFIX}/+/%u/down/#",
-        f"pattern read {topics.POKE}",
-    ]
+    for device in sorted(set(denied.suspended) - set(denied.revoked)):
+        lines += [f"user {device}", f"topic deny {topics.PREFIX}/+/{device}/up/#", ""]
+    lines += [f"pattern {right} {topic}" for right, topic in topics.device_rights("%u")]
     atomic_write(directory / "acl", "\n".join(lines) + "\n", mode=0o600)

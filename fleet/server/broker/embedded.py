@@ -3,12 +3,13 @@
 amqtt alone does not bind a client to its certificate: it looks up a persistent session before it authenticates, accepts
 any will, and keeps the old connection when a client id is taken over. Therefore the gate terminates TLS and requires a
 certificate, reads the CONNECT packet before the broker sees it, and passes it on only when client id and will belong to
-the certificate's CN; a plugin restricts each session to its own topics. amqtt still accepts subscriptions to `$share`
-that it never serves, keeps nothing over a restart, and is slow: use Mosquitto in production.
+the certificate's CN; a plugin restricts each session to its own topics, and `FilteringBroker` retained messages too.
+amqtt still accepts subscriptions to `$share` that it never serves, keeps nothing over a restart, and is slow: use
+Mosquitto in production.
 
-SIGHUP reloads the certificate and the list of revoked devices.
+SIGHUP reloads the certificate and the lists of revoked and suspended devices.
 
-    python -m fleet.server.broker.embedded HOST PORT CA CERTIFICATE KEY REVOKED LISTS
+    python -m fleet.server.broker.embedded HOST PORT CA CERTIFICATE KEY REVOKED SUSPENDED LISTS
 """
 
 import asyncio
@@ -19,7 +20,7 @@ import ssl
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
 from amqtt.broker import Broker
@@ -144,6 +145,38 @@ class OwnTopics(BaseTopicPlugin):  # type: ignore[misc]
         return may(session.client_id, topic, publish=action is Action.PUBLISH)
 
 
+class FilteringBroker(Broker):  # type: ignore[misc]
+    """amqtt, with retained messages under the rule of live ones.
+
+    amqtt 0.12 sends a client that connects whatever is retained under any client's subscription, and asks no plugin.
+
+    Attributes:
+        suspended: devices that may not write now.
+    """
+
+    suspended: frozenset[str] = frozenset()
+
+    async def _topic_filtering(self, session: Session, topic: str, action: Action) -> bool:
+        if action is Action.PUBLISH and session.client_id in self.suspended:
+            return False
+        return bool(await super()._topic_filtering(session, topic, action))
+
+    async def _publish_retained_messages_for_subscription(
+        self, subscription: tuple[str, int], session: Session
+    ) -> None:
+        topic_filter, qos = subscription
+        handler = self._get_handler(session)
+        if handler is None or not await self._topic_filtering(session, topic_filter, Action.SUBSCRIBE):
+            return
+        sending = [
+            asyncio.create_task(handler.mqtt_publish(topic, kept.data, min(qos, kept.qos or qos), retain=True))
+            for topic, kept in list(self._retained_messages.items())
+            if self._matches(topic, topic_filter) and await self._topic_filtering(session, topic, Action.RECEIVE)
+        ]
+        if sending:
+            await asyncio.wait(sending)
+
+
 class _Replay(StreamReaderAdapter):  # type: ignore[misc]
     """Reader that returns the CONNECT packet again."""
 
@@ -164,16 +197,17 @@ class _Replay(StreamReaderAdapter):  # type: ignore[misc]
 class Gate:
     """Accept TLS connections, and pass those that are allowed on to the broker."""
 
-    def __init__(self, broker: Broker, revoked: Path) -> None:
+    def __init__(self, broker: FilteringBroker, revoked: Path, suspended: Path) -> None:
         self._broker = broker
-        self._file = revoked
+        self._file, self._suspended = revoked, suspended
         self._revoked: frozenset[str] = frozenset()
         self._live: dict[str, tuple[asyncio.StreamWriter, asyncio.Task[None]]] = {}
 
     def reload(self) -> None:
-        """Read the list of revoked devices, and end their connections."""
+        """Read the lists of revoked and suspended devices, and end the connections of the revoked."""
         with contextlib.suppress(FileNotFoundError):
             self._revoked = frozenset(self._file.read_text(encoding="utf-8").split())
+            self._broker.suspended = frozenset(self._suspended.read_text(encoding="utf-8").split())
         for name in self._revoked & self._live.keys():
             self._live[name][0].close()
 
@@ -213,28 +247,39 @@ class Gate:
             await asyncio.wait([task], timeout=_TAKEOVER_S)
 
 
-async def serve(host: str, port: int, *, ca: Path, certificate: Path, key: Path, revoked: Path, lists: Path) -> None:
-    """Serve until SIGTERM. `lists` holds revocation lists of accepted issuers; empty to accept any below the root."""
+class Files(NamedTuple):
+    """Files that the broker reads. `lists`: revocation lists of the accepted issuers; empty for any below the root."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+    revoked: Path
+    suspended: Path
+    lists: Path
+
+
+async def serve(host: str, port: int, files: Files) -> None:
+    """Serve until SIGTERM."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
-    context.load_verify_locations(ca)
+    context.load_cert_chain(files.certificate, files.key)
+    context.load_verify_locations(files.ca)
     context.verify_mode = ssl.CERT_REQUIRED
-    _accept_only(context, lists)
-    broker = Broker(
+    _accept_only(context, files.lists)
+    broker = FilteringBroker(
         BrokerConfig(
             listeners={_LISTENER: ListenerConfig(type=ListenerType.EXTERNAL, bind=str(Address(host, port)))},
             plugins={f"{_HERE}.{plugin.__name__}": {} for plugin in (Certificates, OwnTopics)},
         )
     )
     await broker.start()
-    gate = Gate(broker, revoked)
+    gate = Gate(broker, files.revoked, files.suspended)
     gate.reload()
     server = await asyncio.start_server(gate.connected, host, port, ssl=context)
     stop = asyncio.Event()
 
     def reload() -> None:
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(files.certificate, files.key)
         gate.reload()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
@@ -253,11 +298,10 @@ def _accept_only(context: ssl.SSLContext, lists: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run as a program: HOST PORT CA CERTIFICATE KEY REVOKED LISTS."""
+    """Run as a program: HOST PORT CA CERTIFICATE KEY REVOKED SUSPENDED LISTS."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     host, port = arguments[:2]
-    ca, certificate, key, revoked, lists = (Path(each) for each in arguments[2:])
-    asyncio.run(serve(host, int(port), ca=ca, certificate=certificate, key=key, revoked=revoked, lists=lists))
+    asyncio.run(serve(host, int(port), Files(*map(Path, arguments[2:]))))
 
 
 if __name__ == "__main__":

@@ -186,6 +186,10 @@ class Board:
         """Put a certificate for its key in place."""
         self._files[0].write_text(certificate_pem + self._secret)
 
+    def certificate_request(self) -> str:
+        """Ask for a certificate for its key, as to renew the one that it has."""
+        return request_certificate(self.key)
+
     def context(self) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=str(self._files[1]))
         context.load_cert_chain(self._files[0])
@@ -494,7 +498,7 @@ def external_broker() -> Callable[[Fleet], Any]:
         address = Address.parse(ServerConfig.load(home.config).mqtt, "mqtt")
         files = {"ca": home.ca / "ca.pem", "certificate": home.tls / "server.pem", "key": home.tls / "server.key"}
         path = brokers.configure(home.broker, address=address, **files)
-        brokers.write_acl(home.broker, [])
+        brokers.write_acl(home.broker, brokers.Denied())
         child = Child("mosquitto", [str(brokers.find()), "-c", str(path)], address)
         await child.start()
         await fleet.start_with(f"mqtts://{address}")

@@ -16,7 +16,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from fleet.ca import SERVER_CN
 from fleet.protocol import operator_api, wire
 from fleet.protocol.messages import Health, Report
-from fleet.protocol.topics import POKE, Down, Topic, Up
+from fleet.protocol.topics import POKE, BadTopicError, Down, Topic, Up
 from fleet.server.broker import broker, embedded
 from fleet.server.broker.embedded import RefusedError
 from fleet.server.config import ServerConfig, ServerPaths
@@ -100,6 +100,89 @@ async def test_a_board_neither_writes_nor_reads_another_boards_topics(new_fleet,
         assert b"forged" not in victim.envelopes
         assert fleet.server._store.devices.get(victim.device).health is None
         assert not [topic for topic in heard if victim.device in topic]
+
+
+@pytest.mark.asyncio
+async def test_what_others_left_in_the_broker_is_not_given_to_a_board(new_fleet, broker):
+    """Retained messages follow the rule of live ones: at the connect, and at a subscription."""
+
+    async with new_fleet(broker) as fleet:
+        victim = await fleet.board("victim")
+        eve = await fleet.enrol("eve", group="other")
+        heard = []
+        hear = eve._received
+
+        def listen(topic, payload):
+            heard.append(topic)
+            hear(topic, payload)
+
+        eve._received = listen
+        target = await fleet.operator.publish("1.0.0")
+        await fleet.operator.decided(await fleet.operator.deploy(target))
+        await eve.connect()
+        everything = ["fleet/v1/+/+/up/+", "fleet/v1/+/+/down/+", "#", str(Topic(victim.device, Down.DESIRED))]
+        eve._client.subscribe([(topic, 1) for topic in everything])
+        await fleet.online(eve)
+        await fleet.operator.decided(await fleet.operator.deploy(target, group="other"))
+        await eve.until(lambda board: board.items)
+        assert not [topic for topic in heard if victim.device in topic]
+
+
+@pytest.mark.asyncio
+async def test_a_board_leaves_nothing_in_the_broker_beyond_its_channels(new_fleet, broker):
+    """Topics that nobody reads cannot fill the broker, in the device's own shard or another."""
+
+    async with new_fleet(broker) as fleet:
+        board, witness = await fleet.board("hostile"), await fleet.board("witness")
+        own = str(Topic(board.device, Up.STATE)).removesuffix("state")
+        for number in range(50):
+            for topic in (f"{own}x{number}", f"{own}report/{number}", f"{own}state/", f"fleet/v1/{number}/x/up/state"):
+                board._client.publish(topic, b"x" * 1000, qos=1, retain=True)
+            board._client.publish(own.replace("/up/", f"{number}/up/") + "state", b"x", qos=1, retain=True)
+            last = board._client.publish(f"fleet/v1/x{number}/{board.device}/up/state", b"x", qos=1, retain=True)
+        await asyncio.to_thread(last.wait_for_publish, 60)
+        witness.publish(
+            Up.REPORT, Report(device=witness.device, boot_id="boot", sequence=1, at=datetime.now(UTC), assignment=0)
+        )
+        await witness.until(lambda board: board.acked == 1)
+        kept = await retained(fleet)
+        assert {topic for topic in kept if not _is_topic(topic)} == set()
+
+
+def _is_topic(topic):
+    try:
+        return bool(Topic.parse(topic))
+    except BadTopicError:
+        return False
+
+
+async def retained(fleet):
+    """The topics that the broker keeps messages of, seen with the server's certificate in the server's place."""
+    await fleet.server._bus.close()
+    loop, seen, ended = asyncio.get_running_loop(), set(), asyncio.Event()
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=SERVER_CN, clean_session=True)
+    context = ssl.create_default_context(cafile=str(fleet.home / "operator" / "ca.pem"))
+    context.load_cert_chain(fleet.server._certificates.client)
+    client.tls_set_context(context)
+
+    def message(_client, _data, message):
+        if message.topic == "fleet/v1/zz/end/down/ack":
+            loop.call_soon_threadsafe(ended.set)
+        elif message.retain:
+            seen.add(message.topic)
+
+    client.on_message = message
+    client.on_connect = lambda client, *_: client.subscribe("fleet/v1/#", 1)
+    client.on_subscribe = lambda client, *_: client.publish("fleet/v1/zz/end/down/ack", b"x", qos=1)
+    address = fleet.server._broker.address
+    await asyncio.to_thread(client.connect, address.host, address.port, 30)
+    client.loop_start()
+    try:
+        await asyncio.wait_for(ended.wait(), 60)
+    finally:
+        client.disconnect()
+        await asyncio.to_thread(client.loop_stop)
+    return seen
 
 
 @pytest.mark.asyncio

@@ -1,0 +1,252 @@
+"""No device costs the server more than its budget: throttled, suspended, heard again; clones and certificates."""
+
+import asyncio
+from datetime import UTC, datetime
+
+import pytest
+
+from fleet.protocol import operator_api, wire
+from fleet.protocol.codes import AlertKind
+from fleet.protocol.messages import Health, Hello, RenewRequest, Report
+from fleet.protocol.topics import Topic, Up
+from fleet.server import device_budget, service
+from fleet.server.device_budget import DeviceBudget, Rate, TokenBucket
+from tests.eventually import eventually_async
+
+NOW = datetime(2025, 6, 1, tzinfo=UTC)
+
+
+def report(board, sequence, **more):
+    return Report(device=board.device, boot_id="boot", sequence=sequence, at=NOW, assignment=0, **more)
+
+
+def ingest_of(fleet):
+    return fleet.server._bus._on_message.__self__
+
+
+async def kinds_shown(fleet, board):
+    detail = await fleet.operator.get(operator_api.DeviceDetail, f"/v1/devices/{board.device}")
+    return {alert.kind for alert in detail.alerts}
+
+
+async def acts(fleet):
+    audit = await fleet.operator.get(operator_api.Audit, "/v1/audit")
+    return [(entry.act, entry.subject) for entry in audit.entries]
+
+
+def publish(board, channel, payload):
+    return board._client.publish(str(Topic(board.device, channel)), payload, qos=1)
+
+
+@pytest.mark.asyncio
+async def test_a_flood_is_throttled_then_refused_by_the_broker_and_heard_again_after_a_time(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        hostile, witness = await fleet.board("hostile"), await fleet.board("witness")
+        ingest, store = ingest_of(fleet), fleet.server._store
+        flood = wire.encode(report(hostile, 1, message="x" * 60_000))
+        for _ in range(600):
+            sent = publish(hostile, Up.REPORT, flood)
+            if broker == "embedded":  # slow: straight to the server, as Mosquitto would deliver them
+                ingest.on_message(str(Topic(hostile.device, Up.REPORT)), flood)
+        await asyncio.to_thread(sent.wait_for_publish, 120)
+        witness.publish(Up.REPORT, report(witness, 1))
+        await witness.until(lambda board: board.acked == 1)
+
+        assert store.devices.suspended() == [hostile.device]
+        assert len(store.delivery.reports(hostile.device, 1000)) == 1
+        assert await kinds_shown(fleet, hostile) == {AlertKind.THROTTLED, AlertKind.SUSPENDED}
+        assert await kinds_shown(fleet, witness) == set()
+        status = await fleet.operator.get(operator_api.Status, "/v1/status")
+        assert any(hostile.device in problem and "the broker refuses" in problem for problem in status.problems)
+        metrics = (await fleet.operator.http.get("/metrics")).text
+        assert 'wasmfleet_device_alerts{kind="suspended"} 1' in metrics
+        assert 'wasmfleet_messages_total{kind="throttled"}' in metrics
+
+        # the broker itself refuses what comes now, and still brings what is for the device
+        before = ingest.dropped[hostile.device]
+        sent = publish(hostile, Up.HELLO, b"{}")
+        await asyncio.to_thread(sent.wait_for_publish, 60)
+        witness.publish(Up.REPORT, report(witness, 2))
+        await witness.until(lambda board: board.acked == 2)
+        assert ingest.dropped[hostile.device] == before
+        await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
+        await hostile.until(lambda board: board.accepted)
+
+        store._db.run("UPDATE alerts SET until = 1")
+        fleet.server.keep_up()
+        assert store.devices.suspended() == []
+
+        def heard_again():
+            hostile.publish(Up.REPORT, report(hostile, 2))  # the broker reads its list some time after the signal
+            return hostile.acked == 2
+
+        await eventually_async(heard_again, "a report of the device is stored again")
+        assert ("alert-suspended", hostile.device) in await acts(fleet)
+        assert ("lift-suspension", hostile.device) in await acts(fleet)
+
+
+@pytest.mark.asyncio
+async def test_a_suspension_outlives_the_server(new_fleet):
+    async with new_fleet() as fleet:
+        board = await fleet.board("a")
+        fleet.server._store.devices.alert(board.device, AlertKind.SUSPENDED, "why", now=1, until=2**40)
+        await fleet.stop()
+        await fleet.start()
+        assert f"user {board.device}\n" in (fleet.home / "server" / "broker" / "acl").read_text()
+        assert not fleet.server._budget.admit(board.device, Up.STATE, 1)
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_repeats_a_bad_message_is_read_no_more(new_fleet):
+    async with new_fleet() as fleet:
+        hostile, witness = await fleet.board("hostile"), await fleet.board("witness")
+        ingest = ingest_of(fleet)
+        bad = wire.encode(Hello(device=hostile.device, nonce="0" * 16, boot_id="b")).replace(
+            b'"accepted":0', b'"accepted":9e99'
+        )
+        for _ in range(2 * int(device_budget.BAD_MESSAGES.burst)):
+            ingest.on_message(str(Topic(hostile.device, Up.HELLO)), bad)
+        assert ingest.bad[hostile.device] == device_budget.BAD_MESSAGES.burst
+        assert ingest.counts["throttled"] == device_budget.BAD_MESSAGES.burst
+        assert await kinds_shown(fleet, hostile) == {AlertKind.THROTTLED}
+        detail = await fleet.operator.get(operator_api.DeviceDetail, f"/v1/devices/{hostile.device}")
+        assert detail.dropped == 2 * device_budget.BAD_MESSAGES.burst
+        witness.publish(Up.REPORT, report(witness, 1))
+        await witness.until(lambda board: board.acked == 1)
+
+
+@pytest.mark.asyncio
+async def test_four_hundred_reports_with_fresh_keys_neither_grow_a_row_nor_stop_the_server(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        hostile = await fleet.board("hostile", behaviour=behaviours["silent"])
+        rollout = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
+        await hostile.until(lambda board: board.accepted)
+        for number in range(400):
+            keys = {f"k{number}-{key}": 1 for key in range(2200)}
+            hostile.publish(
+                Up.REPORT, report(hostile, number + 1, rollout=rollout.id, instance="hello", timings_ms=keys)
+            )
+        witness = await fleet.board("witness", group="other")
+        witness.publish(Up.REPORT, report(witness, 1))
+        await witness.until(lambda board: board.acked == 1)
+        view = await fleet.operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{rollout.id}/abort")
+        assert all(not board.timings_ms for board in view.devices)
+        assert fleet.server._store.delivery.reports(hostile.device, 1000) == []
+
+
+@pytest.mark.asyncio
+async def test_of_one_device_a_number_of_rows_is_kept_and_nothing_of_others_is_dropped(new_fleet, monkeypatch):
+    async with new_fleet() as fleet:
+        hostile, witness = await fleet.board("hostile"), await fleet.board("witness")
+        store, now = fleet.server._store, datetime.now(UTC).timestamp()
+        for number in range(1, 31):
+            hostile.publish(Up.REPORT, report(hostile, number))
+            store.devices.note(hostile.device, "online", f"{number}", now=now)
+        witness.publish(Up.REPORT, report(witness, 1))
+        await witness.until(lambda board: board.acked == 1)
+        await hostile.until(lambda board: board.acked == 30)
+        events = len(store.devices.events(witness.device, 100))
+        monkeypatch.setattr(service, "ROWS_OF_DEVICE_MAX", 20)
+        fleet.server.keep_up()
+        assert [row.sequence for row in store.delivery.reports(hostile.device, 100)] == list(range(30, 10, -1))
+        assert [row.text for row in store.devices.events(hostile.device, 100)] == [f"{n}" for n in range(30, 10, -1)]
+        assert len(store.delivery.reports(witness.device, 100)) == 1
+        assert len(store.devices.events(witness.device, 100)) == events
+
+
+@pytest.mark.asyncio
+async def test_a_certificate_on_two_machines_is_seen(new_fleet):
+    async with new_fleet() as fleet:
+        board, rebooted = await fleet.board("cloned"), await fleet.board("rebooted")
+        for number, boot in enumerate(("one", "two", "one", "two")):
+            board.publish(Up.HELLO, Hello(device=board.device, nonce=f"{number:016x}", boot_id=boot))
+        for number, boot in enumerate(("one", "two", "two", "three")):
+            rebooted.publish(Up.HELLO, Hello(device=rebooted.device, nonce=f"{number:016x}", boot_id=boot))
+        for each in (board, rebooted):
+            each.publish(Up.REPORT, report(each, 1))
+            await each.until(lambda board: board.acked == 1)
+        assert await kinds_shown(fleet, board) == {AlertKind.CLONED}
+        assert await kinds_shown(fleet, rebooted) == set()
+        assert (await acts(fleet)).count(("alert-cloned", board.device)) == 1
+        status = await fleet.operator.get(operator_api.Status, "/v1/status")
+        assert any(board.device in problem and "two machines" in problem for problem in status.problems)
+
+
+@pytest.mark.asyncio
+async def test_a_key_is_given_few_certificates_and_others_theirs(new_fleet):
+    async with new_fleet() as fleet:
+        greedy, other = await fleet.board("greedy"), await fleet.board("other")
+
+        def renew(board):
+            with board.http() as http:
+                request = RenewRequest(csr_pem=board.certificate_request())
+                return http.post("/v1/renew", content=wire.encode(request)).status_code
+
+        answers = [await asyncio.to_thread(renew, greedy) for _ in range(6)]
+        assert answers == [200] * 4 + [429] * 2, "the first of five was given at enrolment"
+        assert await asyncio.to_thread(renew, other) == 200
+
+
+# Budgets alone
+
+
+class Clock:
+    """A clock that tests move."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_bucket_gives_its_burst_at_once_and_its_rate_in_the_long_run():
+    bucket = TokenBucket(Rate(burst=3, per_s=0.5), 0.0)
+    assert [bucket.take(1, 0.0) for _ in range(4)] == [True, True, True, False]
+    assert not bucket.take(1, 1.0)
+    assert bucket.take(1, 2.0)
+    assert bucket.left(1000.0) == 3
+    assert bucket.left(0.0) == 3, "a clock that falls gives nothing"
+
+
+@pytest.mark.asyncio
+async def test_what_an_agent_kept_for_a_server_that_was_away_is_within_the_budget(new_fleet):
+    async with new_fleet() as fleet:
+        board = await fleet.board("a")
+        clock = Clock()
+        budget = DeviceBudget(
+            store=fleet.server._store,
+            clock=lambda: NOW,
+            monotonic=clock,
+            silence=lambda: pytest.fail("suspended"),
+            clear=pytest.fail,
+        )
+        assert budget.admit(board.device, Up.HELLO, 400)
+        assert all(budget.admit(board.device, Up.REPORT, 4000) for _ in range(2000))
+        for _ in range(60):
+            clock.now += 60
+            size = len(wire.encode(Health(device=board.device, boot_id="b", at=NOW))) * 20
+            assert budget.admit(board.device, Up.HEALTH, size)
+
+
+@pytest.mark.asyncio
+async def test_a_hello_that_the_broker_delivers_twice_is_no_clone(new_fleet):
+    async with new_fleet() as fleet:
+        board = await fleet.enrol("a")
+        budget = fleet.server._budget
+        hellos = [Hello(device=board.device, nonce=f"{number:016x}", boot_id=f"boot-{number}") for number in range(3)]
+        for hello in (*hellos, *hellos, hellos[0]):
+            budget.greet(hello)
+        assert fleet.server._store.devices.alerts() == []
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_connects_without_end_is_shown(new_fleet):
+    """A copied memory image has the same boot id on both machines."""
+
+    async with new_fleet() as fleet:
+        board = await fleet.enrol("a")
+        for number in range(int(device_budget.CONNECTS.burst) + 1):
+            fleet.server._budget.greet(Hello(device=board.device, nonce=f"{number:016x}", boot_id="boot"))
+        (alert,) = fleet.server._store.devices.alerts()
+        assert (alert.device, alert.kind) == (board.device, AlertKind.CLONED)
