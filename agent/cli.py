@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,7 @@ from agent.update.secrets import SecretStore
 from agent.update.store import Database, NotAloneError, Store, StoreError, alone
 from fleet.protocol.files import remove_leftovers
 from fleet.protocol.names import BadNameError
+from fleet.protocol.printable import json_text, printable
 
 TOKEN_MAX_BYTES: Final = 8192
 HOST_WAIT_S: Final = 30.0
@@ -311,9 +312,9 @@ def _restore(options: argparse.Namespace) -> int:
     except HostGoneError as error:
         raise UsageError(f"{error}: start fleet-host first") from error
     while not made.damaged.empty():
-        print(made.damaged.get_nowait().message, file=sys.stderr)
+        print(printable(made.damaged.get_nowait().message), file=sys.stderr)
     for each in restored:
-        print(f"{each.instance}: {each.problem or 'runs'}", file=sys.stderr if each.problem else sys.stdout)
+        print(printable(f"{each.instance}: {each.problem or 'runs'}"), file=sys.stderr if each.problem else sys.stdout)
     return int(any(each.problem for each in restored))
 
 
@@ -333,7 +334,13 @@ def _standing(options: argparse.Namespace, instance: str = "") -> status.StatusR
 
 
 def _print_json(value: object) -> None:
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    print(json_text(msgspec.json.format(msgspec.json.encode(value), indent=2).decode()))
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    """Print lines in which texts of the server and of components stand: none of them makes another line."""
+    for line in lines:
+        print(printable(line))
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -341,7 +348,7 @@ def _status(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(msgspec.structs.replace(found, timeline=()))
     else:
-        print("\n".join(status.tell(found)))
+        _print_lines(status.tell(found))
     return 0
 
 
@@ -353,7 +360,7 @@ def _why(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(found)
     else:
-        print("\n".join([*status.tell(found), "what happened, oldest first:", *status.tell_timeline(found)]))
+        _print_lines([*status.tell(found), "what happened, oldest first:", *status.tell_timeline(found)])
     return 0
 
 
@@ -364,8 +371,7 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(results)
     else:
-        for each in results:
-            print(f"{'ok  ' if each.ok else 'FAIL'} {each.name}: {each.text}")
+        _print_lines(f"{'ok  ' if each.ok else 'FAIL'} {each.name}: {each.text}" for each in results)
     return int(not all(each.ok for each in results))
 
 
@@ -375,7 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except ERRORS as error:
-        print(f"fleet-agent {options.command}: {error}", file=sys.stderr)
+        print(printable(f"fleet-agent {options.command}: {error}"), file=sys.stderr)
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

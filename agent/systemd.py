@@ -10,6 +10,8 @@ import os
 import socket
 from typing import Final
 
+from fleet.protocol.printable import PrintableFormatter
+
 WATCHDOG_SHARE: Final = 3
 FIELD: Final = "WASMFLEET_"
 
@@ -56,11 +58,11 @@ def log_to_journal(level: int, **always: object) -> None:
         always: fields that each record of the journal gets.
     """
     handler: logging.Handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     if os.environ.get("JOURNAL_STREAM"):
         with contextlib.suppress(ImportError):
             from systemd import journal  # noqa: PLC0415 - optional: Debian's python3-systemd
 
             handler = journal.JournalHandler(SYSLOG_IDENTIFIER="fleet-agent", **fields(**always))
-            handler.setFormatter(logging.Formatter("%(message)s"))  # level and logger are fields
+            handler.setFormatter(PrintableFormatter("%(message)s"))  # level and logger are fields
     logging.basicConfig(level=level, handlers=[handler])

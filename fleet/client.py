@@ -25,6 +25,7 @@ import msgspec
 from fleet.protocol import operator_api, trust_api, wire
 from fleet.protocol.messages import LogView
 from fleet.protocol.operator_api import History
+from fleet.protocol.printable import cleaned, is_plain
 from fleet.protocol.trust_api import (
     CaView,
     IssuingRequest,
@@ -93,15 +94,24 @@ class Client:
         ca: PEM file with the fleet's CA; nothing else is trusted.
         token: the operator's bearer token.
         late: also accept a server certificate that has expired, to renew the CA behind it.
+        clean: make every text of an answer printable, for whoever shows answers to people.
 
     Raises:
         UnreachableError: `ca` cannot be read as a certificate.
     """
 
     def __init__(
-        self, *, url: str, ca: Path, token: str, late: bool = False, transport: httpx.BaseTransport | None = None
+        self,
+        *,
+        url: str,
+        ca: Path,
+        token: str,
+        late: bool = False,
+        clean: bool = False,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
+        self._clean = clean
         try:
             context = ssl.create_default_context(cafile=str(ca))
         except (OSError, ssl.SSLError) as error:
@@ -398,11 +408,13 @@ class Client:
                 "which is not an answer of a wasmfleet server",
                 "check the url in operator/config.toml and what listens there",
             ) from error
-        raise ProblemError(problem)
+        raise ProblemError(cleaned(problem))
 
     def _decoded(self, kind: type[V], response: httpx.Response) -> V:
+        content = self._checked(response).content
         try:
-            return msgspec.json.decode(self._checked(response).content, type=kind)
+            value = msgspec.json.decode(content, type=kind)
+            return cleaned(value) if self._clean and not is_plain(content) else value
         except wire.JSON_ERRORS as error:
             raise AnswerError(
                 f"cannot understand the answer of {self.url}",

@@ -14,6 +14,7 @@ from fleet.client import Client, ClientError, UnreachableError
 from fleet.protocol.bounds import Count
 from fleet.protocol.codes import Phase
 from fleet.protocol.messages import Report
+from fleet.protocol.printable import printable
 from signing.device_statements import Seen, Verdict, audit
 from signing.errors import Rejected
 
@@ -141,9 +142,9 @@ def _tell(shown: list[_Shown]) -> None:
     output.table(("DEVICE", "WHEN (UTC)", "INSTANCE", "WHAT", "RUNS THEN"), rows, empty="No device has reported yet.")
     for each in shown:
         for note in each.notes:
-            click.echo(f"{each.device}: {note}")
+            click.echo(f"{each.device}: {printable(note)}")
         for finding in each.findings:
-            click.echo(click.style("does not hold: ", fg="red", bold=True) + f"{each.device}: {finding}")
+            click.echo(click.style("does not hold: ", fg="red", bold=True) + f"{each.device}: {printable(finding)}")
     broken = sum(bool(each.findings) for each in shown)
     good, bad = sum(each.good for each in shown), sum(each.bad for each in shown)
     click.echo(f"Reports: {good} good, {bad} bad.")

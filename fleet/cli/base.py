@@ -265,8 +265,10 @@ def _by_library(error: Exception) -> tuple[str, Exit]:
 
 
 def _one_line(text: str) -> str:
-    """Remove line breaks and a final full stop."""
-    return " ".join(text.split()).rstrip(".")
+    """Remove line breaks, what is not printable, and a final full stop."""
+    from fleet.protocol.printable import printable  # noqa: PLC0415 - keeps the start fast
+
+    return printable(" ".join(text.split())).rstrip(".")
 
 
 def check_choice(value: str, known: Sequence[str], what: str) -> str:

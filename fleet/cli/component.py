@@ -12,6 +12,7 @@ from fleet.component import compose as composer
 from fleet.component.toml_fields import FILE_NAME
 from fleet.protocol import bounds
 from fleet.protocol.manifest import BadManifestError
+from fleet.protocol.printable import printable
 
 
 @click.group("component")
@@ -44,7 +45,7 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
         suggestion = component_toml.render(manifest, leave_out_version=component_toml.DEV_VERSION)
         problem, missing = "", False
     if toml:
-        click.echo(suggestion.rstrip())
+        click.echo(printable(suggestion.rstrip(), lines=True))
         return Exit.OK
     if options.json:
         facts = msgspec.to_builtins(shape)
@@ -54,17 +55,17 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
     output.facts(
         [
             ("component", f"{file}, {output.size(shape.size_bytes)}"),
-            ("imports", "\n".join(shape.imports) or "nothing"),
-            ("exports", "\n".join(shape.exports) or "nothing"),
+            ("imports", shape.imports or "nothing"),
+            ("exports", shape.exports or "nothing"),
             ("holds", f"{len(shape.modules)} core modules, {shape.components} components"),
-            ("made by", "\n".join(shape.producers)),
+            ("made by", shape.producers),
             ("manifest", str(found) if found else "none beside it"),
             ("problem", problem),
         ]
     )
     click.echo("\nA sufficient component.toml:\n" if missing else "\nAs component.toml:\n")
     for line in suggestion.rstrip().splitlines():
-        click.echo(f"    {line}".rstrip())
+        click.echo(printable(f"    {line}".rstrip()))
     return Exit.OK
 
 
@@ -103,7 +104,7 @@ def compose(options: Options, *, file: Path, target: Path) -> Exit:
         [
             ("written", f"{target}, {output.size(len(whole))}"),
             ("adapter", f"sha256 {composer.adapter_digest()}"),
-            ("imports", "\n".join(names)),
+            ("imports", names),
         ]
     )
     return Exit.OK

@@ -19,6 +19,7 @@ from fleet.protocol.assignment import FollowLogs, Restart
 from fleet.protocol.codes import InstanceState, Phase
 from fleet.protocol.messages import LATENCY_BOUNDS_MS, InstanceHealth, LogView
 from fleet.protocol.operator_api import DeviceRow, GroupRow
+from fleet.protocol.printable import json_text
 
 if TYPE_CHECKING:
     from fleet.client import Client
@@ -579,6 +580,7 @@ def _look(client: "Client", device: str, sequence: int, after: int) -> LogView |
 def _print_lines(options: Options, view: LogView) -> None:
     for line in view.lines:
         if options.json:
-            click.echo(json.dumps({"line": line}, ensure_ascii=False))  # a JSON object for each line, as it arrives
+            # a JSON object for each line, as it arrives
+            click.echo(json_text(json.dumps({"line": line}, ensure_ascii=False)))
         else:
             click.echo(line)

@@ -233,10 +233,10 @@ def _tell(options: Options, release: Release, contents: Contents, built: Provena
         [
             ("component", f"{release.name}, {output.size(release.length)}, sha256 {release.sha256}"),
             ("packages", contents.source if packages is None else f"{len(packages)}, by {contents.source}"),
-            ("", "\n".join([*map(str, shown), *([f"and {more} more: --json lists all"] if more else [])])),
+            ("", (*map(str, shown), *([f"and {more} more: --json lists all"] if more else []))),
             ("built by", "unknown: published without provenance" if built is None else built.builder),
             ("how", "" if built is None else built.build_type),
-            ("from", "" if built is None else "\n".join(built.sources)),
+            ("from", "" if built is None else built.sources),
             (
                 "envelope",
                 "" if built is None else "signed, not verified here" if built.signed else "none: a bare statement",

@@ -211,7 +211,7 @@ def list_(options: Options) -> None:
         with who.client() as client:
             roles = _roles(TrustStore(who, client, expired=True).files)
     except (ClientError, Fault) as error:
-        click.echo(f"cannot tell what each key may sign: {error}", err=True)
+        output.note(f"cannot tell what each key may sign: {error}")
     with signing_faults():
         entries = ring.entries()
     rows = [

@@ -45,12 +45,14 @@ class Operator:
         directory: `<home>/operator`.
         url: of the server's listener for operators.
         namespace: of the components that this operator signs.
+        clean: make texts of the server's answers printable, as for all that is shown to people.
     """
 
     directory: Path
     url: str
     fleet: str
     namespace: str
+    clean: bool = True
 
     @property
     def ca(self) -> Path:
@@ -102,7 +104,7 @@ class Operator:
         from fleet.client import Client  # noqa: PLC0415 - httpx is not for --help
 
         token = os.environ.get(TOKEN_VARIABLE, "").strip() or _secret(self.directory / "token")
-        return Client(url=self.url, ca=self.ca, token=token, late=late)
+        return Client(url=self.url, ca=self.ca, token=token, late=late, clean=self.clean)
 
 
 def home(options: Options) -> Path:
@@ -134,7 +136,13 @@ def load_operator(options: Options) -> Operator:
     for name in ("url", "fleet", "namespace"):
         if not isinstance(values.get(name), str) or not values[name]:
             raise Fault(f"{path} has no {name}", "it must be a string", f'add {name} = "..."')
-    return Operator(directory=directory, url=values["url"], fleet=values["fleet"], namespace=values["namespace"])
+    return Operator(
+        directory=directory,
+        url=values["url"],
+        fleet=values["fleet"],
+        namespace=values["namespace"],
+        clean=not options.json,
+    )
 
 
 def patiently(ask: Callable[[], T]) -> T:

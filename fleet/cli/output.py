@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fleet.cli.base import Options
+from fleet.protocol.printable import json_text, printable
 
 _PLAIN_WIDTH: Final = 2000
 
@@ -65,7 +66,7 @@ def say(options: Options, text: str = "") -> None:
 
 def show_json(value: msgspec.Struct | Sequence[object] | dict[str, object]) -> None:
     """Print a value as indented JSON."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    click.echo(json_text(msgspec.json.format(msgspec.json.encode(value), indent=2).decode()))
 
 
 def result(options: Options, value: msgspec.Struct | dict[str, object], text: str) -> None:
@@ -94,14 +95,26 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, empty
     show(grid)
 
 
-def facts(pairs: Iterable[tuple[str, str | Text]]) -> None:
-    """Print names and values in two columns, leaving out empty values."""
+def note(text: str) -> None:
+    """Print one line on standard error, beside the output for programs too."""
+    click.echo(printable(text), err=True)
+
+
+def facts(pairs: Iterable[tuple[str, str | Text | tuple[str, ...]]]) -> None:
+    """Print names and values in two columns, leaving out empty values; a tuple is a value with several lines."""
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in pairs:
-        if str(value):
-            grid.add_row(name, state(value) if isinstance(value, str) else value)
+        match value:
+            case "" | ():
+                continue
+            case tuple():
+                grid.add_row(name, "\n".join(map(printable, value)))
+            case str():
+                grid.add_row(name, state(value))
+            case _:
+                grid.add_row(name, value)
     show(grid)
 
 
@@ -118,7 +131,8 @@ def show(grid: Table) -> None:
 def state(word: str) -> Text:
     """Colour the name of a state; leave other words plain."""
     return Text(
-        word, style=_STYLES.get("rolled-back" if word.startswith("rolled back") else word.partition(" ")[0], "")
+        printable(word),
+        style=_STYLES.get("rolled-back" if word.startswith("rolled back") else word.partition(" ")[0], ""),
     )
 
 

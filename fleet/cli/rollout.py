@@ -283,7 +283,7 @@ def _lines(client: "Client", view: RolloutView) -> RolloutView:
                 seen[entry.device] = line
                 click.echo(f"  {line}")
         if view.state not in states and view.state in OPEN_STATES:
-            click.echo(f"  {view.state}{': ' + view.reason if view.reason else ''}")
+            click.echo(f"  {view.state}{': ' + output.first_line(view.reason) if view.reason else ''}")
         states = {view.state}
     return view
 
@@ -357,12 +357,12 @@ def progress_of(entry: RolloutDevice) -> str:
             return f"rolled back{code}" if entry.phase is Phase.ROLLED_BACK else f"{entry.outcome}{code}"
         case Outcome.IN_PROGRESS if entry.phase is not None:
             percent = f" {entry.progress} %" if entry.progress is not None else ""
-            retry = f", retrying: {entry.message}" if entry.retrying and entry.message else ""
+            retry = f", retrying: {output.first_line(entry.message)}" if entry.retrying and entry.message else ""
             return f"{entry.phase}{percent}{retry}"
         case Outcome.WAITING:
             return "waiting" if entry.online else "waiting: the device is offline"
         case Outcome.DEFERRED:
-            return f"deferred: {entry.message}" if entry.message else "deferred"
+            return f"deferred: {output.first_line(entry.message)}" if entry.message else "deferred"
         case _:
             return str(entry.outcome)
 

@@ -6,7 +6,7 @@ read. With `--seal-here` it leaves this machine only in boxes, each of which a s
 
 import base64
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -97,22 +97,25 @@ def _give(options: Options, name: str, how: dict[str, Any], *, rotate: bool) -> 
     scope = _scope(name, how)
     who = load_operator(options)
     value = _value(how["file"])
+    unproved: dict[str, str] = {}
     wish = SecretRequest(
         instance=scope.instance, group=scope.group, device=scope.device, rotate=rotate, ahead=how["ahead"]
     )
     with who.client() as client:
         if how["seal_here"]:
             keys = client.sealing_keys(name, scope)
-            boxes = _sealed(who, keys, value)
+            boxes, unproved = _sealed(who, keys, value)
             given = {field: getattr(wish, field) for field in wish.__struct_fields__}
             given |= {"instance": keys.instance, "boxes": boxes, "version": keys.version}
         else:
             given = {field: getattr(wish, field) for field in wish.__struct_fields__} | {"value": value}
         reply = client.set_secret(name, SecretRequest(**given))
-    _tell(options, reply, here=how["seal_here"])
+    for device, reason in unproved.items():
+        output.note(f"{device} is left out, its sealing key is not proved: {reason}; enrol it anew")
+    _tell(options, reply, here=how["seal_here"], unproved=unproved)
 
 
-def _tell(options: Options, reply: SecretReply, *, here: bool) -> None:
+def _tell(options: Options, reply: SecretReply, *, here: bool, unproved: Mapping[str, str]) -> None:
     if options.json:
         output.show_json(reply)
         return
@@ -120,7 +123,7 @@ def _tell(options: Options, reply: SecretReply, *, here: bool) -> None:
     where = "here; the server has not seen it" if here else "by the server, which has forgotten it"
     devices = f"{count} device{'' if count == 1 else 's'}"
     output.say(options, f"{reply.instance}/{reply.name} version {reply.version} for {devices}, sealed {where}.")
-    for device in reply.unsealable:
+    for device in (each for each in reply.unsealable if each not in unproved):
         click.echo(
             f"  {device} has no sealing key, so it lacks the secret: enrol it anew, with 'fleet-agent enroll --force'"
         )
@@ -164,8 +167,15 @@ def _value(file: Path | None) -> str:
     return value
 
 
-def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
-    """Seal a box for each device whose sealing key is proved by the device key that this machine remembers."""
+def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[tuple[Box, ...], dict[str, str]]:
+    """Seal a box for each device whose sealing key is proved by the device key that this machine remembers.
+
+    Returns:
+        The boxes; devices without such a proof, which get none, with the reason.
+
+    Raises:
+        Fault: no device is left, or the server shows another key of one than before.
+    """
     from fleet.cli import trust_store  # noqa: PLC0415 - tuf is not for --help, nor for boxes that the server seals
 
     if keys.fleet != who.fleet:
@@ -173,29 +183,34 @@ def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[Box, ...]:
             f"the server serves the fleet {keys.fleet!r}, this machine belongs to {who.fleet!r}", code=Exit.REFUSED
         )
     memory = trust_store.load_devices(who.trust)
-    boxes = []
+    boxes: list[Box] = []
+    unproved: dict[str, str] = {}
     for entry in keys.devices:
         try:
             key, fingerprint = proved(
                 entry.proof.encode(), certificate=entry.certificate_pem.encode(), fleet=who.fleet, device=entry.device
             )
-        except Rejected as error:
-            raise Fault(
-                f"cannot seal for {entry.device}: its sealing key is not proved",
-                error.message,
-                "enrol it anew if it enrolled with an older agent; otherwise do not trust this server",
-                code=Exit.REFUSED,
-            ) from None
+        except Rejected as error:  # a device's own word, or a server's lie: it gets no box, and holds up no other
+            unproved[entry.device] = error.message
+            continue
         trust_store.check_device_key(memory, entry.device, fingerprint)
         purpose = Purpose(
             fleet=who.fleet, device=entry.device, instance=keys.instance, name=keys.name, version=keys.version
         )
         box = sealing.seal(value, recipient=key, purpose=purpose)
         boxes.append(Box(device=entry.device, box=base64.b64encode(box).decode()))
+    if unproved and not boxes:
+        device, reason = next(iter(unproved.items()))
+        raise Fault(
+            f"cannot seal for {device}: its sealing key is not proved",
+            reason,
+            "enrol it anew if it enrolled with an older agent; otherwise do not trust this server",
+            code=Exit.REFUSED,
+        )
     trust_store.save_devices(who.trust, memory)
     if not boxes:
         raise Fault("cannot seal the secret", "no device is there yet", "run fleet secret set once one has joined")
-    return tuple(boxes)
+    return tuple(boxes), unproved
 
 
 @command("list", examples="fleet secret list\nfleet secret list --json")

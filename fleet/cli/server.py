@@ -19,9 +19,10 @@ from fleet.cli.base import SIGN_YES, Exit, Fault, Options, command, write_file
 from fleet.cli.ca import open_root
 from fleet.cli.keys import write_public
 from fleet.cli.operator import Operator, home, load_operator
-from fleet.cli.signing_event import SUFFIX, hand_over, merged, printable, read_team, save, show_recovery
+from fleet.cli.signing_event import SUFFIX, hand_over, merged, read_team, save, show_recovery
 from fleet.cli.trust_store import load_devices
 from fleet.cli.unlock import free_key_file, keyring, new_passphrase, open_key
+from fleet.protocol.printable import PrintableFormatter
 from signing import event_diff, events
 from signing import keyring as keyrings
 from signing import keys as key_files
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+
+def _start_logging(template: str, *, verbose: bool) -> None:
+    """Log to standard error; messages of devices in a record cannot forge another."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter(template))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 @contextlib.contextmanager
@@ -170,9 +178,7 @@ def serve(options: Options, *, broker: str | None, verbose: bool, trust_clock: b
         import asyncio  # noqa: PLC0415 - not for --help
 
         from fleet.server import service  # noqa: PLC0415 - the server's parts may not be installed
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO if verbose else logging.WARNING
-    )
+    _start_logging("%(asctime)s %(levelname)s %(name)s: %(message)s", verbose=verbose)
 
     def ready(up: "Ready") -> None:
         output.say(
@@ -341,7 +347,7 @@ def rebuild(
             )
         event, gaps = done(lambda: rebuilding.begin(place, kept=kept, config=config, now=now))
         for gap in gaps:
-            click.echo(f"note: {gap}", err=True)
+            output.note(f"note: {gap}")
     files, _ = done(lambda: rebuilding.begun(place))
     event = done(lambda: _sign(who, files, event, yes=yes))
     lacking = done(lambda: events.missing(files, event))
@@ -382,7 +388,7 @@ def _sign(who: Operator, files: dict[str, bytes], event: Event, *, yes: bool) ->
     """Describe the event in words and add every signature that this machine can give."""
     ring = keyring(who)
     for line in event_diff.describe(files, event, called=ring.called):
-        click.echo(printable(line), err=True)
+        output.note(line)
     wanted = {keyid for each in events.missing(files, event) for keyid in each.keyids}
     mine = [entry for entry in ring.entries() if entry.ours and entry.key.keyid in wanted]
     if mine and not yes and not click.confirm(f"Sign this with {', '.join(each.name for each in mine)}?", err=True):
@@ -459,9 +465,7 @@ def publisher_keys(options: Options, *, to: Path) -> None:
 def publisher_run(options: Options, *, once: bool, verbose: bool) -> Exit:
     """Verify waiting changes on the signing host, sign snapshot and timestamp over them, renew both in time."""
     module = _signing_host()
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if verbose else logging.WARNING
-    )
+    _start_logging("%(asctime)s %(levelname)s %(message)s", verbose=verbose)
     who = load_operator(options)
     root = who.pinned_root()
     with who.client() as client:

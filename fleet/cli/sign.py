@@ -198,9 +198,9 @@ def status(options: Options, *, fail_within: str | None) -> Exit:
     rows = list(_rows(ceremony))
     issuer = None if view is None else ca_commands.due(view, within=limit or ca.WARN)
     for problem in () if signed is None else signed.problems:
-        click.echo(f"note: {problem}", err=True)
+        output.note(f"note: {problem}")
     if issuer is not None:
-        click.echo(f"the issuing CA ends on {issuer.ends:%Y-%m-%d}: fleet ca renew", err=True)
+        output.note(f"the issuing CA ends on {issuer.ends:%Y-%m-%d}: fleet ca renew")
     late = [row for row in rows if row["expires"] - now < limit]
     if options.json:
         output.show_json({"roles": rows, "late": [row["role"] for row in late]})
@@ -222,7 +222,7 @@ def status(options: Options, *, fail_within: str | None) -> Exit:
     if not late:
         return Exit.FAILED if fail_within and issuer is not None else Exit.OK
     names = " ".join(row["role"] for row in late)
-    click.echo(f"expires within {output.span(limit.total_seconds())}: {names}; fleet sign renew {names}", err=True)
+    output.note(f"expires within {output.span(limit.total_seconds())}: {names}; fleet sign renew {names}")
     return Exit.FAILED
 
 

@@ -43,7 +43,7 @@ class Ceremony:
         self.trust = TrustStore(who, client, expired=True)
         self.ring: Keyring = keyring(who)
         for what in self.trust.expired():
-            click.echo(f"note: {what}; an outdated copy of the repository looks the same", err=True)
+            output.note(f"note: {what}; an outdated copy of the repository looks the same")
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -59,9 +59,9 @@ class Ceremony:
         with signing_faults():
             lines = event_diff.describe(self.files, event, called=self.ring.called)
         if event.note:
-            click.echo(f"note: {printable(event.note)}", err=True)
+            output.note(f"note: {event.note}")
         for line in lines:
-            click.echo(printable(line), err=True)
+            output.note(line)
 
     def missing(self, event: Event) -> list[Wanted]:
         """List the signatures that the event lacks."""
@@ -175,11 +175,6 @@ def signing_faults() -> Iterator[None]:
         raise Fault(str(error)) from None
     except SigningError as error:
         raise Fault(str(error), code=Exit.REFUSED) from None
-
-
-def printable(text: str) -> str:
-    """Replace characters that could move a terminal's cursor: events are untrusted files."""
-    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -294,7 +294,9 @@ class Environment:
     def _connect(self) -> None:
         operator = self.home / "operator"
         url = str(tomllib.loads((operator / "config.toml").read_text())["url"])
-        self._client = Client(url=url, ca=operator / "ca.pem", token=(operator / "token").read_text().strip())
+        self._client = Client(
+            url=url, ca=operator / "ca.pem", token=(operator / "token").read_text().strip(), clean=True
+        )
 
     @property
     def client(self) -> Client:

@@ -19,6 +19,7 @@ from fleet.demo.environment import ChildDiedError, DemoError, Environment, progr
 from fleet.demo.load import LoadResult
 from fleet.demo.scenario import GROUP, INSTANCE, NoFixtureError, Scenario, fixture, play
 from fleet.protocol.codes import Phase, RolloutState
+from fleet.protocol.printable import printable
 
 if TYPE_CHECKING:
     from fleet.demo.environment import DemoDevice
@@ -56,7 +57,7 @@ class ConsoleReporter:
     def did(self, command: str, result: str) -> None:
         """Print a command and its result."""
         self.console.print(Text.assemble(("  $ ", "dim"), command))
-        self.console.print(Text.assemble("    ", (result, "green")))
+        self.console.print(Text.assemble("    ", (printable(result), "green")))
 
     def runs(self, arguments: Sequence[str]) -> None:
         """Print a `fleet` command before its own output."""
@@ -215,7 +216,9 @@ async def _whole(
     try:
         scenario = await play(environment, reporter, broker=broker)
     except (DemoError, ChildDiedError, ClientError, NoFixtureError) as error:
-        reporter.console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        reporter.console.print(
+            Text.assemble(("error: ", "bold red"), printable(str(error), lines=True)), soft_wrap=True
+        )
         return FAILED
     except TimeoutError:
         reporter.console.print(Text.assemble(("error: ", "bold red"), "the act took too long; see the logs"))

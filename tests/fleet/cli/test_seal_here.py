@@ -100,8 +100,26 @@ def test_a_sealing_key_that_the_device_key_did_not_sign_gets_no_box(seal, desk, 
     assert not (home / "operator/trust/devices.json").exists(), "nothing of a liar is remembered"
 
 
-def test_one_liar_among_honest_boards_stops_all(seal, desk, board):
-    assert seal(board.shown(), Board().shown(fleet="airport")).exit_code == 4
+def test_one_liar_among_honest_boards_is_left_out_by_name_and_stops_nobody(seal, desk, board, home):
+    liar = Board()
+    for order in ((board.shown(), liar.shown(fleet="airport")), (liar.shown(fleet="airport"), board.shown())):
+        desk.seen.clear()
+        done = seal(*order)
+        assert done.exit_code == 0, done.output
+        assert f"{liar.id} is left out, its sealing key is not proved" in done.stderr
+        assert [box["device"] for box in desk.sent(SET[1])["boxes"]] == [board.id]
+        assert liar.id not in remembered(home)["devices"], "nothing of a liar is remembered"
+
+
+def test_another_key_than_first_seen_still_stops_all(seal, desk, board, home):
+    """No device can bring that about: the server shows it."""
+
+    twin, other = Board(), Board()
+    assert seal(board.shown()).exit_code == 0
+    memory = json.dumps(remembered(home)).replace(board.id, twin.id)
+    (home / "operator/trust/devices.json").write_text(memory)
+    desk.seen.clear()
+    assert seal(other.shown(), twin.shown()).exit_code == 4
     assert "PUT" not in [method for method, _, _ in desk.seen]
 
 
