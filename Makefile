@@ -56,7 +56,8 @@ golden: $(STAMP) ## record again what leaves a process (messages, tables, routes
 test-root: $(STAMP) ## tests of isolation layers that only root can create
 	$(BIN)/python -m pytest -m root
 
-fuzz: $(STAMP) ## fuzz every parser of external input (FUZZ: times the HTTP mutants, 0: none; RUNS: of each parser; HARNESS: only that)
+fuzz: $(STAMP) ## fuzz every parser of external input (FUZZ: times the HTTP mutants, 0: none; HOSTILE: devices against the server; RUNS: of each parser; HARNESS: only that)
+	$(if $(or $(HARNESS),$(filter 0,$(FUZZ) $(HOSTILE))),,HOSTILE=$(or $(HOSTILE),6) $(BIN)/python -m pytest tests/fleet/server/test_hostile_device_fuzz.py)
 	$(if $(or $(HARNESS),$(filter 0,$(FUZZ))),,FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest tests/agent -m "$(EVERYWHERE)" -k fuzz --timeout 3600)
 	$(BIN)/python -m tests.fuzz.run $(HARNESS) $(if $(RUNS),--runs $(RUNS))
 
@@ -98,7 +99,7 @@ test-nightly: $(STAMP)
 	$(BIN)/python -m pytest -m "nightly and not board and not bench and not density" || [ $$? -eq 5 ]
 
 nightly: $(STAMP) ## what takes too long for each change, hours (root): long fuzzing, all boards, dependencies' bounds, toolchains, density, benches
-	$(MAKE) --keep-going test-nightly test-bounds test-boards FULL=1 test-guests test-density bench fuzz RUNS=$(or $(RUNS),200000) \
+	$(MAKE) --keep-going test-nightly test-bounds test-boards FULL=1 test-guests test-density bench fuzz RUNS=$(or $(RUNS),200000) HOSTILE=$(or $(HOSTILE),200) \
 	    $(if $(TUF_CONFORMANCE),conformance)
 
 clean: ## remove what was built

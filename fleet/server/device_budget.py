@@ -58,13 +58,16 @@ CLONE_SHOWN_S: Final = 86_400.0
 CONNECTS: Final = Rate(30, 1 / 60)
 """Hellos of one device: a flapping network connects again after back-off, two clones at once and without end."""
 
+REQUESTS: Final = Rate(1000, 5)
+"""Over HTTPS: a device that carries out 64 items fetches some 200 files, and a followed log is a post each second."""
+
 CERTIFICATES_OF_ONE: Final = Rate(5, 1 / 3600)
 """An agent renews at two thirds of a certificate's life, and tries again each few minutes where that fails."""
 
 CERTIFICATES: Final = Rate(2000, 20)
 """Of all devices: a fleet of 10,000 that renews at once is done in seven minutes."""
 
-DEVICES_MAX: Final = 20_000
+DEVICES_MAX: Final = 40_000
 _PROBLEMS_MAX: Final = 20
 _COST: Final = {Up.HELLO: 20, Up.STATE: 4, Up.HEALTH: 4, Up.REPORT: 4}
 """A hello makes the server compare, sign and answer; the others are one statement each."""
@@ -263,8 +266,8 @@ class DeviceBudget:
         return account
 
 
-class CertificateBudget:
-    """Limit of certificates that are issued, for each device and in all.
+class RequestBudget:
+    """Limit of a device's requests over HTTPS, and of certificates that are issued, for each device and in all.
 
     A key of a device's own is enough to renew, and each certificate costs a signature and a row.
     """
@@ -272,17 +275,27 @@ class CertificateBudget:
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._all = TokenBucket(CERTIFICATES, monotonic())
-        self._devices: OrderedDict[str, TokenBucket] = OrderedDict()
+        self._devices: OrderedDict[tuple[str, Rate], TokenBucket] = OrderedDict()
 
-    def check(self, device: str) -> None:
+    def check_request(self, device: str) -> None:
+        """Take one request from the device's budget; raises `Refusal` when none is left."""
+        if not self._take(device, REQUESTS):
+            raise Refusal(429, "too-many", f"{device} asks too often", action="wait a minute")
+
+    def check_certificate(self, device: str) -> None:
         """Take one certificate from the budget; raises `Refusal` when none is left."""
+        if not self._take(device, CERTIFICATES_OF_ONE):
+            raise Refusal(429, "too-many", f"{device} was given too many certificates", action="wait an hour")
+        if not self._all.take(1, self._monotonic()):
+            raise Refusal(429, "too-many", "too many certificates are asked for at once", action="wait a minute")
+
+    def _take(self, device: str, rate: Rate) -> bool:
         now = self._monotonic()
-        bucket = self._devices.get(device)
+        bucket = self._devices.get((device, rate))
         if bucket is None:
-            bucket = self._devices[device] = TokenBucket(CERTIFICATES_OF_ONE, now)
+            bucket = self._devices[device, rate] = TokenBucket(rate, now)
             if len(self._devices) > DEVICES_MAX:
                 self._devices.popitem(last=False)
-        if not bucket.take(1, now):
-            raise Refusal(429, "too-many", f"{device} was given too many certificates", action="wait an hour")
-        if not self._all.take(1, now):
-            raise Refusal(429, "too-many", "too many certificates are asked for at once", action="wait a minute")
+        else:
+            self._devices.move_to_end((device, rate))
+        return bucket.take(1, now)

@@ -13,7 +13,7 @@ from fleet.protocol import names
 from fleet.protocol.messages import EXPIRED, OUTDATED, Enrolled, EnrolRequest, RenewReply, Token
 from fleet.protocol.operator_api import EnrollTokenReply, EnrollTokenRequest, Refusal
 from fleet.server.config import ServerConfig
-from fleet.server.device_budget import CertificateBudget
+from fleet.server.device_budget import RequestBudget
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow, TokenRow
 from fleet.store.store import Store
@@ -37,7 +37,7 @@ class Enrolment:
         repository: TufRepository,
         config: ServerConfig,
         clock: Callable[[], datetime],
-        budget: CertificateBudget,
+        budget: RequestBudget,
     ) -> None:
         self._budget = budget
         self._store, self._ca, self._repository, self._config, self._clock = store, ca, repository, config, clock
@@ -105,7 +105,7 @@ class Enrolment:
         root = self._repository.root_by_hash(token.root_sha256)
         if root is None:
             raise Refusal(410, "token-outdated", "the token pins a root that is not served any more", action=_ANOTHER)
-        self._budget.check(device)
+        self._budget.check_certificate(device)
         issued = self._ca.device(key, device, now=now)
         with self._store.atomic():
             if token.used_at is None:
@@ -166,7 +166,8 @@ class Enrolment:
         """Return the device that presents a certificate, verified by TLS against the CA (its dates are checked here).
 
         Raises:
-            Refusal: no certificate, or an unknown, revoked or expired one (expired ones may still renew).
+            Refusal: no certificate, or an unknown, revoked or expired one (expired ones may still renew); or the device
+                asks too often.
         """
         if certificate is None:
             raise Refusal(401, "unauthorised", "a client certificate is needed")
@@ -178,6 +179,7 @@ class Enrolment:
             )
         if device.revoked or (known is not None and known.revoked):
             raise Refusal(403, "revoked", f"{device.id} is revoked")
+        self._budget.check_request(device.id)
         if known is None or not self._ca.accepts(certificate):
             if renewing:  # the enrolled key suffices: an attacker with a stolen issuing CA does not have it
                 return device
@@ -208,7 +210,7 @@ class Enrolment:
             raise Refusal(400, "bad-request", str(error)) from error
         if hashlib.sha256(key_der(key)).hexdigest() != device.key_sha256:
             raise Refusal(403, "other-key", "a renewal is for the key that was enrolled", action="enrol a new key anew")
-        self._budget.check(device.id)
+        self._budget.check_certificate(device.id)
         issued = self._ca.device(key, device.id, now=now)
         with self._store.atomic():
             if sealing_proof:

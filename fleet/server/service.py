@@ -46,7 +46,7 @@ from fleet.server.api.views import Metrics, Views
 from fleet.server.broker.broker import Broker, BrokerError, Denied
 from fleet.server.clock import BEHIND_MAX, ServerClock
 from fleet.server.config import HomeError, ServerConfig, ServerPaths
-from fleet.server.device_budget import CertificateBudget, DeviceBudget
+from fleet.server.device_budget import DeviceBudget, RequestBudget
 from fleet.server.director import LIFE, RENEW_BEFORE, Director
 from fleet.server.enrolment import Enrolment
 from fleet.server.ingest import Ingest
@@ -276,7 +276,7 @@ class Server:
             repository=repository,
             config=self._config,
             clock=clock,
-            budget=CertificateBudget(time.monotonic),
+            budget=RequestBudget(time.monotonic),
         )
         planner = RolloutPlanner(
             store=store, repository=repository, director=self._director, conductor=self._conductor, clock=clock

@@ -187,6 +187,20 @@ async def test_a_key_is_given_few_certificates_and_others_theirs(new_fleet):
         assert await asyncio.to_thread(renew, other) == 200
 
 
+@pytest.mark.asyncio
+async def test_a_device_that_asks_without_end_over_https_is_told_to_wait(new_fleet, monkeypatch):
+    async with new_fleet() as fleet:
+        greedy, other = await fleet.board("greedy"), await fleet.board("other")
+        monkeypatch.setattr(device_budget, "REQUESTS", Rate(5, 0))
+
+        def ask(board, times):
+            with board.http() as http:
+                return [http.get("/v1/tuf/timestamp.json").status_code for _ in range(times)]
+
+        assert await asyncio.to_thread(ask, greedy, 8) == [200] * 5 + [429] * 3
+        assert await asyncio.to_thread(ask, other, 1) == [200]
+
+
 # Budgets alone
 
 
