@@ -22,7 +22,7 @@ from fleet.protocol import bounds
 from fleet.protocol.codes import AlertKind
 from fleet.protocol.messages import Hello
 from fleet.protocol.operator_api import Refusal
-from fleet.protocol.topics import Up
+from fleet.protocol.topics import Topic, Up
 from fleet.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -224,6 +224,11 @@ class DeviceBudget:
                 self._accounts.pop(device, None)
             self._silence()
 
+    def clear(self, device: str, *more: Topic) -> None:
+        """Clear what the broker retains of a device that it no longer hears, on its own channels and `more`."""
+        for topic in (*(Topic(device, channel) for channel in Up), *more):
+            self._clear(str(topic))
+
     def problems(self) -> list[str]:
         """Return the alerts as sentences."""
         now = self._clock().timestamp()
@@ -238,6 +243,7 @@ class DeviceBudget:
         words = f"it went on sending more than a device may: the broker refuses its messages for {minutes} minutes"
         self._alert(device, AlertKind.SUSPENDED, words, for_s=SUSPENDED_S)
         self._silence()
+        self.clear(device)
 
     def _alert(self, device: str, kind: AlertKind, words: str, *, for_s: float) -> None:
         """Raise an alert, or show it for longer; a security event when it is a new one."""

@@ -93,7 +93,7 @@ class Ingest:
                 self._stray(topic, device, payload)
             elif self._budget.admit(device, channel, len(payload)):
                 self._take(device, channel, payload)
-            else:
+            elif payload:  # nothing is retained: an echo of the clearing
                 self.counts["throttled"] += 1
                 self.dropped[device] += 1
         except Rejected as error:

@@ -26,7 +26,7 @@ from fleet.ca import CaError, CertificateAuthority
 from fleet.protocol import operator_api, wire
 from fleet.protocol.files import remove_leftovers
 from fleet.protocol.messages import Poke
-from fleet.protocol.topics import POKE, RETAINED, Topic
+from fleet.protocol.topics import POKE, RETAINED, Down, Topic
 from fleet.server import listener as listeners
 from fleet.server.api import routes
 from fleet.server.api.devices import DeviceApi, LogRelay
@@ -293,7 +293,7 @@ class Server:
                 enrolment=enrolment,
                 controller=self._conductor,
                 views=views,
-                update_revoked=lambda: self._broker.shut_out(self._denied()),
+                update_revoked=self._on_revoked,
                 audit=audit,
                 clock=clock,
             ),
@@ -348,6 +348,11 @@ class Server:
         """Replace certificates after a change of the issuing CA, and end connections that are no longer accepted."""
         self._certificates.renew()
         await self._broker.start_again(self._denied())
+
+    def _on_revoked(self, device: str) -> None:
+        """Shut a device out of the broker, and clear what the broker retains for it and of it."""
+        self._broker.shut_out(self._denied())
+        self._budget.clear(device, Topic(device, Down.DESIRED))
 
     def _publish(self, topic: Topic, payload: bytes) -> bool:
         return self._bus.publish(str(topic), payload, retain=topic.channel in RETAINED)

@@ -194,7 +194,7 @@ class EnrolmentHandlers:
     """Handlers for a device's place in the fleet: tokens, enrolment, revocation.
 
     Args:
-        update_revoked: called when a device was revoked, so that the broker ends its connection.
+        update_revoked: called with a device that was revoked, so that the broker ends its connection.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class EnrolmentHandlers:
         enrolment: Enrolment,
         controller: RolloutController,
         views: Views,
-        update_revoked: Callable[[], None],
+        update_revoked: Callable[[str], None],
         audit: AuditLog,
         clock: Callable[[], datetime],
     ) -> None:
@@ -220,7 +220,7 @@ class EnrolmentHandlers:
             self._store.boxes.forget(row.id)
             self._store.devices.note(row.id, "revoked", f"revoked by {by}", now=self._now())
             self._audit.record(by, "revoke", row.id)
-        self._update_revoked()
+        self._update_revoked(row.id)
         self._controller.wake()
         return answer(self._views.detail(_device(self._store, request)))
 

@@ -133,6 +133,16 @@ def test_devices(fleet, fleet_of_two):
     assert not any(line.endswith(" ") for line in result.stdout.splitlines())
 
 
+def test_a_device_shows_its_security_events_and_what_was_dropped(fleet, desk):
+    alert = operator_api.Alert(
+        kind=codes.AlertKind.SUSPENDED, since=NOW, until=NOW + timedelta(minutes=15), text="it went on sending"
+    )
+    desk.routes["GET", f"/v1/devices/{ROW.id}"] = msgspec.structs.replace(DETAIL, alerts=(alert,), dropped=2300)
+    lines = words(fleet("device", ROW.id).stdout)
+    assert ["security", "suspended: it went on sending"] in lines
+    assert ["dropped", "2300 messages since the server started"] in lines
+
+
 def test_devices_of_a_group_as_json(fleet, fleet_of_two):
     result = fleet("devices", "--group", "edge-eu", "--json")
     assert [row["id"] for row in json.loads(result.stdout)["devices"]] == ["gate-0a0a0a0a"]
