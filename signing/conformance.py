@@ -5,9 +5,9 @@
     fleet-tuf-conformance --metadata-dir DIR --metadata-url URL --target-name NAME --target-base-url URL
         --target-dir DIR download
 
-`Updater`, `TrustedMetadata`, `VerifierState` and `DirectoryCache` are those that the agent runs; only fetching is plain
-HTTP. Exit code 0 for success, 1 for a refusal. After a refresh the trusted metadata lies unversioned in DIR, and beside
-it, hidden, what is remembered apart from it.
+`Updater`, `TrustedMetadata`, `VerifierState` and `DirectoryCache` are those of the agent; only the fetching is plain
+HTTP. Exit code 0 for success, 1 for a refusal. After a refresh, DIR contains the trusted metadata without version
+numbers in the names, and the verifier state in a hidden file.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LOCK: Final = ".lock"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command of the suite; returns the exit code."""
+    """Run a command of the suite; return the exit code."""
     options = _parser().parse_args(arguments)
     directory = Path(options.metadata_dir)
     try:
@@ -52,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fleet-tuf-conformance", description="The device's TUF client, to be tested.")
+    parser = argparse.ArgumentParser(
+        prog="fleet-tuf-conformance", description="The device's TUF client for conformance tests."
+    )
     parser.add_argument("--metadata-dir", required=True)
     parser.add_argument("--metadata-url", default="")
     parser.add_argument("--target-name", default="")
@@ -78,7 +80,7 @@ def _refresh(directory: Path, url: str) -> Updater:
     states = FileState(directory / STATE, lock=directory / LOCK)
 
     def fetch(name: str, max_bytes: int) -> bytes:
-        # A role may have any name: `TrustedMetadata` asks for a file name that is quoted already.
+        # A role may have any name: the file names that `TrustedMetadata` requests are already quoted.
         return _get(f"{url.rstrip('/')}/{name}", max_bytes)
 
     root = (directory / PINNED).read_bytes()
@@ -88,10 +90,10 @@ def _refresh(directory: Path, url: str) -> Updater:
 
 
 def _download(updater: Updater, name: str, base_url: str, directory: Path) -> None:
-    """Fetch a target unless it is there already, and keep it only with the length and hashes that were signed."""
+    """Fetch a target unless it is already there, and keep it only if its length and hashes are the signed ones."""
     found = updater.find(name)
     if found is None or found.revoked or found.target is None:
-        raise Rejected(RejectCode.UNKNOWN_TARGET, f"nobody has published {name!r}")
+        raise Rejected(RejectCode.UNKNOWN_TARGET, f"{name!r} is not published")
     target = found.target
     path = directory / quote(name, safe="")
     if path.exists() and metadata.sha256(path.read_bytes()) == target.hashes.get("sha256"):

@@ -1,13 +1,13 @@
 """Statements of a device, signed by its device key; audit of a device's report chain.
 
-A report travels in a DSSE envelope under the key of the device's certificate (P-256, or Ed25519), so neither a broker
-nor a server can invent what a device runs. The payload is the report's own JSON; nothing of it is trusted before
-`DeviceVerifier.verify` returned it.
+A report travels in a DSSE envelope signed by the key of the device's certificate (P-256 or Ed25519), so neither a
+broker nor a server can forge what a device runs. The payload is the report's JSON; nothing in it is trusted before
+`DeviceVerifier.verify` has returned it.
 
-Each report names the sha256 of the one before it, so a server that leaves one out, changes one or invents one is found
-out by whoever remembers the device's key and the newest report that was seen. The audit is pure: what the server shows
-and what is remembered go in, findings and what is to be remembered come out. A progress report ("40 %") may be
-overtaken on the device before it was ever sent; it is signed, and no link of the chain.
+Each report names the sha256 of the one before it. Anyone who remembers the device's key and the newest report seen can
+therefore detect a report that the server left out, changed or forged. The audit is pure: what the server shows and what
+is remembered go in, findings and the new memory come out. A progress report ("40 %") may be replaced on the device
+before it is sent, so progress reports are signed but are not part of the chain.
 """
 
 import functools
@@ -46,36 +46,39 @@ class DeviceSigner:
     """Signer of a device's statements, with its device key."""
 
     def __init__(self, pem: bytes) -> None:
-        """Read the device key's file.
+        """Read a device key.
+
+        Args:
+            pem: content of the key file, PKCS#8.
 
         Raises:
-            KeyFileError: no private key, or one of a kind that no device has.
+            KeyFileError: not a private key, or neither P-256 nor Ed25519.
         """
         try:
             key = load_pem_private_key(pem, password=None)
         except (ValueError, TypeError) as error:
             raise KeyFileError(f"the device key cannot be read: {error}") from error
         if not isinstance(key, EllipticCurvePrivateKey | Ed25519PrivateKey):
-            raise KeyFileError("the device key is neither of P-256 nor of Ed25519: enrol the device anew")
+            raise KeyFileError("the device key is neither P-256 nor Ed25519: enrol the device again")
         self._signer = CryptoSigner(key)
 
-    def sign(self, said: bytes, payload_type: str = REPORT_TYPE) -> bytes:
-        """Sign a report's JSON, or another statement, and return the envelope."""
-        return dsse.sign(payload_type, said, [self._signer])
+    def sign(self, statement: bytes, payload_type: str = REPORT_TYPE) -> bytes:
+        """Sign a statement (by default a report's JSON) and return its DSSE envelope."""
+        return dsse.sign(payload_type, statement, [self._signer])
 
 
 class DeviceVerifier:
-    """Verifier of one device's statements.
+    """Verifier for one device's statements.
 
     Attributes:
-        fingerprint: sha256 of the public key (SubjectPublicKeyInfo, DER) in hex, compared from first sight on.
+        fingerprint: sha256 of the public key (SubjectPublicKeyInfo, DER) in hex; pinned when first seen.
     """
 
     def __init__(self, certificate: bytes) -> None:
-        """Read the device's certificate, PEM.
+        """Read the device's certificate (PEM).
 
         Raises:
-            Rejected: MALFORMED: no certificate, or a key of another kind.
+            Rejected: MALFORMED: not a certificate, or its key is neither P-256 nor Ed25519.
         """
         try:
             key = x509.load_pem_x509_certificate(certificate).public_key()
@@ -86,15 +89,15 @@ class DeviceVerifier:
         elif isinstance(key, Ed25519PublicKey):
             self._verify = key.verify
         else:
-            raise Rejected(RejectCode.MALFORMED, "the device's key is neither of P-256 nor of Ed25519")
+            raise Rejected(RejectCode.MALFORMED, "the device's key is neither P-256 nor Ed25519")
         der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         self.fingerprint = hashlib.sha256(der).hexdigest()
 
     def verify(self, data: bytes, payload_type: str = REPORT_TYPE) -> bytes:
-        """Return the report's JSON, or another statement, in an envelope that this device signed.
+        """Verify an envelope and return the statement in it (by default a report's JSON).
 
         Raises:
-            Rejected: TOO_LARGE, MALFORMED; UNSIGNED for what another key signed, or signed as something else.
+            Rejected: TOO_LARGE, MALFORMED; UNSIGNED: signed by another key, or as another type of statement.
         """
         envelope = dsse.parse(data, max_bytes=ENVELOPE_MAX_BYTES)
         if envelope.payload_type != payload_type:
@@ -105,21 +108,21 @@ class DeviceVerifier:
             except InvalidSignature:
                 continue
             return envelope.payload
-        raise Rejected(RejectCode.UNSIGNED, "it is not signed by this device's key")
+        raise Rejected(RejectCode.UNSIGNED, "the statement is not signed by this device's key")
 
 
 def _ecdsa(key: EllipticCurvePublicKey, signature: bytes, data: bytes) -> None:
-    """Verify with a key that was parsed once: parsing costs as much as half of the verification."""
+    """Verify with a parsed key: parsing it again would cost half as much as the verification."""
     key.verify(signature, data, _ECDSA)
 
 
 def is_signed(data: bytes) -> bool:
-    """Return whether data look like an envelope; the signature may still be anybody's."""
+    """Return whether `data` looks like an envelope, without verifying the signature."""
     return data.startswith(_START)
 
 
 def unverified(data: bytes) -> bytes:
-    """Return the report's JSON, in an envelope or not, from bytes that were verified before they were stored.
+    """Return the report's JSON from stored bytes, in an envelope or not, without verifying them again.
 
     Raises:
         Rejected: MALFORMED.
@@ -128,11 +131,12 @@ def unverified(data: bytes) -> bytes:
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
-    """Memory of one device on an operator's machine.
+    """Newest state of a device's history that an operator's machine has seen.
 
     Attributes:
-        key: fingerprint of its key, from first sight on.
-        sequence, sha256: of the newest report that was seen; 0 and empty for none.
+        key: fingerprint of the device's key when it was first seen.
+        sequence: number of the newest report seen; 0 for none.
+        sha256: hash of that report; empty for none.
     """
 
     key: str
@@ -145,11 +149,11 @@ class Verdict:
     """Result of an audit.
 
     Attributes:
-        findings: what does not hold, as sentences; none when the history is the device's own.
-        bad: number of reports that do not hold.
-        notes: what is worth knowing and proves nothing.
-        reports: those that hold, in the order of the chain.
-        seen: what is to be remembered.
+        findings: evidence of tampering, as sentences; empty when the history is intact.
+        bad: number of bad records.
+        notes: observations that prove nothing.
+        reports: the verified reports, in the order of the chain.
+        seen: the state to remember.
     """
 
     findings: tuple[str, ...]
@@ -159,7 +163,7 @@ class Verdict:
     bad: int = 0
 
     def ran(self) -> tuple[Report, ...]:
-        """Return what the device ran, and from when on: commits, removals and rollbacks."""
+        """Return the reports that changed what the device runs: commits, removals and rollbacks."""
         ends = (Phase.COMMITTED, Phase.ROLLED_BACK)
         return tuple(each for each in self.reports if each.phase in ends or (each.instance and each.code is not None))
 
@@ -171,24 +175,24 @@ class _Link:
 
 
 def audit(device: str, certificate: bytes, shown: Iterable[bytes], seen: Seen | None) -> Verdict:
-    """Check one device's history.
+    """Check one device's history against what is remembered of it.
 
     Args:
-        device: its id.
-        certificate: of the device, PEM, as the server shows it.
-        shown: its reports as the server stored them, in any order.
-        seen: what is remembered of it; None at first sight.
+        device: the device's id.
+        certificate: the device's certificate (PEM) as the server shows it.
+        shown: the device's reports as the server stored them, in any order.
+        seen: what is remembered of the device; None the first time.
 
     Raises:
         Rejected: MALFORMED: the certificate cannot be read.
     """
-    ear = DeviceVerifier(certificate)
-    if seen is not None and seen.key != ear.fingerprint:
-        words = f"the server shows another key ({ear.fingerprint[:16]}) than was first seen ({seen.key[:16]})"
-        return Verdict(findings=(words,), notes=(), reports=(), seen=seen)
-    links, unread, wrong = _links(device, ear, shown)
+    verifier = DeviceVerifier(certificate)
+    if seen is not None and seen.key != verifier.fingerprint:
+        finding = f"the server shows another key ({verifier.fingerprint[:16]}) than was first seen ({seen.key[:16]})"
+        return Verdict(findings=(finding,), notes=(), reports=(), seen=seen)
+    links, unread, wrong = _links(device, verifier, shown)
     links.sort(key=lambda link: (link.report.sequence, link.report.at))
-    known = seen or Seen(key=ear.fingerprint)
+    known = seen or Seen(key=verifier.fingerprint)
     more, notes = _chain(links, known, unread)
     last = max(links, key=lambda link: (link.report.at, link.report.sequence), default=None)
     if last is not None and not more:
@@ -200,22 +204,22 @@ def audit(device: str, certificate: bytes, shown: Iterable[bytes], seen: Seen | 
 
 
 def _links(
-    device: str, ear: DeviceVerifier, shown: Iterable[bytes]
+    device: str, verifier: DeviceVerifier, shown: Iterable[bytes]
 ) -> tuple[list[_Link], set[str], dict[str, list[str]]]:
-    """Sort out what was shown; no record, whatever it holds, keeps the others from being judged.
+    """Verify the records and drop reports of mere progress; no bad record prevents the others from being verified.
 
     Returns:
-        The reports that are this device's, without those of mere progress; the sha256 of those that it signed and
-        nobody can read; by what is wrong with them, the names of the others.
+        This device's reports; the sha256 of reports that it signed but that cannot be parsed; and for each kind of
+        fault, the names of the bad records.
     """
     links: dict[str, _Link] = {}
     unread: set[str] = set()
     wrong: defaultdict[str, list[str]] = defaultdict(list)
     for data in shown:
         try:
-            fault, report, sha256 = _judge(device, ear, data)
-        except Exception as error:  # noqa: BLE001 - a fault of ours, or of a library: named, and the next is judged
-            fault, report, sha256 = f"that cannot be judged ({type(error).__name__})", None, ""
+            fault, report, sha256 = _check(device, verifier, data)
+        except Exception as error:  # noqa: BLE001 - a bug, ours or a library's: reported, without ending the audit
+            fault, report, sha256 = f"that cannot be checked ({type(error).__name__})", None, ""
         if fault:
             wrong[fault].append(_name(data))
         if fault == _UNREADABLE:
@@ -228,34 +232,34 @@ def _links(
 _UNREADABLE: Final = "that this device signed and that cannot be read"
 
 
-def _judge(device: str, ear: DeviceVerifier, data: bytes) -> tuple[str, Report | None, str]:
-    """Return what is wrong with a record (empty for nothing), the report, and the sha256 of what was signed."""
+def _check(device: str, verifier: DeviceVerifier, data: bytes) -> tuple[str, Report | None, str]:
+    """Return the fault of a record (empty for none), the report, and the sha256 of the signed payload."""
     if not is_signed(data):
         return "without a signature", None, ""
     try:
-        said = ear.verify(data)
+        payload = verifier.verify(data)
     except Rejected:
         return "that this device did not sign", None, ""
-    sha256 = hashlib.sha256(said).hexdigest()
+    sha256 = hashlib.sha256(payload).hexdigest()
     try:
-        report = wire.decode(Report, said)
+        report = wire.decode(Report, payload)
     except wire.WireError:
         return _UNREADABLE, None, sha256
     return ("" if report.device == device else "about another device"), report, sha256
 
 
 def _name(data: bytes) -> str:
-    """Return the name of a record for people: its number, the server's words, or else its hash."""
+    """Name a record for people: by its number, the server's text, or its hash."""
     try:
-        said = msgspec.json.decode(unverified(data), type=dict[str, Any] | str)
+        content = msgspec.json.decode(unverified(data), type=dict[str, Any] | str)
     except (Rejected, *wire.JSON_ERRORS):
-        said = {}
-    if isinstance(said, str):
-        return repr(said[:_WORDS_CHARS])
-    number = said.get("sequence")
+        content = {}
+    if isinstance(content, str):
+        return repr(content[:_WORDS_CHARS])
+    number = content.get("sequence")
     if not isinstance(number, int | float):
         return f"sha256 {hashlib.sha256(data).hexdigest()[:16]}"
-    return f"number {str(number)[:_NAME_CHARS]} of boot {str(said.get('boot_id', ''))[:_NAME_CHARS]!r}"
+    return f"number {str(number)[:_NAME_CHARS]} of boot {str(content.get('boot_id', ''))[:_NAME_CHARS]!r}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -263,7 +267,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _chain(links: Sequence[_Link], known: Seen, unread: set[str]) -> tuple[list[str], list[str]]:
-    """Gaps, forks and what was taken back; and what is only to be noted."""
+    """Look for gaps, forks and withdrawn reports; return findings and notes."""
     findings: list[str] = []
     notes: list[str] = []
     shown = unread | {link.sha256 for link in links}
@@ -281,5 +285,5 @@ def _chain(links: Sequence[_Link], known: Seen, unread: set[str]) -> tuple[list[
                 notes.append(f"the history begins with report {link.report.sequence}: older ones are not shown")
         oldest = False
     if known.sha256 and known.sha256 not in shown and known.sha256 not in named:
-        findings.append(f"report {known.sequence}, which was seen before, is not shown any more")
+        findings.append(f"report {known.sequence}, which was seen before, is no longer shown")
     return findings, notes

@@ -31,12 +31,12 @@ def sign_assignment(assignment: Assignment, signer: Signer) -> bytes:
     statement names too; signing the same assignment again, with a rotated key for example, keeps it.
 
     Raises:
-        SigningError: what no device would accept: too large, too many items, an instance twice or with a bad name,
-            empty without `stop_all`, expired at birth.
+        SigningError: no device would accept it: too large, too many items, an instance listed twice or with a bad name,
+            empty without `stop_all`, or expired when issued.
     """
     check_items(assignment)
     if not assignment.items and not assignment.stop_all:
-        raise SigningError("an empty list would stop everything: say stop_all")
+        raise SigningError("an empty list of instances would stop everything: set stop_all if that is meant")
     try:
         names.check_device(assignment.device)
     except names.BadNameError as error:
@@ -45,24 +45,32 @@ def sign_assignment(assignment: Assignment, signer: Signer) -> bytes:
 
 
 def sign_fresh(fresh: Fresh, signer: Signer) -> bytes:
-    """Sign a freshness statement; raises `SigningError` when it is too large or would expire before it is issued."""
+    """Sign a freshness statement.
+
+    Raises:
+        SigningError: too large, or expired when issued.
+    """
     return _sign(FRESH_TYPE, fresh, wire.encode(fresh), signer)
 
 
 def sign_command(command: Command, signer: Signer) -> bytes:
-    """Sign a command; raises `SigningError` when it is too large or would expire before it is issued."""
+    """Sign a command.
+
+    Raises:
+        SigningError: too large, or expired when issued.
+    """
     return _sign(COMMAND_TYPE, command, wire.encode(command), signer)
 
 
 def _sign(payload_type: str, message: Assignment | Fresh | Command, encoded: bytes, signer: Signer) -> bytes:
     if message.issued.tzinfo is None or message.expires.tzinfo is None:
-        raise SigningError("times are in UTC: give them a time zone")
+        raise SigningError("issue and expiry times need a time zone (UTC)")
     if message.expires <= message.issued:
-        raise SigningError("it would expire before it is issued")
+        raise SigningError("the document would expire before it is issued")
     envelope = dsse.sign(payload_type, encoded, [signer])
     if len(envelope) > message.MAX_BYTES:
         raise SigningError(
-            f"{len(envelope)} bytes are too many for one device, at most {message.MAX_BYTES} fit in a message"
+            f"{len(envelope)} bytes are too many for a device, at most {message.MAX_BYTES} fit in a message"
         )
     return envelope
 
@@ -79,12 +87,12 @@ M = TypeVar("M", Assignment, Fresh, Command)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Director:
-    """Current director.
+    """Delegation whose keys sign assignments, freshness statements and commands.
 
     Attributes:
-        targets: the verified top-level targets, which delegate to it.
+        targets: the verified top-level targets, which delegate to the director.
         role: the delegation's name.
-        keys: digest of its key set.
+        keys: digest of the director's key set.
     """
 
     targets: Targets
@@ -95,7 +103,7 @@ class Director:
 def assignment(
     director: Director, data: bytes, *, fleet: str, device: str, state: VerifierState, now: datetime, clamp: datetime
 ) -> tuple[Assignment, str, VerifierState]:
-    """Verify an assignment; returns it with its payload's sha256 and the state to store.
+    """Verify an assignment; return it with its payload's sha256 and the state to store.
 
     Raises:
         Rejected: see `verifier.accept_assignment`.
@@ -110,7 +118,7 @@ def assignment(
         raise Rejected(RejectCode.EQUIVOCATION, f"assignment {message.version} was seen with other bytes before")
     _check_times(message, now, "the assignment")
     if not message.items and not message.stop_all:
-        raise Rejected(RejectCode.EMPTY, "an empty list counts only with stop_all")
+        raise Rejected(RejectCode.EMPTY, "the assignment has no instances, and does not set stop_all")
     check_items(message)
     remembered = Remembered(message.version, envelope.sha256, director.keys)
     state = msgspec.structs.replace(state, assignment=remembered)
@@ -121,7 +129,7 @@ def check_items(message: Assignment) -> None:
     """Refuse a list that no device can carry out: instance names become directories, routes and ports.
 
     Raises:
-        Rejected: TOO_LARGE: too many instances; MALFORMED: a bad or doubled name, a port or an attempt that is none.
+        Rejected: TOO_LARGE: too many instances; MALFORMED: a bad or repeated name, a bad port or attempt number.
     """
     if len(message.items) > bounds.ITEMS_MAX:
         raise Rejected(RejectCode.TOO_LARGE, f"{len(message.items)} instances, at most {bounds.ITEMS_MAX} are accepted")
@@ -135,9 +143,9 @@ def check_items(message: Assignment) -> None:
         if item.instance in seen:
             raise Rejected(RejectCode.MALFORMED, f"the instance {item.instance!r} is listed twice")
         if item.port is not None and not 0 < item.port <= PORT_MAX:
-            raise Rejected(RejectCode.MALFORMED, f"{item.instance}: {item.port} is not a port")
+            raise Rejected(RejectCode.MALFORMED, f"{item.instance}: {item.port} is not a port number")
         if not 0 <= item.attempt <= VERSION_MAX:
-            raise Rejected(RejectCode.MALFORMED, f"{item.instance}: {item.attempt} is not an attempt")
+            raise Rejected(RejectCode.MALFORMED, f"{item.instance}: {item.attempt} is not an attempt number")
         seen.add(item.instance)
 
 
@@ -153,7 +161,7 @@ def fresh(
     now: datetime,
     clamp: datetime,
 ) -> tuple[Fresh, VerifierState]:
-    """Verify a freshness statement; returns it with the state to store (a raised floor).
+    """Verify a freshness statement; return it with the state to store (a raised time floor).
 
     Raises:
         Rejected: see `verifier.accept_freshness`.
@@ -171,7 +179,7 @@ def fresh(
 def command(
     director: Director, data: bytes, *, fleet: str, device: str, state: VerifierState, now: datetime
 ) -> tuple[Command, VerifierState]:
-    """Verify a command; returns it with the state to store before it is obeyed.
+    """Verify a command; return it with the state to store before the command is carried out.
 
     Raises:
         Rejected: see `verifier.accept_command`.
@@ -184,7 +192,7 @@ def command(
         raise Rejected(RejectCode.REPLAY, f"command {message.sequence} is not newer than {known.version}")
     _check_times(message, now, "the command")
     if message.expires - message.issued > COMMAND_LIFE_MAX:
-        raise Rejected(RejectCode.MALFORMED, "a command is valid for minutes, this one is for longer")
+        raise Rejected(RejectCode.MALFORMED, "the command is valid for longer than 15 minutes")
     remembered = Remembered(message.sequence, envelope.sha256, director.keys)
     return message, msgspec.structs.replace(state, command=remembered)
 
@@ -206,14 +214,18 @@ def _open(director: Director, data: bytes, payload_type: str, kind: type[M]) -> 
 
 def _check_addressee(message: Assignment | Fresh | Command, fleet: str, device: str) -> None:
     if message.fleet != fleet:
-        raise Rejected(RejectCode.WRONG_FLEET, f"it is for the fleet {message.fleet[:80]!r}, not {fleet!r}")
+        raise Rejected(
+            RejectCode.WRONG_FLEET, f"the signed document is for fleet {message.fleet[:80]!r}, not {fleet!r}"
+        )
     if message.device != device:
-        raise Rejected(RejectCode.WRONG_DEVICE, f"it is for {message.device[:80]!r}, not {device!r}")
+        raise Rejected(
+            RejectCode.WRONG_DEVICE, f"the signed document is for device {message.device[:80]!r}, not {device!r}"
+        )
 
 
 def _check_version(what: str, version: int) -> None:
     if not 0 < version <= VERSION_MAX:
-        raise Rejected(RejectCode.MALFORMED, f"{what} has the number {version}, beyond 1 to {VERSION_MAX}")
+        raise Rejected(RejectCode.MALFORMED, f"{what} has number {version}, outside 1 to {VERSION_MAX}")
 
 
 def _check_times(message: Assignment | Fresh | Command, now: datetime, what: str) -> None:
@@ -221,7 +233,7 @@ def _check_times(message: Assignment | Fresh | Command, now: datetime, what: str
         raise Rejected(RejectCode.MALFORMED, f"{what} has a time without a zone")
     if now >= message.expires:
         raise Rejected(
-            RejectCode.EXPIRED, f"{what} expired on {message.expires:%Y-%m-%d %H:%M}, it is {now:%Y-%m-%d %H:%M}"
+            RejectCode.EXPIRED, f"{what} expired on {message.expires:%Y-%m-%d %H:%M}, now is {now:%Y-%m-%d %H:%M}"
         )
 
 

@@ -1,7 +1,7 @@
-"""The envelope around what the director signs: DSSE, Dead Simple Signing Envelope, protocol version 1.
+"""DSSE (Dead Simple Signing Envelope), protocol version 1: the envelope around what directors and devices sign.
 
 A signature covers the payload's type as well as the payload, through the pre-authentication encoding (PAE), so that
-bytes signed as one thing are never taken for another. Who may sign is not decided here.
+bytes signed as one type are never accepted as another. Callers decide whose keys count.
 """
 
 import base64
@@ -54,7 +54,7 @@ class Envelope:
 
     @property
     def sha256(self) -> str:
-        """sha256 of the payload in hex: the identity of what was signed, whoever signed it."""
+        """Hash of the payload in hex: identifies what was signed, independent of who signed."""
         return hashlib.sha256(self.payload).hexdigest()
 
 
@@ -84,7 +84,7 @@ def parse(data: bytes, *, max_bytes: int = MAX_BYTES) -> Envelope:
     """Read an envelope without verifying it.
 
     Raises:
-        Rejected: TOO_LARGE; MALFORMED for anything that is not an envelope, or names a key twice.
+        Rejected: TOO_LARGE; MALFORMED: not an envelope, or one that names a key twice.
     """
     if len(data) > max_bytes:
         raise Rejected(RejectCode.TOO_LARGE, f"the envelope has {len(data)} bytes, at most {max_bytes} are accepted")

@@ -1,25 +1,25 @@
-"""Errors of trust, by whose fault they are.
+"""Trust errors, grouped by whose fault they are.
 
 - SigningError
-    - Rejected: the peer's data is unsigned, older, foreign, too large...; its code travels in reports
+    - Rejected: the peer's data is unsigned, outdated, for someone else, too large...; reports carry the code
     - KeyFileError: the operator's key file or passphrase
     - RepositoryError: the operator's request does not fit the repository as it is
-        - ConflictError: someone else published in between: fetch, look, sign again
-- FetchNotFound: no error of trust: the repository has no file of that name
+        - ConflictError: someone else published in between: fetch, check, sign again
+- FetchNotFound: not a trust error: the repository has no file of that name
 """
 
 from fleet.protocol.codes import RejectCode
 
 
 class SigningError(Exception):
-    """Base of all errors of this package; the message is one sentence for people."""
+    """Base of all errors of this package; the message is a sentence for people."""
 
 
 class Rejected(SigningError):  # noqa: N818 - a verdict, and the word that operators read
-    """The peer's data was refused.
+    """Refusal of the peer's data.
 
     Attributes:
-        code: why, from the closed vocabulary that travels in reports.
+        code: reason, from the closed vocabulary that reports use.
     """
 
     def __init__(self, code: RejectCode, message: str) -> None:
@@ -29,7 +29,7 @@ class Rejected(SigningError):  # noqa: N818 - a verdict, and the word that opera
 
 
 class KeyFileError(SigningError):
-    """A key file that cannot be read, written or opened with the passphrase given."""
+    """Key file that cannot be read, written, or opened with the given passphrase."""
 
 
 class RepositoryError(SigningError):

@@ -1,6 +1,6 @@
-"""Differences that a signing event makes, for people to read before they sign: keys, reach, releases, revocations.
+"""Changes that a signing event makes, for people to read before they sign: keys, grants, releases, revocations.
 
-An event is compared with what is published, never with what it says of itself.
+An event is compared with the published metadata; its own note is not trusted.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,35 +19,40 @@ from signing.metadata import DIRECTOR, REVOKED, ceiling, profile
 from signing.policy import Release
 
 Namer = Callable[[str], str]
-"""Key id -> what this person calls that key."""
+"""Key id -> this person's name for the key."""
 
 
 def describe(current: Mapping[str, bytes], event: Event, *, called: Namer = lambda keyid: keyid[:12]) -> list[str]:
-    """Describe an event, one paragraph of lines per document.
+    """Describe an event: a heading and indented lines for each document.
+
+    Args:
+        current: the repository's files.
+        event: as proposed, with any signatures.
+        called: names keys for this reader.
 
     Raises:
-        RepositoryError: a document that is no metadata.
+        RepositoryError: a document is not metadata.
     """
     files, lines = dict(current), list[str]()
     moved, published = 0, dict[str, dict[str, Release]]()
     for document in event.documents:
         try:
-            version, said = _document(files, document, called)
+            version, description = _document(files, document, called)
             if hash_bins.is_bin(document.role):
                 space = hash_bins.namespace_of(document.role)
                 if space not in published:
                     found = hash_bins.releases(current, space) if _latest(current, space) is not None else ()
                     published[space] = {each.name.path: each for each in found}
-                said = list(_bin(published[space], document))
+                description = list(_bin(published[space], document))
         except Rejected as error:
             raise RepositoryError(error.message) from error
         files[f"{version}.{document.role}.json"] = document.data
-        if hash_bins.is_bin(document.role) and not said:
+        if hash_bins.is_bin(document.role) and not description:
             moved += 1
             continue
-        lines += [f"{document.role}, version {version}:", *(f"  {line}" for line in said)]
+        lines += [f"{document.role}, version {version}:", *(f"  {line}" for line in description)]
     if moved:
-        lines.append(f"{moved} hash bins hold what was published before, and nothing else")
+        lines.append(f"{moved} hash bins hold only what was published before")
     return lines
 
 
@@ -62,8 +67,8 @@ def _document(files: Mapping[str, bytes], document: Document, called: Namer) -> 
     known = None if before is None else metadata.parse(Targets, before, document.role).signed
     if hash_bins.is_bin(document.role):
         return new.version, []
-    told = _top(known, new, called) if document.role == "targets" else _space(known, new, before, document.data)
-    return new.version, [*told, *_life(None if known is None else known.expires, new.expires)]
+    changes = _top(known, new, called) if document.role == "targets" else _space(known, new, before, document.data)
+    return new.version, [*changes, *_life(None if known is None else known.expires, new.expires)]
 
 
 def _root(old: Root, new: Root, called: Namer) -> list[str]:
@@ -90,7 +95,7 @@ def _top(old: Targets | None, new: Targets, called: Namer) -> list[str]:
         lines += _ends(known, (new, name), called)
     return [
         *lines,
-        *(f"the namespace {name} ends: nothing of it can be deployed any more" for name in before if name not in after),
+        *(f"the namespace {name} ends: its releases can no longer be deployed" for name in before if name not in after),
     ]
 
 
@@ -100,7 +105,7 @@ def _signers(
     before = {} if old is None else _keys(*old)
     after = _keys(*new)
     yield from (f"{what}: {called(keyid)} may sign from now on" for each, keyid in after.items() if each not in before)
-    yield from (f"{what}: {called(keyid)} may not sign any more" for each, keyid in before.items() if each not in after)
+    yield from (f"{what}: {called(keyid)} may no longer sign" for each, keyid in before.items() if each not in after)
     threshold = new[0].get_delegated_role(new[1]).threshold
     was = None if old is None else old[0].get_delegated_role(old[1]).threshold
     if threshold != was or before.keys() != after.keys():
@@ -113,10 +118,10 @@ def _ceiling(what: str, old: tuple[Targets, str] | None, new: tuple[Targets, str
     if before == after and old is not None:
         return
     if not after:
-        yield f"{what}: no ceiling, its components may be granted anything"
+        yield f"{what}: no ceiling: its components may be granted anything"
         return
     allowed = _reach(after[0])
-    yield f"{what}: its components may reach at the most {', '.join(allowed) or 'nothing'}"
+    yield f"{what}: its components may reach at most {', '.join(allowed) or 'nothing'}"
     if before and (newly := [each for each in allowed if each not in _reach(before[0])]):
         yield f"{what}: newly allows {', '.join(newly)}"
 
@@ -125,7 +130,7 @@ def _ends(old: tuple[Targets, str] | None, new: tuple[Targets, str], called: Nam
     before = {} if old is None else metadata.key_ends(*old)
     for keyid, end in metadata.key_ends(*new).items():
         if before.get(keyid) != end:
-            yield f"{called(keyid)} signs nothing that is valid beyond {end:%Y-%m-%d}"
+            yield f"{called(keyid)} signs nothing that is valid after {end:%Y-%m-%d}"
 
 
 def _space(old: Targets | None, new: Targets, before: bytes | None, data: bytes) -> Iterable[str]:
@@ -134,7 +139,7 @@ def _space(old: Targets | None, new: Targets, before: bytes | None, data: bytes)
         if release.name.path not in known:
             yield from policy.describe(release, before=_previous(release, known.values())).split("\n")
     gone = set(_revoked(new)) - set(() if old is None else _revoked(old))
-    yield from (f"{path} is revoked: devices stop it and nothing brings it back" for path in sorted(gone))
+    yield from (f"{path} is revoked: devices stop it, and the revocation is permanent" for path in sorted(gone))
 
 
 def _bin(known: Mapping[str, Release], document: Document) -> Iterable[str]:
@@ -149,7 +154,7 @@ def _bin(known: Mapping[str, Release], document: Document) -> Iterable[str]:
 
 
 def _previous(release: Release, known: Iterable[Release]) -> Release | None:
-    """The newest published version of the same component that is older."""
+    """Return the newest published release of the same component with a lower version."""
     key = names.version_key(release.name.version)
     older = [
         each

@@ -1,17 +1,17 @@
 """Signing events: propose, cosign, merge, apply.
 
-A signing event holds changes that are proposed together, signed by several people, and published together or not at
-all: a file that can be mailed, with the proposed documents (`signing.rotation`, `signing.repository`) in the order in
-which they take effect, each with the signatures it has so far:
+A signing event is a file that can be mailed. The changes in it are proposed together, signed by several people, and
+published together or not at all. The file holds the proposed documents (`signing.rotation`, `signing.repository`) in
+the order in which they take effect, each with the signatures collected so far:
 
     event = Event(fleet="acme", note="...", documents=(Document("root", draft), Document("targets", draft)))
-    event = sign(files, event, signer)    # wherever this key counts
+    event = sign(files, event, signer)    # on every document that this key may sign
     event = merge(event, the_copy_that_bob_signed)
     missing(files, event)                 # [] when enough have signed
-    files |= apply(files, event)          # on the server: everything is verified, then everything is added
+    files |= apply(files, event)          # on the server: verify all documents, then add all
 
-A change of root's targets key needs targets signed again, and a change of a namespace's keys its role. `propose` puts
-all of it into one event, so that no device ever sees half of a change.
+A new targets key in root requires signing targets again, and new keys of a namespace require signing its role again.
+`propose` puts everything into one event, so that no device ever sees half of a change.
 
 Pure: no file, no network, no clock.
 """
@@ -35,12 +35,12 @@ _NAMED_MAX: Final = 4
 KIND: Final = "wasmfleet-signing-event-1"
 MAX_BYTES: Final = bounds.ROOT_MAX_BYTES + 4 * bounds.TARGETS_MAX_BYTES
 DOCUMENTS_MAX: Final = 1100
-"""A namespace with 1,024 bins, and what changes with it."""
+"""Room for a namespace with 1,024 bins and the documents that change with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The next version of one role (`root`, `targets`, a namespace), with the signatures it has so far."""
+    """Next version of one role (`root`, `targets`, a namespace), with the signatures collected so far."""
 
     role: str
     data: bytes
@@ -55,14 +55,14 @@ class Event:
     note: str = ""
 
     def encode(self) -> bytes:
-        """As a file."""
+        """Encode the event as the content of a file."""
         rows = [_Row(role=each.role, metadata=msgspec.Raw(each.data)) for each in self.documents]
         file = _File(kind=KIND, fleet=self.fleet, note=self.note, documents=rows)
         return msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n"
 
     @property
     def name(self) -> str:
-        """Of a file for it: what it changes, such as `acme-root-3-targets-5`."""
+        """File name that says what the event changes, such as `acme-root-3-targets-5`."""
         parts = (f"{each.role}-{_read(each).signed.version}" for each in self.documents[:_NAMED_MAX])
         return "-".join((self.fleet, *parts))
 
@@ -72,10 +72,10 @@ class Wanted:
     """Signatures that a document still lacks.
 
     Attributes:
-        role: of the document.
-        whose: `root`, `new root`, `targets`, or a namespace: whose keys are meant.
-        count: how many more.
-        keyids: of the keys that could give them.
+        role: the document's role.
+        whose: whose keys must sign: `root`, `new root`, `targets`, or a namespace.
+        count: number of signatures still needed.
+        keyids: ids of the keys that could sign.
     """
 
     role: str
@@ -97,17 +97,17 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def decode(data: bytes) -> Event:
-    """Read an event's file; its documents are judged by the functions below.
+    """Read an event's file without judging its documents.
 
     Raises:
-        RepositoryError: it is none, or too large.
+        RepositoryError: not a signing event, or too large.
     """
     if len(data) > MAX_BYTES:
-        raise RepositoryError(f"a signing event has {MAX_BYTES} bytes at the most")
+        raise RepositoryError(f"the signing event has {len(data)} bytes, at most {MAX_BYTES} are accepted")
     try:
         file = msgspec.json.decode(data, type=_File)
     except wire.JSON_ERRORS as error:
-        raise RepositoryError(f"this is no signing event: {error}") from error
+        raise RepositoryError(f"this is not a signing event: {error}") from error
     if file.kind != KIND:
         raise RepositoryError(f"this is a signing event of another version: {file.kind[:50]!r}")
     if not 0 < len(file.documents) <= DOCUMENTS_MAX:
@@ -117,10 +117,10 @@ def decode(data: bytes) -> Event:
 
 
 def sign(current: Mapping[str, bytes], event: Event, signer: Signer) -> Event:
-    """The event with this key's signature on every document where it counts; elsewhere it is left out.
+    """Add a key's signature to every document that the key may sign, and return the event.
 
     Raises:
-        RepositoryError: it counts nowhere, or cannot sign.
+        RepositoryError: the key may sign none of the documents, or cannot sign.
     """
     keyid = signer.public_key.keyid
     found = []
@@ -131,15 +131,15 @@ def sign(current: Mapping[str, bytes], event: Event, signer: Signer) -> Event:
             found[number] = replace(document, data=rotation.cosign(document.data, signer))
             signed += 1
     if not signed:
-        raise RepositoryError("this key signs nothing of it")
+        raise RepositoryError("this key may sign none of the event's documents")
     return replace(event, documents=tuple(found))
 
 
 def missing(current: Mapping[str, bytes], event: Event) -> list[Wanted]:
-    """The signatures that the event still lacks; empty when it can be published.
+    """Return the signatures that the event still lacks; empty when it can be published.
 
     Raises:
-        RepositoryError: a document of a role that nobody is trusted to sign.
+        RepositoryError: no key is trusted to sign a document's role.
     """
     found = []
     for document, checks in _walk(current, event):
@@ -157,10 +157,10 @@ def missing(current: Mapping[str, bytes], event: Event) -> list[Wanted]:
 
 
 def merge(first: Event, *others: Event) -> Event:
-    """Merge copies of an event: the result has the signatures of all.
+    """Merge copies of an event; the result has the signatures of all copies.
 
     Raises:
-        RepositoryError: they are not copies of one event.
+        RepositoryError: the files are not copies of the same event.
     """
     documents = list(first.documents)
     for other in others:
@@ -176,13 +176,13 @@ def merge(first: Event, *others: Event) -> Event:
 
 
 def apply(current: Mapping[str, bytes], event: Event) -> dict[str, bytes]:
-    """Judge the whole event against the repository's files, and return the files to add, in their order.
+    """Verify the whole event against the repository's files, and return the files to add, in order.
 
-    What is published already is left out, so that sending an event twice does no harm.
+    Documents that are already published are left out, so that sending an event twice is harmless.
 
     Raises:
-        Rejected, ConflictError, RepositoryError: see `rotation.check`; also when a role that stays as it is would not
-            be signed by its new keys.
+        Rejected, ConflictError, RepositoryError: see `rotation.check`; also when a role that the event does not
+            change is not signed by its new keys.
     """
     files, new = dict(current), dict[str, bytes]()
     spaces = set[str]()
@@ -220,10 +220,10 @@ def _in_bins(files: Mapping[str, bytes], document: Document) -> bool:
 
 
 def check_whole(files: Mapping[str, bytes]) -> None:
-    """Every role is signed by the keys that are trusted with it now.
+    """Check that every role is signed by the keys that are trusted with it now.
 
     Raises:
-        RepositoryError: one is not: its keys changed, and it must be signed again in the same event.
+        RepositoryError: a role's keys changed, and it must be signed again in the same event.
     """
     root = metadata.parse(Root, repository.latest(files, "root")[1], "root").signed
     top = metadata.parse(Targets, repository.latest(files, "targets")[1], "targets")
@@ -251,14 +251,16 @@ def _is_published(files: Mapping[str, bytes], document: Document) -> bool:
         return False
     before = _read(Document(document.role, published)).signed
     if before.to_dict() != signed.to_dict():
-        raise ConflictError(f"{document.role} is at version {signed.version} already, with other content: propose anew")
+        raise ConflictError(
+            f"{document.role} is already at version {signed.version} with other content: propose the change again"
+        )
     return True
 
 
 def _walk(
     current: Mapping[str, bytes], event: Event
 ) -> Iterator[tuple[Document, Sequence[tuple[str, Root | Targets, str]]]]:
-    """Each document with the checks of its signatures: (whose keys are meant, delegator, its name for them)."""
+    """Yield each document with its signature checks: (whose keys must sign, delegator, role name in the delegation)."""
     files = dict(current)
     for document in event.documents:
         signed = _read(document).signed
@@ -294,7 +296,7 @@ def _read(document: Document) -> Metadata[Any]:
 
 
 def _tidy(role: str, data: bytes) -> bytes:
-    """The document as this project writes metadata, however a mail program or an editor laid it out."""
+    """Restore this project's metadata layout, which mail programs and editors may have changed."""
     return _read(Document(role, data)).to_bytes()
 
 
@@ -313,21 +315,21 @@ def propose(
     renew: Collection[str] = (),
     note: str = "",
 ) -> Event:
-    """An unsigned event with every document that these changes need.
+    """Return an unsigned event with every document that these changes need.
 
     Args:
         current: the repository's files.
         now: UTC.
-        size: None to keep it.
-        roles: of root, targets, snapshot and timestamp, those that change.
-        director: None to keep its keys.
-        namespaces: those that are new or change.
-        remove: namespaces that end.
-        renew: roles that get a new expiry and nothing else: root, targets, namespaces.
-        note: a line for those who sign.
+        size: the fleet's new size; None to keep the current one.
+        roles: new keys of root, targets, snapshot or timestamp.
+        director: the director's new keys; None to keep the current ones.
+        namespaces: new and changed namespaces.
+        remove: namespaces to remove.
+        renew: roles that only get a new expiry: root, targets, namespaces.
+        note: a line for the people who sign.
 
     Raises:
-        RepositoryError: see `rotation.propose_root` and `rotation.propose_targets`; nothing to change.
+        RepositoryError: see `rotation.propose_root` and `rotation.propose_targets`; also if there is nothing to change.
     """
     files, documents = dict(current), list[Document]()
 
@@ -356,7 +358,7 @@ def propose(
 def _space(
     files: Mapping[str, bytes], top: Targets, name: str, *, fresh: bool, now: datetime
 ) -> Iterator[tuple[str, Targets]]:
-    """Return what must be signed again of a namespace: all of it, or what its current keys have not signed."""
+    """Return the roles of a namespace to sign again: all (`fresh`), or those its current keys have not signed."""
     ends, role = until(top, name, now), _newest(Targets, files, name)
     if fresh or not _stands(top, name, role) or not _bins_stand(top, name, role.signed):
         if (found := hash_bins.delegation(role.signed)) is not None:
@@ -373,7 +375,7 @@ def _next(signed: Targets, ends: datetime) -> Targets:
 
 
 def until(top: Targets, name: str, now: datetime) -> datetime:
-    """As long as its keys allow: the full life where enough of them do not end, else until the first of them ends."""
+    """Return a namespace role's expiry: the full life if enough of its keys have no end, else the first key's end."""
     ends = metadata.key_ends(top, name)
     role = top.get_delegated_role(name)
     lasting = [keyid for keyid in role.keyids if keyid not in ends]
@@ -383,10 +385,16 @@ def until(top: Targets, name: str, now: datetime) -> datetime:
 
 
 def propose_bins(current: Mapping[str, bytes], namespace: str, *, now: datetime, bits: int = hash_bins.BITS) -> Event:
-    """An unsigned event that moves a namespace's targets into hash bins.
+    """Return an unsigned event that moves a namespace's targets into hash bins.
+
+    Args:
+        current: the repository's files.
+        namespace: the one to split.
+        now: UTC.
+        bits: two to the power of this is the number of bins.
 
     Raises:
-        RepositoryError: there is no such namespace, or as `bins.split`.
+        RepositoryError: there is no such namespace, or see `hash_bins.split`.
     """
     if namespace not in repository.namespaces(current):
         raise RepositoryError(f"the repository has no namespace {namespace[:80]!r}")
@@ -408,7 +416,7 @@ def _bins_stand(top: Targets, name: str, head: Targets) -> bool:
 
 
 def _due(files: Mapping[str, bytes], head: Targets, *, fresh: bool) -> Iterator[tuple[str, Metadata[Targets]]]:
-    """The bins that must be signed again: all of them, or those that their keys of now have not signed."""
+    """Yield the bins to sign again: all (`fresh`), or those that their current keys have not signed."""
     found = hash_bins.delegation(head)
     for name in found.get_roles() if found is not None else ():
         role = _newest(Targets, files, name)
@@ -430,10 +438,10 @@ def _newest(kind: type[S], files: Mapping[str, bytes], role: str) -> Metadata[S]
 
 
 def expiry(data: bytes) -> datetime:
-    """When a root, targets or namespace file expires.
+    """Return when a root, targets or namespace file expires (UTC).
 
     Raises:
-        RepositoryError: it is none.
+        RepositoryError: neither a root nor a targets role.
     """
     try:
         return metadata.parse(Root, data, "the role").signed.expires

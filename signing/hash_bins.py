@@ -1,8 +1,8 @@
-"""Hash bins under a namespace: many small roles in place of one that every device would fetch whole (TAP 15).
+"""Hash bins under a namespace: many small roles instead of one that every device would fetch whole (TAP 15).
 
-A namespace's own role then holds no targets: it delegates to `<namespace>.bins-00` and so on, by the sha256 of a
-target's path, with the very keys of the namespace, and keeps the revocations. Publishing changes one bin, and a device
-fetches the one that its target is in. The dot cannot occur in a namespace's name, so no namespace is taken for a bin.
+With bins, a namespace's own role holds no targets. It delegates to `<namespace>.bins-00` and so on, by the sha256 of a
+target's path, with the keys of the namespace, and keeps the revocations. Publishing changes a single bin, and a device
+fetches only the bin of its target. A namespace's name cannot contain a dot, so none can be mistaken for a bin.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ BITS: Final = 8
 
 
 def namespace_of(role: str) -> str:
-    """Of a bin, or the role's own name."""
+    """Return the namespace that a bin belongs to, or the role's own name."""
     return role.partition(MARK)[0]
 
 
@@ -32,18 +32,18 @@ def is_bin(role: str) -> bool:
 
 
 def delegation(head: Targets) -> SuccinctRoles | None:
-    """Return how a namespace's role delegates to bins; None where it holds its targets itself."""
+    """Return a namespace role's delegation to bins; None where the role holds its targets itself."""
     return None if head.delegations is None else head.delegations.succinct_roles
 
 
 def holder(files: Mapping[str, bytes], namespace: str, path: str) -> str:
-    """The role that holds, or will hold, a target path: the namespace's, or a bin's."""
+    """Return the role that holds, or will hold, a target path: the namespace's, or a bin's."""
     found = delegation(_newest(files, namespace).signed)
     return namespace if found is None else found.get_role_for_target(path)
 
 
 def attach(head: Targets, top: Targets, namespace: str, bits: int) -> None:
-    """Make a namespace's role delegate to bins with the namespace's keys of now, in place."""
+    """Make a namespace's role delegate to bins with the namespace's current keys, in place."""
     role = top.get_delegated_role(namespace)
     keys = {keyid: top.get_key(keyid) for keyid in role.keyids}
     ends = {metadata.KEY_ENDS: role.unrecognized_fields[metadata.KEY_ENDS]} if metadata.key_ends(top, namespace) else {}
@@ -65,12 +65,12 @@ def releases(files: Mapping[str, bytes], namespace: str) -> tuple[Release, ...]:
 
 
 def check(current: Mapping[str, bytes], role: str, data: bytes) -> int:
-    """Judge one document of a namespace with bins: signatures, and the very next version. `check_whole` does the rest.
+    """Verify a document of a namespace with bins: signatures, and version plus one. `check_whole` does the rest.
 
     Raises:
         Rejected: TOO_LARGE, MALFORMED, UNSIGNED.
         ConflictError: not the next version.
-        RepositoryError: a delegation to others than the namespace's own keys, a revocation taken back.
+        RepositoryError: a delegation to keys other than the namespace's own, or a withdrawn revocation.
     """
     new = metadata.parse(Targets, data, role)
     namespace = namespace_of(role)
@@ -92,7 +92,7 @@ def check(current: Mapping[str, bytes], role: str, data: bytes) -> int:
         before = _newest(current, role).signed.unrecognized_fields.get(REVOKED, [])
         gone = set(before) - set(new.signed.unrecognized_fields.get(REVOKED, []))
         if gone:
-            raise RepositoryError(f"{role} takes back the revocation of {min(gone)}")
+            raise RepositoryError(f"{role} withdraws the revocation of {min(gone)}: a revocation is permanent")
     return new.signed.version
 
 
@@ -109,16 +109,15 @@ def _check_head(head: Targets, top: Targets, namespace: str) -> None:
 
 
 def check_whole(before: Mapping[str, bytes], after: Mapping[str, bytes], namespace: str) -> None:
-    """Judge what became of a namespace with bins: nothing lost or changed, everything in its bin, below the ceiling.
+    """Verify a changed namespace with bins: no target lost or changed, each in its bin and within the ceiling.
 
     Args:
         before: the repository's files as published.
-        after: with the documents that `check` has taken.
-        namespace: one whose documents are among them.
+        after: the same, with the documents that passed `check`.
+        namespace: a namespace that those documents change.
 
     Raises:
-        RepositoryError: a bin that is missing or signed by other keys, a target that was changed, lost, or is in a
-            wrong place.
+        RepositoryError: a bin is missing or signed by other keys; a target was changed, lost, or is in the wrong bin.
         Rejected: GRANT_DENIED, MALFORMED.
     """
     head = _newest(after, namespace).signed
@@ -137,7 +136,7 @@ def check_whole(before: Mapping[str, bytes], after: Mapping[str, bytes], namespa
         _check_signed(head, name, role)
         for path, target in role.signed.targets.items():
             if found.get_role_for_target(path) != name or not path.startswith(f"components/{namespace}/"):
-                raise RepositoryError(f"{path} does not belong into {name}")
+                raise RepositoryError(f"{path} does not belong in {name}")
             policy.check_ceiling(policy.release_of(path, target), limits)
             seen[path] = target
     for path, target in _targets(before, old_files, namespace, touched if same else None):
@@ -158,7 +157,7 @@ def _check_signed(head: Targets, name: str, role: Metadata[Targets]) -> None:
 def _targets(
     files: Mapping[str, bytes], index: Mapping[str, int], namespace: str, bins: Iterable[str] | None
 ) -> Iterable[tuple[str, TargetFile]]:
-    """Every target as published before, of all roles of a namespace or of these bins only."""
+    """Yield the published targets of all roles of a namespace, or of `bins` only."""
     if namespace not in index:
         return
     head = _newest(files, namespace).signed
@@ -170,20 +169,20 @@ def _targets(
 
 
 def split(files: Mapping[str, bytes], namespace: str, *, ends: datetime, bits: int) -> dict[str, bytes]:
-    """The unsigned documents that move a namespace's targets into bins: role -> metadata, the namespace's first.
+    """Return the unsigned documents that move a namespace's targets into bins: role -> metadata, the namespace's first.
 
     Args:
         files: the repository's.
         namespace: one without bins.
-        ends: when what is signed now expires.
+        ends: expiry of the new documents.
         bits: two to the power of this is the number of bins.
 
     Raises:
-        RepositoryError: it has bins already.
+        RepositoryError: the namespace already has bins.
     """
     top, head = _newest(files, "targets").signed, _newest(files, namespace)
     if delegation(head.signed) is not None:
-        raise RepositoryError(f"the targets of {namespace} are in bins already")
+        raise RepositoryError(f"the targets of {namespace} are already in bins")
     targets = head.signed.targets
     head.signed.targets = {}
     attach(head.signed, top, namespace, bits)

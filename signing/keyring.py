@@ -1,7 +1,7 @@
-"""A person's keys: a directory of public cards, `<name>.json`, with the private keys beside them or elsewhere.
+"""Keyring: a person's directory of key cards, `<name>.json`, with the private keys beside them or elsewhere.
 
-A card says who a key is and where its private half lies: in a file (`<name>.pem`, see `signing.keys`), in an ssh-agent,
-on a PKCS#11 token, or with somebody else, whose public key this directory knows by a name. Cards hold no secret.
+A card holds a public key, its name, and where its private half is: in a file (`<name>.pem`, see `signing.keys`), in an
+ssh-agent, on a PKCS#11 token, or with someone else. Cards hold no secrets.
 """
 
 import base64
@@ -29,7 +29,7 @@ from signing.errors import KeyFileError
 FILE: Final = "file"
 ELSEWHERE: Final = ""
 Ask = Callable[[str], bytes | None]
-"""Asks a person for the passphrase or PIN of what it is given; None when there is nobody to ask."""
+"""Ask a person for the passphrase or PIN of the named key; returns None when there is nobody to ask."""
 
 _ID_MIN: Final = 8
 _RECOVERY_PREFIX: Final = "WFRK1"
@@ -45,11 +45,11 @@ class _Card(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A key that is known by a name.
+    """Named key.
 
     Attributes:
-        key: the public one.
-        where: `file`, `ssh-agent:`, `hsm:...`, or empty for somebody else's.
+        key: the public key.
+        where: place of the private key: `file`, `ssh-agent:`, `hsm:...`, or empty for someone else's key.
     """
 
     name: str
@@ -63,29 +63,29 @@ class Entry:
 
 
 class Keyring:
-    """The directory; nothing in it is ever overwritten."""
+    """Directory of key cards; nothing in it is ever overwritten."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def entries(self) -> tuple[Entry, ...]:
-        """Every card, by name.
+        """Return every card, sorted by name.
 
         Raises:
-            KeyFileError: one cannot be read.
+            KeyFileError: a card cannot be read.
         """
         return tuple(self._read(path) for path in sorted(self.directory.glob("*.json")))
 
     def get(self, name: str) -> Entry:
-        """A key by its name, or by the beginning of its key id; raises `KeyFileError`."""
+        """Find a key by its name or by the beginning of its key id; raises `KeyFileError` if there is none."""
         by_id = len(name) >= _ID_MIN
         found = [each for each in self.entries() if each.name == name or (by_id and each.key.keyid.startswith(name))]
         if len(found) != 1:
-            raise KeyFileError(f"there is no key {name!r} in {self.directory}: fleet keys list")
+            raise KeyFileError(f"there is no key {name!r} in {self.directory}. List the keys with: fleet keys list")
         return found[0]
 
     def by_id(self, keyid: str) -> Entry | None:
-        """The key with this id."""
+        """Find a key by its whole id; None if it is unknown."""
         return next((each for each in self.entries() if each.key.keyid == keyid), None)
 
     def called(self, keyid: str) -> str:
@@ -94,11 +94,11 @@ class Keyring:
         return keyid[:12] if entry is None else f"{entry.name} ({keyid[:12]})"
 
     def file(self, name: str) -> Path:
-        """Where a private key of that name lies, if it lies in a file."""
+        """Return the path of the private key of that name (whether or not the file exists)."""
         return self.directory / f"{name}.pem"
 
     def free(self, name: str) -> str:
-        """`name`, or `name-2` and so on: the first that is not taken."""
+        """Return the first unused name of `name`, `name-2`, `name-3`, ..."""
         number, found = 1, name
         while self.file(found).exists() or self._card(found).exists():
             number += 1
@@ -106,42 +106,42 @@ class Keyring:
         return found
 
     def add(self, name: str, key: Key, *, where: str = ELSEWHERE) -> Entry:
-        """Write a card, or say in one where its private half is now.
+        """Write a card, or record the new place of a known key's private half.
 
         Raises:
-            KeyFileError: a bad name, one that is taken, or a key that has a name already.
+            KeyFileError: the name is bad or taken, or the key already has a name.
         """
         _check(name)
         known = self.by_id(key.keyid)
         found = known is not None and known.name == name and not known.ours and where != ELSEWHERE
         if known is not None and not found:
-            raise KeyFileError(f"this key is known already, as {known.name}")
+            raise KeyFileError(f"this key is already known as {known.name}")
         card = _Card(name=name, public=public_pem(key), where=where)
         try:
             with self._card(name).open("wb" if found else "xb") as file:
                 file.write(msgspec.json.format(msgspec.json.encode(card), indent=1) + b"\n")
         except FileExistsError as error:
-            raise KeyFileError(f"there is a key {name!r} already: choose another name") from error
+            raise KeyFileError(f"there is already a key {name!r}: choose another name") from error
         except OSError as error:
             raise KeyFileError(f"cannot write {self._card(name)}: {error.strerror}") from error
         return Entry(name, key, where)
 
     def forget(self, name: str) -> None:
-        """Remove a card; the private key, where it lies in a file, stays."""
+        """Remove a card; a private key in a file stays."""
         self._card(name).unlink(missing_ok=True)
 
     def generate(
         self, name: str, *, passphrase: bytes | None, form: keys.Format = keys.Format.PKCS12
     ) -> tuple[Entry, CryptoSigner]:
-        """Make an Ed25519 key in a file; raises `KeyFileError` as `keys.generate` and `add`."""
+        """Make an Ed25519 key, its file and its card; raises `KeyFileError` as `keys.generate` and `add`."""
         _check(name)
         if self._card(name).exists():
-            raise KeyFileError(f"there is a key {name!r} already: choose another name")
+            raise KeyFileError(f"there is already a key {name!r}: choose another name")
         signer = keys.generate(self.file(name), passphrase=passphrase, form=form)
         return self.add(name, signer.public_key, where=FILE), signer
 
     def adopt(self, name: str, signer: CryptoSigner, *, passphrase: bytes | None) -> Entry:
-        """Put a private key that came from elsewhere into a file; raises `KeyFileError` as `generate`."""
+        """Store a private key from elsewhere in a file; raises `KeyFileError` as `generate`."""
         _check(name)
         keys.store(self.file(name), signer, passphrase=passphrase)
         try:
@@ -151,21 +151,21 @@ class Keyring:
             raise
 
     def open(self, entry: Entry, ask: Ask) -> Signer:
-        """A signer for a key of ours.
+        """Return a signer for a key whose private half is accessible.
 
         Raises:
-            KeyFileError: it is somebody else's, its file or token is away, or the passphrase is wrong.
+            KeyFileError: the key is someone else's, its file or token is missing, or the passphrase is wrong.
         """
         if entry.where == keys.SCHEME + ":":
             return keys.SSHAgentSigner(entry.key)
         if entry.where.startswith("hsm:"):
             return _Token(entry, ask)
         if entry.where != FILE:
-            raise KeyFileError(f"the private key of {entry.name} is not here: its owner must sign")
+            raise KeyFileError(f"the private key of {entry.name} is not on this machine: its owner must sign")
         path = self.file(entry.name)
         signer = open_file(path, ask)
         if signer.public_key.keyid != entry.key.keyid:
-            raise KeyFileError(f"{path} holds another key than its card {self._card(entry.name).name} says")
+            raise KeyFileError(f"{path} holds a different key than its card {self._card(entry.name).name}")
         return signer
 
     def _card(self, name: str) -> Path:
@@ -176,13 +176,13 @@ class Keyring:
             card = msgspec.json.decode(path.read_bytes(), type=_Card)
         except (OSError, *wire.JSON_ERRORS) as error:
             raise KeyFileError(
-                f"{path} is no card of a key ({error}): restore it from a copy, or remove it if the key is not needed"
+                f"{path} is not a key card ({error}): restore it from a copy, or remove it if the key is not needed"
             ) from error
         return Entry(path.stem, read_public(card.public.encode(), what=str(path)), card.where)
 
 
 class _Token(Signer):
-    """A key on a PKCS#11 token: securesystemslib's signer with errors for people."""
+    """Signer for a key on a PKCS#11 token: securesystemslib's, with error messages for people."""
 
     def __init__(self, entry: Entry, ask: Ask) -> None:
         self._entry = entry
@@ -192,7 +192,7 @@ class _Token(Signer):
 
         try:
             self._inner = HSMSigner.from_priv_key_uri(entry.where, entry.key, pin)
-        except Exception as error:  # the library raises whatever its driver does
+        except Exception as error:  # the library passes on whatever its driver raises
             raise KeyFileError(f"the token with {entry.name} cannot be used: {error}") from error
 
     @property
@@ -211,7 +211,12 @@ class _Token(Signer):
 
 
 def import_token(*, label: str, number: int, ask: Ask) -> tuple[str, Key]:
-    """The URI and public key of an ECDSA key on a PKCS#11 token; `PYKCS11LIB` names its driver.
+    """Read the URI and public key of an ECDSA key on a PKCS#11 token; `PYKCS11LIB` names the driver.
+
+    Args:
+        label: of the token.
+        number: id of the key on the token.
+        ask: asks for the PIN.
 
     Raises:
         KeyFileError: no driver, no token, no such key.
@@ -234,7 +239,7 @@ def open_file(path: Path, ask: Ask) -> CryptoSigner:
 
 
 def public_pem(key: Key) -> str:
-    """A public key as PEM (SubjectPublicKeyInfo)."""
+    """Encode a public key as PEM (SubjectPublicKeyInfo)."""
     value = str(key.keyval["public"])
     if key.keytype != "ed25519":
         return value
@@ -243,10 +248,10 @@ def public_pem(key: Key) -> str:
 
 
 def read_public(data: bytes, *, what: str) -> Key:
-    """A public key from PEM, from an OpenSSH line, or from a card.
+    """Read a public key from PEM, from an OpenSSH line, or from a card; `what` names the source in errors.
 
     Raises:
-        KeyFileError: it is none of them.
+        KeyFileError: none of these formats.
     """
     try:
         if data.lstrip()[:1] == b"{":
@@ -255,11 +260,11 @@ def read_public(data: bytes, *, what: str) -> Key:
             return SSlibKey.from_crypto(load_ssh_public_key(data.strip()))
         return SSlibKey.from_crypto(load_pem_public_key(data))
     except (ValueError, UnsupportedAlgorithm, *wire.JSON_ERRORS) as error:
-        raise KeyFileError(f"{what} is no public key (PEM, OpenSSH, or a card of fleet keys show)") from error
+        raise KeyFileError(f"{what} is not a public key (PEM, OpenSSH, or a card from fleet keys show)") from error
 
 
 def recovery_key() -> tuple[CryptoSigner, str]:
-    """A new key, and the words that bring it back: for paper, never for a disk."""
+    """Make a recovery key; return its signer and the text to print on paper (never to store on a disk)."""
     key = Ed25519PrivateKey.generate()
     seed = key.private_bytes_raw()
     text = base64.b32encode(seed + _check_sum(seed)).decode().rstrip("=")
@@ -268,20 +273,20 @@ def recovery_key() -> tuple[CryptoSigner, str]:
 
 
 def from_recovery(text: str) -> CryptoSigner:
-    """The key that was printed; blanks, dashes and case do not matter.
+    """Restore a recovery key from its printed text; blanks, dashes and case do not matter.
 
     Raises:
-        KeyFileError: it was typed wrongly.
+        KeyFileError: the text was mistyped.
     """
     plain = "".join(text.split()).replace("-", "").upper()
     body = plain.removeprefix(_RECOVERY_PREFIX)
     try:
         data = base64.b32decode(body + "=" * (-len(body) % 8))
     except ValueError as error:
-        raise KeyFileError("this is no recovery key: it holds A to Z and 2 to 7") from error
+        raise KeyFileError("this is not a recovery key: only A to Z and 2 to 7 occur in one") from error
     seed = data[:_SEED_BYTES]
     if not plain.startswith(_RECOVERY_PREFIX) or data[_SEED_BYTES:] != _check_sum(seed):
-        raise KeyFileError("the recovery key is mistyped: its check does not fit")
+        raise KeyFileError("the recovery key is mistyped: its checksum does not match")
     return CryptoSigner(Ed25519PrivateKey.from_private_bytes(seed))
 
 

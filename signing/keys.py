@@ -1,13 +1,14 @@
-"""Key files, and keys in an ssh-agent.
+"""Keys in files and in an ssh-agent.
 
-Signing keys are Ed25519. Key files are created exclusively, readable by their owner alone, and never overwritten.
-Without a passphrase a key is PKCS#8 in the clear: for development, and for the online roles on a server. With one it is
-PKCS#12 with 600,000 rounds, or OpenSSH's format with bcrypt (`ssh-keygen -p` can change that passphrase; it needs the
-bcrypt package). Plain encrypted PKCS#8 is read and never written: its 2,048 rounds are guessed too quickly.
+Signing keys are Ed25519. Key files are created exclusively, readable only by their owner, and never overwritten.
+Without a passphrase a key is unencrypted PKCS#8: for development, and for the online roles on a server. With a
+passphrase it is PKCS#12 with 600,000 rounds, or OpenSSH's format with bcrypt (whose passphrase `ssh-keygen -p` can
+change; needs the bcrypt package). Encrypted PKCS#8 is read but never written: with its 2,048 rounds, passphrases are
+guessed too quickly.
 
-An ssh-agent signs with an Ed25519 key that never leaves it (draft-miller-ssh-agent, sections 4.4 and 4.5), over the
-very bytes that it is given, so its signature is one of TUF. What unlocks the key (a passphrase, a touch, a
-confirmation) is between the ssh-agent and its user.
+An ssh-agent signs with an Ed25519 key that never leaves it (draft-miller-ssh-agent, sections 4.4 and 4.5). It signs
+exactly the bytes that it is given, so the result is a valid TUF signature. How the key is unlocked (a passphrase, a
+touch, a confirmation) is between the ssh-agent and its user.
 """
 
 import contextlib
@@ -57,9 +58,9 @@ def generate(path: Path, *, passphrase: bytes | None = None, form: Format = Form
     """Make an Ed25519 key, write it to a new file of mode 0600 and return its signer.
 
     Args:
-        path: must not exist yet: a key is never overwritten.
-        passphrase: None leaves the key in the clear.
-        form: of an encrypted file.
+        path: of the new file; must not exist, as a key is never overwritten.
+        passphrase: None to leave the key unencrypted.
+        form: format of an encrypted file.
 
     Raises:
         KeyFileError: the file exists or cannot be written, or the passphrase is too short.
@@ -70,17 +71,17 @@ def generate(path: Path, *, passphrase: bytes | None = None, form: Format = Form
 
 
 def store(path: Path, signer: CryptoSigner, *, passphrase: bytes | None = None, form: Format = Format.PKCS12) -> None:
-    """Write a key that was made elsewhere to a new file of mode 0600; raises `KeyFileError` as `generate`."""
+    """Write an existing key to a new file of mode 0600; raises `KeyFileError` as `generate`."""
     key = load_pem_private_key(signer.private_bytes, None)
     assert isinstance(key, Ed25519PrivateKey)
     _write(path, _encode(key, passphrase, form))
 
 
 def load(path: Path, *, passphrase: bytes | None = None) -> CryptoSigner:
-    """Open a key file in any of the formats above.
+    """Open a key file in any of the formats that the module's docstring lists.
 
     Raises:
-        KeyFileError: no such file, others may read it, not a key of ours, or a missing or wrong passphrase.
+        KeyFileError: no such file, others may read it, not an Ed25519 key, or a missing or wrong passphrase.
     """
     try:
         with path.open("rb") as file:
@@ -89,7 +90,7 @@ def load(path: Path, *, passphrase: bytes | None = None) -> CryptoSigner:
     except OSError as error:
         raise KeyFileError(f"cannot read the key {path}: {error.strerror}") from error
     if mode & 0o077:
-        raise KeyFileError(f"others may read the key {path}: run chmod 600 {path}")
+        raise KeyFileError(f"the key {path} is readable by others: run chmod 600 {path}")
     return parse(data, what=str(path), passphrase=passphrase)
 
 
@@ -106,14 +107,14 @@ def parse(data: bytes, *, what: str, passphrase: bytes | None = None) -> CryptoS
     except TypeError as error:
         if passphrase is None:
             raise EncryptedError(f"{what} is encrypted: give its passphrase") from error
-        raise KeyFileError(f"{what} is not encrypted: give no passphrase") from error
+        raise KeyFileError(f"{what} is not encrypted: leave the passphrase out") from error
     except UnsupportedAlgorithm as error:
         raise KeyFileError(f"{what} cannot be opened here: {error}") from error
     except ValueError as error:
         wrong = " or the passphrase is wrong" if passphrase is not None else ""
         raise KeyFileError(f"{what} is not a private key (PKCS#8, OpenSSH or PKCS#12){wrong}") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise KeyFileError(f"{what} holds another kind of key: Ed25519 is needed (fleet keys new)")
+        raise KeyFileError(f"{what} is not an Ed25519 key: make one with fleet keys new")
     return CryptoSigner(key)
 
 
@@ -179,46 +180,46 @@ _TIMEOUT_S: Final = 60
 
 
 class SSHAgentSigner(Signer):
-    """A signer whose private key is in the agent behind `SSH_AUTH_SOCK`."""
+    """Signer whose private key is in the agent behind `SSH_AUTH_SOCK`."""
 
     def __init__(self, key: Key) -> None:
         self._key = key
 
     @property
     def public_key(self) -> Key:
-        """As listed in metadata."""
+        """Public key, as listed in metadata."""
         return self._key
 
     @classmethod
     def from_priv_key_uri(
         cls, priv_key_uri: str, public_key: Key, secrets_handler: SecretsHandler | None = None
     ) -> "SSHAgentSigner":
-        """See `Signer`; the URI is `ssh-agent:`."""
+        """Make a signer for the URI `ssh-agent:`, see `Signer`."""
         del secrets_handler
         if priv_key_uri.partition(":")[0] != SCHEME:
-            raise ValueError(f"{priv_key_uri} is not of an ssh-agent")
+            raise ValueError(f"{priv_key_uri} is not the URI of a key in an ssh-agent")
         return cls(public_key)
 
     def sign(self, payload: bytes) -> Signature:
-        """Have the agent sign; raises `KeyFileError` when it cannot or its user says no."""
+        """Have the agent sign; raises `KeyFileError` when it cannot or its user declines."""
         public = bytes.fromhex(str(self._key.keyval["public"]))
         blob = _string(_ED25519) + _string(public)
         body = _string(blob) + _string(payload) + struct.pack(">I", 0)
         kind, answer = _ask(_SIGN_REQUEST, body)
         if kind != _SIGN_RESPONSE:
-            raise KeyFileError("the ssh-agent does not sign with this key: ssh-add -l lists what it has")
+            raise KeyFileError("the ssh-agent refused to sign with this key: list its keys with ssh-add -l")
         signature = next(_strings(answer))
         name, value = tuple(_strings(signature))[:2]
         if name != _ED25519:
-            raise KeyFileError("the ssh-agent answered with a signature of another kind")
+            raise KeyFileError("the ssh-agent answered with a signature that is not Ed25519")
         return Signature(self._key.keyid, value.hex())
 
 
 def identities() -> dict[str, Key]:
-    """The Ed25519 keys in the agent, by their comments.
+    """List the Ed25519 keys in the agent: comment -> key.
 
     Raises:
-        KeyFileError: there is no agent.
+        KeyFileError: no agent answers.
     """
     kind, answer = _ask(_REQUEST_IDENTITIES, b"")
     if kind != _IDENTITIES_ANSWER:
@@ -244,7 +245,7 @@ def _ask(kind: int, body: bytes) -> tuple[int, bytes]:
             sock.sendall(_string(bytes([kind]) + body))
             (length,) = struct.unpack(">I", _exactly(sock, 4))
             if not 0 < length <= _ANSWER_MAX:
-                raise KeyFileError("the ssh-agent answered something that is no answer")
+                raise KeyFileError("the ssh-agent's answer has an invalid length")
             answer = _exactly(sock, length)
     except OSError as error:
         raise KeyFileError(f"the ssh-agent at {path} does not answer: {error}") from error
@@ -256,7 +257,7 @@ def _exactly(sock: socket.socket, count: int) -> bytes:
     while len(data) < count:
         chunk = sock.recv(count - len(data))
         if not chunk:
-            raise KeyFileError("the ssh-agent hung up")
+            raise KeyFileError("the ssh-agent closed the connection")
         data += chunk
     return data
 

@@ -1,7 +1,7 @@
-"""Metadata of one role: parse and verify it; signed fields of our own (ceiling, revoked, profile, key ends).
+"""Metadata of one role: parsing, verification, and our own signed fields (ceiling, revoked, profile, key ends).
 
-The small steps that every verifier of TUF metadata takes, on a device or at a desk, with python-tuf's data model and
-none of its client. Pure: no file, no network, no clock.
+Small steps that every verifier of TUF metadata takes, on a device or an operator's machine. Uses python-tuf's data
+model but not its client. Pure: no file, no network, no clock.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ MAX_BYTES: Final[Mapping[type[Signed], int]] = {
 }
 
 KEY_ENDS: Final = "key_ends"
-"""Signed field of a namespace's delegation: key id -> until when that key counts; absent for keys that do not end."""
+"""Signed field of a namespace's delegation: key id -> end of that key's validity; absent for keys without an end."""
 
 
 def sha256(data: bytes) -> str:
-    """In hex."""
+    """Return the sha256 of data in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -47,10 +47,10 @@ def parse(kind: type[S], data: bytes, what: str) -> Metadata[S]:
     Args:
         kind: Root, Timestamp, Snapshot or Targets.
         data: the file.
-        what: the role's name, for the message.
+        what: the role's name, for error messages.
 
     Raises:
-        Rejected: TOO_LARGE; MALFORMED: not metadata, of another type, or with a version that nobody can count on from.
+        Rejected: TOO_LARGE; MALFORMED: not metadata, of another type, or with a version beyond the largest one.
     """
     if len(data) > MAX_BYTES[kind]:
         raise Rejected(RejectCode.TOO_LARGE, f"{what} has {len(data)} bytes, at most {MAX_BYTES[kind]} are accepted")
@@ -66,24 +66,24 @@ def parse(kind: type[S], data: bytes, what: str) -> Metadata[S]:
 
 
 def verify(delegator: Root | Targets, role: str, payload: bytes, signatures: Mapping[str, Signature]) -> None:
-    """Refuse what too few of the role's keys signed (TUF specification, 5.3.4 and alike).
+    """Require signatures of a threshold of the role's keys (TUF specification, 5.3.4, 5.4.2, 5.5.3 and 5.6.3).
 
     Signatures are counted by the *value* of their keys: one key under two ids is one signer.
 
     Raises:
-        Rejected: UNSIGNED: below the threshold, or there is no such role.
+        Rejected: UNSIGNED: fewer signatures than the threshold, or no such role.
     """
     try:
         result = delegator.get_verification_result(role, payload, dict(signatures))
     except ValueError as error:
-        raise Rejected(RejectCode.UNSIGNED, f"nobody is trusted to sign {role}") from error
+        raise Rejected(RejectCode.UNSIGNED, f"no key is trusted to sign {role}") from error
     signers = {identity(key) for key in result.signed.values()}
     if len(signers) < result.threshold:
         raise Rejected(RejectCode.UNSIGNED, f"{role} is signed by {len(signers)} of the {result.threshold} keys needed")
 
 
 def verify_metadata(delegator: Root | Targets, role: str, metadata: Metadata[S]) -> None:
-    """`verify` for a role's metadata file; MALFORMED too, for what has no canonical form."""
+    """Verify a role's metadata file, see `verify`; also raises `Rejected` (MALFORMED) without a canonical form."""
     try:
         payload = metadata.signed_bytes
     except (SerializationError, RecursionError) as error:
@@ -94,11 +94,12 @@ def verify_metadata(delegator: Root | Targets, role: str, metadata: Metadata[S])
 def check_lives(delegator: Root | Targets, role: str, metadata: Metadata[S]) -> None:
     """Refuse metadata that would outlive the keys that signed it.
 
-    A delegation may say until when a key of it counts (`KEY_ENDS`). Such a key signs nothing that is valid for longer,
-    so that what a thief signs with it, whatever date he claims, has expired when the key has. No clock is asked.
+    A delegation may limit how long a key is valid (`KEY_ENDS`). Such a key may only sign metadata that expires no
+    later, so that anything signed with a stolen key, whatever its date, has expired when the key has. No clock is
+    involved.
 
     Raises:
-        Rejected: UNSIGNED: what is left of its signatures is below the threshold.
+        Rejected: UNSIGNED: fewer valid signatures than the threshold.
     """
     counted = counting(delegator, role, metadata)
     if len(counted) != len(metadata.signatures):
@@ -106,27 +107,27 @@ def check_lives(delegator: Root | Targets, role: str, metadata: Metadata[S]) -> 
 
 
 def counting(delegator: Root | Targets, role: str, metadata: Metadata[S]) -> dict[str, Signature]:
-    """The signatures whose keys do not end before what they signed, see `check_lives`."""
+    """Return the signatures whose keys do not end before the metadata expires, see `check_lives`."""
     ends = key_ends(delegator, role)
     late = {keyid for keyid, end in ends.items() if metadata.signed.expires > end}
     return {keyid: signature for keyid, signature in metadata.signatures.items() if keyid not in late}
 
 
 def key_ends(delegator: Root | Targets, role: str) -> dict[str, datetime]:
-    """Key id -> when that key of a delegation ends; keys that do not end are left out.
+    """Return when the keys of a delegation end (key id -> UTC); keys without an end are left out.
 
     Raises:
-        Rejected: MALFORMED: it cannot be read.
+        Rejected: MALFORMED: the field cannot be read.
     """
     try:
         fields = delegator.get_delegated_role(role).unrecognized_fields
         return msgspec.convert(fields.get(KEY_ENDS, {}), dict[str, Annotated[datetime, msgspec.Meta(tz=True)]])
     except (ValueError, msgspec.ValidationError) as error:
-        raise Rejected(RejectCode.MALFORMED, f"when the keys of {role} end cannot be read: {error}") from error
+        raise Rejected(RejectCode.MALFORMED, f"the end dates of the keys of {role} cannot be read: {error}") from error
 
 
 def identity(key: Key) -> bytes:
-    """The public key itself, however it is written down: the same for every id and every spelling of it."""
+    """Return a canonical form of a public key: equal for every key id and every encoding of the same key."""
     public = str(key.keyval.get("public", ""))
     try:
         if key.keytype == "ed25519":
@@ -137,13 +138,13 @@ def identity(key: Key) -> bytes:
 
 
 def key_set(delegator: Root | Targets, roles: Iterable[str]) -> str:
-    """Return a digest of the keys and thresholds that these roles have now: the scope of what is remembered of them."""
+    """Return a digest of the roles' keys and thresholds: the scope in which versions are remembered."""
     digest = hashlib.sha256()
     for name in roles:
         try:
             role = delegator.get_delegated_role(name)
         except ValueError as error:
-            raise Rejected(RejectCode.UNSIGNED, f"nobody is trusted to sign {name}") from error
+            raise Rejected(RejectCode.UNSIGNED, f"no key is trusted to sign {name}") from error
         values = sorted({identity(key).hex() for key in keys_by_id(delegator, role.keyids).values()})
         digest.update(f"{name} {role.threshold} {' '.join(values)}\n".encode())
     return digest.hexdigest()
@@ -177,7 +178,7 @@ def check_expiry(signed: Signed, now: datetime, what: str) -> None:
     if signed.is_expired(now):
         raise Rejected(
             RejectCode.EXPIRED,
-            f"{what} {signed.version} expired on {signed.expires:%Y-%m-%d %H:%M} UTC, it is {now:%Y-%m-%d %H:%M}",
+            f"{what} {signed.version} expired on {signed.expires:%Y-%m-%d %H:%M} UTC, now is {now:%Y-%m-%d %H:%M}",
         )
 
 
@@ -194,10 +195,10 @@ def check_file(meta: MetaFile | TargetFile, data: bytes, what: str) -> None:
 
 
 CEILING: Final = "ceiling"
-"""Signed field of a namespace's delegation: the grants that its components may have at the most."""
+"""Signed field of a namespace's delegation: the most that its components may be granted."""
 
 REVOKED: Final = "revoked"
-"""Signed field of a namespace's role: the target paths that must not run any more."""
+"""Signed field of a namespace's role: target paths that must no longer run."""
 
 PROFILE: Final = "wasmfleet"
 """Signed field of root: which fleet the repository is of, and its size."""
@@ -206,7 +207,7 @@ PROFILE: Final = "wasmfleet"
 def verify_root(trusted: Root, data: bytes) -> Root:
     """Verify the root that follows a trusted one (TUF specification, 5.3.4 and 5.3.5).
 
-    The keys of both must have signed it, and its version must be the very next.
+    The keys of both roots must have signed the new one, and its version must be the trusted version plus one.
 
     Raises:
         Rejected: TOO_LARGE, MALFORMED, UNSIGNED, ROLLBACK.
@@ -220,13 +221,13 @@ def verify_root(trusted: Root, data: bytes) -> Root:
 
 
 def profile(root: Root) -> dict[str, Any]:
-    """Return what a root says of its fleet: `fleet` and `size`; empty where it says nothing."""
-    said = root.unrecognized_fields.get(PROFILE, {})
-    return said if isinstance(said, dict) else {}
+    """Return root's signed fields about the fleet: `fleet` and `size`; empty where there are none."""
+    fields = root.unrecognized_fields.get(PROFILE, {})
+    return fields if isinstance(fields, dict) else {}
 
 
 def ceiling(delegator: Targets, name: str) -> list[Grants]:
-    """The ceiling that a delegation sets, if any; raises `Rejected` (MALFORMED) when it cannot be read."""
+    """Return the ceiling that a delegation sets (no or a single item); raises `Rejected` (MALFORMED) if unreadable."""
     role = delegator.delegations.roles.get(name) if delegator.delegations and delegator.delegations.roles else None
     if not isinstance(role, DelegatedRole) or CEILING not in role.unrecognized_fields:
         return []
@@ -243,9 +244,9 @@ def is_revoked(role: Targets, path: str) -> bool:
 
 
 def rollback_rejection(what: str, version: int, known: int) -> Rejected:
-    """Describe a role whose version fell below the one that is known."""
-    return Rejected(RejectCode.ROLLBACK, f"{what} has version {version}, {known} is known")
+    """Return the error for a role whose version is below the known one."""
+    return Rejected(RejectCode.ROLLBACK, f"{what} has version {version}, but version {known} was seen before")
 
 
 DIRECTOR: Final = "director"
-"""The delegation whose keys sign assignments, freshness statements and commands."""
+"""Name of the delegation whose keys sign assignments, freshness statements and commands."""

@@ -1,7 +1,8 @@
-"""Policy of one item: may this device run it, given what publishers signed and what the device remembers?
+"""Policy for one item of an assignment: may this device run it?
 
-Pure. The director chooses, and these rules hold whatever it chooses: bytes and manifest are a publisher's, grants stay
-within the manifest, the ceiling of the namespace and the device owner's policy, and a security epoch never falls.
+Pure: what publishers signed and what the device remembers go in. Whatever the director assigns, these rules hold: bytes
+and manifest come from a publisher; grants stay within the manifest, the namespace's ceiling and the device owner's
+policy; a security epoch never falls.
 """
 
 from collections.abc import Iterable
@@ -21,10 +22,14 @@ from signing.state import VerifierState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """A component's bytes with its manifest, as a publisher signed them.
+    """Published component: its artifact and manifest, as a publisher signed them.
 
     Attributes:
-        evidence: what else the publisher bound to it: bills of materials, provenance. It decides nothing here.
+        name: of the target.
+        manifest: the publisher's.
+        length: of the artifact in bytes.
+        sha256: of the artifact in hex.
+        evidence: documents that the publisher bound to the release (SBOMs, provenance); not part of the policy.
     """
 
     name: TargetName
@@ -35,18 +40,18 @@ class Release:
 
     @property
     def manifest_sha256(self) -> str:
-        """Binds the manifest in assignments, image keys and reports."""
+        """Digest by which assignments, image keys and reports refer to the manifest."""
         return self.manifest.digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """An item that may be fetched and run.
+    """Item that this device may fetch and run.
 
     Attributes:
         item: as assigned.
-        release: what the publisher signed.
-        grants: what it really gets: the manifest's, narrowed by the operator.
+        release: as the publisher signed it.
+        grants: effective grants: the manifest's, narrowed by the operator.
     """
 
     item: Item
@@ -60,12 +65,12 @@ class Resolved:
 
     @property
     def length(self) -> int:
-        """Of the artifact in bytes."""
+        """Length of the artifact in bytes."""
         return self.release.length
 
     @property
     def sha256(self) -> str:
-        """Of the artifact in hex."""
+        """Hash of the artifact (sha256, hex)."""
         return self.release.sha256
 
 
@@ -73,7 +78,7 @@ def release_of(path: str, target: TargetFile) -> Release:
     """Read a target from signed metadata.
 
     Raises:
-        Rejected: MALFORMED: a name, size, hash or manifest that is not of this system.
+        Rejected: MALFORMED: the name, hash, manifest or evidence does not fit the schema; TOO_LARGE.
     """
     try:
         name = TargetName.from_path(path)
@@ -86,7 +91,7 @@ def release_of(path: str, target: TargetFile) -> Release:
     if (described.name, described.version) != (name.name, name.version):
         raise Rejected(RejectCode.MALFORMED, f"{name} carries the manifest of {described.name}@{described.version}")
     if not 0 < target.length <= bounds.ARTIFACT_MAX_BYTES:
-        raise Rejected(RejectCode.TOO_LARGE, f"{name} has {target.length} bytes, 1 to {bounds.ARTIFACT_MAX_BYTES} fit")
+        raise Rejected(RejectCode.TOO_LARGE, f"{name} has {target.length} bytes, not 1 to {bounds.ARTIFACT_MAX_BYTES}")
     return Release(name=name, manifest=described, length=target.length, sha256=sha256, evidence=bound)
 
 
@@ -115,31 +120,35 @@ def check_allowed(
 
     Args:
         item: as assigned.
-        release: as the publisher signed it, equal to the item.
-        state: for the security epochs.
-        ceilings: of the namespaces on the way to the target.
+        release: as the publisher signed it; `check_same` has compared it with the item.
+        state: source of the committed security epochs and versions of secrets.
+        ceilings: of the namespaces that delegate to the target.
         local: the device owner's policy, None for no limit.
-        arch: the device's CPU (`x86_64`, `aarch64`, `riscv64`), empty to leave it open.
+        arch: the device's CPU (`x86_64`, `aarch64`, `riscv64`); empty to skip the check.
 
     Raises:
-        Rejected: WRONG_ARCH, SECURITY_EPOCH, GRANT_DENIED; MALFORMED for configuration that is not declared.
+        Rejected: WRONG_ARCH, SECURITY_EPOCH, GRANT_DENIED, TOO_LARGE; MALFORMED: undeclared configuration; and as
+            `check_secrets`.
     """
     asked = release.manifest
     if asked.arch and arch and arch not in asked.arch:
         raise Rejected(
-            RejectCode.WRONG_ARCH, f"{release.name} is for {', '.join(asked.arch)}, and this device is {arch}"
+            RejectCode.WRONG_ARCH, f"{release.name} is for {', '.join(asked.arch)}, but this device is {arch}"
         )
     remembered = state.epochs.get(release.name.component, 0)
     if asked.security_epoch < remembered:
         raise Rejected(
             RejectCode.SECURITY_EPOCH,
-            f"{release.name} has security epoch {asked.security_epoch}, this device has committed {remembered}",
+            f"{release.name} has security epoch {asked.security_epoch}, but this device has committed {remembered}",
         )
     unknown = sorted(set(item.config) - set(asked.config))
     if unknown:
         raise Rejected(RejectCode.MALFORMED, f"{release.name} has no configuration key {unknown[0]!r}")
     if any(len(value.encode()) > bounds.CONFIG_VALUE_MAX_BYTES for value in item.config.values()):
-        raise Rejected(RejectCode.TOO_LARGE, f"{release.name}: a configuration value is too long")
+        raise Rejected(
+            RejectCode.TOO_LARGE,
+            f"{release.name}: a configuration value is too long",
+        )
     check_secrets(item, release, state)
     grants = asked.grants if item.grants is None else item.grants
     limits = [("manifest", asked.grants), *(("namespace ceiling", ceiling) for ceiling in ceilings)]
@@ -151,7 +160,7 @@ def check_allowed(
 
 
 def check_secrets(item: Item, release: Release, state: VerifierState) -> None:
-    """Refuse secrets that the manifest does not declare, or older ones than this device has committed.
+    """Refuse secrets that are undeclared, missing, or older than those this device has committed.
 
     Raises:
         Rejected: MALFORMED, SECRET_MISSING, ROLLBACK.
@@ -174,12 +183,16 @@ def check_secrets(item: Item, release: Release, state: VerifierState) -> None:
         if ref.version < known:
             raise Rejected(
                 RejectCode.ROLLBACK,
-                f"secret {name} of {item.instance} has version {ref.version}, {known} was committed here: set it again",
+                f"secret {name} of {item.instance} has version {ref.version}, not {known} or higher: set it again",
             )
 
 
 def check_ceiling(release: Release, ceilings: Iterable[Grants]) -> None:
-    """Refuse to publish what asks for more than its namespace may have; raises `Rejected` (GRANT_DENIED)."""
+    """Refuse to publish a release that asks for more than its namespace's ceiling.
+
+    Raises:
+        Rejected: GRANT_DENIED.
+    """
     for limit in ceilings:
         _check_within(release, release.manifest.grants, "namespace ceiling", limit)
 
@@ -199,31 +212,31 @@ def _beyond(grants: Grants, limit: Grants) -> list[str]:
 
 
 def describe(release: Release, *, before: Release | None = None) -> str:
-    """Describe what is about to be signed or run, with the grants that it newly wants.
+    """Describe a release for the person who signs or runs it, with the grants that it newly asks for.
 
     Args:
-        release: the new one.
-        before: what it replaces, None for nothing.
+        release: the new release.
+        before: the release that it replaces; None for none.
     """
     grants = release.manifest.grants
     old = Grants() if before is None else before.manifest.grants
-    wanted = _words(grants)
+    wanted = _describe_grants(grants)
     lines = [
         f"{release.name}, {release.length} bytes, sha256 {release.sha256}",
         f"  called by   {_trigger(release.manifest)}",
         f"  may reach   {', '.join(wanted) or 'nothing'}",
     ]
-    newly = _words(grants, beyond=old)
+    newly = _describe_grants(grants, beyond=old)
     if newly:
-        lines.append(f"  newly wants {', '.join(newly)}")
+        lines.append(f"  new grants  {', '.join(newly)}")
     epoch = release.manifest.security_epoch
     if epoch > (0 if before is None else before.manifest.security_epoch):
-        lines.append(f"  raises the security epoch to {epoch}: devices that commit it never go back")
+        lines.append(f"  raises the security epoch to {epoch}: devices that commit it cannot go back")
     return "\n".join(lines)
 
 
-def _words(grants: Grants, *, beyond: Grants | None = None) -> list[str]:
-    """Each grant in words; with `beyond`, those alone that it does not have."""
+def _describe_grants(grants: Grants, *, beyond: Grants | None = None) -> list[str]:
+    """Describe each grant; with `beyond`, only those that it does not contain."""
     had = beyond or Grants()
     return [
         *(each for each in grants.interfaces if each not in had.interfaces),
@@ -237,12 +250,12 @@ def _trigger(described: Manifest) -> str:
         case Http():
             return "HTTP requests"
         case Schedule(every_ms=int(every)):
-            return f"the clock, every {every} ms"
+            return f"a timer, every {every} ms"
         case Schedule(cron=cron):
-            return f"the clock, at {cron}"
+            return f"a timer, at {cron}"
         case OnMessage(topics=topics):
             return f"messages on {', '.join(topics) or 'no topic'}"
         case Service():
-            return "nobody: it runs until it ends"
+            return "nothing: it runs until it ends"
         case other:
             assert_never(other)

@@ -1,15 +1,15 @@
-"""Repository metadata: create, delegate, add a target, revoke; sign snapshot and timestamp, here or on another host.
+"""Repository metadata: create, delegate, add and revoke targets; sign snapshot and timestamp, here or on another host.
 
-Pure functions from metadata files to metadata files. A repository is a mapping of file names to bytes, `7.targets.json`
-and so on with `timestamp.json` as its head (consistent snapshots). A file once published never changes: new files are
-added in the order returned, `timestamp.json` last. People sign root and targets; each namespace is a delegation to its
+Pure functions from metadata files to metadata files. A repository is a mapping of file names to bytes: `7.targets.json`
+and so on, with `timestamp.json` as its head (consistent snapshots). A published file never changes: new files are added
+in the order returned, `timestamp.json` last. People sign root and targets; each namespace is a delegation to its
 publisher; snapshot and timestamp are signed online; `director`, a delegation without paths, signs assignments.
 
-Publishing is compare-and-swap on a namespace's version: `check_role` refuses all but the next one, and the loser
-fetches, verifies from root, and signs again.
+Publishing is compare-and-swap on a namespace's version: `check_role` accepts only the next version. A publisher who
+loses the race fetches, verifies from root, and signs again.
 
-A server that does not hold the online keys takes snapshot and timestamp from a signing host, and checks them before it
-shows them. The server cannot add anything: what it may show is what the signing host has verified and signed.
+A server without the online keys obtains snapshot and timestamp from a signing host, and checks them before serving
+them. Such a server cannot add anything: it can only serve what the signing host has verified and signed.
 """
 
 import re
@@ -51,7 +51,7 @@ LIFE: Final[Mapping[str, timedelta]] = {
     "snapshot": timedelta(days=14),
     "timestamp": timedelta(days=2),
 }
-"""Validity of each role's metadata once signed."""
+"""Validity of each role's metadata, counted from signing."""
 
 _FILE: Final = re.compile(r"(\d+)\.(.+)\.json")
 
@@ -70,19 +70,19 @@ def create(
     ceilings: Mapping[str, Grants] | None = None,
     recovery: Key | None = None,
 ) -> dict[str, bytes]:
-    """A new repository: the first version of every role, each signed by one key.
+    """Create a repository: the first version of every role, each signed by a single key.
 
     Args:
-        fleet: whose it is; a signed field of root, devices of other fleets refuse it.
+        fleet: the fleet's name, a signed field of root; devices of other fleets refuse the repository.
         namespaces: name -> its publisher's key.
-        root: its key; one key may hold several roles.
+        root: root's key; the same key may serve for several roles.
         targets: the key of the top-level targets.
-        snapshot: its key, online.
-        timestamp: its key, online.
+        snapshot: snapshot's key, online.
+        timestamp: timestamp's key, online.
         director: the key that will sign assignments, online.
         now: UTC.
-        dev: mark it as made for development: devices in production refuse it.
-        ceilings: namespace -> the grants that its components may have at the most; absent for no limit.
+        dev: mark the repository as made for development: devices in production refuse it.
+        ceilings: namespace -> the most that its components may be granted; absent for no limit.
         recovery: a second key that may sign root, kept on paper.
 
     Raises:
@@ -108,7 +108,7 @@ def create(
 
 
 def new_role(*, signer: Signer, now: datetime, ends: datetime | None = None) -> bytes:
-    """The first version of a namespace's role, empty, as `1.<namespace>.json`; `ends` as in `add_target`."""
+    """Make the first version of a namespace's role, empty, for `1.<namespace>.json`; `ends` as in `add_target`."""
     return _signed(Targets(expires=_life(now, ends)), [signer])
 
 
@@ -124,7 +124,14 @@ def delegate(
 ) -> None:
     """Add a terminating delegation to the top-level targets, in place; `paths` defaults to the namespace's.
 
-    `ends`: key id -> when that key ends, see `metadata.check_lives`.
+    Args:
+        top: the top-level targets.
+        name: of the delegated role.
+        keys: which may sign the role.
+        threshold: number of signatures required.
+        paths: patterns of target paths; None for the namespace's own.
+        ceiling: the most that its components may be granted; None for no limit.
+        ends: key id -> when that key ends, see `metadata.check_lives`.
 
     Raises:
         RepositoryError: a reserved or bad name, or one public key under several ids.
@@ -135,7 +142,7 @@ def delegate(
         except names.BadNameError as error:
             raise RepositoryError(str(error)) from error
         if name in RESERVED:
-            raise RepositoryError(f"{name!r} is a role of its own and cannot be a namespace")
+            raise RepositoryError(f"{name!r} is the name of another role and cannot be a namespace")
         paths = [f"components/{name}/*/*"]
     values = {metadata.identity(key) for key in keys}
     if len(values) != len(keys) or len(keys) < threshold:
@@ -151,10 +158,10 @@ def delegate(
 
 
 def latest(files: Mapping[str, bytes], role: str) -> tuple[int, bytes]:
-    """The newest version of a role and its file.
+    """Return the newest version of a role, and its file.
 
     Raises:
-        RepositoryError: there is none.
+        RepositoryError: the repository has no such role.
     """
     versions = (int(m[1]) for name in files if (m := _FILE.fullmatch(name)) is not None and m[2] == role)
     version = max(versions, default=0)
@@ -164,7 +171,7 @@ def latest(files: Mapping[str, bytes], role: str) -> tuple[int, bytes]:
 
 
 def newest(files: Mapping[str, bytes]) -> dict[str, int]:
-    """The newest version of every role, in one pass; timestamp.json has none in its name."""
+    """Return the newest version of every role in one pass, without timestamp.json (no version in its name)."""
     found: dict[str, int] = {}
     for name in files:
         if (m := _FILE.fullmatch(name)) is not None:
@@ -188,28 +195,28 @@ def add_target(
     ends: datetime | None = None,
     evidence: tuple[Evidence, ...] = (),
 ) -> bytes:
-    """The next version of a namespace's role with one more target, signed.
+    """Add a target to a namespace's role and return the role's next version, signed.
 
     Args:
         role: the namespace's role as verified from root (`Updater.role`).
-        name: what is published; the manifest must say the same.
+        name: of the target; the manifest must have the same name and version.
         length: of the artifact in bytes.
         sha256: of the artifact in hex.
         manifest: the normalised manifest.
         signer: the publisher's key.
         now: UTC; the role's expiry counts from here.
-        ends: when the publisher's key ends: the role is valid for no longer.
-        evidence: what else is bound to it; none is no other than what was published.
+        ends: when the publisher's key ends; the role expires no later.
+        evidence: documents to bind to the release; if empty, the evidence of an existing release is not compared.
 
     Returns:
-        The new role, or `role` itself where exactly this is published already.
+        The new role, or `role` itself if the same release is already published.
 
     Raises:
-        RepositoryError: the version exists with other bytes, manifest or evidence, was revoked, or does not fit.
+        RepositoryError: the version exists with other bytes, manifest or evidence, was revoked, or is too large.
     """
     current = _parse(Targets, role, name.namespace)
     if len(wire.canonical(manifest)) > bounds.MANIFEST_MAX_BYTES:
-        raise RepositoryError(f"the manifest of {name} is too large, at most {bounds.MANIFEST_MAX_BYTES} bytes fit")
+        raise RepositoryError(f"the manifest of {name} has more than {bounds.MANIFEST_MAX_BYTES} bytes")
     custom: dict[str, Any] = {"manifest": manifest.plain()}
     if evidence:
         custom["evidence"] = msgspec.to_builtins(evidence)
@@ -219,7 +226,7 @@ def add_target(
     except Rejected as error:
         raise RepositoryError(error.message) from error
     if name.path in current.unrecognized_fields.get(REVOKED, []):
-        raise RepositoryError(f"{name} was revoked: publish it under another version")
+        raise RepositoryError(f"{name} was revoked: publish under another version")
     known = current.targets.get(name.path)
     if known is not None:
         before = policy.release_of(name.path, known)
@@ -227,18 +234,18 @@ def add_target(
             return role
         same = before.sha256 == sha256, before.manifest == manifest
         what = "other bytes" if not same[0] else "another SBOM or provenance" if same[1] else "another manifest"
-        raise RepositoryError(f"{name} exists with {what}: a version never changes, publish under a new one")
+        raise RepositoryError(f"{name} exists with {what}: a published version never changes, publish a new version")
     current.targets[name.path] = target
     return _next(current, signer, now, ends)
 
 
 def revoke(role: bytes, *, name: TargetName, signer: Signer, now: datetime, ends: datetime | None = None) -> bytes:
-    """The next version of a namespace's role in which one release must not run any more; `role` if so already.
+    """Revoke a release: return the next version of its namespace's role, or `role` if it is already revoked there.
 
-    Where the targets are in hash bins, whoever calls has looked whether it is published.
+    Where the targets are in hash bins, the caller must have checked that the release is published.
 
     Raises:
-        RepositoryError: it was never published.
+        RepositoryError: the release was never published.
     """
     current = _parse(Targets, role, name.namespace)
     revoked: list[str] = current.unrecognized_fields.setdefault(REVOKED, [])
@@ -252,12 +259,12 @@ def revoke(role: bytes, *, name: TargetName, signer: Signer, now: datetime, ends
 
 
 def renew(role: bytes, *, signer: Signer, now: datetime, ends: datetime | None = None) -> bytes:
-    """The next version of a namespace's role with nothing changed but its expiry; `ends` as in `add_target`."""
+    """Make the next version of a namespace's role with only a new expiry; `ends` as in `add_target`."""
     return _next(_parse(Targets, role, "the role"), signer, now, ends)
 
 
 def releases(role: bytes) -> tuple[Release, ...]:
-    """Return what a namespace's role publishes and has not revoked, by name and precedence of versions."""
+    """Return the releases in a namespace's role that are not revoked, sorted by component and version."""
     signed = _parse(Targets, role, "the role")
     revoked = signed.unrecognized_fields.get(REVOKED, [])
     found = [policy.release_of(path, target) for path, target in signed.targets.items() if path not in revoked]
@@ -265,31 +272,31 @@ def releases(role: bytes) -> tuple[Release, ...]:
 
 
 def namespaces(current: Mapping[str, bytes]) -> tuple[str, ...]:
-    """The namespaces that the top-level targets delegate to."""
+    """List the namespaces that the top-level targets delegate to."""
     _, top = _verified_top(current)
     return tuple(name for name in _delegated(top) if name != DIRECTOR)
 
 
 def begun(current: Mapping[str, bytes]) -> tuple[str, ...]:
-    """The namespaces that have a role: one that was just added has none until its publisher signs the first."""
+    """List the namespaces that have a role: a new namespace has none until its publisher signs the first version."""
     return tuple(name for name in namespaces(current) if _exists(current, name))
 
 
 def check_role(current: Mapping[str, bytes], namespace: str, data: bytes) -> int:
-    """Judge an uploaded namespace role before it is published as `<version>.<namespace>.json`.
+    """Verify an uploaded namespace role before it is published as `<version>.<namespace>.json`.
 
     Args:
         current: the repository's files.
-        namespace: whose role it claims to be.
-        data: as uploaded.
+        namespace: the role's name.
+        data: the file as uploaded.
 
     Returns:
-        Its version: the next one, or the newest for the very same bytes (nothing to do).
+        The role's version: the next one, or the newest if the bytes are already published (nothing to do).
 
     Raises:
         Rejected: TOO_LARGE, MALFORMED, UNSIGNED, GRANT_DENIED.
         ConflictError: not the next version: someone else published in between.
-        RepositoryError: no such namespace, or it takes back what was published.
+        RepositoryError: no such namespace, or the role changes or withdraws what was published.
     """
     _, top = _verified_top(current)
     if namespace not in _delegated(top) or namespace in RESERVED:
@@ -302,13 +309,13 @@ def check_role(current: Mapping[str, bytes], namespace: str, data: bytes) -> int
         return version
     if new.signed.version != version + 1:
         raise ConflictError(
-            f"{namespace} is at version {version}, and this is version {new.signed.version}: "
+            f"{namespace} is at version {version}, but version {new.signed.version} was uploaded: "
             "someone else published in between, fetch and sign again"
         )
     if before is not None:
         _check_growth(_parse(Targets, before, namespace), new.signed, namespace)
     if new.signed.delegations is not None:
-        raise RepositoryError(f"{namespace} cannot delegate but to bins of its own (fleet sign bins)")
+        raise RepositoryError(f"{namespace} cannot delegate, except to its own hash bins (fleet sign bins)")
     limits = ceiling(top, namespace)
     for path, target in new.signed.targets.items():
         if not _delegated(top)[namespace].is_delegated_path(path):
@@ -324,7 +331,7 @@ def _check_growth(before: Targets, after: Targets, namespace: str) -> None:
             raise RepositoryError(f"{path} was published and is changed or missing now: revoke it instead")
     gone = set(before.unrecognized_fields.get(REVOKED, [])) - set(after.unrecognized_fields.get(REVOKED, []))
     if gone:
-        raise RepositoryError(f"{namespace} takes back the revocation of {min(gone)}")
+        raise RepositoryError(f"{namespace} withdraws the revocation of {min(gone)}: a revocation is permanent")
 
 
 def online(
@@ -335,7 +342,7 @@ def online(
     now: datetime,
     above: Mapping[str, int] | None = None,
 ) -> dict[str, bytes]:
-    """The files that make what was published visible: a new timestamp, and a new snapshot where it must change.
+    """Make published files visible: sign a new timestamp, and a new snapshot where it must change.
 
     `above`: role -> version that was signed before and is not among the files: a damaged one is made anew.
 
@@ -367,7 +374,7 @@ def online(
 
 
 def promised(current: Mapping[str, bytes]) -> dict[str, MetaFile]:
-    """Return what the next snapshot lists: every role's newest version, with its hash."""
+    """Return the content of the next snapshot: every role's newest version, with its hash."""
     root, top = _verified_top(current)
     _, old, _ = _newest_snapshot(current, root)
     meta = {} if old is None else dict(old.meta)
@@ -378,7 +385,7 @@ def promised(current: Mapping[str, bytes]) -> dict[str, MetaFile]:
 
 
 def online_due(current: Mapping[str, bytes], now: datetime) -> bool:
-    """Return whether to sign again (`online`): half of the timestamp's life is gone, or a wrong clock dated either."""
+    """Return whether to sign again (`online`): half of timestamp's life has passed, or a wrong clock dated a role."""
     data = current.get("timestamp.json")
     if data is None or _is_due(_parse(Timestamp, data, "timestamp"), now, "timestamp"):
         return True
@@ -389,7 +396,7 @@ def online_due(current: Mapping[str, bytes], now: datetime) -> bool:
 
 
 def _shown(current: Mapping[str, bytes], top: Targets) -> Iterator[tuple[str, int]]:
-    """Return what a snapshot lists: targets, the namespaces that have begun and their bins, with newest versions."""
+    """Yield the roles in a snapshot (targets, namespaces that have a role, their bins) with their newest versions."""
     index = newest(current)
     yield "targets", index["targets"]
     for name in _delegated(top):
@@ -397,7 +404,7 @@ def _shown(current: Mapping[str, bytes], top: Targets) -> Iterator[tuple[str, in
             continue
         yield name, index[name]
         data = current[f"{index[name]}.{name}.json"]
-        if b'"bit_length"' in data:  # else a large role would be parsed for nothing
+        if b'"bit_length"' in data:  # spares parsing a large role that has no bins
             delegations = _parse(Targets, data, name).delegations
             succinct = None if delegations is None else delegations.succinct_roles
             yield from ((each, index[each]) for each in (succinct.get_roles() if succinct else ()) if each in index)
@@ -430,7 +437,7 @@ def _outlives(signed: Signed, now: datetime, role: str) -> bool:
 
 
 def _newest_snapshot(current: Mapping[str, bytes], root: Root) -> tuple[int, Snapshot | None, bool]:
-    """Return its version, the role itself, and whether root's current keys have signed it."""
+    """Return the newest snapshot's version, the role, and whether root's current keys have signed it."""
     try:
         version, data = latest(current, "snapshot")
     except RepositoryError:
@@ -482,7 +489,7 @@ def _signed(signed: Signed, signers: Sequence[Signer]) -> bytes:
 
 
 def until(now: datetime, role: str) -> datetime:
-    """When metadata of a role that is signed now expires; see `LIFE`."""
+    """Return when metadata of a role signed at `now` expires; see `LIFE`."""
     return (now + LIFE[role]).replace(microsecond=0)
 
 
@@ -491,18 +498,19 @@ SLACK: Final = timedelta(hours=1)
 
 
 def check(current: Mapping[str, bytes], *, snapshot: bytes | None, timestamp: bytes, now: datetime) -> dict[str, bytes]:
-    """The files to add, in their order; none where exactly this is shown already.
+    """Verify a snapshot and timestamp from a signing host, and return the files to add, in order.
 
     Args:
-        current: the repository's files with everything that is to become visible.
-        snapshot: None where the newest one stays.
-        timestamp: over it.
+        current: the repository's files, including those that are to become visible.
+        snapshot: None if the newest one stays.
+        timestamp: names that snapshot.
         now: UTC.
 
     Raises:
-        Rejected: UNSIGNED, MALFORMED, TOO_LARGE, or another snapshot than the timestamp promises.
+        Rejected: UNSIGNED, MALFORMED, TOO_LARGE, HASH_MISMATCH: not the snapshot that the timestamp names.
         ConflictError: not the next version.
-        RepositoryError: it does not list every role's newest version, or has expired, or is valid for too long.
+        RepositoryError: the snapshot does not list every role's newest version, or a role has expired or is valid for
+            too long.
     """
     root = metadata.parse(Root, latest(current, "root")[1], "root").signed
     if timestamp == current.get("timestamp.json") and snapshot is None and online_stands(current):
@@ -513,11 +521,11 @@ def check(current: Mapping[str, bytes], *, snapshot: bytes | None, timestamp: by
     before = current.get("timestamp.json")
     known = 0 if before is None else metadata.parse(Timestamp, before, "timestamp").signed.version
     if head.signed.version <= known:
-        raise ConflictError(f"the timestamp is at version {known}, and this is version {head.signed.version}")
+        raise ConflictError(f"the timestamp is at version {known}, but version {head.signed.version} was uploaded")
     _check_life("timestamp", head.signed.expires, now)
     version, data = latest(dict(current) | files, "snapshot")
     if head.signed.snapshot_meta.version != version:
-        raise RepositoryError("the timestamp promises another snapshot than the newest")
+        raise RepositoryError("the timestamp does not name the newest snapshot")
     metadata.check_file(head.signed.snapshot_meta, data, "snapshot")
     files["timestamp.json"] = timestamp
     if not online_stands(dict(current) | files):
@@ -533,7 +541,7 @@ def _snapshot(current: Mapping[str, bytes], root: Root, data: bytes, now: dateti
     except RepositoryError:
         version = 0
     if new.signed.version != version + 1 and current.get(f"{version}.snapshot.json") != data:
-        raise ConflictError(f"snapshot is at version {version}, and this is version {new.signed.version}")
+        raise ConflictError(f"snapshot is at version {version}, but version {new.signed.version} was uploaded")
     _check_life("snapshot", new.signed.expires, now)
     if new.signed.meta != promised(current):
         raise RepositoryError("the snapshot lists other versions than were published")

@@ -1,17 +1,17 @@
-"""Changing who is trusted: root and the top-level targets, from one size of fleet to another and from key to key.
+"""Key rotation: changes of root and the top-level targets, to other keys or to another size of fleet.
 
-A change is a document that is proposed, signed by enough people, checked and published, in this order:
+A change is a document that is proposed, signed by a threshold of people, checked and published, in this order:
 
     draft = propose_root(files, size=Size.TEAM, roles={"root": RoleKeys(keys, threshold=2)}, now=now)
-    draft = cosign(draft, signer)        # by each of them; a draft is a file that can be mailed
+    draft = cosign(draft, signer)        # by each person; a draft is a file that can be mailed
     missing(files, draft)                # {} when enough have signed
     files[f"{check_root(files, draft)}.root.json"] = draft
 
-Devices follow by the ordinary walk of roots, without being enrolled again, however long they slept. The three sizes:
+Devices follow the chain of roots (TUF specification, 5.3) without enrolling again, however long they were off. Sizes:
 
-- dev: one key for each role, all in the clear; devices in production refuse it
-- solo: one encrypted root key and one publisher's on the operator's machine; the online keys on the server
-- team: root needs two of three people or more
+- dev: a single key for each role, all unencrypted; devices in production refuse it
+- solo: an encrypted root key and a publisher's key on the operator's machine; the online keys on the server
+- team: root needs the signatures of at least two of at least three people
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ OFFLINE = ("root", "targets")
 
 
 class Size(StrEnum):
-    """Number of people and machines over which a fleet's trust is spread."""
+    """Size of a fleet: over how many people and machines its trust is spread."""
 
     DEV = "dev"
     SOLO = "solo"
@@ -63,10 +63,10 @@ class RoleKeys:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A namespace's publishers, and the grants that its components may have at the most (None for no limit).
+    """Namespace: the keys of its publishers, and the most that its components may be granted (None for no limit).
 
     Attributes:
-        ends: key id -> when that key ends; absent for keys that do not, see `signing.metadata.check_lives`.
+        ends: key id -> when that key ends; absent for keys without an end, see `signing.metadata.check_lives`.
     """
 
     signers: RoleKeys
@@ -81,16 +81,16 @@ def propose_root(
     size: Size | None = None,
     roles: Mapping[str, RoleKeys] | None = None,
 ) -> bytes:
-    """The next root, unsigned: other keys for some of its roles, another size, and in any case a new expiry.
+    """Return the next root, unsigned: other keys for some of its roles, another size, and always a new expiry.
 
     Args:
         current: the repository's files.
         now: UTC.
-        size: None to keep it.
-        roles: of root, targets, snapshot and timestamp those that change.
+        size: the fleet's new size; None to keep the current one.
+        roles: new keys of root, targets, snapshot or timestamp.
 
     Raises:
-        RepositoryError: a size that its keys do not fulfil, a role that root does not have.
+        RepositoryError: the keys are too few for the size, or root does not delegate to a role.
     """
     root = metadata.parse(Root, repository.latest(current, "root")[1], "root").signed
     before = Size(profile(root).get("size", Size.SOLO))
@@ -103,7 +103,9 @@ def propose_root(
     if before is Size.DEV and after is not Size.DEV:
         kept = [role for role in OFFLINE if old[role] & _identities(root, role)]
         if kept:
-            raise RepositoryError(f"the keys of {' and '.join(kept)} lay in the clear: a {after} fleet needs new ones")
+            raise RepositoryError(
+                f"the keys of {' and '.join(kept)} were not encrypted: a {after} fleet needs new ones"
+            )
     root.unrecognized_fields[PROFILE] = profile(root) | {"size": str(after)}
     root.version += 1
     root.expires = repository.until(now, "root")
@@ -119,19 +121,20 @@ def propose_targets(
     namespaces: Mapping[str, Namespace] | None = None,
     remove: tuple[str, ...] = (),
 ) -> bytes:
-    """The next top-level targets, unsigned: other keys for the director or for namespaces, new ones, fewer.
+    """Return the next top-level targets, unsigned: other keys for the director, new, changed or fewer namespaces.
 
-    A namespace whose keys change must be signed again by the new ones (`repository.renew`) and published with it.
+    The role of a namespace whose keys change must be signed again by the new keys (`repository.renew`) and published
+    together with the targets.
 
     Args:
         current: the repository's files.
         now: UTC.
-        director: None to keep its keys.
-        namespaces: those that are new or change.
-        remove: those that end; devices keep what they run of them until they are told otherwise.
+        director: the director's new keys; None to keep the current ones.
+        namespaces: new and changed namespaces.
+        remove: namespaces to remove; devices keep running their components until an assignment replaces them.
 
     Raises:
-        RepositoryError: a bad or reserved name, or an unknown one to remove.
+        RepositoryError: a bad or reserved name, or an unknown namespace to remove.
     """
     top = metadata.parse(Targets, repository.latest(current, "targets")[1], "targets").signed
     assert top.delegations is not None
@@ -156,7 +159,7 @@ def propose_targets(
 
 
 def keys_of(current: Mapping[str, bytes], role: str) -> RoleKeys:
-    """Return who signs a role now: one of root's, the director's, or a namespace's.
+    """Return the current keys of a role: one that root delegates to, the director, or a namespace.
 
     Raises:
         RepositoryError: there is no such role.
@@ -172,7 +175,7 @@ def keys_of(current: Mapping[str, bytes], role: str) -> RoleKeys:
 
 
 def namespace_of(current: Mapping[str, bytes], name: str) -> Namespace:
-    """A namespace as it is now; raises `RepositoryError` when there is none."""
+    """Return a namespace's current keys, ceiling and key ends; raises `RepositoryError` if there is none."""
     if name not in repository.namespaces(current):
         raise RepositoryError(f"there is no namespace {name!r}")
     top = metadata.parse(Targets, repository.latest(current, "targets")[1], "targets").signed
@@ -181,10 +184,10 @@ def namespace_of(current: Mapping[str, bytes], name: str) -> Namespace:
 
 
 def cosign(draft: bytes, signer: Signer) -> bytes:
-    """The draft with one more signature; signing twice changes nothing.
+    """Add a signature to a draft and return it; signing twice with the same key changes nothing.
 
     Raises:
-        RepositoryError: not metadata, or the key cannot sign.
+        RepositoryError: not TUF metadata, or the key cannot sign.
     """
     file = _open(draft)
     try:
@@ -197,7 +200,7 @@ def cosign(draft: bytes, signer: Signer) -> bytes:
 def missing(current: Mapping[str, bytes], draft: bytes) -> dict[str, int]:
     """Count the signatures that a draft still needs: role -> number; empty when it can be published.
 
-    A root needs those of the old root's keys (`root`) and of its own (`new root`).
+    A root needs signatures of the old root's keys (`root`) and of its own (`new root`).
     """
     file = _open(draft)
     root = metadata.parse(Root, repository.latest(current, "root")[1], "root").signed
@@ -214,7 +217,7 @@ def missing(current: Mapping[str, bytes], draft: bytes) -> dict[str, int]:
 
 
 def check(current: Mapping[str, bytes], role: str, data: bytes) -> int:
-    """Judge whatever offline role is uploaded, before it is published as `<version>.<role>.json`; returns its version.
+    """Verify an uploaded offline role before it is published as `<version>.<role>.json`; return its version.
 
     Raises:
         Rejected, ConflictError, RepositoryError: see `check_root`, `check_targets` and `repository.check_role`.
@@ -227,12 +230,12 @@ def check(current: Mapping[str, bytes], role: str, data: bytes) -> int:
 
 
 def check_root(current: Mapping[str, bytes], data: bytes) -> int:
-    """Judge a root before it is published as `<version>.root.json`; returns its version.
+    """Verify a root before it is published as `<version>.root.json`; return its version.
 
     Raises:
         Rejected: UNSIGNED, MALFORMED, TOO_LARGE.
         ConflictError: not the next version.
-        RepositoryError: another fleet's, duplicate keys, or a size that its keys do not fulfil.
+        RepositoryError: another fleet's root, duplicate keys, or too few keys for the size.
     """
     version, before = repository.latest(current, "root")
     if data == before:
@@ -244,18 +247,18 @@ def check_root(current: Mapping[str, bytes], data: bytes) -> int:
     if profile(new).get("fleet") != profile(trusted).get("fleet"):
         raise RepositoryError("a root cannot move to another fleet: its devices would refuse it")
     if not new.consistent_snapshot:
-        raise RepositoryError("root must keep consistent snapshots")
+        raise RepositoryError("root must keep consistent_snapshot set")
     _check_size(new)
     return new.version
 
 
 def check_targets(current: Mapping[str, bytes], data: bytes) -> int:
-    """Judge top-level targets before they are published as `<version>.targets.json`; returns their version.
+    """Verify top-level targets before they are published as `<version>.targets.json`; return their version.
 
     Raises:
         Rejected: UNSIGNED, MALFORMED, TOO_LARGE.
         ConflictError: not the next version.
-        RepositoryError: no director, targets of their own, or a delegation that reaches into another's paths.
+        RepositoryError: no director, targets of their own, or a delegation to another namespace's paths.
     """
     version, before = repository.latest(current, "targets")
     if data == before:
@@ -271,7 +274,7 @@ def check_targets(current: Mapping[str, bytes], data: bytes) -> int:
     for name, role in roles.items():
         expected = [] if name == DIRECTOR else [f"components/{name}/*/*"]
         if role.paths != expected or not role.terminating or name in repository.RESERVED - {DIRECTOR}:
-            raise RepositoryError(f"the delegation {name!r} is not a namespace of its own")
+            raise RepositoryError(f"the delegation {name!r} is not limited to the paths of its own namespace")
         if CEILING in role.unrecognized_fields:
             _check_ceiling(name, role.unrecognized_fields[CEILING])
         try:
@@ -291,7 +294,7 @@ def _check_ceiling(name: str, value: Any) -> None:
 
 def _check_next(role: str, version: int, new: int) -> None:
     if new != version + 1:
-        raise ConflictError(f"{role} is at version {version}, and this is version {new}: propose it again")
+        raise ConflictError(f"{role} is at version {version}, but version {new} was uploaded: propose the change again")
 
 
 def _check_size(root: Root) -> None:
@@ -302,7 +305,7 @@ def _check_size(root: Root) -> None:
             raise RepositoryError(error.message) from error
     people = root.roles["root"]
     if profile(root).get("size") == Size.TEAM and (people.threshold < TEAM_THRESHOLD or len(people.keyids) < TEAM_KEYS):
-        raise RepositoryError(f"a team's root needs {TEAM_THRESHOLD} of {TEAM_KEYS} keys or more")
+        raise RepositoryError(f"root of a team fleet needs at least {TEAM_THRESHOLD} of at least {TEAM_KEYS} keys")
 
 
 def _set_keys(root: Root, role: str, wanted: RoleKeys) -> None:
@@ -314,7 +317,7 @@ def _set_keys(root: Root, role: str, wanted: RoleKeys) -> None:
 
 
 def _drop(top: Targets, name: str) -> None:
-    """Take a delegation out, and every key that only it used."""
+    """Remove a delegation, and every key that no other delegation uses."""
     assert top.delegations is not None
     assert top.delegations.roles is not None
     for keyid in list(top.delegations.roles[name].keyids):

@@ -1,20 +1,21 @@
 """Sealed secrets, and the proof that binds a sealing key to a device.
 
-A box can be opened by one device alone, and for one purpose only. Pure: bytes in, bytes out. A box, version 1:
+Only a single device can open a box, and only for a single purpose. Pure: bytes in, bytes out. Format of a box,
+version 1:
 
     offset  bytes
     0       1     1, the format's version
-    1       32    an X25519 public key made for this box alone
+    1       32    an X25519 public key made for this box only
     33      16+n  ChaCha20-Poly1305 of the padded value, tag last
 
 The key is HKDF-SHA256 (RFC 5869) over the X25519 agreement (RFC 7748) of the box's key and the device's sealing key,
-with both public keys as salt. Since no two boxes have the same key, the nonce (RFC 8439) is zero. Associated data are
-fleet, device, instance, name and version, so that a box which is moved to another device, instance or name, or shown in
-place of a newer one, does not open. The value is preceded by its length in two bytes and followed by zeros up to a
-multiple of 256, so that a box tells little of the value's length.
+with both public keys as salt. As no two boxes have the same key, the nonce (RFC 8439) is zero. The associated data are
+fleet, device, instance, name and version, so that a box does not open for another device, instance or name, or in
+place of a newer version. The value is preceded by its length in two bytes and padded with zeros to a multiple of 256
+bytes, so that a box reveals little about the value's length.
 
-The proof is a statement signed by the device key: whoever remembers that key from first sight need not believe a server
-about the key to which secrets are sealed.
+The proof is a statement signed by the device key. An operator who pinned that key when it was first seen need not trust
+the server for the key to which secrets are sealed.
 """
 
 import base64
@@ -48,7 +49,7 @@ _INFO: Final = b"wasmfleet sealed secret 1"
 
 
 class Purpose(msgspec.Struct, frozen=True, kw_only=True):
-    """Purpose of a box, which opens for no other."""
+    """Purpose of a box; it opens for no other."""
 
     fleet: str
     device: str
@@ -61,15 +62,15 @@ class Purpose(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def seal(value: str, *, recipient: str, purpose: Purpose) -> bytes:
-    """Put a value into a box for one device.
+    """Seal a value into a box for a single device.
 
     Args:
-        value: text, since guests read it as text.
+        value: text, as guests read it as text.
         recipient: the device's public sealing key, base64.
-        purpose: what the box shall open for.
+        purpose: for which alone the box can be opened.
 
     Raises:
-        SigningError: a value that no guest can be given, or a key that is none.
+        SigningError: a value that no guest can be given (see `check_value`), or an invalid key.
     """
     data = check_value(value)
     theirs = check_key(recipient)
@@ -80,7 +81,7 @@ def seal(value: str, *, recipient: str, purpose: Purpose) -> bytes:
     try:
         shared = ours.exchange(theirs)
     except ValueError as error:  # a point of small order: anybody could open the box
-        raise SigningError("the device's sealing key is no X25519 key") from error
+        raise SigningError("the device's sealing key is not an X25519 key") from error
     cipher = ChaCha20Poly1305(_key(shared, shown + theirs.public_bytes_raw()))
     return bytes([FORMAT]) + shown + cipher.encrypt(_NONCE, padded, wire.canonical(purpose))
 
@@ -89,12 +90,12 @@ def open_box(box: bytes, *, key: X25519PrivateKey, purpose: Purpose) -> str:
     """Open a box and return its value.
 
     Args:
-        box: as it was sealed.
-        key: the device's.
-        purpose: what the assignment says it is for.
+        box: as returned by `seal`.
+        key: the device's sealing key.
+        purpose: as in the device's assignment.
 
     Raises:
-        Rejected: TOO_LARGE, UNSUPPORTED_VERSION; SECRET_UNOPENED: changed, or sealed for another purpose or key.
+        Rejected: TOO_LARGE, UNSUPPORTED_VERSION; SECRET_UNOPENED: tampered with, or sealed for another purpose or key.
     """
     check_box(box)
     shown = box[1:_HEAD_BYTES]
@@ -111,63 +112,65 @@ def open_box(box: bytes, *, key: X25519PrivateKey, purpose: Purpose) -> str:
 
 
 def check_box(box: bytes) -> None:
-    """Refuse what cannot be a box, without a key.
+    """Check a box's size and format, without a key.
 
     Raises:
         Rejected: TOO_LARGE, UNSUPPORTED_VERSION, SECRET_UNOPENED.
     """
     if len(box) > bounds.SECRET_BOX_MAX_BYTES:
-        raise Rejected(RejectCode.TOO_LARGE, f"a box has {len(box)} bytes, at most {bounds.SECRET_BOX_MAX_BYTES} fit")
+        raise Rejected(
+            RejectCode.TOO_LARGE, f"the box has {len(box)} bytes, at most {bounds.SECRET_BOX_MAX_BYTES} are accepted"
+        )
     if box[:1] != bytes([FORMAT]):
         number = box[0] if box else "none"
-        raise Rejected(RejectCode.UNSUPPORTED_VERSION, f"a box of format {number}, this program opens {FORMAT}")
+        raise Rejected(RejectCode.UNSUPPORTED_VERSION, f"the box has format {number}, this program supports {FORMAT}")
     if len(box) < _HEAD_BYTES + TAG_BYTES + PAD_BYTES:
-        raise Rejected(RejectCode.SECRET_UNOPENED, f"{len(box)} bytes are too few for a box")
+        raise Rejected(RejectCode.SECRET_UNOPENED, f"a box of {len(box)} bytes is too short")
 
 
 def check_value(value: str) -> bytes:
-    """The bytes of a value.
+    """Check a secret's value and return its bytes (UTF-8).
 
     Raises:
-        SigningError: too short to be kept out of logs, too long, or with a NUL, which no environment can hold.
+        SigningError: too short to be masked in logs, too long, or with a NUL, which no environment variable can hold.
     """
     if len(value) < bounds.SECRET_VALUE_MIN_CHARS:
         raise SigningError(
-            f"a secret has at least {bounds.SECRET_VALUE_MIN_CHARS} characters, or it cannot be kept out of logs"
+            f"a secret needs at least {bounds.SECRET_VALUE_MIN_CHARS} characters: shorter ones cannot be masked in logs"
         )
     if "\0" in value:
-        raise SigningError("a secret is text without NUL: encode bytes as base64")
+        raise SigningError("a secret is text without NUL: encode binary data as base64")
     try:
         data = value.encode()
     except UnicodeEncodeError:
-        raise SigningError("a secret is text in UTF-8: encode bytes as base64") from None
+        raise SigningError("a secret is text in UTF-8: encode binary data as base64") from None
     if len(data) > bounds.SECRET_VALUE_MAX_BYTES:
         raise SigningError(f"a secret has at most {bounds.SECRET_VALUE_MAX_BYTES} bytes, this one has {len(data)}")
     return data
 
 
 def load(pem: bytes) -> X25519PrivateKey:
-    """A device's sealing key from its file; raises `KeyFileError`."""
+    """Read a device's sealing key from the content of its file; raises `KeyFileError`."""
     try:
         key = load_pem_private_key(pem, password=None)
     except (ValueError, TypeError) as error:
         raise KeyFileError(f"the sealing key cannot be read: {error}") from error
     if not isinstance(key, X25519PrivateKey):
-        raise KeyFileError("the sealing key is not of X25519: enrol the device anew")
+        raise KeyFileError("the sealing key is not an X25519 key: enrol the device again")
     return key
 
 
 def public_key(key: X25519PrivateKey) -> str:
-    """Its public half, base64."""
+    """Return the public half of a sealing key, base64."""
     return base64.b64encode(key.public_key().public_bytes_raw()).decode()
 
 
 def check_key(text: str) -> X25519PublicKey:
-    """A device's public sealing key from base64; raises `SigningError`."""
+    """Read a device's public sealing key from base64; raises `SigningError`."""
     try:
         return X25519PublicKey.from_public_bytes(base64.b64decode(text, validate=True))
     except (ValueError, binascii.Error) as error:
-        raise SigningError("the device's sealing key is no X25519 key") from error
+        raise SigningError("the device's sealing key is not an X25519 key") from error
 
 
 def _key(shared: bytes, salt: bytes) -> bytes:
@@ -185,35 +188,37 @@ class SealingKey(wire.Message, frozen=True, kw_only=True):
     sealing_key: str
 
 
-def prove(voice: "DeviceSigner", *, fleet: str, sealing_key: str) -> bytes:
-    """Sign, as the device, that this sealing key is its own."""
-    return voice.sign(wire.encode(SealingKey(fleet=fleet, sealing_key=sealing_key)), SEALING_TYPE)
+def prove(signer: "DeviceSigner", *, fleet: str, sealing_key: str) -> bytes:
+    """Sign, as the device, a statement that this sealing key is its own."""
+    return signer.sign(wire.encode(SealingKey(fleet=fleet, sealing_key=sealing_key)), SEALING_TYPE)
 
 
 def proved(proof: bytes, *, certificate: bytes, fleet: str, device: str) -> tuple[str, str]:
-    """Read a device's sealing key from its own statement, with the fingerprint of the key that signed it.
+    """Verify a device's statement about its sealing key; return the key, and the fingerprint of the key that signed.
 
     Args:
-        proof: what `prove` made.
-        certificate: the device's, PEM.
-        fleet: of the device.
-        device: its id, which ends in the beginning of the fingerprint.
+        proof: as returned by `prove`.
+        certificate: the device's certificate, PEM.
+        fleet: the device's fleet.
+        device: the device's id, which ends in the beginning of the fingerprint.
 
     Raises:
-        Rejected: MALFORMED, TOO_LARGE; UNSIGNED by this key; WRONG_DEVICE: another device's certificate; WRONG_FLEET.
+        Rejected: MALFORMED, TOO_LARGE, UNSIGNED, WRONG_FLEET; WRONG_DEVICE: another device's certificate.
     """
-    from signing.device_statements import DeviceVerifier  # noqa: PLC0415 - loads what only a verifier of proofs needs
+    from signing.device_statements import DeviceVerifier  # noqa: PLC0415 - only a verifier of proofs needs its imports
 
-    ear = DeviceVerifier(certificate)
-    if names.fingerprint_of(device) != ear.fingerprint[: len(names.fingerprint_of(device))]:
-        raise Rejected(RejectCode.WRONG_DEVICE, f"the certificate shown for {device} is for another key")
+    verifier = DeviceVerifier(certificate)
+    if names.fingerprint_of(device) != verifier.fingerprint[: len(names.fingerprint_of(device))]:
+        raise Rejected(RejectCode.WRONG_DEVICE, f"the certificate for {device} belongs to another key")
     try:
-        said = wire.decode(SealingKey, ear.verify(proof, SEALING_TYPE))
-        check_key(said.sealing_key)
+        statement = wire.decode(SealingKey, verifier.verify(proof, SEALING_TYPE))
+        check_key(statement.sealing_key)
     except (wire.WireError, SigningError) as error:
         if isinstance(error, Rejected):
             raise
         raise Rejected(RejectCode.MALFORMED, f"{device}: {error}") from error
-    if said.fleet != fleet:
-        raise Rejected(RejectCode.WRONG_FLEET, f"the sealing key of {device} is for the fleet {said.fleet[:80]!r}")
-    return said.sealing_key, ear.fingerprint
+    if statement.fleet != fleet:
+        raise Rejected(
+            RejectCode.WRONG_FLEET, f"the sealing key of {device} is for fleet {statement.fleet[:80]!r}, not {fleet!r}"
+        )
+    return statement.sealing_key, verifier.fingerprint

@@ -8,8 +8,8 @@ caching and storing belong to `signing.updater`, the only loop around this objec
         trusted.accept(request, fetch(request.name, request.max_bytes))
     found = trusted.find("components/main/hello/1.0.0.wasm")
 
-Every file is taken for hostile, whether it was fetched or cached. `VerifierState` is what makes a rollback visible;
-`TrustedMetadata.state` is current after each call, also after one that raised.
+Every file is treated as hostile, whether fetched or cached. Rollbacks are detected through `VerifierState`;
+`TrustedMetadata.state` is current after each call, even if the call raised.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,18 +35,18 @@ DELEGATIONS_MAX: Final = 32
 """Roles visited in search of one target (TUF specification, 5.6.7.1)."""
 
 ROOT_HISTORY: Final = "root_history/"
-"""Where the cache keeps every root after the pinned one, under the names by which the repository serves them."""
+"""Folder of the cache with every root after the pinned one, under the names by which the repository serves them."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRequest:
-    """A repository file that `TrustedMetadata` needs.
+    """Repository file that `TrustedMetadata` needs.
 
     Attributes:
-        name: as the repository serves it: `7.root.json`, `timestamp.json`, `12.main.json`.
-        max_bytes: a longer file is refused.
-        cache_name: under which a verified file is kept, without its version: `timestamp.json`, `main.json`.
-        may_be_missing: a file that is not there ends the walk of roots, and is no failure.
+        name: in the repository: `7.root.json`, `timestamp.json`, `12.main.json`.
+        max_bytes: length above which the file is refused.
+        cache_name: name in the cache, without a version: `timestamp.json`, `main.json`.
+        may_be_missing: a missing file is not a failure (the chain of roots ends there).
     """
 
     name: str
@@ -57,12 +57,12 @@ class FileRequest:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A target with everything that was met on the way to it.
+    """Target with the signed limits of the delegations that lead to it.
 
     Attributes:
-        target: None where all that is left of it is its revocation.
-        ceilings: of the delegations that led to it.
-        revoked: by a role on the way.
+        target: None if only the target's revocation is left.
+        ceilings: of the delegations that lead to the target.
+        revoked: whether a role on the way revokes the target.
     """
 
     target: TargetFile | None
@@ -71,21 +71,21 @@ class Found:
 
 
 class RoleFile(NamedTuple):
-    """A verified role's file: its versioned name (`12.main.json`) and its bytes."""
+    """File of a verified role: its versioned name (`12.main.json`) and its bytes."""
 
     name: str
     data: bytes
 
 
 class _Role(NamedTuple):
-    """A trusted targets role with the bytes that it was read from."""
+    """Trusted targets role with the bytes that it was read from."""
 
     signed: Targets
     data: bytes
 
 
 class _Wanted(NamedTuple):
-    """A targets role that was asked for, with what it is verified against."""
+    """Requested targets role, with the delegation and the promise to verify it against."""
 
     role: str
     parent: str
@@ -95,7 +95,7 @@ class _Wanted(NamedTuple):
 
 
 class _Verified(NamedTuple):
-    """A file whose signatures were counted, and against which keys."""
+    """File whose signatures were verified, and the keys they were verified against."""
 
     data: bytes
     signers: tuple[int, Mapping[str, Key]]
@@ -103,22 +103,22 @@ class _Verified(NamedTuple):
 
 
 class TrustedMetadata:
-    """Trusted roles of one repository, built file by file, at one reference time.
+    """Trusted roles of a repository, built file by file, at a single reference time.
 
     Args:
         pinned_root: the root pinned at enrolment, as served.
         state: as stored by the caller.
-        now: the reference time of everything that is verified here: `state.time(wall_clock)`.
+        now: the reference time of all checks: `state.time(wall_clock)`.
         production: refuse repositories made for development.
-        allow_expired_online: take timestamp and snapshot past their expiry; every other check stays.
-        reuse: an earlier set; signatures of the same bytes under the same keys are not verified again.
+        allow_expired_online: accept an expired timestamp and snapshot; every other check stays.
+        reuse: an earlier object; signatures of the same bytes under the same keys are not verified again.
 
     Raises:
         Rejected: the pinned root is malformed or does not verify.
 
     Attributes:
-        state: what is to be stored; current after each call, also after one that raised.
-        root_file: bytes of the newest root that was verified.
+        state: to be stored by the caller; current after each call, even if the call raised.
+        root_file: bytes of the newest verified root.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class TrustedMetadata:
         self._snapshot: Snapshot | None = None
         self._roles: dict[tuple[str, str], _Role] = {}  # (delegator, role)
         self._wanted: dict[FileRequest, _Wanted] = {}
-        # 5.2: the update begins with the root that was shipped.
+        # 5.2: the update begins with the root that the device was given at enrolment.
         pinned = metadata.parse(Root, pinned_root, "the pinned root")
         metadata.verify_metadata(pinned.signed, "root", pinned)
         self._root, self.root_file = pinned.signed, pinned_root
@@ -151,10 +151,10 @@ class TrustedMetadata:
     # -- the update, file by file -----------------------------------------------------------------------------------
 
     def next(self) -> FileRequest | None:
-        """Name the file that is needed next; None when root, timestamp, snapshot and targets are trusted.
+        """Return the next file needed; None once root, timestamp, snapshot and targets are trusted.
 
         Raises:
-            Rejected: TOO_LARGE for a file that is announced beyond its limit, MALFORMED for one that is not announced.
+            Rejected: TOO_LARGE: a promised length is beyond the limit; MALFORMED: a file is not promised at all.
         """
         if not self._root_is_final:  # 5.3.3
             name = f"{self._root.version + 1}.root.json"
@@ -167,19 +167,19 @@ class TrustedMetadata:
         return top if isinstance(top, FileRequest) else None
 
     def learn(self, request: FileRequest, cached: bytes) -> bool:
-        """Take a cached file for what was requested, if it verifies as that.
+        """Try a cached file: accept it if it verifies as the requested one.
 
-        A cached timestamp or snapshot also counts as seen, in case the state was lost.
+        The versions in a cached timestamp or snapshot are remembered too, in case the state was lost.
 
         Args:
-            request: from `next` or a question.
-            cached: of `request.cache_name`; damaged and planted files are passed over.
+            request: from `next` or a query.
+            cached: content of `request.cache_name`; damaged and planted files are ignored.
 
         Returns:
-            True if the file was accepted and needs no fetching.
+            True if the file was accepted and need not be fetched.
 
         Raises:
-            Rejected: the file is the requested one, and is refused as `accept` would.
+            Rejected: the file is the requested one, and `accept` refuses it.
         """
         wanted = self._wanted.get(request)
         if wanted is not None:
@@ -200,19 +200,19 @@ class TrustedMetadata:
         """Verify a file and trust it.
 
         Args:
-            request: from `next` or a question.
-            data: the file; None where the repository has none of that name.
+            request: from `next` or a query.
+            data: the file; None if the repository has no file of that name.
 
         Returns:
-            The file to keep under `request.cache_name`; None for none. The bytes differ from `data` for a timestamp of
-            the version that is trusted already: the one seen first stays.
+            The bytes to cache under `request.cache_name`; None for none. They differ from `data` for a timestamp whose
+            version is already trusted: the file that was seen first stays.
 
         Raises:
-            Rejected: with the code of what was found.
-            ValueError: nothing of that name was asked for.
+            Rejected: the file is not trusted.
+            ValueError: the file was not requested.
         """
         if request not in self._wanted and request != self.next():
-            raise ValueError(f"{request.name} was not asked for")
+            raise ValueError(f"{request.name} was not requested")
         wanted = self._wanted.get(request)
         if data is not None and len(data) > request.max_bytes:
             raise Rejected(RejectCode.TOO_LARGE, f"{request.name} has more than {request.max_bytes} bytes")
@@ -238,7 +238,7 @@ class TrustedMetadata:
         try:
             root = verify_root(self._root, cached)
         except Rejected:
-            return False  # torn or planted: the repository has a good one
+            return False  # torn or planted: fetch it from the repository instead
         self._accept_root(root, cached)
         return True
 
@@ -249,11 +249,13 @@ class TrustedMetadata:
             self._finish_roots()
 
     def _finish_roots(self) -> None:
-        """End the walk: the newest root must not be older than the one seen before, and must be valid now."""
+        """End the chain of roots: the newest must not be older than a root seen before, and must not have expired."""
         root = self._root
-        # 5.3.11 comes before the expiry, so that a rotation is noticed in any case.
+        # 5.3.11 precedes the check of the expiry, so that a rotation takes effect even under an expired root.
         if root.version < self.state.root:
-            raise Rejected(RejectCode.ROLLBACK, f"root has version {root.version}, {self.state.root} was seen before")
+            raise Rejected(
+                RejectCode.ROLLBACK, f"root has version {root.version}, but version {self.state.root} was seen before"
+            )
         self.state = self.state.with_root(root.version, metadata.key_set(root, ("timestamp", "snapshot")))
         metadata.check_expiry(root, self._now, "root")  # 5.3.10
         if self._production and profile(root).get("size") == "dev":
@@ -283,7 +285,7 @@ class TrustedMetadata:
             if new.signed.version < known.version:
                 raise rollback_rejection("timestamp", new.signed.version, known.version)
             if new.signed.version == known.version and metadata.sha256(data) != known.sha256:
-                # 5.4.3.1: the one that was trusted first stays. Where it is lost, neither is believed.
+                # 5.4.3.1: the file that was trusted first stays. If it is lost, neither is trusted.
                 cached = self._cached_timestamp
                 if cached is None or metadata.sha256(cached[1]) != known.sha256:
                     raise _equivocation("timestamp", known.version)
@@ -336,10 +338,10 @@ class TrustedMetadata:
         """Return a trusted targets role, or the request for its file.
 
         Args:
-            role: its name.
+            role: the role's name.
             parent: the delegator's name.
-            delegator: says which keys sign the role.
-            expired_too: take it past its expiry (to look for revocations or renew it, never to allow something).
+            delegator: names the keys of the role.
+            expired_too: accept an expired role (to look for revocations or to renew it, never to allow a target).
         """
         known = self._roles.get((parent, role))
         if known is not None:
@@ -374,12 +376,12 @@ class TrustedMetadata:
     def _request(self, role: str, promise: MetaFile, cap: int) -> FileRequest:
         limit = cap if promise.length is None else promise.length
         if limit > cap:
-            raise Rejected(RejectCode.TOO_LARGE, f"{role} is announced with {limit} bytes, at most {cap} are accepted")
+            raise Rejected(RejectCode.TOO_LARGE, f"{role} is promised with {limit} bytes, at most {cap} are accepted")
         file = f"{quote(role, safe='')}.json"
         return FileRequest(f"{promise.version}.{file}" if self._root.consistent_snapshot else file, limit, file)
 
     def _verify(self, kind: type[S], role: str, delegator: Root | Targets, data: bytes) -> Metadata[S]:
-        """Parse a file and count its signatures, unless the same bytes were verified against the same keys before."""
+        """Parse a file and verify its signatures, unless the same bytes were verified against the same keys before."""
         signers = _signers(delegator, role)
         known = self._verified.get(role)
         if known is not None and known.data == data and known.signers == signers:
@@ -396,7 +398,7 @@ class TrustedMetadata:
             metadata.check_file(promise, cached, role)
             if promise.hashes:
                 return True
-            # Only the version was promised: the file must verify to be taken for it.
+            # Only a version was promised, without a hash: only the signatures tell whether it is that file.
             return self._verify(kind, role, delegator, cached).signed.version == promise.version
         except Rejected:
             return False
@@ -411,7 +413,7 @@ class TrustedMetadata:
     def _remember(self, role: str, version: int, data: bytes, keys: str) -> None:
         self.state = self.state.with_role(role, Remembered(version, metadata.sha256(data), keys))
 
-    # -- what is trusted --------------------------------------------------------------------------------------------
+    # -- trusted roles ----------------------------------------------------------------------------------------------
 
     @property
     def root(self) -> Root:
@@ -446,16 +448,16 @@ class TrustedMetadata:
         signed = {"root": self.root, "targets": self.targets, "snapshot": self.snapshot, "timestamp": self.timestamp}
         return {role: each.expires for role, each in signed.items()}
 
-    # -- questions: each returns its answer, or the request for a role that it needs first ----------------------------
+    # -- queries: each returns its result, or the request for a file that it needs first ------------------------------
 
     def find(self, path: str) -> Found | FileRequest | None:
         """Search a target, pre-order and depth-first through the delegations (TUF specification, 5.6.7).
 
         Returns:
-            The target; None where nobody has published it.
+            The target; None if it is not published. A `FileRequest` if a role's file is needed first.
 
         Raises:
-            Rejected: EXPIRED, MALFORMED or TOO_LARGE of a role on the way.
+            Rejected: EXPIRED, MALFORMED or TOO_LARGE: a role on the way.
         """
         todo: list[tuple[str, str, Root | Targets, tuple[Grants, ...]]] = [("targets", "root", self.root, ())]
         visited: set[tuple[str, str]] = set()
@@ -487,27 +489,27 @@ class TrustedMetadata:
         return () if delegations is None else tuple(name for name, _ in delegations.get_roles_for_target(path))
 
     def role(self, namespace: str) -> RoleFile | FileRequest:
-        """Return the file of a namespace's role, expired or not: to renew it or read revocations, never to run it.
+        """Return the file of a namespace's role, even if expired: to renew it or read revocations, never to allow one.
 
         Raises:
-            Rejected: MALFORMED or TOO_LARGE of that role.
+            Rejected: MALFORMED or TOO_LARGE: that role.
         """
         head = self._role(namespace, "targets", self.targets, expired_too=True)
         return head if isinstance(head, FileRequest) else self._file("targets", namespace)
 
     def is_revoked(self, path: str) -> bool:
-        """Return whether a namespace's role revokes a path, as far as roles were fetched (see `role`)."""
+        """Return whether one of the namespace roles fetched so far revokes a path (see `role`)."""
         heads = (self._roles.get(("targets", name)) for name in self.namespaces_of(path))
         return any(is_revoked(head.signed, path) for head in heads if head is not None)
 
     def files(self, *, bins: bool = True) -> dict[str, bytes] | FileRequest:
-        """Return root, targets and every namespace that has a role, expired or not: name -> file.
+        """Return the files of root, targets and every namespace that has a role, even if expired: name -> bytes.
 
         Args:
-            bins: with the hash bins of the namespaces, which may be many files.
+            bins: include the hash bins of the namespaces, which may be many files.
 
         Raises:
-            Rejected: MALFORMED or TOO_LARGE of one of those roles.
+            Rejected: MALFORMED or TOO_LARGE: one of those roles.
         """
         top = self.targets
         files = [RoleFile(f"{self._root.version}.root.json", self.root_file), self._file("root", "targets")]
@@ -530,7 +532,7 @@ class TrustedMetadata:
         """Return the role of a namespace, or its hash bin, that holds or will hold a target path.
 
         Raises:
-            Rejected: MALFORMED or TOO_LARGE of that role.
+            Rejected: MALFORMED or TOO_LARGE: that role.
         """
         head = self._role(namespace, "targets", self.targets, expired_too=True)
         if isinstance(head, FileRequest):
@@ -546,16 +548,16 @@ class TrustedMetadata:
 
 
 def _signers(delegator: Root | Targets, role: str) -> tuple[int, Mapping[str, Key]]:
-    """The threshold and keys of a role, to compare with those of an earlier verification."""
+    """Return the threshold and keys of a role, to compare with those of an earlier verification."""
     try:
         named = delegator.get_delegated_role(role)
     except ValueError as error:
-        raise Rejected(RejectCode.UNSIGNED, f"nobody is trusted to sign {role}") from error
+        raise Rejected(RejectCode.UNSIGNED, f"no key is trusted to sign {role}") from error
     return named.threshold, metadata.keys_by_id(delegator, named.keyids)
 
 
 def _listed(snapshot: Snapshot) -> dict[str, int]:
-    """Versions of the roles in a snapshot; of the snapshot itself only the timestamp decides."""
+    """Return the versions of the roles in a snapshot, without the snapshot's own (only timestamp decides that)."""
     return {name: each.version for name, each in snapshot.meta.items() if name != "snapshot.json"}
 
 
@@ -565,7 +567,7 @@ def _bins(role: Targets) -> Iterable[str]:
 
 
 def _equivocation(what: str, version: int) -> Rejected:
-    return Rejected(RejectCode.EQUIVOCATION, f"{what} version {version} was seen with other bytes before")
+    return Rejected(RejectCode.EQUIVOCATION, f"{what} version {version} was seen with different content before")
 
 
 def _incomplete() -> Rejected:

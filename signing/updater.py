@@ -1,10 +1,10 @@
-"""Loop around `TrustedMetadata`: fetch, cache, remember.
+"""TUF client: the loop around `TrustedMetadata` that fetches, caches and stores.
 
 `Updater` obtains the files that `TrustedMetadata` asks for, from the cache or the repository, and stores what is
-remembered (`VerifierState`) after each refresh and question, also after one that failed.
+remembered (`VerifierState`) after each refresh and query, even if it failed.
 
-The cache is a convenience and never an authority: what is read from it is verified like what comes from the network,
-and what must not be forgotten is in the `StateStore`. A torn, lost or planted file costs a download and nothing else.
+The cache is never trusted: a file read from it is verified like one from the network, and everything that must not be
+forgotten is in the `StateStore`. A torn, lost or planted file only costs a download.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ from signing.trusted_metadata import FileRequest, Found, RoleFile, TrustedMetada
 T = TypeVar("T")
 
 Fetch = Callable[[str, int], bytes]
-"""Fetch a repository file by name (`7.root.json`, `timestamp.json`), at most so many bytes.
+"""Fetch a repository file by its name (`7.root.json`, `timestamp.json`); the second argument limits its bytes.
 
-Raises `FetchNotFound` for a 404, and `Rejected` with UNREACHABLE, TOO_SLOW or TOO_LARGE for the rest.
+Raises `FetchNotFound` after a 404, and `Rejected` (UNREACHABLE, TOO_SLOW or TOO_LARGE) after any other failure.
 """
 
 
 class Cache(Protocol):
-    """Files by name, such as `timestamp.json`."""
+    """Cache of verified files by name, such as `timestamp.json`."""
 
     def load(self, name: str) -> bytes | None:
-        """Return the file, or None where there is none."""
+        """Return the file; None if there is none."""
 
     def store(self, name: str, data: bytes) -> None:
         """Keep a verified file."""
@@ -44,7 +44,7 @@ class MemoryCache:
     """Cache in memory.
 
     Args:
-        files: to begin with; filled in place.
+        files: initial content; modified in place.
     """
 
     def __init__(self, files: dict[str, bytes] | None = None) -> None:
@@ -60,7 +60,7 @@ class MemoryCache:
 
 
 class DirectoryCache:
-    """Cache in a directory; files are replaced atomically. A full disk makes it forgetful, not wrong."""
+    """Cache in a directory; files are replaced atomically. On a full disk, files are not cached."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -74,7 +74,7 @@ class DirectoryCache:
             return None
 
     def store(self, name: str, data: bytes) -> None:
-        """See `Cache`; a file that is the same already is not written again."""
+        """See `Cache`; an unchanged file is not written again."""
         if self.load(name) == data:
             return
         path = self._path(name)
@@ -88,26 +88,26 @@ class DirectoryCache:
 
 
 class StateStore(Protocol):
-    """The only home of a `VerifierState`: whoever reads, computes and writes it does so within `lock`."""
+    """Storage of a `VerifierState`; every read-modify-write happens within `lock`."""
 
     def lock(self) -> AbstractContextManager[object]:
-        """Keep everyone else from writing between `load` and `save`."""
+        """Exclude other writers between `load` and `save`."""
 
     def load(self) -> VerifierState:
-        """Return what was saved last; an empty state at first."""
+        """Return the saved state; an empty one at first."""
 
     def save(self, state: VerifierState) -> None:
-        """Store it before anything is done about what was accepted."""
+        """Store the state durably, before anything that was accepted is acted on."""
 
 
 class MemoryState:
-    """State of a verifier that lives as long as its process."""
+    """State in memory, lost when the process ends."""
 
     def __init__(self, state: VerifierState | None = None) -> None:
         self._state = VerifierState() if state is None else state
 
     def lock(self) -> AbstractContextManager[object]:
-        """See `StateStore`; there is nobody else."""
+        """See `StateStore`; there are no other writers."""
         return contextlib.nullcontext()
 
     def load(self) -> VerifierState:
@@ -123,8 +123,8 @@ class FileState:
     """State in a file that several processes share.
 
     Args:
-        path: replaced atomically, and written only when it changes.
-        lock: a file to lock meanwhile; made where it is missing.
+        path: the file, replaced atomically.
+        lock: the file to lock; created if missing.
     """
 
     def __init__(self, path: Path, *, lock: Path) -> None:
@@ -132,7 +132,7 @@ class FileState:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """See `StateStore`; waits for other processes. Raises `OSError`."""
+        """See `StateStore`; blocks while another process holds the lock. Raises `OSError`."""
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         with self._lock.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -152,13 +152,13 @@ class FileState:
 
 
 class Updater:
-    """Keeps the trusted metadata of one repository up to date. Blocks; belongs to its caller's thread.
+    """TUF client of one repository. Blocking; not thread-safe.
 
     Args:
         pinned_root: the root pinned at enrolment, as served.
         fetch: see `Fetch`.
-        states: home of what is remembered.
-        cache: where verified files are kept; None for memory.
+        states: storage of the verifier state.
+        cache: of verified files; None for a cache in memory.
         production: refuse repositories made for development.
     """
 
@@ -180,7 +180,7 @@ class Updater:
 
     @property
     def trusted(self) -> TrustedMetadata:
-        """The metadata of the last refresh that succeeded; raises `Rejected` (UNREACHABLE) before the first."""
+        """Metadata of the last successful refresh; raises `Rejected` (UNREACHABLE) before the first."""
         if self._trusted is None:
             raise Rejected(RejectCode.UNREACHABLE, "the repository has not been refreshed yet")
         return self._trusted
@@ -191,13 +191,13 @@ class Updater:
         """Bring root, timestamp, snapshot and the top-level targets up to date.
 
         Args:
-            now: the reference time of this refresh and of all questions after it: `state.time(wall_clock)`.
-            fetch: another source for this refresh alone.
-            allow_expired_online: take timestamp and snapshot past their expiry.
+            now: the reference time of this refresh and of all queries after it: `state.time(wall_clock)`.
+            fetch: another source for this refresh only.
+            allow_expired_online: accept an expired timestamp and snapshot.
 
         Raises:
-            Rejected: with the code of what was found. What was trusted before stays trusted, until it expires or root
-                changes: a network that is away does not take the director's word from a device.
+            Rejected: a file is not trusted or cannot be fetched. Metadata trusted before stays trusted until it expires
+                or root changes, so that a device without a network can still verify assignments.
         """
         with self._states.lock():
             before = self._states.load()
@@ -231,7 +231,7 @@ class Updater:
         return self.ask(lambda trusted: trusted.role(namespace))
 
     def look_for_revocations(self, path: str) -> TrustedMetadata:
-        """Obtain the roles that could revoke a path, as far as they can be had; an unknown role is no failure."""
+        """Fetch the roles that could revoke a path. A role that cannot be fetched or verified is skipped."""
         trusted = self.trusted
         for name in trusted.namespaces_of(path):
             with contextlib.suppress(Rejected):
@@ -239,15 +239,20 @@ class Updater:
         return trusted
 
     def ask(self, question: Callable[[TrustedMetadata], T | FileRequest]) -> T:
-        """Put a question to the trusted metadata, and obtain the roles that it needs for the answer.
+        """Run a query on the trusted metadata, fetching the roles that it needs.
+
+        Args:
+            question: a query of `TrustedMetadata`, called until it returns something other than a request.
 
         Raises:
-            Rejected: of the question, or of a role that it needs.
+            Rejected: raised by the query, or a role that it needs is not trusted or cannot be fetched.
         """
         trusted = self.trusted
         with self._states.lock():
             before = self._states.load()
-            superseded = before.root > trusted.root.version  # another process followed root: its memory is not ours
+            superseded = (
+                before.root > trusted.root.version
+            )  # another process verified a newer root; do not overwrite its state
             if not superseded:
                 trusted.state = before
             try:

@@ -1,17 +1,17 @@
-"""Verifier: whether one device may act on what the director and publishers signed.
+"""Verifier: decides whether a device may act on what the director and publishers signed.
 
-Functions over values: trusted metadata (`signing.trusted_metadata`), what is remembered (`VerifierState`) and the time
-go in; what was accepted and the state to store come out, or `Rejected` is raised. Nothing here opens a file, a socket
-or a clock, and a refusal changes no state.
+Pure functions: trusted metadata (`signing.trusted_metadata`), remembered versions (`VerifierState`) and the time go in;
+the accepted document and the state to store come out, or `Rejected` is raised. Nothing here uses a file, a socket or a
+clock, and a refusal changes no state.
 
     trusted = updater.refresh(state.time(wall_clock))
     accepted = accept_assignment(trusted, envelope, fleet=..., device=..., state=states.load(), now=...)
-    states.save(accepted.state)                                         # before anything of it is fetched
+    states.save(accepted.state)                                         # before anything in it is fetched
     resolved = resolve(updater.find(item.target), item, state=accepted.state, arch="aarch64")
 
-Together they are what the Uptane Standard calls full verification (it asks to be cited by section names): first the
-time, then what the director says, then what publishers say, and last that both mean the same bytes, the same manifest
-and no older security epoch. One TUF repository serves both: the director signs envelopes under a delegation.
+Together, the functions are what the Uptane Standard calls full verification: first the time, then the director's
+metadata, then the publishers' metadata, and last that both name the same bytes, the same manifest and no older security
+epoch. A single TUF repository serves as both of Uptane's repositories: the director signs envelopes under a delegation.
 """
 
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ from signing.trusted_metadata import Found, TrustedMetadata
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """Accepted assignment: store `state` before doing anything about it.
+    """Accepted assignment: store `state` before acting on it.
 
     Attributes:
-        assignment: complete desired state.
-        sha256: of the payload, in hex; freshness statements and reports name it.
-        state: with the accepted version and a raised floor.
+        assignment: the device's complete desired state.
+        sha256: of the payload, in hex; freshness statements and reports refer to it.
+        state: with the accepted version and a raised time floor.
     """
 
     assignment: Assignment
@@ -46,10 +46,10 @@ class Accepted:
 
 
 class Challenge(NamedTuple):
-    """Expected content of a freshness statement.
+    """Challenge that a freshness statement must answer.
 
     Attributes:
-        nonce: of this connection.
+        nonce: chosen by the device for this connection.
         sha256: of the accepted assignment's payload.
     """
 
@@ -86,17 +86,17 @@ def accept_assignment(
 ) -> Accepted:
     """Verify an assignment.
 
-    In this order: the signed roles are still valid, size, signature, fleet and device, version (an equal one must be
-    the same payload), expiry, emptiness, the oldest acceptable snapshot.
+    Order of the checks: expiry of the signed roles, size, signature, fleet and device, version (an equal version must
+    have the same payload), expiry, emptiness, minimum snapshot version.
 
     Args:
-        trusted: after a refresh.
-        envelope: as received.
-        fleet: the device's own.
-        device: the device's own id.
-        state: as stored, with what the refresh remembered.
-        now: the reference time; a freshness statement may have raised it since the refresh.
-        allow_expired_online: timestamp and snapshot may have expired, as in the refresh before.
+        trusted: metadata of a successful refresh.
+        envelope: the document as received.
+        fleet: the device's fleet.
+        device: the device's id.
+        state: as stored after the refresh.
+        now: the reference time; may be later than the refresh's, after a freshness statement.
+        allow_expired_online: accept an expired timestamp and snapshot, as in the refresh.
 
     Raises:
         Rejected: TOO_LARGE, MALFORMED, UNSIGNED, WRONG_FLEET, WRONG_DEVICE, ROLLBACK, EQUIVOCATION, EXPIRED, FREEZE,
@@ -109,7 +109,7 @@ def accept_assignment(
     if trusted.snapshot.version < accepted.snapshot:
         raise Rejected(
             RejectCode.FREEZE,
-            f"the repository shows snapshot {trusted.snapshot.version}, the director knows {accepted.snapshot}",
+            f"the repository is at snapshot {trusted.snapshot.version}, but the director requires {accepted.snapshot}",
         )
     return Accepted(assignment=accepted, sha256=sha256, state=state)
 
@@ -126,19 +126,19 @@ def accept_freshness(
 ) -> AcceptedFreshness:
     """Verify a freshness statement.
 
-    The expiry of the signed roles is not checked: a device without a clock learns the time from this statement.
+    The expiry of the signed roles is not checked, as a device without a clock learns the time from this statement.
 
     Args:
-        trusted: after a refresh.
-        envelope: as received.
-        fleet: the device's own.
-        device: the device's own id.
-        challenge: what the statement must answer.
+        trusted: metadata of a successful refresh.
+        envelope: the document as received.
+        fleet: the device's fleet.
+        device: the device's id.
+        challenge: of this connection.
         state: as stored.
         now: the reference time.
 
     Raises:
-        Rejected: as `accept_assignment`; REPLAY for another nonce, FREEZE when the director means another assignment.
+        Rejected: as `accept_assignment`; REPLAY: another nonce; FREEZE: the director has another assignment.
     """
     _check_current(trusted, fleet, None)
     statement, state = director.fresh(
@@ -158,10 +158,10 @@ def accept_freshness(
 def accept_command(
     trusted: TrustedMetadata, envelope: bytes, *, fleet: str, device: str, state: VerifierState, now: datetime
 ) -> AcceptedCommand:
-    """Verify a command. Store the state before carrying it out: a command is carried out at most once.
+    """Verify a command. Store the state before carrying it out, so that it is carried out at most once.
 
     Raises:
-        Rejected: as `accept_assignment`; REPLAY for a sequence that is not higher than the last.
+        Rejected: as `accept_assignment`; REPLAY: the sequence is not higher than the last one.
     """
     _check_current(trusted, fleet, now)
     command, state = director.command(_director(trusted), envelope, fleet=fleet, device=device, state=state, now=now)
@@ -171,10 +171,10 @@ def accept_command(
 def _check_current(
     trusted: TrustedMetadata, fleet: str, now: datetime | None, *, allow_expired_online: bool = False
 ) -> None:
-    """Refuse signed roles of another fleet, or that have expired at `now` (None: do not check)."""
+    """Refuse signed roles of another fleet, or that have expired at `now` (None: skip the expiry)."""
     whose = profile(trusted.root).get("fleet", fleet)
     if whose != fleet:
-        raise Rejected(RejectCode.WRONG_FLEET, f"the repository is of the fleet {whose!r}, not {fleet!r}")
+        raise Rejected(RejectCode.WRONG_FLEET, f"the repository belongs to fleet {whose!r}, not {fleet!r}")
     if now is None:
         return
     metadata.check_expiry(trusted.root, now, "root")
@@ -185,7 +185,7 @@ def _check_current(
 
 
 def _clamp(trusted: TrustedMetadata) -> datetime:
-    """No document raises the time floor beyond the first expiry of what vouches for it."""
+    """Return the limit of the time floor: no document raises it beyond the first expiry of the roles above it."""
     return min(trusted.expiries().values())
 
 
@@ -198,17 +198,17 @@ def _director(trusted: TrustedMetadata) -> director.Director:
 
 
 def published(found: Found | None, path: str) -> Release:
-    """Read what publishers signed under a target path, whether or not this device may run it.
+    """Return the release under a target path as its publisher signed it; this device may still refuse to run it.
 
     Args:
-        found: of `Updater.find(path)`.
-        path: the target's.
+        found: result of `Updater.find(path)`.
+        path: the target's path.
 
     Raises:
         Rejected: UNKNOWN_TARGET, REVOKED, MALFORMED.
     """
     if found is None:
-        raise Rejected(RejectCode.UNKNOWN_TARGET, f"nobody has published {path[:200]!r}")
+        raise Rejected(RejectCode.UNKNOWN_TARGET, f"{path[:200]!r} is not published")
     if found.revoked or found.target is None:
         raise Rejected(RejectCode.REVOKED, f"{path} was revoked by its publisher")
     return policy.release_of(path, found.target)
@@ -217,12 +217,12 @@ def published(found: Found | None, path: str) -> Release:
 def resolve(
     found: Found | None, item: Item, *, state: VerifierState, local: Grants | None = None, arch: str = ""
 ) -> Resolved:
-    """Hold an item of an accepted assignment against what publishers signed, for this device.
+    """Check an item of an accepted assignment against what its publisher signed, for this device.
 
     Args:
-        found: of `Updater.find(item.target)`.
+        found: result of `Updater.find(item.target)`.
         item: from an accepted assignment.
-        state: for the security epochs and versions of secrets.
+        state: source of the committed security epochs and versions of secrets.
         local: the device owner's policy; None for no limit.
         arch: the device's CPU, see `policy.check_allowed`.
 
@@ -245,14 +245,14 @@ def reconfirm(
     local: Grants | None = None,
     arch: str = "",
 ) -> Resolved:
-    """Hold a committed item against what has changed since, without looking it up again.
+    """Check a committed item against later changes (revocation, ceiling, policy) without searching the target again.
 
-    A namespace that expired or cannot be fetched is no violation, so that it stops nothing that runs.
+    An expired or unreachable namespace is no violation, so that it does not stop running components.
 
     Args:
-        trusted: of `Updater.look_for_revocations(item.target)`.
-        item: the same as the committed one, but for attempt and rollout.
-        manifest: the publisher's, as it was resolved then.
+        trusted: result of `Updater.look_for_revocations(item.target)`.
+        item: equal to the committed item, except for attempt and rollout.
+        manifest: the publisher's, as resolved at that time.
         state: see `resolve`.
         local: see `resolve`.
         arch: see `resolve`.

@@ -1,6 +1,6 @@
-"""What trust costs, counted: a board's refresh and verification, flat and in hash bins; a report at the server.
+"""Cost of verification: a device's refresh, flat and with hash bins; a signed report at the server.
 
-Run with `make bench`. Times are CPU times, printed as ratios; nothing is asserted of a clock.
+Run with `make bench`. Times are CPU times, printed as ratios; no assertion depends on a clock.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from fleet.protocol.messages import Report
 from signing import events, hash_bins, repository
 from signing.device_statements import DeviceSigner, DeviceVerifier
 from signing.errors import Rejected
-from tests.simulator.repository import Board, Repository
+from tests.simulator.repository import Device, Repository
 
 SIZES = (10, 100, 1_000, 5_000, 10_000, 100_000)
 BUDGET_US = 100
@@ -31,7 +31,7 @@ CALLS = 2_000
 
 @pytest.fixture
 def verified(monkeypatch) -> list[str]:
-    """The key id of each signature that is verified."""
+    """Record the key id of each verified signature."""
     seen: list[str] = []
     verify = SSlibKey.verify_signature
 
@@ -44,7 +44,7 @@ def verified(monkeypatch) -> list[str]:
 
 
 def fill(repo: Repository, role: str, paths: list[str], like: str) -> None:
-    """Many targets with one manifest, in one role."""
+    """Add many targets with the same manifest to a role."""
 
     def add(signed: object) -> None:
         known = signed.targets[like]  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ def flat(targets: int) -> tuple[Repository, Item]:
 
 
 def binned(targets: int) -> tuple[Repository, Item]:
-    """256 bins; the one that a board fetches has what hashes there, and what the others hold it never sees."""
+    """Make a namespace of 256 bins; only the bin that the device fetches is filled with the targets that hash to it."""
     repo = Repository()
     item = repo.publish("1.0.0", name="hello")
     event = events.sign(repo.files, events.propose_bins(repo.files, "main", now=repo.now), repo.keys["main"])
@@ -87,14 +87,14 @@ def test_refresh_and_assignment_by_number_of_targets(verified: list[str]) -> Non
     for targets in SIZES:
         for layout, make in (("one file", flat), ("256 bins", binned)):
             repo, item = make(targets)
-            board, envelope = Board(repo), repo.assign(item)
+            device, envelope = Device(repo), repo.assign(item)
             cells = []
             for _ in range(2):
                 repo.fetched.clear()
                 verified.clear()
                 started = time.process_time()
                 try:
-                    board.run(envelope)
+                    device.run(envelope)
                 except Rejected as error:
                     size = len(repository.latest(repo.files, "main")[1])
                     cells = [f"refused ({error.code}): {size >> 20} MiB in one file"]
@@ -110,7 +110,7 @@ def test_refresh_and_assignment_by_number_of_targets(verified: list[str]) -> Non
 
 
 def spent_us(call: Callable[[], object]) -> float:
-    """CPU time of one call, in microseconds."""
+    """Measure the CPU time of a call in microseconds."""
     started = time.process_time()
     for _ in range(CALLS):
         call()

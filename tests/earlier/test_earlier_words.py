@@ -25,7 +25,7 @@ from fleet.rollout.model import Value
 from fleet.server.director import _asked
 from fleet.store.store import Store as ServerStore
 from signing import dsse
-from tests.simulator.repository import Board, Repository
+from tests.simulator.repository import Device, Repository
 
 HERE = Path(__file__).parent
 
@@ -43,12 +43,12 @@ def restored(name, path):
     return path
 
 
-def board(earlier):
+def device(earlier):
     """A device that sees the metadata of the earlier repository."""
     repo = Repository(fleet=earlier["fleet"])
     repo.files = {name: text.encode() for name, text in earlier["metadata"].items()}
     repo.pinned = earlier["root"].encode()
-    return Board(repo, device=earlier["device"])
+    return Device(repo, device=earlier["device"])
 
 
 # -- the device
@@ -57,7 +57,7 @@ def board(earlier):
 def test_a_signed_assignment_verifies_and_its_bytes_stay_what_they_were(earlier):
     envelope = earlier["envelope"].encode()
     assert b"share_worker" not in dsse.parse(envelope).payload
-    accepted = board(earlier).accept(envelope)
+    accepted = device(earlier).accept(envelope)
     shared, alone = accepted.assignment.items
     assert (shared.instance, shared.share_worker, alone.share_worker) == ("hello", True, False)
     assert alone.config == {"share_lane": "a key of the component"}

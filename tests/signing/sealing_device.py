@@ -1,4 +1,4 @@
-"""Device with the two keys of a board: the one that certificates name, and the one that secrets are sealed to."""
+"""Device with its two keys: the device key in its certificate, and the sealing key."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -17,7 +17,7 @@ OURS = sealing.public_key(KEY)
 
 
 class Device:
-    """A device key with its certificate from some CA, as enrolment gives it."""
+    """Device key with a certificate, as enrolment makes them."""
 
     def __init__(self) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())

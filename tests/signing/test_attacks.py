@@ -1,7 +1,7 @@
-"""What an attacker tries, row by row, and the word with which the board refuses it.
+"""Attacks without stolen keys or with the director's key, and the code with which the device refuses each.
 
-Each row is a small story: an honest repository with one published component and a board that runs it; then something
-hostile happens; then the board is asked to carry out an assignment, and refuses with exactly this code.
+Each story starts with an honest repository with a published component and a device that runs it. Then something hostile
+happens, and the device refuses an assignment with exactly the expected code.
 """
 
 import json
@@ -21,7 +21,7 @@ from signing.state import VERSION_MAX
 from tests.simulator.attack import CLOCKS, NETWORK, Scene, Story, by_director, refuses, stories
 from tests.simulator.repository import (
     START,
-    Board,
+    Device,
     Repository,
     signer,
     tampered,
@@ -30,12 +30,12 @@ from tests.simulator.repository import (
 STORIES, attack = stories()
 
 
-# -- the broker, or whoever sits on the network: no key at all --------------------------------------------------------
+# -- a hostile broker or network: no key at all -----------------------------------------------------------------------
 
 
 @attack("forged assignment", RejectCode.UNSIGNED)
 def _(scene: Scene) -> bytes:
-    # Signed, but by a key that nobody delegated to.
+    # Signed, but by a key without a delegation.
     return director.sign_assignment(scene.repo.assignment(scene.item), signer())
 
 
@@ -50,9 +50,9 @@ def _(scene: Scene) -> bytes:
     return json.dumps(json.loads(scene.assign()) | {"signatures": []}).encode()
 
 
-@attack("older assignment played again", RejectCode.ROLLBACK)
+@attack("older assignment replayed", RejectCode.ROLLBACK)
 def _(scene: Scene) -> bytes:
-    scene.board.run(scene.assign())
+    scene.device.run(scene.assign())
     return scene.envelope
 
 
@@ -101,7 +101,7 @@ def _(scene: Scene) -> bytes:
     return b'{"payloadType":"x","payload":"","signatures":[],"deep":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 
 
-@attack("bytes that are no envelope", RejectCode.MALFORMED)
+@attack("bytes that are not an envelope", RejectCode.MALFORMED)
 def _(scene: Scene) -> bytes:
     return b"\x00\xff" * 100
 
@@ -116,7 +116,7 @@ def _(scene: Scene) -> bytes:
 def _(scene: Scene) -> bytes:
     old = scene.repo.files["timestamp.json"]
     scene.repo.publish("1.1.0")
-    scene.board.refresh()
+    scene.device.refresh()
     scene.repo.files["timestamp.json"] = old
     return scene.assign()
 
@@ -125,8 +125,8 @@ def _(scene: Scene) -> bytes:
 def _(scene: Scene) -> bytes:
     old = scene.repo.files["timestamp.json"]
     scene.repo.publish("1.1.0")
-    scene.board.refresh()
-    scene.board = Board(scene.repo, state=scene.board.state)  # a new cache, the same memory
+    scene.device.refresh()
+    scene.device = Device(scene.repo, state=scene.device.state)  # a new cache, the same state
     scene.repo.files["timestamp.json"] = old
     return scene.assign()
 
@@ -135,7 +135,7 @@ def _(scene: Scene) -> bytes:
 def _(scene: Scene) -> bytes:
     old = scene.repo.files["timestamp.json"]
     scene.repo.online()
-    scene.board.refresh()
+    scene.device.refresh()
     scene.repo.files["timestamp.json"] = old
     return scene.assign()
 
@@ -200,7 +200,7 @@ def _(scene: Scene) -> bytes:
     return scene.assign()
 
 
-@attack("a root signed by nobody we know", RejectCode.UNSIGNED)
+@attack("a root signed by unknown keys", RejectCode.UNSIGNED)
 def _(scene: Scene) -> bytes:
     scene.repo.files["2.root.json"] = Repository().files["1.root.json"]
     return scene.assign()
@@ -229,8 +229,8 @@ def _(scene: Scene) -> bytes:
 def _(scene: Scene) -> bytes:
     scene.repo.rotate("timestamp")
     scene.repo.online()
-    scene.board.refresh()
-    scene.board = Board(scene.repo, state=scene.board.state)
+    scene.device.refresh()
+    scene.device = Device(scene.repo, state=scene.device.state)
     del scene.repo.files["2.root.json"]
     return scene.assign()
 
@@ -241,10 +241,10 @@ def _(scene: Scene) -> bytes:
     return scene.assign()
 
 
-# -- a stolen director key: it chooses, and cannot invent -------------------------------------------------------------
+# -- a stolen director key: may assign, but not publish ---------------------------------------------------------------
 
 
-@attack("arbitrary code: a target that nobody published", RejectCode.UNKNOWN_TARGET)
+@attack("arbitrary code: an unpublished target", RejectCode.UNKNOWN_TARGET)
 def _(scene: Scene) -> bytes:
     return scene.altered(target="components/main/evil/1.0.0.wasm")
 
@@ -274,7 +274,7 @@ def _(scene: Scene) -> bytes:
     return scene.altered(grants=NETWORK)
 
 
-@attack("configuration that the manifest has not", RejectCode.MALFORMED)
+@attack("configuration that the manifest does not declare", RejectCode.MALFORMED)
 def _(scene: Scene) -> bytes:
     return scene.altered(config={"url": "https://evil.example"})
 
@@ -291,9 +291,9 @@ def _(scene: Scene) -> bytes:
 
 @attack("an older version of a secret than was committed", RejectCode.ROLLBACK)
 def _(scene: Scene) -> bytes:
-    # the password was rotated because it had leaked; whoever has the director's key would like the old one back
+    # the password was rotated because it had leaked; an attacker with the director's key wants the old one back
     item = scene.repo.publish("1.1.0", grants=CLOCKS, secrets={"key": SecretKey()})
-    scene.board.state = scene.board.state.with_secrets("hello", {"key": 2})
+    scene.device.state = scene.device.state.with_secrets("hello", {"key": 2})
     old = SecretRef(name="key", sha256="0" * 64, version=1)
     return scene.repo.assign(msgspec.structs.replace(item, secrets=(old,)))
 
@@ -327,7 +327,7 @@ def _(scene: Scene) -> bytes:
     return by_director(scene, scene.item, keep_data=("..",))
 
 
-@attack("a port that is none", RejectCode.MALFORMED)
+@attack("an invalid port", RejectCode.MALFORMED)
 def _(scene: Scene) -> bytes:
     return by_director(scene, msgspec.structs.replace(scene.item, port=70_000))
 
@@ -342,12 +342,12 @@ def _(scene: Scene) -> bytes:
     return by_director(scene)
 
 
-@attack("a version that nobody can count on from", RejectCode.MALFORMED)
+@attack("a version beyond the largest one", RejectCode.MALFORMED)
 def _(scene: Scene) -> bytes:
     return scene.assign(version=VERSION_MAX + 1)
 
 
-@attack("a schema version of the future", RejectCode.UNSUPPORTED_VERSION)
+@attack("an unknown schema version", RejectCode.UNSUPPORTED_VERSION)
 def _(scene: Scene) -> bytes:
     return scene.assign(v=2)
 
@@ -355,8 +355,8 @@ def _(scene: Scene) -> bytes:
 @attack("below the security epoch", RejectCode.SECURITY_EPOCH)
 def _(scene: Scene) -> bytes:
     safe = scene.repo.publish("2.0.0", security_epoch=1)
-    scene.board.run(scene.repo.assign(safe))
-    scene.board.commit("main/hello", 1)
+    scene.device.run(scene.repo.assign(safe))
+    scene.device.commit("main/hello", 1)
     return scene.assign()
 
 
@@ -367,20 +367,20 @@ def _(scene: Scene) -> bytes:
 
 
 @pytest.mark.parametrize(("code", "story"), [row[1:] for row in STORIES], ids=[row[0] for row in STORIES])
-def test_the_board_refuses(code: RejectCode, story: Story) -> None:
+def test_the_device_refuses(code: RejectCode, story: Story) -> None:
     refuses(code, story)
 
 
 @pytest.mark.parametrize("at", range(0, 400, 7))
-def test_no_damaged_envelope_is_taken_for_another(at: int) -> None:
+def test_no_damaged_envelope_is_accepted_as_another(at: int) -> None:
     scene = Scene()
     envelope = scene.assign()
     damaged = bytearray(envelope)
     damaged[at % len(envelope)] ^= 0x01
 
-    # Refused, or the damage hit nothing that is signed or read: never another error, never another meaning.
+    # Refused, or the damage hit bytes that are neither signed nor read: never another error or another meaning.
     try:
-        accepted = scene.board.accept(bytes(damaged))
+        accepted = scene.device.accept(bytes(damaged))
     except Rejected:
         return
     assert accepted.sha256 == director.payload_sha256(envelope)
@@ -396,7 +396,7 @@ def test_no_damaged_envelope_is_taken_for_another(at: int) -> None:
         {"stop_all": True, "keep_data": ("x" * 63,) * 9000},
     ],
 )
-def test_the_director_does_not_sign_what_no_board_accepts(fields: dict[str, Any]) -> None:
+def test_the_director_does_not_sign_an_unacceptable_assignment(fields: dict[str, Any]) -> None:
     repo = Repository()
     with pytest.raises(SigningError):
         repo.assign(**fields)

@@ -1,7 +1,7 @@
-"""What a thief of keys tries, row by row, and the word with which the board refuses it.
+"""Attacks with stolen keys, and the code with which the device refuses each.
 
-Each row is a small story: an honest repository with one published component and a board that runs it; then something
-hostile happens; then the board is asked to carry out an assignment, and refuses with exactly this code.
+Each story starts with an honest repository with a published component and a device that runs it. Then something hostile
+happens, and the device refuses an assignment with exactly the expected code.
 """
 
 from datetime import timedelta
@@ -14,7 +14,7 @@ from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
 from tests.simulator.attack import NETWORK, Scene, Story, refuses, stories
 from tests.simulator.repository import (
-    Board,
+    Device,
     promise_role,
     promise_snapshot,
 )
@@ -28,7 +28,7 @@ STORIES, attack = stories()
 @attack("the server shows an old namespace role under new online roles", RejectCode.ROLLBACK)
 def _(scene: Scene) -> bytes:
     safe = scene.repo.publish("1.1.0")
-    scene.board.run(scene.repo.assign(safe))
+    scene.device.run(scene.repo.assign(safe))
 
     def backwards(snapshot: Snapshot) -> None:
         promise_role(snapshot, "main", scene.repo.files["2.main.json"], 2)
@@ -38,23 +38,23 @@ def _(scene: Scene) -> bytes:
     return scene.assign()
 
 
-@attack("the server takes back a role that this device never looked at", RejectCode.ROLLBACK)
+@attack("the server withdraws a role that this device has never fetched", RejectCode.ROLLBACK)
 def _(scene: Scene) -> bytes:
     old = scene.repo.files["1.other.json"]
     scene.repo.publish("1.0.0", space="other")
-    scene.board.refresh()
+    scene.device.refresh()
     scene.repo.rewrite("snapshot", lambda snapshot: promise_role(snapshot, "other", old, 1))
     _promise(scene)
     return scene.assign()
 
 
-@attack("the server takes back a snapshot that this device could not fetch", RejectCode.ROLLBACK)
+@attack("the server withdraws a snapshot that this device could not fetch", RejectCode.ROLLBACK)
 def _(scene: Scene) -> bytes:
     old = scene.repo.files["2.snapshot.json"]
     scene.repo.publish("1.1.0")
     del scene.repo.files["3.snapshot.json"]
     with pytest.raises(Rejected):
-        scene.board.refresh()
+        scene.device.refresh()
     scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, old, 2))
     return scene.assign()
 
@@ -96,7 +96,7 @@ def _(scene: Scene) -> bytes:
     old = scene.repo.files["1.targets.json"]
     scene.repo.rewrite("targets", lambda role: None)
     scene.repo.online()
-    scene.board.refresh()
+    scene.device.refresh()
     scene.repo.rewrite("snapshot", lambda snapshot: promise_role(snapshot, "targets", old, 1))
     _promise(scene)
     return scene.assign()
@@ -112,7 +112,7 @@ def _(scene: Scene) -> bytes:
 @attack("the server shows an older snapshot under a new timestamp", RejectCode.ROLLBACK)
 def _(scene: Scene) -> bytes:
     scene.repo.publish("1.1.0")
-    scene.board.refresh()
+    scene.device.refresh()
     scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, scene.repo.files["2.snapshot.json"], 2))
     return scene.assign()
 
@@ -121,7 +121,7 @@ def _(scene: Scene) -> bytes:
 def _(scene: Scene) -> bytes:
     scene.repo.rewrite("snapshot", lambda snapshot: None)
     _promise(scene)
-    scene.board.refresh()
+    scene.device.refresh()
     scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, scene.repo.files["2.snapshot.json"], 2))
     return scene.assign()
 
@@ -142,7 +142,7 @@ def _(scene: Scene) -> bytes:
 
 @attack("the server signs two timestamps of one version", RejectCode.EQUIVOCATION)
 def _(scene: Scene) -> bytes:
-    scene.board = Board(scene.repo, state=scene.board.state)  # the trusted one is lost from the cache
+    scene.device = Device(scene.repo, state=scene.device.state)  # the trusted file is lost from the cache
     scene.repo.rewrite("timestamp", lambda new: new.unrecognized_fields.update(more="x"), bump=False)
     return scene.assign()
 
@@ -154,7 +154,7 @@ def _(scene: Scene) -> bytes:
     return scene.assign()
 
 
-@attack("the server announces endless metadata", RejectCode.TOO_LARGE)
+@attack("the server promises endless metadata", RejectCode.TOO_LARGE)
 def _(scene: Scene) -> bytes:
     def endless(timestamp: Timestamp) -> None:
         timestamp.snapshot_meta.version += 1
@@ -165,7 +165,7 @@ def _(scene: Scene) -> bytes:
 
 
 def _promise(scene: Scene) -> None:
-    """Sign a timestamp over the newest snapshot, whatever is in it."""
+    """Sign a timestamp over the newest snapshot, whatever its content."""
     version = scene.repo.signed("snapshot").version
     data = scene.repo.files[f"{version}.snapshot.json"]
     scene.repo.rewrite("timestamp", lambda new: promise_snapshot(new, data, version))
@@ -203,7 +203,7 @@ def _(scene: Scene) -> bytes:
     return scene.altered(target=foreign)
 
 
-# -- signers that were removed, and keys that only look like two -----------------------------------------------------
+# -- removed signers, and a single key under two ids ------------------------------------------------------------------
 
 
 @attack("a director whose key was rotated away", RejectCode.UNSIGNED)
@@ -246,5 +246,5 @@ def _(scene: Scene) -> bytes:
 
 
 @pytest.mark.parametrize(("code", "story"), [row[1:] for row in STORIES], ids=[row[0] for row in STORIES])
-def test_the_board_refuses(code: RejectCode, story: Story) -> None:
+def test_the_device_refuses(code: RejectCode, story: Story) -> None:
     refuses(code, story)

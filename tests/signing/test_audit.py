@@ -1,4 +1,4 @@
-"""What an operator can prove of a board's history when the server lies about it."""
+"""Audit of a device's history: detects a server that changes, invents or withholds reports."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -22,13 +22,13 @@ NOW = datetime(2030, 1, 1, tzinfo=UTC)
 CRANE, LIFT = "crane-0a1b2c3d", "lift-0a1b2c3d"
 
 
-class Board:
-    """A board's key, certificate, and what it has signed so far."""
+class Device:
+    """Device key, certificate, and the reports signed so far."""
 
     def __init__(self, device=CRANE, key=None):
         self.device, self.key = device, ec.generate_private_key(ec.SECP256R1()) if key is None else key
         pem = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        self.voice = DeviceSigner(pem)
+        self.signer = DeviceSigner(pem)
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device)])
         algorithm = None if isinstance(self.key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
         self.certificate = (
@@ -42,9 +42,9 @@ class Board:
             .sign(self.key, algorithm)
             .public_bytes(Encoding.PEM)
         )
-        self.previous, self.sequence, self.said = "", 0, []
+        self.previous, self.sequence, self.reports = "", 0, []
 
-    def say(self, phase=Phase.COMMITTED, **more):
+    def report(self, phase=Phase.COMMITTED, **more):
         self.sequence += 1
         report = Report(
             device=self.device,
@@ -58,143 +58,143 @@ class Board:
             previous=self.previous,
         )
         payload = wire.encode(msgspec.structs.replace(report, **more))
-        envelope = self.voice.sign(payload)
+        envelope = self.signer.sign(payload)
         if more.get("progress") is None:
             self.previous = dsse.parse(envelope).sha256
-        self.said.append(envelope)
+        self.reports.append(envelope)
         return envelope
 
     def audit(self, shown=None, seen=None):
-        return audit(self.device, self.certificate, self.said if shown is None else shown, seen)
+        return audit(self.device, self.certificate, self.reports if shown is None else shown, seen)
 
 
 @pytest.fixture(params=["P-256", "Ed25519"])
-def board(request):
-    made = Board(key=None if request.param == "P-256" else ed25519.Ed25519PrivateKey.generate())
+def device(request):
+    made = Device(key=None if request.param == "P-256" else ed25519.Ed25519PrivateKey.generate())
     for _ in range(4):
-        made.say()
+        made.report()
     return made
 
 
-def test_a_board_says_what_it_ran(board):
-    verdict = board.audit()
+def test_an_audit_shows_what_a_device_ran(device):
+    verdict = device.audit()
     assert verdict.findings == ()
     assert verdict.notes == ()
     assert [report.sequence for report in verdict.ran()] == [1, 2, 3, 4]
-    assert (verdict.seen.sequence, verdict.seen.key) == (4, DeviceVerifier(board.certificate).fingerprint)
-    # And later, from what was remembered:
-    board.say()
-    assert board.audit(seen=verdict.seen).findings == ()
+    assert (verdict.seen.sequence, verdict.seen.key) == (4, DeviceVerifier(device.certificate).fingerprint)
+    # A later audit, from the remembered state:
+    device.report()
+    assert device.audit(seen=verdict.seen).findings == ()
 
 
-def test_progress_that_was_overtaken_on_the_board_is_no_gap(board):
-    board.say(Phase.FETCHING, progress=40)
-    board.say()
-    shown = [*board.said[:4], board.said[5]]
-    assert board.audit(shown).findings == ()
+def test_skipped_progress_reports_are_not_a_gap(device):
+    device.report(Phase.FETCHING, progress=40)
+    device.report()
+    shown = [*device.reports[:4], device.reports[5]]
+    assert device.audit(shown).findings == ()
 
 
-def changed(board):
-    at = board.said[2].index(b'"payload":"') + 40
-    data = board.said[2]
-    return [*board.said[:2], data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], board.said[3]]
+def changed(device):
+    at = device.reports[2].index(b'"payload":"') + 40
+    data = device.reports[2]
+    return [*device.reports[:2], data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], device.reports[3]]
 
 
-def invented(board):
-    """The server signs with a key of its own."""
-    server = Board()
-    server.sequence, server.previous = board.sequence, board.previous
-    return [*board.said, server.say()]
+def invented(device):
+    """Append a report that the server signed with a key of its own."""
+    server = Device()
+    server.sequence, server.previous = device.sequence, device.previous
+    return [*device.reports, server.report()]
 
 
-def of_another_board(board):
-    """Another board's report, under this board's name."""
-    return [*board.said, Board(LIFT).say()]
+def of_another_device(device):
+    """Append another device's report under this device's name."""
+    return [*device.reports, Device(LIFT).report()]
 
 
-def replayed_as_another_kind(board):
-    """What the board's key signed as something else is no report."""
-    payload = dsse.parse(board.said[3]).payload
-    return [*board.said, dsse.sign("application/other", payload, [board.voice._signer])]
+def replayed_as_another_kind(device):
+    """Append a statement that the device signed with another payload type."""
+    payload = dsse.parse(device.reports[3]).payload
+    return [*device.reports, dsse.sign("application/other", payload, [device.signer._signer])]
 
 
 LIES = [
     ("one is changed", changed, "did not sign"),
     ("one is invented", invented, "did not sign"),
-    ("another board's is shown", of_another_board, "did not sign"),
+    ("another device's is shown", of_another_device, "did not sign"),
     ("a signature for something else", replayed_as_another_kind, "did not sign"),
-    ("one is unsigned", lambda board: [*board.said, dsse.parse(board.said[0]).payload], "without a signature"),
-    ("one is left out", lambda board: [*board.said[:1], *board.said[2:]], "left out"),
+    ("one is unsigned", lambda device: [*device.reports, dsse.parse(device.reports[0]).payload], "without a signature"),
+    ("one is left out", lambda device: [*device.reports[:1], *device.reports[2:]], "left out"),
 ]
 
 
 @pytest.mark.parametrize(("what", "lie", "words"), LIES, ids=[row[0] for row in LIES])
-def test_a_server_that_lies_about_a_board_is_found_out(board, what, lie, words):
-    verdict = board.audit(lie(board))
+def test_a_server_that_changes_a_history_is_detected(device, what, lie, words):
+    verdict = device.audit(lie(device))
     assert words in " ".join(verdict.findings), what
 
 
-def test_a_replayed_report_is_the_same_report(board):
-    verdict = board.audit([*board.said, *board.said])
+def test_a_report_shown_twice_counts_once(device):
+    verdict = device.audit([*device.reports, *device.reports])
     assert verdict.findings == ()
     assert len(verdict.reports) == 4
 
 
-def test_a_server_that_takes_back_the_newest_reports_is_found_out(board):
-    seen = board.audit().seen
-    verdict = board.audit(board.said[:2], seen)
-    assert "not shown any more" in " ".join(verdict.findings)
+def test_a_server_that_withholds_the_newest_reports_is_detected(device):
+    seen = device.audit().seen
+    verdict = device.audit(device.reports[:2], seen)
+    assert "is no longer shown" in " ".join(verdict.findings)
     assert verdict.seen == seen, "what was seen stays remembered"
 
 
-def test_a_server_that_forgets_the_oldest_is_only_said_to(board):
-    verdict = board.audit(board.said[2:])
+def test_a_server_that_has_deleted_the_oldest_reports_is_only_noted(device):
+    verdict = device.audit(device.reports[2:])
     assert verdict.findings == ()
     assert "older ones are not shown" in verdict.notes[0]
 
 
-def test_a_server_that_leaves_out_what_came_since_is_found_out(board):
-    seen = board.audit(board.said[:1]).seen
-    verdict = board.audit(board.said[2:], seen)
+def test_a_server_that_leaves_out_reports_since_the_last_audit_is_detected(device):
+    seen = device.audit(device.reports[:1]).seen
+    verdict = device.audit(device.reports[2:], seen)
     assert "left out" in " ".join(verdict.findings)
 
 
-def test_another_key_than_first_seen_is_found_out(board):
-    other = Board()
-    other.say()
-    verdict = audit(CRANE, other.certificate, other.said, board.audit().seen)
+def test_a_key_other_than_the_first_seen_is_detected(device):
+    other = Device()
+    other.report()
+    verdict = audit(CRANE, other.certificate, other.reports, device.audit().seen)
     assert "another key" in verdict.findings[0]
     assert verdict.reports == ()
 
 
-def test_two_histories_of_one_key_are_found_out(board):
-    fork = Board(key=board.key)
-    fork.sequence, fork.previous = 3, dsse.parse(board.said[2]).sha256
-    verdict = board.audit([*board.said, fork.say(phase=Phase.ROLLED_BACK)])
+def test_two_histories_of_the_same_key_are_detected(device):
+    fork = Device(key=device.key)
+    fork.sequence, fork.previous = 3, dsse.parse(device.reports[2]).sha256
+    verdict = device.audit([*device.reports, fork.report(phase=Phase.ROLLED_BACK)])
     assert "follow the same one" in " ".join(verdict.findings)
 
 
-def test_a_board_that_lost_its_store_begins_anew_and_that_is_said(board):
-    board.previous, board.sequence = "", 10
-    board.say()
-    verdict = board.audit()
+def test_a_device_that_lost_its_store_starts_a_new_history_with_a_note(device):
+    device.previous, device.sequence = "", 10
+    device.report()
+    verdict = device.audit()
     assert verdict.findings == ()
     assert "began a new history" in verdict.notes[0]
 
 
-def test_a_board_that_was_never_heard_of_has_nothing_to_prove():
-    board = Board()
-    assert board.audit().seen == Seen(key=DeviceVerifier(board.certificate).fingerprint)
+def test_an_unseen_device_without_reports_has_no_findings():
+    device = Device()
+    assert device.audit().seen == Seen(key=DeviceVerifier(device.certificate).fingerprint)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"payloadType":1}', b"x" * (device_statements.ENVELOPE_MAX_BYTES + 1)])
-def test_what_is_no_envelope_is_refused_with_a_code(board, data):
+def test_data_that_is_not_an_envelope_is_refused_with_a_code(device, data):
     with pytest.raises(Rejected) as verdict:
-        DeviceVerifier(board.certificate).verify(data)
+        DeviceVerifier(device.certificate).verify(data)
     assert verdict.value.code in {RejectCode.MALFORMED, RejectCode.TOO_LARGE}
 
 
-def test_keys_that_no_board_has(tmp_path):
+def test_certificates_with_other_kinds_of_keys_are_refused(tmp_path):
     with pytest.raises(KeyFileError):
         DeviceSigner(b"no key")
     with pytest.raises(Rejected):
@@ -207,13 +207,13 @@ def test_keys_that_no_board_has(tmp_path):
     ("field", "value"),
     [("at", datetime(2030, 1, 1)), ("sequence", 2**63), ("assignment", -1)],  # noqa: DTZ001
 )
-def test_a_report_that_nobody_can_read_is_named_and_the_audit_goes_on(board, field, value):
-    """Servers of before took what had no bounds, and times without a zone."""
-    before = board.audit()
-    board.say(**{field: value})
-    number = value if field == "sequence" else board.sequence
-    board.say()
-    verdict = board.audit()
+def test_an_unreadable_report_is_a_finding_and_the_audit_continues(device, field, value):
+    """Older servers stored reports with values out of bounds and times without a zone."""
+    before = device.audit()
+    device.report(**{field: value})
+    number = value if field == "sequence" else device.sequence
+    device.report()
+    verdict = device.audit()
     (finding,) = verdict.findings
     assert finding.startswith("1 reports that this device signed and that cannot be read: ")
     assert finding.endswith(f"number {number} of boot 'b'")
@@ -222,9 +222,9 @@ def test_a_report_that_nobody_can_read_is_named_and_the_audit_goes_on(board, fie
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, OverflowError, RecursionError, KeyError, AttributeError])
-def test_a_record_that_raises_whatever_error_is_named_and_the_audit_goes_on(board, monkeypatch, error):
-    before = board.audit()
-    bad = board.say()
+def test_an_error_while_checking_a_record_is_a_finding_and_the_audit_continues(device, monkeypatch, error):
+    before = device.audit()
+    bad = device.report()
     real = DeviceVerifier.verify
 
     def verify(self, data, *more):
@@ -233,6 +233,6 @@ def test_a_record_that_raises_whatever_error_is_named_and_the_audit_goes_on(boar
         return real(self, data, *more)
 
     monkeypatch.setattr(DeviceVerifier, "verify", verify)
-    verdict = board.audit()
+    verdict = device.audit()
     assert verdict.reports == before.reports
-    assert verdict.findings == (f"1 reports that cannot be judged ({error.__name__}): number 5 of boot 'b'",)
+    assert verdict.findings == (f"1 reports that cannot be checked ({error.__name__}): number 5 of boot 'b'",)

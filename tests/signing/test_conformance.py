@@ -1,4 +1,4 @@
-"""The client behind the command line of the public TUF conformance suite: real HTTP, a process for each command."""
+"""Client for the public TUF conformance suite: real HTTP, a process for each command."""
 
 import shutil
 import subprocess
@@ -18,11 +18,11 @@ from tests.simulator.repository import Repository, promise_role, promise_snapsho
 
 
 class Served:
-    """A simulated repository and its artifacts behind a port of loopback, and a client's directories."""
+    """Simulated repository and artifacts on a loopback port, and a client's directories."""
 
     def __init__(self, directory: Path) -> None:
         self.repo = Repository()
-        # The command asks the real clock.
+        # The command uses the real clock.
         self.repo.now = datetime.now(UTC)
         for role in ("targets", "main"):
             self.repo.rewrite(role, lambda signed: setattr(signed, "expires", self.repo.now + timedelta(days=30)))
@@ -81,7 +81,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     it.server.server_close()
 
 
-def test_after_a_refresh_the_metadata_lies_unversioned(served: Served) -> None:
+def test_a_refresh_stores_metadata_without_version_numbers(served: Served) -> None:
     assert served.init() == 0
     assert served.versions() == {"root": 1}
     served.repo.rotate("timestamp")
@@ -97,13 +97,13 @@ def test_a_rollback_is_refused_by_the_next_process(served: Served) -> None:
     assert served.client("refresh") == 0
     before = served.versions()
     served.repo.files["timestamp.json"] = old
-    # The cache is torn by a power cut on top of it: what is remembered apart from it still refuses.
+    # A power cut tears the cache as well: the separate state still detects the rollback.
     (served.metadata / "timestamp.json").unlink()
     assert served.client("refresh") == 1
     assert served.versions() | {"timestamp": before["timestamp"]} == before
 
 
-def test_a_target_is_downloaded_only_as_signed(served: Served) -> None:
+def test_a_target_is_stored_only_as_signed(served: Served) -> None:
     served.init()
     item = served.repo.publish()
     name = item.target.replace("1.0.0.wasm", f"{item.sha256}.1.0.0.wasm")
@@ -120,7 +120,7 @@ def test_a_target_is_downloaded_only_as_signed(served: Served) -> None:
 
 
 @pytest.mark.parametrize("role", ["?", "#", "/role", "../role"])
-def test_a_role_that_is_named_like_a_path_is_a_file_of_its_own(served: Served, role: str) -> None:
+def test_a_role_named_like_a_path_is_a_separate_file(served: Served, role: str) -> None:
     served.init()
     repo = served.repo
     delegate = repository.delegate

@@ -1,4 +1,4 @@
-"""Hash bins: a namespace that grew large is split, boards follow and fetch little, and nothing is lost on the way."""
+"""Hash bins: a large namespace is split, devices follow and fetch little, and no release is lost."""
 
 from datetime import timedelta
 
@@ -14,7 +14,7 @@ from signing import events, hash_bins, repository, rotation
 from signing.errors import ConflictError, Rejected, RepositoryError
 from signing.events import Document, Event
 from signing.rotation import Namespace, RoleKeys
-from tests.simulator.repository import FLEET, Board, Repository, signer
+from tests.simulator.repository import FLEET, Device, Repository, signer
 
 BITS = 4
 
@@ -30,7 +30,7 @@ def publish(repo: Repository, event: Event) -> None:
 
 
 def add(repo: Repository, version: str, **manifest: object) -> tuple[Event, Item]:
-    """Another release into its bin, as `fleet publish` does it."""
+    """Add a release to its bin, as `fleet publish` does."""
     name = TargetName("main", "hello", version)
     role = hash_bins.holder(repo.files, "main", name.path)
     made = Manifest(name="hello", version=version, trigger=Http(), **manifest)  # type: ignore[arg-type]
@@ -55,31 +55,31 @@ def repo() -> Repository:
     return made
 
 
-def test_boards_follow_a_namespace_into_its_bins_and_fetch_one_of_them(repo: Repository) -> None:
-    board = Board(repo)
+def test_devices_follow_a_namespace_into_its_bins_and_fetch_a_single_bin(repo: Repository) -> None:
+    device = Device(repo)
     item = repo.publish("1.99.0")
-    board.run(repo.assign(item))
+    device.run(repo.assign(item))
     before = [str(each.name) for each in hash_bins.releases(repo.files, "main")]
     publish(repo, split(repo))
     assert sorted(map(str, (each.name for each in hash_bins.releases(repo.files, "main")))) == sorted(before)
 
     repo.fetched.clear()
-    assert board.run(repo.assign(item))
+    assert device.run(repo.assign(item))
     assert sum(".bins-" in name for name in repo.fetched) == 1
-    # A further release changes one small role and nothing else.
+    # A further release changes only a single small role.
     event, item = add(repo, "2.0.0")
     head = repository.latest(repo.files, "main")
     publish(repo, event)
-    assert board.run(repo.assign(item))
+    assert device.run(repo.assign(item))
     assert repository.latest(repo.files, "main") == head
-    assert Board(repo).run(repo.assign(item)), "and a board that comes fresh"
+    assert Device(repo).run(repo.assign(item)), "and a device that comes fresh"
 
 
 def test_a_release_in_a_bin_is_revoked_for_good(repo: Repository) -> None:
     item = repo.publish("3.0.0")
     publish(repo, split(repo))
-    board = Board(repo)
-    board.run(repo.assign(item))
+    device = Device(repo)
+    device.run(repo.assign(item))
     head = repository.latest(repo.files, "main")[1]
     taken = Metadata[Targets].from_bytes(head)
     taken.signed.unrecognized_fields["revoked"] = [item.target]
@@ -87,12 +87,12 @@ def test_a_release_in_a_bin_is_revoked_for_good(repo: Repository) -> None:
     taken.sign(repo.keys["main"])
     publish(repo, Event(FLEET, (Document("main", taken.to_bytes()),)))
     with pytest.raises(Rejected) as verdict:
-        board.run(repo.assign(item))
+        device.run(repo.assign(item))
     assert verdict.value.code is RejectCode.REVOKED
     assert item.target not in {each.name.path for each in hash_bins.releases(repo.files, "main")}
     again = repository.renew(head, signer=repo.keys["main"], now=repo.now + timedelta(days=1))
     again = rotation.cosign(_bumped(again), repo.keys["main"])
-    with pytest.raises(RepositoryError, match="takes back the revocation"):
+    with pytest.raises(RepositoryError, match="withdraws the revocation"):
         events.apply(repo.files, Event(FLEET, (Document("main", again),)))
 
 
@@ -136,7 +136,7 @@ def _others_keys(role: Targets) -> None:
         ("head", _others_keys, "its own keys"),
     ],
 )
-def test_a_split_that_is_not_what_it_seems(where: str, change: object, sentence: str, repo: Repository) -> None:
+def test_a_forged_split_is_refused(where: str, change: object, sentence: str, repo: Repository) -> None:
     event = split(repo)
     full = next(n for n, each in enumerate(event.documents) if n and Metadata.from_bytes(each.data).signed.targets)
     number = 0 if where == "head" else full
@@ -146,16 +146,16 @@ def test_a_split_that_is_not_what_it_seems(where: str, change: object, sentence:
         events.apply(repo.files, Event(FLEET, tuple(changed)))
 
 
-def test_half_a_split_is_refused(repo: Repository) -> None:
+def test_an_incomplete_split_is_refused(repo: Repository) -> None:
     event = split(repo)
     with pytest.raises(RepositoryError, match="is missing"):
         events.apply(repo.files, Event(FLEET, event.documents[:-1]))
     publish(repo, event)
-    with pytest.raises(RepositoryError, match="in bins already"):
+    with pytest.raises(RepositoryError, match="already in bins"):
         split(repo)
 
 
-def test_two_publishers_meet_in_a_bin_and_pass_each_other_in_two(repo: Repository) -> None:
+def test_two_publishers_conflict_only_within_the_same_bin(repo: Repository) -> None:
     publish(repo, split(repo))
     first, _ = add(repo, "4.0.0")
     same = next(
@@ -174,7 +174,7 @@ def test_two_publishers_meet_in_a_bin_and_pass_each_other_in_two(repo: Repositor
         events.apply(repo.files, same)
 
 
-def test_the_ceiling_and_the_next_version_hold_in_bins_too(repo: Repository) -> None:
+def test_ceiling_and_version_are_checked_in_bins_too(repo: Repository) -> None:
     publish(repo, split(repo))
     beyond, _ = add(repo, "6.0.0", grants=Grants(interfaces=("wasi:http",)))
     with pytest.raises(Rejected) as verdict:
@@ -193,19 +193,19 @@ def _unsigned(data: bytes) -> bytes:
     return file.to_bytes()
 
 
-def test_a_namespaces_new_keys_reach_into_its_bins(repo: Repository) -> None:
+def test_new_keys_of_a_namespace_apply_to_its_bins(repo: Repository) -> None:
     item = repo.publish("7.0.0")
     publish(repo, split(repo))
-    board = Board(repo)
-    board.run(repo.assign(item))
+    device = Device(repo)
+    device.run(repo.assign(item))
     old, new = repo.keys["main"], signer()
     space = Namespace(RoleKeys((new.public_key,)), Grants(interfaces=("wasi:clocks",)))
     event = events.propose(repo.files, namespaces={"main": space}, now=repo.now)
     assert len(event.documents) == 2 + 2**BITS
     event = events.sign(repo.files, events.sign(repo.files, event, repo.keys["targets"]), new)
     publish(repo, event)
-    assert board.run(repo.assign(item))
-    # The old key is worth nothing in a bin either.
+    assert device.run(repo.assign(item))
+    # The old key is refused in a bin, too.
     repo.keys["main"] = old
     late, _ = add(repo, "7.0.1")
     with pytest.raises(Rejected) as verdict:

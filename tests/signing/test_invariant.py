@@ -1,8 +1,8 @@
-"""Publishers, rotations, undoing, restored servers, attacks and power cuts in any order: the board runs what it may.
+"""Invariants under publishing, rotations, rollbacks, restored servers, attacks and power cuts in any order.
 
-Two things must hold after every step. Safety: whatever the board takes was published by its publisher, was not revoked
-when the board last heard of it, is not below the committed epoch, and comes from an assignment that is not older than
-the last. Liveness: as soon as nobody meddles, an honest assignment is carried out.
+Safety, after every step: whatever the device accepts was published by its publisher, was not revoked as far as the
+device knows, is not below the committed epoch, and comes from an assignment not older than the last. Liveness: as soon
+as attacks stop, an honest assignment is accepted.
 """
 
 from datetime import timedelta
@@ -18,7 +18,7 @@ from signing import director
 from signing.errors import Rejected
 from signing.state import VerifierState
 from signing.updater import MemoryCache
-from tests.simulator.repository import Board, Repository, signer
+from tests.simulator.repository import Device, Repository, signer
 
 
 class Fleet(RuleBasedStateMachine):
@@ -32,7 +32,7 @@ class Fleet(RuleBasedStateMachine):
         self.deployed: list[Item] = []
         self.seen: list[tuple[str, bytes]] = []
         self.cache = MemoryCache()
-        self.board = Board(self.repo, cache=self.cache)
+        self.device = Device(self.repo, cache=self.cache)
         self.epochs = {"main": 0, "other": 0}
         self.accepted = 0
         self.number = 0
@@ -61,7 +61,7 @@ class Fleet(RuleBasedStateMachine):
         self._keep()
         if role in {"director", "main", "other"}:
             self.repo.rotate_delegation(role)
-            # What the old director signed is worth nothing from now on, its versions included.
+            # From now on, documents of the old director are refused, and its versions are forgotten.
             self.accepted = 0 if role == "director" else self.accepted
         else:
             self.repo.rotate(role)
@@ -80,18 +80,18 @@ class Fleet(RuleBasedStateMachine):
     @precondition(lambda self: len(self.deployed) > 1)
     @rule()
     def undo(self) -> None:
-        """The release before, under a new version: old releases count where old assignments do not."""
+        """Deploy the release before in a new assignment: older releases are accepted, older assignments are not."""
         self._deploy(self.deployed[-2])
 
     @precondition(lambda self: bool(self.envelopes))
     @rule(data=st.data())
     def restore_the_server(self, data: st.DataObject) -> None:
-        """Its database of some day before, until it has heard from the board what that one has accepted."""
+        """Restore an older database of the server, until it learns from the device what that has accepted."""
         self.repo.assignments = data.draw(st.integers(0, self.repo.assignments))
         if self.repo.assignments + 1 < self.accepted:
             item = self.published[data.draw(st.sampled_from(sorted(self.published)))]
             assert not self._offer(self.repo.assign(item))
-        known = self.board.state.assignment
+        known = self.device.state.assignment
         self.repo.assignments = max(self.repo.assignments, 0 if known is None else known.version)
 
     def _deploy(self, item: Item) -> None:
@@ -103,12 +103,12 @@ class Fleet(RuleBasedStateMachine):
         allowed = item.target not in self.revoked and manifest["security_epoch"] >= self.epochs[space]
         assert self._offer(envelope) is allowed
 
-    # -- everybody else
+    # -- attackers
 
     @precondition(lambda self: bool(self.envelopes))
     @rule(data=st.data())
     def replay(self, data: st.DataObject) -> None:
-        # The last but one is the likeliest to pass for new.
+        # The last but one is the most likely to be accepted.
         self._offer(data.draw(st.sampled_from(self.envelopes)))
         self._offer(self.envelopes[-2:][0])
 
@@ -152,21 +152,21 @@ class Fleet(RuleBasedStateMachine):
                 self.cache.files[name] = self.cache.files[name][: data.draw(st.integers(0, 400))]
 
     @rule()
-    def restart_the_board(self) -> None:
-        self.board = Board(self.repo, state=VerifierState.decode(self.board.state.encode()), cache=self.cache)
+    def restart_the_device(self) -> None:
+        self.device = Device(self.repo, state=VerifierState.decode(self.device.state.encode()), cache=self.cache)
 
-    # -- what must hold
+    # -- invariants
 
     def _offer(self, envelope: bytes, *, meddled: bool = False) -> bool:
         if not meddled:
             self.heard = set(self.revoked)
-        before = self.board.state
+        before = self.device.state
         try:
-            resolved: list[Any] = self.board.run(envelope)
+            resolved: list[Any] = self.device.run(envelope)
         except Rejected:
             return False
         finally:
-            after = self.board.state
+            after = self.device.state
             assert after.root >= before.root
             assert after.floor >= before.floor
         assert after.assignment is not None
@@ -179,17 +179,17 @@ class Fleet(RuleBasedStateMachine):
             space = each.release.name.namespace
             assert each.manifest.security_epoch >= self.epochs[space]
             self.epochs[space] = each.manifest.security_epoch
-            self.board.commit(each.release.name.component, each.manifest.security_epoch)
+            self.device.commit(each.release.name.component, each.manifest.security_epoch)
         return True
 
     @invariant()
     def the_committed_epoch_is_remembered(self) -> None:
         if hasattr(self, "epochs"):
             for space, epoch in self.epochs.items():
-                assert self.board.state.epochs.get(f"{space}/hello", 0) == epoch
+                assert self.device.state.epochs.get(f"{space}/hello", 0) == epoch
 
     def _keep(self) -> None:
-        """The attacker keeps a copy of everything that was ever served."""
+        """Keep a copy of every file ever served, for the attacker."""
         self.seen += [(name, self.repo.files[name]) for name in ("timestamp.json",)]
 
 
@@ -198,5 +198,5 @@ TestFleet.settings = settings(
     max_examples=40,
     stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow],
-    phases=(Phase.explicit, Phase.generate),  # a failure is told as it came: making it small takes minutes
+    phases=(Phase.explicit, Phase.generate),  # no shrinking of failures: it takes minutes
 )

@@ -1,4 +1,4 @@
-"""Key files: nobody else reads them, none is overwritten, and a passphrase is worth something."""
+"""Key files: private to their owner, never overwritten, expensive to guess."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ SECRET = b"correct horse"
 @pytest.mark.parametrize(
     ("passphrase", "form"), [(None, keys.Format.PKCS12), (SECRET, keys.Format.PKCS12), (SECRET, keys.Format.OPENSSH)]
 )
-def test_a_key_comes_back_from_its_file(tmp_path: Path, passphrase: bytes | None, form: keys.Format) -> None:
+def test_a_key_is_read_back_from_its_file(tmp_path: Path, passphrase: bytes | None, form: keys.Format) -> None:
     if form is keys.Format.OPENSSH:
         pytest.importorskip("bcrypt")
     path = tmp_path / "key"
@@ -29,7 +29,7 @@ def test_a_key_comes_back_from_its_file(tmp_path: Path, passphrase: bytes | None
 @pytest.mark.parametrize(
     ("given", "sentence"), [(None, "is encrypted: give its passphrase"), (b"wrong horse", "the passphrase is wrong")]
 )
-def test_an_encrypted_key_says_what_it_needs(tmp_path: Path, given: bytes | None, sentence: str) -> None:
+def test_an_encrypted_key_asks_for_its_passphrase(tmp_path: Path, given: bytes | None, sentence: str) -> None:
     keys.generate(tmp_path / "key", passphrase=SECRET)
     with pytest.raises(KeyFileError, match=sentence):
         keys.load(tmp_path / "key", passphrase=given)
@@ -69,7 +69,7 @@ def test_a_short_passphrase_is_refused_and_leaves_no_file(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "junk", [b"", b"hello", b"\x30\x82\x00", b"-----BEGIN PRIVATE KEY-----\nAAAA\n", b"x" * 100_000]
 )
-def test_what_is_no_key_is_refused_in_one_sentence(tmp_path: Path, junk: bytes) -> None:
+def test_a_file_that_is_not_a_key_is_refused_with_one_sentence(tmp_path: Path, junk: bytes) -> None:
     path = tmp_path / "key"
     path.touch(mode=0o600)
     path.write_bytes(junk)
@@ -78,7 +78,7 @@ def test_what_is_no_key_is_refused_in_one_sentence(tmp_path: Path, junk: bytes) 
             keys.load(path, passphrase=passphrase)
 
 
-def test_another_kind_of_key_is_refused(tmp_path: Path) -> None:
+def test_a_key_that_is_not_ed25519_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.touch(mode=0o600)
     other = generate_private_key(SECP256R1())

@@ -1,4 +1,4 @@
-"""Publishing: what never changes, who may publish what, and how two publishers at once lose nothing."""
+"""Publishing: immutable releases, namespaces and ceilings, concurrent publishers."""
 
 import hashlib
 from datetime import timedelta
@@ -12,11 +12,11 @@ from fleet.protocol.manifest import Grants, Http, Manifest
 from fleet.protocol.names import TargetName
 from signing import policy, repository
 from signing.errors import ConflictError, Rejected, RepositoryError
-from tests.simulator.repository import FLEET, START, TOP_LEVEL, Board, Repository, signer
+from tests.simulator.repository import FLEET, START, TOP_LEVEL, Device, Repository, signer
 
 
 def add(repo: Repository, version: str, *, bits: bytes = b"wasm", key: str = "main", **fields: Any) -> bytes:
-    """The next version of `main` with hello@version, not yet published."""
+    """Return the next version of `main` with hello@version, not yet published."""
     manifest = Manifest(name="hello", version=version, trigger=Http(), **fields)
     return repository.add_target(
         repository.latest(repo.files, "main")[1],
@@ -60,7 +60,7 @@ def test_of_two_publishers_at_once_the_second_signs_again() -> None:
     assert [str(each.name) for each in repository.releases(again)] == ["main/hello@1.0.0", "main/hello@2.0.0"]
 
 
-def test_a_role_by_a_key_that_nobody_delegated_to_is_refused() -> None:
+def test_a_role_signed_by_an_undelegated_key_is_refused() -> None:
     repo = Repository()
     with pytest.raises(Rejected) as verdict:
         repository.check_role(repo.files, "main", add(repo, "1.0.0", key="director"))
@@ -87,7 +87,7 @@ def test_more_than_the_ceiling_is_refused_at_publishing() -> None:
         ),
     ],
 )
-def test_what_was_published_stays(change: Any) -> None:
+def test_published_releases_and_revocations_cannot_be_withdrawn(change: Any) -> None:
     repo = Repository()
     repo.publish("1.0.0")
     repo.publish("1.1.0")
@@ -130,14 +130,14 @@ def test_a_namespace_needs_a_name_of_its_own(name: str) -> None:
         repository.create(fleet=FLEET, namespaces={name: signer()}, now=START, **keys)
 
 
-def test_a_threshold_counts_keys_and_not_ids() -> None:
+def test_a_threshold_counts_keys_not_key_ids() -> None:
     repo = Repository()
     key = signer().public_key
     with pytest.raises(RepositoryError, match="different keys"):
         repository.delegate(repo.signed("targets"), "twice", [key, key], threshold=2)
 
 
-def test_the_online_roles_change_only_as_much_as_they_must() -> None:
+def test_online_roles_change_only_as_needed() -> None:
     repo = Repository()
     online = {"snapshot_signer": repo.keys["snapshot"], "timestamp_signer": repo.keys["timestamp"]}
     assert list(repository.online(repo.files, now=repo.now, **online)) == ["timestamp.json"]
@@ -154,10 +154,10 @@ def test_the_online_roles_change_only_as_much_as_they_must() -> None:
 def test_a_publisher_signs_what_was_verified_from_root() -> None:
     repo = Repository()
     repo.publish("1.0.0")
-    board = Board(repo)
-    board.refresh()
-    assert board.updater.role("main").data == repo.files["2.main.json"]
-    assert str(board.lookup("components/main/hello/1.0.0.wasm").name) == "main/hello@1.0.0"
+    device = Device(repo)
+    device.refresh()
+    assert device.updater.role("main").data == repo.files["2.main.json"]
+    assert str(device.lookup("components/main/hello/1.0.0.wasm").name) == "main/hello@1.0.0"
 
 
 def test_a_renewal_changes_nothing_but_the_expiry() -> None:
@@ -170,9 +170,9 @@ def test_a_renewal_changes_nothing_but_the_expiry() -> None:
     assert after.expires - before.expires == timedelta(days=100)
 
 
-def test_a_manifest_must_fit_and_say_the_same_name() -> None:
+def test_a_manifest_must_fit_and_have_the_targets_name() -> None:
     repo = Repository()
-    with pytest.raises(RepositoryError, match="too large"):
+    with pytest.raises(RepositoryError, match="has more than 4096 bytes"):
         add(repo, "1.0.0", description="x" * 5000)
     with pytest.raises(RepositoryError, match="manifest of"):
         repository.add_target(
@@ -195,12 +195,12 @@ def test_a_revoked_version_cannot_come_back() -> None:
         add(repo, "1.0.0")
 
 
-def test_people_read_what_is_signed_and_what_it_newly_wants() -> None:
+def test_a_release_is_described_for_people_with_its_new_grants() -> None:
     repo = Repository()
     repo.publish("1.0.0", grants=Grants(interfaces=("wasi:clocks",)))
     repo.publish("2.0.0", grants=Grants(interfaces=("wasi:clocks",), outbound=("https://api:443",)), security_epoch=1)
     before, after = repository.releases(repository.latest(repo.files, "main")[1])
     text = policy.describe(after, before=before)
-    assert "newly wants https://api:443\n" in text
-    assert "never go back" in text
+    assert "new grants  https://api:443\n" in text
+    assert "cannot go back" in text
     assert "newly" not in policy.describe(before, before=before)

@@ -1,4 +1,4 @@
-"""Changing who is trusted while boards sleep, wake and follow, without one of them being enrolled again."""
+"""Key rotation: devices that were off meanwhile follow without enrolling again."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from fleet.protocol.manifest import Grants
 from signing import events, repository, rotation
 from signing.errors import ConflictError, Rejected, RepositoryError
 from signing.rotation import Namespace, RoleKeys, Size
-from tests.simulator.repository import Board, Repository, signer
+from tests.simulator.repository import Device, Repository, signer
 
 
 def keys(*signers: CryptoSigner, threshold: int = 1) -> RoleKeys:
@@ -40,14 +40,14 @@ def renew(repo: Repository, space: str, *signers: CryptoSigner) -> None:
     repo.files[f"{number + 1}.{space}.json"] = role
 
 
-def test_from_dev_to_solo_to_team_without_enrolling_a_board_again() -> None:
+def test_from_dev_to_solo_to_team_without_enrolling_a_device_again() -> None:
     repo = Repository(dev=True)
     item = repo.publish()
-    awake, asleep = Board(repo), Board(repo)
+    awake, asleep = Device(repo), Device(repo)
     awake.run(repo.assign(item))
     asleep.refresh()
 
-    # To solo: new offline keys, since the old ones lay in the clear; the top-level targets and the namespace follow.
+    # To solo: new offline keys, as the old ones were not encrypted; top-level targets and namespace are signed again.
     solo_root, solo_targets, publisher = signer(), signer(), signer()
     draft = rotation.propose_root(
         repo.files, size=Size.SOLO, roles={"root": keys(solo_root), "targets": keys(solo_targets)}, now=repo.now
@@ -58,9 +58,9 @@ def test_from_dev_to_solo_to_team_without_enrolling_a_board_again() -> None:
     renew(repo, "main", publisher)
     repo.online()
     assert awake.run(repo.assign(item))
-    assert Board(repo, production=True).run(repo.assign(item)), "a board in production accepts it now"
+    assert Device(repo, production=True).run(repo.assign(item)), "a device in production accepts it now"
 
-    # To a team: root by two of three people, publishing by two of two.
+    # To team: root signed by two of three people, the namespace by two of two.
     people, second = (signer(), signer(), signer()), signer()
     draft = rotation.propose_root(repo.files, size=Size.TEAM, roles={"root": keys(*people, threshold=2)}, now=repo.now)
     publish_root(repo, draft, solo_root, *people[:2])
@@ -71,15 +71,15 @@ def test_from_dev_to_solo_to_team_without_enrolling_a_board_again() -> None:
     repo.online()
 
     assert awake.run(repo.assign(item))
-    assert asleep.run(repo.assign(item)), "a board that slept through all of it"
+    assert asleep.run(repo.assign(item)), "a device that slept through all of it"
 
 
 @pytest.mark.parametrize("role", ["root", "targets", "snapshot", "timestamp"])
-def test_each_top_level_role_gets_another_key(role: str) -> None:
+def test_each_top_level_role_can_get_a_new_key(role: str) -> None:
     repo = Repository()
     item = repo.publish()
-    board = Board(repo)
-    board.run(repo.assign(item))
+    device = Device(repo)
+    device.run(repo.assign(item))
     new = signer()
     draft = rotation.propose_root(repo.files, roles={role: keys(new)}, now=repo.now)
     publish_root(repo, draft, repo.keys["root"], *([new] if role == "root" else []))
@@ -88,48 +88,48 @@ def test_each_top_level_role_gets_another_key(role: str) -> None:
         publish_targets(repo, rotation.propose_targets(repo.files, now=repo.now), new)
     repo.online()
 
-    assert board.run(repo.assign(item))
+    assert device.run(repo.assign(item))
 
 
-def test_the_director_gets_another_key_and_the_old_one_is_worth_nothing() -> None:
+def test_after_the_directors_rotation_the_old_key_is_refused() -> None:
     repo = Repository()
     item = repo.publish()
-    board = Board(repo)
+    device = Device(repo)
     stolen, new = repo.assign(item), signer()
     publish_targets(repo, rotation.propose_targets(repo.files, director=keys(new), now=repo.now), repo.keys["targets"])
     repo.online()
     with pytest.raises(Rejected) as verdict:
-        board.accept(stolen)
+        device.accept(stolen)
     assert verdict.value.code is RejectCode.UNSIGNED
     repo.keys["director"] = new
-    assert board.accept(repo.assign(item))
+    assert device.accept(repo.assign(item))
 
 
 def test_a_namespace_is_added_and_removed() -> None:
     repo = Repository()
-    board = Board(repo)
+    device = Device(repo)
     repo.keys["extra"] = signer()
     draft = rotation.propose_targets(
         repo.files, namespaces={"extra": Namespace(keys(repo.keys["extra"]))}, now=repo.now
     )
     publish_targets(repo, draft, repo.keys["targets"])
     repo.online()
-    board.refresh()
+    device.refresh()
     first = repository.new_role(signer=repo.keys["extra"], now=repo.now)
     assert repository.check_role(repo.files, "extra", first) == 1
     repo.files["1.extra.json"] = first
     item = repo.publish(space="extra")
     assert repository.namespaces(repo.files) == ("main", "extra")
-    assert board.run(repo.assign(item))
+    assert device.run(repo.assign(item))
 
     publish_targets(repo, rotation.propose_targets(repo.files, remove=("extra",), now=repo.now), repo.keys["targets"])
     repo.online()
     with pytest.raises(Rejected) as verdict:
-        board.run(repo.assign(item))
+        device.run(repo.assign(item))
     assert verdict.value.code is RejectCode.UNKNOWN_TARGET
 
 
-def test_a_namespace_that_its_publisher_has_not_begun_holds_up_no_other_change() -> None:
+def test_a_namespace_without_a_first_role_does_not_block_other_changes() -> None:
     repo = Repository()
     repo.publish()
     publisher = signer()
@@ -145,12 +145,12 @@ def test_a_namespace_that_its_publisher_has_not_begun_holds_up_no_other_change()
     assert "extra" not in repository.newest(repo.files)
     assert roles(renew=("targets",)) == ["targets"]
     assert roles(renew=("targets", "main", "extra")) == ["targets", "main"]
-    # From its first file on it is renewed as any other.
+    # From its first role on, it is renewed like any other.
     repo.files["1.extra.json"] = repository.new_role(signer=publisher, now=repo.now)
     assert roles(renew=("targets", "extra")) == ["targets", "extra"]
 
 
-def test_a_draft_says_whose_signatures_it_lacks() -> None:
+def test_a_draft_lists_the_missing_signatures() -> None:
     repo = Repository()
     people = (signer(), signer(), signer())
     draft = rotation.propose_root(repo.files, size=Size.TEAM, roles={"root": keys(*people, threshold=2)}, now=repo.now)
@@ -179,24 +179,27 @@ def test_a_removed_person_does_not_count_towards_the_next_root() -> None:
     with pytest.raises(Rejected):
         publish_root(repo, draft, people[0], people[1])
     publish_root(repo, draft, people[3], people[1])
-    Board(repo).refresh()
+    Device(repo).refresh()
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"size": Size.SOLO}, "lay in the clear"),
-        ({"size": Size.TEAM, "roles": {"targets": keys(signer()), "root": keys(signer())}}, "2 of 3 keys"),
+        ({"size": Size.SOLO}, "were not encrypted"),
+        (
+            {"size": Size.TEAM, "roles": {"targets": keys(signer()), "root": keys(signer())}},
+            "at least 2 of at least 3 keys",
+        ),
         ({"roles": {"director": keys(signer())}}, "does not delegate"),
     ],
 )
-def test_a_root_that_would_not_hold_what_its_size_promises(options: dict[str, Any], sentence: str) -> None:
+def test_a_root_with_too_few_keys_for_its_size_is_refused(options: dict[str, Any], sentence: str) -> None:
     repo = Repository(dev=True)
     with pytest.raises(RepositoryError, match=sentence):
         rotation.propose_root(repo.files, now=repo.now, **options)
 
 
-def test_one_key_is_one_person() -> None:
+def test_a_key_listed_twice_is_refused() -> None:
     twin = signer()
     with pytest.raises(RepositoryError, match="twice"):
         keys(twin, twin, threshold=2)
@@ -204,7 +207,7 @@ def test_one_key_is_one_person() -> None:
         keys(twin, threshold=2)
 
 
-def test_of_two_changes_at_once_the_second_is_proposed_again() -> None:
+def test_the_second_of_two_concurrent_changes_must_be_proposed_again() -> None:
     repo = Repository()
     first = rotation.propose_root(repo.files, now=repo.now)
     second = rotation.propose_root(repo.files, roles={"timestamp": keys(signer())}, now=repo.now)
@@ -234,13 +237,11 @@ def _without_director(top: Targets) -> None:
     [
         ("root", _rename, "another fleet"),
         ("root", lambda root: setattr(root, "consistent_snapshot", False), "consistent"),
-        ("targets", _reach, "namespace of its own"),
+        ("targets", _reach, "not limited to the paths of its own namespace"),
         ("targets", _without_director, "the director's"),
     ],
 )
-def test_what_enough_people_signed_is_still_refused_when_it_breaks_the_layout(
-    role: str, change: Any, sentence: str
-) -> None:
+def test_a_fully_signed_change_that_breaks_the_layout_is_refused(role: str, change: Any, sentence: str) -> None:
     repo = Repository()
     signed = repo.signed(role)
     signed.version += 1
@@ -251,6 +252,6 @@ def test_what_enough_people_signed_is_still_refused_when_it_breaks_the_layout(
         check(repo.files, draft)
 
 
-def test_what_is_no_metadata_is_not_signed() -> None:
+def test_a_file_that_is_not_metadata_is_not_signed() -> None:
     with pytest.raises(RepositoryError, match="neither"):
         rotation.cosign(b"{}", signer())

@@ -1,5 +1,4 @@
-"""A box opens for one board, one instance, one name and one version, and for nothing else; and whose key it is sealed
-to is the board's own word."""
+"""Sealed boxes open only for their device, instance, name and version; devices prove their sealing keys."""
 
 import base64
 
@@ -30,7 +29,7 @@ def code_of(box: bytes, *, key: X25519PrivateKey = KEY, purpose: Purpose = FOR) 
 
 
 @given(value=TEXT)
-def test_what_is_sealed_is_opened(value):
+def test_a_sealed_value_is_opened(value):
     box = sealing.seal(value, recipient=OURS, purpose=FOR)
     assert len(box) <= bounds.SECRET_BOX_MAX_BYTES
     assert value.encode() not in box
@@ -44,7 +43,7 @@ def test_the_longest_value_fits_into_a_box():
     assert sealing.open_box(box, key=KEY, purpose=FOR) == longest
 
 
-def test_every_changed_byte_is_noticed():
+def test_a_box_with_any_changed_byte_does_not_open():
     box = sealing.seal(VALUE, recipient=OURS, purpose=FOR)
     for place in range(len(box)):
         changed = bytearray(box)
@@ -63,15 +62,15 @@ def test_a_torn_box_does_not_open(cut):
     ("what", "other"),
     [
         ("another fleet's", {"fleet": "airport"}),
-        ("another board's", {"device": "winch-99887766"}),
+        ("another device's", {"device": "winch-99887766"}),
         ("another instance's", {"instance": "sibling"}),
         ("another secret's", {"name": "db-user"}),
         ("an older version's", {"version": 1}),
         ("a newer version's", {"version": 3}),
     ],
 )
-def test_a_box_that_was_sealed_for_something_else_does_not_open(what, other):
-    # Sealed to this very board's key, as a server can do: what it is for does not match what the assignment says.
+def test_a_box_sealed_for_another_purpose_does_not_open(what, other):
+    # Sealed to this device's key, as a server can do: the purpose does not match the assignment's.
     box = sealing.seal(VALUE, recipient=OURS, purpose=msgspec.structs.replace(FOR, **other))
     assert code_of(box) is RejectCode.SECRET_UNOPENED, what
 
@@ -82,45 +81,45 @@ def test_fields_cannot_be_shifted_into_one_another():
     assert code_of(sealing.seal(VALUE, recipient=OURS, purpose=one), purpose=other) is RejectCode.SECRET_UNOPENED
 
 
-def test_another_boards_box_does_not_open_here():
+def test_another_devices_box_does_not_open_here():
     box = sealing.seal(VALUE, recipient=sealing.public_key(X25519PrivateKey.generate()), purpose=FOR)
     assert code_of(box) is RejectCode.SECRET_UNOPENED
 
 
-def test_a_box_of_a_later_format_and_an_endless_one_are_told_apart():
+def test_a_later_format_and_an_oversized_box_have_different_codes():
     box = sealing.seal(VALUE, recipient=OURS, purpose=FOR)
     assert code_of(b"\2" + box[1:]) is RejectCode.UNSUPPORTED_VERSION
     assert code_of(box + bytes(bounds.SECRET_BOX_MAX_BYTES)) is RejectCode.TOO_LARGE
     assert code_of(b"") is RejectCode.UNSUPPORTED_VERSION
 
 
-def test_two_boxes_of_one_value_have_nothing_in_common():
+def test_two_boxes_of_the_same_value_differ():
     one, two = (sealing.seal(VALUE, recipient=OURS, purpose=FOR) for _ in range(2))
     assert one[1:33] != two[1:33]
     assert one[33:] != two[33:]
 
 
 @pytest.mark.parametrize("length", [4, 100, 254])
-def test_a_box_does_not_tell_how_long_a_password_is(length):
+def test_the_length_of_a_box_hides_the_length_of_the_value(length):
     assert len(sealing.seal("x" * length, recipient=OURS, purpose=FOR)) == 1 + 32 + 16 + 256
 
 
 @pytest.mark.parametrize("value", ["", "abc", "with\0nul", "x" * 4097, "\ud800lone"])
-def test_a_value_that_no_guest_can_be_given_is_refused(value):
+def test_an_unusable_value_is_refused(value):
     with pytest.raises(SigningError, match="secret"):
         sealing.seal(value, recipient=OURS, purpose=FOR)
 
 
-# The identity and two points of small order: with these anybody could compute the key.
+# The identity and two points of small order: with these, anyone could compute the key.
 @pytest.mark.parametrize("point", [bytes(32), bytes([1, *bytes(31)]), b"short", bytes(33)])
-def test_a_sealing_key_that_is_none_is_refused(point):
-    with pytest.raises(SigningError, match="sealing key is no X25519 key"):
+def test_an_invalid_sealing_key_is_refused(point):
+    with pytest.raises(SigningError, match="sealing key is not an X25519 key"):
         sealing.seal(VALUE, recipient=base64.b64encode(point).decode(), purpose=FOR)
     forged = bytes([1]) + point[:32].ljust(32, b"\0") + bytes(272)
     assert code_of(forged) is RejectCode.SECRET_UNOPENED
 
 
-# -- whose key it is
+# -- proof of the sealing key
 
 
 def refusal(proof: bytes, shown: Device, device: str) -> RejectCode:
@@ -129,28 +128,28 @@ def refusal(proof: bytes, shown: Device, device: str) -> RejectCode:
     return verdict.value.code
 
 
-def test_a_board_proves_that_a_sealing_key_is_its_own():
-    board = Device()
-    proof = board.prove()
-    key, fingerprint = sealing.proved(proof, certificate=board.certificate, fleet="harbour", device=board.id)
+def test_a_device_proves_that_a_sealing_key_is_its_own():
+    device = Device()
+    proof = device.prove()
+    key, fingerprint = sealing.proved(proof, certificate=device.certificate, fleet="harbour", device=device.id)
     assert key == OURS
-    assert fingerprint.startswith(names.fingerprint_of(board.id))
+    assert fingerprint.startswith(names.fingerprint_of(device.id))
 
 
-def test_a_server_cannot_show_a_sealing_key_of_its_own_instead():
-    board, server = Device(), Device()
-    # its own key, signed by its own device key, under the board's name
-    assert refusal(server.prove(), server, board.id) is RejectCode.WRONG_DEVICE
-    # its own key beside the board's certificate
-    assert refusal(server.prove(), board, board.id) is RejectCode.UNSIGNED
-    # the board's proof of another fleet
-    assert refusal(board.prove(fleet="airport"), board, board.id) is RejectCode.WRONG_FLEET
-    # a report of the board's, which it signed with the same key
-    assert refusal(board.voice.sign(b'{"v":1}'), board, board.id) is RejectCode.UNSIGNED
-    assert refusal(board.prove(sealing_key="AAAA"), board, board.id) is RejectCode.MALFORMED
+def test_a_server_cannot_substitute_its_own_sealing_key():
+    device, server = Device(), Device()
+    # the server's own sealing key, signed by the server's own key under the device's name
+    assert refusal(server.prove(), server, device.id) is RejectCode.WRONG_DEVICE
+    # the server's own sealing key with the device's certificate
+    assert refusal(server.prove(), device, device.id) is RejectCode.UNSIGNED
+    # the device's proof for another fleet
+    assert refusal(device.prove(fleet="airport"), device, device.id) is RejectCode.WRONG_FLEET
+    # a report that the device signed with the same key
+    assert refusal(device.voice.sign(b'{"v":1}'), device, device.id) is RejectCode.UNSIGNED
+    assert refusal(device.prove(sealing_key="AAAA"), device, device.id) is RejectCode.MALFORMED
 
 
-def test_the_key_is_read_from_its_file_and_nothing_else():
+def test_only_an_x25519_key_is_read_from_the_sealing_key_file():
     pem = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     assert sealing.public_key(sealing.load(pem)) == OURS
     for wrong in (b"", Device().key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())):

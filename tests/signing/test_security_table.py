@@ -1,4 +1,4 @@
-"""docs/security.md names every attack that is played, no other, and tests that exist."""
+"""docs/security.md lists every simulated attack, no other, and only existing tests."""
 
 import ast
 import re
@@ -13,14 +13,14 @@ STORIES = (HERE / "test_attacks.py", HERE / "test_attacks_stolen_keys.py")
 
 
 def rows() -> list[tuple[str, str, str]]:
-    """(attack, codes, test) of the table of attacks."""
+    """Read the table of attacks: (attack, codes, test)."""
     table = DOCUMENT.read_text().partition("## The attacks")[2]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if line[:1] == "|"]
     return [(attack, codes, test.strip("` |")) for attack, _, codes, test in cells[2:]]
 
 
 def stories() -> dict[str, tuple[str, str]]:
-    """Attack -> code and file, read from the decorators of the stories."""
+    """Read code and file of each attack from the decorators of the stories."""
     found = {}
     for file, node in ((path, node) for path in STORIES for node in ast.walk(ast.parse(path.read_text()))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attack":
@@ -31,7 +31,7 @@ def stories() -> dict[str, tuple[str, str]]:
     return found
 
 
-def test_every_attack_that_is_played_stands_in_the_table_with_its_code_and_file() -> None:
+def test_every_simulated_attack_is_in_the_table_with_its_code_and_file() -> None:
     listed = {attack: (codes.strip("`"), test) for attack, codes, test in rows() if "::" not in test}
     assert listed == stories()
 

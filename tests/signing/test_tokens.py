@@ -1,4 +1,4 @@
-"""Keys that never leave where they are: in an ssh-agent, on a PKCS#11 token (SoftHSM); boards verify both."""
+"""Keys in an ssh-agent and on a PKCS#11 token (SoftHSM), whose signatures devices verify."""
 
 import os
 import re
@@ -17,14 +17,14 @@ from signing.errors import KeyFileError, RepositoryError
 from signing.events import Document, Event
 from signing.keyring import Keyring
 from signing.rotation import Namespace, RoleKeys
-from tests.simulator.repository import FLEET, Board, Repository
+from tests.simulator.repository import FLEET, Device, Repository
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
 PIN = "123456"
 
 
 def publishes(signer: Signer) -> None:
-    """Whoever holds the key becomes the publisher of main, and a board runs what he signs."""
+    """Make the key the publisher of main, and check that a device accepts what it signs."""
     repo = Repository()
     space = Namespace(RoleKeys((signer.public_key,)))
     draft = rotation.propose_targets(repo.files, namespaces={"main": space}, now=repo.now)
@@ -33,7 +33,7 @@ def publishes(signer: Signer) -> None:
     repo.files |= events.apply(repo.files, events.sign(repo.files, event, repo.keys["targets"]))
     repo.keys["main"] = signer  # type: ignore[assignment]
     item = repo.publish()
-    assert Board(repo).run(repo.assign(item))
+    assert Device(repo).run(repo.assign(item))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "agent.sock"
     with subprocess.Popen([program, "-D", "-a", str(path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        process.stdout.readline()  # it says where it listens once it does
+        process.stdout.readline()  # the agent prints its socket once it listens
         monkeypatch.setenv("SSH_AUTH_SOCK", str(path))
         yield path
         process.terminate()
@@ -68,7 +68,7 @@ def test_a_key_in_an_ssh_agent_publishes(tmp_path: Path, agent: Path) -> None:
     publishes(ring.open(entry, lambda _what: None))
 
 
-def test_an_agent_that_lost_the_key_is_said(tmp_path: Path, agent: Path) -> None:
+def test_an_ssh_agent_without_the_key_is_reported(tmp_path: Path, agent: Path) -> None:
     in_agent(tmp_path)
     key = next(iter(keys.identities().values()))
     subprocess.run(["ssh-add", "-q", "-D"], check=True, capture_output=True)
@@ -78,7 +78,7 @@ def test_an_agent_that_lost_the_key_is_said(tmp_path: Path, agent: Path) -> None
         publishes(keys.SSHAgentSigner(key))
 
 
-def test_no_agent_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ssh_agent_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     with pytest.raises(KeyFileError, match="SSH_AUTH_SOCK is not set"):
         keys.identities()
@@ -122,7 +122,7 @@ def test_a_key_on_a_pkcs11_token_publishes(tmp_path: Path, token: str) -> None:
     publishes(ring.open(entry, lambda _what: PIN.encode()))
 
 
-def test_a_wrong_pin_and_a_missing_key_are_one_sentence(tmp_path: Path, token: str) -> None:
+def test_a_wrong_pin_or_a_missing_key_is_reported_with_one_sentence(tmp_path: Path, token: str) -> None:
     uri, key = keyring.import_token(label=token, number=2, ask=lambda _what: PIN.encode())
     entry = Keyring(tmp_path).add("vault", key, where=uri)
     with pytest.raises(KeyFileError, match="the token with vault does not sign"):

@@ -1,4 +1,4 @@
-"""TrustedMetadata by itself: files go in by hand, in any order and of any kind, without a network or a cache."""
+"""TrustedMetadata on its own: files of any kind and in any order, without a network or a cache."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,7 +27,7 @@ def begin(repo: Repository, **options: Any) -> TrustedMetadata:
     return TrustedMetadata(**(defaults | options))
 
 
-def test_an_update_asks_for_one_file_after_another_and_then_for_what_a_question_needs() -> None:
+def test_an_update_requests_files_in_order_and_then_those_of_queries() -> None:
     repo = Repository()
     repo.publish()
     trusted = begin(repo)
@@ -42,21 +42,21 @@ def test_an_update_asks_for_one_file_after_another_and_then_for_what_a_question_
     assert trusted.find("components/main/none/1.0.0.wasm") is None
 
 
-def test_a_file_that_was_not_asked_for_is_a_mistake_of_the_caller() -> None:
+def test_accepting_a_file_that_was_not_requested_raises_value_error() -> None:
     repo = Repository()
     trusted, other = begin(repo), begin(repo)
     first = trusted.next()
     assert first is not None
     trusted.accept(first, None)
-    with pytest.raises(ValueError, match=r"2\.root\.json was not asked for"):
+    with pytest.raises(ValueError, match=r"2\.root\.json was not requested"):
         trusted.accept(first, None)
     second = trusted.next()
     assert second is not None
-    with pytest.raises(ValueError, match=r"timestamp\.json was not asked for"):
+    with pytest.raises(ValueError, match=r"timestamp\.json was not requested"):
         other.accept(second, repo.files["timestamp.json"])
 
 
-def test_a_longer_file_than_was_asked_for_is_refused_and_the_same_request_stands() -> None:
+def test_a_file_beyond_its_limit_is_refused_and_requested_again() -> None:
     repo = Repository()
     trusted = begin(repo)
     request = trusted.next()
@@ -68,7 +68,7 @@ def test_a_longer_file_than_was_asked_for_is_refused_and_the_same_request_stands
 
 
 @pytest.mark.parametrize("cut", range(6))
-def test_roles_can_be_read_only_when_all_of_them_are_trusted(cut: int) -> None:
+def test_roles_are_readable_only_once_all_are_trusted(cut: int) -> None:
     repo = Repository()
     repo.publish()
     pairs, _ = record(repo, begin(repo), [HELLO])
@@ -93,7 +93,7 @@ def test_roles_can_be_read_only_when_all_of_them_are_trusted(cut: int) -> None:
         assert code_of(verdict) is RejectCode.UNREACHABLE
 
 
-def test_signatures_of_the_same_files_are_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_signatures_are_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
     repo = Repository()
     repo.publish()
     verified: list[str] = []
@@ -112,7 +112,7 @@ def test_signatures_of_the_same_files_are_verified_once(monkeypatch: pytest.Monk
     assert verified == ["root"], "the pinned one"
 
 
-def test_a_reused_role_does_not_outlive_a_key_whose_life_was_shortened_since() -> None:
+def test_a_reused_role_is_refused_after_its_keys_life_was_shortened() -> None:
     repo = Repository()
     repo.publish()
     first = begin(repo)
@@ -131,7 +131,7 @@ def test_a_reused_role_does_not_outlive_a_key_whose_life_was_shortened_since() -
         assert refusal.code is RejectCode.UNSIGNED
 
 
-def test_a_reused_role_does_not_outlive_the_key_that_signed_it() -> None:
+def test_a_reused_role_is_refused_after_its_key_was_replaced() -> None:
     repo = Repository()
     repo.publish()
     first = begin(repo)
@@ -149,7 +149,7 @@ def test_a_reused_role_does_not_outlive_the_key_that_signed_it() -> None:
         assert refusal.code is RejectCode.UNSIGNED
 
 
-def test_a_cached_timestamp_counts_as_seen_and_its_promise_never_falls() -> None:
+def test_a_cached_timestamp_raises_the_known_versions() -> None:
     repo = Repository()
     repo.publish()
     trusted = begin(repo)
@@ -167,7 +167,7 @@ def test_a_cached_timestamp_counts_as_seen_and_its_promise_never_falls() -> None
     assert later.state.meta["snapshot.json"] == 2
 
 
-def test_a_cached_snapshot_raises_what_is_known_of_roles_and_never_lowers_it() -> None:
+def test_a_cached_snapshot_raises_the_known_role_versions() -> None:
     repo = Repository()
     old = repo.files["1.snapshot.json"]
     repo.publish()
@@ -188,13 +188,13 @@ def test_a_cached_snapshot_raises_what_is_known_of_roles_and_never_lowers_it() -
     assert trusted.state.meta["targets.json"] == 1
 
 
-# -- no sequence of answers makes a version fall ----------------------------------------------------------------------
+# -- no sequence of files lowers a version ----------------------------------------------------------------------------
 
 ROLES = ("root", "timestamp", "snapshot", "targets", "main", "other")
 
 
 def all_that_was_ever_signed() -> tuple[Repository, dict[str, list[bytes]]]:
-    """Files of a repository whose online and publishers' keys were stolen: older, newer, contradictory ones."""
+    """Make files of a repository whose online and publishers' keys were stolen: older, newer, contradictory."""
     repo = Repository(("main", "other"))
     pool: dict[str, list[bytes]] = {role: [] for role in ROLES}
 
@@ -260,7 +260,7 @@ REPO, POOL = all_that_was_ever_signed()
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-def test_no_sequence_of_answers_makes_a_version_fall_under_the_same_keys(data: st.DataObject) -> None:
+def test_no_sequence_of_files_lowers_a_version_under_the_same_keys(data: st.DataObject) -> None:
     state, reuse = VerifierState(), None
     for _ in range(data.draw(st.integers(1, 4), label="refreshes")):
         trusted = begin(REPO, state=state, reuse=reuse)

@@ -1,4 +1,4 @@
-"""Updater: what survives a failure, and one home of the state for commands that run at the same time."""
+"""Updater: state after failures, and shared state of concurrent commands."""
 
 import threading
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def updater(
     return Updater(pinned_root=repo.pinned, fetch=fetch or repo.fetch, states=states)
 
 
-def test_a_state_file_is_read_back_and_damage_is_no_empty_state(tmp_path: Path) -> None:
+def test_a_damaged_state_file_is_not_an_empty_state(tmp_path: Path) -> None:
     states = FileState(tmp_path / "trust" / "facts.json", lock=tmp_path / "trust" / ".lock")
     assert states.load() == VerifierState()
     repo = Repository()
@@ -47,8 +47,8 @@ def test_an_unchanged_state_is_not_written_again(tmp_path: Path) -> None:
     assert path.stat().st_ino == second
 
 
-def test_two_commands_at_once_do_not_set_each_others_memory_back(tmp_path: Path) -> None:
-    """One has read the state and waits for the network; the other would write a newer one meanwhile."""
+def test_concurrent_commands_do_not_overwrite_each_others_state(tmp_path: Path) -> None:
+    """The first has read the state and waits for the network; the second would write a newer state meanwhile."""
     repo = Repository()
     place, lock = tmp_path / "facts.json", tmp_path / ".lock"
     asked, answer = threading.Event(), threading.Event()
@@ -75,7 +75,7 @@ def test_two_commands_at_once_do_not_set_each_others_memory_back(tmp_path: Path)
     assert FileState(place, lock=lock).load().roles["timestamp"].version == 2
 
 
-def test_a_question_is_answered_from_the_last_refresh_that_succeeded() -> None:
+def test_queries_use_the_last_successful_refresh() -> None:
     repo = Repository()
     repo.publish()
     states = MemoryState()
@@ -91,7 +91,7 @@ def test_a_question_is_answered_from_the_last_refresh_that_succeeded() -> None:
     assert keeper.find("components/main/hello/1.0.0.wasm") is not None
 
 
-def test_another_process_that_followed_root_is_not_set_back_by_a_question() -> None:
+def test_a_query_does_not_overwrite_the_state_of_a_process_with_a_newer_root() -> None:
     repo = Repository()
     repo.publish()
     states = MemoryState()
@@ -106,7 +106,7 @@ def test_another_process_that_followed_root_is_not_set_back_by_a_question() -> N
     assert states.load() == known
 
 
-def test_each_verified_file_is_kept_under_its_name_and_root_in_any_case(tmp_path: Path) -> None:
+def test_verified_files_and_root_are_cached(tmp_path: Path) -> None:
     repo = Repository()
     repo.rotate("root")
     lost = repo.files.pop("timestamp.json")

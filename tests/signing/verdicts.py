@@ -1,4 +1,4 @@
-"""Code of a refusal that a test has caught."""
+"""Reject code of a caught exception."""
 
 import pytest
 

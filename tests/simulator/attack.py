@@ -1,4 +1,4 @@
-"""A fleet at peace, and how an attack on it is told: a story that ends with what the board is asked to run."""
+"""Attacks as stories: each changes an honest fleet and ends with the assignment that the device is given."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from signing import dsse
 from signing.errors import Rejected
 from signing.state import VerifierState
 from signing.trusted_metadata import TrustedMetadata
-from tests.simulator.repository import Board, Repository
+from tests.simulator.repository import Device, Repository
 from tests.simulator.script import check_grown, record, replay
 
 CLOCKS = Grants(interfaces=("wasi:clocks",))
@@ -21,25 +21,25 @@ NETWORK = Grants(outbound=("https://evil.example:443",))
 
 
 class Scene:
-    """A fleet at peace: one component published, one board that runs it, its envelope at hand."""
+    """Honest fleet: a published component, a device that runs it, and the assignment's envelope."""
 
     def __init__(self) -> None:
         self.repo = Repository(("main", "other"), ceilings={"main": CLOCKS})
         self.item = self.repo.publish("1.0.0", grants=CLOCKS)
-        self.board = Board(self.repo)
+        self.device = Device(self.repo)
         self.envelope = self.repo.assign(self.item)
-        self.board.run(self.envelope)
+        self.device.run(self.envelope)
 
     def assign(self, **fields: Any) -> bytes:
         return self.repo.assign(self.item, **fields)
 
     def altered(self, **fields: Any) -> bytes:
-        """An assignment by the director whose item is not what the publisher signed."""
+        """Sign, as the director, an assignment whose item differs from what the publisher signed."""
         return self.repo.assign(msgspec.structs.replace(self.item, **fields))
 
 
 def by_director(scene: Scene, *items: Item, **fields: Any) -> bytes:
-    """Signed with the director's key by someone who does not care what our own signing code refuses to sign."""
+    """Sign an assignment with the director's key, without the checks of our own signing code."""
     payload = msgspec.json.encode(scene.repo.assignment(*items, **fields))
     return dsse.sign(ASSIGNMENT_TYPE, payload, [scene.repo.keys["director"]])
 
@@ -49,7 +49,7 @@ Enlist = Callable[[str, RejectCode], Callable[[Story], Story]]
 
 
 def stories() -> tuple[list[tuple[str, RejectCode, Story]], Enlist]:
-    """A new list of stories (name, expected code, story), and the decorator that fills it."""
+    """Return a new list of stories (name, expected code, story), and the decorator that fills it."""
     told: list[tuple[str, RejectCode, Story]] = []
 
     def attack(name: str, code: RejectCode) -> Callable[[Story], Story]:
@@ -63,16 +63,16 @@ def stories() -> tuple[list[tuple[str, RejectCode, Story]], Enlist]:
 
 
 def refuses(code: RejectCode, story: Story) -> None:
-    """Play a story: the board refuses with this code, and forgets nothing that protects it."""
+    """Play a story: the device refuses with this code, and keeps everything that protects it from rollbacks."""
     scene = Scene()
     envelope = story(scene)
-    before = scene.board.state
+    before = scene.device.state
 
     with pytest.raises(Rejected) as verdict:
-        scene.board.run(envelope)
+        scene.device.run(envelope)
 
     assert verdict.value.code is code, verdict.value
-    after = scene.board.state
+    after = scene.device.state
     assert after.root >= before.root
     assert after.epochs == before.epochs
     assert after.floor >= before.floor
@@ -80,7 +80,7 @@ def refuses(code: RejectCode, story: Story) -> None:
 
 
 def _replay(scene: Scene, before: VerifierState, envelope: bytes, verdict: Rejected) -> None:
-    """The attack as a list of files: the same code, and nothing is forgotten when it is cut after any of them."""
+    """Replay the attack file by file: the code is the same, and no state is lost if it stops after any file."""
     repo, now = scene.repo, before.time(scene.repo.now)
     try:
         paths = [item.target for item in msgspec.json.decode(dsse.parse(envelope).payload, type=Assignment).items]

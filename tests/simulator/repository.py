@@ -1,7 +1,7 @@
-"""A repository in memory that behaves as its author wishes: honest by default, hostile on demand.
+"""Simulated repository in memory: honest by default, hostile on demand.
 
-It implements the fetch interface of `signing.updater`, signs on demand, and counts what was asked for, so
-that a test can also prove what was *not* fetched.
+`Repository` implements the fetch interface of `signing.updater`, signs on demand, and records the fetched files, so
+that a test can also prove which files were *not* fetched.
 """
 
 import copy
@@ -27,7 +27,7 @@ from signing.verifier import Accepted, accept_assignment, published, reconfirm, 
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 FLEET = "harbour"
-BOARD = "crane-0a1b2c3d"
+DEVICE = "crane-0a1b2c3d"
 TOP_LEVEL = ("root", "targets", "snapshot", "timestamp")
 
 
@@ -36,7 +36,7 @@ def signer() -> CryptoSigner:
 
 
 class Repository:
-    """`files` is what the network shows; change it at will. `fetched` lists what was asked for."""
+    """Repository whose `files` tests may change at will; `fetched` lists the names of fetched files."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Repository:
         self.on_fetch: Callable[[str, bytes | None], bytes | None] = lambda _name, data: data
         self.assignments = 0
 
-    # -- what a verifier sees
+    # -- the network
 
     def fetch(self, name: str, max_bytes: int) -> bytes:
         self.fetched.append(name)
@@ -74,7 +74,7 @@ class Repository:
     # -- the honest publisher, server and director
 
     def publish(self, version: str = "1.0.0", *, name: str = "hello", space: str = "main", **fields: Any) -> Item:
-        """Publish a component and return the item that asks a board to run it."""
+        """Publish a component and return the item that asks a device to run it."""
         bits = f"{space}/{name}/{version}/{fields.pop('bits', '')}".encode()
         manifest = Manifest(name=name, version=version, trigger=Http(), **fields)
         target = TargetName(space, name, version)
@@ -109,7 +109,7 @@ class Repository:
         self.assignments += 1
         defaults: dict[str, Any] = {
             "fleet": self.fleet,
-            "device": BOARD,
+            "device": DEVICE,
             "version": self.assignments,
             "issued": self.now,
             "expires": self.now + timedelta(days=7),
@@ -120,7 +120,7 @@ class Repository:
     def assign(self, *items: Item, **fields: Any) -> bytes:
         return director.sign_assignment(self.assignment(*items, **fields), self.keys["director"])
 
-    # -- whoever holds the keys
+    # -- an attacker with keys
 
     def rewrite(self, role: str, change: Callable[[Any], None], *, key: str | None = None, bump: bool = True) -> None:
         """Change a role's newest metadata at will and sign it with the role's key, or with another."""
@@ -140,7 +140,7 @@ class Repository:
         self.files[name] = file.to_bytes()
 
     def rotate(self, role: str) -> None:
-        """Root gives a top-level role another key, and the role is signed again with it."""
+        """Give a top-level role a new key in root, and sign the role again with it."""
         old, new = self.keys[role], signer()
         root: Root = self.signed("root")
         root.version += 1
@@ -156,7 +156,7 @@ class Repository:
             self.rewrite("targets", lambda signed: None)
 
     def rotate_delegation(self, role: str) -> None:
-        """Targets gives the director or a namespace another key."""
+        """Give the director or a namespace a new key in targets."""
         new = signer()
 
         def change(top: Targets) -> None:
@@ -175,20 +175,20 @@ class Repository:
 
 
 def promise_snapshot(timestamp: Timestamp, data: bytes, version: int) -> None:
-    """Make a timestamp promise this very snapshot."""
+    """Make a timestamp promise this snapshot by length, hash and version."""
     timestamp.snapshot_meta = MetaFile(version, len(data), {"sha256": hashlib.sha256(data).hexdigest()})
 
 
 def promise_role(snapshot: Snapshot, role: str, data: bytes, version: int) -> None:
-    """Make a snapshot promise this very role."""
+    """Make a snapshot promise this role by length, hash and version."""
     snapshot.meta[f"{role}.json"] = MetaFile(version, len(data), {"sha256": hashlib.sha256(data).hexdigest()})
 
 
-class Board:
-    """Device's verifier with its memory: what an agent does, over a simulated repository."""
+class Device:
+    """Device with its verifier and state, over a simulated repository; works as the agent does."""
 
     def __init__(
-        self, repo: Repository, *, device: str = BOARD, state: VerifierState | None = None, **options: Any
+        self, repo: Repository, *, device: str = DEVICE, state: VerifierState | None = None, **options: Any
     ) -> None:
         self.repo = repo
         self.device = device
@@ -223,7 +223,7 @@ class Board:
         return accepted
 
     def resolve(self, item: Item, *, committed: Resolved | None = None, **options: Any) -> Resolved:
-        """A committed item is held against revocations, any other is looked up."""
+        """Check a committed item for revocations, and search any other in the metadata."""
         if committed is not None and item.same_as(committed.item):
             trusted = self.updater.look_for_revocations(item.target)
             return reconfirm(trusted, item, committed.manifest, state=self.state, **options)
@@ -233,7 +233,7 @@ class Board:
         return published(self.updater.find(path), path)
 
     def run(self, envelope: bytes, **options: Any) -> list[Resolved]:
-        """Accept and resolve everything: what an honest board does before it fetches bytes."""
+        """Accept an assignment and resolve its items, as a device does before it downloads."""
         accepted = self.accept(envelope)
         return [self.resolve(item, **options) for item in accepted.assignment.items]
 
@@ -242,7 +242,7 @@ class Board:
 
 
 def tampered(data: bytes, path: list[str], value: Any) -> bytes:
-    """Metadata JSON with one field changed and the signature left as it was."""
+    """Return metadata with a field changed and the old signatures."""
     tree = msgspec.json.decode(data)
     node = tree
     for step in path[:-1]:

@@ -1,4 +1,4 @@
-"""Scripts of (request, answer) pairs: drive `TrustedMetadata` with a list of files, and compare what it remembers."""
+"""Scripts of (request, answer) pairs: drive `TrustedMetadata` with a list of files, and compare its state."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,21 +10,21 @@ from tests.simulator.repository import Repository
 
 
 class Pair(NamedTuple):
-    """A file that was asked for, and the answer; None where the repository has none."""
+    """Request for a file, and the answer; None if the repository has no such file."""
 
     request: FileRequest
     answer: bytes | None
 
 
 class Recorded(NamedTuple):
-    """Everything that was asked for, the refused answer last, and the refusal."""
+    """Recorded requests and answers, the refused answer last, and the refusal."""
 
     pairs: list[Pair]
     refusal: Rejected | None
 
 
 def request_next(trusted: TrustedMetadata, paths: Iterable[str]) -> FileRequest | None:
-    """The next file of the update, and then of the search for each target."""
+    """Return the request for the next file of the update, and then of the search for each target."""
     request = trusted.next()
     found = iter(paths)
     while request is None and (path := next(found, None)) is not None:
@@ -46,7 +46,7 @@ def record(repo: Repository, trusted: TrustedMetadata, paths: Sequence[str]) -> 
 
 
 def replay(pairs: Iterable[Pair], trusted: TrustedMetadata, paths: Sequence[str]) -> VerifierState:
-    """What is remembered after a script, refused or not; the requests must be those of the script."""
+    """Replay a script and return the state after it, refused or not; the requests must be those of the script."""
     for pair in pairs:
         assert request_next(trusted, paths) == pair.request
         try:
@@ -57,7 +57,7 @@ def replay(pairs: Iterable[Pair], trusted: TrustedMetadata, paths: Sequence[str]
 
 
 def check_grown(before: VerifierState, after: VerifierState) -> None:
-    """Nothing that is remembered fell, but for what other keys for timestamp or snapshot drop."""
+    """Check that no remembered version fell, except those dropped with old timestamp or snapshot keys."""
     assert after.root >= before.root
     kept = ("assignment", "command", "epochs", "secrets", "floor")
     assert [getattr(after, name) for name in kept] == [getattr(before, name) for name in kept]

@@ -60,7 +60,7 @@ def test_a_large_namespace_moves_over_and_goes_on_as_before(fleet, large, tmp_pa
 
     moved = fleet("sign", "bins", "--bits", "6", "--yes")
     assert moved.exit_code == 0, moved.output
-    assert "64 hash bins hold what was published before, and nothing else" in moved.stderr
+    assert "64 hash bins hold only what was published before" in moved.stderr
     assert len(hash_bins.releases(large.files, "main")) == MANY
     assert fleet("sign", "bins", "--yes").exit_code == 4, "it has bins already"
 

@@ -128,7 +128,7 @@ def test_a_mail_that_is_no_event_or_of_another_fleet_is_one_line(fleet, team, de
     Path("mail.json").write_text("Dear Alice,")
     refused = fleet("sign", "approve", "mail.json")
     assert refused.exit_code == 4
-    assert "no signing event" in refused.stderr
+    assert "not a signing event" in refused.stderr
     fleet("keys", "rotate", "main", "--to", "bob", "--yes", "--out", "event.json")
     text = Path("event.json").read_text()
     Path("event.json").write_text(text.replace('"fleet": "fleet"', '"fleet": "other"', 1))

@@ -192,7 +192,7 @@ def test_a_teams_fleet_begins_with_an_event_for_its_people(begin, fleet, tmp_pat
         (("--team",), "belong together"),
         (("--solo", "--root", "alice.pub"), "belong together"),
         (("--team", "--root", "alice.pub"), "2 of 3 people"),
-        (("--team", "--root", "junk.pub", "--root", "alice.pub"), "no public key"),
+        (("--team", "--root", "junk.pub", "--root", "alice.pub"), "not a public key"),
     ],
 )
 def test_a_team_that_is_none(words, sentence, begin, work):
