@@ -1,4 +1,4 @@
-"""`fleet-agent`: the command on a device. Errors are one line: what failed, why, what to do."""
+"""`fleet-agent`: the command on a device. Errors are a single line: what failed, why, what to do."""
 
 import argparse
 import asyncio
@@ -35,14 +35,16 @@ Command = Callable[[argparse.Namespace], int]
 EXAMPLES: Final = """examples:
   fleet enroll-token --group edge-eu | ssh DEVICE sudo fleet-agent enroll
   fleet-agent enroll --token-file /run/credentials/enroll-token
-  fleet-agent status                 what runs here
-  fleet-agent why                    what happened here, and what to do about it
-  fleet-agent check                  what this device can reach and do, in order
+  fleet-agent status                 show what runs on this device
+  fleet-agent why hello              show what happened to the instance hello, and what to do
+  fleet-agent check                  test network, certificate, engine, host and disk, in order
+  fleet-agent apply /media/usb/fleet.bundle
+                                     update without a network
 """
 
 
 class UsageError(Exception):
-    """The command cannot be carried out; the message says why and what to do."""
+    """The command failed; the message says why and what to do."""
 
 
 ERRORS: Final = (
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--version", action="version", version=f"fleet-agent {device_info.agent_version() or '(from a tree)'}"
+        "--version", action="version", version=f"fleet-agent {device_info.agent_version() or '(not installed)'}"
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -116,10 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("run", _run, "run the agent")
     add("restore", _restore, "start the committed instances on the host, without a network")
-    add("status", _status, "show what runs here", json=True)
-    reason = add("why", _why, "show what happened here, why, and what to do", json=True)
+    add("status", _status, "show what runs on this device", json=True)
+    reason = add("why", _why, "show what happened on this device, why, and what to do", json=True)
     reason.add_argument("instance", nargs="?", default="", help="only this instance")
-    add("check", _check, "test what the agent needs, in order; exit with 1 when something is missing", json=True)
+    add("check", _check, "test what the agent needs, in order; exit with status 1 if a test fails", json=True)
     return parser
 
 
@@ -142,7 +144,7 @@ def _enroll(options: argparse.Namespace) -> int:
             print("paste the enrolment token (fleet enroll-token makes one), then Enter:", file=sys.stderr)
         read = sys.stdin.buffer.readline(TOKEN_MAX_BYTES)
     text = read.decode("ascii", errors="replace")
-    _join(options, enrolment.board_name(options.name or settings.name), text, identity.machine(), settings.production)
+    _join(options, enrolment.device_name(options.name or settings.name), text, identity.machine(), settings.production)
     return 0
 
 
@@ -160,32 +162,30 @@ def _join(options: argparse.Namespace, name: str, text: str, machine: str, produ
 
 
 def _first_boot(options: argparse.Namespace, settings: config.Settings) -> int:
-    """Join by a token that lies on this board, once; a copied disk gives up the identity that it carries."""
+    """Enrol with a token found on this device; on a copied disk, discard the identity that it holds first."""
     directory = _places(options).identity
     if (directory / "enrolled.json").exists():
         who = identity.load(directory)
         if not identity.is_copied_disk(who):
-            print(f"{who.device} is enrolled already")
+            print(f"{who.device} is already enrolled")
             return 0
-        print(f"this disk was copied from the board of {who.device}: its identity and state are given up")
+        print(f"this disk was copied from device {who.device}: discarding its identity and state")
         options.force = True
     found = identity.find_token(credentials=os.environ.get("CREDENTIALS_DIRECTORY"))
     if found is None:
         if options.force:
-            enrolment.give_up(options.state)
-        print(f"there is no {identity.NAME} on the boot partition: nothing to do")
+            enrolment.discard_identity(options.state)
+        print(f"no {identity.NAME} on the boot partition: nothing to do")
         return 0
     machine = identity.machine()
     named = options.name or settings.name
-    name = enrolment.board_name(named) if named else identity.name_of(enrolment.board_name(), machine)
-    pid = os.fork()  # the token is erased by whom it was written for, the identity written by the agent's user
+    name = enrolment.device_name(named) if named else identity.name_of(enrolment.device_name(), machine)
+    pid = os.fork()  # root erases the token, but the identity is written by the agent's user
     if pid == 0:
         os._exit(_guarded(lambda: _join(options, name, found.text, machine, settings.production)))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code == 0 and not identity.erase(found):
-        print(
-            f"the used token could not be erased from {found.where}; it is good for nothing any more", file=sys.stderr
-        )
+        print(f"the used token could not be erased from {found.where}; it does not work a second time", file=sys.stderr)
     return code
 
 
@@ -202,11 +202,11 @@ def _guarded(work: Callable[[], None]) -> int:
 
 
 def _become_owner(state: Path) -> None:
-    """As root, go on as the user whose state directory it is: what root writes there, the agent could not read."""
+    """As root, switch to the user who owns the state directory: the agent could not read files of root's there."""
     try:
         owner = state.stat()
     except OSError:
-        return  # there is none yet; enrolling makes it
+        return  # enrolment will create it
     if os.geteuid() == 0 and owner.st_uid != 0:
         os.setgroups([])
         os.setgid(owner.st_gid)
@@ -218,33 +218,34 @@ def _identity(places: Paths) -> identity.Identity:
     _become_owner(places.state)
     if places.state.exists() and not os.access(places.state, os.W_OK | os.X_OK):
         if places.state.stat().st_uid == os.geteuid():
-            raise UsageError(f"{places.state} may not be written: check its mode and its file system")
+            raise UsageError(f"{places.state} is not writable: check its mode and its file system")
         raise UsageError(f"{places.state} belongs to another user: run as that user, or give another --state")
     return identity.load(places.identity)
 
 
 def _run(options: argparse.Namespace) -> int:
     from agent.clock import ReferenceClock  # noqa: PLC0415
-    from agent.service import Enrolled, Links, build  # noqa: PLC0415 - MQTT and TUF are for the service alone
+    from agent.service import Enrolled, Links, build  # noqa: PLC0415 - only the service needs MQTT and TUF
 
     places, settings = _places(options), config.load(options.config)
     who = _identity(places)
     if identity.is_copied_disk(who):
         raise UsageError(
-            f"this disk was copied from the board of {who.device}, which is still itself: "
-            "run 'fleet-agent enroll --force' with a token of its own"
+            f"this disk was copied from device {who.device}, and two devices must not share an identity: "
+            "run 'fleet-agent enroll --force' with a new token"
         )
     systemd.log_to_journal(logging.DEBUG if options.verbose else logging.INFO, device=who.device, fleet=who.fleet)
     if settings.production and not who.production:
         logging.getLogger("agent").warning(
-            "the fleet is for development and this board is in production mode: nothing is taken until it has moved"
+            "the fleet is for development, but this device is in production mode: it accepts no assignment until the "
+            "fleet has moved to production"
         )
     for problem in identity.damaged_files(places.identity):
         logging.getLogger("agent").error("%s", problem)
     root = (places.identity / "root.json").read_bytes()
     mac_key = images.load_key(places.identity / "mac.key")
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # keys do not go into core files
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # keys must not get into core files
 
     enrolled = Enrolled(identity=who, root=root, mac_key=mac_key, places=places, settings=settings)
 
@@ -253,7 +254,7 @@ def _run(options: argparse.Namespace) -> int:
             remove_leftovers(places.state)
             db = Database(Store.renewed(places.database))
             if taken := await db(restore.take_over, places.runset, mac_key):
-                logging.getLogger("agent").warning("the store was lost; %d instances are known from runset.json", taken)
+                logging.getLogger("agent").warning("the store was lost; took over %d instances from runset.json", taken)
             reference = ReferenceClock(who.floor)
             return await build(enrolled, db, reference, Links.of(enrolled, reference)).run()
 
@@ -261,28 +262,28 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _apply(options: argparse.Namespace) -> int:
-    from agent.link import bundle  # noqa: PLC0415 - TUF is for those who verify
+    from agent.link import bundle  # noqa: PLC0415 - only this command needs TUF
 
     places = _places(options)
-    with options.file.open("rb") as file:  # before giving up root: a stick may be root's
+    with options.file.open("rb") as file:  # opened as root: only root may be able to read the medium
         who = _identity(places)
         try:
             bundle.stage(file, places.bundle, device=who.device)
         except bundle.BundleError as error:
             raise UsageError(str(error)) from error
     if not bundle.wake(places.wake):
-        print("the agent does not run: it takes the bundle up when it starts")
+        print("the agent does not run: it will apply the bundle when it starts")
         return 0
     deadline = time.monotonic() + options.wait
     outcome = places.bundle / "outcome.json"
     while not outcome.exists():
         if time.monotonic() >= deadline:
-            raise UsageError(f"the agent has not judged the bundle in {options.wait:g} s: its journal says why")
+            raise UsageError(f"the bundle was not verified within {options.wait:g} s: see journalctl -u fleet-agent")
         time.sleep(APPLY_LOOK_S)
     found = msgspec.json.decode(outcome.read_bytes(), type=bundle.BundleVerdict)
     if found.code:
         raise UsageError(f"the bundle was refused ({found.code}): {found.message}")
-    print(f"assignment {found.version} is accepted; 'fleet-agent status' says how it goes")
+    print(f"assignment {found.version} is accepted; follow it with 'fleet-agent status'")
     return 0
 
 
@@ -290,7 +291,7 @@ def _restore(options: argparse.Namespace) -> int:
     places, settings = _places(options), config.load(options.config)
     _become_owner(places.state)
     if not (places.identity / "enrolled.json").exists():
-        return 0  # a board that never enrolled has nothing to restore
+        return 0  # a device that never enrolled has nothing to restore
     key = images.load_key(places.identity / "mac.key")
     items = restore.committed(places.database, places.runset, key)
     if not items:
@@ -318,16 +319,16 @@ def _restore(options: argparse.Namespace) -> int:
     return int(any(each.problem for each in restored))
 
 
-def _standing(options: argparse.Namespace, instance: str = "") -> status.StatusReport:
+def _read_status(options: argparse.Namespace, instance: str = "") -> status.StatusReport:
     places = _places(options)
     who = _identity(places)
     if not places.database.exists():
         Store(places.database).close()
     store = Store(places.database, read_only=True)
     try:
-        found = status.standing(who, store, instance)
-        said = host_api.why_not(places.runtime)
-        problems = (f"the host did not start, and says: {said}",) if said else ()
+        found = status.read_status(who, store, instance)
+        reason = host_api.why_not(places.runtime)
+        problems = (f"the host did not start: {reason}",) if reason else ()
         return msgspec.structs.replace(found, problems=(*problems, *found.problems))
     finally:
         store.close()
@@ -344,23 +345,23 @@ def _print_lines(lines: Iterable[str]) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    found = _standing(options)
+    found = _read_status(options)
     if options.json:
         _print_json(msgspec.structs.replace(found, timeline=()))
     else:
-        _print_lines(status.tell(found))
+        _print_lines(status.format_status(found))
     return 0
 
 
 def _why(options: argparse.Namespace) -> int:
-    found = _standing(options, options.instance)
+    found = _read_status(options, options.instance)
     if options.instance and not (found.running or found.changing or found.failed or found.timeline):
-        known = ", ".join(each.instance for each in _standing(options).running) or "none"
-        raise UsageError(f"nothing is known of an instance {options.instance!r} here: there are {known}")
+        known = ", ".join(each.instance for each in _read_status(options).running) or "none"
+        raise UsageError(f"no instance {options.instance!r} on this device; running: {known}")
     if options.json:
         _print_json(found)
     else:
-        _print_lines([*status.tell(found), "what happened, oldest first:", *status.tell_timeline(found)])
+        _print_lines([*status.format_status(found), "history, oldest first:", *status.format_timeline(found)])
     return 0
 
 
@@ -376,7 +377,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run `fleet-agent`; returns its exit code."""
+    """Run `fleet-agent`; return its exit code."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))

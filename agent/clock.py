@@ -14,14 +14,14 @@ _TIME_ERROR: Final = 5
 
 
 def boot_id() -> str:
-    """Return the kernel's id of this boot; empty where there is none."""
+    """Return the kernel's id of this boot; empty if it cannot be read."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 def boot_clock() -> float:
-    """Return the seconds since boot, suspended time included; this clock never jumps."""
+    """Return the seconds since boot, including suspended time; this clock never jumps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -43,7 +43,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def clock_synchronised() -> bool | None:
-    """Return whether something disciplines the kernel's clock (adjtimex); None where the kernel cannot be asked."""
+    """Return whether the kernel's clock is synchronised (adjtimex); None if the kernel does not tell."""
     try:
         timex = _Timex()
         answer = int(_libc().adjtimex(ctypes.byref(timex)))
@@ -55,8 +55,8 @@ def clock_synchronised() -> bool | None:
 class ReferenceClock:
     """Reference time for certificates, metadata and assignments: the system clock, but never earlier than the floor.
 
-    A device without a battery-backed clock wakes up in 1970. The floor is the newest time that anything signed has
-    proved so far; it only rises. Every method may be called from any thread.
+    A device without a battery-backed clock starts in 1970. The floor is the latest time that a signed document has
+    proved so far; it only rises. Thread-safe.
     """
 
     def __init__(self, floor: datetime) -> None:
@@ -65,11 +65,11 @@ class ReferenceClock:
 
     @property
     def floor(self) -> datetime:
-        """Earliest time that it can be now."""
+        """Earliest possible current time."""
         return self._floor
 
     def raise_floor(self, to: datetime) -> None:
-        """Remember a proven time; an earlier one than the present floor changes nothing."""
+        """Raise the floor to a proven time; a time before the floor changes nothing."""
         with self._lock:
             self._floor = max(self._floor, to)
 
@@ -79,9 +79,9 @@ class ReferenceClock:
 
     @property
     def behind(self) -> bool:
-        """Whether the system clock shows a time before the floor."""
+        """True while the system clock shows a time before the floor."""
         return datetime.now(UTC) < self._floor
 
     def is_trustworthy(self) -> bool:
-        """Return whether the system clock can be relied on: not behind, and not known to be unsynchronised."""
+        """Return whether the system clock is reliable: not behind the floor, and not known to be unsynchronised."""
         return not self.behind and clock_synchronised() is not False

@@ -1,9 +1,9 @@
 """Signed commands from the fleet: check in, restart, follow logs.
 
-Each command is verified, remembered, and only then carried out; refused ones are counted. Log lines go to an operator
-who asked by a signed command, as far as the device's owner allows, for minutes: over HTTPS with the device certificate,
-as the host has them (so without any secret), and only while the server says that somebody reads them. Nothing is polled
-while nobody follows.
+Each command is verified, remembered, and only then carried out; refused commands are counted. An operator asks for log
+lines with a signed command. As far as the device's owner allows, they are sent for some minutes: over HTTPS with the
+device certificate, as the host keeps them (secrets masked), and only while the server reports a reader. Nothing is
+polled while nobody follows.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ log = logging.getLogger("agent.commands")
 RESTARTS_PER_HOUR: Final = 6
 
 COMMANDS_MAX: Final = 16
-"""Commands that wait; a director sends one at a time."""
+"""Maximum number of waiting commands; a director sends them singly."""
 
 
 class Refreshes(Protocol):
@@ -45,11 +45,11 @@ class Refreshes(Protocol):
 
 
 class Commands:
-    """The closed vocabulary of commands, carried out one after another.
+    """Executor of commands, strictly in sequence.
 
     Attributes:
-        inbox: envelopes as they were received.
-        refused: count of refused commands since the agent started.
+        inbox: envelopes as received.
+        refused: number of commands refused since the agent started.
     """
 
     name = "commands"
@@ -65,7 +65,7 @@ class Commands:
         problems: Problems,
         sink: ReportSink,
     ) -> None:
-        """Prepare; `trust` is called on the database thread, and remembers a command before it returns it."""
+        """Prepare; `trust` runs on the database thread, and stores a command's sequence before it returns."""
         self._trust = trust
         self._db = db
         self._host = host
@@ -78,14 +78,14 @@ class Commands:
         self.refused = 0
 
     def post(self, envelope: bytes) -> None:
-        """Put a command into the inbox; never waits. Commands beyond COMMANDS_MAX are dropped."""
+        """Put a command into the inbox without waiting; beyond COMMANDS_MAX, commands are dropped."""
         if self.inbox.qsize() >= COMMANDS_MAX:
             log.warning("dropped a command: %d wait already", COMMANDS_MAX)
             return
         self.inbox.put_nowait(envelope)
 
     async def run(self) -> None:
-        """Carry out commands, for ever; one that cannot be handled is dropped, and does not end the agent."""
+        """Carry out commands, forever; a command that fails is dropped, and does not end the agent."""
         while True:
             envelope = await self.inbox.get()
             try:
@@ -96,15 +96,15 @@ class Commands:
                 self.inbox.task_done()
 
     async def carry_out(self, envelope: bytes) -> None:
-        """Verify a command, and do what it says; a refused one is counted and shown."""
+        """Verify a command and carry it out; a refused command is counted and reported as a problem."""
         try:
             command = await self._db.run(self._trust.command, envelope)
         except Rejected as error:
             log.warning("command refused: %s", error)
             self.refused += 1
             text = (
-                f"{self.refused} commands were refused since the agent started, the last as {error.code}: "
-                "the fleet's director did not sign it for this device and for now"
+                f"{self.refused} commands were refused since the agent started, the last with {error.code}: "
+                "no valid command of the fleet's director for this device and this time"
             )
             self._problems.set("commands", text)
             self._sink.changed()
@@ -123,7 +123,7 @@ class Commands:
         now = asyncio.get_running_loop().time()
         self._restarts = [at for at in self._restarts if now - at < 3600]  # noqa: PLR2004 - an hour
         if len(self._restarts) >= RESTARTS_PER_HOUR:
-            log.warning("%s is not restarted: at most %d restarts an hour", instance, RESTARTS_PER_HOUR)
+            log.warning("did not restart %s: at most %d restarts an hour are allowed", instance, RESTARTS_PER_HOUR)
             return
         self._restarts.append(now)
         try:
@@ -156,7 +156,7 @@ class Poster(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Follow:
-    """A verified wish for an instance's log."""
+    """Verified request for an instance's log."""
 
     instance: str
     minutes: int
@@ -167,7 +167,7 @@ class LogFollower:
     """Device end of `fleet logs`.
 
     Attributes:
-        following: instance -> sequence of the command that asked last.
+        following: instance -> sequence of the latest command for it.
     """
 
     name = "logs"
@@ -182,7 +182,7 @@ class LogFollower:
         db: Database,
         sink: ReportSink,
     ) -> None:
-        """Prepare; `policy` is the owner's. Whatever leaves the device is noted in its own signed history."""
+        """Prepare under the owner's `policy`; all log access is recorded in the device's signed history."""
         self._device = device
         self._host = host
         self._https = https
@@ -193,16 +193,16 @@ class LogFollower:
         self.following: dict[str, int] = {}
 
     async def run(self) -> None:
-        """Send the logs that are followed, for ever."""
+        """Send the followed logs, forever."""
         async with asyncio.TaskGroup() as tasks:
             while True:
                 wish = await self._wishes.get()
                 tasks.create_task(self._run(wish.instance, wish.minutes, wish.command))
 
     def follow(self, instance: str, *, minutes: int, command: int) -> None:
-        """Begin to send an instance's log; a newer command for the same instance takes over."""
+        """Start sending an instance's log; a newer command for the same instance replaces an older one."""
         if instance not in self.following and len(self.following) >= FOLLOWS_MAX:
-            log.warning("the log of %s is not sent: %d are followed already", instance, FOLLOWS_MAX)
+            log.warning("the log of %s is not sent: %d logs are already followed", instance, FOLLOWS_MAX)
             return
         self.following[instance] = command
         self._wishes.put_nowait(_Follow(instance, min(max(1, minutes), bounds.LOGS_MINUTES_MAX), command))
@@ -217,15 +217,15 @@ class LogFollower:
     async def _run(self, instance: str, minutes: int, command: int) -> None:
         try:
             if self._policy == "off":
-                why = "this device's owner lets no log leave it: [policy] logs in agent.toml"
-                await self._post(LogChunk(instance=instance, command=command, refused=why, ended=True))
-                await self._note(f"command {command} asked for the log of {instance}: refused, by [policy] logs")
+                reason = "the device's owner allows no logs to leave it: [policy] logs in agent.toml"
+                await self._post(LogChunk(instance=instance, command=command, refused=reason, ended=True))
+                await self._note(f"command {command} asked for the log of {instance}: refused by [policy] logs")
                 return
             what = "errors of the log" if self._policy == "errors" else "log"
             await self._note(f"the {what} of {instance} goes to the fleet for {minutes} minutes: command {command}")
             await self._send(instance, minutes, command)
         except (FetchError, HostGoneError, HostRefusedError, wire.WireError, *wire.JSON_ERRORS) as error:
-            log.warning("the log of %s is not sent any more: %s", instance, error)
+            log.warning("stopped sending the log of %s: %s", instance, error)
         finally:
             if self.following.get(instance) == command:
                 del self.following[instance]
@@ -270,7 +270,7 @@ class LogFollower:
 
 
 def _fresh(answer: host_api.Lines, seen: int) -> tuple[tuple[str, ...], int]:
-    """Return the lines not seen yet, and how many went by unseen. A host that was restarted counts anew."""
+    """Return the new lines, and the number of lines lost in between. A restarted host counts from zero."""
     new = answer.count - seen if answer.count >= seen else answer.count
     lines = answer.lines[-new:] if new else ()
     return lines, new - len(lines)

@@ -1,8 +1,8 @@
-"""The agent's configuration in three tenses: fragments (files), the merged input, and validated settings.
+"""Configuration of the agent: fragments (files), the merged input, and validated settings.
 
-`/etc/wasmfleet/agent.toml` and then `config.d/*.toml` beside it, in the order of their names; later files win key by
-key. Everything has a default: a board without any file works. What stands here is the board owner's word: it narrows
-what the fleet may ask of this board and never widens it.
+Files are `/etc/wasmfleet/agent.toml` and then `config.d/*.toml` beside it, sorted by name; later files override single
+keys. Everything has a default, so that a device needs no file at all. The configuration is the device owner's policy:
+it narrows what the fleet may do on this device, and never widens it.
 """
 
 import tomllib
@@ -25,31 +25,30 @@ CAPPED: Final = (
     *("log_lines_per_minute", "fuel", "storage_bytes", "daily_written_bytes", "state_bytes"),
     *("table_elements", "core_instances"),
 )
-"""The limits of a manifest that the board's policy bounds, by the names they have in both."""
+"""Names of the limits that both a manifest and the device's policy set."""
 
 _MAY_BE_NONE: Final = MAY_BE_NONE.intersection(CAPPED) - {"fuel"}
 
 
 class ConfigError(Exception):
-    """The operator's or owner's input: a file that cannot be read, a key that is unknown or ill-typed."""
+    """Error in the configuration: a file that cannot be read, or a key that is unknown or has a wrong value."""
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the board's owner allows, whatever the fleet signs.
+    """Policy of the device's owner, which applies whatever the fleet signs.
 
     Attributes:
         interfaces: interfaces or packages that components may import; None for all.
-        outbound: where they may send requests, as `https://host:443`; None for wherever their grants say.
-        logs: what may leave the board when an operator follows logs.
-        bundles: accept assignments from an offline bundle, for which nobody vouches that they are current.
-        late_bundles: accept them past the expiry of timestamp and snapshot too, until what people signed expires.
-        on_revoked: what becomes of a component that runs and is then revoked, denied its grants, or found to be below
-            the security epoch.
+        outbound: destinations of components' requests, as `https://host:443`; None for all that their grants allow.
+        logs: log lines that may leave the device when an operator follows logs.
+        bundles: accept assignments from an offline bundle, which nothing proves to be current.
+        late_bundles: accept bundles even after timestamp and snapshot have expired, until root or targets expires.
+        on_revoked: action on a running component that is revoked, denied its grants, or below the security epoch.
         memory_bytes, call_ms, start_ms, idle_ms, total_ms, concurrency, request_bytes, response_bytes,
             log_lines_per_minute, storage_bytes, daily_written_bytes, state_bytes, table_elements, core_instances: upper
-            bounds on a manifest's limits.
-        fuel: an upper bound too, where a manifest asks for fuel at all.
-        compile_memory_bytes, compile_s: for the compiler.
+            bounds of the limits of the same names in manifests.
+        fuel: upper bound of a manifest's fuel, for manifests that set fuel at all.
+        compile_memory_bytes, compile_s: limits of the compiler's memory and time.
     """
 
     interfaces: tuple[str, ...] | None = None
@@ -77,13 +76,13 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     compile_s: int = 300
 
     def limit(self, limits: Limits) -> Limits:
-        """A manifest's limits, within this board's."""
+        """Return a manifest's limits, lowered to this policy's."""
         return msgspec.structs.replace(
             limits, **{name: min(getattr(limits, name), getattr(self, name)) for name in CAPPED}
         )
 
     def denied(self, grants: Grants) -> tuple[str, ...]:
-        """What this board's owner does not allow of `grants`."""
+        """Return the interfaces and destinations in `grants` that this policy does not allow."""
         beyond: list[str] = []
         if self.interfaces is not None:
             ceiling = Grants(interfaces=self.interfaces)
@@ -94,14 +93,14 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the board reaches its fleet.
+    """Connection of the device to its fleet.
 
     Attributes:
-        proxy: `http://host:port` for HTTPS requests; empty for the environment's (`https_proxy`), or none.
-        min_rate_bytes_s: a download slower than this over half a minute is given up and resumed later.
-        request_s: total time of one small request.
-        download_s: total time of one download attempt.
-        keepalive_s: of MQTT.
+        proxy: `http://host:port` for HTTPS requests; empty to use the environment's (`https_proxy`), if any.
+        min_rate_bytes_s: minimum rate of a download over half a minute; a slower one is aborted and resumed later.
+        request_s: total time of a small request.
+        download_s: total time of a download attempt.
+        keepalive_s: keep-alive interval of MQTT.
     """
 
     proxy: str = ""
@@ -112,11 +111,11 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How much of the disk the agent may use.
+    """Disk space that the agent may use.
 
     Attributes:
-        budget_bytes: for artifacts and images together; what runs is never evicted.
-        reserve_bytes: kept free on the file system.
+        budget_bytes: for artifacts and images together; those of running components are never evicted.
+        reserve_bytes: to keep free on the file system.
     """
 
     budget_bytes: int = 512 * bounds.MIB
@@ -124,14 +123,14 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The validated whole.
+    """Validated configuration.
 
     Attributes:
         production: refuse development fleets (keys without a passphrase, an embedded broker).
-        name: what to call this board when it enrols; empty for its host name.
-        health_s: how often the board's figures are sent while nothing changes.
-        refresh_s: how often the desired state is asked for over HTTPS while MQTT is blocked.
-        recheck_s: how often it is asked for while MQTT works, and what runs is held against revocations.
+        name: of this device when it enrols; empty for its host name.
+        health_s: interval of health messages while nothing changes.
+        refresh_s: interval of polling the assignment over HTTPS while MQTT is blocked.
+        recheck_s: interval of polling while MQTT works, and of checking running components for revocations.
     """
 
     production: bool = False
@@ -145,13 +144,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 def fragments(file: Path) -> tuple[Path, ...]:
-    """The files that make up the configuration, in the order in which they are merged; missing ones are left out."""
+    """List the existing files of the configuration in the order in which they are merged."""
     extra = sorted((file.parent / "config.d").glob("*.toml"))
     return tuple(path for path in (file, *extra) if path.is_file())
 
 
 def merge(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Fragments (by name, in order) as one; tables are merged key by key, everything else is replaced."""
+    """Merge fragments (file name -> content, in order): tables key by key, everything else is replaced."""
     merged: dict[str, Any] = {}
     for part in parts.values():
         for key, value in part.items():
@@ -163,10 +162,10 @@ def merge(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def validate(merged: Mapping[str, Any]) -> Settings:
-    """The settings.
+    """Convert the merged input into settings.
 
     Raises:
-        ConfigError: an unknown key, or a value of another type or sense; the message names it.
+        ConfigError: an unknown key, or a value of a wrong type or range; the message names the key.
     """
     try:
         settings = msgspec.convert(dict(merged), Settings)
@@ -186,15 +185,20 @@ def validate(merged: Mapping[str, Any]) -> Settings:
     }
     for name, value in positive.items():
         if value <= 0:
-            raise ConfigError(f"agent configuration: {name} is {value}, it must be more than 0")
+            raise ConfigError(f"agent configuration: {name} is {value}, but must be more than 0")
     for name in sorted(_MAY_BE_NONE):
         if getattr(settings.policy, name) < 0:
-            raise ConfigError(f"agent configuration: policy.{name} is {getattr(settings.policy, name)}, less than 0")
+            raise ConfigError(
+                f"agent configuration: policy.{name} is {getattr(settings.policy, name)}, but must be 0 or more"
+            )
     return settings
 
 
 def load(file: Path) -> Settings:
-    """Read, merge and validate.
+    """Read, merge and validate the configuration.
+
+    Args:
+        file: `agent.toml`; need not exist.
 
     Raises:
         ConfigError: the message names the file, or the key.
@@ -210,62 +214,67 @@ def load(file: Path) -> Settings:
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Where things lie."""
+    """Paths of the agent's files.
+
+    Attributes:
+        state: state directory, kept across reboots.
+        runtime: directory of sockets, shared with the host.
+    """
 
     state: Path
     runtime: Path
 
     @property
     def identity(self) -> Path:
-        """Keys and certificates."""
+        """Directory of keys and certificates."""
         return self.state / "identity"
 
     @property
     def trust(self) -> Path:
-        """Cache of TUF metadata: lost or damaged, it is fetched again."""
+        """Cache of TUF metadata; fetched again if it is lost or damaged."""
         return self.state / "trust"
 
     @property
     def database(self) -> Path:
-        """Everything that must survive."""
+        """Database of everything that must not be lost."""
         return self.state / "store.db"
 
     @property
     def lock(self) -> Path:
-        """Held by the one agent that runs."""
+        """Lock file of the running agent."""
         return self.state / "lock"
 
     @property
     def artifacts(self) -> Path:
-        """Components as fetched, by sha256."""
+        """Directory of fetched components, named by sha256."""
         return self.state / "artifacts"
 
     @property
     def images(self) -> Path:
-        """Components compiled for this board."""
+        """Directory of components compiled for this device."""
         return self.state / "images"
 
     @property
     def secrets(self) -> Path:
-        """Secrets in their boxes, by the sha256 of each box."""
+        """Directory of sealed secrets, named by the sha256 of each box."""
         return self.state / "secrets"
 
     @property
     def runset(self) -> Path:
-        """What is committed, once more, as a file with a MAC."""
+        """Copy of the committed instances in a file with a MAC, for when the database is lost."""
         return self.state / "runset.json"
 
     @property
     def bundle(self) -> Path:
-        """An offline bundle, as it was laid out."""
+        """Directory of an unpacked offline bundle."""
         return self.state / "bundle"
 
     @property
     def wake(self) -> Path:
-        """A FIFO by which the agent is told of a bundle."""
+        """FIFO that notifies the agent of a bundle."""
         return self.state / "wake"
 
     @property
     def host_socket(self) -> Path:
-        """Where the host listens."""
+        """Socket on which the host listens."""
         return self.runtime / "host.sock"

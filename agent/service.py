@@ -44,11 +44,13 @@ log = logging.getLogger("agent")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enrolled:
-    """An enrolled device: what lies in `identity/`, and its owner's settings.
+    """Enrolled device: its identity, keys and settings.
 
     Attributes:
-        root: TUF root that was pinned at enrolment.
-        mac_key: key of this device's images and run set.
+        root: TUF root pinned at enrolment.
+        mac_key: key that authenticates this device's images and run set.
+        places: paths of the agent's files.
+        settings: configuration by the device's owner.
     """
 
     identity: Identity
@@ -103,7 +105,7 @@ class Part(Protocol):
 
 
 class Service:
-    """Agent of one enrolled device: runs its parts, and stops them in order."""
+    """Agent of an enrolled device: runs its parts, and stops them in order."""
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class Service:
         self._stop = asyncio.Event()
 
     async def run(self) -> int:
-        """Run until SIGTERM or SIGINT; return the exit code, 1 after a fault of the agent's own."""
+        """Run until SIGTERM or SIGINT; return the exit code, 1 after an internal error."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -147,8 +149,8 @@ class Service:
         except* _Stopped:
             pass
         except* Exception as faults:
-            log.exception("a part of the agent stopped by its own fault", exc_info=faults)
-            status = 1  # systemd, or whoever started the agent, starts it again
+            log.exception("a part of the agent failed with an internal error", exc_info=faults)
+            status = 1  # systemd starts the agent again
         finally:
             await self._close()
         return status
@@ -227,7 +229,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         jitter=random.random,
     )
     reconciler = Reconciler(
-        board=device,
+        device=device,
         store=db.store,
         worker=db.run,
         carrier=runner,
@@ -293,7 +295,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
 
 
 class DamagedImages:
-    """Forwarder of images that were found damaged, by whichever thread, to the reconciler."""
+    """Forwarder of damaged images, which any thread may find, to the reconciler."""
 
     name = "damaged images"
 
@@ -310,7 +312,7 @@ class DamagedImages:
 
 
 class Eviction:
-    """Keeper of the disk budget: evicts artifacts and images once no change needs them any more."""
+    """Keeper of the disk budget: evicts artifacts and images once no change needs them."""
 
     name = "eviction"
 
@@ -325,7 +327,7 @@ class Eviction:
         self._due = asyncio.Event()
 
     def saved(self) -> None:
-        """Look at the budget soon: a report was stored, so that a change may have ended."""
+        """Check the budget soon: a stored report may mean that a change has ended."""
         self._due.set()
 
     async def run(self) -> None:
@@ -338,7 +340,7 @@ class Eviction:
 
 
 class Sinks:
-    """Distributor of what was reported: to the uplink, and to the keeper of the disk budget."""
+    """Distributor of stored reports: to the uplink and to the keeper of the disk budget."""
 
     def __init__(self, uplink: ReportSink, eviction: Eviction) -> None:
         self._uplink = uplink
@@ -355,7 +357,7 @@ class Sinks:
 
 
 class Watchdog:
-    """Pets systemd's watchdog, where there is one, while both the loop and the database thread get work done."""
+    """Notifier of systemd's watchdog, if there is one, as long as the event loop and the database thread work."""
 
     name = "watchdog"
 
@@ -365,7 +367,7 @@ class Watchdog:
         self._presence = presence
 
     async def run(self) -> None:
-        """Pet the watchdog, for ever; return at once where there is none."""
+        """Notify the watchdog regularly, forever; return at once without a watchdog."""
         interval = systemd.watchdog_s()
         while interval is not None:
             await self._db(_nothing)
@@ -380,4 +382,4 @@ class Watchdog:
 
 
 def _nothing(_store: Store) -> None:
-    """Answer, as the proof that the database thread is alive."""
+    """Do nothing, to show that the database thread is alive."""

@@ -1,4 +1,4 @@
-"""Session of the device at its broker: what it says of its presence, and where each message goes."""
+"""Session of the device with its broker: presence messages, and dispatch of incoming messages."""
 
 import asyncio
 import logging
@@ -20,12 +20,12 @@ from fleet.protocol.topics import POKE, BadTopicError, Down, Topic, Up
 log = logging.getLogger("agent.session")
 
 POKES_MIN_S: Final = 30.0
-"""Pokes are not signed, so whoever holds the broker may send any number."""
+"""Minimum interval of pokes that are followed. Pokes are not signed, so a broker may send any number of them."""
 
 POKE_JITTER_MAX_S: Final = 3600
 
 RECONNECT_POLL_S: Final = (1.0, 10.0)
-"""When HTTPS is polled after the broker was lost; spread, since a broker that restarts loses all devices at once."""
+"""Delay before polling HTTPS after the broker was lost; random, as a broker that restarts loses all devices at once."""
 
 GOODBYE_S: Final = 0.05
 """Time for the last message to leave before the connection is closed."""
@@ -42,21 +42,21 @@ class Broker(Protocol):
         """Hand over a message; return false when there is no connection."""
 
     def leave(self) -> None:
-        """Disconnect in good order when the connection is closed."""
+        """Disconnect cleanly when the connection is closed."""
 
     def events(self) -> AsyncIterator[Event]:
-        """Yield what happens on the connection, in order, for ever."""
+        """Yield the events of the connection, in order, forever."""
 
 
 class Described(Protocol):
     """Source of the versions of this device's software (`agent.report.uplink.Uplink`)."""
 
     def versions(self) -> Versions:
-        """Return the versions as they are known now."""
+        """Return the versions known now."""
 
 
 class Presence:
-    """Messages by which the fleet knows that this device is there."""
+    """Messages that tell the fleet that this device is online."""
 
     def __init__(self, *, device: DeviceContext, mqtt: Broker, db: Database, software: Described) -> None:
         self._device = device
@@ -70,11 +70,11 @@ class Presence:
         return self._mqtt.connected
 
     def announce(self) -> bool:
-        """Say that the device is online; return false when there is no connection."""
+        """Publish that the device is online; return False without a connection."""
         return self._publish_state(online=True)
 
     async def hello(self, nonce: str) -> bool:
-        """Say where the device stands, and ask for a freshness statement; return false when there is no connection."""
+        """Publish the device's state, and ask for a freshness statement; return False without a connection."""
         if not self._mqtt.connected:
             return False
         hello = Hello(
@@ -90,7 +90,7 @@ class Presence:
         return self._mqtt.publish(Up.HELLO, wire.encode(hello))
 
     async def goodbye(self) -> None:
-        """Say that the device goes offline, and let the message leave."""
+        """Publish that the device goes offline, and give the message time to leave."""
         if self._publish_state(online=False):
             self._mqtt.leave()
             await asyncio.sleep(GOODBYE_S)
@@ -106,7 +106,7 @@ class Presence:
 
 
 class FleetSession:
-    """Reader of the broker's events. Messages are not verified here, and none of them can end the agent."""
+    """Reader of the broker's events. Receivers verify the messages; no message can end the agent."""
 
     name = "session"
 
@@ -130,7 +130,7 @@ class FleetSession:
         self._poked_at = -POKES_MIN_S
 
     async def run(self) -> None:
-        """Handle the broker's events, for ever."""
+        """Handle the broker's events, forever."""
         async for event in self._mqtt.events():
             match event:
                 case Connected():
@@ -157,7 +157,7 @@ class FleetSession:
         except BadTopicError:
             return
         match channel:
-            case Down.DESIRED if payload:  # an empty one is what a broker sends of a retained message that was removed
+            case Down.DESIRED if payload:  # a broker sends an empty payload when a retained message is removed
                 self._receiver.post(AssignmentArrived(payload))
             case Down.FRESH:
                 self._receiver.post(FreshnessArrived(payload))
@@ -196,5 +196,5 @@ class FleetSession:
         self._poked_at = now
         delay_s = random.uniform(0, jitter_s)  # noqa: S311 - jitter, not a secret
         self._receiver.refresh_later(delay_s)
-        # A server that was away pokes when it is back, and may have missed reports meanwhile.
+        # A server pokes devices after a restart, and may have missed reports meanwhile.
         asyncio.get_running_loop().call_later(delay_s, self._uplink.reconnected)

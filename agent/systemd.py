@@ -1,7 +1,7 @@
-"""The door to systemd: readiness, status in human sentences, watchdog; and nothing at all where systemd is not there.
+"""Interface to systemd: readiness, status, watchdog and journal; does nothing where systemd does not run.
 
-The protocol is sd_notify's (one datagram to `$NOTIFY_SOCKET`), spoken directly, so that no library is needed; where
-systemd-python is installed, log records go to the journal with their fields.
+Implements the sd_notify protocol (a datagram to `$NOTIFY_SOCKET`) itself, so that no library is needed. With
+systemd-python installed, log records go to the journal with structured fields.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ FIELD: Final = "WASMFLEET_"
 
 
 def notify(**fields: str) -> bool:
-    """Tell systemd; returns whether there was somebody to tell. `notify(READY="1", STATUS="connected")`."""
+    """Send a notification to systemd, such as `notify(READY="1", STATUS="connected")`; return whether it was sent."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return False
@@ -31,12 +31,12 @@ def notify(**fields: str) -> bool:
 
 
 def instances(number: int) -> str:
-    """So many instances, for a status."""
+    """Format a number of instances for a status line."""
     return "1 instance" if number == 1 else f"{number} instances"
 
 
 def watchdog_s() -> float | None:
-    """How often to pet the watchdog: a third of its patience; None where there is none."""
+    """Return the interval of watchdog notifications, a third of the watchdog's timeout; None without a watchdog."""
     try:
         if int(os.environ.get("WATCHDOG_PID", os.getpid())) != os.getpid():
             return None
@@ -46,16 +46,16 @@ def watchdog_s() -> float | None:
 
 
 def fields(**values: object) -> dict[str, str]:
-    """Journal fields of a log record (its `extra`), such as WASMFLEET_INSTANCE; what is empty is left out."""
+    """Return journal fields for a log record's `extra`, such as WASMFLEET_INSTANCE; empty values are left out."""
     return {f"{FIELD}{name.upper()}": str(value) for name, value in values.items() if value}
 
 
 def log_to_journal(level: int, **always: object) -> None:
-    """Log to the journal where systemd-python is there and stderr is the journal, else as lines on stderr.
+    """Log to the journal if systemd-python is installed and stderr is the journal, otherwise as lines on stderr.
 
     Args:
-        level: what is less is left out.
-        always: fields that each record of the journal gets.
+        level: minimum level of the records.
+        always: fields that every record in the journal gets.
     """
     handler: logging.Handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -21,7 +21,7 @@ from fleet.protocol.bounds import MIB
 _DEFAULT_RUNTIME: Final = "/run/wasmfleet"
 _DEFAULT_STATE: Final = "/var/lib/wasmfleet-host"
 _DEFAULT_INGRESS: Final = "127.0.0.1:8080"
-_STATUS_BELOW_MINIMUM: Final = 78  # EX_CONFIG of sysexits.h: starting again changes nothing
+_STATUS_BELOW_MINIMUM: Final = 78  # EX_CONFIG of sysexits.h: a restart would not help
 
 
 def _address(text: str) -> tuple[str, int] | None:
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=_DEFAULT_STATE,
         metavar="DIR",
-        help="directory of what the host keeps (default: %(default)s)",
+        help="state directory (default: %(default)s)",
     )
     run.add_argument(
         "--ingress",
@@ -99,7 +99,7 @@ def _layers(text: str) -> frozenset[str]:
     names = frozenset(short.get(text, text.split(",")))
     unknown = sorted(names - set(known))
     if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no layer; there are {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not an isolation layer; known are {', '.join(known)}")
     return names
 
 
@@ -112,10 +112,10 @@ def _own_directory(path: Path, what: str, mode: int) -> None:
             f"cannot use {path} as the {what} directory: {error.strerror}; give another with --{what}"
         ) from error
     if owner == os.geteuid() and not os.access(path, os.W_OK | os.X_OK):
-        raise HostError(f"the {what} directory {path} may not be written: check its mode and its file system")
+        raise HostError(f"the {what} directory {path} is not writable: check its mode and its file system")
     if owner not in {os.geteuid(), 0} or not os.access(path, os.W_OK | os.X_OK):
         raise HostError(
-            f"the {what} directory {path} belongs to another user (uid {owner}); give a directory of your own"
+            f"the {what} directory {path} belongs to another user (uid {owner}); give another one with --{what}"
         )
 
 
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
             minimum=options.minimum,
             agent_group=options.agent_group,
         )
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # nothing of an instance goes into core files
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # memory of instances must not get into core files
         asyncio.run(_run(settings))
     except HostError as error:
         sys.stderr.write(f"fleet-host: {error}\n")
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write_reason(runtime: Path, why: str) -> None:
-    """Write down why the host does not start, for the agent, which has nobody to ask as long as no host runs."""
+    """Write the reason why the host does not start to a file, from which the agent reports it."""
     with contextlib.suppress(OSError):
         path = runtime / host_api.WHY_NOT
         path.write_text(why + "\n", encoding="utf-8")
@@ -154,7 +154,7 @@ def _write_reason(runtime: Path, why: str) -> None:
 
 
 def check() -> int:
-    """Print the engine and the isolation layers of this device; return 1 where components cannot run at all."""
+    """Print the engine and the isolation layers of this device; return 1 if components cannot run at all."""
     describe = [*worker_pool.python_argv("agent.host.compiler"), "--describe"]
     done = subprocess.run(describe, capture_output=True, text=True, check=False, timeout=120)
     facts = json.loads(done.stdout) if done.returncode == 0 else {}
@@ -166,7 +166,7 @@ def check() -> int:
         print("engine       none for this device: components are refused")
     layers = sandbox.probe()
     here = sandbox.way(os.geteuid(), layers)
-    print(f"isolation    of workers, by how the host is run; tried here, as a {here}:")
+    print(f"isolation    of workers, by the way the host runs; tested now, as a {here}:")
     print("\n".join(sandbox.isolation_report(here, layers)))
     return 0 if facts else 1
 

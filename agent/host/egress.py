@@ -1,12 +1,12 @@
-"""Egress: the one process on a device that connects for components. A fork of the supervisor, with network.
+"""Egress: the only process on a device that opens connections for components; a fork of the supervisor, with network.
 
-The egress exists while some worker may send requests. For each such worker it has one end of a socket pair, which the
-supervisor gave it together with the grants of that worker's instance: the socket on which a request comes tells who
-asks, and nothing in the request does. A request names scheme, host and port; the reply is a connected socket or the
-reason why there is none. Names are resolved here and each address is judged after that; the connection goes to the
-address that was judged, never to the name again. TLS is the worker's: this process sees no HTTP at all.
+The egress exists while at least one worker may send requests. For each such worker it has an end of a socket pair,
+which the supervisor gave it together with the grants of the worker's instance: a request is attributed to a worker by
+its socket, never by its content. A request names scheme, host and port; the reply is a connected socket or an error.
+The egress resolves names and then checks each address; it connects to the checked address, without resolving again.
+TLS is the worker's task: this process sees no HTTP at all.
 
-Workers have no network, so an escaped guest can reach what its grant names, over sockets that are connected.
+Workers have no network, so even an escaped guest can only reach what its grants allow, over connected sockets.
 """
 
 import asyncio
@@ -46,23 +46,23 @@ _asks: Final[msgspec.json.Decoder[ConnectRequest]] = msgspec.json.Decoder(Connec
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of a name, as this device's resolver has them. Raises `OSError`."""
+    """Return the addresses of a name from this device's resolver. Raises `OSError`."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(each[4][0]) for each in found))
 
 
 async def connect(grants: Grants, ask: ConnectRequest, *, directory: str, resolver: Resolve = resolve) -> socket.socket:
-    """Return a connected socket for this request.
+    """Connect to the destination of a request and return the socket.
 
     Args:
-        grants: of the instance that asks.
+        grants: of the requesting instance.
         ask: the request.
         directory: holds the sockets of the device's instances.
-        resolver: gives the addresses of a name.
+        resolver: resolves a name to addresses.
 
     Raises:
-        RefusedError: not granted, or nobody answers.
+        RefusedError: not granted, or the destination does not answer.
     """
     host, port = check_grant(grants, ask.scheme, ask.authority)
     timeout_s = min(CONNECT_MAX_S, max(ask.timeout_ms, 1) / 1000)
@@ -83,14 +83,14 @@ async def _addresses(host: str, port: int, resolver: Resolve) -> list[str]:
         async with asyncio.timeout(_RESOLVE_S):
             return await resolver(host, port)
     except TimeoutError as error:
-        raise RefusedError("DNS-timeout", f"{host} was not resolved in {_RESOLVE_S:g} s") from error
+        raise RefusedError("DNS-timeout", f"{host} could not be resolved within {_RESOLVE_S:g} s") from error
     except (OSError, UnicodeError) as error:
         raise RefusedError("DNS-error", f"{host} cannot be resolved: {error}") from error
 
 
 async def _first(addresses: list[str], port: int) -> socket.socket:
     """Connect to the first address that answers."""
-    last = RefusedError("destination-unavailable", "there is nobody to connect to")
+    last = RefusedError("destination-unavailable", "there is no address to connect to")
     for address in addresses:
         meant = str(outbound.unwrapped(ipaddress.ip_address(address))) if address.startswith("::ffff:") else address
         sock = socket.socket(
@@ -127,7 +127,7 @@ async def _neighbour(name: str, directory: str) -> socket.socket:
 
 
 def run_egress(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> None:
-    """Run the egress in a process just forked from the supervisor, confined before it takes a request."""
+    """Run the egress in a process just forked from the supervisor, sandboxed before it reads a request."""
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the supervisor decides
@@ -135,7 +135,7 @@ def run_egress(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> N
     gc.freeze()
     sandbox.close_all_but({0, 1, 2, sock.fileno(), *keep})
     with contextlib.suppress(OSError):
-        socket.getaddrinfo("localhost", 80)  # the resolver loads its parts now
+        socket.getaddrinfo("localhost", 80)  # makes the resolver load its libraries before the sandbox closes
     loop = asyncio.SelectorEventLoop()
     asyncio.set_event_loop(loop)
     layers = sandbox.apply(sandbox.egress_spec(str(directory)))
@@ -143,7 +143,7 @@ def run_egress(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> N
 
 
 class Egress:
-    """Egress process: the supervisor's socket, and one for each worker."""
+    """Egress process: the supervisor's socket, and a socket for each worker."""
 
     def __init__(self, sock: socket.socket, directory: str, resolver: Resolve = resolve) -> None:
         self._sock = sock

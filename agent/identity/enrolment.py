@@ -1,8 +1,8 @@
-"""Enrolment of a device in the fleet that its token names, once, and renewal of its certificate.
+"""Enrolment of the device in the fleet that its token names, and renewal of its certificate.
 
-The token's secret leaves the device only after TLS was verified against the CA whose hash the token holds: a first
-connection, which carries no request, shows the CA; its hash is compared; a second connection is verified with it. Keys
-are made here and never leave the device; the directory `identity/` appears whole or not at all.
+The token's secret leaves the device only over a TLS connection verified against the CA whose hash is in the token: a
+first connection, without any request, obtains the CA certificate; its hash is compared; a second connection is verified
+with it. Keys are made on the device and never leave it. The directory `identity/` is created atomically.
 """
 
 import asyncio
@@ -56,29 +56,32 @@ from signing.sealing import load, public_key
 
 CONNECT_S: Final = 20.0
 NEW: Final = ".identity.new"
-"""Where an identity is made ready, in the state directory."""
+"""Directory in the state directory in which a new identity is prepared."""
 
 
 class EnrolError(Exception):
-    """The board could not join; the message says why and what to do."""
+    """Enrolment failed; the message says why and what to do."""
 
 
-def board_name(configured: str = "") -> str:
-    """What to call this board: as configured, or its host name, made into a valid name."""
+def device_name(configured: str = "") -> str:
+    """Return the name for this device: the configured one or the host name, made into a valid name."""
     raw = (configured or socket.gethostname().partition(".")[0] or "board").lower()
     cleaned = "".join(char if char.isascii() and (char.isalnum() or char == "-") else "-" for char in raw).strip("-")
     return names.check_label(cleaned[:54] or "board", "board")
 
 
 def presented_ca(url: str, sha256: str) -> str:
-    """The CA certificate with this hash, from the chain that a server presents; nothing is sent to it.
+    """Fetch the CA certificate with a given hash from the chain that a server presents, without sending a request.
 
     Args:
         url: `https://host:port`.
-        sha256: of the CA's DER.
+        sha256: hash of the CA certificate (DER) in hex.
+
+    Returns:
+        The certificate as PEM.
 
     Raises:
-        EnrolError: unreachable, or another CA.
+        EnrolError: the server is unreachable, or presents another CA.
     """
     split = urllib.parse.urlsplit(url)
     blind = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -99,8 +102,8 @@ def presented_ca(url: str, sha256: str) -> str:
         if hashlib.sha256(certificate).hexdigest() == sha256:
             return ssl.DER_cert_to_PEM_cert(certificate)
     raise EnrolError(
-        f"the server at {url} does not show the CA that the token names: "
-        "it is another fleet's, or someone is in between"
+        f"the server at {url} does not present the CA that the token names: "
+        "the server belongs to another fleet, or the connection is intercepted"
     )
 
 
@@ -112,7 +115,7 @@ def _chain(connection: ssl.SSLSocket) -> list[bytes]:
 
 
 def certificate_request(key: ec.EllipticCurvePrivateKey, name: str) -> str:
-    """A PKCS#10 request for the device key, PEM; the server takes the key from it and nothing else."""
+    """Make a PKCS#10 request (PEM) for the device key; the server uses only its public key."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
     return request.public_bytes(Encoding.PEM).decode()
@@ -123,9 +126,9 @@ def _private_pem(key: ec.EllipticCurvePrivateKey | X25519PrivateKey) -> bytes:
 
 
 def _keys(fresh: Path, token_sha256: str) -> tuple[ec.EllipticCurvePrivateKey, X25519PrivateKey]:
-    """Keys for one token, on the disk before they are shown to anyone.
+    """Load or make the device and sealing keys for a token; they are on disk before their public halves are sent.
 
-    A board that asked and did not hear the answer asks again with the same key, and the server knows it.
+    A device that did not receive the server's answer asks again with the same key, which the server recognises.
     """
     with contextlib.suppress(OSError, ValueError, TypeError):
         if (fresh / "token.sha256").read_text() == token_sha256:
@@ -148,25 +151,26 @@ def enrol(text: str, *, state: Path, name: str, production: bool, force: bool = 
 
     Args:
         text: the token.
-        state: the agent's state directory; `identity/` is made in it.
-        name: what to call this board.
+        state: the agent's state directory; `identity/` is created in it.
+        name: for this device.
         production: refuse fleets made for development.
-        force: give up an identity that is there; everything of the old fleet is removed.
-        machine: serial or machine id, to notice a copied disk later.
+        force: discard an existing identity, with the whole state of the old fleet.
+        machine: id of the machine, to detect a copied disk later.
 
     Raises:
-        EnrolError: one sentence for people.
+        EnrolError: the token is bad, expired or refused, the server is not the one that it names, or a file cannot be
+            written.
     """
     directory = state / "identity"
     if (directory / "enrolled.json").exists() and not force:
-        raise EnrolError(f"this board is enrolled already ({directory}): --force gives up its identity and state")
+        raise EnrolError(f"this device is already enrolled ({directory}): --force discards its identity and state")
     try:
         token = Token.decode(text)
     except BadTokenError as error:
         raise EnrolError(str(error)) from error
     now = max(datetime.now(UTC), token.floor)
     if now >= token.expires:
-        raise EnrolError(f"this token expired on {token.expires:%Y-%m-%d %H:%M} UTC: ask for another one")
+        raise EnrolError(f"the token expired on {token.expires:%Y-%m-%d %H:%M} UTC: ask for a new one")
     try:
         key, sealing = _keys(state / NEW, hashlib.sha256(text.strip().encode()).hexdigest())
         enrolled, ca_pem = _ask(token, key, sealing, name, machine)
@@ -211,7 +215,7 @@ def _ask(
     except FetchError as error:
         raise EnrolError(_refusal(error, token)) from error
     except wire.WireError as error:
-        raise EnrolError(f"the server's answer is not understood: {error}") from error
+        raise EnrolError(f"the server's answer cannot be read: {error}") from error
 
 
 class _Problem(msgspec.Struct):
@@ -223,34 +227,35 @@ class _Problem(msgspec.Struct):
 
 def _refusal(error: FetchError, token: Token) -> str:
     if error.code is RejectCode.NOT_FOUND:
-        return f"{token.url} has no enrolment: is the token's address right?"
+        return f"{token.url} offers no enrolment: check the address in the token"
     with contextlib.suppress(*wire.JSON_ERRORS):
-        said = msgspec.json.decode(error.body, type=_Problem)
-        if said.title or said.detail:
-            return ": ".join(filter(None, (said.title, said.detail))) + (f" ({said.action})" if said.action else "")
+        problem = msgspec.json.decode(error.body, type=_Problem)
+        if problem.title or problem.detail:
+            sentence = ": ".join(filter(None, (problem.title, problem.detail)))
+            return sentence + (f" ({problem.action})" if problem.action else "")
     return f"the server refused: {error.message}"
 
 
 def _checked(
     token: Token, enrolled: Enrolled, key: ec.EllipticCurvePrivateKey, *, production: bool, machine: str
 ) -> Identity:
-    """Hold what the server gave against what the token pins and what was asked for."""
+    """Check the server's answer against the token and the request."""
     if hashlib.sha256(enrolled.root.encode()).hexdigest() != token.root_sha256:
-        raise EnrolError("the server gave another trust root than the token names: do not use this server")
+        raise EnrolError("the server sent a different trust root than the token names: do not use this server")
     if enrolled.fleet != token.fleet:
-        raise EnrolError(f"the server is of the fleet {enrolled.fleet!r}, the token of {token.fleet!r}")
+        raise EnrolError(f"the server belongs to fleet {enrolled.fleet!r}, but the token to {token.fleet!r}")
     if production and not enrolled.production:
         raise EnrolError(
-            "this fleet was made for development and this board is in production mode (production = true in agent.toml)"
+            "this fleet is for development, but the device is in production mode (production = true in agent.toml)"
         )
     try:
         certificate = x509.load_pem_x509_certificate(enrolled.certificate_pem.encode())
         (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         names.check_device(enrolled.device)
     except (ValueError, names.BadNameError) as error:
-        raise EnrolError(f"the server's certificate for this board is not usable: {error}") from error
+        raise EnrolError(f"the certificate that the server issued cannot be used: {error}") from error
     if certificate.public_key() != key.public_key() or name.value != enrolled.device:
-        raise EnrolError("the server gave a certificate for another key or another device")
+        raise EnrolError("the server issued a certificate for another key or another device")
     return Identity(
         device=enrolled.device,
         fleet=enrolled.fleet,
@@ -272,27 +277,27 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _install(state: Path, files: dict[str, bytes]) -> None:
-    """The new identity, whole or not at all; what belonged to an old one is removed first."""
+    """Install the new identity atomically, after removing everything of an old one."""
     fresh, final = state / NEW, state / "identity"
     for name, data in files.items():
         _write(fresh / name, data)
     (fresh / "token.sha256").unlink()
     sync_directory(fresh)
     if final.exists():
-        give_up(state)
+        discard_identity(state)
     fresh.rename(final)
     sync_directory(state)
 
 
-def give_up(state: Path) -> None:
-    """Remove an identity and everything that belongs to it."""
+def discard_identity(state: Path) -> None:
+    """Remove an identity and all state that belongs to it."""
     (state / "identity" / "enrolled.json").unlink(missing_ok=True)
-    forget(state)
+    discard_state(state)
     shutil.rmtree(state / "identity", ignore_errors=True)
 
 
-def forget(state: Path) -> None:
-    """Remove everything that belongs to one identity: another fleet's counters and metadata mean nothing here."""
+def discard_state(state: Path) -> None:
+    """Remove the state of an identity: its counters and metadata are not valid in another fleet."""
     for name in ("store.db", "store.db-wal", "store.db-shm", "runset.json"):
         (state / name).unlink(missing_ok=True)
     for name in ("trust", "images", "artifacts", "bundle", "secrets"):
@@ -300,12 +305,12 @@ def forget(state: Path) -> None:
 
 
 def renewal_request(identity: Path, device: str) -> str:
-    """A certificate request for the device key that is there; raises `OSError`."""
+    """Make a certificate request for the existing device key; raises `OSError`."""
     return certificate_request(_load_key(identity), device)
 
 
 def sealing_proof(identity: Path, fleet: str) -> str:
-    """This board's signed word on its sealing key; empty where that cannot be read. Raises `OSError`."""
+    """Sign the device's statement about its sealing key; empty if that key cannot be read. Raises `OSError`."""
     try:
         key = public_key(load((identity / "sealing.key").read_bytes()))
     except (OSError, KeyFileError):
@@ -315,7 +320,7 @@ def sealing_proof(identity: Path, fleet: str) -> str:
 
 def _proof(device_key: bytes, fleet: str, sealing_key: str) -> str:
     from signing.device_statements import DeviceSigner  # noqa: PLC0415
-    from signing.sealing import prove  # noqa: PLC0415 - for enrolling and renewing alone
+    from signing.sealing import prove  # noqa: PLC0415 - needed only to enrol and renew
 
     return prove(DeviceSigner(device_key), fleet=fleet, sealing_key=sealing_key).decode()
 
@@ -327,7 +332,7 @@ def _load_key(identity: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def renew_at(identity: Path) -> datetime:
-    """When the device certificate is to be renewed: at two thirds of its life. Raises `OSError`, `ValueError`."""
+    """Return when to renew the device certificate: after two thirds of its life. Raises `OSError`, `ValueError`."""
     certificate = x509.load_pem_x509_certificate((identity / "device.pem").read_bytes())
     life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
     return certificate.not_valid_before_utc + life * 2 / 3
@@ -352,7 +357,7 @@ def renewal_due(identity: Path, clock: ReferenceClock) -> bool:
 
 
 def wants_renewal(error: FetchError) -> bool:
-    """Whether the server refused this board's certificate for what a new one mends."""
+    """Return whether the server refused the device's certificate for a reason that renewal fixes."""
     if error.status != http.client.FORBIDDEN:
         return False
     with contextlib.suppress(*wire.JSON_ERRORS):
@@ -361,18 +366,18 @@ def wants_renewal(error: FetchError) -> bool:
 
 
 def install_certificate(identity: Path, pem: str) -> None:
-    """Put a renewed certificate in place, after checking that it is for this board's key.
+    """Install a renewed certificate, after checking that it is for this device's key.
 
     Raises:
-        EnrolError: it is not.
-        OSError: it cannot be written.
+        EnrolError: the certificate cannot be read, or is for another key.
+        OSError: the file cannot be written.
     """
     try:
         renewed = x509.load_pem_x509_certificate(pem.encode())
     except ValueError as error:
         raise EnrolError(f"the renewed certificate cannot be read: {error}") from error
     if renewed.public_key() != _load_key(identity).public_key():
-        raise EnrolError("the renewed certificate is for another key; the old one stays")
+        raise EnrolError("the renewed certificate is for another key; the old one stays in use")
     atomic_write(identity / "device.pem", pem.encode(), mode=0o600)
 
 
@@ -382,17 +387,17 @@ RENEW_CHECK_S: Final = 6 * 3600.0
 
 
 class Retries(Protocol):
-    """Connection that may have been refused with the certificate of before (`agent.link.mqtt.MqttClient`)."""
+    """Connection that may have been refused with the old certificate (`agent.link.mqtt.MqttClient`)."""
 
     def retry(self) -> None:
-        """Connect again now."""
+        """Reconnect now."""
 
 
 class CertificateRenewal:
     """Renewal of the device certificate: at two thirds of its life, and when the server demands it.
 
     Attributes:
-        renewed: set after each renewal; its reader clears it.
+        renewed: set after each renewal; the reader clears it.
     """
 
     name = "certificate renewal"
@@ -400,7 +405,7 @@ class CertificateRenewal:
     def __init__(
         self, *, places: Paths, identity: Identity, https: HttpsClient, clock: ReferenceClock, mqtt: Retries
     ) -> None:
-        """Prepare a renewal over `https`; after each one the broker is connected again."""
+        """Prepare renewal over `https`; each renewal reconnects to the broker."""
         self._places = places
         self._identity = identity
         self._https = https
@@ -410,11 +415,11 @@ class CertificateRenewal:
         self.renewed = asyncio.Event()
 
     def request(self) -> None:
-        """Renew now: the server calls the certificate outdated."""
+        """Renew now, because the server refuses the certificate as outdated."""
         self._requested.set()
 
     async def run(self) -> None:
-        """Renew whenever it is time, for ever."""
+        """Renew whenever it is due, forever."""
         while True:
             requested = self._requested.is_set()
             self._requested.clear()
@@ -433,7 +438,7 @@ class CertificateRenewal:
 
 
 def renew_now(places: Paths, https: HttpsClient, who: Identity) -> None:
-    """Ask for a new certificate for the same key, and put it in place. Raises `FetchError` and `EnrolError`."""
+    """Request a new certificate for the same key and install it. Raises `FetchError`, `EnrolError` and `OSError`."""
     answer = https.request(
         "POST",
         "/v1/renew",
@@ -449,5 +454,5 @@ def renew_now(places: Paths, https: HttpsClient, who: Identity) -> None:
     try:
         reply = msgspec.json.decode(answer, type=RenewReply)
     except wire.JSON_ERRORS as error:
-        raise EnrolError(f"the server's answer to the renewal is not understood: {error}") from error
+        raise EnrolError(f"the server's answer to the renewal cannot be read: {error}") from error
     install_certificate(places.identity, reply.certificate_pem)

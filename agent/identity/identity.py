@@ -1,13 +1,9 @@
-"""enrolled.json; copied disks; first-boot token.
+"""Identity of the device (`identity/enrolled.json`), detection of copied disks, and the token for the first boot.
 
-Who this board is: what enrolment left in `identity/`, read back.
-
-First boot: a board that finds its token by itself, and one that finds out that its disk was copied.
-
-The token lies where whoever wrote the disk could put it: a systemd credential, a file `wasmfleet.token` on the boot
-partition, or `wasmfleet.token=` on the kernel's command line. It is good once, and erased after use all the same. A
-copied disk carries the key of the board that it was copied from; two boards with one key are none, so the copy drops
-everything of that identity and enrols itself.
+At its first boot, a device enrols with a token that was put on its disk: in a systemd credential, in a file
+`wasmfleet.token` on the boot partition, or as `wasmfleet.token=` on the kernel's command line. A token works only once,
+and is still erased after use. A copied disk holds the key of the device that it was copied from. As two devices must
+not share a key, the copy discards that identity and enrols by itself.
 """
 
 import contextlib
@@ -28,36 +24,42 @@ log = logging.getLogger("agent.identity.identity")
 
 
 class IdentityError(Exception):
-    """The board is not enrolled, or its identity is damaged; the message says what to do."""
+    """The device is not enrolled, or its identity is damaged; the message says what to do."""
 
 
 _ENROL_ANEW: Final = "restore it from a copy, or enrol anew with 'fleet-agent enroll --force'"
 
 
 def note_production(directory: Path) -> None:
-    """Remember that the fleet is not one for development any more; raises `OSError`."""
+    """Record that the fleet has moved from development to production; raises `OSError`."""
     who = msgspec.structs.replace(load(directory), production=True)
     atomic_write(directory / "enrolled.json", msgspec.json.encode(who), mode=0o600)
-    log.info("the fleet %s is in production now", who.fleet)
+    log.info("the fleet %s is now in production", who.fleet)
 
 
 NAME: Final = "wasmfleet.token"
 BOOT: Final = (Path("/boot/firmware"), Path("/boot/efi"), Path("/boot"))
 COMMAND_LINE: Final = Path("/proc/cmdline")
 TOKEN_MAX_BYTES: Final = 8192
-NAME_CHARS: Final = 54  # a device id is a name and nine characters more, and a DNS label
+NAME_CHARS: Final = 54  # a device id is a name and nine more characters, and must fit a DNS label (63)
 SERIAL_CHARS: Final = 8
 MACHINE_SOURCES: Final = {
     "serial": Path("/sys/firmware/devicetree/base/serial-number"),
     "dmi": Path("/sys/class/dmi/id/product_uuid"),
     "id": Path("/etc/machine-id"),
 }
-"""What tells one machine from another, the best first; not every user may read each."""
+"""Files with an id of the machine, best first; some users may not read all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A token and the file that it lies in; None where it cannot be erased (a credential)."""
+    """Token and its source.
+
+    Attributes:
+        text: the token.
+        file: the file that contains the token; None if it cannot be erased (a credential).
+        where: the source, for messages.
+    """
 
     text: str
     file: Path | None
@@ -65,7 +67,7 @@ class Found:
 
 
 def machine(sources: Mapping[str, Path] = MACHINE_SOURCES) -> str:
-    """What tells this machine from others, as `source:value`; empty where nothing does."""
+    """Return an id of this machine as `source:value`, to detect a copied disk; empty if it has none."""
     for name in sources:
         value = _machine_value(sources[name])
         if value:
@@ -74,15 +76,15 @@ def machine(sources: Mapping[str, Path] = MACHINE_SOURCES) -> str:
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """`identity/enrolled.json`.
+    """Identity of an enrolled device, stored in `identity/enrolled.json`.
 
     Attributes:
-        device, fleet, group: as the server gave them.
-        devices_url: the HTTPS API for devices.
+        device, fleet, group: as assigned by the server.
+        devices_url: URL of the HTTPS API for devices.
         mqtt: broker addresses in the order to try.
-        production: whether the fleet is one, as signed root said at enrolment or since.
-        floor: no earlier than this was it at enrolment.
-        machine: serial or machine id of the board that enrolled, to notice a copied disk; empty where it has none.
+        production: whether the fleet is for production, according to the newest signed root seen.
+        floor: time floor at enrolment.
+        machine: `source:value` of the machine that enrolled, to detect a copied disk; empty if it has none.
     """
 
     device: str
@@ -99,14 +101,14 @@ def load(directory: Path) -> Identity:
     """Read the identity.
 
     Raises:
-        IdentityError: not enrolled, or damaged.
+        IdentityError: the device is not enrolled, or the file is damaged.
     """
     path = directory / "enrolled.json"
     try:
         return msgspec.json.decode(path.read_bytes(), type=Identity)
     except FileNotFoundError as error:
         raise IdentityError(
-            f"this board is not enrolled ({path} is not there): run 'fleet-agent enroll' with a token"
+            f"this device is not enrolled ({path} does not exist): run 'fleet-agent enroll' with a token"
         ) from error
     except OSError as error:
         raise IdentityError(f"cannot read {path}: {error.strerror}") from error
@@ -116,18 +118,18 @@ def load(directory: Path) -> Identity:
 
 _NEEDED: Final = {
     "ca.pem": "the fleet's server cannot be verified",
-    "device.pem": "no server lets this device in",
-    "root.json": "nothing that is signed can be verified",
+    "device.pem": "no server accepts this device",
+    "root.json": "signed metadata cannot be verified",
     "sealing.key": "no secret can be opened",
 }
-"""Files of an identity without which components run on, and what is missing then."""
+"""Files of an identity that running components do not need, and what fails without each."""
 
 
 def damaged_files(directory: Path) -> list[str]:
-    """Find files that a power cut left empty, full of zeros or cut off; return a sentence on each.
+    """Find files that a power cut left empty, full of zeros or truncated; return a sentence on each.
 
     Raises:
-        IdentityError: the device's key is one of them, without which there is no device.
+        IdentityError: the device key is damaged, without which the device must enrol again.
     """
     key = directory / "device.key"
     if key.exists() and (words := damage(key)):
@@ -138,7 +140,7 @@ def damaged_files(directory: Path) -> list[str]:
 
 
 def name_of(host: str, machine: str) -> str:
-    """What to call a board that nobody has named: every copy of an image has the same host name, so with its serial."""
+    """Return a default device name: the host name, with the serial, as all copies of an image share a host name."""
     source, _, value = machine.partition(":")
     tail = "".join(char for char in value if char.isalnum())[-SERIAL_CHARS:].lower()
     return f"{host[: NAME_CHARS - 1 - SERIAL_CHARS]}-{tail}" if source == "serial" and tail else host
@@ -151,7 +153,7 @@ def _machine_value(path: Path) -> str:
 
 
 def is_copied_disk(who: Identity, sources: Mapping[str, Path] = MACHINE_SOURCES) -> bool:
-    """Whether this identity was made on another machine: its source can be read here, and says something else."""
+    """Return whether an identity was made on another machine: the id's source is readable and differs."""
     name, _, value = who.machine.partition(":")
     here = _machine_value(sources[name]) if name in sources else ""
     return bool(value and here and here != value)
@@ -163,7 +165,13 @@ def find_token(
     boot: tuple[Path, ...] = BOOT,
     command_line: Path = COMMAND_LINE,
 ) -> Found | None:
-    """Look for a token: in systemd's credentials, on the boot partition, on the kernel's command line."""
+    """Find a token: in systemd's credentials, on the boot partition, or on the kernel's command line.
+
+    Args:
+        credentials: systemd's `$CREDENTIALS_DIRECTORY`; None for none.
+        boot: mount points of the boot partition to look in.
+        command_line: file with the kernel's command line.
+    """
     if credentials:
         text = _read(Path(credentials) / NAME)
         if text:
@@ -192,10 +200,10 @@ def _command_line_files(boot: tuple[Path, ...]) -> tuple[Path, ...]:
 
 
 def erase(found: Found) -> bool:
-    """Remove a used token from where it lay; false where that could not be done.
+    """Erase a used token from its source; return whether that succeeded.
 
-    The bytes are overwritten (boot partitions are FAT, without a journal or copies); of a kernel command line the one
-    word is taken out, in a new file that takes the old one's place whole.
+    The bytes are overwritten (boot partitions are FAT, without a journal or copies). A kernel command line is replaced
+    atomically by one without the token.
     """
     if found.file is None:
         return False
@@ -216,9 +224,9 @@ def erase(found: Found) -> bool:
 
 
 def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.new")
-    with beside.open("w") as file:
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    new.replace(path)

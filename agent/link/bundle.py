@@ -1,9 +1,8 @@
-"""What came on a stick instead of over the network: taken in, and shown to the verifier as if it had been fetched.
+"""Offline bundles: files for this device from a medium instead of the network, verified as if they had been fetched.
 
-`stage` reads an untrusted tar with a limit on everything and lays out what concerns this board in `<state>/bundle`.
-`Bundle` gives metadata from there alone, which is how a bundle is judged; `Offline` gives it beside the network to
-whoever fetches anything else, also at the same time. The verification stays as it is. A FIFO in the state directory
-wakes the agent that runs.
+`stage` unpacks what concerns this device from an untrusted tar, with limits on everything, into `<state>/bundle`.
+`Bundle` is the source of only those files, used to verify the bundle. `BundleSource` combines them with the network for
+every other fetch, also at the same time. A FIFO in the state directory wakes a running agent.
 """
 
 import contextlib
@@ -35,11 +34,11 @@ _AWAY: Final = frozenset({RejectCode.UNREACHABLE, RejectCode.TOO_SLOW})
 
 
 class BundleError(Exception):
-    """The file is no bundle, or not for this board; the message says what to do."""
+    """The file is not a bundle, or not for this device; the message says what to do."""
 
 
 class BundleVerdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a staged bundle: the version accepted, or why it was refused."""
+    """Verdict on a staged bundle: the version accepted, or the reason of the refusal."""
 
     version: Count = 0
     code: str = ""
@@ -51,19 +50,19 @@ class _Head(msgspec.Struct):
 
 
 def stage(file: IO[bytes], directory: Path, *, device: str) -> None:
-    """Lay out what concerns this board in `directory`, in place of an earlier bundle.
+    """Unpack what concerns this device into `directory`, in place of an earlier bundle.
 
     Args:
         file: a tar, seekable.
-        directory: made anew.
-        device: this board's id.
+        directory: replaced as a whole.
+        device: this device's id.
 
     Raises:
-        BundleError: no bundle, of another layout, with nothing for this board, or incomplete.
-        OSError: it cannot be written.
+        BundleError: not a bundle, another version of the layout, nothing for this device, or incomplete.
+        OSError: the directory cannot be written.
     """
-    beside = directory.with_name(f"{directory.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
+    unpacked = directory.with_name(f"{directory.name}.new")
+    shutil.rmtree(unpacked, ignore_errors=True)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             members = _members(tar)
@@ -72,15 +71,15 @@ def stage(file: IO[bytes], directory: Path, *, device: str) -> None:
             files = [name for name in members if name.startswith("tuf/")]
             files += [names.desired(device), *(name for name in wanted if name in members)]
             for name in files:
-                _extract(tar, members[name], beside / name)
+                _extract(tar, members[name], unpacked / name)
     except tarfile.TarError as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
         raise BundleError(f"not a bundle: {error}; 'fleet bundle create' makes one") from error
     except (BundleError, OSError):
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
         raise
     shutil.rmtree(directory, ignore_errors=True)
-    move_into_place(beside, directory)
+    move_into_place(unpacked, directory)
 
 
 def _members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
@@ -88,7 +87,7 @@ def _members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
     for member in tar:
         limit = names.max_bytes(member.name)
         if not limit or not member.isreg() or member.name in found or len(found) >= names.MEMBERS_MAX:
-            raise BundleError(f"not a bundle: {member.name[:100]!r} has no place in one")
+            raise BundleError(f"not a bundle: unexpected file {member.name[:100]!r}")
         if member.size > limit:
             raise BundleError(f"{member.name} has {member.size} bytes, at most {limit} are accepted")
         found[member.name] = member
@@ -99,8 +98,8 @@ def _of(device: str, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
     try:
         return members[names.desired(device)]
     except KeyError as error:
-        words = f"the bundle has nothing for {device}: name its group with 'fleet bundle create'"
-        raise BundleError(words) from error
+        message = f"the bundle has nothing for {device}: create one for the device's group with 'fleet bundle create'"
+        raise BundleError(message) from error
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -115,11 +114,11 @@ def _check_head(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> No
     except (KeyError, *wire.JSON_ERRORS) as error:
         raise BundleError("not a bundle: 'fleet bundle create' makes one") from error
     if head.v != names.VERSION:
-        raise BundleError(f"the bundle has layout {head.v}, this agent reads {names.VERSION}: upgrade it")
+        raise BundleError(f"the bundle has layout {head.v}, but this agent reads {names.VERSION}: upgrade the agent")
 
 
 def _wanted(envelope: bytes) -> list[str]:
-    """Which artifacts and secrets the assignment names; whether it counts is judged later."""
+    """Return the artifacts and secrets that the assignment names, before it is verified."""
     try:
         items = wire.decode(Assignment, dsse.parse(envelope).payload).items
     except (Rejected, wire.WireError):
@@ -139,33 +138,33 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """The bundle alone, as `stage` laid it out: the source for judging it, where its own timestamp counts."""
+    """Unpacked bundle, as the only source of files: used to verify the bundle with its own timestamp."""
 
     directory: Path
 
     def exists(self) -> bool:
-        """Return whether the metadata of a bundle lies here."""
+        """Return whether there is a bundle with metadata."""
         return (self.directory / names.metadata("timestamp.json")).exists()
 
     def envelope(self) -> bytes | None:
-        """Return the assignment in the bundle; None for no bundle."""
+        """Return the assignment in the bundle; None if there is none."""
         found = sorted((self.directory / "desired").glob("*.json"))
         return found[0].read_bytes() if found else None
 
     def done(self, outcome: BundleVerdict) -> None:
-        """Note the verdict, and remove the assignment, so that it is not judged again."""
+        """Record the verdict, and remove the assignment, so that it is not verified again."""
         atomic_write(self.directory / "outcome.json", msgspec.json.encode(outcome), mode=0o600)
         shutil.rmtree(self.directory / "desired", ignore_errors=True)
 
     def request(self, method: str, path: str, *, max_bytes: int) -> bytes:
-        """Return a file of the bundle. Raises `FetchError`: NOT_FOUND for one that is not in it."""
+        """Return a file of the bundle; raises `FetchError` (NOT_FOUND) if the bundle does not contain it."""
         data = self.find(path, max_bytes) if method == "GET" else None
         if data is None:
             raise FetchError(RejectCode.NOT_FOUND, f"{path} is not in the bundle")
         return data
 
     def find(self, path: str, max_bytes: int) -> bytes | None:
-        """Return the metadata file or sealed secret of this path; None where the bundle has none."""
+        """Return the metadata file or sealed secret of this path; None if the bundle has none."""
         if path.startswith(_TUF):
             name = names.metadata(path.removeprefix(_TUF))
         elif path.startswith(_SECRETS):
@@ -184,25 +183,25 @@ class Bundle:
         return data
 
     def artifact(self, path: str) -> Path | None:
-        """Return where the artifact of this path lies; None where the bundle has none."""
+        """Return the file of the artifact of this path; None if the bundle has none."""
         name = names.artifact(path.removeprefix(_ARTIFACTS))
         kept = self.directory / name
         return kept if names.max_bytes(name) and kept.is_file() else None
 
 
 class BundleSource:
-    """The network and a bundle together: the source for everything but judging that bundle.
+    """Network and bundle combined: the source of all files, except while the bundle itself is verified.
 
-    A file with a version or a digest in its name is the same wherever it lies: the bundle's first, then the network's.
-    The timestamp has none: the network's first, and the bundle's while the network is away. All else is the network's.
-    Nothing here changes after the constructor, so any thread may fetch.
+    A file with a version or a digest in its name is the same everywhere: taken from the bundle, else from the network.
+    The timestamp is taken from the network, and from the bundle only while the network is unavailable. Everything else
+    comes from the network. Immutable, so that any thread may fetch.
 
     Attributes:
-        bundle: the bundle alone.
+        bundle: the bundle as the only source.
     """
 
     def __init__(self, https: HttpsClient, directory: Path) -> None:
-        """`directory` is where `stage` lays a bundle out; there may be none."""
+        """Combine `https` with the bundle in `directory` (see `stage`), which may not exist."""
         self._https = https
         self.bundle = Bundle(directory)
 
@@ -215,7 +214,7 @@ class BundleSource:
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> bytes:
-        """See `Https.request`."""
+        """See `HttpsClient.request`."""
         kept = self.bundle.find(path, max_bytes) if method == "GET" else None
         if kept is not None and not path.endswith("/timestamp.json"):
             return kept
@@ -236,7 +235,7 @@ class BundleSource:
         progress: Callable[[int], None] = lambda _received: None,
         cancelled: threading.Event | None = None,
     ) -> None:
-        """See `Https.download`; what lies in the bundle is moved, and hashed like what was downloaded."""
+        """See `HttpsClient.download`; a file in the bundle is moved, and hashed like a downloaded one."""
         kept = self.bundle.artifact(path)
         if kept is not None:
             part = into.with_name(into.name + ".part")
@@ -251,14 +250,14 @@ class BundleSource:
 
 
 def listen(path: Path) -> int:
-    """A FIFO by which the agent is woken; the descriptor to read from. Raises `OSError`."""
+    """Create the FIFO that wakes the agent, and return the descriptor to read from. Raises `OSError`."""
     with contextlib.suppress(FileExistsError):
         os.mkfifo(path, 0o600)
     return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def wake(path: Path) -> bool:
-    """Tell the agent that there is a bundle; false when none runs."""
+    """Notify the agent of a bundle; return False if no agent runs."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

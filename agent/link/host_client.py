@@ -1,8 +1,8 @@
-"""Agent's end of the socket to the host: requests matched by id, events, and a connection that comes back.
+"""Client of the host: requests matched with replies by id, events, and reconnection.
 
-The host may die at any time. Every request that waits for its reply then fails with `HostGoneError`, and `run` connects
-again until the host listens. The host says in its `Welcome` what it runs; across connections only the newest fault of
-each generation is remembered.
+The host may die at any time. Every pending request then fails with `HostGoneError`, and `run` reconnects as soon as a
+host listens. The host's `Welcome` lists what it runs; across connections, only the latest fault of each generation is
+remembered.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ R = TypeVar("R", bound=msgspec.Struct)
 
 
 class HostGoneError(Exception):
-    """The host connection was lost before the reply, or there is none."""
+    """The connection to the host was lost before the reply, or does not exist."""
 
 
 class HostRefusedError(Exception):
@@ -43,7 +43,7 @@ class HostRefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HostConnected:
-    """A host answered on a new connection; `welcome` says what it runs."""
+    """New connection to a host; `welcome` lists what it runs."""
 
     welcome: host_api.Welcome
 
@@ -60,11 +60,11 @@ class HostClient:
     """Client of the host.
 
     Attributes:
-        ready: set by the restorer once everything committed runs on this host; cleared when the connection ends.
-            Whoever asks earlier would be overtaken by the restoration.
-        welcome: of the newest connection, also after its end; None before the first.
-        nudges: by instance, set when something happened to it.
-        faults: by instance and generation, the newest event that tells of a fault.
+        ready: set by the restorer once all committed instances run on this host; cleared when the connection ends.
+            Changes before that would collide with the restoration.
+        welcome: of the latest connection, even after its end; None before the first.
+        nudges: instance -> event that is set when something happens to the instance.
+        faults: (instance, generation) -> latest event that reports a fault.
     """
 
     name = "host connection"
@@ -83,20 +83,20 @@ class HostClient:
         self._lost = asyncio.Event()
 
     async def events(self) -> AsyncIterator[HostEvent]:
-        """Yield the events of the host and of the connection that `run` holds, in order, for ever. One reader."""
+        """Yield the events of the host and of the connection in `run`, in order, forever. Only for a single reader."""
         while True:
             yield await self._events.get()
 
     @property
     def connected(self) -> bool:
-        """Whether there is a connection."""
+        """True while there is a connection."""
         return self._sock is not None
 
     async def connect(self) -> host_api.Welcome:
         """Connect once, and return the host's welcome.
 
         Raises:
-            HostGoneError: nothing listens, or something that does not speak this protocol.
+            HostGoneError: no process listens, or it does not speak this protocol.
         """
         self.close()
         sock = host_api.new_socket()
@@ -105,7 +105,7 @@ class HostClient:
             await asyncio.get_running_loop().sock_connect(sock, str(self._path))
         except OSError as error:
             sock.close()
-            raise HostGoneError(f"no host at {self._path}: {error.strerror}") from error
+            raise HostGoneError(f"no host listens at {self._path}: {error.strerror}") from error
         self._sock, self._writer = sock, PacketWriter(sock, lambda _: self.close())
         self._lost.clear()
         asyncio.get_running_loop().add_reader(sock, self._readable)
@@ -113,15 +113,15 @@ class HostClient:
         return self.welcome
 
     async def wait(self) -> None:
-        """Wait until everything committed runs on a host; raises `HostGoneError` after a minute."""
+        """Wait until all committed instances run on a host; raises `HostGoneError` after HOST_WAIT_S."""
         try:
             async with asyncio.timeout(READY_S):
                 await self.ready.wait()
         except TimeoutError as error:
-            raise HostGoneError(f"there was no host for {READY_S:.0f} s") from error
+            raise HostGoneError(f"no host was ready within {READY_S:.0f} s") from error
 
     async def hello(self) -> host_api.Welcome:
-        """Ask for the host's own state and every instance that runs, in as many packets as it takes.
+        """Ask for the host's state and every running instance, in as many packets as needed.
 
         Raises:
             HostGoneError, HostRefusedError: see `ask`.
@@ -134,10 +134,10 @@ class HostClient:
         return welcome
 
     async def stats(self, *, check: str = "") -> host_api.HostStats:
-        """Ask for the figures of every instance, in as many packets as it takes.
+        """Ask for the figures of every instance, in as many packets as needed.
 
         Args:
-            check: instance whose health check is asked first; empty for none.
+            check: instance whose health check to run first; empty for none.
 
         Raises:
             HostGoneError, HostRefusedError: see `ask`.
@@ -150,7 +150,7 @@ class HostClient:
         return stats
 
     async def run(self) -> None:
-        """Connect, wait for the end of the connection, and connect again, for ever."""
+        """Connect, wait for the end of the connection, and reconnect, forever."""
         delay = RETRY_FIRST_S
         while True:
             try:
@@ -163,7 +163,7 @@ class HostClient:
             delay = min(RETRY_MAX_S, delay * 2)
 
     def close(self) -> None:
-        """End the connection; every request that waits for its reply fails with `HostGoneError`."""
+        """Close the connection; every pending request fails with `HostGoneError`."""
         sock, self._sock = self._sock, None
         writer, self._writer = self._writer, None
         if writer is not None:
@@ -177,7 +177,7 @@ class HostClient:
         waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             if not future.done():
-                future.set_exception(HostGoneError("the host went away"))
+                future.set_exception(HostGoneError("the host connection was lost"))
         self._lost.set()
 
     def _readable(self) -> None:
@@ -198,7 +198,7 @@ class HostClient:
                 future.set_result(message)
 
     def _note(self, event: host_api.Event) -> None:
-        """Remember the newest fault of a generation, and wake the effect that watches the instance."""
+        """Remember a generation's latest fault, and wake the effect that waits for the instance."""
         if isinstance(event, host_api.Trapped) or event.message:
             self.faults[event.instance, event.generation] = event
             while len(self.faults) > 2 * bounds.ITEMS_MAX:
@@ -210,17 +210,17 @@ class HostClient:
     async def ask(
         self, kind: Callable[..., host_api.Request], answer: type[R], *, fd: int | None = None, **fields: Any
     ) -> R:
-        """Send a request and wait for its answer.
+        """Send a request and wait for the reply.
 
         Args:
-            kind: the request's type; its id is given here.
-            answer: the type expected.
-            fd: a descriptor to send along; it stays open here.
-            fields: of the request.
+            kind: type of the request; `ask` sets its id.
+            answer: expected type of the reply.
+            fd: descriptor to send along; stays open in this process.
+            fields: fields of the request.
 
         Raises:
-            HostRefusedError: `Failed`, or the request does not fit into a packet.
-            HostGoneError: no connection, lost meanwhile, no answer in two minutes, or another answer than expected.
+            HostRefusedError: the host replied `Failed`, or the request does not fit into a packet.
+            HostGoneError: no connection, connection lost, no reply within two minutes, or an unexpected reply.
         """
         writer = self._writer
         if writer is None:
@@ -240,12 +240,12 @@ class HostClient:
                 reply = await future
         except TimeoutError as error:
             self.close()
-            raise HostGoneError("the host does not answer") from error
+            raise HostGoneError(f"the host did not answer within {REQUEST_S:.0f} s") from error
         except OSError as error:
             raise HostGoneError(f"cannot send to the host: {error.strerror}") from error
         finally:
             self._waiting.pop(number, None)
-            writer.withdraw(packet)  # nobody waits for its answer any more
+            writer.withdraw(packet)  # nothing waits for its reply any longer
         if isinstance(reply, host_api.Failed):
             raise HostRefusedError(reply)
         if not isinstance(reply, answer):

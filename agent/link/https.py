@@ -1,12 +1,12 @@
-"""HTTPS client of the device, on the standard library alone: small answers, downloads that survive a reboot, TLS.
+"""HTTPS client of the device, built on the standard library: small requests, resumable downloads, TLS.
 
-Every exchange has a byte limit and a total deadline; a download also has a minimum rate, and resumes with a Range
-request where the last attempt ended. Nothing that arrives is trusted: a file takes its final name only after its
-length and sha256 were checked. All functions block and run on worker threads.
+Every exchange has a byte limit and a total deadline. A download also has a minimum rate, and resumes with a Range
+request where the last attempt ended, even after a reboot. Nothing received is trusted: a file gets its final name only
+after its length and sha256 have been checked. All functions block, and are called on worker threads.
 
-TLS trusts the fleet's own CA and nothing else, and presents the device certificate where there is one. The time of
-verification is the reference time (`agent.clock.ReferenceClock`): where the wall clock is behind the floor, OpenSSL
-does not look at the clock, and `check_not_after` compares the peer's certificate with the floor instead.
+TLS trusts only the fleet's CA, and presents the device certificate if there is one. Certificates are verified at the
+reference time (`agent.clock.ReferenceClock`): while the system clock is behind the floor, OpenSSL ignores the clock,
+and `check_not_after` compares the peer's certificate with the floor.
 """
 
 import contextlib
@@ -36,11 +36,12 @@ USER_AGENT: Final = "wasmfleet-agent"
 
 
 class FetchError(Exception):
-    """The transport, the server or the disk did not do it.
+    """A transfer failed: the network, the server or the disk.
 
     Attributes:
-        code: from the vocabulary of reports.
-        status, body: of the HTTP answer; 0 and empty if there was none.
+        code: reason, from the vocabulary of reports.
+        message: a sentence for people.
+        status, body: of the HTTP response; 0 and empty without a response.
     """
 
     def __init__(self, code: RejectCode, message: str, *, status: int = 0, body: bytes = b"") -> None:
@@ -52,35 +53,35 @@ class FetchError(Exception):
 
     @property
     def retryable(self) -> bool:
-        """Whether another attempt may succeed."""
+        """True if another attempt may succeed."""
         return self.code in RETRYABLE
 
 
 class CancelledError(Exception):
-    """The caller does not want it any more."""
+    """The caller cancelled the download."""
 
 
 class Source(Protocol):
-    """Where files are fetched from, as a value: whoever fetches holds its own, so no thread changes another's."""
+    """Source of files. Passed as a value, so that no thread changes another thread's source."""
 
     def request(self, method: str, path: str, *, max_bytes: int) -> bytes:
-        """Return the body of an answer; raises `FetchError`."""
+        """Return the body of the response; raises `FetchError`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionTls:
-    """TLS settings of one connection.
+    """TLS settings of a connection.
 
     Attributes:
         context: for the handshake.
-        floor: earliest time that it can be now, where the context does not look at the wall clock; None where it does.
+        floor: earliest possible current time, if the context ignores the system clock; None if it uses the clock.
     """
 
     context: ssl.SSLContext
     floor: datetime | None = None
 
     def check(self, connection: ssl.SSLSocket) -> None:
-        """Check after the handshake what the context was told to leave out. Raises `StaleCertificateError`."""
+        """Check the certificate's end after the handshake, if the context does not. Raises `StaleCertificateError`."""
         if self.floor is not None:
             check_not_after(connection, self.floor)
 
@@ -89,12 +90,12 @@ class Tls(Protocol):
     """Source of TLS settings (`agent.link.https.DeviceTls`)."""
 
     def for_connection(self) -> ConnectionTls:
-        """Return the settings of the next connection; raises `OSError` where a file of theirs cannot be used."""
+        """Return the settings of the next connection; raises `OSError` if a certificate or key cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class FixedTls:
-    """The same context for every connection: for enrolment and tests."""
+    """TLS settings with the same context for every connection: for enrolment and tests."""
 
     context: ssl.SSLContext
     floor: datetime | None = None
@@ -105,7 +106,7 @@ class FixedTls:
 
 
 def proxy_for(url: urllib.parse.SplitResult, configured: str) -> urllib.parse.SplitResult | None:
-    """The proxy to reach `url` by: the configured one, else the environment's; None for none."""
+    """Return the proxy for `url`: the configured one, else the environment's; None for none."""
     proxy = configured or urllib.request.getproxies().get("https", "")
     if not proxy or (not configured and urllib.request.proxy_bypass(url.hostname or "")):
         return None
@@ -113,7 +114,7 @@ def proxy_for(url: urllib.parse.SplitResult, configured: str) -> urllib.parse.Sp
 
 
 class HttpsClient:
-    """A client for one base URL."""
+    """HTTPS client of a single base URL."""
 
     def __init__(
         self,
@@ -126,16 +127,16 @@ class HttpsClient:
         min_rate_bytes_s: int = 256,
         reserve_bytes: int = 0,
     ) -> None:
-        """A client.
+        """Prepare a client; each request opens its own connection.
 
         Args:
             base: `https://host:port`.
-            tls: where contexts come from.
-            proxy: `http://host:port`; empty for the environment's, or none.
-            request_s: total time of one small request.
-            download_s: total time of one download attempt.
-            min_rate_bytes_s: below it, measured over half a minute, a download is given up (TOO_SLOW).
-            reserve_bytes: kept free on the file system of a download.
+            tls: source of TLS settings.
+            proxy: `http://host:port`; empty to use the environment's, if any.
+            request_s: total time of a small request.
+            download_s: total time of a download attempt.
+            min_rate_bytes_s: minimum rate of a download over half a minute; a slower one is aborted (TOO_SLOW).
+            reserve_bytes: to keep free on the file system of a download.
         """
         self._url = urllib.parse.urlsplit(base)
         self._tls = tls
@@ -173,7 +174,7 @@ class HttpsClient:
         except TimeoutError as error:
             raise FetchError(RejectCode.TOO_SLOW, f"{where}: no answer in time") from error
         except socket.gaierror as error:
-            raise FetchError(RejectCode.UNREACHABLE, f"{host}: this name has no address ({error.strerror})") from error
+            raise FetchError(RejectCode.UNREACHABLE, f"cannot resolve {host} ({error.strerror})") from error
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise FetchError(
@@ -194,10 +195,10 @@ class HttpsClient:
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> bytes:
-        """One small exchange.
+        """Send a small request and return the body of the response.
 
         Raises:
-            FetchError: NOT_FOUND for 404, TOO_LARGE, UNREACHABLE (any other status too), TOO_SLOW.
+            FetchError: NOT_FOUND (404 or 410), TOO_LARGE, TOO_SLOW, UNREACHABLE (also for any other status).
         """
         deadline = time.monotonic() + self._request_s
         with self._exchange(method, path, body, headers or {}, deadline) as (answer, connection):
@@ -209,7 +210,7 @@ class HttpsClient:
             if answer.status not in {http.client.OK, http.client.CREATED}:
                 raise _refusal(answer.status, path, bytes(data))
             if answer.length:
-                raise FetchError(RejectCode.UNREACHABLE, f"{path}: the answer ended early")
+                raise FetchError(RejectCode.UNREACHABLE, f"{path}: the response ended early")
             return bytes(data)
 
     @staticmethod
@@ -231,11 +232,20 @@ class HttpsClient:
         progress: Callable[[int], None] = lambda _received: None,
         cancelled: threading.Event | None = None,
     ) -> None:
-        """Fetch a file of known length and hash to `into`, resuming `<into>.part` if an earlier attempt left one.
+        """Fetch a file of known length and hash to `into`, resuming `<into>.part` from an earlier attempt.
+
+        Args:
+            path: below the base URL.
+            into: final name of the file.
+            length: in bytes, as signed.
+            sha256: in hex, as signed.
+            progress: called with the number of bytes received so far.
+            cancelled: event that aborts the download.
 
         Raises:
-            FetchError: NO_SPACE, LENGTH_MISMATCH, HASH_MISMATCH (nothing is kept), NOT_FOUND, or a passing trouble.
-            CancelledError: `cancelled` was set; what has arrived is kept.
+            FetchError: NO_SPACE, LENGTH_MISMATCH and HASH_MISMATCH (the partial file is removed), NOT_FOUND,
+                UNREACHABLE, TOO_SLOW, INTERNAL.
+            CancelledError: `cancelled` was set; the partial file is kept.
         """
         part = into.with_name(into.name + ".part")
         try:
@@ -257,8 +267,8 @@ class HttpsClient:
         if free.f_bavail * free.f_frsize < needed + self._reserve:
             raise FetchError(
                 RejectCode.NO_SPACE,
-                f"{needed} bytes more are needed in {directory}, {free.f_bavail * free.f_frsize} are free "
-                f"and {self._reserve} are kept in reserve",
+                f"{directory} needs {needed} more bytes, but has {free.f_bavail * free.f_frsize} free, "
+                f"of which {self._reserve} are kept in reserve",
             )
 
     def _continue(
@@ -304,7 +314,7 @@ class HttpsClient:
 
 
 class _Rate:
-    """Watches that a transfer does not drip."""
+    """Guard against transfers that are too slow."""
 
     def __init__(self, min_bytes_s: int) -> None:
         self._min = min_bytes_s
@@ -312,7 +322,7 @@ class _Rate:
         self._bytes = 0
 
     def received(self, count: int) -> None:
-        """Count bytes; raises `TimeoutError` when a whole window was too slow."""
+        """Count received bytes; raises `TimeoutError` if a whole window was too slow."""
         self._bytes += count
         elapsed = time.monotonic() - self._since
         if elapsed >= RATE_WINDOW_S:
@@ -329,7 +339,7 @@ def _refusal(status: int, path: str, body: bytes) -> FetchError:
 
 
 def finish(part: Path, into: Path, length: int, sha256: str) -> None:
-    """Put a file in place that has this length and hash; another is removed. Raises `FetchError`, `OSError`."""
+    """Check a file's length and hash and give it its final name, or remove it. Raises `FetchError`, `OSError`."""
     with part.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -337,8 +347,8 @@ def finish(part: Path, into: Path, length: int, sha256: str) -> None:
             part.unlink()
             raise FetchError(
                 RejectCode.HASH_MISMATCH,
-                f"the artifact has sha256 {found[:16]}..., its signed metadata says {sha256[:16]}...: "
-                "it was changed on its way or at the server",
+                f"the artifact has sha256 {found[:16]}..., but {sha256[:16]}... is signed: "
+                "it was changed in transit or on the server",
             )
         os.fchmod(file.fileno(), 0o444)
         os.fsync(file.fileno())
@@ -347,19 +357,19 @@ def finish(part: Path, into: Path, length: int, sha256: str) -> None:
 
 
 NO_CHECK_TIME: Final = 0x200000
-"""X509_V_FLAG_NO_CHECK_TIME of OpenSSL; the ssl module has no name for it."""
+"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which the ssl module has no name."""
 
 
 class StaleCertificateError(ssl.SSLError):
-    """The peer's certificate ended before the earliest time that it can be now."""
+    """The peer's certificate expired before the earliest possible current time."""
 
 
 def context(ca_pem: str, *, clock_behind: bool = False) -> ssl.SSLContext:
-    """A client's context that trusts `ca_pem` alone.
+    """Make a client's TLS context that trusts only `ca_pem`.
 
     Args:
-        ca_pem: the fleet's CA.
-        clock_behind: the wall clock is earlier than the floor; the caller then calls `check_not_after`.
+        ca_pem: certificate of the fleet's CA.
+        clock_behind: ignore the system clock, as it is behind the floor; the caller must call `check_not_after`.
     """
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     made.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -370,29 +380,27 @@ def context(ca_pem: str, *, clock_behind: bool = False) -> ssl.SSLContext:
 
 
 def check_not_after(connection: ssl.SSLSocket, floor: datetime) -> None:
-    """Refuse a certificate that ended before `floor`.
+    """Refuse a peer whose certificate expired before `floor`.
 
     Raises:
-        StaleCertificateError: it did, or it does not say.
+        StaleCertificateError: the certificate has expired, or has no end date.
     """
     certificate = connection.getpeercert()
     not_after = certificate.get("notAfter") if certificate else None
     if not isinstance(not_after, str):
-        raise StaleCertificateError("the server's certificate does not say when it ends")
+        raise StaleCertificateError("the server's certificate has no end date")
     if datetime.fromtimestamp(ssl.cert_time_to_seconds(not_after), UTC) < floor:
-        raise StaleCertificateError(f"the server's certificate ended on {not_after}")
+        raise StaleCertificateError(f"the server's certificate expired on {not_after}")
 
 
 def why(error: ssl.SSLError) -> str:
-    """What was wrong with a handshake, for people."""
-    return getattr(error, "verify_message", "") or getattr(error, "reason", None) or str(error)
+    """Return the reason of a failed handshake, for people."""
+    text = error.args[-1] if error.args else error  # str() of an SSLError with a single argument shows a tuple
+    return getattr(error, "verify_message", "") or getattr(error, "reason", None) or str(text)
 
 
 class DeviceTls:
-    """TLS settings with the device certificate, read again when its file changed (renewal).
-
-    Used by several threads.
-    """
+    """TLS settings with the device certificate, read again after its renewal. Thread-safe."""
 
     def __init__(self, identity: Path, clock: ReferenceClock) -> None:
         self._identity = identity
@@ -401,7 +409,7 @@ class DeviceTls:
         self._contexts: dict[bool, tuple[int, ssl.SSLContext]] = {}
 
     def for_connection(self) -> ConnectionTls:
-        """Return the settings of the next connection; they hold for all of it, also when the clock is set meanwhile.
+        """Return the settings of the next connection; they stay the same even if the clock is set meanwhile.
 
         Raises:
             OSError, ssl.SSLError: an identity file is missing or damaged.

@@ -1,9 +1,9 @@
-"""Connection of the device to its broker: paho on the asyncio loop, without a thread and without polling.
+"""MQTT client of the device: paho on the asyncio loop, without a thread and without polling.
 
-The caller pulls `MqttClient.events()`; paho's callbacks end here. MQTT 3.1.1, QoS 1, a session that the broker keeps
-(`clean_session=False`), and a will on `up/state`. paho's own queue is not relied on: each connection gets a new client,
-and what must not be lost waits in the outbox. Addresses are tried in turn; between attempts the delay doubles, with
-full jitter.
+Callers read `MqttClient.events()`; paho's callbacks do not leave this module. The client uses MQTT 3.1.1, QoS 1, a
+persistent session (`clean_session=False`) and a will on `up/state`. It does not rely on paho's own queue: each
+connection gets a new paho client, and messages that must not be lost wait in the store. Addresses are tried in turn;
+between attempts the delay doubles, with full jitter.
 """
 
 import asyncio
@@ -36,12 +36,12 @@ QOS: Final = 1
 
 
 MESSAGES_MAX: Final = 256
-"""Messages that wait for their reader. A broker may send faster than anything can be verified; what it sends beyond
-this is dropped, and asked for again over HTTPS."""
+"""Maximum number of messages that wait for the reader. A broker may send faster than messages can be verified; further
+messages are dropped, and polled later over HTTPS."""
 
 
 class BrokerAddressError(Exception):
-    """A broker address that this program cannot use."""
+    """The address of the broker is not of a supported form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +51,14 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The connection ended."""
+    """The connection ended, for `reason`."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message from the broker, which nobody has verified yet."""
+    """Message from the broker, not verified."""
 
     topic: str
     payload: bytes
@@ -68,7 +68,7 @@ Event = Connected | Disconnected | Message
 
 
 class MqttClient:
-    """MQTT client of one device."""
+    """MQTT client of a device."""
 
     name = "mqtt"
 
@@ -84,20 +84,20 @@ class MqttClient:
         """Prepare a client; `run` connects and stays connected.
 
         Args:
-            device: id of this device, also the client id.
+            device: id of this device, used as the client id.
             addresses: `mqtts://host:8883`, `wss://host:443/mqtt`, or `mqtt://127.0.0.1:1883`; tried in this order.
             tls: source of TLS settings.
             will: published by the broker on `up/state` when the connection is lost.
             keepalive_s: seconds of silence after which a ping is sent.
 
         Raises:
-            BrokerAddressError: an address is not of these forms, or there is none.
+            BrokerAddressError: an address has another form, or there is no address.
         """
         self._device = device
         self._addresses = [urllib.parse.urlsplit(address) for address in addresses]
         if not self._addresses or any(each.scheme not in PORTS or not each.hostname for each in self._addresses):
             raise BrokerAddressError(
-                f"broker addresses {', '.join(addresses) or '(none)'}: mqtts://host:port is what is understood"
+                f"bad broker addresses {', '.join(addresses) or '(none)'}: they must be like mqtts://host:port"
             )
         self._tls = tls
         self._will = will
@@ -108,41 +108,41 @@ class MqttClient:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield what happens on the connection, in order, for ever. One reader."""
+        """Yield the events of the connection, in order, forever. Only for a single reader."""
         while True:
             yield await self._events.get()
 
     def _happened(self, event: Event) -> None:
         if isinstance(event, Message) and self._events.qsize() >= MESSAGES_MAX:
-            log.warning("dropped a message on %s: %d wait already", event.topic, MESSAGES_MAX)
+            log.warning("dropped a message on %s: %d are already waiting", event.topic, MESSAGES_MAX)
             return
         self._events.put_nowait(event)
 
     @property
     def connected(self) -> bool:
-        """Whether messages can be published now."""
+        """True while messages can be published."""
         return self._client is not None
 
     def publish(self, channel: Up, payload: bytes, *, retain: bool = False) -> bool:
-        """Hand a message to the broker with QoS 1; return false when there is no connection."""
+        """Send a message to the broker with QoS 1; return False without a connection."""
         if self._client is None:
             return False
         info = self._client.publish(str(Topic(self._device, channel)), payload, qos=QOS, retain=retain)
         return info.rc == mqtt.MQTT_ERR_SUCCESS
 
     def leave(self) -> None:
-        """Disconnect in good order when the connection is closed: the broker then does not publish the will.
+        """Disconnect cleanly when the connection is closed, so that the broker does not publish the will.
 
-        Without it, as when another part of the agent failed, the will tells that the device is gone.
+        Not called when a part of the agent has failed: the will then announces that the device is offline.
         """
         self._leaving = True
 
     def retry(self) -> None:
-        """Connect again now where there is no connection: the reason for the broker's refusal may have passed."""
+        """Reconnect now if there is no connection, as the reason for a refusal by the broker may have gone."""
         self._again.set()
 
     async def run(self) -> None:
-        """Connect, stay connected, and connect again; when cancelled, disconnect."""
+        """Connect, serve the connection, and reconnect, forever; disconnect when cancelled."""
         loop = asyncio.get_running_loop()
         delay, turn = RETRY_FIRST_S, 0
         while True:
@@ -172,7 +172,7 @@ class MqttClient:
 
 
 class _Connection:
-    """One connection from its first packet to its end."""
+    """Connection to a broker, from its first packet to its end."""
 
     def __init__(self, owner: MqttClient, address: urllib.parse.SplitResult, loop: asyncio.AbstractEventLoop) -> None:
         self._owner = owner
@@ -185,7 +185,7 @@ class _Connection:
         self.established = False
         self._client = mqtt.Client(
             CallbackAPIVersion.VERSION2,
-            client_id=owner._device,  # noqa: SLF001 - one class in two parts
+            client_id=owner._device,  # noqa: SLF001 - part of MqttClient
             clean_session=False,
             protocol=mqtt.MQTTv311,
             transport="websockets" if address.scheme == "wss" else "tcp",
@@ -231,7 +231,7 @@ class _Connection:
             self._tls.check(sock)
 
     def close(self) -> None:
-        """Close the socket, after a disconnect where the device leaves in good order."""
+        """Close the socket, after an MQTT disconnect if the device leaves cleanly."""
         if self._misc is not None:
             self._misc.cancel()
         with contextlib.suppress(OSError, ValueError):
@@ -246,12 +246,13 @@ class _Connection:
             with contextlib.suppress(OSError):
                 sock.close()
 
-    # Requests of paho to the loop. While `connect` runs on a thread nothing is registered; later all is on the loop.
+    # Requests of paho to the event loop. Nothing is registered while `connect` runs on a thread; later, everything runs
+    # on the loop.
 
     def _attach(self) -> None:
         sock: Any = self._client.socket()
         if sock is None:
-            self._end("the connection ended at once")
+            self._end("the connection ended immediately")
             return
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -261,7 +262,7 @@ class _Connection:
             self._loop.add_writer(sock, self._writable)
 
     def _detach(self) -> None:
-        """Stop watching the socket before paho closes it: its number may be reused at once."""
+        """Stop watching the socket before paho closes it, as its number may be reused at once."""
         sock, self._sock = self._sock, None
         if sock is not None and sock.fileno() >= 0:
             self._loop.remove_reader(sock)
@@ -284,14 +285,14 @@ class _Connection:
         except OSError as error:
             self._end(error.strerror or str(error))
         except Exception as error:
-            log.exception("the MQTT connection ended by a fault of the agent's own")
+            log.exception("the MQTT connection ended with an internal error")
             self._end(f"{type(error).__name__}: {error}")
 
     def _readable(self) -> None:
         self._guarded(self._read)
 
     def _read(self) -> None:
-        """Read all there is: several packets in one TLS record make the socket readable once only."""
+        """Read everything available: several packets in the same TLS record make the socket readable only once."""
         while True:
             self._client.loop_read()
             if self._sock is None or not getattr(self._sock, "pending", int)():
@@ -326,7 +327,7 @@ class _Connection:
     def _message(self, _client: mqtt.Client, _data: object, message: mqtt.MQTTMessage) -> None:
         try:
             self._owner._happened(Message(message.topic, bytes(message.payload)))  # noqa: SLF001
-        except UnicodeDecodeError as error:  # paho decodes the topic when it is read
+        except UnicodeDecodeError as error:  # paho decodes the topic on access
             log.warning("dropped a message: its topic is not UTF-8: %s", error)
 
     def _end(self, reason: str) -> None:

@@ -1,6 +1,6 @@
-"""`fleet-agent check`: what the agent needs, tried in the order in which it is needed; the first failure names itself.
+"""Checks of `fleet-agent check`: everything that the agent needs, in the order in which it depends on each other.
 
-What cannot be tried because something before it failed is left out.
+The first failure ends the checks, as the later ones would fail for the same reason.
 """
 
 import http.client
@@ -34,7 +34,7 @@ BITS: Final = 64
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was tried."""
+    """Result of a check: its name, whether it passed, and a sentence."""
 
     name: str
     ok: bool
@@ -42,31 +42,31 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _FailedError(Exception):
-    """What does not work, and what to do."""
+    """Failed check; the message says what does not work and what to do."""
 
 
 def run_checks(
     places: Paths, settings: Settings, *, machine: str = platform.machine(), bits: int = sys.maxsize.bit_length() + 1
 ) -> list[Result]:
-    """Everything in order, up to the first failure of what the rest builds upon.
+    """Run the checks in order, up to the first failure.
 
     Args:
-        places: where the agent keeps what it knows.
-        settings: the owner's.
-        machine: the processor, as the kernel calls it.
-        bits: of this program: a 32-bit system may run under a 64-bit kernel.
+        places: paths of the agent's files.
+        settings: configuration of the agent.
+        machine: the kernel's name of the processor.
+        bits: word size of this program; a 32-bit system may run under a 64-bit kernel.
     """
     results = []
-    for name, attempt in _attempts(places, settings, machine, bits):
+    for name, check in _checks(places, settings, machine, bits):
         try:
-            results.append(Result(name=name, ok=True, text=attempt()))
+            results.append(Result(name=name, ok=True, text=check()))
         except _FailedError as error:
             results.append(Result(name=name, ok=False, text=str(error)))
             break
     return results
 
 
-def _attempts(places: Paths, settings: Settings, machine: str, bits: int) -> Iterator[tuple[str, Callable[[], str]]]:
+def _checks(places: Paths, settings: Settings, machine: str, bits: int) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "machine", lambda: _machine(machine, bits)
     yield "identity", lambda: _identity(places, settings)
     who = identity.load(places.identity)
@@ -81,7 +81,7 @@ def _attempts(places: Paths, settings: Settings, machine: str, bits: int) -> Ite
     yield "MQTT", lambda: _mqtt(places, who)
     yield "HTTP", lambda: _http(places, settings, who)
     yield "engine", _engine
-    yield "cell", lambda: _cell(places)
+    yield "host", lambda: _host(places)
     yield "disk", lambda: _disk(places, settings)
 
 
@@ -99,7 +99,7 @@ def _engine() -> str:
         raise _FailedError(f"the compiler cannot be started: {error}") from error
     if done.returncode != 0:
         raise _FailedError(
-            f"no WebAssembly engine on this board: {done.stderr.decode(errors='replace').strip()[-300:]}"
+            f"no WebAssembly engine on this device: {done.stderr.decode(errors='replace').strip()[-300:]}"
         )
     facts = msgspec.json.decode(done.stdout, type=dict[str, str])
     return f"wasmtime {facts.get('engine', '?')} for {facts.get('triple', '?')}"
@@ -113,17 +113,18 @@ def _identity(places: Paths, settings: Settings) -> str:
         raise _FailedError(str(error)) from error
     if settings.production and not who.production:
         raise _FailedError(
-            "this board is in production mode, its fleet is for development: nothing is taken before fleet sign move"
+            "this device is in production mode, but its fleet is for development: it accepts no assignment before "
+            "'fleet sign move'"
         )
-    return f"{who.device} in the fleet {who.fleet}; its certificate is renewed after {renew:%Y-%m-%d}"
+    return f"{who.device} in the fleet {who.fleet}; the certificate will be renewed after {renew:%Y-%m-%d}"
 
 
 def _dns(host: str) -> str:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise _FailedError(f"{host} has no address ({error.strerror}): check the board's resolver") from error
-    return f"{host} is {found[0][4][0]}"
+        raise _FailedError(f"{host} cannot be resolved ({error.strerror}): check the device's DNS settings") from error
+    return f"{host} has address {found[0][4][0]}"
 
 
 def _tcp(host: str, port: int) -> str:
@@ -132,21 +133,20 @@ def _tcp(host: str, port: int) -> str:
             return f"{host}:{port} answers"
     except OSError as error:
         raise _FailedError(
-            f"{host}:{port}: {error.strerror or error}: is the server up, is a firewall in between?"
+            f"cannot connect to {host}:{port}: {error.strerror or error}: "
+            "check that the server runs, and that no firewall blocks the connection"
         ) from error
 
 
 def _clock(who: identity.Identity) -> str:
     now = datetime.now(UTC)
     if now < who.floor:
-        return (
-            f"{now:%Y-%m-%d %H:%M} is behind {who.floor:%Y-%m-%d %H:%M}: the agent goes by the latter until it is set"
-        )
+        return f"{now:%Y-%m-%d %H:%M} is before {who.floor:%Y-%m-%d %H:%M}: the agent uses the latter until it is set"
     return f"{now:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _connect(target: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None) -> socket.socket:
-    """A connection to a server, through a proxy where there is one (CONNECT: RFC 9110, section 9.3.6)."""
+    """Connect to a server, through a proxy if there is one (CONNECT: RFC 9110, section 9.3.6)."""
     host, port = target.hostname or "", target.port or 443
     if proxy is None:
         return socket.create_connection((host, port), timeout=CONNECT_S)
@@ -159,12 +159,12 @@ def _connect(target: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult |
 
 def _proxy(proxy: urllib.parse.SplitResult | None, url: urllib.parse.SplitResult) -> str:
     if proxy is None:
-        return "none is used"
+        return "not used"
     try:
         with closing(_connect(url, proxy)):
             return f"{proxy.netloc} connects to {url.netloc}"
     except OSError as error:
-        raise _FailedError(f"{proxy.netloc} does not connect to {url.netloc}: {error}: is it the right one?") from error
+        raise _FailedError(f"{proxy.netloc} does not connect to {url.netloc}: {error}: check the proxy") from error
 
 
 def _handshake(
@@ -181,7 +181,7 @@ def _handshake(
             return str(connection.version())
     except ssl.SSLError as error:
         raise _FailedError(
-            f"{target.netloc}: TLS: {why(error)}: is somebody in between, or the clock wrong?"
+            f"{target.netloc}: TLS: {why(error)}: check the clock, and that no proxy intercepts TLS"
         ) from error
     except OSError as error:
         raise _FailedError(f"{target.netloc}: {error.strerror or error}") from error
@@ -190,12 +190,12 @@ def _handshake(
 def _tls(
     places: Paths, who: identity.Identity, url: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None
 ) -> str:
-    return f"{_handshake(places, who, url, proxy)}, the server is of the fleet's CA"
+    return f"{_handshake(places, who, url, proxy)}, the server's certificate is from the fleet's CA"
 
 
 def _mqtt(places: Paths, who: identity.Identity) -> str:
     if not who.mqtt:
-        return "this fleet has no broker; the desired state comes by HTTPS"
+        return "this fleet has no broker; assignments come over HTTPS"
     broker = urllib.parse.urlsplit(who.mqtt[0])
     if broker.scheme == "mqtt":
         return _tcp(broker.hostname or "", broker.port or 1883)
@@ -203,7 +203,7 @@ def _mqtt(places: Paths, who: identity.Identity) -> str:
     try:
         return f"{broker.netloc} answers with {_handshake(places, who, target, None)}"
     except _FailedError as error:
-        raise _FailedError(f"{error} (without MQTT the desired state still comes by HTTPS, more slowly)") from error
+        raise _FailedError(f"{error} (without MQTT, assignments still come over HTTPS, but later)") from error
 
 
 def _http(places: Paths, settings: Settings, who: identity.Identity) -> str:
@@ -215,11 +215,11 @@ def _http(places: Paths, settings: Settings, who: identity.Identity) -> str:
     except FetchError as error:
         if error.code is not RejectCode.NOT_FOUND:
             raise _FailedError(error.message) from error
-    return f"{who.devices_url} accepts this board's certificate"
+    return f"{who.devices_url} accepts this device's certificate"
 
 
-def _cell(places: Paths) -> str:
-    from agent.host.ipc import host_api  # noqa: PLC0415 - the rest is of use without a host
+def _host(places: Paths) -> str:
+    from agent.host.ipc import host_api  # noqa: PLC0415 - the other checks work without it
 
     with closing(host_api.new_socket()) as sock:
         sock.settimeout(CONNECT_S)
@@ -228,24 +228,26 @@ def _cell(places: Paths) -> str:
             host_api.send(sock, host_api.Hello(id=1))
             welcome = host_api.receive_from_host(sock)
         except (OSError, host_api.IpcError) as error:
-            why = host_api.why_not(places.runtime)
-            if why:
-                raise _FailedError(f"the host does not start: {why}") from error
-            raise _FailedError(f"no host at {places.host_socket}: {error}: start fleet-host") from error
+            reason = host_api.why_not(places.runtime)
+            if reason:
+                raise _FailedError(f"the host does not start: {reason}") from error
+            raise _FailedError(f"no host listens at {places.host_socket}: {error}: start fleet-host") from error
     if not isinstance(welcome, host_api.Welcome):
-        raise _FailedError("the host does not answer as one")
+        raise _FailedError("the host gave an unexpected answer: install the same version of host and agent")
     layers = sorted(welcome.containment.items())
-    lacks = ", ".join(name for name, there in layers if not there)
-    has = ", ".join(name for name, there in layers if there) or "none"
-    return f"fleet-host {welcome.version}, walls: {has}" + (f"; lacks {lacks}" if lacks else "")
+    missing = ", ".join(name for name, there in layers if not there)
+    present = ", ".join(name for name, there in layers if there) or "none"
+    return f"fleet-host {welcome.version}, isolation layers: {present}" + (f"; missing {missing}" if missing else "")
 
 
 def _disk(places: Paths, settings: Settings) -> str:
     if not places.state.is_dir():
-        raise _FailedError(f"{places.state} is not there: install the package, or run 'fleet-agent enroll' first")
+        raise _FailedError(f"{places.state} does not exist: install the package, or run 'fleet-agent enroll' first")
     if not os.access(places.state, os.W_OK):
-        raise _FailedError(f"{places.state} cannot be written by this user")
+        raise _FailedError(f"{places.state} is not writable by this user: run as the agent's user or as root")
     free = shutil.disk_usage(places.state).free
     if free < settings.disk.reserve_bytes:
-        raise _FailedError(f"{free >> 20} MiB are free, {settings.disk.reserve_bytes >> 20} MiB are kept in reserve")
+        raise _FailedError(
+            f"only {free >> 20} MiB are free, below the reserve of {settings.disk.reserve_bytes >> 20} MiB: free space"
+        )
     return f"{free >> 20} MiB free in {places.state}"

@@ -1,4 +1,4 @@
-"""How the board is: its own figures, read from /proc and /sys, and None where it has no such sensor."""
+"""Inventory and resources of the device, read from /proc and /sys."""
 
 import contextlib
 import os
@@ -21,14 +21,14 @@ def _os_name() -> str:
 
 
 def agent_version() -> str:
-    """This program's version; empty when it runs from a tree that was never installed."""
+    """Return the agent's version; empty if it runs from a source tree that is not installed."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version("wasmfleet")
     return ""
 
 
 def versions(*, host: str = "", engine: str = "") -> Versions:
-    """What software this board runs; host and engine are the host's word."""
+    """Return the versions of the device's software; `host` and `engine` are those that the host reports."""
     return Versions(
         agent=agent_version(),
         host=host,
@@ -53,7 +53,7 @@ def _memory() -> tuple[int, int]:
 
 
 def temperature_c(zones: Path = Path("/sys/class/thermal")) -> float | None:
-    """The warmest thermal zone in degrees Celsius; None where the board has no sensor."""
+    """Return the temperature of the warmest thermal zone in degrees Celsius; None without a sensor."""
     found = []
     for path in zones.glob("thermal_zone*/temp"):
         with contextlib.suppress(OSError, ValueError):
@@ -62,7 +62,7 @@ def temperature_c(zones: Path = Path("/sys/class/thermal")) -> float | None:
 
 
 def written_bytes() -> int:
-    """What this process has caused to be written to disk since it started."""
+    """Return the bytes that this process has written to disk since it started."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/io").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -72,7 +72,12 @@ def written_bytes() -> int:
 
 
 def device_resources(state: Path, *, host_written_bytes: int = 0) -> DeviceResources:
-    """The board's figures now; `state` names the file system that counts."""
+    """Return the device's resources now.
+
+    Args:
+        state: directory on the file system whose space is reported.
+        host_written_bytes: bytes that the host has written, added to the agent's own.
+    """
     total, available = _memory()
     disk_total = disk_free = 0
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Why the board runs what it runs: its own memory, told in sentences, without network or agent."""
+"""Status of the device, read from its store without network or running agent: what runs, what changes, and why."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ TIMELINE_ROWS: Final = 20
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
-    """One committed instance."""
+    """Committed instance."""
 
     instance: str
     target: str
@@ -26,7 +26,7 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Changing(msgspec.Struct, frozen=True, kw_only=True):
-    """One change under way; `target` is empty for a removal."""
+    """Change in progress; `target` is empty for a removal."""
 
     instance: str
     target: str
@@ -36,7 +36,7 @@ class Changing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True):
-    """One remembered failure."""
+    """Remembered failure of a change."""
 
     instance: str
     target: str
@@ -48,7 +48,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the board stands; what `status` and `why` print, and their `--json`."""
+    """Status of the device, as `status` and `why` print it, also with `--json`."""
 
     device: str
     fleet: str
@@ -65,8 +65,8 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
     timeline: tuple[Report, ...] = ()
 
 
-def standing(identity: Identity, store: Store, instance: str = "") -> StatusReport:
-    """Read where the board stands; with an instance's name, only what concerns it."""
+def read_status(identity: Identity, store: Store, instance: str = "") -> StatusReport:
+    """Read the device's status; with an instance's name, only what concerns that instance."""
 
     def about(name: str) -> bool:
         return instance in {"", name}
@@ -120,39 +120,39 @@ def standing(identity: Identity, store: Store, instance: str = "") -> StatusRepo
     )
 
 
-def tell(found: StatusReport) -> Iterable[str]:
-    """The board's standing in lines for people."""
+def format_status(found: StatusReport) -> Iterable[str]:
+    """Format a status as lines for people."""
     yield f"{found.device} in the fleet {found.fleet}" + (f", group {found.group}" if found.group else "")
     yield f"  assignment: accepted {found.accepted}, committed {found.committed}"
     if found.unsent_reports:
-        yield f"  {found.unsent_reports} reports wait to be acknowledged by the server"
+        yield f"  {found.unsent_reports} reports wait for the server's acknowledgement"
     for problem in found.problems:
         yield f"  {problem}"
     if not found.running:
-        yield "  nothing is committed: no instance runs"
+        yield "  no instance is committed"
     for running in found.running:
         yield f"  {running.instance}: runs {running.target} since {running.since:%Y-%m-%d %H:%M:%S} UTC"
     for doubt in found.doubts:
-        yield f"  {doubt.instance}: goes on running, as [policy] on_revoked says ({doubt.code}): {doubt.message}"
+        yield f"  {doubt.instance}: keeps running, as [policy] on_revoked allows ({doubt.code}): {doubt.message}"
     for change in found.changing:
         what = f"changes to {change.target}" if change.target else "is being removed"
         yield f"  {change.instance}: {what}, {change.phase}" + (f": {change.message}" if change.message else "")
     for failure in found.failed:
         yield f"  {failure.instance}: {failure.target} failed ({failure.code}): {failure.message}"
         if failure.retry_at is not None:
-            yield f"      it is tried again by itself from {failure.retry_at:%Y-%m-%d %H:%M} UTC on"
+            yield f"      next retry: {failure.retry_at:%Y-%m-%d %H:%M} UTC or later"
         else:
-            yield "      it is not tried again by itself ('fleet retry' does)"
+            yield "      no automatic retry ('fleet retry' tries again)"
         if failure.action:
             yield f"      what to do: {failure.action}"
 
 
-def tell_timeline(found: StatusReport) -> Iterable[str]:
-    """What happened, oldest first."""
+def format_timeline(found: StatusReport) -> Iterable[str]:
+    """Format the history of changes as lines for people, oldest first."""
     for report in found.timeline:
         line = f"  {report.at:%Y-%m-%d %H:%M:%S} {report.instance or 'assignment'} {report.phase}"
         if report.phase is Phase.COMMITTED and not report.exercised:
-            line += " (too few calls to judge it)"
+            line += " (too few calls during probation to judge the version)"
         if report.target:
             line += f" {report.target}"
         if report.code is not None:

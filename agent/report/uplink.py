@@ -1,7 +1,7 @@
-"""Messages of the device about itself: reports until the server has stored them, and health now and then.
+"""Uplink: sends the device's reports until the server has stored them, and its health regularly.
 
-Reports lie in the store. Each is sent when it is made, again after each reconnect, and again while it stays
-unacknowledged; the server knows it by its sequence, so that nothing counts twice.
+Reports are kept in the store. Each is sent when it is made, again after each reconnect, and again while it is not
+acknowledged. The server recognises a report by its sequence, so that none counts twice.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from fleet.protocol.messages import Health, InstanceHealth, Report, Versions
 from fleet.protocol.topics import Up
 
 AFTER_CHANGE_S: Final = 1.0
-"""How long health waits after a change: for figures that follow, and for more changes."""
+"""Delay of health after a change, so that the figures reflect it and further changes are sent together."""
 
 RESEND_FIRST_S: Final = 30.0
 RESEND_MAX_S: Final = 900.0
 WINDOW: Final = 64
-"""Reports under way at once."""
+"""Maximum number of reports in flight."""
 
 
 class Publisher(Protocol):
@@ -49,7 +49,7 @@ class Signer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HealthSources:
-    """Objects that health is read from; none of them is changed."""
+    """Objects that health is read from, without changing them."""
 
     host: HostClient
     state: DeploymentState
@@ -94,18 +94,18 @@ class Uplink:
     # Reports
 
     def saved(self, _report: Report | None = None) -> None:
-        """Send a report that was just stored, and health once its figures had time to follow."""
+        """Send a report that was just stored, and health AFTER_CHANGE_S later."""
         self._reports_due.set()
         asyncio.get_running_loop().call_later(AFTER_CHANGE_S, self._health_due.set)
 
     def reconnected(self) -> None:
-        """Send every unacknowledged report again: what was sent on an earlier connection may be lost."""
+        """Send every unacknowledged report again: those sent on an earlier connection may be lost."""
         self._sent = 0
         self._asked_again = False
         self._reports_due.set()
 
     async def acknowledge(self, sequence: int) -> None:
-        """Note that the server has stored every report up to `sequence`."""
+        """Mark every report up to `sequence` as stored by the server."""
         if await self._db(Store.acknowledge, sequence):
             self._reports_due.set()
 
@@ -145,7 +145,7 @@ class Uplink:
     # Health
 
     def changed(self) -> None:
-        """Send health soon, once for everything that changes meanwhile."""
+        """Send health soon; changes until then are sent together."""
         self._health_due.set()
 
     async def _send_health(self) -> None:
@@ -159,7 +159,7 @@ class Uplink:
             self._mqtt.publish(Up.HEALTH, wire.encode(await self.health()))
 
     def versions(self) -> Versions:
-        """Return the versions of the software on this device; of the host, as it said last."""
+        """Return the versions of the software on this device; the host's as it reported them last."""
         welcome = self._host.welcome
         if welcome is None:
             return device_info.versions()
@@ -175,8 +175,8 @@ class Uplink:
             figures, written = answer.instances, answer.written_bytes
         except (HostGoneError, HostRefusedError):
             why = await asyncio.to_thread(host_api.why_not, self._device.places.runtime)
-            said = f"; it did not start, and says: {why}" if why else ""
-            problems.insert(0, f"the host does not run: no instance answers{said}")
+            reason = f"; it did not start: {why}" if why else ""
+            problems.insert(0, f"the host does not run, so no instance answers{reason}")
         resources = await asyncio.to_thread(
             device_info.device_resources, self._device.places.state, host_written_bytes=written
         )
@@ -196,15 +196,15 @@ class Uplink:
         )
 
     def _kept(self) -> list[str]:
-        """Sentences about items that run on, by the owner's policy, although something speaks against them."""
+        """Describe items that violate a rule but keep running by the owner's policy."""
         return [
-            f"{each.instance} goes on running, as this device's policy says ({each.code}): {each.message}"
+            f"{each.instance} keeps running, as this device's policy allows ({each.code}): {each.message}"
             for each in self._state.violations
             if self._state.in_force(each) is not None
         ]
 
     def _with_phase(self, figure: InstanceHealth) -> InstanceHealth:
-        """Add to the host's figure what only the agent knows: the phase, and the manifest of that generation."""
+        """Add to the host's figures the instance's phase and manifest, which only the agent knows."""
         active = self._state.active.get(figure.instance)
         committed = self._state.committed.get(figure.instance)
         manifest = committed.item.manifest_sha256 if committed is not None else ""

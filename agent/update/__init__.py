@@ -1,1 +1,1 @@
-"""The board's update machine: pure functions over frozen data, no clock, no I/O, no logging."""
+"""Updates of the device: assignments, verification, the update machine, effects, and the stored state."""

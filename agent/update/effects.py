@@ -1,8 +1,8 @@
 """Effects of the update machine: fetch, verify, compile, swap, watch, commit, revert, stop; and eviction.
 
-Each effect is one coroutine that ends in an `EffectResult`. Nothing here decides or remembers. An expected
-failure is a result with a typed code; an exception that leaves this module is a bug of the agent's own. Every effect
-may be repeated from its start: after a power cut it is.
+Each effect is a coroutine that returns an `EffectResult`. Effects make no decisions and keep no state. An expected
+failure is a result with a code; an exception that leaves this module is a bug in the agent. Every effect may be
+repeated from its start, as happens after a power cut.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ def _delayed(code: RejectCode, message: str) -> EffectResult:
 
 
 def _sound(path: Path, length: int, sha256: str) -> bool:
-    """Tell whether an artifact lies there as signed; one that was changed on the disk is removed."""
+    """Return whether an artifact on disk is as signed; remove one that was changed."""
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
@@ -61,7 +61,7 @@ def _sound(path: Path, length: int, sha256: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EffectContext:
-    """Everything that an effect needs beside its change.
+    """Context of an effect, besides its change.
 
     Attributes:
         progress: takes the percentage of a download, on the event loop.
@@ -95,7 +95,7 @@ class EffectRunner:
         clock: Callable[[], float],
         jitter: Callable[[], float],
     ) -> None:
-        """Make a runner.
+        """Prepare a runner.
 
         Args:
             places: directories of the agent.
@@ -126,7 +126,7 @@ class EffectRunner:
         return self._places.artifacts / f"{sha256}.wasm"
 
     async def run(self, effect: Effect, change: Change, context: EffectContext) -> EffectResult:
-        """Carry out one effect of a change.
+        """Carry out an effect of a change.
 
         STAGE, REMEMBER and CLOSE have nothing to carry out, and are not asked for.
         """
@@ -146,7 +146,7 @@ class EffectRunner:
         return await carry_out[effect]()
 
     async def fetch(self, change: Change, progress: Callable[[int], None]) -> EffectResult:
-        """Find the target in the signed metadata, judge it, and download its artifact unless it is here."""
+        """Find the target in the signed metadata, verify it, and download its artifact unless it is on disk."""
         assert change.item is not None
         item = change.item
         try:
@@ -183,7 +183,7 @@ class EffectRunner:
 
         def run() -> None:
             if _sound(into, length, sha256):
-                return  # another instance's change has just fetched it
+                return  # another instance's change has fetched it meanwhile
             with contextlib.suppress(CancelledError):
                 self._https.download(path, into, length=length, sha256=sha256, progress=received, cancelled=cancelled)
 
@@ -268,7 +268,7 @@ class EffectRunner:
         await asyncio.sleep(0)
 
     async def watch(self, change: Change) -> EffectResult:
-        """Probation: judge the figures each second, and at once when the guest traps."""
+        """Watch the probation: judge the figures each second, and at once when the guest traps."""
         assert change.manifest is not None
         health = change.manifest.health
         terms = Terms(
@@ -294,7 +294,7 @@ class EffectRunner:
             self._host.nudges.pop(change.instance, None)
 
     async def runs(self, change: Change) -> EffectResult:
-        """Look whether a new version that was found well before still runs."""
+        """Check whether a new version that has passed probation still runs."""
         try:
             figures = await self._figures()
         except HostGoneError as error:
@@ -368,10 +368,10 @@ class EffectRunner:
     async def revert(
         self, change: Change, before: Committed | None, renew: Callable[[Committed], Awaitable[Committed]]
     ) -> EffectResult:
-        """Go back to the committed item: to the warm previous generation if there is one, else from its image.
+        """Roll back to the committed item: to the previous generation if it is warm, else from its image.
 
         Args:
-            change: the change that is taken back.
+            change: the change to roll back.
             before: the committed item; None for none.
             renew: gives the committed item a generation under which it may be started beside a newer one.
         """

@@ -1,9 +1,10 @@
-"""Images: components compiled for this board, by this board, and checked before every use.
+"""Images: components compiled on this device for this device, and verified before every use.
 
-An image is native code, and loading a damaged one is code execution. So an image carries a MAC under a key that never
-leaves the board, over everything that made it and its own hash; it is copied into a sealed memfd, and the MAC is
-checked over *that*, since a file can change under a mapping. Files are written once, by rename, 0444. The compiler is a
-program of its own under limits: one that panics or eats memory is a refused update, and nothing else.
+An image is native code, so loading a manipulated one would execute foreign code. Each image has a MAC, under a key that
+never leaves the device, over all inputs of the compilation and the image's hash. Before use, the image is copied into a
+sealed memfd, and the MAC is checked against the copy, as a file can change while it is mapped. Files are written once,
+by rename, with mode 0444. The compiler is a separate program with limits: if it panics or uses too much memory, only
+the update is refused.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ STDERR_MAX_BYTES: Final = 16 * 1024
 
 
 def compiler() -> tuple[str, ...]:
-    """The compiler's command line; a unit without executable memory names another in `WASMFLEET_COMPILER`."""
+    """Return the compiler's command line; `WASMFLEET_COMPILER` overrides it, for units without executable memory."""
     return tuple(shlex.split(os.environ.get(COMPILER_VARIABLE, ""))) or (
         sys.executable,
         "-m",
@@ -46,10 +47,10 @@ def compiler() -> tuple[str, ...]:
 
 
 class ImageError(Exception):
-    """An image could not be made, or may not be used.
+    """An image could not be made, or must not be used.
 
     Attributes:
-        code: from the vocabulary of reports.
+        code: reason, from the vocabulary of reports.
     """
 
     def __init__(self, code: RejectCode, message: str) -> None:
@@ -59,7 +60,7 @@ class ImageError(Exception):
 
 
 class _Note(msgspec.Struct, frozen=True, kw_only=True):
-    """What lies beside an image."""
+    """Metadata stored beside an image."""
 
     artifact: str
     manifest: str
@@ -70,7 +71,7 @@ class _Note(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _CompilerSaid(msgspec.Struct, frozen=True):
-    """The compiler's one line on stderr."""
+    """Result line of the compiler on stderr."""
 
     message: str = ""
     code: str = ""
@@ -79,26 +80,26 @@ class _CompilerSaid(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What compiles and runs here, as the compiler describes itself; any difference makes other images."""
+    """Description of the engine by the compiler; images are specific to all of it."""
 
     facts: dict[str, Any]
 
     @property
     def digest(self) -> str:
-        """Its identity."""
+        """Hash of the description; part of each image's name."""
         return wire.digest(self.facts)
 
     @property
     def version(self) -> str:
-        """Wasmtime's version."""
+        """Version of Wasmtime."""
         return str(self.facts.get("engine", ""))
 
 
 def load_key(path: Path) -> bytes:
-    """The board's MAC key; made when there is none yet, or a damaged one.
+    """Load the device's MAC key, or make one if there is none or it is damaged.
 
     Raises:
-        ImageError: it cannot be read or written.
+        ImageError: the file cannot be read or written, or is damaged.
     """
     try:
         if path.exists() and not _is_key(path.read_bytes()):
@@ -111,13 +112,13 @@ def load_key(path: Path) -> bytes:
 
 
 def _is_key(data: bytes) -> bool:
-    """Tell whether a file holds a key: zeros are what a power cut leaves, and everybody knows them."""
+    """Return whether a file holds a key; a power cut may leave zeros, which are not a secret."""
     return len(data) == KEY_BYTES and any(data)
 
 
 @dataclass(frozen=True, slots=True)
 class DamagedImage:
-    """An image that was found changed on the disk, and removed: of which artifact (sha256), and why."""
+    """Image that was changed on disk and has been removed: its artifact (sha256), and the reason."""
 
     artifact: str
     message: str
@@ -131,10 +132,10 @@ class OpenImage(NamedTuple):
 
 
 class ImageStore:
-    """The images of one board.
+    """Store of the device's images.
 
     Attributes:
-        damaged: every damaged image that was found; read by whoever reports them.
+        damaged: damaged images that were found, for their reporter.
     """
 
     def __init__(
@@ -145,13 +146,13 @@ class ImageStore:
         memory_bytes: int,
         seconds: int,
     ) -> None:
-        """Images in `directory`, under the MAC `key`.
+        """Use the images in `directory`.
 
         Args:
-            directory: made when it does not exist.
-            key: known to this board only.
-            memory_bytes: of the compiler's data.
-            seconds: of the compiler, CPU and wall-clock.
+            directory: created if it does not exist.
+            key: MAC key, known only to this device.
+            memory_bytes: limit of the compiler's memory.
+            seconds: limit of the compiler's CPU time and of its elapsed time.
         """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
@@ -162,7 +163,7 @@ class ImageStore:
         self._engines: dict[bool, Engine] = {}
 
     async def engine(self, *, fuel: bool = False) -> Engine:
-        """What compiles here; asked once for components with a fuel limit and once for those without.
+        """Return the engine's description, from the compiler at the first call, for components with or without fuel.
 
         Raises:
             ImageError: NO_ENGINE, with the reason.
@@ -170,11 +171,13 @@ class ImageStore:
         if fuel not in self._engines:
             out, err, code = await self._run(("--describe", *_fuel(fuel)), b"", DESCRIBE_MAX_S)
             if code != 0:
-                raise ImageError(RejectCode.NO_ENGINE, f"no engine on this board: {_last_line(err) or f'exit {code}'}")
+                raise ImageError(RejectCode.NO_ENGINE, f"no engine on this device: {_last_line(err) or f'exit {code}'}")
             try:
                 self._engines[fuel] = Engine(msgspec.json.decode(out, type=dict[str, Any]))
             except wire.JSON_ERRORS as error:
-                raise ImageError(RejectCode.NO_ENGINE, f"the compiler does not describe itself: {error}") from error
+                raise ImageError(
+                    RejectCode.NO_ENGINE, f"the compiler's description of the engine cannot be read: {error}"
+                ) from error
         return self._engines[fuel]
 
     async def _run(self, arguments: tuple[str, ...], data: bytes, seconds: float) -> tuple[bytes, bytes, int]:
@@ -188,7 +191,7 @@ class ImageStore:
                 limit=CHUNK_BYTES,
             )
             try:
-                # The compiler waits for its input, so the limits hold before it sees a byte.
+                # The compiler waits for its input, so the limits are set before it reads a byte.
                 self._confine(process.pid)
                 async with asyncio.timeout(seconds):
                     out, _ = await process.communicate(data)
@@ -217,13 +220,13 @@ class ImageStore:
         return hmac.new(self._key, bare, hashlib.sha256).hexdigest()
 
     async def make(self, artifact: Path, *, sha256: str, manifest_sha256: str, fuel: bool = False) -> None:
-        """Compile an artifact, unless a sound image of it is there.
+        """Compile an artifact, unless there is an intact image of it.
 
         Args:
-            artifact: the file; its bytes are hashed again before they are compiled.
-            sha256: what they must hash to.
-            manifest_sha256: bound into the image.
-            fuel: whether the manifest limits instructions.
+            artifact: file, hashed again before it is compiled.
+            sha256: of the artifact.
+            manifest_sha256: of the manifest, bound into the image.
+            fuel: compile for a limited number of instructions.
 
         Raises:
             ImageError: HASH_MISMATCH, NO_ENGINE, COMPILE_FAILED, COMPILE_LIMIT, NOT_A_COMPONENT or NO_SPACE.
@@ -238,12 +241,12 @@ class ImageStore:
         except OSError as error:
             raise ImageError(RejectCode.NOT_FOUND, f"cannot read {artifact}: {error.strerror}") from error
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise ImageError(RejectCode.HASH_MISMATCH, f"{artifact} was changed on this board's disk")
+            raise ImageError(RejectCode.HASH_MISMATCH, f"{artifact} was changed on this device's disk")
         image, err, code = await self._run(_fuel(fuel), data, self._seconds)
         if code != 0:
             raise _compiler_failed(code, err)
         if not image or len(image) > bounds.IMAGE_MAX_BYTES:
-            raise ImageError(RejectCode.COMPILE_LIMIT, f"the compiled image has {len(image)} bytes")
+            raise ImageError(RejectCode.COMPILE_LIMIT, f"the compiled image is too large: {len(image)} bytes")
         note = _Note(
             artifact=sha256,
             manifest=manifest_sha256,
@@ -263,11 +266,11 @@ class ImageStore:
             atomic_write(self._directory / f"{name}{suffix}", data, mode=0o444)
 
     async def open(self, *, sha256: str, manifest_sha256: str, fuel: bool = False) -> OpenImage:
-        """Open the image as a sealed memfd, checked; the caller closes it.
+        """Return a sealed memfd of the verified image; the caller closes it.
 
         Raises:
-            ImageError: NOT_FOUND when there is none for this engine; IMAGE_DAMAGED when its MAC does not hold (the
-                image is then removed, so that it is made anew); NO_ENGINE.
+            ImageError: NOT_FOUND: no image for this engine; IMAGE_DAMAGED: its MAC does not match (the image is
+                removed, so that it is compiled again); NO_ENGINE.
         """
         name = self._key_of(sha256, manifest_sha256, await self.engine(fuel=fuel))
         try:
@@ -293,30 +296,30 @@ class ImageStore:
         )
         if not sound:
             os.close(opened.descriptor)
-            raise self._remove(name, "the image was changed on this board's disk: its MAC does not hold")
+            raise self._remove(name, "the image was changed on this device's disk: its MAC does not match")
         with contextlib.suppress(OSError):
             os.utime(image)  # for the least-recently-used eviction
         return opened
 
     def _remove(self, name: str, message: str) -> ImageError:
-        """Remove a damaged image, so that it is never used and made anew; return the error to raise."""
+        """Remove a damaged image, so that it is compiled again; return the error to raise."""
         for suffix in (".json", ".cwasm"):
             with contextlib.suppress(OSError):
                 (self._directory / f"{name}{suffix}").unlink()
         return ImageError(RejectCode.IMAGE_DAMAGED, message)
 
     async def name(self, sha256: str, manifest_sha256: str, *, fuel: bool = False) -> str:
-        """The file name (without suffix) of an image, for `evict`."""
+        """Return the file name (without suffix) of an image, for `evict`."""
         return self._key_of(sha256, manifest_sha256, await self.engine(fuel=fuel))
 
 
 def evict(images: Path, artifacts: Path, *, keep: set[str], budget_bytes: int) -> int:
-    """Remove least recently used files until both directories fit the budget; what is in `keep` stays.
+    """Remove least recently used files until both directories fit the budget, except those in `keep`.
 
     Args:
         images: directory of images.
         artifacts: directory of artifacts.
-        keep: stems of files that run, may be gone back to, or are being fetched.
+        keep: stems of files that are in use, needed for a rollback, or being fetched.
         budget_bytes: for both together.
 
     Returns:
@@ -341,7 +344,7 @@ def evict(images: Path, artifacts: Path, *, keep: set[str], budget_bytes: int) -
 
 
 def _seal(image: Path, length: int) -> OpenImage:
-    """Copy the image into a memfd, seal it, and hash what is in there."""
+    """Copy the image into a memfd, seal it, and hash the copy."""
 
     def copy(descriptor: int) -> None:
         with image.open("rb") as file:
@@ -380,7 +383,7 @@ def _last_line(err: bytes) -> str:
 def _compiler_failed(status: int, err: bytes) -> ImageError:
     line = _last_line(err)
     if status < 0:
-        why = f"the compiler was stopped by signal {-status} (a limit, or a fault of its own)"
+        why = f"the compiler was killed by signal {-status} (a limit, or an internal error)"
         return ImageError(RejectCode.COMPILE_LIMIT, f"{why}{': ' + line if line else ''}")
     code = RejectCode.COMPILE_FAILED
     lines = err.decode(errors="replace").strip().splitlines()

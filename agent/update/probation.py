@@ -16,7 +16,7 @@ MEMORY_FACTOR: Final = 4
 MEMORY_FLOOR_BYTES: Final = 64 * 1024 * 1024
 RESTARTS_MAX: Final = 1
 MISSES_MAX: Final = 1
-"""Bad answers of the health check that are forgiven: a single one may be caused by a peripheral or by the device."""
+"""Failed health checks that are tolerated: a single failure may be caused by a peripheral or by the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from fleet.protocol.messages import Report
 
 
 class ReportSink(Protocol):
-    """Whoever acts on changes of this device (`agent.report.uplink.Uplink`). Neither method waits for anything."""
+    """Receiver of changes of this device (`agent.report.uplink.Uplink`). Neither method blocks."""
 
     def saved(self, report: Report | None = None) -> None:
         """Note that a report was stored."""
@@ -19,7 +19,7 @@ class ReportSink(Protocol):
 
 
 class Problems:
-    """Current problems, one for each source."""
+    """Current problems of this device, at most one for each source."""
 
     name = "problems"
 
@@ -29,17 +29,17 @@ class Problems:
         self._changed = asyncio.Event()
 
     def set(self, source: str, text: str) -> None:
-        """Note the problem of a source, in place of its earlier one."""
+        """Set the problem of a source, in place of an earlier one."""
         self._texts[source] = text
         self._changed.set()
 
     def clear(self, source: str) -> None:
-        """Note that a source has no problem any more."""
+        """Remove the problem of a source."""
         self._texts.pop(source, None)
         self._changed.set()
 
     def text(self, source: str) -> str:
-        """Return the problem of one source; empty for none."""
+        """Return the problem of a source; empty for none."""
         return self._texts.get(source, "")
 
     def texts(self) -> list[str]:
@@ -47,13 +47,13 @@ class Problems:
         return list(self._texts.values())
 
     async def run(self) -> None:
-        """Store the problems whenever they change, so that `why` can tell them while no agent runs."""
+        """Store the problems whenever they change, so that `why` can show them while no agent runs."""
         while True:
             await self._changed.wait()
             self._changed.clear()
             await self.save()
 
     async def save(self) -> None:
-        """Store the problems as they are now; a disk that takes nothing is a problem that `why` finds by itself."""
+        """Store the current problems; errors are ignored, as `why` will report an unusable store by itself."""
         with contextlib.suppress(StoreError):
             await self._db(Store.set_problems, self.texts())

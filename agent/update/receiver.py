@@ -1,9 +1,9 @@
-"""Receiver of assignments: judges each one, wherever it came from, and hands accepted ones to the reconciler.
+"""Receiver of assignments: verifies each, from any source, and passes accepted ones to the reconciler.
 
-Assignments come over MQTT (`down/desired`), over HTTPS (`/v1/desired`) and in offline bundles, and none of these ways
-is trusted. A refusal is reported once, with its typed code, and running components go on. A device whose clock is not
-set cannot see that somebody keeps newer assignments from it: it asks the director with a nonce, and acts on an
-assignment only once a freshness statement for that nonce has come.
+Assignments come over MQTT (`down/desired`), over HTTPS (`/v1/desired`) and in offline bundles, none of which is
+trusted. A refusal is reported once, with its code, and running components are not affected. A device whose clock is not
+set cannot detect that newer assignments are withheld: it sends the director a nonce, and acts on an assignment only
+once it has a freshness statement for that nonce.
 """
 
 import asyncio
@@ -44,22 +44,22 @@ from signing.verifier import Accepted
 log = logging.getLogger("agent.update.receiver")
 
 FRESH_S: Final = 20.0
-"""How long an accepted assignment waits for its freshness statement: a hello and its reply, with a slow link."""
+"""Time that an accepted assignment waits for its freshness statement: a hello and its reply over a slow link."""
 
 SAME_S: Final = 30.0
-"""How long the same envelope by another way (MQTT and HTTPS) is not judged again."""
+"""Time in which the same envelope over the other channel (MQTT or HTTPS) is not verified again."""
 
 RETRY_S: Final = (5.0, 30.0)
 BROKER_SLACK: Final = timedelta(minutes=2)
-"""How much later than HTTPS the broker may bring an assignment before it is suspected."""
+"""Delay of the broker behind HTTPS after which it is suspected of withholding an assignment."""
 
 AWAY_FIRST_S: Final = 5.0
-"""Delay before the first retry at a server that did not answer, doubled each time."""
+"""Delay before the first retry after a server did not answer; doubled each time."""
 
 REFUSALS_MAX: Final = 256
 
 ARRIVALS_MAX: Final = 64
-"""Messages of the broker that wait to be judged; one more is dropped, and HTTPS is asked instead."""
+"""Maximum number of waiting messages from the broker; further ones are dropped, and HTTPS is polled instead."""
 
 _NOT_THE_DIRECTORS: Final = frozenset(
     {
@@ -74,26 +74,26 @@ _NOT_THE_DIRECTORS: Final = frozenset(
     }
 )
 
-_NO_BUNDLES: Final = "this device's owner allows no bundles: [policy] bundles = true in agent.toml does"
+_NO_BUNDLES: Final = "the device's owner does not allow bundles: see [policy] bundles in agent.toml"
 
 
 @dataclass(frozen=True, slots=True)
 class AssignmentArrived:
-    """The broker brought an assignment."""
+    """Assignment received from the broker."""
 
     envelope: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class FreshnessArrived:
-    """The broker brought a freshness statement for a nonce of this device."""
+    """Freshness statement received from the broker, for a nonce of this device."""
 
     envelope: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PollAnswered:
-    """HTTPS brought an assignment, with a freshness statement for the nonce of that request."""
+    """Assignment received over HTTPS, with a freshness statement for the nonce of that request."""
 
     envelope: bytes
     statement: bytes
@@ -102,7 +102,7 @@ class PollAnswered:
 
 @dataclass(frozen=True, slots=True)
 class BundleArrived:
-    """An offline bundle may have been laid out."""
+    """Notification that an offline bundle may have been staged."""
 
 
 Input = AssignmentArrived | FreshnessArrived | PollAnswered | BundleArrived
@@ -110,7 +110,7 @@ Input = AssignmentArrived | FreshnessArrived | PollAnswered | BundleArrived
 
 @dataclass(frozen=True, slots=True)
 class _Unvouched:
-    """An accepted assignment that waits for its freshness statement until `until` (loop time)."""
+    """Accepted assignment that waits for its freshness statement until `until` (loop time)."""
 
     accepted: Accepted
     envelope: bytes
@@ -122,10 +122,10 @@ class Presence(Protocol):
 
     @property
     def connected(self) -> bool:
-        """Whether the broker is connected."""
+        """True while the broker is connected."""
 
     async def hello(self, nonce: str) -> bool:
-        """Ask for a freshness statement; return false when there is no connection."""
+        """Ask for a freshness statement; return False without a connection."""
 
 
 def _verdict(accepted: Accepted | None, refusal: Rejected | StoreError | None) -> BundleVerdict:
@@ -145,7 +145,7 @@ def _use_nonce(store: Store, nonce: str) -> None:
 
 
 class AssignmentReceiver:
-    """Judge of assignments, one after another."""
+    """Receiver of assignments; verifies them one after another."""
 
     name = "assignments"
 
@@ -164,20 +164,20 @@ class AssignmentReceiver:
         problems: Problems,
         sink: ReportSink,
     ) -> None:
-        """Prepare a receiver; `run` works through what `post` puts in, and polls over HTTPS.
+        """Prepare a receiver; `run` handles the inputs of `post`, and polls over HTTPS.
 
         Args:
             device: this device.
-            settings: the owner's; in production mode an assignment without a freshness statement is not acted on.
-            clock: reference time; where it is trustworthy, no freshness statement is needed.
+            settings: configuration; in production mode, an assignment without a freshness statement is not acted on.
+            clock: reference time; if it is trustworthy, no freshness statement is needed.
             trust: verifier, called on the database thread.
             source: HTTPS and the bundle.
             db: the store.
-            reconciler: given what is to run, and violations of what runs.
+            reconciler: receives accepted assignments and violations.
             presence: sends nonces.
-            renewal: told when the server demands another certificate.
-            problems: shows what keeps this device from its newest assignment.
-            sink: told of each report.
+            renewal: notified when the server requires another certificate.
+            problems: lists what prevents this device from following its newest assignment.
+            sink: notified of each report.
         """
         self._device = device
         self._settings = settings
@@ -198,9 +198,9 @@ class AssignmentReceiver:
         self._refusals: set[tuple[str, str]] = set()
 
     def post(self, item: Input) -> None:
-        """Put something into the inbox; never waits. Messages of the broker beyond ARRIVALS_MAX are dropped."""
+        """Put an input into the inbox without waiting; beyond ARRIVALS_MAX, the broker's messages are dropped."""
         if isinstance(item, AssignmentArrived | FreshnessArrived) and self.inbox.qsize() >= ARRIVALS_MAX:
-            log.warning("dropped a message of the broker: %d wait to be judged already", ARRIVALS_MAX)
+            log.warning("dropped a message from the broker: %d are already waiting", ARRIVALS_MAX)
             self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311 - jitter, not a secret
             return
         self.inbox.put_nowait(item)
@@ -210,17 +210,17 @@ class AssignmentReceiver:
         self._due.set()
 
     def refresh_later(self, seconds: float) -> None:
-        """Poll over HTTPS after a while."""
+        """Poll over HTTPS after `seconds`."""
         asyncio.get_running_loop().call_later(seconds, self._due.set)
 
     async def new_nonce(self) -> str:
-        """Return a nonce for the next hello; only the newest counts."""
+        """Return a nonce for the next hello; only the newest is valid."""
         self._nonce = secrets.token_hex(16)
         await self._db(_use_nonce, self._nonce)
         return self._nonce
 
     async def run(self) -> None:
-        """Go on with what was accepted earlier, then judge and poll, for ever."""
+        """Resume the accepted assignment, then verify inputs and poll, forever."""
         await self.resume()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._poll_regularly())
@@ -228,7 +228,7 @@ class AssignmentReceiver:
             tasks.create_task(self.work())
 
     async def resume(self) -> None:
-        """Carry on with the assignment that was accepted before this start; needs no network."""
+        """Resume the assignment that was accepted before this start; needs no network."""
         await self._look_for_violations()
         envelope = await self._db(Store.envelope)
         assignment = None if envelope is None else remembered_assignment(envelope)
@@ -237,11 +237,11 @@ class AssignmentReceiver:
 
     @property
     def awaits_freshness(self) -> bool:
-        """Whether an accepted assignment waits for its freshness statement."""
+        """True while an accepted assignment waits for its freshness statement."""
         return self._unvouched is not None
 
     async def work(self) -> None:
-        """Handle the inbox, for ever."""
+        """Handle the inbox, forever."""
         while True:
             item = await self._next()
             if item is None:
@@ -250,7 +250,7 @@ class AssignmentReceiver:
             try:
                 await self._handle(item)
             except Exception:
-                # The broker's may be unsigned and retained: one that ended the agent would end it at each start.
+                # A broker's message may be unsigned and retained: if it ended the agent, it would do so at each start.
                 if isinstance(item, PollAnswered | BundleArrived):
                     raise
                 channel = Down.DESIRED if isinstance(item, AssignmentArrived) else Down.FRESH
@@ -259,7 +259,7 @@ class AssignmentReceiver:
                 self.inbox.task_done()
 
     async def _next(self) -> Input | None:
-        """Return the next input; None once the assignment that waits has waited long enough."""
+        """Return the next input; None once the waiting assignment has waited long enough."""
         try:
             async with asyncio.timeout_at(None if self._unvouched is None else self._unvouched.until):
                 return await self.inbox.get()
@@ -269,7 +269,7 @@ class AssignmentReceiver:
     async def _handle(self, item: Input) -> None:
         match item:
             case AssignmentArrived(envelope):
-                self._problems.clear("broker")  # whatever becomes of this one, the broker is not silent
+                self._problems.clear("broker")  # even if the message is refused, the broker is not silent
                 await self._judge(envelope)
             case FreshnessArrived(envelope):
                 await self._judge_freshness(envelope)
@@ -284,7 +284,7 @@ class AssignmentReceiver:
     # HTTPS
 
     async def _poll_regularly(self) -> None:
-        """Poll at the start, when told to, and at intervals; sooner where nobody answered."""
+        """Poll at the start, on request, and at intervals; sooner after a poll without an answer."""
         backoff_s = AWAY_FIRST_S
         while True:
             self._due.clear()
@@ -298,14 +298,14 @@ class AssignmentReceiver:
                     await self._due.wait()
 
     async def _poll_after_renewals(self) -> None:
-        """Poll at once with a new certificate: the server may have refused the earlier one."""
+        """Poll at once with a renewed certificate, as the server may have refused the old one."""
         while True:
             await self._renewal.renewed.wait()
             self._renewal.renewed.clear()
             self.refresh()
 
     async def poll(self) -> bool:
-        """Fetch the assignment over HTTPS once, into the inbox; return false when nobody answered."""
+        """Fetch the assignment over HTTPS into the inbox; return False if the server did not answer."""
         nonce = secrets.token_hex(16)
         path = f"/v1/desired?nonce={nonce}"
         try:
@@ -324,38 +324,38 @@ class AssignmentReceiver:
         return True
 
     def _suspect_broker(self, envelope: bytes) -> None:
-        """Say so where the broker, which is connected, should have brought this assignment long before HTTPS did."""
+        """Report a problem if the connected broker should have delivered an assignment long before HTTPS did."""
         found = remembered_assignment(envelope)
         if found is None or not self._presence.connected or self._clock.now() - found.issued < BROKER_SLACK:
             return
         text = (
-            f"the broker kept assignment {found.version} of {found.issued:%Y-%m-%d %H:%M} UTC from this device: "
+            f"the broker withheld assignment {found.version} of {found.issued:%Y-%m-%d %H:%M} UTC from this device: "
             "HTTPS brought it"
         )
         if not self._problems.text("broker"):
             log.warning("%s", text)
         self._problems.set("broker", text)
 
-    # Judging
+    # Verification
 
     async def _judge(self, envelope: bytes, *, statement: bytes = b"", nonce: str = "") -> None:
-        """Judge an assignment, persist it, and act on it once it is known to be current; report a refusal once.
+        """Verify an assignment, persist it, and act on it once it is known to be current; report a refusal once.
 
         Args:
-            envelope: as it was received.
-            statement: freshness statement that came along; empty for none.
-            nonce: that the statement must be for.
+            envelope: as received.
+            statement: freshness statement received with it; empty for none.
+            nonce: the nonce that the statement must answer.
         """
         now = asyncio.get_running_loop().time()
         if envelope == self._acted_on[0] and now - self._acted_on[1] < SAME_S:
             return
         if self._unvouched is not None and envelope == self._unvouched.envelope and not statement:
-            return  # repeating it does not make it wait longer
+            return  # receiving it again does not make it wait longer
         accepted = await self._accept(envelope)
         await self._look_for_violations()
         if accepted is None:
             return
-        self._unvouched = None  # this one has taken its place
+        self._unvouched = None  # replaced by this assignment
         if (statement and await self._is_fresh(statement, nonce, accepted.sha256)) or self._clock.is_trustworthy():
             await self._act(accepted, envelope)
         elif await self._presence.hello(await self.new_nonce()):
@@ -370,9 +370,9 @@ class AssignmentReceiver:
             await self._refused(envelope, error)
             return None
         except StoreError as error:
-            # Nothing is accepted that cannot be remembered: running components go on, and HTTPS is asked again.
+            # An assignment that cannot be stored is not accepted: components keep running, and HTTPS is polled again.
             self._problems.set("assignment", str(error))
-            log.error("%s", error)  # noqa: TRY400 - said in the message
+            log.error("%s", error)  # noqa: TRY400 - the message contains the error
             self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311 - jitter, not a secret
             return None
         self._problems.clear("assignment")
@@ -384,11 +384,11 @@ class AssignmentReceiver:
         await self._reconciler.desire(accepted.assignment)
 
     async def _look_for_violations(self) -> None:
-        """Compare what runs with what is known by now; no stop waits for a new assignment."""
+        """Check running components against the current metadata, without waiting for a new assignment."""
         try:
             await self._reconciler.hold(await self._db(_violations, self._trust, self._settings.policy))
         except StoreError as error:
-            log.error("cannot check what runs against revocations: %s", error)  # noqa: TRY400 - said in the message
+            log.error("cannot check running components for revocations: %s", error)  # noqa: TRY400 - the message contains the error
 
     # Freshness
 
@@ -408,8 +408,8 @@ class AssignmentReceiver:
             # A reply to an earlier nonce of this device is normal.
             log.log(logging.DEBUG if error.code is RejectCode.REPLAY else logging.INFO, "not fresh: %s", error)
             if error.code is RejectCode.FREEZE:
-                # Either a newer assignment is on its way, or somebody keeps it from this device: HTTPS tells.
-                text = f"this device may be kept from its newest assignment: {error.message}"
+                # Either a newer assignment is on its way, or it is withheld from this device: poll HTTPS to find out.
+                text = f"the newest assignment may be withheld from this device: {error.message}"
                 self._problems.set("fresh", text)
                 self.refresh_later(random.uniform(1, 3))  # noqa: S311 - jitter, not a secret
             return False
@@ -423,7 +423,7 @@ class AssignmentReceiver:
 
     async def _not_vouched_for(self, accepted: Accepted, envelope: bytes) -> None:
         version = accepted.assignment.version
-        text = f"assignment {version}: nobody vouched that it is current, and this device's clock is not set"
+        text = f"assignment {version}: it is not proved to be current, and this device's clock is not set"
         self._problems.set("fresh", text)
         log.warning("%s", text)
         if self._settings.production:
@@ -434,41 +434,41 @@ class AssignmentReceiver:
     # Bundles
 
     async def _judge_bundle(self) -> None:
-        """Judge the assignment of an offline bundle that was laid out; nobody vouches that it is current."""
+        """Verify the assignment of a staged offline bundle, without proof that it is current."""
         envelope = await self._db.run(self._source.bundle.envelope)
         if envelope is None:
             return
         accepted, refusal = None, None
         try:
             if not self._settings.policy.bundles:
-                raise Rejected(RejectCode.FREEZE, _NO_BUNDLES)  # noqa: TRY301 - refused like everything else
+                raise Rejected(RejectCode.FREEZE, _NO_BUNDLES)  # noqa: TRY301 - handled like other refusals
             accepted = await self._db.run(self._trust.accept, envelope, bundle=True)
         except (Rejected, StoreError) as error:
             refusal = error
-            log.error("the bundle was refused: %s", error)  # noqa: TRY400 - said in the message
+            log.error("the bundle was refused: %s", error)  # noqa: TRY400 - the message contains the error
         await self._look_for_violations()
         if accepted is not None:
             version = accepted.assignment.version
             ended = await self._db.run(self._trust.ended)
             past = "" if ended is None else f" whose metadata ended on {ended:%Y-%m-%d %H:%M} UTC"
-            text = f"assignment {version} came in a bundle{past}: nobody vouched that it is current"
+            text = f"assignment {version} came in a bundle{past}: it is not proved to be current"
             log.warning("%s", text)
             await self._report(state.about(self._device, assignment=version, phase=Phase.IDLE, message=text))
             await self._reconciler.desire(accepted.assignment)
-        with contextlib.suppress(OSError):  # the bundle is then judged again at the next start
+        with contextlib.suppress(OSError):  # the bundle is then verified again at the next start
             await self._db.run(self._source.bundle.done, _verdict(accepted, refusal))
 
     # Reports
 
     async def _refused(self, envelope: bytes, error: Rejected) -> None:
         if error.code in {RejectCode.UNREACHABLE, RejectCode.TOO_SLOW}:
-            log.warning("the assignment cannot be judged now: %s", error.message)
+            log.warning("the assignment cannot be verified now: %s", error.message)
             self._problems.set("assignment", f"the fleet's metadata cannot be fetched: {error.message}")
             self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311 - jitter, not a secret
             return
         self._problems.set(
             "assignment",
-            f"nothing is updated until it is renewed, and what runs goes on: {error.message}"
+            f"no updates until the metadata is renewed; running components are not affected: {error.message}"
             if error.code is RejectCode.EXPIRED
             else f"an assignment was refused ({error.code}): {error.message}",
         )
@@ -494,7 +494,7 @@ class AssignmentReceiver:
         await self._report(report)
 
     async def _version_meant(self, claimed: Assignment | None, code: RejectCode) -> int:
-        """Return the version that was refused; what the director did not sign counts for nothing."""
+        """Return the version that was refused; 0 if the director did not sign it."""
         if claimed is None or code in _NOT_THE_DIRECTORS:
             return await self._db(Store.counter, "accepted")
         return claimed.version
@@ -506,22 +506,22 @@ class AssignmentReceiver:
 
 
 class BundleListener:
-    """Listener for offline bundles: one that was applied while no agent ran, and those of `fleet-agent apply`."""
+    """Listener for offline bundles: one applied before the agent started, and those of `fleet-agent apply`."""
 
     name = "bundles"
 
     def __init__(self, wake: Path, receiver: AssignmentReceiver) -> None:
-        """`wake` is where the FIFO is made by which `fleet-agent apply` wakes the agent."""
+        """Prepare a listener; `wake` is the path of the FIFO through which `fleet-agent apply` wakes the agent."""
         self._wake = wake
         self._receiver = receiver
 
     async def run(self) -> None:
-        """Have the receiver judge bundles, for ever."""
+        """Have the receiver verify bundles, forever."""
         self._receiver.post(BundleArrived())
         try:
             descriptor = bundle.listen(self._wake)
         except OSError as error:
-            log.warning("cannot be told of bundles: %s", error)
+            log.warning("cannot listen for bundles: %s", error)
             return
         loop = asyncio.get_running_loop()
         try:

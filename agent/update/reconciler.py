@@ -1,6 +1,6 @@
 """Reconciler: brings the device to its desired state; the only writer of `DeploymentState`.
 
-One task takes typed inputs from one queue. Every input leads to steps (`agent.update.state.transition`). A step is
+A single task takes typed inputs from a queue. Every input leads to steps (`agent.update.state.transition`). A step is
 persisted in one transaction together with the report about it; then memory follows, then the report is handed on, and
 only then the effect of the step is started. An effect is a task of its own, so that nothing holds up a removal or a
 security stop; its result comes back through the queue, with the serial of the step that started it. After each input
@@ -12,7 +12,7 @@ cannot be persisted is not taken; on a full disk it is repeated until there is r
 A committed item that violates what publishers or the device's owner allow is stopped, or kept where the owner says so.
 No network is needed for that: first the item is no longer committed, then the host is asked to stop the instance. If
 power fails in between, nothing starts the instance again, and a host that still runs it is asked to stop everything
-that belongs to nothing.
+that is not committed.
 """
 
 import asyncio
@@ -62,10 +62,10 @@ STORE_AGAIN_S: Final = 30.0
 _SUPERSEDABLE: Final = frozenset({Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED, Phase.PROBATION})
 
 _GATED: Final = frozenset({(Phase.STAGED, Event.DONE), (Phase.PROBATION, Event.WELL)})
-"""Results that wait at the barrier of an atomic set."""
+"""Events of results that wait at the barrier of an atomic set."""
 
 _NEW_VERSION_RUNS: Final = frozenset({Phase.SWAPPING, Phase.PROBATION, Phase.COMMITTED})
-"""Phases in which a stop would end the next version too: going back then stops both."""
+"""Phases in which a stop would also end the next version: a rollback then stops both."""
 
 
 # Inputs
@@ -143,7 +143,7 @@ class Reconciler:
     def __init__(
         self,
         *,
-        board: DeviceContext,
+        device: DeviceContext,
         store: Store,
         worker: Run,
         carrier: EffectRunner,
@@ -154,15 +154,15 @@ class Reconciler:
         """Make a reconciler.
 
         Args:
-            board: the device.
+            device: this device.
             store: used on `worker` only.
             worker: the thread for SQLite.
             carrier: carries out effects.
-            sink: is told of stored reports.
+            sink: notified of stored reports.
             on_revoked: the owner's policy for a committed item with a violation.
             state: filled by `recover`, and written by this object only; others may read it.
         """
-        self._device = board
+        self._device = device
         self._store = store
         self._db = worker
         self._effects = carrier
@@ -180,7 +180,7 @@ class Reconciler:
         self._timer: asyncio.TimerHandle | None = None
         self._delayed: set[asyncio.TimerHandle] = set()
 
-    # For others
+    # Interface
 
     def post(self, item: Input) -> None:
         """Hand over an input; on the event loop's thread."""
@@ -196,22 +196,22 @@ class Reconciler:
 
     @property
     def problems(self) -> list[str]:
-        """Items that go on running in spite of a violation, as sentences."""
+        """Sentences about items that keep running in spite of a violation."""
         return [
-            f"{each.instance} goes on running, as this device's policy says ({each.code}): {each.message}"
+            f"{each.instance} keeps running, as this device's policy allows ({each.code}): {each.message}"
             for each in self.state.violations
             if self.state.in_force(each) is not None
         ]
 
     @property
     def is_idle(self) -> bool:
-        """No input waits, no change is under way, and no instance is being stopped."""
+        """True if no input waits, no change is under way, and no instance is being stopped."""
         return self.inbox.empty() and not self._is_handling and not self.state.active and not self._stops
 
     # Life
 
     async def recover(self) -> None:
-        """Take up the state that the last run of the agent left; `run` does so unless it has been done."""
+        """Recover the state of the agent's last run; `run` does so unless it has been done."""
         self._recovered = True
         self.state.committed = {each.item.instance: each for each in await self._db(self._store.committed)}
         self.state.failed = {each.failure_key: each for each in await self._db(self._store.failed)}
@@ -225,7 +225,7 @@ class Reconciler:
             self._add(change, Event.INTERRUPTED)
 
     async def run(self) -> None:
-        """Handle inputs until cancelled; everything then stays as it stands, for `recover`."""
+        """Handle inputs until cancelled; the stored state then stays for `recover`."""
         try:
             if not self._recovered:
                 await self.recover()
@@ -254,7 +254,7 @@ class Reconciler:
         try:
             await self._dispatch(item)
         except StoreError as error:
-            log.error("retry in %.0f s: %s", STORE_AGAIN_S, error)  # noqa: TRY400 - said in the message
+            log.error("retry in %.0f s: %s", STORE_AGAIN_S, error)  # noqa: TRY400 - the message contains the error
             if not isinstance(item, DownloadProgress | ImageDamaged):
                 self._post_later(item)
 
@@ -287,20 +287,20 @@ class Reconciler:
         timer = asyncio.get_running_loop().call_later(STORE_AGAIN_S, due)
         self._delayed.add(timer)
 
-    # One change
+    # Changes
 
     def _add(self, change: Change, event: Event) -> None:
-        """Begin or take up a change."""
+        """Begin or resume a change."""
         active = self.state.active[change.instance] = ActiveChange(change, serial=next(self._serials))
         self.post(EffectFinished(change.instance, active.serial, EffectResult(event=event)))
 
     async def _finish(self, active: ActiveChange, result: EffectResult) -> None:
-        """Go on with a change whose effect has ended."""
+        """Continue a change whose effect has ended."""
         active.task = None
         phase = active.change.phase
         if result.event is None:
             reason = self._reason_of_cancel(active)
-            if reason is None:  # whatever spoke against the effect no longer does
+            if reason is None:  # the effect is no longer prevented
                 assert active.effect is not None
                 self._start(active, active.effect)
                 return
@@ -348,7 +348,7 @@ class Reconciler:
             try:
                 step = await self._apply(step)
             except StoreError as error:
-                log.error("%s: retry in %.0f s: %s", instance, STORE_AGAIN_S, error)  # noqa: TRY400 - said in the message
+                log.error("%s: retry in %.0f s: %s", instance, STORE_AGAIN_S, error)  # noqa: TRY400 - the message contains the error
                 self._post_later(EffectFinished(instance, active.serial, result))
                 return
             active.serial, active.effect = next(self._serials), step.effect
@@ -471,7 +471,7 @@ class Reconciler:
                 await self._open_gates()
             await self._note_committed()
         except StoreError as error:
-            log.error("cannot begin a change now, retry in %.0f s: %s", STORE_AGAIN_S, error)  # noqa: TRY400 - said in the message
+            log.error("cannot begin a change now, retry in %.0f s: %s", STORE_AGAIN_S, error)  # noqa: TRY400 - the message contains the error
             self._settle_later(STORE_AGAIN_S)
         else:
             self._settle_when_due(now)
@@ -591,7 +591,7 @@ class Reconciler:
             item=item,
             running=self._running(item.instance),
             code=known.code,
-            message=f"failed before, and is not tried again without `fleet retry`: {known.message}",
+            message=f"failed before, and is not retried without `fleet retry`: {known.message}",
         )
         relabelled = msgspec.structs.replace(known, rollout=item.rollout)
         await self._apply(Transition(failure=relabelled, report=report))
@@ -656,13 +656,13 @@ class Reconciler:
 
 
 def _cancel(active: ActiveChange) -> None:
-    """Cancel the effect that runs, once: its result then goes on with the change."""
+    """Cancel the running effect once; its result then continues the change."""
     if active.task is not None and not active.task.cancelling():
         active.task.cancel()
 
 
 def _result_of(instance: str, effect: Effect, task: asyncio.Task[EffectResult]) -> EffectResult:
-    """Return the result of an ended task; an exception is a bug of the agent's own, and is written to the journal."""
+    """Return the result of an ended task; an exception is a bug in the agent, and is logged with its traceback."""
     if task.cancelled():
         return CANCELLED
     error = task.exception()
@@ -671,5 +671,5 @@ def _result_of(instance: str, effect: Effect, task: asyncio.Task[EffectResult]) 
     if isinstance(error, StoreError):
         log.error("%s: %s: %s", instance, effect, error)
         return fault(str(error))
-    log.error("%s: %s failed by a fault of the agent's own", instance, effect, exc_info=error)
-    return fault(f"{effect} failed by a fault of the agent's own: see its journal")
+    log.error("%s: %s failed with an internal error", instance, effect, exc_info=error)
+    return fault(f"{effect} failed with an internal error of the agent: see its journal")

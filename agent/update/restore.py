@@ -1,8 +1,7 @@
-"""Restoration of everything committed, after a boot or a host that died: without network, TUF or a running agent.
+"""Restoration of the committed instances after a boot or a crash of the host, without network, TUF or running agent.
 
-Committed items stand in the store and once more in `runset.json` under the device's MAC, so that a damaged database
-does not keep components from running. A missing or damaged image is compiled again from its artifact, whose sha256 is
-known.
+Committed items are stored in the database and also in `runset.json` with the device's MAC, so that components run even
+if the database is damaged. A missing or damaged image is compiled again from its artifact, whose sha256 is known.
 """
 
 import asyncio
@@ -48,7 +47,7 @@ CONNECT_AGAIN_S: Final = 0.2
 
 
 class RunsetError(Exception):
-    """There is no sound record of what is committed."""
+    """No intact record of the committed items."""
 
 
 class _Runset(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,17 +67,17 @@ def _mac(runset: bytes, key: bytes) -> str:
 
 
 def write_runset(path: Path, committed: Iterable[Committed], key: bytes) -> None:
-    """Write what is committed beside the database; raises `OSError`."""
+    """Write the committed items to the run set; raises `OSError`."""
     runset = _Runset(items=tuple(committed))
     mac = _mac(wire.canonical(runset), key)
     atomic_write(path, wire.canonical(msgspec.structs.replace(runset, mac=mac)), mode=0o600)
 
 
 def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:
-    """Read it back.
+    """Read the committed items from the run set.
 
     Raises:
-        RunsetError: there is none, or its MAC does not hold.
+        RunsetError: the file cannot be read, or its MAC does not match.
     """
     try:
         written = path.read_bytes()
@@ -86,15 +85,15 @@ def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:
     except (OSError, *wire.JSON_ERRORS) as error:
         raise RunsetError(f"cannot read {path}: {error}") from error
     if not hmac.compare_digest(mac, runset.mac):
-        raise RunsetError(f"{path} was changed: its MAC does not hold")
+        raise RunsetError(f"{path} was changed: its MAC does not match")
     return runset.items
 
 
 def committed(database: Path, runset: Path, key: bytes) -> tuple[Committed, ...]:
-    """What is to run: from the store, or from `runset.json` where the store cannot be read.
+    """Read the committed items from the database, or from `runset.json` if the database cannot be read.
 
     Raises:
-        RunsetError: neither can be read.
+        RunsetError: neither file can be read.
     """
     if not database.exists():
         return read_runset(runset, key) if runset.exists() else ()
@@ -109,7 +108,7 @@ def committed(database: Path, runset: Path, key: bytes) -> tuple[Committed, ...]
 
 
 def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> host_api.Run:
-    """What the host is told of an instance: its manifest, narrowed by the operator and by the board's policy."""
+    """Make the host's request for an item: its manifest, narrowed by the operator and the device owner's policy."""
     defaults = {name: key.default for name, key in manifest.config.items() if key.default is not None}
     return host_api.Run(
         instance=item.instance,
@@ -126,10 +125,10 @@ def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> h
 
 
 def take_over(store: Store, runset: Path, key: bytes) -> int:
-    """Into a store that was made anew (the old one was lost), take what runs, so that it goes on running.
+    """Copy the run set into a new store after the old one was lost, so that instances keep running.
 
     Returns:
-        How many instances.
+        The number of instances.
     """
     if store.counter("generation") or store.committed():
         return 0
@@ -145,14 +144,14 @@ def take_over(store: Store, runset: Path, key: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """How it went with one instance; `problem` is empty when it runs."""
+    """Outcome of the restoration of an instance; `problem` is empty if it runs."""
 
     instance: str
     problem: str = ""
 
 
 async def wait_for_host(link: HostClient, seconds: float) -> host_api.Welcome:
-    """Connect as soon as there is a host; raises `HostGoneError` after so many seconds without one."""
+    """Connect as soon as a host listens; raises `HostGoneError` after `seconds`."""
     deadline = asyncio.get_running_loop().time() + seconds
     while True:
         try:
@@ -175,16 +174,16 @@ async def restore(
     """Start every committed instance that the host does not run.
 
     Args:
-        link: connected.
-        welcome: what the host said it runs.
-        items: what is committed.
-        images: of this board.
-        artifacts: where artifacts lie, for images that have to be made anew.
-        policy: the board owner's.
-        sealed: this board's secrets.
+        link: connection to the host.
+        welcome: names the instances that the host runs.
+        items: committed items.
+        images: images of this device.
+        artifacts: directory of artifacts, for images that must be compiled again.
+        policy: the device owner's.
+        sealed: secrets of this device.
 
     Raises:
-        HostGoneError: the host went away meanwhile.
+        HostGoneError: the host connection was lost.
     """
     there = {each.instance for each in welcome.running if each.state is not InstanceState.STOPPED}
     restored = []
@@ -212,23 +211,23 @@ async def start(
     *,
     probation: bool = False,
 ) -> host_api.Started:
-    """Start one instance with its checked image and its secrets; a missing or damaged image is made anew first.
+    """Start an instance with its verified image and its secrets; compile the image again if it is missing or damaged.
 
     Args:
-        link: to the host.
-        item: what to start.
-        run: what the host is told of it.
-        images: of this board.
-        artifacts: where artifacts lie.
-        sealed: this board's secrets.
-        together: the instances that take over in the same moment, each by a start of its own.
-        probation: it is not committed yet; the host asks its health check more often until it is.
+        link: connection to the host.
+        item: the item to start.
+        run: the host's request for it.
+        images: images of this device.
+        artifacts: directory of artifacts.
+        sealed: secrets of this device.
+        together: instances of the same atomic set, which take over in the same moment, each by its own start.
+        probation: the item is not committed yet; the host runs its health check more often until then.
 
     Raises:
-        ImageError: it cannot be.
+        ImageError: the image cannot be made or used.
         Rejected: a secret cannot be opened.
-        HostRefusedError: the host could not start it; what ran before still runs.
-        HostGoneError: no host.
+        HostRefusedError: the host could not start the instance; the previous generation keeps running.
+        HostGoneError: no host, or the connection was lost.
     """
     image = await checked_image(item, run.manifest, images, artifacts)
     try:
@@ -249,7 +248,7 @@ async def start(
 
 
 async def checked_image(item: Item, manifest: Manifest, images: ImageStore, artifacts: Path) -> OpenImage:
-    """Open the checked image; made anew when there is none or it is damaged. Raises `ImageError`."""
+    """Open an item's verified image, compiled again if missing or damaged. Raises `ImageError`."""
     fuel = manifest.limits.fuel > 0
     try:
         return await images.open(sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)
@@ -261,7 +260,7 @@ async def checked_image(item: Item, manifest: Manifest, images: ImageStore, arti
 
 @dataclass(frozen=True, slots=True)
 class Materials:
-    """Everything that an instance is started from on this device.
+    """Objects from which instances are started on this device.
 
     Attributes:
         artifacts: directory of artifacts, for images that have to be compiled again.
@@ -275,7 +274,7 @@ class Materials:
 
 
 class HostRestorer:
-    """Reader of the host's events: restores everything committed on each new host, and only then lets others ask."""
+    """Reader of the host's events: restores the committed instances on each new host before others may use it."""
 
     name = "host events"
 
@@ -292,12 +291,12 @@ class HostRestorer:
         """Prepare a restorer.
 
         Args:
-            host: whose events are read, here alone.
+            host: connection to the host; its events are read only here.
             db: the store.
             materials: of this device.
-            source: of boxes that were damaged on the disk.
-            problems: shows which instance could not be started.
-            sink: told that health changed.
+            source: of boxes that were damaged on disk.
+            problems: lists instances that could not be started.
+            sink: notified of changes of health.
         """
         self._host = host
         self._db = db
@@ -307,7 +306,7 @@ class HostRestorer:
         self._sink = sink
 
     async def run(self) -> None:
-        """Handle the host's events, for ever. A restoration ends with the connection that it was begun on."""
+        """Handle the host's events, forever. A restoration ends with the connection on which it began."""
         restoring: asyncio.Task[None] | None = None
         async with asyncio.TaskGroup() as tasks:
             async for event in self._host.events():
@@ -334,14 +333,14 @@ class HostRestorer:
         try:
             await self._restore(welcome)
         except HostGoneError:
-            if self._host.welcome is welcome:  # else this is another connection already
+            if self._host.welcome is welcome:  # otherwise this is already another connection
                 self._host.close()
 
     async def _restore(self, welcome: host_api.Welcome) -> None:
         items = await self._db(Store.committed)
         await self._stop_unknown(welcome, items)
         for each in items:
-            with contextlib.suppress(FetchError, Rejected, OSError):  # starting the instance says what is wrong
+            with contextlib.suppress(FetchError, Rejected, OSError):  # starting the instance reports the error
                 await asyncio.to_thread(self._materials.secrets.fetch, each.item, self._source)
         of = self._materials
         restored = await restore(self._host, welcome, items, of.images, of.artifacts, of.policy, of.secrets)
@@ -353,7 +352,8 @@ class HostRestorer:
             else:
                 self._problems.clear(source)
                 log.info("%s runs again", one.instance)
-        if self._host.connected and self._host.welcome is welcome:  # else another host follows, with its own welcome
+        # Otherwise another host follows, with its own welcome.
+        if self._host.connected and self._host.welcome is welcome:
             self._host.ready.set()
         self._sink.changed()
 
@@ -363,6 +363,6 @@ class HostRestorer:
         known = {each.item.instance for each in items} | changing
         for running in welcome.running:
             if running.instance not in known:
-                log.warning("%s runs on the host and belongs to nothing: stopped", running.instance)
+                log.warning("stopped %s: it is neither committed nor being changed", running.instance)
                 with contextlib.suppress(HostRefusedError):
                     await self._host.ask(host_api.Stop, host_api.Done, instance=running.instance)

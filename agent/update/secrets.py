@@ -1,8 +1,8 @@
-"""This board's secrets: boxes on its disk, opened only on the way into the lanes that they are for.
+"""Secrets of this device: sealed boxes on disk, opened only when they are passed to the workers that need them.
 
-Boxes are fetched by the sha256 that the signed assignment names, and lie under it in the state directory, sealed as
-they came. An opened value is in this process for as long as it takes to write it into a sealed memfd, which the host
-hands on unread. Nothing here remembers a value, and none is ever part of a message.
+Boxes are fetched by the sha256 in the signed assignment, and kept under it in the state directory, still sealed. An
+opened value is in this process only while it is written into a sealed memfd, which the host passes on without reading.
+No value is kept in memory, and no value is part of any message.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ _END: Final = ".box"
 
 
 class SecretStore:
-    """The boxes of one board, and the key that opens them."""
+    """Store of the device's sealed secrets, and of the key that opens them."""
 
     def __init__(self, directory: Path, key: Path, identity: Identity) -> None:
-        """`directory` holds boxes and is made when there is one; `key` is the sealing key's file."""
+        """Use boxes in `directory`, created with the first box, and the sealing key in the file `key`."""
         self._directory = directory
         self._key = key
         self._identity = identity
 
     def fetch(self, item: Item, source: Source) -> None:
-        """Have every box of an item on the disk, and know that it opens, before anything is changed for it.
+        """Fetch every secret of an item and check that it opens, before anything is changed for the item.
 
         Raises:
-            FetchError: a box cannot be fetched, is too large, or is not the one that the assignment names.
+            FetchError: a box cannot be fetched, is too large, or has another hash than assigned.
             Rejected: SECRET_UNOPENED and others of `signing.sealing.open_box`.
-            OSError: it cannot be written.
+            OSError: a box cannot be written.
         """
         for ref in item.secrets:
             if self._read(ref) is None:
@@ -54,10 +54,10 @@ class SecretStore:
         self._values(item)
 
     def descriptor(self, item: Item) -> int:
-        """A sealed memfd with an item's values by name, as JSON, which the caller owns; -1 where it has none.
+        """Return a sealed memfd with an item's values by name, as JSON; -1 without secrets. The caller closes it.
 
         Raises:
-            Rejected: a box is not here, or does not open.
+            Rejected: a box is missing, or does not open.
         """
         if not item.secrets:
             return -1
@@ -71,7 +71,7 @@ class SecretStore:
         return framing.constant_memfd("secrets", write)
 
     def evict(self, keep: Iterable[Item]) -> None:
-        """Remove the boxes that none of these items names."""
+        """Remove the boxes that none of these items uses."""
         names = {self._path(ref).name for item in keep for ref in item.secrets}
         with contextlib.suppress(OSError):
             for path in list(self._directory.iterdir()):
@@ -89,7 +89,7 @@ class SecretStore:
         for ref in item.secrets:
             box = self._read(ref)
             if box is None:
-                raise Rejected(RejectCode.NOT_FOUND, f"the box of the secret {ref.name} is not on this board's disk")
+                raise Rejected(RejectCode.NOT_FOUND, f"the box of the secret {ref.name} is not on this device's disk")
             purpose = Purpose(
                 fleet=self._identity.fleet,
                 device=self._identity.device,
@@ -104,7 +104,7 @@ class SecretStore:
         return self._directory / f"{ref.sha256}{_END}"
 
     def _read(self, ref: SecretRef) -> bytes | None:
-        """A box as it was fetched; one that was changed on the disk is as good as none."""
+        """Read a box; None if it is missing, or was changed on disk."""
         try:
             with self._path(ref).open("rb") as file:
                 box = file.read(bounds.SECRET_BOX_MAX_BYTES + 1)
@@ -119,5 +119,5 @@ def _fetched(ref: SecretRef, source: Source) -> bytes:
     except FetchError as error:
         raise FetchError(error.code, f"the secret {ref.name}: {error.message}", status=error.status) from error
     if hashlib.sha256(box).hexdigest() != ref.sha256:
-        raise FetchError(RejectCode.HASH_MISMATCH, f"the secret {ref.name}: the box has other bytes than were assigned")
+        raise FetchError(RejectCode.HASH_MISMATCH, f"the secret {ref.name}: the box has another hash than assigned")
     return box

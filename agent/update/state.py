@@ -34,7 +34,7 @@ RETRY_MAX_S: Final = 86_400.0
 RETRY_TRIES_MAX: Final = 10
 
 FailureKey = tuple[str, str, int]
-"""Instance, item key and attempt of something that failed."""
+"""Key of a failure: instance, item key and attempt."""
 
 
 # Stored values
@@ -43,7 +43,7 @@ _KEY_NAMES: Final = {"share_worker": "share_lane"}
 
 
 def item_key(item: Item) -> str:
-    """Digest everything that makes an item what it is: not its attempt, its rollout, nor its atomic set.
+    """Return a digest of everything that identifies an item: not its attempt, its rollout, nor its atomic set.
 
     Fields go in under the names that they had in 0.1, since the keys of remembered failures were made with these.
     """
@@ -73,7 +73,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         item: the new item; None for a removal.
-        manifest: known once the target was found in the signed metadata.
+        manifest: known once the target has been found in the signed metadata.
         generation: in the host, given when the swap begins; 0 before.
         replaced: figures of the replaced generation, taken before the swap.
         boot_id: of the boot in which `state.entered` counts.
@@ -111,7 +111,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
         """Read the result of `encode` of this or another version: an unknown phase rolls back, unknown fields are left.
 
         Raises:
-            msgspec.DecodeError: damaged, in whichever way.
+            msgspec.DecodeError: damaged in any way.
         """
         try:
             raw: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
@@ -122,10 +122,10 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FailedItem(msgspec.Struct, frozen=True, kw_only=True):
-    """Item that failed: not tried again before `retry_at`, or before its attempt is raised.
+    """Failed item: not retried before `retry_at`, or before its attempt is raised.
 
     Attributes:
-        tries: number of tries in all, where the failure is of a kind that may pass.
+        tries: number of tries so far, for a temporary failure.
         retry_at: unix seconds; None for never.
     """
 
@@ -163,7 +163,7 @@ class Violation(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceContext:
-    """Facts about the device on which a deployment runs.
+    """Properties of the device on which a deployment runs.
 
     Attributes:
         clock: seconds that do not jump (boot time).
@@ -201,7 +201,7 @@ class EffectResult:
 
     @property
     def happened(self) -> Happened:
-        """The result as the update machine takes it."""
+        """Event of the result for the update machine."""
         assert self.event is not None, "a cancelled effect is no event"
         return Happened(self.event, self.code.value if self.code else "", self.message, exercised=self.exercised)
 
@@ -226,25 +226,25 @@ def lost(message: str) -> EffectResult:
 
 
 def fault(message: str) -> EffectResult:
-    """Make the result of an effect that failed by a bug of the agent's own: no verdict on the component."""
+    """Make the result of an effect that failed because of a bug in the agent: no verdict on the component."""
     return EffectResult(event=Event.FAULT, code=RejectCode.INTERNAL, message=message)
 
 
 def set_failed(phase: Phase, sibling: str) -> EffectResult:
-    """Make the result of a change in `phase` whose atomic set failed by `sibling`."""
+    """Make the result of a change in `phase` whose atomic set failed because of `sibling`."""
     return EffectResult(
         event=Event.REFUSED if phase is Phase.STAGED else Event.UNWELL,
         code=RejectCode.SET_FAILED,
-        message=f"not swapped without {sibling} of the same atomic set, which failed",
+        message=f"not swapped, as {sibling} of the same atomic set failed",
     )
 
 
-# One step of a change
+# Steps of a change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transition:
-    """Everything that one step persists, and the effect that follows once it is persisted.
+    """Step of a change: everything that it persists, and the effect that follows.
 
     Attributes:
         change: new state of the change under way.
@@ -272,7 +272,7 @@ class Transition:
 
 
 _QUIET: Final = frozenset({Phase.IDLE, Phase.VERIFYING, Phase.STAGED, Phase.ROLLING_BACK})
-"""Phases without a report of their own: they pass within moments."""
+"""Phases without a report of their own, as they last only moments."""
 
 _REPORTED_AGAIN: Final = frozenset({Event.DELAYED, Event.FAULT})
 """Events that are reported although the phase stays as it is."""
@@ -315,7 +315,7 @@ def transition(
     report = of_change(device, following, before=running, log=result.log, at=at)
     left, phase = change.phase, state.phase
     if effect is Effect.CLOSE:
-        # A superseded change ends in FAILED without ever being stored so: that is reported.
+        # A superseded change ends in FAILED without being stored in that phase, but is reported.
         is_news = phase is Phase.FAILED and left is not Phase.FAILED
         return Transition(closed=change.instance, report=report if is_news else None, effect=effect)
     new_generation = phase is Phase.SWAPPING and following.generation == 0 and following.item is not None

@@ -112,14 +112,14 @@ class Store:
         except (sqlite3.Error, OSError) as error:
             if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
                 raise DamagedStoreError(
-                    f"cannot open {path}: {error}; move it away, as the agent does when it starts: what runs is known "
-                    "from runset.json, and the rest is learned anew"
+                    f"cannot open {path}: {error}; move it away, as the agent does when it starts: committed instances "
+                    "are then restored from runset.json"
                 ) from error
             raise StoreError(f"cannot open {path}: {error}; check its mode and the space on its file system") from error
 
     @classmethod
     def renewed(cls, path: Path) -> "Store":
-        """Open the database; move a damaged one aside, as a power cut on a worn disk leaves it, and make another.
+        """Open the database; move a damaged one (as after a power cut on a worn disk) aside, and make a new one.
 
         Raises:
             StoreError: see the constructor.
@@ -137,7 +137,7 @@ class Store:
         if version > len(MIGRATIONS):
             raise StoreError(
                 f"{self._path} is of schema {version}, this agent knows up to {len(MIGRATIONS)}: "
-                "install the newer agent again, or move the state directory away and enrol anew"
+                "install the newer agent again, or move the state directory away and enrol again"
             )
         if read_only:
             if version < len(MIGRATIONS):
@@ -296,7 +296,7 @@ class Store:
         self._set_meta("doubts", msgspec.json.encode(tuple(doubts)))
 
     def doubts(self) -> tuple[Violation, ...]:
-        """Read them back."""
+        """Return the stored violations."""
         body = self._meta("doubts")
         return () if body is None else msgspec.json.decode(body, type=tuple[Violation, ...])
 
@@ -305,7 +305,7 @@ class Store:
         self._set_meta("problems", msgspec.json.encode(tuple(problems)))
 
     def problems(self) -> tuple[str, ...]:
-        """Read them back."""
+        """Return the stored problems."""
         body = self._meta("problems")
         return () if body is None else msgspec.json.decode(body, type=tuple[str, ...])
 
@@ -416,7 +416,7 @@ class Run(Protocol):
 
 
 class Database:
-    """Owner of the store and of the one thread on which it is used: `await db(Store.counter, "accepted")`.
+    """Owner of the store and of the thread on which it is used: `await db(Store.counter, "accepted")`.
 
     Attributes:
         store: for what still works with the store itself; to be used on this thread only (`run`).

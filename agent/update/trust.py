@@ -1,9 +1,9 @@
-"""Device trust: the verifier of this device with its source, its store and its time; violations of what runs.
+"""Device trust: the verifier of this device with its source, store and time; violations of committed items.
 
-The I/O around `signing.verifier`: metadata comes over HTTPS or out of a bundle, the verifier's state lives in the
-store, time is the device's. All methods block and belong to the database thread, as does the commit that raises
-security epochs and versions of secrets, so reading the state, computing and writing it is never interleaved. What is to
-be remembered is stored before anything is done about it, after refusals too.
+Provides the I/O around `signing.verifier`: metadata comes over HTTPS or from a bundle, the verifier's state is in the
+store, time is the device's. All methods block and run on the database thread, as does the commit that raises security
+epochs and versions of secrets, so read-modify-write cycles of the state are never interleaved. New state is stored
+before anything is acted on, even after a refusal.
 
 An item is verified when it is deployed. After that a release can be revoked, a ceiling lowered or this device's policy
 narrowed, so `find_violations` holds everything committed against what is known after each refresh, whether or not a new
@@ -111,7 +111,7 @@ class DeviceTrust:
         store: home of what is remembered.
         clock: reference time; its floor rises with what is verified.
         production: refuse repositories made for development.
-        late: metadata out of a bundle may be past the expiry of timestamp and snapshot.
+        late: accept metadata from a bundle after the expiry of timestamp and snapshot.
     """
 
     def __init__(
@@ -148,15 +148,15 @@ class DeviceTrust:
         return _fetch_from(self._https)(name, max_bytes)
 
     def now(self) -> datetime:
-        """Return the reference time: the system clock, or the floor where that is behind."""
+        """Return the reference time: the system clock, or the floor if the clock is behind it."""
         return self._clock.now()
 
     def refresh(self, *, source: Source | None = None, late: bool = False) -> Refreshed:
         """Bring the metadata up to date, and remember it when the fleet has become one for production.
 
         Args:
-            source: the bundle alone; None for the network together with a bundle.
-            late: take timestamp and snapshot past their expiry.
+            source: only the bundle; None for the network together with a bundle.
+            late: accept an expired timestamp and snapshot.
 
         Raises:
             Rejected: see `Updater.refresh`.
@@ -173,18 +173,18 @@ class DeviceTrust:
         return Refreshed(trusted, became_production)
 
     def _trusted(self) -> TrustedMetadata:
-        """Return what is trusted, after a first refresh in this process."""
+        """Return the trusted metadata, after a first refresh in this process."""
         return self._updater.trusted if self._refreshed else self.refresh().trusted
 
     def accept(self, envelope: bytes, *, bundle: bool = False) -> Accepted:
-        """Verify an assignment after a refresh, and store it before anything of it is fetched.
+        """Verify an assignment after a refresh, and store it before anything in it is fetched.
 
         Args:
             envelope: as received.
-            bundle: the assignment came in a bundle, whose metadata alone counts for it.
+            bundle: the assignment came in a bundle, and is verified only with that bundle's metadata.
 
         Raises:
-            Rejected: why not; nothing has changed but what is remembered.
+            Rejected: the assignment is refused; only the verifier's state may have changed.
         """
         late = bundle and self._late
         trusted, _ = self.refresh(source=self._https.bundle if bundle else None, late=late)
@@ -222,12 +222,12 @@ class DeviceTrust:
         return verifier.resolve(self._updater.find(item.target), item, state=self._state.load(), arch=ARCH)
 
     def reconfirm(self, item: Item, manifest: Manifest) -> None:
-        """Hold a committed item against what publishers say by now; raises `Rejected` (UNREACHABLE: unknown)."""
+        """Check a committed item against the current metadata; raises `Rejected` (UNREACHABLE: unknown)."""
         trusted = self._updater.look_for_revocations(item.target)
         verifier.reconfirm(trusted, item, manifest, state=self._state.load(), arch=ARCH)
 
     def command(self, envelope: bytes) -> Command:
-        """Verify a command, and remember it before it is carried out; raises `Rejected`."""
+        """Verify a command, and store its sequence before it is carried out; raises `Rejected`."""
         trusted, state = self._trusted(), self._state.load()
         accepted = verifier.accept_command(
             trusted,
@@ -261,23 +261,23 @@ class DeviceTrust:
 
 
 REASONS: Final = frozenset({RejectCode.REVOKED, RejectCode.GRANT_DENIED, RejectCode.SECURITY_EPOCH})
-"""Codes that count against something that runs; everything else was verified when it was deployed."""
+"""Codes that are violations of running items; everything else was verified at the deployment."""
 
 
 class Reconfirms(Protocol):
     """Part of `DeviceTrust` that `find_violations` needs."""
 
     def reconfirm(self, item: Item, manifest: Manifest) -> None:
-        """Raise `Rejected` if publishers no longer stand by a committed item."""
+        """Raise `Rejected` if a committed item was revoked, or exceeds its namespace's ceiling or epoch by now."""
 
 
 def find_violations(trust: Reconfirms, policy: Policy, committed: Iterable[Committed]) -> tuple[Violation, ...]:
-    """Return a violation for each committed item that must not run any more.
+    """Return a violation for each committed item that must no longer run.
 
     Args:
-        trust: for revocations, ceilings and epochs.
+        trust: checks revocations, ceilings and epochs.
         policy: the device owner's.
-        committed: what runs.
+        committed: the items to check.
     """
     asked = ((each, _violation(trust, policy, each)) for each in committed)
     return tuple(

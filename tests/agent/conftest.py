@@ -1,5 +1,5 @@
-"""A board without its surroundings: the real store, plan, machine, effects, images and host link; around them a host
-that speaks the real protocol and runs nothing, a repository that resolves what it is told, and a power switch."""
+"""Device with real store, plan, machine, effects, images and host client; with a simulated host that speaks the real
+protocol but runs nothing, a simulated repository, and a power switch."""
 
 import asyncio
 import contextlib
@@ -39,12 +39,12 @@ from signing.sealing import Purpose
 from tests.eventually import eventually_async
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
-# The smallest component there is: preamble, component layer.
+# Smallest possible component: preamble and component layer.
 EMPTY_COMPONENT = b"\0asm\x0d\0\x01\0"
 
 
 class PowerCut(BaseException):
-    """The plug was pulled."""
+    """Simulated power cut."""
 
 
 def manifest(version, *, probation_ms=40, name="web", **more):
@@ -57,7 +57,7 @@ def manifest(version, *, probation_ms=40, name="web", **more):
 
 
 class SimHost:
-    """A host on its socket: starts what it is sent (the memfd is checked to be sealed), keeps the previous one warm."""
+    """Simulated host on a socket: starts instances (checking that memfds are sealed), and keeps the previous warm."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -66,12 +66,12 @@ class SimHost:
         self.warm = {}
         self.refuse = {}  # target -> RejectCode
         self.faults = {}  # target -> number of traps
-        self.answers = {}  # target -> of its health check: True for well, None for nobody there; then True for ever
+        self.answers = {}  # target -> results of its health check: True for healthy, None for no worker; then True
         self.checks = {}  # target -> HealthChecks
         self.requests = []
         self.entrusted = {}  # (instance, generation) -> values by name
         self.hang_on = set()  # request types that are never answered
-        self.die_on = None  # a request type at which the host is gone
+        self.die_on = None  # a request type at which the host dies
         self.page = 64  # instances that fit in one packet
         self._peers = []
         self._listener = None
@@ -167,7 +167,7 @@ class SimHost:
         return {field: tuple(map(entry, names[: self.page])), "more": len(names) > self.page}
 
     def _ask_health(self, wanted):
-        """Ask one that is wanted to be asked, and by itself whoever was not well the last time."""
+        """Run a requested health check, and repeat those that failed the last time."""
         for run in self.running.values():
             if run.target not in self.answers:
                 continue
@@ -203,7 +203,7 @@ class SimHost:
         )
 
     def kill(self):
-        """As SIGKILL or a power cut: everything in it is gone."""
+        """Lose everything, as after SIGKILL or a power cut."""
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
@@ -219,7 +219,7 @@ class SimHost:
 
 
 class SimTrust:
-    """Publishers' word, as a table: target path -> manifest."""
+    """Simulated trust: target path -> manifest."""
 
     def __init__(self, manifests):
         self.manifests = manifests
@@ -233,7 +233,7 @@ class SimTrust:
 
 
 class SimServer:
-    """Artifacts and boxes, as tables: sha256 -> bytes, path -> bytes."""
+    """Simulated server: artifacts by sha256, boxes by path."""
 
     def __init__(self):
         self.artifacts = {}
@@ -246,7 +246,7 @@ class SimServer:
         if self.trouble:
             raise self.trouble.pop(0)
         into.parent.mkdir(exist_ok=True, parents=True)
-        part = into.with_suffix(".part")  # as the real one: a file that is there is whole
+        part = into.with_suffix(".part")  # like the real one: an existing file is complete
         part.write_bytes(self.artifacts[sha256])
         part.replace(into)
 
@@ -262,7 +262,7 @@ class SimServer:
 
 
 class QuickImages(ImageStore):
-    """The real images, with a compiler that only says "compiled": starting the real one is another test's."""
+    """Real image store with a compiler that only outputs "compiled"; other tests run the real compiler."""
 
     async def _run(self, arguments, data, seconds):
         if "--describe" in arguments:
@@ -271,7 +271,7 @@ class QuickImages(ImageStore):
 
 
 class CutStore(Store):
-    """The real store, with a power switch at one of its writes."""
+    """Real store with a power switch at a chosen write."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -297,8 +297,8 @@ class CutStore(Store):
             raise PowerCut
 
 
-class BoardKit:
-    """One board over its boots. What survives a power cut is the directory, and nothing else."""
+class DeviceKit:
+    """Device across boots; only its directory survives a power cut."""
 
     def __init__(self, directory: Path):
         self.places = Paths(directory / "state", directory / "run")
@@ -334,7 +334,7 @@ class BoardKit:
         )
 
     def seal(self, value, *, name="key", version=1, instance="web", device="board-01234567", **more):
-        """Have the server hold a box for this board; how an assignment refers to it."""
+        """Put a box for this device on the server; return the assignment's reference to it."""
         purpose = Purpose(fleet="f", device=device, instance=instance, name=name, version=version, **more)
         box = sealing.seal(value, recipient=sealing.public_key(self.sealing_key), purpose=purpose)
         sha256 = hashlib.sha256(box).hexdigest()
@@ -354,7 +354,7 @@ class BoardKit:
         )
 
     async def boot(self, *, host=True):
-        """Power on: the host starts, `restore` runs as its unit has it, then the agent."""
+        """Boot: start the host, run `restore` as its unit does, then start the agent."""
         self.boots += 1
         if host:
             self.host.start()
@@ -389,7 +389,7 @@ class BoardKit:
             clock=asyncio.get_running_loop().time,
         )
         self.deployer = Reconciler(
-            board=self.device,
+            device=self.device,
             store=self.store,
             worker=self.worker.run,
             carrier=self.carrier,
@@ -410,11 +410,11 @@ class BoardKit:
         self.reconciling = asyncio.ensure_future(self.deployer.run())
 
     def saved(self, report):
-        """Nobody sends it."""
+        """Ignore the report."""
 
     async def stop_agent(self):
-        """SIGKILL of the agent, as far as one process can do it to itself."""
-        # first whoever would hear that the host is lost: who is killed hears nothing
+        """Stop the agent as by SIGKILL, as far as possible within a process."""
+        # first the readers of the host's events: a killed agent receives none
         for task in (self.reconciling, self.linking):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -430,13 +430,13 @@ class BoardKit:
         await eventually_async(condition, what, within_s=seconds, pause_s=0.005)
 
     async def settled(self, *, seconds=60):
-        """Until every input is handled, no effect runs, and no change is under way."""
+        """Wait until every input is handled, no effect runs, and no change is under way."""
         await self.until(lambda: self.reconciling.done() or self.deployer.is_idle, "settled", seconds=seconds)
         if self.reconciling.done() and not self.store.dead:
             self.reconciling.result()
 
     async def handled(self):
-        """Until every input so far is handled."""
+        """Wait until every input so far is handled."""
         await self.deployer.inbox.join()
 
     async def run(self, assignment, *, seconds=60):
@@ -444,7 +444,7 @@ class BoardKit:
         await self.settled(seconds=seconds)
 
     def recorded(self):
-        """What the store holds, as another process reads it: the agent's own connection is its worker's alone."""
+        """Open the store as another process would: the agent's own connection belongs to its database thread."""
         return contextlib.closing(Store(self.places.database, read_only=True))
 
     def reports(self):
@@ -461,7 +461,7 @@ class BoardKit:
 
 @pytest.fixture
 def kit(tmp_path):
-    return BoardKit(tmp_path)
+    return DeviceKit(tmp_path)
 
 
 @pytest.fixture
@@ -471,5 +471,5 @@ def power_cut():
 
 @pytest.fixture
 def free_port():
-    """A loopback port that nobody has."""
+    """Return an unused loopback port."""
     return free_ports(1)[0]

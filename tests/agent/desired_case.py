@@ -1,4 +1,4 @@
-"""Case of one board: a real repository behind the interface of the server, and what the board makes of it."""
+"""Test case of a device with a real repository behind a simulated server."""
 
 import asyncio
 import hashlib
@@ -33,7 +33,7 @@ NOW = datetime.now(UTC).replace(microsecond=0)
 
 
 class Server:
-    """A real repository behind the agent's HTTPS interface."""
+    """Server with a real repository behind the agent's HTTPS interface."""
 
     def __init__(self, directory: Path):
         names = ("root", "targets", "snapshot", "timestamp", "director", "main")
@@ -63,7 +63,7 @@ class Server:
         return director.sign_assignment(made, self.keys[signer])
 
     def publish(self, component):
-        """A release by the namespace's publisher, shown to boards."""
+        """Publish a release of the namespace's publisher."""
         described = Manifest(name="web", version="1.0.0", trigger=Http())
         described = msgspec.structs.replace(described, grants=Grants(interfaces=("wasi:clocks",)))
         name = TargetName("main", "web", "1.0.0")
@@ -125,7 +125,7 @@ class Deployed:
 
 
 class SetClock(ReferenceClock):
-    """A clock of which the test says whether somebody sets it."""
+    """Reference clock whose trustworthiness the test sets."""
 
     def __init__(self, floor, *, trustworthy):
         super().__init__(floor)
@@ -136,7 +136,7 @@ class SetClock(ReferenceClock):
 
 
 class Sink:
-    """Nobody has to be told."""
+    """Report sink that ignores everything."""
 
     def saved(self, report=None):
         pass
@@ -146,7 +146,7 @@ class Sink:
 
 
 class Hello:
-    """The way to the director: nonces go out, and what the case answers comes back as the broker brings it."""
+    """Connection to the director: records nonces, and delivers the case's answers as the broker would."""
 
     def __init__(self, case):
         self.case, self.connected, self.reachable = case, False, True
@@ -186,7 +186,7 @@ class Case:
         self.start(self.server)
 
     def start(self, source, **trust):
-        """Begin anew with what is stored: another process, another source, or other demands of the owner."""
+        """Restart the agent with the stored state: another process, source or policy."""
         fields = {"identity": self.identity, "home": self.directory, "production": False} | trust
         self.trust = DeviceTrust(
             root=self.server.root,
@@ -211,17 +211,17 @@ class Case:
         )
 
     async def judge(self, *envelopes):
-        """The broker brings these, one after another."""
+        """Deliver envelopes from the broker, one after another."""
         for envelope in envelopes:
             await self.work(AssignmentArrived(envelope))
 
     async def poll(self):
-        """HTTPS is asked once."""
+        """Poll over HTTPS once."""
         await self.desired.poll()
         await self.work()
 
     async def work(self, *inputs):
-        """Everything in the inbox is dealt with, and so is what follows from it."""
+        """Wait until all inputs, and inputs that follow from them, are handled."""
         for each in inputs:
             self.desired.post(each)
         working = asyncio.ensure_future(self.desired.work())
@@ -232,7 +232,7 @@ class Case:
         await asyncio.gather(working, settled, return_exceptions=True)
         for task in (working, settled):
             if not task.cancelled():
-                task.result()  # a fault of its own, or that it never settled
+                task.result()  # an internal error, or it never settled
         await self.problems.save()
 
     async def _settled(self):

@@ -1,4 +1,4 @@
-"""A device as enrolment leaves it on the disk, for tests of the whole agent."""
+"""Enrolled device on disk, for tests of the whole agent."""
 
 from datetime import UTC, datetime
 
@@ -21,9 +21,9 @@ NOW = datetime.now(UTC).replace(microsecond=0)
 
 
 def enrolled(directory, *, broker=1):
-    """A device that is enrolled, on the disk, with one report that nobody has acknowledged; its opened store too.
+    """Make an enrolled device on disk with an unacknowledged report; return it with its open store.
 
-    Nobody listens at its server's address; `broker` is the port of its broker on loopback.
+    No server listens at its server's address; `broker` is the loopback port of its broker.
     """
     places = Paths(directory / "state", directory / "run")
     (places.identity).mkdir(parents=True)

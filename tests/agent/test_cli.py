@@ -1,4 +1,4 @@
-"""`fleet-agent` as its users meet it: one line for each mistake, and a process that loads nothing it does not need."""
+"""`fleet-agent` as a process: errors of a single line, output of the commands, and no unneeded imports."""
 
 import asyncio
 import json
@@ -65,7 +65,7 @@ def enrolled(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["run", "status", "why"])
-def test_a_board_that_is_not_enrolled_is_told_what_to_do(tmp_path, command):
+def test_commands_on_an_unenrolled_device_say_what_to_do(tmp_path, command):
     done = agent(tmp_path, command)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
@@ -83,7 +83,7 @@ def test_a_bad_token_is_one_line(tmp_path, token, words):
 
 
 @pytest.mark.parametrize("where", ["file", "standard input"])
-def test_bytes_that_are_no_text_are_no_token(tmp_path, where):
+def test_binary_data_is_not_a_token(tmp_path, where):
     noise = tmp_path / "noise"
     noise.write_bytes(bytes(range(128, 256)) * 2000)
     words = ["--token-file", str(noise)] if where == "file" else []
@@ -101,7 +101,7 @@ def test_bytes_that_are_no_text_are_no_token(tmp_path, where):
 
 
 def test_a_second_agent_on_one_state_directory_is_refused(tmp_path):
-    # or the two would take the connection to the broker from each other for ever
+    # two agents would displace each other at the broker forever
     lock = tmp_path / "lock"
     with alone(lock), pytest.raises(NotAloneError, match="another agent runs"), alone(lock):
         pass
@@ -109,7 +109,7 @@ def test_a_second_agent_on_one_state_directory_is_refused(tmp_path):
         pass
 
 
-def test_why_of_an_instance_that_is_not_there_names_those_that_are(tmp_path):
+def test_why_of_an_unknown_instance_lists_the_running_ones(tmp_path):
     store = enrolled(tmp_path)
     store.save(committed=committed())
     store.close()
@@ -117,21 +117,21 @@ def test_why_of_an_instance_that_is_not_there_names_those_that_are(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert "'wbe'" in done.stderr
-    assert "there are web" in done.stderr
+    assert "running: web" in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_of_ones_own_that_may_not_be_written_is_not_somebody_elses(tmp_path):
+def test_an_unwritable_state_directory_is_not_reported_as_another_users(tmp_path):
     enrolled(tmp_path).close()
     (tmp_path / "state").chmod(0o500)
     done = agent(tmp_path, "status")
     (tmp_path / "state").chmod(0o700)
     assert done.returncode == 1
-    assert "may not be written" in done.stderr
+    assert "is not writable" in done.stderr
     assert "another user" not in done.stderr
 
 
-def test_a_database_that_is_none_says_what_to_do(tmp_path):
+def test_a_file_that_is_not_a_database_is_reported_with_what_to_do(tmp_path):
     enrolled(tmp_path).close()
     (tmp_path / "state" / "store.db").write_text("not a database, for long enough that it is no empty one either")
     done = agent(tmp_path, "status")
@@ -140,13 +140,13 @@ def test_a_database_that_is_none_says_what_to_do(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_host_that_did_not_start_is_told_with_its_own_words(tmp_path):
+def test_status_shows_why_the_host_did_not_start(tmp_path):
     enrolled(tmp_path).close()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / host_api.WHY_NOT).write_text("this board lacks seccomp around components\n")
+    (tmp_path / "run" / host_api.WHY_NOT).write_text("seccomp is missing around components\n")
     for command in ("status", "why"):
         done = agent(tmp_path, command)
-        assert "the host did not start, and says: this board lacks seccomp around components" in done.stdout
+        assert "the host did not start: seccomp is missing around components" in done.stdout
 
 
 def test_a_token_is_never_an_argument(tmp_path):
@@ -173,11 +173,11 @@ def test_a_state_directory_of_a_newer_agent_is_refused_in_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_nothing_to_restore_is_no_error(tmp_path):
+def test_nothing_to_restore_is_not_an_error(tmp_path):
     assert agent(tmp_path, "restore").returncode == 0
 
 
-def test_restore_without_a_host_says_so(tmp_path, monkeypatch):
+def test_restore_without_a_host_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("agent.cli.HOST_WAIT_S", 0.1)
     store = enrolled(tmp_path)
     store.save(committed=committed())
@@ -228,7 +228,7 @@ def test_status_and_why_tell_the_story(tmp_path):
     why = agent(tmp_path, "why", "web").stdout
     assert "[hash-mismatch] other bytes" in why
     assert "| last words" in why
-    assert "not tried again by itself" in why
+    assert "no automatic retry" in why
     assert "what to do" in why
     facts = json.loads(agent(tmp_path, "why", "--json").stdout)
     assert facts["failed"][0]["code"] == "hash-mismatch"
@@ -245,7 +245,7 @@ def test_check_names_the_first_thing_that_fails(tmp_path):
 
 
 def enrolled_to_the_full(tmp_path):
-    """A board with keys, certificate and root, whose server and broker do not answer; its store."""
+    """Enrol a device with keys, certificate and root, whose server and broker do not answer; return its store."""
     store = enrolled(tmp_path)
     directory = tmp_path / "state" / "identity"
     device = ec.generate_private_key(ec.SECP256R1())
@@ -261,7 +261,7 @@ def enrolled_to_the_full(tmp_path):
 
 @pytest.fixture
 def systemd(tmp_path):
-    """The socket that programs tell systemd on that they are ready."""
+    """Socket on which programs notify systemd."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(tmp_path / "notify"))
         sock.settimeout(60)
@@ -269,8 +269,8 @@ def systemd(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_agent_that_is_stopped_ends_whatever_it_was_doing(tmp_path, systemd, number):
-    """Here no host, no server and no broker answers: it is in the middle of waiting for each of them."""
+def test_a_stopped_agent_ends_whatever_it_was_doing(tmp_path, systemd, number):
+    """No host, server or broker answers, so the agent is waiting for each of them."""
     enrolled_to_the_full(tmp_path).close()
     places = ("--state", tmp_path / "state", "--runtime", tmp_path / "run", "--config", tmp_path / "agent.toml")
     left = [tmp_path / "state" / place / ".new-00000000-x" for place in ("", "identity", "images")]
@@ -298,8 +298,8 @@ def test_an_agent_that_is_stopped_ends_whatever_it_was_doing(tmp_path, systemd, 
 
 
 @pytest.mark.asyncio
-async def test_when_an_agent_closes_its_store_nothing_of_it_is_at_work_any_more(tmp_path, systemd, monkeypatch):
-    """In one process, since afterwards Python itself would cancel what is left, after the store that it works with."""
+async def test_no_task_of_the_agent_runs_once_its_store_is_closed(tmp_path, systemd, monkeypatch):
+    """In this process, as at exit Python would cancel the remaining tasks, but after their store is closed."""
     monkeypatch.setenv("NOTIFY_SOCKET", systemd.getsockname())
     store = enrolled_to_the_full(tmp_path)
     places = Paths(tmp_path / "state", tmp_path / "run")
@@ -329,7 +329,7 @@ async def test_when_an_agent_closes_its_store_nothing_of_it_is_at_work_any_more(
     assert at_work == [set()]
 
 
-def test_every_command_explains_itself():
+def test_every_command_has_help():
     for command in ("enroll", "run", "restore", "status", "why", "check"):
         done = subprocess.run(
             [sys.executable, "-m", "agent.cli", command, "--help"], capture_output=True, text=True, check=True
@@ -352,7 +352,7 @@ def test_the_agent_loads_neither_wasmtime_nor_what_is_heavy(module):
     loaded = {name.partition(".")[0] for name in done.stdout.splitlines()}
     assert "agent" in loaded
     assert not loaded & {"wasmtime", "httpx", "rich", "click", "urllib3", "requests", "starlette", "sqlite_utils"}
-    # Of the host's package the agent knows the protocol and who writes its packets, and nothing else.
+    # Of the host's package, the agent imports only the protocol and the writer of packets.
     host = {name for name in done.stdout.splitlines() if name.startswith("agent.host.")}
     ipc = {"agent.host.ipc", "agent.host.ipc.framing", "agent.host.ipc.host_api", "agent.host.ipc.packet_writer"}
     assert host == ipc
@@ -367,8 +367,8 @@ def test_showing_what_runs_loads_neither_mqtt_nor_tuf():
 
 
 @pytest.mark.root
-def test_root_asks_as_the_agents_user_and_leaves_nothing_of_its_own(tmp_path):
-    """What root writes into the state directory, the agent could not read: so root does not."""
+def test_commands_run_by_root_leave_no_files_owned_by_root(tmp_path):
+    """The agent could not read files that root writes into the state directory."""
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents[:2]:
         parent.chmod(parent.stat().st_mode | 0o055)

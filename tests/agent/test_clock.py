@@ -1,4 +1,4 @@
-"""Reference time of a device: the wall clock, but never earlier than what has been proved."""
+"""Reference time of a device: the system clock, but never before the proven floor."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -17,7 +17,7 @@ def test_the_floor_only_rises():
     assert reference.floor == floor + timedelta(days=1)
 
 
-def test_a_clock_that_is_behind_stands_at_the_floor():
+def test_a_clock_behind_the_floor_is_replaced_by_the_floor():
     floor = datetime.now(UTC) + timedelta(days=400)
     reference = ReferenceClock(floor)
     assert reference.behind

@@ -1,4 +1,4 @@
-"""The end of a change: what must hold before it is committed, and what the server is told then."""
+"""End of a change: conditions for the commit, and the report to the server."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
 
 
 @contextlib.asynccontextmanager
-async def on_a_board(kit):
+async def on_a_device(kit):
     await kit.boot()
     try:
         yield
@@ -26,16 +26,16 @@ async def on_a_board(kit):
     ("answers", "end"),
     [
         ([], ("committed", None)),
-        ([False, True, True], ("committed", None)),  # a first bad answer at the end: the next one decides
+        ([False, True, True], ("committed", None)),  # a first failure at the end: the next check decides
         ([False, False], ("rolled-back", RejectCode.HEALTH_FAILED)),
-        ([None, True], ("committed", None)),  # nobody was there to answer
+        ([None, True], ("committed", None)),  # no worker was running
         ([None, False, False], ("rolled-back", RejectCode.HEALTH_FAILED)),
-        (None, ("committed", None)),  # by a host of before, which counts no answers
+        (None, ("committed", None)),  # by an older host, which does not count checks
     ],
 )
 @pytest.mark.asyncio
-async def test_the_health_check_is_asked_once_more_before_the_commit(kit, monkeypatch, answers, end):
-    async with on_a_board(kit):
+async def test_the_health_check_runs_once_more_before_the_commit(kit, monkeypatch, answers, end):
+    async with on_a_device(kit):
         monkeypatch.setattr(effects, "WATCH_S", 0.01)
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         if answers is not None:
@@ -53,8 +53,8 @@ async def test_the_health_check_is_asked_once_more_before_the_commit(kit, monkey
 
 
 @pytest.mark.asyncio
-async def test_what_is_started_again_after_the_host_died_is_on_no_probation(kit):
-    async with on_a_board(kit):
+async def test_an_instance_restored_after_a_host_crash_is_not_on_probation(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.kill()
         kit.host.requests.clear()
@@ -64,9 +64,9 @@ async def test_what_is_started_again_after_the_host_died_is_on_no_probation(kit)
 
 
 @pytest.mark.asyncio
-async def test_a_restoration_ends_with_the_host_that_it_was_for(kit, monkeypatch):
-    """Else it would go on against the next host, beside that one's own."""
-    async with on_a_board(kit):
+async def test_a_restoration_ends_with_its_host(kit, monkeypatch):
+    """Otherwise it would continue on the next host, beside that host's own restoration."""
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         sound, asked, go_on = kit.images.open, [], asyncio.Event()
 
@@ -88,10 +88,10 @@ async def test_a_restoration_ends_with_the_host_that_it_was_for(kit, monkeypatch
 
 @pytest.mark.parametrize("how", ["refused", "rolled-back"])
 @pytest.mark.asyncio
-async def test_an_assignment_of_which_one_item_failed_is_not_told_as_committed(kit, how):
-    """The server counts a device as done by that number."""
+async def test_an_assignment_with_a_failed_item_is_not_reported_as_committed(kit, how):
+    """The server counts a device as done by this number."""
 
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")))
         assert kit.store.counter("committed") == 1
         if how == "refused":
@@ -106,10 +106,10 @@ async def test_an_assignment_of_which_one_item_failed_is_not_told_as_committed(k
 
 
 @pytest.mark.asyncio
-async def test_an_assignment_is_not_told_as_committed_while_a_change_is_under_way(kit):
-    """Here the instance that is not wanted any more is still being removed."""
+async def test_an_assignment_is_not_reported_as_committed_during_a_change(kit):
+    """An instance that is no longer assigned is still being removed."""
 
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         web, other = kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")
         await kit.run(kit.assignment(1, web, other))
         stop, let = kit.carrier.stop, asyncio.Event()

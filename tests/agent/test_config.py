@@ -1,4 +1,4 @@
-"""Configuration in three tenses, and the board owner's word against what the fleet signs."""
+"""Configuration files, merging and validation, and the device owner's policy."""
 
 import re
 from pathlib import Path
@@ -21,13 +21,13 @@ def write(directory, **files):
     return directory / "agent.toml"
 
 
-def test_a_board_without_any_file_works(tmp_path):
+def test_a_device_needs_no_configuration_file(tmp_path):
     settings = config.load(tmp_path / "agent.toml")
     assert not settings.production
     assert settings.policy.logs == "errors"
 
 
-def test_later_fragments_win_key_by_key(tmp_path):
+def test_later_fragments_override_single_keys(tmp_path):
     path = write(
         tmp_path,
         main="health_s = 60\n[policy]\nlogs = 'off'\ncall_ms = 100\n",
@@ -48,18 +48,18 @@ def test_later_fragments_win_key_by_key(tmp_path):
         ("health_s = ", "agent.toml"),
     ],
 )
-def test_a_mistake_is_named(tmp_path, text, named):
+def test_an_error_names_its_key(tmp_path, text, named):
     with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
         config.load(write(tmp_path, main=text))
 
 
-def test_the_owner_narrows_limits_and_never_widens_them():
+def test_the_policy_narrows_limits_and_never_widens_them():
     policy = Policy(memory_bytes=1000, call_ms=50, concurrency=1)
     narrowed = policy.limit(Limits(memory_bytes=5000, call_ms=10, concurrency=4, fuel=7))
     assert (narrowed.memory_bytes, narrowed.call_ms, narrowed.concurrency, narrowed.fuel) == (1000, 10, 1, 7)
 
 
-def test_the_owner_may_deny_what_everyone_else_granted():
+def test_the_policy_may_deny_granted_interfaces():
     wanted = Grants(interfaces=("wasi:clocks", "wasi:i2c/i2c"), outbound=("https://a:443", "https://b:443"))
     assert Policy().denied(wanted) == ()
     assert Policy(interfaces=("wasi:clocks",)).denied(wanted) == ("wasi:i2c/i2c",)
@@ -67,7 +67,7 @@ def test_the_owner_may_deny_what_everyone_else_granted():
     assert Policy(interfaces=()).denied(wanted) == wanted.interfaces
 
 
-def test_the_page_for_owners_names_every_key_and_no_other():
+def test_the_documentation_lists_every_key_and_no_other():
     documented = set(
         re.findall(r"^\| `([a-z_.]+)` \|", DOCS.read_text().partition("## Configuration")[2], re.MULTILINE)
     )

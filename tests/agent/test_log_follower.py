@@ -1,4 +1,4 @@
-"""`fleet logs` on the board: for who may ask, as far as its owner allows, for minutes, and told in its history."""
+"""`fleet logs` on the device: authorisation, the owner's policy, the time limit, and the entry in the history."""
 
 import asyncio
 from datetime import timedelta
@@ -19,14 +19,14 @@ from signing import director
 from signing.verifier import accept_command
 from tests.agent.desired_case import Sink
 from tests.eventually import eventually_async
-from tests.simulator.repository import BOARD, Board, Repository, signer
+from tests.simulator.repository import DEVICE, Device, Repository, signer
 
-DEVICE = DeviceContext(device="crane-0a1b2c3d", boot_id="b", places=None, mac_key=b"", clock=lambda: 0.0)
+CONTEXT = DeviceContext(device="crane-0a1b2c3d", boot_id="b", places=None, mac_key=b"", clock=lambda: 0.0)
 LINES = ("info starting", "error no connection", "host: it trapped", "critical on fire", "debug 42")
 
 
 class Host:
-    """What the host says of an instance's log, once after another; then it stays as it is."""
+    """Host that returns a sequence of log states, then the last one forever."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -38,7 +38,7 @@ class Host:
 
 
 class Server:
-    """Takes chunks, and says from when on nobody reads."""
+    """Server that receives chunks, and ends following after some of them."""
 
     def __init__(self, more=1):
         self.chunks, self.more = [], more
@@ -50,10 +50,10 @@ class Server:
 
 
 async def followed(policy, host, server, monkeypatch, tmp_path):
-    """Follow until it ends; what the board wrote into its own history."""
+    """Follow a log until it ends; return the entries in the device's history."""
     monkeypatch.setattr(commands, "LOOK_S", 0.001)
     db = Database(Store(tmp_path / "store.db"))
-    follower = LogFollower(device=DEVICE, host=host, https=server, policy=policy, db=db, sink=Sink())
+    follower = LogFollower(device=CONTEXT, host=host, https=server, policy=policy, db=db, sink=Sink())
     running = asyncio.ensure_future(follower.run())
     follower.follow("hello", minutes=5, command=7)
     await eventually_async(lambda: not follower.following, "nothing is followed any more")
@@ -72,7 +72,7 @@ async def followed(policy, host, server, monkeypatch, tmp_path):
         ("errors", ("error no connection", "host: it trapped", "critical on fire"), 2),
     ],
 )
-async def test_the_boards_owner_decides_what_leaves(policy, lines, left_out, monkeypatch, tmp_path):
+async def test_the_owners_policy_limits_the_log_lines_sent(policy, lines, left_out, monkeypatch, tmp_path):
     server = Server()
     history = await followed(policy, Host(host_api.Lines(id=1, lines=LINES, count=5)), server, monkeypatch, tmp_path)
     (chunk,) = server.chunks
@@ -81,17 +81,17 @@ async def test_the_boards_owner_decides_what_leaves(policy, lines, left_out, mon
 
 
 @pytest.mark.asyncio
-async def test_an_owner_who_lets_nothing_out_says_so_and_no_line_leaves(monkeypatch, tmp_path):
+async def test_with_logs_off_the_request_is_refused_and_no_line_is_sent(monkeypatch, tmp_path):
     server = Server()
     history = await followed("off", Host(host_api.Lines(id=1, lines=LINES, count=5)), server, monkeypatch, tmp_path)
     (chunk,) = server.chunks
     assert chunk.lines == ()
-    assert "lets no log leave" in chunk.refused
-    assert "refused, by [policy] logs" in history[0]
+    assert "allows no logs to leave" in chunk.refused
+    assert "refused by [policy] logs" in history[0]
 
 
 @pytest.mark.asyncio
-async def test_only_what_is_new_is_sent_and_what_was_missed_is_counted(monkeypatch, tmp_path):
+async def test_only_new_lines_are_sent_and_lost_ones_are_counted(monkeypatch, tmp_path):
     server = Server(more=3)
     host = Host(
         host_api.Lines(id=1, lines=("a", "b"), count=2),
@@ -104,7 +104,7 @@ async def test_only_what_is_new_is_sent_and_what_was_missed_is_counted(monkeypat
 
 
 @pytest.mark.asyncio
-async def test_a_host_that_was_restarted_counts_anew(monkeypatch, tmp_path):
+async def test_line_numbers_restart_with_the_host(monkeypatch, tmp_path):
     server = Server(more=2)
     host = Host(host_api.Lines(id=1, lines=("a", "b"), count=2), host_api.Lines(id=2, lines=("fresh",), count=1))
     await followed("all", host, server, monkeypatch, tmp_path)
@@ -112,15 +112,15 @@ async def test_a_host_that_was_restarted_counts_anew(monkeypatch, tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_a_hostile_broker_asks_for_logs_and_is_counted(tmp_path):
+async def test_forged_log_requests_are_refused_and_counted(tmp_path):
     repo = Repository()
-    board = Board(repo)
-    board.run(repo.assign(repo.publish()))
+    device = Device(repo)
+    device.run(repo.assign(repo.publish()))
     asked, changed = [], []
 
     def judge(envelope):
-        command, board.state = accept_command(
-            board.trusted, envelope, fleet=repo.fleet, device=BOARD, state=board.state, now=repo.now
+        command, device.state = accept_command(
+            device.trusted, envelope, fleet=repo.fleet, device=DEVICE, state=device.state, now=repo.now
         )
         return command
 
@@ -144,7 +144,7 @@ async def test_a_hostile_broker_asks_for_logs_and_is_counted(tmp_path):
     )
 
     def order(verb, sequence=1, **more):
-        fields = {"fleet": repo.fleet, "device": BOARD, "issued": repo.now, "expires": repo.now + timedelta(minutes=5)}
+        fields = {"fleet": repo.fleet, "device": DEVICE, "issued": repo.now, "expires": repo.now + timedelta(minutes=5)}
         return Command(**(fields | {"sequence": sequence, "verb": verb} | more))
 
     logs = FollowLogs(instance="hello")
@@ -160,7 +160,7 @@ async def test_a_hostile_broker_asks_for_logs_and_is_counted(tmp_path):
     assert commands.refused == len(changed) == 4
     assert "4 commands were refused" in problems.text("commands")
     await commands.carry_out(good)
-    await commands.carry_out(good)  # the broker plays it again
+    await commands.carry_out(good)  # the broker replays it
     assert asked == [("hello", 1)]
     assert commands.refused == 5
     await commands.carry_out(director.sign_command(order(CheckIn(), 2), repo.keys["director"]))

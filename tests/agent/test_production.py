@@ -1,4 +1,4 @@
-"""dev, solo and production on the board's side: its owner says what it demands, signed root says what the fleet is."""
+"""Production mode of a device, and a fleet that moves from development to production."""
 
 import msgspec
 import pytest
@@ -13,7 +13,7 @@ from tests.agent.desired_case import NOW, Case
 
 
 def move(server, directory):
-    """`fleet sign move solo`: new keys for root and targets, and the size, signed by the old root and the new keys."""
+    """Do as `fleet sign move solo`: new keys for root and targets, new size, signed by the old and new root keys."""
     new = {role: generate(directory / f"{role}-2.pem") for role in ("root", "targets")}
     roles = {role: RoleKeys((key.public_key,)) for role, key in new.items()}
     event = events.propose(server.files, size=Size.SOLO, roles=roles, now=NOW)
@@ -26,8 +26,8 @@ def move(server, directory):
     )
 
 
-class Board(Case):
-    """A board that enrolled in a development fleet; its owner may have made it one for production since."""
+class Device(Case):
+    """Device that enrolled in a development fleet; its owner may have enabled production mode since."""
 
     def __init__(self, tmp_path, *, production):
         super().__init__(tmp_path)
@@ -46,51 +46,51 @@ class Board(Case):
 
 
 @pytest.mark.asyncio
-async def test_a_board_of_the_first_day_becomes_one_for_production_with_its_fleet(tmp_path):
-    board = Board(tmp_path, production=False)
-    await board.judge(board.server.assignment(1))
-    assert board.deployer.versions == [1]
+async def test_a_device_moves_to_production_with_its_fleet(tmp_path):
+    device = Device(tmp_path, production=False)
+    await device.judge(device.server.assignment(1))
+    assert device.deployer.versions == [1]
 
-    # Its owner demands production: nothing of the development fleet is taken any more, and what runs goes on.
-    board.restart(production=True)
-    await board.judge(board.server.assignment(2))
-    assert board.deployer.versions == [1]
-    assert board.codes() == [RejectCode.DEVELOPMENT]
-    assert not identity.load(board.places).production
+    # With production mode enabled, nothing from the development fleet is accepted; running components keep running.
+    device.restart(production=True)
+    await device.judge(device.server.assignment(2))
+    assert device.deployer.versions == [1]
+    assert device.codes() == [RejectCode.DEVELOPMENT]
+    assert not identity.load(device.places).production
 
-    # The fleet moves: the same board follows the roots, and remembers that it did.
-    move(board.server, tmp_path)
-    await board.judge(board.server.assignment(3))
-    assert board.deployer.versions == [1, 3]
-    assert identity.load(board.places).production
-    board.restart(production=True)
-    await board.judge(board.server.assignment(4))
-    assert board.deployer.versions == [1, 3, 4]
+    # The fleet moves: the same device follows the roots, and remembers the move.
+    move(device.server, tmp_path)
+    await device.judge(device.server.assignment(3))
+    assert device.deployer.versions == [1, 3]
+    assert identity.load(device.places).production
+    device.restart(production=True)
+    await device.judge(device.server.assignment(4))
+    assert device.deployer.versions == [1, 3, 4]
 
 
 @pytest.mark.asyncio
-async def test_a_board_in_production_that_slept_through_the_move_refuses_the_old_root_and_takes_the_new(tmp_path):
-    board = Board(tmp_path, production=True)
+async def test_a_production_device_that_was_off_during_the_move_accepts_only_the_new_root(tmp_path):
+    device = Device(tmp_path, production=True)
     with pytest.raises(Rejected) as verdict:
-        board.trust.refresh()
+        device.trust.refresh()
     assert verdict.value.code is RejectCode.DEVELOPMENT
-    old = dict(board.server.files)
-    move(board.server, tmp_path)
-    await board.judge(board.server.assignment(1))
-    assert board.deployer.versions == [1]
-    # and who shows it the old root again is found out
-    board.server.files = old
+    old = dict(device.server.files)
+    move(device.server, tmp_path)
+    await device.judge(device.server.assignment(1))
+    assert device.deployer.versions == [1]
+    # and an attacker who shows the old root again is detected
+    device.server.files = old
     with pytest.raises(Rejected) as verdict:
-        board.trust.refresh()
+        device.trust.refresh()
     assert verdict.value.code is RejectCode.ROLLBACK
 
 
 @pytest.mark.asyncio
-async def test_a_board_that_demands_nothing_follows_too_and_remembers(tmp_path):
-    board = Board(tmp_path, production=False)
-    assert not board.trust.refresh().became_production
-    move(board.server, tmp_path)
-    assert board.trust.refresh().became_production
-    assert not board.trust.refresh().became_production, "once"
-    await board.judge(board.server.assignment(1))
-    assert identity.load(board.places).production
+async def test_a_device_without_production_mode_follows_the_move_too(tmp_path):
+    device = Device(tmp_path, production=False)
+    assert not device.trust.refresh().became_production
+    move(device.server, tmp_path)
+    assert device.trust.refresh().became_production
+    assert not device.trust.refresh().became_production, "once"
+    await device.judge(device.server.assignment(1))
+    assert identity.load(device.places).production

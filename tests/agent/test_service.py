@@ -1,4 +1,4 @@
-"""The whole agent, composed as it runs, with a broker, a server and a host of the test's own."""
+"""Whole agent, composed as in production, with a simulated broker, server and host."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ from tests.eventually import eventually_async
 
 
 class Broker:
-    """The connection to a broker: keeps what is published, and brings what the test says."""
+    """Connection to a broker that records published messages and delivers the test's messages."""
 
     name = "mqtt"
 
@@ -83,7 +83,7 @@ class Broker:
 
 
 class Server:
-    """A server that cannot be reached; counts who asks."""
+    """Unreachable server that counts requests."""
 
     def __init__(self):
         self.asked = 0
@@ -103,7 +103,7 @@ class Agent:
         self.service = build(self.device, self.db, ReferenceClock(self.device.identity.floor), links)
 
     async def is_closed(self):
-        """Whether the store and its thread are."""
+        """Return whether the store and its thread are closed."""
         with pytest.raises(RuntimeError, match="after shutdown"):
             await self.db(Store.counter, "accepted")
         with pytest.raises(sqlite3.ProgrammingError, match="closed"):
@@ -118,7 +118,7 @@ def agent(tmp_path):
 
 @pytest.fixture
 def host(agent):
-    """The socket of a host, which nobody answers at yet."""
+    """Socket of a host that does not answer yet."""
     with contextlib.closing(host_api.new_socket()) as listener:
         listener.bind(str(agent.device.places.host_socket))
         listener.listen()
@@ -155,7 +155,7 @@ async def test_a_stop_says_goodbye_cancels_every_part_and_closes_the_database(ag
 
 
 @pytest.mark.asyncio
-async def test_a_part_that_raises_ends_the_agent_with_1_and_closes_the_database(agent, caplog):
+async def test_an_exception_in_a_part_ends_the_agent_with_1_and_closes_the_database(agent, caplog):
     async with running(agent) as task:
         agent.broker.connect()
         await agent.broker.until(lambda: agent.broker.bodies(Up.HELLO))
@@ -183,7 +183,7 @@ async def test_a_stop_ends_a_change_under_way_and_the_connection_to_the_host(age
 
 
 @pytest.mark.asyncio
-async def test_a_store_that_cannot_be_read_at_the_start_ends_the_agent_with_1(agent, monkeypatch):
+async def test_an_unreadable_store_ends_the_agent_with_1(agent, monkeypatch):
     def damaged(store):
         raise sqlite3.DatabaseError("damaged")
 
@@ -193,7 +193,7 @@ async def test_a_store_that_cannot_be_read_at_the_start_ends_the_agent_with_1(ag
 
 
 @pytest.mark.asyncio
-async def test_each_connection_is_announced_greeted_and_gets_the_reports_again(agent):
+async def test_each_connection_announces_the_device_and_resends_reports(agent):
     async with running(agent):
         for turn in (1, 2):
             sent = len(agent.broker.bodies(Up.REPORT))
@@ -205,7 +205,7 @@ async def test_each_connection_is_announced_greeted_and_gets_the_reports_again(a
             assert len({wire.decode(Hello, body).nonce for body in agent.broker.bodies(Up.HELLO)}) == turn
             assert set(sequences(agent.broker.bodies(Up.REPORT))) == {1}
             agent.broker.queue.put_nowait(Disconnected("it was lost"))
-        # What is acknowledged is not sent again.
+        # Acknowledged reports are not sent again.
         agent.broker.say(Down.ACK, wire.encode(Ack(sequence=1)))
         await agent.broker.queue.join()
         sent, told = len(agent.broker.bodies(Up.REPORT)), len(agent.broker.bodies(Up.HEALTH))
@@ -215,7 +215,7 @@ async def test_each_connection_is_announced_greeted_and_gets_the_reports_again(a
 
 
 @pytest.mark.asyncio
-async def test_a_host_that_comes_back_is_ready_only_once_everything_was_restored(agent, host):
+async def test_a_restarted_host_is_ready_only_after_the_restoration(agent, host):
     async with running(agent):
         loop = asyncio.get_running_loop()
         for turn in (1, 2):
@@ -242,7 +242,7 @@ def _answer_hello(peer, turn):
 
 
 class Wishes:
-    """What a session asks of receiver and uplink."""
+    """Recorder of a session's requests to receiver and uplink."""
 
     def __init__(self):
         self.polls, self.resent = [], []

@@ -1,4 +1,4 @@
-"""The door to systemd: what it is told, when its watchdog is fed, and what the journal gets to be asked for."""
+"""Interface to systemd: notifications, watchdog, and fields in the journal."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ from fleet.protocol.messages import Report
 
 @pytest.fixture
 def manager(tmp_path, monkeypatch):
-    """systemd's end: everything that it is told, as it is told."""
+    """Receive notifications as systemd does."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock.bind(str(tmp_path / "notify"))
     sock.settimeout(10)
@@ -40,33 +40,33 @@ def nothing_more(manager):
     assert not select.select([manager], [], [], 0)[0]
 
 
-def test_without_systemd_nobody_is_told(monkeypatch):
+def test_without_systemd_nothing_is_sent(monkeypatch):
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     monkeypatch.delenv("WATCHDOG_USEC", raising=False)
     assert not systemd.notify(READY="1")
     assert systemd.watchdog_s() is None
 
 
-def test_a_status_is_one_line_whatever_is_in_it(manager):
+def test_a_status_is_always_a_single_line(manager):
     assert systemd.notify(READY="1", STATUS="connected\nWATCHDOG=trigger")
     assert told(manager) == {"READY": "1", "STATUS": "connected WATCHDOG=trigger"}
 
 
 @pytest.mark.parametrize(("number", "said"), [(0, "0 instances"), (1, "1 instance"), (3000, "3000 instances")])
-def test_a_status_is_english(number, said):
+def test_a_status_uses_singular_and_plural(number, said):
     assert systemd.instances(number) == said
 
 
-def test_the_watchdog_is_fed_three_times_within_its_patience(monkeypatch):
+def test_the_watchdog_is_notified_three_times_within_its_timeout(monkeypatch):
     monkeypatch.setenv("WATCHDOG_USEC", "120000000")
     assert systemd.watchdog_s() == 40
-    # it is said to this process, and not to those that it starts
+    # meant for this process, not for its children
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid() + 1))
     assert systemd.watchdog_s() is None
 
 
 @pytest.mark.asyncio
-async def test_an_agent_whose_work_stands_still_does_not_feed_the_watchdog(manager, monkeypatch, tmp_path):
+async def test_a_blocked_agent_does_not_notify_the_watchdog(manager, monkeypatch, tmp_path):
     monkeypatch.setenv("WATCHDOG_USEC", "3000")
 
     db, stands_still, go_on = Database(Store(tmp_path / "store.db")), asyncio.Event(), asyncio.Event()
@@ -91,7 +91,7 @@ async def test_an_agent_whose_work_stands_still_does_not_feed_the_watchdog(manag
 
 
 @pytest.mark.asyncio
-async def test_the_host_says_what_it_runs_as_often_as_it_feeds_the_watchdog(manager, monkeypatch):
+async def test_the_host_sends_its_status_with_each_watchdog_notification(manager, monkeypatch):
     monkeypatch.setenv("WATCHDOG_USEC", "3000")
     numbers = iter(range(1000))
 
@@ -104,7 +104,7 @@ async def test_the_host_says_what_it_runs_as_often_as_it_feeds_the_watchdog(mana
 
 @pytest.fixture
 def journal(monkeypatch):
-    """systemd-python's handler as far as it is used: keeps what it would send, by the names that journald takes."""
+    """Replace systemd-python's handler by a recorder of the fields for journald."""
     sent = []
 
     class JournalHandler(logging.Handler):
@@ -126,7 +126,7 @@ def journal(monkeypatch):
     root.handlers[:], root.level = before
 
 
-def test_what_is_reported_is_in_the_journal_with_fields_to_ask_by(journal):
+def test_reports_are_in_the_journal_with_searchable_fields(journal):
     report = Report(
         device="crane-0a1b2c3d",
         boot_id="b",
@@ -157,7 +157,7 @@ def test_what_is_reported_is_in_the_journal_with_fields_to_ask_by(journal):
     ]
 
 
-def test_a_refused_assignment_is_called_one(journal):
+def test_a_refused_assignment_is_named_in_the_journal(journal):
     reports.tell(
         Report(
             device="crane-0a1b2c3d",

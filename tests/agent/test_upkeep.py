@@ -1,4 +1,4 @@
-"""What has to be done now and then: the certificate, and room on the disk."""
+"""Periodic tasks: certificate renewal and eviction."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -32,7 +32,7 @@ NOW = datetime.now(UTC)
 
 
 class Server:
-    """Renews, for whatever key it likes."""
+    """Server that renews certificates, for any key on demand."""
 
     def __init__(self, ca):
         self.ca, self.key, self.asked = ca, None, []
@@ -47,7 +47,7 @@ class Server:
 
 
 @pytest.fixture
-def board(tmp_path):
+def device(tmp_path):
     places = Paths(tmp_path / "state", tmp_path / "run")
     places.identity.mkdir(parents=True)
     (tmp_path / "ca").mkdir()
@@ -64,8 +64,8 @@ def who():
     )
 
 
-def test_a_board_that_enrolled_before_there_was_a_proof_gives_one_when_it_renews(board):
-    places, server = board
+def test_a_device_enrolled_without_a_sealing_proof_sends_it_with_the_renewal(device):
+    places, server = device
     enrolment.renew_now(places, server, who())
     assert server.asked[0].sealing_proof == "", "it has no sealing key"
     (places.identity / "sealing.key").write_bytes(enrolment._private_pem(X25519PrivateKey.generate()))
@@ -73,8 +73,8 @@ def test_a_board_that_enrolled_before_there_was_a_proof_gives_one_when_it_renews
     assert "wasmfleet.sealing" in server.asked[1].sealing_proof
 
 
-def test_the_certificate_is_renewed_for_the_key_that_is_there(board):
-    places, server = board
+def test_the_certificate_is_renewed_for_the_existing_key(device):
+    places, server = device
     before = (places.identity / "device.pem").read_text()
     enrolment.renew_now(places, server, who())
     after = (places.identity / "device.pem").read_text()
@@ -82,8 +82,8 @@ def test_the_certificate_is_renewed_for_the_key_that_is_there(board):
     assert "PRIVATE" not in server.asked[0].csr_pem
 
 
-def test_a_certificate_for_another_key_is_not_put_in_place(board):
-    places, server = board
+def test_a_certificate_for_another_key_is_not_installed(device):
+    places, server = device
     before = (places.identity / "device.pem").read_text()
     server.key = ec.generate_private_key(ec.SECP256R1()).public_key()
     with pytest.raises(EnrolError, match="another key"):
@@ -92,9 +92,9 @@ def test_a_certificate_for_another_key_is_not_put_in_place(board):
 
 
 @pytest.mark.asyncio
-async def test_a_certificate_is_renewed_at_once_when_the_server_calls_it_outdated(board):
-    """Long before two thirds of its life: its issuing CA was stolen with the server."""
-    places, server = board
+async def test_an_outdated_certificate_is_renewed_at_once(device):
+    """Long before two thirds of its life, as its issuing CA was stolen with the server."""
+    places, server = device
     before = (places.identity / "device.pem").read_text()
 
     retried = []
@@ -126,7 +126,7 @@ async def test_a_certificate_is_renewed_at_once_when_the_server_calls_it_outdate
         (500, b'{"type":"certificate-outdated"}', False),
     ],
 )
-def test_which_refusals_a_new_certificate_mends(status, body, wanted):
+def test_only_expired_and_outdated_certificates_are_renewed_after_a_refusal(status, body, wanted):
     error = FetchError(RejectCode.UNREACHABLE, "no", status=status, body=body)
     assert enrolment.wants_renewal(error) is wanted
 
@@ -137,8 +137,8 @@ class Named:
 
 
 @pytest.mark.asyncio
-async def test_room_is_made_and_neither_what_runs_nor_what_comes_is_lost(board):
-    places, _ = board
+async def test_eviction_spares_running_and_incoming_components(device):
+    places, _ = device
 
     def item(sha256):
         return Item(instance="web", target="components/a/web/1.0.0.wasm", length=1, sha256=sha256, manifest_sha256="")
@@ -173,8 +173,8 @@ async def test_room_is_made_and_neither_what_runs_nor_what_comes_is_lost(board):
     ],
     ids=["fresh", "two thirds over", "not valid yet", "valid for years"],
 )
-def test_a_certificate_that_a_wrong_clock_dated_is_renewed(board, monkeypatch, ahead, life, due):
-    places, server = board
+def test_a_certificate_that_a_wrong_clock_dated_is_renewed(device, monkeypatch, ahead, life, due):
+    places, server = device
     monkeypatch.setattr(ca, "DEVICE_LIFE", life)
     monkeypatch.setattr(clock, "clock_synchronised", lambda: True)
     key = enrolment._load_key(places.identity).public_key()
@@ -183,8 +183,8 @@ def test_a_certificate_that_a_wrong_clock_dated_is_renewed(board, monkeypatch, a
     assert enrolment.renewal_due(places.identity, ReferenceClock(now)) is due
 
 
-def test_a_device_whose_own_clock_is_wrong_does_not_renew_for_it(board, monkeypatch):
-    places, server = board
+def test_a_device_whose_own_clock_is_wrong_does_not_renew_for_it(device, monkeypatch):
+    places, server = device
     monkeypatch.setattr(clock, "clock_synchronised", lambda: False)
     key = enrolment._load_key(places.identity).public_key()
     later = datetime.now(UTC) + timedelta(days=730)

@@ -61,7 +61,7 @@ def test_a_file_that_is_no_component(kind, stage, board, tmp_path):
 def test_the_same_version_with_other_bytes(stage, board, tmp_path):
     file = copied(tmp_path / "other", "v1")
     shutil.copy(fixture("v2.wasm"), file)
-    one_line(stage.do(stage.push(file)), 2, "hello@1.0.0 exists with other bytes", "publish under a new one")
+    one_line(stage.do(stage.push(file)), 2, "hello@1.0.0 exists with other bytes", "publish a new version")
     assert stage.do(stage.version(board)) == "1"
 
 
@@ -150,4 +150,4 @@ def test_a_state_directory_that_may_not_be_written(stage, board, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     command = module(HOST, "run", "--runtime", str(tmp_path / "r"), "--state", str(closed), "--ingress", "none")
-    one_line(stage.do(stage.scene.processes.run(command)), 1, str(closed), "may not be written")
+    one_line(stage.do(stage.scene.processes.run(command)), 1, str(closed), "is not writable")

@@ -3,11 +3,11 @@
     python -m agent.host.compiler [--fuel] < component.wasm | cat > image.cwasm
     python -m agent.host.compiler --describe [--fuel]      what an image is compiled for, as JSON
 
-The program is niced and lives under limits on address space and CPU time, so that a component which eats memory or
-makes the compiler run for ever ends as a refusal while the old version keeps serving. It may not write to files: the
-image goes out by a pipe. Exit status: 0 done; 2 not a component; 3 the compiler refused or failed; 4 a limit was hit;
-5 no engine for this device. On failure, one JSON line on stderr: `{"code": ..., "message": ...}`. A panic (SIGABRT), a
-SIGKILL or SIGXCPU is for the caller to name, see `failure`.
+The program is niced and has limits on address space and CPU time, so that a component that uses too much memory or
+takes the compiler too long is refused while the old version keeps serving. The program may not write to files: the
+image leaves through a pipe. Exit status: 0 done; 2 not a component; 3 the compiler refused or failed; 4 a limit was
+hit; 5 no engine for this device. A failure prints a JSON line on stderr: `{"code": ..., "message": ...}`. After a panic
+(SIGABRT), SIGKILL or SIGXCPU, the caller names the reason, see `failure`.
 """
 
 import argparse
@@ -38,15 +38,15 @@ _EXIT: Final = {
 
 
 def failure(status: int, stderr: bytes) -> tuple[RejectCode, str]:
-    """Return why a compiler ended with `status` (negative: the signal that ended it), for whoever started it."""
+    """Return why a compiler ended with `status` (negative: the signal that killed it), for its caller."""
     if status < 0:
         name = signal.Signals(-status).name
         if -status in {signal.SIGKILL, signal.SIGXCPU, signal.SIGSEGV}:
             return (
                 RejectCode.COMPILE_LIMIT,
-                f"the compiler was stopped by {name}: it takes too much memory or time here",
+                f"the compiler was killed by {name}: the component takes too much memory or time to compile",
             )
-        return RejectCode.COMPILE_FAILED, f"the compiler gave up on this component ({name})"
+        return RejectCode.COMPILE_FAILED, f"the compiler crashed on this component ({name})"
     lines = stderr.decode(errors="replace").strip().splitlines()
     try:
         said = json.loads(lines[-1])
@@ -71,13 +71,13 @@ def _limit() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile stdin to stdout, or describe."""
+    """Compile stdin to stdout, or describe the engine; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m agent.host.compiler", description=__doc__.splitlines()[0])
-    parser.add_argument("--describe", action="store_true", help="print what an image is compiled for, as JSON")
+    parser.add_argument("--describe", action="store_true", help="print the engine's description as JSON")
     parser.add_argument("--fuel", action="store_true", help="count instructions, for components with a fuel limit")
     options = parser.parse_args(arguments)
     try:
-        from agent.host.engine import runtime  # noqa: PLC0415 - where there is no engine, this says so
+        from agent.host.engine import runtime  # noqa: PLC0415 - fails on a device without an engine
     except (ImportError, OSError, RuntimeError) as error:
         _fail(RejectCode.NO_ENGINE, f"there is no WebAssembly engine for this device: {error}")
     if options.describe:
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if stat.S_ISREG(os.fstat(1).st_mode):
         _fail(
-            RejectCode.COMPILE_FAILED, "standard output is a file, which the compiler may not write: use a pipe, | cat"
+            RejectCode.COMPILE_FAILED, "standard output is a file, which the compiler may not write: use a pipe (| cat)"
         )
     plan = runtime.memory_plan(runtime.reservable_bytes())
     _limit()
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     except runtime.EngineError as error:
         _fail(error.code, str(error))
     except MemoryError:
-        _fail(RejectCode.COMPILE_LIMIT, f"compiling it takes more than {ADDRESS_SPACE_BYTES // MIB} MiB")
+        _fail(RejectCode.COMPILE_LIMIT, f"compiling the component takes more than {ADDRESS_SPACE_BYTES // MIB} MiB")
     return 0
 
 

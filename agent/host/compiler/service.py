@@ -1,12 +1,12 @@
-"""Compiler behind a socket, for an agent that may not have executable memory, nor start a process that has.
+"""Compiler behind a socket, for an agent that may neither have executable memory nor start a process that has.
 
-    python -m agent.host.compiler.service ARGUMENTS...  client: stands in for `python -m agent.host.compiler`
+    python -m agent.host.compiler.service ARGUMENTS...  client: replaces `python -m agent.host.compiler`
     python -m agent.host.compiler.service --serve       service: a connection on stdin (systemd, Accept=yes)
 
-Under `MemoryDenyWriteExecute=` compiling fails, and every child inherits that filter. So the client passes its own
-stdin, stdout and stderr over a Unix socket, with its arguments and resource limits, to a unit outside the filter, which
-runs the real compiler on them. To whoever started it the client is the compiler: same streams, same exit status, and
-the same signal where one ended it. Nothing is parsed on the way but this module's own two packets.
+Under `MemoryDenyWriteExecute=` compiling fails, and every child inherits that filter. So the client passes its stdin,
+stdout and stderr over a Unix socket, with its arguments and resource limits, to a unit outside the filter, which runs
+the real compiler on them. To its caller, the client behaves like the compiler: same streams, same exit status, and the
+same signal if one killed the compiler. Only this module's two packets are parsed on the way.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ SOCKET: Final = "/run/wasmfleet/compiler.sock"
 _PACKET_MAX_BYTES: Final = 4096
 _STREAMS: Final = 3
 _LIMITS: Final = ("RLIMIT_DATA", "RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_CORE")
-# a client may ask for no more: it is the agent, and still nothing else can be started through here
+# nothing else may be started, although the only client is the agent
 _ARGUMENTS: Final = frozenset({"--describe", "--fuel"})
-# exit statuses of the compiler's own, see `agent.host.compiler`
+# exit statuses of the compiler, see `agent.host.compiler`
 _LIMIT_HIT: Final = 4
 _UNREACHABLE: Final = 5
 
@@ -38,21 +38,21 @@ def _complain(code: str, message: str) -> None:
 
 
 def client(arguments: list[str]) -> int:
-    """Have the compiler run on this process's own streams; return its exit status."""
+    """Have the service compile from this process's stdin to its stdout; return the exit status."""
     path = os.environ.get("WASMFLEET_COMPILER_SOCKET", SOCKET)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         try:
             sock.connect(path)
         except OSError as error:
-            _complain("no-engine", f"the compiler's service does not answer at {path}: {error.strerror}")
+            _complain("no-engine", f"cannot connect to the compiler's service at {path}: {error.strerror}")
             return _UNREACHABLE
         if "--describe" not in arguments:
-            # Whoever started this sets limits on it and then writes: by the first byte they hold.
+            # The caller sets limits on this process before it writes: with the first byte, they are set.
             select.select([0], [], [])
         limits = {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS}
         packet = json.dumps({"arguments": arguments, "limits": limits}).encode()
         framing.send_packet(sock, packet, tuple(range(_STREAMS)))
-        # The streams are the compiler's now: its reader must see their end when the compiler closes them.
+        # The compiler now owns the streams: their reader must see the end as soon as the compiler closes them.
         for number in (0, 1):
             os.close(number)
         answer = sock.recv(_PACKET_MAX_BYTES)
@@ -68,11 +68,11 @@ def client(arguments: list[str]) -> int:
 
 
 def serve(sock: socket.socket) -> int:
-    """Run the compiler once, for the client on `sock`; end it when the client is gone."""
+    """Run the compiler once, for the client on `sock`; kill it if the client disconnects."""
     try:
         packet, streams = framing.receive_packet(sock, max_bytes=_PACKET_MAX_BYTES, max_fds=_STREAMS)
     except framing.GoneError:
-        return 0  # the client ended before it asked
+        return 0  # the client disconnected before its request
     try:
         asked = json.loads(packet)
         arguments = [str(each) for each in asked["arguments"]]
@@ -85,7 +85,7 @@ def serve(sock: socket.socket) -> int:
 
     def confine() -> None:
         for name, (soft, hard) in limits.items():
-            with contextlib.suppress(ValueError, OSError):  # a limit above this unit's own: the unit's holds
+            with contextlib.suppress(ValueError, OSError):  # a limit above the unit's: the unit's applies
                 resource.setrlimit(getattr(resource, name), (soft, hard))
 
     with subprocess.Popen(
@@ -100,7 +100,7 @@ def serve(sock: socket.socket) -> int:
         ended = os.pidfd_open(compiler.pid)
         readable, _, _ = select.select([ended, sock.fileno()], [], [])
         if ended not in readable:
-            compiler.kill()  # the client hung up: it was ended, or gave up
+            compiler.kill()  # the client disconnected: it was killed, or gave up
         os.close(ended)
         status = compiler.wait()
     with contextlib.suppress(OSError):
@@ -109,13 +109,13 @@ def serve(sock: socket.socket) -> int:
 
 
 def main() -> int:
-    """Serve the connection on stdin, or stand in for the compiler."""
+    """Serve the connection on stdin, or run as the client."""
     if sys.argv[1:] == ["--serve"]:
         with socket.socket(fileno=os.dup(0)) as sock:
             return serve(sock)
     status = client(sys.argv[1:])
     sys.stderr.flush()
-    os._exit(status)  # the streams are given away: this process may not touch them, not even on its way out
+    os._exit(status)  # the compiler owns the streams: this process must not touch them, even at its exit
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SEQPACKET packets with descriptors; socket pairs; sealed memory that is passed along."""
+"""Packets with descriptors over SOCK_SEQPACKET, socket pairs, and sealed memfds."""
 
 import array
 import fcntl
@@ -12,7 +12,7 @@ FDS_MAX: Final = 36
 
 
 class GoneError(Exception):
-    """The other side closed, or sent something that is no message."""
+    """The peer closed the connection, or sent data that is not a message."""
 
 
 _SIZE_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -20,9 +20,9 @@ CONSTANT_SEALS: Final = _SIZE_SEALS | fcntl.F_SEAL_WRITE
 
 
 def sealed_memfd(name: str, size: int) -> int:
-    """Return a memfd of this size, sealed so that nobody who gets it can pull its pages from under another's mapping.
+    """Return a memfd of a fixed size, sealed so that no receiver can truncate it while others have it mapped.
 
-    Its content stays writable.
+    The content stays writable.
     """
     return _sealed(name, lambda fd: os.ftruncate(fd, size), _SIZE_SEALS)
 
@@ -48,18 +48,18 @@ def _sealed(name: str, fill: Callable[[int], None], seals: int) -> int:
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Return a socket pair of the type that packets need."""
+    """Return a socket pair for packets (SOCK_SEQPACKET)."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
 
 
 def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors that came with a packet and that nobody wants."""
+    """Close unwanted descriptors that came with a packet."""
     for fd in fds:
         os.close(fd)
 
 
 def send_packet(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
-    """Send one packet and descriptors, which stay open here; OSError as the socket has it."""
+    """Send a packet with descriptors, which stay open in this process. Raises `OSError`."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
 
@@ -67,11 +67,11 @@ def send_packet(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> 
 def receive_packet(
     sock: socket.socket, *, max_bytes: int = PACKET_MAX_BYTES, max_fds: int = FDS_MAX
 ) -> tuple[bytes, tuple[int, ...]]:
-    """Receive one packet and its descriptors, which the caller owns.
+    """Receive a packet and its descriptors, which the caller owns.
 
     Raises:
-        GoneError: closed, or cut short.
-        BlockingIOError: nothing there on a non-blocking socket.
+        GoneError: the connection is closed, or the packet or its descriptors exceed the limits.
+        BlockingIOError: no packet on a non-blocking socket.
     """
     space = socket.CMSG_SPACE(max_fds * array.array("i").itemsize)
     try:
@@ -79,12 +79,12 @@ def receive_packet(
     except BlockingIOError:
         raise
     except OSError as error:
-        raise GoneError(f"cannot reach the other side: {error.strerror}") from error
+        raise GoneError(f"cannot reach the peer: {error.strerror}") from error
     fds = array.array("i")
     for level, kind, payload in rights:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or (not data and not fds):
         close_all(fds)
-        raise GoneError("the other side closed the connection" if not data else "a packet larger than is allowed")
+        raise GoneError("the peer closed the connection" if not data else "the packet is larger than allowed")
     return data, tuple(fds)

@@ -1,4 +1,4 @@
-"""Supervisor, router, egress and worker: routes, connect requests, grant check."""
+"""Protocols of the supervisor with router and egress, and of workers with the egress; check of grants."""
 
 import contextlib
 import ipaddress
@@ -12,9 +12,9 @@ from fleet.protocol.manifest import Grants
 
 
 class RouteUpdate(msgspec.Struct, frozen=True, tag="set"):
-    """Add or change a route: the instance answers or not. Answered with `RouteAcknowledged`.
+    """Add or change a route: whether the instance answers. Answered with `RouteAcknowledged`.
 
-    `spread`: the instance may have several workers, so each request asks anew for one that is free.
+    `spread`: the instance may have several workers, so each request takes any idle one.
     """
 
     instance: str
@@ -31,20 +31,20 @@ class RouteRemove(msgspec.Struct, frozen=True, tag="unset"):
 
 
 class RouteAcknowledged(msgspec.Struct, frozen=True):
-    """Reply to the message with this id: it is in effect."""
+    """Reply to the message with this id: the change is in effect."""
 
     id: Count
 
 
 class DrainRouter(msgspec.Struct, frozen=True, tag="drain"):
-    """Accept no more, answer what was asked, and end."""
+    """Accept no more connections, answer pending requests, and exit."""
 
 
 CONNECT_MAX_S: Final = 30.0
 
 
 class RegisterWorker(msgspec.Struct, frozen=True, tag="admit"):
-    """Admit a worker of this instance with these grants; it asks on the socket that comes along."""
+    """Admit a worker of an instance with these grants; its requests come on the attached socket."""
 
     instance: str
     outbound: tuple[str, ...]
@@ -52,7 +52,7 @@ class RegisterWorker(msgspec.Struct, frozen=True, tag="admit"):
 
 
 class ConnectRequest(msgspec.Struct, frozen=True):
-    """Worker's request for a connection to this place, within `timeout_ms`. Answered with `ConnectReply`."""
+    """Request of a worker for a connection to a destination within `timeout_ms`. Answered with `ConnectReply`."""
 
     id: Count
     scheme: str
@@ -61,11 +61,11 @@ class ConnectRequest(msgspec.Struct, frozen=True):
 
 
 class ConnectReply(msgspec.Struct, frozen=True):
-    """Reply to `ConnectRequest`; the connected socket comes along unless there is an error.
+    """Reply to `ConnectRequest`, with the connected socket attached unless there is an error.
 
     Attributes:
-        error: a case of `wasi:http/types.error-code` by its name, empty when the socket comes along.
-        why: for the instance's log.
+        error: name of a case of `wasi:http/types.error-code`; empty if a socket is attached.
+        why: reason, for the instance's log.
     """
 
     id: Count
@@ -86,7 +86,7 @@ PROHIBITED: Final = "destination-IP-prohibited"
 
 
 def check_grant(grants: Grants, scheme: str, authority: str) -> tuple[str, int]:
-    """Return the host and port to connect to; a neighbour on the device is `<name>.internal`, port 80.
+    """Return the host and port to connect to; another instance on the device is `<name>.internal`, port 80.
 
     Raises:
         RefusedError: the authority is malformed, or not granted.
@@ -106,10 +106,10 @@ def check_grant(grants: Grants, scheme: str, authority: str) -> tuple[str, int]:
 
 
 def filter_addresses(grants: Grants, scheme: str, host: str, port: int, addresses: list[str]) -> list[str]:
-    """Return those of the addresses that may be connected to, in order.
+    """Return the addresses to which a connection is allowed, in order.
 
     Raises:
-        RefusedError: there are none.
+        RefusedError: no address is allowed.
     """
     kept, why = [], ""
     for each in addresses:

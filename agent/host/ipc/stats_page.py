@@ -1,7 +1,7 @@
 """Page of a worker's figures in shared memory: the worker writes, the supervisor reads without waking it.
 
-A page is a memfd of fixed size (sealed against resizing, so that no worker can pull it from under the supervisor).
-Single writer; a reader may see a call half counted, which figures bear.
+A page is a memfd of fixed size (sealed against resizing, so that no worker can truncate it under the supervisor). It
+has a single writer; a reader may see a call that is only partly counted, which statistics tolerate.
 """
 
 import bisect
@@ -33,7 +33,7 @@ _U32: Final = struct.Struct("=I")
 
 
 def count_of(value: int) -> int:
-    """Return a figure as a message may hold it: the largest one stands for all beyond it."""
+    """Return a figure, limited to the largest number that a message may contain."""
     return min(value, NUMBER_MAX)
 
 
@@ -44,7 +44,7 @@ def create_page(name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CallStats:
-    """Figures of a page: calls by outcome, answers of 500 and above, the last latencies in microseconds."""
+    """Figures of a page: calls by outcome, responses with status 500 and above, latest latencies in microseconds."""
 
     calls: dict[str, int] = field(default_factory=dict)
     errors: int = 0
@@ -56,7 +56,7 @@ class CallStats:
     cpu_ns: int = 0
 
     def plus(self, other: "CallStats") -> "CallStats":
-        """Return the sum of both; the newer latencies are `other`'s."""
+        """Return the sum of both; `other` has the newer latencies."""
         calls = dict(self.calls)
         for outcome, count in other.calls.items():
             calls[outcome] = count_of(calls.get(outcome, 0) + count)
@@ -71,12 +71,12 @@ class CallStats:
         )
 
     def percentile_us(self, share: float) -> int:
-        """Return the latency that `share` of the last calls stayed within; 0 without calls."""
+        """Return the latency within which `share` of the latest calls ended; 0 without calls."""
         ordered = sorted(self.latencies_us)
         return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0
 
     def spread(self) -> tuple[int, ...]:
-        """Return how many of the last calls took up to each of `LATENCY_BOUNDS_MS`, and longer; empty without calls."""
+        """Return the histogram of latencies by `LATENCY_BOUNDS_MS`, with a last bucket beyond; empty without calls."""
         ordered = sorted(self.latencies_us)
         upto = [bisect.bisect_right(ordered, bound_ms * 1000) for bound_ms in LATENCY_BOUNDS_MS]
         counts = (after - before for before, after in itertools.pairwise((0, *upto, len(ordered))))
@@ -84,7 +84,7 @@ class CallStats:
 
 
 class StatsPage:
-    """A mapped page, for its writer or its reader."""
+    """Mapped page, for its writer or its reader."""
 
     def __init__(self, fd: int) -> None:
         self._map = mmap.mmap(fd, SIZE)
@@ -95,12 +95,12 @@ class StatsPage:
         return value
 
     def begin(self, now_ns: int, number: int) -> None:
-        """Show a call, which begins now."""
+        """Record the begin of a call."""
         _U64.pack_into(self._map, _NUMBER, number)
         _U64.pack_into(self._map, _BEGAN, now_ns)
 
     def rest(self) -> None:
-        """Show that no call is in flight."""
+        """Record that no call is in flight."""
         _U64.pack_into(self._map, _BEGAN, 0)
         _U64.pack_into(self._map, _NUMBER, 0)
 
@@ -114,8 +114,8 @@ class StatsPage:
             calls = self._add(_CALLS)
             _U32.pack_into(self._map, _LATENCIES + 4 * ((calls - 1) % _RING), min(us, 0xFFFFFFFF))
 
-    def sent(self, denied: bool) -> None:  # noqa: FBT001 - which of two it counts
-        """Count a request that the guest wanted to send: sent or tried, or `denied`."""
+    def sent(self, denied: bool) -> None:  # noqa: FBT001 - selects the counter
+        """Count a request of the guest: attempted, or `denied`."""
         self._add(_DENIED if denied else _OUTGOING)
 
     def dropped(self, lines: int) -> None:
@@ -127,11 +127,11 @@ class StatsPage:
         self._add(_DENIED)
 
     def spent(self, cpu_ns: int) -> None:
-        """Add processor time of the guest."""
+        """Add CPU time of the guest."""
         self._add(_CPU, cpu_ns)
 
     def began_ns(self) -> int:
-        """Return when the call in flight began, by the monotonic clock; 0 for none."""
+        """Return the begin of the call in flight (monotonic ns); 0 for none."""
         value: int = _U64.unpack_from(self._map, _BEGAN)[0]
         return value
 
@@ -141,7 +141,7 @@ class StatsPage:
         return value
 
     def _count(self, at: int) -> int:
-        """Return a figure within its bounds: code that broke out of its sandbox may write anything there."""
+        """Return a figure within its bounds, as code that escaped its sandbox may write anything there."""
         return count_of(self._raw(at))
 
     def _raw(self, at: int) -> int:
@@ -149,7 +149,7 @@ class StatsPage:
         return value
 
     def read(self) -> CallStats:
-        """Return the figures now."""
+        """Read the current figures."""
         counts = [self._count(_COUNTS + 8 * number) for number in range(len(_OUTCOMES))]
         calls = self._count(_CALLS)
         return CallStats(

@@ -1,14 +1,13 @@
-"""Daily write quota: what an instance has written to its data today (UTC), over restarts of workers and host.
+"""Daily write quota: bytes that an instance has written to its data today (UTC), across restarts of workers and host.
 
-`QuotaStore` keeps the sums in a file, and not too often: a host that is killed has lost a mebibyte of each instance at
-most. `QuotaPage` is one page of shared memory for all workers of an instance. Each has a place of its own there and
-writes no other; the sum of the places is the instance's, so however many workers there are, and of whichever
-generation, they have one quota together. The first place is the supervisor's: what was written before, and by workers
-that have ended. A place of another day counts for nothing.
+`QuotaStore` saves the sums to a file, but not often: a killed host loses at most a mebibyte for each instance.
+`QuotaPage` is a page of shared memory for all workers of an instance. Each worker writes only its own place; the sum of
+the places is the instance's, so that all workers of all generations share a single quota. The first place is the
+supervisor's: bytes written before, and by workers that have ended. Places of another day are ignored.
 
-`WriteMeter` is the worker's side. The kernel counts what its process writes (`/proc/self/io`, opened before the sandbox
-was shut); sockets and shared memory are not in it. Beyond the quota no file may grow or be written any more
-(`RLIMIT_FSIZE`), until the day is over. Only workers with data have one.
+`WriteMeter` is the worker's side. The kernel counts what the process writes (`/proc/self/io`, opened before the sandbox
+is closed); sockets and shared memory are not included. Beyond the quota, files can neither grow nor be written
+(`RLIMIT_FSIZE`) until the day is over. Only workers with data have a meter.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ _DAY_S: Final = 86_400
 
 
 class QuotaStore:
-    """Bytes written today, by instance."""
+    """Store of the bytes written today, by instance."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -43,12 +42,12 @@ class QuotaStore:
         self.written_bytes = 0
 
     def bytes_today(self, instance: str) -> int:
-        """Return what an instance has written today."""
+        """Return the bytes that an instance has written today."""
         self._turn()
         return self._written.get(instance, 0)
 
     def add(self, instance: str, count: int) -> None:
-        """Add what an instance has written, and save once a mebibyte is new."""
+        """Add bytes that an instance has written, and save after each new mebibyte."""
         self._turn()
         self._written[instance] = self._written.get(instance, 0) + count
         self._unsaved += count
@@ -56,11 +55,11 @@ class QuotaStore:
             self.save()
 
     def save(self) -> None:
-        """Write the file, if there is anything new."""
+        """Write the file if a sum has changed."""
         if not self._unsaved:
             return
         data = json.dumps({"day": self._day, "written": self._written}).encode()
-        with contextlib.suppress(OSError):  # a full disk: the count is known here, and saved later
+        with contextlib.suppress(OSError):  # a full disk: the sum stays in memory, and is saved later
             atomic_write(self._path, data, mode=0o600)
             self._unsaved = 0
             self.written_bytes += len(data)
@@ -78,27 +77,27 @@ _COUNT_MAX: Final = 2**48  # nobody writes more in a day, whatever a worker puts
 
 
 def day() -> int:
-    """Return the day (UTC), counted from 1970."""
+    """Return the current day (UTC), counted from 1970."""
     return int(time.time() // _DAY_S)
 
 
 class QuotaPage:
-    """Quota page of one instance, mapped."""
+    """Mapped quota page of an instance."""
 
     def __init__(self, fd: int) -> None:
         self._map = mmap.mmap(fd, _SIZE)
 
     def sum(self, of_day: int) -> int:
-        """Return the bytes of that day, over all places."""
+        """Return the sum of all places for a day."""
         return sum(min(count, _COUNT_MAX) for count, on in _PLACE.iter_unpack(self._map) if on == of_day)
 
     def at(self, place: int, of_day: int) -> int:
-        """Return the bytes of that day in one place."""
+        """Return the bytes in a place for a day; 0 if the place is of another day."""
         count, on = _PLACE.unpack_from(self._map, place * _PLACE.size)
         return min(count, _COUNT_MAX) if on == of_day else 0
 
     def put(self, place: int, count: int, of_day: int) -> None:
-        """Set one place."""
+        """Set a place."""
         _PLACE.pack_into(self._map, place * _PLACE.size, max(0, count), of_day)
 
     def close(self) -> None:
@@ -107,7 +106,7 @@ class QuotaPage:
 
 
 class QuotaLedger:
-    """Supervisor's side of one instance's page: gives out places, and adds to the store what is new."""
+    """Supervisor's side of an instance's page: allocates places, and adds new bytes to the store."""
 
     def __init__(self, name: str, daily: QuotaStore) -> None:
         self._name = name
@@ -117,7 +116,7 @@ class QuotaLedger:
         self.fd = -1
 
     def take(self) -> int:
-        """Take a place for a worker; the page is there while anybody has one."""
+        """Allocate a place for a worker; the page exists while a place is allocated."""
         if self._tally is None:
             self.fd = sealed_memfd(f"written-{self._name}", _SIZE)
             self._tally = QuotaPage(self.fd)
@@ -125,7 +124,7 @@ class QuotaLedger:
         return self._free.pop(0)
 
     def give_back(self, place: int) -> None:
-        """Give a place back whose worker has ended; what it wrote stays counted."""
+        """Release the place of a worker that has ended; its bytes stay counted."""
         if self._tally is not None:
             today = day()
             self._tally.put(0, self._tally.at(0, today) + self._tally.at(place, today), today)
@@ -138,7 +137,7 @@ class QuotaLedger:
             self._tally, self.fd = None, -1
 
     def bytes_today(self) -> int:
-        """Return what the instance has written today; what is new of it goes into the store."""
+        """Return the bytes that the instance has written today, after adding new ones to the store."""
         known = self._daily.bytes_today(self._name)
         total = known if self._tally is None else self._tally.sum(day())
         if total > known:
@@ -147,7 +146,7 @@ class QuotaLedger:
 
 
 def open_counter() -> int | None:
-    """Open the kernel's count of what this process writes; None where it keeps none."""
+    """Open the kernel's counter of bytes written by this process; None without one."""
     try:
         return os.open("/proc/self/io", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -155,10 +154,17 @@ def open_counter() -> int | None:
 
 
 class WriteMeter:
-    """Worker's side: counts what its process writes, and stops it at the quota."""
+    """Worker's side: counts the bytes that the process writes, and stops writing at the quota."""
 
     def __init__(self, fd: int | None, *, most: int, tally: QuotaPage, place: int) -> None:
-        """`fd`: from `open_counter`; `most`: bytes in a day, of all workers together."""
+        """Meter this process.
+
+        Args:
+            fd: from `open_counter`.
+            most: daily quota in bytes, of all workers together.
+            tally: the instance's quota page.
+            place: of this worker in the page.
+        """
         self._fd, self._most = fd, most
         self._tally, self._place = tally, place
         self._soft, self._hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -180,10 +186,10 @@ class WriteMeter:
         return self._seen
 
     def look(self, *, answered: int = 0) -> bool:
-        """Count what was written since the last look, but `answered` bytes, which were an answer and no file.
+        """Count the bytes written since the last call, except `answered` bytes, which went to a client.
 
         Returns:
-            Whether the quota has been reached since the last look.
+            True if the quota was reached since the last call.
         """
         seen, now = self._read(), day()
         if now != self._day:
@@ -198,5 +204,5 @@ class WriteMeter:
         return self.spent and not before
 
     def why(self) -> str:
-        """Return that it may write no more, for people."""
+        """Return why no more may be written, for people."""
         return f"it has written {self.today} bytes today, {self._most} are allowed: no more until 00:00 UTC"

@@ -1,7 +1,7 @@
-"""Isolation calls of the kernel that Python has no function for: namespaces, mounts, capabilities, Landlock, prctl.
+"""System calls for isolation that Python has no functions for: namespaces, mounts, capabilities, Landlock, prctl.
 
-Each function makes one call and raises OSError as the kernel says; `agent.host.sandbox.sandbox` decides what to make
-of them.
+Each function makes a single call and raises OSError with the kernel's error; `agent.host.sandbox.sandbox` builds
+sandboxes of them.
 """
 
 import contextlib
@@ -67,12 +67,12 @@ def close_range(first: int, last: int) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Leave the namespaces named by `flags` for new ones of this process's own."""
+    """Move this process to new namespaces of the kinds in `flags`."""
     _check(_libc.unshare(flags), "unshare")
 
 
 def enter_user_namespace(flags: int) -> None:
-    """Unshare a user namespace together with `flags`, in which this user has its own id."""
+    """Enter a new user namespace, and those in `flags`; the user keeps its id."""
     uid, gid = os.getuid(), os.getgid()
     unshare(CLONE_NEWUSER | flags)
     _write("/proc/self/setgroups", "deny")
@@ -95,7 +95,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str |
 
 
 def pivot_here() -> None:
-    """Make the current directory, which must be a mount, the root, and let go of the old one."""
+    """Make the current directory, which must be a mount, the root, and detach the old root."""
     number = _PIVOT_ROOT.get(platform.machine())
     if number is None:
         raise OSError(38, f"pivot_root is not known for {platform.machine()}")
@@ -111,17 +111,17 @@ def drop_capabilities() -> None:
 
 
 def no_new_privileges() -> None:
-    """Gain no rights by executing from here on."""
+    """Forbid gaining privileges by executing a program from now on."""
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
 
 
 def undumpable() -> None:
-    """Forbid core files, and tracing by others of the same user."""
+    """Forbid core files, and tracing by other processes of the same user."""
     _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
 
 
 def signal_at_parents_death(number: int) -> None:
-    """Ask for this signal when the parent ends. A change of user forgets it."""
+    """Have the kernel send this signal when the parent ends; a later change of user resets it."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0), "pdeathsig")
 
 
@@ -130,25 +130,27 @@ class _Program(ctypes.Structure):
 
 
 def filter_calls(program: bytes) -> None:
-    """Let this thread, and what it starts, make only the system calls that this BPF program allows."""
+    """Restrict this thread and its children to the system calls that a BPF program allows."""
     loaded = _Program(len(program) // _BPF_INSTRUCTION_BYTES, program)
     _check(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(loaded), 0, 0), "seccomp")
 
 
 def landlock_version() -> int:
-    """Return Landlock's ABI version; 0 where the kernel has none."""
+    """Return Landlock's ABI version; 0 if the kernel has no Landlock."""
     found = _libc.syscall(ctypes.c_long(_LANDLOCK_CREATE), None, ctypes.c_size_t(0), ctypes.c_uint32(_LANDLOCK_VERSION))
     return max(0, int(found))
 
 
 def landlock(allowed: dict[int, int], *, network: bool = False) -> None:
-    """Deny every path (but those beneath the given directory descriptors: descriptor -> rights), port and scope.
+    """Deny every path, port and scope by Landlock, except paths beneath given directories.
 
-    `network`: ports are left alone.
+    Args:
+        allowed: directory descriptor -> rights beneath it.
+        network: do not restrict ports.
     """
     version = landlock_version()
     if version < 1:
-        raise OSError(95, "landlock: the kernel has none")
+        raise OSError(95, "landlock: not supported by the kernel")
     files = (1 << 13) - 1
     for since, bit in ((2, 13), (3, 14), (5, 15)):
         if version >= since:

@@ -1,21 +1,21 @@
-"""Sandbox around every process that runs or reads what strangers made: apply a `SandboxSpec`; report of its layers.
+"""Sandbox around every process that runs or reads untrusted data: apply a `SandboxSpec`; report the isolation layers.
 
-    layer       what it keeps a process that is no longer ours from
-    limits      taking all memory, processes, descriptors
-    user        other users' files and processes (a uid of its own, as root; else a user namespace without rights)
-    network     connecting anywhere: its network namespace is empty, and not even loopback is up
-    mount       seeing any file: its root is empty, but for its own data
-    privileges  gaining rights by executing
-    landlock    opening files, and reaching abstract sockets and processes, where namespaces are not to be had
-    seccomp     new sockets, processes, executable memory, tracing, signals to others
+    layer       protects against a compromised process that ...
+    limits      exhausts memory, processes or descriptors
+    user        accesses files and processes of other users (own uid, if root; else a user namespace without rights)
+    network     connects anywhere: its network namespace is empty, without even loopback
+    mount       reads files: its root is empty except for its own data
+    privileges  gains privileges by executing a program
+    landlock    opens files, or reaches abstract sockets and processes, where namespaces are not available
+    seccomp     makes sockets, processes or executable memory, traces, or signals other processes
 
-Isolation layers are independent; each is applied where the kernel and the host's own rights allow, and reported: none
-relies on another. A process that enters has one thread and has closed what was open for others (`close_all_but`).
-Afterwards not even an `import` works: what the standard library would import at its first use is named in the
-process's spec, and imported by `apply` while files can still be read.
+Isolation layers are independent: none relies on another. Each is applied if the kernel and the host's rights allow it,
+and reported. A process must have a single thread, and must have closed the descriptors of others (`close_all_but`).
+Afterwards, even `import` fails: `apply` therefore imports the modules named in the spec, which the standard library
+would import at first use, while files can still be read.
 
-The report shows each layer in each of the ways in which a host may be run, and which way this one is. A layer that the
-kernel lacks holds in none of the ways; one that takes namespaces never holds for a user without them.
+The report shows each layer for each way in which a host may run, and the way of this host. A layer that the kernel
+lacks holds in none of the ways; a layer that needs namespaces never holds for a user without them.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ BASELINE: Final = tuple(layer for layer in LAYERS if layer != "landlock")  # lan
 DATA: Final = "/data"
 _WORDS_BYTES: Final = 64 * 1024
 _SLACK_BYTES: Final = 48 * MIB
-_VALUE_BYTES: Final = 100  # of memory for each byte of a body while it crosses: a value of 32 bytes, and its copies
+_VALUE_BYTES: Final = 100  # memory for each byte of a body in transfer: a value of 32 bytes, and its copies
 
 _THREADS_PER_WORKER: Final = 16
 
@@ -46,7 +46,7 @@ _SHARED_WORKERS: Final = 256  # of one publisher on one device
 _FILES_PER_SLOT: Final = 8  # socket, epoll set and listener, and those of a swap
 
 _DESCRIPTORS_MAX: Final = 1 << 31
-_ROOT: Final = "/tmp"  # noqa: S108 - only a place to mount an empty root on, in a namespace of its own
+_ROOT: Final = "/tmp"  # noqa: S108 - only a mount point for an empty root, in the process's own namespace
 _ALL_RIGHTS: Final = (1 << 16) - 1
 _ROUTER_UID: Final = 1_879_113_727
 _EGRESS_UID: Final = 1_879_113_726
@@ -60,26 +60,26 @@ _READ_RIGHTS: Final = 0b1101  # Landlock: execute (libraries are mapped so), rea
 
 
 class SandboxError(Exception):
-    """A layer failed halfway: the process is in no state to go on."""
+    """A layer failed halfway: the process must not continue."""
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
-    """Sandbox of one kind of process: what it is left with.
+    """Sandbox of a kind of process: the rights that it keeps.
 
     Attributes:
-        uid: user to become, None to stay.
-        data_bytes: private memory beyond what it has, None for no limit.
-        file_bytes: the largest file it may write.
-        data: its data directory, empty for none; afterwards it is `DATA` if the mount layer holds.
-        root: a directory to see as its root, empty for an empty one.
+        uid: user to become; None to stay.
+        data_bytes: private memory beyond the current amount; None for no limit.
+        file_bytes: size of the largest file that it may write.
+        data: data directory, empty for none; mounted at `DATA` if the mount layer holds.
+        root: directory to mount as the root; empty for an empty root.
         filter: makes the seccomp filter.
-        threads: of all processes of `uid` together.
-        descriptors: open at once.
-        network: whether it keeps the network.
-        neighbours: a directory to see at `NEIGHBOURS`, beside the root as it is.
-        readable: where it may read files, for one that keeps the root.
-        modules: what the standard library imports at its first use only, to be imported before.
+        threads: limit for all processes of `uid` together.
+        descriptors: limit of open descriptors.
+        network: keep the network.
+        neighbours: directory to mount at `NEIGHBOURS`, keeping the current root.
+        readable: directories whose files may be read, if the root is kept.
+        modules: modules that the standard library imports at first use, to be imported before.
     """
 
     uid: int | None
@@ -97,7 +97,7 @@ class SandboxSpec:
 
 
 def worker_bytes(*, memory_bytes: int, body_bytes: int) -> int:
-    """Return the private memory that a worker may take beyond what it has when it starts."""
+    """Return the private memory that a worker may take beyond its amount at the start."""
     return memory_bytes + body_bytes * _VALUE_BYTES + _SLACK_BYTES
 
 
@@ -111,9 +111,16 @@ def worker_spec(
     workers: int = 1,
     connects: bool = False,
 ) -> SandboxSpec:
-    """Return the sandbox of a worker whose guest has `memory_bytes`, and whose calls carry `body_bytes` both ways.
+    """Return the sandbox of a worker.
 
-    `workers` of them may run at once. `connects`: it may send requests, over TLS too.
+    Args:
+        uid: user to become; None to stay.
+        memory_bytes: limit of the guest's memory.
+        body_bytes: limit of request and response bodies of a call together.
+        storage_bytes: limit of a file in the data directory.
+        data: data directory; empty for none.
+        workers: number of workers of the instance that may run at once.
+        connects: allow requests, over TLS too.
     """
     return SandboxSpec(
         uid=uid,
@@ -127,7 +134,7 @@ def worker_spec(
 
 
 def shared_worker_spec(*, uid: int | None, slots: int, clients: int, memory_bytes: int, body_bytes: int) -> SandboxSpec:
-    """Return the sandbox of a shared worker: `slots` instances, each of `memory_bytes` and `clients` at most, no files.
+    """Return the sandbox of a shared worker: up to `slots` instances of `memory_bytes` and `clients` each, no files.
 
     Instances are called one at a time, so bodies count once.
     """
@@ -141,17 +148,17 @@ def shared_worker_spec(*, uid: int | None, slots: int, clients: int, memory_byte
 
 
 def router_spec(directory: str) -> SandboxSpec:
-    """Return the sandbox of the router, which sees the directory of the instances' sockets and nothing else."""
+    """Return the sandbox of the router, which can only access the directory of the instances' sockets."""
     return SandboxSpec(
         uid=_ROUTER_UID if os.geteuid() == 0 else None,
         root=directory,
         filter=seccomp.router,
-        descriptors=3 * _FILES_MAX,  # a client's connection, one to its instance, and those that are kept
+        descriptors=3 * _FILES_MAX,  # a client's connection, its connection to the instance, and idle connections
     )
 
 
 def egress_spec(directory: str) -> SandboxSpec:
-    """Return the sandbox of the egress, which keeps the network and reads what resolving names takes.
+    """Return the sandbox of the egress, which keeps the network and may read the files for resolving names.
 
     The directory of the instances' sockets is at `NEIGHBOURS` where the mount layer holds.
     """
@@ -167,22 +174,22 @@ def egress_spec(directory: str) -> SandboxSpec:
 
 
 def compiler_spec() -> SandboxSpec:
-    """Return the sandbox of the compiler, which has set its own limits already and has three descriptors.
+    """Return the sandbox of the compiler, which has already set its own limits and has three descriptors.
 
-    Whoever starts it may have put a file behind standard error, and is to read there why a component was refused.
+    Standard error may be a file, to which the compiler writes why a component was refused.
     """
     return SandboxSpec(uid=None, file_bytes=_WORDS_BYTES, filter=seccomp.compiler)
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the parent process ends, which must be `parent`; else end now."""
+    """Have the kernel kill this process when its parent ends; exit now if the parent is no longer `parent`."""
     kernel.signal_at_parents_death(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
 
 
 def memory_figures() -> int | None:
-    """Return a descriptor by which another process can read this one's memory figures; None without /proc."""
+    """Return a descriptor through which another process can read this one's memory figures; None without /proc."""
     try:
         return os.open("/proc/self/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -190,7 +197,7 @@ def memory_figures() -> int | None:
 
 
 def scheduling() -> int | None:
-    """Return a descriptor that tells whether the calling thread runs, may run or waits; None without /proc."""
+    """Return a descriptor for reading whether the calling thread runs or waits; None without /proc."""
     try:
         return os.open("/proc/thread-self/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -208,7 +215,7 @@ def waits(scheduling_fd: int | None) -> bool:
 
 
 def apply(spec: SandboxSpec) -> dict[str, bool]:
-    """Apply every layer that can be; return layer -> whether it holds.
+    """Apply every possible layer; return layer -> whether it holds.
 
     Raises:
         SandboxError: a layer failed halfway.
@@ -238,7 +245,7 @@ def apply(spec: SandboxSpec) -> dict[str, bool]:
         holds["landlock"] = _holds(lambda: _landlock(spec, mounted=holds["mount"]))
         holds["seccomp"] = program is not None and _holds(lambda: kernel.filter_calls(program))
     except OSError as error:
-        raise SandboxError(f"cannot shut the sandbox: {error}") from error
+        raise SandboxError(f"cannot close the sandbox: {error}") from error
     return {layer: holds[layer] for layer in LAYERS}
 
 
@@ -251,7 +258,7 @@ def _holds(apply_layer: Callable[[], None]) -> bool:
 
 
 class _Namespaces(NamedTuple):
-    """Namespaces of its own that the process has now."""
+    """New namespaces that the process has entered."""
 
     user: bool
     network: bool
@@ -259,7 +266,7 @@ class _Namespaces(NamedTuple):
 
 
 def _namespaces(*, network: bool) -> _Namespaces:
-    """Enter namespaces of its own. `network`: stay where the network is."""
+    """Enter new namespaces; with `network`, keep the network namespace."""
     apart = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | (0 if network else kernel.CLONE_NEWNET)
     if _holds(lambda: kernel.unshare(apart)):
         return _Namespaces(user=False, network=not network, mount=True)
@@ -272,20 +279,20 @@ def _namespaces(*, network: bool) -> _Namespaces:
 
 
 def _new_root(spec: SandboxSpec) -> None:
-    """Mount an empty root, or the directory that the spec names, and the data beneath it if there is any."""
+    """Mount an empty root or the spec's directory, and the data directory in it if there is one."""
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     if spec.neighbours:
         kernel.mount(spec.neighbours, NEIGHBOURS, None, kernel.MS_BIND)
         return
     plain = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
-    # Opened in this namespace, and before the empty root hides what may lie beneath it.
+    # Opened in this namespace, before the empty root hides the path.
     data_fd = os.open(spec.data, os.O_PATH | os.O_CLOEXEC) if spec.data else -1
     if spec.root:
         kernel.mount(spec.root, _ROOT, None, kernel.MS_BIND)
     else:
         kernel.mount("none", _ROOT, "tmpfs", plain, "size=64k,nr_inodes=8,mode=0755")
     if spec.data:
-        os.mkdir(_ROOT + DATA, 0o755)  # noqa: PTH102 - as little machinery as possible from here on
+        os.mkdir(_ROOT + DATA, 0o755)  # noqa: PTH102 - as few imports as possible from here on
         kernel.mount(f"/proc/self/fd/{data_fd}", _ROOT + DATA, None, kernel.MS_BIND)
         os.close(data_fd)
     os.chdir(_ROOT)
@@ -316,7 +323,7 @@ def _limit(spec: SandboxSpec, used_bytes: int) -> bool:
     if spec.data_bytes is not None:
         _lower(resource.RLIMIT_DATA, used_bytes + spec.data_bytes)
     if spec.uid is not None:
-        _lower(resource.RLIMIT_NPROC, spec.threads)  # of this uid alone; elsewhere all of a user's would count
+        _lower(resource.RLIMIT_NPROC, spec.threads)  # without an own uid, all processes of the user would count
     return True
 
 
@@ -336,7 +343,7 @@ def _landlock(spec: SandboxSpec, *, mounted: bool) -> None:
                 opened.append(here)
                 allowed[here] = _ALL_RIGHTS
         for path in spec.readable:
-            with contextlib.suppress(OSError):  # not every device has each of them
+            with contextlib.suppress(OSError):  # some devices lack some of them
                 opened.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
                 allowed[opened[-1]] = _READ_RIGHTS
         kernel.landlock(allowed, network=spec.network)
@@ -346,7 +353,7 @@ def _landlock(spec: SandboxSpec, *, mounted: bool) -> None:
 
 
 def close_all_but(keep: set[int]) -> None:
-    """Close every descriptor that is not named."""
+    """Close every descriptor except those in `keep`."""
     first = 0
     for fd in [*sorted(keep), _DESCRIPTORS_MAX]:
         kernel.close_range(first, fd - 1)
@@ -354,7 +361,7 @@ def close_all_but(keep: set[int]) -> None:
 
 
 def probe() -> dict[str, bool]:
-    """Return which layers hold for workers on this device, tried in a child; none if that failed."""
+    """Test in a child process which layers hold for workers on this device; none if that failed."""
     read, write = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
@@ -396,21 +403,21 @@ _CGROUP: Final = ("Delegate=", "if given", "if given", "workers of an instance s
 
 
 def way(euid: int, layers: Mapping[str, bool]) -> str:
-    """Return in which of the ways a host of this user is run, whose workers have these layers."""
+    """Return the way in which a host of this user runs, given the layers of its workers."""
     if euid == 0:
         return ROOT
     return USER if layers.get("user") else BARE
 
 
 def holds(layer: str, in_way: str, here: str, layers: Mapping[str, bool]) -> bool:
-    """Return whether a layer holds in one of the ways, judged from `layers`, which were tried in the way `here`."""
+    """Return whether a layer holds in another way, derived from `layers`, which were tested in the way `here`."""
     if in_way == here or layer not in _BY_NAMESPACES:
         return layers[layer]
     return in_way != BARE
 
 
 def isolation_report(here: str, layers: Mapping[str, bool]) -> list[str]:
-    """Return the lines of the table, the column of `here` in brackets."""
+    """Format the table of layers, with the column of `here` in brackets."""
     heads = [f"[{each}]" if each == here else each for each in WAYS]
     lines = ["  " + " " * 11 + "".join(f"{head:<26}" for head in heads).rstrip()]
     for layer in layers:

@@ -1,10 +1,10 @@
-"""System calls that a sandbox leaves: allow-lists, by what the process is for.
+"""Seccomp filters: allow-lists of system calls for each kind of process.
 
-Seccomp cannot look into clone3's arguments, so clone3 fails as if it did not exist, and `clone` may only make threads:
-the WASI implementation's runtime threads start, a fork does not. Everything else that is not named fails with EPERM.
-`tgkill`, by which a process aborts, is refused too: it ends by the illegal instruction that follows.
+Seccomp cannot inspect clone3's arguments, so clone3 fails with ENOSYS, and `clone` may only make threads: the WASI
+implementation's runtime threads start, a fork does not. All other unlisted calls fail with EPERM, also `tgkill`, by
+which a process aborts: it then ends by the illegal instruction that follows.
 
-A filter is made once, as a program for the kernel; `agent.host.sandbox.kernel.filter_calls` applies it.
+A filter is built once, as a BPF program; `agent.host.sandbox.kernel.filter_calls` applies it.
 """
 
 import errno
@@ -26,14 +26,14 @@ _AF_UNIX: Final = 1
 _AF_INET: Final = 2
 _AF_INET6: Final = 10
 _AF_NETLINK: Final = 16
-# Of these calls only some values: the others reach other processes (owners of signals, limits) or undo the sandbox.
+# Only some arguments of these calls: others reach other processes (signal owners, limits) or weaken the sandbox.
 _FCNTL: Final = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1034)  # not F_SETOWN, F_SETSIG
 _IOCTL: Final = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
 _PRCTL: Final = (15, 16, 0x53564D41)  # PR_SET_NAME, PR_GET_NAME, PR_SET_VMA
 
 _BASE: Final = (
     # memory
-    # (RISC-V: code that makes or maps machine code has to tell the instruction cache)
+    # (RISC-V: a process that makes or maps machine code must flush the instruction cache)
     "brk mmap munmap mremap madvise mprotect mincore membarrier riscv_flush_icache riscv_hwprobe",
     # time, threads, the process itself
     "clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time futex rt_sigaction rt_sigprocmask",
@@ -60,7 +60,7 @@ def _names(*groups: tuple[str, ...]) -> list[str]:
 
 
 def _allow(rules: Any, name: str, *conditions: Any) -> None:
-    if pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) >= 0:  # else this CPU has no such call
+    if pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) >= 0:  # otherwise this CPU has no such call
         rules.add_rule(pyseccomp.ALLOW, name, *conditions)
 
 
@@ -90,7 +90,7 @@ def _program(rules: Any) -> bytes:
 
 @cache
 def worker(*, files: bool) -> bytes:
-    """Return the filter of a worker: no new socket, process or executable memory; no file unless `files` (its data)."""
+    """Return the filter of a worker: no new socket, process or executable memory; file access only with `files`."""
     rules = _filter(_names(_BASE, _SOCKETS, _FILES if files else ()), executable_memory=False)
     if files:  # a process may lower its own limit of file sizes
         own, files_size = pyseccomp.Arg(0, pyseccomp.EQ, 0), pyseccomp.Arg(1, pyseccomp.EQ, resource.RLIMIT_FSIZE)
@@ -101,7 +101,7 @@ def worker(*, files: bool) -> bytes:
 
 @cache
 def router() -> bytes:
-    """Return the filter of the router: sockets of the Unix family may be made and connected, nothing else."""
+    """Return the filter of the router: it may only make and connect Unix sockets."""
     rules = _filter(_names(_BASE, _SOCKETS), executable_memory=False)
     _allow(rules, "socket", pyseccomp.Arg(0, pyseccomp.EQ, _AF_UNIX))
     _allow(rules, "connect")
@@ -110,7 +110,7 @@ def router() -> bytes:
 
 @cache
 def egress() -> bytes:
-    """Return the filter of the egress: connections to the Internet and the device's own sockets, resolving names."""
+    """Return the filter of the egress: IP connections, the instances' Unix sockets, and resolving names."""
     rules = _filter(_names(_BASE, _SOCKETS, _READING), executable_memory=True)  # the resolver loads its parts
     for family in (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK):
         _allow(rules, "socket", pyseccomp.Arg(0, pyseccomp.EQ, family))
@@ -120,12 +120,12 @@ def egress() -> bytes:
 
 @cache
 def compiler() -> bytes:
-    """Return the filter of the compiler: memory, executable too, and the descriptors it was given."""
+    """Return the filter of the compiler: memory, also executable, and its open descriptors."""
     return _program(_filter(_names(_BASE), executable_memory=True))
 
 
 def prepare() -> None:
-    """Make the workers' filters before the fork: each takes milliseconds and half a megabyte."""
+    """Build the workers' filters before the fork: each takes milliseconds and half a megabyte."""
     if AVAILABLE:
         worker(files=False)
         worker(files=True)

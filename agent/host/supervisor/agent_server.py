@@ -24,10 +24,10 @@ SOCKET_NAME: Final = "host.sock"
 
 _CONNECTIONS_MAX: Final = 8
 
-_QUEUE_MAX: Final = 256  # packets that a connection may leave unread
+_QUEUE_MAX: Final = 256  # unread packets after which a connection is closed
 _SERVED_MAX: Final = 2 * bounds.ITEMS_MAX
-"""Requests of a connection that are served at once: the starts of the largest atomic set wait for each other, and what
-else the agent asks meanwhile has its place. More wait in the socket."""
+"""Maximum number of requests of a connection that are handled at once: the starts of the largest atomic set, which wait
+for each other, and as many others. Further requests wait in the socket."""
 
 _UCRED: Final = struct.Struct("=iII")
 _SO_PEERGROUPS: Final = 59
@@ -42,10 +42,10 @@ class RequestHandler(Protocol):
     """Receiver of the agent's requests."""
 
     async def handle(self, request: host_api.Request, fd: int | None) -> host_api.Reply:
-        """Do what is asked, and return the reply. The descriptor becomes the handler's."""
+        """Handle a request and return the reply. The handler owns the descriptor."""
 
     def agent_gone(self) -> None:
-        """Take note that nobody is connected any more."""
+        """Handle the end of the last connection."""
 
 
 class AgentConnection:
@@ -76,7 +76,7 @@ class AgentConnection:
             asyncio.get_running_loop().add_reader(self.sock, self._readable, self)
 
     def send(self, message: host_api.FromHost) -> None:
-        """Send, or keep until there is room; a connection whose peer never reads is closed."""
+        """Send a message, or keep it until there is room; a connection whose peer never reads is closed."""
         try:
             self._writer.send(host_api.encode(message))
         except host_api.IpcError:
@@ -85,7 +85,7 @@ class AgentConnection:
             self.close()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         if self.sock.fileno() >= 0:
             self._writer.close()
             asyncio.get_running_loop().remove_reader(self.sock)
@@ -108,7 +108,7 @@ class AgentServer:
         self._broadcaster: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Accept connections from now on."""
+        """Start accepting connections."""
         asyncio.get_running_loop().add_reader(self._listener, self._accept)
         self._broadcaster = asyncio.ensure_future(self._broadcast())
 
@@ -118,7 +118,7 @@ class AgentServer:
         self._listener.close()
 
     def close(self) -> None:
-        """Send what is left of the events, and hang up."""
+        """Send the remaining events, and close the connections."""
         if self._broadcaster is not None:
             self._broadcaster.cancel()
         self._flush_events()
@@ -158,7 +158,7 @@ class AgentServer:
     async def _serve(self, connection: AgentConnection, request: host_api.Request, fd: int | None) -> None:
         try:
             reply = await self._handler.handle(request, fd)
-        except Exception as error:  # noqa: BLE001 - a bug of ours: say so, and go on serving
+        except Exception as error:  # noqa: BLE001 - a bug in the host: report it, and keep serving
             sys.stderr.write(f"host: {type(request).__name__}: {type(error).__name__}: {error}\n")
             reply = host_api.Failed(id=request.id, code=RejectCode.INTERNAL, message=f"the host failed: {error!r}")
         finally:
@@ -195,11 +195,11 @@ def may_command(sock: socket.socket, agent_group: int | None) -> bool:
 
 
 class ListenError(Exception):
-    """The socket for the agent cannot be opened, for the reason given."""
+    """The socket for the agent cannot be opened; the message says why."""
 
 
 class InUseError(ListenError):
-    """Another host listens on it."""
+    """Another host listens on the socket."""
 
 
 def open_listener(runtime: Path, agent_group: int | None) -> socket.socket:
@@ -207,7 +207,7 @@ def open_listener(runtime: Path, agent_group: int | None) -> socket.socket:
 
     Raises:
         InUseError: another host runs there.
-        ListenError: anything else that is in the way.
+        ListenError: the socket cannot be opened for another reason.
     """
     path = runtime / SOCKET_NAME
     with host_api.new_socket() as probe:

@@ -1,19 +1,19 @@
-"""Decide what follows the end of a worker: another one, after a pause, or quarantine.
+"""Crash policy: decides whether a worker that ended is restarted after a pause, or the instance is quarantined.
 
-Pure: no clock, no file, no process. The instance carries the decision out.
+Pure: no clock, no file, no process. The instance carries out the decision.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
 CRASHES_MAX: Final = 5
-"""Crashes in a row that are a quarantine: with the pauses below, the last chance comes after about nine seconds."""
+"""Consecutive crashes that lead to quarantine: with the pauses below, the last restart follows after about nine s."""
 
 MIN_UPTIME_S: Final = 30.0
-"""A worker that lived longer has done some work: its end is a first crash again."""
+"""Uptime after which a worker counts as stable: its next crash is a first one again."""
 
 FIRST_PAUSE_S: Final = 0.1
-"""Pause after a first crash: clients behind the router wait that long without an error."""
+"""Pause after a first crash: clients behind the router wait for it without an error."""
 
 _PAUSE_FACTOR: Final = 4.0
 
@@ -22,33 +22,33 @@ LONGEST_PAUSE_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Start another worker after a pause of `after_s`, to be shortened at random."""
+    """Restart after a pause of `after_s`, to be shortened randomly."""
 
     after_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Start another worker likewise; the instance was not at fault, and nothing is counted."""
+    """Restart likewise, without counting a crash: the instance was not at fault."""
 
     after_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """Start no more workers until somebody asks for it."""
+    """Start no worker until a restart is requested."""
 
     reason: str
 
 
 class CrashPolicy:
-    """Count of crashes in a row of one instance, and the decision that each crash leads to."""
+    """Counter of an instance's consecutive crashes, and decision after each crash."""
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
 
     def on_exit(self, uptime_s: float, *, at_fault: bool) -> Restart | Replace | Quarantine:
-        """Decide about a worker that ended after `uptime_s`; `at_fault`: by its own doing, or for a reason unknown."""
+        """Decide after a worker ended with `uptime_s`; `at_fault`: through its own fault, or for an unknown reason."""
         if not at_fault:
             return Replace(self._pause_s())
         self.count = 1 if uptime_s > MIN_UPTIME_S else self.count + 1
@@ -57,23 +57,23 @@ class CrashPolicy:
         return Restart(self._pause_s())
 
     def on_steady(self, uptime_s: float) -> bool:
-        """Forget the crashes before a worker that has been up for so long. Return whether that changed the count."""
+        """Reset the counter once a worker has been up for long enough; return whether the counter changed."""
         if not self.count or uptime_s <= MIN_UPTIME_S:
             return False
         self.count = 0
         return True
 
     def on_start(self, count_remembered: int) -> None:
-        """Begin a generation with the crashes that its target had before: one more chance at least."""
+        """Begin a generation with the remembered crashes of its target, leaving at least one restart."""
         self.count = min(count_remembered, CRASHES_MAX - 1)
 
     def on_request(self) -> None:
-        """Begin anew, because somebody asked for a restart."""
+        """Reset the counter for a requested restart."""
         self.count = 0
 
     @property
     def is_first(self) -> bool:
-        """True if the next worker comes so soon that clients can wait for it."""
+        """True if the next worker starts soon enough for clients to wait."""
         return self.count <= 1
 
     def _pause_s(self) -> float:

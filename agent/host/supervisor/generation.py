@@ -1,4 +1,4 @@
-"""Generation of an instance: what to run, the workers that run it, its figures over all of them, its data directory."""
+"""Generation of an instance: its run request, workers, figures and data directory."""
 
 import asyncio
 import contextlib
@@ -25,13 +25,13 @@ _ENTRY_BYTES: Final = 4096
 
 
 async def data_directory(run: host_api.Run, uid: int | None, parent: Path, old: "Generation | None") -> str:
-    """Make the data directory of a generation and give it to its user; empty for one that may have no files.
+    """Make the data directory of a generation, owned by its user; return an empty string if it may have no files.
 
-    Each `data_schema` has a directory of its own: a generation with another schema than the `old` one gets a copy, so
-    that going back finds the data as they were.
+    Each `data_schema` has a directory of its own. A generation with another schema than the `old` one gets a copy, so
+    that a rollback finds the old data unchanged.
 
     Raises:
-        StartError: the directory cannot be made, or not copied.
+        StartError: the directory cannot be made or copied.
     """
     if not any(name.startswith("wasi:filesystem") for name in run.grants.interfaces):
         return ""
@@ -39,14 +39,14 @@ async def data_directory(run: host_api.Run, uid: int | None, parent: Path, old: 
     path = (Path(run.data) if run.data else parent / run.instance) / str(schema)
     try:
         if old is not None and old.data and old.run.manifest.data_schema != schema:
-            if path.exists():  # of an attempt that did not last
+            if path.exists():  # from an aborted attempt
                 await _remove(path)
             await _copy(old.data, path)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if uid is not None:
             os.chown(path, uid, uid, follow_symlinks=False)
     except OSError as error:
-        raise StartError(RejectCode.START_FAILED, f"{run.instance}: no data directory: {error}") from error
+        raise StartError(RejectCode.START_FAILED, f"{run.instance}: cannot make the data directory: {error}") from error
     return str(path)
 
 
@@ -59,13 +59,13 @@ async def _copy(old: str, new: Path) -> None:
 
 
 async def _remove(path: Path) -> None:
-    """Remove a tree by `rm`, as it is copied by `cp`: guests can nest directories deeper than Python follows."""
+    """Remove a tree with `rm` (it is copied with `cp`): guests can nest directories deeper than Python can follow."""
     process = await asyncio.create_subprocess_exec("rm", "-rf", "--", str(path), stderr=subprocess.DEVNULL)
     await process.wait()
 
 
 async def forget_other_schemas(data: str) -> None:
-    """Remove the directories that generations with another schema left beside this one."""
+    """Remove the data directories of other schemas beside this one."""
     if data:
         for other in Path(data).parent.iterdir():
             if other.name != Path(data).name:
@@ -73,11 +73,11 @@ async def forget_other_schemas(data: str) -> None:
 
 
 def storage_problem(directory: str, max_bytes: int) -> str:
-    """Return why a data directory is over its limit of `max_bytes` of disk; empty where it is not.
+    """Return why a data directory exceeds its limit of `max_bytes` on disk; empty if it does not.
 
-    An entry counts as a block even when it holds nothing, since a disk runs out of those too. The walk ends where the
-    limit is exceeded, so that no guest can make it long; links are not followed. An eighth more is tolerated: blocks
-    and directories are not the guest's doing.
+    Even an empty entry counts as a block, as a disk can run out of those, too. The walk ends as soon as the limit is
+    exceeded, so that no guest can make it long; links are not followed. An eighth more is tolerated for partly used
+    blocks and directories.
     """
     total, todo, most = 0, [directory], max_bytes + max_bytes // 8
     while todo:
@@ -85,12 +85,12 @@ def storage_problem(directory: str, max_bytes: int) -> str:
             for entry in _entries(todo.pop()):
                 total += max(entry.blocks * 512, _ENTRY_BYTES)
                 if total > most:
-                    return f"its data takes {total} bytes of disk and more, {max_bytes} are allowed"
+                    return f"its data takes at least {total} bytes on disk, but only {max_bytes} are allowed"
                 if entry.is_directory:
                     todo.append(entry.path)
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
-                return "its data lies deeper than the kernel takes a path"
+                return "its data has directories nested deeper than a path can be"
     return ""
 
 
@@ -101,7 +101,7 @@ class _Entry(NamedTuple):
 
 
 def _entries(directory: str) -> Iterator[_Entry]:
-    """Yield the entries of a directory, but those that vanish meanwhile; a block has 512 bytes."""
+    """Yield the entries of a directory, except those that vanish meanwhile; a block has 512 bytes."""
     with os.scandir(directory) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
@@ -119,7 +119,7 @@ def _digest(fd: int) -> str:
 
 @dataclass(slots=True)
 class SavedState:
-    """State of a guest: a memfd of fixed size, and how many bytes of it count."""
+    """Saved state of a guest: a memfd of fixed size, and the number of bytes used."""
 
     fd: int
     length: int
@@ -132,7 +132,7 @@ class SavedState:
 
 
 class ConnectionQueue(NamedTuple):
-    """Both ends of the queue in which clients wait for whichever worker is idle."""
+    """Both ends of the queue in which clients wait for an idle worker."""
 
     put: socket.socket
     take: socket.socket
@@ -145,20 +145,20 @@ class ConnectionQueue(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """Generation of an instance: what to run, and the workers that run it.
+    """Generation of an instance: its run request and workers.
 
     Attributes:
-        secrets_fd: memfd with its secrets, which is handed to its workers and never read here; -1 for none.
-        probation: the agent has not committed it yet, and may still go back.
-        is_serving: calls go to it.
-        dropped: it is over for good.
+        secrets_fd: memfd with its secrets, passed to its workers and never read here; -1 for none.
+        probation: not committed yet, and may still be rolled back.
+        is_serving: receives calls.
+        dropped: ended for good.
         past: figures of workers that have ended.
-        unshared_reason: why it has a worker of its own although it may share one; empty for no such reason.
-        lost: how its last worker ended that ended while another generation ran.
-        image_sha256, image_bytes: of one that may share: name and size of its image.
-        queue: of one that may have several workers.
-        checks_asked, checks_missed, checks_failing: questions of its health check, those without a good answer, and of
-            these the last in a row.
+        unshared_reason: why it has a worker of its own although it may share one; empty if it may not, or does share.
+        lost: how its latest worker ended while another generation was running.
+        image_sha256, image_bytes: hash and size of its image, if it may share a worker.
+        queue: if it may have several workers.
+        checks_asked, checks_missed, checks_failing: number of health checks, of failed ones, and of the latest
+            consecutive failures.
     """
 
     run: host_api.Run
@@ -185,19 +185,19 @@ class Generation:
     checks_failing: int = 0
 
     def __post_init__(self) -> None:
-        """Name the image by its content, where other instances may use the same one."""
+        """Hash the image if it may be shared with other instances."""
         if self.run.share_worker:
             self.image_bytes = os.fstat(self.image_fd).st_size
             self.image_sha256 = self.run.image_sha256 or _digest(self.image_fd)
 
     @property
     def may_share(self) -> bool:
-        """True if it takes a slot in a shared worker: the operator allows it, and nothing speaks against it."""
+        """True if it takes a slot in a shared worker: the operator allows it, and no reason forbids it."""
         return self.run.share_worker and not self.unshared_reason
 
     @property
     def number(self) -> int:
-        """Number that the agent gave it."""
+        """Number of the generation, assigned by the agent."""
         return self.run.generation
 
     @property
@@ -206,27 +206,27 @@ class Generation:
         return [worker for worker in self.workers if worker.alive and worker.ready is not None]
 
     def count_check(self, *, well: bool) -> None:
-        """Count an answer of its health check."""
+        """Count a result of its health check."""
         self.checks_asked += 1
         self.checks_missed += not well
         self.checks_failing = 0 if well else self.checks_failing + 1
 
     def checks(self) -> HealthChecks | None:
-        """Return the answers of its health check; None where its manifest promises none."""
+        """Return the results of its health check; None if its manifest has no health check."""
         if not self.run.manifest.health.check:
             return None
         well = not self.checks_failing and bool(self.alive)
         return HealthChecks(asked=self.checks_asked, missed=self.checks_missed, well=well)
 
     def figures(self) -> CallStats:
-        """Return the sum over its workers, those that have ended included."""
+        """Return the sum of its workers' figures, including workers that have ended."""
         total = self.past
         for worker in self.workers:
             total = total.plus(worker.page.read())
         return total
 
     def keep_state(self, saved: SavedState) -> None:
-        """Keep what it saved, in place of what it had saved before."""
+        """Keep its saved state, in place of an earlier one."""
         if self.saved is not None:
             self.saved.close()
         self.saved = saved

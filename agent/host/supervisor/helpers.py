@@ -1,8 +1,8 @@
 """Forked helper processes, kept alive by the supervisor: the router on the shared port, and the egress.
 
-A helper that ends is replaced after a short pause, and told everything again. The supervisor holds what clients and
-workers wait on: the listening socket, so that a router that dies takes no client along that waits to be accepted, and
-the egress's end of every worker's socket, so that workers notice nothing but a question that stays unanswered.
+A helper that ends is replaced after a short pause, and given its whole state again. The supervisor keeps the sockets on
+which clients and workers wait: the listening socket, so that clients waiting to be accepted survive a crash of the
+router, and the egress's ends of the workers' sockets, so that a crash of the egress only loses pending requests.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from fleet.protocol import wire
 from fleet.protocol.manifest import Grants
 
 _ACK_S: Final = 5.0
-_PAUSE_S: Final = 0.5  # before a helper is replaced: one that dies at once shall not take the processor
+_PAUSE_S: Final = 0.5  # pause before a replacement: a helper that crashes at once must not use up the CPU
 _DRAIN_S: Final = 6.0  # a second more than the router gives its clients
 
 
@@ -39,7 +39,7 @@ _ack: Final[msgspec.json.Decoder[helper_api.RouteAcknowledged]] = msgspec.json.D
 
 
 class HelperProcess(ABC):
-    """Forked process with a socket to the supervisor. Subclasses say how it is forked and what it has to know."""
+    """Forked process with a socket to the supervisor. Subclasses define how to fork it, and its state."""
 
     def __init__(self, name: str) -> None:
         self.pid = 0
@@ -62,14 +62,14 @@ class HelperProcess(ABC):
 
     @abstractmethod
     def _tell_everything(self) -> None:
-        """Tell a new process all that it has to know."""
+        """Send a new process its whole state."""
 
     @abstractmethod
     def _is_needed(self) -> bool:
-        """Return whether a process that has ended is to be replaced."""
+        """Return whether a process that has ended should be replaced."""
 
     def _closed(self) -> str:
-        """Close what belonged to a process that has ended; return what was lost with it, for people."""
+        """Close the descriptors of a process that has ended; return what was lost with it, for people."""
         return ""
 
     def _readable(self) -> None:
@@ -89,12 +89,12 @@ class HelperProcess(ABC):
         self._tell_everything()
 
     def _tell(self, message: msgspec.Struct, fd: int | None = None) -> None:
-        """Send a message; a process that is gone is replaced, and told everything again."""
+        """Send a message; a process that has ended will be replaced, and given its whole state again."""
         if self._writer is not None:
             self._writer.send(msgspec.json.encode(message), fd)
 
     def _hang_up(self) -> None:
-        """Close its socket; a process without one ends."""
+        """Close the process's socket, so that it ends."""
         if self._sock is not None and self._writer is not None:
             self._writer.close()
             asyncio.get_running_loop().remove_reader(self._sock)
@@ -122,7 +122,7 @@ class HelperProcess(ABC):
             self._fork()
 
     def _kill(self) -> None:
-        """End the process now, and start no other."""
+        """Kill the process, and start no other."""
         self._closing = True
         if self.running:
             with contextlib.suppress(ProcessLookupError):
@@ -136,10 +136,10 @@ class _Route(NamedTuple):
 
 
 class RouterHandle(HelperProcess):
-    """Handle of the router, which is there from the start."""
+    """Handle of the router, which always runs."""
 
     def __init__(self, ingress: socket.socket, directory: Path) -> None:
-        """`ingress` is the shared port's listening socket; `directory` holds the sockets of the device's instances."""
+        """Fork a router for the listening socket `ingress`; `directory` holds the instances' sockets."""
         super().__init__("router")
         self._ingress = ingress
         self._directory = directory
@@ -170,7 +170,7 @@ class RouterHandle(HelperProcess):
         return f"; client connections lost with it: {lost}"
 
     async def update(self, instance: str, *, up: bool | None, spread: bool) -> None:
-        """Tell the router whether an instance answers (None: it is gone), and wait until the router knows.
+        """Tell the router whether an instance answers (None: remove it), and wait until the router knows.
 
         `spread` as in `RouteUpdate`.
         """
@@ -206,13 +206,13 @@ class RouterHandle(HelperProcess):
         framing.close_all(fds)
         try:
             future = self._acks.get(_ack.decode(data).id)
-        except wire.JSON_ERRORS:  # a router that somebody broke into
+        except wire.JSON_ERRORS:  # a compromised router
             return
         if future is not None and not future.done():
             future.set_result(None)
 
     async def drain(self) -> None:
-        """Accept no more on the shared port, answer what was asked, and end the router."""
+        """Stop accepting on the shared port, answer pending requests, and end the router."""
         self._closing = True
         self._ingress.close()
         if self.running:
@@ -221,7 +221,7 @@ class RouterHandle(HelperProcess):
                 await asyncio.wait_for(asyncio.shield(self._gone), _DRAIN_S)
 
     def close(self) -> None:
-        """End the router now."""
+        """Kill the router."""
         self._kill()
 
 
@@ -231,7 +231,7 @@ def needs_egress(grants: Grants) -> bool:
 
 
 class EgressTicket(NamedTuple):
-    """Admission of a worker: its number, for `release`, and its end of the socket on which it asks."""
+    """Admission of a worker: its number, for `release`, and its end of the socket for requests."""
 
     number: int
     worker_end: socket.socket
@@ -243,10 +243,10 @@ class _Admitted(NamedTuple):
 
 
 class EgressHandle(HelperProcess):
-    """Handle of the egress; there is a process behind it only while there are workers that may use it."""
+    """Handle of the egress, which only runs while there are workers that may use it."""
 
     def __init__(self, directory: Path) -> None:
-        """`directory` holds the sockets of the device's instances."""
+        """Prepare a handle; `directory` holds the instances' sockets."""
         super().__init__("egress")
         self._directory = directory
         self._workers: dict[int, _Admitted] = {}
@@ -272,15 +272,15 @@ class EgressHandle(HelperProcess):
             self._admit(worker)
         elif not self.running:
             self._fork()
-        # Else the last one was told to end: its own end brings the next.
+        # Otherwise the last process is ending, and its end starts the next.
         return EgressTicket(number, theirs)
 
     def _admit(self, worker: _Admitted) -> None:
-        with contextlib.suppress(OSError):  # out of descriptors: this worker's questions stay unanswered
+        with contextlib.suppress(OSError):  # out of descriptors: this worker's requests are not answered
             self._tell(worker.message, worker.sock.fileno())
 
     def release(self, number: int) -> None:
-        """Forget a worker that has ended; with the last of them the process ends."""
+        """Remove a worker that has ended; with the last worker, the process ends."""
         worker = self._workers.pop(number, None)
         if worker is not None:
             worker.sock.close()
@@ -288,7 +288,7 @@ class EgressHandle(HelperProcess):
             self._hang_up()
 
     def close(self) -> None:
-        """End the egress now."""
+        """Kill the egress."""
         self._closing = True
         for number in list(self._workers):
             self.release(number)
@@ -296,7 +296,7 @@ class EgressHandle(HelperProcess):
 
 
 class ForkedRouter(NamedTuple):
-    """A router: its pid, the supervisor's end of its socket, and its page for `clients_of`."""
+    """Forked router: its pid, the supervisor's end of its socket, and its page for `clients_of`."""
 
     pid: int
     sock: socket.socket
@@ -304,7 +304,7 @@ class ForkedRouter(NamedTuple):
 
 
 def fork_router(listener: socket.socket, directory: Path, keep: tuple[int, ...] = ()) -> ForkedRouter:
-    """Fork a router on this listener; `keep`: the further descriptors that the child may hold."""
+    """Fork a router on a listener; `keep`: further descriptors that the child may hold."""
     page = mmap.mmap(-1, mmap.PAGESIZE)
     pid, sock = _fork_child("router", lambda theirs: run_router(listener, theirs, directory, keep, page))
     return ForkedRouter(pid, sock, page)
@@ -319,7 +319,7 @@ def fork_egress(directory: Path, keep: tuple[int, ...] = ()) -> tuple[int, socke
 
 
 def _fork_child(name: str, run: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:
-    """Fork a process that runs `run` on its end of a socket pair and dies with this one."""
+    """Fork a process that runs `run` on its end of a socket pair, and is killed when this process ends."""
     ours, theirs = framing.socket_pair()
     parent = os.getpid()
     pid = os.fork()
@@ -330,7 +330,7 @@ def _fork_child(name: str, run: Callable[[socket.socket], None]) -> tuple[int, s
             ours.close()
             run(theirs)
             status = 0
-        except BaseException as error:  # noqa: BLE001 - this process was forked, nobody above could handle it
+        except BaseException as error:  # noqa: BLE001 - no caller in this forked process could handle it
             sys.stderr.write(f"{name}: {type(error).__name__}: {error}\n")
             sys.stderr.flush()
         finally:

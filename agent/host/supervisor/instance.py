@@ -2,11 +2,11 @@
 
     swap      a worker of the new generation is started beside the old one, checked, and given the listener; then the
               old workers stop accepting and hand their connections over. The old generation stays warm until `commit`
-              or `revert`. The sequence stands in `agent.host.supervisor.swap`.
-    crash     a worker that dies is replaced after a growing, jittered pause; too many crashes in a row are a
-              quarantine. The numbers stand in `agent.host.supervisor.crash_policy`.
+              or `revert`. See `agent.host.supervisor.swap` for the sequence.
+    crash     a worker that dies is replaced after a growing, jittered pause; too many consecutive crashes lead to
+              quarantine. See `agent.host.supervisor.crash_policy` for the numbers.
 
-Everything here runs on the supervisor's loop; changes of one instance are serialised by its lock.
+Everything here runs on the supervisor's event loop; changes of an instance are serialised by its lock.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from fleet.protocol.codes import GUEST_FAULTS, CallOutcome, InstanceState, Rejec
 from fleet.protocol.messages import InstanceHealth
 
 _FAILED_CHECKS_MAX: Final = 3
-"""Health checks without a good answer in a row, after which the worker is replaced."""
+"""Consecutive failed health checks after which the worker is replaced."""
 
 _OVERDUE_GRACE_MS: Final = 5000  # for a worker whose own watchdog has failed
 
@@ -53,7 +53,7 @@ TRANSITIONS: Final[Mapping[InstanceState, frozenset[InstanceState]]] = {
 
 
 class Swapped(NamedTuple):
-    """A swap that succeeded.
+    """Successful swap.
 
     Attributes:
         replaced: number of the generation that was replaced; None for none.
@@ -72,7 +72,7 @@ class _Reverted(NamedTuple):
 
 
 class Instance:
-    """Instance: its generations, and how one takes over from another. Receives what its workers report."""
+    """Instance with its generations; receives its workers' reports."""
 
     def __init__(
         self,
@@ -114,9 +114,9 @@ class Instance:
         place: swap.BarrierPlace | None = None,
         probation: bool = False,
     ) -> Swapped:
-        """Run this generation in place of the current one. The descriptors become this object's.
+        """Run this generation in place of the current one. This object owns the descriptors.
 
-        `place`: of one of an atomic set, to wait for the others. `probation` lasts until `commit`.
+        `place`: at the barrier of an atomic set, to wait for the other members. `probation` lasts until `commit`.
 
         Raises:
             StartError: nothing changed.
@@ -131,7 +131,7 @@ class Instance:
         return Swapped(None if old is None else old.number, _ms_since(began_s))
 
     async def commit(self, number: int) -> None:
-        """End the probation of the generation with this number, and drop the one kept warm."""
+        """End the probation of the generation with this number, and drop the previous one."""
         if self.current is None or self.current.number != number:
             return
         self.current.probation = False
@@ -141,19 +141,19 @@ class Instance:
             await forget_other_schemas(self.current.data)
 
     async def revert(self, number: int) -> int:
-        """Go back to the generation kept warm; `number` names the one to leave or the one to return to.
+        """Roll back to the generation kept warm; `number` names the generation to leave or the one to return to.
 
         Returns:
             Milliseconds of the handover; 0 for a revert that has been done already.
 
         Raises:
-            StartError: HOST_GONE: no generation is warm any more.
+            StartError: HOST_GONE: no generation is kept warm.
         """
         current, warm = self.current, self.previous
         if warm is None and current is not None and self._reverted is not None and number in self._reverted:
             return 0
         if current is None or warm is None or number not in {current.number, warm.number}:
-            raise StartError(RejectCode.HOST_GONE, f"{self.name}: the previous generation is not there any more")
+            raise StartError(RejectCode.HOST_GONE, f"{self.name}: the previous generation is no longer kept")
         began_s = await swap.go_back(self._parts, current, warm)
         await self._switch(current, warm)
         self.previous = None
@@ -162,7 +162,7 @@ class Instance:
         return _ms_since(began_s)
 
     async def restart(self) -> None:
-        """Start the running generation anew. Raises `StartError`, and what ran goes on."""
+        """Restart the running generation with new workers; the old ones keep running if this raises `StartError`."""
         generation = self.current
         if generation is None:
             return
@@ -217,7 +217,7 @@ class Instance:
         )
 
     def health(self) -> InstanceHealth:
-        """Return the figures since the current generation started."""
+        """Return the figures of the current generation since its start."""
         assert self.current is not None
         figures = self.current.figures()
         alive = self.current.alive
@@ -247,11 +247,11 @@ class Instance:
         )
 
     async def ask_health(self, wait_s: float) -> None:
-        """Ask the health check now, where there is one, and wait up to `wait_s` seconds for the answer."""
+        """Run the health check now, if there is one, and wait up to `wait_s` seconds for its result."""
         await self._timers.ask(wait_s)
 
     def tick(self) -> None:
-        """Do the housekeeping: forgive crashes, enforce storage, scale workers, kill overdue calls."""
+        """Do the housekeeping: reset the crash counter, enforce storage, scale workers, kill overdue calls."""
         current = self.current
         if current is not None and current.alive:
             now_s = time.monotonic()
@@ -266,7 +266,7 @@ class Instance:
                 self._kill_overdue(generation)
 
     def _kill_overdue(self, generation: Generation) -> None:
-        """Kill workers whose call is past any time that it may take, should their own watchdog have failed."""
+        """Kill workers whose call exceeds all limits, in case their own watchdog has failed."""
         limits = generation.run.limits
         longest_ms = max(limits.total_ms, limits.start_ms) + _OVERDUE_GRACE_MS
         for worker in generation.workers:
@@ -277,7 +277,7 @@ class Instance:
                 self._kill_for_call(generation, worker, reason)
 
     async def _switch(self, old: Generation | None, new: Generation) -> None:
-        """Move connections, state, route and timers from `old` to `new`, which serves."""
+        """Move connections, route and timers from `old` to `new`, which already serves."""
         if old is not None:
             await self._workers.hand_over(old.alive, new.alive)
             if old.listener is not None and old.listener is not new.listener:
@@ -297,7 +297,7 @@ class Instance:
     # Reports of workers.
 
     def worker_message(self, worker: WorkerHandle, message: worker_api.FromWorker) -> None:
-        """Take a message that answers no request."""
+        """Handle a message that is not a reply."""
         generation = self._workers.generation_of(worker)
         match message:
             case worker_api.Line(text=text, dropped=dropped):
@@ -309,7 +309,7 @@ class Instance:
             case worker_api.Refused(message=text):
                 self._log.note(f"host: {text}")
             case worker_api.Overdue(call=call, why=reason):
-                if worker.page.number() == call:  # else it has ended meanwhile, and its worker has counted it
+                if worker.page.number() == call:  # otherwise the call has ended, and its worker has counted it
                     self._kill_for_call(generation, worker, reason)
             case worker_api.Busy():
                 if generation.is_serving:
@@ -318,7 +318,7 @@ class Instance:
                 pass
 
     def worker_exited(self, worker: WorkerHandle, uptime_s: float) -> None:
-        """Replace a worker that ended, unless its end was wanted."""
+        """Replace a worker that ended, unless it was ended on purpose."""
         generation = self._workers.generation_of(worker)
         if worker not in generation.workers:
             return
@@ -338,7 +338,7 @@ class Instance:
             self._crashed(generation, reason, uptime_s)
 
     def health_answered(self, worker: WorkerHandle, problem: str | None) -> None:
-        """Count an answer of the health check; end a worker that fails too many in a row."""
+        """Count a result of the health check; kill a worker after too many consecutive failures."""
         generation = self._workers.generation_of(worker)
         generation.count_check(well=problem is None)
         if problem is None:
@@ -350,7 +350,7 @@ class Instance:
             worker.end(f"{self.error}, {_FAILED_CHECKS_MAX} times in a row")
 
     def _report_fault(self, generation: Generation, code: RejectCode, message: str) -> None:
-        """Count a fault of the guest, note it in the log, and tell the agent."""
+        """Count a fault of the guest, log it, and report it to the agent."""
         generation.faults += 1
         first = message.splitlines()[0] if message else ""
         self._log.note(f"host: {first}")
@@ -375,7 +375,7 @@ class Instance:
     # Crash, back-off, quarantine.
 
     def _crashed(self, generation: Generation, reason: str, uptime_s: float) -> None:
-        """Take note that the serving generation has lost a worker by its own doing."""
+        """Handle a crash of a worker of the serving generation."""
         self.restarts += 1
         self._report_fault(generation, RejectCode.RESTARTED, reason)
         self._decide(generation, reason, uptime_s)
@@ -400,7 +400,7 @@ class Instance:
             self._workers.retire(generation, worker)
         self._timers.stop()
         if generation.listener is not None and generation.listener.port is not None:
-            generation.listener.sock.close()  # nobody should wait there; behind the router, clients get 503
+            generation.listener.sock.close()  # clients must not wait there; behind the router, they get 503
         self._set_state(InstanceState.QUARANTINED, reason)
 
     async def _start_after(self, generation: Generation, after_s: float) -> None:
@@ -435,7 +435,7 @@ class Instance:
             self._workers.tasks.spawn(self._update_router())
 
     async def _update_router(self) -> None:
-        """Tell the router whether the instance answers; a first, short pause is not worth a 503."""
+        """Tell the router whether the instance answers; during a first, short pause, clients wait instead of a 503."""
         if self._router is None:
             return
         current = self.current

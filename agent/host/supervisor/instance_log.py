@@ -1,4 +1,4 @@
-"""Log of one instance: its last lines."""
+"""Log of an instance: its latest lines."""
 
 from collections import deque
 from typing import Final
@@ -10,7 +10,7 @@ _LINE_MAX_CHARS: Final = 1100
 
 
 class InstanceLog:
-    """Ring of the last lines of one instance; `count` of all lines since it began."""
+    """Ring buffer of an instance's latest lines; `count` of all lines since the start."""
 
     def __init__(self) -> None:
         self._log: deque[str] = deque(maxlen=bounds.LOG_LINES)

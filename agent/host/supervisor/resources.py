@@ -1,23 +1,23 @@
-"""Resources that the host holds for instances: one `HostResources`, given to each of them.
+"""Resources that the host holds for instances: a single `HostResources`, passed to each instance.
 
-Listeners: a Unix socket behind the router, or a port of the instance's own. The supervisor owns each for the instance's
-life and lends it to workers, so that a swap or a crash closes nothing and loses no client that waits to be accepted.
+Listeners: a Unix socket behind the router, or a port of the instance's own. The supervisor owns each listener for the
+instance's life and lends it to workers, so that no swap or crash loses a client that waits to be accepted.
 
-Users: a uid from a reserved range, the same after a restart, never another's. Only a host that runs as root can give
-users away. The range is one that no account, container or dynamic user has (systemd, "Users, Groups, UIDs and GIDs":
-above the container range). A uid is not given again while the range lasts, so nobody inherits files; then those of
-instances that no longer run are, the longest unused first. A device has one host, in the packaged place. Where there
-are more (tests, a demonstration), each has a range of its own, by where its state is: the kernel counts processes by
-user, so hosts that shared users would share their limits.
+Users: each instance has a uid from a reserved range, unique and stable across restarts. Only a host that runs as root
+can assign users. No account, container or dynamic user is in the range (systemd, "Users, Groups, UIDs and GIDs": above
+the container range). A uid is not reused while the range lasts, so that no instance inherits files; afterwards, those
+of instances that no longer run are reused, longest unused first. A device has a single host, in the packaged place. If
+there are several (tests, demos), each has a range of its own, derived from its state directory: the kernel counts
+processes by user, so hosts with the same users would share limits.
 
-Crash counts: crashes in a row, remembered over restarts of host and device. A component that brings its workers (or the
-whole device) down gets no fresh set of chances from each reboot: it starts again with the count that it had, so that
-one more crash is a quarantine. Written only when something crashes or has recovered.
+Crash counts: consecutive crashes, remembered across restarts of host and device. A component that crashes its workers
+(or the whole device) must not get new attempts from each reboot: it starts with its old count, so that a single further
+crash leads to quarantine. Written only after a crash or a recovery.
 
-Control groups: a share of memory and processes for each instance, where systemd gives this host groups of its own. Only
-cgroup v2, and only a part of the tree that was delegated to this host alone (`Delegate=` in its unit): the supervisor
-moves into a leaf of its own first, since groups with members cannot have limited children. On top of the limits of each
-worker, a group bounds what an instance's workers take together, kernel memory and page cache included.
+Control groups: limits of memory and processes for each instance, if systemd delegates a control group to this host.
+Only cgroup v2, and only a group delegated exclusively to this host (`Delegate=` in its unit): the supervisor first
+moves into a leaf, as groups with members cannot have limited children. In addition to the limits of each worker, a
+group limits all workers of an instance together, including kernel memory and page cache.
 """
 
 import contextlib
@@ -51,14 +51,14 @@ class Listeners:
     """Listeners of every instance, by instance and port."""
 
     def __init__(self, directory: Path, address: str) -> None:
-        """`directory` holds the Unix sockets; `address` is where own ports are opened."""
+        """Open Unix sockets in `directory`, and own ports at `address`."""
         self._directory = directory
         self._address = address
         self._open: dict[tuple[str, int | None], Listener] = {}
         self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
 
     def open(self, instance: str, port: int | None) -> Listener:
-        """Return the instance's listener on `port` (None: behind the router), opened if it is not. Raises `OSError`."""
+        """Return the instance's listener on `port` (None: behind the router), opened if needed. Raises `OSError`."""
         found = self._open.get((instance, port))
         if found is not None and found.sock.fileno() >= 0:
             return found
@@ -72,7 +72,7 @@ class Listeners:
         return found is not None and found.sock.fileno() >= 0
 
     def close_port(self, instance: str, port: int | None) -> None:
-        """Close one listener of an instance."""
+        """Close a listener of an instance."""
         listener = self._open.pop((instance, port), None)
         if listener is not None:
             listener.sock.close()
@@ -85,7 +85,7 @@ class Listeners:
         path.unlink(missing_ok=True)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         sock.bind(str(path))
-        os.chmod(path, 0o666)  # noqa: PTH101, S103 - who may connect is decided by who sees the directory
+        os.chmod(path, 0o666)  # noqa: PTH101, S103 - access is controlled by access to the directory
         sock.listen(BACKLOG)
         return sock
 
@@ -125,7 +125,7 @@ def first_of(state: Path) -> int:
 
 
 class UidAllocator:
-    """Uids that were given to instances, in a file of the host's state directory."""
+    """Uids assigned to instances, stored in the host's state directory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -137,10 +137,10 @@ class UidAllocator:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, AttributeError):
-            path.unlink(missing_ok=True)  # written whole or not at all, so this is not ours
+            path.unlink(missing_ok=True)  # written atomically, so the file is not ours
 
     def allocate(self, instance: str) -> int | None:
-        """Return the uid of an instance, given now if it has none; None where this host cannot give any."""
+        """Return the uid of an instance, assigned if needed; None if this host cannot assign users."""
         if os.geteuid() != 0:
             return None
         found = self._given.pop(instance, None)
@@ -149,7 +149,7 @@ class UidAllocator:
             self._given[instance] = found
             self._save()
         else:
-            self._given[instance] = found  # in the order of use: the longest unused stands first
+            self._given[instance] = found  # ordered by use: the longest unused first
         return found
 
     def _free(self) -> int:
@@ -165,7 +165,7 @@ class UidAllocator:
 
 
 class CrashCounter:
-    """Crashes in a row by instance and target, in a file of the host's state directory."""
+    """Consecutive crashes by instance and target, stored in the host's state directory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -174,7 +174,7 @@ class CrashCounter:
             kept = json.loads(path.read_text(encoding="utf-8"))
             self._counts = {str(key): int(count) for key, count in kept.items()}
         except (OSError, ValueError, AttributeError):
-            self._counts = {}  # none yet, or not ours: every count starts at zero
+            self._counts = {}  # no file yet, or not ours: every count starts at zero
         self.written_bytes = 0
 
     @staticmethod
@@ -182,11 +182,11 @@ class CrashCounter:
         return f"{instance} {target}"
 
     def count(self, instance: str, target: str) -> int:
-        """Return the crashes in a row of this target as this instance."""
+        """Return the consecutive crashes of a target as this instance."""
         return self._counts.get(self._key(instance, target), 0)
 
     def remember(self, instance: str, target: str, count: int) -> None:
-        """Remember the count; 0 forgets it, and what other targets of this instance had."""
+        """Remember the count; 0 removes it, together with the counts of the instance's other targets."""
         key = self._key(instance, target)
         if self._counts.get(key, 0) == count:
             return
@@ -207,13 +207,13 @@ class _HeldSecrets(NamedTuple):
 
 
 class PendingSecrets:
-    """Secrets between their arrival and the start of the generation that they are for: held, and never read here."""
+    """Secrets between their arrival and the start of their generation: held, and never read here."""
 
     def __init__(self) -> None:
         self._held: dict[str, _HeldSecrets] = {}
 
     def hold(self, request: host_api.PutSecrets, fd: int | None) -> None:
-        """Hold a descriptor, in place of an earlier one of the instance. Raises `StartError`."""
+        """Hold a descriptor, replacing an earlier one of the instance. Raises `StartError`."""
         if fd is None:
             raise StartError(RejectCode.MALFORMED, f"{request.instance}: no secrets came with the request to hold them")
         if len(self._held) >= bounds.ITEMS_MAX and request.instance not in self._held:
@@ -223,27 +223,27 @@ class PendingSecrets:
         self._held[request.instance] = _HeldSecrets(request.generation, fd)
 
     def take(self, run: host_api.Run) -> int:
-        """Return the descriptor for a generation, the caller's from now on; -1 where it has no secrets.
+        """Return the descriptor for a generation, which the caller then owns; -1 without secrets.
 
         Raises:
-            StartError: it has some, and they did not come.
+            StartError: the generation has secrets, but they were not sent.
         """
         held = self._held.get(run.instance)
         if run.secrets and held is not None and held.generation == run.generation:
             return self._held.pop(run.instance).fd
         self._close(run.instance)
         if run.secrets:
-            raise StartError(RejectCode.START_FAILED, f"{run.instance}: its secrets did not come before it")
+            raise StartError(RejectCode.START_FAILED, f"{run.instance}: its secrets were not sent before its start")
         return -1
 
     def drop(self, run: host_api.Run) -> None:
-        """Close the secrets of a generation that was not started after all."""
+        """Close the secrets of a generation that was not started."""
         held = self._held.get(run.instance)
         if held is not None and held.generation <= run.generation:
             self._close(run.instance)
 
     def clear(self) -> None:
-        """Close all of them: nobody is left who could start anything."""
+        """Close all secrets: no client is left that could start a generation."""
         for instance in list(self._held):
             self._close(instance)
 
@@ -260,10 +260,10 @@ _THREADS_PER_WORKER: Final = 32
 
 
 class Cgroups:
-    """Control groups of this host; where it has none, `available` is False and nothing is done."""
+    """Control groups of this host; without any, `available` is False and all methods do nothing."""
 
     def __init__(self, root: Path | None = None, *, pid: int | None = None) -> None:
-        """Take the host's own group (or `root`) over; `pid` is the supervisor's."""
+        """Take over the host's own group (or `root`); `pid` is the supervisor's."""
         self.available = False
         self._root = root if root is not None else _own_group()
         if self._root is None:
@@ -283,7 +283,7 @@ class Cgroups:
         _write(leaf / "cgroup.procs", str(pid))
         try:
             _write(root / "cgroup.subtree_control", " ".join(f"+{name}" for name in _WANTED))
-        except OSError:  # others live in this group: it was not delegated to this host alone
+        except OSError:  # the group has other members: it is not delegated exclusively to this host
             _write(root / "cgroup.procs", str(pid))
             with contextlib.suppress(OSError):
                 leaf.rmdir()
@@ -338,7 +338,7 @@ def _renamed(old: Path, new: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class HostResources:
-    """Everything that the host holds for its instances.
+    """Resources that the host holds for its instances.
 
     Attributes:
         data: parent of the instances' data directories.
@@ -354,8 +354,8 @@ class HostResources:
 
     @classmethod
     def open(cls, *, state: Path, sockets: Path, address: str) -> "HostResources":
-        """Read what is kept in `state`; `sockets` holds the Unix sockets, own ports are opened at `address`."""
-        remove_leftovers(state, recursive=False)  # below it are the instances' own files
+        """Load the resources from `state`; Unix sockets are in `sockets`, own ports are opened at `address`."""
+        remove_leftovers(state, recursive=False)  # instances' own files are below it
         return cls(
             data=state / "data",
             listeners=Listeners(sockets, address),

@@ -1,7 +1,7 @@
-"""Supervisor of the host: composition, requests of the agent, start and stop. No wasm runs here, ever.
+"""Supervisor of the host: composition, requests of the agent, start and stop. Never runs WebAssembly itself.
 
-The supervisor keeps the instances, what they need, and the helper processes. Everything it starts dies with it. It
-forks the router and the egress without exec, so it stays single-threaded: no executor, no `to_thread`.
+The supervisor owns the instances, their resources and the helper processes; all processes end with it. It forks the
+router and the egress without exec, so it must stay single-threaded: no executor, no `to_thread`.
 """
 
 import asyncio
@@ -42,15 +42,15 @@ _DESCRIBE_S: Final = 60.0
 
 
 class HostError(Exception):
-    """The host cannot start; the message is one sentence for the device's owner."""
+    """The host cannot start; the message is a sentence for the device's owner."""
 
 
 class TakenError(HostError):
-    """Another host runs there."""
+    """Another host already runs."""
 
 
 class IsolationError(HostError):
-    """The isolation layers that the device's owner demands are missing."""
+    """Isolation layers that the device's owner requires are missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ class HostSettings:
 
     Attributes:
         ingress: address and port of the shared HTTP port; None for no router.
-        require: isolation layers without which no component runs here.
+        require: isolation layers without which no component runs.
         minimum: isolation layers without which the host does not start.
-        agent_group: the group whose members may command this host, beside root and the host's own user.
+        agent_group: group whose members may command this host, besides root and the host's own user.
     """
 
     runtime: Path
@@ -73,7 +73,7 @@ class HostSettings:
 
 
 class Supervisor:
-    """The host's one supervisor: handles the agent's requests."""
+    """Supervisor of the host: handles the agent's requests."""
 
     def __init__(self, settings: HostSettings) -> None:
         self._settings = settings
@@ -92,7 +92,7 @@ class Supervisor:
         self.events: EventQueue = asyncio.Queue()
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain and leave no process.
+        """Serve until SIGTERM or SIGINT, then drain and end all processes.
 
         Raises:
             HostError: the host cannot start.
@@ -142,7 +142,7 @@ class Supervisor:
         return listener
 
     async def _tick(self) -> None:
-        """Do the periodic housekeeping of every instance, and end idle zygotes."""
+        """Run the periodic housekeeping of every instance, and end idle zygotes."""
         while True:
             await asyncio.sleep(_TICK_S)
             for instance in self._instances.values():
@@ -169,7 +169,7 @@ class Supervisor:
     # Requests of the agent.
 
     async def handle(self, request: host_api.Request, fd: int | None) -> host_api.Reply:
-        """Do what the agent asks, and return the reply. The descriptor becomes this object's."""
+        """Handle a request of the agent and return the reply. This object owns the descriptor."""
         try:
             return await self._handle(request, fd)
         except (StartError, WorkerGoneError) as error:
@@ -180,7 +180,7 @@ class Supervisor:
             )
 
     def agent_gone(self) -> None:
-        """Close the secrets that wait for their start: nobody is left who could ask for it."""
+        """Close the secrets that wait for a start, which no client can request any more."""
         self._resources.secrets.clear()
 
     async def _handle(self, request: host_api.Request, fd: int | None) -> host_api.Reply:
@@ -221,7 +221,7 @@ class Supervisor:
     async def _revert(self, request: host_api.Revert) -> host_api.Started:
         instance = self._instances.get(request.instance)
         if instance is None:
-            raise StartError(RejectCode.HOST_GONE, f"{request.instance} does not run here")
+            raise StartError(RejectCode.HOST_GONE, f"{request.instance} does not run")
         async with instance.lock:
             swap_ms = await instance.revert(request.generation)
             assert instance.current is not None
@@ -277,7 +277,7 @@ class Supervisor:
         )
 
     def _check_device(self) -> None:
-        """Raise `StartError` where no component may run."""
+        """Raise `StartError` if no component may run on this device."""
         if not self._engine:
             raise StartError(RejectCode.NO_ENGINE, "there is no WebAssembly engine for this device")
         if missing := self._missing(self._settings.require):
@@ -321,7 +321,7 @@ class Supervisor:
         return host_api.HostStats(id=request.id, instances=figures, written_bytes=written, more=more)
 
     def _running_after(self, name: str) -> Iterable[Instance]:
-        """Yield the instances that run, in the order of their names, from the one after `name` on."""
+        """Yield the running instances after `name`, sorted by name."""
         names = sorted(each for each in self._instances if each > name)
         return (one for each in names if (one := self._instances[each]).current is not None)
 
@@ -346,7 +346,7 @@ def _open_ingress(address: str, port: int) -> socket.socket:
 
 
 async def _ask_engine() -> str:
-    """Return the engine's version, asked of a process of its own; empty where there is none."""
+    """Return the engine's version, from a separate process; empty without an engine."""
     process = await asyncio.create_subprocess_exec(
         *worker_pool.python_argv("agent.host.compiler"),
         "--describe",
@@ -364,14 +364,14 @@ async def _ask_engine() -> str:
 
 
 def _raise_descriptor_limit() -> None:
-    """Raise the limit of open files as far as the system allows: there may be thousands of instances."""
+    """Raise the limit of open files as far as allowed: there may be thousands of instances."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _pet_watchdog(status: Callable[[], str]) -> None:
-    """Tell systemd for as long as the loop turns that it does."""
+    """Notify systemd's watchdog as long as the event loop runs."""
     interval_s = systemd.watchdog_s()
     while interval_s is not None:
         systemd.notify(WATCHDOG="1", STATUS=status())

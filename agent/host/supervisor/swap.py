@@ -1,16 +1,16 @@
-"""Swap: one generation takes over from another, step by step; barrier of an atomic set; transfer of state.
+"""Swap of generations, step by step; barrier of an atomic set; transfer of state.
 
-`take_over` is the sequence of a start, `go_back` that of a revert. Until the new generation serves, each step has its
-undo, and a failure leaves the old one answering; after that nothing can fail.
+`take_over` is the sequence of a start, `go_back` that of a revert. Until the new generation serves, each step can be
+undone, and a failure leaves the old generation serving; after that, nothing can fail.
 
-Barrier: the starts of an atomic set wait for each other, and no member serves before all could. The last one that is
-ready lets all go, in one turn of the loop; a member that fails first, or does not come in time, takes the others along.
+Barrier: the starts of an atomic set wait for each other, and no member serves before all are ready. The last member
+that becomes ready releases all, in the same turn of the event loop; if a member fails or does not arrive in time, all
+fail.
 
-State: saved by the old generation, loaded by the new, before that one serves. From the moment it saved, the old one is
-held: it answers nobody until it hands over or resumes. It keeps what it saved while it is warm: should it have to come
-back, and its successor has nothing sound to give, it finds what it had itself. Both must export
-`wasmfleet:state/state`; a fix that does not load state needs nothing of a version that will not save. State travels in
-a memfd, and neither this process nor the other worker reads it further than its length.
+State: saved by the old generation and loaded by the new one before that serves. Once it has saved, the old generation
+is held: it answers no request until it hands over or resumes. It keeps its saved state while it is warm, for a revert
+in which the new generation cannot save. Both must export `wasmfleet:state/state`; otherwise nothing is transferred, so
+that a fix can replace a version that cannot save. State is passed in a memfd, which this process does not read.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ HANDLER: Final = "wasmfleet:http/handler"
 TASK: Final = "wasmfleet:schedule/task"
 STATE: Final = "wasmfleet:state/state"
 
-_BARRIER_GRACE_S: Final = 15.0  # on top of the longest start: members come one after the other
+_BARRIER_GRACE_S: Final = 15.0  # in addition to the longest start: members arrive one after the other
 
 _FAILURE_REMEMBERED_S: Final = 30.0
 
@@ -46,7 +46,7 @@ _TRANSFER_GRACE_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class SwapParts:
-    """Parts of the instance that is swapped."""
+    """Parts of an instance that a swap uses."""
 
     name: str
     workers: WorkerSet
@@ -58,10 +58,10 @@ class SwapParts:
 async def take_over(
     parts: SwapParts, old: Generation | None, new: Generation, place: "BarrierPlace | None" = None
 ) -> float:
-    """Bring `new` up beside `old` until it serves, and return when the handover began, on the monotonic clock.
+    """Start `new` beside `old` until it serves; return when the handover began (monotonic clock).
 
     Raises:
-        StartError: `new` is dropped, and `old` serves as before.
+        StartError: `new` has been dropped, and `old` keeps serving.
     """
     async with AsyncExitStack() as undo:
         undo.callback(parts.workers.drop, new)
@@ -90,10 +90,10 @@ async def take_over(
 
 
 async def go_back(parts: SwapParts, current: Generation, warm: Generation) -> float:
-    """Bring the generation that was kept `warm` back in place of `current`; returns as `take_over`.
+    """Make the generation kept `warm` serve again in place of `current`; returns as `take_over`.
 
     Raises:
-        StartError: `current` serves as before.
+        StartError: `current` keeps serving.
     """
     began_s = time.monotonic()
     async with AsyncExitStack() as undo:
@@ -131,7 +131,7 @@ def check_exports(generation: Generation) -> None:
 
 
 async def check_health(generation: Generation, worker: WorkerHandle) -> None:
-    """Raise `StartError` (HEALTH_FAILED) for a guest whose health check, if it has one, says that it is not well."""
+    """Raise `StartError` (HEALTH_FAILED) for a guest whose health check, if it has one, fails."""
     if generation.run.manifest.health.check:
         problem = await ask_health(generation, worker)
         if problem is not None:
@@ -139,7 +139,7 @@ async def check_health(generation: Generation, worker: WorkerHandle) -> None:
 
 
 def check_state(generation: Generation) -> None:
-    """Raise `StartError` for a guest that exports state which its own manifest makes impossible to transfer."""
+    """Raise `StartError` for a guest that exports state, but whose manifest makes transferring it impossible."""
     limits = generation.run.limits
     if STATE not in generation.kinds:
         return
@@ -153,7 +153,7 @@ def check_state(generation: Generation) -> None:
 
 
 def open_listener(parts: SwapParts, generation: Generation, undo: AsyncExitStack) -> None:
-    """Give a generation the listener of its port: open still, or opened now, and then closed again by `undo`.
+    """Give a generation the listener of its port: the open one, or a new one that `undo` closes again.
 
     Raises:
         StartError: PORT_IN_USE.
@@ -173,13 +173,13 @@ def open_listener(parts: SwapParts, generation: Generation, undo: AsyncExitStack
 
 
 async def finish_task(parts: SwapParts, generation: Generation) -> None:
-    """Wait for a scheduled task in flight: two generations never run one at once. Its timers are stopped."""
+    """Stop a generation's timers, and wait for a scheduled task in flight: two generations never run a task at once."""
     if isinstance(generation.run.manifest.trigger, Schedule):
         await parts.workers.finish_task(generation)
 
 
 def let_serve(parts: SwapParts, generation: Generation) -> None:
-    """Let a generation accept connections. Raises `StartError`."""
+    """Make a generation accept connections. Raises `StartError`."""
     try:
         parts.workers.serve_all(generation)
     except WorkerGoneError as error:
@@ -190,7 +190,7 @@ def let_serve(parts: SwapParts, generation: Generation) -> None:
 
 
 class _Meeting:
-    """Atomic set that is being swapped."""
+    """Atomic set during its swap."""
 
     def __init__(self) -> None:
         self.came: set[str] = set()
@@ -199,20 +199,20 @@ class _Meeting:
         self.inside = 0
 
     def fail(self, instance: str) -> None:
-        """Fail every member that waits here, of which there may be none, because of this one."""
+        """Fail every member that waits, because of this one."""
         self.over.set_exception(StartError(RejectCode.SET_FAILED, instance))
         self.over.exception()
 
 
 class _Failure(NamedTuple):
-    """A set that failed: because of whom, and which members have not come yet to be told."""
+    """Failed set: the member that failed, and the members that have not arrived yet."""
 
     instance: str
     untold: set[str]
 
 
 class SwapBarrier:
-    """Every atomic set that is being swapped now."""
+    """Barrier of all atomic sets that are being swapped."""
 
     def __init__(self) -> None:
         self._meetings: dict[frozenset[str], _Meeting] = {}
@@ -220,7 +220,7 @@ class SwapBarrier:
 
     @asynccontextmanager
     async def joined(self, instance: str, together: tuple[str, ...]) -> AsyncIterator["BarrierPlace"]:
-        """Begin a start that is one of a set; an exception in here fails the whole set, as long as that waits."""
+        """Begin the start of a member; an exception within fails the whole set if it still waits."""
         members = frozenset({instance, *together})
         meeting = self._meetings.get(members)
         if meeting is None or meeting.over.done():
@@ -246,7 +246,7 @@ class SwapBarrier:
 
 
 class BarrierPlace:
-    """Place of one member at the barrier."""
+    """Place of a member at the barrier."""
 
     def __init__(self, meeting: _Meeting, instance: str, members: frozenset[str]) -> None:
         self._meeting, self._instance, self._members = meeting, instance, members
@@ -255,7 +255,7 @@ class BarrierPlace:
         """Wait until all members are ready, each of which may take `start_s` to start.
 
         Raises:
-            StartError: SET_FAILED: a member failed, or did not come.
+            StartError: SET_FAILED: a member failed, or did not arrive.
         """
         meeting = self._meeting
         meeting.ready.add(self._instance)
@@ -265,14 +265,14 @@ class BarrierPlace:
             await asyncio.wait_for(asyncio.shield(meeting.over), start_s + _BARRIER_GRACE_S)
         except TimeoutError as error:
             missing = ", ".join(sorted(self._members - meeting.ready))
-            raise self._failed(f"{missing}, which did not come") from error
+            raise self._failed(f"{missing}, which did not arrive") from error
         except StartError as error:
             raise self._failed(f"{error}, which failed") from error
 
     def _failed(self, other: str) -> StartError:
         return StartError(
             RejectCode.SET_FAILED,
-            f"{self._instance}: it is to be swapped together with {other}; nothing is changed",
+            f"{self._instance}: not swapped, as it belongs to an atomic set with {other}",
         )
 
 
@@ -280,11 +280,11 @@ class BarrierPlace:
 
 
 class StateError(Exception):
-    """A state could not be saved or loaded, for the reason given."""
+    """State could not be saved or loaded; the message says why."""
 
 
 def transfers_state(old: Generation, new: Generation) -> bool:
-    """Return whether there is state to transfer: both export it, and one worker keeps it from request to request."""
+    """Return whether there is state to transfer: both export it, and a single worker keeps it between requests."""
     return (
         STATE in old.kinds
         and STATE in new.kinds
@@ -294,7 +294,7 @@ def transfers_state(old: Generation, new: Generation) -> bool:
 
 
 async def transfer_state(old: Generation, new: Generation) -> None:
-    """Have `old` save and `new` load; then `old` is held, and keeps what it saved.
+    """Have `old` save its state and `new` load it; `old` is then held, and keeps the saved state.
 
     Raises:
         StartError: STATE_FAILED; `old` is not held.
@@ -317,9 +317,9 @@ async def transfer_state(old: Generation, new: Generation) -> None:
 
 
 async def transfer_back(current: Generation, warm: Generation) -> str:
-    """Give `warm` the state of `current`, or else what it had saved itself. Return what went wrong; empty for nothing.
+    """Give `warm` the state of `current`, or else its own saved state. Return what went wrong; empty for nothing.
 
-    Failures are no reason to stay with a generation that is to be left.
+    Failures do not prevent the revert.
     """
     problem = ""
     if transfers_state(current, warm):
@@ -349,14 +349,14 @@ def resume(generation: Generation) -> None:
 
 
 def _only_worker(generation: Generation) -> WorkerHandle:
-    """Return the generation's one worker. Raises `StateError`: it may have ended meanwhile."""
+    """Return the generation's only worker. Raises `StateError` if it has ended."""
     if not generation.alive:
         raise StateError(generation.lost or "its worker has ended")
     return generation.alive[0]
 
 
 async def save(generation: Generation) -> SavedState:
-    """Return the state of a generation, which is held from now on. Raises `StateError`, and then it is not held."""
+    """Save the state of a generation, which is then held. If this raises `StateError`, it is not held."""
     worker, max_bytes = _only_worker(generation), generation.run.limits.state_bytes
     saved = SavedState(framing.sealed_memfd("state", max_bytes), 0)
     try:
@@ -372,15 +372,15 @@ def _length(answer: worker_api.StateSaved, max_bytes: int) -> int:
     if answer.problem is not None:
         raise StateError(answer.problem)
     if not 0 <= answer.length <= max_bytes:
-        raise StateError("its worker reports a length that cannot be")
+        raise StateError("its worker reports an impossible length")
     return answer.length
 
 
 async def load(generation: Generation, saved: SavedState) -> None:
-    """Give a generation a state. Raises `StateError`."""
+    """Load a state into a generation. Raises `StateError`."""
     worker, max_bytes = _only_worker(generation), generation.run.limits.state_bytes
     if saved.length > max_bytes:
-        raise StateError(f"it has {saved.length} bytes, {max_bytes} are allowed (limits.state)")
+        raise StateError(f"it has {saved.length} bytes, but {max_bytes} are allowed (limits.state)")
     message = worker_api.LoadState(length=saved.length)
     answer = await _ask(generation, worker, message, saved.fd, worker_api.StateLoaded)
     if answer.problem is not None:
@@ -395,7 +395,7 @@ async def _ask(generation: Generation, worker: WorkerHandle, message: worker_api
     except WorkerGoneError as error:
         raise StateError(str(error)) from error
     except TimeoutError as error:
-        worker.kill("it did not answer for its state")
+        worker.kill("it did not answer a request for its state")
         raise StateError("it did not answer in time") from error
 
 

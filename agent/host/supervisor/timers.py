@@ -1,7 +1,7 @@
-"""Timers of an instance: its scheduled task, and the questions of its health check.
+"""Timers of an instance: its scheduled task and its health check.
 
-A task is due `every_ms` after its last start, or by a cron line in the device's own time zone. A time that the clock
-skips is not made up, and a time that comes twice is run once.
+A task is due `every_ms` after its last start, or by a cron line in the device's time zone. A time that the clock skips
+is not made up for, and a time that occurs twice is run once.
 """
 
 import asyncio
@@ -23,39 +23,39 @@ _LONGEST_SLEEP_S: Final = 60.0
 
 
 class ScheduleTimer:
-    """Timer of one schedule."""
+    """Timer of a schedule."""
 
     def __init__(self, schedule: Schedule) -> None:
-        """Raise `BadCronError` for a malformed cron line, or one that never comes due."""
+        """Prepare a timer; raises `BadCronError` for a cron line that is malformed or never due."""
         self._cron = None if schedule.cron is None else manifest.parse(manifest.check(schedule.cron))
         self._every_s = max(schedule.every_ms or 60_000, MIN_EVERY_MS) / 1000
         self._next_s = time.monotonic() + self._every_s
 
     async def next(self) -> int:
-        """Wait until the schedule is due; return when that was, in milliseconds since 1970 (UTC)."""
+        """Wait until the schedule is due; return that time in milliseconds since 1970 (UTC)."""
         if self._cron is None:
             await asyncio.sleep(self._next_s - time.monotonic())
             late_s = time.monotonic() - self._next_s
             self._next_s = max(self._next_s, time.monotonic() - self._every_s) + self._every_s
             return int((time.time() - max(0.0, late_s)) * 1000)
-        coming = self._cron.next_after(datetime.now())  # noqa: DTZ005 - the device's own zone is meant
+        coming = self._cron.next_after(datetime.now())  # noqa: DTZ005 - in the device's time zone
         assert coming is not None, "checked when it was read"
         due = coming.timestamp()
-        # In short sleeps, since the clock may be set meanwhile.
-        while (left_s := due - time.time()) > 0:  # noqa: ASYNC110 - what is waited for is the clock
+        # Short sleeps, as the clock may be set meanwhile.
+        while (left_s := due - time.time()) > 0:  # noqa: ASYNC110 - waits for the clock
             await asyncio.sleep(min(left_s, _LONGEST_SLEEP_S))
         return int(due * 1000)
 
 
 HEALTH: Final = "wasmfleet:http/health"
 QUESTIONS: Final = 5
-"""Questions in a probation, at least: enough for a second bad answer long before its end."""
+"""Minimum number of health checks in a probation: enough for two failures long before its end."""
 
 _PROBLEM_MAX_CHARS: Final = 300  # part of the device's health report, beside every other instance
 
 
 def pace_s(health: Health, *, probation: bool) -> float | None:
-    """Return the seconds between two questions of the health check; None for no more questions."""
+    """Return the seconds between two health checks; None for no more checks."""
     paces_ms: list[float] = [health.interval_ms]
     if probation:
         paces_ms.append(health.probation_ms / QUESTIONS)
@@ -67,11 +67,11 @@ class HealthEvents(Protocol):
     """Receiver of health checks."""
 
     def health_answered(self, worker: WorkerHandle, problem: str | None) -> None:
-        """Take an answer of the serving generation's health check: None for well."""
+        """Handle a result of the serving generation's health check; None for healthy."""
 
 
 class InstanceTimers:
-    """Timers of the generation that serves."""
+    """Timers of the serving generation."""
 
     def __init__(self, log: InstanceLog, events: HealthEvents) -> None:
         self._log = log
@@ -81,7 +81,7 @@ class InstanceTimers:
         self._question: asyncio.Task[None] | None = None
 
     def start(self, generation: Generation) -> None:
-        """Start the timers of a generation, in place of those that run."""
+        """Start the timers of a generation, in place of the running ones."""
         self.stop()
         self._generation = generation
         manifest = generation.run.manifest
@@ -91,20 +91,20 @@ class InstanceTimers:
             self._tasks.append(asyncio.ensure_future(self._check_health(generation)))
 
     def stop(self) -> None:
-        """Stop the timers that run."""
+        """Stop the running timers."""
         for task in (*self._tasks, *filter(None, [self._question])):
             if task is not asyncio.current_task():
                 task.cancel()
         self._generation, self._tasks, self._question = None, [], None
 
     async def ask(self, wait_s: float | None = None) -> None:
-        """Ask the health check, or join whoever is asking it; return after `wait_s` seconds without an answer."""
+        """Run the health check, or wait for one that is running; return after `wait_s` seconds without a result."""
         generation = self._generation
         if generation is None or not generation.run.manifest.health.check:
             return
         if self._question is None or self._question.done():
             self._question = asyncio.ensure_future(self._ask(generation))
-        # Not awaited itself: whoever waits goes on when the question ends with these timers.
+        # Not awaited directly: waiters must continue if the check ends with these timers.
         await asyncio.wait([self._question], timeout=wait_s)
 
     async def _ask(self, generation: Generation) -> None:
@@ -129,14 +129,14 @@ class InstanceTimers:
                 self._log.note(f"host: its task failed: {ran.problem}")
 
     async def _check_health(self, generation: Generation) -> None:
-        # Looked up anew each time: a commit ends the shorter pace.
+        # Evaluated each time: a commit ends the shorter interval.
         while pause_s := pace_s(generation.run.manifest.health, probation=generation.probation):
             await asyncio.sleep(pause_s)
             await self.ask()
 
 
 async def ask_health(generation: Generation, worker: WorkerHandle) -> str | None:
-    """Ask the guest's health check: None for well, else a sentence."""
+    """Run the guest's health check: None for healthy, else a sentence."""
     if HEALTH not in generation.kinds:
         return f"it exports no {HEALTH}, which its manifest promises"
     timeout_s = generation.run.limits.total_ms / 1000 + GRACE_S

@@ -1,8 +1,8 @@
 """Handles of worker processes and of their slots.
 
-Every worker process has slots, one for each instance that it runs: a worker of its own is a process with one slot, a
-shared worker has up to `MAX_SLOTS`. Whoever raises, swaps and retires workers holds a slot (`WorkerHandle`) and need
-not know how many neighbours it has. What differs is how slots end:
+Every worker process has a slot for each instance that it runs: a worker of its own is a process with a single slot, a
+shared worker has up to `MAX_SLOTS`. Code that starts, swaps and retires workers holds a slot (`WorkerHandle`) and need
+not know how many other slots the process has. Only the ways in which slots end differ:
 
     the slot leaves          its socket is closed; the process and the other slots go on; the last slot ends the process
     its call must end        only ending the process helps: that slot is to blame, the others are bystanders

@@ -1,10 +1,10 @@
 """Worker processes: forked by zygotes, one for each instance or shared by several of one publisher.
 
-`WorkerPool.acquire` gives an instance a slot: in a shared worker where the operator allows it and nothing speaks
-against it, else in a process of its own.
+`WorkerPool.acquire` gives an instance a slot: in a shared worker if the operator allows it and no reason forbids it,
+otherwise in a process of its own.
 
-An image can only be mapped before the sandbox is shut. So an instance takes a slot where its image is already open, and
-else a shared worker is opened with the images of its whole set, so that the slots of emptier workers can move there.
+An image can only be mapped before the sandbox is closed. So an instance takes a slot where its image is already open;
+otherwise a shared worker is started with the images of its whole set, so that slots of emptier workers can move there.
 """
 
 import asyncio
@@ -37,20 +37,20 @@ _SHARED_IMAGE_MAX_BYTES: Final = 4 * MIB
 
 
 def why_not_shared(grants: Grants, limits: Limits, image_bytes: int, *, files: bool, secrets: bool) -> str:
-    """Return why an instance that may share a worker has one of its own all the same; empty where it shares.
+    """Return why an instance that may share a worker still gets one of its own; empty if it shares.
 
-    Code that breaks out of one instance has what its process has: so what is worth taking stays out of shared workers.
+    Code that escapes from an instance has access to the whole process: instances with anything to protect never share.
     """
     if files:
-        return "it has files, which no neighbour may come near"
+        return "it has files, which no other instance may reach"
     if secrets:
-        return "it has secrets, which no neighbour may come near"
+        return "it has secrets, which no other instance may reach"
     if grants.outbound or grants.instances:
-        return "it may connect to others, which no neighbour may do in its name"
+        return "it may open connections, which no other instance may do in its name"
     if limits.concurrency > 1:
-        return f"it may have {limits.concurrency} calls at once, and a shared worker has one"
+        return f"it may have {limits.concurrency} calls at once, but a shared worker runs one"
     if image_bytes > _SHARED_IMAGE_MAX_BYTES:
-        return f"its image has {image_bytes} bytes, and small ones share: at most {_SHARED_IMAGE_MAX_BYTES}"
+        return f"its image has {image_bytes} bytes, but only images up to {_SHARED_IMAGE_MAX_BYTES} share"
     return ""
 
 
@@ -125,7 +125,7 @@ class _Publisher:
     """Shared workers of one publisher, and the images that they have open."""
 
     def __init__(self) -> None:
-        self.lock = asyncio.Lock()  # one worker is opened at a time: the next instance may fit into it
+        self.lock = asyncio.Lock()  # workers are opened one at a time: the next instance may fit into a new one
         self.workers: list[_SharedWorker] = []
         self._images: dict[str, int] = {}
 

@@ -1,7 +1,7 @@
 """Workers of one instance: start them, give them traffic, move connections between them, retire them; autoscaler.
 
-`WorkerSet` is mechanics without policy: when to do which is for `Instance` to say. Whatever is moved, the clients'
-connections go along, and nobody is lost; what an instance keeps in its memory is not moved.
+`WorkerSet` is mechanism without policy: `Instance` decides when to use it. Moving an instance moves the clients'
+connections without losing any, but not the instance's memory.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ DRAIN_MS: Final = 10_000
 """Time for a worker that is replaced to hand its connections over."""
 
 GRACE_S: Final = 5.0
-"""On top of what a worker itself allows a call: for one whose own watchdog has failed."""
+"""Time beyond a worker's own limit of a call, after which the supervisor kills a worker whose watchdog has failed."""
 
 _HANDOVER_WAIT_S: Final = 1.0  # a swap waits no longer for connections; the rest follow while the new worker serves
 
@@ -58,7 +58,7 @@ class _SetupPacket(NamedTuple):
 
 
 class WorkerSet:
-    """Workers of one instance, over all of its generations. `events` receives what they report."""
+    """Workers of an instance, of all its generations. `events` receives their reports."""
 
     def __init__(
         self, name: str, resources: HostResources, pool: WorkerPool, egress: EgressHandle, events: WorkerEvents
@@ -74,7 +74,7 @@ class WorkerSet:
         self._generations: WeakKeyDictionary[WorkerHandle, Generation] = WeakKeyDictionary()
 
     def generation_of(self, worker: WorkerHandle) -> Generation:
-        """Return the generation that a worker of this set runs, or ran."""
+        """Return the generation of a worker of this set."""
         return self._generations[worker]
 
     def bytes_today(self) -> int:
@@ -95,10 +95,10 @@ class WorkerSet:
             )
 
     async def start_worker(self, generation: Generation, *, serve: bool = True) -> WorkerHandle:
-        """Start one more worker of a generation: sandboxed, its guest instantiated; with `serve`, let it accept.
+        """Start a worker of a generation: sandboxed, guest instantiated; with `serve`, accepting connections.
 
         Raises:
-            StartError: it could not be started.
+            StartError: the worker could not be started.
         """
         limits = generation.run.limits
         worker: WorkerHandle | None = None
@@ -182,7 +182,7 @@ class WorkerSet:
         )
 
     def can_move(self, generation: Generation) -> bool:
-        """Return whether its one worker is idle and a fuller shared worker has a slot for it."""
+        """Return whether its only worker is idle and a fuller shared worker has a slot for it."""
         workers = generation.alive
         if not generation.may_share or len(workers) != 1 or workers[0].page.began_ns():
             return False
@@ -198,7 +198,7 @@ class WorkerSet:
         )
 
     def serve_all(self, generation: Generation) -> None:
-        """Let all workers of a generation accept connections. Raises `WorkerGoneError`: there is none any more."""
+        """Make all workers of a generation accept connections. Raises `WorkerGoneError` if none is left."""
         if not generation.alive:
             raise WorkerGoneError(f"{self._name}: {generation.lost or 'its worker has ended'}")
         if generation.listener is not None:
@@ -215,7 +215,7 @@ class WorkerSet:
     async def hand_over(
         self, old: list[WorkerHandle], new: list[WorkerHandle], *, wait_s: float = _HANDOVER_WAIT_S
     ) -> None:
-        """Let `old` workers accept no more and pass their connections to `new` ones; without any, they end."""
+        """Make `old` workers stop accepting and pass their connections to `new` ones; without any, close them."""
         waits = []
         for number, worker in enumerate(old):
             if not worker.alive:

@@ -81,7 +81,7 @@ def test_it_is_not_started_without_the_secrets_that_it_is_to_have(host):
     run = support.a_run("web", 1, port=support.free_port(), grants=GRANTS, secrets=("db-password",))
     reply = host.start("secret", run)
     assert (type(reply), reply.code) == (host_api.Failed, "start-failed")
-    assert "its secrets did not come" in reply.message
+    assert "its secrets were not sent" in reply.message
     # nor with those of another generation, or of another instance
     entrust(host, "web", 7, {"db-password": PASSWORD})
     assert isinstance(host.start("secret", run), host_api.Failed)

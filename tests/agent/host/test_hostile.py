@@ -102,7 +102,7 @@ def test_a_disk_littered_with_empty_files_ends_in_quarantine(host, neighbour):
     assert len(list((host.state / "data" / "bad" / "0").iterdir())) == 400
     event = host.event(lambda event: isinstance(event, host_api.Changed) and event.state == "quarantined")
     assert event.instance == "bad"
-    assert "bytes of disk" in event.message
+    assert "bytes on disk" in event.message
     with pytest.raises(OSError, match=r"refused|reset|closed"):
         support.http(port)
 

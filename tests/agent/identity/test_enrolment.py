@@ -1,4 +1,4 @@
-"""Joining a fleet: the secret goes to the fleet that the token names and to nobody else, and nothing is half done."""
+"""Enrolment: the secret is sent only to the fleet that the token names, and the identity is created atomically."""
 
 import base64
 import hashlib
@@ -23,7 +23,7 @@ ROOT = '{"signed": {}}'
 
 
 class Fleet:
-    """A server that enrols, as its author wishes."""
+    """Enrolment server, honest or hostile as the test requires."""
 
     def __init__(self, directory, *, shows_ca=True):
         self.now = datetime.now(UTC)
@@ -105,7 +105,7 @@ def join(token, tmp_path, **more):
     return enrolment.enrol(token, state=tmp_path / "state", name="crane", **({"production": False} | more))
 
 
-def test_a_board_joins(fleet, tmp_path):
+def test_a_device_enrols(fleet, tmp_path):
     joined = join(fleet.token(), tmp_path, machine="serial-1")
     assert joined == identity.load(tmp_path / "state" / "identity")
     assert joined.device.startswith("crane-")
@@ -127,11 +127,11 @@ def test_a_board_joins(fleet, tmp_path):
     assert not (tmp_path / "state" / enrolment.NEW).exists()
 
 
-def test_the_secret_is_not_told_to_another_ca(fleet, tmp_path):
+def test_the_secret_is_not_sent_under_another_ca(fleet, tmp_path):
     other = Fleet(tmp_path / "other")
     try:
         token = fleet.token(url=f"https://127.0.0.1:{other.server.server_port}")
-        with pytest.raises(EnrolError, match="does not show the CA"):
+        with pytest.raises(EnrolError, match="does not present the CA"):
             join(token, tmp_path)
         assert other.heard == []
         assert not (tmp_path / "state" / "identity").exists()
@@ -139,8 +139,8 @@ def test_the_secret_is_not_told_to_another_ca(fleet, tmp_path):
         other.close()
 
 
-def test_showing_the_right_ca_is_not_enough(fleet, tmp_path, monkeypatch):
-    """Whoever is in between may show the fleet's CA, but has no certificate of it."""
+def test_presenting_the_right_ca_without_a_certificate_of_it_is_refused(fleet, tmp_path, monkeypatch):
+    """An interceptor may present the fleet's CA, but has no certificate from it."""
     other = Fleet(tmp_path / "other")
     try:
         monkeypatch.setattr(enrolment, "presented_ca", lambda _url, _sha256: fleet.ca.pem)
@@ -154,25 +154,25 @@ def test_showing_the_right_ca_is_not_enough(fleet, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"root": '{"signed": "mine"}'}, "another trust root"),
-        ({"fleet": "pirates"}, "of the fleet 'pirates'"),
+        ({"root": '{"signed": "mine"}'}, "a different trust root"),
+        ({"fleet": "pirates"}, "belongs to fleet 'pirates'"),
         ({"device": "crane-00000000"}, "another key or another device"),
-        ({"certificate_pem": "nonsense"}, "not usable"),
+        ({"certificate_pem": "nonsense"}, "cannot be used"),
     ],
 )
-def test_what_the_server_gives_is_held_against_the_token(fleet, tmp_path, change, sentence):
+def test_the_servers_answer_is_checked_against_the_token(fleet, tmp_path, change, sentence):
     fleet.change = lambda enrolled: msgspec.structs.replace(enrolled, **change)
     with pytest.raises(EnrolError, match=sentence):
         join(fleet.token(), tmp_path)
     assert not (tmp_path / "state" / "identity").exists()
 
 
-def test_a_production_board_refuses_a_development_fleet(fleet, tmp_path):
+def test_a_production_device_refuses_a_development_fleet(fleet, tmp_path):
     with pytest.raises(EnrolError, match="development"):
         join(fleet.token(), tmp_path, production=True)
 
 
-def test_an_enrolled_board_keeps_its_identity_unless_forced(fleet, tmp_path):
+def test_an_enrolled_device_keeps_its_identity_unless_forced(fleet, tmp_path):
     first = join(fleet.token(), tmp_path)
     with pytest.raises(EnrolError, match="--force"):
         join(fleet.token(secret="second"), tmp_path)
@@ -182,7 +182,7 @@ def test_an_enrolled_board_keeps_its_identity_unless_forced(fleet, tmp_path):
     assert not (tmp_path / "state" / "store.db").exists(), "another fleet's memory means nothing here"
 
 
-def test_a_lost_answer_is_asked_for_again_with_the_same_key(fleet, tmp_path):
+def test_after_a_lost_answer_enrolment_repeats_with_the_same_key(fleet, tmp_path):
     fleet.change = lambda enrolled: msgspec.structs.replace(enrolled, fleet="garbled")
     with pytest.raises(EnrolError):
         join(fleet.token(), tmp_path)
@@ -191,12 +191,12 @@ def test_a_lost_answer_is_asked_for_again_with_the_same_key(fleet, tmp_path):
     assert fleet.heard[0].csr_pem.split()[1] is not None
     keys = {x509.load_pem_x509_csr(each.csr_pem.encode()).public_key().public_numbers() for each in fleet.heard}
     assert len(keys) == 1
-    # Another token is another attempt, with a key of its own.
+    # Another token means another attempt with new keys.
     join(fleet.token(secret="other"), tmp_path, force=True)
     assert fleet.heard[-1].sealing_key != fleet.heard[0].sealing_key
 
 
-def test_the_servers_refusal_is_told_in_its_words(fleet, tmp_path):
+def test_the_servers_refusal_is_shown_in_its_words(fleet, tmp_path):
     fleet.status = 403
     with pytest.raises(EnrolError, match=r"this token was used.*make another"):
         join(fleet.token(), tmp_path)
@@ -206,20 +206,20 @@ def test_the_servers_refusal_is_told_in_its_words(fleet, tmp_path):
     ("token", "sentence"),
     [("", "not an enrolment token"), ("wf1.%%%", "damaged"), ("wf1.e30", "damaged")],
 )
-def test_what_is_no_token_is_said_to_be_none(tmp_path, token, sentence):
+def test_text_that_is_not_a_token_is_refused(tmp_path, token, sentence):
     with pytest.raises(EnrolError, match=sentence):
         join(token, tmp_path)
 
 
-def test_an_expired_token_is_not_even_sent(fleet, tmp_path):
+def test_an_expired_token_is_not_sent(fleet, tmp_path):
     token = fleet.token(expires=fleet.now - timedelta(seconds=1))
     with pytest.raises(EnrolError, match="expired"):
         join(token, tmp_path)
     assert fleet.heard == []
 
 
-def test_a_board_without_a_clock_enrols_by_the_tokens_floor(fleet, tmp_path):
-    """The wall clock is far behind the token: TLS is held against the floor, which the certificate outlives."""
+def test_a_device_without_a_clock_enrols_at_the_tokens_time_floor(fleet, tmp_path):
+    """The system clock is far behind the token's floor, at which TLS certificates are then checked."""
     floor = fleet.now + timedelta(days=10)
     joined = join(fleet.token(floor=floor, expires=floor + timedelta(hours=1)), tmp_path)
     assert joined.floor == floor.replace(tzinfo=UTC)
@@ -227,13 +227,13 @@ def test_a_board_without_a_clock_enrols_by_the_tokens_floor(fleet, tmp_path):
 
 def test_a_host_name_becomes_a_valid_name(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "Kran_Süd.local")
-    assert enrolment.board_name() == "kran-s-d"
-    assert enrolment.board_name("Lift 7") == "lift-7"
+    assert enrolment.device_name() == "kran-s-d"
+    assert enrolment.device_name("Lift 7") == "lift-7"
 
 
 @pytest.mark.parametrize("devices", [True, False])
-def test_the_servers_own_listeners_show_the_ca(tmp_path, devices):
-    """Without it no board can enrol: the token holds the CA's hash only."""
+def test_the_servers_listeners_present_the_ca(tmp_path, devices):
+    """Required for enrolment, as the token only contains the CA's hash."""
     from types import SimpleNamespace
 
     from fleet.server.clock import ServerClock

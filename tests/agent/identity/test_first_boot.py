@@ -1,4 +1,4 @@
-"""First boot: where a token may lie, that it is erased after use, and that a copied disk is noticed."""
+"""First boot: sources of the token, its erasure after use, and detection of copied disks."""
 
 from datetime import UTC, datetime
 
@@ -21,61 +21,61 @@ WHO = Identity(
 
 
 @pytest.fixture
-def board(tmp_path):
+def device(tmp_path):
     for name in ("credentials", "firmware", "boot"):
         (tmp_path / name).mkdir()
     (tmp_path / "cmdline").write_text("console=tty1 root=/dev/vda\n")
     return tmp_path
 
 
-def find(board):
+def find(device):
     return identity.find_token(
-        credentials=str(board / "credentials"),
-        boot=(board / "firmware", board / "boot"),
-        command_line=board / "cmdline",
+        credentials=str(device / "credentials"),
+        boot=(device / "firmware", device / "boot"),
+        command_line=device / "cmdline",
     )
 
 
-def test_a_board_without_a_token_has_nothing_to_do(board):
-    assert find(board) is None
-    (board / "boot" / "wasmfleet.token").write_text("")
-    assert find(board) is None
+def test_a_device_without_a_token_finds_none(device):
+    assert find(device) is None
+    (device / "boot" / "wasmfleet.token").write_text("")
+    assert find(device) is None
 
 
-def test_a_token_on_the_boot_partition_is_used_and_erased(board):
-    path = board / "boot" / "wasmfleet.token"
+def test_a_token_on_the_boot_partition_is_used_and_erased(device):
+    path = device / "boot" / "wasmfleet.token"
     path.write_text("wf1.abc\n")
-    found = find(board)
+    found = find(device)
     assert (found.text, found.file) == ("wf1.abc", path)
-    descriptor = path.open("rb")  # somebody still has it open: the bytes are gone all the same
+    descriptor = path.open("rb")  # still open elsewhere: the bytes are erased nevertheless
     assert identity.erase(found)
     assert not path.exists()
     assert descriptor.read().strip(b"\0") == b""
 
 
-def test_a_token_on_the_kernels_command_line_is_taken_out_of_it(board):
+def test_a_token_is_removed_from_the_kernels_command_line(device):
     line = "console=tty1 wasmfleet.token=wf1.abc root=/dev/vda"
-    (board / "cmdline").write_text(line)
-    (board / "firmware" / "cmdline.txt").write_text(line)
-    found = find(board)
+    (device / "cmdline").write_text(line)
+    (device / "firmware" / "cmdline.txt").write_text(line)
+    found = find(device)
     assert found.text == "wf1.abc"
-    old = (board / "firmware" / "cmdline.txt").open("rb")  # what a FAT would leave between its files
+    old = (device / "firmware" / "cmdline.txt").open("rb")  # bytes that a FAT would leave between its files
     assert identity.erase(found)
-    assert (board / "firmware" / "cmdline.txt").read_text() == "console=tty1 root=/dev/vda\n"
+    assert (device / "firmware" / "cmdline.txt").read_text() == "console=tty1 root=/dev/vda\n"
     assert old.read().strip(b"\0") == b""
 
 
-def test_a_credential_comes_first_and_is_nobodys_to_erase(board):
-    (board / "credentials" / "wasmfleet.token").write_text("wf1.credential")
-    (board / "boot" / "wasmfleet.token").write_text("wf1.file")
-    found = find(board)
+def test_a_credential_is_preferred_and_not_erased(device):
+    (device / "credentials" / "wasmfleet.token").write_text("wf1.credential")
+    (device / "boot" / "wasmfleet.token").write_text("wf1.file")
+    found = find(device)
     assert found.text == "wf1.credential"
     assert not identity.erase(found)
 
 
-def test_what_cannot_be_erased_is_said(board):
-    (board / "cmdline").write_text("wasmfleet.token=wf1.abc")
-    assert not identity.erase(find(board))
+def test_a_token_that_cannot_be_erased_is_reported(device):
+    (device / "cmdline").write_text("wasmfleet.token=wf1.abc")
+    assert not identity.erase(find(device))
 
 
 def machine(tmp_path, **values):
@@ -87,7 +87,7 @@ def machine(tmp_path, **values):
     return sources
 
 
-def test_the_machines_serial_is_the_best_there_is(tmp_path):
+def test_the_serial_is_the_preferred_machine_id(tmp_path):
     assert identity.machine(machine(tmp_path, serial="1000abc\0", id="x")) == "serial:1000abc"
     assert identity.machine(machine(tmp_path, dmi=None, id="x\n")) == "id:x"
     assert identity.machine({}) == ""
@@ -98,12 +98,12 @@ def test_the_machines_serial_is_the_best_there_is(tmp_path):
     [
         ("serial:1", {"serial": "1"}, False),
         ("serial:1", {"serial": "2"}, True),
-        # The agent's user may not read what root could: no conclusion is drawn from another source.
+        # The agent's user may not be able to read root's source: another source must not lead to a conclusion.
         ("dmi:1", {"dmi": None, "id": "x"}, False),
         ("", {"serial": "2"}, False),
     ],
 )
-def test_a_copied_disk_is_noticed(tmp_path, enrolled_on, here, copy):
+def test_a_copied_disk_is_detected(tmp_path, enrolled_on, here, copy):
     who = msgspec.structs.replace(WHO, machine=enrolled_on)
     assert identity.is_copied_disk(who, machine(tmp_path, **here)) is copy
 
@@ -113,12 +113,12 @@ def test_a_copied_disk_is_noticed(tmp_path, enrolled_on, here, copy):
     [
         ("serial:10000000DEADBEEF", "gate-deadbeef"),
         ("serial:7", "gate-7"),
-        ("dmi:0b1e...", "gate"),  # nobody reads these off a board
+        ("dmi:0b1e...", "gate"),  # these do not exist on any device
         ("id:0123456789abcdef", "gate"),
         ("", "gate"),
     ],
 )
-def test_a_board_that_nobody_named_is_called_by_its_serial(machine, name):
+def test_the_default_name_contains_the_serial(machine, name):
     assert identity.name_of("gate", machine) == name
 
 

@@ -1,4 +1,4 @@
-"""An offline bundle: judged as if it had come over the network, from a file that nobody trusts."""
+"""Offline bundles: untrusted files, verified as if they had been downloaded."""
 
 import asyncio
 import hashlib
@@ -40,7 +40,7 @@ def tar(files):
 
 
 class Stick:
-    """A board without a network, into which a stick is put."""
+    """Device without a network, to which a bundle is applied."""
 
     def __init__(self, tmp_path, *, allowed=True):
         self.case = Case(tmp_path, policy=Policy(bundles=allowed))
@@ -64,20 +64,20 @@ def stick(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_a_bundle_is_accepted_without_a_network_and_the_report_says_so(stick):
+async def test_a_bundle_is_accepted_without_a_network_and_reported_as_such(stick):
     outcome = await stick.put_in(stick.files(stick.case.server.assignment(3)))
     assert outcome == BundleVerdict(version=3)
     assert stick.case.deployer.versions == [3]
     assert stick.case.store.counter("accepted") == 3
     [report] = stick.case.store.history()
-    assert "came in a bundle: nobody vouched" in report.message
-    # It is judged once: the next start of the agent does not find it again.
+    assert "came in a bundle: it is not proved to be current" in report.message
+    # It is verified once: the next start of the agent does not find it again.
     await stick.case.work(BundleArrived())
     assert stick.case.deployer.versions == [3]
 
 
 @pytest.mark.asyncio
-async def test_the_boards_owner_decides_whether_bundles_count(tmp_path):
+async def test_bundles_are_refused_unless_the_owner_allows_them(tmp_path):
     stick = Stick(tmp_path, allowed=False)
     outcome = await stick.put_in(stick.files(stick.case.server.assignment(3)))
     assert outcome.code == RejectCode.FREEZE
@@ -98,7 +98,7 @@ def without(stick):
 
 
 def rolled_back(stick):
-    """The metadata of yesterday, with today's assignment."""
+    """Combine yesterday's metadata with today's assignment."""
     files = stick.files(stick.case.server.assignment(6))
     stick.case.server.publish(b"bytes")
     stick.case.trust.refresh()
@@ -106,13 +106,13 @@ def rolled_back(stick):
 
 
 def slept(stick, monkeypatch, **after):
-    """The board's clock goes on; what lies on the stick does not."""
+    """Advance the device's clock while the bundle stays the same."""
     later = NOW + timedelta(**after)
     monkeypatch.setattr(stick.case.trust, "now", lambda: later)
 
 
 @pytest.mark.asyncio
-async def test_a_bundle_that_travelled_for_too_long_is_refused_unless_the_owner_said_that_it_may(tmp_path, monkeypatch):
+async def test_an_expired_bundle_is_refused_unless_the_owner_allows_late_bundles(tmp_path, monkeypatch):
     stick = Stick(tmp_path)
     files = stick.files(stick.case.server.assignment(3, expires=NOW + timedelta(days=30)))
     slept(stick, monkeypatch, days=16)  # past timestamp (2 days) and snapshot (14)
@@ -123,9 +123,9 @@ async def test_a_bundle_that_travelled_for_too_long_is_refused_unless_the_owner_
     assert await stick.put_in(files) == BundleVerdict(version=3)
     assert stick.case.deployer.versions == [3]
     assert "came in a bundle whose metadata ended on" in stick.case.store.history()[-1].message
-    # An agent that begins anew meanwhile still finds what the accepted assignment names.
+    # A restarted agent still finds the files of the accepted assignment.
     stick.case.trust._refreshed = False
-    item = stick.case.server.publish(b"bytes").item  # known to the network only, which is away
+    item = stick.case.server.publish(b"bytes").item  # only in the network, which is unavailable
     with pytest.raises(Rejected) as verdict:
         stick.case.trust.resolve(item)
     assert verdict.value.code is RejectCode.UNKNOWN_TARGET
@@ -140,7 +140,7 @@ LATE = [
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("what", "fields", "after", "code"), LATE, ids=[row[0] for row in LATE])
-async def test_a_late_bundle_is_judged_like_any_other_but_for_its_timestamp(
+async def test_a_late_bundle_is_verified_like_others_except_for_its_timestamp(
     tmp_path, monkeypatch, what, fields, after, code
 ):
     stick = Stick(tmp_path)
@@ -154,7 +154,7 @@ async def test_a_late_bundle_is_judged_like_any_other_but_for_its_timestamp(
 
 
 @pytest.mark.asyncio
-async def test_what_is_late_over_the_network_is_refused_whatever_the_policy_says_of_bundles(tmp_path, monkeypatch):
+async def test_expired_metadata_from_the_network_is_refused_even_with_late_bundles(tmp_path, monkeypatch):
     stick = Stick(tmp_path)
     stick.case.trust._late = True
     slept(stick, monkeypatch, days=3)
@@ -165,7 +165,7 @@ async def test_what_is_late_over_the_network_is_refused_whatever_the_policy_says
 
 ATTACKS = [
     ("an older assignment", lambda s: s.files(s.case.server.assignment(4)), RejectCode.ROLLBACK),
-    ("another board's", lambda s: s.files(s.case.server.assignment(6, device="lift-0a1b2c3d")), "wrong-device"),
+    ("another device's", lambda s: s.files(s.case.server.assignment(6, device="lift-0a1b2c3d")), "wrong-device"),
     ("another fleet's", lambda s: s.files(s.case.server.assignment(6, fleet="pirates")), RejectCode.WRONG_FLEET),
     ("one that a publisher signed", lambda s: s.files(s.case.server.assignment(6, signer="main")), "unsigned"),
     (
@@ -182,7 +182,7 @@ ATTACKS = [
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("what", "attack", "code"), ATTACKS, ids=[row[0] for row in ATTACKS])
-async def test_a_bundle_is_judged_like_what_comes_over_the_network(stick, what, attack, code):
+async def test_a_bundle_is_verified_like_downloads(stick, what, attack, code):
     await stick.case.judge(stick.case.server.assignment(5))
     before = list(stick.case.deployer.versions)
     assert (await stick.put_in(attack(stick))).code == code, what
@@ -191,7 +191,7 @@ async def test_a_bundle_is_judged_like_what_comes_over_the_network(stick, what, 
 
 
 @pytest.mark.asyncio
-async def test_a_bundle_that_lacks_metadata_is_refused_and_not_waited_for(stick):
+async def test_a_bundle_without_metadata_is_refused_at_once(stick):
     assert (await stick.put_in(without(stick))).code
     assert stick.case.deployer.versions == []
 
@@ -206,17 +206,17 @@ BAD = [
     ("nothing", {}, "not a bundle"),
     ("no head", {MINE: b"{}"}, "not a bundle"),
     ("a later layout", {"bundle.json": b'{"v":2}', MINE: b"{}"}, "upgrade"),
-    ("nothing for this board", {**HEAD, "desired/lift-0a1b2c3d.json": b"{}"}, "nothing for"),
-    ("a way out", {**HEAD, "../../etc/cron.d/x": b"x"}, "no place"),
-    ("a way out behind a good name", {**HEAD, "tuf/../../x.json": b"x"}, "no place"),
-    ("an absolute name", {**HEAD, "/etc/x": b"x"}, "no place"),
-    ("a symbolic link", {**HEAD, "tuf/timestamp.json": link("tuf/timestamp.json")}, "no place"),
+    ("nothing for this device", {**HEAD, "desired/lift-0a1b2c3d.json": b"{}"}, "nothing for"),
+    ("a way out", {**HEAD, "../../etc/cron.d/x": b"x"}, "unexpected file"),
+    ("a way out behind a good name", {**HEAD, "tuf/../../x.json": b"x"}, "unexpected file"),
+    ("an absolute name", {**HEAD, "/etc/x": b"x"}, "unexpected file"),
+    ("a symbolic link", {**HEAD, "tuf/timestamp.json": link("tuf/timestamp.json")}, "unexpected file"),
     ("too large a head", {"bundle.json": b" " * 2000}, "at most"),
 ]
 
 
 @pytest.mark.parametrize(("what", "files", "words"), BAD, ids=[row[0] for row in BAD])
-def test_a_file_that_is_no_bundle_changes_nothing(tmp_path, what, files, words):
+def test_a_file_that_is_not_a_bundle_changes_nothing(tmp_path, what, files, words):
     directory = tmp_path / "state" / "bundle"
     directory.mkdir(parents=True)
     (directory / "kept").touch()
@@ -234,7 +234,7 @@ def test_a_bundle_is_on_the_medium_and_so_are_its_names(stick, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 2000, json.dumps(HEAD, default=str).encode()])
-def test_bytes_that_are_no_tar(tmp_path, data):
+def test_data_that_is_not_a_tar_is_refused(tmp_path, data):
     with pytest.raises(BundleError):
         bundle.stage(io.BytesIO(data), tmp_path / "bundle", device=DEVICE)
 
@@ -246,7 +246,7 @@ def test_a_torn_bundle(stick, tmp_path):
             bundle.stage(io.BytesIO(whole[:size]), tmp_path / "torn", device=DEVICE)
 
 
-def test_a_component_from_the_bundle_is_hashed_and_not_fetched(stick, tmp_path):
+def test_a_component_in_the_bundle_is_hashed_and_not_downloaded(stick, tmp_path):
     data = b"a component"
     sha256 = hashlib.sha256(data).hexdigest()
     kept, into = stick.directory / "artifacts" / sha256, tmp_path / "artifacts" / f"{sha256}.wasm"
@@ -262,7 +262,7 @@ def test_a_component_from_the_bundle_is_hashed_and_not_fetched(stick, tmp_path):
     assert not kept.exists(), "it lies on the disk once"
 
 
-def test_an_agent_that_runs_is_woken_and_one_that_does_not_is_noticed(tmp_path):
+def test_wake_notifies_a_running_agent_and_detects_a_missing_one(tmp_path):
     path = tmp_path / "wake"
     assert not bundle.wake(path)
     descriptor = bundle.listen(path)
@@ -273,16 +273,16 @@ def test_an_agent_that_runs_is_woken_and_one_that_does_not_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["timestamp.json", "1.root.json", "12.main.json", "3.main.bins-0f.json"])
-def test_every_file_of_a_repository_has_a_place(name):
+def test_every_file_of_a_repository_may_be_in_a_bundle(name):
     assert bundle_layout.max_bytes(bundle_layout.metadata(name))
 
 
 class HeldVerdict:
-    """The judgement of a bundle on the worker thread, standing still once it has read the bundle's metadata."""
+    """Verification of a bundle on the database thread, paused once it has read the bundle's metadata."""
 
     def __init__(self, stick):
         self._envelope, self.begun, self.go_on = stick.case.store.envelope, threading.Event(), threading.Event()
-        stick.case.store.envelope = self.envelope  # the last question of a judgement before it is stored
+        stick.case.store.envelope = self.envelope  # the last step of the verification before its result is stored
         self.outcome = None
         self.thread = threading.Thread(target=self._judge, args=(stick,))
 
@@ -292,7 +292,7 @@ class HeldVerdict:
         return self._envelope()
 
     def _judge(self, stick):
-        with asyncio.Runner() as runner:  # of a thread of its own
+        with asyncio.Runner() as runner:  # on a thread of its own
             self.outcome = runner.run(stick.put_in(stick.files(stick.case.server.assignment(3))))
 
     def __enter__(self):
@@ -306,7 +306,7 @@ class HeldVerdict:
 
 
 class Network:
-    """The server with its artifacts, boxes and metadata."""
+    """Server with artifacts, boxes and metadata."""
 
     def __init__(self, kit, case):
         self.server, self.download, self.files = kit.server, kit.server.download, case.server.files
@@ -318,7 +318,7 @@ class Network:
 
 
 @pytest.mark.asyncio
-async def test_whoever_fetches_while_a_bundle_is_judged_has_the_network(kit, tmp_path):
+async def test_other_fetches_use_the_network_while_a_bundle_is_verified(kit, tmp_path):
     (tmp_path / "stick").mkdir()
     stick = Stick(tmp_path / "stick")
     stick.offline._https = Network(kit, stick.case)
@@ -347,7 +347,7 @@ async def test_whoever_fetches_while_a_bundle_is_judged_has_the_network(kit, tmp
 
 
 @pytest.mark.asyncio
-async def test_a_bundle_is_judged_by_its_own_files_alone_while_the_network_is_there(stick):
+async def test_a_bundle_is_verified_with_only_its_own_files(stick):
     files = stick.files(stick.case.server.assignment(3))
     snapshot = next(name for name in files if name.endswith(".snapshot.json"))
     asked = []

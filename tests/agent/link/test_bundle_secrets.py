@@ -1,4 +1,4 @@
-"""Secrets on a stick: the board takes its own boxes from it, and judges them like those that come over the network."""
+"""Secrets in a bundle: the device takes its own boxes, and verifies them like downloaded ones."""
 
 import contextlib
 import io
@@ -14,13 +14,13 @@ from fleet.protocol import names as layout
 from fleet.protocol.codes import RejectCode
 from signing import director, keys
 
-BOARD = "board-01234567"
+DEVICE = "board-01234567"
 PASSWORD = "correct horse battery staple"
 NEWER = "a password of today"
 
 
 class Away:
-    """A network that is not there."""
+    """Unavailable network."""
 
     def request(self, _method, path, *, max_bytes, body=None, headers=None):
         raise FetchError(RejectCode.UNREACHABLE, f"no route to {path}")
@@ -30,7 +30,7 @@ class Away:
 
 
 class Stick:
-    """A stick that brings one assignment with what it names, beside what is another board's."""
+    """Bundle with an assignment and its files, and with files of another device."""
 
     def __init__(self, kit, tmp_path):
         self.kit, self.directory = kit, kit.places.state / "bundle"
@@ -38,9 +38,9 @@ class Stick:
         self.others = kit.seal(PASSWORD, device="other-76543210").sha256
 
     def put_in(self, assignment, boxes):
-        """Stage it, and take the network away; what was given by the server until now is gone."""
+        """Stage the bundle, and make the network unavailable."""
         envelope = director.sign_assignment(assignment, self.director)
-        files = {"bundle.json": b'{"v":1}', layout.desired(BOARD): envelope}
+        files = {"bundle.json": b'{"v":1}', layout.desired(DEVICE): envelope}
         files |= {layout.artifact(name): data for name, data in self.kit.server.artifacts.items()}
         files |= {layout.secret(name): data for name, data in boxes.items()}
         made = io.BytesIO()
@@ -50,11 +50,11 @@ class Stick:
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
         made.seek(0)
-        bundle.stage(made, self.directory, device=BOARD)
+        bundle.stage(made, self.directory, device=DEVICE)
         self.kit.carrier._https = BundleSource(Away(), self.directory)
 
     def boxes(self):
-        """Every box that lay on the server."""
+        """Return every box on the server."""
         return {path.rpartition("/")[2]: data for path, data in self.kit.server.boxes.items()}
 
 
@@ -72,7 +72,7 @@ def given(kit):
 
 
 @contextlib.asynccontextmanager
-async def a_board(kit):
+async def a_device(kit):
     await kit.boot()
     await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
     assert given(kit) == {"key": PASSWORD}
@@ -81,13 +81,13 @@ async def a_board(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_rotated_secret_comes_on_a_stick_without_a_network(kit, stick):
-    async with a_board(kit):
+async def test_a_rotated_secret_is_delivered_in_a_bundle(kit, stick):
+    async with a_device(kit):
         newer = kit.seal(NEWER, version=2)
         assignment = kit.assignment(2, with_secret(kit, "1.0.1", newer))
         stick.put_in(assignment, stick.boxes())
         laid_out = {path.name for path in (stick.directory / "secrets").iterdir()}
-        assert laid_out == {newer.sha256}, "nothing of other boards, and nothing that the assignment does not name"
+        assert laid_out == {newer.sha256}, "nothing of other devices, and nothing that the assignment does not name"
         await kit.run(assignment)
         assert kit.chain()[-1] == "committed"
         assert given(kit) == {"key": NEWER}
@@ -102,7 +102,7 @@ def changed(stick, ref):
 
 
 def exchanged(stick, ref):
-    """Another board's box under this one's name."""
+    """Put another device's box under this device's name."""
     return stick.boxes() | {ref.sha256: stick.boxes()[stick.others]}
 
 
@@ -115,14 +115,14 @@ def left_out(stick, ref):
     [(changed, RejectCode.HASH_MISMATCH), (exchanged, RejectCode.HASH_MISMATCH), (left_out, None)],
 )
 @pytest.mark.asyncio
-async def test_a_box_on_a_stick_is_judged_and_what_runs_goes_on(kit, stick, attack, code):
-    async with a_board(kit):
+async def test_a_bad_box_in_a_bundle_is_refused_and_the_component_keeps_running(kit, stick, attack, code):
+    async with a_device(kit):
         before = kit.host.running["web"].generation
         newer = kit.seal(NEWER, version=2)
         assignment = kit.assignment(2, with_secret(kit, "1.0.1", newer))
         stick.put_in(assignment, attack(stick, newer))
         await kit.deployer.desire(assignment)
-        if code is None:  # a group's stick has no boxes: it is waited for until there is a network
+        if code is None:  # a group's bundle has no boxes: the device waits for the network
             await kit.until(lambda: RejectCode.UNREACHABLE in [each.code for each in kit.reports()], "a try")
         else:
             await kit.settled()

@@ -14,7 +14,7 @@ NAMES = ("a", "b", "c", "d", "e")
 
 @contextlib.asynccontextmanager
 async def with_pages(kit, page):
-    """A board that runs five instances, on a host that names so many of them in a packet."""
+    """Device that runs five instances, on a host that names so many of them in a packet."""
     await kit.boot()
     try:
         kit.host.page = page

@@ -1,4 +1,4 @@
-"""HTTPS on the board against a real server: ceilings, deadlines, resuming, and a CA of the fleet's own."""
+"""HTTPS client against a real server: limits, deadlines, resuming, and the fleet's CA."""
 
 import hashlib
 import os
@@ -95,7 +95,7 @@ def download(https, into, **more):
     https.download("/a", into, length=len(DATA), sha256=SHA, **more)
 
 
-def test_a_download_arrives_whole_and_read_only(https, server, tmp_path):
+def test_a_download_is_complete_and_read_only(https, server, tmp_path):
     server.answer = lambda handler: handler.send_file(DATA)
     download(https, tmp_path / "a.wasm")
     assert (tmp_path / "a.wasm").read_bytes() == DATA
@@ -108,21 +108,21 @@ def test_a_download_resumes_where_it_ended(https, server, tmp_path):
     with pytest.raises(FetchError) as caught:
         download(https, tmp_path / "a.wasm")
     assert caught.value.code is RejectCode.UNREACHABLE
-    # The agent is started anew, so this is another client.
+    # A restarted agent has a new client.
     server.answer = lambda handler: handler.send_file(DATA)
     download(https, tmp_path / "a.wasm")
     assert server.seen[1][1] == "bytes=100000-"
     assert (tmp_path / "a.wasm").read_bytes() == DATA
 
 
-def test_a_server_that_cannot_resume_sends_it_whole(https, server, tmp_path):
+def test_a_server_without_resume_support_sends_the_whole_file(https, server, tmp_path):
     (tmp_path / "a.wasm.part").write_bytes(DATA[:5000])
     server.answer = lambda handler: handler.send(200, DATA)
     download(https, tmp_path / "a.wasm")
     assert (tmp_path / "a.wasm").read_bytes() == DATA
 
 
-def test_other_bytes_are_refused_and_not_kept(https, server, tmp_path):
+def test_a_file_with_another_hash_is_refused_and_removed(https, server, tmp_path):
     server.answer = lambda handler: handler.send_file(DATA[:-1] + b"?")
     with pytest.raises(FetchError) as caught:
         download(https, tmp_path / "a.wasm")
@@ -131,7 +131,7 @@ def test_other_bytes_are_refused_and_not_kept(https, server, tmp_path):
     assert not list(tmp_path.glob("a.wasm*"))
 
 
-def test_a_planted_part_is_found_out(https, server, tmp_path):
+def test_a_planted_partial_file_is_detected(https, server, tmp_path):
     (tmp_path / "a.wasm.part").write_bytes(b"x" * 1000)
     server.answer = lambda handler: handler.send_file(DATA)
     with pytest.raises(FetchError) as caught:
@@ -140,35 +140,35 @@ def test_a_planted_part_is_found_out(https, server, tmp_path):
     download(https, tmp_path / "a.wasm")
 
 
-def test_endless_data_is_cut_at_the_signed_length(https, server, tmp_path):
+def test_a_download_stops_at_the_signed_length(https, server, tmp_path):
     server.answer = lambda handler: handler.send(200, DATA + b"more")
     with pytest.raises(FetchError) as caught:
         download(https, tmp_path / "a.wasm")
     assert caught.value.code is RejectCode.LENGTH_MISMATCH
 
 
-def test_a_404_is_final(https, server, tmp_path):
+def test_a_404_is_not_retryable(https, server, tmp_path):
     server.answer = lambda handler: handler.send(404, b"no")
     with pytest.raises(FetchError) as caught:
         download(https, tmp_path / "a.wasm")
     assert (caught.value.code, caught.value.retryable) == (RejectCode.NOT_FOUND, False)
 
 
-def test_a_server_error_may_pass(https, server):
+def test_a_server_error_is_retryable(https, server):
     server.answer = lambda handler: handler.send(503, b"later")
     with pytest.raises(FetchError) as caught:
         https.request("GET", "/v1/desired", max_bytes=100)
     assert (caught.value.retryable, caught.value.status) == (True, 503)
 
 
-def test_an_answer_larger_than_its_ceiling_is_refused(https, server):
+def test_a_response_above_its_limit_is_refused(https, server):
     server.answer = lambda handler: handler.send(200, b"x" * 101)
     with pytest.raises(FetchError) as caught:
         https.request("GET", "/v1/tuf/timestamp.json", max_bytes=100)
     assert caught.value.code is RejectCode.TOO_LARGE
 
 
-def test_no_space_is_said_before_anything_is_fetched(ca, server, tmp_path):
+def test_missing_space_is_detected_before_the_download(ca, server, tmp_path):
     wants_all = HttpsClient(
         f"https://127.0.0.1:{server.server_port}", FixedTls(https_module.context(ca.pem)), reserve_bytes=1 << 60
     )
@@ -178,7 +178,7 @@ def test_no_space_is_said_before_anything_is_fetched(ca, server, tmp_path):
     assert server.seen == []
 
 
-def test_a_slow_drip_is_given_up(ca, server, tmp_path, monkeypatch):
+def test_a_transfer_below_the_minimum_rate_is_aborted(ca, server, tmp_path, monkeypatch):
     monkeypatch.setattr(https_module, "RATE_WINDOW_S", 0.2)
 
     def drip(handler):
@@ -202,7 +202,7 @@ def test_a_slow_drip_is_given_up(ca, server, tmp_path, monkeypatch):
     assert (tmp_path / "a.wasm.part").stat().st_size > 0
 
 
-def test_the_total_deadline_holds_however_alive_the_server_looks(ca, server):
+def test_the_total_deadline_applies_to_an_active_server(ca, server):
     def tease(handler):
         handler.send_response(200)
         handler.send_header("Content-Length", "1000000")
@@ -223,7 +223,7 @@ def test_the_total_deadline_holds_however_alive_the_server_looks(ca, server):
     assert caught.value.code is RejectCode.TOO_SLOW
 
 
-def test_a_download_that_is_not_wanted_any_more_stops(https, server, tmp_path):
+def test_a_cancelled_download_stops(https, server, tmp_path):
     server.answer = lambda handler: handler.send_file(DATA)
     cancelled = threading.Event()
     cancelled.set()
@@ -241,7 +241,7 @@ def test_another_ca_is_not_trusted(server, tmp_path_factory):
     assert server.seen == []
 
 
-def test_nobody_there_is_said_in_one_sentence(ca, free_port):
+def test_an_unreachable_server_is_reported_with_one_sentence(ca, free_port):
     nobody = HttpsClient(f"https://127.0.0.1:{free_port}", FixedTls(https_module.context(ca.pem)))
     with pytest.raises(FetchError) as caught:
         nobody.request("GET", "/", max_bytes=10)
@@ -249,13 +249,13 @@ def test_nobody_there_is_said_in_one_sentence(ca, free_port):
 
 
 def without_a_clock(ca, floor):
-    """TLS of a device that woke up in 1970 and knows that it is at least `floor`."""
+    """Make TLS settings of a device whose clock is in 1970 and whose floor is `floor`."""
     return FixedTls(https_module.context(ca.pem, clock_behind=True), floor)
 
 
 @pytest.mark.parametrize(("days_after_its_end", "accepted"), [(-10, True), (10, False)])
-def test_without_a_clock_the_certificate_is_held_against_the_floor(ca, tmp_path, days_after_its_end, accepted):
-    # The server's certificate is of the future as well as, in the second row, past what the board knows for certain.
+def test_without_a_clock_certificates_are_checked_against_the_floor(ca, tmp_path, days_after_its_end, accepted):
+    # The server's certificate is in the clock's future, and in the second row expired at the floor.
     issued = datetime.now(UTC) + timedelta(days=400)
     server = serve(ca, tmp_path, now=issued)
     server.answer = lambda handler: handler.send(200, b"ok")
@@ -265,7 +265,7 @@ def test_without_a_clock_the_certificate_is_held_against_the_floor(ca, tmp_path,
         if accepted:
             assert https.request("GET", "/", max_bytes=10) == b"ok"
         else:
-            with pytest.raises(FetchError, match="ended on"):
+            with pytest.raises(FetchError, match="TLS: the server's certificate expired on"):
                 https.request("GET", "/", max_bytes=10)
             assert server.seen == []
     finally:
@@ -275,7 +275,7 @@ def test_without_a_clock_the_certificate_is_held_against_the_floor(ca, tmp_path,
 
 @pytest.fixture
 def device(ca, tmp_path):
-    """Key and certificate of a device, as enrolment leaves them."""
+    """Make key and certificate of a device, as enrolment does."""
     key = ec.generate_private_key(ec.SECP256R1())
     (tmp_path / "device.key").write_bytes(enrolment._private_pem(key))
     (tmp_path / "ca.pem").write_text(ca.pem)
@@ -283,7 +283,7 @@ def device(ca, tmp_path):
     return key
 
 
-def test_the_device_context_is_made_anew_when_the_certificate_was_renewed(ca, device, tmp_path):
+def test_the_tls_context_is_reloaded_after_a_renewal(ca, device, tmp_path):
     now = datetime.now(UTC)
     tls = https_module.DeviceTls(tmp_path, ReferenceClock(datetime(2020, 1, 1, tzinfo=UTC)))
     first = tls.for_connection()
@@ -291,14 +291,14 @@ def test_the_device_context_is_made_anew_when_the_certificate_was_renewed(ca, de
     assert tls.for_connection().context is first.context
     enrolment.install_certificate(tmp_path, ca.device(device.public_key(), "b-01234567", now=now).pem)
     assert tls.for_connection().context is not first.context
-    # Not for another key, whoever sends it.
+    # A certificate for another key is refused.
     other = ec.generate_private_key(ec.SECP256R1())
     with pytest.raises(enrolment.EnrolError, match="another key"):
         enrolment.install_certificate(tmp_path, ca.device(other.public_key(), "b-01234567", now=now).pem)
 
 
 class ClockThatIsSet(ReferenceClock):
-    """Behind when it is asked for the first time; somebody sets it right afterwards."""
+    """Clock that is behind at the first query, and is set right afterwards."""
 
     asked = 0
 
@@ -309,15 +309,15 @@ class ClockThatIsSet(ReferenceClock):
 
 
 @pytest.mark.parametrize("ended_days_ago", [10, 400])
-def test_a_clock_that_is_set_during_the_handshake_lets_no_ended_certificate_pass(ca, device, tmp_path, ended_days_ago):
-    """One decision for each connection: either OpenSSL looks at the certificate's end, or the floor does."""
+def test_setting_the_clock_during_a_handshake_accepts_no_expired_certificate(ca, device, tmp_path, ended_days_ago):
+    """Each connection decides once: either OpenSSL checks the certificate's end, or `check_not_after` does."""
     now = datetime.now(UTC)
     server = serve(ca, tmp_path, now=now - timedelta(days=90 + ended_days_ago))
     server.answer = lambda handler: handler.send(200, b"ok")
     tls = https_module.DeviceTls(tmp_path, ClockThatIsSet(now))
     https = HttpsClient(f"https://127.0.0.1:{server.server_port}", tls)
     try:
-        with pytest.raises(FetchError, match="ended on"):
+        with pytest.raises(FetchError, match="TLS: the server's certificate expired on"):
             https.request("GET", "/", max_bytes=10)
         with pytest.raises(FetchError, match="expired"):
             https.request("GET", "/", max_bytes=10)
@@ -335,7 +335,7 @@ def test_a_certificate_is_renewed_at_two_thirds(ca, tmp_path):
 
 
 class Proxy(threading.Thread):
-    """An HTTP proxy that tunnels (RFC 9110, section 9.3.6), one connection after another."""
+    """HTTP proxy that tunnels (RFC 9110, section 9.3.6), one connection after another."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -371,7 +371,7 @@ class Proxy(threading.Thread):
             pass
 
 
-def test_a_proxy_is_honoured_and_sees_nothing(ca, server, tmp_path, monkeypatch):
+def test_requests_are_tunnelled_through_a_proxy(ca, server, tmp_path, monkeypatch):
     server.answer = lambda handler: handler.send_file(DATA)
     proxy = Proxy()
     where = f"https://127.0.0.1:{server.server_port}"
@@ -379,7 +379,7 @@ def test_a_proxy_is_honoured_and_sees_nothing(ca, server, tmp_path, monkeypatch)
     download(configured, tmp_path / "a.wasm")
     assert (tmp_path / "a.wasm").read_bytes() == DATA
     assert proxy.asked == [f"127.0.0.1:{server.server_port}"]
-    # The environment's counts too, unless it says that this host is reached directly.
+    # The environment's proxy applies too, unless it excludes this host.
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
     monkeypatch.setenv("no_proxy", "")
     assert https_module.proxy_for(urllib.parse.urlsplit(where), "") is not None

@@ -1,4 +1,4 @@
-"""The board on its broker: a small broker of the test's own that says what it likes, over plain TCP on loopback."""
+"""MQTT client with a small simulated broker, over plain TCP on loopback."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ from tests.agent.enrolled_device import DEVICE, enrolled
 
 
 class Broker:
-    """Speaks as much MQTT 3.1.1 as one client needs, and remembers what it heard."""
+    """Broker with as much MQTT 3.1.1 as a client needs, which records received packets."""
 
     def __init__(self):
         self.connects, self.subscribed, self.published, self.writers, self.pings = [], [], [], [], 0
@@ -100,7 +100,7 @@ class Broker:
         self.server.close()
 
 
-class Board:
+class Device:
     def __init__(self, *addresses, tls=None):
         self.heard, self.told, self.event = [], [], asyncio.Event()
         self.bus = MqttClient(
@@ -143,11 +143,11 @@ def _quick_retries(monkeypatch):
 
 
 @pytest.mark.asyncio
-async def test_a_session_that_the_broker_keeps_with_a_will(free_port):
+async def test_the_client_has_a_persistent_session_and_a_will(free_port):
     broker = Broker()
     await broker.start()
-    board = Board(f"mqtt://127.0.0.1:{broker.port}")
-    await board.until(lambda: "connected" in board.told)
+    device = Device(f"mqtt://127.0.0.1:{broker.port}")
+    await device.until(lambda: "connected" in device.told)
     (connect,) = broker.connects
     assert connect.startswith(b"\x00\x04MQTT\x04"), "MQTT 3.1.1"
     flags = connect[7]
@@ -158,7 +158,7 @@ async def test_a_session_that_the_broker_keeps_with_a_will(free_port):
     assert b"gone" in connect
     await broker.until(lambda: broker.subscribed)
     assert all(topic.encode() in broker.subscribed[0] for topic in device_subscriptions(DEVICE))
-    await board.stop()
+    await device.stop()
     await broker.stop()
 
 
@@ -166,62 +166,62 @@ async def test_a_session_that_the_broker_keeps_with_a_will(free_port):
 async def test_messages_go_both_ways():
     broker = Broker()
     await broker.start()
-    board = Board(f"mqtt://127.0.0.1:{broker.port}")
-    assert not board.bus.publish(Up.HEALTH, b"too early")
-    await board.until(lambda: "connected" in board.told)
-    assert board.bus.publish(Up.REPORT, b"a report")
+    device = Device(f"mqtt://127.0.0.1:{broker.port}")
+    assert not device.bus.publish(Up.HEALTH, b"too early")
+    await device.until(lambda: "connected" in device.told)
+    assert device.bus.publish(Up.REPORT, b"a report")
     await broker.until(lambda: broker.published)
     assert broker.published == [(str(Topic(DEVICE, Up.REPORT)), b"a report", False)]
     broker.say(Topic(DEVICE, Down.ACK), b"yes")
     broker.say(POKE, b"{}")
-    await board.until(lambda: (POKE, b"{}") in board.told)
-    assert (str(Topic(DEVICE, Down.ACK)), b"yes") in board.told
-    await board.stop()
+    await device.until(lambda: (POKE, b"{}") in device.told)
+    assert (str(Topic(DEVICE, Down.ACK)), b"yes") in device.told
+    await device.stop()
     await broker.stop()
 
 
 @pytest.mark.asyncio
-async def test_a_lost_connection_comes_back():
+async def test_a_lost_connection_is_reestablished():
     broker = Broker()
     await broker.start()
-    board = Board(f"mqtt://127.0.0.1:{broker.port}")
-    await board.until(lambda: "connected" in board.told)
+    device = Device(f"mqtt://127.0.0.1:{broker.port}")
+    await device.until(lambda: "connected" in device.told)
     broker.drop()
-    await board.until(lambda: board.told.count("connected") == 2)
-    assert board.told[:3] == ["connected", "disconnected", "connected"]
-    await board.stop()
+    await device.until(lambda: device.told.count("connected") == 2)
+    assert device.told[:3] == ["connected", "disconnected", "connected"]
+    await device.stop()
     await broker.stop()
 
 
 @pytest.mark.asyncio
-async def test_a_broker_that_refuses_is_no_connection(caplog):
+async def test_a_refusal_by_the_broker_is_not_a_connection(caplog):
     broker = Broker()
     broker.accept = 5  # not authorised
     await broker.start()
-    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    device = Device(f"mqtt://127.0.0.1:{broker.port}")
     await broker.until(lambda: len(broker.connects) >= 2)
-    assert board.told == []
+    assert device.told == []
     broker.accept = 0
-    await board.until(lambda: "connected" in board.told)
-    await board.stop()
+    await device.until(lambda: "connected" in device.told)
+    await device.stop()
     await broker.stop()
 
 
 @pytest.mark.asyncio
-async def test_a_board_that_was_refused_comes_at_once_when_it_has_another_certificate(monkeypatch):
-    """Not minutes later, when its patience with a broker that refuses it has grown."""
+async def test_a_refused_device_reconnects_at_once_with_a_renewed_certificate(monkeypatch):
+    """Not minutes later, when the delay between attempts has grown."""
     monkeypatch.setattr(bus_module, "RETRY_FIRST_S", 100_000.0)
     monkeypatch.setattr(bus_module, "RETRY_MAX_S", 100_000.0)
 
     broker = Broker()
     broker.accept = 5  # not authorised
     await broker.start()
-    board = Board(f"mqtt://127.0.0.1:{broker.port}")
+    device = Device(f"mqtt://127.0.0.1:{broker.port}")
     await broker.until(lambda: broker.connects)
     broker.accept = 0
-    board.bus.retry()
-    await board.until(lambda: "connected" in board.told)
-    await board.stop()
+    device.bus.retry()
+    await device.until(lambda: "connected" in device.told)
+    await device.stop()
     await broker.stop()
 
 
@@ -229,28 +229,28 @@ async def test_a_board_that_was_refused_comes_at_once_when_it_has_another_certif
 async def test_addresses_are_tried_in_turn(free_port):
     broker = Broker()
     await broker.start()
-    board = Board(f"mqtt://127.0.0.1:{free_port}", f"mqtt://127.0.0.1:{broker.port}")
-    await board.until(lambda: "connected" in board.told)
-    await board.stop()
+    device = Device(f"mqtt://127.0.0.1:{free_port}", f"mqtt://127.0.0.1:{broker.port}")
+    await device.until(lambda: "connected" in device.told)
+    await device.stop()
     await broker.stop()
 
 
 @pytest.mark.asyncio
-async def test_a_topic_that_cannot_be_read_is_dropped_alone():
+async def test_a_message_with_an_undecodable_topic_is_dropped():
     broker = Broker()
     await broker.start()
-    board = Board(f"mqtt://127.0.0.1:{broker.port}")
-    await board.until(lambda: "connected" in board.told)
+    device = Device(f"mqtt://127.0.0.1:{broker.port}")
+    await device.until(lambda: "connected" in device.told)
     broker.writers[-1].write(broker.packet("fleet/X", b"1").replace(b"X", b"\xff"))
     broker.say(POKE, b"2")
-    await board.until(lambda: (POKE, b"2") in board.told)
-    assert board.told == ["connected", (POKE, b"2")]
-    await board.stop()
+    await device.until(lambda: (POKE, b"2") in device.told)
+    assert device.told == ["connected", (POKE, b"2")]
+    await device.stop()
     await broker.stop()
 
 
 @pytest.mark.asyncio
-async def test_messages_that_nobody_reads_are_bounded_and_the_end_is_still_told(monkeypatch):
+async def test_unread_messages_are_bounded_and_the_disconnect_is_delivered(monkeypatch):
     monkeypatch.setattr(bus_module, "MESSAGES_MAX", 3)
     broker = Broker()
     await broker.start()
@@ -274,14 +274,14 @@ async def test_messages_that_nobody_reads_are_bounded_and_the_end_is_still_told(
 
 @pytest.mark.parametrize("addresses", [(), ("http://a:1",), ("mqtts://",)])
 @pytest.mark.asyncio
-async def test_an_address_that_cannot_be_meant_is_refused(addresses):
+async def test_an_unsupported_broker_address_is_refused(addresses):
     with pytest.raises(BrokerAddressError, match="mqtts://host:port"):
-        Board(*addresses)
+        Device(*addresses)
 
 
 @pytest.mark.asyncio
-async def test_several_messages_in_one_tls_record_are_all_heard(tmp_path):
-    """The socket becomes readable once; what is left in the TLS layer must not wait for the next ping."""
+async def test_all_messages_in_a_tls_record_are_received(tmp_path):
+    """The socket becomes readable once; messages left in the TLS layer must not wait for the next ping."""
     ca = CertificateAuthority.create(tmp_path, fleet="f", now=datetime.now(UTC))
     pair = ca.server(["127.0.0.1"], now=datetime.now(UTC))
     (tmp_path / "both.pem").write_bytes(pair.certificate_pem + pair.key_pem)
@@ -290,16 +290,16 @@ async def test_several_messages_in_one_tls_record_are_all_heard(tmp_path):
 
     broker = Broker()
     await broker.start(ssl=context)
-    board = Board(f"mqtts://127.0.0.1:{broker.port}", tls=FixedTls(https.context(ca.pem)))
-    await board.until(lambda: "connected" in board.told)
+    device = Device(f"mqtts://127.0.0.1:{broker.port}", tls=FixedTls(https.context(ca.pem)))
+    await device.until(lambda: "connected" in device.told)
     broker.writers[-1].write(b"".join(broker.packet(POKE, b"%d" % number) for number in range(50)))
-    await board.until(lambda: (POKE, b"49") in board.told)
-    assert [payload for _, payload in board.told[1:]] == [b"%d" % number for number in range(50)]
-    await board.stop()
+    await device.until(lambda: (POKE, b"49") in device.told)
+    assert [payload for _, payload in device.told[1:]] == [b"%d" % number for number in range(50)]
+    await device.stop()
     await broker.stop()
 
 
-# The whole agent on a broker that says what it likes
+# Whole agent with a hostile broker
 
 BAD = [
     (Topic(DEVICE, Down.ACK), b'{"sequence": 9223372036854775808}'),
@@ -317,13 +317,13 @@ BAD = [
 
 
 def reported(broker):
-    """Sequences of the reports that the board has sent, each time it sent them."""
+    """Return the sequences of all sent reports, in the order of sending."""
     bodies = [body for topic, body, _ in broker.published if topic == str(Topic(DEVICE, Up.REPORT))]
     return [wire.decode(Report, dsse.parse(body).payload).sequence for body in bodies]
 
 
 async def still_obeys(broker):
-    """The board still hears its broker: what is acknowledged and asked for again comes again."""
+    """Check that the device still follows its broker: a report that is asked for again comes again."""
     await broker.until(lambda: reported(broker))
     broker.say(Topic(DEVICE, Down.ACK), wire.encode(Ack(sequence=1)))
     broker.say(Topic(DEVICE, Down.ACK), wire.encode(Ack(sequence=0, again=True)))
@@ -331,8 +331,8 @@ async def still_obeys(broker):
 
 
 @pytest.mark.asyncio
-async def test_an_agent_outlives_whatever_its_broker_says(tmp_path):
-    """In a process of its own, as a device runs it."""
+async def test_no_message_of_the_broker_ends_the_agent(tmp_path):
+    """In a process of its own, as on a device."""
 
     broker = Broker()
     await broker.start()
@@ -364,7 +364,7 @@ async def test_an_agent_outlives_whatever_its_broker_says(tmp_path):
 
 @pytest.mark.parametrize("handler", ["acknowledge", "unacknowledge", "facts"])
 @pytest.mark.asyncio
-async def test_a_fault_while_a_message_is_handled_drops_that_message_alone(tmp_path, monkeypatch, caplog, handler):
+async def test_an_exception_while_handling_a_message_drops_only_that_message(tmp_path, monkeypatch, caplog, handler):
     broker = Broker()
     await broker.start()
     device, store = enrolled(tmp_path, broker=broker.port)
@@ -386,7 +386,7 @@ async def test_a_fault_while_a_message_is_handled_drops_that_message_alone(tmp_p
     broker.say(Topic(DEVICE, Down.ACK), wire.encode(Ack(sequence=0, again=True)))
     broker.say(Topic(DEVICE, Down.FRESH), b"{}")
     await failed.wait()
-    broker.drop()  # it is asked to send again once a connection
+    broker.drop()  # the request to send again is followed once per connection
     await broker.until(lambda: running.done() or len(broker.subscribed) == 2)
     talk = asyncio.ensure_future(still_obeys(broker))
     await asyncio.wait({running, talk}, return_when=asyncio.FIRST_COMPLETED)

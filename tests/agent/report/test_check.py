@@ -1,4 +1,4 @@
-"""`fleet-agent check`, with one thing broken at a time: that one is named, and all before it were tried."""
+"""`fleet-agent check` with a single fault at a time: it is reported, after all earlier checks."""
 
 import shlex
 import socket
@@ -20,14 +20,14 @@ from agent.identity.identity import Identity
 from agent.report import check
 from fleet.ca import CertificateAuthority
 
-ORDER = ["machine", "identity", "DNS", "TCP", "proxy", "TLS", "clock", "MQTT", "HTTP", "engine", "cell", "disk"]
+ORDER = ["machine", "identity", "DNS", "TCP", "proxy", "TLS", "clock", "MQTT", "HTTP", "engine", "host", "disk"]
 DEVICE = "crane-0a1b2c3d"
 HOST = "127.0.0.1"
 ENGINE = '{"engine": "50.0.1", "triple": "aarch64-unknown-linux-gnu"}'
 
 
 class Answers(BaseHTTPRequestHandler):
-    """The server's doors: nothing is wanted of this board, or it is a stranger. As a proxy it lets nobody through."""
+    """Server without an assignment for this device, or one that refuses it; as a proxy, it refuses all tunnels."""
 
     def do_GET(self):
         self.send_response(self.server.status)
@@ -44,7 +44,7 @@ class Answers(BaseHTTPRequestHandler):
 def served(context=None):
     server = ThreadingHTTPServer((HOST, 0), Answers)
     if context is not None:
-        # the handshake belongs to the connection's own thread: a client that gives up must not take this one along
+        # the handshake runs on the connection's thread: a client that aborts it must not end the server
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     server.daemon_threads, server.status = True, 404
     server.handle_error = lambda *_: None
@@ -82,12 +82,12 @@ def proxy():
 @pytest.fixture
 def closed_port():
     with closing(socket.socket()) as taken:
-        taken.bind((HOST, 0))  # bound and not listening: nobody answers, and nobody else gets it
+        taken.bind((HOST, 0))  # bound but not listening: connections are refused, and no other process gets the port
         yield taken.getsockname()[1]
 
 
-class Board:
-    """A board where all is well, until something is broken."""
+class Device:
+    """Working device, on which tests break a single part."""
 
     def __init__(self, place, ca, server, monkeypatch):
         self.places, self.settings = Paths(place / "state", place / "run"), Settings(disk=Disk(reserve_bytes=0))
@@ -124,17 +124,17 @@ class Board:
 
 
 @pytest.fixture
-def board(tmp_path, ca, server, monkeypatch):
+def device(tmp_path, ca, server, monkeypatch):
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    return Board(tmp_path, ca, server, monkeypatch)
+    return Device(tmp_path, ca, server, monkeypatch)
 
 
 @pytest.fixture
-def host(board):
-    """A host that says what walls there are here."""
+def host(device):
+    """Host that reports its isolation layers."""
     listener = host_api.new_socket()
-    listener.bind(str(board.places.host_socket))
+    listener.bind(str(device.places.host_socket))
     listener.listen()
 
     def serve():
@@ -154,16 +154,16 @@ def host(board):
     listener.close()
 
 
-def test_on_a_board_where_all_is_well_everything_is_tried_in_order(board, host):
-    results = board.check()
+def test_all_checks_pass_in_order_on_a_working_device(device, host):
+    results = device.check()
     assert [(each.name, each.ok) for each in results] == [(name, True) for name in ORDER], results[-1]
     said = {each.name: each.text for each in results}
     assert said["engine"] == "wasmtime 50.0.1 for aarch64-unknown-linux-gnu"
-    assert said["cell"] == "fleet-host 1, walls: user; lacks landlock"
+    assert said["host"] == "fleet-host 1, isolation layers: user; missing landlock"
 
 
 def first_failure(results, name):
-    """The sentence of what failed, which is the last that was tried, after all that comes before it."""
+    """Return the sentence of the failed check, which must be the last one, after all earlier checks."""
     assert [each.name for each in results] == ORDER[: ORDER.index(name) + 1], results[-1]
     assert [each.ok for each in results] == [True] * (len(results) - 1) + [False]
     assert "\n" not in results[-1].text
@@ -171,73 +171,73 @@ def first_failure(results, name):
 
 
 @pytest.mark.parametrize("machine", ["armv7l", "armv6l", "i686"])
-def test_a_32_bit_processor_is_refused_in_one_sentence(board, machine):
-    assert first_failure(board.check(machine=machine, bits=32), "machine") == (
+def test_a_32_bit_processor_is_refused_in_one_sentence(device, machine):
+    assert first_failure(device.check(machine=machine, bits=32), "machine") == (
         f"{machine} is not supported: install a 64-bit system (x86_64, aarch64 or riscv64)"
     )
 
 
-def test_a_32_bit_system_under_a_64_bit_kernel_is_one_too(board):
-    assert first_failure(board.check(machine="aarch64", bits=32), "machine") == (
+def test_a_32_bit_system_under_a_64_bit_kernel_is_refused_too(device):
+    assert first_failure(device.check(machine="aarch64", bits=32), "machine") == (
         "aarch64 with a 32-bit system is not supported: install a 64-bit system (x86_64, aarch64 or riscv64)"
     )
 
 
-def test_this_machine_is_what_is_asked_about(board):
-    assert check.run_checks(board.places, board.settings)[0].ok
+def test_by_default_this_machine_is_checked(device):
+    assert check.run_checks(device.places, device.settings)[0].ok
 
 
-def test_a_name_without_an_address(board):
-    board.write(devices_url="https://fleet.invalid:8744")
-    assert "fleet.invalid has no address" in first_failure(board.check(), "DNS")
+def test_an_unresolvable_name(device):
+    device.write(devices_url="https://fleet.invalid:8744")
+    assert "fleet.invalid cannot be resolved" in first_failure(device.check(), "DNS")
 
 
-def test_nobody_behind_the_port(board, closed_port):
-    board.write(devices_url=f"https://{HOST}:{closed_port}")
-    assert f"{HOST}:{closed_port}" in first_failure(board.check(), "TCP")
+def test_a_closed_port(device, closed_port):
+    device.write(devices_url=f"https://{HOST}:{closed_port}")
+    assert f"{HOST}:{closed_port}" in first_failure(device.check(), "TCP")
 
 
-def test_a_proxy_that_does_not_let_it_through(board, proxy):
-    board.settings = Settings(network=Network(proxy=f"http://{HOST}:{proxy.server_port}"))
-    assert "does not connect to" in first_failure(board.check(), "proxy")
+def test_a_proxy_that_refuses(device, proxy):
+    device.settings = Settings(network=Network(proxy=f"http://{HOST}:{proxy.server_port}"))
+    assert "does not connect to" in first_failure(device.check(), "proxy")
 
 
-def test_somebody_in_between(board, tmp_path_factory):
+def test_a_tls_interceptor(device, tmp_path_factory):
     other = CertificateAuthority.create(tmp_path_factory.mktemp("other"), fleet="harbour", now=datetime.now(UTC))
-    (board.places.identity / "ca.pem").write_text(other.pem)
-    assert "somebody in between" in first_failure(board.check(), "TLS")
+    (device.places.identity / "ca.pem").write_text(other.pem)
+    assert "no proxy intercepts TLS" in first_failure(device.check(), "TLS")
 
 
-def test_a_clock_that_is_behind_stops_nothing_and_is_said(board, host):
-    board.write(floor=datetime.now(UTC) + timedelta(days=1))
-    results = board.check()
+def test_a_clock_behind_the_floor_is_reported_but_not_a_failure(device, host):
+    device.write(floor=datetime.now(UTC) + timedelta(days=1))
+    results = device.check()
     assert all(each.ok for each in results), results[-1]
-    assert "is behind" in next(each.text for each in results if each.name == "clock")
+    assert "is before" in next(each.text for each in results if each.name == "clock")
 
 
-def test_a_broker_that_is_not_there(board, closed_port):
-    board.write(mqtt=(f"mqtts://{HOST}:{closed_port}",))
-    assert "without MQTT" in first_failure(board.check(), "MQTT")
+def test_an_unreachable_broker(device, closed_port):
+    device.write(mqtt=(f"mqtts://{HOST}:{closed_port}",))
+    assert "without MQTT" in first_failure(device.check(), "MQTT")
 
 
-def test_a_server_that_does_not_know_this_board(board, server):
+def test_a_server_that_refuses_this_device(device, server):
     server.status = 403
-    assert "403" in first_failure(board.check(), "HTTP")
+    assert "403" in first_failure(device.check(), "HTTP")
 
 
-def test_a_board_without_an_engine(board, monkeypatch):
-    board.engine(monkeypatch, "import sys; sys.exit('unsupported architecture')")
-    said = first_failure(board.check(), "engine")
-    assert said == "no WebAssembly engine on this board: unsupported architecture"
+def test_a_device_without_an_engine(device, monkeypatch):
+    device.engine(monkeypatch, "import sys; sys.exit('unsupported architecture')")
+    said = first_failure(device.check(), "engine")
+    assert said == "no WebAssembly engine on this device: unsupported architecture"
 
 
-def test_a_host_that_is_not_there(board):
-    assert "start fleet-host" in first_failure(board.check(), "cell")
-    board.places.runtime.mkdir(exist_ok=True)
-    (board.places.runtime / host_api.WHY_NOT).write_text("this board lacks seccomp\n")
-    assert first_failure(board.check(), "cell") == "the host does not start: this board lacks seccomp"
+def test_a_missing_host(device):
+    assert "start fleet-host" in first_failure(device.check(), "host")
+    device.places.runtime.mkdir(exist_ok=True)
+    (device.places.runtime / host_api.WHY_NOT).write_text("seccomp is missing\n")
+    assert first_failure(device.check(), "host") == "the host does not start: seccomp is missing"
 
 
-def test_a_disk_with_less_than_the_reserve(board, host):
-    board.settings = Settings(disk=Disk(reserve_bytes=1 << 60))
-    assert "kept in reserve" in first_failure(board.check(), "disk")
+def test_free_space_below_the_reserve(device, host):
+    device.settings = Settings(disk=Disk(reserve_bytes=1 << 60))
+    assert "below the reserve" in first_failure(device.check(), "disk")

@@ -1,4 +1,4 @@
-"""What the board says of itself while its host does not run."""
+"""Health of a device whose host does not run."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from agent.update.store import Database, Store
 
 
 async def problems(places):
-    """The sentences in the board's health."""
+    """Return the problems in the device's health."""
     db = Database(Store(places.database))
     problems = Problems(db)
     problems.set("somebody", "another")
@@ -33,12 +33,12 @@ async def problems(places):
 
 
 @pytest.mark.asyncio
-async def test_a_host_that_does_not_start_is_told_in_its_own_words_and_first(tmp_path):
+async def test_health_first_reports_why_the_host_does_not_start(tmp_path):
     places = Paths(state=tmp_path, runtime=tmp_path / "run")
-    assert await problems(places) == ("the host does not run: no instance answers", "another")
+    assert await problems(places) == ("the host does not run, so no instance answers", "another")
     places.runtime.mkdir()
-    (places.runtime / host_api.WHY_NOT).write_text("this board lacks seccomp around components,\nas a root service\n")
+    (places.runtime / host_api.WHY_NOT).write_text("seccomp is missing around components,\nas a root service\n")
     assert (await problems(places))[0] == (
-        "the host does not run: no instance answers; it did not start, and says: "
-        "this board lacks seccomp around components, as a root service"
+        "the host does not run, so no instance answers; it did not start: "
+        "seccomp is missing around components, as a root service"
     )

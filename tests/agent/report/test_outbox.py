@@ -1,4 +1,4 @@
-"""Reports lie on the board until the server has stored them, and are sent again until it says so."""
+"""Reports are kept on the device and sent again until the server has stored them."""
 
 import asyncio
 import contextlib
@@ -63,7 +63,7 @@ async def outbox(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_each_is_sent_once_while_the_connection_holds(tmp_path):
+async def test_each_report_is_sent_once_per_connection(tmp_path):
     async with outbox(tmp_path) as (box, post, until, _link, _sent):
         post()
         await until([1])
@@ -75,7 +75,7 @@ async def test_each_is_sent_once_while_the_connection_holds(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_what_was_made_offline_is_sent_on_reconnecting(tmp_path):
+async def test_reports_made_offline_are_sent_after_reconnecting(tmp_path):
     async with outbox(tmp_path) as (box, post, until, link, sent):
         link["up"] = False
         for _ in range(3):
@@ -88,7 +88,7 @@ async def test_what_was_made_offline_is_sent_on_reconnecting(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_what_is_not_acknowledged_is_sent_again(tmp_path, monkeypatch):
+async def test_unacknowledged_reports_are_sent_again(tmp_path, monkeypatch):
     monkeypatch.setattr(outbox_module, "RESEND_FIRST_S", 0.05)
 
     async with outbox(tmp_path) as (box, post, until, _link, _sent):

@@ -1,4 +1,4 @@
-"""An atomic set on a board: all of it is committed, or none of it, whatever fails and whenever the power goes."""
+"""Atomic sets on a device: committed as a whole or not at all, despite failures and power cuts."""
 
 import contextlib
 
@@ -13,7 +13,7 @@ V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
 
 
 @contextlib.asynccontextmanager
-async def on_a_board(kit):
+async def on_a_device(kit):
     await kit.boot()
     try:
         yield
@@ -22,8 +22,8 @@ async def on_a_board(kit):
 
 
 @pytest.mark.asyncio
-async def test_an_atomic_set_is_swapped_as_one_or_not_at_all(kit):
-    async with on_a_board(kit):
+async def test_an_atomic_set_is_swapped_as_a_whole_or_not_at_all(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         kit.host.refuse[V3] = RejectCode.START_FAILED
         front = kit.publish("2.0.0", instance="front", atomic="pair", probation_ms=60_000)
@@ -33,7 +33,7 @@ async def test_an_atomic_set_is_swapped_as_one_or_not_at_all(kit):
         assert kit.reports()[-1].phase == "rolled-back"
         codes = {report.instance: report.code for report in kit.reports() if report.phase in {"failed", "rolled-back"}}
         assert codes == {"front": RejectCode.SET_FAILED, "back": RejectCode.START_FAILED}
-        # Without the fault, both.
+        # Without the fault, both are committed.
         kit.host.refuse.clear()
         front = kit.publish("2.0.0", instance="front", atomic="pair", attempt=1)
         back = kit.publish("3.0.0", instance="back", atomic="pair", attempt=1)
@@ -42,8 +42,8 @@ async def test_an_atomic_set_is_swapped_as_one_or_not_at_all(kit):
 
 
 @pytest.mark.asyncio
-async def test_one_members_refusal_before_the_swap_stops_its_set(kit):
-    async with on_a_board(kit):
+async def test_a_members_refusal_before_the_swap_stops_its_set(kit):
+    async with on_a_device(kit):
         front = kit.publish("2.0.0", instance="front", atomic="pair")
         back = kit.publish("3.0.0", instance="back", atomic="pair")
         kit.trust.trouble[V3] = [Rejected(RejectCode.REVOKED, "revoked")]
@@ -58,7 +58,7 @@ async def test_one_members_refusal_before_the_swap_stops_its_set(kit):
 @pytest.mark.parametrize("good", [True, False])
 @pytest.mark.asyncio
 async def test_a_power_cut_never_leaves_half_a_set(kit, instance, moment, phase, good):
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         if not good:
             kit.host.faults[V3] = 5
@@ -80,10 +80,10 @@ async def test_a_power_cut_never_leaves_half_a_set(kit, instance, moment, phase,
 
 
 @pytest.mark.asyncio
-async def test_a_member_that_was_well_when_the_set_was_decided_is_not_judged_again(kit):
-    """Between two commits the power goes, and then the second member turns bad: it is committed all the same."""
+async def test_a_member_that_passed_probation_with_its_set_is_not_judged_again(kit):
+    """Power is cut between two commits, then the second member fails its health check: it is still committed."""
 
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         wanted = kit.assignment(
             2,
@@ -97,13 +97,13 @@ async def test_a_member_that_was_well_when_the_set_was_decided_is_not_judged_aga
         kit.host.faults[V3] = 5
         await kit.boot()
         await kit.run(wanted)
-        # Both had been found well before the first of them was committed.
+        # Both had passed probation before the first was committed.
         assert kit.host.targets() == {"front": V2, "back": V3}
 
 
 @pytest.mark.asyncio
-async def test_a_set_waits_for_what_is_under_way_with_a_member_and_leaves_what_runs_already(kit):
-    async with on_a_board(kit):
+async def test_a_set_waits_for_a_members_change_and_keeps_running_members(kit):
+    async with on_a_device(kit):
         slow = kit.publish("1.0.0", instance="back", probation_ms=60_000)
         await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", instance="front"), slow))
         await kit.until(lambda: kit.chain("back")[-1:] == ["probation"])
@@ -111,7 +111,7 @@ async def test_a_set_waits_for_what_is_under_way_with_a_member_and_leaves_what_r
         back = kit.publish("3.0.0", instance="back", atomic="pair")
         await kit.run(kit.assignment(2, front, back))
         assert kit.host.targets() == {"front": V2, "back": V3}
-        # Of the next set one member runs already: nothing happens to it, and the other is swapped.
+        # One member of the next set already runs: it is not changed, and the other is swapped.
         starts = sum(isinstance(each, host_api.Start) for each in kit.host.requests)
         front = kit.publish("1.0.0", instance="front", atomic="other")
         await kit.run(kit.assignment(3, front, msgspec.structs.replace(back, atomic="other", rollout="r3")))
@@ -120,13 +120,13 @@ async def test_a_set_waits_for_what_is_under_way_with_a_member_and_leaves_what_r
 
 
 @pytest.mark.asyncio
-async def test_the_members_of_a_set_name_each_other_to_the_host(kit):
-    async with on_a_board(kit):
+async def test_starts_of_a_set_name_all_members(kit):
+    async with on_a_device(kit):
         front = kit.publish("2.0.0", instance="front", atomic="pair")
         back = kit.publish("3.0.0", instance="back", atomic="pair")
         await kit.run(kit.assignment(1, front, back, kit.publish("1.0.0", instance="alone")))
         named = {each.run.instance: each.together for each in kit.host.requests if isinstance(each, host_api.Start)}
-        # This host lets nobody wait: the second has gone on when the first asks. A real one makes them wait.
+        # This host has no barrier: the second has switched when the first starts. A real host makes them wait.
         assert {named.pop("front"), named.pop("back")} & {("front",), ("back",)}
         assert named == {"alone": ()}
 
@@ -136,7 +136,7 @@ async def test_the_members_of_a_set_name_each_other_to_the_host(kit):
 async def test_a_set_whose_member_failed_in_passing_is_tried_again_as_a_whole(kit, monkeypatch, effect):
     monkeypatch.setattr("agent.update.machine.RETRY_MAX_S", 0.01)
     monkeypatch.setattr("agent.update.state.RETRY_FIRST_S", 0.05)
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         whole, faults = getattr(kit.carrier, effect), {"back": 1 if effect == "swap" else 13}
 
@@ -161,7 +161,7 @@ async def test_a_set_whose_member_failed_in_passing_is_tried_again_as_a_whole(ki
 
 @pytest.mark.asyncio
 async def test_a_set_whose_bad_member_is_replaced_is_tried_as_a_whole(kit):
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         kit.host.refuse[V2] = RejectCode.START_FAILED
         front = kit.publish("3.0.0", instance="front", atomic="pair")

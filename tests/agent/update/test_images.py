@@ -1,4 +1,4 @@
-"""Images: made by the real compiler, and never used when anything about them was changed on the disk."""
+"""Images: made by the real compiler, and never used if anything about them was changed on disk."""
 
 import fcntl
 import hashlib
@@ -28,19 +28,19 @@ def artifact(tmp_path):
     return path, hashlib.sha256(data).hexdigest()
 
 
-def board(tmp_path, key=b"k" * 32, **more):
+def device(tmp_path, key=b"k" * 32, **more):
     return ImageStore(tmp_path / "images", key, memory_bytes=2 << 30, seconds=60, **more)
 
 
 def quick(tmp_path, monkeypatch, key=b"k" * 32, engine=b"50.0.1", **more):
-    """A board whose compiler answers at once, where compiling is not what is told."""
+    """Make an image store whose compiler answers at once, for tests that are not about compiling."""
 
     async def run(self, arguments, data, seconds):
         if "--describe" in arguments:
             return b'{"engine": "%s"}' % engine, b"", 0
         return b"image of " + data, b"", 0
 
-    made = board(tmp_path, key, **more)
+    made = device(tmp_path, key, **more)
     monkeypatch.setattr(made, "_run", run.__get__(made))
     return made
 
@@ -60,8 +60,8 @@ async def opened(made, artifact):
 
 
 @pytest.mark.asyncio
-async def test_the_real_compiler_makes_an_image_for_this_board(tmp_path, artifact):
-    made = board(tmp_path)
+async def test_the_real_compiler_makes_an_image_for_this_device(tmp_path, artifact):
+    made = device(tmp_path)
     await make(made, artifact)
     image, seals = await opened(made, artifact)
     assert image.startswith(b"\x7fELF")
@@ -79,12 +79,12 @@ async def test_the_real_compiler_makes_an_image_for_this_board(tmp_path, artifac
         (b"\0asm\x01\0\0\0", RejectCode.COMPILE_FAILED),
     ],
 )
-async def test_what_the_real_compiler_refuses_has_a_code_and_a_sentence(tmp_path, data, code):
+async def test_the_compilers_refusals_have_a_code_and_a_sentence(tmp_path, data, code):
     path = tmp_path / "bad.wasm"
     path.write_bytes(data)
     sha256 = __import__("hashlib").sha256(data).hexdigest()
     with pytest.raises(ImageError) as caught:
-        await board(tmp_path).make(path, sha256=sha256, manifest_sha256=MANIFEST)
+        await device(tmp_path).make(path, sha256=sha256, manifest_sha256=MANIFEST)
     assert caught.value.code is code
     assert "ended with" not in caught.value.message, "it says why, in the compiler's own words"
 
@@ -100,29 +100,29 @@ NEWER = """(component
 
 
 @pytest.mark.asyncio
-async def test_a_component_for_wasi_0_3_is_refused_with_what_to_build_instead(tmp_path):
-    """The engine would compile it, and nobody could start it."""
+async def test_a_component_for_wasi_0_3_is_refused_with_an_alternative(tmp_path):
+    """The engine would compile it, but no host could start it."""
     data = bytes(wat2wasm(NEWER))
     path = tmp_path / "newer.wasm"
     path.write_bytes(data)
     with pytest.raises(ImageError) as caught:
-        await board(tmp_path).make(path, sha256=hashlib.sha256(data).hexdigest(), manifest_sha256=MANIFEST)
+        await device(tmp_path).make(path, sha256=hashlib.sha256(data).hexdigest(), manifest_sha256=MANIFEST)
     assert caught.value.code is RejectCode.NOT_A_COMPONENT
     assert "wasi:http/types@0.3.0" in caught.value.message
     assert "wasm32-wasip2" in caught.value.message
 
 
 @pytest.mark.asyncio
-async def test_a_compiler_that_hangs_is_ended(tmp_path, artifact, monkeypatch):
+async def test_a_hanging_compiler_is_killed(tmp_path, artifact, monkeypatch):
     monkeypatch.setenv("WASMFLEET_COMPILER", "sh -c 'exec sleep 60'")
     monkeypatch.setattr(images, "DESCRIBE_MAX_S", 0.2)
     with pytest.raises(ImageError) as caught:
-        await make(board(tmp_path), artifact)
+        await make(device(tmp_path), artifact)
     assert caught.value.code is RejectCode.COMPILE_LIMIT
 
 
 @pytest.mark.asyncio
-async def test_a_compiler_that_dies_of_a_signal_is_a_refusal(tmp_path, artifact, monkeypatch):
+async def test_a_compiler_killed_by_a_signal_is_a_refusal(tmp_path, artifact, monkeypatch):
     made = quick(tmp_path, monkeypatch)
 
     async def dies(self, arguments, data, seconds):
@@ -135,10 +135,10 @@ async def test_a_compiler_that_dies_of_a_signal_is_a_refusal(tmp_path, artifact,
 
 
 @pytest.mark.asyncio
-async def test_a_board_without_an_engine_says_so(tmp_path, artifact, monkeypatch):
+async def test_a_missing_engine_is_reported(tmp_path, artifact, monkeypatch):
     monkeypatch.setenv("WASMFLEET_COMPILER", "false")
     with pytest.raises(ImageError) as caught:
-        await make(board(tmp_path), artifact)
+        await make(device(tmp_path), artifact)
     assert caught.value.code is RejectCode.NO_ENGINE
 
 
@@ -151,7 +151,7 @@ def flip(path, offset=3):
 
 @pytest.mark.parametrize("what", ["*.cwasm", "*.json"])
 @pytest.mark.asyncio
-async def test_a_changed_file_is_refused_reported_and_made_anew(tmp_path, artifact, monkeypatch, what):
+async def test_a_changed_image_is_refused_reported_and_compiled_again(tmp_path, artifact, monkeypatch, what):
     made = quick(tmp_path, monkeypatch)
 
     await make(made, artifact)
@@ -167,8 +167,8 @@ async def test_a_changed_file_is_refused_reported_and_made_anew(tmp_path, artifa
 
 
 @pytest.mark.asyncio
-async def test_every_byte_of_the_note_counts(tmp_path, artifact, monkeypatch):
-    """No field of what lies beside an image can be changed, whatever is changed to what."""
+async def test_every_byte_of_an_images_metadata_is_authenticated(tmp_path, artifact, monkeypatch):
+    """No byte of the metadata beside an image can be changed to any value."""
     made = quick(tmp_path, monkeypatch)
 
     await make(made, artifact)
@@ -185,7 +185,7 @@ async def test_every_byte_of_the_note_counts(tmp_path, artifact, monkeypatch):
 
 
 @pytest.mark.asyncio
-async def test_an_image_of_another_board_is_not_accepted(tmp_path, artifact, monkeypatch):
+async def test_an_image_of_another_device_is_not_accepted(tmp_path, artifact, monkeypatch):
     await make(quick(tmp_path, monkeypatch, key=b"a" * 32), artifact)
     with pytest.raises(ImageError) as caught:
         await opened(quick(tmp_path, monkeypatch, key=b"b" * 32), artifact)
@@ -193,7 +193,7 @@ async def test_an_image_of_another_board_is_not_accepted(tmp_path, artifact, mon
 
 
 @pytest.mark.asyncio
-async def test_an_image_of_another_manifest_or_engine_is_another_image(tmp_path, artifact, monkeypatch):
+async def test_images_are_specific_to_manifest_and_engine(tmp_path, artifact, monkeypatch):
     made = quick(tmp_path, monkeypatch)
     await make(made, artifact)
     with pytest.raises(ImageError) as caught:
@@ -205,7 +205,7 @@ async def test_an_image_of_another_manifest_or_engine_is_another_image(tmp_path,
 
 
 @pytest.mark.asyncio
-async def test_a_file_that_changes_after_the_check_changes_nothing(tmp_path, artifact, monkeypatch):
+async def test_a_file_changed_after_the_check_has_no_effect(tmp_path, artifact, monkeypatch):
     made = quick(tmp_path, monkeypatch)
 
     await make(made, artifact)
@@ -226,7 +226,7 @@ async def test_an_artifact_changed_on_the_disk_is_not_compiled(tmp_path, artifac
     assert caught.value.code is RejectCode.HASH_MISMATCH
 
 
-def test_least_recently_used_files_go_first_and_what_runs_never(tmp_path):
+def test_least_recently_used_files_are_evicted_but_never_running_ones(tmp_path):
     for directory in ("images", "artifacts"):
         (tmp_path / directory).mkdir()
     for age, name in enumerate(["images/new.cwasm", "images/runs.cwasm", "artifacts/old.wasm", "artifacts/older.wasm"]):

@@ -1,4 +1,4 @@
-"""The update machine: every state knows its way out, illegal events change nothing, and no walk goes on for ever."""
+"""Update machine: every state has an exit, illegal events change nothing, and every walk ends."""
 
 import re
 from pathlib import Path
@@ -24,11 +24,11 @@ def walk(*events, state=None):
     return state, effects
 
 
-def test_the_words_are_those_of_the_protocol():
+def test_phases_have_the_names_of_the_protocol():
     assert [phase.value for phase in Phase] == [phase.value for phase in codes.Phase]
 
 
-def test_an_update_that_goes_well():
+def test_a_successful_update():
     state, effects = walk(Event.BEGIN, *[Event.DONE] * 5)
     assert state.phase is Phase.PROBATION
     assert effects == [Effect.FETCH, Effect.VERIFY, Effect.COMPILE, Effect.STAGE, Effect.SWAP, Effect.WATCH]
@@ -38,7 +38,7 @@ def test_an_update_that_goes_well():
 
 
 @pytest.mark.parametrize("phase", [Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED])
-def test_a_refusal_before_the_swap_changes_nothing_that_runs(phase):
+def test_a_refusal_before_the_swap_affects_no_running_component(phase):
     state, effect = advance(State(phase=phase), Happened(Event.REFUSED, "hash-mismatch", "why"), NOW)
     assert (state.phase, effect) == (Phase.FAILED, Effect.REMEMBER)
     assert (state.code, state.message) == ("hash-mismatch", "why")
@@ -55,7 +55,7 @@ def test_every_stored_state_names_its_recovery():
     assert {row.phase for row in TABLE if row.event is Event.INTERRUPTED} == set(Phase)
 
 
-def test_a_stored_name_that_nobody_knows_rolls_back():
+def test_an_unknown_stored_phase_rolls_back():
     assert machine.phase_of("teleporting") is Phase.ROLLING_BACK
     assert machine.phase_of("fetching") is Phase.FETCHING
 
@@ -72,11 +72,11 @@ def test_an_illegal_event_raises_and_changes_nothing(phase):
     assert state == State(phase=phase, delays=2)
 
 
-def test_each_pair_stands_once_in_the_table():
+def test_each_pair_is_in_the_table_once():
     assert len(LEGAL) == len(TABLE)
 
 
-def test_every_row_that_leads_back_counts():
+def test_every_backward_row_has_a_counter():
     order = list(Phase)
     back = [row for row in TABLE if order.index(row.to) <= order.index(row.phase) and row.phase is not Phase.IDLE]
     ends = {Phase.IDLE}
@@ -84,8 +84,8 @@ def test_every_row_that_leads_back_counts():
 
 
 @given(st.lists(st.sampled_from(list(Event)), max_size=400), st.booleans())
-def test_no_walk_goes_on_for_ever(events, removal):
-    """Whatever happens, in whatever order: a change that has begun ends after a bounded number of events."""
+def test_every_walk_ends(events, removal):
+    """For any sequence of events, a change ends after a bounded number of events."""
     state, _ = walk(Event.REMOVE if removal else Event.BEGIN)
     steps = 0
     for event in events:
@@ -101,7 +101,7 @@ def test_no_walk_goes_on_for_ever(events, removal):
 
 
 @pytest.mark.parametrize("row", [row for row in TABLE if row.counter], ids=lambda row: f"{row.phase}-{row.event}")
-def test_each_counter_ends(row):
+def test_each_counter_has_an_end(row):
     full = State(phase=row.phase, **{str(row.counter): LIMITS[row.counter]})
     state, effect = advance(full, Happened(row.event), NOW)
     assert state.phase is row.beyond
@@ -111,20 +111,20 @@ def test_each_counter_ends(row):
     assert effect is not row.effect or row.effect is Effect.REMEMBER
 
 
-def test_what_was_wrong_before_does_not_stay_in_the_report():
+def test_earlier_problems_are_removed_from_the_report():
     state, _ = walk(Event.BEGIN, Happened(Event.DELAYED, "unreachable", "no network"))
     assert state.code == "unreachable"
     state, _ = walk(Event.DONE, state=state)
     assert (state.code, state.message) == ("", "")
 
 
-def test_retries_wait_longer_and_longer_up_to_five_minutes():
+def test_retry_delays_double_up_to_five_minutes():
     delays = [machine.retry_delay_s(State(delays=count)) for count in range(1, 15)]
     assert delays == sorted(delays)
     assert (delays[0], delays[-1]) == (2.0, 300.0)
 
 
-def test_the_page_in_the_docs_is_the_table():
+def test_the_page_in_the_docs_is_the_printed_table():
     _, _, generated = DOCS.read_text().partition("<!-- generated -->\n")
     assert generated.strip() == machine.markdown().strip(), "put the output of python -m agent.update.machine there"
 
@@ -137,7 +137,7 @@ FAULT = Happened(Event.FAULT, "internal", "a bug")
 
 
 @pytest.mark.parametrize("phase", [Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED])
-def test_a_fault_of_our_own_before_the_swap_is_tried_again_from_the_download(phase):
+def test_an_internal_error_before_the_swap_is_retried_from_the_download(phase):
     state, effect = advance(State(phase=phase), FAULT, NOW)
     assert (state.phase, state.code, state.faults, effect) == (Phase.FETCHING, "internal", 1, Effect.RETRY)
 
@@ -155,23 +155,23 @@ def test_a_fault_of_our_own_before_the_swap_is_tried_again_from_the_download(pha
         (State(phase=Phase.SWAPPING, removal=True, faults=12), Phase.COMMITTED, Effect.COMMIT),
     ],
 )
-def test_a_fault_of_our_own_from_the_swap_on(state, phase, effect):
+def test_an_internal_error_from_the_swap_on(state, phase, effect):
     following, to_do = advance(state, FAULT, NOW)
     assert (following.phase, to_do) == (phase, effect)
 
 
-def test_a_fault_of_our_own_does_not_start_probation_anew():
+def test_an_internal_error_does_not_restart_probation():
     state, _ = advance(State(phase=Phase.PROBATION, entered=7.0), FAULT, NOW)
     assert (state.entered, state.code) == (7.0, "internal")
 
 
-def test_retries_after_faults_wait_longer_and_longer():
+def test_retry_delays_after_internal_errors_double():
     assert [machine.retry_delay_s(State(faults=count)) for count in (1, 2, 12)] == [2.0, 4.0, 300.0]
 
 
 @pytest.mark.parametrize("event", [Event.HOST_LOST, Event.FAULT, Event.INTERRUPTED, Event.DONE])
 @pytest.mark.parametrize("used", [0, 100])
-def test_the_reason_for_going_back_stays_whatever_happens_on_the_way(event, used):
+def test_the_reason_of_a_rollback_is_kept(event, used):
     state = State(
         phase=Phase.ROLLING_BACK, code="trapped", message="it trapped", losses=used, faults=used, interruptions=used
     )
@@ -180,13 +180,13 @@ def test_the_reason_for_going_back_stays_whatever_happens_on_the_way(event, used
 
 
 @pytest.mark.parametrize("phase", [Phase.SWAPPING, Phase.FETCHING])
-def test_a_counter_that_ends_says_its_own_reason_and_not_that_of_a_trouble_that_passed(phase):
+def test_an_ended_counter_reports_its_own_reason(phase):
     state = State(phase=phase, interruptions=3, resumptions=100, code="host-gone", message="the host was lost")
     state, _ = advance(state, Happened(Event.INTERRUPTED), NOW)
     assert state.code == "interrupted"
     assert "host" not in state.message
 
 
-def test_a_removal_found_in_a_phase_that_nobody_knows_is_stopped_and_ends():
+def test_a_removal_in_an_unknown_phase_is_stopped_and_ends():
     state, effects = walk(Event.INTERRUPTED, Event.STOPPED, state=State(phase=Phase.ROLLING_BACK, removal=True))
     assert (state.phase, effects) == (Phase.COMMITTED, [Effect.STOP, Effect.COMMIT])

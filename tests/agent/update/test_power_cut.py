@@ -1,12 +1,15 @@
-"""Power can go at any instant: cut it *here*, and expect *this* to run at once after the boot, *this* chain of reported
-phases from then on, and *this* in the end. Never neither, never a torn one, and the report is right."""
+"""Power cuts at any instant.
+
+Each row names where power is cut, the version that runs right after the boot, the phases reported from then on, and the
+final version. Either the old or the new version runs, and the report is right.
+"""
 
 import pytest
 
 V1, V2 = "components/acme/web/1.0.0.wasm", "components/acme/web/2.0.0.wasm"
 ALL = ["fetching", "compiling", "swapping", "probation", "committed"]
 
-# phase being written, before or after it reached the disk, what answers after the boot, what is reported from then on
+# phase being written, before or after it is on disk, version after the boot, phases reported from then on
 ROWS = [
     ("fetching", "before", V1, ALL),
     ("fetching", "after", V1, ["compiling", "swapping", "probation", "committed"]),
@@ -33,20 +36,20 @@ async def test_power_is_cut_in_an_update(kit, phase, when, answers, chain):
     await kit.run(kit.assignment(1, first))
     assert kit.host.targets() == {"web": V1}
 
-    # The plug is pulled while the update to 2.0.0 writes this phase.
+    # Power is cut while the update to 2.0.0 writes this phase.
     kit.store.cut = ("web", phase, when)
     await kit.deployer.desire(kit.assignment(2, first := second))
     await kit.until(lambda: kit.store.dead)
     told = len(kit.reports())
     await kit.pull_plug()
 
-    # Power is back. What is committed is restored before anything else happens; the old or the new one answers.
+    # Power is back. The committed item is restored first; the old or the new version answers.
     kit.boots += 1
     kit.host.start()
     await restored(kit)
     assert kit.host.targets() == {"web": answers}
 
-    # The agent takes up what it finds, and is told the same assignment again.
+    # The agent resumes the stored change, and receives the same assignment again.
     await kit.start_agent()
     await kit.run(kit.assignment(2, first))
     assert kit.host.targets() == {"web": V2}
@@ -57,7 +60,7 @@ async def test_power_is_cut_in_an_update(kit, phase, when, answers, chain):
 
 
 async def restored(kit):
-    """What `fleet-agent restore` does at the start of the host's unit."""
+    """Do what `fleet-agent restore` does at the start of the host's unit."""
     from agent.link.host_client import HostClient
     from agent.update import restore
 
@@ -91,7 +94,7 @@ async def test_power_is_cut_in_a_rollback(kit, phase, when):
     assert kit.chain()[-1] == "rolled-back"
     last = kit.reports()[-1]
     assert (last.code, last.running) == ("trapped", V1)
-    # A reissued assignment does not try it again; a raised attempt does.
+    # A reissued assignment does not retry it; a raised attempt does.
     await kit.run(kit.assignment(3, bad))
     assert kit.host.targets() == {"web": V1}
     kit.host.faults.clear()
@@ -121,8 +124,8 @@ async def test_power_is_cut_in_a_removal(kit, phase, when):
 
 
 @pytest.mark.asyncio
-async def test_a_board_that_dies_whenever_it_swaps_ends_with_the_old_version(kit):
-    """A component that takes the whole board down with it is not tried for ever."""
+async def test_a_version_that_crashes_the_device_at_each_swap_is_given_up(kit):
+    """A component that crashes the whole device is not retried forever."""
 
     await kit.boot()
     await kit.run(kit.assignment(1, kit.publish("1.0.0")))

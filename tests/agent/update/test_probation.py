@@ -1,4 +1,4 @@
-"""Probation judges with facts, and only with the guest's own faults."""
+"""Probation judges by figures, and only by the guest's own faults."""
 
 import pytest
 
@@ -10,7 +10,7 @@ TERMS = Terms(probation_s=30, min_calls=20, max_faults=0, max_error_percent=10)
 GOOD = ProbationSample(calls=100, p50_us=2_000, memory_bytes=8 << 20)
 
 
-def test_it_ends_committed_when_nothing_is_wrong():
+def test_probation_ends_with_a_commit_when_nothing_is_wrong():
     assert judge(TERMS, GOOD, GOOD, 29.9).verdict is Verdict.CONTINUE
     judgement = judge(TERMS, GOOD, GOOD, 30)
     assert (judgement.verdict, judgement.exercised) == (Verdict.COMMIT, True)
@@ -33,7 +33,7 @@ def test_too_few_calls_commit_unexercised():
         (ProbationSample(calls=100, p50_us=2_000, memory_bytes=200 << 20), "too-much-memory"),
     ],
 )
-def test_each_way_to_do_worse(facts, code):
+def test_each_reason_for_a_rollback(facts, code):
     judgement = judge(TERMS, facts, GOOD, 1)
     assert (judgement.verdict, judgement.code) == (Verdict.ROLL_BACK, code)
     assert judgement.code in set(RejectCode)
@@ -43,19 +43,19 @@ def test_each_way_to_do_worse(facts, code):
 @pytest.mark.parametrize(
     ("facts", "replaced"),
     [
-        (ProbationSample(calls=10, errors=10), GOOD),  # too few to mean anything
+        (ProbationSample(calls=10, errors=10), GOOD),  # too few to be significant
         (ProbationSample(calls=100, errors=20), ProbationSample(calls=100, errors=30)),  # no worse than before
-        (ProbationSample(calls=100, p50_us=15_000), GOOD),  # slower, but nobody notices
+        (ProbationSample(calls=100, p50_us=15_000), GOOD),  # slower, but not noticeably
         (ProbationSample(calls=100, p50_us=900_000), None),  # nothing to compare with
         (
             ProbationSample(calls=100, p50_us=900_000),
             ProbationSample(calls=3, p50_us=10),
-        ),  # the old one was hardly called
+        ),  # the old version had too few calls
         (ProbationSample(restarts=1), GOOD),
         (ProbationSample(checks=HealthChecks(asked=1, missed=1, well=False)), GOOD),
     ],
 )
-def test_what_is_no_reason_to_go_back(facts, replaced):
+def test_reasons_that_do_not_cause_a_rollback(facts, replaced):
     assert judge(TERMS, facts, replaced, 1).verdict is Verdict.CONTINUE
 
 
@@ -66,7 +66,7 @@ def test_the_manifest_may_tolerate_faults():
     )
 
 
-def test_a_version_whose_last_health_check_failed_is_not_committed_before_a_good_one():
+def test_a_failed_last_health_check_delays_the_commit():
     unwell = ProbationSample(checks=HealthChecks(asked=5, missed=1, well=False))
     assert judge(TERMS, unwell, None, 40).verdict is Verdict.CONTINUE
     well = ProbationSample(checks=HealthChecks(asked=6, missed=1))
@@ -79,15 +79,15 @@ def test_a_version_whose_last_health_check_failed_is_not_committed_before_a_good
         (HealthChecks(asked=6), Verdict.COMMIT),
         (HealthChecks(asked=6, missed=1, well=False), Verdict.CONTINUE),
         (HealthChecks(asked=6, missed=2, well=False), Verdict.ROLL_BACK),
-        (HealthChecks(asked=5), Verdict.CONTINUE),  # nobody was there to answer
+        (HealthChecks(asked=5), Verdict.CONTINUE),  # no worker was running
     ],
 )
-def test_the_last_health_check_decides_at_the_end(last, verdict):
+def test_the_last_health_check_decides(last, verdict):
     before = ProbationSample(checks=HealthChecks(asked=5))
     assert confirm(TERMS, before, ProbationSample(checks=last), None, 30).verdict is verdict
 
 
-def test_the_facts_have_every_figure_that_counts():
+def test_the_sample_has_every_figure_that_is_judged():
     figure = InstanceHealth(
         instance="web",
         target="components/acme/web/1.0.0.wasm",

@@ -1,4 +1,4 @@
-"""What a board believes: assignments with real signatures, refusals reported once, freshness without a clock."""
+"""Receiver of assignments: real signatures, refusals reported once, freshness without a clock."""
 
 import asyncio
 import hashlib
@@ -21,7 +21,7 @@ def case(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_an_assignment_is_persisted_before_anything_is_done_about_it(case):
+async def test_an_assignment_is_persisted_before_it_is_acted_on(case):
     seen = []
 
     async def desire(assignment):
@@ -33,14 +33,14 @@ async def test_an_assignment_is_persisted_before_anything_is_done_about_it(case)
 
 
 @pytest.mark.asyncio
-async def test_hearing_it_by_both_ways_is_hearing_it_once(case):
+async def test_the_same_assignment_over_both_channels_is_handled_once(case):
     envelope = case.server.assignment(3)
     await case.judge(envelope, envelope)
     assert case.deployer.versions == [3]
 
 
 REFUSED = [
-    ("another board's", {"device": "lift-0a1b2c3d"}, RejectCode.WRONG_DEVICE),
+    ("another device's", {"device": "lift-0a1b2c3d"}, RejectCode.WRONG_DEVICE),
     ("another fleet's", {"fleet": "pirates"}, RejectCode.WRONG_FLEET),
     ("an older one", {"version": 2}, RejectCode.ROLLBACK),
     ("the same version with other words", {"version": 5, "keep_data": ("x",)}, RejectCode.EQUIVOCATION),
@@ -55,7 +55,7 @@ REFUSED = [
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("what", "change", "code"), REFUSED, ids=[row[0] for row in REFUSED])
-async def test_what_is_refused_is_reported_once_and_changes_nothing(case, what, change, code):
+async def test_a_refusal_is_reported_once_and_changes_nothing(case, what, change, code):
     await case.judge(case.server.assignment(5))
     bad = case.server.assignment(**({"version": 6} | change))
     await case.judge(bad, bad)
@@ -63,14 +63,14 @@ async def test_what_is_refused_is_reported_once_and_changes_nothing(case, what, 
     assert case.store.counter("accepted") == 5
     assert case.codes() == [code]
     assert case.problems.text("assignment")
-    # What is right again ends the trouble.
+    # A valid assignment ends the problem.
     await case.judge(case.server.assignment(7))
     assert case.deployer.versions == [5, 7]
     assert not case.problems.text("assignment")
 
 
 @pytest.mark.asyncio
-async def test_bytes_that_are_no_envelope_at_all(case):
+async def test_data_that_is_not_an_envelope(case):
     await case.judge(b"", b"{}", b"x" * 300_000)
     assert case.codes() == [RejectCode.MALFORMED, RejectCode.MALFORMED, RejectCode.TOO_LARGE]
 
@@ -83,14 +83,14 @@ async def test_metadata_with_a_bad_signature_is_refused_with_its_code(case):
     await case.judge(second)
     assert case.codes() == [RejectCode.UNSIGNED]
     assert case.deployer.versions == [1]
-    # The server learns which one that was: nobody's word is taken for it, but it can be compared.
+    # The server learns which version was refused; the number is not trusted, but can be compared.
     [report] = case.store.history()
     assert (report.assignment, report.refused) == (1, 2)
     assert report.refused_sha256 == hashlib.sha256(second).hexdigest()
 
 
 @pytest.mark.asyncio
-async def test_a_server_that_cannot_be_reached_is_no_refusal(case):
+async def test_an_unreachable_server_is_not_a_refusal(case):
     case.server.reachable = False
     await case.judge(case.server.assignment(1))
     assert case.codes() == []
@@ -98,7 +98,7 @@ async def test_a_server_that_cannot_be_reached_is_no_refusal(case):
 
 
 @pytest.mark.asyncio
-async def test_a_flood_from_the_broker_is_bounded_and_https_is_asked_instead(case, monkeypatch):
+async def test_a_flood_from_the_broker_is_bounded_and_https_is_polled_instead(case, monkeypatch):
     later = []
     monkeypatch.setattr(case.desired, "refresh_later", later.append)
     for _ in range(ARRIVALS_MAX + 3):
@@ -108,7 +108,7 @@ async def test_a_flood_from_the_broker_is_bounded_and_https_is_asked_instead(cas
 
 
 @pytest.mark.asyncio
-async def test_without_a_clock_somebody_has_to_vouch_for_it(tmp_path):
+async def test_without_a_clock_a_freshness_statement_is_needed(tmp_path):
     case = Case(tmp_path, clock_set=False)
     envelope = case.server.assignment(4)
     case.answer = lambda nonce: case.server.fresh(nonce, envelope)
@@ -118,28 +118,28 @@ async def test_without_a_clock_somebody_has_to_vouch_for_it(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_a_silent_broker_cannot_freeze_a_board_unnoticed(tmp_path, monkeypatch):
+async def test_a_silent_broker_that_freezes_a_device_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(desired_module, "FRESH_S", 0.05)
     case = Case(tmp_path, clock_set=False)
     await case.judge(case.server.assignment(4))
     assert case.deployer.versions == [], "it is accepted, and not acted on"
     assert case.store.counter("accepted") == 4
-    assert "nobody vouched" in case.problems.text("fresh")
+    assert "not proved to be current" in case.problems.text("fresh")
 
 
 @pytest.mark.asyncio
-async def test_an_assignment_that_is_repeated_waits_no_longer_for_its_statement(tmp_path, monkeypatch):
-    """A broker that plays it again and again would else keep the board waiting, and from saying so."""
+async def test_a_repeated_assignment_does_not_wait_longer_for_its_statement(tmp_path, monkeypatch):
+    """Otherwise a broker that replays it again and again could keep the device waiting without a report."""
     monkeypatch.setattr(desired_module, "FRESH_S", 0.2)
     case = Case(tmp_path, clock_set=False)
     envelope = case.server.assignment(4)
     await case.work(*[AssignmentArrived(envelope)] * 5)
     assert len(case.nonces) == 1
-    assert "nobody vouched" in case.problems.text("fresh")
+    assert "not proved to be current" in case.problems.text("fresh")
 
 
 @pytest.mark.asyncio
-async def test_a_development_board_acts_and_says_so(tmp_path, monkeypatch):
+async def test_a_development_device_acts_and_reports_the_missing_statement(tmp_path, monkeypatch):
     monkeypatch.setattr(desired_module, "FRESH_S", 0.05)
     case = Case(tmp_path, clock_set=False, strict=False)
     await case.judge(case.server.assignment(4))
@@ -149,7 +149,7 @@ async def test_a_development_board_acts_and_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("what", ["replayed", "about another"])
-async def test_a_freshness_statement_counts_for_one_nonce_and_one_assignment(tmp_path, monkeypatch, what):
+async def test_a_freshness_statement_is_valid_for_a_single_nonce_and_assignment(tmp_path, monkeypatch, what):
     monkeypatch.setattr(desired_module, "FRESH_S", 0.2)
     case = Case(tmp_path, clock_set=False)
     old, newer = case.server.assignment(4), case.server.assignment(5)
@@ -161,7 +161,7 @@ async def test_a_freshness_statement_counts_for_one_nonce_and_one_assignment(tmp
 
 
 @pytest.mark.asyncio
-async def test_the_floor_of_time_rises_with_what_is_accepted_and_never_falls(case):
+async def test_the_time_floor_rises_with_accepted_documents_and_never_falls(case):
     await case.judge(case.server.assignment(1))
     assert case.clock.floor == NOW
     assert case.store.facts().floor == NOW
@@ -169,20 +169,20 @@ async def test_the_floor_of_time_rises_with_what_is_accepted_and_never_falls(cas
 
 
 @pytest.mark.asyncio
-async def test_what_was_accepted_is_carried_on_with_after_a_restart(case, tmp_path):
+async def test_the_accepted_assignment_is_resumed_after_a_restart(case, tmp_path):
     await case.judge(case.server.assignment(4))
     await case.desired.resume()
     assert case.deployer.versions == [4, 4]
 
 
 @pytest.mark.asyncio
-async def test_a_release_that_was_revoked_is_held_against_what_runs_with_whatever_assignment_comes(case):
+async def test_a_revocation_applies_even_with_a_refused_assignment(case):
     committed = case.server.publish(b"bytes")
     case.store.save(committed=committed)
     await case.judge(case.server.assignment(1))
     assert case.deployer.doubts == ()
 
-    # The publisher revokes it; the server has no new assignment to give, and shows a forged one.
+    # The publisher revokes it; the server has no new assignment, and sends a forged one.
     case.server.revoke()
     await case.judge(case.server.assignment(2, signer="main"))
     [doubt] = case.deployer.doubts
@@ -190,7 +190,7 @@ async def test_a_release_that_was_revoked_is_held_against_what_runs_with_whateve
 
 
 @pytest.mark.asyncio
-async def test_the_owners_policy_counts_without_a_network(tmp_path):
+async def test_the_owners_policy_applies_without_a_network(tmp_path):
     case = Case(tmp_path, policy=Policy(interfaces=()))
     case.store.save(committed=case.server.publish(b"bytes"))
     case.server.reachable = False
@@ -200,36 +200,36 @@ async def test_the_owners_policy_counts_without_a_network(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_an_expired_repository_stops_updates_and_nothing_that_runs_and_why_says_so(case, monkeypatch):
+async def test_an_expired_repository_stops_updates_but_no_running_component(case, monkeypatch):
     case.store.save(committed=case.server.publish(b"bytes"))
     await case.judge(case.server.assignment(1))
-    # A year later nobody has renewed anything.
+    # A year later, no metadata has been renewed.
     monkeypatch.setattr(case.trust, "now", lambda: NOW + timedelta(days=800))
     await case.judge(case.server.assignment(2, expires=NOW + timedelta(days=900)))
     assert case.deployer.versions == [1]
     assert case.deployer.doubts == ()
     assert case.codes() == [RejectCode.EXPIRED]
-    told = "\n".join(status.tell(status.standing(case.identity, case.store)))
-    assert "nothing is updated until it is renewed, and what runs goes on" in told
+    told = "\n".join(status.format_status(status.read_status(case.identity, case.store)))
+    assert "no updates until the metadata is renewed; running components are not affected" in told
     assert "web: runs" in told
 
 
 @pytest.mark.parametrize("replay", ["", "0" * 32], ids=["honest", "replayed"])
 @pytest.mark.asyncio
-async def test_a_board_without_mqtt_and_without_a_clock_is_vouched_for_over_https(tmp_path, monkeypatch, replay):
+async def test_without_mqtt_and_clock_freshness_statements_come_over_https(tmp_path, monkeypatch, replay):
     monkeypatch.setattr(desired_module, "FRESH_S", 0.05)
     case = Case(tmp_path, clock_set=False)
-    case.presence.reachable = False  # the broker is not there
+    case.presence.reachable = False  # the broker is unavailable
     case.server.envelope, case.server.replay = case.server.assignment(4), replay
     await case.poll()
     assert case.store.counter("accepted") == 4
     assert case.deployer.versions == ([] if replay else [4])
-    assert ("nobody vouched" in case.problems.text("fresh")) == bool(replay)
+    assert ("not proved to be current" in case.problems.text("fresh")) == bool(replay)
 
 
 @pytest.mark.asyncio
-async def test_a_broker_that_keeps_assignments_back_is_noticed_by_the_board(case):
-    """It answers, it pings, it brings nothing: freeze by a silent broker."""
+async def test_a_broker_that_withholds_assignments_is_reported(case):
+    """Freeze by a silent broker: it answers pings, but delivers nothing."""
 
     async def asked(version, **ago):
         case.server.envelope = case.server.assignment(version, issued=datetime.now(UTC) - timedelta(**ago))
@@ -239,7 +239,7 @@ async def test_a_broker_that_keeps_assignments_back_is_noticed_by_the_board(case
     await asked(1, seconds=5)
     assert not case.problems.text("broker"), "it may be a moment late"
     await asked(2, minutes=10)
-    assert "the broker kept assignment 2" in case.problems.text("broker")
+    assert "the broker withheld assignment 2" in case.problems.text("broker")
     assert case.deployer.versions == [1, 2], "and it is carried out all the same"
     await case.poll()
     assert case.problems.text("broker")
@@ -251,8 +251,8 @@ async def test_a_broker_that_keeps_assignments_back_is_noticed_by_the_board(case
 
 
 @pytest.mark.asyncio
-async def test_a_server_that_is_away_is_asked_again_soon_and_then_less_often(case, monkeypatch):
-    """Boards come back to a server that was made anew within seconds, not at their next regular question."""
+async def test_an_unreachable_server_is_polled_again_soon_and_then_less_often(case, monkeypatch):
+    """Devices reconnect to a rebuilt server within seconds, not at their next regular poll."""
     waits = []
 
     case.server.reachable = False

@@ -1,4 +1,4 @@
-"""Deployments on a board with the real machine, store, effects and host link: who wins, who waits, who is told what."""
+"""Reconciler with the real machine, store, effects and host client: concurrent changes, waiting, reports."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
 
 
 @contextlib.asynccontextmanager
-async def on_a_board(kit):
+async def on_a_device(kit):
     await kit.boot()
     try:
         yield
@@ -31,11 +31,11 @@ async def on_a_board(kit):
 
 @pytest.mark.asyncio
 async def test_a_first_deployment_and_its_reports(kit):
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         assert kit.chain() == ["fetching", "compiling", "swapping", "probation", "committed"]
         running = [(report.phase.value, report.running) for report in kit.reports()]
-        # What answers is said truly: nothing before the swap, the new version from probation on.
+        # Reports name the running version: none before the swap, the new version from probation on.
         assert running[:3] == [("fetching", ""), ("compiling", ""), ("swapping", "")]
         assert running[3:] == [("probation", V1), ("committed", V1)]
         assert {report.rollout for report in kit.reports()} == {"r1"}
@@ -44,8 +44,8 @@ async def test_a_first_deployment_and_its_reports(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_bad_version_goes_back_and_says_why_with_its_last_lines(kit):
-    async with on_a_board(kit):
+async def test_a_bad_version_is_rolled_back_and_reported_with_its_last_log_lines(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.faults[V2] = 2
         await kit.run(kit.assignment(2, kit.publish("2.0.0", rollout="r2")))
@@ -53,7 +53,7 @@ async def test_a_bad_version_goes_back_and_says_why_with_its_last_lines(kit):
         assert (last.phase, last.code, last.running) == ("rolled-back", RejectCode.TRAPPED, V1)
         assert last.log == ("a line",)
         assert kit.host.targets() == {"web": V1}
-        # Another rollout that asks for the same is told at once, and nothing is tried.
+        # Another rollout of the same item gets a report at once, without a new attempt.
         fetched = len(kit.server.fetched)
         await kit.run(kit.assignment(3, kit.publish("2.0.0", rollout="r3")))
         last = kit.reports()[-1]
@@ -62,8 +62,8 @@ async def test_a_bad_version_goes_back_and_says_why_with_its_last_lines(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_version_that_does_not_start_leaves_the_old_one_answering(kit):
-    async with on_a_board(kit):
+async def test_a_version_that_does_not_start_leaves_the_old_one_serving(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.refuse[V2] = RejectCode.HEALTH_FAILED
         await kit.run(kit.assignment(2, kit.publish("2.0.0")))
@@ -75,8 +75,8 @@ async def test_a_version_that_does_not_start_leaves_the_old_one_answering(kit):
 
 @pytest.mark.parametrize("code", [RejectCode.SECURITY_EPOCH, RejectCode.UNKNOWN_TARGET, RejectCode.GRANT_DENIED])
 @pytest.mark.asyncio
-async def test_what_publishers_did_not_sign_is_refused_with_its_code(kit, code):
-    async with on_a_board(kit):
+async def test_an_unsigned_item_is_refused_with_its_code(kit, code):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         item = kit.publish("2.0.0")
         kit.trust.trouble[V2] = [Rejected(code, "no")]
@@ -87,8 +87,8 @@ async def test_what_publishers_did_not_sign_is_refused_with_its_code(kit, code):
 
 
 @pytest.mark.asyncio
-async def test_a_tampered_artifact_is_refused_and_never_tried_again(kit):
-    async with on_a_board(kit):
+async def test_a_tampered_artifact_is_refused_and_not_retried(kit):
+    async with on_a_device(kit):
         kit.server.trouble = [FetchError(RejectCode.HASH_MISMATCH, "other bytes")]
         item = kit.publish("1.0.0")
         await kit.run(kit.assignment(1, item))
@@ -98,8 +98,8 @@ async def test_a_tampered_artifact_is_refused_and_never_tried_again(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_passing_trouble_is_tried_again_and_said_meanwhile(kit):
-    async with on_a_board(kit):
+async def test_a_temporary_failure_is_retried_and_reported_meanwhile(kit):
+    async with on_a_device(kit):
         gone = FetchError(RejectCode.UNREACHABLE, "no route")
         kit.server.trouble = [gone]
         from agent.update import machine
@@ -115,21 +115,21 @@ async def test_a_passing_trouble_is_tried_again_and_said_meanwhile(kit):
 
 @pytest.mark.asyncio
 async def test_no_space_is_a_clean_refusal(kit):
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         (kit.places.artifacts / kit.publish("2.0.0").sha256).with_suffix(".wasm").unlink()
         kit.server.trouble = [FetchError(RejectCode.NO_SPACE, "full")]
         await kit.run(kit.assignment(2, kit.publish("2.0.0")))
         assert (kit.reports()[-1].phase, kit.reports()[-1].code) == ("failed", RejectCode.NO_SPACE)
         assert kit.host.targets() == {"web": V1}
-        # It may pass, so it is tried again by itself, later.
+        # A temporary failure, so it is retried later.
         (failure,) = kit.store.failed()
         assert failure.retry_at is not None
 
 
 @pytest.mark.asyncio
-async def test_an_artifact_changed_on_the_disk_is_fetched_anew(kit):
-    async with on_a_board(kit):
+async def test_an_artifact_changed_on_disk_is_fetched_again(kit):
+    async with on_a_device(kit):
         item = kit.publish("1.0.0")
         path = kit.places.artifacts / f"{item.sha256}.wasm"
         path.parent.mkdir()
@@ -158,7 +158,7 @@ async def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
 
     monkeypatch.setattr(effects, "_sound", sound)
     monkeypatch.setattr(kit.server, "download", download)
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         first, second = (kit.publish("1.0.0", instance=name) for name in ("first", "second"))
         assert first.sha256 == second.sha256
         await kit.run(kit.assignment(1, first, second))
@@ -168,8 +168,8 @@ async def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
 
 
 @pytest.mark.asyncio
-async def test_something_newer_supersedes_a_version_on_probation(kit):
-    async with on_a_board(kit):
+async def test_a_newer_item_supersedes_a_version_on_probation(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", probation_ms=60_000)))
         await kit.until(lambda: kit.chain()[-1:] == ["probation"])
@@ -182,11 +182,11 @@ async def test_something_newer_supersedes_a_version_on_probation(kit):
 @pytest.mark.parametrize("first_heard", ["the end", "the assignment"])
 @pytest.mark.parametrize("next_version", ["2.0.0", "1.0.0"])
 @pytest.mark.asyncio
-async def test_a_change_that_ends_while_something_newer_arrives_holds_nothing_up(
+async def test_a_change_that_ends_while_a_newer_item_arrives_blocks_nothing(
     kit, monkeypatch, next_version, first_heard
 ):
     ended, goes_on = asyncio.Event(), asyncio.Event()
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         plain = kit.carrier.watch
 
         async def watched(change):
@@ -212,10 +212,10 @@ async def test_a_change_that_ends_while_something_newer_arrives_holds_nothing_up
 
 
 @pytest.mark.asyncio
-async def test_going_back_while_on_probation_needs_no_new_start(kit):
-    """A rollout that halts takes back what it offered: the warm old version answers again at once."""
+async def test_a_rollback_during_probation_needs_no_new_start(kit):
+    """A halted rollout is rolled back: the warm old version answers again at once."""
 
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         first = kit.publish("1.0.0")
         await kit.run(kit.assignment(1, first))
         await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", probation_ms=60_000)))
@@ -228,8 +228,8 @@ async def test_going_back_while_on_probation_needs_no_new_start(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_download_that_is_not_wanted_any_more_holds_up_nothing(kit):
-    async with on_a_board(kit):
+async def test_an_obsolete_download_blocks_nothing(kit):
+    async with on_a_device(kit):
         kit.server.trouble = [FetchError(RejectCode.UNREACHABLE, "no route")] * 3
         await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         await kit.until(lambda: len(kit.chain()) >= 2)
@@ -241,10 +241,10 @@ async def test_a_download_that_is_not_wanted_any_more_holds_up_nothing(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_removal_is_held_up_by_nothing(kit):
-    async with on_a_board(kit):
+async def test_a_removal_is_blocked_by_nothing(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")))
-        # The other instance hangs in a download; the host is gone, too.
+        # The other instance hangs in a download, and the host is lost.
         stuck = kit.publish("2.0.0", instance="other")
         kit.trust.trouble[V2] = [Rejected(RejectCode.UNREACHABLE, "no route")] * 20
         kit.host.kill()
@@ -252,14 +252,14 @@ async def test_a_removal_is_held_up_by_nothing(kit):
         web = lambda: [report for report in kit.reports() if report.instance == "web"][-1]  # noqa: E731
         await kit.until(lambda: (web().assignment, web().phase, web().running) == (2, "committed", ""))
         await kit.until(lambda: [each.item.instance for each in kit.committed()] == ["other"])
-        # When the host is back, what was removed is not started again.
+        # When the host is back, the removed instance is not started again.
         kit.host.start()
         await kit.until(lambda: kit.host.targets() == {"other": V1})
 
 
 @pytest.mark.asyncio
 async def test_the_host_dies_in_the_middle_of_a_swap(kit):
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         from agent.host.ipc import host_api
 
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
@@ -273,10 +273,10 @@ async def test_the_host_dies_in_the_middle_of_a_swap(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_new_host_gets_what_is_committed_before_anything_else(kit):
-    """Else the old version, started late, would take over from the new one."""
+async def test_a_new_host_first_gets_the_committed_items(kit):
+    """Otherwise the old version, started late, would take over from the new one."""
 
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.kill()
         kit.host.requests.clear()
@@ -289,8 +289,8 @@ async def test_a_new_host_gets_what_is_committed_before_anything_else(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_component_that_keeps_killing_the_host_is_taken_back(kit):
-    async with on_a_board(kit):
+async def test_a_component_that_keeps_crashing_the_host_is_rolled_back(kit):
+    async with on_a_device(kit):
         from agent.host.ipc import host_api
 
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
@@ -316,8 +316,8 @@ async def test_a_component_that_keeps_killing_the_host_is_taken_back(kit):
 
 
 @pytest.mark.asyncio
-async def test_restarting_the_agent_touches_no_instance(kit):
-    async with on_a_board(kit):
+async def test_restarting_the_agent_affects_no_instance(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         before = len(kit.host.requests)
         await kit.stop_agent()
@@ -328,8 +328,8 @@ async def test_restarting_the_agent_touches_no_instance(kit):
 
 
 @pytest.mark.asyncio
-async def test_an_agent_restarted_during_probation_goes_on_with_it(kit):
-    async with on_a_board(kit):
+async def test_an_agent_restarted_during_probation_continues_it(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         item = kit.publish("2.0.0", probation_ms=300)
         await kit.deployer.desire(kit.assignment(2, item))
@@ -344,9 +344,9 @@ async def test_an_agent_restarted_during_probation_goes_on_with_it(kit):
 
 
 @pytest.mark.asyncio
-async def test_failures_are_forgotten_in_memory_as_they_are_in_the_store(kit, monkeypatch):
+async def test_failures_are_dropped_in_memory_as_in_the_store(kit, monkeypatch):
     monkeypatch.setattr("agent.update.store.FAILED_ROWS_MAX", 2)
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         for number, instance in enumerate(("a", "b", "c"), start=1):
             kit.trust.trouble[V1] = [Rejected(RejectCode.REVOKED, "revoked")]
             await kit.run(kit.assignment(number, kit.publish("1.0.0", instance=instance)))
@@ -360,8 +360,8 @@ def second_record(kit):
 
 
 @pytest.mark.asyncio
-async def test_what_is_committed_stands_in_a_second_record_at_once(kit):
-    async with on_a_board(kit):
+async def test_committed_items_are_in_the_run_set_at_once(kit):
+    async with on_a_device(kit):
         first, other = kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")
         await kit.run(kit.assignment(1, first, other))
         assert second_record(kit) == kit.committed() != ()
@@ -378,7 +378,7 @@ async def test_what_is_committed_stands_in_a_second_record_at_once(kit):
 
 
 @pytest.mark.asyncio
-async def test_the_second_record_is_made_up_for_after_a_power_cut(kit):
+async def test_the_run_set_is_completed_after_a_power_cut(kit):
     await kit.boot()
     await kit.run(kit.assignment(1, kit.publish("1.0.0")))
     kit.store.cut = ("web", "committed", "after")
@@ -386,13 +386,13 @@ async def test_the_second_record_is_made_up_for_after_a_power_cut(kit):
     await kit.until(lambda: kit.store.dead)
     await kit.pull_plug()
     assert [each.item.target for each in second_record(kit)] == [V1]
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.settled()
         assert [each.item.target for each in second_record(kit)] == [V2]
 
 
 def held(effect):
-    """An effect that waits: the effect, the event that it has begun, and the event that lets it go on."""
+    """Make an effect that waits; return it with the event that it has begun and the event that releases it."""
     begun, let = asyncio.Event(), asyncio.Event()
 
     async def waits(*arguments):
@@ -404,8 +404,8 @@ def held(effect):
 
 
 @pytest.mark.asyncio
-async def test_what_runs_already_is_told_to_the_rollout_that_asks(kit):
-    async with on_a_board(kit):
+async def test_a_running_item_is_reported_to_a_new_rollout(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         await kit.run(kit.assignment(2, kit.publish("1.0.0", rollout="r2")))
         last = kit.reports()[-1]
@@ -414,7 +414,7 @@ async def test_what_runs_already_is_told_to_the_rollout_that_asks(kit):
 
 
 def broken(times, effect):
-    """An effect with a bug, which shows so many times."""
+    """Make an effect with a bug that raises so many times."""
     left = [None] * times
 
     async def shows(*arguments):
@@ -431,14 +431,14 @@ EFFECTS = ["fetch", "verify", "compile", "swap", "watch", "commit"]
 
 @pytest.mark.parametrize("effect", EFFECTS)
 @pytest.mark.asyncio
-async def test_a_bug_of_our_own_that_passes_is_tried_again_and_costs_at_most_a_way_back(kit, monkeypatch, effect):
+async def test_a_temporary_internal_error_is_retried_and_costs_at_most_a_rollback(kit, monkeypatch, effect):
     monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         monkeypatch.setattr(kit.carrier, effect, broken(1, getattr(kit.carrier, effect)))
         await kit.run(kit.assignment(2, kit.publish("2.0.0")))
         said = {report.code for report in kit.reports()}
-        if effect == "swap":  # the way back is the safe one; it is tried again later
+        if effect == "swap":  # a rollback is the safe way; the update is retried later
             assert (kit.host.targets(), said) == ({"web": V1}, {None, RejectCode.INTERNAL})
             assert [failure.retry_at is not None for failure in kit.store.failed()] == [True]
             return
@@ -450,9 +450,9 @@ async def test_a_bug_of_our_own_that_passes_is_tried_again_and_costs_at_most_a_w
 
 @pytest.mark.parametrize("effect", EFFECTS[:-1])
 @pytest.mark.asyncio
-async def test_a_bug_of_our_own_that_stays_ends_as_internal_and_is_no_verdict(kit, monkeypatch, effect):
+async def test_a_permanent_internal_error_ends_as_internal_without_a_verdict(kit, monkeypatch, effect):
     monkeypatch.setattr("agent.update.machine.RETRY_MAX_S", 0.01)
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         plain = getattr(kit.carrier, effect)
         monkeypatch.setattr(kit.carrier, effect, broken(100, plain))
@@ -469,10 +469,10 @@ async def test_a_bug_of_our_own_that_stays_ends_as_internal_and_is_no_verdict(ki
 
 
 @pytest.mark.asyncio
-async def test_a_deployment_that_failed_by_a_bug_of_our_own_is_tried_again_later_by_itself(kit, monkeypatch):
+async def test_a_deployment_failed_by_an_internal_error_is_retried_later(kit, monkeypatch):
     monkeypatch.setattr("agent.update.machine.RETRY_MAX_S", 0.01)
     monkeypatch.setattr("agent.update.state.RETRY_FIRST_S", 0.05)
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         monkeypatch.setattr(kit.carrier, "verify", broken(13, kit.carrier.verify))
         await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0")))
         await kit.until(lambda: kit.chain()[-1:] == ["committed"])
@@ -484,10 +484,10 @@ async def test_a_deployment_that_failed_by_a_bug_of_our_own_is_tried_again_later
 
 
 @pytest.mark.asyncio
-async def test_an_effect_is_repeated_after_a_bug_of_our_own_as_slowly_as_a_download(kit, monkeypatch):
+async def test_an_effect_is_retried_after_an_internal_error_as_slowly_as_a_download(kit, monkeypatch):
     asked = []
     monkeypatch.setattr(effects, "retry_delay_s", lambda state: asked.append(state.faults) or 0.0)
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         monkeypatch.setattr(kit.carrier, "watch", broken(3, kit.carrier.watch))
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         assert asked == [1, 2, 3]
@@ -495,9 +495,9 @@ async def test_an_effect_is_repeated_after_a_bug_of_our_own_as_slowly_as_a_downl
 
 
 @pytest.mark.asyncio
-async def test_a_bug_of_our_own_in_a_removal_is_tried_again(kit, monkeypatch):
+async def test_an_internal_error_in_a_removal_is_retried(kit, monkeypatch):
     monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         monkeypatch.setattr(kit.carrier, "stop", broken(2, kit.carrier.stop))
         await kit.run(kit.assignment(2))
@@ -507,9 +507,9 @@ async def test_a_bug_of_our_own_in_a_removal_is_tried_again(kit, monkeypatch):
 
 
 @pytest.mark.asyncio
-async def test_a_bug_of_our_own_on_the_way_back_leaves_the_reason_for_it(kit, monkeypatch):
+async def test_an_internal_error_during_a_rollback_keeps_its_reason(kit, monkeypatch):
     monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.faults[V2] = 2
         monkeypatch.setattr(kit.carrier, "revert", broken(2, kit.carrier.revert))
@@ -521,9 +521,9 @@ async def test_a_bug_of_our_own_on_the_way_back_leaves_the_reason_for_it(kit, mo
 
 
 @pytest.mark.asyncio
-async def test_an_event_that_cannot_happen_is_a_bug_of_our_own_too(kit, monkeypatch):
+async def test_an_impossible_event_is_an_internal_error(kit, monkeypatch):
     monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         verify, answers = kit.carrier.verify, [EffectResult(event=Event.WELL)]
 
         async def strange(change):
@@ -536,8 +536,8 @@ async def test_an_event_that_cannot_happen_is_a_bug_of_our_own_too(kit, monkeypa
 
 
 @pytest.mark.asyncio
-async def test_the_end_of_an_earlier_step_changes_nothing(kit):
-    async with on_a_board(kit):
+async def test_a_result_of_an_earlier_step_is_ignored(kit):
+    async with on_a_device(kit):
         await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", probation_ms=60_000)))
         await kit.until(lambda: kit.chain()[-1:] == ["probation"])
         active = kit.deployer.state.active["web"]
@@ -552,7 +552,7 @@ async def test_the_end_of_an_earlier_step_changes_nothing(kit):
 
 @pytest.mark.asyncio
 async def test_the_next_version_is_not_fetched_before_the_fetch_of_the_last_one_has_ended(kit, monkeypatch):
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         events, may_end, fetch = [], asyncio.Event(), kit.carrier.fetch
 
         async def fetched(change, progress):
@@ -580,8 +580,8 @@ async def test_the_next_version_is_not_fetched_before_the_fetch_of_the_last_one_
 
 
 @pytest.mark.asyncio
-async def test_an_image_that_was_changed_on_the_disk_is_reported_for_each_instance_of_it(kit):
-    async with on_a_board(kit):
+async def test_a_changed_image_is_reported_for_each_of_its_instances(kit):
+    async with on_a_device(kit):
         item = kit.publish("1.0.0")
         await kit.run(kit.assignment(1, item))
         kit.deployer.post(ImageDamaged(item.sha256, "it was changed"))
@@ -593,8 +593,8 @@ async def test_an_image_that_was_changed_on_the_disk_is_reported_for_each_instan
 
 
 @pytest.mark.asyncio
-async def test_a_report_is_handed_on_once_it_is_stored(kit, monkeypatch):
-    async with on_a_board(kit):
+async def test_a_report_is_passed_on_once_it_is_stored(kit, monkeypatch):
+    async with on_a_device(kit):
         handed = []
 
         def saved(report):
@@ -606,8 +606,8 @@ async def test_a_report_is_handed_on_once_it_is_stored(kit, monkeypatch):
 
 
 @pytest.mark.asyncio
-async def test_a_disk_that_is_full_stops_nothing_that_runs_and_is_waited_for(kit, monkeypatch):
-    async with on_a_board(kit):
+async def test_a_full_disk_stops_no_running_component_and_is_retried(kit, monkeypatch):
+    async with on_a_device(kit):
         monkeypatch.setattr("agent.update.reconciler.STORE_AGAIN_S", 0.01)
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         real, failures = kit.store.apply, []
@@ -627,7 +627,7 @@ async def test_a_disk_that_is_full_stops_nothing_that_runs_and_is_waited_for(kit
 
 @pytest.mark.asyncio
 async def test_the_security_epoch_is_raised_at_the_commit_and_not_before(kit):
-    async with on_a_board(kit):
+    async with on_a_device(kit):
         item = kit.publish("1.0.0", probation_ms=200)
         kit.manifests[V1] = type(kit.manifests[V1])(
             name="web",

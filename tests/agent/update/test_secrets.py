@@ -1,4 +1,4 @@
-"""Secrets on a board: fetched in boxes, at rest in boxes, opened on the way into the lanes, and taken back."""
+"""Secrets on a device: fetched and stored sealed, opened for workers, and rolled back."""
 
 import contextlib
 import sqlite3
@@ -21,12 +21,12 @@ def with_secret(kit, version, *refs, **more):
 
 
 def given(kit, instance="web"):
-    """What the generation that runs was given."""
+    """Return the secrets given to the running generation."""
     return kit.host.entrusted[instance, kit.host.running[instance].generation]
 
 
 @contextlib.asynccontextmanager
-async def a_board(kit):
+async def a_device(kit):
     await kit.boot()
     yield
     await kit.pull_plug()
@@ -37,15 +37,15 @@ def files(directory: Path):
 
 
 def everything_at_rest(kit):
-    """All that lies on the board's disk, the database's rows and its log of changes included."""
+    """Yield everything on the device's disk, including the database and its WAL."""
     with sqlite3.connect(kit.places.database) as database:
         dump = "\n".join(database.iterdump()).encode()
     return dump + b"".join(path.read_bytes() for path in files(kit.places.state))
 
 
 @pytest.mark.asyncio
-async def test_a_component_is_given_its_secret_and_the_disk_has_it_only_sealed(kit):
-    async with a_board(kit):
+async def test_a_component_gets_its_secret_which_is_only_sealed_on_disk(kit):
+    async with a_device(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         assert given(kit) == {"key": PASSWORD}
         assert PASSWORD.encode() not in everything_at_rest(kit)
@@ -55,8 +55,8 @@ async def test_a_component_is_given_its_secret_and_the_disk_has_it_only_sealed(k
 
 
 @pytest.mark.asyncio
-async def test_a_rotated_secret_is_a_swap_like_any_other_and_the_former_box_goes(kit):
-    async with a_board(kit):
+async def test_a_rotated_secret_is_swapped_and_the_old_box_removed(kit):
+    async with a_device(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         await kit.run(kit.assignment(2, with_secret(kit, "1.0.0", kit.seal(NEWER, version=2))))
         assert given(kit) == {"key": NEWER}
@@ -68,8 +68,8 @@ async def test_a_rotated_secret_is_a_swap_like_any_other_and_the_former_box_goes
 
 
 @pytest.mark.asyncio
-async def test_one_that_does_worse_with_the_new_secret_goes_back_to_the_former(kit):
-    async with a_board(kit):
+async def test_a_component_that_does_worse_with_the_new_secret_is_rolled_back(kit):
+    async with a_device(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         kit.host.faults["components/acme/web/1.0.1.wasm"] = 3
         await kit.run(kit.assignment(2, with_secret(kit, "1.0.1", kit.seal(NEWER, version=2))))
@@ -79,9 +79,9 @@ async def test_one_that_does_worse_with_the_new_secret_goes_back_to_the_former(k
 
 
 @pytest.mark.asyncio
-async def test_it_goes_back_to_the_former_secret_also_from_the_disk(kit):
-    # The host dies in probation, and with it the generation kept warm: the former box is opened again.
-    async with a_board(kit):
+async def test_a_rollback_after_a_host_crash_restores_the_old_secret(kit):
+    # The host dies during probation, together with the warm generation: the old box is opened again.
+    async with a_device(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         item = with_secret(kit, "1.0.1", kit.seal(NEWER, version=2), probation_ms=60_000)
         await kit.deployer.desire(kit.assignment(2, item))
@@ -95,8 +95,8 @@ async def test_it_goes_back_to_the_former_secret_also_from_the_disk(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_boot_without_agent_and_network_gives_it_its_secret(kit):
-    async with a_board(kit):
+async def test_a_boot_without_agent_and_network_restores_the_secret(kit):
+    async with a_device(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         await kit.pull_plug()
         kit.server.boxes.clear()
@@ -108,8 +108,8 @@ async def test_a_boot_without_agent_and_network_gives_it_its_secret(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_boot_with_a_lost_database_gives_it_its_secret_too(kit):
-    async with a_board(kit):
+async def test_a_boot_with_a_lost_database_restores_the_secret(kit):
+    async with a_device(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         assert PASSWORD.encode() not in kit.places.runset.read_bytes()
         await kit.pull_plug()
@@ -124,8 +124,8 @@ async def test_a_boot_with_a_lost_database_gives_it_its_secret_too(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_box_that_was_changed_on_the_disk_is_said_so_and_fetched_again(kit):
-    async with a_board(kit):
+async def test_a_box_changed_on_disk_is_reported_and_fetched_again(kit):
+    async with a_device(kit):
         item = with_secret(kit, "1.0.0", kit.seal(PASSWORD))
         await kit.run(kit.assignment(1, item))
         (box,) = kit.places.secrets.iterdir()
@@ -134,9 +134,9 @@ async def test_a_box_that_was_changed_on_the_disk_is_said_so_and_fetched_again(k
         boxes, kit.server.boxes = kit.server.boxes, {}
         await kit.boot()
         await kit.until(kit.link.ready.is_set, "an attempt to restore")
-        assert "key is not on this board's disk" in kit.problems.text("restore web")
+        assert "key is not on this device's disk" in kit.problems.text("restore web")
         assert kit.host.running == {}
-        # The server has it again when the host comes back.
+        # The server has the box again when the host comes back.
         kit.server.boxes = boxes
         kit.host.kill()
         kit.host.start()
@@ -146,8 +146,8 @@ async def test_a_box_that_was_changed_on_the_disk_is_said_so_and_fetched_again(k
         assert kit.problems.texts() == []
 
 
-def server_swaps_two_boards_boxes(kit):
-    # It is sealed to this board's key, for the other board's id: the best a server can do that seals itself.
+def server_swaps_two_devices_boxes(kit):
+    # Sealed to this device's key for another device's id: the best that a server can do by sealing itself.
     return kit.seal(PASSWORD, device="other-76543210")
 
 
@@ -193,7 +193,7 @@ def server_has_no_box(kit):
 @pytest.mark.parametrize(
     ("attack", "code"),
     [
-        (server_swaps_two_boards_boxes, RejectCode.SECRET_UNOPENED),
+        (server_swaps_two_devices_boxes, RejectCode.SECRET_UNOPENED),
         (server_gives_a_siblings_secret, RejectCode.SECRET_UNOPENED),
         (server_replays_an_old_version_under_a_new_number, RejectCode.SECRET_UNOPENED),
         (server_gives_another_secret_under_this_name, RejectCode.SECRET_UNOPENED),
@@ -204,8 +204,8 @@ def server_has_no_box(kit):
     ],
 )
 @pytest.mark.asyncio
-async def test_what_is_no_box_for_this_is_refused_before_anything_changes(kit, attack, code):
-    async with a_board(kit):
+async def test_a_box_for_another_purpose_is_refused_before_any_change(kit, attack, code):
+    async with a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         before = kit.host.running["web"].generation
         await kit.run(kit.assignment(2, with_secret(kit, "1.0.1", attack(kit))))
@@ -218,9 +218,9 @@ async def test_what_is_no_box_for_this_is_refused_before_anything_changes(kit, a
 
 
 @pytest.mark.asyncio
-async def test_giving_up_an_identity_leaves_no_box(kit):
-    async with a_board(kit):
+async def test_discarding_an_identity_removes_all_boxes(kit):
+    async with a_device(kit):
         await kit.run(kit.assignment(1, with_secret(kit, "1.0.0", kit.seal(PASSWORD))))
         assert files(kit.places.secrets)
-    enrolment.give_up(kit.places.state)
+    enrolment.discard_identity(kit.places.state)
     assert not kit.places.secrets.exists()

@@ -1,4 +1,4 @@
-"""The board's memory: what it returned from is there, its numbers never fall, and foreign directories are refused."""
+"""Store of the device: durable writes, numbers that never fall, and refused foreign directories."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ def report(instance="web", **more):
     return Report(device="b-01234567", boot_id="x", sequence=0, at=NOW, assignment=1, instance=instance, **more)
 
 
-def test_it_is_on_the_medium_when_it_returns(store):
+def test_writes_are_on_the_medium_when_a_method_returns(store):
     mode = store._db.execute("PRAGMA journal_mode").fetchone()[0]
     synchronous = store._db.execute("PRAGMA synchronous").fetchone()[0]
     assert (mode, synchronous) == ("wal", 2)
@@ -72,7 +72,7 @@ def test_reports_wait_until_they_are_acknowledged(store):
     assert wire.decode(Report, body).sequence == sequence == 3
 
 
-def test_of_progress_only_the_newest_is_kept(store):
+def test_only_the_newest_progress_is_kept(store):
     for percent in (10, 20, 30):
         store.save(report=report(progress=percent))
     store.save(report=report("other", progress=5))
@@ -81,7 +81,7 @@ def test_of_progress_only_the_newest_is_kept(store):
     assert len(store.unacked()) == 2
 
 
-def test_a_board_that_is_offline_for_months_does_not_fill_its_disk(store, monkeypatch):
+def test_a_device_that_is_offline_for_months_does_not_fill_its_disk(store, monkeypatch):
     monkeypatch.setattr("agent.update.store.UNACKED_ROWS_MAX", 20)
     for _ in range(50):
         store.save(report=report())
@@ -126,7 +126,7 @@ def test_a_state_directory_of_a_newer_agent_is_left_alone(tmp_path):
         Store(tmp_path / "store.db")
 
 
-def test_what_is_no_database_is_said_to_be_none(tmp_path):
+def test_a_file_that_is_not_a_database_is_reported(tmp_path):
     (tmp_path / "store.db").write_bytes(b"not a database at all, but long enough" * 10)
     with pytest.raises(StoreError, match=r"cannot open .*store\.db"):
         Store(tmp_path / "store.db")
@@ -146,8 +146,8 @@ def test_a_state_directory_of_another_owner_is_refused(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_a_damaged_database_does_not_keep_components_from_running(store, tmp_path):
-    """What is committed stands a second time in a file, under the board's MAC."""
+def test_components_run_despite_a_damaged_database(store, tmp_path):
+    """Committed items are also in the run set, with the device's MAC."""
     key, runset = b"k" * 32, tmp_path / "runset.json"
     store.save(committed=COMMITTED)
     restore.write_runset(runset, store.committed(), key)
@@ -156,7 +156,7 @@ def test_a_damaged_database_does_not_keep_components_from_running(store, tmp_pat
         (tmp_path / f"store.db{suffix}").unlink(missing_ok=True)
     (tmp_path / "store.db").write_bytes(b"rotten" * 1000)
     assert restore.committed(tmp_path / "store.db", runset, key) == (COMMITTED,)
-    # A store that is made anew takes it over, so that what runs is not taken for a stranger.
+    # A new store takes over the run set, so that running instances are recognised.
     (tmp_path / "store.db").unlink()
     assert restore.committed(tmp_path / "store.db", runset, key) == (COMMITTED,)
     anew = Store(tmp_path / "store.db")
@@ -169,7 +169,7 @@ def test_a_damaged_database_does_not_keep_components_from_running(store, tmp_pat
     assert restore.take_over(anew, runset, key) == 0, "once"
     anew.close()
     (tmp_path / "store.db").write_bytes(b"rotten" * 1000)
-    # But not when somebody wrote it who does not know the key.
+    # But not a run set written without the key.
     runset.write_bytes(runset.read_bytes().replace(b"1.0.0.wasm", b"6.6.6.wasm"))
     with pytest.raises(restore.RunsetError, match="MAC"):
         restore.committed(tmp_path / "store.db", runset, key)
@@ -191,7 +191,7 @@ def test_a_commit_raises_epochs_and_secrets_in_its_own_transaction(store, monkey
     assert after.root == 3, "and the rest stays"
 
 
-def test_a_committed_item_that_is_started_anew_gets_a_generation_never_used(store):
+def test_a_restarted_committed_item_gets_an_unused_generation(store):
     first = store.apply(Transition(committed=COMMITTED, new_generation=True)).step.committed
     again = store.apply(Transition(committed=first, new_generation=True)).step.committed
     assert (first.generation, again.generation) == (1, 2)

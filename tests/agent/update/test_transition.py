@@ -1,4 +1,4 @@
-"""One step of a change as a value: everything that it persists, the report about it, and the effect that follows."""
+"""Steps of a change as values: everything that they persist, their reports, and the effects that follow."""
 
 from datetime import UTC, datetime
 
@@ -92,7 +92,7 @@ P, E = Phase, Effect
         (P.ROLLING_BACK, fault("bug"), P.ROLLING_BACK, E.REVERT, False),
     ],
 )
-def test_a_step_stores_the_change_and_reports_where_something_is_to_be_said(phase, result, to, effect, reported):
+def test_a_step_stores_the_change_and_a_report_if_needed(phase, result, to, effect, reported):
     done = step(change(phase, generation=4), result)
     assert (done.change.phase, done.effect, done.report is not None) == (to, effect, reported)
     assert (done.closed, done.removed, done.new_generation) == ("", "", False)
@@ -102,7 +102,7 @@ def test_a_step_stores_the_change_and_reports_where_something_is_to_be_said(phas
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.phase}-{row.event}")
-def test_committed_failed_and_removed_are_stored_on_entering_a_phase_and_never_else(row):
+def test_outcomes_are_stored_only_on_entering_their_phase(row):
     done = step(change(row.phase, generation=4), EffectResult(event=row.event))
     enters = row.to is not row.phase and row.effect is not Effect.CLOSE
     assert (done.committed is not None) == (enters and row.to is Phase.COMMITTED)
@@ -118,14 +118,14 @@ def test_a_commit_carries_epochs_and_secrets_with_it():
     assert (done.epochs, done.secrets) == ({"acme/web": 7}, {"key": 2})
 
 
-def test_a_generation_is_wanted_once_when_the_swap_begins():
+def test_a_generation_is_requested_once_when_the_swap_begins():
     assert step(change(P.STAGED), DONE).new_generation
     assert not step(change(P.STAGED, generation=4), DONE).new_generation
     assert not step(change(P.PROBATION, generation=4), lost("gone")).new_generation
     assert not step(change(P.IDLE, item=None), REMOVE).new_generation
 
 
-def test_a_removal_is_stored_before_the_host_is_asked_and_ends_as_committed():
+def test_a_removal_is_stored_before_the_stop_and_ends_as_committed():
     done = step(change(P.IDLE, item=None), REMOVE)
     assert (done.removed, done.effect, done.report.running) == ("web", Effect.STOP, OLD.target)
     done = step(done.change, STOPPED, committed=None)
@@ -133,7 +133,7 @@ def test_a_removal_is_stored_before_the_host_is_asked_and_ends_as_committed():
     assert step(done.change, DONE, committed=None) == Transition(closed="web", effect=Effect.CLOSE)
 
 
-def test_a_change_that_was_superseded_is_closed_with_a_report_and_no_failure():
+def test_a_superseded_change_ends_with_a_report_and_no_failure():
     done = step(change(P.COMPILING), SUPERSEDED)
     assert (done.closed, done.change, done.failure) == ("web", None, None)
     assert (done.report.phase, done.report.code) == ("failed", RejectCode.SUPERSEDED)
@@ -151,7 +151,7 @@ def test_a_change_that_was_superseded_is_closed_with_a_report_and_no_failure():
         (RejectCode.TRAPPED, 0, None),
     ],
 )
-def test_a_failure_is_remembered_with_its_next_try(code, known_tries, retry_s):
+def test_a_failure_is_stored_with_its_next_retry(code, known_tries, retry_s):
     known = FailedItem(
         instance="web", key=item_key(NEW), attempt=0, target=NEW.target, code=code, message="", at=AT, tries=known_tries
     )
@@ -161,13 +161,13 @@ def test_a_failure_is_remembered_with_its_next_try(code, known_tries, retry_s):
     assert done.failure.retry_at == (None if retry_s is None else AT.timestamp() + retry_s)
 
 
-def test_faults_without_end_are_a_failure_of_ours_that_is_tried_again():
+def test_endless_internal_errors_are_a_failure_that_is_retried():
     done = step(change(P.FETCHING, faults=LIMITS[Counter.FAULTS]), fault("a bug"))
     assert (done.failure.code, done.failure.message) == (RejectCode.INTERNAL, "a bug")
     assert done.failure.retry_at is not None
 
 
-def test_what_an_effect_has_found_is_kept_and_the_last_lines_are_said_of_failures_only():
+def test_an_effects_findings_are_kept_and_log_lines_only_reported_for_failures():
     found = EffectResult(event=Event.DONE, replaced=ProbationSample(calls=3), log=("a line",))
     done = step(change(P.SWAPPING, generation=4), found)
     assert (done.change.replaced, done.change.manifest) == (ProbationSample(calls=3), MANIFEST)

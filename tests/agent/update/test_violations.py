@@ -1,4 +1,4 @@
-"""What ran and must not run any more: stopped or kept as the owner decided, said with its code, over power cuts too."""
+"""Violations of running items: stopped or kept by the owner's policy, reported with their code, despite power cuts."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ def doubt(item, code=RejectCode.REVOKED):
 
 def told(kit):
     who = Identity(device="d-01234567", fleet="f", group="", devices_url="", mqtt=(), production=False, floor=NOW)
-    return "\n".join(status.tell(status.standing(who, kit.store)))
+    return "\n".join(status.format_status(status.read_status(who, kit.store)))
 
 
 @pytest.mark.asyncio
@@ -36,7 +36,7 @@ async def test_a_revoked_component_is_stopped_and_not_started_again(kit):
     assert kit.store.committed() == ()
     last = kit.reports()[-1]
     assert (last.phase, last.code, last.running) == ("failed", RejectCode.REVOKED, "")
-    # The server goes on asking for it, and the host and the agent start anew: nothing brings it back.
+    # Neither the server's assignment nor a restart of host and agent starts it again.
     await kit.run(kit.assignment(2, item))
     await kit.pull_plug()
     await kit.boot()
@@ -48,7 +48,7 @@ async def test_a_revoked_component_is_stopped_and_not_started_again(kit):
 
 
 @pytest.mark.asyncio
-async def test_the_owner_may_keep_what_was_revoked_and_it_is_said_once(kit):
+async def test_a_revoked_component_kept_by_policy_is_reported_once(kit):
     kit.settings = Settings(policy=Policy(on_revoked="keep"))
 
     await kit.boot()
@@ -61,8 +61,8 @@ async def test_the_owner_may_keep_what_was_revoked_and_it_is_said_once(kit):
     said = [report for report in kit.reports() if report.code is RejectCode.REVOKED]
     assert [(report.phase, report.running) for report in said] == [("idle", item.target)]
     assert kit.deployer.problems
-    assert "goes on running" in told(kit)
-    # What is replaced is in doubt no more.
+    assert "keeps running" in told(kit)
+    # Once the item is replaced, the violation is gone.
     await kit.run(kit.assignment(2, kit.publish("2.0.0")))
     assert kit.deployer.problems == []
     assert kit.store.doubts() == ()
@@ -94,7 +94,7 @@ async def test_a_slow_download_of_the_replacement_does_not_hold_up_the_stop(kit)
 
 
 @pytest.mark.asyncio
-async def test_going_back_from_probation_does_not_lead_to_what_was_revoked_meanwhile(kit):
+async def test_a_rollback_from_probation_does_not_return_to_a_revoked_release(kit):
     await kit.boot()
     item = kit.publish("1.0.0")
     await kit.run(kit.assignment(1, item))
@@ -130,7 +130,7 @@ async def test_power_cut_between_the_record_and_the_stop(kit, host):
 
 
 @pytest.mark.asyncio
-async def test_an_epoch_is_no_reason_to_stop_what_is_just_being_replaced(kit):
+async def test_a_raised_epoch_does_not_stop_a_component_that_is_being_replaced(kit):
     await kit.boot()
     item = kit.publish("1.0.0")
     await kit.run(kit.assignment(1, item))
@@ -144,7 +144,7 @@ async def test_an_epoch_is_no_reason_to_stop_what_is_just_being_replaced(kit):
 
 
 @pytest.mark.asyncio
-async def test_a_host_that_does_not_answer_a_stop_holds_up_nobody_else(kit):
+async def test_a_host_that_does_not_answer_a_stop_blocks_no_other_instance(kit):
     await kit.boot()
     item = kit.publish("1.0.0")
     await kit.run(kit.assignment(1, item))

@@ -54,7 +54,7 @@ def test_when_one_cannot_start_the_other_is_not_swapped_in_whoever_comes_first(p
     numbers = {name: send(pair, guests[name], support.a_run(name, 2), others[name]) for name in order}
     front, back = answers(pair, numbers["front"], numbers["back"])
     assert (back.code, front.code) == ("start-failed", "set-failed"), (back, front)
-    assert "front: it is to be swapped together with back, which failed; nothing is changed" in front.message
+    assert "front: not swapped, as it belongs to an atomic set with back, which failed" in front.message
     assert generations(pair) == {"front": 1, "back": 1}
     assert support.http(pair.port, "GET /front/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
     # Corrected, both go.

@@ -66,7 +66,7 @@ def test_the_last_to_leave_ends_the_worker(host):
     [
         ({"namespace": "others"}, "a stranger's"),
         ({"grants": Grants(interfaces=("wasi:filesystem",))}, "files"),
-        ({"grants": Grants(outbound=("https://example.com:443",))}, "connect to others"),
+        ({"grants": Grants(outbound=("https://example.com:443",))}, "may open connections"),
         ({"limits": Limits(concurrency=2)}, "calls at once"),
     ],
 )
