@@ -1,9 +1,8 @@
-"""Debian roots for the builds: where the mirror is, where roots are cached, and how a command runs inside one.
+"""Debian root file systems for builds: mirror, cache, and running commands inside a root.
 
-The mirror is the one this machine's own apt uses (or `$WASMFLEET_DEBIAN_MIRROR`), so that nothing here names a host.
-Roots are made by mmdebstrap: as root directly, otherwise in a user namespace. A root is complete or absent: it is made
-beside its place and renamed. Nothing here starts a build by itself; `deploy/riscv64`, `deploy/packages`,
-`deploy/image` and the board tests call it.
+The mirror is the one that this machine's apt uses (or `$WASMFLEET_DEBIAN_MIRROR`), so that no host is named here. Roots
+are made by mmdebstrap: directly as root, otherwise in a user namespace. A root is made under another name and renamed,
+so it is complete or absent. `deploy/riscv64`, `deploy/packages`, `deploy/image` and the board tests use this module.
 """
 
 import hashlib
@@ -39,7 +38,7 @@ PACKAGE_OF = {
 
 
 class BuildError(Exception):
-    """Failure of a build: one sentence for the person at the terminal, with the next step."""
+    """Failure of a build; the message says what failed and what to do."""
 
 
 def say(sentence: str) -> None:

@@ -1,8 +1,8 @@
 """The toolchains of components in Rust, Go, JavaScript and Python: `python -m deploy.guests COMMAND...`.
 
-Runs a command with all of them on PATH, made first where they are not in the cache yet: wasm-tools and Rust's standard
-library come with the root of `deploy.toolchain`, JavaScript's from npm, Python's from PyPI, in the versions named here.
-Go is the machine's own. Nothing of it is needed for boards, or to push what somebody else built.
+Runs a command with all of them on PATH, after installing those that are not cached yet: wasm-tools and Rust's standard
+library come with the root of `deploy.toolchain`, the JavaScript tools from npm, the Python tools from PyPI, in the
+versions named here. Go must be installed on the machine. Devices need none of this, nor does pushing built components.
 """
 
 import os
@@ -47,7 +47,7 @@ def python() -> Path:
 def commands() -> Path:
     """Return a directory for PATH with wasm-tools and componentize-py only, without the Python beside it.
 
-    wasm-tools is the toolchain root's, started with the libraries that it was built for.
+    wasm-tools comes from the toolchain root, and is started with that root's libraries.
     """
     root = toolchain.toolchain()
     place = debian.cache_dir() / "guests-bin"
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _once(place: Path, commands: Sequence[Sequence[str]]) -> None:
-    """Fill a directory by commands, once; one left half-filled is created again."""
+    """Fill a directory by commands, once; an incomplete one is created again."""
     done = place / ".complete"
     if done.exists():
         return

@@ -1,12 +1,12 @@
 """Build the `wasmtime` command for comparisons: `python -m deploy.wasmtime_cli` (or `make wasmtime-serve`).
 
-The tests put one component before `wasmtime serve` and before a board, and compare. That needs the command in the
-version whose library the boards run; upstream publishes it as a crate. It is built unchanged, from its own lock
-file, with what serving a component takes (the pooling allocator and the optimising compiler among it) and optimised
-like a release, by the compiler of the toolchain root.
+Tests run the same component in `wasmtime serve` and in the host, and compare. The command must have the version of the
+library that devices run; upstream publishes it as a crate. It is built unchanged, from its own lock file, with the
+features for serving components (including the pooling allocator and the optimising compiler), in release mode, by the
+compiler of the toolchain root.
 
-`$WASMFLEET_WASMTIME` names a finished one elsewhere; otherwise it lies in the cache, else on PATH. Cargo's own
-`CARGO_PROFILE_RELEASE_*` variables are heeded: a command built with less optimisation compares answers, not speed.
+`$WASMFLEET_WASMTIME` names an existing command; otherwise it is looked for in the cache, then on PATH. Cargo's
+`CARGO_PROFILE_RELEASE_*` variables apply: a build with less optimisation is enough to compare answers, not speed.
 """
 
 import os
@@ -23,7 +23,7 @@ FEATURES = "serve,run,component-model-async,cranelift,pooling-allocator,parallel
 
 
 def place() -> Path:
-    """Return the place of the finished command."""
+    """Return the path at which the built command is stored."""
     return debian.cache_dir() / f"wasmtime-{VERSION}" / "bin" / "wasmtime"
 
 

@@ -1,7 +1,7 @@
-"""A disk that boots: an image with a boot partition and a root, and an initrd that does nothing but mount the root.
+"""Bootable disk image with a boot partition and a root, and an initrd that only mounts the root.
 
-The boot partition is FAT and lies first, as on the boards of Raspberry Pi and most others: that is where whoever writes
-the image to a card can leave a token.
+The boot partition is FAT and comes first, as on a Raspberry Pi and most other boards: a token can be put there when the
+image is written to a card.
 
 The initrd is made by hand (busybox, three or four modules, thirty lines of shell): generating Debian's under emulation
 would take longer than booting the board. It serves `qemu-system -M virt`; a real board boots with its own.

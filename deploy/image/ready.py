@@ -1,7 +1,7 @@
 """Prepare this machine to emulate boards: `python -m deploy.image.ready`, part of `make test-boards`.
 
-As root it installs what is missing, from this machine's own Debian archive; otherwise it says what to install. Then it
-makes what boards are made of and what changes rarely, both architectures at the same time: a root, a kernel.
+As root it installs missing packages from this machine's Debian archive; otherwise it says what to install. Then it
+makes the parts of boards that rarely change, for both architectures at the same time: a root and a kernel.
 """
 
 import os
@@ -24,7 +24,7 @@ BESIDES = ("arch-test", "binfmt-support", "opensbi")
 
 
 def install() -> None:
-    """Install what is missing.
+    """Install missing packages.
 
     Raises:
         debian.BuildError: this is not root, or apt-get fails.

@@ -2,9 +2,9 @@
 
     python -m deploy.image.root arm64        make it (minutes, once) and print where it is
 
-Made by mmdebstrap through qemu-user. Python's byte-compilation is stubbed meanwhile (it would take longer than all the
-rest under emulation); packages byte-compile what they need themselves when they are installed. The kernel is unpacked
-beside the root and not installed in it: installing it would build an initramfs under emulation.
+mmdebstrap creates the root through qemu-user. Meanwhile Python's byte-compilation is replaced by a stub, as it would
+take longer than everything else under emulation; wasmfleet's packages byte-compile their files when they are installed.
+The kernel is unpacked beside the root, not installed in it, which would build an initramfs under emulation.
 """
 
 import shutil

@@ -1,12 +1,12 @@
 """Build the Debian packages: `python -m deploy.packages.build` (or `make packages`).
 
-    wasmfleet-agent_VERSION_{arm64,riscv64,amd64}.deb    a board
+    wasmfleet-agent_VERSION_{arm64,riscv64,amd64}.deb    a device
     wasmfleet-server_VERSION_all.deb                     the operator's side
 
-Each lives in a private Python environment, `/usr/lib/wasmfleet/{agent,server}`, on Debian's own interpreter and, where
-they suffice, Debian's own Python packages; the rest is carried along, pinned by hash in `vendored.txt`. The system's
-Python sees none of it. Built from whatever machine: nothing is compiled or executed for the target.
-The same source and the same SOURCE_DATE_EPOCH make the same bytes.
+Each package has a private Python environment, `/usr/lib/wasmfleet/{agent,server}`, on Debian's interpreter and, where
+they are recent enough, Debian's Python packages. The others are bundled, pinned by hash in `vendored.txt`, and
+invisible to the system's Python. Any machine can build the packages, as nothing is compiled or executed for the target.
+Builds are reproducible: the same source and SOURCE_DATE_EPOCH give the same bytes.
 """
 
 import argparse
@@ -162,7 +162,7 @@ def _install_engine(site: Path, architecture: str, platforms: tuple[str, ...]) -
         return
     wheel = riscv64.finished()
     if wheel is None:
-        debian.say("riscv64: no engine in the wheelhouse; boards will say so (make riscv64-wheel builds it)")
+        debian.say("riscv64: no engine in the wheelhouse: devices refuse components (make riscv64-wheel)")
     else:
         install(site, [str(wheel)], platforms)
 

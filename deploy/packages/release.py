@@ -1,7 +1,7 @@
 """Build a whole release into dist/: `python -m deploy.packages.release` (or `make release`).
 
-The wheel, the Debian packages, what of others they carry (`THIRD-PARTY.txt`, and `wasmfleet.cdx.json`: an SBOM in
-CycloneDX 1.5), and `SHA256SUMS` over all of it.
+A release consists of the wheel, the Debian packages, the licences of bundled software (`THIRD-PARTY.txt`), an SBOM in
+CycloneDX 1.5 (`wasmfleet.cdx.json`), and `SHA256SUMS` of all files.
 """
 
 import hashlib

@@ -1,12 +1,11 @@
 """Build wasmtime's missing riscv64 wheel: `python -m deploy.riscv64.build` (or `make riscv64-wheel`).
 
-Upstream publishes wheels for x86-64 and aarch64 only. This cross-compiles upstream's own C API crate, unchanged, with
-upstream's default features, against the glibc of Debian 13, and puts the library into upstream's wheel in place of
-the x86-64 one. Two lines of upstream's Python part must change for that, see `loader`. Everything that goes in is
-pinned: crates by Cargo.lock, the wheel by upstream.txt, the compiler's version by name in the report that is printed.
+Upstream publishes wheels only for x86-64 and aarch64. This program cross-compiles upstream's C API crate, unchanged,
+with upstream's default features, against the glibc of Debian 13, and replaces the x86-64 library in upstream's wheel
+with the result. Two lines of upstream's Python code must change for that, see `loader`. All inputs are pinned: crates
+by Cargo.lock, the wheel by upstream.txt; the printed report names the compiler's version.
 
-The result lies in the wheelhouse (`$WASMFLEET_WHEELHOUSE`, else the cache, where it is looked for too); its sha256 is
-printed.
+The wheel is stored in the wheelhouse (`$WASMFLEET_WHEELHOUSE`, else the cache); its sha256 is printed.
 """
 
 import base64
@@ -47,7 +46,7 @@ def finished() -> Path | None:
 
 
 def sysroot() -> Path:
-    """Return Debian 13's C library for riscv64: the board has this one, so the library must link against it."""
+    """Return Debian 13's C library for riscv64, which devices have and the engine must therefore link against."""
     root = debian.bootstrap(
         debian.cache_dir() / "sysroot-riscv64-trixie",
         suite="trixie",
@@ -105,7 +104,7 @@ def glibc_needed(library: Path) -> tuple[int, int]:
     """Return the newest glibc version that the library requires.
 
     Raises:
-        debian.BuildError: if the board's glibc is older than that.
+        debian.BuildError: Debian 13's glibc is older than that.
     """
     debian.need("objdump")
     # objdump reads the symbol versions of any architecture's ELF
@@ -113,7 +112,7 @@ def glibc_needed(library: Path) -> tuple[int, int]:
     versions = {(int(a), int(b)) for a, b in re.findall(r"\bGLIBC_(\d+)\.(\d+)\b", listing)}
     newest = max({*versions, OLDEST_GLIBC})
     if newest > NEWEST_GLIBC:
-        raise debian.BuildError(f"{library.name} asks for glibc {newest}, Debian 13 has {NEWEST_GLIBC}")
+        raise debian.BuildError(f"{library.name} needs glibc {newest}, but Debian 13 has {NEWEST_GLIBC}")
     return newest
 
 

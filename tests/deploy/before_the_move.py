@@ -1,6 +1,6 @@
-"""Packages of the tree from before modules moved, and of this one: what an upgrade finds, and what it brings.
+"""Packages of the tree before modules moved and of the current tree, for tests of the upgrade.
 
-Both carry the product's own files alone. The libraries beside them are the same for both, and take a package index.
+Both contain only the product's own files. The bundled libraries are the same for both, and need a package index.
 """
 
 import os

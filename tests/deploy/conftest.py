@@ -1,4 +1,4 @@
-"""deploy/ is no part of the wheel: what is tested here is found from the repository's root."""
+"""Put the repository's root on the path, as deploy/ is not part of the wheel."""
 
 import sys
 from pathlib import Path

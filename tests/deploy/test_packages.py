@@ -1,4 +1,4 @@
-"""The Debian packages, looked into without installing them. What installing does is shown on the emulated boards."""
+"""Content of the Debian packages, without installing them; tests on emulated boards install them."""
 
 import hashlib
 import json
@@ -51,8 +51,8 @@ def field(package: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize("side", ["agent", "server"])
-def test_everything_lies_in_a_private_place(packages: dict[str, Path], side: str) -> None:
-    # generic names such as `agent` in a shared directory would meet those of others
+def test_all_files_are_in_a_private_directory(packages: dict[str, Path], side: str) -> None:
+    # generic names such as `agent` in a shared directory would collide with others
     for name in files(packages[side]):
         assert "dist-packages" not in name
         if "/site-packages/" in name:
@@ -60,7 +60,7 @@ def test_everything_lies_in_a_private_place(packages: dict[str, Path], side: str
         assert not name.startswith(("./usr/local", "./opt", "./var"))
 
 
-def test_a_board_is_spared_the_servers_side(packages: dict[str, Path]) -> None:
+def test_the_devices_package_has_no_server_code(packages: dict[str, Path]) -> None:
     names = files(packages["agent"])
     home = "./usr/lib/wasmfleet/agent/lib/python3.13/site-packages"
     assert f"{home}/agent/cli.py" in names
@@ -70,7 +70,7 @@ def test_a_board_is_spared_the_servers_side(packages: dict[str, Path]) -> None:
     assert f"{home}/wasmtime/linux-aarch64/_libwasmtime.so" in names
 
 
-def test_compiled_code_is_tied_to_the_python_it_fits(packages: dict[str, Path]) -> None:
+def test_compiled_code_depends_on_its_python_version(packages: dict[str, Path]) -> None:
     depends = field(packages["agent"], "Depends")
     assert "python3 (>= 3.13~)" in depends
     assert "python3 (<< 3.14~)" in depends
@@ -102,13 +102,13 @@ def test_lintian_finds_no_error(packages: dict[str, Path], side: str) -> None:
 def test_a_maintainer_script_is_plain_shell(script: Path) -> None:
     assert script.read_text().startswith("#!/bin/sh\nset -e\n")
     assert subprocess.run(["sh", "-n", str(script)], check=False).returncode == 0
-    # a purge asks nothing, and neither does anything else
+    # no script asks questions, not even at a purge
     assert "debconf" not in script.read_text()
     assert not re.search(r"^\s*read ", script.read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("architecture", "status"), [("armhf", 1), ("armel", 1), ("arm64", 0), ("riscv64", 0)])
-def test_a_32_bit_board_is_told_in_one_sentence(tmp_path: Path, architecture: str, status: int) -> None:
+def test_a_32_bit_system_is_refused_with_one_sentence(tmp_path: Path, architecture: str, status: int) -> None:
     # dpkg with arm64 as a foreign architecture would install on a 32-bit system, and nothing would run
     (tmp_path / "dpkg").write_text(f"#!/bin/sh\necho {architecture}\n")
     (tmp_path / "dpkg").chmod(0o755)
@@ -120,8 +120,8 @@ def test_a_32_bit_board_is_told_in_one_sentence(tmp_path: Path, architecture: st
     assert ("64-bit" in done.stderr) == bool(status)
 
 
-def test_dpkg_refuses_a_board_of_another_kind_in_one_sentence(packages: dict[str, Path], tmp_path: Path) -> None:
-    # what a 32-bit system says of the 64-bit package, said here by this machine's
+def test_dpkg_refuses_another_architecture_with_one_sentence(packages: dict[str, Path], tmp_path: Path) -> None:
+    # a 32-bit system's refusal of the 64-bit package, reproduced with this machine's dpkg
     native = debian.native()
     if native == "arm64":
         pytest.skip("this machine is of the package's own kind")
@@ -135,7 +135,7 @@ def test_dpkg_refuses_a_board_of_another_kind_in_one_sentence(packages: dict[str
     assert f"package architecture (arm64) does not match system ({native})" in done.stderr
 
 
-def test_a_release_says_what_is_in_it(packages: dict[str, Path], tmp_path: Path) -> None:
+def test_a_release_lists_its_content(packages: dict[str, Path], tmp_path: Path) -> None:
     debs = [Path(shutil.copy2(packages[side], tmp_path)) for side in ("agent", "server")]
     release.complete(tmp_path, debs, None)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -156,7 +156,7 @@ def test_a_release_says_what_is_in_it(packages: dict[str, Path], tmp_path: Path)
     for name in carried:
         assert listed[name]["licenses"], f"{name} has a licence"
         assert re.search(rf"^{name.replace('-', '[-_.]')} \(", notices, re.MULTILINE | re.IGNORECASE), name
-    # and the sums are over everything but themselves
+    # the checksums cover everything except themselves
     check = subprocess.run(
         ["sha256sum", "--check"],
         stdin=(tmp_path / "SHA256SUMS").open(),

@@ -1,4 +1,4 @@
-"""What a release says of the software of others that it carries."""
+"""Third-party software in a release: SBOM, crates, checksums."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ def test_every_pin_is_in_the_bill_of_materials_with_its_hash() -> None:
     found = {each["purl"]: each for each in bill["components"]}
     assert "pkg:pypi/wasmtime@50.0.1" in found
     assert found["pkg:pypi/tuf@7.0.1"]["hashes"][0]["alg"] == "SHA-256"
-    # several builds of one version: no single hash is the component's
+    # several builds of the same version have no common hash
     assert len([each for each in found["pkg:pypi/wasmtime@50.0.1"]["properties"] if "sha256" in each["name"]]) == 2
     references = [each["bom-ref"] for each in bill["components"]]
     assert len(set(references)) == len(references)

@@ -21,11 +21,11 @@ def upstream_loader() -> str:
     return (Path(wasmtime.__file__).parent / "_ffi.py").read_text()
 
 
-def test_the_loader_learns_one_machine_and_says_that_it_was_changed(upstream_loader: str) -> None:
+def test_the_loader_gets_a_further_machine_and_a_notice_of_the_change(upstream_loader: str) -> None:
     changed = build.loader(upstream_loader)
     assert "'riscv64'" in changed
     assert "Changed by wasmfleet" in changed
-    # and nothing else of upstream's is touched
+    # and nothing else of upstream's code is changed
     before, after = upstream_loader.splitlines(), changed.splitlines()
     assert len([line for line in after if line not in before]) == 2
     compile(changed, "_ffi.py", "exec")
@@ -73,9 +73,7 @@ def test_the_wheel_holds_our_library_and_upstreams_licence_and_is_reproducible(u
     assert (target / "wasmtime/linux-riscv64/_libwasmtime.so").exists()
 
 
-def test_a_finished_wheel_is_looked_for_in_the_wheelhouse_and_then_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wheel_is_found_in_the_wheelhouse_or_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     house, cache = tmp_path / "house", tmp_path / "cache"
     monkeypatch.setenv("WASMFLEET_CACHE", str(cache))
     monkeypatch.setenv("WASMFLEET_WHEELHOUSE", str(house))
@@ -93,7 +91,7 @@ def test_a_finished_wheel_is_looked_for_in_the_wheelhouse_and_then_in_the_cache(
     assert build.finished() == ours
 
 
-def test_the_engine_is_the_version_that_the_product_asks_for() -> None:
+def test_the_engine_has_the_required_version() -> None:
     import tomllib
 
     agent = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["agent"]
@@ -106,6 +104,6 @@ def test_the_engine_is_the_version_that_the_product_asks_for() -> None:
 def test_every_crate_is_locked_by_its_hash() -> None:
     text = (ROOT / "deploy/riscv64/Cargo.lock").read_text()
     packages = text.count("[[package]]")
-    # all but the one that is this directory itself
+    # all except the crate of this directory
     assert text.count("\nchecksum = ") == packages - 1
     assert text.count('source = "registry+') == packages - 1

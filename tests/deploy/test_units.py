@@ -1,4 +1,4 @@
-"""The systemd units: as closed as they claim to be, and true to the package they are installed by."""
+"""Systemd units: exposure, settings, and consistency with the package."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ CEILINGS = {
     "fleet-compiler@.service": 1.0,
     "fleet-server.service": 2.0,
     "fleet-publisher.service": 2.0,
-    # building cells for components takes root, namespaces and control groups
+    # building sandboxes for components needs root, namespaces and control groups
     "fleet-host.service": 4.7,
 }
 
@@ -33,7 +33,7 @@ def value(unit: str, key: str) -> list[str]:
 
 
 @pytest.mark.parametrize("service", SERVICES, ids=lambda path: path.name)
-def test_a_service_is_as_closed_as_it_can_be(service: Path) -> None:
+def test_the_exposure_of_a_service_is_below_its_ceiling(service: Path) -> None:
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         pytest.skip("systemd-analyze is missing: apt-get install systemd")
@@ -49,19 +49,19 @@ def test_every_service_has_a_ceiling() -> None:
 
 
 def test_the_agent_outlives_the_host() -> None:
-    # a host that a bad component keeps killing must not take the agent along
+    # a host that a bad component crashes again and again must not end the agent
     for key in ("Requires", "BindsTo", "PartOf", "Requisite"):
         assert not value("fleet-agent.service", key)
     assert "fleet-host.service" in " ".join(value("fleet-agent.service", "Wants"))
 
 
 @pytest.mark.parametrize("unit", sorted(UNITS.glob("fleet-*")), ids=lambda path: path.name)
-def test_a_unit_that_is_missing_or_fails_takes_no_other_along(unit: Path) -> None:
+def test_a_missing_or_failed_unit_stops_no_other(unit: Path) -> None:
     for key in ("Requires", "Requisite", "BindsTo", "PartOf", "Conflicts", "PropagatesStopTo"):
         assert not value(unit.name, key), "what is ordered is not thereby required"
 
 
-def test_the_host_gets_a_part_of_the_control_group_tree_for_limits() -> None:
+def test_a_control_group_is_delegated_to_the_host() -> None:
     assert value("fleet-host.service", "Delegate") == ["cpu memory pids"]
     assert value("fleet-host.service", "OOMPolicy") == ["continue"], "a component out of memory does not end the host"
 
@@ -69,11 +69,11 @@ def test_the_host_gets_a_part_of_the_control_group_tree_for_limits() -> None:
 STATE_MODES = {
     "fleet-host.service": "0711",
     "fleet-compiler@.service": None,
-}  # cells reach their data through the first
+}  # sandboxes reach their data through the first
 
 
 @pytest.mark.parametrize("service", SERVICES, ids=lambda path: path.name)
-def test_what_a_service_keeps_is_its_users_alone(service: Path) -> None:
+def test_the_state_of_a_service_is_private(service: Path) -> None:
     mode = STATE_MODES.get(service.name, "0700")
     assert value(service.name, "StateDirectoryMode") == ([mode] if mode else [])
     assert len(value(service.name, "StateDirectory")) == int(mode is not None)
@@ -82,7 +82,7 @@ def test_what_a_service_keeps_is_its_users_alone(service: Path) -> None:
     assert value(service.name, "UMask") == ["0022" if service.name == "fleet-host.service" else "0077"]
 
 
-def test_the_directory_of_sockets_is_for_the_agent_and_nobody_else() -> None:
+def test_only_the_agent_may_access_the_socket_directory() -> None:
     assert value("fleet-host.service", "RuntimeDirectoryMode") == ["0750"]
     assert value("fleet-host.service", "Group") == value("fleet-agent.service", "Group")
     assert re.search(
@@ -91,7 +91,7 @@ def test_the_directory_of_sockets_is_for_the_agent_and_nobody_else() -> None:
 
 
 @pytest.mark.parametrize("name", ["agent", "host"])
-def test_systemd_is_told_when_it_runs_and_ends_what_hangs(name: str) -> None:
+def test_readiness_is_notified_and_hanging_services_are_killed(name: str) -> None:
     assert value(f"fleet-{name}.service", "Type") == ["notify"]
     (patience_s,) = value(f"fleet-{name}.service", "WatchdogSec")
     assert 30 <= int(patience_s) <= 300
@@ -99,7 +99,7 @@ def test_systemd_is_told_when_it_runs_and_ends_what_hangs(name: str) -> None:
 
 
 def test_an_agent_that_its_owner_stops_stays_stopped() -> None:
-    # PathExists= holds as long as the file is there, and so starts the agent again at once
+    # PathExists= holds as long as the file exists, and would start the agent again at once
     assert not value("fleet-agent.path", "PathExists")
     assert value("fleet-agent.path", "PathChanged") == value("fleet-agent.service", "ConditionPathExists")
 
@@ -110,27 +110,27 @@ def test_the_host_restores_at_every_start_without_the_agent() -> None:
     assert "fleet-agent.service" not in " ".join(value("fleet-host.service", "After"))
 
 
-def test_the_host_does_not_start_below_the_walls_that_every_board_has_and_is_not_started_again_for_it() -> None:
+def test_the_host_does_not_start_without_the_baseline_layers_and_is_not_restarted() -> None:
     (command,) = value("fleet-host.service", "ExecStart")
-    assert command.split("--minimum ")[1].split()[0] == "baseline", "Landlock and control groups are not on every board"
+    assert command.split("--minimum ")[1].split()[0] == "baseline", "some devices lack Landlock and control groups"
     assert value("fleet-host.service", "RestartPreventExitStatus") == ["78"]
 
 
-def test_only_who_maps_machine_code_may_have_executable_memory() -> None:
+def test_only_services_that_map_machine_code_have_executable_memory() -> None:
     denied = {service.name for service in SERVICES if value(service.name, "MemoryDenyWriteExecute") == ["yes"]}
     assert denied == {f"fleet-{each}.service" for each in ("agent", "enroll", "publisher", "restore", "server")}
 
 
 @pytest.mark.parametrize("service", SERVICES, ids=lambda path: path.name)
-def test_nothing_that_keeps_failing_is_given_up(service: Path) -> None:
+def test_failing_services_are_restarted_forever(service: Path) -> None:
     if value(service.name, "Restart") == ["always"]:
         assert value(service.name, "StartLimitIntervalSec") == ["0"]
         assert value(service.name, "RestartMaxDelaySec"), "restarts must slow down"
 
 
 @pytest.mark.parametrize("unit", sorted(UNITS.glob("fleet-*")), ids=lambda path: path.name)
-def test_a_unit_tells_the_boards_owner_what_it_is(unit: Path) -> None:
+def test_a_unit_explains_itself_to_the_devices_owner(unit: Path) -> None:
     text = unit.read_text()
-    assert text.startswith("# "), "the first line says what this is"
+    assert text.startswith("# "), "the first line says what the unit is for"
     assert value(unit.name, "Description")
     assert all(len(line) <= 200 for line in text.splitlines())

@@ -1,7 +1,7 @@
-"""A device that is upgraded from a package made before modules moved: its components run on.
+"""Upgrade of a device from a package made before modules moved: its components keep running.
 
-An upgrade replaces files below a host that runs on. A host from before the move starts its helpers by module paths that
-are gone then, so this one upgrade restarts it, and its components come back from the run set.
+An upgrade replaces files under a running host. A host from before the move starts its helpers by module paths that no
+longer exist, so this upgrade restarts it, and its components are restored from the run set.
 """
 
 import asyncio
@@ -47,21 +47,21 @@ def version(deb: Path) -> str:
     ).stdout.strip()
 
 
-# -- what the package does
+# -- the package
 
 
 STAND_INS = ("systemd-sysusers", "systemd-tmpfiles", "py3compile", "deb-systemd-helper", "systemctl", "userdel")
 
 
 class Configured(NamedTuple):
-    """What a postinst had systemd do with which units, and what it said."""
+    """Actions of a postinst on units, and its output."""
 
     invoked: list[str]
     said: str
 
 
 def configure(deb: Path, tmp_path: Path, *arguments: str) -> Configured:
-    """Run a package's postinst with stand-ins for what it calls."""
+    """Run a package's postinst with stand-ins for the programs that it calls."""
     subprocess.run(["dpkg-deb", "--control", str(deb), str(tmp_path / "control")], check=True)
     commands, log, running = tmp_path / "bin", tmp_path / "invoked", tmp_path / "systemd"
     commands.mkdir()
@@ -72,7 +72,7 @@ def configure(deb: Path, tmp_path: Path, *arguments: str) -> Configured:
     (commands / "deb-systemd-invoke").write_text(f'#!/bin/sh\necho "$@" >>{log}\n')
     for each in commands.iterdir():
         each.chmod(0o755)
-    # a device where systemd runs; whether this machine is one does not matter
+    # as on a device with systemd, whether or not this machine has it
     script = (tmp_path / "control/postinst").read_text().replace("/run/systemd/system", str(running))
     environment = {"PATH": f"{commands}:/usr/sbin:/usr/bin:/sbin:/bin"}
     done = subprocess.run(
@@ -108,7 +108,7 @@ def test_the_versions_of_both_packages_lead_to_the_restart(packages: Packages, t
     assert "try-restart fleet-host.service" in configure(packages.new, tmp_path, version(packages.old)).invoked
 
 
-# -- what becomes of a device
+# -- the device
 
 
 class Device:
@@ -123,7 +123,7 @@ class Device:
             each.mkdir(parents=True, mode=0o700)
 
     def install(self, deb: Path) -> None:
-        """Put the package's files in place; what runs goes on."""
+        """Install the package's files; running processes continue."""
         self._site = before_the_move.unpack(deb, self._root)
 
     def _line(self, program: str, *arguments: str) -> list[str]:
@@ -135,7 +135,7 @@ class Device:
         return self._line(AGENT, *arguments, *places, "--config", str(self._state / "agent.toml"))
 
     async def start_host(self) -> Child:
-        """Start the host and restore what is committed, as the units do."""
+        """Start the host and restore the committed instances, as the units do."""
         places = ("--runtime", str(self._runtime), "--state", str(self._state / "host"))
         ingress = ("--ingress", f"127.0.0.1:{self._port}")
         host = await self._stage.scene.processes.start("host", self._line(HOST, "run", *places, *ingress))
@@ -157,7 +157,7 @@ class Device:
         assert code == 0, errors
 
     def in_the_fleet(self, host: Child, agent: Child) -> DemoDevice:
-        """Name the device as the fleet knows it, once it is online."""
+        """Return the device as the fleet knows it, once it is online."""
         rows = self._stage.scene.client.devices().devices
         assert len(rows) == 1
         return DemoDevice(name="device", device=rows[0].id, group=GROUP, port=self._port, agent=agent, host=host)
@@ -183,7 +183,7 @@ def sharing(stage: Stage, *, after: int = 0) -> InstanceHealth | None:
 
 
 def zygotes(host: Child) -> set[str]:
-    """The module of each zygote below a host."""
+    """Return the module of each zygote below a host."""
     lines = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in descendants(host.process.pid)]
     return {word.decode() for line in lines for word in line if word.endswith(b"zygote")}
 
@@ -212,7 +212,7 @@ def test_a_component_outlives_the_upgrade_and_is_updated_after_it(
     assert zygotes(made.host) == {"agent.host.zygote"}
 
     async def upgrade() -> DemoDevice:
-        # the files go while everything runs, and requests are answered all the same
+        # files are replaced while everything runs, and requests are still answered
         device.install(packages.new)
         await stage.answers(made, "1")
         # postinst: first the host, then the agent
@@ -225,7 +225,7 @@ def test_a_component_outlives_the_upgrade_and_is_updated_after_it(
 
     upgraded = stage.do(upgrade())
     stage.do(stage.answers(upgraded, "1"))
-    # and the new agent goes on from where the old one was
+    # the new agent continues where the old one stopped
     stage.do(stage.pushed("v2.wasm"))
     stage.do(stage.answers(upgraded, "2"))
     stage.do(stage.until("so does the new one", lambda: sharing(stage, after=shared.generation)))
