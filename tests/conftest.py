@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Options and fixtures for every test."""
 
 import functools
 import inspect
@@ -34,7 +34,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def golden(request):
-    """Compares with the golden files, or records them."""
+    """Compare with the golden files, or record them."""
     from tests.golden.support import Golden
 
     return Golden(record=request.config.getoption("--record-golden"))
