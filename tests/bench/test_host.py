@@ -58,7 +58,7 @@ def test_a_neighbour_of_a_guest_that_spins(host):
     row("the same, p99 against the undisturbed", f"{took[int(len(took) * 0.99)] / before:.1f}x")
 
 
-def test_memory_of_a_lane(host):
+def test_memory_of_a_worker(host):
     port = support.free_port()
     host.start("hello", support.a_run("web", 1, port=port))
     rate(port, "/", seconds=0.01)

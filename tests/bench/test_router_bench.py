@@ -1,6 +1,6 @@
 """What the router adds to a request, against what the same server takes for one without wasm; printed, not judged.
 
-Both figures are the processor's time of one process: the router's, and that of a lane's own loop (`Clients`), whose
+Both figures are the processor's time of one process: the router's, and that of a worker's own loop (`Clients`), whose
 guest is a function that answers what `hello` answers. The client and its connections are the same. A short run says
 little on a machine with other work, so the best of several is printed, each side's by itself.
 """
@@ -52,7 +52,7 @@ class Function:
 
 
 def serve(listener):
-    """A lane's loop, without a lane."""
+    """A worker's loop, without a worker."""
     poll = select.epoll()
     clients = HttpServer(poll, Function(), Limits(), lambda passed, cut: None)
     clients.serve(listener)

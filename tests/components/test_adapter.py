@@ -282,14 +282,14 @@ def test_an_engine_that_keeps_the_room_of_instances_takes_the_same_images(tmp_pa
 
 
 @pytest.mark.parametrize(("data", "status"), [(PROBE, 0), (PROBE[:9000], 3)])
-def test_the_compiler_composes_inside_its_cell(data, status):
+def test_the_compiler_composes_inside_its_sandbox(data, status):
     done = subprocess.run([sys.executable, "-m", "agent.host.compiler"], input=data, capture_output=True, check=False)
     assert done.returncode == status, done.stderr
     assert bool(done.stdout) is (status == 0)
 
 
 def test_the_compiler_writes_to_no_file_and_says_so(tmp_path):
-    """In its cell no file can grow, the one behind its output included."""
+    """In its sandbox no file can grow, the one behind its output included."""
     with (tmp_path / "image.cwasm").open("wb") as file:
         line = [sys.executable, "-m", "agent.host.compiler"]
         done = subprocess.run(line, input=PROBE, stdout=file, stderr=subprocess.PIPE, check=False)
@@ -298,7 +298,7 @@ def test_the_compiler_writes_to_no_file_and_says_so(tmp_path):
     assert (tmp_path / "image.cwasm").read_bytes() == b""
 
 
-def test_an_image_is_made_anew_for_another_adapter():
+def test_an_image_is_made_again_for_another_adapter():
     assert describe()["adapter"] == compose.adapter_digest()[:16]
 
 

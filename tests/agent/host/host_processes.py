@@ -1,4 +1,4 @@
-"""Read the processes of a running host from /proc: descendants, lanes, whether a process has ended."""
+"""Read the processes of a running host from /proc: descendants, workers, whether a process has ended."""
 
 import select
 from pathlib import Path
@@ -33,7 +33,7 @@ def ended(pidfds, timeout_s=20):
 
 
 def lanes_of(host):
-    """The pids of lanes: children of a zygote."""
+    """The pids of workers: children of a zygote."""
     all_of_them = children(host.process.pid)
     zygotes = [pid for pid, command in all_of_them.items() if b"agent.host.worker.zygote" in command]
     return [pid for zygote in zygotes for pid in children(zygote)]

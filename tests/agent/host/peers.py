@@ -75,7 +75,7 @@ class Peer:
 
 
 def answers(*replies):
-    """Answers each request on a connection with the next reply, the last one for ever; then it is kept open."""
+    """Answers each request on a connection with the next reply, the last one forever; then it is kept open."""
 
     def behave(peer, connection):
         for reply in [*replies, *[replies[-1]] * 100]:
@@ -101,7 +101,7 @@ def says(data, *, then="close"):
 
 
 class Board:
-    """A guest, its lane's `Outgoing`, and an egress in a thread."""
+    """A guest, its worker's `Outgoing`, and an egress in a thread."""
 
     def __init__(self, image, directory, resolver):
         self._image = image
@@ -125,7 +125,7 @@ class Board:
         assert self._ready.wait(30)
 
     def lane(self, **grants):
-        """A lane's end of its socket, as the supervisor makes it."""
+        """A worker's end of its socket, as the supervisor makes it."""
         ours, theirs = framing.socket_pair()
         admit = helper_api.RegisterWorker(
             "probe", tuple(grants.get("outbound", ())), tuple(grants.get("instances", ()))

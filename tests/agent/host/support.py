@@ -65,7 +65,7 @@ def sealed(data: bytes) -> int:
 def remembers(pid: int, secret: bytes) -> bool:
     """Whether a process has these bytes in its resident, writable memory.
 
-    Read piece by piece: all of it at once, twice over, is more than a board has.
+    Read piece by piece: all of it at once, twice over, is more than a device has.
     """
     with Path(f"/proc/{pid}/smaps").open() as maps, Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         span = ""

@@ -61,7 +61,7 @@ def test_three_thousand_idle_instances_fit_in_a_gibibyte(tmp_path):
             assert isinstance(host.ask(host_api.Stop, instance=name), host_api.Done)
         assert host.ask(host_api.Hello).running == ()
         left = [command for command in children(host.process.pid).values() if b"--shared" in command]
-        while len(left) > 1:  # the zygote stays for a while; its lanes end
+        while len(left) > 1:  # the zygote stays for a while; its workers end
             left = [command for command in children(host.process.pid).values() if b"--shared" in command]
     finally:
         host.close()

@@ -68,7 +68,7 @@ def test_what_stays_within_starts(host):
     assert isinstance(reply, host_api.Started), reply
 
 
-def test_the_boards_owner_bounds_both():
+def test_the_devices_owner_bounds_both():
     policy = Policy(table_elements=500, core_instances=4)
     narrowed = policy.limit(Limits())
     assert (narrowed.table_elements, narrowed.core_instances) == (500, 4)

@@ -1,4 +1,4 @@
-"""A guest that got out of wasm and runs native code in its lane meets the kernel, in every way a host may be run."""
+"""A guest that got out of wasm and runs native code in its worker meets the kernel, in every way a host may be run."""
 
 import json
 import os
@@ -27,13 +27,13 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 ROOT, USER, USER_WITHOUT = sandbox.WAYS
-# What each way of running a host has, of the layers around a lane.
+# What each way of running a host has, of the layers around a worker.
 COLUMNS = {
     ROOT: {"limits", "user", "network", "mount", "privileges", "landlock", "seccomp"},
     USER: {"limits", "user", "network", "mount", "privileges", "landlock", "seccomp"},
     USER_WITHOUT: {"limits", "privileges", "landlock", "seccomp"},
 }
-# Where the kernel itself lacks a layer, as on a board without Landlock, the others have to hold.
+# Where the kernel itself lacks a layer, as on a device without Landlock, the others have to hold.
 LACKS = set(os.environ.get("WASMFLEET_TEST_LACKS", "").split())
 
 
@@ -53,7 +53,7 @@ def as_nobody():
 
 @pytest.fixture(params=[pytest.param(ROOT, marks=pytest.mark.root), USER, USER_WITHOUT])
 def escaped(request):
-    """A host run one of the three ways, in whose lanes every guest is an escaped one."""
+    """A host run one of the three ways, in whose workers every guest is an escaped one."""
     directory = Path(tempfile.mkdtemp(prefix="wasmfleet-escape-"))
     prefix, python = ([], sys.executable) if request.param == ROOT else as_nobody()
     if request.param == USER_WITHOUT:
@@ -83,7 +83,7 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
     assert welcome.runs_as == host.column
 
     # A sibling with a secret is started first, so that what is inherited by a fork would be inherited here.
-    patient = support.Limits(start_ms=60_000)  # an emulated board forks and loads at a tenth of a board's speed
+    patient = support.Limits(start_ms=60_000)  # an emulated board forks and loads at a tenth of a device's speed
     host.start("hello", support.a_run("sibling", 1, limits=patient, config={"token": SECRET}))
     (sibling,) = lanes_of(host)
     # It may send requests: that gives it a socket to ask on, and no network.
@@ -160,7 +160,7 @@ def test_a_missing_layer_that_is_required_refuses_components(tmp_path):
         host.close()
 
 
-def test_without_a_requirement_a_board_without_libseccomp_still_runs(tmp_path):
+def test_without_a_requirement_a_device_without_libseccomp_still_runs(tmp_path):
     shadow = tmp_path / "shadow"
     shadow.mkdir()
     (shadow / "pyseccomp.py").write_text("raise RuntimeError('Unable to find libseccomp')\n")
@@ -184,7 +184,7 @@ def test_a_host_does_not_start_below_its_minimum(tmp_path):
     assert done.stderr.count("\n") == 1
     assert "isolation layers missing around components" in done.stderr
     assert not (tmp_path / "run" / "host.sock").exists()
-    # The agent finds it said there, for the operator who does not read this board's journal.
+    # The agent finds it said there, for the operator who does not read this device's journal.
     assert done.stderr == f"fleet-host: {host_api.why_not(tmp_path / 'run')}\n"
     # With what it asks for there, it starts.
     host = support.Host(tmp_path, arguments=["--minimum", "limits,privileges,seccomp"])

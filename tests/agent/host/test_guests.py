@@ -225,7 +225,7 @@ def test_fuel_ends_a_call_after_so_many_instructions(host):
     assert host.health("good").state == "running"
 
 
-def test_lanes_are_added_while_calls_wait_and_connections_share_them(host):
+def test_workers_are_added_while_calls_wait_and_connections_share_them(host):
     port = support.free_port()
     host.start("spin", support.a_run("slow", 1, port=port, limits=Limits(call_ms=1500, concurrency=3)))
     clients = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(3)]
@@ -257,7 +257,7 @@ def test_a_guest_has_its_own_files_within_its_limit_and_keeps_them_over_a_swap(h
     assert host.start("writes", support.a_run("bare", 1)).code == "grant-denied"
 
 
-def test_what_may_be_written_in_a_day_is_not_given_again_by_a_new_lane_version_or_host(tmp_path):
+def test_what_may_be_written_in_a_day_is_not_given_again_by_a_new_worker_version_or_host(tmp_path):
     """Its file is small, and is written again and again: what wears the flash out is the sum of it."""
     files = Grants(interfaces=("wasi:filesystem", "wasi:io"))
     limits = Limits(storage_bytes=64 << 20, daily_written_bytes=256 * 1024)
@@ -327,7 +327,7 @@ def test_an_answer_beyond_what_one_call_can_carry_is_named(host):
     assert echo(1)[0] == 200
 
 
-def test_eight_lanes_of_a_component_with_wasi_run_as_one_user(host):
+def test_eight_workers_of_a_component_with_wasi_run_as_one_user(host):
     """Each has threads of its own, and the limit on threads counts them all."""
     port = support.free_port()
     grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
@@ -341,7 +341,7 @@ def test_eight_lanes_of_a_component_with_wasi_run_as_one_user(host):
         return health if health.workers > len(clients) or health.restarts else None
 
     for _ in range(7):
-        # A lane in a call accepts nobody: the next client is another lane's, and once that is busy too, one is added.
+        # A worker in a call accepts no client: another worker takes the next one, and once that is busy, one is added.
         clients.append(socket.create_connection(("127.0.0.1", port), timeout=30))
         clients[-1].sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         health = eventually(grown, "a lane is added")

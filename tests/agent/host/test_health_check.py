@@ -117,7 +117,7 @@ def test_answers_are_counted_for_each_generation_by_itself(host):
     assert (checks.asked, checks.missed, checks.well) == (1, 0, True)
 
 
-def test_three_bad_answers_in_a_row_end_the_lane_and_it_is_not_well_until_it_says_so(host):
+def test_three_bad_answers_in_a_row_end_the_worker_and_it_is_not_well_until_it_says_so(host):
     start(host, 1, ALWAYS_BUT_FIRST)
     for _ in range(3):
         host.ask(host_api.Status, check="web")

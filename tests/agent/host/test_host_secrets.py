@@ -1,4 +1,4 @@
-"""Secrets in the host: given to one instance's lanes and to no other process, and kept out of all that is said."""
+"""Secrets in the host: given to one instance's workers and to no other process, and kept out of all that is said."""
 
 import base64
 import json
@@ -71,7 +71,7 @@ def test_a_rotated_secret_comes_with_a_new_generation_and_a_way_back_has_the_for
     assert support.http(port)[2].decode() == fnv1a(PASSWORD)
 
 
-def test_a_lane_that_dies_is_replaced_by_one_with_the_secret(host):
+def test_a_worker_that_dies_is_replaced_by_one_with_the_secret(host):
     port = started(host)
     host.ask(host_api.Restart, instance="web")
     assert support.http(port)[2].decode() == fnv1a(PASSWORD)
@@ -100,7 +100,7 @@ def own_host(tmp_path):
 
 
 def memfds(host):
-    """How many memfds the supervisor holds, but for the figures of its lanes."""
+    """How many memfds the supervisor holds, but for the figures of its workers."""
     found = Path(f"/proc/{host.process.pid}/fd").iterdir()
     return sum("memfd:image" in str(fd.readlink()) for fd in found if fd.is_symlink())
 
@@ -134,7 +134,7 @@ def test_what_is_entrusted_and_never_started_ends(own_host):
 
 
 @pytest.mark.root
-def test_no_process_of_the_host_but_its_own_lane_has_the_value(own_host):
+def test_no_process_of_the_host_but_its_own_worker_has_the_value(own_host):
     host = own_host
     # A sibling before it and one after it, so that whatever a fork would inherit would be inherited here.
     host.start("hello", support.a_run("before", 1))
@@ -204,7 +204,7 @@ def test_characters_with_a_meaning_in_patterns_have_none_here():
     assert Redactor(["a.c*(d"]).text("abcd a.c*(d") == "abcd redacted"
 
 
-def test_everything_that_a_lane_says_is_covered():
+def test_everything_that_a_worker_says_is_covered():
     redactor = Redactor([PASSWORD])
     told = [
         worker_api.Line(text=PASSWORD),

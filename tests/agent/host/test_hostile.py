@@ -159,7 +159,7 @@ def test_short_lines_are_told_to_fifty(host):
     assert all("the flood rises" in line for line in trapped.log[:-1])
 
 
-def test_an_endless_complaint_of_a_health_export_does_not_fill_the_boards_health(host):
+def test_an_endless_complaint_of_a_health_export_does_not_fill_the_devices_health(host):
     """What it says goes to the fleet with the health of every other instance: a sentence is enough."""
     text = support.wasm("unhealthy").decode().partition("\n")[2]
     text = text.replace(

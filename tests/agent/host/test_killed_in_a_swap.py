@@ -70,7 +70,7 @@ def test_whoever_is_killed_one_of_both_versions_answers(deadly, phase, victim):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_host_that_is_killed_takes_all_along_and_the_next_one_begins_anew(tmp_path, phase):
+def test_a_host_that_is_killed_takes_all_along_and_the_next_one_begins_again(tmp_path, phase):
     host = start(tmp_path)
     pids = []
     try:

@@ -1,4 +1,4 @@
-"""The host's own life: what it starts dies with it, lanes that die are replaced, loops of deaths end."""
+"""The host's own life: what it starts dies with it, workers that die are replaced, loops of deaths end."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from agent.host.ipc import host_api
 
 
 def kill_lanes(host):
-    """Kill every lane there is just now."""
+    """Kill every worker there is just now."""
     for lane in lanes_of(host):
         with contextlib.suppress(ProcessLookupError):
             os.kill(lane, signal.SIGKILL)
@@ -32,7 +32,7 @@ def test_a_host_that_ends_leaves_no_process(tmp_path, end):
     host.start("spin", support.a_run("bad", 1, limits=support.Limits(call_ms=longest)))
     host.start("hello", support.a_run("web", 1))
     host.start("hello", support.a_run("other", 1, namespace="strangers"))
-    # One lane is deep in a call when it happens.
+    # One worker is deep in a call when it happens.
     client = socket.create_connection(("127.0.0.1", host.port))
     client.sendall(b"GET /bad/ HTTP/1.1\r\nhost: x\r\n\r\n")
     all_of_them = children(host.process.pid)
@@ -61,7 +61,7 @@ def test_a_zygote_has_one_thread_after_all_it_does(host):
     assert [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in top] == [1] * len(top)
 
 
-def test_a_lane_that_dies_is_replaced_and_the_client_that_waits_is_answered(host):
+def test_a_worker_that_dies_is_replaced_and_the_client_that_waits_is_answered(host):
     port = support.free_port()
     host.start("hello", support.a_run("web", 1, port=port))
     (lane,) = lanes_of(host)
@@ -142,7 +142,7 @@ def test_a_second_host_in_the_same_place_and_a_taken_port_are_refused_in_one_lin
 
 
 def test_where_there_is_no_engine_the_host_says_so_and_refuses_components(tmp_path):
-    # A wasmtime that cannot be imported, as on a board for which there is no library.
+    # A wasmtime that cannot be imported, as on a device for which there is no library.
     shadow = tmp_path / "shadow" / "wasmtime"
     shadow.mkdir(parents=True)
     (shadow / "__init__.py").write_text("raise RuntimeError('unsupported architecture for wasmtime: riscv64')\n")

@@ -1,4 +1,4 @@
-"""Full sockets between the agent, the host and its processes: nothing is lost, and nobody waits for ever."""
+"""Full sockets between the agent, the host and its processes: nothing is lost, and nobody waits forever."""
 
 import asyncio
 import contextlib
@@ -231,7 +231,7 @@ async def test_a_router_that_is_replaced_knows_every_instance_however_many(tmp_p
 
 
 @pytest.mark.asyncio
-async def test_a_zygote_that_is_slow_to_read_forks_every_lane_in_the_end():
+async def test_a_zygote_that_is_slow_to_read_forks_every_worker_in_the_end():
     nursery = ZygotePool()
     try:
         await nursery.fork("main", "first", fuel=False)
@@ -248,13 +248,13 @@ async def test_a_zygote_that_is_slow_to_read_forks_every_lane_in_the_end():
 
 
 @pytest.mark.asyncio
-async def test_an_egress_that_is_replaced_knows_every_lane_however_many(tmp_path, monkeypatch):
+async def test_an_egress_that_is_replaced_knows_every_worker_however_many(tmp_path, monkeypatch):
     """More messages than its socket holds, since it reads none before it is confined."""
     fork = helpers.fork_egress
 
     def fork_with_little_room(directory):
         pid, sock = fork(directory)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least: a few packets, not hundreds of lanes
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least: a few packets, not hundreds of workers
         return pid, sock
 
     monkeypatch.setattr(helpers, "fork_egress", fork_with_little_room)

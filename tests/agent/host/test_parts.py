@@ -160,13 +160,13 @@ def test_figures_are_read_where_they_are_written():
     assert stats_page.CallStats().percentile_us(0.99) == 0
     writer.rest()
     assert (reader.number(), reader.began_ns()) == (0, 0)
-    # A lane cannot pull the page from under its reader.
+    # A worker cannot pull the page from under its reader.
     with pytest.raises(PermissionError):
         os.ftruncate(fd, 0)
     os.close(fd)
 
 
-def test_whatever_lanes_write_into_their_pages_fits_into_a_message():
+def test_whatever_workers_write_into_their_pages_fits_into_a_message():
     """A message with a larger number would be refused, and with it the figures of all instances."""
     fd = stats_page.create_page("test")
     os.pwrite(fd, b"\xff" * stats_page.SIZE, 0)

@@ -1,4 +1,4 @@
-"""A whole host on a board with little address space, as the kernel's limit on every process of it simulates."""
+"""A whole host on a device with little address space, as the kernel's limit on every process of it simulates."""
 
 import os
 import subprocess
@@ -68,12 +68,12 @@ def test_a_host_with_little_address_space_answers_contains_and_swaps(small):
     assert set(statuses) == {200, 500}
     assert host.ask(host_api.Revert, instance="web", generation=2).generation == 1
     assert asked(host, "web") == 200
-    # Nothing was ended by the engine giving up: no lane, no zygote, no router.
+    # Nothing was ended by the engine giving up: no worker, no zygote, no router.
     assert [(one.instance, one.restarts) for one in host.ask(host_api.Status).instances] == [("probe", 0), ("web", 0)]
     assert "abort" not in (host.runtime.parent / "host.log").read_text().lower()
 
 
-def test_instances_that_share_a_lane_fit_into_little_address_space(small):
+def test_instances_that_share_a_worker_fit_into_little_address_space(small):
     host, start = small
     for number in range(SEATS):
         limits = Limits(memory_bytes=4 * MIB)

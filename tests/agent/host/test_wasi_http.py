@@ -1,4 +1,4 @@
-"""A guest of wasi:http on a running host: the adapter inside its lane, and the same HTTP as every other guest's."""
+"""A guest of wasi:http on a running host: the adapter inside its worker, and the same HTTP as every other guest's."""
 
 import socket
 import threading
@@ -95,7 +95,7 @@ def test_a_swap_between_the_worlds_loses_no_connection(host):
         assert ask(port, "/", sock=kept)[2] == b"hello over wasi:http\n"
 
 
-def test_lanes_side_by_side_never_mix_their_answers(host):
+def test_workers_side_by_side_never_mix_their_answers(host):
     port = support.free_port()
     limits = Limits(concurrency=3, request_bytes=1 << 20, response_bytes=1 << 20)
     host.start("probe", support.a_run("many", 1, port=port, grants=GRANTS, limits=limits))

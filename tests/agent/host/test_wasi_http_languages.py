@@ -1,4 +1,4 @@
-"""Servers for wasi:http built by their own toolchains answer on a board as they do under `wasmtime serve`.
+"""Servers for wasi:http built by their own toolchains answer on a device as they do under `wasmtime serve`.
 
 A language whose tools are not here is skipped by name, and so is the comparison where there is no `wasmtime`:
 `make test-guests` brings the tools, and `make wasmtime-serve` builds the command.
@@ -19,7 +19,7 @@ from agent.host.ipc import host_api
 
 BUILD = support.ROOT / "components" / "examples" / "wasi-http" / "build.py"
 SAYS = {"rust": "Rust", "js": "JavaScript", "python": "Python"}
-# What a language's runtime imports beside wasi:http: all of it served, none of it leading anywhere from a cell.
+# What a language's runtime imports beside wasi:http: all of it served, none of it leading anywhere from a sandbox.
 GRANTS = Grants(interfaces=("wasi:cli", "wasi:clocks", "wasi:filesystem", "wasi:http", "wasi:random", "wasi:sockets"))
 LIMITS = Limits(memory_bytes=128 << 20, call_ms=20_000, start_ms=20_000, request_bytes=2 << 20, response_bytes=2 << 20)
 BODY = bytes(n % 251 for n in range(300_000))
@@ -51,7 +51,7 @@ def image(server):
 
 @pytest.fixture
 def port(host, image):
-    """Where the server answers on the board."""
+    """Where the server answers on the device."""
     port = support.free_port()
     fd = support.sealed(image)
     try:

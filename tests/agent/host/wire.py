@@ -7,7 +7,7 @@ AT_MOST = 1 << 26
 
 
 class Wire:
-    """One connection to a port of the board."""
+    """One connection to a port of the device."""
 
     def __init__(self, port, *, timeout_s=60):
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)

@@ -1,4 +1,4 @@
-"""What an exchange with a guest leaves behind in its lane: nothing, or a lane would run out of memory by and by."""
+"""What an exchange with a guest leaves behind in its worker: nothing, or a worker would run out of memory by and by."""
 
 import gc
 import re

@@ -1,4 +1,4 @@
-"""Smuggling, looked for by force: what the router accepts, the lane behind it must read as the same requests, and
+"""Smuggling, looked for by force: what the router accepts, the worker behind it must read as the same requests, and
 nothing that a stranger sends may end either process or put an answer on the wrong request.
 
 Seeded and bounded by count; `make fuzz` tries many times as many.
@@ -25,7 +25,7 @@ HOP = (b"connection:", b"te:", b"trailer:", b"upgrade:", b"expect:", b"keep-aliv
 
 
 class Instance:
-    """Stands for an upstream connection: reads what the router sends as a lane would, and answers what is whole."""
+    """Stands for an upstream connection: reads what the router sends as a worker would, and answers what is whole."""
 
     full = False
 
@@ -81,7 +81,7 @@ class Transport:
 
 
 def through_the_router(pieces):
-    """The requests that a lane reads behind a router which is sent these pieces."""
+    """The requests that a worker reads behind a router which is sent these pieces."""
     routes, pool = RouteTable(), Pool()
     routes.up = {"echo": True}
     client = ClientConnection(routes, pool, set())
@@ -97,7 +97,7 @@ def through_the_router(pieces):
 
 
 def directly(pieces):
-    """The requests that a lane reads of the same bytes at a port of its own; refusals left out."""
+    """The requests that a worker reads of the same bytes at a port of its own; refusals left out."""
     state = Http1Connection(body_max_bytes=BODY_MAX)
     read = []
     for piece in pieces:

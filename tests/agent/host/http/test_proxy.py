@@ -67,7 +67,7 @@ async def story(tmp_path, client=proxy.ClientConnection, instance=Instance):
 
 @pytest.mark.parametrize(("several_lanes", "connections"), [(False, 1), (True, 10)])
 @pytest.mark.asyncio
-async def test_a_connection_to_an_instance_is_kept_unless_it_could_wait_for_a_busy_lane(
+async def test_a_connection_to_an_instance_is_kept_unless_it_could_wait_for_a_busy_worker(
     tmp_path, several_lanes, connections
 ):
     async with story(tmp_path) as (instance, _routes, pool, ask):

@@ -336,7 +336,7 @@ def test_nobody_there_is_connection_refused(board):
     assert ask(guest, f"/get?127.0.0.1:{port}/") == code("connection-refused")
 
 
-def test_a_neighbour_on_the_board_is_reached_by_name_alone_and_only_so_often(board, tmp_path):
+def test_a_neighbour_on_the_device_is_reached_by_name_alone_and_only_so_often(board, tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(tmp_path / "meter"))
         listener.listen()
@@ -402,7 +402,7 @@ def test_a_certificate_is_verified_with_its_name(board, peer, addresses, tmp_pat
         b"[" * 4000,
     ],
 )
-def test_a_lane_that_asks_what_is_no_question_is_not_heard_again(board, raw):
+def test_a_worker_that_asks_what_is_no_question_is_not_heard_again(board, raw):
     lane = board.lane()
     lane.settimeout(30)
     lane.send(raw)
@@ -411,7 +411,7 @@ def test_a_lane_that_asks_what_is_no_question_is_not_heard_again(board, raw):
     lane.close()
 
 
-def test_a_lane_is_who_its_socket_says_and_gets_connected_sockets_only(board, peer):
+def test_a_worker_is_who_its_socket_says_and_gets_connected_sockets_only(board, peer):
     there, mine = peer(answers(OK)), peer(answers(OK))
     lane = board.lane(outbound=(f"http://127.0.0.1:{mine.port}",))
     other = board.lane(outbound=(f"http://127.0.0.1:{there.port}",))

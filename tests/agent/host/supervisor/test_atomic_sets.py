@@ -64,7 +64,7 @@ def test_when_one_cannot_start_the_other_is_not_swapped_in_whoever_comes_first(p
 
 @pytest.mark.parametrize("before", [None, "another port"])
 def test_a_start_that_fails_at_the_barrier_leaves_no_port_open(host, before):
-    """Else clients would connect and wait for ever: nobody accepts there."""
+    """Else clients would connect and wait forever: nobody accepts there."""
     port = support.free_port()
     assert isinstance(host.start("hello", support.a_run("back", 1)), host_api.Started)
     if before:

@@ -55,7 +55,7 @@ async def test_five_short_lives_in_a_row_are_a_quarantine(case):
 
 
 @pytest.mark.asyncio
-async def test_a_life_of_some_length_begins_the_count_anew(case):
+async def test_a_life_of_some_length_resets_the_count(case):
     for uptime_s in (*[SHORT_S] * 4, LONG_S, *[SHORT_S] * 3):
         case.dies(uptime_s)
     assert (case.instance.state, case.count) == ("backoff", 4)

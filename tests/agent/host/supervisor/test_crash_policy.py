@@ -62,7 +62,7 @@ def test_pauses_grow_and_end_within_a_minute():
     assert pauses[-1] == 60.0
 
 
-def test_a_requested_restart_begins_anew():
+def test_a_requested_restart_begins_again():
     policy = CrashPolicy(4)
     policy.on_request()
     assert policy.on_exit(0.0, at_fault=True) == Restart(0.1)

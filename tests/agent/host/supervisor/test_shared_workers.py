@@ -114,7 +114,7 @@ def test_a_guest_that_hangs_is_ended_with_its_worker_and_the_others_are_told_on_
     assert host.health("mate").shared_worker not in {"", shared}
 
 
-def test_a_worker_that_dies_between_calls_is_made_anew_for_all(host):
+def test_a_worker_that_dies_between_calls_is_made_again_for_all(host):
     before = set(lanes_of(host))
     for name in ("a", "b"):
         share(host, "hello", name)

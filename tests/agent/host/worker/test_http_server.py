@@ -1,4 +1,4 @@
-"""A lane's clients, without a lane: sockets on one side, a guest that is a function on the other."""
+"""A worker's clients, without a worker: sockets on one side, a guest that is a function on the other."""
 
 import os
 import select
@@ -55,7 +55,7 @@ class Busy(Caller):
 
 @pytest.fixture
 def two_clients():
-    """A lane that may have siblings, with two connections: its clients, its loop, the queue, both connections."""
+    """A worker that may have siblings, with two connections: its clients, its loop, the queue, both connections."""
     poll = select.epoll()
     clients = HttpServer(poll, Busy(), Limits(concurrency=2), lambda passed, cut: None)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -87,7 +87,7 @@ def waiting(sock):
     return found
 
 
-def test_who_does_not_ask_waits_in_no_lane_that_is_busy(two_clients):
+def test_who_does_not_ask_waits_in_no_worker_that_is_busy(two_clients):
     clients, turn, queue, (one, other) = two_clients
     other.sendall(b"GET /lat")
     turn()

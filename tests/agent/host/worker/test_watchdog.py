@@ -1,4 +1,4 @@
-"""What the supervisor sees in a lane's page, whatever kind of call has just ended."""
+"""What the supervisor sees in a worker's page, whatever kind of call has just ended."""
 
 import os
 import subprocess
@@ -132,12 +132,12 @@ def test_a_call_that_epochs_do_not_end_is_ended_all_the_same(monkeypatch):
     assert "1260 ms of its own time, 250 are allowed" in why
 
 
-def test_a_call_is_not_overdue_because_its_board_was_suspended(monkeypatch):
+def test_a_call_is_not_overdue_because_its_device_was_suspended(monkeypatch):
     # an hour went by in one tick: nobody was there to give the processor, nor the peer to answer
     assert Watched(monkeypatch, idle_ms=500, total_ms=500).pass_time(1, ms=3_600_000) == []
 
 
-def test_a_call_that_takes_a_while_asks_for_another_lane_once(monkeypatch):
+def test_a_call_that_takes_a_while_asks_for_another_worker_once(monkeypatch):
     watched = Watched(monkeypatch, concurrency=2)
     watched.pass_time(20)
     assert watched.said == [worker_api.Busy()]
