@@ -189,15 +189,15 @@ class LogFollower:
         self._policy = policy
         self._db = db
         self._sink = sink
-        self._wishes: asyncio.Queue[_Follow] = asyncio.Queue()
+        self._requests: asyncio.Queue[_Follow] = asyncio.Queue()
         self.following: dict[str, int] = {}
 
     async def run(self) -> None:
         """Send the followed logs, forever."""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                wish = await self._wishes.get()
-                tasks.create_task(self._run(wish.instance, wish.minutes, wish.command))
+                request = await self._requests.get()
+                tasks.create_task(self._run(request.instance, request.minutes, request.command))
 
     def follow(self, instance: str, *, minutes: int, command: int) -> None:
         """Start sending an instance's log; a newer command for the same instance replaces an older one."""
@@ -205,7 +205,7 @@ class LogFollower:
             log.warning("the log of %s is not sent: %d logs are already followed", instance, FOLLOWS_MAX)
             return
         self.following[instance] = command
-        self._wishes.put_nowait(_Follow(instance, min(max(1, minutes), bounds.LOGS_MINUTES_MAX), command))
+        self._requests.put_nowait(_Follow(instance, min(max(1, minutes), bounds.LOGS_MINUTES_MAX), command))
 
     async def _note(self, text: str) -> None:
         version = await self._db(Store.counter, "accepted")

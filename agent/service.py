@@ -304,7 +304,7 @@ class DamagedImages:
         self._reconciler = reconciler
 
     async def run(self) -> None:
-        """Forward damaged images, for ever."""
+        """Forward damaged images, forever."""
         while True:
             damaged = await self._images.damaged.get()
             log.error("%s", damaged.message)
@@ -331,7 +331,7 @@ class Eviction:
         self._due.set()
 
     async def run(self) -> None:
-        """Evict whenever a change has ended, for ever."""
+        """Evict whenever a change has ended, forever."""
         while True:
             await self._due.wait()
             self._due.clear()

@@ -39,8 +39,8 @@ def finished() -> Path | None:
 
 def _serves(command: Path) -> bool:
     # No --help in this build. Without its sub-command, `serve` would be the name of a file to run.
-    said = subprocess.run([command, "serve"], check=False, capture_output=True).stderr
-    return b"required arguments" in said
+    output = subprocess.run([command, "serve"], check=False, capture_output=True).stderr
+    return b"required arguments" in output
 
 
 def build() -> Path:

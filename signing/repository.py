@@ -344,7 +344,7 @@ def online(
 ) -> dict[str, bytes]:
     """Make published files visible: sign a new timestamp, and a new snapshot where it must change.
 
-    `above`: role -> version that was signed before and is not among the files: a damaged one is made anew.
+    `above`: role -> version that was signed before but is not among the files: a newer one replaces a damaged file.
 
     Returns:
         File name -> bytes, to be written in this order.
@@ -432,7 +432,7 @@ def _is_due(signed: Signed, now: datetime, role: str) -> bool:
 
 
 def _outlives(signed: Signed, now: datetime, role: str) -> bool:
-    """Return whether metadata are valid for longer than their role allows: whoever signed them had a wrong clock."""
+    """Return whether metadata is valid for longer than its role allows, because it was signed with a wrong clock."""
     return signed.expires - now > LIFE[role] + SLACK
 
 

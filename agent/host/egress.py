@@ -182,7 +182,7 @@ class Egress:
             ask = _asks.decode(data)
         except BlockingIOError:
             return
-        except (OSError, *wire.JSON_ERRORS):  # gone, or no worker of ours any more: not read again
+        except (OSError, *wire.JSON_ERRORS):  # the worker has ended, or is compromised: do not read from it again
             asyncio.get_running_loop().remove_reader(worker)
             worker.close()
             return
@@ -193,9 +193,9 @@ class Egress:
     async def _answer(
         self, worker: socket.socket, grants: Grants, ask: ConnectRequest, room: asyncio.Semaphore
     ) -> None:
-        told, found = ConnectReply(id=ask.id), None
+        reply, found = ConnectReply(id=ask.id), None
         if room.locked():
-            told = ConnectReply(
+            reply = ConnectReply(
                 id=ask.id, error="connection-limit-reached", why=f"{_AT_ONCE} connections are being made"
             )
         else:
@@ -203,8 +203,8 @@ class Egress:
                 try:
                     found = await connect(grants, ask, directory=self._directory, resolver=self._resolve)
                 except RefusedError as error:
-                    told = ConnectReply(id=ask.id, error=error.error, why=str(error))
-        with contextlib.suppress(OSError):  # a worker that is gone, or reads nothing, has no use for it
-            framing.send_packet(worker, msgspec.json.encode(told), () if found is None else (found.fileno(),))
+                    reply = ConnectReply(id=ask.id, error=error.error, why=str(error))
+        with contextlib.suppress(OSError):  # the worker has ended, or does not read
+            framing.send_packet(worker, msgspec.json.encode(reply), () if found is None else (found.fileno(),))
         if found is not None:
             found.close()

@@ -27,7 +27,7 @@ class IdentityError(Exception):
     """The device is not enrolled, or its identity is damaged; the message says what to do."""
 
 
-_ENROL_ANEW: Final = "restore it from a copy, or enrol anew with 'fleet-agent enroll --force'"
+_ENROL_AGAIN: Final = "restore it from a copy, or enrol again with 'fleet-agent enroll --force'"
 
 
 def note_production(directory: Path) -> None:
@@ -113,7 +113,7 @@ def load(directory: Path) -> Identity:
     except OSError as error:
         raise IdentityError(f"cannot read {path}: {error.strerror}") from error
     except wire.JSON_ERRORS as error:
-        raise IdentityError(f"{path} is damaged ({error}): {_ENROL_ANEW}") from error
+        raise IdentityError(f"{path} is damaged ({error}): {_ENROL_AGAIN}") from error
 
 
 _NEEDED: Final = {
@@ -132,11 +132,11 @@ def damaged_files(directory: Path) -> list[str]:
         IdentityError: the device key is damaged, without which the device must enrol again.
     """
     key = directory / "device.key"
-    if key.exists() and (words := damage(key)):
-        raise IdentityError(f"{key} is damaged ({words}): {_ENROL_ANEW}")
+    if key.exists() and (fault := damage(key)):
+        raise IdentityError(f"{key} is damaged ({fault}): {_ENROL_AGAIN}")
     paths = [path for name in _NEEDED if (path := directory / name).exists()]
-    found = [(path, words) for path in paths if (words := damage(path))]
-    return [f"{path} is damaged ({words}): {_NEEDED[path.name]}; {_ENROL_ANEW}" for path, words in found]
+    found = [(path, fault) for path in paths if (fault := damage(path))]
+    return [f"{path} is damaged ({fault}): {_NEEDED[path.name]}; {_ENROL_AGAIN}" for path, fault in found]
 
 
 def name_of(host: str, machine: str) -> str:
@@ -210,8 +210,8 @@ def erase(found: Found) -> bool:
     try:
         with found.file.open("r+b") as file:
             if found.file.name != NAME:
-                words = [word for word in file.read().decode().split() if word != f"{NAME}={found.text}"]
-                _replace(found.file, " ".join(words) + "\n")
+                fault = [word for word in file.read().decode().split() if word != f"{NAME}={found.text}"]
+                _replace(found.file, " ".join(fault) + "\n")
             file.seek(0)
             file.write(b"\0" * os.fstat(file.fileno()).st_size)
             file.flush()

@@ -86,7 +86,7 @@ class Uplink:
         self._asked_again = False
 
     async def run(self) -> None:
-        """Send reports and health, for ever."""
+        """Send reports and health, forever."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._send_reports())
             tasks.create_task(self._send_health())

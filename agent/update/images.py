@@ -70,7 +70,7 @@ class _Note(msgspec.Struct, frozen=True, kw_only=True):
     mac: str = ""
 
 
-class _CompilerSaid(msgspec.Struct, frozen=True):
+class _CompilerResult(msgspec.Struct, frozen=True):
     """Result line of the compiler on stderr."""
 
     message: str = ""
@@ -103,7 +103,7 @@ def load_key(path: Path) -> bytes:
     """
     try:
         if path.exists() and not _is_key(path.read_bytes()):
-            log.warning("%s was damaged: every image is made anew with another key", set_aside(path))
+            log.warning("%s was damaged: all images are compiled again under a new key", set_aside(path))
         with contextlib.suppress(FileExistsError):
             create_exclusive(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
         return path.read_bytes()
@@ -125,7 +125,7 @@ class DamagedImage:
 
 
 class OpenImage(NamedTuple):
-    """Checked image in a memfd that nobody can change; `sha256` is that of its bytes."""
+    """Verified image in a sealed memfd; `sha256` is that of its bytes."""
 
     descriptor: int
     sha256: str
@@ -289,12 +289,12 @@ class ImageStore:
             raise ImageError(RejectCode.NOT_FOUND, "there is no image of this component for this engine") from error
         except (OSError, *wire.JSON_ERRORS) as error:
             raise self._remove(name, f"the image cannot be read: {error}") from error
-        sound = (
+        is_intact = (
             hmac.compare_digest(self._mac(note), note.mac)
             and (note.artifact, note.manifest) == (artifact, manifest)
             and opened.sha256 == note.image
         )
-        if not sound:
+        if not is_intact:
             os.close(opened.descriptor)
             raise self._remove(name, "the image was changed on this device's disk: its MAC does not match")
         with contextlib.suppress(OSError):
@@ -375,8 +375,8 @@ def _last_line(err: bytes) -> str:
     if not lines:
         return ""
     with contextlib.suppress(*wire.JSON_ERRORS):
-        said = msgspec.json.decode(lines[-1], type=_CompilerSaid)
-        return said.message or said.error or said.code
+        result = msgspec.json.decode(lines[-1], type=_CompilerResult)
+        return result.message or result.error or result.code
     return lines[-1][:500]
 
 
@@ -389,5 +389,5 @@ def _compiler_failed(status: int, err: bytes) -> ImageError:
     lines = err.decode(errors="replace").strip().splitlines()
     if lines:
         with contextlib.suppress(*wire.JSON_ERRORS, ValueError):
-            code = RejectCode(msgspec.json.decode(lines[-1], type=_CompilerSaid).code)
+            code = RejectCode(msgspec.json.decode(lines[-1], type=_CompilerResult).code)
     return ImageError(code, line or f"the compiler ended with exit code {status}")

@@ -214,7 +214,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """Event with its code and message where it tells of a failure."""
+    """Event with its code and message, if it reports a failure."""
 
     event: Event
     code: str = ""
@@ -240,7 +240,7 @@ def advance(state: State, happened: Happened, now: float) -> tuple[State, Effect
 
     Args:
         state: as persisted.
-        happened: the event, with code and message where it tells of a failure.
+        happened: the event, with code and message if it reports a failure.
         now: seconds, of any clock that does not jump (boot time).
 
     Returns:
@@ -304,7 +304,7 @@ def _counted(state: State, counter: Counter, count: int) -> State:
 
 
 def _give_up(state: State, following: State, happened: Happened, row: Row, now: float) -> State:
-    """End a change whose counter has ended. A removal counts as done: nobody starts the instance again."""
+    """End a change whose counter has ended. A removal counts as done, as the instance is not started again."""
     assert row.counter is not None
     assert row.beyond is not None
     if following.removal:

@@ -490,7 +490,7 @@ class AssignmentReceiver:
             refused=claimed.version if claimed is not None and 0 < claimed.version <= VERSION_MAX else 0,
             refused_sha256=sha256,
         )
-        state.tell(report)
+        state.log_report(report)
         await self._report(report)
 
     async def _version_meant(self, claimed: Assignment | None, code: RejectCode) -> int:

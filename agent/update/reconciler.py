@@ -411,7 +411,7 @@ class Reconciler:
         self._steps += 1
         if stored.report is not None:
             if stored.report.progress is None:
-                reports.tell(stored.report)
+                reports.log_report(stored.report)
             self._sink.saved(stored.report)
         return stored
 

@@ -321,8 +321,8 @@ class HostRestorer:
     def _tell(self, event: HostEvent) -> None:
         match event:
             case host_api.Trapped():
-                said = f"{event.instance}: {event.code}: {event.message}".partition("\n")[0]
-                log.warning("%s", said, extra=systemd.fields(instance=event.instance, code=event.code))
+                text = f"{event.instance}: {event.code}: {event.message}".partition("\n")[0]
+                log.warning("%s", text, extra=systemd.fields(instance=event.instance, code=event.code))
             case host_api.Changed():
                 log.info("%s: %s %s", event.instance, event.state, event.message)
                 self._sink.changed()

@@ -320,8 +320,8 @@ def transition(
         return Transition(closed=change.instance, report=report if is_news else None, effect=effect)
     new_generation = phase is Phase.SWAPPING and following.generation == 0 and following.item is not None
     if phase is left:
-        said = report if result.event in _REPORTED_AGAIN and phase not in _QUIET else None
-        return Transition(change=following, new_generation=new_generation, report=said, effect=effect)
+        reported = report if result.event in _REPORTED_AGAIN and phase not in _QUIET else None
+        return Transition(change=following, new_generation=new_generation, report=reported, effect=effect)
     commits = phase is Phase.COMMITTED and following.item is not None
     return Transition(
         change=following,
@@ -609,7 +609,7 @@ def of_change(
     )
 
 
-def tell(report: Report) -> None:
+def log_report(report: Report) -> None:
     """Write a report into the journal, with its subject as fields to search by."""
     subject = systemd.fields(
         instance=report.instance,

@@ -1,7 +1,7 @@
 """Device state on disk: the only SQL of the agent, the thread it runs on, and the lock of the state directory.
 
 One SQLite file in WAL mode with synchronous=FULL: what a method has returned from is on the medium. Each step of
-a change is one transaction (`Store.apply`), together with the report that tells of it, so that a power cut leaves a
+a change is one transaction (`Store.apply`), together with the report about it, so that a power cut leaves a
 state and its report, or neither. All methods of `Store` block; `Database` owns the store and runs them, one after
 another, on its thread, where TUF and fsync happen too.
 

@@ -140,7 +140,7 @@ def test_reports_are_in_the_journal_with_searchable_fields(journal):
         code=RejectCode.TRAPPED,
         message="unreachable\nsecond line",
     )
-    reports.tell(report)
+    reports.log_report(report)
     assert journal == [
         {
             "MESSAGE": f"hello: rolled-back components/main/hello/3.0.0.wasm: {RejectCode.TRAPPED}: unreachable",
@@ -158,7 +158,7 @@ def test_reports_are_in_the_journal_with_searchable_fields(journal):
 
 
 def test_a_refused_assignment_is_named_in_the_journal(journal):
-    reports.tell(
+    reports.log_report(
         Report(
             device="crane-0a1b2c3d",
             boot_id="b",

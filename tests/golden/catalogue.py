@@ -177,7 +177,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "verifier-state-role": verifier_state.Remembered,
         "image-note": images._Note,
         "bundle-outcome": bundle.BundleVerdict,
-        "compiler-refusal": images._CompilerSaid,
+        "compiler-refusal": images._CompilerResult,
     },
     "told-by-fleet-agent": {
         "check": check.Result,

@@ -49,8 +49,8 @@ def failure(status: int, stderr: bytes) -> tuple[RejectCode, str]:
         return RejectCode.COMPILE_FAILED, f"the compiler crashed on this component ({name})"
     lines = stderr.decode(errors="replace").strip().splitlines()
     try:
-        said = json.loads(lines[-1])
-        return RejectCode(said["code"]), str(said["message"])
+        result = json.loads(lines[-1])
+        return RejectCode(result["code"]), str(result["message"])
     except (IndexError, ValueError, KeyError, TypeError):
         return RejectCode.COMPILE_FAILED, f"the compiler ended with status {status}: {' '.join(lines)[-500:]}"
 

@@ -28,7 +28,7 @@ def sealed_memfd(name: str, size: int) -> int:
 
 
 def constant_memfd(name: str, fill: Callable[[int], None]) -> int:
-    """Return a memfd that `fill` has written and nobody can change any more.
+    """Return a memfd with content written by `fill`, sealed against any change.
 
     Raises:
         OSError: there is no memory for it; and whatever `fill` raises.

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class IpcError(Exception):
-    """The other side is gone, or sent something that this program does not understand."""
+    """The peer has closed the connection, or sent an invalid message."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,7 +137,7 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
 
 
 class Restart(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
-    """Start the running generation anew. Answered with `Done`."""
+    """Restart the running generation. Answered with `Done`."""
 
     id: Count
     instance: str
@@ -286,7 +286,7 @@ _from_host: Final[msgspec.json.Decoder[FromHost]] = msgspec.json.Decoder(FromHos
 
 
 def why_not(runtime: Path) -> str:
-    """Return why no host runs here, in its own words; empty where it has not said."""
+    """Return why the host did not start, in its own words; empty if it has not written a reason."""
     try:
         text = (runtime / WHY_NOT).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -318,7 +318,7 @@ def send(sock: socket.socket, message: Request | FromHost, fd: int | None = None
     """Send one message, with a descriptor if there is one (it stays open here).
 
     Raises:
-        IpcError: larger than a packet may be, or the other side is gone.
+        IpcError: larger than a packet may be, or the peer has closed the connection.
         BlockingIOError: a non-blocking socket is full; nothing was sent.
     """
     data = encode(message)

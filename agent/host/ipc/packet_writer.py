@@ -22,7 +22,7 @@ class PacketWriter:
     """The only writer of a non-blocking packet socket: packets leave in the order in which they were given.
 
     An event loop knows one writer for each socket, so senders that wait for it themselves displace each other. Here
-    nobody waits: a packet that finds no room is kept until there is some. Belongs to the loop's thread.
+    no sender waits: a packet that finds no room is kept until there is some. Belongs to the loop's thread.
     """
 
     def __init__(self, sock: socket.socket, on_broken: Callable[[OSError], None]) -> None:

@@ -26,7 +26,7 @@ _ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _OUTGOING, _CPU, _NUMBER = 0, 8, 16,
 
 _COUNTS: Final = 64
 _CPU_MAX_NS: Final = 2**56  # of one page: two years
-_CPU_SUM_MAX_NS: Final = NUMBER_MAX * 1_000_000  # told in milliseconds
+_CPU_SUM_MAX_NS: Final = NUMBER_MAX * 1_000_000  # reported in milliseconds
 _LATENCIES: Final = 1024
 _U64: Final = struct.Struct("=Q")
 _U32: Final = struct.Struct("=I")

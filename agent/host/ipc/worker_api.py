@@ -155,7 +155,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
 
 
 class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag="save-state"):
-    """Have the guest save its state into the memfd that comes along, and answer nobody until `Drain` or `Resume`.
+    """Have the guest save its state into the memfd that comes along, and answer no request until `Drain` or `Resume`.
 
     Answered with `StateSaved`; with a problem in it, the worker goes on by itself.
     """
@@ -311,7 +311,7 @@ _from_worker: Final[msgspec.json.Decoder[FromWorker]] = msgspec.json.Decoder(Fro
 
 
 def most_a_minute(log_lines: int) -> int:
-    """Return how many messages a worker may send unasked in a minute: twice what a sound one has reason to."""
+    """Return how many messages a worker may send on its own in a minute: twice what an intact worker needs."""
     return 2 * (log_lines + FAULTS_A_MINUTE) + _OTHERS_A_MINUTE
 
 
@@ -324,7 +324,7 @@ def send(sock: socket.socket, message: ToWorker | FromWorker, *fds: int) -> None
     """Send one message and descriptors, which stay open here.
 
     Raises:
-        GoneError: the other side is gone.
+        GoneError: the peer has closed the connection.
         BlockingIOError: a non-blocking socket is full; nothing was sent.
     """
     try:

@@ -73,7 +73,7 @@ class QuotaStore:
 _SIZE: Final = 4096
 _PLACE: Final = struct.Struct("=QQ")  # bytes, day
 _PLACES: Final = _SIZE // _PLACE.size
-_COUNT_MAX: Final = 2**48  # nobody writes more in a day, whatever a worker puts there
+_COUNT_MAX: Final = 2**48  # more than any disk can write in a day; limits what a compromised worker can claim
 
 
 def day() -> int:

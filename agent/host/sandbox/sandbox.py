@@ -373,11 +373,11 @@ def probe() -> dict[str, bool]:
         finally:
             os._exit(0)
     os.close(write)
-    said = os.read(read, len(LAYERS))
+    results = os.read(read, len(LAYERS))
     os.close(read)
     os.waitpid(pid, 0)
-    said = said.ljust(len(LAYERS), b"\0")
-    return {layer: bool(holds) for layer, holds in zip(LAYERS, said, strict=True)}
+    results = results.ljust(len(LAYERS), b"\0")
+    return {layer: bool(holds) for layer, holds in zip(LAYERS, results, strict=True)}
 
 
 ROOT: Final = "root service"

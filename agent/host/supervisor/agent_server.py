@@ -1,7 +1,7 @@
 """Socket for the agent: who may connect, requests and replies, events for every connection.
 
 The agent and `fleet-agent restore` connect to `<runtime>/host.sock`. Requests are handled at once, each in a task of
-its own; whoever handles them serialises the changes of one instance.
+its own; the handler serialises the changes of an instance.
 """
 
 import array

@@ -52,10 +52,10 @@ async def data_directory(run: host_api.Run, uid: int | None, parent: Path, old: 
 
 async def _copy(old: str, new: Path) -> None:
     process = await asyncio.create_subprocess_exec("cp", "-a", "--", old, str(new), stderr=subprocess.PIPE)
-    _, said = await process.communicate()
+    _, errors = await process.communicate()
     if process.returncode != 0:
         await _remove(new)
-        raise OSError(f"its data cannot be copied for another schema: {said.decode(errors='replace').strip()[-300:]}")
+        raise OSError(f"its data cannot be copied for another schema: {errors.decode(errors='replace').strip()[-300:]}")
 
 
 async def _remove(path: Path) -> None:

@@ -206,7 +206,7 @@ class ControlSocket:
             self.unplug()
 
     def _take_reply(self, message: worker_api.FromWorker) -> bool:
-        """Give a reply to the request with its id; False for a message that nobody waits for.
+        """Give a reply to the request with its id; False for a message that no request waits for.
 
         An id of 0 comes from a worker of a version without ids: such a reply is matched by its type.
         """
@@ -319,7 +319,7 @@ class WorkerProcess:
         return next((slot for slot in self.slots if slot.page.began_ns()), None)
 
     def private_bytes_per_slot(self) -> int:
-        """Return a slot's share of the process's own memory; 0 where the kernel does not tell it.
+        """Return a slot's share of the process's own memory; 0 if the kernel does not report it.
 
         Pages of program files do not count, since the kernel can drop them.
         """
@@ -369,7 +369,7 @@ class WorkerProcess:
         if self.killed_because:
             return self.killed_because
         if self.exit_status is None:
-            return "it is gone"
+            return "its process has ended"
         if self.exit_status < 0:
             return f"its process was ended by {signal.Signals(-self.exit_status).name}"
         return f"its process ended ({self.exit_status})"
@@ -482,7 +482,7 @@ class WorkerHandle:
         self.control.fail_requests(WorkerGoneError(f"{self.name}: {self.describe_end()}"))
         self.ended.set_result(status)
         if self.ready is not None:
-            # In a turn of the loop of its own: whoever ended the worker is in the middle of something.
+            # In a separate turn of the loop, as the caller that ended the worker is still running.
             uptime_s = time.monotonic() - self.since_s
             asyncio.get_running_loop().call_soon(self._events.worker_exited, self, uptime_s)
 

@@ -313,7 +313,7 @@ class ZygoteHandle:
             raise WorkerGoneError(f"the zygote of {self.namespace} does not answer") from error
         except asyncio.CancelledError:
             # Forked in the same turn of the loop. What is forked later is ended by `_readable`.
-            fork.process.kill("nobody waits for it any more")
+            fork.process.kill("the request for it was cancelled")
             raise
         return fork.process
 
@@ -330,8 +330,8 @@ class ZygoteHandle:
             fork = self._forks.popleft()
             fork.process.pid, fork.process.pidfd = message.pid, fds[0]
             self.workers[message.pid] = fork.process
-            if fork.done.done():  # whoever asked for it was cancelled
-                fork.process.kill("nobody waits for it any more")
+            if fork.done.done():  # the caller was cancelled
+                fork.process.kill("the request for it was cancelled")
             else:
                 fork.done.set_result(None)
         elif (ended := self.workers.pop(message.pid, None)) is not None:
@@ -347,7 +347,7 @@ class ZygoteHandle:
             self.process.kill()
         self.process.wait()
         for fork in self._forks:
-            if fork.done.done():  # whoever asked for it was cancelled, and does not close it
+            if fork.done.done():  # the caller was cancelled, and does not close it
                 fork.process.close()
             else:
                 fork.done.set_exception(ZygoteGoneError(f"the zygote of {self.namespace} is gone"))
@@ -374,7 +374,7 @@ class ZygotePool:
         key = _ZygoteKey(namespace, fuel, shared)
         try:
             return await self._zygote(key).fork(name)
-        except ZygoteGoneError:  # ended already, and nobody had noticed yet
+        except ZygoteGoneError:  # already ended, but not noticed yet
             return await self._zygote(key).fork(name)
 
     def _zygote(self, key: _ZygoteKey) -> ZygoteHandle:

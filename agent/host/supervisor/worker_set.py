@@ -246,7 +246,7 @@ class WorkerSet:
             self.retire(generation, worker)
 
     def drop(self, generation: Generation, *, drained: bool = False) -> None:
-        """End a generation for good; `drained`: its connections are gone already."""
+        """End a generation for good; `drained`: its connections have already been handed over."""
         generation.dropped, generation.is_serving = True, False
         for worker in list(generation.workers):
             self.retire(generation, worker, drained=drained)

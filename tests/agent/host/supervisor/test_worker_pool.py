@@ -44,7 +44,7 @@ async def test_a_fork_that_nobody_waits_for_any_more_is_ended():
             await task
         zygote.process.send_signal(signal.SIGCONT)
         assert await process.ended == -signal.SIGKILL
-        assert process.describe_end() == "nobody waits for it any more"
+        assert process.describe_end() == "the request for it was cancelled"
     finally:
         pool.close()
 
