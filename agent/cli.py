@@ -42,6 +42,38 @@ EXAMPLES: Final = """examples:
                                      update without a network
 """
 
+COMMAND_EXAMPLES: Final = {
+    "enroll": """examples:
+  fleet enroll-token --group edge-eu | ssh DEVICE sudo fleet-agent enroll
+  fleet-agent enroll --token-file /run/credentials/enroll-token --name boiler-room
+  fleet-agent enroll --force         join another fleet, and discard the state of the old one
+""",
+    "apply": """example:
+  fleet-agent apply /media/usb/update.tar
+The device's owner must allow bundles: [policy] bundles = true in agent.toml.
+""",
+    "run": """example:
+  fleet-agent run --state ~/device/agent --runtime ~/device/run
+The package runs it as a service: systemctl status fleet-agent.
+""",
+    "restore": """example:
+  fleet-agent restore                start components while the agent is disabled
+The package does so at every start of the host: fleet-restore.service.
+""",
+    "status": """examples:
+  fleet-agent status
+  fleet-agent status --json | jq .running
+""",
+    "why": """examples:
+  fleet-agent why                    all instances
+  fleet-agent why hello              only the instance hello
+""",
+    "check": """examples:
+  fleet-agent check
+  fleet-agent check --json | jq '.[] | select(.ok | not)'
+""",
+}
+
 
 class UsageError(Exception):
     """The command failed; the message says why and what to do."""
@@ -94,7 +126,14 @@ def _parser() -> argparse.ArgumentParser:
     def add(
         name: str, run: Callable[[argparse.Namespace], int], text: str, *, json: bool = False
     ) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[common], help=text, description=text[0].upper() + text[1:] + ".")
+        command = commands.add_parser(
+            name,
+            parents=[common],
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=COMMAND_EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if json:
             command.add_argument("--json", action="store_true", help="print JSON for programs")
         command.set_defaults(run=run)

@@ -23,6 +23,14 @@ _DEFAULT_STATE: Final = "/var/lib/wasmfleet-host"
 _DEFAULT_INGRESS: Final = "127.0.0.1:8080"
 _STATUS_BELOW_MINIMUM: Final = 78  # EX_CONFIG of sysexits.h: a restart would not help
 
+EXAMPLES: Final = """examples:
+  fleet-host check                                   show the engine and the isolation layers of this device
+  fleet-host run                                     run with the paths of the package, as root
+  fleet-host run --state ~/device/host --runtime ~/device/run
+  fleet-host run --ingress 0.0.0.0:8080              let other machines call components
+  fleet-host run --minimum baseline --require all    refuse components if any isolation layer is missing
+"""
+
 
 def _address(text: str) -> tuple[str, int] | None:
     if text == "none":
@@ -35,7 +43,10 @@ def _address(text: str) -> tuple[str, int] | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fleet-host", description="Run the WebAssembly host of a device, or check what the device supports."
+        prog="fleet-host",
+        description="Run the WebAssembly host of a device, or check what the device supports.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fleet-host {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

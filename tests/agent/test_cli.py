@@ -329,12 +329,13 @@ async def test_no_task_of_the_agent_runs_once_its_store_is_closed(tmp_path, syst
     assert at_work == [set()]
 
 
-def test_every_command_has_help():
-    for command in ("enroll", "run", "restore", "status", "why", "check"):
+def test_every_command_has_help_with_examples():
+    for command in ("enroll", "apply", "run", "restore", "status", "why", "check"):
         done = subprocess.run(
             [sys.executable, "-m", "agent.cli", command, "--help"], capture_output=True, text=True, check=True
         )
         assert "--state" in done.stdout
+        assert f"\n  fleet-agent {command}" in done.stdout or f"sudo fleet-agent {command}" in done.stdout
 
 
 LOADED = "import sys; import {module}; print('\\n'.join(sorted(sys.modules)))"
