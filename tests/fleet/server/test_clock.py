@@ -12,7 +12,8 @@ import pytest
 from cryptography import x509
 
 from fleet import ca
-from fleet.protocol import operator_api
+from fleet.protocol import codes, operator_api
+from fleet.protocol.codes import Phase
 from fleet.server import director
 from fleet.server.clock import AHEAD_MAX, SETTLE, SETTLE_JUMP, ServerClock
 from fleet.server.config import ServerConfig, ServerPaths
@@ -208,6 +209,25 @@ async def test_what_a_wrong_clock_dated_is_made_anew(new_fleet, machine):
         assert certificate.not_valid_before_utc <= datetime.now(UTC)
         row = fleet.server._store.delivery.assignment(board.device)
         assert row.expires <= (machine.wall + director.LIFE).timestamp()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("jump", [365 * DAY, -365 * DAY], ids=["ahead", "behind"])
+async def test_a_rollout_under_way_does_not_see_a_jump_of_the_clock(new_fleet, machine, jump):
+    async with new_fleet() as fleet:
+        await serve(fleet, machine)
+        slow, quick = await fleet.board("slow"), await fleet.board("quick", group="other")
+        slow.behaviour = lambda item: [slow.report(item, Phase.FETCHING)]
+        begun = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
+        await fleet.operator.follow(begun, lambda view: view.devices[0].phase == Phase.FETCHING)
+        machine.wall += jump
+        # the controller decides on every rollout while it carries another one out
+        other = await fleet.operator.deploy(await fleet.operator.publish("2.0.0"), group="other", instance="else")
+        assert (await fleet.operator.decided(other)).state is codes.RolloutState.SUCCEEDED
+        machine.wall -= jump
+        assert quick.items["else"].target.endswith("2.0.0.wasm")
+        after = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{begun.id}")
+        assert after.state is codes.RolloutState.RUNNING, after.reason
 
 
 # `fleet serve` itself, with faketime
