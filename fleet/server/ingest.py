@@ -91,11 +91,11 @@ class Ingest:
             channel = _channel(topic)
             if channel is None:
                 self._stray(topic, device, payload)
-            elif self._budget.admit(device, channel, len(payload)):
-                self._take(device, channel, payload)
-            elif payload:  # nothing is retained: an echo of the clearing
+            elif not self._budget.admit(device, channel, len(payload)):
                 self.counts["throttled"] += 1
                 self.dropped[device] += 1
+            elif payload:  # an empty one says nothing, and is how a retained message is cleared
+                self._take(device, channel, payload)
         except Rejected as error:
             self._drop("forged", device, f"a report: {error}")
         except (ValueError, wire.WireError) as error:
