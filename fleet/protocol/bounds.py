@@ -48,6 +48,25 @@ LOGS_MINUTES_MAX: Final = 60
 # JSON that people and machines post to the HTTP API
 API_BODY_MAX_BYTES: Final = 1 * MIB
 
+ENROL_MAX_BYTES: Final = 32 * KIB  # whoever reaches the port may send it, before anything is known of them
+
+# Texts and lists in requests of operators. Each is above what is valid, so that what is too long for its meaning is
+# refused with a sentence about that; what is beyond these is refused by the name of its field.
+Word = Annotated[str, Meta(max_length=256)]
+"""A name, an id, a target or the sizes of waves."""
+
+Text = Annotated[str, Meta(max_length=2000)]
+"""A sentence for people."""
+
+Document = Annotated[str, Meta(max_length=64 * KIB)]
+"""PEM, base64, or the value of a secret or of a configuration key."""
+
+DEVICES_MAX: Final = 10_000
+"""Devices that one request may name."""
+
+Words = Annotated[tuple[Word, ...], Meta(max_length=DEVICES_MAX)]
+Labels = Annotated[dict[Word, Word], Meta(max_length=ITEMS_MAX)]
+
 # Numbers and times. Every field of a message has one of these types, whose values every reader and database accepts.
 NUMBER_MAX: Final = 2**53
 """Largest number that is accepted: JSON readers and databases disagree about larger ones."""

@@ -363,7 +363,7 @@ class EnrolRequest(Message, frozen=True, kw_only=True):
         sealing_proof: the same, signed by the device key (`signing.sealing.prove`).
     """
 
-    MAX_BYTES: ClassVar[int] = bounds.API_BODY_MAX_BYTES
+    MAX_BYTES: ClassVar[int] = bounds.ENROL_MAX_BYTES
     secret: str
     name: str
     csr_pem: str

@@ -9,11 +9,26 @@ The listener for devices has routes of its own: `/v1/tuf/{file}`, `/v1/artifacts
 /v1/renew` (`fleet.protocol.messages`).
 """
 
+from typing import Annotated
+
 import msgspec
 
 from fleet.protocol import wire
 from fleet.protocol.assignment import CheckIn, FollowLogs, Restart
-from fleet.protocol.bounds import Count, Port, Priority, Seconds, Stored, Utc
+from fleet.protocol.bounds import (
+    ITEMS_MAX,
+    Count,
+    Document,
+    Labels,
+    Port,
+    Priority,
+    Seconds,
+    Stored,
+    Text,
+    Utc,
+    Word,
+    Words,
+)
 from fleet.protocol.codes import AlertKind, Outcome, Phase, RejectCode, RolloutState
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Health, InstanceHealth, Versions
@@ -199,13 +214,13 @@ class Timeline(View, frozen=True, kw_only=True):
 class LabelsRequest(Body, frozen=True, kw_only=True):
     """Labels set by an operator; None removes one."""
 
-    labels: dict[str, str | None]
+    labels: Annotated[dict[Word, Word | None], msgspec.Meta(max_length=ITEMS_MAX)]
 
 
 class InstanceRequest(Body, frozen=True, kw_only=True):
     """Name an instance of the device in the path."""
 
-    instance: str
+    instance: Word
 
 
 class CommandRequest(Body, frozen=True, kw_only=True):
@@ -263,15 +278,15 @@ class GroupRequest(Body, frozen=True, kw_only=True):
     """
 
     priority: Priority | None = None
-    selector: dict[str, str] | None = None
-    add: tuple[str, ...] = ()
-    remove: tuple[str, ...] = ()
+    selector: Labels | None = None
+    add: Words = ()
+    remove: Words = ()
 
 
 class EnrollTokenRequest(Body, frozen=True, kw_only=True):
     """Create a one-time token for one device, and its group where there is none."""
 
-    group: str = ""
+    group: Word = ""
     valid_s: Seconds = 3600
 
 
@@ -335,13 +350,13 @@ class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
         share_lane: earlier name of `share_worker`, from clients before 0.2.0: only read.
     """
 
-    instance: str
-    target: str | None = None
-    also: dict[str, str] = {}  # of an atomic set: its further instances, with their targets
-    group: str = ""
-    device: str = ""
-    waves: str = "1, 100%"
-    config: dict[str, str] | None = None
+    instance: Word
+    target: Word | None = None
+    also: Labels = {}  # of an atomic set: its further instances, with their targets
+    group: Word = ""
+    device: Word = ""
+    waves: Word = "1, 100%"
+    config: Annotated[dict[Word, Document], msgspec.Meta(max_length=ITEMS_MAX)] | None = None
     port: Port | None = None
     grants: Grants | None = None
     share_worker: bool | None = None
@@ -351,7 +366,7 @@ class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
     soak_s: Seconds = 0
     failures: Count = 0
     timeout_s: Seconds = 900
-    note: str = ""
+    note: Text = ""
 
     def __post_init__(self) -> None:
         """Read the earlier names of fields."""
@@ -361,11 +376,11 @@ class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
 class RemovalRequest(Body, frozen=True, kw_only=True):
     """Take an instance off a group or a device."""
 
-    instance: str
-    group: str = ""
-    device: str = ""
+    instance: Word
+    group: Word = ""
+    device: Word = ""
     keep_data: bool = False
-    waves: str = "100%"
+    waves: Word = "100%"
 
 
 class UndoRequest(Body, frozen=True, kw_only=True):
@@ -375,9 +390,9 @@ class UndoRequest(Body, frozen=True, kw_only=True):
         rollout: id or number of the rollout to undo; empty for the newest (of `group`, when given).
     """
 
-    rollout: str = ""
-    group: str = ""
-    waves: str = "1, 100%"
+    rollout: Word = ""
+    group: Word = ""
+    waves: Word = "1, 100%"
 
 
 class RolloutDevice(View, frozen=True, kw_only=True):

@@ -5,11 +5,11 @@ may be signed on another host than the server, the signing host.
 """
 
 from enum import StrEnum
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
-from fleet.protocol.bounds import Count, Stored, Utc
+from fleet.protocol.bounds import DEVICES_MAX, Count, Document, Stored, Utc, Word
 from fleet.protocol.operator_api import Body, View
 
 
@@ -77,7 +77,7 @@ class CaView(View, frozen=True, kw_only=True):
 class IssuingRequest(Body, frozen=True, kw_only=True):
     """The issuing CA that the operator signed, PEM."""
 
-    issuing_pem: str
+    issuing_pem: Document
 
 
 NONE: Final = msgspec.Raw(b"null")
@@ -111,8 +111,8 @@ class OnlineRequest(Body, frozen=True, kw_only=True):
 class Box(Body, frozen=True, kw_only=True):
     """A box that was sealed for one device on the operator's machine; base64 (`signing.sealing`)."""
 
-    device: str
-    box: str
+    device: Word
+    box: Document
 
 
 class SecretRequest(Body, frozen=True, kw_only=True):
@@ -127,11 +127,11 @@ class SecretRequest(Body, frozen=True, kw_only=True):
         ahead: accept a secret that no running version declares, for one that is still to be deployed.
     """
 
-    instance: str = ""
-    group: str = ""
-    device: str = ""
-    value: str = ""
-    boxes: tuple[Box, ...] = ()
+    instance: Word = ""
+    group: Word = ""
+    device: Word = ""
+    value: Document = ""
+    boxes: Annotated[tuple[Box, ...], msgspec.Meta(max_length=DEVICES_MAX)] = ()
     version: Count = 0
     rotate: bool = False
     ahead: bool = False
@@ -159,9 +159,9 @@ class SecretReply(View, frozen=True, kw_only=True):
 class SecretScope(Body, frozen=True, kw_only=True):
     """`POST /v1/secrets/{name}/remove`: the secret of an instance, on a group or a device."""
 
-    instance: str = ""
-    group: str = ""
-    device: str = ""
+    instance: Word = ""
+    group: Word = ""
+    device: Word = ""
 
 
 class DeviceKey(View, frozen=True, kw_only=True):

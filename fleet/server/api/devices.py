@@ -16,7 +16,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fleet.protocol import wire
+from fleet.protocol import bounds, wire
 from fleet.protocol.messages import DesiredReply, LogAnswer, LogChunk, LogView, RenewRequest
 from fleet.protocol.operator_api import Refusal
 from fleet.server.api import http
@@ -201,5 +201,5 @@ class DeviceApi:
 
     async def renew(self, request: Request, device: DeviceRow) -> Response:
         """POST /v1/renew."""
-        wish = await body(request, RenewRequest)
+        wish = await body(request, RenewRequest, bounds.ENROL_MAX_BYTES)
         return answer(self._enrolment.renew(device, wish.csr_pem, wish.sealing_proof))

@@ -47,13 +47,13 @@ async def read(request: Request, max_bytes: int = bounds.API_BODY_MAX_BYTES) -> 
     return bytes(body)
 
 
-async def body(request: Request, kind: type[B]) -> B:
+async def body(request: Request, kind: type[B], max_bytes: int = bounds.API_BODY_MAX_BYTES) -> B:
     """Read the request body as a struct.
 
     Raises:
         Refusal: too large, not JSON, or a field that is missing, unknown or of another type; the detail names it.
     """
-    return decoded(await read(request), kind)
+    return decoded(await read(request, max_bytes), kind)
 
 
 def decoded(data: bytes, kind: type[B]) -> B:

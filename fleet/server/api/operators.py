@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from fleet.protocol import names, operator_api, wire
 from fleet.protocol.assignment import FollowLogs, Restart
-from fleet.protocol.bounds import NUMBER_MAX
+from fleet.protocol.bounds import LOGS_MINUTES_MAX, NUMBER_MAX
 from fleet.protocol.messages import EnrolRequest
 from fleet.protocol.operator_api import Refusal
 from fleet.server.api import http
@@ -174,6 +174,8 @@ class CommandHandlers:
                 f"{wanted.verb.instance!r} is not assigned to {row.id}",
                 action=f"fleet device {row.id} shows what it should run",
             )
+        if isinstance(wanted.verb, FollowLogs) and wanted.verb.minutes > LOGS_MINUTES_MAX:
+            raise Refusal(400, "bad-request", f"minutes={wanted.verb.minutes} is more than {LOGS_MINUTES_MAX}")
         sent = self._director.command(row.id, wanted.verb)
         if not sent.sent:
             raise Refusal(
@@ -232,7 +234,7 @@ class EnrolmentHandlers:
     async def enrol(self, request: Request, _by: str) -> Response:
         """POST /v1/enrol: open to everyone; the token in the body authenticates the device."""
         try:
-            wanted = wire.decode(EnrolRequest, await http.read(request))
+            wanted = wire.decode(EnrolRequest, await http.read(request, EnrolRequest.MAX_BYTES))
         except wire.WireError as error:
             raise Refusal(400, "bad-request", "the enrolment request cannot be read", str(error)) from error
         return answer(self._enrolment.enrol(wanted), 201)

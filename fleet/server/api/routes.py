@@ -19,7 +19,16 @@ from starlette.routing import Route as StarletteRoute
 
 from fleet.protocol import operator_api as api
 from fleet.protocol import trust_api as trust
-from fleet.protocol.messages import DesiredReply, Enrolled, EnrolRequest, LogAnswer, LogChunk, LogView, RenewRequest
+from fleet.protocol.messages import (
+    DesiredReply,
+    Enrolled,
+    EnrolRequest,
+    LogAnswer,
+    LogChunk,
+    LogView,
+    RenewReply,
+    RenewRequest,
+)
 from fleet.protocol.operator_api import Refusal
 from fleet.protocol.trust_api import Role
 from fleet.server.api import devices, http, operators, query, secrets
@@ -463,7 +472,7 @@ DEVICE_ROUTES: Final[tuple[DeviceRoute, ...]] = (
         method="post",
         path="/v1/renew",
         handler=lambda on: on.renew,
-        reply=Enrolled,
+        reply=RenewReply,
         summary="Renew its certificate",
         request=RenewRequest,
         renewing=True,

@@ -113,7 +113,9 @@ async def test_every_operation_answers_as_the_document_says(new_fleet):
                 if case.query and str(case.query.get("wait", "")).isdecimal():
                     case.query["wait"] = 0  # a long poll is as long as it says
                 response = case.call(base_url=fleet.made.url, session=session, verify=session.verify, timeout=60)
-                case.validate_response(response, checks=CHECKS)
+                # a request of more than a mebibyte is refused before anybody looks whether it breaks a rule
+                refused = response.status_code == requests.codes.request_entity_too_large
+                case.validate_response(response, checks=CHECKS[:-1] if refused else CHECKS)
 
             wrong = await asyncio.to_thread(attack, schema, send, known)
     assert not wrong, "\n\n".join(wrong)
