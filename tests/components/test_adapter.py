@@ -1,4 +1,4 @@
-"""The wasi:http adapter, tried by a guest that asks everything (components/adapter/probe.c), through the host's engine.
+"""The wasi:http adapter, tested by a guest that uses all of it (components/adapter/probe.c), through the host's engine.
 
 The answer's body comes out on the process's standard output, so each call here catches that for its duration.
 """

@@ -1,4 +1,4 @@
-"""The demo's components answer as their sources say, when called through the engine."""
+"""Demo components: behaviour when called through the engine."""
 
 import hashlib
 import shutil

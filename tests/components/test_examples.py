@@ -1,4 +1,4 @@
-"""The examples in each language answer alike. A language whose tools are not here is skipped, by name.
+"""Examples in each language behave alike; languages without tools on this machine are skipped by name.
 
 For Go, WASI_PREVIEW1_ADAPTER names wasi_snapshot_preview1.reactor.wasm.
 """

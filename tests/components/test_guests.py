@@ -1,4 +1,4 @@
-"""The guests that misbehave do so in exactly the way their first line says: host tests rely on it."""
+"""Misbehaving guests do exactly what their first line says, as host tests rely on it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rust examples built in the toolchain's root find there what they name beside themselves."""
+"""Rust examples built in the toolchain's root find the paths that they refer to."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""What someone who owns the server can do: speak on its MQTT connection, and change its files."""
+"""Attacker who controls the server: can use its MQTT connection and change its files."""
 
 import asyncio
 import sqlite3

@@ -1,4 +1,4 @@
-"""A fleet of real processes for the end-to-end tests: the demo's scene, in which things can be broken and mended.
+"""Fleet of real processes for the end-to-end tests: the demo's scene, with parts that can be broken and repaired.
 
 with Stage(directory) as stage:
     stage.do(stage.push("v1.wasm"))

@@ -1,4 +1,4 @@
-"""What people give by mistake: each time one line that tells what, why and what to do, and what ran goes on.
+"""Mistakes in input: a single line says what failed, why and what to do, and nothing running is affected.
 
 The rows that need no fleet are tested beside the commands (tests/fleet/cli, tests/agent); these need a real one.
 """

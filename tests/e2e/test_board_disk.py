@@ -1,4 +1,4 @@
-"""A board's own disk: full, or changed behind the agent's back."""
+"""Device with a full disk, or with files changed on disk."""
 
 import pytest
 

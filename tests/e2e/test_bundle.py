@@ -1,4 +1,4 @@
-"""An update on a stick: the network is gone, and the board takes it, verifies it, swaps, and later says how it came."""
+"""Offline update: without a network, a device verifies a bundle, swaps, and later reports how the update came."""
 
 import contextlib
 import os

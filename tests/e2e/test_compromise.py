@@ -1,4 +1,4 @@
-"""docs/compromise.md, run as it stands, against real processes: something was stolen, and this is the day after."""
+"""Commands of docs/compromise.md, run against real processes after a simulated compromise."""
 
 import asyncio
 import contextlib

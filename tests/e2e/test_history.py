@@ -1,4 +1,4 @@
-"""What boards ran is proved by their own signatures: an operator finds out a server that tells another story."""
+"""Signed history of devices: an operator detects a server that changes it."""
 
 import json
 

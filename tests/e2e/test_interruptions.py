@@ -1,4 +1,4 @@
-"""Processes are lost at the worst moments: whatever was promised still holds afterwards."""
+"""Processes killed at the worst moments: every promise still holds afterwards."""
 
 import asyncio
 import os

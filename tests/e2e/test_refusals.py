@@ -1,4 +1,4 @@
-"""A board refuses what is not right, says with which code, and what ran before still answers."""
+"""Refusals of a device: reported with their code, while the previous version keeps serving."""
 
 import signal
 

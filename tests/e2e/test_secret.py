@@ -1,4 +1,4 @@
-"""A secret's whole life, with real processes: given, read, rotated, taken back; and sought by a thief."""
+"""Life of a secret with real processes: set, read, rotated, rolled back, and not found by an attacker."""
 
 import base64
 import contextlib

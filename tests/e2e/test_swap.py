@@ -1,4 +1,4 @@
-"""The main job under load: swapped without one lost request, rolled back by itself, taken back by the operator."""
+"""Swaps under load without a lost request, and rollbacks by the device and by the operator."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Component that answers each request with the fields and the body that it was given."""
+"""Component that answers each request with its fields and body."""
 
 ECHO = """
 (component

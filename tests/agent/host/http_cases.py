@@ -1,4 +1,4 @@
-"""HTTP/1.1 by rows: raw bytes, the statuses of their answers, and what becomes of the connection."""
+"""HTTP/1.1 cases: raw bytes, expected statuses, and the state of the connection afterwards."""
 
 KEPT, CLOSED = "kept", "closed"
 HOST = b"host: board\r\n"

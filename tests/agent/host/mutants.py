@@ -1,6 +1,4 @@
-"""Requests with something wrong, by seed: the same seed makes the same bytes, so that a failure can be
-looked at again.
-"""
+"""Seeded mutants of HTTP requests: the same seed gives the same bytes."""
 
 import os
 import random

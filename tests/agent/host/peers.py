@@ -1,4 +1,4 @@
-"""Peers on loopback, good and bad, and a guest with an egress in a thread: for tests of outgoing requests."""
+"""Good and bad peers on loopback, and a guest with an egress in a thread, for tests of outgoing requests."""
 
 import asyncio
 import contextlib

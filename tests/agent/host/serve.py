@@ -1,4 +1,4 @@
-"""`wasmtime serve` for the comparisons: the one that `make wasmtime-serve` builds, or another that is named or here."""
+"""`wasmtime serve` for comparisons: built by `make wasmtime-serve`, or another one that is named or installed."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""A client of the host for tests: starts `fleet-host` on free ports, compiles guests, asks what the agent would ask."""
+"""Client of the host for tests: starts `fleet-host` on free ports, compiles guests, sends the agent's requests."""
 
 import contextlib
 import fcntl

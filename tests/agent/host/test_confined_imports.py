@@ -127,7 +127,7 @@ def test_a_component_reaches_a_host_by_its_name_over_tls(confined, heard, author
     assert heard.has("confined: egress")
 
 
-def test_a_certificate_that_nobody_vouches_for_is_named_as_such(confined, tmp_path):
+def test_an_untrusted_certificate_is_reported_as_such(confined, tmp_path):
     (tmp_path / "other").mkdir()
     _, context = certificate(tmp_path / "other", "localhost")
     with served(encrypted(context)) as peer:

@@ -1,4 +1,4 @@
-"""Three thousand idle instances on one host, in a gibibyte. Run by `make test-density`: it takes its time."""
+"""Density: three thousand idle instances on a host, in a gibibyte (`make test-density`)."""
 
 import os
 import resource

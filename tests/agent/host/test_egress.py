@@ -1,4 +1,4 @@
-"""A running host: where a component may send requests, by processes of their own, and what is said where it may not."""
+"""Egress of a running host: destinations that components may reach, and errors for others."""
 
 import contextlib
 import os

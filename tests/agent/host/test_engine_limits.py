@@ -1,4 +1,4 @@
-"""Limits that the engine keeps: tables and core instances. And what is no limit at all."""
+"""Limits kept by the engine: tables and core instances."""
 
 import msgspec
 import pytest

@@ -1,4 +1,4 @@
-"""A guest that got out of wasm and runs native code in its worker meets the kernel, in every way a host may be run."""
+"""Native code in a worker, as after an escape from WebAssembly, against the kernel, for each way of running a host."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Components whose exports have the right names and other types: refused before any of their code runs.
+"""Components whose exports have the right names but wrong types are refused before their code runs.
 
 Values cross by hand-laid structures (`agent.host.engine.codec`): a type that is not checked is memory read as what it
 is not.

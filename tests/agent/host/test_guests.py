@@ -1,4 +1,4 @@
-"""Hostile and unlucky guests: each is contained, named in what the host reports, and leaves its neighbour answering."""
+"""Misbehaving guests: contained, reported, and without effect on other instances."""
 
 import socket
 
@@ -21,7 +21,7 @@ from tests.eventually import eventually
         ("answer-1gib", 500, "guest-trap", "out of bounds"),
     ],
 )
-def test_a_call_that_goes_wrong_costs_that_call_alone(host, neighbour, guest, status, outcome, words):
+def test_a_failed_call_affects_only_itself(host, neighbour, guest, status, outcome, words):
     port = support.free_port()
     host.start(guest, support.a_run("bad", 1, port=port, limits=Limits(call_ms=200)))
     with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
@@ -39,7 +39,7 @@ def test_a_call_that_goes_wrong_costs_that_call_alone(host, neighbour, guest, st
     assert (health.errors, health.restarts, health.workers) == (3, 0, 1)
 
 
-def test_an_instance_tells_what_its_calls_took(host):
+def test_an_instance_reports_the_time_of_its_calls(host):
     busy, idle = support.free_port(), support.free_port()
     host.start("busy", support.a_run("busy", 1, port=busy))
     grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
@@ -60,7 +60,7 @@ def test_an_instance_tells_what_its_calls_took(host):
     assert (after.cpu_ms > busy_figures.cpu_ms, sum(after.latencies)) == (True, 6)
 
 
-def test_a_trap_is_told_with_the_wasm_backtrace_by_name(host):
+def test_a_trap_is_reported_with_a_symbolic_backtrace(host):
     port = support.free_port()
     host.start("recurse", support.a_run("bad", 1, port=port))
     support.http(port)
@@ -81,7 +81,7 @@ def test_a_trap_is_told_with_the_wasm_backtrace_by_name(host):
         ("wants-everything", "grant-denied", "wasi:sockets/network"),
     ],
 )
-def test_what_cannot_start_is_refused_and_says_why(host, neighbour, guest, code, words):
+def test_a_guest_that_cannot_start_is_refused_with_the_reason(host, neighbour, guest, code, words):
     run = support.a_run("bad", 1, port=support.free_port(), limits=Limits(start_ms=200), health=Health(check=True))
     reply = host.start(guest, run)
     assert (type(reply), reply.code) == (host_api.Failed, code)
@@ -97,7 +97,7 @@ def test_a_granted_interface_is_served_and_only_that(host):
 
 
 @pytest.mark.parametrize("guest", ["bad-answer", "large-answer"])
-def test_an_answer_that_is_none_becomes_a_502_without_a_byte_of_it(host, guest):
+def test_an_invalid_response_becomes_a_502_without_any_of_its_bytes(host, guest):
     port = support.free_port()
     host.start(guest, support.a_run("bad", 1, port=port, limits=Limits(response_bytes=1 << 20)))
     status, headers, body = support.http(port)
@@ -123,14 +123,14 @@ def test_an_image_of_another_engine_is_refused(host):
         (b"GET / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n", 400),
     ],
 )
-def test_a_request_that_is_too_much_never_reaches_the_guest(host, request_bytes, status):
+def test_an_oversized_request_never_reaches_the_guest(host, request_bytes, status):
     port = support.free_port()
     host.start("trap", support.a_run("web", 1, port=port))
     assert support.http(port, request_bytes)[0] == status
     assert "guest-trap" not in host.health("web").calls
 
 
-def test_a_client_that_hangs_up_or_never_reads_is_no_fault_of_the_guest(host):
+def test_a_client_that_disconnects_or_never_reads_is_not_a_fault_of_the_guest(host):
     port = support.free_port()
     run = support.a_run("web", 1, port=port, limits=Limits(response_bytes=16 << 20))
     host.start("large-answer", run)
@@ -164,7 +164,7 @@ def test_a_guest_that_sleeps_in_the_host_is_ended_by_the_host(host, neighbour):
     assert (health.calls, health.restarts, health.state) == ({"guest-timeout": 1}, 1, "running")
 
 
-def test_time_in_which_a_call_waits_for_others_is_no_time_of_the_guests(host):
+def test_waiting_for_others_is_not_counted_as_guest_time(host):
     port = support.free_port()
     nap = support.wasm("sleep").decode().partition("\n")[2].replace("3600000000000", "400000000")
     grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
@@ -257,7 +257,7 @@ def test_a_guest_has_its_own_files_within_its_limit_and_keeps_them_over_a_swap(h
     assert host.start("writes", support.a_run("bare", 1)).code == "grant-denied"
 
 
-def test_what_may_be_written_in_a_day_is_not_given_again_by_a_new_worker_version_or_host(tmp_path):
+def test_the_daily_write_quota_is_not_reset_by_a_new_worker_version_or_host(tmp_path):
     """Its file is small, and is written again and again: what wears the flash out is the sum of it."""
     files = Grants(interfaces=("wasi:filesystem", "wasi:io"))
     limits = Limits(storage_bytes=64 << 20, daily_written_bytes=256 * 1024)
@@ -286,7 +286,7 @@ def test_what_may_be_written_in_a_day_is_not_given_again_by_a_new_worker_version
         again.close()
 
 
-def test_another_schema_gets_a_copy_of_the_data_and_going_back_finds_the_old_ones(host):
+def test_another_schema_gets_a_copy_of_the_data_and_a_rollback_finds_the_old_data(host):
     port = support.free_port()
     files = Grants(interfaces=("wasi:filesystem", "wasi:io"))
     log = {schema: host.state / "data" / "ledger" / str(schema) / "log" for schema in (1, 2)}

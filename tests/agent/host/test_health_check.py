@@ -1,4 +1,4 @@
-"""Health checks of a new version: asked on probation, asked once more before the commit, and heeded."""
+"""Health checks of a new version: run during probation and once more before the commit."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Secrets in the host: given to one instance's workers and to no other process, and kept out of all that is said."""
+"""Secrets in the host: given only to the instance's workers, and masked in logs and reports."""
 
 import base64
 import json
@@ -49,7 +49,7 @@ def test_a_guest_reads_its_secret_like_configuration(host):
     assert support.http(port)[2].decode() == fnv1a(PASSWORD)
 
 
-def test_what_it_logs_and_its_traps_are_told_without_the_value(host):
+def test_logs_and_traps_do_not_contain_the_value(host):
     port = started(host)
     support.http(port)
     support.http(port, "GET /trap HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -77,7 +77,7 @@ def test_a_worker_that_dies_is_replaced_by_one_with_the_secret(host):
     assert support.http(port)[2].decode() == fnv1a(PASSWORD)
 
 
-def test_it_is_not_started_without_the_secrets_that_it_is_to_have(host):
+def test_an_instance_is_not_started_without_its_secrets(host):
     run = support.a_run("web", 1, port=support.free_port(), grants=GRANTS, secrets=("db-password",))
     reply = host.start("secret", run)
     assert (type(reply), reply.code) == (host_api.Failed, "start-failed")
@@ -105,7 +105,7 @@ def memfds(host):
     return sum("memfd:image" in str(fd.readlink()) for fd in found if fd.is_symlink())
 
 
-def test_it_shares_its_worker_with_nobody(host):
+def test_an_instance_with_secrets_shares_no_worker(host):
     host.start("hello", support.a_run("neighbour", 1, share_worker=True))
     before = set(lanes_of(host))
     port = started(host, share_worker=True)
@@ -115,7 +115,7 @@ def test_it_shares_its_worker_with_nobody(host):
     assert support.http(port)[2].decode() == fnv1a(PASSWORD)
 
 
-def test_what_is_entrusted_and_never_started_ends(own_host):
+def test_secrets_without_a_start_are_dropped(own_host):
     host = own_host
     for generation in range(1, 20):
         entrust(host, "web", generation, {"db-password": PASSWORD})
@@ -204,7 +204,7 @@ def test_characters_with_a_meaning_in_patterns_have_none_here():
     assert Redactor(["a.c*(d"]).text("abcd a.c*(d") == "abcd redacted"
 
 
-def test_everything_that_a_worker_says_is_covered():
+def test_every_text_from_a_worker_is_redacted():
     redactor = Redactor([PASSWORD])
     told = [
         worker_api.Line(text=PASSWORD),

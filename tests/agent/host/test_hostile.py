@@ -1,4 +1,4 @@
-"""Hostile guests beyond single calls: those that will not go, say what is not so, ask for more, or litter."""
+"""Hostile guests beyond single calls: refuse to stop, misreport, exceed limits, or leave files behind."""
 
 import os
 import select

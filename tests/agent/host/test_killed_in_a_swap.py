@@ -51,7 +51,7 @@ def answer(host, name):
 
 @pytest.mark.parametrize("victim", ["old", "new", "zygote", "router"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_whoever_is_killed_one_of_both_versions_answers(deadly, phase, victim):
+def test_whichever_process_is_killed_one_of_both_versions_answers(deadly, phase, victim):
     name = f"{phase}-{victim}".lower()
     reply = swap(deadly, name, phase, victim)
     assert not (deadly.directory / "plan").exists(), "the phase was reached"
@@ -70,7 +70,7 @@ def test_whoever_is_killed_one_of_both_versions_answers(deadly, phase, victim):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_host_that_is_killed_takes_all_along_and_the_next_one_begins_again(tmp_path, phase):
+def test_a_killed_host_takes_all_processes_along_and_the_next_one_starts(tmp_path, phase):
     host = start(tmp_path)
     pids = []
     try:

@@ -1,4 +1,4 @@
-"""Verdicts on calls in real workers: too late, or on an instance that has left a shared worker."""
+"""Late verdicts on calls in real workers, and on instances that have left a shared worker."""
 
 import os
 import socket

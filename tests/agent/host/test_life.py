@@ -1,4 +1,4 @@
-"""The host's own life: what it starts dies with it, workers that die are replaced, loops of deaths end."""
+"""Life of the host: processes end with it, workers that die are replaced, crash loops end."""
 
 import contextlib
 import os

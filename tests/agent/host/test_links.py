@@ -1,4 +1,4 @@
-"""Full sockets between the agent, the host and its processes: nothing is lost, and nobody waits forever."""
+"""Full sockets between agent, host and its processes: no message is lost, and no sender waits forever."""
 
 import asyncio
 import contextlib
@@ -193,7 +193,7 @@ def flood(path):
     return sock
 
 
-def test_peers_that_never_read_are_dropped_and_take_nobodys_place(own_host):
+def test_peers_that_never_read_are_dropped_and_block_no_other(own_host):
     path = own_host.runtime / "host.sock"
     flooding = [flood(path) for _ in range(10)]  # more than may be connected at once
     with contextlib.closing(own_host.connect()) as sock:

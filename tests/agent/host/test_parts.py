@@ -1,4 +1,4 @@
-"""The host's pure parts: routes, HTTP framing, figures, users, address space."""
+"""Pure parts of the host: routes, HTTP framing, figures, users, memory plans."""
 
 import os
 import resource
@@ -43,7 +43,7 @@ def test_a_request_finds_its_instance_by_host_or_by_path(host, target, instance,
 
 
 @pytest.mark.parametrize("target", [b"/", b"/nobody/", b"*", b"", b"/%2e%2e/meter", b"//meter/"])
-def test_a_request_for_nobody_is_told_who_there_is(target):
+def test_a_request_for_an_unknown_instance_lists_the_known_ones(target):
     routes = RouteTable()
     routes.up = {"meter": True}
     route = routes.find(b"board", target)

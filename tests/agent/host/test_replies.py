@@ -1,4 +1,4 @@
-"""A worker's replies belong to the requests they answer; a supervisor and a worker of different versions agree too."""
+"""Replies of a worker match their requests, also between supervisor and worker of different versions."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The shared port: what goes through the router arrives as it was sent, whatever the framing."""
+"""Shared port: requests and responses pass the router unchanged, whatever their framing."""
 
 import os
 import signal

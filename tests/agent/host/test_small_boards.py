@@ -1,4 +1,4 @@
-"""A whole host on a device with little address space, as the kernel's limit on every process of it simulates."""
+"""Whole host with little address space, simulated by a limit on every process."""
 
 import os
 import subprocess

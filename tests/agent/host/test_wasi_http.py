@@ -1,4 +1,4 @@
-"""A guest of wasi:http on a running host: the adapter inside its worker, and the same HTTP as every other guest's."""
+"""Guest of wasi:http on a running host: the adapter in the worker, and the same HTTP behaviour as other guests."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""Clients that send requests without a pause while a test swaps what answers them."""
+"""Clients that send requests without pause while a test swaps instances."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""A client for tests that sees the bytes: sends what no client library would, and reads answers one by one."""
+"""Raw HTTP client for tests: sends bytes that no client library would send."""
 
 import contextlib
 import socket

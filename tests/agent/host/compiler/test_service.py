@@ -1,4 +1,4 @@
-"""The compiler behind a socket is the compiler to whoever starts it: streams, status, and its end."""
+"""Compiler service: behaves like the compiler to its caller (streams, status, signals)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Refuses every import after a process has entered its sandbox, and says so on standard error: loaded by PYTHONPATH.
+"""Refuse and report every import after a process has entered its sandbox; loaded by PYTHONPATH.
 
 Where the interpreter's library can still be read from inside (a user without namespaces, a library below /usr/lib), the
 import would succeed by luck. Refusing makes every machine behave like one with an empty root.

@@ -1,4 +1,4 @@
-"""What an exchange with a guest leaves behind in its worker: nothing, or a worker would run out of memory by and by."""
+"""Codec of exchanges with a guest: leaks no memory in the worker."""
 
 import gc
 import re

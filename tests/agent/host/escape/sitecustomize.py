@@ -1,4 +1,4 @@
-"""Plays the guest that got out of wasm: loaded into zygotes by PYTHONPATH, it answers requests with native code.
+"""Simulate a guest that escaped WebAssembly: loaded into zygotes by PYTHONPATH, answers requests with native code.
 
 A request's target says what to try; the answer is JSON: attempt -> what came of it, an errno's name or "done".
 """

@@ -1,4 +1,4 @@
-"""The router's proxy, between a client and an instance that only counts: what it opens, and what it reads again."""
+"""Proxy of the router, between a client and a simulated instance: connections, pooling, and resent requests."""
 
 import asyncio
 import contextlib

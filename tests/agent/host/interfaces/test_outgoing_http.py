@@ -1,4 +1,4 @@
-"""Requests that a guest sends: through the adapter, over connections from the egress, to peers good and bad.
+"""Outgoing requests of a guest: through the adapter, over connections from the egress, to good and bad peers.
 
 The egress runs here in a thread, with its own code; its resolver is the one seam at which a test answers. Peers are
 sockets on loopback, which a grant has to name.

@@ -1,4 +1,4 @@
-"""What an instance may write in a day is one share, however many workers it has, and whenever they come and go."""
+"""Daily write quota of an instance: shared by all its workers, however often they are replaced."""
 
 import os
 import subprocess

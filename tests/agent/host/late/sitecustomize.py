@@ -1,4 +1,4 @@
-"""Makes a worker's ticker speak too late: at each tick of a call its verdict is on the call before.
+"""Make a worker's watchdog late: at each tick, its verdict is about the previous call.
 
 Loaded into zygotes by PYTHONPATH.
 """

@@ -1,4 +1,4 @@
-"""Kills a process of the host at a named moment of a swap: loaded into the supervisor by PYTHONPATH.
+"""Kill a process of the host in a named phase of a swap; loaded into the supervisor by PYTHONPATH.
 
 The file that `WASMFLEET_TEST_KILL` names says when and whom, as `INSTANCE PHASE VICTIM`, once: right after the message
 of the supervisor's that begins that phase was sent to a worker of that instance.

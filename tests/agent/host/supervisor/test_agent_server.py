@@ -1,4 +1,4 @@
-"""Socket for the agent: events and replies arrive in the order in which they happened, and whose fault is said."""
+"""Socket for the agent: order of events and replies, limits of a connection, internal errors."""
 
 import asyncio
 import socket
@@ -78,7 +78,7 @@ async def test_events_come_before_the_reply_that_they_precede_and_to_every_conne
 
 
 @pytest.mark.asyncio
-async def test_a_bug_of_ours_is_a_failure_of_the_host_and_serving_goes_on(served, capsys):
+async def test_an_internal_error_is_reported_and_serving_continues(served, capsys):
     _handler, connect = served
     sock = connect()
     host_api.send(sock, host_api.Restart(id=7, instance="bad"))
@@ -91,7 +91,7 @@ async def test_a_bug_of_ours_is_a_failure_of_the_host_and_serving_goes_on(served
 
 
 @pytest.mark.asyncio
-async def test_the_handler_is_told_when_nobody_is_connected_any_more(served):
+async def test_the_handler_learns_of_the_end_of_the_last_connection(served):
     handler, connect = served
     first, second = connect(), connect()
     for sock in (first, second):

@@ -1,4 +1,4 @@
-"""An atomic set on the host: the new generations take over in one moment, or none does."""
+"""Atomic sets on the host: all new generations take over in the same moment, or none does."""
 
 import os
 import socket
@@ -48,7 +48,7 @@ def test_both_take_over_once_both_can(pair):
 
 
 @pytest.mark.parametrize("order", [("front", "back"), ("back", "front")])
-def test_when_one_cannot_start_the_other_is_not_swapped_in_whoever_comes_first(pair, order):
+def test_if_a_member_cannot_start_the_other_is_not_swapped(pair, order):
     guests = {"front": "hello", "back": "trap-in-start"}
     others = {"front": ("back",), "back": ("front",)}
     numbers = {name: send(pair, guests[name], support.a_run(name, 2), others[name]) for name in order}

@@ -1,4 +1,4 @@
-"""Deaths in a row end in quarantine; half a minute of life in between forgives those before, on disk too."""
+"""Consecutive crashes lead to quarantine; half a minute of uptime resets the counter, also on disk."""
 
 import asyncio
 import time
@@ -65,7 +65,7 @@ async def test_a_life_of_some_length_resets_the_count(case):
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("up_s", "count"), [(SHORT_S - 5, 3), (LONG_S, 0)])
-async def test_who_lives_on_is_forgiven_before_the_next_death(case, up_s, count):
+async def test_a_worker_with_enough_uptime_resets_the_count(case, up_s, count):
     worker = SimpleNamespace(alive=True, ready=object(), since_s=time.monotonic() - up_s)
     worker.page = SimpleNamespace(began_ns=lambda: 0, read=CallStats)
 

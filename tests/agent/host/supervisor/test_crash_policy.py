@@ -1,4 +1,4 @@
-"""Decisions after the end of a worker: rows of uptimes and blame, and what each leads to."""
+"""Crash policy: decisions by uptime and blame."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""A generation that may share a worker: its image has the name that the agent gives, or the host makes one."""
+"""Image hash of a generation that may share a worker."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Files in which the host remembers crashes, quotas and users are replaced so that a power cut loses no rename."""
+"""State files of the host: replaced durably, so that a power cut loses no rename."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""Scheduled tasks: run when due, never two at once, and counted like any call."""
+"""Scheduled tasks: run when due, never two at once, and counted like calls."""
 
 from itertools import groupby, pairwise
 

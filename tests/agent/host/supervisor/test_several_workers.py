@@ -1,4 +1,4 @@
-"""An instance with several workers: nobody waits behind a call that takes its time while another worker is idle."""
+"""Instance with several workers: no client waits for a busy worker while another is idle."""
 
 import socket
 from contextlib import ExitStack
@@ -59,7 +59,7 @@ def test_a_client_whose_worker_is_in_a_long_call_is_answered_by_another_worker(h
     assert (health.workers, health.restarts, health.errors) == (2, 0, 0)
 
 
-def test_who_waits_while_all_workers_are_busy_is_answered_by_the_first_that_is_not(host, kept):
+def test_a_client_waiting_for_busy_workers_is_answered_by_the_first_idle_one(host, kept):
     port = start(host, concurrency=2, idle_ms=400)
     waiting, first, second = kept(port), kept(port), kept(port)
     for client in (waiting, first, second):

@@ -1,4 +1,4 @@
-"""Instances of one publisher in a shared worker: as apart as ever for those who call them, and told of each other."""
+"""Shared workers: instances of a publisher stay separate for their clients, and learn which one ended their worker."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ CLOCK = Grants(interfaces=("wasi:io", "wasi:clocks"))
 SLEEPS = {"grants": CLOCK, "limits": Limits(call_ms=100, idle_ms=300)}
 
 
-def test_instances_of_one_publisher_sit_in_one_worker_and_are_called_apart(host):
+def test_instances_of_a_publisher_share_a_worker_and_are_called_separately(host):
     before = set(lanes_of(host))
     workers = {share(host, "counter", f"c{number}") for number in range(3)}
     assert len(workers) == 1
@@ -70,7 +70,7 @@ def test_the_last_to_leave_ends_the_worker(host):
         ({"limits": Limits(concurrency=2)}, "calls at once"),
     ],
 )
-def test_who_does_not_share_though_the_operator_lets_it(host, rest, why):
+def test_instances_that_do_not_share_although_allowed(host, rest, why):
     ours = share(host, "hello", "a")
     theirs = share(host, "hello", "b", **rest)
     assert ours not in {"", theirs}
@@ -79,13 +79,13 @@ def test_who_does_not_share_though_the_operator_lets_it(host, rest, why):
         assert why in host.ask(host_api.Logs, instance="b").lines[0], "and the log says why"
 
 
-def test_without_the_operators_word_each_has_a_worker_of_its_own(host):
+def test_without_the_operators_permission_each_instance_has_its_own_worker(host):
     for name in ("a", "b"):
         host.start("hello", support.a_run(name, 1))
     assert {host.health(name).shared_worker for name in ("a", "b")} == {""}
 
 
-def test_a_trap_takes_the_store_of_its_own_instance_alone(host):
+def test_a_trap_discards_only_the_store_of_its_own_instance(host):
     share(host, "counter", "good")
     assert count(host, "good") == 1
     share(host, "trap", "bad")
@@ -97,7 +97,7 @@ def test_a_trap_takes_the_store_of_its_own_instance_alone(host):
     assert host.health("good").restarts == host.health("bad").restarts == 0
 
 
-def test_a_guest_that_hangs_is_ended_with_its_worker_and_the_others_are_told_on_whose_account(host):
+def test_a_hanging_guest_is_killed_with_its_worker_and_named_to_the_others(host):
     shared = share(host, "sleep", "bad", **SLEEPS)
     assert share(host, "sleep", "mate", **SLEEPS) == shared
     post = "POST /bad/ HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"  # nothing that is asked for a second time
@@ -114,7 +114,7 @@ def test_a_guest_that_hangs_is_ended_with_its_worker_and_the_others_are_told_on_
     assert host.health("mate").shared_worker not in {"", shared}
 
 
-def test_a_worker_that_dies_between_calls_is_made_again_for_all(host):
+def test_a_shared_worker_that_dies_between_calls_is_replaced_for_all(host):
     before = set(lanes_of(host))
     for name in ("a", "b"):
         share(host, "hello", name)
@@ -128,7 +128,7 @@ def test_a_worker_that_dies_between_calls_is_made_again_for_all(host):
     assert [get(host, name)[0] for name in ("a", "b")] == [200, 200]
 
 
-def test_a_swap_of_one_loses_nobody_and_leaves_the_others_alone(host):
+def test_a_swap_in_a_shared_worker_loses_no_client_and_affects_no_other(host):
     for name in ("a", "b"):
         share(host, "counter", name)
     assert (count(host, "a"), count(host, "b")) == (1, 1)
@@ -155,7 +155,7 @@ def test_state_is_carried_in_a_shared_worker_as_in_one_of_its_own(host):
 @pytest.mark.parametrize(
     ("guest", "words"), [("hostage", "used up its time"), ("trap-in-save", "unreachable"), ("loses-state", "no state")]
 )
-def test_who_does_not_save_its_state_costs_those_who_share_its_worker_nothing(host, guest, words):
+def test_a_failed_save_in_a_shared_worker_affects_no_other(host, guest, words):
     limits = Limits(start_ms=300)
     shared = share(host, guest, "bad", limits=limits)
     assert share(host, guest, "mate", limits=limits) == shared
@@ -168,7 +168,7 @@ def test_who_does_not_save_its_state_costs_those_who_share_its_worker_nothing(ho
     assert count(host, "bad") >= 1, "and it goes on itself"
 
 
-def test_whose_save_stands_still_is_ended_and_named_and_shares_no_more(host):
+def test_a_hanging_save_in_a_shared_worker_is_killed_named_and_no_longer_shared(host):
     limits = Limits(start_ms=300, idle_ms=300)
     shared = share(host, "hostage-asleep", "bad", grants=CLOCK, limits=limits)
     assert share(host, "hostage-asleep", "mate", grants=CLOCK, limits=limits) == shared

@@ -1,4 +1,4 @@
-"""Memory carried over a swap: saved by the old version, loaded by the new; where that fails, the old one goes on."""
+"""State transfer in a swap: saved by the old version, loaded by the new; after a failure, the old version continues."""
 
 import socket
 import threading

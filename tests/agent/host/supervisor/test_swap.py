@@ -1,4 +1,4 @@
-"""A swap loses nothing: not a request of a kept-alive client, not one of a new client, not a POST, on either way in."""
+"""Swaps lose no request: of kept-alive and new clients, GET and POST, through the router and on own ports."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""What the supervisor bears of a worker in which somebody else speaks: a guest that got out of its sandbox."""
+"""Supervisor's handle of a compromised worker: limits on everything that it sends."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ async def as_a_worker(speak):
 
 
 @pytest.mark.asyncio
-async def test_a_worker_that_tells_more_than_any_worker_has_to_is_ended():
+async def test_a_worker_that_sends_too_many_messages_is_killed():
     def flood(sock):
         with contextlib.suppress(framing.GoneError):
             for number in range(20_000):
@@ -66,7 +66,7 @@ def open_here():
 
 
 @pytest.mark.asyncio
-async def test_descriptors_that_nobody_asked_for_are_closed():
+async def test_unexpected_descriptors_are_closed():
     def send_many(sock):
         read, write = os.pipe()
         for _ in range(100):
@@ -80,7 +80,7 @@ async def test_descriptors_that_nobody_asked_for_are_closed():
     assert open_here() <= before + 1
 
 
-def test_figures_that_cannot_be_are_cut_to_what_can_be_kept():
+def test_impossible_figures_are_limited():
     fd = stats_page.create_page("bad")
     os.pwrite(fd, b"\xff" * stats_page.SIZE, 0)
     figures = stats_page.StatsPage(fd).read()

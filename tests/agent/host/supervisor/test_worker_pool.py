@@ -1,4 +1,4 @@
-"""Zygotes come and go, and who asks for a worker need not know; slots of shared workers, and their control group."""
+"""Zygotes that end and are replaced; slots of shared workers, and their control group."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from fleet.protocol.manifest import Limits
 
 
 @pytest.mark.asyncio
-async def test_a_zygote_that_has_just_ended_is_replaced_for_whoever_asks_next():
+async def test_a_zygote_that_has_just_ended_is_replaced_at_the_next_request():
     pool = ZygotePool()
     try:
         first = await pool.fork("main", "a", fuel=False)
@@ -30,7 +30,7 @@ async def test_a_zygote_that_has_just_ended_is_replaced_for_whoever_asks_next():
 
 
 @pytest.mark.asyncio
-async def test_a_fork_that_nobody_waits_for_any_more_is_ended():
+async def test_the_process_of_a_cancelled_fork_is_killed():
     pool = ZygotePool()
     try:
         await pool.fork("main", "first", fuel=False)
@@ -69,7 +69,7 @@ async def test_a_fork_that_is_answered_while_its_caller_is_cancelled_is_ended():
 
 
 @pytest.mark.asyncio
-async def test_a_zygote_that_ends_closes_what_nobody_waits_for_any_more():
+async def test_a_zygote_that_ends_closes_cancelled_forks():
     pool = ZygotePool()
     try:
         await pool.fork("main", "first", fuel=False)

@@ -1,4 +1,4 @@
-"""A worker's clients, without a worker: sockets on one side, a guest that is a function on the other."""
+"""HTTP server of a worker, on sockets, with a function in place of the guest."""
 
 import os
 import select

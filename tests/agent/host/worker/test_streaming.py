@@ -1,4 +1,4 @@
-"""An answer of wasi:http reaches its client while the guest still writes it, and no faster than the client takes it."""
+"""Streaming responses of wasi:http: sent while the guest still writes, at the client's pace."""
 
 import pytest
 import support

@@ -1,4 +1,4 @@
-"""What the supervisor sees in a worker's page, whatever kind of call has just ended."""
+"""Figures in a worker's page after every kind of call."""
 
 import os
 import subprocess
