@@ -7,7 +7,7 @@ import msgspec
 from rich.text import Text
 
 from fleet.cli import operator, output
-from fleet.cli.base import Exit, Fault, Options, command
+from fleet.cli.base import Exit, Fault, Group, Options, command
 from fleet.cli.operator import load_operator
 from fleet.cli.trust_store import Place, load_devices, save_devices
 from fleet.client import Client, ClientError, UnreachableError
@@ -37,7 +37,7 @@ class _Shown(msgspec.Struct, frozen=True, kw_only=True):
     bad: Count = 0
 
 
-@click.group("audit", short_help="Prove what devices ran, without trusting the server")
+@click.group("audit", cls=Group, short_help="Prove what devices ran, without trusting the server")
 def audits() -> None:
     """Prove what devices ran, without trusting the server."""
 

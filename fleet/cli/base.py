@@ -3,8 +3,10 @@
 Every `fleet --help` and every completion imports this module, so at load time it imports click and nothing heavier.
 """
 
+import difflib
 import functools
 import importlib
+import os
 import re
 import sys
 import traceback
@@ -165,6 +167,23 @@ class Entry:
 
 Sections = Mapping[str, Mapping[str, Entry]]
 
+_SENTENCE_MAX_CHARS: Final = 1000
+"""Above every first sentence of a command's help: none is cut off in the list of its group."""
+
+
+class Group(click.Group):
+    """Group that lists the first sentence of each command's help, on further lines where one is too short for it."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the names and first sentences; click would cut them off at the end of the line."""
+        rows = [
+            (name, loaded.get_short_help_str(_SENTENCE_MAX_CHARS))
+            for name in self.list_commands(ctx)
+            if (loaded := self.get_command(ctx, name)) is not None and not loaded.hidden
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
 
 class LazyGroup(click.Group):
     """Group whose commands are listed in sections and imported only when called."""
@@ -190,6 +209,17 @@ class LazyGroup(click.Group):
         assert isinstance(loaded, click.Command)
         return loaded
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command; for an unknown one, name those like it, which click cannot see before they are imported."""
+        name = args[0]
+        if not ctx.resilient_parsing and not name.startswith("-") and name not in self.entries:
+            similar = difflib.get_close_matches(name, self.entries)
+            guess = f" Did you mean {' or '.join(map(repr, similar))}?" if similar else ""
+            raise click.UsageError(f"No such command {name!r}.{guess}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections without importing any command."""
         width = max(len(name) for name in self.entries)
@@ -207,6 +237,7 @@ class LazyGroup(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run, and turn every exception into one line and an exit code."""
         kwargs["standalone_mode"] = False
+        kwargs.setdefault("color", _color())
         argv = kwargs.get("args") or (args[0] if args else None) or sys.argv[1:]
         debug = "--debug" in argv
         try:
@@ -232,13 +263,19 @@ def explain(error: Exception) -> int:
             return Exit.USAGE
         case click.UsageError():
             path = error.ctx.command_path if error.ctx is not None else "fleet"
-            line, code = f"{_one_line(error.format_message())}; see '{path} --help'", Exit.USAGE
+            words = _one_line(error.format_message())
+            line, code = f"{words}{' See' if words.endswith('?') else '; see'} '{path} --help'", Exit.USAGE
         case click.ClickException():
             line, code = _one_line(error.format_message()), Exit(error.exit_code)
         case _:
             line, code = _by_library(error)
-    click.echo(click.style("error:", fg="red", bold=True) + f" {_one_line(line)}", err=True)
+    click.echo(click.style("error:", fg="red", bold=True) + f" {_one_line(line)}", err=True, color=_color())
     return code
+
+
+def _color() -> bool | None:
+    """Return False under NO_COLOR (https://no-color.org); None lets click decide by the terminal."""
+    return False if os.environ.get("NO_COLOR") else None
 
 
 def _by_library(error: Exception) -> tuple[str, Exit]:

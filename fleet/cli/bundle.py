@@ -21,7 +21,7 @@ import click
 import msgspec
 
 from fleet.cli import operator, output
-from fleet.cli.base import Exit, Fault, Options, command, reason
+from fleet.cli.base import Exit, Fault, Group, Options, command, reason
 from fleet.cli.operator import Operator, load_operator
 from fleet.protocol import names
 from fleet.protocol.codes import RejectCode
@@ -46,7 +46,7 @@ _GPT_ENTRIES_MAX: Final = 128
 _PACKED: Final = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
-@click.group("bundle", short_help="Carry updates to devices that no network reaches")
+@click.group("bundle", cls=Group, short_help="Carry updates to devices that no network reaches")
 def bundles() -> None:
     """Carry updates to devices that no network reaches."""
 
@@ -262,7 +262,7 @@ def prepare(options: Options, *, img: Path, given: str) -> Exit:
     return Exit.OK
 
 
-@click.group("image")
+@click.group("image", cls=Group)
 def image() -> None:
     """Prepare images of cards and disks that devices boot from."""
 

@@ -8,14 +8,14 @@ import click
 from fleet import ca
 from fleet.ca import CaError, Root, read_pair
 from fleet.cli import output
-from fleet.cli.base import SIGN_YES, Exit, Fault, Options, command
+from fleet.cli.base import SIGN_YES, Exit, Fault, Group, Options, command
 from fleet.cli.operator import Operator, home, load_operator
 from fleet.cli.unlock import ask, new_passphrase
 from fleet.client import Client, ProblemError
 from fleet.protocol.trust_api import CaView, Issuer, IssuingRequest
 
 
-@click.group("ca", short_help="Manage the CA by which devices and servers know each other")
+@click.group("ca", cls=Group, short_help="Manage the CA by which devices and servers know each other")
 def authority() -> None:
     """Manage the CA by which devices and servers know each other.
 

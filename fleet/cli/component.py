@@ -6,7 +6,7 @@ import click
 import msgspec
 
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, command, read_file, write_file
+from fleet.cli.base import Exit, Fault, Group, Options, command, read_file, write_file
 from fleet.component import component_toml, reader, wasi
 from fleet.component import compose as composer
 from fleet.component.toml_fields import FILE_NAME
@@ -15,7 +15,7 @@ from fleet.protocol.manifest import BadManifestError
 from fleet.protocol.printable import printable
 
 
-@click.group("component")
+@click.group("component", cls=Group)
 def component() -> None:
     """Inspect a component file, or put it into its adapter."""
 

@@ -273,7 +273,10 @@ def seconds(text: str) -> int:
         raise Fault(
             f"{text!r} is not a duration", "a duration is a whole number and a unit", "write 90s, 30m, 12h or 7d"
         )
-    return int(match[1]) * _UNITS[match[2]]
+    length = int(match[1]) * _UNITS[match[2]]
+    if length > bounds.WAIT_MAX_S:
+        raise Fault(f"{text!r} is too long", f"the most is {bounds.WAIT_MAX_S // 86_400}d", "give a shorter time")
+    return length
 
 
 @command(

@@ -12,7 +12,7 @@ from typing import Final
 import click
 
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, command, write_file
+from fleet.cli.base import Exit, Fault, Group, Options, command, write_file
 from fleet.cli.operator import load_operator
 from fleet.cli.trust_store import TrustStore
 from fleet.client import Client, ProblemError
@@ -172,7 +172,7 @@ class Shelf:
         return fetched
 
 
-@click.group("sbom")
+@click.group("sbom", cls=Group)
 def boms() -> None:
     """Show what a published component contains, and who built it."""
 

@@ -9,7 +9,7 @@ import click
 from securesystemslib.signer import CryptoSigner
 
 from fleet.cli import output
-from fleet.cli.base import SAVE_EVENT, SIGN_YES, Fault, Options, command, days, read_file, reason
+from fleet.cli.base import SAVE_EVENT, SIGN_YES, Fault, Group, Options, command, days, read_file, reason
 from fleet.cli.operator import Operator, home, load_operator
 from fleet.cli.signing_event import Ceremony, Change, for_pipeline, replaced, signing_faults, without
 from fleet.cli.trust_store import TrustStore
@@ -24,7 +24,7 @@ from signing.errors import KeyFileError
 ONLINE = ("snapshot", "timestamp", "director")
 
 
-@click.group("keys")
+@click.group("keys", cls=Group)
 def keys() -> None:
     """Make, list, rotate and revoke signing keys.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from fleet.cli import output
-from fleet.cli.base import Fault, Options, check_choice, command, reason
+from fleet.cli.base import Fault, Group, Options, check_choice, command, reason
 from fleet.cli.operator import TOKEN_VARIABLE, load_operator
 from fleet.client import Client, ProblemError
 from fleet.protocol import files
@@ -25,7 +25,7 @@ _SAVE = click.option(
 )
 
 
-@click.group("operators", short_help="Manage who may use the server, and in which role")
+@click.group("operators", cls=Group, short_help="Manage who may use the server, and in which role")
 def operators() -> None:
     """Manage who may use the server, and in which role.
 

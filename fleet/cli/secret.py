@@ -14,7 +14,7 @@ import click
 from rich.text import Text
 
 from fleet.cli import operator, output
-from fleet.cli.base import Exit, Fault, Options, command
+from fleet.cli.base import Exit, Fault, Group, Options, command
 from fleet.cli.operator import Operator, connect, load_operator
 from fleet.client import Client
 from fleet.protocol import bounds
@@ -55,7 +55,7 @@ def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
     return add
 
 
-@click.group("secret", short_help="Give components passwords and keys that only their devices can read")
+@click.group("secret", cls=Group, short_help="Give components passwords and keys that only their devices can read")
 def secrets() -> None:
     """Give components passwords and keys that only their devices can read.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from fleet.cli import output
-from fleet.cli.base import SIGN_YES, Exit, Fault, Options, command, write_file
+from fleet.cli.base import SIGN_YES, Exit, Fault, Group, Options, command, write_file
 from fleet.cli.ca import open_root
 from fleet.cli.keys import write_public
 from fleet.cli.operator import Operator, home, load_operator
@@ -195,7 +195,7 @@ def serve(options: Options, *, broker: str | None, verbose: bool, trust_clock: b
         raise Fault(str(error), code=Exit.FAILED) from None
 
 
-@click.group("server", short_help="Back up a server, make its keys, rebuild it")
+@click.group("server", cls=Group, short_help="Back up a server, make its keys, rebuild it")
 def server() -> None:
     """Back a server up, make its keys, and rebuild it on another machine."""
 
@@ -403,7 +403,7 @@ for each in (backup, scrub, key, rebuild):
     server.add_command(each)
 
 
-@click.group("publisher", short_help="Sign snapshot and timestamp on a signing host")
+@click.group("publisher", cls=Group, short_help="Sign snapshot and timestamp on a signing host")
 def publisher() -> None:
     """Sign snapshot and timestamp on a signing host, apart from the server.
 

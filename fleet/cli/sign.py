@@ -12,7 +12,7 @@ from securesystemslib.signer import Key
 from fleet import ca
 from fleet.cli import ca as ca_commands
 from fleet.cli import output
-from fleet.cli.base import SAVE_EVENT, SIGN_YES, Exit, Fault, Options, command, days, read_file
+from fleet.cli.base import SAVE_EVENT, SIGN_YES, Exit, Fault, Group, Options, command, days, read_file
 from fleet.cli.operator import load_operator
 from fleet.cli.signing_event import Ceremony, Change, load, merged, save, show_recovery, signing_faults, team_keys
 from fleet.cli.trust_store import Cached
@@ -172,7 +172,7 @@ class _Mover:
             self._ceremony.ring.forget(name)
 
 
-@click.group("sign")
+@click.group("sign", cls=Group)
 def sign() -> None:
     """Show, sign and publish signing events; show and renew what expires.
 

@@ -118,6 +118,9 @@ def test_a_commands_help_loads_no_library_that_only_its_work_needs(command, with
         (["deploy", "hello@1.0.0", "--group", "edge-eu", "--config", "level"], "--config key=value"),
         (["deploy", "hello@1.0.0", "--group", "edge-eu", "--as", "No Name"], "is not a name"),
         (["enroll-token", "--valid", "soon"], "is not a duration"),
+        (["enroll-token", "--valid", "9999d"], "'9999d' is too long; the most is 3660d"),
+        (["psuh", "hello.wasm"], "No such command 'psuh'. Did you mean 'push'? See "),
+        (["push", "hello.wasm", "--grp", "edge-eu"], "'--grp'"),
         (["label", "gate-00000000", "colour"], "is not a label"),
         (["completion", "tcsh"], "tcsh"),
     ],
@@ -129,6 +132,20 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words, fleet, home):
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert words in lines[0]
+
+
+@pytest.mark.parametrize("group", [name for name, command in commands() if isinstance(command, click.Group)])
+def test_a_group_lists_what_its_commands_do_and_cuts_no_sentence_off(group, fleet):
+    assert "..." not in fleet(group, "--help").stdout.partition("Commands:")[2]
+
+
+def test_no_color_holds_for_errors_too(fleet, monkeypatch, capsys):
+    monkeypatch.setattr(click.utils, "should_strip_ansi", lambda _stream=None, color=None: color is False)
+    explain(Fault("it broke"))
+    assert capsys.readouterr().err.startswith("\x1b[31m")
+    monkeypatch.setenv("NO_COLOR", "1")
+    explain(Fault("it broke"))
+    assert capsys.readouterr().err == "error: it broke\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
