@@ -62,6 +62,8 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
     with who.client() as client:
         rows = client.devices().devices
         memory.places |= {row.id: Place(groups=row.groups, revoked=row.revoked) for row in rows}
+        if device and device not in memory.places and device not in memory.devices:
+            raise Fault(f"there is no device {device}", action="'fleet devices' lists them", code=Exit.REFUSED)
         devices = [device] if device else [row.id for row in rows]
         for each in devices:
             seen = None if forget else memory.devices.get(each)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from fleet.cli.base import Fault, Options, read_file
+from fleet.cli.base import Fault, Options, read_file, reason
 from fleet.protocol import bounds
 from fleet.protocol.files import damage
 from fleet.protocol.names import BadNameError, TargetName
@@ -115,6 +115,12 @@ def home(options: Options) -> Path:
     return Path(data).expanduser() / "wasmfleet"
 
 
+def default_home() -> Path:
+    """Return the directory of a `fleet` command without --home."""
+    named = os.environ.get("WASMFLEET_HOME")
+    return home(Options(home=Path(named) if named else None))
+
+
 def load_operator(options: Options) -> Operator:
     """Read the operator's configuration.
 
@@ -177,9 +183,11 @@ def _secret(path: Path) -> str:
         mode = path.stat().st_mode
         text = path.read_text(encoding="ascii").strip()
     except FileNotFoundError:
-        raise Fault(f"no token in {path}", "the server refuses requests without one", _INIT) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Fault(f"cannot read the token {path}", str(error), "check its owner and content") from None
+        raise Fault(f"{path} does not exist", "the server refuses requests without a token", _ASK) from None
+    except OSError as error:
+        raise Fault(f"cannot read the token {path}", reason(error), "check its owner and permissions") from None
+    except UnicodeDecodeError:
+        raise Fault(f"the token {path} is damaged", "it is not ASCII text", _ASK) from None
     if stat.S_IMODE(mode) & 0o077:
         raise Fault(
             f"the token {path} can be read by others", "it gives access to the whole fleet", f"chmod 600 {path}"

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from fleet.cli import output
 from fleet.cli.base import SIGN_YES, Exit, Fault, Group, Options, command, write_file
 from fleet.cli.ca import open_root
 from fleet.cli.keys import write_public
-from fleet.cli.operator import Operator, home, load_operator
+from fleet.cli.operator import Operator, default_home, home, load_operator
 from fleet.cli.signing_event import SUFFIX, hand_over, merged, read_team, save, show_recovery
 from fleet.cli.trust_store import load_devices
 from fleet.cli.unlock import free_key_file, keyring, new_passphrase, open_key
@@ -143,7 +144,7 @@ def _show_new_fleet(options: Options, made: "Made", event: Path | None) -> None:
         more = {"recovery": made.recovery, "event": None if event is None else str(event)}
         output.show_json({**facts, "url": made.url, "warnings": list(made.warnings), **more})
         return
-    output.say(options, f"Created the fleet {made.fleet} in {made.home}.")
+    output.say(options, f"Created the fleet {made.fleet!r} in {made.home}.")
     for warning in made.warnings:
         click.echo(click.style("note: ", fg="yellow", bold=True) + warning, err=True)
     if made.recovery:
@@ -153,11 +154,12 @@ def _show_new_fleet(options: Options, made: "Made", event: Path | None) -> None:
             f"Root passes to the team when enough of them have signed: mail {event} to them,\n"
             f"'fleet sign approve {event.name}', then, with the server running, 'fleet sign publish {event.name}'."
         )
+    fleet = "fleet" if made.home == default_home() else f"fleet --home {shlex.quote(str(made.home))}"
     output.say(
         options,
         "Next:\n"
-        "  fleet serve                              run its server\n"
-        "  fleet enroll-token --group edge-eu --quiet | ssh DEVICE sudo fleet-agent enroll",
+        f"  {fleet} serve                              run its server\n"
+        f"  {fleet} enroll-token --group edge-eu --quiet | ssh DEVICE sudo fleet-agent enroll",
     )
 
 
@@ -185,7 +187,7 @@ def serve(options: Options, *, broker: str | None, verbose: bool, trust_clock: b
             options,
             f"The fleet {up.fleet} is up; Ctrl-C stops the server, devices keep running.\n"
             f"  operators  {up.operators_url}\n"
-            f"  devices     {', '.join([up.devices_url, *up.mqtt])}\n"
+            f"  devices    {', '.join([up.devices_url, *up.mqtt])}\n"
             f"  broker     {up.broker}",
         )
 

@@ -151,8 +151,10 @@ class Ceremony:
 
 def load(path: Path) -> Event:
     """Read an event from a file. Raises `Fault`."""
-    with signing_faults():
+    try:
         return events.decode(read_file(path, events.MAX_BYTES))
+    except RepositoryError as error:
+        raise Fault(f"cannot read the signing event {path}", str(error)) from None
 
 
 def merged(paths: Sequence[Path]) -> Event:

@@ -6,9 +6,11 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from fleet.cli import output
+from fleet.cli.main import main
 from fleet.protocol import codes, operator_api
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 from fleet.protocol.messages import DeviceResources, Health, InstanceHealth, Versions
@@ -375,6 +377,24 @@ def test_a_token_that_others_can_read_is_not_used(fleet, home):
     assert "chmod 600" in result.stderr
 
 
+def test_a_token_that_is_gone_is_no_reason_to_create_another_fleet(fleet, home):
+    (home / "operator/token").unlink()
+    result = fleet("devices")
+    assert result.exit_code == 2
+    assert "operator/token does not exist" in result.stderr
+    assert "fleet operators add" in result.stderr
+    assert "fleet init" not in result.stderr
+
+
+def test_init_names_its_home_in_the_next_steps_if_fleet_would_not_find_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("WASMFLEET_HOME", raising=False)
+    elsewhere = CliRunner().invoke(main, ["--home", str(tmp_path / "try"), "init", "--dev"])
+    assert f"fleet --home {tmp_path}/try serve" in elsewhere.stdout
+    monkeypatch.setenv("WASMFLEET_HOME", str(tmp_path / "named"))
+    named = CliRunner().invoke(main, ["init", "--dev"])
+    assert "  fleet serve" in named.stdout
+
+
 def test_init_never_overwrites(fleet, home):
     token = (home / "operator/token").read_bytes()
     result = fleet("init", "--dev")
@@ -448,3 +468,11 @@ def test_a_narrow_terminal_wraps_long_cells_and_cuts_nothing(fleet, fleet_of_two
     assert "…" not in narrow.getvalue()
     for text in whole:
         assert any(text in line for line in lines), text
+
+
+def test_the_history_of_a_device_that_never_was_is_not_doubted(fleet, desk):
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices()
+    result = fleet("audit", "verify", "gate-00000000")
+    assert result.exit_code == 4
+    assert result.stderr == "error: there is no device gate-00000000; 'fleet devices' lists them\n"
+    assert result.stdout == ""

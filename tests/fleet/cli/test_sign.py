@@ -127,8 +127,8 @@ def test_what_has_no_part_in_it_signs_nothing(fleet, team, work):
 def test_a_mail_that_is_no_event_or_of_another_fleet_is_one_line(fleet, team, desk, work):
     Path("mail.json").write_text("Dear Alice,")
     refused = fleet("sign", "approve", "mail.json")
-    assert refused.exit_code == 4
-    assert "not a signing event" in refused.stderr
+    assert refused.exit_code == 2
+    assert "cannot read the signing event mail.json; this is not a signing event" in refused.stderr
     fleet("keys", "rotate", "main", "--to", "bob", "--yes", "--out", "event.json")
     text = Path("event.json").read_text()
     Path("event.json").write_text(text.replace('"fleet": "fleet"', '"fleet": "other"', 1))
