@@ -106,7 +106,8 @@ def init(
         move_into_place(draft / "server", place.server)
         move_into_place(draft / "operator", place.operator)
     except (SigningError, StoreError, HomeError, CaError, OSError) as error:
-        raise SetupError(f"cannot create a fleet in {home}: {error}") from error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise SetupError(f"cannot create a fleet in {home}: {why}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     warnings = () if config.production else ("development fleet: every key is stored unencrypted in this home",)

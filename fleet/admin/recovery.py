@@ -82,16 +82,20 @@ def backup(home: Path, output: Path) -> int:
             finally:
                 store.close()
             handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                    for name, path in _members(place, copy):
-                        tar.add(path, arcname=name, recursive=False)
-                size = file.tell()
-        move_into_place(beside, output)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                        for name, path in _members(place, copy):
+                            tar.add(path, arcname=name, recursive=False)
+                    size = file.tell()
+                move_into_place(beside, output)
+            except BaseException:
+                beside.unlink(missing_ok=True)  # a full disk stays no fuller than before
+                raise
     except (HomeError, StoreError) as error:
         raise BackupError(str(error)) from error
     except OSError as error:
-        raise BackupError(f"cannot write the backup {output}: {error}") from error
+        raise BackupError(f"cannot write the backup {output}: {error.strerror or error}") from error
     return size
 
 

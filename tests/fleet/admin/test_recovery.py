@@ -1,6 +1,8 @@
 """A server made anew: what counts of what is left, and what a thief's copy is worth. No process."""
 
+import errno
 import io
+import os
 import shutil
 import stat
 import tarfile
@@ -95,6 +97,17 @@ def test_a_backup_holds_no_key_and_is_the_owners_alone(place, tmp_path):
     data = (tmp_path / "b.tar").read_bytes()
     for secret in (b"PRIVATE", (place.home.operator / "token").read_bytes().strip()):
         assert secret not in data
+
+
+def test_a_backup_that_a_full_disk_ends_leaves_nothing_behind(place, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(recovery, "move_into_place", full)
+    with pytest.raises(BackupError, match=r"b\.tar: No space left on device$"):
+        recovery.backup(place.path, tmp_path / "out" / "b.tar")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def tar(*members):
