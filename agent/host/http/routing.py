@@ -56,7 +56,7 @@ class RouteTable:
         return Route(instance=name, target=target, prefix=prefix)
 
     def _listing(self, name: str) -> str:
-        what = f"no instance {name!r} runs on this board" if name else "name an instance in the path"
+        what = f"no instance {name!r} runs on this device" if name else "name an instance in the path"
         known = sorted(self.up)[:_LISTED_MAX]
         return f"{what}; here are: {', '.join(f'/{each}/' for each in known)}" if known else f"{what}; there are none"
 

@@ -1,15 +1,15 @@
-"""Calling the guest of a lane: its store, its time, its figures, its log.
+"""Calls of one guest: its store, time limits, statistics and log.
 
-One call at a time, on the lane's only thread that enters wasm. A ticker thread watches while a call is in flight and
-parks after an idle tick, so that a lane at rest wakes nobody. It lets epochs pass by the *processor's* time of the
-calling thread: waiting for a peer, or for the processor on a busy board, is no time of the guest's. Waiting has limits
-of its own, in one piece and in all. A call past one of them stands still in the host: only the supervisor can end that,
-by ending the lane. A tick counts for what it saw pass and never for much more than its length, so that a board that was
-suspended finds no call too late.
+One call runs at a time, on the worker's only thread that enters WebAssembly. A ticker thread watches each call and
+parks after an idle tick, so that an idle worker wakes nobody. Epochs advance with the processor time of the calling
+thread: waiting for a peer, or for the processor on a busy device, is not guest time. Waiting has limits of its own, for
+one uninterrupted wait and in total. A call past one of them is stuck in the host: only the supervisor can end it, by
+ending the worker. A tick counts at most a little more than its own length, so that no call is late after a suspended
+device resumes.
 
-The two threads share one reference: the `Call` in flight, which never changes. Each tick reads it once and judges that
-call by that call's own limits; the sums are the ticker's alone. A verdict carries the call's number, which the
-supervisor compares with the page of figures, since the call may have ended meanwhile.
+The two threads share one reference: the immutable `Call` in flight. Each tick reads it once and judges that call by its
+own limits; only the ticker writes the sums. A verdict carries the call's number, which the supervisor compares with the
+statistics page, since the call may have ended meanwhile.
 """
 
 import threading

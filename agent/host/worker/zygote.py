@@ -57,7 +57,7 @@ def main(fd: int, *, fuel: bool, shared: bool) -> NoReturn:
     the_engine = runtime.Engine(fuel=fuel, pooled=not shared)
     if not _self_test(the_engine):
         guest.use_stock_codec(the_engine)
-        sys.stderr.write("zygote: the fast codec failed its self-test on this board, the stock one serves\n")
+        sys.stderr.write("zygote: the fast codec failed its self-test on this device: using the stock one\n")
     seccomp.prepare()
     gc.collect()
     gc.freeze()
