@@ -135,7 +135,9 @@ class Outcome(StrEnum):
     DEFERRED = "deferred"  # the device's own window or policy says later
     IN_PROGRESS = "in-progress"
     SUCCEEDED = "succeeded"
-    FAILED = "failed"  # tried, and the device rolled back or never started it
+    FAILED = "failed"  # refused or reverted because of the version or its configuration, and the device signed that
+    UNPROVEN = "unproven"  # an agent too old to sign its state: in no count
+    SUPERSEDED = "superseded"  # something else is offered to the device by now
     REFUSED = "refused"  # verification or policy forbids it
     SKIPPED = "skipped"  # the rollout ended before, or the device left the group
 
@@ -153,6 +155,76 @@ class RolloutState(StrEnum):
 
 OPEN_STATES: Final = frozenset({RolloutState.RUNNING, RolloutState.PAUSED})
 """States of a rollout that still changes devices."""
+
+CODE_OUTCOMES: Final[dict[RejectCode, Outcome]] = {
+    # the assignment, its metadata or the way here: the same version passes once server and network are in order
+    RejectCode.MALFORMED: Outcome.DEFERRED,
+    RejectCode.UNSUPPORTED_VERSION: Outcome.DEFERRED,
+    RejectCode.UNSIGNED: Outcome.DEFERRED,
+    RejectCode.ROLLBACK: Outcome.DEFERRED,
+    RejectCode.FREEZE: Outcome.DEFERRED,
+    RejectCode.EXPIRED: Outcome.DEFERRED,
+    RejectCode.EQUIVOCATION: Outcome.DEFERRED,
+    RejectCode.WRONG_FLEET: Outcome.DEFERRED,
+    RejectCode.WRONG_DEVICE: Outcome.DEFERRED,
+    RejectCode.UNKNOWN_TARGET: Outcome.DEFERRED,
+    RejectCode.EMPTY: Outcome.DEFERRED,
+    RejectCode.REPLAY: Outcome.DEFERRED,
+    RejectCode.RATE_LIMITED: Outcome.DEFERRED,
+    RejectCode.NOT_FOUND: Outcome.DEFERRED,
+    RejectCode.UNREACHABLE: Outcome.DEFERRED,
+    RejectCode.TOO_SLOW: Outcome.DEFERRED,
+    # this device as it is today
+    RejectCode.DEVELOPMENT: Outcome.DEFERRED,
+    RejectCode.SECRET_MISSING: Outcome.DEFERRED,
+    RejectCode.SECRET_UNOPENED: Outcome.DEFERRED,
+    RejectCode.NO_SPACE: Outcome.DEFERRED,
+    RejectCode.NO_ENGINE: Outcome.DEFERRED,
+    RejectCode.IMAGE_DAMAGED: Outcome.DEFERRED,
+    RejectCode.CONTAINMENT: Outcome.DEFERRED,
+    RejectCode.PORT_IN_USE: Outcome.DEFERRED,
+    RejectCode.HOST_GONE: Outcome.DEFERRED,
+    RejectCode.INTERRUPTED: Outcome.DEFERRED,  # after a swap: see `outcome_of`
+    RejectCode.INTERNAL: Outcome.DEFERRED,  # a bug of the device's own software
+    RejectCode.SET_FAILED: Outcome.DEFERRED,  # the member that failed by itself has the verdict
+    # the version or its configuration
+    RejectCode.TOO_LARGE: Outcome.FAILED,
+    RejectCode.TARGET_MISMATCH: Outcome.FAILED,
+    RejectCode.SECURITY_EPOCH: Outcome.FAILED,
+    RejectCode.GRANT_DENIED: Outcome.FAILED,
+    RejectCode.WRONG_ARCH: Outcome.FAILED,
+    RejectCode.REVOKED: Outcome.FAILED,
+    RejectCode.HASH_MISMATCH: Outcome.FAILED,
+    RejectCode.LENGTH_MISMATCH: Outcome.FAILED,
+    RejectCode.NOT_A_COMPONENT: Outcome.FAILED,
+    RejectCode.COMPILE_FAILED: Outcome.FAILED,
+    RejectCode.COMPILE_LIMIT: Outcome.FAILED,
+    RejectCode.START_FAILED: Outcome.FAILED,
+    RejectCode.HEALTH_FAILED: Outcome.FAILED,
+    RejectCode.TRAPPED: Outcome.FAILED,
+    RejectCode.RESTARTED: Outcome.FAILED,
+    RejectCode.ERROR_RATE: Outcome.FAILED,
+    RejectCode.TOO_LATE: Outcome.FAILED,
+    RejectCode.TOO_MUCH_MEMORY: Outcome.FAILED,
+    RejectCode.STATE_FAILED: Outcome.FAILED,
+    RejectCode.SUPERSEDED: Outcome.SUPERSEDED,
+}
+"""Outcome in a rollout of a device that refused or reverted with a code: a code that does not speak against the version
+or its configuration defers the device and is no verdict."""
+
+
+def outcome_of(code: RejectCode | str | None, phase: Phase | str) -> Outcome:
+    """Return the outcome of a device that ended a change in `phase`, FAILED or ROLLED_BACK, with a code.
+
+    Interruptions beyond their counter speak against the version only where it was running: then the device went back.
+    Without a code, or with one of a later version, a device that went back has failed, and any other is deferred.
+    """
+    went_back = phase == Phase.ROLLED_BACK
+    if code == RejectCode.INTERRUPTED and went_back:
+        return Outcome.FAILED
+    known = next((outcome for each, outcome in CODE_OUTCOMES.items() if each == code), None)
+    return known or (Outcome.FAILED if went_back else Outcome.DEFERRED)
+
 
 _ATTACK: Final = "if nobody in the team did this, treat the server or the network as hostile: see SECURITY.md"
 

@@ -261,6 +261,7 @@ INTERNAL: frozenset[type] = frozenset(
 # stable name -> words that are constants
 CONSTANTS: dict[str, object] = {
     "reject codes that are tried again": sorted(codes.RETRYABLE),
+    "outcome of each reject code": {str(code): str(outcome) for code, outcome in sorted(codes.CODE_OUTCOMES.items())},
     "media type of an assignment": assignment.ASSIGNMENT_TYPE,
     "media type of a freshness statement": assignment.FRESH_TYPE,
     "media type of a command": assignment.COMMAND_TYPE,

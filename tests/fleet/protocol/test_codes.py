@@ -3,7 +3,18 @@
 import ast
 from pathlib import Path
 
-from fleet.protocol.codes import REMEDIATION, RejectCode, remediation
+import pytest
+
+from fleet.protocol.codes import (
+    CODE_OUTCOMES,
+    REMEDIATION,
+    RETRYABLE,
+    Outcome,
+    Phase,
+    RejectCode,
+    outcome_of,
+    remediation,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -31,3 +42,46 @@ def test_every_code_has_a_remediation_but_the_one_where_nothing_is_wrong():
     assert set(REMEDIATION) == set(RejectCode)
     assert [code for code in RejectCode if not remediation(code)] == [RejectCode.SUPERSEDED]
     assert remediation("a-code-of-tomorrow") == ""
+
+
+def test_every_code_has_an_outcome():
+    assert set(CODE_OUTCOMES) == set(RejectCode)
+    assert set(CODE_OUTCOMES.values()) == {Outcome.DEFERRED, Outcome.FAILED, Outcome.SUPERSEDED}
+
+
+def test_what_a_device_tries_again_by_itself_is_deferred():
+    assert {CODE_OUTCOMES[code] for code in RETRYABLE} == {Outcome.DEFERRED}
+
+
+@pytest.mark.parametrize("phase", [Phase.FAILED, Phase.ROLLED_BACK])
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        ("no-space", "deferred"),
+        ("secret-missing", "deferred"),
+        ("port-in-use", "deferred"),
+        ("unreachable", "deferred"),
+        ("internal", "deferred"),
+        ("unsigned", "deferred"),
+        ("trapped", "failed"),
+        ("health-failed", "failed"),
+        ("compile-failed", "failed"),
+        ("grant-denied", "failed"),
+        ("hash-mismatch", "failed"),
+        ("superseded", "superseded"),
+    ],
+)
+def test_a_code_speaks_against_the_version_or_defers_the_device(code, outcome, phase):
+    assert outcome_of(code, phase) is Outcome(outcome)
+    assert outcome_of(RejectCode(code), phase) is Outcome(outcome)
+
+
+def test_interruptions_speak_against_a_version_that_ran():
+    assert outcome_of("interrupted", Phase.FAILED) is Outcome.DEFERRED
+    assert outcome_of("interrupted", Phase.ROLLED_BACK) is Outcome.FAILED
+
+
+@pytest.mark.parametrize("code", ["", None, "a-code-of-tomorrow"])
+def test_without_a_known_code_going_back_is_the_verdict(code):
+    assert outcome_of(code, Phase.ROLLED_BACK) is Outcome.FAILED
+    assert outcome_of(code, Phase.FAILED) is Outcome.DEFERRED
