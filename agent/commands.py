@@ -44,6 +44,13 @@ class Refreshes(Protocol):
         """Poll now."""
 
 
+class States(Protocol):
+    """Reporter of the state of each instance (`agent.update.reconciler.Reconciler`)."""
+
+    def report_states(self) -> None:
+        """Sign and send the state of each instance."""
+
+
 class Commands:
     """Executor of commands, strictly in sequence.
 
@@ -61,6 +68,7 @@ class Commands:
         db: Database,
         host: HostClient,
         receiver: Refreshes,
+        states: States,
         follower: "LogFollower",
         problems: Problems,
         sink: ReportSink,
@@ -70,6 +78,7 @@ class Commands:
         self._db = db
         self._host = host
         self._receiver = receiver
+        self._states = states
         self._follower = follower
         self._problems = problems
         self._sink = sink
@@ -112,6 +121,7 @@ class Commands:
         match command.verb:
             case CheckIn():
                 self._receiver.refresh()
+                self._states.report_states()
                 self._sink.changed()
             case Restart(instance=instance):
                 await self._restart(instance)

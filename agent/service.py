@@ -262,7 +262,14 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     )
     follower = LogFollower(device=device, host=links.host, https=links.https, policy=policy.logs, db=db, sink=sink)
     commands = Commands(
-        trust=trust, db=db, host=links.host, receiver=receiver, follower=follower, problems=problems, sink=sink
+        trust=trust,
+        db=db,
+        host=links.host,
+        receiver=receiver,
+        states=reconciler,
+        follower=follower,
+        problems=problems,
+        sink=sink,
     )
     session = FleetSession(mqtt=links.mqtt, receiver=receiver, commands=commands, uplink=uplink, presence=presence)
     parts: tuple[Part, ...] = (

@@ -345,6 +345,13 @@ class EffectRunner:
         mine = (change.instance, change.generation)
         return next((ProbationSample.of(each) for each in figures if (each.instance, each.generation) == mine), None)
 
+    async def figures(self) -> tuple[InstanceHealth, ...] | None:
+        """Return the host's figures of all instances; None while there is no host."""
+        try:
+            return await self._figures()
+        except (HostGoneError, HostRefusedError):
+            return None
+
     async def _log(self, instance: str) -> tuple[str, ...]:
         with contextlib.suppress(HostGoneError, HostRefusedError):
             return (await self._host.ask(host_api.Logs, host_api.Lines, instance=instance)).lines

@@ -8,7 +8,7 @@ it back before its swap until all members are staged, and before its commit unti
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, NamedTuple
 
@@ -50,6 +50,8 @@ class Failure:
     Attributes:
         retry_at: time of the next try without an operator, on the plan's clock; None for never.
         by_set: no failure of its own: another member of its atomic set failed.
+        is_verdict: the failure speaks against the version or its configuration. Any other (no space, a port in use) may
+            have passed when another rollout asks for the same: then it is tried again.
     """
 
     instance: str
@@ -57,6 +59,7 @@ class Failure:
     attempt: int
     rollout: str = ""
     retry_at: float | None = None
+    is_verdict: bool = True
     by_set: bool = False
 
     def is_in_force(self, now: float) -> bool:
@@ -72,7 +75,7 @@ class Act(StrEnum):
     START = "start"
     ADOPT = "adopt"  # runs already: report that to the rollout that asks now
     REFUSE = "refuse"  # failed before: report that to the rollout that asks now
-    RELABEL = "relabel"  # under way already: report from now on to another rollout
+    RELABEL = "relabel"  # under way already: report from now on to another rollout, or as another attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ _ORDER: Final = {act: place for place, act in enumerate(Act)}
 _SUPERSEDABLE: Final = frozenset(
     {Phase.IDLE, Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED, Phase.PROBATION}
 )
+
+_DECIDED: Final = frozenset({Phase.COMMITTED, Phase.FAILED, Phase.ROLLING_BACK, Phase.ROLLED_BACK})
 
 
 def plan(
@@ -106,10 +111,10 @@ def plan(
         now: time on the clock of `Failure.retry_at`.
     """
     held = {
-        instance: failure
+        instance: replace(failure, is_verdict=_is_verdict(failure, mates))
         for instance, want in desired.items()
         if (failure := failed.get((instance, want.key, want.attempt))) is not None
-        and _is_held(failure, _mates(want, desired, committed, in_flight, failed), now)
+        and _is_held(failure, mates := _mates(want, desired, committed, in_flight, failed), now)
     }
     steps = [
         step
@@ -135,11 +140,15 @@ def _step(
         return _beside_flight(instance, want, flight)
     if want is None:
         return Step(Act.REMOVE, instance) if have is not None else None
-    if have is not None and have.key == want.key:
-        return Step(Act.ADOPT, instance) if _asked_anew(want, have) else None
+    runs = have is not None and have.key == want.key
+    if runs and have is not None and not _asked_anew(want, have):
+        return None
     if failure is not None:
-        return Step(Act.REFUSE, instance) if want.rollout not in {"", failure.rollout} else None
-    return Step(Act.START, instance)
+        if want.rollout in {"", failure.rollout}:
+            return None
+        if failure.is_verdict:
+            return Step(Act.REFUSE, instance)
+    return Step(Act.ADOPT if runs else Act.START, instance)
 
 
 class _Mate(NamedTuple):
@@ -184,12 +193,20 @@ def _is_held(failure: Failure, mates: tuple[_Mate, ...], now: float) -> bool:
     return all(mate.is_committed or (mate.failure is not None and mate.failure.by_set) for mate in mates)
 
 
+def _is_verdict(failure: Failure, mates: tuple[_Mate, ...]) -> bool:
+    """Tell whether a failure speaks against the version, or that of the member of its atomic set which caused it."""
+    failures = [failure, *(mate.failure for mate in mates if mate.failure is not None)]
+    return any(each.is_verdict for each in failures if not each.by_set)
+
+
 def _beside_flight(instance: str, want: Want | None, flight: InFlight) -> Step | None:
     wanted_key = want.key if want is not None else ""
-    if wanted_key == flight.key and (want is None or want.attempt == flight.attempt):
-        if want is not None and want.rollout not in {"", flight.rollout}:
-            return Step(Act.RELABEL, instance)
-        return None
+    if wanted_key == flight.key:
+        if want is None or (want.attempt == flight.attempt and want.rollout in {"", flight.rollout}):
+            return None
+        if want.attempt != flight.attempt and flight.phase in _DECIDED:
+            return None  # this attempt ends first; the next plan begins the new one
+        return Step(Act.RELABEL, instance)
     if flight.key and flight.phase in _SUPERSEDABLE:
         return Step(Act.SUPERSEDE, instance)
     return None  # ends by itself within moments, and the next plan sees the result

@@ -47,18 +47,23 @@ from agent.update.state import (
     Violation,
     failure_of,
     fault,
+    item_key,
     set_failed,
     transition,
 )
+from agent.update.state_reports import of_committed, of_failure, state_reports
 from agent.update.store import Run, Store, StoreError
 from fleet.protocol.assignment import Assignment, Item
 from fleet.protocol.codes import Phase, RejectCode
-from fleet.protocol.messages import Report
+from fleet.protocol.messages import InstanceHealth, Report
 
 log = logging.getLogger("agent.update.reconciler")
 
 PROGRESS_S: Final = 5.0
 STORE_AGAIN_S: Final = 30.0
+INSPECT_AGAIN_S: Final = 5.0
+"""When the host is asked again about an instance that it restarts: with its pauses it runs or is in quarantine soon."""
+
 _SUPERSEDABLE: Final = frozenset({Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED, Phase.PROBATION})
 
 _GATED: Final = frozenset({(Phase.STAGED, Event.DONE), (Phase.PROBATION, Event.WELL)})
@@ -120,6 +125,13 @@ class ImageDamaged:
 
 
 @dataclass(frozen=True, slots=True)
+class HostInspected:
+    """The host was asked what it runs; None while there is no host."""
+
+    figures: tuple[InstanceHealth, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class TimerFired:
     """Time to settle again: a failed item may be tried again, or the disk may have room."""
 
@@ -131,6 +143,7 @@ Input = (
     | DownloadProgress
     | GenerationWanted
     | ImageDamaged
+    | HostInspected
     | TimerFired
 )
 
@@ -176,7 +189,11 @@ class Reconciler:
         self._steps = 0
         self._noted_version = 0
         self._reported_violations: tuple[Violation, ...] = ()
+        self._reported_version = 0
         self._stops: dict[str, asyncio.Task[EffectResult]] = {}
+        self._inspection: asyncio.Task[tuple[InstanceHealth, ...] | None] | None = None
+        self._is_state_wanted = False
+        self._adopting: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._delayed: set[asyncio.TimerHandle] = set()
 
@@ -194,6 +211,11 @@ class Reconciler:
         """Enforce these violations, in place of those found before."""
         self.post(ViolationsFound(tuple(violations)))
 
+    def report_states(self) -> None:
+        """Report the state of each instance, once the host was asked what it runs."""
+        self._is_state_wanted = True
+        self._inspect()
+
     @property
     def problems(self) -> list[str]:
         """Sentences about items that keep running in spite of a violation."""
@@ -205,8 +227,9 @@ class Reconciler:
 
     @property
     def is_idle(self) -> bool:
-        """True if no input waits, no change is under way, and no instance is being stopped."""
-        return self.inbox.empty() and not self._is_handling and not self.state.active and not self._stops
+        """True if no input waits, no change is under way, no instance is being stopped, and the host is not being asked."""
+        busy = self._is_handling or self.state.active or self._stops or self._inspection is not None
+        return self.inbox.empty() and not busy
 
     # Life
 
@@ -245,7 +268,7 @@ class Reconciler:
         for timer in [*self._delayed, *filter(None, [self._timer])]:
             timer.cancel()
         active = [each.task for each in self.state.active.values() if each.task is not None]
-        tasks = [*active, *self._stops.values()]
+        tasks = [*active, *self._stops.values(), *filter(None, [self._inspection])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -274,8 +297,10 @@ class Reconciler:
                 await self._renew(committed, answer)
             case ImageDamaged(artifact, message):
                 await self._report_damage(artifact, message)
+            case HostInspected(figures):
+                await self._inspected(figures)
             case TimerFired():
-                pass  # settling follows every input
+                self._adopting.clear()  # settling follows every input, and asks the host again
 
     def _post_later(self, item: Input) -> None:
         """Repeat an input that could not be persisted."""
@@ -410,6 +435,7 @@ class Reconciler:
             self.state.failed.pop(forgotten, None)
         self._steps += 1
         if stored.report is not None:
+            self._reported_version = max(self._reported_version, stored.report.assignment)
             if stored.report.progress is None:
                 reports.log_report(stored.report)
             self._sink.saved(stored.report)
@@ -484,17 +510,30 @@ class Reconciler:
             self._settle_later(due + 1)
 
     def _settle_later(self, seconds: float) -> None:
+        """Settle again after so many seconds, or at the earlier time for which that is planned already."""
+        loop = asyncio.get_running_loop()
         if self._timer is not None:
+            if loop.time() < self._timer.when() <= loop.time() + seconds:
+                return
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.post, TimerFired())
+        self._timer = loop.call_later(seconds, self.post, TimerFired())
 
     async def _note_committed(self) -> None:
         desired = self.state.desired
         if desired is None or desired.version == self._noted_version:
             return
         if may_report_committed(*self.state.planned()):
+            is_news = await self._db(self._store.counter, "committed") < desired.version
             await self._db(self._store.set_counter, "committed", desired.version)
             self._noted_version = desired.version
+            if is_news and not self._is_told(desired.version):
+                report = reports.about(self._device, assignment=desired.version, phase=Phase.COMMITTED)
+                await self._apply(Transition(report=report))
+
+    def _is_told(self, version: int) -> bool:
+        """Tell whether a step of a change has told of this assignment, before a restart too, or will do so."""
+        brought = any(each.assignment == version for each in self.state.committed.values())
+        return brought or bool(self._adopting) or self._reported_version >= version
 
     async def _open_gates(self) -> None:
         for active in list(self.state.active.values()):
@@ -556,8 +595,9 @@ class Reconciler:
                 )
                 await self._apply(Transition(change=change, report=relabelled))
             case Act.ADOPT:
-                assert item is not None
-                await self._adopt(item, version)
+                if step.instance not in self._adopting:
+                    self._adopting.add(step.instance)
+                    self._inspect()
             case Act.REFUSE:
                 assert item is not None
                 await self._refuse_again(item, version)
@@ -573,26 +613,57 @@ class Reconciler:
         else:
             _cancel(active)
 
-    async def _adopt(self, item: Item, version: int) -> None:
-        """Keep the new label of an item that is committed, and report it to the rollout that asks now."""
-        before = self.state.committed[item.instance]
-        report = reports.about(self._device, assignment=version, phase=Phase.COMMITTED, item=item, running=item.target)
-        committed = msgspec.structs.replace(before, item=item, assignment=version)
+    def _inspect(self) -> None:
+        """Ask the host what it runs; the answer comes as an input."""
+        if self._inspection is None:
+            self._inspection = asyncio.get_running_loop().create_task(self._effects.figures())
+            self._inspection.add_done_callback(self._inspection_ended)
+
+    def _inspection_ended(self, task: asyncio.Task[tuple[InstanceHealth, ...] | None]) -> None:
+        self._inspection = None
+        if not task.cancelled():
+            self.post(HostInspected(task.result()))
+
+    async def _inspected(self, figures: tuple[InstanceHealth, ...] | None) -> None:
+        """Report what the host was asked for: committed items that a rollout asks for anew, and the whole state."""
+        wanted, self._is_state_wanted = self._is_state_wanted, False
+        if figures is None:
+            self._settle_later(STORE_AGAIN_S)
+            return
+        by_name = {each.instance: each for each in figures}
+        for instance in sorted(self._adopting):
+            await self._adopt(instance, by_name.get(instance))
+        if wanted:
+            for report in state_reports(self._device, self.state, by_name):
+                await self._apply(Transition(report=report))
+
+    async def _adopt(self, instance: str, figure: InstanceHealth | None) -> None:
+        """Keep the new label of an item that is committed, and report its state to the rollout that asks now.
+
+        A raised attempt starts an instance in quarantine once more, with a probation of its own.
+        """
+        desired, item, have = self.state.desired, self.state.wanted().get(instance), self.state.committed.get(instance)
+        is_same = item is not None and have is not None and item_key(have.item) == item_key(item)
+        if desired is None or item is None or have is None or not is_same or instance in self.state.active:
+            self._adopting.discard(instance)
+            return
+        report = of_committed(self._device, item, desired.version, figure)
+        if report is None:
+            self._settle_later(INSPECT_AGAIN_S)
+            return
+        self._adopting.discard(instance)
+        if report.phase is Phase.FAILED and item.attempt > have.item.attempt:
+            change = Change(instance=instance, assignment=desired.version, state=State(), item=item)
+            self._add(change, Event.BEGIN)
+            return
+        committed = msgspec.structs.replace(have, item=item, assignment=desired.version)
         await self._apply(Transition(committed=committed, report=report))
 
     async def _refuse_again(self, item: Item, version: int) -> None:
         """Report to the rollout that asks now that the item failed before and is not tried again."""
         known = self.state.known_failure(item)
         assert known is not None
-        report = reports.about(
-            self._device,
-            assignment=version,
-            phase=Phase.FAILED,
-            item=item,
-            running=self._running(item.instance),
-            code=known.code,
-            message=f"failed before, and is not retried without `fleet retry`: {known.message}",
-        )
+        report = of_failure(self._device, item, version, known, self._running(item.instance))
         relabelled = msgspec.structs.replace(known, rollout=item.rollout)
         await self._apply(Transition(failure=relabelled, report=report))
 

@@ -22,7 +22,7 @@ from agent.update.plan import Failure, InFlight, Member, Want
 from agent.update.probation import ProbationSample
 from fleet.protocol import bounds, wire
 from fleet.protocol.assignment import Assignment, Item
-from fleet.protocol.codes import RETRYABLE, Phase, RejectCode
+from fleet.protocol.codes import RETRYABLE, Outcome, Phase, RejectCode, outcome_of
 from fleet.protocol.manifest import Manifest
 from fleet.protocol.messages import Report
 from fleet.protocol.names import TargetName
@@ -125,6 +125,7 @@ class FailedItem(msgspec.Struct, frozen=True, kw_only=True):
     """Failed item: not retried before `retry_at`, or before its attempt is raised.
 
     Attributes:
+        went_back: the new version ran, and was taken back.
         tries: number of tries so far, for a temporary failure.
         retry_at: unix seconds; None for never.
     """
@@ -137,6 +138,7 @@ class FailedItem(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     at: datetime
     rollout: str = ""
+    went_back: bool = False
     tries: int = 1
     retry_at: float | None = None
 
@@ -253,6 +255,7 @@ class Transition:
         committed: item that runs from now on, also after a boot.
         removed: instance that no longer runs.
         failure: to be remembered.
+        forgiven: failure that is forgotten, as the same item and attempt is committed now.
         epochs: security epoch by component, raised at a commit; epochs never fall.
         secrets: version by name of the secrets that the committed item uses; versions never fall.
         report: to be sent; its sequence is given when it is stored.
@@ -265,6 +268,7 @@ class Transition:
     committed: Committed | None = None
     removed: str = ""
     failure: FailedItem | None = None
+    forgiven: FailureKey | None = None
     epochs: Mapping[str, int] = field(default_factory=dict)
     secrets: Mapping[str, int] = field(default_factory=dict)
     report: Report | None = None
@@ -329,6 +333,7 @@ def transition(
         committed=_committed(following, at) if commits else None,
         removed=change.instance if following.item is None and left is Phase.IDLE else "",
         failure=failed_item(following, known, at) if phase in {Phase.FAILED, Phase.ROLLED_BACK} else None,
+        forgiven=known.failure_key if commits and known is not None else None,
         epochs=_epochs(following) if commits else {},
         secrets=_secrets(following) if commits else {},
         report=None if phase in _QUIET else report,
@@ -389,6 +394,7 @@ def failed_item(change: Change, known: FailedItem | None, now: datetime) -> Fail
         message=change.state.message,
         at=now,
         rollout=change.item.rollout,
+        went_back=change.phase is Phase.ROLLED_BACK,
         tries=tries,
         retry_at=now.timestamp() + delay_s if again else None,
     )
@@ -453,6 +459,8 @@ class DeploymentState:
             self.committed[step.committed.item.instance] = step.committed
         if step.removed:
             self.committed.pop(step.removed, None)
+        if step.forgiven is not None:
+            self.failed.pop(step.forgiven, None)
         if step.failure is not None:
             self.failed[step.failure.failure_key] = step.failure
 
@@ -531,7 +539,14 @@ def failure_of(failed: FailedItem) -> Failure:
         rollout=failed.rollout,
         retry_at=failed.retry_at,
         by_set=failed.code is RejectCode.SET_FAILED,
+        is_verdict=verdict_of(failed) is not None,
     )
+
+
+def verdict_of(failed: FailedItem) -> Phase | None:
+    """Return the phase in which a remembered failure is reported again; None where it says nothing of the version."""
+    ended = (Phase.FAILED, Phase.ROLLED_BACK) if failed.went_back else (Phase.FAILED,)
+    return next((phase for phase in ended if outcome_of(failed.code, phase) is Outcome.FAILED), None)
 
 
 # Reports
@@ -548,6 +563,7 @@ def about(
     item: Item | None = None,
     instance: str = "",
     running: str = "",
+    generation: int = 0,
     code: RejectCode | None = None,
     message: str = "",
     at: datetime | None = None,
@@ -561,6 +577,7 @@ def about(
         assignment=assignment,
         instance=instance,
         phase=phase,
+        generation=generation,
         running=running,
         code=code,
         message=message,
@@ -597,6 +614,7 @@ def of_change(
         item=item,
         instance=change.instance,
         running=item.target if item is not None and change.phase in ANSWERS else before,
+        generation=change.generation,
         code=RejectCode(state.code) if state.code else None,
         message=state.message,
         at=at,

@@ -128,7 +128,7 @@ class Verb(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb"):
 
 
 class CheckIn(Verb, frozen=True, kw_only=True, tag="check-in"):
-    """Fetch the desired state and send health now."""
+    """Fetch the desired state, and send health and a signed report of the state of each instance now."""
 
 
 class Restart(Verb, frozen=True, kw_only=True, tag="restart"):

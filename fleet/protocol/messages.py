@@ -185,7 +185,10 @@ class Health(Message, frozen=True, kw_only=True):
 
 
 class Report(Message, frozen=True, kw_only=True):
-    """`up/report`: one step of a deployment, or the refusal of an assignment (then `instance` is empty).
+    """`up/report`: one step of a deployment, the state of an instance, or of an assignment as a whole.
+
+    Of a whole assignment (then `instance` is empty) it tells that it was refused, or that all of it is committed. A
+    device reports the state of each instance again when the server asks it to check in.
 
     It travels in a DSSE envelope under the device key (`signing.device_statements`).
 
@@ -193,6 +196,8 @@ class Report(Message, frozen=True, kw_only=True):
         sequence: grows by one with each report of this device, over reboots too.
         assignment: the version that asked for it.
         attempt, rollout: as in the assignment's item.
+        generation: of the instance in the host, with PROBATION and COMMITTED the one that answers; 0 for none, as after
+            a removal; None from an agent that does not sign its state.
         exercised: with COMMITTED, false when probation saw fewer than `min_calls` calls.
         running: target path that serves now, empty for none.
         code, message: reason of the failure or refusal, and a sentence for people with what to do next.
@@ -217,6 +222,7 @@ class Report(Message, frozen=True, kw_only=True):
     attempt: Count = 0
     rollout: str = ""
     phase: Phase = Phase.IDLE
+    generation: Count | None = None
     exercised: bool = True
     running: str = ""
     code: RejectCode | None = None

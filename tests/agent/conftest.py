@@ -68,6 +68,7 @@ class SimHost:
         self.faults = {}  # target -> number of traps
         self.answers = {}  # target -> results of its health check: True for healthy, None for no worker; then True
         self.checks = {}  # target -> HealthChecks
+        self.states = {}  # target -> InstanceState, until it is started again
         self.requests = []
         self.entrusted = {}  # (instance, generation) -> values by name
         self.hang_on = set()  # request types that are never answered
@@ -144,6 +145,7 @@ class SimHost:
                     assert run.generation > old.generation, "a generation never falls"
                     self.warm[run.instance] = old
                 self.running[run.instance] = run
+                self.states.pop(run.target, None)
                 return host_api.Started(id=request.id, instance=run.instance, generation=run.generation)
             case host_api.Commit():
                 self.warm.pop(request.instance, None)
@@ -197,7 +199,8 @@ class SimHost:
             instance=run.instance,
             target=run.target,
             generation=run.generation,
-            state=InstanceState.RUNNING,
+            state=self.states.get(run.target, InstanceState.RUNNING),
+            restarts=5 if run.target in self.states else 0,
             calls={"ok": 10, "guest-trap": faults} if faults else {"ok": 10},
             checks=self.checks.get(run.target),
         )

@@ -138,6 +138,7 @@ async def test_forged_log_requests_are_refused_and_counted(tmp_path):
         db=db,
         host=None,
         receiver=SimpleNamespace(refresh=lambda: asked.append("check-in")),
+        states=SimpleNamespace(report_states=lambda: asked.append("states")),
         follower=SimpleNamespace(follow=lambda instance, *, minutes, command: asked.append((instance, command))),
         problems=problems,
         sink=sink,
@@ -164,5 +165,5 @@ async def test_forged_log_requests_are_refused_and_counted(tmp_path):
     assert asked == [("hello", 1)]
     assert commands.refused == 5
     await commands.carry_out(director.sign_command(order(CheckIn(), 2), repo.keys["director"]))
-    assert asked[-1] == "check-in"
+    assert asked[-2:] == ["check-in", "states"]
     db.close()

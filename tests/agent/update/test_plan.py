@@ -105,6 +105,26 @@ def test_a_member_that_failed_for_another_is_retried_once_it_is_alone():
     assert steps(pair, runs, failed=[of_a_set("b", **FOR_ANOTHER)]) == ()
 
 
+def test_a_failure_that_is_no_verdict_is_tried_again_by_another_rollout():
+    full = [Failure(instance="web", key="v2", attempt=0, rollout="r1", retry_at=NOW + 1, is_verdict=False)]
+    assert steps([want(key="v2", rollout="r1")], [want()], failed=full) == ()
+    assert steps([want(key="v2", rollout="r2")], [want()], failed=full) == (Step(Act.START, "web"),)
+
+
+def test_an_attempt_that_failed_is_not_asked_of_what_runs_again():
+    failed = [Failure(instance="web", key="v1", attempt=1, rollout="r1")]
+    assert steps([want(attempt=1, rollout="r1")], [want(rollout="r1")], failed=failed) == ()
+    assert steps([want(attempt=1, rollout="r2")], [want(rollout="r1")], failed=failed) == (Step(Act.REFUSE, "web"),)
+    assert steps([want(attempt=2, rollout="r2")], [want(rollout="r1")], failed=failed) == (Step(Act.ADOPT, "web"),)
+
+
+def test_another_attempt_of_what_is_under_way_is_a_new_label():
+    for phase in (Phase.FETCHING, Phase.COMPILING, Phase.STAGED, Phase.SWAPPING, Phase.PROBATION):
+        assert steps([want(key="v2", attempt=1)], in_flight=[flying(phase=phase)]) == (Step(Act.RELABEL, "web"),)
+    for phase in (Phase.ROLLING_BACK, Phase.ROLLED_BACK, Phase.FAILED, Phase.COMMITTED):
+        assert steps([want(key="v2", attempt=1)], in_flight=[flying(phase=phase)]) == ()
+
+
 def test_a_newer_item_supersedes_a_change_before_its_swap():
     for phase in (Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED, Phase.PROBATION):
         assert steps([want(key="v3")], in_flight=[flying(phase=phase)]) == (Step(Act.SUPERSEDE, "web"),)
