@@ -227,7 +227,7 @@ class Reconciler:
 
     @property
     def is_idle(self) -> bool:
-        """True if no input waits, no change is under way, no instance is being stopped, and the host is not being asked."""
+        """True if no input waits, no change is under way, and neither a stop nor a question to the host."""
         busy = self._is_handling or self.state.active or self._stops or self._inspection is not None
         return self.inbox.empty() and not busy
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
-from fleet.rollout.model import BREACHES, COMPLETED, DECIDED, DeviceProgress, Rollout
+from fleet.rollout.model import BREACHES, COMPLETED, DECIDED, UNCOUNTED, DeviceProgress, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def _held_up(rollout: Rollout, offered: Sequence[DeviceProgress], now: float) ->
         return Wait("", min((time for time in times if time is not None), default=None))
     if rollout.wave == len(rollout.sizes):
         return _unproven(offered)
-    present = [board for board in offered if board.outcome is not Outcome.SKIPPED]
+    present = [board for board in offered if board.outcome not in UNCOUNTED]
     completed = [board for board in present if board.outcome in COMPLETED]
     if len(completed) < min(rollout.minimum, len(present)):
         return Wait(f"wave {rollout.wave} waits for a device that answers: {_names(present)}")
@@ -152,7 +152,16 @@ def _blame(breached: Sequence[DeviceProgress]) -> str:
 
 
 SET_FAILED = "set-failed"
-_ORDER = (Outcome.IN_PROGRESS, Outcome.DEFERRED, Outcome.WAITING, Outcome.PENDING, Outcome.SKIPPED, Outcome.SUCCEEDED)
+_ORDER = (
+    Outcome.IN_PROGRESS,
+    Outcome.DEFERRED,
+    Outcome.WAITING,
+    Outcome.PENDING,
+    Outcome.UNPROVEN,
+    Outcome.SUPERSEDED,
+    Outcome.SKIPPED,
+    Outcome.SUCCEEDED,
+)
 
 
 def merge_set(members: Sequence[Sequence[DeviceProgress]]) -> list[DeviceProgress]:

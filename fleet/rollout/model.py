@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
+from fleet.protocol.codes import Outcome, Phase, RolloutState, outcome_of
 
 _WAVE = re.compile(r"(\d{1,7})(%?)")
 _MAX_WAVES = 20
@@ -115,9 +115,11 @@ class Value:
         return replace(self, attempt=0, atomic="") == replace(other, attempt=0, atomic="")
 
 
-DECIDED = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED, Outcome.SKIPPED})
+DECIDED = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED, Outcome.SKIPPED, Outcome.SUPERSEDED})
 BREACHES = frozenset({Outcome.FAILED, Outcome.REFUSED})
 COMPLETED = BREACHES | {Outcome.SUCCEEDED}
+UNCOUNTED = frozenset({Outcome.SKIPPED, Outcome.SUPERSEDED, Outcome.UNPROVEN})
+"""Outcomes that are named, in no count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,44 +176,25 @@ class Rollout:
     minimum: int = 1
 
 
-DEFERRALS = frozenset({RejectCode.RATE_LIMITED})
-"""Codes with which a device says later, not no."""
-
-TRIED = frozenset(
-    {
-        RejectCode.START_FAILED,
-        RejectCode.HEALTH_FAILED,
-        RejectCode.TRAPPED,
-        RejectCode.RESTARTED,
-        RejectCode.ERROR_RATE,
-        RejectCode.TOO_LATE,
-        RejectCode.PORT_IN_USE,
-        RejectCode.HOST_GONE,
-        RejectCode.INTERRUPTED,
-        RejectCode.INTERNAL,
-        RejectCode.TOO_MUCH_MEMORY,
-        RejectCode.SET_FAILED,
-        RejectCode.COMPILE_FAILED,
-        RejectCode.COMPILE_LIMIT,
-        RejectCode.IMAGE_DAMAGED,
-        RejectCode.STATE_FAILED,
-    }
-)
-"""Codes of something that was tried and did not do well; every other code is a refusal before anything was tried."""
-
-
 @dataclass(frozen=True, slots=True)
 class Observation:
     """Report of a device about the instance of a rollout.
 
     Attributes:
         at: when the server heard it, seconds.
+        signed: whether the device's own key signed it.
+        assignment_sha256, manifest_sha256: of the assignment that the device had accepted and of what the report names.
+        generation: of the instance as the device signs it; None from an agent that does not say.
         retryable: whether the device tries again by itself after `code`.
     """
 
     at: float
     phase: str
     attempt: int = 0
+    signed: bool = False
+    assignment_sha256: str = ""
+    manifest_sha256: str = ""
+    generation: int | None = None
     code: str = ""
     message: str = ""
     running: str = ""
@@ -220,70 +203,64 @@ class Observation:
     retryable: bool = False
 
 
-def apply_report(board: DeviceProgress, word: Observation) -> DeviceProgress:
-    """The device's standing after a report. A decided device stays decided, unless by a later attempt or success.
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Proof that a commit must carry: an assignment that offered the value, and the manifest (empty for a removal)."""
 
-    A report of an older attempt changes nothing. A failure that the device retries by itself decides nothing.
+    assignments: frozenset[str]
+    manifest_sha256: str
+
+    def proven_by(self, word: Observation) -> bool:
+        """Tell whether a report carries both."""
+        return word.assignment_sha256 in self.assignments and word.manifest_sha256 == self.manifest_sha256
+
+
+TOO_OLD = "its agent is too old to sign its state"
+
+
+def apply_report(board: DeviceProgress, word: Observation, expected: Expected) -> DeviceProgress:
+    """The device's standing after a report. Only a signed one that carries its proof decides.
+
+    A decided device stays decided, unless by a later attempt, a proven commit, or a verdict on what it had committed. A
+    report of an older attempt changes nothing. A failure that does not speak against the version decides nothing.
     """
-    if word.attempt < board.attempt or board.outcome is Outcome.PENDING:
+    if word.attempt < board.attempt or board.outcome is Outcome.PENDING or word.phase == Phase.IDLE:
         return board
     again = board.outcome in {Outcome.FAILED, Outcome.REFUSED} and word.attempt > board.attempt
-    heard = replace(
+    outcome = _outcome(word, expected)
+    if (board.outcome, outcome) == (Outcome.UNPROVEN, Outcome.IN_PROGRESS) and word.attempt == board.attempt:
+        return board  # a late word of what has ended
+    stays = board.outcome in DECIDED and not again and outcome is not Outcome.SUCCEEDED
+    if outcome is None or (stays and (board.outcome, outcome) != (Outcome.SUCCEEDED, Outcome.FAILED)):
+        return board
+    is_late = board.outcome is Outcome.SUCCEEDED and outcome is Outcome.SUCCEEDED
+    return replace(
         board,
+        outcome=outcome,
         attempt=word.attempt,
         acked_at=word.at if again or board.acked_at is None else board.acked_at,
+        ended_at=(board.ended_at if is_late else word.at) if outcome in DECIDED else None,
         phase=word.phase,
         progress=word.progress,
         code=word.code,
-        message=word.message,
+        message=TOO_OLD if outcome is Outcome.UNPROVEN else word.message,
         running=word.running or board.running,
-        retrying=False,
+        exercised=word.exercised if outcome is Outcome.SUCCEEDED else board.exercised,
+        retrying=outcome is Outcome.DEFERRED and word.retryable,
     )
-    if word.phase == Phase.COMMITTED:
-        return replace(heard, outcome=Outcome.SUCCEEDED, ended_at=board.ended_at or word.at, exercised=word.exercised)
-    if board.outcome in DECIDED and not again:
-        return board
-    outcome = _outcome(word)
-    retrying = outcome is Outcome.IN_PROGRESS and word.phase == Phase.FAILED
-    return replace(heard, outcome=outcome, retrying=retrying, ended_at=word.at if outcome in DECIDED else None)
 
 
-def _outcome(word: Observation) -> Outcome:
-    """Return the outcome after a report other than a commit."""
-    if word.phase == Phase.ROLLED_BACK:
-        return Outcome.FAILED
-    if word.phase != Phase.FAILED or word.retryable:
+_ENDED = frozenset({Phase.COMMITTED, Phase.FAILED, Phase.ROLLED_BACK})
+
+
+def _outcome(word: Observation, expected: Expected) -> Outcome | None:
+    """Return the outcome that a report speaks for; None for a commit of something else."""
+    if word.phase not in _ENDED:
         return Outcome.IN_PROGRESS
-    if word.code == RejectCode.SUPERSEDED:
-        return Outcome.SKIPPED
-    if word.code in DEFERRALS:
-        return Outcome.DEFERRED
-    return Outcome.FAILED if word.code in TRIED or not word.code else Outcome.REFUSED
-
-
-def relapse(board: DeviceProgress, *, at: float, message: str) -> DeviceProgress:
-    """The device said later, while the rollout is still open, that what it had committed does not stay up."""
-    if board.outcome is not Outcome.SUCCEEDED:
-        return board
-    return replace(board, outcome=Outcome.FAILED, code=RejectCode.RESTARTED, message=message, ended_at=at)
-
-
-def confirm(board: DeviceProgress, *, at: float, running: str) -> DeviceProgress:
-    """The device said that it has committed the whole assignment that offered this: it has succeeded.
-
-    This is the way for a device that had nothing to do, or whose reports were lost.
-    """
-    if board.outcome in DECIDED or board.outcome is Outcome.PENDING:
-        return board
-    return replace(
-        board,
-        outcome=Outcome.SUCCEEDED,
-        acked_at=board.acked_at or at,
-        ended_at=at,
-        phase=Phase.COMMITTED,
-        progress=None,
-        code="",
-        message="",
-        running=running,
-        retrying=False,
-    )
+    if not word.signed:
+        return Outcome.UNPROVEN
+    if word.phase != Phase.COMMITTED:
+        return outcome_of(word.code, word.phase)
+    if not expected.proven_by(word):
+        return None
+    return Outcome.SUCCEEDED if word.generation is not None else Outcome.UNPROVEN

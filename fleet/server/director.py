@@ -42,6 +42,11 @@ class _Wanted(msgspec.Struct):
     items: tuple[Item, ...] = ()
 
 
+def items_of(row: AssignmentRow | None) -> tuple[Item, ...]:
+    """Return the items of an assignment; none for None."""
+    return () if row is None else msgspec.json.decode(row.wanted, type=_Wanted).items
+
+
 class SentCommand(NamedTuple):
     """Signed command; `sent` tells whether the broker accepted it."""
 
@@ -182,8 +187,7 @@ class Director:
     def _assigned(self, device: str, instance: str) -> list[Item]:
         """Return the item of this name in the newest assignment; None for none."""
         row = self._store.delivery.assignment(device)
-        items = [] if row is None else msgspec.json.decode(row.wanted, type=_Wanted).items
-        return [item for item in items if item.instance == instance]
+        return [item for item in items_of(row) if item.instance == instance]
 
     def _wanted(self, device: DeviceRow) -> Assignment:
         """Return the content of a device's assignment, without version and times."""

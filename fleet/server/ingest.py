@@ -1,11 +1,13 @@
 """Messages from devices: decoded strictly, written in batches, acknowledged only when on disk.
 
 Every handler is idempotent: a report is identified by device, boot and sequence; of health only the newest counts;
-hello and state overwrite. A message that is not of the protocol, or speaks for another device than its topic, is
-counted and dropped: the broker binds topics to certificates, and the sender is checked again here. What goes over a
-device's budget is dropped before it is decoded (`fleet.server.device_budget`). A bad message loses itself alone: when
-decoding or writing it fails, its changes are undone, it is counted for its device and logged once, and the rest of its
-batch is kept.
+hello and state overwrite. Only a signed report decides what became of a rollout on a device: hello and health that
+speak of an outcome make the server ask for it (`fleet.server.check_ins`).
+
+A message that is not of the protocol, or speaks for another device than its topic, is counted and dropped: the broker
+binds topics to certificates, and the sender is checked again here. What goes over a device's budget is dropped before
+it is decoded (`fleet.server.device_budget`). A bad message loses itself alone: when decoding or writing it fails, its
+changes are undone, it is counted for its device and logged once, and the rest of its batch is kept.
 """
 
 import asyncio
@@ -18,18 +20,19 @@ from datetime import datetime
 from typing import Final
 
 from fleet.protocol import bounds, topics, wire
-from fleet.protocol.codes import RETRYABLE, InstanceState, Phase, RejectCode
-from fleet.protocol.messages import Ack, Health, Hello, InstanceHealth, Report, State
+from fleet.protocol.codes import OPEN_STATES, RETRYABLE, InstanceState, Outcome, Phase, RejectCode, RolloutState
+from fleet.protocol.messages import Ack, Health, Hello, Report, State
 from fleet.protocol.topics import Down, Topic, Up
 from fleet.protocol.wire import Message
-from fleet.rollout.model import Observation, apply_report, relapse
+from fleet.rollout.model import DeviceProgress, Expected, Observation, apply_report
+from fleet.server.check_ins import CheckIns
 from fleet.server.device_budget import DeviceBudget
-from fleet.server.director import Director, Publish
+from fleet.server.director import Director, Publish, items_of
 from fleet.server.rollout_controller import RolloutController
 from fleet.store.rows import Extra, ReportRow, RolloutRow
 from fleet.store.sqlite import RolledBackError
 from fleet.store.store import ChangeSignal, Store
-from signing.device_statements import DeviceVerifier, is_signed
+from signing.device_statements import DeviceVerifier, is_signed, unverified
 from signing.errors import Rejected
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,13 @@ _ITS_OWN: Final = frozenset({"forged", "malformed", "foreign"})
 """Reasons that are a device's own fault and count against it; a fault of the server's does not."""
 
 _PHASES: Final = frozenset(phase.value for phase in Phase)
+_ENDED: Final = frozenset({Phase.COMMITTED, Phase.FAILED, Phase.ROLLED_BACK})
+_LATER_MAX: Final = 50
+"""Later reports about a rollout that are read when one comes late; a device makes a handful."""
+
+_EXPECTING: Final = OPEN_STATES | {RolloutState.SUCCEEDED}
+"""States of a rollout whose undecided devices are asked: those of any other are offered something else by now."""
+
 _KINDS: Final[dict[Up, type[Message]]] = {Up.HELLO: Hello, Up.STATE: State, Up.HEALTH: Health, Up.REPORT: Report}
 
 
@@ -63,6 +73,7 @@ class Ingest:
         store: Store,
         director: Director,
         conductor: RolloutController,
+        check_ins: CheckIns,
         watch: ChangeSignal,
         publish: Publish,
         budget: DeviceBudget,
@@ -71,6 +82,8 @@ class Ingest:
         self._budget = budget
         self._store, self._director, self._conductor, self._watch = store, director, conductor, watch
         self._publish, self._clock = publish, clock
+        self._check_ins = check_ins
+        self._unproven: dict[str, None] = {}
         self._pending: list[tuple[Message, bytes]] = []
         self._pending_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -201,6 +214,7 @@ class Ingest:
         batch, self._pending, self._pending_bytes = self._pending, [], 0
         if not batch:
             return
+        self._unproven.clear()
         answers: dict[str, int | None] = {}
         acks: dict[str, int] = {}
         try:
@@ -219,6 +233,8 @@ class Ingest:
         for message, _ in batch:
             if isinstance(message, Hello):
                 self._answer(message)
+        for device in self._unproven:
+            self._check_ins.ask(device)
         self._conductor.wake()
         self._watch.changed()
 
@@ -251,13 +267,13 @@ class Ingest:
                     raw=raw,
                 )
                 if self._store.delivery.add_report(row):
-                    self._hear_report(message, now)
+                    self._hear_report(message, now, signed=is_signed(raw))
                     answers.setdefault(message.device, None)
                 else:
                     answers[message.device] = max(answers.get(message.device) or 0, message.sequence)
             case Hello():
                 self._store.devices.hear_hello(message, now)
-                self._confirm(message.device, message.committed)
+                self._doubt_undecided(message.device, message.committed)
             case State():
                 self._hear_state(message, now)
             case _:
@@ -271,13 +287,18 @@ class Ingest:
 
     def _hear_health(self, health: Health, raw: bytes, now: float) -> None:
         self._store.devices.hear_health([(health, raw)], now)
-        self._confirm(health.device, health.committed)
-        for figure in health.instances:
-            if figure.state is InstanceState.QUARANTINED:
-                self._relapse(health.device, figure, now)
+        self._doubt_undecided(health.device, health.committed)
+        fallen = {(each.instance, each.target) for each in health.instances if each.state is InstanceState.QUARANTINED}
+        if fallen:
+            self._doubt_succeeded(health.device, fallen)
 
-    def _hear_report(self, report: Report, now: float) -> None:
+    def _hear_report(self, report: Report, now: float, *, signed: bool) -> None:
         self._store.devices.touch(report.device, now)
+        if report.phase in _ENDED:
+            if self._is_overtaken(report):
+                return
+            if signed:
+                self._check_ins.answered(report.device)
         for rollout in self._meant(report):
             found = self._store.rollouts.board(rollout.number, report.device)
             if found is None:
@@ -287,6 +308,10 @@ class Ingest:
                 at=now,
                 phase=report.phase,
                 attempt=report.attempt if report.rollout else board.attempt,
+                signed=signed,
+                assignment_sha256=report.assignment_sha256,
+                manifest_sha256=report.manifest_sha256,
+                generation=report.generation,
                 code=report.code or "",
                 message=report.message,
                 running=report.running,
@@ -294,7 +319,10 @@ class Ingest:
                 exercised=report.exercised,
                 retryable=report.code in RETRYABLE,
             )
-            heard = apply_report(board, word)
+            is_over = rollout.state not in OPEN_STATES and board.outcome is Outcome.SUCCEEDED
+            heard = board if is_over else apply_report(board, word, self._expected(rollout, extra, report))
+            if heard == board and report.phase is Phase.COMMITTED and _is_undecided(board):
+                self._unproven[report.device] = None  # of an assignment that is not this one's
             if heard != board:
                 kept = Extra(
                     previous=extra.previous,
@@ -312,6 +340,8 @@ class Ingest:
         undecided = self._store.rollouts.offered(report.device, undecided=True)
         if report.instance:  # a removal is no item, and so names no rollout
             return [row for row in undecided if row.instance == report.instance and row.value.target is None]
+        if report.phase is Phase.COMMITTED:  # all of the assignment is committed, removals too
+            return [row for row in undecided if row.value.target is None]
         if report.phase is not Phase.FAILED:
             return []
         refused = self._refused(report)
@@ -337,27 +367,53 @@ class Ingest:
             return 0
         return row.version
 
-    def _relapse(self, device: str, figure: InstanceHealth, now: float) -> None:
-        """An instance was put into quarantine: an open rollout that brought it there hears of it, while it soaks."""
-        for rollout in self._store.rollouts.overlays(device):
-            if (rollout.instance, rollout.value.target) != (figure.instance, figure.target):
-                continue
-            found = self._store.rollouts.board(rollout.number, device)
-            if found is not None:
-                board, extra = found
-                words = figure.error or f"{figure.instance} is in quarantine after {figure.restarts} restarts"
-                fallen = relapse(board, at=now, message=words)
-                if fallen != board:
-                    self._store.rollouts.set_board(rollout.number, fallen, extra)
+    def _expected(self, rollout: RolloutRow, extra: Extra, report: Report) -> Expected:
+        """Return what a commit of this rollout must carry: the assignment that the report names, if it offered it."""
+        nothing = Expected(frozenset(), "")
+        if report.phase is not Phase.COMMITTED or not report.assignment_sha256:
+            return nothing
+        row = self._store.delivery.assignment_of(report.device, report.assignment_sha256)
+        if row is None:
+            return nothing
+        item = next((each for each in items_of(row) if each.instance == rollout.instance), None)
+        if rollout.value.target is None:
+            gone = item is None and 0 < extra.version <= row.version
+            return Expected(frozenset({row.sha256}), "") if gone else nothing
+        if item is None or item.rollout != rollout.id or item.target != rollout.value.target:
+            return nothing
+        return Expected(frozenset({row.sha256}), item.manifest_sha256)
 
-    def _confirm(self, device: str, committed: int) -> None:
-        """Count a whole assignment that the device has committed as succeeded, whatever reports were lost."""
+    def _is_overtaken(self, report: Report) -> bool:
+        """Tell whether a later report of the device about the same rollout and instance has decided already."""
+        if not report.rollout:
+            return False
+        later = self._store.delivery.reports_after(
+            report.device, report.sequence, rollout=report.rollout, limit=_LATER_MAX
+        )
+        for row in later:
+            with contextlib.suppress(Rejected, wire.WireError):
+                other = wire.decode(Report, unverified(row.raw))
+                if other.phase in _ENDED and other.instance == report.instance:
+                    return True
+        return False
+
+    def _doubt_succeeded(self, device: str, fallen: set[tuple[str, str]]) -> None:
+        """Ask a device whose health shows in quarantine what an open rollout counts as succeeded."""
+        for rollout in self._store.rollouts.overlays(device):
+            if (rollout.instance, rollout.value.target) in fallen:
+                found = self._store.rollouts.board(rollout.number, device)
+                if found is not None and found[0].outcome is Outcome.SUCCEEDED:
+                    self._unproven[device] = None
+
+    def _doubt_undecided(self, device: str, committed: int) -> None:
+        """Ask a device that has committed a whole assignment and has not signed what became of a part of it."""
         if committed == 0:
             return
         for rollout in self._store.rollouts.offered(device, undecided=True):
-            found = self._store.rollouts.board(rollout.number, device)
-            if found is not None and 0 < found[1].version <= committed:
-                self._conductor.confirm(rollout, device)
+            if rollout.state in _EXPECTING:
+                found = self._store.rollouts.board(rollout.number, device)
+                if found is not None and 0 < found[1].version <= committed:
+                    self._unproven[device] = None
 
     def _answer(self, hello: Hello) -> None:
         try:
@@ -384,6 +440,10 @@ class Ingest:
             self._conductor.touch([hello.device])
         if row is not None:
             self._director.answer_nonce(hello.device, hello.nonce)
+
+
+def _is_undecided(board: DeviceProgress) -> bool:
+    return board.outcome in {Outcome.WAITING, Outcome.DEFERRED, Outcome.IN_PROGRESS}
 
 
 def _timings(report: Report) -> dict[str, int]:

@@ -15,7 +15,8 @@ from typing import Final, assert_never
 
 from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
 from fleet.rollout.decide import Action, Complete, Expire, Halt, Offer, Wait, decide, merge_set
-from fleet.rollout.model import Rollout, confirm
+from fleet.rollout.model import Rollout
+from fleet.server.check_ins import CheckIns
 from fleet.server.director import Director
 from fleet.store.rows import AssignmentRow, RolloutRow
 from fleet.store.store import ChangeSignal, Store
@@ -35,10 +36,20 @@ class RolloutController:
 
     Args:
         clock: the time, UTC.
+        check_ins: asks devices for their signed state.
     """
 
-    def __init__(self, *, store: Store, director: Director, watch: ChangeSignal, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        *,
+        store: Store,
+        director: Director,
+        watch: ChangeSignal,
+        clock: Callable[[], datetime],
+        check_ins: CheckIns,
+    ) -> None:
         self._store, self._director, self._watch, self._clock = store, director, watch, clock
+        self._check_ins = check_ins
         self._wake = asyncio.Event()
         self._dirty: dict[str, None] = {}
         self._next: float | None = None
@@ -187,7 +198,7 @@ class RolloutController:
             self._next = until if self._next is None else min(self._next, until)
 
     async def _settle_dirty(self) -> None:
-        """Renew assignments, one transaction per batch; confirm devices that have nothing left to do at once."""
+        """Renew assignments, one transaction per batch; ask devices that have nothing left to do for their state."""
         while self._dirty:
             batch = list(self._dirty)[:_BATCH]
             for device in batch:
@@ -204,25 +215,29 @@ class RolloutController:
         except SigningError as error:
             log.error("no assignment can be made for %s: %s", device, error)  # noqa: TRY400 - the operator's data
             return None
-        self._note_version(device, assignment.version if assignment is not None else 0)
+        self._note_version(device, assignment.version if assignment is not None else 0, changed=changed)
         return assignment if changed else None
 
-    def _note_version(self, device: str, version: int) -> None:
-        row = self._store.devices.get(device)
+    def _note_version(self, device: str, version: int, *, changed: bool) -> None:
+        """Note which assignment offers a rollout first; of one that the device had before no report follows."""
         for rollout in self._store.rollouts.offered(device, undecided=True):
+            found = self._store.rollouts.board(rollout.number, device)
+            if found is None or found[1].version:
+                continue
+            if version == 0:
+                self._skip(rollout, device)
+                continue
             self._store.rollouts.set_version(rollout.number, device, version)
-            if row is not None and row.committed >= version:
-                self.confirm(rollout, device)
+            if not changed:
+                self._check_ins.ask(device)
 
-    def confirm(self, rollout: RolloutRow, device: str) -> None:
-        """The device has committed the assignment that offered this."""
+    def _skip(self, rollout: RolloutRow, device: str) -> None:
+        """Leave out a device to which nothing was ever assigned, and nothing is now."""
         found = self._store.rollouts.board(rollout.number, device)
-        if found is None:
-            return
-        board, extra = found
-        now = confirm(board, at=self._now(), running=rollout.value.target or "")
-        if now != board:
-            self._store.rollouts.set_board(rollout.number, now, extra)
+        if found is not None:
+            board, extra = found
+            left_out = replace(board, outcome=Outcome.SKIPPED, message="nothing was ever assigned to it")
+            self._store.rollouts.set_board(rollout.number, left_out, extra)
             self.wake()
 
     def _now(self) -> float:

@@ -44,6 +44,7 @@ from fleet.server.api.secrets import SecretHandlers
 from fleet.server.api.trust import CaHandlers, OnlineRoles, OperatorAccounts
 from fleet.server.api.views import Metrics, Views
 from fleet.server.broker.broker import Broker, BrokerError, Denied
+from fleet.server.check_ins import CheckIns
 from fleet.server.clock import BEHIND_MAX, ServerClock
 from fleet.server.config import HomeError, ServerConfig, ServerPaths
 from fleet.server.device_budget import DeviceBudget, RequestBudget
@@ -242,7 +243,10 @@ class Server:
             publish=self._publish,
             clock=clock,
         )
-        self._conductor = RolloutController(store=store, director=self._director, watch=watch, clock=clock)
+        check_ins = CheckIns(self._director)
+        self._conductor = RolloutController(
+            store=store, director=self._director, watch=watch, clock=clock, check_ins=check_ins
+        )
         self._budget = DeviceBudget(
             store=store,
             clock=clock,
@@ -254,6 +258,7 @@ class Server:
             store=store,
             director=self._director,
             conductor=self._conductor,
+            check_ins=check_ins,
             watch=watch,
             publish=self._publish,
             budget=self._budget,

@@ -62,6 +62,11 @@ class Delivery:
         row = self._db.row(sql, device)
         return None if row is None else read(AssignmentRow, row)
 
+    def assignment_of(self, device: str, sha256: str) -> AssignmentRow | None:
+        """The assignment of a device by the sha256 of its payload; None for none of the last ones."""
+        row = self._db.row("SELECT * FROM assignments WHERE device = ? AND sha256 = ?", device, sha256)
+        return None if row is None else read(AssignmentRow, row)
+
     def versions(self) -> dict[str, int]:
         """Return the version of the newest assignment of each device."""
         rows = self._db.rows("SELECT device, max(version) AS version FROM assignments GROUP BY device")
@@ -137,6 +142,11 @@ class Delivery:
         """Return a device's reports, newest first."""
         sql = "SELECT * FROM reports WHERE device = ? ORDER BY at DESC, sequence DESC LIMIT ?"
         return [read(ReportRow, row) for row in self._db.rows(sql, device, limit)]
+
+    def reports_after(self, device: str, sequence: int, *, rollout: str, limit: int) -> list[ReportRow]:
+        """The reports that a device made later about a rollout, newest first."""
+        sql = "SELECT * FROM reports WHERE device = ? AND sequence > ? AND rollout = ? ORDER BY sequence DESC LIMIT ?"
+        return [read(ReportRow, row) for row in self._db.rows(sql, device, sequence, rollout, limit)]
 
     def history(self, device: str, *, after: tuple[str, int], limit: int) -> list[ReportRow]:
         """Return a device's reports by boot id and sequence, after a position in that order."""

@@ -12,15 +12,26 @@ from fleet.rollout.decide import Complete, Expire, Halt, Offer, Wait, decide
 from fleet.rollout.model import (
     BREACHES,
     DeviceProgress,
+    Expected,
     Observation,
     Rollout,
     RolloutState,
     apply_report,
-    confirm,
-    relapse,
 )
 
 NOW = 1000.0
+OFFER = Expected(frozenset({"a1", "a2"}), "m1")
+
+
+def word(**more):
+    """A signed report that carries the proof of a commit."""
+    return Observation(
+        **{"signed": True, "assignment_sha256": "a1", "manifest_sha256": "m1", "generation": 1, "at": 5.0, **more}
+    )
+
+
+def told(board, **more):
+    return apply_report(board, word(**more), OFFER)
 
 
 def rollout(**more):
@@ -36,9 +47,9 @@ def fleet(*outcomes):
     return [board(name, 1 if name == "a" else 2, outcome) for name, outcome in zip("abc", outcomes, strict=True)]
 
 
-PENDING, WAITING, BUSY, GOOD, BAD, NO, SKIP = (
+PENDING, WAITING, BUSY, GOOD, BAD, NO, LATER, UNPROVEN = (
     Outcome.PENDING, Outcome.WAITING, Outcome.IN_PROGRESS, Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED,
-    Outcome.SKIPPED,
+    Outcome.DEFERRED, Outcome.UNPROVEN,
 )  # fmt: skip
 
 
@@ -182,8 +193,8 @@ class Simulation:
         self.offered.add(device)
         it = replace(self.boards[device], outcome=WAITING, offered_at=self.now)
         for phase, code in BEHAVIOURS[self.acts[device]] if self.online[device] else []:
-            word = Observation(at=self.now, phase=phase, code=code, retryable=code == "unreachable")
-            it = apply_report(apply_report(it, word), word)
+            said = word(at=self.now, phase=phase, code=code, retryable=code == "unreachable")
+            it = apply_report(apply_report(it, said, OFFER), said, OFFER)
         self.boards[device] = it
 
     def count(self, *outcomes):
@@ -221,54 +232,94 @@ def test_every_rollout_comes_to_rest_and_never_passes_a_breach(behaviours, away,
 
 def test_a_report_heard_twice_counts_once():
     waiting = board("a", 1, WAITING, acked_at=None)
-    word = Observation(at=5, phase="committed", running="x")
-    once = apply_report(waiting, word)
+    once = told(waiting, phase="committed", running="x")
     assert once.outcome is GOOD
-    assert apply_report(once, replace(word, at=9)) == once
+    assert told(once, phase="committed", running="x", at=9) == once
 
 
 def test_an_older_attempt_changes_nothing():
     waiting = board("a", 1, WAITING, attempt=2)
-    assert apply_report(waiting, Observation(at=5, phase="rolled-back", attempt=1)) == waiting
+    assert told(waiting, phase="rolled-back", attempt=1) == waiting
 
 
 def test_a_late_progress_report_does_not_undo_an_outcome():
-    done = apply_report(board("a", 1, WAITING), Observation(at=5, phase="committed"))
-    assert apply_report(done, Observation(at=6, phase="fetching")).outcome is GOOD
-    failed = apply_report(board("a", 1, WAITING), Observation(at=5, phase="rolled-back"))
-    assert apply_report(failed, Observation(at=6, phase="failed", code="unsigned")).outcome is BAD
+    done = told(board("a", 1, WAITING), phase="committed")
+    assert told(done, phase="fetching", at=6).outcome is GOOD
+    failed = told(board("a", 1, WAITING), phase="rolled-back")
+    assert told(failed, phase="failed", code="unsigned", at=6).outcome is BAD
+    assert told(failed, phase="probation", at=6).outcome is BAD
+    old = told(board("a", 1, WAITING), phase="committed", generation=None)
+    assert told(old, phase="probation", generation=None).outcome is UNPROVEN
 
 
 def test_a_retry_after_a_failure_counts_anew():
-    failed = apply_report(board("a", 1, WAITING), Observation(at=5, phase="rolled-back", code="trapped"))
-    trying = apply_report(failed, Observation(at=9, phase="fetching", attempt=1))
+    failed = told(board("a", 1, WAITING), phase="rolled-back", code="trapped")
+    trying = told(failed, phase="fetching", attempt=1, at=9)
     assert (trying.outcome, trying.acked_at, trying.ended_at) == (BUSY, 9, None)
-    assert apply_report(trying, Observation(at=10, phase="committed", attempt=1)).outcome is GOOD
+    assert told(trying, phase="committed", attempt=1, at=10).outcome is GOOD
 
 
 def test_what_the_board_retries_by_itself_is_not_decided():
-    trying = apply_report(board("a", 1, WAITING), Observation(at=5, phase="failed", code="unreachable", retryable=True))
-    assert (trying.outcome, trying.retrying) == (BUSY, True)
+    trying = told(board("a", 1, WAITING), phase="failed", code="unreachable", retryable=True)
+    assert (trying.outcome, trying.retrying) == (LATER, True)
 
 
 @pytest.mark.parametrize(
     ("code", "outcome"),
-    [("unsigned", NO), ("grant-denied", NO), ("no-such-code-yet", NO), ("trapped", BAD), ("compile-failed", BAD),
-     ("superseded", SKIP), ("rate-limited", Outcome.DEFERRED), ("", BAD)],
+    [("unsigned", "deferred"), ("grant-denied", "failed"), ("no-such-code-yet", "deferred"), ("trapped", "failed"),
+     ("compile-failed", "failed"), ("superseded", "superseded"), ("rate-limited", "deferred"), ("no-space", "deferred"),
+     ("port-in-use", "deferred"), ("internal", "deferred"), ("interrupted", "deferred")],
 )  # fmt: skip
 def test_a_failure_is_named_by_its_code(code, outcome):
-    assert apply_report(board("a", 1, WAITING), Observation(at=5, phase="failed", code=code)).outcome is outcome
+    assert told(board("a", 1, WAITING), phase="failed", code=code).outcome is Outcome(outcome)
 
 
-def test_a_commit_of_the_whole_assignment_is_enough_when_reports_were_lost():
-    assert confirm(board("a", 1, WAITING), at=7, running="x").outcome is GOOD
-    assert confirm(board("a", 1, PENDING), at=7, running="x").outcome is PENDING
-    assert confirm(board("a", 1, BAD), at=7, running="x").outcome is BAD
+def test_going_back_by_interruptions_is_a_failure_and_without_a_code_too():
+    assert told(board("a", 1, WAITING), phase="rolled-back", code="interrupted").outcome is BAD
+    assert told(board("a", 1, WAITING), phase="rolled-back").outcome is BAD
+
+
+@pytest.mark.parametrize("lacks", [{"assignment_sha256": "another"}, {"assignment_sha256": ""},
+                                   {"manifest_sha256": "another"}])  # fmt: skip
+def test_a_commit_of_something_else_decides_nothing(lacks):
+    waiting = board("a", 1, WAITING)
+    assert told(waiting, phase="committed", **lacks) == waiting
+    busy = told(waiting, phase="probation")
+    assert told(busy, phase="committed", **lacks) == busy
+
+
+@pytest.mark.parametrize("phase", ["committed", "failed", "rolled-back"])
+def test_an_unsigned_report_decides_nothing(phase):
+    unproven = told(board("a", 1, WAITING), phase=phase, signed=False)
+    assert unproven.outcome is UNPROVEN
+    assert unproven.ended_at is None
+    assert told(unproven, phase="committed").outcome is GOOD
+
+
+def test_an_agent_that_does_not_say_which_generation_committed_is_unproven():
+    unproven = told(board("a", 1, WAITING), phase="committed", generation=None)
+    assert (unproven.outcome, unproven.message) == (UNPROVEN, "its agent is too old to sign its state")
+    assert told(board("a", 1, WAITING), phase="committed", generation=0).outcome is GOOD  # a removal
+
+
+def test_an_unproven_board_is_in_no_count():
+    boards = [board("a", 1, UNPROVEN), board("b", 1, GOOD), board("c", 2, PENDING)]
+    assert decide(rollout(wave=1, sizes=(2, 3)), boards, NOW) == (Offer(2, ("c",)),)
+    (wait,) = decide(rollout(wave=1, sizes=(1,)), [board("a", 1, UNPROVEN)], NOW)
+    assert isinstance(wait, Wait)
 
 
 def test_a_board_that_does_not_stay_up_while_it_soaks_has_failed():
-    fallen = relapse(board("a", 1, GOOD, ended_at=NOW), at=NOW + 5, message="down")
+    good = told(board("a", 1, WAITING), phase="committed")
+    fallen = told(good, phase="failed", code="restarted", message="in quarantine", at=NOW + 5)
     assert (fallen.outcome, fallen.ended_at) == (BAD, NOW + 5)
     (halt,) = decide(rollout(wave=1, soak_s=300), [fallen, *fleet(GOOD, PENDING, PENDING)[1:]], NOW + 6)
     assert isinstance(halt, Halt)
-    assert relapse(board("a", 1, BUSY), at=NOW, message="down").outcome is BUSY
+    # a trouble that says nothing of the version takes no success away, nor does an unsigned word
+    assert told(good, phase="failed", code="no-space", at=NOW + 5) == good
+    assert told(good, phase="failed", code="restarted", signed=False, at=NOW + 5) == good
+
+
+def test_a_report_without_a_phase_is_no_news():
+    waiting = board("a", 1, WAITING)
+    assert told(waiting, phase="idle", code="revoked", message="goes on running") == waiting

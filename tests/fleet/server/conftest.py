@@ -26,7 +26,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from fleet.admin.bootstrap import init
 from fleet.demo.environment import free_ports
 from fleet.protocol import codes, operator_api, wire
-from fleet.protocol.assignment import Assignment, Command, Fresh, Item
+from fleet.protocol.assignment import Assignment, CheckIn, Command, Fresh, Item
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.manifest import ConfigKey, Http, Manifest
 from fleet.protocol.messages import Ack, Enrolled, EnrolRequest, Hello, Report, State, Token, Versions
@@ -37,6 +37,7 @@ from fleet.server.broker.broker import Child
 from fleet.server.config import Address, ServerConfig, ServerPaths
 from fleet.server.service import Server
 from signing import dsse, keys, repository
+from signing.device_statements import DeviceSigner
 from signing.errors import FetchNotFound
 from signing.updater import MemoryState, Updater
 from signing.verifier import accept_assignment, resolve
@@ -44,6 +45,7 @@ from tests.eventually import eventually_async
 
 T = TypeVar("T")
 
+ANSWERS = (Phase.PROBATION, Phase.COMMITTED)
 Behaviour = Callable[[Item], list[Report]]
 PATIENCE_S = 60
 PASSPHRASE = b"correct horse"
@@ -153,8 +155,15 @@ def silent(_item: Item) -> list[Report]:
 def _report(item: Item, phase: Phase, **more: Any) -> Report:
     return Report(
         device="", boot_id="", sequence=0, at=datetime.now(UTC), assignment=0,
-        instance=item.instance, target=item.target, attempt=item.attempt, rollout=item.rollout, phase=phase, **more,
+        instance=item.instance, target=item.target, manifest_sha256=item.manifest_sha256, attempt=item.attempt,
+        rollout=item.rollout, phase=phase, generation=1 if phase in ANSWERS else 0, **more,
     )  # fmt: skip
+
+
+def _whole() -> Report:
+    """Everything that the assignment asks for is committed."""
+    now = datetime.now(UTC)
+    return Report(device="", boot_id="", sequence=0, at=now, assignment=0, phase=Phase.COMMITTED, generation=0)
 
 
 class Board:
@@ -172,6 +181,12 @@ class Board:
         self.sequence = 0
         self.states = MemoryState()
         self.items: dict[str, Item] = {}
+        self.states_said: dict[str, Report] = {}
+        self.answers_check_in = True
+        self.signer: DeviceSigner | None = DeviceSigner(
+            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        )
+        self.accepted_sha256 = ""
         self.news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._client: mqtt.Client | None = None
@@ -250,8 +265,11 @@ class Board:
         self.publish(Up.HELLO, hello)
 
     def publish(self, channel: Up, message: msgspec.Struct, *, retain: bool = False, device: str = "") -> None:
+        data = wire.encode(message)
+        if isinstance(message, Report) and self.signer is not None:
+            data = self.signer.sign(data)
         if (client := self._client) is not None:
-            client.publish(str(Topic(device or self.device, channel)), wire.encode(message), qos=1, retain=retain)
+            client.publish(str(Topic(device or self.device, channel)), data, qos=1, retain=retain)
 
     async def disconnect(self, *, politely: bool = False) -> None:
         """Be gone: without a goodbye the broker publishes the will."""
@@ -277,7 +295,10 @@ class Board:
             case Down.FRESH:
                 self.fresh.append(msgspec.json.decode(dsse.parse(payload).payload, type=Fresh))
             case Down.COMMAND:
-                self.commands.append(msgspec.json.decode(dsse.parse(payload).payload, type=Command))
+                command = msgspec.json.decode(dsse.parse(payload).payload, type=Command)
+                self.commands.append(command)
+                if isinstance(command.verb, CheckIn) and self.answers_check_in:
+                    self.report_states()
         self._ring()
 
     async def _accept(self, envelope: bytes) -> None:
@@ -292,21 +313,38 @@ class Board:
         if again:
             return
         self.accepted.append(accepted.assignment)
+        self.accepted_sha256 = accepted.sha256
         wanted = {item.instance: item for item in accepted.assignment.items}
+        if wanted == self.items:
+            self._say(_whole(), accepted.assignment)
         for gone in self.items.keys() - wanted.keys():
             removed = _report(self.items[gone], Phase.COMMITTED)
-            self._say(msgspec.structs.replace(removed, target="", rollout="", attempt=0), accepted.assignment)
+            self._say(
+                msgspec.structs.replace(removed, target="", manifest_sha256="", rollout="", attempt=0, generation=0),
+                accepted.assignment,
+            )
         for instance, item in wanted.items():
             if self.items.get(instance) != item:
                 found = await _patiently(functools.partial(self.updater.find, item.target))
                 resolve(found, item, state=accepted.state)
+                self.states_said.pop(instance, None)
                 for report in self.behaviour(item):
                     self._say(report, accepted.assignment)
         self.items = wanted
         self._ring()
 
+    def report_states(self) -> None:
+        """Sign again how each instance stands, and that the assignment is committed where all of it is."""
+        states = [self.states_said[each] for each in self.items if each in self.states_said]
+        if len(states) == len(self.items) and all(each.phase is Phase.COMMITTED for each in states):
+            states.append(_whole())
+        for each in states if self.accepted else []:
+            self._say(each, self.accepted[-1])
+
     def _say(self, report: Report, assignment: Assignment) -> None:
         self.sequence += 1
+        if report.instance and report.target and report.phase in (Phase.COMMITTED, Phase.FAILED, Phase.ROLLED_BACK):
+            self.states_said[report.instance] = report
         running = report.target if report.phase is Phase.COMMITTED else ""
         full = msgspec.structs.replace(
             report,
@@ -314,6 +352,7 @@ class Board:
             boot_id="boot",
             sequence=self.sequence,
             assignment=assignment.version,
+            assignment_sha256=report.assignment_sha256 or self.accepted_sha256,
             running=running,
         )
         self.publish(Up.REPORT, full)

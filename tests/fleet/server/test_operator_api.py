@@ -10,7 +10,7 @@ import pytest
 
 from fleet.protocol import operator_api
 from fleet.protocol.assignment import CheckIn, Restart
-from fleet.protocol.codes import InstanceState, RolloutState
+from fleet.protocol.codes import InstanceState, Phase, RejectCode, RolloutState
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Health, InstanceHealth
 from fleet.protocol.topics import Up
@@ -279,6 +279,9 @@ async def test_a_version_that_falls_while_it_soaks_goes_no_further(new_fleet):
         view = await operator.follow(view, lambda view: "soaks" in view.reason)
         (first,) = [board for board in view.devices if board.wave == 1]
         canary = next(board for board in boards if board.device == first.device)
+        canary.states_said["hello"] = canary.report(
+            canary.items["hello"], Phase.FAILED, code=RejectCode.RESTARTED, message="in quarantine after 5 restarts"
+        )
         figure = InstanceHealth(instance="hello", target=two, generation=2, state=InstanceState.QUARANTINED, restarts=5)
         now = datetime.now(UTC)
         canary.publish(Up.HEALTH, Health(device=canary.device, boot_id="boot", at=now, instances=(figure,)))

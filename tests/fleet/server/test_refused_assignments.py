@@ -21,15 +21,18 @@ def refusal(board, item, envelope, code=RejectCode.UNSIGNED):
 
 
 @pytest.mark.asyncio
-async def test_a_refused_assignment_halts_the_rollout_with_its_code(new_fleet):
+async def test_a_refused_assignment_defers_the_device_with_its_code_and_is_no_verdict(new_fleet, behaviours):
     async with new_fleet() as fleet:
         board = await fleet.board("a")
         board.behaviour = lambda item: [refusal(board, item, board.envelopes[-1])]
         view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
-        view = await fleet.operator.decided(view)
-        assert view.state is RolloutState.HALTED
-        assert (view.devices[0].outcome, view.devices[0].code) == (Outcome.REFUSED, RejectCode.UNSIGNED)
-        assert "unsigned" in view.reason
+        view = await fleet.operator.follow(view, lambda view: view.boards[0].outcome is Outcome.DEFERRED)
+        assert (view.state, view.boards[0].code) == (RolloutState.RUNNING, RejectCode.UNSIGNED)
+        assert view.boards[0].message == "metadata with a bad signature"
+        # once the board takes it, the same rollout goes on
+        for report in behaviours["good"](board.items["hello"]):
+            board._say(report, board.accepted[-1])
+        assert (await fleet.operator.decided(view)).state is RolloutState.SUCCEEDED
 
 
 @pytest.mark.asyncio

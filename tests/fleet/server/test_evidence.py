@@ -1,0 +1,222 @@
+"""Only a device's signed report decides a rollout: whatever else is heard makes the server ask for that report."""
+
+import itertools
+from datetime import UTC, datetime
+
+import msgspec
+import pytest
+
+from fleet.protocol.assignment import CheckIn
+from fleet.protocol.codes import InstanceState, Outcome, Phase, RejectCode, RolloutState
+from fleet.protocol.messages import Health, Hello, InstanceHealth
+from fleet.protocol.topics import Up
+
+
+def hello(board, committed):
+    version = board.accepted[-1].version if board.accepted else 0
+    return Hello(device=board.device, nonce="0" * 16, boot_id="boot", accepted=version, committed=committed)
+
+
+def health(board, committed=0, **figure):
+    figures = ()
+    if figure:
+        figures = (InstanceHealth(instance="hello", generation=1, calls={}, **figure),)
+    return Health(device=board.device, boot_id="boot", at=datetime.now(UTC), committed=committed, instances=figures)
+
+
+def check_ins(board):
+    return [command for command in board.commands if isinstance(command.verb, CheckIn)]
+
+
+async def running(fleet, board, behaviour, **more):
+    """A rollout whose only device has taken the assignment and behaves so."""
+    board.behaviour = behaviour
+    view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), **more)
+    await board.until(lambda board: "hello" in board.items)
+    return view
+
+
+async def heard(fleet, board, message, channel=Up.HEALTH):
+    """Send a message, and wait until everything before it was taken in."""
+    counts = fleet.server._ingest.counts
+    before = counts[str(channel)]
+    board.publish(channel, message)
+    while counts[str(channel)] == before:
+        await fleet.server._conductor._watch._event.wait()
+
+
+def outcome(fleet, view, board):
+    return fleet.server._store.rollouts.board(view.number, board.device)[0].outcome
+
+
+@pytest.mark.parametrize("kind", ["hello", "health"])
+@pytest.mark.asyncio
+async def test_a_commit_that_was_lost_is_asked_for_and_decides(new_fleet, behaviours, kind):
+    async with new_fleet() as fleet:
+        board = await fleet.board("a")
+        board.answers_check_in = False
+        view = await running(fleet, board, behaviours["silent"])
+        version = board.accepted[-1].version
+        # hello and health name the version, and are not signed
+        if kind == "hello":
+            board.publish(Up.HELLO, hello(board, version))
+        else:
+            board.publish(Up.HEALTH, health(board, version))
+        await board.until(check_ins)
+        assert outcome(fleet, view, board) is Outcome.WAITING
+        # the device answers with its signed state
+        (report,) = behaviours["good"](board.items["hello"])[-1:]
+        board._say(report, board.accepted[-1])
+        assert (await fleet.operator.decided(view)).state is RolloutState.SUCCEEDED
+
+
+@pytest.mark.asyncio
+async def test_a_device_is_asked_once_however_often_it_says_so(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        board = await fleet.board("a")
+        board.answers_check_in = False
+        await running(fleet, board, behaviours["silent"])
+        for _ in range(5):
+            await heard(fleet, board, health(board, board.accepted[-1].version))
+        board.publish(Up.HELLO, hello(board, board.accepted[-1].version))
+        asked = len(board.fresh)
+        await board.until(lambda board: len(board.fresh) > asked)  # what comes after a hello has come
+        assert len(check_ins(board)) == 1
+
+
+@pytest.mark.asyncio
+async def test_an_agent_that_does_not_sign_or_does_not_say_its_generation_is_unproven(new_fleet):
+    async with new_fleet() as fleet:
+        old, older, new = await fleet.board("a"), await fleet.board("b"), await fleet.board("c")
+        older.signer = None
+        good = new.behaviour
+        old.behaviour = lambda item: [msgspec.structs.replace(report, generation=None) for report in good(item)]
+        view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), waves="100%")
+        view = await fleet.operator.decided(view)
+        assert view.state is RolloutState.SUCCEEDED
+        found = {each.device: each for each in view.boards}
+        assert found[new.device].outcome is Outcome.SUCCEEDED
+        for board in (old, older):
+            assert found[board.device].outcome is Outcome.UNPROVEN
+            assert found[board.device].message == "its agent is too old to sign its state"
+
+
+@pytest.mark.parametrize("lie", [{"assignment_sha256": "0" * 64}, {"manifest_sha256": "0" * 64}])
+@pytest.mark.asyncio
+async def test_a_commit_of_another_assignment_or_manifest_decides_nothing_and_is_asked_again(
+    new_fleet, behaviours, lie
+):
+    async with new_fleet() as fleet:
+        board = await fleet.board("a")
+        board.answers_check_in = False
+
+        def other(item):
+            return [msgspec.structs.replace(report, **lie) for report in behaviours["good"](item)]
+
+        view = await running(fleet, board, other)
+        await board.until(check_ins)
+        assert outcome(fleet, view, board) is Outcome.IN_PROGRESS
+        (report,) = behaviours["good"](board.items["hello"])[-1:]
+        board._say(report, board.accepted[-1])
+        assert (await fleet.operator.decided(view)).state is RolloutState.SUCCEEDED
+
+
+@pytest.mark.asyncio
+async def test_quarantine_in_a_health_is_no_verdict_and_the_signed_report_is(new_fleet):
+    async with new_fleet() as fleet:
+        board = await fleet.board("a")
+        board.answers_check_in = False
+        view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), waves="1, 100%", soak_s=3600)
+        await fleet.board("b")
+        view = await fleet.operator.follow(view, lambda view: view.boards[0].outcome is Outcome.SUCCEEDED)
+        board.publish(
+            Up.HEALTH, health(board, state=InstanceState.QUARANTINED, target=board.items["hello"].target, restarts=5)
+        )
+        await board.until(check_ins)
+        assert outcome(fleet, view, board) is Outcome.SUCCEEDED
+        fallen = board.report(
+            board.items["hello"], Phase.FAILED, code=RejectCode.RESTARTED, message="in quarantine after 5 restarts"
+        )
+        board._say(fallen, board.accepted[-1])
+        view = await fleet.operator.decided(view)
+        assert view.state is RolloutState.HALTED
+        assert "in quarantine after 5 restarts" in view.reason
+
+
+@pytest.mark.asyncio
+async def test_reports_that_are_doubled_late_or_reordered_end_in_the_same(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        board = await fleet.board("a")
+        view = await running(fleet, board, behaviours["silent"], waves="1, 100%", soak_s=3600)
+        item, assignment = board.items["hello"], board.accepted[-1]
+
+        def said(sequence, phase, **more):
+            board.sequence = sequence - 1
+            board._say(board.report(item, phase, **more), assignment)
+
+        # it fell after its commit: the commit and the way there come late, and twice
+        said(4, Phase.FAILED, code=RejectCode.RESTARTED, message="in quarantine")
+        for _ in range(2):
+            said(3, Phase.COMMITTED)
+            said(2, Phase.PROBATION)
+            said(1, Phase.FETCHING)
+        said(5, Phase.IDLE)
+        board.sequence = 5
+        view = await fleet.operator.decided(view)
+        await board.until(lambda board: board.acked == 5)
+        assert outcome(fleet, view, board) is Outcome.FAILED
+        assert view.state is RolloutState.HALTED
+
+
+@pytest.mark.asyncio
+async def test_a_device_without_space_is_deferred_and_costs_no_rollout(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        full, other = await fleet.board("a"), await fleet.board("b")
+        full.behaviour = lambda item: [
+            full.report(item, Phase.FAILED, code=RejectCode.NO_SPACE, message="the disk is full")
+        ]
+        view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), waves="100%")
+        view = await fleet.operator.decided(view)
+        assert view.state is RolloutState.SUCCEEDED
+        found = {each.device: each for each in view.boards}
+        assert found[other.device].outcome is Outcome.SUCCEEDED
+        assert (found[full.device].outcome, found[full.device].code) == (Outcome.DEFERRED, RejectCode.NO_SPACE)
+        assert (found[full.device].retrying, found[full.device].message) == (True, "the disk is full")
+
+
+@pytest.mark.asyncio
+async def test_a_removal_where_there_is_nothing_to_remove_is_decided_by_the_whole_assignment(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        board = await fleet.board("a")
+        await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
+        view = await fleet.operator.deploy(None, instance="other")
+        view = await fleet.operator.decided(view)
+        assert view.state is RolloutState.SUCCEEDED
+        assert view.boards[0].outcome is Outcome.SUCCEEDED
+        # the assignment was the same as before, so the device was asked for its word
+        assert len(check_ins(board)) == 1
+        assert board.sequence == 5
+
+
+def test_the_wait_between_requests_doubles_until_a_device_answers():
+    from fleet.server.check_ins import ASK_FIRST_S, ASK_MAX_S, CheckIns
+
+    now, sent = [0.0], []
+
+    class Director:
+        def command(self, device, verb):
+            sent.append((now[0], device))
+
+    asks = CheckIns(Director(), clock=lambda: now[0])
+    while now[0] < 4 * ASK_MAX_S:
+        asks.ask("a")
+        now[0] += 10.0
+    times = [at for at, _ in sent]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    assert gaps[:3] == [ASK_FIRST_S, 2 * ASK_FIRST_S, 4 * ASK_FIRST_S]
+    assert max(gaps) == ASK_MAX_S
+    asks.answered("a")
+    assert not asks.ask("a")
+    now[0] += ASK_FIRST_S
+    assert asks.ask("a")
+    assert asks.ask("b")
