@@ -37,18 +37,11 @@ COMMANDS_MAX: Final = 16
 """Maximum number of waiting commands; a director sends them singly."""
 
 
-class Refreshes(Protocol):
+class ChecksIn(Protocol):
     """Poller of the assignment (`agent.update.receiver.AssignmentReceiver`)."""
 
-    def refresh(self) -> None:
-        """Poll now."""
-
-
-class States(Protocol):
-    """Reporter of the state of each instance (`agent.update.reconciler.Reconciler`)."""
-
-    def report_states(self) -> None:
-        """Sign and send the state of each instance."""
+    def check_in(self) -> None:
+        """Poll now, and report the state of each instance."""
 
 
 class Commands:
@@ -67,8 +60,7 @@ class Commands:
         trust: DeviceTrust,
         db: Database,
         host: HostClient,
-        receiver: Refreshes,
-        states: States,
+        receiver: ChecksIn,
         follower: "LogFollower",
         problems: Problems,
         sink: ReportSink,
@@ -78,7 +70,6 @@ class Commands:
         self._db = db
         self._host = host
         self._receiver = receiver
-        self._states = states
         self._follower = follower
         self._problems = problems
         self._sink = sink
@@ -120,8 +111,7 @@ class Commands:
             return
         match command.verb:
             case CheckIn():
-                self._receiver.refresh()
-                self._states.report_states()
+                self._receiver.check_in()
                 self._sink.changed()
             case Restart(instance=instance):
                 await self._restart(instance)

@@ -266,7 +266,6 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         db=db,
         host=links.host,
         receiver=receiver,
-        states=reconciler,
         follower=follower,
         problems=problems,
         sink=sink,

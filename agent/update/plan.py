@@ -205,7 +205,7 @@ def _beside_flight(instance: str, want: Want | None, flight: InFlight) -> Step |
         if want is None or (want.attempt == flight.attempt and want.rollout in {"", flight.rollout}):
             return None
         if want.attempt != flight.attempt and flight.phase in _DECIDED:
-            return None  # this attempt ends first; the next plan begins the new one
+            return None  # the attempt under way ends first; the next plan begins the new one
         return Step(Act.RELABEL, instance)
     if flight.key and flight.phase in _SUPERSEDABLE:
         return Step(Act.SUPERSEDE, instance)

@@ -213,6 +213,11 @@ class AssignmentReceiver:
         """Poll over HTTPS after `seconds`."""
         asyncio.get_running_loop().call_later(seconds, self._due.set)
 
+    def check_in(self) -> None:
+        """Poll over HTTPS now, and report the state of each instance."""
+        self.refresh()
+        self._reconciler.report_states()
+
     async def new_nonce(self) -> str:
         """Return a nonce for the next hello; only the newest is valid."""
         self._nonce = secrets.token_hex(16)

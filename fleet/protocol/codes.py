@@ -174,7 +174,7 @@ CODE_OUTCOMES: Final[dict[RejectCode, Outcome]] = {
     RejectCode.NOT_FOUND: Outcome.DEFERRED,
     RejectCode.UNREACHABLE: Outcome.DEFERRED,
     RejectCode.TOO_SLOW: Outcome.DEFERRED,
-    # this device as it is today
+    # the device as it is today
     RejectCode.DEVELOPMENT: Outcome.DEFERRED,
     RejectCode.SECRET_MISSING: Outcome.DEFERRED,
     RejectCode.SECRET_UNOPENED: Outcome.DEFERRED,

@@ -340,7 +340,7 @@ class Ingest:
         undecided = self._store.rollouts.offered(report.device, undecided=True)
         if report.instance:  # a removal is no item, and so names no rollout
             return [row for row in undecided if row.instance == report.instance and row.value.target is None]
-        if report.phase is Phase.COMMITTED:  # all of the assignment is committed, removals too
+        if report.phase is Phase.COMMITTED:  # of the whole assignment, removals included
             return [row for row in undecided if row.value.target is None]
         if report.phase is not Phase.FAILED:
             return []

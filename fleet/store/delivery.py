@@ -63,7 +63,7 @@ class Delivery:
         return None if row is None else read(AssignmentRow, row)
 
     def assignment_of(self, device: str, sha256: str) -> AssignmentRow | None:
-        """The assignment of a device by the sha256 of its payload; None for none of the last ones."""
+        """Return the assignment of a device by the sha256 of its payload; None for none of the last ones."""
         row = self._db.row("SELECT * FROM assignments WHERE device = ? AND sha256 = ?", device, sha256)
         return None if row is None else read(AssignmentRow, row)
 
@@ -144,7 +144,7 @@ class Delivery:
         return [read(ReportRow, row) for row in self._db.rows(sql, device, limit)]
 
     def reports_after(self, device: str, sequence: int, *, rollout: str, limit: int) -> list[ReportRow]:
-        """The reports that a device made later about a rollout, newest first."""
+        """Return the reports that a device made later about a rollout, newest first."""
         sql = "SELECT * FROM reports WHERE device = ? AND sequence > ? AND rollout = ? ORDER BY sequence DESC LIMIT ?"
         return [read(ReportRow, row) for row in self._db.rows(sql, device, sequence, rollout, limit)]
 

@@ -137,8 +137,7 @@ async def test_forged_log_requests_are_refused_and_counted(tmp_path):
         trust=Trust(),
         db=db,
         host=None,
-        receiver=SimpleNamespace(refresh=lambda: asked.append("check-in")),
-        states=SimpleNamespace(report_states=lambda: asked.append("states")),
+        receiver=SimpleNamespace(check_in=lambda: asked.append("check-in")),
         follower=SimpleNamespace(follow=lambda instance, *, minutes, command: asked.append((instance, command))),
         problems=problems,
         sink=sink,
@@ -165,5 +164,5 @@ async def test_forged_log_requests_are_refused_and_counted(tmp_path):
     assert asked == [("hello", 1)]
     assert commands.refused == 5
     await commands.carry_out(director.sign_command(order(CheckIn(), 2), repo.keys["director"]))
-    assert asked[-2:] == ["check-in", "states"]
+    assert asked[-1] == "check-in"
     db.close()

@@ -94,7 +94,7 @@ async def test_an_agent_that_does_not_sign_or_does_not_say_its_generation_is_unp
         view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), waves="100%")
         view = await fleet.operator.decided(view)
         assert view.state is RolloutState.SUCCEEDED
-        found = {each.device: each for each in view.boards}
+        found = {each.device: each for each in view.devices}
         assert found[new.device].outcome is Outcome.SUCCEEDED
         for board in (old, older):
             assert found[board.device].outcome is Outcome.UNPROVEN
@@ -128,7 +128,7 @@ async def test_quarantine_in_a_health_is_no_verdict_and_the_signed_report_is(new
         board.answers_check_in = False
         view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), waves="1, 100%", soak_s=3600)
         await fleet.board("b")
-        view = await fleet.operator.follow(view, lambda view: view.boards[0].outcome is Outcome.SUCCEEDED)
+        view = await fleet.operator.follow(view, lambda view: view.devices[0].outcome is Outcome.SUCCEEDED)
         board.publish(
             Up.HEALTH, health(board, state=InstanceState.QUARANTINED, target=board.items["hello"].target, restarts=5)
         )
@@ -178,7 +178,7 @@ async def test_a_device_without_space_is_deferred_and_costs_no_rollout(new_fleet
         view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), waves="100%")
         view = await fleet.operator.decided(view)
         assert view.state is RolloutState.SUCCEEDED
-        found = {each.device: each for each in view.boards}
+        found = {each.device: each for each in view.devices}
         assert found[other.device].outcome is Outcome.SUCCEEDED
         assert (found[full.device].outcome, found[full.device].code) == (Outcome.DEFERRED, RejectCode.NO_SPACE)
         assert (found[full.device].retrying, found[full.device].message) == (True, "the disk is full")
@@ -192,7 +192,7 @@ async def test_a_removal_where_there_is_nothing_to_remove_is_decided_by_the_whol
         view = await fleet.operator.deploy(None, instance="other")
         view = await fleet.operator.decided(view)
         assert view.state is RolloutState.SUCCEEDED
-        assert view.boards[0].outcome is Outcome.SUCCEEDED
+        assert view.devices[0].outcome is Outcome.SUCCEEDED
         # the assignment was the same as before, so the device was asked for its word
         assert len(check_ins(board)) == 1
         assert board.sequence == 5

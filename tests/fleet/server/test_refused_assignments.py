@@ -26,9 +26,9 @@ async def test_a_refused_assignment_defers_the_device_with_its_code_and_is_no_ve
         board = await fleet.board("a")
         board.behaviour = lambda item: [refusal(board, item, board.envelopes[-1])]
         view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
-        view = await fleet.operator.follow(view, lambda view: view.boards[0].outcome is Outcome.DEFERRED)
-        assert (view.state, view.boards[0].code) == (RolloutState.RUNNING, RejectCode.UNSIGNED)
-        assert view.boards[0].message == "metadata with a bad signature"
+        view = await fleet.operator.follow(view, lambda view: view.devices[0].outcome is Outcome.DEFERRED)
+        assert (view.state, view.devices[0].code) == (RolloutState.RUNNING, RejectCode.UNSIGNED)
+        assert view.devices[0].message == "metadata with a bad signature"
         # once the board takes it, the same rollout goes on
         for report in behaviours["good"](board.items["hello"]):
             board._say(report, board.accepted[-1])
