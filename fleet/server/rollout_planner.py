@@ -20,6 +20,7 @@ from fleet.rollout import effective, model
 from fleet.rollout.effective import Group, SettledValue
 from fleet.rollout.model import BREACHES, DeviceProgress, Value
 from fleet.server.director import Director, lacks, unfit
+from fleet.server.retries import nothing_to_retry
 from fleet.server.rollout_controller import RolloutController
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow, GroupRow, RolloutRow
@@ -413,7 +414,7 @@ class RolloutPlanner:
         """Have a device try again what failed there.
 
         Raises:
-            Refusal: the device is not to run such an instance.
+            Refusal: the device is not to run such an instance, or runs it well, or is trying it.
         """
         held = self._director.effective(device).get(instance)
         if held is None or held.value.target is None:
@@ -422,6 +423,14 @@ class RolloutPlanner:
                 "unknown-instance",
                 f"{device.id} is not to run {instance!r}: a halted rollout is not retried",
                 action=f"fleet device {device.id} shows what it should run; deploy again to try again",
+            )
+        idle = nothing_to_retry(self._store, device, instance, held.value.target)
+        if idle:
+            raise Refusal(
+                409,
+                "nothing-to-do",
+                f"there is nothing to try again: {idle}",
+                action=f"fleet restart {device.id} {instance} restarts it",
             )
         now = self._clock().timestamp()
         attempt = max(held.value.attempt, self._store.delivery.attempts(device.id).get(instance, 0)) + 1

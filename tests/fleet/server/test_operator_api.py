@@ -244,6 +244,39 @@ async def test_a_failed_board_is_tried_again_only_when_an_operator_says_so(new_f
 
 
 @pytest.mark.asyncio
+async def test_there_is_nothing_to_try_again_where_an_instance_runs_or_is_being_tried(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        await operator.decided(await operator.deploy(one))
+        path, wish = f"/v1/devices/{board.device}/retry", operator_api.InstanceRequest(instance="hello")
+
+        async def refused(words):
+            await board.until(lambda board: board.acked >= board.sequence)
+            problem = await operator.problem("POST", path, wish)
+            assert problem.type == "nothing-to-do"
+            assert problem.title == f"there is nothing to try again: hello {words}"
+            assert "fleet restart" in problem.action
+            assert board.accepted[-1].items[0].attempt == 0
+
+        await refused(f"runs well on {board.device}")
+        # while it is on probation, neither: the device would have gone back to 1.0.0
+        board.behaviour = lambda item: [board.report(item, Phase.PROBATION)]
+        await operator.deploy(two)
+        await board.until(lambda board: board.items["hello"].target == two)
+        await refused(f"is being tried on {board.device} already (probation)")
+        # an instance that its host does not run is tried again
+        board._say(board.report(board.items["hello"], Phase.COMMITTED), board.accepted[-1])
+        figure = InstanceHealth(instance="hello", target=two, generation=2, state=InstanceState.QUARANTINED, restarts=5)
+        now, counts = datetime.now(UTC), fleet.server._ingest.counts
+        board.publish(Up.HEALTH, Health(device=board.device, boot_id="boot", at=now, instances=(figure,)))
+        while not counts["health"]:
+            await fleet.server._conductor._watch._event.wait()
+        await operator.send(operator_api.DeviceDetail, "POST", path, wish)
+        await board.until(lambda board: board.accepted[-1].items[0].attempt == 1)
+
+
+@pytest.mark.asyncio
 async def test_a_rollout_can_be_paused_resumed_and_aborted(new_fleet, behaviours):
     async with new_fleet() as fleet:
         operator = fleet.operator
