@@ -235,6 +235,10 @@ class Client:
             operator_api.InstanceRequest(instance=instance),
         )
 
+    def reconcile(self, request: operator_api.ReconcileRequest) -> operator_api.Reconciliation:
+        """Decide on devices that are ahead of the server, or tell what would be done."""
+        return self._send(operator_api.Reconciliation, "POST", "/v1/reconcile", request)
+
     def retry(self, device: str, instance: str) -> operator_api.DeviceDetail:
         """Retry a failed instance."""
         return self._send(

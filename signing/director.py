@@ -13,7 +13,8 @@ from datetime import datetime, timedelta
 from typing import Final, TypeVar
 
 import msgspec
-from securesystemslib.signer import Signer
+from securesystemslib.exceptions import UnverifiedSignatureError
+from securesystemslib.signer import Key, Signer
 from tuf.api.metadata import Targets
 
 from fleet.protocol import bounds, names, wire
@@ -123,6 +124,30 @@ def assignment(
     remembered = Remembered(message.version, envelope.sha256, director.keys)
     state = msgspec.structs.replace(state, assignment=remembered)
     return message, envelope.sha256, state.with_floor(min(message.issued, message.expires, clamp))
+
+
+def own_assignment(data: bytes, key: Key, *, fleet: str, device: str) -> Assignment:
+    """Return an assignment that a director's own key signed for a device, however old it is.
+
+    Raises:
+        Rejected: UNSIGNED: another key signed it; WRONG_FLEET, WRONG_DEVICE; MALFORMED, TOO_LARGE.
+    """
+    envelope = dsse.parse(data, max_bytes=Assignment.MAX_BYTES)
+    signature = envelope.signatures.get(key.keyid)
+    if envelope.payload_type != ASSIGNMENT_TYPE or signature is None:
+        raise Rejected(RejectCode.UNSIGNED, "this director's key did not sign it")
+    try:
+        key.verify_signature(signature, envelope.pae)
+    except UnverifiedSignatureError as error:
+        raise Rejected(RejectCode.UNSIGNED, "this director's key did not sign it") from error
+    try:
+        message = wire.decode(Assignment, envelope.payload)
+    except wire.WireError as error:
+        raise Rejected(RejectCode.MALFORMED, str(error)) from error
+    _check_addressee(message, fleet, device)
+    _check_version("the assignment", message.version)
+    check_items(message)
+    return message
 
 
 def check_items(message: Assignment) -> None:

@@ -358,11 +358,14 @@ def renewal_due(identity: Path, clock: ReferenceClock) -> bool:
 
 def wants_renewal(error: FetchError) -> bool:
     """Return whether the server refused the device's certificate for a reason that renewal fixes."""
-    if error.status != http.client.FORBIDDEN:
-        return False
+    return error.status == http.client.FORBIDDEN and problem_of(error) in {EXPIRED, OUTDATED}
+
+
+def problem_of(error: FetchError) -> str:
+    """Return the type of the problem that the server answered with; empty where the answer is none."""
     with contextlib.suppress(*wire.JSON_ERRORS):
-        return msgspec.json.decode(error.body, type=_Problem).type in {EXPIRED, OUTDATED}
-    return False
+        return msgspec.json.decode(error.body, type=_Problem).type
+    return ""
 
 
 def install_certificate(identity: Path, pem: str) -> None:

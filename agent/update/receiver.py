@@ -22,7 +22,7 @@ import msgspec
 
 from agent.clock import ReferenceClock
 from agent.config import Policy, Settings
-from agent.identity.enrolment import CertificateRenewal, wants_renewal
+from agent.identity.enrolment import CertificateRenewal, problem_of, wants_renewal
 from agent.link import bundle
 from agent.link.bundle import BundleSource, BundleVerdict
 from agent.link.https import FetchError
@@ -32,10 +32,10 @@ from agent.update.reconciler import Reconciler
 from agent.update.state import DeviceContext, Violation
 from agent.update.store import Database, Store, StoreError
 from agent.update.trust import DeviceTrust, find_violations, remembered_assignment
-from fleet.protocol import wire
+from fleet.protocol import bounds, wire
 from fleet.protocol.assignment import Assignment
 from fleet.protocol.codes import Phase, RejectCode
-from fleet.protocol.messages import DesiredReply, Report
+from fleet.protocol.messages import AHEAD, DesiredReply, Report
 from fleet.protocol.topics import Down
 from signing.errors import Rejected
 from signing.state import VERSION_MAX
@@ -319,7 +319,9 @@ class AssignmentReceiver:
         except FetchError as error:
             if wants_renewal(error):
                 self._renewal.request()
-            if error.code is not RejectCode.NOT_FOUND:
+            if problem_of(error) == AHEAD:
+                await self._show_assignment()
+            elif error.code is not RejectCode.NOT_FOUND:
                 log.info("cannot fetch the assignment: %s", error.message)
             return error.status != 0
         except wire.WireError as error:
@@ -327,6 +329,23 @@ class AssignmentReceiver:
         else:
             self.post(PollAnswered(reply.assignment.encode(), reply.fresh.encode(), nonce))
         return True
+
+    async def _show_assignment(self) -> None:
+        """Show the server, which was made anew from a backup, the assignment that its director signed later."""
+        envelope = await self._db(Store.envelope)
+        if envelope is None:
+            return
+        try:
+            await asyncio.to_thread(
+                self._source.request,
+                "POST",
+                "/v1/assignment",
+                max_bytes=bounds.KIB,
+                body=envelope,
+                headers={"Content-Type": "application/json"},
+            )
+        except FetchError as error:
+            log.warning("cannot show the server the assignment: %s", error.message)
 
     def _suspect_broker(self, envelope: bytes) -> None:
         """Report a problem if the connected broker should have delivered an assignment long before HTTPS did."""

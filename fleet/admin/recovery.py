@@ -305,6 +305,7 @@ def _people_and_devices(
     admitted = []
     try:
         with store.atomic():
+            store.mark_restored()
             store.access.start_over("admin", token, now=now.timestamp())
             store.set_witness(now.timestamp())  # a backup may be older than any jump of a clock that is believed
             # devices refuse older versions of a secret: the time in seconds is above every version so far

@@ -14,15 +14,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+from msgspec import structs
 
 from fleet.cli import output
 from fleet.cli.base import SIGN_YES, Exit, Fault, Group, Options, command, write_file
 from fleet.cli.ca import open_root
 from fleet.cli.keys import write_public
-from fleet.cli.operator import Operator, default_home, home, load_operator
+from fleet.cli.operator import Operator, connect, default_home, home, load_operator
 from fleet.cli.signing_event import SUFFIX, hand_over, merged, read_team, save, show_recovery
 from fleet.cli.trust_store import load_devices
 from fleet.cli.unlock import free_key_file, keyring, new_passphrase, open_key
+from fleet.protocol.operator_api import ReconcileRequest, Reconciliation
 from fleet.protocol.printable import PrintableFormatter
 from signing import event_diff, events
 from signing import keyring as keyrings
@@ -228,6 +230,72 @@ def backup(options: Options, *, target: Path) -> None:
     output.result(options, {"file": str(target), "bytes": size}, f"{target}: {output.size(size)}; it contains no keys.")
 
 
+@command(
+    "reconcile",
+    examples="fleet server reconcile --adopt\n"
+    "fleet server reconcile --impose site=berlin\n"
+    "fleet server reconcile --adopt gate-7-1f2e3d4c --yes",
+)
+@click.argument("selector", required=False, default="", metavar="[DEVICE|LABEL=VALUE,...]")
+@click.option("--adopt", "mode", flag_value="adopt", help="Take what the devices run, as pins where it differs")
+@click.option("--impose", "mode", flag_value="impose", help="Have the devices run what the server says")
+@click.option("--yes", is_flag=True, help="Do it without asking")
+def reconcile(options: Options, *, selector: str, mode: str | None, yes: bool) -> Exit:
+    """Decide on devices that are ahead of a server made anew from a backup: show what would be done, then ask.
+
+    Such a device has accepted an assignment that the backup does not know. It gets none until this decides; revocations
+    reach it meanwhile. `fleet status` names these devices.
+    """
+    if mode is None:
+        raise Fault("neither --adopt nor --impose is given", action="add one; nothing is done before a question")
+    request = ReconcileRequest(mode="adopt" if mode == "adopt" else "impose", selector=selector)
+    with connect(options) as client:
+        plan = client.reconcile(request)
+        if not options.json:
+            _show_ahead(options, plan, request.mode)
+        able = [each for each in plan.devices if not each.obstacle]
+        if not able or (options.json and not yes):
+            return _reconciled(options, plan)
+        if not yes and not click.confirm(f"{request.mode.capitalize()} on {len(able)} devices?", err=True):
+            raise Fault(
+                "nothing was changed", "the question was not answered with yes", "add --yes", code=Exit.INTERRUPTED
+            )
+        return _reconciled(options, client.reconcile(structs.replace(request, dry_run=False)))
+
+
+def _show_ahead(options: Options, plan: Reconciliation, mode: str) -> None:
+    """Print what each device has, what the server wants, and what stands against adopting it."""
+    del options
+    rows = [
+        (
+            each.device,
+            f"{each.accepted} over {each.assigned}",
+            "not shown" if each.has is None else _instances(each.has),
+            _instances(each.wants),
+            each.obstacle or f"can {mode}",
+        )
+        for each in plan.devices
+    ]
+    columns = ("DEVICE", "ASSIGNMENT", "DEVICE HAS", "SERVER WANTS", "")
+    output.table(columns, rows, empty="No device is ahead of the server.")
+
+
+def _instances(targets: dict[str, str]) -> str:
+    return ", ".join(f"{name} {output.target(path)}" for name, path in sorted(targets.items())) or "nothing"
+
+
+def _reconciled(options: Options, result: Reconciliation) -> Exit:
+    """Print the result; refused where a device was left as it is."""
+    left = [each.device for each in result.devices if each.obstacle]
+    if options.json:
+        output.show_json(result)
+    elif result.done:
+        output.say(options, f"{len(result.devices) - len(left)} devices are reconciled.")
+    if left and not options.json:
+        output.say(options, f"Left as they are: {', '.join(left)}.")
+    return Exit.REFUSED if left else Exit.OK
+
+
 @command("scrub", examples="fleet server scrub", json=False)
 def scrub(options: Options) -> None:
     """Delete the broker's stored messages and the server's TLS keys; the next start makes new ones.
@@ -401,7 +469,7 @@ def _sign(who: Operator, files: dict[str, bytes], event: Event, *, yes: bool) ->
     return event
 
 
-for each in (backup, scrub, key, rebuild):
+for each in (backup, reconcile, scrub, key, rebuild):
     server.add_command(each)
 
 

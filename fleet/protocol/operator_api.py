@@ -5,11 +5,12 @@ from them and from the route table, `fleet.server.api.routes.ROUTES`. Times are 
 error is a `Problem`. `{id}` of a rollout is its id or its number.
 
 The listener for devices has routes of its own: `/v1/tuf/{file}`, `/v1/artifacts/{sha256}`, `/v1/secrets/{sha256}`,
-`/v1/desired` (the envelope as published, 404 for none; with `?nonce=` a `DesiredReply`), `POST /v1/logs` and `POST
-/v1/renew` (`fleet.protocol.messages`).
+`/v1/desired` (the envelope as published, 404 for none; with `?nonce=` a `DesiredReply`), `POST /v1/assignment` (the
+envelope that the device has accepted, after the problem `ahead`), `POST /v1/logs` and `POST /v1/renew`
+(`fleet.protocol.messages`).
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -92,6 +93,46 @@ class Status(View, frozen=True, kw_only=True):
     open_rollouts: Stored = 0
     roles: tuple[Published, ...] = ()
     problems: tuple[str, ...] = ()
+
+
+class AheadDevice(View, frozen=True, kw_only=True):
+    """Device with a newer assignment than the server, which was made anew from a backup.
+
+    Attributes:
+        accepted, assigned: versions: of the device's assignment, and of the newest that the server knows, 0 for none.
+        has: target path by instance in the device's assignment; None while the device has not shown it.
+        wants: the same as the server would have it.
+        obstacle: why the device's assignment cannot be adopted; empty for nothing.
+    """
+
+    device: str
+    online: bool = False
+    accepted: Stored = 0
+    assigned: Stored = 0
+    has: dict[str, str] | None = None
+    wants: dict[str, str] = {}
+    obstacle: str = ""
+
+
+class ReconcileRequest(Body, frozen=True, kw_only=True):
+    """Decision on devices that are ahead of the server.
+
+    Attributes:
+        mode: `adopt` takes the devices' assignments, as pins where they differ; `impose` the server's state.
+        selector: a device id, or labels as `LABEL=VALUE,...`; empty for every device that is ahead.
+        dry_run: only tell what would be done.
+    """
+
+    mode: Literal["adopt", "impose"]
+    selector: str = ""
+    dry_run: bool = True
+
+
+class Reconciliation(View, frozen=True, kw_only=True):
+    """Devices that are ahead; with `done` those without an obstacle were reconciled."""
+
+    devices: tuple[AheadDevice, ...] = ()
+    done: bool = False
 
 
 class DeviceRow(View, frozen=True, kw_only=True):

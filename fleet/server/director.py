@@ -1,8 +1,8 @@
 """Director: signs each device's assignment, freshness statements and commands.
 
 An assignment is a function of the store: settled values, pins and the rollouts offered to the device. The director
-signs again only when the content changes, or before the assignment expires. The version is one above both the stored
-one and the one that the device reports as accepted, so that a restored database does not fall behind its devices.
+signs again only when the content changes, or before the assignment expires. A device that has accepted a newer one than
+is stored here is ahead of a restored database: it gets none until an operator decides (`fleet.server.ahead`).
 """
 
 import logging
@@ -75,6 +75,8 @@ class Director:
     ) -> None:
         self._store, self._repository, self._signer, self._fleet = store, repository, signer, fleet
         self._publish, self._clock = publish, clock
+        self._restored_at = store.restored_at(now=clock().timestamp())
+        self._heard: set[str] = set()
 
     def effective(self, device: DeviceRow) -> dict[str, Effective]:
         """Return the desired value of each instance of a device, also of removed ones, with its source."""
@@ -104,19 +106,52 @@ class Director:
             self.publish_assignment(row)
         return row
 
-    def prepare(self, device: str, *, renew: bool = False) -> tuple[AssignmentRow | None, bool]:
-        """Sign and store a device's assignment; return it, and whether it must be published."""
+    def is_ahead(self, device: DeviceRow, current: AssignmentRow | None = None) -> bool:
+        """Tell whether a device has accepted a newer assignment than is stored here, or may have, unheard."""
+        newest = current or self._store.delivery.assignment(device.id)
+        if self.is_unheard(device, newest):
+            return True
+        # A larger version came from a stolen key of the director: devices forget it with that key, and so does this.
+        return (0 if newest is None else newest.version) < device.accepted <= _PLAUSIBLE
+
+    def heard(self, device: str) -> bool:
+        """Note that a device has said which assignment it has accepted; true when that is news to a restored server."""
+        if self._restored_at is None or device in self._heard:
+            return False
+        self._heard.add(device)
+        return True
+
+    def is_unheard(self, device: DeviceRow, newest: AssignmentRow | None = None) -> bool:
+        """Tell whether a restored server has not heard yet what a device of before has accepted meanwhile."""
+        since = self._restored_at
+        if since is None or device.id in self._heard or device.enrolled_at >= since:
+            return False
+        current = newest or self._store.delivery.assignment(device.id)
+        return current is None or current.issued < since
+
+    def prepare(self, device: str, *, renew: bool = False, above: bool = False) -> tuple[AssignmentRow | None, bool]:
+        """Sign and keep an assignment where it changed, without publishing it.
+
+        Args:
+            device: a device that is ahead of the server gets none.
+            renew: sign although nothing changed.
+            above: sign for a device that is ahead too, with a version that it accepts.
+
+        Returns:
+            The newest assignment, and whether there is something to publish.
+        """
         row = self._store.devices.get(device)
         current = self._store.delivery.assignment(device)
         if row is None or row.revoked:
             return current, False
+        if not above and self.is_ahead(row, current):
+            return current, False
         wanted = self._wanted(row)
-        if current is None and not wanted.items:
+        if current is None and not wanted.items and not above:
             return None, False
-        # A larger version came from a stolen key of the director: devices forget it with that key, and so does this.
         accepted = row.accepted if row.accepted <= _PLAUSIBLE else 0
         stands = current is not None and current.wanted == _asked(wanted) and current.version >= accepted
-        if stands and not renew and current is not None and self._is_signed(current.envelope):
+        if stands and not (renew or above) and current is not None and self._is_signed(current.envelope):
             return current, False
         version = max(current.version if current is not None else 0, accepted) + 1
         now = self._clock()
@@ -138,6 +173,28 @@ class Director:
             words = ", ".join(f"{item.instance} = {item.target}" for item in assignment.items) or "nothing"
             self._store.devices.note(device, "assigned", f"should run {words}", now=now.timestamp(), assignment=version)
         return signed, True
+
+    def verified(self, device: str, envelope: bytes) -> Assignment:
+        """Return an assignment of this device that the director's present key signed.
+
+        Raises:
+            Rejected: another key did, or it is another device's.
+        """
+        return director.own_assignment(envelope, self._signer.public_key, fleet=self._fleet, device=device)
+
+    def adopt(self, device: str, assignment: Assignment, envelope: bytes) -> None:
+        """Keep an assignment that a device showed as the newest of this device; see `verified`."""
+        self._store.delivery.add_assignment(
+            AssignmentRow(
+                device=device,
+                version=assignment.version,
+                sha256=director.payload_sha256(envelope),
+                issued=assignment.issued.timestamp(),
+                expires=assignment.expires.timestamp(),
+                wanted=_asked(assignment),
+                envelope=envelope,
+            )
+        )
 
     def _is_signed(self, envelope: bytes) -> bool:
         """Tell whether the director's present key signed an assignment; after a rotation each is signed again."""

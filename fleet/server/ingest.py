@@ -273,6 +273,7 @@ class Ingest:
                     answers[message.device] = max(answers.get(message.device) or 0, message.sequence)
             case Hello():
                 self._store.devices.hear_hello(message, now)
+                self._director.heard(message.device)
                 self._doubt_undecided(message.device, message.committed)
             case State():
                 self._hear_state(message, now)
@@ -287,6 +288,8 @@ class Ingest:
 
     def _hear_health(self, health: Health, raw: bytes, now: float) -> None:
         self._store.devices.hear_health([(health, raw)], now)
+        if self._director.heard(health.device):
+            self._conductor.touch([health.device])
         self._doubt_undecided(health.device, health.committed)
         fallen = {(each.instance, each.target) for each in health.instances if each.state is InstanceState.QUARANTINED}
         if fallen:
@@ -429,8 +432,11 @@ class Ingest:
             log.warning("%s sent reports up to %s, %s are stored here", hello.device, hello.acked, device.acked)
             self._publish(Topic(hello.device, Down.ACK), wire.encode(Ack(sequence=device.acked, again=True)))
         row = self._store.delivery.assignment(hello.device)
-        if row is not None and hello.accepted > row.version:
-            log.warning("%s accepted version %s, %s is stored here", hello.device, hello.accepted, row.version)
+        if device is not None and self._director.is_ahead(device, row):
+            log.warning("%s accepted version %s, which this server never signed", hello.device, hello.accepted)
+            self._check_ins.ask(hello.device)  # after which the device polls, and shows its assignment
+            return
+        if row is not None and hello.accepted > row.version:  # beyond any honest director
             row = self._director.reconcile(hello.device)
         elif row is not None and hello.accepted < row.version:
             row, _ = self._director.prepare(hello.device)  # another director's key may have signed it

@@ -210,6 +210,9 @@ class RolloutController:
             await asyncio.sleep(0)
 
     def _prepare(self, device: str) -> AssignmentRow | None:
+        row = self._store.devices.get(device)
+        if row is not None and self._director.is_ahead(row):
+            return None  # no assignment of this server reaches it
         try:
             assignment, changed = self._director.prepare(device)
         except SigningError as error:

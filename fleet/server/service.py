@@ -28,6 +28,7 @@ from fleet.protocol.files import remove_leftovers
 from fleet.protocol.messages import Poke
 from fleet.protocol.topics import POKE, RETAINED, Down, Topic
 from fleet.server import listener as listeners
+from fleet.server.ahead import AheadDevices
 from fleet.server.api import routes
 from fleet.server.api.devices import DeviceApi, LogRelay
 from fleet.server.api.operators import (
@@ -288,9 +289,12 @@ class Server:
         )
         logs = self._logs = LogRelay(clock)
         views = Views(store=store, director=self._director, dropped=ingest.dropped, clock=clock)
+        ahead = self._ahead = AheadDevices(
+            store=store, repository=repository, director=self._director, controller=self._conductor, clock=clock
+        )
         metrics = Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected)
         self._operators = Handlers(
-            fleet=FleetHandlers(views=views, metrics=metrics, status=self.status),
+            fleet=FleetHandlers(views=views, metrics=metrics, status=self.status, ahead=ahead),
             devices=DeviceHandlers(store=store, controller=self._conductor, planner=planner, views=views, audit=audit),
             commands=CommandHandlers(store=store, director=self._director, logs=logs, audit=audit, clock=clock),
             enrolment=EnrolmentHandlers(
@@ -331,9 +335,9 @@ class Server:
             repository=repository,
             artifacts=self._artifacts,
             enrolment=enrolment,
-            director=self._director,
             clock=clock,
             logs=logs,
+            ahead=ahead,
         )
 
     def _end_polls(self) -> None:
@@ -432,7 +436,7 @@ class Server:
             *self._devices.problems(),
             *self._artifacts.problems(),
         ]
-        problems += [*self._budget.problems(), *self._ingest.problems()]
+        problems += [*self._ahead.problems(), *self._budget.problems(), *self._ingest.problems()]
         problems += [
             f"the role {role.role} expired on {role.expires:%Y-%m-%d}" for role in roles if role.expires <= when
         ]

@@ -171,10 +171,11 @@ class Database:
         return int(self._db.conn.execute(sql, tuple(row.values())).lastrowid or 0)
 
     def backup(self, path: Path) -> None:
-        """Write a consistent copy to a new file. Raises `DamagedError`."""
+        """Write a consistent copy, marked as one, to a new file. Raises `DamagedError`."""
         try:
             with sqlite3.connect(path) as copy:
                 self._db.conn.backup(copy)
+                copy.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('restored', '')")
         except sqlite3.Error as error:
             raise DamagedError(f"{self.path} cannot be copied to {path}: {error}") from error
 

@@ -76,6 +76,16 @@ class Store:
         """Write a consistent copy to a new file."""
         self._db.backup(path)
 
+    def mark_restored(self) -> None:
+        """Mark the database as one that may be older than its devices, as a backup is."""
+        self._db.run("INSERT OR REPLACE INTO meta (key, value) VALUES ('restored', '')")
+
+    def restored_at(self, *, now: float) -> float | None:
+        """Return when a server first ran on this database after it was restored; None where it never was."""
+        self._db.run("UPDATE meta SET value = ? WHERE key = 'restored' AND value = ''", str(now))
+        found = self._db.value("SELECT value FROM meta WHERE key = 'restored'")
+        return None if found is None else float(found)
+
     def close(self) -> None:
         """Close the database."""
         self._db.close()

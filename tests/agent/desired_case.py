@@ -43,11 +43,16 @@ class Server:
             fleet=FLEET, namespaces={"main": self.keys["main"]}, now=NOW, dev=True, ceilings=None, **top
         )
         self.root, self.reachable, self.envelope = self.files["1.root.json"], True, None
-        self.replay = ""
+        self.replay, self.behind, self.shown = "", False, []
 
     def request(self, method, path, *, max_bytes, body=None, headers=None):
         if not self.reachable:
             raise FetchError(RejectCode.UNREACHABLE, "no route")
+        if method == "POST":
+            self.shown.append((path, body))
+            return b""
+        if self.behind and path.startswith("/v1/desired"):
+            raise FetchError(RejectCode.UNREACHABLE, "409", status=409, body=b'{"type": "ahead"}')
         if path.startswith("/v1/desired?nonce=") and self.envelope is not None:
             nonce = path.rpartition("=")[2]
             fresh = self.fresh(self.replay or nonce, self.envelope)

@@ -17,14 +17,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fleet.protocol import bounds, wire
-from fleet.protocol.messages import DesiredReply, LogAnswer, LogChunk, LogView, RenewRequest
+from fleet.protocol.assignment import Assignment
+from fleet.protocol.messages import AHEAD, DesiredReply, LogAnswer, LogChunk, LogView, RenewRequest
 from fleet.protocol.operator_api import Refusal
+from fleet.server.ahead import AheadDevices
 from fleet.server.api import http
 from fleet.server.api.http import answer, body, param
 from fleet.server.api.publishing import Artifacts, artifact_file, tuf_file
 from fleet.server.api.query import Number, Word
 from fleet.server.api.secrets import box_of
-from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
 from fleet.server.listener import peer_certificate
 from fleet.server.tuf_repository import TufRepository
@@ -139,13 +140,13 @@ class DeviceApi:
         repository: TufRepository,
         artifacts: Artifacts,
         enrolment: Enrolment,
-        director: Director,
+        ahead: AheadDevices,
         clock: Callable[[], datetime],
         logs: LogRelay,
     ) -> None:
-        self.logs = logs
+        self.logs, self._ahead = logs, ahead
         self._store, self._repository, self._artifacts = store, repository, artifacts
-        self._enrolment, self._director, self._clock = enrolment, director, clock
+        self._enrolment, self._director, self._clock = enrolment, ahead.director, clock
         self._unheard: dict[str, float] = {}
 
     def caller(self, request: Request, *, renewing: bool) -> DeviceRow:
@@ -166,6 +167,8 @@ class DeviceApi:
 
     async def desired(self, request: Request, device: DeviceRow) -> Response:
         """GET /v1/desired: the way for a device that cannot reach the broker; with a nonce, vouched for."""
+        if self._director.is_ahead(device):
+            raise Refusal(409, AHEAD, "this server knows no assignment as new as this device's: show it")
         self._doubt_broker(device)
         row = self._director.reconcile(device.id)  # an assignment that an earlier director's key signed is signed again
         if row is None:
@@ -175,6 +178,11 @@ class DeviceApi:
             vouched = self._director.vouch(row, nonce)
             body = wire.encode(DesiredReply(assignment=row.envelope.decode(), fresh=vouched.decode()))
         return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
+
+    async def show(self, request: Request, device: DeviceRow) -> Response:
+        """POST /v1/assignment: a device that is ahead of this server shows the assignment that it has accepted."""
+        self._ahead.show(device, await http.read(request, Assignment.MAX_BYTES))
+        return Response(b"{}", media_type="application/json")
 
     def _doubt_broker(self, device: DeviceRow) -> None:
         """Note that the broker did not deliver an assignment to a device, until the device is heard over the broker."""

@@ -17,6 +17,7 @@ from fleet.protocol.assignment import FollowLogs, Restart
 from fleet.protocol.bounds import LOGS_MINUTES_MAX, NUMBER_MAX
 from fleet.protocol.messages import EnrolRequest
 from fleet.protocol.operator_api import Refusal
+from fleet.server.ahead import AheadDevices
 from fleet.server.api import http
 from fleet.server.api.devices import LogRelay
 from fleet.server.api.http import answer, body, param
@@ -48,10 +49,12 @@ _SMALL: Final = 50
 
 
 class FleetHandlers:
-    """Handlers for the fleet as a whole: status, audit, metrics."""
+    """Handlers for the fleet as a whole: status, audit, metrics, reconciliation after a restore."""
 
-    def __init__(self, *, views: Views, metrics: Metrics, status: Callable[[], operator_api.Status]) -> None:
-        self._views, self._metrics, self._status = views, metrics, status
+    def __init__(
+        self, *, views: Views, metrics: Metrics, status: Callable[[], operator_api.Status], ahead: AheadDevices
+    ) -> None:
+        self._views, self._metrics, self._status, self._ahead = views, metrics, status, ahead
 
     async def status(self, _request: Request, _by: str) -> Response:
         """GET /v1/status."""
@@ -60,6 +63,11 @@ class FleetHandlers:
     async def audit(self, request: Request, _by: str) -> Response:
         """GET /v1/audit."""
         return answer(self._views.audit(AUDIT_LIMIT.of(request)))
+
+    async def reconcile(self, request: Request, by: str) -> Response:
+        """POST /v1/reconcile."""
+        wanted = await body(request, operator_api.ReconcileRequest)
+        return answer(self._ahead.reconcile(wanted, by=by))
 
     async def metrics(self, _request: Request, _by: str) -> Response:
         """GET /metrics."""

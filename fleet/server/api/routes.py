@@ -355,6 +355,13 @@ ROUTES: Final[tuple[Route, ...]] = (
     _post(
         "/v1/removals", lambda on: on.rollouts.remove, api.RolloutView, "Remove an instance", request=api.RemovalRequest
     ),
+    _post(
+        "/v1/reconcile",
+        lambda on: on.fleet.reconcile,
+        api.Reconciliation,
+        "Decide on devices that are ahead of a server made anew from a backup",
+        request=api.ReconcileRequest,
+    ),
     _get("/v1/audit", lambda on: on.fleet.audit, api.Audit, "List operators' acts", query=(operators.AUDIT_LIMIT,)),
     _get(
         "/v1/online",
@@ -459,6 +466,14 @@ DEVICE_ROUTES: Final[tuple[DeviceRoute, ...]] = (
         reply=DesiredReply,
         summary="Get the newest assignment; the envelope alone without a nonce",
         query=(devices.NONCE,),
+    ),
+    DeviceRoute(
+        method="post",
+        path="/v1/assignment",
+        handler=lambda on: on.show,
+        reply="application/json",
+        summary="Show its assignment to a server that was made anew from a backup",
+        request="application/json",
     ),
     DeviceRoute(
         method="post",

@@ -271,3 +271,16 @@ async def test_an_unreachable_server_is_polled_again_soon_and_then_less_often(ca
     await eventually_async(lambda: case.deployer.versions, "an assignment is carried out")
     task.cancel()
     assert case.deployer.versions == [1]
+
+
+@pytest.mark.asyncio
+async def test_a_server_made_anew_from_a_backup_is_shown_the_newer_assignment(case):
+    case.server.behind = True
+    await case.poll()
+    assert case.server.shown == []  # there is nothing to show yet
+    envelope = case.server.assignment(7)
+    await case.judge(envelope)
+    await case.poll()
+    assert case.server.shown == [("/v1/assignment", envelope)]
+    assert case.deployer.versions == [7]
+    assert case.problems.texts() == []

@@ -293,6 +293,48 @@ def test_a_board_is_not_revoked_without_a_yes(fleet, desk):
     assert (result.exit_code, desk.seen) == (130, [])
 
 
+AHEAD = (
+    operator_api.AheadDevice(
+        device=ROW.id,
+        accepted=3,
+        assigned=1,
+        has={"hello": "components/main/hello/3.0.0.wasm"},
+        wants={"hello": "components/main/hello/1.0.0.wasm"},
+    ),
+    operator_api.AheadDevice(device="other-1f2e3d4c", accepted=9, obstacle="it has not shown its assignment"),
+)
+
+
+def test_reconciling_shows_what_it_would_do_and_asks(fleet, desk):
+    path = "/v1/reconcile"
+    desk.routes["POST", path] = operator_api.Reconciliation(devices=AHEAD)
+    result = fleet("server", "reconcile", "--adopt", stdin="n\n")
+    assert result.exit_code == 130
+    assert "nothing was changed" in result.stderr
+    assert "Adopt on 1 devices?" in result.stderr
+    line = next(line for line in words(result.stdout) if line[0] == ROW.id)
+    assert " ".join(line).split()[1:4] == ["3", "over", "1"]
+    assert "main/hello@3.0.0" in result.stdout
+    assert "it has not shown its assignment" in " ".join(result.stdout.split())
+    assert desk.sent(path) == {"mode": "adopt", "selector": "", "dry_run": True}
+
+    desk.routes["POST", path] = operator_api.Reconciliation(devices=AHEAD, done=True)
+    result = fleet("server", "reconcile", "--impose", "site=berlin", "--yes")
+    assert desk.sent(path) == {"mode": "impose", "selector": "site=berlin", "dry_run": False}
+    assert "1 devices are reconciled." in result.stdout
+    assert "Left as they are: other-1f2e3d4c." in result.stdout
+    assert result.exit_code == 4  # one was left
+
+
+def test_reconciling_needs_a_decision_and_says_when_there_is_nothing(fleet, desk):
+    assert "neither --adopt nor --impose" in fleet("server", "reconcile").stderr
+    desk.routes["POST", "/v1/reconcile"] = operator_api.Reconciliation()
+    result = fleet("server", "reconcile", "--adopt")
+    assert (result.exit_code, result.stdout) == (0, "No device is ahead of the server.\n")
+    found = msgspec.json.decode(fleet("server", "reconcile", "--adopt", "--json").stdout)
+    assert found == {"devices": [], "done": False}
+
+
 @pytest.mark.parametrize("verb", ["pause", "resume", "abort"])
 def test_acts_on_a_rollout(verb, fleet, desk):
     desk.routes["POST", f"/v1/rollouts/7/{verb}"] = ROLLOUT

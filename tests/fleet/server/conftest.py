@@ -186,7 +186,7 @@ class Board:
         self.signer: DeviceSigner | None = DeviceSigner(
             key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         )
-        self.accepted_sha256 = ""
+        self.accepted_sha256, self.accepted_envelope = "", b""
         self.news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._client: mqtt.Client | None = None
@@ -313,7 +313,7 @@ class Board:
         if again:
             return
         self.accepted.append(accepted.assignment)
-        self.accepted_sha256 = accepted.sha256
+        self.accepted_sha256, self.accepted_envelope = accepted.sha256, envelope
         wanted = {item.instance: item for item in accepted.assignment.items}
         if wanted == self.items:
             self._say(_whole(), accepted.assignment)

@@ -266,6 +266,7 @@ async def rollouts_that_do_not(fleet, behaviours, ask, target):
         id=kiosk.device,
         note="of nothing",
     )
+    await ask("POST /v1/reconcile", operator_api.ReconcileRequest(mode="adopt"))
 
     kiosk.behaviour = behaviours["silent"]
     waiting = await operator.deploy(target, group="lab", waves="100%")

@@ -127,7 +127,7 @@ async def test_old_reports_are_forgotten_and_the_audit_log_is_not(later):
 
 
 @pytest.mark.asyncio
-async def test_a_database_that_was_restored_from_a_backup_goes_on_above_what_boards_accepted(new_fleet):
+async def test_a_database_that_was_restored_from_a_backup_goes_on_above_what_boards_accepted_once_asked(new_fleet):
     async with new_fleet() as fleet:
         operator, board = fleet.operator, await fleet.board("a")
         target = await operator.publish("1.0.0")
@@ -145,7 +145,10 @@ async def test_a_database_that_was_restored_from_a_backup_goes_on_above_what_boa
 
         await fleet.start()
         await board.connect()
-        # what the restored server wants comes with a version that the board accepts
+        # what the restored server wants comes on an operator's word, with a version that the board accepts
+        wish = operator_api.ReconcileRequest(mode="impose", dry_run=False)
+        while (await operator.send(operator_api.Reconciliation, "POST", "/v1/reconcile", wish)).devices[0].obstacle:
+            await fleet.server._conductor._watch._event.wait()
         await board.until(lambda board: board.items["hello"].target == target)
         assert board.accepted[-1].version == 4
         view = await operator.decided(await operator.deploy(await operator.publish("4.0.0")))
@@ -217,9 +220,10 @@ async def test_versions_that_a_thief_of_the_director_drove_up_do_not_lock_the_se
         row = told.reconcile(board.device)
         assert row is not None
         assert row.version < 1000
-        # a plausible version is gone above, as after a restored backup
+        # a plausible version is gone above on an operator's word, as after a restored backup
         store.devices.hear_hello(msgspec.structs.replace(hello, accepted=500), datetime.now(UTC).timestamp())
-        row = told.reconcile(board.device)
+        assert told.reconcile(board.device).version < 1000
+        row, _ = told.prepare(board.device, above=True)
         assert row is not None
         assert row.version == 501
         # and commands go on above what a lost database had counted

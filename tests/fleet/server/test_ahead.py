@@ -1,0 +1,215 @@
+"""A server made anew from a backup: devices ahead of it are not taken back silently, but named, and wait for a word."""
+
+import asyncio
+
+import pytest
+
+from fleet.protocol import operator_api
+from fleet.protocol.assignment import CheckIn
+from fleet.protocol.codes import RolloutState
+from fleet.store.store import Store
+
+
+async def restored(fleet, *, boards=("a",), meanwhile=None):
+    """Two versions were pushed after the backup from which the server is made anew; the boards are back."""
+    operator = fleet.operator
+    found = [await fleet.board(name) for name in boards]
+    first = await operator.publish("1.0.0")
+    await operator.decided(await operator.deploy(first, waves="100%"))
+    fleet.server._store.backup(fleet.directory / "backup.db")
+    for number in (2, 3):
+        newest = await operator.publish(f"{number}.0.0")
+        await operator.decided(await operator.deploy(newest, waves="100%"))
+    for board in found:
+        await board.disconnect()
+    await fleet.stop()
+    database = fleet.home / "server" / "fleet.db"
+    for leftover in database.parent.glob("fleet.db-*"):
+        leftover.unlink()
+    (fleet.directory / "backup.db").replace(database)
+    await fleet.start()
+    if meanwhile is not None:
+        await meanwhile(found)
+    for board in found:
+        await board.connect()
+        await board.until(lambda board: any(isinstance(each.verb, CheckIn) for each in board.commands))
+    return found, first, newest
+
+
+def show(board):
+    """Poll, and show the assignment as the server asks; the reply's status."""
+    with board.http() as http:
+        refusal = http.get("/v1/desired")
+        assert (refusal.status_code, refusal.json()["type"]) == (409, "ahead")
+        return http.post("/v1/assignment", content=board.accepted_envelope).status_code
+
+
+def post(board, content):
+    with board.http() as http:
+        return http.post("/v1/assignment", content=content).status_code
+
+
+async def reconcile(fleet, mode, *, selector="", dry_run=False):
+    request = operator_api.ReconcileRequest(mode=mode, selector=selector, dry_run=dry_run)
+    return await fleet.operator.send(operator_api.Reconciliation, "POST", "/v1/reconcile", request)
+
+
+async def problems(fleet):
+    status = await fleet.operator.get(operator_api.Status, "/v1/status")
+    return [each for each in status.problems if "newer assignments than this server" in each]
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_is_ahead_gets_nothing_and_is_named(new_fleet):
+    async with new_fleet() as fleet:
+        (board,), _, newest = await restored(fleet)
+        before = len(board.envelopes)
+        (named,) = await problems(fleet)
+        assert board.device in named
+        assert "fleet server reconcile" in named
+        # neither what happens to it nor what is deployed brings it an assignment
+        view = await fleet.operator.deploy(await fleet.operator.publish("4.0.0"))
+        await fleet.operator.send(
+            operator_api.DeviceDetail, "PUT", f"/v1/devices/{board.device}/labels",
+            operator_api.LabelsRequest(labels={"site": "berlin"}),
+        )  # fmt: skip
+        await fleet.server._conductor.step()
+        fleet.server.keep_up()
+        assert fleet.server._director.reconcile(board.device, renew=True).version == 1
+        view = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}")
+        assert view.state is RolloutState.RUNNING
+        assert len(board.envelopes) == before
+        assert board.items["hello"].target == newest
+        # nothing is done before it has shown what it has, nor by a dry run
+        (row,) = (await reconcile(fleet, "adopt")).devices
+        assert (row.device, row.accepted, row.assigned, row.has) == (board.device, 3, 1, None)
+        assert "has not shown" in row.obstacle
+        (row,) = (await reconcile(fleet, "impose", dry_run=True)).devices
+        assert row.obstacle == ""
+        assert await problems(fleet)
+
+
+@pytest.mark.asyncio
+async def test_adopting_takes_what_the_device_runs_and_changes_nothing_there(new_fleet):
+    async with new_fleet() as fleet:
+        (board,), first, newest = await restored(fleet)
+        assert await asyncio.to_thread(show, board) == 200
+        plan = await reconcile(fleet, "adopt", dry_run=True)
+        assert not plan.done
+        (row,) = plan.devices
+        assert (row.has, row.wants, row.obstacle) == ({"hello": newest}, {"hello": first}, "")
+        assert (await reconcile(fleet, "adopt")).done
+        assert await problems(fleet) == []
+        await fleet.server._conductor.step()
+        assert board.accepted[-1].version == 3
+        detail = await fleet.operator.get(operator_api.DeviceDetail, f"/v1/devices/{board.device}")
+        assert [(each.target, each.source) for each in detail.effective] == [(newest, "pin")]
+        # from here on it is a device like any other: without its pin it follows its group
+        await fleet.operator.send(
+            operator_api.DeviceDetail, "POST", f"/v1/devices/{board.device}/unpin",
+            operator_api.InstanceRequest(instance="hello"),
+        )  # fmt: skip
+        await board.until(lambda board: board.items["hello"].target == first)
+        assert board.accepted[-1].version == 4
+
+
+@pytest.mark.asyncio
+async def test_imposing_signs_the_servers_state_above_the_devices_assignment(new_fleet):
+    async with new_fleet() as fleet:
+        (one, two), first, newest = await restored(fleet, boards=("a", "b"))
+        done = await reconcile(fleet, "impose", selector=one.device)
+        assert [each.device for each in done.devices] == [one.device]
+        await one.until(lambda board: board.items["hello"].target == first)
+        assert one.accepted[-1].version == 4
+        assert two.items["hello"].target == newest
+        (named,) = await problems(fleet)
+        assert two.device in named
+        assert one.device not in named
+        acts = (await fleet.operator.get(operator_api.Audit, "/v1/audit")).entries
+        assert ("reconcile", one.device, "impose: assignment 3 of the device") in [
+            (each.act, each.subject, each.detail) for each in acts
+        ]
+
+
+@pytest.mark.asyncio
+async def test_only_an_assignment_that_this_director_signed_for_the_device_is_shown(new_fleet):
+    async with new_fleet() as fleet:
+        (one, two), _, _ = await restored(fleet, boards=("a", "b"))
+        forged = one.accepted_envelope.replace(b'"sig":"', b'"sig":"00')
+        for content in (two.accepted_envelope, forged, b"{}", b""):
+            assert await asyncio.to_thread(post, one, content) == 422
+        (row, _) = (await reconcile(fleet, "adopt", dry_run=True)).devices
+        assert row.has is None
+        # one that is not ahead has nothing to show
+        late = await fleet.board("late")
+        assert await asyncio.to_thread(post, late, one.accepted_envelope) == 409
+
+
+@pytest.mark.asyncio
+async def test_a_selector_is_a_device_or_labels(new_fleet):
+    async with new_fleet() as fleet:
+        (one, two), _, _ = await restored(fleet, boards=("a", "b"))
+        path = f"/v1/devices/{two.device}/labels"
+        await fleet.operator.send(
+            operator_api.DeviceDetail, "PUT", path, operator_api.LabelsRequest(labels={"site": "berlin"})
+        )
+        found = await reconcile(fleet, "impose", selector="site=berlin", dry_run=True)
+        assert [each.device for each in found.devices] == [two.device]
+        assert (await reconcile(fleet, "impose", selector="site=oslo", dry_run=True)).devices == ()
+        for selector, kind in (("nobody", "unknown-device"), ("site=berlin,oslo", "bad-request")):
+            request = operator_api.ReconcileRequest(mode="impose", selector=selector)
+            assert (await fleet.operator.problem("POST", "/v1/reconcile", request)).type == kind
+        # a device that is shut out is no longer ahead: revocations pass
+        await fleet.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{two.device}/revoke")
+        (named,) = await problems(fleet)
+        assert two.device not in named
+        assert one.device in named
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_signed_for_a_device_before_it_has_said_what_it_has(new_fleet):
+    """Two changes before the device is back would otherwise be newer than its assignment, and take it back."""
+    async with new_fleet() as fleet:
+
+        async def meanwhile(boards):
+            (board,) = boards
+            for number in (4, 5, 6):
+                await fleet.operator.deploy(await fleet.operator.publish(f"{number}.0.0"))
+                await fleet.server._conductor.step()
+            assert fleet.server._store.delivery.assignment(board.device).version == 1
+            # neither over HTTPS
+            with board.http() as http:
+                refusal = await asyncio.to_thread(http.get, "/v1/desired")
+            assert refusal.json()["type"] == "ahead"
+            status = await fleet.operator.get(operator_api.Status, "/v1/status")
+            (named,) = [each for each in status.problems if "restored from a backup" in each]
+            assert board.device in named
+            (row,) = (await reconcile(fleet, "impose")).devices
+            assert "said nothing since the restore" in row.obstacle
+
+        (board,), _, newest = await restored(fleet, meanwhile=meanwhile)
+        assert await problems(fleet)
+        assert board.items["hello"].target == newest
+        assert board.accepted[-1].version == 3
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_is_not_ahead_goes_on_after_a_restore(new_fleet):
+    async with new_fleet() as fleet:
+        board = await fleet.board("a")
+        first = await fleet.operator.publish("1.0.0")
+        await fleet.operator.decided(await fleet.operator.deploy(first))
+        await board.disconnect()
+        await fleet.stop()
+        # the backup is as new as the device
+        store = Store.open(fleet.home / "server" / "fleet.db", fleet="test")
+        store.mark_restored()
+        store.close()
+        await fleet.start()
+        await board.connect()
+        view = await fleet.operator.deploy(await fleet.operator.publish("2.0.0"))
+        assert (await fleet.operator.decided(view)).state is RolloutState.SUCCEEDED
+        assert await problems(fleet) == []
+        # and one that enrolled after it needs no word
+        late = await fleet.enrol("late")
+        assert fleet.server._director.reconcile(late.device) is not None
