@@ -16,6 +16,7 @@ from securesystemslib.signer import Signer
 from fleet.protocol import bounds, wire
 from fleet.protocol.assignment import Assignment, CheckIn, Command, FollowLogs, Fresh, Item, Restart, SecretRef
 from fleet.protocol.manifest import Grants
+from fleet.protocol.messages import Ack
 from fleet.protocol.topics import Down, Topic
 from fleet.rollout.effective import Effective, Group, Overlay, SettledValue, effective
 from fleet.server.tuf_repository import TufRepository
@@ -203,6 +204,10 @@ class Director:
     def publish_assignment(self, row: AssignmentRow) -> bool:
         """Put an assignment on the device's retained topic."""
         return self._publish(Topic(row.device, Down.DESIRED), row.envelope)
+
+    def acknowledge(self, device: str, ack: Ack) -> bool:
+        """Tell a device which of its reports are stored; unsigned, as it decides nothing."""
+        return self._publish(Topic(device, Down.ACK), wire.encode(ack))
 
     def answer_nonce(self, device: str, nonce: str) -> bool:
         """Publish the freshness statement for a nonce; return False when the device has no assignment."""

@@ -22,12 +22,12 @@ from typing import Final
 from fleet.protocol import bounds, topics, wire
 from fleet.protocol.codes import OPEN_STATES, RETRYABLE, InstanceState, Outcome, Phase, RejectCode, RolloutState
 from fleet.protocol.messages import Ack, Health, Hello, Report, State
-from fleet.protocol.topics import Down, Topic, Up
+from fleet.protocol.topics import Topic, Up
 from fleet.protocol.wire import Message
 from fleet.rollout.model import DeviceProgress, Expected, Observation, apply_report
 from fleet.server.check_ins import CheckIns
 from fleet.server.device_budget import DeviceBudget
-from fleet.server.director import Director, Publish, items_of
+from fleet.server.director import Director, items_of
 from fleet.server.rollout_controller import RolloutController
 from fleet.store.rows import Extra, ReportRow, RolloutRow
 from fleet.store.sqlite import RolledBackError
@@ -75,13 +75,12 @@ class Ingest:
         conductor: RolloutController,
         check_ins: CheckIns,
         watch: ChangeSignal,
-        publish: Publish,
         budget: DeviceBudget,
         clock: Callable[[], datetime],
     ) -> None:
         self._budget = budget
         self._store, self._director, self._conductor, self._watch = store, director, conductor, watch
-        self._publish, self._clock = publish, clock
+        self._clock = clock
         self._check_ins = check_ins
         self._unproven: dict[str, None] = {}
         self._pending: list[tuple[Message, bytes]] = []
@@ -229,7 +228,7 @@ class Ingest:
             self.counts["failed"] += len(batch)
             return
         for device, sequence in acks.items():
-            self._publish(Topic(device, Down.ACK), wire.encode(Ack(sequence=sequence)))
+            self._director.acknowledge(device, Ack(sequence=sequence))
         for message, _ in batch:
             if isinstance(message, Hello):
                 self._answer(message)
@@ -430,7 +429,7 @@ class Ingest:
         device = self._store.devices.get(hello.device)
         if device is not None and hello.acked > device.acked:
             log.warning("%s sent reports up to %s, %s are stored here", hello.device, hello.acked, device.acked)
-            self._publish(Topic(hello.device, Down.ACK), wire.encode(Ack(sequence=device.acked, again=True)))
+            self._director.acknowledge(hello.device, Ack(sequence=device.acked, again=True))
         row = self._store.delivery.assignment(hello.device)
         if device is not None and self._director.is_ahead(device, row):
             log.warning("%s accepted version %s, which this server never signed", hello.device, hello.accepted)

@@ -261,7 +261,6 @@ class Server:
             conductor=self._conductor,
             check_ins=check_ins,
             watch=watch,
-            publish=self._publish,
             budget=self._budget,
             clock=clock,
         )
