@@ -128,10 +128,9 @@ class SigningHost:
         if not (self._place / "timestamp.json").exists():
             self._begin()
         own = TufRepository(self._place, self._keys, signs_online=True)
-        head = own.file("timestamp.json") or b""
-        behind = msgspec.json.decode(head, type=_Head).signed.version < view.timestamp
-        if behind:
-            if self._named(own):
+        head = own.file("timestamp.json")  # none where a power cut damaged it
+        if head is None or msgspec.json.decode(head, type=_Head).signed.version < view.timestamp:
+            if head is not None and self._named(own):
                 log.warning(
                     "the server has a newer timestamp than this host has signed: was this host restored from a backup?"
                 )

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import msgspec
 from securesystemslib.signer import Key, SecretsHandler, Signature, Signer
-from tuf.api.metadata import Root
+from tuf.api.metadata import Root, Timestamp
 
 from fleet.protocol import bounds
 from fleet.protocol.bounds import Count, Utc
@@ -132,6 +132,7 @@ class TufRepository:
         self._releases: dict[str, Release] = {}
         self._chosen: dict[str, Signer] = {}
         self._lost: dict[str, int] = {}
+        self._torn: list[Path] = []
         self._files = self._load()
         self._read()
         if self._lost and self.elsewhere and not signs_online:
@@ -151,8 +152,8 @@ class TufRepository:
     def _load(self) -> dict[str, bytes]:
         """Read the directory.
 
-        A power cut or a worn disk may leave files empty or torn. Snapshot and timestamp are signed anew above the
-        version that they had; old versions of other roles are not needed; for the rest somebody has to help.
+        A power cut or a worn disk may leave files empty, torn or lost. Snapshot and timestamp are signed anew above
+        the version that they had; old versions of other roles are not needed; for the rest somebody has to help.
 
         Raises:
             RepositoryError: a damaged file that cannot be made anew.
@@ -163,16 +164,35 @@ class TufRepository:
         for name, words in torn.items():
             path = self._directory / name
             version, _, role = name.removesuffix(".json").partition(".")
-            if name == "timestamp.json":
-                # more than any server has signed in all its minutes, and below every bound of devices
-                self._lost["timestamp"] = int(path.stat().st_mtime // 60)
-            elif role == "snapshot":
+            if role == "snapshot":
                 self._lost["snapshot"] = newest[role]
-            elif role == "root" or int(version) == newest[role]:
+            elif role == "root" or (name != "timestamp.json" and int(version) == newest[role]):
                 raise RepositoryError(f"{path} is damaged ({words}): {RESTORE}")
             log.warning("%s is %s: it is moved aside, and made anew where it is needed", path, words)
-            set_aside(path)
-        return {path.name: path.read_bytes() for path in paths if path.name not in torn}
+            if role in ONLINE or name == "timestamp.json":
+                self._torn.append(path)
+            else:
+                set_aside(path)
+        files = {path.name: path.read_bytes() for path in paths if path.name not in torn}
+        head = files.get("timestamp.json")
+        if head is not None:
+            shown = metadata.parse(Timestamp, head, "timestamp").signed.snapshot_meta.version
+            if f"{shown}.snapshot.json" not in files:
+                self._lost["snapshot"] = max(shown, self._lost.get("snapshot", 0))
+        elif "snapshot" in newest:
+            # more than any server has signed in all its minutes, and below every bound of devices
+            changed = max(path.stat().st_mtime for path in (self._directory, *paths))
+            self._lost["timestamp"] = int(changed // 60)
+        if self._signs_online:
+            self._set_torn_aside()
+        return files
+
+    def _set_torn_aside(self) -> None:
+        """Move torn snapshots and timestamp aside, once newer ones stand: a start that fails forgets no version."""
+        for path in self._torn:
+            if damage(path):
+                set_aside(path)
+        self._torn.clear()
 
     def _forget_published(self) -> None:
         """Discard an event that was published already: a power cut came between its publication and that."""
@@ -353,6 +373,7 @@ class TufRepository:
             )
         )
         self._lost = {}
+        self._set_torn_aside()
 
     def keep_fresh(self, *, now: datetime) -> bool:
         """Renew the online roles after half of their life, or when they lack a role; return True where renewed."""

@@ -5,6 +5,7 @@ Two outcomes are right: what can be made anew is, and the server works; or one l
 
 import asyncio
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -117,6 +118,33 @@ async def test_a_timestamp_that_is_made_anew_is_above_every_one_that_devices_hav
         target = await fleet.operator.publish("2.0.0")
         await fleet.operator.decided(await fleet.operator.deploy(target))
         assert board.items["hello"].target == target
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("lost", ["both damaged", "timestamp removed", "snapshot removed"])
+async def test_a_start_that_fails_forgets_no_version_that_devices_have_seen(homes, tmp_path, lost):
+    home = tmp_path / "home"
+    shutil.copytree(homes["dev"], home)
+    paths = ServerPaths(home)
+    timestamp, key = paths.repository / "timestamp.json", paths.keys / "director.pem"
+    snapshots = sorted(paths.repository.glob("*.snapshot.json"))
+    seen = json.loads(timestamp.read_bytes())["signed"]
+    for path in {
+        "both damaged": [timestamp, *snapshots], "timestamp removed": [timestamp], "snapshot removed": snapshots
+    }[lost]:  # fmt: skip
+        path.write_bytes(b"")
+        if "removed" in lost:
+            path.unlink()
+    whole = key.read_bytes()
+    key.write_bytes(b"")
+    assert str(key) in await outcome(home)
+    key.write_bytes(whole)
+    assert await outcome(home) == ""
+    signed = json.loads(timestamp.read_bytes())["signed"]
+    before, now = (each["meta"]["snapshot.json"]["version"] for each in (seen, signed))
+    assert now == before if lost == "timestamp removed" else now > before
+    # above a lost timestamp, a server counts from the minutes since 1970
+    assert signed["version"] > (seen["version"] if lost == "snapshot removed" else 29_000_000)
 
 
 @pytest.mark.asyncio

@@ -16,6 +16,7 @@ from fleet.protocol import codes, operator_api
 from fleet.protocol.trust_api import NONE, OnlineRequest, OnlineView
 from fleet.server.api import trust
 from fleet.server.config import ServerPaths
+from fleet.server.service import ServeError, Server
 from fleet.server.tuf_repository import OnlineKeys, TufRepository
 from signing import events, keys, repository
 from signing.events import Document, Event
@@ -100,6 +101,24 @@ async def test_publishing_and_rollouts_go_on_with_the_keys_elsewhere(story):
         host.ahead = repository.LIFE["timestamp"] * 0.6
         fleet.server._online._clock = lambda: datetime.now(UTC) + host.ahead
         assert await host.step(), "the timestamp is renewed in time"
+
+
+@pytest.mark.asyncio
+async def test_a_publisher_host_whose_timestamp_is_damaged_takes_the_servers(story):
+    async with story() as host:
+        (host.place / "repository" / "timestamp.json").write_bytes(b"")
+        assert not await host.step(), "there is nothing to sign"
+        await asyncio.gather(host.fleet.operator.publish("1.0.0"), until_signed(host))
+
+
+@pytest.mark.asyncio
+async def test_a_server_without_keys_that_lost_its_timestamp_refuses_every_start(story):
+    async with story() as host:
+        await host.fleet.stop()
+        (ServerPaths(host.fleet.home).repository / "timestamp.json").write_bytes(b"")
+        for _ in range(2):
+            with pytest.raises(ServeError, match="damaged timestamp: restore"):
+                await Server(host.fleet.home).start()
 
 
 @pytest.mark.asyncio
