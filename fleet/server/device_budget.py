@@ -23,6 +23,7 @@ from fleet.protocol.codes import AlertKind
 from fleet.protocol.messages import Hello
 from fleet.protocol.operator_api import Refusal
 from fleet.protocol.topics import Topic, Up
+from fleet.server.clock import SMALL
 from fleet.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -207,14 +208,16 @@ class DeviceBudget:
     def lift(self) -> None:
         """End the suspensions whose time is over; forget alerts that are no longer shown."""
         now = self._clock().timestamp()
+        latest = now + SUSPENDED_S + SMALL.total_seconds()  # a later end was dated by a clock that was ahead
         over = [
             each.device
             for each in self._store.devices.alerts()
-            if each.kind is AlertKind.SUSPENDED and each.until <= now
+            if each.kind is AlertKind.SUSPENDED and not now < each.until <= latest
         ]
         with self._store.atomic():
             self._store.devices.forget_alerts(before=now)
             for device in over:
+                self._store.devices.forget_alert(device, AlertKind.SUSPENDED)
                 self._store.devices.note(device, "security", "its suspension is over: it is heard again", now=now)
                 self._store.access.audit(actor="server", act="lift-suspension", subject=device, now=now)
         self._shown = {key: until for key, until in self._shown.items() if until > now}
@@ -222,6 +225,7 @@ class DeviceBudget:
             self.suspended.difference_update(over)
             for device in over:
                 self._accounts.pop(device, None)
+                self._shown.pop((device, AlertKind.SUSPENDED), None)
             self._silence()
 
     def clear(self, device: str, *more: Topic) -> None:

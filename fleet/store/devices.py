@@ -267,6 +267,10 @@ class Devices:
         """Drop the alerts whose time is over."""
         self._db.run("DELETE FROM alerts WHERE until <= ?", before)
 
+    def forget_alert(self, device: str, kind: AlertKind) -> None:
+        """Drop an alert, whenever it would end."""
+        self._db.run("DELETE FROM alerts WHERE device = ? AND kind = ?", device, kind)
+
 
 def _chosen(selector: dict[str, str], labels: dict[str, str]) -> bool:
     return all(labels.get(key) == value for key, value in selector.items())

@@ -1,7 +1,7 @@
 """No device costs the server more than its budget: throttled, suspended, heard again; clones and certificates."""
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -264,3 +264,31 @@ async def test_a_device_that_connects_without_end_is_shown(new_fleet):
             fleet.server._budget.greet(Hello(device=board.device, nonce=f"{number:016x}", boot_id="boot"))
         (alert,) = fleet.server._store.devices.alerts()
         assert (alert.device, alert.kind) == (board.device, AlertKind.CLONED)
+
+
+@pytest.mark.asyncio
+async def test_a_clock_that_is_set_back_makes_no_suspension_longer(new_fleet):
+    async with new_fleet() as fleet:
+        board = await fleet.enrol("a")
+        times, told = [NOW], []
+        budget = DeviceBudget(
+            store=fleet.server._store,
+            clock=lambda: times[-1],
+            monotonic=Clock(),
+            silence=lambda: told.append(fleet.server._store.devices.suspended()),
+            clear=lambda topic: None,
+        )
+
+        def flood():
+            while board.device not in budget.suspended:
+                budget.admit(board.device, Up.REPORT, 60_000)
+
+        flood()
+        times.append(NOW - timedelta(seconds=60))
+        budget.lift()
+        assert budget.suspended == {board.device}
+        times.append(NOW - timedelta(hours=20))
+        budget.lift()
+        assert budget.suspended == set()
+        flood()
+        assert told == [[board.device], [], [board.device]], "a second suspension is the broker's too"
