@@ -234,10 +234,22 @@ def migration(function: Migration) -> Migration:
     return function
 
 
+def _run(db: sqlite_utils.Database, script: str) -> None:
+    """Run the statements of a migration in its transaction, which `executescript` ends (sqlite-utils before 4)."""
+    statement = ""
+    for part in script.split(";"):
+        statement += f"{part};"
+        if sqlite3.complete_statement(statement):
+            db.conn.execute(statement)
+            statement = ""
+
+
 @migration
 def devices_and_groups(db: sqlite_utils.Database) -> None:
     """Create the tables of devices, groups, access and the audit log."""
-    db.executescript("""
+    _run(
+        db,
+        """
         CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
         CREATE TABLE groups (
             name TEXT PRIMARY KEY, priority INTEGER NOT NULL DEFAULT 0, selector TEXT NOT NULL DEFAULT '{}',
@@ -283,13 +295,16 @@ def devices_and_groups(db: sqlite_utils.Database) -> None:
             BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
         CREATE TRIGGER audit_is_append_only_2 BEFORE DELETE ON audit
             BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
-    """)
+    """,
+    )
 
 
 @migration
 def rollouts_and_delivery(db: sqlite_utils.Database) -> None:
     """Create the tables of assignments, their delivery, and reports."""
-    db.executescript("""
+    _run(
+        db,
+        """
         CREATE TABLE artifacts (
             sha256 TEXT PRIMARY KEY, length INTEGER NOT NULL, stored_at REAL NOT NULL, by TEXT NOT NULL
         ) WITHOUT ROWID;
@@ -332,19 +347,22 @@ def rollouts_and_delivery(db: sqlite_utils.Database) -> None:
             rollout TEXT NOT NULL, raw BLOB NOT NULL, PRIMARY KEY (device, boot_id, sequence)
         ) WITHOUT ROWID;
         CREATE INDEX reports_device ON reports (device, at);
-    """)
+    """,
+    )
 
 
 @migration
 def signed_reports(db: sqlite_utils.Database) -> None:
     """Add the mark of devices that have signed a report: unsigned ones are refused from then on."""
-    db.executescript("ALTER TABLE devices ADD COLUMN signs INTEGER NOT NULL DEFAULT 0;")
+    _run(db, "ALTER TABLE devices ADD COLUMN signs INTEGER NOT NULL DEFAULT 0;")
 
 
 @migration
 def sealed_secrets(db: sqlite_utils.Database) -> None:
     """Add sealed secrets, and each device's proof of its sealing key."""
-    db.executescript("""
+    _run(
+        db,
+        """
         ALTER TABLE devices ADD COLUMN sealing_proof TEXT NOT NULL DEFAULT '';
         CREATE TABLE secret_versions (
             instance TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (instance, name)
@@ -354,7 +372,8 @@ def sealed_secrets(db: sqlite_utils.Database) -> None:
             sha256 TEXT NOT NULL, box BLOB NOT NULL, sealed TEXT NOT NULL, by TEXT NOT NULL, at REAL NOT NULL,
             PRIMARY KEY (device, instance, name, version)
         ) WITHOUT ROWID;
-    """)
+    """,
+    )
 
 
 @migration
@@ -363,11 +382,14 @@ def devices_of_rollouts_and_shared_workers(db: sqlite_utils.Database) -> None:
 
     What an assignment asked for is compared as text: under the earlier name every device would get a new one.
     """
-    db.executescript("""
+    _run(
+        db,
+        """
         ALTER TABLE boards RENAME TO rollout_devices;
         DROP INDEX boards_device;
         CREATE INDEX rollout_devices_device ON rollout_devices (device);
-    """)
+    """,
+    )
     db.conn.create_function("renamed", 1, _share_worker, deterministic=True)
     db.execute("UPDATE settled SET value = renamed(value)")
     db.execute("UPDATE settled_history SET value = renamed(value)")
@@ -392,12 +414,15 @@ def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
 @migration
 def device_alerts(db: sqlite_utils.Database) -> None:
     """Create the table of security events that are shown for a time, suspensions among them."""
-    db.executescript("""
+    _run(
+        db,
+        """
         CREATE TABLE alerts (
             device TEXT NOT NULL, kind TEXT NOT NULL, since REAL NOT NULL, until REAL NOT NULL, text TEXT NOT NULL,
             PRIMARY KEY (device, kind)
         ) WITHOUT ROWID;
-    """)
+    """,
+    )
 
 
 class StoreError(Exception):
