@@ -182,6 +182,7 @@ def serve(options: Options, *, broker: str | None, verbose: bool, trust_clock: b
         import asyncio  # noqa: PLC0415 - not for --help
 
         from fleet.server import service  # noqa: PLC0415 - the server's parts may not be installed
+        from fleet.server.config import ChoiceError  # noqa: PLC0415 - the server's parts may not be installed
     _start_logging("%(asctime)s %(levelname)s %(name)s: %(message)s", verbose=verbose)
 
     def ready(up: "Ready") -> None:
@@ -196,7 +197,8 @@ def serve(options: Options, *, broker: str | None, verbose: bool, trust_clock: b
     try:
         asyncio.run(service.run(home(options), broker=broker, trust_clock=trust_clock, on_ready=ready))
     except service.ServeError as error:
-        raise Fault(str(error), code=Exit.FAILED) from None
+        named = isinstance(error.__cause__, ChoiceError)
+        raise Fault(str(error), code=Exit.USAGE if named else Exit.FAILED) from None
 
 
 @click.group("server", cls=Group, short_help="Back up a server, make its keys, rebuild it")

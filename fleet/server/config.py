@@ -34,6 +34,10 @@ class HomeError(Exception):
     """The home cannot be used; one line says what, why and what to do."""
 
 
+class ChoiceError(HomeError):
+    """What was named does not exist: there is no server in this home, or no broker of this kind."""
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """Address of a listener, or of a peer."""
@@ -121,7 +125,12 @@ class ServerConfig:
         """Address of an external broker; None for the server's own."""
         if self.broker in BROKERS:
             return None
-        return Address.parse(self.broker.removeprefix("mqtts://"), "broker")
+        try:
+            return Address.parse(self.broker.removeprefix("mqtts://"), "broker")
+        except HomeError:
+            raise ChoiceError(
+                f"broker {self.broker!r} is unknown: write {', '.join(BROKERS)}, or mqtts://HOST:PORT"
+            ) from None
 
     def _reach(self, bind: str, what: str) -> Address:
         return Address(self.host, Address.parse(bind, what).port)
@@ -143,7 +152,7 @@ class ServerConfig:
                 raise HomeError(f"{path} is damaged ({words}): {RESTORE}")
             values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise HomeError(
+            raise ChoiceError(
                 f"no server in {path.parent.parent}: run 'fleet init --dev', or name another --home"
             ) from None
         except PermissionError:

@@ -1,7 +1,7 @@
 """Devices, what they last reported, groups and their members, events."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -9,6 +9,8 @@ from fleet.protocol.codes import AlertKind
 from fleet.protocol.messages import Health, Hello, State, Versions
 from fleet.store.rows import AlertRow, DeviceRow, EventRow, GroupRow, read
 from fleet.store.sqlite import Database, text
+
+NEAR_MAX: Final = 500
 
 
 class DeviceCount(NamedTuple):
@@ -53,6 +55,14 @@ class Devices:
         """Return a device."""
         row = self._db.row("SELECT * FROM devices WHERE id = ?", device)
         return None if row is None else read(DeviceRow, row)
+
+    def ids_near(self, text: str) -> list[str]:
+        """Return ids that begin as `text` does, without revoked devices; no more than can be compared at once."""
+        sql = "SELECT id FROM devices WHERE NOT revoked AND substr(id, 1, ?) = ? ORDER BY id LIMIT ?"
+        for length in (len(text), 1):
+            if found := [row["id"] for row in self._db.rows(sql, length, text[:length], NEAR_MAX)]:
+                return found
+        return []
 
     def some(self, devices: Iterable[str]) -> list[DeviceRow]:
         """Return devices by id."""

@@ -5,7 +5,7 @@ handlers, and says who may call them.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Final
 
@@ -27,7 +27,8 @@ from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
 from fleet.server.rollout_controller import RolloutController
 from fleet.server.rollout_planner import RolloutPlanner
-from fleet.store.rows import DeviceRow, RolloutRow
+from fleet.server.unknown import unknown_device, unknown_group
+from fleet.store.rows import DeviceRow, GroupRow, RolloutRow
 from fleet.store.store import AuditLog, ChangeSignal, Store
 from signing.state import VERSION_MAX
 
@@ -255,7 +256,7 @@ def _device(store: Store, request: Request) -> DeviceRow:
     device = param(request, "id")
     row = store.devices.get(device)
     if row is None:
-        raise Refusal(404, "unknown-device", f"there is no device {device}", action="fleet devices lists them")
+        raise unknown_device(store, device)
     return row
 
 
@@ -285,8 +286,13 @@ class GroupHandlers:
         devices = self._store.devices
         for device in (*wanted.add, *wanted.remove):
             if devices.get(device) is None:
-                raise Refusal(404, "unknown-device", f"there is no device {device}", action="fleet devices lists them")
+                raise unknown_device(self._store, device)
         before = devices.group(name)
+        if before is None and not wanted.add and wanted.selector is None and wanted.priority is None:
+            raise unknown_group(
+                self._store, name, action="to make it, name its devices: --add DEVICE or --select LABEL=VALUE"
+            )
+        self._check_removal(name, before, wanted.remove)
         selector = wanted.selector if wanted.selector is not None else before.selector if before is not None else {}
         if selector and (wanted.add or (before is not None and not before.selector and devices.listed(name))):
             raise Refusal(
@@ -306,6 +312,20 @@ class GroupHandlers:
         assert row is not None
         self._controller.touch(touched | set(devices.members(row)) | set(wanted.remove))
         return answer(self._views.group(row), 201 if before is None else 200)
+
+    def _check_removal(self, name: str, before: GroupRow | None, remove: Iterable[str]) -> None:
+        listed = () if before is None else self._store.devices.listed(name)
+        for device in remove:
+            if device in listed:
+                continue
+            chosen = before is not None and bool(before.selector)
+            raise Refusal(
+                409,
+                "no-member",
+                f"{device} is not on the list of the group {name}",
+                f"{name} selects devices by labels" if chosen else "",
+                "change the device's labels" if chosen else f"see its groups: fleet device {device}",
+            )
 
     def _now(self) -> float:
         return self._clock().timestamp()

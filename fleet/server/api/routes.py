@@ -540,7 +540,16 @@ def _authorise(request: Request, needs: Access, store: Store) -> str:
     Raises:
         Refusal: no valid token, or the operator's role does not suffice.
     """
-    operator = store.access.operator(http.bearer(request))
+    token = http.bearer(request)
+    operator = store.access.operator(token)
+    if operator is None and token:
+        raise Refusal(
+            401,
+            "unauthorised",
+            "the operator's token is unknown here or was revoked",
+            "the server knows the tokens that it or fleet init gave out",
+            "ask an admin for another: fleet operators rotate NAME",
+        )
     if operator is None:
         raise Refusal(
             401,

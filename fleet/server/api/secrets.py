@@ -33,6 +33,7 @@ from fleet.server.api.query import LABEL, Word
 from fleet.server.director import Director, lacks
 from fleet.server.rollout_controller import RolloutController
 from fleet.server.tuf_repository import TufRepository
+from fleet.server.unknown import unknown_device, unknown_group
 from fleet.store.rows import DeviceRow
 from fleet.store.sqlite import utc
 from fleet.store.store import AuditLog, Store
@@ -230,11 +231,11 @@ class SecretHandlers:
         if device:
             row = self._store.devices.get(device)
             if row is None or row.revoked:
-                raise Refusal(404, "unknown-device", f"there is no device {device}", action="fleet devices lists them")
+                raise unknown_device(self._store, device)
             return [row]
         found = self._store.devices.group(group)
         if found is None:
-            raise Refusal(404, "unknown-group", f"there is no group {group!r}", action="fleet groups lists them")
+            raise unknown_group(self._store, group, action="correct the name")
         members = self._store.devices.members(found)
         if len(members) > DEVICES_MAX:
             raise Refusal(413, "too-large", f"{group} has {len(members)} devices, at most {DEVICES_MAX} at once")

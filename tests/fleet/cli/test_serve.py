@@ -88,8 +88,17 @@ def test_a_port_in_use_is_named(home):
 
 def test_no_fleet_to_serve(tmp_path):
     done = run(tmp_path / "nowhere", "serve")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "fleet init --dev" in done.stderr
+
+
+@pytest.mark.parametrize("broker", ["foo", "mqtts://foo", "mqtts://:1"])
+def test_an_unknown_broker_is_wrong_usage_and_the_known_ones_are_named(broker, home, tmp_path):
+    for done in (run(home, "serve", "--broker", broker), run(tmp_path / "new", "init", "--dev", "--broker", broker)):
+        assert done.returncode == 2
+        assert f"broker {broker!r} is unknown: write auto, mosquitto, embedded, or mqtts://HOST:PORT" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_one_port_for_two_listeners_is_refused_before_a_fleet_is_made(tmp_path):

@@ -29,6 +29,8 @@ async def test_every_route_but_health_and_enrolment_needs_a_token(new_fleet):
                     reply = await stranger.request(method, path.replace("{", "").replace("}", ""), headers=headers)
                     assert reply.status_code == 401, (method, path)
                     assert reply.json()["type"] == "unauthorised"
+                    known = "unknown here or was revoked" in reply.json()["title"]
+                    assert known == ("Bearer wrong" in headers.values())
             assert (await stranger.get("/healthz")).text == "ok\n"
 
 
@@ -175,6 +177,50 @@ async def test_two_groups_of_one_priority_must_not_disagree(new_fleet):
             operator_api.GroupRow, "PUT", "/v1/groups/canary", operator_api.GroupRequest(remove=(board.device,))
         )
         await board.until(lambda board: board.items["hello"].target == one)
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_is_not_known_is_guessed(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        board = await fleet.board("berlin")
+        name = board.device.rpartition("-")[0]
+        slip = board.device.replace("erl", "erll")
+        for path, kind, body in (
+            ("", "GET", None),
+            ("/timeline", "GET", None),
+            ("/labels", "PUT", operator_api.LabelsRequest(labels={"site": "north"})),
+        ):
+            for device in (name, slip):
+                problem = await operator.problem(kind, f"/v1/devices/{device}{path}", body)
+                assert (problem.status, problem.type) == (404, "unknown-device")
+                assert problem.detail == f"did you mean {board.device}?"
+        assert not (await operator.problem("GET", "/v1/devices/unlike", None)).detail
+        for group in (operator_api.GroupRequest(add=(name,)), operator_api.GroupRequest(remove=(slip,))):
+            assert board.device in (await operator.problem("PUT", "/v1/groups/edge", group)).detail
+
+
+@pytest.mark.asyncio
+async def test_a_groups_name_is_no_wish_to_make_it_and_a_stranger_cannot_be_taken_out(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        board = await fleet.board("a")
+        for wish in (operator_api.GroupRequest(), operator_api.GroupRequest(remove=(board.device,))):
+            problem = await operator.problem("PUT", "/v1/groups/egde", wish)
+            assert (problem.status, problem.type) == (404, "unknown-group")
+            assert "edge" in problem.detail
+        groups = await operator.get(operator_api.Groups, "/v1/groups")
+        assert [each.name for each in groups.groups] == ["edge"]
+        assert (
+            await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", operator_api.GroupRequest())
+        ).devices
+        taken = operator_api.GroupRequest(remove=(board.device,))
+        await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", taken)
+        again = await operator.problem("PUT", "/v1/groups/edge", taken)
+        assert (again.status, again.type) == (409, "no-member")
+        selector = operator_api.GroupRequest(selector={"site": "north"})
+        await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/north", selector)
+        assert "labels" in (await operator.problem("PUT", "/v1/groups/north", taken)).detail
 
 
 @pytest.mark.asyncio
