@@ -1,5 +1,6 @@
 """`fleet keys`: keys of people and pipelines, and the roles that trust them."""
 
+import difflib
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -258,9 +259,11 @@ def show(options: Options, *, name: str) -> None:
     "rotate",
     examples="fleet keys rotate main\n"
     "fleet keys rotate root --to alice --to bob --to carol --threshold 2\n"
-    "fleet keys rotate director",
+    "fleet keys rotate director\n"
+    "fleet keys rotate sensors --new-namespace",
 )
 @click.argument("role")
+@click.option("--new-namespace", is_flag=True, help="Create ROLE as a namespace; it has no ceiling")
 @click.option(
     "--to",
     "names",
@@ -272,16 +275,24 @@ def show(options: Options, *, name: str) -> None:
 @SAVE_EVENT
 @SIGN_YES
 def rotate(
-    options: Options, *, role: str, names: tuple[str, ...], threshold: int | None, to: Path | None, yes: bool
+    options: Options,
+    *,
+    role: str,
+    new_namespace: bool,
+    names: tuple[str, ...],
+    threshold: int | None,
+    to: Path | None,
+    yes: bool,
 ) -> None:
     """Replace the keys of ROLE: root, targets, a namespace, snapshot, timestamp or director.
 
-    A namespace that does not exist yet is created. The same event contains what the new keys must sign anew. Keys of
+    With --new-namespace a namespace is created. The same event contains what the new keys must sign anew. Keys of
     snapshot, timestamp and director are made in the server directory of this home.
     """
     who = load_operator(options)
     with who.client() as client, signing_faults():
         ceremony = Ceremony(options, who, client)
+        _check_role(ceremony.files, role, new=new_namespace)
         made = _NewKey(options, ceremony, role)
         try:
             change = replaced(
@@ -297,6 +308,22 @@ def rotate(
         except BaseException:
             made.undo()
             raise
+
+
+def _check_role(files: dict[str, bytes], role: str, *, new: bool) -> None:
+    from signing import repository  # noqa: PLC0415 - the module's other name is taken by the command
+
+    known = ("root", "targets", *repository.namespaces(files), *ONLINE)
+    if new == (role not in known):
+        return
+    if new:
+        raise Fault(f"{role} exists", "--new-namespace creates another namespace", "leave the option out")
+    near = difflib.get_close_matches(role, known, 1)
+    raise Fault(
+        f"there is no role or namespace {role!r}",
+        f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}",
+        "to create it as a namespace, add --new-namespace",
+    )
 
 
 @command("revoke", examples="fleet keys revoke bob")

@@ -66,13 +66,9 @@ def _server_parts(what: str) -> Iterator[None]:
     "fleet init --team --root alice.pub --root bob.pub --root carol.pub --fleet acme\n"
     "fleet --home ./try init --dev",
 )
-@click.option(
-    "--dev", "size", flag_value="dev", help="For development: unencrypted keys, refused by production devices"
-)
-@click.option("--solo", "size", flag_value="solo", help="For one operator: the offline keys are encrypted")
-@click.option(
-    "--team", "size", flag_value="team", help="For several people: as --solo, and root passes to them (--root)"
-)
+@click.option("--dev", is_flag=True, help="For development: unencrypted keys, refused by production devices")
+@click.option("--solo", is_flag=True, help="For one operator: the offline keys are encrypted")
+@click.option("--team", is_flag=True, help="For several people: as --solo, and root passes to them (--root)")
 @click.option(
     "--root",
     "people",
@@ -96,7 +92,9 @@ def _server_parts(what: str) -> Iterator[None]:
 def init(
     options: Options,
     *,
-    size: str | None,
+    dev: bool,
+    solo: bool,
+    team: bool,
     people: tuple[Path, ...],
     threshold: int,
     fleet: str,
@@ -111,21 +109,21 @@ def init(
 
     Existing files are never overwritten.
     """
-    if size is None:
-        raise click.UsageError("Choose --dev (for trying out), --solo or --team.")
-    if (size == "team") != bool(people):
+    if dev + solo + team != 1:
+        raise click.UsageError("Choose one of --dev (for trying out), --solo and --team.")
+    if team != bool(people):
         raise click.UsageError(
             "--team and --root belong together: fleet init --team --root alice.pub --root bob.pub ..."
         )
     with _server_parts("create a fleet"):
         from fleet.admin import bootstrap  # noqa: PLC0415 - the server's parts may not be installed
     try:
-        team = read_team(people, threshold) if size == "team" else None
-        passphrase = None if size == "dev" else new_passphrase("the keys of root, targets and the publisher")
+        members = read_team(people, threshold) if team else None
+        passphrase = None if dev else new_passphrase("the keys of root, targets and the publisher")
         made = bootstrap.init(
             home(options),
             fleet=fleet,
-            size="dev" if size == "dev" else "solo",
+            size="dev" if dev else "solo",
             url=url,
             namespace=namespace,
             operators_port=operators_port,
@@ -136,7 +134,7 @@ def init(
         )
     except bootstrap.SetupError as error:
         raise Fault(str(error)) from None
-    event = None if team is None else hand_over(home(options), team, passphrase)
+    event = None if members is None else hand_over(home(options), members, passphrase)
     _show_new_fleet(options, made, event)
 
 

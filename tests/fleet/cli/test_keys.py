@@ -128,6 +128,27 @@ def test_a_role_gets_another_key_and_boards_follow(role, fleet, desk, elsewhere)
     assert listed(fleet)[role] == ""
 
 
+@pytest.mark.parametrize(
+    ("role", "words"),
+    [("timestmap", "did you mean timestamp?"), ("mian", "did you mean main?"), ("xyz", "there are root")],
+)
+def test_a_slip_in_a_roles_name_makes_no_namespace(role, words, fleet, desk):
+    before = dict(desk.files)
+    result = fleet("keys", "rotate", role, "--yes")
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "--new-namespace" in result.stderr
+    assert desk.files == before
+
+
+def test_a_namespace_is_made_on_demand_and_once(fleet, desk):
+    assert fleet("keys", "rotate", "sensors", "--new-namespace", "--yes").exit_code == 0
+    assert "sensors" in repository.namespaces(desk.files)
+    again = fleet("keys", "rotate", "sensors", "--new-namespace", "--yes")
+    assert again.exit_code == 2
+    assert "sensors exists" in again.stderr
+
+
 def test_who_says_no_has_changed_nothing(fleet, desk, home):
     before = dict(desk.files)
     result = fleet("keys", "rotate", "main", stdin="n\n")
