@@ -35,7 +35,7 @@ class HomeError(Exception):
 
 
 class ChoiceError(HomeError):
-    """What was named does not exist: there is no server in this home, or no broker of this kind."""
+    """No server is in the home that was named, or no broker is of the kind that was named."""
 
 
 @dataclass(frozen=True, slots=True)
