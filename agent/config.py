@@ -5,6 +5,7 @@ keys. Everything has a default, so that a device needs no file at all. The confi
 it narrows what the fleet may do on this device, and never widens it.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def validate(merged: Mapping[str, Any]) -> Settings:
     try:
         settings = msgspec.convert(dict(merged), Settings)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"agent configuration: {error}") from error
+        raise ConfigError(_in_words(str(error))) from error
     positive = {
         "health_s": settings.health_s,
         "refresh_s": settings.refresh_s,
@@ -185,12 +186,10 @@ def validate(merged: Mapping[str, Any]) -> Settings:
     }
     for name, value in positive.items():
         if value <= 0:
-            raise ConfigError(f"agent configuration: {name} is {value}, but must be more than 0")
+            raise ConfigError(f"{name} is {value}, but must be more than 0")
     for name in sorted(_MAY_BE_NONE):
         if getattr(settings.policy, name) < 0:
-            raise ConfigError(
-                f"agent configuration: policy.{name} is {getattr(settings.policy, name)}, but must be 0 or more"
-            )
+            raise ConfigError(f"policy.{name} is {getattr(settings.policy, name)}, but must be 0 or more")
     return settings
 
 
@@ -201,7 +200,7 @@ def load(file: Path) -> Settings:
         file: `agent.toml`; need not exist.
 
     Raises:
-        ConfigError: the message names the file, or the key.
+        ConfigError: the message names the file and the key.
     """
     parts: dict[str, Mapping[str, Any]] = {}
     for path in fragments(file):
@@ -209,7 +208,25 @@ def load(file: Path) -> Settings:
             parts[str(path)] = tomllib.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from error
-    return validate(merge(parts))
+    try:
+        return validate(merge(parts))
+    except ConfigError as merged:
+        for name, part in reversed(parts.items()):  # later files win
+            try:
+                validate(part)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
+        raise ConfigError(f"{file}: {merged}") from None
+
+
+def _in_words(error: str) -> str:
+    """Describe an error of msgspec by its key: `policy.memory: unknown key`."""
+    words, _, place = error.partition(" - at `$")
+    table = place.strip("`.")
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", words)
+    if unknown is None:
+        return f"{table}: {words}" if table else words
+    return f"unknown key {'.'.join(filter(None, (table, unknown[1])))!r}"
 
 
 @dataclass(frozen=True, slots=True)

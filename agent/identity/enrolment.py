@@ -167,7 +167,7 @@ def enrol(text: str, *, state: Path, name: str, production: bool, force: bool = 
     try:
         token = Token.decode(text)
     except BadTokenError as error:
-        raise EnrolError(str(error)) from error
+        raise EnrolError(f"{error}; 'fleet enroll-token' makes another") from error
     now = max(datetime.now(UTC), token.floor)
     if now >= token.expires:
         raise EnrolError(f"the token expired on {token.expires:%Y-%m-%d %H:%M} UTC: ask for a new one")

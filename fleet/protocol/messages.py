@@ -355,7 +355,7 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
         """
         line = text.strip()
         if not line.startswith(TOKEN_PREFIX) or len(line) > 4096:  # noqa: PLR2004
-            raise BadTokenError("this is not an enrolment token: one starts with 'wf1.' (fleet enroll-token)")
+            raise BadTokenError("this is not an enrolment token: one starts with 'wf1.'")
         body = line.removeprefix(TOKEN_PREFIX)
         try:
             return msgspec.json.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=cls)

@@ -53,6 +53,23 @@ def test_an_error_names_its_key(tmp_path, text, named):
         config.load(write(tmp_path, main=text))
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prodution = true", "unknown key 'prodution'"),
+        ("[policy]\nmemory = 1", "unknown key 'policy.memory'"),
+        ("production = 'yes'", "production: Expected `bool`"),
+        ("[network]\nrequest_s = 0", "network.request_s is 0"),
+        ("[policy]\nstate_bytes = -1", "policy.state_bytes is -1"),
+    ],
+)
+def test_an_error_names_the_file_that_holds_it(tmp_path, text, words):
+    path = write(tmp_path, main="health_s = 60\n", a10=text, a20="[policy]\nlogs = 'off'\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(path)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.d' / 'a10.toml'}: {words}")
+
+
 def test_the_policy_narrows_limits_and_never_widens_them():
     policy = Policy(memory_bytes=1000, call_ms=50, concurrency=1)
     narrowed = policy.limit(Limits(memory_bytes=5000, call_ms=10, concurrency=4, fuel=7))

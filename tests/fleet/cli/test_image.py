@@ -140,3 +140,10 @@ def test_a_token_that_no_board_would_take_is_refused_here(tmp_path):
 
 def test_the_board_and_the_operator_mean_the_same_file():
     assert bundle.NAME == identity.NAME
+
+
+@pytest.mark.parametrize("word", ["nonsense", "wf1.AAAA"])
+def test_a_bad_token_is_refused_with_one_way_to_get_another(word, fleet, tmp_path):
+    result = fleet("image", "prepare", str(tmp_path / "card.img"), "--token", word)
+    assert result.exit_code == 2
+    assert result.stderr.count("fleet enroll-token") == 1
