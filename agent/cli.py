@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from agent import config, systemd
+from agent.arguments import parse
 from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Paths
 from agent.host.ipc import host_api
 from agent.identity import enrolment, identity
@@ -24,7 +25,7 @@ from agent.update import images, restore
 from agent.update.secrets import SecretStore
 from agent.update.store import Database, NotAloneError, Store, StoreError, alone
 from fleet.protocol.files import remove_leftovers
-from fleet.protocol.names import BadNameError
+from fleet.protocol.names import BadNameError, readable
 from fleet.protocol.printable import json_text, printable
 
 TOKEN_MAX_BYTES: Final = 8192
@@ -380,7 +381,7 @@ def _print_json(value: object) -> None:
 def _print_lines(lines: Iterable[str]) -> None:
     """Print lines in which texts of the server and of components stand: none of them makes another line."""
     for line in lines:
-        print(printable(line))
+        print(printable(readable(line)))
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -417,7 +418,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `fleet-agent`; return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), COMMAND_EXAMPLES, arguments)
     try:
         return int(options.run(options))
     except ERRORS as error:

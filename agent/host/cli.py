@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from agent.arguments import parse
 from agent.host.ipc import host_api
 from agent.host.sandbox import sandbox
 from agent.host.supervisor import worker_pool
@@ -39,6 +40,9 @@ def _address(text: str) -> tuple[str, int] | None:
     if not colon or not port.isdigit() or not 0 < int(port) < 65536:  # noqa: PLR2004
         raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT, such as 127.0.0.1:8080, or none")
     return host.strip("[]") or "127.0.0.1", int(port)
+
+
+COMMANDS: Final = ("run", "check")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,7 +136,7 @@ def _own_directory(path: Path, what: str, mode: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), COMMANDS, arguments)
     if options.command == "check":
         return check()
     try:

@@ -281,6 +281,7 @@ def _color() -> bool | None:
 def _by_library(error: Exception) -> tuple[str, Exit]:
     """Give the line and code for an error of this project's own modules, imported only now that one was raised."""
     from fleet.client import ClientError, ProblemError, RequestError, UnreachableError  # noqa: PLC0415 - keeps the start fast
+    from fleet.protocol.names import readable  # noqa: PLC0415 - keeps the start fast
     from signing.errors import KeyFileError, SigningError  # noqa: PLC0415 - keeps the start fast
 
     codes = (
@@ -293,7 +294,7 @@ def _by_library(error: Exception) -> tuple[str, Exit]:
     )
     for kind, code in codes:
         if isinstance(error, kind):
-            return str(error), code
+            return readable(str(error)), code
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{reason(error)}; check the path and its permissions", Exit.USAGE

@@ -14,7 +14,7 @@ from fleet.cli import operator, output
 from fleet.cli.base import Exit, Fault, Options, command, config_values, label_values, share_worker_option
 from fleet.cli.operator import connect, load_operator
 from fleet.cli.rollout import finish
-from fleet.protocol import bounds, operator_api
+from fleet.protocol import bounds, names, operator_api
 from fleet.protocol.assignment import FollowLogs, Restart
 from fleet.protocol.codes import InstanceState, Phase
 from fleet.protocol.messages import LATENCY_BOUNDS_MS, InstanceHealth, LogView
@@ -88,7 +88,7 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
         empty="Nothing is assigned to the device.",
     )
     for entry in detail.failed:
-        click.echo(click.style("problem: ", fg="yellow", bold=True) + " ".join(entry.text.split()))
+        click.echo(click.style("problem: ", fg="yellow", bold=True) + names.readable(" ".join(entry.text.split())))
         if entry.action:
             click.echo(f"         {entry.action}")
     return Exit.OK
@@ -187,7 +187,7 @@ def why(options: Options, *, device: str, limit: int, log: bool) -> Exit:
 
 def _coloured(entry: operator_api.TimelineEntry) -> str:
     bad = entry.code is not None or entry.kind == "revoked"
-    text = " ".join(entry.text.split())
+    text = names.readable(" ".join(entry.text.split()))
     return click.style(text, fg="red") if bad else text
 
 
@@ -224,7 +224,7 @@ def group(
     select: tuple[str, ...],
     priority: int | None,
 ) -> None:
-    """Create the group NAME, or change its members."""
+    """Create the group NAME with --add, --select or --priority, or change its members."""
     labels = {key: value for key, value in label_values(select).items() if value is not None} if select else None
     with connect(options) as client:
         row = client.set_group(

@@ -113,6 +113,16 @@ def version_key(value: str) -> VersionKey:
     return int(major), int(minor), int(patch), 0 if pre else 1, parts
 
 
+_PATH: Final = re.compile(
+    r"(?<![\w./-])components/([a-z0-9-]{1,63})/([a-z0-9-]{1,63})/([0-9A-Za-z.+-]{1,100}?)\.wasm(?![\w/])"
+)
+
+
+def readable(text: str) -> str:
+    """Return a text in which targets' paths are written as `namespace/name@version`, as people write them."""
+    return _PATH.sub(r"\1/\2@\3", text)
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class TargetName:
     """A target's name: `components/<namespace>/<name>/<version>.wasm` in TUF, `namespace/name@version` to people."""

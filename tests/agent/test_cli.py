@@ -78,6 +78,7 @@ def test_commands_on_an_unenrolled_device_say_what_to_do(tmp_path, command):
 def test_a_bad_token_is_one_line(tmp_path, token, words):
     done = agent(tmp_path, "enroll", stdin=token)
     assert done.returncode == 1
+    assert done.stderr.count("fleet enroll-token") == 1
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -160,7 +161,7 @@ def test_a_mistake_in_the_configuration_is_named(tmp_path):
     enrolled(tmp_path).close()
     done = agent(tmp_path, "run")
     assert done.returncode == 1
-    assert "`log`" in done.stderr
+    assert "'policy.log'" in done.stderr
 
 
 def test_a_state_directory_of_a_newer_agent_is_refused_in_one_line(tmp_path):
@@ -224,10 +225,12 @@ def test_status_and_why_tell_the_story(tmp_path):
     store.close()
     status = agent(tmp_path, "status")
     assert status.returncode == 0
-    assert "runs components/a/web/1.0.0.wasm since 2026-05-01 12:00:00 UTC" in status.stdout
+    assert "runs a/web@1.0.0 since 2026-05-01 12:00:00 UTC" in status.stdout
     why = agent(tmp_path, "why", "web").stdout
     assert "[hash-mismatch] other bytes" in why
     assert "| last words" in why
+    assert "a/web@2.0.0 failed" in status.stdout
+    assert "components/" not in status.stdout + why
     assert "no automatic retry" in why
     assert "what to do" in why
     facts = json.loads(agent(tmp_path, "why", "--json").stdout)
@@ -336,6 +339,21 @@ def test_every_command_has_help_with_examples():
         )
         assert "--state" in done.stdout
         assert f"\n  fleet-agent {command}" in done.stdout or f"sudo fleet-agent {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "word", "guess"),
+    [
+        ("agent.cli", "stauts", "did you mean 'status'?"),
+        ("agent.cli", "xyz", "there are enroll, "),
+        ("agent.host.cli", "chekc", "did you mean 'check'?"),
+    ],
+)
+def test_a_mistyped_command_is_one_line_with_a_guess(module, word, guess):
+    done = subprocess.run([sys.executable, "-m", module, word], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"no such command {word!r}; {guess}" in done.stderr
 
 
 LOADED = "import sys; import {module}; print('\\n'.join(sorted(sys.modules)))"

@@ -396,8 +396,8 @@ _MEANING: Final = {
     "seccomp": "no process, socket, executable memory, tracing or signal to others",
 }
 _SHARED: Final = (
-    "a shared worker isolates nothing between its instances: code that breaks out of one has the memory of the others; "
-    "only instances of one publisher, where the operator allows it, and none with files, secrets or leave to connect"
+    "A shared worker isolates nothing between its instances: code that breaks out of one has the memory of the others.",
+    "Only instances of one publisher share one, where the operator allows it; none with files, secrets or requests.",
 )
 _CGROUP: Final = ("Delegate=", "if given", "if given", "workers of an instance share one limit of memory")
 
@@ -424,5 +424,7 @@ def isolation_report(here: str, layers: Mapping[str, bool]) -> list[str]:
         columns = ["yes" if holds(layer, each, here, layers) else "NO" for each in WAYS]
         lines.append(f"  {layer:<11}" + "".join(f"{column:<26}" for column in columns) + _MEANING[layer])
     lines.append(f"  {'cgroup':<11}" + "".join(f"{column:<26}" for column in _CGROUP[:3]) + _CGROUP[3])
-    lines.append(f"  {'shared':<11}" + "".join(f"{'NO':<26}" for _ in WAYS) + _SHARED)
-    return lines
+    lines.append(
+        f"  {'shared':<11}" + "".join(f"{'NO':<26}" for _ in WAYS) + "instances in one worker, from each other"
+    )
+    return [*lines, *_SHARED]

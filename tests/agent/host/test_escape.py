@@ -214,3 +214,4 @@ def test_check_prints_the_table_with_this_hosts_column_marked():
     # What no layer is for is said too: `test_who_escapes_in_a_shared_worker...` below shows it.
     assert rows["shared"] == ["NO"] * 3
     assert "code that breaks out of one has the memory of the others" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 160

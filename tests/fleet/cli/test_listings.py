@@ -215,7 +215,7 @@ def test_why_says_what_to_do(fleet, desk):
         operator_api.TimelineEntry(
             at=NOW,
             kind="report",
-            text="hello 3.0.0 was rolled back: trapped",
+            text="rolled-back components/main/hello/3.0.0.wasm: trapped",
             phase=Phase.ROLLED_BACK,
             code=RejectCode.TRAPPED,
             action="mend it and push again",
@@ -225,7 +225,7 @@ def test_why_says_what_to_do(fleet, desk):
     )
     desk.routes["GET", f"/v1/devices/{ROW.id}/timeline"] = operator_api.Timeline(device=ROW.id, entries=entries)
     text = fleet("why", ROW.id, "--log").stdout
-    assert "hello 3.0.0 was rolled back: trapped" in text
+    assert "rolled-back main/hello@3.0.0: trapped" in text
     assert "do: mend it and push again" in text
     assert "| unreachable" in text
     assert "the device retries this by itself" in text
@@ -371,6 +371,12 @@ def test_undo_and_remove_say_what_they_mean(fleet, desk):
                 action="make it with 'fleet group'",
             ),
             "error: no group 'edge-eu'; there are none; make it with 'fleet group'\n",
+        ),
+        (
+            operator_api.Problem(
+                type="unknown-target", title="components/main/hello/1.0.0.wasm is not published", status=404
+            ),
+            "error: main/hello@1.0.0 is not published\n",
         ),
         (
             operator_api.Problem(type="unauthorised", title="the token is not known here", status=401),

@@ -72,6 +72,21 @@ def test_people_write_targets_short():
         TargetName.parse("hello", namespace="main")
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("components/main/hello/1.0.0.wasm is not published", "main/hello@1.0.0 is not published"),
+        ("'components/a/b/1.0.0-rc.1+x.wasm', components/c/d/2.0.0.wasm", "'a/b@1.0.0-rc.1+x', c/d@2.0.0"),
+        ("components/main/hello.wasm", "components/main/hello.wasm"),
+        ("./my-components/x/hello/1.0.0.wasm/y", "./my-components/x/hello/1.0.0.wasm/y"),
+        ("a/components/x/hello/1.0.0.wasm", "a/components/x/hello/1.0.0.wasm"),
+        ("nothing", "nothing"),
+    ],
+)
+def test_texts_name_targets_as_people_do(text, shown):
+    assert names.readable(text) == shown
+
+
 @given(st.binary(min_size=1, max_size=200))
 def test_a_devices_id_names_its_key(key):
     device = names.device_id("kitchen", key)
