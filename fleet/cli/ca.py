@@ -50,7 +50,12 @@ def status(options: Options) -> Exit:
 
 @command("renew", examples="fleet ca renew")
 @click.option(
-    "--days", default=ca.LIFE.days, show_default=True, type=click.IntRange(1, ca.LIFE.days), help="Days until it ends"
+    "--days",
+    metavar="DAYS",
+    default=ca.LIFE.days,
+    show_default=True,
+    type=click.IntRange(1, ca.LIFE.days),
+    help="Days until it ends",
 )
 @SIGN_YES
 def renew(options: Options, *, days: int, yes: bool) -> None:

@@ -77,7 +77,7 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
     "target",
     type=click.Path(path_type=Path),
     required=True,
-    metavar="OUTPUT",
+    metavar="FILE",
     help="Write the composed component to this file",
 )
 def compose(options: Options, *, file: Path, target: Path) -> Exit:

@@ -161,7 +161,12 @@ def _device_facts(detail: operator_api.DeviceDetail) -> list[tuple[str, str]]:
 @command("why", examples="fleet why gate-7-1f2e3d4c\nfleet why gate-7-1f2e3d4c --limit 50 --log")
 @click.argument("device", shell_complete=operator.devices)
 @click.option(
-    "--limit", default=15, show_default=True, type=click.IntRange(1, 1000), help="Show at most this many entries"
+    "--limit",
+    metavar="NUMBER",
+    default=15,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    help="Show at most this many entries",
 )
 @click.option("--log", is_flag=True, help="Add the log lines that came with a failure")
 def why(options: Options, *, device: str, limit: int, log: bool) -> Exit:
@@ -212,6 +217,7 @@ def _coloured(entry: operator_api.TimelineEntry) -> str:
 )
 @click.option(
     "--priority",
+    metavar="NUMBER",
     type=click.IntRange(-1_000_000, 1_000_000),
     help="Where two groups set the same instance, the higher number wins",
 )
@@ -286,7 +292,12 @@ def seconds(text: str) -> int:
 @click.argument("target", metavar="NAME@VERSION")
 @click.option("--as", "instance", default="", metavar="NAME", help="Name of the instance  [the component's name]")
 @click.option("--config", multiple=True, metavar="KEY=VALUE", help="Set a configuration value; repeatable")
-@click.option("--port", type=click.IntRange(0, 65535), help="Give the instance a port of its own; 0 for the shared one")
+@click.option(
+    "--port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    help="Give the instance a port of its own; 0 for the shared one",
+)
 @share_worker_option
 @click.option("--detach", is_flag=True, help="Return at once instead of following the rollout")
 def pin(
@@ -510,6 +521,7 @@ def _group_row(row: GroupRow) -> tuple[str, ...]:
 @click.option("--follow", is_flag=True, help="Keep printing new lines until --minutes are over or Ctrl-C")
 @click.option(
     "--minutes",
+    metavar="MINUTES",
     default=5,
     show_default=True,
     type=click.IntRange(1, bounds.LOGS_MINUTES_MAX),

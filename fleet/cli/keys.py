@@ -161,7 +161,9 @@ def write_public(who: Operator, directory: Path, namespace: str) -> None:
 @click.option(
     "--token", metavar="LABEL", help="Use a P-256 or P-384 key on a PKCS#11 token; PYKCS11LIB names its driver"
 )
-@click.option("--number", default=2, show_default=True, help="Number of the key on the token (CKA_ID)")
+@click.option(
+    "--number", metavar="NUMBER", default=2, show_default=True, help="Number of the key on the token (CKA_ID)"
+)
 @click.option("--recovery", is_flag=True, help="Type in, or pipe in, the recovery key that was printed")
 def import_(
     options: Options, *, name: str, file: Path | None, agent: str | None, token: str | None, number: int, recovery: bool
@@ -271,7 +273,9 @@ def show(options: Options, *, name: str) -> None:
     metavar="KEY",
     help="Let this key sign from now on; repeatable  [a new key in place of yours]",
 )
-@click.option("--threshold", type=click.IntRange(1), help="Number of keys that must sign  [as before]")
+@click.option(
+    "--threshold", metavar="NUMBER", type=click.IntRange(1), help="Number of keys that must sign  [as before]"
+)
 @SAVE_EVENT
 @SIGN_YES
 def rotate(

@@ -139,6 +139,7 @@ _PARTS: Final = {"wasmtime": "agent", "paho": "agent", "uvicorn": "server", "sta
 )
 @click.option(
     "--broker",
+    metavar="WHICH",
     default="auto",
     show_default=True,
     help="Broker: auto (mosquitto if installed, else embedded), mosquitto or embedded",

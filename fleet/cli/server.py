@@ -77,17 +77,39 @@ def _server_parts(what: str) -> Iterator[None]:
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="With --team: public key of a person who holds root; three or more",
 )
-@click.option("--threshold", default=2, show_default=True, help="With --team: number of people who must sign")
 @click.option(
-    "--fleet", default="fleet", show_default=True, help="Name of the fleet; devices refuse what is signed for another"
+    "--threshold", metavar="NUMBER", default=2, show_default=True, help="With --team: number of people who must sign"
 )
-@click.option("--namespace", default="main", show_default=True, help="Namespace of the components published from here")
-@click.option("--url", help="Address https://HOST[:PORT] under which devices reach this machine  [loopback]")
-@click.option("--operators-port", type=click.IntRange(1, 65535), help="Port of the API for operators  [8743]")
-@click.option("--devices-port", type=click.IntRange(1, 65535), help="Port of the API for devices  [8744]")
-@click.option("--mqtt-port", type=click.IntRange(1, 65535), help="Port of the broker  [8883]")
 @click.option(
-    "--broker", default="auto", show_default=True, help="Broker: auto, mosquitto, embedded, or mqtts://HOST:PORT"
+    "--fleet",
+    metavar="NAME",
+    default="fleet",
+    show_default=True,
+    help="Name of the fleet; devices refuse what is signed for another",
+)
+@click.option(
+    "--namespace",
+    metavar="NAME",
+    default="main",
+    show_default=True,
+    help="Namespace of the components published from here",
+)
+@click.option(
+    "--url", metavar="URL", help="Address https://HOST[:PORT] under which devices reach this machine  [loopback]"
+)
+@click.option(
+    "--operators-port", metavar="PORT", type=click.IntRange(1, 65535), help="Port of the API for operators  [8743]"
+)
+@click.option(
+    "--devices-port", metavar="PORT", type=click.IntRange(1, 65535), help="Port of the API for devices  [8744]"
+)
+@click.option("--mqtt-port", metavar="PORT", type=click.IntRange(1, 65535), help="Port of the broker  [8883]")
+@click.option(
+    "--broker",
+    metavar="WHICH",
+    default="auto",
+    show_default=True,
+    help="Broker: auto, mosquitto, embedded, or mqtts://HOST:PORT",
 )
 def init(
     options: Options,
@@ -365,10 +387,17 @@ def key(options: Options, *, role: str) -> None:
     help="Add a copy of the signing event as others signed it; repeatable",
 )
 @click.option(
-    "--devices-port", type=click.IntRange(1, 65535), help="Without a backup: port of the API for devices  [8744]"
+    "--devices-port",
+    metavar="PORT",
+    type=click.IntRange(1, 65535),
+    help="Without a backup: port of the API for devices  [8744]",
 )
-@click.option("--mqtt-port", type=click.IntRange(1, 65535), help="Without a backup: port of the broker  [8883]")
-@click.option("--broker", default="auto", show_default=True, help="Without a backup: broker, as for 'fleet init'")
+@click.option(
+    "--mqtt-port", metavar="PORT", type=click.IntRange(1, 65535), help="Without a backup: port of the broker  [8883]"
+)
+@click.option(
+    "--broker", metavar="WHICH", default="auto", show_default=True, help="Without a backup: broker, as for 'fleet init'"
+)
 @SIGN_YES
 def rebuild(
     options: Options,

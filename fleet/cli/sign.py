@@ -47,7 +47,9 @@ _FILES = click.argument(
     metavar="KEY",
     help="With team: a key that holds root from now on (fleet keys list); repeatable",
 )
-@click.option("--threshold", default=2, show_default=True, help="With team: number of keys that must sign")
+@click.option(
+    "--threshold", metavar="NUMBER", default=2, show_default=True, help="With team: number of keys that must sign"
+)
 @SAVE_EVENT
 @SIGN_YES
 @click.option("--snapshot", type=_PUBLIC, metavar="FILE", help="With publisher: public key of snapshot from now on")
@@ -287,7 +289,7 @@ def diff(options: Options, *, files: Sequence[Path]) -> Exit:
     "--out",
     "to",
     type=click.Path(path_type=Path, dir_okay=False),
-    metavar="OUTPUT",
+    metavar="FILE",
     help="Write the signed event to this file  [FILE]",
 )
 @click.option("--offline", is_flag=True, help="Compare with what this machine verified last, when the server is lost")
@@ -361,7 +363,12 @@ def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | N
 @command("bins", json=False, examples="fleet sign bins\nfleet sign bins edge")
 @click.argument("namespace", required=False)
 @click.option(
-    "--bits", type=click.IntRange(1, 10), default=hash_bins.BITS, show_default=True, help="Make 2^BITS hash bins"
+    "--bits",
+    metavar="NUMBER",
+    type=click.IntRange(1, 10),
+    default=hash_bins.BITS,
+    show_default=True,
+    help="Make 2^BITS hash bins",
 )
 @SAVE_EVENT
 @SIGN_YES

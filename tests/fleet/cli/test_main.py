@@ -37,6 +37,14 @@ def test_every_command_explains_itself_with_an_example(name, command):
         assert "--quiet" in result.output
 
 
+@pytest.mark.parametrize(("name", "command"), commands(), ids=lambda value: value if isinstance(value, str) else "")
+def test_options_call_their_values_by_what_they_are(name, command):
+    for option in command.params:
+        record = option.get_help_record(click.Context(command)) if isinstance(option, click.Option) else None
+        shown = record[0] if record and option.metavar != "TEXT" else ""  # a note is a text
+        assert not {"TEXT", "INTEGER", "RANGE", "FLOAT", "OUTPUT"}.intersection(shown.split()), f"{name} {shown}"
+
+
 def test_the_help_lists_every_command_and_exit_code():
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
