@@ -128,29 +128,47 @@ class AlertKind(StrEnum):
 
 
 class Outcome(StrEnum):
-    """State of a rollout on one device."""
+    """Outcome of one device in one rollout."""
 
-    PENDING = "pending"  # the device's wave has not come
-    WAITING = "waiting"  # offered; the device is offline or has not answered
-    DEFERRED = "deferred"  # the device's own window or policy says later
+    PENDING = "pending"  # not offered yet, or the offer was withdrawn before the device began
+    WAITING = "waiting"  # offered, nothing heard since
+    DEFERRED = "deferred"  # later, by the device's own word, or online without progress
     IN_PROGRESS = "in-progress"
-    SUCCEEDED = "succeeded"
+    SUCCEEDED = "succeeded"  # by a signed report that carries the assignment and the manifest
     FAILED = "failed"  # refused or reverted because of the version or its configuration, and the device signed that
+    LOST = "lost"  # silent since it began to swap; the next signed report ends it
     UNPROVEN = "unproven"  # an agent too old to sign its state: in no count
+    NOT_AFFECTED = "not-affected"  # pinned elsewhere, masked, incompatible, revoked: never offered, in no count
+    REVERTED = "reverted"  # the rollout ended, and the device confirmed the previous version
     SUPERSEDED = "superseded"  # something else is offered to the device by now
-    REFUSED = "refused"  # verification or policy forbids it
-    SKIPPED = "skipped"  # the rollout ended before, or the device left the group
+    REFUSED = "refused"  # of earlier versions of wasmfleet: failed
+    SKIPPED = "skipped"  # of earlier versions of wasmfleet: not-affected, reverted or superseded
 
 
 class RolloutState(StrEnum):
     """State of a rollout as a whole."""
 
+    SCHEDULED = "scheduled"  # begins at a time to come
     RUNNING = "running"
-    PAUSED = "paused"
-    SUCCEEDED = "succeeded"
-    HALTED = "halted"  # a gate failed: devices are offered their previous state again
+    PAUSED = "paused"  # see PauseCause
+    SUCCEEDED = "succeeded"  # the last gate is open
+    REVERTED = "reverted"  # a gate was breached: devices go back to the settled value
     ABORTED = "aborted"  # by an operator, with the same consequence
+    REVOKED = "revoked"  # the release was withdrawn
     SUPERSEDED = "superseded"  # a newer rollout of the same instance and devices took over
+    REFUSED = "refused"  # nothing was offered, since it would affect no device
+    HALTED = "halted"  # of earlier versions of wasmfleet: reverted
+
+
+class PauseCause(StrEnum):
+    """Cause of a pause. A rollout goes on when none is left."""
+
+    OPERATOR = "operator"
+    LOST = "lost"  # more devices went silent in their swap than the gate allows
+    BREACH = "breach"  # more devices failed than the gate allows, and the rollout says pause
+    CANARY = "canary"  # no canary is left that can answer
+    APPROVAL = "approval"  # the stage wants a second person
+    FREEZE = "freeze"  # only the end of the freeze takes it away
 
 
 OPEN_STATES: Final = frozenset({RolloutState.RUNNING, RolloutState.PAUSED})

@@ -1,0 +1,200 @@
+"""Application of decisions: what a rollout and its members are after each action, until the rollout waits.
+
+The server's controller and the simulator both drive a rollout by `advance`: the one stores what changed, the other
+plays on with it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, assert_never
+
+from msgspec.structs import replace
+
+from fleet.protocol.codes import OPEN_STATES, Outcome, PauseCause, RolloutState
+from fleet.rollout.gates import (
+    Action,
+    Close,
+    Mark,
+    Offer,
+    Open,
+    Pause,
+    Replace,
+    Revert,
+    Rollout,
+    Seat,
+    Succeed,
+    Wait,
+    Withdraw,
+    decide,
+)
+from fleet.rollout.progress import OPEN, Member, after_end
+
+_MAX_STEPS: Final = 200
+_SILENT: Final = {
+    Outcome.WAITING: "went away before it swapped",
+    Outcome.LOST: "silent since the swap began",
+    Outcome.DEFERRED: "stuck",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A rollout at rest.
+
+    Attributes:
+        members: every member, in the order given.
+        changed: devices whose member is another one now; their assignments follow from it.
+        actions: what was decided, in order; the last one is a `Wait` unless the rollout is over.
+    """
+
+    rollout: Rollout
+    members: tuple[Member, ...]
+    changed: tuple[str, ...]
+    actions: tuple[Action, ...]
+
+    @property
+    def wait(self) -> Wait:
+        """Return what the rollout waits for."""
+        last = self.actions[-1] if self.actions else None
+        return last if isinstance(last, Wait) else Wait("")
+
+
+def advance(rollout: Rollout, members: Iterable[Member], now: float) -> Step:
+    """Decide and apply until the rollout waits or is over."""
+    begun = {each.device: each for each in members}
+    standing = dict(begun)
+    taken: list[Action] = []
+    for _ in range(_MAX_STEPS):
+        actions = decide(rollout, tuple(standing.values()), now)
+        taken += actions
+        moves = [each for each in actions if not isinstance(each, Wait)]
+        if not moves:
+            break
+        for action in moves:
+            rollout = apply(rollout, standing, action, now)
+    else:
+        raise AssertionError(f"a rollout does not come to rest: {taken[-3:]}")
+    changed = tuple(device for device, member in standing.items() if member is not begun[device])
+    return Step(rollout, tuple(standing.values()), changed, tuple(taken))
+
+
+def apply(rollout: Rollout, members: dict[str, Member], action: Action, now: float) -> Rollout:
+    """Change `members` as an action says, and return the rollout after it."""
+    if isinstance(action, Open | Seat | Replace | Offer | Withdraw | Mark):
+        return _move(rollout, members, action, now)
+    match action:
+        case Pause(cause, _):
+            rollout = replace(rollout, state=RolloutState.PAUSED, causes=rollout.causes | {cause})
+        case Revert():
+            rollout = end(rollout, members, RolloutState.REVERTED)
+        case Succeed():
+            members.update((each.device, _arrives(each)) for each in list(members.values()))
+            rollout = replace(rollout, state=RolloutState.SUCCEEDED)
+        case Close(reason):
+            rollout = replace(rollout, closed=reason)
+        case Wait():
+            pass
+        case _:
+            assert_never(action)
+    return rollout
+
+
+def _move(
+    rollout: Rollout, members: dict[str, Member], action: Open | Seat | Replace | Offer | Withdraw | Mark, now: float
+) -> Rollout:
+    """Apply what moves devices and not the state of the rollout."""
+    match action:
+        case Open(wave):
+            rollout = replace(rollout, wave=wave, seats=rollout.seats if wave == 1 else 0)
+        case Seat(devices):
+            members.update((device, replace(members[device], wave=1)) for device in devices)
+            rollout = replace(rollout, seats=rollout.seats - len(devices))
+        case Replace(device, by):
+            gone = replace(members[device], replaced=True)
+            members[device] = withdrawn(gone) if gone.outcome is Outcome.WAITING and gone.began_at is None else gone
+            members[by] = replace(members[by], wave=1)
+            rollout = replace(rollout, replaced=rollout.replaced + 1)
+        case Offer(devices):
+            members.update((device, offered(members[device], now)) for device in devices)
+        case Withdraw(devices):
+            members.update((device, withdrawn(members[device])) for device in devices)
+        case Mark(outcome, devices):
+            reason = _SILENT[outcome]
+            members.update(
+                (device, replace(members[device], outcome=outcome, reason=reason, until=None)) for device in devices
+            )
+        case _:
+            assert_never(action)
+    return rollout
+
+
+def offered(member: Member, now: float) -> Member:
+    """Return a member that has just been offered the change, or offered it again."""
+    first = now if member.offered_at is None or member.arrival else member.offered_at
+    return replace(member, outcome=Outcome.WAITING, offered_at=first, moved_at=now, reason="")
+
+
+def withdrawn(member: Member) -> Member:
+    """Return a member whose offer was taken back; `offered_at` stays, since a report may still be under way."""
+    return replace(member, outcome=Outcome.PENDING, reason="", began_at=None, phase="", progress=None, until=None)
+
+
+def _arrives(member: Member) -> Member:
+    if not member.wave or member.outcome not in OPEN:
+        return member
+    return replace(member, arrival=True)
+
+
+def end(rollout: Rollout, members: dict[str, Member], state: RolloutState, *, keep: bool = False) -> Rollout:
+    """End a rollout without success, at once: nothing here waits for a device."""
+    for each in after_end(state, tuple(members.values()), keep=keep):
+        members[each.device] = each
+    return replace(rollout, state=state, causes=frozenset(), seats=0)
+
+
+# -- acts of operators -------------------------------------------------------------------------------------------------
+
+
+def pause(rollout: Rollout, cause: PauseCause = PauseCause.OPERATOR) -> Rollout:
+    """Pause a rollout, or its catch-up queue when it is frozen."""
+    state = RolloutState.PAUSED if rollout.state in OPEN_STATES else rollout.state
+    return replace(rollout, state=state, causes=rollout.causes | {cause})
+
+
+def resume(rollout: Rollout, members: Sequence[Member]) -> tuple[Rollout, tuple[Member, ...], tuple[Member, ...]]:
+    """Go on with the wave that the rollout was in, or reopen its catch-up queue.
+
+    The failures and losses counted so far are accepted by name, and canaries that cannot answer: only new ones count.
+    A freeze stays.
+
+    Returns:
+        The rollout, its members, and those whose outcome was accepted.
+    """
+    accepted = tuple(each for each in members if _acceptable(rollout, each))
+    named = {each.device for each in accepted}
+    after = tuple(replace(each, accepted=each.outcome) if each.device in named else each for each in members)
+    return replace(_freed(rollout, rollout.causes & {PauseCause.FREEZE}), closed=""), after, accepted
+
+
+def _acceptable(rollout: Rollout, member: Member) -> bool:
+    """Tell whether resuming accepts a member's outcome."""
+    if member.accepted is member.outcome:
+        return False
+    mute = PauseCause.CANARY in rollout.causes and member.wave == rollout.wave and not member.counted
+    return mute or member.outcome in {Outcome.FAILED, Outcome.LOST}
+
+
+def approve(rollout: Rollout) -> Rollout:
+    """Approve the gate of the present wave."""
+    freed = _freed(rollout, rollout.causes - {PauseCause.APPROVAL})
+    return replace(freed, approved=rollout.approved | {rollout.wave})
+
+
+def unfreeze(rollout: Rollout) -> Rollout:
+    """End a freeze: only what the freeze paused goes on."""
+    return _freed(rollout, rollout.causes - {PauseCause.FREEZE})
+
+
+def _freed(rollout: Rollout, causes: frozenset[PauseCause]) -> Rollout:
+    goes_on = rollout.state is RolloutState.PAUSED and not causes
+    return replace(rollout, causes=causes, state=RolloutState.RUNNING if goes_on else rollout.state)

@@ -1,0 +1,94 @@
+"""Forecast: an operator's plan played over the fleet as it is, with a version that fails on a share of the devices."""
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from fleet.protocol.codes import RolloutState
+from fleet.rollout.gates import Limits
+from fleet.rollout.members import Stage
+from fleet.simulator.devices import DAY, Mix, traits
+from fleet.simulator.simulation import Scenario, Simulation, Site
+
+RATES: Final = (0.0, 0.01, 0.05, 0.2, 1.0)
+"""Shares of devices on which the version fails, for which a forecast is made unless one is named."""
+
+_TICK_S: Final = 5.0
+_MIX: Final = Mix(lying=0, mute=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A device as the server knows it now."""
+
+    online: bool
+    site: str = ""
+    affected: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a change would be rolled out."""
+
+    stages: tuple[Stage, ...]
+    limits: Limits
+    soak_s: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Outcome of some runs with one failure rate.
+
+    Attributes:
+        halted: runs that reverted or paused; `wave` is the usual wave of that, 0 without any.
+        after_s: usual time until the end or the halt.
+        hurt, hurt_most: devices on which the version failed, usually and at most; `met` those that began with it.
+    """
+
+    rate: float
+    runs: int
+    halted: int
+    wave: int
+    after_s: float
+    hurt: int
+    hurt_most: int
+    met: int
+
+
+def forecast(
+    fleet: Mapping[str, Place], plan: Plan, *, seed: int, rates: Sequence[float] = RATES, runs: int = 25
+) -> tuple[Forecast, ...]:
+    """Play a plan over a fleet, `runs` times for each failure rate."""
+    return tuple(_forecast(fleet, plan, rate, [seed * runs + number for number in range(runs)]) for rate in rates)
+
+
+def _forecast(fleet: Mapping[str, Place], plan: Plan, rate: float, seeds: Sequence[int]) -> Forecast:
+    played = [Simulation(_scenario(fleet, plan, rate, seed)).run() for seed in seeds]
+    bad = {RolloutState.REVERTED, RolloutState.PAUSED}
+    halted = [each for each in played if each.rollout.state in bad]
+    ends = [each.rests[-1][0] if each.rests else 0.0 for each in played]
+    hurt = [each.hurt() for each in played]
+    return Forecast(
+        rate=rate,
+        runs=len(seeds),
+        halted=len(halted),
+        wave=statistics.mode(each.rollout.wave for each in halted) if halted else 0,
+        after_s=statistics.median(ends),
+        hurt=int(statistics.median(hurt)),
+        hurt_most=max(hurt),
+        met=int(statistics.median(each.met() for each in played)),
+    )
+
+
+def _scenario(fleet: Mapping[str, Place], plan: Plan, rate: float, seed: int) -> Scenario:
+    rng = random.Random(seed)  # noqa: S311 - a simulation, not a secret
+    devices = {}
+    for name, place in fleet.items():
+        drawn = traits(rng, _MIX, failure_rate=rate)
+        later = tuple(each for each in drawn.away if each[0] > 0)
+        away = later if place.online else ((0.0, rng.uniform(0.1, 4) * DAY), *later)
+        devices[name] = replace(drawn, away=away)
+    sites = {name: Site(place.site, affected=place.affected) for name, place in fleet.items()}
+    return Scenario(seed, devices, plan.stages, plan.limits, plan.soak_s, sites, tick_s=_TICK_S)
