@@ -299,9 +299,18 @@ def _canaries(rollout: Rollout, members: Sequence[Member], now: float) -> tuple[
         return ()
     if rollout.seats:
         return (Seat(tuple(each.device for each in idle[: rollout.seats])),)
-    gone = [each for each in members if each.wave == 1 and not each.replaced and _gone(each, now)]
-    replaceable = rollout.wave == 1 and gone and rollout.replaced < REPLACED_MAX
-    return (Replace(gone[0].device, idle[0].device),) if replaceable else ()
+    first = [each for each in members if each.wave == 1 and not each.replaced]
+    gone = [each for each in first if _gone(each, now)]
+    if rollout.wave == 0 or not gone or rollout.replaced == REPLACED_MAX or _enough(rollout, first, len(gone)):
+        return ()
+    return (Replace(gone[0].device, idle[0].device),)
+
+
+def _enough(rollout: Rollout, first: Sequence[Member], gone: int) -> bool:
+    """Tell whether the canaries that are left can meet the gate."""
+    counted = sum(each.counted for each in first)
+    failed = sum(each.outcome is Outcome.FAILED for each in first)
+    return len(first) - gone - failed >= max(1, rollout.limits.min_success.up(counted))
 
 
 def _fresh(member: Member) -> bool:
