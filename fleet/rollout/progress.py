@@ -102,7 +102,7 @@ class Observation(msgspec.Struct, frozen=True):
     Attributes:
         at: when the server had it, on its steady clock.
         sequence: grows with each report of the device, over reboots too.
-        generation: of the instance as the device signs it; 0 from an agent that does not say it.
+        generation: of the instance as the device signs it; None from an agent that does not say it.
         until: when the device goes on by itself, None where it does not say.
     """
 
@@ -113,7 +113,7 @@ class Observation(msgspec.Struct, frozen=True):
     attempt: int = 0
     assignment_sha256: str = ""
     manifest_sha256: str = ""
-    generation: int = 0
+    generation: int | None = None
     code: str = ""
     message: str = ""
     running: str = ""
@@ -135,7 +135,7 @@ class Expected(msgspec.Struct, frozen=True):
 
 def observe(member: Member, seen: Observation, expected: Expected) -> Member:
     """Return the member after a report of an open rollout; the same object where the report changes nothing."""
-    if member.offered_at is None or seen.attempt < member.attempt:
+    if member.offered_at is None or seen.attempt < member.attempt or seen.phase == Phase.IDLE:
         return member
     before = member if seen.attempt == member.attempt else _again(member, seen)
     outcome = _outcome(seen, expected)
@@ -169,7 +169,7 @@ def _outcome(seen: Observation, expected: Expected) -> Outcome | None:
     if ended and not seen.signed:
         return Outcome.UNPROVEN
     if seen.phase == Phase.COMMITTED:
-        unsaid = seen.generation == 0 and bool(expected.manifest_sha256)  # what was removed has no generation
+        unsaid = seen.generation is None and bool(expected.manifest_sha256)  # what was removed has no generation
         if unsaid and seen.assignment_sha256 in expected.assignments | {""}:
             return Outcome.UNPROVEN
         return Outcome.SUCCEEDED if expected.proven_by(seen) else None

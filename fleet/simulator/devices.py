@@ -219,7 +219,7 @@ class Device:
             attempt=self.order.attempt,
             assignment_sha256=self.order.sha256,
             manifest_sha256=(self.running if phase is Phase.COMMITTED else self.order.version) or "",
-            generation=0 if self.traits.mute or self.running is None else self.sequence,
+            generation=None if self.traits.mute or self.running is None else self.sequence,
             code=code or "",
             running=self.running or "",
         )

@@ -187,10 +187,9 @@ class Simulation:
         self.members = {each.device: each for each in step.members}
         for name in self.members if step.rollout.state not in OPEN_STATES else step.changed:
             self._order(name)
-        if step.actions:
-            self.steps.append(step)
-            if not self.rests or self.rests[-1][1].rollout.state is not step.rollout.state:
-                self.rests.append((self.now, step))
+        self.steps.append(step)
+        if not self.rests or self.rests[-1][1].rollout.state is not step.rollout.state:
+            self.rests.append((self.now, step))
         until = step.wait.until
         if until is not None and (self._wake is None or not self.now < self._wake <= until):
             self._wake = until

@@ -54,7 +54,7 @@ def test_a_commit_of_something_else_decides_nothing(lie):
     assert heard(report(Phase.COMMITTED, generation=9, **lie)) is WAITING
 
 
-@pytest.mark.parametrize("old", [{"generation": 0}, {"signed": False}, {"generation": 0, "assignment_sha256": ""}])
+@pytest.mark.parametrize("old", [{"generation": None}, {"signed": False}, {"generation": None, "assignment_sha256": ""}])
 def test_an_agent_that_does_not_sign_its_state_is_unproven(old):
     assert heard(report(Phase.COMMITTED, **old)).outcome is Outcome.UNPROVEN
 
@@ -64,7 +64,7 @@ def test_an_unsigned_refusal_is_no_failure():
 
 
 def test_a_removal_is_proven_by_its_assignment():
-    gone = report(Phase.COMMITTED, manifest_sha256="", generation=0)
+    gone = report(Phase.COMMITTED, manifest_sha256="", generation=None)
     assert heard(gone, expected=Expected(frozenset({"a1"}), "")).outcome is Outcome.SUCCEEDED
     assert heard(gone, expected=Expected(frozenset({"a9"}), "")).outcome is Outcome.WAITING
 

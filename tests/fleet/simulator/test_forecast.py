@@ -1,0 +1,31 @@
+"""Forecast of a plan over the fleet as it is."""
+
+from fleet.rollout.gates import Limits
+from fleet.rollout.members import Amount, parse_waves
+from fleet.simulator.forecast import Place, Plan, forecast
+
+FLEET = {f"d{number:02}": Place(online=number % 10 != 0) for number in range(40)}
+WAVES = Plan(parse_waves("1, 10%, 100%"), Limits())
+
+
+def test_a_version_that_fails_everywhere_hurts_the_canary_alone():
+    (bad,) = forecast(FLEET, WAVES, seed=1, rates=[1.0], runs=8)
+    assert (bad.halted, bad.wave, bad.hurt, bad.hurt_most) == (8, 1, 1, 1)
+
+
+def test_waves_hurt_fewer_devices_than_everybody_at_once():
+    no_limit = Amount(100, percent=True)
+    everybody = Plan(parse_waves("100%"), Limits(failures=no_limit, lost=no_limit))
+    (waves,) = forecast(FLEET, WAVES, seed=1, rates=[0.2], runs=8)
+    (at_once,) = forecast(FLEET, everybody, seed=1, rates=[0.2], runs=8)
+    assert at_once.hurt > 2 * waves.hurt_most
+    assert at_once.halted == 0
+
+
+def test_a_good_version_reaches_everybody_who_comes():
+    (good,) = forecast(FLEET, WAVES, seed=1, rates=[0.0], runs=8)
+    assert (good.hurt_most, good.met) == (0, 40)
+
+
+def test_a_forecast_is_made_again_from_its_seed():
+    assert forecast(FLEET, WAVES, seed=5, rates=[0.05], runs=5) == forecast(FLEET, WAVES, seed=5, rates=[0.05], runs=5)
