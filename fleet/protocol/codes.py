@@ -171,6 +171,13 @@ class PauseCause(StrEnum):
     FREEZE = "freeze"  # only the end of the freeze takes it away
 
 
+class OnBreach(StrEnum):
+    """Consequence of more failures than a gate allows."""
+
+    ROLLBACK = "rollback"
+    PAUSE = "pause"
+
+
 OPEN_STATES: Final = frozenset({RolloutState.RUNNING, RolloutState.PAUSED})
 """States of a rollout that still changes devices."""
 

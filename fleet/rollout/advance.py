@@ -18,10 +18,10 @@ from fleet.rollout.gates import (
     Offer,
     Open,
     Pause,
+    Promote,
     Replace,
     Revert,
     Rollout,
-    Seat,
     Succeed,
     Wait,
     Withdraw,
@@ -80,7 +80,7 @@ def advance(rollout: Rollout, members: Iterable[Member], now: float) -> Step:
 
 def apply(rollout: Rollout, members: dict[str, Member], action: Action, now: float) -> Rollout:
     """Change `members` as an action says, and return the rollout after it."""
-    if isinstance(action, Open | Seat | Replace | Offer | Withdraw | Mark):
+    if isinstance(action, Open | Promote | Replace | Offer | Withdraw | Mark):
         return _move(rollout, members, action, now)
     match action:
         case Pause(cause, _):
@@ -100,15 +100,15 @@ def apply(rollout: Rollout, members: dict[str, Member], action: Action, now: flo
 
 
 def _move(
-    rollout: Rollout, members: dict[str, Member], action: Open | Seat | Replace | Offer | Withdraw | Mark, now: float
+    rollout: Rollout, members: dict[str, Member], action: Open | Promote | Replace | Offer | Withdraw | Mark, now: float
 ) -> Rollout:
     """Apply what moves devices and not the state of the rollout."""
     match action:
         case Open(wave):
-            rollout = replace(rollout, wave=wave, seats=rollout.seats if wave == 1 else 0)
-        case Seat(devices):
+            rollout = replace(rollout, wave=wave, vacancies=rollout.vacancies if wave == 1 else 0)
+        case Promote(devices):
             members.update((device, replace(members[device], wave=1)) for device in devices)
-            rollout = replace(rollout, seats=rollout.seats - len(devices))
+            rollout = replace(rollout, vacancies=rollout.vacancies - len(devices))
         case Replace(device, by):
             gone = replace(members[device], replaced=True)
             members[device] = withdrawn(gone) if gone.outcome is Outcome.WAITING and gone.began_at is None else gone
@@ -149,7 +149,7 @@ def end(rollout: Rollout, members: dict[str, Member], state: RolloutState, *, ke
     """End a rollout without success, at once: nothing here waits for a device."""
     for each in after_end(state, tuple(members.values()), keep=keep):
         members[each.device] = each
-    return replace(rollout, state=state, causes=frozenset(), seats=0)
+    return replace(rollout, state=state, causes=frozenset(), vacancies=0)
 
 
 # -- acts of operators -------------------------------------------------------------------------------------------------

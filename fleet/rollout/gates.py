@@ -15,12 +15,11 @@ Absence is no verdict: a device that went away before its swap is `waiting`, fro
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final
 
 import msgspec
 
-from fleet.protocol.codes import OPEN_STATES, Outcome, PauseCause, RolloutState
+from fleet.protocol.codes import OPEN_STATES, OnBreach, Outcome, PauseCause, RolloutState
 from fleet.rollout.members import Amount
 from fleet.rollout.progress import FROM_SWAP, OPEN, UNDER_WAY, Member
 
@@ -38,13 +37,6 @@ _NAMED_MAX: Final = 3
 _TENTH: Final = Amount(10, percent=True)
 _HUNDREDTH: Final = Amount(1, percent=True)
 _TWENTIETH: Final = Amount(5, percent=True)
-
-
-class OnBreach(StrEnum):
-    """Consequence of more failures than a gate allows."""
-
-    ROLLBACK = "rollback"
-    PAUSE = "pause"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +77,7 @@ class Rollout(msgspec.Struct, frozen=True):
     Attributes:
         gates: one for each wave.
         wave: how many waves have been opened.
-        seats: places of wave 1 for the first devices that come online.
+        vacancies: places of wave 1 for the first devices that come online.
         replaced: canaries that went away and were replaced.
         causes: why it is paused; it runs when none is left.
         approved: waves whose gate somebody approved.
@@ -96,7 +88,7 @@ class Rollout(msgspec.Struct, frozen=True):
     gates: tuple[Gate, ...]
     limits: Limits = Limits()
     wave: int = 0
-    seats: int = 0
+    vacancies: int = 0
     replaced: int = 0
     causes: frozenset[PauseCause] = frozenset()
     approved: frozenset[int] = frozenset()
@@ -133,7 +125,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class Promote:
     """Move these devices, the first that came online, into wave 1."""
 
     devices: tuple[str, ...]
@@ -191,7 +183,7 @@ class Wait:
     until: float | None = None
 
 
-Action = Open | Offer | Withdraw | Mark | Seat | Replace | Pause | Revert | Succeed | Close | Wait
+Action = Open | Offer | Withdraw | Mark | Promote | Replace | Pause | Revert | Succeed | Close | Wait
 
 
 def decide(rollout: Rollout, members: Sequence[Member], now: float) -> tuple[Action, ...]:
@@ -290,15 +282,15 @@ def _paused(rollout: Rollout, members: Iterable[Member], now: float) -> tuple[Ac
 
 
 def _canaries(rollout: Rollout, members: Sequence[Member], now: float) -> tuple[Action, ...]:
-    """Fill the open seats of wave 1 with the first that come, and replace canaries that went away."""
+    """Fill the open vacancies of wave 1 with the first that come, and replace canaries that went away."""
     if rollout.wave > 1 or len(rollout.gates) == 1:
         return ()
     fresh = (each for each in members if each.wave > 1 and each.online and each.canary and _fresh(each))
     idle = sorted(fresh, key=lambda each: each.rank)
     if not idle:
         return ()
-    if rollout.seats:
-        return (Seat(tuple(each.device for each in idle[: rollout.seats])),)
+    if rollout.vacancies:
+        return (Promote(tuple(each.device for each in idle[: rollout.vacancies])),)
     first = [each for each in members if each.wave == 1 and not each.replaced]
     gone = [each for each in first if _gone(each, now)]
     if rollout.wave == 0 or not gone or rollout.replaced == REPLACED_MAX or _enough(rollout, first, len(gone)):
@@ -403,7 +395,7 @@ def _gate(rollout: Rollout, members: Sequence[Member], now: float) -> tuple[Acti
     inside = [each for each in members if each.wave == wave and each.counted and not each.replaced]
     if not any(each.counted or each.outcome is Outcome.UNPROVEN for each in members):
         return (Revert("no device is left that the change concerns"),)
-    mute = [] if inside or rollout.seats else [each for each in members if each.wave == wave and _mute(each)]
+    mute = [] if inside or rollout.vacancies else [each for each in members if each.wave == wave and _mute(each)]
     if mute:
         return (Pause(PauseCause.CANARY, f"no device of wave {wave} can answer: {_names(mute)} {mute[0].outcome}"),)
     held = _held(rollout, members, inside, now)
@@ -427,7 +419,7 @@ def _mute(member: Member) -> bool:
 def _held(rollout: Rollout, members: Sequence[Member], inside: Sequence[Member], now: float) -> Wait | Revert | None:
     """Return what keeps the gate of the present wave shut; None for nothing."""
     wave, until = rollout.wave, _next_silence(rollout, members, now)
-    if rollout.seats and not inside:
+    if rollout.vacancies and not inside:
         return Wait(f"wave {wave} waits for the first device that comes online", until=until)
     at_it = [each for each in inside if _holds(each)]
     if at_it:

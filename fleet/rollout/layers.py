@@ -276,7 +276,7 @@ def safe_value(
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What a device signed that it accepted, beside what the server signed last for it."""
+    """Assignment that a device signed to have accepted."""
 
     device: str
     accepted: int

@@ -131,13 +131,13 @@ class Draw:
     Attributes:
         stages: of the waves that are left; those without any device are dropped.
         order: every device, in the order of the draw.
-        seats: places in wave 1 that are open for the first devices that come online.
+        vacancies: places in wave 1 that are open for the first devices that come online.
     """
 
     waves: tuple[tuple[str, ...], ...]
     stages: tuple[Stage, ...]
     order: tuple[str, ...]
-    seats: int = 0
+    vacancies: int = 0
 
 
 def lot(seed: int, device: str) -> str:
@@ -148,10 +148,10 @@ def lot(seed: int, device: str) -> str:
 def draw(candidates: Iterable[Candidate], stages: Sequence[Stage], *, seed: int) -> Draw:
     """Give each device its wave. The last stage takes every device that no other took.
 
-    Wave 1 takes online devices only, unless it is the only wave. What it lacks are open seats.
+    Wave 1 takes online devices only, unless it is the only wave. What it lacks are open vacancies.
     """
     order = sorted(candidates, key=lambda each: (not each.online, lot(seed, each.device)))
-    rest, waves, kept, seats = order, [], [], 0
+    rest, waves, kept, vacancies = order, [], [], 0
     for number, stage in enumerate(stages):
         if number == len(stages) - 1:
             fit = rest
@@ -160,14 +160,14 @@ def draw(candidates: Iterable[Candidate], stages: Sequence[Stage], *, seed: int)
             fit = fit[: _room(stage, of=len(order) if stage.from_first else len(fit), taken=len(order) - len(rest))]
             if number == 0:
                 online = [each for each in fit if each.online]
-                seats, fit = len(fit) - len(online), online
-        if not fit and not (number == 0 and seats):
+                vacancies, fit = len(fit) - len(online), online
+        if not fit and not (number == 0 and vacancies):
             continue
         chosen = {each.device for each in fit}
         rest = [each for each in rest if each.device not in chosen]
         waves.append(tuple(each.device for each in fit))
         kept.append(stage)
-    return Draw(tuple(waves), tuple(kept), tuple(each.device for each in order), seats)
+    return Draw(tuple(waves), tuple(kept), tuple(each.device for each in order), vacancies)
 
 
 def _room(stage: Stage, *, of: int, taken: int) -> int:

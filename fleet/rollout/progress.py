@@ -29,11 +29,11 @@ class Member(msgspec.Struct, frozen=True):
 
     Attributes:
         wave: from 1; 0 for a device that is never offered the change.
-        rank: its place in the draw, which decides who takes an open seat of wave 1.
+        rank: its place in the draw, which decides who takes an open vacancy of wave 1.
         reason: why it is deferred, lost, not affected or unproven.
         until: when a deferred device goes on, by its own word.
         site: value of the label by which the budget counts; empty for none.
-        canary: whether it may take an open seat of wave 1.
+        canary: whether it may take an open vacancy of wave 1.
         attempt, sequence: of the newest report that counted; `decided` of the newest that decided.
         offered_at: when it was offered the change first; an offer that was withdrawn keeps it.
         began_at, moved_at: its first report; its newest one that showed progress.
@@ -169,7 +169,7 @@ def _outcome(seen: Observation, expected: Expected) -> Outcome | None:
     if ended and not seen.signed:
         return Outcome.UNPROVEN
     if seen.phase == Phase.COMMITTED:
-        unsaid = seen.generation is None and bool(expected.manifest_sha256)  # what was removed has no generation
+        unsaid = seen.generation is None and bool(expected.manifest_sha256)  # a removed instance has no generation
         if unsaid and seen.assignment_sha256 in expected.assignments | {""}:
             return Outcome.UNPROVEN
         return Outcome.SUCCEEDED if expected.proven_by(seen) else None

@@ -30,7 +30,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a change would be rolled out."""
+    """A change to be rolled out: its waves, limits and soak."""
 
     stages: tuple[Stage, ...]
     limits: Limits

@@ -2,7 +2,8 @@
 
 import random
 
-from fleet.rollout.gates import Limits, OnBreach
+from fleet.protocol.codes import OnBreach
+from fleet.rollout.gates import Limits
 from fleet.rollout.members import EVERYBODY, Amount, Stage, parse_waves
 from fleet.simulator.devices import DAY, HOUR, MINUTE, Mix, traits
 from fleet.simulator.simulation import OLD, Act, Scenario, Site

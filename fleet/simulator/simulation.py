@@ -69,7 +69,7 @@ Watcher = Callable[["Simulation", Step], None]
 
 
 class Simulation:
-    """One rollout.
+    """A rollout over simulated devices.
 
     Attributes:
         rollout, members: as the server has them; `rests` is when it came to each state.
@@ -167,7 +167,7 @@ class Simulation:
             for stage in drawn.stages
         )
         state = RolloutState.RUNNING if gates else RolloutState.REFUSED
-        return Rollout(state, gates, self.scenario.limits, seats=drawn.seats), members
+        return Rollout(state, gates, self.scenario.limits, vacancies=drawn.vacancies), members
 
     def _site(self, name: str) -> Site:
         return self.scenario.sites.get(name, Site())
@@ -260,7 +260,7 @@ class Simulation:
         heapq.heappush(self._queue, (at, self._count, happens))
 
     def _presence(self, name: str) -> None:
-        """A connection breaks or comes back."""
+        """Break a connection, or bring it back."""
         online = self.devices[name].traits.online(self.now)
         member = self.members[name]
         if online is member.online:
@@ -325,6 +325,6 @@ class Simulation:
             self._send(name, device.state(self.now))
 
     def _lie(self, name: str) -> None:
-        """Claims that prove nothing arrive, as from a hostile device or a confused agent."""
+        """Let claims arrive that prove nothing, as from a hostile device or a confused agent."""
         for report in self.devices[name].lie(self.now, NEW):
             self._hear(name, report)

@@ -28,7 +28,7 @@ from fleet.component import reader, wasi
 from fleet.evidence import provenance, query, sbom
 from fleet.protocol import assignment, codes, manifest, messages, names, operator_api, topics, trust_api, wire
 from fleet.protocol import names as bundle_layout
-from fleet.rollout import model
+from fleet.rollout import gates, model, progress
 from fleet.server import director as server_director
 from fleet.server import tuf_repository as server_repository
 from fleet.server.api import routes
@@ -245,6 +245,8 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
     "alert-kind": (codes.AlertKind,),
     "rollout-outcome": (codes.Outcome,),
     "rollout-state": (codes.RolloutState,),
+    "cause-of-a-pause": (codes.PauseCause,),
+    "consequence-of-a-breach": (codes.OnBreach,),
     "role-of-an-operator": (trust_api.Role,),
     "fleet-size": (rotation.Size,),
     "key-format": (keys.Format,),
@@ -256,9 +258,10 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
     "fleet-exit-code": (Exit,),
 }
 
-# Words between functions of one process.
+# Words and structs between functions of one process.
 INTERNAL: frozenset[type] = frozenset(
     {routes.Access, machine.Event, machine.Effect, probation.Verdict, plan.Act, plan.Gate}
+    | {gates.Rollout, progress.Expected, progress.Member, progress.Observation}
 )
 
 # stable name -> words that are constants

@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from fleet.protocol.codes import Outcome, PauseCause, RolloutState
+from fleet.protocol.codes import OnBreach, Outcome, PauseCause, RolloutState
 from fleet.rollout.advance import advance, approve, end, pause, resume, unfreeze
 from fleet.rollout.gates import (
     CANARY_AWAY_S,
@@ -11,12 +11,11 @@ from fleet.rollout.gates import (
     Gate,
     Limits,
     Mark,
-    OnBreach,
     Pause,
+    Promote,
     Replace,
     Revert,
     Rollout,
-    Seat,
     Wait,
     Withdraw,
     decide,
@@ -297,14 +296,14 @@ def test_canaries_that_cannot_prove_anything_pause_the_rollout():
 
 
 def test_with_nobody_online_the_first_that_come_are_the_canaries():
-    it, away = rollout(seats=2), many("a", 2, 5, online=False)
+    it, away = rollout(vacancies=2), many("a", 2, 5, online=False)
     step, by = after(it, away)
     assert {each.outcome for each in by.values()} == {PENDING}
     assert "waits for the first device that comes online" in step.wait.reason
     back = [replace(each, online_since=NOW) if each.device == "a003" else each for each in step.members]
     step, by = after(step.rollout, back)
-    assert [each for each in step.actions if isinstance(each, Seat)] == [Seat(("a003",))]
-    assert (by["a003"].wave, by["a003"].outcome, step.rollout.seats) == (1, WAITING, 1)
+    assert [each for each in step.actions if isinstance(each, Promote)] == [Promote(("a003",))]
+    assert (by["a003"].wave, by["a003"].outcome, step.rollout.vacancies) == (1, WAITING, 1)
 
 
 # -- limits at once ---------------------------------------------------------------------------------------------------

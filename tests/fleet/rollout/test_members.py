@@ -72,8 +72,8 @@ def test_the_same_seed_draws_the_same_wherever_devices_stand_in_the_list():
 
 def test_with_nobody_online_wave_1_has_open_seats():
     drawn = draw(candidates(0, 5), parse_waves("2, 100%"), seed=1)
-    assert (sizes(drawn), drawn.seats) == ((0, 5), 2)
-    assert draw(candidates(0, 5), parse_waves("100%"), seed=1).seats == 0, "a single wave is for everybody at once"
+    assert (sizes(drawn), drawn.vacancies) == ((0, 5), 2)
+    assert draw(candidates(0, 5), parse_waves("100%"), seed=1).vacancies == 0, "a single wave is for everybody at once"
 
 
 def test_stages_select_by_labels_and_the_last_takes_the_rest():
@@ -97,4 +97,4 @@ def test_every_device_is_in_one_wave(online, away, text, seed):
     placed = [device for wave in drawn.waves for device in wave]
     assert sorted(placed) == sorted(each.device for each in candidates(online, away))
     assert len(drawn.stages) == len(drawn.waves)
-    assert all(drawn.waves[1 if drawn.seats else 0 :])
+    assert all(drawn.waves[1 if drawn.vacancies else 0 :])

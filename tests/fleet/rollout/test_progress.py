@@ -54,7 +54,9 @@ def test_a_commit_of_something_else_decides_nothing(lie):
     assert heard(report(Phase.COMMITTED, generation=9, **lie)) is WAITING
 
 
-@pytest.mark.parametrize("old", [{"generation": None}, {"signed": False}, {"generation": None, "assignment_sha256": ""}])
+@pytest.mark.parametrize(
+    "old", [{"generation": None}, {"signed": False}, {"generation": None, "assignment_sha256": ""}]
+)
 def test_an_agent_that_does_not_sign_its_state_is_unproven(old):
     assert heard(report(Phase.COMMITTED, **old)).outcome is Outcome.UNPROVEN
 
