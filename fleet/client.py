@@ -368,6 +368,30 @@ class Client:
         """Pause, resume or abort a rollout."""
         return self._send(operator_api.RolloutView, "POST", f"/v1/rollouts/{_quoted(rollout)}/{verb}", None)
 
+    def abort(self, rollout: str, *, keep: bool) -> operator_api.RolloutView:
+        """Abort a rollout; with `keep` devices that have the version stay there, pinned."""
+        body = operator_api.AbortRequest(keep=keep)
+        return self._send(operator_api.RolloutView, "POST", f"/v1/rollouts/{_quoted(rollout)}/abort", body)
+
+    def cancel_device(self, rollout: str, device: str) -> operator_api.RolloutView:
+        """Leave one device out of a rollout."""
+        body = operator_api.CancelRequest(device=device)
+        return self._send(operator_api.RolloutView, "POST", f"/v1/rollouts/{_quoted(rollout)}/cancel-device", body)
+
+    def freezes(self) -> operator_api.Freezes:
+        """List the freezes in force."""
+        return self._get(operator_api.Freezes, "/v1/freezes")
+
+    def freeze(self, group: str, reason: str) -> operator_api.Freezes:
+        """Pause every rollout of a group (empty: of the fleet), and refuse new ones."""
+        return self._send(
+            operator_api.Freezes, "POST", "/v1/freeze", operator_api.FreezeRequest(group=group, reason=reason)
+        )
+
+    def unfreeze(self, group: str) -> operator_api.Freezes:
+        """End a freeze."""
+        return self._send(operator_api.Freezes, "POST", "/v1/unfreeze", operator_api.UnfreezeRequest(group=group))
+
     def undo(self, request: operator_api.UndoRequest) -> operator_api.RolloutView:
         """Offer the previous state again."""
         return self._send(operator_api.RolloutView, "POST", "/v1/undo", request)

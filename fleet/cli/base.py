@@ -28,16 +28,18 @@ class Exit(IntEnum):
     USAGE = 2
     UNREACHABLE = 3
     REFUSED = 4
+    NOTHING_AFFECTED = 5
     BUG = 70
     INTERRUPTED = 130
 
 
 EXIT_CODES: Final = (
     (Exit.OK, "done, or the rollout succeeded"),
-    (Exit.FAILED, "tried and failed: a rollout halted, aborted or rolled back"),
+    (Exit.FAILED, "tried and failed: a rollout was reverted, aborted or revoked"),
     (Exit.USAGE, "wrong options or bad input: nothing was changed"),
     (Exit.UNREACHABLE, "the server cannot be reached"),
     (Exit.REFUSED, "the server refused: unknown, conflicting or not allowed"),
+    (Exit.NOTHING_AFFECTED, "the rollout was refused: it would change nothing on any device"),
     (Exit.INTERRUPTED, "interrupted; a rollout that was being followed goes on"),
 )
 

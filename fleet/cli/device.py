@@ -436,6 +436,8 @@ def status(options: Options) -> Exit:
     if rows:
         output.console().print()
         output.table(("ROLE", "VERSION", "EXPIRES"), rows, empty="")
+    for each in answer.waiting:
+        click.echo(click.style("waiting: ", bold=True) + each)
     for problem in answer.problems:
         click.echo(click.style("problem: ", fg="yellow", bold=True) + problem)
     return Exit.OK

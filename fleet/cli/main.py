@@ -44,7 +44,9 @@ SECTIONS: Final[Sections] = {
     },
     "Rollouts": {
         "rollouts": Entry("fleet.cli.rollout:rollouts", "List the rollouts, newest first"),
-        "rollout": Entry("fleet.cli.rollout:rollout", "Show, follow, pause, resume or abort a rollout"),
+        "rollout": Entry("fleet.cli.rollout:rollout", "Show, follow, steer or simulate a rollout"),
+        "freeze": Entry("fleet.cli.rollout:freeze", "Pause every rollout and refuse new ones"),
+        "unfreeze": Entry("fleet.cli.rollout:unfreeze", "End a freeze"),
         "bundle": Entry("fleet.cli.bundle:bundles", "Carry updates to devices that no network reaches"),
         "undo": Entry("fleet.cli.rollout:undo", "Offer the previous state again"),
         "remove": Entry("fleet.cli.rollout:remove", "Remove an instance from a group or a device"),

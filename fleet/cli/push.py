@@ -6,7 +6,9 @@ file, and the devices' properties from their reports.
 
 import contextlib
 import difflib
+import secrets
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,10 +26,11 @@ from fleet.cli.secret import check_needed
 from fleet.cli.trust_store import TrustStore
 from fleet.client import Client
 from fleet.protocol import operator_api, outbound
+from fleet.protocol.codes import OnBreach
 from fleet.protocol.manifest import Grants, Manifest
 from fleet.protocol.names import BadNameError, TargetName, check_label
 from fleet.protocol.operator_api import DeviceRow, Excluded, Preflight, RolloutRequest
-from fleet.rollout import model
+from fleet.rollout import members
 
 _PROGRESS_FROM_BYTES: Final = 256 * 1024
 
@@ -72,10 +75,9 @@ _DEPLOY: Final = (
     ),
     click.option(
         "--waves",
-        default="1, 100%",
+        default="",
         metavar="SIZES",
-        show_default=True,
-        help="Size of each wave, as a number or share of the devices",
+        help="Size of each wave, as a number or share of the devices  [by the size of the group: '1, 10%, 100%']",
     ),
     click.option(
         "--soak",
@@ -83,15 +85,45 @@ _DEPLOY: Final = (
         type=click.IntRange(0),
         metavar="SECONDS",
         show_default=True,
-        help="Seconds that a wave must be healthy before the next",
+        help="Seconds from the success that meets a wave's gate to the next wave",
+    ),
+    click.option(
+        "--min-success",
+        default="",
+        metavar="N|P%",
+        help="Devices of each wave that must succeed before the next  [10%, at least 1]",
     ),
     click.option(
         "--failures",
+        default="",
+        metavar="N|P%",
+        help="Devices of each wave that may fail  [0 in wave 1, then 1%]",
+    ),
+    click.option(
+        "--max-lost",
+        default="",
+        metavar="N|P%",
+        help="Devices of each wave that may be lost, silent in their swap, before it pauses  [0 in wave 1, then 5%]",
+    ),
+    click.option(
+        "--on-breach",
+        type=click.Choice([str(each) for each in OnBreach]),
+        default=str(OnBreach.ROLLBACK),
+        show_default=True,
+        help="When more devices fail: take every device back, or pause",
+    ),
+    click.option(
+        "--at-once",
         default=0,
         type=click.IntRange(0),
         metavar="N",
-        show_default=True,
-        help="Number of devices that may fail before the rollout halts",
+        help="Devices in progress at any time  [no limit]",
+    ),
+    click.option(
+        "--catch-up",
+        default="",
+        metavar="N|P%",
+        help="Devices in progress at any time of those that come after the rollout succeeded  [5%, at least 1]",
     ),
     click.option(
         "--timeout",
@@ -99,8 +131,20 @@ _DEPLOY: Final = (
         type=click.IntRange(10),
         metavar="SECONDS",
         show_default=True,
-        help="Seconds that a device may take",
+        help="Seconds without progress after which an online device is passed over as stuck",
     ),
+    click.option("--seed", type=click.IntRange(0), metavar="N", help="Draw the canaries by this seed  [a new one]"),
+    click.option(
+        "--at",
+        "starts_at",
+        type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%MZ", "%Y-%m-%dT%H:%M"]),
+        metavar="TIME",
+        help="Begin at this time (UTC), such as 2026-12-01T02:00",
+    ),
+    click.option(
+        "--supersede", is_flag=True, help="Take the place of an open rollout although the configuration changes"
+    ),
+    click.option("--allow-empty", is_flag=True, help="Succeed even where the change concerns no device"),
     click.option("--config", multiple=True, metavar="KEY=VALUE", help="Set a configuration value; repeatable"),
     click.option(
         "--port",
@@ -299,10 +343,24 @@ def _request(component: str, target: str, how: dict[str, Any]) -> operator_api.R
         port=how["port"],
         share_worker=how["share_worker"],
         soak_s=how["soak"],
-        failures=how["failures"],
+        min_success=how["min_success"],
+        failures=how["failures"] or None,
+        max_lost=how["max_lost"],
+        on_breach=OnBreach(how["on_breach"]),
+        at_once=how["at_once"],
+        catch_up=how["catch_up"],
         timeout_s=how["timeout"],
+        seed=how["seed"],
+        starts_at=_utc(how["starts_at"]),
+        allow_empty=how["allow_empty"],
+        supersede=how["supersede"],
         note=how["note"],
     )
+
+
+def _utc(at: datetime | None) -> datetime | None:
+    """Take a time without a zone for UTC."""
+    return at if at is None or at.tzinfo is not None else at.replace(tzinfo=UTC)
 
 
 def _check_where(how: dict[str, Any]) -> None:
@@ -312,8 +370,12 @@ def _check_where(how: dict[str, Any]) -> None:
     try:
         if how["instance"]:
             check_label(how["instance"], "instance")
-        model.parse(how["waves"])
-    except (BadNameError, model.BadWavesError) as error:
+        if how["waves"]:
+            members.parse_waves(how["waves"])
+        for option in ("min_success", "failures", "max_lost", "catch_up"):
+            if how[option]:
+                members.Amount.parse(how[option])
+    except (BadNameError, members.BadWavesError) as error:
         raise Fault(str(error)) from None
 
 
@@ -362,15 +424,19 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
     excluded = tuple(
         entry for device in devices if (entry := unfit(device, manifest) or lacking.get(device.id)) is not None
     )
+    seed = secrets.randbelow(1 << 31) if request.seed is None else request.seed
     preflight = Preflight(
         waves=_waves(
-            request.waves, [device for device in devices if device.id not in {each.device for each in excluded}]
+            request.waves,
+            seed,
+            [device for device in devices if device.id not in {each.device for each in excluded}],
         ),
         excluded=excluded,
         new_grants=new_grants(manifest.grants, None if before is None else before.manifest.grants),
         previous=previous,
-        warnings=tuple(
-            f"{device.id} is offline and gets it when it reconnects" for device in devices if not device.online
+        warnings=(
+            *(f"{device.id} is offline and gets it when it reconnects" for device in devices if not device.online),
+            f"the waves are drawn: --seed {seed} draws these",
         ),
     )
     if options.json:
@@ -439,14 +505,14 @@ def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:
     )
 
 
-def _waves(text: str, devices: Sequence[DeviceRow]) -> tuple[tuple[str, ...], ...]:
+def _waves(text: str, seed: int, devices: Sequence[DeviceRow]) -> tuple[tuple[str, ...], ...]:
+    """Draw the waves as the server would with this seed."""
+    candidates = [members.Candidate(row.id, row.online, row.labels) for row in devices]
     try:
-        parsed = model.parse(text)
-    except model.BadWavesError as error:
+        stages = members.parse_waves(text or members.default_waves(len(devices)))
+    except members.BadWavesError as error:
         raise Fault(str(error)) from None
-    order = model.order({device.id: device.online for device in devices})
-    reached = model.sizes(parsed, len(order))
-    return tuple(order[start:end] for start, end in zip((0, *reached), reached, strict=False))
+    return members.draw(candidates, stages, seed=seed).waves
 
 
 def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, preflight: Preflight) -> None:

@@ -6,7 +6,8 @@ Following goes on after a restart of the server: the rollout is in its database 
 
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.console import Group
@@ -38,7 +39,11 @@ _STEPS: Final = {
 }
 _ALL_STEPS: Final = 7
 _DETAILS_MAX: Final = 5
-_DECIDED: Final = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED})
+_DECIDED: Final = frozenset(
+    {Outcome.SUCCEEDED, Outcome.FAILED, Outcome.NOT_AFFECTED, Outcome.REVERTED, Outcome.SUPERSEDED}
+)
+_COUNTED_NOT: Final = frozenset({Outcome.NOT_AFFECTED, Outcome.UNPROVEN})
+_FOLLOWED: Final = OPEN_STATES | {RolloutState.SCHEDULED}
 
 
 @command("rollouts", examples="fleet rollouts\nfleet rollouts --group edge-eu --limit 5 --json")
@@ -86,7 +91,7 @@ class _RolloutGroup(click.Group):
 
 @click.group("rollout", cls=_RolloutGroup, epilog="`fleet rollout 7` is short for `fleet rollout show 7`.")
 def rollout() -> None:
-    """Show, follow, pause, resume or abort a rollout, by its number or id."""
+    """Show, follow, steer or simulate a rollout, by its number or id."""
 
 
 @command("show", examples="fleet rollout 7\nfleet rollout 7 --follow")
@@ -111,7 +116,21 @@ def show(options: Options, *, number: str, following: bool) -> Exit:
         output.table(("  DEVICE", "WAVE", "STATE"), rows, empty="  no devices")
     click.echo()
     reason = output.first_line(view.reason)
-    output.facts([("state", str(view.state)), ("reason", reason), ("by", view.by), ("note", view.note)])
+    causes = ", ".join(view.causes)
+    output.facts(
+        [
+            ("state", f"{view.state} ({causes})" if causes else str(view.state)),
+            ("reason", reason),
+            ("waits for", _waits_for(view)),
+            (
+                "queue",
+                f"closed: {view.queue_closed}; 'fleet rollout resume {view.number}'" if view.queue_closed else "",
+            ),
+            ("seed", str(view.seed)),
+            ("by", view.by),
+            ("note", view.note),
+        ]
+    )
     return Exit.OK
 
 
@@ -139,11 +158,148 @@ rollout.add_command(_verb("resume", "goes on", "Continue a paused rollout."))
 
 rollout.add_command(
     _verb(
-        "abort",
-        "is aborted: its devices are offered what they had before",
-        "End a rollout and return its devices to what they had before.",
+        "approve",
+        "is approved: the next wave follows",
+        "Approve the gate of a wave whose stage wants a second person.",
     )
 )
+
+
+@command("abort", examples="fleet rollout abort 7\nfleet rollout abort 7 --keep")
+@click.argument("number", shell_complete=operator.rollouts)
+@click.option("--keep", is_flag=True, help="Leave devices that have the version where they are, as pins")
+def abort(options: Options, *, number: str, keep: bool) -> None:
+    """End a rollout and return its devices to what they had before."""
+    with connect(options) as client:
+        view = client.abort(number, keep=keep)
+    if not keep:
+        output.result(options, view, f"Rollout {view.number} is aborted: its devices are offered what they had before.")
+        return
+    kept = ", ".join(each.device for each in view.devices if each.outcome is Outcome.SUCCEEDED) or "none"
+    output.result(options, view, f"Rollout {view.number} is aborted; pinned where they are: {kept}.")
+
+
+@command("retry", examples="fleet rollout retry 7")
+@click.argument("number", shell_complete=operator.rollouts)
+@click.option("--detach", is_flag=True, help="Return at once instead of following the rollout")
+def retry(options: Options, *, number: str, detach: bool) -> Exit:
+    """Begin a reverted rollout once more, at wave 1.
+
+    Devices that had refused the version try it again.
+    """
+    with connect(options) as client:
+        return finish(client, client.act(number, "retry"), options, detach=detach)
+
+
+@command("cancel-device", examples="fleet rollout cancel-device 7 gate-7-1f2e3d4c")
+@click.argument("number", shell_complete=operator.rollouts)
+@click.argument("device", shell_complete=operator.devices)
+def cancel_device(options: Options, *, number: str, device: str) -> None:
+    """Leave one device out of a rollout.
+
+    The device keeps, or goes back to, what it had before.
+    """
+    with connect(options) as client:
+        view = client.cancel_device(number, device)
+    output.result(options, view, f"Rollout {view.number} goes on without {device}.")
+
+
+for _each in (abort, retry, cancel_device):
+    rollout.add_command(_each)
+
+
+@command("freeze", examples="fleet freeze --reason 'trade fair'\nfleet freeze --group edge-eu --reason 'night shift'")
+@click.option(
+    "--group", default="", shell_complete=operator.groups, metavar="NAME", help="Freeze this group  [the fleet]"
+)
+@click.option("--reason", required=True, metavar="TEXT", help="Say why, for everybody who meets the freeze")
+def freeze(options: Options, *, group: str, reason: str) -> None:
+    """Pause every rollout and refuse new ones, until 'fleet unfreeze'.
+
+    Aborts, withdrawals of releases and their consequences pass.
+    """
+    with connect(options) as client:
+        answer = client.freeze(group, reason)
+    output.result(options, answer, f"{group or 'The fleet'} is frozen: {reason}.")
+
+
+@command("unfreeze", examples="fleet unfreeze\nfleet unfreeze --group edge-eu")
+@click.option("--group", default="", shell_complete=operator.groups, metavar="NAME", help="Of this group  [the fleet]")
+def unfreeze(options: Options, *, group: str) -> None:
+    """End a freeze: what it paused goes on."""
+    with connect(options) as client:
+        answer = client.unfreeze(group)
+    output.result(options, answer, f"{group or 'The fleet'} is no longer frozen.")
+
+
+@command(
+    "simulate",
+    examples="fleet rollout simulate --group edge-eu\n"
+    "fleet rollout simulate --group edge-eu --waves '1, 10%, 100%' --soak 600 --seed 7",
+)
+@click.option("--group", required=True, shell_complete=operator.groups, metavar="NAME", help="Play over this group")
+@click.option(
+    "--waves", default="", metavar="SIZES", help="Size of each wave  [by the size of the group: '1, 10%, 100%']"
+)
+@click.option("--soak", default=0, type=click.IntRange(0), metavar="SECONDS", help="Soak of each wave  [0]")
+@click.option("--failures", default="", metavar="N|P%", help="Devices of each wave that may fail")
+@click.option("--max-lost", default="", metavar="N|P%", help="Devices of each wave that may be lost")
+@click.option("--min-success", default="", metavar="N|P%", help="Devices of each wave that must succeed")
+@click.option("--at-once", default=0, type=click.IntRange(0), metavar="N", help="Devices in progress at any time")
+@click.option("--seed", default=1, type=click.IntRange(0), show_default=True, metavar="N", help="Play by this seed")
+@click.option(
+    "--runs",
+    default=20,
+    type=click.IntRange(1, 1000),
+    show_default=True,
+    metavar="N",
+    help="Runs for each failure rate",
+)
+def simulate(options: Options, *, group: str, waves: str, soak: int, seed: int, runs: int, **limits: Any) -> None:
+    """Play a plan over a group and show when it would halt.
+
+    Nothing is changed: the simulated devices are slow, flap, reboot and go away by a seed, and a version that fails on
+    a share of them is rolled out by the decisions of the server.
+    """
+    from fleet.rollout import members  # noqa: PLC0415 - not for --help
+    from fleet.rollout.decide import Limits  # noqa: PLC0415
+    from fleet.simulator.forecast import Place, Plan, forecast  # noqa: PLC0415
+
+    with connect(options) as client:
+        rows = [row for row in client.devices().devices if group in row.groups and not row.revoked]
+    if not rows:
+        raise Fault(f"the group {group!r} has no devices", "", "'fleet groups' lists the groups", code=Exit.REFUSED)
+    try:
+        stages = members.parse_waves(waves or members.default_waves(len(rows)))
+        asked = Limits(
+            min_success=members.Amount.parse(limits["min_success"] or "10%"),
+            failures=members.Amount.parse(limits["failures"]) if limits["failures"] else None,
+            lost=members.Amount.parse(limits["max_lost"]) if limits["max_lost"] else None,
+            at_once=limits["at_once"],
+        )
+    except members.BadWavesError as error:
+        raise Fault(str(error)) from None
+    found = forecast({row.id: Place(row.online) for row in rows}, Plan(stages, asked, soak), seed=seed, runs=runs)
+    if options.json:
+        output.show_json([asdict(each) for each in found])
+        return
+    columns = ("FAILS ON", "HALTS", "IN WAVE", "AFTER", "HURT", "AT MOST", "MET IT")
+    table = [
+        (
+            f"{each.rate:.0%}",
+            f"{each.halted} of {each.runs}",
+            str(each.wave or "-"),
+            f"{each.after_s / 60:.0f} min",
+            str(each.hurt),
+            str(each.hurt_most),
+            f"{each.met} of {len(rows)}",
+        )
+        for each in found
+    ]
+    output.table(columns, table, empty="")
+
+
+rollout.add_command(simulate)
 
 
 @command("undo", examples="fleet undo\nfleet undo 7\nfleet undo --group edge-eu --detach")
@@ -157,10 +313,9 @@ rollout.add_command(
 )
 @click.option(
     "--waves",
-    default="1, 100%",
-    show_default=True,
+    default="",
     metavar="SIZES",
-    help="Size of each wave, as a number or share of the devices",
+    help="Size of each wave, as a number or share of the devices  [by the size of the group]",
 )
 @click.option("--detach", is_flag=True, help="Return at once instead of following the rollout")
 def undo(options: Options, *, number: str, group: str, waves: str, detach: bool) -> Exit:
@@ -233,15 +388,22 @@ def follow(client: "Client", view: RolloutView, options: Options) -> Exit:
     return conclude(view, options)
 
 
+def exit_code(view: RolloutView) -> Exit:
+    """Return the exit code for the state of a rollout."""
+    if view.state is RolloutState.REFUSED:
+        return Exit.NOTHING_AFFECTED
+    return Exit.OK if view.state in {RolloutState.SUCCEEDED, RolloutState.SCHEDULED} else Exit.FAILED
+
+
 def conclude(view: RolloutView, options: Options) -> Exit:
     """Print the outcome of a decided rollout, and return its exit code."""
     if options.json:
         output.show_json(view)
-        return Exit.OK if view.state is RolloutState.SUCCEEDED else Exit.FAILED
+        return exit_code(view)
     if view.state is RolloutState.SUCCEEDED:
         output.say(options, summary(view))
         return Exit.OK
-    bad = [entry for entry in view.devices if entry.outcome in {Outcome.FAILED, Outcome.REFUSED}]
+    bad = [entry for entry in view.devices if entry.outcome is Outcome.FAILED]
     for entry in bad[:_DETAILS_MAX]:
         click.echo(f"\n{entry.device}:", err=True)
         for line in _details(entry):
@@ -251,7 +413,7 @@ def conclude(view: RolloutView, options: Options) -> Exit:
         f"rollout {view.number} {view.state}",
         reason or "the rollout did not reach every device",
         _next_step(view),
-        code=Exit.FAILED,
+        code=exit_code(view),
     )
 
 
@@ -264,7 +426,7 @@ def _details(entry: RolloutDevice) -> list[str]:
 def revisions(client: "Client", view: RolloutView) -> Iterator[RolloutView]:
     """Yield the rollout now and after each change, until it is decided."""
     yield view
-    while view.state in OPEN_STATES:
+    while view.state in _FOLLOWED:
         latest = operator.patiently(functools.partial(client.rollout, view.id, wait_s=POLL_S, since=view.revision))
         if latest.revision > view.revision:
             view = latest
@@ -282,7 +444,7 @@ def _lines(client: "Client", view: RolloutView) -> RolloutView:
             if entry.outcome is not Outcome.PENDING and seen.get(entry.device) != line:
                 seen[entry.device] = line
                 click.echo(f"  {line}")
-        if view.state not in states and view.state in OPEN_STATES:
+        if view.state not in states and view.state in _FOLLOWED:
             click.echo(f"  {view.state}{': ' + output.first_line(view.reason) if view.reason else ''}")
         states = {view.state}
     return view
@@ -319,7 +481,7 @@ def bar(entry: RolloutDevice) -> ProgressBar:
     match entry.outcome:
         case Outcome.SUCCEEDED:
             done, style = float(_ALL_STEPS), "green"
-        case Outcome.FAILED | Outcome.REFUSED:
+        case Outcome.FAILED:
             done, style = float(_ALL_STEPS), "red"
         case _:
             done, style = steps(entry), "cyan"
@@ -352,19 +514,36 @@ def progress_of(entry: RolloutDevice) -> str:
             took = f" in {_seconds(entry)}" if _seconds(entry) else ""
             unexercised = "" if entry.exercised else ", with few calls so far"
             return f"succeeded{took}{unexercised}"
-        case Outcome.FAILED | Outcome.REFUSED:
+        case Outcome.FAILED:
             code = f" ({entry.code})" if entry.code is not None else ""
             return f"rolled back{code}" if entry.phase is Phase.ROLLED_BACK else f"{entry.outcome}{code}"
         case Outcome.IN_PROGRESS if entry.phase is not None:
             percent = f" {entry.progress} %" if entry.progress is not None else ""
             retry = f", retrying: {output.first_line(entry.message)}" if entry.retrying and entry.message else ""
             return f"{entry.phase}{percent}{retry}"
-        case Outcome.WAITING:
-            return "waiting" if entry.online else "waiting: the device is offline"
-        case Outcome.DEFERRED:
-            return f"deferred: {output.first_line(entry.message)}" if entry.message else "deferred"
+        case Outcome.WAITING | Outcome.DEFERRED | Outcome.LOST | Outcome.NOT_AFFECTED | Outcome.UNPROVEN:
+            return _standing_apart(entry)
         case _:
             return str(entry.outcome)
+
+
+def _reopen(view: RolloutView) -> str:
+    return f"'fleet rollout resume {view.number}' opens it"
+
+
+def _waits_for(view: RolloutView) -> str:
+    """Name the devices that a rollout waits for."""
+    more = view.waits - len(view.waits_for)
+    return ", ".join(view.waits_for) + (f" and {more} more" if more > 0 else "")
+
+
+def _standing_apart(entry: RolloutDevice) -> str:
+    """Describe a device that waits, or that does not count."""
+    if entry.outcome is Outcome.WAITING:
+        what = "goes back to what it had before" if entry.returning else "waiting"
+        return what if entry.online else f"{what}: the device is offline"
+    why = (entry.message or entry.reason) if entry.outcome is Outcome.DEFERRED else entry.reason
+    return f"{entry.outcome}: {output.first_line(why)}" if why else str(entry.outcome)
 
 
 def summary(view: RolloutView) -> str:
@@ -376,7 +555,10 @@ def summary(view: RolloutView) -> str:
         took = f" after {(view.ended_at - view.created_at).total_seconds():.1f} s"
     verb = f"run {output.target(view.target)}" if view.target else f"no longer run {view.instance}"
     rest = f"; not yet: {', '.join(stragglers)}" if stragglers else ""
-    return f"Rollout {view.number} succeeded{took}: {len(done)} of {len(view.devices)} devices {verb}{rest}"
+    counted = [board for board in view.devices if board.outcome not in _COUNTED_NOT]
+    left_out = len(view.devices) - len(counted)
+    rest += f"; not affected or unproven: {left_out}" if left_out else ""
+    return f"Rollout {view.number} succeeded{took}: {len(done)} of {len(counted)} devices {verb}{rest}"
 
 
 def _seconds(entry: RolloutDevice) -> str:
@@ -386,9 +568,11 @@ def _seconds(entry: RolloutDevice) -> str:
 
 
 def _next_step(view: RolloutView) -> str:
-    failed = [entry.device for entry in view.devices if entry.outcome in {Outcome.FAILED, Outcome.REFUSED}]
+    failed = [entry.device for entry in view.devices if entry.outcome is Outcome.FAILED]
     if failed:
         return f"run 'fleet why {failed[0]}'"
+    if view.state is RolloutState.REFUSED:
+        return "add --allow-empty to settle it for devices that come later"
     if view.state is RolloutState.SUPERSEDED:
         return "see 'fleet rollouts' for the rollout that replaced it"
     return f"run 'fleet rollout {view.number}'"
@@ -398,7 +582,7 @@ def finish(client: "Client", view: RolloutView, options: Options, *, detach: boo
     """Follow a rollout that was just started, or print how to follow it."""
     if not detach:
         return follow(client, view, options)
-    if view.state not in OPEN_STATES:
+    if view.state not in _FOLLOWED:
         return conclude(view, options)
     output.result(options, view, f"{title(view)}\nFollow it with 'fleet rollout {view.number} --follow'.")
     return Exit.OK

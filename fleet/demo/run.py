@@ -125,13 +125,13 @@ def acts_table(acts: Sequence["Step"]) -> Table:
 
 def result_of(act: "Step") -> str:
     """Describe the result of a step in words."""
-    if act.rollout.state is not RolloutState.HALTED:
+    if act.rollout.state is not RolloutState.REVERTED:
         return str(act.rollout.state)
     back = [each for each in act.rollout.devices if each.phase is Phase.ROLLED_BACK]
     if back:
         code = f" ({back[0].code})" if back[0].code is not None else ""
-        return f"rolled back{code}, halted before the 2nd device"
-    return "halted"
+        return f"rolled back{code}, reverted before the 2nd device"
+    return "reverted"
 
 
 def lost_of(act: "Step") -> str:
@@ -140,7 +140,7 @@ def lost_of(act: "Step") -> str:
         return "-"
     total = act.total
     trapped = sum(count for status, count in total.by_status.items() if status >= _SERVER_ERROR)
-    own = act.rollout.state is RolloutState.HALTED and total.lost == trapped and trapped
+    own = act.rollout.state is RolloutState.REVERTED and total.lost == trapped and trapped
     return f"{total.lost:,} by its trap" if own else f"{total.lost:,}"
 
 

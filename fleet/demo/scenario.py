@@ -231,9 +231,9 @@ def judge(scenario: Scenario, devices: Sequence[DemoDevice]) -> list[tuple[str, 
         ("v3 was rolled back on the first device", len(bad) == 1 and bad[0].phase is Phase.ROLLED_BACK),
         ("only requests that v3 itself trapped on saw an error", _only_server_errors(first)),
         (
-            "v3 was halted before the second device",
+            "v3 was reverted before the second device",
             v3.exit_code == 1
-            and v3.rollout.state is RolloutState.HALTED
+            and v3.rollout.state is RolloutState.REVERTED
             and len(spared) == 1
             and all(device.offered_at is None for device in spared)
             and all(v3.load[device.device].by_version["3"] == 0 for device in spared),

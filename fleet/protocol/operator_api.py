@@ -30,7 +30,7 @@ from fleet.protocol.bounds import (
     Word,
     Words,
 )
-from fleet.protocol.codes import AlertKind, Outcome, Phase, RejectCode, RolloutState
+from fleet.protocol.codes import AlertKind, OnBreach, Outcome, PauseCause, Phase, RejectCode, RolloutState
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Health, InstanceHealth, Versions
 
@@ -73,6 +73,7 @@ class Status(View, frozen=True, kw_only=True):
     Attributes:
         size: `dev`, `solo` or `team`; production is false for `dev`.
         broker: `mosquitto`, `embedded` or `external`; `broker_connected` whether the server is on it.
+        waiting: open rollouts and catch-up queues, each with what it waits for.
         problems: sentences for people, most urgent first.
     """
 
@@ -92,6 +93,7 @@ class Status(View, frozen=True, kw_only=True):
     groups: Stored = 0
     open_rollouts: Stored = 0
     roles: tuple[Published, ...] = ()
+    waiting: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
 
@@ -382,12 +384,21 @@ class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
         instance: the name on the device.
         target: TUF target path; None removes the instance.
         group, device: exactly one of them (for a pin: the device in the path).
-        waves: sizes, each of all devices from the first on: `1, 5%, 100%`. The last must reach all.
+        waves: sizes, each of all devices from the first on: `1, 5%, 100%`. The last must reach all. Empty for the
+            default of a group of that size.
         config, port, grants, share_worker: None keeps what the instance has there; port 0 goes back to the shared port.
         keep_data: with a removal, whether the instance's data stays on the device.
-        soak_s: how long a wave must have been well before the next.
-        failures: devices of the offered waves that may fail before the rollout halts.
-        timeout_s: how long a device may take after it acknowledged.
+        soak_s: how long a wave soaks from the success that met its gate.
+        min_success, failures, max_lost: devices of each wave, as a number (`3`) or a share (`10%`): how many must
+            succeed, may fail, may be lost. Empty or None for the defaults.
+        on_breach: what more failures lead to.
+        at_once: devices in progress at any time, 0 for no limit.
+        catch_up: devices that come later in progress at any time, as a number or a share of the group.
+        timeout_s: time without progress after which an online device is deferred as stuck.
+        seed: of the draw; None for one that the server draws.
+        starts_at: UTC; None for at once.
+        allow_empty: succeed where the change concerns no device.
+        supersede: take the place of an open rollout whose configuration this changes.
         share_lane: earlier name of `share_worker`, from clients before 0.2.0: only read.
     """
 
@@ -396,7 +407,7 @@ class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
     also: Labels = {}  # of an atomic set: its further instances, with their targets
     group: Word = ""
     device: Word = ""
-    waves: Word = "1, 100%"
+    waves: Word = ""
     config: Annotated[dict[Word, Document], msgspec.Meta(max_length=ITEMS_MAX)] | None = None
     port: Port | None = None
     grants: Grants | None = None
@@ -405,8 +416,17 @@ class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
     keep_data: bool = False
     attempt: Count | None = None
     soak_s: Seconds = 0
-    failures: Count = 0
+    min_success: Word = ""
+    failures: Count | Word | None = None
+    max_lost: Word = ""
+    on_breach: OnBreach = OnBreach.ROLLBACK
+    at_once: Count = 0
+    catch_up: Word = ""
     timeout_s: Seconds = 900
+    seed: Count | None = None
+    starts_at: Utc | None = None
+    allow_empty: bool = False
+    supersede: bool = False
     note: Text = ""
 
     def __post_init__(self) -> None:
@@ -433,7 +453,38 @@ class UndoRequest(Body, frozen=True, kw_only=True):
 
     rollout: Word = ""
     group: Word = ""
-    waves: Word = "1, 100%"
+    waves: Word = ""
+
+
+class AbortRequest(Body, frozen=True, kw_only=True):
+    """Abort a rollout; with `keep` devices that have the version, or began with it, stay there, pinned."""
+
+    keep: bool = False
+
+
+class CancelRequest(Body, frozen=True, kw_only=True):
+    """Leave one device out of a rollout."""
+
+    device: Word
+
+
+class FreezeRequest(Body, frozen=True, kw_only=True):
+    """Pause every rollout and catch-up queue of a group (empty: of the fleet), and refuse new ones."""
+
+    reason: Text
+    group: Word = ""
+
+
+class UnfreezeRequest(Body, frozen=True, kw_only=True):
+    """End a freeze of a group, or of the fleet."""
+
+    group: Word = ""
+
+
+class Freezes(View, frozen=True, kw_only=True):
+    """Freezes in force: the reason by group; the empty name stands for the whole fleet."""
+
+    freezes: dict[str, str] = {}
 
 
 class RolloutDevice(View, frozen=True, kw_only=True):
@@ -445,7 +496,10 @@ class RolloutDevice(View, frozen=True, kw_only=True):
         running: target path that answers now, by the device's word; empty for none or unknown.
         offered_at, acked_at, ended_at: offered by the server, first word of the device, decided.
         exercised: false when it was committed after fewer calls than its manifest asks.
+        reason: why it is deferred, lost, not affected or unproven.
         retrying: the device tries again by itself.
+        returning: the rollout ended, and the device has not confirmed its previous version yet.
+        accepted: an operator accepted its failure or loss by resuming.
     """
 
     device: str
@@ -459,7 +513,10 @@ class RolloutDevice(View, frozen=True, kw_only=True):
     code: RejectCode | None = None
     message: str = ""
     exercised: bool = True
+    reason: str = ""
     retrying: bool = False
+    returning: bool = False
+    accepted: bool = False
     offered_at: Utc | None = None
     acked_at: Utc | None = None
     ended_at: Utc | None = None
@@ -482,8 +539,11 @@ class RolloutView(View, frozen=True, kw_only=True):
         id, number: the id is echoed by devices; the number is for people.
         revision: grows with every change; pass it as `since` to wait for the next.
         target: what is offered, empty for a removal; `previous` is the group's settled target before, empty for none.
-        reason: why it halted, or waits; a sentence, empty while all is well.
+        reason: why it ended, is paused, or waits; a sentence, empty while all is well.
         undoes: the id of the rollout that this one takes back, empty for none.
+        causes: why it is paused.
+        waits_for: devices that it waits for, the first of `waits`.
+        queue_closed: why its catch-up queue is closed; empty for open.
     """
 
     id: str
@@ -504,6 +564,12 @@ class RolloutView(View, frozen=True, kw_only=True):
     by: str = ""
     undoes: str = ""
     together: tuple[Stored, ...] = ()  # of an atomic set: the numbers of its rollouts, which are decided as one
+    seed: Stored = 0
+    causes: tuple[PauseCause, ...] = ()
+    waits_for: tuple[str, ...] = ()
+    waits: Stored = 0
+    queue_closed: str = ""
+    starts_at: Utc | None = None
     created_at: Utc
     ended_at: Utc | None = None
 

@@ -11,7 +11,7 @@ from typing import Final, assert_never
 from msgspec.structs import replace
 
 from fleet.protocol.codes import OPEN_STATES, Outcome, PauseCause, RolloutState
-from fleet.rollout.gates import (
+from fleet.rollout.decide import (
     Action,
     Close,
     Mark,
@@ -27,9 +27,10 @@ from fleet.rollout.gates import (
     Withdraw,
     decide,
 )
-from fleet.rollout.progress import OPEN, Member, after_end
+from fleet.rollout.model import OPEN, Member, after_end
 
 _MAX_STEPS: Final = 200
+_MAY_FALL_SILENT: Final = frozenset({Outcome.WAITING, Outcome.IN_PROGRESS, Outcome.DEFERRED})
 _SILENT: Final = {
     Outcome.WAITING: "went away before it swapped",
     Outcome.LOST: "silent since the swap began",
@@ -42,15 +43,20 @@ class Step:
     """A rollout at rest.
 
     Attributes:
-        members: every member, in the order given.
+        sets: the members of each rollout of an atomic set, of a single rollout alone, in the order given.
         changed: devices whose member is another one now; their assignments follow from it.
         actions: what was decided, in order; the last one is a `Wait` unless the rollout is over.
     """
 
     rollout: Rollout
-    members: tuple[Member, ...]
+    sets: tuple[tuple[Member, ...], ...]
     changed: tuple[str, ...]
     actions: tuple[Action, ...]
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Return the members of a single rollout, or of the one that leads a set."""
+        return self.sets[0]
 
     @property
     def wait(self) -> Wait:
@@ -61,21 +67,62 @@ class Step:
 
 def advance(rollout: Rollout, members: Iterable[Member], now: float) -> Step:
     """Decide and apply until the rollout waits or is over."""
-    begun = {each.device: each for each in members}
-    standing = dict(begun)
+    return advance_set(rollout, [members], now)
+
+
+def advance_set(rollout: Rollout, sets: Iterable[Iterable[Member]], now: float) -> Step:
+    """Decide and apply for an atomic set as for one rollout, until it waits or is over."""
+    begun = [{each.device: each for each in members} for members in sets]
+    standing = [dict(each) for each in begun]
     taken: list[Action] = []
     for _ in range(_MAX_STEPS):
-        actions = decide(rollout, tuple(standing.values()), now)
+        actions = decide(rollout, merge_set([tuple(each.values()) for each in standing]), now)
         taken += actions
         moves = [each for each in actions if not isinstance(each, Wait)]
         if not moves:
             break
         for action in moves:
-            rollout = apply(rollout, standing, action, now)
+            after = [apply(rollout, each, action, now) for each in standing]
+            rollout = after[0]
     else:
         raise AssertionError(f"a rollout does not come to rest: {taken[-3:]}")
-    changed = tuple(device for device, member in standing.items() if member is not begun[device])
-    return Step(rollout, tuple(standing.values()), changed, tuple(taken))
+    changed = {
+        device: None
+        for before, after in zip(begun, standing, strict=True)
+        for device, member in after.items()
+        if member is not before[device]
+    }
+    return Step(rollout, tuple(tuple(each.values()) for each in standing), tuple(changed), tuple(taken))
+
+
+_ORDER: Final = (
+    Outcome.FAILED,
+    Outcome.LOST,
+    Outcome.IN_PROGRESS,
+    Outcome.DEFERRED,
+    Outcome.WAITING,
+    Outcome.PENDING,
+    Outcome.UNPROVEN,
+    Outcome.SUPERSEDED,
+    Outcome.NOT_AFFECTED,
+    Outcome.REVERTED,
+    Outcome.SUCCEEDED,
+)
+
+
+def merge_set(sets: Sequence[tuple[Member, ...]]) -> tuple[Member, ...]:
+    """Merge the members of an atomic set: a device stands as its worst; a single rollout is returned unchanged."""
+    first, *rest = sets
+    if not rest:
+        return first
+    others = [{each.device: each for each in members} for members in rest]
+    return tuple(_worst([each, *(other[each.device] for other in others if each.device in other)]) for each in first)
+
+
+def _worst(members: Sequence[Member]) -> Member:
+    worst = min(members, key=lambda each: _ORDER.index(each.outcome))
+    ends = [each.ended_at for each in members if each.ended_at is not None]
+    return replace(worst, ended_at=max(ends, default=None))
 
 
 def apply(rollout: Rollout, members: dict[str, Member], action: Action, now: float) -> Rollout:
@@ -115,14 +162,15 @@ def _move(
             members[by] = replace(members[by], wave=1)
             rollout = replace(rollout, replaced=rollout.replaced + 1)
         case Offer(devices):
-            members.update((device, offered(members[device], now)) for device in devices)
+            fresh = [device for device in devices if members[device].outcome is Outcome.PENDING]
+            members.update((device, offered(members[device], now)) for device in fresh)
         case Withdraw(devices):
-            members.update((device, withdrawn(members[device])) for device in devices)
+            fresh = [device for device in devices if members[device].outcome is Outcome.WAITING]
+            members.update((device, withdrawn(members[device])) for device in fresh)
         case Mark(outcome, devices):
+            mute = [members[device] for device in devices if members[device].outcome in _MAY_FALL_SILENT]
             reason = _SILENT[outcome]
-            members.update(
-                (device, replace(members[device], outcome=outcome, reason=reason, until=None)) for device in devices
-            )
+            members.update((each.device, replace(each, outcome=outcome, reason=reason, until=None)) for each in mute)
         case _:
             assert_never(action)
     return rollout

@@ -148,7 +148,7 @@ def lot(seed: int, device: str) -> str:
 def draw(candidates: Iterable[Candidate], stages: Sequence[Stage], *, seed: int) -> Draw:
     """Give each device its wave. The last stage takes every device that no other took.
 
-    Wave 1 takes online devices only, unless it is the only wave. What it lacks are open vacancies.
+    Wave 1 takes online devices only, unless it has room for every device. What it lacks are open vacancies.
     """
     order = sorted(candidates, key=lambda each: (not each.online, lot(seed, each.device)))
     rest, waves, kept, vacancies = order, [], [], 0
@@ -158,7 +158,7 @@ def draw(candidates: Iterable[Candidate], stages: Sequence[Stage], *, seed: int)
         else:
             fit = [each for each in rest if stage.takes(each.labels)]
             fit = fit[: _room(stage, of=len(order) if stage.from_first else len(fit), taken=len(order) - len(rest))]
-            if number == 0:
+            if number == 0 and len(fit) < len(rest):
                 online = [each for each in fit if each.online]
                 vacancies, fit = len(fit) - len(online), online
         if not fit and not (number == 0 and vacancies):

@@ -1,89 +1,19 @@
-"""Rollout, waves, a device's place in it, and the effect of a report on that place, as frozen data and pure functions.
+"""Outcome of one device in one rollout, and how a report or the end of the rollout changes it.
 
-No clock, no database, no message: times are seconds on the caller's clock, and every decision over this data
-(`decide`, `effective`) is a pure function of it.
-
-Waves are written as `1, 5%, 100%`: one device, then five in a hundred, then all. Each size counts devices from the
-first on, so sizes only grow. Online devices come first, since a canary that cannot answer tells nothing; among those
-the order of their names, so that a rollout is repeatable. A report has the same effect whether it arrives once or
-three times.
+A signed report decides, nothing else: it must carry an assignment that offered the version, and the version's manifest.
+Reports may be lost, late, doubled or reordered. Of those that decide, the one with the greatest sequence number counts,
+so the order in which they arrive makes no difference; of the others the newest counts, until one decides.
 """
 
-import math
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from dataclasses import replace as with_fields
+from typing import Final
 
-from fleet.protocol.codes import Outcome, Phase, RolloutState, outcome_of
+import msgspec
+from msgspec.structs import replace
 
-_WAVE = re.compile(r"(\d{1,7})(%?)")
-_MAX_WAVES = 20
-_ALL = 100
-
-
-class BadWavesError(ValueError):
-    """Waves that cannot be meant; one sentence for people."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wave:
-    """A size, in devices or in percent of all."""
-
-    size: int
-    percent: bool
-
-    def reach(self, boards: int) -> int:
-        """Return how many of `boards` devices have been reached when this wave is out."""
-        return math.ceil(boards * self.size / _ALL) if self.percent else min(self.size, boards)
-
-    def __str__(self) -> str:
-        return f"{self.size}%" if self.percent else str(self.size)
-
-
-def parse(text: str) -> tuple[Wave, ...]:
-    """Read waves.
-
-    Raises:
-        BadWavesError: not of this form, a size of nothing, sizes that shrink, or a last wave other than 100%.
-    """
-    waves: list[Wave] = []
-    for part in text.split(","):
-        match = _WAVE.fullmatch(part.strip())
-        if match is None:
-            raise BadWavesError(
-                f"{part.strip()!r} is not a wave: write numbers of devices or percents, such as '1, 100%'"
-            )
-        wave = Wave(int(match[1]), match[2] == "%")
-        if wave.size == 0 or (wave.percent and wave.size > _ALL):
-            raise BadWavesError(f"a wave of {wave} means nothing: sizes go from 1 device to 100%")
-        if any(earlier.percent == wave.percent and earlier.size >= wave.size for earlier in waves):
-            raise BadWavesError(f"the wave {wave} is not larger than the one before it in {text!r}")
-        waves.append(wave)
-    if len(waves) > _MAX_WAVES:
-        raise BadWavesError(f"{len(waves)} waves, at most {_MAX_WAVES} are accepted")
-    if waves[-1] != Wave(_ALL, percent=True):
-        raise BadWavesError(f"the last of the waves {text!r} must be 100%, so that the group ends in one state")
-    return tuple(waves)
-
-
-def sizes(waves: Iterable[Wave], boards: int) -> tuple[int, ...]:
-    """The number of devices reached after each wave; waves that would bring no device are kept, and pass at once."""
-    reached = 0
-    result = []
-    for wave in waves:
-        reached = max(reached, wave.reach(boards))
-        result.append(reached)
-    return tuple(result)
-
-
-def order(online: Mapping[str, bool]) -> tuple[str, ...]:
-    """Device ids in the order in which they are offered a change."""
-    return tuple(sorted(online, key=lambda device: (not online[device], device)))
-
-
-def wave_of(index: int, reached: tuple[int, ...]) -> int:
-    """The wave, from 1, of the device at `index` in the order."""
-    return next(number for number, size in enumerate(reached, 1) if index < size)
+from fleet.protocol.codes import OPEN_STATES, Outcome, Phase, RolloutState, outcome_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,86 +42,108 @@ class Value:
 
     def same(self, other: "Value") -> bool:
         """Tell whether a device would run the same by both."""
-        return replace(self, attempt=0, atomic="") == replace(other, attempt=0, atomic="")
+        return with_fields(self, attempt=0, atomic="") == with_fields(other, attempt=0, atomic="")
 
 
-DECIDED = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED, Outcome.SKIPPED, Outcome.SUPERSEDED})
-BREACHES = frozenset({Outcome.FAILED, Outcome.REFUSED})
-COMPLETED = BREACHES | {Outcome.SUCCEEDED}
-UNCOUNTED = frozenset({Outcome.SKIPPED, Outcome.SUPERSEDED, Outcome.UNPROVEN})
+OPEN: Final = frozenset({Outcome.PENDING, Outcome.WAITING, Outcome.DEFERRED, Outcome.IN_PROGRESS, Outcome.LOST})
+"""Outcomes that the device may still change by a report."""
+
+UNDER_WAY: Final = frozenset({Outcome.WAITING, Outcome.IN_PROGRESS})
+UNCOUNTED: Final = frozenset({Outcome.UNPROVEN, Outcome.NOT_AFFECTED, Outcome.REVERTED, Outcome.SUPERSEDED})
 """Outcomes that are named, in no count."""
 
+FROM_SWAP: Final = frozenset({Phase.SWAPPING, Phase.PROBATION, Phase.ROLLING_BACK})
+_TOO_OLD: Final = "its agent is too old to sign its state"
+_DECIDED: Final = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.UNPROVEN})
 
-@dataclass(frozen=True, slots=True)
-class DeviceProgress:
-    """Progress of one device in a rollout.
+
+class Member(msgspec.Struct, frozen=True):
+    """A device in a rollout. Times are seconds of the caller's steady clock, None until it happened.
 
     Attributes:
-        wave: from 1.
-        online: as far as the server knows.
-        offered_at, acked_at, ended_at: seconds; None until it happened. The clock of a time-out starts at `acked_at`.
-        attempt: of the item as offered; older reports do not count.
-        retrying: its last failure is one that the device tries again by itself.
+        wave: from 1; 0 for a device that is never offered the change.
+        rank: its place in the draw, which decides who takes an open vacancy of wave 1.
+        reason: why it is deferred, lost, not affected or unproven.
+        until: when a deferred device goes on, by its own word.
+        site: value of the label by which the budget counts; empty for none.
+        canary: whether it may take an open vacancy of wave 1.
+        attempt, sequence: of the newest report that counted; `decided` of the newest that decided.
+        offered_at: when it was offered the change first; an offer that was withdrawn keeps it.
+        began_at, moved_at: its first report; its newest one that showed progress.
+        heard_at: any message of it, signed or not.
+        online_since: None while it is offline.
+        replaced: a canary that went away: its failure counts, it holds up nothing.
+        accepted: the failure or loss that an operator accepted by resuming.
+        arrival: offered from the catch-up queue, after the rollout succeeded; `new` runs nothing under this name yet.
+        cancelled: an operator left it out of this rollout.
+        returning: the rollout ended, and the device has not confirmed its previous version yet.
     """
 
     device: str
     wave: int
     outcome: Outcome = Outcome.PENDING
-    online: bool = False
-    offered_at: float | None = None
-    acked_at: float | None = None
-    ended_at: float | None = None
-    attempt: int = 0
+    rank: int = 0
+    reason: str = ""
+    until: float | None = None
+    site: str = ""
+    canary: bool = True
     phase: str = ""
     progress: int | None = None
     code: str = ""
     message: str = ""
     running: str = ""
     exercised: bool = True
-    retrying: bool = False
+    attempt: int = 0
+    sequence: int = 0
+    decided: int = 0
+    offered_at: float | None = None
+    began_at: float | None = None
+    moved_at: float | None = None
+    heard_at: float | None = None
+    online_since: float | None = None
+    ended_at: float | None = None
+    replaced: bool = False
+    accepted: Outcome | None = None
+    arrival: bool = False
+    new: bool = False
+    returning: bool = False
+    cancelled: bool = False
+
+    @property
+    def online(self) -> bool:
+        """Tell whether the device is connected, as far as the server knows."""
+        return self.online_since is not None
+
+    @property
+    def counted(self) -> bool:
+        """Tell whether the device is in the counts of its wave."""
+        return self.wave > 0 and self.outcome not in UNCOUNTED
+
+    @property
+    def swapping(self) -> bool:
+        """Tell whether the device had begun to swap by its newest report."""
+        return self.phase in FROM_SWAP
+
+    def counts_as(self, outcome: Outcome) -> bool:
+        """Tell whether the device has this outcome and no operator accepted it."""
+        return self.outcome is outcome and self.accepted is not outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """A change on its way.
-
-    Attributes:
-        sizes: how many devices have been reached when each wave is out, ascending; the last is all of them.
-        wave: how many waves have been offered.
-        failures: devices that may fail or refuse before it halts.
-        soak_s: how long the devices of a wave must have run well before the next is offered.
-        timeout_s: how long a device may take from its first word on.
-        answer_s: how long an online device that says nothing holds up the next wave.
-        minimum: devices that must have completed, well or not, before the next wave.
-    """
-
-    id: str
-    state: RolloutState
-    sizes: tuple[int, ...]
-    wave: int = 0
-    failures: int = 0
-    soak_s: float = 0
-    timeout_s: float = 900
-    answer_s: float = 60
-    minimum: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
+class Observation(msgspec.Struct, frozen=True):
     """Report of a device about the instance of a rollout.
 
     Attributes:
-        at: when the server heard it, seconds.
-        signed: whether the device's own key signed it.
-        assignment_sha256, manifest_sha256: of the assignment that the device had accepted and of what the report names.
-        generation: of the instance as the device signs it; None from an agent that does not say.
-        retryable: whether the device tries again by itself after `code`.
+        at: when the server had it, on its steady clock.
+        sequence: grows with each report of the device, over reboots too.
+        generation: of the instance as the device signs it; None from an agent that does not say it.
+        until: when the device goes on by itself, None where it does not say.
     """
 
     at: float
+    sequence: int
     phase: str
+    signed: bool = True
     attempt: int = 0
-    signed: bool = False
     assignment_sha256: str = ""
     manifest_sha256: str = ""
     generation: int | None = None
@@ -200,67 +152,170 @@ class Observation:
     running: str = ""
     progress: int | None = None
     exercised: bool = True
-    retryable: bool = False
+    until: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """Proof that a commit must carry: an assignment that offered the value, and the manifest (empty for a removal)."""
+class Expected(msgspec.Struct, frozen=True):
+    """Proof that a report must carry: an assignment that offered the value, and the manifest (empty for a removal)."""
 
     assignments: frozenset[str]
     manifest_sha256: str
 
-    def proven_by(self, word: Observation) -> bool:
+    def proven_by(self, seen: Observation) -> bool:
         """Tell whether a report carries both."""
-        return word.assignment_sha256 in self.assignments and word.manifest_sha256 == self.manifest_sha256
+        return seen.assignment_sha256 in self.assignments and seen.manifest_sha256 == self.manifest_sha256
 
 
-TOO_OLD = "its agent is too old to sign its state"
-
-
-def apply_report(board: DeviceProgress, word: Observation, expected: Expected) -> DeviceProgress:
-    """The device's standing after a report. Only a signed one that carries its proof decides.
-
-    A decided device stays decided, unless by a later attempt, a proven commit, or a verdict on what it had committed. A
-    report of an older attempt changes nothing. A failure that does not speak against the version decides nothing.
-    """
-    if word.attempt < board.attempt or board.outcome is Outcome.PENDING or word.phase == Phase.IDLE:
-        return board
-    again = board.outcome in {Outcome.FAILED, Outcome.REFUSED} and word.attempt > board.attempt
-    outcome = _outcome(word, expected)
-    if (board.outcome, outcome) == (Outcome.UNPROVEN, Outcome.IN_PROGRESS) and word.attempt == board.attempt:
-        return board  # a late word of what has ended
-    stays = board.outcome in DECIDED and not again and outcome is not Outcome.SUCCEEDED
-    if outcome is None or (stays and (board.outcome, outcome) != (Outcome.SUCCEEDED, Outcome.FAILED)):
-        return board
-    is_late = board.outcome is Outcome.SUCCEEDED and outcome is Outcome.SUCCEEDED
+def observe(member: Member, seen: Observation, expected: Expected) -> Member:
+    """Return the member after a report of an open rollout; the same object where the report changes nothing."""
+    if member.offered_at is None or seen.attempt < member.attempt or seen.phase == Phase.IDLE:
+        return member
+    before = member if seen.attempt == member.attempt else _again(member, seen)
+    outcome = _outcome(seen, expected)
+    if outcome is None:
+        return member
+    if outcome in _DECIDED:
+        return member if seen.sequence <= before.decided else _decide(before, seen, outcome)
+    if before.decided or before.outcome is Outcome.SUPERSEDED or seen.sequence <= before.sequence:
+        return member
+    moved = (seen.phase, seen.progress) != (before.phase, before.progress) or outcome is not before.outcome
     return replace(
-        board,
+        _heard(before, seen),
         outcome=outcome,
-        attempt=word.attempt,
-        acked_at=word.at if again or board.acked_at is None else board.acked_at,
-        ended_at=(board.ended_at if is_late else word.at) if outcome in DECIDED else None,
-        phase=word.phase,
-        progress=word.progress,
-        code=word.code,
-        message=TOO_OLD if outcome is Outcome.UNPROVEN else word.message,
-        running=word.running or board.running,
-        exercised=word.exercised if outcome is Outcome.SUCCEEDED else board.exercised,
-        retrying=outcome is Outcome.DEFERRED and word.retryable,
+        moved_at=seen.at if moved else before.moved_at,
+        reason=(seen.code or seen.message) if outcome is Outcome.DEFERRED else "",
+        until=seen.until if outcome is Outcome.DEFERRED else None,
+        ended_at=seen.at if outcome is Outcome.SUPERSEDED else None,
     )
 
 
-_ENDED = frozenset({Phase.COMMITTED, Phase.FAILED, Phase.ROLLED_BACK})
+def _again(member: Member, seen: Observation) -> Member:
+    """Return the member at the beginning of a later attempt."""
+    return replace(
+        member, attempt=seen.attempt, sequence=0, decided=0, outcome=Outcome.WAITING, ended_at=None, accepted=None
+    )
 
 
-def _outcome(word: Observation, expected: Expected) -> Outcome | None:
-    """Return the outcome that a report speaks for; None for a commit of something else."""
-    if word.phase not in _ENDED:
-        return Outcome.IN_PROGRESS
-    if not word.signed:
+def _outcome(seen: Observation, expected: Expected) -> Outcome | None:
+    """Return the outcome that a report speaks for; None for a report that is about something else."""
+    ended = seen.phase in {Phase.COMMITTED, Phase.FAILED, Phase.ROLLED_BACK}
+    if ended and not seen.signed:
         return Outcome.UNPROVEN
-    if word.phase != Phase.COMMITTED:
-        return outcome_of(word.code, word.phase)
-    if not expected.proven_by(word):
-        return None
-    return Outcome.SUCCEEDED if word.generation is not None else Outcome.UNPROVEN
+    if seen.phase == Phase.COMMITTED:
+        unsaid = seen.generation is None and bool(expected.manifest_sha256)  # a removed instance has no generation
+        if unsaid and seen.assignment_sha256 in expected.assignments | {""}:
+            return Outcome.UNPROVEN
+        return Outcome.SUCCEEDED if expected.proven_by(seen) else None
+    return outcome_of(seen.code, seen.phase) if ended else Outcome.IN_PROGRESS
+
+
+def _decide(member: Member, seen: Observation, outcome: Outcome) -> Member:
+    """Return the member after a report that decides."""
+    again = member.outcome is outcome
+    return replace(
+        _heard(member, seen),
+        outcome=outcome,
+        message=_TOO_OLD if outcome is Outcome.UNPROVEN else seen.message,
+        decided=seen.sequence,
+        ended_at=member.ended_at if again and member.ended_at is not None else seen.at,
+        moved_at=seen.at,
+        reason=_TOO_OLD if outcome is Outcome.UNPROVEN else "",
+        until=None,
+        accepted=member.accepted if again else None,
+    )
+
+
+def _heard(member: Member, seen: Observation) -> Member:
+    return replace(
+        member,
+        sequence=max(member.sequence, seen.sequence),
+        began_at=seen.at if member.began_at is None else member.began_at,
+        heard_at=seen.at,
+        phase=seen.phase,
+        progress=seen.progress,
+        code=seen.code,
+        message=seen.message,
+        running=seen.running or member.running,
+        exercised=seen.exercised,
+    )
+
+
+def returned(member: Member, seen: Observation, previous: Expected) -> Member:
+    """Return the member of an ended rollout after a report: it is reverted once it has confirmed what it had before."""
+    if not member.returning or not seen.signed or seen.phase != Phase.COMMITTED or not previous.proven_by(seen):
+        return member
+    return replace(
+        _heard(member, seen), outcome=Outcome.REVERTED, returning=False, ended_at=seen.at, reason="", progress=None
+    )
+
+
+_HAS_OFFER: Final = UNDER_WAY | {
+    Outcome.DEFERRED,
+    Outcome.SUCCEEDED,
+    Outcome.FAILED,
+    Outcome.LOST,
+    Outcome.UNPROVEN,
+}
+
+
+_OVERLAYS: Final = OPEN_STATES | {RolloutState.SUPERSEDED}
+
+
+def wants(state: RolloutState, member: Member) -> bool:
+    """Tell whether the device is to run what the rollout offers.
+
+    While a rollout is open, and while one that is open has taken its place, that is who was offered it; once it has
+    succeeded, everybody but who still waits in the catch-up queue or was left out.
+    """
+    if member.returning:
+        return False
+    if state is RolloutState.SUCCEEDED:
+        return not held_back(member)
+    return state in _OVERLAYS and member.outcome in _HAS_OFFER
+
+
+def held_back(member: Member) -> bool:
+    """Tell whether a settled value does not reach the device yet: it keeps what it was assigned before."""
+    queued = member.outcome is Outcome.PENDING and not member.new
+    return queued or (member.outcome is Outcome.NOT_AFFECTED and member.cancelled)
+
+
+def leave(member: Member, reason: str) -> Member:
+    """Return a member that leaves the counts: revoked, masked or out of the group."""
+    if member.outcome in UNCOUNTED:
+        return member
+    return replace(member, outcome=Outcome.NOT_AFFECTED, reason=reason, until=None)
+
+
+def cancel(member: Member, by: str) -> Member:
+    """Return a member that an operator leaves out of the rollout: it keeps, or goes back to, what it had before."""
+    return replace(member, outcome=Outcome.NOT_AFFECTED, reason=f"cancelled by {by}", until=None, cancelled=True)
+
+
+def overtaken(member: Member, reason: str) -> Member:
+    """Return a member that a pin or a later rollout offers something else."""
+    if member.outcome in UNCOUNTED | {Outcome.FAILED}:
+        return member
+    return replace(member, outcome=Outcome.SUPERSEDED, reason=reason, until=None, returning=False)
+
+
+def after_end(state: RolloutState, members: Iterable[Member], *, keep: bool = False) -> tuple[Member, ...]:
+    """Return the members of a rollout that ended without success.
+
+    With `keep` devices stay at what they run: those that have the version or began with it keep their outcome.
+    """
+    if state is RolloutState.SUPERSEDED:
+        return tuple(overtaken(each, "a newer rollout took over") if each.outcome in OPEN else each for each in members)
+    return tuple(_after_end(each, keep=keep) for each in members)
+
+
+def _after_end(member: Member, *, keep: bool) -> Member:
+    if member.outcome in UNCOUNTED | {Outcome.FAILED}:
+        return member
+    if member.offered_at is None:
+        return replace(member, outcome=Outcome.NOT_AFFECTED, reason="the rollout ended before it was offered")
+    if keep and (member.outcome is Outcome.SUCCEEDED or member.began_at is not None):
+        return member
+    return replace(
+        member, outcome=Outcome.WAITING, returning=True, reason="goes back to what it had before", ended_at=None
+    )

@@ -6,7 +6,7 @@ is stored here is ahead of a restored database: it gets none until an operator d
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +19,7 @@ from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Ack
 from fleet.protocol.topics import Down, Topic
 from fleet.rollout.effective import Effective, Group, Overlay, SettledValue, effective
+from fleet.rollout.model import held_back, wants
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.delivery import BoxRow
 from fleet.store.rows import AssignmentRow, DeviceRow
@@ -41,6 +42,7 @@ class _Wanted(msgspec.Struct):
     """Part of an assignment that `_asked` compares."""
 
     items: tuple[Item, ...] = ()
+    keep_data: tuple[str, ...] = ()
 
 
 def items_of(row: AssignmentRow | None) -> tuple[Item, ...]:
@@ -79,8 +81,11 @@ class Director:
         self._restored_at = store.restored_at(now=clock().timestamp())
         self._heard: set[str] = set()
 
-    def effective(self, device: DeviceRow) -> dict[str, Effective]:
-        """Return the desired value of each instance of a device, also of removed ones, with its source."""
+    def effective(self, device: DeviceRow, assumed: Iterable[Overlay] = ()) -> dict[str, Effective]:
+        """Return the desired value of each instance of a device, also of removed ones, with its source.
+
+        `assumed` are rollouts that are not there yet, in force as if they had been offered.
+        """
         rollouts = self._store.rollouts
         groups = [
             Group(
@@ -92,9 +97,18 @@ class Director:
         ]
         pins = {row.instance: SettledValue(row.value, row.rollout) for row in rollouts.settled(device=device.id)}
         overlays = [
-            Overlay(row.id, row.number, row.group, row.instance, row.value) for row in rollouts.overlays(device.id)
+            Overlay(row.id, row.number, row.group, row.instance, row.value)
+            for row, member in rollouts.overlays(device.id)
+            if wants(row.state, member)
         ]
-        return effective(groups, pins, overlays)
+        return effective(groups, pins, [*overlays, *assumed], own=rollouts.own_keys(device.id))
+
+    def _held_back(self, device: str, each: Effective) -> bool:
+        """Tell whether a settled value waits in its catch-up queue: the device keeps what it was assigned before."""
+        if each.source.startswith("rollout ") or not each.rollout:
+            return False
+        found = self._store.rollouts.member_of(each.rollout, device)
+        return found is not None and held_back(found)
 
     def reconcile(self, device: str, *, renew: bool = False) -> AssignmentRow | None:
         """Sign a device's assignment where its content changed, and publish it.
@@ -247,30 +261,62 @@ class Director:
         return self._fleet
 
     def _assigned(self, device: str, instance: str) -> list[Item]:
-        """Return the item of this name in the newest assignment; None for none."""
+        """Return the item of this name in the newest assignment, if its release may still run."""
         row = self._store.delivery.assignment(device)
-        return [item for item in items_of(row) if item.instance == instance]
+        return [
+            item
+            for item in items_of(row)
+            if item.instance == instance and self._repository.release(item.target) is not None
+        ]
+
+    def _before(self, device: str, instance: str, rollout: str) -> list[Item]:
+        """Return the item that a device had under this name before a rollout offered it another."""
+        for row in self._store.delivery.assignments(device):
+            items = [item for item in items_of(row) if item.instance == instance]
+            if not any(item.rollout == rollout for item in items):
+                return [item for item in items if self._repository.release(item.target) is not None]
+        return []
+
+    def is_assigned(self, device: str, instance: str) -> bool:
+        """Tell whether the newest assignment has an instance of this name."""
+        return bool(self._assigned(device, instance))
+
+    def _forgotten(self, device: str, wanted: Mapping[str, Effective]) -> list[str]:
+        """Return instances of the newest assignment that nobody speaks of any more: nobody asked to delete their data.
+
+        A rollout that was taken back may have brought them, or a group that the device has left.
+        """
+        row = self._store.delivery.assignment(device)
+        if row is None:
+            return []
+        before = msgspec.json.decode(row.wanted, type=_Wanted)
+        known = {*(item.instance for item in before.items), *before.keep_data}
+        return [instance for instance in known if instance not in wanted]
 
     def _wanted(self, device: DeviceRow) -> Assignment:
         """Return the content of a device's assignment, without version and times."""
         attempts = self._store.delivery.attempts(device.id)
         boxes = self._store.boxes.newest(device.id)
         items: list[Item] = []
-        kept: list[str] = []
-        for instance, each in sorted(self.effective(device).items()):
+        wanted = self.effective(device)
+        kept = self._forgotten(device.id, wanted)
+        for instance, each in sorted(wanted.items()):
             release = None if each.value.target is None else self._repository.release(each.value.target)
-            if release is not None and unfit(release, device):
-                continue  # the preflight reports it
             if release is None:
                 if each.value.target is not None:
                     log.warning("%s: %s is not published any more and is taken off", device.id, each.value.target)
                 if each.value.keep_data or each.value.target is not None:
                     kept.append(instance)
                 continue
-            if lacks(
-                release, instance, boxes
-            ):  # the listing of secrets reports it; the device keeps the version before
-                before = self._assigned(device.id, instance)
+            if unfit(release, device):  # the preflight said so
+                kept.append(instance)
+                continue
+            # the listing of secrets says so, or the catch-up queue: the device keeps what it had
+            held = self._held_back(device.id, each)
+            if held or lacks(release, instance, boxes):
+                before = (
+                    self._before(device.id, instance, each.rollout) if held else self._assigned(device.id, instance)
+                )
                 items += before
                 kept += [] if before else [instance]
                 continue
@@ -282,7 +328,7 @@ class Director:
                     sha256=release.sha256,
                     manifest_sha256=release.manifest_sha256,
                     grants=msgspec.json.decode(each.value.grants, type=Grants) if each.value.grants else None,
-                    config=dict(each.value.config),
+                    config={key: value for key, value in each.value.config if key in release.manifest.config},
                     secrets=_refs(release, instance, boxes),
                     port=each.value.port,
                     share_worker=each.value.share_worker,
@@ -300,7 +346,7 @@ class Director:
             expires=epoch,
             items=tuple(items[: bounds.ITEMS_MAX]),
             stop_all=not items,
-            keep_data=tuple(kept),
+            keep_data=tuple(sorted(kept)),
         )
 
 

@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Final
 
+import msgspec
+
 from fleet.protocol import bounds, topics, wire
-from fleet.protocol.codes import OPEN_STATES, RETRYABLE, InstanceState, Outcome, Phase, RejectCode, RolloutState
+from fleet.protocol.codes import OPEN_STATES, InstanceState, Outcome, Phase, RejectCode, RolloutState
 from fleet.protocol.messages import Ack, Health, Hello, Report, State
 from fleet.protocol.topics import Topic, Up
 from fleet.protocol.wire import Message
-from fleet.rollout.model import DeviceProgress, Expected, Observation, apply_report
+from fleet.rollout.model import OPEN, Expected, Member, Observation, observe, returned, wants
 from fleet.server.check_ins import CheckIns
 from fleet.server.device_budget import DeviceBudget
 from fleet.server.director import Director, items_of
@@ -245,6 +247,8 @@ class Ingest:
             if _speaker(message) not in admitted:  # unknown, or shut out a moment ago
                 self.counts["not-admitted"] += 1
                 continue
+            if not isinstance(message, State) or message.online:
+                self._conductor.heard(_speaker(message))
             if isinstance(message, Health):
                 newest[message.device] = (message, raw)
                 continue
@@ -302,37 +306,63 @@ class Ingest:
             if signed:
                 self._check_ins.answered(report.device)
         for rollout in self._meant(report):
-            found = self._store.rollouts.board(rollout.number, report.device)
-            if found is None:
-                continue
-            board, extra = found
-            word = Observation(
-                at=now,
-                phase=report.phase,
-                attempt=report.attempt if report.rollout else board.attempt,
-                signed=signed,
-                assignment_sha256=report.assignment_sha256,
-                manifest_sha256=report.manifest_sha256,
-                generation=report.generation,
-                code=report.code or "",
-                message=report.message,
-                running=report.running,
-                progress=report.progress,
-                exercised=report.exercised,
-                retryable=report.code in RETRYABLE,
-            )
-            is_over = rollout.state not in OPEN_STATES and board.outcome is Outcome.SUCCEEDED
-            heard = board if is_over else apply_report(board, word, self._expected(rollout, extra, report))
-            if heard == board and report.phase is Phase.COMMITTED and _is_undecided(board):
+            found = self._store.rollouts.member(rollout.number, report.device)
+            if found is not None and rollout.state in _EXPECTING:
+                self._apply(report, rollout, *found, signed=signed)
+        if signed and report.phase is Phase.COMMITTED:
+            self._hear_return(report, now)
+
+    def _apply(self, report: Report, rollout: RolloutRow, member: Member, extra: Extra, *, signed: bool) -> None:
+        """Apply a report to a device's progress in a rollout."""
+        if rollout.state is RolloutState.SUCCEEDED and member.outcome is Outcome.SUCCEEDED:
+            return
+        seen = self._observation(report, member, signed=signed)
+        after = observe(member, seen, self._expected(rollout, extra, report))
+        if after is member:
+            if report.phase is Phase.COMMITTED and member.outcome in OPEN:
                 self._unproven[report.device] = None  # of an assignment that is not this one's
-            if heard != board:
-                kept = Extra(
-                    previous=extra.previous,
-                    version=extra.version,
-                    timings_ms={**extra.timings_ms, **_timings(report)},
-                    log=report.log or extra.log,
-                )
-                self._store.rollouts.set_board(rollout.number, heard, kept)
+            return
+        self._store.rollouts.set_members(rollout.number, [after], now=self._clock().timestamp())
+        timings, log = {**extra.timings_ms, **_timings(report)}, report.log or extra.log
+        self._store.rollouts.set_extra(rollout.number, report.device, timings_ms=timings, log=log)
+        if wants(rollout.state, after) is not wants(rollout.state, member):
+            self._conductor.touch([report.device])
+
+    def _observation(self, report: Report, member: Member, *, signed: bool) -> Observation:
+        return Observation(
+            at=self._conductor.steady(),
+            sequence=report.sequence,
+            phase=report.phase,
+            signed=signed,
+            attempt=report.attempt if report.rollout else member.attempt,
+            assignment_sha256=report.assignment_sha256,
+            manifest_sha256=report.manifest_sha256,
+            generation=report.generation,
+            code=report.code or "",
+            message=report.message,
+            running=report.running,
+            progress=report.progress,
+            exercised=report.exercised,
+        )
+
+    def _hear_return(self, report: Report, now: float) -> None:
+        """Note that a device confirmed what it had before a rollout that ended."""
+        row = self._store.delivery.assignment_of(report.device, report.assignment_sha256)
+        if row is None:
+            return
+        for rollout in self._store.rollouts.returning(report.device):
+            found = self._store.rollouts.member(rollout.number, report.device)
+            item = next((each for each in items_of(row) if each.instance == rollout.instance), None)
+            about = report.instance in {"", rollout.instance}
+            if found is None or not about or (item is not None and item.rollout == rollout.id):
+                continue
+            manifest = "" if item is None else item.manifest_sha256
+            seen = self._observation(report, found[0], signed=True)
+            if not report.instance:  # the whole assignment is committed, and this part with it
+                seen = msgspec.structs.replace(seen, manifest_sha256=manifest)
+            after = returned(found[0], seen, Expected(frozenset({row.sha256}), manifest))
+            if after is not found[0]:
+                self._store.rollouts.set_members(rollout.number, [after], now=now)
 
     def _meant(self, report: Report) -> list[RolloutRow]:
         """The rollouts that a report speaks of."""
@@ -349,8 +379,8 @@ class Ingest:
         refused = self._refused(report)
         found = []
         for row in undecided:
-            board = self._store.rollouts.board(row.number, report.device)
-            if board is not None and 0 < board[1].version <= refused:
+            member = self._store.rollouts.member(row.number, report.device)
+            if member is not None and 0 < member[1].version <= refused:
                 found.append(row)
         return found
 
@@ -401,11 +431,9 @@ class Ingest:
 
     def _doubt_succeeded(self, device: str, fallen: set[tuple[str, str]]) -> None:
         """Ask a device whose health shows in quarantine what an open rollout counts as succeeded."""
-        for rollout in self._store.rollouts.overlays(device):
-            if (rollout.instance, rollout.value.target) in fallen:
-                found = self._store.rollouts.board(rollout.number, device)
-                if found is not None and found[0].outcome is Outcome.SUCCEEDED:
-                    self._unproven[device] = None
+        for rollout, member in self._store.rollouts.overlays(device):
+            if (rollout.instance, rollout.value.target) in fallen and member.outcome is Outcome.SUCCEEDED:
+                self._unproven[device] = None
 
     def _doubt_undecided(self, device: str, committed: int) -> None:
         """Ask a device that has committed a whole assignment and has not signed what became of a part of it."""
@@ -413,7 +441,7 @@ class Ingest:
             return
         for rollout in self._store.rollouts.offered(device, undecided=True):
             if rollout.state in _EXPECTING:
-                found = self._store.rollouts.board(rollout.number, device)
+                found = self._store.rollouts.member(rollout.number, device)
                 if found is not None and 0 < found[1].version <= committed:
                     self._unproven[device] = None
 
@@ -445,10 +473,6 @@ class Ingest:
             self._conductor.touch([hello.device])
         if row is not None:
             self._director.answer_nonce(hello.device, hello.nonce)
-
-
-def _is_undecided(board: DeviceProgress) -> bool:
-    return board.outcome in {Outcome.WAITING, Outcome.DEFERRED, Outcome.IN_PROGRESS}
 
 
 def _timings(report: Report) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Rollout loop: carry out what `fleet.rollout` decides, and keep every device's assignment in step.
 
 A single task, woken by messages of devices, acts of operators and the times that decisions name. Everything it knows is
-in the store, so that it may end at any instant and resume where it was.
+in the store, so that it may end at any instant and resume where it was. Durations count on steady time
+(`fleet.rollout.steady`), of which the store keeps a witness.
 """
 
 import asyncio
@@ -9,16 +10,23 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, assert_never
+from typing import Final
 
-from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
-from fleet.rollout.decide import Action, Complete, Expire, Halt, Offer, Wait, decide, merge_set
-from fleet.rollout.model import Rollout
+from msgspec.structs import replace
+
+from fleet.protocol.codes import OPEN_STATES, Outcome, PauseCause, RolloutState
+from fleet.rollout import advance
+from fleet.rollout.advance import Step, advance_set
+from fleet.rollout.decide import Close, Offer, Pause, Revert, Rollout
+from fleet.rollout.effective import Fitness, safe_value
+from fleet.rollout.model import Member, leave, overtaken
+from fleet.rollout.steady import Witness
 from fleet.server.check_ins import CheckIns
 from fleet.server.director import Director
-from fleet.store.rows import AssignmentRow, RolloutRow
+from fleet.server.rollout_members import Change, Membership, with_presence
+from fleet.store.rows import AssignmentRow, RolloutRow, SettledRow
 from fleet.store.store import ChangeSignal, Store
 from signing.errors import SigningError
 
@@ -26,9 +34,14 @@ log = logging.getLogger(__name__)
 _BATCH: Final = 25
 """After so many devices the loop lets others run."""
 
-_MAX_STEPS: Final = 100
 _REST: Final = 4
 _REST_MAX_S: Final = 1.0
+_WITNESS_S: Final = 10.0
+"""Steady time that a crash may lose."""
+
+_NAMED_MAX: Final = 5
+_WAITING_MAX: Final = 20
+_ENDED: Final = frozenset({RolloutState.REVERTED, RolloutState.ABORTED, RolloutState.REVOKED, RolloutState.SUPERSEDED})
 
 
 class RolloutController:
@@ -36,6 +49,7 @@ class RolloutController:
 
     Args:
         clock: the time, UTC.
+        monotonic: seconds that do not jump.
         check_ins: asks devices for their signed state.
     """
 
@@ -44,158 +58,347 @@ class RolloutController:
         *,
         store: Store,
         director: Director,
+        membership: Membership,
         watch: ChangeSignal,
         clock: Callable[[], datetime],
         check_ins: CheckIns,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store, self._director, self._watch, self._clock = store, director, watch, clock
-        self._check_ins = check_ins
+        self._store, self._director, self._repository = store, director, membership.repository
+        self._membership, self._watch, self._check_ins = membership, watch, check_ins
+        self._clock, self._monotonic = clock, monotonic
+        known = store.rollouts.witness()
+        self._witness = Witness(0, self._now()) if known is None else known.resumed(self._now())
+        self._stored, self._base = self._witness, self._witness.steady - monotonic()
         self._wake = asyncio.Event()
         self._dirty: dict[str, None] = {}
         self._next: float | None = None
+        self._online: dict[str, float] = {}
+        self._heard: dict[str, float] = {}
+        self._began = self.steady()
+        self._published: frozenset[str] | None = None
+        self.waits: dict[int, tuple[str, ...]] = {}
+
+    def steady(self) -> float:
+        """Return steady time: seconds that this server watched, over restarts."""
+        return self._base + self._monotonic()
 
     def wake(self) -> None:
-        """Something happened: look again soon."""
+        """Look again soon."""
         self._wake.set()
+
+    def heard(self, device: str) -> None:
+        """Note that a device has sent anything."""
+        self._heard[device] = self.steady()
 
     def touch(self, devices: Iterable[str]) -> None:
         """Look again at devices whose desired state may have changed."""
+        before = len(self._dirty)
         self._dirty.update(dict.fromkeys(devices))
-        self._wake.set()
+        if len(self._dirty) > before:
+            self._wake.set()
 
     async def run(self) -> None:
         """Go on until cancelled. A mistake in one round is logged, and the next round comes."""
         while True:
             self._wake.clear()
-            began = time.perf_counter()
+            began = self._monotonic()
             try:
                 await self.step()
             except Exception:
                 log.exception("a round of the rollout loop failed; it is tried again")
-                self._next = self._now() + 5
+                self._look_at(self.steady() + 5)
             # a round over thousands of devices costs something: never more than a fifth of the time goes there
-            await asyncio.sleep(min(_REST_MAX_S, _REST * (time.perf_counter() - began)))
-            pause = None if self._next is None else max(0.05, self._next - self._now())
+            await asyncio.sleep(min(_REST_MAX_S, _REST * (self._monotonic() - began)))
+            pause = None if self._next is None else max(0.05, self._next - self.steady())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause)
 
     async def step(self) -> None:
         """Run one round: every open rollout until it waits, then every device whose desired state may have changed."""
         self._next = None
-        for row in self._store.rollouts.open():
+        self._keep_witness()
+        self._withdraw_unpublished()
+        self._note_presence()
+        await self._join_dirty()
+        for row in self._store.rollouts.scheduled():
+            self._begin_scheduled(row)
+        for row in (*self._store.rollouts.open(), *self._store.rollouts.queues()):
             await self._advance(row.number)
         await self._settle_dirty()
         self._watch.changed()
 
+    def waiting(self) -> list[str]:
+        """Return what each open rollout and catch-up queue waits for, as sentences."""
+        rollouts = self._store.rollouts
+        said = [f"{scope or 'the fleet'} is frozen: {reason}" for scope, reason in sorted(rollouts.freezes().items())]
+        for row in (*rollouts.open(), *rollouts.scheduled(), *rollouts.queues()):
+            if row.state in OPEN_STATES or row.reason:
+                reason = f": {row.reason}" if row.reason else ""
+                said.append(f"rollout {row.number} ({row.instance} to {row.group or row.device}) {row.state}{reason}")
+        return said[:_WAITING_MAX]
+
+    # -- time and presence --------------------------------------------------------------------------------------------
+
+    def _keep_witness(self) -> None:
+        self._witness = self._witness.observe(self.steady(), self._now())
+        if self._witness.steady - self._stored.steady >= _WITNESS_S:
+            self._store.rollouts.set_witness(self._witness)
+            self._stored = self._witness
+
+    def _note_presence(self) -> None:
+        """Note since when each device is online, as far as this server saw it."""
+        online, now = self._store.devices.connected(), self.steady()
+        self._online = {device: self._online.get(device, now) for device in online}
+
+    def _look_at(self, until: float | None) -> None:
+        if until is not None:
+            self._next = until if self._next is None else min(self._next, until)
+
+    def _begin_scheduled(self, row: RolloutRow) -> None:
+        """Resolve the members of a rollout whose time has come."""
+        at = row.plan.starts_at or 0
+        if not self._witness.due(at):
+            self._look_at(self.steady() + min(60.0, max(1.0, at - self._witness.utc)))
+            return
+        drawn = self._membership.draw(Change(row.group, row.device, row.instance, row.value), row.plan)
+        with self._store.atomic():
+            self._store.rollouts.add_members(row.number, drawn.members)
+            self._store.rollouts.set_drawn(row.number, drawn.waves)
+            refused = "" if drawn.progress.gates else refusal(drawn.left_out)
+            progress = drawn.progress if drawn.progress.gates else Rollout(RolloutState.REFUSED, ())
+            self._store.rollouts.save(row.number, progress, reason=refused, now=self._now())
+
+    # -- one rollout --------------------------------------------------------------------------------------------------
+
     async def _advance(self, number: int) -> None:
-        for _ in range(_MAX_STEPS):
-            row = self._store.rollouts.get(str(number))
-            if row is None or row.state not in OPEN_STATES:
+        found = self._decide(number)
+        if found is None:
+            return
+        if found.offered:
+            await self._note_previous(found.rows, found.offered)
+            noted = set(found.offered)
+            found = self._decide(number)  # meanwhile operators and devices may have spoken
+            if found is None:
                 return
-            members = self._open_set(row)
-            if members[0].number != number:
-                return  # the first of a set leads it
-            standing = merge_set([self._store.rollouts.standing(each.number) for each in members])
-            if not await self._carry_out(row, decide(_model(row), standing, self._now())):
-                return
-        log.error("rollout %s does not come to rest", number)
+            self._note(found.rows, [device for device in found.offered if device not in noted])
+        self._save(found)
 
-    def _open_set(self, row: RolloutRow) -> list[RolloutRow]:
-        return [each for each in self._store.rollouts.together(row) if each.state in OPEN_STATES]
+    def look(self, row: RolloutRow) -> None:
+        """Decide over a rollout at once, as after a pause: nothing is offered, and nobody is waited for."""
+        found = self._decide(self._set_of(row)[0].number)
+        if found is not None and not found.offered:
+            self._save(found)
 
-    async def _carry_out(self, row: RolloutRow, actions: Iterable[Action]) -> bool:
-        """Carry out actions; false when the rollout waits now."""
-        moved = False
-        for action in actions:
-            match action:
-                case Offer(wave, devices):
-                    await self._offer(row, wave, devices)
-                    moved = True
-                case Expire(device, message):
-                    self._expire(row, device, message)
-                    moved = True
-                case Halt(reason):
-                    self.end(row, RolloutState.HALTED, reason)
-                case Complete():
-                    self._complete(row)
-                case Wait(reason, until):
-                    self._wait(row, reason, until)
-                case _:
-                    assert_never(action)
-        return moved
+    def _decide(self, number: int) -> "_Decided | None":
+        """Decide over a rollout, or the set that it leads; None for one that is over or led by another."""
+        row = self._store.rollouts.get(str(number))
+        if row is None or row.state not in OPEN_STATES | {RolloutState.SUCCEEDED}:
+            return None
+        rows = self._set_of(row)
+        if rows[0].number != number:
+            return None
+        stored = [self._store.rollouts.members(each.number) for each in rows]
+        step = advance_set(self._frozen(row), [self._present(row, members) for members in stored], self.steady())
+        offered = [device for action in step.actions if isinstance(action, Offer) for device in action.devices]
+        return _Decided(rows, stored, step, offered)
 
-    async def _offer(self, row: RolloutRow, wave: int, devices: Iterable[str]) -> None:
-        log.info("rollout %s: wave %s of %s", row.number, wave, len(row.sizes))
-        waiting = list(devices)
-        for start in range(0, len(waiting), _BATCH):
+    def _set_of(self, row: RolloutRow) -> list[RolloutRow]:
+        return [each for each in self._store.rollouts.together(row) if each.state is row.state] or [row]
+
+    def _present(self, row: RolloutRow, members: Iterable[Member]) -> list[Member]:
+        """Return members as they are now: connected or not, and out of the count when revoked or out of the group."""
+        there = self._membership.ids(row.group, row.device)
+        found = with_presence(members, self._online, self._heard, self._began)
+        for place, member in enumerate(found):
+            if member.device not in there:
+                device = self._store.devices.get(member.device)
+                revoked = device is not None and device.revoked
+                found[place] = leave(member, "it is revoked" if revoked else "it left the group")
+        return found
+
+    def _frozen(self, row: RolloutRow) -> Rollout:
+        """Return the rollout as the freezes of the moment leave it."""
+        freezes = self._store.rollouts.freezes()
+        frozen = "" in freezes or row.group in freezes
+        if frozen and PauseCause.FREEZE not in row.progress.causes:
+            return advance.pause(row.model, PauseCause.FREEZE)
+        return row.model if frozen else advance.unfreeze(row.model)
+
+    async def _note_previous(self, rows: list[RolloutRow], devices: list[str]) -> None:
+        """Record what devices should have run before they are offered something else."""
+        for start in range(0, len(devices), _BATCH):
             with self._store.atomic():
-                for device in waiting[start : start + _BATCH]:
-                    self._note_previous(row, device)
+                self._note(rows, devices[start : start + _BATCH])
             await asyncio.sleep(0)
-        now = self._store.rollouts.get(row.id)
-        if now is None or now.state is not RolloutState.RUNNING:
-            return  # an operator was quicker
-        with self._store.atomic():  # a device is never asked for a part of a set
-            for each in self._open_set(now):
-                self._store.rollouts.offer(each.number, wave, now=self._now())
-        self._watch.changed()
-        self.touch(devices)
-        await self._settle_dirty()
 
-    def _note_previous(self, row: RolloutRow, device: str) -> None:
-        board = self._store.devices.get(device)
-        held = {} if board is None else self._director.effective(board)
-        for each in self._open_set(row):
-            before = held.get(each.instance)
-            self._store.rollouts.set_previous(each.number, device, (before and before.value.target) or "")
+    def _note(self, rows: list[RolloutRow], devices: list[str]) -> None:
+        for device in devices:
+            found = self._store.devices.get(device)
+            held = {} if found is None else self._director.effective(found)
+            for row in rows:
+                before = held.get(row.instance)
+                self._store.rollouts.set_previous(row.number, device, (before and before.value.target) or "")
 
-    def _expire(self, row: RolloutRow, device: str, message: str) -> None:
-        for each in self._open_set(row):
-            found = self._store.rollouts.board(each.number, device)
-            if found is not None and found[0].outcome is Outcome.IN_PROGRESS:
-                board, extra = found
-                late = replace(board, outcome=Outcome.FAILED, message=message, ended_at=self._now())
-                self._store.rollouts.set_board(each.number, late, extra)
+    def _save(self, found: "_Decided") -> None:
+        """Store what was decided, and have the assignments follow it."""
+        rows, step = found.rows, found.step
+        reason, touched = self._reason(rows[0], step), set(step.changed)
+        for action in step.actions:
+            if isinstance(action, Pause | Revert | Close):
+                log.warning("rollout %s: %s", rows[0].number, action.reason)
+        news = [
+            [new for old, new in zip(before, after, strict=True) if _differs(old, new)]
+            for before, after in zip(found.stored, step.sets, strict=True)
+        ]
+        touched |= {each.device for changed in news for each in changed}
+        if any(news) or any(step.rollout != row.progress or reason != row.reason for row in rows):
+            with self._store.atomic():
+                for row, changed in zip(rows, news, strict=True):
+                    self._store_step(row, changed, step.rollout, reason)
+                    self._overtake(row, found.offered)
+        if step.rollout.state is not rows[0].state:
+            self.touch_scope(rows[0])
+        self.waits.pop(rows[0].number, None)
+        if step.wait.devices:
+            self.waits[rows[0].number] = step.wait.devices
+        self.touch(touched)
+        self._look_at(step.wait.until)
 
-    def end(self, row: RolloutRow, state: RolloutState, reason: str) -> None:
+    def _store_step(self, row: RolloutRow, changed: list[Member], progress: Rollout, reason: str) -> None:
+        if changed:
+            self._store.rollouts.set_members(row.number, changed, now=self._now())
+        if progress != row.progress or reason != row.reason:
+            self._store.rollouts.save(row.number, progress, reason=reason, now=self._now())
+        if progress.state is not row.state:
+            self._note_state(row, progress.state, reason)
+
+    def _reason(self, row: RolloutRow, step: Step) -> str:
+        """Return why a rollout ended, is paused or waits."""
+        said = [each.reason for each in step.actions if isinstance(each, Pause | Revert)]
+        if said:
+            return said[-1]
+        causes = step.rollout.causes
+        if PauseCause.FREEZE in causes and PauseCause.FREEZE not in row.progress.causes:
+            freezes = self._store.rollouts.freezes()
+            return f"frozen: {freezes.get(row.group) or freezes.get('') or ''}"
+        return row.reason if causes and row.progress.causes else step.wait.reason
+
+    def _note_state(self, row: RolloutRow, state: RolloutState, reason: str) -> None:
+        """Settle the value of a rollout that succeeded, and record the change of state."""
+        log.info("rollout %s %s", row.number, state)
+        now = self._now()
+        if state is RolloutState.SUCCEEDED:
+            self._store.rollouts.settle(
+                group=row.group, device=row.device, instance=row.instance, value=row.value, rollout=row.id, now=now
+            )
+        if state in _ENDED | {RolloutState.SUCCEEDED, RolloutState.PAUSED}:
+            self._store.access.audit(actor="server", act=f"rollout-{state}", subject=row.id, detail=reason, now=now)
+
+    def _overtake(self, row: RolloutRow, devices: Iterable[str]) -> None:
+        """Mark devices that are offered something else by now in the rollouts before."""
+        for device in devices:
+            for earlier, member in self._store.rollouts.overlays(device):
+                same = earlier.instance == row.instance and (not row.group or earlier.group == row.group)
+                if same and earlier.number < row.number:
+                    word = f"rollout {row.number} offers it something else"
+                    after = overtaken(member, word if row.group else "it is pinned")
+                    if after is not member:
+                        self._store.rollouts.set_members(earlier.number, [after], now=self._now())
+
+    # -- ends that nobody waits for -----------------------------------------------------------------------------------
+
+    def end(self, row: RolloutRow, state: RolloutState, reason: str, *, keep: bool = False) -> None:
         """End a rollout, and its whole set, without its aim: its devices are offered what they had before."""
         log.warning("rollout %s %s: %s", row.number, state, reason)
         with self._store.atomic():
-            for each in self._open_set(row):
-                self._store.rollouts.set_state(each.number, state, reason=reason, now=self._now())
+            for each in self._set_of(row):
+                before = self._store.rollouts.members(each.number)
+                members = {member.device: member for member in before}
+                progress = advance.end(each.model, members, state, keep=keep)
+                changed = [new for old, new in zip(before, members.values(), strict=True) if old is not new]
+                self._store.rollouts.set_members(each.number, changed, now=self._now())
+                self._store.rollouts.save(each.number, progress, reason=reason, now=self._now())
                 self._store.access.audit(
                     actor="server", act=f"rollout-{state}", subject=each.id, detail=reason, now=self._now()
                 )
-        self._touch_scope(row)
+        self.touch_scope(row)
 
-    def _complete(self, row: RolloutRow) -> None:
-        log.info("rollout %s succeeded", row.number)
+    def save(self, row: RolloutRow, progress: Rollout, members: Iterable[Member] = (), *, reason: str) -> None:
+        """Store a rollout after an act of an operator, and look again."""
         with self._store.atomic():
-            for each in self._open_set(row):
-                self._store.rollouts.settle(
-                    group=each.group,
-                    device=each.device,
-                    instance=each.instance,
-                    value=each.value,
-                    rollout=each.id,
-                    now=self._now(),
-                )
-                self._store.rollouts.set_state(each.number, RolloutState.SUCCEEDED, now=self._now())
-                self._store.access.audit(actor="server", act="rollout-succeeded", subject=each.id, now=self._now())
-        self._touch_scope(row)
+            self._store.rollouts.save(row.number, progress, reason=reason, now=self._now())
+            self._store.rollouts.set_members(row.number, members, now=self._now())
+        self.touch_scope(row)
 
-    def _touch_scope(self, row: RolloutRow) -> None:
+    def touch_scope(self, row: RolloutRow) -> None:
+        """Look again at every device of a rollout."""
         group = self._store.devices.group(row.group) if row.group else None
         self.touch(self._store.devices.members(group) if group is not None else [])
-        self.touch(board.device for board, _ in self._store.rollouts.boards(row.number))
+        self.touch(member.device for member in self._store.rollouts.members(row.number))
         self._watch.changed()
 
-    def _wait(self, row: RolloutRow, reason: str, until: float | None) -> None:
-        if row.state is RolloutState.RUNNING:
-            for each in self._open_set(row):
-                self._store.rollouts.set_reason(each.number, reason)
-        if until is not None:
-            self._next = until if self._next is None else min(self._next, until)
+    # -- withdrawn releases --------------------------------------------------------------------------------------------
+
+    def _withdraw_unpublished(self) -> None:
+        """End rollouts of releases that were withdrawn, and let no settled value point at one."""
+        published = frozenset(release.name.path for release in self._repository.releases())
+        if published == self._published:
+            return
+        self._published = published
+        for row in (*self._store.rollouts.open(), *self._store.rollouts.scheduled()):
+            if row.value.target is not None and row.value.target not in published:
+                self.end(row, RolloutState.REVOKED, f"{row.value.target} was withdrawn")
+        for settled in self._store.rollouts.all_settled():
+            if settled.value.target is not None and settled.value.target not in published:
+                self._replace_withdrawn(settled)
+
+    def _replace_withdrawn(self, settled: SettledRow) -> None:
+        """Settle the newest value that may take the place of a withdrawn one; none: the devices run nothing."""
+        rollouts = self._store.rollouts
+        brought = rollouts.get(settled.rollout) if settled.rollout else None
+        facts = Fitness(0, 0) if brought is None else brought.plan.fitness
+        history = rollouts.settled_history(group=settled.group, device=settled.device, instance=settled.instance)
+        fit = {
+            release.name.path: Fitness(release.manifest.security_epoch, release.manifest.data_schema)
+            for release in self._repository.releases()
+        }
+        held = safe_value(facts, history, fit)
+        value = None if held is None else held.value
+        scope = settled.group or settled.device
+        follows = "nothing" if value is None else value.target
+        words = f"{settled.instance} on {scope}: {settled.value.target} was withdrawn, {follows} follows"
+        log.warning("%s", words)
+        with self._store.atomic():
+            rollouts.settle(
+                group=settled.group,
+                device=settled.device,
+                instance=settled.instance,
+                value=value,
+                rollout="" if held is None else held.rollout,
+                now=self._now(),
+            )
+            self._store.access.audit(actor="server", act="withdrawn", subject=scope, detail=words, now=self._now())
+        group = self._store.devices.group(settled.group) if settled.group else None
+        self.touch([settled.device] if group is None else self._store.devices.members(group))
+
+    # -- devices ------------------------------------------------------------------------------------------------------
+
+    async def _join_dirty(self) -> None:
+        """Let devices that joined a group enter its open rollouts and catch-up queues."""
+        for place, device in enumerate(list(self._dirty)):
+            if place % _BATCH == _BATCH - 1:
+                await asyncio.sleep(0)
+            row = self._store.devices.get(device)
+            if row is None or row.revoked:
+                continue
+            groups = [each.name for each in self._store.devices.groups_of(row)]
+            for rollout in self._store.rollouts.without(device, groups):
+                settled = rollout.state is RolloutState.SUCCEEDED
+                change = Change(rollout.group, rollout.device, rollout.instance, rollout.value)
+                member = self._membership.joins(change, row, rollout.progress, settled=settled)
+                self._store.rollouts.add_members(rollout.number, [member])
+                self._wake.set()
 
     async def _settle_dirty(self) -> None:
         """Renew assignments, one transaction per batch; ask devices that have nothing left to do for their state."""
@@ -224,36 +427,47 @@ class RolloutController:
     def _note_version(self, device: str, version: int, *, changed: bool) -> None:
         """Note which assignment offers a rollout first; of one that the device had before no report follows."""
         for rollout in self._store.rollouts.offered(device, undecided=True):
-            found = self._store.rollouts.board(rollout.number, device)
-            if found is None or found[1].version:
+            found = self._store.rollouts.member(rollout.number, device)
+            if found is None or (found[1].version and not found[0].returning):
                 continue
             if version == 0:
-                self._skip(rollout, device)
+                self._leave(rollout, device)
                 continue
             self._store.rollouts.set_version(rollout.number, device, version)
             if not changed:
                 self._check_ins.ask(device)
 
-    def _skip(self, rollout: RolloutRow, device: str) -> None:
+    def _leave(self, rollout: RolloutRow, device: str) -> None:
         """Leave out a device to which nothing was ever assigned, and nothing is now."""
-        found = self._store.rollouts.board(rollout.number, device)
-        if found is not None:
-            board, extra = found
-            left_out = replace(board, outcome=Outcome.SKIPPED, message="nothing was ever assigned to it")
-            self._store.rollouts.set_board(rollout.number, left_out, extra)
+        found = self._store.rollouts.member(rollout.number, device)
+        if found is not None and found[0].outcome is not Outcome.NOT_AFFECTED:
+            left = leave(found[0], "nothing was ever assigned to it")
+            self._store.rollouts.set_members(rollout.number, [left], now=self._now())
             self.wake()
 
     def _now(self) -> float:
         return self._clock().timestamp()
 
 
-def _model(row: RolloutRow) -> Rollout:
-    return Rollout(
-        id=row.id,
-        state=row.state,
-        sizes=row.sizes,
-        wave=row.wave,
-        failures=row.failures,
-        soak_s=row.soak_s,
-        timeout_s=row.timeout_s,
-    )
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """Decision over a rollout or a set: the rows, their members as stored, the step, and whom it offers the change."""
+
+    rows: list[RolloutRow]
+    stored: list[tuple[Member, ...]]
+    step: Step
+    offered: list[str]
+
+
+def _differs(old: Member, new: Member) -> bool:
+    """Tell whether a member changed beside what is known anew in each round."""
+    return new is not old and replace(new, heard_at=old.heard_at, online_since=old.online_since) != old
+
+
+def refusal(left_out: dict[str, str]) -> str:
+    """Say why a rollout concerns no device."""
+    if not left_out:
+        return "the group has no devices"
+    some = "; ".join(f"{device}: {reason}" for device, reason in sorted(left_out.items())[:_NAMED_MAX])
+    more = len(left_out) - _NAMED_MAX
+    return f"it concerns no device: {some}" + (f" and {more} more" if more > 0 else "")

@@ -13,17 +13,21 @@ from typing import Final
 import msgspec
 
 from fleet.protocol import bounds, names, outbound, wire
-from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
+from fleet.protocol.codes import OPEN_STATES, Outcome, PauseCause, RolloutState
 from fleet.protocol.manifest import Grants
 from fleet.protocol.operator_api import Excluded, Preflight, Refusal, RemovalRequest, RolloutRequest, UndoRequest
-from fleet.rollout import effective, model
-from fleet.rollout.effective import Group, SettledValue
-from fleet.rollout.model import BREACHES, DeviceProgress, Value
-from fleet.server.director import Director, lacks, unfit
+from fleet.rollout import advance, effective
+from fleet.rollout.decide import Limits, Rollout
+from fleet.rollout.effective import Fitness, Group, SettledValue
+from fleet.rollout.members import Amount, BadWavesError, default_waves, parse_waves
+from fleet.rollout.model import OPEN, Value, cancel
+from fleet.server.director import Director
 from fleet.server.retries import nothing_to_retry
-from fleet.server.rollout_controller import RolloutController
+from fleet.server.rollout_controller import RolloutController, refusal
+from fleet.server.rollout_members import Change, Membership
 from fleet.server.tuf_repository import TufRepository
-from fleet.store.rows import DeviceRow, GroupRow, RolloutRow
+from fleet.store.rollouts import NewRollout
+from fleet.store.rows import DeviceRow, GroupRow, RolloutPlan, RolloutRow
 from fleet.store.store import Store
 from signing.policy import Release
 
@@ -39,10 +43,12 @@ class RolloutPlanner:
         store: Store,
         repository: TufRepository,
         director: Director,
+        membership: Membership,
         conductor: RolloutController,
         clock: Callable[[], datetime],
     ) -> None:
         self._store, self._repository, self._director = store, repository, director
+        self._membership = membership
         self._conductor, self._clock = conductor, clock
 
     # -- deploy ------------------------------------------------------------------------------------------------------
@@ -53,10 +59,10 @@ class RolloutPlanner:
         Raises:
             Refusal, BadNameError: what is asked cannot be meant, or contradicts what is.
         """
-        value, group = self._check(request)
+        value, _ = self._check(request)
         if not request.also:
-            return self._begin(request, value, group, by=by)
-        return self._begin_set([(request, value), *self._companions(request)], group, by=by)
+            return self._begin(request, value, by=by)
+        return self._begin_set([(request, value), *self._companions(request)], by=by)
 
     def _companions(self, request: RolloutRequest) -> list[tuple[RolloutRequest, Value]]:
         """The other members of a set, each checked like the first."""
@@ -72,42 +78,98 @@ class RolloutPlanner:
 
     def preflight(self, request: RolloutRequest) -> Preflight:
         """Return what a rollout would do, without doing it; raises as `deploy`."""
-        value, group = self._check(request)
+        value, _ = self._check(request)
         before = self._before(request)
-        boards, left_out = self._boards(request, group, value)
+        drawn = self._membership.draw(_change(request, value), self._plan(request, value))
         release = None if value.target is None else self._repository.release(value.target)
         old = None if before is None or before.target is None else self._repository.release(before.target)
-        sizes = model.sizes(model.parse(request.waves), len(boards))
-        starts = (0, *sizes[:-1])
+        count = len(drawn.progress.gates)
         return Preflight(
-            waves=tuple(boards[start:end] for start, end in zip(starts, sizes, strict=True)),
-            excluded=tuple(Excluded(device=each, reason=reason) for each, reason in sorted(left_out.items())),
+            waves=tuple(
+                tuple(each.device for each in drawn.affected if each.wave == wave) for wave in range(1, count + 1)
+            ),
+            excluded=tuple(Excluded(device=each, reason=reason) for each, reason in sorted(drawn.left_out.items())),
             new_grants=new_grants(release, old),
             previous="" if before is None else before.target or "",
-            warnings=() if boards else ("the group has no devices yet: it is settled at once",),
+            warnings=() if count else (f"it is refused: {refusal(drawn.left_out)}",),
+        )
+
+    def _plan(self, request: RolloutRequest, value: Value) -> RolloutPlan:
+        """Return the waves and limits that a request asks for."""
+        limits = Limits(
+            min_success=_amount(request.min_success) or Limits().min_success,
+            failures=_amount(request.failures),
+            lost=_amount(request.max_lost),
+            on_breach=request.on_breach,
+            at_once=request.at_once,
+            catch_up=_amount(request.catch_up) or Limits().catch_up,
+            timeout_s=request.timeout_s,
+        )
+        waves = request.waves or default_waves(len(self._membership.devices(_change(request, value))))
+        release = None if value.target is None else self._repository.release(value.target)
+        manifest = None if release is None else release.manifest
+        return RolloutPlan(
+            stages=parse_waves("100%" if request.device else waves),
+            limits=limits,
+            soak_s=request.soak_s,
+            seed=secrets.randbelow(1 << 31) if request.seed is None else request.seed,
+            starts_at=None if request.starts_at is None else request.starts_at.timestamp(),
+            allow_empty=request.allow_empty,
+            fitness=Fitness(0, 0) if manifest is None else Fitness(manifest.security_epoch, manifest.data_schema),
         )
 
     def _check(self, request: RolloutRequest) -> tuple[Value, GroupRow | None]:
         names.check_label(request.instance, "instance")
         group = self._scope(request.group, request.device)
         try:
-            model.parse(request.waves)
-        except model.BadWavesError as error:
+            if request.waves:
+                parse_waves(request.waves)
+            for amount in (request.min_success, request.failures, request.max_lost, request.catch_up):
+                _amount(amount)
+        except BadWavesError as error:
             raise Refusal(400, "bad-waves", str(error)) from error
-        if request.timeout_s < _TIMEOUT_MIN_S or request.soak_s < 0 or request.failures < 0:
-            raise Refusal(400, "bad-request", f"timeout_s is at least {_TIMEOUT_MIN_S}; soak_s and failures at least 0")
+        if request.timeout_s < _TIMEOUT_MIN_S or request.soak_s < 0:
+            raise Refusal(400, "bad-request", f"timeout_s is at least {_TIMEOUT_MIN_S}; soak_s at least 0")
+        self._check_frozen(request)
         value = self._value(request)
+        self._check_open(request, value)
         if group is not None and value.target is not None:
             self._check_room(group, request.instance)
             self._check_conflict(group, request.instance, value)
         self._check_secrets(request, group, value)
         return value, group
 
+    def _check_open(self, request: RolloutRequest, value: Value) -> None:
+        """Refuse another configuration while a rollout of the instance is open, unless it is to be superseded."""
+        before = self._before(request)
+        changed = request.config is not None and (before is None or before.config != value.config)
+        if not changed or request.supersede:
+            return
+        for row in self._superseded(request):
+            if row.value.config != value.config:
+                title = f"rollout {row.number} of {request.instance} is {row.state}, and this changes its configuration"
+                raise Refusal(409, "open-rollout", title, action="wait for its end, or add --supersede")
+
+    def _check_frozen(self, request: RolloutRequest) -> None:
+        """Refuse a new rollout while the fleet or its group is frozen."""
+        freezes = self._store.rollouts.freezes()
+        scopes = ["", request.group] if request.group else [""]
+        for scope in scopes:
+            if scope in freezes:
+                where = f" --group {scope}" if scope else ""
+                raise Refusal(
+                    409,
+                    "frozen",
+                    f"{scope or 'the fleet'} is frozen",
+                    freezes[scope],
+                    f"fleet unfreeze{where} ends that",
+                )
+
     def _check_secrets(self, request: RolloutRequest, group: GroupRow | None, value: Value) -> None:
         """Refuse a rollout that no device could start; single devices that lack a secret are left out."""
         release = None if value.target is None else self._repository.release(value.target)
         rows = [] if release is None else self._store.devices.some(self._members(request, group))
-        missing = [self._lacks(row, release, request.instance) for row in rows if not row.revoked]
+        missing = [self._membership.lacks(row, release, request.instance) for row in rows if not row.revoked]
         if missing and release is not None and all(missing):
             where = f"--group {request.group}" if request.group else f"--device {request.device}"
             raise Refusal(
@@ -117,19 +179,8 @@ class RolloutPlanner:
                 action=f"give it first: fleet secret set {missing[0][0]} {where} --instance {request.instance}",
             )
 
-    def _lacks(self, row: DeviceRow, release: Release | None, instance: str) -> tuple[str, ...]:
-        if release is None or not release.manifest.secrets:
-            return ()
-        return lacks(release, instance, self._store.boxes.newest(row.id))
-
     def _members(self, request: RolloutRequest, group: GroupRow | None) -> list[str]:
         return [request.device] if group is None else self._store.devices.members(group)
-
-    def _left_out(self, release: Release, row: DeviceRow, instance: str) -> str:
-        """Why a device cannot run a release, in words; empty for no reason."""
-        missing = self._lacks(row, release, instance)
-        secret = f"it lacks the secret {missing[0]}: fleet secret set {missing[0]} --device {row.id}" if missing else ""
-        return unfit(release, row) or _engineless(row) or secret
 
     def _scope(self, group: str, device: str) -> GroupRow | None:
         if bool(group) == bool(device):
@@ -171,9 +222,9 @@ class RolloutPlanner:
         for row in self._store.rollouts.newest(50, group=request.group or None):
             same = (row.instance, row.value.target) == (request.instance, request.target)
             if same and (row.group, row.device) == (request.group, request.device):
-                for board, _ in self._store.rollouts.boards(row.number):
-                    if board.outcome in BREACHES:
-                        failed = max(failed, board.attempt + 1, row.value.attempt + 1)
+                for member in self._store.rollouts.members(row.number):
+                    if member.outcome is Outcome.FAILED or member.code:
+                        failed = max(failed, member.attempt + 1, row.value.attempt + 1)
         return failed
 
     def _before(self, request: RolloutRequest | RolloutRow) -> Value | None:
@@ -207,40 +258,29 @@ class RolloutPlanner:
                     action=f"give one a higher priority: fleet group {group.name} --priority 10",
                 )
 
-    # -- devices ------------------------------------------------------------------------------------------------------
-
-    def _boards(
-        self, request: RolloutRequest, group: GroupRow | None, value: Value
-    ) -> tuple[tuple[str, ...], dict[str, str]]:
-        """The devices in the order in which they are offered it, and those that are left out, with the reason."""
-        rows = self._store.devices.some(self._members(request, group))
-        release = None if value.target is None else self._repository.release(value.target)
-        reasons = {} if release is None else {row.id: self._left_out(release, row, request.instance) for row in rows}
-        left_out = {device: reason for device, reason in reasons.items() if reason}
-        online = {row.id: row.online for row in rows if not row.revoked and row.id not in left_out}
-        return model.order(online), left_out
+    # -- beginning ----------------------------------------------------------------------------------------------------
 
     def _begin_set(
         self,
-        members: list[tuple[RolloutRequest, Value]],
-        group: GroupRow | None,
+        asked: list[tuple[RolloutRequest, Value]],
         *,
         by: str,
         undoes: tuple[str, ...] = (),
     ) -> RolloutRow:
-        """Begin the rollouts of an atomic set; the first of them, which leads it.
+        """Begin the rollouts of an atomic set; return the first of them, which leads it.
 
         A device that cannot run one of the members is left out of all.
         """
         word = f"s{secrets.token_hex(6)}"
+        plan = self._plan(*asked[0])
         left_out: dict[str, str] = {}
-        for request, value in members:
-            left_out |= self._boards(request, group, value)[1]
-        taken_back = undoes or ("",) * len(members)
+        for request, value in asked:
+            left_out |= self._membership.draw(_change(request, value), plan).left_out
+        taken_back = undoes or ("",) * len(asked)
         with self._store.atomic():
             rows = [
-                self._begin(request, replace(value, atomic=word), group, by=by, undoes=past, left_out=left_out)
-                for (request, value), past in zip(members, taken_back, strict=True)
+                self._begin(request, replace(value, atomic=word), by=by, undoes=past, also_out=left_out, plan=plan)
+                for (request, value), past in zip(asked, taken_back, strict=True)
             ]
         return rows[0]
 
@@ -248,67 +288,74 @@ class RolloutPlanner:
         self,
         request: RolloutRequest,
         value: Value,
-        group: GroupRow | None,
         *,
         by: str,
         undoes: str = "",
-        left_out: dict[str, str] | None = None,
+        also_out: dict[str, str] | None = None,
+        plan: RolloutPlan | None = None,
     ) -> RolloutRow:
-        devices, unfit_here = self._boards(request, group, value)
-        left_out = unfit_here if left_out is None else left_out
-        devices = tuple(device for device in devices if device not in left_out)
-        sizes = model.sizes(model.parse(request.waves), len(devices))
+        plan = self._plan(request, value) if plan is None else plan
+        before = self._before(request)
+        superseded = self._superseded(request)
+        drawn = self._membership.draw(_change(request, value), plan, also_out=also_out)
+        progress, reason = drawn.progress, ""
+        settles = value.target is None or plan.allow_empty
+        if not superseded and before is not None and before.same(value) and value.attempt <= before.attempt:
+            reason = f"nothing would change: {request.group or request.device} is settled on it"
+        elif not drawn.progress.gates:
+            reason = refusal(drawn.left_out)
+        if plan.starts_at is not None:
+            progress, reason = Rollout(RolloutState.SCHEDULED, (), plan.limits), ""
+        elif reason:
+            progress = Rollout(RolloutState.SUCCEEDED if settles else RolloutState.REFUSED, (), plan.limits)
         now = self._clock().timestamp()
-        boards = [
-            *(
-                DeviceProgress(device, model.wave_of(index, sizes), attempt=value.attempt)
-                for index, device in enumerate(devices)
-            ),
-            *(
-                DeviceProgress(device, len(sizes), Outcome.SKIPPED, message=reason)
-                for device, reason in sorted(left_out.items())
-            ),
-        ]
+        new = NewRollout(
+            id=f"r{secrets.token_hex(6)}",
+            group=request.group,
+            device=request.device,
+            instance=request.instance,
+            value=value,
+            before=before,
+            waves=drawn.waves,
+            plan=plan,
+            progress=progress,
+            members=() if plan.starts_at is not None else drawn.members,
+            by=by,
+            note=request.note[:500],
+            undoes=undoes,
+            reason=reason,
+        )
         with self._store.atomic():
-            superseded = [
-                each
-                for old in self._store.rollouts.open_on(
-                    group=request.group, device=request.device, instance=request.instance
-                )
-                for each in self._store.rollouts.together(old)
-                if each.state in OPEN_STATES
-            ]
-            row = self._store.rollouts.create(
-                id=f"r{secrets.token_hex(6)}",
-                group=request.group,
-                device=request.device,
-                instance=request.instance,
-                value=value,
-                before=self._before(request),
-                waves=request.waves,
-                sizes=sizes,
-                boards=boards,
-                failures=request.failures,
-                soak_s=request.soak_s,
-                timeout_s=request.timeout_s,
-                note=request.note[:500],
-                by=by,
-                undoes=undoes,
-                now=now,
-            )
-            for old in superseded:
-                self._store.rollouts.set_state(
-                    old.number,
-                    RolloutState.SUPERSEDED,
-                    reason=f"rollout {row.number} took over",
-                    superseded_by=row.number,
-                    now=now,
-                )
+            row = self._store.rollouts.create(new, now=now)
+            if progress.state in OPEN_STATES | {RolloutState.SUCCEEDED}:
+                for old in superseded:
+                    self._conductor.end(old, RolloutState.SUPERSEDED, f"rollout {row.number} took over")
+                    self._store.rollouts.set_superseded_by(old.number, row.number)
+            if progress.state is RolloutState.SUCCEEDED:
+                self._settle(row, now)
             act = "undo" if undoes else "remove" if value.target is None else "deploy"
             words = f"{request.instance} = {value.target or 'nothing'} on {request.group or request.device}"
             self._store.access.audit(actor=by, act=act, subject=row.id, detail=words, now=now)
         self._conductor.wake()
         return row
+
+    def _superseded(self, request: RolloutRequest) -> list[RolloutRow]:
+        """Return the open rollouts whose place a new one takes, those of their sets included."""
+        return [
+            each
+            for old in self._store.rollouts.open_on(
+                group=request.group, device=request.device, instance=request.instance
+            )
+            for each in self._store.rollouts.together(old)
+            if each.state in OPEN_STATES
+        ]
+
+    def _settle(self, row: RolloutRow, now: float) -> None:
+        """Settle the value of a rollout that concerns no device."""
+        self._store.rollouts.settle(
+            group=row.group, device=row.device, instance=row.instance, value=row.value, rollout=row.id, now=now
+        )
+        self._conductor.touch_scope(row)
 
     # -- the other ways ----------------------------------------------------------------------------------------------
 
@@ -322,6 +369,9 @@ class RolloutPlanner:
             waves=request.waves,
         )
         group = self._scope(request.group, request.device)
+        self._check_frozen(asked)
+        if group is not None:
+            self._check_conflict(group, request.instance, Value(None))
         before = self._before(asked)
         under_way = self._store.rollouts.open_on(group=request.group, device=request.device, instance=request.instance)
         shown = request.group or request.device
@@ -332,7 +382,7 @@ class RolloutPlanner:
                 f"{shown} has no instance {request.instance!r}",
                 action=f"fleet groups and fleet device {request.device or 'ID'} show what runs",
             )
-        return self._begin(asked, self._value(asked), group, by=by)
+        return self._begin(asked, self._value(asked), by=by)
 
     def _runs(self, request: RemovalRequest) -> bool:
         """Tell whether a device runs an instance because of a group."""
@@ -347,20 +397,23 @@ class RolloutPlanner:
             Refusal: no such rollout, or nothing to take back.
         """
         past = self._past(request)
-        group = self._scope(past.group, past.device)
+        self._scope(past.group, past.device)
         members = self._store.rollouts.together(past)
         asked = [self._taken_back(each, request.waves) for each in members]
         if len(members) == 1:
-            return self._begin(*asked[0], group, by=by, undoes=past.id)
-        return self._begin_set(asked, group, by=by, undoes=tuple(each.id for each in members))
+            return self._begin(*asked[0], by=by, undoes=past.id)
+        return self._begin_set(asked, by=by, undoes=tuple(each.id for each in members))
 
     def _taken_back(self, past: RolloutRow, sizes: str) -> tuple[RolloutRequest, Value]:
         """Return the request that takes a rollout back; raises as `undo`."""
         try:
             value = replace(effective.target_of(_past(past)), atomic="")
-            model.parse(sizes)
-        except (effective.NothingToUndoError, model.BadWavesError) as error:
-            raise Refusal(409, "nothing-to-undo", str(error)) from error
+            if sizes:
+                parse_waves(sizes)
+        except effective.NothingToUndoError as error:
+            raise Refusal(409, "nothing-to-undo", str(error), action=error.action) from error
+        except BadWavesError as error:
+            raise Refusal(400, "bad-waves", str(error)) from error
         if value.target is not None and self._repository.release(value.target) is None:
             raise Refusal(409, "revoked", f"{value.target} is not published any more", action="deploy another version")
         asked = RolloutRequest(
@@ -369,7 +422,8 @@ class RolloutPlanner:
             group=past.group,
             device=past.device,
             waves=sizes if past.group else "100%",
-            timeout_s=int(past.timeout_s),
+            timeout_s=int(past.plan.limits.timeout_s),
+            attempt=value.attempt,
         )
         return asked, value
 
@@ -387,7 +441,7 @@ class RolloutPlanner:
         try:
             chosen = effective.choose_undo([_past(row) for row in rows.values()])
         except effective.NothingToUndoError as error:
-            raise Refusal(409, "nothing-to-undo", str(error)) from error
+            raise Refusal(409, "nothing-to-undo", str(error), action=error.action) from error
         return rows[chosen.id]
 
     def unpin(self, device: DeviceRow, instance: str, *, by: str) -> None:
@@ -403,9 +457,7 @@ class RolloutPlanner:
             raise Refusal(409, "not-pinned", f"{instance} is not pinned on {device.id}")
         with self._store.atomic():
             for row in under_way:
-                self._store.rollouts.set_state(
-                    row.number, RolloutState.ABORTED, reason="the pin was taken off", now=now
-                )
+                self._conductor.end(row, RolloutState.ABORTED, "the pin was taken off")
             self._store.rollouts.settle(group="", device=device.id, instance=instance, value=None, rollout="", now=now)
             self._store.access.audit(actor=by, act="unpin", subject=device.id, detail=instance, now=now)
         self._conductor.touch([device.id])
@@ -421,7 +473,7 @@ class RolloutPlanner:
             raise Refusal(
                 404,
                 "unknown-instance",
-                f"{device.id} is not to run {instance!r}: a halted rollout is not retried",
+                f"{device.id} is not to run {instance!r}: a reverted rollout is not retried",
                 action=f"fleet device {device.id} shows what it should run; deploy again to try again",
             )
         idle = nothing_to_retry(self._store, device, instance, held.value.target)
@@ -439,25 +491,127 @@ class RolloutPlanner:
             self._store.access.audit(actor=by, act="retry", subject=device.id, detail=instance, now=now)
         self._conductor.touch([device.id])
 
-    def control(self, row: RolloutRow, verb: str, *, by: str) -> None:
-        """Pause, resume or abort.
+    def control(self, row: RolloutRow, verb: str, *, by: str, keep: bool = False) -> None:
+        """Pause, resume, approve or abort.
+
+        `keep` leaves devices that have the version, or began with it, where they are, as pins.
 
         Raises:
-            Refusal: the rollout is over.
+            Refusal: the rollout is over, frozen, or wants somebody else's approval.
+        """
+        closed = verb == "resume" and row.state is RolloutState.SUCCEEDED and row.progress.closed
+        if row.state not in OPEN_STATES | {RolloutState.SCHEDULED} and not closed:
+            raise Refusal(409, "rollout-over", f"rollout {row.number} is over: it {_was(row.state)}")
+        now = self._clock().timestamp()
+        match verb:
+            case "abort":
+                if keep:
+                    self._pin_kept(row, now=now)
+                self._conductor.end(row, RolloutState.ABORTED, f"aborted by {by}", keep=keep)
+            case "pause":
+                for each in self._store.rollouts.together(row):
+                    if PauseCause.OPERATOR not in each.progress.causes:
+                        self._conductor.save(each, advance.pause(each.model), reason=f"paused by {by}")
+                self._conductor.look(self._store.rollouts.get(row.id) or row)
+            case "approve":
+                self._approve(row, by=by)
+            case _:
+                self._resume(row, by=by)
+        self._store.access.audit(actor=by, act=f"rollout-{verb}", subject=row.id, now=now)
+        self._conductor.wake()
+
+    def _resume(self, row: RolloutRow, *, by: str) -> None:
+        """Go on, accepting the failures and losses so far by name."""
+        causes = row.progress.causes
+        if causes == {PauseCause.FREEZE}:
+            raise Refusal(409, "frozen", f"rollout {row.number} is frozen", action="fleet unfreeze ends that")
+        if PauseCause.APPROVAL in causes:
+            raise Refusal(
+                409,
+                "approval",
+                f"wave {row.progress.wave} of rollout {row.number} wants an approval",
+                action=f"somebody other than {row.by}: fleet rollout approve {row.number}",
+            )
+        names: list[str] = []
+        for each in self._store.rollouts.together(row):
+            progress, after, accepted = advance.resume(each.model, self._store.rollouts.members(each.number))
+            names += [member.device for member in accepted]
+            changed = [member for member in after if member.device in names]
+            self._conductor.save(each, progress, changed, reason="")
+        if names:
+            now, words = self._clock().timestamp(), ", ".join(sorted(set(names)))
+            self._store.access.audit(
+                actor=by, act="rollout-accept", subject=row.id, detail=f"failures and losses of {words}", now=now
+            )
+
+    def _approve(self, row: RolloutRow, *, by: str) -> None:
+        if PauseCause.APPROVAL not in row.progress.causes:
+            raise Refusal(409, "approval", f"rollout {row.number} waits for no approval")
+        if by == row.by:
+            raise Refusal(403, "approval", f"{by} began rollout {row.number}: somebody else approves it")
+        for each in self._store.rollouts.together(row):
+            self._conductor.save(each, advance.approve(each.model), reason="")
+
+    def _pin_kept(self, row: RolloutRow, *, now: float) -> None:
+        """Pin the value on devices that keep it when their rollout is aborted."""
+        for each in self._store.rollouts.together(row):
+            for member in self._store.rollouts.members(each.number):
+                if member.outcome is Outcome.SUCCEEDED or (member.began_at is not None and member.outcome in OPEN):
+                    self._store.rollouts.settle(
+                        group="", device=member.device, instance=each.instance, value=each.value, rollout="", now=now
+                    )
+
+    def cancel(self, row: RolloutRow, device: str, *, by: str) -> None:
+        """Leave one device out of an open rollout.
+
+        Raises:
+            Refusal: the rollout is over, or does not have the device.
         """
         if row.state not in OPEN_STATES:
             raise Refusal(409, "rollout-over", f"rollout {row.number} is over: it {_was(row.state)}")
+        for each in self._store.rollouts.together(row):
+            found = self._store.rollouts.member(each.number, device)
+            if found is None:
+                raise Refusal(404, "unknown-device", f"rollout {row.number} has no device {device}")
+            self._conductor.save(each, each.model, [cancel(found[0], by)], reason=each.reason)
         now = self._clock().timestamp()
-        self._store.access.audit(actor=by, act=f"rollout-{verb}", subject=row.id, now=now)
-        if verb == "abort":
-            self._conductor.end(row, RolloutState.ABORTED, f"aborted by {by}")
-            return
-        state = RolloutState.PAUSED if verb == "pause" else RolloutState.RUNNING
-        if state is not row.state:
-            reason = f"paused by {by}" if state is RolloutState.PAUSED else ""
-            for each in self._store.rollouts.together(row):
-                if each.state in OPEN_STATES:
-                    self._store.rollouts.set_state(each.number, state, reason=reason)
+        self._store.access.audit(actor=by, act="rollout-cancel-device", subject=row.id, detail=device, now=now)
+
+    def again(self, row: RolloutRow, *, by: str) -> RolloutRow:
+        """Begin a rollout that took itself back once more, at wave 1 and with a raised attempt.
+
+        Raises:
+            Refusal: it did not end that way, or cannot be meant any more.
+        """
+        if row.state not in {RolloutState.REVERTED, RolloutState.ABORTED}:
+            raise Refusal(
+                409, "not-reverted", f"rollout {row.number} {_was(row.state)}: only a reverted one is retried"
+            )
+        attempts = [member.attempt for member in self._store.rollouts.members(row.number)]
+        value = replace(row.value, attempt=max([row.value.attempt, *attempts]) + 1, atomic="")
+        asked = RolloutRequest(instance=row.instance, target=value.target, group=row.group, device=row.device)
+        self._check_frozen(asked)
+        if value.target is not None and self._repository.release(value.target) is None:
+            raise Refusal(409, "revoked", f"{value.target} is not published any more", action="deploy another version")
+        plan = msgspec.structs.replace(row.plan, starts_at=None, seed=secrets.randbelow(1 << 31))
+        return self._begin(asked, value, by=by, plan=plan)
+
+    def freeze(self, group: str, *, reason: str, by: str) -> None:
+        """Pause every rollout and catch-up queue of a group (empty: of the fleet), and refuse new ones."""
+        if group:
+            self._scope(group, "")
+        now = self._clock().timestamp()
+        with self._store.atomic():
+            self._store.rollouts.freeze(group, reason=reason, by=by, now=now)
+            self._store.access.audit(actor=by, act="freeze", subject=group or "fleet", detail=reason, now=now)
+        self._conductor.wake()
+
+    def unfreeze(self, group: str, *, by: str) -> None:
+        """End a freeze; raises `Refusal` where there is none."""
+        now = self._clock().timestamp()
+        if not self._store.rollouts.unfreeze(group):
+            raise Refusal(409, "not-frozen", f"{group or 'the fleet'} is not frozen")
+        self._store.access.audit(actor=by, act="unfreeze", subject=group or "fleet", now=now)
         self._conductor.wake()
 
 
@@ -469,9 +623,15 @@ def _past(row: RolloutRow) -> effective.Past:
     return effective.Past(row.id, row.number, row.state, row.before, row.undoes)
 
 
-def _engineless(row: DeviceRow) -> str:
-    """A host that runs and knows no engine will never run a component."""
-    return "it has no wasm engine" if row.versions.host and not row.versions.engine else ""
+def _change(request: RolloutRequest, value: Value) -> Change:
+    return Change(request.group, request.device, request.instance, value)
+
+
+def _amount(wanted: int | str | None) -> Amount | None:
+    """Return the amount that a request names; None for the default."""
+    if wanted is None or wanted == "":
+        return None
+    return Amount(wanted) if isinstance(wanted, int) else Amount.parse(wanted)
 
 
 _PORT_MAX: Final = 65_535

@@ -55,6 +55,7 @@ from fleet.server.ingest import Ingest
 from fleet.server.listener import Certificates, Listener, PortError, bind
 from fleet.server.mqtt import MqttClient
 from fleet.server.rollout_controller import RolloutController
+from fleet.server.rollout_members import Membership
 from fleet.server.rollout_planner import RolloutPlanner
 from fleet.server.tuf_repository import OnlineKeys, TrustedSigner, TufRepository
 from fleet.store.sqlite import StoreError, check_owner, utc
@@ -245,8 +246,14 @@ class Server:
             clock=clock,
         )
         check_ins = CheckIns(self._director)
+        membership = Membership(store=store, repository=repository, director=self._director)
         self._conductor = RolloutController(
-            store=store, director=self._director, watch=watch, clock=clock, check_ins=check_ins
+            store=store,
+            director=self._director,
+            membership=membership,
+            watch=watch,
+            clock=clock,
+            check_ins=check_ins,
         )
         self._budget = DeviceBudget(
             store=store,
@@ -284,10 +291,17 @@ class Server:
             budget=RequestBudget(time.monotonic),
         )
         planner = RolloutPlanner(
-            store=store, repository=repository, director=self._director, conductor=self._conductor, clock=clock
+            store=store,
+            repository=repository,
+            director=self._director,
+            membership=membership,
+            conductor=self._conductor,
+            clock=clock,
         )
         logs = self._logs = LogRelay(clock)
-        views = Views(store=store, director=self._director, dropped=ingest.dropped, clock=clock)
+        views = Views(
+            store=store, director=self._director, dropped=ingest.dropped, clock=clock, waits=self._conductor.waits
+        )
         ahead = self._ahead = AheadDevices(
             store=store, repository=repository, director=self._director, controller=self._conductor, clock=clock
         )
@@ -459,6 +473,7 @@ class Server:
             groups=len(self._store.devices.groups()),
             open_rollouts=len(self._store.rollouts.open()),
             roles=roles,
+            waiting=tuple(self._conductor.waiting()),
             problems=tuple(problems),
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fleet.protocol.codes import Phase, RejectCode
-from fleet.rollout.progress import Observation
+from fleet.rollout.model import Observation
 
 MINUTE: Final = 60.0
 HOUR: Final = 3600.0

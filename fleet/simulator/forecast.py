@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from fleet.protocol.codes import RolloutState
-from fleet.rollout.gates import Limits
+from fleet.rollout.decide import Limits
 from fleet.rollout.members import Stage
 from fleet.simulator.devices import DAY, Mix, traits
 from fleet.simulator.simulation import Scenario, Simulation, Site

@@ -1,6 +1,6 @@
 """Invariants of rollouts, checked after each step of a simulation against the devices as they really are.
 
-Written from the specification with arithmetic of its own: nothing here asks `fleet.rollout.gates` what is right.
+Written from the specification with arithmetic of its own: nothing here asks `fleet.rollout.decide` what is right.
 """
 
 import math
@@ -12,9 +12,9 @@ from msgspec.structs import replace
 
 from fleet.protocol.codes import Outcome, RolloutState
 from fleet.rollout.advance import Step
-from fleet.rollout.gates import Offer, Open, Succeed
+from fleet.rollout.decide import Offer, Open, Succeed
 from fleet.rollout.members import Amount
-from fleet.rollout.progress import Expected, Member, Observation, observe
+from fleet.rollout.model import Expected, Member, Observation, observe
 from fleet.simulator.simulation import NEW, Simulation
 
 _NAMED: Final = frozenset(Outcome) - {Outcome.REFUSED, Outcome.SKIPPED}

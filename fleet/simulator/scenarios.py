@@ -3,7 +3,7 @@
 import random
 
 from fleet.protocol.codes import OnBreach
-from fleet.rollout.gates import Limits
+from fleet.rollout.decide import Limits
 from fleet.rollout.members import EVERYBODY, Amount, Stage, parse_waves
 from fleet.simulator.devices import DAY, HOUR, MINUTE, Mix, traits
 from fleet.simulator.simulation import OLD, Act, Scenario, Site

@@ -16,9 +16,9 @@ from msgspec.structs import replace
 
 from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
 from fleet.rollout.advance import Step, advance, approve, end, pause, resume
-from fleet.rollout.gates import Gate, Limits, Rollout
+from fleet.rollout.decide import Gate, Limits, Rollout
 from fleet.rollout.members import Candidate, Stage, draw
-from fleet.rollout.progress import Expected, Member, Observation, leave, observe, returned, wants
+from fleet.rollout.model import Expected, Member, Observation, leave, observe, returned, wants
 from fleet.simulator.devices import DAY, MINUTE, Device, Order, Traits
 
 NEW: Final = "new"

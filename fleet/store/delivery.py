@@ -67,6 +67,11 @@ class Delivery:
         row = self._db.row("SELECT * FROM assignments WHERE device = ? AND sha256 = ?", device, sha256)
         return None if row is None else read(AssignmentRow, row)
 
+    def assignments(self, device: str) -> list[AssignmentRow]:
+        """Return the kept assignments of a device, newest first."""
+        sql = "SELECT * FROM assignments WHERE device = ? ORDER BY version DESC"
+        return [read(AssignmentRow, row) for row in self._db.rows(sql, device)]
+
     def versions(self) -> dict[str, int]:
         """Return the version of the newest assignment of each device."""
         rows = self._db.rows("SELECT device, max(version) AS version FROM assignments GROUP BY device")

@@ -81,6 +81,10 @@ class Devices:
         )
         return {row["id"]: bool(row["online"]) for row in rows}
 
+    def connected(self) -> set[str]:
+        """Return the devices that are online, without revoked ones."""
+        return {device for (device,) in self._db.tuples("SELECT id FROM devices WHERE online AND NOT revoked")}
+
     def count(self) -> DeviceCount:
         """Return the number of devices, and of those online."""
         row = self._db.row("SELECT count(*) AS n, coalesce(sum(online), 0) AS up FROM devices WHERE NOT revoked")

@@ -1,17 +1,42 @@
 """Rollouts, the progress of each device in them, and the settled values that they leave behind."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import msgspec
 
 from fleet.protocol import bounds
-from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
-from fleet.rollout.model import DeviceProgress, Value
-from fleet.store.rows import Extra, RolloutRow, SettledRow, read
+from fleet.protocol.codes import OPEN_STATES, RolloutState
+from fleet.rollout.decide import Rollout
+from fleet.rollout.effective import SettledValue
+from fleet.rollout.model import Member, Value
+from fleet.rollout.steady import Witness
+from fleet.store.rows import Extra, RolloutPlan, RolloutRow, SettledRow, read
 from fleet.store.sqlite import Database, text
 
 _OPEN = tuple(sorted(OPEN_STATES))
-_BOARD = tuple(name for name in DeviceProgress.__dataclass_fields__ if name != "online")
+_UNENDED = OPEN_STATES | {RolloutState.SCHEDULED}
+_DECODER = msgspec.json.Decoder(Member)
+
+
+@dataclass(frozen=True, slots=True)
+class NewRollout:
+    """A rollout to be stored; fields as in `RolloutRow`."""
+
+    id: str
+    group: str
+    device: str
+    instance: str
+    value: Value
+    before: Value | None
+    waves: str
+    plan: RolloutPlan
+    progress: Rollout
+    members: tuple[Member, ...]
+    by: str
+    note: str = ""
+    undoes: str = ""
+    reason: str = ""
 
 
 class Rollouts:
@@ -22,54 +47,37 @@ class Rollouts:
 
     # -- rollouts ----------------------------------------------------------------------------------------------------
 
-    def create(
-        self,
-        *,
-        id: str,  # noqa: A002 - as the column
-        group: str,
-        device: str,
-        instance: str,
-        value: Value,
-        before: Value | None,
-        waves: str,
-        sizes: tuple[int, ...],
-        boards: Iterable[DeviceProgress],
-        failures: int,
-        soak_s: float,
-        timeout_s: float,
-        note: str,
-        by: str,
-        undoes: str,
-        now: float,
-    ) -> RolloutRow:
-        """Create a rollout that runs."""
+    def create(self, new: NewRollout, *, now: float) -> RolloutRow:
+        """Create a rollout, in the state of its progress."""
         with self._db.atomic():
-            number = self._db.insert(
-                "rollouts",
-                {
-                    "id": id,
-                    "group": group,
-                    "device": device,
-                    "instance": instance,
-                    "value": text(value),
-                    "before": text(before),
-                    "state": RolloutState.RUNNING,
-                    "waves": waves,
-                    "sizes": text(sizes),
-                    "failures": failures,
-                    "soak_s": soak_s,
-                    "timeout_s": timeout_s,
-                    "note": note,
-                    "by": by,
-                    "undoes": undoes,
-                    "created_at": now,
-                },
-            )
-            for board in boards:
-                self._db.insert("rollout_devices", {"rollout": number, **_columns(board)})
-        row = self.get(str(number))
-        assert row is not None
-        return row
+            row = {
+                "id": new.id,
+                "group": new.group,
+                "device": new.device,
+                "instance": new.instance,
+                "value": text(new.value),
+                "before": text(new.before),
+                "state": new.progress.state,
+                "waves": new.waves,
+                "plan": text(new.plan),
+                "progress": text(new.progress),
+                "reason": new.reason,
+                "note": new.note,
+                "by": new.by,
+                "undoes": new.undoes,
+                "created_at": now,
+                "ended_at": None if new.progress.state in _UNENDED else now,
+            }
+            number = self._db.insert("rollouts", row)
+            self.add_members(number, new.members)
+        found = self.get(str(number))
+        assert found is not None
+        return found
+
+    def add_members(self, number: int, members: Iterable[Member]) -> None:
+        """Add devices to a rollout."""
+        for member in members:
+            self._db.insert("rollout_devices", {"rollout": number, **_columns(member)})
 
     def get(self, key: str) -> RolloutRow | None:
         """Return a rollout by id or number."""
@@ -109,8 +117,8 @@ class Rollouts:
         sql = f"SELECT * FROM rollouts {where} ORDER BY number DESC LIMIT ?"  # noqa: S608 - one of two constants
         return [read(RolloutRow, row) for row in self._db.rows(sql, *params, limit)]
 
-    def overlays(self, device: str) -> list[RolloutRow]:
-        """Return the rollouts in force that were offered to a device, oldest first.
+    def overlays(self, device: str) -> list[tuple[RolloutRow, Member]]:
+        """Return the rollouts in force that have a device, oldest first, with its progress.
 
         In force are open rollouts, and superseded ones while the rollout that superseded them is in force.
         """
@@ -119,36 +127,63 @@ class Rollouts:
                 SELECT number FROM rollouts WHERE state IN (?, ?)
                 UNION SELECT r.number FROM rollouts r JOIN live ON r.superseded_by = live.number
             )
-            SELECT r.* FROM rollouts r JOIN live USING (number) JOIN rollout_devices b ON b.rollout = r.number
-            WHERE b.device = ? AND b.offered_at IS NOT NULL ORDER BY r.number
+            SELECT r.*, b.member FROM rollouts r JOIN live USING (number) JOIN rollout_devices b ON b.rollout = r.number
+            WHERE b.device = ? ORDER BY r.number
         """
-        return [read(RolloutRow, row) for row in self._db.rows(sql, *_OPEN, device)]
+        found = self._db.rows(sql, *_OPEN, device)
+        return [(read(RolloutRow, row), _member(row["member"])) for row in found]
 
-    def offer(self, number: int, wave: int, *, now: float) -> None:
-        """Record that a wave is offered to its devices."""
-        with self._db.atomic():
-            self._db.run(
-                "UPDATE rollout_devices SET outcome = 'waiting', offered_at = ? "
-                "WHERE rollout = ? AND wave = ? AND outcome = 'pending'",
-                *(now, number, wave),
-            )
-            self._db.run("UPDATE rollouts SET wave = ?, revision = revision + 1 WHERE number = ?", wave, number)
+    def scheduled(self) -> list[RolloutRow]:
+        """Return rollouts that begin at a time to come, oldest first."""
+        sql = "SELECT * FROM rollouts WHERE state = ? ORDER BY number"
+        return [read(RolloutRow, row) for row in self._db.rows(sql, RolloutState.SCHEDULED)]
 
-    def set_state(
-        self, number: int, state: RolloutState, *, reason: str = "", superseded_by: int = 0, now: float | None = None
-    ) -> None:
-        """Set the state of a rollout; `now` is the time of its end, None while it is open."""
-        self._db.run(
-            "UPDATE rollouts SET state = ?, reason = ?, superseded_by = ?, ended_at = ?, revision = revision + 1 "
-            "WHERE number = ?",
-            *(state, reason, superseded_by, now, number),
+    def queues(self) -> list[RolloutRow]:
+        """Return succeeded rollouts that settled a present value and still have devices to come or under way."""
+        sql = """
+            SELECT DISTINCT r.* FROM rollouts r JOIN settled s ON s.rollout = r.id
+            JOIN rollout_devices b ON b.rollout = r.number
+            WHERE r.state = ? AND b.outcome IN ('pending', 'waiting', 'deferred', 'in-progress', 'lost')
+            ORDER BY r.number
+        """
+        return [read(RolloutRow, row) for row in self._db.rows(sql, RolloutState.SUCCEEDED)]
+
+    def without(self, device: str, groups: list[str]) -> list[RolloutRow]:
+        """Return open rollouts of these groups, and those that settled a present value, which do not have a device."""
+        marks = ", ".join("?" * len(groups))
+        sql = (
+            f'SELECT r.* FROM rollouts r WHERE r."group" IN ({marks}) AND (r.state IN (?, ?) '  # noqa: S608 - marks alone
+            "OR (r.state = ? AND r.id IN (SELECT rollout FROM settled WHERE device = ''))) AND NOT EXISTS "
+            "(SELECT 1 FROM rollout_devices b WHERE b.rollout = r.number AND b.device = ?)"
         )
-        if state not in OPEN_STATES and state is not RolloutState.SUCCEEDED:
-            self._db.run(
-                "UPDATE rollout_devices SET outcome = 'skipped' WHERE rollout = ? "
-                "AND outcome IN ('pending', 'waiting', 'deferred')",
-                number,
-            )
+        found = self._db.rows(sql, *groups, *_OPEN, RolloutState.SUCCEEDED, device)
+        return [read(RolloutRow, row) for row in found]
+
+    def returning(self, device: str) -> list[RolloutRow]:
+        """Return ended rollouts in which a device has not confirmed its previous version yet, newest first."""
+        sql = (
+            "SELECT r.* FROM rollouts r JOIN rollout_devices b ON b.rollout = r.number WHERE b.device = ? "
+            "AND b.outcome = 'waiting' AND r.state NOT IN ('running', 'paused', 'succeeded') "
+            "ORDER BY r.number DESC LIMIT 20"
+        )
+        return [read(RolloutRow, row) for row in self._db.rows(sql, device)]
+
+    def save(self, number: int, progress: Rollout, *, reason: str, now: float) -> None:
+        """Set how far a rollout is and why it waits; `now` is the time of its end where that is new."""
+        ended = None if progress.state in _UNENDED else now
+        self._db.run(
+            "UPDATE rollouts SET state = ?, progress = ?, reason = ?, ended_at = coalesce(ended_at, ?), "
+            "revision = revision + 1 WHERE number = ?",
+            *(progress.state, text(progress), reason, ended, number),
+        )
+
+    def set_drawn(self, number: int, waves: str) -> None:
+        """Set the waves as they were drawn."""
+        self._db.run("UPDATE rollouts SET waves = ? WHERE number = ?", waves, number)
+
+    def set_superseded_by(self, number: int, by: int) -> None:
+        """Record the rollout that took the place of another."""
+        self._db.run("UPDATE rollouts SET superseded_by = ? WHERE number = ?", by, number)
 
     def set_reason(self, number: int, reason: str) -> None:
         """Set why a rollout waits; nothing is written where that does not change."""
@@ -159,36 +194,34 @@ class Rollouts:
 
     # -- devices in a rollout -----------------------------------------------------------------------------------------
 
-    def boards(self, number: int) -> list[tuple[DeviceProgress, Extra]]:
-        """Return the devices of a rollout, in the order in which it is offered to them."""
-        sql = (
-            "SELECT b.*, coalesce(d.online, 0) AS online FROM rollout_devices b LEFT JOIN devices d ON d.id = b.device "
-            "WHERE rollout = ? ORDER BY wave, b.device"
-        )
-        return [(read(DeviceProgress, row), read(Extra, row)) for row in self._db.rows(sql, number)]
+    def members(self, number: int) -> tuple[Member, ...]:
+        """Return the devices of a rollout in the order of their waves, with only what decisions need."""
+        sql = "SELECT member FROM rollout_devices WHERE rollout = ? ORDER BY wave, device"
+        return tuple(_member(member) for (member,) in self._db.tuples(sql, number))
 
-    def standing(self, number: int) -> list[DeviceProgress]:
-        """Return the devices with only what decisions need: there may be thousands, and decisions are frequent."""
-        rows = self._db.tuples(
-            "SELECT b.device, b.wave, b.outcome, coalesce(d.online, 0), b.offered_at, b.acked_at, b.ended_at, "
-            "b.attempt, '', NULL, b.code, b.message FROM rollout_devices b LEFT JOIN devices d ON d.id = b.device "
-            "WHERE b.rollout = ? ORDER BY wave, b.device",
-            number,
-        )
-        known = {str(outcome): outcome for outcome in Outcome}
-        return [
-            DeviceProgress(device, wave, known[outcome], bool(online), *rest)
-            for device, wave, outcome, online, *rest in rows
-        ]
+    def devices(self, number: int) -> list[tuple[Member, Extra]]:
+        """Return the devices of a rollout in the order of their waves."""
+        sql = "SELECT * FROM rollout_devices WHERE rollout = ? ORDER BY wave, device"
+        return [(_member(row["member"]), read(Extra, row)) for row in self._db.rows(sql, number)]
 
-    def board(self, number: int, device: str) -> tuple[DeviceProgress, Extra] | None:
+    def member(self, number: int, device: str) -> tuple[Member, Extra] | None:
         """Return a device of a rollout."""
-        sql = (
-            "SELECT b.*, coalesce(d.online, 0) AS online FROM rollout_devices b LEFT JOIN devices d ON d.id = b.device "
-            "WHERE rollout = ? AND device = ?"
+        row = self._db.row("SELECT * FROM rollout_devices WHERE rollout = ? AND device = ?", number, device)
+        return None if row is None else (_member(row["member"]), read(Extra, row))
+
+    def member_of(self, rollout: str, device: str) -> Member | None:
+        """Return a device of a rollout by the id of the rollout."""
+        found = self._db.value(
+            "SELECT b.member FROM rollout_devices b JOIN rollouts r ON r.number = b.rollout "
+            "WHERE r.id = ? AND b.device = ?",
+            *(rollout, device),
         )
-        row = self._db.row(sql, number, device)
-        return None if row is None else (read(DeviceProgress, row), read(Extra, row))
+        return None if found is None else _member(found)
+
+    def waves(self, number: int) -> dict[int, int]:
+        """Count a rollout's devices by wave; wave 0 has those that it does not concern."""
+        sql = "SELECT wave, count(*) AS n FROM rollout_devices WHERE rollout = ? GROUP BY wave"
+        return {row["wave"]: row["n"] for row in self._db.rows(sql, number)}
 
     def counts(self, number: int) -> dict[str, int]:
         """Count a rollout's devices by outcome."""
@@ -200,13 +233,23 @@ class Rollouts:
         rows = self._db.rows("SELECT state, count(*) AS n FROM rollouts GROUP BY state ORDER BY state")
         return {row["state"]: row["n"] for row in rows}
 
-    def set_board(self, number: int, board: DeviceProgress, extra: Extra) -> None:
-        """Set the progress of a device, and raise the revision of the rollout."""
-        values = {**_columns(board), **_extra(extra)}
-        assignments = ", ".join(f"{name} = ?" for name in values)
-        sql = f"UPDATE rollout_devices SET {assignments} WHERE rollout = ? AND device = ?"  # noqa: S608 - names are ours
-        self._db.run(sql, *values.values(), number, board.device)
+    def set_members(self, number: int, members: Iterable[Member], *, now: float) -> None:
+        """Set the progress of devices, and raise the revision of the rollout; `now` is the time for people."""
+        for member in members:
+            times = [None if each is None else now for each in (member.offered_at, member.began_at, member.ended_at)]
+            self._db.run(
+                "UPDATE rollout_devices SET outcome = ?, wave = ?, member = ?, offered_at = coalesce(offered_at, ?), "
+                "acked_at = coalesce(acked_at, ?), "
+                "ended_at = CASE WHEN ? IS NULL THEN NULL ELSE coalesce(ended_at, ?) END "
+                "WHERE rollout = ? AND device = ?",
+                *(member.outcome, member.wave, text(member), *times, times[2], number, member.device),
+            )
         self._db.run("UPDATE rollouts SET revision = revision + 1 WHERE number = ?", number)
+
+    def set_extra(self, number: int, device: str, *, timings_ms: dict[str, int], log: tuple[str, ...]) -> None:
+        """Set what a device said beside its progress."""
+        sql = "UPDATE rollout_devices SET timings_ms = ?, log = ? WHERE rollout = ? AND device = ?"
+        self._db.run(sql, text(timings_ms), text(log), number, device)
 
     def set_previous(self, number: int, device: str, target: str) -> None:
         """Record what the device should have run before the offer."""
@@ -219,12 +262,65 @@ class Rollouts:
 
     def offered(self, device: str, *, undecided: bool) -> list[RolloutRow]:
         """Return rollouts offered to a device, newest first; with `undecided` those without an outcome on it."""
-        extra = "AND b.outcome IN ('waiting', 'deferred', 'in-progress')" if undecided else ""
+        extra = "AND b.outcome IN ('waiting', 'deferred', 'in-progress', 'lost')" if undecided else ""
         sql = (
             "SELECT r.* FROM rollouts r JOIN rollout_devices b ON b.rollout = r.number "  # noqa: S608 - one of two constants
             f"WHERE b.device = ? AND b.offered_at IS NOT NULL {extra} ORDER BY r.number DESC LIMIT 100"
         )
         return [read(RolloutRow, row) for row in self._db.rows(sql, device)]
+
+    def settled_history(self, *, group: str, device: str, instance: str) -> list[SettledValue]:
+        """Return the settled values of an instance in one scope, newest first, the present one left out."""
+        sql = (
+            'SELECT value, rollout FROM settled_history WHERE "group" = ? AND device = ? AND instance = ? '
+            "ORDER BY id DESC LIMIT 100"
+        )
+        found = self._db.rows(sql, group, device, instance)
+        return [SettledValue(msgspec.json.decode(row["value"], type=Value), row["rollout"]) for row in found]
+
+    def all_settled(self) -> list[SettledRow]:
+        """Return every settled value of every group, and every pin."""
+        return [
+            read(SettledRow, row) for row in self._db.rows('SELECT * FROM settled ORDER BY "group", device, instance')
+        ]
+
+    # -- freezes, steady time, keys of devices ------------------------------------------------------------------------
+
+    def freezes(self) -> dict[str, str]:
+        """Return the reason of each freeze by group; the empty group stands for the whole fleet."""
+        return {row["group"]: row["reason"] for row in self._db.rows('SELECT "group", reason FROM freezes')}
+
+    def freeze(self, group: str, *, reason: str, by: str, now: float) -> None:
+        """Record a freeze."""
+        self._db.run("INSERT OR REPLACE INTO freezes VALUES (?, ?, ?, ?)", group, reason, by, now)
+
+    def unfreeze(self, group: str) -> bool:
+        """Remove a freeze; return False where there is none."""
+        return self._db.run('DELETE FROM freezes WHERE "group" = ?', group) == 1
+
+    def witness(self) -> Witness | None:
+        """Return the last stored reading of both clocks."""
+        found = self._db.value("SELECT value FROM meta WHERE key = 'steady'")
+        return None if found is None else msgspec.json.decode(found, type=Witness)
+
+    def set_witness(self, witness: Witness) -> None:
+        """Store a reading of both clocks."""
+        self._db.run("INSERT OR REPLACE INTO meta (key, value) VALUES ('steady', ?)", text(witness))
+
+    def own_keys(self, device: str) -> dict[str, dict[str, str]]:
+        """Return a device's own configuration keys by instance."""
+        found: dict[str, dict[str, str]] = {}
+        for row in self._db.rows("SELECT instance, key, value FROM device_keys WHERE device = ?", device):
+            found.setdefault(row["instance"], {})[row["key"]] = row["value"]
+        return found
+
+    def set_own_key(self, device: str, instance: str, key: str, value: str | None) -> None:
+        """Set a device's own configuration key, or remove it (None)."""
+        if value is None:
+            sql = "DELETE FROM device_keys WHERE device = ? AND instance = ? AND key = ?"
+            self._db.run(sql, device, instance, key)
+        else:
+            self._db.run("INSERT OR REPLACE INTO device_keys VALUES (?, ?, ?, ?)", device, instance, key, value)
 
     # -- settled values ----------------------------------------------------------------------------------------------
 
@@ -263,14 +359,9 @@ class Rollouts:
                 self._db.insert("settled", {**row, "since": now, "rollout": rollout})
 
 
-def _columns(board: DeviceProgress) -> dict[str, object]:
-    return {name: getattr(board, name) for name in _BOARD}
+def _columns(member: Member) -> dict[str, object]:
+    return {"device": member.device, "outcome": member.outcome, "wave": member.wave, "member": text(member)}
 
 
-def _extra(extra: Extra) -> dict[str, object]:
-    return {
-        "previous": extra.previous,
-        "version": extra.version,
-        "timings_ms": text(extra.timings_ms),
-        "log": text(extra.log),
-    }
+def _member(column: str) -> Member:
+    return _DECODER.decode(column)

@@ -6,10 +6,15 @@ import msgspec
 
 from fleet.protocol.codes import AlertKind, RolloutState
 from fleet.protocol.messages import Versions
+from fleet.rollout.decide import Limits, Rollout
+from fleet.rollout.effective import Fitness
+from fleet.rollout.members import Stage
 from fleet.rollout.model import Value
 from fleet.store.sqlite import Row
 
-_JSON = frozenset({"selector", "labels", "versions", "value", "before", "sizes", "timings_ms", "log"})
+_JSON = frozenset(
+    {"selector", "labels", "versions", "value", "before", "plan", "progress", "policy", "timings_ms", "log"}
+)
 T = TypeVar("T")
 
 
@@ -98,8 +103,31 @@ class SettledRow(msgspec.Struct, frozen=True, kw_only=True):
     rollout: str
 
 
+class RolloutPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Wish of an operator for a rollout, beside its value.
+
+    Attributes:
+        stages: as asked; waves without a device are dropped when the rollout begins.
+        seed: of the draw.
+        starts_at: seconds since 1970, None for at once.
+        where: text of the query that chose among the devices of the scope.
+        site_label: label by which the budget counts.
+        fitness: of the release that is offered, for the time when it may be withdrawn.
+    """
+
+    stages: tuple[Stage, ...]
+    limits: Limits = msgspec.field(default_factory=Limits)
+    soak_s: float = 0.0
+    seed: int = 0
+    starts_at: float | None = None
+    allow_empty: bool = False
+    where: str = ""
+    site_label: str = ""
+    fitness: Fitness = Fitness(0, 0)
+
+
 class RolloutRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Rollout. Its scope is `group`, or `device` where `group` is empty."""
+    """A rollout of a group, or of a device where `group` is empty. `progress` is how far it is; `waves` as drawn."""
 
     number: int
     id: str
@@ -110,11 +138,8 @@ class RolloutRow(msgspec.Struct, frozen=True, kw_only=True):
     before: Value | None
     state: RolloutState
     waves: str
-    sizes: tuple[int, ...]
-    wave: int
-    failures: int
-    soak_s: float
-    timeout_s: float
+    plan: RolloutPlan
+    progress: Rollout
     revision: int
     reason: str
     note: str
@@ -123,6 +148,11 @@ class RolloutRow(msgspec.Struct, frozen=True, kw_only=True):
     superseded_by: int
     created_at: float
     ended_at: float | None
+
+    @property
+    def model(self) -> Rollout:
+        """Return the rollout as decisions see it."""
+        return msgspec.structs.replace(self.progress, state=self.state)
 
 
 class Extra(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,6 +165,9 @@ class Extra(msgspec.Struct, frozen=True, kw_only=True):
 
     previous: str = ""
     version: int = 0
+    offered_at: float | None = None
+    acked_at: float | None = None
+    ended_at: float | None = None
     timings_ms: dict[str, int] = {}
     log: tuple[str, ...] = ()
 

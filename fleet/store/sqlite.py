@@ -425,6 +425,101 @@ def device_alerts(db: sqlite_utils.Database) -> None:
     )
 
 
+@migration
+def proven_outcomes(db: sqlite_utils.Database) -> None:
+    """Add plans, freezes, device keys and steady time; outcomes and states of earlier rollouts become the new ones."""
+    db.executescript("""
+        CREATE TABLE new_rollouts (
+            number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, "group" TEXT NOT NULL,
+            device TEXT NOT NULL, instance TEXT NOT NULL, value TEXT NOT NULL, before TEXT NOT NULL,
+            state TEXT NOT NULL, waves TEXT NOT NULL, plan TEXT NOT NULL, progress TEXT NOT NULL,
+            revision INTEGER NOT NULL DEFAULT 1, reason TEXT NOT NULL DEFAULT '', note TEXT NOT NULL DEFAULT '',
+            by TEXT NOT NULL, undoes TEXT NOT NULL DEFAULT '', superseded_by INTEGER NOT NULL DEFAULT 0,
+            created_at REAL NOT NULL, ended_at REAL
+        );
+        CREATE TABLE new_devices (
+            rollout INTEGER NOT NULL REFERENCES new_rollouts(number), device TEXT NOT NULL, outcome TEXT NOT NULL,
+            wave INTEGER NOT NULL, member TEXT NOT NULL, offered_at REAL, acked_at REAL, ended_at REAL,
+            previous TEXT NOT NULL DEFAULT '', version INTEGER NOT NULL DEFAULT 0,
+            timings_ms TEXT NOT NULL DEFAULT '{}', log TEXT NOT NULL DEFAULT '[]', PRIMARY KEY (rollout, device)
+        ) WITHOUT ROWID;
+        CREATE TABLE device_keys (
+            device TEXT NOT NULL, instance TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,
+            PRIMARY KEY (device, instance, key)
+        ) WITHOUT ROWID;
+        CREATE TABLE freezes (
+            "group" TEXT PRIMARY KEY, reason TEXT NOT NULL, by TEXT NOT NULL, at REAL NOT NULL
+        ) WITHOUT ROWID;
+        ALTER TABLE groups ADD COLUMN policy TEXT NOT NULL DEFAULT 'null';
+    """)
+    db.conn.create_function("as_plan", 4, _as_plan, deterministic=True)
+    db.conn.create_function("as_progress", 4, _as_progress, deterministic=True)
+    db.conn.create_function("as_outcome", 3, _as_outcome, deterministic=True)
+    db.conn.create_function("as_member", 10, _as_member, deterministic=True)
+    db.execute("""
+        INSERT INTO new_rollouts
+        SELECT number, id, "group", device, instance, value, before, replace(state, 'halted', 'reverted'), waves,
+            as_plan(waves, failures, soak_s, timeout_s), as_progress(sizes, wave, soak_s, state), revision, reason,
+            note, by, undoes, superseded_by, created_at, ended_at FROM rollouts
+    """)
+    db.execute("""
+        INSERT INTO new_devices
+        SELECT b.rollout, b.device, as_outcome(b.outcome, r.state, b.offered_at), b.wave,
+            as_member(b.device, b.wave, as_outcome(b.outcome, r.state, b.offered_at), b.offered_at, b.acked_at,
+                b.attempt, b.phase, b.code, b.message, b.running),
+            b.offered_at, b.acked_at, b.ended_at, b.previous, b.version, b.timings_ms, b.log
+        FROM rollout_devices b JOIN rollouts r ON r.number = b.rollout
+    """)
+    db.executescript("""
+        DROP TABLE rollout_devices;
+        DROP TABLE rollouts;
+        ALTER TABLE new_rollouts RENAME TO rollouts;
+        ALTER TABLE new_devices RENAME TO rollout_devices;
+        CREATE INDEX rollouts_state ON rollouts (state);
+        CREATE INDEX rollout_devices_device ON rollout_devices (device);
+    """)
+
+
+def _as_plan(waves: str, failures: int, soak_s: float, timeout_s: float) -> str:
+    """Return the plan of a rollout that an earlier version began."""
+    sizes = [part.strip() for part in waves.split(",")]
+    stages = [{"size": {"number": int(each.rstrip("%")), "percent": each.endswith("%")}} for each in sizes]
+    return text({"stages": stages, "limits": _as_limits(failures, timeout_s), "soak_s": soak_s})
+
+
+def _as_limits(failures: int, timeout_s: float) -> dict[str, Any]:
+    return {"failures": {"number": failures}, "timeout_s": timeout_s}
+
+
+def _as_progress(sizes: str, wave: int, soak_s: float, state: str) -> str:
+    """Return how far a rollout of an earlier version was; it keeps every wave, those without devices too."""
+    gates = [{"soak_s": soak_s} for _ in msgspec.json.decode(sizes)]
+    causes = ["operator"] if state == "paused" else []
+    return text({"state": state.replace("halted", "reverted"), "gates": gates, "wave": wave, "causes": causes})
+
+
+def _as_outcome(outcome: str, state: str, offered_at: float | None) -> str:
+    """Return the present word for an outcome of an earlier version."""
+    if outcome == "refused":
+        return "failed"
+    if outcome != "skipped":
+        return outcome
+    if offered_at is None:
+        return "not-affected"
+    return "superseded" if state == "superseded" else "reverted"
+
+
+def _as_member(*columns: Any) -> str:
+    """Return the progress of a device in a rollout of an earlier version; steady time begins now, at 0."""
+    device, wave, outcome, offered_at, acked_at, attempt, phase, code, message, running = columns
+    member: dict[str, Any] = {"device": device, "wave": wave, "outcome": outcome, "attempt": attempt, "phase": phase}
+    member |= {"code": code, "message": message, "running": running}
+    member |= {"reason": message} if outcome == "not-affected" else {}
+    member |= {"offered_at": 0.0} if offered_at is not None else {}
+    member |= {"began_at": 0.0} if acked_at is not None else {}
+    return text(member | ({"ended_at": 0.0} if outcome in {"succeeded", "failed"} else {}))
+
+
 class StoreError(Exception):
     """The database cannot be used."""
 

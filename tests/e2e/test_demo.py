@@ -109,7 +109,7 @@ def test_the_whole_main_job_then_it_stays_up_and_ctrl_c_leaves_nothing(tmp_path)
     assert all(claim.startswith("  yes ") for claim in claims), text
     acts = {line.split()[0]: line for line in demo.lines if line.startswith(("  v1 ", "  v2 ", "  v3 ", "  undo "))}
     assert acts["v2"].split()[-1] == acts["undo"].split()[-1] == "0"
-    assert "rolled back (trapped), halted before the 2nd device" in acts["v3"]
+    assert "rolled back (trapped), reverted before the 2nd device" in acts["v3"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

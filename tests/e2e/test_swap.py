@@ -53,7 +53,10 @@ def test_undo_offers_the_state_before_through_the_same_gates(stage, board):
     async def story():
         async with load_on(board) as load:
             await load.sent(100)
+            # the newest rollout took itself back: what to undo is named, and the good version stays until then
             code, output, errors = await stage.fleet("undo", "--group", "edge-eu")
+            assert (code, "fleet undo 2" in output + errors) == (4, True), output + errors
+            code, output, errors = await stage.fleet("undo", "2")
             await load.sent(100)
             return code, output + errors, await load.stop()
 

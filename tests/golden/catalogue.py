@@ -28,7 +28,7 @@ from fleet.component import reader, wasi
 from fleet.evidence import provenance, query, sbom
 from fleet.protocol import assignment, codes, manifest, messages, names, operator_api, topics, trust_api, wire
 from fleet.protocol import names as bundle_layout
-from fleet.rollout import gates, model, progress
+from fleet.rollout import decide, effective, members, model, steady
 from fleet.server import director as server_director
 from fleet.server import tuf_repository as server_repository
 from fleet.server.api import routes
@@ -92,6 +92,11 @@ MESSAGES: dict[str, dict[str, type]] = {
     },
     "operator": {
         "problem": operator_api.Problem,
+        "abort-request": operator_api.AbortRequest,
+        "cancel-request": operator_api.CancelRequest,
+        "freeze-request": operator_api.FreezeRequest,
+        "unfreeze-request": operator_api.UnfreezeRequest,
+        "freezes": operator_api.Freezes,
         "published-role": operator_api.Published,
         "status": operator_api.Status,
         "device-row": operator_api.DeviceRow,
@@ -199,6 +204,15 @@ MESSAGES: dict[str, dict[str, type]] = {
         "settled": rows.SettledRow,
         "rollout": rows.RolloutRow,
         "rollout-value": model.Value,
+        "rollout-plan": rows.RolloutPlan,
+        "rollout-progress": decide.Rollout,
+        "rollout-gate": decide.Gate,
+        "rollout-limits": decide.Limits,
+        "rollout-stage": members.Stage,
+        "rollout-amount": members.Amount,
+        "rollout-fitness": effective.Fitness,
+        "rollout-device": model.Member,
+        "steady-witness": steady.Witness,
         "rollout-device-extra": rows.Extra,
         "assignment": rows.AssignmentRow,
         "report": rows.ReportRow,
@@ -261,7 +275,7 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
 # Words and structs between functions of one process.
 INTERNAL: frozenset[type] = frozenset(
     {routes.Access, machine.Event, machine.Effect, probation.Verdict, plan.Act, plan.Gate}
-    | {gates.Rollout, progress.Expected, progress.Member, progress.Observation}
+    | {model.Expected, model.Observation}
 )
 
 # stable name -> words that are constants

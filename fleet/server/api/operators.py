@@ -360,7 +360,8 @@ class RolloutHandlers:
         newer = await self._changes.until(later, timeout_s=wait_s)
         if newer is not None and wait_s:
             # a large rollout changes all the time: collect changes into one reply
-            await asyncio.sleep(max(0.0, min(_GATHER_MAX_S, (newer.sizes[-1] - _SMALL) / _GATHER_DEVICES_PER_S)))
+            devices = sum(self._store.rollouts.waves(newer.number).values())
+            await asyncio.sleep(max(0.0, min(_GATHER_MAX_S, (devices - _SMALL) / _GATHER_DEVICES_PER_S)))
         return answer(self._views.rollout(self._store.rollouts.get(row.id) or row))
 
     async def pause(self, request: Request, by: str) -> Response:
@@ -373,7 +374,39 @@ class RolloutHandlers:
 
     async def abort(self, request: Request, by: str) -> Response:
         """POST /v1/rollouts/{id}/abort."""
-        return self._control(request, "abort", by)
+        wanted = await body(request, operator_api.AbortRequest) if await request.body() else operator_api.AbortRequest()
+        self._planner.control(self._rollout(request), "abort", by=by, keep=wanted.keep)
+        return answer(self._views.rollout(self._rollout(request)))
+
+    async def approve(self, request: Request, by: str) -> Response:
+        """POST /v1/rollouts/{id}/approve."""
+        return self._control(request, "approve", by)
+
+    async def retry(self, request: Request, by: str) -> Response:
+        """POST /v1/rollouts/{id}/retry."""
+        return answer(self._views.rollout(self._planner.again(self._rollout(request), by=by)), 201)
+
+    async def cancel_device(self, request: Request, by: str) -> Response:
+        """POST /v1/rollouts/{id}/cancel-device."""
+        wanted = await body(request, operator_api.CancelRequest)
+        self._planner.cancel(self._rollout(request), wanted.device, by=by)
+        return answer(self._views.rollout(self._rollout(request)))
+
+    async def freezes(self, _request: Request, _by: str) -> Response:
+        """GET /v1/freezes."""
+        return answer(operator_api.Freezes(freezes=self._store.rollouts.freezes()))
+
+    async def freeze(self, request: Request, by: str) -> Response:
+        """POST /v1/freeze."""
+        wanted = await body(request, operator_api.FreezeRequest)
+        self._planner.freeze(wanted.group, reason=wanted.reason, by=by)
+        return await self.freezes(request, by)
+
+    async def unfreeze(self, request: Request, by: str) -> Response:
+        """POST /v1/unfreeze."""
+        wanted = await body(request, operator_api.UnfreezeRequest)
+        self._planner.unfreeze(wanted.group, by=by)
+        return await self.freezes(request, by)
 
     async def preflight(self, request: Request, _by: str) -> Response:
         """POST /v1/preflight."""

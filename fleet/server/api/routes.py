@@ -337,7 +337,33 @@ ROUTES: Final[tuple[Route, ...]] = (
     ),
     _post("/v1/rollouts/{id}/pause", lambda on: on.rollouts.pause, api.RolloutView, "Pause a rollout"),
     _post("/v1/rollouts/{id}/resume", lambda on: on.rollouts.resume, api.RolloutView, "Resume a rollout"),
-    _post("/v1/rollouts/{id}/abort", lambda on: on.rollouts.abort, api.RolloutView, "Abort a rollout and roll back"),
+    _post(
+        "/v1/rollouts/{id}/abort",
+        lambda on: on.rollouts.abort,
+        api.RolloutView,
+        "Abort a rollout and roll back",
+        request=api.AbortRequest,
+    ),
+    _post("/v1/rollouts/{id}/approve", lambda on: on.rollouts.approve, api.RolloutView, "Approve the gate of a wave"),
+    _post(
+        "/v1/rollouts/{id}/retry", lambda on: on.rollouts.retry, api.RolloutView, "Start a reverted rollout once more"
+    ),
+    _post(
+        "/v1/rollouts/{id}/cancel-device",
+        lambda on: on.rollouts.cancel_device,
+        api.RolloutView,
+        "Leave one device out of a rollout",
+        request=api.CancelRequest,
+    ),
+    _get("/v1/freezes", lambda on: on.rollouts.freezes, api.Freezes, "List the freezes"),
+    _post(
+        "/v1/freeze",
+        lambda on: on.rollouts.freeze,
+        api.Freezes,
+        "Pause every rollout and refuse new ones",
+        request=api.FreezeRequest,
+    ),
+    _post("/v1/unfreeze", lambda on: on.rollouts.unfreeze, api.Freezes, "End a freeze", request=api.UnfreezeRequest),
     _post(
         "/v1/preflight",
         lambda on: on.rollouts.preflight,

@@ -1,7 +1,7 @@
 """Views: replies of the operator API from rows of the store, and Prometheus text. Views never write."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Final
 
@@ -9,11 +9,11 @@ import msgspec
 
 from fleet.protocol import operator_api, wire
 from fleet.protocol.bounds import NUMBER_MAX
-from fleet.protocol.codes import RETRYABLE, AlertKind, Phase, RejectCode, remediation
+from fleet.protocol.codes import RETRYABLE, AlertKind, Outcome, Phase, RejectCode, remediation
 from fleet.protocol.messages import Health, Report
 from fleet.protocol.names import BadNameError, TargetName
 from fleet.protocol.operator_api import History
-from fleet.rollout.model import DeviceProgress
+from fleet.rollout.model import Member
 from fleet.server.director import Director
 from fleet.store.rows import DeviceRow, EventRow, Extra, GroupRow, ReportRow, RolloutRow
 from fleet.store.sqlite import utc, utc_or_none
@@ -22,16 +22,24 @@ from signing.device_statements import unverified
 from signing.errors import Rejected
 
 HISTORY_PAGE: Final = 200
+_WAITS_MAX: Final = 20
 
 
 class Views:
     """Replies of the operator API, made from the store."""
 
     def __init__(
-        self, *, store: Store, director: Director, dropped: Counter[str], clock: Callable[[], datetime]
+        self,
+        *,
+        store: Store,
+        director: Director,
+        dropped: Counter[str],
+        clock: Callable[[], datetime],
+        waits: Mapping[int, tuple[str, ...]],
     ) -> None:
-        """Prepare; `dropped` counts messages that the server dropped, by device."""
+        """Prepare; `dropped` counts dropped messages by device, `waits` names whom each rollout waits for."""
         self._store, self._director, self._dropped, self._clock = store, director, dropped, clock
+        self._waits = waits
 
     # -- devices ------------------------------------------------------------------------------------------------------
 
@@ -154,11 +162,10 @@ class Views:
 
     def rollout(self, row: RolloutRow, *, devices: bool = True) -> operator_api.RolloutView:
         """Return a rollout."""
-        starts = (0, *row.sizes[:-1])
-        texts = [text.strip() for text in row.waves.split(",")]
+        counts = self._store.rollouts.waves(row.number)
         waves = tuple(
-            operator_api.WaveView(text=text, devices=end - start, offered=number <= row.wave)
-            for number, (text, start, end) in enumerate(zip(texts, starts, row.sizes, strict=True), 1)
+            operator_api.WaveView(text=text, devices=counts.get(number, 0), offered=number <= row.progress.wave)
+            for number, text in enumerate(filter(None, map(str.strip, row.waves.split(","))), 1)
         )
         return operator_api.RolloutView(
             id=row.id,
@@ -171,19 +178,28 @@ class Views:
             group=row.group,
             device=row.device,
             waves=waves,
-            wave=row.wave,
-            devices=tuple(_rollout_device(*each) for each in self._store.rollouts.boards(row.number))
-            if devices
-            else (),
+            wave=row.progress.wave,
+            devices=self._rollout_devices(row) if devices else (),
             counts=self._store.rollouts.counts(row.number),
             reason=row.reason,
             note=row.note,
             by=row.by,
             undoes=row.undoes,
             together=tuple(each.number for each in self._store.rollouts.together(row)) if row.value.atomic else (),
+            seed=row.plan.seed,
+            causes=tuple(sorted(row.progress.causes)),
+            waits_for=self._waits.get(row.number, ())[:_WAITS_MAX],
+            waits=len(self._waits.get(row.number, ())),
+            queue_closed=row.progress.closed,
+            starts_at=utc_or_none(row.plan.starts_at),
             created_at=utc(row.created_at),
             ended_at=utc_or_none(row.ended_at),
         )
+
+    def _rollout_devices(self, row: RolloutRow) -> tuple[operator_api.RolloutDevice, ...]:
+        online = self._store.devices.connected()
+        found = self._store.rollouts.devices(row.number)
+        return tuple(_rollout_device(member, extra, online=member.device in online) for member, extra in found)
 
     def audit(self, limit: int) -> operator_api.Audit:
         """Return acts, newest first."""
@@ -243,12 +259,12 @@ def _problem(row: DeviceRow, health: Health | None) -> str:
     return next(iter((*health.problems, *(each.error for each in health.instances if each.error))), "")
 
 
-def _rollout_device(progress: DeviceProgress, extra: Extra) -> operator_api.RolloutDevice:
+def _rollout_device(progress: Member, extra: Extra, *, online: bool) -> operator_api.RolloutDevice:
     return operator_api.RolloutDevice(
         device=progress.device,
         wave=progress.wave,
         outcome=progress.outcome,
-        online=progress.online,
+        online=online,
         previous=extra.previous,
         running=progress.running,
         phase=_phase(progress.phase),
@@ -256,10 +272,13 @@ def _rollout_device(progress: DeviceProgress, extra: Extra) -> operator_api.Roll
         code=_code(progress.code),
         message=progress.message,
         exercised=progress.exercised,
-        retrying=progress.retrying,
-        offered_at=utc_or_none(progress.offered_at),
-        acked_at=utc_or_none(progress.acked_at),
-        ended_at=utc_or_none(progress.ended_at),
+        reason=progress.reason,
+        returning=progress.returning,
+        accepted=progress.accepted is not None and progress.accepted is progress.outcome,
+        retrying=progress.outcome is Outcome.DEFERRED and progress.code in RETRYABLE,
+        offered_at=utc_or_none(extra.offered_at),
+        acked_at=utc_or_none(extra.acked_at),
+        ended_at=utc_or_none(extra.ended_at),
         timings_ms={name: min(spent, NUMBER_MAX) for name, spent in extra.timings_ms.items()},
         log=extra.log,
     )

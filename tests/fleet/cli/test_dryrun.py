@@ -54,10 +54,10 @@ def file(tmp_path, desk):
 
 
 def test_it_names_waves_exclusions_and_new_grants_and_changes_nothing(fleet, desk, file):
-    result = fleet("push", file, "--group", "edge-eu", "--dry-run", "--json")
+    result = fleet("push", file, "--group", "edge-eu", "--dry-run", "--seed", "0", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout) == {
-        "waves": [["a-00000000"], ["f-00000000", "b-00000000"]],
+        "waves": [["f-00000000"], ["a-00000000", "b-00000000"]],
         "excluded": [
             {"device": "c-00000000", "reason": "it is riscv64, the component is for aarch64"},
             {"device": "d-00000000", "reason": "it is revoked"},
@@ -65,25 +65,29 @@ def test_it_names_waves_exclusions_and_new_grants_and_changes_nothing(fleet, des
         ],
         "new_grants": ["interface wasi:logging"],
         "previous": "components/main/ticker/1.0.0.wasm",
-        "warnings": ["b-00000000 is offline and gets it when it reconnects"],
+        "warnings": [
+            "b-00000000 is offline and gets it when it reconnects",
+            "the waves are drawn: --seed 0 draws these",
+        ],
     }
     assert (desk.paths("PUT"), desk.paths("POST")) == ([], [])
 
 
 def test_people_read_it_line_by_line(fleet, file):
-    text = fleet("push", file, "--group", "edge-eu", "--dry-run").stdout
+    text = fleet("push", file, "--group", "edge-eu", "--dry-run", "--seed", "0").stdout
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines[1:] == [
         "imports wasi:logging/logging@0.1.0-draft",
         f"manifest {file.with_name('component.toml')}",
         "would be main/ticker@2.0.0, in place of main/ticker@1.0.0",
         "new grant interface wasi:logging",
-        "wave 1 a-00000000",
-        "wave 2 f-00000000, b-00000000",
+        "wave 1 f-00000000",
+        "wave 2 a-00000000, b-00000000",
         "excluded c-00000000: it is riscv64, the component is for aarch64",
         "excluded d-00000000: it is revoked",
         "excluded e-00000000: it has no engine",
         "note b-00000000 is offline and gets it when it reconnects",
+        "note the waves are drawn: --seed 0 draws these",
         "Nothing was changed.",
     ]
 

@@ -69,7 +69,7 @@ GOOD = [
 BAD = [
     GOOD[0],
     view(
-        RolloutState.HALTED,
+        RolloutState.REVERTED,
         board(
             A,
             Outcome.FAILED,
@@ -78,7 +78,7 @@ BAD = [
             message="unreachable executed\nin handle",
             log=("counting",),
         ),
-        board(B, Outcome.SKIPPED),
+        board(B, Outcome.NOT_AFFECTED),
         revision=2,
         reason="1 of 1 devices failed",
     ),
@@ -122,17 +122,17 @@ def test_a_rollback_is_told_with_its_reason_and_log_and_is_exit_code_1(capsys):
     with pytest.raises(Fault) as caught:
         rollout.follow(Script(*BAD[1:]), BAD[0], Options())
     assert caught.value.code is Exit.FAILED
-    assert str(caught.value) == f"rollout 7 halted; {A} rolled back (trapped); run 'fleet why {A}'"
+    assert str(caught.value) == f"rollout 7 reverted; {A} rolled back (trapped); run 'fleet why {A}'"
     told = capsys.readouterr()
     assert f"  {A}  rolled back (trapped)\n" in told.out
     # the device's own words stand once, line by line
     assert told.err == f"\n{A}:\n  unreachable executed\n  in handle\n  | counting\n"
 
 
-@pytest.mark.parametrize("state", [RolloutState.HALTED, RolloutState.ABORTED, RolloutState.SUPERSEDED])
+@pytest.mark.parametrize("state", [RolloutState.REVERTED, RolloutState.ABORTED, RolloutState.SUPERSEDED])
 def test_whatever_is_not_success_is_exit_code_1(state):
     with pytest.raises(Fault) as caught:
-        rollout.follow(Script(), view(state, board(A, Outcome.SKIPPED)), Options(quiet=True))
+        rollout.follow(Script(), view(state, board(A, Outcome.NOT_AFFECTED)), Options(quiet=True))
     assert caught.value.code is Exit.FAILED
 
 

@@ -80,11 +80,11 @@ ROLLOUT = operator_api.RolloutView(
     id="r7",
     number=7,
     revision=3,
-    state=codes.RolloutState.HALTED,
+    state=codes.RolloutState.REVERTED,
     instance="hello",
     target=HELLO.target,
     group="edge-eu",
-    counts={"failed": 1, "skipped": 1, "pending": 0},
+    counts={"failed": 1, "reverted": 1, "pending": 0},
     reason="1 of 1 devices failed",
     created_at=NOW - timedelta(minutes=3),
 )
@@ -173,11 +173,11 @@ def test_rollouts(fleet, fleet_of_two):
     assert row[-2].endswith(" min ago")
     assert [*row[:-2], row[-1]] == [
         "7",
-        "halted",
+        "reverted",
         "hello",
         "main/hello@1.0.0",
         "edge-eu",
-        "1 failed 1 skipped",
+        "1 failed 1 reverted",
         "1 of 1 devices failed",
     ]
 
@@ -353,7 +353,7 @@ def test_a_number_alone_shows_the_rollout(fleet, desk):
 def test_undo_and_remove_say_what_they_mean(fleet, desk):
     desk.views = [ROLLOUT] * 4
     assert fleet("undo", "7", "--detach").exit_code == 1  # it is decided already, and badly
-    assert desk.sent("/v1/undo") == {"rollout": "7", "group": "", "waves": "1, 100%"}
+    assert desk.sent("/v1/undo") == {"rollout": "7", "group": "", "waves": ""}
     fleet("remove", "hello", "--group", "edge-eu", "--keep-data")
     sent = desk.sent("/v1/removals")
     assert (sent["instance"], sent["group"], sent["keep_data"]) == ("hello", "edge-eu", True)
@@ -504,7 +504,7 @@ def narrow(monkeypatch):
         ),
         (
             ("rollouts",),
-            ["7", "halted", "main/hello@1.0.0", "edge-eu", "1 failed", "min ago", "1 of 1", "devices", "failed"],
+            ["7", "reverted", "main/hello@1.0.0", "edge-eu", "1", "failed", "min ago", "1 of 1", "devices"],
         ),
         (("groups",), ["edge-eu", "hello@1.0.0", "spares", "label", "site=berlin,", "priority"]),
     ],

@@ -52,6 +52,10 @@ SHOWN: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "rollouts": (("GET", "/v1/rollouts"), ("rollouts",)),
     "rollout": (("GET", "/v1/rollouts/7"), ("rollout", "show", "7")),
     "act": (("POST", "/v1/rollouts/7/pause"), ("rollout", "pause", "7")),
+    "abort": (("POST", "/v1/rollouts/7/abort"), ("rollout", "abort", "7")),
+    "cancel_device": (("POST", "/v1/rollouts/7/cancel-device"), ("rollout", "cancel-device", "7", DEVICE)),
+    "freeze": (("POST", "/v1/freeze"), ("freeze", "--reason", "fair")),
+    "unfreeze": (("POST", "/v1/unfreeze"), ("unfreeze",)),
     "undo": (("POST", "/v1/undo"), ("undo",)),
     "remove": (("POST", "/v1/removals"), ("remove", "hello", "--group", "edge")),
 }
@@ -59,7 +63,7 @@ SHOWN: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
 # Answers of which no command prints a text: numbers, hashes, tokens and what is verified before it is used.
 SILENT = {
     "audit", "install_issuing", "revoke_issuer", "countersign", "discard_waiting", "set_operator", "remove_operator",
-    "components", "upload", "publish_role", "publish_event", "sealing_keys", "history", "preflight",
+    "components", "upload", "publish_role", "publish_event", "sealing_keys", "history", "preflight", "freezes",
 }  # fmt: skip
 
 

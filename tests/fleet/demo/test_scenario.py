@@ -59,9 +59,9 @@ V3 = act(
     last_s=None,
     load={BERLIN: TRAPPED, PARIS: answered("2")},
     rollout=rollout(
-        RolloutState.HALTED,
+        RolloutState.REVERTED,
         on(BERLIN, Outcome.FAILED, phase=Phase.ROLLED_BACK, code=RejectCode.TRAPPED),
-        on(PARIS, Outcome.SKIPPED, offered_at=None),
+        on(PARIS, Outcome.NOT_AFFECTED, offered_at=None),
     ),
 )
 GOOD = {
@@ -110,17 +110,17 @@ def test_a_good_story_holds():
                 "v3": change(
                     "v3",
                     rollout=rollout(
-                        RolloutState.HALTED,
+                        RolloutState.REVERTED,
                         on(BERLIN, Outcome.FAILED, phase=Phase.ROLLED_BACK),
                         on(PARIS, Outcome.SUCCEEDED),
                     ),
                 )
             },
-            "v3 was halted before the second",
+            "v3 was reverted before the second",
         ),
         (
             {"v3": change("v3", load={BERLIN: TRAPPED, PARIS: answered("3")})},
-            "v3 was halted before the second",
+            "v3 was reverted before the second",
         ),
         (
             {"v3": change("v3", load={BERLIN: TRAPPED, PARIS: answered("2", lost=1)})},
@@ -160,7 +160,7 @@ def test_the_end_is_a_table_with_times_and_losses():
         "PUSH RESULT FIRST DEVICE BOTH DEVICES ANSWERED LOST",
         "v1 succeeded 1.0 s 2.0 s - -",
         "v2 succeeded 1.0 s 2.0 s 1,000 0",
-        "v3 rolled back (trapped), halted before the 2nd device 1.0 s - 590 2 by its trap",
+        "v3 rolled back (trapped), reverted before the 2nd device 1.0 s - 590 2 by its trap",
         "berlin-0a0a0a0a edge-eu hello v1 http://127.0.0.1:1/",
         "boston-2c2c2c2c edge-us nothing http://127.0.0.1:1/",
         "yes v3 was rolled back on the first device",

@@ -1,325 +1,471 @@
-"""What a rollout does next: rows of how boards stand, and for any fleet a simulation that must come to rest."""
-
-from dataclasses import replace
+"""Gates of a rollout: rows of how its members stand, and the step that follows."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from fleet.protocol.codes import Outcome
-from fleet.rollout import model
-from fleet.rollout.decide import Complete, Expire, Halt, Offer, Wait, decide
-from fleet.rollout.model import (
-    BREACHES,
-    DeviceProgress,
-    Expected,
-    Observation,
+from fleet.protocol.codes import OnBreach, Outcome, PauseCause, RolloutState
+from fleet.rollout.advance import advance, approve, end, pause, resume, unfreeze
+from fleet.rollout.decide import (
+    CANARY_AWAY_S,
+    LOST_S,
+    Gate,
+    Limits,
+    Mark,
+    Pause,
+    Promote,
+    Replace,
+    Revert,
     Rollout,
-    RolloutState,
-    apply_report,
+    Wait,
+    Withdraw,
+    decide,
 )
+from fleet.rollout.members import Amount
+from fleet.rollout.model import Member, cancel, leave, overtaken, wants
 
-NOW = 1000.0
-OFFER = Expected(frozenset({"a1", "a2"}), "m1")
-
-
-def word(**more):
-    """A signed report that carries the proof of a commit."""
-    return Observation(
-        **{"signed": True, "assignment_sha256": "a1", "manifest_sha256": "m1", "generation": 1, "at": 5.0, **more}
-    )
+NOW = 100_000.0
+PENDING, WAITING, DEFERRED, AT_IT = Outcome.PENDING, Outcome.WAITING, Outcome.DEFERRED, Outcome.IN_PROGRESS
+GOOD, BAD, LOST = Outcome.SUCCEEDED, Outcome.FAILED, Outcome.LOST
 
 
-def told(board, **more):
-    return apply_report(board, word(**more), OFFER)
+def rollout(waves=2, soak_s=0, **more):
+    limits = Limits(**{name: more.pop(name) for name in tuple(more) if name in Limits.__dataclass_fields__})
+    return Rollout(**{"state": RolloutState.RUNNING, "gates": (Gate(soak_s),) * waves, "limits": limits, **more})
 
 
-def rollout(**more):
-    return Rollout(**{"id": "r", "state": RolloutState.RUNNING, "sizes": (1, 3), **more})
+def member(name, wave, outcome=PENDING, *, online=True, **more):
+    times = {} if outcome is PENDING else {"offered_at": NOW, "moved_at": NOW}
+    if outcome in {GOOD, BAD}:
+        times |= {"began_at": NOW, "ended_at": NOW}
+    return Member(name, wave, outcome, online_since=0.0 if online else None, heard_at=NOW, **{**times, **more})
 
 
-def board(name, wave, outcome=Outcome.PENDING, **more):
-    times = {} if outcome is Outcome.PENDING else {"offered_at": NOW, "acked_at": NOW}
-    return DeviceProgress(name, wave, outcome, online=True, **{**times, **more})
+def many(prefix, wave, count, outcome=PENDING, **more):
+    return [member(f"{prefix}{number:03}", wave, outcome, **more) for number in range(count)]
 
 
-def fleet(*outcomes):
-    return [board(name, 1 if name == "a" else 2, outcome) for name, outcome in zip("abc", outcomes, strict=True)]
+def after(it, members, now=NOW):
+    step = advance(it, members, now)
+    return step, {each.device: each for each in step.members}
 
 
-PENDING, WAITING, BUSY, GOOD, BAD, NO, LATER, UNPROVEN = (
-    Outcome.PENDING, Outcome.WAITING, Outcome.IN_PROGRESS, Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REFUSED,
-    Outcome.DEFERRED, Outcome.UNPROVEN,
-)  # fmt: skip
+# -- the way through --------------------------------------------------------------------------------------------------
 
 
-def test_it_begins_with_the_first_wave():
-    assert decide(rollout(), fleet(PENDING, PENDING, PENDING), NOW) == (Offer(1, ("a",)),)
+def test_the_first_wave_is_offered_to_its_members_alone():
+    step, by = after(rollout(), [member("a", 1), member("b", 2)])
+    assert (step.rollout.wave, by["a"].outcome, by["b"].outcome) == (1, WAITING, PENDING)
+    assert step.changed == ("a",)
+    assert step.wait.devices == ("a",)
+    assert "wave 1 waits for a" in step.wait.reason
 
 
 def test_the_second_wave_comes_when_the_first_has_succeeded():
-    assert decide(rollout(wave=1), fleet(GOOD, PENDING, PENDING), NOW) == (Offer(2, ("b", "c")),)
+    step, by = after(rollout(wave=1), [member("a", 1, GOOD), member("b", 2)])
+    assert (step.rollout.wave, by["b"].outcome) == (2, WAITING)
 
 
-def test_the_second_wave_waits_while_the_canary_is_at_it():
-    (wait,) = decide(rollout(wave=1, timeout_s=60), fleet(BUSY, PENDING, PENDING), NOW)
-    assert wait == Wait("", NOW + 60)
+def test_a_rollout_succeeds_when_the_last_gate_opens_and_names_its_stragglers():
+    late = member("c", 2, WAITING, online=False)
+    step, by = after(rollout(wave=2), [member("a", 1, GOOD), member("b", 2, GOOD), late])
+    assert step.rollout.state is RolloutState.SUCCEEDED
+    assert [action.stragglers for action in step.actions if hasattr(action, "stragglers")] == [("c",)]
+    assert (by["c"].outcome, by["c"].arrival) == (PENDING, True), "it passes the catch-up queue when it comes"
 
 
-@pytest.mark.parametrize("outcome", [BAD, NO])
-def test_a_failed_or_refusing_canary_halts_it(outcome):
-    (halt,) = decide(rollout(wave=1), fleet(outcome, PENDING, PENDING), NOW)
-    assert isinstance(halt, Halt)
-    assert halt.reason.startswith(f"a {outcome}")
+@pytest.mark.parametrize("state", [state for state in RolloutState if state not in {"running", "paused", "succeeded"}])
+def test_what_is_over_or_has_not_begun_decides_nothing(state):
+    assert decide(rollout(state=state, wave=2), [member("a", 1, BAD), member("b", 2)], NOW) == ()
 
 
-def test_a_failure_in_the_last_wave_halts_it_too():
-    (halt,) = decide(rollout(wave=2), fleet(GOOD, GOOD, BAD), NOW)
-    assert isinstance(halt, Halt)
+# -- gate 1: outcomes -------------------------------------------------------------------------------------------------
 
 
-def test_failures_within_the_allowance_do_not_halt_it():
-    assert decide(rollout(wave=2, failures=1), fleet(GOOD, GOOD, BAD), NOW) == (Complete(),)
+def test_an_online_device_under_way_holds_the_gate_and_an_offline_one_does_not():
+    held, _ = after(rollout(wave=1), [member("a", 1, GOOD), member("b", 1, WAITING), member("c", 2)])
+    assert (held.rollout.wave, held.wait.devices) == (1, ("b",))
+    passed, _ = after(rollout(wave=1), [member("a", 1, GOOD), member("b", 1, WAITING, online=False), member("c", 2)])
+    assert passed.rollout.wave == 2
 
 
-def test_a_rollout_that_no_board_took_never_counts_as_done():
-    (halt,) = decide(rollout(wave=2, failures=3), fleet(BAD, BAD, NO), NOW)
-    assert isinstance(halt, Halt)
+def test_a_deferred_device_does_not_hold_the_gate():
+    step, _ = after(rollout(wave=1), [member("a", 1, GOOD), member("b", 1, DEFERRED, reason="hold"), member("c", 2)])
+    assert step.rollout.wave == 2
 
 
-def test_a_paused_rollout_offers_nothing_but_still_halts():
-    paused = rollout(wave=1, state=RolloutState.PAUSED)
-    assert isinstance(decide(paused, fleet(GOOD, PENDING, PENDING), NOW)[0], Wait)
-    assert isinstance(decide(paused, fleet(BAD, PENDING, PENDING), NOW)[0], Halt)
+def test_an_online_device_without_progress_is_deferred_as_stuck_and_never_failed():
+    stuck = member("a", 1, AT_IT, phase="fetching", began_at=NOW)
+    step, by = after(rollout(wave=1, timeout_s=900), [stuck, member("b", 2)], NOW + 899)
+    assert step.wait.until == NOW + 900
+    step, by = after(rollout(wave=1, timeout_s=900), [stuck, member("b", 2)], NOW + 900)
+    assert (by["a"].outcome, by["a"].reason, step.rollout.state) == (DEFERRED, "stuck", RolloutState.RUNNING)
 
 
-def test_what_is_over_stays_over():
-    for state in (RolloutState.HALTED, RolloutState.ABORTED, RolloutState.SUCCEEDED, RolloutState.SUPERSEDED):
-        assert decide(rollout(state=state, wave=2), fleet(BAD, GOOD, GOOD), NOW) == ()
+def test_the_time_for_progress_begins_anew_when_a_device_comes_back():
+    back = replace(member("a", 1, WAITING), offered_at=0.0, moved_at=0.0, online_since=NOW)
+    _, by = after(rollout(wave=1), [back, member("b", 2)], NOW + 10)
+    assert by["a"].outcome is WAITING
 
 
-def test_a_board_that_takes_too_long_after_its_first_word_has_failed():
-    late = [board("a", 1, BUSY, acked_at=NOW - 901), *fleet(GOOD, PENDING, PENDING)[1:]]
-    (expire,) = decide(rollout(wave=1), late, NOW)
-    assert isinstance(expire, Expire)
-    assert expire.device == "a"
+# -- gate 2: successes ------------------------------------------------------------------------------------------------
 
 
-def test_the_clock_of_the_time_out_does_not_run_for_a_board_that_said_nothing():
-    silent = [DeviceProgress("a", 1, WAITING, online=False, offered_at=0.0)]
-    (wait,) = decide(rollout(wave=1, sizes=(1,)), silent, NOW * 1000)
-    assert isinstance(wait, Wait)
-    assert "a" in wait.reason
-
-
-def test_an_online_board_that_says_nothing_holds_up_the_rest_only_for_a_while():
-    boards = [board("a", 1, GOOD), board("b", 1, WAITING, acked_at=None)]
-    assert decide(rollout(wave=1, sizes=(2,)), boards, NOW + 59) == (Wait("", NOW + 60),)
-    assert decide(rollout(wave=1, sizes=(2,)), boards, NOW + 60) == (Complete(),)
-
-
-def test_boards_that_are_offline_are_in_no_denominator():
-    boards = [board("a", 1, GOOD), board("b", 2, WAITING), board("c", 2, WAITING)]
-    boards = [replace(each, online=each.device == "a") for each in boards]
-    assert decide(rollout(wave=2), boards, NOW) == (Complete(),)
-
-
-def test_a_soak_is_counted_from_the_last_success():
-    boards = [board("a", 1, GOOD, ended_at=NOW), *fleet(PENDING, PENDING, PENDING)[1:]]
-    (wait,) = decide(rollout(wave=1, soak_s=300), boards, NOW + 299)
-    assert wait.until == NOW + 300
-    assert decide(rollout(wave=1, soak_s=300), boards, NOW + 300) == (Offer(2, ("b", "c")),)
-
-
-def test_a_group_without_boards_is_settled_at_once():
-    assert decide(rollout(sizes=(0, 0), wave=2), [], NOW) == (Complete(),)
-
-
-# Any fleet: each board behaves in its own way, some are away. Whatever happens, the rollout rests, and rests rightly.
-
-BEHAVIOURS = {
-    "good": [("fetching", ""), ("committed", "")],
-    "bad": [("fetching", ""), ("rolled-back", "trapped")],
-    "refuses": [("failed", "grant-denied")],
-    "retries": [("failed", "unreachable"), ("committed", "")],
-    "hangs": [("fetching", "")],
-    "silent": [],
-}
-
-
-class Simulation:
-    """Carries out what is decided, on boards that behave as they were told, with a clock of its own."""
-
-    def __init__(self, acts, online, text, failures):
-        self.acts, self.online, self.now, self.offered = acts, online, 0.0, set()
-        order = model.order(online)
-        reached = model.sizes(model.parse(text), len(order))
-        self.boards = {
-            name: DeviceProgress(name, model.wave_of(index, reached), online=online[name])
-            for index, name in enumerate(order)
-        }
-        self.rollout = rollout(sizes=reached, failures=failures, timeout_s=100)
-
-    def run(self):
-        for _ in range(500):
-            actions = decide(self.rollout, list(self.boards.values()), self.now)
-            if not actions or not all(self.carry_out(action) for action in actions):
-                return
-        raise AssertionError("it does not come to rest")
-
-    def carry_out(self, action):
-        """Whether there is something to decide again."""
-        match action:
-            case Offer(wave, devices):
-                assert wave == self.rollout.wave + 1
-                assert self.count(*BREACHES) <= self.rollout.failures
-                self.rollout = replace(self.rollout, wave=wave)
-                for device in devices:
-                    self.offer(device)
-            case Expire(device, _):
-                self.boards[device] = replace(self.boards[device], outcome=BAD, ended_at=self.now)
-            case Halt(_):
-                self.rollout = replace(self.rollout, state=RolloutState.HALTED)
-            case Complete():
-                self.rollout = replace(self.rollout, state=RolloutState.SUCCEEDED)
-            case Wait(_, until):
-                assert until is None or until > self.now
-                self.now = until
-                return until is not None
-        return True
-
-    def offer(self, device):
-        assert device not in self.offered
-        self.offered.add(device)
-        it = replace(self.boards[device], outcome=WAITING, offered_at=self.now)
-        for phase, code in BEHAVIOURS[self.acts[device]] if self.online[device] else []:
-            said = word(at=self.now, phase=phase, code=code, retryable=code == "unreachable")
-            it = apply_report(apply_report(it, said, OFFER), said, OFFER)
-        self.boards[device] = it
-
-    def count(self, *outcomes):
-        return sum(each.outcome in outcomes for each in self.boards.values())
-
-
-@settings(max_examples=300)
-@given(
-    behaviours=st.lists(st.sampled_from(sorted(BEHAVIOURS)), max_size=12),
-    away=st.lists(st.booleans(), min_size=12, max_size=12),
-    text=st.sampled_from(["100%", "1, 100%", "1, 25%, 100%", "2, 4, 100%"]),
-    failures=st.integers(0, 3),
-)
-def test_every_rollout_comes_to_rest_and_never_passes_a_breach(behaviours, away, text, failures):
-    names = [f"b{index:02}" for index in range(len(behaviours))]
-    online = {name: not away[index] for index, name in enumerate(names)}
-    it = Simulation(dict(zip(names, behaviours, strict=True)), online, text, failures)
-    it.run()
-    breached, succeeded = it.count(*BREACHES), it.count(GOOD)
-    match it.rollout.state:
-        case RolloutState.HALTED:
-            assert breached > failures or (breached and not succeeded)
-        case RolloutState.SUCCEEDED:
-            assert breached <= failures
-            assert succeeded or not names
-            assert it.offered == set(names)
-        case _:
-            # it rests open only for boards that are away or say nothing
-            assert it.count(WAITING)
-            assert not succeeded or it.rollout.wave < len(it.rollout.sizes)
-
-
-# How a board's word counts
-
-
-def test_a_report_heard_twice_counts_once():
-    waiting = board("a", 1, WAITING, acked_at=None)
-    once = told(waiting, phase="committed", running="x")
-    assert once.outcome is GOOD
-    assert told(once, phase="committed", running="x", at=9) == once
-
-
-def test_an_older_attempt_changes_nothing():
-    waiting = board("a", 1, WAITING, attempt=2)
-    assert told(waiting, phase="rolled-back", attempt=1) == waiting
-
-
-def test_a_late_progress_report_does_not_undo_an_outcome():
-    done = told(board("a", 1, WAITING), phase="committed")
-    assert told(done, phase="fetching", at=6).outcome is GOOD
-    failed = told(board("a", 1, WAITING), phase="rolled-back")
-    assert told(failed, phase="failed", code="unsigned", at=6).outcome is BAD
-    assert told(failed, phase="probation", at=6).outcome is BAD
-    old = told(board("a", 1, WAITING), phase="committed", generation=None)
-    assert told(old, phase="probation", generation=None).outcome is UNPROVEN
-
-
-def test_a_retry_after_a_failure_counts_anew():
-    failed = told(board("a", 1, WAITING), phase="rolled-back", code="trapped")
-    trying = told(failed, phase="fetching", attempt=1, at=9)
-    assert (trying.outcome, trying.acked_at, trying.ended_at) == (BUSY, 9, None)
-    assert told(trying, phase="committed", attempt=1, at=10).outcome is GOOD
-
-
-def test_what_the_board_retries_by_itself_is_not_decided():
-    trying = told(board("a", 1, WAITING), phase="failed", code="unreachable", retryable=True)
-    assert (trying.outcome, trying.retrying) == (LATER, True)
+def test_one_success_of_a_hundred_opens_nothing():
+    wave = [member("a", 1, GOOD), *many("b", 2, 1, GOOD), *many("c", 2, 99, WAITING, online=False)]
+    step, by = after(rollout(waves=3, wave=2), [*wave, *many("d", 3, 900)])
+    assert (step.rollout.wave, by["d000"].outcome) == (2, PENDING)
+    assert "wave 2 needs 10 successes and has 1; it waits for c000 (offline)" in step.wait.reason
+    assert len(step.wait.devices) == 99
 
 
 @pytest.mark.parametrize(
-    ("code", "outcome"),
-    [("unsigned", "deferred"), ("grant-denied", "failed"), ("no-such-code-yet", "deferred"), ("trapped", "failed"),
-     ("compile-failed", "failed"), ("superseded", "superseded"), ("rate-limited", "deferred"), ("no-space", "deferred"),
-     ("port-in-use", "deferred"), ("internal", "deferred"), ("interrupted", "deferred")],
-)  # fmt: skip
-def test_a_failure_is_named_by_its_code(code, outcome):
-    assert told(board("a", 1, WAITING), phase="failed", code=code).outcome is Outcome(outcome)
+    ("least", "size", "need"),
+    [("10%", 100, 10), ("10%", 11, 2), ("10%", 3, 1), ("0%", 5, 1), ("3", 10, 3), ("50", 10, 10), ("100%", 7, 7)],
+)
+def test_a_wave_needs_so_many_successes(least, size, need):
+    def opened(good):
+        wave = [*many("a", 1, good, GOOD), *many("b", 1, size - good, WAITING, online=False)]
+        it = rollout(wave=1, min_success=Amount.parse(least))
+        return after(it, [*wave, member("z", 2)])[0].rollout.wave == 2
+
+    assert [opened(need - 1), opened(need)] == [False, True]
 
 
-def test_going_back_by_interruptions_is_a_failure_and_without_a_code_too():
-    assert told(board("a", 1, WAITING), phase="rolled-back", code="interrupted").outcome is BAD
-    assert told(board("a", 1, WAITING), phase="rolled-back").outcome is BAD
+def test_devices_that_are_not_affected_or_unproven_are_in_no_count():
+    wave = [*many("a", 1, 1, GOOD), *many("b", 1, 50, Outcome.NOT_AFFECTED), *many("c", 1, 50, Outcome.UNPROVEN)]
+    step, _ = after(rollout(wave=1), [*wave, member("z", 2)])
+    assert step.rollout.wave == 2
 
 
-@pytest.mark.parametrize("lacks", [{"assignment_sha256": "another"}, {"assignment_sha256": ""},
-                                   {"manifest_sha256": "another"}])  # fmt: skip
-def test_a_commit_of_something_else_decides_nothing(lacks):
-    waiting = board("a", 1, WAITING)
-    assert told(waiting, phase="committed", **lacks) == waiting
-    busy = told(waiting, phase="probation")
-    assert told(busy, phase="committed", **lacks) == busy
+# -- gate 3: failures -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", ["committed", "failed", "rolled-back"])
-def test_an_unsigned_report_decides_nothing(phase):
-    unproven = told(board("a", 1, WAITING), phase=phase, signed=False)
-    assert unproven.outcome is UNPROVEN
-    assert unproven.ended_at is None
-    assert told(unproven, phase="committed").outcome is GOOD
+def test_a_failed_canary_reverts_the_rollout():
+    step, by = after(rollout(wave=1), [member("a", 1, BAD, code="trapped", message="unreachable"), member("b", 2)])
+    assert step.rollout.state is RolloutState.REVERTED
+    assert step.actions == (Revert("a failed (trapped): unreachable"),)
+    assert by["b"].outcome is Outcome.NOT_AFFECTED
 
 
-def test_an_agent_that_does_not_say_which_generation_committed_is_unproven():
-    unproven = told(board("a", 1, WAITING), phase="committed", generation=None)
-    assert (unproven.outcome, unproven.message) == (UNPROVEN, "its agent is too old to sign its state")
-    assert told(board("a", 1, WAITING), phase="committed", generation=0).outcome is GOOD  # a removal
+@pytest.mark.parametrize(
+    ("limit", "size", "allowed"),
+    [(None, 100, 1), (None, 99, 0), (None, 250, 2), ("0", 100, 0), ("3", 100, 3), ("10%", 25, 2)],
+)
+def test_later_waves_allow_a_share_of_failures(limit, size, allowed):
+    def state(bad):
+        wave = [*many("a", 2, bad, BAD), *many("b", 2, size - bad, GOOD)]
+        it = rollout(wave=2, failures=None if limit is None else Amount.parse(limit))
+        return after(it, [member("z", 1, GOOD), *wave])[0].rollout.state
+
+    assert state(allowed) is RolloutState.SUCCEEDED
+    assert state(allowed + 1) is RolloutState.REVERTED
 
 
-def test_an_unproven_board_is_in_no_count():
-    boards = [board("a", 1, UNPROVEN), board("b", 1, GOOD), board("c", 2, PENDING)]
-    assert decide(rollout(wave=1, sizes=(2, 3)), boards, NOW) == (Offer(2, ("c",)),)
-    (wait,) = decide(rollout(wave=1, sizes=(1,)), [board("a", 1, UNPROVEN)], NOW)
-    assert isinstance(wait, Wait)
+def test_a_breach_pauses_where_the_rollout_says_so():
+    step, by = after(rollout(wave=1, on_breach=OnBreach.PAUSE), [member("a", 1, BAD), member("b", 2)])
+    assert (step.rollout.state, step.rollout.causes) == (RolloutState.PAUSED, {PauseCause.BREACH})
+    assert by["b"].outcome is PENDING
 
 
-def test_a_board_that_does_not_stay_up_while_it_soaks_has_failed():
-    good = told(board("a", 1, WAITING), phase="committed")
-    fallen = told(good, phase="failed", code="restarted", message="in quarantine", at=NOW + 5)
-    assert (fallen.outcome, fallen.ended_at) == (BAD, NOW + 5)
-    (halt,) = decide(rollout(wave=1, soak_s=300), [fallen, *fleet(GOOD, PENDING, PENDING)[1:]], NOW + 6)
-    assert isinstance(halt, Halt)
-    # a trouble that says nothing of the version takes no success away, nor does an unsigned word
-    assert told(good, phase="failed", code="no-space", at=NOW + 5) == good
-    assert told(good, phase="failed", code="restarted", signed=False, at=NOW + 5) == good
+def test_a_wave_in_which_nobody_can_succeed_any_more_is_a_breach():
+    step, _ = after(rollout(wave=1, failures=Amount(5)), [*many("a", 1, 2, BAD), member("z", 2)])
+    assert step.rollout.state is RolloutState.REVERTED
 
 
-def test_a_report_without_a_phase_is_no_news():
-    waiting = board("a", 1, WAITING)
-    assert told(waiting, phase="idle", code="revoked", message="goes on running") == waiting
+def test_a_straggler_of_an_earlier_wave_that_fails_counts_in_its_own_wave():
+    step, _ = after(rollout(wave=2), [member("a", 1, GOOD), member("s", 1, BAD), *many("b", 2, 100, WAITING)])
+    assert step.rollout.state is RolloutState.REVERTED
+
+
+# -- gate 4: silence --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["fetching", "verifying", "compiling", "staged"])
+def test_a_device_that_goes_away_before_its_swap_waits(phase):
+    gone = member("a", 1, AT_IT, online=False, phase=phase, began_at=NOW)
+    step, by = after(rollout(waves=1, wave=1), [gone, *many("b", 1, 99, GOOD)], NOW + 15 * 60)
+    assert by["a"].outcome is not LOST
+    assert step.rollout.state is RolloutState.SUCCEEDED
+    assert not [each for each in step.actions if isinstance(each, Revert | Pause)]
+
+
+@pytest.mark.parametrize("phase", ["swapping", "probation", "rolling-back"])
+def test_a_device_that_is_silent_from_its_swap_on_is_lost_and_pauses_the_rollout(phase):
+    silent = member("a", 1, AT_IT, online=False, phase=phase, began_at=NOW)
+    it, members = rollout(wave=1), [silent, member("b", 2)]
+    step, by = after(it, members, NOW + LOST_S - 1)
+    assert (by["a"].outcome, step.wait.until) == (AT_IT, NOW + LOST_S)
+    step, by = after(it, members, NOW + LOST_S)
+    assert (by["a"].outcome, step.rollout.causes) == (LOST, {PauseCause.LOST})
+    assert by["b"].outcome is PENDING, "nobody is taken back, and nobody new is offered it"
+
+
+@pytest.mark.parametrize(("limit", "size", "allowed"), [(None, 100, 5), (None, 19, 0), ("1", 50, 1), ("10%", 50, 5)])
+def test_later_waves_allow_a_share_of_lost_devices(limit, size, allowed):
+    def state(lost):
+        wave = [*many("a", 2, lost, LOST), *many("b", 2, size - lost, GOOD)]
+        it = rollout(wave=2, lost=None if limit is None else Amount.parse(limit))
+        return after(it, [member("z", 1, GOOD), *wave])[0].rollout.state
+
+    assert state(allowed) is RolloutState.SUCCEEDED
+    assert state(allowed + 1) is RolloutState.PAUSED
+
+
+def test_absence_alone_never_ends_a_rollout():
+    outage = [member("a", 1, GOOD), *many("b", 2, 50, AT_IT, online=False, phase="swapping")]
+    step, by = after(rollout(wave=2), [*outage, *many("c", 2, 50, AT_IT, online=False, phase="fetching")], NOW + 9e4)
+    assert step.rollout.state is RolloutState.PAUSED
+    assert {by["b000"].outcome, by["c000"].outcome} == {LOST, PENDING}
+
+
+# -- gate 5: soak -----------------------------------------------------------------------------------------------------
+
+
+def test_a_soak_runs_from_the_success_that_met_the_gate():
+    wave = [member(f"a{number}", 1, GOOD, ended_at=NOW + 60 * number) for number in range(5)]
+    it = rollout(wave=1, soak_s=300, min_success=Amount(2))
+    step, _ = after(it, [*wave, member("z", 2)], NOW + 359)
+    assert (step.rollout.wave, step.wait.until) == (1, NOW + 360)
+    assert after(it, [*wave, member("z", 2)], NOW + 360)[0].rollout.wave == 2
+
+
+def test_stragglers_that_return_restart_nobodys_soak():
+    # each of ten returns 50 minutes after the other; the soak is an hour, and the gate opens after an hour
+    hour, back = 3600.0, 50 * 60.0
+    for late in range(1, 10):
+        wave = [member(f"a{number}", 1, GOOD, ended_at=NOW + back * number) for number in range(late)]
+        away = many("b", 1, 10 - late, WAITING, online=False)
+        step, _ = after(rollout(wave=1, soak_s=hour), [*wave, *away, member("z", 2)], NOW + hour)
+        assert step.rollout.wave == 2
+
+
+# -- gate 6: approval -------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_may_want_an_approval_before_the_next_one():
+    it = replace(rollout(wave=1), gates=(Gate(approval=True), Gate()))
+    members = [member("a", 1, GOOD), member("b", 2)]
+    step, by = after(it, members)
+    assert (step.rollout.causes, by["b"].outcome) == ({PauseCause.APPROVAL}, PENDING)
+    step, by = after(approve(step.rollout), members)
+    assert (step.rollout.wave, by["b"].outcome) == (2, WAITING)
+
+
+# -- canaries ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_canary_that_goes_offline_before_it_answers_is_replaced_twice_at_most():
+    it, members = rollout(wave=1), [member("a", 1, WAITING, online=False), *many("b", 2, 5)]
+    step, _ = after(it, members, NOW + CANARY_AWAY_S - 1)
+    assert (step.rollout.replaced, step.wait.until) == (0, NOW + CANARY_AWAY_S)
+    step, by = after(it, members, NOW + CANARY_AWAY_S)
+    assert [each for each in step.actions if isinstance(each, Replace)] == [Replace("a", "b000")]
+    assert (by["a"].outcome, by["b000"].wave, by["b000"].outcome) == (PENDING, 1, WAITING)
+
+    def gone(step, name):
+        at = step.members
+        return [replace(each, online_since=None, heard_at=NOW) if each.device == name else each for each in at]
+
+    step, by = after(step.rollout, gone(step, "b000"), NOW + 1000)
+    assert by["b001"].wave == 1
+    step, by = after(step.rollout, gone(step, "b001"), NOW + 2000)
+    assert (by["b002"].wave, step.rollout.wave) == (2, 1)
+    assert "it waits for b001 (offline)" in step.wait.reason
+
+
+def test_a_canary_that_is_revoked_or_pinned_under_way_leaves_the_count_and_is_replaced():
+    for gone in (leave(member("a", 1, AT_IT), "revoked"), overtaken(member("a", 1, AT_IT), "pinned")):
+        step, by = after(rollout(wave=1), [gone, *many("b", 2, 2)])
+        assert by["b000"].outcome is WAITING
+        assert (step.rollout.wave, step.rollout.state) == (1, RolloutState.RUNNING)
+
+
+def test_a_rollout_whose_last_device_leaves_ends():
+    step, _ = after(rollout(waves=1, wave=1), [leave(member("a", 1, AT_IT), "revoked")])
+    assert step.rollout.state is RolloutState.REVERTED
+
+
+def test_canaries_that_cannot_prove_anything_pause_the_rollout():
+    old = many("a", 1, 1, Outcome.UNPROVEN) + [replace(each, replaced=True) for each in many("b", 1, 2)]
+    it = rollout(wave=1, replaced=2)
+    step, _ = after(it, [*old, *many("c", 2, 20)])
+    assert (step.rollout.causes, step.rollout.wave) == ({PauseCause.CANARY}, 1)
+    again, members, accepted = resume(step.rollout, step.members)
+    assert {each.device for each in accepted} == {"a000"}
+    assert after(again, members)[0].rollout.wave == 2, "the operator accepted that nobody answers"
+
+
+def test_with_nobody_online_the_first_that_come_are_the_canaries():
+    it, away = rollout(vacancies=2), many("a", 2, 5, online=False)
+    step, by = after(it, away)
+    assert {each.outcome for each in by.values()} == {PENDING}
+    assert "waits for the first device that comes online" in step.wait.reason
+    back = [replace(each, online_since=NOW) if each.device == "a003" else each for each in step.members]
+    step, by = after(step.rollout, back)
+    assert [each for each in step.actions if isinstance(each, Promote)] == [Promote(("a003",))]
+    assert (by["a003"].wave, by["a003"].outcome, step.rollout.vacancies) == (1, WAITING, 1)
+
+
+# -- limits at once ---------------------------------------------------------------------------------------------------
+
+
+def test_at_most_so_many_are_in_progress_at_once():
+    it = rollout(waves=1, at_once=2)
+    step, by = after(it, many("a", 1, 5))
+    assert [each.outcome for each in by.values()] == [WAITING, WAITING, PENDING, PENDING, PENDING]
+    done = [replace(each, outcome=GOOD, ended_at=NOW) if each.device == "a000" else each for each in step.members]
+    _, by = after(step.rollout, done)
+    assert [each.outcome for each in by.values()] == [GOOD, WAITING, WAITING, PENDING, PENDING]
+
+
+def test_an_absent_device_holds_no_place_under_a_limit():
+    _, by = after(rollout(waves=1, wave=1, at_once=1), [member("a", 1, WAITING, online=False), member("b", 1)])
+    assert (by["a"].outcome, by["b"].outcome) == (PENDING, WAITING)
+
+
+def test_no_offer_takes_a_site_below_its_budget():
+    north = [member(f"n{number}", 1, site="north") for number in range(4)]
+    south = [member("s0", 1, site="south"), member("s1", 1, site="south", online=False), member("s2", 1, site="south")]
+    _, by = after(rollout(waves=1, min_available=2), [*north, *south])
+    assert [by[name].outcome for name in ("n0", "n1", "n2", "n3")] == [WAITING, WAITING, PENDING, PENDING]
+    assert [by[name].outcome for name in ("s0", "s1", "s2")] == [PENDING] * 3
+
+
+def test_devices_that_the_rollout_does_not_concern_count_for_their_site():
+    other = [member(f"x{number}", 0, Outcome.NOT_AFFECTED, site="north") for number in range(2)]
+    _, by = after(rollout(waves=1, min_available=2), [*other, member("n0", 1, site="north")])
+    assert by["n0"].outcome is WAITING
+
+
+# -- pause, resume, abort ---------------------------------------------------------------------------------------------
+
+
+def test_a_pause_withdraws_what_no_device_has_begun_and_waits_for_nobody():
+    members = [member("a", 1, AT_IT, phase="fetching", began_at=NOW), member("b", 1, WAITING), member("c", 2)]
+    step, by = after(pause(rollout(wave=1)), members)
+    assert [each for each in step.actions if isinstance(each, Withdraw)] == [Withdraw(("b",))]
+    assert (by["a"].outcome, by["b"].outcome, by["c"].outcome) == (AT_IT, PENDING, PENDING)
+    again, members, _ = resume(step.rollout, step.members)
+    assert after(again, members)[1]["b"].outcome is WAITING
+
+
+def test_a_paused_rollout_still_reverts_for_a_breach():
+    step, _ = after(pause(rollout(wave=1)), [member("a", 1, BAD), member("b", 2)])
+    assert step.rollout.state is RolloutState.REVERTED
+
+
+def test_resume_accepts_by_name_and_counts_only_what_is_new():
+    it = rollout(wave=1, on_breach=OnBreach.PAUSE)
+    members = [member("a", 1, BAD), member("b", 1, LOST, phase="swapping"), member("c", 1, GOOD), member("d", 1)]
+    step, _ = after(it, members)
+    assert step.rollout.state is RolloutState.PAUSED
+    again, members, accepted = resume(step.rollout, step.members)
+    assert [each.device for each in accepted] == ["a", "b"]
+    assert (again.state, again.wave) == (RolloutState.RUNNING, 1)
+    step, by = after(again, members)
+    assert (step.rollout.state, by["d"].outcome) == (RolloutState.RUNNING, WAITING)
+    worse = [replace(each, outcome=BAD, ended_at=NOW) if each.device == "d" else each for each in step.members]
+    assert after(step.rollout, worse)[0].rollout.causes == {PauseCause.BREACH}
+
+
+def test_a_lost_device_that_was_accepted_and_then_fails_is_a_new_failure():
+    it = replace(rollout(wave=1), state=RolloutState.PAUSED, causes=frozenset({PauseCause.LOST}))
+    again, members, _ = resume(it, [member("a", 1, LOST, phase="swapping"), member("b", 2)])
+    failed = [replace(each, outcome=BAD, ended_at=NOW) if each.device == "a" else each for each in members]
+    assert after(again, failed)[0].rollout.state is RolloutState.REVERTED
+
+
+def test_an_abort_waits_for_nobody():
+    it, members = rollout(wave=2), {each.device: each for each in [member("a", 1, GOOD), member("b", 2, WAITING)]}
+    over = end(it, members, RolloutState.ABORTED)
+    assert not any(wants(over.state, each) for each in members.values())
+    assert all(each.returning for each in members.values())
+
+
+def test_an_abort_that_keeps_leaves_devices_with_the_version_where_they_are():
+    names = {"a": GOOD, "b": WAITING, "c": PENDING}
+    members = {name: member(name, 1, outcome) for name, outcome in names.items()}
+    end(rollout(wave=1), members, RolloutState.ABORTED, keep=True)
+    assert [members[name].outcome for name in "abc"] == [GOOD, WAITING, Outcome.NOT_AFFECTED]
+    assert [members[name].returning for name in "abc"] == [False, True, False]
+
+
+def test_a_freeze_is_ended_by_unfreeze_alone_and_resumes_only_what_it_paused():
+    frozen = pause(rollout(wave=1), PauseCause.FREEZE)
+    both = pause(frozen)
+    assert resume(frozen, [])[0].state is RolloutState.PAUSED
+    assert unfreeze(frozen).state is RolloutState.RUNNING
+    assert (unfreeze(both).state, unfreeze(both).causes) == (RolloutState.PAUSED, {PauseCause.OPERATOR})
+
+
+def test_one_device_is_cancelled_and_the_rest_goes_on():
+    step, by = after(rollout(wave=1), [member("a", 1, GOOD), cancel(member("b", 1, WAITING), "ada"), member("c", 2)])
+    assert (step.rollout.wave, by["b"].outcome) == (2, Outcome.NOT_AFFECTED)
+    assert not wants(RolloutState.RUNNING, by["b"])
+    assert not wants(RolloutState.SUCCEEDED, by["b"])
+
+
+# -- catch-up queue ---------------------------------------------------------------------------------------------------
+
+
+def settled(**more):
+    return rollout(waves=2, wave=2, state=RolloutState.SUCCEEDED, **more)
+
+
+def test_a_thousand_that_return_at_once_to_a_bad_release_meet_a_queue():
+    fleet = [*many("a", 2, 200, GOOD), *many("b", 2, 800, arrival=True)]
+    step, by = after(settled(), fleet)
+    out = [name for name, each in by.items() if each.outcome is WAITING]
+    assert len(out) == 50
+    failed = [
+        replace(each, outcome=BAD, ended_at=NOW, code="trapped") if each.device in out[:3] else each
+        for each in step.members
+    ]
+    step, by = after(step.rollout, failed)
+    assert step.rollout.closed == "b000 and 2 more failed (trapped)"
+    assert sum(each.outcome is WAITING for each in by.values()) == 0, "what nobody began is withdrawn"
+    assert "the catch-up queue is closed" in step.wait.reason
+    again, members, accepted = resume(step.rollout, step.members)
+    assert len(accepted) == 3
+    assert sum(each.outcome is WAITING for each in after(again, members)[1].values()) == 50
+
+
+def test_the_queue_takes_one_at_least_and_only_who_is_online():
+    fleet = [member("a", 2, GOOD), member("b", 2, arrival=True, online=False), *many("c", 2, 2, arrival=True)]
+    _, by = after(settled(), fleet)
+    assert [by[name].outcome for name in ("b", "c000", "c001")] == [PENDING, WAITING, PENDING]
+
+
+def test_a_new_device_does_not_wait_in_the_queue_and_counts_in_its_limits():
+    fleet = [*many("a", 2, 10, GOOD), member("n", 2, arrival=True, new=True), *many("c", 2, 2, arrival=True)]
+    step, by = after(settled(closed="it is"), fleet)
+    assert (by["n"].outcome, by["c000"].outcome) == (WAITING, PENDING)
+    failed = [replace(each, outcome=BAD, ended_at=NOW) if each.device == "n" else each for each in step.members]
+    assert after(replace(step.rollout, closed=""), failed)[0].rollout.closed.startswith("n failed")
+
+
+def test_the_limits_of_the_queue_count_over_seven_days():
+    week = 7 * 86_400.0
+    old = member("o", 2, BAD, arrival=True)
+    assert after(settled(), [old, *many("a", 2, 9, GOOD)], NOW + week - 1)[0].rollout.closed
+    assert not after(settled(), [old, *many("a", 2, 9, GOOD)], NOW + week)[0].rollout.closed
+
+
+def test_a_frozen_queue_admits_nobody():
+    fleet = [member("a", 2, GOOD), member("b", 2, arrival=True), member("n", 2, arrival=True, new=True)]
+    frozen = pause(settled(), PauseCause.FREEZE)
+    assert frozen.state is RolloutState.SUCCEEDED
+    assert after(frozen, fleet)[1]["b"].outcome is PENDING
+    assert after(unfreeze(frozen), fleet)[1]["b"].outcome is WAITING
+
+
+def test_a_straggler_that_fails_after_the_rollout_succeeded_counts_in_the_queue():
+    late = member("b", 2, BAD, arrival=True, code="trapped")
+    step, _ = after(settled(), [member("a", 1, GOOD), late])
+    assert (step.rollout.state, step.rollout.closed) == (RolloutState.SUCCEEDED, "b failed (trapped)")
+
+
+def test_marks_are_no_verdicts():
+    outcomes = {Mark(outcome, ()).outcome for outcome in (WAITING, LOST, DEFERRED)}
+    assert not outcomes & {BAD, GOOD}
+    assert Wait("").until is None

@@ -1,108 +1,168 @@
-"""What a board should run, who says so, and what an undo takes back."""
+"""Layers: who supplies an instance, where its configuration comes from, what an undo and a withdrawal leave."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fleet.rollout import effective
-from fleet.rollout.effective import Conflict, Group, NothingToUndoError, Overlay, Past, SettledValue
-from fleet.rollout.model import RolloutState, Value
-
-V1, V2, V3 = (SettledValue(Value(f"v{number}"), f"r{number}") for number in (1, 2, 3))
-
-
-def what(groups=(), pins=None, overlays=()):
-    found = effective.effective(groups, pins or {}, overlays)
-    return {instance: (each.value.target, each.source) for instance, each in found.items()}
-
-
-def test_a_pin_beats_a_group_and_the_higher_priority_beats_the_lower():
-    low, high = Group("low", 0, {"a": V1, "b": V1}), Group("high", 5, {"a": V2})
-    assert what([high, low]) == {"a": ("v2", "group high"), "b": ("v1", "group low")}
-    assert what([high, low], {"a": V3})["a"] == ("v3", "pin")
-
-
-def test_an_open_rollout_overlays_its_own_scope_only():
-    groups = [Group("low", 0, {"a": V1}), Group("high", 5, {"a": V2})]
-    low = Overlay("r7", 7, "low", "a", Value("v7"))
-    high = Overlay("r8", 8, "high", "a", Value("v8"))
-    assert what(groups, overlays=[low])["a"] == ("v2", "group high")
-    assert what(groups, overlays=[high])["a"] == ("v8", "rollout 8 (group high)")
-    board = Overlay("r9", 9, "", "a", Value("v9"))
-    assert what(groups, {"a": V3}, [low, high, board])["a"] == ("v9", "rollout 9 (this device)")
-
-
-def test_the_newer_of_two_rollouts_in_one_scope_counts():
-    group = [Group("g", 0, {"a": V1})]
-    older, newer = Overlay("r2", 2, "g", "a", Value("v2")), Overlay("r3", 3, "g", "a", Value("v3"))
-    assert what(group, overlays=[newer, older])["a"] == ("v3", "rollout 3 (group g)")
-
-
-def test_a_removal_is_a_value_too():
-    group = [Group("g", 0, {"a": V1})]
-    assert what(group, overlays=[Overlay("r2", 2, "g", "a", Value(None))])["a"][0] is None
-
-
-values = st.sampled_from([V1, V2, V3])
-groups_of = st.lists(
-    st.builds(
-        Group, st.sampled_from("abcdef"), st.integers(0, 2), st.dictionaries(st.sampled_from("xyz"), values, max_size=3)
-    ),
-    max_size=5,
-    unique_by=lambda group: group.name,
+from fleet.protocol.codes import RolloutState
+from fleet.rollout.effective import (
+    Conflict,
+    Fitness,
+    Group,
+    Key,
+    NothingToUndoError,
+    Overlay,
+    Past,
+    SettledValue,
+    Standing,
+    ahead,
+    choose_undo,
+    conflicts,
+    effective,
+    safe_value,
+    sources,
+    target_of,
 )
+from fleet.rollout.model import Value
+
+V1, V2, GONE = Value("v1"), Value("v2"), Value(None)
 
 
-@given(groups_of, st.randoms(use_true_random=False))
-def test_the_order_in_which_groups_are_listed_never_matters(groups, random):
-    shuffled = list(groups)
-    random.shuffle(shuffled)
-    assert effective.effective(groups, {}) == effective.effective(shuffled, {})
-    assert effective.conflicts(groups) == effective.conflicts(shuffled)
+def group(name, priority=0, **values):
+    return Group(name, priority, {instance: SettledValue(value) for instance, value in values.items()})
 
 
-@given(groups_of)
-def test_without_a_conflict_the_value_is_that_of_every_group_with_the_highest_priority(groups):
-    conflicted = {conflict.instance for conflict in effective.conflicts(groups)}
-    for instance, each in effective.effective(groups, {}).items():
-        holders = [group for group in groups if instance in group.values]
-        top = max(group.priority for group in holders)
-        wanted = {group.values[instance].value for group in holders if group.priority == top}
-        assert each.value in wanted
-        assert (len(wanted) > 1) == (instance in conflicted)
+def pin(value):
+    return {"c5": SettledValue(value)}
 
 
-def test_a_conflict_names_both_groups():
-    groups = [Group("b", 0, {"x": V1}), Group("a", 0, {"x": V2}), Group("c", -1, {"x": V3})]
-    assert effective.conflicts(groups) == (Conflict("x", "a", "b"),)
+def target(groups=(), pins=None, overlays=()):
+    found = effective(groups, pins or {}, overlays).get("c5")
+    return (found.value.target, found.source) if found is not None else None
 
 
-# Undo
+def test_a_removal_withdraws_one_groups_wish_and_the_others_stands():
+    both = [group("ga", c5=V1), group("gb", c5=V2)]
+    assert target(both) == ("v2", "group gb")
+    removing = Overlay("r2", 2, "gb", "c5", GONE)
+    assert target(both, overlays=[removing]) == ("v1", "group ga")
+    assert target([group("ga", c5=V1), group("gb", c5=GONE)]) == ("v1", "group ga")
+    assert target([group("ga", c5=GONE), group("gb", c5=V2)]) == ("v2", "group gb")
 
 
-def past(number, state=RolloutState.SUCCEEDED, undoes=""):
-    return Past(f"r{number}", number, state, Value(f"v{number - 1}") if number > 1 else None, undoes)
+def test_a_higher_group_that_no_longer_wants_it_does_not_hide_a_lower_one():
+    assert target([group("low", 1, c5=V1), group("high", 9, c5=GONE)]) == ("v1", "group low")
 
 
-def test_undo_after_undo_walks_back_through_history():
-    first, second, third = past(1), past(2), past(3)
-    assert effective.choose_undo([first, second, third]) == third
-    assert effective.choose_undo([first, second, third, past(4, undoes="r3")]) == second
-    assert effective.choose_undo([first, second, third, past(4, undoes="r3"), past(5, undoes="r2")]) == first
+def test_when_no_group_wants_it_the_absence_says_what_becomes_of_the_data():
+    kept = Value(None, keep_data=True)
+    assert effective([group("ga", c5=kept)], {})["c5"].value == kept
+    assert target([group("ga")]) is None
+
+
+def test_a_pin_decides_over_groups_and_masks_when_it_is_absent():
+    assert target([group("ga", c5=V1)], pin(V2)) == ("v2", "pin")
+    assert target([group("ga", c5=V1)], pin(GONE)) == (None, "pin")
+
+
+def test_a_rollout_overlays_the_value_of_its_own_group_and_the_newest_wins():
+    overlays = [Overlay("r4", 4, "ga", "c5", V2), Overlay("r3", 3, "ga", "c5", V1)]
+    assert target([group("ga", c5=V1)], overlays=overlays) == ("v2", "rollout 4 (group ga)")
+    assert target([group("ga", c5=V1), group("gb", 5, c5=V1)], overlays=overlays) == ("v1", "group gb")
+    assert target([group("gb")], overlays=overlays) is None, "the device left the group"
+
+
+def test_conflicts_count_wishes_only():
+    assert conflicts([group("ga", c5=V1), group("gb", c5=V2)]) == (Conflict("c5", "ga", "gb"),)
+    assert conflicts([group("ga", c5=V1), group("gb", c5=GONE)]) == ()
+    assert conflicts([group("ga", c5=V1), group("gb", c5=V2), group("top", 9, c5=V1)]) == ()
+    # the removal from the group above lets two below disagree
+    assert conflicts([group("ga", c5=V1), group("gb", c5=V2), group("top", 9, c5=GONE)]) != ()
+
+
+def test_a_device_has_keys_of_its_own_over_those_of_the_group_that_supplies_the_version():
+    supplied = Value("v2", config=(("level", "info"), ("url", "https://group")))
+    low = group("low", 0, c5=Value("v1", config=(("level", "debug"), ("extra", "1"))))
+    found = effective([low, group("top", 5, c5=supplied)], {}, own={"c5": {"url": "https://device"}})["c5"]
+    assert dict(found.value.config) == {"level": "info", "url": "https://device"}, "groups never merge"
+    keys = sources(supplied, "group top", defaults={"level": "warn", "retries": "3"}, own={"url": "https://device"})
+    assert keys == {
+        "level": Key("info", "group top"),
+        "url": Key("https://device", "device"),
+        "retries": Key("3", "manifest"),
+    }
+
+
+def test_keys_of_the_device_wait_for_an_instance():
+    assert effective([], {}, own={"c5": {"url": "x"}}) == {}
+    assert effective([group("ga", c5=GONE)], {}, own={"c5": {"url": "x"}})["c5"].value == GONE
+
+
+# -- undo -------------------------------------------------------------------------------------------------------------
+
+
+def past(number, state="succeeded", before=V1, undoes=""):
+    return Past(f"r{number}", number, RolloutState(state), before, undoes)
+
+
+def test_plain_undo_takes_the_newest_rollout_back():
+    assert choose_undo([past(1), past(2)]).number == 2
+    assert choose_undo([past(1), past(2, "superseded")]).number == 2
+    assert choose_undo([past(1), past(2, "refused")]).number == 1
+
+
+@pytest.mark.parametrize("state", ["reverted", "aborted", "revoked", "halted"])
+def test_plain_undo_is_refused_after_a_rollout_that_took_itself_back_and_names_the_one_before(state):
+    with pytest.raises(NothingToUndoError, match=f"rollout 3 was {state}") as refused:
+        choose_undo([past(1), past(2), past(3, state)])
+    assert refused.value.action.endswith("fleet undo 2")
+
+
+def test_a_second_undo_is_refused_and_names_the_one_before():
+    with pytest.raises(NothingToUndoError, match="rollout 3 is an undo itself") as refused:
+        choose_undo([past(1), past(2), past(3, undoes="r2")])
+    assert refused.value.action.endswith("fleet undo 1")
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "scheduled"])
+def test_undo_of_an_open_rollout_says_abort(state):
+    with pytest.raises(NothingToUndoError) as refused:
+        choose_undo([past(1), past(2, state)])
+    assert refused.value.action == "end it: fleet rollout abort 2"
     with pytest.raises(NothingToUndoError):
-        effective.choose_undo([first, past(2, undoes="r1")])
+        target_of(past(2, state))
 
 
-def test_a_rollout_that_was_halted_is_not_what_an_undo_takes_back():
-    assert effective.choose_undo([past(1), past(2), past(3, RolloutState.HALTED)]) == past(2)
-    with pytest.raises(NothingToUndoError, match="rollout 3 was halted"):
-        effective.target_of(past(3, RolloutState.HALTED))
+def test_there_may_be_nothing_to_undo():
+    for history in ([], [past(1, "refused")]):
+        with pytest.raises(NothingToUndoError, match="no rollout changed anything"):
+            choose_undo(history)
 
 
-def test_an_undo_that_was_halted_itself_may_be_asked_again():
-    assert effective.choose_undo([past(1), past(2), past(3, RolloutState.HALTED, undoes="r2")]) == past(2)
+def test_an_undo_offers_the_settled_value_before():
+    assert target_of(past(2, before=V1)) == V1
+    assert target_of(past(1, before=None)) == Value(None, keep_data=True)
+    with pytest.raises(NothingToUndoError):
+        target_of(past(1, "reverted"))
 
 
-def test_undoing_the_first_takes_the_instance_off():
-    assert effective.target_of(past(1)) == Value(None)
-    assert effective.target_of(past(2)) == Value("v1")
+# -- withdrawn releases -----------------------------------------------------------------------------------------------
+
+
+def test_devices_of_a_withdrawn_release_go_to_the_newest_fit_value():
+    history = [SettledValue(Value(target), f"r-{target}") for target in ("v5", "v4", "v3", "v2", "v1")]
+    published = {"v4": Fitness(0, 1), "v3": Fitness(1, 2), "v2": Fitness(1, 1), "v1": Fitness(1, 1)}
+    # v5 is withdrawn, v4 below the epoch, v3 has data of another schema
+    assert safe_value(Fitness(1, 1), history, published) == history[3]
+    assert safe_value(Fitness(2, 1), history, published) is None
+    assert safe_value(Fitness(0, 1), [SettledValue(GONE), *history], published) == history[1]
+
+
+# -- ahead ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("accepted", "sha256", "is_ahead"),
+    [(7, "", True), (6, "foreign", True), (6, "ours", False), (6, "", False), (5, "foreign", False), (99, "x", False)],
+)
+def test_a_device_is_ahead_when_it_follows_what_this_server_never_signed(accepted, sha256, is_ahead):
+    standing = Standing("d", accepted, sha256)
+    assert ahead(standing, newest=6, known=frozenset({"ours"}), bound=50) is is_ahead

@@ -73,7 +73,8 @@ def test_the_same_seed_draws_the_same_wherever_devices_stand_in_the_list():
 def test_with_nobody_online_wave_1_has_open_seats():
     drawn = draw(candidates(0, 5), parse_waves("2, 100%"), seed=1)
     assert (sizes(drawn), drawn.vacancies) == ((0, 5), 2)
-    assert draw(candidates(0, 5), parse_waves("100%"), seed=1).vacancies == 0, "a single wave is for everybody at once"
+    for waves in ("100%", "5, 100%", "9, 100%"):
+        assert draw(candidates(0, 5), parse_waves(waves), seed=1).vacancies == 0, "the wave has room for everybody"
 
 
 def test_stages_select_by_labels_and_the_last_takes_the_rest():

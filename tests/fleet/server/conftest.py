@@ -111,6 +111,13 @@ class Operator:
         assert reply.is_success, reply.text
         return target.path
 
+    async def revoke(self, version: str, *, name: str = "hello") -> None:
+        """Withdraw a release."""
+        target = TargetName("main", name, version)
+        role = repository.revoke(await self._newest_role(), name=target, signer=self._key, now=datetime.now(UTC))
+        reply = await self.http.post("/v1/roles/main", content=role)
+        assert reply.is_success, reply.text
+
     async def _newest_role(self) -> bytes:
         number, found = 1, b""
         while (reply := await self.http.get(f"/v1/tuf/{number}.main.json")).is_success:

@@ -59,9 +59,9 @@ async def test_one_bad_member_halts_the_set_before_the_next_wave_and_takes_all_o
             board.behaviour = back_traps
         bad = await fleet.operator.publish("2.0.0")
         view = await fleet.operator.decided(await deploy_both(fleet, bad))
-        assert view.state is RolloutState.HALTED
+        assert view.state is RolloutState.REVERTED
         other = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{max(view.together)}")
-        assert (other.instance, other.state) == ("back", RolloutState.HALTED)
+        assert (other.instance, other.state) == ("back", RolloutState.REVERTED)
         assert [each.code for each in other.devices if each.outcome is Outcome.FAILED] == [RejectCode.TRAPPED]
         assert "boom" in view.reason or "trapped" in view.reason
         tried = {each.device for each in other.devices if each.outcome is Outcome.FAILED}

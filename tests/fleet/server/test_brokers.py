@@ -76,8 +76,9 @@ async def test_with_mosquitto_the_certificate_decides_the_client_id_whatever_is_
         mine, other = await fleet.enrol("a"), await fleet.board("b")
         # it is let in, as itself: the other one is not pushed off
         assert await knock(mine, client_id=other.device) == 0
-        target = await fleet.operator.publish("1.0.0")
-        await fleet.operator.decided(await fleet.operator.deploy(target))
+        # one wave: `mine` is away, and a wave of it alone would wait for it
+        view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), waves="100%")
+        await fleet.operator.decided(view)
         assert other.items
 
 

@@ -164,7 +164,9 @@ async def test_boards_fetch_their_own_desired_state_without_the_broker(new_fleet
         with away.http() as http:
             assert (await asyncio.to_thread(http.get, "/v1/desired")).status_code == 404
             target = await operator.publish("1.0.0")
-            await operator.decided(await operator.deploy(target))
+            # the rollout waits for both: the offer to the one that is away stands
+            view = await operator.deploy(target, waves="100%", min_success="2")
+            await operator.follow(view, lambda view: view.counts == {"succeeded": 1, "waiting": 1})
             reply = await asyncio.to_thread(http.get, "/v1/desired")
             await away._accept(reply.content)
             assert away.items["hello"].target == target

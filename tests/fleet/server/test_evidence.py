@@ -46,7 +46,7 @@ async def heard(fleet, board, message, channel=Up.HEALTH):
 
 
 def outcome(fleet, view, board):
-    return fleet.server._store.rollouts.board(view.number, board.device)[0].outcome
+    return fleet.server._store.rollouts.member(view.number, board.device)[0].outcome
 
 
 @pytest.mark.parametrize("kind", ["hello", "health"])
@@ -139,7 +139,7 @@ async def test_quarantine_in_a_health_is_no_verdict_and_the_signed_report_is(new
         )
         board._say(fallen, board.accepted[-1])
         view = await fleet.operator.decided(view)
-        assert view.state is RolloutState.HALTED
+        assert view.state is RolloutState.REVERTED
         assert "in quarantine after 5 restarts" in view.reason
 
 
@@ -165,7 +165,7 @@ async def test_reports_that_are_doubled_late_or_reordered_end_in_the_same(new_fl
         view = await fleet.operator.decided(view)
         await board.until(lambda board: board.acked == 5)
         assert outcome(fleet, view, board) is Outcome.FAILED
-        assert view.state is RolloutState.HALTED
+        assert view.state is RolloutState.REVERTED
 
 
 @pytest.mark.asyncio

@@ -43,7 +43,10 @@ ARTIFACT = b"hello 1.0.0"
 OF_HELLO = {"group": "edge", "instance": "hello"}
 PROSE = frozenset({"title", "detail", "action", "text", "message", "reason", "problem", "problems"})
 # How often something changed or how long it took depends on the machine's pace.
-PACE = frozenset({"revision", "accepted", "committed", "assigned", "deployed", "assignment", "sequence", "acked"})
+PACE = frozenset(
+    {"revision", "accepted", "committed", "assigned", "deployed", "assignment", "sequence", "acked", "seed"}
+)
+WHILE_IT_WAITS = frozenset({"waits_for", "waits"})  # comes and goes
 PATTERNS = [
     (r"-----BEGIN ([A-Z ]+)-----[^-]+-----END [A-Z ]+-----\n?", r"<\1>"),
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", "<time>"),
@@ -63,19 +66,24 @@ def request_certificate(key):
 
 def calm(value, key=""):
     """A JSON value without what differs from run to run."""
+    if key in WHILE_IT_WAITS:
+        return "<while it waits>"
     if isinstance(value, dict):
         return {calm(name): calm(each, name) for name, each in value.items()}
     if isinstance(value, list):
         return [calm(each, key) for each in value]
-    if key in PROSE and isinstance(value, str) and re.search("[a-z]", value):
+    if key in PROSE and isinstance(value, str) and (re.search("[a-z]", value) or key == "reason"):
         return "<text>"
     if key in PACE and isinstance(value, int) and value:
         return "<number>"
-    if isinstance(value, str) and value.startswith("{"):
+    return calm_text(value) if isinstance(value, str) else value
+
+
+def calm_text(value):
+    if value.startswith("{"):
         return calm(json.loads(value))  # a document in a string
-    if isinstance(value, str):
-        for pattern, word in PATTERNS:
-            value = re.sub(pattern, word, value)
+    for pattern, word in PATTERNS:
+        value = re.sub(pattern, word, value)
     return value
 
 
@@ -272,6 +280,12 @@ async def rollouts_that_do_not(fleet, behaviours, ask, target):
     await kiosk.until(lambda each: each.items)
     await ask("POST /v1/rollouts/{id}/pause", id=waiting.number)
     await ask("POST /v1/rollouts/{id}/resume", id=waiting.number)
+    await ask("POST /v1/rollouts/{id}/approve", id=waiting.number)
+    await ask("POST /v1/rollouts/{id}/retry", id=waiting.number)
+    await ask("POST /v1/rollouts/{id}/cancel-device", operator_api.CancelRequest(device="nobody"), id=waiting.number)
+    await ask("POST /v1/freeze", operator_api.FreezeRequest(group="edge", reason="trade fair"))
+    await ask("GET /v1/freezes")
+    await ask("POST /v1/unfreeze", operator_api.UnfreezeRequest(group="edge"))
     await ask("POST /v1/rollouts/{id}/abort", id=waiting.id)
     await kiosk.until(lambda each: not each.items and each.acked == each.sequence)
     await ask("GET /v1/rollouts")

@@ -231,7 +231,10 @@ async def test_a_board_that_gets_a_label_gets_what_its_group_runs(new_fleet):
         selector = operator_api.GroupRequest(selector={"site": "north"})
         await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/north", selector)
         target = await operator.publish("1.0.0")
-        assert (await operator.decided(await operator.deploy(target, group="north"))).state is RolloutState.SUCCEEDED
+        view = await operator.decided(await operator.deploy(target, group="north"))
+        assert (view.state, view.reason) == (RolloutState.REFUSED, "the group has no devices")
+        view = await operator.decided(await operator.deploy(target, group="north", allow_empty=True))
+        assert view.state is RolloutState.SUCCEEDED
         assert not board.items
         path = f"/v1/devices/{board.device}/labels"
         await operator.send(
@@ -365,7 +368,7 @@ async def test_a_version_that_falls_while_it_soaks_goes_no_further(new_fleet):
         now = datetime.now(UTC)
         canary.publish(Up.HEALTH, Health(device=canary.device, boot_id="boot", at=now, instances=(figure,)))
         view = await operator.decided(view)
-        assert view.state is RolloutState.HALTED
+        assert view.state is RolloutState.REVERTED
         assert "quarantine after 5 restarts" in view.reason
         await canary.until(lambda board: board.items["hello"].target == one)
 
@@ -427,10 +430,16 @@ async def test_a_board_with_another_cpu_is_left_out_and_said_so(new_fleet):
         plan = await operator.send(operator_api.Preflight, "POST", "/v1/preflight", wish)
         assert plan.excluded[0].device == board.device
         assert "x86_64" in plan.excluded[0].reason
+        # the change concerns no device: the rollout is refused, and nothing is settled
         view = await operator.decided(await operator.deploy(target))
-        assert view.counts == {"skipped": 1}
-        assert "x86_64" in view.devices[0].message
+        assert (view.state, view.counts) == (RolloutState.REFUSED, {"not-affected": 1})
+        assert "x86_64" in view.devices[0].reason
+        assert "it concerns no device" in view.reason
+        (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
+        assert not group.settled
         assert not board.accepted
+        empty = await operator.decided(await operator.deploy(target, allow_empty=True))
+        assert empty.state is RolloutState.SUCCEEDED
 
 
 @pytest.mark.asyncio

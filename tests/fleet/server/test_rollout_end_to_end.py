@@ -45,8 +45,8 @@ async def test_a_version_that_traps_is_stopped_before_the_second_board_and_taken
         bad = await fleet.operator.publish("2.0.0")
         view = await fleet.operator.decided(await fleet.operator.deploy(bad))
 
-        assert view.state is RolloutState.HALTED
-        assert outcomes(view) == {1: [Outcome.FAILED], 2: [Outcome.SKIPPED]}
+        assert view.state is RolloutState.REVERTED
+        assert outcomes(view) == {1: [Outcome.FAILED], 2: [Outcome.NOT_AFFECTED]}
         first = view.devices[0]
         assert (first.code, first.log) == (RejectCode.TRAPPED, ("boom",))
         assert first.device in view.reason
@@ -71,7 +71,10 @@ async def test_undo_goes_back_through_history_and_removal_takes_the_instance_off
         assert (undone.state, undone.target) == (RolloutState.SUCCEEDED, targets[0])
         assert board.items["hello"].target == targets[0]
 
-        gone = await operator.send(operator_api.RolloutView, "POST", "/v1/undo", operator_api.UndoRequest())
+        # a second undo would take the good version back: it is refused, and names the one before
+        problem = await operator.problem("POST", "/v1/undo", operator_api.UndoRequest())
+        assert (problem.type, problem.action) == ("nothing-to-undo", "to take rollout 1 back: fleet undo 1")
+        gone = await operator.send(operator_api.RolloutView, "POST", "/v1/undo", operator_api.UndoRequest(rollout="1"))
         assert (await operator.decided(gone)).state is RolloutState.SUCCEEDED
         await board.until(lambda board: not board.items)
         assert board.accepted[-1].stop_all
@@ -87,19 +90,32 @@ async def test_undo_goes_back_through_history_and_removal_takes_the_instance_off
 
 
 @pytest.mark.asyncio
-async def test_a_board_that_is_offline_gets_it_when_it_comes_back(new_fleet, broker):
-    async with new_fleet(broker) as fleet:
-        here = await fleet.board("here")
-        away = await fleet.enrol("away")
-        target = await fleet.operator.publish("1.0.0")
-        view = await fleet.operator.decided(await fleet.operator.deploy(target))
-        assert view.state is RolloutState.SUCCEEDED
-        assert {board.device: board.outcome for board in view.devices} == {
+async def test_a_wave_waits_for_a_success_and_names_whom_it_waits_for(new_fleet):
+    async with new_fleet() as fleet:
+        here, away = await fleet.board("here"), await fleet.enrol("away")
+        view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
+        view = await fleet.operator.follow(view, lambda view: view.waits_for == (away.device,))
+        assert view.state is RolloutState.RUNNING
+        assert view.reason == f"wave 2 needs 1 success and has 0; it waits for {away.device} (offline)"
+        assert {each.device: each.outcome for each in view.devices} == {
             here.device: Outcome.SUCCEEDED,
             away.device: Outcome.WAITING,
         }
         await away.connect()
-        view = await fleet.operator.follow(view, lambda view: view.counts == {"succeeded": 2})
+        assert (await fleet.operator.decided(view)).counts == {"succeeded": 2}
+
+
+@pytest.mark.asyncio
+async def test_a_board_that_is_offline_gets_it_from_the_queue_when_it_comes_back(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        await fleet.board("here"), await fleet.board("there")
+        away = await fleet.enrol("away")
+        target = await fleet.operator.publish("1.0.0")
+        view = await fleet.operator.decided(await fleet.operator.deploy(target))
+        assert view.state is RolloutState.SUCCEEDED
+        assert [each.outcome for each in view.devices if each.device == away.device] == [Outcome.PENDING]
+        await away.connect()
+        view = await fleet.operator.follow(view, lambda view: view.counts == {"succeeded": 3})
         assert away.items["hello"].target == target
 
 

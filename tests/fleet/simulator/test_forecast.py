@@ -1,6 +1,6 @@
 """Forecast of a plan over the fleet as it is."""
 
-from fleet.rollout.gates import Limits
+from fleet.rollout.decide import Limits
 from fleet.rollout.members import Amount, parse_waves
 from fleet.simulator.forecast import Place, Plan, forecast
 

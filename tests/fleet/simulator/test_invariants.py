@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from fleet.protocol.codes import Outcome, RolloutState
-from fleet.rollout import advance, gates, progress
+from fleet.rollout import advance
+from fleet.rollout import decide as gates
+from fleet.rollout import model as progress
 from fleet.simulator import devices, simulation
 from fleet.simulator.invariants import BrokenInvariantError, check, check_end
 from fleet.simulator.scenarios import scenario

@@ -7,12 +7,17 @@ from datetime import UTC, datetime
 
 import pytest
 import sqlite_utils
+from msgspec.structs import replace
 
 from fleet.protocol.codes import Outcome, RolloutState
 from fleet.protocol.messages import Health, Hello, State, Versions
-from fleet.rollout.model import DeviceProgress, Value
+from fleet.rollout import advance
+from fleet.rollout.decide import Gate, Rollout
+from fleet.rollout.members import Amount, parse_waves
+from fleet.rollout.model import Member, Value, wants
 from fleet.store import sqlite
-from fleet.store.rows import AssignmentRow, Extra, ReportRow
+from fleet.store.rollouts import NewRollout
+from fleet.store.rows import AssignmentRow, ReportRow, RolloutPlan
 from fleet.store.sqlite import (
     DamagedError,
     Database,
@@ -134,9 +139,52 @@ def test_a_rollout_of_an_older_database_keeps_its_devices(path, monkeypatch, ver
             (A,),
         )
     store = Store.open(path, fleet="test")
-    progress, extra = store.rollouts.board(1, A)
-    assert (progress.device, progress.outcome, progress.offered_at, extra.previous) == (A, Outcome.WAITING, 2.0, "v0")
-    assert [row.id for row in store.rollouts.overlays(A)] == ["r1"]
+    member, extra = store.rollouts.member(1, A)
+    assert (member.device, member.outcome, extra.offered_at, extra.previous) == (A, Outcome.WAITING, 2.0, "v0")
+    assert [(row.id, offered.wave) for row, offered in store.rollouts.overlays(A)] == [("r1", 1)]
+    row = store.rollouts.get("r1")
+    assert (row.plan.limits.failures, row.plan.limits.timeout_s, len(row.model.gates)) == (Amount(0), 60, 1)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome", "offered", "now"),
+    [
+        ("halted", "failed", 2, ("reverted", "failed")),
+        ("halted", "refused", 2, ("reverted", "failed")),
+        ("halted", "skipped", None, ("reverted", "not-affected")),
+        ("halted", "skipped", 2, ("reverted", "reverted")),
+        ("aborted", "succeeded", 2, ("aborted", "succeeded")),
+        ("superseded", "skipped", 2, ("superseded", "superseded")),
+        ("succeeded", "waiting", 2, ("succeeded", "waiting")),
+        ("paused", "in-progress", 2, ("paused", "in-progress")),
+    ],
+)
+def test_outcomes_and_states_of_earlier_rollouts_become_the_present_words(
+    path, monkeypatch, state, outcome, offered, now
+):
+    monkeypatch.setattr(sqlite, "MIGRATIONS", sqlite.MIGRATIONS[:5])
+    Database.open(path, fleet="test").close()
+    monkeypatch.undo()
+    with sqlite3.connect(path) as db:
+        db.execute(
+            'INSERT INTO rollouts (id, "group", device, instance, value, before, state, waves, sizes, failures, soak_s,'
+            " timeout_s, by, created_at, wave) VALUES ('r1', 'edge', '', 'hello', '{\"target\":\"v1\"}', 'null', ?,"
+            " '1, 5%, 100%', '[1, 1, 4]', 2, 30, 60, 'admin', 1, 2)",
+            (state,),
+        )
+        db.execute(
+            "INSERT INTO rollout_devices (rollout, device, wave, outcome, offered_at, attempt, phase, code, message,"
+            " running, exercised, retrying) VALUES (1, ?, 1, ?, ?, 3, '', 'trapped', 'why', '', 1, 0)",
+            (A, outcome, offered),
+        )
+    store = Store.open(path, fleet="test")
+    row = store.rollouts.get("r1")
+    member, _ = store.rollouts.member(1, A)
+    assert (row.state, member.outcome) == now
+    assert (row.model.state, row.progress.wave, [gate.soak_s for gate in row.progress.gates]) == (now[0], 2, [30] * 3)
+    assert [str(stage) for stage in row.plan.stages] == ["1", "5%", "100%"]
+    assert (member.attempt, member.code) == (3, "trapped")
     store.close()
 
 
@@ -208,48 +256,67 @@ def test_the_audit_log_can_only_grow(store, path):
 
 
 def begin(store, *, instance="hello", value=None, group="edge"):
-    boards = [DeviceProgress(A, 1), DeviceProgress(B, 2)]
-    return store.rollouts.create(
+    new = NewRollout(
         id=f"r{instance}{value}", group=group, device="", instance=instance, value=Value(value or "v1"), before=None,
-        waves="1, 100%", sizes=(1, 2), boards=boards, failures=0, soak_s=0, timeout_s=60, note="", by="admin",
-        undoes="", now=1.0,
+        waves="1, 100%", plan=RolloutPlan(stages=parse_waves("1, 100%")), by="admin",
+        progress=Rollout(RolloutState.RUNNING, (Gate(), Gate())), members=(Member(A, 1), Member(B, 2)),
     )  # fmt: skip
+    return store.rollouts.create(new, now=1.0)
 
 
-def test_only_boards_that_were_offered_it_are_overlaid(store):
+def offer(store, row, device, *, now):
+    member, _ = store.rollouts.member(row.number, device)
+    store.rollouts.set_members(row.number, [advance.offered(member, 7.0)], now=now)
+
+
+def in_force(store, device):
+    return [row.value.target for row, member in store.rollouts.overlays(device) if wants(row.state, member)]
+
+
+def test_only_devices_that_were_offered_it_are_overlaid(store):
     row = begin(store)
-    assert store.rollouts.overlays(A) == []
-    store.rollouts.offer(row.number, 1, now=2.0)
-    assert [each.id for each in store.rollouts.overlays(A)] == [row.id]
-    assert store.rollouts.overlays(B) == []
-    store.rollouts.set_state(row.number, RolloutState.HALTED, now=3.0)
-    assert store.rollouts.overlays(A) == []
-    outcomes = {board.device: board.outcome for board, _ in store.rollouts.boards(row.number)}
-    assert outcomes == {A: Outcome.SKIPPED, B: Outcome.SKIPPED}
+    assert in_force(store, A) == []
+    offer(store, row, A, now=2.0)
+    assert (in_force(store, A), in_force(store, B)) == (["v1"], [])
+    store.rollouts.save(row.number, replace(row.model, state=RolloutState.REVERTED), reason="", now=3.0)
+    assert in_force(store, A) == []
+    assert store.rollouts.get(row.id).ended_at == 3.0
 
 
 def test_a_superseded_rollout_stays_in_force_while_its_successor_is_open(store):
     first = begin(store, value="v1")
-    store.rollouts.offer(first.number, 1, now=2.0)
+    offer(store, first, A, now=2.0)
     second = begin(store, value="v2")
-    store.rollouts.set_state(first.number, RolloutState.SUPERSEDED, superseded_by=second.number, now=3.0)
-    assert [each.value.target for each in store.rollouts.overlays(A)] == ["v1"]
-    store.rollouts.offer(second.number, 1, now=4.0)
-    assert [each.value.target for each in store.rollouts.overlays(A)] == ["v1", "v2"]
-    store.rollouts.set_state(second.number, RolloutState.HALTED, now=5.0)
-    assert store.rollouts.overlays(A) == []
+    store.rollouts.save(first.number, replace(first.model, state=RolloutState.SUPERSEDED), reason="", now=3.0)
+    store.rollouts.set_superseded_by(first.number, second.number)
+    assert in_force(store, A) == ["v1"]
+    offer(store, second, A, now=4.0)
+    assert in_force(store, A) == ["v1", "v2"]
+    store.rollouts.save(second.number, replace(second.model, state=RolloutState.REVERTED), reason="", now=5.0)
+    assert in_force(store, A) == []
 
 
 def test_each_change_of_a_rollout_raises_its_revision(store):
     row = begin(store)
-    store.rollouts.offer(row.number, 1, now=2.0)
-    board, extra = store.rollouts.board(row.number, A)
-    store.rollouts.set_board(row.number, board, Extra(previous=extra.previous, log=("line",), timings_ms={"x": 1}))
-    store.rollouts.set_reason(row.number, "why")
+    offer(store, row, A, now=2.0)
+    store.rollouts.set_extra(row.number, A, log=("line",), timings_ms={"x": 1})
+    store.rollouts.save(row.number, row.model, reason="why", now=3.0)
     after = store.rollouts.get(row.id)
-    store.rollouts.set_reason(row.number, "why")
-    assert (after.revision, store.rollouts.get(row.id).revision) == (4, 4)
-    assert store.rollouts.board(row.number, A)[1].log == ("line",)
+    assert (after.revision, after.reason, after.ended_at) == (3, "why", None)
+    assert store.rollouts.member(row.number, A)[1].log == ("line",)
+
+
+def test_times_for_people_are_kept_from_the_first_moment(store):
+    row = begin(store)
+    offer(store, row, A, now=2.0)
+    member, _ = store.rollouts.member(row.number, A)
+    done = replace(member, outcome=Outcome.SUCCEEDED, began_at=8.0, ended_at=9.0)
+    store.rollouts.set_members(row.number, [done], now=5.0)
+    store.rollouts.set_members(row.number, [replace(done, code="")], now=6.0)
+    extra = store.rollouts.member(row.number, A)[1]
+    assert (extra.offered_at, extra.acked_at, extra.ended_at) == (2.0, 5.0, 5.0)
+    store.rollouts.set_members(row.number, [replace(done, ended_at=None)], now=7.0)
+    assert store.rollouts.member(row.number, A)[1].ended_at is None
 
 
 def test_settled_values_come_and_go_with_their_history(store):

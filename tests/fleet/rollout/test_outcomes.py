@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from fleet.protocol.codes import CODE_OUTCOMES, Outcome, Phase, RejectCode, RolloutState
-from fleet.rollout.progress import (
+from fleet.rollout.model import (
     Expected,
     Member,
     Observation,

@@ -1,0 +1,159 @@
+"""Members of a rollout as the store knows them: whom the change concerns, and the draw over them."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from msgspec.structs import replace
+
+from fleet.protocol.codes import Outcome, RolloutState
+from fleet.rollout.decide import Gate, Rollout
+from fleet.rollout.effective import Overlay
+from fleet.rollout.members import Candidate, draw
+from fleet.rollout.model import Member, Value
+from fleet.server.director import Director, lacks, unfit
+from fleet.server.tuf_repository import TufRepository
+from fleet.store.rows import DeviceRow, RolloutPlan
+from fleet.store.store import Store
+from signing.policy import Release
+
+_ASSUMED: Final = "assumed"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A value for an instance in one scope: a group, or a device."""
+
+    group: str
+    device: str
+    instance: str
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A rollout at its beginning, with its members; `left_out` has the reason for each that it does not concern."""
+
+    progress: Rollout
+    waves: str
+    members: tuple[Member, ...]
+    left_out: dict[str, str]
+
+    @property
+    def affected(self) -> tuple[Member, ...]:
+        """Return the members that are offered it, in the order of the draw."""
+        return tuple(sorted((each for each in self.members if each.wave or each.canary), key=lambda each: each.rank))
+
+
+class Membership:
+    """Resolves the members of rollouts."""
+
+    def __init__(self, *, store: Store, repository: TufRepository, director: Director) -> None:
+        self._store, self.repository, self._director = store, repository, director
+
+    def devices(self, change: Change) -> list[DeviceRow]:
+        """Return the devices of a scope."""
+        if change.device:
+            return self._store.devices.some([change.device])
+        group = self._store.devices.group(change.group)
+        return [] if group is None else self._store.devices.some(self._store.devices.members(group))
+
+    def ids(self, group: str, device: str) -> set[str]:
+        """Return the ids of the devices of a scope, without revoked ones."""
+        if device:
+            row = self._store.devices.get(device)
+            return set() if row is None or row.revoked else {device}
+        found = self._store.devices.group(group)
+        return set() if found is None else set(self._store.devices.members(found))
+
+    def draw(self, change: Change, plan: RolloutPlan, *, also_out: dict[str, str] | None = None) -> Drawn:
+        """Resolve the members of a rollout, once and for all.
+
+        Args:
+            change: what is offered.
+            plan: waves and limits.
+            also_out: devices that another rollout of the same atomic set leaves out.
+        """
+        rows = self.devices(change)
+        left_out = {row.id: reason for row in rows if (reason := self.left_out(change, row))} | (also_out or {})
+        candidates = [Candidate(row.id, row.online, row.labels) for row in rows if row.id not in left_out]
+        drawn = draw(candidates, plan.stages, seed=plan.seed)
+        wave_of = {device: wave for wave, devices in enumerate(drawn.waves, 1) for device in devices}
+        rank = {device: place for place, device in enumerate(drawn.order)}
+        members = tuple(
+            Member(
+                row.id,
+                wave_of.get(row.id, 0),
+                Outcome.NOT_AFFECTED if row.id in left_out else Outcome.PENDING,
+                rank=rank.get(row.id, 0),
+                reason=left_out.get(row.id, ""),
+                site=row.labels.get(plan.site_label, ""),
+                canary=row.id not in left_out and plan.stages[0].takes(row.labels),
+                attempt=change.value.attempt,
+            )
+            for row in rows
+        )
+        gates = tuple(
+            Gate(plan.soak_s if stage.soak_s is None else stage.soak_s, stage.approval) for stage in drawn.stages
+        )
+        progress = Rollout(RolloutState.RUNNING, gates, plan.limits, vacancies=drawn.vacancies)
+        return Drawn(progress, ", ".join(map(str, drawn.stages)), members, left_out)
+
+    def joins(self, change: Change, row: DeviceRow, progress: Rollout, *, settled: bool) -> Member:
+        """Return the member that a device becomes which joins the group while a rollout runs, or after it settled."""
+        reason = self.left_out(change, row)
+        if reason:
+            return Member(row.id, 0, Outcome.NOT_AFFECTED, reason=reason, canary=False)
+        new = settled and not self._director.is_assigned(row.id, change.instance)
+        return Member(
+            row.id,
+            len(progress.gates),
+            attempt=change.value.attempt,
+            canary=False,
+            arrival=settled,
+            new=new,
+            rank=1 << 30,
+        )
+
+    def left_out(self, change: Change, row: DeviceRow) -> str:
+        """Return why a change does not concern a device, in words; empty for no reason."""
+        release = None if change.value.target is None else self.repository.release(change.value.target)
+        if row.revoked:
+            return "it is revoked"
+        return self._misfit(release, row, change.instance) or self._elsewhere(change, row)
+
+    def lacks(self, row: DeviceRow, release: Release | None, instance: str) -> tuple[str, ...]:
+        """Return the secrets that a device needs and has not."""
+        if release is None or not release.manifest.secrets:
+            return ()
+        return lacks(release, instance, self._store.boxes.newest(row.id))
+
+    def _misfit(self, release: Release | None, row: DeviceRow, instance: str) -> str:
+        if release is None:
+            return ""
+        missing = self.lacks(row, release, instance)
+        secret = f"it lacks the secret {missing[0]}: fleet secret set {missing[0]} --device {row.id}" if missing else ""
+        engineless = "it has no wasm engine" if row.versions.host and not row.versions.engine else ""
+        return unfit(release, row) or engineless or secret
+
+    def _elsewhere(self, change: Change, row: DeviceRow) -> str:
+        """Return what supplies the instance in spite of the change: a pin, or another group."""
+        assumed = Overlay(_ASSUMED, math.inf, change.group, change.instance, change.value)  # type: ignore[arg-type]
+        found = self._director.effective(row, [assumed]).get(change.instance)
+        if found is None or found.rollout == _ASSUMED:
+            return ""
+        masked = found.source == "pin" and found.value.target is None
+        return "it is masked by a pin" if masked else f"it is supplied by {found.source}"
+
+
+def with_presence(
+    members: Iterable[Member], online: dict[str, float], heard: dict[str, float], since: float
+) -> list[Member]:
+    """Return members with what the server knows of their connections now."""
+    return [
+        replace(
+            each, online_since=online.get(each.device), heard_at=max(each.heard_at or 0, heard.get(each.device, since))
+        )
+        for each in members
+    ]

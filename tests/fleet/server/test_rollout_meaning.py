@@ -1,0 +1,239 @@
+"""Meaning of an outcome, on a whole server: what was found wrong there, each with the right value.
+
+The decisions themselves are told in `tests/fleet/rollout`; here the server, its store and its director carry them out.
+"""
+
+import pytest
+
+from fleet.protocol import operator_api
+from fleet.protocol.codes import Outcome, PauseCause, RolloutState
+
+
+def of(view, board):
+    return next(each for each in view.devices if each.device == board.device)
+
+
+async def act(operator, view, verb, body=None):
+    return await operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.number}/{verb}", body)
+
+
+async def shown(operator, view):
+    return await operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.number}")
+
+
+@pytest.mark.asyncio
+async def test_a_release_that_is_withdrawn_while_it_soaks_is_revoked_and_nobody_is_left_without(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        boards = [await fleet.board("a"), await fleet.board("b")]
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        await operator.decided(await operator.deploy(one))
+        view = await operator.deploy(two, soak_s=3600)
+        view = await operator.follow(view, lambda view: view.counts.get("succeeded") == 1)
+        await operator.revoke("2.0.0")
+        view = await operator.decided(view)
+        assert (view.state, view.reason) == (RolloutState.REVOKED, f"{two} was withdrawn")
+        for board in boards:
+            await board.until(lambda board: board.items["hello"].target == one)
+        view = await operator.follow(view, lambda view: view.counts == {"reverted": 1, "not-affected": 1})
+        (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
+        assert [each.target for each in group.settled] == [one]
+
+
+@pytest.mark.asyncio
+async def test_no_group_keeps_pointing_at_a_withdrawn_release(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        for target in (one, two):
+            await operator.decided(await operator.deploy(target))
+        await operator.revoke("2.0.0")
+        await board.until(lambda board: board.items["hello"].target == one)
+        (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
+        assert [each.target for each in group.settled] == [one]
+        await operator.revoke("1.0.0")
+        await board.until(lambda board: not board.items)
+        assert board.accepted[-1].keep_data == ("hello",)
+        (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
+        assert group.settled == ()
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_is_pinned_elsewhere_is_never_the_canary(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        pinned, other = await fleet.board("a"), await fleet.board("b")
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        wish = operator_api.RolloutRequest(instance="hello", target=one)
+        pin = await operator.send(operator_api.RolloutView, "PUT", f"/v1/devices/{pinned.device}/pin", wish)
+        assert (await operator.decided(pin)).state is RolloutState.SUCCEEDED
+        view = await operator.decided(await operator.deploy(two))
+        assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"not-affected": 1, "succeeded": 1})
+        left_out = of(view, pinned)
+        assert (left_out.outcome, left_out.wave, left_out.reason) == (Outcome.NOT_AFFECTED, 0, "it is supplied by pin")
+        assert (of(view, other).outcome, of(view, other).wave) == (Outcome.SUCCEEDED, 1)
+        assert pinned.items["hello"].target == one
+
+
+@pytest.mark.asyncio
+async def test_a_removal_from_one_group_leaves_the_wish_of_another(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a", group="ga")
+        for group, priority in (("ga", 0), ("gb", 10)):
+            wish = operator_api.GroupRequest(priority=priority, add=(board.device,))
+            await operator.send(operator_api.GroupRow, "PUT", f"/v1/groups/{group}", wish)
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        await operator.decided(await operator.deploy(one, group="ga"))
+        await operator.decided(await operator.deploy(two, group="gb"))
+        await board.until(lambda board: board.items["hello"].target == two)
+        remove = operator_api.RemovalRequest(instance="hello", group="gb")
+        view = await operator.send(operator_api.RolloutView, "POST", "/v1/removals", remove)
+        await operator.decided(view)
+        await board.until(lambda board: board.items and board.items["hello"].target == one)
+        remove = operator_api.RemovalRequest(instance="hello", group="ga")
+        view = await operator.send(operator_api.RolloutView, "POST", "/v1/removals", remove)
+        await operator.decided(view)
+        await board.until(lambda board: not board.items)
+
+
+@pytest.mark.asyncio
+async def test_an_aborted_rollout_shows_who_went_back(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        await fleet.board("a"), await fleet.board("b")
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        await operator.decided(await operator.deploy(one))
+        view = await operator.deploy(two, soak_s=3600)
+        view = await operator.follow(view, lambda view: view.counts.get("succeeded") == 1)
+        view = await act(operator, view, "abort")
+        assert view.state is RolloutState.ABORTED, "an abort waits for nobody"
+        assert "succeeded" not in view.counts
+        view = await operator.follow(view, lambda view: view.counts == {"reverted": 1, "not-affected": 1})
+        problem = await operator.problem("POST", "/v1/undo", operator_api.UndoRequest(group="edge"))
+        assert (problem.type, problem.action) == ("nothing-to-undo", "to take rollout 1 back: fleet undo 1")
+
+
+@pytest.mark.asyncio
+async def test_an_abort_that_keeps_pins_what_runs(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        await fleet.board("b")
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        await operator.decided(await operator.deploy(one))
+        view = await operator.deploy(two, soak_s=3600)
+        view = await operator.follow(view, lambda view: view.counts.get("succeeded") == 1)
+        view = await act(operator, view, "abort", operator_api.AbortRequest(keep=True))
+        (kept,) = [each.device for each in view.devices if each.outcome is Outcome.SUCCEEDED]
+        detail = await operator.get(operator_api.DeviceDetail, f"/v1/devices/{kept}")
+        assert [(each.target, each.source) for each in detail.effective] == [(two, "pin")]
+        assert board.items["hello"].target == (two if board.device == kept else one)
+
+
+@pytest.mark.asyncio
+async def test_a_rollout_that_would_change_nothing_is_refused(new_fleet):
+    async with new_fleet() as fleet:
+        operator, _ = fleet.operator, await fleet.board("a")
+        target = await operator.publish("1.0.0")
+        await operator.decided(await operator.deploy(target))
+        view = await operator.decided(await operator.deploy(target))
+        assert (view.state, view.reason) == (RolloutState.REFUSED, "nothing would change: edge is settled on it")
+
+
+@pytest.mark.asyncio
+async def test_the_clock_that_jumps_a_year_for_a_moment_ends_nothing(new_fleet, behaviours):
+    from datetime import timedelta
+
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        board.behaviour = behaviours["silent"]
+        view = await operator.deploy(await operator.publish("1.0.0"))
+        await board.until(lambda board: board.items)
+        controller = fleet.server._conductor
+        clock = controller._clock
+        controller._clock = lambda: clock() + timedelta(days=365)
+        await controller.step()
+        controller._clock = clock
+        await controller.step()
+        view = await shown(operator, view)
+        assert (view.state, view.counts) == (RolloutState.RUNNING, {"waiting": 1})
+
+
+@pytest.mark.asyncio
+async def test_a_freeze_pauses_and_refuses_until_it_ends(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        board.behaviour = behaviours["silent"]
+        view = await operator.deploy(await operator.publish("1.0.0"))
+        await board.until(lambda board: board.items)
+        freeze = operator_api.FreezeRequest(group="edge", reason="trade fair")
+        await operator.send(operator_api.Freezes, "POST", "/v1/freeze", freeze)
+        view = await operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
+        assert (view.causes, view.reason) == ((PauseCause.FREEZE,), "frozen: trade fair")
+        wish = operator_api.RolloutRequest(instance="x", target=view.target, group="edge")
+        assert (await operator.problem("POST", "/v1/rollouts", wish)).type == "frozen"
+        assert (await operator.problem("POST", f"/v1/rollouts/{view.number}/resume")).type == "frozen"
+        status = await operator.get(operator_api.Status, "/v1/status")
+        assert "edge is frozen: trade fair" in status.waiting
+        await operator.send(operator_api.Freezes, "POST", "/v1/unfreeze", operator_api.UnfreezeRequest(group="edge"))
+        view = await operator.follow(view, lambda view: view.state is RolloutState.RUNNING)
+
+
+@pytest.mark.asyncio
+async def test_a_breach_that_pauses_is_accepted_by_name_and_goes_on(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        boards = [await fleet.board("a"), await fleet.board("b")]
+        target = await operator.publish("1.0.0")
+        for board in boards:
+            board.behaviour = behaviours["trapping"]
+        view = await operator.deploy(target, waves="1, 100%", on_breach="pause")
+        view = await operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
+        assert view.causes == (PauseCause.BREACH,)
+        for board in boards:
+            board.behaviour = behaviours["good"]
+        view = await act(operator, view, "resume")
+        view = await operator.decided(view)
+        assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"failed": 1, "succeeded": 1})
+        assert [each.accepted for each in view.devices if each.outcome is Outcome.FAILED] == [True]
+        acts = (await operator.get(operator_api.Audit, "/v1/audit")).entries
+        failed = next(each.device for each in view.devices if each.outcome is Outcome.FAILED)
+        assert f"failures and losses of {failed}" in [each.detail for each in acts]
+
+
+@pytest.mark.asyncio
+async def test_a_reverted_rollout_is_retried_with_a_raised_attempt(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a", behaviour=behaviours["trapping"])
+        view = await operator.decided(await operator.deploy(await operator.publish("1.0.0")))
+        assert view.state is RolloutState.REVERTED
+        board.behaviour = behaviours["good"]
+        view = await operator.decided(await act(operator, view, "retry"))
+        assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"succeeded": 1})
+        assert board.items["hello"].attempt == 1
+
+
+@pytest.mark.asyncio
+async def test_one_device_is_cancelled(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        slow, good = await fleet.board("a", behaviour=behaviours["silent"]), await fleet.board("b")
+        view = await operator.deploy(await operator.publish("1.0.0"), waves="100%")
+        await slow.until(lambda board: board.items)
+        view = await operator.follow(view, lambda view: view.counts.get("succeeded") == 1)
+        view = await act(operator, view, "cancel-device", operator_api.CancelRequest(device=slow.device))
+        view = await operator.decided(view)
+        assert (view.state, of(view, slow).outcome) == (RolloutState.SUCCEEDED, Outcome.NOT_AFFECTED)
+        await slow.until(lambda board: not board.items)
+        assert good.items
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_joins_after_a_rollout_gets_what_the_group_runs(new_fleet):
+    async with new_fleet() as fleet:
+        operator, _ = fleet.operator, await fleet.board("a")
+        target = await operator.publish("1.0.0")
+        view = await operator.decided(await operator.deploy(target))
+        late = await fleet.board("late")
+        await late.until(lambda board: board.items)
+        view = await operator.follow(view, lambda view: view.counts == {"succeeded": 2})
+        assert (late.items["hello"].target, of(view, late).wave) == (target, 1)
