@@ -126,7 +126,7 @@ class ReconcileRequest(Body, frozen=True, kw_only=True):
     """
 
     mode: Literal["adopt", "impose"]
-    selector: str = ""
+    selector: Text = ""
     dry_run: bool = True
 
 

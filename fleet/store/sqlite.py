@@ -428,7 +428,9 @@ def device_alerts(db: sqlite_utils.Database) -> None:
 @migration
 def proven_outcomes(db: sqlite_utils.Database) -> None:
     """Add plans, freezes, device keys and steady time; outcomes and states of earlier rollouts become the new ones."""
-    db.executescript("""
+    _run(
+        db,
+        """
         CREATE TABLE new_rollouts (
             number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, "group" TEXT NOT NULL,
             device TEXT NOT NULL, instance TEXT NOT NULL, value TEXT NOT NULL, before TEXT NOT NULL,
@@ -451,7 +453,8 @@ def proven_outcomes(db: sqlite_utils.Database) -> None:
             "group" TEXT PRIMARY KEY, reason TEXT NOT NULL, by TEXT NOT NULL, at REAL NOT NULL
         ) WITHOUT ROWID;
         ALTER TABLE groups ADD COLUMN policy TEXT NOT NULL DEFAULT 'null';
-    """)
+    """,
+    )
     db.conn.create_function("as_plan", 4, _as_plan, deterministic=True)
     db.conn.create_function("as_progress", 4, _as_progress, deterministic=True)
     db.conn.create_function("as_outcome", 3, _as_outcome, deterministic=True)
@@ -470,14 +473,17 @@ def proven_outcomes(db: sqlite_utils.Database) -> None:
             b.offered_at, b.acked_at, b.ended_at, b.previous, b.version, b.timings_ms, b.log
         FROM rollout_devices b JOIN rollouts r ON r.number = b.rollout
     """)
-    db.executescript("""
+    _run(
+        db,
+        """
         DROP TABLE rollout_devices;
         DROP TABLE rollouts;
         ALTER TABLE new_rollouts RENAME TO rollouts;
         ALTER TABLE new_devices RENAME TO rollout_devices;
         CREATE INDEX rollouts_state ON rollouts (state);
         CREATE INDEX rollout_devices_device ON rollout_devices (device);
-    """)
+    """,
+    )
 
 
 def _as_plan(waves: str, failures: int, soak_s: float, timeout_s: float) -> str:

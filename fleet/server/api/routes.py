@@ -574,7 +574,7 @@ def _authorise(request: Request, needs: Access, store: Store) -> str:
             "unauthorised",
             "the operator's token is unknown here or was revoked",
             "the server knows the tokens that it or fleet init gave out",
-            "ask an admin for another: fleet operators rotate NAME",
+            "ask an admin for another, and put it into operator/token: fleet operators rotate NAME",
         )
     if operator is None:
         raise Refusal(

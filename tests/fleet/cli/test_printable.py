@@ -45,6 +45,7 @@ SHOWN: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "command": (("POST", f"/v1/devices/{DEVICE}/command"), ("restart", DEVICE, "hello")),
     "logs": (("GET", f"/v1/devices/{DEVICE}/logs"), ("logs", "hello", "--device", DEVICE)),
     "revoke": (("POST", f"/v1/devices/{DEVICE}/revoke"), ("revoke", DEVICE, "--yes")),
+    "reconcile": (("POST", "/v1/reconcile"), ("server", "reconcile", "--adopt", "--yes")),
     "secrets": (("GET", "/v1/secrets"), ("secret", "list")),
     "set_secret": (("PUT", "/v1/secrets/key"), ("secret", "set", "key", "--group", "edge", "--instance", "hello")),
     "remove_secret": (("POST", "/v1/secrets/key/remove"), ("secret", "rm", "key", "--group", "edge")),
