@@ -153,7 +153,11 @@ class HttpsClient:
         host, port = self._url.hostname or "", self._url.port or 443
         where = f"{host}:{port}"
         via = self._proxy
-        tls = self._tls.for_connection()
+        try:
+            tls = self._tls.for_connection()
+        except (OSError, ValueError) as error:  # a file of the identity is missing or damaged
+            reason = why(error) if isinstance(error, ssl.SSLError) else str(error)
+            raise FetchError(RejectCode.UNREACHABLE, f"{where}: TLS: {reason}") from error
         connection = http.client.HTTPSConnection(
             via.hostname or "" if via else host,
             (via.port or 3128) if via else port,

@@ -20,7 +20,7 @@ from fleet.cli import operator, output
 from fleet.cli.base import Command, Exit, Fault, Options, command
 from fleet.cli.operator import connect
 from fleet.protocol import operator_api
-from fleet.protocol.codes import OPEN_STATES, Outcome, Phase, RolloutState
+from fleet.protocol.codes import OPEN_STATES, Outcome, PauseCause, Phase, RolloutState
 from fleet.protocol.operator_api import RolloutDevice, RolloutView
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ _DECIDED: Final = frozenset(
 )
 _COUNTED_NOT: Final = frozenset({Outcome.NOT_AFFECTED, Outcome.UNPROVEN})
 _FOLLOWED: Final = OPEN_STATES | {RolloutState.SCHEDULED}
+_BY_ITSELF: Final = frozenset({PauseCause.LOST, PauseCause.BREACH, PauseCause.CANARY})
+"""Causes of a pause that only an operator ends."""
 
 
 @command("rollouts", examples="fleet rollouts\nfleet rollouts --group edge-eu --limit 5 --json")
@@ -424,9 +426,9 @@ def _details(entry: RolloutDevice) -> list[str]:
 
 
 def revisions(client: "Client", view: RolloutView) -> Iterator[RolloutView]:
-    """Yield the rollout now and after each change, until it is decided."""
+    """Yield the rollout now and after each change, until it is decided or an operator has to decide."""
     yield view
-    while view.state in _FOLLOWED:
+    while view.state in _FOLLOWED and not _BY_ITSELF.intersection(view.causes):
         latest = operator.patiently(functools.partial(client.rollout, view.id, wait_s=POLL_S, since=view.revision))
         if latest.revision > view.revision:
             view = latest
@@ -569,6 +571,8 @@ def _seconds(entry: RolloutDevice) -> str:
 
 def _next_step(view: RolloutView) -> str:
     failed = [entry.device for entry in view.devices if entry.outcome is Outcome.FAILED]
+    if view.state is RolloutState.PAUSED:
+        return f"run 'fleet rollout resume {view.number}' or 'fleet rollout abort {view.number}'"
     if failed:
         return f"run 'fleet why {failed[0]}'"
     if view.state is RolloutState.REFUSED:

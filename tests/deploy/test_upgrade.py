@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from fleet.demo.environment import AGENT, HOST, Child, DemoDevice, free_ports
+from fleet.protocol.codes import Outcome
 from fleet.protocol.messages import InstanceHealth
 from tests.deploy import before_the_move
 from tests.e2e.stage import GROUP, Stage, descendants
@@ -182,6 +183,13 @@ def sharing(stage: Stage, *, after: int = 0) -> InstanceHealth | None:
     return next((each for each in row.instances if each.shared_worker and each.generation > after), None)
 
 
+def unproven(stage: Stage) -> str | None:
+    """Return why the newest rollout does not go on, once the device of an earlier version is named unproven."""
+    newest = stage.scene.client.rollouts(limit=1).rollouts[0]
+    (device,) = stage.scene.client.rollout(newest.id).devices
+    return newest.reason or "no reason yet" if device.outcome is Outcome.UNPROVEN else None
+
+
 def zygotes(host: Child) -> set[str]:
     """Return the module of each zygote below a host."""
     lines = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in descendants(host.process.pid)]
@@ -203,8 +211,10 @@ def test_a_component_outlives_the_upgrade_and_is_updated_after_it(
         )
         made = await asyncio.to_thread(device.in_the_fleet, host, agent)
         # an agent that knows shared workers by another name, and says them by another name
-        await stage.pushed("v1.wasm", "--share-worker")
+        # and that cannot sign what it runs: the rollout waits for a proof that it cannot give
+        await stage.pushed("v1.wasm", "--share-worker", "--detach")
         await stage.answers(made, "1")
+        await stage.until("the server names it unproven", lambda: unproven(stage))
         return made
 
     made = stage.do(before())
@@ -226,6 +236,6 @@ def test_a_component_outlives_the_upgrade_and_is_updated_after_it(
     upgraded = stage.do(upgrade())
     stage.do(stage.answers(upgraded, "1"))
     # the new agent continues where the old one stopped
-    stage.do(stage.pushed("v2.wasm"))
+    stage.do(stage.pushed("v2.wasm", "--share-worker"))
     stage.do(stage.answers(upgraded, "2"))
     stage.do(stage.until("so does the new one", lambda: sharing(stage, after=shared.generation)))

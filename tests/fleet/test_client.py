@@ -147,13 +147,22 @@ def test_a_refusal_keeps_the_servers_words(certificate):
     [
         http("200 OK", b"<html>"),
         http("200 OK", b"[]"),
-        http("502 Bad Gateway", b"<html>"),
         http("302 Found", b""),
         http("200 OK", b'{"devices":[{"name":"no id"}]}'),
     ],
 )
 def test_an_answer_that_is_none(answer, certificate):
     with listening(answer, certificate) as port, client(port, certificate) as api, pytest.raises(AnswerError):
+        api.devices()
+
+
+@pytest.mark.parametrize("status", ["502 Bad Gateway", "503 Service Unavailable", "504 Gateway Timeout"])
+def test_a_proxy_whose_server_is_away(status, certificate):
+    with (
+        listening(http(status, b"<html>"), certificate) as port,
+        client(port, certificate) as api,
+        pytest.raises(UnreachableError, match=f"a proxy in between answered {status}"),
+    ):
         api.devices()
 
 

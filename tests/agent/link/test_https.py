@@ -297,6 +297,17 @@ def test_the_tls_context_is_reloaded_after_a_renewal(ca, device, tmp_path):
         enrolment.install_certificate(tmp_path, ca.device(other.public_key(), "b-01234567", now=now).pem)
 
 
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, None], ids=["empty", "zeros", "missing"])
+def test_a_damaged_file_of_the_identity_fails_the_request_and_nothing_else(device, tmp_path, content):
+    path = tmp_path / "ca.pem"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    client = HttpsClient("https://127.0.0.1:1", https_module.DeviceTls(tmp_path, ReferenceClock(datetime.now(UTC))))
+    with pytest.raises(FetchError):
+        client.request("GET", "/v1/desired", max_bytes=1)
+
+
 class ClockThatIsSet(ReferenceClock):
     """Clock that is behind at the first query, and is set right afterwards."""
 

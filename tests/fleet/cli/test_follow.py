@@ -11,7 +11,7 @@ from rich.console import Console
 from fleet.cli import operator, output, rollout
 from fleet.cli.base import Exit, Fault, Options
 from fleet.client import Client, UnreachableError
-from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
+from fleet.protocol.codes import Outcome, PauseCause, Phase, RejectCode, RolloutState
 from fleet.protocol.operator_api import RolloutDevice, RolloutView, WaveView
 
 START = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
@@ -134,6 +134,17 @@ def test_whatever_is_not_success_is_exit_code_1(state):
     with pytest.raises(Fault) as caught:
         rollout.follow(Script(), view(state, board(A, Outcome.NOT_AFFECTED)), Options(quiet=True))
     assert caught.value.code is Exit.FAILED
+
+
+@pytest.mark.parametrize("cause", [PauseCause.LOST, PauseCause.BREACH, PauseCause.CANARY])
+def test_a_rollout_that_paused_itself_is_not_followed_for_ever(cause):
+    paused = view(RolloutState.PAUSED, board(A, Outcome.WAITING), revision=2, reason="2 devices lost", causes=(cause,))
+    with pytest.raises(Fault, match="paused") as stopped:
+        rollout.follow(Script(paused, GOOD[4]), GOOD[0], Options())
+    assert stopped.value.code is Exit.FAILED
+    assert str(stopped.value) == (
+        "rollout 7 paused; 2 devices lost; run 'fleet rollout resume 7' or 'fleet rollout abort 7'"
+    )
 
 
 def test_a_paused_rollout_is_followed_on(capsys):
