@@ -86,7 +86,8 @@ class MqttClient:
         if self.connected:
             self._client.disconnect()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._down.wait(), 1)
+                async with asyncio.timeout(1):
+                    await self._down.wait()
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task

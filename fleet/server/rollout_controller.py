@@ -112,7 +112,8 @@ class RolloutController:
             await asyncio.sleep(min(_REST_MAX_S, _REST * (self._monotonic() - began)))
             pause = None if self._next is None else max(0.05, self._next - self.steady())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
 
     async def step(self) -> None:
         """Run one round: every open rollout until it waits, then every device whose desired state may have changed."""

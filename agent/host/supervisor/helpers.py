@@ -188,7 +188,8 @@ class RouterHandle(HelperProcess):
             return
         future = self._acks[number] = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait_for(future, _ACK_S)
+            async with asyncio.timeout(_ACK_S):
+                await future
         except TimeoutError:
             pass
         finally:
@@ -218,7 +219,8 @@ class RouterHandle(HelperProcess):
         if self.running:
             self._tell(helper_api.DrainRouter())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._gone), _DRAIN_S)
+                async with asyncio.timeout(_DRAIN_S):
+                    await asyncio.shield(self._gone)
 
     def close(self) -> None:
         """Kill the router."""

@@ -355,7 +355,8 @@ async def _ask_engine() -> str:
         stderr=subprocess.DEVNULL,
     )
     try:
-        out, _ = await asyncio.wait_for(process.communicate(), _DESCRIBE_S)
+        async with asyncio.timeout(_DESCRIBE_S):
+            out, _ = await process.communicate()
         return str(json.loads(out)["engine"])
     except (TimeoutError, ValueError, KeyError):
         with contextlib.suppress(ProcessLookupError):

@@ -262,7 +262,8 @@ class BarrierPlace:
         if meeting.ready >= self._members and not meeting.over.done():
             meeting.over.set_result(None)
         try:
-            await asyncio.wait_for(asyncio.shield(meeting.over), start_s + _BARRIER_GRACE_S)
+            async with asyncio.timeout(start_s + _BARRIER_GRACE_S):
+                await asyncio.shield(meeting.over)
         except TimeoutError as error:
             missing = ", ".join(sorted(self._members - meeting.ready))
             raise self._failed(f"{missing}, which did not arrive") from error

@@ -141,7 +141,8 @@ class ControlSocket:
             self._drain_id, self.drained = number, asyncio.get_running_loop().create_future()
         try:
             self.send(msgspec.structs.replace(message, id=number), *fds)
-            answer = await asyncio.wait_for(pending.future, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                answer = await pending.future
         finally:
             self._pending.pop(number, None)
         if isinstance(answer, worker_api.Refused):

@@ -107,7 +107,8 @@ class LogRelay:
         if len(follow.lines) <= after and not follow.ended and wait_s and not self._over:
             follow.news.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(follow.news.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await follow.news.wait()
         follow.read_at = self._now()
         return answer(
             LogView(

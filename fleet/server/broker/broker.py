@@ -230,7 +230,8 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
             try:
-                await asyncio.wait_for(process.wait(), _STOP_S)
+                async with asyncio.timeout(_STOP_S):
+                    await process.wait()
             except TimeoutError:
                 process.kill()
                 await process.wait()
@@ -288,7 +289,8 @@ class Child:
             await self._spawn()
             with contextlib.suppress(BrokerError, TimeoutError):
                 try:
-                    await asyncio.wait_for(self._listening(), _READY_S)
+                    async with asyncio.timeout(_READY_S):
+                        await self._listening()
                 except BrokerError:
                     self._can_mend()
                     raise

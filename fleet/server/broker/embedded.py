@@ -216,7 +216,8 @@ class Gate:
         tls = writer.get_extra_info("ssl_object")
         name = common_name(tls.getpeercert() if tls is not None else None)
         try:
-            connect = await asyncio.wait_for(read_connect(reader), _CONNECT_S)
+            async with asyncio.timeout(_CONNECT_S):
+                connect = await read_connect(reader)
             check(name, connect, self._revoked)
             await self._take_over(name)
         except (RefusedError, TimeoutError, asyncio.IncompleteReadError, ConnectionError, ssl.SSLError) as error:
@@ -287,7 +288,8 @@ async def serve(host: str, port: int, files: Files) -> None:
     async with server:
         await stop.wait()
     with contextlib.suppress(Exception):
-        await asyncio.wait_for(broker.shutdown(), 2)
+        async with asyncio.timeout(2):
+            await broker.shutdown()
 
 
 def _accept_only(context: ssl.SSLContext, lists: Path) -> None:
