@@ -116,7 +116,7 @@ async def play(environment: Environment, reporter: Reporter, *, broker: str = "a
         ("v1", ("push", str(fixture("v1.wasm")), "--group", GROUP, "--waves", "100%"), "1"),
         ("v2", ("push", str(fixture("v2.wasm")), "--group", GROUP), "2"),
         ("v3", ("push", str(fixture("v3.wasm")), "--group", GROUP), "3"),
-        ("undo", ("undo", "--group", GROUP), "1"),
+        ("undo", ("undo", "2", "--group", GROUP), "1"),
     ):
         reporter.act(TITLES[name])
         async with asyncio.timeout(ACT_S):
