@@ -212,7 +212,8 @@ def test_a_component_outlives_the_upgrade_and_is_updated_after_it(
         made = await asyncio.to_thread(device.in_the_fleet, host, agent)
         # an agent that knows shared workers by another name, and says them by another name
         # and that cannot sign what it runs: the rollout waits for a proof that it cannot give
-        await stage.pushed("v1.wasm", "--share-worker", "--detach")
+        code, _, errors = await stage.push("v1.wasm", "--share-worker")
+        assert (code, "unproven" in errors) == (1, True), errors
         await stage.answers(made, "1")
         await stage.until("the server names it unproven", lambda: unproven(stage))
         return made
