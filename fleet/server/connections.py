@@ -1,16 +1,26 @@
 """Connections of one listener: how many there may be, and which one ends to make room for a newer one.
 
 Connections are counted by peer: the address until a certificate is verified, then the device. A connection that waits
-for its client (no byte yet, an unfinished handshake, half a request, keep-alive) ends when its peer, or the listener,
-has as many as it may: the one that has waited longest. A connection whose request is being answered never ends for
-another. Where every connection is being answered, the new one is refused. So a client that holds thousands of idle
-connections takes nothing from those that ask.
+for its client (no byte yet, half a request, keep-alive) ends when its peer, or the listener, has as many as it may: the
+one that has waited longest. A connection whose request is being answered never ends for another. Where every connection
+is being answered, the new one is refused. So a client that holds thousands of idle connections takes nothing from those
+that ask.
+
+Handshakes of one address are bounded apart, by half of its connections, and each has `HANDSHAKE_S` in which none of its
+own address ends it: beyond the bound the newest is refused. If the oldest ended instead, a thousand devices that come
+back behind one router would end each other's handshakes, and none would finish. Those that are refused try again.
 """
 
 import ipaddress
+import math
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
+
+HANDSHAKE_S: Final = 3.0
+"""Two round trips by satellite and a signature of a slow device, or 128 handshakes on one slow core of the server."""
 
 _IPV6_SITE_BITS: Final = 64
 """A host has a whole /64 of IPv6 addresses (RFC 4291, section 2.5.1): they count as one."""
@@ -59,17 +69,38 @@ class _Peer:
     waiting: dict[Connection, None] = field(default_factory=dict)
     """Those that wait for their client, longest first."""
 
+    handshakes: dict[Connection, float] = field(default_factory=dict)
+    """Handshakes, and when each began, oldest first."""
+
     busy: set[Connection] = field(default_factory=set)
 
     def __len__(self) -> int:
-        return len(self.waiting) + len(self.busy)
+        return self.unanswered + len(self.busy)
+
+    @property
+    def unanswered(self) -> int:
+        """Number of connections that are not being answered."""
+        return len(self.waiting) + len(self.handshakes)
+
+    def oldest(self, began_before: float) -> Connection | None:
+        """Return which one ends for another; of handshakes only one that began before a time."""
+        for connection in self.waiting:
+            return connection
+        for connection, began in self.handshakes.items():
+            return connection if began < began_before else None
+        return None
 
 
 class Connections:
-    """Table of a listener's connections."""
+    """Table of a listener's connections.
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    Args:
+        limits: of the listener.
+        monotonic: seconds of a clock that never jumps.
+    """
+
+    def __init__(self, limits: Limits, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._limits, self._monotonic = limits, monotonic
         self._peers: dict[str, _Peer] = {}
         self._count = 0
 
@@ -78,12 +109,27 @@ class Connections:
 
     def all(self) -> list[Connection]:
         """Every connection."""
-        return [each for peer in self._peers.values() for each in (*peer.waiting, *peer.busy)]
+        return [each for peer in self._peers.values() for each in (*peer.waiting, *peer.handshakes, *peer.busy)]
 
     def enter(self, connection: Connection, address: str) -> bool:
         """Count a new connection, which waits for its client; False when there is no room for it."""
         connection.peer = peer_of(address)
         return self._place(connection, self._limits.per_address)
+
+    def spoke(self, connection: Connection) -> bool:
+        """Note that a handshake begins; False when its address has as many as it may."""
+        peer = self._peers.get(connection.peer)
+        if peer is None or connection not in peer.waiting:
+            return False
+        began = self._monotonic()
+        if len(peer.handshakes) >= max(1, self._limits.per_address // 2):
+            oldest, since = next(iter(peer.handshakes.items()))
+            if since >= began - HANDSHAKE_S:
+                return False
+            self._end(oldest)
+        del peer.waiting[connection]
+        peer.handshakes[connection] = began
+        return True
 
     def verified(self, connection: Connection, device: str) -> bool:
         """Count a connection under the device of its certificate from now on; False when there is no room for it."""
@@ -99,31 +145,38 @@ class Connections:
             peer.busy.add(connection)
 
     def waits(self, connection: Connection) -> None:
-        """Note that the answer is complete: the connection waits for its client, from now on."""
+        """Note that the handshake, or an answer, is complete: the connection waits for its client, from now on."""
         peer = self._peers.get(connection.peer)
-        if peer is not None and connection in peer.busy:
-            peer.busy.remove(connection)
+        if peer is not None and (connection in peer.busy or connection in peer.handshakes):
+            peer.busy.discard(connection)
+            peer.handshakes.pop(connection, None)
             peer.waiting[connection] = None
 
     def leave(self, connection: Connection) -> None:
         """Count a connection no more; nothing happens when it was not counted."""
         peer = self._peers.get(connection.peer)
-        if peer is None or not (connection in peer.waiting or connection in peer.busy):
+        if peer is None:
             return
+        before = len(peer)
         peer.waiting.pop(connection, None)
+        peer.handshakes.pop(connection, None)
         peer.busy.discard(connection)
-        self._count -= 1
+        self._count -= before - len(peer)
         if not len(peer):
             del self._peers[connection.peer]
 
     def relieve(self) -> bool:
-        """End the connection that has waited longest, of the peer with most of them; False when none waits."""
-        crowd = max(self._peers.values(), key=lambda peer: len(peer.waiting), default=None)
-        return crowd is not None and self._end_oldest(crowd)
+        """End the connection that has waited longest, of the peer with most of them; False when none waits.
+
+        Whoever holds most is not spared for its handshakes: others have to find room.
+        """
+        crowd = max(self._peers.values(), key=lambda peer: peer.unanswered, default=None)
+        return crowd is not None and self._end(crowd.oldest(math.inf))
 
     def _place(self, connection: Connection, most: int) -> bool:
         peer = self._peers.get(connection.peer)
-        if peer is not None and len(peer) >= most and not self._end_oldest(peer):
+        overdue = self._monotonic() - HANDSHAKE_S
+        if peer is not None and len(peer) >= most and not self._end(peer.oldest(overdue)):
             return False
         if self._count >= self._limits.connections and not self.relieve():
             return False
@@ -131,12 +184,11 @@ class Connections:
         self._count += 1
         return True
 
-    def _end_oldest(self, peer: _Peer) -> bool:
-        oldest = next(iter(peer.waiting), None)
-        if oldest is None:
+    def _end(self, connection: Connection | None) -> bool:
+        if connection is None:
             return False
-        self.leave(oldest)
-        oldest.end()
+        self.leave(connection)
+        connection.end()
         return True
 
 

@@ -302,7 +302,7 @@ class Listener:
             OSError: no TLS in time, or none that is accepted.
         """
         async with asyncio.timeout(self._deadlines.first_byte):
-            if not await _speaks(sock):
+            if not (await _speaks(sock) and self.connections.spoke(accepted)):
                 raise ConnectionResetError
         await asyncio.get_running_loop().connect_accepted_socket(
             lambda: _Protocol(self._config, self._state, {}, accepted=accepted, deadlines=self._deadlines),
@@ -356,7 +356,10 @@ class _Accepted(Connection):
     def established(self, protocol: "_Protocol", device: str) -> bool:
         """TLS stands; False when the device has more connections than it may."""
         self._protocol = protocol
-        return not device or self._listener.connections.verified(self, device)
+        if device:
+            return self._listener.connections.verified(self, device)
+        self._listener.connections.waits(self)
+        return True
 
     def busy(self, *, busy: bool) -> None:
         """Note that a request is being answered, or that its answer is complete."""

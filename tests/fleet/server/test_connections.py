@@ -2,7 +2,7 @@
 
 import pytest
 
-from fleet.server.connections import Connection, Connections, Limits, peer_of
+from fleet.server.connections import HANDSHAKE_S, Connection, Connections, Limits, peer_of
 
 
 class Fake(Connection):
@@ -76,6 +76,55 @@ def test_a_verified_device_counts_no_more_at_its_address():
     assert connections.verified(third, "gate")  # of one device the older ends
     assert first.ended
     assert not second.ended
+
+
+def test_no_handshake_ends_for_the_next_of_its_address_before_its_time_is_over():
+    now = [0.0]
+    connections = Connections(Limits(connections=100, per_address=8, per_device=1), lambda: now[0])
+    first = enter(connections, "a", "a", "a", "a")
+    assert all(connections.spoke(each) for each in first)
+    for _ in range(50):  # a storm: each is taken, since it may say nothing, and refused when it speaks
+        (storm,) = enter(connections, "a")
+        assert not connections.spoke(storm)
+        connections.leave(storm)
+    assert not any(each.ended for each in first)
+    connections.waits(first[0])  # done, and its place is free for one more
+    (late,) = enter(connections, "a")
+    assert connections.spoke(late)
+    now[0] = HANDSHAKE_S + 1
+    (next_one,) = enter(connections, "a")
+    assert connections.spoke(next_one)
+    assert [each.ended for each in (*first, late)] == [False, True, False, False, False]
+
+
+def test_those_that_say_nothing_end_before_handshakes():
+    connections = table(per_address=4, connections=10)
+    speaking = enter(connections, "a", "a")
+    assert all(connections.spoke(each) for each in speaking)
+    silent = enter(connections, "a", "a", "a", "a")
+    assert not any(each.ended for each in speaking)
+    assert [each.ended for each in silent] == [True, True, False, False]
+
+
+def test_handshakes_that_are_in_time_leave_no_place_at_their_address_when_the_rest_is_answered():
+    now = [0.0]
+    connections = Connections(Limits(connections=10, per_address=2, per_device=1), lambda: now[0])
+    answered, speaking = enter(connections, "a", "a")
+    connections.busy(answered)
+    assert connections.spoke(speaking)
+    assert not connections.enter(Fake(), "a")
+    now[0] = HANDSHAKE_S + 1
+    enter(connections, "a")
+    assert [answered.ended, speaking.ended] == [False, True]
+
+
+def test_at_the_limit_of_all_a_crowd_of_handshakes_makes_room_for_others():
+    connections = table(connections=4, per_address=4)
+    crowd = enter(connections, "a", "a")
+    assert all(connections.spoke(each) for each in crowd)
+    enter(connections, "b", "c")
+    enter(connections, "d")
+    assert [each.ended for each in crowd] == [True, False]
 
 
 def test_a_connection_leaves_once():

@@ -5,18 +5,26 @@ itself, and that others are answered meanwhile.
 """
 
 import asyncio
+import contextlib
 import json
 import ssl
+from datetime import UTC, datetime
 
 import httpx
 import pytest
 
-from fleet.server.listener import DEVICES, OPERATORS
+from fleet.ca import CertificateAuthority
+from fleet.server.config import Address
+from fleet.server.connections import Limits
+from fleet.server.listener import DEVICES, OPERATORS, Listener, bind
 from tests.eventually import eventually_async
 from tests.fleet.server.server_process import Crowd, serving
 
 MORE = 150
 """Connections beyond what one address may have."""
+
+HALF_A_HELLO = bytes.fromhex("16030100f8010000f4")
+"""Begin of a record of 248 bytes, which begins a handshake; no more of it comes."""
 
 
 def client(server):
@@ -39,6 +47,29 @@ def without_check():
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
+
+
+@contextlib.asynccontextmanager
+async def small_listener(directory):
+    """Serve 204 to everyone, four connections to one address; yield where, and a client's context."""
+    ca = CertificateAuthority.create(directory, fleet="test", now=datetime.now(UTC))
+    pair = ca.server(["127.0.0.1"], now=datetime.now(UTC))
+    (directory / "server.pem").write_bytes(pair.certificate_pem)
+    (directory / "server.key").write_bytes(pair.key_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "server.pem", directory / "server.key")
+
+    async def application(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    sockets = bind("127.0.0.1:0", "a test")
+    listener = Listener(application, sockets, context, Limits(connections=10, per_address=4, per_device=1))
+    await listener.start()
+    try:
+        yield Address(*sockets[0].getsockname()), ssl.create_default_context(cadata=ca.pem)
+    finally:
+        await listener.stop()
 
 
 @pytest.mark.asyncio
@@ -83,6 +114,37 @@ async def test_idle_tls_on_the_operators_port_ends_for_those_who_ask(new_home):
 
 
 @pytest.mark.asyncio
+async def test_a_client_finishes_its_handshake_while_others_behind_its_address_begin_theirs(tmp_path):
+    async with small_listener(tmp_path) as (where, context):
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.do_handshake()
+        reader, writer = await asyncio.open_connection(where.host, where.port)
+        writer.write(outgoing.read())
+        incoming.write(await reader.read(65536))
+        storm = await Crowd().join(where, 6, says=HALF_A_HELLO)  # four is what one address may have
+        await eventually_async(lambda: storm.open <= 1, "no second one of the storm is in a handshake")
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                writer.write(outgoing.read())
+                incoming.write(await reader.read(65536))
+        tls.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        writer.write(outgoing.read())
+        said = b""
+        while b"\r\n\r\n" not in said and (data := await reader.read(65536)):
+            incoming.write(data)
+            with contextlib.suppress(ssl.SSLWantReadError):
+                said += tls.read(65536)
+        assert said.startswith(b"HTTP/1.1 204 ")
+        writer.transport.abort()
+        storm.hang_up()
+
+
+@pytest.mark.asyncio
 @pytest.mark.timeout(300)
 async def test_whoever_sends_half_of_something_is_closed(new_home):
     halves = [
@@ -94,8 +156,7 @@ async def test_whoever_sends_half_of_something_is_closed(new_home):
         assert await answered(server) == 200
         files = server.files()
         crowds = [await Crowd().join(server.operators, 20, tls=server.tls(), says=half) for half in halves]
-        # a record of 248 bytes begins a handshake, and no more of it comes
-        crowds.append(await Crowd().join(server.devices, 20, says=bytes.fromhex("16030100f8010000f4")))
+        crowds.append(await Crowd().join(server.devices, 20, says=HALF_A_HELLO))
         assert await answered(server) == 200
         for crowd in crowds:
             await crowd.closed()
