@@ -9,6 +9,7 @@ JSON, which keeps every character, escaped. `PrintableFormatter` does the same f
 import enum
 import logging
 import re
+import unicodedata
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -20,6 +21,9 @@ _LINES: Final = frozenset({"message", "text", "error", "reason", "problem"})
 _ESCAPED: Final = re.compile(rb"\\[bfnrtu]|[\x7f-\xff]")
 """In JSON, everything that `printable` might change is an escape or outside of ASCII."""
 
+_JOINERS: Final = "\u200c\u200d"
+"""ZERO WIDTH NON-JOINER and JOINER: Persian and Indic words, and emoji of several parts, are spelt with them."""
+
 _ODD: Final = re.compile(r"[^\n -~]")
 T = TypeVar("T")
 
@@ -27,13 +31,27 @@ T = TypeVar("T")
 def printable(text: str, *, lines: bool = False) -> str:
     r"""Return a text without characters that do anything but stand there; others are shown as `\x1b` or `\u202e`.
 
+    Spaces of every width become plain ones. A joiner stays between two characters outside of ASCII that it can join.
+
     Args:
         text: from outside.
         lines: keep line feeds; without it the text becomes one line.
     """
     if text.isprintable():
         return text
-    return "".join(_shown(each, lines=lines) for each in text.replace("\r\n", "\n"))
+    text = text.replace("\r\n", "\n")
+    return "".join(
+        each if each in _JOINERS and _joins(text[at - 1 : at], text[at + 1 : at + 2]) else _shown(each, lines=lines)
+        for at, each in enumerate(text)
+    )
+
+
+def _joins(before: str, after: str) -> bool:
+    """Tell whether a joiner has letters, marks or symbols outside of ASCII on both sides."""
+    return all(
+        each and not each.isascii() and (unicodedata.category(each) == "So" or unicodedata.category(each)[0] in "LM")
+        for each in (before, after)
+    )
 
 
 def _shown(character: str, *, lines: bool) -> str:
@@ -41,7 +59,9 @@ def _shown(character: str, *, lines: bool) -> str:
         return "\n" if lines else " "
     if character.isprintable():
         return character
-    return " " if character == "\t" else character.encode("unicode_escape").decode()
+    if character == "\t" or unicodedata.category(character) == "Zs":
+        return " "
+    return character.encode("unicode_escape").decode()
 
 
 def cleaned(value: T) -> T:
