@@ -255,10 +255,15 @@ class Child:
 
     async def _listen_to(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
-        with contextlib.suppress(ValueError):
-            while line := await process.stdout.readline():
-                self._last_words = line.decode(errors="replace").strip()[-300:]
-                log.info("%s: %s", self.name, self._last_words)
+        while True:
+            try:
+                line = await process.stdout.readline()
+            except ValueError:  # longer than the reader's buffer: dropped, but a broker that nobody reads stands still
+                continue
+            if not line:
+                return
+            self._last_words = line.decode(errors="replace").strip()[-300:]
+            log.info("%s: %s", self.name, self._last_words)
 
     async def _listening(self) -> None:
         while True:

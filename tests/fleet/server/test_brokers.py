@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import ssl
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -19,7 +20,7 @@ from fleet.protocol.messages import Health, Report
 from fleet.protocol.topics import POKE, BadTopicError, Down, Topic, Up
 from fleet.server.broker import broker, embedded
 from fleet.server.broker.embedded import RefusedError
-from fleet.server.config import ServerConfig, ServerPaths
+from fleet.server.config import Address, ServerConfig, ServerPaths
 from fleet.server.service import ServeError, Server
 
 
@@ -343,3 +344,24 @@ async def test_a_home_that_cannot_be_used_is_said_in_one_line(new_home, damage, 
     words = await refusal(home)
     assert said in words
     assert "\n" not in words
+
+
+TALKATIVE = """
+import socket, sys, time
+sys.stdout.write("x" * 300_000 + chr(10))
+for _ in range(10_000):
+    print("a line of thirty-two characters.")
+sys.stdout.flush()
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+time.sleep(600)
+"""
+
+
+@pytest.mark.asyncio
+async def test_a_line_longer_than_any_buffer_leaves_the_broker_running(monkeypatch):
+    monkeypatch.setattr(broker, "_READY_S", 10.0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    child = broker.Child("talkative", [sys.executable, "-c", TALKATIVE, str(port)], Address("127.0.0.1", port))
+    await child.start()  # after the line it still writes more than a pipe holds: nobody reads, and it never listens
+    await child.stop()
