@@ -117,8 +117,8 @@ class DeviceHandlers:
 
     async def labels(self, request: Request, by: str) -> Response:
         """PUT /v1/devices/{id}/labels."""
-        row = _device(self._store, request)
         wanted = await body(request, operator_api.LabelsRequest)
+        row = _device(self._store, request)  # after the body: others may have changed the labels while it came
         labels = dict(row.labels)
         for key, value in wanted.labels.items():
             names.check_label(key, "label")

@@ -248,6 +248,26 @@ async def test_a_board_that_gets_a_label_gets_what_its_group_runs(new_fleet):
 
 
 @pytest.mark.asyncio
+async def test_labels_that_come_while_others_are_being_sent_are_kept(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a", group="")
+        path = f"/v1/devices/{board.device}/labels"
+        sent = asyncio.Event()
+
+        async def slowly():
+            yield b'{"labels": {"site": '
+            await operator.send(
+                operator_api.DeviceDetail, "PUT", path, operator_api.LabelsRequest(labels={"rack": "seven"})
+            )
+            sent.set()
+            yield b'"north"}}'
+
+        reply = await operator.http.put(path, content=slowly())
+        assert sent.is_set()
+        assert reply.json()["row"]["labels"] == {"rack": "seven", "site": "north"}
+
+
+@pytest.mark.asyncio
 async def test_a_pin_holds_one_board_until_it_is_taken_off(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
