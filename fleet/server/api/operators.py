@@ -374,7 +374,7 @@ class RolloutHandlers:
 
     async def abort(self, request: Request, by: str) -> Response:
         """POST /v1/rollouts/{id}/abort."""
-        wanted = await body(request, operator_api.AbortRequest) if await request.body() else operator_api.AbortRequest()
+        wanted = await body(request, operator_api.AbortRequest)
         self._planner.control(self._rollout(request), "abort", by=by, keep=wanted.keep)
         return answer(self._views.rollout(self._rollout(request)))
 

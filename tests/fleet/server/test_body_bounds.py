@@ -5,11 +5,13 @@ import json
 import httpx
 import msgspec
 import pytest
+from starlette.requests import Request
 
 from fleet.protocol import bounds
 from fleet.protocol.assignment import FollowLogs
 from fleet.protocol.messages import EnrolRequest
-from fleet.protocol.operator_api import Body, CommandRequest
+from fleet.protocol.operator_api import Body, CommandRequest, Refusal
+from fleet.server.api.operators import RolloutHandlers
 from fleet.server.api.routes import ROUTES
 
 BODIES = sorted({each.request for each in ROUTES if isinstance(each.request, type)}, key=lambda kind: kind.__name__)
@@ -65,6 +67,22 @@ async def test_what_is_too_long_is_refused_by_its_field(new_fleet):
         problem = await fleet.operator.problem("POST", path, CommandRequest(verb=verb))
         assert (problem.status, problem.type) == (400, "bad-request")
         assert "minutes" in problem.title
+
+
+@pytest.mark.asyncio
+async def test_no_request_is_read_beyond_its_bound():
+    came = 0
+
+    async def endless():
+        nonlocal came
+        came += bounds.MIB
+        assert came <= 3 * bounds.API_BODY_MAX_BYTES, "the request is read without end"
+        return {"type": "http.request", "body": bytes(bounds.MIB), "more_body": True}
+
+    handlers = RolloutHandlers(store=None, planner=None, views=None, changes=None)
+    with pytest.raises(Refusal) as refused:
+        await handlers.abort(Request({"type": "http", "path_params": {"id": "7"}}, endless), "me")
+    assert refused.value.problem.status == 413
 
 
 @pytest.mark.asyncio
