@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 from securesystemslib.signer import Key
 
-from fleet.client import Client, ProblemError, UnreachableError
+from fleet.client import Client, ClientError, UnreachableError
 from fleet.protocol import bounds
 from fleet.protocol.bounds import Count
 from fleet.protocol.files import atomic_write
@@ -79,7 +79,7 @@ class SigningHost:
             except UnreachableError as error:
                 log.warning("%s", error)
                 time.sleep(AWAY_S)
-            except (PublisherError, ProblemError) as error:
+            except (PublisherError, ClientError) as error:
                 log.error("%s", error)  # noqa: TRY400 - a sentence for people
                 time.sleep(AWAY_S)
 

@@ -10,8 +10,9 @@ import msgspec
 import pytest
 from tuf.api.metadata import Metadata
 
+from fleet.admin import signing_host
 from fleet.admin.signing_host import PublisherError, SigningHost, make_keys
-from fleet.client import Client, ProblemError
+from fleet.client import AnswerError, Client, ProblemError
 from fleet.protocol import codes, operator_api
 from fleet.protocol.trust_api import NONE, OnlineRequest, OnlineView
 from fleet.server.api import trust
@@ -195,6 +196,18 @@ async def test_a_stolen_server_with_its_director_can_have_nothing_signed_that_pu
         server._files["timestamp.json"] = forged.to_bytes()
         with pytest.raises(PublisherError, match="do not verify"):
             await host.step()
+
+
+def test_a_host_goes_on_after_an_answer_that_it_cannot_understand(tmp_path, monkeypatch):
+    asked = []
+
+    class Gateway:
+        def online(self, *, wait_s):
+            asked.append(wait_s)
+            raise AnswerError("the server answered 200", "which is no answer of a wasmfleet server", "look there")
+
+    monkeypatch.setattr(signing_host, "AWAY_S", 0.0)
+    SigningHost(tmp_path, root=b"", client=Gateway()).run(stop=lambda: len(asked) == 3)
 
 
 async def until_signed(host):
