@@ -174,12 +174,10 @@ class OnlineRoles:
             Refusal: not signed in time (the change is stored), or another change was waiting.
         """
         until = asyncio.get_running_loop().time() + PATIENCE_S
-        kept = b""
         while True:
             try:
                 return act()
             except WaitingError:
-                kept = kept or self._repository.waiting
                 self._since = self._since or self._clock()
                 self._watch.changed()
             left = until - asyncio.get_running_loop().time()
