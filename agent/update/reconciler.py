@@ -300,7 +300,7 @@ class Reconciler:
             case HostInspected(figures):
                 await self._inspected(figures)
             case TimerFired():
-                self._adopting.clear()  # settling follows every input, and asks the host again
+                self._ask_again()
 
     def _post_later(self, item: Input) -> None:
         """Repeat an input that could not be persisted."""
@@ -619,6 +619,12 @@ class Reconciler:
             self._inspection = asyncio.get_running_loop().create_task(self._effects.figures())
             self._inspection.add_done_callback(self._inspection_ended)
 
+    def _ask_again(self) -> None:
+        """Ask the host again where it did not answer; settling, which follows, does so for items to be adopted."""
+        self._adopting.clear()
+        if self._is_state_wanted:
+            self._inspect()
+
     def _inspection_ended(self, task: asyncio.Task[tuple[InstanceHealth, ...] | None]) -> None:
         self._inspection = None
         if not task.cancelled():
@@ -626,16 +632,20 @@ class Reconciler:
 
     async def _inspected(self, figures: tuple[InstanceHealth, ...] | None) -> None:
         """Report what the host was asked for: committed items that a rollout asks for anew, and the whole state."""
-        wanted, self._is_state_wanted = self._is_state_wanted, False
         if figures is None:
             self._settle_later(STORE_AGAIN_S)
             return
+        wanted, self._is_state_wanted = self._is_state_wanted, False
         by_name = {each.instance: each for each in figures}
-        for instance in sorted(self._adopting):
-            await self._adopt(instance, by_name.get(instance))
-        if wanted:
-            for report in state_reports(self._device, self.state, by_name):
-                await self._apply(Transition(report=report))
+        try:
+            for instance in sorted(self._adopting):
+                await self._adopt(instance, by_name.get(instance))
+            if wanted:
+                for report in state_reports(self._device, self.state, by_name):
+                    await self._apply(Transition(report=report))
+        except StoreError:
+            self._is_state_wanted = self._is_state_wanted or wanted  # the input comes again
+            raise
 
     async def _adopt(self, instance: str, figure: InstanceHealth | None) -> None:
         """Keep the new label of an item that is committed, and report its state to the rollout that asks now.

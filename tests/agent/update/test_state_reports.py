@@ -5,6 +5,7 @@ import contextlib
 import pytest
 
 from agent.link.https import FetchError
+from agent.update.store import StoreError
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 
 V1, V2 = (f"components/acme/web/{n}.0.0.wasm" for n in "12")
@@ -55,6 +56,44 @@ async def test_the_state_of_each_instance_is_reported_again_when_the_fleet_asks(
         again = await asked(kit)
         assert [each.phase for each in again] == [Phase.COMMITTED, Phase.FAILED]
         assert again[0].sequence > api.sequence
+
+
+def host_lost(kit, monkeypatch):
+    monkeypatch.setattr(kit.carrier, "figures", once(lost, kit.carrier.figures))
+
+
+def disk_full(kit, monkeypatch):
+    monkeypatch.setattr(kit.store, "apply", once(full, kit.store.apply))
+
+
+def once(first, then):
+    calls = iter((first,))
+
+    def call(*args):
+        return next(calls, then)(*args)
+
+    return call
+
+
+async def lost():
+    return None
+
+
+def full(_step):
+    raise StoreError("no space left")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("trouble", [host_lost, disk_full])
+async def test_the_fleet_gets_the_state_that_it_asked_for_after_a_trouble_that_passes(kit, monkeypatch, trouble):
+    monkeypatch.setattr("agent.update.reconciler.STORE_AGAIN_S", 0.01)
+    async with on_a_board(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        before = len(kit.reports())
+        trouble(kit, monkeypatch)
+        kit.deployer.report_states()
+        await kit.until(lambda: len(kit.reports()) == before + 2)
+        assert [each.instance for each in kit.reports()[before:]] == ["web", ""]
 
 
 @pytest.mark.asyncio
