@@ -125,12 +125,32 @@ class Store:
             StoreError: see the constructor.
         """
         try:
-            return cls(path)
+            store = cls(path)
+            store._check()
         except DamagedStoreError as error:
             for suffix in ("-wal", "-shm"):  # of the damaged one
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
             log.error("%s: moved to %s", error, set_aside(path))  # noqa: TRY400 - a sentence for people
             return cls(path)
+        return store
+
+    def _check(self) -> None:
+        """Look at every page, as SQLite itself notices a damaged one only when it is read; close a damaged database.
+
+        Raises:
+            DamagedStoreError: a page is damaged.
+            StoreError: the disk cannot be read now.
+        """
+        try:
+            (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.OperationalError as error:
+            self.close()
+            raise StoreError(f"cannot read {self._path}: {error}; check its file system") from error
+        except sqlite3.DatabaseError as error:
+            found = str(error)
+        if found != "ok":
+            self.close()
+            raise DamagedStoreError(f"{self._path} is damaged: {found}")
 
     def _migrate(self, *, read_only: bool) -> None:
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])

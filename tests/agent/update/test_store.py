@@ -132,6 +132,23 @@ def test_a_file_that_is_not_a_database_is_reported(tmp_path):
         Store(tmp_path / "store.db")
 
 
+@pytest.mark.parametrize("table", ["committed", "changes", "outbox", "meta"])
+def test_a_database_with_any_damaged_page_is_moved_aside_at_the_start(store, tmp_path, table):
+    path = tmp_path / "store.db"
+    store.save(committed=COMMITTED, report=report())
+    (page,) = store._db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
+    (size,) = store._db.execute("PRAGMA page_size").fetchone()
+    store.close()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\0" * size)
+    Store(path).close()  # which reads none of that page
+    anew = Store.renewed(path)
+    assert anew.committed() == ()
+    anew.close()
+    assert (tmp_path / "store.db.damaged").exists()
+
+
 @pytest.mark.root
 def test_a_state_directory_of_another_owner_is_refused(tmp_path):
     os.chown(tmp_path, 12345, 12345)
