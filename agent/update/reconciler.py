@@ -444,7 +444,8 @@ class Reconciler:
     async def _write_runset(self) -> None:
         items = [self.state.committed[instance] for instance in sorted(self.state.committed)]
         try:
-            await self._db(restore.write_runset, self._device.places.runset, items, self._device.mac_key)
+            facts = await self._db(self._store.facts)
+            await self._db(restore.write_runset, self._device.places.runset, items, facts, self._device.mac_key)
         except OSError as error:
             log.warning("cannot write the second record of the committed items: %s", error)
 

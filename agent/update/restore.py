@@ -1,7 +1,9 @@
 """Restoration of the committed instances after a boot or a crash of the host, without network, TUF or running agent.
 
 Committed items are stored in the database and also in `runset.json` with the device's MAC, so that components run even
-if the database is damaged. A missing or damaged image is compiled again from its artifact, whose sha256 is known.
+if the database is damaged. The versions that the verifier remembers stand there too, as of the last commit: a lost
+database does not make the device accept an assignment again that is older than that. A missing or damaged image is
+compiled again from its artifact, whose sha256 is known.
 """
 
 import asyncio
@@ -40,6 +42,7 @@ from fleet.protocol.codes import InstanceState
 from fleet.protocol.files import atomic_write
 from fleet.protocol.manifest import Manifest
 from signing.errors import Rejected
+from signing.state import VerifierState
 
 log = logging.getLogger("agent.update.restore")
 
@@ -53,6 +56,7 @@ class RunsetError(Exception):
 class _Runset(msgspec.Struct, frozen=True, kw_only=True):
     v: int = 1
     items: tuple[Committed, ...] = ()
+    facts: VerifierState = VerifierState()
     mac: str = ""
 
 
@@ -66,9 +70,9 @@ def _mac(runset: bytes, key: bytes) -> str:
     return hmac.new(key, msgspec.json.encode({**plain, "mac": ""}), hashlib.sha256).hexdigest()
 
 
-def write_runset(path: Path, committed: Iterable[Committed], key: bytes) -> None:
-    """Write the committed items to the run set; raises `OSError`."""
-    runset = _Runset(items=tuple(committed))
+def write_runset(path: Path, committed: Iterable[Committed], facts: VerifierState, key: bytes) -> None:
+    """Write the committed items and what the verifier remembers to the run set; raises `OSError`."""
+    runset = _Runset(items=tuple(committed), facts=facts)
     mac = _mac(wire.canonical(runset), key)
     atomic_write(path, wire.canonical(msgspec.structs.replace(runset, mac=mac)), mode=0o600)
 
@@ -79,6 +83,10 @@ def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:
     Raises:
         RunsetError: the file cannot be read, or its MAC does not match.
     """
+    return _read(path, key).items
+
+
+def _read(path: Path, key: bytes) -> _Runset:
     try:
         written = path.read_bytes()
         runset, mac = msgspec.json.decode(written, type=_Runset), _mac(written, key)
@@ -86,7 +94,7 @@ def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:
         raise RunsetError(f"cannot read {path}: {error}") from error
     if not hmac.compare_digest(mac, runset.mac):
         raise RunsetError(f"{path} was changed: its MAC does not match")
-    return runset.items
+    return runset
 
 
 def committed(database: Path, runset: Path, key: bytes) -> tuple[Committed, ...]:
@@ -125,21 +133,19 @@ def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> h
 
 
 def take_over(store: Store, runset: Path, key: bytes) -> int:
-    """Copy the run set into a new store after the old one was lost, so that instances keep running.
+    """Copy the run set into a new store after the old one was lost: instances keep running, versions do not fall.
 
     Returns:
         The number of instances.
     """
-    if store.counter("generation") or store.committed():
+    if not store.is_new():
         return 0
     try:
-        items = read_runset(runset, key)
+        found = _read(runset, key)
     except RunsetError:
         return 0
-    for item in items:
-        store.save(committed=item)
-    store.set_counter("generation", max((item.generation for item in items), default=0))
-    return len(items)
+    store.fill(found.items, found.facts)
+    return len(found.items)
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,6 +236,19 @@ class Store:
                 sequence = self._post(db, report)
         return sequence
 
+    def is_new(self) -> bool:
+        """Return whether nothing was accepted, committed or begun with this database."""
+        return not self.counter("generation") and not self.committed() and self.facts() == VerifierState()
+
+    def fill(self, committed: tuple[Committed, ...], facts: VerifierState) -> None:
+        """Fill a new database with what another record kept, in one transaction: a power cut leaves it new."""
+        with self._transaction() as db:
+            for each in committed:
+                self._commit(db, each)
+            self._set_facts(db, facts)
+            generation = max((each.generation for each in committed), default=0)
+            db.execute("REPLACE INTO counters VALUES ('generation', ?)", (generation,))
+
     def _with_generation(self, db: sqlite3.Connection, step: Transition) -> Transition:
         if not step.new_generation:
             return step

@@ -190,6 +190,15 @@ class Case:
         self.answer = lambda nonce: None
         self.start(self.server)
 
+    def lose_database(self):
+        """Replace the database by a new one; `start` restarts the agent with it."""
+        self.worker.close()
+        for path in self.directory.glob("store.db*"):
+            path.unlink()
+        self.store = Store(self.directory / "store.db")
+        self.worker = Database(self.store)
+        self.problems = Problems(self.worker)
+
     def start(self, source, **trust):
         """Restart the agent with the stored state: another process, source or policy."""
         fields = {"identity": self.identity, "home": self.directory, "production": False} | trust

@@ -9,6 +9,7 @@ import pytest
 from agent.config import Policy
 from agent.report import status
 from agent.update import receiver as desired_module
+from agent.update import restore
 from agent.update.receiver import ARRIVALS_MAX, AssignmentArrived, FreshnessArrived
 from fleet.protocol.codes import RejectCode
 from tests.agent.desired_case import NOW, Case
@@ -37,6 +38,22 @@ async def test_the_same_assignment_over_both_channels_is_handled_once(case):
     envelope = case.server.assignment(3)
     await case.judge(envelope, envelope)
     assert case.deployer.versions == [3]
+
+
+@pytest.mark.asyncio
+async def test_an_assignment_older_than_the_last_commit_is_refused_after_the_database_was_lost(case):
+    await case.judge(case.server.assignment(3))
+    runset, key = case.directory / "runset.json", b"k" * 32
+    restore.write_runset(runset, (), case.store.facts(), key)
+    case.lose_database()
+    restore.take_over(case.store, runset, key)
+    case.start(case.server)
+    await case.judge(case.server.assignment(2))
+    assert case.codes() == [RejectCode.ROLLBACK]
+    await case.judge(case.server.assignment(4))
+    restore.take_over(case.store, runset, key)
+    assert case.store.facts().assignment.version == 4, "taken over once"
+    assert case.deployer.versions == [3, 4]
 
 
 REFUSED = [

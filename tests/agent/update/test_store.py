@@ -16,7 +16,7 @@ from fleet.protocol.assignment import Item
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.manifest import Http, Manifest
 from fleet.protocol.messages import Report
-from signing.state import VerifierState
+from signing.state import Remembered, VerifierState
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 ITEM = Item(instance="web", target="components/a/web/1.0.0.wasm", length=1, sha256="0" * 64, manifest_sha256="1" * 64)
@@ -167,7 +167,8 @@ def test_components_run_despite_a_damaged_database(store, tmp_path):
     """Committed items are also in the run set, with the device's MAC."""
     key, runset = b"k" * 32, tmp_path / "runset.json"
     store.save(committed=COMMITTED)
-    restore.write_runset(runset, store.committed(), key)
+    facts = VerifierState(assignment=Remembered(7, "2" * 64, "keys"), command=Remembered(5, "3" * 64, "keys"))
+    restore.write_runset(runset, store.committed(), facts.with_committed("a/web", 4), key)
     store.close()
     for suffix in ("-wal", "-shm"):
         (tmp_path / f"store.db{suffix}").unlink(missing_ok=True)
@@ -179,6 +180,7 @@ def test_components_run_despite_a_damaged_database(store, tmp_path):
     anew = Store(tmp_path / "store.db")
     assert restore.take_over(anew, runset, key) == 1
     assert anew.committed() == (COMMITTED,)
+    assert anew.facts() == facts.with_committed("a/web", 4), "nothing older is accepted than at the last commit"
     change = Change(instance="web", assignment=1, state=State(phase=Phase.SWAPPING), item=ITEM)
     stored = anew.apply(Transition(change=change, new_generation=True)).step.change
     assert stored.generation == COMMITTED.generation + 1, "a generation never falls"
