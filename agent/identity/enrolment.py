@@ -54,6 +54,8 @@ from fleet.protocol.messages import (
 from signing.errors import KeyFileError
 from signing.sealing import load, public_key
 
+log = logging.getLogger("agent.identity.enrolment")
+
 CONNECT_S: Final = 20.0
 NEW: Final = ".identity.new"
 """Directory in the state directory in which a new identity is prepared."""
@@ -384,8 +386,6 @@ def install_certificate(identity: Path, pem: str) -> None:
     atomic_write(identity / "device.pem", pem.encode(), mode=0o600)
 
 
-renewal_log = logging.getLogger("agent.identity.identity.enrolment")
-
 RENEW_CHECK_S: Final = 6 * 3600.0
 
 
@@ -429,11 +429,11 @@ class CertificateRenewal:
             try:
                 if requested or await asyncio.to_thread(renewal_due, self._places.identity, self._clock):
                     await asyncio.to_thread(renew_now, self._places, self._https, self._identity)
-                    renewal_log.info("the device certificate was renewed")
+                    log.info("the device certificate was renewed")
                     self._mqtt.retry()
                     self.renewed.set()
             except (FetchError, EnrolError, OSError, ValueError, wire.WireError, msgspec.MsgspecError) as error:
-                renewal_log.warning("the device certificate could not be renewed: %s", error)
+                log.warning("the device certificate could not be renewed: %s", error)
             with contextlib.suppress(TimeoutError):
                 jitter = random.uniform(0.8, 1.2)  # noqa: S311 - jitter, not a secret
                 async with asyncio.timeout(RENEW_CHECK_S * jitter):

@@ -9,6 +9,7 @@ not share a key, the copy discards that identity and enrols by itself.
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -210,8 +211,8 @@ def erase(found: Found) -> bool:
     try:
         with found.file.open("r+b") as file:
             if found.file.name != NAME:
-                fault = [word for word in file.read().decode().split() if word != f"{NAME}={found.text}"]
-                _replace(found.file, " ".join(fault) + "\n")
+                words = [word for word in file.read().decode().split() if word != f"{NAME}={found.text}"]
+                atomic_write(found.file, " ".join(words) + "\n", mode=stat.S_IMODE(os.fstat(file.fileno()).st_mode))
             file.seek(0)
             file.write(b"\0" * os.fstat(file.fileno()).st_size)
             file.flush()
@@ -221,12 +222,3 @@ def erase(found: Found) -> bool:
     except (OSError, UnicodeDecodeError):
         return False
     return True
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

@@ -113,7 +113,7 @@ class HostClient:
         return self.welcome
 
     async def wait(self) -> None:
-        """Wait until all committed instances run on a host; raises `HostGoneError` after HOST_WAIT_S."""
+        """Wait until all committed instances run on a host; raises `HostGoneError` after READY_S."""
         try:
             async with asyncio.timeout(READY_S):
                 await self.ready.wait()
