@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from agent.clock import ReferenceClock
-from fleet.protocol.codes import RETRYABLE, RejectCode
+from fleet.protocol.codes import RejectCode
 from fleet.protocol.files import sync_directory
 
 CHUNK_BYTES: Final = 64 * 1024
@@ -50,11 +50,6 @@ class FetchError(Exception):
         self.message = message
         self.status = status
         self.body = body
-
-    @property
-    def retryable(self) -> bool:
-        """True if another attempt may succeed."""
-        return self.code in RETRYABLE
 
 
 class CancelledError(Exception):

@@ -168,7 +168,7 @@ class Uplink:
     async def health(self) -> Health:
         """Return the health of device and instances as it is now."""
         figures: tuple[InstanceHealth, ...] = ()
-        problems = [*self._problems.texts(), *self._kept()]
+        problems = [*self._problems.texts(), *self._state.problems]
         written = 0
         try:
             answer = await self._host.stats()
@@ -194,14 +194,6 @@ class Uplink:
             host_runs_as=welcome.runs_as if welcome is not None else "",
             problems=tuple(problems),
         )
-
-    def _kept(self) -> list[str]:
-        """Describe items that violate a rule but keep running by the owner's policy."""
-        return [
-            f"{each.instance} keeps running, as this device's policy allows ({each.code}): {each.message}"
-            for each in self._state.violations
-            if self._state.in_force(each) is not None
-        ]
 
     def _with_phase(self, figure: InstanceHealth) -> InstanceHealth:
         """Add to the host's figures the instance's phase and manifest, which only the agent knows."""

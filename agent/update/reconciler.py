@@ -217,15 +217,6 @@ class Reconciler:
         self._inspect()
 
     @property
-    def problems(self) -> list[str]:
-        """Sentences about items that keep running in spite of a violation."""
-        return [
-            f"{each.instance} keeps running, as this device's policy allows ({each.code}): {each.message}"
-            for each in self.state.violations
-            if self.state.in_force(each) is not None
-        ]
-
-    @property
     def is_idle(self) -> bool:
         """True if no input waits, no change is under way, and neither a stop nor a question to the host."""
         busy = self._is_handling or self.state.active or self._stops or self._inspection is not None

@@ -445,9 +445,13 @@ class DeploymentState:
     violations: tuple[Violation, ...] = ()
 
     @property
-    def flights(self) -> dict[str, ActiveChange]:
-        """Earlier name of `active`."""
-        return self.active
+    def problems(self) -> list[str]:
+        """Sentences about items that violate a rule but keep running by the owner's policy."""
+        return [
+            f"{each.instance} keeps running, as this device's policy allows ({each.code}): {each.message}"
+            for each in self.violations
+            if self.in_force(each) is not None
+        ]
 
     def apply(self, step: Transition) -> None:
         """Take over a step that has been persisted."""

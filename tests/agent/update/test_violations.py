@@ -60,11 +60,11 @@ async def test_a_revoked_component_kept_by_policy_is_reported_once(kit):
     assert kit.host.targets() == {"web": item.target}
     said = [report for report in kit.reports() if report.code is RejectCode.REVOKED]
     assert [(report.phase, report.running) for report in said] == [("idle", item.target)]
-    assert kit.deployer.problems
+    assert kit.deployer.state.problems
     assert "keeps running" in told(kit)
     # Once the item is replaced, the violation is gone.
     await kit.run(kit.assignment(2, kit.publish("2.0.0")))
-    assert kit.deployer.problems == []
+    assert kit.deployer.state.problems == []
     assert kit.store.doubts() == ()
     await kit.stop_agent()
 
