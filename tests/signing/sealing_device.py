@@ -36,7 +36,7 @@ class Device:
             .sign(self.key, hashes.SHA256())
             .public_bytes(Encoding.PEM)
         )
-        self.voice = DeviceSigner(self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        self.signer = DeviceSigner(self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
     def prove(self, sealing_key: str = OURS, fleet: str = "harbour") -> bytes:
-        return sealing.prove(self.voice, fleet=fleet, sealing_key=sealing_key)
+        return sealing.prove(self.signer, fleet=fleet, sealing_key=sealing_key)

@@ -145,7 +145,7 @@ def test_a_server_cannot_substitute_its_own_sealing_key():
     # the device's proof for another fleet
     assert refusal(device.prove(fleet="airport"), device, device.id) is RejectCode.WRONG_FLEET
     # a report that the device signed with the same key
-    assert refusal(device.voice.sign(b'{"v":1}'), device, device.id) is RejectCode.UNSIGNED
+    assert refusal(device.signer.sign(b'{"v":1}'), device, device.id) is RejectCode.UNSIGNED
     assert refusal(device.prove(sealing_key="AAAA"), device, device.id) is RejectCode.MALFORMED
 
 

@@ -161,7 +161,7 @@ def test_what_a_device_signed_of_itself_is_printable_in_the_audit(fleet, desk):
     assert len(trees) > 5
     for number, tree in enumerate(trees, 1):
         report = {**tree, "sequence": number, "phase": "committed", "progress": None}
-        signed = device.voice.sign(json.dumps(report).encode())
+        signed = device.signer.sign(json.dumps(report).encode())
         history = operator_api.History(
             device=device.id, certificate_pem=device.certificate.decode(), reports=(msgspec.Raw(signed),)
         )
