@@ -1,6 +1,7 @@
-"""What programs before 0.2.0 signed, stored and sent is read under the words of today: their files are in this folder.
+"""Documents, files and messages of programs before 0.2.0 are read under the words of today.
 
-They were recorded by the last version that said `share_lane`, `lanes` and `shared_lane`, and are never recorded again.
+The recordings in this folder are of the last version that said `share_lane`, `lanes` and `shared_lane`, and stay
+unchanged.
 """
 
 import contextlib
