@@ -147,9 +147,12 @@ class Bundle:
         return (self.directory / names.metadata("timestamp.json")).exists()
 
     def envelope(self) -> bytes | None:
-        """Return the assignment in the bundle; None if there is none."""
+        """Return the assignment in the bundle; None if there is none, or another bundle takes its place just now."""
         found = sorted((self.directory / "desired").glob("*.json"))
-        return found[0].read_bytes() if found else None
+        try:
+            return found[0].read_bytes() if found else None
+        except FileNotFoundError:
+            return None  # whoever stages the other bundle wakes the agent for it
 
     def done(self, outcome: BundleVerdict) -> None:
         """Record the verdict, and remove the assignment, so that it is not verified again."""

@@ -191,6 +191,14 @@ async def test_a_bundle_is_verified_like_downloads(stick, what, attack, code):
 
 
 @pytest.mark.asyncio
+async def test_a_bundle_that_vanishes_while_it_is_read_does_not_end_the_agent(stick):
+    (stick.directory / "desired").mkdir(parents=True)
+    (stick.directory / MINE).symlink_to("gone")  # listed, and not there when it is opened
+    await stick.case.work(BundleArrived())
+    assert stick.case.codes() == []
+
+
+@pytest.mark.asyncio
 async def test_a_bundle_without_metadata_is_refused_at_once(stick):
     assert (await stick.put_in(without(stick))).code
     assert stick.case.deployer.versions == []
