@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 from securesystemslib.signer import CryptoSigner, HSMSigner, Key, Signature, Signer, SSlibKey
 
 from fleet.protocol import names, wire
+from fleet.protocol.files import atomic_write, create_exclusive
 from signing import keys
 from signing.errors import KeyFileError
 
@@ -117,9 +118,9 @@ class Keyring:
         if known is not None and not found:
             raise KeyFileError(f"this key is already known as {known.name}")
         card = _Card(name=name, public=public_pem(key), where=where)
+        write = atomic_write if found else create_exclusive
         try:
-            with self._card(name).open("wb" if found else "xb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(card), indent=1) + b"\n")
+            write(self._card(name), msgspec.json.format(msgspec.json.encode(card), indent=1) + b"\n", mode=0o644)
         except FileExistsError as error:
             raise KeyFileError(f"there is already a key {name!r}: choose another name") from error
         except OSError as error:

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from securesystemslib.signer import CryptoSigner
 
 from signing import keys
 from signing.errors import KeyFileError
+from signing.keyring import Keyring
+from tests.fleet.disk import Medium
 
 SECRET = b"correct horse"
 
@@ -90,3 +93,14 @@ def test_a_key_that_is_not_ed25519_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match="No such file"):
         keys.load(tmp_path / "none")
+
+
+def test_a_card_is_on_the_medium_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring, key = Keyring(tmp_path), CryptoSigner.generate_ed25519().public_key
+    medium = Medium(monkeypatch, tree=tmp_path)
+    for where in ("", "ssh-agent:"):
+        ring.add("alice", key, where=where)
+        assert (medium.torn, medium.at_risk, medium.unsynced) == ([], [], [])
+    assert ring.get("alice").where == "ssh-agent:"
+    with pytest.raises(KeyFileError, match="choose another name"):
+        ring.add("alice", CryptoSigner.generate_ed25519().public_key)
