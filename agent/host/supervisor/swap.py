@@ -261,12 +261,13 @@ class BarrierPlace:
         meeting.ready.add(self._instance)
         if meeting.ready >= self._members and not meeting.over.done():
             meeting.over.set_result(None)
-        try:
-            async with asyncio.timeout(start_s + _BARRIER_GRACE_S):
-                await asyncio.shield(meeting.over)
-        except TimeoutError as error:
+        # Not `asyncio.timeout`: a set that is complete in the turn of the time-out takes over as a whole.
+        await asyncio.wait([meeting.over], timeout=start_s + _BARRIER_GRACE_S)
+        if not meeting.over.done():
             missing = ", ".join(sorted(self._members - meeting.ready))
-            raise self._failed(f"{missing}, which did not arrive") from error
+            raise self._failed(f"{missing}, which did not arrive")
+        try:
+            meeting.over.result()
         except StartError as error:
             raise self._failed(f"{error}, which failed") from error
 

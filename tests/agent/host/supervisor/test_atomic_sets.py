@@ -1,5 +1,6 @@
 """Atomic sets on the host: all new generations take over in the same moment, or none does."""
 
+import asyncio
 import os
 import socket
 
@@ -7,6 +8,9 @@ import pytest
 import support
 
 from agent.host.ipc import host_api
+from agent.host.ipc.host_api import StartError
+from agent.host.supervisor import swap
+from agent.host.supervisor.swap import SwapBarrier
 
 
 def send(host, guest, run, together):
@@ -74,3 +78,27 @@ def test_a_start_that_fails_at_the_barrier_leaves_no_port_open(host, before):
     assert [answer.code for answer in answers(host, front, back)] == ["set-failed", "start-failed"]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+async def at_the_barrier(barrier, instance, other, start_s):
+    """Arrive ready; return what kept the instance from taking over."""
+    try:
+        async with barrier.joined(instance, (other,)) as place:
+            await place.ready(start_s)
+    except StartError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.asyncio
+async def test_a_set_that_is_complete_in_the_turn_of_the_time_out_takes_over_as_a_whole():
+    barrier, no_time = SwapBarrier(), -swap._BARRIER_GRACE_S
+    waits = [at_the_barrier(barrier, "front", "back", no_time), at_the_barrier(barrier, "back", "front", no_time)]
+    assert await asyncio.gather(*waits) == ["", ""]
+
+
+@pytest.mark.asyncio
+async def test_a_member_that_does_not_arrive_is_named_and_fails_when_it_does():
+    barrier, no_time = SwapBarrier(), -swap._BARRIER_GRACE_S
+    assert "with back, which did not arrive" in await at_the_barrier(barrier, "front", "back", no_time)
+    assert "with front, which failed" in await at_the_barrier(barrier, "back", "front", 1000)
