@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -170,14 +170,17 @@ class Supervisor:
 
     async def handle(self, request: host_api.Request, fd: int | None) -> host_api.Reply:
         """Handle a request of the agent and return the reply. This object owns the descriptor."""
+        name = _instance_of(request)
         try:
             return await self._handle(request, fd)
         except (StartError, WorkerGoneError) as error:
             code = error.code if isinstance(error, StartError) else RejectCode.INTERNAL
-            instance = self._instances.get(_instance_of(request))
+            instance = self._instances.get(name)
             return host_api.Failed(
                 id=request.id, code=code, message=plain(str(error)), log=() if instance is None else instance.lines()
             )
+        finally:
+            self._forget_stopped(name)
 
     def agent_gone(self) -> None:
         """Close the secrets that wait for a start, which no client can request any more."""
@@ -215,7 +218,6 @@ class Supervisor:
                 await instance.restart()
             case host_api.Stop():
                 await instance.stop()
-                self._instances.pop(instance.name, None)
                 self._resources.cgroups.dismiss(instance.name)
 
     async def _revert(self, request: host_api.Revert) -> host_api.Started:
@@ -244,17 +246,7 @@ class Supervisor:
         except StartError:
             os.close(fd)
             raise
-        instance = self._instances.get(run.instance)
-        if instance is None:
-            instance = self._instances[run.instance] = Instance(
-                run.instance,
-                self._resources,
-                self._pool,
-                egress=self._egress,
-                router=self._router,
-                events=self.events,
-            )
-        async with instance.lock:
+        async with self._locked(run.instance) as instance:
             if instance.current is not None and instance.current.number == run.generation:
                 os.close(fd)
                 if instance.state is InstanceState.QUARANTINED:
@@ -263,11 +255,7 @@ class Supervisor:
                 return host_api.Started(
                     id=request.id, instance=run.instance, generation=run.generation, replaced=previous
                 )
-            try:
-                swapped = await self._swap(instance, request, fd)
-            finally:
-                if instance.current is None:
-                    self._instances.pop(run.instance, None)
+            swapped = await self._swap(instance, request, fd)
         return host_api.Started(
             id=request.id,
             instance=run.instance,
@@ -275,6 +263,26 @@ class Supervisor:
             replaced=swapped.replaced,
             swap_ms=swapped.swap_ms,
         )
+
+    @contextlib.asynccontextmanager
+    async def _locked(self, name: str) -> AsyncIterator[Instance]:
+        """Lock an instance for its start: a new one if there is none, or if the one waited for has stopped."""
+        while True:
+            instance = self._instances.get(name)
+            if instance is None:
+                instance = self._instances[name] = Instance(
+                    name, self._resources, self._pool, egress=self._egress, router=self._router, events=self.events
+                )
+            async with instance.lock:
+                if self._instances.get(name) is instance:
+                    yield instance
+                    return
+
+    def _forget_stopped(self, name: str) -> None:
+        """Forget an instance that does not run, unless a request is changing it."""
+        instance = self._instances.get(name)
+        if instance is not None and instance.current is None and not instance.lock.locked():
+            del self._instances[name]
 
     def _check_device(self) -> None:
         """Raise `StartError` if no component may run on this device."""

@@ -227,6 +227,31 @@ def descriptors(pid):
         return 0
 
 
+def test_a_start_that_waits_behind_a_stop_runs_and_can_be_stopped(host):
+    host.start("hello", support.a_run("web", 1))
+    host._id += 2
+    stop, start = host._id - 1, host._id
+    image = support.sealed(support.compiled("hello"))
+    # In one go: the host reads the second while it is at the first.
+    host_api.send(host.sock, host_api.Stop(id=stop, instance="web"))
+    host_api.send(host.sock, host_api.Start(id=start, run=support.a_run("web", 2)), image)
+    os.close(image)
+    replies = [host_api.receive_from_host(host.sock) for _ in (stop, start)]
+    assert [(type(reply), reply.id) for reply in replies] == [(host_api.Done, stop), (host_api.Started, start)]
+    assert host.health("web").generation == 2
+    assert support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
+    host.ask(host_api.Stop, instance="web")
+    assert host.ask(host_api.Status).instances == ()
+
+
+def test_a_first_start_that_fails_is_answered_with_the_log(host):
+    grants = support.Grants(interfaces=("wasi:http/outgoing-handler",), outbound=("https://example.org",))
+    failed = host.start("trap-in-start", support.a_run("web", 1, share_worker=True, grants=grants))
+    assert isinstance(failed, host_api.Failed)
+    assert any("it has a worker of its own" in line for line in failed.log), failed.log
+    assert host.lines_of("web") == ()
+
+
 def test_nothing_is_left_behind_by_instances_that_came_and_went(host):
     def held():
         pids = [host.process.pid, *children(host.process.pid)]
