@@ -257,13 +257,21 @@ class Instance:
             now_s = time.monotonic()
             if self._crashes.on_steady(now_s - max(worker.since_s for worker in current.alive)):
                 self._resources.crashes.remember(self.name, current.run.target, 0)
-            if current.data and (reason := storage_problem(current.data, current.run.limits.storage_bytes)):
-                self._quarantine(current, reason)
+            if current.data:
+                self._workers.tasks.spawn(self._enforce_storage(current))
             self._workers.bytes_today()
             self._autoscaler.tick(current)
         for generation in (self.current, self.previous):
             if generation is not None:
                 self._kill_overdue(generation)
+
+    async def _enforce_storage(self, generation: Generation) -> None:
+        """Quarantine an instance whose data takes more than it may; in turn, as a change under way starts workers."""
+        async with self.lock:
+            if generation.is_serving and (
+                reason := storage_problem(generation.data, generation.run.limits.storage_bytes)
+            ):
+                self._quarantine(generation, reason)
 
     def _kill_overdue(self, generation: Generation) -> None:
         """Kill workers whose call exceeds all limits, in case their own watchdog has failed."""

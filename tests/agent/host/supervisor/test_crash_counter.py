@@ -1,4 +1,4 @@
-"""Consecutive crashes lead to quarantine; half a minute of uptime resets the counter, also on disk."""
+"""Quarantine of an instance: consecutive crashes, which half a minute of uptime resets, also on disk; too much data."""
 
 import asyncio
 import time
@@ -63,14 +63,33 @@ async def test_a_life_of_some_length_resets_the_count(case):
     assert case.instance.state == "quarantined"
 
 
+def a_worker(up_s):
+    worker = SimpleNamespace(alive=True, ready=object(), since_s=time.monotonic() - up_s, is_draining=False)
+    worker.page = SimpleNamespace(began_ns=lambda: 0, read=CallStats)
+    worker.ended = asyncio.get_running_loop().create_future()
+    worker.end = lambda _reason: None
+    return worker
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("up_s", "count"), [(SHORT_S - 5, 3), (LONG_S, 0)])
 async def test_a_worker_with_enough_uptime_resets_the_count(case, up_s, count):
-    worker = SimpleNamespace(alive=True, ready=object(), since_s=time.monotonic() - up_s)
-    worker.page = SimpleNamespace(began_ns=lambda: 0, read=CallStats)
-
     for _ in range(3):
         case.dies(SHORT_S)
-    case.generation.workers.append(worker)
+    case.generation.workers.append(a_worker(up_s))
     case.instance.tick()
     assert case.count == count
+
+
+@pytest.mark.asyncio
+async def test_too_much_data_is_a_quarantine_after_the_change_that_is_under_way(case, tmp_path):
+    """The change would end with an instance that is said to run, and has no worker."""
+    case.generation.data = str(tmp_path)
+    (tmp_path / "large").write_bytes(bytes(2 * case.generation.run.limits.storage_bytes))
+    case.generation.workers.append(a_worker(SHORT_S))
+    async with case.instance.lock:
+        case.instance.tick()
+        assert (case.instance.state, len(case.generation.workers)) == ("running", 1)
+        await asyncio.sleep(0)  # one step of what the tick began: it waits for the lock
+    async with case.instance.lock:
+        assert (case.instance.state, case.generation.workers) == ("quarantined", [])
