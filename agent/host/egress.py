@@ -93,19 +93,11 @@ async def _first(addresses: list[str], port: int) -> socket.socket:
     last = RefusedError("destination-unavailable", "there is no address to connect to")
     for address in addresses:
         meant = str(outbound.unwrapped(ipaddress.ip_address(address))) if address.startswith("::ffff:") else address
-        sock = socket.socket(
-            socket.AF_INET6 if ":" in meant else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC
-        )
-        sock.setblocking(False)
         try:
-            await asyncio.get_running_loop().sock_connect(sock, (meant, port))
+            sock = await _connected(socket.AF_INET6 if ":" in meant else socket.AF_INET, (meant, port))
         except OSError as error:
-            sock.close()
             code = "connection-refused" if isinstance(error, ConnectionRefusedError) else "destination-unavailable"
             last = RefusedError(code, f"cannot connect to {address}:{port}: {error.strerror}")
-        except BaseException:
-            sock.close()
-            raise
         else:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
@@ -113,13 +105,18 @@ async def _first(addresses: list[str], port: int) -> socket.socket:
 
 
 async def _neighbour(name: str, directory: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    sock.setblocking(False)
     try:
-        await asyncio.get_running_loop().sock_connect(sock, f"{directory}/{name}")
+        return await _connected(socket.AF_UNIX, f"{directory}/{name}")
     except OSError as error:
-        sock.close()
         raise RefusedError("destination-unavailable", f"no instance {name} answers on this device") from error
+
+
+async def _connected(family: socket.AddressFamily, to: tuple[str, int] | str) -> socket.socket:
+    """Connect a new socket. Raises `OSError`, also where the device has no such family or no descriptor left."""
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, to)
     except BaseException:
         sock.close()
         raise

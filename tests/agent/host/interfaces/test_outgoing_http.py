@@ -4,6 +4,7 @@ The egress runs here in a thread, with its own code; its resolver is the one sea
 sockets on loopback, which a grant has to name.
 """
 
+import errno
 import itertools
 import os
 import socket
@@ -15,6 +16,7 @@ import msgspec
 import pytest
 from peers import HANDLER, OK, Board, Peer, answers, certificate, encrypted, says
 
+from agent.host import egress
 from agent.host.engine import adapter_abi
 from agent.host.engine.runtime import Engine
 from agent.host.http import routing
@@ -79,6 +81,41 @@ def test_an_address_that_is_not_public_is_connected_to_only_when_it_is_named(add
         assert "api.example.com" in str(caught.value)
     else:
         assert filter_addresses(grants, "https", "api.example.com", 443, addresses) == kept
+
+
+@pytest.fixture
+def no_ipv6(monkeypatch):
+    """A device without IPv6: it makes no such sockets."""
+    make = socket.socket
+
+    def made(family=-1, *args, **kwargs):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "no such family")
+        return make(family, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "socket", made)
+
+
+async def connected(port, *addresses):
+    """Connect as the egress does for a name with these addresses."""
+
+    async def resolver(_host, _port):
+        return list(addresses)
+
+    grants = Grants(outbound=tuple(f"http://{host}:{port}" for host in ("api.example.com", "127.0.0.1", "[::1]")))
+    request = ConnectRequest(id=1, scheme="http", authority=f"api.example.com:{port}", timeout_ms=10_000)
+    return await egress.connect(grants, request, directory="", resolver=resolver)
+
+
+@pytest.mark.asyncio
+async def test_an_address_for_which_there_is_no_socket_counts_as_one_that_does_not_answer(no_ipv6):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with await connected(port, "::1", "127.0.0.1") as sock:
+            assert sock.getpeername() == ("127.0.0.1", port)
+        with pytest.raises(RefusedError, match="no such family") as caught:
+            await connected(port, "::1")
+    assert caught.value.error == "destination-unavailable"
 
 
 @pytest.fixture
