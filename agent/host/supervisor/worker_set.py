@@ -121,7 +121,8 @@ class WorkerSet:
             raise StartError(RejectCode.START_FAILED, f"{self._name}: it did not start in time") from error
         finally:
             if worker is not None and worker.ready is None:
-                generation.workers.remove(worker)
+                if worker in generation.workers:  # else it was retired meanwhile
+                    generation.workers.remove(worker)
                 worker.end("it did not start")
                 self._close_when_ended(worker)
         generation.kinds, generation.layers = frozenset(ready.kinds), ready.layers
