@@ -118,8 +118,14 @@ class HelperProcess(ABC):
             loop.call_later(_PAUSE_S, self._again)
 
     def _again(self) -> None:
-        if self._is_needed() and not self.running and not self._closing:
+        if not self._is_needed() or self.running or self._closing:
+            return
+        try:
             self._fork()
+        except OSError as error:  # out of processes, memory or descriptors, for now
+            sys.stderr.write(f"host: cannot start the {self._name}: {error.strerror}; trying again\n")
+            sys.stderr.flush()
+            asyncio.get_running_loop().call_later(_PAUSE_S, self._again)
 
     def _kill(self) -> None:
         """Kill the process, and start no other."""

@@ -1,0 +1,44 @@
+"""Helper processes are replaced, also where the device cannot fork at first."""
+
+import asyncio
+import errno
+import os
+
+import pytest
+
+from agent.host.ipc import framing
+from agent.host.supervisor import helpers
+
+
+class ShortLived(helpers.HelperProcess):
+    """Ends at once, three times; the second time, no process can be forked."""
+
+    def __init__(self):
+        super().__init__("helper")
+        self.tries = 0
+        self.third = asyncio.Event()
+        self._fork()
+
+    def _spawn(self):
+        self.tries += 1
+        if self.tries == 2:
+            raise BlockingIOError(errno.EAGAIN, "no process is left")
+        if self.tries == 3:
+            self.third.set()
+        return os.posix_spawn("/bin/true", ["true"], {}), framing.socket_pair()[0]
+
+    def _tell_everything(self):
+        pass
+
+    def _is_needed(self):
+        return not self.third.is_set()
+
+
+@pytest.mark.asyncio
+async def test_a_helper_that_cannot_be_forked_is_tried_again(monkeypatch, capsys):
+    monkeypatch.setattr(helpers, "_PAUSE_S", 0)
+    helper = ShortLived()
+    async with asyncio.timeout(30):
+        await helper.third.wait()
+        await helper._gone
+    assert "cannot start the helper: no process is left; trying again" in capsys.readouterr().err
