@@ -23,7 +23,6 @@ from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Grants, Limits, Manifest
 from fleet.protocol.messages import InstanceHealth
 
-PACKET_MAX_BYTES: Final = 160 * 1024
 _ENTRIES_MAX_BYTES: Final = 128 * 1024
 WHY_NOT: Final = "host.why"
 """File beside the host's socket: why it did not start the last time, in one sentence; removed once it has."""
@@ -309,8 +308,10 @@ def page(entries: Iterable[T]) -> tuple[tuple[T, ...], bool]:
 def encode(message: Request | FromHost) -> bytes:
     """Return the packet of a message. Raises `IpcError`: larger than a packet may be."""
     data = msgspec.json.encode(message)
-    if len(data) > PACKET_MAX_BYTES:
-        raise IpcError(f"{type(message).__name__}: {len(data)} bytes, at most {PACKET_MAX_BYTES} fit in a packet")
+    if len(data) > framing.PACKET_MAX_BYTES:
+        raise IpcError(
+            f"{type(message).__name__}: {len(data)} bytes, at most {framing.PACKET_MAX_BYTES} fit in a packet"
+        )
     return data
 
 
@@ -332,7 +333,7 @@ def send(sock: socket.socket, message: Request | FromHost, fd: int | None = None
 
 def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
     try:
-        data, fds = framing.receive_packet(sock, max_bytes=PACKET_MAX_BYTES, max_fds=1)
+        data, fds = framing.receive_packet(sock, max_fds=1)
     except framing.GoneError as error:
         raise IpcError(str(error)) from error
     framing.close_all(fds[1:])  # there is room for a second one, by alignment
