@@ -74,7 +74,8 @@ class Member(msgspec.Struct, frozen=True):
         online_since: None while it is offline.
         replaced: a canary that went away: its failure counts, it holds up nothing.
         accepted: the failure or loss that an operator accepted by resuming.
-        arrival: offered from the catch-up queue, after the rollout succeeded; `new` runs nothing under this name yet.
+        arrival: offered from the catch-up queue, after the rollout succeeded.
+        new: an arrival that runs nothing under this name yet, or has the value already: it does not wait in the queue.
         cancelled: an operator left it out of this rollout.
         returning: the rollout ended, and the device has not confirmed its previous version yet.
     """

@@ -277,9 +277,9 @@ class Director:
                 return [item for item in items if self._repository.release(item.target) is not None]
         return []
 
-    def is_assigned(self, device: str, instance: str) -> bool:
-        """Tell whether the newest assignment has an instance of this name."""
-        return bool(self._assigned(device, instance))
+    def has_another(self, device: str, instance: str, rollout: str) -> bool:
+        """Tell whether the newest assignment has an instance of this name that another rollout brought."""
+        return any(item.rollout != rollout for item in self._assigned(device, instance))
 
     def _forgotten(self, device: str, wanted: Mapping[str, Effective]) -> list[str]:
         """Return instances of the newest assignment that nobody speaks of any more: nobody asked to delete their data.

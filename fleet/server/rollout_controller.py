@@ -397,7 +397,7 @@ class RolloutController:
             for rollout in self._store.rollouts.without(device, groups):
                 settled = rollout.state is RolloutState.SUCCEEDED
                 change = Change(rollout.group, rollout.device, rollout.instance, rollout.value)
-                member = self._membership.joins(change, row, rollout.progress, settled=settled)
+                member = self._membership.joins(change, row, rollout.progress, rollout=rollout.id, settled=settled)
                 self._store.rollouts.add_members(rollout.number, [member])
                 self._wake.set()
 

@@ -100,12 +100,15 @@ class Membership:
         progress = Rollout(RolloutState.RUNNING, gates, plan.limits, vacancies=drawn.vacancies)
         return Drawn(progress, ", ".join(map(str, drawn.stages)), members, left_out)
 
-    def joins(self, change: Change, row: DeviceRow, progress: Rollout, *, settled: bool) -> Member:
-        """Return the member that a device becomes which joins the group while a rollout runs, or after it settled."""
+    def joins(self, change: Change, row: DeviceRow, progress: Rollout, *, rollout: str, settled: bool) -> Member:
+        """Return the member that a device becomes which joins the group while a rollout runs, or after it settled.
+
+        Who has the value of `rollout` already waits in no queue: earlier versions assigned it to everybody who joined.
+        """
         reason = self.left_out(change, row)
         if reason:
             return Member(row.id, 0, Outcome.NOT_AFFECTED, reason=reason, canary=False)
-        new = settled and not self._director.is_assigned(row.id, change.instance)
+        new = settled and not self._director.has_another(row.id, change.instance, rollout)
         return Member(
             row.id,
             len(progress.gates),

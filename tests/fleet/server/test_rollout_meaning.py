@@ -3,6 +3,8 @@
 The decisions themselves are told in `tests/fleet/rollout`; here the server, its store and its director carry them out.
 """
 
+import sqlite3
+
 import pytest
 
 from fleet.protocol import operator_api
@@ -237,3 +239,27 @@ async def test_a_device_that_joins_after_a_rollout_gets_what_the_group_runs(new_
         await late.until(lambda board: board.items)
         view = await operator.follow(view, lambda view: view.counts == {"succeeded": 2})
         assert (late.items["hello"].target, of(view, late).wave) == (target, 1)
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_joined_under_an_earlier_version_keeps_what_it_runs(new_fleet):
+    """Earlier versions assigned the settled value to devices that joined, and kept no progress of theirs."""
+    async with new_fleet() as fleet:
+        operator, _ = fleet.operator, await fleet.board("a")
+        target = await operator.publish("1.0.0")
+        view = await operator.decided(await operator.deploy(target))
+        late = await fleet.board("late")
+        await operator.follow(view, lambda view: view.counts == {"succeeded": 2})
+        before = late.items["hello"]
+        freeze = operator_api.FreezeRequest(group="edge", reason="upgrade")
+        await operator.send(operator_api.Freezes, "POST", "/v1/freeze", freeze)
+        await late.disconnect(politely=True)
+        await fleet.stop()
+        with sqlite3.connect(fleet.home / "server" / "fleet.db") as db:
+            db.execute("DELETE FROM rollout_devices WHERE device = ?", (late.device,))
+        await fleet.start()
+        await late.connect()
+        await operator.follow(view, lambda view: len(view.devices) == 2)
+        await operator.send(operator_api.Freezes, "POST", "/v1/unfreeze", operator_api.UnfreezeRequest(group="edge"))
+        await operator.follow(view, lambda view: view.counts == {"succeeded": 2})
+        assert [item for assignment in late.accepted for item in assignment.items or [None]] == [before]
