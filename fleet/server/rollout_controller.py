@@ -25,7 +25,7 @@ from fleet.rollout.model import Member, leave, overtaken
 from fleet.rollout.steady import Witness
 from fleet.server.check_ins import CheckIns
 from fleet.server.director import Director
-from fleet.server.rollout_members import Change, Membership, with_presence
+from fleet.server.rollout_members import Change, Drawn, Membership, with_presence
 from fleet.store.rows import AssignmentRow, RolloutRow, SettledRow
 from fleet.store.store import ChangeSignal, Store
 from signing.errors import SigningError
@@ -157,18 +157,35 @@ class RolloutController:
             self._next = until if self._next is None else min(self._next, until)
 
     def _begin_scheduled(self, row: RolloutRow) -> None:
-        """Resolve the members of a rollout whose time has come."""
+        """Resolve the members of a rollout whose time has come, or of the set that it leads."""
+        rows = self._set_of(row)
+        if rows[0].number != row.number:
+            return
         at = row.plan.starts_at or 0
         if not self._witness.due(at):
             self._look_at(self.steady() + min(60.0, max(1.0, at - self._witness.utc)))
             return
-        drawn = self._membership.draw(Change(row.group, row.device, row.instance, row.value), row.plan)
+        left_out = self._membership.left_out_of_all([_change(each) for each in rows])
         with self._store.atomic():
-            self._store.rollouts.add_members(row.number, drawn.members)
-            self._store.rollouts.set_drawn(row.number, drawn.waves)
-            refused = "" if drawn.progress.gates else refusal(drawn.left_out)
-            progress = drawn.progress if drawn.progress.gates else Rollout(RolloutState.REFUSED, ())
-            self._store.rollouts.save(row.number, progress, reason=refused, now=self._now())
+            for each in rows:
+                self._begin(each, self._membership.draw(_change(each), each.plan, also_out=left_out))
+
+    def _begin(self, row: RolloutRow, drawn: Drawn) -> None:
+        """Begin a scheduled rollout, as `RolloutPlanner` begins one at once."""
+        progress, reason = drawn.progress, ""
+        if not progress.gates:
+            settles = row.value.target is None or row.plan.allow_empty
+            progress = Rollout(RolloutState.SUCCEEDED if settles else RolloutState.REFUSED, (), row.plan.limits)
+            reason = refusal(drawn.left_out)
+        if progress.state is not RolloutState.REFUSED:
+            self.supersede(row)
+        self._store.rollouts.add_members(row.number, drawn.members)
+        before = self._store.rollouts.settled_value(group=row.group, device=row.device, instance=row.instance)
+        self._store.rollouts.set_drawn(row.number, drawn.waves, before)
+        self._store.rollouts.save(row.number, progress, reason=reason, now=self._now())
+        if progress.state is RolloutState.SUCCEEDED:
+            self._note_state(row, progress.state, reason)
+            self.touch_scope(row)
 
     # -- one rollout --------------------------------------------------------------------------------------------------
 
@@ -325,6 +342,15 @@ class RolloutController:
                 )
         self.touch_scope(row)
 
+    def supersede(self, row: RolloutRow) -> None:
+        """End the open rollouts whose place a new one takes, those of their sets included."""
+        for old in self._store.rollouts.open_on(group=row.group, device=row.device, instance=row.instance):
+            if old.number == row.number:
+                continue
+            for each in self._set_of(old):
+                self._store.rollouts.set_superseded_by(each.number, row.number)
+            self.end(old, RolloutState.SUPERSEDED, f"rollout {row.number} took over")
+
     def save(self, row: RolloutRow, progress: Rollout, members: Iterable[Member] = (), *, reason: str) -> None:
         """Store a rollout after an act of an operator, and look again."""
         with self._store.atomic():
@@ -395,10 +421,9 @@ class RolloutController:
                 continue
             groups = [each.name for each in self._store.devices.groups_of(row)]
             for rollout in self._store.rollouts.without(device, groups):
-                settled = rollout.state is RolloutState.SUCCEEDED
-                change = Change(rollout.group, rollout.device, rollout.instance, rollout.value)
-                member = self._membership.joins(change, row, rollout.progress, rollout=rollout.id, settled=settled)
-                self._store.rollouts.add_members(rollout.number, [member])
+                changes = [_change(each) for each in self._set_of(rollout)]
+                reason = next((said for each in changes if (said := self._membership.left_out(each, row))), "")
+                self._store.rollouts.add_members(rollout.number, [self._membership.joins(rollout, row, reason)])
                 self._wake.set()
 
     async def _settle_dirty(self) -> None:
@@ -458,6 +483,10 @@ class _Decided:
     stored: list[tuple[Member, ...]]
     step: Step
     offered: list[str]
+
+
+def _change(row: RolloutRow) -> Change:
+    return Change(row.group, row.device, row.instance, row.value)
 
 
 def _differs(old: Member, new: Member) -> bool:

@@ -1,7 +1,7 @@
 """Members of a rollout as the store knows them: whom the change concerns, and the draw over them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,7 +14,7 @@ from fleet.rollout.members import Candidate, draw
 from fleet.rollout.model import Member, Value
 from fleet.server.director import Director, lacks, unfit
 from fleet.server.tuf_repository import TufRepository
-from fleet.store.rows import DeviceRow, RolloutPlan
+from fleet.store.rows import DeviceRow, RolloutPlan, RolloutRow
 from fleet.store.store import Store
 from signing.policy import Release
 
@@ -100,24 +100,33 @@ class Membership:
         progress = Rollout(RolloutState.RUNNING, gates, plan.limits, vacancies=drawn.vacancies)
         return Drawn(progress, ", ".join(map(str, drawn.stages)), members, left_out)
 
-    def joins(self, change: Change, row: DeviceRow, progress: Rollout, *, rollout: str, settled: bool) -> Member:
+    def joins(self, rollout: RolloutRow, row: DeviceRow, left_out: str) -> Member:
         """Return the member that a device becomes which joins the group while a rollout runs, or after it settled.
 
-        Who has the value of `rollout` already waits in no queue: earlier versions assigned it to everybody who joined.
+        Who has the value already waits in no queue: earlier versions assigned it to everybody who joined.
+
+        Args:
+            rollout: which the device enters.
+            row: the device.
+            left_out: why the rollout, or another one of its set, does not concern the device; empty for no reason.
         """
-        reason = self.left_out(change, row)
-        if reason:
-            return Member(row.id, 0, Outcome.NOT_AFFECTED, reason=reason, canary=False)
-        new = settled and not self._director.has_another(row.id, change.instance, rollout)
+        if left_out:
+            return Member(row.id, 0, Outcome.NOT_AFFECTED, reason=left_out, canary=False)
+        settled = rollout.state is RolloutState.SUCCEEDED
         return Member(
             row.id,
-            len(progress.gates),
-            attempt=change.value.attempt,
+            len(rollout.progress.gates),
+            attempt=rollout.value.attempt,
             canary=False,
             arrival=settled,
-            new=new,
+            new=settled and not self._director.has_another(row.id, rollout.instance, rollout.id),
             rank=1 << 30,
         )
+
+    def left_out_of_all(self, changes: Sequence[Change]) -> dict[str, str]:
+        """Return the devices that an atomic set leaves out, with the reason: each gets all of its members, or none."""
+        rows = self.devices(changes[0])
+        return {row.id: reason for change in changes for row in rows if (reason := self.left_out(change, row))}
 
     def left_out(self, change: Change, row: DeviceRow) -> str:
         """Return why a change does not concern a device, in words; empty for no reason."""

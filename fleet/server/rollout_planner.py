@@ -273,9 +273,7 @@ class RolloutPlanner:
         """
         word = f"s{secrets.token_hex(6)}"
         plan = self._plan(*asked[0])
-        left_out: dict[str, str] = {}
-        for request, value in asked:
-            left_out |= self._membership.draw(_change(request, value), plan).left_out
+        left_out = self._membership.left_out_of_all([_change(request, value) for request, value in asked])
         taken_back = undoes or ("",) * len(asked)
         with self._store.atomic():
             rows = [
@@ -328,9 +326,7 @@ class RolloutPlanner:
         with self._store.atomic():
             row = self._store.rollouts.create(new, now=now)
             if progress.state in OPEN_STATES | {RolloutState.SUCCEEDED}:
-                for old in superseded:
-                    self._conductor.end(old, RolloutState.SUPERSEDED, f"rollout {row.number} took over")
-                    self._store.rollouts.set_superseded_by(old.number, row.number)
+                self._conductor.supersede(row)
             if progress.state is RolloutState.SUCCEEDED:
                 self._settle(row, now)
             act = "undo" if undoes else "remove" if value.target is None else "deploy"

@@ -177,9 +177,9 @@ class Rollouts:
             *(progress.state, text(progress), reason, ended, number),
         )
 
-    def set_drawn(self, number: int, waves: str) -> None:
-        """Set the waves as they were drawn."""
-        self._db.run("UPDATE rollouts SET waves = ? WHERE number = ?", waves, number)
+    def set_drawn(self, number: int, waves: str, before: Value | None) -> None:
+        """Set the waves as they were drawn, and the settled value of that moment."""
+        self._db.run("UPDATE rollouts SET waves = ?, before = ? WHERE number = ?", waves, text(before), number)
 
     def set_superseded_by(self, number: int, by: int) -> None:
         """Record the rollout that took the place of another."""

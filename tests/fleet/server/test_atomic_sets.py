@@ -1,5 +1,7 @@
 """Several components as one rollout: offered in one assignment, decided as one, taken back as one."""
 
+from datetime import UTC, datetime
+
 import pytest
 
 from fleet.protocol import operator_api
@@ -107,3 +109,41 @@ async def test_a_set_that_names_an_instance_twice_is_refused(new_fleet, broker):
         request = operator_api.RolloutRequest(instance="hello", target=target, also={"hello": target}, group="edge")
         problem = await fleet.operator.problem("POST", "/v1/rollouts", request)
         assert "hello is named twice" in problem.title
+
+
+async def pin(fleet, board, instance, target):
+    wish = operator_api.RolloutRequest(instance=instance, target=target)
+    path = f"/v1/devices/{board.device}/pin"
+    return await fleet.operator.decided(await fleet.operator.send(operator_api.RolloutView, "PUT", path, wish))
+
+
+@pytest.mark.asyncio
+async def test_a_set_that_begins_later_leaves_a_device_out_of_all_of_it(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        pinned, other = await fleet.board("a"), await fleet.board("b")
+        one, two = await fleet.operator.publish("1.0.0"), await fleet.operator.publish("2.0.0")
+        await pin(fleet, pinned, "front", one)
+        view = await deploy_both(fleet, two, starts_at=datetime.now(UTC))
+        view = await fleet.operator.follow(view, lambda view: view.state is RolloutState.SUCCEEDED)
+        await other.until(lambda board: len(board.items) == 2)
+        assert set(pinned.items) == {"front"}
+        for number in view.together:
+            member = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{number}")
+            assert member.counts == {"succeeded": 1, "not-affected": 1}
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_joins_while_a_set_is_open_gets_all_of_it_or_none(new_fleet, broker):
+    async with new_fleet(broker) as fleet:
+        await fleet.board("a")
+        one, two = await fleet.operator.publish("1.0.0"), await fleet.operator.publish("2.0.0")
+        view = await deploy_both(fleet, two, soak_s=3600)
+        joins = await fleet.board("b", group="other")
+        await pin(fleet, joins, "front", one)
+        wish = operator_api.GroupRequest(add=(joins.device,))
+        await fleet.operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", wish)
+        for number in view.together:
+            member = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{number}")
+            member = await fleet.operator.follow(member, lambda view: len(view.devices) == 2)
+            outcomes = {each.device: each.outcome for each in member.devices}
+            assert outcomes[joins.device] is Outcome.NOT_AFFECTED

@@ -4,6 +4,8 @@ The decisions themselves are told in `tests/fleet/rollout`; here the server, its
 """
 
 import sqlite3
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -143,8 +145,6 @@ async def test_a_rollout_that_would_change_nothing_is_refused(new_fleet):
 
 @pytest.mark.asyncio
 async def test_the_clock_that_jumps_a_year_for_a_moment_ends_nothing(new_fleet, behaviours):
-    from datetime import timedelta
-
     async with new_fleet() as fleet:
         operator, board = fleet.operator, await fleet.board("a")
         board.behaviour = behaviours["silent"]
@@ -263,3 +263,41 @@ async def test_a_device_that_joined_under_an_earlier_version_keeps_what_it_runs(
         await operator.send(operator_api.Freezes, "POST", "/v1/unfreeze", operator_api.UnfreezeRequest(group="edge"))
         await operator.follow(view, lambda view: view.counts == {"succeeded": 2})
         assert [item for assignment in late.accepted for item in assignment.items or [None]] == [before]
+
+
+@pytest.mark.asyncio
+async def test_a_rollout_that_begins_later_takes_the_place_of_an_open_one_and_goes_back_to_what_was_settled_then(
+    new_fleet, behaviours
+):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        one, two, three = [await operator.publish(version) for version in ("1.0.0", "2.0.0", "3.0.0")]
+        later = await operator.deploy(three, starts_at=datetime.now(UTC) + timedelta(days=1))
+        await operator.decided(await operator.deploy(one))
+        board.behaviour = behaviours["silent"]
+        open_still = await operator.deploy(two)
+        await board.until(lambda board: board.items["hello"].target == two)
+        board.behaviour = behaviours["good"]
+        controller = fleet.server._conductor
+        clock = controller._clock
+        controller._clock = lambda: clock() + timedelta(days=2)
+        controller._witness = replace(controller._witness, utc=controller._now())
+        controller.wake()
+        later = await operator.follow(later, lambda view: view.state is RolloutState.SUCCEEDED)
+        assert (await shown(operator, open_still)).state is RolloutState.SUPERSEDED
+        await board.until(lambda board: board.items["hello"].target == three)
+        undo = operator_api.UndoRequest(rollout=str(later.number))
+        assert (await operator.send(operator_api.RolloutView, "POST", "/v1/undo", undo)).target == one
+
+
+@pytest.mark.asyncio
+async def test_a_rollout_that_begins_later_settles_for_an_empty_group_where_it_may(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        await operator.token("edge")
+        target = await operator.publish("1.0.0")
+        view = await operator.deploy(target, starts_at=datetime.now(UTC), allow_empty=True)
+        view = await operator.follow(view, lambda view: view.state is not RolloutState.SCHEDULED)
+        assert (view.state, view.reason) == (RolloutState.SUCCEEDED, "the group has no devices")
+        (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
+        assert [each.target for each in group.settled] == [target]
