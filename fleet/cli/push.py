@@ -21,11 +21,11 @@ from fleet.cli.base import Exit, Fault, Options, command, config_values, share_w
 from fleet.cli.operator import Operator, load_operator
 from fleet.cli.publish import Prepared, Publication, attach, prepare, versioned
 from fleet.cli.publish import publish as publish_prepared
-from fleet.cli.rollout import finish
+from fleet.cli.rollout import amount, finish
 from fleet.cli.secret import check_needed
 from fleet.cli.trust_store import TrustStore
 from fleet.client import Client
-from fleet.protocol import operator_api, outbound
+from fleet.protocol import bounds, operator_api, outbound
 from fleet.protocol.codes import OnBreach
 from fleet.protocol.manifest import Grants, Manifest
 from fleet.protocol.names import BadNameError, TargetName, check_label
@@ -57,6 +57,18 @@ _PROVENANCE: Final = click.option(
 )
 _NAME: Final = click.option("--name", default="", metavar="NAME", help="Publish under this name  [the manifest's]")
 
+
+def _moment(_ctx: click.Context, _param: click.Parameter, text: str | None) -> datetime | None:
+    """Read a time in ISO 8601, in UTC unless it names a zone. Raises `click.BadParameter`."""
+    if text is None:
+        return None
+    try:
+        at = datetime.fromisoformat(text)
+        return (at if at.tzinfo is not None else at.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise click.BadParameter(f"{text!r} is not a time: write 2026-12-01T02:00, in UTC.") from None
+
+
 _DEPLOY: Final = (
     click.option("--group", default="", shell_complete=operator.groups, metavar="NAME", help="Offer it to this group"),
     click.option(
@@ -82,7 +94,7 @@ _DEPLOY: Final = (
     click.option(
         "--soak",
         default=0,
-        type=click.IntRange(0),
+        type=click.IntRange(0, bounds.WAIT_MAX_S),
         metavar="SECONDS",
         show_default=True,
         help="Seconds from the success that meets a wave's gate to the next wave",
@@ -115,7 +127,7 @@ _DEPLOY: Final = (
     click.option(
         "--at-once",
         default=0,
-        type=click.IntRange(0),
+        type=click.IntRange(0, bounds.NUMBER_MAX),
         metavar="N",
         help="Devices in progress at any time  [no limit]",
     ),
@@ -128,16 +140,21 @@ _DEPLOY: Final = (
     click.option(
         "--timeout",
         default=900,
-        type=click.IntRange(10),
+        type=click.IntRange(10, bounds.WAIT_MAX_S),
         metavar="SECONDS",
         show_default=True,
         help="Seconds without progress after which an online device is passed over as stuck",
     ),
-    click.option("--seed", type=click.IntRange(0), metavar="N", help="Draw the canaries by this seed  [a new one]"),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, bounds.NUMBER_MAX),
+        metavar="N",
+        help="Draw the canaries by this seed  [a new one]",
+    ),
     click.option(
         "--at",
         "starts_at",
-        type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%MZ", "%Y-%m-%dT%H:%M"]),
+        callback=_moment,
         metavar="TIME",
         help="Begin at this time (UTC), such as 2026-12-01T02:00",
     ),
@@ -351,16 +368,11 @@ def _request(component: str, target: str, how: dict[str, Any]) -> operator_api.R
         catch_up=how["catch_up"],
         timeout_s=how["timeout"],
         seed=how["seed"],
-        starts_at=_utc(how["starts_at"]),
+        starts_at=how["starts_at"],
         allow_empty=how["allow_empty"],
         supersede=how["supersede"],
         note=how["note"],
     )
-
-
-def _utc(at: datetime | None) -> datetime | None:
-    """Take a time without a zone for UTC."""
-    return at if at is None or at.tzinfo is not None else at.replace(tzinfo=UTC)
 
 
 def _check_where(how: dict[str, Any]) -> None:
@@ -372,11 +384,11 @@ def _check_where(how: dict[str, Any]) -> None:
             check_label(how["instance"], "instance")
         if how["waves"]:
             members.parse_waves(how["waves"])
-        for option in ("min_success", "failures", "max_lost", "catch_up"):
-            if how[option]:
-                members.Amount.parse(how[option])
     except (BadNameError, members.BadWavesError) as error:
         raise Fault(str(error)) from None
+    for option in ("min_success", "failures", "max_lost", "catch_up"):
+        if how[option]:
+            amount(f"--{option.replace('_', '-')}", how[option])
 
 
 def _check_there(client: Client, group: str, device: str) -> None:

@@ -16,15 +16,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fleet.cli import operator, output
+from fleet.cli import base, operator, output
 from fleet.cli.base import Command, Exit, Fault, Options, command
 from fleet.cli.operator import connect
-from fleet.protocol import operator_api
+from fleet.protocol import bounds, operator_api
 from fleet.protocol.codes import OPEN_STATES, Outcome, PauseCause, Phase, RolloutState
 from fleet.protocol.operator_api import RolloutDevice, RolloutView
 
 if TYPE_CHECKING:
     from fleet.client import Client
+    from fleet.rollout.members import Amount
 
 POLL_S: Final = 25
 
@@ -79,7 +80,7 @@ def rollouts(options: Options, *, group: str, limit: int) -> None:
     output.table(columns, rows, empty="No rollout yet: 'fleet push FILE --group G' starts one.")
 
 
-class _RolloutGroup(click.Group):
+class _RolloutGroup(base.Group):
     """Group in which `fleet rollout 7` means `fleet rollout show 7`."""
 
     def resolve_command(
@@ -210,6 +211,16 @@ for _each in (abort, retry, cancel_device):
     rollout.add_command(_each)
 
 
+def amount(option: str, text: str) -> "Amount":
+    """Read the number or share of devices given to an option. Raises `Fault`."""
+    from fleet.rollout.members import Amount, BadWavesError  # noqa: PLC0415 - not for --help
+
+    try:
+        return Amount.parse(text)
+    except BadWavesError as error:
+        raise Fault(f"{option}: {error}") from None
+
+
 @command("freeze", examples="fleet freeze --reason 'trade fair'\nfleet freeze --group edge-eu --reason 'night shift'")
 @click.option(
     "--group", default="", shell_complete=operator.groups, metavar="NAME", help="Freeze this group  [the fleet]"
@@ -220,6 +231,8 @@ def freeze(options: Options, *, group: str, reason: str) -> None:
 
     Aborts, withdrawals of releases and their consequences pass.
     """
+    if not reason.strip():
+        raise click.UsageError("--reason is empty: say why, for everybody who meets the freeze.")
     with connect(options) as client:
         answer = client.freeze(group, reason)
     output.result(options, answer, f"{group or 'The fleet'} is frozen: {reason}.")
@@ -243,7 +256,13 @@ def unfreeze(options: Options, *, group: str) -> None:
 @click.option(
     "--waves", default="", metavar="SIZES", help="Size of each wave  [by the size of the group: '1, 10%, 100%']"
 )
-@click.option("--soak", default=0, type=click.IntRange(0), metavar="SECONDS", help="Soak of each wave  [0]")
+@click.option(
+    "--soak",
+    default=0,
+    type=click.IntRange(0, bounds.WAIT_MAX_S),
+    metavar="SECONDS",
+    help="Soak of each wave  [0]",
+)
 @click.option("--failures", default="", metavar="N|P%", help="Devices of each wave that may fail")
 @click.option("--max-lost", default="", metavar="N|P%", help="Devices of each wave that may be lost")
 @click.option("--min-success", default="", metavar="N|P%", help="Devices of each wave that must succeed")
@@ -274,9 +293,9 @@ def simulate(options: Options, *, group: str, waves: str, soak: int, seed: int, 
     try:
         stages = members.parse_waves(waves or members.default_waves(len(rows)))
         asked = Limits(
-            min_success=members.Amount.parse(limits["min_success"] or "10%"),
-            failures=members.Amount.parse(limits["failures"]) if limits["failures"] else None,
-            lost=members.Amount.parse(limits["max_lost"]) if limits["max_lost"] else None,
+            min_success=amount("--min-success", limits["min_success"] or "10%"),
+            failures=amount("--failures", limits["failures"]) if limits["failures"] else None,
+            lost=amount("--max-lost", limits["max_lost"]) if limits["max_lost"] else None,
             at_once=limits["at_once"],
         )
     except members.BadWavesError as error:
@@ -506,7 +525,10 @@ def title(view: RolloutView) -> str:
     what = f"{output.target(view.target)} as {view.instance}" if view.target else f"removal of {view.instance}"
     waves = f", waves {', '.join(wave.text for wave in view.waves)}" if len(view.waves) > 1 else ""
     count = len(view.devices)
-    return f"Rollout {view.number}: {what} to {where} ({count} device{'' if count == 1 else 's'}{waves})"
+    size = f"{count} device{'' if count == 1 else 's'}"
+    if view.state is RolloutState.SCHEDULED and view.starts_at is not None:
+        size = f"begins {view.starts_at:%Y-%m-%d %H:%M} UTC"
+    return f"Rollout {view.number}: {what} to {where} ({size}{waves})"
 
 
 def progress_of(entry: RolloutDevice) -> str:
@@ -527,10 +549,6 @@ def progress_of(entry: RolloutDevice) -> str:
             return _standing_apart(entry)
         case _:
             return str(entry.outcome)
-
-
-def _reopen(view: RolloutView) -> str:
-    return f"'fleet rollout resume {view.number}' opens it"
 
 
 def _waits_for(view: RolloutView) -> str:

@@ -259,22 +259,22 @@ def backup(options: Options, *, target: Path) -> None:
     "fleet server reconcile --adopt gate-7-1f2e3d4c --yes",
 )
 @click.argument("selector", required=False, default="", metavar="[DEVICE|LABEL=VALUE,...]")
-@click.option("--adopt", "mode", flag_value="adopt", help="Take what the devices run, as pins where it differs")
-@click.option("--impose", "mode", flag_value="impose", help="Have the devices run what the server says")
+@click.option("--adopt", is_flag=True, help="Take what the devices run, as pins where it differs")
+@click.option("--impose", is_flag=True, help="Have the devices run what the server says")
 @click.option("--yes", is_flag=True, help="Do it without asking")
-def reconcile(options: Options, *, selector: str, mode: str | None, yes: bool) -> Exit:
+def reconcile(options: Options, *, selector: str, adopt: bool, impose: bool, yes: bool) -> Exit:
     """Decide on devices that are ahead of a server made anew from a backup: show what would be done, then ask.
 
     Such a device has accepted an assignment that the backup does not know. It gets none until this decides; revocations
     reach it meanwhile. `fleet status` names these devices.
     """
-    if mode is None:
-        raise Fault("neither --adopt nor --impose is given", action="add one; nothing is done before a question")
-    request = ReconcileRequest(mode="adopt" if mode == "adopt" else "impose", selector=selector)
+    if adopt == impose:
+        raise click.UsageError("Choose one of --adopt and --impose; without --yes nothing is done before a question.")
+    request = ReconcileRequest(mode="adopt" if adopt else "impose", selector=selector)
     with connect(options) as client:
         plan = client.reconcile(request)
         if not options.json:
-            _show_ahead(options, plan, request.mode)
+            _show_ahead(plan, request.mode)
         able = [each for each in plan.devices if not each.obstacle]
         if not able or (options.json and not yes):
             return _reconciled(options, plan)
@@ -285,9 +285,8 @@ def reconcile(options: Options, *, selector: str, mode: str | None, yes: bool) -
         return _reconciled(options, client.reconcile(structs.replace(request, dry_run=False)))
 
 
-def _show_ahead(options: Options, plan: Reconciliation, mode: str) -> None:
+def _show_ahead(plan: Reconciliation, mode: str) -> None:
     """Print what each device has, what the server wants, and what stands against adopting it."""
-    del options
     rows = [
         (
             each.device,

@@ -327,7 +327,9 @@ def test_reconciling_shows_what_it_would_do_and_asks(fleet, desk):
 
 
 def test_reconciling_needs_a_decision_and_says_when_there_is_nothing(fleet, desk):
-    assert "neither --adopt nor --impose" in fleet("server", "reconcile").stderr
+    for chosen in ((), ("--adopt", "--impose"), ("--impose", "--adopt", "--yes")):
+        result = fleet("server", "reconcile", *chosen)
+        assert (result.exit_code, "Choose one of --adopt and --impose" in result.stderr) == (2, True), chosen
     desk.routes["POST", "/v1/reconcile"] = operator_api.Reconciliation()
     result = fleet("server", "reconcile", "--adopt")
     assert (result.exit_code, result.stdout) == (0, "No device is ahead of the server.\n")

@@ -130,12 +130,29 @@ def test_a_configuration_key_that_the_manifest_does_not_have(tmp_path, fleet, de
         ("--soak", "-1"),
         ("--failures", "-1"),
         ("--timeout", "0"),
+        ("--timeout", "9" * 12),
+        ("--soak", "9" * 12),
+        ("--seed", "9" * 20),
+        ("--at-once", "9" * 20),
+        ("--min-success", "200%"),
+        ("--max-lost", "x"),
+        ("--catch-up", "-1"),
+        ("--at", "yesterday"),
+        ("--at", "0001-01-01T00:00+23:00"),
     ],
 )
 def test_a_rollout_that_cannot_be_meant_publishes_nothing(option, tmp_path, fleet, desk):
     result = fleet("push", component(tmp_path), "--group", "edge-eu", *option)
     assert (result.exit_code, desk.seen) == (2, [])
     assert len(result.stderr.splitlines()) == 1
+    assert option[0].removeprefix("--").removesuffix("s") in result.stderr
+    assert "%Y" not in result.stderr
+
+
+@pytest.mark.parametrize("at", ["2026-12-01T02:00", "2026-12-01T02:00:00Z", "2026-12-01T03:00+01:00"])
+def test_a_rollout_begins_at_a_time_in_utc_or_with_a_zone(at, tmp_path, fleet, done):
+    fleet("push", component(tmp_path), "--group", "edge-eu", "--at", at, "--detach")
+    assert done.sent("/v1/rollouts")["starts_at"] == "2026-12-01T02:00:00Z"
 
 
 # -- publishing ---------------------------------------------------------------------------------------------------

@@ -47,6 +47,24 @@ def test_a_freeze_and_its_end_are_sent_and_told(fleet, desk):
     assert sent(desk, "/v1/unfreeze") == [{"group": ""}]
 
 
+def test_a_freeze_has_a_reason(fleet, desk):
+    assert (fleet("freeze", "--reason", " ").exit_code, desk.seen) == (2, [])
+
+
+def test_the_help_of_the_group_cuts_no_sentence_off(fleet):
+    shown = " ".join(fleet("rollout", "--help").output.split())
+    assert "End a rollout and return its devices to what they had before." in shown
+
+
+def test_a_scheduled_rollout_says_when_it_begins(fleet, desk):
+    later = msgspec.structs.replace(
+        VIEW, state=RolloutState.SCHEDULED, starts_at=datetime(2027, 1, 2, 3, 4, tzinfo=UTC)
+    )
+    desk.routes[("GET", "/v1/rollouts/7")] = later
+    shown = fleet("rollout", "7").output
+    assert "to group edge-eu (begins 2027-01-02 03:04 UTC)" in shown
+
+
 def test_a_rollout_is_shown_with_whom_it_waits_for_and_why_it_is_paused(fleet, desk):
     waiting = operator_api.RolloutDevice(device="berlin", wave=1, outcome=Outcome.LOST, reason="silent")
     desk.routes[("GET", "/v1/rollouts/7")] = msgspec.structs.replace(
@@ -82,3 +100,5 @@ def test_a_plan_is_played_over_the_group(fleet, desk):
     again = fleet("--json", "rollout", "simulate", "--group", "edge-eu", "--runs", "3", "--seed", "2")
     assert json.loads(again.output)[-1]["hurt_most"] == 1
     assert fleet("rollout", "simulate", "--group", "nowhere").exit_code == 4
+    bad = fleet("rollout", "simulate", "--group", "edge-eu", "--max-lost", "x")
+    assert (bad.exit_code, "--max-lost: 'x'" in bad.stderr) == (2, True)
