@@ -196,6 +196,7 @@ class Board:
         self.accepted_sha256, self.accepted_envelope = "", b""
         self.news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._accepting = asyncio.Lock()
         self._client: mqtt.Client | None = None
         self._files = (directory / f"{self.device}.pem", directory / f"{self.device}-ca.pem")
         secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
@@ -309,6 +310,11 @@ class Board:
         self._ring()
 
     async def _accept(self, envelope: bytes) -> None:
+        """Accept one assignment after the other, in the order in which they came, as the agent does."""
+        async with self._accepting:
+            await self._apply(envelope)
+
+    async def _apply(self, envelope: bytes) -> None:
         now = datetime.now(UTC)
         trusted = await _patiently(lambda: self.updater.refresh(now))
         state = self.states.load()
