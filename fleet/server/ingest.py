@@ -187,7 +187,7 @@ class Ingest:
             self._drop("failed", device, what, error)
 
     def _heard(self, device: str, payload: bytes) -> bytes:
-        """The report that this device signed; raises `Rejected` for anybody else's."""
+        """Return the report that this device signed; raises `Rejected` for anybody else's."""
         if not is_signed(payload):
             if self._store.devices.signs(device):
                 raise Rejected(RejectCode.UNSIGNED, "this device signs its reports, and this one is not signed")
@@ -365,7 +365,7 @@ class Ingest:
                 self._store.rollouts.set_members(rollout.number, [after], now=now)
 
     def _meant(self, report: Report) -> list[RolloutRow]:
-        """The rollouts that a report speaks of."""
+        """Return the rollouts that a report speaks of."""
         if report.rollout:
             row = self._store.rollouts.get(report.rollout)
             return [] if row is None else [row]
@@ -385,7 +385,7 @@ class Ingest:
         return found
 
     def _refused(self, report: Report) -> int:
-        """The version of the assignment that was refused as a whole; 0 where that concerns no rollout.
+        """Return the version of the assignment that was refused as a whole; 0 where that concerns no rollout.
 
         What a device refuses may be anybody's: only the newest envelope that this server signed, byte for byte, counts.
         A refusal for being too old says that the server is behind its devices, which `_greet` mends.

@@ -65,7 +65,7 @@ class RolloutPlanner:
         return self._begin_set([(request, value), *self._companions(request)], by=by)
 
     def _companions(self, request: RolloutRequest) -> list[tuple[RolloutRequest, Value]]:
-        """The other members of a set, each checked like the first."""
+        """Return the other members of a set, each checked like the first."""
         found = []
         for instance, target in request.also.items():
             if instance == request.instance:
@@ -215,7 +215,7 @@ class RolloutPlanner:
         return value_of(request, release, before, attempt=attempt)
 
     def _attempt(self, request: RolloutRequest) -> int:
-        """An explicit deploy of what failed somewhere is an explicit wish to try it again."""
+        """Count an explicit deploy of what failed somewhere as an explicit wish to try it again."""
         if request.attempt is not None:
             return request.attempt
         failed = 0
@@ -231,7 +231,7 @@ class RolloutPlanner:
         return self._store.rollouts.settled_value(group=request.group, device=request.device, instance=request.instance)
 
     def _check_room(self, group: GroupRow, instance: str) -> None:
-        """A device runs so many instances and no more."""
+        """Refuse more instances than a device may run."""
         here = {row.instance for row in self._store.rollouts.settled(group=group.name) if row.value.target is not None}
         if instance not in here and len(here) >= bounds.ITEMS_MAX:
             raise Refusal(
@@ -634,7 +634,7 @@ _PORT_MAX: Final = 65_535
 
 
 def value_of(request: RolloutRequest, release: Release, before: Value | None, *, attempt: int) -> Value:
-    """The value that a request asks for; what it leaves open stays as it was before.
+    """Return the value that a request asks for; what it leaves open stays as it was before.
 
     Raises:
         Refusal: a key or grant that the manifest does not have, a missing key, or a port that is none.

@@ -35,7 +35,7 @@ REQUEST_DENIED: Final = ERRORS.index("HTTP-request-denied")
 
 
 def utf8(data: bytes) -> bytes:
-    """What a guest may be given as a string: field values may be any bytes, and Latin-1 reads them all."""
+    """Decode bytes for a string that a guest is given: field values may be any bytes, and Latin-1 reads them all."""
     if data.isascii():
         return data
     try:
@@ -46,7 +46,7 @@ def utf8(data: bytes) -> bytes:
 
 
 def request_head(method: bytes, target: bytes, headers: bytes, trailers: bytes = b"") -> bytes:
-    """The head as the adapter reads it; fields are lines as on the wire, names in lower case."""
+    """Return the head as the adapter reads it; fields are lines as on the wire, names in lower case."""
     authority = b""
     if target[:7].lower() == b"http://":  # absolute-form, RFC 9112 section 3.2.2: it overrides the field
         authority, slash, path = target[7:].partition(b"/")
@@ -62,27 +62,27 @@ def request_head(method: bytes, target: bytes, headers: bytes, trailers: bytes =
 
 
 class Requests(Protocol):
-    """What the adapter asks for outgoing requests: its interface `host`, and what stands around a call."""
+    """Outgoing requests as the adapter asks for them: its interface `host`, and what stands around a call."""
 
     hops: int
 
     def begin(self) -> int:
-        """A request more: its number."""
+        """Begin a request and return its number."""
 
     def write(self, number: int, data: str) -> int:
-        """A piece of its body."""
+        """Send a piece of its body."""
 
     def send(self, number: int, head: str) -> int:
         """Send it."""
 
     def head(self, number: int) -> str:
-        """The head of its answer."""
+        """Return the head of its answer."""
 
     def read(self, number: int, most: int) -> str:
-        """A piece of its answer's body."""
+        """Return a piece of its answer's body."""
 
     def close(self, number: int) -> None:
-        """It is not needed any more."""
+        """Forget a request that is not needed any more."""
 
     def reset(self) -> None:
         """Nor is any other."""
@@ -204,7 +204,7 @@ def catch_stdout() -> None:
 
 
 def drain_stdout() -> bytes:
-    """What stands in the pipe; nothing where there is none."""
+    """Return what stands in the pipe; nothing where there is none."""
     pieces = []
     with contextlib.suppress(BlockingIOError):
         while stdout_pipe:

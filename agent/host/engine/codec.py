@@ -1,4 +1,4 @@
-"""How an HTTP exchange crosses into a guest: values laid out by hand, since the stock way costs a microsecond a byte.
+"""Way of an HTTP exchange into a guest: values laid out by hand, since the stock way costs a microsecond a byte.
 
 Owns one request value and reuses it: the strings point straight into Python's bytes, and a body is one strided copy
 into an array of C values that only grows (a value is 32 bytes, its byte stands at offset 8). Not thread-safe, like
@@ -175,7 +175,7 @@ def _point(vector: Any, array: Any) -> None:
     """Let a list's value begin at `array`, which its owner keeps.
 
     The address is written as a number: `ctypes.cast` ties an array and its pointer into a ring, and the memory of a
-    large body would then be kept until the collector of rings comes by, long after the lane may have more.
+    large body would then be kept until the collector of rings comes by, long after the worker may have more.
     """
     ctypes.c_void_p.from_address(ctypes.addressof(vector) + type(vector).data.offset).value = ctypes.addressof(array)
 
@@ -186,7 +186,7 @@ def _pointer(string: Any) -> ctypes.c_char_p:
 
 
 def _array(length: int) -> Any:
-    """An array of `length` u8 values."""
+    """Make an array of `length` u8 values."""
     array = (ctypes.c_uint8 * (length * _VALUE))()
     if length:
         view = memoryview(array).cast("B")

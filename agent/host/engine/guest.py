@@ -62,7 +62,7 @@ class ResponseSink(Protocol):
 
     @property
     def begun(self) -> bool:
-        """Whether a part of the answer has gone out, so that no other can replace it."""
+        """True once a part of the answer has gone out, so that no other can replace it."""
 
     def rest(self) -> bytes:
         """Take what the guest has written and nobody has passed on, once the call is over."""
@@ -160,7 +160,7 @@ class Guest:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Which of HANDLER, HEALTH, TASK and STATE it exports."""
+        """Exports of the guest among HANDLER, HEALTH, TASK and STATE."""
         state = self._save if self._load is not None else None
         found = ((HANDLER, self._handle), (HEALTH, self._check), (TASK, self._run), (STATE, state))
         return frozenset(name for name, function in found if function is not None)
@@ -168,7 +168,7 @@ class Guest:
     def handle(
         self, method: bytes, target: bytes, headers: bytes, body: bytes, way: ResponseSink | None = None
     ) -> Answer:
-        """One HTTP exchange: status, header fields and body. Raises `GuestError`.
+        """Run an HTTP exchange: status, header fields and body. Raises `GuestError`.
 
         `way`: how the answer may get to its client while the guest still writes it, where a guest can do that.
         """
@@ -185,7 +185,7 @@ class Guest:
             raise guest_error(str(error)) from error
 
     def exchange(self, head: bytes) -> bytes:
-        """One exchange through the adapter: the answer's head. Raises `GuestError`."""
+        """Run an exchange through the adapter and return the answer's head. Raises `GuestError`."""
         assert self._handle is not None
         self._arm(self._limits.call_ms)
         try:
@@ -203,7 +203,7 @@ class Guest:
         return self._call(self._run, scheduled_ms)
 
     def save_state(self) -> tuple[bytes, str | None]:
-        """Its state, or empty and its sentence why there is none. Raises `GuestError`."""
+        """Return its state, or empty and its sentence why there is none. Raises `GuestError`."""
         assert self._save is not None
         self._arm(self._limits.start_ms)
         try:
@@ -234,7 +234,7 @@ class Guest:
 
 
 def _linker(image: Image, config: dict[str, str], log: Log, outgoing: Requests) -> tuple[wc.Linker, bool]:
-    """A linker with what the component imports and was granted, and nothing else; and whether that includes WASI."""
+    """Return a linker with what the component imports and was granted, and nothing else; and whether WASI is in it."""
     linker = wc.Linker(image.engine.raw)
     names = [name for name, functions in image.imports.items() if functions]
     ours = [name for name in names if bare(name) in (LOGGING, compose.HOST, *CONFIG)]
@@ -256,7 +256,7 @@ def _linker(image: Image, config: dict[str, str], log: Log, outgoing: Requests) 
 
 
 def _asking(answer: Callable[..., Any]) -> Callable[..., Any]:
-    """A function for the linker, which hands in the store first."""
+    """Return a function for the linker, which hands in the store first."""
     return lambda _store, *arguments: answer(*arguments)
 
 
@@ -317,13 +317,13 @@ class WasiHttpGuest(Guest):
     """A guest of wasi:http. The process's standard output must have been caught (`flow.catch`)."""
 
     _entries: ClassVar[tuple[tuple[str, str], ...]] = ((BRIDGE, "handle"), (BRIDGE, "flush"))
-    _left = 0  # how many more requests this instance may answer
-    # Whether nothing is left unwritten by an earlier store that ended in a trap: the process's, whoever's store it was.
+    _left = 0  # number of requests that this instance may answer
+    # False while an earlier store that ended in a trap may have left something unwritten, whoever's store it was.
     _clean: ClassVar[bool] = False
 
     def _open(self, stdin: bytes | None = None) -> None:
         super()._open(stdin or b"")
-        # What the guest left unread of a body would be the next request's.
+        # A rest of a body that the guest left unread would be the next request's.
         self._left = 1 if stdin else self._limits.requests_per_instance or 1
         self._flush()
 

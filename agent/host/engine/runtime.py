@@ -2,9 +2,9 @@
 
 The one door to wasmtime: how components are compiled, loaded, and given nothing but what was granted.
 
-Compiling happens in `agent.host.compiler` alone; lanes load images and call them. `parallel_compilation` is
+Compiling happens in `agent.host.compiler` alone; workers load images and call them. `parallel_compilation` is
 off, so that a process which made an engine (the zygote) still has one thread and may be forked. The engine's memory
-plan depends on the board's address space and is part of what an image is compiled for: `describe()` names everything
+plan depends on the device's address space and is part of what an image is compiled for: `describe()` names everything
 that is.
 
 Raises `EngineError` for what cannot be loaded or offered, `GuestError` for what a guest did
@@ -48,7 +48,7 @@ _GUARD_BYTES: Final = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How linear memories lie in the address space: bytes reserved and guarded for each.
+    """Place of linear memories in the address space: bytes reserved and guarded for each.
 
     A full reservation lets the hardware check bounds; a small one costs an instruction for each access.
     """
@@ -63,7 +63,7 @@ NONE: Final = MemoryPlan(0, _GUARD_BYTES)
 
 
 def reservable_bytes() -> int:
-    """The largest power of two, at most 64 TiB, that this process can reserve in one piece."""
+    """Return the largest power of two, at most 64 TiB, that this process can reserve in one piece."""
     for bits in range(46, 30, -1):
         try:
             mmap.mmap(-1, 1 << bits, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, prot=0).close()
@@ -74,7 +74,7 @@ def reservable_bytes() -> int:
 
 
 def memory_plan(reservable: int) -> MemoryPlan:
-    """The plan for an address space in which `reservable` bytes fit in one piece.
+    """Return the plan for an address space in which `reservable` bytes fit in one piece.
 
     From 8 TiB on a thousand memories fit in full; Sv39 and 39-bit Arm give 128 to 256 GiB, where about 27 would.
     """
@@ -93,8 +93,8 @@ HEALTH: Final = "wasmfleet:http/health"
 TASK: Final = "wasmfleet:schedule/task"
 STATE: Final = "wasmfleet:state/state"
 
-# What the host calls, and what it serves by functions of its own; `agent.host.engine.codec` lays values out by these
-# types.
+# Exports that the host calls, and imports that it serves by functions of its own: `agent.host.engine.codec` lays values
+# out by these types.
 SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (HANDLER, "handle"): codec.HANDLE,
     (HEALTH, "check"): codec.CHECK,
@@ -109,9 +109,9 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
 }
 OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state"))
 
-# What the adapter itself imports: it comes with wasi:http and needs no grant.
+# Imports of the adapter itself, which comes with wasi:http and needs no grant.
 _ADAPTERS_OWN: Final = frozenset({compose.HOST} | wasi.IO | wasi.STDIO)
-_ADAPTER: Final = compose.load_adapter()  # read now: the compiler cannot open it from inside its cell
+_ADAPTER: Final = compose.load_adapter()  # read now: the compiler cannot open it from inside its sandbox
 
 Log = Callable[[str], None]
 
@@ -122,7 +122,7 @@ def version() -> str:
 
 
 def cpu_flags() -> str:
-    """The CPU's features as the kernel lists them: an image compiled for one CPU may not run on another."""
+    """List the CPU's features as the kernel does: an image compiled for one CPU may not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -194,11 +194,11 @@ class Image:
 
     @property
     def adapted(self) -> bool:
-        """Whether it is a guest of wasi:http in its adapter."""
+        """True for a guest of wasi:http in its adapter."""
         return any(bare(name) == compose.BRIDGE for name in self.exports)
 
     def not_granted(self, grants: Grants) -> tuple[str, ...]:
-        """The imports that need a grant and have none. An interface of types alone needs none."""
+        """Return the imports that need a grant and have none. An interface of types alone needs none."""
         free = _ADAPTERS_OWN if self.adapted else frozenset()
         wanted = [name for name, functions in self.imports.items() if functions and bare(name) not in free]
         return tuple(name for name in wanted if not grants.allows(name))
@@ -226,7 +226,7 @@ def _check_type(verb: str, interface: str, function: str, item: Any) -> None:
 
 
 def _functions(engine: wasmtime.Engine, extern: Any) -> bool:
-    """Whether an import brings anything but plain types."""
+    """Tell whether an import brings anything but plain types."""
     item = extern.ty
     if isinstance(item, wc.ComponentInstanceType):
         return any(_functions(engine, inner) for inner in item.exports(engine).values())
@@ -236,8 +236,8 @@ def _functions(engine: wasmtime.Engine, extern: Any) -> bool:
 def _pool(config: Config) -> None:
     """Keep the room of instances, and some of its pages, for the next: a fresh instance then costs half.
 
-    A lane has one instance at a time, and a second while one takes over. Rooms are as large as the memory plan has
-    them, so this is for boards whose address space is ample.
+    A worker has one instance at a time, and a second while one takes over. Rooms are as large as the memory plan has
+    them, so this is for devices whose address space is ample.
     """
     pool = ffi.wasmtime_pooling_allocation_config_new()
     for name, value in (
@@ -259,7 +259,7 @@ def _pool(config: Config) -> None:
 
 
 class Engine:
-    """An engine and its codec. Make one before forking lanes; enter wasm only in lanes."""
+    """An engine and its codec. Make one before forking workers; enter wasm only in workers."""
 
     def __init__(self, *, fuel: bool = False, plan: MemoryPlan | None = None, pooled: bool = False) -> None:
         """`pooled`: keep the room of instances for the next, where the plan is `FULL`. Images are the same."""
@@ -281,7 +281,7 @@ class Engine:
         self.codec: Codec = FastCodec()
 
     def compile(self, artifact: bytes | str) -> bytes:
-        """The image of a component (or of its text form); a guest of wasi:http is put into its adapter.
+        """Compile a component (or its text form) to an image; a guest of wasi:http is put into its adapter.
 
         Raises:
             EngineError: NOT_A_COMPONENT or COMPILE_FAILED, with the engine's reason.
@@ -363,11 +363,11 @@ def guest_error(text: str) -> GuestError:
 
 
 def _reason(text: str) -> str:
-    """The cause alone: it stands last, below a backtrace that may be cut off."""
+    """Return the cause alone: it stands last, below a backtrace that may be cut off."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it failed without saying why"
 
 
 def first_lines(text: str) -> str:
-    """What the engine says, in one line."""
+    """Return what the engine says, in one line."""
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())[:1000]

@@ -75,7 +75,7 @@ HOPS_HEADER: Final = b"x-wasmfleet-hops"
 
 
 def hops(headers: bytes) -> int:
-    """That of a request's field lines, names in lower case; 0 for one that came from outside."""
+    """Return the depth of a request's field lines, names in lower case; 0 for one that came from outside."""
     at = 0 if headers.startswith(HOPS_HEADER + b":") else headers.find(b"\r\n" + HOPS_HEADER + b":") + 2
     if not headers.startswith(HOPS_HEADER + b":", at):
         return 0
@@ -91,7 +91,7 @@ _HOP: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What a whole request without a body was read as, and where it went."""
+    """Reading of a whole request without a body, and where it went."""
 
     request: RequestHead
     instance: str
@@ -99,7 +99,7 @@ class Known:
 
 
 def forwarded_head(request: RequestHead, route: Route) -> bytes:
-    """The head as the instance gets it: without what belongs to the client's connection (RFC 9110, section 7.6.1)."""
+    """Return the head as an instance gets it, without fields of the client's connection (RFC 9110, section 7.6.1)."""
     named = tokens(request.fields, b"connection") - {b"host"}
     lines = [request.method, b" ", route.target, b" HTTP/1.0\r\n" if request.old else b" HTTP/1.1\r\n"]
     lines += [b"%b: %b\r\n" % each for each in request.fields if each[0] not in _HOP and each[0] not in named]

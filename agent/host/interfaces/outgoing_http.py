@@ -1,6 +1,6 @@
 """wasi:http/outgoing-handler over the egress.
 
-The lane's side of outgoing requests: HTTP/1.1 over connections that the egress hands in, TLS included.
+The worker's side of outgoing requests: HTTP/1.1 over connections that the egress hands in, TLS included.
 
 The adapter inside the sandbox asks through six functions (components/adapter/wit/adapter.wit, interface `host`); here
 each request is sent, its answer's head waited for and its body read, piece by piece. A request is written whole, so
@@ -8,7 +8,7 @@ several can be under way at their servers at once while the guest waits for one 
 
 Every request is judged anew, a redirect that the guest follows included: what is kept for reuse is a connection to a
 place that was granted, under scheme, host and port. TLS always verifies the certificate and the name, against the
-board's own bundle, which `trust` loads before the cell is shut.
+device's own bundle, which `trust` loads before the worker enters the sandbox.
 
 Answers of peers, read in time: `http.client` with a limit for the whole of a head and one for each piece of a body.
 
@@ -60,7 +60,7 @@ class _Timed(io.RawIOBase):
 
 
 class DeadlineResponse(http.client.HTTPResponse):
-    """One whose head has the time that the socket has, all of it."""
+    """Response whose head has the time that the socket has, in all."""
 
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
         """See `http.client.HTTPResponse`."""
@@ -91,7 +91,7 @@ HOPS_MAX: Final = 4
 _KEPT: Final = 8
 _KEPT_S: Final = 10.0
 _AT_ONCE: Final = 16
-_MARGIN: Final = 0.8  # of the limit on waiting, so that the guest hears of it before the lane is ended for it
+_MARGIN: Final = 0.8  # of the limit on waiting, so that the guest hears of it before the worker is ended for it
 _OURS: Final = frozenset(
     {"connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", HOPS}
 )
@@ -100,7 +100,7 @@ _told: Final[msgspec.json.Decoder[helper_api.ConnectReply]] = msgspec.json.Decod
 
 
 def trust() -> ssl.SSLContext:
-    """What is needed for TLS, with the system's certificates; to be made while files can be read."""
+    """Make a TLS context with the system's certificates, while files can be read."""
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
@@ -144,16 +144,16 @@ class OutgoingHttp:
         self._asked = 0
         self.hops = 0
 
-    # What the adapter calls.
+    # -- calls of the adapter
 
     def begin(self) -> int:
-        """A request more: its number."""
+        """Begin a request and return its number."""
         self._number += 1
         self._requests[self._number] = _Request()
         return self._number
 
     def write(self, number: int, data: str) -> int:
-        """A piece of its body; 0, or one more than an error's number."""
+        """Take a piece of its body; return 0, or one more than an error's number."""
         request = self._requests[number]
         if len(request.body) + len(data) > self._limits.request_bytes:
             request.refused = "HTTP-request-body-size"
@@ -176,7 +176,7 @@ class OutgoingHttp:
         return 0
 
     def head(self, number: int) -> str:
-        """The answer's head, or `error <n>`."""
+        """Return the answer's head, or `error <n>`."""
         request = self._requests[number]
         try:
             try:
@@ -218,7 +218,7 @@ class OutgoingHttp:
         return "."
 
     def close(self, number: int) -> None:
-        """It is not needed any more."""
+        """Forget a request that is not needed any more."""
         request = self._requests.pop(number, None)
         if request is not None and request.connection is not None:
             request.connection.close()
@@ -226,7 +226,7 @@ class OutgoingHttp:
                 request.response.close()
 
     def reset(self) -> None:
-        """The call has ended, and whatever it left under way with it."""
+        """End whatever a call that has ended left under way."""
         for number in list(self._requests):
             self.close(number)
 
@@ -283,7 +283,7 @@ class OutgoingHttp:
         return connection
 
     def _ask(self, scheme: str, authority: str, timeout_s: float) -> socket.socket:
-        """A connection from the egress."""
+        """Return a connection from the egress."""
         assert self._sock is not None
         self._asked += 1
         ask = helper_api.ConnectRequest(
@@ -366,7 +366,7 @@ def _put(
 
 
 def _spoke(connection: DeadlineConnection) -> bool:
-    """Whether the peer hung up, or said something that nobody asked for."""
+    """Tell whether the peer hung up, or said something that nobody asked for."""
     poll = select.poll()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         poll.register(connection.sock, select.POLLIN)
@@ -379,7 +379,7 @@ def _sound(name: str, value: str) -> bool:
 
 
 def _name(error: Exception, late: str) -> str:  # noqa: PLR0911 - one line for each kind of error
-    """The case of error-code that an error is."""
+    """Return the case of error-code that an error is."""
     match error:
         case ssl.SSLCertVerificationError():
             return "TLS-certificate-error"

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def _sentence(problem: str | None) -> str | None:
-    """What a guest gives as its reason, as far as it fits in a message to the supervisor."""
+    """Return what a guest gives as its reason, as far as it fits in a message to the supervisor."""
     return None if problem is None else problem[:LINE_MAX_CHARS]
 
 
@@ -66,7 +66,7 @@ class GuestRunner:
         `redact` takes what is secret out of a text.
         """
         self._image = image
-        self.streams = image.adapted  # whether its answers can go out while they are written
+        self.streams = image.adapted  # true where answers can go out while they are written
         self._redact = redact
         self._writes = writes
         self.limits = limits
@@ -116,7 +116,7 @@ class GuestRunner:
         return None if kind in self._kinds else f"it exports no {kind}"
 
     def handle(self, request: Request, way: StreamingResponse | None) -> tuple[int, bytes, bytes]:
-        """One HTTP exchange; raises `GuestError`. The caller counts it: the answer may still be bad.
+        """Run an HTTP exchange; raises `GuestError`. The caller counts it: the answer may still be bad.
 
         Where the guest can, its answer goes out on `way` while it is written.
         """
@@ -125,7 +125,7 @@ class GuestRunner:
         return self._call(lambda guest: guest.handle(method, target, headers, bytes(request.body), way), way=way)
 
     def check(self) -> str | None:
-        """The guest's health: None for well, else a sentence."""
+        """Ask for the guest's health: None for well, else a sentence."""
         try:
             return _sentence(self._call(Guest.check))
         except GuestError as error:
@@ -145,7 +145,7 @@ class GuestRunner:
         return problem
 
     def save_state(self, most: int) -> tuple[bytes, str | None]:
-        """The guest's state of at most `most` bytes, or empty and why there is none."""
+        """Return the guest's state of at most `most` bytes, or empty and why there is none."""
         if (lacking := self._lacks(STATE)) is not None:
             return b"", lacking
         try:
@@ -221,7 +221,7 @@ class GuestRunner:
         self._page.close()
 
     def _spend(self, message: str) -> None:
-        """A trap poisons the store: drop it, and say so, unless there is nothing to say."""
+        """Drop a store that a trap has poisoned, and say so, unless there is nothing to say."""
         if self._guest is not None:
             self._guest.close()
             self._guest = None
@@ -229,7 +229,7 @@ class GuestRunner:
             self.say(worker_api.Fault(message=message))
 
     def log(self, text: str) -> None:
-        """What the guest logs, as far as it may: each line of it counts."""
+        """Pass on what the guest logs, as far as it may: each line of it counts."""
         # Before it is cut: a secret in halves would not be known again.
         lines = self._redact(text).splitlines() or [""]
         for number, line in enumerate(lines):

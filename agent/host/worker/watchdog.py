@@ -60,7 +60,7 @@ class Call(NamedTuple):
 
 @dataclass(slots=True)
 class _Sums:
-    """What passed of one call, in the ticker's thread alone."""
+    """Time that passed of one call, in the ticker's thread alone."""
 
     number: int = 0
     first_ns: int = 0  # the calling thread's processor time when the call was first seen, and at the last tick
@@ -77,7 +77,7 @@ class CallWatchdog:
     """The thread that lets a guest's time pass. Make it on the thread that will call."""
 
     def __init__(self, tick: Callable[[], None], *, waits: Callable[[], bool] = lambda: True) -> None:
-        """`waits`: whether the calling thread, when it has had no processor, waits for something else."""
+        """Judge a call. `waits`: the calling thread, when it has had no processor, waits for something else."""
         self._tick = tick
         self._waits = waits
         self._clock = time.pthread_getcpuclockid(threading.get_ident())
@@ -147,13 +147,13 @@ class CallWatchdog:
 
     def _see(self, call: Call, used_ns: int) -> None:
         if self._sums.number != call.number:
-            # Its time until now was less than a tick, and counts as one.
+            # The time until now was less than a tick, and counts as one.
             self._sums = _Sums(call.number, first_ns=used_ns, used_ns=used_ns, carry_ns=TICK_MS * NS_PER_MS)
 
     def _sleep(self, call: Call) -> None:
         """Let a tick pass, and move meanwhile what a call's answer brings that takes longer than one."""
         flow, sums = call.flow, self._sums
-        # What needs little of the processor's time and stands nowhere still goes out whole.
+        # A call that needs little of the processor's time and stands nowhere still goes out whole.
         long = sums.idle_ms > 0 or sums.used_ns - sums.first_ns >= TICK_MS * NS_PER_MS
         if flow is None or not sums.total_ms or not (long or flow.live):
             time.sleep(TICK_MS / 1000)

@@ -1,24 +1,19 @@
-"""Worker and SharedWorker: set up, obey, serve; secrets redacted.
+"""Process that runs calls of one instance, one at a time, or of several that share it.
 
-A lane: a process that runs calls of one instance, one at a time. Forked by a zygote, it never returns.
+A zygote forks a worker, which never returns. A worker of one instance waits for its `Setup`, maps the image, enters the
+sandbox, instantiates the guest and says `Ready`. From then on it has its clients' connections, the supervisor's socket
+and nothing else. When that socket closes, it ends.
 
-It waits for its `Setup`, maps the image, shuts itself into its cell, instantiates the guest and says `Ready`. From then
-on it has its clients' connections, the supervisor's socket and nothing else. When that socket closes, it ends.
+A worker that instances of one publisher share, because the device's owner lets them, begins with `OpenShared` instead.
+It maps every image before it enters the sandbox, since nothing in a worker may map machine code afterwards; an instance
+whose image is not here gets a slot in another worker. Each slot is a `Worker` with a control socket, an epoll set,
+clients and figures of its own, and ends alone: by its socket's end, or by a trap, which takes its store and nothing
+else. Calls go one at a time, whosever they are. A guest that hangs can only be ended with the process, and all slots
+with it.
 
-A lane that several instances share begins with `Open` instead: `agent.host.worker.worker`, where each of them is a
-`Lane` with a control socket of its own.
-
-A lane that several instances of one publisher share, because the board's operator lets them: the process's side.
-
-Every image is mapped before the cell is shut, since nothing in a lane may map machine code afterwards; an instance
-whose image is not here gets a seat in another lane. Each seat is a `Lane` with a control socket, an epoll set, clients
-and figures of its own, and ends alone: by its socket's end, or by a trap, which takes its store and nothing else. Calls
-go one at a time, whosever they are. A guest that hangs can only be ended with the process, and all seats with it.
-
-Keeps the values of secrets out of what a lane says: log lines, traps, and what a guest says of its health.
-
-A guest's own carelessness is what this is for: one that wants to tell its secret can always write it in another way. So
-a value is found as it stands and in the forms in which programs print values by mistake, whole or by the line.
+`Redactor` keeps the values of secrets out of what a worker says: log lines, traps, and what a guest says of its health.
+It is meant for a guest's own carelessness: one that wants to tell its secret can always write it in another way. So a
+value is found as it stands and in the forms in which programs print values by mistake, whole or by the line.
 """
 
 import base64
@@ -52,10 +47,10 @@ from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
 
 
 class Worker:
-    """One instance in this process: its control socket, its guest, its clients."""
+    """An instance in this process: its control socket, its guest, its clients."""
 
     def __init__(self, sock: socket.socket, poll: select.epoll) -> None:
-        """What it waits for is in `poll`."""
+        """Serve until the supervisor closes the socket; what the process waits for is in `poll`."""
         self._sock = sock
         self._poll = poll
         self._secrets: dict[str, str] = {}
@@ -79,7 +74,7 @@ class Worker:
             raise framing.GoneError(str(error)) from error
 
     def set_up(self, engine: Engine, setup: worker_api.Setup, fds: tuple[int, ...]) -> bool:
-        """Become the lane of one instance alone, and shut the cell; False when that was refused."""
+        """Become the worker of one instance alone, and enter the sandbox; False when that was refused."""
         image_fd, page_fd, *more = fds
         if setup.secrets:
             self._secrets = _read_secrets(more.pop())
@@ -182,7 +177,7 @@ class Worker:
         self.say(worker_api.HandedOver(passed=passed, cut=cut, id=self._leaving))
 
     def first(self) -> tuple[worker_api.Setup, tuple[int, ...]]:
-        """The first message, of a seat in a shared lane. Raises `control.GoneError`."""
+        """Read the first message, of a slot in a shared worker. Raises `control.GoneError`."""
         setup, fds = worker_api.receive_to_worker(self._sock)
         if not isinstance(setup, worker_api.Setup):
             raise framing.GoneError("the first message is not a setup")
@@ -254,15 +249,15 @@ class Worker:
 
 
 def _read_secrets(fd: int) -> dict[str, str]:
-    """The values by name; the lanes of a generation share the descriptor, and so no place in it."""
+    """Return the values by name; the workers of a generation share the descriptor, and so no place in it."""
     return msgspec.json.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=dict[str, str])
 
 
 def _outgoing(
     setup: worker_api.Setup, ask_fd: int
 ) -> Callable[[Callable[[bool], None], Callable[[str], None]], Requests]:
-    """What makes this instance's `Outgoing`; what that takes is loaded now, while files can be read."""
-    from agent.host.interfaces import outgoing_http  # noqa: PLC0415 - lanes without such grants go without asyncio, ssl and http.client
+    """Return what makes this instance's `Outgoing`; what that takes is loaded now, while files can be read."""
+    from agent.host.interfaces import outgoing_http  # noqa: PLC0415 - workers without such grants go without asyncio, ssl and http.client
 
     encrypted = any(not each.startswith("http:") for each in setup.grants.outbound)
     context = outgoing_http.trust() if encrypted else None
@@ -274,7 +269,7 @@ def _outgoing(
 
 @contextlib.contextmanager
 def open_state(fd: int) -> Iterator[mmap.mmap | bytearray]:
-    """The memfd's memory; the descriptor is closed."""
+    """Map the memfd's memory and close the descriptor."""
     try:
         size = os.fstat(fd).st_size
         if not size:
@@ -286,11 +281,11 @@ def open_state(fd: int) -> Iterator[mmap.mmap | bytearray]:
         os.close(fd)
 
 
-_CLIENTS_A_SEAT: Final = 32
+_CLIENTS_A_SLOT: Final = 32
 
 
 class SharedWorker:
-    """The process of a shared lane."""
+    """The process of a shared worker."""
 
     def __init__(self, sock: socket.socket, engine: Engine) -> None:
         self._sock = sock
@@ -298,12 +293,12 @@ class SharedWorker:
         self._poll = select.epoll()
         self._poll.register(sock, select.EPOLLIN)
         self._images: dict[str, Image] = {}
-        self._seats: dict[int, Worker] = {}
+        self._slots: dict[int, Worker] = {}
         self._layers: dict[str, bool] = {}
-        self._due_s: dict[int, float] = {}  # seats that have something to do at a time
+        self._due_s: dict[int, float] = {}  # slots that have something to do at a time
 
     def open(self, order: worker_api.OpenShared, fds: tuple[int, ...]) -> bool:
-        """Map the images and shut the cell; False when that was refused."""
+        """Map the images and enter the sandbox; False when that was refused."""
         sandbox.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *fds})
         try:
             for key, fd in zip(order.images, fds, strict=True):
@@ -316,7 +311,7 @@ class SharedWorker:
                 sandbox.shared_worker_spec(
                     uid=order.uid,
                     slots=order.slots,
-                    clients=_CLIENTS_A_SEAT,
+                    clients=_CLIENTS_A_SLOT,
                     memory_bytes=order.limits.memory_bytes,
                     body_bytes=order.limits.request_bytes + min(order.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),
                 )
@@ -345,36 +340,36 @@ class SharedWorker:
             wait_s = max(0.0, min(self._due_s.values()) - time.monotonic()) if self._due_s else -1.0
             for fd, _ in self._poll.poll(wait_s):
                 if fd == own:
-                    self._seat()
-                elif fd in self._seats:
+                    self._take_in()
+                elif fd in self._slots:
                     self._turn(fd)
             if self._due_s:
                 now_s = time.monotonic()
                 for fd in [fd for fd, due_s in self._due_s.items() if due_s <= now_s]:
                     self._turn(fd)
 
-    def _seat(self) -> None:
-        """An instance more."""
+    def _take_in(self) -> None:
+        """Take in another instance."""
         message, fds = worker_api.receive_to_worker(self._sock)
         if not isinstance(message, worker_api.AddSlot):
-            raise framing.GoneError("not a seat")
+            raise framing.GoneError("not a slot")
         poll = select.epoll()
         self._poll.register(poll, select.EPOLLIN)
-        self._seats[poll.fileno()] = Worker(socket.socket(fileno=fds[0]), poll)
+        self._slots[poll.fileno()] = Worker(socket.socket(fileno=fds[0]), poll)
 
     def _turn(self, fd: int) -> None:
-        """Let a seat do what it has to do, and note when it wants to be looked after again."""
-        seat = self._seats[fd]
+        """Let a slot do what it has to do, and note when it wants to be looked after again."""
+        slot = self._slots[fd]
         try:
-            if not seat.begun:
-                setup, fds = seat.first()
+            if not slot.begun:
+                setup, fds = slot.first()
                 image = self._images[setup.image]
-                seat.begin(setup, image, fds[0], layers=self._layers, ticker=self._ticker, clients_max=_CLIENTS_A_SEAT)
-                if not seat.begun:
+                slot.begin(setup, image, fds[0], layers=self._layers, ticker=self._ticker, clients_max=_CLIENTS_A_SLOT)
+                if not slot.begun:
                     self._end(fd)
                     return
-            seat.turn(0)
-            wait_s = seat.clients.wait_s()
+            slot.turn(0)
+            wait_s = slot.clients.wait_s()
         except framing.GoneError:
             self._end(fd)
             return
@@ -385,7 +380,7 @@ class SharedWorker:
 
     def _end(self, fd: int) -> None:
         self._due_s.pop(fd, None)
-        self._seats.pop(fd).close()
+        self._slots.pop(fd).close()
 
 
 REDACTED: Final = "redacted"
@@ -403,11 +398,11 @@ class Redactor:
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if found else None
 
     def text(self, text: str) -> str:
-        """The text without values."""
+        """Return the text without values."""
         return text if self._pattern is None else self._pattern.sub(REDACTED, text)
 
     def message(self, message: worker_api.FromWorker) -> worker_api.FromWorker:
-        """What a lane is about to say, without values."""
+        """Return what a worker is about to say, without values."""
         if self._pattern is None:
             return message
         match message:

@@ -1,23 +1,20 @@
-"""Zygote: tests the codec, forks workers.
-
-A zygote: holds an engine and forks lanes, one for each fixed-size message.
+"""Process that holds an engine and forks workers, one for each fixed-size message.
 
     python -m agent.host.worker.zygote FD [--fuel] [--shared]
 
-It never compiles, instantiates or makes a WASI call, since each of these starts threads and a forked child would then
-hang for ever; the self-test does, in a child of its own. It sees no configuration, no image and no secret: a lane gets
-its own after the fork, over a socket that passes through here unread. One zygote for each signing namespace, so that
-strangers do not share an address layout.
+A zygote never compiles, instantiates or makes a WASI call, since each of these starts threads and a forked child would
+then hang for ever; the self-test does, in a child of its own. It sees no configuration, no image and no secret: a
+worker gets its own after the fork, over a socket that passes through here unread. There is one zygote for each signing
+namespace, so that strangers do not share an address layout.
 
     supervisor -> zygote    `ZygoteMessage.fork()`, with the worker's end of its control socket
     zygote -> supervisor    FORKED, with a pidfd; EXITED when a worker has ended
 
-Where a forked process becomes a lane: of one instance alone, or one that several share. It never returns.
+The first message to a worker says whether it belongs to one instance alone or is shared. What goes wrong here is told
+to the supervisor, since this process was forked and nobody above could handle it.
 
-The first message says which. What goes wrong here is told to the supervisor, since this process was forked and nobody
-above could handle it.
-
-The codec tried on this board: bytes of many lengths go through a component and back before anything relies on it.
+The self-test tries the codec on this device: bytes of many lengths go through a component and back before
+anything relies on it.
 """
 
 import contextlib
@@ -45,7 +42,8 @@ _SELF_TEST_S: Final = 20
 def main(fd: int, *, fuel: bool, shared: bool) -> NoReturn:
     """Serve the supervisor on this descriptor until it closes.
 
-    `fuel`: for images that count instructions; `shared`: for lanes of many instances, which keep no room for the next.
+    `fuel`: for images that count instructions; `shared`: for workers of many instances, which keep no room for the
+    next.
     """
     sandbox.die_with_parent(os.getppid())
     sock = socket.socket(fileno=fd)
@@ -89,7 +87,7 @@ def _obey(sock: socket.socket, the_engine: runtime.Engine, own: tuple[int, ...])
     try:
         data, fds = framing.receive_packet(sock)
     except framing.GoneError:
-        os._exit(0)  # and the kernel ends the lanes with it
+        os._exit(0)  # and the kernel ends the workers with it
     try:
         order = ZygoteMessage.decode(data)
     except framing.GoneError:
@@ -131,7 +129,7 @@ def _send(sock: socket.socket, data: bytes, fds: tuple[int, ...]) -> None:
 
 
 def worker_main(sock: socket.socket, engine: Engine) -> NoReturn:
-    """Be a lane on this end of a control socket."""
+    """Be a worker on this end of a control socket."""
     status = 1
     try:
         _serve(sock, engine)
@@ -150,9 +148,9 @@ def _serve(sock: socket.socket, engine: Engine) -> None:
     first, fds = worker_api.receive_to_worker(sock)
     match first:
         case worker_api.Setup():
-            lane = Worker(sock, select.epoll())
-            if lane.set_up(engine, first, fds):
-                lane.loop()
+            worker = Worker(sock, select.epoll())
+            if worker.set_up(engine, first, fds):
+                worker.loop()
         case worker_api.OpenShared():
             commons = SharedWorker(sock, engine)
             if commons.open(first, fds):
