@@ -153,6 +153,14 @@ class Client:
         """Make or change a group."""
         return self._send(operator_api.GroupRow, "PUT", f"/v1/groups/{_quoted(name)}", request)
 
+    def policy(self, group: str) -> operator_api.GroupPolicy:
+        """Fetch the plan of a group."""
+        return self._get(operator_api.GroupPolicy, f"/v1/groups/{_quoted(group)}/policy")
+
+    def set_policy(self, group: str, request: operator_api.GroupPolicyRequest) -> operator_api.GroupPolicy:
+        """Set or clear the plan of a group, or tell what it would be."""
+        return self._send(operator_api.GroupPolicy, "PUT", f"/v1/groups/{_quoted(group)}/policy", request)
+
     def enroll_token(self, request: operator_api.EnrollTokenRequest) -> operator_api.EnrollTokenReply:
         """Create a one-time token for one device."""
         return self._send(operator_api.EnrollTokenReply, "POST", "/v1/enroll-tokens", request)

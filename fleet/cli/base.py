@@ -187,6 +187,26 @@ class Group(click.Group):
             formatter.write_dl(rows)
 
 
+class ShortGroup(Group):
+    """Group in which arguments that name no command go to the one named `short`: `fleet rollout 7` shows rollout 7."""
+
+    def __init__(self, *args: Any, short: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.short = short
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the name of the command in front where an option comes first."""
+        option = bool(args) and args[0].startswith("-") and args[0] not in self.get_help_option_names(ctx)
+        return super().parse_args(ctx, [self.short, *args] if option else args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Take an argument that is no command as one of the command that is left out."""
+        named = not args or args[0].startswith("-") or args[0] in self.commands
+        return super().resolve_command(ctx, args if named else [self.short, *args])
+
+
 class LazyGroup(click.Group):
     """Group whose commands are listed in sections and imported only when called."""
 

@@ -1,4 +1,4 @@
-"""`fleet status`, `devices`, `device`, `why`, `group`, `groups`, `logs` and the commands that act on one device."""
+"""`fleet status`, `devices`, `device`, `why`, `groups`, `logs` and the commands that act on one device."""
 
 import functools
 import json
@@ -194,49 +194,6 @@ def _coloured(entry: operator_api.TimelineEntry) -> str:
     bad = entry.code is not None or entry.kind == "revoked"
     text = names.readable(" ".join(entry.text.split()))
     return click.style(text, fg="red") if bad else text
-
-
-@command("group", examples="fleet group edge-eu --add gate-7-1f2e3d4c\nfleet group spares --select site=berlin")
-@click.argument("name", shell_complete=operator.groups)
-@click.option(
-    "--add",
-    shell_complete=operator.devices,
-    multiple=True,
-    metavar="DEVICE",
-    help="Add a device; repeatable",
-)
-@click.option(
-    "--drop",
-    shell_complete=operator.devices,
-    multiple=True,
-    metavar="DEVICE",
-    help="Take a device out; repeatable",
-)
-@click.option(
-    "--select", multiple=True, metavar="LABEL=VALUE", help="Select devices by label instead of listing them; repeatable"
-)
-@click.option(
-    "--priority",
-    metavar="NUMBER",
-    type=click.IntRange(-1_000_000, 1_000_000),
-    help="Where two groups set the same instance, the higher number wins",
-)
-def group(
-    options: Options,
-    *,
-    name: str,
-    add: tuple[str, ...],
-    drop: tuple[str, ...],
-    select: tuple[str, ...],
-    priority: int | None,
-) -> None:
-    """Create the group NAME with --add, --select or --priority, or change its members."""
-    labels = {key: value for key, value in label_values(select).items() if value is not None} if select else None
-    with connect(options) as client:
-        row = client.set_group(
-            name, operator_api.GroupRequest(priority=priority, selector=labels, add=add, remove=drop)
-        )
-    output.result(options, row, f"Group {row.name}: {row.devices} device{'' if row.devices == 1 else 's'}.")
 
 
 @command(

@@ -55,7 +55,7 @@ SECTIONS: Final[Sections] = {
         "devices": Entry("fleet.cli.device:devices", "List the devices"),
         "device": Entry("fleet.cli.device:device", "Show one device: what it runs, and why"),
         "groups": Entry("fleet.cli.device:groups", "List the groups"),
-        "group": Entry("fleet.cli.device:group", "Create a group, or change its members"),
+        "group": Entry("fleet.cli.group:group", "Create a group, change its members, set its plan"),
         "why": Entry("fleet.cli.device:why", "Show what happened to a device, and what to do about it"),
         "enroll-token": Entry("fleet.cli.device:enroll_token", "Create a one-time token with which a device joins"),
         "image": Entry("fleet.cli.bundle:image", "Prepare a card's image, so that its device joins by itself"),

@@ -31,6 +31,7 @@ from fleet.protocol.manifest import Grants, Manifest
 from fleet.protocol.names import BadNameError, TargetName, check_label
 from fleet.protocol.operator_api import DeviceRow, Excluded, Preflight, RolloutRequest
 from fleet.rollout import members
+from fleet.rollout.group_plan import stages_of
 
 _PROGRESS_FROM_BYTES: Final = 256 * 1024
 
@@ -93,11 +94,9 @@ _DEPLOY: Final = (
     ),
     click.option(
         "--soak",
-        default=0,
         type=click.IntRange(0, bounds.WAIT_MAX_S),
         metavar="SECONDS",
-        show_default=True,
-        help="Seconds from the success that meets a wave's gate to the next wave",
+        help="Seconds from the success that meets a wave's gate to the next wave  [0, or as the group's plan says]",
     ),
     click.option(
         "--min-success",
@@ -120,13 +119,10 @@ _DEPLOY: Final = (
     click.option(
         "--on-breach",
         type=click.Choice([str(each) for each in OnBreach]),
-        default=str(OnBreach.ROLLBACK),
-        show_default=True,
-        help="When more devices fail: take every device back, or pause",
+        help="When more devices fail: take every device back, or pause  [rollback, or as the group's plan says]",
     ),
     click.option(
         "--at-once",
-        default=0,
         type=click.IntRange(0, bounds.NUMBER_MAX),
         metavar="N",
         help="Devices in progress at any time  [no limit]",
@@ -139,11 +135,9 @@ _DEPLOY: Final = (
     ),
     click.option(
         "--timeout",
-        default=900,
         type=click.IntRange(10, bounds.WAIT_MAX_S),
         metavar="SECONDS",
-        show_default=True,
-        help="Seconds without progress after which an online device is passed over as stuck",
+        help="Seconds without progress after which an online device is passed over as stuck  [900]",
     ),
     click.option(
         "--seed",
@@ -213,7 +207,8 @@ def push(
     """Publish the component FILE and deploy it, in one go.
 
     Sign it with this namespace's key, upload it, offer it to the devices in waves, and follow until the outcome is
-    known, which the exit code reports. Ctrl-C stops following, not the rollout.
+    known, which the exit code reports. Ctrl-C stops following, not the rollout. What is not given is as the plan of the
+    group says ('fleet group policy').
     """
     _check_where(how)
     prepared = prepare(file, manifest_file=manifest, name=name, version=version)
@@ -363,7 +358,7 @@ def _request(component: str, target: str, how: dict[str, Any]) -> operator_api.R
         min_success=how["min_success"],
         failures=how["failures"] or None,
         max_lost=how["max_lost"],
-        on_breach=OnBreach(how["on_breach"]),
+        on_breach=None if how["on_breach"] is None else OnBreach(how["on_breach"]),
         at_once=how["at_once"],
         catch_up=how["catch_up"],
         timeout_s=how["timeout"],
@@ -439,7 +434,7 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
     seed = secrets.randbelow(1 << 31) if request.seed is None else request.seed
     preflight = Preflight(
         waves=_waves(
-            request.waves,
+            _stages(client, request, len(devices) - len(excluded)),
             seed,
             [device for device in devices if device.id not in {each.device for each in excluded}],
         ),
@@ -517,13 +512,20 @@ def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:
     )
 
 
-def _waves(text: str, seed: int, devices: Sequence[DeviceRow]) -> tuple[tuple[str, ...], ...]:
-    """Draw the waves as the server would with this seed."""
-    candidates = [members.Candidate(row.id, row.online, row.labels) for row in devices]
+def _stages(client: Client, request: RolloutRequest, devices: int) -> tuple[members.Stage, ...]:
+    """Return the stages that the server would draw: as asked, else the plan's, else by the number of devices."""
+    plan = client.policy(request.group).plan if request.group and not request.waves else None
+    if plan is not None and plan.stages:
+        return stages_of(plan)
     try:
-        stages = members.parse_waves(text or members.default_waves(len(devices)))
+        return members.parse_waves(request.waves or members.default_waves(devices))
     except members.BadWavesError as error:
         raise Fault(str(error)) from None
+
+
+def _waves(stages: Sequence[members.Stage], seed: int, devices: Sequence[DeviceRow]) -> tuple[tuple[str, ...], ...]:
+    """Draw the waves as the server would with this seed."""
+    candidates = [members.Candidate(row.id, row.online, row.labels) for row in devices]
     return members.draw(candidates, stages, seed=seed).waves
 
 

@@ -80,19 +80,9 @@ def rollouts(options: Options, *, group: str, limit: int) -> None:
     output.table(columns, rows, empty="No rollout yet: 'fleet push FILE --group G' starts one.")
 
 
-class _RolloutGroup(base.Group):
-    """Group in which `fleet rollout 7` means `fleet rollout show 7`."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Take an argument that is no command as the number of a rollout."""
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            return super().resolve_command(ctx, ["show", *args])
-        return super().resolve_command(ctx, args)
-
-
-@click.group("rollout", cls=_RolloutGroup, epilog="`fleet rollout 7` is short for `fleet rollout show 7`.")
+@click.group(
+    "rollout", cls=base.ShortGroup, short="show", epilog="`fleet rollout 7` is short for `fleet rollout show 7`."
+)
 def rollout() -> None:
     """Show, follow, steer or simulate a rollout, by its number or id."""
 

@@ -326,6 +326,78 @@ class GroupRequest(Body, frozen=True, kw_only=True):
     remove: Words = ()
 
 
+class PlanStage(Body, frozen=True, kw_only=True, omit_defaults=True):
+    """Stage of a group's plan.
+
+    Attributes:
+        select: labels that its devices have; empty for any device.
+        size: of those that it selects and no stage before it took, as a number (`3`) or a share (`10%`); empty for all.
+        soak_s: None for the plan's.
+        approval: whether somebody other than who began the rollout has to approve before the next stage.
+    """
+
+    select: Labels = {}
+    size: Word = ""
+    soak_s: Seconds | None = None
+    approval: bool = False
+
+
+class PlanLimits(Body, frozen=True, kw_only=True, omit_defaults=True):
+    """Limits of a group's plan, as in `RolloutRequest`; empty or None for the default."""
+
+    min_success: Word = ""
+    failures: Word = ""
+    max_lost: Word = ""
+    on_breach: OnBreach | None = None
+    at_once: Count | None = None
+    catch_up: Word = ""
+    timeout_s: Seconds | None = None
+
+
+class PlanBudget(Body, frozen=True, kw_only=True):
+    """Devices of each site, by the value of the label `by`, that stay online and idle during a rollout."""
+
+    by: Word
+    min_available: Count
+
+
+class GroupPlan(Body, frozen=True, kw_only=True, omit_defaults=True):
+    """Plan of a group: how rollouts in it go, unless a request names other values.
+
+    Attributes:
+        soak_s: of each stage that names none; None for the default.
+        stages: in order; the last one takes everybody who is left. Empty for the default of a group of that size.
+    """
+
+    soak_s: Seconds | None = None
+    limits: PlanLimits = PlanLimits()
+    budget: PlanBudget | None = None
+    stages: Annotated[tuple[PlanStage, ...], msgspec.Meta(max_length=ITEMS_MAX)] = ()
+
+
+class GroupPolicyRequest(Body, frozen=True, kw_only=True):
+    """Set or clear (None) the plan of a group; with `dry_run` only show what it would be."""
+
+    plan: GroupPlan | None = None
+    dry_run: bool = False
+
+
+class StageView(View, frozen=True, kw_only=True):
+    """Stage of a plan, and how many devices of the group it takes as their labels are now."""
+
+    text: str
+    devices: Stored
+    approval: bool = False
+
+
+class GroupPolicy(View, frozen=True, kw_only=True):
+    """Plan of a group; None for none."""
+
+    group: str
+    plan: GroupPlan | None = None
+    stages: tuple[StageView, ...] = ()
+
+
 class EnrollTokenRequest(Body, frozen=True, kw_only=True):
     """Create a one-time token for one device, and its group where there is none."""
 
@@ -378,7 +450,9 @@ class RoleReply(View, frozen=True, kw_only=True):
 class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
     """Offer a change to a group or to one device.
 
-    Fields at their default are not sent: a server from before a field takes the request.
+    Fields at their default are not sent: a server from before a field takes the request. Waves, soak, limits and
+    `timeout_s` that are not sent are those of the group's plan, or else the defaults; the ones sent win, which a plan
+    leaves to admins.
 
     Attributes:
         instance: the name on the device.
@@ -388,13 +462,13 @@ class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
             default of a group of that size.
         config, port, grants, share_worker: None keeps what the instance has there; port 0 goes back to the shared port.
         keep_data: with a removal, whether the instance's data stays on the device.
-        soak_s: how long a wave soaks from the success that met its gate.
+        soak_s: how long a wave soaks from the success that met its gate; 0 by default.
         min_success, failures, max_lost: devices of each wave, as a number (`3`) or a share (`10%`): how many must
             succeed, may fail, may be lost. Empty or None for the defaults.
-        on_breach: what more failures lead to.
+        on_breach: what more failures lead to; `rollback` by default.
         at_once: devices in progress at any time, 0 for no limit.
         catch_up: devices that come later in progress at any time, as a number or a share of the group.
-        timeout_s: time without progress after which an online device is deferred as stuck.
+        timeout_s: time without progress after which an online device is deferred as stuck; 900 by default.
         seed: of the draw; None for one that the server draws.
         starts_at: UTC; None for at once.
         allow_empty: succeed where the change concerns no device.
@@ -415,14 +489,14 @@ class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
     share_lane: bool | msgspec.UnsetType | None = msgspec.UNSET
     keep_data: bool = False
     attempt: Count | None = None
-    soak_s: Seconds = 0
+    soak_s: Seconds | None = None
     min_success: Word = ""
     failures: Count | Word | None = None
     max_lost: Word = ""
-    on_breach: OnBreach = OnBreach.ROLLBACK
-    at_once: Count = 0
+    on_breach: OnBreach | None = None
+    at_once: Count | None = None
     catch_up: Word = ""
-    timeout_s: Seconds = 900
+    timeout_s: Seconds | None = None
     seed: Count | None = None
     starts_at: Utc | None = None
     allow_empty: bool = False

@@ -11,11 +11,11 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 _AMOUNT: Final = re.compile(r"(\d{1,7})(%?)")
-_MAX_WAVES: Final = 20
+WAVES_MAX: Final = 20
 _ALL: Final = 100
 _SMALL, _MEDIUM = 10, 1000
 
@@ -80,7 +80,8 @@ class Stage:
         return all(labels.get(key) == value for key, value in self.selector)
 
     def __str__(self) -> str:
-        return str(self.size)
+        chosen = "+".join(f"{key}={value}" for key, value in self.selector)
+        return f"{chosen}: {self.size}" if chosen else str(self.size)
 
 
 def default_waves(devices: int) -> str:
@@ -108,8 +109,8 @@ def parse_waves(text: str) -> tuple[Stage, ...]:
         if any(earlier.percent == size.percent and earlier.number >= size.number for earlier in sizes):
             raise BadWavesError(f"the wave {size} is not larger than the one before it in {text!r}")
         sizes.append(size)
-    if len(sizes) > _MAX_WAVES:
-        raise BadWavesError(f"{len(sizes)} waves, at most {_MAX_WAVES} are accepted")
+    if len(sizes) > WAVES_MAX:
+        raise BadWavesError(f"{len(sizes)} waves, at most {WAVES_MAX} are accepted")
     if sizes[-1] != EVERYBODY:
         raise BadWavesError(f"the last of the waves {text!r} must be 100%, so that the group ends in one state")
     return tuple(Stage(size) for size in sizes)
@@ -132,12 +133,14 @@ class Draw:
         stages: of the waves that are left; those without any device are dropped.
         order: every device, in the order of the draw.
         vacancies: places in wave 1 that are open for the first devices that come online.
+        unguarded: a stage without devices whose approval no stage before it can ask for; None for none.
     """
 
     waves: tuple[tuple[str, ...], ...]
     stages: tuple[Stage, ...]
     order: tuple[str, ...]
     vacancies: int = 0
+    unguarded: Stage | None = None
 
 
 def lot(seed: int, device: str) -> str:
@@ -148,26 +151,41 @@ def lot(seed: int, device: str) -> str:
 def draw(candidates: Iterable[Candidate], stages: Sequence[Stage], *, seed: int) -> Draw:
     """Give each device its wave. The last stage takes every device that no other took.
 
-    Wave 1 takes online devices only, unless it has room for every device. What it lacks are open vacancies.
+    Wave 1 takes online devices only, unless it has room for every device. What it lacks are open vacancies. A stage
+    without devices is dropped; the approval that it wants before later stages goes to the stage before it.
     """
     order = sorted(candidates, key=lambda each: (not each.online, lot(seed, each.device)))
-    rest, waves, kept, vacancies = order, [], [], 0
+    waves: list[tuple[str, ...]] = []
+    kept: list[Stage] = []
+    rest, vacancies, unguarded = order, 0, None
     for number, stage in enumerate(stages):
         if number == len(stages) - 1:
             fit = rest
         else:
             fit = [each for each in rest if stage.takes(each.labels)]
             fit = fit[: _room(stage, of=len(order) if stage.from_first else len(fit), taken=len(order) - len(rest))]
-            if number == 0 and len(fit) < len(rest):
+            if not waves and len(fit) < len(rest):
                 online = [each for each in fit if each.online]
                 vacancies, fit = len(fit) - len(online), online
-        if not fit and not (number == 0 and vacancies):
+        if not fit and not (not waves and vacancies):
+            if stage.approval and rest and kept:
+                kept[-1] = replace(kept[-1], approval=True)
+            elif stage.approval and rest and unguarded is None:
+                unguarded = stage
             continue
         chosen = {each.device for each in fit}
         rest = [each for each in rest if each.device not in chosen]
         waves.append(tuple(each.device for each in fit))
         kept.append(stage)
-    return Draw(tuple(waves), tuple(kept), tuple(each.device for each in order), vacancies)
+    return Draw(tuple(waves), tuple(kept), tuple(each.device for each in order), vacancies, unguarded)
+
+
+def taken(labels: Iterable[Mapping[str, str]], stages: Sequence[Stage]) -> tuple[int, ...]:
+    """Return how many devices with these labels each stage takes, those without any included."""
+    plain = [replace(stage, approval=False) for stage in stages]
+    drawn = draw((Candidate(str(place), online=True, labels=each) for place, each in enumerate(labels)), plain, seed=0)
+    sizes = {id(stage): len(wave) for stage, wave in zip(drawn.stages, drawn.waves, strict=True)}
+    return tuple(sizes.get(id(stage), 0) for stage in plain)
 
 
 def _room(stage: Stage, *, of: int, taken: int) -> int:

@@ -174,9 +174,9 @@ class RolloutController:
         """Begin a scheduled rollout, as `RolloutPlanner` begins one at once."""
         progress, reason = drawn.progress, ""
         if not progress.gates:
-            settles = row.value.target is None or row.plan.allow_empty
+            settles = (row.value.target is None or row.plan.allow_empty) and not drawn.unguarded
             progress = Rollout(RolloutState.SUCCEEDED if settles else RolloutState.REFUSED, (), row.plan.limits)
-            reason = refusal(drawn.left_out)
+            reason = drawn.unguarded or refusal(drawn.left_out)
         if progress.state is not RolloutState.REFUSED:
             self.supersede(row)
         self._store.rollouts.add_members(row.number, drawn.members)

@@ -33,12 +33,18 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A rollout at its beginning, with its members; `left_out` has the reason for each that it does not concern."""
+    """A rollout at its beginning, with its members.
+
+    Attributes:
+        left_out: the reason for each device that it does not concern.
+        unguarded: why it must not begin although it concerns devices; empty for no reason.
+    """
 
     progress: Rollout
     waves: str
     members: tuple[Member, ...]
     left_out: dict[str, str]
+    unguarded: str = ""
 
     @property
     def affected(self) -> tuple[Member, ...]:
@@ -79,6 +85,9 @@ class Membership:
         left_out = {row.id: reason for row in rows if (reason := self.left_out(change, row))} | (also_out or {})
         candidates = [Candidate(row.id, row.online, row.labels) for row in rows if row.id not in left_out]
         drawn = draw(candidates, plan.stages, seed=plan.seed)
+        if drawn.unguarded is not None:
+            reason = f"the stage {drawn.unguarded} wants an approval, and takes no device that the change concerns"
+            return Drawn(Rollout(RolloutState.RUNNING, (), plan.limits), "", (), left_out, reason)
         wave_of = {device: wave for wave, devices in enumerate(drawn.waves, 1) for device in devices}
         rank = {device: place for place, device in enumerate(drawn.order)}
         members = tuple(
@@ -89,7 +98,7 @@ class Membership:
                 rank=rank.get(row.id, 0),
                 reason=left_out.get(row.id, ""),
                 site=row.labels.get(plan.site_label, ""),
-                canary=row.id not in left_out and plan.stages[0].takes(row.labels),
+                canary=row.id not in left_out and (not drawn.stages or drawn.stages[0].takes(row.labels)),
                 attempt=change.value.attempt,
             )
             for row in rows
@@ -121,6 +130,7 @@ class Membership:
             arrival=settled,
             new=settled and not self._director.has_another(row.id, rollout.instance, rollout.id),
             rank=1 << 30,
+            site=row.labels.get(rollout.plan.site_label, ""),
         )
 
     def left_out_of_all(self, changes: Sequence[Change]) -> dict[str, str]:

@@ -8,16 +8,26 @@ import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from fleet.protocol import bounds, names, outbound, wire
 from fleet.protocol.codes import OPEN_STATES, Outcome, PauseCause, RolloutState
 from fleet.protocol.manifest import Grants
-from fleet.protocol.operator_api import Excluded, Preflight, Refusal, RemovalRequest, RolloutRequest, UndoRequest
-from fleet.rollout import advance, effective
-from fleet.rollout.decide import Limits, Rollout
+from fleet.protocol.operator_api import (
+    Excluded,
+    GroupPlan,
+    PlanLimits,
+    Preflight,
+    Refusal,
+    RemovalRequest,
+    RolloutRequest,
+    UndoRequest,
+)
+from fleet.protocol.trust_api import Role
+from fleet.rollout import advance, effective, group_plan
+from fleet.rollout.decide import Rollout
 from fleet.rollout.effective import Fitness, Group, SettledValue
 from fleet.rollout.members import Amount, BadWavesError, default_waves, parse_waves
 from fleet.rollout.model import OPEN, Value, cancel
@@ -31,7 +41,7 @@ from fleet.store.rows import DeviceRow, GroupRow, RolloutPlan, RolloutRow
 from fleet.store.store import Store
 from signing.policy import Release
 
-_TIMEOUT_MIN_S: Final = 10
+_LIMITS: Final = ("min_success", "failures", "max_lost", "on_breach", "at_once", "catch_up", "timeout_s")
 
 
 class RolloutPlanner:
@@ -59,10 +69,25 @@ class RolloutPlanner:
         Raises:
             Refusal, BadNameError: what is asked cannot be meant, or contradicts what is.
         """
-        value, _ = self._check(request)
-        if not request.also:
-            return self._begin(request, value, by=by)
-        return self._begin_set([(request, value), *self._companions(request)], by=by)
+        value, group = self._check(request)
+        overridden = () if group is None else _overridden(request, group.policy)
+        if overridden and self._store.access.role(by) != Role.ADMIN:
+            raise Refusal(
+                403,
+                "plan",
+                f"the plan of {request.group} sets {', '.join(overridden)}, and {by} is not an admin",
+                action=f"leave it out, or ask an admin: fleet group policy {request.group} shows the plan",
+            )
+        with self._store.atomic():
+            if request.also:
+                row = self._begin_set([(request, value), *self._companions(request)], by=by)
+            else:
+                row = self._begin(request, value, by=by)
+            if overridden:
+                words = f"instead of the plan of {request.group}: {', '.join(overridden)}"
+                now = self._clock().timestamp()
+                self._store.access.audit(actor=by, act="plan-override", subject=row.id, detail=words, now=now)
+        return row
 
     def _companions(self, request: RolloutRequest) -> list[tuple[RolloutRequest, Value]]:
         """Return the other members of a set, each checked like the first."""
@@ -91,27 +116,33 @@ class RolloutPlanner:
             excluded=tuple(Excluded(device=each, reason=reason) for each, reason in sorted(drawn.left_out.items())),
             new_grants=new_grants(release, old),
             previous="" if before is None else before.target or "",
-            warnings=() if count else (f"it is refused: {refusal(drawn.left_out)}",),
+            warnings=() if count else (f"it is refused: {drawn.unguarded or refusal(drawn.left_out)}",),
         )
 
-    def _plan(self, request: RolloutRequest, value: Value) -> RolloutPlan:
-        """Return the waves and limits that a request asks for."""
-        limits = Limits(
-            min_success=_amount(request.min_success) or Limits().min_success,
-            failures=_amount(request.failures),
-            lost=_amount(request.max_lost),
-            on_breach=request.on_breach,
-            at_once=request.at_once,
-            catch_up=_amount(request.catch_up) or Limits().catch_up,
-            timeout_s=request.timeout_s,
-        )
+    def _plan(self, request: RolloutRequest, value: Value, *, staged: bool = True) -> RolloutPlan:
+        """Return the waves and limits that a request asks for, and for what it leaves open those of the group's plan.
+
+        Args:
+            request: checked before.
+            value: what is offered.
+            staged: whether the plan's stages are for this rollout: not for one that takes something back or off.
+        """
+        group = self._store.devices.group(request.group) if request.group else None
+        policy = (None if group is None else group.policy) or GroupPlan()
+        budget = policy.budget
+        limits = PlanLimits(**{name: _either(_asked(request, name), getattr(policy.limits, name)) for name in _LIMITS})
+        stages = group_plan.stages_of(policy) if staged and not request.waves else ()
         waves = request.waves or default_waves(len(self._membership.devices(_change(request, value))))
+        soak_s = _either(request.soak_s, policy.soak_s if staged else None) or 0
+        if request.soak_s is not None:
+            stages = tuple(replace(stage, soak_s=None) for stage in stages)
         release = None if value.target is None else self._repository.release(value.target)
         manifest = None if release is None else release.manifest
         return RolloutPlan(
-            stages=parse_waves("100%" if request.device else waves),
-            limits=limits,
-            soak_s=request.soak_s,
+            stages=stages or parse_waves("100%" if request.device else waves),
+            limits=group_plan.limits_of(limits, min_available=None if budget is None else budget.min_available),
+            site_label="" if budget is None else budget.by,
+            soak_s=soak_s,
             seed=secrets.randbelow(1 << 31) if request.seed is None else request.seed,
             starts_at=None if request.starts_at is None else request.starts_at.timestamp(),
             allow_empty=request.allow_empty,
@@ -124,12 +155,13 @@ class RolloutPlanner:
         try:
             if request.waves:
                 parse_waves(request.waves)
-            for amount in (request.min_success, request.failures, request.max_lost, request.catch_up):
-                _amount(amount)
+            for amount in ("min_success", "failures", "max_lost", "catch_up"):
+                if text := _asked(request, amount):
+                    Amount.parse(text)
         except BadWavesError as error:
             raise Refusal(400, "bad-waves", str(error)) from error
-        if request.timeout_s < _TIMEOUT_MIN_S or request.soak_s < 0:
-            raise Refusal(400, "bad-request", f"timeout_s is at least {_TIMEOUT_MIN_S}; soak_s at least 0")
+        if request.timeout_s is not None and request.timeout_s < group_plan.TIMEOUT_MIN_S:
+            raise Refusal(400, "bad-request", f"timeout_s is at least {group_plan.TIMEOUT_MIN_S}")
         self._check_frozen(request)
         value = self._value(request)
         self._check_open(request, value)
@@ -272,7 +304,7 @@ class RolloutPlanner:
         A device that cannot run one of the members is left out of all.
         """
         word = f"s{secrets.token_hex(6)}"
-        plan = self._plan(*asked[0])
+        plan = self._plan(*asked[0], staged=not undoes)
         left_out = self._membership.left_out_of_all([_change(request, value) for request, value in asked])
         taken_back = undoes or ("",) * len(asked)
         with self._store.atomic():
@@ -297,11 +329,11 @@ class RolloutPlanner:
         superseded = self._superseded(request)
         drawn = self._membership.draw(_change(request, value), plan, also_out=also_out)
         progress, reason = drawn.progress, ""
-        settles = value.target is None or plan.allow_empty
+        settles = (value.target is None or plan.allow_empty) and not drawn.unguarded
         if not superseded and before is not None and before.same(value) and value.attempt <= before.attempt:
             reason = f"nothing would change: {request.group or request.device} is settled on it"
         elif not drawn.progress.gates:
-            reason = refusal(drawn.left_out)
+            reason = drawn.unguarded or refusal(drawn.left_out)
         if plan.starts_at is not None:
             progress, reason = Rollout(RolloutState.SCHEDULED, (), plan.limits), ""
         elif reason:
@@ -378,7 +410,8 @@ class RolloutPlanner:
                 f"{shown} has no instance {request.instance!r}",
                 action=f"fleet groups and fleet device {request.device or 'ID'} show what runs",
             )
-        return self._begin(asked, self._value(asked), by=by)
+        value = self._value(asked)
+        return self._begin(asked, value, by=by, plan=self._plan(asked, value, staged=False))
 
     def _runs(self, request: RemovalRequest) -> bool:
         """Tell whether a device runs an instance because of a group."""
@@ -397,7 +430,7 @@ class RolloutPlanner:
         members = self._store.rollouts.together(past)
         asked = [self._taken_back(each, request.waves) for each in members]
         if len(members) == 1:
-            return self._begin(*asked[0], by=by, undoes=past.id)
+            return self._begin(*asked[0], by=by, undoes=past.id, plan=self._plan(*asked[0], staged=False))
         return self._begin_set(asked, by=by, undoes=tuple(each.id for each in members))
 
     def _taken_back(self, past: RolloutRow, sizes: str) -> tuple[RolloutRequest, Value]:
@@ -589,7 +622,11 @@ class RolloutPlanner:
         self._check_frozen(asked)
         if value.target is not None and self._repository.release(value.target) is None:
             raise Refusal(409, "revoked", f"{value.target} is not published any more", action="deploy another version")
-        plan = msgspec.structs.replace(row.plan, starts_at=None, seed=secrets.randbelow(1 << 31))
+        group = self._store.devices.group(row.group) if row.group else None
+        if group is not None and group.policy is not None:
+            plan = self._plan(asked, value)  # the group's plan as it is now, not one from before it
+        else:
+            plan = msgspec.structs.replace(row.plan, starts_at=None, seed=secrets.randbelow(1 << 31))
         return self._begin(asked, value, by=by, plan=plan)
 
     def freeze(self, group: str, *, reason: str, by: str) -> None:
@@ -623,11 +660,33 @@ def _change(request: RolloutRequest, value: Value) -> Change:
     return Change(request.group, request.device, request.instance, value)
 
 
-def _amount(wanted: int | str | None) -> Amount | None:
-    """Return the amount that a request names; None for the default."""
-    if wanted is None or wanted == "":
-        return None
-    return Amount(wanted) if isinstance(wanted, int) else Amount.parse(wanted)
+def _asked(request: RolloutRequest, name: str) -> Any:
+    """Return a limit that a request names, amounts as text; empty or None for one that it leaves open."""
+    found = getattr(request, name)
+    return str(found) if name == "failures" and found is not None else found
+
+
+def _either(first: Any, second: Any) -> Any:
+    """Return the first where it says something, otherwise the second."""
+    return second if first in (None, "") else first
+
+
+def _overridden(request: RolloutRequest, policy: GroupPlan | None) -> tuple[str, ...]:
+    """Return the fields for which a request names another value than the group's plan."""
+    if policy is None:
+        return ()
+    planned = {name: getattr(policy.limits, name) for name in _LIMITS}
+    found = [
+        name
+        for name, value in planned.items()
+        if value not in (None, "") and _asked(request, name) not in (None, "", value)
+    ]
+    if request.waves and policy.stages:
+        found.insert(0, "waves")
+    soaks = {policy.soak_s, *(each.soak_s for each in policy.stages)} - {None}
+    if request.soak_s is not None and soaks and soaks != {request.soak_s}:
+        found.append("soak_s")
+    return tuple(found)
 
 
 _PORT_MAX: Final = 65_535

@@ -7,6 +7,7 @@ import msgspec
 
 from fleet.protocol.codes import AlertKind
 from fleet.protocol.messages import Health, Hello, State, Versions
+from fleet.protocol.operator_api import GroupPlan
 from fleet.store.rows import AlertRow, DeviceRow, EventRow, GroupRow, read
 from fleet.store.sqlite import Database, text
 
@@ -172,6 +173,10 @@ class Devices:
             self._db.run("UPDATE groups SET priority = ? WHERE name = ?", priority, name)
         if selector is not None:
             self._db.run("UPDATE groups SET selector = ? WHERE name = ?", text(selector), name)
+
+    def set_policy(self, name: str, plan: GroupPlan | None) -> None:
+        """Set the plan of a group, or clear it (None)."""
+        self._db.run("UPDATE groups SET policy = ? WHERE name = ?", text(plan), name)
 
     def group(self, name: str) -> GroupRow | None:
         """Return a group."""

@@ -6,6 +6,7 @@ import msgspec
 
 from fleet.protocol.codes import AlertKind, RolloutState
 from fleet.protocol.messages import Versions
+from fleet.protocol.operator_api import GroupPlan
 from fleet.rollout.decide import Limits, Rollout
 from fleet.rollout.effective import Fitness
 from fleet.rollout.members import Stage
@@ -53,12 +54,13 @@ class AlertRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GroupRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Group with a list of members, or with a selector that chooses them by labels."""
+    """Group with a list of members, or with a selector that chooses them by labels; `policy` is its plan."""
 
     name: str
     priority: int
     selector: dict[str, str]
     created_at: float
+    policy: GroupPlan | None = None
 
 
 class TokenRow(msgspec.Struct, frozen=True, kw_only=True):

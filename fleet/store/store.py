@@ -154,6 +154,10 @@ class Access:
         rows = self._db.rows("SELECT name, role, created_at FROM operators ORDER BY name")
         return [read(OperatorRow, row) for row in rows]
 
+    def role(self, name: str) -> str:
+        """Return the role of an operator; empty for nobody."""
+        return str(self._db.value("SELECT role FROM operators WHERE name = ?", name) or "")
+
     def operator(self, token: str) -> tuple[str, str] | None:
         """Return name and role of the operator with this token; None for none."""
         row = self._db.row("SELECT name, role FROM operators WHERE token_sha256 = ?", hashed(token))

@@ -17,6 +17,7 @@ from fleet.protocol.assignment import FollowLogs, Restart
 from fleet.protocol.bounds import LOGS_MINUTES_MAX, NUMBER_MAX
 from fleet.protocol.messages import EnrolRequest
 from fleet.protocol.operator_api import Refusal
+from fleet.rollout import group_plan
 from fleet.server.ahead import AheadDevices
 from fleet.server.api import http
 from fleet.server.api.devices import LogRelay
@@ -312,6 +313,34 @@ class GroupHandlers:
         assert row is not None
         self._controller.touch(touched | set(devices.members(row)) | set(wanted.remove))
         return answer(self._views.group(row), 201 if before is None else 200)
+
+    async def policy(self, request: Request, _by: str) -> Response:
+        """GET /v1/groups/{name}/policy."""
+        row = self._group(request)
+        return answer(self._views.policy(row, row.policy))
+
+    async def set_policy(self, request: Request, by: str) -> Response:
+        """PUT /v1/groups/{name}/policy."""
+        wanted = await body(request, operator_api.GroupPolicyRequest)
+        row = self._group(request)
+        try:
+            if wanted.plan is not None:
+                group_plan.check(wanted.plan)
+        except group_plan.BadPlanError as error:
+            raise Refusal(400, "bad-plan", str(error)) from error
+        if not wanted.dry_run:
+            words = "cleared" if wanted.plan is None else wire.canonical(wanted.plan).decode()
+            with self._store.atomic():
+                self._store.devices.set_policy(row.name, wanted.plan)
+                self._audit.record(by, "group-policy", row.name, words)
+        return answer(self._views.policy(row, wanted.plan))
+
+    def _group(self, request: Request) -> GroupRow:
+        name = param(request, "name")
+        row = self._store.devices.group(name)
+        if row is None:
+            raise unknown_group(self._store, name, action="fleet groups lists them")
+        return row
 
     def _check_removal(self, name: str, before: GroupRow | None, remove: Iterable[str]) -> None:
         listed = () if before is None else self._store.devices.listed(name)

@@ -246,6 +246,15 @@ ROUTES: Final[tuple[Route, ...]] = (
         "Create or change a group",
         request=api.GroupRequest,
     ),
+    _get("/v1/groups/{name}/policy", lambda on: on.groups.policy, api.GroupPolicy, "Show the plan of a group"),
+    _put(
+        "/v1/groups/{name}/policy",
+        lambda on: on.groups.set_policy,
+        api.GroupPolicy,
+        "Set or clear the plan of a group",
+        request=api.GroupPolicyRequest,
+        access=Access.ADMIN,
+    ),
     _post(
         "/v1/enroll-tokens",
         lambda on: on.enrolment.make_token,

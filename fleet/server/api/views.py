@@ -12,7 +12,9 @@ from fleet.protocol.bounds import NUMBER_MAX
 from fleet.protocol.codes import RETRYABLE, AlertKind, Outcome, Phase, RejectCode, remediation
 from fleet.protocol.messages import Health, Report
 from fleet.protocol.names import BadNameError, TargetName
-from fleet.protocol.operator_api import History
+from fleet.protocol.operator_api import GroupPlan, History
+from fleet.rollout.group_plan import stages_of
+from fleet.rollout.members import taken
 from fleet.rollout.model import Member
 from fleet.server.director import Director
 from fleet.store.rows import DeviceRow, EventRow, Extra, GroupRow, ReportRow, RolloutRow
@@ -153,6 +155,14 @@ class Views:
             ),
             rollout=max(open_here, default=0),
         )
+
+    def policy(self, row: GroupRow, plan: GroupPlan | None) -> operator_api.GroupPolicy:
+        """Return a plan as a group's, with how many devices each of its stages takes now."""
+        stages = () if plan is None else stages_of(plan)
+        devices = self._store.devices.some(self._store.devices.members(row))
+        sizes = zip(stages, taken([each.labels for each in devices], stages), strict=True)
+        views = (operator_api.StageView(text=str(each), devices=n, approval=each.approval) for each, n in sizes)
+        return operator_api.GroupPolicy(group=row.name, plan=plan, stages=tuple(views))
 
     # -- rollouts ----------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,10 @@ class Desk(httpx.BaseTransport):
         groups = operator_api.Groups(
             groups=(operator_api.GroupRow(name="edge-eu"), operator_api.GroupRow(name="edge-us"))
         )
-        self.routes: dict[tuple[str, str], object] = {("GET", "/v1/groups"): groups}
+        self.routes: dict[tuple[str, str], object] = {
+            ("GET", "/v1/groups"): groups,
+            ("GET", "/v1/groups/edge-eu/policy"): operator_api.GroupPolicy(group="edge-eu"),
+        }
         self.before_role: Callable[[], None] = lambda: None
         self.seen: list[tuple[str, str, bytes]] = []
 

@@ -56,6 +56,8 @@ SHOWN: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "act": (("POST", "/v1/rollouts/7/pause"), ("rollout", "pause", "7")),
     "abort": (("POST", "/v1/rollouts/7/abort"), ("rollout", "abort", "7")),
     "cancel_device": (("POST", "/v1/rollouts/7/cancel-device"), ("rollout", "cancel-device", "7", DEVICE)),
+    "policy": (("GET", "/v1/groups/edge-eu/policy"), ("group", "policy", "edge-eu")),
+    "set_policy": (("PUT", "/v1/groups/edge-eu/policy"), ("group", "policy", "edge-eu", "--clear")),
     "freeze": (("POST", "/v1/freeze"), ("freeze", "--reason", "fair")),
     "unfreeze": (("POST", "/v1/unfreeze"), ("unfreeze",)),
     "undo": (("POST", "/v1/undo"), ("undo",)),

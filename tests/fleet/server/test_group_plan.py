@@ -1,0 +1,151 @@
+"""Plan of a group on a whole server: rollouts take its values unless a request names others, which admins may."""
+
+import pytest
+
+from fleet.protocol import operator_api
+from fleet.protocol.codes import OnBreach, PauseCause, RolloutState
+from fleet.protocol.operator_api import GroupPlan, GroupPolicy, GroupPolicyRequest, PlanBudget, PlanLimits, PlanStage
+from fleet.protocol.trust_api import OperatorReply, OperatorRequest, Role
+
+PATH = "/v1/groups/edge/policy"
+
+
+async def set_plan(operator, plan, **more):
+    return await operator.send(GroupPolicy, "PUT", PATH, GroupPolicyRequest(plan=plan, **more))
+
+
+async def audit(operator, act):
+    entries = (await operator.get(operator_api.Audit, "/v1/audit")).entries
+    return [(each.actor, each.subject, each.detail) for each in entries if each.act == act]
+
+
+async def second(operator, role=Role.OPERATOR, name="bob"):
+    """Another operator: the headers with the token."""
+    reply = await operator.send(OperatorReply, "PUT", f"/v1/operators/{name}", OperatorRequest(role=role))
+    return {"authorization": f"Bearer {reply.token}"}
+
+
+async def label(operator, board, **labels):
+    wish = operator_api.LabelsRequest(labels=labels)
+    await operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{board.device}/labels", wish)
+
+
+@pytest.mark.asyncio
+async def test_a_plan_is_set_shown_tried_and_cleared(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        canary, _ = await fleet.board("a"), await fleet.board("b")
+        await label(operator, canary, ring="canary")
+        plan = GroupPlan(stages=(PlanStage(select={"ring": "canary"}, approval=True), PlanStage()))
+        tried = await set_plan(operator, plan, dry_run=True)
+        assert [(each.text, each.devices, each.approval) for each in tried.stages] == [
+            ("ring=canary: 100%", 1, True),
+            ("100%", 1, False),
+        ]
+        assert (await operator.get(GroupPolicy, PATH)).plan is None
+        assert await set_plan(operator, plan) == tried == await operator.get(GroupPolicy, PATH)
+        ((by, subject, detail),) = await audit(operator, "group-policy")
+        assert (by, subject, '"ring":"canary"' in detail) == ("admin", "edge", True)
+        assert (await set_plan(operator, None)).plan is None
+        assert await operator.get(GroupPolicy, PATH) == GroupPolicy(group="edge")
+
+
+@pytest.mark.asyncio
+async def test_a_plan_that_cannot_be_meant_and_one_for_no_group_are_refused(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        await fleet.board("a")
+        bad = GroupPolicyRequest(plan=GroupPlan(stages=(PlanStage(size="1"),)))
+        problem = await operator.problem("PUT", PATH, bad)
+        assert (problem.status, problem.type, problem.title[:14]) == (400, "bad-plan", "stages[1].size")
+        problem = await operator.problem("PUT", PATH, b'{"plan":{"soka":1}}')
+        assert (problem.status, "soka" in problem.title + problem.detail) == (400, True)
+        for method in ("GET", "PUT"):
+            body = None if method == "GET" else GroupPolicyRequest()
+            assert (await operator.problem(method, "/v1/groups/nowhere/policy", body)).type == "unknown-group"
+        operator.http.headers.update(await second(operator))
+        assert (await operator.problem("PUT", PATH, GroupPolicyRequest())).status == 403
+
+
+@pytest.mark.asyncio
+async def test_a_rollout_takes_what_the_plan_says_and_an_explicit_value_wins(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        boards = [await fleet.board(name) for name in "abcd"]
+        await label(operator, boards[2], ring="canary")
+        one, two, three = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
+        limits = PlanLimits(on_breach=OnBreach.PAUSE)
+        stages = (PlanStage(select={"ring": "canary"}, size="1"), PlanStage(size="2", soak_s=3600), PlanStage())
+        await set_plan(operator, GroupPlan(limits=limits, stages=stages))
+        view = await operator.deploy(one)
+        view = await operator.follow(view, lambda view: view.counts == {"succeeded": 3, "pending": 1})
+        assert [(each.text, each.devices) for each in view.waves] == [("ring=canary: 1", 1), ("2", 2), ("100%", 1)]
+        assert {each.device: each.wave for each in view.devices}[boards[2].device] == 1
+        for board in boards:
+            board.behaviour = behaviours["trapping"]
+        view = await operator.deploy(two)
+        view = await operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
+        assert view.causes == (PauseCause.BREACH,)
+        view = await operator.decided(await operator.deploy(three, waves="100%", on_breach="rollback"))
+        assert (view.state, len(view.waves)) == (RolloutState.REVERTED, 1)
+        assert await audit(operator, "plan-override") == [
+            ("admin", view.id, "instead of the plan of edge: waves, on_breach")
+        ]
+
+
+@pytest.mark.asyncio
+async def test_an_operator_who_is_no_admin_keeps_to_the_plan(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        await fleet.board("a")
+        one = await operator.publish("1.0.0")
+        await set_plan(operator, GroupPlan(soak_s=0, limits=PlanLimits(failures="0"), stages=(PlanStage(),)))
+        operator.http.headers.update(await second(operator))
+        wish = operator_api.RolloutRequest(instance="hello", target=one, group="edge", waves="1, 100%", failures=3)
+        problem = await operator.problem("POST", "/v1/rollouts", wish)
+        assert (problem.status, problem.type) == (403, "plan")
+        assert "sets waves, failures, and bob is not an admin" in problem.title
+        assert "fleet group policy edge" in problem.action
+        same = await operator.deploy(one, failures=0, soak_s=0, timeout_s=60)
+        assert (await operator.decided(same)).state is RolloutState.SUCCEEDED
+        assert await audit(operator, "plan-override") == []
+
+
+@pytest.mark.asyncio
+async def test_the_budget_of_a_site_holds_for_an_undo_and_the_stages_do_not(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        boards = [await fleet.board(name) for name in "ab"]
+        for board in boards:
+            await label(operator, board, site="berlin")
+        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        for target in (one, two):
+            await operator.decided(await operator.deploy(target))
+        budget = PlanBudget(by="site", min_available=1)
+        await set_plan(operator, GroupPlan(budget=budget, stages=(PlanStage(size="1", soak_s=3600), PlanStage())))
+        for board in boards:
+            board.behaviour = behaviours["silent"]
+        undo = operator_api.UndoRequest(group="edge", waves="100%")
+        view = await operator.send(operator_api.RolloutView, "POST", "/v1/undo", undo)
+        view = await operator.follow(view, lambda view: view.counts == {"waiting": 1, "pending": 1})
+        assert [each.text for each in view.waves] == ["100%"]
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_joins_counts_in_the_budget_of_its_site(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        first = await fleet.board("a")
+        await label(operator, first, site="berlin")
+        await set_plan(operator, GroupPlan(budget=PlanBudget(by="site", min_available=1), stages=(PlanStage(),)))
+        one = await operator.publish("1.0.0")
+        view = await operator.deploy(one)
+        view = await operator.follow(view, lambda view: bool(view.reason))
+        assert view.counts == {"pending": 1}, "the site has no device to spare"
+        later = await fleet.board("b", group="other")
+        await label(operator, later, site="berlin")
+        await operator.send(
+            operator_api.GroupRow, "PUT", "/v1/groups/edge", operator_api.GroupRequest(add=(later.device,))
+        )
+        view = await operator.decided(view)
+        assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"succeeded": 2})
